@@ -1,0 +1,56 @@
+"""What every test gets: a clean environment, a home of its own, and the real model on demand."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL_HOME = Path(os.environ.get("HEADRACE_TEST_HOME") or ROOT / ".cache" / "test-home")
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("HEADRACE_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty HEADRACE_HOME."""
+    path = tmp_path / "home"
+    monkeypatch.setenv("HEADRACE_HOME", str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct as GGUF; fetched once and kept for later runs."""
+    from headrace.models.reference import parse
+    from headrace.models.store import Store
+
+    MODEL_HOME.mkdir(parents=True, exist_ok=True)
+    with FileLock(MODEL_HOME / "fetch.lock"):
+        return Store(MODEL_HOME).fetch(parse("smollm2"))
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """Returns a port of the loopback address that nobody listens on just now."""
+
+    def find() -> int:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            return listener.getsockname()[1]
+
+    return find

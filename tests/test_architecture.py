@@ -1,0 +1,160 @@
+"""The shape of the house: what loads what, how long things are, and that the contract is cited."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+import headrace
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "headrace"
+CONTRACT = {*(f"W{number}" for number in range(1, 23)), "W25", "W27", "W28", "T6"}
+HEAVY = ("fastapi", "llama_cpp", "prometheus_client", "starlette", "torch", "transformers")
+HEAVY += ("uvicorn", "vllm", "xllamacpp")
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def functions(path: Path) -> Iterator[Function]:
+    return (node for node in ast.walk(tree(path)) if isinstance(node, Function))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yields the top-level package of each import, wherever in the file it stands."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.partition(".")[0]
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+sources = pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=relative)
+
+VERSION = """
+from headrace.cli import main
+sys.argv = ["headrace", "--version"]
+try:
+    main()
+except SystemExit as exit:
+    assert not exit.code, exit.code
+"""
+
+
+@pytest.mark.parametrize("statement", ["import headrace", VERSION], ids=["import", "--version"])
+def test_that_nothing_heavy_is_loaded(statement: str) -> None:
+    """Issue 2, shown 9; W1: no engine, no torch and no web framework is loaded for a look."""
+    program = f"import sys\n{statement}\nprint('loaded', *sys.modules)"
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.rpartition("loaded")[2].split()
+    assert "headrace" in loaded
+    assert {name.partition(".")[0] for name in loaded}.isdisjoint(HEAVY)
+    assert not [name for name in loaded if re.match(r"headrace\.engines\.(?!base$)", name)]
+
+
+def test_that_the_public_names_are_sorted_and_there() -> None:
+    assert list(headrace.__all__) == sorted(set(headrace.__all__))
+    assert [name for name in headrace.__all__ if not hasattr(headrace, name)] == []
+
+
+def test_that_the_core_imports_only_msgspec() -> None:
+    allowed = {"headrace", "msgspec"} | sys.stdlib_module_names
+    used = set(chain.from_iterable(imports(path) for path in (SOURCE / "core").glob("*.py")))
+    assert "msgspec" in used
+    assert used - allowed == set()
+
+
+@sources
+def test_that_files_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@sources
+def test_that_functions_are_short(path: Path) -> None:
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions(path)}
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
+
+
+@sources
+def test_that_functions_are_annotated(path: Path) -> None:
+    """Every function says what it takes and gives; `self` and `cls` need no word."""
+
+    def bare(node: Function) -> bool:
+        taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        taken += [extra for extra in (node.args.vararg, node.args.kwarg) if extra]
+        unsaid = [one for one in taken if not one.annotation and one.arg not in ("self", "cls")]
+        return bool(unsaid) or node.returns is None
+
+    assert [node.name for node in functions(path) if bare(node)] == []
+
+
+def test_that_most_functions_are_very_short() -> None:
+    lengths = sorted(
+        (node.end_lineno or 0) - node.lineno + 1
+        for path in SOURCE.rglob("*.py")
+        for node in functions(path)
+    )
+    assert lengths[len(lengths) // 2] < 10
+    assert lengths[len(lengths) * 9 // 10] < 30
+
+
+def broad(path: Path) -> Iterator[ast.ExceptHandler]:
+    """Yields each `except Exception`."""
+    for node in ast.walk(tree(path)):
+        named = node.type if isinstance(node, ast.ExceptHandler) else None
+        if named and ast.unparse(named) == "Exception":
+            yield cast("ast.ExceptHandler", node)
+
+
+@sources
+def test_that_broad_handlers_have_a_reason(path: Path) -> None:
+    """A comment stands beside `except Exception` or in the line below it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    bare = [
+        node.lineno
+        for node in broad(path)
+        if "#" not in lines[node.lineno - 1] + lines[node.lineno]
+    ]
+    assert bare == []
+
+
+def test_that_few_broad_handlers_do_not_raise() -> None:
+    kept = [
+        f"{relative(path)}:{handler.lineno}"
+        for path in SOURCE.rglob("*.py")
+        for handler in broad(path)
+        if not any(isinstance(node, ast.Raise) for node in ast.walk(handler))
+    ]
+    assert len(kept) <= 5, kept
+
+
+def test_that_the_contract_is_cited() -> None:
+    """Issue 2, shown 8: each row that applies is named in the docstring of at least one test."""
+    docstrings = (
+        ast.get_docstring(node) or ""
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in functions(path)
+        if node.name.startswith("test_")
+    )
+    cited = set(re.findall(r"\b[WT]\d+\b", " ".join(docstrings)))
+    assert CONTRACT - cited == set()
