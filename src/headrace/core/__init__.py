@@ -1,0 +1,1 @@
+"""The vocabulary: requests, events, models, figures, errors. Standard library and msgspec."""

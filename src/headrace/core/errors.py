@@ -1,0 +1,185 @@
+"""The errors of Headrace, grouped by what the caller does about them.
+
+HeadraceError
+├── RequestError          fix the request
+│   ├── UnknownModel
+│   ├── InvalidRequest
+│   ├── ContextOverflow
+│   ├── Unsupported
+│   └── Unauthorized
+├── CapacityError         try later
+│   ├── QueueFull
+│   ├── DoesNotFit
+│   ├── Loading
+│   ├── Draining
+│   └── DeadlineExceeded
+│       └── QueueTimeout
+├── EngineError           wake someone
+│   ├── LoadFailed
+│   ├── GenerationFailed
+│   ├── OutOfMemory
+│   ├── WorkerDied
+│   └── UpstreamError
+└── ConfigError           before serving
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from headrace.core.metrics import InferenceMetrics
+
+
+class HeadraceError(Exception):
+    """Every error that Headrace raises on purpose.
+
+    `message` is stable and safe to show to a client; `detail` is for the log.
+    `param` names the offending field of the request. `retry_after_s` is in seconds.
+    `metrics` holds the figures of a request that failed after it was received.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        detail: str | None = None,
+        retry_after_s: float | None = None,
+        metrics: InferenceMetrics | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+        self.metrics = metrics
+
+
+class RequestError(HeadraceError):
+    """The request is wrong; sending it again unchanged fails again."""
+
+
+class UnknownModel(RequestError):
+    """No model of that name is served, stored or in the catalogue."""
+
+
+class InvalidRequest(RequestError):
+    """A field has a wrong type, a wrong value, or contradicts another."""
+
+
+class ContextOverflow(RequestError):
+    """The prompt, or the prompt and max_tokens together, exceed the context length."""
+
+
+class Unsupported(RequestError):
+    """A field that would change the answer is understood, but this engine cannot honour it."""
+
+
+class Unauthorized(RequestError):
+    """No key, or a wrong one."""
+
+
+class CapacityError(HeadraceError):
+    """Nothing is wrong with the request; there is no room for it now."""
+
+
+class QueueFull(CapacityError):
+    """The bounded queue in front of the model is full."""
+
+
+class DoesNotFit(CapacityError):
+    """The model needs more memory than the machine can give it."""
+
+
+class Loading(CapacityError):
+    """The model is not ready yet."""
+
+
+class Draining(CapacityError):
+    """The worker or the server is stopping."""
+
+
+class DeadlineExceeded(CapacityError):
+    """The deadline passed while the request was running."""
+
+
+class QueueTimeout(DeadlineExceeded):
+    """The deadline passed while the request was still waiting for its turn."""
+
+
+class EngineError(HeadraceError):
+    """Something broke below; the request may be sound."""
+
+
+class LoadFailed(EngineError):
+    """The model could not be loaded."""
+
+
+class GenerationFailed(EngineError):
+    """The engine failed while it generated."""
+
+
+class OutOfMemory(EngineError):
+    """The engine ran out of host or device memory."""
+
+
+class WorkerDied(EngineError):
+    """The process of the worker ended, or hung and was killed."""
+
+
+class UpstreamError(EngineError):
+    """A remote engine, hub or index answered with an error or broke off."""
+
+
+class ConfigError(HeadraceError):
+    """A configuration is wrong; the message names the source, the key and what is accepted."""
+
+
+class ErrorRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An error as it crosses a process boundary: the class by name, and its fields."""
+
+    kind: str
+    message: str
+    param: str | None = None
+    detail: str | None = None
+    retry_after_s: float | None = None
+    metrics: InferenceMetrics | None = None
+
+
+def kinds(root: type[HeadraceError] = HeadraceError) -> Iterator[type[HeadraceError]]:
+    """Yield `root` and every class below it, in the order of the tree above."""
+    yield root
+    for child in root.__subclasses__():
+        yield from kinds(child)
+
+
+def to_record(error: BaseException) -> ErrorRecord:
+    """Describe any exception; one that is not Headrace's own becomes a GenerationFailed."""
+    if not isinstance(error, HeadraceError):
+        return ErrorRecord(
+            kind=GenerationFailed.__name__,
+            message="The engine failed.",
+            detail=f"{type(error).__name__}: {error}",
+        )
+    return ErrorRecord(
+        kind=type(error).__name__,
+        message=error.message,
+        param=error.param,
+        detail=error.detail,
+        retry_after_s=error.retry_after_s,
+        metrics=error.metrics,
+    )
+
+
+def from_record(record: ErrorRecord) -> HeadraceError:
+    """Build the exception again; an unknown kind becomes a GenerationFailed."""
+    by_name = {kind.__name__: kind for kind in kinds()}
+    return by_name.get(record.kind, GenerationFailed)(
+        record.message,
+        param=record.param,
+        detail=record.detail,
+        retry_after_s=record.retry_after_s,
+        metrics=record.metrics,
+    )

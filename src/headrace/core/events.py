@@ -1,0 +1,98 @@
+"""What a stream is made of: progress, deltas, and one Finish at its end."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from headrace.core.metrics import InferenceMetrics, Usage
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "cancelled", "error"]
+"""Why a choice ended. `cancelled` and `error` appear in figures and logs, not on a Finish."""
+
+Stage = Literal["queued", "loading", "prefill"]
+
+
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """One candidate for a position; `data` is the token's bytes, natural logarithm."""
+
+    token_id: int
+    data: bytes
+    logprob: float
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """The chosen token and the best candidates beside it, most likely first."""
+
+    token_id: int
+    data: bytes
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
+    """What was added to choice `index`; never cumulative.
+
+    `token_ids` are the tokens behind it. While text is held back (a stop string may still
+    match, a character is incomplete) a delta can carry tokens and no text.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    index: int = 0
+    reasoning: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Progress(msgspec.Struct, frozen=True, array_like=True, tag="p"):
+    """The request is alive but has no token yet; `done` of `total` in tokens or bytes."""
+
+    stage: Stage
+    done: int = 0
+    total: int = 0
+
+
+class Finish(msgspec.Struct, frozen=True, array_like=True, tag="f"):
+    """The last event of a stream that ended well: one reason for each choice, in order."""
+
+    finish_reasons: tuple[FinishReason, ...]
+    usage: Usage
+    metrics: InferenceMetrics
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """The reason of the first choice."""
+        return self.finish_reasons[0]
+
+
+Event = Progress | Delta | Finish
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """One complete answer."""
+
+    text: str
+    finish_reason: FinishReason
+    index: int = 0
+    reasoning: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class GenerateResult(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole stream, collected. `text` and `finish_reason` are those of the first choice."""
+
+    choices: tuple[Choice, ...]
+    usage: Usage
+    metrics: InferenceMetrics
+
+    @property
+    def text(self) -> str:
+        """Text of the first choice."""
+        return self.choices[0].text
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first choice ended."""
+        return self.choices[0].finish_reason

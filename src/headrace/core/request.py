@@ -1,0 +1,146 @@
+"""What can be asked of a Backend. Requests are frozen: nobody on the way changes them."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any, Literal
+
+import msgspec
+
+from headrace.core.errors import InvalidRequest
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, 1 << 31),
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (-1, 1 << 31),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0.01, 100),
+    "seed": (-(1 << 63), (1 << 64) - 1),
+    "logprobs": (0, 20),
+}
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One turn of a conversation. Content in parts has been joined to text before it gets here."""
+
+    role: Role
+    content: str
+    name: str | None = None
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are chosen. None leaves the engine's default.
+
+    `temperature` 0 is greedy. `logprobs` is the number of candidates reported for each token
+    beside the chosen one (0 reports the chosen one alone). `logit_bias` maps token ids to
+    what is added to their logits, -100 to 100.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    logit_bias: dict[int, float] = {}
+
+    def __post_init__(self) -> None:
+        """Refuse values outside of their range.
+
+        Raises:
+            InvalidRequest: naming the field.
+        """
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise InvalidRequest(f"{name} must be between {low} and {high}.", param=name)
+        if not all(self.stop):
+            raise InvalidRequest("A stop string is empty.", param="stop")
+        if not all(-100 <= bias <= 100 for bias in self.logit_bias.values()):
+            raise InvalidRequest("logit_bias goes from -100 to 100.", param="logit_bias")
+
+
+def new_id() -> str:
+    """Return an unguessable id for a request."""
+    return secrets.token_hex(12)
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Messages or a prompt (text or token ids), never both.
+
+    `received` is monotonic seconds; the clock is one for all processes of the machine.
+    `deadline_s` counts from `received`. `load_ms` is what the request already waited for its
+    model. `context_length` may ask for less than the model has, never for more.
+    `json_schema` constrains the text; `{}` means any JSON.
+    """
+
+    model: str = ""
+    messages: tuple[Message, ...] | None = None
+    prompt: str | tuple[int, ...] | None = None
+    sampling: Sampling = Sampling()
+    n: int = 1
+    echo: bool = False
+    context_length: int | None = None
+    json_schema: dict[str, Any] | None = None
+    template_options: dict[str, Any] = {}
+    deadline_s: float | None = None
+    load_ms: float = 0.0
+    id: str = msgspec.field(default_factory=new_id)
+    received: float = msgspec.field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        """Refuse what no engine could answer.
+
+        Raises:
+            InvalidRequest: messages and prompt are both given or both missing, or one is empty.
+        """
+        if (self.messages is None) == (self.prompt is None):
+            raise InvalidRequest("Give either messages or a prompt.", param="messages")
+        if self.messages is not None and not self.messages:
+            raise InvalidRequest("messages is empty.", param="messages")
+        if isinstance(self.prompt, tuple) and not self.prompt:
+            raise InvalidRequest("prompt is an empty list of tokens.", param="prompt")
+        if self.n < 1:
+            raise InvalidRequest("n is at least 1.", param="n")
+
+
+class CountRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Text, or messages that go through the model's template, to be counted as tokens.
+
+    `add_special` adds what the model's tokenizer puts around a text (BOS and the like).
+    """
+
+    model: str = ""
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    add_special: bool = False
+    template_options: dict[str, Any] = {}
+
+
+class TokenCount(msgspec.Struct, frozen=True, kw_only=True):
+    """How many tokens, and which, where the engine can tell. `estimated` marks a guess."""
+
+    count: int
+    token_ids: tuple[int, ...] | None = None
+    estimated: bool = False
+
+
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Token ids to be turned into text."""
+
+    token_ids: tuple[int, ...]
+    model: str = ""

@@ -1,0 +1,157 @@
+"""What can be done with any stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from typing import Generic, TypeVar
+
+from headrace.core.errors import GenerationFailed
+from headrace.core.events import (
+    Choice,
+    Delta,
+    Event,
+    Finish,
+    GenerateResult,
+    Progress,
+    TokenLogprob,
+)
+
+Stream = AsyncGenerator[Event, None]
+T = TypeVar("T")
+
+
+class Mailbox(Generic[T]):
+    """Items for one reader on the loop; the reader waits only when there is nothing to read."""
+
+    def __init__(self) -> None:
+        self._items: deque[T] = deque()
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, item: T) -> None:
+        """Add an item, on the loop's own thread."""
+        self._items.append(item)
+        reader = self._reader
+        if reader is not None and not reader.done():
+            reader.set_result(None)
+
+    async def get(self) -> T:
+        """Return the next item in order."""
+        while not self._items:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        return self._items.popleft()
+
+    def __len__(self) -> int:
+        """How many items wait."""
+        return len(self._items)
+
+
+class Primed:
+    """A stream whose first delta has been asked for; `first` is that event, to come or come.
+
+    Read `first`, then the rest of `stream`; call `aclose` in the end, whatever happened.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.first: asyncio.Future[Event] = asyncio.ensure_future(_first(stream))
+
+    async def settled(self, wait_s: float | None = None) -> bool:
+        """Wait for the first event or its failure; tell whether either has come."""
+        await asyncio.wait({self.first}, timeout=wait_s)
+        return self.first.done()
+
+    async def aclose(self) -> None:
+        """Stop asking, and close the stream."""
+        self.first.cancel()
+        await asyncio.wait({self.first})
+        if not self.first.cancelled():
+            self.first.exception()
+        await self.stream.aclose()
+
+
+async def _first(stream: Stream) -> Event:
+    async for event in stream:
+        if not isinstance(event, Progress):
+            return event
+    raise GenerationFailed("The stream ended without an event.")
+
+
+async def prime(stream: Stream, wait_s: float | None = None) -> Primed:
+    """Pull the first delta before anything is promised.
+
+    A failure to load or to admit is raised here, while a status can still be chosen. When
+    nothing has come after `wait_s` seconds, the caller goes on without it.
+    """
+    primed = Primed(stream)
+    try:
+        if await primed.settled(wait_s):
+            primed.first.result()
+    except BaseException:
+        await primed.aclose()
+        raise
+    return primed
+
+
+async def collect(stream: Stream) -> GenerateResult:
+    """Fold a stream into one result, and close it.
+
+    Raises:
+        GenerationFailed: the stream ended without a Finish.
+        HeadraceError: whatever the stream itself raises.
+    """
+    parts: dict[int, list[Delta]] = {}
+    try:
+        async for event in stream:
+            if isinstance(event, Delta):
+                parts.setdefault(event.index, []).append(event)
+            elif isinstance(event, Finish):
+                return _result(parts, event)
+    finally:
+        await stream.aclose()
+    raise GenerationFailed("The stream ended without a Finish.")
+
+
+def _result(parts: dict[int, list[Delta]], finish: Finish) -> GenerateResult:
+    choices = tuple(
+        _choice(index, parts.get(index, ()), finish) for index in range(len(finish.finish_reasons))
+    )
+    return GenerateResult(choices=choices, usage=finish.usage, metrics=finish.metrics)
+
+
+def _choice(index: int, deltas: Sequence[Delta], finish: Finish) -> Choice:
+    logprobs: list[TokenLogprob] = []
+    token_ids: list[int] = []
+    for delta in deltas:
+        logprobs += delta.logprobs
+        token_ids += delta.token_ids
+    return Choice(
+        index=index,
+        text="".join(delta.text for delta in deltas),
+        reasoning="".join(delta.reasoning for delta in deltas),
+        token_ids=tuple(token_ids),
+        logprobs=tuple(logprobs),
+        finish_reason=finish.finish_reasons[index],
+    )
+
+
+async def merge(streams: Sequence[Stream]) -> Stream:
+    """Yield the events of several streams as they come; the first failure ends them all."""
+    pending = {asyncio.ensure_future(anext(stream, None)): stream for stream in streams}
+    try:
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                stream, event = pending.pop(task), task.result()
+                if event is not None:
+                    yield event
+                    pending[asyncio.ensure_future(anext(stream, None))] = stream
+    finally:
+        for task in pending:
+            task.cancel()
+        if pending:
+            await asyncio.wait(pending)
+        for stream in streams:
+            await stream.aclose()
