@@ -1,0 +1,1 @@
+"""What makes text of what an engine says, and prompts of conversations; no I/O."""

@@ -1,0 +1,111 @@
+"""Stop strings: found across deltas, never shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from headrace.core.errors import InvalidRequest
+
+
+def _borders(stop: str) -> list[int]:
+    """For each prefix of `stop`, the length of its longest end that is also its beginning."""
+    borders = [0] * len(stop)
+    length = 0
+    for index in range(1, len(stop)):
+        while length and stop[index] != stop[length]:
+            length = borders[length - 1]
+        length += stop[index] == stop[length]
+        borders[index] = length
+    return borders
+
+
+class _Search:
+    """The search for one stop string (Knuth, Morris, Pratt), going on over deltas.
+
+    `start` is where the stop string is, or where it may be: the position, in the text of all
+    deltas, of the longest end that begins it; the end of the text when no end does.
+    """
+
+    __slots__ = ("_borders", "_length", "found", "start", "stop")
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.start = 0
+        self.found = False
+        self._borders = _borders(stop)
+        self._length = 0
+
+    def feed(self, text: str, position: int) -> None:
+        """Go on with `text`, whose first character is at `position`."""
+        if self.found:
+            return
+        stop, borders, length = self.stop, self._borders, self._length
+        index, end = 0, len(text)
+        while index < end and length < len(stop):
+            if not length:
+                index = text.find(stop[0], index)
+                if index < 0:
+                    index = end
+                    break
+            while length and text[index] != stop[length]:
+                length = borders[length - 1]
+            length += text[index] == stop[length]
+            index += 1
+        self._length = length
+        self.found = length == len(stop)
+        self.start = position + index - length
+
+
+def _start(search: _Search) -> int:
+    return search.start
+
+
+class StopMatcher:
+    """Releases text up to the first stop string, holding back what may still become one.
+
+    The match that begins first wins; of those that begin together, the first in `stops`.
+    `matched` is None until that is decided.
+
+    Raises:
+        InvalidRequest: a stop string is empty.
+    """
+
+    __slots__ = ("_held", "_searches", "_seen", "matched")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if "" in stops:
+            raise InvalidRequest("A stop string is empty.", param="stop")
+        self.matched: str | None = None
+        self._searches = [_Search(stop) for stop in stops]
+        self._held = ""
+        self._seen = 0
+
+    def feed(self, text: str) -> str:
+        """Return the text that is safe to show. After a match it is empty."""
+        if not self._searches:
+            return text
+        if self.matched is not None:
+            return ""
+        for search in self._searches:
+            search.feed(text, self._seen)
+        self._seen += len(text)
+        self._held += text
+        # Of equal starts, min takes the first: one that may still win keeps a later one waiting.
+        return self._settle(min(self._searches, key=_start))
+
+    def flush(self) -> str:
+        """Return what was held. A match that waited for a better one is decided now."""
+        found = [search for search in self._searches if search.found]
+        if found and self.matched is None:
+            return self._settle(min(found, key=_start))
+        released, self._held = self._held, ""
+        return released
+
+    def _settle(self, first: _Search) -> str:
+        cut = len(self._held) - (self._seen - first.start)
+        released = self._held[:cut]
+        self._held = self._held[cut:]
+        if first.found:
+            self.matched = first.stop
+            self._held = ""
+        return released

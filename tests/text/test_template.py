@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from headrace.core.errors import ConfigError, GenerationFailed, InvalidRequest
+from headrace.core.request import Message
+from headrace.text.template import ChatTemplate
+
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Written after the manner of Mistral: turns alternate, system is refused by that rule.
+ALTERNATING = """
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('Roles must alternate user/assistant/user/...') }}
+    {%- elif message.role == 'user' %}
+        {{- '[INST] ' ~ message.content ~ ' [/INST]' }}
+    {%- elif message.role == 'assistant' %}
+        {{- ' ' + message.content | trim + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+# After the manner of Gemma: system is refused by name.
+REFUSING = """
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}
+{%- for message in messages %}
+    {%- set role = 'model' if message.role == 'assistant' else message.role %}
+    {{- '<turn>' ~ role ~ '\n' ~ message.content | trim ~ '</turn>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}
+"""
+# Drops what it does not know without a word.
+SILENT = """
+{%- for message in messages %}
+    {%- if message.role in ('user', 'assistant') %}{{ message.content }};{% endif %}
+{%- endfor %}
+"""
+
+
+def template(source: str, deadline_s: float = 2.0) -> ChatTemplate:
+    return ChatTemplate(source, bos_token="<s>", eos_token="</s>", deadline_s=deadline_s)
+
+
+def turns(*pairs: tuple[str, str]) -> list[Message]:
+    return [Message(role, content) for role, content in pairs]  # type: ignore[arg-type]
+
+
+def prompt(source: str, *pairs: tuple[str, str], **options: object) -> str:
+    return template(source).render(turns(*pairs), options)
+
+
+def test_smollm2() -> None:
+    """W25: the model's own template, character by character."""
+    assert prompt(SMOLLM2, ("system", "Be <b>."), ("user", "Hé"), ("assistant", "Yo")) == (
+        "<|im_start|>system\nBe <b>.<|im_end|>\n<|im_start|>user\nHé<|im_end|>\n"
+        "<|im_start|>assistant\nYo<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_options_reach_the_template() -> None:
+    """W25: add_generation_prompt is on unless the caller turns it off."""
+    assert (
+        prompt(REFUSING, ("user", "a"), add_generation_prompt=False) == "<s><turn>user\na</turn>\n"
+    )
+    assert prompt("{{ mood }}{{ tools is none }}", ("user", "a"), mood="dark") == "darkTrue"
+
+
+@pytest.mark.parametrize("name", ["messages", "bos_token", "eos_token"])
+def test_options_cannot_replace_the_conversation(name: str) -> None:
+    """W25: what the template is for is not the client's to replace."""
+    with pytest.raises(InvalidRequest, match=name):
+        prompt(SMOLLM2, ("user", "a"), **{name: "x"})
+
+
+@pytest.mark.parametrize(
+    ("source", "roles"),
+    [
+        (SMOLLM2, ("system", "user", "assistant", "tool")),
+        (ALTERNATING, ("user", "assistant")),
+        (REFUSING, ("user", "assistant", "tool")),
+        (SILENT, ("user", "assistant")),
+        ("{{ raise_exception('never') }}", ()),
+    ],
+)
+def test_roles_are_those_whose_content_is_kept(source: str, roles: tuple[str, ...]) -> None:
+    """W22, W25: a role that is refused or silently dropped is not a role."""
+    assert template(source).roles == roles
+
+
+@pytest.mark.parametrize("source", [ALTERNATING, REFUSING, SILENT])
+def test_system_joins_the_first_user_turn(source: str) -> None:
+    """W25: nothing of the system message is lost on a template without one."""
+    merged = prompt(source, ("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo"))
+    assert merged == prompt(source, ("user", "Be brief.\n\nHi"), ("assistant", "Yo"))
+
+
+def test_several_system_messages_join_the_users_beside_them() -> None:
+    """W25: user and assistant go on alternating wherever the system speaks."""
+    first = [("system", "a"), ("developer", "b"), ("user", "c"), ("assistant", "d")]
+    second = [("system", "e"), ("user", "f"), ("system", "g"), ("assistant", "h")]
+    assert prompt(ALTERNATING, *first, *second, ("system", "i")) == (
+        "<s>[INST] a\n\nb\n\nc [/INST] d</s>[INST] e\n\nf\n\ng [/INST] h</s>[INST] i [/INST]"
+    )
+
+
+def test_users_who_speak_twice_are_left_to_the_template() -> None:
+    """W25: merging touches nothing but the turns beside a system message."""
+    assert prompt(SILENT, ("system", "s"), ("user", "a"), ("user", "b")) == "s\n\na;b;"
+    assert prompt(SILENT, ("user", "a"), ("user", "b")) == "a;b;"
+
+
+def test_developer_is_system_unless_the_template_knows_it() -> None:
+    """W25: a newer name for the same role is no reason to fail."""
+    assert "<|im_start|>system\nx<" in prompt(SMOLLM2, ("developer", "x"), ("user", "a"))
+    knows = "{% for m in messages %}{{ m.role == 'developer' }} {% endfor %}"
+    assert prompt(knows, ("developer", "x"), ("user", "a")) == "True False "
+
+
+def test_the_templates_own_refusal_is_the_clients_to_read() -> None:
+    """W25: raise_exception is a 400 with the template's words."""
+    with pytest.raises(InvalidRequest) as error:
+        prompt(ALTERNATING, ("user", "a"), ("user", "b"))
+    assert error.value.message == "Roles must alternate user/assistant/user/..."
+    assert error.value.param == "messages"
+
+
+@pytest.mark.parametrize("source", ["{% for %}", "{{ x | nosuch }}", "{{", "{{ " + "(" * 9999])
+def test_a_wrong_source_is_refused_when_it_is_given(source: str) -> None:
+    """W25: an override that is no template is an error of configuration."""
+    with pytest.raises(ConfigError):
+        template(source)
+
+
+def test_a_fault_of_the_template_is_not_the_clients() -> None:
+    """W25: an undefined name used is the model's fault."""
+    with pytest.raises(GenerationFailed, match="failed"):
+        prompt("{{ nothing.at.all }}", ("user", "a"))
+
+
+def test_options_that_break_the_template_are_the_clients() -> None:
+    """W25: the template works without them, so they are what is wrong."""
+    with pytest.raises(InvalidRequest) as error:
+        prompt("{{ 1 + (effort or 1) }}", ("user", "a"), effort="high")
+    assert error.value.param == "template_options"
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ {'b': '<é>', 'a': 1} | tojson }}", '{"b": "<é>", "a": 1}'),
+        ("{{ {'a': [1]} | tojson(indent=1) }}", '{\n "a": [\n  1\n ]\n}'),
+        ("{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "1"),
+        ("{% generation %}x{{ 1 }}{% endgeneration %}", "x1"),
+        ("a\n  {% if true %}\nb\n  {% endif %}\nc", "a\nb\nc"),
+        (
+            "{{ 'a\nb\n' | indent(2) }}|{{ 'aXb'.replace('X', '-') | replace('b', 'c') }}",
+            "a\n  b\n|a-c",
+        ),
+        (
+            "{{ ['a', 1] | join('+') }}{{ '-'.join(['b', 'c']) }}{{ 'n' ~ 1 ~ none ~ x }}",
+            "a+1b-cn1None",
+        ),
+        ("{{ messages | map(attribute='content') | join(', ') }}", "hi"),
+        ("{{ messages | join(', ', attribute='role') }}", "user"),
+        ("{{ '{:>3}|{}'.format(1, 'x') }}{{ '{{a}}{0[0]}'.format([5]) }}", "  1|x{a}5"),
+        (
+            "{{ [1] + [2] }}{{ 'ab' * 2 }}{{ 3 * 'c' }}{{ 2 ** 3 }}{{ 2 * 1.5 }}{{ 7 % 4 }}",
+            "[1, 2]ababccc83.03",
+        ),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+    ],
+)
+def test_speaks_the_dialect_of_transformers(source: str, text: str) -> None:
+    """W25: filters, tags and white space are what templates are written for."""
+    assert prompt(source, ("user", "hi")) == text
+
+
+LONG = "{% for i in range(99999) %}{% for j in range(99999) %}"
+ENDLESS = {
+    "loops": LONG + "{{ i }}{% endfor %}{% endfor %}",
+    "empty loops": LONG + "{% endfor %}{% endfor %}",
+    "macros": "{% macro f(n) %}{% if n %}{% set a = f(n - 1) %}{% set a = f(n - 1) %}{% endif %}"
+    "{% endmacro %}{{ f(60) }}",
+    "blocks": "{% block b %}{% if n %}{% endif %}{% endblock %}"
+    + LONG
+    + "{{ self.b() }}{% endfor %}{% endfor %}",
+    "recursive loop": "{% for i in [1] recursive %}" + LONG + "{% endfor %}{% endfor %}"
+    "{{ loop([1]) }}{% endfor %}",
+}
+HUGE = {
+    "output": LONG + "0123456789{% endfor %}{% endfor %}",
+    "times": "{{ ('x' * 99999999999) | length }}",
+    "times, turned": "{{ (99999999999 * 'x') | length }}",
+    "lists": "{{ ([1] * 99999999999) | length }}",
+    "plus": "{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}"
+    "{% endfor %}",
+    "tilde": "{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+    "{% endfor %}",
+    "set block": "{% set n = namespace(x='xx') %}{% for i in range(60) %}"
+    "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
+    "kept": "{% set n = namespace(x=[]) %}{% for i in range(9999) %}"
+    "{% set n.x = n.x + ['x' * 8000000] %}{% endfor %}",
+    "power": "{{ 9 ** 999999999 }}",
+    "squares": "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}"
+    "{% endfor %}",
+    "percent": "{{ '%999999999d' % 1 }}",
+    "format": "{{ '{:999999999}'.format(1) }}",
+    "nested format": "{{ '{:{}}'.format(1, 999999999) }}",
+    "ljust": "{{ 'x'.ljust(9999999999) }}",
+    "replace": "{{ ('x' * 99999).replace('x', 'y' * 99999) }}",
+    "replace filter": "{{ ('x' * 99999) | replace('x', 'y' * 99999) }}",
+    "join": "{{ ('x' * 99999).join('y' * 99999) }}",
+    "join filter": "{{ range(99999) | join('y' * 99999) }}",
+    "indent": "{{ ('\n' * 99999) | indent(99999) }}",
+    "tojson": "{{ [[1]] | tojson(indent=9999999999) }}",
+}
+
+
+@pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
+def test_an_endless_template_ends(source: str) -> None:
+    """W25: rendering has a deadline."""
+    endless = template(source, deadline_s=0.1)
+    began = time.monotonic()
+    with pytest.raises(GenerationFailed, match="limits") as error:
+        endless.render(turns(("user", "a")))
+    assert error.value.detail == "it took too long"
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("source", HUGE.values(), ids=HUGE)
+def test_a_template_that_makes_too_much_is_stopped(source: str) -> None:
+    """W25: the sandbox bounds what a template builds, before it is built."""
+    began = time.monotonic()
+    with pytest.raises(GenerationFailed, match="limits") as error:
+        template(source, deadline_s=30).render(turns(("user", "a")))
+    assert error.value.detail != "it took too long"
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ raise_exception.__globals__.x }}",
+        "{{ messages.append(1) }}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
+def test_the_sandbox_holds(source: str) -> None:
+    """W25: a template reaches nothing but the conversation, and does not change it."""
+    with pytest.raises(GenerationFailed):
+        prompt(source, ("user", "a"))
+
+
+def test_one_template_renders_in_many_threads() -> None:
+    """W25: one that runs out of time takes none of the others with it."""
+    slow = template(ENDLESS["loops"], deadline_s=0.2)
+    quick = template(SMOLLM2)
+
+    def render(number: int) -> str:
+        if number % 8 == 0:
+            with pytest.raises(GenerationFailed):
+                slow.render(turns(("user", "a")))
+        return quick.render(turns(("user", str(number))))
+
+    with ThreadPoolExecutor(8) as threads:
+        prompts = list(threads.map(render, range(32)))
+    assert all(f"user\n{number}<" in text for number, text in enumerate(prompts))
