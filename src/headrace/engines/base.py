@@ -1,0 +1,143 @@
+"""The contract of an engine: one module with `ABOUT`, `Options` and `Engine`.
+
+`ABOUT` and `Options` are read without the engine's library (by `doctor`, `config show`, the
+docs), so the library is imported when an `Engine` is made and not before.
+
+An engine knows token ids and sampling. It knows nothing of templates, stop strings, characters,
+queues, deadlines, processes or HTTP; the worker around it does all that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Literal, Protocol
+
+import msgspec
+from pydantic import BaseModel, ConfigDict
+
+from headrace.core.events import TokenLogprob
+from headrace.core.model import Capabilities, ModelFile
+from headrace.core.request import Sampling
+
+
+class EngineOptions(BaseModel):
+    """Base of every engine's `Options`: unknown keys are refused, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class About(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of an engine before its library is there.
+
+    `requires` is the import name of the library (None: nothing), `extra` the extra of the
+    package that brings it (None: the core does).
+    """
+
+    formats: tuple[str, ...]
+    devices: tuple[str, ...] = ("cpu",)
+    requires: str | None = None
+    extra: str | None = None
+
+
+class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine is opened with.
+
+    `device` is auto, cpu, cuda or mps; None leaves `context_length` and `max_running` to the
+    engine.
+    """
+
+    model: ModelFile
+    device: str = "auto"
+    context_length: int | None = None
+    max_running: int | None = None
+    options: dict[str, Any] = {}
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Token ids in, token ids out. `sampling.max_tokens` is set; stop strings are not for here."""
+
+    token_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    json_schema: dict[str, Any] | None = None
+
+
+class Admitted(msgspec.Struct, frozen=True):
+    """The engine has begun with the request; `done` of `total` prompt tokens are computed.
+
+    `cached` of them were taken from a cache.
+    """
+
+    done: int = 0
+    total: int = 0
+    cached: int = 0
+
+
+class RawDelta(msgspec.Struct, frozen=True):
+    """New tokens and their bytes; the bytes may end inside a character.
+
+    A token of `stop_token_ids` ends the stream and is not part of it.
+    """
+
+    data: bytes
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class RawFinish(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine's own account. `stop` is an end token, `length` the limit."""
+
+    reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+RawEvent = Admitted | RawDelta | RawFinish
+
+
+class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What only the loaded engine knows. `max_running` is how many requests it batches.
+
+    `context_length` is in tokens for each request, prompt and completion together.
+    """
+
+    device: str
+    context_length: int
+    max_running: int
+    capabilities: Capabilities
+    chat_template: str | None = None
+    bos_token: str = ""
+    eos_token: str = ""
+    adds_bos: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class Engine(Protocol):
+    """One loaded model. `__init__(request: OpenRequest)` blocks until it can generate.
+
+    Raises (from `__init__`):
+        ConfigError: an option is unknown or wrong.
+        LoadFailed, OutOfMemory: the library refused.
+    """
+
+    facts: EngineFacts
+
+    def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
+        """Yield Admitted once or more, then deltas, then one RawFinish.
+
+        When the generator is closed the engine has stopped and its slot is free.
+        """
+        ...
+
+    def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
+        """Return token ids; markers such as `<|im_end|>` become their tokens. Blocking."""
+        ...
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included. Blocking."""
+        ...
+
+    def close(self) -> None:
+        """Free the model. Blocking, idempotent."""
+        ...

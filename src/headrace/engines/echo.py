@@ -1,0 +1,189 @@
+"""An engine without a model: says the prompt again, at a scripted speed, and fails when told to.
+
+Its tokens are the bytes of UTF-8, so every character beyond ASCII comes in pieces.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+
+from pydantic import Field
+
+from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, OutOfMemory
+from headrace.core.events import TokenLogprob
+from headrace.core.model import Capabilities
+from headrace.engines.base import (
+    About,
+    Admitted,
+    EngineFacts,
+    EngineOptions,
+    EngineRequest,
+    OpenRequest,
+    RawDelta,
+    RawEvent,
+    RawFinish,
+)
+
+ABOUT = About(formats=("none",))
+
+_EOS = 256
+_VOCABULARY = 257
+_CHAT_TEMPLATE = "{{ messages[-1].content }}"
+_PREFILL_STEP = 64
+
+
+class Options(EngineOptions):
+    """What it can be told to do. `*_after` count tokens of one request; -1 is never."""
+
+    tokens_per_second: float = Field(0, ge=0, description="Speed of decoding; 0 is unlimited.")
+    prefill_tokens_per_second: float = Field(0, ge=0, description="Speed of prefill; 0: unlimited.")
+    slots: int = Field(1024, ge=1, le=65536, description="Requests that run at the same time.")
+    text: str | None = Field(None, description="What to say; by default the prompt is said again.")
+    load_s: float = Field(0, ge=0, description="Seconds that loading takes.")
+    tokens_per_delta: int = Field(1, ge=1, description="Tokens in each delta.")
+    fail_load: str | None = Field(None, description="Loading fails with this message.")
+    fail_after: int = Field(-1, ge=-1, description="Raise after so many tokens.")
+    hang_after: int = Field(-1, ge=-1, description="Fall silent for ever after so many tokens.")
+    crash_after: int = Field(-1, ge=-1, description="End the process after so many tokens.")
+    crash_signal: int = Field(signal.SIGKILL, ge=0, le=64, description="By this signal; 0 exits.")
+    oom_after: int = Field(-1, ge=-1, description="Run out of memory after so many tokens.")
+
+
+class Engine:
+    """A scripted stand-in for a model that takes the same way as the real ones."""
+
+    def __init__(self, request: OpenRequest) -> None:
+        self._options = options = Options(**request.options)
+        time.sleep(options.load_s)
+        if options.fail_load is not None:
+            raise LoadFailed(options.fail_load)
+        self.facts = EngineFacts(
+            device="cpu",
+            context_length=request.context_length or 1 << 20,
+            max_running=min(options.slots, request.max_running or options.slots),
+            chat_template=_CHAT_TEMPLATE,
+            capabilities=Capabilities(
+                sampling=frozenset(
+                    {
+                        "max_tokens",
+                        "temperature",
+                        "seed",
+                        "stop_token_ids",
+                        "ignore_eos",
+                        "logprobs",
+                    }
+                ),
+                batch_invariant=True,
+            ),
+        )
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
+        """Yield the script, one token (a byte) after another."""
+        if max(request.token_ids) >= _VOCABULARY:
+            raise InvalidRequest("The prompt has a token id that the model does not know.")
+        total = len(request.token_ids)
+        async for done in self._prefill(total):
+            yield Admitted(done=done, total=total)
+        started, sent, reason = time.monotonic(), 0, "length"
+        for chunk in _chunks(self._script(request), self._options.tokens_per_delta):
+            token_ids = chunk[: request.max_tokens - sent]
+            await self._pace(started, sent)
+            await self._misbehave(sent)
+            kept = _before_end(token_ids, request)
+            sent += len(kept)
+            yield _delta(kept, with_logprobs=request.sampling.logprobs is not None)
+            if len(kept) < len(token_ids) or (kept and kept[-1] == _EOS):
+                reason = "stop"
+                break
+            if sent >= request.max_tokens:
+                break
+        yield RawFinish(reason=reason, prompt_tokens=total, completion_tokens=sent)
+
+    def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
+        """Return the bytes of the text."""
+        del add_special
+        return list(text.encode())
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of the bytes."""
+        if any(not 0 <= token < _VOCABULARY for token in token_ids):
+            raise InvalidRequest("A token id is outside of the vocabulary.", param="tokens")
+        return _bytes(token_ids).decode(errors="replace")
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _script(self, request: EngineRequest) -> Iterator[int]:
+        said = self._options.text
+        token_ids = request.token_ids if said is None else tuple(said.encode())
+        while token_ids:
+            yield from token_ids
+            if not request.sampling.ignore_eos:
+                break
+        yield _EOS
+
+    async def _prefill(self, total: int) -> AsyncGenerator[int, None]:
+        yield 0
+        speed = self._options.prefill_tokens_per_second
+        for done in range(_PREFILL_STEP, total, _PREFILL_STEP) if speed else ():
+            await asyncio.sleep(_PREFILL_STEP / speed)
+            yield done
+        if speed:
+            await asyncio.sleep((total % _PREFILL_STEP) / speed)
+
+    async def _pace(self, started: float, sent: int) -> None:
+        speed = self._options.tokens_per_second
+        due = started + (sent + 1) / speed if speed else 0.0
+        await asyncio.sleep(max(0.0, due - time.monotonic()) if speed else 0)
+
+    async def _misbehave(self, sent: int) -> None:
+        options = self._options
+        if 0 <= options.fail_after <= sent:
+            raise GenerationFailed("The echo engine was told to fail.")
+        if 0 <= options.oom_after <= sent:
+            raise OutOfMemory("The echo engine was told to run out of memory.")
+        if 0 <= options.crash_after <= sent:
+            _crash(options.crash_signal)
+        if 0 <= options.hang_after <= sent:
+            _hang()
+
+
+def _crash(number: int) -> None:
+    if number == 0:
+        os._exit(0)
+    os.kill(os.getpid(), number)
+
+
+def _hang() -> None:
+    # Blocks the event loop as well: a native library that hangs while it holds the GIL does that.
+    while True:
+        time.sleep(3600)
+
+
+def _chunks(tokens: Iterator[int], size: int) -> Iterator[tuple[int, ...]]:
+    while chunk := tuple(itertools.islice(tokens, size)):
+        yield chunk
+
+
+def _before_end(token_ids: tuple[int, ...], request: EngineRequest) -> tuple[int, ...]:
+    ends = request.sampling.stop_token_ids
+    for place, token in enumerate(token_ids):
+        if token in ends:
+            return token_ids[:place]
+    return token_ids
+
+
+def _bytes(token_ids: Sequence[int]) -> bytes:
+    return bytes(token for token in token_ids if token < _EOS)
+
+
+def _delta(token_ids: tuple[int, ...], *, with_logprobs: bool) -> RawDelta:
+    logprobs: tuple[TokenLogprob, ...] = ()
+    if with_logprobs:
+        logprobs = tuple(TokenLogprob(token, _bytes((token,)), 0.0) for token in token_ids)
+    return RawDelta(_bytes(token_ids), token_ids, logprobs)

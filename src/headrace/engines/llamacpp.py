@@ -1,0 +1,299 @@
+"""llama.cpp through xllamacpp: any GGUF, continuous batching over slots, CPU or GPU."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import http.client
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import AsyncGenerator, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import psutil
+from pydantic import Field
+
+from headrace.core.errors import GenerationFailed, LoadFailed
+from headrace.core.model import Capabilities
+from headrace.engines import threaded
+from headrace.engines.base import (
+    About,
+    EngineFacts,
+    EngineOptions,
+    EngineRequest,
+    OpenRequest,
+    RawEvent,
+)
+from headrace.engines.llamacpp_call import SAMPLING, Call, error_from
+
+if TYPE_CHECKING:
+    import xllamacpp
+
+ABOUT = About(formats=("gguf",), devices=("cpu", "cuda", "mps"), requires="xllamacpp")
+
+_DEFAULT_SLOTS = 8
+_CPU_BATCH = 256
+_GPU_BATCH = 2048
+# The library's enumerations as numbers: its Python names for them change between releases.
+_KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
+_KV_SHARE = {"f16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
+_FLASH = {"auto": -1, "off": 0, "on": 1}
+_ROPE = {"model": -1, "none": 0, "linear": 1, "yarn": 2}
+_LOAD_MMAP, _LOAD_READ = 1, 0
+
+
+class Options(EngineOptions):
+    """Settings of llama.cpp. All are fixed once the model is loaded."""
+
+    slots: int | None = Field(
+        None, ge=1, le=256, description="Requests in one batch; by default 8, or fewer."
+    )
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads; by default one for each core it may use."
+    )
+    batch_size: int | None = Field(
+        None,
+        ge=32,
+        le=16384,
+        description="Prompt tokens computed at once, after which a cancelled request is gone; "
+        "by default 256 on a CPU and 2048 on a GPU.",
+    )
+    gpu_layers: int = Field(-1, ge=-1, description="Layers on the GPU; -1 is all of them.")
+    flash_attention: Literal["auto", "on", "off"] = Field("auto", description="Flash attention.")
+    kv_type: Literal["f16", "q8_0", "q4_0"] = Field("f16", description="Type of the KV cache.")
+    prefix_cache: bool = Field(True, description="Keep a prompt's KV cache for the next one.")
+    mmap: bool = Field(True, description="Map the file instead of reading it.")
+    rope_scaling: Literal["model", "none", "linear", "yarn"] = Field(
+        "model", description="RoPE scaling; `model` takes what the file says."
+    )
+    rope_scale: float = Field(0, ge=0, description="Factor by which the context is stretched.")
+
+
+class Engine:
+    """One GGUF in one llama.cpp server, called in process; its own HTTP side is locked away."""
+
+    def __init__(self, request: OpenRequest) -> None:
+        self._options = Options(**request.options)
+        self._model = request.model
+        self._private = Path(tempfile.mkdtemp(prefix="llamacpp-"))
+        self._key = secrets.token_urlsafe(24)
+        self._inbox: threaded.Inbox | None = None
+        self._server: xllamacpp.Server | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        try:
+            self._load(request)
+        except BaseException:
+            self.close()
+            raise
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
+        """Yield what llama.cpp generates; each request has a thread that mostly sleeps."""
+        if self._inbox is None:
+            self._inbox = threaded.Inbox(asyncio.get_running_loop())
+        server, threads = self._server, self._threads
+        if server is None or threads is None:
+            raise GenerationFailed("The engine is closed.")
+        raw: AsyncGenerator[RawEvent, None] = threaded.stream(
+            lambda emit: Call(request, emit).run(server),
+            inbox=self._inbox,
+            executor=threads,
+        )
+        try:
+            async for event in raw:
+                yield event
+        finally:
+            await raw.aclose()
+
+    def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
+        """Return token ids, markers included."""
+        body = {"content": text, "add_special": add_special, "parse_special": True}
+        return self._ask("/tokenize", body)["tokens"]
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return text.
+
+        Raises:
+            InvalidRequest: an id is outside of the vocabulary.
+        """
+        return self._ask("/detokenize", {"tokens": list(token_ids)})["content"]
+
+    def close(self) -> None:
+        """Free the model and remove the private directory."""
+        self._server = None
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+        # The traceback of a failed request can hold the server in a cycle.
+        gc.collect()
+        shutil.rmtree(self._private, ignore_errors=True)
+
+    def _load(self, request: OpenRequest) -> None:
+        import xllamacpp  # a native library: loaded with the model, not before
+
+        device = _device(request.device, xllamacpp.get_device_info())
+        available = psutil.virtual_memory().available
+        plan = plan_context(request, self._options, available, on_cpu=device == "cpu")
+        params = self._params(xllamacpp.CommonParams(), plan, device)
+        with _signals_kept():
+            try:
+                self._server = xllamacpp.Server(params)
+            except RuntimeError as error:
+                raise LoadFailed(
+                    f"llama.cpp could not load {Path(self._model.path).name}.", detail=str(error)
+                ) from error
+        self.facts = self._facts(request, plan, device)
+        self._threads = ThreadPoolExecutor(plan.slots, "llamacpp")
+
+    def _params(self, params: Any, plan: ContextPlan, device: str) -> Any:
+        options, on_cpu = self._options, device == "cpu"
+        params.model.path = self._model.path
+        params.n_ctx = plan.context_length * plan.slots
+        params.n_parallel = plan.slots
+        params.kv_unified = params.fit_params = False
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads or _cores()
+        batch = options.batch_size or (_CPU_BATCH if on_cpu else _GPU_BATCH)
+        params.n_batch = max(batch, plan.slots)
+        params.n_ubatch = min(params.n_batch, 512)
+        params.n_gpu_layers = 0 if on_cpu else options.gpu_layers
+        params.flash_attn_type = _FLASH[options.flash_attention]
+        params.cache_type_k = params.cache_type_v = _KV_TYPES[options.kv_type]
+        params.cache_prompt = options.prefix_cache
+        params.cache_ram_mib = 0
+        params.load_mode = _LOAD_MMAP if options.mmap else _LOAD_READ
+        params.rope_scaling_type = _ROPE[options.rope_scaling]
+        params.rope_freq_scale = 1 / options.rope_scale if options.rope_scale else 0.0
+        params.verbosity = 0
+        self._lock_away(params)
+        return params
+
+    def _lock_away(self, params: Any) -> None:
+        # The library always listens. A socket file in a directory that only this user may enter,
+        # behind a random key, is the narrowest it offers; tokenising needs it.
+        params.hostnames = [str(self._private / "s.sock")]
+        params.api_keys = [self._key]
+        params.ui = params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = False
+        params.n_threads_http = 2
+
+    def _facts(self, request: OpenRequest, plan: ContextPlan, device: str) -> EngineFacts:
+        props = self._ask("/props")
+        granted = props["default_generation_settings"]["n_ctx"]
+        if request.context_length is not None and granted < request.context_length:
+            raise LoadFailed(
+                f"context_length {request.context_length} is more than the model's {granted}."
+            )
+        return EngineFacts(
+            device=device,
+            context_length=min(granted, plan.context_length),
+            max_running=plan.slots,
+            chat_template=self._model.chat_template,
+            bos_token=props["bos_token"],
+            eos_token=props["eos_token"],
+            adds_bos=bool(self.tokenize("", add_special=True)),
+            notes=plan.notes,
+            capabilities=Capabilities(
+                sampling=frozenset({"max_tokens", "stop_token_ids", "ignore_eos", "logprobs"})
+                | {"logit_bias"}
+                | SAMPLING.keys(),
+                json_schema=True,
+                batch_invariant=True,
+            ),
+        )
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        connection = _UnixConnection(str(self._private / "s.sock"))
+        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        with contextlib.closing(connection):
+            content = None if body is None else msgspec.json.encode(body)
+            connection.request("GET" if body is None else "POST", path, content, headers)
+            response = connection.getresponse()
+            answer = msgspec.json.decode(response.read())
+        if "error" in answer:
+            raise error_from(answer["error"])
+        return answer
+
+
+class ContextPlan(msgspec.Struct, frozen=True):
+    """How many requests at once, and how many tokens each of them may hold."""
+
+    slots: int
+    context_length: int
+    notes: tuple[str, ...] = ()
+
+
+def plan_context(
+    request: OpenRequest, options: Options, available: int, *, on_cpu: bool
+) -> ContextPlan:
+    """Choose slots and context so that the KV cache takes at most half of `available` bytes.
+
+    What was asked for is kept. Of what was not, slots give way first and then the context.
+    """
+    model = request.model
+    context = request.context_length or model.context_length or 4096
+    slots = options.slots or min(_DEFAULT_SLOTS, request.max_running or _DEFAULT_SLOTS)
+    per_token = (model.kv_bytes_per_token or 0) * _KV_SHARE[options.kv_type]
+    if not per_token or not on_cpu:
+        return ContextPlan(slots, context)
+    fits = int(available / 2 / per_token)
+    notes: list[str] = []
+    if slots * context > fits and options.slots is None:
+        slots = max(1, fits // context)
+        notes.append(f"slots cut to {slots}: the KV cache would take over half of the free memory")
+    if slots * context > fits and request.context_length is None:
+        context = max(256, fits // slots // 256 * 256)
+        notes.append(f"context cut to {context}: the KV cache would take over half of the memory")
+    return ContextPlan(slots, context, tuple(notes))
+
+
+def _device(wanted: str, devices: Sequence[dict[str, Any]]) -> str:
+    names = [str(device["name"]).lower() for device in devices]
+    there = [
+        ours
+        for ours, theirs in (("cuda", "cuda"), ("mps", "mtl"), ("mps", "metal"), ("cpu", "cpu"))
+        if any(name.startswith(theirs) for name in names)
+    ]
+    if wanted == "auto":
+        return there[0] if there else "cpu"
+    if wanted not in there:
+        raise LoadFailed(f"This build of llama.cpp has no device {wanted}; it has {there}.")
+    return wanted
+
+
+def _cores() -> int:
+    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(logical or 1, psutil.cpu_count(logical=False) or 1))
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Generator[None, None, None]:
+    """Undo the handlers for SIGINT and SIGTERM that the library puts in while it loads.
+
+    Through libc, as Python lets only the main thread set handlers and knows nothing of these.
+    """
+    libc, numbers = ctypes.CDLL(None), (signal.SIGINT, signal.SIGTERM)
+    kept = {number: ctypes.create_string_buffer(512) for number in numbers}
+    for number, action in kept.items():
+        libc.sigaction(int(number), None, action)
+    try:
+        yield
+    finally:
+        for number, action in kept.items():
+            libc.sigaction(int(number), action, None)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=60)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)

@@ -1,0 +1,219 @@
+"""One request to llama.cpp: its body, its chunks, its errors."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from headrace.core.errors import (
+    ContextOverflow,
+    GenerationFailed,
+    HeadraceError,
+    InvalidRequest,
+    OutOfMemory,
+)
+from headrace.core.events import TokenLogprob, TopLogprob
+from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, RawFinish
+
+if TYPE_CHECKING:
+    import xllamacpp
+
+    from headrace.engines.threaded import Emit
+
+SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "repetition_penalty": "repeat_penalty",
+    "seed": "seed",
+}
+"""Our names of sampling parameters to those of llama.cpp."""
+
+
+class _Progress(msgspec.Struct):
+    total: int
+    cache: int
+    processed: int
+
+
+class _Verbose(msgspec.Struct):
+    tokens: tuple[int, ...] = ()
+
+
+class _Candidate(msgspec.Struct):
+    id: int
+    bytes: list[int]
+    logprob: float | None = None
+
+    def top(self) -> TopLogprob:
+        return TopLogprob(self.id, bytes(self.bytes), _finite(self.logprob))
+
+
+class _Token(_Candidate):
+    top_logprobs: list[_Candidate] = []
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[_Token]
+
+
+class _Choice(msgspec.Struct):
+    text: str
+    finish_reason: Literal["stop", "length"] | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Details(msgspec.Struct, frozen=True):
+    cached_tokens: int = 0
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: _Details = _Details()
+
+
+class _Chunk(msgspec.Struct):
+    choices: tuple[_Choice, ...] = ()
+    verbose: _Verbose = msgspec.field(default_factory=_Verbose, name="__verbose")
+    prompt_progress: _Progress | None = None
+    usage: _Usage | None = None
+    error: dict[str, Any] | None = None
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
+
+
+class Call:
+    """One request on its own thread: llama.cpp calls back for every chunk."""
+
+    def __init__(self, request: EngineRequest, emit: Emit[RawEvent]) -> None:
+        self._request = request
+        self._emit = emit
+        self._ends = frozenset(request.sampling.stop_token_ids)
+        self._sent = 0
+        self._cached = 0
+        self._ended = False
+        self._failure: BaseException | None = None
+
+    def run(self, server: xllamacpp.Server) -> None:
+        """Block until the request is answered or nobody listens."""
+        server.handle_completions(_body(self._request), self._on_chunk)
+        if self._failure is not None:
+            raise self._failure
+        if not self._ended:
+            raise GenerationFailed("llama.cpp ended the stream without a reason.")
+
+    def _on_chunk(self, raw: bytes) -> bool:
+        # An exception that leaves the callback is swallowed by the library: carry it over.
+        try:
+            self._ended = self._take(_decode(raw)) or self._ended
+        except Exception as error:  # noqa: BLE001  # raised again in run
+            self._failure = error
+            return True
+        return self._ended
+
+    def _take(self, chunk: _Chunk) -> bool:
+        if chunk.error is not None:
+            raise error_from(chunk.error)
+        if chunk.prompt_progress is not None:
+            return self._progress(chunk.prompt_progress)
+        choice, token_ids = chunk.choices[0], chunk.verbose.tokens
+        if choice.finish_reason is not None:
+            return self._finish(choice.finish_reason, chunk.usage)
+        if not self._ends.isdisjoint(token_ids):
+            return self._finish("stop", None)
+        self._sent += len(token_ids)
+        return self._emit(RawDelta(choice.text.encode(), token_ids, self._logprobs(choice)))
+
+    def _progress(self, progress: _Progress) -> bool:
+        self._cached = progress.cache
+        return self._emit(Admitted(progress.processed, progress.total, progress.cache))
+
+    def _finish(self, reason: Literal["stop", "length"], usage: _Usage | None) -> bool:
+        self._emit(
+            RawFinish(
+                reason=reason,
+                prompt_tokens=usage.prompt_tokens if usage else len(self._request.token_ids),
+                completion_tokens=usage.completion_tokens if usage else self._sent,
+                cached_tokens=usage.prompt_tokens_details.cached_tokens if usage else self._cached,
+            )
+        )
+        return True
+
+    def _logprobs(self, choice: _Choice) -> tuple[TokenLogprob, ...]:
+        if choice.logprobs is None:
+            return ()
+        most = self._request.sampling.logprobs or 0
+        return tuple(
+            TokenLogprob(
+                token.id,
+                bytes(token.bytes),
+                _finite(token.logprob),
+                tuple(candidate.top() for candidate in token.top_logprobs[:most]),
+            )
+            for token in choice.logprobs.content
+        )
+
+
+def _body(request: EngineRequest) -> bytes:
+    sampling = request.sampling
+    body: dict[str, Any] = {
+        "prompt": request.token_ids,
+        "stream": True,
+        "max_tokens": request.max_tokens,
+        # Token ids come only in the verbose part; progress is what makes a prefill cancellable.
+        "verbose": True,
+        "return_tokens": True,
+        "return_progress": True,
+        # The published penalties look at the whole text; llama.cpp's default is 64 tokens.
+        "repeat_last_n": len(request.token_ids) + request.max_tokens,
+    }
+    for ours, theirs in SAMPLING.items():
+        if (value := getattr(sampling, ours)) is not None:
+            body[theirs] = value
+    if sampling.seed is not None:
+        # 32 bits there, and the highest number means a random seed.
+        body["seed"] = sampling.seed % 0xFFFFFFFF
+    if sampling.ignore_eos:
+        body["ignore_eos"] = True
+    if sampling.logprobs is not None:
+        body["logprobs"] = max(1, sampling.logprobs)
+    if sampling.logit_bias:
+        body["logit_bias"] = list(sampling.logit_bias.items())
+    if request.json_schema is not None:
+        body["grammar"] = _grammar(request.json_schema)
+    return msgspec.json.encode(body)
+
+
+def _grammar(schema: dict[str, Any]) -> str:
+    # llama.cpp drops a schema that it cannot compile without a word and answers freely.
+    from llguidance import LLMatcher  # native, and rarely needed
+
+    grammar = "%llguidance {}\nstart: %json " + json.dumps(schema)
+    if problem := LLMatcher.validate_grammar(grammar):
+        reason = problem.partition("\n")[0].partition("JSON schema: ")[2] or problem
+        raise InvalidRequest(f"The JSON schema is not usable: {reason}", param="response_format")
+    return grammar
+
+
+def error_from(error: dict[str, Any]) -> HeadraceError:
+    """Translate an error object of llama.cpp."""
+    message, kind = str(error.get("message", "")), error.get("type")
+    if kind == "exceed_context_size_error":
+        return ContextOverflow(message)
+    if kind == "invalid_request_error":
+        return InvalidRequest(message)
+    if "memory" in message.lower():
+        return OutOfMemory("llama.cpp ran out of memory.", detail=message)
+    return GenerationFailed("llama.cpp failed.", detail=message)
+
+
+def _finite(logprob: float | None) -> float:
+    # JSON has no infinity: the library writes null for a token it holds impossible.
+    return -9999.0 if logprob is None else logprob

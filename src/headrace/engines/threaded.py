@@ -1,0 +1,81 @@
+"""The one bridge from a blocking engine to an async stream."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Executor
+from typing import TypeVar
+
+from headrace.core.stream import Mailbox
+
+T = TypeVar("T")
+
+Emit = Callable[[T], bool]
+"""Hands one item to the stream; True tells the producer to stop, as nobody listens any more."""
+
+
+class Inbox:
+    """Carries calls from many threads to one event loop, and wakes it once for all that wait."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[Callable[[object], None], object]] = []
+
+    def put(self, receive: Callable[[object], None], item: object) -> None:
+        """Have `receive(item)` called on the loop, in the order of the puts. From any thread."""
+        with self._lock:
+            self._waiting.append((receive, item))
+            wake = len(self._waiting) == 1
+        if wake:
+            self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        for receive, item in waiting:
+            receive(item)
+
+
+class _End:
+    """Marks that the producer's thread has nothing more to say."""
+
+
+async def stream(
+    produce: Callable[[Emit[T]], None], *, inbox: Inbox, executor: Executor
+) -> AsyncGenerator[T, None]:
+    """Run `produce(emit)` on a thread and yield what it emits.
+
+    An exception in `produce` is raised here after what was emitted before it. When this
+    generator is closed, the thread has ended.
+    """
+    mailbox: Mailbox[object] = Mailbox()
+    closed = False
+
+    def emit(item: T) -> bool:
+        inbox.put(mailbox.put, item)
+        return closed
+
+    def run() -> None:
+        try:
+            if not closed:
+                produce(emit)
+        finally:
+            inbox.put(mailbox.put, _End)
+
+    thread = asyncio.get_running_loop().run_in_executor(executor, run)
+    try:
+        while (item := await mailbox.get()) is not _End:
+            yield item  # pyright: ignore[reportReturnType]  # produce emits only T
+        await thread
+    finally:
+        closed = True
+        await _ended(thread)
+
+
+async def _ended(thread: asyncio.Future[None]) -> None:
+    await asyncio.wait({thread})
+    if not thread.cancelled():
+        thread.exception()
