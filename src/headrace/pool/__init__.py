@@ -1,0 +1,1 @@
+"""Many models behind one Backend."""

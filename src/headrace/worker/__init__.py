@@ -1,0 +1,1 @@
+"""One loaded model: in this process, or in one of its own."""

@@ -1,0 +1,154 @@
+"""One request on a loaded engine, from its turn in the queue to its Finish."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+
+import msgspec
+
+from headrace.core.errors import (
+    DeadlineExceeded,
+    GenerationFailed,
+    HeadraceError,
+    OutOfMemory,
+    from_record,
+    to_record,
+)
+from headrace.core.events import Delta, Event, Finish, FinishReason, Progress
+from headrace.core.metrics import DeviceUse, InferenceMetrics
+from headrace.core.request import GenerateRequest
+from headrace.core.stream import merge
+from headrace.engines.base import Admitted, Engine, EngineRequest, RawDelta, RawFinish
+from headrace.machine import Sampler
+from headrace.text.pipeline import TextPipeline
+from headrace.worker.admission import Admission
+from headrace.worker.meter import Meter, figures
+from headrace.worker.prompt import Job, Prompter
+
+log = logging.getLogger("headrace.worker")
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """What a loaded model consists of."""
+
+    name: str
+    engine_name: str
+    engine: Engine
+    prompter: Prompter
+    admission: Admission
+    sampler: Sampler
+
+
+class Answer:
+    """The state of one request while it runs."""
+
+    def __init__(self, loaded: Loaded, request: GenerateRequest) -> None:
+        self._loaded = loaded
+        self._request = request
+        self._meter = Meter(request)
+        self._watch = loaded.sampler.watch()
+        self._reasons: list[FinishReason] = ["stop"] * request.n
+        self._outcome: FinishReason = "cancelled"
+        started = request.deadline_s
+        self._deadline = None if started is None else request.received + started
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Yield the whole stream.
+
+        Raises:
+            HeadraceError: with the figures up to then in its `metrics`.
+        """
+        try:
+            async for event in self._answered():
+                yield event
+            self._outcome = self._reasons[0]
+            yield Finish(tuple(self._reasons), self._meter.usage, self._metrics())
+        except HeadraceError as error:
+            raise self._failed(error) from error
+        except MemoryError as error:
+            raise self._failed(OutOfMemory("The engine ran out of memory.")) from error
+        except Exception as error:
+            # A library can raise anything; above here only our own errors are known.
+            detail = f"{type(error).__name__}: {error}"
+            log.exception("headrace.engine.failed", extra={"data": {"id": self._request.id}})
+            raise self._failed(GenerationFailed("The engine failed.", detail=detail)) from error
+        finally:
+            record = {"id": self._request.id, **figures(self._metrics())}
+            log.info("headrace.request", extra={"data": record})
+            self._loaded.sampler.release(self._watch)
+
+    async def _answered(self) -> AsyncGenerator[Event, None]:
+        job = await asyncio.to_thread(self._loaded.prompter.job, self._request)
+        if job.echo:
+            for index in range(self._request.n):
+                yield Delta(text=job.echo, index=index)
+        stream = self._choices(job)
+        try:
+            async for event in stream:
+                yield event
+        finally:
+            await stream.aclose()
+
+    def _choices(self, job: Job) -> AsyncGenerator[Event, None]:
+        streams = [
+            self._choice(index, choice, TextPipeline(job.stops))
+            for index, choice in enumerate(job.choices)
+        ]
+        return streams[0] if len(streams) == 1 else merge(streams)
+
+    async def _choice(
+        self, index: int, request: EngineRequest, text: TextPipeline
+    ) -> AsyncGenerator[Event, None]:
+        admission, meter = self._loaded.admission, self._meter
+        entered = await admission.enter(self._deadline)
+        raw = self._loaded.engine.generate(request)
+        sent = 0
+        try:
+            async for event in raw:
+                self._check()
+                if isinstance(event, RawDelta):
+                    shown, tokens = text.feed(event.data), len(event.token_ids)
+                    sent += tokens
+                    meter.delta(tokens, visible=bool(shown))
+                    yield Delta(shown, event.token_ids, index, "", event.logprobs)
+                    if text.stopped:
+                        break
+                elif isinstance(event, Admitted):
+                    meter.admitted(len(request.token_ids), event.cached)
+                    yield Progress("prefill", event.done, event.total)
+                else:
+                    self._ended(index, event, sent)
+            if rest := text.flush():
+                yield Delta(rest, index=index)
+            if text.stopped:
+                self._reasons[index] = "stop"
+        finally:
+            await raw.aclose()
+            admission.leave(entered)
+
+    def _ended(self, index: int, event: RawFinish, sent: int) -> None:
+        self._reasons[index] = event.reason
+        missing = event.completion_tokens - sent
+        self._meter.correct(event.prompt_tokens, missing, event.cached_tokens)
+
+    def _check(self) -> None:
+        self._loaded.admission.check()
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise DeadlineExceeded("The deadline passed before the answer was complete.")
+
+    def _failed(self, error: HeadraceError) -> HeadraceError:
+        # A new one: the same error can end many streams, each with figures of its own.
+        self._outcome = "error"
+        return from_record(msgspec.structs.replace(to_record(error), metrics=self._metrics()))
+
+    def _metrics(self) -> InferenceMetrics:
+        devices: tuple[DeviceUse, ...] = self._loaded.sampler.release(self._watch)
+        return msgspec.structs.replace(
+            self._meter.finish(self._outcome, devices),
+            engine=self._loaded.engine_name,
+            model=self._loaded.name,
+            worker=self._loaded.name,
+        )

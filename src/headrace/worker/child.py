@@ -1,0 +1,176 @@
+"""The child's side: serves one Worker to its parent over the inherited socket, and ends with it."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from typing import Any
+
+import msgspec
+
+from headrace.core.errors import ErrorRecord, HeadraceError, to_record
+from headrace.core.events import Event
+from headrace.core.model import ModelSpec
+from headrace.log import configure
+from headrace.worker.spec import OnProgress, WorkerSpec
+from headrace.worker.wire import (
+    Alive,
+    Cancel,
+    Close,
+    Count,
+    Counted,
+    Detokenize,
+    Ended,
+    Failed,
+    Generate,
+    Happened,
+    Link,
+    Load,
+    Ready,
+    Text,
+    ToChild,
+)
+from headrace.worker.worker import Worker
+
+log = logging.getLogger("headrace.worker")
+
+_HEARTBEAT_S = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Child:
+    """Turns messages into calls of the worker, and its events into messages."""
+
+    def __init__(self) -> None:
+        self._link = Link(
+            msgspec.msgpack.Decoder(list[ToChild]), receive=self._receive, closed=self._orphaned
+        )
+        self._worker: Worker | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._streams: dict[int, asyncio.Task[None]] = {}
+        self._over = asyncio.Event()
+
+    async def serve(self, line: socket.socket) -> None:
+        """Serve until the parent says Close; without a parent the process ends at once."""
+        await asyncio.get_running_loop().create_connection(lambda: self._link, sock=line)
+        while not self._over.is_set():
+            self._link.send(Alive(_memory(self._worker)))
+            await asyncio.wait({self._task(self._over.wait())}, timeout=_HEARTBEAT_S)
+        self._link.close()
+
+    def _receive(self, messages: Sequence[ToChild]) -> None:
+        for message in messages:
+            match message:
+                case Generate(id=number):
+                    task = self._task(self._stream(message))
+                    self._streams[number] = task
+                case Cancel(id=number):
+                    if (running := self._streams.get(number)) is not None:
+                        running.cancel()
+                case Load():
+                    self._task(self._load(message))
+                case Close(drain_s=drain_s):
+                    self._task(self._close(drain_s))
+                case Count() | Detokenize():
+                    self._task(self._answer(message))
+
+    def _task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _ready(self) -> Worker:
+        assert self._worker is not None, "the parent asks before it loads"
+        return self._worker
+
+    async def _load(self, message: Load) -> None:
+        configure(*message.log)
+        found = message.spec
+
+        def resolved(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
+            return found
+
+        self._worker = worker = Worker(found.model, resolved)
+        if error := await _failure(worker.start()):
+            self._link.send(Failed(error))
+        else:
+            self._link.send(Ready(worker.models()[0]))
+
+    async def _stream(self, message: Generate) -> None:
+        error = None
+        stream = self._ready().generate(message.request)
+        try:
+            error = await _failure(self._forward(message.id, stream))
+        finally:
+            await stream.aclose()
+            del self._streams[message.id]
+            self._link.send(Ended(message.id, error))
+
+    async def _forward(self, number: int, stream: AsyncGenerator[Event, None]) -> None:
+        async for event in stream:
+            self._link.send(Happened(number, event))
+
+    async def _answer(self, message: Count | Detokenize) -> None:
+        if error := await _failure(self._reply(message)):
+            self._link.send(Ended(message.id, error))
+
+    async def _reply(self, message: Count | Detokenize) -> None:
+        worker = self._ready()
+        if isinstance(message, Count):
+            count = await worker.count_tokens(message.request)
+            self._link.send(Counted(message.id, count))
+        else:
+            self._link.send(Text(message.id, await worker.detokenize(message.request)))
+
+    async def _close(self, drain_s: float) -> None:
+        if self._worker is not None:
+            await self._worker.aclose(drain_s)
+        self._over.set()
+
+    def _orphaned(self, why: str) -> None:
+        # The parent has gone. The engine may be in the middle of anything: do not ask it.
+        shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
+        os._exit(0)
+
+
+async def _failure(work: Coroutine[Any, Any, None]) -> ErrorRecord | None:
+    """Do the work, and return what went wrong; the parent must hear of it whatever it was."""
+    try:
+        await work
+    except HeadraceError as error:
+        return to_record(error)
+    except Exception as error:
+        # A bug of ours or of a library: the parent's other streams go on.
+        log.exception("headrace.worker.bug")
+        return to_record(error)
+    return None
+
+
+def _memory(worker: Worker | None) -> int:
+    return (worker.models()[0].memory or 0) if worker else 0
+
+
+def _die_with_parent() -> None:
+    # The closed socket tells us too, but only if the event loop still turns.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> None:
+    """Run with the number of the inherited socket's file descriptor as the only argument."""
+    _die_with_parent()
+    line = socket.socket(fileno=int(sys.argv[1]))
+    asyncio.run(Child().serve(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Folds the events of one request into its figures (docs/figures.md)."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from headrace.core.metrics import DeviceUse, Gaps, InferenceMetrics, Usage
+from headrace.core.request import GenerateRequest
+
+
+class Meter:
+    """The clock and the counters of one request, over all of its choices."""
+
+    def __init__(
+        self, request: GenerateRequest, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._received = request.received
+        self._started_at = time.time() - (clock() - request.received)
+        self._load_ms = request.load_ms
+        self._admitted: float | None = None
+        self._visible: float | None = None
+        self._token_times: list[float] = []
+        self._chunks = 0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._completion_tokens = 0
+
+    def admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """Note that the engine has begun; later calls only raise the cached count."""
+        if self._admitted is None:
+            self._admitted = self._clock()
+        self._prompt_tokens = prompt_tokens
+        self._cached_tokens = max(self._cached_tokens, cached_tokens)
+
+    def delta(self, tokens: int, *, visible: bool) -> None:
+        """Note a delta of so many tokens, and whether it shows text."""
+        now = self._clock()
+        self._chunks += 1
+        self._completion_tokens += tokens
+        if tokens:
+            self._token_times.append(now)
+        if visible and self._visible is None:
+            self._visible = now
+
+    def correct(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> None:
+        """Take the engine's own account; `completion_tokens` is what the deltas did not carry."""
+        self._prompt_tokens = prompt_tokens
+        self._cached_tokens = max(self._cached_tokens, cached_tokens)
+        self._completion_tokens += completion_tokens
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens so far."""
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=min(self._cached_tokens, self._prompt_tokens),
+            completion_tokens=self._completion_tokens,
+        )
+
+    def finish(self, outcome: str, devices: tuple[DeviceUse, ...] = ()) -> InferenceMetrics:
+        """Return the figures as of now; `outcome` is a finish reason."""
+        now, times, usage = self._clock(), self._token_times, self.usage
+        first, last = (times[0], times[-1]) if times else (None, None)
+        prefill_ms = _ms(self._admitted, first)
+        decode_ms = _ms(first, last) if len(times) > 1 else None
+        fresh, steps = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens - 1
+        waited = _ms(self._received, self._admitted)
+        return InferenceMetrics(
+            started_at=self._started_at,
+            queue_ms=None if waited is None else max(0.0, waited - self._load_ms),
+            load_ms=self._load_ms,
+            time_to_first_token_ms=_ms(self._received, self._visible),
+            prefill_ms=prefill_ms,
+            prefill_tokens_per_second=_rate(fresh, prefill_ms),
+            decode_tokens_per_second=_rate(steps, decode_ms),
+            time_per_output_token_ms=decode_ms / steps if decode_ms and steps > 0 else None,
+            inter_token_ms=_gaps(times),
+            total_ms=(now - self._received) * 1000,
+            chunks=self._chunks,
+            usage=usage,
+            devices=devices,
+            outcome=outcome,
+        )
+
+
+def figures(metrics: InferenceMetrics) -> dict[str, object]:
+    """Return the scalar figures that are defined, for a log record."""
+    values = msgspec.structs.asdict(metrics) | msgspec.structs.asdict(metrics.usage)
+    return {
+        name: round(value, 3) if isinstance(value, float) else value
+        for name, value in values.items()
+        if isinstance(value, int | float | str) and value != ""
+    }
+
+
+def _ms(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else (end - start) * 1000
+
+
+def _rate(count: int, over_ms: float | None) -> float | None:
+    return count / over_ms * 1000 if over_ms and count > 0 else None
+
+
+def _gaps(times: Sequence[float]) -> Gaps | None:
+    gaps = sorted((after - before) * 1000 for before, after in itertools.pairwise(times))
+    if not gaps:
+        return None
+    return Gaps(p50=_percentile(gaps, 50), p99=_percentile(gaps, 99), max=gaps[-1])
+
+
+def _percentile(ordered: Sequence[float], percent: int) -> float:
+    # Nearest rank: the smallest value that at least `percent` % of the values do not exceed.
+    return ordered[-(-len(ordered) * percent // 100) - 1]

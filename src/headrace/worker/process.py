@@ -1,0 +1,195 @@
+"""A worker in a process of its own, as a Backend like any other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator
+
+import msgspec
+
+from headrace.core.errors import Draining, LoadFailed, WorkerDied, from_record
+from headrace.core.events import Event
+from headrace.core.model import ModelInfo, ModelSpec, State
+from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, TokenCount
+from headrace.log import LogSettings
+from headrace.worker.lifecycle import Lifecycle
+from headrace.worker.spawn import ChildProcess
+from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, unloaded_info
+from headrace.worker.wire import Close, Count, Detokenize, Ended, Generate, Load
+
+log = logging.getLogger("headrace.worker")
+
+_CANCEL_S = 30.0
+_LAST_STEP_S = 10.0
+_WATCH_S = 0.5
+
+
+class WorkerProcess:
+    """Loads its model in a child, and notices when the child dies or hangs."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        resolve: Resolve,
+        *,
+        on_progress: OnProgress | None = None,
+        log_settings: LogSettings = ("warning", "text"),
+    ) -> None:
+        self.spec = spec
+        self.died = asyncio.Event()
+        self._resolve = resolve
+        self._on_progress = on_progress or _silent
+        self._log_settings = log_settings
+        self._life = Lifecycle(spec.name)
+        self._found: WorkerSpec | None = None
+        self._info: ModelInfo | None = None
+        self._child: ChildProcess | None = None
+        self._watchdog: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> State:
+        """One of the states of contract W7."""
+        return self._life.state
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child, while there is one."""
+        return self._child.pid if self._child else None
+
+    def __repr__(self) -> str:
+        """Tell the name, the state and the process."""
+        return f"<WorkerProcess {self._life!r}, pid {self.pid}>"
+
+    async def start(self) -> None:
+        """Load the model in a new process. Idempotent; callers share one load.
+
+        Raises:
+            HeadraceError: as Worker.start; the child is gone then.
+        """
+        await self._life.start(self._load)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """Yield what the child's worker yields. Once it is closed, the slot is free.
+
+        Raises:
+            WorkerDied: the child ended or hung; nothing follows.
+        """
+        child = self._ready()
+        listener = child.listen()
+        child.link.send(Generate(listener.number, request))
+        over = False
+        try:
+            while True:
+                event = await listener.mailbox.get()
+                if isinstance(event, Ended):
+                    over = True
+                    if event.error is not None:
+                        raise from_record(event.error)
+                    return
+                yield event
+        finally:
+            if not over:
+                await child.leave(listener, timeout_s=_CANCEL_S)
+            child.forget(listener)
+
+    async def count_tokens(self, request: CountRequest) -> TokenCount:
+        """Count exactly, in the child, beside any generation."""
+        count = await self._ready().call(lambda number: Count(number, request))
+        assert isinstance(count, TokenCount), "the child answers in kind"
+        return count
+
+    async def detokenize(self, request: DetokenizeRequest) -> str:
+        """Return the text of token ids."""
+        text = await self._ready().call(lambda number: Detokenize(number, request))
+        assert isinstance(text, str), "the child answers in kind"
+        return text
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """Return the metadata of the one model, at any time."""
+        state, child = self._life.state, self._child
+        if self._info is None or child is None:
+            return (unloaded_info(self.spec, state, self._life.reason, self._found),)
+        info = msgspec.structs.replace(
+            self._info, state=state, reason=self._life.reason, memory=child.memory or None
+        )
+        return (info,)
+
+    async def aclose(self, drain_s: float = 0.0) -> None:
+        """Refuse new requests, let running ones end within `drain_s`, end the rest and the child.
+
+        Idempotent. When it returns the process is gone, and its memory with it.
+        """
+        self._life.state = "draining"
+        await self._life.abandon_start()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        if (child := self._child) is not None:
+            child.link.send(Close(drain_s))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(drain_s + _LAST_STEP_S):
+                    await child.gone.wait()
+            await _end(child)
+        self._child = None
+        self._life.state = "stopped"
+
+    def _ready(self) -> ChildProcess:
+        self._life.require_ready()
+        if self._child is None:
+            raise Draining(f"{self.spec.name} is stopping.")
+        return self._child
+
+    async def _load(self) -> None:
+        began = time.monotonic()
+        self._found = await asyncio.to_thread(self._resolve, self.spec, self._on_progress)
+        self._on_progress("loading", 0, 0)
+        child = ChildProcess(self.spec.name, self._on_gone)
+        await child.spawn()
+        try:
+            child.link.send(Load(self._found, self._log_settings))
+            info = await self._loaded(child)
+        except BaseException:
+            await _end(child)
+            raise
+        load_ms = (time.monotonic() - began) * 1000
+        self._info = msgspec.structs.replace(info, load_ms=load_ms)
+        self._child = child
+        self.died.clear()
+        self._watchdog = asyncio.create_task(self._watch(child))
+
+    async def _loaded(self, child: ChildProcess) -> ModelInfo:
+        try:
+            async with asyncio.timeout(self.spec.load_timeout_s):
+                return await child.loaded
+        except TimeoutError as error:
+            raise LoadFailed(
+                f"{self.spec.name} was not loaded within {self.spec.load_timeout_s:g} s."
+            ) from error
+
+    def _on_gone(self, error: WorkerDied) -> None:
+        if self._life.state == "ready":
+            data = {"model": self.spec.name, "reason": error.message, "stderr": error.detail}
+            log.error("headrace.worker.died", extra={"data": data})
+            self._life.fail(error.message)
+        self._child = None
+        self.died.set()
+
+    async def _watch(self, child: ChildProcess) -> None:
+        while not child.gone.is_set():
+            await asyncio.sleep(_WATCH_S)
+            if child.is_hung(self.spec.hang_s):
+                child.kill(hung=True)
+
+
+async def _end(child: ChildProcess) -> None:
+    child.kill()
+    await child.gone.wait()
+    child.loaded.cancel()
+    if not child.loaded.cancelled():
+        child.loaded.exception()
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody asked for."""

@@ -1,0 +1,174 @@
+"""From a request to what the engine is asked: template, tokens, context, stops. Blocking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from headrace.core.errors import ConfigError, ContextOverflow, InvalidRequest, Unsupported
+from headrace.core.model import Capabilities, ModelSpec
+from headrace.core.request import CountRequest, GenerateRequest, Message, Sampling
+from headrace.engines.base import Engine, EngineFacts, EngineRequest
+from headrace.text.template import ChatTemplate
+
+# Done by the worker for every engine.
+_OURS = {"stop"}
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A request, made ready: one engine request for each choice, and the stop strings."""
+
+    choices: tuple[EngineRequest, ...]
+    stops: tuple[str, ...]
+    echo: str = ""
+
+
+class Prompter:
+    """Turns requests into token ids for one loaded engine."""
+
+    def __init__(self, spec: ModelSpec, engine: Engine) -> None:
+        self._engine = engine
+        self._facts = facts = engine.facts
+        self._stops = spec.stop
+        self.template, self.note = _template(spec, facts)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that the template knows; none without a template."""
+        return self.template.roles if self.template else ()
+
+    def job(self, request: GenerateRequest) -> Job:
+        """Make a request ready.
+
+        Raises:
+            Unsupported: the engine cannot honour a field.
+            InvalidRequest, ContextOverflow: the request is wrong.
+        """
+        check_supported(request, self._facts.capabilities)
+        token_ids = self._token_ids(request)
+        max_tokens = room(
+            len(token_ids), request.sampling.max_tokens, self._context_length(request)
+        )
+        return Job(
+            choices=tuple(
+                EngineRequest(
+                    token_ids=token_ids,
+                    max_tokens=max_tokens,
+                    sampling=_seeded(request.sampling, index),
+                    json_schema=request.json_schema,
+                )
+                for index in range(request.n)
+            ),
+            stops=(*request.sampling.stop, *self._stops),
+            echo=self._echo(request),
+        )
+
+    def count(self, request: CountRequest) -> tuple[int, ...]:
+        """Return the token ids of a text, or of messages as the template puts them."""
+        if request.messages is not None:
+            return self._chat_ids(request.messages, request.template_options)
+        return tuple(self._engine.tokenize(request.text or "", add_special=request.add_special))
+
+    def _token_ids(self, request: GenerateRequest) -> tuple[int, ...]:
+        if request.messages is not None:
+            return self._chat_ids(request.messages, request.template_options)
+        if isinstance(request.prompt, tuple):
+            return request.prompt
+        token_ids = tuple(self._engine.tokenize(request.prompt or "", add_special=True))
+        if not token_ids:
+            raise InvalidRequest("The prompt is empty.", param="prompt")
+        return token_ids
+
+    def _chat_ids(self, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[int, ...]:
+        if not self.template:
+            raise Unsupported(
+                "This model has no chat template; give it a prompt, or configure chat_template.",
+                param="messages",
+            )
+        text = self.template.render(messages, options)
+        # Most templates write the BOS token themselves; twice would be one too many.
+        bos = self._facts.bos_token
+        written = bool(bos) and text.startswith(bos)
+        token_ids = tuple(self._engine.tokenize(text, add_special=not written))
+        if not token_ids:
+            raise InvalidRequest("The messages are empty.", param="messages")
+        return token_ids
+
+    def _context_length(self, request: GenerateRequest) -> int:
+        most, wanted = self._facts.context_length, request.context_length
+        if wanted is not None and not 1 <= wanted <= most:
+            raise InvalidRequest(
+                f"context_length goes from 1 to {most} for this model.", param="context_length"
+            )
+        return wanted or most
+
+    def _echo(self, request: GenerateRequest) -> str:
+        if not request.echo:
+            return ""
+        if request.prompt is None:
+            raise InvalidRequest("echo goes with a prompt, not with messages.", param="echo")
+        if request.sampling.logprobs is not None:
+            raise Unsupported("logprobs of an echoed prompt are not available.", param="echo")
+        if isinstance(request.prompt, str):
+            return request.prompt
+        return self._engine.detokenize(request.prompt)
+
+
+def _template(spec: ModelSpec, facts: EngineFacts) -> tuple[ChatTemplate | None, str | None]:
+    source = spec.chat_template or facts.chat_template
+    if not source:
+        return None, None
+    try:
+        return ChatTemplate(source, bos_token=facts.bos_token, eos_token=facts.eos_token), None
+    except ConfigError as error:
+        # A model whose own template is broken can still complete prompts.
+        if spec.chat_template:
+            raise
+        return None, f"no chat: {error.message}"
+
+
+def room(prompt_tokens: int, max_tokens: int | None, context_length: int) -> int:
+    """Return how many tokens may be generated.
+
+    Raises:
+        ContextOverflow: with the numbers.
+    """
+    if prompt_tokens >= context_length:
+        raise ContextOverflow(
+            f"The prompt has {prompt_tokens} tokens and the context length is {context_length}; "
+            "at least one must be left for the answer.",
+            param="messages",
+        )
+    if max_tokens is None:
+        return context_length - prompt_tokens
+    if prompt_tokens + max_tokens > context_length:
+        raise ContextOverflow(
+            f"The prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, together "
+            f"{prompt_tokens + max_tokens}; the context length is {context_length}.",
+            param="max_tokens",
+        )
+    return max_tokens
+
+
+def check_supported(request: GenerateRequest, capabilities: Capabilities) -> None:
+    """Refuse what the engine cannot honour.
+
+    Raises:
+        Unsupported: naming the first such field.
+    """
+    given = msgspec.to_builtins(request.sampling)
+    for name in given.keys() - _OURS - capabilities.sampling:
+        raise Unsupported(f"This engine does not support {name}.", param=name)
+    if request.json_schema is not None and not capabilities.json_schema:
+        raise Unsupported("This engine cannot keep to a JSON schema.", param="response_format")
+    if isinstance(request.prompt, tuple) and not capabilities.token_prompts:
+        raise Unsupported("This engine takes no token ids.", param="prompt")
+
+
+def _seeded(sampling: Sampling, index: int) -> Sampling:
+    # Every choice of a seeded request is its own draw, and the same one next time.
+    if sampling.seed is None or index == 0:
+        return sampling
+    return msgspec.structs.replace(sampling, seed=sampling.seed + index)

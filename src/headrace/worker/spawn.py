@@ -1,0 +1,261 @@
+"""One child process: started, spoken to, watched, and cleaned up after."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import msgspec
+
+from headrace.core.errors import (
+    LoadFailed,
+    WorkerDied,
+    from_record,
+    to_record,
+)
+from headrace.core.events import Event
+from headrace.core.model import ModelInfo
+from headrace.core.request import TokenCount
+from headrace.core.stream import Mailbox
+from headrace.worker.wire import (
+    Alive,
+    Cancel,
+    Counted,
+    Ended,
+    Failed,
+    Happened,
+    Link,
+    Message,
+    Ready,
+    Text,
+    ToParent,
+)
+
+log = logging.getLogger("headrace.worker")
+
+_DYING_S = 0.3
+_TAIL_LINES = 20
+
+
+class Listener:
+    """A stream as the parent holds it: what came, and when something last came."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.mailbox: Mailbox[Event | Ended] = Mailbox()
+        self.seen = time.monotonic()
+        self.admitted = False
+
+    def put(self, event: Event | Ended) -> None:
+        """Take what the child sent."""
+        self.seen = time.monotonic()
+        self.admitted = True
+        self.mailbox.put(event)
+
+
+class ChildProcess:
+    """A running child. When it ends, for whatever reason, everybody who waits is told."""
+
+    def __init__(self, name: str, on_gone: Callable[[WorkerDied], None]) -> None:
+        self.name = name
+        self.memory = 0
+        self.gone = asyncio.Event()
+        self.loaded: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
+        self.link = Link(
+            msgspec.msgpack.Decoder(list[ToParent]), receive=self._receive, closed=self._cut
+        )
+        self._on_gone = on_gone
+        self._numbers = itertools.count()
+        self._listeners: dict[int, Listener] = {}
+        self._calls: dict[int, asyncio.Future[TokenCount | str]] = {}
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._alive = time.monotonic()
+        self._hung = False
+        self._process: Process | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, while it runs."""
+        return self._process.pid if self._process and not self.gone.is_set() else None
+
+    @property
+    def outstanding(self) -> int:
+        """How many streams are open."""
+        return len(self._listeners)
+
+    async def spawn(self) -> None:
+        """Start the process and connect to it."""
+        ours, theirs = socket.socketpair()
+        # Whatever the child leaves lying about goes away with this directory.
+        self._scratch = tempfile.mkdtemp(prefix="headrace-")
+        try:
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "headrace.worker.child", str(theirs.fileno())),
+                    stdin=DEVNULL,
+                    stdout=DEVNULL,
+                    stderr=PIPE,
+                    pass_fds=(theirs.fileno(),),
+                    env={**os.environ, "TMPDIR": self._scratch},
+                    # Ctrl-C in a terminal is for the parent alone, which decides what it means.
+                    start_new_session=True,
+                )
+            await asyncio.get_running_loop().create_connection(lambda: self.link, sock=ours)
+        except BaseException:
+            ours.close()
+            self.kill()
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            raise
+        self._task(self._follow_stderr(self._process))
+
+    def listen(self) -> Listener:
+        """Open a stream's place."""
+        listener = Listener(next(self._numbers))
+        self._listeners[listener.number] = listener
+        return listener
+
+    async def leave(self, listener: Listener, *, timeout_s: float) -> None:
+        """Cancel a stream and wait until the child says that its slot is free."""
+        self.link.send(Cancel(listener.number))
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not isinstance(await listener.mailbox.get(), Ended):
+                    pass
+        except TimeoutError:
+            log.warning("headrace.worker.cancel_slow", extra={"data": {"model": self.name}})
+
+    def forget(self, listener: Listener) -> None:
+        """Close a stream's place."""
+        self._listeners.pop(listener.number, None)
+
+    async def call(self, ask: Callable[[int], Message]) -> TokenCount | str:
+        """Send a question and wait for its answer."""
+        number = next(self._numbers)
+        answer: asyncio.Future[TokenCount | str] = asyncio.get_running_loop().create_future()
+        self._calls[number] = answer
+        try:
+            self.link.send(ask(number))
+            return await answer
+        finally:
+            del self._calls[number]
+
+    def is_hung(self, limit_s: float) -> bool:
+        """Tell whether work is under way and nothing has come for so long."""
+        now = time.monotonic()
+        streams = self._listeners.values()
+        silent = any(one.admitted and now - one.seen > limit_s for one in streams)
+        busy = bool(self._listeners or self._calls)
+        return silent or (busy and now - self._alive > limit_s)
+
+    def kill(self, *, hung: bool = False) -> None:
+        """End the process at once; `gone` is set when it has ended."""
+        self._hung = self._hung or hung
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    def _receive(self, messages: Sequence[ToParent]) -> None:
+        self._alive = time.monotonic()
+        for message in messages:
+            if isinstance(message, Happened):
+                if (listener := self._listeners.get(message.id)) is not None:
+                    listener.put(message.event)
+            elif isinstance(message, Ended):
+                self._ended(message)
+            elif isinstance(message, Counted | Text):
+                self._answered(message)
+            elif isinstance(message, Alive):
+                self.memory = message.memory
+            elif isinstance(message, Ready) and not self.loaded.done():
+                self.loaded.set_result(message.info)
+            elif isinstance(message, Failed) and not self.loaded.done():
+                self.loaded.set_exception(from_record(message.error))
+
+    def _ended(self, message: Ended) -> None:
+        if (listener := self._listeners.get(message.id)) is not None:
+            listener.put(message)
+        elif (answer := self._calls.get(message.id)) and message.error and not answer.done():
+            answer.set_exception(from_record(message.error))
+
+    def _answered(self, message: Counted | Text) -> None:
+        answer = self._calls.get(message.id)
+        if answer is not None and not answer.done():
+            answer.set_result(message.count if isinstance(message, Counted) else message.text)
+
+    def _task(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _cut(self, why: str) -> None:
+        self._task(self._bury(why))
+
+    async def _bury(self, why: str) -> None:
+        process = self._process
+        assert process is not None, "the line exists because the process did"
+        try:
+            async with asyncio.timeout(_DYING_S):
+                await process.wait()
+        except TimeoutError:
+            self.kill()
+            await process.wait()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self.gone.set()
+        error = WorkerDied(
+            f"The worker of {self.name} {self._cause(process.returncode or 0, why)}.",
+            detail="\n".join(self._tail) or None,
+        )
+        self._tell(error)
+        self._on_gone(error)
+
+    def _cause(self, code: int, why: str) -> str:
+        if self._hung:
+            return "hung and was killed"
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}" if code else f"ended ({why})"
+
+    def _tell(self, error: WorkerDied) -> None:
+        record = to_record(error)
+        for number, listener in self._listeners.items():
+            listener.put(Ended(number, record))
+        waiting: list[asyncio.Future[TokenCount | str]] = list(self._calls.values())
+        for answer in waiting:
+            if not answer.done():
+                answer.set_exception(error)
+        if not self.loaded.done():
+            self.loaded.set_exception(
+                LoadFailed(f"{error.message[:-1]} while loading.", detail=error.detail)
+            )
+
+    async def _follow_stderr(self, process: Process) -> None:
+        assert process.stderr is not None, "it was asked for"
+        while line := await _line(process.stderr):
+            text = line.decode(errors="replace")
+            self._tail.append(text.rstrip())
+            try:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+            except (OSError, ValueError):
+                # A terminal that has gone fails nothing.
+                continue
+
+
+async def _line(stream: asyncio.StreamReader) -> bytes:
+    try:
+        return await stream.readline()
+    except ValueError:
+        # Longer than the reader's limit, which has dropped it.
+        return b"...\n"

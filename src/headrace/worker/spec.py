@@ -1,0 +1,69 @@
+"""What a worker is opened with: the configured model, the file it became, the engine for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from headrace.core.model import ModelFile, ModelInfo, ModelSpec, State
+from headrace.engines.base import EngineFacts
+from headrace.worker.prompt import Prompter
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and of how much (0: unknown)."""
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A model whose source has been resolved; all that a process needs to load it."""
+
+    model: ModelSpec
+    file: ModelFile
+    engine: str
+    engine_reason: str = ""
+
+
+Resolve = Callable[[ModelSpec, OnProgress], WorkerSpec]
+"""Finds the file (downloads it if need be), checks its header, chooses the engine. Blocking."""
+
+
+def unloaded_info(
+    spec: ModelSpec, state: State, reason: str | None, found: WorkerSpec | None = None
+) -> ModelInfo:
+    """Return the metadata of a model that is not loaded."""
+    file = found.file if found else ModelFile(path="", format="none")
+    return ModelInfo(
+        id=spec.name,
+        source=spec.model,
+        aliases=spec.aliases,
+        engine=found.engine if found else spec.engine or "auto",
+        engine_reason=found.engine_reason if found else "",
+        state=state,
+        reason=reason,
+        device=spec.device or "auto",
+        format=file.format,
+        architecture=file.architecture,
+        parameters=file.parameters,
+        quantization=file.quantization,
+        size=file.size,
+        context_length=spec.context_length or file.context_length,
+        chat_template=spec.chat_template or file.chat_template,
+        max_running=spec.max_running,
+        options=spec.options,
+    )
+
+
+def loaded_info(found: WorkerSpec, facts: EngineFacts, prompter: Prompter) -> ModelInfo:
+    """Return the metadata of a model that an engine has loaded."""
+    template = prompter.template
+    wanted = found.model.max_running or facts.max_running
+    return msgspec.structs.replace(
+        unloaded_info(found.model, "ready", None, found),
+        device=facts.device,
+        context_length=facts.context_length,
+        max_running=min(wanted, facts.max_running),
+        capabilities=msgspec.structs.replace(facts.capabilities, chat=template is not None),
+        chat_template=template.source if template else None,
+        roles=prompter.roles,
+        notes=(*facts.notes, prompter.note) if prompter.note else facts.notes,
+    )

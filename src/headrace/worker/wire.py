@@ -1,0 +1,194 @@
+"""What a worker's parent and child say to each other, and how it is framed.
+
+A frame is a big-endian 32-bit length and a msgpack list of messages: all that one side had to
+say in one turn of its event loop, which for the child is all deltas of one engine step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import msgspec
+
+from headrace.core.errors import ErrorRecord
+from headrace.core.events import Event
+from headrace.core.model import ModelInfo
+from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, TokenCount
+from headrace.log import LogSettings
+from headrace.worker.spec import WorkerSpec
+
+_HEADER = struct.Struct(">I")
+MAX_FRAME = 256 << 20
+"""Bytes; a longer frame means that the other side has lost its mind."""
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True):
+    """Base of all messages: compact, told apart by the first element."""
+
+
+class Load(Message, frozen=True, tag="load"):
+    """Parent: load this model. `log` is the configuration of the log, level and format."""
+
+    spec: WorkerSpec
+    log: LogSettings
+
+
+class Generate(Message, frozen=True, tag="generate"):
+    """Parent: begin stream `id`."""
+
+    id: int
+    request: GenerateRequest
+
+
+class Cancel(Message, frozen=True, tag="cancel"):
+    """Parent: nobody listens to stream `id` any more. Answered by its Ended."""
+
+    id: int
+
+
+class Count(Message, frozen=True, tag="count"):
+    """Parent: count tokens."""
+
+    id: int
+    request: CountRequest
+
+
+class Detokenize(Message, frozen=True, tag="detokenize"):
+    """Parent: turn ids into text."""
+
+    id: int
+    request: DetokenizeRequest
+
+
+class Close(Message, frozen=True, tag="close"):
+    """Parent: drain for so many seconds and end."""
+
+    drain_s: float
+
+
+class Ready(Message, frozen=True, tag="ready"):
+    """Child: the model is loaded."""
+
+    info: ModelInfo
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """Child: the model could not be loaded."""
+
+    error: ErrorRecord
+
+
+class Happened(Message, frozen=True, tag="e"):
+    """Child: the next event of stream `id`."""
+
+    id: int
+    event: Event
+
+
+class Ended(Message, frozen=True, tag="end"):
+    """Child: stream `id` is over and its slot free; after its Finish, or with an error."""
+
+    id: int
+    error: ErrorRecord | None = None
+
+
+class Counted(Message, frozen=True, tag="counted"):
+    """Child: answer to Count."""
+
+    id: int
+    count: TokenCount
+
+
+class Text(Message, frozen=True, tag="text"):
+    """Child: answer to Detokenize."""
+
+    id: int
+    text: str
+
+
+class Alive(Message, frozen=True, tag="alive"):
+    """Child, every second or two: its event loop turns. Memory is resident bytes."""
+
+    memory: int
+
+
+ToChild = Load | Generate | Cancel | Count | Detokenize | Close
+ToParent = Ready | Failed | Happened | Ended | Counted | Text | Alive
+In = TypeVar("In")
+
+
+class Link(asyncio.Protocol, Generic[In]):
+    """One end of the socket pair. Messages sent in one turn of the loop leave as one frame."""
+
+    def __init__(
+        self,
+        decoder: msgspec.msgpack.Decoder[list[In]],
+        receive: Callable[[Sequence[In]], None],
+        closed: Callable[[str], None],
+    ) -> None:
+        self._decode = decoder.decode
+        self._receive = receive
+        self._closed = closed
+        self._buffer = bytearray()
+        self._outbox: list[Message] = []
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._why = "the socket was closed"
+        self._transport: asyncio.Transport | None = None
+
+    def send(self, message: Message) -> None:
+        """Say something; what is said after the line is cut is lost."""
+        self._outbox.append(message)
+        if len(self._outbox) == 1:
+            asyncio.get_running_loop().call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Write all that was said."""
+        outbox, self._outbox = self._outbox, []
+        if outbox and self._transport is not None:
+            payload = self._encode(outbox)
+            self._transport.write(_HEADER.pack(len(payload)) + payload)
+
+    def close(self) -> None:
+        """Cut the line after what was said is written."""
+        self.flush()
+        if self._transport is not None:
+            self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport (called by asyncio)."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Take frames apart; a frame that is not valid cuts the line (called by asyncio)."""
+        buffer = self._buffer
+        buffer += data
+        start = 0
+        try:
+            while (end := _frame_end(buffer, start)) is not None:
+                self._receive(self._decode(buffer[start + _HEADER.size : end]))
+                start = end
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            self._why = f"a frame was not valid: {error}"
+            start = len(buffer)
+            if self._transport is not None:
+                self._transport.abort()
+        del buffer[:start]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell why the line is cut (called by asyncio)."""
+        self._transport = None
+        self._closed(str(exc) if exc else self._why)
+
+
+def _frame_end(buffer: bytearray, start: int) -> int | None:
+    if len(buffer) - start < _HEADER.size:
+        return None
+    (length,) = _HEADER.unpack_from(buffer, start)
+    if length > MAX_FRAME:
+        raise msgspec.DecodeError(f"a frame of {length} bytes")
+    end = start + _HEADER.size + length
+    return end if end <= len(buffer) else None
