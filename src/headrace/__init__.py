@@ -1,0 +1,61 @@
+"""Headrace runs language models on the engine that suits the machine, behind one API."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headrace.core.errors import HeadraceError
+    from headrace.core.events import Delta, Event, Finish, GenerateResult, Progress
+    from headrace.core.metrics import InferenceMetrics, Usage
+    from headrace.core.model import ModelInfo, ModelSpec
+    from headrace.core.request import GenerateRequest, Message, Sampling
+    from headrace.model_worker import AsyncModelWorker
+    from headrace.sync import ModelWorker
+
+__all__ = [
+    "AsyncModelWorker",
+    "Delta",
+    "Event",
+    "Finish",
+    "GenerateRequest",
+    "GenerateResult",
+    "HeadraceError",
+    "InferenceMetrics",
+    "Message",
+    "ModelInfo",
+    "ModelSpec",
+    "ModelWorker",
+    "Progress",
+    "Sampling",
+    "Usage",
+    "__version__",
+]
+
+_HOMES = {
+    "AsyncModelWorker": "headrace.model_worker",
+    "Delta": "headrace.core.events",
+    "Event": "headrace.core.events",
+    "Finish": "headrace.core.events",
+    "GenerateRequest": "headrace.core.request",
+    "GenerateResult": "headrace.core.events",
+    "HeadraceError": "headrace.core.errors",
+    "InferenceMetrics": "headrace.core.metrics",
+    "Message": "headrace.core.request",
+    "ModelInfo": "headrace.core.model",
+    "ModelSpec": "headrace.core.model",
+    "ModelWorker": "headrace.sync",
+    "Progress": "headrace.core.events",
+    "Sampling": "headrace.core.request",
+    "Usage": "headrace.core.metrics",
+}
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: importing the package stays cheap."""
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

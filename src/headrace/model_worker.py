@@ -1,0 +1,188 @@
+"""AsyncModelWorker: one model as a Python object."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from headrace import runtime
+from headrace.config import Config
+from headrace.core.errors import InvalidRequest
+from headrace.core.events import Event, GenerateResult
+from headrace.core.model import ModelInfo, ModelSpec, State
+from headrace.core.request import (
+    CountRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    Message,
+    Sampling,
+    TokenCount,
+)
+from headrace.core.stream import collect
+from headrace.worker.spec import OnProgress
+
+Messages = Sequence[Message | Mapping[str, Any]]
+Prompt = str | Sequence[int]
+
+_SAMPLING = set(Sampling.__struct_fields__)
+_REQUEST = {"n", "echo", "context_length", "json_schema", "template_options", "deadline_s"}
+
+
+class AsyncModelWorker:
+    """Binds a model; `start` (or `async with`) loads it in a process of its own.
+
+    `model` is a configured name, an alias, a reference or a whole specification. `arguments`
+    are settings of the model (`engine`, `device`, `context_length`, ...) and options of its
+    engine; they win over the environment and the file. With `isolate=False` no process is made.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong.
+    """
+
+    def __init__(
+        self,
+        model: str | ModelSpec,
+        *,
+        config: Config | None = None,
+        isolate: bool = True,
+        on_progress: OnProgress | None = None,
+        **arguments: Any,
+    ) -> None:
+        if isinstance(model, ModelSpec):
+            self.spec = msgspec.structs.replace(model, **arguments)
+            config = config or runtime.load_settings().config
+        else:
+            settings = runtime.load_settings()
+            self.spec = settings.model_spec(model, arguments)
+            config = config or settings.config
+        self._worker = runtime.open_worker(
+            self.spec, config, isolate=isolate, on_progress=on_progress
+        )
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, **keywords: Any) -> Self:
+        """Bind a model that is specified already; keywords are those of the class."""
+        return cls(spec, **keywords)
+
+    @property
+    def state(self) -> State:
+        """One of created, loading, ready, draining, stopped, failed."""
+        return self._worker.state
+
+    @property
+    def metadata(self) -> ModelInfo:
+        """What is known of the model; all of it once it is loaded."""
+        return self._worker.models()[0]
+
+    def __repr__(self) -> str:
+        """Tell the name and the state."""
+        return f"<AsyncModelWorker {self._worker!r}>"
+
+    async def start(self) -> None:
+        """Fetch the model if need be, and load it. Idempotent.
+
+        Raises:
+            HeadraceError: UnknownModel, LoadFailed, OutOfMemory, UpstreamError, ConfigError.
+        """
+        await self._worker.start()
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Let running streams end within `drain_s` seconds, end the rest, free all. Idempotent."""
+        await self._worker.aclose(drain_s)
+
+    async def restart(self) -> None:
+        """Stop, and load the same model again."""
+        await self.stop()
+        await self.start()
+
+    async def aclose(self) -> None:
+        """Stop at once."""
+        await self.stop()
+
+    async def __aenter__(self) -> Self:
+        """Load the model."""
+        try:
+            await self.start()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop the model."""
+        await self.aclose()
+
+    def generate_stream(
+        self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Any
+    ) -> AsyncGenerator[Event, None]:
+        """Return the stream of an answer: deltas, then one Finish with usage and metrics.
+
+        `options` are the fields of Sampling (`max_tokens`, `temperature`, `stop`, ...) and of
+        GenerateRequest (`n`, `echo`, `json_schema`, `deadline_s`, ...).
+
+        Raises:
+            InvalidRequest: an option is unknown or wrong.
+        """
+        return self._worker.generate(request(self.spec.name, prompt, messages, options))
+
+    async def generate(
+        self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Any
+    ) -> GenerateResult:
+        """Return the whole answer; arguments as for `generate_stream`."""
+        return await collect(self.generate_stream(prompt, messages=messages, **options))
+
+    async def count_tokens(
+        self,
+        text: str | None = None,
+        *,
+        messages: Messages | None = None,
+        add_special: bool = False,
+    ) -> TokenCount:
+        """Count a text, or messages as the template puts them. Never waits behind generation."""
+        ask = CountRequest(text=text, messages=_messages(messages), add_special=add_special)
+        return await self._worker.count_tokens(ask)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids."""
+        return await self._worker.detokenize(DetokenizeRequest(token_ids=tuple(token_ids)))
+
+
+def request(
+    model: str, prompt: Prompt | None, messages: Messages | None, options: Mapping[str, Any]
+) -> GenerateRequest:
+    """Build a request from keyword arguments.
+
+    Raises:
+        InvalidRequest: an option is unknown, or a value has the wrong type or range.
+    """
+    for name in options.keys() - _SAMPLING - _REQUEST:
+        near = difflib.get_close_matches(name, _SAMPLING | _REQUEST, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InvalidRequest(f"There is no option {name!r}{hint}", param=name)
+    sampling = {name: value for name, value in options.items() if name in _SAMPLING}
+    if isinstance(sampling.get("stop"), str):
+        sampling["stop"] = (sampling["stop"],)
+    fields = {name: value for name, value in options.items() if name in _REQUEST}
+    text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
+    body = {"model": model, "prompt": text, "sampling": sampling, **fields}
+    try:
+        built = msgspec.convert(body | {"messages": _messages(messages)}, GenerateRequest)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(str(error)) from error
+    return built
+
+
+def _messages(messages: Messages | None) -> tuple[Message, ...] | None:
+    try:
+        return msgspec.convert(messages, tuple[Message, ...] | None)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"messages: {error}", param="messages") from error

@@ -1,0 +1,152 @@
+"""ModelWorker: the blocking face of AsyncModelWorker, and the one bridge to it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from headrace.core.events import Event, GenerateResult
+from headrace.core.model import ModelInfo, ModelSpec, State
+from headrace.core.request import TokenCount
+from headrace.model_worker import AsyncModelWorker, Messages, Prompt
+
+T = TypeVar("T")
+
+
+class _Loop:
+    """An event loop on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="headrace", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run to the end; an interrupt of the caller cancels the work."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """End the thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+class ModelWorker:
+    """One model, blocking. Arguments and errors are those of AsyncModelWorker.
+
+    From any number of threads at once; a stream belongs to the thread that reads it.
+    """
+
+    def __init__(self, model: str | ModelSpec, **keywords: Any) -> None:
+        self._worker = AsyncModelWorker(model, **keywords)
+        self._loop: _Loop | None = None
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, **keywords: Any) -> Self:
+        """Bind a model that is specified already."""
+        return cls(spec, **keywords)
+
+    @property
+    def state(self) -> State:
+        """One of created, loading, ready, draining, stopped, failed."""
+        return self._worker.state
+
+    @property
+    def metadata(self) -> ModelInfo:
+        """What is known of the model; all of it once it is loaded."""
+        return self._worker.metadata
+
+    def __repr__(self) -> str:
+        """Tell the name and the state."""
+        return f"<ModelWorker {self._worker!r}>"
+
+    def start(self) -> None:
+        """Load the model. Idempotent."""
+        self._run(self._worker.start())
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        """Drain, and free all. Idempotent."""
+        if self._loop is not None:
+            self._loop.run(self._worker.stop(drain_s))
+            self._loop.close()
+            self._loop = None
+
+    def restart(self) -> None:
+        """Stop, and load the same model again."""
+        self._run(self._worker.restart())
+
+    def close(self) -> None:
+        """Stop at once."""
+        self.stop()
+
+    def __enter__(self) -> Self:
+        """Load the model."""
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop the model."""
+        self.close()
+
+    def generate_stream(
+        self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Any
+    ) -> Iterator[Event]:
+        """Yield deltas, then one Finish. Closing the iterator stops the engine."""
+        stream = self._worker.generate_stream(prompt, messages=messages, **options)
+        return self._events(stream)
+
+    def generate(
+        self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Any
+    ) -> GenerateResult:
+        """Return the whole answer."""
+        return self._run(self._worker.generate(prompt, messages=messages, **options))
+
+    def count_tokens(
+        self,
+        text: str | None = None,
+        *,
+        messages: Messages | None = None,
+        add_special: bool = False,
+    ) -> TokenCount:
+        """Count a text, or messages as the template puts them."""
+        work = self._worker.count_tokens(text, messages=messages, add_special=add_special)
+        return self._run(work)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids."""
+        return self._run(self._worker.detokenize(token_ids))
+
+    def _events(self, stream: Any) -> Iterator[Event]:
+        try:
+            while (event := self._run(_next(stream))) is not None:
+                yield event
+        finally:
+            self._run(stream.aclose())
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop is None:
+            self._loop = _Loop()
+        return self._loop.run(work)
+
+
+async def _next(stream: Any) -> Event | None:
+    return await anext(stream, None)
