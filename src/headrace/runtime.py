@@ -60,10 +60,7 @@ def resolver(config: Config) -> Resolve:
     """Return the function that finds a model's file and its engine; it downloads and blocks."""
 
     def resolve(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
-        reference = _reference(spec)
-        if isinstance(reference, BuiltinReference):
-            return _worker_spec(spec, _NO_FILE)
-        return _worker_spec(spec, inspect(store(config).fetch(reference, on_progress)))
+        return _worker_spec(spec, store(config).model_file(_reference(spec), on_progress))
 
     return resolve
 

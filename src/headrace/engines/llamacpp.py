@@ -13,7 +13,7 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +22,7 @@ import msgspec
 import psutil
 from pydantic import Field
 
-from headrace.core.errors import GenerationFailed, LoadFailed
+from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
 from headrace.core.model import Capabilities
 from headrace.engines import threaded
 from headrace.engines.base import (
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 ABOUT = About(formats=("gguf",), devices=("cpu", "cuda", "mps"), requires="xllamacpp")
 
-_DEFAULT_SLOTS = 8
+_DEFAULT_SLOTS = 4
 _CPU_BATCH = 256
 _GPU_BATCH = 2048
 # The library's enumerations as numbers: its Python names for them change between releases.
@@ -55,7 +55,7 @@ class Options(EngineOptions):
     """Settings of llama.cpp. All are fixed once the model is loaded."""
 
     slots: int | None = Field(
-        None, ge=1, le=256, description="Requests in one batch; by default 8, or fewer."
+        None, ge=1, le=256, description="Requests in one batch; by default 4, or fewer."
     )
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads; by default one for each core it may use."
@@ -89,6 +89,7 @@ class Engine:
         self._inbox: threaded.Inbox | None = None
         self._server: xllamacpp.Server | None = None
         self._threads: ThreadPoolExecutor | None = None
+        self._vocabulary = 0
         try:
             self._load(request)
         except BaseException:
@@ -102,6 +103,8 @@ class Engine:
         server, threads = self._server, self._threads
         if server is None or threads is None:
             raise GenerationFailed("The engine is closed.")
+        self._check(request.token_ids)
+        self._check(request.sampling.logit_bias, param="logit_bias")
         raw: AsyncGenerator[RawEvent, None] = threaded.stream(
             lambda emit: Call(request, emit).run(server),
             inbox=self._inbox,
@@ -124,6 +127,7 @@ class Engine:
         Raises:
             InvalidRequest: an id is outside of the vocabulary.
         """
+        self._check(token_ids)
         return self._ask("/detokenize", {"tokens": list(token_ids)})["content"]
 
     def close(self) -> None:
@@ -150,6 +154,7 @@ class Engine:
                     f"llama.cpp could not load {Path(self._model.path).name}.", detail=str(error)
                 ) from error
         self.facts = self._facts(request, plan, device)
+        self._vocabulary = int(self._ask("/v1/models")["data"][0]["meta"]["n_vocab"])
         self._threads = ThreadPoolExecutor(plan.slots, "llamacpp")
 
     def _params(self, params: Any, plan: ContextPlan, device: str) -> Any:
@@ -207,6 +212,11 @@ class Engine:
             ),
         )
 
+    def _check(self, token_ids: Iterable[int], *, param: str | None = None) -> None:
+        # The library cuts an id to 32 bits before it looks: a wrong one can pass for another.
+        if not all(0 <= token < self._vocabulary for token in token_ids):
+            raise InvalidRequest("A token id is outside of the vocabulary.", param=param)
+
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         connection = _UnixConnection(str(self._private / "s.sock"))
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
@@ -231,7 +241,7 @@ class ContextPlan(msgspec.Struct, frozen=True):
 def plan_context(
     request: OpenRequest, options: Options, available: int, *, on_cpu: bool
 ) -> ContextPlan:
-    """Choose slots and context so that the KV cache takes at most half of `available` bytes.
+    """Choose slots and context so that the KV cache takes at most a quarter of `available` bytes.
 
     What was asked for is kept. Of what was not, slots give way first and then the context.
     """
@@ -241,14 +251,14 @@ def plan_context(
     per_token = (model.kv_bytes_per_token or 0) * _KV_SHARE[options.kv_type]
     if not per_token or not on_cpu:
         return ContextPlan(slots, context)
-    fits = int(available / 2 / per_token)
+    fits = int(available / 4 / per_token)
     notes: list[str] = []
     if slots * context > fits and options.slots is None:
         slots = max(1, fits // context)
-        notes.append(f"slots cut to {slots}: the KV cache would take over half of the free memory")
+        notes.append(f"slots cut to {slots}, to fit a quarter of the free memory")
     if slots * context > fits and request.context_length is None:
         context = max(256, fits // slots // 256 * 256)
-        notes.append(f"context cut to {context}: the KV cache would take over half of the memory")
+        notes.append(f"context cut to {context}, to fit a quarter of the free memory")
     return ContextPlan(slots, context, tuple(notes))
 
 

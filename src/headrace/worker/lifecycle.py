@@ -36,7 +36,12 @@ class Lifecycle:
             self.state, self.reason = "loading", None
             self._starting = asyncio.create_task(self._start(load), name=f"load {self.name}")
         # The load belongs to all who wait for it: one that gives up does not end it.
-        await asyncio.shield(self._starting)
+        try:
+            await asyncio.shield(self._starting)
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            raise Draining(f"{self.name} was stopped while it was loading.") from None
 
     async def _start(self, load: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -80,3 +85,8 @@ class Lifecycle:
     def __repr__(self) -> str:
         """Tell the state and its reason."""
         return f"<{self.name} {self.state}{f': {self.reason}' if self.reason else ''}>"
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -121,10 +121,7 @@ class Worker:
     async def _load(self) -> None:
         began = time.monotonic()
         found = self._found = await asyncio.to_thread(self._resolve, self.spec, self._on_progress)
-        log.info(
-            "headrace.worker.start",
-            extra={"data": {"spec": found, "system": await asyncio.to_thread(system)}},
-        )
+        log.info("headrace.worker.start", extra={"data": await asyncio.to_thread(_facts, found)})
         self._on_progress("loading", 0, 0)
         opening = asyncio.ensure_future(asyncio.to_thread(self._open, found))
         try:
@@ -158,6 +155,22 @@ class Worker:
         except BaseException:
             engine.close()
             raise
+
+
+def _facts(found: WorkerSpec) -> dict[str, object]:
+    parameters = msgspec.to_builtins(found.model) | {
+        "chat_template": bool(found.model.chat_template)
+    }
+    file = msgspec.structs.replace(found.file, chat_template=None)
+    return {
+        "model": found.model.name,
+        "source": found.model.model,
+        "engine": found.engine,
+        "engine_reason": found.engine_reason,
+        "parameters": parameters,
+        "file": file,
+        "system": system(),
+    }
 
 
 async def _drain(loaded: Loaded, drain_s: float) -> None:

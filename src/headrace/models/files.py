@@ -1,0 +1,66 @@
+"""Opening what may be anything: a file is read only when it is a regular one."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from headrace.core.errors import LoadFailed
+
+
+@contextmanager
+def open_regular(path: Path) -> Generator[tuple[BinaryIO, int]]:
+    """Open a regular file without waiting for anybody, with its size in bytes.
+
+    Raises:
+        LoadFailed: it is missing, unreadable, a folder, a pipe, a socket or a device.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        _check_kind(path, os.stat(path).st_mode)  # noqa: PTH116 - the same call as for descriptors
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise LoadFailed(f"{path}: {error.strerror or error}.") from error
+    except ValueError as error:  # a NUL in the path
+        raise LoadFailed(f"{path}: not a path.") from error
+    try:
+        # It may have been exchanged since it was looked at; what is open stays what it is.
+        facts = os.fstat(descriptor)
+        _check_kind(path, facts.st_mode)
+        with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
+            yield file, facts.st_size
+    except OSError as error:
+        raise LoadFailed(f"{path}: {error.strerror or error}.") from error
+    finally:
+        os.close(descriptor)
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Return the whole of a small file.
+
+    Raises:
+        LoadFailed: as `open_regular`, or it has more than `limit` bytes.
+    """
+    with open_regular(path) as (file, size):
+        if size > limit:
+            raise LoadFailed(f"{path}: {size} bytes are more than the {limit} allowed.")
+        return file.read(limit) or b""
+
+
+def _check_kind(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise LoadFailed(f"{path}: not a regular file but {kind}.")
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}

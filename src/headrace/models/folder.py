@@ -1,0 +1,162 @@
+"""A model folder in the layout of transformers: config.json, tokenizer files, safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from headrace.core.errors import LoadFailed
+from headrace.core.model import ModelFile
+from headrace.models.context import effective
+from headrace.models.files import read_bounded
+from headrace.models.safetensors import read_header
+
+MAX_JSON = 32 << 20
+MAX_TEMPLATE = 1 << 20
+INDEX = "model.safetensors.index.json"
+_LENGTHS = (
+    "max_position_embeddings",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "n_positions",
+    "n_ctx",
+)
+
+
+def describe(folder: Path) -> ModelFile:
+    """Check the headers of a folder's safetensors files and tell what is in them.
+
+    Raises:
+        LoadFailed: config.json or a file of weights is missing or damaged.
+    """
+    config = read_json(folder / "config.json")
+    # Models for images and text keep the part that speaks in a table of its own.
+    text_config = config.get("text_config")
+    inner = config | cast("dict[str, Any]", text_config) if _is_table(text_config) else config
+    headers = [read_header(file) for file in weight_files(folder)]
+    weights: Counter[str] = Counter()
+    for header in headers:
+        weights.update(header.weights)
+    method = _quantization_method(config)
+    tokenizer = folder / "tokenizer_config.json"
+    tokens = read_json(tokenizer) if tokenizer.exists() else {}
+    return ModelFile(
+        path=str(folder),
+        format="safetensors",
+        architecture=_architecture(config),
+        # Packed weights cannot be counted from the shapes.
+        parameters=None if method else weights.total(),
+        quantization=method or max(weights, key=lambda name: weights[name]),
+        context_length=_context_length(inner, tokens),
+        chat_template=_chat_template(folder, tokens),
+        size=sum(header.size for header in headers),
+        kv_bytes_per_token=_kv_bytes_per_token(inner),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        LoadFailed: it is missing, too long, or no JSON object.
+    """
+    try:
+        value = json.loads(read_bounded(path, MAX_JSON))
+    except (ValueError, RecursionError) as error:
+        raise LoadFailed(f"{path}: not JSON: {error}.") from error
+    if not _is_table(value):
+        raise LoadFailed(f"{path}: not a JSON object.")
+    return cast("dict[str, Any]", value)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights: those of the index, the one, or all there are.
+
+    Raises:
+        LoadFailed: there are none, or the index names one that is missing or elsewhere.
+    """
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.exists():
+        table = read_json(index).get("weight_map")
+        names = set(cast("dict[str, Any]", table).values()) if _is_table(table) else set[Any]()
+        if not names or not all(_is_plain(name) for name in names):
+            raise LoadFailed(f"{index}: weight_map does not name files of this folder.")
+        return [folder / name for name in sorted(names)]
+    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise LoadFailed(f"{folder}: no safetensors files in it.")
+    return files
+
+
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    kind = config.get("model_type")
+    names = config.get("architectures")
+    if isinstance(kind, str):
+        return kind
+    return str(cast("list[object]", names)[0]) if isinstance(names, list) and names else None
+
+
+def _quantization_method(config: Mapping[str, Any]) -> str | None:
+    table = config.get("quantization_config")
+    if not _is_table(table):
+        return None
+    return str(cast("dict[str, Any]", table).get("quant_method", "quantized"))
+
+
+def _number(table: Mapping[str, Any], *keys: str) -> float | None:
+    for key in keys:
+        value = table.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _count(table: Mapping[str, Any], *keys: str) -> int | None:
+    value = _number(table, *keys)
+    return value if isinstance(value, int) and 0 < value < 1 << 32 else None
+
+
+def _context_length(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> int | None:
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    scaling = cast("dict[str, Any]", rope) if _is_table(rope) else {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    length = effective(
+        _number(config, *_LENGTHS),
+        kind=kind if isinstance(kind, str) else None,
+        factor=_number(scaling, "factor"),
+        original=_number(scaling, "original_max_position_embeddings"),
+        architecture=str(config.get("model_type", "")),
+    )
+    return length or effective(_number(tokenizer, "model_max_length"))
+
+
+def _chat_template(folder: Path, tokenizer: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return read_bounded(file, MAX_TEMPLATE).decode(errors="replace")
+    template = tokenizer.get("chat_template")
+    if isinstance(template, list):  # several, each with a name
+        named = [t for t in cast("list[Any]", template) if _is_table(t)]
+        template = next((t.get("template") for t in named if t.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+def _kv_bytes_per_token(config: Mapping[str, Any]) -> int | None:
+    layers = _count(config, "num_hidden_layers", "n_layer")
+    heads = _count(config, "num_attention_heads", "n_head")
+    width = _count(config, "hidden_size", "n_embd")
+    stored = _count(config, "num_key_value_heads") or heads
+    size = _count(config, "head_dim") or (width // heads if width and heads else None)
+    return layers * stored * size * 2 * 2 if layers and stored and size else None

@@ -1,0 +1,308 @@
+"""Reads and checks the header of a GGUF file, before any native library sees the file.
+
+Every count, length and offset is held against the size of the file. Vocabularies are walked
+over and not kept, so the memory needed does not grow with the file.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import msgspec
+
+from headrace.core.errors import LoadFailed
+from headrace.models.files import open_regular
+from headrace.models.gguf_types import (
+    ARRAY,
+    BOOLEAN,
+    SCALARS,
+    STRING,
+    TENSOR_TYPES,
+)
+
+MAGIC = b"GGUF"
+MAX_PAIRS = 65_536
+MAX_TENSORS = 131_072
+MAX_TEXTS = 4_194_304
+"""Texts in all arrays together; the largest vocabularies and their merges have a million."""
+MAX_KEPT_TEXT = 1 << 20
+MAX_KEPT = 8 << 20
+MAX_KEPT_ARRAY = 4096
+MAX_NAME = 65_535
+_CHUNK = 1 << 18
+
+
+class Skipped(msgspec.Struct, frozen=True):
+    """An array or a text that was checked and not kept: how long it is."""
+
+    length: int
+
+
+Value = int | float | bool | str | tuple[int | float, ...] | Skipped
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """A header that holds together. `tensor_bytes` is by type; `size` is that of the file."""
+
+    path: Path
+    size: int
+    version: int
+    metadata: Mapping[str, Value]
+    tensors: int
+    parameters: int
+    tensor_bytes: Mapping[str, int]
+
+
+class _Cursor:
+    """Reads forward through a file of known size, a chunk at a time."""
+
+    def __init__(self, file: BinaryIO, size: int, path: Path) -> None:
+        self._file, self._path = file, path
+        self._buffer, self._at = b"", 0
+        self._end = 0  # the place in the file where the buffer ends
+        self.size = size
+
+    @property
+    def place(self) -> int:
+        """The next byte's place in the file."""
+        return self._end - len(self._buffer) + self._at
+
+    @property
+    def left(self) -> int:
+        """How many bytes of the file follow."""
+        return self.size - self.place
+
+    def fail(self, what: str) -> NoReturn:
+        """Refuse the file."""
+        raise LoadFailed(f"{self._path}: damaged GGUF: {what}, at byte {self.place}.")
+
+    def take(self, count: int) -> bytes:
+        """Return the next bytes."""
+        if count > self.left:
+            self.fail(f"{count} bytes are said to follow, but the file has {self.left} more")
+        if len(self._buffer) - self._at < count:
+            rest = self._buffer[self._at :]
+            more = self._file.read(max(_CHUNK, count - len(rest)))
+            self._buffer, self._at = rest + more, 0
+            self._end += len(more)
+            if len(self._buffer) < count:
+                self.fail("the file became shorter while it was read")
+        self._at += count
+        return self._buffer[self._at - count : self._at]
+
+    def skip(self, count: int) -> None:
+        """Pass over bytes."""
+        if count > self.left:
+            self.fail(f"{count} bytes are said to follow, but the file has {self.left} more")
+        if self._at + count <= len(self._buffer):
+            self._at += count
+            return
+        self._end = self._file.seek(self.place + count)
+        self._buffer, self._at = b"", 0
+
+    def skip_texts(self, count: int) -> None:
+        """Pass over texts, each with its length in front."""
+        for _ in range(count):
+            at = self._at
+            # This runs a million times for a large vocabulary, hence the short cut.
+            if at + 8 <= len(self._buffer):
+                (length,) = _U64.unpack_from(self._buffer, at)
+                if at + 8 + length <= len(self._buffer):
+                    self._at = at + 8 + length
+                    continue
+            self.skip(self.u64())
+
+    def u32(self) -> int:
+        """Return the next 4 bytes as a number."""
+        return int.from_bytes(self.take(4), "little")
+
+    def u64(self) -> int:
+        """Return the next 8 bytes as a number."""
+        return int.from_bytes(self.take(8), "little")
+
+    def name(self, limit: int) -> str:
+        """Return a short text that has to be sound."""
+        length = self.u64()
+        if not 0 < length <= limit:
+            self.fail(f"a name of {length} bytes")
+        try:
+            return self.take(length).decode()
+        except UnicodeDecodeError:
+            self.fail("a name is not UTF-8")
+
+
+_U64 = struct.Struct("<Q")
+
+
+class _Metadata:
+    """The pairs of keys and values, as they are read."""
+
+    def __init__(self, cursor: _Cursor) -> None:
+        self._cursor = cursor
+        self._kept = 0
+        self._texts = 0
+        self.values: dict[str, Value] = {}
+
+    def read(self, count: int) -> dict[str, Value]:
+        for _ in range(count):
+            key = self._cursor.name(MAX_NAME)
+            if key in self.values:
+                self._cursor.fail(f"the key {_shown(key)} is there twice")
+            self._keep(len(key))
+            self.values[key] = self._value(self._cursor.u32())
+        return self.values
+
+    def _keep(self, size: int) -> None:
+        self._kept += size
+        if self._kept > MAX_KEPT:
+            self._cursor.fail(f"more than {MAX_KEPT} bytes of metadata beside the vocabulary")
+
+    def _value(self, kind: int) -> Value:
+        if kind == STRING:
+            return self._text()
+        if kind == ARRAY:
+            return self._array(self._cursor.u32(), self._cursor.u64())
+        return self._scalars(kind, 1)[0]
+
+    def _text(self) -> Value:
+        length = self._cursor.u64()
+        if length > MAX_KEPT_TEXT:
+            self._cursor.skip(length)
+            return Skipped(length)
+        self._keep(length)
+        return self._cursor.take(length).decode(errors="replace")
+
+    def _array(self, kind: int, length: int) -> Value:
+        cursor = self._cursor
+        if kind == STRING:
+            self._texts += length
+            if self._texts > MAX_TEXTS or length * 8 > cursor.left:
+                cursor.fail(f"an array of {length} texts")
+            cursor.skip_texts(length)
+            return Skipped(length)
+        if kind not in SCALARS:
+            cursor.fail(f"an array of values of the unknown type {kind}")
+        width = struct.calcsize("<" + SCALARS[kind])
+        if length > MAX_KEPT_ARRAY:
+            cursor.skip(length * width)
+            return Skipped(length)
+        self._keep(length * width)
+        return self._scalars(kind, length)
+
+    def _scalars(self, kind: int, count: int) -> tuple[int | float, ...]:
+        code = SCALARS.get(kind)
+        if code is None:
+            self._cursor.fail(f"a value of the unknown type {kind}")
+        layout = struct.Struct(f"<{count}{code}")
+        values = layout.unpack(self._cursor.take(layout.size))
+        if kind != BOOLEAN:
+            return values
+        if any(value > 1 for value in values):
+            self._cursor.fail("a truth value that is neither 0 nor 1")
+        return tuple(value == 1 for value in values)
+
+
+class _Tensors:
+    """The list of tensors; they have to follow each other without gaps, as ggml writes them."""
+
+    def __init__(self, cursor: _Cursor, alignment: int) -> None:
+        self._cursor, self._alignment = cursor, alignment
+        self._names: set[str] = set()
+        self._next = 0
+        self._last_end = 0
+        self.parameters = 0
+        self.bytes: dict[str, int] = {}
+
+    def read(self, count: int) -> None:
+        for _ in range(count):
+            self._one()
+        if not count:
+            return
+        data = _aligned(self._cursor.place, self._alignment)
+        missing = data + self._last_end - self._cursor.size
+        if missing > 0:
+            self._cursor.fail(f"the tensors go {missing} bytes beyond the end of the file")
+
+    def _one(self) -> None:
+        cursor = self._cursor
+        name = cursor.name(63)
+        if name in self._names:
+            cursor.fail(f"the tensor {_shown(name)} is there twice")
+        self._names.add(name)
+        size = self._size(name)
+        offset = cursor.u64()
+        if offset != self._next:
+            cursor.fail(f"tensor {_shown(name)} starts at {offset} instead of {self._next}")
+        self._last_end = offset + size
+        self._next = _aligned(self._last_end, self._alignment)
+        if self._last_end > cursor.size:
+            cursor.fail(f"tensor {_shown(name)} has {size} bytes, more than the file")
+
+    def _size(self, name: str) -> int:
+        cursor = self._cursor
+        rank = cursor.u32()
+        if not 1 <= rank <= 4:
+            cursor.fail(f"tensor {_shown(name)} has {rank} dimensions")
+        shape = struct.unpack(f"<{rank}Q", cursor.take(8 * rank))
+        number = cursor.u32()
+        kind = TENSOR_TYPES.get(number)
+        if kind is None:
+            cursor.fail(f"tensor {_shown(name)} is of type {number}, which is unknown here")
+        weights = 1
+        for length in shape:
+            weights *= length
+        if not 0 < weights < 1 << 62 or shape[0] % kind.block:
+            cursor.fail(f"tensor {_shown(name)} has the impossible shape {shape}")
+        size = weights // kind.block * kind.size
+        self.parameters += weights
+        self.bytes[kind.name] = self.bytes.get(kind.name, 0) + size
+        return size
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read one file's header.
+
+    Raises:
+        LoadFailed: it is no regular file, or its header does not hold together.
+    """
+    with open_regular(path) as (file, size):
+        return _read(_Cursor(file, size, path), path)
+
+
+def _read(cursor: _Cursor, path: Path) -> GgufHeader:
+    if cursor.take(4) != MAGIC:
+        cursor.fail("it does not begin with GGUF")
+    version = cursor.u32()
+    if version not in (2, 3):
+        big = version and version & 0xFFFF == 0
+        cursor.fail("it is big-endian" if big else f"version {version} is not 2 or 3")
+    tensors, pairs = cursor.u64(), cursor.u64()
+    # 13 and 33 bytes are the least that a pair and a tensor can have.
+    if tensors > MAX_TENSORS or pairs > MAX_PAIRS or 13 * pairs + 33 * tensors > cursor.left:
+        cursor.fail(f"{tensors} tensors and {pairs} pairs of metadata")
+    metadata = _Metadata(cursor).read(pairs)
+    listing = _Tensors(cursor, _alignment(cursor, metadata))
+    listing.read(tensors)
+    return GgufHeader(
+        path, cursor.size, version, metadata, tensors, listing.parameters, listing.bytes
+    )
+
+
+def _alignment(cursor: _Cursor, metadata: Mapping[str, Value]) -> int:
+    value = metadata.get("general.alignment", 32)
+    if not isinstance(value, int) or not 0 < value <= 1 << 20 or value & (value - 1):
+        cursor.fail(f"the alignment {value!r}"[:80])
+    return value
+
+
+def _aligned(place: int, alignment: int) -> int:
+    return -(-place // alignment) * alignment
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 80 else f"{name[:80]}…")

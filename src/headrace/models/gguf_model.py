@@ -1,0 +1,159 @@
+"""What a GGUF header says about the model: one file, or all parts of a split one."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NoReturn
+
+from headrace.core.errors import LoadFailed
+from headrace.core.model import ModelFile
+from headrace.models.context import effective
+from headrace.models.gguf import GgufHeader, read_header
+from headrace.models.gguf_types import FILE_TYPES
+
+MAX_PARTS = 1000
+_PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
+
+
+def parts(path: Path) -> list[Path]:
+    """Return all files of the model that `path` belongs to, in order; most have one.
+
+    Raises:
+        LoadFailed: `path` is a part of a split model, but not its first.
+    """
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match["parts"])
+    if int(match["part"]) != 1 or not 1 <= count <= MAX_PARTS:
+        first = f"{match['stem']}-00001-of-{match['parts']}.gguf"
+        raise LoadFailed(f"{path}: a part of a split model; give its first part, {first}.")
+    stem = path.with_name(match["stem"])
+    return [stem.with_name(f"{stem.name}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
+
+
+def is_later_part(name: str) -> bool:
+    """Tell whether this is a part of a split model other than the first."""
+    match = _PART.fullmatch(name)
+    return match is not None and int(match["part"]) != 1
+
+
+def describe(path: Path) -> ModelFile:
+    """Check the headers of a model's files and tell what is in them.
+
+    Raises:
+        LoadFailed: a file is missing or damaged, or is no language model.
+    """
+    headers = [_part(file) for file in parts(path)]
+    facts = _Facts(headers[0])
+    count = facts.whole("split.count") or 1
+    if count != len(headers):
+        raise LoadFailed(f"{path}: the header counts {count} parts; the names {len(headers)}.")
+    parameters = sum(header.parameters for header in headers)
+    if not parameters:
+        raise LoadFailed(f"{path}: there are no weights in it.")
+    return ModelFile(
+        path=str(path),
+        format="gguf",
+        architecture=facts.architecture,
+        parameters=parameters,
+        quantization=_quantization(facts, headers),
+        context_length=facts.context_length(),
+        chat_template=facts.text("tokenizer.chat_template"),
+        size=sum(header.size for header in headers),
+        kv_bytes_per_token=facts.kv_bytes_per_token(),
+    )
+
+
+def _part(path: Path) -> GgufHeader:
+    if not path.exists():
+        raise LoadFailed(f"{path}: this part of the model is missing.")
+    return read_header(path)
+
+
+def _quantization(facts: _Facts, headers: list[GgufHeader]) -> str | None:
+    named = FILE_TYPES.get((facts.whole("general.file_type", zero=True) or 0) % 1024)
+    if named is not None and "general.file_type" in facts.metadata:
+        return named
+    sizes: Counter[str] = Counter()
+    for header in headers:
+        sizes.update(header.tensor_bytes)
+    return max(sizes, key=lambda name: sizes[name])
+
+
+class _Facts:
+    """The metadata of one header by name and type."""
+
+    def __init__(self, header: GgufHeader) -> None:
+        self.metadata = header.metadata
+        self._path = header.path
+        architecture = self.text("general.architecture")
+        kind = self.text("general.type") or "model"
+        if architecture is None:
+            self._fail("general.architecture is missing")
+        if kind != "model" or architecture == "clip":
+            self._fail(f"it is no language model but: {kind}, {architecture}"[:120])
+        self.architecture: str = architecture
+
+    def _fail(self, what: str) -> NoReturn:
+        raise LoadFailed(f"{self._path}: {what}.")
+
+    def text(self, key: str) -> str | None:
+        value = self.metadata.get(key)
+        if value is not None and not isinstance(value, str):
+            self._fail(f"{key} is no text, or too long")
+        return value
+
+    def number(self, key: str) -> float | None:
+        value = self.metadata.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            self._fail(f"{key} is no number")
+        return value
+
+    def whole(self, key: str, *, zero: bool = False) -> int | None:
+        """Return a whole number; one that makes no sense as a count is refused."""
+        value = self.number(key)
+        if value is None or (value == 0 and not zero):
+            return None
+        if not isinstance(value, int) or not 0 <= value < 1 << 32:
+            self._fail(f"{key} is {value}, which is impossible")
+        return value
+
+    def own(self, key: str) -> str:
+        return f"{self.architecture}.{key}"
+
+    def context_length(self) -> int | None:
+        return effective(
+            self.number(self.own("context_length")),
+            kind=self.text(self.own("rope.scaling.type")),
+            factor=self.number(self.own("rope.scaling.factor")),
+            original=self.number(self.own("rope.scaling.original_context_length")),
+            architecture=self.architecture,
+        )
+
+    def _heads(self, key: str, layers: int) -> int | None:
+        """Return the heads of all layers together; the value may be one for each layer."""
+        value = self.metadata.get(self.own(key))
+        if not isinstance(value, tuple):
+            heads = self.whole(self.own(key))
+            return None if heads is None else heads * layers
+        if len(value) != layers or not all(isinstance(n, int) and 0 <= n < 1 << 20 for n in value):
+            self._fail(f"{self.own(key)} does not fit {layers} layers")
+        return int(sum(value))
+
+    def kv_bytes_per_token(self) -> int | None:
+        """Return layers * heads * (key + value length) * 2 bytes, or None if that is not said."""
+        layers = self.whole(self.own("block_count"))
+        if layers is None:
+            return None
+        heads = self._heads("attention.head_count", layers)
+        stored = self._heads("attention.head_count_kv", layers) or heads
+        width = self.whole(self.own("embedding_length"))
+        default = width * layers // heads if width and heads else None
+        key = self.whole(self.own("attention.key_length")) or default
+        value = self.whole(self.own("attention.value_length")) or default
+        if stored is None or key is None or value is None:
+            return None
+        return stored * (key + value) * 2

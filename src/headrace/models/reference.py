@@ -1,0 +1,158 @@
+"""What can be written where a model is asked for, and what it means."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from headrace.core.errors import InvalidRequest, UnknownModel
+from headrace.models.catalog import CATALOG
+
+ACCEPTED = (
+    "a path to a GGUF file or a model folder, hub:org/repo[:file.gguf or quantisation][@revision], "
+    "index:package[==version], builtin:echo, or a name of the catalogue"
+)
+BUILTIN = ("echo",)
+
+_MAX_LENGTH = 4096
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_REPO = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+_QUANTIZATION = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
+_REVISION = re.compile(r"\w[\w./+-]{0,199}", re.ASCII)
+_PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?")
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]{0,63}")
+
+
+class LocalReference(msgspec.Struct, frozen=True):
+    """A file or a folder on this machine; `path` is absolute."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+
+class HubReference(msgspec.Struct, frozen=True):
+    """A repository on the hub, and which file of it: by name, by quantisation, or our choice."""
+
+    repo: str
+    file: str | None = None
+    quantization: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        part = self.file or self.quantization
+        return (
+            f"hub:{self.repo}"
+            + (f":{part}" if part else "")
+            + (f"@{self.revision}" if self.revision else "")
+        )
+
+
+class IndexReference(msgspec.Struct, frozen=True):
+    """A package of the configured Python package index with a model file inside."""
+
+    package: str
+    version: str | None = None
+
+    def __str__(self) -> str:
+        return f"index:{self.requirement}"
+
+    @property
+    def requirement(self) -> str:
+        """The package and its version, as pip reads them."""
+        return self.package + (f"=={self.version}" if self.version else "")
+
+
+class BuiltinReference(msgspec.Struct, frozen=True):
+    """A model that is part of Headrace and has no file."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"builtin:{self.name}"
+
+
+Reference = LocalReference | HubReference | IndexReference | BuiltinReference
+
+
+def parse(text: str, *, base: Path | None = None) -> Reference:
+    """Read a reference; relative paths start at `base` (the current directory if None).
+
+    `str()` of the result is its canonical form and reads back to an equal value. Whether a path
+    exists is looked up for a bare word only.
+
+    Raises:
+        InvalidRequest: it is not written like any reference.
+        UnknownModel: a bare word that is neither in the catalogue nor a file.
+    """
+    if not text.strip() or len(text) > _MAX_LENGTH or not text.isprintable():
+        raise _invalid(text, "it is empty, too long, or has control characters")
+    if text in CATALOG:
+        return parse(CATALOG[text].reference)
+    scheme = _SCHEME.match(text)
+    if scheme is not None and scheme[1] in _SCHEMES:
+        return _SCHEMES[scheme[1]](text, text[scheme.end() :])
+    path = (base or Path.cwd()) / Path(text).expanduser()
+    if scheme is not None and not path.exists():
+        raise _invalid(text, f"{scheme[1]}: is no kind of reference")
+    if "/" not in text and not text.endswith(".gguf") and not path.exists():
+        raise unknown(text)
+    return LocalReference(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
+
+
+def unknown(name: str) -> UnknownModel:
+    """Say that nothing has this name, which names there are and which was probably meant."""
+    near = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return UnknownModel(
+        f"No model is called {name!r}.{hint} "
+        f"The catalogue has: {', '.join(sorted(CATALOG))}. Accepted are {ACCEPTED}.",
+        param="model",
+    )
+
+
+def _invalid(text: str, why: str) -> InvalidRequest:
+    shown = text if len(text) <= 200 else f"{text[:200]}…"
+    message = f"{shown!r} is no model reference: {why}. Accepted are {ACCEPTED}."
+    return InvalidRequest(message, param="model")
+
+
+def _hub(text: str, rest: str) -> HubReference:
+    rest, at, revision = rest.partition("@")
+    repo, colon, part = rest.partition(":")
+    if not _REPO.fullmatch(repo) or ".." in repo:
+        raise _invalid(text, "hub: is followed by org/repo")
+    if at and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise _invalid(text, "@ is followed by a branch, a tag or a commit")
+    if not colon:
+        return HubReference(repo, revision=revision or None)
+    if part.lower().endswith(".gguf"):
+        if "\\" in part or PurePosixPath(part).is_absolute() or ".." in part.split("/"):
+            raise _invalid(text, "the file is a path inside the repository")
+        return HubReference(repo, file=part, revision=revision or None)
+    if not _QUANTIZATION.fullmatch(part):
+        raise _invalid(text, "the repository is followed by a file.gguf or a quantisation")
+    return HubReference(repo, quantization=part.upper(), revision=revision or None)
+
+
+def _index(text: str, rest: str) -> IndexReference:
+    package, equals, version = rest.partition("==")
+    if not _PACKAGE.fullmatch(package):
+        raise _invalid(text, "index: is followed by package or package==version")
+    if equals and not _VERSION.fullmatch(version):
+        raise _invalid(text, f"{version!r} is no exact version")
+    return IndexReference(re.sub(r"[-_.]+", "-", package).lower(), version or None)
+
+
+def _builtin(text: str, rest: str) -> BuiltinReference:
+    if rest not in BUILTIN:
+        raise UnknownModel(f"{text!r}: built in are: {', '.join(BUILTIN)}.", param="model")
+    return BuiltinReference(rest)
+
+
+_SCHEMES = {"hub": _hub, "index": _index, "builtin": _builtin}

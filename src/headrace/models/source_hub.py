@@ -1,0 +1,317 @@
+"""Takes models from the Hugging Face hub, through its own client and into its own cache.
+
+The client reads its variables itself: token, endpoint, cache folder, offline mode. Files are
+fetched one after another by the commit that the listing was made for, so a repository that
+changes meanwhile cannot mix two states. Of a repository of GGUF files one model is taken; of
+others the safetensors with their JSON and tokenizer files. Pickles are never fetched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, NoReturn, Self, cast
+
+import huggingface_hub
+import msgspec
+from huggingface_hub import errors
+
+from headrace.core.errors import (
+    HeadraceError,
+    InvalidRequest,
+    Unauthorized,
+    UnknownModel,
+    UpstreamError,
+)
+from headrace.models import gguf_model
+from headrace.models.reference import HubReference
+from headrace.models.transfer import CHUNK, Progress
+
+SMALL = 2 << 30
+"""Up to this many bytes a Q8_0 file is preferred: nearly lossless, and quick on CPUs."""
+PREFERRED = (
+    *("Q4_K_M", "Q5_K_M", "Q4_K_S", "Q5_K_S", "Q6_K", "Q8_0", "Q4_0", "Q5_0", "IQ4_XS", "IQ4_NL"),
+    *("Q5_1", "Q4_1", "MXFP4", "Q3_K_L", "Q3_K_M", "BF16", "F16", "F32"),
+)
+"""Q4_K_M first: the smallest that loses little; then better ones, then what else runs anywhere."""
+_TOKENIZER = frozenset({".json", ".jinja", ".txt", ".tiktoken", ".model"})
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+class HubFile(msgspec.Struct, frozen=True):
+    """One file of a repository; `sha256` is None for small ones, which git keeps."""
+
+    name: str
+    size: int = 0
+    sha256: str | None = None
+
+
+class HubModel(msgspec.Struct, frozen=True):
+    """A model in the hub's cache: its file or folder, the commit, and bytes in all."""
+
+    path: Path
+    commit: str
+    size: int
+
+
+class _Watch:
+    """Adds up the bytes of all files and keeps what the caller's callback raised."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.raised: BaseException | None = None
+        self.done, self.total = 0, 0
+        self._progress = progress
+
+    def report(self, what: str, more: int = 0) -> None:
+        self.done += more
+        try:
+            self._progress(what, self.done, self.total)
+        except BaseException as error:
+            self.raised = error
+            raise
+
+    def bar(self) -> type[Any]:
+        """Return a class that the hub's client takes for a progress bar."""
+        watch = self
+
+        class Bar:
+            def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
+                watch.done += initial
+
+            def __enter__(self) -> Self:
+                return self
+
+            def __exit__(
+                self,
+                kind: type[BaseException] | None,
+                error: BaseException | None,
+                trace: TracebackType | None,
+            ) -> None:
+                self.close()
+
+            def update(self, n: float | None = 1) -> None:
+                watch.report("downloading", int(n or 0))
+
+            def close(self) -> None:
+                pass
+
+            def refresh(self) -> None:
+                pass
+
+            def set_description(self, *_: object, **__: object) -> None:
+                pass
+
+        return Bar
+
+
+def download(reference: HubReference, progress: Progress) -> HubModel:
+    """Bring a model into the hub's cache; without the hub, take what is there already.
+
+    Raises:
+        UnknownModel: no such repository, revision, file or quantisation.
+        Unauthorized: the repository is gated or private.
+        UpstreamError: the hub cannot be reached, failed, or sent something else than promised.
+    """
+    watch = _Watch(progress)
+    try:
+        return _download(reference, watch)
+    except HeadraceError:
+        raise
+    except Exception as error:  # noqa: BLE001 - its HTTP library's errors come through, and which that is changes
+        if watch.raised is not None:
+            raise watch.raised from None
+        cached = None if _is_answer(error) else _cached(reference)
+        if cached is not None:
+            return cached
+        _translate(reference, error)
+
+
+def remove(repo: str, commit: str) -> int:
+    """Delete one revision from the hub's cache; return the bytes that became free."""
+    if not any(
+        revision.commit_hash == commit
+        for cached in huggingface_hub.scan_cache_dir().repos
+        if cached.repo_id == repo
+        for revision in cached.revisions
+    ):
+        return 0
+    strategy = huggingface_hub.scan_cache_dir().delete_revisions(commit)
+    strategy.execute()
+    return strategy.expected_freed_size
+
+
+def choose(reference: HubReference, files: Sequence[HubFile]) -> list[HubFile]:
+    """Return the files to fetch, the model's own (or its first part) in front.
+
+    Raises:
+        UnknownModel: the repository has no such file, or nothing that is loaded here.
+    """
+    models = _gguf_models(files)
+    if reference.file is not None:
+        if reference.file not in models:
+            raise _nothing(reference, models)
+        return models[reference.file]
+    if reference.quantization is not None:
+        fitting = [name for name in models if _has(name, reference.quantization)]
+        if not fitting:
+            raise _nothing(reference, models)
+        return models[min(fitting, key=len)]
+    return models[_preferred(models)] if models else _safetensors(reference, files)
+
+
+def _download(reference: HubReference, watch: _Watch) -> HubModel:
+    watch.report("asking the hub")
+    info = huggingface_hub.HfApi().model_info(
+        reference.repo, revision=reference.revision, files_metadata=True
+    )
+    if info.sha is None:
+        raise UpstreamError(f"The hub told no commit for {reference}.")
+    files = [
+        HubFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None)
+        for s in info.siblings or ()
+    ]
+    chosen = choose(reference, files)
+    watch.total = sum(file.size for file in chosen)
+    paths = [_fetch(reference.repo, file, info.sha, watch) for file in chosen]
+    return _model(chosen, paths, info.sha)
+
+
+def _fetch(repo: str, file: HubFile, commit: str, watch: _Watch) -> Path:
+    before = watch.done
+    path = Path(
+        huggingface_hub.hf_hub_download(  # pyright: ignore[reportUnknownMemberType]
+            repo, file.name, revision=commit, tqdm_class=cast("Any", watch.bar())
+        )
+    )
+    if watch.raised is not None:  # native code that called us may have swallowed it
+        raise watch.raised
+    watch.done = before + file.size
+    if file.sha256 is not None and _sha256(path, watch) != file.sha256:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        message = f"{repo}: {file.name} is not what the hub promised (sha256); it was removed."
+        raise UpstreamError(message)
+    return path
+
+
+def _sha256(path: Path, watch: _Watch) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            watch.report("verifying")
+    return digest.hexdigest()
+
+
+def _model(chosen: Sequence[HubFile], paths: Sequence[Path], commit: str) -> HubModel:
+    size = sum(path.stat().st_size for path in paths)
+    whole = chosen[0].name.lower().endswith(".gguf")
+    return HubModel(paths[0] if whole else paths[0].parent, commit, size)
+
+
+def _cached(reference: HubReference) -> HubModel | None:
+    """Return the model if the cache has all of its files."""
+    try:
+        repos = huggingface_hub.scan_cache_dir().repos
+    except huggingface_hub.CacheNotFound:
+        return None
+    wanted = reference.revision or "main"
+    for cached in repos:
+        for revision in cached.revisions if cached.repo_id == reference.repo else ():
+            if wanted != revision.commit_hash and wanted not in revision.refs:
+                continue
+            folder = revision.snapshot_path
+            files = [
+                HubFile(file.file_path.relative_to(folder).as_posix(), file.size_on_disk)
+                for file in revision.files
+            ]
+            chosen = choose(reference, files)
+            paths = [folder / file.name for file in chosen]
+            return _model(chosen, paths, revision.commit_hash)
+    return None
+
+
+def _gguf_models(files: Sequence[HubFile]) -> dict[str, list[HubFile]]:
+    """Return models by the name of their (first) file; projectors and the like left out."""
+    found = {file.name: file for file in files if file.name.lower().endswith(".gguf")}
+    models: dict[str, list[HubFile]] = {}
+    for name in sorted(found):
+        last = PurePosixPath(name).name
+        if gguf_model.is_later_part(last) or re.search(r"mmproj|imatrix", last, re.IGNORECASE):
+            continue
+        parts = [path.as_posix() for path in gguf_model.parts(Path(name))]
+        if all(part in found for part in parts):
+            models[name] = [found[part] for part in parts]
+    return models
+
+
+def _has(name: str, quantization: str) -> bool:
+    stem = _PART.sub("", PurePosixPath(name).name[:-5])
+    pattern = rf"(?:^|[-._]){re.escape(quantization)}(?:$|[-.])"
+    return re.search(pattern, stem, re.IGNORECASE) is not None
+
+
+def _preferred(models: dict[str, list[HubFile]]) -> str:
+    sizes = {name: sum(file.size for file in files) for name, files in models.items()}
+    for name in models:
+        if _has(name, "Q8_0") and 0 < sizes[name] <= SMALL:
+            return name
+    for quantization in PREFERRED:
+        fitting = [name for name in models if _has(name, quantization)]
+        if fitting:
+            return min(fitting, key=len)
+    return min(models, key=lambda name: (sizes[name], name))
+
+
+def _safetensors(reference: HubReference, files: Sequence[HubFile]) -> list[HubFile]:
+    top = [file for file in files if "/" not in file.name]
+    weights = [file for file in top if file.name.endswith(".safetensors")]
+    # Mistral's repositories have all weights a second time under this name.
+    weights = [w for w in weights if not w.name.startswith("consolidated")] or weights
+    if not weights or not any(file.name == "config.json" for file in top):
+        raise _nothing(reference, {})
+    return weights + [file for file in top if PurePosixPath(file.name).suffix in _TOKENIZER]
+
+
+def _nothing(reference: HubReference, models: dict[str, list[HubFile]]) -> UnknownModel:
+    if models:
+        has = f"It has: {', '.join(list(models)[:40])}"
+        return UnknownModel(f"{reference}: no such file in the repository. {has}.", param="model")
+    message = "no GGUF files and no safetensors with a config.json (pickles are not loaded)"
+    return UnknownModel(f"{reference}: the repository has {message}.", param="model")
+
+
+def _is_answer(error: Exception) -> bool:
+    """Tell whether the hub itself said no; then the cache is no way around it."""
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response.status_code < 500 and error.response.status_code != 429
+    return isinstance(error, errors.HFValidationError)
+
+
+def _translate(reference: HubReference, error: Exception) -> NoReturn:
+    detail = f"{type(error).__name__}: {error}"
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        what = "access has to be asked for on the hub, and HF_TOKEN to be set"
+        raise Unauthorized(f"{reference}: {what}.", param="model", detail=detail) from error
+    if isinstance(error, errors.RepositoryNotFoundError):
+        what = "no such repository on the hub, or it is private and HF_TOKEN is not set"
+        raise UnknownModel(f"{reference}: {what}.", param="model", detail=detail) from error
+    if isinstance(error, errors.RevisionNotFoundError):
+        what = f"the repository has no revision {reference.revision}"
+        raise UnknownModel(f"{reference}: {what}.", param="model", detail=detail) from error
+    if status == 401:
+        what = "the hub refuses the token in HF_TOKEN"
+        raise Unauthorized(f"{reference}: {what}.", param="model", detail=detail) from error
+    if isinstance(error, errors.HFValidationError):
+        raise InvalidRequest(f"{reference}: {error}", param="model") from error
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        what = "HF_HUB_OFFLINE is set, and the model is not in the cache"
+        raise UpstreamError(f"{reference}: {what}.", detail=detail) from error
+    if isinstance(error, OSError) and error.errno is not None and not status:
+        raise error
+    said = f"the hub answered {status}" if status else "the hub cannot be reached"
+    raise UpstreamError(f"{reference}: {said} ({type(error).__name__}).", detail=detail) from error

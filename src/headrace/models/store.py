@@ -1,0 +1,282 @@
+"""Keeps models under one directory, so that they are fetched once and can be listed and removed.
+
+Under `<home>/models` there are `records` (one small JSON file for each model), `files` (what
+came from the index; models of the hub stay in the hub's own cache), `partial` (downloads in
+progress) and `locks`. A record is written last: what has no record is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from filelock import FileLock, Timeout
+
+from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
+from headrace.core.model import ModelFile
+from headrace.models import catalog, source_local
+from headrace.models.inspect import inspect
+from headrace.models.reference import (
+    BuiltinReference,
+    HubReference,
+    IndexReference,
+    LocalReference,
+    Reference,
+    parse,
+)
+from headrace.models.transfer import (
+    Progress,
+    room,
+    silent,
+    sync_folder,
+    write_atomically,
+)
+
+_POLL_S = 0.2
+
+
+class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is on this machine.
+
+    `path` is absolute; `size` is in bytes; `added` is a wall-clock second; `revision` is the
+    commit of a hub model.
+    """
+
+    reference: str
+    path: str
+    size: int
+    added: int = 0
+    sha256: str | None = None
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The catalogue's name, or the reference."""
+        return catalog.name_of(self.reference)
+
+
+class Store:
+    """The models under one directory. Several processes may use it at once."""
+
+    def __init__(self, home: Path) -> None:
+        self._root = home / "models"
+
+    def __repr__(self) -> str:
+        return f"Store({str(self._root)!r}, models={len(self.list())})"
+
+    def find(self, reference: Reference) -> StoredModel | None:
+        """Return the model if it is here; nothing is asked of the network."""
+        if isinstance(reference, BuiltinReference):
+            return None
+        if isinstance(reference, LocalReference):
+            return _local(Path(reference.path))
+        model = self._record(self._record_path(reference))
+        return model if model is not None and self._is_whole(model) else None
+
+    def list(self) -> list[StoredModel]:
+        """Return what was fetched and is still there, by name."""
+        found = [self._record(path) for path in (self._root / "records").glob("[!.]*.json")]
+        models = [model for model in found if model is not None and self._is_whole(model)]
+        return sorted(models, key=lambda model: model.name)
+
+    def fetch(self, reference: Reference, progress: Progress | None = None) -> Path:
+        """Return the model's file or folder, after fetching it if it is not here; blocks.
+
+        `progress` may raise to give up: nothing stays behind, and its exception goes through.
+
+        Raises:
+            UnknownModel: there is no such model.
+            InvalidRequest: the model has no file.
+            Unauthorized: the hub wants a token.
+            UpstreamError: the index or the hub failed, or sent something else than promised.
+            LoadFailed: what came is damaged.
+            DoesNotFit: the disk is too small.
+            ConfigError: the directory cannot be written.
+        """
+        if isinstance(reference, LocalReference):
+            return source_local.locate(reference)
+        if isinstance(reference, BuiltinReference):
+            raise InvalidRequest(f"{reference} is part of Headrace and has no file.")
+        report = progress or silent
+        model = self.find(reference)
+        if model is not None:
+            return Path(model.path)
+        with self._writable(), room(self._root), self._locked(_key(reference), report):
+            self._sweep(_key(reference))
+            # Another process may have fetched it while this one waited.
+            model = self.find(reference) or self._fetch(reference, report)
+        return Path(model.path)
+
+    def model_file(self, reference: Reference, progress: Progress | None = None) -> ModelFile:
+        """Fetch the model if needed and check its header.
+
+        Raises:
+            HeadraceError: as `fetch` and `inspect`.
+        """
+        if isinstance(reference, BuiltinReference):
+            return ModelFile(path="", format="none", architecture=reference.name)
+        return inspect(self.fetch(reference, progress))
+
+    def remove(self, name: str) -> int:
+        """Remove a fetched model by name or reference; return the bytes that became free.
+
+        Local files are never touched. A revision in the hub's cache goes with the last model
+        that was fetched from it.
+
+        Raises:
+            UnknownModel: it was not fetched.
+            InvalidRequest: it is not the store's to remove.
+        """
+        reference = parse(name)
+        if not isinstance(reference, HubReference | IndexReference):
+            raise InvalidRequest(f"{name!r} was not fetched by Headrace and is not removed.")
+        with self._writable(), self._locked(_key(reference), silent):
+            path = self._record_path(reference)
+            model = self._record(path)
+            if model is None:
+                have = ", ".join(model.name for model in self.list()) or "none"
+                raise UnknownModel(f"{name!r} is not stored. Stored are: {have}.", param="model")
+            # The record goes last: without its files it counts for nothing, and is found again.
+            freed = self._remove_files(reference, model)
+            path.unlink(missing_ok=True)
+            return freed
+
+    def _remove_files(self, reference: Reference, model: StoredModel) -> int:
+        if not isinstance(reference, HubReference):
+            shutil.rmtree(self._root / "files" / _key(reference), ignore_errors=True)
+            return model.size
+        others = [m for m in self.list() if m.revision == model.revision and m != model]
+        if others or model.revision is None:
+            return 0
+        from headrace.models import source_hub
+
+        return source_hub.remove(reference.repo, model.revision)
+
+    def _fetch(self, reference: HubReference | IndexReference, progress: Progress) -> StoredModel:
+        if isinstance(reference, HubReference):
+            model = self._fetch_hub(reference, progress)
+        else:
+            model = self._fetch_index(reference, progress)
+        kept = msgspec.structs.replace(model, path=self._relative(model.path))
+        write_atomically(self._record_path(reference), msgspec.json.encode(kept))
+        return model
+
+    def _fetch_hub(self, reference: HubReference, progress: Progress) -> StoredModel:
+        from headrace.models import source_hub  # its client is slow to import
+
+        found = source_hub.download(reference, progress)
+        inspect(found.path)
+        return StoredModel(
+            reference=str(reference),
+            path=str(found.path),
+            size=found.size,
+            added=int(time.time()),
+            revision=found.commit,
+        )
+
+    def _fetch_index(self, reference: IndexReference, progress: Progress) -> StoredModel:
+        from headrace.models import source_index
+
+        entry = catalog.pinned(str(reference))
+        # A name of its own each time: a pip that outlived its killed parent finds no way in.
+        work = self._root / "partial" / _key(reference) / uuid.uuid4().hex
+        work.mkdir(parents=True)
+        try:
+            found, digest = source_index.download(reference, work, entry, progress)
+            folder = self._root / "files" / _key(reference)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            path = found.replace(folder / found.name)
+            sync_folder(folder)
+        finally:
+            shutil.rmtree(work.parent, ignore_errors=True)
+        return StoredModel(
+            reference=str(reference),
+            path=str(path),
+            size=path.stat().st_size,
+            added=int(time.time()),
+            sha256=digest,
+        )
+
+    @contextmanager
+    def _writable(self) -> Generator[None]:
+        try:
+            for name in ("records", "files", "partial", "locks"):
+                (self._root / name).mkdir(parents=True, exist_ok=True)
+            yield
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            place = error.filename or self._root
+            message = f"Models cannot be kept under {self._root}: {place}: {error.strerror}."
+            raise ConfigError(message, param="home") from error
+
+    @contextmanager
+    def _locked(self, key: str, progress: Progress) -> Generator[None]:
+        lock = FileLock(self._root / "locks" / f"{key}.lock")
+        while True:
+            try:
+                lock.acquire(timeout=0)
+                break
+            except Timeout:
+                progress("waiting for another download", 0, 0)
+                time.sleep(_POLL_S)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _sweep(self, mine: str) -> None:
+        """Remove what killed processes left: a lock that is free has no download behind it."""
+        for folder in (self._root / "partial").iterdir():
+            if folder.name == mine:
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            lock = FileLock(self._root / "locks" / f"{folder.name}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                lock.release()
+
+    def _record_path(self, reference: Reference) -> Path:
+        return self._root / "records" / f"{_key(reference)}.json"
+
+    def _record(self, path: Path) -> StoredModel | None:
+        try:
+            model = msgspec.json.decode(path.read_bytes(), type=StoredModel)
+        except (OSError, msgspec.DecodeError):
+            return None
+        return msgspec.structs.replace(model, path=str(self._root / model.path))
+
+    def _relative(self, path: str) -> str:
+        """Return the path as it is kept: the directory may be moved as a whole."""
+        return path.removeprefix(f"{self._root}/")
+
+    def _is_whole(self, model: StoredModel) -> bool:
+        path = Path(model.path)
+        if not path.is_relative_to(self._root):
+            return path.exists()
+        return path.is_file() and path.stat().st_size == model.size
+
+
+def _local(path: Path) -> StoredModel | None:
+    if not path.exists():
+        return None
+    size = path.stat().st_size if path.is_file() else 0
+    return StoredModel(reference=str(path), path=str(path), size=size)
+
+
+def _key(reference: Reference) -> str:
+    """Return a file name for a reference: readable, and different for different ones."""
+    text = str(reference)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', text)[:80]}-{digest}"

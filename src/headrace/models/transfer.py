@@ -1,0 +1,105 @@
+"""What all downloads share: progress, room on the disk, and its end."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from headrace.core.errors import DoesNotFit
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done, bytes done and bytes in all (0: not known).
+
+It is called several times a second; an exception it raises ends the work and goes through.
+"""
+
+CHUNK = 1 << 20
+RESERVE = 64 << 20
+"""Bytes that stay free: a disk that is full to the last one breaks other programs."""
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """Tell nobody."""
+
+
+def require_free(folder: Path, size: int) -> None:
+    """Check that `size` more bytes go into the folder's file system.
+
+    Raises:
+        DoesNotFit: they do not.
+    """
+    free = shutil.disk_usage(folder).free
+    if size + RESERVE > free:
+        need, have = mebibytes(size + RESERVE), mebibytes(free)
+        raise DoesNotFit(f"No room on the disk for the model: {folder} has {have}, needs {need}.")
+
+
+def mebibytes(size: int) -> str:
+    """Write a number of bytes for a person."""
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def disk_full(folder: Path) -> DoesNotFit:
+    """Say that the disk became full."""
+    return DoesNotFit(f"The disk of {folder} became full; the unfinished download was removed.")
+
+
+@contextmanager
+def room(folder: Path) -> Generator[None]:
+    """Turn the system's word for a full disk into ours.
+
+    Raises:
+        DoesNotFit: the disk is full, or the user's quota is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise disk_full(folder) from error
+
+
+def copy_hashed(source: IO[bytes], target: Path, size: int, progress: Progress) -> tuple[int, str]:
+    """Write at most `size` bytes to a new file, and to the disk; return how many, and sha256."""
+    digest = hashlib.sha256()
+    done = 0
+    with target.open("xb") as file:
+        while done < size and (chunk := source.read(min(CHUNK, size - done))):
+            file.write(chunk)
+            digest.update(chunk)
+            done += len(chunk)
+            progress("unpacking", done, size)
+        file.flush()
+        os.fsync(file.fileno())
+    return done, digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file at once: nobody ever sees half of it, not even after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

