@@ -99,7 +99,7 @@ def figures(metrics: InferenceMetrics) -> dict[str, object]:
 
 
 def _ms(start: float | None, end: float | None) -> float | None:
-    return None if start is None or end is None else (end - start) * 1000
+    return None if start is None or end is None else max(0.0, end - start) * 1000
 
 
 def _rate(count: int, over_ms: float | None) -> float | None:

@@ -1,0 +1,143 @@
+"""The middleware in front of every route: ids, refusals, CORS, and the access log."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Awaitable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from headrace.api import auth, guard, problems
+from headrace.api.exchange import Call, Exchange
+from headrace.api.problems import Headers
+from headrace.api.settings import ApiSettings
+
+_access = logging.getLogger("headrace.access")
+_SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_EXPOSED = b"x-request-id, server-timing, retry-after, retry-after-ms"
+
+
+class Gate:
+    """Lets in what may come in, and gives every answer its id. Pure ASGI: no stream is held."""
+
+    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+        self._app = app
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        call = scope["headrace"] = Call()
+        headers = dict(scope["headers"])
+        sender = _marked(send, call, self._shared(headers.get(b"origin")))
+        try:
+            await self._serve(scope, receive, sender, headers)
+        except Exception:
+            call.outcome = "error"
+            raise
+        finally:
+            _write_access_log(scope, call, headers.get(b"x-request-id", b""))
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, headers: dict[bytes, bytes]
+    ) -> None:
+        exchange = Exchange(scope, receive, send, self._settings)
+        try:
+            self._check(scope, headers)
+        except Exception as error:  # noqa: BLE001 - the edge: what is refused becomes an answer
+            await exchange.fail(error)
+            return
+        if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
+            await _answer_preflight(exchange, headers)
+            return
+        try:
+            self._check_key(scope, headers)
+            await self._app(scope, receive, send)
+        except Exception as error:
+            if exchange.call.status:
+                raise
+            await exchange.fail(error)
+
+    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        raw, settings = scope["headers"], self._settings
+        path = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogateescape")
+        guard.check_sizes(path, scope.get("query_string", b""), raw, settings)
+        guard.check_host(raw, settings)
+        if b"origin" in headers:
+            guard.check_origin(headers[b"origin"].decode("latin-1"), settings)
+
+    def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        if self._settings.key_hashes and scope["path"] not in auth.OPEN_PATHS:
+            auth.authorise(headers, self._settings.key_hashes)
+
+    def _shared(self, origin: bytes | None) -> Headers:
+        if origin is None:
+            return ()
+        try:
+            guard.check_origin(origin.decode("latin-1"), self._settings)
+        except problems.Refused:
+            return ()
+        return (
+            (b"access-control-allow-origin", origin),
+            (b"access-control-expose-headers", _EXPOSED),
+            (b"vary", b"origin"),
+        )
+
+
+def _marked(send: Send, call: Call, shared: Headers) -> Send:
+    extra = ((b"x-request-id", call.id.encode()), *shared)
+
+    # Not a coroutine itself: a chunk of a stream goes through without one more frame.
+    def marked(message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            call.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), *extra]
+        return send(message)
+
+    return marked
+
+
+async def _answer_preflight(exchange: Exchange, headers: dict[bytes, bytes]) -> None:
+    asked = headers.get(b"access-control-request-headers", b"authorization, content-type")
+    await exchange.start(
+        204,
+        (
+            (b"access-control-allow-methods", b"GET, POST"),
+            (b"access-control-allow-headers", asked),
+            (b"access-control-max-age", b"600"),
+        ),
+    )
+    await exchange.send({"type": "http.response.body", "body": b""})
+
+
+def _write_access_log(scope: Scope, call: Call, client_id: bytes) -> None:
+    route = getattr(scope.get("endpoint"), "path", "-")
+    outcome = call.outcome or _outcome(call.status)
+    ms = round((time.monotonic() - call.received) * 1000, 3)
+    _access.info(
+        "%s %s %d %s %.1f ms",
+        scope["method"],
+        route,
+        call.status,
+        outcome,
+        ms,
+        extra={
+            "request_id": call.id,
+            "client_request_id": client_id.decode() if _SAFE_ID.fullmatch(client_id) else "",
+            "method": scope["method"],
+            "route": route,
+            "status": call.status,
+            "ms": ms,
+            "outcome": outcome,
+        },
+    )
+
+
+def _outcome(status: int) -> str:
+    if not status:
+        return "cancelled"
+    return "ok" if status < 400 else "refused" if status < 500 else "error"

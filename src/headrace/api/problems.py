@@ -1,0 +1,153 @@
+"""Errors as HTTP answers: the one place that knows which status an error has."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import msgspec
+from starlette.exceptions import HTTPException
+
+from headrace.core import errors
+from headrace.core.errors import HeadraceError
+from headrace.core.metrics import InferenceMetrics
+
+Headers = tuple[tuple[bytes, bytes], ...]
+
+_log = logging.getLogger("headrace.api")
+_INVALID, _LIMIT, _SERVER = "invalid_request_error", "rate_limit_error", "server_error"
+
+KINDS: dict[type[HeadraceError], tuple[int, str, str | None]] = {
+    errors.HeadraceError: (500, _SERVER, "internal_error"),
+    errors.RequestError: (400, _INVALID, None),
+    errors.UnknownModel: (404, _INVALID, "model_not_found"),
+    errors.InvalidRequest: (400, _INVALID, "invalid_value"),
+    errors.ContextOverflow: (400, _INVALID, "context_length_exceeded"),
+    errors.Unsupported: (400, _INVALID, "unsupported_parameter"),
+    errors.Unauthorized: (401, _INVALID, "invalid_api_key"),
+    errors.CapacityError: (503, _SERVER, "overloaded"),
+    errors.QueueFull: (429, _LIMIT, "queue_full"),
+    errors.DoesNotFit: (503, _SERVER, "model_does_not_fit"),
+    errors.Loading: (503, _SERVER, "model_loading"),
+    errors.Draining: (503, _SERVER, "draining"),
+    errors.DeadlineExceeded: (504, _SERVER, "deadline_exceeded"),
+    errors.QueueTimeout: (408, _LIMIT, "queue_timeout"),
+    errors.EngineError: (500, _SERVER, "engine_error"),
+    errors.LoadFailed: (503, _SERVER, "model_load_failed"),
+    errors.GenerationFailed: (500, _SERVER, "generation_failed"),
+    errors.OutOfMemory: (503, _SERVER, "out_of_memory"),
+    errors.WorkerDied: (502, _SERVER, "worker_died"),
+    errors.UpstreamError: (502, _SERVER, "upstream_error"),
+    errors.ConfigError: (500, _SERVER, "misconfigured"),
+}
+"""Status, OpenAI's type and code of each kind; a kind not listed is as its base."""
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """What went wrong, in OpenAI's words; `param` is the field to change."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
+    """OpenAI's error body; `metrics` are the figures of a stream that broke."""
+
+    error: ErrorDetail
+    metrics: InferenceMetrics | None = None
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """An error as it goes to the client."""
+
+    status: int
+    message: str
+    type: str = _INVALID
+    param: str | None = None
+    code: str | None = None
+    headers: Headers = ()
+    metrics: InferenceMetrics | None = None
+
+    def body(self) -> bytes:
+        """Encode as OpenAI does."""
+        detail = ErrorDetail(self.message, self.type, self.param, self.code)
+        return msgspec.json.encode(ErrorBody(detail, self.metrics))
+
+
+class Refused(Exception):
+    """A request that HTTP itself forbids: too large, of the wrong kind, too slow."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+def describe(error: BaseException, request_id: str) -> Problem:
+    """Tell what the client gets for any exception. Unknown ones keep their detail to the log."""
+    if isinstance(error, Refused):
+        return error.problem
+    if isinstance(error, HeadraceError):
+        return _known(error)
+    return Problem(
+        status=500,
+        message=f"The server failed. Its log has the reason under request {request_id}.",
+        type=_SERVER,
+        code="internal_error",
+    )
+
+
+def _known(error: HeadraceError) -> Problem:
+    kind = next(base for base in type(error).__mro__ if base in KINDS)
+    status, family, code = KINDS[kind]
+    param = "model" if isinstance(error, errors.UnknownModel) else error.param
+    return Problem(
+        status=status,
+        message=error.message,
+        type=family,
+        param=param,
+        code=code,
+        headers=_headers(error),
+        metrics=error.metrics,
+    )
+
+
+def _headers(error: HeadraceError) -> Headers:
+    if isinstance(error, errors.Unauthorized):
+        return ((b"www-authenticate", b'Bearer realm="headrace"'),)
+    if error.retry_after_s is None or not math.isfinite(error.retry_after_s):
+        return ()
+    wait = max(error.retry_after_s, 0.0)
+    return (
+        (b"retry-after", b"%d" % math.ceil(wait)),
+        (b"retry-after-ms", b"%d" % math.ceil(wait * 1000)),
+    )
+
+
+def routing(error: HTTPException, method: str, path: str) -> Problem:
+    """Describe a 404 or 405 of the router as OpenAI does."""
+    headers = tuple((k.lower().encode(), v.encode()) for k, v in (error.headers or {}).items())
+    if error.status_code == 405:
+        message, code = f"Not allowed to {method} on {path}.", "method_not_supported"
+    else:
+        message, code = f"Invalid URL ({method} {path})", "unknown_url"
+    return Problem(status=error.status_code, message=message, code=code, headers=headers)
+
+
+def log(error: BaseException, request_id: str) -> None:
+    """Keep for the operator what the client does not get."""
+    if isinstance(error, Refused | errors.RequestError | errors.CapacityError):
+        return
+    if isinstance(error, HeadraceError):
+        _log.error(
+            "%s: %s %s",
+            type(error).__name__,
+            error.message,
+            error.detail or "",
+            extra={"request_id": request_id},
+        )
+    else:
+        _log.error(
+            "request %s failed", request_id, exc_info=error, extra={"request_id": request_id}
+        )

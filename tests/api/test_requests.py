@@ -1,0 +1,270 @@
+"""What is honoured, refused or ignored in a request."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, client, text
+
+from headrace.core.request import GenerateRequest, Message, Sampling
+
+
+async def asked(path: str, body: Any) -> GenerateRequest:
+    backend = FakeBackend()
+    async with client(backend) as http:
+        answer = await http.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    return backend.requests[0]
+
+
+async def refused(path: str, body: Any, **settings: Any) -> dict[str, Any]:
+    backend = FakeBackend()
+    async with client(backend, **settings) as http:
+        raw: dict[str, Any] = {"content" if isinstance(body, bytes) else "json": body}
+        answer = await http.post(path, **raw)
+    assert (answer.status_code, backend.requests) == (400, [])
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    return error
+
+
+SAMPLING = [
+    ("max_tokens", 7, {"max_tokens": 7}),
+    ("temperature", 0, {"temperature": 0.0}),
+    ("temperature", 2, {"temperature": 2.0}),
+    ("top_p", 0.5, {"top_p": 0.5}),
+    ("top_k", 40, {"top_k": 40}),
+    ("top_k", -1, {"top_k": 0}),
+    ("min_p", 0.1, {"min_p": 0.1}),
+    ("presence_penalty", -2, {"presence_penalty": -2.0}),
+    ("frequency_penalty", 1.5, {"frequency_penalty": 1.5}),
+    ("repetition_penalty", 1.1, {"repetition_penalty": 1.1}),
+    ("seed", 2**63 - 1, {"seed": 2**63 - 1}),
+    ("seed", -1, {"seed": -1}),
+    ("stop", "x", {"stop": ("x",)}),
+    ("stop", ["x", "y"], {"stop": ("x", "y")}),
+    ("stop_token_ids", [1, 2], {"stop_token_ids": (1, 2)}),
+    ("ignore_eos", True, {"ignore_eos": True}),
+    ("logit_bias", {"50256": -100}, {"logit_bias": {50256: -100.0}}),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), SAMPLING)
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_sampling_is_honoured(
+    path: str, name: str, value: Any, expected: dict[str, Any]
+) -> None:
+    """W11: each field reaches the backend as it was given; A: temperature 0 is 0."""
+    body = chat() if path == CHAT else text()
+    request = await asked(path, {**body, name: value})
+    defaults = {} if path == CHAT or name == "max_tokens" else {"max_tokens": 16}
+    assert request.sampling == Sampling(**{**defaults, **expected})
+
+
+async def test_fields_of_chat() -> None:
+    """W9, W11: messages, n, template options, logprobs, context length."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = await asked(
+        CHAT,
+        chat(
+            messages=[
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": parts, "name": "ann"},
+            ],
+            n=2,
+            max_completion_tokens=9,
+            logprobs=True,
+            top_logprobs=3,
+            chat_template_kwargs={"thinking": False},
+            context_length=512,
+        ),
+    )
+    assert request.messages == (Message("system", "s"), Message("user", "ab", "ann"))
+    assert (request.model, request.n, request.context_length) == ("m", 2, 512)
+    assert request.sampling == Sampling(max_tokens=9, logprobs=3)
+    assert request.template_options == {"thinking": False}
+
+
+async def test_fields_of_completions() -> None:
+    """W11: echo, logprobs, best_of where it equals n."""
+    request = await asked(TEXT, text("p", echo=True, logprobs=0, n=2, best_of=2))
+    assert (request.prompt, request.echo, request.n) == ("p", True, 2)
+    assert request.sampling.logprobs == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "schema"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "null"}}},
+         {"type": "null"}),
+        ({"type": "json_schema", "json_schema": {"name": "n"}}, {}),
+    ],
+)  # fmt: skip
+async def test_response_format(wanted: Any, schema: Any) -> None:
+    """A: the three forms of OpenAI."""
+    assert (await asked(CHAT, chat(response_format=wanted))).json_schema == schema
+
+
+async def test_null_means_absent() -> None:
+    """A: every optional field may be null."""
+    names = [name for name, *_ in SAMPLING]
+    nulls = dict.fromkeys([*names, "n", "tools", "response_format", "stream", "logprobs"])
+    request = await asked(CHAT, chat(**nulls))
+    assert (request.sampling, request.n) == (Sampling(), 1)
+
+
+async def test_unknown_and_ignorable_fields_are_ignored() -> None:
+    """A: an unknown field is ignored, and so is what cannot change the answer."""
+    ignorable = {
+        "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto",
+        "parallel_tool_calls": True, "no_such_field": [1],
+    }  # fmt: skip
+    assert (await asked(CHAT, chat(**ignorable))).sampling == Sampling()
+
+
+HARMLESS = {
+    "tools": [], "functions": [], "tool_choice": "none", "function_call": "none",
+    "modalities": ["text"], "min_tokens": 0,
+}  # fmt: skip
+
+
+async def test_unsupported_fields_may_say_what_changes_nothing() -> None:
+    """A: an empty list of tools is not a request for tools."""
+    assert (await asked(CHAT, chat(**HARMLESS))).sampling == Sampling()
+    assert (await asked(TEXT, text(suffix=""))).prompt == "hi"
+
+
+UNSUPPORTED = {
+    "tools": [{"type": "function"}], "tool_choice": "auto", "functions": [{}],
+    "function_call": "auto", "modalities": ["audio"], "audio": {"voice": "x"},
+    "prediction": {"type": "content"}, "web_search_options": {}, "reasoning_effort": "low",
+    "verbosity": "low", "guided_json": {}, "grammar": "x", "min_tokens": 3,
+    "structured_outputs": {}, "allowed_token_ids": [1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+async def test_unsupported_fields_are_refused_by_name(name: str) -> None:
+    """A, W11: what would change the answer and cannot be done is a 400 that names it."""
+    error = await refused(CHAT, chat(**{name: UNSUPPORTED[name]}))
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+    assert name in error["message"]
+
+
+@pytest.mark.parametrize("fields", [{"suffix": "x"}, {"best_of": 2}, {"n": 2, "best_of": 3}])
+async def test_unsupported_fields_of_completions(fields: Any) -> None:
+    """A: suffix, and best_of that is not n."""
+    error = await refused(TEXT, text(**fields))
+    assert error["param"] == [*fields][-1]
+    assert error["code"] == "unsupported_parameter"
+
+
+WRONG = [
+    ("temperature", 2.1), ("temperature", -0.1), ("temperature", "hot"), ("temperature", True),
+    ("top_p", 1.1), ("top_k", -2), ("min_p", 2), ("presence_penalty", 3),
+    ("frequency_penalty", -3), ("repetition_penalty", 0), ("n", 0), ("n", 129), ("n", 1.5),
+    ("n", 10**30), ("seed", 2**63), ("seed", -(2**63) - 1), ("max_tokens", 0),
+    ("max_tokens", 2**31), ("stop", [""]), ("stop", 3), ("stop", ["x"] * 17),
+    ("stop_token_ids", [-1]), ("logit_bias", {"x": 1}), ("logit_bias", {"-1": 1}),
+    ("logit_bias", {"1": 101}), ("logit_bias", {str(i): 1 for i in range(1025)}),
+    ("stream", "yes"), ("model", 3), ("logprobs", "x"), ("response_format", {"type": "xml"}),
+    ("response_format", {"type": "json_schema"}), ("context_length", 0),
+    ("stream_options", {"include_usage": True}), ("ignore_eos", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_wrong_values_are_refused_by_name(path: str, name: str, value: Any) -> None:
+    """A: wrong types and numbers out of range are a 400 that names the field."""
+    error = await refused(path, {**(chat() if path == CHAT else text()), name: value})
+    assert error["param"].startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+         "messages[0].content[0].type"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+         "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "x"}] * 3000}, "messages"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
+    ],
+)  # fmt: skip
+async def test_wrong_chats(fields: Any, param: str) -> None:
+    """A: the parameter is named with its place."""
+    assert (await refused(CHAT, chat(**fields)))["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [
+        (None, "prompt"), ([], "prompt"), ([[]], "prompt"), ([1, "a"], "prompt"),
+        ([[1], "a"], "prompt"), ([[1], 2], "prompt"), ([True], "prompt[0]"), ([-1], "prompt[0]"),
+        ([[-1]], "prompt[0][0]"), ([2**31], "prompt[0]"), (["a"] * 129, "prompt"), ({}, "prompt"),
+    ],
+)  # fmt: skip
+async def test_wrong_prompts(prompt: Any, param: str) -> None:
+    """A: lists of prompts are of one kind, not empty and not too long."""
+    assert (await refused(TEXT, text(prompt)))["param"] == param
+
+
+async def test_choices_are_limited() -> None:
+    """A: prompts times n is bounded."""
+    assert (await refused(TEXT, text(["a"] * 3, n=2), max_choices=5))["param"] == "n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"nonsense", b"[]", b"null", b'{"temperature": NaN}', b'{"seed": Infinity}',
+        b'{"temperature": 1e999}', b'{"messages": "\xff"}', b'{"messages": "\\ud800"}',
+        b'{"x":' * 65 + b"1" + b"}" * 65, b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b"[" * 200_000, b'"' * 200_001, b'{"a":"' + b"\\" * 99_999,
+    ],
+    ids=lambda body: repr(body[:20]),
+)  # fmt: skip
+async def test_what_is_not_json_is_refused(body: bytes) -> None:
+    """A: NaN, infinities, bad UTF-8, deep nesting and broken JSON are a 400, at once."""
+    assert (await refused(CHAT, body))["code"] == "invalid_value"
+
+
+async def test_brackets_in_strings_are_no_depth() -> None:
+    """A: only structure counts, and the limit itself is allowed."""
+    request = await asked(CHAT, chat(messages=[{"role": "user", "content": '[{"\\' * 99}]))
+    assert request.messages == (Message("user", '[{"\\' * 99),)
+    inner: Any = 1
+    for _ in range(63):
+        inner = [inner]
+    assert (await asked(CHAT, chat(deep=inner))).n == 1
+    await refused(CHAT, chat(deep=[inner]))
+
+
+async def test_large_bodies_are_decoded_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A: over 64 KiB, a thread decodes."""
+    seen: list[int] = []
+    inner = asyncio.to_thread
+
+    async def spy(function: Any, body: bytes, *rest: Any) -> Any:
+        seen.append(len(body))
+        return await inner(function, body, *rest)
+
+    monkeypatch.setattr("headrace.api.bodies.asyncio.to_thread", spy)
+    await asked(CHAT, chat(messages=[{"role": "user", "content": "x" * 65_000}]))
+    assert seen == []
+    request = await asked(CHAT, chat(messages=[{"role": "user", "content": "x" * 70_000}]))
+    assert len(seen) == 1
+    assert request.messages == (Message("user", "x" * 70_000),)

@@ -1,0 +1,267 @@
+"""The streaming answer: its bytes, its failures, its waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import pytest
+from tests.api.fakes import (
+    CHAT,
+    METRICS,
+    TEXT,
+    FakeBackend,
+    chat,
+    client,
+    events,
+    finish,
+    text,
+)
+
+from headrace.api.wire_chat import ChatChunk
+from headrace.api.wire_completions import CompletionChunk
+from headrace.core.errors import (
+    GenerationFailed,
+    Loading,
+    QueueFull,
+    QueueTimeout,
+    WorkerDied,
+)
+from headrace.core.events import Delta, Progress, TokenLogprob, TopLogprob
+
+
+async def stream(script: Any, body: dict[str, Any], path: str = CHAT, **settings: Any) -> Any:
+    async with client(FakeBackend(script), **settings) as http:
+        return await http.post(path, json={**body, "stream": True})
+
+
+def one_word(_request: Any) -> Iterable[Any]:
+    yield Progress("queued")
+    yield Delta("Hi", (1,))
+    yield Delta("", (2,))
+    yield finish("length")
+
+
+async def test_chat_chunks() -> None:
+    """A: role first, then content, then the reason with the figures, then [DONE]."""
+    answer = await stream(one_word, chat())
+    *chunks, done = events(answer.text)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert done == "[DONE]"
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"role": "assistant", "content": "", "refusal": None},
+        {"content": "Hi"},
+        {},
+    ]
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert reasons == [None, None, "length"], "W14: the engine's own reason"
+    assert {chunk["id"] for chunk in chunks} == {f"chatcmpl-{answer.headers['x-request-id']}"}
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert "ttft;dur=" in answer.headers["server-timing"]
+
+
+async def test_metrics_are_on_the_last_chunk() -> None:
+    """W16: the figures come once, with the usage among them."""
+    answer = await stream(one_word, chat())
+    *chunks, _ = events(answer.text)
+    assert ["metrics" in chunk for chunk in chunks] == [False, False, True]
+    assert msgspec.convert(chunks[-1]["metrics"], type(METRICS)) == METRICS
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+async def test_usage_chunk() -> None:
+    """W15: include_usage adds a last chunk without choices; the others say null."""
+    answer = await stream(one_word, chat(stream_options={"include_usage": True}))
+    *chunks, last, done = events(answer.text)
+    assert done == "[DONE]"
+    assert [chunk["usage"] for chunk in chunks] == [None] * 3
+    assert last["choices"] == []
+    assert last["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 3,
+        "total_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 2},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
+    assert "metrics" in last
+
+
+async def test_completion_chunks() -> None:
+    """A: text_completion objects, no role."""
+    answer = await stream(one_word, text(), TEXT)
+    *chunks, done = events(answer.text)
+    assert done == "[DONE]"
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["Hi", ""]
+    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+    assert chunks[0]["id"] == f"cmpl-{answer.headers['x-request-id']}"
+
+
+NASTY = ['"', "\\", "\n\n", "data: [DONE]\n\n", "\u2028", "\x00", "é🙂", "</script>"]
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_any_text_survives(path: str) -> None:
+    """W13: what the deltas say is what the client reads, byte for byte."""
+
+    def script(_request: Any) -> Iterable[Any]:
+        yield from (Delta(part, (1,)) for part in NASTY)
+        yield finish()
+
+    answer = await stream(script, chat() if path == CHAT else text(), path)
+    kind = ChatChunk if path == CHAT else CompletionChunk
+    payloads = [json.dumps(one) for one in events(answer.text)[:-1]]
+    chunks = [msgspec.json.decode(one, type=kind) for one in payloads]
+    choices = [chunk.choices[0] for chunk in chunks]
+    texts = [getattr(one, "delta", one) for one in choices]
+    said = [getattr(one, "content", None) or getattr(one, "text", "") for one in texts]
+    assert "".join(said) == "".join(NASTY)
+
+
+async def test_choices_and_reasoning() -> None:
+    """W11, W24: n choices side by side, thinking apart from the answer."""
+
+    def script(_request: Any) -> Iterable[Any]:
+        yield Delta("a", (1,), 1, reasoning="hm")
+        yield Delta("b", (1,), 0)
+        yield finish("stop", "length")
+
+    answer = await stream(script, chat(n=2))
+    *chunks, _ = events(answer.text)
+    parts = [(c["choices"][0]["index"], c["choices"][0]["delta"]) for c in chunks]
+    assert [index for index, delta in parts if "role" in delta] == [0, 1]
+    assert parts[2:] == [
+        (1, {"reasoning_content": "hm"}),
+        (1, {"content": "a"}),
+        (0, {"content": "b"}),
+        (0, {}),
+        (1, {}),
+    ]
+    assert [c["choices"][0]["finish_reason"] for c in chunks[-2:]] == ["stop", "length"]
+    assert ["metrics" in chunk for chunk in chunks[-2:]] == [False, True]
+
+
+def with_logprobs(_request: Any) -> Iterable[Any]:
+    half = "é".encode()
+    yield Delta("a", (1,), 0, "", (TokenLogprob(1, b"a", -0.5, (TopLogprob(2, b"b", -1.0),)),))
+    yield Delta("", (3,), 0, "", (TokenLogprob(3, half[:1], -0.1),))
+    yield Delta("é", (4,), 0, "", (TokenLogprob(4, half[1:], -0.2),))
+    yield finish()
+
+
+async def test_chat_logprobs_in_a_stream() -> None:
+    """W11: logprobs ride on the deltas, also on those without text."""
+    answer = await stream(with_logprobs, chat(logprobs=True, top_logprobs=1))
+    *chunks, _ = events(answer.text)
+    said = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert said[1] == {
+        "content": [
+            {
+                "token": "a",
+                "logprob": -0.5,
+                "bytes": [97],
+                "top_logprobs": [{"token": "b", "logprob": -1.0, "bytes": [98]}],
+            }
+        ],
+        "refusal": None,
+    }
+    assert [one["content"][0]["bytes"] for one in said[2:4]] == [[0xC3], [0xA9]]
+
+
+async def test_completion_logprobs_in_a_stream() -> None:
+    """W11: offsets count the characters of the whole text, over all chunks."""
+    answer = await stream(with_logprobs, text(logprobs=1), TEXT)
+    *chunks, _ = events(answer.text)
+    said = [chunk["choices"][0]["logprobs"] for chunk in chunks[:3]]
+    assert said[0] == {
+        "tokens": ["a"],
+        "token_logprobs": [-0.5],
+        "top_logprobs": [{"b": -1.0}],
+        "text_offset": [0],
+    }
+    assert [one["tokens"] for one in said[1:]] == [["bytes:\\xc3"], ["bytes:\\xa9"]]
+    assert [one["text_offset"] for one in said[1:]] == [[1], [1]]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "headers"),
+    [
+        (
+            QueueFull("Full.", retry_after_s=1.2),
+            429,
+            {"retry-after": "2", "retry-after-ms": "1200"},
+        ),
+        (QueueTimeout("Waited."), 408, {}),
+        (Loading("Not yet.", retry_after_s=0.1), 503, {"retry-after": "1"}),
+    ],
+)
+async def test_failures_before_the_first_delta_have_their_status(
+    error: Exception, status: int, headers: dict[str, str]
+) -> None:
+    """W17: nothing is promised before something is there."""
+    answer = await stream(lambda _: [Progress("queued"), error], chat())
+    assert answer.status_code == status
+    assert headers.items() <= dict(answer.headers).items()
+    assert answer.json()["error"]["message"] == str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(WorkerDied("Gone.", metrics=METRICS), "worker_died"), (KeyError("secret"), "internal_error")],
+)
+async def test_failures_in_the_stream_end_it_without_done(error: Exception, code: str) -> None:
+    """W17: an error is an event of its own, never text and never a normal end."""
+    answer = await stream(lambda _: [Delta("Hi", (1,)), error], chat())
+    assert answer.status_code == 200
+    last = events(answer.text)[-1]
+    assert last["error"]["code"] == code
+    assert ("metrics" in last) == (code == "worker_died"), "W16: figures of what failed"
+    assert "[DONE]" not in answer.text
+    assert "secret" not in answer.text
+
+
+@pytest.mark.parametrize("steps", [[], [Delta("a", (1,))], [Progress("prefill")]])
+@pytest.mark.parametrize("fields", [{}, {"stream": True}])
+async def test_a_stream_without_finish_is_a_failure(steps: list[Any], fields: Any) -> None:
+    """W14: an end is never invented."""
+    async with client(FakeBackend(lambda _: steps)) as http:
+        answer = await http.post(CHAT, json=chat(**fields))
+    assert "[DONE]" not in answer.text
+    assert GenerationFailed.__name__ not in answer.text
+    assert "generation_failed" in answer.text
+
+
+async def test_waiting_comments_keep_the_line_alive() -> None:
+    """A: headers go out after a while, and comments until the first delta."""
+
+    def script(_request: Any) -> Iterable[Any]:
+        yield lambda: asyncio.sleep(0.2)
+        yield from one_word(_request)
+
+    answer = await stream(script, chat(), headers_after_s=0.02, comment_every_s=0.03)
+    assert answer.text.startswith(": waiting\n\n: waiting\n\n")
+    assert events(answer.text)[-1] == "[DONE]"
+    assert "waiting;dur=" in answer.headers["server-timing"]
+
+
+async def test_failure_after_waiting_is_an_event() -> None:
+    """W17: once the headers are out, the status can no longer tell."""
+
+    def script(_request: Any) -> Iterable[Any]:
+        yield lambda: asyncio.sleep(0.05)
+        yield Loading("Too slow.", retry_after_s=3)
+
+    answer = await stream(script, chat(), headers_after_s=0.01, comment_every_s=0.02)
+    assert answer.status_code == 200
+    assert events(answer.text)[-1]["error"]["code"] == "model_loading"
+    assert "[DONE]" not in answer.text
+
+
+async def test_everything_is_given_back_before_the_last_byte() -> None:
+    """W18: who has read [DONE] finds the slot free."""
+    backend = FakeBackend(one_word)
+    async with client(backend) as http:
+        await http.post(CHAT, json=chat(stream=True))
+        assert (backend.running, backend.closed) == (0, 1)
