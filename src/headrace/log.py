@@ -10,8 +10,17 @@ from typing import Any, Literal
 import msgspec
 
 Format = Literal["text", "json"]
-LogSettings = tuple[str, Format]
-"""Level and format, as they are handed to child processes."""
+
+
+class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How to log, as it is handed to child processes.
+
+    `content` switches on what is never logged otherwise: prompts and answers.
+    """
+
+    level: str = "warning"
+    style: Format = "text"
+    content: bool = False
 
 
 class JsonLines(logging.Formatter):

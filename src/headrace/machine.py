@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 import psutil
 
+from headrace import __version__
 from headrace.core.metrics import DeviceUse
 
 _CPUINFO = Path("/proc/cpuinfo")
-_LIBRARIES = ("headrace", "xllamacpp", "pydantic", "msgspec", "fastapi", "uvicorn")
+_LIBRARIES = ("xllamacpp", "pydantic", "msgspec", "starlette", "uvicorn")
 _INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_vnni", "amx_tile", "asimd")
 
 
@@ -54,7 +55,7 @@ def system() -> SystemInfo:
         cores=psutil.cpu_count(logical=False) or 1,
         threads=psutil.cpu_count() or 1,
         instruction_sets=tuple(flag for flag in _INSTRUCTION_SETS if flag in flags),
-        libraries=dict(_versions()),
+        libraries={"headrace": __version__, **dict(_versions())},
         devices=devices(),
     )
 

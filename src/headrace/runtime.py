@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -77,7 +78,7 @@ def describe(spec: ModelSpec, config: Config) -> ModelInfo:
     stored = store(config).find(reference)
     if stored is None:
         return unloaded_info(spec, "created", "not downloaded yet")
-    found = _worker_spec(spec, inspect(stored.path))
+    found = _worker_spec(spec, inspect(Path(stored.path)))
     return unloaded_info(spec, "created", None, found)
 
 
@@ -89,20 +90,21 @@ def open_worker(
     on_progress: OnProgress | None = None,
 ) -> WorkerProcess | Worker:
     """Bind a model to a worker that is not started, in a process of its own or in this one."""
-    resolve = resolver(config)
+    resolve, logs = resolver(config), log_settings(config)
     if not isolate:
-        return Worker(spec, resolve, on_progress=on_progress)
-    settings: LogSettings = (config.log_level, config.log_format)
-    return WorkerProcess(spec, resolve, on_progress=on_progress, log_settings=settings)
+        return Worker(spec, resolve, on_progress=on_progress, log_content=logs.content)
+    return WorkerProcess(spec, resolve, on_progress=on_progress, log_settings=logs)
 
 
 def open_backend(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
     """Bind many models to one Backend; nothing is loaded yet."""
-    config = settings.config
-    log_settings: LogSettings = (config.log_level, config.log_format)
-    return Pool(
-        models, lambda spec: WorkerProcess(spec, resolver(config), log_settings=log_settings)
-    )
+    resolve, logs = resolver(settings.config), log_settings(settings.config)
+    return Pool(models, lambda spec: WorkerProcess(spec, resolve, log_settings=logs))
+
+
+def log_settings(config: Config) -> LogSettings:
+    """Return what the log is configured to be."""
+    return LogSettings(level=config.log_level, style=config.log_format, content=config.log_content)
 
 
 def _reference(spec: ModelSpec) -> Reference:

@@ -14,6 +14,7 @@ from headrace.core.request import TokenCount
 from headrace.model_worker import AsyncModelWorker, Messages, Prompt
 
 T = TypeVar("T")
+_SETTLE_S = 5.0
 
 
 class _Loop:
@@ -25,17 +26,27 @@ class _Loop:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run to the end; an interrupt of the caller cancels the work."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Run to the end; an interrupt of the caller cancels the work, and has its end awaited."""
+        tasks: list[asyncio.Task[T]] = []
+        over = threading.Event()
+
+        def begin() -> None:
+            tasks.append(self._loop.create_task(work))
+            tasks[0].add_done_callback(lambda _: over.set())
+
+        self._loop.call_soon_threadsafe(begin)
         try:
-            return future.result()
+            over.wait()
         except BaseException:
-            future.cancel()
+            self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            over.wait()
             raise
+        return tasks[0].result()
 
     def close(self) -> None:
-        """End the thread."""
+        """Let what other threads wait for end, and end the thread."""
         if not self._loop.is_closed():
+            self.run(_settled())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -136,11 +147,14 @@ class ModelWorker:
         return self._run(self._worker.detokenize(token_ids))
 
     def _events(self, stream: Any) -> Iterator[Event]:
+        loop = self._loop = self._loop or _Loop()
         try:
-            while (event := self._run(_next(stream))) is not None:
+            while (event := loop.run(_next(stream))) is not None:
                 yield event
         finally:
-            self._run(stream.aclose())
+            # A loop that has been closed has closed its streams.
+            if self._loop is loop:
+                loop.run(stream.aclose())
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         if self._loop is None:
@@ -150,3 +164,9 @@ class ModelWorker:
 
 async def _next(stream: Any) -> Event | None:
     return await anext(stream, None)
+
+
+async def _settled() -> None:
+    await asyncio.get_running_loop().shutdown_asyncgens()
+    if others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others, timeout=_SETTLE_S)

@@ -11,6 +11,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tests.api.fakes import FakeBackend, client
 
 from headrace.api.app import ROUTES, create_app
+from headrace.api.openapi import document as describe
 from headrace.api.settings import ApiSettings
 from headrace.api.wire_chat import ChatRequest
 
@@ -49,9 +50,19 @@ async def test_it_names_every_field_and_limit() -> None:
 
 async def test_keys_are_told() -> None:
     """A: with keys, the document says that one is needed."""
-    app = create_app(FakeBackend(), ApiSettings(key_hashes=("0" * 64,)))
-    assert app.openapi()["security"] == [{"key": []}]
+    guarded = describe(ROUTES, ApiSettings(key_hashes=("0" * 64,)))
+    assert guarded["security"] == [{"key": []}]
     assert (await document())["security"] == []
+
+
+async def test_the_page_needs_nobody_else() -> None:
+    """A: /docs shows each route and type, without scripts or foreign addresses."""
+    async with client() as http:
+        page = (await http.get("/docs")).text
+    assert all(f"<code>{route.path.replace(':path', '')}</code>" in page for route in ROUTES)
+    assert 'id="ChatRequest"' in page
+    assert "<script" not in page
+    assert "://" not in page
 
 
 @schema.parametrize()

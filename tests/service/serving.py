@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import httpx
 import psutil
-
 from tests.conftest import MODEL_HOME
 
 

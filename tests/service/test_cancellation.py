@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-
 from tests.service.serving import Service, served
 
 ROUNDS = 20

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.service.serving import served
 
 from headrace.core.errors import LoadFailed
 from headrace.models.inspect import inspect
-from tests.service.serving import served
 
 COPIES = 500
 HEADER = 3 << 20

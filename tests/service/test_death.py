@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
-
 from tests.service.serving import Service, served
 
 SLOW = ("builtin:echo", "-o", "tokens_per_second=50", "-o", "text=" + "river " * 500)

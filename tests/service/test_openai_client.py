@@ -8,10 +8,10 @@ from pathlib import Path
 
 import openai
 import pytest
+from tests.service.serving import Service, served
 
 from headrace import Delta, ModelWorker
 from headrace.core.request import Message
-from tests.service.serving import Service, served
 
 MESSAGES = [{"role": "user", "content": "Name three rivers in Europe."}]
 GREEDY = {"model": "smollm2", "max_tokens": 48, "temperature": 0}

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastapi import FastAPI, Request, Response
-from starlette import routing
+import msgspec
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import BaseRoute
+from starlette.routing import Route as Path
 
 from headrace.api import problems
 from headrace.api.chat import chat_completions
 from headrace.api.completions import completions
+from headrace.api.docs import page
 from headrace.api.endpoint import Endpoint, Route
 from headrace.api.exchange import Service
 from headrace.api.gate import Gate
@@ -40,23 +46,35 @@ ROUTES = (
 
 def create_app(
     backend: Backend, settings: ApiSettings, *, ready: Callable[[], bool] | None = None
-) -> FastAPI:
+) -> Starlette:
     """Build the ASGI application. `ready` tells whether requests would be answered now.
 
     Without `ready`, it is when every model of the backend is. The backend is not closed here.
     """
     service = Service(backend, settings, ready)
-    app = FastAPI(title="Headrace", docs_url="/docs", redoc_url=None, redirect_slashes=False)
-    for route in ROUTES:
-        endpoint = Endpoint(route, service)
-        app.router.routes.append(
-            routing.Route(route.path, endpoint, methods=[route.method], include_in_schema=False)
-        )
-    app.add_exception_handler(HTTPException, _routing_problem)
-    app.add_middleware(Gate, settings=settings)
-    schema = document(ROUTES, settings)
-    app.openapi = lambda: schema
+    served: list[BaseRoute] = [
+        Path(route.path, Endpoint(route, service), methods=[route.method]) for route in ROUTES
+    ]
+    app = Starlette(
+        routes=[*served, *_descriptions(settings)],
+        exception_handlers={HTTPException: _routing_problem},
+        middleware=[Middleware(Gate, settings=settings)],
+    )
+    app.router.redirect_slashes = False
     return app
+
+
+def _descriptions(settings: ApiSettings) -> list[BaseRoute]:
+    schema = document(ROUTES, settings)
+    as_json, as_page = msgspec.json.encode(schema), page(schema)
+
+    async def openapi(request: Request) -> Response:
+        return Response(as_json, media_type="application/json")
+
+    async def docs(request: Request) -> Response:
+        return HTMLResponse(as_page)
+
+    return [Path("/openapi.json", openapi), Path("/docs", docs)]
 
 
 async def _routing_problem(request: Request, error: Exception) -> Response:

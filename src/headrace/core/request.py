@@ -130,6 +130,17 @@ class CountRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     add_special: bool = False
     template_options: dict[str, Any] = {}
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be counted.
+
+        Raises:
+            InvalidRequest: a text and messages are both given or both missing, or none are in it.
+        """
+        if (self.messages is None) == (self.text is None):
+            raise InvalidRequest("Give either messages or a text.", param="messages")
+        if self.messages is not None and not self.messages:
+            raise InvalidRequest("messages is empty.", param="messages")
+
 
 class TokenCount(msgspec.Struct, frozen=True, kw_only=True):
     """How many tokens, and which, where the engine can tell. `estimated` marks a guess."""

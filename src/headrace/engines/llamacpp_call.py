@@ -88,6 +88,15 @@ class _Chunk(msgspec.Struct):
 
 _decode = msgspec.json.Decoder(_Chunk).decode
 
+# Where JSON allows any white space a small model can go on with it up to its limit.
+_SPACING = {
+    "x-guidance": {
+        "whitespace_flexible": False,
+        "item_separator": ", ",
+        "key_separator": ": ",
+    }
+}
+
 
 class Call:
     """One request on its own thread: llama.cpp calls back for every chunk."""
@@ -195,7 +204,7 @@ def _grammar(schema: dict[str, Any]) -> str:
     # llama.cpp drops a schema that it cannot compile without a word and answers freely.
     from llguidance import LLMatcher  # native, and rarely needed
 
-    grammar = "%llguidance {}\nstart: %json " + json.dumps(schema)
+    grammar = "%llguidance {}\nstart: %json " + json.dumps(_SPACING | schema)
     if problem := LLMatcher.validate_grammar(grammar):
         reason = problem.partition("\n")[0].partition("JSON schema: ")[2] or problem
         raise InvalidRequest(f"The JSON schema is not usable: {reason}", param="response_format")

@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError, TemplateError
@@ -203,12 +203,14 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         extensions = (_GenerationTag, "jinja2.ext.loopcontrols")
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         self.binop_table |= {"+": _add, "*": _multiply, "**": _power, "%": _remainder}
+        filters = cast("dict[str, Any]", self.filters)
         for name in _DROPPED_FILTERS:
-            del self.filters[name]
-        del self.globals["lipsum"]
-        self.filters |= {"tojson": _tojson, "join": self._join_filter}
-        self.filters |= {"replace": _replace, "indent": _indent}
-        self.globals |= {"raise_exception": _raise_exception, "strftime_now": time.strftime}
+            del filters[name]
+        filters |= {"tojson": _tojson, "join": self._join_filter}
+        filters |= {"replace": _replace, "indent": _indent}
+        names = cast("dict[str, Any]", self.globals)
+        del names["lipsum"]
+        names |= {"raise_exception": _raise_exception, "strftime_now": time.strftime}
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call from a template: macros look at the clock, methods of text are measured."""

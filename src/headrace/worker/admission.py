@@ -80,7 +80,8 @@ class Admission:
     async def idle(self, timeout_s: float) -> bool:
         """Wait until nothing runs; tell whether it came to that."""
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True

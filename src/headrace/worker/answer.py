@@ -31,7 +31,7 @@ from headrace.worker.prompt import Job, Prompter
 log = logging.getLogger("headrace.worker")
 
 
-class Loaded(msgspec.Struct, frozen=True):
+class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     """What a loaded model consists of."""
 
     name: str
@@ -40,6 +40,7 @@ class Loaded(msgspec.Struct, frozen=True):
     prompter: Prompter
     admission: Admission
     sampler: Sampler
+    log_content: bool = False
 
 
 class Answer:
@@ -61,8 +62,12 @@ class Answer:
         Raises:
             HeadraceError: with the figures up to then in its `metrics`.
         """
+        answered = self._answered()
+        said: list[str] | None = [] if self._loaded.log_content else None
         try:
-            async for event in self._answered():
+            async for event in answered:
+                if said is not None and isinstance(event, Delta):
+                    said.append(event.text)
                 yield event
             self._outcome = self._reasons[0]
             yield Finish(tuple(self._reasons), self._meter.usage, self._metrics())
@@ -76,8 +81,8 @@ class Answer:
             log.exception("headrace.engine.failed", extra={"data": {"id": self._request.id}})
             raise self._failed(GenerationFailed("The engine failed.", detail=detail)) from error
         finally:
-            record = {"id": self._request.id, **figures(self._metrics())}
-            log.info("headrace.request", extra={"data": record})
+            await answered.aclose()
+            log.info("headrace.request", extra={"data": self._record(said)})
             self._loaded.sampler.release(self._watch)
 
     async def _answered(self) -> AsyncGenerator[Event, None]:
@@ -128,6 +133,13 @@ class Answer:
         finally:
             await raw.aclose()
             admission.leave(entered)
+
+    def _record(self, said: list[str] | None) -> dict[str, object]:
+        record = {"id": self._request.id, **figures(self._metrics())}
+        if said is None:
+            return record
+        asked = self._request.messages or self._request.prompt
+        return record | {"asked": asked, "answered": "".join(said)}
 
     def _ended(self, index: int, event: RawFinish, sent: int) -> None:
         self._reasons[index] = event.reason

@@ -93,13 +93,14 @@ class Child:
         return self._worker
 
     async def _load(self, message: Load) -> None:
-        configure(*message.log)
+        configure(message.log.level, message.log.style)
         found = message.spec
 
         def resolved(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
             return found
 
-        self._worker = worker = Worker(found.model, resolved)
+        content = message.log.content
+        self._worker = worker = Worker(found.model, resolved, log_content=content)
         if error := await _failure(worker.start()):
             self._link.send(Failed(error))
         else:

@@ -22,8 +22,10 @@ from headrace.worker.wire import Close, Count, Detokenize, Ended, Generate, Load
 
 log = logging.getLogger("headrace.worker")
 
+_QUIET = LogSettings()
 _CANCEL_S = 30.0
 _LAST_STEP_S = 10.0
+_LAST_WORD_S = 1.0
 _WATCH_S = 0.5
 
 
@@ -36,7 +38,7 @@ class WorkerProcess:
         resolve: Resolve,
         *,
         on_progress: OnProgress | None = None,
-        log_settings: LogSettings = ("warning", "text"),
+        log_settings: LogSettings = _QUIET,
     ) -> None:
         self.spec = spec
         self.died = asyncio.Event()
@@ -112,10 +114,9 @@ class WorkerProcess:
         state, child = self._life.state, self._child
         if self._info is None or child is None:
             return (unloaded_info(self.spec, state, self._life.reason, self._found),)
-        info = msgspec.structs.replace(
-            self._info, state=state, reason=self._life.reason, memory=child.memory or None
-        )
-        return (info,)
+        memory = child.memory or self._info.memory
+        reason = self._life.reason
+        return (msgspec.structs.replace(self._info, state=state, reason=reason, memory=memory),)
 
     async def aclose(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, let running ones end within `drain_s`, end the rest and the child.
@@ -128,9 +129,10 @@ class WorkerProcess:
             self._watchdog.cancel()
         if (child := self._child) is not None:
             child.link.send(Close(drain_s))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(drain_s + _LAST_STEP_S):
-                    await child.gone.wait()
+            # A hung engine ends nothing by itself: its streams are told here.
+            if not await _within(drain_s + _LAST_WORD_S, child.gone):
+                child.fail_streams(Draining(f"{self.spec.name} is stopping."))
+                await _within(_LAST_STEP_S, child.gone)
             await _end(child)
         self._child = None
         self._life.state = "stopped"
@@ -181,6 +183,13 @@ class WorkerProcess:
             await asyncio.sleep(_WATCH_S)
             if child.is_hung(self.spec.hang_s):
                 child.kill(hung=True)
+
+
+async def _within(timeout_s: float, event: asyncio.Event) -> bool:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    return event.is_set()
 
 
 async def _end(child: ChildProcess) -> None:

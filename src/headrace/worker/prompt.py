@@ -171,4 +171,4 @@ def _seeded(sampling: Sampling, index: int) -> Sampling:
     # Every choice of a seeded request is its own draw, and the same one next time.
     if sampling.seed is None or index == 0:
         return sampling
-    return msgspec.structs.replace(sampling, seed=sampling.seed + index)
+    return msgspec.structs.replace(sampling, seed=(sampling.seed + index) % (1 << 64))

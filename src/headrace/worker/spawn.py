@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from headrace.core.errors import (
+    HeadraceError,
     LoadFailed,
     WorkerDied,
     from_record,
@@ -227,10 +228,14 @@ class ChildProcess:
             return f"was killed by {signal.Signals(-code).name}"
         return f"ended with exit code {code}" if code else f"ended ({why})"
 
-    def _tell(self, error: WorkerDied) -> None:
+    def fail_streams(self, error: HeadraceError) -> None:
+        """End every open stream with an error, whatever the child does."""
         record = to_record(error)
         for number, listener in self._listeners.items():
             listener.put(Ended(number, record))
+
+    def _tell(self, error: WorkerDied) -> None:
+        self.fail_streams(error)
         waiting: list[asyncio.Future[TokenCount | str]] = list(self._calls.values())
         for answer in waiting:
             if not answer.done():

@@ -37,11 +37,13 @@ class Worker:
         resolve: Resolve,
         *,
         on_progress: OnProgress | None = None,
+        log_content: bool = False,
         open_engine: OpenEngine = engines.open_engine,
     ) -> None:
         self.spec = spec
         self._resolve = resolve
         self._on_progress = on_progress or _silent
+        self._log_content = log_content
         self._open_engine = open_engine
         self._life = Lifecycle(spec.name)
         self._found: WorkerSpec | None = None
@@ -131,7 +133,15 @@ class Worker:
             opening.add_done_callback(_close_opened)
             raise
         admission = Admission(info.max_running or 1, self.spec.max_queued)
-        self._loaded = Loaded(self.spec.name, found.engine, engine, prompter, admission, Sampler())
+        self._loaded = Loaded(
+            name=self.spec.name,
+            engine_name=found.engine,
+            engine=engine,
+            prompter=prompter,
+            admission=admission,
+            sampler=Sampler(),
+            log_content=self._log_content,
+        )
         load_ms = (time.monotonic() - began) * 1000
         self._info = msgspec.structs.replace(info, load_ms=load_ms, created=int(time.time()))
         data = {"model": self.spec.name, "engine": found.engine, "load_ms": round(load_ms, 1)}

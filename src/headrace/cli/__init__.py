@@ -1,0 +1,12 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run `headrace`, and leave with an exit code that means something."""
+    from headrace.cli.app import run
+
+    sys.exit(run(sys.argv[1:]))

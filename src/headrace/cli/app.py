@@ -1,0 +1,115 @@
+"""The program: its commands, its errors and its exit codes.
+
+0 is well, 1 an engine or a lack of room, 2 a wrong request, flag or configuration, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any, cast
+
+import typer
+
+from headrace.cli import config, doctor, serve, store
+from headrace.cli import run as run_command
+from headrace.cli.common import Common, with_common
+from headrace.core.errors import ConfigError, HeadraceError, RequestError
+
+INTERRUPTED = 130
+_LONGEST_DETAIL = 200
+# The base of typer's usage errors has no public name.
+_UsageError = cast("type[Exception]", typer.BadParameter.__mro__[2])
+
+app = typer.Typer(
+    name="headrace",
+    help="Run language models, behind one API, and tell what every request cost.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from headrace import __version__
+
+        print(f"headrace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+@with_common
+def start(
+    common: Common,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Run language models, behind one API, and tell what every request cost."""
+
+
+app.command("run")(with_common(run_command.run))
+app.command("serve")(with_common(serve.serve))
+app.command("pull")(with_common(store.pull))
+app.command("ls")(with_common(store.ls))
+app.command("show")(with_common(store.show))
+app.command("rm")(with_common(store.rm))
+app.command("doctor")(with_common(doctor.doctor))
+app.add_typer(config.app, name="config")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; every failure is one line on stderr."""
+    flags = _before(arguments, "--")
+    try:
+        code = app(args=list(arguments) or ["--help"], prog_name="headrace", standalone_mode=False)
+    except BrokenPipeError:
+        # The reader has gone; what is still buffered must not fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except _UsageError as error:
+        return _fail(flags, error, "UsageError", cast("Any", error).format_message(), 2)
+    except HeadraceError as error:
+        code = 2 if isinstance(error, RequestError | ConfigError) else 1
+        return _fail(flags, error, type(error).__name__, _message(error, flags), code, error.param)
+    except Exception as error:  # noqa: BLE001 - the last place where anything can be said
+        message = f"unexpected {type(error).__name__}: {error}; --debug shows where"
+        return _fail(flags, error, "InternalError", message, 1)
+    return code if isinstance(code, int) else 0
+
+
+def _before(arguments: Sequence[str], end: str) -> Sequence[str]:
+    return arguments[: arguments.index(end)] if end in arguments else arguments
+
+
+def _message(error: HeadraceError, flags: Sequence[str]) -> str:
+    # The one who runs the program is the one who would read the log.
+    detail = error.detail or ""
+    if len(detail) > _LONGEST_DETAIL and not {"-v", "--verbose", "--debug"} & set(flags):
+        return f"{error.message} (-v tells more)"
+    return f"{error.message} ({detail})" if detail else error.message
+
+
+def _fail(
+    flags: Sequence[str],
+    error: BaseException,
+    kind: str,
+    message: str,
+    code: int,
+    param: str | None = None,
+) -> int:
+    if "--debug" in flags or os.environ.get("HEADRACE_DEBUG"):
+        traceback.print_exception(error)
+    if "--json" in flags:
+        body = {"type": kind, "message": message, "param": param}
+        print(json.dumps({"error": body}), file=sys.stderr)
+    else:
+        print("error:", " ".join(message.split()), file=sys.stderr)
+    return code

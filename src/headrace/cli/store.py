@@ -1,0 +1,139 @@
+"""`headrace pull`, `ls`, `show` and `rm`: the models on this machine."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+
+from headrace.cli import terminal
+from headrace.cli.common import Common, ModelArgument, known_models, parse_options
+from headrace.cli.run import ContextLength, Device, Engine, Options
+from headrace.core.errors import UnknownModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydantic import BaseModel
+
+    from headrace.core.model import ModelInfo, ModelSpec
+
+
+def pull(common: Common, model: ModelArgument) -> None:
+    """Fetch a model, check it and keep it."""
+    from headrace import runtime
+
+    settings = common.settings()
+    with terminal.progress() as report:
+        found = runtime.resolver(settings.config)(settings.model_spec(model), report)
+    if common.as_json:
+        terminal.print_json(found)
+    else:
+        print(found.file.path or f"{found.model.name} needs no file.")
+
+
+def show(
+    common: Common,
+    model: ModelArgument,
+    engine: Engine = None,
+    device: Device = None,
+    context_length: ContextLength = None,
+    option: Options = None,
+) -> None:
+    """Tell what a model is, which engine would run it and why, and the engine's options."""
+    from headrace import runtime
+
+    settings = common.settings(
+        engine=engine,
+        device=device,
+        context_length=context_length,
+        options=parse_options(option),
+    )
+    info = runtime.describe(settings.model_spec(model), settings.config)
+    options = list(_options(info, runtime.engine_options()))
+    if common.as_json:
+        terminal.print_json({**msgspec.to_builtins(info), "engine_options": options})
+        return
+    terminal.columns((), list(_facts(info)))
+    if options:
+        print(f"\nOptions of {info.engine} (-o KEY=VALUE):")
+        keys = ("option", "value", "default", "help")
+        terminal.columns([key.upper() for key in keys], [[o[key] for key in keys] for o in options])
+
+
+def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
+    """Yield what is known, by its name; sizes readable, long things by their length."""
+    plain: dict[str, Any] = msgspec.to_builtins(info)
+    for name, value in plain.items():
+        if name in ("capabilities", "options", "created") or value in (None, "", ()):
+            continue
+        if name in ("size", "memory"):
+            yield name, terminal.size(value)
+        elif name == "chat_template":
+            yield name, f"{len(value)} characters"
+        elif name == "parameters":
+            yield name, f"{value / 1e6:.0f} M"
+        else:
+            yield name, ", ".join(value) if name in ("aliases", "roles", "notes") else value
+
+
+def _options(info: ModelInfo, engines: dict[str, type[BaseModel]]) -> Iterator[dict[str, Any]]:
+    """Yield each option of the model's engine: its default, and its value where one is set."""
+    kind = engines.get(info.engine)
+    schema: dict[str, Any] = kind.model_json_schema() if kind else {}
+    for name, field in schema.get("properties", {}).items():
+        yield {
+            "option": name,
+            "value": info.options.get(name),
+            "default": field.get("default"),
+            "help": field.get("description", ""),
+        }
+
+
+def ls(common: Common) -> None:
+    """List the models on this machine."""
+    from headrace import runtime
+
+    stored = list(runtime.store(common.settings().config).list())
+    if common.as_json:
+        terminal.print_json(stored)
+        return
+    rows = [(one.name, terminal.size(one.size), _day(one.added), one.reference) for one in stored]
+    terminal.columns(("NAME", "SIZE", "ADDED", "REFERENCE"), rows)
+
+
+def _day(second: int) -> str:
+    return datetime.fromtimestamp(second, tz=UTC).date().isoformat()
+
+
+def rm(
+    common: Common,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", autocompletion=known_models)],
+    yes: Annotated[bool, typer.Option("--yes/--no-yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete models from this machine; a file that was there before Headrace stays."""
+    from headrace import runtime
+    from headrace.models.reference import parse
+
+    settings = common.settings()
+    store = runtime.store(settings.config)
+    references = [_written(settings.model_spec(name)) for name in models]
+    for name, reference in zip(models, references, strict=True):
+        if store.find(parse(reference)) is None:
+            raise UnknownModel(f"{name} is not on this machine; `headrace ls` lists what is.")
+    if not yes and sys.stdin.isatty():
+        typer.confirm(f"Delete {', '.join(models)}?", abort=True, err=True)
+    freed = sum(map(store.remove, references))
+    if common.as_json:
+        terminal.print_json({"removed": models, "freed": freed})
+    else:
+        print(f"Deleted {', '.join(models)}; {terminal.size(freed)} are free again.")
+
+
+def _written(spec: ModelSpec) -> str:
+    """Return a model's reference with the revision that its settings pin."""
+    pinned = spec.model.startswith("hub:") and spec.revision and "@" not in spec.model
+    return f"{spec.model}@{spec.revision}" if pinned else spec.model

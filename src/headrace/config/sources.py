@@ -1,0 +1,220 @@
+"""Where settings come from: a file, the environment, flags, arguments.
+
+Each source becomes flat layers of `Value`s, keyed by where they belong: `home`, `server.port`;
+`*.context_length` for all models; in the layer of one model `context_length`, `options.threads`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from pydantic import BaseModel
+
+from headrace.config.tree import PER_MODEL, Config, ModelSettings, ServerSettings
+from headrace.core.errors import ConfigError
+
+PREFIX = "HEADRACE_"
+RESERVED = frozenset({"HEADRACE_CONFIG", "HEADRACE_NO_COLOR", "HEADRACE_DEBUG"})
+"""Names with the prefix that are read elsewhere and are no settings."""
+
+FILE_NAME = "headrace.toml"
+
+
+class Value(NamedTuple):
+    """A value, where it comes from, and the folder its relative paths start at."""
+
+    value: Any
+    origin: str
+    base: Path
+
+
+Layer = dict[str, Value]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Which flat keys exist, and where each belongs: for one model, and for all of them."""
+
+    options: frozenset[str]
+    model: Mapping[str, str]
+    shared: Mapping[str, str]
+
+    @classmethod
+    def of(cls, engines: Mapping[str, type[BaseModel]]) -> Keys:
+        """Collect the keys of Headrace and of all engines; a setting hides an option's name."""
+        options = frozenset(name for kind in engines.values() for name in kind.model_fields)
+        own = ModelSettings.model_fields.keys() - {"options"}
+        model = {name: f"options.{name}" for name in options} | {name: name for name in own}
+        shared = {key: f"*.{place}" for key, place in model.items() if key not in PER_MODEL}
+        shared |= {key: f"server.{key}" for key in ServerSettings.model_fields}
+        return cls(options, model, shared | {key: key for key in top_keys()})
+
+
+def top_keys() -> list[str]:
+    """Return the settings that stand in no table."""
+    return [key for key in Config.model_fields if key not in ("server", "models")]
+
+
+def unknown_key(origin: str, key: str, known: Iterable[str], what: str = "setting") -> ConfigError:
+    """Say which key is wrong, where, what was probably meant and what exists."""
+    names = sorted(known)
+    near = difflib.get_close_matches(key, names, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return ConfigError(
+        f"{origin}: {key} is no {what}.{hint} Known: {', '.join(names) or 'none'}.", param=key
+    )
+
+
+def environment_name(model: str) -> str:
+    """Return the name of a model as it stands in variables: `Qwen2.5-7B` is `QWEN2_5_7B`."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", model).strip("_").upper()
+
+
+def short_name(reference: str) -> str:
+    """Return what a model that no file names is called: catalogue name, file stem or repository."""
+    scheme, colon, rest = reference.partition(":")
+    if colon and scheme == "hub":
+        return re.split("[:@]", rest, maxsplit=1)[0].rpartition("/")[2]
+    if colon and scheme in ("index", "builtin"):
+        return re.split("[=<>!~@]", rest, maxsplit=1)[0]
+    return Path(reference).name.removesuffix(".gguf") or reference
+
+
+def environment(environ: Mapping[str, str], keys: Keys, cwd: Path) -> dict[str, Layer]:
+    """Return a layer for each sanitised model name, and one for all under the empty name."""
+    layers: dict[str, Layer] = {"": {}}
+    for name, text in sorted(environ.items()):
+        # An empty variable is one that is not set: it must not wipe the keys in the file.
+        if not name.startswith(PREFIX) or name in RESERVED or not text:
+            continue
+        model, _, key = name.removeprefix(PREFIX).rpartition("__")
+        places = keys.model if model else keys.shared
+        place = places.get(key.lower()) if key.isupper() else None
+        if place is None:
+            start = f"{PREFIX}{model}__" if model else PREFIX
+            known = [start + other.upper() for other in places]
+            raise unknown_key("environment", name, known)
+        layers.setdefault(model, {})[place] = Value(text, f"environment {name}", cwd)
+    return layers
+
+
+def _options(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    options: Mapping[str, Any] = given.get("options") or {}
+    return options.items()
+
+
+def flags(given: Mapping[str, Any], keys: Keys, cwd: Path) -> Layer:
+    """Return what the command line gave; None is not given. Options are under `options`."""
+    layer: Layer = {}
+    for key, value in given.items():
+        if key == "options" or value is None:
+            continue
+        if key not in keys.shared:
+            raise unknown_key("flag", key, keys.shared)
+        layer[keys.shared[key]] = Value(value, f"flag --{key.replace('_', '-')}", cwd)
+    for key, value in _options(given):
+        if key not in keys.options:
+            raise unknown_key("flag -o", key, keys.options, "engine option")
+        layer[f"*.options.{key}"] = Value(value, f"flag -o {key}", cwd)
+    return layer
+
+
+def arguments(given: Mapping[str, Any], keys: Keys, cwd: Path) -> Layer:
+    """Return what a caller gave for one model; options may stand in `options` or beside it."""
+    layer: Layer = {}
+    for key, value in given.items():
+        if key == "options" or value is None:
+            continue
+        if key not in keys.model:
+            raise unknown_key("argument", key, keys.model)
+        layer[keys.model[key]] = Value(value, f"argument {key}", cwd)
+    for key, value in _options(given):
+        layer[f"options.{key}"] = Value(value, f"argument {key}", cwd)
+    return layer
+
+
+class File(NamedTuple):
+    """What a file says: for the whole, and for each model."""
+
+    path: Path | None
+    shared: Layer
+    models: dict[str, Layer]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"file {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"file {path}: not TOML: {error}") from error
+
+
+def _table(value: object, key: str, origin: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{origin}: {key} is a table, [{key}].", param=key)
+    return cast("dict[str, Any]", value)
+
+
+def _checked(table: Mapping[str, Any], known: Iterable[str], prefix: str, source: Value) -> Layer:
+    for key in table:
+        if key not in known:
+            names = [prefix + name for name in known]
+            raise unknown_key(source.origin, prefix + key, names)
+    return {key: source._replace(value=value) for key, value in table.items()}
+
+
+def parse(path: Path | None) -> File:
+    """Read a file; every key in it is known, no value has been checked.
+
+    Raises:
+        ConfigError: it cannot be read, is not TOML, or has an unknown key.
+    """
+    if path is None:
+        return File(None, {}, {})
+    source = Value(None, f"file {path}", path.parent)
+    top = _checked(_read(path), Config.model_fields, "", source)
+    server = _table(top.pop("server", source._replace(value={})).value, "server", source.origin)
+    models = _table(top.pop("models", source._replace(value={})).value, "models", source.origin)
+    checked = _checked(server, ServerSettings.model_fields, "server.", source)
+    top |= {f"server.{key}": value for key, value in checked.items()}
+    return File(path, top, {name: _model_table(models, name, source) for name in models})
+
+
+def _model_table(models: Mapping[str, Any], name: str, source: Value) -> Layer:
+    prefix = f"models.{name}"
+    table = _table(models[name], prefix, source.origin)
+    layer = _checked(table, ModelSettings.model_fields, f"{prefix}.", source)
+    options = layer.pop("options", source._replace(value={})).value
+    for key, value in _table(options, f"{prefix}.options", source.origin).items():
+        layer[f"options.{key}"] = source._replace(value=value)
+    return layer
+
+
+def _user_home(environ: Mapping[str, str]) -> Path:
+    return Path(environ["HOME"]) if environ.get("HOME") else Path.home()
+
+
+def xdg(environ: Mapping[str, str], variable: str, fallback: str) -> Path:
+    """Return Headrace's folder under the user's directory for config or data."""
+    path = Path(environ.get(variable, ""))
+    base = path if path.is_absolute() else _user_home(environ) / fallback
+    return base / "headrace"
+
+
+def find_file(
+    file: Path | str | None, environ: Mapping[str, str], cwd: Path
+) -> tuple[Path | None, tuple[Path, ...]]:
+    """Return the file to be read and where was looked: flag, variable, here, user directory."""
+    named = file or environ.get("HEADRACE_CONFIG")
+    if named:
+        path = cwd / Path(named).expanduser()
+        return path, (path,)
+    places = (cwd / FILE_NAME, xdg(environ, "XDG_CONFIG_HOME", ".config") / FILE_NAME)
+    return next((place for place in places if place.exists()), None), places

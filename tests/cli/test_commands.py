@@ -1,0 +1,319 @@
+"""The program as a user starts it, on the built-in model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = (sys.executable, "-c", "from headrace.cli import main; main()")
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HEADRACE_")}
+    return {**kept, "HOME": str(tmp_path), "XDG_DATA_HOME": "", "XDG_CONFIG_HOME": ""}
+
+
+def headrace(
+    environ: dict[str, str], *arguments: str, stdin: str = "", cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *arguments],
+        env=environ,
+        input=stdin,
+        cwd=cwd or environ["HOME"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+HEAVY = {"torch", "fastapi", "starlette", "uvicorn", "xllamacpp", "huggingface_hub", "numpy"}
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import headrace",
+        "from headrace.cli.app import run; assert run(['--version']) == 0",
+        "from headrace.cli.app import run; assert run(['run', '--help']) == 0",
+        "from headrace.cli.app import run; assert run(['serve', '--help']) == 0",
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(
+    environ: dict[str, str], program: str
+) -> None:
+    """W1: no engine, no torch and no web framework for `import headrace` and `--version`."""
+    code = f"{program}\nimport sys, json\nprint('\\n' + json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    )
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert loaded & HEAVY == set()
+    assert [name for name in loaded if name.startswith("headrace.engines")] == []
+    assert "headrace" in loaded
+
+
+def test_one_shot_from_arguments_and_stdin(environ: dict[str, str]) -> None:
+    """L: the answer is on stdout, its figures are on stderr."""
+    done = headrace(environ, "run", "echo", "hello", "world")
+    assert (done.returncode, done.stdout) == (0, "hello world\n")
+    assert "12 tokens" in done.stderr
+    assert "tok/s, first token" in done.stderr
+    done = headrace(environ, "run", "echo", "Sum up:", "--no-figures", stdin="one\ntwo\n")
+    assert (done.stdout, done.stderr) == ("Sum up:\n\none\ntwo\n", "")
+    done = headrace(environ, "run", "--raw", "--max-tokens", "3", stdin="x", cwd=_config(environ))
+    assert done.stdout == "x\n"
+
+
+def _config(environ: dict[str, str]) -> Path:
+    home = Path(environ["HOME"])
+    (home / "headrace.toml").write_text("default_model = 'echo'")
+    return home
+
+
+def test_one_shot_as_json(environ: dict[str, str]) -> None:
+    """L, W16: `--json` prints the answer with usage and metrics as one object."""
+    done = headrace(environ, "--json", "run", "echo", "abc", "--max-tokens", "2")
+    answer = json.loads(done.stdout)
+    assert (answer["text"], answer["finish_reason"]) == ("ab", "length")
+    assert answer["usage"]["completion_tokens"] == 2
+    assert answer["metrics"]["engine"] == "echo"
+
+
+def test_verbose_prints_every_figure(environ: dict[str, str]) -> None:
+    """W16: all figures can be seen."""
+    told = headrace(environ, "run", "echo", "abc", "-v").stderr
+    for name in ("queue_ms: ", "inter_token_ms.p99: ", "usage.total_tokens: ", "devices.cpu: "):
+        assert name in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind", "part"),
+    [
+        (("run", "nothing-like-it", "x"), 2, "UnknownModel", "nothing-like-it"),
+        (("run", "echo"), 2, "InvalidRequest", "Nothing is asked"),
+        (("run", "echo", "x", "-o", "tokns=1"), 2, "ConfigError", "tokns is no engine option"),
+        (("run", "echo", "x", "-o", "slots"), 2, "ConfigError", "slots is not KEY=VALUE"),
+        (("run", "echo", "x", "--top-p", "0.5"), 2, "Unsupported", "top_p"),
+        (("run", "echo", "x", "-o", "fail_load=boo"), 1, "LoadFailed", "boo"),
+        (("run", "echo", "x", "-o", "fail_after=0"), 1, "GenerationFailed", ""),
+        (("run", "echo", "x", "--engine", "ecko"), 2, "ConfigError", "Did you mean echo?"),
+        (("ls", "--hom"), 2, "UsageError", "--hom"),
+        (("ls", "--config", "no.toml"), 2, "ConfigError", "no.toml"),
+        (("rm", "smollm2"), 2, "UnknownModel", "smollm2 is not on this machine"),
+        (("serve", "echo", "--host", "0.0.0.0"), 2, "ConfigError", "no API key is set"),
+        (("serve", "no-such"), 2, "UnknownModel", "no-such"),
+        (("serve", "echo", "--port", "0", "-o", "fail_load=boo"), 1, "LoadFailed", "boo"),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(
+    environ: dict[str, str], arguments: tuple[str, ...], code: int, kind: str, part: str
+) -> None:
+    """L: exit codes mean something, and nobody sees a traceback."""
+    done = headrace(environ, *arguments)
+    assert done.returncode == code
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert part in last
+    assert "Traceback" not in done.stderr
+    body = json.loads(headrace(environ, *arguments, "--json").stderr.splitlines()[-1])
+    assert body["error"]["type"] == kind
+    assert part in body["error"]["message"]
+
+
+def test_ctrl_c_ends_one_shot_with_130(environ: dict[str, str]) -> None:
+    """L, W18: Ctrl-C ends it at once; what was said has been written."""
+    slow = ("run", "echo", "word " * 200, "-o", "tokens_per_second=20")
+    with subprocess.Popen(
+        [*PROGRAM, *slow],
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1) == b"w"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 130
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_a_reader_that_leaves_is_no_error(environ: dict[str, str]) -> None:
+    with subprocess.Popen(
+        [*PROGRAM, "run", "echo", "word " * 9000],
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(20) == 1
+        assert process.stderr.read() == b""
+
+
+def test_config_show_names_each_origin(environ: dict[str, str]) -> None:
+    """W3: `config show` prints each value with its origin, secrets masked."""
+    home = _config(environ)
+    variables = {**environ, "HEADRACE_API_KEYS": "s3cret", "HEADRACE_ECHO__SLOTS": "4"}
+    text = headrace(variables, "config", "show", "echo", "--home", "/h", cwd=home).stdout
+    rows = {line.split()[0]: line for line in text.splitlines()}
+    assert rows["home"].split()[1:] == ["/h", "flag", "--home"]
+    assert rows["default_model"].endswith(f"file {home / 'headrace.toml'}")
+    assert rows["server.api_keys"].endswith("environment HEADRACE_API_KEYS")
+    assert rows["models.echo.options.slots"].endswith("environment HEADRACE_ECHO__SLOTS")
+    assert "s3cret" not in text
+    shown = json.loads(headrace(variables, "config", "show", "--json", cwd=home).stdout)
+    assert shown["server.port"] == {"value": 11511, "origin": "default"}
+    path = json.loads(headrace(environ, "config", "path", "--json", cwd=home).stdout)
+    assert path["file"] == str(home / "headrace.toml")
+
+
+def test_show_tells_engine_reason_and_options(environ: dict[str, str]) -> None:
+    """W2, W22: which engine, why, and what can be set."""
+    text = headrace(environ, "show", "echo", "-o", "slots=3").stdout
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line}
+    assert rows["engine"][1] == "echo"
+    assert len(rows["engine_reason"]) > 1
+    assert rows["slots"][1:3] == ["3", "1024"]
+    shown = json.loads(headrace(environ, "show", "echo", "--json").stdout)
+    assert {one["option"] for one in shown["engine_options"]} >= {"slots", "text"}
+
+
+def test_doctor_tells_what_could_run(environ: dict[str, str]) -> None:
+    """L, T6: engines, devices, memory, home and file."""
+    found = json.loads(headrace(environ, "doctor", "--json").stdout)
+    assert {engine["name"]: engine["available"] for engine in found["engines"]}["echo"] is True
+    assert found["system"]["devices"][0]["total"] > 0
+    assert found["home"]["free"] > 0
+    text = headrace(environ, "doctor").stdout
+    assert "echo" in text
+    assert "none; " in text
+
+
+def test_ls_of_an_empty_home(environ: dict[str, str]) -> None:
+    assert json.loads(headrace(environ, "ls", "--json").stdout) == []
+    assert headrace(environ, "ls").stdout.split() == ["NAME", "SIZE", "ADDED", "REFERENCE"]
+    assert not (Path(environ["HOME"]) / ".local").exists()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_can_complete(environ: dict[str, str], shell: str) -> None:
+    """L: completion for shells, of commands and of models."""
+    script = headrace({**environ, "_HEADRACE_COMPLETE": f"source_{shell}"}).stdout
+    assert "_HEADRACE_COMPLETE" in script
+    asked = {
+        **environ,
+        "_HEADRACE_COMPLETE": f"complete_{shell}",
+        "_TYPER_COMPLETE_ARGS": "headrace show smo",
+        "COMP_WORDS": "headrace show smo",
+        "COMP_CWORD": "2",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    assert "smollm2" in headrace(asked).stdout
+
+
+@contextmanager
+def serving(environ: dict[str, str], *arguments: str) -> Iterator[tuple[Any, str]]:
+    command = [*PROGRAM, "serve", "--json", "--port", "0", *arguments]
+    with subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield process, json.loads(process.stdout.readline())["url"]
+        finally:
+            process.kill()
+
+
+def ask(url: str, body: dict[str, Any], key: str = "") -> Any:
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
+    )
+    return urllib.request.urlopen(request, timeout=20)
+
+
+HELLO = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_answers_and_lets_running_answers_end(
+    environ: dict[str, str], number: signal.Signals
+) -> None:
+    """L, W8: after the signal nothing new is taken, what runs comes to its end, exit code 0."""
+    slow = ("-o", "tokens_per_second=20")
+    with serving({**environ, "HEADRACE_API_KEYS": "k"}, "echo", *slow) as (process, url):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask(url, HELLO)
+        stream = ask(url, {**HELLO, "stream": True}, "k")
+        first = stream.readline()
+        process.send_signal(number)
+        rest = (first + stream.read()).decode()
+        assert rest.rstrip().endswith("data: [DONE]")
+        text = "".join(
+            choice["delta"].get("content") or ""
+            for line in rest.splitlines()
+            if line.startswith("data: {")
+            for choice in json.loads(line[6:])["choices"]
+        )
+        assert text == "hello"
+        assert process.wait(10) == 0
+        with pytest.raises(urllib.error.URLError):
+            ask(url, HELLO, "k")
+
+
+def test_serve_ends_what_does_not_end_with_an_error(environ: dict[str, str]) -> None:
+    """W8: after `drain_s` a stream gets an error event, never a normal end."""
+    endless = ("-o", "tokens_per_second=10", "-o", f"text={'x' * 999}", "--drain-s", "0.5")
+    with serving(environ, "echo", *endless) as (process, url):
+        stream = ask(url, {**HELLO, "stream": True})
+        stream.readline()
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        rest = stream.read().decode()
+        assert '"error"' in rest
+        assert "[DONE]" not in rest
+        assert process.wait(10) == 0
+        assert 0.4 < time.monotonic() - began < 5
+
+
+def test_serve_says_how_to_ask(environ: dict[str, str]) -> None:
+    command = [*PROGRAM, "serve", "echo", "--port", "0"]
+    with subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        line = process.stdout.readline().removeprefix("Try: ").replace("curl", "curl -sS", 1)
+        done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+        process.terminate()
+        assert process.wait(10) == 0
+    assert url in line
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "Name three rivers."
+
+
+def test_an_address_in_use_is_said_in_one_line(environ: dict[str, str]) -> None:
+    with serving(environ, "echo") as (_, url):
+        port = url.rpartition(":")[2]
+        done = headrace(environ, "serve", "echo", "--port", port)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: Cannot listen on 127.0.0.1:{port}: Address already")

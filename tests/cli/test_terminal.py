@@ -1,0 +1,54 @@
+"""How things are shown."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from headrace.cli import terminal
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_model_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a\x1b]52;c;aGk=\x07b\x9bc\td\r\ne"
+    screen, pipe = Screen(), io.StringIO()
+    for out in (screen, pipe):
+        monkeypatch.setattr(sys, "stdout", out)
+        terminal.write(text)
+    assert screen.getvalue() == "a]52;c;aGk=bc\td\ne"
+    assert pipe.getvalue() == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (98_362_432, "98.4 MB"), (5 * 10**15, "5000.0 TB"), (None, None)],
+)
+def test_sizes(count: int | None, text: str | None) -> None:
+    assert terminal.size(count) == text
+
+
+def test_columns_line_up(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.columns(("A", "LONG"), [("wide", None), ("x", 12)])
+    assert capsys.readouterr().out == "A     LONG\nwide  -\nx     12\n"
+
+
+def test_progress_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """L: progress bars on long work, on stderr."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    screen, pipe = Screen(), io.StringIO()
+    for err in (screen, pipe):
+        monkeypatch.setattr(sys, "stderr", err)
+        with terminal.progress() as report:
+            report("fetching", 500_000, 2_000_000)
+            report("loading", 50, 100)
+    assert "fetching" in screen.getvalue()
+    assert "500.0 kB of 2.0 MB" in screen.getvalue()
+    assert "50 B" not in screen.getvalue()
+    assert pipe.getvalue() == ""

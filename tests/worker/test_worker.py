@@ -1,0 +1,438 @@
+"""A worker in this process, on echo."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import msgspec
+import pytest
+from tests.worker.rig import ask, echo, finish, first_delta, listed, resolve, text, until, worker
+
+from headrace import engines
+from headrace.core.errors import (
+    ConfigError,
+    ContextOverflow,
+    DeadlineExceeded,
+    Draining,
+    GenerationFailed,
+    HeadraceError,
+    LoadFailed,
+    Loading,
+    OutOfMemory,
+    QueueFull,
+    QueueTimeout,
+    Unsupported,
+)
+from headrace.core.events import Delta, Progress
+from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, Message
+from headrace.core.stream import collect
+from headrace.engines.base import OpenRequest
+from headrace.worker.worker import Worker
+
+
+async def test_an_answer_from_start_to_end() -> None:
+    """W9, W14, W15, W16: progress, deltas, and one Finish with usage and figures."""
+    async with worker() as one:
+        events = await listed(one.generate(ask("né🌍")))
+        end = finish(events)
+        assert isinstance(events[0], Progress)
+        assert text(events) == "né🌍"
+        assert end.finish_reasons == ("stop",)
+        assert end.usage == end.metrics.usage
+        assert (end.usage.prompt_tokens, end.usage.completion_tokens) == (7, 8)
+        assert (end.metrics.engine, end.metrics.model, end.metrics.outcome) == (
+            "echo",
+            "echo",
+            "stop",
+        )
+        assert end.metrics.time_to_first_token_ms is not None
+        assert end.metrics.devices[0].worker_used > 0
+        assert one.load == (0, 0)
+
+
+async def test_no_delta_shows_half_a_character() -> None:
+    """W13: the text of the deltas is the text of the result, and no U+FFFD is in it."""
+    async with worker() as one:
+        for said in ("né🌍 日本語", "\u0000\ufeffx", "🏳️‍🌈"):
+            events = await listed(one.generate(ask(said)))
+            assert text(events) == said
+            assert (await collect(one.generate(ask(said)))).text == said
+            assert "\ufffd" not in text(events)
+
+
+async def test_a_stop_string_is_never_shown() -> None:
+    """W12: not a part of it, in stream and not, the request's and the model's."""
+    async with worker(stop=("<end>",), text="one<en two<e🌍>STOP three<end> four") as one:
+        for stops, said in (
+            (("STOP",), "one<en two<e🌍>"),
+            ((), "one<en two<e🌍>STOP three"),
+            (("nowhere",), "one<en two<e🌍>STOP three"),
+            (("🌍",), "one<en two<e"),
+        ):
+            events = await listed(one.generate(ask(stop=stops)))
+            assert text(events) == said
+            assert finish(events).finish_reason == "stop"
+            assert (await collect(one.generate(ask(stop=stops)))).text == said
+
+
+async def test_a_stop_string_stops_the_engine_and_counts_what_was_made() -> None:
+    """W12, W15: usage is the tokens up to the stop string."""
+    async with worker(text="abSTOP" + "c" * 1000) as one:
+        end = finish(await listed(one.generate(ask("xyz", stop=("STOP",)))))
+        assert (end.usage.prompt_tokens, end.usage.completion_tokens) == (3, 6)
+        assert one.load == (0, 0)
+
+
+async def test_length_is_a_reason_and_held_text_is_shown() -> None:
+    """W12, W14: what might have become a stop string is text when the limit comes first."""
+    async with worker(text="abST") as one:
+        events = await listed(one.generate(ask(max_tokens=4, stop=("STOP",))))
+        assert text(events) == "abST"
+        assert finish(events).finish_reason == "length"
+
+
+async def test_several_choices_and_echo() -> None:
+    """W11: n and echo."""
+    async with worker() as one:
+        result = await collect(one.generate(ask("abc", n=3, echo=True, max_tokens=2)))
+        assert [choice.text for choice in result.choices] == ["abcab"] * 3
+        assert [choice.finish_reason for choice in result.choices] == ["length"] * 3
+        assert result.usage.completion_tokens == 6
+        assert result.usage.prompt_tokens == 3
+
+
+async def test_more_choices_than_slots() -> None:
+    """W20: choices wait for slots as requests do."""
+    async with worker(max_running=1) as one:
+        result = await collect(one.generate(ask("ab", n=4)))
+        assert [choice.text for choice in result.choices] == ["ab"] * 4
+
+
+async def test_one_choice_that_cannot_be_admitted_frees_the_others() -> None:
+    """W18, W20: a queue too short for all choices leaves nothing behind."""
+    async with worker(max_running=1, max_queued=1, tokens_per_second=20) as one:
+        with pytest.raises(QueueFull):
+            await listed(one.generate(ask("abc", n=4)))
+        assert one.load == (0, 0)
+
+
+async def test_messages_go_through_the_template() -> None:
+    """W9, W25: the model's template with the system turn merged, or the configured one."""
+    messages = (Message("system", "be brief"), Message("user", "hello"))
+    async with worker() as one:
+        assert (
+            await collect(one.generate(ask(None, messages=messages)))
+        ).text == "be brief\n\nhello"
+        assert one.models()[0].roles
+    async with worker(chat_template="{% for m in messages %}[{{ m.content }}]{% endfor %}") as one:
+        assert (await collect(one.generate(ask(None, messages=messages)))).text == (
+            "[be brief][hello]"
+        )
+
+
+async def test_requests_are_never_changed() -> None:
+    """W9: the caller's request is as it was, and can be sent again."""
+    async with worker() as one:
+        request = ask(None, messages=(Message("user", "x"),), stop=("y",), n=2, seed=3)
+        before = msgspec.msgpack.encode(request)
+        first = await collect(one.generate(request))
+        assert msgspec.msgpack.encode(request) == before
+        assert (await collect(one.generate(request))).text == first.text
+
+
+async def test_fifty_streams_at_once() -> None:
+    """W20: each gets its own answer."""
+    async with worker(slots=8, tokens_per_second=500) as one:
+        peak: list[int] = []
+
+        async def answer(number: int) -> str:
+            events = []
+            async for event in one.generate(ask(f"answer {number}")):
+                peak.append(one.load[0])
+                events.append(event)
+            return text(events)
+
+        said = await asyncio.gather(*(answer(number) for number in range(50)))
+        assert said == [f"answer {number}" for number in range(50)]
+        assert max(peak) == 8
+        assert one.load == (0, 0)
+
+
+async def test_the_queue_is_bounded_and_the_deadline_holds_in_it() -> None:
+    """W20: max_running and max_queued of the model."""
+    async with worker(max_running=1, max_queued=1, tokens_per_second=50) as one:
+        running = asyncio.ensure_future(collect(one.generate(ask("a" * 20))))
+        await until(lambda: one.load == (1, 0))
+        waiting = asyncio.ensure_future(collect(one.generate(ask("b", deadline_s=0.05))))
+        await until(lambda: one.load == (1, 1))
+        with pytest.raises(QueueFull) as caught:
+            await collect(one.generate(ask("c")))
+        assert caught.value.retry_after_s is not None
+        with pytest.raises(QueueTimeout) as late:
+            await waiting
+        assert late.value.metrics is not None
+        assert late.value.metrics.queue_ms is None
+        assert (await running).usage.completion_tokens == 21
+        assert one.load == (0, 0)
+
+
+async def test_a_deadline_while_running() -> None:
+    """W16, W20: an error with the figures up to then; never a normal end."""
+    async with worker(tokens_per_second=50) as one:
+        with pytest.raises(DeadlineExceeded) as caught:
+            await collect(one.generate(ask("a" * 500, deadline_s=0.1)))
+        assert not isinstance(caught.value, QueueTimeout)
+        assert caught.value.metrics is not None
+        assert caught.value.metrics.outcome == "error"
+        assert caught.value.metrics.usage.completion_tokens > 0
+        assert one.load == (0, 0)
+
+
+@pytest.mark.parametrize("phase", ["untouched", "queued", "prefill", "decode"])
+async def test_closing_a_stream_in_any_phase_frees_all(phase: str) -> None:
+    """W18: no slot, no place in the queue and no task is left."""
+    speeds: dict[str, Any] = {"tokens_per_second": 20, "prefill_tokens_per_second": 1000}
+    async with worker(max_running=1, **speeds) as one:
+        before = asyncio.all_tasks()
+        holder = one.generate(ask("holds"))
+        if phase == "queued":
+            await first_delta(holder)
+        stream = one.generate(ask("a" * 256))
+        if phase == "queued":
+            task = asyncio.ensure_future(anext(stream))
+            await until(lambda: one.load == (1, 1))
+            task.cancel()
+            await asyncio.wait({task})
+        elif phase == "prefill":
+            assert isinstance(await anext(stream), Progress)
+            assert one.load == (1, 0)
+        elif phase == "decode":
+            await first_delta(stream)
+            assert one.load == (1, 0)
+        await stream.aclose()
+        await holder.aclose()
+        assert one.load == (0, 0)
+        assert asyncio.all_tasks() == before
+
+
+async def test_an_engines_error_carries_the_figures_and_frees_the_slot() -> None:
+    """W16, W17, W19: what was generated before is there, and the worker lives on."""
+    async with worker(fail_after=3) as one:
+        events: list[Any] = []
+        with pytest.raises(GenerationFailed) as caught:
+            async for event in one.generate(ask("abcdef")):
+                events.append(event)
+        assert text(events) == "abc"
+        metrics = caught.value.metrics
+        assert metrics is not None
+        assert (metrics.outcome, metrics.usage.completion_tokens) == ("error", 3)
+        assert one.load == (0, 0)
+        assert one.state == "ready"
+        assert (await collect(one.generate(ask("ab", max_tokens=2)))).text == "ab"
+    async with worker(oom_after=1) as one:
+        with pytest.raises(OutOfMemory):
+            await collect(one.generate(ask("ab")))
+        assert one.load == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"), [(MemoryError(), OutOfMemory), (KeyError("x"), GenerationFailed)]
+)
+async def test_whatever_a_library_raises_is_typed(
+    raised: Exception, kind: type[HeadraceError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W17: and its text is not the client's."""
+
+    async def broken(engine: object, sent: int) -> None:
+        raise raised
+
+    monkeypatch.setattr("headrace.engines.echo.Engine._misbehave", broken)
+    async with worker() as one:
+        with pytest.raises(kind) as caught:
+            await collect(one.generate(ask("ab")))
+        assert "x" not in caught.value.message.split()
+        assert one.load == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind"),
+    [
+        (ask("a", top_p=0.5), Unsupported),
+        (ask("a" * 11), ContextOverflow),
+        (ask("a", max_tokens=10), ContextOverflow),
+        (ask("a", json_schema={}), Unsupported),
+    ],
+)
+async def test_a_wrong_request_never_reaches_the_engine(
+    request_: GenerateRequest, kind: type[HeadraceError]
+) -> None:
+    """W6, W11: refused with its own error."""
+    async with worker(context_length=10) as one:
+        with pytest.raises(kind):
+            await collect(one.generate(request_))
+        assert one.load == (0, 0)
+
+
+async def test_counting_is_exact_and_beside_generation() -> None:
+    """W21: also while every slot is taken."""
+    async with worker(max_running=1, tokens_per_second=10) as one:
+        stream = one.generate(ask("abc"))
+        await first_delta(stream)
+        count = await one.count_tokens(CountRequest(text="né"))
+        assert (count.count, count.token_ids, count.estimated) == (3, (110, 195, 169), False)
+        chat = await one.count_tokens(CountRequest(messages=(Message("user", "abcd"),)))
+        assert chat.count == 4
+        assert await one.detokenize(DetokenizeRequest(token_ids=(110, 195, 169))) == "né"
+        await stream.aclose()
+
+
+async def test_the_metadata_before_and_after_the_load() -> None:
+    """W22, W2: known without a load; complete with it; the reason for the engine is there."""
+    one = Worker(echo(context_length=100, aliases=("e",), slots=3), resolve)
+    before = one.models()[0]
+    assert (before.id, before.state, before.memory, before.aliases) == (
+        "echo",
+        "created",
+        None,
+        ("e",),
+    )
+    await one.start()
+    after = one.models()[0]
+    assert (after.state, after.context_length, after.max_running) == ("ready", 100, 3)
+    assert after.engine_reason == "asked for by name"
+    assert after.memory
+    assert after.load_ms is not None
+    assert after.capabilities.chat
+    assert "temperature" in after.capabilities.sampling
+    await one.aclose()
+    assert one.models()[0].state == "stopped"
+
+
+async def test_use_at_the_wrong_time_is_typed() -> None:
+    """W7: before the start and after the stop."""
+    one = Worker(echo(), resolve)
+    for use in (one.generate(ask()).__anext__, lambda: one.count_tokens(CountRequest(text="a"))):
+        with pytest.raises(Loading):
+            await use()
+    await one.start()
+    await one.start()
+    await one.aclose()
+    await one.aclose()
+    assert one.state == "stopped"
+    with pytest.raises(Draining):
+        await collect(one.generate(ask()))
+    await one.start()
+    assert (await collect(one.generate(ask("again")))).text == "again"
+    await one.aclose()
+
+
+async def test_a_failed_load_frees_everything() -> None:
+    """W5: no thread is left; the reason is kept; a new start tries again."""
+    one = Worker(echo(fail_load="broken"), resolve)
+    for _ in range(3):
+        with pytest.raises(LoadFailed, match="broken"):
+            await one.start()
+        assert (one.state, one.models()[0].reason) == ("failed", "broken")
+    samplers = [thread for thread in threading.enumerate() if thread.name == "device-sampler"]
+    assert not samplers
+    with pytest.raises(ConfigError):
+        await Worker(echo(no_such_option=1), resolve).start()
+
+
+class Opened:
+    """Counts engines opened and closed."""
+
+    def __init__(self) -> None:
+        self.opened = self.closed = 0
+
+    def __call__(self, name: str, request: OpenRequest) -> Any:
+        counter, engine = self, engines.open_engine(name, request)
+
+        class Engine:
+            facts = engine.facts
+            tokenize, detokenize, generate = engine.tokenize, engine.detokenize, engine.generate
+
+            def close(self) -> None:
+                counter.closed += 1
+
+        self.opened += 1
+        return Engine()
+
+
+async def test_a_stop_while_loading_closes_what_was_opened() -> None:
+    """W5, W8: the engine that a thread opened for nobody is closed again."""
+    opened = Opened()
+    one = Worker(echo(load_s=0.2), resolve, open_engine=opened)
+    task = asyncio.ensure_future(one.start())
+    await until(lambda: one.state == "loading")
+    await asyncio.sleep(0.05)
+    await one.aclose()
+    assert one.state == "stopped"
+    with pytest.raises((Draining, asyncio.CancelledError)):
+        await task
+    await until(lambda: opened.closed == 1)
+    assert opened.opened == 1
+
+
+async def test_a_template_that_does_not_compile_closes_the_engine() -> None:
+    """W5: a failure after the engine was opened frees it."""
+    opened = Opened()
+    with pytest.raises(ConfigError):
+        await Worker(echo(chat_template="{% if %}"), resolve, open_engine=opened).start()
+    assert (opened.opened, opened.closed) == (1, 1)
+
+
+async def test_a_start_tells_its_progress() -> None:
+    """W5: from the source to the load."""
+    seen: list[str] = []
+    one = Worker(echo(), resolve, on_progress=lambda what, done, total: seen.append(what))
+    await one.start()
+    await one.aclose()
+    assert seen == ["resolving", "loading"]
+
+
+async def test_a_stop_drains_what_runs() -> None:
+    """W8: within the deadline everything ends well, and nothing new begins."""
+    one = Worker(echo(tokens_per_second=50), resolve)
+    await one.start()
+    running = asyncio.ensure_future(collect(one.generate(ask("abcdef"))))
+    await until(lambda: one.load == (1, 0))
+    stopping = asyncio.ensure_future(one.aclose(drain_s=5))
+    await asyncio.sleep(0)
+    assert one.state == "draining"
+    with pytest.raises(Draining):
+        await collect(one.generate(ask()))
+    assert (await running).text == "abcdef"
+    await stopping
+    assert "stopped" in repr(one)
+
+
+async def test_a_stop_ends_the_rest_with_an_error() -> None:
+    """W8: those that run and those that wait, each with its figures."""
+    opened = Opened()
+    one = Worker(echo(tokens_per_second=50, max_running=1), resolve, open_engine=opened)
+    await one.start()
+    running = asyncio.ensure_future(collect(one.generate(ask("a" * 500))))
+    waiting = asyncio.ensure_future(collect(one.generate(ask("b"))))
+    await until(lambda: one.load == (1, 1))
+    began = time.monotonic()
+    await one.aclose(drain_s=0.05)
+    assert time.monotonic() - began < 2
+    for task in (running, waiting):
+        with pytest.raises(Draining) as caught:
+            await task
+        assert caught.value.metrics is not None
+    assert opened.closed == 1
+    assert one.state == "stopped"
+
+
+async def test_its_repr_tells_state_and_load() -> None:
+    async with worker() as one:
+        assert repr(one) == "<Worker <echo ready>, 0 running, 0 queued>"
+        stream = one.generate(ask())
+        assert isinstance(await first_delta(stream), Delta)
+        assert "1 running" in repr(one)
+        await stream.aclose()
