@@ -11,12 +11,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.worker.rig import ask, echo, resolve, worker
 
 from headrace.core.request import Message
 from headrace.core.stream import collect
 from headrace.log import JsonLines, LogSettings, TextLines, configure
 from headrace.worker.process import WorkerProcess
-from tests.worker.rig import ask, echo, resolve, worker
 
 SECRET = "the-secret-prompt"
 

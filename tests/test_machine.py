@@ -1,21 +1,21 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from tests.worker.rig import ask, worker
 
 from headrace import machine
 from headrace.core.metrics import DeviceUse
 from headrace.core.stream import collect
 from headrace.machine import Device, Sampler, Watch, devices, system
-from tests.worker.rig import ask, worker
 
 
 def device(worker_used: int, name: str = "cpu", used: int = 50) -> Device:
@@ -29,9 +29,7 @@ def test_mean_and_peak_are_over_the_samples() -> None:
     watch.add([device(40, used=70)])
     watch.add([device(10, used=60)])
     assert watch.result() == (
-        DeviceUse(
-            name="cpu", total=100, used=60, worker_used=10, worker_mean=20, worker_peak=40
-        ),
+        DeviceUse(name="cpu", total=100, used=60, worker_used=10, worker_mean=20, worker_peak=40),
     )
 
 
@@ -57,10 +55,10 @@ class Samples:
 
 
 @pytest.fixture
-def samples(monkeypatch: pytest.MonkeyPatch) -> Iterator[Samples]:
+def samples(monkeypatch: pytest.MonkeyPatch) -> Samples:
     counted = Samples()
     monkeypatch.setattr(machine, "devices", counted)
-    yield counted
+    return counted
 
 
 def test_the_sampler_follows_each_request_from_its_own_start(samples: Samples) -> None:
@@ -92,7 +90,7 @@ async def test_devices_are_looked_at_twice_a_second_at_most(samples: Samples) ->
         elapsed = time.monotonic() - began
         assert samples.count - before <= elapsed * 2 + 1
         start = samples.count
-        time.sleep(1.2)
+        await asyncio.sleep(1.2)
         assert 2 <= samples.count - start <= 3
 
 

@@ -35,7 +35,7 @@ def children() -> list[psutil.Process]:
 def test_the_first_page_of_the_manual(monkeypatch: pytest.MonkeyPatch) -> None:
     """W9, W10, W15, W16, W21, W22: on the real model, found by its short name."""
     monkeypatch.setenv("HEADRACE_HOME", str(MODEL_HOME))
-    with ModelWorker("smollm2", slots=2, context_length=1024) as worker:
+    with ModelWorker("smollm2", slots=2, threads=1, context_length=1024) as worker:
         events = list(worker.generate_stream("Name three rivers.", max_tokens=12, temperature=0))
         deltas = [event for event in events if isinstance(event, Delta)]
         assert isinstance(events[-1], Finish)

@@ -13,8 +13,9 @@ from headrace.models.inspect import inspect
 @pytest.fixture(scope="session")
 async def llama(smollm2_path: Path) -> AsyncIterator[Engine]:
     """The real model in this process. Asynchronous, so that all its tests share one event loop."""
-    engine = Engine(
-        OpenRequest(model=inspect(smollm2_path), context_length=2048, options={"slots": 4})
-    )
+    # One thread: where cores are shared, two wait for one another in every layer.
+    options = {"slots": 4, "threads": 1}
+    request = OpenRequest(model=inspect(smollm2_path), context_length=2048, options=options)
+    engine = Engine(request)
     yield engine
     engine.close()

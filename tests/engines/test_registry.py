@@ -33,7 +33,7 @@ def test_a_named_engine_wins_and_must_suit_the_format() -> None:
 
 def test_an_unknown_engine_or_format_lists_what_there_is() -> None:
     """W2: never a silent guess."""
-    with pytest.raises(ConfigError, match="no engine 'lamacpp'; there are .*echo.*llamacpp"):
+    with pytest.raises(ConfigError, match=r"no engine 'lamacpp'; there are .*echo.*llamacpp"):
         engines.choose(GGUF, "lamacpp")
     with pytest.raises(ConfigError, match=r"format safetensors.*llamacpp gguf"):
         engines.choose(SAFETENSORS)

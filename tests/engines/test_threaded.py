@@ -90,7 +90,8 @@ async def test_a_close_before_the_thread_began_does_nothing_for_nobody(
 
 async def test_many_puts_wake_the_loop_once() -> None:
     class Loop:
-        wakes: list[Callable[[], None]] = []
+        def __init__(self) -> None:
+            self.wakes: list[Callable[[], None]] = []
 
         def call_soon_threadsafe(self, drain: Callable[[], None]) -> None:
             self.wakes.append(drain)

@@ -23,7 +23,8 @@ def echo(**given: Any) -> ModelSpec:
     """A model on the echo engine; what is no field of ModelSpec is an option of the engine."""
     fields = {name: value for name, value in given.items() if name in _FIELDS}
     options = {name: value for name, value in given.items() if name not in _FIELDS}
-    return ModelSpec(**({"name": "echo", "model": "builtin:echo"} | fields), options=options)
+    named: dict[str, Any] = {"name": "echo", "model": "builtin:echo", **fields}
+    return ModelSpec(**named, options=options)
 
 
 def resolve(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:

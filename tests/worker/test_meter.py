@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import msgspec
 import pytest
@@ -49,7 +50,7 @@ def test_each_figure_against_the_hand_computed_one() -> None:
     meter.correct(10, 1, 4)
     device = DeviceUse(name="d", total=9, used=5, worker_used=3, worker_mean=2, worker_peak=3)
     made = meter.finish("stop", (device,))
-    near = pytest.approx
+    near: Any = pytest.approx
     assert made.queue_ms == near(200)
     assert made.load_ms == 300
     assert made.time_to_first_token_ms == near(740)
@@ -111,7 +112,7 @@ def test_percentiles_are_of_the_gaps() -> None:
         clock.passes(gap)
         meter.delta(1, visible=True)
     gaps = meter.finish("stop").inter_token_ms
-    near = pytest.approx
+    near: Any = pytest.approx
     assert gaps == Gaps(p50=near(50), p99=near(99), max=near(100))
 
 

@@ -33,7 +33,6 @@ from headrace.core.events import Event, Progress
 from headrace.core.request import CountRequest, DetokenizeRequest
 from headrace.core.stream import collect
 from headrace.log import LogSettings
-from headrace.log import LogSettings
 from headrace.worker.process import WorkerProcess
 
 

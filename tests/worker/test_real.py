@@ -148,10 +148,8 @@ async def test_its_figures_are_those_of_the_definitions(real: AsyncModelWorker) 
 
 async def test_a_prompt_too_long_by_one_and_by_far(real: AsyncModelWorker) -> None:
     """W6: refused before the engine sees it; at the edge it runs."""
-    room = await real.generate(noise(2047, 1), max_tokens=1)
-    assert (room.usage.prompt_tokens, room.finish_reason) == (2047, "length")
-    for length in (2048, 20480):
-        with pytest.raises(
-            ContextOverflow, match=f"{length} tokens and the context length is 2048"
-        ):
-            await real.generate(noise(length, 1))
+    edge = await real.generate(noise(127, 1), max_tokens=1, context_length=128)
+    assert (edge.usage.prompt_tokens, edge.finish_reason) == (127, "length")
+    for length, limit in ((128, 128), (2048, None), (20480, None)):
+        with pytest.raises(ContextOverflow, match=f"{length} tokens and the context length is"):
+            await real.generate(noise(length, 1), context_length=limit)

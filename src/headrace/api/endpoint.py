@@ -43,6 +43,7 @@ class Endpoint:
         except ClientGone:
             exchange.call.outcome = "cancelled"
         except Exception as error:
+            # The edge: what failed becomes an answer, while one can be given.
             if exchange.call.status:
                 raise
             await exchange.fail(error)

@@ -37,6 +37,7 @@ class Gate:
         try:
             await self._serve(scope, receive, sender, headers)
         except Exception:
+            # Already answered: only the log must know.
             call.outcome = "error"
             raise
         finally:
@@ -48,16 +49,13 @@ class Gate:
         exchange = Exchange(scope, receive, send, self._settings)
         try:
             self._check(scope, headers)
-        except Exception as error:  # noqa: BLE001 - the edge: what is refused becomes an answer
-            await exchange.fail(error)
-            return
-        if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
-            await _answer_preflight(exchange, headers)
-            return
-        try:
+            if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
+                await _answer_preflight(exchange, headers)
+                return
             self._check_key(scope, headers)
             await self._app(scope, receive, send)
         except Exception as error:
+            # The edge: what is refused or broken becomes an answer, while one can be given.
             if exchange.call.status:
                 raise
             await exchange.fail(error)
@@ -118,23 +116,16 @@ def _write_access_log(scope: Scope, call: Call, client_id: bytes) -> None:
     route = getattr(scope.get("endpoint"), "path", "-")
     outcome = call.outcome or _outcome(call.status)
     ms = round((time.monotonic() - call.received) * 1000, 3)
-    _access.info(
-        "%s %s %d %s %.1f ms",
-        scope["method"],
-        route,
-        call.status,
-        outcome,
-        ms,
-        extra={
-            "request_id": call.id,
-            "client_request_id": client_id.decode() if _SAFE_ID.fullmatch(client_id) else "",
-            "method": scope["method"],
-            "route": route,
-            "status": call.status,
-            "ms": ms,
-            "outcome": outcome,
-        },
-    )
+    data = {
+        "request_id": call.id,
+        "client_request_id": client_id.decode() if _SAFE_ID.fullmatch(client_id) else "",
+        "method": scope["method"],
+        "route": route,
+        "status": call.status,
+        "ms": ms,
+        "outcome": outcome,
+    }
+    _access.info("headrace.access", extra={"data": data})
 
 
 def _outcome(status: int) -> str:

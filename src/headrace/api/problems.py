@@ -145,9 +145,12 @@ def log(error: BaseException, request_id: str) -> None:
             type(error).__name__,
             error.message,
             error.detail or "",
-            extra={"request_id": request_id},
+            extra={"data": {"request_id": request_id}},
         )
     else:
         _log.error(
-            "request %s failed", request_id, exc_info=error, extra={"request_id": request_id}
+            "request %s failed",
+            request_id,
+            exc_info=error,
+            extra={"data": {"request_id": request_id}},
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -102,19 +103,36 @@ def run(
         options=parse_options(option),
     )
     spec = settings.model_spec(model or settings.config.default_model)
-    text = _question(prompt or [])
-    if text is None:
-        if common.as_json or raw or not _interactive():
+    ask = _Ask(_question(prompt or []), system, sampling, raw, figures)
+    asyncio.run(_run(common, settings, spec, ask))
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What was asked on the command line."""
+
+    text: str | None
+    system: str | None
+    sampling: dict[str, Any]
+    raw: bool
+    figures: bool
+
+
+async def _run(common: Common, settings: Settings, spec: ModelSpec, ask: _Ask) -> None:
+    if ask.text is None:
+        if common.as_json or ask.raw or not _interactive():
             raise InvalidRequest("Nothing is asked: give a prompt as argument or on stdin.")
         from headrace.cli import chat
 
-        asyncio.run(chat.chat(settings, spec, system=system, sampling=sampling, figures=figures))
+        await chat.chat(
+            settings, spec, system=ask.system, sampling=ask.sampling, figures=ask.figures
+        )
         return
-    what = _request(text, system, raw=raw) | sampling
+    what = _request(ask.text, ask.system, raw=ask.raw) | ask.sampling
     if common.as_json:
-        asyncio.run(_answer_json(settings, spec, what))
+        await _answer_json(settings, spec, what)
     else:
-        asyncio.run(_answer(settings, spec, what, figures=figures, all_figures=common.verbose))
+        await _answer(settings, spec, what, figures=ask.figures, all_figures=common.verbose)
 
 
 def _interactive() -> bool:
