@@ -105,6 +105,7 @@ class ModelSettings(_Frozen):
         default=None, ge=1, description="prompt and answer, in tokens"
     )
     chat_template: str | None = Field(default=None, description="Jinja source, or @path of a file")
+    stop: Words = Field(default=(), description="stop strings of the template")
     max_running: int | None = Field(default=None, ge=1, description="requests at once")
     max_queued: int = Field(default=64, ge=0, description="requests that may wait")
     hang_s: float = Field(default=120.0, gt=0, description="silence that means it hangs")
