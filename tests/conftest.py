@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL_HOME = Path(os.environ.get("HEADRACE_TEST_HOME") or ROOT / ".cache" / "test-home")
+MODEL_HOME = Path(os.environ.pop("HEADRACE_TEST_HOME", "") or ROOT / ".cache" / "test-home")
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from tests.conftest import MODEL_HOME
 
 from headrace import AsyncModelWorker, Delta, Finish, Message, ModelSpec, ModelWorker
 from headrace.core.errors import ConfigError, Draining, HeadraceError, InvalidRequest, Unsupported
+from headrace.sync import _Loop
 
 
 @pytest.fixture
@@ -113,8 +114,8 @@ def test_a_wrong_option_is_refused_by_name(
 
 
 def test_closing_the_iterator_early_frees_the_slot(home: Path) -> None:
-    """W18: with one slot, the next answer comes at once."""
-    with ModelWorker("echo", max_running=1, tokens_per_second=20) as worker:
+    """W18: with one slot and no queue, the next answer is not refused."""
+    with ModelWorker("echo", max_running=1, max_queued=0, tokens_per_second=20) as worker:
         for ends in ("close", "break", "raise"):
             stream = worker.generate_stream("a" * 200)
             seen = 0
@@ -144,6 +145,16 @@ def test_a_stop_answers_the_threads_that_wait(home: Path) -> None:
         for one in waiting:
             with pytest.raises(Draining):
                 one.result(timeout=5)
+
+
+def test_closing_the_bridge_lets_what_others_wait_for_end() -> None:
+    """W8: a thread in a call gets its answer though the loop is being closed."""
+    bridge = _Loop()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(lambda: bridge.run(asyncio.sleep(0.3, "answered")))
+        time.sleep(0.1)
+        bridge.close()
+        assert waiting.result(timeout=5) == "answered"
 
 
 def test_a_stream_that_outlives_its_worker_is_closed_with_it(home: Path) -> None:

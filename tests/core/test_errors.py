@@ -34,7 +34,7 @@ def test_the_families_answer_what_the_caller_does() -> None:
     families = (errors.RequestError, errors.CapacityError, errors.EngineError, errors.ConfigError)
     for kind in list(kinds())[1:]:
         assert sum(issubclass(kind, family) for family in families) == 1
-    drawn = re.findall(r"[A-Z]\w+", errors.__doc__.partition("HeadraceError\n")[2])
+    drawn = re.findall(r"[A-Z]\w+", str(errors.__doc__).partition("HeadraceError\n")[2])
     assert [kind.__name__ for kind in list(kinds())[1:]] == drawn
 
 

@@ -92,7 +92,7 @@ async def test_narrowed_to_one_candidate_it_is_greedy(
 @pytest.mark.parametrize(
     "penalty", [{"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 1.8}]
 )
-async def test_penalties_change_the_text(llama: Engine, penalty: dict[str, float]) -> None:
+async def test_penalties_change_the_text(llama: Engine, penalty: dict[str, Any]) -> None:
     """W11: each penalty on its own turns a greedy text that repeats itself."""
     loop = "one two three one two three one two three one two"
     plain = await say(llama, loop, 6, temperature=0)
@@ -241,9 +241,14 @@ def direct(llama: Engine, prompt: str, max_tokens: int) -> str:
         "max_tokens": max_tokens,
         "temperature": 0,
     }
+
+    def take(raw: bytes) -> bool:
+        chunks.append(bytes(raw))
+        return False
+
     server = llama._server
     assert server is not None
-    server.handle_completions(json.dumps(body).encode(), lambda raw: chunks.append(bytes(raw)))
+    server.handle_completions(json.dumps(body).encode(), take)
     return json.loads(chunks[-1])["choices"][0]["text"]
 
 

@@ -43,7 +43,7 @@ def test_the_context_is_the_models_unless_asked_otherwise() -> None:
     assert plan()[1:] == (8192, 0)
     assert plan(context_length=512)[1:] == (512, 0)
     bare = OpenRequest(model=ModelFile(path="x", format="gguf"))
-    assert plan_context(bare, Options(), 1, on_cpu=True).context_length == 4096
+    assert plan_context(bare, Options.model_validate({}), 1, on_cpu=True).context_length == 4096
 
 
 def test_slots_are_as_many_as_asked_for() -> None:

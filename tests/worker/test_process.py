@@ -34,6 +34,7 @@ from headrace.core.request import CountRequest, DetokenizeRequest
 from headrace.core.stream import collect
 from headrace.log import LogSettings
 from headrace.worker.process import WorkerProcess
+from headrace.worker.spawn import sweep
 
 
 @pytest.fixture(autouse=True)
@@ -346,6 +347,7 @@ async def test_closing_a_stream_in_any_phase_frees_all(phase: str) -> None:
 PARENT = """
 import asyncio, sys
 from headrace.worker.process import WorkerProcess
+from headrace.worker.spawn import sweep
 from tests.worker.rig import ask, echo, listed, resolve, until
 async def main():
     one = WorkerProcess(echo(**{options}), resolve)
@@ -382,3 +384,15 @@ async def test_requests_are_never_changed() -> None:
         before = msgspec.msgpack.encode(request)
         await collect(one.generate(request))
         assert msgspec.msgpack.encode(request) == before
+
+
+def test_what_killed_parents_left_is_swept(tmp_path: Path) -> None:
+    """W8: their children's directories go when the next child starts; those in use stay."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, used = tmp_path / f"headrace-{dead.pid}-a", tmp_path / f"headrace-{os.getpid()}-b"
+    others = tmp_path / "headrace-notes"
+    for folder in (left, used, others):
+        folder.mkdir()
+    sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([used, others])

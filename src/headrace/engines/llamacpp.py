@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import http.client
 import os
 import secrets
 import shutil
-import signal
 import socket
 import tempfile
-from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -146,13 +144,12 @@ class Engine:
         available = psutil.virtual_memory().available
         plan = plan_context(request, self._options, available, on_cpu=device == "cpu")
         params = self._params(xllamacpp.CommonParams(), plan, device)
-        with _signals_kept():
-            try:
-                self._server = xllamacpp.Server(params)
-            except RuntimeError as error:
-                raise LoadFailed(
-                    f"llama.cpp could not load {Path(self._model.path).name}.", detail=str(error)
-                ) from error
+        try:
+            self._server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise LoadFailed(
+                f"llama.cpp could not load {Path(self._model.path).name}.", detail=str(error)
+            ) from error
         self.facts = self._facts(request, plan, device)
         self._vocabulary = int(self._ask("/v1/models")["data"][0]["meta"]["n_vocab"])
         self._threads = ThreadPoolExecutor(plan.slots, "llamacpp")
@@ -279,23 +276,6 @@ def _device(wanted: str, devices: Sequence[dict[str, Any]]) -> str:
 def _cores() -> int:
     logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(logical or 1, psutil.cpu_count(logical=False) or 1))
-
-
-@contextlib.contextmanager
-def _signals_kept() -> Generator[None, None, None]:
-    """Undo the handlers for SIGINT and SIGTERM that the library puts in while it loads.
-
-    Through libc, as Python lets only the main thread set handlers and knows nothing of these.
-    """
-    libc, numbers = ctypes.CDLL(None), (signal.SIGINT, signal.SIGTERM)
-    kept = {number: ctypes.create_string_buffer(512) for number in numbers}
-    for number, action in kept.items():
-        libc.sigaction(int(number), None, action)
-    try:
-        yield
-    finally:
-        for number, action in kept.items():
-            libc.sigaction(int(number), action, None)
 
 
 class _UnixConnection(http.client.HTTPConnection):

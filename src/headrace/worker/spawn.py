@@ -15,9 +15,11 @@ import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from headrace.core.errors import (
     HeadraceError,
@@ -48,6 +50,7 @@ log = logging.getLogger("headrace.worker")
 
 _DYING_S = 0.3
 _TAIL_LINES = 20
+_SCRATCH = "headrace-"
 
 
 class Listener:
@@ -101,7 +104,8 @@ class ChildProcess:
         """Start the process and connect to it."""
         ours, theirs = socket.socketpair()
         # Whatever the child leaves lying about goes away with this directory.
-        self._scratch = tempfile.mkdtemp(prefix="headrace-")
+        sweep(Path(tempfile.gettempdir()))
+        self._scratch = tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-")
         try:
             with theirs:
                 self._process = await asyncio.create_subprocess_exec(
@@ -256,6 +260,14 @@ class ChildProcess:
             except (OSError, ValueError):
                 # A terminal that has gone fails nothing.
                 continue
+
+
+def sweep(folder: Path) -> None:
+    """Remove what children left whose parent was killed: directories named after dead processes."""
+    for path in folder.glob(f"{_SCRATCH}*-*"):
+        number = path.name.removeprefix(_SCRATCH).partition("-")[0]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:
