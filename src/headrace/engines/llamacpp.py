@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 ABOUT = About(formats=("gguf",), devices=("cpu", "cuda", "mps"), requires="xllamacpp")
 
 _DEFAULT_SLOTS = 4
-_CPU_BATCH = 256
+_CPU_BATCH = 128
 _GPU_BATCH = 2048
 # The library's enumerations as numbers: its Python names for them change between releases.
 _KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
@@ -63,7 +63,7 @@ class Options(EngineOptions):
         ge=32,
         le=16384,
         description="Prompt tokens computed at once, after which a cancelled request is gone; "
-        "by default 256 on a CPU and 2048 on a GPU.",
+        "by default 128 on a CPU and 2048 on a GPU.",
     )
     gpu_layers: int = Field(-1, ge=-1, description="Layers on the GPU; -1 is all of them.")
     flash_attention: Literal["auto", "on", "off"] = Field("auto", description="Flash attention.")
