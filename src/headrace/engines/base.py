@@ -126,7 +126,8 @@ class Engine(Protocol):
     def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
         """Yield Admitted once or more, then deltas, then one RawFinish.
 
-        When the generator is closed the engine has stopped and its slot is free.
+        When the generator is closed the engine has stopped and its slot is free. Errors may be
+        raised by the call or by the first step.
         """
         ...
 

@@ -94,8 +94,8 @@ class Engine:
             self.close()
             raise
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
-        """Yield what llama.cpp generates; each request has a thread that mostly sleeps."""
+    def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
+        """Return what llama.cpp generates; each request has a thread that mostly sleeps."""
         if self._inbox is None:
             self._inbox = threaded.Inbox(asyncio.get_running_loop())
         server, threads = self._server, self._threads
@@ -103,16 +103,9 @@ class Engine:
             raise GenerationFailed("The engine is closed.")
         self._check(request.token_ids)
         self._check(request.sampling.logit_bias, param="logit_bias")
-        raw: AsyncGenerator[RawEvent, None] = threaded.stream(
-            lambda emit: Call(request, emit).run(server),
-            inbox=self._inbox,
-            executor=threads,
+        return threaded.stream(
+            lambda emit: Call(request, emit).run(server), inbox=self._inbox, executor=threads
         )
-        try:
-            async for event in raw:
-                yield event
-        finally:
-            await raw.aclose()
 
     def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
         """Return token ids, markers included."""

@@ -21,7 +21,7 @@ from headrace.core.events import Delta, Event, Finish, FinishReason, Progress
 from headrace.core.metrics import DeviceUse, InferenceMetrics
 from headrace.core.request import GenerateRequest
 from headrace.core.stream import merge
-from headrace.engines.base import Admitted, Engine, EngineRequest, RawDelta, RawFinish
+from headrace.engines.base import Admitted, Engine, EngineRequest, RawDelta, RawEvent, RawFinish
 from headrace.machine import Sampler
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.admission import Admission
@@ -53,6 +53,7 @@ class Answer:
         self._watch = loaded.sampler.watch()
         self._reasons: list[FinishReason] = ["stop"] * request.n
         self._outcome: FinishReason = "cancelled"
+        self._said: list[str] | None = [] if loaded.log_content else None
         started = request.deadline_s
         self._deadline = None if started is None else request.received + started
 
@@ -62,12 +63,13 @@ class Answer:
         Raises:
             HeadraceError: with the figures up to then in its `metrics`.
         """
-        answered = self._answered()
-        said: list[str] | None = [] if self._loaded.log_content else None
+        stream: AsyncGenerator[Event, None] | None = None
         try:
-            async for event in answered:
-                if said is not None and isinstance(event, Delta):
-                    said.append(event.text)
+            job = await asyncio.to_thread(self._loaded.prompter.job, self._request)
+            for index in range(self._request.n if job.echo else 0):
+                yield Delta(text=job.echo, index=index)
+            stream = self._choices(job)
+            async for event in stream:
                 yield event
             self._outcome = self._reasons[0]
             yield Finish(tuple(self._reasons), self._meter.usage, self._metrics())
@@ -81,21 +83,10 @@ class Answer:
             log.exception("headrace.engine.failed", extra={"data": {"id": self._request.id}})
             raise self._failed(GenerationFailed("The engine failed.", detail=detail)) from error
         finally:
-            await answered.aclose()
-            log.info("headrace.request", extra={"data": self._record(said)})
+            if stream is not None:
+                await stream.aclose()
+            log.info("headrace.request", extra={"data": self._record()})
             self._loaded.sampler.release(self._watch)
-
-    async def _answered(self) -> AsyncGenerator[Event, None]:
-        job = await asyncio.to_thread(self._loaded.prompter.job, self._request)
-        if job.echo:
-            for index in range(self._request.n):
-                yield Delta(text=job.echo, index=index)
-        stream = self._choices(job)
-        try:
-            async for event in stream:
-                yield event
-        finally:
-            await stream.aclose()
 
     def _choices(self, job: Job) -> AsyncGenerator[Event, None]:
         streams = [
@@ -109,15 +100,18 @@ class Answer:
     ) -> AsyncGenerator[Event, None]:
         admission, meter = self._loaded.admission, self._meter
         entered = await admission.enter(self._deadline)
-        raw = self._loaded.engine.generate(request)
+        raw: AsyncGenerator[RawEvent, None] | None = None
         sent = 0
         try:
+            raw = self._loaded.engine.generate(request)
             async for event in raw:
                 self._check()
                 if isinstance(event, RawDelta):
                     shown, tokens = text.feed(event.data), len(event.token_ids)
                     sent += tokens
                     meter.delta(tokens, visible=bool(shown))
+                    if self._said is not None:
+                        self._said.append(shown)
                     yield Delta(shown, event.token_ids, index, "", event.logprobs)
                     if text.stopped:
                         break
@@ -127,19 +121,22 @@ class Answer:
                 else:
                     self._ended(index, event, sent)
             if rest := text.flush():
+                if self._said is not None:
+                    self._said.append(rest)
                 yield Delta(rest, index=index)
             if text.stopped:
                 self._reasons[index] = "stop"
         finally:
-            await raw.aclose()
+            if raw is not None:
+                await raw.aclose()
             admission.leave(entered)
 
-    def _record(self, said: list[str] | None) -> dict[str, object]:
+    def _record(self) -> dict[str, object]:
         record = {"id": self._request.id, **figures(self._metrics())}
-        if said is None:
+        if self._said is None:
             return record
         asked = self._request.messages or self._request.prompt
-        return record | {"asked": asked, "answered": "".join(said)}
+        return record | {"asked": asked, "answered": "".join(self._said)}
 
     def _ended(self, index: int, event: RawFinish, sent: int) -> None:
         self._reasons[index] = event.reason

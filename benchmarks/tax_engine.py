@@ -1,0 +1,101 @@
+"""The engine without Headrace, for tax.py: xllamacpp called in process, one thread a request.
+
+Usage: `python tax_engine.py '{"model": FILE, "slots": ..., "threads": ..., ...}'`. It reads one
+JSON command a line, `{"prompts": [...], "max_tokens": N}`, and answers with the seconds and tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+
+import xllamacpp
+
+
+class Request:
+    """One request; the callback does as little as can be."""
+
+    def __init__(self, prompt: str, max_tokens: int) -> None:
+        self.chunks = 0
+        self.last = b""
+        self.first_at = 0.0
+        # Only what the request needs: no token ids, no progress, no usage before the end.
+        self._body = json.dumps(
+            {
+                "prompt": prompt,
+                "max_tokens": max_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+            }
+        ).encode()
+
+    def run(self, server: Any) -> None:
+        """Block until it is answered."""
+        server.handle_completions(self._body, self._on_chunk)
+
+    def _on_chunk(self, raw: bytes) -> bool:
+        if not self.chunks:
+            self.first_at = time.monotonic()
+        self.chunks += 1
+        self.last = raw
+        return False
+
+
+def load(settings: dict[str, Any], directory: str) -> Any:
+    """Load with the parameters that headrace.engines.llamacpp gives for the same options."""
+    params: Any = xllamacpp.CommonParams()
+    params.model.path = settings["model"]
+    params.n_ctx = settings["context_length"] * settings["slots"]
+    params.n_parallel = settings["slots"]
+    params.kv_unified = params.fit_params = False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
+    params.n_batch = params.n_ubatch = settings["batch_size"]
+    params.n_gpu_layers = 0
+    params.cache_ram_mib = 0
+    params.load_mode = 1
+    params.verbosity = 0
+    # It always listens; here on a socket that nobody asks.
+    params.hostnames = [f"{directory}/s.sock"]
+    params.n_threads_http = 2
+    return xllamacpp.Server(params)
+
+
+def measure(server: Any, prompts: list[str], max_tokens: int) -> dict[str, Any]:
+    """Answer all prompts at once."""
+    requests = [Request(prompt, max_tokens) for prompt in prompts]
+    threads = [threading.Thread(target=one.run, args=(server,)) for one in requests]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.monotonic() - began
+    timings = [json.loads(one.last)["timings"] for one in requests]
+    return {
+        "seconds": seconds,
+        "prompt_tokens": [one["prompt_n"] + one["cache_n"] for one in timings],
+        "cached_tokens": sum(one["cache_n"] for one in timings),
+        "tokens": [one["predicted_n"] for one in timings],
+        "prompt_ms": [one["prompt_ms"] for one in timings],
+        "predicted_ms": [one["predicted_ms"] for one in timings],
+    }
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    with tempfile.TemporaryDirectory() as directory:
+        server = load(json.loads(sys.argv[1]), directory)
+        print(json.dumps({"ready": True}), flush=True)
+        for line in sys.stdin:
+            command = json.loads(line)
+            answer = measure(server, command["prompts"], command["max_tokens"])
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
