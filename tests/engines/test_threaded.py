@@ -105,3 +105,26 @@ async def test_many_puts_wake_the_loop_once() -> None:
     assert got == list(range(50))
     inbox.put(got.append, 50)
     assert len(loop.wakes) == 2
+
+
+async def test_the_items_of_one_step_arrive_in_one_turn() -> None:
+    """W20: several threads that emit one after another wake their readers together."""
+    inbox = Inbox(asyncio.get_running_loop(), gather_s=0.2)
+    turns: list[float] = []
+    all_there = threading.Barrier(4)
+
+    async def read(executor: ThreadPoolExecutor, number: int) -> None:
+        def produce(emit: Emit[int]) -> None:
+            all_there.wait()
+            time.sleep(number * 0.03)
+            emit(number)
+            all_there.wait()
+
+        async for _ in stream(produce, inbox=inbox, executor=executor):
+            turns.append(asyncio.get_running_loop().time())
+
+    with ThreadPoolExecutor(4) as executor:
+        await asyncio.gather(*(read(executor, number) for number in range(4)))
+    assert len(turns) == 4
+    assert max(turns) - min(turns) < 0.03
+    assert inbox.open == 0

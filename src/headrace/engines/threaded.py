@@ -12,15 +12,23 @@ from headrace.core.stream import Mailbox
 
 T = TypeVar("T")
 
+_GATHER_S = 0.0005
+
 Emit = Callable[[T], bool]
 """Hands one item to the stream; True tells the producer to stop, as nobody listens any more."""
 
 
 class Inbox:
-    """Carries calls from many threads to one event loop, and wakes it once for all that wait."""
+    """Carries calls from many threads to one event loop, and wakes it once for all that wait.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    The threads of one engine step come one after another within moments. With several of them
+    open, the loop waits that long for the others, so that a step is one turn and not many.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, gather_s: float = _GATHER_S) -> None:
+        self.open = 0
         self._loop = loop
+        self._gather_s = gather_s
         self._lock = threading.Lock()
         self._waiting: list[tuple[Callable[[object], None], object]] = []
 
@@ -30,7 +38,13 @@ class Inbox:
             self._waiting.append((receive, item))
             wake = len(self._waiting) == 1
         if wake:
-            self._loop.call_soon_threadsafe(self._drain)
+            self._loop.call_soon_threadsafe(self._gather)
+
+    def _gather(self) -> None:
+        if len(self._waiting) < self.open:
+            self._loop.call_later(self._gather_s, self._drain)
+        else:
+            self._drain()
 
     def _drain(self) -> None:
         with self._lock:
@@ -66,12 +80,14 @@ async def stream(
             inbox.put(mailbox.put, _End)
 
     thread = asyncio.get_running_loop().run_in_executor(executor, run)
+    inbox.open += 1
     try:
         while (item := await mailbox.get()) is not _End:
             yield item  # pyright: ignore[reportReturnType]  # produce emits only T
         await thread
     finally:
         closed = True
+        inbox.open -= 1
         await _ended(thread)
 
 
