@@ -70,7 +70,7 @@ async def test_unknown_exceptions_keep_their_detail_to_the_log(
     assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
     record = next(one for one in caplog.records if one.name == "headrace.api")
     assert record.exc_info is not None
-    assert record.data["request_id"] == answer.headers["x-request-id"]
+    assert vars(record)["data"]["request_id"] == answer.headers["x-request-id"]
 
 
 async def test_engine_errors_are_logged_with_their_detail(

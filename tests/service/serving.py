@@ -62,6 +62,7 @@ class Service:
         for thread in self._follow:
             thread.join(5)
         for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
             stream.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -13,8 +14,9 @@ from tests.service.serving import Service, served
 from headrace import Delta, ModelWorker
 from headrace.core.request import Message
 
-MESSAGES = [{"role": "user", "content": "Name three rivers in Europe."}]
-GREEDY = {"model": "smollm2", "max_tokens": 48, "temperature": 0}
+# Any, as the client's types want literals where a test wants plain values.
+MESSAGES: Any = [{"role": "user", "content": "Name three rivers in Europe."}]
+GREEDY: Any = {"model": "smollm2", "max_tokens": 48, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,8 @@ def engines_text(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -
     params.n_ctx, params.verbosity = 512, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
     params.hostnames = [str(tmp_path_factory.mktemp("llama") / "s.sock")]
-    server = xllamacpp.Server(params)
-    answer = server.handle_chat_completions(
+    server: Any = xllamacpp.Server(params)
+    answer: Any = server.handle_chat_completions(
         {"messages": MESSAGES, "max_tokens": 48, "temperature": 0}
     )
     return answer["choices"][0]["message"]["content"]
@@ -76,7 +78,9 @@ def test_greedy_text_is_the_workers_and_the_engines(
 
 async def test_greedy_text_is_the_same_among_16_others(service: Service, own_text: str) -> None:
     """W20: what runs beside a request does not change it."""
-    others = [[{"role": "user", "content": f"Tell me about the number {n}."}] for n in range(16)]
+    others: Any = [
+        [{"role": "user", "content": f"Tell me about the number {n}."}] for n in range(16)
+    ]
     async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="none") as client:
         answers = await asyncio.gather(
             *(
@@ -94,7 +98,7 @@ async def test_async_stream_carries_usage_and_metrics(service: Service) -> None:
             messages=MESSAGES, stream=True, stream_options={"include_usage": True}, **GREEDY
         )
         chunks = [chunk async for chunk in stream]
-    usage, metrics = chunks[-1].usage, chunks[-1].model_extra["metrics"]
+    usage, metrics = chunks[-1].usage, (chunks[-1].model_extra or {})["metrics"]
     assert usage is not None
     assert usage.completion_tokens == metrics["usage"]["completion_tokens"] == 48
     assert metrics["time_to_first_token_ms"] > 0
