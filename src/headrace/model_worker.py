@@ -10,7 +10,7 @@ from typing import Any, Self
 import msgspec
 
 from headrace import runtime
-from headrace.config import Config
+from headrace.config import Config, Settings
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import Event, GenerateResult
 from headrace.core.model import ModelInfo, ModelSpec, State
@@ -54,11 +54,11 @@ class AsyncModelWorker:
     ) -> None:
         if isinstance(model, ModelSpec):
             self.spec = msgspec.structs.replace(model, **arguments)
-            config = config or runtime.load_settings().config
+            config = config or _quiet(runtime.load_settings())
         else:
             settings = runtime.load_settings()
             self.spec = settings.model_spec(model, arguments)
-            config = config or settings.config
+            config = config or _quiet(settings)
         self._worker = runtime.open_worker(
             self.spec, config, isolate=isolate, on_progress=on_progress
         )
@@ -154,6 +154,13 @@ class AsyncModelWorker:
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids."""
         return await self._worker.detokenize(DetokenizeRequest(token_ids=tuple(token_ids)))
+
+
+def _quiet(settings: Settings) -> Config:
+    # A library that is not asked says nothing but warnings.
+    if settings.origin("log_level") == "default":
+        return settings.config.model_copy(update={"log_level": "warning"})
+    return settings.config
 
 
 def request(

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from headrace.core.errors import (
     Draining,
     GenerationFailed,
     HeadraceError,
+    InvalidRequest,
     LoadFailed,
     Loading,
     OutOfMemory,
@@ -34,7 +36,7 @@ from headrace.core.request import CountRequest, DetokenizeRequest
 from headrace.core.stream import collect
 from headrace.log import LogSettings
 from headrace.worker.process import WorkerProcess
-from headrace.worker.spawn import sweep
+from headrace.worker.spawn import Scratch, sweep
 
 
 @pytest.fixture(autouse=True)
@@ -347,7 +349,7 @@ async def test_closing_a_stream_in_any_phase_frees_all(phase: str) -> None:
 PARENT = """
 import asyncio, sys
 from headrace.worker.process import WorkerProcess
-from headrace.worker.spawn import sweep
+from headrace.worker.spawn import Scratch, sweep
 from tests.worker.rig import ask, echo, listed, resolve, until
 async def main():
     one = WorkerProcess(echo(**{options}), resolve)
@@ -386,13 +388,87 @@ async def test_requests_are_never_changed() -> None:
         assert msgspec.msgpack.encode(request) == before
 
 
-def test_what_killed_parents_left_is_swept(tmp_path: Path) -> None:
-    """W8: their children's directories go when the next child starts; those in use stay."""
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    left, used = tmp_path / f"headrace-{dead.pid}-a", tmp_path / f"headrace-{os.getpid()}-b"
-    others = tmp_path / "headrace-notes"
-    for folder in (left, used, others):
-        folder.mkdir()
+def test_what_killed_parents_left_is_swept(tmp_path: Path, monkeypatch: Any) -> None:
+    """W8: what nobody locks goes when the next child starts; what is in use or not ours stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    used, left = Scratch(), Scratch()
+    left.close()
+    young = Scratch()
+    young.close()
+    others = tmp_path / "headrace-2025-results"
+    others.mkdir()
+    for folder in (used.path, left.path, others):
+        os.utime(folder, (0, 0))
     sweep(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([used, others])
+    assert sorted(tmp_path.iterdir()) == sorted([used.path, young.path, others])
+    used.remove()
+    assert not used.path.exists()
+
+
+def test_a_child_removes_only_its_own_directory(tmp_path: Path) -> None:
+    """W8: where the private directory is gone, Python's choice of another one is not touched."""
+    victim, scratch = tmp_path / "victim", tmp_path / "gone"
+    victim.mkdir()
+    (victim / "thesis").write_text("years of work")
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "headrace.worker.child", str(theirs.fileno()), str(scratch)]
+    environment = os.environ | {"TMPDIR": str(scratch), "TEMP": str(victim)}
+    child = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=environment)
+    theirs.close()
+    ours.close()
+    assert child.wait(10) == 0
+    assert (victim / "thesis").exists()
+
+
+async def test_nothing_is_imported_from_the_directory_one_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W5: a msgspec.py beside a download is not run."""
+    (tmp_path / "msgspec.py").write_text("raise SystemExit('taken over')")
+    monkeypatch.chdir(tmp_path)
+    async with process() as one:
+        assert (await collect(one.generate(ask("ok")))).text == "ok"
+
+
+async def test_what_cannot_be_sent_is_refused_and_harms_nobody() -> None:
+    """W17: a number that msgpack does not know is the sender's error alone."""
+    async with process() as one:
+        good = asyncio.ensure_future(collect(one.generate(ask("ok"))))
+        bad = one.generate(ask("x", template_options={"a": 1 << 70}))
+        with pytest.raises(InvalidRequest):
+            await collect(bad)
+        assert (await good).text == "ok"
+
+
+async def test_a_stream_that_is_cancelled_before_the_child_began_it_ends_at_once() -> None:
+    """W18: both messages in one frame; the child answers all the same."""
+    async with process(tokens_per_second=5) as one:
+        began = time.monotonic()
+        for _ in range(10):
+            stream = one.generate(ask("abcdef"))
+            task = asyncio.ensure_future(anext(stream, None))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait({task})
+            await stream.aclose()
+        assert time.monotonic() - began < 2
+
+
+async def test_a_reader_that_pauses_is_not_a_hung_worker() -> None:
+    """W19: what has ended in the child is not watched, however slowly it is read."""
+    async with process(hang_s=0.5) as one:
+        stream = one.generate(ask("abc"))
+        await anext(stream)
+        await asyncio.sleep(2)
+        assert one.state == "ready"
+        assert text([event async for event in stream]) == "abc"
+
+
+async def test_an_echoed_prompt_may_wait_longer_than_hang_s() -> None:
+    """W19: only what holds a slot can hang."""
+    async with process(hang_s=0.6, max_running=1, tokens_per_second=10, text="x" * 15) as one:
+        first = asyncio.ensure_future(collect(one.generate(ask("a"))))
+        await asyncio.sleep(0.1)
+        second = await collect(one.generate(ask("b", echo=True)))
+        assert second.text == "b" + "x" * 15
+        assert (await first).finish_reason == "stop"

@@ -19,6 +19,7 @@ from headrace.core.errors import (
     Draining,
     GenerationFailed,
     HeadraceError,
+    InvalidRequest,
     LoadFailed,
     Loading,
     OutOfMemory,
@@ -113,8 +114,13 @@ async def test_more_choices_than_slots() -> None:
 
 async def test_one_choice_that_cannot_be_admitted_frees_the_others() -> None:
     """W18, W20: a queue too short for all choices leaves nothing behind."""
-    async with worker(max_running=1, max_queued=1, tokens_per_second=20) as one:
+    async with worker(max_running=1, max_queued=2, tokens_per_second=20) as one:
+        first = one.generate(ask("abcdef"))
+        await anext(first)
         with pytest.raises(QueueFull):
+            await listed(one.generate(ask("abc", n=3)))
+        await first.aclose()
+        with pytest.raises(InvalidRequest, match="n is at most 3"):
             await listed(one.generate(ask("abc", n=4)))
         assert one.load == (0, 0)
 

@@ -153,5 +153,8 @@ async def merge(streams: Sequence[Stream]) -> Stream:
             task.cancel()
         if pending:
             await asyncio.wait(pending)
+        for task in pending:
+            # Looked at, or asyncio would complain of a failure that nobody is there to read.
+            _ = task.cancelled() or task.exception()
         for stream in streams:
             await stream.aclose()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Protocol
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from typing import Any, Protocol
 
 import msgspec
 
 from headrace.core.backend import Backend
-from headrace.core.errors import HeadraceError, LoadFailed, Loading, UnknownModel
+from headrace.core.errors import HeadraceError, LoadFailed, Loading, QueueTimeout, UnknownModel
 from headrace.core.events import Event, Progress
 from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, TokenCount
@@ -46,7 +46,7 @@ OpenWorker = Callable[[ModelSpec], PooledWorker]
 
 def backoff_s(failures: int) -> float:
     """Return how long to wait after so many failures in a row: 0, 1, 2, 4 ... 60 seconds."""
-    return min(_MAX_BACKOFF_S, 2.0 ** (failures - 1)) if failures else 0.0
+    return min(_MAX_BACKOFF_S, 2.0 ** min(failures - 1, 6)) if failures else 0.0
 
 
 class Seat:
@@ -104,6 +104,9 @@ class Seat:
             self._keeper = asyncio.create_task(self._keep(), name=f"keep {self.spec.name}")
 
     def _failed(self) -> None:
+        if time.monotonic() < self._retry_at:
+            # One of many who waited for the same load.
+            return
         self._failures += 1
         self._retry_at = time.monotonic() + backoff_s(self._failures)
 
@@ -125,6 +128,17 @@ class Seat:
                 self._ready_at = time.monotonic()
                 log.warning("headrace.pool.restarted", extra={"data": {"model": self.spec.name}})
                 await self.worker.died.wait()
+
+
+async def _in_time(ready: Coroutine[Any, Any, None], request: GenerateRequest) -> None:
+    if request.deadline_s is None:
+        return await ready
+    left = request.received + request.deadline_s - time.monotonic()
+    try:
+        async with asyncio.timeout(left):
+            return await ready
+    except TimeoutError as error:
+        raise QueueTimeout("The deadline passed while the model was loading.") from error
 
 
 class Pool:
@@ -162,7 +176,7 @@ class Pool:
         began = time.monotonic()
         if seat.worker.state != "ready":
             yield Progress("loading")
-            await seat.ready()
+            await _in_time(seat.ready(), request)
             request = msgspec.structs.replace(request, load_ms=(time.monotonic() - began) * 1000)
         stream = seat.worker.generate(request)
         try:

@@ -41,6 +41,8 @@ class Admission:
         """
         if self._closed is not None:
             raise self._closed
+        if deadline is not None and time.monotonic() > deadline:
+            raise QueueTimeout("The deadline had passed before the request's turn came.")
         if self.running >= self.max_running or self._waiting:
             await self._queue(deadline)
         else:

@@ -13,6 +13,7 @@ from headrace.core.errors import (
     DeadlineExceeded,
     GenerationFailed,
     HeadraceError,
+    InvalidRequest,
     OutOfMemory,
     from_record,
     to_record,
@@ -65,6 +66,7 @@ class Answer:
         """
         stream: AsyncGenerator[Event, None] | None = None
         try:
+            self._check_choices()
             job = await asyncio.to_thread(self._loaded.prompter.job, self._request)
             for index in range(self._request.n if job.echo else 0):
                 yield Delta(text=job.echo, index=index)
@@ -142,6 +144,11 @@ class Answer:
         self._reasons[index] = event.reason
         missing = event.completion_tokens - sent
         self._meter.correct(event.prompt_tokens, missing, event.cached_tokens)
+
+    def _check_choices(self) -> None:
+        most = self._loaded.admission.max_running + self._loaded.admission.max_queued
+        if self._request.n > most:
+            raise InvalidRequest(f"n is at most {most} for this model.", param="n")
 
     def _check(self) -> None:
         self._loaded.admission.check()

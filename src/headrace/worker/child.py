@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -49,29 +50,30 @@ _PR_SET_PDEATHSIG = 1
 class Child:
     """Turns messages into calls of the worker, and its events into messages."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
         self._link = Link(
             msgspec.msgpack.Decoder(list[ToChild]), receive=self._receive, closed=self._orphaned
         )
         self._worker: Worker | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._streams: dict[int, asyncio.Task[None]] = {}
+        self._streams: dict[int, asyncio.Task[ErrorRecord | None]] = {}
         self._over = asyncio.Event()
 
     async def serve(self, line: socket.socket) -> None:
         """Serve until the parent says Close; without a parent the process ends at once."""
         await asyncio.get_running_loop().create_connection(lambda: self._link, sock=line)
-        while not self._over.is_set():
+        over = self._task(self._over.wait())
+        while not over.done():
             self._link.send(Alive(_memory(self._worker)))
-            await asyncio.wait({self._task(self._over.wait())}, timeout=_HEARTBEAT_S)
+            await asyncio.wait({over}, timeout=_HEARTBEAT_S)
         self._link.close()
 
     def _receive(self, messages: Sequence[ToChild]) -> None:
         for message in messages:
             match message:
-                case Generate(id=number):
-                    task = self._task(self._stream(message))
-                    self._streams[number] = task
+                case Generate():
+                    self._begin(message)
                 case Cancel(id=number):
                     if (running := self._streams.get(number)) is not None:
                         running.cancel()
@@ -106,15 +108,22 @@ class Child:
         else:
             self._link.send(Ready(worker.models()[0]))
 
-    async def _stream(self, message: Generate) -> None:
-        error = None
+    def _begin(self, message: Generate) -> None:
+        task = asyncio.ensure_future(self._stream(message))
+        self._streams[message.id] = task
+        # Not in the task itself: one that is cancelled before it begins runs none of its code.
+        task.add_done_callback(lambda task: self._end(message.id, task))
+
+    def _end(self, number: int, task: asyncio.Task[ErrorRecord | None]) -> None:
+        del self._streams[number]
+        self._link.send(Ended(number, None if task.cancelled() else task.result()))
+
+    async def _stream(self, message: Generate) -> ErrorRecord | None:
         stream = self._ready().generate(message.request)
         try:
-            error = await _failure(self._forward(message.id, stream))
+            return await _failure(self._forward(message.id, stream))
         finally:
             await stream.aclose()
-            del self._streams[message.id]
-            self._link.send(Ended(message.id, error))
 
     async def _forward(self, number: int, stream: AsyncGenerator[Event, None]) -> None:
         async for event in stream:
@@ -139,7 +148,7 @@ class Child:
 
     def _orphaned(self, why: str) -> None:
         # The parent has gone. The engine may be in the middle of anything: do not ask it.
-        shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)
         os._exit(0)
 
 
@@ -167,12 +176,14 @@ def _die_with_parent() -> None:
 
 
 def main() -> None:
-    """Run with the number of the inherited socket's file descriptor as the only argument."""
+    """Run with the inherited socket's file descriptor and the scratch directory as arguments."""
     _die_with_parent()
-    line = socket.socket(fileno=int(sys.argv[1]))
+    line, scratch = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
+    # Python would fall back to another directory where this one cannot be written.
+    tempfile.tempdir = str(scratch)
     # Its wake-ups are cheaper, and each of them takes a core from the engine.
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(Child().serve(line))
+        runner.run(Child(scratch).serve(line))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

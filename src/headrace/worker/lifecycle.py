@@ -49,6 +49,10 @@ class Lifecycle:
         except HeadraceError as error:
             self.fail(error.message)
             raise
+        except Exception as error:
+            # The machine can refuse anything: a process, a socket, a directory.
+            self.fail(f"{type(error).__name__}: {error}")
+            raise LoadFailed(f"{self.name} could not be loaded.", detail=self.reason) from error
         except BaseException:
             self.fail("Loading was given up.")
             raise

@@ -17,8 +17,8 @@ from headrace.core.request import CountRequest, DetokenizeRequest, GenerateReque
 from headrace.log import LogSettings
 from headrace.worker.lifecycle import Lifecycle
 from headrace.worker.spawn import ChildProcess
-from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, unloaded_info
-from headrace.worker.wire import Close, Count, Detokenize, Ended, Generate, Load
+from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, resolved, unloaded_info
+from headrace.worker.wire import Close, Count, Detokenize, Ended, Load
 
 log = logging.getLogger("headrace.worker")
 
@@ -80,8 +80,7 @@ class WorkerProcess:
             WorkerDied: the child ended or hung; nothing follows.
         """
         child = self._ready()
-        listener = child.listen()
-        child.link.send(Generate(listener.number, request))
+        listener = child.begin(request)
         over = False
         try:
             while True:
@@ -93,9 +92,11 @@ class WorkerProcess:
                     return
                 yield event
         finally:
-            if not over:
-                await child.leave(listener, timeout_s=_CANCEL_S)
-            child.forget(listener)
+            try:
+                if not over:
+                    await child.leave(listener, timeout_s=_CANCEL_S)
+            finally:
+                child.forget(listener)
 
     async def count_tokens(self, request: CountRequest) -> TokenCount:
         """Count exactly, in the child, beside any generation."""
@@ -145,7 +146,7 @@ class WorkerProcess:
 
     async def _load(self) -> None:
         began = time.monotonic()
-        self._found = await asyncio.to_thread(self._resolve, self.spec, self._on_progress)
+        self._found = await resolved(self._resolve, self.spec, self._on_progress)
         self._on_progress("loading", 0, 0)
         child = ChildProcess(self.spec.name, self._on_gone)
         await child.spawn()

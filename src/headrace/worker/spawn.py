@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import itertools
 import logging
 import os
@@ -19,18 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 from headrace.core.errors import (
     HeadraceError,
+    InvalidRequest,
     LoadFailed,
     WorkerDied,
     from_record,
     to_record,
 )
-from headrace.core.events import Event
+from headrace.core.events import Delta, Event, Progress
 from headrace.core.model import ModelInfo
-from headrace.core.request import TokenCount
+from headrace.core.request import GenerateRequest, TokenCount
 from headrace.core.stream import Mailbox
 from headrace.worker.wire import (
     Alive,
@@ -38,6 +39,7 @@ from headrace.worker.wire import (
     Counted,
     Ended,
     Failed,
+    Generate,
     Happened,
     Link,
     Message,
@@ -50,14 +52,16 @@ log = logging.getLogger("headrace.worker")
 
 _DYING_S = 0.3
 _TAIL_LINES = 20
-_SCRATCH = "headrace-"
+_SCRATCH, _LOCK = "headrace-", ".lock"
+_SETTLED_S = 60.0
 
 
 class Listener:
     """A stream as the parent holds it: what came, and when something last came."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, choices: int) -> None:
         self.number = number
+        self._choices = choices
         self.mailbox: Mailbox[Event | Ended] = Mailbox()
         self.seen = time.monotonic()
         self.admitted = False
@@ -65,8 +69,14 @@ class Listener:
     def put(self, event: Event | Ended) -> None:
         """Take what the child sent."""
         self.seen = time.monotonic()
-        self.admitted = True
+        # With several choices, one can be over while the next still waits for its slot.
+        self.admitted = self._choices == 1 and _is_running(event)
         self.mailbox.put(event)
+
+
+def _is_running(event: Event | Ended) -> bool:
+    # An echoed prompt comes before the queue, and carries no tokens.
+    return isinstance(event, Progress) or (isinstance(event, Delta) and bool(event.token_ids))
 
 
 class ChildProcess:
@@ -104,17 +114,19 @@ class ChildProcess:
         """Start the process and connect to it."""
         ours, theirs = socket.socketpair()
         # Whatever the child leaves lying about goes away with this directory.
-        sweep(Path(tempfile.gettempdir()))
-        self._scratch = tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-")
+        await asyncio.to_thread(sweep, Path(tempfile.gettempdir()))
+        self._scratch = scratch = Scratch()
         try:
             with theirs:
                 self._process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "headrace.worker.child", str(theirs.fileno())),
+                    # -P: nothing is imported from the directory that somebody happens to stand in.
+                    *(sys.executable, "-P", "-m", "headrace.worker.child"),
+                    *(str(theirs.fileno()), str(scratch.path)),
                     stdin=DEVNULL,
                     stdout=DEVNULL,
                     stderr=PIPE,
                     pass_fds=(theirs.fileno(),),
-                    env={**os.environ, "TMPDIR": self._scratch},
+                    env={**os.environ, "TMPDIR": str(scratch.path)},
                     # Ctrl-C in a terminal is for the parent alone, which decides what it means.
                     start_new_session=True,
                 )
@@ -122,15 +134,31 @@ class ChildProcess:
         except BaseException:
             ours.close()
             self.kill()
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            scratch.remove()
             raise
         self._task(self._follow_stderr(self._process))
 
-    def listen(self) -> Listener:
-        """Open a stream's place."""
-        listener = Listener(next(self._numbers))
+    def begin(self, request: GenerateRequest) -> Listener:
+        """Open a stream.
+
+        Raises:
+            InvalidRequest: there is something in the request that cannot be sent.
+        """
+        listener = Listener(next(self._numbers), request.n)
+        self.say(Generate(listener.number, request))
         self._listeners[listener.number] = listener
         return listener
+
+    def say(self, message: Message) -> None:
+        """Send a message.
+
+        Raises:
+            InvalidRequest: there is something in it that cannot be sent.
+        """
+        try:
+            self.link.send(message)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise InvalidRequest(f"The request cannot be passed on: {error}") from error
 
     async def leave(self, listener: Listener, *, timeout_s: float) -> None:
         """Cancel a stream and wait until the child says that its slot is free."""
@@ -152,7 +180,7 @@ class ChildProcess:
         answer: asyncio.Future[TokenCount | str] = asyncio.get_running_loop().create_future()
         self._calls[number] = answer
         try:
-            self.link.send(ask(number))
+            self.say(ask(number))
             return await answer
         finally:
             del self._calls[number]
@@ -189,7 +217,7 @@ class ChildProcess:
                 self.loaded.set_exception(from_record(message.error))
 
     def _ended(self, message: Ended) -> None:
-        if (listener := self._listeners.get(message.id)) is not None:
+        if (listener := self._listeners.pop(message.id, None)) is not None:
             listener.put(message)
         elif (answer := self._calls.get(message.id)) and message.error and not answer.done():
             answer.set_exception(from_record(message.error))
@@ -216,7 +244,7 @@ class ChildProcess:
         except TimeoutError:
             self.kill()
             await process.wait()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.remove()
         self.gone.set()
         error = WorkerDied(
             f"The worker of {self.name} {self._cause(process.returncode or 0, why)}.",
@@ -237,6 +265,7 @@ class ChildProcess:
         record = to_record(error)
         for number, listener in self._listeners.items():
             listener.put(Ended(number, record))
+        self._listeners.clear()
 
     def _tell(self, error: WorkerDied) -> None:
         self.fail_streams(error)
@@ -262,12 +291,38 @@ class ChildProcess:
                 continue
 
 
+class Scratch:
+    """A private directory for what a child leaves lying about; locked while its parent lives."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=_SCRATCH))
+        self._lock = (self.path / _LOCK).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def remove(self) -> None:
+        """Remove it with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Give up the lock."""
+        self._lock.close()
+
+
 def sweep(folder: Path) -> None:
-    """Remove what children left whose parent was killed: directories named after dead processes."""
-    for path in folder.glob(f"{_SCRATCH}*-*"):
-        number = path.name.removeprefix(_SCRATCH).partition("-")[0]
-        if number.isdecimal() and not psutil.pid_exists(int(number)):
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove what killed parents left in `folder`: our own directories that nobody locks."""
+    for path in folder.glob(f"{_SCRATCH}*"):
+        try:
+            status = path.lstat()
+            young = time.time() - status.st_mtime < _SETTLED_S
+            if status.st_uid != os.geteuid() or young:
+                continue
+            with (path / _LOCK).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            # Not one of ours, gone already, or in use.
+            continue
+        shutil.rmtree(path, ignore_errors=True)
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:

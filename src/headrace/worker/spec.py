@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
 
 import msgspec
 
+from headrace.core.errors import Draining
 from headrace.core.model import ModelFile, ModelInfo, ModelSpec, State
 from headrace.engines.base import EngineFacts
 from headrace.worker.prompt import Prompter
@@ -25,6 +28,26 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 Resolve = Callable[[ModelSpec, OnProgress], WorkerSpec]
 """Finds the file (downloads it if need be), checks its header, chooses the engine. Blocking."""
+
+
+async def resolved(resolve: Resolve, spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
+    """Resolve on a thread. When the caller is cancelled, the thread gives up at its next progress.
+
+    Raises:
+        HeadraceError: what `resolve` raises.
+    """
+    gone = threading.Event()
+
+    def report(what: str, done: int, total: int) -> None:
+        if gone.is_set():
+            raise Draining("Loading was given up.")
+        on_progress(what, done, total)
+
+    try:
+        return await asyncio.to_thread(resolve, spec, report)
+    except asyncio.CancelledError:
+        gone.set()
+        raise
 
 
 def unloaded_info(

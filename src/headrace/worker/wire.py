@@ -21,6 +21,7 @@ from headrace.log import LogSettings
 from headrace.worker.spec import WorkerSpec
 
 _HEADER = struct.Struct(">I")
+_ARRAY = struct.Struct(">BI")
 MAX_FRAME = 256 << 20
 """Bytes; a longer frame means that the other side has lost its mind."""
 
@@ -133,14 +134,19 @@ class Link(asyncio.Protocol, Generic[In]):
         self._receive = receive
         self._closed = closed
         self._buffer = bytearray()
-        self._outbox: list[Message] = []
+        self._outbox: list[bytes] = []
         self._encode = msgspec.msgpack.Encoder().encode
         self._why = "the socket was closed"
         self._transport: asyncio.Transport | None = None
 
     def send(self, message: Message) -> None:
-        """Say something; what is said after the line is cut is lost."""
-        self._outbox.append(message)
+        """Say something; what is said after the line is cut is lost.
+
+        Raises:
+            OverflowError, TypeError, ValueError: msgpack cannot carry the message.
+        """
+        # Encoded here: what cannot be sent is the sender's fault and takes nobody else with it.
+        self._outbox.append(self._encode(message))
         if len(self._outbox) == 1:
             asyncio.get_running_loop().call_soon(self.flush)
 
@@ -148,8 +154,9 @@ class Link(asyncio.Protocol, Generic[In]):
         """Write all that was said."""
         outbox, self._outbox = self._outbox, []
         if outbox and self._transport is not None:
-            payload = self._encode(outbox)
-            self._transport.write(_HEADER.pack(len(payload)) + payload)
+            payload = b"".join(outbox)
+            length = _ARRAY.size + len(payload)
+            self._transport.write(_HEADER.pack(length) + _ARRAY.pack(0xDD, len(outbox)) + payload)
 
     def close(self) -> None:
         """Cut the line after what was said is written."""

@@ -20,7 +20,14 @@ from headrace.worker.admission import Admission
 from headrace.worker.answer import Answer, Loaded
 from headrace.worker.lifecycle import Lifecycle
 from headrace.worker.prompt import Prompter
-from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, loaded_info, unloaded_info
+from headrace.worker.spec import (
+    OnProgress,
+    Resolve,
+    WorkerSpec,
+    loaded_info,
+    resolved,
+    unloaded_info,
+)
 
 log = logging.getLogger("headrace.worker")
 
@@ -122,7 +129,7 @@ class Worker:
 
     async def _load(self) -> None:
         began = time.monotonic()
-        found = self._found = await asyncio.to_thread(self._resolve, self.spec, self._on_progress)
+        found = self._found = await resolved(self._resolve, self.spec, self._on_progress)
         log.info("headrace.worker.start", extra={"data": await asyncio.to_thread(_facts, found)})
         self._on_progress("loading", 0, 0)
         opening = asyncio.ensure_future(asyncio.to_thread(self._open, found))
