@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from tests.conftest import MODEL_HOME
+from tests.worker.rig import children
 
 from headrace import AsyncModelWorker, Delta, Finish, Message, ModelSpec, ModelWorker
 from headrace.core.errors import ConfigError, Draining, HeadraceError, InvalidRequest, Unsupported
@@ -26,10 +27,6 @@ from headrace.sync import _Loop
 def echo(home: Path) -> Iterator[ModelWorker]:
     with ModelWorker("echo", tokens_per_second=200) as worker:
         yield worker
-
-
-def children() -> list[psutil.Process]:
-    return psutil.Process().children()
 
 
 @pytest.mark.usefixtures("smollm2_path")

@@ -167,6 +167,8 @@ async def _next(stream: Any) -> Event | None:
 
 
 async def _settled() -> None:
-    await asyncio.get_running_loop().shutdown_asyncgens()
+    loop = asyncio.get_running_loop()
+    await loop.shutdown_asyncgens()
     if others := asyncio.all_tasks() - {asyncio.current_task()}:
         await asyncio.wait(others, timeout=_SETTLE_S)
+    await loop.shutdown_default_executor()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import httpx
@@ -58,9 +59,10 @@ def test_streamed_text_is_the_whole_text(service: Service, text: str, per_delta:
     with httpx.stream(
         "POST", f"{service.url}/v1/completions", json=body | {"stream": True}, timeout=20
     ) as stream:
-        for line in stream.iter_lines():
-            if line.startswith("data: {"):
-                for choice in httpx.Response(200, text=line[6:]).json()["choices"]:
+        # Lines of events end with a line feed; iter_lines would also cut at U+0085 or U+2028.
+        for line in stream.read().split(b"\n"):
+            if line.startswith(b"data: {"):
+                for choice in json.loads(line[6:])["choices"]:
                     got[choice["index"]] += choice["text"]
     assert got == [choice["text"] for choice in whole["choices"]] == [text] * per_delta
 

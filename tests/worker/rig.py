@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
+import psutil
+
 from headrace.core.events import Delta, Event, Finish
 from headrace.core.model import ModelFile, ModelSpec
 from headrace.core.request import GenerateRequest, Sampling
@@ -89,3 +91,12 @@ async def process(**given: Any) -> AsyncIterator[WorkerProcess]:
         # Transports of a dead child are collected here and not in another test.
         await asyncio.sleep(0)
         gc.collect()
+
+
+def children() -> list[psutil.Process]:
+    """The workers' processes of this one; other tests may have left helpers of Python's own."""
+    return [
+        child
+        for child in psutil.Process().children()
+        if child.is_running() and "headrace.worker.child" in " ".join(child.cmdline())
+    ]

@@ -18,7 +18,18 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
-from tests.worker.rig import ask, echo, finish, first_delta, listed, process, resolve, text, until
+from tests.worker.rig import (
+    ask,
+    children,
+    echo,
+    finish,
+    first_delta,
+    listed,
+    process,
+    resolve,
+    text,
+    until,
+)
 
 from headrace.core.errors import (
     Draining,
@@ -189,7 +200,7 @@ async def test_a_load_that_fails_is_typed_and_frees_the_process(scratch: Path) -
             await one.start()
         assert (one.state, one.pid) == ("failed", None)
         assert one.models()[0].reason == "broken weights"
-    await until(lambda: not psutil.Process().children())
+    await until(lambda: not children())
     assert not list(scratch.iterdir())
     await one.aclose()
 
@@ -200,19 +211,19 @@ async def test_a_load_that_takes_too_long_is_ended() -> None:
     with pytest.raises(LoadFailed, match=r"within 0\.5 s"):
         await one.start()
     assert one.state == "failed"
-    await until(lambda: not psutil.Process().children())
+    await until(lambda: not children())
 
 
 async def test_a_stop_while_loading_ends_the_child() -> None:
     """W8, W18: nothing goes on for nobody."""
     one = WorkerProcess(echo(load_s=30), resolve)
     task = asyncio.ensure_future(one.start())
-    await until(lambda: psutil.Process().children())
+    await until(lambda: children())
     await one.aclose()
     with pytest.raises(Draining):
         await task
     assert one.state == "stopped"
-    assert not psutil.Process().children()
+    assert not children()
 
 
 CRASHES: list[tuple[int, str]] = [
@@ -350,7 +361,7 @@ PARENT = """
 import asyncio, sys
 from headrace.worker.process import WorkerProcess
 from headrace.worker.spawn import Scratch, sweep
-from tests.worker.rig import ask, echo, listed, resolve, until
+from tests.worker.rig import ask, children, echo, listed, resolve, until
 async def main():
     one = WorkerProcess(echo(**{options}), resolve)
     await one.start()
