@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from typing import Protocol
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Protocol
 
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, TokenCount
+from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
 
 
 class Backend(Protocol):
@@ -38,4 +39,61 @@ class Backend(Protocol):
 
     async def aclose(self) -> None:
         """Stop, and give everything back. Idempotent."""
+        ...
+
+
+class Admin(Protocol):
+    """What can be done to a set of models while it serves. `model` is a name or an alias.
+
+    Every method raises UnknownModel for a name that is not there; nothing has changed then.
+    """
+
+    def status(self) -> PoolStatus:
+        """Tell how all models and devices stand, without waiting."""
+        ...
+
+    async def load(self, model: str, changes: Mapping[str, Any] | None = None) -> ModelStatus:
+        """Load a model and wait for it; nothing happens to one that is ready.
+
+        A reference that is not served yet is added under its short name, with `changes` as its
+        settings. Also resets a model that has failed, and enables a disabled one.
+
+        Raises:
+            ConfigError: a setting is unknown or wrong.
+            HeadraceError: what the load raises.
+        """
+        ...
+
+    async def unload(self, model: str) -> ModelStatus:
+        """Let running requests end, unload, and wait until the memory is back."""
+        ...
+
+    async def restart(self, model: str) -> ModelStatus:
+        """Unload and load again, with the same settings; resets a model that has failed."""
+        ...
+
+    async def update(self, model: str, changes: Mapping[str, Any]) -> ModelStatus:
+        """Change settings of a model (`pinned`, `enabled`, `keep_alive`, `options.threads`, ...).
+
+        What needs a new process is done as a reload does it: no request fails.
+
+        Raises:
+            ConfigError: a setting is unknown or wrong; nothing has changed.
+        """
+        ...
+
+    async def plan(self, model: str) -> Plan:
+        """Tell what loading a model would need and do. A reference that is not served is fine."""
+        ...
+
+    async def reload(self) -> Reloaded:
+        """Read the configuration again and apply what has changed, without failing a request.
+
+        Raises:
+            ConfigError: it is wrong; nothing has changed.
+        """
+        ...
+
+    def events(self) -> AsyncGenerator[PoolEvent, None]:
+        """Yield what happens to the models from now on."""
         ...

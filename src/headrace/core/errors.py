@@ -6,12 +6,14 @@ HeadraceError
 │   ├── InvalidRequest
 │   ├── ContextOverflow
 │   ├── Unsupported
-│   └── Unauthorized
+│   ├── Unauthorized
+│   └── Forbidden
 ├── CapacityError         try later
 │   ├── QueueFull
 │   ├── DoesNotFit
 │   ├── Loading
 │   ├── Draining
+│   ├── Disabled
 │   └── DeadlineExceeded
 │       └── QueueTimeout
 ├── EngineError           wake someone
@@ -81,6 +83,10 @@ class Unauthorized(RequestError):
     """No key, or a wrong one."""
 
 
+class Forbidden(RequestError):
+    """A known key that may not do this."""
+
+
 class CapacityError(HeadraceError):
     """Nothing is wrong with the request; there is no room for it now."""
 
@@ -99,6 +105,10 @@ class Loading(CapacityError):
 
 class Draining(CapacityError):
     """The worker or the server is stopping."""
+
+
+class Disabled(CapacityError):
+    """Somebody has switched the model off."""
 
 
 class DeadlineExceeded(CapacityError):

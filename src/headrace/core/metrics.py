@@ -42,7 +42,11 @@ class DeviceUse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InferenceMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """What one request cost. Durations are monotonic milliseconds; an undefined figure is None."""
+    """What one request cost. Durations are monotonic milliseconds; an undefined figure is None.
+
+    `continuations` counts how often a worker died and the answer went on, `continued` in which
+    way: `exact` or `fast`.
+    """
 
     started_at: float
     queue_ms: float | None = None
@@ -61,3 +65,5 @@ class InferenceMetrics(msgspec.Struct, frozen=True, kw_only=True):
     worker: str = ""
     model: str = ""
     outcome: str = ""
+    continuations: int = 0
+    continued: str = ""

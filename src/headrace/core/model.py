@@ -8,6 +8,7 @@ import msgspec
 
 State = Literal["created", "loading", "ready", "draining", "stopped", "failed"]
 Origin = Literal["default", "file", "environment", "flag", "argument"]
+Continuation = Literal["exact", "fast", "off"]
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -18,6 +19,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `chat_template` overrides the model's own, as Jinja source. `max_running` None means what the
     engine can batch. `stop` are the stop strings of its template.
     `hang_s` is how long a running request may go without any sign of life.
+
+    `keep_alive` is how many seconds an idle model stays loaded: 0 not at all, negative until its
+    memory is needed. `preload` loads it when the service starts. `continuation` says what becomes
+    of an answer whose worker dies: `exact` generates it again and goes on where it was cut, `fast`
+    goes on from the tokens that were sent, `off` breaks it off. `weights` are those of the
+    replicas, in order; 1 where none is given.
     """
 
     name: str
@@ -34,6 +41,13 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     trust_remote_code: bool = False
     revision: str | None = None
     stop: tuple[str, ...] = ()
+    keep_alive: float = -1.0
+    preload: bool = True
+    pinned: bool = False
+    enabled: bool = True
+    continuation: Continuation = "fast"
+    replicas: int = 1
+    weights: tuple[float, ...] = ()
     options: dict[str, Any] = {}
 
 
@@ -55,13 +69,18 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine can do with this model. A sampling field not listed is refused by name."""
+    """What an engine can do with this model. A sampling field not listed is refused by name.
+
+    `batch_invariant`: greedy and seeded answers repeat themselves, whatever runs beside them.
+    `resume`: it can go on after tokens of an answer that it is given.
+    """
 
     sampling: frozenset[str] = frozenset()
     chat: bool = False
     json_schema: bool = False
     token_prompts: bool = True
     batch_invariant: bool = False
+    resume: bool = False
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

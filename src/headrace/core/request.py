@@ -86,6 +86,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     `deadline_s` counts from `received`. `load_ms` is what the request already waited for its
     model. `context_length` may ask for less than the model has, never for more.
     `json_schema` constrains the text; `{}` means any JSON.
+
+    `client` is who asks, for fairness between them. `keep_alive` is the model's, in seconds, from
+    the end of this request on. `load_wait_s` is how long to wait for the model's load; None is as
+    long as it takes. `answered` are the tokens of an answer that was cut off: the stream begins
+    with their text, in one delta, and goes on from there.
     """
 
     model: str = ""
@@ -99,6 +104,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     template_options: dict[str, Any] = {}
     deadline_s: float | None = None
     load_ms: float = 0.0
+    client: str = ""
+    keep_alive: float | None = None
+    load_wait_s: float | None = None
+    answered: tuple[int, ...] = ()
     id: str = msgspec.field(default_factory=new_id)
     received: float = msgspec.field(default_factory=time.monotonic)
 
