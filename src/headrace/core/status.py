@@ -1,0 +1,152 @@
+"""How a set of models stands: what an operator sees of it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from headrace.core.model import Continuation, State
+
+EventKind = Literal[
+    "loading",
+    "ready",
+    "load_failed",
+    "unloaded",
+    "evicted",
+    "expired",
+    "died",
+    "restarted",
+    "failed",
+    "continued",
+    "updated",
+    "added",
+    "removed",
+    "draining",
+    "reloaded",
+]
+
+
+class Footprint(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model takes: bytes by device (`cpu`, `cuda:0`), and how that is known.
+
+    `parts` are the terms of an estimate in bytes (`weights`, `kv_cache`, `overhead`). `load_s` is
+    how long it takes to load, in seconds. `context_length` and `max_running` are what it is for.
+    """
+
+    devices: dict[str, int]
+    how: Literal["estimated", "measured"] = "estimated"
+    parts: dict[str, int] = {}
+    load_s: float | None = None
+    context_length: int | None = None
+    max_running: int | None = None
+
+
+class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory of a device in bytes. `budget` is what models may take, `booked` what they do.
+
+    `free` is what the machine says is free now, for whoever takes it.
+    """
+
+    name: str
+    total: int
+    budget: int
+    booked: int
+    free: int
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker of a model. `memory` is measured, in bytes by device; empty when not loaded."""
+
+    number: int
+    state: State
+    pid: int | None = None
+    weight: float = 1.0
+    running: int = 0
+    memory: dict[str, int] = {}
+    load_ms: float | None = None
+    reason: str | None = None
+
+
+class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One model. `until` and `last_used` are Unix time; `until` None is for ever.
+
+    `progress` is what a load is at (`downloading`, `queued`, ...), with `done` of `total`.
+    `restarts`, `evictions` and `continuations` count since the service started.
+    """
+
+    id: str
+    source: str
+    state: State
+    aliases: tuple[str, ...] = ()
+    engine: str = ""
+    engine_reason: str = ""
+    device: str = ""
+    quantization: str | None = None
+    context_length: int | None = None
+    enabled: bool = True
+    pinned: bool = False
+    keep_alive: float = -1.0
+    continuation: Continuation = "fast"
+    estimated: Footprint | None = None
+    memory: dict[str, int] = {}
+    running: int = 0
+    max_running: int | None = None
+    queued: int = 0
+    max_queued: int = 0
+    until: float | None = None
+    last_used: float | None = None
+    restarts: int = 0
+    evictions: int = 0
+    continuations: int = 0
+    last_error: str | None = None
+    progress: str | None = None
+    done: int = 0
+    total: int = 0
+    replicas: tuple[ReplicaStatus, ...] = ()
+    options: dict[str, Any] = {}
+
+
+class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """All models and all devices."""
+
+    models: tuple[ModelStatus, ...]
+    devices: tuple[DeviceStatus, ...]
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What loading a model would need and do.
+
+    `fits` tells whether it can be loaded at all; `evict` are the models that would have to go
+    first. `largest_context` is how many tokens would fit into the whole budget, None if that is
+    not known. `reason` is a sentence for people, with the numbers.
+    """
+
+    model: str
+    engine: str
+    need: Footprint
+    fits: bool
+    loaded: bool = False
+    evict: tuple[str, ...] = ()
+    largest_context: int | None = None
+    reason: str = ""
+    devices: tuple[DeviceStatus, ...] = ()
+
+
+class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
+    """What a reload has changed, by model; `needs_restart` are settings of the server itself."""
+
+    added: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    needs_restart: tuple[str, ...] = ()
+
+
+class PoolEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened to a model. `time` is Unix time."""
+
+    time: float
+    kind: EventKind
+    model: str = ""
+    replica: int = 0
+    data: dict[str, Any] = {}
