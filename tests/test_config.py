@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from headrace import config
 from headrace.config import Settings, load
+from headrace.core import duration
 from headrace.core.errors import ConfigError
 
 
@@ -276,3 +277,139 @@ def test_argv_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """W3: the host program's argv is never read."""
     monkeypatch.setattr("sys.argv", ["host", "--port", "1"])
     assert read(tmp_path).config.server.port == 11511
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        (300, 300.0),
+        (0, 0.0),
+        (2.5, 2.5),
+        ("90", 90.0),
+        ("5m", 300.0),
+        ("1h30m", 5400.0),
+        ("1.5h", 5400.0),
+        ("300ms", 0.3),
+        ("1m0.5s", 60.5),
+        ("2\u00b5s", 2e-6),
+        (" 0 ", 0.0),
+        ("0s", 0.0),
+        (-2, -1.0),
+        ("-1", -1.0),
+        ("-5m", -1.0),
+        (float("inf"), -1.0),
+        (1e300, -1.0),
+    ],
+)
+def test_duration(text: str | float, seconds: float) -> None:
+    """M6: `keep_alive` means what it means to Ollama."""
+    assert duration.seconds(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "m", "5x", "1h 30m", "1h30", "--1", "1e3", "nan", True, "٣"])
+def test_what_is_no_duration(text: str | bool) -> None:
+    with pytest.raises(ValueError, match="is no duration"):
+        duration.seconds(text)
+
+
+POOL = """
+[server]
+memory = ["16GiB", "cuda:0=90%"]
+[models.a]
+model = "x"
+keep_alive = "5m"
+pinned = true
+continuation = "Exact"
+replicas = 2
+weights = [1, 2.5]
+"""
+
+
+def test_what_a_pool_is_told(tmp_path: Path) -> None:
+    """M1, M3, M6: replicas, weights, keep-alive and budgets are settings like all others."""
+    spec = read(tmp_path, POOL).model_spec("a")
+    assert (spec.keep_alive, spec.pinned, spec.continuation) == (300.0, True, "exact")
+    assert (spec.replicas, spec.weights, spec.preload) == (2, (1.0, 2.5), True)
+    settings = read(tmp_path, POOL, {"HEADRACE_KEEP_ALIVE": "0", "HEADRACE_A__WEIGHTS": "3"})
+    assert settings.model_spec("a").keep_alive == 0.0
+    assert settings.model_spec("b").keep_alive == 0.0
+    assert settings.model_spec("a").weights == (3.0,)
+    assert settings.config.server.memory == ("16GiB", "cuda:0=90%")
+    assert read(tmp_path, memory="80%, cpu=1.5 GB").config.server.memory == ("80%", "cpu=1.5 GB")
+    default = read(tmp_path).model_spec("a")
+    assert (default.keep_alive, default.continuation, default.enabled) == (-1.0, "fast", True)
+
+
+@pytest.mark.parametrize(
+    ("toml", "part"),
+    [
+        ("[models.a]\nkeep_alive = 'soon'", "models.a.keep_alive: 'soon' is no duration"),
+        ("[models.a]\nkeep_alive = true", "models.a.keep_alive: True is no duration"),
+        ("[models.a]\nkeep_alive = []", "models.a.keep_alive"),
+        ("[models.a]\ncontinuation = 'maybe'", "'exact', 'fast' or 'off'"),
+        ("[models.a]\nreplicas = 0", "models.a.replicas"),
+        ("[models.a]\nreplicas = 65", "models.a.replicas"),
+        ("[models.a]\nweights = [1, 2]", "models.a.weights: more weights than replicas"),
+        ("[models.a]\nweights = [0]", "models.a.weights"),
+        ("[server]\nmemory = '16'", "server.memory: each amount is like 16GiB"),
+        ("[server]\nmemory = '101%'", "server.memory: each amount"),
+        ("[server]\nmemory = 'gpu 0=1GB'", "server.memory: each amount"),
+        ("[server]\nmemory = ['1GB', '50%']", "server.memory: a device has two amounts"),
+        ("[server]\nmemory = ['CPU=50%']", "server.memory: each amount"),
+        ("[server]\nmemory = 5", "server.memory"),
+        ("[server]\nmax_loading = 0", "server.max_loading"),
+        ("[server]\nadmin_keys = ['']", "server.admin_keys: an API key is not empty"),
+    ],
+)
+def test_faults_of_what_a_pool_is_told(tmp_path: Path, toml: str, part: str) -> None:
+    """W3: a fault names its key and what is accepted."""
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, toml).model_spec("a")
+    assert part in caught.value.message
+
+
+def test_where_a_service_remembers(tmp_path: Path) -> None:
+    """M8: each service has a file of its own, by its port."""
+    home = {"HEADRACE_HOME": str(tmp_path)}
+    assert read(tmp_path, env=home).config.state_file == tmp_path / "services" / "11511.json"
+    assert read(tmp_path, env=home, port=0).config.state_file is None
+    toml = "[server]\nstate = 'mine.json'\nport = 0"
+    assert read(tmp_path, toml).config.state_file == tmp_path / "mine.json"
+
+
+def test_what_was_changed_by_hand(tmp_path: Path) -> None:
+    """M2: settings can be changed at run time, but not what reads files or runs code."""
+    settings = read(tmp_path, QWEN)
+    spec = settings.changed("Qwen2.5-7B", {"options.threads": "3", "pinned": "true", "stop": None})
+    assert (spec.options, spec.pinned, spec.context_length) == ({"threads": 3}, True, 1)
+    served = [settings.model_spec("hub:org/Big:Q4_0")]
+    assert settings.changed("Big", {}, served) == served[0]
+    assert settings.changed("hub:org/Big:Q4_0", {"keep_alive": "5m"}).keep_alive == 300.0
+    for changes in (
+        {"model": "/etc/passwd"},
+        {"trust_remote_code": True},
+        {"chat_template": "@/etc/passwd"},
+        {"engine": "os:system"},
+    ):
+        with pytest.raises(ConfigError, match="in the configuration only"):
+            settings.changed("Big", changes, served)
+    for changes in ({"threads_": 1}, {"options.thread": 1}, {"replicas": "many"}):
+        with pytest.raises(ConfigError):
+            settings.changed("gpt-4", changes)
+
+
+def test_what_a_running_service_cannot_change(tmp_path: Path) -> None:
+    before = read(tmp_path, "[server]\nport = 1\ndrain_s = 1")
+    assert before.needs_restart(read(tmp_path, "[server]\nport = 1\ndrain_s = 2")) == ()
+    later = read(tmp_path, "[server]\nport = 2\nhost = '::1'")
+    assert before.needs_restart(later) == ("server.host", "server.port")
+
+
+def test_admin_keys_and_the_keys_of_clients_stay_secret(tmp_path: Path) -> None:
+    """W3: secrets are masked; what a command sends to a service is no setting."""
+    env = {"HEADRACE_ADMIN_KEY": "x", "HEADRACE_API_KEY": "y", "HEADRACE_URL": "z"}
+    settings = read(tmp_path, "[server]\nadmin_keys = 's3cret'", env)
+    assert settings.config.server.admin_keys[0].startswith("sha256:")
+    shown = str(list(settings.show()))
+    assert "s3cret" not in shown
+    assert settings.config.server.admin_keys[0] not in shown

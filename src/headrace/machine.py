@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import threading
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,21 +17,42 @@ import msgspec
 import psutil
 
 from headrace import __version__
+from headrace.core.errors import ConfigError
 from headrace.core.metrics import DeviceUse
 
+HOST = "cpu"
+"""The key of the host's memory, beside `cuda:0` and its like."""
+
 _CPUINFO = Path("/proc/cpuinfo")
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_SHARES = {"cpu": 80, "cuda": 90}
+_AMOUNT = re.compile(r"(?:(?P<device>[^=]+)=)?(?P<number>\d+(?:\.\d+)?) ?(?P<unit>%|[a-z]+)", re.I)
+_UNITS = {
+    "%": 0.01,
+    "b": 1,
+    **{f"{c}{end}": 1 << 10 * n for n, c in enumerate("kmgt", 1) for end in ("", "i", "ib")},
+    **{f"{c}b": 1000**n for n, c in enumerate("kmgt", 1)},
+}
 _LIBRARIES = ("xllamacpp", "pydantic", "msgspec", "starlette", "uvicorn")
 _INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_vnni", "amx_tile", "asimd")
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """Memory of the host or of one GPU, in bytes. `worker_used` is what one process holds."""
+    """Memory of the host or of one GPU, in bytes. `worker_used` is what one process holds.
+
+    The host's is that of the control group, where one has a limit: more cannot be had.
+    """
 
     name: str
     kind: str
     total: int
     used: int
     worker_used: int = 0
+
+    @property
+    def key(self) -> str:
+        """The name without the product: `cpu`, `cuda:0`."""
+        return self.name.partition(" ")[0]
 
 
 class SystemInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,15 +86,111 @@ def system() -> SystemInfo:
 def devices(pid: int | None = None) -> tuple[Device, ...]:
     """Return the host memory and then every GPU, with what process `pid` holds of each."""
     process = psutil.Process(pid or os.getpid())
-    memory = psutil.virtual_memory()
+    total, free = _host()
     host = Device(
-        name="cpu",
+        name=HOST,
         kind="cpu",
-        total=memory.total,
-        used=memory.total - memory.available,
+        total=total,
+        used=total - free,
         worker_used=process.memory_info().rss,
     )
     return (host, *_gpus(process.pid))
+
+
+def host_memory() -> int:
+    """Return how many bytes of the host's memory this process could have at most."""
+    return _host()[0]
+
+
+def process_memory(pid: int) -> dict[str, int]:
+    """Return what a process holds now, in bytes by device; nothing when it has gone.
+
+    Of the host it is the resident memory. Pages of a model's file are counted in full, also when
+    another process shares them: what is counted so does not change with who else is loaded.
+    """
+    held: dict[str, int] = {}
+    with contextlib.suppress(psutil.Error):
+        held[HOST] = psutil.Process(pid).memory_info().rss
+    held |= {gpu.key: gpu.worker_used for gpu in _gpus(pid)}
+    return {key: amount for key, amount in held.items() if amount}
+
+
+def budgets(setting: Sequence[str], devices: Sequence[Device]) -> dict[str, int]:
+    """Return how many bytes models may take of each device, by its key.
+
+    `setting` are amounts like `16GiB` or `80%`, of the host, and `cuda:0=50%` or `cpu=16GiB`.
+    Without one it is 80 % of the host and 90 % of a GPU.
+
+    Raises:
+        ConfigError: an amount is not understood, or there is no such device, or not so much of it.
+    """
+    totals = {device.key: device.total for device in devices}
+    found = {device.key: device.total * _SHARES[device.kind] // 100 for device in devices}
+    for word in setting:
+        key, amount = _amount(word, totals)
+        found[key] = amount
+    return found
+
+
+def _amount(word: str, totals: dict[str, int]) -> tuple[str, int]:
+    match = _AMOUNT.fullmatch(word.strip())
+    factor = _UNITS.get(match["unit"].lower()) if match else None
+    if match is None or factor is None:
+        raise ConfigError(f"Memory {word!r}: it is like 16GiB, 80%, cpu=16GiB or cuda:0=90%.")
+    key = (match["device"] or HOST).strip().lower()
+    if key not in totals:
+        raise ConfigError(f"Memory {word!r}: there is no device {key}, but {', '.join(totals)}.")
+    share = totals[key] if match["unit"] == "%" else 1
+    amount = int(float(match["number"]) * factor * share)
+    if not 0 < amount <= totals[key]:
+        raise ConfigError(f"Memory {word!r}: {key} has {totals[key]} bytes; give some of them.")
+    return key, amount
+
+
+def _host() -> tuple[int, int]:
+    """Return the memory that this process could have at most, and what is free of it."""
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for folder in _cgroups(_OWN_CGROUP):
+        limit = _number(folder, "memory.max", "memory.limit_in_bytes")
+        if limit is not None and limit < memory.total:
+            used = _number(folder, "memory.current", "memory.usage_in_bytes") or 0
+            total, free = min(total, limit), min(free, max(0, limit - used + _cached(folder)))
+    return total, free
+
+
+@cache
+def _cgroups(own: Path) -> tuple[Path, ...]:
+    """Return the folders of the control groups that this process is in, and of all above."""
+    found: list[Path] = []
+    with contextlib.suppress(OSError):
+        for line in own.read_text(encoding="utf-8").splitlines():
+            _, controllers, place = line.split(":", 2)
+            if controllers in ("", "memory"):
+                inner = Path(place.lstrip("/"))
+                tops = (_CGROUPS / "memory",) if controllers else (_CGROUPS, _CGROUPS / "unified")
+                found += [top / part for top in tops for part in (inner, *inner.parents)]
+    # In a container the path can be the host's, of which only the top is to be seen.
+    files = ("memory.max", "memory.limit_in_bytes")
+    return tuple(
+        one for one in dict.fromkeys(found) if any((one / file).exists() for file in files)
+    )
+
+
+def _number(folder: Path, *files: str) -> int | None:
+    for file in files:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
+            return int((folder / file).read_text(encoding="ascii"))
+    return None
+
+
+def _cached(folder: Path) -> int:
+    """Return how much of what a control group uses is pages of files that can go at once."""
+    stat: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        stat = dict(line.split(maxsplit=1) for line in lines)
+    return int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
 
 
 def _cpu() -> tuple[str, frozenset[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,24 @@ from pydantic import BaseModel
 
 from headrace import config as configuration
 from headrace import engines as engine_registry
+from headrace import machine
 from headrace.config import Config, Settings
 from headrace.core.model import ModelFile, ModelInfo, ModelSpec
+from headrace.core.status import Plan
 from headrace.engines import EngineStatus
 from headrace.log import LogSettings
 from headrace.machine import SystemInfo
-from headrace.machine import system as system_info
 from headrace.models.inspect import inspect
 from headrace.models.reference import BuiltinReference, HubReference, Reference, parse
 from headrace.models.store import Store
+from headrace.pool.admin import PoolAdmin, Specify, Wanted
+from headrace.pool.ledger import Ledger
+from headrace.pool.plan import plan_load
+from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
+from headrace.pool.state import StateFile
 from headrace.worker.process import WorkerProcess
+from headrace.worker.sizing import Sizing
 from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, unloaded_info
 from headrace.worker.worker import Worker
 
@@ -40,7 +47,7 @@ def engines() -> list[EngineStatus]:
 
 def system() -> SystemInfo:
     """Return what this machine is."""
-    return system_info()
+    return machine.system()
 
 
 def load_settings(**sources: Any) -> Settings:
@@ -96,10 +103,93 @@ def open_worker(
     return WorkerProcess(spec, resolve, on_progress=on_progress, log_settings=logs)
 
 
-def open_backend(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
-    """Bind many models to one Backend; nothing is loaded yet."""
-    resolve, logs = resolver(settings.config), log_settings(settings.config)
-    return Pool(models, lambda spec: WorkerProcess(spec, resolve, log_settings=logs))
+def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
+    """Bind many models to one Backend with one budget of memory; nothing is loaded yet.
+
+    Raises:
+        ConfigError: the budget is not one for this machine.
+    """
+    config = settings.config
+    budgets, logs = _budgets(config), log_settings(config)
+    sizing = Sizing(resolver(config), config.home / "measured.json", budgets)
+
+    def open_worker(spec: ModelSpec, report: OnProgress) -> WorkerProcess:
+        return WorkerProcess(spec, sizing.resolve, on_progress=report, log_settings=logs)
+
+    return Pool(
+        models,
+        open_worker,
+        sizing=sizing,
+        ledger=Ledger(budgets, _memory),
+        rules=_rules(config),
+    )
+
+
+def open_service(
+    settings: Settings,
+    models: Sequence[ModelSpec],
+    *,
+    reread: Callable[[], tuple[Settings, Sequence[ModelSpec]]],
+) -> PoolAdmin:
+    """Bind many models to one Backend, `pool` of what is returned, which an operator can change.
+
+    What was done by hand before is done again. `reread` reads the configuration for a reload.
+
+    Raises:
+        ConfigError: the budget is not one for this machine, or another service has the state.
+    """
+    admin = PoolAdmin(
+        open_pool(settings, models),
+        specify=_specify(settings, models),
+        state=StateFile(settings.config.state_file),
+        reread=lambda: _wanted(settings, *reread()),
+        drain_s=settings.config.server.drain_s,
+    )
+    admin.restore()
+    return admin
+
+
+async def plan(settings: Settings, spec: ModelSpec) -> Plan:
+    """Tell what loading a model would need on this machine, as if nothing were loaded.
+
+    Raises:
+        UnknownModel: the model is not on this machine yet.
+        HeadraceError: it is damaged, or nothing can run it.
+    """
+    return await plan_load(open_pool(settings, [spec]).loader, spec)
+
+
+def _wanted(before: Settings, settings: Settings, specs: Sequence[ModelSpec]) -> Wanted:
+    return Wanted(
+        specs=tuple(specs),
+        rules=_rules(settings.config),
+        budgets=_budgets(settings.config),
+        specify=_specify(settings, specs),
+        drain_s=settings.config.server.drain_s,
+        needs_restart=before.needs_restart(settings),
+    )
+
+
+def _specify(settings: Settings, specs: Sequence[ModelSpec]) -> Specify:
+    return lambda name, changes: settings.changed(name, changes, specs)
+
+
+def _rules(config: Config) -> Rules:
+    server = config.server
+    return Rules(
+        max_loading=server.max_loading,
+        min_residence_s=server.min_residence_s,
+        longest_wait_s=server.longest_wait_s,
+        crashes=server.crashes,
+    )
+
+
+def _memory() -> dict[str, tuple[int, int]]:
+    return {one.key: (one.total, one.total - one.used) for one in machine.devices()}
+
+
+def _budgets(config: Config) -> dict[str, int]:
+    return machine.budgets(config.server.memory, machine.devices())
 
 
 def log_settings(config: Config) -> LogSettings:

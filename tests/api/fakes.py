@@ -5,18 +5,28 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import httpx
+from msgspec.structs import replace
 
 from headrace.api.app import create_app
 from headrace.api.settings import ApiSettings
-from headrace.core.errors import UnknownModel
+from headrace.core.errors import ConfigError, UnknownModel
 from headrace.core.events import Delta, Event, Finish, FinishReason
 from headrace.core.metrics import Gaps, InferenceMetrics, Usage
 from headrace.core.model import ModelInfo
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, TokenCount
+from headrace.core.status import (
+    DeviceStatus,
+    Footprint,
+    ModelStatus,
+    Plan,
+    PoolEvent,
+    PoolStatus,
+    Reloaded,
+)
 
 USAGE = Usage(prompt_tokens=5, cached_tokens=2, completion_tokens=3)
 METRICS = InferenceMetrics(
@@ -56,6 +66,7 @@ class FakeBackend:
         self.script = script
         self.requests: list[GenerateRequest] = []
         self.counted: list[CountRequest] = []
+        self.asked = asyncio.Event()
         self.running = 0
         self.peak = 0
         self.closed = 0
@@ -66,6 +77,7 @@ class FakeBackend:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         self.requests.append(request)
+        self.asked.set()
         self.running += 1
         self.peak = max(self.peak, self.running)
         try:
@@ -98,11 +110,92 @@ class FakeBackend:
         return None
 
 
+DEVICES = (DeviceStatus(name="cpu", total=100, budget=80, booked=30, free=60),)
+LOADED = ModelStatus(
+    id="m", source="s", state="ready", aliases=("best",), memory={"cpu": 20, "cuda:0": 10},
+    until=1.5, context_length=64,
+)  # fmt: skip
+ASLEEP = ModelStatus(id="org/big", source="hub:org/big", state="stopped")
+
+
+class FakeAdmin:
+    """Notes what it is told to do. `wait` is awaited before each change, as a load would take."""
+
+    def __init__(
+        self, *told: PoolEvent | Exception | None, wait: Callable[[], Any] | None = None
+    ) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.told = told
+        self.listeners = 0
+        self.finished = 0
+        self.begun = asyncio.Event()
+        self.closing = asyncio.Event()
+        self.models = [LOADED, ASLEEP]
+        self._wait = wait
+
+    def status(self) -> PoolStatus:
+        return PoolStatus(models=tuple(self.models), devices=DEVICES)
+
+    async def load(self, model: str, changes: Mapping[str, Any] | None = None) -> ModelStatus:
+        return await self._change("load", model, changes)
+
+    async def unload(self, model: str) -> ModelStatus:
+        return await self._change("unload", model)
+
+    async def restart(self, model: str) -> ModelStatus:
+        return await self._change("restart", model)
+
+    async def update(self, model: str, changes: Mapping[str, Any]) -> ModelStatus:
+        if "nonsense" in changes:
+            raise ConfigError("nonsense: no such setting.", param="nonsense")
+        changed = await self._change("update", model, dict(changes))
+        return replace(changed, pinned=bool(changes.get("pinned")))
+
+    async def plan(self, model: str) -> Plan:
+        await self._change("plan", model)
+        need = Footprint(devices={"cpu": 10})
+        return Plan(model=model, engine="fake", need=need, fits=True, devices=DEVICES)
+
+    async def reload(self) -> Reloaded:
+        await self._change("reload", "m")
+        return Reloaded(added=("new",), needs_restart=("server.port",))
+
+    async def events(self) -> AsyncGenerator[PoolEvent, None]:
+        """What was given; errors are raised, and None is a wait for `closing`."""
+        self.listeners += 1
+        try:
+            for one in self.told:
+                if one is None:
+                    await self.closing.wait()
+                elif isinstance(one, Exception):
+                    raise one
+                else:
+                    yield one
+        finally:
+            self.listeners -= 1
+
+    async def _change(self, *call: Any) -> ModelStatus:
+        self.calls.append(call)
+        self.begun.set()
+        if self._wait:
+            await self._wait()
+        self.finished += 1
+        found = next((one for one in self.models if call[1] in (one.id, *one.aliases)), None)
+        if found is None:
+            raise UnknownModel("No such model.")
+        return found
+
+
 def client(
-    backend: FakeBackend | None = None, ready: Callable[[], bool] | None = None, **settings: Any
+    backend: FakeBackend | None = None,
+    ready: Callable[[], bool] | None = None,
+    admin: FakeAdmin | None = None,
+    peer: tuple[str, int] = ("127.0.0.1", 1),
+    **settings: Any,
 ) -> httpx.AsyncClient:
-    app = create_app(backend or FakeBackend(), ApiSettings(**settings), ready=ready)
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
+    app = create_app(backend or FakeBackend(), ApiSettings(**settings), ready=ready, admin=admin)
+    transport = httpx.ASGITransport(app, client=peer)
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
 CHAT = "/v1/chat/completions"

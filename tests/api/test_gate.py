@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.api.fakes import CHAT, FakeBackend, chat, client
+from tests.api.fakes import CHAT, FakeAdmin, FakeBackend, chat, client, hello
 
 from headrace.api.app import create_app
 from headrace.api.auth import hash_key
@@ -76,11 +76,16 @@ def test_hash_of_a_key() -> None:
     assert hash_key("k") == hashlib.sha256(b"k").hexdigest()
     with pytest.raises(ConfigError, match="key_hashes"):
         ApiSettings(key_hashes=("secret",))
+    with pytest.raises(ConfigError, match="admin_key_hashes"):
+        ApiSettings(admin_key_hashes=("secret",))
 
 
 def test_limits_are_positive() -> None:
     with pytest.raises(ConfigError, match="max_body"):
         ApiSettings(max_body=0)
+    with pytest.raises(ConfigError, match="load_wait_s"):
+        ApiSettings(load_wait_s=-1)
+    assert ApiSettings(load_wait_s=0).load_wait_s == 0, "who does not want to wait"
 
 
 HOSTS = [
@@ -261,3 +266,33 @@ async def test_head_and_lifespan() -> None:
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         assert (await http.head("/v1/models")).status_code == 200
+
+
+async def test_settings_are_replaced_for_what_comes_next() -> None:
+    """M8: keys, hosts, origins and times as a reload has them; who is inside stays inside."""
+    go = asyncio.Event()
+    backend = FakeBackend(lambda request: [go.wait, *hello(request)])
+    app = create_app(backend, ApiSettings(key_hashes=(hash_key("secret"),)), admin=FakeAdmin())
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+        running = asyncio.ensure_future(http.post(CHAT, json=chat(), headers=BEARER))
+        async with asyncio.timeout(2):
+            await backend.asked.wait()
+        new = ApiSettings(
+            key_hashes=(hash_key("new"),), admin_key_hashes=(hash_key("root"),),
+            allowed_hosts=("models.example",), deadline_s=9, load_wait_s=3, max_messages=5,
+        )  # fmt: skip
+        app.replace_settings(new)
+        go.set()
+        assert (await running).status_code == 200
+        assert (await http.get("/v1/models", headers=BEARER)).status_code == 401
+        fresh = {"authorization": "Bearer new", "host": "models.example"}
+        assert (await http.post(CHAT, json=chat(), headers=fresh)).status_code == 200
+        assert (await http.get("/admin/models", headers=fresh)).status_code == 403
+        root = {"authorization": "Bearer root"}
+        assert (await http.get("/admin/models", headers=root)).status_code == 200
+        document = (await http.get("/openapi.json", headers=root)).json()
+    waits = [(one.deadline_s, one.load_wait_s) for one in backend.requests]
+    assert waits == [(None, 30), (9, 3)]
+    messages = document["components"]["schemas"]["ChatRequest"]["properties"]["messages"]
+    assert messages["maxItems"] == 5

@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
+from hypothesis import settings as relaxed
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from tests.api.fakes import FakeBackend, client
+from tests.api.fakes import FakeAdmin, FakeBackend, client
 
+from headrace.api.admin import ROUTES as ADMIN_ROUTES
 from headrace.api.app import ROUTES, create_app
+from headrace.api.endpoint import Route
 from headrace.api.openapi import document as describe
 from headrace.api.settings import ApiSettings
 from headrace.api.wire_chat import ChatRequest
 
-APP = create_app(FakeBackend(), ApiSettings(allowed_hosts=("*",)))
+APP = create_app(FakeBackend(), ApiSettings(allowed_hosts=("*",)), admin=FakeAdmin())
 schema = schemathesis.openapi.from_asgi("/openapi.json", APP)
 
 
@@ -24,14 +28,31 @@ async def document(**fields: Any) -> dict[str, Any]:
         return (await http.get("/openapi.json")).json()
 
 
-async def test_it_lists_every_route() -> None:
+@pytest.mark.parametrize(
+    ("admin", "routes"), [(None, ROUTES), (FakeAdmin(), (*ROUTES, *ADMIN_ROUTES))]
+)
+async def test_it_lists_every_route(admin: FakeAdmin | None, routes: tuple[Route, ...]) -> None:
     """A: each route with its structs, and nothing else."""
-    paths = (await document())["paths"]
-    expected = {(route.path.replace(":path", ""), route.method.lower()) for route in ROUTES}
+    paths = (await document(admin=admin))["paths"]
+    expected = {(route.path.replace(":path", ""), route.method.lower()) for route in routes}
     assert {(path, method) for path in paths for method in paths[path]} == expected
     operations = [operation for methods in paths.values() for operation in methods.values()]
-    assert len({one["operationId"] for one in operations}) == len(ROUTES)
+    assert len({one["operationId"] for one in operations}) == len(routes)
     assert all(one["summary"] for one in operations)
+
+
+async def test_the_admin_routes_are_described() -> None:
+    """A: their parameters, the fields they take, and the events they tell."""
+    spec = await document(admin=FakeAdmin())
+    paths, schemas = spec["paths"], spec["components"]["schemas"]
+    assert paths["/admin/plan"]["get"]["parameters"][0]["in"] == "query"
+    assert paths["/admin/models/{name}"]["get"]["parameters"][0]["name"] == "name"
+    assert schemas["PinRequest"]["additionalProperties"] is False
+    assert schemas["PinRequest"]["required"] == ["model"]
+    told = paths["/admin/events"]["get"]["responses"]["200"]["content"]
+    assert list(told) == ["text/event-stream"]
+    data = told["text/event-stream"]["itemSchema"]["properties"]["data"]
+    assert data["contentSchema"] == {"$ref": "#/components/schemas/PoolEvent"}
 
 
 async def test_it_names_every_field_and_limit() -> None:
@@ -50,23 +71,25 @@ async def test_it_names_every_field_and_limit() -> None:
 
 async def test_keys_are_told() -> None:
     """A: with keys, the document says that one is needed."""
-    guarded = describe(ROUTES, ApiSettings(key_hashes=("0" * 64,)))
-    assert guarded["security"] == [{"key": []}]
+    keys = ("0" * 64,)
+    for settings in (ApiSettings(key_hashes=keys), ApiSettings(admin_key_hashes=keys)):
+        assert describe(ROUTES, settings)["security"] == [{"key": []}]
     assert (await document())["security"] == []
 
 
 async def test_the_page_needs_nobody_else() -> None:
     """A: /docs shows each route and type, without scripts or foreign addresses."""
-    async with client() as http:
+    async with client(admin=FakeAdmin()) as http:
         page = (await http.get("/docs")).text
-    assert all(f"<code>{route.path.replace(':path', '')}</code>" in page for route in ROUTES)
+    routes = (*ROUTES, *ADMIN_ROUTES)
+    assert all(f"<code>{route.path.replace(':path', '')}</code>" in page for route in routes)
     assert 'id="ChatRequest"' in page
     assert "<script" not in page
     assert "://" not in page
 
 
 @schema.parametrize()
-@settings(
+@relaxed(
     max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

@@ -11,16 +11,18 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import uvicorn
-from tests.api.fakes import CHAT, FakeBackend, chat, finish, hello
+from tests.api.fakes import CHAT, FakeAdmin, FakeBackend, chat, finish, hello
 
 from headrace.api.app import create_app
 from headrace.api.auth import hash_key
 from headrace.api.settings import ApiSettings
 from headrace.core.errors import QueueFull, WorkerDied
 from headrace.core.events import Delta
+from headrace.core.status import PoolEvent
 
 SETTINGS = ApiSettings(key_hashes=(hash_key("k"),))
 
@@ -150,3 +152,33 @@ def test_one_connection_serves_many_requests() -> None:
                 http.chat.completions.create(model="m", messages=[])
             stream = http.chat.completions.create(model="m", messages=MESSAGES, stream=True)
             assert len(list(stream)) == 4
+
+
+@pytest.mark.parametrize("pool_ends", [True, False])
+async def test_listeners_do_not_keep_the_server(pool_ends: bool) -> None:
+    """M8: the streams of events end with the pool, or at the latest with the server's patience."""
+    admin = FakeAdmin(PoolEvent(time=1, kind="draining"), None)
+    app = create_app(FakeBackend(), ApiSettings(), admin=admin)
+    config = uvicorn.Config(
+        app,
+        log_level="critical",
+        lifespan="off",
+        timeout_graceful_shutdown=None if pool_ends else 1,
+    )
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serve = asyncio.ensure_future(server.serve(sockets=[listener]))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/admin/events"
+        async with httpx.AsyncClient() as http, http.stream("GET", url) as stream:
+            lines = stream.aiter_lines()
+            async for line in lines:
+                if line == "event: draining":
+                    break
+            server.should_exit = True
+            if pool_ends:
+                admin.closing.set()
+            async with asyncio.timeout(3):
+                await serve
+                if pool_ends:
+                    assert [line async for line in lines][-1] == "", "a whole answer"
+    assert admin.listeners == 0

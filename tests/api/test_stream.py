@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -244,6 +245,59 @@ async def test_waiting_comments_keep_the_line_alive() -> None:
     assert answer.text.startswith(": waiting\n\n: waiting\n\n")
     assert events(answer.text)[-1] == "[DONE]"
     assert "waiting;dur=" in answer.headers["server-timing"]
+
+
+async def test_comments_tell_what_is_waited_for() -> None:
+    """M4: the stage, and how far it is; the first comes right after the headers."""
+    steps = [Progress("queued", 0, 3), Progress("loading", 2, 5), Progress("prefill", 9, 8)]
+
+    def script(_request: Any) -> Iterable[Any]:
+        for step in steps:
+            yield step
+            yield lambda: asyncio.sleep(0.1)
+        yield from one_word(_request)
+
+    answer = await stream(script, chat(), headers_after_s=0.01, comment_every_s=0.06)
+    told = list(dict.fromkeys(re.findall("^: .*", answer.text, re.MULTILINE)))
+    assert told == [": queued", ": loading 40%", ": prefill 100%"]
+    assert events(answer.text)[-1] == "[DONE]"
+
+
+async def test_the_first_comment_is_not_waited_for() -> None:
+    """A: nobody sits before a line that says nothing."""
+
+    def script(_request: Any) -> Iterable[Any]:
+        yield lambda: asyncio.sleep(0.1)
+        yield from one_word(_request)
+
+    answer = await stream(script, chat(), headers_after_s=0.01, comment_every_s=60)
+    assert answer.text.startswith(": waiting\n\ndata: ")
+
+
+async def test_a_pause_within_an_answer_is_told() -> None:
+    """M9: while a worker is replaced in mid-stream, the line does not look dead."""
+    script = [Delta("Hel", (1,)), Progress("loading", 1, 2), Delta("lo", (2,)), finish()]
+    answer = await stream(lambda _: script, chat())
+    assert answer.text.count("\n\n: loading 50%\n\ndata: ") == 1
+    chunks = [one for one in events(answer.text) if one != "[DONE]"]
+    assert "".join(one["choices"][0]["delta"].get("content") or "" for one in chunks) == "Hello"
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_lines_end_where_everybody_thinks_they_do(path: str) -> None:
+    """W13: who splits by Python's rules, or by JavaScript's old ones, loses nothing."""
+    ends = "a\x85b\u2028c\u2029dé"
+    token = TokenLogprob(1, ends.encode(), -0.5)
+    script = [Delta(ends, (1,)), Delta(ends, (2,), 0, ends, (token,)), finish()]
+    body = chat(model=ends) if path == CHAT else text(model=ends)
+    answer = await stream(lambda _: script, body, path)
+    lines = [one for one in answer.text.splitlines() if one]
+    assert all(one.startswith("data: ") for one in lines)
+    chunks = [json.loads(one[6:]) for one in lines[:-1]]
+    assert {one["model"] for one in chunks} == {ends}
+    said = [one["choices"][0].get("delta", one["choices"][0]) for one in chunks]
+    texts = [one.get("content") or one.get("text") or "" for one in said]
+    assert "".join(texts).count(ends) == (2 if path == CHAT else 3)
 
 
 async def test_failure_after_waiting_is_an_event() -> None:

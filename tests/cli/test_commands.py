@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-PROGRAM = (sys.executable, "-c", "from headrace.cli import main; main()")
-
-
-@pytest.fixture
-def environ(tmp_path: Path) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HEADRACE_")}
-    return {**kept, "HOME": str(tmp_path), "XDG_DATA_HOME": "", "XDG_CONFIG_HOME": ""}
-
-
-def headrace(
-    environ: dict[str, str], *arguments: str, stdin: str = "", cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PROGRAM, *arguments],
-        env=environ,
-        input=stdin,
-        cwd=cwd or environ["HOME"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
+from tests.cli.programs import HELLO, PROGRAM, ask, headrace, serving
 
 HEAVY = {"torch", "fastapi", "starlette", "uvicorn", "xllamacpp", "huggingface_hub", "numpy"}
 
@@ -228,31 +200,6 @@ def test_shells_can_complete(environ: dict[str, str], shell: str) -> None:
         "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }
     assert "smollm2" in headrace(asked).stdout
-
-
-@contextmanager
-def serving(environ: dict[str, str], *arguments: str) -> Iterator[tuple[Any, str]]:
-    command = [*PROGRAM, "serve", "--json", "--port", "0", *arguments]
-    with subprocess.Popen(
-        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            yield process, json.loads(process.stdout.readline())["url"]
-        finally:
-            process.kill()
-
-
-def ask(url: str, body: dict[str, Any], key: str = "") -> Any:
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
-    )
-    return urllib.request.urlopen(request, timeout=20)
-
-
-HELLO = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, OutOfMemory
@@ -143,6 +145,54 @@ asyncio.run(main())
             child.wait(0.4)
         child.kill()
         assert child.stdout.read() == b""
+
+
+async def test_it_goes_on_after_what_was_answered() -> None:
+    """W19: the script from that token on, as long as it lasts."""
+    for cut in range(6):
+        prompt = asked("abcd")
+        request = msgspec.structs.replace(prompt, answered=(*b"abcd", 256)[:cut])
+        deltas, finish = await answered(opened(tokens_per_delta=2), request)
+        assert b"".join(delta.data for delta in deltas) == b"abcd"[cut:]
+        assert (finish.reason, finish.completion_tokens) == ("stop", max(0, 5 - cut))
+    assert opened().shown(tuple("né".encode())) == "né"
+
+
+@pytest.mark.parametrize(("fault", "error"), [("raise", RuntimeError), ("oom", MemoryError)])
+async def test_whoever_finds_the_trigger_fails_and_nobody_else(
+    fault: str, error: type[Exception], tmp_path: Path
+) -> None:
+    """W19: one of many, once, in the middle of it."""
+    trigger = tmp_path / "now"
+    engine = opened(trigger=str(trigger), fault=fault, tokens_per_second=100)
+    running = [asyncio.ensure_future(answered(engine, asked("a" * 20))) for _ in range(5)]
+    await asyncio.sleep(0.05)
+    trigger.touch()
+    ended = await asyncio.gather(*running, return_exceptions=True)
+    assert [type(one) for one in ended if isinstance(one, BaseException)] == [error]
+    assert not trigger.exists()
+    await answered(engine, asked("ab"))
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"fault": "exit"}, 0),
+        ({"fault": "crash", "crash_signal": 11}, -11),
+        ({"fault": "crash"}, -9),
+    ],
+)
+def test_the_trigger_ends_the_process(options: dict[str, Any], code: int, tmp_path: Path) -> None:
+    trigger = tmp_path / "now"
+    trigger.touch()
+    program = f"""
+import asyncio
+from tests.engines.test_echo import answered, asked, opened
+asyncio.run(answered(opened(trigger={str(trigger)!r}, **{options!r}), asked("abc")))
+raise SystemExit(3)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == code
+    assert not trigger.exists()
 
 
 async def test_tokens_are_bytes_both_ways() -> None:

@@ -24,17 +24,19 @@ from headrace.engines.base import (
     RawEvent,
     RawFinish,
 )
-from headrace.engines.llamacpp import Options, _device, plan_context
+from headrace.engines.llamacpp import Options, _device
 from headrace.engines.llamacpp_call import SAMPLING, Call, _body, error_from
+from headrace.engines.llamacpp_size import plan_context
 
 FILE = ModelFile(path="x.gguf", format="gguf", context_length=8192, kv_bytes_per_token=1000)
 PLENTY = 1 << 40
 
 
-def plan(available: int = PLENTY, on_cpu: bool = True, **fields: Any) -> tuple[int, int, int]:
+def plan(memory: int | None = PLENTY, **fields: Any) -> tuple[int, int, int]:
     """Slots, context length, number of notes."""
     options = Options(**fields.pop("options", {}))
-    made = plan_context(OpenRequest(model=FILE, **fields), options, available, on_cpu=on_cpu)
+    request = OpenRequest(model=FILE, **fields)
+    made = plan_context(request, options.slots, options.kv_type or "f16", memory)
     return made.slots, made.context_length, len(made.notes)
 
 
@@ -43,7 +45,7 @@ def test_the_context_is_the_models_unless_asked_otherwise() -> None:
     assert plan()[1:] == (8192, 0)
     assert plan(context_length=512)[1:] == (512, 0)
     bare = OpenRequest(model=ModelFile(path="x", format="gguf"))
-    assert plan_context(bare, Options.model_validate({}), 1, on_cpu=True).context_length == 4096
+    assert plan_context(bare, None, "f16", 1).context_length == 4096
 
 
 def test_slots_are_as_many_as_asked_for() -> None:
@@ -55,20 +57,20 @@ def test_slots_are_as_many_as_asked_for() -> None:
 
 def test_scarce_memory_takes_slots_first_and_then_context() -> None:
     """W6: what was asked for is kept; what was not gives way, with a note."""
-    slots, context, notes = plan(available=4 * 8192 * 1000)
+    slots, context, notes = plan(memory=4 * 8192 * 1000)
     assert 1 <= slots < plan()[0]
     assert (context, notes) == (8192, 1)
-    slots, context, notes = plan(available=4 * 4096 * 1000)
+    slots, context, notes = plan(memory=4 * 4096 * 1000)
     assert (slots, notes) == (1, 2)
     assert 256 <= context <= 4096
     assert context % 256 == 0
-    assert plan(available=1000, options={"slots": 3}, context_length=8192) == (3, 8192, 0)
-    assert plan(available=1000, on_cpu=False) == plan()
+    assert plan(memory=1000, options={"slots": 3}, context_length=8192) == (3, 8192, 0)
+    assert plan(memory=None) == plan()
 
 
 def test_a_smaller_cache_type_holds_more() -> None:
     small = 8192 * 1000 * 2
-    assert plan(available=small)[1] < plan(available=small, options={"kv_type": "q4_0"})[1]
+    assert plan(memory=small)[1] < plan(memory=small, options={"kv_type": "q4_0"})[1]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,8 @@ def played(server: Server, stop: bool = False, **sampling: Any) -> list[RawEvent
         return stop
 
     request = EngineRequest(token_ids=(1, 2), max_tokens=9, sampling=Sampling(**sampling))
-    Call(request, emit).run(server)  # pyright: ignore[reportArgumentType]
+    call = Call(request, emit, lambda text: tuple(text.encode()))
+    call.run(server)  # pyright: ignore[reportArgumentType]
     return events
 
 
@@ -228,6 +231,27 @@ def test_a_stop_token_ends_the_call_with_a_count_of_its_own() -> None:
         reason="stop", prompt_tokens=2, completion_tokens=1, cached_tokens=1
     )
     assert server.played == 3
+
+
+def test_a_character_of_several_tokens_has_all_of_their_ids() -> None:
+    """W19: the library names the last one only; where the others cannot be told, none is made up.
+
+    The tokens here are bytes.
+    """
+
+    def made(number: int, text: str, so_far: int) -> dict[str, Any]:
+        chunk = token(number, text)
+        chunk["__verbose"]["tokens_predicted"] = so_far
+        return chunk
+
+    chunks = (made(97, "a", 1), made(0x8D, " 🌍", 5), made(0x8D, "🌍", 9), made(98, "b", 10))
+    ids = [event.token_ids for event in played(Server(*chunks, END)) if isinstance(event, RawDelta)]
+    assert ids == [(97,), (0xF0, 0x9F, 0x8C, 0x8D), (0xF0, 0x9F, 0x8C, 0x8D), (98,)]
+    strange = (made(7, "🌍", 4), made(0x8D, "🌍", 10), made(98, "b", 11))
+    ids = [
+        event.token_ids for event in played(Server(*strange, END)) if isinstance(event, RawDelta)
+    ]
+    assert ids == [(7,), (0x8D,), (98,)]
 
 
 def test_logprobs_keep_what_json_cannot_say() -> None:

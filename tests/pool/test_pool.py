@@ -1,323 +1,499 @@
+"""The pool as its requests see it: loads, lines, evictions, deaths, the end."""
+
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from tests.worker.rig import ask, echo, finish, first_delta, listed, resolve, text, until
+from tests.pool.rig import FakeWorker, Machine, answer, ask, clock, counted, pool, run, spec
 
 from headrace.core.errors import (
+    DeadlineExceeded,
+    Disabled,
+    DoesNotFit,
     Draining,
+    GenerationFailed,
     LoadFailed,
     Loading,
+    QueueFull,
+    QueueTimeout,
     UnknownModel,
     WorkerDied,
 )
-from headrace.core.events import Event, Progress
-from headrace.core.model import ModelInfo, ModelSpec, State
-from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, TokenCount
-from headrace.core.stream import collect
-from headrace.pool import pool as pools
-from headrace.pool.pool import Pool, backoff_s
-from headrace.worker.process import WorkerProcess
-from headrace.worker.spec import unloaded_info
-from headrace.worker.worker import Worker
+from headrace.core.events import Delta
+from headrace.core.request import CountRequest
 
 
-class Fake:
-    """A worker in this process whose load waits for a gate and fails when told to."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self.died = asyncio.Event()
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.loads = 0
-        self.failures: list[Exception] = []
-        self.requests: list[GenerateRequest] = []
-        self.reason: str | None = None
-        self._worker = Worker(spec, resolve)
-        self._state: State | None = None
-
-    @property
-    def state(self) -> State:
-        return self._state or self._worker.state
-
-    async def start(self) -> None:
-        self.loads += 1
-        self._state = "loading"
-        try:
-            await self.gate.wait()
-            if self.failures:
-                raise self.failures.pop()
-            await self._worker.start()
-        except Exception as error:
-            self.reason = str(error)
-            self._state = "failed"
-            raise
-        self._state = None
-        self.died.clear()
-
-    def die(self) -> None:
-        self._state, self.reason = "failed", "died"
-        self.died.set()
-
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        self.requests.append(request)
-        stream = self._worker.generate(request)
-        try:
-            async for event in stream:
-                yield event
-        finally:
-            await stream.aclose()
-
-    async def count_tokens(self, request: CountRequest) -> TokenCount:
-        return await self._worker.count_tokens(request)
-
-    async def detokenize(self, request: DetokenizeRequest) -> str:
-        return await self._worker.detokenize(request)
-
-    def models(self) -> tuple[ModelInfo, ...]:
-        return (unloaded_info(self._worker.spec, self.state, self.reason),)
-
-    async def aclose(self, drain_s: float = 0.0) -> None:
-        self._state = None
-        await self._worker.aclose(drain_s)
+def seats(served: Any) -> dict[str, str]:
+    return {name: seat.state for name, seat in served.seats.items()}
 
 
-class Rig:
-    """A pool of fakes, and the fakes by name."""
+def test_that_a_hundred_requests_make_one_load() -> None:
+    """M4: loads are coalesced."""
 
-    def __init__(self, *specs: ModelSpec) -> None:
-        self.fakes: dict[str, Fake] = {}
-        self.pool = Pool(specs, self._open)
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine, spec(max_running=4))
+        texts = await asyncio.gather(*(answer(served, ask(received=clock())) for _ in range(60)))
+        assert {text for text, _ in texts} == {counted(5)}
+        assert machine.loads == 1
+        assert all(finish.metrics.load_ms == pytest.approx(1000) for _, finish in texts)
+        await served.aclose()
+        assert machine.held == {}
 
-    def _open(self, spec: ModelSpec) -> Fake:
-        self.fakes[spec.name] = Fake(spec)
-        return self.fakes[spec.name]
-
-
-@asynccontextmanager
-async def rig(*specs: ModelSpec) -> AsyncIterator[Rig]:
-    made = Rig(*(specs or (echo(),)))
-    try:
-        yield made
-    finally:
-        await made.pool.aclose()
+    run(main())
 
 
-@pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits between restarts are a hundredth of what they are."""
-    monkeypatch.setattr(pools, "backoff_s", lambda failures: backoff_s(failures) / 100)
+def test_that_the_names_lead_to_the_models() -> None:
+    async def main() -> None:
+        served = pool(Machine(), spec("a", aliases=("b",)), spec("c"))
+        assert (await answer(served, ask("b")))[0] == counted(5)
+        assert seats(served) == {"a": "ready", "c": "created"}
+        with pytest.raises(UnknownModel, match=r"there is a, b, c"):
+            await answer(served, ask("d"))
+        await served.aclose()
+
+    run(main())
 
 
-def test_the_wait_doubles_up_to_a_minute() -> None:
-    """W19: 1, 2, 4 ... 60 s after failures in a row."""
-    assert [backoff_s(count) for count in range(9)] == [0, 1, 2, 4, 8, 16, 32, 60, 60]
-    assert backoff_s(1000) == 60
+def test_that_a_full_line_is_told_when_to_come_again() -> None:
+    """M7: 8 slots, 16 places, 72 at once; who was refused comes again at his time, and is taken."""
+
+    async def main() -> None:
+        served = pool(Machine(), spec(max_running=8, max_queued=16))
+        await asyncio.gather(*(answer(served, ask(tokens=20)) for _ in range(8)))
+        refused: list[tuple[float, float]] = []
+
+        async def one() -> None:
+            while True:
+                try:
+                    await answer(served, ask(tokens=20))
+                except QueueFull as error:
+                    assert error.retry_after_s is not None
+                    refused.append((clock(), error.retry_after_s))
+                    await asyncio.sleep(error.retry_after_s)
+                else:
+                    return
+
+        began = clock()
+        await asyncio.gather(*(one() for _ in range(72)))
+        assert len([at for at, _ in refused if at == began]) == 48
+        # 72 requests of 2 s on 8 slots take 18 s at best.
+        assert 18 <= clock() - began < 24
+        assert len(refused) < 60
+        await served.aclose()
+
+    run(main())
 
 
-async def test_names_and_aliases_lead_to_their_model() -> None:
-    """W2: an unknown one is an error that lists what is served."""
-    specs = (echo(name="one", aliases=("uno",), text="1"), echo(name="two", text="2"))
-    async with rig(*specs) as made:
-        for name, said in (("one", "1"), ("uno", "1"), ("two", "2")):
-            assert (await collect(made.pool.generate(ask(model=name)))).text == said
-        for name in ("three", ""):
-            with pytest.raises(UnknownModel, match="there is one, two, uno") as caught:
-                await collect(made.pool.generate(ask(model=name)))
-            assert caught.value.param == "model"
-        with pytest.raises(UnknownModel):
-            await made.pool.count_tokens(CountRequest(model="three", text="a"))
-        count = await made.pool.count_tokens(CountRequest(model="uno", text="abc"))
-        assert count.count == 3
-        ask_text = DetokenizeRequest(model="two", token_ids=(97,))
-        assert await made.pool.detokenize(ask_text) == "a"
-        assert [info.id for info in made.pool.models()] == ["one", "two"]
+def test_that_clients_take_turns_by_tokens() -> None:
+    """M7: one who asks much does not keep one who asks little waiting."""
+
+    async def main() -> None:
+        served = pool(Machine(), spec(max_running=1))
+        await answer(served, ask())
+        ends: dict[str, list[float]] = {"greedy": [], "modest": []}
+
+        async def one(client: str, tokens: int) -> None:
+            await answer(served, ask(tokens=tokens, client=client))
+            ends[client].append(clock())
+
+        began = clock()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(20):
+                group.create_task(one("greedy", 50))
+            await asyncio.sleep(0.01)
+            for _ in range(5):
+                group.create_task(one("modest", 10))
+        assert max(ends["modest"]) - began < 5 * 1 + 3 * 5
+        assert max(ends["greedy"]) - began < 20 * 5 + 5 * 1 + 1
+        await served.aclose()
+
+    run(main())
 
 
-async def test_without_a_name_the_only_model_answers() -> None:
-    async with rig() as made:
-        assert (await collect(made.pool.generate(ask("hi")))).text == "hi"
-
-
-async def test_many_requests_share_one_load_and_know_how_long_it_took() -> None:
-    """W5, W16: coalesced; load_ms is the wait, and is not in queue_ms."""
-    async with rig() as made:
-        fake = made.fakes["echo"]
-        fake.gate.clear()
-        tasks = [asyncio.ensure_future(listed(made.pool.generate(ask()))) for _ in range(20)]
-        await asyncio.sleep(0.1)
-        assert not made.pool.ready
-        fake.gate.set()
-        answers = await asyncio.gather(*tasks)
-        assert made.pool.ready
-        for events in answers:
-            assert events[0] == Progress("loading")
-            metrics = finish(events).metrics
-            assert metrics.load_ms >= 100
-            assert metrics.queue_ms is not None
-            assert metrics.queue_ms < metrics.load_ms
-        assert fake._worker.state == "ready"
-        later = finish(await listed(made.pool.generate(ask())))
-        assert later.metrics.load_ms == 0
-
-
-async def test_too_many_waiting_for_a_load_are_refused() -> None:
-    """W20: bounded also before there is a queue."""
-    async with rig(echo(max_queued=2)) as made:
-        fake = made.fakes["echo"]
-        fake.gate.clear()
-        tasks = [asyncio.ensure_future(collect(made.pool.generate(ask()))) for _ in range(3)]
-        await asyncio.sleep(0.01)
-        with pytest.raises(Loading, match="3 requests wait"):
-            await collect(made.pool.generate(ask()))
-        fake.gate.set()
-        assert len(await asyncio.gather(*tasks)) == 3
-
-
-async def test_a_load_that_failed_is_not_tried_again_at_once() -> None:
-    """W5: the reason and a time to come back; then it is tried again."""
-    async with rig() as made:
-        fake = made.fakes["echo"]
-        fake.failures = [LoadFailed("no file")]
-        with pytest.raises(LoadFailed, match="no file"):
-            await collect(made.pool.generate(ask()))
-        with pytest.raises(LoadFailed, match="has failed: no file") as caught:
-            await collect(made.pool.generate(ask()))
-        assert caught.value.retry_after_s is not None
-        assert 0 < caught.value.retry_after_s <= 1
-        assert fake.loads == 1
-        await asyncio.sleep(caught.value.retry_after_s)
-        assert (await collect(made.pool.generate(ask("ok")))).text == "ok"
-
-
-async def test_one_model_that_fails_leaves_the_others_serving() -> None:
-    """W5: start tries all and raises the first failure."""
-    async with rig(echo(name="bad"), echo(name="good")) as made:
-        made.fakes["bad"].failures = [LoadFailed("bad")]
-        with pytest.raises(LoadFailed, match="bad"):
-            await made.pool.start()
-        assert not made.pool.ready
-        assert (await collect(made.pool.generate(ask("x", model="good")))).text == "x"
-
-
-@pytest.mark.usefixtures("fast")
-async def test_a_worker_that_died_is_started_again_by_itself() -> None:
-    """W19: with a wait that grows, until it stays."""
-    async with rig() as made:
-        await made.pool.start()
-        fake = made.fakes["echo"]
-        for loads in (2, 3, 4):
-            fake.die()
-            assert not made.pool.ready
-            await until(lambda: made.pool.ready)
-            assert fake.loads == loads
-        fake.failures = [LoadFailed("a"), LoadFailed("b")]
-        fake.die()
-        await until(lambda: made.pool.ready)
-        assert fake.loads == 7
-        assert (await collect(made.pool.generate(ask("ok")))).text == "ok"
-
-
-async def test_cancelling_who_waits_for_a_load_leaves_the_load_to_the_others() -> None:
-    """W18: closing a stream while its model loads leaves no place behind."""
-    async with rig() as made:
-        fake, before = made.fakes["echo"], asyncio.all_tasks()
-        fake.gate.clear()
-        stays = asyncio.ensure_future(collect(made.pool.generate(ask("stays"))))
-        leaves = made.pool.generate(ask("leaves"))
-        assert await anext(leaves) == Progress("loading")
-        task = asyncio.ensure_future(anext(leaves))
-        await asyncio.sleep(0.01)
-        task.cancel()
-        await asyncio.wait({task})
-        await leaves.aclose()
-        seat = made.pool._seats["echo"]
-        assert seat.waiting == 1
-        assert "1 waiting" in repr(made.pool)
-        fake.gate.set()
-        assert (await stays).text == "stays"
-        assert seat.waiting == 0
-        assert [request.prompt for request in fake.requests] == ["stays"]
-        left = asyncio.all_tasks() - before
-        assert [one.get_name() for one in left] == ["keep echo"]
-
-
-async def test_closing_the_pools_stream_frees_the_workers_slot() -> None:
-    """W18: in prefill and decode."""
-    async with rig(echo(tokens_per_second=20)) as made:
-        await made.pool.start()
-        for phase in (1, 3):
-            stream = made.pool.generate(ask())
-            for _ in range(phase):
-                await anext(stream)
-            assert made.fakes["echo"]._worker.load == (1, 0)
-            await stream.aclose()
-            assert made.fakes["echo"]._worker.load == (0, 0)
-
-
-async def test_a_request_is_not_changed_by_its_wait() -> None:
-    """W9: load_ms is on a copy."""
-    async with rig() as made:
-        request = ask()
-        await collect(made.pool.generate(request))
-        assert request.load_ms == 0
-        assert made.fakes["echo"].requests[0].load_ms > 0
-
-
-@asynccontextmanager
-async def processes(**options: Any) -> AsyncIterator[tuple[Pool, WorkerProcess]]:
-    opened: list[WorkerProcess] = []
-
-    def open_worker(spec: ModelSpec) -> WorkerProcess:
-        opened.append(WorkerProcess(spec, resolve))
-        return opened[0]
-
-    pool = Pool([echo(**options)], open_worker)
-    try:
-        yield pool, opened[0]
-    finally:
-        await pool.aclose()
-
-
-async def test_a_killed_process_comes_back_and_the_pool_serves_on() -> None:
-    """W17, W19: the running stream gets an error; the next request an answer."""
-    async with processes(tokens_per_second=20) as (pool, process):
-        stream = pool.generate(ask("a" * 99))
-        await first_delta(stream)
-        assert process.pid is not None
-        first = process.pid
-        os.kill(first, signal.SIGKILL)
-        with pytest.raises(WorkerDied, match="SIGKILL"):
-            await listed(stream)
-        await until(lambda: pool.ready and process.pid not in {None, first})
-        assert (await collect(pool.generate(ask("back")))).text == "back"
-
-
-async def test_closing_the_pool_while_a_model_loads() -> None:
-    """W8: who waits is told, the child is gone."""
-    async with processes(load_s=30) as (pool, process):
-        task = asyncio.ensure_future(collect(pool.generate(ask())))
-        await until(lambda: process.state == "loading")
-        await asyncio.sleep(0.1)
-        await pool.aclose()
-        with pytest.raises(Draining):
-            await task
-        assert (process.state, process.pid) == ("stopped", None)
-        await pool.aclose()
-
-
-async def test_a_drained_pool_ends_its_streams_well() -> None:
-    """W8: within the deadline."""
-    async with processes(tokens_per_second=50) as (pool, _):
-        task = asyncio.ensure_future(listed(pool.generate(ask("abcdef"))))
+def test_that_deadlines_count_in_the_line_and_the_place_is_free_again() -> None:
+    async def main() -> None:
+        served = pool(Machine(), spec(max_running=1))
+        await answer(served, ask())
+        long = asyncio.create_task(answer(served, ask(tokens=100)))
         await asyncio.sleep(0)
-        await until(lambda: pool.ready)
-        await asyncio.sleep(0.05)
-        await pool.aclose(drain_s=5)
-        assert text(await task) == "abcdef"
+        began = clock()
+        with pytest.raises(QueueTimeout):
+            await answer(served, ask(deadline_s=1.0))
+        assert clock() - began == pytest.approx(1.0)
+        assert len(served.seat("a").line) == 0
+        long.cancel()
+        await asyncio.wait({long})
+        assert served.seat("a").running == 0
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_who_does_not_stream_hears_how_long_a_load_takes() -> None:
+    """Loading is 503 with the rest of the measured time, and goes on for the one who comes back."""
+
+    async def main() -> None:
+        machine = Machine()
+        machine.load_s["a"] = 60
+        served = pool(machine)
+        with pytest.raises(Loading) as caught:
+            await answer(served, ask(load_wait_s=10))
+        assert caught.value.retry_after_s == pytest.approx(60, abs=1)
+        await asyncio.sleep(30)
+        with pytest.raises(Loading) as caught:
+            await answer(served, ask(load_wait_s=10))
+        assert caught.value.retry_after_s == pytest.approx(30, abs=1)
+        await asyncio.sleep(caught.value.retry_after_s or 0)
+        assert (await answer(served, ask(load_wait_s=10)))[0] == counted(5)
+        assert machine.loads == 1
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_the_idle_make_room_and_the_busy_and_the_pinned_do_not() -> None:
+    """M6: never over budget."""
+
+    async def main() -> None:
+        machine = Machine()
+        machine.sizes = {"a": 40, "b": 40, "c": 40, "big": 90}
+        served = pool(
+            machine, spec("a", pinned=True), spec("b"), spec("c"), spec("big"), budget=100
+        )
+        await answer(served, ask("a"))
+        await answer(served, ask("b"))
+        await asyncio.sleep(5)
+        await answer(served, ask("c"))
+        assert seats(served) == {"a": "ready", "b": "stopped", "c": "ready", "big": "created"}
+        with pytest.raises(DoesNotFit, match=r"Pinned: a"):
+            await answer(served, ask("big"))
+        running = asyncio.create_task(answer(served, ask("c", 100)))
+        await asyncio.sleep(1)
+        assert (await answer(served, ask("b")))[0] == counted(5)
+        # It ran to its end before it went.
+        assert (await running)[0] == counted(100)
+        assert machine.peak <= 100
+        assert served.seat("c").evictions == 1
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_taking_turns_does_not_thrash() -> None:
+    """Two models that want one place, each with a full line: few swaps, and nobody starves."""
+
+    async def main() -> None:
+        machine = Machine()
+        machine.sizes, machine.load_s = {"a": 80, "b": 80}, {"a": 5.0, "b": 5.0}
+        served = pool(machine, spec("a"), spec("b"), budget=100, longest_wait_s=20)
+        end, most = clock() + 600, 0.0
+
+        async def client(model: str) -> None:
+            nonlocal most
+            while clock() < end:
+                began = clock()
+                await answer(served, ask(model, 10))
+                most = max(most, clock() - began)
+
+        await asyncio.gather(*(client(name) for name in "aabb" * 2))
+        assert most < 60
+        assert machine.loads <= 2 * 600 / 25
+        assert machine.peak <= 100
+        await served.aclose()
+
+    run(main())
+
+
+@pytest.mark.parametrize(("keep_alive", "stays_s"), [(5.0, 5.0), (0.0, 0.0), (-1.0, None)])
+def test_that_models_stay_as_long_as_they_are_told(
+    keep_alive: float, stays_s: float | None
+) -> None:
+    """M6: keep-alive of the model and of the request."""
+
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine, spec(keep_alive=300 if stays_s is not None else 1))
+        await answer(served, ask(keep_alive=keep_alive))
+        await asyncio.sleep((100 if stays_s is None else stays_s) - 0.1)
+        assert machine.held or not stays_s
+        await asyncio.sleep(1)
+        assert bool(machine.held) == (stays_s is None)
+        await served.aclose()
+
+    run(main())
+
+
+@pytest.mark.parametrize("way", ["exact", "fast"])
+def test_that_an_answer_outlives_its_worker(way: str) -> None:
+    """A worker dies in mid-stream: a pause, and the rest; the figures say so."""
+
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine, spec(continuation=way))
+        await served.start()
+        began = clock()
+        task = asyncio.create_task(answer(served, ask(tokens=30)))
+        await asyncio.sleep(1.05)
+        machine.workers[-1].die()
+        text, finish = await task
+        assert text == counted(30)
+        assert finish.usage.completion_tokens == 30
+        assert (finish.metrics.continuations, finish.metrics.continued) == (1, way)
+        assert finish.metrics.time_to_first_token_ms == pytest.approx(100, abs=20)
+        # The load, and for `exact` what had been said already.
+        assert clock() - began == pytest.approx(4 if way == "fast" else 5, abs=0.2)
+        assert served.seat("a").restarts == served.seat("a").continuations == 1
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_off_breaks_it_off_at_once() -> None:
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine, spec(continuation="off"))
+        await served.start()
+        task = asyncio.create_task(answer(served, ask(tokens=30)))
+        await asyncio.sleep(1.05)
+        machine.workers[-1].die()
+        died = clock()
+        with pytest.raises(WorkerDied):
+            await task
+        assert clock() - died < 0.2
+        # It is ready again without being asked.
+        await asyncio.sleep(1.1)
+        assert seats(served) == {"a": "ready"}
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_no_answer_is_continued_twice_or_without_a_seed() -> None:
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine, spec(continuation="exact"))
+        await served.start()
+        twice = asyncio.create_task(answer(served, ask(tokens=30)))
+        await asyncio.sleep(1.05)
+        machine.workers[-1].die("the first")
+        await asyncio.sleep(3)
+        machine.workers[-1].die("the second")
+        with pytest.raises(WorkerDied, match="the first"):
+            await twice
+        await asyncio.sleep(3)
+        unseeded = asyncio.create_task(answer(served, ask(tokens=30, temperature=1.0)))
+        await asyncio.sleep(1.05)
+        machine.workers[-1].broken = GenerationFailed("once")
+        with pytest.raises(GenerationFailed, match="once"):
+            await unseeded
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_the_breaker_opens_after_three_and_a_reset_closes_it() -> None:
+    """M5: back-off, and `failed` with its reason until somebody resets it."""
+
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine, spec("a"), spec("b"))
+        await served.start()
+        restarts: list[float] = []
+        for _ in range(3):
+            died = clock()
+            next(w for w in machine.held if w.spec.name == "a").die()
+            await asyncio.sleep(0.01)
+            while seats(served)["a"] == "loading":  # noqa: ASYNC110  # a fake clock: costs nothing
+                await asyncio.sleep(0.01)
+            restarts.append(round(clock() - died, 1))
+        # At once and after 1 s, each with a load of 1 s; not after the third.
+        assert restarts == [1.0, 2.0, 0.0]
+        assert seats(served) == {"a": "failed", "b": "ready"}
+        with pytest.raises(LoadFailed, match="SIGKILL"):
+            await answer(served, ask("a"))
+        assert (await answer(served, ask("b")))[0] == counted(5)
+        served.seat("a").reset()
+        assert (await answer(served, ask("a")))[0] == counted(5)
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_a_load_that_fails_is_told_to_all_and_not_tried_at_once() -> None:
+    async def main() -> None:
+        machine = Machine()
+        machine.fail_load["a"] = LoadFailed("no such luck")
+        served = pool(machine)
+        outcomes = await asyncio.gather(
+            *(answer(served, ask()) for _ in range(5)), return_exceptions=True
+        )
+        assert {type(one) for one in outcomes} == {LoadFailed}
+        assert machine.loads == 1
+        assert machine.held == {}
+        assert await caught(served) == LoadFailed
+        with pytest.raises(LoadFailed) as refused:
+            await answer(served, ask())
+        assert refused.value.retry_after_s == pytest.approx(1.0)
+        assert machine.loads == 2
+        await asyncio.sleep(1.1)
+        machine.fail_load.clear()
+        assert (await answer(served, ask()))[0] == counted(5)
+        await served.aclose()
+
+    async def caught(served: Any) -> type[BaseException]:
+        try:
+            await answer(served, ask())
+        except LoadFailed as error:
+            return type(error)
+        raise AssertionError
+
+    run(main())
+
+
+def test_that_replicas_share_the_work_by_weight_and_health() -> None:
+    """M3: least outstanding work, weighted; and the beginning of a prompt finds its cache."""
+
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine, spec(replicas=2, weights=(3.0, 1.0), max_running=8))
+        await served.start()
+        assert len(machine.held) == 2
+        await asyncio.gather(*(answer(served, ask(prompt=f"{n}" * 400)) for n in range(8)))
+        shares = [len(worker.asked) for worker in machine.workers]
+        assert shares[0] == pytest.approx(6, abs=1)
+        assert sum(shares) == 8
+        # Each prompt comes again to the one that knows it.
+        knows = {one.prompt: worker for worker in machine.workers for one in worker.asked}
+        for prompt, worker in knows.items():
+            before = len(worker.asked)
+            await answer(served, ask(prompt=f"{prompt}and more"))
+            assert len(worker.asked) == before + 1
+        # One dies; the other takes what comes, and the answer too.
+        running = asyncio.create_task(answer(served, ask(tokens=20, prompt="z")))
+        await asyncio.sleep(0.35)
+        busy: FakeWorker = next(worker for worker in machine.workers if worker.running)
+        busy.die()
+        began = clock()
+        assert (await running)[0] == counted(20)
+        assert clock() - began < 2.1
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_who_is_switched_off_or_stopping_refuses() -> None:
+    async def main() -> None:
+        served = pool(Machine(), spec(enabled=False))
+        await served.start()
+        with pytest.raises(Disabled):
+            await answer(served, ask())
+        await served.aclose()
+        with pytest.raises(Draining):
+            await answer(served, ask())
+        with pytest.raises(Draining):
+            await served.count_tokens(CountRequest(text="x"))
+
+    run(main())
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_that_the_end_lets_the_short_ones_finish(hurried: bool) -> None:
+    """W8: within the deadline, or until a second word ends it at once."""
+
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine, spec(max_running=2), spec("b"))
+        await served.start()
+        machine.load_s["b"] = 1000
+        short = asyncio.create_task(answer(served, ask(tokens=20)))
+        endless = asyncio.create_task(answer(served, ask(tokens=10_000)))
+        await asyncio.sleep(0.5)
+        waiting = asyncio.create_task(answer(served, ask()))
+        await asyncio.sleep(0.1)
+        began = clock()
+        closing = asyncio.create_task(served.aclose(10))
+        await asyncio.sleep(0.3)
+        assert not served.ready
+        with pytest.raises(Draining):
+            await waiting
+        if hurried:
+            await served.aclose(0)
+            with pytest.raises(Draining):
+                await short
+        else:
+            assert (await short)[0] == counted(20)
+        with pytest.raises(Draining):
+            await endless
+        await closing
+        assert clock() - began == pytest.approx(0.4 if hurried else 10, abs=0.3)
+        assert machine.held == {}
+
+    run(main())
+
+
+def test_that_the_end_does_not_wait_for_a_load() -> None:
+    async def main() -> None:
+        machine = Machine()
+        machine.load_s["a"] = 1000
+        served = pool(machine)
+        waiting = asyncio.create_task(answer(served, ask()))
+        await asyncio.sleep(5)
+        began = clock()
+        await served.aclose(30)
+        with pytest.raises(Draining):
+            await waiting
+        assert clock() - began < 1
+        assert machine.held == {}
+
+    run(main())
+
+
+def test_that_counting_does_not_queue() -> None:
+    """M9."""
+
+    async def main() -> None:
+        served = pool(Machine(), spec(max_running=1))
+        running = asyncio.create_task(answer(served, ask(tokens=100)))
+        await asyncio.sleep(2)
+        began = clock()
+        assert (await served.count_tokens(CountRequest(text="abc"))).count == 3
+        assert clock() == began
+        running.cancel()
+        await asyncio.wait({running})
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_closing_a_stream_frees_the_slot_in_each_phase() -> None:
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine, spec(max_running=1))
+        seat = served.seat("a")
+        for moment in (0.0, 0.5, 1.5):
+            stream = served.generate(ask(tokens=50))
+            end = clock() + moment
+            async for _ in stream:
+                if clock() >= end:
+                    break
+            await stream.aclose()
+            assert len(seat.line) == seat.running == 0
+        first = served.generate(ask(tokens=50))
+        assert isinstance(await anext(first), Delta)
+        second = served.generate(ask())
+        await anext(second)
+        assert len(seat.line) == 1
+        await second.aclose()
+        assert len(seat.line) == 0
+        await first.aclose()
+        assert seat.running == 0
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_a_deadline_of_the_engine_is_not_taken_for_one_of_the_line() -> None:
+    assert issubclass(QueueTimeout, DeadlineExceeded)

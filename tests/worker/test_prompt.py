@@ -41,6 +41,8 @@ class Tokenizer:
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return "".join(map(chr, token_ids))
 
+    shown = detokenize
+
 
 def prompter(spec: ModelSpec | None = None, **facts: Any) -> Prompter:
     engine: Any = Tokenizer(**facts)

@@ -197,6 +197,45 @@ async def test_a_deadline_while_running() -> None:
         assert one.load == (0, 0)
 
 
+async def test_a_deadline_comes_on_time_while_the_engine_is_silent() -> None:
+    """W20: in a prefill that says nothing, and between two tokens; the slot is free then."""
+    speeds = {"prefill_tokens_per_second": 10}
+    for given in ({**speeds, "text": "x"}, {"tokens_per_second": 0.2}):
+        async with worker(max_running=1, **given) as one:
+            before = asyncio.all_tasks()
+            began = time.monotonic()
+            with pytest.raises(DeadlineExceeded) as caught:
+                await collect(one.generate(ask("a" * 60, deadline_s=0.2)))
+            assert 0.19 < time.monotonic() - began < 1
+            assert caught.value.metrics is not None
+            assert one.load == (0, 0)
+            assert asyncio.all_tasks() == before
+
+
+async def test_a_timeout_of_the_engine_itself_is_no_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """W17: what a library raises is its own failure, whatever limit the request has."""
+
+    async def late(engine: object, sent: int) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("headrace.engines.echo.Engine._misbehave", late)
+    async with worker() as one:
+        with pytest.raises(GenerationFailed):
+            await collect(one.generate(ask(deadline_s=9)))
+
+
+async def test_a_request_with_time_left_is_not_disturbed() -> None:
+    """W20: the limit is for all of it and not for each token."""
+    async with worker(tokens_per_second=100) as one:
+        assert (await collect(one.generate(ask("a" * 30, deadline_s=9)))).text == "a" * 30
+        stream = one.generate(ask("a" * 30, deadline_s=9))
+        await first_delta(stream)
+        await stream.aclose()
+        assert one.load == (0, 0)
+
+
 @pytest.mark.parametrize("phase", ["untouched", "queued", "prefill", "decode"])
 async def test_closing_a_stream_in_any_phase_frees_all(phase: str) -> None:
     """W18: no slot, no place in the queue and no task is left."""

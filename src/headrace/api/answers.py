@@ -53,5 +53,5 @@ def _head(service: Service, exchange: Exchange, prefix: str, model: str | None) 
         "id": prefix + exchange.call.id,
         "created": int(time.time()),
         "model": model,
-        "system_fingerprint": service.settings.system_fingerprint,
+        "system_fingerprint": exchange.settings.system_fingerprint,
     }

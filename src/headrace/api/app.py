@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import msgspec
 from starlette.applications import Starlette
@@ -13,6 +14,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute
 from starlette.routing import Route as Path
 
+from headrace.api import admin as administration
 from headrace.api import problems
 from headrace.api.chat import chat_completions
 from headrace.api.completions import completions
@@ -29,7 +31,7 @@ from headrace.api.wire_chat import ChatChunk, ChatCompletion, ChatRequest
 from headrace.api.wire_completions import Completion, CompletionChunk, CompletionRequest
 from headrace.api.wire_models import Health, ModelCard, ModelList
 from headrace.api.wire_tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens
-from headrace.core.backend import Backend
+from headrace.core.backend import Admin, Backend
 
 ROUTES = (
     Route("GET", "/v1/models", list_models, ModelList),
@@ -44,35 +46,51 @@ ROUTES = (
 )
 
 
+class Application(Starlette):
+    """The ASGI application of one service."""
+
+    def __init__(self, service: Service) -> None:
+        routes = (*ROUTES, *administration.ROUTES) if service.admin else ROUTES
+        served = [Path(one.path, Endpoint(one, service), methods=[one.method]) for one in routes]
+        super().__init__(
+            routes=[*served, *_descriptions(routes, service)],
+            exception_handlers={HTTPException: _routing_problem},
+            middleware=[Middleware(Gate, service=service)],
+        )
+        self.router.redirect_slashes = False
+        self._service = service
+
+    def replace_settings(self, settings: ApiSettings) -> None:
+        """Serve what comes from now on by other settings; what has begun keeps its own."""
+        self._service.settings = settings
+
+
 def create_app(
-    backend: Backend, settings: ApiSettings, *, ready: Callable[[], bool] | None = None
-) -> Starlette:
+    backend: Backend,
+    settings: ApiSettings,
+    *,
+    ready: Callable[[], bool] | None = None,
+    admin: Admin | None = None,
+) -> Application:
     """Build the ASGI application. `ready` tells whether requests would be answered now.
 
-    Without `ready`, it is when every model of the backend is. The backend is not closed here.
+    Without `ready`, it is when every model of the backend is, or with `admin` when one is or can
+    be loaded. With `admin` models can be managed. The backend is not closed here.
     """
-    service = Service(backend, settings, ready)
-    served: list[BaseRoute] = [
-        Path(route.path, Endpoint(route, service), methods=[route.method]) for route in ROUTES
-    ]
-    app = Starlette(
-        routes=[*served, *_descriptions(settings)],
-        exception_handlers={HTTPException: _routing_problem},
-        middleware=[Middleware(Gate, settings=settings)],
-    )
-    app.router.redirect_slashes = False
-    return app
+    return Application(Service(backend, settings, ready, admin))
 
 
-def _descriptions(settings: ApiSettings) -> list[BaseRoute]:
-    schema = document(ROUTES, settings)
-    as_json, as_page = msgspec.json.encode(schema), page(schema)
+def _descriptions(routes: Sequence[Route], service: Service) -> list[BaseRoute]:
+    @lru_cache(maxsize=1)
+    def written(settings: ApiSettings) -> tuple[bytes, str]:
+        schema = document(routes, settings)
+        return msgspec.json.encode(schema), page(schema)
 
     async def openapi(request: Request) -> Response:
-        return Response(as_json, media_type="application/json")
+        return Response(written(service.settings)[0], media_type="application/json")
 
     async def docs(request: Request) -> Response:
-        return HTMLResponse(as_page)
+        return HTMLResponse(written(service.settings)[1])
 
     return [Path("/openapi.json", openapi), Path("/docs", docs)]
 

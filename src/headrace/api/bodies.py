@@ -21,7 +21,7 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _AS_SQUARE = bytes.maketrans(b"{}", b"[]")
 _PLACE = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<where>.*)`)?", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(?P<name>.*)`")
+_NAMED = re.compile(r"Object (?P<how>missing required|contains unknown) field `(?P<name>.*)`")
 
 
 class ClientGone(Exception):
@@ -104,9 +104,10 @@ def is_deeper(body: bytes, limit: int) -> bool:
 def _field_error(text: str, kind: object) -> InvalidRequest | Unsupported:
     match = _PLACE.fullmatch(text)
     what, where = (match["what"], match["where"] or "") if match else (text, "")
-    if missing := _MISSING.fullmatch(what):
-        where = f"{where}.{missing['name']}".lstrip(".")
-        what = "This field is required"
+    if named := _NAMED.fullmatch(what):
+        where = f"{where}.{named['name']}".lstrip(".")
+        is_missing = named["how"].startswith("missing")
+        what = "This field is required" if is_missing else "This field is unknown"
     field = re.split(r"[.\[]", where, maxsplit=1)[0]
     if field in getattr(kind, "REFUSED", ()):
         return Unsupported(f"{field} is not supported here.", param=field)

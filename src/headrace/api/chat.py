@@ -34,7 +34,7 @@ _FORM = Form(
 async def chat_completions(service: Service, exchange: Exchange) -> None:
     """Answer a conversation, streamed or whole."""
     wire = await exchange.read(_DECODER)
-    request = translate.chat(wire, service.settings, exchange.call)
+    request = translate.chat(wire, exchange.settings, exchange.call)
     reply = Reply("chatcmpl-", _FORM, request.n, _whole)
     await answer(service, exchange, wire, service.backend.generate(request), reply)
 

@@ -26,11 +26,11 @@ _DECODER = msgspec.json.Decoder(CompletionRequest)
 async def completions(service: Service, exchange: Exchange) -> None:
     """Continue one or several prompts, streamed or whole."""
     wire = await exchange.read(_DECODER)
-    requests = translate.completions(wire, service.settings, exchange.call)
+    requests = translate.completions(wire, exchange.settings, exchange.call)
     if len(requests) == 1:
         stream = service.backend.generate(requests[0])
     else:
-        stream = fan_out(service.backend, requests, service.settings.parallel_prompts)
+        stream = fan_out(service.backend, requests, exchange.settings.parallel_prompts)
     reply = Reply("cmpl-", _form(), len(requests) * requests[0].n, _whole)
     await answer(service, exchange, wire, stream, reply)
 

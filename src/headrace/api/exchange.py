@@ -16,33 +16,37 @@ from headrace.api.bodies import ClientGone
 from headrace.api.problems import Headers, Problem
 from headrace.api.settings import ApiSettings
 from headrace.api.timing import server_timing
-from headrace.core.backend import Backend
+from headrace.core.backend import Admin, Backend
 from headrace.core.request import new_id
 
 T = TypeVar("T")
 S = TypeVar("S", bound=msgspec.Struct)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Service:
-    """What every handler works with."""
+    """What every handler works with. `settings` may be replaced; what has begun keeps its own."""
 
     backend: Backend
     settings: ApiSettings
     ready: Callable[[], bool] | None = None
+    admin: Admin | None = None
 
 
 @dataclass(slots=True)
 class Call:
     """What is known of a request while it runs; the access log is written from it.
 
-    `received` is monotonic seconds. `status` is 0 until the headers have gone out.
+    `received` is monotonic seconds. `status` is 0 until the headers have gone out. `client` is a
+    short id of the key, and `is_admin` tells whether it is an admin's.
     """
 
     id: str = field(default_factory=new_id)
     received: float = field(default_factory=time.monotonic)
     status: int = 0
     outcome: str = ""
+    client: str = ""
+    is_admin: bool = False
 
 
 class Exchange:

@@ -14,6 +14,18 @@ from headrace.core.events import Delta, Finish
 _encode = msgspec.json.Encoder().encode
 
 
+def encode(value: Any) -> bytes:
+    """Return JSON without anything that a reader of lines may take for the end of one.
+
+    JSON lets U+0085, U+2028 and U+2029 stand as they are.
+    """
+    data = _encode(value)
+    if data.isascii():
+        return data
+    data = data.replace(b"\xc2\x85", b"\\u0085").replace(b"\xe2\x80\xa8", b"\\u2028")
+    return data.replace(b"\xe2\x80\xa9", b"\\u2029")
+
+
 @dataclass(frozen=True)
 class Form:
     """How a route writes a choice: `role` opens it, `text` and `after` stand around the text.
@@ -35,7 +47,7 @@ class Frames:
 
     def __init__(self, head: dict[str, Any], form: Form, choices: int, *, usage: bool) -> None:
         fields = {**head, "object": form.object}
-        self._head = b"data: " + _encode(fields)[:-1] + b',"choices":['
+        self._head = b"data: " + encode(fields)[:-1] + b',"choices":['
         self._form = form
         self._choices = choices
         self._usage = usage
@@ -57,7 +69,7 @@ class Frames:
             return self._rare(delta)
         if not delta.text:
             return b""
-        return self._text[delta.index] + _encode(delta.text) + self._plain
+        return self._text[delta.index] + encode(delta.text) + self._plain
 
     def finish(self, finish: Finish) -> bytes:
         """Return the reason of each choice, then the usage where it was asked for."""
@@ -66,21 +78,21 @@ class Frames:
         if self._usage:
             chunks = [chunk + self._end for chunk in chunks]
             last = {"usage": usage_body(finish.usage), **last}
-            chunks.append(self._head + b"]," + _encode(last)[1:] + b"\n\n")
+            chunks.append(self._head + b"]," + encode(last)[1:] + b"\n\n")
         else:
             chunks[:-1] = [chunk + self._end for chunk in chunks[:-1]]
-            chunks[-1] += b"]," + _encode(last)[1:] + b"\n\n"
+            chunks[-1] += b"]," + encode(last)[1:] + b"\n\n"
         return b"".join(chunks)
 
     def _rare(self, delta: Delta) -> bytes:
         form, before, chunk = self._form, self._before(delta.index), b""
         if delta.reasoning:
-            chunk = before + form.reasoning + _encode(delta.reasoning) + self._plain
+            chunk = before + form.reasoning + encode(delta.reasoning) + self._plain
         if delta.logprobs:
-            logprobs = form.after + b',"logprobs":' + _encode(form.logprobs(delta))
-            chunk += before + form.text + _encode(delta.text) + logprobs + self._close
+            logprobs = form.after + b',"logprobs":' + encode(form.logprobs(delta))
+            chunk += before + form.text + encode(delta.text) + logprobs + self._close
         elif delta.text:
-            chunk += before + form.text + _encode(delta.text) + self._plain
+            chunk += before + form.text + encode(delta.text) + self._plain
         return chunk
 
     def _before(self, index: int) -> bytes:

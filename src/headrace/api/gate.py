@@ -10,7 +10,7 @@ from collections.abc import Awaitable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.api import auth, guard, problems
-from headrace.api.exchange import Call, Exchange
+from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.problems import Headers
 from headrace.api.settings import ApiSettings
 
@@ -22,9 +22,9 @@ _EXPOSED = b"x-request-id, server-timing, retry-after, retry-after-ms"
 class Gate:
     """Lets in what may come in, and gives every answer its id. Pure ASGI: no stream is held."""
 
-    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._settings = settings
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -33,9 +33,10 @@ class Gate:
             return
         call = scope["headrace"] = Call()
         headers = dict(scope["headers"])
-        sender = _marked(send, call, self._shared(headers.get(b"origin")))
+        settings = self._service.settings
+        sender = _marked(send, call, _shared(headers.get(b"origin"), settings))
         try:
-            await self._serve(scope, receive, sender, headers)
+            await self._serve(Exchange(scope, receive, sender, settings), receive, headers)
         except Exception:
             # Already answered: only the log must know.
             call.outcome = "error"
@@ -44,46 +45,46 @@ class Gate:
             _write_access_log(scope, call, headers.get(b"x-request-id", b""))
 
     async def _serve(
-        self, scope: Scope, receive: Receive, send: Send, headers: dict[bytes, bytes]
+        self, exchange: Exchange, receive: Receive, headers: dict[bytes, bytes]
     ) -> None:
-        exchange = Exchange(scope, receive, send, self._settings)
+        scope = exchange.scope
         try:
-            self._check(scope, headers)
+            _check(scope, headers, exchange.settings)
             if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
                 await _answer_preflight(exchange, headers)
                 return
-            self._check_key(scope, headers)
-            await self._app(scope, receive, send)
+            if scope["path"] not in auth.OPEN_PATHS:
+                call = exchange.call
+                call.client, call.is_admin = auth.authorise(headers, exchange.settings)
+            await self._app(scope, receive, exchange.send)
         except Exception as error:
             # The edge: what is refused or broken becomes an answer, while one can be given.
             if exchange.call.status:
                 raise
             await exchange.fail(error)
 
-    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        raw, settings = scope["headers"], self._settings
-        path = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogateescape")
-        guard.check_sizes(path, scope.get("query_string", b""), raw, settings)
-        guard.check_host(raw, settings)
-        if b"origin" in headers:
-            guard.check_origin(headers[b"origin"].decode("latin-1"), settings)
 
-    def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        if self._settings.key_hashes and scope["path"] not in auth.OPEN_PATHS:
-            auth.authorise(headers, self._settings.key_hashes)
+def _check(scope: Scope, headers: dict[bytes, bytes], settings: ApiSettings) -> None:
+    raw = scope["headers"]
+    path = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogateescape")
+    guard.check_sizes(path, scope.get("query_string", b""), raw, settings)
+    guard.check_host(raw, settings)
+    if b"origin" in headers:
+        guard.check_origin(headers[b"origin"].decode("latin-1"), settings)
 
-    def _shared(self, origin: bytes | None) -> Headers:
-        if origin is None:
-            return ()
-        try:
-            guard.check_origin(origin.decode("latin-1"), self._settings)
-        except problems.Refused:
-            return ()
-        return (
-            (b"access-control-allow-origin", origin),
-            (b"access-control-expose-headers", _EXPOSED),
-            (b"vary", b"origin"),
-        )
+
+def _shared(origin: bytes | None, settings: ApiSettings) -> Headers:
+    if origin is None:
+        return ()
+    try:
+        guard.check_origin(origin.decode("latin-1"), settings)
+    except problems.Refused:
+        return ()
+    return (
+        (b"access-control-allow-origin", origin),
+        (b"access-control-expose-headers", _EXPOSED),
+        (b"vary", b"origin"),
+    )
 
 
 def _marked(send: Send, call: Call, shared: Headers) -> Send:

@@ -6,6 +6,8 @@ import ipaddress
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from starlette.types import Scope
+
 from headrace.api.problems import Problem, Refused
 from headrace.api.settings import ApiSettings
 
@@ -56,11 +58,25 @@ def check_origin(origin: str, settings: ApiSettings) -> None:
     except ValueError:
         loopback = False
     if not loopback:
-        raise _refused(
-            403,
-            "This Origin is not allowed; `allowed_origins` can add it.",
-            "origin_not_allowed",
-        )
+        raise _foreign_origin()
+
+
+def check_site(headers: dict[bytes, bytes]) -> None:
+    """Refuse what a foreign web page asks for without an Origin: pictures and links are GETs.
+
+    Raises:
+        Refused: 403.
+    """
+    if headers.get(b"sec-fetch-site") == b"cross-site" and b"origin" not in headers:
+        raise _foreign_origin()
+
+
+def is_local(scope: Scope) -> bool:
+    """Tell whether a request comes from this machine, and not through somebody's proxy."""
+    hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+    peer = str((scope.get("client") or ("127.0.0.1",))[0]).removeprefix("::ffff:")
+    loopback = _is_address(peer) and ipaddress.ip_address(peer).is_loopback
+    return loopback and all(_hostname(host) in _LOOPBACK for host in hosts)
 
 
 def _is_ours(host: str, settings: ApiSettings) -> bool:
@@ -86,6 +102,11 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _foreign_origin() -> Refused:
+    message = "This Origin is not allowed; `allowed_origins` can add it."
+    return _refused(403, message, "origin_not_allowed")
 
 
 def _refused(status: int, message: str, code: str) -> Refused:

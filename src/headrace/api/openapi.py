@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from headrace.api.settings import ApiSettings
 from headrace.api.translate import LISTS
 
 _REF = "#/components/schemas/{name}"
+_PATH = re.compile(r"\{(\w+)(?::path)?\}")
 _TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _KEY = {"type": "http", "scheme": "bearer", "description": "Needed when the server has keys."}
 
@@ -25,23 +27,24 @@ def document(routes: Sequence[Route], settings: ApiSettings) -> dict[str, Any]:
     _tighten(components, settings)
     paths: dict[str, Any] = {}
     for route in routes:
-        path = route.path.replace(":path", "")
+        path = _PATH.sub(r"{\1}", route.path)
         paths.setdefault(path, {})[route.method.lower()] = _operation(route)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Headrace", "version": "1"},
         "paths": paths,
         "components": {"schemas": components, "securitySchemes": {"key": _KEY}},
-        "security": [{"key": []}] if settings.key_hashes else [],
+        "security": [{"key": []}] if settings.has_keys else [],
     }
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    operation_id = route.path.strip("/").replace("{model_id:path}", "id").replace("/", "_")
+    operation_id = _PATH.sub("id", route.path).strip("/").replace("/", "_")
     summary = (route.handler.__doc__ or "").partition("\n")[0]
-    content = _json(route.answer)
+    content = _json(route.answer) if route.answer else {}
     if route.chunk is not None:
-        content["text/event-stream"] = {"itemSchema": _event(route.chunk)}
+        item = _chunk(route.chunk) if route.answer else _event(route.chunk)
+        content["text/event-stream"] = {"itemSchema": item}
     answered = {"description": "The answer.", "content": content}
     operation: dict[str, Any] = {
         "operationId": operation_id,
@@ -50,14 +53,26 @@ def _operation(route: Route) -> dict[str, Any]:
     }
     if route.request is not None:
         operation["requestBody"] = {"required": True, "content": _json(route.request)}
-    if "{model_id" in route.path:
-        operation["parameters"] = [
-            {"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}
-        ]
+    places = [*((name, "path") for name in _PATH.findall(route.path))]
+    places += [(name, "query") for name in route.query]
+    if places:
+        operation["parameters"] = [_parameter(name, place) for name, place in places]
     return operation
 
 
-def _event(chunk: type[msgspec.Struct]) -> dict[str, Any]:
+def _parameter(name: str, place: str) -> dict[str, Any]:
+    schema = {"type": "string", "minLength": 1, "maxLength": 512}
+    return {"name": name, "in": place, "required": True, "schema": schema}
+
+
+def _event(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    content = {"$ref": _REF.format(name=kind.__name__)}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    properties = {"event": {"type": "string"}, "data": data}
+    return {"type": "object", "properties": properties, "required": ["event", "data"]}
+
+
+def _chunk(chunk: type[msgspec.Struct]) -> dict[str, Any]:
     kinds = [{"$ref": _REF.format(name=kind.__name__)} for kind in (chunk, ErrorBody)]
     chunks = {
         "type": "string",
@@ -74,7 +89,7 @@ def _failures(route: Route) -> dict[str, Any]:
         "4XX": {"description": "Refused; `error.code` says why.", "content": error},
         "5XX": {"description": "Failed, or no room now (see `retry-after`).", "content": error},
     }
-    if route.unready:
+    if route.unready and route.answer:
         failures["503"] = {"description": "Not ready.", "content": _json(route.answer)}
     return failures
 

@@ -15,8 +15,10 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Who may ask, how much, and how streams behave. Sizes are bytes, times are seconds.
 
     `host` is the address the server is bound to. `allowed_hosts` and `allowed_origins` add to
-    the loopback names; `*` allows all. `key_hashes` are SHA-256 in lower-case hex; when there is
-    one, every route but /health* needs a key. `deadline_s` bounds a request from its arrival.
+    the loopback names; `*` allows all. `key_hashes` and `admin_key_hashes` are SHA-256 in
+    lower-case hex; when there is one, every route but /health* needs a key, and what manages
+    models an admin key. `deadline_s` bounds a request from its arrival. `load_wait_s` is how long
+    a request that is not streamed waits for its model to load.
 
     Raises:
         ConfigError: a key hash is not a SHA-256 in hex, or a limit is not positive.
@@ -26,6 +28,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     key_hashes: tuple[str, ...] = ()
+    admin_key_hashes: tuple[str, ...] = ()
     system_fingerprint: str = "headrace"
     max_body: int = 8 << 20
     max_head: int = 32 << 10
@@ -39,15 +42,22 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     parallel_prompts: int = 8
     body_timeout_s: float = 60.0
     deadline_s: float | None = None
+    load_wait_s: float = 30.0
     headers_after_s: float = 5.0
     comment_every_s: float = 5.0
 
     def __post_init__(self) -> None:
         """Refuse what could only fail later."""
-        for value in self.key_hashes:
-            if not _SHA256.fullmatch(value):
-                raise ConfigError("key_hashes: each is a SHA-256 in lower-case hex.")
+        for name in ("key_hashes", "admin_key_hashes"):
+            if not all(_SHA256.fullmatch(value) for value in getattr(self, name)):
+                raise ConfigError(f"{name}: each is a SHA-256 in lower-case hex.")
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            if isinstance(value, int | float) and value <= 0:
+            least = 0 if name == "load_wait_s" else 1e-9
+            if isinstance(value, int | float) and value < least:
                 raise ConfigError(f"{name}: must be positive, not {value}.")
+
+    @property
+    def has_keys(self) -> bool:
+        """Tell whether a key is needed."""
+        return bool(self.key_hashes or self.admin_key_hashes)

@@ -9,11 +9,10 @@ from headrace.api.exchange import Exchange
 from headrace.api.frames import Frames
 from headrace.api.timing import header
 from headrace.core.errors import GenerationFailed
-from headrace.core.events import Delta, Finish
+from headrace.core.events import Delta, Finish, Progress
 from headrace.core.stream import Primed, Stream, prime
 
-_START = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
-_COMMENT = b": waiting\n\n"
+START = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -30,7 +29,7 @@ async def send_stream(exchange: Exchange, stream: Stream, frames: Frames) -> Non
     try:
         waited = (time.monotonic() - exchange.call.received) * 1000
         timing = header({"ttft" if primed.first.done() else "waiting": waited})
-        await exchange.start(200, (*_START, *timing))
+        await exchange.start(200, (*START, *timing))
         last = await _pump(exchange, primed, frames)
     except Exception as error:  # noqa: BLE001 - the edge: whatever failed is told to the client
         last = _break_off(exchange, error)
@@ -41,11 +40,27 @@ async def send_stream(exchange: Exchange, stream: Stream, frames: Frames) -> Non
     await exchange.send({"type": "http.response.body", "body": last})
 
 
+def comment(text: str) -> bytes:
+    """Return what every reader of events passes over."""
+    return f": {text}\n\n".encode()
+
+
+def _stage(progress: Progress | None) -> bytes:
+    if progress is None:
+        return comment("waiting")
+    # In a queue the total is how many wait, and nobody is a part of it.
+    if not progress.total or progress.stage == "queued":
+        return comment(progress.stage)
+    return comment(f"{progress.stage} {min(100 * progress.done // progress.total, 100)}%")
+
+
 async def _pump(exchange: Exchange, primed: Primed, frames: Frames) -> bytes:
     """Send all but the last chunks, and return those."""
     send = exchange.send
-    while not await primed.settled(exchange.settings.comment_every_s):
-        await send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
+    while not primed.first.done():
+        waiting = _stage(primed.progress)
+        await send({"type": "http.response.body", "body": waiting, "more_body": True})
+        await primed.settled(exchange.settings.comment_every_s)
     event = await primed.first
     chunk = frames.opening()
     if isinstance(event, Delta):
@@ -58,6 +73,9 @@ async def _pump(exchange: Exchange, primed: Primed, frames: Frames) -> bytes:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             elif isinstance(event, Finish):
                 break
+            else:
+                waiting = _stage(event)
+                await send({"type": "http.response.body", "body": waiting, "more_body": True})
     if not isinstance(event, Finish):
         raise GenerationFailed("The stream ended without a Finish.")
     return chunk + frames.finish(event) + _DONE

@@ -15,7 +15,7 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 async def tokenize(service: Service, exchange: Exchange) -> None:
     """Tell the tokens of a text or a conversation."""
-    request = translate.count(await exchange.read(_TOKENIZE), service.settings)
+    request = translate.count(await exchange.read(_TOKENIZE), exchange.settings)
     result = await exchange.unless_gone(service.backend.count_tokens(request))
     ids = None if result.token_ids is None else list(result.token_ids)
     answer = Tokens(tokens=ids, count=result.count, estimated=result.estimated)

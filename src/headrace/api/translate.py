@@ -14,6 +14,7 @@ from headrace.api.wire_chat import ChatMessage, ChatRequest
 from headrace.api.wire_common import GenerateFields, ResponseFormat
 from headrace.api.wire_completions import CompletionRequest
 from headrace.api.wire_tokens import TokenizeRequest
+from headrace.core.duration import seconds
 from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.request import CountRequest, GenerateRequest, Message, Sampling
 
@@ -102,6 +103,10 @@ def _common(wire: GenerateFields, settings: ApiSettings, call: Call) -> dict[str
         "n": wire.n or 1,
         "json_schema": _json_schema(wire.response_format),
         "context_length": wire.context_length,
+        "client": call.client,
+        "keep_alive": _keep_alive(wire.keep_alive),
+        # A stream says meanwhile how far the load is.
+        "load_wait_s": None if wire.stream else settings.load_wait_s,
     }
 
 
@@ -134,6 +139,13 @@ def _json_schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
     if wanted.json_schema is None:
         raise InvalidRequest("json_schema is missing.", param="response_format.json_schema")
     return wanted.json_schema.schema or {}
+
+
+def _keep_alive(wanted: float | str | None) -> float | None:
+    try:
+        return None if wanted is None else seconds(wanted)
+    except ValueError as error:
+        raise InvalidRequest(f"keep_alive: {error}.", param="keep_alive") from error
 
 
 def _messages(wire: Sequence[ChatMessage]) -> tuple[Message, ...]:

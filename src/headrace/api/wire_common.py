@@ -73,6 +73,7 @@ class GenerateFields(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     context_length: Count | None = None
+    keep_alive: float | Annotated[str, Meta(max_length=64)] | None = None
 
     allowed_token_ids: None = None
     grammar: None = None

@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from headrace.cli import config, doctor, serve, store
+from headrace.cli import config, doctor, pool, ps, serve, store
 from headrace.cli import run as run_command
 from headrace.cli.common import Common, with_common
 from headrace.core.errors import ConfigError, HeadraceError, RequestError
@@ -59,6 +59,15 @@ app.command("pull")(with_common(store.pull))
 app.command("ls")(with_common(store.ls))
 app.command("show")(with_common(store.show))
 app.command("rm")(with_common(store.rm))
+app.command("ps")(with_common(ps.ps))
+app.command("start")(with_common(pool.start))
+app.command("stop")(with_common(pool.stop))
+app.command("restart")(with_common(pool.restart))
+app.command("pin")(with_common(pool.pin))
+app.command("update")(with_common(pool.update))
+app.command("plan")(with_common(pool.plan))
+app.command("events")(with_common(pool.events))
+app.command("reload")(with_common(pool.reload))
 app.command("doctor")(with_common(doctor.doctor))
 app.add_typer(config.app, name="config")
 

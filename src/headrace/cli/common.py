@@ -94,7 +94,7 @@ class Common:
         return replace(settings, config=config)
 
 
-def parse_options(pairs: list[str] | None) -> dict[str, str]:
+def parse_options(pairs: list[str] | None, where: str = "flag -o") -> dict[str, str]:
     """Read `KEY=VALUE` pairs.
 
     Raises:
@@ -103,7 +103,7 @@ def parse_options(pairs: list[str] | None) -> dict[str, str]:
     parted = [pair.partition("=") for pair in pairs or []]
     for key, equals, _ in parted:
         if not (key and equals):
-            raise ConfigError(f"flag -o: {key or '='} is not KEY=VALUE.")
+            raise ConfigError(f"{where}: {key or '='} is not KEY=VALUE.")
     return {key.strip().replace("-", "_"): value for key, _, value in parted}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,12 +41,18 @@ def print_json(value: object) -> None:
 
 def columns(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print rows in aligned columns; None is a dash."""
+    for line in aligned(heads, rows):
+        print(line)
+
+
+def aligned(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
+    """Yield the lines of `columns`."""
     cells = [["-" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     lines = [list(heads), *cells] if heads else cells
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join(padded).rstrip())
+        yield "  ".join(padded).rstrip()
 
 
 def size(count: int | None) -> str | None:

@@ -134,10 +134,36 @@ class Settings:
         Raises:
             ConfigError: a key is unknown or a value is not accepted.
         """
-        known, reference = self.resolve(name)
-        given = sources.arguments(arguments or {}, self._sources.keys, self._sources.cwd)
-        model, _ = _model(self._sources, known, reference, given)
-        return ModelSpec(name=known, **model.model_dump())
+        return self._spec(*self.resolve(name), arguments or {})
+
+    def changed(
+        self, name: str, changes: Mapping[str, Any], served: Sequence[ModelSpec] = ()
+    ) -> ModelSpec:
+        """Return a model with all that was changed of it by hand.
+
+        `name` is one of those that are served, or what `model_spec` takes. `changes` are keys as
+        there; None is as if it were not given. They come over the network, so what reads files or
+        runs other code cannot be set.
+
+        Raises:
+            ConfigError: a key is unknown or a value is not accepted.
+        """
+        for key, value in changes.items():
+            if value is not None and check.is_out_of_reach(key, value):
+                raise ConfigError(f"argument: {key} is set in the configuration only.", param=key)
+        references = {spec.name: spec.model for spec in served}
+        known, reference = (name, references[name]) if name in references else self.resolve(name)
+        return self._spec(known, reference, changes)
+
+    def needs_restart(self, later: Settings) -> tuple[str, ...]:
+        """Return the keys in which a later configuration differs that a service cannot change."""
+        keys = ("home", "server.host", "server.port", "server.state")
+        before, after = (
+            (config.home, config.server.host, config.server.port, config.server.state)
+            for config in (self.config, later.config)
+        )
+        both = zip(keys, before, after, strict=True)
+        return tuple(key for key, old, new in both if old != new)
 
     def show(self, names: Sequence[str] = ()) -> Iterator[Row]:
         """Yield each value with its origin; of the configured models and those in `names`."""
@@ -151,6 +177,11 @@ class Settings:
         for name in dict.fromkeys([*config.models, *names]):
             known, reference = self.resolve(name)
             yield from _model_rows(known, *_model(self._sources, known, reference, {}))
+
+    def _spec(self, name: str, reference: str, arguments: Mapping[str, Any]) -> ModelSpec:
+        given = sources.arguments(arguments, self._sources.keys, self._sources.cwd)
+        model, _ = _model(self._sources, name, reference, given)
+        return ModelSpec(name=name, **model.model_dump())
 
 
 def _row(key: str, value: Any, source: Value | None) -> Row:

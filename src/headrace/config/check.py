@@ -92,6 +92,14 @@ def _validated(kind: type[BaseModel], name: str, given: Any) -> Any:
     return checked if type(checked) in _PLAIN else raw
 
 
+def is_out_of_reach(key: str, value: object) -> bool:
+    """Tell whether a change from afar would read a file of this machine or run other code."""
+    text = str(value)
+    reads = key == "chat_template" and text.startswith("@")
+    runs = key == "engine" and ":" in text
+    return key in ("model", "trust_remote_code") or reads or runs
+
+
 def located(layer: Layer) -> Layer:
     """Follow what is relative: to the folder of the file, or to where the program runs."""
     found = dict(layer)
@@ -99,7 +107,9 @@ def located(layer: Layer) -> Layer:
         if not isinstance(value.value, str | Path):
             continue
         text = str(value.value)
-        if key == "home" or (key == "model" and text.startswith(("./", "../", "~"))):
+        if key in ("home", "server.state") or (
+            key == "model" and text.startswith(("./", "../", "~"))
+        ):
             found[key] = value._replace(value=str(value.base / Path(text).expanduser()))
         elif key == "chat_template" and text.startswith("@"):
             found[key] = value._replace(value=_template(value, text[1:]))

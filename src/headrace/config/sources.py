@@ -20,7 +20,12 @@ from headrace.config.tree import PER_MODEL, Config, ModelSettings, ServerSetting
 from headrace.core.errors import ConfigError
 
 PREFIX = "HEADRACE_"
-RESERVED = frozenset({"HEADRACE_CONFIG", "HEADRACE_NO_COLOR", "HEADRACE_DEBUG"})
+CLIENT_KEYS = ("HEADRACE_ADMIN_KEY", "HEADRACE_API_KEY")
+"""The key that a command shows to a service; the first that is set."""
+
+RESERVED = frozenset(
+    {"HEADRACE_CONFIG", "HEADRACE_NO_COLOR", "HEADRACE_DEBUG", "HEADRACE_URL", *CLIENT_KEYS}
+)
 """Names with the prefix that are read elsewhere and are no settings."""
 
 FILE_NAME = "headrace.toml"
@@ -126,14 +131,18 @@ def flags(given: Mapping[str, Any], keys: Keys, cwd: Path) -> Layer:
 
 
 def arguments(given: Mapping[str, Any], keys: Keys, cwd: Path) -> Layer:
-    """Return what a caller gave for one model; options may stand in `options` or beside it."""
+    """Return what a caller gave for one model.
+
+    An option may stand in `options`, as `options.KEY`, or beside the settings.
+    """
     layer: Layer = {}
     for key, value in given.items():
         if key == "options" or value is None:
             continue
-        if key not in keys.model:
+        place = key if key.startswith("options.") else keys.model.get(key)
+        if place is None:
             raise unknown_key("argument", key, keys.model)
-        layer[keys.model[key]] = Value(value, f"argument {key}", cwd)
+        layer[place] = Value(value, f"argument {key}", cwd)
     for key, value in _options(given):
         layer[f"options.{key}"] = Value(value, f"argument {key}", cwd)
     return layer

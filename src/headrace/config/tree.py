@@ -18,9 +18,16 @@ from pydantic import (
     field_validator,
 )
 
+from headrace.core.duration import seconds
+from headrace.core.model import Continuation
+
 PER_MODEL = frozenset({"model", "aliases", "revision", "trust_remote_code"})
 """What is set for one named model and never for all of them."""
 
+# A device and its amount: what it means, the machine knows.
+_AMOUNT = re.compile(
+    r"(?:([a-z]+(?::\d+)?)=)?(?:\d+(?:\.\d+)? ?(?i:[kmgt]i?b?|b)|(?:100|\d{1,2}(?:\.\d+)?) ?%)"
+)
 _SECRET_WORDS = frozenset({"key", "keys", "token", "secret", "password"})
 
 
@@ -61,7 +68,25 @@ def _hash_keys(value: object) -> object:
     return [hash_key(key) if isinstance(key, str) else key for key in keys]
 
 
+def _duration(value: object) -> object:
+    return seconds(value) if isinstance(value, str | int | float) else value
+
+
+def _amounts(value: object) -> object:
+    found = words(value)
+    if not isinstance(found, list | tuple):
+        return found
+    amounts = [str(one).strip() for one in cast("Iterable[object]", found)]
+    devices = [match[1] or "" for match in map(_AMOUNT.fullmatch, amounts) if match]
+    if len(devices) < len(amounts):
+        raise ValueError("each amount is like 16GiB, 80%, cpu=16GiB or cuda:0=90%")
+    if len(set(devices)) < len(devices):
+        raise ValueError("a device has two amounts")
+    return amounts
+
+
 Words = Annotated[tuple[str, ...], BeforeValidator(words)]
+Keys = Annotated[tuple[str, ...], BeforeValidator(_hash_keys)]
 
 
 class _Frozen(BaseModel):
@@ -76,8 +101,11 @@ class ServerSettings(_Frozen):
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=11511, ge=0, le=65535, description="port; 0 takes a free one")
-    api_keys: Annotated[tuple[str, ...], BeforeValidator(_hash_keys)] = Field(
+    api_keys: Keys = Field(
         default=(), repr=False, description="keys that may ask, plain or as sha256:<hex>"
+    )
+    admin_keys: Keys = Field(
+        default=(), repr=False, description="keys that may also load, stop and change models"
     )
     allow_public: bool = Field(default=False, description="listen beyond loopback without a key")
     allowed_hosts: Words = Field(default=(), description="further names to be reached by (Host)")
@@ -91,6 +119,23 @@ class ServerSettings(_Frozen):
         default=5.0,
         gt=0,
         description="wait for a first token before a stream's headers go out",
+    )
+    memory: Annotated[tuple[str, ...], BeforeValidator(_amounts)] = Field(
+        default=(), description="what models may take: 16GiB, 80%, cpu=16GiB, cuda:0=90%"
+    )
+    max_loading: int = Field(default=1, ge=1, description="models that load at a time")
+    min_residence_s: float = Field(
+        default=1.0, ge=0, description="how long a loaded model stays at least"
+    )
+    longest_wait_s: float = Field(
+        default=20.0, gt=0, description="wait for room after which busy models take no more"
+    )
+    load_wait_s: float = Field(
+        default=30.0, gt=0, description="how long a request waits for its model to load"
+    )
+    crashes: int = Field(default=3, ge=1, description="crashes in 60 s that make a model failed")
+    state: Path | None = Field(
+        default=None, description="file of what was done by hand; HOME/services/PORT.json"
     )
 
 
@@ -112,7 +157,28 @@ class ModelSettings(_Frozen):
     load_timeout_s: float = Field(default=600.0, gt=0, description="how long loading may take")
     revision: str | None = Field(default=None, description="commit of the repository")
     trust_remote_code: bool = Field(default=False, description="run code of the model's repository")
+    keep_alive: Annotated[float, BeforeValidator(_duration)] = Field(
+        default=-1.0, description="how long it stays idle: 5m, 0; -1 until its memory is needed"
+    )
+    preload: bool = Field(default=True, description="load when the service starts")
+    pinned: bool = Field(default=False, description="never give its memory to another")
+    enabled: bool = Field(default=True, description="answer requests")
+    continuation: Annotated[Continuation, BeforeValidator(_lower)] = Field(
+        default="fast", description="how an answer goes on whose worker died: exact, fast, off"
+    )
+    replicas: int = Field(default=1, ge=1, le=64, description="workers of this model")
+    weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(words)] = Field(
+        default=(), description="share of work of each replica, 1 if not set"
+    )
     options: dict[str, Any] = Field(default={}, description="the engine's options")
+
+    @field_validator("weights")
+    @classmethod
+    def _one_each(cls, weights: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        # Without `replicas` it was refused already.
+        if len(weights) > info.data.get("replicas", len(weights)):
+            raise ValueError("more weights than replicas")
+        return weights
 
     @field_validator("trust_remote_code")
     @classmethod
@@ -139,6 +205,13 @@ class Config(_Frozen):
     log_content: bool = Field(default=False, description="log prompts and answers too")
     server: ServerSettings = ServerSettings()
     models: dict[str, ModelSettings] = {}
+
+    @property
+    def state_file(self) -> Path | None:
+        """Where a service remembers what was done by hand; None when its port is not its own."""
+        if self.server.state is not None or self.server.port == 0:
+            return self.server.state
+        return self.home / "services" / f"{self.server.port}.json"
 
 
 def masked(key: str, value: Any) -> Any:

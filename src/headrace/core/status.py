@@ -31,7 +31,8 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
     """What a model takes: bytes by device (`cpu`, `cuda:0`), and how that is known.
 
     `parts` are the terms of an estimate in bytes (`weights`, `kv_cache`, `overhead`). `load_s` is
-    how long it takes to load, in seconds. `context_length` and `max_running` are what it is for.
+    how long it takes to load, in seconds. `context_length` and `max_running` are what it is for,
+    `engine` who would run it.
     """
 
     devices: dict[str, int]
@@ -40,6 +41,7 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
     load_s: float | None = None
     context_length: int | None = None
     max_running: int | None = None
+    engine: str = ""
 
 
 class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -51,12 +51,14 @@ class Mailbox(Generic[T]):
 class Primed:
     """A stream whose first delta has been asked for; `first` is that event, to come or come.
 
+    `progress` is the latest that was told before it.
     Read `first`, then the rest of `stream`; call `aclose` in the end, whatever happened.
     """
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
-        self.first: asyncio.Future[Event] = asyncio.ensure_future(_first(stream))
+        self.progress: Progress | None = None
+        self.first: asyncio.Future[Event] = asyncio.ensure_future(self._first())
 
     async def settled(self, wait_s: float | None = None) -> bool:
         """Wait for the first event or its failure; tell whether either has come."""
@@ -71,12 +73,12 @@ class Primed:
             self.first.exception()
         await self.stream.aclose()
 
-
-async def _first(stream: Stream) -> Event:
-    async for event in stream:
-        if not isinstance(event, Progress):
-            return event
-    raise GenerationFailed("The stream ended without an event.")
+    async def _first(self) -> Event:
+        async for event in self.stream:
+            if not isinstance(event, Progress):
+                return event
+            self.progress = event
+        raise GenerationFailed("The stream ended without an event.")
 
 
 async def prime(stream: Stream, wait_s: float | None = None) -> Primed:

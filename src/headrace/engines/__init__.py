@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import pkgutil
@@ -13,12 +14,13 @@ from pydantic import ValidationError
 
 from headrace.core.errors import ConfigError, HeadraceError, LoadFailed, OutOfMemory
 from headrace.core.model import ModelFile
+from headrace.core.status import Footprint
 from headrace.engines.base import About, Engine, EngineOptions, OpenRequest
 
 ENTRY_POINTS = "headrace.engines"
 """The entry point group under which another package registers an engine's module."""
 
-_PARTS = {"base", "threaded", "llamacpp_call"}
+_PARTS = {"base", "threaded", "llamacpp_call", "llamacpp_size", "openmp"}
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +62,14 @@ def status(name: str) -> EngineStatus:
     )
 
 
+def version(name: str) -> str | None:
+    """Return the version of the engine's library, None where it has none or is not installed."""
+    library = about(name).requires
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(library) if library else None
+    return None
+
+
 def choose(file: ModelFile, wanted: str | None = None) -> tuple[str, str]:
     """Return the engine for a model, and why it.
 
@@ -93,6 +103,27 @@ def check_options(name: str, values: dict[str, object]) -> EngineOptions:
             f"Option {key!r} of engine {name}: {first['msg']}. "
             f"It accepts {', '.join(sorted(model.model_fields))}."
         ) from error
+
+
+def footprint(name: str, request: OpenRequest) -> Footprint:
+    """Estimate the memory that a load takes, without the engine's library. Blocking.
+
+    Raises:
+        ConfigError: an option is unknown or wrong.
+        LoadFailed: the model's header cannot be read.
+    """
+    check_options(name, request.options)
+    own = getattr(_module(name), "footprint", None)
+    if own is not None:
+        return own(request)
+    size = request.model.size
+    overhead = size // 10
+    return Footprint(
+        devices={"cuda:0" if request.device.startswith("cuda") else "cpu": size + overhead},
+        parts={"weights": size, "overhead": overhead},
+        context_length=request.context_length or request.model.context_length,
+        max_running=request.max_running,
+    )
 
 
 def open_engine(name: str, request: OpenRequest) -> Engine:

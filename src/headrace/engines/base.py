@@ -1,7 +1,8 @@
 """The contract of an engine: one module with `ABOUT`, `Options` and `Engine`.
 
-`ABOUT` and `Options` are read without the engine's library (by `doctor`, `config show`, the
-docs), so the library is imported when an `Engine` is made and not before.
+It may have a `footprint(request: OpenRequest) -> Footprint`, which estimates what a load takes.
+All but `Engine` is read without the engine's library (by `doctor`, `config show`, the docs), so
+the library is imported when an `Engine` is made and not before.
 
 An engine knows token ids and sampling. It knows nothing of templates, stop strings, characters,
 queues, deadlines, processes or HTTP; the worker around it does all that.
@@ -43,21 +44,31 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is opened with.
 
     `device` is auto, cpu, cuda or mps; None leaves `context_length` and `max_running` to the
-    engine.
+    engine. `memory` is how many bytes of the device models may take, None all that it has: what is
+    chosen by default depends on it, and not on what is free at the moment. `repeatable` asks for
+    greedy and seeded answers that repeat themselves, where options leave the choice.
     """
 
     model: ModelFile
     device: str = "auto"
     context_length: int | None = None
     max_running: int | None = None
+    memory: int | None = None
+    repeatable: bool = False
     options: dict[str, Any] = {}
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Token ids in, token ids out. `sampling.max_tokens` is set; stop strings are not for here."""
+    """Token ids in, token ids out. `max_tokens` counts what is to come; stop strings: not here.
+
+    `answered` are the tokens of the answer that exist already, for engines that can `resume`: they
+    are computed as if they were the prompt's, and only what follows them is yielded. The engine's
+    own account may count them as tokens of the prompt.
+    """
 
     token_ids: tuple[int, ...]
     max_tokens: int
+    answered: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
     json_schema: dict[str, Any] | None = None
 
@@ -137,6 +148,13 @@ class Engine(Protocol):
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included. Blocking."""
+        ...
+
+    def shown(self, token_ids: Sequence[int]) -> str:
+        """Return the text that a stream shows for tokens of an answer. Blocking.
+
+        Bytes that are no whole character are U+FFFD. Only asked of engines that can `resume`.
+        """
         ...
 
     def close(self) -> None:

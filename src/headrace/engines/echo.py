@@ -11,12 +11,14 @@ import os
 import signal
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Literal
 
 from pydantic import Field
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, OutOfMemory
 from headrace.core.events import TokenLogprob
 from headrace.core.model import Capabilities
+from headrace.core.status import Footprint
 from headrace.engines.base import (
     About,
     Admitted,
@@ -31,10 +33,13 @@ from headrace.engines.base import (
 
 ABOUT = About(formats=("none",))
 
+Fault = Literal["raise", "oom", "exit", "crash", "hang"]
 _EOS = 256
 _VOCABULARY = 257
 _CHAT_TEMPLATE = "{{ messages[-1].content }}"
 _PREFILL_STEP = 64
+_CONTEXT = 1 << 20
+_PROCESS = 48 << 20
 
 
 class Options(EngineOptions):
@@ -45,6 +50,7 @@ class Options(EngineOptions):
     slots: int = Field(1024, ge=1, le=65536, description="Requests that run at the same time.")
     text: str | None = Field(None, description="What to say; by default the prompt is said again.")
     load_s: float = Field(0, ge=0, description="Seconds that loading takes.")
+    memory: int = Field(0, ge=0, description="Bytes to hold, beside its own, while it is loaded.")
     tokens_per_delta: int = Field(1, ge=1, description="Tokens in each delta.")
     fail_load: str | None = Field(None, description="Loading fails with this message.")
     fail_after: int = Field(-1, ge=-1, description="Raise after so many tokens.")
@@ -52,6 +58,21 @@ class Options(EngineOptions):
     crash_after: int = Field(-1, ge=-1, description="End the process after so many tokens.")
     crash_signal: int = Field(signal.SIGKILL, ge=0, le=64, description="By this signal; 0 exits.")
     oom_after: int = Field(-1, ge=-1, description="Run out of memory after so many tokens.")
+    trigger: str | None = Field(
+        None, description="A file: the first request to find it takes it away and misbehaves."
+    )
+    fault: Fault = Field("raise", description="What the request does that found the trigger.")
+
+
+def footprint(request: OpenRequest) -> Footprint:
+    """Return what its process takes, and what it was told to hold."""
+    options = Options(**request.options)
+    return Footprint(
+        devices={"cpu": _PROCESS + options.memory},
+        parts={"overhead": _PROCESS, "weights": options.memory},
+        context_length=request.context_length or _CONTEXT,
+        max_running=_slots(options, request),
+    )
 
 
 class Engine:
@@ -62,10 +83,12 @@ class Engine:
         time.sleep(options.load_s)
         if options.fail_load is not None:
             raise LoadFailed(options.fail_load)
+        # Written to, and not only asked for: the system gives memory when it is first used.
+        self._held = bytearray(b"\1") * options.memory
         self.facts = EngineFacts(
             device="cpu",
-            context_length=request.context_length or 1 << 20,
-            max_running=min(options.slots, request.max_running or options.slots),
+            context_length=request.context_length or _CONTEXT,
+            max_running=_slots(options, request),
             chat_template=_CHAT_TEMPLATE,
             capabilities=Capabilities(
                 sampling=frozenset(
@@ -79,6 +102,7 @@ class Engine:
                     }
                 ),
                 batch_invariant=True,
+                resume=True,
             ),
         )
 
@@ -86,11 +110,12 @@ class Engine:
         """Yield the script, one token (a byte) after another."""
         if max(request.token_ids) >= _VOCABULARY:
             raise InvalidRequest("The prompt has a token id that the model does not know.")
-        total = len(request.token_ids)
+        total = len(request.token_ids) + len(request.answered)
         async for done in self._prefill(total):
             yield Admitted(done=done, total=total)
         started, sent, reason = time.monotonic(), 0, "length"
-        for chunk in _chunks(self._script(request), self._options.tokens_per_delta):
+        script = itertools.islice(self._script(request), len(request.answered), None)
+        for chunk in _chunks(script, self._options.tokens_per_delta):
             token_ids = chunk[: request.max_tokens - sent]
             await self._pace(started, sent)
             await self._misbehave(sent)
@@ -102,6 +127,9 @@ class Engine:
                 break
             if sent >= request.max_tokens:
                 break
+        else:
+            # All of it was answered before.
+            reason = "stop"
         yield RawFinish(reason=reason, prompt_tokens=total, completion_tokens=sent)
 
     def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
@@ -115,8 +143,13 @@ class Engine:
             raise InvalidRequest("A token id is outside of the vocabulary.", param="tokens")
         return _bytes(token_ids).decode(errors="replace")
 
+    def shown(self, token_ids: Sequence[int]) -> str:
+        """Return the text of the bytes; all of them are shown."""
+        return self.detokenize(token_ids)
+
     def close(self) -> None:
-        """Nothing is held."""
+        """Give back what is held."""
+        self._held = bytearray()
 
     def _script(self, request: EngineRequest) -> Iterator[int]:
         said = self._options.text
@@ -151,6 +184,34 @@ class Engine:
             _crash(options.crash_signal)
         if 0 <= options.hang_after <= sent:
             _hang()
+        if options.trigger is not None and taken(options.trigger):
+            misbehave(options.fault, options.crash_signal)
+
+
+def _slots(options: Options, request: OpenRequest) -> int:
+    return min(options.slots, request.max_running or options.slots)
+
+
+def taken(trigger: str) -> bool:
+    """Remove a file, and tell whether it was this call that did."""
+    try:
+        os.unlink(trigger)  # noqa: PTH108  # asked for each token
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def misbehave(fault: Fault, crash_signal: int) -> None:
+    """Fail in one of the ways in which engines do."""
+    if fault == "oom":
+        bytearray(1 << 60)
+    elif fault == "exit":
+        _crash(0)
+    elif fault == "crash":
+        _crash(crash_signal)
+    elif fault == "hang":
+        _hang()
+    raise RuntimeError("The engine was told to fail.")
 
 
 def _crash(number: int) -> None:

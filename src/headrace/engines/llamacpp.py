@@ -20,8 +20,10 @@ import msgspec
 import psutil
 from pydantic import Field
 
+from headrace import machine
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
 from headrace.core.model import Capabilities
+from headrace.core.status import Footprint
 from headrace.engines import threaded
 from headrace.engines.base import (
     About,
@@ -32,18 +34,24 @@ from headrace.engines.base import (
     RawEvent,
 )
 from headrace.engines.llamacpp_call import SAMPLING, Call, error_from
+from headrace.engines.llamacpp_size import (
+    ContextPlan,
+    Settings,
+    estimate,
+    expected_device,
+    plan_context,
+)
+from headrace.engines.openmp import SpinGuard
 
 if TYPE_CHECKING:
     import xllamacpp
 
 ABOUT = About(formats=("gguf",), devices=("cpu", "cuda", "mps"), requires="xllamacpp")
 
-_DEFAULT_SLOTS = 4
 _CPU_BATCH = 128
 _GPU_BATCH = 2048
 # The library's enumerations as numbers: its Python names for them change between releases.
-_KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
-_KV_SHARE = {"f16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
+_KV_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _ROPE = {"model": -1, "none": 0, "linear": 1, "yarn": 2}
 _LOAD_MMAP, _LOAD_READ = 1, 0
@@ -67,7 +75,9 @@ class Options(EngineOptions):
     )
     gpu_layers: int = Field(-1, ge=-1, description="Layers on the GPU; -1 is all of them.")
     flash_attention: Literal["auto", "on", "off"] = Field("auto", description="Flash attention.")
-    kv_type: Literal["f16", "q8_0", "q4_0"] = Field("f16", description="Type of the KV cache.")
+    kv_type: Literal["f16", "bf16", "q8_0", "q4_0"] | None = Field(
+        None, description="Type of the KV cache; f16, or bf16 where answers must repeat themselves."
+    )
     prefix_cache: bool = Field(True, description="Keep a prompt's KV cache for the next one.")
     mmap: bool = Field(True, description="Map the file instead of reading it.")
     rope_scaling: Literal["model", "none", "linear", "yarn"] = Field(
@@ -80,13 +90,14 @@ class Engine:
     """One GGUF in one llama.cpp server, called in process; its own HTTP side is locked away."""
 
     def __init__(self, request: OpenRequest) -> None:
-        self._options = Options(**request.options)
+        self._options = _settled(request)
         self._model = request.model
         self._private = Path(tempfile.mkdtemp(prefix="llamacpp-"))
         self._key = secrets.token_urlsafe(24)
         self._inbox: threaded.Inbox | None = None
         self._server: xllamacpp.Server | None = None
         self._threads: ThreadPoolExecutor | None = None
+        self._guard = SpinGuard(self._options.threads or _cores())
         self._vocabulary = 0
         try:
             self._load(request)
@@ -101,10 +112,12 @@ class Engine:
         server, threads = self._server, self._threads
         if server is None or threads is None:
             raise GenerationFailed("The engine is closed.")
-        self._check(request.token_ids)
+        self._check((*request.token_ids, *request.answered))
         self._check(request.sampling.logit_bias, param="logit_bias")
         return threaded.stream(
-            lambda emit: Call(request, emit).run(server), inbox=self._inbox, executor=threads
+            lambda emit: Call(request, emit, self._split).run(server),
+            inbox=self._inbox,
+            executor=threads,
         )
 
     def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
@@ -121,9 +134,26 @@ class Engine:
         self._check(token_ids)
         return self._ask("/detokenize", {"tokens": list(token_ids)})["content"]
 
+    def shown(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids without control tokens, which a stream leaves out."""
+        text = self.detokenize(token_ids)
+        # Only a control token is found by its text when markers count, and not when they do not.
+        unlike = {*self._split(text, markers=True)}.difference(self._split(text))
+        silent = {one for one in unlike.intersection(token_ids) if self._is_control(one)}
+        return self.detokenize([one for one in token_ids if one not in silent]) if silent else text
+
+    def _is_control(self, token: int) -> bool:
+        text = self.detokenize((token,))
+        return self._split(text, markers=True) == (token,) != self._split(text)
+
+    def _split(self, text: str, *, markers: bool = False) -> tuple[int, ...]:
+        body = {"content": text, "add_special": False, "parse_special": markers}
+        return tuple(self._ask("/tokenize", body)["tokens"])
+
     def close(self) -> None:
         """Free the model and remove the private directory."""
         self._server = None
+        self._guard.close()
         if self._threads is not None:
             self._threads.shutdown(wait=False)
         # The traceback of a failed request can hold the server in a cycle.
@@ -134,9 +164,10 @@ class Engine:
         import xllamacpp  # a native library: loaded with the model, not before
 
         device = _device(request.device, xllamacpp.get_device_info())
-        available = psutil.virtual_memory().available
-        plan = plan_context(request, self._options, available, on_cpu=device == "cpu")
+        plan = _plan(request, self._options, on_cpu=device == "cpu")
         params = self._params(xllamacpp.CommonParams(), plan, device)
+        if device == "cpu":
+            self._guard.start()
         try:
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
@@ -154,12 +185,11 @@ class Engine:
         params.n_parallel = plan.slots
         params.kv_unified = params.fit_params = False
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads or _cores()
-        batch = options.batch_size or (_CPU_BATCH if on_cpu else _GPU_BATCH)
-        params.n_batch = max(batch, plan.slots)
+        params.n_batch = max(_batch(options, on_cpu=on_cpu), plan.slots)
         params.n_ubatch = min(params.n_batch, 512)
         params.n_gpu_layers = 0 if on_cpu else options.gpu_layers
         params.flash_attn_type = _FLASH[options.flash_attention]
-        params.cache_type_k = params.cache_type_v = _KV_TYPES[options.kv_type]
+        params.cache_type_k = params.cache_type_v = _KV_TYPES[options.kv_type or "f16"]
         params.cache_prompt = options.prefix_cache
         params.cache_ram_mib = 0
         params.load_mode = _LOAD_MMAP if options.mmap else _LOAD_READ
@@ -198,7 +228,8 @@ class Engine:
                 | {"logit_bias"}
                 | SAMPLING.keys(),
                 json_schema=True,
-                batch_invariant=True,
+                batch_invariant=device == "cpu" and _repeats(self._options),
+                resume=True,
             ),
         )
 
@@ -220,36 +251,49 @@ class Engine:
         return answer
 
 
-class ContextPlan(msgspec.Struct, frozen=True):
-    """How many requests at once, and how many tokens each of them may hold."""
+def footprint(request: OpenRequest) -> Footprint:
+    """Estimate what loading takes, from the file's header and the options.
 
-    slots: int
-    context_length: int
-    notes: tuple[str, ...] = ()
-
-
-def plan_context(
-    request: OpenRequest, options: Options, available: int, *, on_cpu: bool
-) -> ContextPlan:
-    """Choose slots and context so that the KV cache takes at most a quarter of `available` bytes.
-
-    What was asked for is kept. Of what was not, slots give way first and then the context.
+    Raises:
+        LoadFailed: the header cannot be read.
     """
-    model = request.model
-    context = request.context_length or model.context_length or 4096
-    slots = options.slots or min(_DEFAULT_SLOTS, request.max_running or _DEFAULT_SLOTS)
-    per_token = (model.kv_bytes_per_token or 0) * _KV_SHARE[options.kv_type]
-    if not per_token or not on_cpu:
-        return ContextPlan(slots, context)
-    fits = int(available / 4 / per_token)
-    notes: list[str] = []
-    if slots * context > fits and options.slots is None:
-        slots = max(1, fits // context)
-        notes.append(f"slots cut to {slots}, to fit a quarter of the free memory")
-    if slots * context > fits and request.context_length is None:
-        context = max(256, fits // slots // 256 * 256)
-        notes.append(f"context cut to {context}, to fit a quarter of the free memory")
-    return ContextPlan(slots, context, tuple(notes))
+    options = _settled(request)
+    device = expected_device(request.device)
+    on_cpu = device == "cpu"
+    settings = Settings(
+        batch=_batch(options, on_cpu=on_cpu),
+        kv_type=options.kv_type or "f16",
+        gpu_layers=options.gpu_layers,
+    )
+    return estimate(request.model, _plan(request, options, on_cpu=on_cpu), settings, device)
+
+
+def _plan(request: OpenRequest, options: Options, *, on_cpu: bool) -> ContextPlan:
+    memory = request.memory
+    if memory is None and on_cpu:
+        # All there is, not what is free now: the estimate and the load come to the same.
+        memory = machine.host_memory()
+    return plan_context(request, options.slots, options.kv_type or "f16", memory)
+
+
+def _settled(request: OpenRequest) -> Options:
+    """Return the options; of those that were not given, such that answers repeat if they must."""
+    options = Options(**request.options)
+    if not request.repeatable:
+        return options
+    flash = "on" if options.flash_attention == "auto" else options.flash_attention
+    kv_type = options.kv_type or "bf16"
+    return options.model_copy(update={"flash_attention": flash, "kv_type": kv_type})
+
+
+def _repeats(options: Options) -> bool:
+    # Found by trial, in 60 of 60 answers: with an f16 cache, prompts longer than a batch are
+    # rounded differently in different company.
+    return options.kv_type in {"bf16", "q8_0"} and options.flash_attention == "on"
+
+
+def _batch(options: Options, *, on_cpu: bool) -> int:
+    return options.batch_size or (_CPU_BATCH if on_cpu else _GPU_BATCH)
 
 
 def _device(wanted: str, devices: Sequence[dict[str, Any]]) -> str:

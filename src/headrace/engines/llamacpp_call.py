@@ -18,6 +18,8 @@ from headrace.core.events import TokenLogprob, TopLogprob
 from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, RawFinish
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import xllamacpp
 
     from headrace.engines.threaded import Emit
@@ -43,6 +45,7 @@ class _Progress(msgspec.Struct):
 
 class _Verbose(msgspec.Struct):
     tokens: tuple[int, ...] = ()
+    tokens_predicted: int = 0
 
 
 class _Candidate(msgspec.Struct):
@@ -101,11 +104,15 @@ _SPACING = {
 class Call:
     """One request on its own thread: llama.cpp calls back for every chunk."""
 
-    def __init__(self, request: EngineRequest, emit: Emit[RawEvent]) -> None:
+    def __init__(
+        self, request: EngineRequest, emit: Emit[RawEvent], split: Callable[[str], tuple[int, ...]]
+    ) -> None:
         self._request = request
         self._emit = emit
+        self._split = split
         self._ends = frozenset(request.sampling.stop_token_ids)
         self._sent = 0
+        self._made = 0
         self._cached = 0
         self._ended = False
         self._failure: BaseException | None = None
@@ -132,13 +139,23 @@ class Call:
             raise error_from(chunk.error)
         if chunk.prompt_progress is not None:
             return self._progress(chunk.prompt_progress)
-        choice, token_ids = chunk.choices[0], chunk.verbose.tokens
+        choice = chunk.choices[0]
         if choice.finish_reason is not None:
             return self._finish(choice.finish_reason, chunk.usage)
+        token_ids = self._all_of(chunk.verbose, choice.text)
         if not self._ends.isdisjoint(token_ids):
             return self._finish("stop", None)
         self._sent += len(token_ids)
         return self._emit(RawDelta(choice.text.encode(), token_ids, self._logprobs(choice)))
+
+    def _all_of(self, verbose: _Verbose, text: str) -> tuple[int, ...]:
+        # A character of several tokens comes with the id of the last one only.
+        tokens, missing = verbose.tokens, verbose.tokens_predicted - self._made
+        self._made = max(self._made, verbose.tokens_predicted)
+        if missing <= len(tokens):
+            return tokens
+        whole = self._split(text)[-missing:]
+        return whole if len(whole) == missing and whole[-len(tokens) :] == tokens else tokens
 
     def _progress(self, progress: _Progress) -> bool:
         self._cached = progress.cache
@@ -171,9 +188,9 @@ class Call:
 
 
 def _body(request: EngineRequest) -> bytes:
-    sampling = request.sampling
+    sampling, prompt = request.sampling, (*request.token_ids, *request.answered)
     body: dict[str, Any] = {
-        "prompt": request.token_ids,
+        "prompt": prompt,
         "stream": True,
         "max_tokens": request.max_tokens,
         # Token ids come only in the verbose part; progress is what makes a prefill cancellable.
@@ -181,7 +198,7 @@ def _body(request: EngineRequest) -> bytes:
         "return_tokens": True,
         "return_progress": True,
         # The published penalties look at the whole text; llama.cpp's default is 64 tokens.
-        "repeat_last_n": len(request.token_ids) + request.max_tokens,
+        "repeat_last_n": len(prompt) + request.max_tokens,
     }
     for ours, theirs in SAMPLING.items():
         if (value := getattr(sampling, ours)) is not None:

@@ -1,216 +1,288 @@
-"""The models of one service by name: loaded when first wanted, started again when they die."""
+"""Many models behind one Backend: a request finds its model, waits for it, and gets its answer."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 
 import msgspec
 
-from headrace.core.backend import Backend
-from headrace.core.errors import HeadraceError, LoadFailed, Loading, QueueTimeout, UnknownModel
-from headrace.core.events import Event, Progress
-from headrace.core.model import ModelInfo, ModelSpec, State
+from headrace.core.errors import (
+    Draining,
+    EngineError,
+    HeadraceError,
+    QueueTimeout,
+    UnknownModel,
+)
+from headrace.core.events import Delta, Event, Finish
+from headrace.core.model import Capabilities, ModelInfo, ModelSpec
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, TokenCount
+from headrace.pool.feed import Feed
+from headrace.pool.ledger import Ledger
+from headrace.pool.line import Waiter
+from headrace.pool.loader import Loader, Sizing
+from headrace.pool.policy import Rules
+from headrace.pool.replica import OpenWorker, PooledWorker
+from headrace.pool.resume import Answer, Diverged
+from headrace.pool.seat import Seat
+from headrace.worker.spec import unloaded_info
 
-log = logging.getLogger("headrace.pool")
-
-_MAX_BACKOFF_S = 60.0
-_STEADY_S = 60.0
-
-
-class PooledWorker(Backend, Protocol):
-    """A Backend with a life, as the pool needs it. `died` is set when it ended by itself."""
-
-    died: asyncio.Event
-
-    @property
-    def state(self) -> State:
-        """One of the states of contract W7."""
-        ...
-
-    async def start(self) -> None:
-        """Load. Idempotent."""
-        ...
-
-    async def aclose(self, drain_s: float = 0.0) -> None:
-        """Drain and free."""
-        ...
-
-
-OpenWorker = Callable[[ModelSpec], PooledWorker]
-
-
-def backoff_s(failures: int) -> float:
-    """Return how long to wait after so many failures in a row: 0, 1, 2, 4 ... 60 seconds."""
-    return min(_MAX_BACKOFF_S, 2.0 ** min(failures - 1, 6)) if failures else 0.0
-
-
-class Seat:
-    """One model's place in the pool: its worker, who waits for its load, how it has failed."""
-
-    def __init__(self, spec: ModelSpec, worker: PooledWorker) -> None:
-        self.spec = spec
-        self.worker = worker
-        self.waiting = 0
-        self._failures = 0
-        self._retry_at = 0.0
-        self._ready_at = 0.0
-        self._keeper: asyncio.Task[None] | None = None
-
-    def __repr__(self) -> str:
-        """Tell the worker and how many wait for it."""
-        return f"<Seat {self.worker!r}, {self.waiting} waiting>"
-
-    async def ready(self) -> None:
-        """Wait until the model is loaded; many waiters share one load.
-
-        Raises:
-            Loading: too many wait already.
-            LoadFailed: it has failed a moment ago; with the time after which to try again.
-            HeadraceError: what the load raises.
-        """
-        if self.worker.state == "ready":
-            return
-        if self.waiting > self.spec.max_queued:
-            raise Loading(f"{self.spec.name} is loading, and {self.waiting} requests wait for it.")
-        wait_s = self._retry_at - time.monotonic()
-        if self.worker.state == "failed" and wait_s > 0:
-            reason = self.worker.models()[0].reason
-            raise LoadFailed(f"{self.spec.name} has failed: {reason}", retry_after_s=wait_s)
-        self.waiting += 1
-        try:
-            await self._start()
-        finally:
-            self.waiting -= 1
-
-    async def aclose(self, drain_s: float) -> None:
-        """Stop the worker and whoever restarts it."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-        await self.worker.aclose(drain_s)
-
-    async def _start(self) -> None:
-        try:
-            await self.worker.start()
-        except HeadraceError:
-            self._failed()
-            raise
-        self._ready_at = time.monotonic()
-        if self._keeper is None or self._keeper.done():
-            self._keeper = asyncio.create_task(self._keep(), name=f"keep {self.spec.name}")
-
-    def _failed(self) -> None:
-        if time.monotonic() < self._retry_at:
-            # One of many who waited for the same load.
-            return
-        self._failures += 1
-        self._retry_at = time.monotonic() + backoff_s(self._failures)
-
-    async def _keep(self) -> None:
-        # Ready again without being asked: a service behind a balancer gets no request otherwise.
-        await self.worker.died.wait()
-        while self.worker.state == "failed":
-            if time.monotonic() - self._ready_at > _STEADY_S:
-                self._failures = 0
-            await asyncio.sleep(backoff_s(self._failures))
-            try:
-                await self.worker.start()
-            except HeadraceError as error:
-                self._failed()
-                data = {"model": self.spec.name, "error": error.message}
-                log.warning("headrace.pool.restart_failed", extra={"data": data})
-            else:
-                self._failures += 1
-                self._ready_at = time.monotonic()
-                log.warning("headrace.pool.restarted", extra={"data": {"model": self.spec.name}})
-                await self.worker.died.wait()
-
-
-async def _in_time(ready: Coroutine[Any, Any, None], request: GenerateRequest) -> None:
-    if request.deadline_s is None:
-        return await ready
-    left = request.received + request.deadline_s - time.monotonic()
-    try:
-        async with asyncio.timeout(left):
-            return await ready
-    except TimeoutError as error:
-        raise QueueTimeout("The deadline passed while the model was loading.") from error
+_TELL_EVERY_S = 0.5
 
 
 class Pool:
-    """A Backend that finds the model a request names, by name or alias."""
+    """A Backend over many models, each in as many processes as it has replicas."""
 
-    def __init__(self, specs: Sequence[ModelSpec], open_worker: OpenWorker) -> None:
-        self._seats = {spec.name: Seat(spec, open_worker(spec)) for spec in specs}
-        self._names = {name: spec.name for spec in specs for name in (spec.name, *spec.aliases)}
+    def __init__(
+        self,
+        specs: Sequence[ModelSpec],
+        open_worker: OpenWorker,
+        *,
+        sizing: Sizing,
+        ledger: Ledger,
+        rules: Rules | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.feed = Feed()
+        self.ledger = ledger
+        self.seats: dict[str, Seat] = {}
+        self.leaving: list[Seat] = []
+        self.draining = False
+        self._names: dict[str, str] = {}
+        self._clock = clock
+        self.loader = Loader(
+            self._everybody, open_worker, sizing, ledger, rules or Rules(), self.feed, clock
+        )
+        self._hurry = asyncio.Event()
+        self._drain_until = float("inf")
+        self._streams = 0
+        self._closing: asyncio.Task[None] | None = None
+        for spec in specs:
+            self.add(spec)
 
     def __repr__(self) -> str:
-        """Tell the seats."""
-        return f"<Pool {list(self._seats.values())!r}>"
+        """Tell the seats and the memory."""
+        return f"<Pool {list(self.seats.values())!r}, {self.ledger!r}>"
 
     @property
     def ready(self) -> bool:
-        """Whether every model is loaded."""
-        return all(seat.worker.state == "ready" for seat in self._seats.values())
+        """Whether a request would be answered, after the load of its model at worst."""
+        return not self.draining and any(
+            seat.spec.enabled and seat.failure is None for seat in self.seats.values()
+        )
 
-    async def start(self) -> None:
-        """Load all models.
+    def add(self, spec: ModelSpec) -> Seat:
+        """Serve one more model; nothing is loaded yet."""
+        seat = self.seats[spec.name] = Seat(spec, self._clock)
+        seat.draining = self.draining
+        self.name_all()
+        return seat
+
+    def remove(self, seat: Seat) -> None:
+        """Serve a model no more: who runs ends, who waits is refused, and it is unloaded."""
+        del self.seats[seat.spec.name]
+        self.leaving = [one for one in self.leaving if list(one.everybody())] + [seat]
+        self.name_all()
+        seat.draining = True
+        seat.refuse(UnknownModel(f"The model {seat.spec.name!r} is not served any more."))
+        for replica in seat.replicas:
+            replica.closed = True
+            seat.retired.add(replica)
+        seat.replicas = []
+        self.loader.let_go(seat)
+
+    def name_all(self) -> None:
+        """Note anew which names and aliases lead to which model."""
+        self._names = {
+            name: seat.spec.name
+            for seat in self.seats.values()
+            for name in (seat.spec.name, *seat.spec.aliases)
+        }
+
+    def seat(self, name: str) -> Seat:
+        """Find a model by name or alias; the only one needs no name.
 
         Raises:
-            HeadraceError: of the first that failed, after all have been tried.
+            UnknownModel: with the names that there are.
         """
-        results = await asyncio.gather(
-            *(seat.ready() for seat in self._seats.values()), return_exceptions=True
-        )
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Yield the stream of the model's worker, after a wait for its load if need be."""
-        seat = self._seat(request.model)
-        began = time.monotonic()
-        if seat.worker.state != "ready":
-            yield Progress("loading")
-            await _in_time(seat.ready(), request)
-            request = msgspec.structs.replace(request, load_ms=(time.monotonic() - began) * 1000)
-        stream = seat.worker.generate(request)
-        try:
-            async for event in stream:
-                yield event
-        finally:
-            await stream.aclose()
-
-    async def count_tokens(self, request: CountRequest) -> TokenCount:
-        """Count with the model's own tokenizer."""
-        seat = self._seat(request.model)
-        await seat.ready()
-        return await seat.worker.count_tokens(request)
-
-    async def detokenize(self, request: DetokenizeRequest) -> str:
-        """Return text from the model's own tokenizer."""
-        seat = self._seat(request.model)
-        await seat.ready()
-        return await seat.worker.detokenize(request)
-
-    def models(self) -> tuple[ModelInfo, ...]:
-        """Return the metadata of all, without waiting."""
-        return tuple(info for seat in self._seats.values() for info in seat.worker.models())
-
-    async def aclose(self, drain_s: float = 0.0) -> None:
-        """Drain and stop all workers at once. Idempotent."""
-        await asyncio.gather(*(seat.aclose(drain_s) for seat in self._seats.values()))
-
-    def _seat(self, name: str) -> Seat:
-        if not name and len(self._seats) == 1:
-            return next(iter(self._seats.values()))
+        if not name and len(self.seats) == 1:
+            return next(iter(self.seats.values()))
         if name not in self._names:
             served = ", ".join(sorted(self._names))
             raise UnknownModel(
                 f"The model {name!r} is not served here; there is {served}.", param="model"
             )
-        return self._seats[self._names[name]]
+        return self.seats[self._names[name]]
+
+    async def start(self) -> None:
+        """Load the models that are to be loaded from the start, in order, as long as they fit.
+
+        Raises:
+            HeadraceError: of the first that failed, after all have been tried.
+        """
+        self.loader.start()
+        failed: HeadraceError | None = None
+        for seat in list(self.seats.values()):
+            if not (seat.preload and seat.spec.enabled):
+                continue
+            self.loader.want(seat, may_evict=False)
+            loading = [one.loading for one in seat.replicas if one.loading is not None]
+            if loading:
+                await asyncio.wait(loading)
+            failed = failed or seat.failure
+        if failed is not None:
+            raise failed
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """Yield the stream of a worker; when that dies, another goes on with it if it can.
+
+        Raises:
+            HeadraceError: of any family, at any time before the Finish.
+        """
+        if self.draining:
+            raise Draining("The service is stopping.")
+        seat = self.seat(request.model)
+        answer = Answer(request, seat.spec.continuation, self._clock)
+        stream = self._attempt(seat, request, answer)
+        self._streams += 1
+        try:
+            try:
+                async for event in stream:
+                    yield event
+                return
+            except EngineError as error:
+                broken, way = error, answer.way_on(error, _capabilities(seat))
+            finally:
+                await stream.aclose()
+            if way is None or self.draining:
+                raise broken
+            self._note(seat, request, way, broken)
+            stream = self._attempt(seat, answer.again(way), answer, first=True)
+            try:
+                async for event in stream:
+                    yield event
+            except (HeadraceError, Diverged) as error:
+                raise broken from error
+            finally:
+                await stream.aclose()
+        finally:
+            self._streams -= 1
+            self._hurry.set()
+
+    async def count_tokens(self, request: CountRequest) -> TokenCount:
+        """Count with the model's own tokenizer; this never queues."""
+        return await (await self._worker(request.model)).count_tokens(request)
+
+    async def detokenize(self, request: DetokenizeRequest) -> str:
+        """Return text from the model's own tokenizer; this never queues."""
+        return await (await self._worker(request.model)).detokenize(request)
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """Return the metadata of all, without waiting."""
+        return tuple(_info(seat) for seat in self.seats.values())
+
+    async def aclose(self, drain_s: float = 0.0) -> None:
+        """Refuse what is new, let running answers end within `drain_s`, end the rest. Idempotent.
+
+        Called again, it can shorten the wait. When it returns, all processes are gone.
+        """
+        self._drain_until = min(self._drain_until, self._clock() + drain_s)
+        self._hurry.set()
+        if self._closing is None:
+            self.draining = True
+            self.feed.tell("draining")
+            self._closing = asyncio.create_task(self._close(), name="close the pool")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        error = Draining("The service is stopping.")
+        for seat in self._everybody():
+            seat.draining = True
+            seat.refuse(error)
+        self.loader.give_up()
+        self.feed.close()
+        while self._streams and (left := self._drain_until - self._clock()) > 0:
+            self._hurry.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._hurry.wait()
+        await self.loader.aclose()
+
+    async def _attempt(
+        self, seat: Seat, request: GenerateRequest, answer: Answer, *, first: bool = False
+    ) -> AsyncGenerator[Event, None]:
+        waiter, tokens = seat.join(request, first=first), None
+        try:
+            if not waiter.turn.done():
+                self.loader.want(seat)
+            while not waiter.turn.done():
+                yield seat.progress()
+                await self._for_turn(seat, waiter)
+            lease = waiter.turn.result()
+            stream = lease.worker.generate(answer.asked(request, waiter.load_s))
+            try:
+                async for event in stream:
+                    if isinstance(event, Delta):
+                        if (new := answer.new(event)) is not None:
+                            yield new
+                    elif isinstance(event, Finish):
+                        tokens = event.usage.total_tokens
+                        yield answer.check(event)
+                    else:
+                        yield event
+            finally:
+                await stream.aclose()
+        finally:
+            seat.abandon(waiter, tokens)
+            self.loader.released(seat)
+
+    async def _for_turn(self, seat: Seat, waiter: Waiter) -> None:
+        """Wait a while for a turn.
+
+        Raises:
+            QueueTimeout: the request's deadline has passed.
+            Loading: the load takes longer than the request waits for it.
+        """
+        if (loading := seat.impatient(waiter)) is not None:
+            raise loading
+        request, wait_s = waiter.request, _TELL_EVERY_S
+        if request.deadline_s is not None:
+            left = request.received + request.deadline_s - self._clock()
+            if left <= 0:
+                what = "in the queue" if seat.is_ready else "for the model to load"
+                raise QueueTimeout(f"The deadline passed while the request waited {what}.")
+            wait_s = min(wait_s, left)
+        await asyncio.wait({waiter.turn}, timeout=wait_s)
+
+    async def _worker(self, name: str) -> PooledWorker:
+        if self.draining:
+            raise Draining("The service is stopping.")
+        seat = self.seat(name)
+        seat.check()
+        if not seat.is_ready:
+            self.loader.want(seat)
+        worker = (await seat.up()).worker
+        assert worker is not None, "a ready replica has one"
+        return worker
+
+    def _note(self, seat: Seat, request: GenerateRequest, way: str, why: EngineError) -> None:
+        seat.continuations += 1
+        self.feed.tell("continued", seat.spec.name, id=request.id, way=way, why=why.message)
+
+    def _everybody(self) -> list[Seat]:
+        return [*self.seats.values(), *self.leaving]
+
+
+def _capabilities(seat: Seat) -> Capabilities:
+    return seat.info.capabilities if seat.info else Capabilities()
+
+
+def _info(seat: Seat) -> ModelInfo:
+    reason = seat.last_error if seat.state == "failed" else None
+    if seat.info is None:
+        return unloaded_info(seat.spec, seat.state, reason)
+    live = next((one.worker for one in seat.replicas if one.worker and one.is_ready), None)
+    info = live.models()[0] if live else msgspec.structs.replace(seat.info, memory=None)
+    return msgspec.structs.replace(info, state=seat.state, reason=reason, aliases=seat.spec.aliases)

@@ -22,7 +22,7 @@ from headrace.core.events import Delta, Event, Finish, FinishReason, Progress
 from headrace.core.metrics import DeviceUse, InferenceMetrics
 from headrace.core.request import GenerateRequest
 from headrace.core.stream import merge
-from headrace.engines.base import Admitted, Engine, EngineRequest, RawDelta, RawEvent, RawFinish
+from headrace.engines.base import Admitted, Engine, EngineRequest, RawDelta, RawEvent
 from headrace.machine import Sampler
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.admission import Admission
@@ -91,29 +91,50 @@ class Answer:
             self._loaded.sampler.release(self._watch)
 
     def _choices(self, job: Job) -> AsyncGenerator[Event, None]:
+        if self._request.answered:
+            return self._resumed(job)
         streams = [
             self._choice(index, choice, TextPipeline(job.stops))
             for index, choice in enumerate(job.choices)
         ]
         return streams[0] if len(streams) == 1 else merge(streams)
 
+    def _resumed(self, job: Job) -> AsyncGenerator[Event, None]:
+        request, text = job.choices[0], TextPipeline(job.stops)
+        self._meter.resumed(len(request.token_ids), len(request.answered))
+        shown = text.feed(job.said.encode())
+        self._say(shown)
+        opening = Delta(shown, request.answered)
+        if job.over is None and not text.stopped:
+            return self._choice(0, request, text, opening)
+        self._reasons[0] = job.over or "stop"
+        return self._whole(opening, text)
+
+    async def _whole(self, opening: Delta, text: TextPipeline) -> AsyncGenerator[Event, None]:
+        yield opening
+        if rest := self._rest(0, text):
+            yield rest
+
     async def _choice(
-        self, index: int, request: EngineRequest, text: TextPipeline
+        self, index: int, request: EngineRequest, text: TextPipeline, opening: Delta | None = None
     ) -> AsyncGenerator[Event, None]:
         admission, meter = self._loaded.admission, self._meter
         entered = await admission.enter(self._deadline)
         raw: AsyncGenerator[RawEvent, None] | None = None
         sent = 0
         try:
+            if opening is not None:
+                yield opening
             raw = self._loaded.engine.generate(request)
+            if self._deadline is not None:
+                raw = _until(self._deadline, raw)
             async for event in raw:
                 self._check()
                 if isinstance(event, RawDelta):
                     shown, tokens = text.feed(event.data), len(event.token_ids)
                     sent += tokens
                     meter.delta(tokens, visible=bool(shown))
-                    if self._said is not None:
-                        self._said.append(shown)
+                    self._say(shown)
                     yield Delta(shown, event.token_ids, index, "", event.logprobs)
                     if text.stopped:
                         break
@@ -121,13 +142,11 @@ class Answer:
                     meter.admitted(len(request.token_ids), event.cached)
                     yield Progress("prefill", event.done, event.total)
                 else:
-                    self._ended(index, event, sent)
-            if rest := text.flush():
-                if self._said is not None:
-                    self._said.append(rest)
-                yield Delta(rest, index=index)
-            if text.stopped:
-                self._reasons[index] = "stop"
+                    self._reasons[index] = event.reason
+                    missing = event.completion_tokens - sent
+                    meter.correct(len(request.token_ids), missing, event.cached_tokens)
+            if rest := self._rest(index, text):
+                yield rest
         finally:
             if raw is not None:
                 await raw.aclose()
@@ -140,10 +159,16 @@ class Answer:
         asked = self._request.messages or self._request.prompt
         return record | {"asked": asked, "answered": "".join(self._said)}
 
-    def _ended(self, index: int, event: RawFinish, sent: int) -> None:
-        self._reasons[index] = event.reason
-        missing = event.completion_tokens - sent
-        self._meter.correct(event.prompt_tokens, missing, event.cached_tokens)
+    def _rest(self, index: int, text: TextPipeline) -> Delta | None:
+        rest = text.flush()
+        self._say(rest)
+        if text.stopped:
+            self._reasons[index] = "stop"
+        return Delta(rest, index=index) if rest else None
+
+    def _say(self, text: str) -> None:
+        if self._said is not None:
+            self._said.append(text)
 
     def _check_choices(self) -> None:
         most = self._loaded.admission.max_running + self._loaded.admission.max_queued
@@ -153,7 +178,7 @@ class Answer:
     def _check(self) -> None:
         self._loaded.admission.check()
         if self._deadline is not None and time.monotonic() > self._deadline:
-            raise DeadlineExceeded("The deadline passed before the answer was complete.")
+            raise _too_late()
 
     def _failed(self, error: HeadraceError) -> HeadraceError:
         # A new one: the same error can end many streams, each with figures of its own.
@@ -168,3 +193,28 @@ class Answer:
             model=self._loaded.name,
             worker=self._loaded.name,
         )
+
+
+async def _until(
+    deadline: float, raw: AsyncGenerator[RawEvent, None]
+) -> AsyncGenerator[RawEvent, None]:
+    """Yield what the engine does. It is interrupted at the deadline, however silent it is."""
+    try:
+        while True:
+            limit = asyncio.timeout(deadline - time.monotonic())
+            try:
+                async with limit:
+                    event = await anext(raw, None)
+            except TimeoutError as error:
+                if limit.expired():
+                    raise _too_late() from error
+                raise
+            if event is None:
+                return
+            yield event
+    finally:
+        await raw.aclose()
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("The deadline passed before the answer was complete.")

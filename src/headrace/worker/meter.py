@@ -29,6 +29,12 @@ class Meter:
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._completion_tokens = 0
+        self._resumed_tokens = 0
+
+    def resumed(self, prompt_tokens: int, answered_tokens: int) -> None:
+        """Note an answer that goes on: these tokens are used, but nobody waited for them here."""
+        self._prompt_tokens = prompt_tokens
+        self._resumed_tokens = answered_tokens
 
     def admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
         """Note that the engine has begun; later calls only raise the cached count."""
@@ -59,7 +65,7 @@ class Meter:
         return Usage(
             prompt_tokens=self._prompt_tokens,
             cached_tokens=min(self._cached_tokens, self._prompt_tokens),
-            completion_tokens=self._completion_tokens,
+            completion_tokens=self._resumed_tokens + self._completion_tokens,
         )
 
     def finish(self, outcome: str, devices: tuple[DeviceUse, ...] = ()) -> InferenceMetrics:
@@ -68,7 +74,8 @@ class Meter:
         first, last = (times[0], times[-1]) if times else (None, None)
         prefill_ms = _ms(self._admitted, first)
         decode_ms = _ms(first, last) if len(times) > 1 else None
-        fresh, steps = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens - 1
+        fresh = usage.prompt_tokens + self._resumed_tokens - self._cached_tokens
+        steps = self._completion_tokens - 1
         waited = _ms(self._received, self._admitted)
         return InferenceMetrics(
             started_at=self._started_at,

@@ -15,6 +15,7 @@ from headrace.core.events import Event
 from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, TokenCount
 from headrace.log import LogSettings
+from headrace.machine import process_memory
 from headrace.worker.lifecycle import Lifecycle
 from headrace.worker.spawn import ChildProcess
 from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, resolved, unloaded_info
@@ -26,7 +27,8 @@ _QUIET = LogSettings()
 _CANCEL_S = 30.0
 _LAST_STEP_S = 10.0
 _LAST_WORD_S = 1.0
-_WATCH_S = 0.5
+_WATCH_S = 0.25
+_FREED_LOOKS, _FREED_STEP_S = 100, 0.05
 
 
 class WorkerProcess:
@@ -60,6 +62,11 @@ class WorkerProcess:
     def pid(self) -> int | None:
         """Process id of the child, while there is one."""
         return self._child.pid if self._child else None
+
+    @property
+    def outstanding(self) -> int:
+        """How many streams are open."""
+        return self._child.outstanding if self._child else 0
 
     def __repr__(self) -> str:
         """Tell the name, the state and the process."""
@@ -119,6 +126,11 @@ class WorkerProcess:
         reason = self._life.reason
         return (msgspec.structs.replace(self._info, state=state, reason=reason, memory=memory),)
 
+    async def memory(self) -> dict[str, int]:
+        """Measure what the child holds now: bytes by device; nothing when there is no child."""
+        pid = self.pid
+        return await asyncio.to_thread(process_memory, pid) if pid is not None else {}
+
     async def aclose(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, let running ones end within `drain_s`, end the rest and the child.
 
@@ -126,15 +138,18 @@ class WorkerProcess:
         """
         self._life.state = "draining"
         await self._life.abandon_start()
-        if self._watchdog is not None:
-            self._watchdog.cancel()
         if (child := self._child) is not None:
+            pid = child.pid
             child.link.send(Close(drain_s))
             # A hung engine ends nothing by itself: its streams are told here.
             if not await _within(drain_s + _LAST_WORD_S, child.gone):
                 child.fail_streams(Draining(f"{self.spec.name} is stopping."))
                 await _within(_LAST_STEP_S, child.gone)
             await _end(child)
+            if pid is not None:
+                await _freed(pid)
+        if self._watchdog is not None:
+            await asyncio.wait({self._watchdog})
         self._child = None
         self._life.state = "stopped"
 
@@ -150,6 +165,7 @@ class WorkerProcess:
         self._on_progress("loading", 0, 0)
         child = ChildProcess(self.spec.name, self._on_gone)
         await child.spawn()
+        self._watchdog = asyncio.create_task(self._watch(child))
         try:
             child.link.send(Load(self._found, self._log_settings))
             info = await self._loaded(child)
@@ -160,7 +176,6 @@ class WorkerProcess:
         self._info = msgspec.structs.replace(info, load_ms=load_ms)
         self._child = child
         self.died.clear()
-        self._watchdog = asyncio.create_task(self._watch(child))
 
     async def _loaded(self, child: ChildProcess) -> ModelInfo:
         try:
@@ -181,9 +196,11 @@ class WorkerProcess:
 
     async def _watch(self, child: ChildProcess) -> None:
         while not child.gone.is_set():
-            await asyncio.sleep(_WATCH_S)
             if child.is_hung(self.spec.hang_s):
-                child.kill(hung=True)
+                child.kill("hung and was killed")
+            if child.is_stopped():
+                child.kill("was stopped from outside and killed")
+            await _within(_WATCH_S, child.gone)
 
 
 async def _within(timeout_s: float, event: asyncio.Event) -> bool:
@@ -199,6 +216,14 @@ async def _end(child: ChildProcess) -> None:
     child.loaded.cancel()
     if not child.loaded.cancelled():
         child.loaded.exception()
+
+
+async def _freed(pid: int) -> None:
+    # The driver takes the memory of a process back after it has ended, not as it ends.
+    for _ in range(_FREED_LOOKS):
+        if not await asyncio.to_thread(process_memory, pid):
+            return
+        await asyncio.sleep(_FREED_STEP_S)
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,14 +15,22 @@ from headrace.text.template import ChatTemplate
 
 # Done by the worker for every engine.
 _OURS = {"stop"}
+# What can be missing of a character of UTF-8.
+_MOST_OF_A_CHARACTER = 3
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A request, made ready: one engine request for each choice, and the stop strings."""
+    """A request, made ready: one engine request for each choice, and the stop strings.
+
+    `said` is the text of the tokens that were answered before. `over` is set when the answer was
+    whole with them.
+    """
 
     choices: tuple[EngineRequest, ...]
     stops: tuple[str, ...]
     echo: str = ""
+    said: str = ""
+    over: Literal["stop", "length"] | None = None
 
 
 class Prompter:
@@ -51,11 +59,14 @@ class Prompter:
         max_tokens = room(
             len(token_ids), request.sampling.max_tokens, self._context_length(request)
         )
+        answered, said, ended = self._answered(request)
+        left = max(0, max_tokens - len(answered))
         return Job(
             choices=tuple(
                 EngineRequest(
                     token_ids=token_ids,
-                    max_tokens=max_tokens,
+                    max_tokens=left,
+                    answered=answered,
                     sampling=_seeded(request.sampling, index),
                     json_schema=request.json_schema,
                 )
@@ -63,6 +74,8 @@ class Prompter:
             ),
             stops=(*request.sampling.stop, *self._stops),
             echo=self._echo(request),
+            said=said,
+            over="stop" if ended else None if left else "length",
         )
 
     def count(self, request: CountRequest) -> tuple[int, ...]:
@@ -95,6 +108,34 @@ class Prompter:
         if not token_ids:
             raise InvalidRequest("The messages are empty.", param="messages")
         return token_ids
+
+    def _answered(self, request: GenerateRequest) -> tuple[tuple[int, ...], str, bool]:
+        """Return the tokens to go on from, their text, and whether they end the answer.
+
+        An answer that was cut inside of a character loses the tokens of its beginning: they are
+        generated again.
+        """
+        given = request.answered
+        if not given:
+            return (), "", False
+        ends = self._ends(request.sampling)
+        end = next((place for place, token in enumerate(given) if token in ends), None)
+        given = given if end is None else given[: end + 1]
+        text = self._engine.shown(given)
+        for missing in range(_MOST_OF_A_CHARACTER + 1):
+            kept = given[: len(given) - missing]
+            whole = self._engine.shown(kept) if missing else text
+            if not whole.endswith("\ufffd"):
+                return kept, whole, end is not None
+        # The character itself, or bytes that never become one: it was shown like this.
+        return given, text, end is not None
+
+    def _ends(self, sampling: Sampling) -> frozenset[int]:
+        eos = self._facts.eos_token
+        if sampling.ignore_eos or not eos:
+            return frozenset(sampling.stop_token_ids)
+        token_ids = self._engine.tokenize(eos, add_special=False)
+        return frozenset((*sampling.stop_token_ids, *(token_ids if len(token_ids) == 1 else ())))
 
     def _context_length(self, request: GenerateRequest) -> int:
         most, wanted = self._facts.context_length, request.context_length
@@ -165,6 +206,18 @@ def check_supported(request: GenerateRequest, capabilities: Capabilities) -> Non
         raise Unsupported("This engine cannot keep to a JSON schema.", param="response_format")
     if isinstance(request.prompt, tuple) and not capabilities.token_prompts:
         raise Unsupported("This engine takes no token ids.", param="prompt")
+    if request.answered:
+        _check_resumable(request, capabilities)
+
+
+def _check_resumable(request: GenerateRequest, capabilities: Capabilities) -> None:
+    if not capabilities.resume:
+        raise Unsupported("This engine cannot go on with an answer.", param="answered")
+    if request.n > 1 or request.echo or request.json_schema is not None:
+        raise Unsupported(
+            "An answer with several choices, an echo or a JSON schema cannot be gone on with.",
+            param="answered",
+        )
 
 
 def _seeded(sampling: Sampling, index: int) -> Sampling:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from headrace.core.errors import (
     HeadraceError,
@@ -96,7 +97,8 @@ class ChildProcess:
         self._calls: dict[int, asyncio.Future[TokenCount | str]] = {}
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._alive = time.monotonic()
-        self._hung = False
+        self._stopped = False
+        self._verdict: str | None = None
         self._process: Process | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -193,9 +195,18 @@ class ChildProcess:
         busy = bool(self._listeners or self._calls)
         return silent or (busy and now - self._alive > limit_s)
 
-    def kill(self, *, hung: bool = False) -> None:
-        """End the process at once; `gone` is set when it has ended."""
-        self._hung = self._hung or hung
+    def is_stopped(self) -> bool:
+        """Tell whether it is stopped by a signal, and was when this was asked before."""
+        before = self._stopped
+        try:
+            self._stopped = psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+        except psutil.Error:
+            self._stopped = False
+        return before and self._stopped
+
+    def kill(self, verdict: str | None = None) -> None:
+        """End the process at once, for a reason; `gone` is set when it has ended."""
+        self._verdict = self._verdict or verdict
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
 
@@ -254,8 +265,8 @@ class ChildProcess:
         self._on_gone(error)
 
     def _cause(self, code: int, why: str) -> str:
-        if self._hung:
-            return "hung and was killed"
+        if self._verdict:
+            return self._verdict
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         return f"ended with exit code {code}" if code else f"ended ({why})"

@@ -10,7 +10,7 @@ import msgspec
 
 from headrace.core.errors import Draining
 from headrace.core.model import ModelFile, ModelInfo, ModelSpec, State
-from headrace.engines.base import EngineFacts
+from headrace.engines.base import EngineFacts, OpenRequest
 from headrace.worker.prompt import Prompter
 
 OnProgress = Callable[[str, int, int], None]
@@ -18,12 +18,30 @@ OnProgress = Callable[[str, int, int], None]
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A model whose source has been resolved; all that a process needs to load it."""
+    """A model whose source has been resolved; all that a process needs to load it.
+
+    `memory` is how many bytes of its device models may take together; None is all that it has.
+    """
 
     model: ModelSpec
     file: ModelFile
     engine: str
     engine_reason: str = ""
+    memory: int | None = None
+
+
+def open_request(found: WorkerSpec) -> OpenRequest:
+    """Return what the engine is opened with."""
+    spec = found.model
+    return OpenRequest(
+        model=found.file,
+        device=spec.device or "auto",
+        context_length=spec.context_length,
+        max_running=spec.max_running,
+        memory=found.memory,
+        repeatable=spec.continuation == "exact",
+        options=spec.options,
+    )
 
 
 Resolve = Callable[[ModelSpec, OnProgress], WorkerSpec]

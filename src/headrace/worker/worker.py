@@ -25,6 +25,7 @@ from headrace.worker.spec import (
     Resolve,
     WorkerSpec,
     loaded_info,
+    open_request,
     resolved,
     unloaded_info,
 )
@@ -155,19 +156,9 @@ class Worker:
         log.info("headrace.worker.ready", extra={"data": data})
 
     def _open(self, found: WorkerSpec) -> tuple[Engine, Prompter, ModelInfo]:
-        spec = found.model
-        engine = self._open_engine(
-            found.engine,
-            OpenRequest(
-                model=found.file,
-                device=spec.device or "auto",
-                context_length=spec.context_length,
-                max_running=spec.max_running,
-                options=spec.options,
-            ),
-        )
+        engine = self._open_engine(found.engine, open_request(found))
         try:
-            prompter = Prompter(spec, engine)
+            prompter = Prompter(found.model, engine)
             return engine, prompter, loaded_info(found, engine.facts, prompter)
         except BaseException:
             engine.close()

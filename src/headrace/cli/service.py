@@ -1,0 +1,217 @@
+"""The life of a service: it loads, answers, reads its configuration again, drains and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from typing import Any
+
+import msgspec
+import uvicorn
+
+from headrace import runtime
+from headrace.api.app import create_app
+from headrace.api.settings import ApiSettings
+from headrace.cli import terminal
+from headrace.config import ServerSettings, Settings
+from headrace.core.errors import HeadraceError
+from headrace.core.model import ModelSpec
+from headrace.core.status import Reloaded
+
+Read = Callable[[], tuple[Settings, list[ModelSpec]]]
+"""Reads the configuration, with the flags of the command: the settings, and what is served."""
+
+_log = logging.getLogger("headrace.service")
+_LAST_WORDS_S = 2
+_HOPELESS = {"failed", "stopped", "created"}
+
+
+async def live(
+    settings: Settings,
+    specs: Sequence[ModelSpec],
+    listener: socket.socket,
+    *,
+    reread: Read,
+    announce: Callable[[], None],
+) -> None:
+    """Serve on a socket until a signal comes; `announce` is called when it can be asked.
+
+    Raises:
+        HeadraceError: why nothing could be loaded.
+    """
+    service = _Service(settings, specs, reread)
+    loading = service.begin(service.load())
+    following = service.begin(service.follow())
+    try:
+        with service.signals():
+            announce()
+            await service.server.serve(sockets=[listener])
+    finally:
+        following.cancel()
+        loading.cancel()
+        await service.aclose()
+    if not loading.cancelled():
+        loading.result()
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        # Ours are better: uvicorn raises the signal once more at its end.
+        yield
+
+
+class _Service:
+    """The backend, the server in front of it, and what signals do to them."""
+
+    def __init__(self, settings: Settings, specs: Sequence[ModelSpec], reread: Read) -> None:
+        self._read = reread
+        self._settings = self._latest = settings
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._stops = 0
+        # Where the service was started by hand, it goes when its terminal does.
+        self._terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+        self._optional = not all(spec.preload and spec.enabled for spec in specs)
+        self.admin = runtime.open_service(settings, specs, reread=self._reread)
+        self.backend = self.admin.pool
+        api = api_settings(settings.config.server)
+        self._app = create_app(self.backend, api, ready=self.ready, admin=self.admin)
+        self.server = _Server(_uvicorn(self._app, api))
+
+    def ready(self) -> bool:
+        """Tell whether new requests are taken."""
+        return self.backend.ready
+
+    def begin(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run something beside the server."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    @contextlib.contextmanager
+    def signals(self) -> Generator[None]:
+        """Let signals stop the service and reload its configuration."""
+        loop = asyncio.get_running_loop()
+        actions = {
+            signal.SIGTERM: self.stop,
+            signal.SIGINT: self.stop,
+            signal.SIGHUP: self.hang_up,
+        }
+        for number, action in actions.items():
+            loop.add_signal_handler(number, action)
+        try:
+            yield
+        finally:
+            for number in actions:
+                loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """At the first call let running answers end, up to `drain_s`; at the second do not wait."""
+        wait_s = 0.0 if self._stops else self._settings.config.server.drain_s
+        self._stops += 1
+        self.server.force_exit = self._stops > 2
+        self.begin(self._end(wait_s))
+
+    def hang_up(self) -> None:
+        """Read the configuration again; the end of its terminal is the end of the service."""
+        if self._terminal and not os.isatty(0):
+            self.stop()
+        elif not self._stops:
+            self.begin(self.admin.reload()).add_done_callback(_tell)
+
+    async def load(self) -> None:
+        """Load all models; when not one can be served there is nothing to stay for.
+
+        Raises:
+            HeadraceError: why nothing could be loaded.
+        """
+        try:
+            await self.backend.start()
+        except HeadraceError as error:
+            if self._stops:
+                return
+            states = {info.state for info in self.backend.models()}
+            if states <= _HOPELESS and not self._optional:
+                self.server.should_exit = True
+                raise
+            terminal.note(f"error: {error.message}")
+
+    async def follow(self) -> None:
+        """Apply to the server what a reload has changed, once the models have taken it."""
+        async for event in self.admin.events():
+            if event.kind == "reloaded":
+                self._settings = self._latest
+                self._app.replace_settings(api_settings(self._latest.config.server))
+
+    async def aclose(self) -> None:
+        """End all that runs here, and the backend."""
+        await self.backend.aclose()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _reread(self) -> tuple[Settings, list[ModelSpec]]:
+        settings, specs = self._read()
+        self._latest = settings
+        return settings, specs
+
+    async def _end(self, wait_s: float) -> None:
+        # What comes now is refused with a 503; what still runs in the end gets an error event,
+        # and with its last answer each connection ends.
+        try:
+            await self.backend.aclose(wait_s)
+        finally:
+            self.server.should_exit = True
+
+
+def _tell(reloading: asyncio.Task[Reloaded]) -> None:
+    if reloading.cancelled():
+        return
+    error = reloading.exception()
+    if error is None:
+        data = msgspec.to_builtins(reloading.result())
+        _log.info("The configuration was read again.", extra={"data": data})
+    elif isinstance(error, HeadraceError):
+        _log.error("The configuration stays as it was: %s", error.message)
+    else:
+        _log.error("The configuration could not be read again.", exc_info=error)
+
+
+def api_settings(settings: ServerSettings) -> ApiSettings:
+    """Return what the HTTP surface has to know of the configuration."""
+    return ApiSettings(
+        host=settings.host,
+        allowed_hosts=settings.allowed_hosts,
+        allowed_origins=settings.allowed_origins,
+        key_hashes=_digests(settings.api_keys),
+        admin_key_hashes=_digests(settings.admin_keys),
+        max_body=settings.max_body_bytes,
+        deadline_s=settings.deadline_s,
+        headers_after_s=settings.headers_after_s,
+        load_wait_s=settings.load_wait_s,
+    )
+
+
+def _digests(keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(key.removeprefix("sha256:") for key in keys)
+
+
+def _uvicorn(app: Any, api: ApiSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=api.max_head,
+        timeout_graceful_shutdown=_LAST_WORDS_S,
+    )

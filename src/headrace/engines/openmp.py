@@ -1,0 +1,116 @@
+"""Keeps OpenMP threads from burning the time of the very threads that they wait for.
+
+llama.cpp's threads meet some thousand times for each token, and whoever comes first spins until
+the last has come. With a core for each thread that is the fastest way. When another process
+wants the same cores, it spins away the time in which the last one could have come: two models on
+one machine fall to a tenth of their speed. So this looks ten times a second at how long the
+process's threads wait for a core, and while it is long, lets them spin a moment and then sleep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_TASKS = Path("/proc/self/task")
+_LIBRARY = "libgomp.so.1"
+_PERIOD_S = 0.1
+_BUSY, _CROWDED, _FREE = 0.2, 0.2, 0.1
+
+
+class Ticks(NamedTuple):
+    """Seconds that the threads of this process ran, and waited for a core, since they began."""
+
+    ran: float
+    waited: float
+
+
+def is_crowded(before: Ticks, now: Ticks, period_s: float, *, was: bool) -> bool:
+    """Tell whether others want our cores; `was` is the last answer, kept where nothing runs."""
+    ran, waited = now.ran - before.ran, now.waited - before.waited
+    if ran < _BUSY * period_s or waited < 0:
+        return was
+    return waited > (_FREE if was else _CROWDED) * (ran + waited)
+
+
+class SpinGuard:
+    """Watches this process on a thread of its own, from `start` to `close`."""
+
+    def __init__(self, threads: int, *, tasks: Path = _TASKS, period_s: float = _PERIOD_S) -> None:
+        self._tasks = tasks
+        self._period_s = period_s
+        # GNU's OpenMP spins briefly once it has more threads than there are cores. A team of
+        # threads that only sleep makes it so, at run time; its settings are read only once.
+        self._team = max(2, _cores() - threads + 2)
+        self._over = threading.Event()
+        self._end_team: threading.Event | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the threads spin only briefly now."""
+        return self._end_team is not None
+
+    def start(self) -> None:
+        """Begin to watch, where the process uses GNU's OpenMP and the system counts waiting."""
+        with contextlib.suppress(OSError, AttributeError):
+            library = ctypes.CDLL(_LIBRARY, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+            start = _ticks(self._tasks)
+            self._thread = threading.Thread(target=self._watch, args=(library, start), daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """End the watching. Idempotent."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _watch(self, library: ctypes.CDLL, before: Ticks) -> None:
+        began = time.monotonic()
+        while not self._over.wait(self._period_s):
+            now, ended = _ticks(self._tasks), time.monotonic()
+            self._set(library, is_crowded(before, now, ended - began, was=self.crowded))
+            before, began = now, ended
+        self._set(library, crowded=False)
+
+    def _set(self, library: ctypes.CDLL, crowded: bool) -> None:
+        if crowded and self._end_team is None:
+            end = self._end_team = threading.Event()
+            threading.Thread(target=_sleep, args=(library, self._team, end), daemon=True).start()
+        elif not crowded and self._end_team is not None:
+            self._end_team.set()
+            self._end_team = None
+
+
+def _sleep(library: ctypes.CDLL, team: int, end: threading.Event) -> None:
+    # The work of the team is to do nothing; its threads stay until the one that made it ends.
+    nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)
+    library.GOMP_parallel(nothing, None, team, 0)
+    end.wait()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def _ticks(tasks: Path) -> Ticks:
+    ran = waited = 0
+    for one_ran, one_waited in _schedstats(tasks):
+        ran += one_ran
+        waited += one_waited
+    return Ticks(ran / 1e9, waited / 1e9)
+
+
+def _schedstats(tasks: Path) -> Iterator[tuple[int, int]]:
+    for task in tasks.iterdir():
+        # A thread may end while it is looked at.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            ran, waited, _slices = (task / "schedstat").read_text(encoding="ascii").split()
+            yield int(ran), int(waited)

@@ -1,0 +1,193 @@
+"""Room in memory for those who want to load: in order, and by what the policy decides."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from headrace.core.errors import DoesNotFit
+from headrace.pool import policy
+from headrace.pool.ledger import Ledger
+from headrace.pool.policy import Evict, Fits, Never, Rules, Wait
+from headrace.pool.replica import Replica
+from headrace.pool.seat import Seat
+
+_LOOK_AGAIN_S = 1.0
+_GIB = 1 << 30
+
+
+class Unwanted(Exception):
+    """Nobody waits for the load any more, or it may not push others out."""
+
+
+class Dismiss(Protocol):
+    """Unloads a replica that is idle, for the sake of another model."""
+
+    def __call__(self, seat: Seat, replica: Replica, *, by: str) -> asyncio.Task[None]:
+        """Return the task that ends when the memory is back."""
+        ...
+
+
+class _Want:
+    """A load that has no room yet."""
+
+    def __init__(self, replica: Replica, since: float, need: Mapping[str, int]) -> None:
+        self.replica = replica
+        self.since = since
+        self.need = need
+        self.is_evicting = False
+        self.closed: set[Replica] = set()
+
+
+class Room:
+    """Who waits for memory, and how each of them gets it."""
+
+    def __init__(
+        self,
+        seats: Callable[[], Iterable[Seat]],
+        ledger: Ledger,
+        rules: Rules,
+        dismiss: Dismiss,
+        clock: Callable[[], float],
+    ) -> None:
+        self.ledger = ledger
+        self.rules = rules
+        self._seats = seats
+        self._dismiss = dismiss
+        self._clock = clock
+        self._wants: list[_Want] = []
+        self._changed = asyncio.Event()
+
+    def __repr__(self) -> str:
+        """Tell who waits."""
+        return f"<Room {self.ledger!r}, waiting: {[want.replica.key for want in self._wants]}>"
+
+    def notify(self) -> None:
+        """Have those who wait look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def book(
+        self, seat: Seat, replica: Replica, need: Mapping[str, int], *, may_evict: bool
+    ) -> None:
+        """Wait for room and book it.
+
+        Raises:
+            DoesNotFit: there will be none.
+            Unwanted: nobody waits for it any more; or others would have to go, and may not.
+        """
+        want = _Want(replica, self._clock(), need)
+        self._wants.append(want)
+        end = want.since + replica.spec.load_timeout_s
+        try:
+            while not await self._step(seat, want, may_evict=may_evict):
+                if self._clock() > end:
+                    raise DoesNotFit(
+                        f"{seat.spec.name} has waited {replica.spec.load_timeout_s:g} s for memory "
+                        f"({numbers(need)}) that others are using.",
+                        retry_after_s=self.rules.longest_wait_s,
+                    )
+        finally:
+            self._wants.remove(want)
+            for closed in want.closed:
+                closed.closed = closed.unloading is not None or closed in self._retired()
+            for other in self._seats():
+                other.grant()
+            self.notify()
+
+    async def _step(self, seat: Seat, want: _Want, *, may_evict: bool) -> bool:
+        """Try once to get room; tell whether it is booked."""
+        changed, now = self._changed, self._clock()
+        decision = self._decide(want)
+        if isinstance(decision, Fits):
+            self.ledger.book(want.replica.key, want.need)
+            return True
+        if isinstance(decision, Never):
+            raise DoesNotFit(self.refusal(seat.spec.name, want.need, decision))
+        if not may_evict or not seat.is_waited_for:
+            raise Unwanted
+        first = self._wants[0] is want
+        if isinstance(decision, Evict) and first:
+            want.is_evicting = True
+            await asyncio.gather(*[asyncio.shield(task) for task in self._evict(decision, seat)])
+            return False
+        until = now + _LOOK_AGAIN_S
+        if isinstance(decision, Wait):
+            until = min(until, decision.until or until)
+            for key in decision.close if first else ():
+                if (found := self.find(key)) is not None:
+                    found[1].closed = want.is_evicting = True
+                    want.closed.add(found[1])
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.001, until - now)):
+                await changed.wait()
+        return False
+
+    def decide(
+        self, need: Mapping[str, int], free: Mapping[str, int], waited_s: float
+    ) -> policy.Decision:
+        """Decide how `need` bytes by device could be had, for one who has waited so long."""
+        residents = [
+            # Who is leaving anyway holds nobody's memory for good.
+            replica.resident(
+                pinned=seat.spec.pinned and replica in seat.replicas and replica.unloading is None
+            )
+            for seat in self._seats()
+            for replica in seat.everybody()
+            if self.ledger.of(replica.key)
+        ]
+        now, rules = self._clock(), self.rules
+        return policy.make_room(need, free, residents, waited_s=waited_s, now=now, rules=rules)
+
+    def _decide(self, want: _Want) -> policy.Decision:
+        free = self.ledger.free()
+        decision = self.decide(want.need, free, self._clock() - want.since)
+        if isinstance(decision, Fits):
+            # What the first in the queue makes free is for him, and not for whom is quick.
+            ahead = self._wants[: self._wants.index(want)]
+            for name, amount in want.need.items():
+                claimed = sum(one.need.get(name, 0) for one in ahead if one.is_evicting)
+                if amount > free.get(name, 0) - claimed:
+                    return Wait()
+        if isinstance(decision, Never) and not self.ledger.is_settled:
+            # What a load has taken already counts twice: booked, and gone from the machine.
+            return Wait()
+        return decision
+
+    def refusal(self, name: str, need: Mapping[str, int], never: Never) -> str:
+        """Tell why a model cannot be loaded, with the numbers."""
+        pinned = [one.spec.name for one in self._seats() if one.spec.pinned and one.is_ready]
+        budget, free = self.ledger.budgets.get(never.device, 0), self.ledger.free()
+        held = f" Pinned: {', '.join(pinned)}." if pinned else ""
+        return (
+            f"{name} needs {numbers(need)}; the budget of {never.device} is "
+            f"{budget / _GIB:.2f} GiB, {free.get(never.device, 0) / _GIB:.2f} GiB of it free now, "
+            f"and {never.missing / _GIB:.2f} GiB would still be missing.{held}"
+        )
+
+    def _evict(self, decision: Evict, by: Seat) -> list[asyncio.Task[None]]:
+        found = [self.find(key) for key in decision.keys]
+        return [self._dismiss(*pair, by=by.spec.name) for pair in found if pair is not None]
+
+    def excessive(self) -> list[tuple[Seat, Replica]]:
+        """Return idle ones that should go because those that are loaded outgrew the budget."""
+        if not (excess := self.ledger.excess()):
+            return []
+        decision = self.decide(excess, {}, waited_s=0.0)
+        found = [self.find(key) for key in decision.keys] if isinstance(decision, Evict) else []
+        return [pair for pair in found if pair is not None and pair[1].unloading is None]
+
+    def _retired(self) -> set[Replica]:
+        return {replica for seat in self._seats() for replica in seat.retired}
+
+    def find(self, key: str) -> tuple[Seat, Replica] | None:
+        """Find a replica and its seat by the key in the ledger."""
+        pairs = ((seat, replica) for seat in self._seats() for replica in seat.everybody())
+        return next((pair for pair in pairs if pair[1].key == key), None)
+
+
+def numbers(need: Mapping[str, int]) -> str:
+    """Return bytes by device in words."""
+    return " and ".join(f"{size / _GIB:.2f} GiB of {name}" for name, size in need.items())

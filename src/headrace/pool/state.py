@@ -1,0 +1,133 @@
+"""What was done to models by hand, in a file that outlives the service."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from headrace.core.errors import ConfigError
+
+_log = logging.getLogger("headrace.pool")
+
+
+class Remembered(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was done to one model.
+
+    `reference` is set for one that no configuration names. `changes` are all settings that were
+    changed. `loaded` tells whether it was last loaded or stopped; None if neither.
+    """
+
+    reference: str | None = None
+    changes: dict[str, Any] = {}
+    loaded: bool | None = None
+
+
+class _Document(msgspec.Struct, frozen=True):
+    models: dict[str, Remembered]
+    version: Literal[1] = 1
+
+
+class StateFile:
+    """The file of one service, locked for as long as it is open; without a path, only in memory.
+
+    A place that cannot be written costs a warning and the memory of what was done, no service.
+
+    Raises:
+        ConfigError: another service has the file.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._models: dict[str, Remembered] = {}
+        self._written: dict[str, Remembered] | None = None
+        self._lock = -1 if path is None else _locked(path)
+        if self._lock < 0:
+            self.path = None
+        if self.path is not None:
+            self._models = self._written = _read(self.path)
+
+    def __repr__(self) -> str:
+        """Tell the file."""
+        return f"<StateFile {self.path}>"
+
+    def read(self) -> dict[str, Remembered]:
+        """Return what was done, by the name of the model."""
+        return dict(self._models)
+
+    def write(self, models: Mapping[str, Remembered]) -> None:
+        """Replace what is remembered, wholly or not at all; blocks until it is on the disk."""
+        self._models = dict(models)
+        if self.path is None or self._models == self._written:
+            return
+        try:
+            _replace(self.path, msgspec.json.encode(_Document(self._models), order="sorted"))
+            self._written = self._models
+        except OSError as error:
+            _log.warning("What was done by hand is not kept: %s: %s", self.path, error.strerror)
+
+    def close(self) -> None:
+        """Leave the file to another service. Idempotent."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock, self.path = -1, None
+
+
+def _locked(path: Path) -> int:
+    """Return a descriptor that holds the lock; -1 where there can be none."""
+    # Not the file itself: that one is replaced at each write.
+    beside = path.with_name(f"{path.name}.lock")
+    descriptor = -1
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if descriptor >= 0:
+            os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise ConfigError(
+                f"Another service keeps its state in {path}; give this one another port, or a "
+                "file of its own with `server.state`.",
+                param="state",
+            ) from None
+        _log.warning("What is done by hand will not be kept: %s: %s", beside, error.strerror)
+        return -1
+    return descriptor
+
+
+def _read(path: Path) -> dict[str, Remembered]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Document).models
+    except FileNotFoundError:
+        return {}
+    except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
+        aside = path.with_name(f"{path.name}.damaged")
+        _log.warning("%s is damaged (%s); it is kept as %s", path, error, aside.name)
+        try:
+            path.replace(aside)
+        except OSError as again:
+            _log.warning("%s cannot be moved: %s", path, again.strerror)
+        return {}
+
+
+def _replace(path: Path, content: bytes) -> None:
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        # A file is found after a crash only when its folder is on the disk too.
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,274 @@
+"""The life of a service: signals, its configuration, and what it remembers."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tests.cli.programs import HELLO, PROGRAM, ask, headrace, serving
+
+ENDLESS = ("-o", "tokens_per_second=20", "-o", f"text={'x' * 999}")
+SLOW = ("-o", "tokens_per_second=10", "-o", f"text={'x' * 20}")
+STREAM = {**HELLO, "stream": True}
+
+
+def until(true: Callable[[], Any], within_s: float = 10) -> Any:
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        if found := true():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("it did not come true")
+
+
+def status(url: str, path: str) -> int:
+    try:
+        with urllib.request.urlopen(url + path, timeout=5) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def is_ready(url: str) -> bool:
+    return status(url, "/health/ready") == 200
+
+
+def test_a_service_that_drains_says_so(environ: dict[str, str]) -> None:
+    """W8: ready turns false and what is new gets a 503, while what runs comes to its end."""
+    with serving(environ, "echo", *SLOW) as (process, url):
+        stream = ask(url, STREAM)
+        first = stream.readline()
+        process.send_signal(signal.SIGTERM)
+        until(lambda: not is_ready(url), 1)
+        assert status(url, "/health/live") == 200
+        with pytest.raises(urllib.error.HTTPError, match="503") as refused:
+            ask(url, HELLO)
+        with refused.value as answer:
+            assert json.load(answer)["error"]["code"] == "draining"
+        assert process.poll() is None
+        rest = (first + stream.read()).decode()
+        assert rest.rstrip().endswith("data: [DONE]")
+        assert process.wait(5) == 0
+
+
+def test_a_second_signal_waits_no_longer(environ: dict[str, str]) -> None:
+    """W8: the first signal drains, the second ends at once; no child is left, exit code 0."""
+    with serving(environ, "echo", "--drain-s", "60", *ENDLESS) as (process, url):
+        stream = ask(url, STREAM)
+        stream.readline()
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        process.send_signal(signal.SIGTERM)
+        until(lambda: not is_ready(url), 1)
+        time.sleep(0.3)
+        assert process.poll() is None
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        rest = stream.read().decode()
+        assert '"error"' in rest
+        assert "[DONE]" not in rest
+        assert process.wait(5) == 0
+        assert time.monotonic() - began < 4
+        assert not any(child.is_running() for child in children)
+
+
+def test_a_signal_during_a_load(environ: dict[str, str]) -> None:
+    """W8: a load is given up at once, exit code 0."""
+    with serving(environ, "echo", "-o", "load_s=60") as (process, _):
+        children = until(lambda: psutil.Process(process.pid).children(recursive=True))
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert not any(child.is_running() for child in children)
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_who_follows_the_events_does_not_hold_the_service(environ: dict[str, str]) -> None:
+    """W8: streams of events end with the service."""
+    with serving(environ, "echo") as (process, url):
+        until(lambda: is_ready(url))
+        with subprocess.Popen(
+            [*PROGRAM, "events", "--json", "--url", url],
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as following:
+            assert following.stdout is not None
+            try:
+                until(lambda: psutil.Process(following.pid).net_connections())
+                time.sleep(0.2)
+                stopping = headrace(environ, "stop", "echo", "--url", url)
+                assert stopping.stdout == "echo is stopped\n"
+                kinds = (json.loads(line)["kind"] for line in following.stdout)
+                assert "unloaded" in kinds
+                began = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(5) == 0
+                assert time.monotonic() - began < 3
+                assert following.wait(5) == 0
+            finally:
+                following.kill()
+
+
+@contextmanager
+def configured(environ: dict[str, str], toml: str) -> Iterator[tuple[Any, str, Path]]:
+    file = Path(environ["HOME"]) / "service.toml"
+    file.write_text(toml)
+    with serving(environ, "--config", str(file)) as (process, url):
+        yield process, url, file
+
+
+ONE = "[models.a]\nmodel = 'builtin:echo'\n"
+TWO = "[models.b]\nmodel = 'builtin:echo'\npreload = false\n"
+
+
+def names(environ: dict[str, str], url: str) -> list[str]:
+    done = headrace(environ, "ps", "--json", "--url", url)
+    return [model["id"] for model in json.loads(done.stdout)["models"]]
+
+
+def test_sighup_reads_the_configuration_again(environ: dict[str, str]) -> None:
+    """M2: models and keys change while the service runs; a wrong file changes nothing."""
+    with configured(environ, ONE) as (process, url, file):
+        until(lambda: is_ready(url))
+        file.write_text(f"home = 'other'\n[server]\nadmin_keys = ['k']\n{ONE}{TWO}")
+        process.send_signal(signal.SIGHUP)
+        until(lambda: status(url, "/v1/models") == 401)
+        keyed = {**environ, "HEADRACE_ADMIN_KEY": "k"}
+        assert names(keyed, url) == ["a", "b"]
+        file.write_text("[server]\nprot = 2\n")
+        process.send_signal(signal.SIGHUP)
+        done = headrace(keyed, "reload", "--url", url)
+        assert done.returncode != 0
+        assert "Did you mean server.port?" in done.stderr
+        assert names(keyed, url) == ["a", "b"]
+        file.write_text(ONE)
+        done = headrace(keyed, "reload", "--url", url)
+        assert done.stdout == "removed  b\n"
+        until(lambda: status(url, "/v1/models") == 200)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+        log = process.stderr.read()
+        assert "The configuration stays as it was: file" in log
+        assert 'needs_restart=["home"]' in log
+        assert "Traceback" not in log
+
+
+def test_what_was_done_by_hand_is_done_again(
+    environ: dict[str, str], free_port: Callable[[], int]
+) -> None:
+    """M8: pinned, changed, stopped and added models are so again after a restart."""
+    port = str(free_port())
+    file = Path(environ["HOME"]) / "headrace.toml"
+    file.write_text(ONE + TWO)
+    arguments = [*PROGRAM, "serve", "--json", "--port", port]
+    url = f"http://127.0.0.1:{port}"
+
+    def command(*words: str) -> str:
+        done = headrace(environ, *words, "--url", url)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for turn in range(2):
+        with subprocess.Popen(
+            arguments, env=environ, cwd=environ["HOME"], stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            if turn == 0:
+                command("start", "b")
+                command("update", "b", "keep_alive=1h", "options.tokens_per_second=50")
+                command("pin", "a")
+                command("stop", "a")
+                command("start", "builtin:echo")
+                other = headrace(environ, "serve", "--port", port)
+                assert (other.returncode, "Cannot listen" in other.stderr) == (2, True)
+            until(lambda: '"ready"' in command("ps", "--json"))
+            found = {one["id"]: one for one in json.loads(command("ps", "--json"))["models"]}
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+        assert set(found) == {"a", "b", "echo"}
+        assert (found["a"]["pinned"], found["a"]["state"] in ("created", "stopped")) == (True, True)
+        assert (found["b"]["keep_alive"], found["b"]["pinned"]) == (3600.0, False)
+        assert found["b"]["options"]["tokens_per_second"] == 50.0
+
+
+def test_two_services_with_one_state_file(environ: dict[str, str], tmp_path: Path) -> None:
+    shared = {**environ, "HEADRACE_STATE": str(tmp_path / "shared.json")}
+    with serving(shared, "echo"):
+        done = headrace(shared, "serve", "echo", "--port", "0")
+        assert done.returncode == 2
+        assert "shared.json" in done.stderr
+
+
+def test_a_service_goes_with_its_terminal(environ: dict[str, str]) -> None:
+    """W8: whoever closes the window that it runs in wants its memory back."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(PROGRAM[0], [*PROGRAM, "serve", "echo", "--port", "0"], environ)
+    try:
+        seen = b""
+        while b"Try: " not in seen:
+            seen += os.read(terminal, 4096)
+        os.close(terminal)
+        until(lambda: os.waitpid(child, os.WNOHANG)[0])
+    finally:
+        if psutil.pid_exists(child):
+            os.kill(child, signal.SIGKILL)
+
+
+def on_terminal(environ: dict[str, str], *arguments: str, until_seen: bytes) -> str:
+    """Run a command on a terminal until it has shown something, then press Ctrl-C."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(PROGRAM[0], [*PROGRAM, *arguments], environ)
+    seen = b""
+    try:
+        while until_seen not in seen:
+            seen += os.read(terminal, 4096)
+        os.kill(child, signal.SIGINT)
+        code = until(lambda: os.waitpid(child, os.WNOHANG))[1]
+        assert os.waitstatus_to_exitcode(code) in (0, 130)
+    finally:
+        os.close(terminal)
+    return seen.decode()
+
+
+def test_a_terminal_shows_what_goes_on(environ: dict[str, str]) -> None:
+    """M4: a load shows its progress, `ps --watch` overwrites what it has shown."""
+    slow = {**environ, "COLUMNS": "150", "TERM": "xterm"}
+    with serving(environ, "echo", "-o", "load_s=3") as (_, url):
+        shown = on_terminal(slow, "start", "echo", "--url", url, until_seen=b"loading")
+        assert "\x1b[" in shown
+        shown = on_terminal(slow, "ps", "--watch", "--url", url, until_seen=b"ready")
+        assert shown.count("NAME") > 1
+        assert shown.startswith("\x1b[H")
+    lines = headrace(environ, "ps", "--watch", "--json", "--url", "http://127.0.0.1:1")
+    assert lines.returncode == 1
+
+
+def test_plan_without_a_service(environ: dict[str, str], free_port: Callable[[], int]) -> None:
+    """M6: what a load would need is told for this machine, with nothing running."""
+    alone = {**environ, "HEADRACE_PORT": str(free_port())}
+    done = headrace(alone, "plan", "echo", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["fits"], found["loaded"]) == (True, False)
+    tight = {**alone, "HEADRACE_MEMORY": "1MB"}
+    done = headrace(tight, "plan", "echo")
+    assert done.returncode == 1, done.stdout
+    assert "1.0 MB" in done.stdout

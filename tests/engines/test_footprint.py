@@ -1,0 +1,180 @@
+"""What a load will take, before it; held against what it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.models.builders import gguf
+
+from headrace import engines
+from headrace.core.errors import ConfigError, LoadFailed
+from headrace.core.model import ModelFile, ModelSpec
+from headrace.core.request import GenerateRequest, Sampling
+from headrace.core.status import Footprint
+from headrace.core.stream import collect
+from headrace.engines import llamacpp_size
+from headrace.engines.base import OpenRequest
+from headrace.machine import process_memory
+from headrace.models.inspect import inspect
+from headrace.worker.process import WorkerProcess
+from headrace.worker.spec import WorkerSpec, open_request
+
+NOTHING = ModelFile(path="", format="none")
+
+
+async def measured(found: WorkerSpec) -> tuple[int, int]:
+    """Bytes of a real child: loaded, and after all its slots have been at work."""
+    worker = WorkerProcess(found.model, lambda spec, report: found)
+    await worker.start()
+    try:
+        assert worker.pid is not None
+        loaded = process_memory(worker.pid)["cpu"]
+        slots = worker.models()[0].max_running or 1
+        few = Sampling(max_tokens=4)
+        prompts = [tuple(range(n, n + 150)) for n in range(min(slots, 4))]
+        asked = [GenerateRequest(prompt=prompt, sampling=few) for prompt in prompts]
+        await asyncio.gather(*(collect(worker.generate(request)) for request in asked))
+        return loaded, process_memory(worker.pid)["cpu"]
+    finally:
+        await worker.aclose()
+
+
+@pytest.mark.parametrize(
+    ("context_length", "options"),
+    [(512, {"slots": 1}), (4096, {"slots": 3, "kv_type": "q8_0", "batch_size": 256})],
+)
+async def test_the_estimate_is_near_what_a_child_takes(
+    smollm2_path: Path, context_length: int, options: dict[str, Any]
+) -> None:
+    """M2: memory before the load; rather too much than too little."""
+    spec = ModelSpec(name="x", model="x", context_length=context_length, options=options)
+    found = WorkerSpec(model=spec, file=inspect(smollm2_path), engine="llamacpp")
+    need = engines.footprint("llamacpp", open_request(found))
+    assert (need.how, need.max_running) == ("estimated", options["slots"])
+    assert need.context_length == context_length
+    assert sum(need.parts.values()) == need.devices["cpu"]
+    for real in await measured(found):
+        assert 0.95 * real <= need.devices["cpu"] <= 1.15 * real
+
+
+async def test_echo_holds_what_it_is_told_to() -> None:
+    """For tests of a pool: memory that is really taken."""
+    size = 80 << 20
+    spec = ModelSpec(name="x", model="builtin:echo", options={"memory": size, "slots": 2})
+    found = WorkerSpec(model=spec, file=NOTHING, engine="echo")
+    need = engines.footprint("echo", open_request(found))
+    assert need.parts["weights"] == size
+    loaded, _ = await measured(msgspec.structs.replace(found))
+    assert loaded > size
+    assert 0.95 * loaded <= need.devices["cpu"] <= 1.15 * loaded
+
+
+def small(path: Path, **fields: Any) -> Footprint:
+    """The estimate for a small GGUF file, of whose header it is."""
+    path.write_bytes(gguf())
+    return engines.footprint("llamacpp", OpenRequest(model=inspect(path), **fields))
+
+
+def test_context_slots_and_cache_type_count(tmp_path: Path) -> None:
+    """M2: the KV cache is context * slots * bytes of a token."""
+    file = tmp_path / "x.gguf"
+    one = small(file, context_length=1024, options={"slots": 1})
+    per_token = inspect(file).kv_bytes_per_token
+    assert per_token
+    assert one.parts["kv_cache"] == 1024 * per_token
+    four = small(file, context_length=1024, options={"slots": 4})
+    assert four.parts["kv_cache"] == 4 * one.parts["kv_cache"]
+    packed = small(file, context_length=1024, options={"slots": 4, "kv_type": "q8_0"})
+    assert packed.parts["kv_cache"] == four.parts["kv_cache"] * 34 // 64
+    assert (one.context_length, one.max_running) == (1024, 1)
+
+
+def test_what_is_chosen_depends_on_the_budget_and_on_nothing_else(tmp_path: Path) -> None:
+    """W6: the same before the load and at it."""
+    file = tmp_path / "x.gguf"
+    little = small(file, memory=4 * 2048 * 128)
+    assert (little.context_length, little.max_running) == (2048, 1)
+    assert small(file, memory=1 << 40).max_running == 4
+    assert small(file).max_running == 4
+
+
+def test_layers_on_a_gpu_are_counted_there(tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    big = 1 << 30
+    file.write_bytes(gguf())
+    model = msgspec.structs.replace(inspect(file), size=big)
+
+    def devices(layers: int) -> dict[str, int]:
+        asked = OpenRequest(model=model, device="cuda", options={"gpu_layers": layers})
+        return engines.footprint("llamacpp", asked).devices
+
+    assert devices(-1)["cuda:0"] > big > devices(-1)["cpu"]
+    assert devices(0)["cpu"] > big > devices(0)["cuda:0"]
+    assert devices(1)["cpu"] - devices(2)["cpu"] == pytest.approx(big / 3, rel=0.01)
+
+
+def test_auto_is_the_gpu_where_the_library_is_built_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W4: told by the files that the library brings, without loading it."""
+    assert llamacpp_size.expected_device("cpu") == "cpu"
+    package = tmp_path / "xllamacpp"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        llamacpp_size._is_built_for_cuda.cache_clear()
+        monkeypatch.delitem(sys.modules, "xllamacpp", raising=False)
+        assert llamacpp_size.expected_device("auto") == "cpu"
+        (tmp_path / "xllamacpp.libs").mkdir()
+        (tmp_path / "xllamacpp.libs" / "libcudart-1.so").touch()
+        llamacpp_size._is_built_for_cuda.cache_clear()
+        assert llamacpp_size.expected_device("auto") == "cuda:0"
+    finally:
+        llamacpp_size._is_built_for_cuda.cache_clear()
+
+
+def test_wrong_options_and_lost_files_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="slots"):
+        small(tmp_path / "x.gguf", options={"slots": 0})
+    gone = ModelFile(path=str(tmp_path / "gone.gguf"), format="gguf")
+    with pytest.raises(LoadFailed, match=r"gone\.gguf"):
+        engines.footprint("llamacpp", OpenRequest(model=gone))
+
+
+def test_an_engine_that_says_nothing_is_estimated_from_the_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("headrace.engines.echo.footprint")
+    model = ModelFile(path="x", format="none", size=1000, context_length=64)
+    assert engines.footprint("echo", OpenRequest(model=model, max_running=2)) == Footprint(
+        devices={"cpu": 1100},
+        parts={"weights": 1000, "overhead": 100},
+        context_length=64,
+        max_running=2,
+    )
+    asked = OpenRequest(model=model, device="cuda")
+    assert engines.footprint("echo", asked).devices == {"cuda:0": 1100}
+
+
+def test_no_library_is_needed(tmp_path: Path) -> None:
+    """An estimate is made in the parent, which never loads an engine."""
+    file = tmp_path / "x.gguf"
+    file.write_bytes(gguf())
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom headrace import engines\n"
+        "from headrace.engines.base import OpenRequest\n"
+        "from headrace.models.inspect import inspect\n"
+        "engines.footprint('llamacpp', OpenRequest(model=inspect(Path(sys.argv[1]))))\n"
+        "print('xllamacpp' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
