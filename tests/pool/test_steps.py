@@ -1,4 +1,4 @@
-"""Everything that can happen to a pool, in any order: 10,000 random steps, and what always holds."""
+"""All that can happen to a pool, in any order: 10,000 random steps, and what always holds."""
 
 from __future__ import annotations
 
@@ -80,6 +80,7 @@ class Whimsical(FakeWorker):
                 await asyncio.sleep(0.1 * (last - first))
                 if self.once is not None:
                     error, self.once = self.once, None
+                    self.world.note(self.spec.name, "fault")
                     raise error
                 if self.broken is not None:
                     raise self.broken
@@ -384,7 +385,7 @@ async def _safely(work: Coroutine[Any, Any, Any]) -> None:
     try:
         await work
     except HeadraceError as error:
-        assert error.message  # noqa: PT017
+        assert error.message
 
 
 class _Errors(logging.Handler):
@@ -533,8 +534,8 @@ class Steps(RuleBasedStateMachine):
             return
         worker = busy[which % len(busy)]
         assert isinstance(worker, Whimsical)
-        self.world.note(worker.spec.name, "fault")
         if error is None:
+            self.world.note(worker.spec.name, "fault")
             worker.die()
         else:
             worker.once = error("once")
@@ -618,15 +619,16 @@ def walk(examples: int, *, derandomize: bool) -> None:
             derandomize=derandomize,
             deadline=None,
             database=None,
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         ),
     )
 
 
+@pytest.mark.timeout(600)  # a counterexample takes a while to become a short one
 def test_what_always_holds() -> None:
     """M4-M7, W7, W8, W17: within the budget, nobody forgotten, nobody cut off, idle at the end."""
     Steps.taken = 0
-    walk(250, derandomize=True)
+    walk(100, derandomize=True)
     assert Steps.taken >= 10_000
 
 

@@ -68,15 +68,18 @@ class Service:
 
 @contextmanager
 def served(
-    *arguments: str, ready: bool = True, environment: dict[str, str] | None = None
+    *arguments: str,
+    ready: bool = True,
+    environment: dict[str, str] | None = None,
+    port: int = 0,
 ) -> Iterator[Service]:
-    """Serve on a free port; the models are those of the test home.
+    """Serve on a free port unless told otherwise; the models are those of the test home.
 
     `environment` is given as settings, without the prefix HEADRACE_.
     """
     more = {"HOME": str(MODEL_HOME)} | (environment or {})
     process = subprocess.Popen(
-        [sys.executable, "-m", "headrace", "serve", *arguments, "--port", "0"],
+        [sys.executable, "-m", "headrace", "serve", *arguments, "--port", str(port)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,3 +86,32 @@ async def until_ready(http: httpx.AsyncClient, model: str, within_s: float = 60)
         assert time.monotonic() < end, f"{model} is not ready: {found}"
         await asyncio.sleep(0.02)
     return found
+
+
+async def post(http: httpx.AsyncClient, path: str, **body: Any) -> dict[str, Any]:
+    """Order something of an operator's, and return the answer."""
+    answer = await http.post(f"/admin/{path}", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+@asynccontextmanager
+async def events(http: httpx.AsyncClient) -> AsyncIterator[list[dict[str, Any]]]:
+    """Collect what happens in the pool, until it is left."""
+    got: list[dict[str, Any]] = []
+    listening = asyncio.Event()
+
+    async def follow() -> None:
+        async with http.stream("GET", "/admin/events") as response:
+            async for line in response.aiter_lines():
+                listening.set()
+                if line.startswith("data: "):
+                    got.append(json.loads(line[6:]))
+
+    following = asyncio.create_task(follow())
+    try:
+        await asyncio.wait_for(listening.wait(), 10)
+        yield got
+    finally:
+        following.cancel()
+        await asyncio.wait({following})

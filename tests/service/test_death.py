@@ -25,7 +25,7 @@ def body(**more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 def test_a_killed_worker_is_an_error_event_within_a_second(number: signal.Signals) -> None:
     """W17, W19: never a normal end; the API process lives and serves again."""
-    with served(*SLOW) as service:
+    with served(*SLOW, "--continuation", "off") as service:
         before = service.process.pid
         with httpx.stream(
             "POST", f"{service.url}/v1/chat/completions", json=body(stream=True), timeout=30
@@ -52,7 +52,8 @@ def test_a_killed_worker_is_an_error_event_within_a_second(number: signal.Signal
 
 def test_a_hung_worker_is_killed_and_comes_back() -> None:
     """W19: silence for hang_s ends the worker, not the service."""
-    with served("builtin:echo", "-o", "hang_after=3", environment={"HANG_S": "1"}) as service:
+    hanging = ("builtin:echo", "-o", "hang_after=3", "--continuation", "off")
+    with served(*hanging, environment={"HANG_S": "1"}) as service:
         started = time.monotonic()
         answer = httpx.post(f"{service.url}/v1/chat/completions", json=body(), timeout=30)
         assert answer.status_code == 502

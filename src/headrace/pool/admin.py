@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.core.errors import Disabled, HeadraceError, UnknownModel
+from headrace.core.errors import Disabled, HeadraceError, LoadFailed, RequestError, UnknownModel
 from headrace.core.model import ModelSpec
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
 from headrace.pool.plan import plan_load
@@ -79,15 +79,17 @@ class PoolAdmin:
     async def load(self, model: str, changes: Mapping[str, Any] | None = None) -> ModelStatus:
         """Load a model, and wait for it; see `Admin`."""
         async with self._lock:
-            seat = self._added(model, changes or {})
-            if changes and seat.reference is None:
-                await self._change(seat, changes)
-            elif not seat.spec.enabled:
-                await self._change(seat, {"enabled": True})
+            seat = await self._with(model, changes or {})
             seat.reset()
             await self._keep(seat, loaded=True)
         self._want(seat)
-        await seat.up()
+        try:
+            await seat.up()
+        except (RequestError, LoadFailed):
+            # A name that was mistyped, or a file that is no model, is not kept.
+            if seat.reference is not None and seat.info is None:
+                await self._drop(seat)
+            raise
         return status_of(seat)
 
     async def unload(self, model: str) -> ModelStatus:
@@ -169,13 +171,22 @@ class PoolAdmin:
             seats[name].preload = kept.loaded
         self.pool.name_all()
 
-    def _added(self, model: str, changes: Mapping[str, Any]) -> Seat:
+    async def _with(self, model: str, changes: Mapping[str, Any]) -> Seat:
+        """Return a model, changed and enabled; it is added if it is not served yet."""
         try:
-            return self.pool.seat(model)
+            seat = self.pool.seat(model)
         except UnknownModel:
             if not model:
                 raise
-        return self._add(model, changes)
+            name = self._specify(model, changes).name
+            if name not in self.pool.seats:
+                return self._add(model, changes)
+            seat = self.pool.seats[name]
+        if not seat.spec.enabled:
+            changes = {"enabled": True, **changes}
+        if changes:
+            await self._change(seat, changes)
+        return seat
 
     def _add(self, reference: str, changes: Mapping[str, Any]) -> Seat:
         spec = self._specify(reference, changes)
@@ -236,6 +247,15 @@ class PoolAdmin:
         # The configuration accepts it no longer; the rest is worth more than this.
         del self._by_hand[name]
         self.pool.feed.tell("load_failed", name, error=error.message)
+
+    async def _drop(self, seat: Seat) -> None:
+        async with self._lock:
+            name = seat.spec.name
+            if self.pool.seats.get(name) is seat:
+                self.pool.remove(seat)
+                self._by_hand.pop(name, None)
+                await asyncio.to_thread(self._state.write, dict(self._by_hand))
+                self.pool.feed.tell("removed", name)
 
     async def _unload(self, seat: Seat) -> None:
         going = [

@@ -118,10 +118,8 @@ class Line:
             self._served[client] += tokens - waiter.cost
 
     def _forget(self) -> None:
-        # Who asks for nothing and is not ahead of the others needs no entry.
-        for name in [name for name, had in self._served.items() if had <= self._floor]:
-            if name not in self._waiting:
-                del self._served[name]
+        # Of so many, those who ask for nothing now begin anew when they come again.
+        self._served = {name: had for name, had in self._served.items() if name in self._waiting}
 
 
 class Forecast:

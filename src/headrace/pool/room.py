@@ -15,7 +15,6 @@ from headrace.pool.replica import Replica
 from headrace.pool.seat import Seat
 
 _LOOK_AGAIN_S = 1.0
-_GIB = 1 << 30
 
 
 class Unwanted(Exception):
@@ -162,9 +161,9 @@ class Room:
         budget, free = self.ledger.budgets.get(never.device, 0), self.ledger.free()
         held = f" Pinned: {', '.join(pinned)}." if pinned else ""
         return (
-            f"{name} needs {numbers(need)}; the budget of {never.device} is "
-            f"{budget / _GIB:.2f} GiB, {free.get(never.device, 0) / _GIB:.2f} GiB of it free now, "
-            f"and {never.missing / _GIB:.2f} GiB would still be missing.{held}"
+            f"{name} needs {numbers(need)}; the budget of {never.device} is {_size(budget)}, "
+            f"{_size(free.get(never.device, 0))} of it free now, and {_size(never.missing)} would "
+            f"still be missing.{held}"
         )
 
     def _evict(self, decision: Evict, by: Seat) -> list[asyncio.Task[None]]:
@@ -190,4 +189,8 @@ class Room:
 
 def numbers(need: Mapping[str, int]) -> str:
     """Return bytes by device in words."""
-    return " and ".join(f"{size / _GIB:.2f} GiB of {name}" for name, size in need.items())
+    return " and ".join(f"{_size(size)} of {name}" for name, size in need.items())
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

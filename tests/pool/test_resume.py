@@ -1,0 +1,242 @@
+"""Whether and how a broken answer goes on, and that the client gets each character once."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.core.errors import (
+    EngineError,
+    GenerationFailed,
+    LoadFailed,
+    OutOfMemory,
+    UpstreamError,
+    WorkerDied,
+)
+from headrace.core.events import Delta, Finish, TokenLogprob
+from headrace.core.metrics import InferenceMetrics, Usage
+from headrace.core.model import Capabilities, Continuation
+from headrace.core.request import GenerateRequest, Sampling
+from headrace.pool.resume import Answer, Diverged
+
+ABLE = Capabilities(batch_invariant=True, resume=True)
+DIED = WorkerDied("was killed")
+WORDS = tuple(f"wörd{n} " for n in range(12))
+TEXT = "".join(WORDS)
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def answer(continuation: Continuation = "fast", time: Time | None = None, **given: Any) -> Answer:
+    sampling = Sampling(
+        temperature=given.pop("temperature", 0.0), seed=given.pop("seed", None), max_tokens=12
+    )
+    request = GenerateRequest(prompt="x", sampling=sampling, received=100.0, **given)
+    return Answer(request, continuation, time or Time())
+
+
+def begun(*args: Any, **given: Any) -> Answer:
+    one = answer(*args, **given)
+    one.new(Delta("a ", (1,)))
+    return one
+
+
+def finish(**given: Any) -> Finish:
+    return Finish(("stop",), Usage(), InferenceMetrics(started_at=0.0, **given))
+
+
+@pytest.mark.parametrize(
+    ("given", "capabilities", "way"),
+    [
+        ({}, ABLE, "fast"),
+        ({"continuation": "exact"}, ABLE, "exact"),
+        ({"continuation": "off"}, ABLE, None),
+        # Fast wants an engine that takes token ids; without, a greedy one is generated again.
+        ({}, Capabilities(), "exact"),
+        ({"temperature": 1.0}, Capabilities(), None),
+        ({"temperature": 1.0, "seed": 7}, Capabilities(), "exact"),
+        # Several choices and a grammar have no single beginning to go on from.
+        ({"n": 2}, ABLE, "exact"),
+        ({"json_schema": {}}, ABLE, "exact"),
+        ({"echo": True}, ABLE, "exact"),
+        ({"n": 2, "temperature": 1.0}, ABLE, None),
+        # What was drawn by chance does not come again, unless it has a seed.
+        ({"temperature": 1.0}, ABLE, "fast"),
+        ({"temperature": 1.0, "continuation": "exact"}, ABLE, None),
+        ({"temperature": 1.0, "seed": 7, "continuation": "exact"}, ABLE, "exact"),
+        ({"temperature": None, "continuation": "exact"}, ABLE, None),
+    ],
+)
+def test_which_way_an_answer_goes_on(
+    given: dict[str, Any], capabilities: Capabilities, way: str | None
+) -> None:
+    assert begun(**given).way_on(DIED, capabilities) == way
+
+
+def test_that_what_has_not_begun_is_simply_asked_again() -> None:
+    for one in (answer(), answer("exact", temperature=1.0), answer(n=3)):
+        assert one.way_on(DIED, Capabilities()) == "exact"
+    # Off is off.
+    assert answer("off").way_on(DIED, ABLE) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "goes_on"),
+    [
+        (WorkerDied("x"), True),
+        (GenerationFailed("x"), True),
+        (OutOfMemory("x"), True),
+        (LoadFailed("x"), False),
+        (UpstreamError("x"), False),
+        (EngineError("x"), False),
+    ],
+)
+def test_what_an_answer_survives(error: EngineError, goes_on: bool) -> None:
+    assert (begun().way_on(error, ABLE) is not None) == goes_on
+
+
+def test_that_it_goes_on_once_only() -> None:
+    one = begun()
+    assert one.way_on(DIED, ABLE) == "fast"
+    one.again("fast")
+    assert one.way_on(DIED, ABLE) is None
+
+
+def test_what_the_second_worker_is_asked() -> None:
+    one = begun("fast")
+    one.new(Delta("b", (2, 3)))
+    one.new(Delta("", (4,)))
+    assert one.again("fast").answered == (1, 2, 3, 4)
+    other = begun("exact")
+    assert other.again("exact").answered == ()
+    assert other.again("exact").sampling == Sampling(temperature=0.0, max_tokens=12)
+
+
+cuts = st.lists(st.integers(0, len(TEXT)), max_size=12).map(sorted)
+
+
+def pieces(cuts: list[int]) -> list[Delta]:
+    """Cut the text anywhere; each token id comes with the piece that its word begins in."""
+    starts = [len("".join(WORDS[:n])) for n in range(len(WORDS))]
+    edges = [0, *cuts, len(TEXT)]
+    return [
+        Delta(TEXT[low:high], tuple(n for n, at in enumerate(starts) if low <= at < high))
+        for low, high in pairwise(edges)
+    ]
+
+
+@given(first=cuts, second=cuts, broken=st.integers(0, 13))
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+def test_that_exact_gives_each_character_and_token_once(
+    first: list[int], second: list[int], broken: int
+) -> None:
+    """Wherever the two workers cut their deltas, and wherever the first one ends."""
+    one, got = answer("exact"), []
+    for delta in pieces(first)[:broken]:
+        got.append(one.new(delta))
+    one.again("exact")
+    for delta in pieces(second):
+        got.append(one.new(delta))
+    deltas = [delta for delta in got if delta is not None]
+    assert "".join(delta.text for delta in deltas) == TEXT
+    assert [n for delta in deltas for n in delta.token_ids] == list(range(len(WORDS)))
+    assert one.check(finish()).metrics.continued == "exact"
+
+
+@given(first=cuts, broken=st.integers(1, 13), held=st.integers(0, 5))
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+def test_that_fast_gives_what_was_held_back_too(first: list[int], broken: int, held: int) -> None:
+    """The second worker begins with the whole text of the ids; some of it may be new."""
+    one, got = answer("fast"), []
+    for delta in pieces(first)[:broken]:
+        got.append(one.new(delta))
+    sent = "".join(delta.text for delta in got if delta)
+    ids = one.again("fast").answered
+    # The words of all ids that were sent, of which the client may lack the end.
+    whole = "".join(WORDS[: len(ids)])
+    whole = whole if len(whole) >= len(sent) else sent
+    got.append(one.new(Delta(whole, ids)))
+    rest = Delta(TEXT[len(whole) :], tuple(range(len(ids), len(WORDS))))
+    got.append(one.new(rest))
+    deltas = [delta for delta in got if delta is not None]
+    assert "".join(delta.text for delta in deltas) == TEXT
+    assert [n for delta in deltas for n in delta.token_ids] == list(range(len(WORDS)))
+    assert one.check(finish()).metrics.continued == "fast"
+
+
+def test_that_choices_and_reasoning_are_kept_apart() -> None:
+    one = answer("exact", n=2)
+    one.new(Delta("left", (1,), 0))
+    one.new(Delta("right", (2,), 1))
+    one.new(Delta("", (3,), 1, "because"))
+    one.again("exact")
+    assert one.new(Delta("right", (2,), 1)) is None
+    assert one.new(Delta("left and", (1, 9), 0)) == Delta(" and", (9,), 0)
+    assert one.new(Delta("", (3, 4), 1, "because of")) == Delta("", (4,), 1, " of")
+    assert one.check(finish()).finish_reason == "stop"
+
+
+def test_that_logprobs_go_with_their_tokens() -> None:
+    probable = tuple(TokenLogprob(n, b"x", -0.5) for n in range(3))
+    one = answer("exact")
+    one.new(Delta("ab", (0, 1), logprobs=probable[:2]))
+    one.again("exact")
+    assert one.new(Delta("abc", (0, 1, 2), logprobs=probable)) == Delta(
+        "c", (2,), logprobs=probable[2:]
+    )
+
+
+def test_that_another_text_is_not_sewn_on() -> None:
+    one = begun("exact")
+    one.again("exact")
+    with pytest.raises(Diverged):
+        one.new(Delta("b ", (1,)))
+    reasoned = answer("exact")
+    reasoned.new(Delta("", (1,), 0, "so"))
+    reasoned.again("exact")
+    with pytest.raises(Diverged):
+        reasoned.new(Delta("", (1,), 0, "no"))
+
+
+def test_that_one_that_ends_too_early_is_another() -> None:
+    one = answer("exact")
+    one.new(Delta("a b c ", (1, 2, 3)))
+    one.again("exact")
+    one.new(Delta("a b ", (1, 2)))
+    with pytest.raises(Diverged):
+        one.check(finish())
+
+
+def test_that_the_figures_are_what_the_client_felt() -> None:
+    time = Time()
+    one = answer("fast", time)
+    time.now = 103.0
+    asked = one.asked(GenerateRequest(prompt="x", received=100.0), 2.0)
+    assert asked.load_ms == 2000
+    time.now = 103.5
+    one.new(Delta("a ", (1,)))
+    one.again("fast")
+    # The second worker's load is a pause, and not the one that the request began with.
+    assert one.asked(GenerateRequest(prompt="x", received=100.0), 60.0).load_ms == 2000
+    one.new(Delta("a b", (1, 2)))
+    metrics = one.check(finish(time_to_first_token_ms=9.0, queue_ms=9.0)).metrics
+    assert metrics.queue_ms == pytest.approx(1000)
+    assert metrics.time_to_first_token_ms == pytest.approx(3500)
+    assert (metrics.continuations, metrics.continued) == (1, "fast")
+
+
+def test_that_an_undisturbed_answer_passes_unchanged() -> None:
+    one, last = answer(), finish(time_to_first_token_ms=9.0)
+    delta = Delta("a", (1,))
+    assert one.new(delta) is delta
+    assert one.check(last) is last
