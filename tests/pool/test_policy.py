@@ -117,6 +117,13 @@ def test_that_the_longest_wait_closes_the_doors_of_as_many_as_it_takes() -> None
     assert "pinned" not in room(20, 0, *busy, resident("pinned", pinned=True), waited_s=99).close
 
 
+def test_that_nobody_is_put_out_before_it_has_served() -> None:
+    """Or those who wait long would have each other loaded in vain."""
+    loading = resident("loading", busy=True, loading=True)
+    assert room(10, 0, loading, waited_s=99.0) == Wait()
+    assert room(10, 0, loading, resident("x", busy=True), waited_s=99.0) == Wait(close=("x",))
+
+
 def test_that_each_device_gets_what_it_lacks() -> None:
     """One on another device is no help."""
     need, free = {"cpu": 5, "cuda:0": 50}, {"cpu": 10, "cuda:0": 20}

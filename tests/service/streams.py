@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,3 +115,17 @@ async def events(http: httpx.AsyncClient) -> AsyncIterator[list[dict[str, Any]]]
     finally:
         following.cancel()
         await asyncio.wait({following})
+
+
+async def until(true: Callable[[], Awaitable[bool]], within_s: float = 20) -> None:
+    """Ask again and again until it is true."""
+    async with asyncio.timeout(within_s):
+        while True:
+            if await true():
+                return
+            await asyncio.sleep(0.01)
+
+
+def tell(figures: str) -> None:
+    """Show what was measured to whom runs the tests with -s."""
+    print(figures)  # noqa: T201

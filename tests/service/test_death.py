@@ -22,6 +22,14 @@ def body(**more: Any) -> dict[str, Any]:
     return {"model": "echo", "messages": [{"role": "user", "content": "hello"}]} | more
 
 
+def worker(service: Service) -> psutil.Process:
+    """The process of the model, once it is loaded: the service is ready before."""
+    url = f"{service.url}/v1/chat/completions"
+    httpx.post(url, json=body(max_tokens=1), timeout=30).raise_for_status()
+    [child] = service.children()
+    return child
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 def test_a_killed_worker_is_an_error_event_within_a_second(number: signal.Signals) -> None:
     """W17, W19: never a normal end; the API process lives and serves again."""
@@ -67,7 +75,7 @@ def test_children_go_with_their_parent(state: str) -> None:
     """W8: the API process dies by SIGKILL; within 2 s its children are gone, the port free."""
     options = ("-o", "hang_after=3") if state == "hung" else ()
     with served(*SLOW, *options) as service:
-        [child] = service.children()
+        child = worker(service)
         if state != "idle":
             with httpx.stream(
                 "POST", f"{service.url}/v1/chat/completions", json=body(stream=True), timeout=30
@@ -95,7 +103,7 @@ def kill(service: Service) -> float:
 def test_sigterm_drains_and_ends_with_0() -> None:
     """W8: a running answer is completed, the children are gone, the exit code is 0."""
     with served(*SLOW, "-o", "tokens_per_second=200") as service:
-        children = service.children()
+        child = worker(service)
         with httpx.stream(
             "POST",
             f"{service.url}/v1/chat/completions",
@@ -108,4 +116,4 @@ def test_sigterm_drains_and_ends_with_0() -> None:
             rest = [line for line in lines if line.startswith("data:")]
         assert rest[-1] == "data: [DONE]"
         assert service.process.wait(10) == 0
-        assert not any(child.is_running() for child in children)
+        assert not child.is_running()

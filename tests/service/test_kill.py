@@ -114,8 +114,13 @@ def check(
     assert {got.usage["completion_tokens"] for got in gots} == {TOKENS}
     assert {got.reason for got in gots} == {"length"}
     continued = [got.metrics["continued"] for got in gots if got.metrics["continuations"]]
-    assert len(continued) == (1 if fault in {"raise", "oom"} else STREAMS)
-    assert set(continued) == {way}
+    if fault in {"raise", "oom"}:
+        assert len(continued) == 1
+    else:
+        # One that had not reached the worker yet was simply answered by the next.
+        cut = [got for got, start in zip(gots, before, strict=True) if start]
+        assert all(got.metrics["continuations"] == 1 for got in cut)
+    assert {*continued} <= {way, "exact"}
 
 
 SHORT = [

@@ -8,7 +8,14 @@ from typing import Any
 
 import msgspec
 
-from headrace.core.errors import Disabled, HeadraceError, LoadFailed, RequestError, UnknownModel
+from headrace.core.errors import (
+    Disabled,
+    Draining,
+    HeadraceError,
+    LoadFailed,
+    RequestError,
+    UnknownModel,
+)
 from headrace.core.model import ModelSpec
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
 from headrace.pool.plan import plan_load
@@ -98,6 +105,7 @@ class PoolAdmin:
             seat = self.pool.seat(model)
             await self._keep(seat, loaded=False)
         seat.wanted_until = 0.0
+        seat.refuse_watchers(Draining(f"{seat.spec.name} is being unloaded."))
         await self._unload(seat)
         return status_of(seat)
 
@@ -138,7 +146,7 @@ class PoolAdmin:
             changed = tuple(
                 name for name, spec in specs.items() if name in seats and seats[name].spec != spec
             )
-            pool.loader.room.rules = wanted.rules
+            pool.loader.keep_to(wanted.rules)
             pool.ledger.budgets = dict(wanted.budgets)
             for name in removed:
                 pool.remove(seats[name])

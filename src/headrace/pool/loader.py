@@ -74,6 +74,12 @@ class Loader:
         self._housekeeper: asyncio.Task[None] | None = None
         self._closing = False
 
+    def keep_to(self, rules: Rules) -> None:
+        """Keep to other rules from now on; what loads already is not counted again."""
+        if rules.max_loading != self.room.rules.max_loading:
+            self._loading = asyncio.Semaphore(rules.max_loading)
+        self.room.rules = rules
+
     def start(self) -> None:
         """Begin to keep house. Idempotent."""
         if self._housekeeper is None:

@@ -26,7 +26,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Resident(msgspec.Struct, frozen=True, kw_only=True):
-    """A loaded (or loading: then it is busy) worker. Times are in seconds, sizes in bytes."""
+    """A worker that is loaded, or `loading` and busy. Times are in seconds, sizes in bytes."""
 
     key: str
     devices: Mapping[str, int]
@@ -35,6 +35,7 @@ class Resident(msgspec.Struct, frozen=True, kw_only=True):
     loaded_at: float
     idle_since: float
     load_s: float
+    loading: bool = False
 
 
 class Fits(msgspec.Struct, frozen=True):
@@ -97,7 +98,9 @@ def make_room(
         times.append(now + rules.longest_wait_s - waited_s)
         return Wait(max(min(times), now + _SECOND_THOUGHTS_S))
     # Somebody has waited for long enough: those in the way serve whom they have, and then go.
-    going = _enough(short, sorted(movable, key=lambda one: (one.busy, _worth(one, now))))
+    # Not before they serve anybody, or all would be loaded in turn and nobody answered.
+    loaded = [one for one in movable if not one.loading]
+    going = _enough(short, sorted(loaded, key=lambda one: (one.busy, _worth(one, now))))
     return Wait(close=tuple(one.key for one in going or ()))
 
 

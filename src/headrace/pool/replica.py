@@ -178,6 +178,7 @@ class Replica:
             loaded_at=self.loaded_at,
             idle_since=self.idle_since,
             load_s=self.load_s,
+            loading=not self.is_ready,
         )
 
     def take(self, waiter: Waiter, size: int) -> Lease:

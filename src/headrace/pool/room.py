@@ -144,12 +144,13 @@ class Room:
         free = self.ledger.free()
         decision = self.decide(want.need, free, self._clock() - want.since)
         if isinstance(decision, Fits):
-            # What the first in the queue makes free is for him, and not for whom is quick.
-            ahead = self._wants[: self._wants.index(want)]
-            for name, amount in want.need.items():
-                claimed = sum(one.need.get(name, 0) for one in ahead if one.is_evicting)
-                if amount > free.get(name, 0) - claimed:
-                    return Wait()
+            # What is free is for those before who fit too, and what somebody makes free for him.
+            left = dict(free)
+            for one in self._wants[: self._wants.index(want)]:
+                if one.is_evicting or _fits(one.need, free):
+                    left = {name: have - one.need.get(name, 0) for name, have in left.items()}
+            if not _fits(want.need, left):
+                return Wait()
         if isinstance(decision, Never) and not self.ledger.is_settled:
             # What a load has taken already counts twice: booked, and gone from the machine.
             return Wait()
@@ -185,6 +186,10 @@ class Room:
         """Find a replica and its seat by the key in the ledger."""
         pairs = ((seat, replica) for seat in self._seats() for replica in seat.everybody())
         return next((pair for pair in pairs if pair[1].key == key), None)
+
+
+def _fits(need: Mapping[str, int], free: Mapping[str, int]) -> bool:
+    return all(amount <= free.get(name, 0) for name, amount in need.items())
 
 
 def numbers(need: Mapping[str, int]) -> str:

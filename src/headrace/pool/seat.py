@@ -262,6 +262,10 @@ class Seat:
             self.line.leave(waiter)
             if not waiter.turn.done():
                 waiter.turn.set_exception(error)
+        self.refuse_watchers(error)
+
+    def refuse_watchers(self, error: HeadraceError) -> None:
+        """Send away those who wait for the load alone: an operator, somebody who counts."""
         for watcher in self._watchers:
             _settle(watcher, error)
 

@@ -1,0 +1,340 @@
+"""What the pool adds to a load: time from a request to its first token, beside the engine's own.
+
+Two models, copies of one file, are served under a budget for one. A round measures, in turn:
+
+- resident: the model is loaded;
+- unloaded: it is not, there is room, and its file is in the page cache;
+- evicted: the same, but the other model has its memory and has to go first;
+- cold: as evicted, but no page of its file is in the page cache.
+
+Beside each, in turn, the engine alone: a fresh process that imports only xllamacpp, loads a third
+copy of the file with the same slots, threads, batch and context, and answers as long a prompt. Its
+time is from the start of the process to the first token, and beside it stands what the process
+needs before it begins to load. For `resident` it is the fifth prompt to that process. The page
+cache is emptied of a copy with posix_fadvise and what is left is counted; the libraries stay in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import http.client
+import json
+import mmap
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import report
+from headrace import runtime
+from headrace.models.reference import parse
+from serving import headrace, script, serving
+from tax import prompts
+
+CASES = ("resident", "unloaded", "evicted", "cold")
+GOAL_RATIO, GOAL_S = 1.10, 0.1
+ROUNDS = 7
+_CONTEXT, _SLOTS, _BATCH = 1024, 4, 128
+_BUDGET = "420MB"
+_RESIDENCE_S = 1.5
+_PATIENCE_S = 120
+
+
+class Times(NamedTuple):
+    """One case in one round, in seconds; `opened` is the engine's load, `load` the worker's."""
+
+    case: str
+    round: int
+    pool: float
+    load: float
+    engine: float
+    started: float
+    opened: float
+    left: float
+    """Share of the file that was still in the page cache, of either side; 1 where it should be."""
+
+
+class Bench(NamedTuple):
+    """What a round needs: the port, the files of both models, and of the engine."""
+
+    port: int
+    one: Path
+    other: Path
+    peer: Path
+    threads: int
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="What the pool adds to the engine's load.")
+    parser.add_argument("--model", default="smollm2", help="reference of a GGUF")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--memory", default=_BUDGET, help="budget that holds one and not two")
+    parser.add_argument("--folder", type=Path, help="a folder on a disk, for the copies")
+    parser.add_argument("--quick", action="store_true", help="one round, for tests")
+    parser.add_argument("--json", type=Path, help="write the raw figures here")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.rounds = 1
+    return options
+
+
+def drop(path: Path) -> None:
+    """Take a file out of the page cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def warm(path: Path) -> None:
+    """Read a file into the page cache."""
+    with path.open("rb") as file:
+        while file.read(1 << 22):
+            pass
+
+
+def cached(path: Path) -> float:
+    """Return the share of a file's pages that are in the page cache."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE) as mapped:
+        pages = -(-len(mapped) // mmap.PAGESIZE)
+        found = (ctypes.c_ubyte * pages)()
+        byte = ctypes.c_char.from_buffer(mapped)
+        try:
+            library = ctypes.CDLL(None, use_errno=True)
+            start = ctypes.c_void_p(ctypes.addressof(byte))
+            if library.mincore(start, ctypes.c_size_t(len(mapped)), found):
+                raise OSError(ctypes.get_errno(), "mincore")
+        finally:
+            del byte
+        return sum(one & 1 for one in found) / pages
+
+
+def ask(port: int, model: Path, prompt: str) -> float:
+    """Stream one token; return the seconds from before the connection to its event."""
+    body = {"model": model.stem, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE_S)
+    began = time.monotonic()
+    with contextlib.closing(connection):
+        headers = {"Content-Type": "application/json"}
+        text = json.dumps({**body, "ignore_eos": True, "stream": True})
+        connection.request("POST", "/v1/completions", text, headers)
+        response = connection.getresponse()
+        # Comments come before it while the model loads.
+        lines = iter(response.readline, b"")
+        first = next((line for line in lines if line.startswith(b"data: ")), b"")
+        seconds = time.monotonic() - began
+        rest = response.read()
+    if response.status != 200 or b'"text"' not in first or b"[DONE]" not in rest:
+        raise SystemExit(f"{model.stem} did not answer: {response.status} {first!r}")
+    return seconds
+
+
+def tell(port: int, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Ask /admin."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE_S)
+    with contextlib.closing(connection):
+        headers = {"Content-Type": "application/json"}
+        method, content = ("POST", json.dumps(body)) if body else ("GET", None)
+        connection.request(method, path, content, headers)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+    if response.status != 200:
+        raise SystemExit(f"{path}: {answer}")
+    return answer
+
+
+def prepare(bench: Bench, case: str) -> float:
+    """Bring about what a case begins with; return how much of the file is in the page cache."""
+    away = {"model": bench.one.stem}
+    if case == "resident":
+        for again in range(4):
+            ask(bench.port, bench.one, prompts(1, -2 - again)[0])
+    else:
+        tell(bench.port, "/admin/models/unload", away)
+    if case in {"evicted", "cold"}:
+        ask(bench.port, bench.other, prompts(1, -2)[0])
+        time.sleep(_RESIDENCE_S)
+    else:
+        tell(bench.port, "/admin/models/unload", {"model": bench.other.stem})
+    for path in (bench.one, bench.peer):
+        (drop if case == "cold" else warm)(path)
+    return max(cached(bench.one), cached(bench.peer))
+
+
+def ask_pool(bench: Bench, case: str, prompt: str) -> tuple[float, float]:
+    """Measure Headrace: seconds to the first token, and seconds of the worker's load."""
+    seconds = ask(bench.port, bench.one, prompt)
+    status = tell(bench.port, f"/admin/models/{bench.one.stem}")
+    other = tell(bench.port, f"/admin/models/{bench.other.stem}")
+    if case in {"evicted", "cold"} and other["state"] == "ready":
+        raise SystemExit("Both models fit: give less --memory.")
+    return seconds, (status["replicas"][0]["load_ms"] or 0) / 1000
+
+
+async def ask_engine(bench: Bench, texts: Sequence[str]) -> dict[str, float]:
+    """Measure the engine in a process of its own."""
+    settings = {
+        "model": str(bench.peer),
+        "context_length": _CONTEXT,
+        "slots": _SLOTS,
+        "threads": bench.threads,
+        "batch_size": _BATCH,
+        "prompts": list(texts),
+    }
+    began = time.monotonic()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *script("swap_engine.py", json.dumps(settings)),
+        stdout=PIPE,
+        # Headrace's workers have it too: on a busy machine it makes a load ten times faster.
+        env={"GOMP_SPINCOUNT": "10000", **os.environ},
+    )
+    told, _ = await process.communicate()
+    answer = json.loads(told)
+    return {
+        "cold": answer["first_at"] - began,
+        "resident": answer["resident_s"],
+        "started": answer["began_at"] - began,
+        "opened": answer["opened_s"],
+    }
+
+
+async def measure(bench: Bench, case: str, number: int) -> Times:
+    """Measure both sides of one case, the other one first in every other round."""
+    left = await asyncio.to_thread(prepare, bench, case)
+    source = random.Random(f"{case} {number}")
+    texts = [" ".join(prompts(1, source.randrange(10**6))[0].split()[:16]) for _ in range(6)]
+    pool: tuple[float, float] = (0.0, 0.0)
+    engine: dict[str, float] = {}
+    for side in ("pool", "engine") if number % 2 == 0 else ("engine", "pool"):
+        if side == "pool":
+            pool = await asyncio.to_thread(ask_pool, bench, case, texts[0])
+        else:
+            engine = await ask_engine(bench, texts[1:])
+    return Times(
+        case=case,
+        round=number,
+        pool=pool[0],
+        load=0.0 if case == "resident" else pool[1],
+        engine=engine["resident" if case == "resident" else "cold"],
+        started=0.0 if case == "resident" else engine["started"],
+        opened=0.0 if case == "resident" else engine["opened"],
+        left=left,
+    )
+
+
+def middle(times: Sequence[Times], case: str, field: str) -> float:
+    """Return the median of a field over the rounds."""
+    return statistics.median(getattr(one, field) for one in times if one.case == case)
+
+
+def verdict(times: Sequence[Times], case: str) -> dict[str, Any]:
+    """Return the figures of one case; those of a pair are taken in its round."""
+    pairs = [one for one in times if one.case == case]
+    added = statistics.median(one.pool - one.engine for one in pairs)
+    allowed = statistics.median(one.engine * (GOAL_RATIO - 1) + GOAL_S for one in pairs)
+    return {
+        **{name: middle(times, case, name) for name in Times._fields[2:]},
+        "ratio": statistics.median(one.pool / one.engine for one in pairs),
+        "added": added,
+        "added_least": min(one.pool for one in pairs) - min(one.engine for one in pairs),
+        "allowed": allowed,
+        "met": added <= allowed,
+    }
+
+
+def table(times: Sequence[Times], facts: dict[str, Any], options: argparse.Namespace) -> str:
+    """Return the figures to be read."""
+    lines = [
+        "Milliseconds from a request to its first token, beside the engine alone, medians",
+        report.describe(facts),
+        f"{options.model}, {_SLOTS} slots, {_CONTEXT} tokens of context, {options.rounds} rounds",
+        "",
+        "case       pool (least-most)    of it load  engine (least-most)   of it: start, open"
+        "  ratio  added (of the least)  allowed",
+    ]
+    for case in CASES:
+        found = verdict(times, case)
+        every = [one for one in times if one.case == case]
+        lines.append(
+            f"{case:9}  {_range([one.pool for one in every]):19}  {_ms(found['load']):10}"
+            f"  {_range([one.engine for one in every]):20}"
+            f"  {_ms(found['started']):11}, {_ms(found['opened']):5}"
+            f"  {found['ratio']:5.2f}  {_ms(found['added']):5} ({_ms(found['added_least'])})"
+            f"  {_ms(found['allowed']):>13}"
+            f"  {'met' if found['met'] else 'missed'}"
+        )
+    left = max((one.left for one in times if one.case == "cold"), default=0.0)
+    lines += ["", f"Goal: 10 % + 100 ms. Of the cold files {left:.1%} were in the page cache."]
+    return "\n".join(lines)
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{_ms(statistics.median(values))} ({_ms(min(values))}-{_ms(max(values))})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.0f}" if seconds >= 0.1 else f"{seconds * 1000:.1f}"
+
+
+@contextlib.asynccontextmanager
+async def _bench(options: argparse.Namespace, model: Path) -> AsyncGenerator[Bench]:
+    threads = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        one, other, peer = (Path(folder) / f"{name}.gguf" for name in ("one", "other", "peer"))
+        for path in (one, other, peer):
+            shutil.copyfile(model, path)
+        shape: dict[str, object] = {"slots": _SLOTS, "threads": threads, "batch_size": _BATCH}
+        flags = ("--context-length", str(_CONTEXT), "--memory", options.memory)
+        home = ("--home", str(Path(folder) / "home"))
+        async with serving(headrace(str(one), shape, str(other), *flags, *home)) as server:
+            yield Bench(server.port, one, other, peer, threads)
+
+
+async def run(options: argparse.Namespace) -> list[Times]:
+    """Measure everything."""
+    settings = runtime.load_settings()
+    model = runtime.store(settings.config).fetch(parse(options.model))
+    times: list[Times] = []
+    async with _bench(options, model) as bench:
+        # One of each that does not count: it measures what a load needs, and reads the libraries.
+        await measure(bench, "evicted", -1)
+        for number in range(options.rounds):
+            for case in CASES:
+                one = await measure(bench, case, number)
+                times.append(one)
+                print(f"  {case:9} {_ms(one.pool):>6} ms, engine {_ms(one.engine):>6}", flush=True)
+    return times
+
+
+def main() -> None:
+    """Measure, print and keep the figures."""
+    options, began, load = arguments(), time.monotonic(), report.load_average()
+    times, facts = asyncio.run(run(options)), report.machine()
+    busy = f" Load average {load} before, {report.load_average()} after."
+    text = table(times, facts, options) + busy + f" Took {time.monotonic() - began:.0f} s."
+    print(f"\n{text}")
+    record = {
+        "machine": facts,
+        "model": options.model,
+        "load_average": [load, report.load_average()],
+        "goal": {"ratio": GOAL_RATIO, "added_s": GOAL_S},
+        "cases": {case: verdict(times, case) for case in CASES},
+        "times": [one._asdict() for one in times],
+    }
+    if options.json is not None or not options.quick:
+        report.write("swap", text, record, options.json)
+
+
+if __name__ == "__main__":
+    main()
