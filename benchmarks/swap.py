@@ -10,8 +10,10 @@ Two models, copies of one file, are served under a budget for one. A round measu
 Beside each, in turn, the engine alone: a fresh process that imports only xllamacpp, loads a third
 copy of the file with the same slots, threads, batch and context, and answers as long a prompt. Its
 time is from the start of the process to the first token, and beside it stands what the process
-needs before it begins to load. For `resident` it is the fifth prompt to that process. The page
-cache is emptied of a copy with posix_fadvise and what is left is counted; the libraries stay in it.
+needs before it begins to load. For `resident` it is the last of several prompts to that process.
+The page cache is emptied of a copy with posix_fadvise and what is left is counted; the libraries
+stay in it. Both sides have one thread: several would wait for each other by spinning, which
+Headrace curbs where others want the cores, and the engine alone would look bad.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="reference of a GGUF")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--memory", default=_BUDGET, help="budget that holds one and not two")
+    parser.add_argument("--threads", type=int, default=1, help="of both")
     parser.add_argument("--folder", type=Path, help="a folder on a disk, for the copies")
     parser.add_argument("--quick", action="store_true", help="one round, for tests")
     parser.add_argument("--json", type=Path, help="write the raw figures here")
@@ -196,7 +199,7 @@ async def ask_engine(bench: Bench, texts: Sequence[str]) -> dict[str, float]:
         sys.executable,
         *script("swap_engine.py", json.dumps(settings)),
         stdout=PIPE,
-        # Headrace's workers have it too: on a busy machine it makes a load ten times faster.
+        # Headrace's workers have it too, which matters with more than one thread.
         env={"GOMP_SPINCOUNT": "10000", **os.environ},
     )
     told, _ = await process.communicate()
@@ -258,7 +261,8 @@ def table(times: Sequence[Times], facts: dict[str, Any], options: argparse.Names
     lines = [
         "Milliseconds from a request to its first token, beside the engine alone, medians",
         report.describe(facts),
-        f"{options.model}, {_SLOTS} slots, {_CONTEXT} tokens of context, {options.rounds} rounds",
+        f"{options.model}, {_SLOTS} slots, {options.threads} threads, {_CONTEXT} tokens of "
+        f"context, {options.rounds} rounds",
         "",
         "case       pool (least-most)    of it load  engine (least-most)   of it: start, open"
         "  ratio  added (of the least)  allowed",
@@ -289,7 +293,7 @@ def _ms(seconds: float) -> str:
 
 @contextlib.asynccontextmanager
 async def _bench(options: argparse.Namespace, model: Path) -> AsyncGenerator[Bench]:
-    threads = len(os.sched_getaffinity(0))
+    threads = options.threads
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         one, other, peer = (Path(folder) / f"{name}.gguf" for name in ("one", "other", "peer"))
         for path in (one, other, peer):
@@ -327,6 +331,7 @@ def main() -> None:
     record = {
         "machine": facts,
         "model": options.model,
+        "threads": options.threads,
         "load_average": [load, report.load_average()],
         "goal": {"ratio": GOAL_RATIO, "added_s": GOAL_S},
         "cases": {case: verdict(times, case) for case in CASES},

@@ -8,7 +8,7 @@ import random
 import pytest
 from tests.pool.rig import Machine, answer, ask, clock, counted, pool, run, spec
 
-from headrace.core.errors import LoadFailed, WorkerDied
+from headrace.core.errors import Draining, LoadFailed, WorkerDied
 
 LONGEST_WAIT_S = 5.0
 
@@ -36,7 +36,8 @@ def test_that_no_model_starves_among_many(seed: int) -> None:
         # third client of the same model, there is one more answer.
         bound = LONGEST_WAIT_S + len(names) * (2 + 1 + 1) + 2
         assert max(map(max, waits.values())) < bound
-        # And each has had its share.
+        # Who came first was loaded first, and each has had its share.
+        assert "".join(worker.spec.name for worker in machine.workers[:5]) == names
         shares = [len(one) for one in waits.values()]
         assert min(shares) > 0.6 * max(shares)
         assert machine.peak <= 100
@@ -63,12 +64,27 @@ def test_that_a_second_replica_pushes_nobody_out() -> None:
         await asyncio.wait(many)
         assert all(task.result()[0] == counted(100) for task in many)
         assert machine.loads == 2
-        # The first place is empty, and the second serves: it is not put out for the first.
-        machine.sizes["a"] = 30
-        seat = served.seat("b")
-        await served.loader.dismiss(seat, seat.replicas[0], "unloaded")
-        await answer(served, ask("a"))
-        assert seat.evictions == served.seat("a").evictions == 0
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_one_that_serves_already_pushes_nobody_out_for_its_twin() -> None:
+    async def main() -> None:
+        machine = Machine()
+        machine.sizes = {"a": 30, "b": 40}
+        served = pool(machine, spec("a", replicas=2, max_running=1), spec("b"), budget=100)
+        await served.start()
+        await asyncio.sleep(2)
+        assert len(machine.held) == 3
+        # It has grown, and does not fit any more when it comes back.
+        machine.sizes["a"] = 60
+        many = [asyncio.create_task(answer(served, ask("a", 100))) for _ in range(6)]
+        await asyncio.sleep(0.5)
+        machine.workers[0].die()
+        await asyncio.wait(many)
+        assert all(task.result()[0] == counted(100) for task in many)
+        assert [seat.evictions for seat in served.seats.values()] == [0, 0]
         await served.aclose()
 
     run(main())
@@ -113,6 +129,40 @@ def test_that_who_waits_is_told_when_the_last_replica_of_a_failed_model_goes() -
         outcomes = await asyncio.gather(running, waiting, return_exceptions=True)
         assert [type(one) for one in outcomes] == [WorkerDied, LoadFailed]
         assert (seat.state, len(seat.line)) == ("failed", 0)
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_who_waits_for_a_load_is_not_missed_by_the_end() -> None:
+    """The end comes in the moment between the load and the wait's going on."""
+
+    async def main() -> None:
+        served = pool(Machine())
+        seat = served.seat("a")
+        counting = asyncio.create_task(seat.up())
+        await asyncio.sleep(0)
+        seat.now_ready()
+        seat.draining = True
+        seat.refuse(Draining("The service is stopping."))
+        with pytest.raises(Draining):
+            await asyncio.wait_for(counting, 10)
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_who_wanted_first_is_loaded_first() -> None:
+    async def main() -> None:
+        machine = Machine()
+        machine.sizes = dict.fromkeys("abcd", 80)
+        served = pool(machine, *map(spec, "abcd"), budget=100, longest_wait_s=LONGEST_WAIT_S)
+        tasks = [asyncio.create_task(answer(served, ask("a", 100)))]
+        for name in "bcd":
+            await asyncio.sleep(1.5)
+            tasks.append(asyncio.create_task(answer(served, ask(name, 30))))
+        await asyncio.gather(*tasks)
+        assert "".join(worker.spec.name for worker in machine.workers) == "abcd"
         await served.aclose()
 
     run(main())
