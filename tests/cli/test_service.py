@@ -225,10 +225,16 @@ def test_a_service_goes_with_its_terminal(environ: dict[str, str]) -> None:
         while b"Try: " not in seen:
             seen += os.read(terminal, 4096)
         os.close(terminal)
-        until(lambda: os.waitpid(child, os.WNOHANG)[0])
+        ended(child)
     finally:
         if psutil.pid_exists(child):
             os.kill(child, signal.SIGKILL)
+
+
+def ended(child: int) -> int:
+    """Wait for a process that was forked here, and return its exit code."""
+    found = until(lambda: next((one for one in [os.waitpid(child, os.WNOHANG)] if one[0]), None))
+    return os.waitstatus_to_exitcode(found[1])
 
 
 def on_terminal(environ: dict[str, str], *arguments: str, until_seen: bytes) -> str:
@@ -241,8 +247,7 @@ def on_terminal(environ: dict[str, str], *arguments: str, until_seen: bytes) -> 
         while until_seen not in seen:
             seen += os.read(terminal, 4096)
         os.kill(child, signal.SIGINT)
-        code = until(lambda: os.waitpid(child, os.WNOHANG))[1]
-        assert os.waitstatus_to_exitcode(code) in (0, 130)
+        assert ended(child) in (0, 130)
     finally:
         os.close(terminal)
     return seen.decode()

@@ -120,8 +120,9 @@ def test_what_is_not_a_model_is_refused_by_the_service(kind: str, tmp_path: Path
         assert answer.status_code in {400, 404, 503}, answer.text
         assert answer.json()["error"]["message"]
         assert service.process.poll() is None
-        assert httpx.get(f"{service.url}/health/ready", timeout=5).status_code == 503
         other = httpx.post(
             f"{service.url}/v1/completions", json={"model": "echo", "prompt": "a"}, timeout=30
         )
         assert other.json()["choices"][0]["text"] == "a"
+        # M2: one that fails leaves the others serving.
+        service.wait_until_ready()

@@ -95,8 +95,12 @@ async def process(**given: Any) -> AsyncIterator[WorkerProcess]:
 
 def children() -> list[psutil.Process]:
     """The workers' processes of this one; other tests may have left helpers of Python's own."""
-    return [
-        child
-        for child in psutil.Process().children()
-        if child.is_running() and "headrace.worker.child" in " ".join(child.cmdline())
-    ]
+    return [child for child in psutil.Process().children() if is_worker(child)]
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "headrace.worker.child" in " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        # It has gone, and whoever started it has yet to hear of that.
+        return False

@@ -49,7 +49,7 @@ class Pool:
         self.ledger = ledger
         self.seats: dict[str, Seat] = {}
         self.leaving: list[Seat] = []
-        self.draining = False
+        self.draining = self._started = False
         self._names: dict[str, str] = {}
         self._clock = clock
         self.loader = Loader(
@@ -68,8 +68,8 @@ class Pool:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be answered, after the load of its model at worst."""
-        return not self.draining and any(
+        """Whether the start is over, and a request would be answered, after a load at worst."""
+        return not self.draining and self._started and any(
             seat.spec.enabled and seat.failure is None for seat in self.seats.values()
         )
 
@@ -132,6 +132,7 @@ class Pool:
             if loading:
                 await asyncio.wait(loading)
             failed = failed or seat.failure
+        self._started = True
         if failed is not None:
             raise failed
 
