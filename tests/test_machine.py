@@ -119,6 +119,7 @@ def test_a_gpu_tells_what_one_process_holds(monkeypatch: pytest.MonkeyPatch) -> 
         nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=1000, used=300),
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [mine, other, unknown],
         nvmlDeviceGetName=lambda handle: "Mill",
+        NVMLError=RuntimeError,
     )
     monkeypatch.setattr(machine, "_nvml", lambda: driver)
     gpu = devices()[1]
@@ -127,6 +128,12 @@ def test_a_gpu_tells_what_one_process_holds(monkeypatch: pytest.MonkeyPatch) -> 
     held = machine.process_memory(os.getpid())
     assert held.keys() == {"cpu", "cuda:0"}
     assert held["cuda:0"] == 7
+
+    def lost(index: int) -> int:
+        raise RuntimeError(index)
+
+    driver.nvmlDeviceGetHandleByIndex = lost
+    assert [device.key for device in devices()] == ["cpu"]
 
 
 def test_the_system_describes_itself() -> None:

@@ -215,6 +215,12 @@ def _gpus(pid: int) -> Iterator[Device]:
     nvml = _nvml()
     if nvml is None:
         return
+    # A driver that fails to answer takes nothing else with it.
+    with contextlib.suppress(nvml.NVMLError):
+        yield from _seen(nvml, pid)
+
+
+def _seen(nvml: Any, pid: int) -> Iterator[Device]:
     for index in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)

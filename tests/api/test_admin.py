@@ -253,7 +253,9 @@ async def test_without_keys_only_this_machine_manages(peer: str, host: str, stat
         ({"sec-fetch-site": "cross-site", "origin": "https://evil.example"}, 403),
         ({"sec-fetch-site": "same-origin"}, 200),
         ({"sec-fetch-site": "none"}, 200),
-        ({"sec-fetch-site": "cross-site", "origin": "http://localhost:3000"}, 200),
+        ({"sec-fetch-site": "cross-site", "origin": "http://localhost:3000"}, 403),
+        ({"origin": "http://localhost"}, 200),
+        ({"x-forwarded-for": "10.0.0.1"}, 403),
     ],
 )
 async def test_foreign_pages_cannot_make_plans(headers: dict[str, str], status: int) -> None:

@@ -20,7 +20,7 @@ from headrace.core.status import Footprint
 from headrace.core.stream import collect
 from headrace.engines import llamacpp_size
 from headrace.engines.base import OpenRequest
-from headrace.machine import process_memory
+from headrace.machine import Device, process_memory
 from headrace.models.inspect import inspect
 from headrace.worker.process import WorkerProcess
 from headrace.worker.spec import WorkerSpec, open_request
@@ -135,6 +135,9 @@ def test_auto_is_the_gpu_where_the_library_is_built_for_one(
         (tmp_path / "xllamacpp.libs").mkdir()
         (tmp_path / "xllamacpp.libs" / "libcudart-1.so").touch()
         llamacpp_size._is_built_for_cuda.cache_clear()
+        assert llamacpp_size.expected_device("auto") == "cpu"
+        gpu = Device(name="cuda:0 Mill", kind="cuda", total=1, used=0)
+        monkeypatch.setattr(llamacpp_size.machine, "devices", lambda: (gpu,))
         assert llamacpp_size.expected_device("auto") == "cuda:0"
     finally:
         llamacpp_size._is_built_for_cuda.cache_clear()

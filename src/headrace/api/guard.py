@@ -13,6 +13,9 @@ from headrace.api.settings import ApiSettings
 
 HeaderList = Iterable[tuple[bytes, bytes]]
 
+_FORWARDED = frozenset(
+    {b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"}
+)
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -74,6 +77,12 @@ def check_site(headers: dict[bytes, bytes]) -> None:
 def is_local(scope: Scope) -> bool:
     """Tell whether a request comes from this machine, and not through somebody's proxy."""
     hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+    origins = [value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"]
+    if any(name in _FORWARDED for name, _ in scope["headers"]):
+        return False
+    # Another page on this machine is not its operator.
+    if any(origin.partition("://")[2] not in hosts for origin in origins):
+        return False
     peer = str((scope.get("client") or ("127.0.0.1",))[0]).removeprefix("::ffff:")
     loopback = _is_address(peer) and ipaddress.ip_address(peer).is_loopback
     return loopback and all(_hostname(host) in _LOOPBACK for host in hosts)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from headrace import machine
 from headrace.core.model import ModelFile
 from headrace.core.status import Footprint
 from headrace.engines.base import OpenRequest
@@ -97,7 +98,8 @@ def estimate(model: ModelFile, plan: ContextPlan, settings: Settings, device: st
 
 def expected_device(wanted: str) -> str:
     """Return the device that a load will most likely take, without loading the library."""
-    if wanted.startswith("cuda") or (wanted == "auto" and _is_built_for_cuda()):
+    there = any(device.kind == "cuda" for device in machine.devices())
+    if wanted.startswith("cuda") or (wanted == "auto" and there and _is_built_for_cuda()):
         return "cuda:0"
     return "cpu"
 

@@ -147,7 +147,9 @@ class PoolAdmin:
                 name for name, spec in specs.items() if name in seats and seats[name].spec != spec
             )
             pool.loader.keep_to(wanted.rules)
-            pool.ledger.budgets = dict(wanted.budgets)
+            # In place: who sizes models reads the same budgets.
+            pool.ledger.budgets.clear()
+            pool.ledger.budgets.update(wanted.budgets)
             for name in removed:
                 pool.remove(seats[name])
             for name in added:
@@ -173,6 +175,7 @@ class PoolAdmin:
                 # The configuration has lost the model; what was done to it waits for its return.
                 return
             self._add(kept.reference, kept.changes)
+            self._by_hand[name] = kept
         spec = self._specify(kept.reference or name, kept.changes)
         seats[name].apply(msgspec.structs.replace(spec, name=name))
         if kept.loaded is not None:

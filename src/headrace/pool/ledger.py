@@ -13,8 +13,8 @@ ReadDevices = Callable[[], Mapping[str, tuple[int, int]]]
 class Ledger:
     """Books bytes by device under a key. What is booked before it is taken is `pending`."""
 
-    def __init__(self, budgets: Mapping[str, int], read_devices: ReadDevices) -> None:
-        self.budgets = dict(budgets)
+    def __init__(self, budgets: dict[str, int], read_devices: ReadDevices) -> None:
+        self.budgets = budgets
         self._read_devices = read_devices
         self._booked: dict[str, dict[str, int]] = {}
         self._pending: set[str] = set()

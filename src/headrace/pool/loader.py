@@ -223,7 +223,8 @@ class Loader:
             await worker.start()
             load_s = self._clock() - began
             # What has died since its load holds nothing; its watch will see to it.
-            measured = await worker.memory() or need.devices
+            # What cannot be seen of a device, as in a container, is as it was estimated.
+            measured = {**need.devices, **await worker.memory()}
         except BaseException:
             await worker.aclose()
             raise
@@ -246,17 +247,20 @@ class Loader:
             loading.cancel()
             await asyncio.wait({loading})
         was_up, worker, held = replica.is_ready, replica.worker, dict(replica.memory)
-        if worker is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(drain_s):
-                    await replica.idle()
-            await worker.aclose()
-        self.room.ledger.release(replica.key)
-        replica.down()
-        seat.retired.discard(replica)
-        replica.unloading, replica.closed = None, False
-        if not seat.is_ready:
-            seat.not_ready()
+        try:
+            if worker is not None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(drain_s):
+                        await replica.idle()
+                await worker.aclose()
+        finally:
+            # Whatever went wrong: the place is free for the next load.
+            self.room.ledger.release(replica.key)
+            replica.down()
+            seat.retired.discard(replica)
+            replica.unloading, replica.closed = None, False
+            if not seat.is_ready:
+                seat.not_ready()
         if was_up:
             self._tell(why, seat, replica)
             self._task(self._remember(replica.spec, held, replica.load_s), "remember")

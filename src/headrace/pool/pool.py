@@ -69,8 +69,10 @@ class Pool:
     @property
     def ready(self) -> bool:
         """Whether the start is over, and a request would be answered, after a load at worst."""
-        return not self.draining and self._started and any(
-            seat.spec.enabled and seat.failure is None for seat in self.seats.values()
+        return (
+            not self.draining
+            and self._started
+            and any(seat.spec.enabled and seat.failure is None for seat in self.seats.values())
         )
 
     def add(self, spec: ModelSpec) -> Seat:
@@ -154,6 +156,9 @@ class Pool:
                     yield event
                 return
             except EngineError as error:
+                if answer.is_whole:
+                    # It died after its last word.
+                    return
                 broken, way = error, answer.way_on(error, _capabilities(seat))
             finally:
                 await stream.aclose()

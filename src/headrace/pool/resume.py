@@ -80,6 +80,7 @@ class Answer:
         self._said = [_Said() for _ in range(request.n)]
         self._began = False
         self.continued: Way | None = None
+        self.is_whole = False
 
     def asked(self, request: GenerateRequest, load_s: float) -> GenerateRequest:
         """Return what a worker is asked, now that it is the request's turn."""
@@ -141,9 +142,11 @@ class Answer:
             Diverged: the second answer is shorter than what was sent of the first.
         """
         if self.continued is None:
+            self.is_whole = True
             return finish
         if not all(said.is_through for said in self._said):
             raise Diverged
+        self.is_whole = True
         received, load_s = self._request.received, self._load_s or 0.0
         # What the client felt: the first worker's turn, and the first text that came at all.
         visible = finish.metrics.time_to_first_token_ms

@@ -108,7 +108,7 @@ class Room:
         if not may_evict or not seat.is_waited_for:
             raise Unwanted
         first = self._wants[0] is want
-        if isinstance(decision, Evict) and first:
+        if isinstance(decision, Evict) and self._may_evict(want, now):
             want.is_evicting = True
             await asyncio.gather(*[asyncio.shield(task) for task in self._evict(decision, seat)])
             return False
@@ -123,6 +123,12 @@ class Room:
             async with asyncio.timeout(max(0.001, until - now)):
                 await changed.wait()
         return False
+
+    def _may_evict(self, want: _Want, now: float) -> bool:
+        """Tell whether those before only wait for others to end, and not for too long."""
+        before = self._wants[: self._wants.index(want)]
+        patient_s = self.rules.longest_wait_s
+        return all(not one.is_evicting and now - one.since < patient_s for one in before)
 
     def decide(
         self, need: Mapping[str, int], free: Mapping[str, int], waited_s: float

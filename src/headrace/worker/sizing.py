@@ -62,7 +62,7 @@ class Sizing:
         Raises:
             HeadraceError: what the given `resolve` raises, or the header cannot be read.
         """
-        key = msgspec.json.encode(spec)
+        key = self._memo(spec)
         known = self._resolved.get(key)
         if known is not None and known.stamp == _stamp(known.found):
             return known.found
@@ -76,6 +76,9 @@ class Sizing:
         self._resolved[key] = _Resolved(found, _stamp(found))
         return found
 
+    def _memo(self, spec: ModelSpec) -> bytes:
+        return msgspec.json.encode((spec, sorted(self._budgets.items())))
+
     def footprint(self, spec: ModelSpec, on_progress: OnProgress) -> Footprint:
         """Return what the model takes: measured if it was loaded so before, estimated if not.
 
@@ -88,8 +91,11 @@ class Sizing:
         need = self._read().get(_key(found))
         if need is None:
             return msgspec.structs.replace(estimated, load_s=_load_s(found, estimated))
+        # One that once grew beyond the budget may try again: it is not refused for ever.
+        most = _larger(estimated.devices, self._budgets)
+        devices = {name: min(size, most.get(name, size)) for name, size in need.devices.items()}
         return msgspec.structs.replace(
-            estimated, devices=need.devices, how="measured", load_s=need.load_s
+            estimated, devices=devices, how="measured", load_s=need.load_s
         )
 
     def remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
@@ -97,7 +103,9 @@ class Sizing:
 
         What cannot be kept is logged and no error: the next load is estimated once more.
         """
-        found = self.resolve(spec, _silent)
+        # As it was when it was loaded: a file that has gone since is not fetched for this.
+        known = self._resolved.get(self._memo(spec))
+        found = known.found if known else self.resolve(spec, _silent)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._path.with_name(f".{self._path.name}.lock")):
