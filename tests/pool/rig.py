@@ -131,6 +131,7 @@ class FakeWorker:
         self.running = 0
         self.reason: str | None = None
         self.broken: HeadraceError | None = None
+        self.late: HeadraceError | None = None
         self.asked: list[GenerateRequest] = []
         machine.workers.append(self)
 
@@ -178,6 +179,8 @@ class FakeWorker:
             usage = Usage(prompt_tokens=1, completion_tokens=count)
             metrics = InferenceMetrics(started_at=0.0, usage=usage, load_ms=request.load_ms)
             yield Finish(("length",), usage, metrics)
+            if self.late is not None:
+                raise self.late
         finally:
             self.running -= request.n
 

@@ -681,3 +681,22 @@ def test_what_listeners_hear() -> None:
         ]
 
     run(main())
+
+
+def test_that_what_was_stopped_by_hand_stays_so_over_two_restarts(tmp_path: Path) -> None:
+    """M8."""
+
+    async def main() -> None:
+        file = tmp_path / "state.json"
+        service = Service(path=file)
+        await service.admin.load("builtin:x")
+        await service.admin.unload("x")
+        await service.aclose()
+        for pinned in (True, False):
+            service = Service(path=file)
+            await service.pool.start()
+            assert service.states()["x"] == "created"
+            await service.admin.update("a", {"pinned": pinned})
+            await service.aclose()
+
+    run(main())

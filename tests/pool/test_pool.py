@@ -21,7 +21,7 @@ from headrace.core.errors import (
     UnknownModel,
     WorkerDied,
 )
-from headrace.core.events import Delta
+from headrace.core.events import Delta, Event, Finish
 from headrace.core.request import CountRequest
 
 
@@ -497,3 +497,69 @@ def test_that_closing_a_stream_frees_the_slot_in_each_phase() -> None:
 
 def test_that_a_deadline_of_the_engine_is_not_taken_for_one_of_the_line() -> None:
     assert issubclass(QueueTimeout, DeadlineExceeded)
+
+
+def test_that_an_unload_that_fails_costs_nothing_for_good() -> None:
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine, spec(keep_alive=0.0))
+        asked = asyncio.create_task(answer(served, ask()))
+        await asyncio.sleep(1.2)
+
+        async def broken(drain_s: float = 0.0) -> None:
+            machine.held.clear()
+            raise RuntimeError("the driver does not answer")
+
+        machine.workers[0].aclose = broken  # type: ignore[method-assign]
+        assert (await asked)[0] == counted(5)
+        await asyncio.sleep(1)
+        assert served.ledger.booked() == {"cpu": 0}
+        assert (await answer(served, ask()))[0] == counted(5)
+        assert machine.loads == 2
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_a_death_after_the_last_word_changes_nothing() -> None:
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine)
+        await served.start()
+        stream = served.generate(ask())
+        events: list[Event] = []
+        async for event in stream:
+            events.append(event)
+            if isinstance(event, Finish):
+                machine.workers[0].late = WorkerDied("a moment later")
+        assert [type(event).__name__ for event in events].count("Finish") == 1
+        assert isinstance(events[-1], Finish)
+        assert served.seat("a").continuations == 0
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_who_waits_for_the_busy_does_not_block_who_can_have_room() -> None:
+    """M6: in order, but not in a line behind one who waits for others to end."""
+
+    async def main() -> None:
+        machine = Machine()
+        machine.sizes = {"busy": 50, "idle": 40, "big": 90, "small": 40}
+        names = ("busy", "idle", "big", "small")
+        served = pool(machine, *(spec(name) for name in names), budget=100)
+        await answer(served, ask("idle"))
+        endless = asyncio.create_task(answer(served, ask("busy", 3000)))
+        await asyncio.sleep(5)
+        big = asyncio.create_task(answer(served, ask("big")))
+        await asyncio.sleep(1)
+        began = clock()
+        assert (await answer(served, ask("small")))[0] == counted(5)
+        assert clock() - began < 5
+        assert not endless.done()
+        endless.cancel()
+        assert (await big)[0] == counted(5)
+        await asyncio.wait({endless})
+        await served.aclose()
+
+    run(main())
