@@ -133,7 +133,7 @@ async def test_nothing_is_left_of_it(scratch: Path) -> None:
         assert (one.state, one.pid) == ("stopped", None)
     await asyncio.sleep(0.05)
     gc.collect()
-    assert psutil.Process().num_fds() == fds
+    assert psutil.Process().num_fds() <= fds, "fewer, where an earlier test's ended meanwhile"
     assert asyncio.all_tasks() == tasks
     assert not list(scratch.iterdir())
 

@@ -7,7 +7,16 @@ from typing import Any, Protocol
 
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo
-from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, TokenCount
+from headrace.core.request import (
+    CountRequest,
+    DetokenizeRequest,
+    EmbedRequest,
+    EmbedResult,
+    GenerateRequest,
+    RerankRequest,
+    RerankResult,
+    TokenCount,
+)
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
 
 
@@ -22,6 +31,22 @@ class Backend(Protocol):
 
         Raises:
             HeadraceError: of any family, at any time before the Finish.
+        """
+        ...
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """Return a vector for each input.
+
+        Raises:
+            HeadraceError: Unsupported if the model has no embeddings, and any other.
+        """
+        ...
+
+    async def rerank(self, request: RerankRequest) -> RerankResult:
+        """Put documents in order.
+
+        Raises:
+            HeadraceError: Unsupported if the model ranks nothing, and any other.
         """
         ...
 

@@ -9,6 +9,8 @@ import msgspec
 State = Literal["created", "loading", "ready", "draining", "stopped", "failed"]
 Origin = Literal["default", "file", "environment", "flag", "argument"]
 Continuation = Literal["exact", "fast", "off"]
+Task = Literal["generate", "embed", "rerank"]
+Format = Literal["gguf", "safetensors", "openvino", "remote", "none"]
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -24,7 +26,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     memory is needed. `preload` loads it when the service starts. `continuation` says what becomes
     of an answer whose worker dies: `exact` generates it again and goes on where it was cut, `fast`
     goes on from the tokens that were sent, `off` breaks it off. `weights` are those of the
-    replicas, in order; 1 where none is given.
+    replicas, in order; 1 where none is given. `task` is what the model is for, where its header
+    does not say so or can do several.
     """
 
     name: str
@@ -48,17 +51,21 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     continuation: Continuation = "fast"
     replicas: int = 1
     weights: tuple[float, ...] = ()
+    task: Task | None = None
     options: dict[str, Any] = {}
 
 
 class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     """A model on disk whose header has been checked.
 
-    `path` is a GGUF file or a directory. `parameters` counts weights; `size` is in bytes.
+    `path` is a GGUF file or a directory; of a remote model it is what the upstream calls it.
+    `provider` is the upstream. `parameters` counts weights; `size` is in bytes.
     """
 
     path: str
-    format: Literal["gguf", "safetensors", "none"]
+    format: Format
+    task: Task = "generate"
+    provider: str | None = None
     architecture: str | None = None
     parameters: int | None = None
     quantization: str | None = None
@@ -72,7 +79,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine can do with this model. A sampling field not listed is refused by name.
 
     `batch_invariant`: greedy and seeded answers repeat themselves, whatever runs beside them.
-    `resume`: it can go on after tokens of an answer that it is given.
+    `resume`: it can go on after tokens of an answer that it is given. `tasks`: what it answers.
+    `dimensions`: of its embeddings.
     """
 
     sampling: frozenset[str] = frozenset()
@@ -81,6 +89,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     token_prompts: bool = True
     batch_invariant: bool = False
     resume: bool = False
+    tasks: frozenset[Task] = frozenset({"generate"})
+    dimensions: int | None = None
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from headrace.core.errors import InvalidRequest
+from headrace.core.metrics import InferenceMetrics, Usage
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -149,6 +150,97 @@ class CountRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
             raise InvalidRequest("Give either messages or a text.", param="messages")
         if self.messages is not None and not self.messages:
             raise InvalidRequest("messages is empty.", param="messages")
+
+
+class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Texts, or lists of token ids, each to become one vector.
+
+    `dimensions` keeps that many of the first, for models that are made for it. `normalize` scales
+    each vector to length 1. `truncate` cuts what is longer than the context; it is refused without.
+    Other fields are as in GenerateRequest.
+    """
+
+    inputs: tuple[str | tuple[int, ...], ...]
+    model: str = ""
+    dimensions: int | None = None
+    normalize: bool = True
+    truncate: bool = False
+    deadline_s: float | None = None
+    client: str = ""
+    keep_alive: float | None = None
+    load_wait_s: float | None = None
+    load_ms: float = 0.0
+    id: str = msgspec.field(default_factory=new_id)
+    received: float = msgspec.field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        """Refuse what has no vector.
+
+        Raises:
+            InvalidRequest: there is no input, or one is empty.
+        """
+        if not self.inputs or not all(self.inputs):
+            raise InvalidRequest("An input is empty.", param="input")
+        if self.dimensions is not None and self.dimensions < 1:
+            raise InvalidRequest("dimensions is at least 1.", param="dimensions")
+
+
+class EmbedResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One vector for each input, in order: little-endian 32-bit floats."""
+
+    vectors: tuple[bytes, ...]
+    dimensions: int
+    usage: Usage
+    metrics: InferenceMetrics
+
+
+class RerankRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Documents to be put in the order in which they answer the query.
+
+    `top_n` keeps that many of the best. `truncate` cuts documents that do not fit into the context
+    with the query; they are refused without. Other fields are as in GenerateRequest.
+    """
+
+    query: str
+    documents: tuple[str, ...]
+    model: str = ""
+    top_n: int | None = None
+    truncate: bool = True
+    deadline_s: float | None = None
+    client: str = ""
+    keep_alive: float | None = None
+    load_wait_s: float | None = None
+    load_ms: float = 0.0
+    id: str = msgspec.field(default_factory=new_id)
+    received: float = msgspec.field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        """Refuse what has no order.
+
+        Raises:
+            InvalidRequest: the query is empty, or there are no documents.
+        """
+        if not self.query:
+            raise InvalidRequest("query is empty.", param="query")
+        if not self.documents:
+            raise InvalidRequest("documents is empty.", param="documents")
+        if self.top_n is not None and self.top_n < 1:
+            raise InvalidRequest("top_n is at least 1.", param="top_n")
+
+
+class Ranked(msgspec.Struct, frozen=True, array_like=True):
+    """How well document `index` answers the query; a higher score is better."""
+
+    index: int
+    score: float
+
+
+class RerankResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The best documents, best first."""
+
+    ranking: tuple[Ranked, ...]
+    usage: Usage
+    metrics: InferenceMetrics
 
 
 class TokenCount(msgspec.Struct, frozen=True, kw_only=True):

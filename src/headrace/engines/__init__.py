@@ -20,7 +20,7 @@ from headrace.engines.base import About, Engine, EngineOptions, OpenRequest
 ENTRY_POINTS = "headrace.engines"
 """The entry point group under which another package registers an engine's module."""
 
-_PARTS = {"base", "threaded", "llamacpp_call", "llamacpp_size", "openmp"}
+_SHARED = {"base", "threaded", "openmp"}
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,8 +35,10 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 def names() -> tuple[str, ...]:
     """Return the names of all engines, our own and those of other packages, sorted."""
-    ours = {module.name for module in pkgutil.iter_modules(__path__)} - _PARTS
-    return tuple(sorted(ours | {point.name for point in _entry_points()}))
+    ours = {module.name for module in pkgutil.iter_modules(__path__)} - _SHARED
+    # llamacpp_call is a part of llamacpp.
+    engines = {name for name in ours if not any(name.startswith(f"{other}_") for other in ours)}
+    return tuple(sorted(engines | {point.name for point in _entry_points()}))
 
 
 def about(name: str) -> About:

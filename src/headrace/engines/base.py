@@ -1,6 +1,10 @@
 """The contract of an engine: one module with `ABOUT`, `Options` and `Engine`.
 
-It may have a `footprint(request: OpenRequest) -> Footprint`, which estimates what a load takes.
+`Engine` is a Generator, an Embedder or a Reranker, by the tasks of `facts.capabilities`; it may be
+several. One that has its models elsewhere (`ABOUT.remote`) is a RemoteEngine.
+
+A module may have a `footprint(request: OpenRequest) -> Footprint`, the estimate of what a load
+takes.
 All but `Engine` is read without the engine's library (by `doctor`, `config show`, the docs), so
 the library is imported when an `Engine` is made and not before.
 
@@ -16,9 +20,17 @@ from typing import Any, Literal, Protocol
 import msgspec
 from pydantic import BaseModel, ConfigDict
 
-from headrace.core.events import TokenLogprob
-from headrace.core.model import Capabilities, ModelFile
-from headrace.core.request import Sampling
+from headrace.core.events import Delta, FinishReason, Progress, TokenLogprob
+from headrace.core.metrics import Usage
+from headrace.core.model import Capabilities, ModelFile, Task
+from headrace.core.request import (
+    CountRequest,
+    EmbedRequest,
+    GenerateRequest,
+    RerankRequest,
+    Sampling,
+    TokenCount,
+)
 
 
 class EngineOptions(BaseModel):
@@ -31,13 +43,18 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of an engine before its library is there.
 
     `requires` is the import name of the library (None: nothing), `extra` the extra of the
-    package that brings it (None: the core does).
+    package that brings it (None: the core does). A remote engine answers requests as they are and
+    runs in the process that serves. `automatic` is False for one that is only used when it is asked
+    for by name.
     """
 
     formats: tuple[str, ...]
     devices: tuple[str, ...] = ("cpu",)
     requires: str | None = None
     extra: str | None = None
+    tasks: tuple[Task, ...] = ("generate",)
+    remote: bool = False
+    automatic: bool = True
 
 
 class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +63,8 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     `device` is auto, cpu, cuda or mps; None leaves `context_length` and `max_running` to the
     engine. `memory` is how many bytes of the device models may take, None all that it has: what is
     chosen by default depends on it, and not on what is free at the moment. `repeatable` asks for
-    greedy and seeded answers that repeat themselves, where options leave the choice.
+    greedy and seeded answers that repeat themselves, where options leave the choice. `task` is what
+    the model is for.
     """
 
     model: ModelFile
@@ -55,6 +73,7 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int | None = None
     memory: int | None = None
     repeatable: bool = False
+    task: Task = "generate"
     options: dict[str, Any] = {}
 
 
@@ -124,8 +143,15 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
+class Pair(msgspec.Struct, frozen=True):
+    """A query and a document as one sequence, of which the document begins at `second`."""
+
+    token_ids: tuple[int, ...]
+    second: int
+
+
 class Engine(Protocol):
-    """One loaded model. `__init__(request: OpenRequest)` blocks until it can generate.
+    """One loaded model. `__init__(request: OpenRequest)` blocks until it can answer.
 
     Raises (from `__init__`):
         ConfigError: an option is unknown or wrong.
@@ -133,14 +159,6 @@ class Engine(Protocol):
     """
 
     facts: EngineFacts
-
-    def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
-        """Yield Admitted once or more, then deltas, then one RawFinish.
-
-        When the generator is closed the engine has stopped and its slot is free. Errors may be
-        raised by the call or by the first step.
-        """
-        ...
 
     def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
         """Return token ids; markers such as `<|im_end|>` become their tokens. Blocking."""
@@ -150,6 +168,22 @@ class Engine(Protocol):
         """Return the text of token ids, special tokens included. Blocking."""
         ...
 
+    def close(self) -> None:
+        """Free the model. Blocking, idempotent."""
+        ...
+
+
+class Generator(Engine, Protocol):
+    """An engine for the task `generate`."""
+
+    def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
+        """Yield Admitted once or more, then deltas, then one RawFinish.
+
+        When the generator is closed the engine has stopped and its slot is free. Errors may be
+        raised by the call or by the first step.
+        """
+        ...
+
     def shown(self, token_ids: Sequence[int]) -> str:
         """Return the text that a stream shows for tokens of an answer. Blocking.
 
@@ -157,6 +191,74 @@ class Engine(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Free the model. Blocking, idempotent."""
+
+class Embedder(Engine, Protocol):
+    """An engine for the task `embed`."""
+
+    def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
+        """Return one vector for each list of token ids, as the model gives it. Blocking.
+
+        The ids are whole: `tokenize(text, add_special=True)` made them, or the client. A vector is
+        `dimensions` little-endian 32-bit floats. Called by one thread at a time.
+        """
+        ...
+
+
+class Reranker(Engine, Protocol):
+    """An engine for the task `rerank`."""
+
+    def pair(self, query: str, document: str) -> Pair:
+        """Return the sequence that the model scores. Blocking."""
+        ...
+
+    def score(self, batch: Sequence[Pair]) -> Sequence[float]:
+        """Return for each pair how well the document answers the query. Blocking.
+
+        Scores are as the model's own library reports them. Called by one thread at a time.
+        """
+        ...
+
+
+class RemoteFinish(msgspec.Struct, frozen=True, kw_only=True):
+    """The upstream's own account; `usage` is None where it gives none."""
+
+    finish_reasons: tuple[FinishReason, ...]
+    usage: Usage | None = None
+
+
+RemoteEvent = Progress | Delta | RemoteFinish
+
+
+class RemoteEngine(Protocol):
+    """A model that somebody else serves. `__init__(request: OpenRequest)` connects to nobody.
+
+    Raises (from `__init__`):
+        ConfigError: an option is unknown or wrong, or the key is missing.
+    """
+
+    facts: EngineFacts
+
+    def answer(self, request: GenerateRequest) -> AsyncGenerator[RemoteEvent, None]:
+        """Yield deltas and one RemoteFinish. Once it is closed the upstream's stream is cut.
+
+        Raises:
+            UpstreamError: with what the upstream said, without the key.
+            Unsupported: a field that this upstream does not know.
+        """
+        ...
+
+    async def embed(self, request: EmbedRequest) -> tuple[Sequence[bytes], Usage]:
+        """Return one vector for each input, and the usage. Only for the task `embed`."""
+        ...
+
+    async def rerank(self, request: RerankRequest) -> tuple[Sequence[tuple[int, float]], Usage]:
+        """Return index and score of the best, best first. Only for the task `rerank`."""
+        ...
+
+    async def count_tokens(self, request: CountRequest) -> TokenCount:
+        """Count at the upstream if it can; what is guessed is marked `estimated`."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close the connections. Idempotent."""
         ...
