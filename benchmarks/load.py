@@ -48,7 +48,8 @@ class Stream(asyncio.Protocol):
         self.tail = data if len(data) > 512 else (self.tail + data)[-_TAIL:]
         if self.events and not self.began.is_set():
             self.began.set()
-        if data.endswith(b"0\r\n\r\n"):
+        # Headers can end with a nought too.
+        if data.endswith(b"\r\n0\r\n\r\n") or data == b"0\r\n\r\n":
             self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -174,7 +174,7 @@ async def rounds(options: argparse.Namespace, streams: int, model: Path) -> list
         serve = headrace(str(model), shape, "--context-length", str(_CONTEXT))
         server = await stack.enter_async_context(serving(serve))
         settings = {"model": str(model), "context_length": _CONTEXT, **shape}
-        engine = await stack.enter_async_context(_engine(settings))
+        engine = await stack.enter_async_context(direct(settings))
         client = await Client.start()
         stack.push_async_callback(client.stop)
         bench = Bench(server, engine, client, options.max_tokens)
@@ -244,7 +244,8 @@ def table(turns: Sequence[Turn], facts: dict[str, Any], options: argparse.Namesp
 
 
 @contextlib.asynccontextmanager
-async def _engine(settings: dict[str, Any]) -> AsyncGenerator[Process]:
+async def direct(settings: dict[str, Any]) -> AsyncGenerator[Process]:
+    """Run the engine by itself in a process."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *script("tax_engine.py", json.dumps(settings)),

@@ -225,7 +225,9 @@ def test_keys_are_hashed_and_never_shown(tmp_path: Path) -> None:
     assert settings.config.server.api_keys == (f"sha256:{digest}",)
     hashed = {"HEADRACE_API_KEYS": f"sha256:{digest.upper()}"}
     assert read(tmp_path, env=hashed).config.server.api_keys == (f"sha256:{digest}",)
-    assert settings.model_spec("a").options == {"api_key": "s3cret"}
+    sealed = settings.model_spec("a").options["api_key"]
+    assert sealed.get_secret_value() == "s3cret"
+    assert "s3cret" not in repr((settings, settings.model_spec("a")))
     shown = {row.key: row.value for row in settings.show()}
     assert shown["server.api_keys"] == [f"sha256:{digest[:4]}…"]
     assert shown["models.a.options.api_key"] == "…"

@@ -9,13 +9,23 @@ if TYPE_CHECKING:
     from headrace.core.events import Delta, Event, Finish, GenerateResult, Progress
     from headrace.core.metrics import InferenceMetrics, Usage
     from headrace.core.model import ModelInfo, ModelSpec
-    from headrace.core.request import GenerateRequest, Message, Sampling
+    from headrace.core.request import (
+        EmbedRequest,
+        EmbedResult,
+        GenerateRequest,
+        Message,
+        RerankRequest,
+        RerankResult,
+        Sampling,
+    )
     from headrace.model_worker import AsyncModelWorker
     from headrace.sync import ModelWorker
 
 __all__ = [
     "AsyncModelWorker",
     "Delta",
+    "EmbedRequest",
+    "EmbedResult",
     "Event",
     "Finish",
     "GenerateRequest",
@@ -27,6 +37,8 @@ __all__ = [
     "ModelSpec",
     "ModelWorker",
     "Progress",
+    "RerankRequest",
+    "RerankResult",
     "Sampling",
     "Usage",
     "__version__",
@@ -35,6 +47,8 @@ __all__ = [
 _HOMES = {
     "AsyncModelWorker": "headrace.model_worker",
     "Delta": "headrace.core.events",
+    "EmbedRequest": "headrace.core.request",
+    "EmbedResult": "headrace.core.request",
     "Event": "headrace.core.events",
     "Finish": "headrace.core.events",
     "GenerateRequest": "headrace.core.request",
@@ -46,6 +60,8 @@ _HOMES = {
     "ModelSpec": "headrace.core.model",
     "ModelWorker": "headrace.sync",
     "Progress": "headrace.core.events",
+    "RerankRequest": "headrace.core.request",
+    "RerankResult": "headrace.core.request",
     "Sampling": "headrace.core.request",
     "Usage": "headrace.core.metrics",
 }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import struct
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 
@@ -17,8 +18,12 @@ from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import (
     CountRequest,
     DetokenizeRequest,
+    EmbedRequest,
+    EmbedResult,
     GenerateRequest,
     Message,
+    RerankRequest,
+    RerankResult,
     Sampling,
     TokenCount,
 )
@@ -27,6 +32,9 @@ from headrace.worker.spec import OnProgress
 
 Messages = Sequence[Message | Mapping[str, Any]]
 Prompt = str | Sequence[int]
+Vectors = list[list[float]]
+
+T = TypeVar("T", EmbedRequest, RerankRequest)
 
 _SAMPLING = set(Sampling.__struct_fields__)
 _REQUEST = {"n", "echo", "context_length", "json_schema", "template_options", "deadline_s"}
@@ -140,6 +148,35 @@ class AsyncModelWorker:
         """Return the whole answer; arguments as for `generate_stream`."""
         return await collect(self.generate_stream(prompt, messages=messages, **options))
 
+    async def embed(self, inputs: Sequence[Prompt], **options: Any) -> Vectors:
+        """Return a vector for each text, or list of token ids.
+
+        `options` are fields of EmbedRequest: `dimensions`, `normalize`, `truncate`, `deadline_s`.
+
+        Raises:
+            InvalidRequest: an option is unknown or wrong.
+        """
+        return vectors(await self.embed_raw(inputs, **options))
+
+    async def embed_raw(self, inputs: Sequence[Prompt], **options: Any) -> EmbedResult:
+        """Return the vectors as bytes, with usage and metrics; arguments as for `embed`."""
+        if isinstance(inputs, str):
+            raise InvalidRequest("Give a list of texts.", param="inputs")
+        given = tuple(one if isinstance(one, str) else tuple(one) for one in inputs)
+        body = {"inputs": given, "model": self.spec.name, **options}
+        return await self._worker.embed(_built(EmbedRequest, body))
+
+    async def rerank(self, query: str, documents: Sequence[str], **options: Any) -> RerankResult:
+        """Put documents in order: the best first, each with its index and score.
+
+        `options` are fields of RerankRequest: `top_n`, `truncate`, `deadline_s`.
+
+        Raises:
+            InvalidRequest: an option is unknown or wrong.
+        """
+        body = {"query": query, "documents": documents, "model": self.spec.name, **options}
+        return await self._worker.rerank(_built(RerankRequest, body))
+
     async def count_tokens(
         self,
         text: str | None = None,
@@ -154,6 +191,21 @@ class AsyncModelWorker:
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids."""
         return await self._worker.detokenize(DetokenizeRequest(token_ids=tuple(token_ids)))
+
+
+def vectors(result: EmbedResult) -> Vectors:
+    """Return the vectors as lists of numbers."""
+    form = struct.Struct(f"<{result.dimensions}f")
+    return [list(form.unpack(one)) for one in result.vectors]
+
+
+def _built(kind: type[T], body: Mapping[str, Any]) -> T:
+    for name in body.keys() - {*kind.__struct_fields__}:
+        raise InvalidRequest(f"There is no option {name!r}", param=name)
+    try:
+        return msgspec.convert(body, kind)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(str(error)) from error
 
 
 def _quiet(settings: Settings) -> Config:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,25 @@ from headrace.engines import EngineStatus
 from headrace.log import LogSettings
 from headrace.machine import SystemInfo
 from headrace.models.inspect import inspect
-from headrace.models.reference import BuiltinReference, HubReference, Reference, parse
-from headrace.models.store import Store
+from headrace.models.providers import PROVIDERS, Provider
+from headrace.models.reference import HubReference, Reference, is_remote, parse
+from headrace.models.store import Store, without_file
 from headrace.pool.admin import PoolAdmin, Specify, Wanted
 from headrace.pool.ledger import Ledger
 from headrace.pool.plan import plan_load
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
 from headrace.pool.state import StateFile
+from headrace.tune import record as tune_record
+from headrace.tune.measure import Shape
+from headrace.tune.record import Record
+from headrace.tune.tuner import Tuner
 from headrace.worker.process import WorkerProcess
+from headrace.worker.remote import RemoteWorker
 from headrace.worker.sizing import Sizing
+from headrace.worker.spare import Spare
 from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, unloaded_info
 from headrace.worker.worker import Worker
-
-_NO_FILE = ModelFile(path="", format="none")
 
 
 def engine_options() -> dict[str, type[BaseModel]]:
@@ -43,6 +49,11 @@ def engine_options() -> dict[str, type[BaseModel]]:
 def engines() -> list[EngineStatus]:
     """Tell which engines there are and which could run here."""
     return [engine_registry.status(name) for name in engine_registry.names()]
+
+
+def providers() -> Mapping[str, Provider]:
+    """Return the upstreams that have a name."""
+    return PROVIDERS
 
 
 def system() -> SystemInfo:
@@ -68,7 +79,8 @@ def resolver(config: Config) -> Resolve:
     """Return the function that finds a model's file and its engine; it downloads and blocks."""
 
     def resolve(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
-        return _worker_spec(spec, store(config).model_file(_reference(spec), on_progress))
+        file = store(config).model_file(_reference(spec), on_progress)
+        return _worker_spec(spec, file, config)
 
     return resolve
 
@@ -80,12 +92,12 @@ def describe(spec: ModelSpec, config: Config) -> ModelInfo:
         HeadraceError: the reference is wrong, the file is bad, or no engine can run it.
     """
     reference = _reference(spec)
-    if isinstance(reference, BuiltinReference):
-        return unloaded_info(spec, "created", None, _worker_spec(spec, _NO_FILE))
+    if (placeless := without_file(reference)) is not None:
+        return unloaded_info(spec, "created", None, _worker_spec(spec, placeless, config))
     stored = store(config).find(reference)
     if stored is None:
         return unloaded_info(spec, "created", "not downloaded yet")
-    found = _worker_spec(spec, inspect(Path(stored.path)))
+    found = _worker_spec(spec, inspect(Path(stored.path)), config)
     return unloaded_info(spec, "created", None, found)
 
 
@@ -95,9 +107,11 @@ def open_worker(
     *,
     isolate: bool = True,
     on_progress: OnProgress | None = None,
-) -> WorkerProcess | Worker:
+) -> WorkerProcess | Worker | RemoteWorker:
     """Bind a model to a worker that is not started, in a process of its own or in this one."""
     resolve, logs = resolver(config), log_settings(config)
+    if is_remote(spec.model):
+        return RemoteWorker(spec, resolve, on_progress=on_progress, log_content=logs.content)
     if not isolate:
         return Worker(spec, resolve, on_progress=on_progress, log_content=logs.content)
     return WorkerProcess(spec, resolve, on_progress=on_progress, log_settings=logs)
@@ -113,8 +127,14 @@ def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
     budgets, logs = _budgets(config), log_settings(config)
     sizing = Sizing(resolver(config), config.home / "measured.json", budgets)
 
-    def open_worker(spec: ModelSpec, report: OnProgress) -> WorkerProcess:
-        return WorkerProcess(spec, sizing.resolve, on_progress=report, log_settings=logs)
+    spare = Spare()
+
+    def open_worker(spec: ModelSpec, report: OnProgress) -> WorkerProcess | RemoteWorker:
+        if is_remote(spec.model):
+            return RemoteWorker(spec, sizing.resolve, on_progress=report, log_content=logs.content)
+        return WorkerProcess(
+            spec, sizing.resolve, on_progress=report, log_settings=logs, spawn=spare.take
+        )
 
     return Pool(
         models,
@@ -122,6 +142,7 @@ def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
         sizing=sizing,
         ledger=Ledger(budgets, _memory),
         rules=_rules(config),
+        spare=spare,
     )
 
 
@@ -159,6 +180,31 @@ async def plan(settings: Settings, spec: ModelSpec) -> Plan:
     return await plan_load(open_pool(settings, [spec]).loader, spec)
 
 
+async def tune(
+    settings: Settings,
+    spec: ModelSpec,
+    shape: Shape,
+    wanted: Sequence[str],
+    on_progress: OnProgress,
+) -> Record:
+    """Measure the engines that could run a model here, and keep what was found.
+
+    Raises:
+        ConfigError: an engine is unknown or not installed.
+        HeadraceError: the model cannot be had, or nothing runs it.
+    """
+    config = settings.config
+    file = await asyncio.to_thread(store(config).model_file, _reference(spec), on_progress)
+    return await Tuner(
+        spec,
+        file,
+        resolver(config),
+        home=config.home,
+        budgets=_budgets(config),
+        shape=shape,
+    ).run(wanted, on_progress)
+
+
 def _wanted(before: Settings, settings: Settings, specs: Sequence[ModelSpec]) -> Wanted:
     return Wanted(
         specs=tuple(specs),
@@ -181,6 +227,7 @@ def _rules(config: Config) -> Rules:
         min_residence_s=server.min_residence_s,
         longest_wait_s=server.longest_wait_s,
         crashes=server.crashes,
+        spare=server.spare,
     )
 
 
@@ -204,7 +251,23 @@ def _reference(spec: ModelSpec) -> Reference:
     return reference
 
 
-def _worker_spec(spec: ModelSpec, file: ModelFile) -> WorkerSpec:
-    engine, reason = engine_registry.choose(file, spec.engine)
+def _engine(spec: ModelSpec, file: ModelFile, config: Config) -> tuple[str, str]:
+    if file.provider is None or spec.engine is not None:
+        return engine_registry.choose(
+            file,
+            spec.engine,
+            task=spec.task,
+            device=spec.device,
+            options=spec.options,
+            measured=tune_record.measured(config.home, file) if spec.engine is None else (),
+        )
+    provider = PROVIDERS[file.provider]
+    engine, _ = engine_registry.choose(file, provider.engine)
+    return engine, f"{provider.title} speaks its protocol"
+
+
+def _worker_spec(spec: ModelSpec, file: ModelFile, config: Config) -> WorkerSpec:
+    engine, reason = _engine(spec, file, config)
     engine_registry.check_options(engine, spec.options)
+    file = engine_registry.prepared(engine, file, config.home)
     return WorkerSpec(model=spec, file=file, engine=engine, engine_reason=reason)

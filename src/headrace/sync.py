@@ -10,8 +10,8 @@ from typing import Any, Self, TypeVar
 
 from headrace.core.events import Event, GenerateResult
 from headrace.core.model import ModelInfo, ModelSpec, State
-from headrace.core.request import TokenCount
-from headrace.model_worker import AsyncModelWorker, Messages, Prompt
+from headrace.core.request import EmbedResult, RerankResult, TokenCount
+from headrace.model_worker import AsyncModelWorker, Messages, Prompt, Vectors
 
 T = TypeVar("T")
 _SETTLE_S = 5.0
@@ -130,6 +130,18 @@ class ModelWorker:
     ) -> GenerateResult:
         """Return the whole answer."""
         return self._run(self._worker.generate(prompt, messages=messages, **options))
+
+    def embed(self, inputs: Sequence[Prompt], **options: Any) -> Vectors:
+        """Return a vector for each text, or list of token ids."""
+        return self._run(self._worker.embed(inputs, **options))
+
+    def embed_raw(self, inputs: Sequence[Prompt], **options: Any) -> EmbedResult:
+        """Return the vectors as bytes, with usage and metrics."""
+        return self._run(self._worker.embed_raw(inputs, **options))
+
+    def rerank(self, query: str, documents: Sequence[str], **options: Any) -> RerankResult:
+        """Put documents in order: the best first, each with its index and score."""
+        return self._run(self._worker.rerank(query, documents, **options))
 
     def count_tokens(
         self,

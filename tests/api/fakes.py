@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+from array import array
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,21 @@ from msgspec.structs import replace
 
 from headrace.api.app import create_app
 from headrace.api.settings import ApiSettings
-from headrace.core.errors import ConfigError, UnknownModel
+from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
 from headrace.core.events import Delta, Event, Finish, FinishReason
 from headrace.core.metrics import Gaps, InferenceMetrics, Usage
 from headrace.core.model import ModelInfo
-from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, TokenCount
+from headrace.core.request import (
+    CountRequest,
+    DetokenizeRequest,
+    EmbedRequest,
+    EmbedResult,
+    GenerateRequest,
+    Ranked,
+    RerankRequest,
+    RerankResult,
+    TokenCount,
+)
 from headrace.core.status import (
     DeviceStatus,
     Footprint,
@@ -44,6 +55,7 @@ METRICS = InferenceMetrics(
     outcome="ok",
 )
 Script = Callable[[GenerateRequest], Iterable[Any]]
+READ = Usage(prompt_tokens=7)
 
 
 def finish(*reasons: FinishReason) -> Finish:
@@ -66,6 +78,9 @@ class FakeBackend:
         self.script = script
         self.requests: list[GenerateRequest] = []
         self.counted: list[CountRequest] = []
+        self.embedded: list[EmbedRequest] = []
+        self.reranked: list[RerankRequest] = []
+        self.before: Callable[[], Any] | None = None
         self.asked = asyncio.Event()
         self.running = 0
         self.peak = 0
@@ -92,6 +107,38 @@ class FakeBackend:
             self.running -= 1
             # An engine needs a moment to let go; whoever closes has to wait for it.
             await asyncio.sleep(0.01)
+            self.closed += 1
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """Vectors of 4 (or fewer) dimensions: the place of the input, and thirds."""
+        self.embedded.append(request)
+        await self._encoding(request.model)
+        size = request.dimensions or 4
+        if size > 4:
+            raise InvalidRequest("There are 4 dimensions.", param="dimensions")
+        vectors = tuple(
+            array("f", [place, *[1 / 3] * (size - 1)]).tobytes()
+            for place in range(len(request.inputs))
+        )
+        return EmbedResult(vectors=vectors, dimensions=size, usage=READ, metrics=METRICS)
+
+    async def rerank(self, request: RerankRequest) -> RerankResult:
+        """The last document is the best."""
+        self.reranked.append(request)
+        await self._encoding(request.model)
+        ranking = tuple(Ranked(i, i / 8) for i in reversed(range(len(request.documents))))
+        return RerankResult(ranking=ranking[: request.top_n], usage=READ, metrics=METRICS)
+
+    async def _encoding(self, model: str) -> None:
+        self.asked.set()
+        if model == "none":
+            raise UnknownModel("No such model.")
+        self.running += 1
+        try:
+            if self.before is not None:
+                await self.before()
+        finally:
+            self.running -= 1
             self.closed += 1
 
     async def count_tokens(self, request: CountRequest) -> TokenCount:

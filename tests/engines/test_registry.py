@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,15 @@ from headrace.engines.base import About, OpenRequest
 
 GGUF = ModelFile(path="x.gguf", format="gguf")
 NONE = ModelFile(path="", format="none")
-SAFETENSORS = ModelFile(path="x", format="safetensors")
+UNKNOWN: Any = "floppy"
+FLOPPY = ModelFile(path="x", format=UNKNOWN)
 
 
 def test_the_engine_is_chosen_by_format_and_says_why() -> None:
     """W2: by format, when nobody names one."""
-    assert engines.choose(GGUF) == ("llamacpp", "the first installed engine that reads gguf")
+    name, reason = engines.choose(GGUF, device="cpu")
+    assert name == "llamacpp"
+    assert reason.startswith("gguf on cpu: llamacpp")
     assert engines.choose(NONE)[0] == "echo"
 
 
@@ -35,8 +39,8 @@ def test_an_unknown_engine_or_format_lists_what_there_is() -> None:
     """W2: never a silent guess."""
     with pytest.raises(ConfigError, match=r"no engine 'lamacpp'; there are .*echo.*llamacpp"):
         engines.choose(GGUF, "lamacpp")
-    with pytest.raises(ConfigError, match=r"format safetensors.*llamacpp gguf"):
-        engines.choose(SAFETENSORS)
+    with pytest.raises(ConfigError, match=r"format floppy.*llamacpp reads gguf"):
+        engines.choose(FLOPPY)
 
 
 def test_an_unknown_option_names_the_accepted_ones() -> None:
@@ -102,7 +106,7 @@ def test_another_package_brings_an_engine(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "parrot_engine.py").write_text(
         "from headrace.engines.echo import Engine, Options\n"
         "from headrace.engines.base import About\n"
-        "ABOUT = About(formats=('safetensors',))\n"
+        "ABOUT = About(formats=('floppy',))\n"
     )
     info = tmp_path / "parrot-1.0.dist-info"
     info.mkdir()
@@ -110,8 +114,8 @@ def test_another_package_brings_an_engine(tmp_path: Path, monkeypatch: pytest.Mo
     (info / "entry_points.txt").write_text("[headrace.engines]\nparrot = parrot_engine\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "parrot" in engines.names()
-    assert engines.choose(SAFETENSORS)[0] == "parrot"
-    engine = engines.open_engine("parrot", OpenRequest(model=SAFETENSORS))
+    assert engines.choose(FLOPPY)[0] == "parrot"
+    engine = engines.open_engine("parrot", OpenRequest(model=FLOPPY))
     assert engine.tokenize("a", add_special=False) == [97]
 
 

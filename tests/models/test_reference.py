@@ -12,8 +12,11 @@ from headrace.models.reference import (
     HubReference,
     IndexReference,
     LocalReference,
+    RemoteReference,
+    is_remote,
     parse,
 )
+from headrace.models.store import Store
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,10 @@ from headrace.models.reference import (
         ("hub:o/r@refs/pr/1", HubReference("o/r", revision="refs/pr/1")),
         ("index:Some_Model==1.0+cpu", IndexReference("some-model", "1.0+cpu")),
         ("index:model", IndexReference("model")),
+        ("openai:gpt-5-mini", RemoteReference("openai", "gpt-5-mini")),
+        ("ollama:llama3.2:3b", RemoteReference("ollama", "llama3.2:3b")),
+        ("openrouter:org/m-1:free", RemoteReference("openrouter", "org/m-1:free")),
+        ("fireworks:accounts/f/models/x", RemoteReference("fireworks", "accounts/f/models/x")),
         ("/models/a.gguf", LocalReference("/models/a.gguf")),
         ("/models/hub:x", LocalReference("/models/hub:x")),
     ],
@@ -57,6 +64,12 @@ def test_reads_and_writes_the_same(text: str, expected: object) -> None:
         "hub:o/r@a..b",
         "hub:o/r:Q4 K",
         "index:",
+        "openai:",
+        "openai: gpt",
+        "openai:a b",
+        "openai:/etc",
+        "openai:" + "x" * 300,
+        "nobody:gpt",
         "index:-r",
         "index:model==",
         "index:model==1 --pre",
@@ -92,3 +105,17 @@ def test_any_text_is_read_back_or_refused(text: str) -> None:
     except HeadraceError:
         return
     assert parse(str(reference)) == reference
+
+
+def test_a_remote_reference_has_no_file(tmp_path: Path) -> None:
+    """E: a model of an upstream is named by it, and nothing of it is here."""
+    reference, store = parse("ollama:llama3.2:3b"), Store(tmp_path)
+    assert is_remote("ollama:llama3.2:3b")
+    assert not is_remote("smollm2")
+    assert not is_remote("hub:org/repo")
+    file = store.model_file(reference)
+    assert (file.format, file.provider, file.path) == ("remote", "ollama", "llama3.2:3b")
+    assert store.find(reference) is None
+    with pytest.raises(InvalidRequest, match="served elsewhere"):
+        store.fetch(reference)
+    assert list(tmp_path.iterdir()) == []

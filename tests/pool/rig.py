@@ -17,7 +17,12 @@ from headrace.core.model import Capabilities, ModelInfo, ModelSpec, State
 from headrace.core.request import (
     CountRequest,
     DetokenizeRequest,
+    EmbedRequest,
+    EmbedResult,
     GenerateRequest,
+    Ranked,
+    RerankRequest,
+    RerankResult,
     Sampling,
     TokenCount,
 )
@@ -183,6 +188,30 @@ class FakeWorker:
                 raise self.late
         finally:
             self.running -= request.n
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """Take 0.1 s for each input; the vector is its length."""
+        usage, metrics = await self._encoded(len(request.inputs), request.load_ms)
+        vectors = tuple(bytes([len(one), 0, 0, 0]) for one in request.inputs)
+        return EmbedResult(vectors=vectors, dimensions=1, usage=usage, metrics=metrics)
+
+    async def rerank(self, request: RerankRequest) -> RerankResult:
+        """Take 0.1 s for each document; the first is the best."""
+        usage, metrics = await self._encoded(len(request.documents), request.load_ms)
+        ranking = tuple(Ranked(place, -float(place)) for place in range(len(request.documents)))
+        return RerankResult(ranking=ranking, usage=usage, metrics=metrics)
+
+    async def _encoded(self, count: int, load_ms: float) -> tuple[Usage, InferenceMetrics]:
+        self.running += 1
+        assert self.running <= self.max_running, "more than it has slots for"
+        try:
+            await asyncio.sleep(0.1 * count)
+            if self.broken is not None:
+                raise self.broken
+        finally:
+            self.running -= 1
+        usage = Usage(prompt_tokens=count)
+        return usage, InferenceMetrics(started_at=0.0, usage=usage, load_ms=load_ms)
 
     async def count_tokens(self, request: CountRequest) -> TokenCount:
         return TokenCount(count=len(request.text or ""))

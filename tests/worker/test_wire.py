@@ -17,7 +17,17 @@ from headrace.core.errors import ErrorRecord
 from headrace.core.events import Delta, Finish, Progress, TokenLogprob, TopLogprob
 from headrace.core.metrics import DeviceUse, Gaps, InferenceMetrics, Usage
 from headrace.core.model import Capabilities, ModelInfo
-from headrace.core.request import CountRequest, DetokenizeRequest, Message, TokenCount
+from headrace.core.request import (
+    CountRequest,
+    DetokenizeRequest,
+    EmbedRequest,
+    EmbedResult,
+    Message,
+    Ranked,
+    RerankRequest,
+    RerankResult,
+    TokenCount,
+)
 from headrace.log import LogSettings
 from headrace.worker import wire
 from headrace.worker.wire import Link, ToChild, ToParent
@@ -35,6 +45,8 @@ DOWN: list[Any] = [
     wire.Load(SPEC, LogSettings(level="info", style="json")),
     wire.Generate(1, ask((1, 2), logit_bias={1: 2.0}, stop=("x",), n=2)),
     wire.Generate(2, ask(None, messages=(Message("user", "é"),), json_schema={"a": [1, None]})),
+    wire.Embed(5, EmbedRequest(inputs=("a", (1, 2)), dimensions=3, truncate=True)),
+    wire.Rerank(6, RerankRequest(query="a", documents=("b", "c"), top_n=1)),
     wire.Cancel(1),
     wire.Count(3, CountRequest(text="a")),
     wire.Detokenize(4, DetokenizeRequest(token_ids=(1,))),
@@ -49,6 +61,12 @@ UP: list[Any] = [
     wire.Happened(1, Delta("é", (1, 2), 1, "r", (LOGPROB,))),
     wire.Happened(1, Progress("prefill", 1, 2)),
     wire.Happened(1, Finish(("stop", "length"), Usage(prompt_tokens=1), METRICS)),
+    wire.Embedded(
+        5, EmbedResult(vectors=(b"\xff\0",), dimensions=1, usage=Usage(), metrics=METRICS)
+    ),
+    wire.Reranked(
+        6, RerankResult(ranking=(Ranked(1, 0.5),), usage=Usage(prompt_tokens=2), metrics=METRICS)
+    ),
     wire.Ended(1),
     wire.Ended(2, ERROR),
     wire.Counted(3, TokenCount(count=2, token_ids=(1, 2))),

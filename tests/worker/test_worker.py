@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -30,7 +30,7 @@ from headrace.core.errors import (
 from headrace.core.events import Delta, Progress
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, Message
 from headrace.core.stream import collect
-from headrace.engines.base import OpenRequest
+from headrace.engines.base import Generator, OpenRequest
 from headrace.worker.worker import Worker
 
 
@@ -217,7 +217,7 @@ async def test_a_timeout_of_the_engine_itself_is_no_deadline(
 ) -> None:
     """W17: what a library raises is its own failure, whatever limit the request has."""
 
-    async def late(engine: object, sent: int) -> None:
+    def late(engine: object, sent: int) -> None:
         raise TimeoutError
 
     monkeypatch.setattr("headrace.engines.echo.Engine._misbehave", late)
@@ -291,7 +291,7 @@ async def test_whatever_a_library_raises_is_typed(
 ) -> None:
     """W17: and its text is not the client's."""
 
-    async def broken(engine: object, sent: int) -> None:
+    def broken(engine: object, sent: int) -> None:
         raise raised
 
     monkeypatch.setattr("headrace.engines.echo.Engine._misbehave", broken)
@@ -394,7 +394,7 @@ class Opened:
         self.opened = self.closed = 0
 
     def __call__(self, name: str, request: OpenRequest) -> Any:
-        counter, engine = self, engines.open_engine(name, request)
+        counter, engine = self, cast("Generator", engines.open_engine(name, request))
 
         class Engine:
             facts = engine.facts

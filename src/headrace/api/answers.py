@@ -46,12 +46,15 @@ async def answer(
 
 
 def _head(service: Service, exchange: Exchange, prefix: str, model: str | None) -> dict[str, Any]:
-    if not model:
-        served = service.backend.models()
-        model = served[0].id if len(served) == 1 else ""
     return {
         "id": prefix + exchange.call.id,
         "created": int(time.time()),
-        "model": model,
+        "model": model_name(service, model),
         "system_fingerprint": exchange.settings.system_fingerprint,
     }
+
+
+def model_name(service: Service, asked: str | None) -> str:
+    """Return the name that an answer gives: what was asked for, or the only model's."""
+    served = service.backend.models() if not asked else ()
+    return asked or (served[0].id if len(served) == 1 else "")

@@ -19,17 +19,21 @@ from headrace.api import problems
 from headrace.api.chat import chat_completions
 from headrace.api.completions import completions
 from headrace.api.docs import page
+from headrace.api.embeddings import embeddings
 from headrace.api.endpoint import Endpoint, Route
 from headrace.api.exchange import Service
 from headrace.api.gate import Gate
 from headrace.api.health import live, ready
 from headrace.api.models import list_models, show_model
 from headrace.api.openapi import document
+from headrace.api.rerank import rerank
 from headrace.api.settings import ApiSettings
 from headrace.api.tokens import detokenize, tokenize
 from headrace.api.wire_chat import ChatChunk, ChatCompletion, ChatRequest
 from headrace.api.wire_completions import Completion, CompletionChunk, CompletionRequest
+from headrace.api.wire_embeddings import EmbeddingList, EmbeddingRequest
 from headrace.api.wire_models import Health, ModelCard, ModelList
+from headrace.api.wire_rerank import Ranking, RankRequest
 from headrace.api.wire_tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from headrace.core.backend import Admin, Backend
 
@@ -38,6 +42,11 @@ ROUTES = (
     Route("GET", "/v1/models/{model_id:path}", show_model, ModelCard),
     Route("POST", "/v1/chat/completions", chat_completions, ChatCompletion, ChatRequest, ChatChunk),
     Route("POST", "/v1/completions", completions, Completion, CompletionRequest, CompletionChunk),
+    Route("POST", "/v1/embeddings", embeddings, EmbeddingList, EmbeddingRequest),
+    Route("POST", "/embeddings", embeddings, EmbeddingList, EmbeddingRequest),
+    Route("POST", "/v1/rerank", rerank, Ranking, RankRequest),
+    Route("POST", "/v2/rerank", rerank, Ranking, RankRequest),
+    Route("POST", "/rerank", rerank, Ranking, RankRequest),
     Route("POST", "/tokenize", tokenize, Tokens, TokenizeRequest),
     Route("POST", "/detokenize", detokenize, Text, DetokenizeRequest),
     Route("GET", "/health/live", live, Health),

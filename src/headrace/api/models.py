@@ -33,6 +33,7 @@ def _card(info: ModelInfo) -> ModelCard:
         aliases=list(info.aliases),
         engine=info.engine,
         state=info.state,
+        tasks=sorted(info.capabilities.tasks),
         context_length=info.context_length,
         parameters=info.parameters,
         quantization=info.quantization,

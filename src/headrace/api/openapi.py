@@ -111,13 +111,16 @@ def _tighten(components: dict[str, Any], settings: ApiSettings) -> None:
                     option["propertyNames"] = {"pattern": "^(0|[1-9][0-9]{0,8})$"}
     messages = components["ChatRequest"]["properties"]["messages"]
     messages |= {"minItems": 1, "maxItems": settings.max_messages}
+    documents = components["RankRequest"]["properties"]["documents"]
+    documents |= {"minItems": 1, "maxItems": settings.max_documents}
+    prompt, given = _inputs(settings.max_prompts), _inputs(settings.max_inputs, minLength=1)
+    components["CompletionRequest"]["properties"]["prompt"] = prompt
+    components["EmbeddingRequest"]["properties"]["input"] = given
+
+
+def _inputs(most: int, **limits: int) -> dict[str, Any]:
+    """Describe a text, a list of texts, token ids, or a list of lists of them."""
+    text = {"type": "string", **limits}
     tokens = {"type": "array", "items": _TOKEN, "minItems": 1}
-    several = {"type": "array", "minItems": 1, "maxItems": settings.max_prompts}
-    components["CompletionRequest"]["properties"]["prompt"] = {
-        "anyOf": [
-            {"type": "string"},
-            tokens,
-            {**several, "items": {"type": "string"}},
-            {**several, "items": tokens},
-        ]
-    }
+    several = {"type": "array", "minItems": 1, "maxItems": most}
+    return {"anyOf": [text, tokens, {**several, "items": text}, {**several, "items": tokens}]}

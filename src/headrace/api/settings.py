@@ -37,6 +37,8 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_messages: int = 2048
     max_prompts: int = 128
     max_choices: int = 256
+    max_inputs: int = 2048
+    max_documents: int = 2048
     max_stop: int = 16
     max_logit_bias: int = 1024
     parallel_prompts: int = 8

@@ -13,15 +13,25 @@ from headrace.api.settings import ApiSettings
 from headrace.api.wire_chat import ChatMessage, ChatRequest
 from headrace.api.wire_common import GenerateFields, ResponseFormat
 from headrace.api.wire_completions import CompletionRequest
+from headrace.api.wire_embeddings import EmbeddingRequest
+from headrace.api.wire_rerank import RankRequest
 from headrace.api.wire_tokens import TokenizeRequest
 from headrace.core.duration import seconds
 from headrace.core.errors import InvalidRequest, Unsupported
-from headrace.core.request import CountRequest, GenerateRequest, Message, Sampling
+from headrace.core.request import (
+    CountRequest,
+    EmbedRequest,
+    GenerateRequest,
+    Message,
+    RerankRequest,
+    Sampling,
+)
 
 Prompt = str | tuple[int, ...]
 
 LISTS = {
     "messages": "max_messages",
+    "documents": "max_documents",
     "stop": "max_stop",
     "stop_token_ids": "max_stop",
     "logit_bias": "max_logit_bias",
@@ -60,7 +70,7 @@ def completions(
         InvalidRequest: fields contradict each other, or a list is too long or mixed.
         Unsupported: best_of differs from n.
     """
-    prompts = _prompts(wire.prompt, settings)
+    prompts = _inputs("prompt", wire.prompt, settings.max_prompts)
     _check(wire, settings, prompts=len(prompts))
     if wire.best_of not in {None, wire.n or 1}:
         raise Unsupported("best_of is supported only where it equals n.", param="best_of")
@@ -94,17 +104,58 @@ def count(wire: TokenizeRequest, settings: ApiSettings) -> CountRequest:
     )
 
 
-def _common(wire: GenerateFields, settings: ApiSettings, call: Call) -> dict[str, Any]:
+def embed(wire: EmbeddingRequest, settings: ApiSettings, call: Call) -> EmbedRequest:
+    """Build the core request.
+
+    Raises:
+        InvalidRequest: the list of inputs is mixed, too long, or has an empty one.
+    """
+    inputs = _inputs("input", wire.input, settings.max_inputs)
+    return EmbedRequest(
+        inputs=tuple(inputs),
+        dimensions=wire.dimensions,
+        truncate=bool(wire.truncate),
+        normalize=wire.normalized is not False,
+        load_wait_s=settings.load_wait_s,
+        **_asked(wire, settings, call),
+    )
+
+
+def rank(wire: RankRequest, settings: ApiSettings, call: Call) -> RerankRequest:
+    """Build the core request.
+
+    Raises:
+        InvalidRequest: there are no documents, or too many.
+    """
+    _check_lists(wire, settings)
+    return RerankRequest(
+        query=wire.query,
+        documents=tuple(one if isinstance(one, str) else one.text for one in wire.documents),
+        top_n=wire.top_n,
+        truncate=wire.truncate is not False,
+        load_wait_s=settings.load_wait_s,
+        **_asked(wire, settings, call),
+    )
+
+
+def _asked(
+    wire: GenerateFields | EmbeddingRequest | RankRequest, settings: ApiSettings, call: Call
+) -> dict[str, Any]:
     return {
         "id": call.id,
         "received": call.received,
         "deadline_s": settings.deadline_s,
         "model": wire.model or "",
+        "client": call.client,
+        "keep_alive": _keep_alive(wire.keep_alive),
+    }
+
+
+def _common(wire: GenerateFields, settings: ApiSettings, call: Call) -> dict[str, Any]:
+    return _asked(wire, settings, call) | {
         "n": wire.n or 1,
         "json_schema": _json_schema(wire.response_format),
         "context_length": wire.context_length,
-        "client": call.client,
-        "keep_alive": _keep_alive(wire.keep_alive),
         # A stream says meanwhile how far the load is.
         "load_wait_s": None if wire.stream else settings.load_wait_s,
     }
@@ -158,16 +209,16 @@ def _content(message: ChatMessage) -> str:
     return "".join(part.text for part in message.content)
 
 
-def _prompts(wire: str | Sequence[str | int | list[int]], settings: ApiSettings) -> list[Prompt]:
+def _inputs(name: str, wire: str | Sequence[str | int | list[int]], most: int) -> list[Prompt]:
     if isinstance(wire, str):
         return [wire]
     kinds = {type(item) for item in wire}
     if len(kinds) != 1:
         what = "is a list of nothing" if not kinds else "mixes texts, tokens and lists"
-        raise InvalidRequest(f"prompt {what}.", param="prompt")
+        raise InvalidRequest(f"{name} {what}.", param=name)
     if kinds == {int}:
         return [tuple(cast("Sequence[int]", wire))]
-    _check_length(wire, "prompt", settings.max_prompts)
+    _check_length(wire, name, most)
     return [one if isinstance(one, str) else tuple(cast("list[int]", one)) for one in wire]
 
 

@@ -17,6 +17,7 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 Nothing = Annotated[list[Any], Meta(max_length=0)]
+KeepAlive = float | Annotated[str, Meta(max_length=64)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -73,7 +74,7 @@ class GenerateFields(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     context_length: Count | None = None
-    keep_alive: float | Annotated[str, Meta(max_length=64)] | None = None
+    keep_alive: KeepAlive | None = None
 
     allowed_token_ids: None = None
     grammar: None = None

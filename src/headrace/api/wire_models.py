@@ -17,6 +17,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     aliases: list[str]
     engine: str
     state: str
+    tasks: list[str]
     context_length: int | None
     parameters: int | None
     quantization: str | None

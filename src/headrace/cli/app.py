@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from headrace.cli import config, doctor, pool, ps, serve, store
+from headrace.cli import check_engine, config, doctor, pool, ps, serve, store, tune
 from headrace.cli import run as run_command
 from headrace.cli.common import Common, with_common
 from headrace.core.errors import ConfigError, HeadraceError, RequestError
@@ -58,6 +58,7 @@ app.command("serve")(with_common(serve.serve))
 app.command("pull")(with_common(store.pull))
 app.command("ls")(with_common(store.ls))
 app.command("show")(with_common(store.show))
+app.command("tune")(with_common(tune.tune))
 app.command("rm")(with_common(store.rm))
 app.command("ps")(with_common(ps.ps))
 app.command("start")(with_common(pool.start))
@@ -69,6 +70,7 @@ app.command("plan")(with_common(pool.plan))
 app.command("events")(with_common(pool.events))
 app.command("reload")(with_common(pool.reload))
 app.command("doctor")(with_common(doctor.doctor))
+app.command("check-engine")(with_common(check_engine.check_engine))
 app.add_typer(config.app, name="config")
 
 

@@ -41,17 +41,21 @@ def ps(
     ] = False,
     url: Url = None,
 ) -> None:
-    """List the models of a running service: state, memory, queue; and its devices."""
+    """List the models of a running service: state, memory, queue; and its devices.
+
+    With -v it tells why each model runs on its engine.
+    """
     from headrace.cli.client import Client, address
 
     async def show() -> None:
         async with Client(address(common.settings(), url)) as client:
-            await _watch(client, as_json=bool(common.as_json), again=watch)
+            told = bool(common.verbose)
+            await _watch(client, as_json=bool(common.as_json), again=watch, reasons=told)
 
     asyncio.run(show())
 
 
-async def _watch(client: Client, *, as_json: bool, again: bool) -> None:
+async def _watch(client: Client, *, as_json: bool, again: bool, reasons: bool) -> None:
     while True:
         status = await client.status()
         if as_json and again:
@@ -59,7 +63,8 @@ async def _watch(client: Client, *, as_json: bool, again: bool) -> None:
         elif as_json:
             terminal.print_json(status)
         else:
-            _print(table(status, time.time()), in_place=again and sys.stdout.isatty())
+            text = table(status, time.time(), reasons=reasons)
+            _print(text, in_place=again and sys.stdout.isatty())
         if not again:
             return
         await asyncio.sleep(_EVERY_S)
@@ -73,12 +78,14 @@ def _print(text: str, *, in_place: bool) -> None:
     sys.stdout.flush()
 
 
-def table(status: PoolStatus, now: float) -> str:
-    """Return both tables as text; `now` is Unix time."""
+def table(status: PoolStatus, now: float, *, reasons: bool = False) -> str:
+    """Return both tables as text, and why each engine was chosen; `now` is Unix time."""
     rows = [row for model in status.models for row in _rows(model, now)]
     above = terminal.aligned(_MODEL_HEADS, rows)
     below = terminal.aligned(DEVICE_HEADS, devices(status.devices))
-    return "".join(f"{line}\n" for line in (*above, "", *below))
+    why = [f"{one.id}: {one.engine_reason}" for one in status.models if one.engine_reason]
+    last = ("", *map(terminal.printable, why)) if reasons and why else ()
+    return "".join(f"{line}\n" for line in (*above, "", *below, *last))
 
 
 def devices(found: Sequence[DeviceStatus]) -> list[tuple[str | None, ...]]:

@@ -19,20 +19,46 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from headrace.core.model import ModelInfo, ModelSpec
+    from headrace.config import Config
+    from headrace.core.model import ModelFile, ModelInfo, ModelSpec
+    from headrace.models.transfer import Progress
 
 
-def pull(common: Common, model: ModelArgument) -> None:
-    """Fetch a model, check it and keep it."""
+def pull(
+    common: Common,
+    model: ModelArgument,
+    engine: Annotated[
+        str | None, typer.Option("--for", metavar="ENGINE", help="Convert it for this engine.")
+    ] = None,
+) -> None:
+    """Fetch a model, check it and keep it; convert it where an engine needs another format."""
     from headrace import runtime
 
     settings = common.settings()
+    spec = settings.model_spec(model)
     with terminal.progress() as report:
-        found = runtime.resolver(settings.config)(settings.model_spec(model), report)
+        if engine is None:
+            found = runtime.resolver(settings.config)(spec, report)
+            file = found.file
+        else:
+            file = found = _converted(spec, engine, settings.config, report)
     if common.as_json:
         terminal.print_json(found)
     else:
-        print(found.file.path or f"{found.model.name} needs no file.")
+        print(file.path or f"{spec.name} needs no file.")
+
+
+def _converted(spec: ModelSpec, engine: str, config: Config, report: Progress) -> ModelFile:
+    from headrace import engines, runtime
+    from headrace.engines import openvino_convert
+    from headrace.models.reference import parse
+
+    engines.about(engine)  # an unknown one is refused by name
+    file = runtime.store(config).model_file(parse(_written(spec)), report)
+    if engine == "openvino":
+        return openvino_convert.convert(file, config.home, report)
+    engines.choose(file, engine)  # and one that cannot read it
+    return file
 
 
 def show(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +86,8 @@ class _Sources:
             ConfigError: no such engine.
         """
         named = layer.get("engine")
+        if named and named.value == "auto":
+            named = None
         engine = named.value if named else str(layer["model"].value).removeprefix("builtin:")
         if engine in self.engines:
             return [self.engines[engine]]
@@ -109,7 +111,8 @@ class Settings:
     config: Config
     file: Path | None
     searched: tuple[Path, ...]
-    _sources: _Sources
+    # Secrets are in there as they were written.
+    _sources: _Sources = field(repr=False)
 
     def origin(self, key: str) -> str:
         """Tell where a value comes from: `default`, `file ...`, `environment ...`, `flag ...`.
@@ -148,7 +151,8 @@ class Settings:
         Raises:
             ConfigError: a key is unknown or a value is not accepted.
         """
-        for key, value in changes.items():
+        options: Mapping[str, Any] = changes.get("options") or {}
+        for key, value in (*changes.items(), *options.items()):
             if value is not None and check.is_out_of_reach(key, value):
                 raise ConfigError(f"argument: {key} is set in the configuration only.", param=key)
         references = {spec.name: spec.model for spec in served}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from headrace.config.sources import Layer, Value, unknown_key
 from headrace.config.tree import words
@@ -88,8 +88,9 @@ def _validated(kind: type[BaseModel], name: str, given: Any) -> Any:
         if mine:
             raise ValueError(mine[0]) from None
         return raw
-    # What is no plain data (a secret, a path) would not cross to the worker's process.
-    return checked if type(checked) in _PLAIN else raw
+    # What is no plain data (a path) would not cross to the worker's process. A secret stays sealed
+    # wherever it goes: nobody tells it by accident.
+    return checked if type(checked) in _PLAIN or isinstance(checked, SecretStr) else raw
 
 
 def is_out_of_reach(key: str, value: object) -> bool:
@@ -97,7 +98,12 @@ def is_out_of_reach(key: str, value: object) -> bool:
     text = str(value)
     reads = key == "chat_template" and text.startswith("@")
     runs = key == "engine" and ":" in text
-    return key in ("model", "trust_remote_code") or reads or runs
+    return key in ("model", "trust_remote_code") or reads or runs or _leads_out(key)
+
+
+def _leads_out(key: str) -> bool:
+    """Tell whether an option decides which secret goes to which address."""
+    return key.removeprefix("options.") in ("api_key", "api_key_env", "base_url")
 
 
 def located(layer: Layer) -> Layer:

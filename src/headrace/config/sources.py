@@ -29,6 +29,7 @@ RESERVED = frozenset(
 """Names with the prefix that are read elsewhere and are no settings."""
 
 FILE_NAME = "headrace.toml"
+_UPSTREAM = re.compile(r"[a-z][a-z0-9_-]+")
 
 
 class Value(NamedTuple):
@@ -82,12 +83,14 @@ def environment_name(model: str) -> str:
 
 
 def short_name(reference: str) -> str:
-    """Return what a model that no file names is called: catalogue name, file stem or repository."""
+    """Return what a model that no file names is called, by catalogue, file or upstream."""
     scheme, colon, rest = reference.partition(":")
     if colon and scheme == "hub":
         return re.split("[:@]", rest, maxsplit=1)[0].rpartition("/")[2]
     if colon and scheme in ("index", "builtin"):
         return re.split("[=<>!~@]", rest, maxsplit=1)[0]
+    if _UPSTREAM.fullmatch(scheme) and rest and rest[0] not in "/\\":
+        return rest.rpartition("/")[2] or reference
     return Path(reference).name.removesuffix(".gguf") or reference
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -14,12 +14,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationInfo,
     field_validator,
 )
 
 from headrace.core.duration import seconds
-from headrace.core.model import Continuation
+from headrace.core.model import Continuation, Task
 
 PER_MODEL = frozenset({"model", "aliases", "revision", "trust_remote_code"})
 """What is set for one named model and never for all of them."""
@@ -70,6 +71,10 @@ def _hash_keys(value: object) -> object:
 
 def _duration(value: object) -> object:
     return seconds(value) if isinstance(value, str | int | float) else value
+
+
+def _unless_auto(value: object) -> object:
+    return None if value == "auto" else value
 
 
 def _amounts(value: object) -> object:
@@ -134,6 +139,9 @@ class ServerSettings(_Frozen):
         default=30.0, gt=0, description="how long a request waits for its model to load"
     )
     crashes: int = Field(default=3, ge=1, description="crashes in 60 s that make a model failed")
+    spare: bool = Field(
+        default=True, description="keep a process ready for the next load, of about 50 MB"
+    )
     state: Path | None = Field(
         default=None, description="file of what was done by hand; HOME/services/PORT.json"
     )
@@ -144,7 +152,9 @@ class ModelSettings(_Frozen):
 
     model: str = Field(min_length=1, description="reference: path, hub:, index:, or short name")
     aliases: Words = Field(default=(), description="further names requests may use")
-    engine: str | None = Field(default=None, description="engine; by format if not set")
+    engine: Annotated[str | None, BeforeValidator(_unless_auto)] = Field(
+        default=None, description="engine; auto by format, device and what was measured"
+    )
     device: str | None = Field(default=None, description="device; else cuda, mps, cpu")
     context_length: int | None = Field(
         default=None, ge=1, description="prompt and answer, in tokens"
@@ -169,6 +179,9 @@ class ModelSettings(_Frozen):
     replicas: int = Field(default=1, ge=1, le=64, description="workers of this model")
     weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(words)] = Field(
         default=(), description="share of work of each replica, 1 if not set"
+    )
+    task: Annotated[Task | None, BeforeValidator(_lower)] = Field(
+        default=None, description="generate, embed or rerank; else by the model's header"
     )
     options: dict[str, Any] = Field(default={}, description="the engine's options")
 
@@ -216,9 +229,16 @@ class Config(_Frozen):
 
 def masked(key: str, value: Any) -> Any:
     """Return a value as JSON to be printed; of a secret the first digits of its hash, if any."""
+    if isinstance(value, SecretStr):
+        return "…"
     if isinstance(value, list | tuple):
         return [masked(key, item) for item in cast("Iterable[Any]", value)]
     if not value or key.rpartition(".")[2].rpartition("_")[2] not in _SECRET_WORDS:
         return str(value) if isinstance(value, Path) else value
     text = str(value)
     return f"{text[:11]}…" if text.startswith("sha256:") else "…"
+
+
+def shown(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as they may be told to anybody."""
+    return {key: masked(key, value) for key, value in options.items()}

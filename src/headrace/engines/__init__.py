@@ -6,21 +6,28 @@ import contextlib
 import importlib
 import importlib.util
 import pkgutil
+from collections.abc import Iterable, Sequence
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import msgspec
 from pydantic import ValidationError
 
+from headrace import machine
 from headrace.core.errors import ConfigError, HeadraceError, LoadFailed, OutOfMemory
-from headrace.core.model import ModelFile
+from headrace.core.model import ModelFile, Task
 from headrace.core.status import Footprint
+from headrace.engines import choice
 from headrace.engines.base import About, Engine, EngineOptions, OpenRequest
+from headrace.engines.choice import Candidate, Measured
+from headrace.models.transfer import Progress, silent
 
 ENTRY_POINTS = "headrace.engines"
 """The entry point group under which another package registers an engine's module."""
 
-_SHARED = {"base", "threaded", "openmp"}
+_SHARED = {"base", "choice", "threaded", "openmp", "remote"}
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,8 +79,18 @@ def version(name: str) -> str | None:
     return None
 
 
-def choose(file: ModelFile, wanted: str | None = None) -> tuple[str, str]:
+def choose(
+    file: ModelFile,
+    wanted: str | None = None,
+    *,
+    task: Task | None = None,
+    device: str | None = None,
+    options: Iterable[str] = (),
+    measured: Sequence[Measured] = (),
+) -> tuple[str, str]:
     """Return the engine for a model, and why it.
+
+    `options` are the names of those that it has to know, `measured` what was found here before.
 
     Raises:
         ConfigError: the engine is unknown, not installed, or does not read the format.
@@ -81,12 +98,54 @@ def choose(file: ModelFile, wanted: str | None = None) -> tuple[str, str]:
     if wanted is not None:
         _check_choice(file, wanted)
         return wanted, "asked for by name"
-    able = [status(name) for name in names() if file.format in about(name).formats]
-    for candidate in able:
-        if candidate.available:
-            return candidate.name, f"the first installed engine that reads {file.format}"
-    known = "; ".join(f"{one.name}: {one.reason}" for one in able) or _formats()
-    raise ConfigError(f"No engine here can run a model in the format {file.format}. {known}")
+    asked = None if device in (None, "auto") else device.partition(":")[0]
+    wish = choice.Wish(
+        format=file.format,
+        task=task or file.task,
+        device=asked or _usual_device(),
+        asked=asked,
+        options=frozenset(options),
+    )
+    return choice.choose(wish, map(_candidate, names()), measured)
+
+
+def _candidate(name: str) -> Candidate:
+    found = status(name)
+    return Candidate(
+        name=name,
+        about=about(name),
+        options=frozenset(_module(name).Options.model_fields),
+        missing=None if found.available else found.reason,
+    )
+
+
+def tune_options(name: str, request: OpenRequest) -> Sequence[dict[str, Any]]:
+    """Return sets of options that are worth a try beside the defaults, by the engine's own word.
+
+    `request.max_running` is how many requests at once they are for.
+    """
+    own = getattr(_module(name), "tune_options", None)
+    return own(request) if own is not None else ()
+
+
+def prepared(name: str, file: ModelFile, home: Path) -> ModelFile:
+    """Return what the engine loads for a model: its file, or what was made of it for this engine.
+
+    Raises:
+        LoadFailed: it has to be converted first, and was not.
+    """
+    own = getattr(_module(name), "prepared", None)
+    return own(file, home) if own is not None else file
+
+
+def convert(name: str, file: ModelFile, home: Path, progress: Progress = silent) -> ModelFile:
+    """Make what the engine loads for a model, where it needs another format. Blocking.
+
+    Raises:
+        HeadraceError: what is needed for it is not installed, or it cannot be done.
+    """
+    own = getattr(_module(name), "convert", None)
+    return own(file, home, progress) if own is not None else file
 
 
 def check_options(name: str, values: dict[str, object]) -> EngineOptions:
@@ -149,6 +208,10 @@ def open_engine(name: str, request: OpenRequest) -> Engine:
         raise LoadFailed(
             f"Engine {name} could not load the model.", detail=f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _usual_device() -> str:
+    return "cuda" if any(one.kind == "cuda" for one in machine.devices()) else "cpu"
 
 
 def _entry_points() -> metadata.EntryPoints:

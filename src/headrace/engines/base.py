@@ -64,7 +64,7 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     engine. `memory` is how many bytes of the device models may take, None all that it has: what is
     chosen by default depends on it, and not on what is free at the moment. `repeatable` asks for
     greedy and seeded answers that repeat themselves, where options leave the choice. `task` is what
-    the model is for.
+    the model is for. `trust_remote_code` lets code of the model's own folder run.
     """
 
     model: ModelFile
@@ -73,6 +73,7 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int | None = None
     memory: int | None = None
     repeatable: bool = False
+    trust_remote_code: bool = False
     task: Task = "generate"
     options: dict[str, Any] = {}
 

@@ -1,15 +1,19 @@
 """An engine without a model: says the prompt again, at a scripted speed, and fails when told to.
 
-Its tokens are the bytes of UTF-8, so every character beyond ASCII comes in pieces.
+Its tokens are the bytes of UTF-8, so every character beyond ASCII comes in pieces. As an embedder
+it gives vectors that hang on nothing but the tokens, as a reranker the share of the query's bytes
+that a document has.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import os
 import signal
 import time
+from array import array
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Literal
 
@@ -26,12 +30,13 @@ from headrace.engines.base import (
     EngineOptions,
     EngineRequest,
     OpenRequest,
+    Pair,
     RawDelta,
     RawEvent,
     RawFinish,
 )
 
-ABOUT = About(formats=("none",))
+ABOUT = About(formats=("none",), tasks=("generate", "embed", "rerank"))
 
 Fault = Literal["raise", "oom", "exit", "crash", "hang"]
 _EOS = 256
@@ -52,6 +57,7 @@ class Options(EngineOptions):
     load_s: float = Field(0, ge=0, description="Seconds that loading takes.")
     memory: int = Field(0, ge=0, description="Bytes to hold, beside its own, while it is loaded.")
     tokens_per_delta: int = Field(1, ge=1, description="Tokens in each delta.")
+    dimensions: int = Field(8, ge=1, le=65536, description="Length of the vectors it embeds to.")
     fail_load: str | None = Field(None, description="Loading fails with this message.")
     fail_after: int = Field(-1, ge=-1, description="Raise after so many tokens.")
     hang_after: int = Field(-1, ge=-1, description="Fall silent for ever after so many tokens.")
@@ -102,7 +108,9 @@ class Engine:
                     }
                 ),
                 batch_invariant=True,
-                resume=True,
+                resume=request.task == "generate",
+                tasks=frozenset({request.task}),
+                dimensions=options.dimensions if request.task == "embed" else None,
             ),
         )
 
@@ -118,7 +126,7 @@ class Engine:
         for chunk in _chunks(script, self._options.tokens_per_delta):
             token_ids = chunk[: request.max_tokens - sent]
             await self._pace(started, sent)
-            await self._misbehave(sent)
+            self._misbehave(sent)
             kept = _before_end(token_ids, request)
             sent += len(kept)
             yield _delta(kept, with_logprobs=request.sampling.logprobs is not None)
@@ -131,6 +139,22 @@ class Engine:
             # All of it was answered before.
             reason = "stop"
         yield RawFinish(reason=reason, prompt_tokens=total, completion_tokens=sent)
+
+    def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
+        """Return vectors made of a hash of the tokens."""
+        self._read(batch)
+        return [_vector(token_ids, self._options.dimensions) for token_ids in batch]
+
+    def pair(self, query: str, document: str) -> Pair:
+        """Return both with an end token behind the query."""
+        first = (*query.encode(), _EOS)
+        return Pair((*first, *document.encode()), len(first))
+
+    def score(self, batch: Sequence[Pair]) -> Sequence[float]:
+        """Return the share of the query's bytes that the document has."""
+        self._read([pair.token_ids for pair in batch])
+        parts = [({*p.token_ids[: p.second]} - {_EOS}, p.token_ids[p.second :]) for p in batch]
+        return [len(query.intersection(document)) / len(query) for query, document in parts]
 
     def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
         """Return the bytes of the text."""
@@ -169,12 +193,19 @@ class Engine:
         if speed:
             await asyncio.sleep((total % _PREFILL_STEP) / speed)
 
+    def _read(self, batch: Sequence[Sequence[int]]) -> None:
+        if any(max(token_ids) >= _VOCABULARY for token_ids in batch):
+            raise InvalidRequest("An input has a token id that the model does not know.")
+        if speed := self._options.prefill_tokens_per_second:
+            time.sleep(len(batch) * max(map(len, batch)) / speed)
+        self._misbehave(0)
+
     async def _pace(self, started: float, sent: int) -> None:
         speed = self._options.tokens_per_second
         due = started + (sent + 1) / speed if speed else 0.0
         await asyncio.sleep(max(0.0, due - time.monotonic()) if speed else 0)
 
-    async def _misbehave(self, sent: int) -> None:
+    def _misbehave(self, sent: int) -> None:
         options = self._options
         if 0 <= options.fail_after <= sent:
             raise GenerationFailed("The echo engine was told to fail.")
@@ -237,6 +268,12 @@ def _before_end(token_ids: tuple[int, ...], request: EngineRequest) -> tuple[int
         if token in ends:
             return token_ids[:place]
     return token_ids
+
+
+def _vector(token_ids: Sequence[int], dimensions: int) -> bytes:
+    seed = b"".join(token.to_bytes(4, "little") for token in token_ids)
+    values = hashlib.shake_128(seed).digest(dimensions)
+    return array("f", [value / 127.5 - 1 for value in values]).tobytes()
 
 
 def _bytes(token_ids: Sequence[int]) -> bytes:

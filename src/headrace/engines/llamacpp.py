@@ -24,7 +24,7 @@ from headrace import machine
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
 from headrace.core.model import Capabilities
 from headrace.core.status import Footprint
-from headrace.engines import threaded
+from headrace.engines import llamacpp_embed, threaded
 from headrace.engines.base import (
     About,
     EngineFacts,
@@ -46,7 +46,12 @@ from headrace.engines.openmp import SpinGuard
 if TYPE_CHECKING:
     import xllamacpp
 
-ABOUT = About(formats=("gguf",), devices=("cpu", "cuda", "mps"), requires="xllamacpp")
+ABOUT = About(
+    formats=("gguf",),
+    devices=("cpu", "cuda", "mps"),
+    requires="xllamacpp",
+    tasks=("generate", "embed"),
+)
 
 _CPU_BATCH = 128
 _GPU_BATCH = 2048
@@ -83,6 +88,9 @@ class Options(EngineOptions):
     rope_scaling: Literal["model", "none", "linear", "yarn"] = Field(
         "model", description="RoPE scaling; `model` takes what the file says."
     )
+    pooling: Literal["model", "mean", "cls", "last"] = Field(
+        "model", description="How an embedding is made of those of the tokens."
+    )
     rope_scale: float = Field(0, ge=0, description="Factor by which the context is stretched.")
 
 
@@ -92,6 +100,7 @@ class Engine:
     def __init__(self, request: OpenRequest) -> None:
         self._options = _settled(request)
         self._model = request.model
+        self._embeds = request.task == "embed"
         self._private = Path(tempfile.mkdtemp(prefix="llamacpp-"))
         self._key = secrets.token_urlsafe(24)
         self._inbox: threaded.Inbox | None = None
@@ -99,6 +108,8 @@ class Engine:
         self._threads: ThreadPoolExecutor | None = None
         self._guard = SpinGuard(self._options.threads or _cores())
         self._vocabulary = 0
+        if request.task not in ABOUT.tasks:
+            raise LoadFailed("This engine ranks nothing; sentence_transformers does.")
         try:
             self._load(request)
         except BaseException:
@@ -119,6 +130,14 @@ class Engine:
             inbox=self._inbox,
             executor=threads,
         )
+
+    def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
+        """Return what llama.cpp pools, as long as it is."""
+        if self._server is None:
+            raise GenerationFailed("The engine is closed.")
+        for token_ids in batch:
+            self._check(token_ids, param="input")
+        return llamacpp_embed.embed(self._server, batch)
 
     def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
         """Return token ids, markers included."""
@@ -174,8 +193,10 @@ class Engine:
             raise LoadFailed(
                 f"llama.cpp could not load {Path(self._model.path).name}.", detail=str(error)
             ) from error
-        self.facts = self._facts(request, plan, device)
         self._vocabulary = int(self._ask("/v1/models")["data"][0]["meta"]["n_vocab"])
+        self.facts = self._facts(request, plan, device)
+        if self._embeds:
+            self.facts = self._embedding_facts(request)
         self._threads = ThreadPoolExecutor(plan.slots, "llamacpp")
 
     def _params(self, params: Any, plan: ContextPlan, device: str) -> Any:
@@ -187,6 +208,8 @@ class Engine:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads or _cores()
         params.n_batch = max(_batch(options, on_cpu=on_cpu), plan.slots)
         params.n_ubatch = min(params.n_batch, 512)
+        if self._embeds:
+            llamacpp_embed.prepare(params, options.pooling, plan.context_length)
         params.n_gpu_layers = 0 if on_cpu else options.gpu_layers
         params.flash_attn_type = _FLASH[options.flash_attention]
         params.cache_type_k = params.cache_type_v = _KV_TYPES[options.kv_type or "f16"]
@@ -233,6 +256,14 @@ class Engine:
             ),
         )
 
+    def _embedding_facts(self, request: OpenRequest) -> EngineFacts:
+        dimensions = len(self.embed([[0]])[0]) // 4
+        capabilities = Capabilities(tasks=frozenset({"embed"}), dimensions=dimensions)
+        most = min(llamacpp_embed.REQUESTS, request.max_running or llamacpp_embed.REQUESTS)
+        return msgspec.structs.replace(
+            self.facts, max_running=most, capabilities=capabilities, chat_template=None
+        )
+
     def _check(self, token_ids: Iterable[int], *, param: str | None = None) -> None:
         # The library cuts an id to 32 bits before it looks: a wrong one can pass for another.
         if not all(0 <= token < self._vocabulary for token in token_ids):
@@ -265,10 +296,25 @@ def footprint(request: OpenRequest) -> Footprint:
         kv_type=options.kv_type or "f16",
         gpu_layers=options.gpu_layers,
     )
-    return estimate(request.model, _plan(request, options, on_cpu=on_cpu), settings, device)
+    planned = estimate(request.model, _plan(request, options, on_cpu=on_cpu), settings, device)
+    if request.task == "embed":
+        most = min(llamacpp_embed.REQUESTS, request.max_running or llamacpp_embed.REQUESTS)
+        return msgspec.structs.replace(planned, max_running=most)
+    return planned
+
+
+def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
+    """Return what is worth a try: a slot for each request, a smaller cache, larger batches."""
+    slots = {"slots": request.max_running or 1}
+    small = {"kv_type": "q8_0", "flash_attention": "on"}
+    logical = os.cpu_count() or 1
+    more = [{**slots, "threads": logical}] if logical > _cores() else []
+    return [slots, {**slots, **small}, {**slots, "batch_size": 512}, *more]
 
 
 def _plan(request: OpenRequest, options: Options, *, on_cpu: bool) -> ContextPlan:
+    if request.task == "embed":
+        request = llamacpp_embed.planned(request)
     memory = request.memory
     if memory is None and on_cpu:
         # All there is, not what is free now: the estimate and the load come to the same.

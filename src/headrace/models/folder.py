@@ -6,10 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from headrace.core.errors import LoadFailed
-from headrace.core.model import ModelFile
+from headrace.core.model import ModelFile, Task
 from headrace.models.context import effective
 from headrace.models.files import read_bounded
 from headrace.models.safetensors import read_header
@@ -27,6 +27,15 @@ _LENGTHS = (
 )
 
 
+class ConfigFacts(NamedTuple):
+    """What a folder's files beside the weights tell."""
+
+    architecture: str | None
+    context_length: int | None
+    chat_template: str | None
+    kv_bytes_per_token: int | None
+
+
 def describe(folder: Path) -> ModelFile:
     """Check the headers of a folder's safetensors files and tell what is in them.
 
@@ -34,27 +43,53 @@ def describe(folder: Path) -> ModelFile:
         LoadFailed: config.json or a file of weights is missing or damaged.
     """
     config = read_json(folder / "config.json")
-    # Models for images and text keep the part that speaks in a table of its own.
-    text_config = config.get("text_config")
-    inner = config | cast("dict[str, Any]", text_config) if _is_table(text_config) else config
     headers = [read_header(file) for file in weight_files(folder)]
     weights: Counter[str] = Counter()
     for header in headers:
         weights.update(header.weights)
     method = _quantization_method(config)
-    tokenizer = folder / "tokenizer_config.json"
-    tokens = read_json(tokenizer) if tokenizer.exists() else {}
+    facts = config_facts(folder, config)
     return ModelFile(
         path=str(folder),
         format="safetensors",
-        architecture=_architecture(config),
+        task=task_of(folder, config),
+        architecture=facts.architecture,
         # Packed weights cannot be counted from the shapes.
         parameters=None if method else weights.total(),
         quantization=method or max(weights, key=lambda name: weights[name]),
-        context_length=_context_length(inner, tokens),
-        chat_template=_chat_template(folder, tokens),
+        context_length=facts.context_length,
+        chat_template=facts.chat_template,
         size=sum(header.size for header in headers),
-        kv_bytes_per_token=_kv_bytes_per_token(inner),
+        kv_bytes_per_token=facts.kv_bytes_per_token,
+    )
+
+
+def task_of(folder: Path, config: Mapping[str, Any]) -> Task:
+    """Tell what a model is for, by its head and by what sentence-transformers keeps beside it."""
+    names = config.get("architectures")
+    heads = cast("list[object]", names) if isinstance(names, list) else []
+    if any(str(name).endswith("ForSequenceClassification") for name in heads):
+        return "rerank"
+    return "embed" if (folder / "modules.json").exists() else "generate"
+
+
+def config_facts(folder: Path, config: Mapping[str, Any]) -> ConfigFacts:
+    """Return what the small files of a folder say of its model.
+
+    Raises:
+        LoadFailed: one of them is damaged.
+    """
+    # Models for images and text keep the part that speaks in a table of its own.
+    text_config = config.get("text_config")
+    own = cast("dict[str, Any]", text_config) if _is_table(text_config) else {}
+    inner = {**config, **own}
+    tokenizer = folder / "tokenizer_config.json"
+    tokens = read_json(tokenizer) if tokenizer.exists() else {}
+    return ConfigFacts(
+        _architecture(config),
+        _context_length(inner, tokens),
+        _chat_template(folder, tokens),
+        _kv_bytes_per_token(inner),
     )
 
 

@@ -8,12 +8,27 @@ from pathlib import Path
 from typing import NoReturn
 
 from headrace.core.errors import LoadFailed
-from headrace.core.model import ModelFile
+from headrace.core.model import ModelFile, Task
 from headrace.models.context import effective
 from headrace.models.gguf import GgufHeader, read_header
 from headrace.models.gguf_types import FILE_TYPES
 
 MAX_PARTS = 1000
+_POOLING_RANK = 4
+_EMBEDDERS = frozenset(
+    {
+        "bert",
+        "eurobert",
+        "gemma-embedding",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "modern-bert",
+        "neo-bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+        "t5encoder",
+    }
+)
 _PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
 
 
@@ -57,6 +72,7 @@ def describe(path: Path) -> ModelFile:
     return ModelFile(
         path=str(path),
         format="gguf",
+        task=facts.task(),
         architecture=facts.architecture,
         parameters=parameters,
         quantization=_quantization(facts, headers),
@@ -132,6 +148,13 @@ class _Facts:
             original=self.number(self.own("rope.scaling.original_context_length")),
             architecture=self.architecture,
         )
+
+    def task(self) -> Task:
+        """Tell what the model is for: one that pools its tokens generates none."""
+        pooling = self.whole(self.own("pooling_type"), zero=True) or 0
+        if pooling == _POOLING_RANK:
+            return "rerank"
+        return "embed" if pooling or self.architecture in _EMBEDDERS else "generate"
 
     def _heads(self, key: str, layers: int) -> int | None:
         """Return the heads of all layers together; the value may be one for each layer."""

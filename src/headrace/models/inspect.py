@@ -6,7 +6,7 @@ from pathlib import Path
 
 from headrace.core.errors import LoadFailed
 from headrace.core.model import ModelFile
-from headrace.models import folder, gguf_model
+from headrace.models import folder, gguf_model, openvino
 from headrace.models.files import open_regular
 from headrace.models.gguf import MAGIC
 
@@ -24,7 +24,7 @@ _KNOWN = (
 
 
 def inspect(path: Path) -> ModelFile:
-    """Check a GGUF file, or a folder with one GGUF model or with safetensors.
+    """Check a GGUF file, or a folder with one GGUF model, safetensors or OpenVINO IR.
 
     Raises:
         LoadFailed: it is none of these, cannot be read, or its header does not hold together.
@@ -64,11 +64,13 @@ def _inspect_folder(path: Path) -> ModelFile:
         return gguf_model.describe(path / models[0])
     if models:
         raise LoadFailed(f"{path}: several models; name one: {', '.join(models[:20])}.")
+    if openvino.MODEL in names:
+        return openvino.describe(path)
     if any(name.endswith(".safetensors") for name in names):
         return folder.describe(path)
     if any(Path(name).suffix.lower() in PICKLES for name in names):
         raise LoadFailed(f"{path}: {_what_it_is(Path('weights.bin'), b'')}.")
-    raise LoadFailed(f"{path}: a folder with neither GGUF nor safetensors files.")
+    raise LoadFailed(f"{path}: a folder with neither GGUF nor safetensors nor OpenVINO files.")
 
 
 def _gguf_models(names: list[str]) -> list[str]:

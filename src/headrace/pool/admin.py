@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from headrace.config.tree import shown
 from headrace.core.errors import (
     Disabled,
     Draining,
@@ -320,7 +321,7 @@ def status_of(seat: Seat) -> ModelStatus:
         done=stage[1],
         total=stage[2],
         replicas=tuple(one.status() for one in seat.everybody()),
-        options=spec.options,
+        options=shown(spec.options),
     )
 
 

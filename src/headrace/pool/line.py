@@ -8,10 +8,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from headrace.core.request import GenerateRequest
+from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
 
 if TYPE_CHECKING:
     from headrace.pool.replica import Lease
+
+Request = GenerateRequest | EmbedRequest | RerankRequest
 
 _SMOOTHING = 0.2
 _UNKNOWN_TOKENS = 256
@@ -24,21 +26,35 @@ _MANY_CLIENTS = 1024
 _GUESSED_SERVICE_S = 2.0
 
 
-def cost_of(request: GenerateRequest) -> float:
+def size_of(request: Request) -> int:
+    """Return how many slots a request takes."""
+    return request.n if isinstance(request, GenerateRequest) else 1
+
+
+def cost_of(request: Request) -> float:
     """Guess the tokens of a request, before it has run."""
+    if isinstance(request, EmbedRequest):
+        return sum(_tokens(given) for given in request.inputs)
+    if isinstance(request, RerankRequest):
+        query, documents = _tokens(request.query), request.documents
+        return query * len(documents) + sum(map(_tokens, documents))
+    return _prompt(request) + (request.sampling.max_tokens or _UNKNOWN_TOKENS) * request.n
+
+
+def _prompt(request: GenerateRequest) -> float:
     if request.messages is not None:
-        length = sum(len(message.content) for message in request.messages) / _CHARACTERS_PER_TOKEN
-    elif isinstance(request.prompt, str):
-        length = len(request.prompt) / _CHARACTERS_PER_TOKEN
-    else:
-        length = len(request.prompt or ())
-    return length + (request.sampling.max_tokens or _UNKNOWN_TOKENS) * request.n
+        return sum(_tokens(message.content) for message in request.messages)
+    return _tokens(request.prompt or ())
+
+
+def _tokens(given: str | tuple[int, ...]) -> float:
+    return len(given) / _CHARACTERS_PER_TOKEN if isinstance(given, str) else len(given)
 
 
 class Waiter:
     """One request in a line. `turn` becomes its lease, or the reason why there is none."""
 
-    def __init__(self, request: GenerateRequest, now: float, *, first: bool = False) -> None:
+    def __init__(self, request: Request, now: float, *, first: bool = False) -> None:
         self.request = request
         self.cost = cost_of(request)
         self.first = first

@@ -50,8 +50,22 @@ class Sizing(Protocol):
         ...
 
 
+class KeepSpare(Protocol):
+    """Keeps a process ahead of the next load."""
+
+    def keep(self, wanted: bool) -> None:
+        """Have one or have none. Returns at once."""
+        ...
+
+    async def aclose(self) -> None:
+        """Have none."""
+        ...
+
+
 class Loader:
-    """Keeps the models of a pool in memory."""
+    """Keeps the models of a pool in memory. `spare` is kept while something may be loaded."""
+
+    spare: KeepSpare | None = None
 
     def __init__(
         self,
@@ -157,6 +171,8 @@ class Loader:
             await asyncio.wait(going)
         if self._housekeeper is not None:
             self._housekeeper.cancel()
+        if self.spare is not None:
+            await self.spare.aclose()
         for task in tuple(self._tasks):
             task.cancel()
         if self._tasks:
@@ -205,6 +221,8 @@ class Loader:
 
     async def _load(self, seat: Seat, replica: Replica, *, may_evict: bool) -> None:
         replica.began = self._clock()
+        if not _is_remote(replica):
+            self._keep_spare(True)
         need = await asyncio.to_thread(self.sizing.footprint, replica.spec, replica.report)
         replica.footprint = need
         await self.room.book(seat, replica, need.devices, may_evict=may_evict)
@@ -304,6 +322,17 @@ class Loader:
                 for replica in seat.everybody():
                     self._measure(replica)
             self._trim()
+            self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """Have a process ready for the next load, if there can be one."""
+        places = [one for seat in self._seats() if seat.spec.enabled for one in seat.replicas]
+        if not any(one.loading for one in places):
+            self._keep_spare(any(one.worker is None and not _is_remote(one) for one in places))
+
+    def _keep_spare(self, wanted: bool) -> None:
+        if self.spare is not None:
+            self.spare.keep(wanted and self.room.rules.spare and not self._closing)
 
     def _measure(self, replica: Replica) -> None:
         """Follow a process that has grown; what it gave back it may take again."""
@@ -337,3 +366,7 @@ class Loader:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("headrace.pool.task", exc_info=error)
+
+
+def _is_remote(replica: Replica) -> bool:
+    return replica.footprint is not None and not replica.footprint.devices

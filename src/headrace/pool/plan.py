@@ -47,6 +47,8 @@ def _consequences(
     loader: Loader, spec: ModelSpec, need: Footprint
 ) -> tuple[tuple[str, ...] | None, str]:
     """Return who would have to go, None where even that would not do, and a sentence."""
+    if not need.devices:
+        return (), "It takes no memory of this machine."
     free = loader.room.ledger.free()
     has = f"needs {numbers(need.devices)} ({need.how}), {numbers(free)} free"
     # As if it had waited for long enough: who is busy would end his requests and go.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
+from typing import TypeVar
 
 import msgspec
 
@@ -18,18 +19,30 @@ from headrace.core.errors import (
 )
 from headrace.core.events import Delta, Event, Finish
 from headrace.core.model import Capabilities, ModelInfo, ModelSpec
-from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, TokenCount
+from headrace.core.request import (
+    CountRequest,
+    DetokenizeRequest,
+    EmbedRequest,
+    EmbedResult,
+    GenerateRequest,
+    RerankRequest,
+    RerankResult,
+    TokenCount,
+)
 from headrace.pool.feed import Feed
 from headrace.pool.ledger import Ledger
-from headrace.pool.line import Waiter
-from headrace.pool.loader import Loader, Sizing
+from headrace.pool.line import Request, Waiter
+from headrace.pool.loader import KeepSpare, Loader, Sizing
 from headrace.pool.policy import Rules
 from headrace.pool.replica import OpenWorker, PooledWorker
-from headrace.pool.resume import Answer, Diverged
+from headrace.pool.resume import Answer, Diverged, may_repeat
 from headrace.pool.seat import Seat
 from headrace.worker.spec import unloaded_info
 
 _TELL_EVERY_S = 0.5
+
+Encoding = TypeVar("Encoding", EmbedRequest, RerankRequest)
+Encoded = TypeVar("Encoded", EmbedResult, RerankResult)
 
 
 class Pool:
@@ -43,6 +56,7 @@ class Pool:
         sizing: Sizing,
         ledger: Ledger,
         rules: Rules | None = None,
+        spare: KeepSpare | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.feed = Feed()
@@ -55,6 +69,7 @@ class Pool:
         self.loader = Loader(
             self._everybody, open_worker, sizing, ledger, rules or Rules(), self.feed, clock
         )
+        self.loader.spare = spare
         self._hurry = asyncio.Event()
         self._drain_until = float("inf")
         self._streams = 0
@@ -177,6 +192,14 @@ class Pool:
             self._streams -= 1
             self._hurry.set()
 
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """Return the vectors of a worker; when that dies, another is asked once more."""
+        return await self._encoded(request, lambda worker, asked: worker.embed(asked))
+
+    async def rerank(self, request: RerankRequest) -> RerankResult:
+        """Return the order that a worker gives; when that dies, another is asked once more."""
+        return await self._encoded(request, lambda worker, asked: worker.rerank(asked))
+
     async def count_tokens(self, request: CountRequest) -> TokenCount:
         """Count with the model's own tokenizer; this never queues."""
         return await (await self._worker(request.model)).count_tokens(request)
@@ -244,6 +267,54 @@ class Pool:
             seat.abandon(waiter, tokens)
             self.loader.released(seat)
 
+    async def _encoded(
+        self, request: Encoding, ask: Callable[[PooledWorker, Encoding], Awaitable[Encoded]]
+    ) -> Encoded:
+        if self.draining:
+            raise Draining("The service is stopping.")
+        seat = self.seat(request.model)
+        self._streams += 1
+        try:
+            try:
+                return await self._once(seat, request, ask)
+            except EngineError as error:
+                if self.draining or not may_repeat(error, seat.spec.continuation):
+                    raise
+                broken = error
+            self._note(seat, request, "exact", broken)
+            try:
+                result = await self._once(seat, request, ask, first=True)
+            except HeadraceError as error:
+                raise broken from error
+            metrics = msgspec.structs.replace(result.metrics, continuations=1, continued="exact")
+            return msgspec.structs.replace(result, metrics=metrics)
+        finally:
+            self._streams -= 1
+            self._hurry.set()
+
+    async def _once(
+        self,
+        seat: Seat,
+        request: Encoding,
+        ask: Callable[[PooledWorker, Encoding], Awaitable[Encoded]],
+        *,
+        first: bool = False,
+    ) -> Encoded:
+        waiter, tokens = seat.join(request, first=first), None
+        try:
+            if not waiter.turn.done():
+                self.loader.want(seat)
+            while not waiter.turn.done():
+                await self._for_turn(seat, waiter)
+            load_ms = request.load_ms + waiter.load_s * 1000
+            worker = waiter.turn.result().worker
+            result = await ask(worker, msgspec.structs.replace(request, load_ms=load_ms))
+            tokens = result.usage.total_tokens
+            return result
+        finally:
+            seat.abandon(waiter, tokens)
+            self.loader.released(seat)
+
     async def _for_turn(self, seat: Seat, waiter: Waiter) -> None:
         """Wait a while for a turn.
 
@@ -273,7 +344,7 @@ class Pool:
         assert worker is not None, "a ready replica has one"
         return worker
 
-    def _note(self, seat: Seat, request: GenerateRequest, way: str, why: EngineError) -> None:
+    def _note(self, seat: Seat, request: Request, way: str, why: EngineError) -> None:
         seat.continuations += 1
         self.feed.tell("continued", seat.spec.name, id=request.id, way=way, why=why.message)
 

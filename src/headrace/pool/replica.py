@@ -13,7 +13,7 @@ from headrace.core.errors import Draining
 from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import GenerateRequest
 from headrace.core.status import Footprint, ReplicaStatus
-from headrace.pool.line import Waiter
+from headrace.pool.line import Request, Waiter
 from headrace.pool.policy import Candidate, Resident
 
 OnProgress = Callable[[str, int, int], None]
@@ -228,8 +228,10 @@ class Replica:
         return len(blocks)
 
 
-def blocks_of(request: GenerateRequest) -> tuple[int, ...]:
+def blocks_of(request: Request) -> tuple[int, ...]:
     """Return hashes of ever longer beginnings of a prompt; equal ones have equal caches."""
+    if not isinstance(request, GenerateRequest):
+        return ()
     if request.messages is not None:
         text = "\x1e".join(f"{one.role}\x1f{one.content}" for one in request.messages)
     elif isinstance(request.prompt, str):

@@ -65,6 +65,11 @@ def _after(new: str, said: str) -> tuple[str, str]:
     return new[known:], said[known:]
 
 
+def may_repeat(error: EngineError, continuation: Continuation) -> bool:
+    """Tell whether a request whose answer does not depend on chance is made once more."""
+    return continuation != "off" and isinstance(error, _SURVIVED)
+
+
 class Answer:
     """One answer as the client gets it, from one worker or from two."""
 
@@ -76,7 +81,7 @@ class Answer:
         self._load_s: float | None = None
         self._turn_at = 0.0
         self._visible_at: float | None = None
-        self._continuation = continuation
+        self._continuation: Continuation = continuation
         self._said = [_Said() for _ in range(request.n)]
         self._began = False
         self.continued: Way | None = None
@@ -96,7 +101,7 @@ class Answer:
         It can once. Where nothing has been sent, or the engine repeats itself, the request is
         made again; otherwise the tokens that were sent are the beginning of the second answer.
         """
-        if self.continued or self._continuation == "off" or not isinstance(error, _SURVIVED):
+        if self.continued or not may_repeat(error, self._continuation):
             return None
         if not self._began:
             return "exact"

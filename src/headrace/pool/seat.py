@@ -18,8 +18,7 @@ from headrace.core.errors import (
 )
 from headrace.core.events import Progress
 from headrace.core.model import ModelInfo, ModelSpec, State
-from headrace.core.request import GenerateRequest
-from headrace.pool.line import Forecast, Line, Waiter
+from headrace.pool.line import Forecast, Line, Request, Waiter, size_of
 from headrace.pool.policy import Rules, backoff_s, choose_replica
 from headrace.pool.replica import Lease, Replica, blocks_of
 
@@ -102,7 +101,7 @@ class Seat:
         yield from self.replicas
         yield from self.retired
 
-    def join(self, request: GenerateRequest, *, first: bool = False) -> Waiter:
+    def join(self, request: Request, *, first: bool = False) -> Waiter:
         """Stand in line. `first` is for an answer that was cut off: in front, and always taken.
 
         Raises:
@@ -124,7 +123,7 @@ class Seat:
         self.grant()
         return waiter
 
-    def check(self, request: GenerateRequest | None = None) -> None:
+    def check(self, request: Request | None = None) -> None:
         """Refuse what comes while nothing is served.
 
         Raises:
@@ -175,7 +174,7 @@ class Seat:
     def grant(self) -> None:
         """Give the free slots to those whose turn it is."""
         while (waiter := self.line.next()) is not None:
-            size = waiter.request.n
+            size = size_of(waiter.request)
             candidates = [replica.candidate(waiter.blocks) for replica in self.replicas]
             number = choose_replica(candidates, size)
             if number is None:
@@ -335,7 +334,7 @@ class Seat:
             Replica(spec, number, next(_serials), self._clock) for number in range(spec.replicas)
         ]
 
-    def _places_for(self, request: GenerateRequest) -> int:
+    def _places_for(self, request: Request) -> int:
         if self.is_ready:
             free = max((one.candidate(()).free for one in self.replicas), default=0)
             served_at_once = not len(self.line) and free > 0

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import Executor
+from typing import cast
 
 import msgspec
 
@@ -15,21 +17,38 @@ from headrace.core.errors import (
     HeadraceError,
     InvalidRequest,
     OutOfMemory,
+    Unsupported,
     from_record,
     to_record,
 )
 from headrace.core.events import Delta, Event, Finish, FinishReason, Progress
 from headrace.core.metrics import DeviceUse, InferenceMetrics
+from headrace.core.model import Task
 from headrace.core.request import GenerateRequest
 from headrace.core.stream import merge
-from headrace.engines.base import Admitted, Engine, EngineRequest, RawDelta, RawEvent
+from headrace.engines.base import (
+    Admitted,
+    Engine,
+    EngineRequest,
+    Generator,
+    Pair,
+    RawDelta,
+    RawEvent,
+)
 from headrace.machine import Sampler
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.admission import Admission
+from headrace.worker.batching import Batcher
 from headrace.worker.meter import Meter, figures
 from headrace.worker.prompt import Job, Prompter
 
 log = logging.getLogger("headrace.worker")
+
+_DOES: dict[Task, str] = {
+    "generate": "generates text",
+    "embed": "makes embeddings",
+    "rerank": "ranks documents",
+}
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +60,9 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     prompter: Prompter
     admission: Admission
     sampler: Sampler
+    embeddings: Batcher[tuple[int, ...], bytes]
+    scores: Batcher[Pair, float]
+    thread: Executor
     log_content: bool = False
 
 
@@ -66,6 +88,7 @@ class Answer:
         """
         stream: AsyncGenerator[Event, None] | None = None
         try:
+            check_task(self._loaded, "generate")
             self._check_choices()
             job = await asyncio.to_thread(self._loaded.prompter.job, self._request)
             for index in range(self._request.n if job.echo else 0):
@@ -75,15 +98,8 @@ class Answer:
                 yield event
             self._outcome = self._reasons[0]
             yield Finish(tuple(self._reasons), self._meter.usage, self._metrics())
-        except HeadraceError as error:
-            raise self._failed(error) from error
-        except MemoryError as error:
-            raise self._failed(OutOfMemory("The engine ran out of memory.")) from error
-        except Exception as error:
-            # A library can raise anything; above here only our own errors are known.
-            detail = f"{type(error).__name__}: {error}"
-            log.exception("headrace.engine.failed", extra={"data": {"id": self._request.id}})
-            raise self._failed(GenerationFailed("The engine failed.", detail=detail)) from error
+        except Exception as error:  # a library can raise anything; see failure_of
+            raise self._failed(failure_of(error, self._request.id)) from error
         finally:
             if stream is not None:
                 await stream.aclose()
@@ -125,7 +141,7 @@ class Answer:
         try:
             if opening is not None:
                 yield opening
-            raw = self._loaded.engine.generate(request)
+            raw = cast("Generator", self._loaded.engine).generate(request)
             if self._deadline is not None:
                 raw = _until(self._deadline, raw)
             async for event in raw:
@@ -178,7 +194,7 @@ class Answer:
     def _check(self) -> None:
         self._loaded.admission.check()
         if self._deadline is not None and time.monotonic() > self._deadline:
-            raise _too_late()
+            raise too_late()
 
     def _failed(self, error: HeadraceError) -> HeadraceError:
         # A new one: the same error can end many streams, each with figures of its own.
@@ -207,7 +223,7 @@ async def _until(
                     event = await anext(raw, None)
             except TimeoutError as error:
                 if limit.expired():
-                    raise _too_late() from error
+                    raise too_late() from error
                 raise
             if event is None:
                 return
@@ -216,5 +232,29 @@ async def _until(
         await raw.aclose()
 
 
-def _too_late() -> DeadlineExceeded:
+def check_task(loaded: Loaded, task: Task) -> None:
+    """Refuse what the model is not for.
+
+    Raises:
+        Unsupported: with what it is for.
+    """
+    tasks = loaded.engine.facts.capabilities.tasks
+    if task not in tasks:
+        does = " and ".join(_DOES[one] for one in sorted(tasks))
+        raise Unsupported(f"{loaded.name} {does}; it is not for this.", param="model")
+
+
+def failure_of(error: Exception, request_id: str) -> HeadraceError:
+    """Return what an engine raised in terms of our own: a library can raise anything."""
+    if isinstance(error, HeadraceError):
+        return error
+    if isinstance(error, MemoryError):
+        return OutOfMemory("The engine ran out of memory.")
+    data = {"id": request_id}
+    log.error("headrace.engine.failed", exc_info=error, extra={"data": data})
+    return GenerationFailed("The engine failed.", detail=f"{type(error).__name__}: {error}")
+
+
+def too_late() -> DeadlineExceeded:
+    """Return the error of one whose deadline has passed while it ran."""
     return DeadlineExceeded("The deadline passed before the answer was complete.")

@@ -11,14 +11,15 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from headrace.core.errors import ErrorRecord, HeadraceError, to_record
-from headrace.core.events import Event
+from headrace.core.events import Progress
 from headrace.core.model import ModelSpec
 from headrace.log import configure
 from headrace.worker.spec import OnProgress, WorkerSpec
@@ -29,6 +30,8 @@ from headrace.worker.wire import (
     Count,
     Counted,
     Detokenize,
+    Embed,
+    Embedded,
     Ended,
     Failed,
     Generate,
@@ -36,8 +39,11 @@ from headrace.worker.wire import (
     Link,
     Load,
     Ready,
+    Rerank,
+    Reranked,
     Text,
     ToChild,
+    Work,
 )
 from headrace.worker.worker import Worker
 
@@ -72,7 +78,7 @@ class Child:
     def _receive(self, messages: Sequence[ToChild]) -> None:
         for message in messages:
             match message:
-                case Generate():
+                case Generate() | Embed() | Rerank():
                     self._begin(message)
                 case Cancel(id=number):
                     if (running := self._streams.get(number)) is not None:
@@ -108,7 +114,7 @@ class Child:
         else:
             self._link.send(Ready(worker.models()[0]))
 
-    def _begin(self, message: Generate) -> None:
+    def _begin(self, message: Work) -> None:
         task = asyncio.ensure_future(self._stream(message))
         self._streams[message.id] = task
         # Not in the task itself: one that is cancelled before it begins runs none of its code.
@@ -118,16 +124,25 @@ class Child:
         del self._streams[number]
         self._link.send(Ended(number, None if task.cancelled() else task.result()))
 
-    async def _stream(self, message: Generate) -> ErrorRecord | None:
-        stream = self._ready().generate(message.request)
-        try:
-            return await _failure(self._forward(message.id, stream))
-        finally:
-            await stream.aclose()
+    async def _stream(self, message: Work) -> ErrorRecord | None:
+        return await _failure(self._do(message))
 
-    async def _forward(self, number: int, stream: AsyncGenerator[Event, None]) -> None:
-        async for event in stream:
-            self._link.send(Happened(number, event))
+    async def _do(self, message: Work) -> None:
+        worker, number, send = self._ready(), message.id, self._link.send
+
+        def on_step(done: int, total: int) -> None:
+            # The parent sees by these that the engine lives.
+            send(Happened(number, Progress("prefill", done, total)))
+
+        match message:
+            case Embed():
+                send(Embedded(number, await worker.embed(message.request, on_step)))
+            case Rerank():
+                send(Reranked(number, await worker.rerank(message.request, on_step)))
+            case Generate():
+                async with aclosing(worker.generate(message.request)) as stream:
+                    async for event in stream:
+                        send(Happened(number, event))
 
     async def _answer(self, message: Count | Detokenize) -> None:
         if error := await _failure(self._reply(message)):

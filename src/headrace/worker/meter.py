@@ -9,14 +9,16 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from headrace.core.metrics import DeviceUse, Gaps, InferenceMetrics, Usage
-from headrace.core.request import GenerateRequest
+from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
 
 
 class Meter:
     """The clock and the counters of one request, over all of its choices."""
 
     def __init__(
-        self, request: GenerateRequest, clock: Callable[[], float] = time.monotonic
+        self,
+        request: GenerateRequest | EmbedRequest | RerankRequest,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
         self._received = request.received

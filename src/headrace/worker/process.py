@@ -7,21 +7,35 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TypeVar, cast
 
 import msgspec
 
 from headrace.core.errors import Draining, LoadFailed, WorkerDied, from_record
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo, ModelSpec, State
-from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, TokenCount
+from headrace.core.request import (
+    CountRequest,
+    DetokenizeRequest,
+    EmbedRequest,
+    EmbedResult,
+    GenerateRequest,
+    RerankRequest,
+    RerankResult,
+    TokenCount,
+)
 from headrace.log import LogSettings
 from headrace.machine import process_memory
 from headrace.worker.lifecycle import Lifecycle
-from headrace.worker.spawn import ChildProcess
+from headrace.worker.spare import Spawn, spawn
+from headrace.worker.spawn import ChildProcess, Said
 from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, resolved, unloaded_info
 from headrace.worker.wire import Close, Count, Detokenize, Ended, Load
 
 log = logging.getLogger("headrace.worker")
+
+R = TypeVar("R")
 
 _QUIET = LogSettings()
 _CANCEL_S = 30.0
@@ -41,12 +55,14 @@ class WorkerProcess:
         *,
         on_progress: OnProgress | None = None,
         log_settings: LogSettings = _QUIET,
+        spawn: Spawn = spawn,
     ) -> None:
         self.spec = spec
         self.died = asyncio.Event()
         self._resolve = resolve
         self._on_progress = on_progress or _silent
         self._log_settings = log_settings
+        self._spawn = spawn
         self._life = Lifecycle(spec.name)
         self._found: WorkerSpec | None = None
         self._info: ModelInfo | None = None
@@ -86,6 +102,41 @@ class WorkerProcess:
         Raises:
             WorkerDied: the child ended or hung; nothing follows.
         """
+        said = self._work(request)
+        try:
+            async for event in said:
+                yield cast("Event", event)
+        finally:
+            await said.aclose()
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """Return a vector for each input. Once it is cancelled, the slot is free.
+
+        Raises:
+            WorkerDied: the child ended or hung.
+        """
+        return await self._result(request, EmbedResult)
+
+    async def rerank(self, request: RerankRequest) -> RerankResult:
+        """Put documents in order. Once it is cancelled, the slot is free.
+
+        Raises:
+            WorkerDied: the child ended or hung.
+        """
+        return await self._result(request, RerankResult)
+
+    async def _result(self, request: EmbedRequest | RerankRequest, kind: type[R]) -> R:
+        result: R | None = None
+        async with aclosing(self._work(request)) as said:
+            async for one in said:
+                if isinstance(one, kind):
+                    result = one
+        assert result is not None, "the child answers in kind"
+        return result
+
+    async def _work(
+        self, request: GenerateRequest | EmbedRequest | RerankRequest
+    ) -> AsyncGenerator[Said, None]:
         child = self._ready()
         listener = child.begin(request)
         over = False
@@ -145,7 +196,7 @@ class WorkerProcess:
             if not await _within(drain_s + _LAST_WORD_S, child.gone):
                 child.fail_streams(Draining(f"{self.spec.name} is stopping."))
                 await _within(_LAST_STEP_S, child.gone)
-            await _end(child)
+            await child.end()
             if pid is not None:
                 await _freed(pid)
         if self._watchdog is not None:
@@ -163,14 +214,13 @@ class WorkerProcess:
         began = time.monotonic()
         self._found = await resolved(self._resolve, self.spec, self._on_progress)
         self._on_progress("loading", 0, 0)
-        child = ChildProcess(self.spec.name, self._on_gone)
-        await child.spawn()
+        child = await self._spawn(self.spec.name, self._on_gone)
         self._watchdog = asyncio.create_task(self._watch(child))
         try:
             child.link.send(Load(self._found, self._log_settings))
             info = await self._loaded(child)
         except BaseException:
-            await _end(child)
+            await child.end()
             raise
         load_ms = (time.monotonic() - began) * 1000
         self._info = msgspec.structs.replace(info, load_ms=load_ms)
@@ -208,14 +258,6 @@ async def _within(timeout_s: float, event: asyncio.Event) -> bool:
         async with asyncio.timeout(timeout_s):
             await event.wait()
     return event.is_set()
-
-
-async def _end(child: ChildProcess) -> None:
-    child.kill()
-    await child.gone.wait()
-    child.loaded.cancel()
-    if not child.loaded.cancelled():
-        child.loaded.exception()
 
 
 async def _freed(pid: int) -> None:

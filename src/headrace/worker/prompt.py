@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
 from headrace.core.errors import ConfigError, ContextOverflow, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities, ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest, Message, Sampling
-from headrace.engines.base import Engine, EngineFacts, EngineRequest
+from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator
 from headrace.text.template import ChatTemplate
 
 # Done by the worker for every engine.
@@ -121,10 +121,11 @@ class Prompter:
         ends = self._ends(request.sampling)
         end = next((place for place, token in enumerate(given) if token in ends), None)
         given = given if end is None else given[: end + 1]
-        text = self._engine.shown(given)
+        shown = cast("Generator", self._engine).shown
+        text = shown(given)
         for missing in range(_MOST_OF_A_CHARACTER + 1):
             kept = given[: len(given) - missing]
-            whole = self._engine.shown(kept) if missing else text
+            whole = shown(kept) if missing else text
             if not whole.endswith("\ufffd"):
                 return kept, whole, end is not None
         # The character itself, or bytes that never become one: it was shown like this.

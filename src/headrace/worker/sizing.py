@@ -65,11 +65,12 @@ class Sizing:
         key = self._memo(spec)
         known = self._resolved.get(key)
         if known is not None and known.stamp == _stamp(known.found):
-            return known.found
+            # Two keys are one name in the memo: what is opened is what is asked for now.
+            return msgspec.structs.replace(known.found, model=spec)
         found = self._find(spec, on_progress)
         devices = engines.footprint(found.engine, open_request(found)).devices
         # The device with most of it is where its cache is.
-        main = max(devices, key=lambda device: devices[device])
+        main = max(devices, key=lambda device: devices[device], default="")
         found = msgspec.structs.replace(found, memory=self._budgets.get(main))
         if len(self._resolved) >= _MAX_RESOLVED:
             self._resolved.clear()
@@ -77,7 +78,8 @@ class Sizing:
         return found
 
     def _memo(self, spec: ModelSpec) -> bytes:
-        return msgspec.json.encode((spec, sorted(self._budgets.items())))
+        # A secret among the options is written without being told.
+        return msgspec.json.encode((spec, sorted(self._budgets.items())), enc_hook=str)
 
     def footprint(self, spec: ModelSpec, on_progress: OnProgress) -> Footprint:
         """Return what the model takes: measured if it was loaded so before, estimated if not.
@@ -170,19 +172,22 @@ def _key(found: WorkerSpec) -> str:
         sorted(spec.options.items()),
         (spec.context_length, spec.max_running, spec.device, found.memory),
     ]
-    return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()[:32]
+    return hashlib.sha256(msgspec.json.encode(facts, enc_hook=str)).hexdigest()[:32]
 
 
 def _stamp(found: WorkerSpec) -> tuple[int, int]:
     """Return size and time of change of the model's file; zeros where there is none."""
     try:
-        status = Path(found.file.path).stat() if found.file.path else None
+        here = found.file.path if found.file.format != "remote" else ""
+        status = Path(here).stat() if here else None
     except OSError:
         status = None
     return (status.st_size, status.st_mtime_ns) if status else (0, 0)
 
 
 def _load_s(found: WorkerSpec, need: Footprint) -> float:
+    if found.file.format == "remote":
+        return 0.0
     written = sum(need.devices.values()) - found.file.size
     return _START_S + found.file.size / _DISK_RATE + max(0, written) / _MEMORY_RATE
 

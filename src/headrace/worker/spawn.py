@@ -32,12 +32,21 @@ from headrace.core.errors import (
 )
 from headrace.core.events import Delta, Event, Progress
 from headrace.core.model import ModelInfo
-from headrace.core.request import GenerateRequest, TokenCount
+from headrace.core.request import (
+    EmbedRequest,
+    EmbedResult,
+    GenerateRequest,
+    RerankRequest,
+    RerankResult,
+    TokenCount,
+)
 from headrace.core.stream import Mailbox
 from headrace.worker.wire import (
     Alive,
     Cancel,
     Counted,
+    Embed,
+    Embedded,
     Ended,
     Failed,
     Generate,
@@ -45,6 +54,8 @@ from headrace.worker.wire import (
     Link,
     Message,
     Ready,
+    Rerank,
+    Reranked,
     Text,
     ToParent,
 )
@@ -57,17 +68,21 @@ _SCRATCH, _LOCK = "headrace-", ".lock"
 _SETTLED_S = 60.0
 
 
+Said = Event | EmbedResult | RerankResult | Ended
+"""What comes of a piece of work."""
+
+
 class Listener:
     """A stream as the parent holds it: what came, and when something last came."""
 
     def __init__(self, number: int, choices: int) -> None:
         self.number = number
         self._choices = choices
-        self.mailbox: Mailbox[Event | Ended] = Mailbox()
+        self.mailbox: Mailbox[Said] = Mailbox()
         self.seen = time.monotonic()
         self.admitted = False
 
-    def put(self, event: Event | Ended) -> None:
+    def put(self, event: Said) -> None:
         """Take what the child sent."""
         self.seen = time.monotonic()
         # With several choices, one can be over while the next still waits for its slot.
@@ -75,7 +90,7 @@ class Listener:
         self.mailbox.put(event)
 
 
-def _is_running(event: Event | Ended) -> bool:
+def _is_running(event: Said) -> bool:
     # An echoed prompt comes before the queue, and carries no tokens.
     return isinstance(event, Progress) or (isinstance(event, Delta) and bool(event.token_ids))
 
@@ -142,15 +157,35 @@ class ChildProcess:
             raise
         self._task(self._follow_stderr(self._process))
 
-    def begin(self, request: GenerateRequest) -> Listener:
-        """Open a stream.
+    def adopt(self, name: str, on_gone: Callable[[WorkerDied], None]) -> None:
+        """Work for the model `name` from now on."""
+        self.name, self._on_gone = name, on_gone
+        self._alive = time.monotonic()
+
+    async def end(self) -> None:
+        """Kill the process and wait until it has ended."""
+        self.kill()
+        await self.gone.wait()
+        self.loaded.cancel()
+        if not self.loaded.cancelled():
+            self.loaded.exception()
+
+    def begin(self, request: GenerateRequest | EmbedRequest | RerankRequest) -> Listener:
+        """Open a stream, of which the last is an Ended.
 
         Raises:
             InvalidRequest: there is something in the request that cannot be sent.
         """
-        listener = Listener(next(self._numbers), request.n)
-        self.say(Generate(listener.number, request))
-        self._listeners[listener.number] = listener
+        number = next(self._numbers)
+        match request:
+            case GenerateRequest():
+                message, choices = Generate(number, request), request.n
+            case EmbedRequest():
+                message, choices = Embed(number, request), 1
+            case RerankRequest():
+                message, choices = Rerank(number, request), 1
+        self.say(message)
+        listener = self._listeners[number] = Listener(number, choices)
         return listener
 
     def say(self, message: Message) -> None:
@@ -216,8 +251,9 @@ class ChildProcess:
         self._alive = time.monotonic()
         for message in messages:
             if isinstance(message, Happened):
-                if (listener := self._listeners.get(message.id)) is not None:
-                    listener.put(message.event)
+                self._put(message.id, message.event)
+            elif isinstance(message, Embedded | Reranked):
+                self._put(message.id, message.result)
             elif isinstance(message, Ended):
                 self._ended(message)
             elif isinstance(message, Counted | Text):
@@ -228,6 +264,10 @@ class ChildProcess:
                 self.loaded.set_result(message.info)
             elif isinstance(message, Failed) and not self.loaded.done():
                 self.loaded.set_exception(from_record(message.error))
+
+    def _put(self, number: int, said: Said) -> None:
+        if (listener := self._listeners.get(number)) is not None:
+            listener.put(said)
 
     def _ended(self, message: Ended) -> None:
         if (listener := self._listeners.pop(message.id, None)) is not None:

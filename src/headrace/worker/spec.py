@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from headrace.config.tree import shown
 from headrace.core.errors import Draining
-from headrace.core.model import ModelFile, ModelInfo, ModelSpec, State
+from headrace.core.model import Capabilities, ModelFile, ModelInfo, ModelSpec, State
 from headrace.engines.base import EngineFacts, OpenRequest
 from headrace.worker.prompt import Prompter
 
@@ -40,6 +41,8 @@ def open_request(found: WorkerSpec) -> OpenRequest:
         max_running=spec.max_running,
         memory=found.memory,
         repeatable=spec.continuation == "exact",
+        trust_remote_code=spec.trust_remote_code,
+        task=spec.task or found.file.task,
         options=spec.options,
     )
 
@@ -90,13 +93,14 @@ def unloaded_info(
         context_length=spec.context_length or file.context_length,
         chat_template=spec.chat_template or file.chat_template,
         max_running=spec.max_running,
-        options=spec.options,
+        capabilities=Capabilities(tasks=frozenset({spec.task or file.task})),
+        options=shown(spec.options),
     )
 
 
 def loaded_info(found: WorkerSpec, facts: EngineFacts, prompter: Prompter) -> ModelInfo:
     """Return the metadata of a model that an engine has loaded."""
-    template = prompter.template
+    template = prompter.template if "generate" in facts.capabilities.tasks else None
     wanted = found.model.max_running or facts.max_running
     return msgspec.structs.replace(
         unloaded_info(found.model, "ready", None, found),
@@ -105,6 +109,6 @@ def loaded_info(found: WorkerSpec, facts: EngineFacts, prompter: Prompter) -> Mo
         max_running=min(wanted, facts.max_running),
         capabilities=msgspec.structs.replace(facts.capabilities, chat=template is not None),
         chat_template=template.source if template else None,
-        roles=prompter.roles,
+        roles=prompter.roles if template else (),
         notes=(*facts.notes, prompter.note) if prompter.note else facts.notes,
     )

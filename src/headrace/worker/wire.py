@@ -16,7 +16,16 @@ import msgspec
 from headrace.core.errors import ErrorRecord
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo
-from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, TokenCount
+from headrace.core.request import (
+    CountRequest,
+    DetokenizeRequest,
+    EmbedRequest,
+    EmbedResult,
+    GenerateRequest,
+    RerankRequest,
+    RerankResult,
+    TokenCount,
+)
 from headrace.log import LogSettings
 from headrace.worker.spec import WorkerSpec
 
@@ -42,6 +51,20 @@ class Generate(Message, frozen=True, tag="generate"):
 
     id: int
     request: GenerateRequest
+
+
+class Embed(Message, frozen=True, tag="embed"):
+    """Parent: begin stream `id`: progress, one Embedded, Ended."""
+
+    id: int
+    request: EmbedRequest
+
+
+class Rerank(Message, frozen=True, tag="rerank"):
+    """Parent: begin stream `id`: progress, one Reranked, Ended."""
+
+    id: int
+    request: RerankRequest
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
@@ -96,6 +119,20 @@ class Ended(Message, frozen=True, tag="end"):
     error: ErrorRecord | None = None
 
 
+class Embedded(Message, frozen=True, tag="embedded"):
+    """Child: answer to Embed."""
+
+    id: int
+    result: EmbedResult
+
+
+class Reranked(Message, frozen=True, tag="reranked"):
+    """Child: answer to Rerank."""
+
+    id: int
+    result: RerankResult
+
+
 class Counted(Message, frozen=True, tag="counted"):
     """Child: answer to Count."""
 
@@ -116,8 +153,9 @@ class Alive(Message, frozen=True, tag="alive"):
     memory: int
 
 
-ToChild = Load | Generate | Cancel | Count | Detokenize | Close
-ToParent = Ready | Failed | Happened | Ended | Counted | Text | Alive
+Work = Generate | Embed | Rerank
+ToChild = Load | Work | Cancel | Count | Detokenize | Close
+ToParent = Ready | Failed | Happened | Embedded | Reranked | Ended | Counted | Text | Alive
 In = TypeVar("In")
 
 

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import msgspec
 
@@ -13,11 +15,22 @@ from headrace import engines
 from headrace.core.errors import Draining
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo, ModelSpec, State
-from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, TokenCount
-from headrace.engines.base import Engine, OpenRequest
+from headrace.core.request import (
+    CountRequest,
+    DetokenizeRequest,
+    EmbedRequest,
+    EmbedResult,
+    GenerateRequest,
+    RerankRequest,
+    RerankResult,
+    TokenCount,
+)
+from headrace.engines.base import Embedder, Engine, OpenRequest, Pair, Reranker
 from headrace.machine import Sampler, system
 from headrace.worker.admission import Admission
 from headrace.worker.answer import Answer, Loaded
+from headrace.worker.batching import Batcher, OnStep, limits_of
+from headrace.worker.encode import embed, rerank
 from headrace.worker.lifecycle import Lifecycle
 from headrace.worker.prompt import Prompter
 from headrace.worker.spec import (
@@ -92,6 +105,14 @@ class Worker:
         finally:
             await events.aclose()
 
+    async def embed(self, request: EmbedRequest, on_step: OnStep | None = None) -> EmbedResult:
+        """Return a vector for each input, computed together with other requests' inputs."""
+        return await embed(self._ready(), request, on_step or _unseen)
+
+    async def rerank(self, request: RerankRequest, on_step: OnStep | None = None) -> RerankResult:
+        """Put documents in order, scored together with other requests' documents."""
+        return await rerank(self._ready(), request, on_step or _unseen)
+
     async def count_tokens(self, request: CountRequest) -> TokenCount:
         """Count exactly, off the event loop and beside any generation."""
         token_ids = await asyncio.to_thread(self._ready().prompter.count, request)
@@ -119,7 +140,7 @@ class Worker:
         if loaded is not None:
             await _drain(loaded, drain_s)
             loaded.sampler.close()
-            await asyncio.to_thread(loaded.engine.close)
+            await asyncio.to_thread(_free, loaded)
         self._life.state = "stopped"
 
     def _ready(self) -> Loaded:
@@ -141,6 +162,9 @@ class Worker:
             opening.add_done_callback(_close_opened)
             raise
         admission = Admission(info.max_running or 1, self.spec.max_queued)
+        thread, limits = ThreadPoolExecutor(1, "batches"), limits_of(engine)
+        # Only those tasks come this way that the engine has.
+        embedder, reranker = cast("Embedder", engine), cast("Reranker", engine)
         self._loaded = Loaded(
             name=self.spec.name,
             engine_name=found.engine,
@@ -148,6 +172,9 @@ class Worker:
             prompter=prompter,
             admission=admission,
             sampler=Sampler(),
+            embeddings=Batcher(lambda ids: embedder.embed(ids), len, limits, thread),
+            scores=Batcher(lambda pairs: reranker.score(pairs), _length, limits, thread),
+            thread=thread,
             log_content=self._log_content,
         )
         load_ms = (time.monotonic() - began) * 1000
@@ -186,7 +213,19 @@ async def _drain(loaded: Loaded, drain_s: float) -> None:
     loaded.admission.close(error)
     if not await loaded.admission.idle(drain_s):
         loaded.admission.abort(error)
+        loaded.embeddings.abort(error)
+        loaded.scores.abort(error)
         await loaded.admission.idle(_LAST_STEP_S)
+
+
+def _free(loaded: Loaded) -> None:
+    # A batch under way cannot be broken off.
+    loaded.thread.shutdown()
+    loaded.engine.close()
+
+
+def _length(pair: Pair) -> int:
+    return len(pair.token_ids)
 
 
 def _close_opened(opening: asyncio.Future[tuple[Engine, Prompter, ModelInfo]]) -> None:
@@ -196,3 +235,7 @@ def _close_opened(opening: asyncio.Future[tuple[Engine, Prompter, ModelInfo]]) -
 
 def _silent(what: str, done: int, total: int) -> None:
     """Progress that nobody asked for."""
+
+
+def _unseen(done: int, total: int) -> None:
+    """Steps that nobody asked for."""

@@ -1,0 +1,400 @@
+"""Headrace over HTTP against the engine's own rate and its own server, on one machine with a GPU.
+
+    python benchmarks/gpu.py --shape Qwen3-0.6B --engines vllm,transformers
+    python benchmarks/gpu.py --shape Qwen3-8B
+
+The model has random weights and is written out here, and nothing is fetched. Each request has 100
+to 1,024 tokens of prompt and of answer, drawn from a fixed seed, as token ids, so that nobody's
+tokenizer is measured. First the engine alone; then both servers are started and asked in turn,
+A B, B A, by client processes that only note when bytes come. Each has half of the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+import gpu_model
+import report
+import serving
+
+_START_S, _ROUND_S, _WARM = 400.0, 400.0, 16
+_CORES = ("EngineCore", "VLLM::Worker", "spawn_main")
+
+
+class Side(NamedTuple):
+    """A server that is up."""
+
+    name: str
+    port: int
+    model: str
+    process: psutil.Process
+
+    def front_cpu(self) -> float:
+        """Return CPU seconds of all its processes but the engine's core and what is below that."""
+        return sum(_cpu(process) for process in _fronts(self.process))
+
+
+class Bench(NamedTuple):
+    """What all rounds have in common."""
+
+    options: argparse.Namespace
+    engine: str
+    folder: Path
+    requests: list[tuple[list[int], int]]
+
+
+def main() -> None:
+    """Measure, print the table and keep the raw figures."""
+    asyncio.run(_main(_options()))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--shape", choices=list(gpu_model.SHAPES), default="Qwen3-0.6B")
+    parser.add_argument("--engines", default="vllm", help="vllm, transformers, or both")
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--few", type=int, default=64, help="requests for transformers")
+    parser.add_argument("--least", type=int, default=100, help="tokens in and out, at least")
+    parser.add_argument("--most", type=int, default=1024, help="tokens in and out, at most")
+    parser.add_argument("--clients", type=int, default=4, help="client processes")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--share", type=float, default=0.45, help="of the GPU, for each server")
+    parser.add_argument("--cpu", action="store_true", help="no GPU: to try the program")
+    parser.add_argument("--json", type=Path, help="write the raw figures here")
+    return parser.parse_args()
+
+
+async def _main(options: argparse.Namespace) -> None:
+    record: dict[str, Any] = {"shape": options.shape, "machine": report.machine(), "engines": {}}
+    lines: list[str] = [f"{options.shape}, {options.least}-{options.most} tokens in and out"]
+    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
+        for engine in options.engines.split(","):
+            bench = _bench(options, engine, Path(folder) / engine)
+            found = await _measure(bench)
+            record["engines"][engine] = found
+            lines += ["", f"{engine}, {len(bench.requests)} requests", *_table(found)]
+            # Kept at once: a later engine may fail, or the time be over.
+            text = "\n".join(lines)
+            name = f"gpu-{options.shape}-{'-'.join(record['engines'])}"
+            path = report.write(name, text, record, options.json)
+            print(f"{text}\n{path}", flush=True)
+
+
+def _bench(options: argparse.Namespace, engine: str, folder: Path) -> Bench:
+    path = gpu_model.made(
+        options.shape, folder, context=2 * options.most + 64, filled=engine == "transformers"
+    )
+    vocabulary = gpu_model.SHAPES[options.shape].vocabulary - len(gpu_model.ENDS)
+    source = random.Random(7)
+    requests = [
+        (
+            [
+                source.randrange(vocabulary)
+                for _ in range(source.randint(options.least, options.most))
+            ],
+            source.randint(options.least, options.most),
+        )
+        for _ in range(options.requests)
+    ]
+    if engine == "transformers":
+        # Its own call knows one length for all answers.
+        most = (options.least + options.most) // 2
+        requests = [(ids, most) for ids, _ in requests[: options.few]]
+    return Bench(options, engine, path, requests)
+
+
+async def _measure(bench: Bench) -> dict[str, Any]:
+    found: dict[str, Any] = {"offline": await _offline(bench), "turns": []}
+    async with AsyncExitStack() as stack:
+        sides: list[Side] = []
+        if bench.engine == "vllm":
+            sides.append(await stack.enter_async_context(_vllm_serve(bench)))
+        sides.append(await stack.enter_async_context(_headrace(bench)))
+        for side in sides:
+            await _turn(bench, side, again(bench.requests[:_WARM], 0))
+        for number in range(bench.options.rounds):
+            for side in sides if number % 2 == 0 else sides[::-1]:
+                turn = await _turn(bench, side, again(bench.requests, number + 1))
+                found["turns"].append({"side": side.name, "round": number, **turn})
+                print({"side": side.name, "round": number, **_brief(turn)}, flush=True)
+    return found
+
+
+def again(requests: Sequence[tuple[list[int], int]], number: int) -> list[tuple[list[int], int]]:
+    """Return the requests with other beginnings, so that no cache knows the prompts."""
+    return [([number, *ids[1:]], most) for ids, most in requests]
+
+
+async def _offline(bench: Bench) -> list[dict[str, Any]]:
+    job = {
+        "engine": bench.engine,
+        "model": str(bench.folder),
+        "rounds": [again(bench.requests, number) for number in range(3)],
+        "options": _vllm_options(bench),
+    }
+    process = await _process(str(Path(__file__).with_name("gpu_offline.py")), stdin=PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(job).encode() + b"\n")
+    async with asyncio.timeout(_START_S + 3 * _ROUND_S):
+        lines = [json.loads(line) async for line in process.stdout if line.startswith(b"{")]
+        await process.wait()
+    rounds = [line for line in lines if "tokens" in line]
+    if len(rounds) != 3:
+        raise SystemExit(f"{bench.engine} alone failed.")
+    print({"offline": rounds}, flush=True)
+    # The first is for warming up.
+    return rounds[1:]
+
+
+def _vllm_options(bench: Bench) -> dict[str, Any]:
+    if bench.engine != "vllm":
+        return {}
+    common = {"max_model_len": 2 * bench.options.most + 64}
+    if bench.options.cpu:
+        return common | {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
+    return common | {"gpu_memory_utilization": bench.options.share}
+
+
+@asynccontextmanager
+async def _vllm_serve(bench: Bench) -> AsyncGenerator[Side]:
+    # The module behind `vllm serve`, which some builds have no command for.
+    port, words = _free_port(), ["-m", "vllm.entrypoints.openai.api_server"]
+    for key, value in _vllm_options(bench).items():
+        words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+    words += ["--model", str(bench.folder), "--load-format", "dummy", "--port", str(port)]
+    process = await _process(*words, "--host", "127.0.0.1", "--served-model-name", "m")
+    try:
+        await _answers(port, process)
+        yield Side("vllm serve", port, "m", psutil.Process(process.pid))
+    finally:
+        await _end(process)
+
+
+@asynccontextmanager
+async def _headrace(bench: Bench) -> AsyncGenerator[Side]:
+    port, given = _free_port(), bench.options
+    settings: dict[str, Any] = {}
+    if bench.engine == "vllm":
+        settings = {"load_format": "dummy", "gpu_memory": given.share}
+        if given.cpu:
+            settings = {"load_format": "dummy", "eager": True, "kv_cache_bytes": 256 << 20}
+    words = serving.headrace(str(bench.folder), settings, "--engine", bench.engine)
+    words[words.index("--port") + 1] = str(port)
+    words += ["--max-queued", str(2 * given.requests)]
+    words += ["--context-length", str(2 * given.most + 64)]
+    process = await _process(*words)
+    try:
+        await _answers(port, process)
+        name = await asyncio.to_thread(_model_name, port)
+        yield Side("headrace", port, name, psutil.Process(process.pid))
+    finally:
+        await _end(process)
+
+
+async def _turn(
+    bench: Bench, side: Side, requests: Sequence[tuple[list[int], int]]
+) -> dict[str, Any]:
+    bodies = [
+        {
+            "model": side.model,
+            "prompt": ids,
+            "max_tokens": most,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        for ids, most in requests
+    ]
+    clients = bench.options.clients
+    cpu = side.front_cpu()
+    answers = await asyncio.gather(
+        *(_client(side.port, bodies[number::clients]) for number in range(clients))
+    )
+    cpu = side.front_cpu() - cpu
+    streams = [stream for answer in answers for stream in answer["streams"]]
+    tokens = sum(map(_tokens, streams))
+    wanted = sum(most for _, most in requests)
+    if tokens != wanted:
+        raise SystemExit(f"{side.name} made {tokens} tokens, not {wanted}.")
+    seconds = max(one["last"] for one in streams) - min(one["began"] for one in answers)
+    firsts = sorted(one["first"] for one in streams)
+    gaps = sorted(gap for one in streams for gap in one["gaps"])
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "rate": tokens / seconds,
+        "first_p50": _quantile(firsts, 0.5),
+        "first_p99": _quantile(firsts, 0.99),
+        "gap_p50": _quantile(gaps, 0.5),
+        "gap_p99": _quantile(gaps, 0.99),
+        "events": sum(one["events"] for one in streams),
+        "front_cpu": cpu,
+        "front_cpu_per_1000": cpu / tokens * 1000,
+        "firsts": [round(first, 4) for first in firsts],
+    }
+
+
+async def _client(port: int, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if not bodies:
+        return {"began": float("inf"), "streams": []}
+    process = await _process(str(Path(__file__).with_name("gpu_client.py")), stdin=PIPE)
+    command = json.dumps({"port": port, "bodies": bodies}).encode() + b"\n"
+    async with asyncio.timeout(_ROUND_S):
+        out, _ = await process.communicate(command)
+    return json.loads(out)
+
+
+def _tokens(stream: dict[str, Any]) -> int:
+    found = re.findall(r'"completion_tokens": ?(\d+)', stream["tail"])
+    if not found or "[DONE]" not in stream["tail"]:
+        raise SystemExit(f"A stream did not end well: {stream['tail']}")
+    return int(found[-1])
+
+
+def _table(found: dict[str, Any]) -> list[str]:
+    offline = statistics.median(one["tokens"] / one["seconds"] for one in found["offline"])
+    lines = [
+        f"{'':12}{'tok/s':>9}{'of own':>8}{'TTFT p50':>10}{'p99':>8}{'gap p50':>9}{'p99':>8}"
+        f"{'front CPU s/1000':>18}",
+        f"{'the engine':12}{offline:9.0f}{1:8.3f}",
+    ]
+    names = dict.fromkeys(turn["side"] for turn in found["turns"])
+    middle = {name: _middle(found["turns"], name) for name in names}
+    for name, one in middle.items():
+        lines.append(
+            f"{name:12}{one['rate']:9.0f}{one['rate'] / offline:8.3f}{one['first_p50']:10.3f}"
+            f"{one['first_p99']:8.3f}{one['gap_p50'] * 1000:7.1f}ms{one['gap_p99'] * 1000:6.0f}ms"
+            f"{one['front_cpu_per_1000']:18.4f}"
+        )
+    if len(middle) == 2:
+        ours, theirs = middle["headrace"], middle["vllm serve"]
+        keys = ("rate", "first_p50", "first_p99", "gap_p99", "front_cpu_per_1000")
+        ratios = (f"{key} {ours[key] / theirs[key]:.3f}" for key in keys)
+        lines.append(f"headrace / vllm serve: {', '.join(ratios)}")
+    return lines
+
+
+def _middle(turns: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    mine = [turn for turn in turns if turn["side"] == name]
+    keys = [key for key, value in mine[0].items() if isinstance(value, float)]
+    return {key: statistics.median(turn[key] for turn in mine) for key in keys}
+
+
+def _brief(turn: dict[str, Any]) -> dict[str, Any]:
+    return {key: round(value, 4) for key, value in turn.items() if key != "firsts"}
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    return float(values[min(len(values) - 1, int(share * len(values)))]) if values else 0.0
+
+
+def _fronts(process: psutil.Process) -> list[psutil.Process]:
+    if _is_core(process):
+        return []
+    below = [one for child in process.children() for one in _fronts(child)]
+    return [process, *below]
+
+
+def _is_core(process: psutil.Process) -> bool:
+    try:
+        told = f"{process.name()} {' '.join(process.cmdline())}"
+    except psutil.Error:
+        return True
+    return any(sign in told for sign in _CORES)
+
+
+def _cpu(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return times.user + times.system
+
+
+async def _process(*words: str, stdin: int | None = None) -> Process:
+    environment = {**os.environ, "HEADRACE_LOG_LEVEL": "warning", "HF_HUB_OFFLINE": "1"}
+    return await asyncio.create_subprocess_exec(
+        sys.executable, *words, stdin=stdin, stdout=PIPE, env=environment, limit=1 << 28
+    )
+
+
+async def _answers(port: int, process: Process) -> None:
+    drain = asyncio.create_task(_drain(process))
+    end = time.monotonic() + _START_S
+    while time.monotonic() < end:
+        if process.returncode is not None:
+            break
+        status = await asyncio.to_thread(_get, port, "/v1/models")
+        if status and b'"id"' in status:
+            process.drained = drain  # pyright: ignore[reportAttributeAccessIssue]  # kept alive
+            return
+        await asyncio.sleep(0.5)
+    raise SystemExit("A server did not start.")
+
+
+async def _drain(process: Process) -> None:
+    # A full pipe would stop the server.
+    assert process.stdout is not None
+    async for line in process.stdout:
+        sys.stderr.write(line.decode(errors="replace"))
+
+
+def _get(port: int, path: str) -> bytes:
+    try:
+        with socket.create_connection(("127.0.0.1", port), 30) as line:
+            request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+            line.sendall(request.encode())
+            answer = b""
+            while data := line.recv(65536):
+                answer += data
+            return answer
+    except OSError:
+        return b""
+
+
+def _model_name(port: int) -> str:
+    found = re.search(rb'"id": ?"([^"]+)"', _get(port, "/v1/models"))
+    assert found is not None, "the server has a model"
+    return found[1].decode()
+
+
+def _free_port() -> int:
+    with socket.socket() as line:
+        line.bind(("127.0.0.1", 0))
+        return int(line.getsockname()[1])
+
+
+async def _end(process: Process) -> None:
+    every = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    try:
+        async with asyncio.timeout(30):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+    for one in psutil.wait_procs(every, 10)[1]:
+        one.kill()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""POST /v1/embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import sys
+from array import array
+from typing import Any
+
+import msgspec
+
+from headrace.api import translate
+from headrace.api.answers import model_name
+from headrace.api.exchange import Exchange, Service
+from headrace.api.timing import server_timing
+from headrace.api.wire_embeddings import EmbeddingList, EmbeddingRequest, ReadUsage
+from headrace.core.request import EmbedResult
+
+_DECODER = msgspec.json.Decoder(EmbeddingRequest)
+_encode = msgspec.json.Encoder().encode
+# More numbers than these are written in a thread.
+_MANY = 1 << 14
+
+
+async def embeddings(service: Service, exchange: Exchange) -> None:
+    """Turn texts into vectors."""
+    wire = await exchange.read(_DECODER)
+    request = translate.embed(wire, exchange.settings, exchange.call)
+    result = await exchange.unless_gone(service.backend.embed(request))
+    model, as_text = model_name(service, wire.model), wire.encoding_format == "base64"
+    if len(result.vectors) * result.dimensions > _MANY:
+        body = await asyncio.to_thread(_body, result, model, as_text=as_text)
+    else:
+        body = _body(result, model, as_text=as_text)
+    await exchange.reply(body, headers=server_timing(result.metrics))
+
+
+def _body(result: EmbedResult, model: str, *, as_text: bool) -> bytes:
+    tokens = result.usage.prompt_tokens
+    data: Any = [
+        {"object": "embedding", "index": index, "embedding": _text(one) if as_text else _list(one)}
+        for index, one in enumerate(result.vectors)
+    ]
+    return _encode(
+        EmbeddingList(
+            data=data, model=model, usage=ReadUsage(tokens, tokens), metrics=result.metrics
+        )
+    )
+
+
+def _text(vector: bytes) -> str:
+    return base64.b64encode(vector).decode()
+
+
+def _list(vector: bytes) -> list[float]:
+    values = array("f", vector)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values.tolist()

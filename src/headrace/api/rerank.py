@@ -1,0 +1,47 @@
+"""POST /v1/rerank."""
+
+from __future__ import annotations
+
+import msgspec
+
+from headrace.api import translate
+from headrace.api.answers import model_name
+from headrace.api.exchange import Exchange, Service
+from headrace.api.timing import server_timing
+from headrace.api.wire_embeddings import ReadUsage
+from headrace.api.wire_rerank import (
+    DocumentText,
+    RankedDocument,
+    Ranking,
+    RankMeta,
+    RankRequest,
+    TokensRead,
+)
+
+_DECODER = msgspec.json.Decoder(RankRequest)
+
+
+async def rerank(service: Service, exchange: Exchange) -> None:
+    """Put documents in the order in which they answer a query."""
+    wire = await exchange.read(_DECODER)
+    request = translate.rank(wire, exchange.settings, exchange.call)
+    result = await exchange.unless_gone(service.backend.rerank(request))
+    tokens = result.usage.prompt_tokens
+    answer = Ranking(
+        id=exchange.call.id,
+        model=model_name(service, wire.model),
+        results=[
+            RankedDocument(
+                index=one.index,
+                relevance_score=one.score,
+                document=DocumentText(request.documents[one.index])
+                if wire.return_documents
+                else None,
+            )
+            for one in result.ranking
+        ],
+        usage=ReadUsage(tokens, tokens),
+        meta=RankMeta(tokens=TokensRead(tokens)),
+        metrics=result.metrics,
+    )
+    await exchange.reply(msgspec.json.encode(answer), headers=server_timing(result.metrics))

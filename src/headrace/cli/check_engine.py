@@ -1,0 +1,128 @@
+"""`headrace check-engine`: whether an engine keeps the contract, case by case."""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headrace.cli import terminal
+from headrace.cli.common import Common, parse_options
+from headrace.cli.run import ContextLength, Device, Options
+from headrace.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from headrace.config import Settings
+    from headrace.contract import Case, Kind, Outcome
+    from headrace.core.model import ModelSpec
+
+_SLOTS = 4
+_ALL = "all"
+
+
+def check_engine(
+    common: Common,
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="Name of the engine.")],
+    model: Annotated[
+        str, typer.Option(metavar="REF", help="A small model that it can run.", show_default=False)
+    ],
+    option: Options = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="Behind which Backend: worker (in this process), process, pool, or all.",
+        ),
+    ] = "process",
+    only: Annotated[
+        str, typer.Option(metavar="PATTERN", help="Only cases of such names, as 'sampling_*'.")
+    ] = "*",
+    task: Annotated[str | None, typer.Option(help="generate, embed or rerank.")] = None,
+    device: Device = None,
+    context_length: ContextLength = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Requests at once.")] = _SLOTS,
+) -> None:
+    """Run the contract of an engine on it, a line for each case; 1 is returned if one fails.
+
+    ok: it holds. refused: the engine declares that it cannot do this, and refuses it by name.
+    reported: it holds only as far as the engine declares. FAILED: it does not hold.
+
+    Also for engines of other packages, which register a module under the entry point group
+    `headrace.engines`. A small model and a context of some 512 tokens make it quick.
+    """
+    settings = common.settings(options=parse_options(option))
+    given = {
+        "engine": engine,
+        "device": device,
+        "context_length": context_length,
+        "max_running": max_running,
+        "task": task,
+    }
+    spec = settings.model_spec(model, {k: v for k, v in given.items() if v is not None})
+    outcomes = asyncio.run(_examined(spec, settings, engine, _kinds(backend), only, common))
+    if common.as_json:
+        terminal.print_json([{"backend": kind, **_plain(one)} for kind, one in outcomes])
+    else:
+        print(_summary([one for _, one in outcomes]))
+    if any(one.result == "failed" for _, one in outcomes):
+        raise typer.Exit(1)
+
+
+def _kinds(backend: str) -> tuple[Kind, ...]:
+    from headrace.contract import KINDS
+
+    kinds: tuple[Kind, ...] = KINDS
+    if backend != _ALL:
+        kinds = tuple(kind for kind in KINDS if kind == backend)
+    if not kinds:
+        raise ConfigError(f"--backend: {backend} is none of {', '.join((*KINDS, _ALL))}.")
+    return kinds
+
+
+async def _examined(
+    spec: ModelSpec,
+    settings: Settings,
+    engine: str,
+    kinds: tuple[Kind, ...],
+    only: str,
+    common: Common,
+) -> list[tuple[Kind, Outcome]]:
+    from headrace.contract import CASES, concerns, examine, opened
+
+    found: list[tuple[Kind, Outcome]] = []
+    for kind in kinds:
+        async with opened(engine, spec, settings, kind) as subject:
+            for case in _chosen(CASES, only):
+                if concerns(case, subject):
+                    found.append((kind, await examine(case, subject)))
+                    if not common.as_json:
+                        print(_line(*found[-1]), flush=True)
+    return found
+
+
+def _chosen(cases: tuple[Case, ...], only: str) -> list[Case]:
+    chosen = [case for case in cases if fnmatch.fnmatch(case.name, only)]
+    if not chosen:
+        raise ConfigError(f"--only: no case is called {only}.")
+    return chosen
+
+
+def _line(kind: Kind, outcome: Outcome) -> str:
+    result = "FAILED" if outcome.result == "failed" else outcome.result
+    why = f"  {outcome.why}" if outcome.why else ""
+    told = f"{kind:<8} {result:<9} {outcome.case:<28} {outcome.rows:<12}"
+    return terminal.printable(f"{told} {outcome.seconds:6.1f} s{why}")
+
+
+def _summary(outcomes: list[Outcome]) -> str:
+    results = [one.result for one in outcomes]
+    told = (f"{results.count(kind)} {kind}" for kind in ("ok", "refused", "reported", "failed"))
+    return f"{len(results)} cases: {', '.join(told)}"
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    import msgspec
+
+    return msgspec.structs.asdict(outcome)

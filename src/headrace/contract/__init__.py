@@ -1,0 +1,33 @@
+"""The contract of an engine as cases that run on any engine, also on one of somebody else.
+
+`headrace check-engine` and the tests run them. A case is a function of a Subject, a model that is
+loaded on the engine behind one kind of Backend; `examine` runs one and says how it went.
+"""
+
+from __future__ import annotations
+
+from headrace.contract import answers, facts, limits, sampling, turns, vectors
+from headrace.contract.case import Case, Outcome, Result, concerns, examine
+from headrace.contract.subject import KINDS, Kind, Subject, opened
+
+CASES: tuple[Case, ...] = (
+    *facts.CASES,
+    *answers.CASES,
+    *sampling.CASES,
+    *limits.CASES,
+    *turns.CASES,
+    *vectors.CASES,
+)
+
+__all__ = [
+    "CASES",
+    "KINDS",
+    "Case",
+    "Kind",
+    "Outcome",
+    "Result",
+    "Subject",
+    "concerns",
+    "examine",
+    "opened",
+]

@@ -1,0 +1,281 @@
+"""Models of Anthropic, through its own library."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Literal
+
+import msgspec
+from pydantic import Field
+
+from headrace.core.errors import HeadraceError, InvalidRequest, Unsupported, UpstreamError
+from headrace.core.events import Delta, FinishReason
+from headrace.core.metrics import Usage
+from headrace.core.model import Capabilities
+from headrace.core.request import (
+    CountRequest,
+    EmbedRequest,
+    GenerateRequest,
+    Message,
+    RerankRequest,
+    TokenCount,
+)
+from headrace.engines import remote
+from headrace.engines.base import About, OpenRequest, RemoteEvent, RemoteFinish
+from headrace.engines.remote import Access, Patience, RemoteOptions, Shared
+
+ABOUT = About(
+    formats=("remote",),
+    devices=("remote",),
+    requires="anthropic",
+    extra="anthropic",
+    remote=True,
+)
+
+_REASONS: dict[str, FinishReason] = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "refusal": "content_filter",
+    "tool_use": "tool_calls",
+}
+_OLDER = "2023-06-01"
+_SINCE_REFUSED = frozenset({"temperature", "top_p", "top_k"})
+_CLIENTS: Shared[Any] = Shared(lambda client: client.close())
+
+
+class Options(RemoteOptions):
+    """What is said to the upstream."""
+
+    api_version: Literal["2023-06-01", "2026-10-21"] | None = Field(
+        None,
+        description="Version of the API, the library's if not set. The older one still takes "
+        "temperature, top_p and top_k.",
+    )
+    max_tokens: int = Field(
+        4096, ge=1, le=1 << 20, description="Longest answer where a request does not say."
+    )
+
+
+footprint = remote.footprint
+
+
+class Engine:
+    """One model of Anthropic's."""
+
+    def __init__(self, request: OpenRequest) -> None:
+        import anthropic
+        import httpx2
+
+        self._library = anthropic
+        # Once a stream has begun, the library lets through what its transport raises.
+        self._errors = (anthropic.APIError, httpx2.HTTPError)
+        self._options = options = Options(**request.options)
+        provider = remote.provider_of(request, "anthropic")
+        if options.api_version == _OLDER:
+            able = provider.sampling | _SINCE_REFUSED
+            provider = msgspec.structs.replace(provider, sampling=able)
+        self._provider = provider
+        self._way = remote.access(provider, options)
+        self._model = request.model.path
+        self._client: Any = None
+        self._place = (
+            self._way.base_url,
+            self._way.key,
+            options.connect_s,
+            options.max_retries,
+            options.api_version,
+        )
+        can = Capabilities(sampling=provider.sampling, json_schema=True, token_prompts=False)
+        self.facts = remote.facts(request, provider, can)
+
+    def __repr__(self) -> str:
+        """Tell the model and where it is."""
+        return f"<anthropic.Engine {self._model} at {self._way.base_url}>"
+
+    async def answer(self, request: GenerateRequest) -> AsyncGenerator[RemoteEvent, None]:
+        """Yield what the upstream says, and its account."""
+        remote.check_plain(request, self._provider, self._provider.sampling)
+        body = self._body(request)
+        patience, reading = Patience(self._options), _Reading()
+        stream: Any = None
+        try:
+            create = self._connected().messages.create(stream=True, **body)
+            stream = await patience.wait(create)
+            while (event := await patience.wait(_next(stream))) is not None:
+                delta = reading.take(event)
+                patience.sign(token=delta is not None)
+                if delta is not None:
+                    yield delta
+        except self._errors as error:
+            raise _failure(self._way, error) from None
+        except ValueError:
+            # What the library says of JSON that is none.
+            raise UpstreamError("The upstream sent a malformed chunk.") from None
+        finally:
+            if stream is not None:
+                await stream.close()
+        yield reading.finish()
+
+    async def embed(self, request: EmbedRequest) -> tuple[Sequence[bytes], Usage]:
+        """Refuse: there is no such model.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise Unsupported("Anthropic has no embeddings.", param="model")
+
+    async def rerank(self, request: RerankRequest) -> tuple[Sequence[tuple[int, float]], Usage]:
+        """Refuse: there is no such model.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise Unsupported("Anthropic ranks nothing.", param="model")
+
+    async def count_tokens(self, request: CountRequest) -> TokenCount:
+        """Ask the upstream, which calls its own count an estimate.
+
+        A text is counted as a message, the only thing that can be asked.
+        """
+        messages = request.messages or (Message("user", request.text or ""),)
+        if request.messages is None and not (request.text or "").strip():
+            return remote.estimated_count(request)
+        try:
+            said = await self._connected().messages.count_tokens(
+                model=self._model, **_conversation(messages)
+            )
+        except self._errors as error:
+            raise _failure(self._way, error) from None
+        return TokenCount(count=said.input_tokens, estimated=True)
+
+    async def aclose(self) -> None:
+        """Leave the upstream."""
+        client, self._client = self._client, None
+        if client is not None:
+            await _CLIENTS.give_back(self._place)
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            self._client = _CLIENTS.take(self._place, self._connect)
+        return self._client
+
+    def _connect(self) -> Any:
+        options, key = self._options, self._way.key
+        return self._library.AsyncAnthropic(
+            api_key=key.get_secret_value() if key else "none",
+            base_url=self._way.base_url,
+            max_retries=options.max_retries,
+            default_headers=(
+                {"anthropic-version": options.api_version} if options.api_version else None
+            ),
+            timeout=self._library.Timeout(None, connect=options.connect_s),
+            http_client=self._library.DefaultAsyncHttpxClient(follow_redirects=False),
+        )
+
+    def _body(self, request: GenerateRequest) -> dict[str, Any]:
+        if request.messages is None:
+            raise Unsupported("Anthropic answers chats, no plain prompts.", param="prompt")
+        given: dict[str, Any] = msgspec.to_builtins(request.sampling)
+        given.pop("stop", None)
+        older = {name: given.pop(name) for name in _SINCE_REFUSED & given.keys()}
+        # It takes no stop string of white space; the worker finds those that are not sent.
+        stops = [stop for stop in request.sampling.stop if stop.strip()]
+        return {
+            "model": self._model,
+            "max_tokens": self._options.max_tokens,
+            **_conversation(request.messages),
+            **given,
+            **({"stop_sequences": stops[: self._provider.stops]} if stops else {}),
+            **({"extra_body": older} if older else {}),
+            **_format(request.json_schema),
+        }
+
+
+class _Reading:
+    """Reads one answer."""
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+        self._before: Any = None
+        self._completion = self._thought = 0
+        self._ended = False
+
+    def take(self, event: Any) -> Delta | None:
+        """Return what an event adds to the answer, if anything."""
+        if event.type == "message_start":
+            self._before = event.message.usage
+        elif event.type == "message_delta":
+            self._reason = event.delta.stop_reason or self._reason
+            self._completion = event.usage.output_tokens or self._completion
+            details = event.usage.output_tokens_details
+            self._thought = details.thinking_tokens if details else self._thought
+        elif event.type == "message_stop":
+            self._ended = True
+        elif event.type == "content_block_delta":
+            if event.delta.type == "text_delta":
+                return Delta(event.delta.text) if event.delta.text else None
+            if event.delta.type == "thinking_delta":
+                return Delta(reasoning=event.delta.thinking) if event.delta.thinking else None
+        return None
+
+    def finish(self) -> RemoteFinish:
+        """Return the upstream's account of an answer whose stream has ended."""
+        if not self._ended or self._reason is None:
+            raise UpstreamError("The upstream's stream is truncated: it has no end.")
+        if self._reason not in _REASONS:
+            raise UpstreamError(f"The upstream broke off, for the reason {self._reason!r}.")
+        return RemoteFinish(finish_reasons=(_REASONS[self._reason],), usage=self._usage())
+
+    def _usage(self) -> Usage | None:
+        before = self._before
+        if before is None:
+            return None
+        cached = before.cache_read_input_tokens or 0
+        written = before.cache_creation_input_tokens or 0
+        return Usage(
+            prompt_tokens=(before.input_tokens or 0) + cached + written,
+            cached_tokens=cached,
+            completion_tokens=self._completion,
+            reasoning_tokens=self._thought,
+        )
+
+
+async def _next(stream: Any) -> Any:
+    return await anext(stream, None)
+
+
+def _conversation(messages: Sequence[Message]) -> dict[str, Any]:
+    """Return the messages; what the system says stands apart, in one piece."""
+    system = "\n\n".join(one.content for one in messages if one.role in ("system", "developer"))
+    turns: list[dict[str, str]] = []
+    for one in messages:
+        if one.role == "tool" or one.name:
+            what = "Messages of tools" if one.role == "tool" else "Names of speakers"
+            raise Unsupported(f"{what} are not supported by Anthropic.", param="messages")
+        if one.role in ("user", "assistant"):
+            turns.append({"role": one.role, "content": one.content})
+    if not turns:
+        raise InvalidRequest("There is no message of a user.", param="messages")
+    return {"messages": turns, **({"system": system} if system else {})}
+
+
+def _format(schema: dict[str, Any] | None) -> dict[str, Any]:
+    if schema is None:
+        return {}
+    if "properties" not in schema:
+        raise Unsupported("Anthropic gives JSON by a schema alone.", param="response_format")
+    return {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+
+
+def _failure(way: Access, error: Any) -> HeadraceError:
+    """Return what the library's exception means; its own text may hold what was sent."""
+    status = getattr(error, "status_code", None)
+    if status is None:
+        name = type(error).__name__
+        return UpstreamError("The connection to the upstream broke off.", detail=name)
+    if status == 200:
+        return remote.complaint(way, error.body)
+    after_s = remote.retry_after_s(error.response.headers)
+    return remote.refusal(way, status, error.body, after_s)

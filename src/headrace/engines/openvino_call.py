@@ -1,0 +1,293 @@
+"""One pipeline's requests: what each is told, and the one task that steps through all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import secrets
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING, Any
+
+from headrace.core.errors import (
+    GenerationFailed,
+    HeadraceError,
+    InvalidRequest,
+    OutOfMemory,
+    Unsupported,
+)
+from headrace.core.events import TokenLogprob
+from headrace.core.stream import Mailbox
+from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, RawFinish
+
+if TYPE_CHECKING:
+    from openvino_genai import ContinuousBatchingPipeline, GenerationConfig, GenerationHandle
+
+    from headrace.engines.openvino_text import Vocabulary
+
+SAMPLING = frozenset(
+    {
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "seed",
+        "stop_token_ids",
+        "ignore_eos",
+        "logprobs",
+    }
+)
+"""The fields of Sampling that are honoured; of `logprobs` only 0, the chosen token's own."""
+
+# Turns of the loop between two steps: readers take their tokens, and the frames leave.
+_TURNS = 3
+_PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+
+
+class Stepper:
+    """Runs the requests of one pipeline, a token of each at a time.
+
+    The library holds Python's lock for the whole of a step, so a thread of its own would only
+    add a switch to every token: the steps are taken on the event loop.
+    """
+
+    def __init__(
+        self, reopen: Callable[[], ContinuousBatchingPipeline], vocabulary: Vocabulary
+    ) -> None:
+        self._reopen = reopen
+        self._pipeline: ContinuousBatchingPipeline | None = reopen()
+        self._vocabulary = vocabulary
+        self._ends = self._pipeline.get_config().stop_token_ids | {vocabulary.eos}
+        self._numbers = itertools.count()
+        self._running: dict[int, _Call] = {}
+        self._pump: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def stream(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
+        """Yield what the pipeline generates. Closing it takes the request out of the next step.
+
+        Raises:
+            InvalidRequest, Unsupported: the library cannot honour it.
+            GenerationFailed, OutOfMemory: it failed, for this request or for all of them.
+        """
+        number, call = self._begin(request)
+        try:
+            while True:
+                event = await call.mailbox.get()
+                if isinstance(event, HeadraceError):
+                    raise event
+                yield event
+                if isinstance(event, RawFinish):
+                    return
+        finally:
+            if self._running.pop(number, None) is not None:
+                call.handle.cancel()
+
+    def close(self) -> None:
+        """Let go of the pipeline. Idempotent."""
+        self._closed = True
+        self._fail(GenerationFailed("The engine is closed."))
+        self._pipeline = None
+
+    def _begin(self, request: EngineRequest) -> tuple[int, _Call]:
+        import openvino as ov
+
+        ends = frozenset(request.sampling.stop_token_ids)
+        if not request.sampling.ignore_eos:
+            ends |= self._ends
+        config = configured(request, ends)
+        pipeline = self._opened()
+        number = next(self._numbers)
+        prompt = ov.Tensor(_row((*request.token_ids, *request.answered)))
+        try:
+            handle = pipeline.add_request(number, prompt, config)
+        except RuntimeError as error:
+            raise InvalidRequest(f"OpenVINO refuses the request: {_reason(error)}") from error
+        call = self._running[number] = _Call(request, handle, ends, self._vocabulary)
+        if self._pump is None or self._pump.done():
+            self._pump = asyncio.ensure_future(self._run())
+        return number, call
+
+    def _opened(self) -> ContinuousBatchingPipeline:
+        if self._closed:
+            raise GenerationFailed("The engine is closed.")
+        if self._pipeline is None:
+            # After a failed step there is no telling what of the old one still holds.
+            self._pipeline = self._reopen()
+        return self._pipeline
+
+    async def _run(self) -> None:
+        try:
+            while (pipeline := self._pipeline) and pipeline.has_non_finished_requests():
+                pipeline.step()
+                self._collect()
+                for _ in range(_TURNS):
+                    await asyncio.sleep(0)
+        except Exception as error:  # noqa: BLE001  # told to every request that it ended
+            self._pipeline = None
+            self._fail(_failure(error))
+
+    def _collect(self) -> None:
+        over = [number for number, call in self._running.items() if call.collect()]
+        for number in over:
+            del self._running[number]
+
+    def _fail(self, error: HeadraceError) -> None:
+        running, self._running = self._running, {}
+        for call in running.values():
+            call.mailbox.put(error)
+
+
+class _Call:
+    """One request that runs: what came of it so far."""
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        handle: GenerationHandle,
+        ends: frozenset[int],
+        vocabulary: Vocabulary,
+    ) -> None:
+        self.mailbox: Mailbox[RawEvent | HeadraceError] = Mailbox()
+        self.handle = handle
+        self._request = request
+        self._ends = ends
+        self._vocabulary = vocabulary
+        self._total = len(request.token_ids) + len(request.answered)
+        self._made = 0
+        self.mailbox.put(Admitted(0, self._total))
+
+    def collect(self) -> bool:
+        """Hand on what the last step made; tell whether that was all."""
+        while self.handle.can_read():
+            for output in self.handle.read().values():
+                if self._take(output.generated_ids, output.generated_log_probs):
+                    return True
+        status = self.handle.get_status().name
+        if status == "RUNNING":
+            if not self._made:
+                self.mailbox.put(Admitted(0, self._total))
+            return False
+        self.mailbox.put(_unfinished(status))
+        return True
+
+    def _take(self, token_ids: list[int], logprobs: list[float]) -> bool:
+        most = self._request.max_tokens - self._made
+        end = next((at for at, token in enumerate(token_ids) if token in self._ends), None)
+        shown = token_ids[: most if end is None else end]
+        if shown:
+            self.mailbox.put(self._delta(shown, logprobs))
+        self._made += len(shown) + (end is not None)
+        if end is None and self._made < self._request.max_tokens:
+            return False
+        self.handle.cancel()  # with ignore_eos the library does not know our stop tokens
+        self.mailbox.put(
+            RawFinish(
+                reason="length" if end is None else "stop",
+                prompt_tokens=self._total,
+                completion_tokens=self._made,
+            )
+        )
+        return True
+
+    def _delta(self, token_ids: list[int], logprobs: list[float]) -> RawDelta:
+        vocabulary = self._vocabulary
+        data = b"".join(vocabulary.shown[token] for token in token_ids)
+        if self._request.sampling.logprobs is None:
+            return RawDelta(data, tuple(token_ids))
+        told = zip(token_ids, logprobs, strict=False)
+        return RawDelta(
+            data,
+            tuple(token_ids),
+            tuple(TokenLogprob(one, vocabulary.words[one], logprob, ()) for one, logprob in told),
+        )
+
+
+def configured(request: EngineRequest, ends: frozenset[int]) -> GenerationConfig:
+    """Return the library's form of a request.
+
+    Raises:
+        Unsupported: more logprobs than that of the chosen token.
+        InvalidRequest: the JSON schema is not usable.
+    """
+    import openvino_genai as genai
+
+    sampling, config = request.sampling, genai.GenerationConfig()
+    config.apply_chat_template = False
+    config.max_new_tokens = request.max_tokens
+    config.ignore_eos = sampling.ignore_eos
+    if not sampling.ignore_eos:
+        config.stop_token_ids = set(ends)
+    for name in _PENALTIES:
+        if (value := getattr(sampling, name)) is not None:
+            setattr(config, name, value)
+    if sampling.logprobs:
+        raise Unsupported(
+            "OpenVINO tells the log-probability of the chosen token alone: logprobs is at most 0.",
+            param="logprobs",
+        )
+    config.logprobs = 0 if sampling.logprobs is None else 1
+    if request.json_schema is not None:
+        config.structured_output_config = genai.StructuredOutputConfig(
+            json_schema=_schema(request.json_schema)
+        )
+    _draw(config, request)
+    return config
+
+
+def _draw(config: GenerationConfig, request: EngineRequest) -> None:
+    sampling = request.sampling
+    # Where only one token is left to choose from, the library wants to be told so in one way.
+    config.do_sample = sampling.temperature != 0 and sampling.top_k != 1 and sampling.top_p != 0
+    if not config.do_sample:
+        return
+    config.temperature = 1.0 if sampling.temperature is None else sampling.temperature
+    if sampling.top_p is not None:
+        config.top_p = sampling.top_p
+    if sampling.top_k is not None and sampling.top_k > 0:
+        config.top_k = sampling.top_k
+    if sampling.min_p is not None:
+        config.min_p = min(sampling.min_p, 0.9999)
+    # Without a seed it would draw the same for everybody.
+    seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
+    config.rng_seed = seed % (1 << 64)
+
+
+def _schema(schema: dict[str, Any]) -> str:
+    # A schema that the library cannot compile breaks the pipeline for everybody: it is found
+    # here, by a compiler that takes no less.
+    from llguidance import LLMatcher
+
+    text = json.dumps(schema)
+    if problem := LLMatcher.validate_grammar("%llguidance {}\nstart: %json " + text):
+        reason = problem.partition("\n")[0].partition("JSON schema: ")[2] or problem
+        raise InvalidRequest(f"The JSON schema is not usable: {reason}", param="response_format")
+    return text
+
+
+def _row(token_ids: tuple[int, ...]) -> Any:
+    import numpy as np
+
+    return np.array([token_ids], dtype=np.int64)
+
+
+def _unfinished(status: str) -> HeadraceError:
+    if status == "IGNORED":
+        return OutOfMemory("The KV cache has no room for this request.")
+    return GenerationFailed("OpenVINO ended the request without a reason.", detail=status)
+
+
+def _failure(error: Exception) -> HeadraceError:
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or "bad_alloc" in reason or "allocat" in reason.lower():
+        return OutOfMemory("OpenVINO ran out of memory.", detail=reason)
+    return GenerationFailed("OpenVINO failed.", detail=reason)
+
+
+def _reason(error: RuntimeError) -> str:
+    # A check of the library's, where it stands in its source, and perhaps what it means.
+    return str(error).partition(" failed at ")[0].strip()[:200]

@@ -1,0 +1,264 @@
+"""Makes OpenVINO IR of a model in another format, once, and keeps it.
+
+Under `<home>/converted` each model has a folder, named by its source: another file at the same
+place is another model. The work is done by a process of its own, in a folder that gets its name
+when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from headrace.core.errors import ConfigError, LoadFailed
+from headrace.core.model import ModelFile
+from headrace.models import folder, gguf_model, openvino
+from headrace.models.gguf import read_header
+from headrace.models.transfer import Progress, disk_full, require_free, room, silent, sync_folder
+
+EXACT = frozenset({"F16", "Q8_0"})
+"""Quantisations of GGUF that the library reads as they are; others it rounds once more."""
+
+# A GGUF in F16 is made on the way, and lies beside the result for a while.
+_BYTES_PER_WEIGHT = 4
+_KEPT = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+_KEPT_VECTORS = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+_FULL = ("No space left", "Disk quota exceeded", "File too large")
+
+
+def needs_conversion(file: ModelFile) -> bool:
+    """Tell whether OpenVINO cannot read a model exactly as it is."""
+    exact = file.format == "gguf" and (file.quantization or "").upper() in EXACT
+    return file.format != "openvino" and not exact
+
+
+def prepared(file: ModelFile, home: Path) -> ModelFile:
+    """Return what OpenVINO loads for a model: itself, or what was made of it.
+
+    Raises:
+        LoadFailed: it was not converted yet.
+    """
+    if not needs_conversion(file):
+        return file
+    target = _target(file, home)
+    if not target.exists():
+        raise not_converted(file)
+    return openvino.describe(target)
+
+
+def not_converted(file: ModelFile) -> LoadFailed:
+    """Say what to do with a model that OpenVINO would round to another."""
+    return LoadFailed(
+        f"OpenVINO does not read {file.format} in {file.quantization} exactly. Convert the model "
+        "once, with: headrace pull MODEL --for openvino"
+    )
+
+
+def convert(file: ModelFile, home: Path, progress: Progress = silent) -> ModelFile:
+    """Make what OpenVINO loads for a model, if it is not there already. Blocking.
+
+    Raises:
+        ConfigError: a library that the work takes is not installed.
+        LoadFailed: the model cannot be converted.
+        DoesNotFit: the disk is too small.
+    """
+    if not needs_conversion(file):
+        return file
+    target = _target(file, home)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with room(target.parent), FileLock(target.with_suffix(".lock")):
+        if not target.exists():
+            progress("converting for openvino", 0, 0)
+            require_free(target.parent, (file.parameters or file.size) * _BYTES_PER_WEIGHT)
+            _make(file, target)
+    return openvino.describe(target)
+
+
+def _target(file: ModelFile, home: Path) -> Path:
+    path = Path(file.path).resolve()
+    facts = (path / "config.json" if path.is_dir() else path).stat()
+    text = f"{path} {file.size} {facts.st_mtime_ns}"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return home / "converted" / f"{re.sub(r'[^A-Za-z0-9]+', '-', path.stem)[:80]}-{digest}"
+
+
+def _make(file: ModelFile, target: Path) -> None:
+    making = target.with_suffix(".making")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir()
+    try:
+        _in_own_process(file, making)
+        made = openvino.describe(making)
+        _check(file, made)
+        for path in making.rglob("*"):
+            _to_disk(path)
+        sync_folder(making)
+        making.rename(target)
+        sync_folder(target.parent)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _in_own_process(file: ModelFile, making: Path) -> None:
+    # Native code reads the weights, and the memory that it takes is not the caller's.
+    command = [sys.executable, "-W", "ignore", "-m", __name__, file.path, str(making)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode == 0:
+        return
+    last = (done.stderr.strip().splitlines() or ["it died"])[-1]
+    if any(word in done.stderr for word in _FULL):
+        raise disk_full(making.parent)
+    if "ModuleNotFoundError" in last:
+        raise ConfigError(
+            f"Converting takes more: pip install 'headrace[openvino-convert]'. {last}"
+        )
+    raise LoadFailed(f"{file.path} could not be converted for OpenVINO.", detail=last)
+
+
+def _check(file: ModelFile, made: ModelFile) -> None:
+    # The two count differently by what is computed from weights, never by a whole layer.
+    before, after = file.parameters or 0, made.parameters or 0
+    if before and abs(after - before) > before // 20:
+        raise LoadFailed(f"The conversion has {after} weights instead of {before}.")
+
+
+def _to_disk(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def main() -> None:
+    """Convert the first argument, a GGUF file or a folder, into the second, a folder."""
+    source, target = Path(sys.argv[1]), Path(sys.argv[2])
+    if source.is_dir():
+        from_folder(source, target)
+    else:
+        from_gguf(source, target)
+
+
+def from_gguf(source: Path, target: Path) -> None:
+    """Write a GGUF's IR, with 16 bits for each weight."""
+    import openvino_genai as genai
+
+    plain = target / "plain.gguf"
+    widen(source, plain)
+    scheduler = genai.SchedulerConfig()
+    scheduler.num_kv_blocks = 8
+    tokenizer = genai.Tokenizer(str(plain), enable_save_ov_model=True)
+    genai.ContinuousBatchingPipeline(
+        str(plain), tokenizer, scheduler, "CPU", enable_save_ov_model=True
+    )
+    plain.unlink()
+    for name, content in _configuration(source):
+        (target / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def widen(source: Path, target: Path) -> None:
+    """Write a GGUF of the same model with F16 in place of every quantised type.
+
+    Raises:
+        LoadFailed: a weight is too large for F16.
+    """
+    import numpy as np
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+    from gguf.quants import dequantize
+
+    readers = [GGUFReader(part) for part in gguf_model.parts(source)]
+    fields = readers[0].fields
+    writer = GGUFWriter(target, fields["general.architecture"].contents())
+    for name, field in fields.items():
+        if not name.startswith(("GGUF.", "split.")) and name not in _WRITTEN:
+            array = field.types[0] == GGUFValueType.ARRAY
+            inner = field.types[-1] if array else None
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    writer.add_file_type(1)
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    full = GGMLQuantizationType.F32
+    for tensor in tensors:
+        kind = np.dtype(np.float32 if tensor.tensor_type == full else np.float16)
+        shape = [int(length) for length in reversed(tensor.shape)]
+        size = int(np.prod(shape)) * kind.itemsize
+        writer.add_tensor_info(tensor.name, shape, kind, size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        values = dequantize(tensor.data, tensor.tensor_type)
+        if tensor.tensor_type != full:
+            values = values.astype(np.float16)
+        if not np.isfinite(values).all():
+            raise LoadFailed(f"{tensor.name} has weights that are too large for F16.")
+        writer.write_tensor_data(values)
+    writer.close()
+
+
+_WRITTEN = frozenset({"general.architecture", "general.file_type", "general.quantization_version"})
+
+
+def _configuration(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the small files that tell of a model, from its header."""
+    known = gguf_model.describe(source)
+    metadata = read_header(source).metadata
+    keys = {
+        "num_hidden_layers": "block_count",
+        "hidden_size": "embedding_length",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length",
+    }
+    found = {ours: metadata.get(f"{known.architecture}.{theirs}") for ours, theirs in keys.items()}
+    numbers = {name: value for name, value in found.items() if isinstance(value, int)}
+    lengths = {"max_position_embeddings": known.context_length} if known.context_length else {}
+    yield "config.json", {"model_type": known.architecture, **numbers, **lengths}
+    if known.chat_template:
+        yield "tokenizer_config.json", {"chat_template": known.chat_template}
+
+
+def from_folder(source: Path, target: Path) -> None:
+    """Write the IR of an embedder or a cross-encoder, in the precision of its weights.
+
+    Raises:
+        LoadFailed: it is a model of another kind.
+    """
+    import openvino as ov
+    import torch
+    import transformers
+    from openvino_tokenizers import convert_tokenizer
+
+    config = folder.read_json(source / "config.json")
+    task = folder.task_of(source, config)
+    if task == "generate":
+        raise LoadFailed("Only embedders and rerankers are converted from safetensors; use GGUF.")
+    kind: Any = getattr(
+        transformers, "AutoModel" if task == "embed" else "AutoModelForSequenceClassification"
+    )
+    model = kind.from_pretrained(source, local_files_only=True, use_safetensors=True).float().eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+    example = dict(tokenizer(["a b", "c"], padding=True, return_tensors="pt"))
+    with torch.no_grad():
+        graph = ov.convert_model(model, example_input=example)
+    ov.save_model(graph, target / openvino.MODEL, compress_to_fp16=False)
+    both = convert_tokenizer(tokenizer, with_detokenizer=True)
+    for name, one in zip((openvino.TOKENIZER, openvino.DETOKENIZER), both, strict=True):
+        ov.save_model(one, target / name)
+    for name in (*_KEPT, *_KEPT_VECTORS):
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+    for pooling in source.glob("*_Pooling/config.json"):
+        (target / pooling.parent.name).mkdir()
+        shutil.copyfile(pooling, target / pooling.parent.name / "config.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""A model's vocabulary, through the tokenizer that the library runs for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from headrace.core.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from openvino_genai import Tokenizer
+
+_SPACE = "▁".encode()
+_BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
+
+
+class Vocabulary:
+    """Text to token ids and back. `words` are the bytes of each token.
+
+    `shown` is the same without those of control tokens, as a stream shows them. `eos` and `bos`
+    are -1 where the model has none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.eos = tokenizer.get_eos_token_id()
+        self.bos = tokenizer.get_bos_token_id()
+        self.pad = max(0, tokenizer.get_pad_token_id())
+        self.eos_token = tokenizer.get_eos_token() if self.eos >= 0 else ""
+        self.bos_token = tokenizer.get_bos_token() if self.bos >= 0 else ""
+        self.words = _words(tokenizer.get_vocab())
+        each = [[token] for token in range(len(self.words))]
+        bare = tokenizer.decode(each, skip_special_tokens=True)
+        full = tokenizer.decode(each, skip_special_tokens=False)
+        control = {at for at, pair in enumerate(zip(bare, full, strict=True)) if _is_control(*pair)}
+        self.shown = [b"" if at in control else word for at, word in enumerate(self.words)]
+
+    def tokenize(self, text: str, *, add_special: bool) -> list[int]:
+        """Return token ids, markers included."""
+        if not text and not add_special:
+            return []
+        found = self._tokenizer.encode(text, add_special_tokens=add_special).input_ids.data
+        return [int(token) for token in found.reshape(-1)]
+
+    def text(self, token_ids: Sequence[int], *, shown: bool = False) -> str:
+        """Return the text of token ids; what is no whole character is U+FFFD.
+
+        Raises:
+            InvalidRequest: an id is outside of the vocabulary.
+        """
+        self.check(token_ids)
+        words = self.shown if shown else self.words
+        return b"".join(words[token] for token in token_ids).decode(errors="replace")
+
+    def decoded(self, token_ids: Sequence[int]) -> str:
+        """Return the text as the tokenizer joins it, where tokens are words and not bytes.
+
+        Raises:
+            InvalidRequest: an id is outside of the vocabulary.
+        """
+        self.check(token_ids)
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def check(self, token_ids: Sequence[int]) -> None:
+        """Refuse what the library would compute with as if it were some token.
+
+        Raises:
+            InvalidRequest: an id is outside of the vocabulary.
+        """
+        if not all(0 <= token < len(self.words) for token in token_ids):
+            raise InvalidRequest("A token id is outside of the vocabulary.")
+
+
+def _is_control(bare: str, full: str) -> bool:
+    # A piece of a character is nothing in either.
+    return not bare and bool(full)
+
+
+def _words(vocabulary: dict[bytes, int]) -> list[bytes]:
+    words = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    for word, token in vocabulary.items():
+        words[token] = word
+    if not any(word.startswith(_SPACE) for word in words):
+        return words
+    # SentencePiece writes spaces and bytes in characters of its own.
+    return [_piece(word) for word in words]
+
+
+def _piece(word: bytes) -> bytes:
+    found = _BYTE.fullmatch(word)
+    return bytes.fromhex(found[1].decode()) if found else word.replace(_SPACE, b" ")

@@ -1,0 +1,273 @@
+"""sentence-transformers: embeddings of its models, and rankings by its cross-encoders."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from headrace.core.errors import ConfigError, InvalidRequest, LoadFailed, OutOfMemory
+from headrace.core.model import Capabilities
+from headrace.core.status import Footprint
+from headrace.engines.base import About, EngineFacts, EngineOptions, OpenRequest, Pair
+
+ABOUT = About(
+    formats=("safetensors",),
+    devices=("cpu", "cuda", "mps"),
+    requires="sentence_transformers",
+    extra="embeddings",
+    tasks=("embed", "rerank"),
+)
+
+_REQUESTS = 256
+_PROCESS = 450 << 20
+_CONTEXT = 512
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+_SAFE = frozenset({".safetensors"})
+
+
+class Options(EngineOptions):
+    """Settings of sentence-transformers. All are fixed once the model is loaded."""
+
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = Field(
+        None, description="Type of the weights; `auto` is the file's, by default float32 on a CPU."
+    )
+    prompt_name: str | None = Field(
+        None,
+        max_length=256,
+        description="The model's own prompt (`query`, `document`) that is put before each text.",
+    )
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
+        None, description="Implementation of attention; by default the library's choice."
+    )
+    batch_items: int = Field(32, ge=1, le=4096, description="Texts in one batch, at most.")
+    batch_tokens: int = Field(
+        16384, ge=64, le=1 << 24, description="Tokens in one batch with its padding, at most."
+    )
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads; by default the library's choice."
+    )
+
+
+class Engine:
+    """One model folder, local and without pickles or code of its own."""
+
+    def __init__(self, request: OpenRequest) -> None:
+        self._options = options = Options(**request.options)
+        if request.task not in ABOUT.tasks:
+            raise ConfigError("sentence_transformers embeds or ranks; set `task` to one of these.")
+        folder = Path(request.model.path)
+        _refuse_pickles(folder)
+        self._torch = torch = importlib.import_module("torch")
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        device = _device(request.device, torch)
+        self._model: Any = _open(folder, request.task, device, options)
+        # Nothing is cut here without a word: the worker counts, and it was the file's own setting.
+        self._tokenizer = self._model.tokenizer
+        self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self._vocabulary = len(self._tokenizer)
+        self._typed = "token_type_ids" in self._tokenizer.model_input_names
+        self._prompt = _prompt(self._model, request.task, options.prompt_name)
+        self.batch_items, self.batch_tokens = options.batch_items, options.batch_tokens
+        self.facts = _facts(request, self._model, device)
+
+    def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
+        """Return what the model's own modules make of padded token ids."""
+        with self._computing():
+            features = self._features(batch)
+            if self._prompt:
+                features["prompt_length"] = self._prompt_length()
+            vectors = self._model(features)["sentence_embedding"]
+            rows = vectors.to(self._torch.float32).cpu().numpy().astype("<f4", copy=False)
+        return [row.tobytes() for row in rows]
+
+    def pair(self, query: str, document: str) -> Pair:
+        """Return the ids of both as the tokenizer joins them."""
+        if self._backend is None:
+            first = self.tokenize(query, add_special=False)
+            joined = self._tokenizer(query, document)["input_ids"]
+            return Pair(tuple(joined), len(joined) - len(first))
+        encoding = self._backend.encode(query, document)
+        second = next((i for i, one in enumerate(encoding.sequence_ids) if one == 1), None)
+        return Pair(tuple(encoding.ids), len(encoding.ids) if second is None else second)
+
+    def score(self, batch: Sequence[Pair]) -> Sequence[float]:
+        """Return the model's scores after its own activation."""
+        with self._computing():
+            features = self._features([pair.token_ids for pair in batch])
+            if self._typed:
+                types = self._torch.zeros_like(features["input_ids"])
+                for row, pair in zip(types, batch, strict=True):
+                    row[pair.second : len(pair.token_ids)] = 1
+                features["token_type_ids"] = types
+            scores = self._model(features)["scores"].to(self._torch.float32)
+            return self._model.activation_fn(scores).reshape(len(batch)).tolist()
+
+    def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
+        """Return token ids; the prompt comes before a text that gets special tokens."""
+        if add_special:
+            text = self._prompt + text
+        if self._backend is not None:
+            return self._backend.encode(text, add_special_tokens=add_special).ids
+        return self._tokenizer(text, add_special_tokens=add_special)["input_ids"]
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text, as the tokenizer has it: often in lower case.
+
+        Raises:
+            InvalidRequest: an id is outside of the vocabulary.
+        """
+        self._check([token_ids], param="tokens")
+        return self._tokenizer.decode(list(token_ids))
+
+    def close(self) -> None:
+        """Drop the model; a GPU's memory is given back."""
+        self._model = None
+        if self._torch.cuda.is_available():
+            self._torch.cuda.empty_cache()
+
+    def _features(self, batch: Sequence[Sequence[int]]) -> dict[str, Any]:
+        self._check(batch, param="input")
+        pad, longest = self._tokenizer.pad_token_id or 0, max(map(len, batch))
+        left = self._tokenizer.padding_side == "left"
+        ids: list[list[int]] = []
+        mask: list[list[int]] = []
+        for row in batch:
+            gap = longest - len(row)
+            ids.append([pad] * gap + list(row) if left else list(row) + [pad] * gap)
+            mask.append([0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap)
+        made = {"input_ids": ids, "attention_mask": mask}
+        device = self._model.device
+        tensors = {name: self._torch.tensor(rows, device=device) for name, rows in made.items()}
+        return {**tensors, "modality": "text"}
+
+    def _check(self, batch: Sequence[Sequence[int]], *, param: str) -> None:
+        # On a GPU, an id that does not exist takes the whole process with it.
+        if any(not 0 <= one < self._vocabulary for row in batch for one in row):
+            raise InvalidRequest("A token id is outside of the vocabulary.", param=param)
+
+    def _prompt_length(self) -> int:
+        """Return how many tokens a pooling leaves out that does not count the prompt."""
+        return self._model[0]._get_prompt_length(self._prompt)  # noqa: SLF001  # as encode does
+
+    @contextmanager
+    def _computing(self) -> Generator[None]:
+        torch = self._torch
+        try:
+            with torch.inference_mode():
+                yield
+        except RuntimeError as error:
+            memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+            if not memory:
+                raise
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise OutOfMemory("torch ran out of memory.", detail=str(error)) from error
+
+
+def footprint(request: OpenRequest) -> Footprint:
+    """Estimate the process, the weights, and one full batch of the widest layers."""
+    options = Options(**request.options)
+    wide = options.dtype in {None, "auto", "float32"}
+    size = request.model.size
+    weights = (request.model.parameters or size // 4) * 4 if wide else size
+    work = options.batch_tokens * 16 << 10
+    devices = {"cpu": _PROCESS + weights + work}
+    if request.device.startswith("cuda"):
+        devices = {"cpu": _PROCESS, "cuda:0": weights + work}
+    return Footprint(
+        devices=devices,
+        parts={"weights": weights, "overhead": _PROCESS + work},
+        context_length=request.context_length or request.model.context_length,
+        max_running=min(_REQUESTS, request.max_running or _REQUESTS),
+    )
+
+
+def _open(folder: Path, task: str, device: str, options: Options) -> Any:
+    library = importlib.import_module("sentence_transformers")
+    importlib.import_module("transformers.utils.logging").disable_progress_bar()
+    dtype = options.dtype or ("float32" if device == "cpu" else "auto")
+    weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if options.attention is not None:
+        weights["attn_implementation"] = options.attention
+    kind = library.SentenceTransformer if task == "embed" else library.CrossEncoder
+    model = kind(
+        str(folder),
+        device=device,
+        trust_remote_code=False,
+        local_files_only=True,
+        model_kwargs=weights,
+    ).eval()
+    known = getattr(model[0], "modality_config", {})
+    if "text" not in known or "message" in known:
+        raise LoadFailed("Only models that read plain text run on this engine.")
+    if task == "rerank" and model.num_labels != 1:
+        raise LoadFailed(f"A model that ranks has one score; this one has {model.num_labels}.")
+    return model
+
+
+def _facts(request: OpenRequest, model: Any, device: str) -> EngineFacts:
+    most = model.max_seq_length or request.model.context_length or _CONTEXT
+    if request.context_length is not None and request.context_length > most:
+        raise LoadFailed(
+            f"context_length {request.context_length} is more than the model's {most}."
+        )
+    embeds = request.task == "embed"
+    return EngineFacts(
+        device=device,
+        context_length=request.context_length or most,
+        max_running=min(_REQUESTS, request.max_running or _REQUESTS),
+        capabilities=Capabilities(
+            tasks=frozenset({request.task}),
+            dimensions=model.get_embedding_dimension() if embeds else None,
+        ),
+    )
+
+
+def _prompt(model: Any, task: str, wanted: str | None) -> str:
+    """Return the text of the prompt that was asked for, or of the model's default.
+
+    Raises:
+        ConfigError: the model has no such prompt.
+    """
+    name = wanted or model.default_prompt_name
+    if name is None:
+        return ""
+    if task != "embed":
+        raise ConfigError("Prompts of a model that ranks are not supported.")
+    if name not in model.prompts:
+        have = ", ".join(sorted(model.prompts)) or "none"
+        raise ConfigError(f"prompt_name: the model has no prompt {name!r}; it has {have}.")
+    return model.prompts[name]
+
+
+def _device(wanted: str, torch: Any) -> str:
+    there = ["cuda"] if torch.cuda.is_available() else []
+    there += ["mps"] if torch.backends.mps.is_available() else []
+    there.append("cpu")
+    if wanted == "auto":
+        return there[0]
+    if wanted.partition(":")[0] not in there:
+        raise LoadFailed(f"torch has no device {wanted} here; it has {', '.join(there)}.")
+    return wanted
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Refuse folders of which a part would be read from a pickle.
+
+    Raises:
+        LoadFailed: naming the first.
+    """
+    for part in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
+        kinds = {path.suffix.lower(): path for path in part.iterdir() if path.is_file()}
+        pickles = [path for suffix, path in kinds.items() if suffix in _PICKLES]
+        if pickles and not _SAFE & kinds.keys():
+            raise LoadFailed(f"{pickles[0]}: a pickle, which could run any code, is not loaded.")

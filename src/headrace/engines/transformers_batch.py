@@ -1,0 +1,296 @@
+"""Many requests at once, through the library's own manager of continuous batching.
+
+The manager knows one way of sampling for all requests. What it lets each request bring along is
+arguments for processors of logits: so ours brings its draw, and the processor chooses each row's
+token by it. The manager then takes the highest logit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from headrace.core.errors import GenerationFailed, OutOfMemory
+from headrace.core.stream import Mailbox
+from headrace.engines.base import Admitted, EngineRequest, RawEvent
+from headrace.engines.transformers_answer import Answer, failure
+from headrace.engines.transformers_sample import Draw, Rules, settle
+from headrace.engines.transformers_size import PAGE, Plan
+
+_POLL_S = 0.003
+_STOP_S = 30.0
+_PROBE_S = 120.0
+_PROBED = 3
+# How far the manager's logits may be from those of the model alone, relative to their length.
+_TOLERANCE, _COARSE = 0.02, 0.15
+
+
+class Unbatched(Exception):
+    """The manager cannot run this model, or runs it wrong; the message says why."""
+
+
+class Call:
+    """A request on its way through the manager, which hands it on from step to step."""
+
+    def __init__(self, name: str, answer: Answer) -> None:
+        self.name = name
+        self.answer = answer
+        self.manager: Any = None
+        self.mailbox: Mailbox[Any] = Mailbox()
+        self.loop = asyncio.get_running_loop()
+        self.taken = self.closed = self.over = False
+        self.prefilling = True
+        self._read = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
+        # The manager copies the arguments of a request that it has to compute again.
+        return self
+
+    def step(self, state: Any) -> None:
+        """Note a step that computes some of its tokens. On the manager's thread."""
+        if not self.prefilling:
+            return
+        self.prefilling = not state.has_new_token
+        done, total = state.state.position_offset - state.query_length, len(self.answer.prompt)
+        event = Admitted(done=done, total=total, cached=done)
+        self.loop.call_soon_threadsafe(self.mailbox.put, event)
+
+    def events(self, item: Any) -> Sequence[RawEvent]:
+        """Return what an item of the mailbox amounts to.
+
+        Raises:
+            OutOfMemory, GenerationFailed: as the manager says.
+        """
+        if isinstance(item, Admitted):
+            if self.answer.cached is None:
+                self.answer.cached = item.cached
+            return [Admitted(item.done, item.total, self.answer.cached)]
+        if isinstance(item, Exception):
+            raise item
+        if item.error is not None:
+            raise failure(item.error)
+        new, self._read = item.generated_tokens[self._read :], len(item.generated_tokens)
+        self.over = item.is_finished()
+        return self.answer.events(new, over=self.over)
+
+
+class Processors:
+    """Stands in for the manager's list of processors of logits."""
+
+    tensors_required = 0
+    do_processing = True
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] | None = None
+        self._draws: list[Draw] = []
+
+    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        """Note that the manager has taken a request off its queue."""
+        if (call := kwargs.get("call")) is not None:
+            call.taken = True
+
+    def fill_defaults(self, tensor: torch.Tensor) -> None:
+        """Do nothing: there are no arguments in tensors."""
+
+    def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: Any) -> Any:
+        """Keep the draws of the requests that get a token in this step, in order."""
+        self._draws = []
+        for state in requests_in_batch:
+            call: Call | None = state.state.logit_processor_kwargs.get("call")
+            if state.has_new_token:
+                self._draws.append(_PLAIN if call is None else call.answer.draw)
+            if call is not None:
+                call.step(state)
+                if call.closed:
+                    call.manager.cancel_request(call.name)
+        return arg_storage
+
+    def __call__(self, input_ids: Any, scores: torch.Tensor, args: Any) -> torch.Tensor:
+        """Choose; the scores have a row for each draw."""
+        del input_ids, args
+        if self.seen is not None:
+            self.seen.append(scores.clone())
+        return settle(scores, self._draws)
+
+
+_PLAIN = Draw(Rules(), ())
+
+
+class Batched:
+    """The model behind a manager, which is made anew after a failure has ended it."""
+
+    def __init__(self, model: Any, plan: Plan, *, flash: bool) -> None:
+        self._model = model
+        self._plan = plan
+        self._flash = flash
+        self._names = itertools.count()
+        self._calls: set[Call] = set()
+        self._mending = asyncio.Lock()
+        probe = list(range(1, min(18, model.config.get_text_config().vocab_size)))
+        expected = _alone(model, probe)
+        self._manager, processors = self._open()
+        try:
+            _compare(expected, *_through(self._manager, processors, probe), model.dtype)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def max_running(self) -> int:
+        """How many requests are computed together."""
+        return self._plan.slots
+
+    async def generate(
+        self, request: EngineRequest, answer: Answer
+    ) -> AsyncGenerator[RawEvent, None]:
+        """Yield the events of one request."""
+        call = Call(f"{next(self._names)}", answer)
+        await self._send(call, request)
+        self._calls.add(call)
+        try:
+            while not call.over:
+                for event in call.events(await call.mailbox.get()):
+                    yield event
+        except (OutOfMemory, GenerationFailed):
+            await self._mend(call.manager)
+            raise
+        finally:
+            self._calls.discard(call)
+            await _let_go(call)
+
+    def close(self) -> None:
+        """End the manager's thread and free its cache. Blocking."""
+        self._manager.stop(block=True, timeout=_STOP_S, hard_stop=True)
+        self._manager.destroy()
+
+    def _open(self) -> tuple[Any, Processors]:
+        config = {
+            "num_blocks": -(-self._plan.cache_tokens // PAGE),
+            "max_batch_tokens": self._plan.step_tokens,
+            "max_requests_per_batch": self._plan.slots,
+            "max_memory_percent": 0.95,
+            "allow_block_sharing": self._plan.prefix_cache,
+            # A step recorded as a graph would choose by the draws of the one that was recorded.
+            "use_cuda_graph": False,
+            "use_async_batching": False,
+            "auto_switch_to_flash": self._flash,
+        }
+        known = ContinuousBatchingConfig.__dataclass_fields__
+        manager = self._model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+            continuous_batching_config=ContinuousBatchingConfig(
+                **{name: value for name, value in config.items() if name in known}
+            ),
+        )
+        manager.logit_processor = processors = Processors()
+        # Its thread is a daemon when the one that starts it is: an engine that nobody closed does
+        # not keep the process.
+        starter = threading.Thread(target=manager.start, daemon=True)
+        starter.start()
+        starter.join()
+        return manager, processors
+
+    async def _send(self, call: Call, request: EngineRequest) -> None:
+        for _ in range(2):
+            call.manager = self._manager
+            call.manager.register_result_handler(call.name, call.mailbox.put)
+            sent = call.manager.add_request(
+                call.answer.prompt,
+                request_id=call.name,
+                max_new_tokens=request.max_tokens,
+                streaming=True,
+                eos_token_id=call.answer.ends,
+                call=call,
+            )
+            if sent is not None:
+                return
+            await self._mend(call.manager)
+        raise GenerationFailed("transformers takes no requests.")
+
+    async def _mend(self, broken: Any) -> None:
+        """Put a new manager in the place of one whose thread has failed."""
+        async with self._mending:
+            if self._manager is not broken or broken.background_thread_status.local_status == 0:
+                return
+            await asyncio.to_thread(self._reopen)
+            for call in self._calls:
+                if call.manager is broken:
+                    call.mailbox.put(GenerationFailed("transformers failed beside this request."))
+
+    def _reopen(self) -> None:
+        self.close()
+        self._manager, _ = self._open()
+
+
+async def _let_go(call: Call) -> None:
+    """Return when the manager has nothing of the request any more."""
+    call.closed = True
+    manager = call.manager
+    while not call.over and _holds(manager, call):
+        # Again each time: one that comes before its request was taken is forgotten.
+        manager.cancel_request(call.name)
+        await asyncio.sleep(_POLL_S)
+    manager.output_router.result_handlers.pop(call.name, None)
+
+
+def _holds(manager: Any, call: Call) -> bool:
+    if not manager.is_running():
+        return False
+    processor = manager.batch_processor
+    if processor is None or not call.taken:
+        return True
+    scheduler = processor.scheduler
+    return call.name in scheduler.active_requests or call.name in scheduler.waiting_requests
+
+
+def _alone(model: Any, prompt: Sequence[int]) -> list[torch.Tensor]:
+    """Return the logits of the next tokens, each computed from the whole text before it."""
+    text, logits = list(prompt), list[torch.Tensor]()
+    with torch.inference_mode():
+        for _ in range(_PROBED):
+            token_ids = torch.tensor([text], device=model.device)
+            logits.append(model(input_ids=token_ids, use_cache=False).logits[0, -1].float())
+            text.append(int(logits[-1].argmax()))
+    return logits
+
+
+def _through(
+    manager: Any, processors: Processors, prompt: Sequence[int]
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Return what the manager makes of the prompt, logits and tokens."""
+    processors.seen = []
+    manager.add_request(list(prompt), request_id="probe", max_new_tokens=_PROBED)
+    found = manager.get_result(timeout=_PROBE_S)
+    seen, processors.seen = processors.seen, None
+    if found is None or found.error is not None:
+        error = failure("no answer" if found is None else found.error)
+        if isinstance(error, OutOfMemory):
+            raise error
+        raise Unbatched(error.detail)
+    return [scores[0] for scores in seen], found.generated_tokens
+
+
+def _compare(
+    expected: Sequence[torch.Tensor],
+    logits: Sequence[torch.Tensor],
+    tokens: Sequence[int],
+    dtype: torch.dtype,
+) -> None:
+    """Compare as long as the texts are the same.
+
+    Raises:
+        Unbatched: they differ by more than the rounding of the type.
+    """
+    most = _TOLERANCE if dtype == torch.float32 else _COARSE
+    for ours, theirs, token in zip(expected, logits, tokens, strict=True):
+        away = float((ours - theirs).norm() / ours.norm())
+        if not away <= most:
+            raise Unbatched(f"its logits in a batch are {away:.2f} away from those alone")
+        if int(ours.argmax()) != token:
+            return

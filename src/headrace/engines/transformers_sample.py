@@ -1,0 +1,237 @@
+"""How the next tokens are chosen of a batch's logits, by the rules of each request."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from headrace.core.errors import InvalidRequest
+from headrace.core.request import Sampling
+
+# Below it a division would overflow, and nothing is left to chance anyway.
+_COLD = 1e-5
+# So many of the likeliest are put in order first: mostly the others cannot be chosen.
+_FIRST = 1024
+
+# Where JSON allows any white space a small model can go on with it up to its limit.
+_SPACING = {
+    "x-guidance": {
+        "whitespace_flexible": False,
+        "item_separator": ", ",
+        "key_separator": ": ",
+    }
+}
+
+
+class Rules(NamedTuple):
+    """What a request asks of its logits; the values given here change nothing."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    logprobs: int | None = None
+
+    @property
+    def penalises(self) -> bool:
+        """Whether it matters which tokens there were before."""
+        return (self.repetition, self.presence, self.frequency) != (1.0, 0.0, 0.0)
+
+    @property
+    def rolls(self) -> bool:
+        """Whether it is left to chance."""
+        return self.temperature >= _COLD
+
+
+class Told(NamedTuple):
+    """A chosen token, its log-probability, and the likeliest with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def rules(sampling: Sampling, defaults: Any) -> Rules:
+    """Return what is asked for, and of what is not the model's own `generation_config`."""
+
+    def value(ours: float | None, theirs: str, neutral: float) -> float:
+        if ours is not None:
+            return ours
+        own = getattr(defaults, theirs, None) if defaults.do_sample else None
+        return neutral if own is None else own
+
+    return Rules(
+        temperature=value(sampling.temperature, "temperature", 1.0),
+        top_p=value(sampling.top_p, "top_p", 1.0),
+        top_k=max(0, int(value(sampling.top_k, "top_k", 0))),
+        min_p=value(sampling.min_p, "min_p", 0.0),
+        repetition=value(sampling.repetition_penalty, "repetition_penalty", 1.0),
+        presence=sampling.presence_penalty or 0.0,
+        frequency=sampling.frequency_penalty or 0.0,
+        logprobs=sampling.logprobs,
+    )
+
+
+class Draw:
+    """One request's choices: its rules, its clock, and what it remembers of its tokens."""
+
+    def __init__(
+        self,
+        rules: Rules,
+        text: Sequence[int],
+        seed: int | None = None,
+        bias: dict[int, float] | None = None,
+        matcher: Any = None,
+    ) -> None:
+        self.rules = rules
+        self.told: deque[Told] = deque()
+        self._seed = seed
+        self._clock: Any = None
+        self._text = text
+        self._bias = bias
+        self._matcher = matcher
+        self._counts: Any = None
+        self._shapes = bool(bias) or matcher is not None or rules.penalises
+        self.plain = not (self._shapes or rules.rolls or rules.logprobs is not None)
+
+    def wind(self, clocks: torch.Tensor) -> None:
+        """Overwrite the times of a seeded draw: the same sequence for the same seed."""
+        if self._seed is None:
+            return
+        if self._clock is None:
+            self._clock = torch.Generator(clocks.device).manual_seed(self._seed)
+        clocks.exponential_(generator=self._clock)
+
+    def shape(self, row: torch.Tensor) -> torch.Tensor:
+        """Return the logits with bias, penalties and grammar applied."""
+        if not self._shapes:
+            return row
+        if self._bias:
+            places = torch.tensor(list(self._bias), device=row.device)
+            row = row.index_add(0, places, row.new_tensor(list(self._bias.values())))
+        if self.rules.penalises:
+            row = self._penalised(row)
+        if self._matcher is not None:
+            allowed = torch.frombuffer(
+                bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8
+            )
+            shut = allowed[: len(row)].to(row.device) == 0
+            row = row.masked_fill(shut, -torch.inf)
+        return row
+
+    def take(self, token: int) -> None:
+        """Remember a chosen token."""
+        if self._counts is not None:
+            self._counts[token] += 1
+        if self._matcher is not None:
+            self._matcher.consume_token(token)
+
+    def _penalised(self, row: torch.Tensor) -> torch.Tensor:
+        if self._counts is None:
+            text = torch.tensor(self._text, device=row.device)
+            self._counts = torch.bincount(text, minlength=len(row)).to(row.dtype)
+        counts, rules = self._counts, self.rules
+        seen = counts > 0
+        if rules.repetition != 1:
+            weaker = torch.where(row > 0, row / rules.repetition, row * rules.repetition)
+            row = torch.where(seen, weaker, row)
+        return row - rules.frequency * counts - rules.presence * seen
+
+
+def settle(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """Return logits, a row for each draw, of which the highest is that draw's choice."""
+    rows = [row for row, draw in enumerate(draws) if not draw.plain]
+    if not rows:
+        return scores
+    busy = [draws[row] for row in rows]
+    raw = scores[rows]
+    shaped = torch.stack([draw.shape(row) for draw, row in zip(busy, raw, strict=True)])
+    chosen = _chosen(shaped, busy)
+    tokens = chosen.tolist()
+    for draw, row, token in zip(busy, raw, tokens, strict=True):
+        draw.take(token)
+        if draw.rules.logprobs is not None:
+            draw.told.append(_told(row, token, draw.rules.logprobs))
+    scores[rows, chosen] = torch.inf
+    return scores
+
+
+def _told(row: torch.Tensor, token: int, most: int) -> Told:
+    logprobs = row.log_softmax(-1)
+    top = logprobs.topk(most)
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return Told(token, float(logprobs[token]), tuple(pairs))
+
+
+def _chosen(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    best = scores.argmax(-1)
+    rolling = [row for row, draw in enumerate(draws) if draw.rules.rolls]
+    if rolling:
+        best[rolling] = _rolled(scores[rolling], [draws[row] for row in rolling])
+    return best
+
+
+def _rolled(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    def column(values: Iterable[float]) -> torch.Tensor:
+        return scores.new_tensor(list(values))[:, None]
+
+    rules = [draw.rules for draw in draws]
+    probs = (scores / column(one.temperature for one in rules)).softmax(-1)
+    if any(one.top_k or one.top_p < 1 or one.min_p for one in rules):
+        top_k = column(one.top_k or scores.shape[-1] for one in rules)
+        floor = _floor(
+            probs, top_k, column(one.top_p for one in rules), column(one.min_p for one in rules)
+        )
+        probs = probs.masked_fill(probs < floor, 0.0)
+    # A race in which each token has a clock of its own. What wins depends little on the last bits
+    # of the logits, and those depend on what else is in the batch.
+    clocks = torch.empty_like(probs).exponential_()
+    for row, draw in zip(clocks, draws, strict=True):
+        draw.wind(row)
+    return (probs / clocks).argmax(-1)
+
+
+def _floor(
+    probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """Return the least probability that is not ruled out, for each row."""
+    width = probs.shape[-1]
+    held = probs.topk(min(_FIRST, width)).values
+    every = top_k >= width
+    enough = (top_k <= _FIRST) | every & (top_p < 1) & (held.sum(-1, keepdim=True) >= top_p)
+    enough |= (every | (top_p >= 1)) & (held[:, -1:] < min_p * held[:, :1])
+    enough |= every & (top_p >= 1) & (min_p <= 0)
+    if not bool(enough.all()):
+        held = probs.sort(-1, descending=True).values
+    ranks = torch.arange(held.shape[-1], device=held.device)
+    kept = held.where(ranks < top_k, 0.0)
+    # The share of top_p is one of what top_k has left.
+    whole = kept.sum(-1, keepdim=True).where(~every, 1.0)
+    out = (kept.cumsum(-1) - kept >= top_p * whole) & (top_p < 1)
+    out |= (kept < min_p * kept[:, :1]) | (kept <= 0)
+    # The likeliest is never ruled out.
+    out[:, 0] = False
+    least = kept.masked_fill(out, torch.inf).min(-1, keepdim=True).values
+    return least.where(~every | (top_p < 1) | (min_p > 0), 0.0)
+
+
+def grammar(schema: dict[str, Any]) -> str:
+    """Return the grammar of a JSON schema.
+
+    Raises:
+        InvalidRequest: the schema is not usable.
+    """
+    from llguidance import LLMatcher  # native, and rarely needed
+
+    text = "%llguidance {}\nstart: %json " + json.dumps(_SPACING | schema)
+    if problem := LLMatcher.validate_grammar(text):
+        reason = problem.partition("\n")[0].partition("JSON schema: ")[2] or problem
+        raise InvalidRequest(f"The JSON schema is not usable: {reason}", param="response_format")
+    return text

@@ -1,0 +1,286 @@
+"""The upstreams that have a name: where each is, which variable has its key, how it deviates.
+
+Another upstream that speaks as one of these is reached by that one's name and `base_url`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+import msgspec
+
+_BASIC = frozenset({"max_tokens", "temperature", "top_p"})
+_PENALTIES = frozenset({"presence_penalty", "frequency_penalty"})
+_OPENAI = _BASIC | _PENALTIES | {"seed", "logprobs", "logit_bias", "n"}
+_OPEN = _OPENAI | {"top_k", "min_p", "repetition_penalty"}
+_ALL = _OPEN | {"stop_token_ids", "ignore_eos"}
+
+
+class Provider(msgspec.Struct, frozen=True, kw_only=True):
+    """An upstream, and what it honours; a field that is not listed is refused by name.
+
+    `base_url` None: each customer has his own. `key` is the variable with the key; with `open` it
+    need not be set. `sampling` are fields of Sampling, and `n`. `renamed` are its own names of
+    them in a chat. `stops` is how many stop strings it takes. `json` is whether an answer can keep
+    to a schema, to be any JSON object, or neither. `asks_usage`: it tells the usage of a stream
+    only when `stream_options` ask for it; one that always does may refuse the field. `base64` is
+    how it can send vectors. `extra` goes with each request. `checked` tells whether its own
+    documents, or several programs that use it, were seen to say so; what is left is its maker's
+    claim to be compatible, taken narrowly.
+    """
+
+    title: str
+    base_url: str | None
+    key: str
+    engine: str = "openai"
+    open: bool = False
+    key_header: str = "Authorization"
+    sampling: frozenset[str] = _BASIC
+    renamed: Mapping[str, str] = {}
+    stops: int = 4
+    json: Literal["schema", "object", "none"] = "object"
+    developer: bool = False
+    asks_usage: bool = True
+    completions: bool = False
+    token_prompts: bool = False
+    template_options: bool = False
+    embeddings: bool = False
+    base64: bool = False
+    rerank: bool = False
+    tokenize: bool = False
+    extra: Mapping[str, Any] = {}
+    checked: bool = True
+
+
+_LATER_NAME = {"max_tokens": "max_completion_tokens"}
+
+PROVIDERS: Mapping[str, Provider] = MappingProxyType(
+    {
+        "openai": Provider(
+            title="OpenAI",
+            base_url="https://api.openai.com/v1",
+            key="OPENAI_API_KEY",
+            sampling=_OPENAI,
+            renamed=_LATER_NAME,
+            json="schema",
+            developer=True,
+            completions=True,
+            embeddings=True,
+            base64=True,
+        ),
+        "azure": Provider(
+            title="Azure OpenAI",
+            base_url=None,
+            key="AZURE_OPENAI_API_KEY",
+            key_header="api-key",
+            sampling=_OPENAI,
+            renamed=_LATER_NAME,
+            json="schema",
+            developer=True,
+            completions=True,
+            embeddings=True,
+            base64=True,
+        ),
+        "deepseek": Provider(
+            title="DeepSeek",
+            base_url="https://api.deepseek.com/v1",
+            key="DEEPSEEK_API_KEY",
+            sampling=_BASIC | _PENALTIES | {"logprobs"},
+            stops=16,
+        ),
+        "moonshot": Provider(
+            title="Moonshot",
+            base_url="https://api.moonshot.cn/v1",
+            key="MOONSHOT_API_KEY",
+            sampling=_BASIC | _PENALTIES | {"n"},
+            stops=5,
+        ),
+        "zhipu": Provider(
+            title="Zhipu",
+            base_url="https://open.bigmodel.cn/api/paas/v4",
+            key="ZHIPU_API_KEY",
+            stops=1,
+            asks_usage=False,
+            embeddings=True,
+            rerank=True,
+        ),
+        "dashscope": Provider(
+            title="DashScope",
+            base_url="https://dashscope.aliyuncs.com/compatible-mode/v1",
+            key="DASHSCOPE_API_KEY",
+            sampling=_BASIC | {"presence_penalty", "seed", "top_k"},
+            embeddings=True,
+        ),
+        "siliconflow": Provider(
+            title="SiliconFlow",
+            base_url="https://api.siliconflow.cn/v1",
+            key="SILICONFLOW_API_KEY",
+            sampling=_BASIC | {"frequency_penalty", "top_k", "min_p", "n"},
+            embeddings=True,
+            rerank=True,
+        ),
+        "volcengine": Provider(
+            title="Volcengine Ark",
+            base_url="https://ark.cn-beijing.volces.com/api/v3",
+            key="ARK_API_KEY",
+            sampling=_BASIC | _PENALTIES | {"logprobs", "logit_bias"},
+            embeddings=True,
+        ),
+        "minimax": Provider(
+            title="MiniMax",
+            base_url="https://api.minimax.io/v1",
+            key="MINIMAX_API_KEY",
+            stops=0,
+            json="none",
+        ),
+        "baichuan": Provider(
+            title="Baichuan",
+            base_url="https://api.baichuan-ai.com/v1",
+            key="BAICHUAN_API_KEY",
+            sampling=_BASIC | {"top_k"},
+            stops=0,
+            json="none",
+            asks_usage=False,
+            embeddings=True,
+            checked=False,
+        ),
+        "yi": Provider(
+            title="Yi",
+            base_url="https://api.lingyiwanwu.com/v1",
+            key="YI_API_KEY",
+            stops=0,
+            json="none",
+            asks_usage=False,
+            checked=False,
+        ),
+        "gemini": Provider(
+            title="Gemini",
+            base_url="https://generativelanguage.googleapis.com/v1beta/openai",
+            key="GEMINI_API_KEY",
+            sampling=_BASIC | {"n"},
+            json="schema",
+            embeddings=True,
+        ),
+        "mistral": Provider(
+            title="Mistral",
+            base_url="https://api.mistral.ai/v1",
+            key="MISTRAL_API_KEY",
+            sampling=_BASIC | _PENALTIES | {"seed", "n"},
+            renamed={"seed": "random_seed"},
+            json="schema",
+            asks_usage=False,
+            embeddings=True,
+        ),
+        "groq": Provider(
+            title="Groq",
+            base_url="https://api.groq.com/openai/v1",
+            key="GROQ_API_KEY",
+            sampling=_BASIC | {"seed"},
+            renamed=_LATER_NAME,
+            json="schema",
+        ),
+        "xai": Provider(
+            title="xAI",
+            base_url="https://api.x.ai/v1",
+            key="XAI_API_KEY",
+            sampling=_OPENAI - {"logit_bias"},
+            json="schema",
+        ),
+        "openrouter": Provider(
+            title="OpenRouter",
+            base_url="https://openrouter.ai/api/v1",
+            key="OPENROUTER_API_KEY",
+            sampling=_OPEN - {"n"},
+            json="schema",
+            completions=True,
+            # Without it, fields that a model does not know would be dropped silently.
+            extra={"provider": {"require_parameters": True}},
+        ),
+        "together": Provider(
+            title="Together",
+            base_url="https://api.together.xyz/v1",
+            key="TOGETHER_API_KEY",
+            sampling=_OPEN - {"logprobs"},
+            json="schema",
+            completions=True,
+            embeddings=True,
+            rerank=True,
+            checked=False,
+        ),
+        "fireworks": Provider(
+            title="Fireworks",
+            base_url="https://api.fireworks.ai/inference/v1",
+            key="FIREWORKS_API_KEY",
+            sampling=_OPEN,
+            json="schema",
+            completions=True,
+            embeddings=True,
+            checked=False,
+        ),
+        "ollama": Provider(
+            title="Ollama",
+            base_url="http://127.0.0.1:11434/v1",
+            key="OLLAMA_API_KEY",
+            open=True,
+            sampling=_BASIC | _PENALTIES | {"seed", "logprobs"},
+            json="schema",
+            completions=True,
+            embeddings=True,
+        ),
+        "lmstudio": Provider(
+            title="LM Studio",
+            base_url="http://127.0.0.1:1234/v1",
+            key="LMSTUDIO_API_KEY",
+            open=True,
+            sampling=_BASIC | _PENALTIES | {"seed", "top_k", "logit_bias"},
+            json="schema",
+            completions=True,
+            embeddings=True,
+        ),
+        "vllm": Provider(
+            title="vLLM",
+            base_url="http://127.0.0.1:8000/v1",
+            key="VLLM_API_KEY",
+            open=True,
+            sampling=_ALL,
+            stops=64,
+            json="schema",
+            completions=True,
+            token_prompts=True,
+            template_options=True,
+            embeddings=True,
+            base64=True,
+            rerank=True,
+            tokenize=True,
+        ),
+        "headrace": Provider(
+            title="Headrace",
+            base_url="http://127.0.0.1:11511/v1",
+            key="HEADRACE_API_KEY",
+            open=True,
+            sampling=_ALL,
+            stops=16,
+            json="schema",
+            developer=True,
+            completions=True,
+            token_prompts=True,
+            template_options=True,
+            embeddings=True,
+            base64=True,
+            rerank=True,
+            tokenize=True,
+        ),
+        "anthropic": Provider(
+            title="Anthropic",
+            base_url="https://api.anthropic.com",
+            key="ANTHROPIC_API_KEY",
+            engine="anthropic",
+            sampling=frozenset({"max_tokens"}),
+            stops=16,
+            json="schema",
+            tokenize=True,
+        ),
+    }
+)

@@ -1,0 +1,1 @@
+"""Which engine and which options suit a model on this machine, by measuring them."""

@@ -1,0 +1,80 @@
+"""A stand-in for Anthropic that answers by rule: a text by the prompt, as long as is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from tests.fakes.upstream import Play, Seen, answered, refused, upstream
+
+_TEXT = "Rivers run slow and brown, 漢字 🙂 past mills, and towns, and fields. "
+_PIECE = 5
+_STEP_S = 0.005
+_LIMIT = 256
+
+
+def _tokens(body: dict[str, Any]) -> int:
+    return sum(len(one["content"].split()) + 4 for one in body["messages"])
+
+
+def _pieces(body: dict[str, Any]) -> list[str]:
+    """The answer up to its first stop string, in pieces of some characters."""
+    said = '{"age": 7}'
+    if "output_config" not in body:
+        start = len(body["messages"][-1]["content"]) % len(_TEXT)
+        times = body["max_tokens"] * _PIECE // len(_TEXT) + 2
+        said = (_TEXT * times)[start:]
+    found = [said.index(stop) for stop in body.get("stop_sequences", []) if stop in said]
+    said = said[: min(found)] if found else said
+    return [said[at : at + _PIECE] for at in range(0, len(said), _PIECE)]
+
+
+def _event(kind: str, **data: Any) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode()
+
+
+def _start(prompt_tokens: int) -> bytes:
+    message = {
+        "id": "msg",
+        "type": "message",
+        "role": "assistant",
+        "model": "claude",
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": {"input_tokens": prompt_tokens, "output_tokens": 1},
+    }
+    return _event("message_start", message=message)
+
+
+def _answer(seen: Seen) -> Play:
+    body = seen.body
+    tokens = _tokens(body)
+    if seen.path.endswith("count_tokens"):
+        return answered({"input_tokens": tokens})
+    if tokens > _LIMIT:
+        told = f"prompt is too long: {tokens} tokens > {_LIMIT} maximum"
+        return refused(400, {"type": "invalid_request_error", "message": told})
+    most = body["max_tokens"]
+    pieces = _pieces(body)
+    reason = "max_tokens" if len(pieces) > most else "end_turn"
+    steps: list[bytes | float | str] = [_start(tokens)]
+    block = {"type": "text", "text": ""}
+    steps.append(_event("content_block_start", index=0, content_block=block))
+    for piece in pieces[:most]:
+        delta = {"type": "text_delta", "text": piece}
+        steps += [_STEP_S, _event("content_block_delta", index=0, delta=delta)]
+    steps.append(_event("content_block_stop", index=0))
+    ended = {"stop_reason": reason, "stop_sequence": None}
+    usage = {"output_tokens": len(pieces[:most])}
+    steps += [_event("message_delta", delta=ended, usage=usage), _event("message_stop")]
+    return Play(steps)
+
+
+@asynccontextmanager
+async def claude() -> AsyncIterator[str]:
+    """Yield its address."""
+    async with upstream(script=_answer) as server:
+        yield server.url

@@ -1,0 +1,98 @@
+"""The engine of docs/adding-an-engine.md keeps the contract; spoiled, it is caught."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.conftest import ROOT
+
+from headrace import contract, engines, runtime
+from headrace.contract import CASES
+
+PAGE = (ROOT / "docs" / "adding-an-engine.md").read_text()
+CODE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
+SETTINGS = {"context_length": 256, "max_running": 4}
+
+
+def install(name: str, code: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Make code known as an engine, as the package of a stranger would."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[headrace.engines]\n{name} = their_{name}\n")
+    (folder / f"their_{name}.py").write_text(code)
+    patch.syspath_prepend(str(folder))
+    paths = (str(folder), os.environ.get("PYTHONPATH", ""))
+    patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+
+
+def test_the_example_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W26; issue 4, shown 5: installed by its entry point, as the page says."""
+    install("markov", CODE, tmp_path / "site", monkeypatch)
+    assert '[project.entry-points."headrace.engines"]\nmarkov = ' in PAGE
+    command = [sys.executable, "-m", "headrace", "check-engine", "markov"]
+    command += ["--model", "builtin:echo", "--context-length", "256"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HEADRACE_HOME": str(tmp_path / "home")},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    *lines, summary = done.stdout.splitlines()
+    told = f"{len(lines)} cases: {len(lines) - 9} ok, 9 refused, 0 reported, 0 failed"
+    assert summary == told
+    assert told in PAGE
+
+
+SPOILED = {
+    "sampling_seed": ("random.Random(request.sampling.seed)", "random.Random()"),
+    "sampling_top_k": ("most_common(sampling.top_k or None)", "most_common()"),
+    "sampling_max_tokens": ("said < request.max_tokens", "said <= request.max_tokens"),
+    "sampling_ignore_eos": ("counts.pop(END, None)", "return END"),
+    "sampling_stop_token_ids": ("in request.sampling.stop_token_ids", "in ()"),
+    "sampling_min_p": ('"top_k", "seed"', '"top_k", "min_p", "seed"'),
+    "sampling_temperature": ("if temperature == 0", "if temperature >= 0"),
+    "greedy_repeats": ("return best[0][0]", "return random.choice(list(self._all))"),
+    "usage_is_exact": ("completion_tokens=said", "completion_tokens=said + 1"),
+    "every_script": ("RawDelta(_bytes([last])", "RawDelta(_bytes([last]).upper()"),
+    "text_and_tokens": ("if not all(0 <= token <= END for token in request.token_ids)", "if 0"),
+    "figures_are_complete": ("yield Admitted(done=prompt_tokens, total=prompt_tokens)", "pass"),
+    "cancelled_in_prefill": ("yield Admitted(done=prompt_tokens, total=prompt_tokens)", "pass"),
+    "json_schema": ("batch_invariant=True", "batch_invariant=True, json_schema=True"),
+    "resume": ("batch_invariant=True", "resume=True"),
+    "options_describe_themselves": (', description="What it learns from."', ""),
+    "alone_and_among_sixteen": (
+        "return best[0][0]",
+        "return best[-len(asyncio.all_tasks()) % len(best)][0]",
+    ),
+    "close_gives_everything_back": (
+        "self._options = options",
+        'random.held = [*getattr(random, "held", ()), bytearray(b"1") * (99 << 20)]\n'
+        "        self._options = options",
+    ),
+}
+"""What is taken out of the example, by the case that must notice it."""
+
+
+@pytest.mark.parametrize("name", SPOILED)
+async def test_a_fault_is_caught(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    """Issue 4: each case fails when what it holds is taken out of an engine."""
+    case = next(case for case in CASES if case.name == name)
+    before, after = SPOILED[name]
+    assert before in CODE
+    engine = f"spoiled_{name}"
+    install(engine, CODE.replace(before, after, 1), tmp_path / "site", monkeypatch)
+    assert engines.about(engine).formats == ("none",)
+    settings = runtime.load_settings()
+    spec = settings.model_spec("builtin:echo", {"engine": engine, **SETTINGS})
+    async with contract.opened(engine, spec, settings, "worker") as subject:
+        assert (await contract.examine(case, subject)).result == "failed"

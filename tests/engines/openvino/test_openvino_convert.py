@@ -1,0 +1,98 @@
+"""What OpenVINO is given: as it is, converted, or refused."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from headrace.core.errors import ConfigError, DoesNotFit, LoadFailed
+from headrace.core.model import ModelFile
+from headrace.engines import openvino_convert
+from headrace.engines.base import OpenRequest
+from headrace.engines.openvino import Engine, footprint, prepared, settled
+from headrace.engines.openvino_size import plan_cache
+from headrace.models.inspect import inspect
+
+KV = 23040
+
+
+def model(**facts: object) -> ModelFile:
+    known = {"path": "m", "format": "openvino", "size": 1 << 28, "kv_bytes_per_token": KV}
+    return ModelFile(**{**known, **facts})  # pyright: ignore[reportArgumentType]
+
+
+def test_a_rounded_gguf_is_refused_with_the_way_out(smollm2_path: Path, tmp_path: Path) -> None:
+    file = inspect(smollm2_path)
+    for attempt in (
+        lambda: prepared(file, tmp_path),
+        lambda: Engine(OpenRequest(model=file)),
+    ):
+        with pytest.raises(LoadFailed, match="pull MODEL --for openvino"):
+            attempt()
+
+
+def test_what_is_exact_is_taken_as_it_is(tmp_path: Path) -> None:
+    for file in (
+        model(),
+        model(format="gguf", quantization="F16"),
+        model(format="gguf", quantization="Q8_0"),
+    ):
+        assert prepared(file, tmp_path) is file
+
+
+def test_a_failed_conversion_leaves_nothing(
+    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: ModelFile, making: Path) -> None:
+        (making / "half").write_text("x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(openvino_convert, "_in_own_process", full)
+    with pytest.raises(DoesNotFit):
+        openvino_convert.convert(inspect(smollm2_path), tmp_path)
+    assert [path.suffix for path in (tmp_path / "converted").iterdir()] == [".lock"]
+
+
+def test_another_file_under_the_same_name_is_another_model(tmp_path: Path) -> None:
+    source = tmp_path / "m.gguf"
+    names: set[Path] = set()
+    for size in (1, 2):
+        source.write_bytes(b"x" * size)
+        file = model(path=str(source), format="gguf", quantization="Q4_0", size=size)
+        names.add(openvino_convert._target(file, tmp_path))
+    assert len(names) == 2
+
+
+def test_the_cache_is_cut_to_the_memory() -> None:
+    request = OpenRequest(model=model(context_length=8192), memory=64 * 8192 * KV, max_running=32)
+    plan = plan_cache(request, None, "auto")
+    assert (plan.max_running, plan.context_length, plan.tokens) == (32, 8192, 16 * 8192)
+    small = plan_cache(
+        OpenRequest(model=model(context_length=8192), memory=4 * 1024 * KV), None, "auto"
+    )
+    assert small.context_length == small.tokens == 1024
+    assert "cut" in small.notes[0]
+
+
+def test_the_estimate_adds_up() -> None:
+    estimate = footprint(OpenRequest(model=model(context_length=1024), memory=1 << 32))
+    assert sum(estimate.devices.values()) == sum(estimate.parts.values())
+    assert estimate.parts["kv_cache"] == 32 * 1024 * KV
+
+
+def test_options_are_settled() -> None:
+    plain = settled(OpenRequest(model=model()))
+    assert (plain.precision, plain.prefix_cache) == ("auto", True)
+    same = settled(OpenRequest(model=model(), repeatable=True))
+    assert (same.precision, same.prefix_cache) == ("f32", False)
+    asked = OpenRequest(model=model(), repeatable=True, options={"precision": "bf16"})
+    assert settled(asked).precision == "bf16"
+    with pytest.raises(ConfigError, match="capitals"):
+        settled(OpenRequest(model=model(), options={"properties": {"num_streams": 1}}))
+
+
+def test_another_device_is_refused() -> None:
+    with pytest.raises(LoadFailed, match="CPU"):
+        Engine(OpenRequest(model=model(), device="cuda"))

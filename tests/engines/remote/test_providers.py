@@ -1,0 +1,114 @@
+"""The table of providers, and how a remote model stands in the house."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+import pytest
+from pydantic import SecretStr
+from tests.conftest import ROOT
+from tests.engines.remote.rig import worker
+
+from headrace import engines, runtime
+from headrace.config import short_name
+from headrace.core.errors import ConfigError
+from headrace.core.model import ModelFile, ModelSpec
+from headrace.core.request import Sampling
+from headrace.engines.base import OpenRequest
+from headrace.models.providers import PROVIDERS
+from headrace.worker.remote import RemoteWorker
+from headrace.worker.sizing import Sizing
+from headrace.worker.spec import OnProgress, WorkerSpec
+
+SPEC = ModelSpec(name="far", model="openai:gpt-x", options={"api_key": SecretStr("sk-hidden")})
+
+
+def silent(what: str, done: int, total: int) -> None: ...
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_the_table_is_sound(name: str) -> None:
+    """E: a base URL, a key variable, and deviations in our own words for each."""
+    provider = PROVIDERS[name]
+    assert re.fullmatch(r"[a-z0-9]+", name)
+    assert re.fullmatch(r"[A-Z0-9_]+_KEY", provider.key)
+    assert provider.sampling <= {*Sampling.__struct_fields__, "n"} - {"stop"}
+    assert set(provider.renamed) <= provider.sampling
+    assert provider.engine in engines.names()
+    assert engines.about(provider.engine).remote
+    if provider.base_url is not None:
+        url = urlsplit(provider.base_url)
+        assert url.scheme == ("http" if url.hostname == "127.0.0.1" else "https")
+        assert not provider.base_url.endswith("/")
+        assert provider.open == (url.hostname == "127.0.0.1")
+
+
+def test_the_page_has_the_table() -> None:
+    """The docs name every provider with its address and variable."""
+    page = (ROOT / "docs/engines/openai.md").read_text()
+    for name, one in PROVIDERS.items():
+        if one.engine == "openai":
+            row = next(line for line in page.splitlines() if line.startswith(f"| `{name}`"))
+            assert one.title in row
+            assert f"`{one.key}`" in row
+            assert (one.base_url or "your own") in row
+            assert ("not verified" in row) is not one.checked
+
+
+def test_names() -> None:
+    assert short_name("openai:gpt-5-mini") == "gpt-5-mini"
+    assert short_name("openrouter:org/model-1:free") == "model-1:free"
+    assert short_name("ollama:llama3.2:3b") == "llama3.2:3b"
+    assert short_name("/models/a:b.gguf") == "a:b"
+
+
+@pytest.mark.parametrize("engine", ["openai", "anthropic"])
+def test_a_remote_model_takes_no_memory(engine: str, tmp_path: Path) -> None:
+    """M6: nothing is booked, planned, measured or remembered for it."""
+    file = ModelFile(path="gpt-x", format="remote", provider=engine)
+
+    def resolve(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
+        del on_progress
+        return WorkerSpec(model=spec, file=file, engine=engine)
+
+    known = Sizing(resolve, tmp_path / "needs.json", {"cpu": 1})
+    need = known.footprint(SPEC, silent)
+    assert (need.devices, need.max_running, need.load_s) == ({}, 64, 0.0)
+    known.remember(SPEC, {}, 0.1)
+    assert known.footprint(SPEC, silent).devices == {}
+    assert known.largest_context(SPEC, {"cpu": 1}) is None
+    later = msgspec.structs.replace(SPEC, options={"api_key": SecretStr("sk-rotated")})
+    opened = known.resolve(later, silent).model.options["api_key"]
+    assert opened.get_secret_value() == "sk-rotated"
+    assert "sk-hidden" not in (tmp_path / "needs.json").read_text()
+
+
+def test_a_secret_among_the_options_is_sealed() -> None:
+    """W3: wherever a specification or the metadata goes."""
+    far = worker("http://127.0.0.1:1/v1")
+    info = far.models()[0]
+    assert info.options["api_key"] == "…"
+    assert "sk-" not in f"{info!r} {far!r} {SPEC!r} {msgspec.json.encode(info)!r}"
+
+
+def test_the_engine_follows_from_the_provider(tmp_path: Path) -> None:
+    """W2: and the reason is told."""
+    settings = runtime.load_settings(environ={"HEADRACE_HOME": str(tmp_path)}, cwd=tmp_path)
+    found = runtime.describe(settings.model_spec("mistral:m-small"), settings.config)
+    assert (found.id, found.engine, found.format) == ("m-small", "openai", "remote")
+    assert "Mistral" in found.engine_reason
+    assert isinstance(runtime.open_worker(SPEC, settings.config), RemoteWorker)
+    assert runtime.providers()["mistral"].title == "Mistral"
+    with pytest.raises(ConfigError, match="reads"):
+        runtime.describe(
+            settings.model_spec("mistral:m-small", {"engine": "llamacpp"}), settings.config
+        )
+
+
+def test_an_engine_refuses_a_provider_of_another() -> None:
+    file = ModelFile(path="c", format="remote", provider="anthropic")
+    with pytest.raises(ConfigError, match="speaks to openai"):
+        engines.open_engine("openai", OpenRequest(model=file))

@@ -1,0 +1,50 @@
+"""Real models: MiniLM from the index, and a tiny cross-encoder of random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from tests.conftest import MODEL_HOME
+
+from headrace.engines.base import OpenRequest
+from headrace.models.inspect import inspect
+from headrace.models.reference import parse
+from headrace.models.store import Store
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """all-MiniLM-L6-v2; fetched once and kept for later runs."""
+    MODEL_HOME.mkdir(parents=True, exist_ok=True)
+    with FileLock(MODEL_HOME / "fetch.lock"):
+        return Store(MODEL_HOME).fetch(parse("all-minilm-l6-v2"))
+
+
+@pytest.fixture(scope="session")
+def ranker_path(minilm_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT with one score, of random weights, with the tokenizer of MiniLM."""
+    return make_ranker(tmp_path_factory.mktemp("ranker"), minilm_path)
+
+
+def make_ranker(path: Path, tokenizer: Path, scores: int = 1) -> Path:
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, set_seed
+
+    set_seed(7)
+    config = BertConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=128, num_labels=scores, initializer_range=0.5,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tokenizer, model_max_length=128).save_pretrained(path)
+    return path
+
+
+def opening(path: Path, **given: Any) -> OpenRequest:
+    """What an engine is opened with for the model in a folder."""
+    file = inspect(path)
+    fields = {name: given.pop(name) for name in ("context_length", "max_running") if name in given}
+    device = given.pop("device", "cpu")
+    return OpenRequest(model=file, task=file.task, device=device, options=given, **fields)

@@ -1,0 +1,154 @@
+"""sentence-transformers: its vectors and scores are those of the library itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.engines.sentence_transformers.conftest import make_ranker, opening
+
+from headrace.core.errors import ConfigError, InvalidRequest, LoadFailed, OutOfMemory
+from headrace.engines.sentence_transformers import Engine, footprint
+
+pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("default")]
+
+TEXTS = (
+    "The river runs to the sea.",
+    "x",
+    "Ein Fluss, é, 日本語, and an emoji 🙂",
+    "a much longer text about the rivers of Europe, and the boats on them, " * 8,
+    "A river flows into the ocean.",
+)
+
+
+@pytest.fixture(scope="module")
+def engine(minilm_path: Path) -> Iterator[Engine]:
+    engine = Engine(opening(minilm_path))
+    yield engine
+    engine.close()
+
+
+def vectors(engine: Engine, texts: tuple[str, ...]) -> Any:
+    import numpy as np
+
+    raw = engine.embed([engine.tokenize(text, add_special=True) for text in texts])
+    return np.frombuffer(b"".join(raw), "<f4").reshape(len(texts), -1)
+
+
+def test_vectors_are_those_of_the_library(engine: Engine, minilm_path: Path) -> None:
+    """E: equal to 1e-5, in whatever company."""
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(minilm_path), device="cpu", local_files_only=True)
+    expected = model.encode(list(TEXTS))
+    assert np.abs(vectors(engine, TEXTS) - expected).max() < 1e-5
+    for place, text in enumerate(TEXTS):
+        assert np.abs(vectors(engine, (text,))[0] - expected[place]).max() < 1e-5
+    facts = engine.facts
+    assert (facts.context_length, facts.max_running, facts.device) == (256, 256, "cpu")
+    assert facts.capabilities.tasks == {"embed"}
+    assert facts.capabilities.dimensions == 384
+
+
+def test_tokens_are_those_of_the_tokenizer(engine: Engine, minilm_path: Path) -> None:
+    """W12: nothing is cut or padded here."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    for text in (*TEXTS, "long " * 600):
+        expected = tokenizer(text, truncation=False)["input_ids"]
+        assert list(engine.tokenize(text, add_special=True)) == expected
+        assert list(engine.tokenize(text, add_special=False)) == expected[1:-1]
+    ids = engine.tokenize("hello world", add_special=True)
+    assert engine.detokenize(ids) == "[CLS] hello world [SEP]"
+    with pytest.raises(InvalidRequest):
+        engine.embed([[1, 1 << 20]])
+    with pytest.raises(InvalidRequest):
+        engine.detokenize([-1])
+
+
+def test_scores_are_those_of_the_library(ranker_path: Path) -> None:
+    """E: with the token types of the pair, and cut where the library cuts."""
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(str(ranker_path), device="cpu", local_files_only=True)
+    expected = model.predict([("rivers", text) for text in TEXTS])
+    engine = Engine(opening(ranker_path))
+    pairs = [engine.pair("rivers", text) for text in TEXTS]
+    assert engine.facts.capabilities.tasks == {"rerank"}
+    assert engine.facts.context_length == 128
+    short = [0, 1, 2, 4]
+    scores = engine.score([pairs[place] for place in short])
+    assert scores == pytest.approx([expected[place] for place in short], abs=1e-5)
+    assert len(set(scores)) == 4
+    assert engine.score([pairs[1]])[0] == pytest.approx(expected[1], abs=1e-5)
+    assert all(0 < pair.second < len(pair.token_ids) for pair in pairs)
+    engine.close()
+
+
+def test_prompts_of_the_model_come_before_the_text(minilm_path: Path, tmp_path: Path) -> None:
+    """E: as the library's own encode puts them."""
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+
+    path = tmp_path / "model"
+    shutil.copytree(minilm_path, path)
+    config = path / "config_sentence_transformers.json"
+    written = json.loads(config.read_text()) | {"prompts": {"query": "query: "}}
+    config.write_text(json.dumps(written))
+    model = SentenceTransformer(str(path), device="cpu", local_files_only=True)
+    expected = model.encode(list(TEXTS[:2]), prompt_name="query")
+    engine = Engine(opening(path, prompt_name="query"))
+    assert np.abs(vectors(engine, TEXTS[:2]) - expected).max() < 1e-5
+    with pytest.raises(ConfigError, match="it has"):
+        Engine(opening(path, prompt_name="nobody"))
+
+
+def test_what_is_not_sound_is_refused(minilm_path: Path, ranker_path: Path, tmp_path: Path) -> None:
+    """W28: no pickles; and no settings that the model does not have."""
+    path = tmp_path / "model"
+    shutil.copytree(minilm_path, path)
+    (path / "2_Dense").mkdir()
+    (path / "2_Dense" / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(LoadFailed, match="pickle"):
+        Engine(opening(path))
+    with pytest.raises(LoadFailed, match="256"):
+        Engine(opening(minilm_path, context_length=257))
+    with pytest.raises(LoadFailed, match="no device cuda"):
+        Engine(opening(minilm_path, device="cuda"))
+    with pytest.raises(LoadFailed, match="this one has 3"):
+        Engine(opening(make_ranker(tmp_path / "three", minilm_path, scores=3)))
+
+
+def test_memory_that_runs_out_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W17: torch's own error becomes ours, and the engine goes on."""
+
+    def full(features: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_model", _Full(engine._model, full))
+        with pytest.raises(OutOfMemory):
+            engine.embed([[101, 102]])
+    assert len(engine.embed([[101, 102]])) == 1
+
+
+class _Full:
+    def __init__(self, model: Any, call: Any) -> None:
+        self.device = model.device
+        self._call = call
+
+    def __call__(self, features: Any) -> Any:
+        return self._call(features)
+
+
+def test_its_footprint_is_of_the_right_size(minilm_path: Path) -> None:
+    expected = footprint(opening(minilm_path))
+    assert expected.parts["weights"] == pytest.approx(90.9e6, rel=0.01)
+    assert 500e6 < expected.devices["cpu"] < 1.2e9
+    assert expected.max_running == 256

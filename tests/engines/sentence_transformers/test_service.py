@@ -1,0 +1,63 @@
+"""MiniLM in a process of its own, over HTTP, beside a model that chats."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.engines.sentence_transformers.test_engine import TEXTS
+
+from headrace import ModelWorker, runtime
+from headrace.api.app import create_app
+from headrace.api.settings import ApiSettings
+from headrace.core.errors import ContextOverflow
+from headrace.core.model import ModelSpec
+
+pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("default")]
+
+
+async def test_it_serves_many_clients(minilm_path: Path, home: Path) -> None:
+    """E: single texts of many clients get the vectors that one list gets; chat is refused."""
+    spec = ModelSpec(name="m", model=str(minilm_path), engine="sentence_transformers", device="cpu")
+    pool = runtime.open_pool(runtime.load_settings(), [spec])
+    try:
+        await pool.start()
+        transport = httpx.ASGITransport(create_app(pool, ApiSettings()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+
+            async def post(given: object) -> list[list[float]]:
+                answer = await http.post("/v1/embeddings", json={"input": given})
+                assert answer.status_code == 200, answer.text
+                return [one["embedding"] for one in answer.json()["data"]]
+
+            together = await post(list(TEXTS))
+            alone = await asyncio.gather(*(post(text) for text in TEXTS * 6))
+            for place, vector in enumerate(alone):
+                assert vector[0] == pytest.approx(together[place % len(TEXTS)], abs=1e-5)
+            chat = {"messages": [{"role": "user", "content": "hi"}]}
+            refused = await http.post("/v1/chat/completions", json=chat)
+            assert refused.status_code == 400
+            assert "makes embeddings" in refused.json()["error"]["message"]
+            card = (await http.get("/v1/models")).json()["data"][0]
+            assert card["tasks"] == ["embed"]
+    finally:
+        await pool.aclose()
+
+
+def test_the_python_face(minilm_path: Path, ranker_path: Path, home: Path) -> None:
+    """W22: `embed` and `rerank` without a server."""
+    with ModelWorker(str(minilm_path), engine="sentence_transformers", device="cpu") as worker:
+        vectors = worker.embed(TEXTS[:2], dimensions=8)
+        assert [len(vector) for vector in vectors] == [8, 8]
+        with pytest.raises(ContextOverflow):
+            worker.embed(["word " * 400])
+        raw = worker.embed_raw(["word " * 400], truncate=True)
+        assert raw.usage.prompt_tokens == 256
+    with ModelWorker(str(ranker_path), engine="sentence_transformers", device="cpu") as worker:
+        ranking = worker.rerank("rivers", TEXTS).ranking
+        assert sorted(one.index for one in ranking) == list(range(len(TEXTS)))
+        assert [one.score for one in ranking] == sorted(
+            (one.score for one in ranking), reverse=True
+        )

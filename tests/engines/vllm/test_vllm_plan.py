@@ -1,0 +1,86 @@
+"""What can be told of the engine without its library."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace import engines
+from headrace.core.errors import ConfigError, GenerationFailed
+from headrace.core.model import ModelFile
+from headrace.engines import vllm_args
+from headrace.engines.base import OpenRequest
+from headrace.engines.vllm_args import Asked, check, estimate
+from headrace.engines.vllm_call import is_out_of_memory
+from headrace.machine import Device
+
+GIB = 1 << 30
+KNOWN = ("model", "dtype", "block_size", "attention_backend", "max_model_len", "_private")
+MODEL = ModelFile(path="/m", format="safetensors", quantization="BF16", size=16 * GIB)
+
+
+def gpus(count: int) -> tuple[Device, ...]:
+    """The host and some GPUs."""
+    host = Device(name="cpu", kind="cpu", total=64 * GIB, used=0)
+    cards = [
+        Device(name=f"cuda:{number} X", kind="cuda", total=100 * GIB, used=0)
+        for number in range(count)
+    ]
+    return (host, *cards)
+
+
+def test_that_further_arguments_pass() -> None:
+    check(["block_size", "attention_backend"], KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("blok_size", "nearest is block_size"),
+        ("model", "Headrace sets it"),
+        ("dtype", "option dtype"),
+        ("max_model_len", "context_length"),
+        ("_private", "no engine argument"),
+    ],
+)
+def test_that_other_arguments_are_refused(key: str, told: str) -> None:
+    """W3: an unknown key is refused with the nearest known one."""
+    with pytest.raises(ConfigError, match=told):
+        check([key], KNOWN)
+
+
+def test_that_wrong_options_are_refused() -> None:
+    with pytest.raises(ConfigError, match="gpu_memory"):
+        engines.check_options("vllm", {"gpu_memory": 2})
+
+
+def test_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """M2: vLLM takes its whole share at once, and no more than the budget."""
+    monkeypatch.setattr(vllm_args.machine, "devices", lambda: gpus(1))
+    whole = estimate(OpenRequest(model=MODEL), Asked())
+    assert whole.devices["cuda:0"] == 90 * GIB
+    part = estimate(OpenRequest(model=MODEL, memory=50 * GIB), Asked())
+    assert part.devices["cuda:0"] == 50 * GIB
+    assert sum(part.parts.values()) == sum(part.devices.values())
+    cache = estimate(OpenRequest(model=MODEL), Asked(kv_cache_bytes=4 * GIB))
+    assert 20 * GIB < cache.devices["cuda:0"] < 25 * GIB
+
+
+def test_the_memory_of_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_args.machine, "devices", lambda: gpus(2))
+    found = estimate(OpenRequest(model=MODEL), Asked(tensor_parallel=2, gpu_memory=0.5))
+    assert found.devices["cuda:0"] == found.devices["cuda:1"] == 50 * GIB
+    assert sum(found.parts.values()) == sum(found.devices.values())
+
+
+def test_the_memory_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_args.machine, "devices", lambda: gpus(0))
+    found = estimate(OpenRequest(model=MODEL, memory=48 * GIB), Asked(dtype="float32"))
+    assert found.parts["weights"] == 32 * GIB
+    assert found.parts["kv_cache"] == 4 * GIB
+    assert sum(found.parts.values()) == found.devices["cpu"]
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    assert is_out_of_memory("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
+    assert is_out_of_memory("ValueError: No available memory for the cache blocks.")
+    assert not is_out_of_memory(str(GenerationFailed("vLLM failed.")))

@@ -1,0 +1,87 @@
+"""Models that the tests make for themselves, as transformers saves them: once, and kept.
+
+Run as a program it makes one: `models_made.py smollm2 GGUF FOLDER`. It does so in a process of its
+own, so that the memory of the one that tests is not the making's.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from filelock import FileLock
+
+MADE = Path(__file__).resolve().parents[1] / ".cache" / "test-home" / "made"
+
+
+def smollm2(gguf: Path) -> Path:
+    """Return the folder of SmolLM2 in float32, with tokenizer and template, made from its GGUF."""
+    return _made("smollm2", gguf)
+
+
+def tiny_llama(gguf: Path) -> Path:
+    """Return the folder of a Llama of 2 layers with random weights and SmolLM2's tokenizer."""
+    return _made("tiny_llama_2", smollm2(gguf))
+
+
+def _made(name: str, source: Path) -> Path:
+    folder = MADE / name
+    MADE.mkdir(parents=True, exist_ok=True)
+    with FileLock(MADE / f"{name}.lock"):
+        if not folder.exists():
+            # Under another name until it is whole.
+            making = folder.with_suffix(".making")
+            shutil.rmtree(making, ignore_errors=True)
+            command = [sys.executable, str(Path(__file__)), name, str(source), str(making)]
+            subprocess.run(command, check=True, timeout=300)
+            making.rename(folder)
+    return folder
+
+
+def _make_smollm2(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent),
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+        local_files_only=True,
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, local_files_only=True
+    ).save_pretrained(folder)
+
+
+def _make_tiny_llama(smollm2: Path, folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        # So large that some tokens are far likelier than others, as in a real model.
+        initializer_range=0.5,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(smollm2 / name, folder / name)
+
+
+if __name__ == "__main__":
+    makers = {"smollm2": _make_smollm2, "tiny_llama_2": _make_tiny_llama}
+    makers[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,13 @@
+"""The part of openvino that is used here; it may not be installed."""
+
+from pathlib import Path
+from typing import Any
+
+class Tensor:
+    def __init__(self, array: Any) -> None: ...
+
+class Core:
+    def compile_model(self, model: str, device: str, config: dict[str, Any]) -> Any: ...
+
+def convert_model(model: Any, *, example_input: Any) -> Any: ...
+def save_model(model: Any, path: Path, *, compress_to_fp16: bool = ...) -> None: ...
