@@ -107,7 +107,8 @@ class Admitted(msgspec.Struct, frozen=True):
 class RawDelta(msgspec.Struct, frozen=True):
     """New tokens and their bytes; the bytes may end inside a character.
 
-    A token of `stop_token_ids` ends the stream and is not part of it.
+    The model's own end token comes without bytes. A token of `stop_token_ids` ends the stream and
+    is no part of it.
     """
 
     data: bytes

@@ -116,7 +116,7 @@ class Engine:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
         """Yield the script, one token (a byte) after another."""
-        if max(request.token_ids) >= _VOCABULARY:
+        if any(not 0 <= token < _VOCABULARY for token in request.token_ids):
             raise InvalidRequest("The prompt has a token id that the model does not know.")
         total = len(request.token_ids) + len(request.answered)
         async for done in self._prefill(total):
@@ -194,7 +194,7 @@ class Engine:
             await asyncio.sleep((total % _PREFILL_STEP) / speed)
 
     def _read(self, batch: Sequence[Sequence[int]]) -> None:
-        if any(max(token_ids) >= _VOCABULARY for token_ids in batch):
+        if any(not 0 <= token < _VOCABULARY for ids in batch for token in ids):
             raise InvalidRequest("An input has a token id that the model does not know.")
         if speed := self._options.prefill_tokens_per_second:
             time.sleep(len(batch) * max(map(len, batch)) / speed)
