@@ -76,9 +76,9 @@ def main() -> None:
         began = time.monotonic()
         tokens = run(requests)
         print(json.dumps({"seconds": time.monotonic() - began, "tokens": tokens}), flush=True)
-    # A manager's thread that is kept would not let it end.
-    sys.stdout.flush()
-    os._exit(0)
+    if job["engine"] == "transformers":
+        # A manager's thread that is kept would not let it end.
+        os._exit(0)
 
 
 if __name__ == "__main__":

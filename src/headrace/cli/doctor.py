@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ def doctor(common: Common) -> None:
     found: dict[str, Any] = {
         "system": system,
         "engines": runtime.engines(),
+        "providers": [_known(*one) for one in runtime.providers().items()],
         "home": {"path": home, "free": _free(home), "models": len(_stored(settings.config))},
         "configuration": {"file": settings.file, "searched": list(settings.searched)},
     }
@@ -35,11 +37,21 @@ def doctor(common: Common) -> None:
     print()
     terminal.columns(("ENGINE", "RUNS", "FORMATS", "WHY"), [_engine(e) for e in plain["engines"]])
     print()
+    with_key = [one["name"] for one in plain["providers"] if one["key_is_set"]]
+    names = ", ".join(one["name"] for one in plain["providers"])
+    print(f"remote  {names}; keys are set for: {', '.join(with_key) or 'none'}")
+    print()
     terminal.columns(("DEVICE", "MEMORY", "FREE"), [_device(one) for one in machine["devices"]])
     print()
     free, count = terminal.size(plain["home"]["free"]), plain["home"]["models"]
     print(f"home    {home} ({count} models, {free} free)")
     print(f"config  {settings.file or 'none; ' + ' and '.join(map(str, settings.searched))}")
+
+
+def _known(name: str, provider: Any) -> dict[str, Any]:
+    is_set = bool(os.environ.get(provider.key)) if provider.key else False
+    facts = {"title": provider.title, "base_url": provider.base_url, "key": provider.key}
+    return {"name": name, **facts, "key_is_set": is_set}
 
 
 def _stored(config: Any) -> list[Any]:

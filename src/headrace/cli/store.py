@@ -45,7 +45,13 @@ def pull(
     if common.as_json:
         terminal.print_json(found)
     else:
-        print(file.path or f"{spec.name} needs no file.")
+        print(_where(file, spec.name))
+
+
+def _where(file: ModelFile, name: str) -> str:
+    if file.format == "remote":
+        return f"{name} is served by {file.provider}; there is nothing to fetch."
+    return file.path or f"{name} needs no file."
 
 
 def _converted(spec: ModelSpec, engine: str, config: Config, report: Progress) -> ModelFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import multiprocessing
 import shutil
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import psutil
 from pydantic import Field
 
-from headrace.core.errors import GenerationFailed, LoadFailed, OutOfMemory
+from headrace.core.errors import GenerationFailed, LoadFailed, OutOfMemory, WorkerDied
 from headrace.core.model import Capabilities
 from headrace.core.request import new_id
 from headrace.core.status import Footprint
@@ -33,7 +34,7 @@ from headrace.engines.vllm_call import SAMPLING, Call, failure, is_out_of_memory
 
 ABOUT = About(formats=("safetensors",), devices=("cpu", "cuda"), requires="vllm", extra="vllm")
 
-_LAST_STEP_S, _KILLED_S = 2.0, 5.0
+_LOOK_S, _LAST_STEP_S, _KILLED_S = 0.5, 2.0, 5.0
 
 
 class Options(EngineOptions):
@@ -100,6 +101,7 @@ class Engine:
         self._options = Options(**request.options)
         self._llm: Any = None
         self._cores: list[psutil.Process] = []
+        self._awake = False
         self._private = Path(tempfile.mkdtemp(prefix="vllm-"))
         # The engine core dies with the thread that started it: this one lives as long as we do.
         self._thread = ThreadPoolExecutor(1, "vllm")
@@ -117,6 +119,7 @@ class Engine:
         self._vocabulary.check(prompt)
         self._vocabulary.check(request.sampling.logit_bias, param="logit_bias")
         call = Call(request, self._vocabulary)
+        await self._woken()
         outputs = self._llm.generate(
             {"type": "token", "prompt_token_ids": prompt},
             self._parameters(request),
@@ -132,6 +135,24 @@ class Engine:
             raise failure(error, self._said()) from error
         finally:
             await outputs.aclose()
+
+    async def _woken(self) -> None:
+        """Wait for the core's first word: vLLM itself would wait for ever for one that has died."""
+        if self._awake:
+            return
+        asking = asyncio.ensure_future(self._llm.get_supported_tasks())
+        try:
+            while not (await asyncio.wait({asking}, timeout=_LOOK_S))[0]:
+                alive = {one.pid for one in multiprocessing.active_children()}
+                if not alive.issuperset(core.pid for core in self._cores):
+                    raise WorkerDied("vLLM's engine core has died.", detail=self._said())
+            asking.result()
+            self._awake = True
+        except Exception as error:
+            # It has died, or was dead before it was asked.
+            raise failure(error, self._said()) from error
+        finally:
+            asking.cancel()
 
     def _parameters(self, request: EngineRequest) -> Any:
         try:
