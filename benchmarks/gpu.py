@@ -257,10 +257,12 @@ async def _client(port: int, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]
     if not bodies:
         return {"began": float("inf"), "streams": []}
     process = await _process(str(Path(__file__).with_name("gpu_client.py")), stdin=PIPE)
-    command = json.dumps({"port": port, "bodies": bodies}).encode() + b"\n"
-    async with asyncio.timeout(_ROUND_S):
-        out, _ = await process.communicate(command)
-    return json.loads(out)
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        command = {"port": port, "bodies": bodies, "answer": str(answer)}
+        async with asyncio.timeout(_ROUND_S):
+            await process.communicate(json.dumps(command).encode() + b"\n")
+        return json.loads(answer.read_text())
 
 
 def _tokens(stream: dict[str, Any]) -> int:

@@ -1,7 +1,7 @@
 """One of the processes that ask: raw sockets, the time of every read noted, nothing parsed.
 
-It reads one JSON command, `{"port", "bodies"}`, and answers it with one line: for each stream the
-time to its first event, the gaps between its reads, its events and the end of what it got.
+It reads one JSON command, `{"port", "bodies", "answer"}`, and writes into the file `answer` what
+each stream gave: the time to its first event, the gaps between its reads, its events, and its end.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any, cast
 
 _TAIL = 2048
@@ -76,7 +77,8 @@ def main() -> None:
     """Answer the command on standard input."""
     import uvloop
 
-    print(json.dumps(uvloop.run(_ask(json.loads(sys.stdin.readline())))), flush=True)
+    command = json.loads(sys.stdin.readline())
+    Path(command["answer"]).write_text(json.dumps(uvloop.run(_ask(command))))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -94,7 +94,7 @@ def devices(pid: int | None = None) -> tuple[Device, ...]:
         used=total - free,
         worker_used=process.memory_info().rss,
     )
-    return (host, *_gpus(process.pid))
+    return (host, *_gpus({process.pid}))
 
 
 def host_memory() -> int:
@@ -103,15 +103,15 @@ def host_memory() -> int:
 
 
 def process_memory(pid: int) -> dict[str, int]:
-    """Return what a process holds now, in bytes by device; nothing when it has gone.
+    """Return what a process and those it started hold now; nothing when it has gone.
 
-    Of the host it is the resident memory. Pages of a model's file are counted in full, also when
-    another process shares them: what is counted so does not change with who else is loaded.
+    In bytes by device. Of the host it is the resident memory. Pages of a model's file are counted
+    in full, also when another process shares them: what is counted so does not change with who
+    else is loaded.
     """
-    held: dict[str, int] = {}
-    with contextlib.suppress(psutil.Error):
-        held[HOST] = psutil.Process(pid).memory_info().rss
-    held |= {gpu.key: gpu.worker_used for gpu in _gpus(pid)}
+    family = _family(pid)
+    held = {HOST: _resident(family)}
+    held |= {gpu.key: gpu.worker_used for gpu in _gpus({pid, *(one.pid for one in family)})}
     return {key: amount for key, amount in held.items() if amount}
 
 
@@ -211,23 +211,39 @@ def _versions() -> Iterator[tuple[str, str]]:
             yield library, metadata.version(library)
 
 
-def _gpus(pid: int) -> Iterator[Device]:
+def _family(pid: int) -> list[psutil.Process]:
+    """Return a process and all that it started; some engines have processes of their own."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def _resident(family: Sequence[psutil.Process]) -> int:
+    total = 0
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            total += process.memory_info().rss
+    return total
+
+
+def _gpus(pids: Set[int]) -> Iterator[Device]:
     nvml = _nvml()
     if nvml is None:
         return
     # A driver that fails to answer takes nothing else with it.
     with contextlib.suppress(nvml.NVMLError):
-        yield from _seen(nvml, pid)
+        yield from _seen(nvml, pids)
 
 
-def _seen(nvml: Any, pid: int) -> Iterator[Device]:
+def _seen(nvml: Any, pids: Set[int]) -> Iterator[Device]:
     for index in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
         ours = (
             process.usedGpuMemory or 0
             for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-            if process.pid == pid
+            if process.pid in pids
         )
         yield Device(
             name=f"cuda:{index} {nvml.nvmlDeviceGetName(handle)}",

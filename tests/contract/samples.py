@@ -22,10 +22,38 @@ Given = tuple[str, dict[str, Any]]
 At = Callable[[Path], AbstractAsyncContextManager[Given]]
 """Opens a model; it gets the path of SmolLM2's GGUF, which others are made of."""
 
+FEW = frozenset(
+    {
+        "stream_equals_whole",
+        "usage_is_exact",
+        "cancelled_in_the_queue",
+        "cancelled_in_decode",
+        "close_gives_everything_back",
+        "vectors_alone_and_together",
+        "ranking",
+    }
+)
+"""What changes with the Backend. The rest is the engine's, and echo runs it on every Backend."""
+
+SOUND = FEW | {
+    "greedy_repeats",
+    "stop_strings",
+    "every_script",
+    "alone_and_among_sixteen",
+    "cancelled_in_prefill",
+    "resume",
+    "json_schema",
+}
+"""What only a real model's text shows."""
+
 
 @dataclass(frozen=True)
 class Sample:
-    """`refused` and `reported` are the cases that end so, and no others."""
+    """`refused` and `reported` are the cases that end so, and no others.
+
+    Of a heavy sample `first` are the cases of its first Backend that run each time (None: all), and
+    `further` those of the others. The rest is `slow`.
+    """
 
     engine: str
     at: At
@@ -37,7 +65,17 @@ class Sample:
     reported: frozenset[str] = frozenset()
     heavy: bool = True
     slow: bool = False
+    first: frozenset[str] | None = None
+    further: frozenset[str] = FEW
     name: str = ""
+
+    def is_quick(self, kind: Kind, case: str) -> bool:
+        if not self.heavy:
+            return True
+        if kind == "pool" and case == "close_gives_everything_back":
+            return False  # it closes its process, and takes as long as closing that
+        wanted = self.first if kind == self.kinds[0] else self.further
+        return wanted is None or case in wanted
 
     @property
     def title(self) -> str:
@@ -138,7 +176,14 @@ SAMPLES = [
         kinds=("process",),
         heavy=False,
     ),
-    Sample("llamacpp", _path(str), settings=_SHORT, options=_ONE_THREAD, kinds=("worker", "pool")),
+    Sample(
+        "llamacpp",
+        _path(str),
+        settings=_SHORT,
+        options=_ONE_THREAD,
+        kinds=("worker", "pool"),
+        first=FEW,
+    ),
     Sample(
         "openai",
         _headrace,
@@ -146,19 +191,19 @@ SAMPLES = [
         kinds=("worker", "pool"),
         refused=frozenset({"resume", "echo_comes_first"}),
     ),
-    Sample("transformers", _path(_smollm2), kinds=("process",), settings=_SHORT),
+    Sample("transformers", _path(_smollm2), kinds=("process",), settings=_SHORT, first=SOUND),
     Sample("transformers", _path(_tiny), kinds=("worker", "pool"), settings=_SHORT, name="tiny"),
     Sample(
         "openvino",
         _path(_converted),
         settings=_SHORT,
-        refused=_fields("logit_bias", "logprobs"),
+        refused=_fields("logit_bias", "logprobs") | {"json_schema"},
         reported=frozenset({"alone_and_among_sixteen", "resume"}),
     ),
     Sample("llamacpp", _path(str), "embed", ("process",), _SHORT, {"pooling": "mean"}),
     Sample("openvino", _path(_as_ir(_minilm)), "embed", ("process",)),
     Sample("sentence_transformers", _path(_minilm), "embed"),
-    Sample("sentence_transformers", _ranker, "rerank"),
+    Sample("sentence_transformers", _ranker, "rerank", further=frozenset()),
     Sample(
         "anthropic",
         _claude,
@@ -175,7 +220,10 @@ SAMPLES = [
 
 if engines.status("vllm").available:
     # It pins a torch of its own, so it is there only in an environment made for it.
-    SAMPLES.append(Sample("vllm", _path(_smollm2), kinds=("process",), settings=_SHORT, slow=True))
+    quick = {"eager": True, "kv_cache_bytes": 1 << 28, "dtype": "float32"}
+    SAMPLES.append(
+        Sample("vllm", _path(_smollm2), "generate", ("process",), _SHORT, quick, slow=True)
+    )
 
 
 def without_a_sample() -> set[str]:

@@ -27,7 +27,7 @@ from headrace.engines.base import (
 from headrace.engines.openvino_call import SAMPLING, Stepper
 from headrace.engines.openvino_convert import convert, needs_conversion, not_converted, prepared
 from headrace.engines.openvino_size import CachePlan, estimate, plan_cache
-from headrace.engines.openvino_text import Vocabulary
+from headrace.engines.openvino_text import Vocabulary, without_telemetry
 
 if TYPE_CHECKING:
     from openvino_genai import ContinuousBatchingPipeline, SchedulerConfig, Tokenizer
@@ -74,8 +74,8 @@ class Options(EngineOptions):
     )
     prefix_cache: bool | None = Field(
         None,
-        description="Keep a prompt's KV cache for the next one; on, but off where answers must "
-        "repeat themselves.",
+        description="Keep a prompt's KV cache for the next one; on where `precision` is f32 and "
+        "answers need not repeat themselves.",
     )
     properties: dict[str, str | int | float | bool] = Field(
         {}, description="More properties of OpenVINO's CPU device, by their names in capitals."
@@ -148,7 +148,7 @@ class _TextEngine:
             eos_token=vocabulary.eos_token,
             adds_bos=bool(vocabulary.tokenize("", add_special=True)),
             notes=(*self._plan.notes, _NOTE),
-            capabilities=Capabilities(sampling=SAMPLING, json_schema=True, resume=True),
+            capabilities=Capabilities(sampling=SAMPLING, resume=True),
         )
 
 
@@ -160,6 +160,7 @@ def open_model(request: OpenRequest) -> Generator | Embedder | Reranker:
     """
     if request.device not in {"auto", "cpu"}:
         raise LoadFailed(f"OpenVINO runs on the CPU here, not on {request.device}.")
+    without_telemetry()
     if request.task == "generate":
         return _TextEngine(request)
     from headrace.engines import openvino_vectors
@@ -179,9 +180,8 @@ def footprint(request: OpenRequest) -> Footprint:
 
 def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
     """Return what is worth a try: a larger batch of prompts, and answers nearer to the model's."""
-    alone: dict[str, Any] = {"prefix_cache": False}
-    more = [{**alone, "batch_size": 1024}] if (request.max_running or 1) > 1 else []
-    return [alone, *more, {"precision": "f32"}]
+    more = [{"batch_size": 1024}] if (request.max_running or 1) > 1 else []
+    return [*more, {"precision": "f32"}]
 
 
 def settled(request: OpenRequest) -> Options:
@@ -196,7 +196,9 @@ def settled(request: OpenRequest) -> Options:
             raise ConfigError(f"{name!r} is no property of OpenVINO: they are in capitals.")
     changed: dict[str, Any] = {}
     if options.prefix_cache is None:
-        changed["prefix_cache"] = not request.repeatable
+        # In 16 bits, prompts that share a beginning and run together get wrong answers from it.
+        exact = options.precision == "f32"
+        changed["prefix_cache"] = exact and not request.repeatable
     if request.repeatable and "precision" not in request.options:
         changed["precision"] = "f32"
     return options.model_copy(update=changed)

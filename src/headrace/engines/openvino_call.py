@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any
@@ -179,9 +178,11 @@ class _Call:
         most = self._request.max_tokens - self._made
         end = next((at for at, token in enumerate(token_ids) if token in self._ends), None)
         shown = token_ids[: most if end is None else end]
+        if end is not None and token_ids[end] not in self._request.sampling.stop_token_ids:
+            shown = token_ids[: end + 1]
         if shown:
             self.mailbox.put(self._delta(shown, logprobs))
-        self._made += len(shown) + (end is not None)
+        self._made += len(shown)
         if end is None and self._made < self._request.max_tokens:
             return False
         self.handle.cancel()  # with ignore_eos the library does not know our stop tokens
@@ -212,7 +213,6 @@ def configured(request: EngineRequest, ends: frozenset[int]) -> GenerationConfig
 
     Raises:
         Unsupported: more logprobs than that of the chosen token.
-        InvalidRequest: the JSON schema is not usable.
     """
     import openvino_genai as genai
 
@@ -231,10 +231,6 @@ def configured(request: EngineRequest, ends: frozenset[int]) -> GenerationConfig
             param="logprobs",
         )
     config.logprobs = 0 if sampling.logprobs is None else 1
-    if request.json_schema is not None:
-        config.structured_output_config = genai.StructuredOutputConfig(
-            json_schema=_schema(request.json_schema)
-        )
     _draw(config, request)
     return config
 
@@ -255,18 +251,6 @@ def _draw(config: GenerationConfig, request: EngineRequest) -> None:
     # Without a seed it would draw the same for everybody.
     seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
     config.rng_seed = seed % (1 << 64)
-
-
-def _schema(schema: dict[str, Any]) -> str:
-    # A schema that the library cannot compile breaks the pipeline for everybody: it is found
-    # here, by a compiler that takes no less.
-    from llguidance import LLMatcher
-
-    text = json.dumps(schema)
-    if problem := LLMatcher.validate_grammar("%llguidance {}\nstart: %json " + text):
-        reason = problem.partition("\n")[0].partition("JSON schema: ")[2] or problem
-        raise InvalidRequest(f"The JSON schema is not usable: {reason}", param="response_format")
-    return text
 
 
 def _row(token_ids: tuple[int, ...]) -> Any:

@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from headrace.core.errors import ConfigError, LoadFailed
 from headrace.core.model import ModelFile
+from headrace.engines.openvino_text import without_telemetry
 from headrace.models import folder, gguf_model, openvino
 from headrace.models.gguf import read_header
 from headrace.models.transfer import Progress, disk_full, require_free, room, silent, sync_folder
@@ -140,6 +141,7 @@ def _to_disk(path: Path) -> None:
 
 def main() -> None:
     """Convert the first argument, a GGUF file or a folder, into the second, a folder."""
+    without_telemetry()
     source, target = Path(sys.argv[1]), Path(sys.argv[2])
     if source.is_dir():
         from_folder(source, target)

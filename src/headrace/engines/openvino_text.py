@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from headrace.core.errors import InvalidRequest
 
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
 
 _SPACE = "▁".encode()
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
+
+
+def without_telemetry() -> None:
+    """Keep OpenVINO's tools from reporting their use: they take the reporter for not installed.
+
+    To be called before the library is imported.
+    """
+    modules: dict[str, Any] = sys.modules
+    modules["openvino_telemetry"] = None
 
 
 class Vocabulary:

@@ -193,25 +193,38 @@ def footprint(request: OpenRequest) -> Footprint:
 
 def _open(folder: Path, task: str, device: str, options: Options) -> Any:
     library = importlib.import_module("sentence_transformers")
-    importlib.import_module("transformers.utils.logging").disable_progress_bar()
     dtype = options.dtype or ("float32" if device == "cpu" else "auto")
     weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if options.attention is not None:
         weights["attn_implementation"] = options.attention
     kind = library.SentenceTransformer if task == "embed" else library.CrossEncoder
-    model = kind(
-        str(folder),
-        device=device,
-        trust_remote_code=False,
-        local_files_only=True,
-        model_kwargs=weights,
-    ).eval()
+    with _no_progress_bar():
+        model = kind(
+            str(folder),
+            device=device,
+            trust_remote_code=False,
+            local_files_only=True,
+            model_kwargs=weights,
+        ).eval()
     known = getattr(model[0], "modality_config", {})
     if "text" not in known or "message" in known:
         raise LoadFailed("Only models that read plain text run on this engine.")
     if task == "rerank" and model.num_labels != 1:
         raise LoadFailed(f"A model that ranks has one score; this one has {model.num_labels}.")
     return model
+
+
+@contextmanager
+def _no_progress_bar() -> Generator[None]:
+    """Keep the bar of the weights off stderr; the process may be somebody's who wants others."""
+    logging = importlib.import_module("transformers.utils.logging")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _facts(request: OpenRequest, model: Any, device: str) -> EngineFacts:

@@ -25,29 +25,29 @@ class Answer:
         self.cached: int | None = None
         self._stops = frozenset(request.sampling.stop_token_ids)
         own = () if request.sampling.ignore_eos else ends
-        self.ends = sorted(self._stops.union(own))
+        self._own = frozenset(own) - self._stops
+        self.ends = sorted(self._stops | self._own)
         self._vocabulary = vocabulary
         self._sent = 0
 
     def delta(self, token_ids: Sequence[int]) -> RawDelta | None:
-        """Return the next tokens as an event, without an end token; None if that is all."""
-        kept = tuple(token_ids[:-1] if token_ids[-1] in self.ends else token_ids)
+        """Return the next tokens as an event, without one of `stop_token_ids`; None if no more."""
+        kept = tuple(token_ids[:-1] if token_ids[-1] in self._stops else token_ids)
         self._sent += len(kept)
         told = [self.draw.told.popleft() for _ in token_ids] if self.draw.told else []
         if not kept:
             return None
-        data = self._vocabulary.data
+        shown = kept[:-1] if kept[-1] in self._own else kept
+        data = b"".join([self._vocabulary.data(token) for token in shown])
         logprobs = tuple(self._logprob(one) for one in told[: len(kept)])
-        return RawDelta(b"".join([data(token) for token in kept]), kept, logprobs)
+        return RawDelta(data, kept, logprobs)
 
     def finish(self, last: int | None) -> RawFinish:
         """Return the account; `last` is the last token that was made."""
-        # The model's own end token counts as one of the answer, one that was asked for does not.
-        ended = last is not None and last in self.ends
         return RawFinish(
-            reason="stop" if ended else "length",
+            reason="stop" if last in self.ends else "length",
             prompt_tokens=len(self.prompt),
-            completion_tokens=self._sent + (ended and last not in self._stops),
+            completion_tokens=self._sent,
             cached_tokens=self.cached or 0,
         )
 

@@ -90,7 +90,6 @@ class Call:
 
     def __init__(self, request: EngineRequest, vocabulary: Vocabulary) -> None:
         self._prompt = len(request.token_ids) + len(request.answered)
-        self._stops = frozenset(request.sampling.stop_token_ids)
         self._most = request.sampling.logprobs or 0
         self._data = vocabulary.data
         self._begun = False
@@ -116,18 +115,17 @@ class Call:
             data = b"".join(map(self._data, kept))
             events.append(RawDelta(data, kept, self._logprobs(kept, made.logprobs)))
         if reason is not None:
-            own = ended and token_ids[-1:] != () and token_ids[-1] not in self._stops
-            events.append(self._finish(reason, self._sent + own, cached))
+            events.append(self._finish(reason, cached))
         return events
 
-    def _finish(self, reason: str, completed: int, cached: int) -> RawFinish:
+    def _finish(self, reason: str, cached: int) -> RawFinish:
         if reason not in {"stop", "length"}:
             raise GenerationFailed(f"vLLM gave the request up ({reason}).")
         return RawFinish(
             reason=cast("Literal['stop', 'length']", reason),
             prompt_tokens=self._prompt,
-            # The model's own end token counts as one of the answer, one asked for does not.
-            completion_tokens=completed,
+            # The token that ended it is no part of it, and not counted.
+            completion_tokens=self._sent,
             cached_tokens=cached,
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.core.errors import ErrorRecord, HeadraceError, to_record
+from headrace.core.errors import ErrorRecord, HeadraceError, WorkerDied, to_record
 from headrace.core.events import Progress
 from headrace.core.model import ModelSpec
 from headrace.log import configure
@@ -122,7 +122,12 @@ class Child:
 
     def _end(self, number: int, task: asyncio.Task[ErrorRecord | None]) -> None:
         del self._streams[number]
-        self._link.send(Ended(number, None if task.cancelled() else task.result()))
+        error = None if task.cancelled() else task.result()
+        self._link.send(Ended(number, error))
+        if error is not None and error.kind == WorkerDied.__name__:
+            # The engine's own process has gone, and this one is of no more use.
+            self._link.flush()
+            os._exit(1)
 
     async def _stream(self, message: Work) -> ErrorRecord | None:
         return await _failure(self._do(message))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from headrace.engines import openvino_convert
 from headrace.engines.base import OpenRequest
 from headrace.engines.openvino import Engine, footprint, prepared, settled
 from headrace.engines.openvino_size import plan_cache
+from headrace.engines.openvino_text import without_telemetry
 from headrace.models.inspect import inspect
 
 KV = 23040
@@ -84,13 +87,27 @@ def test_the_estimate_adds_up() -> None:
 
 def test_options_are_settled() -> None:
     plain = settled(OpenRequest(model=model()))
-    assert (plain.precision, plain.prefix_cache) == ("auto", True)
+    assert (plain.precision, plain.prefix_cache) == ("auto", False)
+    exact = settled(OpenRequest(model=model(), options={"precision": "f32"}))
+    assert exact.prefix_cache
+    wanted = settled(OpenRequest(model=model(), options={"prefix_cache": True}))
+    assert wanted.prefix_cache
     same = settled(OpenRequest(model=model(), repeatable=True))
     assert (same.precision, same.prefix_cache) == ("f32", False)
     asked = OpenRequest(model=model(), repeatable=True, options={"precision": "bf16"})
     assert settled(asked).precision == "bf16"
     with pytest.raises(ConfigError, match="capitals"):
         settled(OpenRequest(model=model(), options={"properties": {"num_streams": 1}}))
+
+
+def test_nothing_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "openvino_telemetry.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
+    assert import_module("openvino_telemetry")
+    without_telemetry()
+    with pytest.raises(ImportError):
+        import_module("openvino_telemetry")
 
 
 def test_another_device_is_refused() -> None:

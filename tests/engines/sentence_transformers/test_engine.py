@@ -125,6 +125,17 @@ def test_what_is_not_sound_is_refused(minilm_path: Path, ranker_path: Path, tmp_
         Engine(opening(make_ranker(tmp_path / "three", minilm_path, scores=3)))
 
 
+def test_loading_is_silent(ranker_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The library's bars stay off stderr, and are as they were afterwards."""
+    import transformers
+
+    logging = transformers.utils.logging
+    logging.enable_progress_bar()
+    Engine(opening(ranker_path)).close()
+    assert logging.is_progress_bar_enabled()
+    assert capfd.readouterr() == ("", "")
+
+
 def test_memory_that_runs_out_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """W17: torch's own error becomes ours, and the engine goes on."""
 

@@ -26,10 +26,14 @@ async def test_end_tokens_and_the_limit(tiny: Engine) -> None:
     cut = await events(tiny, asked(tiny, Q, 24, stop_token_ids=(last,)))
     assert tokens(cut) == tokens(free)[:place]
     assert (finish(cut).reason, finish(cut).completion_tokens) == ("stop", place)
-    # The model's own end token, forced: it counts, and is shown to nobody.
-    ended = await events(tiny, asked(tiny, Q, 4, logit_bias={2: 100.0}))
+    # The model's own end token, forced: it counts, and has no text.
+    ended = await events(tiny, asked(tiny, Q, 4, logit_bias={2: 100.0}, logprobs=0))
     assert (finish(ended).reason, finish(ended).completion_tokens) == ("stop", 1)
-    assert not deltas(ended)
+    (end,) = deltas(ended)
+    assert (end.data, end.token_ids, end.logprobs[0].token_id) == (b"", (2,), 2)
+    # Asked for besides, it is no part of the answer.
+    both = await events(tiny, asked(tiny, Q, 4, logit_bias={2: 100.0}, stop_token_ids=(2,)))
+    assert (finish(both).reason, finish(both).completion_tokens, deltas(both)) == ("stop", 0, [])
     ignored = await events(tiny, asked(tiny, Q, 4, logit_bias={2: 100.0}, ignore_eos=True))
     assert (finish(ignored).reason, tokens(ignored)) == ("length", (2, 2, 2, 2))
     assert b"".join(delta.data for delta in deltas(ignored)) == b""

@@ -88,7 +88,7 @@ async def ask(engine: Engine, text: str = CHAT, most: int = 24, **fields: object
 
 
 async def test_an_answer_and_its_account(engine: Engine) -> None:
-    """W8, W17: the end token is counted and not shown; the prefix comes from the cache."""
+    """W15: the end token is no part of the answer; the prefix comes from the cache."""
     long = CHAT.replace("What", "Tell me, as you know everything: what " + "really " * 200)
     first, second = await ask(engine, long, 4), await ask(engine, long, 4)
     assert first.ids == second.ids
@@ -96,7 +96,7 @@ async def test_an_answer_and_its_account(engine: Engine) -> None:
     whole = await ask(engine)
     assert whole.text == "The capital of France is Paris."
     assert whole.finish.reason == "stop"
-    assert whole.finish.completion_tokens == len(whole.ids) + 1
+    assert whole.finish.completion_tokens == len(whole.ids)
 
 
 async def test_limits_and_ends(engine: Engine) -> None:
