@@ -365,7 +365,10 @@ def main() -> None:
         "machine": report.machine(),
         "model": options.model,
         "goals": {"1": GOALS[1], "more": GOAL},
-        "choices": {streams: choice._asdict() for streams, choice in chosen.items()},
+        "choices": {
+            streams: choice._replace(model=Path(choice.model).name)._asdict()
+            for streams, choice in chosen.items()
+        },
         "agreement": msgspec.to_builtins(agreed),
         "turns": [one._asdict() for one in turns],
     }
