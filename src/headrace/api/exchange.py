@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -17,6 +17,7 @@ from headrace.api.problems import Headers, Problem
 from headrace.api.settings import ApiSettings
 from headrace.api.timing import server_timing
 from headrace.core.backend import Admin, Backend
+from headrace.core.record import Observer, Outcome
 from headrace.core.request import new_id
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ class Service:
     settings: ApiSettings
     ready: Callable[[], bool] | None = None
     admin: Admin | None = None
+    observer: Observer | None = None
 
 
 @dataclass(slots=True)
@@ -38,15 +40,18 @@ class Call:
     """What is known of a request while it runs; the access log is written from it.
 
     `received` is monotonic seconds. `status` is 0 until the headers have gone out. `client` is a
-    short id of the key, and `is_admin` tells whether it is an admin's.
+    short id of the key, and `is_admin` tells whether it is an admin's. `traceparent` and
+    `tracestate` are as the client sent them.
     """
 
     id: str = field(default_factory=new_id)
     received: float = field(default_factory=time.monotonic)
     status: int = 0
-    outcome: str = ""
+    outcome: Outcome | Literal[""] = ""
     client: str = ""
     is_admin: bool = False
+    traceparent: str = ""
+    tracestate: str = ""
 
 
 class Exchange:

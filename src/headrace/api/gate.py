@@ -13,6 +13,7 @@ from headrace.api import auth, guard, problems
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.problems import Headers
 from headrace.api.settings import ApiSettings
+from headrace.core import record
 
 _access = logging.getLogger("headrace.access")
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -33,6 +34,8 @@ class Gate:
             return
         call = scope["headrace"] = Call()
         headers = dict(scope["headers"])
+        call.traceparent = headers.get(b"traceparent", b"").decode("latin-1")
+        call.tracestate = headers.get(b"tracestate", b"").decode("latin-1")
         settings = self._service.settings
         sender = _marked(send, call, _shared(headers.get(b"origin"), settings))
         try:
@@ -42,7 +45,13 @@ class Gate:
             call.outcome = "error"
             raise
         finally:
-            _write_access_log(scope, call, headers.get(b"x-request-id", b""))
+            self._note(scope, call, headers.get(b"x-request-id", b""))
+
+    def _note(self, scope: Scope, call: Call, client_id: bytes) -> None:
+        ended = _ended(scope, call)
+        _write_access_log(call, ended, client_id)
+        if self._service.observer is not None:
+            self._service.observer.called(ended)
 
     async def _serve(
         self, exchange: Exchange, receive: Receive, headers: dict[bytes, bytes]
@@ -113,23 +122,30 @@ async def _answer_preflight(exchange: Exchange, headers: dict[bytes, bytes]) -> 
     await exchange.send({"type": "http.response.body", "body": b""})
 
 
-def _write_access_log(scope: Scope, call: Call, client_id: bytes) -> None:
-    route = getattr(scope.get("endpoint"), "path", "-")
-    outcome = call.outcome or _outcome(call.status)
-    ms = round((time.monotonic() - call.received) * 1000, 3)
+def _ended(scope: Scope, call: Call) -> record.Call:
+    return record.Call(
+        method=scope["method"],
+        route=getattr(scope.get("endpoint"), "path", "-"),
+        status=call.status,
+        outcome=call.outcome or _outcome(call.status),
+        seconds=time.monotonic() - call.received,
+    )
+
+
+def _write_access_log(call: Call, ended: record.Call, client_id: bytes) -> None:
     data = {
         "request_id": call.id,
         "client_request_id": client_id.decode() if _SAFE_ID.fullmatch(client_id) else "",
-        "method": scope["method"],
-        "route": route,
-        "status": call.status,
-        "ms": ms,
-        "outcome": outcome,
+        "method": ended.method,
+        "route": ended.route,
+        "status": ended.status,
+        "ms": round(ended.seconds * 1000, 3),
+        "outcome": ended.outcome,
     }
     _access.info("headrace.access", extra={"data": data})
 
 
-def _outcome(status: int) -> str:
+def _outcome(status: int) -> record.Outcome:
     if not status:
         return "cancelled"
     return "ok" if status < 400 else "refused" if status < 500 else "error"

@@ -147,6 +147,8 @@ def _asked(
         "deadline_s": settings.deadline_s,
         "model": wire.model or "",
         "client": call.client,
+        "traceparent": call.traceparent,
+        "tracestate": call.tracestate,
         "keep_alive": _keep_alive(wire.keep_alive),
     }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,11 @@ from pydantic import BaseModel
 from headrace.config import check, sources
 from headrace.config.sources import File, Keys, Layer, Value, environment_name, short_name
 from headrace.config.tree import (
+    TABLES,
     Config,
     ModelSettings,
     ServerSettings,
+    TelemetrySettings,
     hash_key,
     masked,
 )
@@ -31,6 +34,7 @@ __all__ = [
     "Row",
     "ServerSettings",
     "Settings",
+    "TelemetrySettings",
     "environment_name",
     "hash_key",
     "load",
@@ -162,12 +166,12 @@ class Settings:
     def needs_restart(self, later: Settings) -> tuple[str, ...]:
         """Return the keys in which a later configuration differs that a service cannot change."""
         keys = ("home", "server.host", "server.port", "server.state")
-        before, after = (
-            (config.home, config.server.host, config.server.port, config.server.state)
-            for config in (self.config, later.config)
-        )
-        both = zip(keys, before, after, strict=True)
-        return tuple(key for key, old, new in both if old != new)
+        keys += tuple(f"telemetry.{name}" for name in TelemetrySettings.model_fields)
+        # Keys are looked at anew for each request.
+        keys = tuple(key for key in keys if key != "telemetry.metrics_keys")
+        whole = (self.config, later.config)
+        pairs = ((key, *(attrgetter(key)(config) for config in whole)) for key in keys)
+        return tuple(key for key, before, after in pairs if before != after)
 
     def show(self, names: Sequence[str] = ()) -> Iterator[Row]:
         """Yield each value with its origin; of the configured models and those in `names`."""
@@ -175,9 +179,10 @@ class Settings:
         config = self.config
         for key in sources.top_keys():
             yield _row(key, getattr(config, key), layer.get(key))
-        for name in ServerSettings.model_fields:
-            key = f"server.{name}"
-            yield _row(key, getattr(config.server, name), layer.get(key))
+        for table, kind in TABLES.items():
+            for name in kind.model_fields:
+                key = f"{table}.{name}"
+                yield _row(key, getattr(getattr(config, table), name), layer.get(key))
         for name in dict.fromkeys([*config.models, *names]):
             known, reference = self.resolve(name)
             yield from _model_rows(known, *_model(self._sources, known, reference, {}))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 
 from pydantic import BaseModel
 
-from headrace.config.tree import PER_MODEL, Config, ModelSettings, ServerSettings
+from headrace.config.tree import PER_MODEL, TABLES, Config, ModelSettings
 from headrace.core.errors import ConfigError
 
 PREFIX = "HEADRACE_"
@@ -58,13 +58,14 @@ class Keys:
         own = ModelSettings.model_fields.keys() - {"options"}
         model = {name: f"options.{name}" for name in options} | {name: name for name in own}
         shared = {key: f"*.{place}" for key, place in model.items() if key not in PER_MODEL}
-        shared |= {key: f"server.{key}" for key in ServerSettings.model_fields}
+        for table, kind in TABLES.items():
+            shared |= {key: f"{table}.{key}" for key in kind.model_fields}
         return cls(options, model, shared | {key: key for key in top_keys()})
 
 
 def top_keys() -> list[str]:
     """Return the settings that stand in no table."""
-    return [key for key in Config.model_fields if key not in ("server", "models")]
+    return [key for key in Config.model_fields if key not in (*TABLES, "models")]
 
 
 def unknown_key(origin: str, key: str, known: Iterable[str], what: str = "setting") -> ConfigError:
@@ -192,10 +193,11 @@ def parse(path: Path | None) -> File:
         return File(None, {}, {})
     source = Value(None, f"file {path}", path.parent)
     top = _checked(_read(path), Config.model_fields, "", source)
-    server = _table(top.pop("server", source._replace(value={})).value, "server", source.origin)
     models = _table(top.pop("models", source._replace(value={})).value, "models", source.origin)
-    checked = _checked(server, ServerSettings.model_fields, "server.", source)
-    top |= {f"server.{key}": value for key, value in checked.items()}
+    for name, kind in TABLES.items():
+        table = _table(top.pop(name, source._replace(value={})).value, name, source.origin)
+        checked = _checked(table, kind.model_fields, f"{name}.", source)
+        top |= {f"{name}.{key}": value for key, value in checked.items()}
     return File(path, top, {name: _model_table(models, name, source) for name in models})
 
 

@@ -147,6 +147,39 @@ class ServerSettings(_Frozen):
     )
 
 
+class TelemetrySettings(_Frozen):
+    """What is kept and told of requests; OpenTelemetry is set up by its own OTEL_ variables."""
+
+    metrics: bool = Field(default=True, description="tell figures at /metrics, for Prometheus")
+    metrics_port: int | None = Field(
+        default=None, ge=0, le=65535, description="port for /metrics alone; 0 takes a free one"
+    )
+    metrics_keys: Keys = Field(
+        default=(), repr=False, description="keys that may read /metrics and nothing else"
+    )
+    traces: bool = Field(default=True, description="keep a record of each request in HOME/traces")
+    trace_bytes: int = Field(
+        default=64 * 2**20, ge=2**16, description="how much of them is kept; the oldest go"
+    )
+    trace_content: bool = Field(
+        default=False, description="keep prompts and answers in traces too, redacted"
+    )
+    redact: Words = Field(
+        default=(), description="regular expressions of what else is redacted in content"
+    )
+    usage: bool = Field(default=True, description="count tokens and time by key, model and day")
+
+    @field_validator("redact")
+    @classmethod
+    def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return patterns
+
+
 class ModelSettings(_Frozen):
     """One model; the fields of `headrace.core.model.ModelSpec` without its name."""
 
@@ -217,6 +250,7 @@ class Config(_Frozen):
     )
     log_content: bool = Field(default=False, description="log prompts and answers too")
     server: ServerSettings = ServerSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
     models: dict[str, ModelSettings] = {}
 
     @property
@@ -225,6 +259,10 @@ class Config(_Frozen):
         if self.server.state is not None or self.server.port == 0:
             return self.server.state
         return self.home / "services" / f"{self.server.port}.json"
+
+
+TABLES: dict[str, type[BaseModel]] = {"server": ServerSettings, "telemetry": TelemetrySettings}
+"""The tables of the file beside the models."""
 
 
 def masked(key: str, value: Any) -> Any:

@@ -92,6 +92,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     the end of this request on. `load_wait_s` is how long to wait for the model's load; None is as
     long as it takes. `answered` are the tokens of an answer that was cut off: the stream begins
     with their text, in one delta, and goes on from there.
+
+    `traceparent` and `tracestate` are the W3C context of the caller's span; each layer that makes
+    a span hands on its own.
     """
 
     model: str = ""
@@ -109,6 +112,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     keep_alive: float | None = None
     load_wait_s: float | None = None
     answered: tuple[int, ...] = ()
+    traceparent: str = ""
+    tracestate: str = ""
     id: str = msgspec.field(default_factory=new_id)
     received: float = msgspec.field(default_factory=time.monotonic)
 
@@ -170,6 +175,8 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     keep_alive: float | None = None
     load_wait_s: float | None = None
     load_ms: float = 0.0
+    traceparent: str = ""
+    tracestate: str = ""
     id: str = msgspec.field(default_factory=new_id)
     received: float = msgspec.field(default_factory=time.monotonic)
 
@@ -211,6 +218,8 @@ class RerankRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     keep_alive: float | None = None
     load_wait_s: float | None = None
     load_ms: float = 0.0
+    traceparent: str = ""
+    tracestate: str = ""
     id: str = msgspec.field(default_factory=new_id)
     received: float = msgspec.field(default_factory=time.monotonic)
 
