@@ -3,7 +3,9 @@
     python benchmarks/embeddings.py [--model REFERENCE] [--device cpu] [--rounds 5]
 
 Rounds of both are interleaved, on the same texts. `encode` gets the best of its batch sizes,
-found first. The vectors are compared. Then single texts: 64 clients at once, and one alone.
+found first. The vectors are compared. Then single texts: 64 clients at once, and one alone. What
+batches can gain at all is how much faster `encode` is with as many texts in a call as there are
+clients than with one in a call, in this process, while no server works.
 """
 
 from __future__ import annotations
@@ -105,6 +107,14 @@ def encode(model: SentenceTransformer, texts: list[str], batch: int) -> tuple[fl
     return len(texts) / (time.perf_counter() - began), vectors
 
 
+def called(model: SentenceTransformer, texts: list[str], size: int) -> float:
+    """Return texts each second of the library when each call gets so many."""
+    began = time.perf_counter()
+    for start in range(0, len(texts), size):
+        model.encode(texts[start : start + size], batch_size=size, normalize_embeddings=True)
+    return len(texts) / (time.perf_counter() - began)
+
+
 async def measure(
     given: argparse.Namespace, path: str, model: SentenceTransformer
 ) -> dict[str, Any]:
@@ -118,6 +128,7 @@ async def measure(
     async with serving(headrace(path, options, *flags)) as server:
         await in_lists(server.port, texts[:128])
         library, ours, many, alone = [], [], [], []
+        calls_of_one, calls_of_many = list[float](), list[float]()
         distance, slow = 0.0, list[float]()
         for _ in range(given.rounds):
             rate, expected = await asyncio.to_thread(encode, model, texts, best)
@@ -126,12 +137,16 @@ async def measure(
             ours.append(rate)
             got = np.frombuffer(b"".join(raw), "<f4").reshape(len(texts), -1)
             distance = max(distance, float(np.abs(got - expected).max()))
-            alone.append((await one_by_one(server.port, singles[: given.singles // 4], 1))[0])
+            few = singles[: given.singles // 4]
+            calls_of_one.append(await asyncio.to_thread(called, model, few, 1))
+            calls_of_many.append(await asyncio.to_thread(called, model, singles, given.clients))
+            alone.append((await one_by_one(server.port, few, 1))[0])
             rate, latencies = await one_by_one(server.port, singles, given.clients)
             many.append(rate)
             slow += latencies
     return {
         "best_batch": best, "encode": library, "http": ours, "distance": distance,
+        "calls_of_one": calls_of_one, "calls_of_many": calls_of_many,
         "one_client": alone, "clients": given.clients, "many_clients": many,
         "latency_p50_ms": statistics.median(slow) * 1000,
         "latency_p99_ms": sorted(slow)[int(len(slow) * 0.99)] * 1000,
@@ -148,6 +163,9 @@ def table(figures: dict[str, Any]) -> str:
     """Return the figures for people."""
     ratio = statistics.median(figures["http"]) / statistics.median(figures["encode"])
     gain = statistics.median(figures["many_clients"]) / statistics.median(figures["one_client"])
+    itself = statistics.median(figures["calls_of_many"]) / statistics.median(
+        figures["calls_of_one"]
+    )
     rows: list[tuple[str, str]] = [
         (f"encode, batch size {figures['best_batch']}, texts/s", report.spread(figures["encode"])),
         ("over HTTP, in lists, texts/s", report.spread(figures["http"])),
@@ -161,6 +179,10 @@ def table(figures: dict[str, Any]) -> str:
         ("gain (goal: at least 5)", f"{gain:.1f}"),
         ("latency then, p50 and p99, ms",
          f"{figures['latency_p50_ms']:.0f} and {figures['latency_p99_ms']:.0f}"),
+        ("encode itself, one text in a call, texts/s", report.spread(figures["calls_of_one"])),
+        (f"encode itself, {figures['clients']} texts in a call, texts/s",
+         report.spread(figures["calls_of_many"])),
+        ("gain of encode itself, without any server", f"{itself:.1f}"),
     ]  # fmt: skip
     return "\n".join(f"{name:<46} {value}" for name, value in rows)
 

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,36 +15,167 @@ import psutil
 import pytest
 from tests.worker.rig import ask, worker
 
-from headrace import machine
+from headrace import engines, machine
 from headrace.core.errors import ConfigError
 from headrace.core.metrics import DeviceUse
 from headrace.core.stream import collect
-from headrace.machine import Device, Sampler, Watch, devices, system
+from headrace.machine import Device, Sampler, devices, facts, gpu, memory, sampler, system
 
 
-def device(worker_used: int, name: str = "cpu", used: int = 50) -> Device:
-    return Device(name=name, kind="cpu", total=100, used=used, worker_used=worker_used)
+def device(worker_used: int, name: str = "cpu", used: int = 50, **meters: float) -> Device:
+    kind = name.partition(":")[0]
+    return Device(name=name, kind=kind, total=100, used=used, worker_used=worker_used, **meters)
+
+
+class Scene:
+    """A sampler whose clock and devices are ours; it looks when it is told to."""
+
+    def __init__(self, *first: Device, device: str = "") -> None:
+        self.now, self._seen = 0.0, first
+        self.sampler = Sampler(
+            lambda: self._seen, device=device, period_s=1e6, clock=lambda: self.now
+        )
+
+    def at(self, now: float, *seen: Device) -> None:
+        self.now = now
+        if seen:
+            self._seen = seen
+            self.sampler.sample()
+
+
+@contextmanager
+def scene(*first: Device, device: str = "") -> Iterator[Scene]:
+    made = Scene(*first, device=device)
+    try:
+        yield made
+    finally:
+        made.sampler.close()
 
 
 def test_mean_and_peak_are_over_the_samples() -> None:
-    """T6, W16: by hand."""
-    watch = Watch([device(10)])
-    assert watch.result()[0].worker_mean == 10
-    watch.add([device(40, used=70)])
-    watch.add([device(10, used=60)])
-    assert watch.result() == (
-        DeviceUse(name="cpu", total=100, used=60, worker_used=10, worker_mean=20, worker_peak=40),
-    )
+    """T6, W16: by hand; each request from its own start."""
+    with scene(device(10)) as one:
+        early = one.sampler.watch()
+        one.at(1, device(40, used=70))
+        late = one.sampler.watch()
+        one.at(2, device(10, used=60))
+        (use,) = one.sampler.release(early)
+        known = DeviceUse(
+            name="cpu", total=100, used=60, worker_used=10, worker_mean=20, worker_peak=40
+        )
+        assert use == known
+        assert one.sampler.release(early) == (use,)
+        assert one.sampler.release(late)[0].worker_mean == 25
+        one.at(3, device(20))
+        (use,) = one.sampler.release(one.sampler.watch())
+        assert (use.worker_mean, use.worker_peak) == (20, 20)
 
 
 def test_a_device_that_comes_or_goes_breaks_nothing() -> None:
     """T6: a GPU that appears while a request runs."""
-    watch = Watch([device(10)])
-    watch.add([device(20), device(6, "cuda:0")])
-    names = {use.name: use.worker_peak for use in watch.result()}
-    assert names == {"cpu": 20, "cuda:0": 6}
-    watch.add([device(30)])
-    assert [use.name for use in watch.result()] == ["cpu"]
+    with scene(device(10)) as one:
+        first, second = one.sampler.watch(), one.sampler.watch()
+        one.at(1, device(20), device(6, "cuda:0"))
+        names = {use.name: use.worker_peak for use in one.sampler.release(first)}
+        assert names == {"cpu": 20, "cuda:0": 6}
+        one.at(2, device(30))
+        assert [use.name for use in one.sampler.release(second)] == ["cpu"]
+
+
+def test_how_busy_is_weighted_by_time_and_needs_samples_of_most_of_it() -> None:
+    """T6, W16: by hand; a request that was soon over does not get what was before it."""
+    with scene(device(1, busy=0.9)) as one:
+        one.at(1)
+        watch = one.sampler.watch()
+        one.at(2, device(1, busy=0.5))
+        one.at(4, device(1, busy=0.8))
+        short = one.sampler.watch()
+        one.at(5, device(1, busy=0.2))
+        (use,) = one.sampler.release(watch)
+        assert (use.busy_mean, use.busy_peak) == (pytest.approx(2.3 / 4), 0.8)
+        one.at(7)
+        (use,) = one.sampler.release(short)
+        assert (use.busy_mean, use.busy_peak) == (None, None)
+        (use,) = one.sampler.release(one.sampler.watch())
+        assert (use.busy_mean, use.busy_peak) == (None, None)
+
+
+def joules(uses: Sequence[DeviceUse]) -> float | None:
+    return uses[-1].joules
+
+
+def test_energy_is_shared_by_those_that_ran() -> None:
+    """W16: by hand; the shares are the whole, weighted by the time that they ran together."""
+    with scene(device(1), device(1, "cuda:0", joules=1000.0, watts=5.0)) as one:
+        one.at(10, device(1), device(1, "cuda:0", joules=2000.0))
+        first = one.sampler.watch()
+        one.at(11)
+        second = one.sampler.watch()
+        one.at(12, device(1), device(1, "cuda:0", joules=2400.0))
+        third = one.sampler.watch()
+        one.at(14, device(1), device(1, "cuda:0", joules=3000.0))
+        # 200 W over two seconds, of which one is shared by two; then 300 W shared by three.
+        assert joules(one.sampler.release(first)) == pytest.approx(200 + 100 + 200)
+        assert joules(one.sampler.release(second)) == pytest.approx(100 + 200)
+        assert one.sampler.release(third)[0].joules is None
+        assert joules(one.sampler.release(third)) == pytest.approx(200)
+
+
+def test_energy_since_the_last_sample_is_at_its_power() -> None:
+    """W16: a request that is over before a sample has a figure too."""
+    with scene(device(1, "cuda:0", joules=0.0, watts=100.0)) as one:
+        short = one.sampler.watch()
+        one.at(1)
+        assert joules(one.sampler.release(short)) == pytest.approx(100)
+        one.at(2, device(1, "cuda:0", joules=600.0))
+        watch = one.sampler.watch()
+        one.at(3, device(1, "cuda:0", joules=1000.0))
+        one.at(3.5)
+        assert joules(one.sampler.release(watch)) == pytest.approx(400 + 200)
+
+
+def test_energy_without_a_counter_is_the_integral_of_power() -> None:
+    """W16: and None where the driver tells neither, or the GPU is somebody else's."""
+    with scene(device(1, "cuda:0", watts=100.0), device(1, "cuda:1"), device(0, "cuda:2")) as one:
+        watch = one.sampler.watch()
+        one.at(
+            2,
+            device(1, "cuda:0", watts=300.0),
+            device(1, "cuda:1"),
+            device(0, "cuda:2", joules=5.0, watts=9.0),
+        )
+        told = [use.joules for use in one.sampler.release(watch)]
+        assert told == [pytest.approx(400), None, None]
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "told"),
+    [
+        ("cpu", 1, [None]),
+        ("cuda", 1, [10.0]),
+        ("cuda:0", 1, [10.0]),
+        ("cuda", 2, [None, None]),
+        ("cuda:1", 2, [None, 10.0]),
+    ],
+)
+def test_whose_gpu_it_is_where_no_process_is_seen(
+    asked: str, gpus: int, told: list[float | None]
+) -> None:
+    """T6: as in a container, whose processes have other numbers for the driver."""
+    seen = [device(0, f"cuda:{number}", watts=10.0) for number in range(gpus)]
+    with scene(*seen, device=asked) as one:
+        watch = one.sampler.watch()
+        one.at(1, *seen)
+        assert [use.joules for use in one.sampler.release(watch)] == told
+
+
+def test_a_counter_that_begins_anew_takes_nothing_back() -> None:
+    """W16: as when the driver is loaded again."""
+    with scene(device(1, "cuda:0", joules=500.0)) as one:
+        watch = one.sampler.watch()
+        one.at(1, device(1, "cuda:0", joules=20.0))
+        one.at(2, device(1, "cuda:0", joules=50.0))
+        assert joules(one.sampler.release(watch)) == pytest.approx(30)
 
 
 class Samples:
@@ -51,49 +184,88 @@ class Samples:
     def __init__(self) -> None:
         self.count = 0
 
-    def __call__(self, pid: int | None = None) -> tuple[Device, ...]:
+    def __call__(self) -> tuple[Device, ...]:
         self.count += 1
         return (device(self.count),)
 
 
-@pytest.fixture
-def samples(monkeypatch: pytest.MonkeyPatch) -> Samples:
-    counted = Samples()
-    monkeypatch.setattr(machine, "devices", counted)
-    return counted
-
-
-def test_the_sampler_follows_each_request_from_its_own_start(samples: Samples) -> None:
-    """T6: many at once, on one sample each time."""
-    sampler = Sampler(period_s=0.02)
-    first = sampler.watch()
+def test_it_samples_while_requests_run_and_rests_when_none_does() -> None:
+    """T6: and once at once when one comes after a rest; it ends when it is told to."""
+    looks = Samples()
+    one = Sampler(looks, period_s=0.02)
+    rests = time.monotonic() + 5
+    while not one._sleeps and time.monotonic() < rests:
+        time.sleep(0.01)
+    before = looks.count
     time.sleep(0.1)
-    second = sampler.watch()
-    (late,) = sampler.release(second)
-    time.sleep(0.1)
-    (use,) = sampler.release(first)
-    sampler.close()
-    sampler.close()
-    assert use.worker_peak > late.worker_peak > 1
-    assert 1 < use.worker_mean < use.worker_peak
-    count = samples.count
+    assert looks.count == before
+    watch = one.watch()
+    deadline = time.monotonic() + 5
+    while looks.count < before + 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (use,) = one.release(watch)
+    assert use.worker_peak >= before + 4
+    assert before < use.worker_mean < use.worker_peak
+    one.close()
+    one.close()
+    count = looks.count
     time.sleep(0.06)
-    assert samples.count == count, "it has ended"
-    assert sampler.release(first) == (use,)
+    assert looks.count == count, "it has ended"
 
 
-async def test_devices_are_looked_at_twice_a_second_at_most(samples: Samples) -> None:
-    """T6: never on the way of a token, however many there are."""
+def test_peaks_take_no_memory_for_what_is_over() -> None:
+    """T6: what no running request can ask for is gone."""
+    with scene(device(99)) as one:
+        for step in range(50):
+            old = one.sampler.watch()
+            one.at(step, device(98 - step))
+            one.sampler.release(old)
+        held = one.sampler._peaks["cpu"].used
+        assert len(held._values) <= 2
+
+
+async def test_devices_are_looked_at_twice_a_second_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """T6: never on the way of a token, however many there are; hardly ever without requests."""
+    samples = Samples()
+    monkeypatch.setattr(sampler, "Worker", lambda: samples)
     async with worker() as one:
         before, began = samples.count, time.monotonic()
         for _ in range(20):
             result = await collect(one.generate(ask("a" * 200)))
             assert result.metrics.devices
+        await asyncio.sleep(0.7)
         elapsed = time.monotonic() - began
         assert samples.count - before <= elapsed * 2 + 1
         start = samples.count
         await asyncio.sleep(1.2)
-        assert 2 <= samples.count - start <= 3
+        assert samples.count - start <= 1
+
+
+def test_a_worker_tells_how_busy_its_process_was() -> None:
+    """T6, W16: the share of the processors that this process may use."""
+    look = sampler.Worker()
+    look()
+    until = time.monotonic() + 0.3
+    while time.monotonic() < until:
+        sum(range(1000))
+    busy = look()[0].busy
+    assert busy is not None
+    assert 0.1 / (os.cpu_count() or 1) < busy <= 1
+
+
+@pytest.mark.parametrize(("leads", "counts"), [(False, True), (True, False)])
+def test_a_worker_counts_processes_of_its_engine(leads: bool, counts: bool) -> None:
+    """T6: and no other worker, each of which leads a session."""
+    command = [sys.executable, "-c", "held = b'x' * (50 << 20); print(flush=True); input()"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, start_new_session=leads, **pipes) as child:
+        assert child.stdout
+        child.stdout.readline()
+        before = devices()[0].worker_used
+        assert (sampler.Worker()()[0].worker_used - before > 50 << 20) == counts
+        child.kill()
 
 
 def test_devices_are_those_of_this_machine() -> None:
@@ -108,35 +280,59 @@ def test_devices_are_those_of_this_machine() -> None:
         child.kill()
 
 
-def test_a_gpu_tells_what_one_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """T6: through the driver's library, where there is one."""
+def fake_driver(**changed: Any) -> Any:
+    """The driver's library with one GPU."""
     mine = SimpleNamespace(pid=os.getpid(), usedGpuMemory=7)
     unknown = SimpleNamespace(pid=os.getpid(), usedGpuMemory=None)
     other = SimpleNamespace(pid=1, usedGpuMemory=100)
-    driver: Any = SimpleNamespace(
-        nvmlDeviceGetCount=lambda: 1,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=1000, used=300),
-        nvmlDeviceGetComputeRunningProcesses=lambda handle: [mine, other, unknown],
-        nvmlDeviceGetName=lambda handle: "Mill",
-        NVMLError=RuntimeError,
-    )
-    monkeypatch.setattr(machine, "_nvml", lambda: driver)
-    gpu = devices()[1]
-    assert gpu == Device(name="cuda:0 Mill", kind="cuda", total=1000, used=300, worker_used=7)
-    assert gpu.key == "cuda:0"
+    told: dict[str, Any] = {
+        "nvmlDeviceGetCount": lambda: 1,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=1000, used=300),
+        "nvmlDeviceGetComputeRunningProcesses": lambda handle: [mine, other, unknown],
+        "nvmlDeviceGetName": lambda handle: "Mill",
+        "nvmlDeviceGetUtilizationRates": lambda handle: SimpleNamespace(gpu=42),
+        "nvmlDeviceGetTotalEnergyConsumption": lambda handle: 5000,
+        "nvmlDeviceGetPowerUsage": lambda handle: 65_500,
+        "nvmlSystemGetDriverVersion": lambda: "570.1",
+        "nvmlSystemGetCudaDriverVersion_v2": lambda: 12080,
+        "NVMLError": RuntimeError,
+    }
+    return SimpleNamespace(**{**told, **changed})
+
+
+def lost(*asked: object) -> Any:
+    raise RuntimeError(asked)
+
+
+def test_a_gpu_tells_what_one_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T6: through the driver's library, where there is one."""
+    monkeypatch.setattr(gpu, "_nvml", fake_driver)
+    seen = devices()[1]
+    assert seen == Device(name="cuda:0 Mill", kind="cuda", total=1000, used=300, worker_used=7)
+    assert seen.key == "cuda:0"
     held = machine.process_memory(os.getpid())
     assert held.keys() == {"cpu", "cuda:0"}
     assert held["cuda:0"] == 7
-
-    def lost(index: int) -> int:
-        raise RuntimeError(index)
-
-    driver.nvmlDeviceGetHandleByIndex = lost
+    monkeypatch.setattr(gpu, "_nvml", lambda: fake_driver(nvmlDeviceGetHandleByIndex=lost))
     assert [device.key for device in devices()] == ["cpu"]
 
 
-def test_the_system_describes_itself() -> None:
+def test_a_gpu_tells_how_busy_it_is_and_what_it_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T6: what the driver does not tell is None, and takes nothing else with it."""
+    monkeypatch.setattr(gpu, "_nvml", fake_driver)
+    seen = sampler.Worker()()[1]
+    assert (seen.busy, seen.joules, seen.watts, seen.energy) == (0.42, 5.0, 65.5, "counter")
+    old = fake_driver(nvmlDeviceGetTotalEnergyConsumption=lost, nvmlDeviceGetUtilizationRates=lost)
+    monkeypatch.setattr(gpu, "_nvml", lambda: old)
+    seen = sampler.Worker()()[1]
+    assert (seen.busy, seen.joules, seen.watts, seen.energy) == (None, None, 65.5, "power")
+    old.nvmlDeviceGetPowerUsage = lost
+    assert sampler.Worker()()[1].energy == "none"
+    assert seen.worker_used == 7
+
+
+def test_the_system_describes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """W5: OS, CPU, instruction sets, memory, library versions, devices."""
     told = system()
     assert told.cores <= told.threads
@@ -144,16 +340,54 @@ def test_the_system_describes_itself() -> None:
     assert told.cpu
     assert "msgspec" in told.libraries
     assert told.devices[0].total > 0
-    assert set(told.instruction_sets) <= set(machine._INSTRUCTION_SETS)
+    assert set(told.instruction_sets) <= set(facts._INSTRUCTION_SETS)
+    assert (told.driver, told.cuda) == ("", "") or len(told.devices) > 1
+    monkeypatch.setattr(gpu, "_nvml", fake_driver)
+    told = system()
+    assert (told.driver, told.cuda, told.devices[1].energy) == ("570.1", "12.8", "counter")
+
+
+def test_the_system_names_the_library_of_each_engine() -> None:
+    """W5: of all engines that are installed."""
+    for about in (engines.about(name) for name in engines.names()):
+        if about.requires:
+            assert about.requires.replace("_", "-") in facts._LIBRARIES
+
+
+def test_the_system_as_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W5: flat, under OpenTelemetry's names; the same whenever it is asked."""
+    monkeypatch.setattr(gpu, "_nvml", fake_driver)
+    info = system()
+    told = machine.attributes(info)
+    assert told == machine.attributes(system())
+    assert told["os.type"] == sys.platform
+    assert told["host.cpu.model.name"] == info.cpu
+    assert told["process.runtime.version"] == info.python
+    assert told["headrace.memory"] == info.devices[0].total
+    assert told["headrace.library.msgspec"] == info.libraries["msgspec"]
+    assert told["headrace.gpu.0.name"] == "Mill"
+    assert told["headrace.gpu.0.memory"] == 1000
+    assert (told["headrace.gpu.driver"], told["headrace.gpu.0.energy"]) == ("570.1", "counter")
+    plain = (str, int, float, tuple)
+    assert {name: value for name, value in told.items() if not isinstance(value, plain)} == {}
+
+
+async def test_the_start_of_a_worker_carries_the_system(caplog: pytest.LogCaptureFixture) -> None:
+    """W5: the same as `doctor` shows."""
+    caplog.set_level("INFO", "headrace.worker")
+    async with worker():
+        pass
+    (start,) = [one for one in caplog.records if one.getMessage() == "headrace.worker.start"]
+    assert machine.attributes(vars(start)["data"]["system"]) == machine.attributes(system())
 
 
 def test_a_machine_without_cpuinfo_has_a_name_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "nothing")
-    assert machine._cpu()[0]
+    monkeypatch.setattr(facts, "_CPUINFO", tmp_path / "nothing")
+    assert facts._cpu()[0]
     (tmp_path / "arm").write_text("processor : 0\nFeatures : fp asimd\n")
-    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "arm")
+    monkeypatch.setattr(facts, "_CPUINFO", tmp_path / "arm")
     assert system().instruction_sets == ("asimd",)
 
 
@@ -222,8 +456,8 @@ def write(folder: Path, **files: object) -> None:
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the system shows its control groups, with nothing in it."""
-    monkeypatch.setattr(machine, "_CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(machine, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "own")
     return tmp_path / "cgroup"
 
 
@@ -252,5 +486,5 @@ def test_no_limit_is_the_whole_machine(groups: Path, tmp_path: Path) -> None:
     write(groups, memory__max="max")
     assert devices()[0].total == psutil.virtual_memory().total
     (tmp_path / "own").unlink()
-    machine._cgroups.cache_clear()
+    memory._cgroups.cache_clear()
     assert devices()[0].total == psutil.virtual_memory().total

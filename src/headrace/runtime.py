@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from pydantic import BaseModel
 
+from headrace import __version__, machine
 from headrace import config as configuration
 from headrace import engines as engine_registry
-from headrace import machine
 from headrace.config import Config, Settings
 from headrace.core.model import ModelFile, ModelInfo, ModelSpec
 from headrace.core.status import Plan
@@ -28,7 +28,11 @@ from headrace.pool.ledger import Ledger
 from headrace.pool.plan import plan_load
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
+from headrace.pool.replica import PooledWorker
 from headrace.pool.state import StateFile
+from headrace.telemetry import setup
+from headrace.telemetry.observed_worker import ObservedWorker
+from headrace.telemetry.span import Tracing
 from headrace.tune import record as tune_record
 from headrace.tune.measure import Shape
 from headrace.tune.record import Record
@@ -39,6 +43,9 @@ from headrace.worker.sizing import Sizing
 from headrace.worker.spare import Spare
 from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, unloaded_info
 from headrace.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from headrace.telemetry.telemetry import Telemetry
 
 
 def engine_options() -> dict[str, type[BaseModel]]:
@@ -117,8 +124,12 @@ def open_worker(
     return WorkerProcess(spec, resolve, on_progress=on_progress, log_settings=logs)
 
 
-def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
+def open_pool(
+    settings: Settings, models: Sequence[ModelSpec], tracing: Tracing | None = None
+) -> Pool:
     """Bind many models to one Backend with one budget of memory; nothing is loaded yet.
+
+    With `tracing`, loads and each worker's answers are spans.
 
     Raises:
         ConfigError: the budget is not one for this machine.
@@ -129,12 +140,15 @@ def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
 
     spare = Spare()
 
-    def open_worker(spec: ModelSpec, report: OnProgress) -> WorkerProcess | RemoteWorker:
-        if is_remote(spec.model):
-            return RemoteWorker(spec, sizing.resolve, on_progress=report, log_content=logs.content)
-        return WorkerProcess(
-            spec, sizing.resolve, on_progress=report, log_settings=logs, spawn=spare.take
+    def open_worker(spec: ModelSpec, report: OnProgress) -> PooledWorker:
+        worker = (
+            RemoteWorker(spec, sizing.resolve, on_progress=report, log_content=logs.content)
+            if is_remote(spec.model)
+            else WorkerProcess(
+                spec, sizing.resolve, on_progress=report, log_settings=logs, spawn=spare.take
+            )
         )
+        return worker if tracing is None else ObservedWorker(worker, spec, tracing)
 
     return Pool(
         models,
@@ -151,23 +165,29 @@ def open_service(
     models: Sequence[ModelSpec],
     *,
     reread: Callable[[], tuple[Settings, Sequence[ModelSpec]]],
-) -> PoolAdmin:
-    """Bind many models to one Backend, `pool` of what is returned, which an operator can change.
+) -> tuple[PoolAdmin, Telemetry]:
+    """Bind many models to one Backend, that of the telemetry, which an operator can change.
 
     What was done by hand before is done again. `reread` reads the configuration for a reload.
 
     Raises:
         ConfigError: the budget is not one for this machine, or another service has the state.
     """
+    # Here, as what is commanded without a service does not need the libraries behind it.
+    from headrace.telemetry.telemetry import Telemetry
+
+    config = settings.config
+    tracing = setup.configure(__version__)
+    observes = config.telemetry.is_on or tracing.exporter is not None
     admin = PoolAdmin(
-        open_pool(settings, models),
+        open_pool(settings, models, tracing if observes else None),
         specify=_specify(settings, models),
-        state=StateFile(settings.config.state_file),
+        state=StateFile(config.state_file),
         reread=lambda: _wanted(settings, *reread()),
-        drain_s=settings.config.server.drain_s,
+        drain_s=config.server.drain_s,
     )
     admin.restore()
-    return admin
+    return admin, Telemetry(admin, tracing, config.telemetry, config.home)
 
 
 async def plan(settings: Settings, spec: ModelSpec) -> Plan:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 from tests.api.fakes import (
@@ -26,6 +27,7 @@ from headrace.api.auth import hash_key
 from headrace.api.settings import ApiSettings
 from headrace.core.errors import Draining
 from headrace.core.model import ModelInfo
+from headrace.core.record import Activity, Call, Rates, RunningRequest
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus
 
 KEYS: dict[str, Any] = {
@@ -46,6 +48,47 @@ CALLS = [(one.method, one.path.replace("{name:path}", "m")) for one in ROUTES]
 
 def bearer(key: str | None) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
+
+
+ACTIVITY = Activity(
+    running=(
+        RunningRequest(
+            id="r", model="m", operation="chat", client="ab", since=1.5, phase="decode",
+            time_to_first_token_ms=20, completion_tokens=3,
+        ),
+    ),
+    rates=(Rates(model="m", window_s=60, requests=7, completion_tokens_per_second=12.5),),
+)  # fmt: skip
+
+
+class FakeObserver:
+    """Knows one thing."""
+
+    def activity(self) -> Activity:
+        return ACTIVITY
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        return b"", accept
+
+    def called(self, call: Call) -> None:
+        pass
+
+
+def observed(admin: FakeAdmin, **settings: Any) -> httpx.AsyncClient:
+    app = create_app(FakeBackend(), ApiSettings(**settings), admin=admin, observer=FakeObserver())
+    transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
+
+
+async def test_activity() -> None:
+    """A: what runs and how fast, where somebody looks; nothing of what was asked or answered."""
+    async with observed(FakeAdmin()) as http:
+        answer = await http.get("/admin/activity")
+    assert msgspec.json.decode(answer.content, type=Activity) == ACTIVITY
+    async with client(admin=FakeAdmin()) as http:
+        answer = await http.get("/admin/activity")
+    assert answer.status_code == 400
+    assert "does not observe" in answer.json()["error"]["message"]
 
 
 async def test_status() -> None:
@@ -177,7 +220,7 @@ async def test_scopes(method: str, path: str, settings: Any, key: Any, status: i
     """A: with any key, models are managed with an admin key alone, whatever they are called."""
     admin = FakeAdmin()
     asked = path + "?model=m" * path.endswith("plan")
-    async with client(admin=admin, **settings) as http:
+    async with observed(admin, **settings) as http:
         answer = await http.request(method, asked, json=BODIES.get(path), headers=bearer(key))
     assert answer.status_code == status
     code = {401: "invalid_api_key", 403: "insufficient_permissions"}.get(status)

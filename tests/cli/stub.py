@@ -14,16 +14,18 @@ import msgspec
 
 class Stub:
     """What it was asked (method, path, body, key), and what it answers: by path, a status and a
-    body; bytes are sent as they are."""
+    body; bytes are sent as they are. Without `awake` it takes requests and says nothing."""
 
     def __init__(self, answers: dict[str, tuple[int, Any]]) -> None:
         self.answers = answers
         self.asked: list[tuple[str, str, Any, str | None]] = []
         self.url = ""
+        self.awake = threading.Event()
+        self.awake.set()
 
 
 @contextmanager
-def stub(answers: dict[str, tuple[int, Any]]) -> Iterator[Stub]:
+def stub(answers: dict[str, tuple[int, Any]], port: int = 0) -> Iterator[Stub]:
     told = Stub(answers)
 
     class Handler(BaseHTTPRequestHandler):
@@ -31,6 +33,7 @@ def stub(answers: dict[str, tuple[int, Any]]) -> Iterator[Stub]:
             size = int(self.headers.get("content-length") or 0)
             body = json.loads(self.rfile.read(size)) if size else None
             key = self.headers.get("authorization")
+            told.awake.wait(10)
             told.asked.append((self.command, self.path, body, key))
             status, answer = told.answers[self.path.partition("?")[0]]
             content = answer if isinstance(answer, bytes) else msgspec.json.encode(answer)
@@ -43,7 +46,7 @@ def stub(answers: dict[str, tuple[int, Any]]) -> Iterator[Stub]:
         def log_message(self, format: str, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     told.url = f"http://127.0.0.1:{server.server_port}"

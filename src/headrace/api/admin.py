@@ -21,7 +21,8 @@ from headrace.api.wire_admin import (
     UpdateRequest,
 )
 from headrace.core.backend import Admin
-from headrace.core.errors import InvalidRequest, UnknownModel
+from headrace.core.errors import InvalidRequest, UnknownModel, Unsupported
+from headrace.core.record import Activity
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
 
 _MODEL = msgspec.json.Decoder(ModelRequest)
@@ -95,6 +96,13 @@ async def events(service: Service, exchange: Exchange) -> None:
     await exchange.unless_gone(send_events(exchange, _admin(service).events()))
 
 
+async def activity(service: Service, exchange: Exchange) -> None:
+    """Tell what runs now, and how each model has done during the last minute."""
+    if service.observer is None:
+        raise Unsupported("This service does not observe its requests.")
+    await _reply(exchange, service.observer.activity())
+
+
 async def load_as_llama_server(service: Service, exchange: Exchange) -> None:
     """Load a model, as llama-server does it."""
     await _load(service, exchange)
@@ -126,6 +134,7 @@ ROUTES = (
     _route("GET", "/admin/plan", plan, Plan, query=("model",)),
     _route("POST", "/admin/reload", reload, Reloaded),
     _route("GET", "/admin/events", events, None, chunk=PoolEvent),
+    _route("GET", "/admin/activity", activity, Activity),
     _route("POST", "/models/load", load_as_llama_server, Success, LoadRequest),
     _route("POST", "/models/unload", unload_as_llama_server, Success, ModelRequest),
     _route("GET", "/api/ps", ps_as_ollama, RunningModels),

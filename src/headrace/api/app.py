@@ -24,6 +24,7 @@ from headrace.api.endpoint import Endpoint, Route
 from headrace.api.exchange import Service
 from headrace.api.gate import Gate
 from headrace.api.health import live, ready
+from headrace.api.metrics import METRICS
 from headrace.api.models import list_models, show_model
 from headrace.api.openapi import document
 from headrace.api.rerank import rerank
@@ -36,7 +37,9 @@ from headrace.api.wire_models import Health, ModelCard, ModelList
 from headrace.api.wire_rerank import Ranking, RankRequest
 from headrace.api.wire_tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from headrace.core.backend import Admin, Backend
+from headrace.core.record import Observer
 
+_LIVE = Route("GET", "/health/live", live, Health)
 ROUTES = (
     Route("GET", "/v1/models", list_models, ModelList),
     Route("GET", "/v1/models/{model_id:path}", show_model, ModelCard),
@@ -49,7 +52,7 @@ ROUTES = (
     Route("POST", "/rerank", rerank, Ranking, RankRequest),
     Route("POST", "/tokenize", tokenize, Tokens, TokenizeRequest),
     Route("POST", "/detokenize", detokenize, Text, DetokenizeRequest),
-    Route("GET", "/health/live", live, Health),
+    _LIVE,
     Route("GET", "/health/ready", ready, Health, unready=True),
     Route("GET", "/health", ready, Health, unready=True),
 )
@@ -58,11 +61,12 @@ ROUTES = (
 class Application(Starlette):
     """The ASGI application of one service."""
 
-    def __init__(self, service: Service) -> None:
-        routes = (*ROUTES, *administration.ROUTES) if service.admin else ROUTES
+    def __init__(
+        self, service: Service, routes: Sequence[Route], more: Sequence[BaseRoute] = ()
+    ) -> None:
         served = [Path(one.path, Endpoint(one, service), methods=[one.method]) for one in routes]
         super().__init__(
-            routes=[*served, *_descriptions(routes, service)],
+            routes=[*served, *more],
             exception_handlers={HTTPException: _routing_problem},
             middleware=[Middleware(Gate, service=service)],
         )
@@ -73,6 +77,10 @@ class Application(Starlette):
         """Serve what comes from now on by other settings; what has begun keeps its own."""
         self._service.settings = settings
 
+    def metrics_alone(self) -> Application:
+        """Return an application of /metrics and /health/live, of the same service and settings."""
+        return Application(self._service, (METRICS, _LIVE))
+
 
 def create_app(
     backend: Backend,
@@ -80,13 +88,20 @@ def create_app(
     *,
     ready: Callable[[], bool] | None = None,
     admin: Admin | None = None,
+    observer: Observer | None = None,
+    metrics: bool = True,
 ) -> Application:
     """Build the ASGI application. `ready` tells whether requests would be answered now.
 
     Without `ready`, it is when every model of the backend is, or with `admin` when one is or can
-    be loaded. With `admin` models can be managed. The backend is not closed here.
+    be loaded. With `admin` models can be managed. The backend is not closed here. `observer` is
+    told of every request and tells at /metrics, unless `metrics` is false.
     """
-    return Application(Service(backend, settings, ready, admin))
+    routes = (*ROUTES, *administration.ROUTES) if admin else ROUTES
+    if observer is not None and metrics:
+        routes = (*routes, METRICS)
+    service = Service(backend, settings, ready, admin, observer)
+    return Application(service, routes, _descriptions(routes, service))
 
 
 def _descriptions(routes: Sequence[Route], service: Service) -> list[BaseRoute]:

@@ -13,6 +13,7 @@ from headrace.api.settings import ApiSettings
 from headrace.core.errors import Forbidden, Unauthorized
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+METRICS_PATH = "/metrics"
 
 _CLIENT_DIGITS = 16
 
@@ -22,24 +23,34 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def authorise(headers: dict[bytes, bytes], settings: ApiSettings) -> tuple[str, bool]:
+def authorise(
+    headers: dict[bytes, bytes], settings: ApiSettings, path: str = ""
+) -> tuple[str, bool]:
     """Let a request with a known key pass; return a short id of the key, and if it is an admin's.
 
-    Without any keys everybody passes, as an admin without an id.
+    Without any keys everybody passes, as an admin without an id. Keys for the metrics alone close
+    nothing but the metrics.
 
     Raises:
         Unauthorized: there is no key, or an unknown one.
+        Forbidden: the key is for the metrics and the path is not, or the other way round.
     """
-    if not settings.has_keys:
+    metrics = path == METRICS_PATH
+    if not (settings.has_keys or (metrics and settings.metrics_key_hashes)):
         return "", True
     key = _key(headers)
     if key is None:
         raise Unauthorized("An API key is needed: send it as `Authorization: Bearer <key>`.")
     offered = hashlib.sha256(key).hexdigest()
     is_admin = _is_among(offered, settings.admin_key_hashes)
+    asks = _is_among(offered, settings.key_hashes)
+    reads = _is_among(offered, settings.metrics_key_hashes)
     # Not `or`: all are compared, so that the time tells nothing of which one, or how near.
-    if not is_admin | _is_among(offered, settings.key_hashes):
+    if not is_admin | asks | reads:
         raise Unauthorized("This API key is not known here.")
+    if not is_admin | (reads if metrics else asks):
+        what = "may ask models, not read /metrics" if metrics else "may read /metrics alone"
+        raise Forbidden(f"This API key {what}.")
     return offered[:_CLIENT_DIGITS], is_admin
 
 

@@ -20,7 +20,8 @@ Handler = Callable[[Service, Exchange], Awaitable[None]]
 class Route:
     """One row of the table of routes; `chunk` is what a streamed answer is made of.
 
-    `answer` is None where there are only streams. `query` are required parameters.
+    `answer` is None where there are only streams, or text of the kinds `texts`. `query` are
+    required parameters.
     """
 
     method: str
@@ -32,6 +33,7 @@ class Route:
     unready: bool = False
     query: tuple[str, ...] = ()
     admin: bool = False
+    texts: tuple[str, ...] = ()
 
 
 class Endpoint:

@@ -64,7 +64,9 @@ class Gate:
                 return
             if scope["path"] not in auth.OPEN_PATHS:
                 call = exchange.call
-                call.client, call.is_admin = auth.authorise(headers, exchange.settings)
+                call.client, call.is_admin = auth.authorise(
+                    headers, exchange.settings, scope["path"]
+                )
             await self._app(scope, receive, exchange.send)
         except Exception as error:
             # The edge: what is refused or broken becomes an answer, while one can be given.

@@ -42,6 +42,7 @@ def _operation(route: Route) -> dict[str, Any]:
     operation_id = _PATH.sub("id", route.path).strip("/").replace("/", "_")
     summary = (route.handler.__doc__ or "").partition("\n")[0]
     content = _json(route.answer) if route.answer else {}
+    content |= {kind: {} for kind in route.texts}
     if route.chunk is not None:
         item = _chunk(route.chunk) if route.answer else _event(route.chunk)
         content["text/event-stream"] = {"itemSchema": item}

@@ -17,8 +17,10 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     `host` is the address the server is bound to. `allowed_hosts` and `allowed_origins` add to
     the loopback names; `*` allows all. `key_hashes` and `admin_key_hashes` are SHA-256 in
     lower-case hex; when there is one, every route but /health* needs a key, and what manages
-    models an admin key. `deadline_s` bounds a request from its arrival. `load_wait_s` is how long
-    a request that is not streamed waits for its model to load.
+    models an admin key. `metrics_key_hashes` are those of keys that open /metrics and nothing
+    else; when there is a key of any kind, /metrics needs one of these or an admin's.
+    `deadline_s` bounds a request from its arrival. `load_wait_s` is how long a request that is
+    not streamed waits for its model to load.
 
     Raises:
         ConfigError: a key hash is not a SHA-256 in hex, or a limit is not positive.
@@ -29,6 +31,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     allowed_origins: tuple[str, ...] = ()
     key_hashes: tuple[str, ...] = ()
     admin_key_hashes: tuple[str, ...] = ()
+    metrics_key_hashes: tuple[str, ...] = ()
     system_fingerprint: str = "headrace"
     max_body: int = 8 << 20
     max_head: int = 32 << 10
@@ -50,7 +53,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse what could only fail later."""
-        for name in ("key_hashes", "admin_key_hashes"):
+        for name in ("key_hashes", "admin_key_hashes", "metrics_key_hashes"):
             if not all(_SHA256.fullmatch(value) for value in getattr(self, name)):
                 raise ConfigError(f"{name}: each is a SHA-256 in lower-case hex.")
         for name in self.__struct_fields__:
@@ -61,5 +64,5 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def has_keys(self) -> bool:
-        """Tell whether a key is needed."""
+        """Tell whether a key is needed to ask."""
         return bool(self.key_hashes or self.admin_key_hashes)

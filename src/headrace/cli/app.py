@@ -14,7 +14,19 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from headrace.cli import check_engine, config, doctor, pool, ps, serve, store, tune
+from headrace.cli import (
+    check_engine,
+    config,
+    doctor,
+    pool,
+    ps,
+    serve,
+    store,
+    top,
+    trace,
+    tune,
+    usage,
+)
 from headrace.cli import run as run_command
 from headrace.cli.common import Common, with_common
 from headrace.core.errors import ConfigError, HeadraceError, RequestError
@@ -61,6 +73,8 @@ app.command("show")(with_common(store.show))
 app.command("tune")(with_common(tune.tune))
 app.command("rm")(with_common(store.rm))
 app.command("ps")(with_common(ps.ps))
+app.command("top")(with_common(top.top))
+app.command("usage")(with_common(usage.usage))
 app.command("start")(with_common(pool.start))
 app.command("stop")(with_common(pool.stop))
 app.command("restart")(with_common(pool.restart))
@@ -72,6 +86,7 @@ app.command("reload")(with_common(pool.reload))
 app.command("doctor")(with_common(doctor.doctor))
 app.command("check-engine")(with_common(check_engine.check_engine))
 app.add_typer(config.app, name="config")
+app.add_typer(trace.app, name="trace")
 
 
 def run(arguments: Sequence[str]) -> int:

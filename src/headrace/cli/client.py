@@ -14,6 +14,7 @@ from headrace.config import Settings
 from headrace.config.sources import CLIENT_KEYS
 from headrace.core import errors
 from headrace.core.errors import ConfigError, HeadraceError
+from headrace.core.record import Activity
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
 
 T = TypeVar("T")
@@ -79,6 +80,10 @@ class Client:
     async def status(self) -> PoolStatus:
         """Ask how all models stand."""
         return await self._ask("GET", "/admin/models", PoolStatus)
+
+    async def activity(self) -> Activity:
+        """Ask what runs now, and how each model has done of late."""
+        return await self._ask("GET", "/admin/activity", Activity)
 
     async def order(self, what: str, model: str, **fields: Any) -> ModelStatus:
         """Order one of `load`, `unload`, `restart`, `pin` and `update`, and wait for its end."""

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from headrace.cli import terminal
 from headrace.cli.common import Common
+
+if TYPE_CHECKING:
+    from headrace.config import Config
+    from headrace.machine import Device
+
+_OTLP = (
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_TRACES_EXPORTER",
+)
 
 
 def doctor(common: Common) -> None:
@@ -26,6 +37,7 @@ def doctor(common: Common) -> None:
         "providers": [_known(*one) for one in runtime.providers().items()],
         "home": {"path": home, "free": _free(home), "models": len(_stored(settings.config))},
         "configuration": {"file": settings.file, "searched": list(settings.searched)},
+        "telemetry": _telemetry(settings.config),
     }
     if common.as_json:
         terminal.print_json(found)
@@ -34,6 +46,8 @@ def doctor(common: Common) -> None:
     machine = plain["system"]
     terminal.columns((), [("os", machine["os"]), ("python", machine["python"]), _cpu(machine)])
     terminal.columns((), [("library", *pair) for pair in machine["libraries"].items()])
+    if machine["driver"]:
+        print(f"gpu driver {machine['driver']}, for CUDA {machine['cuda'] or 'unknown'}")
     print()
     terminal.columns(("ENGINE", "RUNS", "FORMATS", "WHY"), [_engine(e) for e in plain["engines"]])
     print()
@@ -41,11 +55,13 @@ def doctor(common: Common) -> None:
     names = ", ".join(one["name"] for one in plain["providers"])
     print(f"remote  {names}; keys are set for: {', '.join(with_key) or 'none'}")
     print()
-    terminal.columns(("DEVICE", "MEMORY", "FREE"), [_device(one) for one in machine["devices"]])
+    heads = ("DEVICE", "MEMORY", "FREE", "ENERGY")
+    terminal.columns(heads, [_device(one) for one in system.devices])
     print()
     free, count = terminal.size(plain["home"]["free"]), plain["home"]["models"]
     print(f"home    {home} ({count} models, {free} free)")
     print(f"config  {settings.file or 'none; ' + ' and '.join(map(str, settings.searched))}")
+    _print_telemetry(plain["telemetry"])
 
 
 def _known(name: str, provider: Any) -> dict[str, Any]:
@@ -76,6 +92,45 @@ def _engine(engine: dict[str, Any]) -> tuple[str, ...]:
     return engine["name"], runs, ", ".join(engine["formats"]), engine["reason"]
 
 
-def _device(device: dict[str, Any]) -> tuple[str | None, ...]:
-    free = device["total"] - device["used"]
-    return device["name"], terminal.size(device["total"]), terminal.size(free)
+def _device(device: Device) -> tuple[str | None, ...]:
+    told = None if device.kind == "cpu" else device.energy
+    free = device.total - device.used
+    return device.name, terminal.size(device.total), terminal.size(free), told
+
+
+def _telemetry(config: Config) -> dict[str, Any]:
+    """Return what is kept of requests and where, and who is told of them."""
+    from headrace.telemetry import usage
+
+    kept, port = config.telemetry, config.server.port
+    if kept.metrics_port is not None:
+        port = kept.metrics_port
+    host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+    return {
+        "traces": {"on": kept.traces, **_size(config.home / "traces")},
+        "content": kept.trace_content,
+        "usage": {"on": kept.usage, **_size(config.home / usage.FILE)},
+        "otlp": otlp_by(os.environ),
+        "metrics": f"http://{host}:{port}/metrics" if kept.metrics else None,
+    }
+
+
+def otlp_by(environ: Mapping[str, str]) -> str | None:
+    """Return the variable by which spans are sent to a collector, if one says so."""
+    signal = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
+    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or signal == "none":
+        return None
+    return next((name for name in _OTLP if environ.get(name, "").strip()), None)
+
+
+def _size(place: Path) -> dict[str, Any]:
+    files = [one for one in (place, *place.glob("*")) if one.is_file()]
+    return {"path": place, "size": sum(one.stat().st_size for one in files)}
+
+
+def _print_telemetry(told: dict[str, Any]) -> None:
+    for name in ("traces", "usage"):
+        one = told[name]
+        print(f"{name:7} {one['path']} ({terminal.size(one['size']) if one['on'] else 'off'})")
+    print(f"metrics {told['metrics'] or 'off'}")
+    print(f"otlp    {'on, by ' + told['otlp'] if told['otlp'] else 'off'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import ipaddress
 import json
@@ -21,7 +22,7 @@ from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from headrace.cli.service import Read
-    from headrace.config import ServerSettings, Settings
+    from headrace.config import Config, ServerSettings, Settings
     from headrace.core.model import ModelSpec
 
 _BACKLOG = 2048
@@ -111,11 +112,18 @@ def _serve(read: Read, *, as_json: bool) -> None:
     settings, specs = read()
     server = settings.config.server
     _warn_of_keys(server)
-    with listen(server) as listener:
+    with listen(server) as listener, _aside(settings.config) as metrics:
         from headrace.cli.service import live
 
-        say = functools.partial(announce, listener, specs, server, as_json=as_json)
-        _loop(live(settings, specs, listener, reread=read, announce=say))
+        say = functools.partial(announce, listener, specs, server, metrics, as_json=as_json)
+        _loop(live(settings, specs, listener, reread=read, announce=say, metrics=metrics))
+
+
+def _aside(config: Config) -> contextlib.AbstractContextManager[socket.socket | None]:
+    port = config.telemetry.metrics_port if config.telemetry.metrics else None
+    if port is None:
+        return contextlib.nullcontext()
+    return listen(config.server.model_copy(update={"port": port}))
 
 
 def _warn_of_keys(server: ServerSettings) -> None:
@@ -193,17 +201,20 @@ def announce(
     listener: socket.socket,
     specs: Sequence[ModelSpec],
     settings: ServerSettings,
+    metrics: socket.socket | None = None,
     *,
     as_json: bool,
 ) -> None:
     """Print the address, and how to ask."""
-    host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = _url(listener)
     names = [spec.name for spec in specs]
+    aside = {} if metrics is None else {"metrics": f"{_url(metrics)}/metrics"}
     if as_json:
-        print(json.dumps({"url": url, "models": names}), flush=True)
+        print(json.dumps({"url": url, "models": names, **aside}), flush=True)
         return
     print(f"Headrace serves {', '.join(names)} on {url}", flush=True)
+    for place in aside.values():
+        print(f"Metrics are at {place}", flush=True)
     message = {"role": "user", "content": "Name three rivers."}
     body = shlex.quote(json.dumps({"model": names[0], "messages": [message]}))
     key = ' -H "Authorization: Bearer $KEY"' if has_keys(settings) else ""
@@ -211,3 +222,8 @@ def announce(
         f"Try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {body}",
         flush=True,
     )
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -19,7 +19,7 @@ from headrace import runtime
 from headrace.api.app import create_app
 from headrace.api.settings import ApiSettings
 from headrace.cli import terminal
-from headrace.config import ServerSettings, Settings
+from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
 from headrace.core.model import ModelSpec
 from headrace.core.status import Reloaded
@@ -39,8 +39,11 @@ async def live(
     *,
     reread: Read,
     announce: Callable[[], None],
+    metrics: socket.socket | None = None,
 ) -> None:
     """Serve on a socket until a signal comes; `announce` is called when it can be asked.
+
+    `metrics` is a socket for the metrics alone.
 
     Raises:
         HeadraceError: why nothing could be loaded.
@@ -48,12 +51,16 @@ async def live(
     service = _Service(settings, specs, reread)
     loading = service.begin(service.load())
     following = service.begin(service.follow())
+    watching = service.begin(service.telemetry.watch())
+    if metrics is not None:
+        service.begin(service.aside.serve(sockets=[metrics]))
     try:
         with service.signals():
             announce()
             await service.server.serve(sockets=[listener])
     finally:
         following.cancel()
+        watching.cancel()
         loading.cancel()
         await service.aclose()
     if not loading.cancelled():
@@ -78,11 +85,19 @@ class _Service:
         # Where the service was started by hand, it goes when its terminal does.
         self._terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
         self._optional = not all(spec.preload and spec.enabled for spec in specs)
-        self.admin = runtime.open_service(settings, specs, reread=self._reread)
+        self.admin, self.telemetry = runtime.open_service(settings, specs, reread=self._reread)
         self.backend = self.admin.pool
-        api = api_settings(settings.config.server)
-        self._app = create_app(self.backend, api, ready=self.ready, admin=self.admin)
+        api, telemetry = api_settings(settings.config), settings.config.telemetry
+        self._app = create_app(
+            self.telemetry.backend,
+            api,
+            ready=self.ready,
+            admin=self.admin,
+            observer=self.telemetry,
+            metrics=telemetry.metrics and telemetry.metrics_port is None,
+        )
         self.server = _Server(_uvicorn(self._app, api))
+        self.aside = _Server(_uvicorn(self._app.metrics_alone(), api))
 
     def ready(self) -> bool:
         """Tell whether new requests are taken."""
@@ -146,15 +161,18 @@ class _Service:
     async def follow(self) -> None:
         """Apply to the server what a reload has changed, once the models have taken it."""
         async for event in self.admin.events():
+            self.telemetry.happened(event)
             if event.kind == "reloaded":
                 self._settings = self._latest
-                self._app.replace_settings(api_settings(self._latest.config.server))
+                self._app.replace_settings(api_settings(self._latest.config))
 
     async def aclose(self) -> None:
         """End all that runs here, and the backend."""
         await self.backend.aclose()
+        self.aside.should_exit = True
         if self._tasks:
             await asyncio.wait(self._tasks)
+        await self.telemetry.aclose()
 
     def _reread(self) -> tuple[Settings, list[ModelSpec]]:
         settings, specs = self._read()
@@ -183,14 +201,16 @@ def _tell(reloading: asyncio.Task[Reloaded]) -> None:
         _log.error("The configuration could not be read again.", exc_info=error)
 
 
-def api_settings(settings: ServerSettings) -> ApiSettings:
+def api_settings(config: Config) -> ApiSettings:
     """Return what the HTTP surface has to know of the configuration."""
+    settings = config.server
     return ApiSettings(
         host=settings.host,
         allowed_hosts=settings.allowed_hosts,
         allowed_origins=settings.allowed_origins,
         key_hashes=_digests(settings.api_keys),
         admin_key_hashes=_digests(settings.admin_keys),
+        metrics_key_hashes=_digests(config.telemetry.metrics_keys),
         max_body=settings.max_body_bytes,
         deadline_s=settings.deadline_s,
         headers_after_s=settings.headers_after_s,

@@ -169,6 +169,11 @@ class TelemetrySettings(_Frozen):
     )
     usage: bool = Field(default=True, description="count tokens and time by key, model and day")
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is kept or told."""
+        return self.metrics or self.traces or self.usage
+
     @field_validator("redact")
     @classmethod
     def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:

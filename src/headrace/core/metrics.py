@@ -30,7 +30,9 @@ class Gaps(msgspec.Struct, frozen=True, kw_only=True):
 class DeviceUse(msgspec.Struct, frozen=True, kw_only=True):
     """Memory of one device in bytes; `worker_*` is what this worker holds of it.
 
-    Mean and peak are over the request, sampled in the background.
+    Mean and peak are over the request, sampled in the background; `busy_*` are from 0 to 1, of a
+    GPU what everybody did and of the host what this worker did. `joules` is the request's share of
+    the energy. What nobody tells is None, and so is `busy_*` of a request that was soon over.
     """
 
     name: str
@@ -39,6 +41,9 @@ class DeviceUse(msgspec.Struct, frozen=True, kw_only=True):
     worker_used: int
     worker_mean: int
     worker_peak: int
+    busy_mean: float | None = None
+    busy_peak: float | None = None
+    joules: float | None = None
 
 
 class InferenceMetrics(msgspec.Struct, frozen=True, kw_only=True):

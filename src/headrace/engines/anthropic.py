@@ -101,7 +101,9 @@ class Engine:
         patience, reading = Patience(self._options), _Reading()
         stream: Any = None
         try:
-            create = self._connected().messages.create(stream=True, **body)
+            create = self._connected().messages.create(
+                stream=True, extra_headers=remote.trace_headers(request), **body
+            )
             stream = await patience.wait(create)
             while (event := await patience.wait(_next(stream))) is not None:
                 delta = reading.take(event)

@@ -137,7 +137,7 @@ class Engine:
         remote.check_plain(request, self._provider, self._provider.sampling)
         path, body = openai_body.generate(request, self._model, self._provider)
         reading, patience = Reading(self._way, request.n), Patience(self._options)
-        events = self._connected().events(path, body, patience)
+        events = self._connected().events(path, body, remote.trace_headers(request), patience)
         try:
             async for data in events:
                 deltas = list(reading.deltas(data))
@@ -151,7 +151,7 @@ class Engine:
     async def embed(self, request: EmbedRequest) -> tuple[Sequence[bytes], Usage]:
         """Return the vectors as the upstream gives them."""
         body = openai_body.embed(request, self._model, self._provider)
-        said = await self._ask("/embeddings", body, _Vectors)
+        said = await self._ask("/embeddings", body, _Vectors, request)
         places = [place if one.index is None else one.index for place, one in enumerate(said.data)]
         if sorted(places) != list(range(len(request.inputs))):
             raise UpstreamError("The upstream gave vectors for other inputs than it was given.")
@@ -161,7 +161,7 @@ class Engine:
     async def rerank(self, request: RerankRequest) -> tuple[Sequence[tuple[int, float]], Usage]:
         """Return the documents' places and scores, best first."""
         body = openai_body.rerank(request, self._model)
-        said = await self._ask("/rerank", body, _Scores)
+        said = await self._ask("/rerank", body, _Scores, request)
         if not {one.index for one in said.results} <= set(range(len(request.documents))):
             raise UpstreamError("The upstream ranked documents that it was not given.")
         best = sorted(said.results, key=lambda one: -one.relevance_score)[: request.top_n]
@@ -172,7 +172,7 @@ class Engine:
         if not self._provider.tokenize:
             return remote.estimated_count(request)
         url = f"{self._way.base_url.removesuffix('/v1')}/tokenize"
-        said = await self._ask("", openai_body.count(request, self._model), _Tokens, url)
+        said = await self._ask("", openai_body.count(request, self._model), _Tokens, url=url)
         ids = None if said.tokens is None else tuple(said.tokens)
         return TokenCount(count=said.count, token_ids=ids, estimated=said.estimated)
 
@@ -187,8 +187,16 @@ class Engine:
             self._upstream = _UPSTREAMS.take(self._place, self._connect)
         return self._upstream
 
-    async def _ask(self, path: str, body: bytes, kind: type[T], url: str | None = None) -> T:
-        said: Any = await self._connected().ask(path, body, url)
+    async def _ask(
+        self,
+        path: str,
+        body: bytes,
+        kind: type[T],
+        request: EmbedRequest | RerankRequest | None = None,
+        url: str | None = None,
+    ) -> T:
+        headers = remote.trace_headers(request) if request else {}
+        said: Any = await self._connected().ask(path, body, headers, url)
         try:
             return msgspec.convert(said, kind, strict=False)
         except msgspec.ValidationError as error:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import random
 import ssl
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -63,8 +63,10 @@ class Upstream:
         """Tell the address."""
         return f"<Upstream {self._way.base_url}>"
 
-    async def ask(self, path: str, body: bytes, url: str | None = None) -> Any:
-        """Return the JSON of an answer.
+    async def ask(
+        self, path: str, body: bytes, headers: Mapping[str, str], url: str | None = None
+    ) -> Any:
+        """Return the JSON of an answer. `headers` go beside our own.
 
         Raises:
             HeadraceError: what the upstream's refusal means, or that there is no answer.
@@ -72,7 +74,8 @@ class Upstream:
         wait = asyncio.timeout(self._options.first_token_s)
         try:
             async with wait:
-                response = await self._open(url or f"{self._way.base_url}{path}", body, _JSON)
+                place = url or f"{self._way.base_url}{path}"
+                response = await self._open(place, body, _JSON, headers)
                 try:
                     said = await _read(response, _LONGEST_BODY)
                 finally:
@@ -90,7 +93,7 @@ class Upstream:
         raise UpstreamError(f"No answer within {self._options.first_token_s:g} s.")
 
     async def events(
-        self, path: str, body: bytes, patience: Patience
+        self, path: str, body: bytes, headers: Mapping[str, str], patience: Patience
     ) -> AsyncGenerator[bytes, None]:
         """Yield the data of events, without the last one, which is [DONE].
 
@@ -100,7 +103,7 @@ class Upstream:
         response: httpx.Response | None = None
         reader, done = EventReader(), False
         try:
-            opening = self._open(f"{self._way.base_url}{path}", body, _EVENTS)
+            opening = self._open(f"{self._way.base_url}{path}", body, _EVENTS, headers)
             response = await patience.wait(opening)
             chunks = response.aiter_bytes()
             while not done and (chunk := await patience.wait(anext(chunks, None))) is not None:
@@ -125,10 +128,12 @@ class Upstream:
         """Close all connections."""
         await self._http.aclose()
 
-    async def _open(self, url: str, body: bytes, kind: str) -> httpx.Response:
+    async def _open(
+        self, url: str, body: bytes, kind: str, more: Mapping[str, str]
+    ) -> httpx.Response:
         """Return an answer that has begun well. Nothing is tried again once one has begun."""
         for tried in itertools.count():
-            answer = await self._try(url, body, kind)
+            answer = await self._try(url, body, kind, more)
             if not isinstance(answer, _Failed):
                 return answer
             wait_s = self._wait_s(answer, tried)
@@ -137,8 +142,10 @@ class Upstream:
             await asyncio.sleep(wait_s)
         raise AssertionError
 
-    async def _try(self, url: str, body: bytes, kind: str) -> httpx.Response | _Failed:
-        headers = {"Content-Type": _JSON, "Accept": kind}
+    async def _try(
+        self, url: str, body: bytes, kind: str, more: Mapping[str, str]
+    ) -> httpx.Response | _Failed:
+        headers = {**more, "Content-Type": _JSON, "Accept": kind}
         request = self._http.build_request("POST", url, content=body, headers=headers)
         try:
             response = await self._http.send(request, stream=True)

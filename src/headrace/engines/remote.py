@@ -29,7 +29,13 @@ from headrace.core.errors import (
     UpstreamError,
 )
 from headrace.core.model import Capabilities
-from headrace.core.request import CountRequest, GenerateRequest, TokenCount
+from headrace.core.request import (
+    CountRequest,
+    EmbedRequest,
+    GenerateRequest,
+    RerankRequest,
+    TokenCount,
+)
 from headrace.core.status import Footprint
 from headrace.engines.base import EngineFacts, EngineOptions, OpenRequest
 from headrace.models.providers import PROVIDERS, Provider
@@ -185,6 +191,12 @@ def check_plain(request: GenerateRequest, provider: Provider, sampling: frozense
         raise Unsupported(
             f"{provider.title} takes no options of the chat template.", param="chat_template_kwargs"
         )
+
+
+def trace_headers(request: GenerateRequest | EmbedRequest | RerankRequest) -> dict[str, str]:
+    """Return what tells an upstream to which trace a request belongs."""
+    told = {"traceparent": request.traceparent, "tracestate": request.tracestate}
+    return {name: value for name, value in told.items() if value and request.traceparent}
 
 
 def estimate(text: str) -> int:

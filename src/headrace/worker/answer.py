@@ -39,7 +39,7 @@ from headrace.machine import Sampler
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.admission import Admission
 from headrace.worker.batching import Batcher
-from headrace.worker.meter import Meter, figures
+from headrace.worker.meter import Meter, figures, trace_of
 from headrace.worker.prompt import Job, Prompter
 
 log = logging.getLogger("headrace.worker")
@@ -169,7 +169,11 @@ class Answer:
             admission.leave(entered)
 
     def _record(self) -> dict[str, object]:
-        record = {"id": self._request.id, **figures(self._metrics())}
+        record = {
+            "id": self._request.id,
+            **trace_of(self._request),
+            **figures(self._metrics()),
+        }
         if self._said is None:
             return record
         asked = self._request.messages or self._request.prompt

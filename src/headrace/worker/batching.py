@@ -17,24 +17,26 @@ Result = TypeVar("Result")
 OnStep = Callable[[int, int], None]
 """Called with how many of a request's items are done, and of how many."""
 
-# A batch is padded to its longest: what is less than half of that, and more than this shorter,
-# goes into another one.
-_NEAR = 16
-
 
 class BatchLimits(NamedTuple):
-    """How much goes through an engine at once; tokens count with the padding."""
+    """How much goes through an engine at once; tokens count with the padding.
+
+    A batch is padded to its longest. `padding` is the tokens that take as long as beginning a
+    batch does: what would bring more padding than that is better off in a batch of its own.
+    """
 
     items: int = 32
     tokens: int = 16384
+    padding: int = 256
 
 
 def limits_of(engine: Engine) -> BatchLimits:
-    """Return what the engine says in `batch_items` and `batch_tokens`, where it does."""
+    """Return what the engine says in `batch_items`, `_tokens` and `_padding`, where it does."""
     usual = BatchLimits()
     return BatchLimits(
         getattr(engine, "batch_items", None) or usual.items,
         getattr(engine, "batch_tokens", None) or usual.tokens,
+        getattr(engine, "batch_padding", None) or usual.padding,
     )
 
 
@@ -133,14 +135,15 @@ class Batcher(Generic[Item, Result]):
             window.append((ticket, ticket.order.pop()))
             if ticket.order:
                 self._waiting.append(ticket)
-        longest = 0
+        longest = padding = 0
         for one in sorted(window, key=self._tokens, reverse=True):
             size = self._tokens(one)
             room = self._batches and (len(self._batches[-1]) + 1) * longest <= self._limits.tokens
-            if room and longest <= 2 * size + _NEAR:
+            padding += longest - size
+            if room and padding <= self._limits.padding:
                 self._batches[-1].append(one)
             else:
-                longest = size
+                longest, padding = size, 0
                 self._batches.append([one])
 
     def _tokens(self, one: tuple[_Ticket[Item, Result], int]) -> int:

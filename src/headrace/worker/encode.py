@@ -27,12 +27,15 @@ from headrace.core.request import EmbedRequest, EmbedResult, Ranked, RerankReque
 from headrace.engines.base import Engine, Pair, Reranker
 from headrace.worker.answer import Loaded, check_task, failure_of, too_late
 from headrace.worker.batching import Batcher, OnStep
-from headrace.worker.meter import Meter, figures
+from headrace.worker.meter import Meter, figures, trace_of
 
 log = logging.getLogger("headrace.worker")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+# Letters or bytes up to which a thread costs more than the work in it.
+_SMALL = 4096
 
 
 async def embed(loaded: Loaded, request: EmbedRequest, on_step: OnStep) -> EmbedResult:
@@ -45,9 +48,11 @@ async def embed(loaded: Loaded, request: EmbedRequest, on_step: OnStep) -> Embed
     try:
         check_task(loaded, "embed")
         dimensions = _dimensions(loaded, request)
-        token_ids = await asyncio.to_thread(_token_ids, loaded, request)
+        large = sum(map(len, request.inputs)) > _SMALL
+        token_ids = await _made(large, lambda: _token_ids(loaded, request))
         raw = await turn.take(loaded.embeddings, token_ids, sum(map(len, token_ids)))
-        vectors = await asyncio.to_thread(_shaped, raw, dimensions, normalize=request.normalize)
+        large = sum(map(len, raw)) > _SMALL
+        vectors = await _made(large, lambda: _shaped(raw, dimensions, request.normalize))
         usage, metrics = turn.finish()
         return EmbedResult(
             vectors=vectors, dimensions=len(vectors[0]) // 4, usage=usage, metrics=metrics
@@ -79,6 +84,10 @@ async def rerank(loaded: Loaded, request: RerankRequest, on_step: OnStep) -> Rer
         raise turn.failed(error) from error
     finally:
         turn.close()
+
+
+async def _made(large: bool, make: Callable[[], Result]) -> Result:
+    return await asyncio.to_thread(make) if large else make()
 
 
 class _Turn:
@@ -131,7 +140,8 @@ class _Turn:
 
     def close(self) -> None:
         """Write the record of the request."""
-        record = {"id": self._request.id, **figures(self._metrics())}
+        request = self._request
+        record = {"id": request.id, **trace_of(request), **figures(self._metrics())}
         log.info("headrace.request", extra={"data": record})
 
     def _step(self, done: int, total: int) -> None:
@@ -210,7 +220,7 @@ def _pairs(loaded: Loaded, request: RerankRequest) -> list[Pair]:
     return made
 
 
-def _shaped(raw: Sequence[bytes], dimensions: int | None, *, normalize: bool) -> tuple[bytes, ...]:
+def _shaped(raw: Sequence[bytes], dimensions: int | None, normalize: bool) -> tuple[bytes, ...]:
     shape: Callable[[bytes], bytes] = _normal if normalize else bytes
     return tuple(shape(vector[: None if dimensions is None else 4 * dimensions]) for vector in raw)
 

@@ -107,6 +107,11 @@ def figures(metrics: InferenceMetrics) -> dict[str, object]:
     }
 
 
+def trace_of(request: GenerateRequest | EmbedRequest | RerankRequest) -> dict[str, object]:
+    """Return the id of the trace that a request belongs to, for its log record."""
+    return {"trace_id": request.traceparent[3:35]} if request.traceparent else {}
+
+
 def _ms(start: float | None, end: float | None) -> float | None:
     return None if start is None or end is None else max(0.0, end - start) * 1000
 

@@ -26,7 +26,7 @@ from headrace.engines.base import RemoteEngine, RemoteEvent, RemoteFinish
 from headrace.engines.remote import estimated_count
 from headrace.text.stops import StopMatcher
 from headrace.worker.admission import Admission
-from headrace.worker.meter import Meter, figures
+from headrace.worker.meter import Meter, figures, trace_of
 from headrace.worker.prompt import check_supported
 
 log = logging.getLogger("headrace.worker")
@@ -50,7 +50,7 @@ class Account:
         self, connected: Connected, request: GenerateRequest | EmbedRequest | RerankRequest
     ) -> None:
         self._connected = connected
-        self._id = request.id
+        self._request = request
         self._counted = 0
         self._usage: Usage | None = None
         self.meter = Meter(request)
@@ -87,14 +87,17 @@ class Account:
         self.outcome = "error"
         if not isinstance(error, HeadraceError):
             # Its text may hold what was sent to the upstream: nobody is told.
-            log.error("headrace.engine.failed", extra={"data": {"id": self._id, **_kind(error)}})
+            log.error(
+                "headrace.engine.failed", extra={"data": {"id": self._request.id, **_kind(error)}}
+            )
             error = GenerationFailed("The engine failed.", detail=type(error).__name__)
         return from_record(msgspec.structs.replace(to_record(error), metrics=self.metrics()))
 
     def record(self) -> dict[str, object]:
         """Return what the log says of the request; `estimated` marks a count that is a guess."""
         guessed = {} if self._usage else {"usage": "estimated"}
-        return {"id": self._id, **figures(self.metrics()), **guessed}
+        told = {**trace_of(self._request), **figures(self.metrics())}
+        return {"id": self._request.id, **told, **guessed}
 
 
 class RemoteAnswer:

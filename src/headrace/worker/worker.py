@@ -171,7 +171,7 @@ class Worker:
             engine=engine,
             prompter=prompter,
             admission=admission,
-            sampler=Sampler(),
+            sampler=Sampler(device=engine.facts.device),
             embeddings=Batcher(lambda ids: embedder.embed(ids), len, limits, thread),
             scores=Batcher(lambda pairs: reranker.score(pairs), _length, limits, thread),
             thread=thread,

@@ -1,0 +1,21 @@
+"""What the machine is and how full and busy it is: system information, devices, a sampler."""
+
+from headrace.machine.budget import budgets
+from headrace.machine.device import HOST, Device
+from headrace.machine.facts import SystemInfo, attributes, system
+from headrace.machine.memory import devices, host_memory, process_memory
+from headrace.machine.sampler import Sampler, Watch
+
+__all__ = [
+    "HOST",
+    "Device",
+    "Sampler",
+    "SystemInfo",
+    "Watch",
+    "attributes",
+    "budgets",
+    "devices",
+    "host_memory",
+    "process_memory",
+    "system",
+]

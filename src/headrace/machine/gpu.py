@@ -1,0 +1,82 @@
+"""GPUs as the driver's library tells of them; where there is none there are no GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Set
+from functools import cache
+from typing import Any
+
+from headrace.machine.device import Device
+
+
+def gpus(pids: Set[int], *, metered: bool = False) -> Iterator[Device]:
+    """Yield each GPU with what these processes hold of it, and how busy it is if `metered`."""
+    if nvml := _nvml():
+        # A driver that fails to answer takes nothing else with it.
+        with contextlib.suppress(nvml.NVMLError):
+            yield from _seen(nvml, pids, metered=metered)
+
+
+def driver() -> tuple[str, str]:
+    """Return the version of the driver and of the CUDA that it is for; empty without one."""
+    nvml = _nvml()
+    if nvml is None:
+        return "", ""
+    cuda = _told(nvml, lambda: nvml.nvmlSystemGetCudaDriverVersion_v2())
+    version = str(_told(nvml, lambda: nvml.nvmlSystemGetDriverVersion()) or "")
+    return version, f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else ""
+
+
+def _seen(nvml: Any, pids: Set[int], *, metered: bool) -> Iterator[Device]:
+    for index in range(nvml.nvmlDeviceGetCount()):
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        ours = (
+            process.usedGpuMemory or 0
+            for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            if process.pid in pids
+        )
+        yield Device(
+            name=f"cuda:{index} {nvml.nvmlDeviceGetName(handle)}",
+            kind="cuda",
+            total=int(memory.total),
+            used=int(memory.used),
+            worker_used=sum(ours),
+            **(_meters(nvml, handle) if metered else {}),
+        )
+
+
+def _meters(nvml: Any, handle: Any) -> dict[str, float | None]:
+    percent = _told(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+    # Volta and later count energy; what cannot, tells the power it draws.
+    millijoules = _told(nvml, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+    milliwatts = _told(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(handle))
+    return {
+        "busy": None if percent is None else percent / 100,
+        "joules": None if millijoules is None else millijoules / 1000,
+        "watts": None if milliwatts is None else milliwatts / 1000,
+    }
+
+
+def _told(nvml: Any, question: Callable[[], Any]) -> Any:
+    with contextlib.suppress(nvml.NVMLError):
+        return question()
+    return None
+
+
+def _nvml() -> Any:
+    return _opened(os.getpid())
+
+
+@cache
+def _opened(pid: int) -> Any:
+    """Open the driver's library, once in each process; to look for it each time is dear."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml

@@ -1,0 +1,119 @@
+"""Names of attributes, OpenTelemetry's for generative AI where it has any, and what they hold."""
+
+from __future__ import annotations
+
+from headrace.core.metrics import InferenceMetrics
+from headrace.core.model import ModelInfo
+from headrace.core.record import Attribute, Operation
+from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
+from headrace.models.providers import PROVIDERS
+
+Request = GenerateRequest | EmbedRequest | RerankRequest
+Attributes = dict[str, Attribute]
+
+OPERATION = "gen_ai.operation.name"
+PROVIDER = "gen_ai.provider.name"
+REQUEST_MODEL = "gen_ai.request.model"
+RESPONSE_MODEL = "gen_ai.response.model"
+FINISH_REASONS = "gen_ai.response.finish_reasons"
+FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
+INPUT_TOKENS = "gen_ai.usage.input_tokens"
+OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+CACHED_TOKENS = "gen_ai.usage.cache_read.input_tokens"
+REASONING_TOKENS = "gen_ai.usage.reasoning.output_tokens"
+INPUT_MESSAGES = "gen_ai.input.messages"
+OUTPUT_MESSAGES = "gen_ai.output.messages"
+ERROR = "error.type"
+SERVER_ADDRESS = "server.address"
+SERVER_PORT = "server.port"
+
+QUEUE, LOAD = "headrace.queue", "headrace.load"
+ATTEMPT, PREFILL, DECODE = "headrace.generate", "headrace.prefill", "headrace.decode"
+START = "headrace.worker.start"
+
+REQUEST_ID = "headrace.request.id"
+CLIENT = "headrace.client"
+OUTCOME = "headrace.outcome"
+ENGINE = "headrace.engine"
+WORKER_PID = "headrace.worker.pid"
+
+HERE = "headrace"
+"""The provider of what is computed on this machine."""
+
+_LONGEST = 256
+_WELL_KNOWN = {
+    "azure": "azure.ai.openai",
+    "gemini": "gcp.gemini",
+    "mistral": "mistral_ai",
+    "moonshot": "moonshot_ai",
+    "xai": "x_ai",
+}
+_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "presence_penalty", "seed")
+_FIGURES = (
+    *("queue_ms", "load_ms", "prefill_ms", "prefill_tokens_per_second"),
+    *("decode_tokens_per_second", "time_per_output_token_ms", "chunks", "continuations"),
+)
+
+
+def provider(info: ModelInfo) -> str:
+    """Return who computes a model's answers, by the name that the conventions have for it."""
+    named = info.source.partition(":")[0]
+    return _WELL_KNOWN.get(named, named) if named in PROVIDERS else HERE
+
+
+def operation(request: Request) -> Operation:
+    """Return what was asked for."""
+    if isinstance(request, GenerateRequest):
+        return "text_completion" if request.messages is None else "chat"
+    return "embeddings" if isinstance(request, EmbedRequest) else "rerank"
+
+
+def asked(request: Request, provider_name: str) -> Attributes:
+    """Return what is known of a request before it runs; no content."""
+    known: Attributes = {OPERATION: operation(request), PROVIDER: provider_name}
+    if request.model:
+        known[REQUEST_MODEL] = request.model[:_LONGEST]
+    if isinstance(request, EmbedRequest):
+        if request.dimensions is not None:
+            known["gen_ai.embeddings.dimension.count"] = request.dimensions
+    elif isinstance(request, GenerateRequest):
+        sampling = request.sampling
+        for name in (*_SAMPLING, "frequency_penalty"):
+            if (value := getattr(sampling, name)) is not None:
+                # An integer of OpenTelemetry's has 64 bits and a sign.
+                known[f"gen_ai.request.{name}"] = value if value < 1 << 63 else str(value)
+        if sampling.stop:
+            known["gen_ai.request.stop_sequences"] = sampling.stop
+        if request.n != 1:
+            known["gen_ai.request.choice.count"] = request.n
+        known["gen_ai.output.type"] = "text" if request.json_schema is None else "json"
+    return known
+
+
+def usage(metrics: InferenceMetrics) -> Attributes:
+    """Return how many tokens there were, and when the first came (seconds)."""
+    used = metrics.usage
+    known: Attributes = {INPUT_TOKENS: used.prompt_tokens, OUTPUT_TOKENS: used.completion_tokens}
+    if used.cached_tokens:
+        known[CACHED_TOKENS] = used.cached_tokens
+    if used.reasoning_tokens:
+        known[REASONING_TOKENS] = used.reasoning_tokens
+    if metrics.time_to_first_token_ms is not None:
+        known[FIRST_CHUNK] = metrics.time_to_first_token_ms / 1000
+    return known
+
+
+def figures(metrics: InferenceMetrics) -> Attributes:
+    """Return the figures of a request that are defined, and that no convention has a name for."""
+    known: Attributes = {
+        f"headrace.{name}": value
+        for name in _FIGURES
+        if (value := getattr(metrics, name)) is not None
+    }
+    if (gaps := metrics.inter_token_ms) is not None:
+        known |= {"headrace.inter_token_p50_ms": gaps.p50, "headrace.inter_token_p99_ms": gaps.p99}
+    if metrics.continued:
+        known["headrace.continued"] = metrics.continued
+    for device in metrics.devices:
+        known[f"headrace.memory_peak.{device.name}"] = device.worker_peak
+    return known

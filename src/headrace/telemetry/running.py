@@ -1,0 +1,183 @@
+"""One request while it runs: how far it is, and what is made of that in the end."""
+
+from __future__ import annotations
+
+import time
+
+from headrace.core.errors import GenerationFailed, HeadraceError
+from headrace.core.events import Delta, Finish, Progress
+from headrace.core.metrics import InferenceMetrics, Usage
+from headrace.core.model import ModelInfo
+from headrace.core.record import Outcome, Phase, RunningRequest
+from headrace.core.request import EmbedResult, RerankResult
+from headrace.telemetry import names
+from headrace.telemetry.names import Request
+from headrace.telemetry.span import Span, Trace, Tracing, error_type, was_refused
+
+
+class Running:
+    """The state of one request. Times are monotonic seconds."""
+
+    __slots__ = (
+        *("admitted_at", "chunks", "error", "first_at", "finish", "info", "loaded_at"),
+        *("loading_at", "phase", "prompt_tokens", "request", "root", "said", "tokens", "trace"),
+        "visible_at",
+    )
+
+    def __init__(
+        self, request: Request, info: ModelInfo | None, root: Span, *, listens: bool
+    ) -> None:
+        self.request = request
+        self.info = info
+        self.root = root
+        self.trace: Trace = root.trace
+        self.phase: Phase = "queued"
+        self.chunks = self.tokens = self.prompt_tokens = 0
+        self.loading_at: float | None = None
+        self.loaded_at: float | None = None
+        self.admitted_at: float | None = None
+        self.first_at: float | None = None
+        self.visible_at: float | None = None
+        self.said: dict[int, list[str]] | None = {} if listens else None
+        self.finish: Finish | EmbedResult | RerankResult | None = None
+        self.error: BaseException | None = None
+
+    def speaks(self, delta: Delta) -> None:
+        """Note a delta before which no text was shown."""
+        now = time.monotonic()
+        if self.first_at is None:
+            self.first_at, self.phase = now, "decode"
+            self._is_loaded(now)
+        if delta.text or delta.reasoning:
+            self.visible_at = now
+
+    def goes_on(self, event: Progress | Finish) -> None:
+        """Note what is no delta."""
+        if isinstance(event, Finish):
+            self.finish = event
+            return
+        now = time.monotonic()
+        if event.stage == "loading":
+            self.loading_at = self.loading_at or now
+        else:
+            self._is_loaded(now)
+        if event.stage == "prefill":
+            self.admitted_at = self.admitted_at or now
+            self.prompt_tokens = event.total
+        if self.first_at is None:
+            self.phase = event.stage
+
+    def _is_loaded(self, now: float) -> None:
+        if self.loading_at is not None and self.loaded_at is None:
+            self.loaded_at = now
+
+    @property
+    def model(self) -> str:
+        """The served model's name, or what was asked for."""
+        return self.request.model if self.info is None else self.info.id
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why there is no whole answer. Who hangs up after the last word has had his."""
+        if self.finish is not None:
+            return None
+        return self.error or GenerationFailed("The stream ended without a Finish.")
+
+    @property
+    def outcome(self) -> Outcome:
+        """How it ended."""
+        if (failure := self.failure) is None:
+            return "ok"
+        if was_refused(failure):
+            return "refused"
+        return "error" if error_type(failure) else "cancelled"
+
+    def snapshot(self) -> RunningRequest:
+        """Tell how far it is."""
+        return RunningRequest(
+            id=self.request.id,
+            model=self.model,
+            operation=names.operation(self.request),
+            client=self.request.client,
+            since=self.trace.unix_ns(self.trace.began) / 1e9,
+            phase=self.phase,
+            time_to_first_token_ms=_ms(self.request.received, self.visible_at),
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self._completion_tokens,
+        )
+
+    @property
+    def _completion_tokens(self) -> int:
+        # An upstream tells no token ids: each delta counts as one.
+        return self.tokens or self.chunks
+
+    def metrics(self, ended: float) -> InferenceMetrics:
+        """Return the engine's figures or, where the engine told none, what was seen from here."""
+        if self.finish is not None:
+            return self.finish.metrics
+        if isinstance(self.error, HeadraceError) and self.error.metrics is not None:
+            return self.error.metrics
+        request = self.request
+        until = self.loaded_at or ended
+        load_ms = request.load_ms + (_ms(self.loading_at, until) or 0.0)
+        waited = _ms(request.received, self.admitted_at)
+        return InferenceMetrics(
+            started_at=self.trace.unix_ns(self.trace.began) / 1e9,
+            queue_ms=None if waited is None else max(0.0, waited - load_ms),
+            load_ms=load_ms,
+            time_to_first_token_ms=_ms(request.received, self.visible_at),
+            prefill_ms=_ms(self.admitted_at, self.first_at),
+            total_ms=(ended - request.received) * 1000,
+            chunks=self.chunks,
+            usage=Usage(
+                prompt_tokens=self.prompt_tokens, completion_tokens=self._completion_tokens
+            ),
+            engine=self.info.engine if self.info else "",
+            worker=self.info.id if self.info else "",
+            model=self.info.id if self.info else "",
+            outcome="cancelled" if self.outcome == "cancelled" else "error",
+        )
+
+
+def draw(run: Running, metrics: InferenceMetrics, tracing: Tracing, ended: float) -> None:
+    """Make the spans below a root whose times are only known in the end."""
+    began, attempts = run.trace.began, run.trace.attempts
+    loaded = began + metrics.load_ms / 1000
+    admitted = run.admitted_at
+    if metrics.queue_ms is not None:
+        admitted = loaded + metrics.queue_ms / 1000
+    elif admitted is None and attempts:
+        admitted = attempts[0].began
+    if metrics.load_ms > 0:
+        load = tracing.loads.get(run.model)
+        _step(tracing, run.root, names.LOAD, began, min(loaded, ended), [load] if load else [])
+    _step(tracing, run.root, names.QUEUE, loaded, ended if admitted is None else admitted)
+    if admitted is None or not (run.chunks or run.admitted_at or metrics.prefill_ms):
+        return
+    above = attempts[-1] if attempts else run.root
+    over = above.ended or ended
+    start = max(above.began, admitted) if len(attempts) < 2 else above.began
+    first = over
+    if metrics.prefill_ms is not None:
+        first = min(over, start + metrics.prefill_ms / 1000)
+    elif run.first_at is not None and len(attempts) < 2:
+        first = run.first_at
+    _step(tracing, above, names.PREFILL, start, first)
+    if run.first_at is not None:
+        _step(tracing, above, names.DECODE, first, over)
+
+
+def _step(
+    tracing: Tracing,
+    above: Span,
+    name: str,
+    began: float,
+    ended: float,
+    links: list[Span] | None = None,
+) -> None:
+    if ended > began:
+        tracing.span(above.trace, name, above, began, links=links or ()).end(ended)
+
+
+def _ms(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else max(0.0, end - start) * 1000

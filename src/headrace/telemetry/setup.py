@@ -1,0 +1,119 @@
+"""Switches OpenTelemetry on, where its standard variables or the host program say so."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from headrace.telemetry.span import Exporter, Tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+_log = logging.getLogger("headrace.telemetry")
+_NAME = "headrace"
+_EXTRA = "pip install 'headrace[otlp]'"
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_PROTOCOLS = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
+_CONTENT = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
+_SAYS_CONTENT = frozenset({"true", "span_only", "span_and_event"})
+_LAST_S = 2.0
+
+
+def configure(version: str, environment: Mapping[str, str] = os.environ) -> Tracing:
+    """Return the tracing of this process.
+
+    Spans are exported where OTEL_TRACES_EXPORTER or an OTLP endpoint asks for it, and to the
+    provider of the host program where it has set one. Otherwise nothing is imported and nothing
+    runs. It never raises: what cannot be exported is told in the log.
+    """
+    tells = environment.get(_CONTENT, "").strip().lower() in _SAYS_CONTENT
+    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return Tracing()
+    if (host := _of_the_host(version)) is not None:
+        return Tracing(host, tells_content=tells)
+    wanted = list(_exporters(environment))
+    if not wanted:
+        return Tracing()
+    try:
+        provider = _provider(wanted, version, environment)
+    except ImportError:
+        _log.warning("OpenTelemetry is asked for and not installed: %s", _EXTRA)
+        return Tracing()
+    except Exception as error:  # noqa: BLE001  # each library has complaints of its own
+        _log.warning("OpenTelemetry could not be set up: %s", error)
+        return Tracing()
+    return Tracing(
+        _tracer(provider, version), tells_content=tells, close=lambda: _shut_down(provider)
+    )
+
+
+def _of_the_host(version: str) -> Exporter | None:
+    if "opentelemetry.trace" not in sys.modules:
+        return None
+    from opentelemetry import trace
+
+    provider = trace.get_tracer_provider()
+    unset = isinstance(provider, trace.ProxyTracerProvider | trace.NoOpTracerProvider)
+    return None if unset else _tracer(provider, version)
+
+
+def _tracer(provider: Any, version: str) -> Exporter:
+    from headrace.telemetry.otel import OpenTelemetry
+
+    return OpenTelemetry(provider.get_tracer(_NAME, version))
+
+
+def _exporters(environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield the entry points of the exporters that are asked for."""
+    has_endpoint = any(environment.get(name, "").strip() for name in _ENDPOINTS)
+    asked = environment.get("OTEL_TRACES_EXPORTER", "").strip() or "otlp" * has_endpoint
+    protocol = (
+        environment.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+        or environment.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+        or "http/protobuf"
+    ).strip()
+    for name in (one.strip() for one in asked.split(",")):
+        if name == "otlp":
+            yield _PROTOCOLS.get(protocol, protocol)
+        elif name not in ("", "none"):
+            yield name
+
+
+def _provider(exporters: list[str], version: str, environment: Mapping[str, str]) -> TracerProvider:
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    known = {"service.version": version}
+    if not environment.get("OTEL_SERVICE_NAME") and "service.name=" not in environment.get(
+        "OTEL_RESOURCE_ATTRIBUTES", ""
+    ):
+        known["service.name"] = _NAME
+    # Its own shutdown at exit has no limit; ours has. The sampler, the limits and the queue are
+    # those of the variables.
+    provider = TracerProvider(resource=Resource.create(known), shutdown_on_exit=False)
+    for name in exporters:
+        provider.add_span_processor(BatchSpanProcessor(_load(name)()))
+    return provider
+
+
+def _load(name: str) -> Any:
+    found = metadata.entry_points(group="opentelemetry_traces_exporter", name=name)
+    if not found:
+        if name in (*_PROTOCOLS.values(), "console"):
+            raise ImportError(name)
+        raise ValueError(f"there is no exporter of the name {name!r}")
+    return next(iter(found)).load()
+
+
+def _shut_down(provider: TracerProvider) -> None:
+    """Send the rest. A collector that does not answer is left behind: the thread is a daemon."""
+    thread = threading.Thread(target=provider.shutdown, name="headrace-otel-end", daemon=True)
+    thread.start()
+    thread.join(_LAST_S)

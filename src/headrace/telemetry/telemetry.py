@@ -1,0 +1,74 @@
+"""All that sees the requests of one service, put together."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from headrace.config import TelemetrySettings
+from headrace.core.backend import Backend
+from headrace.core.record import Activity, Call, Sink
+from headrace.core.status import PoolEvent
+from headrace.pool.admin import PoolAdmin
+from headrace.telemetry import trace_file, usage
+from headrace.telemetry.instruments import Instruments
+from headrace.telemetry.observed import Observed
+from headrace.telemetry.recent import Recent
+from headrace.telemetry.redact import Redactor
+from headrace.telemetry.span import Tracing
+from headrace.telemetry.trace_file import TraceFile
+from headrace.telemetry.usage import Usage
+
+
+class Telemetry:
+    """An Observer; `backend` is what it observes, with all that looks on around it.
+
+    Where everything is switched off the backend is the pool itself, and nothing is known of
+    requests.
+    """
+
+    def __init__(
+        self, admin: PoolAdmin, tracing: Tracing, settings: TelemetrySettings, home: Path
+    ) -> None:
+        pool = admin.pool
+        self._tracing = tracing
+        self._instruments = Instruments(admin.status, lambda: pool.seats)
+        self._recent = Recent(lambda: observed.running())
+        self._files: list[TraceFile | Usage] = []
+        if settings.traces:
+            self._files.append(TraceFile(home / trace_file.FOLDER, settings.trace_bytes))
+        if settings.usage:
+            self._files.append(Usage(home / usage.FILE))
+        sinks: list[Sink] = [self._recent, *self._files]
+        if settings.metrics:
+            sinks.append(self._instruments)
+        capture = Redactor(settings.redact) if settings.trace_content else None
+        observed = Observed(pool, tracing=tracing, sinks=sinks, capture=capture)
+        is_on = settings.is_on or tracing.exporter is not None
+        self.backend: Backend = observed if is_on else pool
+
+    def activity(self) -> Activity:
+        """Tell what goes on now, without waiting."""
+        return self._recent.activity()
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """Return all figures as Prometheus reads them, and their content type. May block."""
+        return self._instruments.exposition(accept)
+
+    def called(self, call: Call) -> None:
+        """Take note of an HTTP request that has ended."""
+        self._instruments.called(call)
+
+    def happened(self, event: PoolEvent) -> None:
+        """Take note of what happened in the pool."""
+        self._instruments.happened(event)
+
+    async def watch(self) -> None:
+        """Measure the event loop, until cancelled."""
+        await self._instruments.watch_loop()
+
+    async def aclose(self) -> None:
+        """Write and send what is left; some seconds at most."""
+        await asyncio.gather(
+            self._tracing.aclose(), *(asyncio.to_thread(file.close) for file in self._files)
+        )

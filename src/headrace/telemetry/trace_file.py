@@ -1,0 +1,207 @@
+"""Records of requests as lines of JSON in a folder, written by a thread of its own.
+
+Any number of processes append to `requests.jsonl`. What has grown to an eighth of the limit is
+renamed to `requests-<time>.jsonl`, and the oldest of these are deleted. A line is written whole or,
+where the disk is full or the machine stops, torn: readers pass over it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.core.record import RequestRecord
+
+FOLDER = "traces"
+"""Its name in the home directory."""
+
+CURRENT = "requests.jsonl"
+"""The file that is written to."""
+
+_log = logging.getLogger("headrace.telemetry")
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+_SEGMENTS = 8
+# Prompts and answers are large: fewer of them may wait for a disk that has stopped.
+_MOST_WAITING, _MOST_WITH_CONTENT = 4096, 256
+# As much as is encoded in well under a millisecond, in which the event loop does not run.
+_LINES_AT_ONCE = 64
+_BARE: dict[str, Any] = {"content": None, "parameters": {}, "spans": (), "message": ""}
+_GATHER_S, _AGAIN_S, _LOCK_S = 0.1, 5.0, 2.0
+
+
+def older(folder: Path) -> list[Path]:
+    """Return the files that are no longer written to, oldest first."""
+    found = folder.glob("requests-*.jsonl")
+    return sorted(one for one in found if one.stem.rpartition("-")[2].isdigit())
+
+
+class TraceFile:
+    """A Sink that keeps records on the disk, at most about `limit` bytes of them.
+
+    Nothing here fails or delays a request: what cannot be kept is dropped, counted and told in the
+    log. A record that is longer than an eighth of the limit is kept without its content,
+    parameters and spans.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.dropped = 0
+        self._folder = folder
+        self._limit = limit
+        self._segment = limit // _SEGMENTS
+        self._queue: deque[RequestRecord] = deque()
+        self._lines: deque[bytes] = deque()
+        self._descriptor: int | None = None
+        self._failing = False
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="headrace-traces", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"<TraceFile {self._folder} waiting={len(self._queue)} dropped={self.dropped}>"
+
+    def record(self, record: RequestRecord) -> None:
+        """Take note of a request; it is on the disk within a fraction of a second."""
+        most = _MOST_WAITING if record.content is None else _MOST_WITH_CONTENT
+        if len(self._queue) >= most:
+            self._drop("they come faster than they can be written")
+            return
+        self._queue.append(record)
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def close(self, within_s: float = 2.0) -> None:
+        """Write what is waiting, and end; what takes longer than that is given up."""
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(within_s)
+
+    def _drop(self, why: str) -> None:
+        self.dropped += 1
+        if self.dropped == 1:
+            _log.warning("Traces in %s are incomplete: %s.", self._folder, why)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self._wake.wait()
+            self._wake.clear()
+            if not (self._flushed() or self._closing.wait(_AGAIN_S)):
+                self._wake.set()
+            self._closing.wait(_GATHER_S)
+        if not self._flushed():
+            lost = len(self._queue) + len(self._lines)
+            _log.warning("Traces of %s requests were not written.", lost)
+        self._release()
+
+    def _flushed(self) -> bool:
+        """Write all that waits; on a failure keep it, tell it once, and return False."""
+        try:
+            while self._queue or self._lines:
+                self._fill()
+                self._write()
+        except OSError as error:
+            self._release()
+            if not self._failing:
+                said = "Traces cannot be written to %s: %s. Requests go on; it is tried again."
+                _log.warning(said, self._folder, error)
+            self._failing = True
+            return False
+        if self._failing:
+            _log.info("Traces are written to %s again.", self._folder)
+        self._failing = False
+        return True
+
+    def _fill(self) -> None:
+        while self._queue and len(self._lines) < _LINES_AT_ONCE:
+            line = self._line(self._queue.popleft())
+            if line is None:
+                self._drop("a record cannot be written")
+            else:
+                self._lines.append(line)
+
+    def _line(self, record: RequestRecord) -> bytes | None:
+        for more in ({}, _BARE):
+            # What an engine or a client puts into a record may be nothing that JSON can say.
+            with contextlib.suppress(TypeError, ValueError, ArithmeticError, RecursionError):
+                line = _encode(msgspec.structs.replace(record, **more)) + b"\n"
+                if len(line) <= self._segment:
+                    return line
+        return None
+
+    def _write(self) -> None:
+        """Write as many lines as fit into the current file, at once."""
+        if not self._lines:
+            return
+        file = self._opened()
+        size = os.fstat(file).st_size
+        if size and size + len(self._lines[0]) > self._segment:
+            self._rotate(file)
+            return
+        # A line that somebody's crash has torn must not take the next one with it. What another
+        # process is just writing looks alike; an empty line does no harm.
+        torn = size and os.pread(file, 1, size - 1) != b"\n"
+        parts = [b"\n"] if torn else []
+        for line in self._lines:
+            size += len(line)
+            if size > self._segment and len(parts) > bool(torn):
+                break
+            parts.append(line)
+        data = b"".join(parts)
+        written = os.write(file, data)
+        if not os.fstat(file).st_nlink:
+            # It was the oldest by now, and has been deleted: nobody will read this.
+            self._release()
+            return
+        # A disk that becomes full takes a part; the next write says why.
+        for _ in range(data[:written].count(b"\n") - bool(torn)):
+            self._lines.popleft()
+
+    def _opened(self) -> int:
+        """Return the current file; another process may have renamed the one that is open."""
+        path = self._folder / CURRENT
+        if self._descriptor is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(self._descriptor)):
+                    return self._descriptor
+            self._release()
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        return self._descriptor
+
+    def _rotate(self, file: int) -> None:
+        """Give the current file its final name, unless another process has, and delete old ones.
+
+        Who has it open still may write a last time to it; nothing is lost by that.
+        """
+        from filelock import FileLock  # not for a command that only reads
+
+        path = self._folder / CURRENT
+        with FileLock(self._folder / ".lock", timeout=_LOCK_S, mode=0o600):
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(file)):
+                    path.rename(path.with_stem(f"{path.stem}-{_stamp(self._folder)}"))
+            files = [(one, one.stat().st_size) for one in older(self._folder)]
+            left = sum(size for _, size in files)
+            for one, size in files:
+                if left <= self._limit - self._segment:
+                    break
+                one.unlink(missing_ok=True)
+                left -= size
+
+    def _release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _stamp(folder: Path) -> str:
+    """Return a name that sorts behind those that are there, whatever the clock does."""
+    last = max((int(one.stem.rpartition("-")[2]) for one in older(folder)), default=0)
+    return f"{max(time.time_ns(), last + 1):020}"

@@ -1,0 +1,237 @@
+"""Reads the records that `TraceFile` keeps, while they are written, and sums them up."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from headrace.core.errors import ConfigError, InvalidRequest
+from headrace.core.record import Outcome, RequestRecord
+from headrace.telemetry.trace_file import CURRENT, older
+
+_decode = msgspec.json.Decoder(RequestRecord).decode
+_NAMED_IN_AN_ERROR = 4
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """Which records are looked for; None takes all. Times are Unix seconds, of the reception.
+
+    `slower_than_ms` is compared with the whole duration; `client` is the beginning of a key's id.
+    """
+
+    since: float | None = None
+    until: float | None = None
+    model: str | None = None
+    outcome: Outcome | None = None
+    slower_than_ms: float | None = None
+    client: str = ""
+
+    def takes(self, record: RequestRecord) -> bool:
+        """Tell whether a record is one of them."""
+        return (
+            (self.since is None or record.time >= self.since)
+            and (self.until is None or record.time <= self.until)
+            and self.model in (None, record.model)
+            and self.outcome in (None, record.outcome)
+            and (self.slower_than_ms is None or record.metrics.total_ms > self.slower_than_ms)
+            and record.client.startswith(self.client)
+        )
+
+
+class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
+    """By nearest rank, over the `count` requests that have the figure."""
+
+    count: int
+    p50: float
+    p90: float
+    p99: float
+
+
+class ModelStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What the records of one model come to.
+
+    Of the total only requests that went well count; the other figures are of all that have them.
+    """
+
+    model: str
+    requests: int
+    outcomes: dict[str, int]
+    prompt_tokens: int
+    completion_tokens: int
+    figures: dict[str, Percentiles]
+
+
+_FIGURES: dict[str, Callable[[RequestRecord], float | None]] = {
+    "queue_ms": lambda one: one.metrics.queue_ms,
+    "time_to_first_token_ms": lambda one: one.metrics.time_to_first_token_ms,
+    "time_per_output_token_ms": lambda one: one.metrics.time_per_output_token_ms,
+    "tokens_per_second": lambda one: one.metrics.decode_tokens_per_second,
+    "total_ms": lambda one: one.metrics.total_ms if one.outcome == "ok" else None,
+}
+
+
+def records(folder: Path, wanted: Wanted | None = None) -> Generator[RequestRecord]:
+    """Yield what is kept, as it ended, the newest first; nothing is held in memory.
+
+    Raises:
+        ConfigError: a file cannot be read, as those of another user.
+    """
+    wanted = wanted or Wanted()
+    for line in _lines(folder, wanted.since or 0):
+        record = _record(line)
+        if record is not None and wanted.takes(record):
+            yield record
+
+
+def find(folder: Path, name: str) -> RequestRecord:
+    """Return the record of an id, also as answers give it, or of how an id or trace id begins.
+
+    Raises:
+        InvalidRequest: there is none, or more than one.
+        ConfigError: as `records`.
+    """
+    # In an answer the id has a prefix, as `chatcmpl-`.
+    name = name.rpartition("-")[2]
+    found: list[RequestRecord] = []
+    for line in _lines(folder):
+        record = _record(line) if name.encode(errors="replace") in line else None
+        if record is None:
+            continue
+        if record.id == name:
+            return record
+        if record.id.startswith(name) or record.trace_id.startswith(name):
+            found.append(record)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise InvalidRequest(f"No trace of {name!r} is kept in {folder}.", param="id")
+    ids = [one.id for one in found[:_NAMED_IN_AN_ERROR]]
+    more = " ..." if len(found) > len(ids) else ""
+    raise InvalidRequest(
+        f"{len(found)} requests begin with {name!r}: {', '.join(ids)}{more}", param="id"
+    )
+
+
+def stats(found: Iterable[RequestRecord]) -> list[ModelStats]:
+    """Sum records up, by model in the order of their names."""
+    outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+    tokens: dict[str, Counter[str]] = defaultdict(Counter)
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in found:
+        usage = record.metrics.usage
+        outcomes[record.model][record.outcome] += 1
+        tokens[record.model].update(asked=usage.prompt_tokens, answered=usage.completion_tokens)
+        for name, figure in _FIGURES.items():
+            if (value := figure(record)) is not None:
+                values[record.model][name].append(value)
+    return [
+        ModelStats(
+            model=model,
+            requests=ended.total(),
+            outcomes=dict(ended),
+            prompt_tokens=tokens[model]["asked"],
+            completion_tokens=tokens[model]["answered"],
+            figures={name: _percentiles(of) for name, of in values[model].items()},
+        )
+        for model, ended in sorted(outcomes.items())
+    ]
+
+
+def _percentiles(values: list[float]) -> Percentiles:
+    values.sort()
+    p50, p90, p99 = (values[math.ceil(len(values) * percent / 100) - 1] for percent in (50, 90, 99))
+    return Percentiles(count=len(values), p50=p50, p90=p90, p99=p99)
+
+
+class Follower:
+    """Reads what is written from now on, through all rotations. Close it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # Open files by what they are: as long as they are open, no other gets the same number.
+        self._files: dict[tuple[int, int], tuple[BinaryIO, int]] = {}
+        with _opened(folder) as files:
+            for file in files:
+                self._keep(file, os.fstat(file.fileno()).st_size)
+
+    def read(self) -> Iterator[RequestRecord]:
+        """Yield what has come since the last call, in the order in which it ended."""
+        with _opened(self._folder) as files:
+            found = [self._keep(file, 0) for file in reversed(files)]
+        for gone in self._files.keys() - set(found):
+            self._files.pop(gone)[0].close()
+        for key in found:
+            file, position = self._files[key]
+            data = os.pread(file.fileno(), os.fstat(file.fileno()).st_size - position, position)
+            whole, _, _ = data.rpartition(b"\n")
+            self._files[key] = file, position + len(whole) + bool(whole)
+            yield from filter(None, map(_record, whole.split(b"\n")))
+
+    def close(self) -> None:
+        """Give the files back."""
+        for file, _ in self._files.values():
+            file.close()
+
+    def _keep(self, file: BinaryIO, position: int) -> tuple[int, int]:
+        status = os.fstat(file.fileno())
+        key = status.st_dev, status.st_ino
+        if key not in self._files:
+            self._files[key] = os.fdopen(os.dup(file.fileno()), "rb"), position
+        return key
+
+
+def _record(line: bytes) -> RequestRecord | None:
+    # The last line may be torn, and another version may write another form.
+    with suppress(msgspec.DecodeError):
+        return _decode(line)
+    return None
+
+
+@contextmanager
+def _opened(folder: Path) -> Generator[list[BinaryIO]]:
+    """Open all files, the newest first. What is renamed meanwhile may be among them twice."""
+    with ExitStack() as stack:
+        files: list[BinaryIO] = []
+        for path in _paths(folder):
+            try:
+                files.append(stack.enter_context(path.open("rb")))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        yield files
+
+
+def _paths(folder: Path) -> Iterator[Path]:
+    # The current one first: if it is renamed now, it is found once more, and none is missed.
+    yield folder / CURRENT
+    yield from reversed(older(folder))
+
+
+def _lines(folder: Path, since: float = 0) -> Iterator[bytes]:
+    """Yield the lines of files that were written to since then, the last line first."""
+    seen: set[tuple[int, int]] = set()
+    with _opened(folder) as files:
+        for file in files:
+            status = os.fstat(file.fileno())
+            key = status.st_dev, status.st_ino
+            if key not in seen and status.st_size and status.st_mtime >= since:
+                yield from _backwards(file)
+            seen.add(key)
+
+
+def _backwards(file: BinaryIO) -> Iterator[bytes]:
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        end = len(data)
+        while end > 0:
+            start = data.rfind(b"\n", 0, end) + 1
+            yield data[start:end]
+            end = start - 1

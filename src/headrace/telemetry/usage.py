@@ -1,0 +1,301 @@
+"""What was used, by day, key, model and operation, in a database that services share."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.core.errors import ConfigError
+from headrace.core.record import RequestRecord
+
+log = logging.getLogger("headrace.telemetry")
+
+FILE = "usage.sqlite3"
+"""Its name in the home directory."""
+
+NOBODY = "-"
+"""The key of those who gave none."""
+
+OTHER = "_other"
+"""The model of all requests for models that are not served."""
+
+COUNTS = (
+    *("requests", "failed", "refused", "cancelled"),
+    *("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens"),
+)
+GROUPS = {"day": "day", "model": "model", "key": "client", "operation": "operation"}
+"""What it can be told by, and the columns for it."""
+
+_VERSION = 1
+_KEY = ("day", "client", "model", "operation")
+_TABLE = f"""CREATE TABLE usage ({", ".join(f"{name} TEXT NOT NULL" for name in _KEY)},
+{", ".join(f"{name} INTEGER NOT NULL" for name in COUNTS)}, seconds REAL NOT NULL, joules REAL,
+PRIMARY KEY ({", ".join(_KEY)})) WITHOUT ROWID"""
+_ADDED = ", ".join(f"{name} = {name} + excluded.{name}" for name in (*COUNTS, "seconds"))
+_MARKS = ", ".join("?" * (len(_KEY) + len(COUNTS) + 2))
+# What is not known adds nothing to what is, and stays not known if all is.
+_ADD = f"""INSERT INTO usage VALUES ({_MARKS}) ON CONFLICT DO UPDATE SET {_ADDED}, joules =
+CASE WHEN excluded.joules IS NULL THEN joules ELSE coalesce(joules, 0) + excluded.joules END"""  # noqa: S608 - of constants
+_SUMS = ", ".join(f"sum({name})" for name in (*COUNTS, "seconds", "joules"))
+_BUSY_S = 1.0
+_LONGEST_PAUSE_S = 30.0
+_MOST_ROWS = 10_000
+
+_DAY_S = 86400
+_FIRST_DAY = date(1970, 1, 1).toordinal()
+
+_Key = tuple[int, str, str, str]  # the day is a number, since 1970
+
+
+class Amounts(msgspec.Struct, kw_only=True):
+    """How much was used. `seconds` are of engines, `joules` of GPUs; None where nobody told."""
+
+    requests: int = 0
+    failed: int = 0
+    refused: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    seconds: float = 0.0
+    joules: float | None = None
+
+    def add(self, other: Amounts) -> None:
+        """Add what another has."""
+        for name in (*COUNTS, "seconds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        if other.joules is not None:
+            self.joules = (self.joules or 0.0) + other.joules
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True):
+    """What was used by one group; of it only what was asked for has a name."""
+
+    group: dict[str, str]
+    amounts: Amounts
+
+
+class Usage:
+    """A Sink that counts in memory; a thread adds it to the file every two seconds.
+
+    A file that cannot be written is told of once, and tried again; until then it is counted in
+    memory, so far as there is room. What a process that is killed has not written is lost.
+    """
+
+    def __init__(self, path: Path, *, every_s: float = 2.0) -> None:
+        self._path = path
+        self._every_s = every_s
+        self._lock = threading.Lock()
+        self._counted: dict[_Key, Amounts] = {}
+        self._some, self._stop = threading.Event(), threading.Event()
+        self._failing = False
+        self._lost = 0
+        self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        """Tell where it writes, whether it can, and how much is not written yet."""
+        state = "failing" if self._failing else "well"
+        return f"<Usage {self._path}, {state}, {len(self._counted)} rows not written>"
+
+    def record(self, record: RequestRecord) -> None:
+        """Count a request that has ended; nothing is waited for."""
+        key, amounts = _key(record), _amounts(record)
+        with self._lock:
+            self._count(key, amounts)
+        self._some.set()
+
+    def close(self) -> None:
+        """Write what is left, and end the thread. Idempotent; takes some seconds at most."""
+        self._stop.set()
+        self._some.set()
+        self._thread.join()
+
+    def _count(self, key: _Key, amounts: Amounts) -> None:
+        if (known := self._counted.get(key)) is not None:
+            known.add(amounts)
+        elif len(self._counted) < _MOST_ROWS:
+            self._counted[key] = amounts
+        else:
+            self._lost += amounts.requests
+
+    def _run(self) -> None:
+        pause = self._every_s
+        while not self._stop.is_set():
+            self._some.wait()
+            self._stop.wait(pause)
+            self._some.clear()
+            pause = self._every_s if self._write() else min(_LONGEST_PAUSE_S, 2 * pause)
+        self._write()
+
+    def _write(self) -> bool:
+        with self._lock:
+            taken, self._counted = self._counted, {}
+        try:
+            if taken:
+                add(self._path, taken)
+        except (sqlite3.Error, OSError, ConfigError) as error:
+            self._keep(taken, error)
+            return False
+        if taken and self._failing:
+            data = {"path": str(self._path), "lost": self._lost}
+            log.info("headrace.usage.writes_again", extra={"data": data})
+            self._failing, self._lost = False, 0
+        return True
+
+    def _keep(self, taken: Mapping[_Key, Amounts], error: Exception) -> None:
+        with self._lock:
+            newer, self._counted = self._counted, dict(taken)
+            for key, amounts in newer.items():
+                self._count(key, amounts)
+        self._some.set()
+        if not self._failing:
+            self._failing = True
+            data = {"path": str(self._path), "reason": str(error)}
+            log.warning("headrace.usage.not_written", extra={"data": data})
+
+
+def add(path: Path, counted: Mapping[_Key, Amounts]) -> None:
+    """Add to what the file has, all or nothing.
+
+    Raises:
+        ConfigError: a newer Headrace has made the file.
+        sqlite3.Error: it cannot be written, or is no such file.
+        OSError: it cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # It tells who used what: it is nobody else's. What SQLite puts beside it takes its mode.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    with closing(sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)) as database:
+        _open(database, path)
+        rows = [_row(key, amounts) for key, amounts in counted.items()]
+        with _transaction(database):
+            database.executemany(_ADD, rows)
+
+
+def read(
+    path: Path,
+    by: Sequence[str],
+    *,
+    since: str = "",
+    until: str = "",
+    model: str | None = None,
+    key: str | None = None,
+) -> tuple[Line, ...]:
+    """Return what was used by each group, in order; nothing is locked. Days are YYYY-MM-DD, UTC.
+
+    Raises:
+        ConfigError: the file is not of this kind, or cannot be read.
+    """
+    if not path.exists():
+        return ()
+    columns = ", ".join(GROUPS[one] for one in by)
+    wanted: dict[str, Any] = {"day >= ?": since, "day <= ?": until or "9", "model = ?": model}
+    wanted["client = ?"] = key
+    given = {test: value for test, value in wanted.items() if value is not None}
+    # Names come from this module; values never stand in the text.
+    question = f"SELECT {columns}, {_SUMS} FROM usage WHERE {' AND '.join(given)}"  # noqa: S608
+    question += f" GROUP BY {columns} ORDER BY {columns}"
+    try:
+        with _reading(path) as database:
+            is_made = _check(database, path)
+            rows = database.execute(question, tuple(given.values())).fetchall() if is_made else []
+    except sqlite3.Error as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+    return tuple(_line(by, row) for row in rows)
+
+
+def total(lines: Sequence[Line]) -> Amounts:
+    """Return the sum of all."""
+    found = Amounts()
+    for line in lines:
+        found.add(line.amounts)
+    return found
+
+
+def _line(by: Sequence[str], row: Sequence[Any]) -> Line:
+    names = (*COUNTS, "seconds", "joules")
+    amounts = Amounts(**dict(zip(names, row[len(by) :], strict=True)))
+    return Line(group=dict(zip(by, row, strict=False)), amounts=amounts)
+
+
+@contextmanager
+def _reading(path: Path) -> Generator[sqlite3.Connection]:
+    uri = f"{path.resolve().as_uri()}?mode=ro"
+    # Where the folder cannot be written either, it can be read so: nobody writes there.
+    is_still = not (os.access(path.parent, os.W_OK) or Path(f"{path}-wal").exists())
+    uri += "&immutable=1" if is_still else ""
+    with closing(sqlite3.connect(uri, uri=True, timeout=_BUSY_S)) as database:
+        yield database
+
+
+def _open(database: sqlite3.Connection, path: Path) -> None:
+    database.execute("PRAGMA synchronous = NORMAL")
+    if _check(database, path):
+        return
+    # Readers and the writer do not wait for each other.
+    database.execute("PRAGMA journal_mode = WAL")
+    with _transaction(database):
+        if not _check(database, path):  # another process may have been first
+            database.execute(_TABLE)
+            database.execute(f"PRAGMA user_version = {_VERSION}")
+
+
+def _check(database: sqlite3.Connection, path: Path) -> int:
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version > _VERSION:
+        raise ConfigError(f"{path} was made by a newer Headrace.")
+    return int(version)
+
+
+@contextmanager
+def _transaction(database: sqlite3.Connection) -> Generator[None]:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        database.execute("COMMIT")
+    except BaseException:
+        with suppress(sqlite3.Error):
+            database.execute("ROLLBACK")
+        raise
+
+
+def _key(record: RequestRecord) -> _Key:
+    # Anybody can ask for any name: they make no rows.
+    model = OTHER if record.error == "UnknownModel" else record.model
+    return int(record.time // _DAY_S), record.client or NOBODY, model, record.operation
+
+
+def _row(key: _Key, amounts: Amounts) -> tuple[Any, ...]:
+    day, *rest = key
+    return str(date.fromordinal(_FIRST_DAY + day)), *rest, *msgspec.structs.astuple(amounts)
+
+
+def _amounts(record: RequestRecord) -> Amounts:
+    metrics, usage = record.metrics, record.metrics.usage
+    joules = [device.joules for device in metrics.devices if device.joules is not None]
+    engine_ms = 0.0
+    if metrics.queue_ms is not None:
+        engine_ms = max(0.0, metrics.total_ms - metrics.queue_ms - metrics.load_ms)
+    return Amounts(
+        requests=1,
+        failed=record.outcome == "error",
+        refused=record.outcome == "refused",
+        cancelled=record.outcome == "cancelled",
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        completion_tokens=usage.completion_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+        seconds=engine_ms / 1000,
+        joules=sum(joules) if joules else None,
+    )
