@@ -197,7 +197,7 @@ def main() -> None:
     add("--texts", type=int, default=1024)
     add("--singles", type=int, default=1024)
     add("--clients", type=int, default=64)
-    add("--batch-items", type=int, default=32)
+    add("--batch-items", type=int, default=64)
     add("--json", type=Path)
     given = parser.parse_args()
     config = runtime.load_settings().config

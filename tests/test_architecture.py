@@ -147,8 +147,9 @@ def test_that_few_broad_handlers_do_not_raise() -> None:
         for handler in broad(path)
         if not any(isinstance(node, ast.Raise) for node in ast.walk(handler))
     ]
-    # One where each thread of an engine ends, and where somebody has to be told of it.
-    assert len(kept) <= 8, kept
+    # One where each thread of an engine ends, where somebody has to be told of it, and where who
+    # only looks on must not fail a request.
+    assert len(kept) <= 11, kept
 
 
 def test_that_the_contract_is_cited() -> None:

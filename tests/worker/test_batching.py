@@ -18,7 +18,7 @@ from headrace.worker.batching import Batcher, BatchLimits
 class Engine:
     """Doubles numbers; a batch waits until it is let go."""
 
-    def __init__(self, items: int = 4, tokens: int = 10_000) -> None:
+    def __init__(self, items: int = 4, tokens: int = 10_000, padding: int = 256) -> None:
         self.batches: list[list[int]] = []
         self.go = threading.Event()
         self.go.set()
@@ -27,7 +27,7 @@ class Engine:
         self.steps: list[tuple[int, int]] = []
         self.thread = ThreadPoolExecutor(1)
         self.batcher: Batcher[int, int] = Batcher(
-            self.run, lambda item: abs(item), BatchLimits(items, tokens), self.thread
+            self.run, lambda item: abs(item), BatchLimits(items, tokens, padding), self.thread
         )
 
     def run(self, batch: Sequence[int]) -> list[int]:
@@ -92,6 +92,12 @@ async def test_batches_hold_so_many_tokens_with_the_padding() -> None:
     assert all(len(batch) * max(batch) <= 1000 for batch in engine.batches)
     await engine.ask(5000)
     assert engine.batches[-1] == [5000]
+
+
+async def test_padding_that_costs_more_than_a_batch_of_its_own_begins_one() -> None:
+    engine = Engine(items=8, padding=10)
+    await engine.ask(20, 18, 17, 15, 14, 12, 5)
+    assert engine.batches == [[20, 18, 17, 15], [14, 12], [5]]
 
 
 async def test_a_bad_item_fails_its_own_request_alone() -> None:

@@ -28,7 +28,7 @@ _PROCESS = 450 << 20
 _CONTEXT = 512
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _SAFE = frozenset({".safetensors"})
-# Measured: what a forward of a small model takes before it computes, as tokens of the device.
+# What beginning a forward costs, as tokens: measured on a CPU, guessed for a GPU.
 _PADDING_CPU, _PADDING_GPU = 32, 2048
 
 
@@ -46,7 +46,7 @@ class Options(EngineOptions):
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
         None, description="Implementation of attention; by default the library's choice."
     )
-    batch_items: int = Field(32, ge=1, le=4096, description="Texts in one batch, at most.")
+    batch_items: int = Field(64, ge=1, le=4096, description="Texts in one batch, at most.")
     batch_tokens: int = Field(
         16384, ge=64, le=1 << 24, description="Tokens in one batch with its padding, at most."
     )
