@@ -78,7 +78,7 @@ class Load:
     async def open(self, command: dict[str, Any]) -> dict[str, Any]:
         """Start all streams and wait for the first event of each."""
         connect = asyncio.get_running_loop().create_connection
-        self._streams = [Stream(_request(command, body)) for body in command["bodies"]]
+        self._streams = [Stream(request_bytes(command, body)) for body in command["bodies"]]
         self._began_at = time.monotonic()
         await asyncio.gather(
             *(
@@ -113,7 +113,8 @@ class Load:
         return {}
 
 
-def _request(command: dict[str, Any], body: dict[str, Any]) -> bytes:
+def request_bytes(command: dict[str, Any], body: dict[str, Any]) -> bytes:
+    """Return a request as it goes over the wire."""
     payload = json.dumps(body).encode()
     head = (
         f"POST {command['path']} HTTP/1.1\r\nHost: {command['host']}:{command['port']}\r\n"

@@ -139,7 +139,7 @@ async def ask_http(bench: Bench, texts: Sequence[str]) -> dict[str, Any]:
 
 async def ask_engine(bench: Bench, texts: Sequence[str]) -> dict[str, Any]:
     """Have the engine answer all texts at once."""
-    return await _say(bench.engine, {"prompts": list(texts), "max_tokens": bench.max_tokens})
+    return await say(bench.engine, texts, bench.max_tokens)
 
 
 async def turn(side: str, bench: Bench, streams: int, number: int) -> Turn:
@@ -244,11 +244,13 @@ def table(turns: Sequence[Turn], facts: dict[str, Any], options: argparse.Namesp
 
 
 @contextlib.asynccontextmanager
-async def direct(settings: dict[str, Any]) -> AsyncGenerator[Process]:
+async def direct(
+    settings: dict[str, Any], program: str = "tax_engine.py"
+) -> AsyncGenerator[Process]:
     """Run the engine by itself in a process."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *script("tax_engine.py", json.dumps(settings)),
+        *script(program, json.dumps(settings)),
         stdin=PIPE,
         stdout=PIPE,
         limit=1 << 24,
@@ -262,7 +264,9 @@ async def direct(settings: dict[str, Any]) -> AsyncGenerator[Process]:
         await process.wait()
 
 
-async def _say(process: Process, command: dict[str, Any]) -> dict[str, Any]:
+async def say(process: Process, texts: Sequence[str], max_tokens: int) -> dict[str, Any]:
+    """Have an engine of `direct` answer all texts at once."""
+    command = {"prompts": list(texts), "max_tokens": max_tokens}
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(json.dumps(command).encode() + b"\n")

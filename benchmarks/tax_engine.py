@@ -15,6 +15,9 @@ from typing import Any
 
 import xllamacpp
 
+_FLASH = {"auto": -1, "off": 0, "on": 1}
+_KV_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
+
 
 class Request:
     """One request; the callback does as little as can be."""
@@ -55,6 +58,8 @@ def load(settings: dict[str, Any], directory: str) -> Any:
     params.kv_unified = params.fit_params = False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
     params.n_batch = params.n_ubatch = settings["batch_size"]
+    params.flash_attn_type = _FLASH[settings.get("flash_attention", "auto")]
+    params.cache_type_k = params.cache_type_v = _KV_TYPES[settings.get("kv_type", "f16")]
     params.n_gpu_layers = 0
     params.cache_ram_mib = 0
     params.load_mode = 1

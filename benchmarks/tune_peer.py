@@ -7,27 +7,17 @@ client in a process of its own:
   for throughput at more; run it before, its record is read;
 - peer: `llama-server`, built for this machine, with a slot for each stream.
 
-With one stream there is a third side: the engine of that choice by itself, called in a process of
-its own (xllamacpp, as in tax.py).
+With one stream there are more sides: each engine that agreed with the reference, by itself, with
+its own best options for one stream, called in a process of its own (tax_engine.py for llamacpp,
+tune_engine.py for openvino). The fastest of them is what Headrace's rate is divided by. This part
+needs no llama-server: leave `--peer` out, and it runs alone.
 
 Prompts, lengths and rounds are those of tax.py: about 130 tokens in, of which no two begin alike,
 128 out, greedily, past the end token; prefill is within the turn. A ratio is that of the two turns
 of one round, and the table shows the median. The answers of Headrace's choice and of the peer's
 file are compared with the reference of `headrace tune`.
 
-The peer is not part of Headrace, and nothing of it is kept. To build it, take the source archive of
-`llama-cpp-python` (`pip download --no-deps --no-binary :all: llama-cpp-python`), unpack it, and:
-
-    cmake -S vendor/llama.cpp -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
-        -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
-        -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_APP=OFF
-    ninja -C build llama-server llama-quantize
-
-`--peer-model` is the file that the peer runs. Its kernels for Q4_1 are slow: give it the same
-weights as Q8_0, by way of F16:
-
-    build/bin/llama-quantize --allow-requantize MODEL.gguf f16.gguf F16
-    build/bin/llama-quantize f16.gguf q8_0.gguf Q8_0
+llama_server.py tells how the peer is built.
 """
 
 from __future__ import annotations
@@ -36,25 +26,21 @@ import argparse
 import asyncio
 import contextlib
 import re
-import socket
 import statistics
-import time
-import urllib.error
-import urllib.request
-from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import psutil
 
+import llama_server
 import report
 import tax
 from headrace import runtime
 from headrace.config import Settings
 from headrace.core.backend import Backend
 from headrace.core.model import ModelSpec
+from headrace.engines import openvino
 from headrace.models.inspect import inspect
 from headrace.models.reference import parse
 from headrace.tune import record
@@ -64,8 +50,9 @@ from serving import Server, headrace, serving
 
 GOALS = {1: 0.9}
 GOAL = 1.5
+OWN = {"llamacpp": "tax_engine.py", "openvino": "tune_engine.py"}
+"""The program that runs an engine by itself."""
 _CONTEXT = 512
-_START_S = 120.0
 
 
 class Choice(NamedTuple):
@@ -96,7 +83,7 @@ class Turn(NamedTuple):
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Headrace's choice over llama-server.")
-    parser.add_argument("--peer", type=Path, required=True, help="the llama-server program")
+    parser.add_argument("--peer", type=Path, help="the llama-server program")
     parser.add_argument("--peer-model", type=Path, help="its file, at best Q8_0 of the same")
     parser.add_argument("--model", default="smollm2", help="reference of a GGUF that was tuned")
     parser.add_argument("--streams", type=int, nargs="+", default=(1, 8, 32))
@@ -108,14 +95,23 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.quick:
         options.rounds, options.max_tokens, options.streams = 1, 16, (1, 4)
+    if options.peer is None:
+        options.streams = (1,)
     return options
 
 
-def choices(options: argparse.Namespace, settings: Settings) -> dict[int, Choice]:
-    """Return what `headrace tune` found best at each number of streams."""
+class Found(NamedTuple):
+    """What `headrace tune` found: the choice for each number of streams, and each engine's best."""
+
+    chosen: dict[int, Choice]
+    alone: dict[str, Choice]
+
+
+def choices(options: argparse.Namespace, settings: Settings) -> Found:
+    """Return what `headrace tune` found best."""
     path = runtime.store(settings.config).fetch(parse(options.model))
-    file = inspect(path)
-    found = record.load(settings.config.home, file)
+    file, home = inspect(path), settings.config.home
+    found = record.load(home, file)
     if found is None:
         raise SystemExit(f"Nothing was measured: run `headrace tune {options.model}` first.")
     chosen: dict[int, Choice] = {}
@@ -124,46 +120,13 @@ def choices(options: argparse.Namespace, settings: Settings) -> dict[int, Choice
         if best is None:
             raise SystemExit("No engine agreed with the reference.")
         chosen[streams] = Choice(best.engine, best.options, str(path))
-    return chosen
-
-
-@contextlib.asynccontextmanager
-async def peer(options: argparse.Namespace, streams: int, model: str) -> AsyncGenerator[Server]:
-    """Run llama-server with a slot for each stream."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    threads = str(options.threads or tax.arguments([]).threads)
-    flags = {
-        "-m": str(options.peer_model or model),
-        "-np": str(streams),
-        "-c": str(streams * _CONTEXT),
-        "-t": threads,
-        "-tb": threads,
-        "--cache-ram": "0",
-        "--host": "127.0.0.1",
-        "--port": str(port),
-    }
-    words = [word for pair in flags.items() for word in pair]
-    process = await asyncio.create_subprocess_exec(
-        str(options.peer), *words, stdout=DEVNULL, stderr=DEVNULL
+    paths = {"llamacpp": str(path), "openvino": openvino.prepared(file, home).path}
+    right = sorted((one for one in found.trials if not one.fault), key=lambda one: one.rate(1))
+    able = [one for one in right if one.engine in paths and one.rate(1)]
+    # The last one of an engine is its fastest.
+    return Found(
+        chosen, {one.engine: Choice(one.engine, one.options, paths[one.engine]) for one in able}
     )
-    try:
-        await _healthy(port)
-        yield Server(port, psutil.Process(process.pid))
-    finally:
-        process.kill()
-        await process.wait()
-
-
-async def _healthy(port: int) -> None:
-    end = time.monotonic() + _START_S
-    while time.monotonic() < end:
-        with contextlib.suppress(OSError, urllib.error.URLError):
-            await asyncio.to_thread(urllib.request.urlopen, f"http://127.0.0.1:{port}/health")
-            return
-        await asyncio.sleep(0.2)
-    raise SystemExit("llama-server did not start.")
 
 
 async def ask(client: Client, port: int, texts: Sequence[str], tokens: int) -> dict[str, Any]:
@@ -189,7 +152,9 @@ async def ask(client: Client, port: int, texts: Sequence[str], tokens: int) -> d
     }
 
 
-async def rounds(options: argparse.Namespace, streams: int, choice: Choice) -> list[Turn]:
+async def rounds(
+    options: argparse.Namespace, streams: int, choice: Choice, alone: dict[str, Choice]
+) -> list[Turn]:
     """Let the sides take turns at one number of streams."""
     turns: list[Turn] = []
     async with contextlib.AsyncExitStack() as stack:
@@ -197,22 +162,26 @@ async def rounds(options: argparse.Namespace, streams: int, choice: Choice) -> l
         ours = await stack.enter_async_context(
             serving(headrace(choice.model, _options(options, choice), *flags))
         )
-        theirs = await stack.enter_async_context(peer(options, streams, choice.model))
-        servers = {"headrace": ours, "peer": theirs}
+        servers, most = {"headrace": ours}, options.max_tokens
+        if options.peer is not None:
+            threads = options.threads or tax.arguments([]).threads
+            model = str(options.peer_model or choice.model)
+            theirs = llama_server.run(options.peer, model, streams, threads, _CONTEXT)
+            servers["peer"] = await stack.enter_async_context(theirs)
         client = await Client.start()
         stack.push_async_callback(client.stop)
         sides: dict[str, Any] = {
-            "headrace": lambda texts: ask(client, ours.port, texts, options.max_tokens),
-            "peer": lambda texts: ask(client, theirs.port, texts, options.max_tokens),
+            name: lambda texts, port=server.port: ask(client, port, texts, most)
+            for name, server in servers.items()
         }
-        if streams == 1 and choice.engine == "llamacpp":
-            engine = await stack.enter_async_context(tax.direct(_alone(options, choice)))
-            bench = tax.Bench(ours, engine, client, options.max_tokens)
-            sides["engine"] = lambda texts: tax.ask_engine(bench, texts)
+        for name, one in alone.items() if streams == 1 else ():
+            engine = await stack.enter_async_context(tax.direct(_alone(options, one), OWN[name]))
+            sides[name] = lambda texts, engine=engine: tax.say(engine, texts, most)
         for side in sides.values():
             await side(tax.prompts(streams, -1)[:2])
         for number in range(options.rounds or tax.ROUNDS.get(streams, 3)):
-            names = list(sides) if number % 2 == 0 else list(sides)[::-1]
+            # Each begins now and then, so that none is always after the same.
+            names = list(sides)[number % len(sides) :] + list(sides)[: number % len(sides)]
             for name in names:
                 waiting = [one for other, one in servers.items() if other != name]
                 turns.append(await _turn(name, sides[name], waiting, streams, number))
@@ -247,28 +216,31 @@ def _options(options: argparse.Namespace, choice: Choice) -> dict[str, Any]:
 
 def _alone(options: argparse.Namespace, choice: Choice) -> dict[str, Any]:
     """Return what the engine by itself is given: the same as Headrace gives it."""
-    return {
-        "model": choice.model,
-        "context_length": _CONTEXT,
-        "slots": choice.options.get("slots", 4),
-        "threads": options.threads or tax.arguments([]).threads,
-        "batch_size": choice.options.get("batch_size", 128),
-    }
+    given = {"slots": 4, "threads": tax.arguments([]).threads, "batch_size": 256}
+    given |= _options(options, choice)
+    return given | {"model": choice.model, "context_length": _CONTEXT}
 
 
 async def agreements(
-    options: argparse.Namespace, settings: Settings, choice: Choice
+    options: argparse.Namespace, settings: Settings, found: Found
 ) -> dict[str, Agreement]:
-    """Compare the answers of the choice, and of the peer's file, with those of the reference."""
+    """Compare the answers of all who were asked with those of the reference."""
+    choice = found.chosen[max(found.chosen)]
     exact = {"kv_type": "bf16", "flash_attention": "on"}
-    theirs = Choice("llamacpp", {}, str(options.peer_model or choice.model))
+    asked = {"headrace": choice}
+    if 1 in found.chosen:
+        asked |= {
+            f"{name} alone": one._replace(model=choice.model) for name, one in found.alone.items()
+        }
+    if options.peer is not None:
+        asked["llama-server"] = Choice("llamacpp", {}, str(options.peer_model or choice.model))
     async with _loaded(settings, Choice("llamacpp", exact, choice.model)) as worker:
         right = await Reference.ask(worker)
-    found: dict[str, Agreement] = {}
-    for side, one in (("headrace", choice), ("llama-server", theirs)):
+    agreed: dict[str, Agreement] = {}
+    for side, one in asked.items():
         async with _loaded(settings, one) as worker:
-            found[side] = await right.compare(worker)
-    return found
+            agreed[side] = await right.compare(worker)
+    return agreed
 
 
 @contextlib.asynccontextmanager
@@ -297,43 +269,41 @@ def ratios(turns: Sequence[Turn], streams: int, one: str, other: str) -> list[fl
 
 def table(
     turns: Sequence[Turn],
-    chosen: dict[int, Choice],
+    found: Found,
     agreed: dict[str, Agreement],
     options: argparse.Namespace,
 ) -> str:
     """Return the figures to be read."""
+    theirs = f"; llama-server has {options.peer_model.name}" if options.peer_model else ""
     lines = [
-        "Output tokens/s over HTTP: Headrace's choice and llama-server, in one interleaved run",
+        "Output tokens/s over HTTP of Headrace's choice beside others, in one interleaved run",
         report.describe(report.machine()),
-        f"{options.model}; llama-server has {(options.peer_model or Path(options.model)).name}",
+        options.model + theirs,
         "",
-        "streams  headrace  llama-server  ratio (least-most)     choice",
+        "streams  headrace  beside it  ratio (least-most)     who",
     ]
-    for streams, choice in chosen.items():
-        rate = {
-            side: statistics.median(
-                one.rate for one in turns if (one.side, one.streams) == (side, streams)
+    for streams, choice in found.chosen.items():
+        ours = _median(turns, streams, "headrace")
+        lines.append(f"{streams:7}  {ours:8.1f}{'':35}headrace, {_words(choice)}")
+        others = dict.fromkeys(one.side for one in turns if one.streams == streams)
+        for side in [one for one in others if one != "headrace"]:
+            who = "llama-server" if side == "peer" else f"alone: {_words(found.alone[side])}"
+            lines.append(
+                f"{streams:7}{'':10}  {_median(turns, streams, side):9.1f}"
+                f"  {report.spread(ratios(turns, streams, 'headrace', side)):21}  {who}"
             )
-            for side in ("headrace", "peer")
-        }
-        words = " ".join(
-            [choice.engine, *(f"{key}={value}" for key, value in choice.options.items())]
-        )
-        lines.append(
-            f"{streams:7}  {rate['headrace']:8.1f}  {rate['peer']:12.1f}"
-            f"  {report.spread(ratios(turns, streams, 'headrace', 'peer')):21}  {words}"
-        )
     lines.append("")
-    if alone := ratios(turns, 1, "headrace", "engine"):
+    if 1 in found.chosen:
+        best = max(found.alone, key=lambda side: _median(turns, 1, side))
+        over = report.spread(ratios(turns, 1, "headrace", best))
+        lines.append(f"One stream over the best engine by itself, {best}: {over}; goal {GOALS[1]}.")
+    if max(found.chosen) > 1:
+        lines.append(f"Goal over llama-server with several streams: {GOAL}.")
+    for side, one in agreed.items():
+        off = "-" if one.distance is None else f"{one.distance:.3f}"
         lines.append(
-            f"One stream over the engine by itself: {report.spread(alone)}; goal {GOALS[1]}."
-        )
-    lines.append(f"Goal over llama-server with several streams: {GOAL}.")
-    for side, found in agreed.items():
-        off = "-" if found.distance is None else f"{found.distance:.3f}"
-        lines.append(
-            f"Agreement of {side} with the reference: {found.forced:.1%} of {found.compared} next "
-            f"tokens, log-probabilities off by {off}, {found.greedy:.0%} of an answer up to the "
+            f"Agreement of {side} with the reference: {one.forced:.1%} of {one.compared} next "
+            f"tokens, log-probabilities off by {off}, {one.greedy:.0%} of an answer up to the "
             "first other token."
         )
     idle = max(one.idle_cpu / one.seconds for one in turns)
@@ -343,37 +313,49 @@ def table(
     return "\n".join(lines)
 
 
+def _median(turns: Sequence[Turn], streams: int, side: str) -> float:
+    return statistics.median(
+        one.rate for one in turns if (one.side, one.streams) == (side, streams)
+    )
+
+
+def _words(choice: Choice) -> str:
+    return " ".join([choice.engine, *(f"{key}={value}" for key, value in choice.options.items())])
+
+
 async def run(
-    options: argparse.Namespace, settings: Settings, chosen: dict[int, Choice]
+    options: argparse.Namespace, settings: Settings, found: Found
 ) -> tuple[list[Turn], dict[str, Agreement]]:
     """Measure everything."""
     turns: list[Turn] = []
-    for streams, choice in chosen.items():
-        turns += await rounds(options, streams, choice)
-    return turns, await agreements(options, settings, chosen[max(chosen)])
+    for streams, choice in found.chosen.items():
+        turns += await rounds(options, streams, choice, found.alone)
+    return turns, await agreements(options, settings, found)
 
 
 def main() -> None:
     """Measure, print and keep the figures."""
     options = arguments()
     settings = runtime.load_settings(flags={"log_level": "warning"})
-    chosen = choices(options, settings)
-    turns, agreed = asyncio.run(run(options, settings, chosen))
-    text = table(turns, chosen, agreed, options)
+    found = choices(options, settings)
+    turns, agreed = asyncio.run(run(options, settings, found))
+    text = table(turns, found, agreed, options)
     print(f"\n{text}")
+    sides = {str(streams): one for streams, one in found.chosen.items()}
+    sides |= {f"{name} alone": one for name, one in found.alone.items()}
     kept = {
         "machine": report.machine(),
         "model": options.model,
         "goals": {"1": GOALS[1], "more": GOAL},
         "choices": {
-            streams: choice._replace(model=Path(choice.model).name)._asdict()
-            for streams, choice in chosen.items()
+            side: one._replace(model=Path(one.model).name)._asdict() for side, one in sides.items()
         },
         "agreement": msgspec.to_builtins(agreed),
         "turns": [one._asdict() for one in turns],
     }
     if options.json is not None or not options.quick:
-        report.write("tune-peer", text, kept, options.json)
+        name = "tune-one" if max(options.streams) == 1 else "tune-peer"
+        report.write(name, text, kept, options.json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores Ctrl-C, and so would all that the tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-REAL_PROCESSES = ("cli/", "service/", "worker/test_process.py", "test_docs.py")
+REAL_PROCESSES = (
+    *("bench/test_bench.py", "cli/", "service/", "telemetry/test_export.py"),
+    *("telemetry/test_attempts.py", "test_docs.py", "worker/test_process.py"),
+)
 """Tests that start processes and wait for them, by their place in this folder."""
 
 ROOT = Path(__file__).resolve().parents[1]

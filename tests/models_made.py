@@ -9,7 +9,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -41,9 +43,15 @@ def _made(name: str, source: Path) -> Path:
 
 
 def _make_smollm2(gguf: Path, folder: Path) -> None:
+    import gguf as library
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    # It would parse the header for the configuration, the weights and the tokenizer each, and make
+    # the table of names for every module.
+    slow: Any = library
+    slow.GGUFReader = cache(slow.GGUFReader)
+    slow.get_tensor_name_map = cache(slow.get_tensor_name_map)
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent),
         gguf_file=gguf.name,

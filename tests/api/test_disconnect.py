@@ -13,6 +13,7 @@ from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, text
 
 from headrace.api.app import create_app
 from headrace.api.settings import ApiSettings
+from headrace.core.backend import Backend
 from headrace.core.events import Delta, Progress
 
 
@@ -20,7 +21,7 @@ class Wire:
     """One raw ASGI connection whose client can leave."""
 
     def __init__(
-        self, backend: FakeBackend, path: str, body: Any, *, stalls: bool = False, **settings: Any
+        self, backend: Backend, path: str, body: Any, *, stalls: bool = False, **settings: Any
     ) -> None:
         self.sent: list[dict[str, Any]] = []
         self.stalls = stalls

@@ -23,13 +23,14 @@ async def real(smollm2_path: Path) -> AsyncIterator[AsyncModelWorker]:
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("HEADRACE_TEST_HOME", raising=False)
         # One thread: where cores are shared, two wait for one another in every layer. It computes
-        # a batch of 64 in the time that the usual two need for some 128.
+        # a batch of 64 in the time that the usual two need for some 128; half of that is enough to
+        # see that a batch, and not the prompt, is waited for.
         worker = AsyncModelWorker(
             str(smollm2_path),
             context_length=2048,
             slots=4,
             threads=1,
-            batch_size=64,
+            batch_size=32,
             prefix_cache=False,
         )
     async with worker:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from headrace.cli import (
+    bench,
     check_engine,
     config,
     doctor,
@@ -71,6 +72,7 @@ app.command("pull")(with_common(store.pull))
 app.command("ls")(with_common(store.ls))
 app.command("show")(with_common(store.show))
 app.command("tune")(with_common(tune.tune))
+app.command("bench")(with_common(bench.bench))
 app.command("rm")(with_common(store.rm))
 app.command("ps")(with_common(ps.ps))
 app.command("top")(with_common(top.top))

@@ -95,7 +95,10 @@ def _redacted(value: Any, capture: Capture) -> Any:
     if isinstance(value, dict):
         told = cast("dict[str, Any]", value)
         return {key: _redacted(one, capture) for key, one in told.items()}
-    if isinstance(value, list):
-        several = cast("list[Any]", value)
-        return [_redacted(one, capture) for one in several if not isinstance(one, int)]
+    if isinstance(value, list | tuple) and not _is_tokens(several := cast("list[Any]", value)):
+        return [_redacted(one, capture) for one in several]
     return None
+
+
+def _is_tokens(several: Sequence[Any]) -> bool:
+    return bool(several) and isinstance(several[0], int)

@@ -21,7 +21,7 @@ class Running:
     __slots__ = (
         *("admitted_at", "chunks", "error", "first_at", "finish", "info", "loaded_at"),
         *("loading_at", "phase", "prompt_tokens", "request", "root", "said", "tokens", "trace"),
-        "visible_at",
+        *("visible_at", "waited"),
     )
 
     def __init__(
@@ -32,6 +32,7 @@ class Running:
         self.root = root
         self.trace: Trace = root.trace
         self.phase: Phase = "queued"
+        self.waited = False
         self.chunks = self.tokens = self.prompt_tokens = 0
         self.loading_at: float | None = None
         self.loaded_at: float | None = None
@@ -56,7 +57,7 @@ class Running:
         if isinstance(event, Finish):
             self.finish = event
             return
-        now = time.monotonic()
+        now, self.waited = time.monotonic(), True
         if event.stage == "loading":
             self.loading_at = self.loading_at or now
         else:
@@ -151,7 +152,9 @@ def draw(run: Running, metrics: InferenceMetrics, tracing: Tracing, ended: float
     if metrics.load_ms > 0:
         load = tracing.loads.get(run.model)
         _step(tracing, run.root, names.LOAD, began, min(loaded, ended), [load] if load else [])
-    _step(tracing, run.root, names.QUEUE, loaded, ended if admitted is None else admitted)
+    if admitted is not None or run.waited:
+        # What is refused at once has not waited.
+        _step(tracing, run.root, names.QUEUE, loaded, ended if admitted is None else admitted)
     if admitted is None or not (run.chunks or run.admitted_at or metrics.prefill_ms):
         return
     above = attempts[-1] if attempts else run.root

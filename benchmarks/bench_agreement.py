@@ -1,0 +1,205 @@
+r"""Does `headrace bench` tell what an independent load client tells? It and guidellm take turns.
+
+One server at a time, three cases; in each round both clients ask the same prompts, of 128 words,
+for answers of 64 tokens past the end token, with the same number at once:
+
+- `echo`: an engine that answers at a set pace (2,000 tokens/s of prompt, 50 tokens/s of answer for
+  each of 8), so that what is compared is how the clients measure;
+- `model, 1` and `model, 2`: SmolLM2 by llamacpp with one thread, so that on a machine of two cores
+  the clients do not take the model's own.
+
+Every other round begins with the other client. A ratio is that of one round, headrace bench /
+guidellm; the table has the median, the least and the most. The goal is that the medians are within
+5 %. guidellm needs an environment of its own:
+
+    python -m venv guide && guide/bin/pip install torch==2.13.0 guidellm==0.8.1
+
+`--guidellm` is its program, `--tokenizer` a folder with the tokenizer of SmolLM2 in Hugging Face's
+form (`python tests/models_made.py smollm2 MODEL.gguf FOLDER` makes one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+from asyncio.subprocess import PIPE, STDOUT
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import report
+from headrace.bench.prompts import Vocabulary, synthetic, vocabulary
+from headrace.bench.settings import Load, Settings
+from serving import Server, headrace, serving
+
+_TOKENS = 64
+_PATIENCE_S = 300.0
+_PROGRAM = "from headrace.cli import main; main()"
+_NAMES = {
+    "tokens_per_s": "output tokens/s",
+    "ttft_ms_mean": "TTFT, mean",
+    "ttft_ms_p50": "TTFT, median",
+    "inter_token_ms_mean": "inter-token, mean",
+    "inter_token_ms_p50": "inter-token, median",
+}
+
+
+class Case(NamedTuple):
+    """A server, and how it is asked."""
+
+    name: str
+    model: str
+    options: dict[str, object]
+    streams: int
+    requests: int
+
+
+CASES = (
+    Case("echo", "echo", {"tokens_per_second": 50, "prefill_tokens_per_second": 2000}, 8, 48),
+    Case("model, 1", "smollm2", {"threads": 1}, 1, 10),
+    Case("model, 2", "smollm2", {"threads": 1}, 2, 14),
+)
+
+
+async def ours(case: Case, server: Server, file: Path, folder: Path) -> dict[str, float]:
+    """Return the figures of `headrace bench`."""
+    record = folder / "ours.json"
+    await _finish(
+        *(sys.executable, "-c", _PROGRAM, "bench", "--prompts", str(file)),
+        *("--url", f"http://127.0.0.1:{server.port}", "--concurrency", str(case.streams)),
+        *("--requests", str(case.requests), "--output-tokens", str(_TOKENS)),
+        *("--output", str(record)),
+    )
+    level = json.loads(record.read_text())["levels"][0]
+    assert level["ok"] == case.requests, level["errors"]
+    assert not level["short"], "an answer was shorter"
+    return {
+        "tokens_per_s": level["output_tokens_per_s"],
+        "ttft_ms_mean": level["ttft_ms"]["mean"],
+        "ttft_ms_p50": level["ttft_ms"]["p50"],
+        "inter_token_ms_mean": level["inter_token_ms"]["mean"],
+        "inter_token_ms_p50": level["inter_token_ms"]["p50"],
+    }
+
+
+async def theirs(
+    case: Case, server: Server, file: Path, folder: Path, program: str, tokenizer: Path
+) -> dict[str, float]:
+    """Return the figures of guidellm."""
+    target = f"http://127.0.0.1:{server.port}"
+    await _finish(
+        *(program, "run", "--disable-console"),
+        *("--backend", f"kind=openai_http,target={target},model={case.model}"),
+        *("--profile", f"kind=concurrent,streams={case.streams}"),
+        *("--constraint", f"kind=max_requests,count={case.requests}"),
+        *("--tokenizer", f"kind=huggingface_auto,model={tokenizer}"),
+        *("--data", f"kind=json_file,path={file}"),
+        *("--output", f"kind=json,path={folder / 'theirs.json'}"),
+    )
+    found = json.loads((folder / "theirs.json").read_text())["benchmarks"][0]
+    figures = found["metrics"]
+    total = figures["request_totals"]
+    tokens = figures["output_token_count"]["successful"]["total_sum"]
+    # It may end one short of what it was told.
+    assert case.requests >= total["successful"] == total["total"] >= case.requests - 1, total
+    assert tokens == total["total"] * _TOKENS, f"{tokens} tokens"
+    first = figures["time_to_first_token_ms"]["successful"]
+    between = figures["inter_token_latency_ms"]["successful"]
+    return {
+        "tokens_per_s": tokens / found["duration"],
+        "ttft_ms_mean": first["mean"],
+        "ttft_ms_p50": first["median"],
+        "inter_token_ms_mean": between["mean"],
+        "inter_token_ms_p50": between["median"],
+    }
+
+
+async def measure(case: Case, rounds: int, program: str, tokenizer: Path) -> list[dict[str, Any]]:
+    """Let both take turns on one server."""
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        async with serving(headrace(case.model, case.options)) as server:
+            for number in range(rounds):
+                file = folder / f"{number}.jsonl"
+                await _write(case, file, number)
+                turn: dict[str, Any] = {}
+                for who in ("ours", "theirs")[:: 1 if number % 2 else -1]:
+                    turn[who] = await (
+                        ours(case, server, file, folder)
+                        if who == "ours"
+                        else theirs(case, server, file, folder, program, tokenizer)
+                    )
+                found.append(turn)
+                print(case.name, number, json.dumps(turn), file=sys.stderr, flush=True)
+    return found
+
+
+async def _write(case: Case, file: Path, number: int) -> None:
+    """Write prompts that no round has had; each word is taken for a token."""
+
+    async def nobody(text: str) -> None:
+        return None
+
+    words: Vocabulary = await vocabulary(nobody)
+    settings = Settings(model=case.model, loads=(Load("closed", case.streams),))
+    asks = itertools.islice(synthetic(settings, words, f"{case.name}/{number}"), case.requests)
+    lines = [json.dumps({"prompt": one.content, "output_tokens_count": _TOKENS}) for one in asks]
+    await asyncio.to_thread(file.write_text, "\n".join(lines) + "\n")
+
+
+async def _finish(*command: str) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=PIPE, stderr=STDOUT, env=environment
+    )
+    async with asyncio.timeout(_PATIENCE_S):
+        told, _ = await process.communicate()
+    assert process.returncode == 0, told.decode()[-2000:]
+
+
+def _table(cases: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> Iterator[str]:
+    yield "headrace bench and guidellm on the same server, in turns"
+    yield report.describe(facts)
+    yield ""
+    yield f"{'case':<10}{'figure':<22}{'headrace bench':>15}{'guidellm':>12}  ratio (least-most)"
+    for name, turns in cases.items():
+        for key, said in _NAMES.items():
+            mine, other = ([turn[who][key] for turn in turns] for who in ("ours", "theirs"))
+            ratios = [one / two for one, two in zip(mine, other, strict=True)]
+            middles = f"{statistics.median(mine):>15.1f}{statistics.median(other):>12.1f}"
+            yield f"{name:<10}{said:<22}{middles}  {report.spread(ratios)}"
+    yield ""
+    yield f"Goal: medians from 0.95 to 1.05. Load {report.load_average()}."
+
+
+async def _main(arguments: argparse.Namespace) -> None:
+    load = report.load_average()
+    cases = {
+        case.name: await measure(
+            case, arguments.rounds, arguments.guidellm, arguments.tokenizer.resolve()
+        )
+        for case in CASES
+        if not arguments.case or case.name in arguments.case
+    }
+    facts = report.machine()
+    table = "\n".join(_table(cases, facts))
+    print(table)
+    record = {"machine": facts, "load_before": load, "tokens": _TOKENS, "cases": cases}
+    report.write("bench-agreement", table + "\n", record, arguments.json)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--guidellm", required=True, help="its program")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the tokenizer")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--case", action="append", help="only this; may be repeated")
+    parser.add_argument("--json", type=Path, help="write here, not to benchmarks/results")
+    asyncio.run(_main(parser.parse_args()))

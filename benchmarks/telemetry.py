@@ -1,0 +1,397 @@
+"""What it costs to know what every request cost: everything on beside everything off.
+
+Two parts, each in one interleaved run:
+
+- collectors: `headrace serve echo` with no OpenTelemetry and with a collector that is live, dead
+  (its port is closed), slow (half a second for each export) and hung (it never answers). All have
+  the trace file, metrics and usage. A client in its own process keeps `--clients` short streams
+  going on one server after the other; the time to the first event and the gaps between events are
+  as it sees them. Memory is the server's own, at the end.
+- overhead: CPU of the serving process for each event at 32 and 512 echo streams, and output
+  tokens/s of the real model, with everything on (a live collector, trace file, metrics, usage) over
+  everything off. The figures are ratios of the same round; the order turns with each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import statistics
+import sys
+import time
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import uvloop
+
+import front
+import report
+import tax
+from headrace import runtime
+from headrace.models.reference import parse
+from load import Client, Stream, request_bytes
+from serving import Server, headrace, serving
+
+COLLECTORS = ("none", "live", "dead", "slow", "hung")
+SIDES = ("off", "on")
+MOST_CPU, LEAST_THROUGHPUT, MOST_LATENCY = 1.05, 0.99, 1.01
+_COLLECTOR = Path(__file__).parents[1] / "tests" / "telemetry" / "collector.py"
+_OFF = {"HEADRACE_METRICS": "false", "HEADRACE_TRACES": "false", "HEADRACE_USAGE": "false"}
+_STREAMS = 8
+
+
+class Latency(NamedTuple):
+    """One server, one round: milliseconds, and the bytes of its process at the end."""
+
+    collector: str
+    requests: int
+    first_p50: float
+    first_p99: float
+    gap_p50: float
+    gap_p99: float
+    memory: int
+
+
+class Speed(NamedTuple):
+    """One side, one round, with the real model."""
+
+    side: str
+    tokens_per_second: float
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="What telemetry costs.")
+    parser.add_argument("--only", choices=("collectors", "overhead"))
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--window", type=float, default=7.0, help="seconds of one measurement")
+    parser.add_argument("--clients", type=int, default=32, help="streams at once (collectors)")
+    parser.add_argument("--streams", type=int, nargs="+", default=front.STREAMS)
+    parser.add_argument("--rate", type=float, default=4000, help="events a second (overhead)")
+    parser.add_argument("--model", default="smollm2", help="the real one; empty leaves it out")
+    parser.add_argument("--quick", action="store_true", help="one short round, for tests")
+    parser.add_argument("--json", type=Path, help="write the raw figures here")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.rounds, options.window, options.rate = 1, 1.0, 2000
+        options.streams, options.model = (32,), ""
+    return options
+
+
+# The client of `collectors`, a process of its own.
+
+
+class Timed(Stream):
+    """A stream that keeps the time of each read."""
+
+    def __init__(self, request: bytes) -> None:
+        super().__init__(request)
+        self.times: list[float] = []
+
+    def data_received(self, data: bytes) -> None:
+        """Note when it came."""
+        if b"data: {" in data:
+            self.times.append(time.perf_counter())
+        super().data_received(data)
+
+
+async def ask_for(command: dict[str, Any]) -> dict[str, Any]:
+    """Keep streams going for a while; return what was waited for, in milliseconds."""
+    connect, until = asyncio.get_running_loop().create_connection, time.perf_counter()
+    until += command["window"]
+    firsts: list[float] = []
+    gaps: list[float] = []
+
+    async def ask(tokens: int) -> None:
+        stream = Timed(request_bytes(command, {**command["body"], "max_tokens": tokens}))
+        began = time.perf_counter()
+        await connect(lambda: stream, command["host"], command["port"])
+        await stream.over.wait()
+        stream.close()
+        firsts.append((stream.times[0] - began) * 1000)
+        pairs = zip(stream.times, stream.times[1:], strict=False)
+        gaps.extend((after - before) * 1000 for before, after in pairs)
+
+    async def keep(number: int) -> None:
+        # Not all at once, and not all of one length: they would begin and end together for ever.
+        await asyncio.sleep(number * 0.01)
+        while time.perf_counter() < until:
+            await ask(24 + number % 17)
+
+    await asyncio.gather(*(keep(number) for number in range(command["clients"])))
+    return {"first": _percentiles(firsts), "gap": _percentiles(gaps), "requests": len(firsts)}
+
+
+def _percentiles(values: list[float]) -> tuple[float, float]:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
+
+
+async def _client() -> None:
+    loop, reader = asyncio.get_running_loop(), asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    while line := await reader.readline():
+        print(json.dumps(await ask_for(json.loads(line))), flush=True)
+
+
+@contextlib.asynccontextmanager
+async def asking() -> AsyncGenerator[asyncio.subprocess.Process]:
+    """Run the client."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, __file__, "client", stdin=PIPE, stdout=PIPE
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        await process.wait()
+
+
+# The servers.
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Set variables for what is started within."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.asynccontextmanager
+async def collecting(mode: str) -> AsyncGenerator[dict[str, str]]:
+    """Run a collector; return the variables by which it is found."""
+    if mode == "none":
+        yield {}
+        return
+    if mode == "dead":
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            yield _found(f"http://127.0.0.1:{taken.getsockname()[1]}")
+        return
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(_COLLECTOR), "http", mode, "quiet", stdout=PIPE
+    )
+    assert process.stdout is not None
+    try:
+        yield _found((await process.stdout.readline()).decode().strip())
+    finally:
+        process.kill()
+        await process.wait()
+
+
+def _found(url: str) -> dict[str, str]:
+    return {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_TRACES_EXPORTER": "otlp"}
+
+
+@contextlib.asynccontextmanager
+async def server(command: list[str], variables: dict[str, str]) -> AsyncGenerator[Server]:
+    """Run `headrace serve` with further variables and a home of its own."""
+    with TemporaryDirectory() as home:
+        async with contextlib.AsyncExitStack() as stack:
+            with environment(HEADRACE_HOME=home, **variables):
+                started = await stack.enter_async_context(serving(command))
+            yield started
+
+
+# The two parts.
+
+
+async def latencies(options: argparse.Namespace) -> list[Latency]:
+    """Ask all servers in turn, in another order each round."""
+    body = {"model": "echo", "prompt": "abcdefgh" * 8, "stream": True}
+    command = headrace("echo", {"tokens_per_second": 50})
+    figures: list[Latency] = []
+    async with contextlib.AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        servers: dict[str, Server] = {}
+        for mode in COLLECTORS:
+            servers[mode] = await enter(server(command, await enter(collecting(mode))))
+        client = await enter(asking())
+        for number in range(-1, options.rounds):
+            turn = number % len(COLLECTORS)
+            for mode in (*COLLECTORS[turn:], *COLLECTORS[:turn]):
+                told = await _ask(client, servers[mode], body, options)
+                memory = servers[mode].process.memory_info().rss
+                one = _latency(mode, told, memory)
+                if number >= 0:
+                    figures.append(one)
+                    print(f"  {mode:5} p99 first {one.first_p99:7.2f}  gap {one.gap_p99:6.2f} ms")
+    return figures
+
+
+def _latency(mode: str, told: dict[str, Any], memory: int) -> Latency:
+    first, gap = told["first"], told["gap"]
+    return Latency(mode, told["requests"], first[0], first[1], gap[0], gap[1], memory)
+
+
+async def _ask(
+    client: asyncio.subprocess.Process,
+    asked: Server,
+    body: dict[str, Any],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    assert client.stdin is not None
+    assert client.stdout is not None
+    command = {
+        "host": "127.0.0.1",
+        "port": asked.port,
+        "path": "/v1/completions",
+        "body": body,
+        "clients": options.clients,
+        "window": options.window,
+    }
+    client.stdin.write(json.dumps(command).encode() + b"\n")
+    return json.loads(await client.stdout.readline())
+
+
+async def events(options: argparse.Namespace, streams: int) -> list[front.Cell]:
+    """Measure the CPU for each event of both sides in turn."""
+    speed, cells = options.rate / streams, list[front.Cell]()
+    tokens = int(speed * (options.window + 30))
+    body = {"prompt": "abcdefgh" * 8, "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    async with both(headrace("echo", {"tokens_per_second": speed})) as servers:
+        client = await Client.start()
+        try:
+            for number in range(options.rounds):
+                for side in SIDES[:: 1 if number % 2 else -1]:
+                    cell = await front.measure(
+                        side, servers[side], client, body, streams, options.window
+                    )
+                    cells.append(cell)
+                    print(f"  {streams:4} streams  {side:3} {cell.each:6.2f} us/event", flush=True)
+        finally:
+            await client.stop()
+    return cells
+
+
+async def speeds(options: argparse.Namespace) -> list[Speed]:
+    """Measure the tokens/s of the real model of both sides in turn."""
+    figures: list[Speed] = []
+    shape: dict[str, object] = {"slots": _STREAMS}
+    model = runtime.store(runtime.load_settings().config).fetch(parse(options.model))
+    async with both(headrace(str(model), shape, "--context-length", "512")) as servers:
+        client = await Client.start()
+        try:
+            for number in range(-1, options.rounds):
+                for side in SIDES[:: 1 if number % 2 else -1]:
+                    bench = tax.Bench(servers[side], None, client, 128)  # type: ignore[arg-type]
+                    done = await tax.ask_http(bench, tax.prompts(_STREAMS, number))
+                    rate = sum(done["tokens"]) / done["seconds"]
+                    if number >= 0:
+                        figures.append(Speed(side, rate))
+                        print(f"  {side:3} {rate:7.1f} tok/s", flush=True)
+        finally:
+            await client.stop()
+    return figures
+
+
+@contextlib.asynccontextmanager
+async def both(command: list[str]) -> AsyncGenerator[dict[str, Server]]:
+    """Run a server with everything off, and one with everything on."""
+    async with contextlib.AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        variables = await enter(collecting("live"))
+        yield {
+            "off": await enter(server(command, _OFF)),
+            "on": await enter(server(command, variables)),
+        }
+
+
+# What is told.
+
+
+def ratios(off: Sequence[float], on: Sequence[float]) -> list[float]:
+    """Return on over off for each round."""
+    return [after / before for before, after in zip(off, on, strict=True)]
+
+
+def of_collectors(figures: Sequence[Latency]) -> Iterator[str]:
+    """Yield the table of the first part."""
+    yield "Each over none, and over a collector that is live; medians of the rounds (least-most)."
+    yield "collector  requests  first p99 ms  over none  over live              gap p99 ms  ..."
+    by_mode = {mode: [one for one in figures if one.collector == mode] for mode in COLLECTORS}
+    least = min(one.memory for one in by_mode["none"]) / 2**20
+    for mode, those in by_mode.items():
+        firsts, gaps = [one.first_p99 for one in those], [one.gap_p99 for one in those]
+        none, live = by_mode["none"], by_mode["live"]
+        yield (
+            f"{mode:9}  {sum(one.requests for one in those):8}"
+            f"  {statistics.median(firsts):12.2f}"
+            f"  {statistics.median(ratios([one.first_p99 for one in none], firsts)):9.3f}"
+            f"  {report.spread(ratios([one.first_p99 for one in live], firsts)):21}"
+            f"  {statistics.median(gaps):10.2f}"
+            f"  {statistics.median(ratios([one.gap_p99 for one in none], gaps)):9.3f}"
+            f"  {report.spread(ratios([one.gap_p99 for one in live], gaps)):21}"
+            f"  {those[-1].memory / 2**20:.0f} MB"
+        )
+    yield f"Goal: dead, slow and hung over live at most {MOST_LATENCY}, and memory bounded."
+    yield f"With no collector the process has {least:.0f} MB."
+
+
+def of_overhead(cells: Sequence[front.Cell], figures: Sequence[Speed]) -> Iterator[str]:
+    """Yield the table of the second part."""
+    for streams in sorted({cell.streams for cell in cells}):
+        off, on = (
+            [one.each for one in cells if (one.server, one.streams) == (side, streams)]
+            for side in SIDES
+        )
+        yield (
+            f"{streams:4} streams  off {report.spread(off)}  on {report.spread(on)} us/event"
+            f"  on over off {report.spread(ratios(off, on))}"
+        )
+    yield f"Goal: at most {MOST_CPU}."
+    if figures:
+        off, on = ([o.tokens_per_second for o in figures if o.side == side] for side in SIDES)
+        yield (
+            f"real model   off {report.spread(off)}  on {report.spread(on)} tok/s"
+            f"  on over off {report.spread(ratios(off, on))}"
+        )
+        yield f"Goal: at least {LEAST_THROUGHPUT}."
+
+
+async def run(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+    """Measure what is asked for; return the lines to be read, and all figures."""
+    lines: list[str] = []
+    figures: dict[str, Any] = {}
+    if options.only != "overhead":
+        found = await latencies(options)
+        figures["collectors"] = [one._asdict() for one in found]
+        lines += of_collectors(found)
+    if options.only != "collectors":
+        cells = [cell for streams in options.streams for cell in await events(options, streams)]
+        speed = await speeds(options) if options.model else []
+        figures["overhead"] = [cell._asdict() for cell in cells]
+        figures["throughput"] = [one._asdict() for one in speed]
+        lines += ["", *of_overhead(cells, speed)]
+    return lines, figures
+
+
+def main() -> None:
+    """Measure, print and keep the figures."""
+    if sys.argv[1:] == ["client"]:
+        uvloop.run(_client())
+        return
+    options, facts = arguments(), report.machine()
+    lines, figures = asyncio.run(run(options))
+    text = "\n".join(["What telemetry costs", report.describe(facts), "", *lines])
+    print(f"\n{text}")
+    if options.json is not None or not options.quick:
+        name = f"telemetry-{options.only}" if options.only else "telemetry"
+        record = {"machine": facts, "rounds": options.rounds, **figures}
+        report.write(name, text, record, options.json)
+
+
+if __name__ == "__main__":
+    main()

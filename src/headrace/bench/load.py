@@ -1,0 +1,260 @@
+"""Puts loads on a service: so many clients, or so many requests a second."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+
+from headrace.bench import figures
+from headrace.bench.answer import Answer, Row, said
+from headrace.bench.figures import Level
+from headrace.bench.http import Broken, Http
+from headrace.bench.prompts import Ask
+from headrace.bench.settings import Load, Settings
+from headrace.core.errors import InvalidRequest, Unauthorized, UnknownModel, UpstreamError
+
+Progress = Callable[[float], None]
+"""Is told what share of a load is done."""
+
+_AFTER_FAULT_S = 0.05
+"""A closed loop must not become a flood where everything is refused at once."""
+
+
+class Dialect(msgspec.Struct, frozen=True):
+    """What the server understands beyond the least, most wanted first."""
+
+    ignore_eos: bool = True
+    usage: bool = True
+    length: str = "max_tokens"
+    temperature: bool = True
+
+
+_DIALECTS = (
+    Dialect(),
+    Dialect(ignore_eos=False),
+    Dialect(ignore_eos=False, length="max_completion_tokens"),
+    Dialect(ignore_eos=False, length="max_completion_tokens", temperature=False),
+    Dialect(ignore_eos=False, usage=False),
+)
+
+
+class Bench:
+    """One service under one set of settings. `stop` cuts what runs and ends the load."""
+
+    def __init__(self, http: Http, settings: Settings) -> None:
+        self.dialect = _DIALECTS[0]
+        self.stop = asyncio.Event()
+        self._http, self._settings = http, settings
+        route = "chat/completions" if settings.api == "chat" else "completions"
+        self._path = f"{http.place.base}/{route}"
+
+    async def probe(self, ask: Ask) -> None:
+        """Send one request, to learn what the server understands.
+
+        Raises:
+            UpstreamError: nobody answers, or not as OpenAI's API does.
+            RequestError: the key, the model or the request is refused.
+        """
+        refusal = Row(at_s=0, total_ms=0)
+        for dialect in _DIALECTS:
+            self.dialect = dialect
+            row, status = await self._send(ask, 0.0)
+            if not row.fault:
+                return
+            refusal = refusal if refusal.fault else row
+            if status not in (400, 422):
+                raise _error(status, row, self._http.place.name, self._settings.model)
+        raise InvalidRequest(f"The service refuses the requests: {refusal.detail}")
+
+    async def run(self, load: Load, asks: Iterator[Ask], progress: Progress) -> Level:
+        """Put a load on the service and return what came of it."""
+        progress(0.0)
+        warming = asyncio.create_task(self._warm_up(load, asks))
+        await self._watch(warming, set(), lambda: None)
+        rows: list[Row] = []
+        gc.collect()
+        gc.freeze()
+        zero, busy = time.perf_counter(), time.process_time()
+        each = self._clients if load.loop == "closed" else self._arrivals
+        tasks: set[asyncio.Task[None]] = set()
+        main = asyncio.create_task(each(load, asks, zero, rows, tasks))
+
+        def tell() -> None:
+            progress(self._share(len(rows), time.perf_counter() - zero))
+
+        cut = await self._watch(main, tasks, tell)
+        gc.unfreeze()
+        busy, passed = time.process_time() - busy, time.perf_counter() - zero
+        last = max((row.at_s + row.total_ms / 1e3 for row in rows), default=0.0)
+        seconds = passed if cut or not rows else last
+        return figures.level(
+            load,
+            sorted(rows, key=lambda row: row.at_s),
+            seconds,
+            slo=self._settings.slo,
+            cut=cut,
+            client_busy=busy / passed,
+        )
+
+    async def _warm_up(self, load: Load, asks: Iterator[Ask]) -> None:
+        count = self._settings.warm_up
+        width = int(load.value) if load.loop == "closed" else 1
+        for done in range(0, count, width):
+            some = itertools.islice(asks, min(width, count - done))
+            await asyncio.gather(*(self._send(ask, 0.0) for ask in some))
+
+    async def _watch(
+        self,
+        main: asyncio.Task[None],
+        tasks: set[asyncio.Task[None]],
+        tell: Callable[[], None],
+    ) -> int:
+        """Wait until it is over or stopped, and return how many requests were cut."""
+        stopped = asyncio.create_task(self.stop.wait())
+        try:
+            while not main.done() and not stopped.done():
+                await asyncio.wait(
+                    {main, stopped}, timeout=0.25, return_when=asyncio.FIRST_COMPLETED
+                )
+                tell()
+            if main.done():
+                await main
+            return sum(not task.done() for task in tasks)
+        finally:
+            for task in (stopped, main, *tasks):
+                task.cancel()
+            await asyncio.gather(stopped, main, *tasks, return_exceptions=True)
+
+    def _share(self, done: int, seconds: float) -> float:
+        settings = self._settings
+        if settings.requests is not None:
+            return done / settings.requests
+        return min(1.0, seconds / settings.duration_s) if settings.duration_s else 1.0
+
+    async def _clients(
+        self,
+        load: Load,
+        asks: Iterator[Ask],
+        zero: float,
+        rows: list[Row],
+        tasks: set[asyncio.Task[None]],
+    ) -> None:
+        left = itertools.count() if self._settings.requests is None else None
+        turns = left or iter(range(self._settings.requests or 0))
+
+        async def client() -> None:
+            for turn in turns:
+                late = time.perf_counter() - zero >= (self._settings.duration_s or 0)
+                # Each client asks once at least, however short the time is.
+                if left is not None and late and turn >= load.value:
+                    return
+                row, _ = await self._send(next(asks), zero)
+                rows.append(row)
+                if row.fault:
+                    await asyncio.sleep(_AFTER_FAULT_S)
+
+        tasks.update(asyncio.create_task(client()) for _ in range(int(load.value)))
+        await asyncio.gather(*tasks)
+
+    async def _arrivals(
+        self,
+        load: Load,
+        asks: Iterator[Ask],
+        zero: float,
+        rows: list[Row],
+        tasks: set[asyncio.Task[None]],
+    ) -> None:
+        async def one(ask: Ask, due: float) -> None:
+            rows.append((await self._send(ask, zero, due))[0])
+
+        for offset in schedule(self._settings, load.value):
+            ask = next(asks)
+            if (wait := zero + offset - time.perf_counter()) > 0:
+                await asyncio.sleep(wait)
+            task = asyncio.create_task(one(ask, zero + offset))
+            tasks.add(task)
+        await asyncio.gather(*tasks)
+
+    async def _send(self, ask: Ask, zero: float, due: float | None = None) -> tuple[Row, int]:
+        body = self._body(ask)
+        answer = Answer(time.perf_counter(), ask.max_tokens, due)
+        try:
+            async with asyncio.timeout(self._settings.timeout_s):
+                await self._http.send(self._path, body, answer)
+        except TimeoutError:
+            answer.fail("timeout", f"no end within {self._settings.timeout_s:g} s")
+        except Broken as error:
+            answer.fail(error.kind, str(error))
+        return answer.row(zero), answer.status
+
+    def _body(self, ask: Ask) -> bytes:
+        settings, dialect = self._settings, self.dialect
+        content = ask.content
+        fields: dict[str, Any] = {"model": settings.model, "stream": True}
+        if settings.api == "completions":
+            fields["prompt"] = content
+        else:
+            alone = [{"role": "user", "content": content}]
+            fields["messages"] = alone if isinstance(content, str) else content
+        fields[dialect.length] = ask.max_tokens
+        if dialect.temperature:
+            fields["temperature"] = settings.temperature
+        if dialect.ignore_eos:
+            fields["ignore_eos"] = True
+        if dialect.usage:
+            fields["stream_options"] = {"include_usage": True}
+        return msgspec.json.encode({**fields, **settings.body})
+
+
+def schedule(settings: Settings, rate: float) -> Iterator[float]:
+    """Yield when requests are due, in seconds from the begin; the same for the same seed."""
+    source = random.Random(f"{settings.seed}/{rate}")  # noqa: S311 - to be repeated
+    at = 0.0
+    for count in itertools.count():
+        # Sums of the same step would drift.
+        at = at if settings.arrival == "poisson" else count / rate
+        if settings.requests is not None and count >= settings.requests:
+            return
+        if settings.requests is None and at >= (settings.duration_s or 0):
+            return
+        yield at
+        at += source.expovariate(rate)
+
+
+async def served_models(http: Http) -> list[str]:
+    """Return what the service has.
+
+    Raises:
+        UpstreamError: nobody answers, or not as OpenAI's API does.
+        Unauthorized: it wants another key.
+    """
+    where = http.place.name
+    try:
+        status, body = await http.fetch(f"{http.place.base}/models")
+    except Broken as error:
+        raise UpstreamError(f"No service at {where}: {error}.", param="url") from None
+    if status != 200:
+        row = Row(at_s=0, total_ms=0, fault=f"http {status}", detail=said(body))
+        raise _error(status, row, where, "")
+    try:
+        data = msgspec.json.decode(body, type=dict[str, Any])["data"]
+        return [str(one["id"]) for one in data]
+    except (msgspec.MsgspecError, KeyError, TypeError):
+        raise UpstreamError(f"{where}/models has no list of models; name one.") from None
+
+
+def _error(status: int, row: Row, where: str, model: str) -> Exception:
+    if row.fault == "connect":
+        return UpstreamError(f"No service at {where}: {row.detail}.", param="url")
+    if status in (401, 403):
+        return Unauthorized(f"{where}: {row.detail} Set HEADRACE_API_KEY or OPENAI_API_KEY.")
+    if status == 404:
+        return UnknownModel(f"{where} has no {model or 'models'}: {row.detail}")
+    return UpstreamError(f"{where} answers with {row.fault}: {row.detail}")

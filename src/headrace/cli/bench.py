@@ -1,0 +1,384 @@
+"""`headrace bench`: how fast a service answers, as its clients feel it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from headrace.cli import bench_text, terminal
+from headrace.cli.common import Common, known_models, parse_options
+from headrace.cli.run import ContextLength, Device, Engine, Options
+from headrace.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from headrace.bench.figures import Limit, Run
+    from headrace.bench.run import Source
+    from headrace.bench.settings import Settings
+    from headrace.cli.terminal import Report
+    from headrace.config import Settings as Configured
+
+_KEYS = ("HEADRACE_API_KEY", "HEADRACE_ADMIN_KEY", "OPENAI_API_KEY")
+_INTERRUPTED = 130
+
+
+def _flag(text: str, panel: str, metavar: str | None = None, least: float | None = None) -> Any:
+    return typer.Option(
+        help=text, metavar=metavar, min=least, show_default=True, rich_help_panel=panel
+    )
+
+
+_LOAD, _ASK, _TOLD, _WHERE = "Load", "Requests", "Output", "Service"
+
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL] | compare FILE...",
+        help="Model for a server of its own (default_model when left out); or records of earlier "
+        "runs to compare.",
+        autocompletion=known_models,
+    ),
+]
+Api = Literal["chat", "completions"]
+Arrival = Literal["poisson", "constant"]
+Text = str | None
+Url = Annotated[Text, _flag("Measure what answers there.", _WHERE)]
+Model = Annotated[Text, _flag("What it calls the model.", _WHERE)]
+Route = Annotated[Api, _flag("Route to ask.", _WHERE)]
+Concurrency = Annotated[Text, _flag("Closed loop: clients; 1,2,4,8 if not told.", _LOAD, "N,..")]
+Rate = Annotated[Text, _flag("Open loop: requests/s that begin.", _LOAD, "N,..")]
+Arrivals = Annotated[Arrival, _flag("How they arrive in an open loop.", _LOAD)]
+Requests = Annotated[int | None, _flag("So many at each load.", _LOAD, least=1)]
+Duration = Annotated[Text, _flag("New ones for so long at each load; 10s if not told.", _LOAD)]
+WarmUp = Annotated[int, _flag("Requests before each load, not counted.", _LOAD, least=0)]
+PromptTokens = Annotated[Text, _flag("Length of made-up prompts; 128 if not told.", _ASK, "N|N-M")]
+OutputTokens = Annotated[str, _flag("Length of answers.", _ASK, "N|N-M")]
+Prompts = Annotated[Path | None, _flag("Take them from a .jsonl or a text.", _ASK, "FILE")]
+SharedPrefix = Annotated[int, _flag("So many tokens are common to all prompts.", _ASK, least=0)]
+Seed = Annotated[int, _flag("Same seed, same requests.", _ASK)]
+Temperature = Annotated[float, _flag("0 is greedy.", _ASK, least=0)]
+Body = Annotated[str, _flag("Further fields of each request.", _ASK, "JSON")]
+Timeout = Annotated[str, _flag("Longest time for a request.", _ASK)]
+Slo = Annotated[str, _flag("Tell the share within, as ttft=500ms,itl=50ms,total=5s.", _TOLD)]
+Plot = Annotated[Path | None, _flag("Draw a .png or .svg.", _TOLD, "FILE")]
+Output = Annotated[Path | None, _flag("Write the record, as JSON.", _TOLD, "FILE")]
+Raw = Annotated[bool, typer.Option("--raw", help="Keep every request.", rich_help_panel=_TOLD)]
+ModelBytes = Annotated[Text, _flag("Size of the weights, for the share of the limit.", _TOLD)]
+Bandwidth = Annotated[Text, _flag("Bytes/s of the memory, if not this machine's.", _TOLD)]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The flags, by name."""
+
+    words: list[str] | None
+    url: str | None
+    model: str | None
+    api: Api
+    concurrency: str | None
+    rate: str | None
+    arrival: Arrival
+    requests: int | None
+    duration: str | None
+    warm_up: int
+    prompt_tokens: str | None
+    output_tokens: str
+    prompts: Path | None
+    shared_prefix: int
+    seed: int
+    temperature: float
+    body: str
+    timeout: str
+    slo: str
+    plot: Path | None
+    output: Path | None
+    raw: bool
+    model_bytes: str | None
+    bandwidth: str | None
+    engine: str | None
+    device: str | None
+    context_length: int | None
+    option: list[str] | None
+
+    @property
+    def names(self) -> list[str]:
+        return self.words or []
+
+
+def bench(
+    common: Common,
+    words: Words = None,
+    url: Url = None,
+    model: Model = None,
+    api: Route = "chat",
+    concurrency: Concurrency = None,
+    rate: Rate = None,
+    arrival: Arrivals = "poisson",
+    requests: Requests = None,
+    duration: Duration = None,
+    warm_up: WarmUp = 1,
+    prompt_tokens: PromptTokens = None,
+    output_tokens: OutputTokens = "64",
+    prompts: Prompts = None,
+    shared_prefix: SharedPrefix = 0,
+    seed: Seed = 0,
+    temperature: Temperature = 0.0,
+    body: Body = "",
+    timeout: Timeout = "600s",
+    slo: Slo = "",
+    plot: Plot = None,
+    output: Output = None,
+    raw: Raw = False,
+    model_bytes: ModelBytes = None,
+    bandwidth: Bandwidth = None,
+    engine: Engine = None,
+    device: Device = None,
+    context_length: ContextLength = None,
+    option: Options = None,
+) -> None:
+    """Measure a service that speaks OpenAI's API: any with --url, else one of its own.
+
+    `headrace bench compare A.json B.json` sets records side by side.
+    """
+    flags = dict(locals())
+    del flags["common"]
+    given = _Given(**flags)
+    _check(given)
+    if given.names[:1] == ["compare"]:
+        _compare(common, given.names[1:], plot)
+    else:
+        _bench(common, given)
+
+
+def _check(given: _Given) -> None:
+    """Refuse flags that contradict each other, and files that could not be written afterwards."""
+    if given.plot is not None:
+        from headrace.bench import plot
+
+        plot.check(given.plot)
+    if given.output is not None and not given.output.parent.is_dir():
+        raise ConfigError(f"flag --output: there is no folder {given.output.parent}.")
+    if given.names[:1] == ["compare"]:
+        return
+    if len(given.names) > 1 or (given.url and given.names):
+        raise ConfigError("One model at a time; with --url, name it with --model.")
+    if given.prompts is not None and (given.prompt_tokens or given.shared_prefix):
+        raise ConfigError("--prompts has its own lengths: no --prompt-tokens, no --shared-prefix.")
+    if given.requests is not None and given.duration is not None:
+        raise ConfigError("Either --requests or --duration.")
+    if given.concurrency and given.rate:
+        raise ConfigError("Either --concurrency (closed loop) or --rate (open loop).")
+
+
+def _bench(common: Common, given: _Given) -> None:
+    configured = common.settings(
+        engine=given.engine,
+        device=given.device,
+        context_length=given.context_length,
+        options=parse_options(given.option),
+    )
+    plan = _plan(given)
+    own = None
+    if not given.url:
+        own = given.names[0] if given.names else configured.config.default_model
+    found = _measured(plan, configured, own, _of_server(common, given), given)
+    _tell(common, found, given)
+    if found.interrupted:
+        raise typer.Exit(_INTERRUPTED)
+
+
+def _plan(given: _Given) -> Settings:
+    from headrace.bench import settings as read
+
+    closed = given.concurrency or "1,2,4,8"
+    lasts = None if given.requests else read.seconds("--duration", given.duration or "10s")
+    made_up = given.prompt_tokens or "128"
+    return read.Settings(
+        model=given.model or "",
+        loads=read.loads("open", given.rate) if given.rate else read.loads("closed", closed),
+        api=given.api,
+        requests=given.requests,
+        duration_s=lasts,
+        warm_up=given.warm_up,
+        prompt=None if given.prompts else read.span("--prompt-tokens", made_up),
+        output=read.span("--output-tokens", given.output_tokens),
+        shared_prefix=given.shared_prefix,
+        arrival=given.arrival,
+        seed=given.seed,
+        temperature=given.temperature,
+        timeout_s=read.seconds("--timeout", given.timeout),
+        slo=read.slo(given.slo),
+        body=read.extra_body(given.body),
+    )
+
+
+def _of_server(common: Common, given: _Given) -> list[str]:
+    """Return the flags for a server of our own."""
+    flags = {
+        "--config": common.file,
+        "--home": common.home,
+        "--engine": given.engine,
+        "--device": given.device,
+        "--context-length": given.context_length,
+    }
+    words = [str(part) for pair in flags.items() if pair[1] is not None for part in pair]
+    return [*words, *(part for pair in given.option or [] for part in ("-o", pair))]
+
+
+def _limit(configured: Configured, own: str | None, given: _Given) -> Limit | None:
+    """Return the limit where it is known; only that of the host's memory can be measured."""
+    from headrace import machine, runtime
+    from headrace.bench.figures import Limit
+    from headrace.bench.http import place
+    from headrace.bench.settings import amount
+    from headrace.models.inspect import inspect
+    from headrace.models.reference import parse
+    from headrace.tune import limits
+
+    weights, cache = (
+        int(amount("--model-bytes", given.model_bytes)) if given.model_bytes else 0,
+        None,
+    )
+    if own is not None and not weights:
+        stored = runtime.store(configured.config).find(parse(configured.model_spec(own).model))
+        file = inspect(Path(stored.path)) if stored is not None else None
+        weights, cache = (file.size, file.kv_bytes_per_token) if file is not None else (0, None)
+    if not weights:
+        return None
+    if given.bandwidth is not None:
+        return Limit(
+            weights=weights, cache_per_token=cache, bandwidth=amount("--bandwidth", given.bandwidth)
+        )
+    here = given.url is None or place(given.url).is_loopback
+    if not here or any(one.key != "cpu" for one in machine.devices()):
+        return None
+    speed = limits.bandwidth(configured.config.home)
+    return Limit(weights=weights, cache_per_token=cache, bandwidth=speed)
+
+
+def _measured(
+    plan: Settings,
+    configured: Configured,
+    own: str | None,
+    arguments: Sequence[str],
+    given: _Given,
+) -> Run:
+    import msgspec
+
+    from headrace import runtime
+    from headrace.bench.run import Source
+
+    source = Source(
+        url=given.url or "",
+        key=next((os.environ[name] for name in _KEYS if os.environ.get(name)), None),
+        own=own is not None,
+        file=given.prompts,
+        machine=msgspec.to_builtins(runtime.system()),
+        limit=lambda: _limit(configured, own, given),
+    )
+    if own is not None:
+        plan = msgspec.structs.replace(plan, model=configured.model_spec(own).name)
+        arguments = [own, *arguments]
+    with terminal.progress() as report, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        try:
+            return runner.run(_measure(plan, source, arguments, report))
+        except asyncio.CancelledError:
+            raise typer.Exit(_INTERRUPTED) from None
+
+
+async def _measure(plan: Settings, source: Source, arguments: Sequence[str], report: Report) -> Run:
+    import msgspec
+
+    from headrace.bench import run, server
+
+    stop, begun = asyncio.Event(), asyncio.Event()
+
+    def told(what: str, done: int, total: int) -> None:
+        begun.set()
+        report(what, done, total)
+
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(_signals(stop, begun))
+        if source.own:
+            report("starting the server", 0, 0)
+            own = await stack.enter_async_context(server.own(arguments))
+            source = msgspec.structs.replace(source, url=own.url, key=own.key)
+        return await run.measure(source, plan, told, stop)
+
+
+@contextlib.contextmanager
+def _signals(stop: asyncio.Event, begun: asyncio.Event) -> Generator[None]:
+    """Let the first signal end the measuring and keep its figures; the second ends all."""
+    loop, main = asyncio.get_running_loop(), asyncio.current_task()
+    assert main is not None
+
+    def asked() -> None:
+        if stop.is_set() or not begun.is_set():
+            main.cancel()
+        stop.set()
+
+    names = (signal.SIGINT, signal.SIGTERM)
+    for name in names:
+        loop.add_signal_handler(name, asked)
+    try:
+        yield
+    finally:
+        for name in names:
+            loop.remove_signal_handler(name)
+
+
+def _loop_factory() -> Any:
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return None
+    return new_event_loop
+
+
+def _tell(common: Common, run: Run, given: _Given) -> None:
+    import msgspec
+
+    from headrace.bench.run import without_rows
+
+    run = run if given.raw else without_rows(run)
+
+    if given.output is not None:
+        text = msgspec.json.format(msgspec.json.encode(run), indent=1)
+        try:
+            given.output.write_bytes(text + b"\n")
+        except OSError as error:
+            raise ConfigError(f"flag --output: {given.output}: {error.strerror}.") from None
+    if given.plot is not None:
+        from headrace.bench.plot import draw
+
+        draw({run.settings.model: run}, given.plot)
+    if common.as_json:
+        terminal.print_json(run)
+    else:
+        bench_text.show(run)
+
+
+def _compare(common: Common, files: Sequence[str], plot: Path | None) -> None:
+    from headrace.bench.run import read
+
+    if len(files) < 2:
+        raise ConfigError("compare needs two records or more, as --output writes them.")
+    stems = [Path(file).stem for file in files]
+    names = stems if len(set(stems)) == len(stems) else list(files)
+    runs = {name: read(Path(file)) for name, file in zip(names, files, strict=True)}
+    if plot is not None:
+        from headrace.bench.plot import draw
+
+        draw(runs, plot)
+    if common.as_json:
+        terminal.print_json(runs)
+        return
+    bench_text.show_beside(runs)

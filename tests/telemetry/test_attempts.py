@@ -1,0 +1,292 @@
+"""Attempts at a request on real workers: processes that are killed, upstreams, and loads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from tests.api.fakes import CHAT, FakeBackend, chat
+from tests.api.test_disconnect import PHASES, Stuck, Wire
+from tests.fakes.upstream import Upstream
+from tests.telemetry.watched import Told, parent, pool_of
+from tests.worker.rig import ask, echo, resolve
+
+from headrace.core.backend import Backend
+from headrace.core.errors import GenerationFailed, LoadFailed, UnknownModel, WorkerDied
+from headrace.core.events import Delta, Event
+from headrace.core.model import ModelFile, ModelSpec
+from headrace.core.request import EmbedRequest, GenerateRequest, Message
+from headrace.pool.pool import Pool
+from headrace.telemetry import names, traceparent
+from headrace.telemetry.observed import Observed
+from headrace.telemetry.observed_worker import ObservedWorker
+from headrace.worker.remote import RemoteWorker
+from headrace.worker.spec import OnProgress, WorkerSpec
+from headrace.worker.worker import Worker
+
+
+@asynccontextmanager
+async def running(told: Told, **given: Any) -> AsyncIterator[tuple[Pool, Backend]]:
+    pool, backend = pool_of(told, echo(**given))
+    try:
+        await pool.start()
+        yield pool, backend
+    finally:
+        await pool.aclose()
+
+
+async def read(backend: Backend, request: GenerateRequest) -> list[Event]:
+    stream = backend.generate(request)
+    try:
+        return [event async for event in stream]
+    finally:
+        await stream.aclose()
+
+
+async def read_and_kill(pool: Pool, backend: Backend, request: GenerateRequest) -> str:
+    """Read an answer whose worker is killed at its third token."""
+    said: list[str] = []
+    stream = backend.generate(request)
+    try:
+        async for event in stream:
+            if isinstance(event, Delta):
+                said.append(event.text)
+                if len(said) == 3:
+                    os.kill(pids(pool)[0], signal.SIGKILL)
+    finally:
+        await stream.aclose()
+    return "".join(said)
+
+
+def pids(pool: Pool) -> list[int]:
+    return [
+        one.worker.pid
+        for seat in pool.seats.values()
+        for one in seat.replicas
+        if one.worker and one.worker.pid
+    ]
+
+
+async def test_sixty_four_at_once_on_a_process() -> None:
+    """T1: admission, prefill and decode below the request, and what failed among what did not."""
+    told = Told()
+    async with running(told) as (pool, backend):
+        asked = [
+            ask("abcdef", traceparent=parent(number), model="echo" if number % 4 else "none")
+            for number in range(1, 65)
+        ]
+        results = await asyncio.gather(
+            *(read(backend, one) for one in asked), return_exceptions=True
+        )
+        (pid,) = pids(pool)
+    told.check(64)
+    assert sum(isinstance(one, UnknownModel) for one in results) == 16
+    by_id = {record.id: record for record in told.records}
+    for number, request in enumerate(asked, 1):
+        record = by_id[request.id]
+        root = record.spans[0]
+        assert (record.trace_id, root.parent_id) == (f"{number:032x}", f"{number:016x}")
+        if request.model == "none":
+            assert (record.outcome, len(record.spans)) == ("refused", 1)
+            continue
+        steps = {span.name: span for span in record.spans}
+        assert {names.QUEUE, names.ATTEMPT, names.DECODE} <= steps.keys()
+        assert steps[names.ATTEMPT].parent_id == root.span_id
+        assert steps[names.DECODE].parent_id == steps[names.ATTEMPT].span_id
+        assert steps[names.ATTEMPT].attributes[names.WORKER_PID] == pid
+        assert record.metrics.usage.completion_tokens == 7
+        assert root.attributes[names.OUTPUT_TOKENS] == 7
+
+
+async def test_a_worker_that_is_killed_and_an_answer_that_goes_on() -> None:
+    """T3: two attempts, of which the first failed; the request did not."""
+    told = Told()
+    async with running(told, tokens_per_second=50, continuation="fast") as (pool, backend):
+        request = ask("abcdefghij", model="echo", traceparent=parent(1))
+        assert await read_and_kill(pool, backend, request) == "abcdefghij"
+    told.check(1)
+    (record,) = told.records
+    assert (record.outcome, record.metrics.continuations) == ("ok", 1)
+    attempts = [span for span in record.spans if span.name == names.ATTEMPT]
+    assert [span.failed for span in attempts] == [True, False]
+    assert attempts[0].attributes[names.ERROR] == "WorkerDied"
+    assert attempts[0].attributes[names.WORKER_PID] != attempts[1].attributes[names.WORKER_PID]
+    assert not record.spans[0].failed
+
+
+async def test_a_worker_that_is_killed_and_an_answer_that_breaks_off() -> None:
+    """T3, W16: with the tokens that had come."""
+    told = Told()
+    async with running(told, tokens_per_second=50, continuation="off") as (pool, backend):
+        with pytest.raises(WorkerDied):
+            await read_and_kill(pool, backend, ask("abcdefghij", model="echo"))
+    told.check(1)
+    (record,) = told.records
+    assert (record.outcome, record.error, record.spans[0].failed) == ("error", "WorkerDied", True)
+    assert record.metrics.usage.completion_tokens >= 3
+    assert record.metrics.usage.prompt_tokens == 10
+    assert record.metrics.time_to_first_token_ms is not None
+
+
+async def test_a_load_is_a_trace_of_its_own() -> None:
+    """W5: with the machine, the engine and the settings; the request that waited links to it."""
+    told = Told()
+    pool, backend = pool_of(told, echo(load_s=0.1))
+    try:
+        await read(backend, ask("abc", model="echo"))
+    finally:
+        await pool.aclose()
+    told.check(1)
+    (start,) = (span for span in told.spans if span.name == names.START)
+    assert start.parent is None
+    assert start.attributes is not None
+    expected = {"headrace.source": "builtin:echo", "headrace.engine": "echo"}
+    assert expected.items() <= start.attributes.items()
+    known = {"os.type", "host.arch", "headrace.memory", "headrace.cpu.instruction_sets"}
+    assert known <= start.attributes.keys()
+    assert start.attributes["headrace.option.load_s"] == "0.1"
+    (load,) = (span for span in told.spans if span.name == names.LOAD)
+    assert [link.context for link in load.links] == [start.context]
+    (record,) = told.records
+    assert record.metrics.load_ms >= 100
+
+
+async def test_a_load_that_fails() -> None:
+    """W5, T3: both spans have failed."""
+    told = Told()
+    pool, backend = pool_of(told, echo(fail_load="It would not."))
+    try:
+        with pytest.raises(LoadFailed):
+            await read(backend, ask("abc", model="echo"))
+    finally:
+        await pool.aclose()
+    told.check(1)
+    (start,) = (span for span in told.spans if span.name == names.START)
+    assert not start.status.is_ok
+    assert start.status.description == "It would not."
+    assert told.records[0].error == "LoadFailed"
+
+
+async def test_embeddings_on_a_process() -> None:
+    told = Told()
+    async with running(told, task="embed") as (_, backend):
+        await backend.embed(EmbedRequest(inputs=("abc",), model="echo"))
+    told.check(1)
+    drawn = [span.name for span in told.records[0].spans]
+    assert drawn[0] == "embeddings echo"
+    assert {names.ATTEMPT, names.PREFILL} <= set(drawn)
+
+
+async def test_the_log_of_a_worker_names_the_trace(caplog: pytest.LogCaptureFixture) -> None:
+    """T1: the child's own record belongs to the same trace."""
+    caplog.set_level("INFO", "headrace.worker")
+    worker = Worker(echo(), resolve)
+    await worker.start()
+    try:
+        await read(worker, ask("abc", traceparent=parent(77)))
+    finally:
+        await worker.aclose()
+    (line,) = (one for one in caplog.records if one.getMessage() == "headrace.request")
+    assert vars(line)["data"]["trace_id"] == f"{77:032x}"
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_hangs_up(phase: str, *, stream: bool) -> None:
+    """T3: the end of the connection is the end of the span, in each phase."""
+    told, stuck = Told(), Stuck(*PHASES[phase])
+    wire = Wire(told.observe(FakeBackend(stuck)), CHAT, chat(stream=stream))
+    await stuck.there.wait()
+    await wire.leave()
+    told.check(1)
+    assert told.records[0].outcome == "cancelled"
+    assert not told.records[0].spans[0].failed
+
+
+def _remote(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
+    provider, _, model = spec.model.partition(":")
+    file = ModelFile(path=model, format="remote", provider=provider)
+    return WorkerSpec(model=spec, file=file, engine="openai", engine_reason="")
+
+
+@pytest.mark.parametrize("otel", [True, False])
+async def test_an_upstream_is_told_the_trace(*, otel: bool) -> None:
+    """T1: the call is a client's span, below which the upstream's are; nobody hangs on air."""
+    upstream, told = Upstream(), Told(otel=otel)
+    await upstream.start()
+    options = {"base_url": f"{upstream.url}/v1"}
+    spec = ModelSpec(name="far", model="openai:gpt-far", options=options)
+    remote = RemoteWorker(spec, _remote)
+    worker = ObservedWorker(remote, spec, told.tracing)
+    await worker.start()
+    observed = Observed(worker, tracing=told.tracing, sinks=[told])
+    request = GenerateRequest(
+        model="far",
+        messages=(Message("user", "Hello"),),
+        traceparent=parent(3),
+        tracestate="vendor=1",
+    )
+    try:
+        await read(observed, request)
+        await read(observed, GenerateRequest(model="far", messages=request.messages))
+    finally:
+        await worker.aclose()
+        await upstream.stop()
+    record, second = told.records
+    (call,) = (span for span in record.spans if span.kind == "client")
+    assert call.name == "chat gpt-far"
+    expected = {names.PROVIDER: "openai", names.SERVER_ADDRESS: "127.0.0.1"}
+    assert expected.items() <= call.attributes.items()
+    headers = upstream.requests[0].headers
+    told_parent = traceparent.parse(headers["traceparent"])
+    assert told_parent is not None
+    assert told_parent.trace_id == record.trace_id == f"{3:032x}"
+    assert told_parent.span_id == (call.span_id if otel else f"{3:016x}")
+    assert headers["tracestate"] == "vendor=1"
+    assert traceparent.parse(upstream.requests[1].headers["traceparent"])[0] == second.trace_id  # pyright: ignore[reportOptionalSubscript]
+    assert "tracestate" not in upstream.requests[1].headers
+    if otel:
+        told.check(2)
+
+
+async def test_a_worker_alone_is_traced_too() -> None:
+    """A pool that nobody observes: the attempt is below the caller's span."""
+    told, spec = Told(), echo()
+    worker = ObservedWorker(_Local(spec), spec, told.tracing)
+    await worker.start()
+    try:
+        await read(worker, ask("abc", traceparent=parent(4)))
+        with pytest.raises(GenerationFailed):
+            await read(worker, ask("abc", model="broken"))
+    finally:
+        await worker.aclose()
+    first, second = (span for span in told.spans if span.name == names.ATTEMPT)
+    assert first.parent is not None
+    assert first.parent.span_id == 4
+    assert first.status.is_ok
+    assert second.parent is None
+    assert not second.status.is_ok
+
+
+class _Local(Worker):
+    """A worker in this process, as a pool would have it."""
+
+    pid = None
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec, resolve)
+        self.died = asyncio.Event()
+
+    async def memory(self) -> dict[str, int]:
+        return {}
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        if request.model == "broken":
+            raise GenerationFailed("It broke.")
+        async for event in super().generate(request):
+            yield event

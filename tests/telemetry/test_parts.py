@@ -1,0 +1,141 @@
+"""The small parts: headers, redaction, and what switches OpenTelemetry on."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.telemetry import redact, setup, traceparent
+from headrace.telemetry.redact import GONE, Redactor
+
+GOOD = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def test_a_traceparent_is_read_and_written() -> None:
+    """T1: as the W3C has it; what a later version adds is passed over."""
+    parent = traceparent.parse(GOOD, "a=1,b=2")
+    assert parent is not None
+    assert traceparent.written(*parent[:3]) == GOOD
+    assert parent.state == "a=1,b=2"
+    assert traceparent.parse("cc" + GOOD[2:] + "-more") == parent._replace(state="")
+    assert traceparent.parse(GOOD, "x" * 600) == parent._replace(state="")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        GOOD.upper(),
+        GOOD + "-more",
+        "ff" + GOOD[2:],
+        GOOD[:-1],
+        GOOD.replace("0af7651916cd43dd8448eb211c80319c", "0" * 32),
+        GOOD.replace("b7ad6b7169203331", "0" * 16),
+        GOOD.replace("-01", "-zz"),
+        "\u0660" + GOOD[1:],
+    ],
+)
+def test_what_is_no_traceparent_is_as_if_it_were_not_there(header: str) -> None:
+    assert traceparent.parse(header) is None
+
+
+@given(st.text(max_size=80), st.text(max_size=80))
+def test_no_header_is_too_strange(header: str, state: str) -> None:
+    for one in (header, GOOD):
+        parent = traceparent.parse(one, state)
+        assert parent is None or traceparent.parse(traceparent.written(*parent[:3])) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("key sk-proj-Abc_123456789012345 end", f"key {GONE} end"),
+        ("hf_abcdefghijklmnopqrstuv", GONE),
+        ("AKIAABCDEFGHIJKLMNOP", GONE),
+        ("Authorization: Bearer abc.def-123456", f"Authorization: {GONE}"),
+        ("my password = hunter2, yes", f"my {GONE}, yes"),
+        ('{"api_key": "x y z"}', f'{{"{GONE}}}'),
+        ("ask jo.doe+x@mail.example.org now", f"ask {GONE} now"),
+        ("card 4111 1111 1111 1111.", f"card {GONE}."),
+        ("number 4111 1111 1111 1112.", "number 4111 1111 1111 1112."),
+        ("pi is 3.14159265358979323846", "pi is 3.14159265358979323846"),
+        ("a skeleton key, and a bearer of news", "a skeleton key, and a bearer of news"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----", GONE),
+    ],
+)
+def test_what_is_redacted(text: str, left: str) -> None:
+    """T3: and what is not."""
+    assert Redactor().redact(text) == left
+
+
+def test_ones_own_patterns_are_redacted_too() -> None:
+    assert Redactor([r"project \w+"]).redact("In project Falcon.") == f"In {GONE}."
+
+
+def test_redaction_takes_no_longer_than_the_text_is_long() -> None:
+    hard = ("a" * 70 + ".") * 2000 + "@" + "1 " * 50_000 + "-----BEGIN PRIVATE KEY-----" * 200
+    began = time.perf_counter()
+    redact.Redactor().redact(hard)
+    assert time.perf_counter() - began < 5
+
+
+def test_nothing_is_imported_where_nothing_is_asked_for() -> None:
+    """T2: off costs nothing."""
+    code = (
+        "import sys; from headrace.telemetry import setup, observed, observed_worker;"
+        "t = setup.configure('1', {'OTEL_SERVICE_NAME': 'x'});"
+        "print(t.exporter, [name for name in sys.modules if name.startswith('opentelemetry')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None []"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"},
+        {"OTEL_SDK_DISABLED": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"},
+        {"OTEL_TRACES_EXPORTER": "nonsense"},
+        {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "pigeon"},
+    ],
+)
+def test_variables_that_switch_nothing_on(environment: dict[str, str]) -> None:
+    """T2: and a wrong one never keeps a service from starting."""
+    assert setup.configure("1", environment).exporter is None
+
+
+def test_the_sdk_is_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """T2: one line that says what to install."""
+    for name in [name for name in sys.modules if name.startswith("opentelemetry.sdk")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk", None)
+    tracing = setup.configure("1", {"OTEL_TRACES_EXPORTER": "otlp"})
+    assert tracing.exporter is None
+    (line,) = caplog.records
+    assert "pip install 'headrace[otlp]'" in line.getMessage()
+
+
+def test_the_provider_of_the_host_program_is_used() -> None:
+    """T2: in a process of its own, as a provider can be set once."""
+    code = (
+        "from opentelemetry import trace; from opentelemetry.sdk.trace import TracerProvider;"
+        "trace.set_tracer_provider(TracerProvider());"
+        "from headrace.telemetry import setup; print(setup.configure('1', {}).exporter is None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_closing_twice_is_closing_once() -> None:
+    tracing = setup.configure("1", {"OTEL_TRACES_EXPORTER": "otlp"})
+    assert tracing.exporter is not None
+    asyncio.run(tracing.aclose())
+    asyncio.run(tracing.aclose())
