@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -20,6 +22,11 @@ REAL_PROCESSES = (
     *("telemetry/test_attempts.py", "test_docs.py", "worker/test_process.py"),
 )
 """Tests that start processes and wait for them, by their place in this folder."""
+ALONE = (
+    *("service/test_admission.py", "service/test_cancellation.py", "service/test_cycles.py"),
+    *("service/test_swap_under_load.py", "service/test_true_figures.py", "worker/test_real.py"),
+)
+"""Tests that measure times or memory: no other test of this home runs beside them."""
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_HOME = Path(os.environ.pop("HEADRACE_TEST_HOME", "") or ROOT / ".cache" / "test-home")
@@ -35,6 +42,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         place = item.path.relative_to(Path(__file__).parent).as_posix()
         if place.startswith(REAL_PROCESSES):
             item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Let tests that measure run alone, and all others beside one another."""
+    place = item.path.relative_to(Path(__file__).parent).as_posix()
+    MODEL_HOME.mkdir(parents=True, exist_ok=True)
+    with (MODEL_HOME / "tests.lock").open("a") as inside:
+        # Who waits at the door lets nobody else in, so that the house gets empty.
+        with (MODEL_HOME / "door.lock").open("a") as door:
+            fcntl.flock(door, fcntl.LOCK_EX)
+            fcntl.flock(inside, fcntl.LOCK_EX if place.startswith(ALONE) else fcntl.LOCK_SH)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import re
 import select
 import subprocess
 import sys
+import sysconfig
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -153,7 +154,9 @@ def _find_pip() -> tuple[list[str], tuple[int, ...]]:
     with suppress(ImportError):
         import ensurepip
 
-        bundled = Path(ensurepip.__file__).parent / "_bundled"
+        # Debian and Fedora keep it in a folder of their own.
+        folder = sysconfig.get_config_var("WHEEL_PKG_DIR")
+        bundled = Path(folder or Path(ensurepip.__file__).parent / "_bundled")
         for wheel in bundled.glob("pip-*.whl"):
             return [sys.executable, "-P", str(wheel / "pip")], _release(wheel.name.split("-")[1])
     raise UpstreamError("pip is needed to reach the package index, and is not installed.")
