@@ -33,7 +33,7 @@ MODEL_HOME = Path(os.environ.pop("HEADRACE_TEST_HOME", "") or ROOT / ".cache" / 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests of real processes one second chance.
+    """Give tests of real processes one second chance, and keep those of a file in one process.
 
     On a machine that others use too, a process may get no time for seconds, and a wait runs out. A
     real fault fails twice. The summary names every second try (R); none is silent.
@@ -42,6 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         place = item.path.relative_to(Path(__file__).parent).as_posix()
         if place.startswith(REAL_PROCESSES):
             item.add_marker(pytest.mark.flaky(reruns=1))
+        if item.get_closest_marker("xdist_group") is None:
+            # What a module has started serves all of its tests.
+            item.add_marker(pytest.mark.xdist_group(place))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
