@@ -211,7 +211,9 @@ def test_without_a_process_it_is_the_same(home: Path) -> None:
         assert worker.generate("né🌍").text == "né🌍"
         assert worker.count_tokens("né").count == 3
     left = set(threading.enumerate()) - before
-    assert not [thread for thread in left if not thread.name.startswith("asyncio")]
+    # An engine of other tests in this process may guard its own against a crowd.
+    others = ("asyncio", "openmp")
+    assert not [thread for thread in left if not thread.name.startswith(others)]
 
 
 def test_a_failed_start_leaves_nothing(home: Path) -> None:

@@ -21,7 +21,9 @@ GREEDY: Any = {"model": "smollm2", "max_tokens": 48, "temperature": 0}
 
 @pytest.fixture(scope="module")
 def service(smollm2_path: Path) -> Iterator[Service]:
-    with served("smollm2", "-o", "slots=17", "--context-length", "512") as running:
+    # One thread each: other tests run beside these, and two would wait for one another.
+    flags = ("-o", "slots=17", "-o", "threads=1", "--context-length", "512")
+    with served("smollm2", *flags) as running:
         yield running
 
 
@@ -34,7 +36,7 @@ def client(service: Service) -> Iterator[openai.OpenAI]:
 @pytest.fixture(scope="module")
 def own_text(smollm2_path: Path) -> str:
     """What the worker says without any HTTP, in this process."""
-    with ModelWorker(str(smollm2_path), isolate=False, context_length=512) as worker:
+    with ModelWorker(str(smollm2_path), isolate=False, context_length=512, threads=1) as worker:
         streamed = "".join(
             event.text
             for event in worker.generate_stream(messages=MESSAGES, max_tokens=48, temperature=0)
@@ -53,7 +55,7 @@ def engines_text(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -
     params = xllamacpp.CommonParams()
     params.model.path = str(smollm2_path)
     params.n_ctx, params.verbosity = 512, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.hostnames = [str(tmp_path_factory.mktemp("llama") / "s.sock")]
     server: Any = xllamacpp.Server(params)
     answer: Any = server.handle_chat_completions(

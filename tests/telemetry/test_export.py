@@ -114,8 +114,9 @@ def _dead() -> Iterator[str]:
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
-@pytest.mark.parametrize("mode", ["dead", "hung"])
+@pytest.mark.parametrize(
+    ("mode", "protocol"), [("dead", "http/protobuf"), ("hung", "http/protobuf"), ("hung", "grpc")]
+)
 def test_a_collector_that_does_not_answer_holds_up_no_exit(
     tmp_path: Path, protocol: str, mode: str
 ) -> None:

@@ -54,6 +54,16 @@ def test_the_fastest_that_may_be_chosen_wins() -> None:
     assert run(trial("echo", 9, 9, fault="no")).winner("latency") is None
 
 
+def test_of_those_about_as_fast_the_smallest_wins() -> None:
+    found = run(
+        trial("openvino", 100, 200, memory={"cpu": 3}),
+        trial("llamacpp", 96, 189, memory={"cpu": 2}),
+        trial("echo", 94, 100, memory={"cpu": 1}),
+    )
+    assert found.winner("latency") is found.trials[1]
+    assert found.winner("throughput") is found.trials[0]
+
+
 def test_what_was_measured_is_found_again_until_the_file_changes(
     tmp_path: Path, file: ModelFile
 ) -> None:

@@ -83,7 +83,9 @@ class SpinGuard:
     def _set(self, library: ctypes.CDLL, crowded: bool) -> None:
         if crowded and self._end_team is None:
             end = self._end_team = threading.Event()
-            threading.Thread(target=_sleep, args=(library, self._team, end), daemon=True).start()
+            threading.Thread(
+                target=_sleep, args=(library, self._team, end), name="openmp team", daemon=True
+            ).start()
         elif not crowded and self._end_team is not None:
             self._end_team.set()
             self._end_team = None

@@ -23,6 +23,8 @@ log = logging.getLogger("headrace.tune")
 FILE_NAME = "tuned.json"
 MAX_RECORDS = 200
 Aim = Literal["latency", "throughput"]
+_ABOUT = 0.95
+"""Rates that are nearer than this to the best are as good: runs differ by as much."""
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,10 +82,15 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     trials: tuple[Trial, ...] = ()
 
     def winner(self, aim: Aim) -> Trial | None:
-        """Return the fastest one that may be chosen: alone, or with the most streams."""
+        """Return the fastest one that may be chosen: alone, or with the most streams.
+
+        Of those that are about as fast, it is the one with the least memory.
+        """
         streams = min(self.streams) if aim == "latency" else max(self.streams)
         able = [one for one in self.trials if one.fault is None and one.rate(streams)]
-        return max(able, key=lambda one: one.rate(streams), default=None)
+        fastest = max((one.rate(streams) for one in able), default=0.0)
+        about = [one for one in able if one.rate(streams) >= _ABOUT * fastest]
+        return min(about, key=lambda one: sum(one.memory.values()), default=None)
 
 
 def save(home: Path, file: ModelFile, record: Record) -> None:
