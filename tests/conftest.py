@@ -23,10 +23,11 @@ REAL_PROCESSES = (
 )
 """Tests that start processes and wait for them, by their place in this folder."""
 ALONE = (
-    *("service/test_admission.py", "service/test_cancellation.py", "service/test_cycles.py"),
-    *("service/test_swap_under_load.py", "service/test_true_figures.py", "worker/test_real.py"),
+    "service/test_cancellation.py",
+    "service/test_true_figures.py",
+    "worker/test_real.py",
 )
-"""Tests that measure times or memory: no other test of this home runs beside them."""
+"""Tests that measure milliseconds: no other test of this home runs beside them."""
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_HOME = Path(os.environ.pop("HEADRACE_TEST_HOME", "") or ROOT / ".cache" / "test-home")

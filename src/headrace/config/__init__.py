@@ -23,10 +23,10 @@ from headrace.config.tree import (
     ServerSettings,
     TelemetrySettings,
     hash_key,
-    masked,
 )
 from headrace.core.errors import ConfigError
 from headrace.core.model import ModelSpec
+from headrace.core.secrets import masked
 
 __all__ = [
     "Config",
@@ -38,7 +38,6 @@ __all__ = [
     "environment_name",
     "hash_key",
     "load",
-    "masked",
     "short_name",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -14,7 +14,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    SecretStr,
     ValidationInfo,
     field_validator,
 )
@@ -29,7 +28,6 @@ PER_MODEL = frozenset({"model", "aliases", "revision", "trust_remote_code"})
 _AMOUNT = re.compile(
     r"(?:([a-z]+(?::\d+)?)=)?(?:\d+(?:\.\d+)? ?(?i:[kmgt]i?b?|b)|(?:100|\d{1,2}(?:\.\d+)?) ?%)"
 )
-_SECRET_WORDS = frozenset({"key", "keys", "token", "secret", "password"})
 
 
 def words(value: object) -> object:
@@ -268,20 +266,3 @@ class Config(_Frozen):
 
 TABLES: dict[str, type[BaseModel]] = {"server": ServerSettings, "telemetry": TelemetrySettings}
 """The tables of the file beside the models."""
-
-
-def masked(key: str, value: Any) -> Any:
-    """Return a value as JSON to be printed; of a secret the first digits of its hash, if any."""
-    if isinstance(value, SecretStr):
-        return "…"
-    if isinstance(value, list | tuple):
-        return [masked(key, item) for item in cast("Iterable[Any]", value)]
-    if not value or key.rpartition(".")[2].rpartition("_")[2] not in _SECRET_WORDS:
-        return str(value) if isinstance(value, Path) else value
-    text = str(value)
-    return f"{text[:11]}…" if text.startswith("sha256:") else "…"
-
-
-def shown(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as they may be told to anybody."""
-    return {key: masked(key, value) for key, value in options.items()}

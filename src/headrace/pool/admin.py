@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 
-from headrace.config.tree import shown
 from headrace.core.errors import (
     Disabled,
     Draining,
@@ -18,6 +17,7 @@ from headrace.core.errors import (
     UnknownModel,
 )
 from headrace.core.model import ModelSpec
+from headrace.core.secrets import shown
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
 from headrace.pool.plan import plan_load
 from headrace.pool.policy import Rules

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from headrace.config.tree import shown
 from headrace.core.errors import Draining
 from headrace.core.model import Capabilities, ModelFile, ModelInfo, ModelSpec, State
+from headrace.core.secrets import shown
 from headrace.engines.base import EngineFacts, OpenRequest
 from headrace.worker.prompt import Prompter
 
