@@ -53,7 +53,8 @@ def test_the_first_page_of_the_manual(monkeypatch: pytest.MonkeyPatch) -> None:
         assert worker.detokenize(count.token_ids or ()) == "Name three rivers."
         info = worker.metadata
         assert (info.engine, info.format, info.context_length) == ("llamacpp", "gguf", 1024)
-        assert info.engine_reason == "gguf on cpu: llamacpp"
+        # After `headrace tune` there is more to tell.
+        assert info.engine_reason.startswith("gguf on cpu: llamacpp")
         assert {"system", "user", "assistant"} <= set(info.roles)
         assert (info.quantization, info.state, info.device) == ("Q4_1", "ready", "cpu")
     assert worker.state == "stopped"

@@ -10,8 +10,9 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from headrace import runtime
+from headrace import __version__, runtime
 from headrace.config import Config, Settings
+from headrace.core.backend import Backend
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import Event, GenerateResult
 from headrace.core.model import ModelInfo, ModelSpec, State
@@ -28,7 +29,14 @@ from headrace.core.request import (
     TokenCount,
 )
 from headrace.core.stream import collect
+from headrace.telemetry import setup, traceparent
+from headrace.telemetry.observed import Asked, Observed
+from headrace.telemetry.observed_worker import ObservedWorker
+from headrace.telemetry.span import Tracing
+from headrace.worker.process import WorkerProcess
+from headrace.worker.remote import RemoteWorker
 from headrace.worker.spec import OnProgress
+from headrace.worker.worker import Worker
 
 Messages = Sequence[Message | Mapping[str, Any]]
 Prompt = str | Sequence[int]
@@ -36,6 +44,7 @@ Vectors = list[list[float]]
 
 T = TypeVar("T", EmbedRequest, RerankRequest)
 
+_Opened = WorkerProcess | Worker | RemoteWorker
 _SAMPLING = set(Sampling.__struct_fields__)
 _REQUEST = {"n", "echo", "context_length", "json_schema", "template_options", "deadline_s"}
 
@@ -67,9 +76,12 @@ class AsyncModelWorker:
             settings = runtime.load_settings()
             self.spec = settings.model_spec(model, arguments)
             config = config or _quiet(settings)
-        self._worker = runtime.open_worker(
+        self._opened = runtime.open_worker(
             self.spec, config, isolate=isolate, on_progress=on_progress
         )
+        self._worker: _Opened | ObservedWorker = self._opened
+        self._backend: Backend = self._opened
+        self._tracing = Tracing()
 
     @classmethod
     def from_spec(cls, spec: ModelSpec, **keywords: Any) -> Self:
@@ -96,11 +108,14 @@ class AsyncModelWorker:
         Raises:
             HeadraceError: UnknownModel, LoadFailed, OutOfMemory, UpstreamError, ConfigError.
         """
+        self._observe()
         await self._worker.start()
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Let running streams end within `drain_s` seconds, end the rest, free all. Idempotent."""
         await self._worker.aclose(drain_s)
+        tracing, self._tracing = self._tracing, Tracing()
+        await tracing.aclose()
 
     async def restart(self) -> None:
         """Stop, and load the same model again."""
@@ -140,7 +155,8 @@ class AsyncModelWorker:
         Raises:
             InvalidRequest: an option is unknown or wrong.
         """
-        return self._worker.generate(request(self.spec.name, prompt, messages, options))
+        asked = request(self.spec.name, prompt, messages, options)
+        return self._backend.generate(self._below(asked))
 
     async def generate(
         self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Any
@@ -164,7 +180,7 @@ class AsyncModelWorker:
             raise InvalidRequest("Give a list of texts.", param="inputs")
         given = tuple(one if isinstance(one, str) else tuple(one) for one in inputs)
         body = {"inputs": given, "model": self.spec.name, **options}
-        return await self._worker.embed(_built(EmbedRequest, body))
+        return await self._backend.embed(self._below(_built(EmbedRequest, body)))
 
     async def rerank(self, query: str, documents: Sequence[str], **options: Any) -> RerankResult:
         """Put documents in order: the best first, each with its index and score.
@@ -175,7 +191,7 @@ class AsyncModelWorker:
             InvalidRequest: an option is unknown or wrong.
         """
         body = {"query": query, "documents": documents, "model": self.spec.name, **options}
-        return await self._worker.rerank(_built(RerankRequest, body))
+        return await self._backend.rerank(self._below(_built(RerankRequest, body)))
 
     async def count_tokens(
         self,
@@ -191,6 +207,27 @@ class AsyncModelWorker:
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids."""
         return await self._worker.detokenize(DetokenizeRequest(token_ids=tuple(token_ids)))
+
+    def _observe(self) -> None:
+        """Have requests traced, where the environment or the program has an exporter."""
+        if self._tracing.exporter is not None:
+            return
+        self._tracing = tracing = setup.configure(__version__)
+        if tracing.exporter is not None:
+            opened = self._opened
+            # What runs in this process has no attempts that could be told from its requests.
+            self._worker = (
+                opened if isinstance(opened, Worker) else ObservedWorker(opened, self.spec, tracing)
+            )
+            self._backend = Observed(self._worker, tracing=tracing)
+
+    def _below(self, request: Asked) -> Asked:
+        """Make a request's span one below the caller's own."""
+        exporter = self._tracing.exporter
+        if exporter is None or (above := exporter.current()) is None:
+            return request
+        header = traceparent.written(above.trace_id, above.span_id, above.flags)
+        return msgspec.structs.replace(request, traceparent=header, tracestate=above.state)
 
 
 def vectors(result: EmbedResult) -> Vectors:

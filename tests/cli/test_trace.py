@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cli.programs import PROGRAM
 from tests.service.serving import Service, served
 from tests.telemetry.traced import metrics, record, spans
 
 from headrace.cli.app import run
-from headrace.cli.trace_text import HEADS
 from headrace.core.metrics import Usage
 from headrace.core.record import Content, RequestRecord
 from headrace.telemetry.trace_file import TraceFile
@@ -134,7 +129,7 @@ def test_that_all_is_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> No
         "load           1.23 s",
         "per token      14 ms, 71.4 tokens/s",
         "gaps           p50 2 ms, p99 3.5 ms, max 4.25 ms",
-        "memory         151.0 MB",
+        "cpu            memory 149.0 MB, peak 151.0 MB",
         "  temperature  0.0",
         '  stop         ["\\n\\n"]',
     ):
@@ -218,28 +213,6 @@ def test_that_nothing_is_no_mistake(home: Path, capsys: pytest.CaptureFixture[st
     assert f"No such request is kept in {home / 'traces'}." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [(), ("--json",)], ids=["text", "json"])
-def test_that_what_comes_is_followed(home: Path, flags: tuple[str, ...]) -> None:
-    """T4: the last of what there is, then what ends from now on, until Ctrl-C."""
-    keep(home, *map(record, range(1, 5)))
-    command = [*PROGRAM, "trace", "ls", "-f", "--limit", "2", "--model", "small", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
-        assert process.stdout is not None
-        try:
-            heads = "" if flags else process.stdout.readline()
-            lines = [process.stdout.readline() for _ in range(2)]
-            keep(home, LOST, record(5))
-            lines.append(process.stdout.readline())
-            process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 130
-        finally:
-            process.kill()
-    ids = [json.loads(line)["id"] for line in lines] if flags else [line[:12] for line in lines]
-    assert ids == [record(n).id[: None if flags else 12] for n in (3, 4, 5)]
-    assert heads.split() == ([] if flags else list(HEADS))
-    assert flags or len({line.index("12+45") for line in lines}) == 1
-
-
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     home = tmp_path_factory.mktemp("home")
@@ -269,6 +242,13 @@ def test_that_a_request_is_asked_again(
     assert then_now["finish"] == ["stop", "stop"]
     assert then_now["tokens"][0] == "12+45"
     assert verdict == "The text is equal."
+    hidden = [{"role": "user", "content": "[redacted]"}]
+    keep(home, asked(2, content=Content(asked=hidden, answered=("a secret",))))
+    assert run(["trace", "replay", asked(2).id, "--url", service.url]) == 0
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "The text is another from character 0 on.",
+        "What was asked is not quite the same: parts of it had been redacted.",
+    ]
     again = ["trace", "replay", asked().id, "--model", "other", "--url", service.url]
     assert run([*again, "--json"]) == 0
     body = json.loads(capsys.readouterr().out)

@@ -133,6 +133,24 @@ async def test_a_worker_that_is_killed_and_an_answer_that_breaks_off() -> None:
     assert record.metrics.time_to_first_token_ms is not None
 
 
+async def test_a_worker_that_dies_again() -> None:
+    """T3, W16: what is told was seen of the first attempt, and no load was before it."""
+    told = Told()
+    async with running(told, tokens_per_second=50, crash_after=3) as (_, backend):
+        with pytest.raises(WorkerDied):
+            await read(backend, ask("abcdefghij", model="echo"))
+    told.check(1)
+    (record,) = told.records
+    first, second = (span for span in record.spans if span.name == names.ATTEMPT)
+    assert (first.failed, second.failed) == (True, True)
+    assert record.metrics.load_ms == 0
+    assert record.metrics.queue_ms
+    drawn = {span.name: span for span in record.spans}
+    assert names.LOAD not in drawn
+    assert drawn[names.QUEUE].ms < first.ms
+    assert drawn[names.PREFILL].parent_id == drawn[names.DECODE].parent_id == first.span_id
+
+
 async def test_a_load_is_a_trace_of_its_own() -> None:
     """W5: with the machine, the engine and the settings; the request that waited links to it."""
     told = Told()

@@ -24,8 +24,9 @@ from prometheus_client.parser import text_string_to_metric_families as text_form
 from tests.conftest import ROOT
 
 from headrace.core.metrics import InferenceMetrics, Usage
-from headrace.core.record import Call, Operation, RequestRecord
+from headrace.core.record import Call, Operation, RequestRecord, SpanRecord
 from headrace.core.status import DeviceStatus, EventKind, ModelStatus, PoolEvent, PoolStatus
+from headrace.telemetry import names
 from headrace.telemetry.instruments import Instruments
 
 DASHBOARD = ROOT / "dashboards" / "headrace.json"
@@ -87,6 +88,14 @@ class Stand:
 
 def ended(model: str = "m", outcome: Any = "ok", error: str = "", **given: Any) -> RequestRecord:
     operation: Operation = given.pop("operation", "chat")
+    root = SpanRecord(
+        name="r",
+        span_id="s",
+        parent_id="",
+        start_ms=0,
+        ms=900,
+        attributes={names.PROVIDER: given.pop("provider", names.HERE)},
+    )
     figures = {
         "started_at": 1.0,
         "queue_ms": 30.0,
@@ -106,6 +115,7 @@ def ended(model: str = "m", outcome: Any = "ok", error: str = "", **given: Any) 
         outcome=outcome,
         error=error,
         metrics=InferenceMetrics(**figures),
+        spans=(root,),
     )
 
 
@@ -127,7 +137,7 @@ def test_what_is_counted_is_what_was_recorded() -> None:
     stand = Stand()
     for _ in range(3):
         stand.instruments.record(ended())
-    stand.instruments.record(ended("org/big", operation="text_completion", engine="openai"))
+    stand.instruments.record(ended("org/big", operation="text_completion", provider="gcp.gemini"))
     stand.instruments.record(ended(outcome="error", error="WorkerDied", load_ms=2000.0))
     stand.instruments.record(ended(outcome="error", error="ZeroDivisionError"))
     stand.instruments.record(ended(outcome="cancelled", time_per_output_token_ms=None))
@@ -140,7 +150,7 @@ def test_what_is_counted_is_what_was_recorded() -> None:
     assert value(count) == 10
     assert value(count, error_type="", gen_ai_request_model="m") == 3
     assert value(count, gen_ai_operation_name="text_completion") == 1
-    assert value(count, gen_ai_provider_name="openai", gen_ai_request_model="org/big") == 1
+    assert value(count, gen_ai_provider_name="gcp.gemini", gen_ai_request_model="org/big") == 1
     assert value(count, gen_ai_provider_name="headrace") == 9
     assert value(count, error_type="WorkerDied") == value(count, error_type="cancelled") == 1
     assert value(count, error_type="_OTHER") == 1

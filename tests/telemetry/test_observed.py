@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import tracemalloc
 from collections.abc import Awaitable, Callable
 from itertools import product
 from typing import Any, cast
@@ -26,8 +27,10 @@ from headrace.core.errors import (
     kinds,
 )
 from headrace.core.events import Delta, Event
+from headrace.core.metrics import DeviceUse, InferenceMetrics
 from headrace.core.record import RequestRecord
 from headrace.core.request import EmbedRequest, GenerateRequest, Message, RerankRequest, Sampling
+from headrace.telemetry import content as contents
 from headrace.telemetry import names
 from headrace.telemetry.observed import Observed
 from headrace.telemetry.redact import Redactor
@@ -313,6 +316,60 @@ async def test_content_is_kept_where_it_is_asked_for_and_redacted() -> None:
                 '[{"role":"assistant","parts":[{"type":"text","content":"mail [redacted]"}],'
                 '"finish_reason":"stop"}]'
             )
+
+
+def test_what_was_asked_is_not_copied_for_the_parameters() -> None:
+    """T3: nor told; a schema may hold content, and is kept as that is."""
+    schema = {"description": "of jo@example.org", "enum": [1, 2, True, None]}
+    prompt = tuple(range(300_000))
+    asked = ask(prompt=prompt, json_schema=schema, n=2, template_options={"deep": True})
+    tracemalloc.start()
+    try:
+        bare = contents.parameters(asked, None)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert bare == {"n": 2, "json_schema": True, "template_options": True}
+    kept = contents.parameters(asked, Redactor())
+    assert kept["json_schema"] == {"description": "of [redacted]", "enum": [1, 2, True, None]}
+    assert kept["template_options"] == {"deep": True}
+    embed = EmbedRequest(inputs=("secret",), dimensions=3, client="c")
+    rerank = RerankRequest(query="secret", documents=("secret",), top_n=1)
+    assert contents.parameters(embed, None) == {"dimensions": 3}
+    assert contents.parameters(rerank, None) == {"top_n": 1}
+
+
+def test_token_ids_are_not_kept() -> None:
+    """T3: nobody can redact them."""
+    for asked, kept in (
+        (ask(prompt=(1, 2)), None),
+        (EmbedRequest(inputs=((1, 2), "card 4111111111111111")), [None, "card [redacted]"]),
+    ):
+        assert contents.content(asked, {}, Redactor()).asked == kept
+
+
+def test_devices_are_told_by_their_keys() -> None:
+    """Mean and peak of memory and of how busy it was, and the energy, where somebody tells."""
+    gpu = DeviceUse(
+        name="cuda:0 NVIDIA H200",
+        total=9,
+        used=8,
+        worker_used=7,
+        worker_mean=5,
+        worker_peak=6,
+        busy_mean=0.5,
+        busy_peak=1.0,
+        joules=3.5,
+    )
+    told = names.figures(InferenceMetrics(started_at=1.0, devices=(gpu,)))
+    of_gpu = {name: value for name, value in told.items() if "device" in name}
+    assert of_gpu == {
+        "headrace.device.cuda:0.worker_mean": 5,
+        "headrace.device.cuda:0.worker_peak": 6,
+        "headrace.device.cuda:0.busy_mean": 0.5,
+        "headrace.device.cuda:0.busy_peak": 1.0,
+        "headrace.device.cuda:0.joules": 3.5,
+    }
 
 
 def test_the_tree_of_errors_is_whole() -> None:

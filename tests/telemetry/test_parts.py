@@ -60,6 +60,8 @@ def test_no_header_is_too_strange(header: str, state: str) -> None:
         ("AKIAABCDEFGHIJKLMNOP", GONE),
         ("Authorization: Bearer abc.def-123456", f"Authorization: {GONE}"),
         ("my password = hunter2, yes", f"my {GONE}, yes"),
+        ("My password is hunter2. Yes.", f"My {GONE} Yes."),
+        ("the secret is to stir", "the secret is to stir"),
         ('{"api_key": "x y z"}', f'{{"{GONE}}}'),
         ("ask jo.doe+x@mail.example.org now", f"ask {GONE} now"),
         ("card 4111 1111 1111 1111.", f"card {GONE}."),
@@ -96,17 +98,44 @@ def test_nothing_is_imported_where_nothing_is_asked_for() -> None:
     assert done.stdout.strip() == "None []"
 
 
+_URL = "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("environment", "by"),
+    [
+        ({}, None),
+        ({"OTEL_TRACES_EXPORTER": " ", "OTEL_SERVICE_NAME": "x"}, None),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, "OTEL_TRACES_EXPORTER"),
+        ({"OTEL_TRACES_EXPORTER": "OTLP, none"}, "OTEL_TRACES_EXPORTER"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": _URL}, "OTEL_EXPORTER_OTLP_ENDPOINT"),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": _URL}, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"),
+        (
+            {"OTEL_TRACES_EXPORTER": "console", "OTEL_EXPORTER_OTLP_ENDPOINT": _URL},
+            "OTEL_TRACES_EXPORTER",
+        ),
+        ({"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": _URL}, None),
+        ({"OTEL_TRACES_EXPORTER": "None", "OTEL_EXPORTER_OTLP_ENDPOINT": _URL}, None),
+        ({"OTEL_SDK_DISABLED": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": _URL}, None),
+    ],
+)
+def test_which_variable_switches_it_on(environment: dict[str, str], by: str | None) -> None:
+    """T2: and the very variables do."""
+    assert setup.switched_on_by(environment) == by
+    tracing = setup.configure("1", environment)
+    assert (tracing.exporter is None) == (by is None)
+    asyncio.run(tracing.aclose())
+
+
 @pytest.mark.parametrize(
     "environment",
     [
-        {"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"},
-        {"OTEL_SDK_DISABLED": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"},
         {"OTEL_TRACES_EXPORTER": "nonsense"},
         {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "pigeon"},
     ],
 )
-def test_variables_that_switch_nothing_on(environment: dict[str, str]) -> None:
-    """T2: and a wrong one never keeps a service from starting."""
+def test_a_wrong_variable_keeps_no_service_from_starting(environment: dict[str, str]) -> None:
+    """T2: it is told in the log."""
     assert setup.configure("1", environment).exporter is None
 
 

@@ -71,7 +71,7 @@ class Bench:
         ]
 
     def rates(self, model: str = "m") -> Rates:
-        return next(one for one in self.recent.rates() if one.model == model)
+        return next(one for one in self.recent.activity().rates if one.model == model)
 
     @property
     def speed(self) -> float:
@@ -84,7 +84,7 @@ def bench() -> Bench:
 
 
 def test_nothing_has_happened(bench: Bench) -> None:
-    assert bench.recent.rates() == ()
+    assert bench.recent.activity().rates == ()
     assert bench.recent.activity().running == ()
 
 
@@ -130,11 +130,11 @@ def test_a_change_of_pace_is_seen(bench: Bench) -> None:
     for second in range(1, 21):
         bench.now = began + second
         bench.runs(began, 50 * second)
-        bench.recent.rates()
+        bench.recent.activity()
     assert bench.speed == pytest.approx(50.0)
     for second in range(21, 28):
         bench.now = began + second
-        bench.recent.rates()
+        bench.recent.activity()
     assert bench.speed == 0
 
 
@@ -146,7 +146,7 @@ def test_each_token_counts_once(bench: Bench, polls: int) -> None:
         bench.now = began + 4 * poll / (polls + 1)
         written = max(0, int(100 * (poll / (polls + 1) - 0.25) / 0.75))
         bench.runs(began, written, first_s=1.0 if written else None, prompt=300)
-        bench.recent.rates()
+        bench.recent.activity()
     bench.now, bench.running = began + 4, []
     bench.ended(total_s=4, first_s=1.0, prompt=300, completion=100)
     # What is told is over 5.0 s here: the clock stands at the beginning of a slot.
@@ -185,7 +185,7 @@ def test_a_count_that_shrinks_takes_nothing_back(bench: Bench) -> None:
     """A continued answer may begin to count anew."""
     bench.now += 2
     bench.runs(bench.now - 2, 100)
-    bench.recent.rates()
+    bench.recent.activity()
     bench.ended(total_s=2, first_s=0, completion=60)
     bench.running = []
     assert bench.speed * 5 == pytest.approx(100)
@@ -193,9 +193,9 @@ def test_a_count_that_shrinks_takes_nothing_back(bench: Bench) -> None:
 
 def test_who_has_left_without_a_record_is_forgotten(bench: Bench) -> None:
     bench.runs(bench.now - 1, 10)
-    bench.recent.rates()
+    bench.recent.activity()
     bench.running = []
-    bench.recent.rates()
+    bench.recent.activity()
     assert bench.recent._seen == {}
 
 
@@ -218,7 +218,7 @@ def test_percentiles_are_of_the_last_minute(bench: Bench) -> None:
     assert left.time_to_first_token_p50_ms is not None
     assert left.time_to_first_token_p50_ms > 70
     bench.now = 1070.6
-    assert bench.recent.rates() == ()
+    assert bench.recent.activity().rates == ()
 
 
 def test_figures_that_nobody_has_are_none(bench: Bench) -> None:
@@ -232,7 +232,7 @@ def test_figures_that_nobody_has_are_none(bench: Bench) -> None:
 def test_models_are_told_apart_and_sorted(bench: Bench) -> None:
     for number in range(50):
         bench.ended(model=f"m{number:02}", total_s=5, completion=5 * number)
-    told = bench.recent.rates()
+    told = bench.recent.activity().rates
     assert [one.model for one in told] == [f"m{number:02}" for number in range(50)]
     assert [one.completion_tokens_per_second for one in told] == [
         pytest.approx(number) for number in range(50)
@@ -243,7 +243,7 @@ def test_names_nobody_serves_are_one(bench: Bench) -> None:
     """A client can ask for any name, and for another each time."""
     for number in range(5000):
         bench.ended(model=f"x{number}", outcome="refused", error="UnknownModel", queue_s=None)
-    assert [(one.model, one.requests) for one in bench.recent.rates()] == [("-", 5000)]
+    assert [(one.model, one.requests) for one in bench.recent.activity().rates] == [("-", 5000)]
 
 
 def test_memory_is_bounded(bench: Bench) -> None:

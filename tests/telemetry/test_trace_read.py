@@ -13,7 +13,6 @@ from headrace.core.errors import ConfigError, InvalidRequest
 from headrace.telemetry import trace_read
 from headrace.telemetry.trace_file import older
 from headrace.telemetry.trace_read import (
-    Follower,
     ModelStats,
     Percentiles,
     Wanted,
@@ -147,37 +146,3 @@ def test_the_percentiles_by_model(tmp_path: Path) -> None:
     )
     assert small.figures["total_ms"] == Percentiles(count=100, p50=5e3, p90=9e3, p99=9.9e3)
     assert small.figures["tokens_per_second"].p50 == pytest.approx(500 / 51)
-
-
-def test_that_a_follower_sees_all_through_rotations(tmp_path: Path) -> None:
-    """T4: also what was written to a file that has been renamed since.
-
-    The file system gives the number of a deleted file to the next.
-    """
-    write(tmp_path, *map(record, range(10)), limit=1 << 16)
-    follower = Follower(tmp_path)
-    try:
-        assert list(follower.read()) == []
-        for first in range(10, 310, 20):
-            write(tmp_path, *map(record, range(first, first + 20)), limit=1 << 16)
-            found = [one.id for one in follower.read()]
-            assert found == [record(n).id for n in range(first, first + 20)]
-        with (tmp_path / "requests.jsonl").open("ab") as file:
-            file.write(b'{"id":')
-        assert list(follower.read()) == []
-        # Between two looks all may have been deleted; what is there is told once.
-        write(tmp_path, *map(record, range(310, 450)), limit=1 << 16)
-        found = [one.id for one in follower.read()]
-        assert found == [one.id for one in records(tmp_path)][::-1]
-    finally:
-        follower.close()
-
-
-def test_that_what_begins_to_be_written_is_followed(tmp_path: Path) -> None:
-    follower = Follower(tmp_path / "traces")
-    try:
-        assert list(follower.read()) == []
-        write(tmp_path / "traces", record(1))
-        assert [one.id for one in follower.read()] == [record(1).id]
-    finally:
-        follower.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,6 @@ from headrace.cli.common import Common
 if TYPE_CHECKING:
     from headrace.config import Config
     from headrace.machine import Device
-
-_OTLP = (
-    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
-    "OTEL_EXPORTER_OTLP_ENDPOINT",
-    "OTEL_TRACES_EXPORTER",
-)
 
 
 def doctor(common: Common) -> None:
@@ -61,7 +54,7 @@ def doctor(common: Common) -> None:
     free, count = terminal.size(plain["home"]["free"]), plain["home"]["models"]
     print(f"home    {home} ({count} models, {free} free)")
     print(f"config  {settings.file or 'none; ' + ' and '.join(map(str, settings.searched))}")
-    _print_telemetry(plain["telemetry"])
+    _print_telemetry(plain["telemetry"], has_sdk="opentelemetry-sdk" in machine["libraries"])
 
 
 def _known(name: str, provider: Any) -> dict[str, Any]:
@@ -100,27 +93,19 @@ def _device(device: Device) -> tuple[str | None, ...]:
 
 def _telemetry(config: Config) -> dict[str, Any]:
     """Return what is kept of requests and where, and who is told of them."""
-    from headrace.telemetry import usage
+    from headrace.telemetry import setup, trace_file, usage
 
     kept, port = config.telemetry, config.server.port
     if kept.metrics_port is not None:
         port = kept.metrics_port
     host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
     return {
-        "traces": {"on": kept.traces, **_size(config.home / "traces")},
+        "traces": {"on": kept.traces, **_size(config.home / trace_file.FOLDER)},
         "content": kept.trace_content,
         "usage": {"on": kept.usage, **_size(config.home / usage.FILE)},
-        "otlp": otlp_by(os.environ),
+        "otlp": setup.switched_on_by(os.environ),
         "metrics": f"http://{host}:{port}/metrics" if kept.metrics else None,
     }
-
-
-def otlp_by(environ: Mapping[str, str]) -> str | None:
-    """Return the variable by which spans are sent to a collector, if one says so."""
-    signal = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
-    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or signal == "none":
-        return None
-    return next((name for name in _OTLP if environ.get(name, "").strip()), None)
 
 
 def _size(place: Path) -> dict[str, Any]:
@@ -128,9 +113,10 @@ def _size(place: Path) -> dict[str, Any]:
     return {"path": place, "size": sum(one.stat().st_size for one in files)}
 
 
-def _print_telemetry(told: dict[str, Any]) -> None:
+def _print_telemetry(told: dict[str, Any], *, has_sdk: bool) -> None:
     for name in ("traces", "usage"):
         one = told[name]
         print(f"{name:7} {one['path']} ({terminal.size(one['size']) if one['on'] else 'off'})")
     print(f"metrics {told['metrics'] or 'off'}")
-    print(f"otlp    {'on, by ' + told['otlp'] if told['otlp'] else 'off'}")
+    needs = "" if has_sdk else ", but not installed: pip install 'headrace[otlp]'"
+    print(f"otlp    {'on, by ' + told['otlp'] + needs if told['otlp'] else 'off'}")

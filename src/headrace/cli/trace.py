@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 
 from headrace.cli import terminal, trace_tree
@@ -19,11 +18,11 @@ from headrace.cli.common import Common, known_models, with_common
 from headrace.cli.ps import Url
 from headrace.core.duration import seconds
 from headrace.core.errors import InvalidRequest
-from headrace.core.record import Outcome, RequestRecord
+from headrace.core.record import Outcome
 from headrace.telemetry import trace_file, trace_read
-from headrace.telemetry.trace_read import Follower, Wanted
+from headrace.telemetry.redact import GONE
+from headrace.telemetry.trace_read import Wanted
 
-_POLL_S = 0.3
 _OUTCOMES = ("ok", "refused", "error", "cancelled")
 
 app = typer.Typer(help="Tell what requests were and what they cost.", no_args_is_help=True)
@@ -54,16 +53,10 @@ def ls(
     slower_than: SlowerThan = None,
     key: Key = "",
     limit: Annotated[int, typer.Option(min=0, help="At most so many.")] = 50,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Show further ones as they end, until Ctrl-C.")
-    ] = False,
 ) -> None:
-    """List requests, newest first; with --follow, newest last."""
+    """List requests, newest first."""
     folder = _folder(common)
     wanted = _wanted(since, until, model, status, slower_than, key)
-    if follow:
-        _follow(folder, wanted, limit, as_json=bool(common.as_json))
-        return
     found = list(itertools.islice(trace_read.records(folder, wanted), limit))
     if common.as_json:
         terminal.print_json(found)
@@ -144,14 +137,16 @@ def replay(
     if common.as_json:
         terminal.print_json(done)
         return
-    for line in text.Table(("FIGURE", "THEN", "NOW")).lines(text.comparison(record, done)):
+    for line in text.table(("FIGURE", "THEN", "NOW"), text.comparison(record, done)):
         terminal.note(line)
     place = "" if done.differs_at is None else f" from character {done.differs_at} on"
     terminal.note("The text is equal." if done.equal else f"The text is another{place}.")
+    if GONE in text.asked(body["messages" if "messages" in body else "prompt"]):
+        terminal.note("What was asked is not quite the same: parts of it had been redacted.")
 
 
 def _print(heads: Sequence[str], rows: Iterable[text.Row]) -> None:
-    for line in text.Table(heads).lines(rows):
+    for line in text.table(heads, rows):
         print(line)
 
 
@@ -195,28 +190,6 @@ def _duration(flag: str, text: str | None) -> float | None:
         return None if text is None else seconds(text) * 1000
     except ValueError as error:
         raise InvalidRequest(f"{flag}: {error}.", param=flag[2:].replace("-", "_")) from None
-
-
-def _follow(folder: Path, wanted: Wanted, limit: int, *, as_json: bool) -> None:
-    follower = Follower(folder)
-    table = text.Table(text.HEADS)
-    try:
-        last = list(itertools.islice(trace_read.records(folder, wanted), limit))[::-1]
-        # The columns become as wide as these need.
-        shown = table.lines(map(text.row, last))
-        if not as_json:
-            print(shown[0])
-        for one in itertools.chain(last, _further(follower, wanted, {one.id for one in last})):
-            row = msgspec.json.encode(one).decode() if as_json else table.line(text.row(one))
-            print(row, flush=True)
-    finally:
-        follower.close()
-
-
-def _further(follower: Follower, wanted: Wanted, seen: set[str]) -> Iterator[RequestRecord]:
-    while True:
-        yield from (one for one in follower.read() if wanted.takes(one) and one.id not in seen)
-        time.sleep(_POLL_S)
 
 
 def _note_nothing(folder: Path, found: Sequence[object]) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from headrace.cli import terminal
-from headrace.cli.ps import amounts, span
-from headrace.core.metrics import InferenceMetrics
+from headrace.cli.ps import span
+from headrace.core.metrics import DeviceUse, InferenceMetrics
 from headrace.core.record import RequestRecord
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ Row = Sequence[Any]
 
 HEADS = ("ID", "TIME", "MODEL", "KEY", "TOKENS", "TTFT", "TOK/S", "TOTAL", "STATUS")
 
-_TEXTS = {"ID", "TIME", "MODEL", "KEY", "STATUS", "FIGURE"}
+_TEXTS = {"ID", "TIME", "MODEL", "KEY", "STATUS", "FIGURE", "DAY", "OPERATION"}
 _SHORT_ID = 12
 _LONGEST_NAME = 48
 _FIGURES = {
@@ -33,27 +33,16 @@ _FIGURES = {
 }
 
 
-class Table:
-    """Aligned columns, figures to the right. What comes after `lines` keeps to their widths."""
-
-    def __init__(self, heads: Sequence[str]) -> None:
-        self._heads = heads
-        self._widths = [0] * len(heads)
-
-    def lines(self, rows: Iterable[Row]) -> list[str]:
-        """Return the heads, and the rows below them."""
-        table = [self._heads, *rows]
-        self._widths = [max(map(len, map(_cell, column))) for column in zip(*table, strict=True)]
-        return [self.line(row) for row in table]
-
-    def line(self, row: Row) -> str:
-        """Return one row; None is a dash."""
-        placed = zip(self._heads, map(_cell, row), self._widths, strict=True)
+def table(heads: Sequence[str], rows: Iterable[Row]) -> Iterator[str]:
+    """Yield the lines of aligned columns, figures to the right; None is a dash."""
+    lines = [list(map(_cell, row)) for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
         cells = (
             cell.ljust(width) if head in _TEXTS else cell.rjust(width)
-            for head, cell, width in placed
+            for head, cell, width in zip(heads, line, widths, strict=True)
         )
-        return "  ".join(cells).rstrip()
+        yield "  ".join(cells).rstrip()
 
 
 def _cell(value: object) -> str:
@@ -118,7 +107,7 @@ def facts(record: RequestRecord) -> list[tuple[str, Any]]:
         "reasoning": usage.reasoning_tokens and f"{usage.reasoning_tokens} tokens of it",
         **_durations(metrics),
         "continued": metrics.continuations and f"{metrics.continuations}, {metrics.continued}",
-        "memory": amounts({one.name: one.worker_peak for one in metrics.devices}),
+        **{one.name: _use(one) for one in metrics.devices},
         **{f"  {name}": _plain(value) for name, value in record.parameters.items()},
     }
     return [(name, _cell(fact)) for name, fact in said.items() if fact not in (None, "", 0)]
@@ -135,6 +124,14 @@ def _durations(metrics: InferenceMetrics) -> dict[str, str | None]:
         "gaps": gaps and f"p50 {took(gaps.p50)}, p99 {took(gaps.p99)}, max {took(gaps.max)}",
         "total": took(metrics.total_ms),
     }
+
+
+def _use(device: DeviceUse) -> str:
+    mean, peak = terminal.size(device.worker_mean), terminal.size(device.worker_peak)
+    said = f"memory {mean}, peak {peak}"
+    if device.busy_mean is not None and device.busy_peak is not None:
+        said += f"; busy {device.busy_mean:.0%}, peak {device.busy_peak:.0%}"
+    return said if device.joules is None else f"{said}; {device.joules:.1f} J"
 
 
 def asked(content: Any) -> str:

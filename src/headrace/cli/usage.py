@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import re
-import sys
 from collections.abc import Collection, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +11,7 @@ import typer
 
 from headrace.cli import terminal
 from headrace.cli.common import Common
+from headrace.cli.trace_text import table
 from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +42,6 @@ def usage(
     until: Annotated[str, typer.Option(metavar="DAY", help="The last day of all.")] = "",
     model: Annotated[str | None, typer.Option(help="Of this model only.")] = None,
     key: Annotated[str | None, typer.Option(help="Of the key with this id; - is none.")] = None,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, without the total.")] = False,
 ) -> None:
     """Tell tokens, requests, seconds of engines and joules; days are those of UTC.
 
@@ -56,18 +54,16 @@ def usage(
     path = common.settings().config.home / counted.FILE
     lines = counted.read(path, groups, since=first, until=last, model=model, key=key)
     total = counted.total(lines)
-    rows = [(*line.group.values(), *_named(line.amounts).values()) for line in lines]
-    if as_csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerows([(*groups, *_FIGURES.values()), *rows])
-    elif common.as_json:
+    if common.as_json:
         told = [line.group | _named(line.amounts) for line in lines]
         asked = {"since": first or None, "until": last or None, "by": groups}
         terminal.print_json({**asked, "rows": told, "total": _named(total)})
     else:
         heads = (*(name.upper() for name in groups), *_FIGURES)
         sums = ("total", *[""] * (len(groups) - 1), *_named(total).values())
-        terminal.columns(heads, [_shown(row) for row in (*rows, sums)])
+        rows = [(*line.group.values(), *_named(line.amounts).values()) for line in lines]
+        for line in table(heads, [_shown(row) for row in (*rows, sums)]):
+            print(line)
 
 
 def _groups(by: str, known: Collection[str]) -> list[str]:

@@ -9,7 +9,7 @@ import msgspec
 
 from headrace.core.events import Delta
 from headrace.core.record import Attribute, Content
-from headrace.core.request import EmbedRequest, GenerateRequest
+from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
 from headrace.telemetry import names
 from headrace.telemetry.names import Request
 
@@ -33,20 +33,28 @@ def say(said: dict[int, list[str]], delta: Delta) -> None:
     said.setdefault(delta.index, []).append(delta.text)
 
 
-def parameters(request: Request, *, whole: bool) -> dict[str, Any]:
+def parameters(request: Request, capture: Capture | None) -> dict[str, Any]:
     """Return the settings that a request gave, as builtins.
 
-    A schema and a template's options may hold content: where not `whole`, it is only told that
-    there were some.
+    A schema and a template's options may hold content: it is kept as content is, and without
+    `capture` it is only told that there were some.
     """
-    given: dict[str, Any] = msgspec.to_builtins(request)
+    # What was asked may be long: it is put aside before anything is copied.
+    bare = msgspec.structs.replace(request, **_PUT_ASIDE[type(request)])
+    given: dict[str, Any] = msgspec.to_builtins(bare)
     sampling = given.pop("sampling", {})
     kept = {name: value for name, value in given.items() if name not in _NO_SETTINGS} | sampling
-    if not whole:
-        kept |= {name: True for name in ("json_schema", "template_options") if name in kept}
+    for name in _LIKE_CONTENT & kept.keys():
+        kept[name] = True if capture is None else _redacted(kept[name], capture)
     return kept
 
 
+_PUT_ASIDE: dict[type[Request], dict[str, Any]] = {
+    GenerateRequest: {"messages": None, "prompt": ""},
+    EmbedRequest: {"inputs": ("-",)},
+    RerankRequest: {"query": "-", "documents": ("-",)},
+}
+_LIKE_CONTENT = frozenset({"json_schema", "template_options"})
 _NO_SETTINGS = frozenset(
     {
         *("id", "received", "model", "messages", "prompt", "inputs", "query", "documents"),
@@ -83,10 +91,14 @@ def _json(value: Any) -> str:
 
 def _asked(request: Request) -> Any:
     if isinstance(request, GenerateRequest):
-        return msgspec.to_builtins(request.messages or request.prompt)
+        return msgspec.to_builtins(request.messages or _text(request.prompt))
     if isinstance(request, EmbedRequest):
-        return list(request.inputs)
+        return [_text(one) for one in request.inputs]
     return {"query": request.query, "documents": list(request.documents)}
+
+
+def _text(given: str | tuple[int, ...] | None) -> str | None:
+    return given if isinstance(given, str) else None
 
 
 def _redacted(value: Any, capture: Capture) -> Any:
@@ -95,10 +107,6 @@ def _redacted(value: Any, capture: Capture) -> Any:
     if isinstance(value, dict):
         told = cast("dict[str, Any]", value)
         return {key: _redacted(one, capture) for key, one in told.items()}
-    if isinstance(value, list | tuple) and not _is_tokens(several := cast("list[Any]", value)):
-        return [_redacted(one, capture) for one in several]
-    return None
-
-
-def _is_tokens(several: Sequence[Any]) -> bool:
-    return bool(several) and isinstance(several[0], int)
+    if isinstance(value, list | tuple):
+        return [_redacted(one, capture) for one in cast("list[Any]", value)]
+    return value

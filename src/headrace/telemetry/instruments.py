@@ -21,6 +21,7 @@ from headrace import __version__
 from headrace.core.errors import kinds
 from headrace.core.record import Call, RequestRecord
 from headrace.core.status import PoolEvent, PoolStatus
+from headrace.telemetry import names
 from headrace.telemetry.standing import standing
 
 OTHER = "_other"
@@ -43,7 +44,6 @@ _REASONS = frozenset(kind.__name__ for kind in kinds())
 _GEN_AI = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 _MODEL = ("model",)
 _open_metrics = cast("Callable[[Collector], bytes]", openmetrics.generate_latest)  # pyright: ignore[reportUnknownMemberType] - it says nothing of its types
-_UPSTREAMS = frozenset({"anthropic", "openai"})
 _LAG_EVERY_S = 0.25
 _LOOK_WITHIN_S = 5
 
@@ -158,7 +158,7 @@ class Instruments:
     def record(self, record: RequestRecord) -> None:
         """Count a request that has ended."""
         model, metrics, usage = self._label(record.model), record.metrics, record.metrics.usage
-        labels = (record.operation, _provider(metrics.engine), model)
+        labels = (record.operation, _provider(record), model)
         _observe(self._duration, (*labels, _reason(record)), metrics.total_ms)
         if record.outcome == "ok":
             _observe(self._first_token, labels, metrics.time_to_first_token_ms)
@@ -224,10 +224,11 @@ class Instruments:
         """Read the pool; give each model its series, and take those of the removed ones."""
         status = self._status()
         served = {model.id for model in status.models}
-        for metric, names in self._of_model:
+        for metric, labels in self._of_model:
+            name = "model" if "model" in labels else "gen_ai_request_model"
             for gone in self._named - served:
-                metric.remove_by_labels({_label_of_model(names): gone})
-            if names == _MODEL:
+                metric.remove_by_labels({name: gone})
+            if labels == _MODEL:
                 # From 0 on: a rate has to see the first step.
                 for model in served:
                     metric.labels(model)
@@ -271,12 +272,8 @@ def _observe(histogram: Histogram, labels: tuple[str, ...], ms: float | None) ->
         histogram.labels(*labels).observe(ms / 1000)
 
 
-def _label_of_model(names: tuple[str, ...]) -> str:
-    return "model" if "model" in names else "gen_ai_request_model"
-
-
-def _provider(engine: str) -> str:
-    return engine if engine in _UPSTREAMS else "headrace"
+def _provider(record: RequestRecord) -> str:
+    return str(record.spans[0].attributes[names.PROVIDER]) if record.spans else names.HERE
 
 
 def _reason(record: RequestRecord) -> str:

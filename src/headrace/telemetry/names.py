@@ -53,6 +53,7 @@ _FIGURES = (
     *("queue_ms", "load_ms", "prefill_ms", "prefill_tokens_per_second"),
     *("decode_tokens_per_second", "time_per_output_token_ms", "chunks", "continuations"),
 )
+_USE = ("worker_mean", "worker_peak", "busy_mean", "busy_peak", "joules")
 
 
 def provider(info: ModelInfo) -> str:
@@ -115,5 +116,8 @@ def figures(metrics: InferenceMetrics) -> Attributes:
     if metrics.continued:
         known["headrace.continued"] = metrics.continued
     for device in metrics.devices:
-        known[f"headrace.memory_peak.{device.name}"] = device.worker_peak
+        key = device.name.partition(" ")[0]
+        for name in _USE:
+            if (value := getattr(device, name)) is not None:
+                known[f"headrace.device.{key}.{name}"] = value
     return known

@@ -206,7 +206,7 @@ class Observed:
             finish_reasons=tuple(reasons),
             error=error_type(failure) if failure else "",
             message=failure.message if isinstance(failure, HeadraceError) else "",
-            parameters=contents.parameters(run.request, whole=capture is not None),
+            parameters=contents.parameters(run.request, capture),
             spans=(first, *sorted(others, key=lambda one: (one.start_ms, -one.ms))),
             content=kept,
         )

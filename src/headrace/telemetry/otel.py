@@ -37,13 +37,7 @@ class OpenTelemetrySpan:
     def __init__(self, native: trace.Span) -> None:
         self.native = native
         self.is_recording = native.is_recording()
-        known = native.get_span_context()
-        self.context = Parent(
-            f"{known.trace_id:032x}",
-            f"{known.span_id:016x}",
-            int(known.trace_flags),
-            known.trace_state.to_header(),
-        )
+        self.context = _told(native.get_span_context())
 
     def end(
         self, name: str, attributes: dict[str, Attribute], failure: str | None, end_ns: int
@@ -62,6 +56,11 @@ class OpenTelemetry:
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
+
+    def current(self) -> Parent | None:
+        """Return the span that the calling program is in."""
+        known = trace.get_current_span().get_span_context()
+        return _told(known) if known.is_valid else None
 
     def start(
         self,
@@ -88,6 +87,15 @@ class OpenTelemetry:
                 start_time=start_ns,
             )
         )
+
+
+def _told(known: SpanContext) -> Parent:
+    return Parent(
+        f"{known.trace_id:032x}",
+        f"{known.span_id:016x}",
+        int(known.trace_flags),
+        known.trace_state.to_header(),
+    )
 
 
 def _remote(parent: Parent) -> SpanContext:

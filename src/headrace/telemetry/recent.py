@@ -87,10 +87,6 @@ class Recent:
         tokens = metrics.usage.prompt_tokens * was_computed, metrics.usage.completion_tokens
         _advance(slots, seen, tokens, first, now)
 
-    def rates(self) -> tuple[Rates, ...]:
-        """Tell how each model has done that was asked of late, by name."""
-        return self.activity().rates
-
     def activity(self) -> Activity:
         """Tell what runs now, oldest first, and how each model has done of late."""
         running, now = self._running(), self._clock()

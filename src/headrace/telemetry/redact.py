@@ -16,7 +16,8 @@ _SECRETS = (
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
     # And whatever is called one.
     r"(?i:\bbearer\s+)[A-Za-z0-9._~+/=-]{8,}",
-    r"(?i:\b(?:api[-_ ]?key|password|passwd|secret|access[-_ ]?token)[\"']?\s*[:=]\s*)"
+    r"(?i:\b(?:(?:api[-_ ]?key|password|passwd|access[-_ ]?token)[\"']?\s*(?:is\b\s*[:=]?|[:=])"
+    r"|secret[\"']?\s*[:=])\s*)"
     r"(?:\"[^\"\n]+\"|'[^'\n]+'|[^\s\"',;]+)",
     r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}",
 )

@@ -58,10 +58,10 @@ class Running:
             self.finish = event
             return
         now, self.waited = time.monotonic(), True
-        if event.stage == "loading":
-            self.loading_at = self.loading_at or now
-        else:
+        if event.stage != "loading":
             self._is_loaded(now)
+        elif self.admitted_at is None:  # else it is loaded once more, as its worker has died
+            self.loading_at = self.loading_at or now
         if event.stage == "prefill":
             self.admitted_at = self.admitted_at or now
             self.prompt_tokens = event.total
@@ -112,12 +112,17 @@ class Running:
         # An upstream tells no token ids: each delta counts as one.
         return self.tokens or self.chunks
 
-    def metrics(self, ended: float) -> InferenceMetrics:
-        """Return the engine's figures or, where the engine told none, what was seen from here."""
+    @property
+    def told(self) -> InferenceMetrics | None:
+        """The engine's figures, where it told any."""
         if self.finish is not None:
             return self.finish.metrics
-        if isinstance(self.error, HeadraceError) and self.error.metrics is not None:
-            return self.error.metrics
+        return self.error.metrics if isinstance(self.error, HeadraceError) else None
+
+    def metrics(self, ended: float) -> InferenceMetrics:
+        """Return the engine's figures or, where the engine told none, what was seen from here."""
+        if self.told is not None:
+            return self.told
         request = self.request
         until = self.loaded_at or ended
         load_ms = request.load_ms + (_ms(self.loading_at, until) or 0.0)
@@ -157,13 +162,17 @@ def draw(run: Running, metrics: InferenceMetrics, tracing: Tracing, ended: float
         _step(tracing, run.root, names.QUEUE, loaded, ended if admitted is None else admitted)
     if admitted is None or not (run.chunks or run.admitted_at or metrics.prefill_ms):
         return
-    above = attempts[-1] if attempts else run.root
+    above, is_first = run.root, True
+    if attempts:
+        # What is not told by the engine was seen of the first attempt.
+        above = attempts[-1 if run.told else 0]
+        is_first = above is attempts[0]
     over = above.ended or ended
-    start = max(above.began, admitted) if len(attempts) < 2 else above.began
+    start = max(above.began, admitted) if is_first else above.began
     first = over
     if metrics.prefill_ms is not None:
         first = min(over, start + metrics.prefill_ms / 1000)
-    elif run.first_at is not None and len(attempts) < 2:
+    elif run.first_at is not None and is_first:
         first = run.first_at
     _step(tracing, above, names.PREFILL, start, first)
     if run.first_at is not None:

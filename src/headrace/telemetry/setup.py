@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("headrace.telemetry")
 _NAME = "headrace"
 _EXTRA = "pip install 'headrace[otlp]'"
-_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_EXPORTER = "OTEL_TRACES_EXPORTER"
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
 _CONTENT = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
 _SAYS_CONTENT = frozenset({"true", "span_only", "span_and_event"})
@@ -37,11 +38,10 @@ def configure(version: str, environment: Mapping[str, str] = os.environ) -> Trac
         return Tracing()
     if (host := _of_the_host(version)) is not None:
         return Tracing(host, tells_content=tells)
-    wanted = list(_exporters(environment))
-    if not wanted:
+    if switched_on_by(environment) is None:
         return Tracing()
     try:
-        provider = _provider(wanted, version, environment)
+        provider = _provider(version, environment)
     except ImportError:
         _log.warning("OpenTelemetry is asked for and not installed: %s", _EXTRA)
         return Tracing()
@@ -69,23 +69,30 @@ def _tracer(provider: Any, version: str) -> Exporter:
     return OpenTelemetry(provider.get_tracer(_NAME, version))
 
 
+def switched_on_by(environment: Mapping[str, str]) -> str | None:
+    """Return the variable that asks for spans to be exported; None where none does."""
+    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return None
+    if environment.get(_EXPORTER, "").strip():
+        return _EXPORTER if any(_exporters(environment)) else None
+    return next((name for name in _ENDPOINTS if environment.get(name, "").strip()), None)
+
+
 def _exporters(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield the entry points of the exporters that are asked for."""
-    has_endpoint = any(environment.get(name, "").strip() for name in _ENDPOINTS)
-    asked = environment.get("OTEL_TRACES_EXPORTER", "").strip() or "otlp" * has_endpoint
+    """Yield the entry points of the exporters; OTLP's where none is named."""
     protocol = (
         environment.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
         or environment.get("OTEL_EXPORTER_OTLP_PROTOCOL")
         or "http/protobuf"
     ).strip()
-    for name in (one.strip() for one in asked.split(",")):
-        if name == "otlp":
+    for name in (environment.get(_EXPORTER, "").strip() or "otlp").split(","):
+        if (known := name.strip().lower()) == "otlp":
             yield _PROTOCOLS.get(protocol, protocol)
-        elif name not in ("", "none"):
-            yield name
+        elif known not in ("", "none"):
+            yield name.strip()
 
 
-def _provider(exporters: list[str], version: str, environment: Mapping[str, str]) -> TracerProvider:
+def _provider(version: str, environment: Mapping[str, str]) -> TracerProvider:
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -98,7 +105,7 @@ def _provider(exporters: list[str], version: str, environment: Mapping[str, str]
     # Its own shutdown at exit has no limit; ours has. The sampler, the limits and the queue are
     # those of the variables.
     provider = TracerProvider(resource=Resource.create(known), shutdown_on_exit=False)
-    for name in exporters:
+    for name in _exporters(environment):
         provider.add_span_processor(BatchSpanProcessor(_load(name)()))
     return provider
 

@@ -49,6 +49,10 @@ class Exporter(Protocol):
         """Begin one."""
         ...
 
+    def current(self) -> Parent | None:
+        """Return the span that the calling program is in."""
+        ...
+
 
 class Trace:
     """What belongs to one request: its spans that have ended, its attempts, and its two clocks.

@@ -151,43 +151,6 @@ def _percentiles(values: list[float]) -> Percentiles:
     return Percentiles(count=len(values), p50=p50, p90=p90, p99=p99)
 
 
-class Follower:
-    """Reads what is written from now on, through all rotations. Close it."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        # Open files by what they are: as long as they are open, no other gets the same number.
-        self._files: dict[tuple[int, int], tuple[BinaryIO, int]] = {}
-        with _opened(folder) as files:
-            for file in files:
-                self._keep(file, os.fstat(file.fileno()).st_size)
-
-    def read(self) -> Iterator[RequestRecord]:
-        """Yield what has come since the last call, in the order in which it ended."""
-        with _opened(self._folder) as files:
-            found = [self._keep(file, 0) for file in reversed(files)]
-        for gone in self._files.keys() - set(found):
-            self._files.pop(gone)[0].close()
-        for key in found:
-            file, position = self._files[key]
-            data = os.pread(file.fileno(), os.fstat(file.fileno()).st_size - position, position)
-            whole, _, _ = data.rpartition(b"\n")
-            self._files[key] = file, position + len(whole) + bool(whole)
-            yield from filter(None, map(_record, whole.split(b"\n")))
-
-    def close(self) -> None:
-        """Give the files back."""
-        for file, _ in self._files.values():
-            file.close()
-
-    def _keep(self, file: BinaryIO, position: int) -> tuple[int, int]:
-        status = os.fstat(file.fileno())
-        key = status.st_dev, status.st_ino
-        if key not in self._files:
-            self._files[key] = os.fdopen(os.dup(file.fileno()), "rb"), position
-        return key
-
-
 def _record(line: bytes) -> RequestRecord | None:
     # The last line may be torn, and another version may write another form.
     with suppress(msgspec.DecodeError):
