@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores Ctrl-C, and so would all that the tests start and interrupt.
@@ -34,7 +35,7 @@ MODEL_HOME = Path(os.environ.pop("HEADRACE_TEST_HOME", "") or ROOT / ".cache" / 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests of real processes one second chance, and keep those of a file in one process.
+    """Give tests of real processes one second chance.
 
     On a machine that others use too, a process may get no time for seconds, and a wait runs out. A
     real fault fails twice. The summary names every second try (R); none is silent.
@@ -43,9 +44,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         place = item.path.relative_to(Path(__file__).parent).as_posix()
         if place.startswith(REAL_PROCESSES):
             item.add_marker(pytest.mark.flaky(reruns=1))
-        if item.get_closest_marker("xdist_group") is None:
-            # What a module has started serves all of its tests.
-            item.add_marker(pytest.mark.xdist_group(place))
+
+
+class ByModel(LoadScopeScheduling):
+    """Gives a whole file to one process, as what it has started serves all of its tests.
+
+    The contract is one file with many models; all tests of a model go to one process.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, name = nodeid.partition("::")
+        if file.endswith("test_contract.py") and name.count("-") >= 2:
+            return f"{file} {name.rsplit('-', 2)[1]}"
+        return file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Tell pytest-xdist what belongs together."""
+    return ByModel(config, log)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -12,8 +12,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
         if "opened" not in params:
             continue
-        # Each model is opened once; pytest-xdist may give another one to another process.
-        item.add_marker(pytest.mark.xdist_group(f"contract {params['opened'][0].engine}"))
         (sample, kind), case = params["opened"], cast("Any", params["case"])
         if not sample.is_quick(kind, case.name):
             item.add_marker(pytest.mark.slow)
