@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import contextlib
 import json
 import random
@@ -22,6 +21,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
@@ -34,8 +34,19 @@ _WORDS = (
     *("river", "water", "the", "of", "bridge", "in", "winter", "flows", "toward", "under", "old"),
     *("machine", "answers", "question", "model", "reads", "many", "short", "words", "every", "day"),
 )
-_BATCHES = (8, 16, 32, 64, 128)
+_BATCHES = (8, 16, 32, 64, 128, 256, 512)
 _PARALLEL = 4
+
+
+class _Vector(msgspec.Struct):
+    embedding: bytes
+
+
+class _Answer(msgspec.Struct):
+    data: list[_Vector]
+
+
+_decode = msgspec.json.Decoder(_Answer).decode
 
 
 class Client:
@@ -54,10 +65,10 @@ class Client:
         self._writer.write(head.encode() + body)
         answer = (await self._reader.readuntil(b"\r\n\r\n")).lower()
         length = int(answer.split(b"content-length: ")[1].split(b"\r\n")[0])
-        content = json.loads(await self._reader.readexactly(length))
+        content = await self._reader.readexactly(length)
         if b" 200 " not in answer.split(b"\r\n")[0]:
             raise RuntimeError(content)
-        return [base64.b64decode(one["embedding"]) for one in content["data"]]
+        return [one.embedding for one in _decode(content).data]
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncGenerator[Client]:
@@ -123,7 +134,7 @@ async def measure(
     singles = sentences(given.singles, 4, 16)
     await asyncio.to_thread(encode, model, texts[:128], 32)
     best = max(_BATCHES, key=lambda size: encode(model, texts, size)[0])
-    options: dict[str, object] = {"batch_items": given.batch_items}
+    options = {"batch_items": given.batch_items} if given.batch_items else {}
     flags = ("--engine", "sentence_transformers", "--device", given.device)
     async with serving(headrace(path, options, *flags)) as server:
         await in_lists(server.port, texts[:128])
@@ -197,7 +208,7 @@ def main() -> None:
     add("--texts", type=int, default=1024)
     add("--singles", type=int, default=1024)
     add("--clients", type=int, default=64)
-    add("--batch-items", type=int, default=64)
+    add("--batch-items", type=int, help="by default what the engine takes by itself")
     add("--json", type=Path)
     given = parser.parse_args()
     config = runtime.load_settings().config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import sys
 from array import array
 from typing import Any
@@ -39,7 +38,8 @@ async def embeddings(service: Service, exchange: Exchange) -> None:
 def _body(result: EmbedResult, model: str, *, as_text: bool) -> bytes:
     tokens = result.usage.prompt_tokens
     data: Any = [
-        {"object": "embedding", "index": index, "embedding": _text(one) if as_text else _list(one)}
+        # Bytes are written as base64.
+        {"object": "embedding", "index": index, "embedding": one if as_text else _list(one)}
         for index, one in enumerate(result.vectors)
     ]
     return _encode(
@@ -47,10 +47,6 @@ def _body(result: EmbedResult, model: str, *, as_text: bool) -> bytes:
             data=data, model=model, usage=ReadUsage(tokens, tokens), metrics=result.metrics
         )
     )
-
-
-def _text(vector: bytes) -> str:
-    return base64.b64encode(vector).decode()
 
 
 def _list(vector: bytes) -> list[float]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +30,11 @@ _PROCESS = 450 << 20
 _CONTEXT = 512
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _SAFE = frozenset({".safetensors"})
-# What beginning a forward costs, as tokens: measured on a CPU, guessed for a GPU.
-_PADDING_CPU, _PADDING_GPU = 32, 2048
+_ITEMS_CPU, _ITEMS_GPU = 64, 512
+# Forwards that are timed when a model is loaded: one short text, and four longer ones, in tokens.
+_SHORT, _LONG_CPU, _LONG_GPU = 8, 32, 128
+_PATIENCE_S = 0.2
+_LEAST = 16
 
 
 class Options(EngineOptions):
@@ -46,7 +51,9 @@ class Options(EngineOptions):
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
         None, description="Implementation of attention; by default the library's choice."
     )
-    batch_items: int = Field(64, ge=1, le=4096, description="Texts in one batch, at most.")
+    batch_items: int | None = Field(
+        None, ge=1, le=4096, description="Texts in one batch, at most; by default 64, on a GPU 512."
+    )
     batch_tokens: int = Field(
         16384, ge=64, le=1 << 24, description="Tokens in one batch with its padding, at most."
     )
@@ -69,25 +76,29 @@ class Engine:
             torch.set_num_threads(options.threads)
         device = _device(request.device, torch)
         self._model: Any = _open(folder, request.task, device, options)
-        # Nothing is cut here without a word: the worker counts, and it was the file's own setting.
         self._tokenizer = self._model.tokenizer
+        self._prompt = _prompt(self._model, request.task, options.prompt_name)
+        # How many tokens a pooling leaves out that does not count the prompt, as encode has it.
+        self._prompt_length = self._prompt and self._model[0]._get_prompt_length(self._prompt)  # noqa: SLF001
+        # Nothing is cut here without a word: the worker counts. The file's own setting, and the
+        # library's call above, would.
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
         self._vocabulary = len(self._tokenizer)
         self._typed = "token_type_ids" in self._tokenizer.model_input_names
-        self._prompt = _prompt(self._model, request.task, options.prompt_name)
-        self.batch_items, self.batch_tokens = options.batch_items, options.batch_tokens
-        self.batch_padding = _PADDING_CPU if device == "cpu" else _PADDING_GPU
         self.facts = _facts(request, self._model, device)
+        self.batch_items = options.batch_items or (_ITEMS_CPU if device == "cpu" else _ITEMS_GPU)
+        self.batch_tokens = options.batch_tokens
+        self.batch_padding = self._beginning()
 
     def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
         """Return what the model's own modules make of padded token ids."""
         with self._computing():
             features = self._features(batch)
             if self._prompt:
-                features["prompt_length"] = self._prompt_length()
+                features["prompt_length"] = self._prompt_length
             vectors = self._model(features)["sentence_embedding"]
             rows = vectors.to(self._torch.float32).cpu().numpy().astype("<f4", copy=False)
         return [row.tobytes() for row in rows]
@@ -122,13 +133,20 @@ class Engine:
             return self._backend.encode(text, add_special_tokens=add_special).ids
         return self._tokenizer(text, add_special_tokens=add_special)["input_ids"]
 
+    def tokenize_all(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        """Return what `tokenize` makes of each with special tokens, at once and on all cores."""
+        if self._backend is None or len(texts) == 1:
+            return [self.tokenize(text, add_special=True) for text in texts]
+        whole = [self._prompt + text for text in texts] if self._prompt else list(texts)
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(whole)]
+
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text, as the tokenizer has it: often in lower case.
 
         Raises:
             InvalidRequest: an id is outside of the vocabulary.
         """
-        self._check([token_ids], param="tokens")
+        self._check(token_ids, param="tokens")
         return self._tokenizer.decode(list(token_ids))
 
     def close(self) -> None:
@@ -138,28 +156,46 @@ class Engine:
             self._torch.cuda.empty_cache()
 
     def _features(self, batch: Sequence[Sequence[int]]) -> dict[str, Any]:
-        self._check(batch, param="input")
-        pad, longest = self._tokenizer.pad_token_id or 0, max(map(len, batch))
+        ids = list(chain.from_iterable(batch))
+        self._check(ids, param="input")
+        torch, device = self._torch, self._model.device
+        lengths, longest = torch.tensor([[len(row)] for row in batch]), max(map(len, batch))
+        places = torch.arange(longest)
         left = self._tokenizer.padding_side == "left"
-        ids: list[list[int]] = []
-        mask: list[list[int]] = []
-        for row in batch:
-            gap = longest - len(row)
-            ids.append([pad] * gap + list(row) if left else list(row) + [pad] * gap)
-            mask.append([0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap)
-        made = {"input_ids": ids, "attention_mask": mask}
-        device = self._model.device
-        tensors = {name: self._torch.tensor(rows, device=device) for name, rows in made.items()}
-        return {**tensors, "modality": "text"}
+        mask = places >= longest - lengths if left else places < lengths
+        padded = torch.full(mask.shape, self._tokenizer.pad_token_id or 0)
+        padded[mask] = torch.tensor(ids)
+        return {
+            "input_ids": padded.to(device),
+            "attention_mask": mask.long().to(device),
+            "modality": "text",
+        }
 
-    def _check(self, batch: Sequence[Sequence[int]], *, param: str) -> None:
+    def _check(self, token_ids: Sequence[int], *, param: str) -> None:
         # On a GPU, an id that does not exist takes the whole process with it.
-        if any(not 0 <= one < self._vocabulary for row in batch for one in row):
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
             raise InvalidRequest("A token id is outside of the vocabulary.", param=param)
 
-    def _prompt_length(self) -> int:
-        """Return how many tokens a pooling leaves out that does not count the prompt."""
-        return self._model[0]._get_prompt_length(self._prompt)  # noqa: SLF001  # as encode does
+    def _beginning(self) -> int:
+        """Return how many tokens take as long as beginning a forward does, as measured now."""
+        long = _LONG_CPU if self.facts.device == "cpu" else _LONG_GPU
+        around = len(self.tokenize("", add_special=True))
+        short, long = (min(around + n, self.facts.context_length) for n in (_SHORT, long))
+        begun, whole = self._time(1, short), self._time(4, long)
+        each = max(whole - begun, 1e-9) / (4 * long - short)
+        return int(min(max(begun / each - short, _LEAST), self.batch_tokens / 4))
+
+    def _time(self, items: int, length: int) -> float:
+        """Return seconds of the fastest of a few forwards; of one alone where they are slow."""
+        took = list[float]()
+        while len(took) < 4 and sum(took) < _PATIENCE_S:
+            began = time.perf_counter()
+            if "embed" in self.facts.capabilities.tasks:
+                self.embed([[0] * length] * items)
+            else:
+                self.score([Pair((0,) * length, 1)] * items)
+            took.append(time.perf_counter() - began)
+        return min(took)
 
     @contextmanager
     def _computing(self) -> Generator[None]:

@@ -175,9 +175,10 @@ def _dimensions(loaded: Loaded, request: EmbedRequest) -> int | None:
 def _token_ids(loaded: Loaded, request: EmbedRequest) -> list[tuple[int, ...]]:
     engine, most = loaded.engine, loaded.engine.facts.context_length
     made: list[tuple[int, ...]] = []
+    tokenized = iter(_tokenized(engine, [one for one in request.inputs if isinstance(one, str)]))
     for place, given in enumerate(request.inputs):
         is_text = isinstance(given, str)
-        ids = tuple(engine.tokenize(given, add_special=True)) if is_text else given
+        ids = tuple(next(tokenized)) if is_text else given
         if not ids:
             raise InvalidRequest(f"Input {place} has no tokens.", param="input")
         if len(ids) > most and not request.truncate:
@@ -190,6 +191,12 @@ def _token_ids(loaded: Loaded, request: EmbedRequest) -> list[tuple[int, ...]]:
             ids = _cut(engine, given, ids, most) if is_text else ids[:most]
         made.append(ids)
     return made
+
+
+def _tokenized(engine: Engine, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+    # An engine whose tokenizer takes many texts at once has `tokenize_all`.
+    at_once = getattr(engine, "tokenize_all", None)
+    return at_once(texts) if at_once else [engine.tokenize(one, add_special=True) for one in texts]
 
 
 def _cut(engine: Engine, text: str, ids: tuple[int, ...], most: int) -> tuple[int, ...]:
@@ -221,19 +228,25 @@ def _pairs(loaded: Loaded, request: RerankRequest) -> list[Pair]:
 
 
 def _shaped(raw: Sequence[bytes], dimensions: int | None, normalize: bool) -> tuple[bytes, ...]:
-    shape: Callable[[bytes], bytes] = _normal if normalize else bytes
-    return tuple(shape(vector[: None if dimensions is None else 4 * dimensions]) for vector in raw)
+    cut = raw if dimensions is None else [vector[: 4 * dimensions] for vector in raw]
+    return tuple(map(_normal, cut, _lengths(cut)) if normalize else cut)
 
 
-def _normal(vector: bytes) -> bytes:
-    values = _floats(vector)
-    length = math.hypot(*values)
+def _lengths(vectors: Sequence[bytes]) -> list[float]:
+    # Where the engine has brought numpy, which is no dependency here, one call does for all.
+    if (numpy := sys.modules.get("numpy")) is None:
+        return [math.hypot(*_floats(vector)) for vector in vectors]
+    rows = numpy.frombuffer(b"".join(vectors), "<f4").reshape(len(vectors), -1)
+    return numpy.sqrt(numpy.einsum("ij,ij->i", rows, rows, dtype="f8")).tolist()
+
+
+def _normal(vector: bytes, length: float) -> bytes:
     if not math.isfinite(length):
         raise GenerationFailed("The model gave a vector that is not made of numbers.")
     # What the model has scaled itself stays as it is.
     if length == 0.0 or abs(length - 1.0) < 1e-6:
         return vector
-    return _bytes(array("f", [value / length for value in values]))
+    return _bytes(array("f", [value / length for value in _floats(vector)]))
 
 
 def _floats(vector: bytes) -> array[float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from tests.engines.sentence_transformers.conftest import make_ranker, opening
 
 from headrace.core.errors import ConfigError, InvalidRequest, LoadFailed, OutOfMemory
 from headrace.engines.sentence_transformers import Engine, footprint
+from headrace.worker.encode import _shaped
 
 pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("default")]
 
@@ -64,10 +67,14 @@ def test_tokens_are_those_of_the_tokenizer(engine: Engine, minilm_path: Path) ->
         expected = tokenizer(text, truncation=False)["input_ids"]
         assert list(engine.tokenize(text, add_special=True)) == expected
         assert list(engine.tokenize(text, add_special=False)) == expected[1:-1]
+    many = [*TEXTS, "", "long " * 600]
+    assert engine.tokenize_all(many) == [engine.tokenize(text, add_special=True) for text in many]
+    assert engine.tokenize_all([]) == []
     ids = engine.tokenize("hello world", add_special=True)
     assert engine.detokenize(ids) == "[CLS] hello world [SEP]"
-    with pytest.raises(InvalidRequest):
-        engine.embed([[1, 1 << 20]])
+    for unknown in (1 << 20, 1 << 64, -1):
+        with pytest.raises(InvalidRequest):
+            engine.embed([[1, 2], [1, unknown]])
     with pytest.raises(InvalidRequest):
         engine.detokenize([-1])
 
@@ -105,8 +112,29 @@ def test_prompts_of_the_model_come_before_the_text(minilm_path: Path, tmp_path: 
     expected = model.encode(list(TEXTS[:2]), prompt_name="query")
     engine = Engine(opening(path, prompt_name="query"))
     assert np.abs(vectors(engine, TEXTS[:2]) - expected).max() < 1e-5
+    assert engine.tokenize_all(TEXTS) == [engine.tokenize(one, add_special=True) for one in TEXTS]
+    assert len(engine.tokenize("long " * 600, add_special=True)) > 600, "cut without a word"
     with pytest.raises(ConfigError, match="it has"):
         Engine(opening(path, prompt_name="nobody"))
+
+
+def test_what_beginning_a_forward_costs_is_measured(engine: Engine, ranker_path: Path) -> None:
+    """E: batches are divided as this machine has it, and padding is a quarter of one at most."""
+    assert 16 <= engine.batch_padding <= engine.batch_tokens / 4
+    ranker = Engine(opening(ranker_path, batch_tokens=64, batch_items=3))
+    assert (ranker.batch_items, ranker.batch_tokens, ranker.batch_padding) == (3, 64, 16)
+
+
+def test_lengths_are_the_same_with_and_without_numpy(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E: vectors are scaled to length 1; what the model has scaled stays as it is."""
+    raw = engine.embed([engine.tokenize(text, add_special=True) for text in TEXTS])
+    assert _shaped(raw, None, True) == tuple(raw)
+    short = _shaped(raw, 200, True)
+    monkeypatch.delitem(sys.modules, "numpy")
+    for one, other in zip(_shaped(raw, 200, True), short, strict=True):
+        assert array("f", one) == pytest.approx(array("f", other), abs=1e-7)
 
 
 def test_what_is_not_sound_is_refused(minilm_path: Path, ranker_path: Path, tmp_path: Path) -> None:
