@@ -23,6 +23,8 @@ import socket
 import statistics
 import sys
 import time
+import urllib.error
+import urllib.request
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
@@ -202,7 +204,18 @@ async def server(command: list[str], variables: dict[str, str]) -> AsyncGenerato
         async with contextlib.AsyncExitStack() as stack:
             with environment(HEADRACE_HOME=home, **variables):
                 started = await stack.enter_async_context(serving(command))
+            await asyncio.to_thread(_wait, f"http://127.0.0.1:{started.port}/health/ready")
             yield started
+
+
+def _wait(url: str) -> None:
+    """Wait until the model is loaded: before, only so many may wait for it."""
+    for _ in range(600):
+        with contextlib.suppress(OSError, urllib.error.URLError):
+            urllib.request.urlopen(url).close()
+            return
+        time.sleep(0.1)
+    raise SystemExit("A server did not get ready.")
 
 
 # The two parts.

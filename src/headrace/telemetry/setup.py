@@ -97,6 +97,8 @@ def _provider(version: str, environment: Mapping[str, str]) -> TracerProvider:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
+    # Each retry would be a line in our log; that a batch is lost is enough.
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
     known = {"service.version": version}
     if not environment.get("OTEL_SERVICE_NAME") and "service.name=" not in environment.get(
         "OTEL_RESOURCE_ATTRIBUTES", ""
