@@ -79,10 +79,23 @@ async def measure(
     name: str, server: Server, client: Client, body: dict[str, Any], streams: int, window: float
 ) -> Cell:
     """Open the streams, count over a window, and hang up."""
+    await begin(server, client, body, streams)
+    cell = await count(name, server, client, streams, window)
+    await client.ask("close")
+    await asyncio.sleep(_SETTLE_S)
+    return cell
+
+
+async def begin(server: Server, client: Client, body: dict[str, Any], streams: int) -> None:
+    """Open the streams, and wait until all run."""
     await client.ask(
         "open", host="127.0.0.1", port=server.port, path=_PATH, bodies=[body] * streams
     )
     await asyncio.sleep(_SETTLE_S)
+
+
+async def count(name: str, server: Server, client: Client, streams: int, window: float) -> Cell:
+    """Count over a window."""
     before, cpu, child = await client.ask("count"), server.cpu(), server.children_cpu()
     await asyncio.sleep(window)
     after, cpu, child = (
@@ -90,8 +103,6 @@ async def measure(
         server.cpu() - cpu,
         server.children_cpu() - child,
     )
-    await client.ask("close")
-    await asyncio.sleep(_SETTLE_S)
     if after["running"] < streams:
         raise SystemExit(f"{name}: {streams - after['running']} streams ended too early.")
     return Cell(

@@ -9,7 +9,8 @@ Two parts, each in one interleaved run:
   as it sees them. Memory is the server's own, at the end.
 - overhead: CPU of the serving process for each event at 32 and 512 echo streams, and output
   tokens/s of the real model, with everything on (a live collector, trace file, metrics, usage) over
-  everything off. The figures are ratios of the same round; the order turns with each round.
+  everything off. For CPU both sides run at the same time, and each round has servers of its own:
+  what an event takes changes by a third from one second to the next, and from process to process.
 """
 
 from __future__ import annotations
@@ -270,21 +271,28 @@ async def _ask(
 
 
 async def events(options: argparse.Namespace, streams: int) -> list[front.Cell]:
-    """Measure the CPU for each event of both sides in turn."""
-    speed, cells = options.rate / streams, list[front.Cell]()
-    tokens = int(speed * (options.window + 30))
+    """Measure the CPU for each event of both sides at once, on new servers in each round."""
+    speed, cells = options.rate / 2 / streams, list[front.Cell]()
+    tokens = int(speed * (options.window + 60))
     body = {"prompt": "abcdefgh" * 8, "max_tokens": tokens, "stream": True, "ignore_eos": True}
-    async with both(headrace("echo", {"tokens_per_second": speed})) as servers:
-        client = await Client.start()
-        try:
-            for number in range(options.rounds):
-                for side in SIDES[:: 1 if number % 2 else -1]:
-                    cell = await front.measure(
-                        side, servers[side], client, body, streams, options.window
-                    )
-                    cells.append(cell)
-                    print(f"  {streams:4} streams  {side:3} {cell.each:6.2f} us/event", flush=True)
-        finally:
+    command = headrace("echo", {"tokens_per_second": speed})
+    clients = {side: await Client.start() for side in SIDES}
+    try:
+        for number in range(options.rounds):
+            async with both(command, SIDES[:: 1 if number % 2 else -1]) as servers:
+                for side, server in servers.items():
+                    await front.begin(server, clients[side], body, streams)
+                counts = (
+                    front.count(side, servers[side], clients[side], streams, options.window)
+                    for side in SIDES
+                )
+                told = await asyncio.gather(*counts)
+                await asyncio.gather(*(client.ask("close") for client in clients.values()))
+            cells += told
+            off, on = (cell.each for cell in told)
+            print(f"  {streams:4} streams  off {off:5.2f}  on {on:5.2f} us/event", flush=True)
+    finally:
+        for client in clients.values():
             await client.stop()
     return cells
 
@@ -311,15 +319,14 @@ async def speeds(options: argparse.Namespace) -> list[Speed]:
 
 
 @contextlib.asynccontextmanager
-async def both(command: list[str]) -> AsyncGenerator[dict[str, Server]]:
+async def both(
+    command: list[str], order: Sequence[str] = SIDES
+) -> AsyncGenerator[dict[str, Server]]:
     """Run a server with everything off, and one with everything on."""
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
-        variables = await enter(collecting("live"))
-        yield {
-            "off": await enter(server(command, _OFF)),
-            "on": await enter(server(command, variables)),
-        }
+        variables = {"off": _OFF, "on": await enter(collecting("live"))}
+        yield {side: await enter(server(command, variables[side])) for side in order}
 
 
 # What is told.

@@ -29,12 +29,10 @@ from headrace.core.request import (
     TokenCount,
 )
 from headrace.core.stream import collect
+from headrace.pool.watch import Asked, Nobody, Watch
 from headrace.telemetry import setup, traceparent
-from headrace.telemetry.observed import Asked, Observed
-from headrace.telemetry.observed_worker import ObservedWorker
+from headrace.telemetry.observed import Observed
 from headrace.telemetry.span import Tracing
-from headrace.worker.process import WorkerProcess
-from headrace.worker.remote import RemoteWorker
 from headrace.worker.spec import OnProgress
 from headrace.worker.worker import Worker
 
@@ -44,7 +42,6 @@ Vectors = list[list[float]]
 
 T = TypeVar("T", EmbedRequest, RerankRequest)
 
-_Opened = WorkerProcess | Worker | RemoteWorker
 _SAMPLING = set(Sampling.__struct_fields__)
 _REQUEST = {"n", "echo", "context_length", "json_schema", "template_options", "deadline_s"}
 
@@ -76,11 +73,11 @@ class AsyncModelWorker:
             settings = runtime.load_settings()
             self.spec = settings.model_spec(model, arguments)
             config = config or _quiet(settings)
-        self._opened = runtime.open_worker(
+        self._worker = runtime.open_worker(
             self.spec, config, isolate=isolate, on_progress=on_progress
         )
-        self._worker: _Opened | ObservedWorker = self._opened
-        self._backend: Backend = self._opened
+        self._backend: Backend = self._worker
+        self._watch: Watch = Nobody()
         self._tracing = Tracing()
 
     @classmethod
@@ -109,7 +106,8 @@ class AsyncModelWorker:
             HeadraceError: UnknownModel, LoadFailed, OutOfMemory, UpstreamError, ConfigError.
         """
         self._observe()
-        await self._worker.start()
+        async with self._watch.loading(self._worker, self.spec):
+            await self._worker.start()
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Let running streams end within `drain_s` seconds, end the rest, free all. Idempotent."""
@@ -214,12 +212,10 @@ class AsyncModelWorker:
             return
         self._tracing = tracing = setup.configure(__version__)
         if tracing.exporter is not None:
-            opened = self._opened
             # What runs in this process has no attempts that could be told from its requests.
-            self._worker = (
-                opened if isinstance(opened, Worker) else ObservedWorker(opened, self.spec, tracing)
-            )
-            self._backend = Observed(self._worker, tracing=tracing)
+            attempts = None if isinstance(self._worker, Worker) else self.spec
+            observed = Observed(self._worker, tracing=tracing, attempts=attempts)
+            self._backend, self._watch = observed, observed.watcher
 
     def _below(self, request: Asked) -> Asked:
         """Make a request's span one below the caller's own."""

@@ -31,8 +31,6 @@ from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker
 from headrace.pool.state import StateFile
 from headrace.telemetry import setup
-from headrace.telemetry.observed_worker import ObservedWorker
-from headrace.telemetry.span import Tracing
 from headrace.tune import record as tune_record
 from headrace.tune.measure import Shape
 from headrace.tune.record import Record
@@ -124,12 +122,8 @@ def open_worker(
     return WorkerProcess(spec, resolve, on_progress=on_progress, log_settings=logs)
 
 
-def open_pool(
-    settings: Settings, models: Sequence[ModelSpec], tracing: Tracing | None = None
-) -> Pool:
+def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
     """Bind many models to one Backend with one budget of memory; nothing is loaded yet.
-
-    With `tracing`, loads and each worker's answers are spans.
 
     Raises:
         ConfigError: the budget is not one for this machine.
@@ -141,14 +135,11 @@ def open_pool(
     spare = Spare()
 
     def open_worker(spec: ModelSpec, report: OnProgress) -> PooledWorker:
-        worker = (
-            RemoteWorker(spec, sizing.resolve, on_progress=report, log_content=logs.content)
-            if is_remote(spec.model)
-            else WorkerProcess(
-                spec, sizing.resolve, on_progress=report, log_settings=logs, spawn=spare.take
-            )
+        if is_remote(spec.model):
+            return RemoteWorker(spec, sizing.resolve, on_progress=report, log_content=logs.content)
+        return WorkerProcess(
+            spec, sizing.resolve, on_progress=report, log_settings=logs, spawn=spare.take
         )
-        return worker if tracing is None else ObservedWorker(worker, spec, tracing)
 
     return Pool(
         models,
@@ -166,7 +157,7 @@ def open_service(
     *,
     reread: Callable[[], tuple[Settings, Sequence[ModelSpec]]],
 ) -> tuple[PoolAdmin, Telemetry]:
-    """Bind many models to one Backend, that of the telemetry, which an operator can change.
+    """Bind many models to one Backend that an operator can change and the telemetry watches.
 
     What was done by hand before is done again. `reread` reads the configuration for a reload.
 
@@ -178,9 +169,8 @@ def open_service(
 
     config = settings.config
     tracing = setup.configure(__version__)
-    observes = config.telemetry.is_on or tracing.exporter is not None
     admin = PoolAdmin(
-        open_pool(settings, models, tracing if observes else None),
+        open_pool(settings, models),
         specify=_specify(settings, models),
         state=StateFile(config.state_file),
         reread=lambda: _wanted(settings, *reread()),

@@ -207,7 +207,7 @@ async def served(home: Any, *specs: ModelSpec) -> AsyncIterator[tuple[Any, Appli
     watch = asyncio.create_task(told.watch())
     try:
         await admin.pool.start()
-        yield admin, create_app(told.backend, ApiSettings(), admin=admin, observer=told)
+        yield admin, create_app(admin.pool, ApiSettings(), admin=admin, observer=told)
     finally:
         watch.cancel()
         await admin.aclose()

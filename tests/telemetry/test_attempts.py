@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,25 +17,23 @@ from tests.telemetry.watched import Told, parent, pool_of
 from tests.worker.rig import ask, echo, resolve
 
 from headrace.core.backend import Backend
-from headrace.core.errors import GenerationFailed, LoadFailed, UnknownModel, WorkerDied
+from headrace.core.errors import LoadFailed, UnknownModel, WorkerDied
 from headrace.core.events import Delta, Event
 from headrace.core.model import ModelFile, ModelSpec
 from headrace.core.request import EmbedRequest, GenerateRequest, Message
 from headrace.pool.pool import Pool
 from headrace.telemetry import names, traceparent
-from headrace.telemetry.observed import Observed
-from headrace.telemetry.observed_worker import ObservedWorker
 from headrace.worker.remote import RemoteWorker
 from headrace.worker.spec import OnProgress, WorkerSpec
 from headrace.worker.worker import Worker
 
 
 @asynccontextmanager
-async def running(told: Told, **given: Any) -> AsyncIterator[tuple[Pool, Backend]]:
-    pool, backend = pool_of(told, echo(**given))
+async def running(told: Told, **given: Any) -> AsyncIterator[Pool]:
+    pool = pool_of(told, echo(**given))
     try:
         await pool.start()
-        yield pool, backend
+        yield pool
     finally:
         await pool.aclose()
 
@@ -48,10 +46,10 @@ async def read(backend: Backend, request: GenerateRequest) -> list[Event]:
         await stream.aclose()
 
 
-async def read_and_kill(pool: Pool, backend: Backend, request: GenerateRequest) -> str:
+async def read_and_kill(pool: Pool, request: GenerateRequest) -> str:
     """Read an answer whose worker is killed at its third token."""
     said: list[str] = []
-    stream = backend.generate(request)
+    stream = pool.generate(request)
     try:
         async for event in stream:
             if isinstance(event, Delta):
@@ -75,14 +73,12 @@ def pids(pool: Pool) -> list[int]:
 async def test_sixty_four_at_once_on_a_process() -> None:
     """T1: admission, prefill and decode below the request, and what failed among what did not."""
     told = Told()
-    async with running(told) as (pool, backend):
+    async with running(told) as pool:
         asked = [
             ask("abcdef", traceparent=parent(number), model="echo" if number % 4 else "none")
             for number in range(1, 65)
         ]
-        results = await asyncio.gather(
-            *(read(backend, one) for one in asked), return_exceptions=True
-        )
+        results = await asyncio.gather(*(read(pool, one) for one in asked), return_exceptions=True)
         (pid,) = pids(pool)
     told.check(64)
     assert sum(isinstance(one, UnknownModel) for one in results) == 16
@@ -106,9 +102,9 @@ async def test_sixty_four_at_once_on_a_process() -> None:
 async def test_a_worker_that_is_killed_and_an_answer_that_goes_on() -> None:
     """T3: two attempts, of which the first failed; the request did not."""
     told = Told()
-    async with running(told, tokens_per_second=50, continuation="fast") as (pool, backend):
+    async with running(told, tokens_per_second=50, continuation="fast") as pool:
         request = ask("abcdefghij", model="echo", traceparent=parent(1))
-        assert await read_and_kill(pool, backend, request) == "abcdefghij"
+        assert await read_and_kill(pool, request) == "abcdefghij"
     told.check(1)
     (record,) = told.records
     assert (record.outcome, record.metrics.continuations) == ("ok", 1)
@@ -122,9 +118,9 @@ async def test_a_worker_that_is_killed_and_an_answer_that_goes_on() -> None:
 async def test_a_worker_that_is_killed_and_an_answer_that_breaks_off() -> None:
     """T3, W16: with the tokens that had come."""
     told = Told()
-    async with running(told, tokens_per_second=50, continuation="off") as (pool, backend):
+    async with running(told, tokens_per_second=50, continuation="off") as pool:
         with pytest.raises(WorkerDied):
-            await read_and_kill(pool, backend, ask("abcdefghij", model="echo"))
+            await read_and_kill(pool, ask("abcdefghij", model="echo"))
     told.check(1)
     (record,) = told.records
     assert (record.outcome, record.error, record.spans[0].failed) == ("error", "WorkerDied", True)
@@ -136,9 +132,9 @@ async def test_a_worker_that_is_killed_and_an_answer_that_breaks_off() -> None:
 async def test_a_worker_that_dies_again() -> None:
     """T3, W16: what is told was seen of the first attempt, and no load was before it."""
     told = Told()
-    async with running(told, tokens_per_second=50, crash_after=3) as (_, backend):
+    async with running(told, tokens_per_second=50, crash_after=3) as pool:
         with pytest.raises(WorkerDied):
-            await read(backend, ask("abcdefghij", model="echo"))
+            await read(pool, ask("abcdefghij", model="echo"))
     told.check(1)
     (record,) = told.records
     first, second = (span for span in record.spans if span.name == names.ATTEMPT)
@@ -154,9 +150,9 @@ async def test_a_worker_that_dies_again() -> None:
 async def test_a_load_is_a_trace_of_its_own() -> None:
     """W5: with the machine, the engine and the settings; the request that waited links to it."""
     told = Told()
-    pool, backend = pool_of(told, echo(load_s=0.1))
+    pool = pool_of(told, echo(load_s=0.1))
     try:
-        await read(backend, ask("abc", model="echo"))
+        await read(pool, ask("abc", model="echo"))
     finally:
         await pool.aclose()
     told.check(1)
@@ -177,10 +173,10 @@ async def test_a_load_is_a_trace_of_its_own() -> None:
 async def test_a_load_that_fails() -> None:
     """W5, T3: both spans have failed."""
     told = Told()
-    pool, backend = pool_of(told, echo(fail_load="It would not."))
+    pool = pool_of(told, echo(fail_load="It would not."))
     try:
         with pytest.raises(LoadFailed):
-            await read(backend, ask("abc", model="echo"))
+            await read(pool, ask("abc", model="echo"))
     finally:
         await pool.aclose()
     told.check(1)
@@ -192,8 +188,8 @@ async def test_a_load_that_fails() -> None:
 
 async def test_embeddings_on_a_process() -> None:
     told = Told()
-    async with running(told, task="embed") as (_, backend):
-        await backend.embed(EmbedRequest(inputs=("abc",), model="echo"))
+    async with running(told, task="embed") as pool:
+        await pool.embed(EmbedRequest(inputs=("abc",), model="echo"))
     told.check(1)
     drawn = [span.name for span in told.records[0].spans]
     assert drawn[0] == "embeddings echo"
@@ -240,9 +236,8 @@ async def test_an_upstream_is_told_the_trace(*, otel: bool) -> None:
     options = {"base_url": f"{upstream.url}/v1"}
     spec = ModelSpec(name="far", model="openai:gpt-far", options=options)
     remote = RemoteWorker(spec, _remote)
-    worker = ObservedWorker(remote, spec, told.tracing)
-    await worker.start()
-    observed = Observed(worker, tracing=told.tracing, sinks=[told])
+    await remote.start()
+    observed = told.observe(remote, attempts=spec)
     request = GenerateRequest(
         model="far",
         messages=(Message("user", "Hello"),),
@@ -253,7 +248,7 @@ async def test_an_upstream_is_told_the_trace(*, otel: bool) -> None:
         await read(observed, request)
         await read(observed, GenerateRequest(model="far", messages=request.messages))
     finally:
-        await worker.aclose()
+        await remote.aclose()
         await upstream.stop()
     record, second = told.records
     (call,) = (span for span in record.spans if span.kind == "client")
@@ -270,41 +265,3 @@ async def test_an_upstream_is_told_the_trace(*, otel: bool) -> None:
     assert "tracestate" not in upstream.requests[1].headers
     if otel:
         told.check(2)
-
-
-async def test_a_worker_alone_is_traced_too() -> None:
-    """A pool that nobody observes: the attempt is below the caller's span."""
-    told, spec = Told(), echo()
-    worker = ObservedWorker(_Local(spec), spec, told.tracing)
-    await worker.start()
-    try:
-        await read(worker, ask("abc", traceparent=parent(4)))
-        with pytest.raises(GenerationFailed):
-            await read(worker, ask("abc", model="broken"))
-    finally:
-        await worker.aclose()
-    first, second = (span for span in told.spans if span.name == names.ATTEMPT)
-    assert first.parent is not None
-    assert first.parent.span_id == 4
-    assert first.status.is_ok
-    assert second.parent is None
-    assert not second.status.is_ok
-
-
-class _Local(Worker):
-    """A worker in this process, as a pool would have it."""
-
-    pid = None
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__(spec, resolve)
-        self.died = asyncio.Event()
-
-    async def memory(self) -> dict[str, int]:
-        return {}
-
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        if request.model == "broken":
-            raise GenerationFailed("It broke.")
-        async for event in super().generate(request):
-            yield event

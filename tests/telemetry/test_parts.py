@@ -90,7 +90,7 @@ def test_redaction_takes_no_longer_than_the_text_is_long() -> None:
 def test_nothing_is_imported_where_nothing_is_asked_for() -> None:
     """T2: off costs nothing."""
     code = (
-        "import sys; from headrace.telemetry import setup, observed, observed_worker;"
+        "import sys; from headrace.telemetry import setup, observed, watcher;"
         "t = setup.configure('1', {'OTEL_SERVICE_NAME': 'x'});"
         "print(t.exporter, [name for name in sys.modules if name.startswith('opentelemetry')])"
     )

@@ -14,7 +14,6 @@ from opentelemetry.trace import SpanKind, StatusCode
 from tests.pool.rig import Machine
 from tests.worker.rig import resolve
 
-from headrace.core.backend import Backend
 from headrace.core.events import Delta, Event, Finish, Progress
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelInfo, ModelSpec
@@ -29,10 +28,11 @@ from headrace.core.request import (
 )
 from headrace.pool.ledger import Ledger
 from headrace.pool.pool import Pool
+from headrace.pool.replica import PooledWorker
 from headrace.telemetry.observed import Observed
-from headrace.telemetry.observed_worker import ObservedWorker
 from headrace.telemetry.otel import OpenTelemetry
 from headrace.telemetry.span import Tracing
+from headrace.telemetry.watcher import Watcher
 from headrace.worker.process import WorkerProcess
 
 MODEL = ModelInfo(id="m", source="builtin:m", engine="scripted", aliases=("also",))
@@ -182,17 +182,15 @@ def ask(number: int = 1, **given: Any) -> GenerateRequest:
     return GenerateRequest(**{**known, **given})
 
 
-def pool_of(
-    told: Told, spec: ModelSpec, open_worker: Callable[..., Any] | None = None
-) -> tuple[Pool, Backend]:
-    """A pool of real processes, and what observes it."""
+def pool_of(told: Told, spec: ModelSpec, open_worker: Callable[..., Any] | None = None) -> Pool:
+    """A pool of real processes, watched."""
     machine = Machine()
     machine.total = 64 << 30
 
-    def opened(one: ModelSpec, report: Callable[[str, int, int], None]) -> ObservedWorker:
-        make = open_worker or WorkerProcess
-        return ObservedWorker(make(one, resolve, on_progress=report), one, told.tracing)
+    def opened(one: ModelSpec, report: Callable[[str, int, int], None]) -> PooledWorker:
+        return (open_worker or WorkerProcess)(one, resolve, on_progress=report)
 
     ledger = Ledger({"cpu": machine.total}, machine.read)
     pool = Pool([spec], opened, sizing=machine, ledger=ledger)
-    return pool, told.observe(pool)
+    pool.watched_by(Watcher(pool.models, tracing=told.tracing, sinks=[told]))
+    return pool

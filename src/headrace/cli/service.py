@@ -89,7 +89,7 @@ class _Service:
         self.backend = self.admin.pool
         api, telemetry = api_settings(settings.config), settings.config.telemetry
         self._app = create_app(
-            self.telemetry.backend,
+            self.backend,
             api,
             ready=self.ready,
             admin=self.admin,

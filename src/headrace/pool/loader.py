@@ -24,6 +24,7 @@ from headrace.pool.policy import Rules
 from headrace.pool.replica import OnProgress, OpenWorker, PooledWorker, Replica
 from headrace.pool.room import Room, Unwanted
 from headrace.pool.seat import Seat
+from headrace.pool.watch import Nobody, Watch
 
 log = logging.getLogger("headrace.pool")
 
@@ -63,9 +64,13 @@ class KeepSpare(Protocol):
 
 
 class Loader:
-    """Keeps the models of a pool in memory. `spare` is kept while something may be loaded."""
+    """Keeps the models of a pool in memory.
+
+    `spare` is kept while something may be loaded; `watch` looks on at each load.
+    """
 
     spare: KeepSpare | None = None
+    watch: Watch = Nobody()
 
     def __init__(
         self,
@@ -238,7 +243,8 @@ class Loader:
         self._tell("loading", seat, replica, need=dict(need.devices), how=need.how)
         worker = self._open_worker(replica.spec, replica.report)
         try:
-            await worker.start()
+            async with self.watch.loading(worker, replica.spec):
+                await worker.start()
             load_s = self._clock() - began
             # What has died since its load holds nothing; its watch will see to it.
             # What cannot be seen of a device, as in a container, is as it was estimated.

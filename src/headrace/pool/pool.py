@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import msgspec
@@ -37,6 +37,7 @@ from headrace.pool.policy import Rules
 from headrace.pool.replica import OpenWorker, PooledWorker
 from headrace.pool.resume import Answer, Diverged, may_repeat
 from headrace.pool.seat import Seat
+from headrace.pool.watch import Nobody, Watch
 from headrace.worker.spec import unloaded_info
 
 _TELL_EVERY_S = 0.5
@@ -73,6 +74,7 @@ class Pool:
         self._hurry = asyncio.Event()
         self._drain_until = float("inf")
         self._streams = 0
+        self._watch: Watch = Nobody()
         self._closing: asyncio.Task[None] | None = None
         for spec in specs:
             self.add(spec)
@@ -89,6 +91,10 @@ class Pool:
             and self._started
             and any(seat.spec.enabled and seat.failure is None for seat in self.seats.values())
         )
+
+    def watched_by(self, watch: Watch) -> None:
+        """Have somebody look on, from now on."""
+        self._watch = self.loader.watch = watch
 
     def add(self, spec: ModelSpec) -> Seat:
         """Serve one more model; nothing is loaded yet."""
@@ -159,15 +165,13 @@ class Pool:
         Raises:
             HeadraceError: of any family, at any time before the Finish.
         """
-        if self.draining:
-            raise Draining("The service is stopping.")
-        seat = self.seat(request.model)
-        answer = Answer(request, seat.spec.continuation, self._clock)
-        stream = self._attempt(seat, request, answer)
-        self._streams += 1
-        try:
+        with self._watch.asked(request) as seen, self._counted():
+            request, seat = seen.request, self.seat(request.model)
+            answer = Answer(request, seat.spec.continuation, self._clock)
+            stream = self._attempt(seat, request, answer)
             try:
                 async for event in stream:
+                    seen.saw(event)
                     yield event
                 return
             except EngineError as error:
@@ -183,14 +187,12 @@ class Pool:
             stream = self._attempt(seat, answer.again(way), answer, first=True)
             try:
                 async for event in stream:
+                    seen.saw(event)
                     yield event
             except (HeadraceError, Diverged) as error:
                 raise broken from error
             finally:
                 await stream.aclose()
-        finally:
-            self._streams -= 1
-            self._hurry.set()
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         """Return the vectors of a worker; when that dies, another is asked once more."""
@@ -249,20 +251,22 @@ class Pool:
             while not waiter.turn.done():
                 yield seat.progress()
                 await self._for_turn(seat, waiter)
-            lease = waiter.turn.result()
-            stream = lease.worker.generate(answer.asked(request, waiter.load_s))
-            try:
-                async for event in stream:
-                    if isinstance(event, Delta):
-                        if (new := answer.new(event)) is not None:
-                            yield new
-                    elif isinstance(event, Finish):
-                        tokens = event.usage.total_tokens
-                        yield answer.check(event)
-                    else:
-                        yield event
-            finally:
-                await stream.aclose()
+            worker, request = waiter.turn.result().worker, answer.asked(request, waiter.load_s)
+            with self._watch.attempted(request, worker, seat.spec) as seen:
+                stream = worker.generate(seen.request)
+                try:
+                    async for event in stream:
+                        if isinstance(event, Delta):
+                            if (new := answer.new(event)) is not None:
+                                yield new
+                        elif isinstance(event, Finish):
+                            seen.saw(event)
+                            tokens = event.usage.total_tokens
+                            yield answer.check(event)
+                        else:
+                            yield event
+                finally:
+                    await stream.aclose()
         finally:
             seat.abandon(waiter, tokens)
             self.loader.released(seat)
@@ -270,27 +274,46 @@ class Pool:
     async def _encoded(
         self, request: Encoding, ask: Callable[[PooledWorker, Encoding], Awaitable[Encoded]]
     ) -> Encoded:
+        with self._watch.asked(request) as seen, self._counted():
+            result = await self._twice(self.seat(request.model), seen.request, ask)
+            seen.saw(result)
+            return result
+
+    @contextmanager
+    def _counted(self) -> Generator[None]:
+        """Have the end of the pool wait for a request.
+
+        Raises:
+            Draining: the end has come.
+        """
         if self.draining:
             raise Draining("The service is stopping.")
-        seat = self.seat(request.model)
         self._streams += 1
         try:
-            try:
-                return await self._once(seat, request, ask)
-            except EngineError as error:
-                if self.draining or not may_repeat(error, seat.spec.continuation):
-                    raise
-                broken = error
-            self._note(seat, request, "exact", broken)
-            try:
-                result = await self._once(seat, request, ask, first=True)
-            except HeadraceError as error:
-                raise broken from error
-            metrics = msgspec.structs.replace(result.metrics, continuations=1, continued="exact")
-            return msgspec.structs.replace(result, metrics=metrics)
+            yield
         finally:
             self._streams -= 1
             self._hurry.set()
+
+    async def _twice(
+        self,
+        seat: Seat,
+        request: Encoding,
+        ask: Callable[[PooledWorker, Encoding], Awaitable[Encoded]],
+    ) -> Encoded:
+        try:
+            return await self._once(seat, request, ask)
+        except EngineError as error:
+            if self.draining or not may_repeat(error, seat.spec.continuation):
+                raise
+            broken = error
+        self._note(seat, request, "exact", broken)
+        try:
+            result = await self._once(seat, request, ask, first=True)
+        except HeadraceError as error:
+            raise broken from error
+        metrics = msgspec.structs.replace(result.metrics, continuations=1, continued="exact")
+        return msgspec.structs.replace(result, metrics=metrics)
 
     async def _once(
         self,
@@ -308,7 +331,10 @@ class Pool:
                 await self._for_turn(seat, waiter)
             load_ms = request.load_ms + waiter.load_s * 1000
             worker = waiter.turn.result().worker
-            result = await ask(worker, msgspec.structs.replace(request, load_ms=load_ms))
+            request = msgspec.structs.replace(request, load_ms=load_ms)
+            with self._watch.attempted(request, worker, seat.spec) as seen:
+                result = await ask(worker, seen.request)
+                seen.saw(result)
             tokens = result.usage.total_tokens
             return result
         finally:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
+from typing import Any, Generic
 
 from headrace.core.errors import GenerationFailed, HeadraceError
-from headrace.core.events import Delta, Finish, Progress
+from headrace.core.events import Delta, Event, Finish, Progress
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelInfo
 from headrace.core.record import Outcome, Phase, RunningRequest
 from headrace.core.request import EmbedResult, RerankResult
+from headrace.pool.watch import Asked
+from headrace.telemetry import content as contents
 from headrace.telemetry import names
-from headrace.telemetry.names import Request
 from headrace.telemetry.span import Span, Trace, Tracing, error_type, was_refused
 
 
-class Running:
+class Running(Generic[Asked]):
     """The state of one request. Times are monotonic seconds."""
 
     __slots__ = (
@@ -25,7 +27,7 @@ class Running:
     )
 
     def __init__(
-        self, request: Request, info: ModelInfo | None, root: Span, *, listens: bool
+        self, request: Asked, info: ModelInfo | None, root: Span, *, listens: bool
     ) -> None:
         self.request = request
         self.info = info
@@ -43,7 +45,21 @@ class Running:
         self.finish: Finish | EmbedResult | RerankResult | None = None
         self.error: BaseException | None = None
 
-    def speaks(self, delta: Delta) -> None:
+    def saw(self, what: Event | EmbedResult | RerankResult) -> None:
+        """Note an event. It is the way of every token: of most it only counts."""
+        if type(what) is Delta:
+            self.chunks += 1
+            self.tokens += len(what.token_ids)
+            if self.visible_at is None:
+                self._speaks(what)
+            if self.said is not None:
+                contents.say(self.said, what)
+        elif isinstance(what, Progress):
+            self._waits(what)
+        else:
+            self.finish = what  # pyright: ignore[reportAttributeAccessIssue] - no Delta
+
+    def _speaks(self, delta: Delta) -> None:
         """Note a delta before which no text was shown."""
         now = time.monotonic()
         if self.first_at is None:
@@ -52,11 +68,8 @@ class Running:
         if delta.text or delta.reasoning:
             self.visible_at = now
 
-    def goes_on(self, event: Progress | Finish) -> None:
-        """Note what is no delta."""
-        if isinstance(event, Finish):
-            self.finish = event
-            return
+    def _waits(self, event: Progress) -> None:
+        """Note that there is no token yet."""
         now, self.waited = time.monotonic(), True
         if event.stage != "loading":
             self._is_loaded(now)
@@ -145,7 +158,7 @@ class Running:
         )
 
 
-def draw(run: Running, metrics: InferenceMetrics, tracing: Tracing, ended: float) -> None:
+def draw(run: Running[Any], metrics: InferenceMetrics, tracing: Tracing, ended: float) -> None:
     """Make the spans below a root whose times are only known in the end."""
     began, attempts = run.trace.began, run.trace.attempts
     loaded = began + metrics.load_ms / 1000

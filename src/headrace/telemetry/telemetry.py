@@ -6,26 +6,21 @@ import asyncio
 from pathlib import Path
 
 from headrace.config import TelemetrySettings
-from headrace.core.backend import Backend
 from headrace.core.record import Activity, Call, Sink
 from headrace.core.status import PoolEvent
 from headrace.pool.admin import PoolAdmin
 from headrace.telemetry import trace_file, usage
 from headrace.telemetry.instruments import Instruments
-from headrace.telemetry.observed import Observed
 from headrace.telemetry.recent import Recent
 from headrace.telemetry.redact import Redactor
 from headrace.telemetry.span import Tracing
 from headrace.telemetry.trace_file import TraceFile
 from headrace.telemetry.usage import Usage
+from headrace.telemetry.watcher import Watcher
 
 
 class Telemetry:
-    """An Observer; `backend` is what it observes, with all that looks on around it.
-
-    Where everything is switched off the backend is the pool itself, and nothing is known of
-    requests.
-    """
+    """An Observer. Where everything is switched off nobody looks on, and no request is known."""
 
     def __init__(
         self, admin: PoolAdmin, tracing: Tracing, settings: TelemetrySettings, home: Path
@@ -33,7 +28,7 @@ class Telemetry:
         pool = admin.pool
         self._tracing = tracing
         self._instruments = Instruments(admin.status, lambda: pool.seats)
-        self._recent = Recent(lambda: observed.running())
+        self._recent = Recent(lambda: watcher.running())
         self._files: list[TraceFile | Usage] = []
         if settings.traces:
             self._files.append(TraceFile(home / trace_file.FOLDER, settings.trace_bytes))
@@ -43,9 +38,9 @@ class Telemetry:
         if settings.metrics:
             sinks.append(self._instruments)
         capture = Redactor(settings.redact) if settings.trace_content else None
-        observed = Observed(pool, tracing=tracing, sinks=sinks, capture=capture)
-        is_on = settings.is_on or tracing.exporter is not None
-        self.backend: Backend = observed if is_on else pool
+        watcher = Watcher(pool.models, tracing=tracing, sinks=sinks, capture=capture)
+        if settings.is_on or tracing.exporter is not None:
+            pool.watched_by(watcher)
 
     def activity(self) -> Activity:
         """Tell what goes on now, without waiting."""

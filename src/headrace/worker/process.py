@@ -96,18 +96,14 @@ class WorkerProcess:
         """
         await self._life.start(self._load)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Yield what the child's worker yields. Once it is closed, the slot is free.
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """Return what the child's worker yields. Once it is closed, the slot is free.
 
         Raises:
             WorkerDied: the child ended or hung; nothing follows.
         """
-        said = self._work(request)
-        try:
-            async for event in said:
-                yield cast("Event", event)
-        finally:
-            await said.aclose()
+        # As it is: a generator around it would be one more on the way of each token.
+        return cast("AsyncGenerator[Event, None]", self._work(request))
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         """Return a vector for each input. Once it is cancelled, the slot is free.
