@@ -2,11 +2,13 @@
 
 Two parts, each in one interleaved run:
 
-- collectors: `headrace serve echo` with no OpenTelemetry and with a collector that is live, dead
-  (its port is closed), slow (half a second for each export) and hung (it never answers). All have
-  the trace file, metrics and usage. A client in its own process keeps `--clients` short streams
-  going on one server after the other; the time to the first event and the gaps between events are
-  as it sees them. Memory is the server's own, at the end.
+- collectors: `headrace serve echo` with a collector that is live, dead (its port is closed), slow
+  (half a second for each export) and hung (it never answers). All have the trace file, metrics and
+  usage. A client in its own process sends short requests to all four servers at once, `--arrivals`
+  a second to each, evenly and one server after the other: what disturbs the machine disturbs all.
+  The time to the first event and that to the end are as the client sees them, and a p99 is that of
+  all rounds together; what is in brackets are 95 of 100 draws of as many rounds (bootstrap).
+  Memory is the server's own, at the end.
 - overhead: CPU of the serving process for each event at 32 and 512 echo streams, and output
   tokens/s of the real model, with everything on (a live collector, trace file, metrics, usage) over
   everything off. For CPU both sides run at the same time, and each round has servers of its own:
@@ -20,14 +22,15 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import socket
-import statistics
 import sys
 import time
 import urllib.error
 import urllib.request
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -42,7 +45,7 @@ from headrace.models.reference import parse
 from load import Client, Stream, request_bytes
 from serving import Server, headrace, serving
 
-COLLECTORS = ("none", "live", "dead", "slow", "hung")
+COLLECTORS = ("live", "dead", "slow", "hung")
 SIDES = ("off", "on")
 MOST_CPU, LEAST_THROUGHPUT, MOST_LATENCY = 1.05, 0.99, 1.01
 _COLLECTOR = Path(__file__).parents[1] / "tests" / "telemetry" / "collector.py"
@@ -51,14 +54,11 @@ _STREAMS = 8
 
 
 class Latency(NamedTuple):
-    """One server, one round: milliseconds, and the bytes of its process at the end."""
+    """One server, one round: milliseconds of each request, and the bytes of its process."""
 
     collector: str
-    requests: int
-    first_p50: float
-    first_p99: float
-    gap_p50: float
-    gap_p99: float
+    first: list[float]
+    whole: list[float]
     memory: int
 
 
@@ -73,9 +73,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="What telemetry costs.")
     parser.add_argument("--only", choices=("collectors", "overhead"))
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--window", type=float, default=7.0, help="seconds of one measurement")
-    parser.add_argument("--clients", type=int, default=32, help="streams at once (collectors)")
+    parser.add_argument("--rounds", type=int, help="by default 12; 6 with the real model")
+    parser.add_argument("--window", type=float, help="seconds of a round; by default 60 and 8")
+    parser.add_argument("--arrivals", type=float, default=30, help="a second (collectors)")
     parser.add_argument("--streams", type=int, nargs="+", default=front.STREAMS)
     parser.add_argument("--rate", type=float, default=4000, help="events a second (overhead)")
     parser.add_argument("--model", default="smollm2", help="the real one; empty leaves it out")
@@ -92,49 +92,42 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Timed(Stream):
-    """A stream that keeps the time of each read."""
+    """A stream that keeps the time of its first event."""
 
     def __init__(self, request: bytes) -> None:
         super().__init__(request)
-        self.times: list[float] = []
+        self.first_at = 0.0
 
     def data_received(self, data: bytes) -> None:
         """Note when it came."""
-        if b"data: {" in data:
-            self.times.append(time.perf_counter())
+        if not self.first_at and b"data: {" in data:
+            self.first_at = time.monotonic()
         super().data_received(data)
 
 
-async def ask_for(command: dict[str, Any]) -> dict[str, Any]:
-    """Keep streams going for a while; return what was waited for, in milliseconds."""
-    connect, until = asyncio.get_running_loop().create_connection, time.perf_counter()
-    until += command["window"]
-    firsts: list[float] = []
-    gaps: list[float] = []
+async def ask_for(command: dict[str, Any]) -> list[dict[str, list[float]]]:
+    """Send requests evenly to all ports in turn; return what was waited for, in milliseconds."""
+    loop, ports = asyncio.get_running_loop(), command["ports"]
+    told: list[dict[str, list[float]]] = [{"first": [], "whole": []} for _ in ports]
+    pause = 1 / command["arrivals"] / len(ports)
 
-    async def ask(tokens: int) -> None:
-        stream = Timed(request_bytes(command, {**command["body"], "max_tokens": tokens}))
-        began = time.perf_counter()
-        await connect(lambda: stream, command["host"], command["port"])
+    async def ask(number: int) -> None:
+        stream, began = Timed(request_bytes(command, command["body"])), time.monotonic()
+        await loop.create_connection(lambda: stream, "127.0.0.1", ports[number])
         await stream.over.wait()
         stream.close()
-        firsts.append((stream.times[0] - began) * 1000)
-        pairs = zip(stream.times, stream.times[1:], strict=False)
-        gaps.extend((after - before) * 1000 for before, after in pairs)
+        told[number]["first"].append((stream.first_at - began) * 1000)
+        told[number]["whole"].append((stream.over_at - began) * 1000)
 
-    async def keep(number: int) -> None:
-        # Not all at once, and not all of one length: they would begin and end together for ever.
-        await asyncio.sleep(number * 0.01)
-        while time.perf_counter() < until:
-            await ask(24 + number % 17)
-
-    await asyncio.gather(*(keep(number) for number in range(command["clients"])))
-    return {"first": _percentiles(firsts), "gap": _percentiles(gaps), "requests": len(firsts)}
-
-
-def _percentiles(values: list[float]) -> tuple[float, float]:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
+    began, running = time.monotonic(), set[asyncio.Task[None]]()
+    for number in range(int(command["window"] / pause)):
+        await asyncio.sleep(began + number * pause - time.monotonic())
+        task = asyncio.create_task(ask(number % len(ports)))
+        running.add(task)
+        task.add_done_callback(running.discard)
+    while running:
+        await asyncio.wait(running)
+    return told
 
 
 async def _client() -> None:
@@ -148,7 +141,7 @@ async def _client() -> None:
 async def asking() -> AsyncGenerator[asyncio.subprocess.Process]:
     """Run the client."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, __file__, "client", stdin=PIPE, stdout=PIPE
+        sys.executable, __file__, "client", stdin=PIPE, stdout=PIPE, limit=1 << 24
     )
     try:
         yield process
@@ -175,9 +168,6 @@ def environment(**values: str) -> Iterator[None]:
 @contextlib.asynccontextmanager
 async def collecting(mode: str) -> AsyncGenerator[dict[str, str]]:
     """Run a collector; return the variables by which it is found."""
-    if mode == "none":
-        yield {}
-        return
     if mode == "dead":
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
@@ -223,9 +213,8 @@ def _wait(url: str) -> None:
 
 
 async def latencies(options: argparse.Namespace) -> list[Latency]:
-    """Ask all servers in turn, in another order each round."""
-    body = {"model": "echo", "prompt": "abcdefgh" * 8, "stream": True}
-    command = headrace("echo", {"tokens_per_second": 50})
+    """Ask all servers at once, in another order each round."""
+    command = headrace("echo", {"tokens_per_second": 200})
     figures: list[Latency] = []
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
@@ -233,57 +222,60 @@ async def latencies(options: argparse.Namespace) -> list[Latency]:
         for mode in COLLECTORS:
             servers[mode] = await enter(server(command, await enter(collecting(mode))))
         client = await enter(asking())
-        for number in range(-1, options.rounds):
+        for number in range(-1, options.rounds or 12):
             turn = number % len(COLLECTORS)
-            for mode in (*COLLECTORS[turn:], *COLLECTORS[:turn]):
-                told = await _ask(client, servers[mode], body, options)
-                memory = servers[mode].process.memory_info().rss
-                one = _latency(mode, told, memory)
+            order = (*COLLECTORS[turn:], *COLLECTORS[:turn])
+            # The first one warms up.
+            window = (options.window or 60) if number >= 0 else 5
+            told = await _ask(client, [servers[mode].port for mode in order], options, window)
+            for mode, times in zip(order, told, strict=True):
+                one = Latency(mode, **times, memory=servers[mode].process.memory_info().rss)
                 if number >= 0:
                     figures.append(one)
-                    print(f"  {mode:5} p99 first {one.first_p99:7.2f}  gap {one.gap_p99:6.2f} ms")
+                    print(f"  {mode:5} p99 {_p99(one.first):7.2f} {_p99(one.whole):7.2f} ms")
     return figures
-
-
-def _latency(mode: str, told: dict[str, Any], memory: int) -> Latency:
-    first, gap = told["first"], told["gap"]
-    return Latency(mode, told["requests"], first[0], first[1], gap[0], gap[1], memory)
 
 
 async def _ask(
     client: asyncio.subprocess.Process,
-    asked: Server,
-    body: dict[str, Any],
+    ports: list[int],
     options: argparse.Namespace,
-) -> dict[str, Any]:
+    window: float,
+) -> list[dict[str, Any]]:
     assert client.stdin is not None
     assert client.stdout is not None
     command = {
         "host": "127.0.0.1",
-        "port": asked.port,
+        "port": ports[0],
+        "ports": ports,
         "path": "/v1/completions",
-        "body": body,
-        "clients": options.clients,
-        "window": options.window,
+        "body": {"model": "echo", "prompt": "abcdefgh" * 8, "stream": True, "max_tokens": 4},
+        "arrivals": options.arrivals,
+        "window": window,
     }
     client.stdin.write(json.dumps(command).encode() + b"\n")
     return json.loads(await client.stdout.readline())
 
 
+def _p99(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) * 99 // 100]
+
+
 async def events(options: argparse.Namespace, streams: int) -> list[front.Cell]:
     """Measure the CPU for each event of both sides at once, on new servers in each round."""
     speed, cells = options.rate / 2 / streams, list[front.Cell]()
-    tokens = int(speed * (options.window + 60))
+    window = options.window or 8
+    tokens = int(speed * (window + 60))
     body = {"prompt": "abcdefgh" * 8, "max_tokens": tokens, "stream": True, "ignore_eos": True}
     command = headrace("echo", {"tokens_per_second": speed})
     clients = {side: await Client.start() for side in SIDES}
     try:
-        for number in range(options.rounds):
+        for number in range(options.rounds or 12):
             async with both(command, SIDES[:: 1 if number % 2 else -1]) as servers:
                 for side, server in servers.items():
                     await front.begin(server, clients[side], body, streams)
                 counts = (
-                    front.count(side, servers[side], clients[side], streams, options.window)
+                    front.count(side, servers[side], clients[side], streams, window)
                     for side in SIDES
                 )
                 told = await asyncio.gather(*counts)
@@ -305,7 +297,7 @@ async def speeds(options: argparse.Namespace) -> list[Speed]:
     async with both(headrace(str(model), shape, "--context-length", "512")) as servers:
         client = await Client.start()
         try:
-            for number in range(-1, options.rounds):
+            for number in range(-1, options.rounds or 6):
                 for side in SIDES[:: 1 if number % 2 else -1]:
                     bench = tax.Bench(servers[side], None, client, 128)  # type: ignore[arg-type]
                     done = await tax.ask_http(bench, tax.prompts(_STREAMS, number))
@@ -339,25 +331,29 @@ def ratios(off: Sequence[float], on: Sequence[float]) -> list[float]:
 
 def of_collectors(figures: Sequence[Latency]) -> Iterator[str]:
     """Yield the table of the first part."""
-    yield "Each over none, and over a collector that is live; medians of the rounds (least-most)."
-    yield "collector  requests  first p99 ms  over none  over live              gap p99 ms  ..."
+    yield "p99 of all requests in ms, and over that of a live collector."
+    yield "collector  requests  first event  over live             whole   over live             MB"
     by_mode = {mode: [one for one in figures if one.collector == mode] for mode in COLLECTORS}
-    least = min(one.memory for one in by_mode["none"]) / 2**20
     for mode, those in by_mode.items():
-        firsts, gaps = [one.first_p99 for one in those], [one.gap_p99 for one in those]
-        none, live = by_mode["none"], by_mode["live"]
-        yield (
-            f"{mode:9}  {sum(one.requests for one in those):8}"
-            f"  {statistics.median(firsts):12.2f}"
-            f"  {statistics.median(ratios([one.first_p99 for one in none], firsts)):9.3f}"
-            f"  {report.spread(ratios([one.first_p99 for one in live], firsts)):21}"
-            f"  {statistics.median(gaps):10.2f}"
-            f"  {statistics.median(ratios([one.gap_p99 for one in none], gaps)):9.3f}"
-            f"  {report.spread(ratios([one.gap_p99 for one in live], gaps)):21}"
-            f"  {those[-1].memory / 2**20:.0f} MB"
-        )
+        shown = [f"{mode:9}  {sum(len(one.first) for one in those):8}"]
+        for kind, width in (("first", 11), ("whole", 6)):
+            ours = [getattr(one, kind) for one in those]
+            live = [getattr(one, kind) for one in by_mode["live"]]
+            shown.append(f"{_p99([*chain(*ours)]):{width}.2f}  {drawn(ours, live):20}")
+        yield "  ".join([*shown, f"{those[-1].memory / 2**20:.0f}"])
     yield f"Goal: dead, slow and hung over live at most {MOST_LATENCY}, and memory bounded."
-    yield f"With no collector the process has {least:.0f} MB."
+
+
+def drawn(ours: Sequence[list[float]], others: Sequence[list[float]]) -> str:
+    """Return the ratio of two p99, with the range of it over draws of rounds."""
+    chance, ratios = random.Random(1), list[float]()
+    for _ in range(200):
+        rounds = chance.choices(range(len(ours)), k=len(ours))
+        one, other = ([*chain(*(side[at] for at in rounds))] for side in (ours, others))
+        ratios.append(_p99(one) / _p99(other))
+    ratios.sort()
+    ratio = _p99([*chain(*ours)]) / _p99([*chain(*others)])
+    return f"{ratio:.3f} ({ratios[5]:.3f}-{ratios[-6]:.3f})"
 
 
 def of_overhead(cells: Sequence[front.Cell], figures: Sequence[Speed]) -> Iterator[str]:
@@ -409,7 +405,7 @@ def main() -> None:
     print(f"\n{text}")
     if options.json is not None or not options.quick:
         name = f"telemetry-{options.only}" if options.only else "telemetry"
-        record = {"machine": facts, "rounds": options.rounds, **figures}
+        record = {"machine": facts, **figures}
         report.write(name, text, record, options.json)
 
 

@@ -309,7 +309,7 @@ def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
     small = {"kv_type": "q8_0", "flash_attention": "on"}
     logical = os.cpu_count() or 1
     more = [{**slots, "threads": logical}] if logical > _cores() else []
-    return [slots, {**slots, **small}, {**slots, "batch_size": 512}, *more]
+    return [small, slots, {**slots, **small}, {**slots, "batch_size": 512}, *more]
 
 
 def _plan(request: OpenRequest, options: Options, *, on_cpu: bool) -> ContextPlan:

@@ -14,7 +14,6 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,8 +60,11 @@ class SpinGuard:
         """Begin to watch, where the process uses GNU's OpenMP and the system counts waiting."""
         with contextlib.suppress(OSError, AttributeError):
             library = ctypes.CDLL(_LIBRARY, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-            start = _ticks(self._tasks)
-            self._thread = threading.Thread(target=self._watch, args=(library, start), daemon=True)
+            threads = _Threads(self._tasks)
+            start = threads.ticks()
+            self._thread = threading.Thread(
+                target=self._watch, args=(library, threads, start), daemon=True
+            )
             self._thread.start()
 
     def close(self) -> None:
@@ -72,13 +74,14 @@ class SpinGuard:
             self._thread.join()
             self._thread = None
 
-    def _watch(self, library: ctypes.CDLL, before: Ticks) -> None:
+    def _watch(self, library: ctypes.CDLL, threads: _Threads, before: Ticks) -> None:
         began = time.monotonic()
         while not self._over.wait(self._period_s):
-            now, ended = _ticks(self._tasks), time.monotonic()
+            now, ended = threads.ticks(), time.monotonic()
             self._set(library, is_crowded(before, now, ended - began, was=self.crowded))
             before, began = now, ended
         self._set(library, crowded=False)
+        threads.close()
 
     def _set(self, library: ctypes.CDLL, crowded: bool) -> None:
         if crowded and self._end_team is None:
@@ -102,17 +105,30 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _ticks(tasks: Path) -> Ticks:
-    ran = waited = 0
-    for one_ran, one_waited in _schedstats(tasks):
-        ran += one_ran
-        waited += one_waited
-    return Ticks(ran / 1e9, waited / 1e9)
+class _Threads:
+    """The times of all threads of a process. Files stay open: that costs far more than to read."""
 
+    def __init__(self, tasks: Path) -> None:
+        self._tasks = tasks
+        self._files: dict[str, int] = {}
 
-def _schedstats(tasks: Path) -> Iterator[tuple[int, int]]:
-    for task in tasks.iterdir():
-        # A thread may end while it is looked at.
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            ran, waited, _slices = (task / "schedstat").read_text(encoding="ascii").split()
-            yield int(ran), int(waited)
+    def ticks(self) -> Ticks:
+        """Add them up."""
+        ran = waited = 0
+        names = [task.name for task in self._tasks.iterdir()]
+        for gone in self._files.keys() - set(names):
+            os.close(self._files.pop(gone))
+        for name in names:
+            # A thread may end while it is looked at.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if name not in self._files:
+                    self._files[name] = os.open(self._tasks / name / "schedstat", os.O_RDONLY)
+                one_ran, one_waited, _slices = os.pread(self._files[name], 100, 0).split()
+                ran += int(one_ran)
+                waited += int(one_waited)
+        return Ticks(ran / 1e9, waited / 1e9)
+
+    def close(self) -> None:
+        """Look no more."""
+        while self._files:
+            os.close(self._files.popitem()[1])
