@@ -106,7 +106,7 @@ def test_doctor_tells_what_is_kept_and_who_is_told(environ: dict[str, str], home
         "traces": {"on": True, "path": str(home / "traces"), "size": 100},
         "content": False,
         "usage": {"on": True, "path": str(home / "usage.sqlite3"), "size": size},
-        "otlp": None,
+        "spans": None,
         "metrics": "http://127.0.0.1:11511/metrics",
     }
     changed = {
@@ -118,7 +118,7 @@ def test_doctor_tells_what_is_kept_and_who_is_told(environ: dict[str, str], home
     lines = headrace(changed, *flags).stdout.splitlines()
     assert f"traces  {home}/traces (off)" in lines
     assert "metrics http://127.0.0.1:9000/metrics" in lines
-    assert "otlp    on, by OTEL_EXPORTER_OTLP_ENDPOINT" in lines
+    assert "spans   on, by OTEL_EXPORTER_OTLP_ENDPOINT" in lines
 
 
 def test_doctor_tells_that_the_exporter_is_missing(
@@ -130,4 +130,4 @@ def test_doctor_tells_that_the_exporter_is_missing(
     assert run(["doctor", "--home", str(tmp_path)]) == 0
     told = capsys.readouterr().out.splitlines()
     needs = "but not installed: pip install 'headrace[otlp]'"
-    assert f"otlp    on, by OTEL_TRACES_EXPORTER, {needs}" in told
+    assert f"spans   on, by OTEL_TRACES_EXPORTER, {needs}" in told

@@ -103,8 +103,8 @@ def _telemetry(config: Config) -> dict[str, Any]:
         "traces": {"on": kept.traces, **_size(config.home / trace_file.FOLDER)},
         "content": kept.trace_content,
         "usage": {"on": kept.usage, **_size(config.home / usage.FILE)},
-        "otlp": setup.switched_on_by(os.environ),
-        "metrics": f"http://{host}:{port}/metrics" if kept.metrics else None,
+        "spans": setup.switched_on_by(os.environ),
+        "metrics": f"http://{host}:{port or 'PORT'}/metrics" if kept.metrics else None,
     }
 
 
@@ -119,4 +119,4 @@ def _print_telemetry(told: dict[str, Any], *, has_sdk: bool) -> None:
         print(f"{name:7} {one['path']} ({terminal.size(one['size']) if one['on'] else 'off'})")
     print(f"metrics {told['metrics'] or 'off'}")
     needs = "" if has_sdk else ", but not installed: pip install 'headrace[otlp]'"
-    print(f"otlp    {'on, by ' + told['otlp'] + needs if told['otlp'] else 'off'}")
+    print(f"spans   {'on, by ' + told['spans'] + needs if told['spans'] else 'off'}")
