@@ -6,9 +6,10 @@ import fcntl
 import os
 import signal
 import socket
+from collections import Counter
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from filelock import FileLock
@@ -29,21 +30,34 @@ ALONE = (
     "worker/test_real.py",
 )
 """Tests that measure milliseconds: no other test of this home runs beside them."""
+LONG = (*REAL_PROCESSES, "contract/", "pool/test_steps.py", "tune/test_tune.py")
+"""Tests that take seconds each."""
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_HOME = Path(os.environ.pop("HEADRACE_TEST_HOME", "") or ROOT / ".cache" / "test-home")
 
 
+def _place(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).as_posix()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests of real processes one second chance.
+    """Give tests of real processes one second chance, and begin with what takes long.
 
     On a machine that others use too, a process may get no time for seconds, and a wait runs out. A
     real fault fails twice. The summary names every second try (R); none is silent.
     """
     for item in items:
-        place = item.path.relative_to(Path(__file__).parent).as_posix()
-        if place.startswith(REAL_PROCESSES):
+        if _place(item).startswith(REAL_PROCESSES):
             item.add_marker(pytest.mark.flaky(reruns=1))
+    sizes = Counter(map(_place, items))
+
+    def turn(item: pytest.Item) -> tuple[bool, bool, int, str]:
+        place = _place(item)
+        return not place.startswith(ALONE), not place.startswith(LONG), -sizes[place], place
+
+    # At the beginning nobody has to leave first, and at the end nobody waits for a long one.
+    items.sort(key=turn)
 
 
 class ByModel(LoadScopeScheduling):
@@ -60,21 +74,38 @@ class ByModel(LoadScopeScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """Tell pytest-xdist what belongs together."""
+    """Tell pytest-xdist what belongs together, and to keep the order."""
+    config.option.loadscopereorder = False
     return ByModel(config, log)
 
 
+_inside: list[IO[str]] = []
+"""The lock that this process holds."""
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, Any, Any]:
     """Let tests that measure run alone, and all others beside one another."""
-    place = item.path.relative_to(Path(__file__).parent).as_posix()
-    MODEL_HOME.mkdir(parents=True, exist_ok=True)
-    with (MODEL_HOME / "tests.lock").open("a") as inside:
-        # Who waits at the door lets nobody else in, so that the house gets empty.
-        with (MODEL_HOME / "door.lock").open("a") as door:
-            fcntl.flock(door, fcntl.LOCK_EX)
-            fcntl.flock(inside, fcntl.LOCK_EX if place.startswith(ALONE) else fcntl.LOCK_SH)
+    alone = _place(item).startswith(ALONE)
+    if not _inside:
+        _enter(fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    try:
         return (yield)
+    finally:
+        # Whoever is alone stays so for the next one: the others need not leave once more.
+        if not (alone and nextitem is not None and _place(nextitem).startswith(ALONE)):
+            _inside.pop().close()
+
+
+def _enter(how: int) -> None:
+    MODEL_HOME.mkdir(parents=True, exist_ok=True)
+    _inside.append((MODEL_HOME / "tests.lock").open("a"))
+    # Who waits at the door lets nobody else in, so that the house gets empty.
+    with (MODEL_HOME / "door.lock").open("a") as door:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(_inside[0], how)
 
 
 @pytest.fixture(scope="session")

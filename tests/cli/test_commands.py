@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from tests.cli.programs import HELLO, PROGRAM, ask, headrace, serving
+
+from headrace.cli.app import run
 
 HEAVY = {"torch", "fastapi", "starlette", "uvicorn", "xllamacpp", "huggingface_hub", "numpy"}
 
@@ -73,6 +76,7 @@ def test_verbose_prints_every_figure(environ: dict[str, str]) -> None:
         assert name in told
 
 
+@pytest.mark.usefixtures("as_environ")
 @pytest.mark.parametrize(
     ("arguments", "code", "kind", "part"),
     [
@@ -93,7 +97,13 @@ def test_verbose_prints_every_figure(environ: dict[str, str]) -> None:
     ],
 )
 def test_errors_are_one_line_and_an_exit_code(
-    environ: dict[str, str], arguments: tuple[str, ...], code: int, kind: str, part: str
+    environ: dict[str, str],
+    arguments: tuple[str, ...],
+    code: int,
+    kind: str,
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """L: exit codes mean something, and nobody sees a traceback."""
     done = headrace(environ, *arguments)
@@ -102,7 +112,9 @@ def test_errors_are_one_line_and_an_exit_code(
     assert last.startswith("error: ")
     assert part in last
     assert "Traceback" not in done.stderr
-    body = json.loads(headrace(environ, *arguments, "--json").stderr.splitlines()[-1])
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert run([*arguments, "--json"]) == code
+    body = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert body["error"]["type"] == kind
     assert part in body["error"]["message"]
 
