@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,7 @@ class Scripted:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     scripted = Scripted()
-
-    async def loaded(*_: object) -> Scripted:
-        return scripted
-
-    monkeypatch.setattr(chat, "loaded", loaded)
+    monkeypatch.setattr(chat, "loaded", lambda *_: aclosing(scripted))
     return scripted
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from headrace.engines.base import OpenRequest
@@ -10,8 +11,20 @@ from headrace.engines.llamacpp import Engine
 from headrace.models.inspect import inspect
 
 
+def listening() -> set[int]:
+    """The ports on which this process listens."""
+    tcp = psutil.Process().net_connections("inet")
+    return {one.laddr.port for one in tcp if one.status == psutil.CONN_LISTEN}
+
+
 @pytest.fixture(scope="session")
-async def llama(smollm2_path: Path) -> AsyncIterator[Engine]:
+def listening_before() -> set[int]:
+    """Those of pytest's own: its plugin for reruns has one where nothing is spread by xdist."""
+    return listening()
+
+
+@pytest.fixture(scope="session")
+async def llama(smollm2_path: Path, listening_before: set[int]) -> AsyncIterator[Engine]:
     """The real model in this process. Asynchronous, so that all its tests share one event loop."""
     # One thread: where cores are shared, two wait for one another in every layer.
     options = {"slots": 4, "threads": 1}

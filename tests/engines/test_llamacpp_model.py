@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import pytest
+from tests.engines.conftest import listening
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
 from headrace.core.events import TokenLogprob
@@ -263,12 +263,11 @@ async def test_greedy_text_is_the_librarys_own_alone_and_in_a_crowd(
     assert crowd[0].text == own
 
 
-async def test_the_listener_is_locked_away(llama: Engine) -> None:
+async def test_the_listener_is_locked_away(llama: Engine, listening_before: set[int]) -> None:
     """W1: a socket file for this user alone, behind a key, and no port."""
     mode = stat.S_IMODE(llama._private.stat().st_mode)
     assert mode == 0o700
-    tcp = psutil.Process().net_connections("inet")
-    assert not [one for one in tcp if one.status == psutil.CONN_LISTEN]
+    assert listening() <= listening_before
     key, llama._key = llama._key, "wrong"
     try:
         with pytest.raises(GenerationFailed) as caught:
@@ -310,6 +309,7 @@ from pathlib import Path
 from headrace.engines.base import OpenRequest
 from headrace.engines.llamacpp import Engine
 from headrace.models.inspect import inspect
+from tests.engines.conftest import listening
 caught = []
 signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
 engine = Engine(OpenRequest(model=inspect(Path(sys.argv[1])), context_length=256,

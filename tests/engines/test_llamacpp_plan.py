@@ -25,7 +25,7 @@ from headrace.engines.base import (
     RawFinish,
 )
 from headrace.engines.llamacpp import Options, _device
-from headrace.engines.llamacpp_call import SAMPLING, Call, _body, error_from
+from headrace.engines.llamacpp_call import _NAMES, Call, _body, error_from
 from headrace.engines.llamacpp_size import plan_context
 
 FILE = ModelFile(path="x.gguf", format="gguf", context_length=8192, kv_bytes_per_token=1000)
@@ -131,7 +131,7 @@ def test_each_parameter_is_sent_under_its_name_there(
 def test_every_sampling_parameter_is_known() -> None:
     """W11: a field added to Sampling is either mapped or handled here by name."""
     handled = {"max_tokens", "stop", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias"}
-    assert set(Sampling.__struct_fields__) == SAMPLING.keys() | handled
+    assert set(Sampling.__struct_fields__) == _NAMES.keys() | handled
 
 
 def test_the_rest_of_the_body() -> None:

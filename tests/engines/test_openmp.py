@@ -65,7 +65,7 @@ async def test_a_guard_adds_sleeping_threads_while_it_is_crowded(tmp_path: Path)
 
     # Many, so that other threads of the tests do not count.
     team = 40
-    guard = SpinGuard(openmp._cores() + 2 - team, tasks=tmp_path / "task", period_s=0.01)
+    guard = SpinGuard(openmp.logical_cores() + 2 - team, tasks=tmp_path / "task", period_s=0.01)
     before = native_threads()
     guard.start()
     crowd.share = 0.5

@@ -53,10 +53,14 @@ class Place(NamedTuple):
         return self.base.removesuffix("/v1")
 
     @property
+    def authority(self) -> str:
+        """Host and port, as a URL has them."""
+        return f"{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    @property
     def name(self) -> str:
         """Say where, without secrets."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.base}"
+        return f"{'https' if self.tls else 'http'}://{self.authority}{self.base}"
 
     @property
     def is_loopback(self) -> bool:
@@ -145,10 +149,9 @@ class Http:
         return made
 
     def _request(self, path: str, body: bytes) -> bytes:
-        host = f"[{self.place.host}]" if ":" in self.place.host else self.place.host
         lines = [
             f"{'POST' if body else 'GET'} {path} HTTP/1.1",
-            f"Host: {host}:{self.place.port}",
+            f"Host: {self.place.authority}",
             f"User-Agent: headrace-bench/{__version__}",
             "Accept: text/event-stream, application/json",
             *([f"Authorization: Bearer {self._key}"] if self._key else []),

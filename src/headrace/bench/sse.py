@@ -17,11 +17,6 @@ class Events:
         self._rest = b""
         self._data: list[bytes] = []
 
-    @property
-    def pending(self) -> bool:
-        """Tell whether the stream has broken off inside an event."""
-        return bool(self._rest.strip() or self._data)
-
     def feed(self, more: bytes) -> Iterator[bytes]:
         """Yield the data of each event that is whole now.
 

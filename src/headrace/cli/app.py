@@ -66,27 +66,13 @@ def start(
     """Run language models, behind one API, and tell what every request cost."""
 
 
-app.command("run")(with_common(run_command.run))
-app.command("serve")(with_common(serve.serve))
-app.command("pull")(with_common(store.pull))
-app.command("ls")(with_common(store.ls))
-app.command("show")(with_common(store.show))
-app.command("tune")(with_common(tune.tune))
-app.command("bench")(with_common(bench.bench))
-app.command("rm")(with_common(store.rm))
-app.command("ps")(with_common(ps.ps))
-app.command("top")(with_common(top.top))
-app.command("usage")(with_common(usage.usage))
-app.command("start")(with_common(pool.start))
-app.command("stop")(with_common(pool.stop))
-app.command("restart")(with_common(pool.restart))
-app.command("pin")(with_common(pool.pin))
-app.command("update")(with_common(pool.update))
-app.command("plan")(with_common(pool.plan))
-app.command("events")(with_common(pool.events))
-app.command("reload")(with_common(pool.reload))
-app.command("doctor")(with_common(doctor.doctor))
-app.command("check-engine")(with_common(check_engine.check_engine))
+# The order is that of the help; a command is called as its function.
+for _command in (
+    *(run_command.run, serve.serve, store.pull, store.ls, store.show, tune.tune, bench.bench),
+    *(store.rm, ps.ps, top.top, usage.usage, pool.start, pool.stop, pool.restart, pool.pin),
+    *(pool.update, pool.plan, pool.events, pool.reload, doctor.doctor, check_engine.check_engine),
+):
+    app.command()(with_common(_command))
 app.add_typer(config.app, name="config")
 app.add_typer(trace.app, name="trace")
 

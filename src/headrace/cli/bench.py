@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from headrace.cli import bench_text, terminal
-from headrace.cli.common import Common, known_models, parse_options
-from headrace.cli.run import ContextLength, Device, Engine, Options
+from headrace.cli.common import Common, known_models, loop_factory
+from headrace.cli.run import ModelFlags
 from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,132 +30,84 @@ _INTERRUPTED = 130
 
 
 def _flag(text: str, panel: str, metavar: str | None = None, least: float | None = None) -> Any:
-    return typer.Option(
-        help=text, metavar=metavar, min=least, show_default=True, rich_help_panel=panel
-    )
+    return typer.Option(help=text, metavar=metavar, min=least, rich_help_panel=panel)
 
 
 _LOAD, _ASK, _TOLD, _WHERE = "Load", "Requests", "Output", "Service"
-
-
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[MODEL] | compare FILE...",
-        help="Model for a server of its own (default_model when left out); or records of earlier "
-        "runs to compare.",
-        autocompletion=known_models,
-    ),
-]
-Api = Literal["chat", "completions"]
-Arrival = Literal["poisson", "constant"]
-Text = str | None
-Url = Annotated[Text, _flag("Measure what answers there.", _WHERE)]
-Model = Annotated[Text, _flag("What it calls the model.", _WHERE)]
-Route = Annotated[Api, _flag("Route to ask.", _WHERE)]
-Concurrency = Annotated[Text, _flag("Closed loop: clients; 1,2,4,8 if not told.", _LOAD, "N,..")]
-Rate = Annotated[Text, _flag("Open loop: requests/s that begin.", _LOAD, "N,..")]
-Arrivals = Annotated[Arrival, _flag("How they arrive in an open loop.", _LOAD)]
-Requests = Annotated[int | None, _flag("So many at each load.", _LOAD, least=1)]
-Duration = Annotated[Text, _flag("New ones for so long at each load; 10s if not told.", _LOAD)]
-WarmUp = Annotated[int, _flag("Requests before each load, not counted.", _LOAD, least=0)]
-PromptTokens = Annotated[Text, _flag("Length of made-up prompts; 128 if not told.", _ASK, "N|N-M")]
-OutputTokens = Annotated[str, _flag("Length of answers.", _ASK, "N|N-M")]
-Prompts = Annotated[Path | None, _flag("Take them from a .jsonl or a text.", _ASK, "FILE")]
-SharedPrefix = Annotated[int, _flag("So many tokens are common to all prompts.", _ASK, least=0)]
-Seed = Annotated[int, _flag("Same seed, same requests.", _ASK)]
-Temperature = Annotated[float, _flag("0 is greedy.", _ASK, least=0)]
-Body = Annotated[str, _flag("Further fields of each request.", _ASK, "JSON")]
-Timeout = Annotated[str, _flag("Longest time for a request.", _ASK)]
-Slo = Annotated[str, _flag("Tell the share within, as ttft=500ms,itl=50ms,total=5s.", _TOLD)]
-Plot = Annotated[Path | None, _flag("Draw a .png or .svg.", _TOLD, "FILE")]
-Output = Annotated[Path | None, _flag("Write the record, as JSON.", _TOLD, "FILE")]
-Raw = Annotated[bool, typer.Option("--raw", help="Keep every request.", rich_help_panel=_TOLD)]
-ModelBytes = Annotated[Text, _flag("Size of the weights, for the share of the limit.", _TOLD)]
-Bandwidth = Annotated[Text, _flag("Bytes/s of the memory, if not this machine's.", _TOLD)]
 
 
 @dataclass(frozen=True)
 class _Given:
     """The flags, by name."""
 
-    words: list[str] | None
-    url: str | None
-    model: str | None
-    api: Api
-    concurrency: str | None
-    rate: str | None
-    arrival: Arrival
-    requests: int | None
-    duration: str | None
-    warm_up: int
-    prompt_tokens: str | None
-    output_tokens: str
-    prompts: Path | None
-    shared_prefix: int
-    seed: int
-    temperature: float
-    body: str
-    timeout: str
-    slo: str
-    plot: Path | None
-    output: Path | None
-    raw: bool
-    model_bytes: str | None
-    bandwidth: str | None
-    engine: str | None
-    device: str | None
-    context_length: int | None
-    option: list[str] | None
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] | compare FILE...",
+            help="Model for a server of its own (default_model when left out); or records of "
+            "earlier runs to compare.",
+            autocompletion=known_models,
+        ),
+    ] = None
+    url: Annotated[str | None, _flag("Measure what answers there.", _WHERE)] = None
+    model: Annotated[str | None, _flag("What it calls the model.", _WHERE)] = None
+    api: Annotated[Literal["chat", "completions"], _flag("Route to ask.", _WHERE)] = "chat"
+    concurrency: Annotated[
+        str | None, _flag("Closed loop: clients; 1,2,4,8 if not told.", _LOAD, "N,..")
+    ] = None
+    rate: Annotated[str | None, _flag("Open loop: requests/s that begin.", _LOAD, "N,..")] = None
+    arrival: Annotated[
+        Literal["poisson", "constant"], _flag("How they arrive in an open loop.", _LOAD)
+    ] = "poisson"
+    requests: Annotated[int | None, _flag("So many at each load.", _LOAD, least=1)] = None
+    duration: Annotated[
+        str | None, _flag("New ones for so long at each load; 10s if not told.", _LOAD)
+    ] = None
+    warm_up: Annotated[int, _flag("Requests before each load, not counted.", _LOAD, least=0)] = 1
+    prompt_tokens: Annotated[
+        str | None, _flag("Length of made-up prompts; 128 if not told.", _ASK, "N|N-M")
+    ] = None
+    output_tokens: Annotated[str, _flag("Length of answers.", _ASK, "N|N-M")] = "64"
+    prompts: Annotated[Path | None, _flag("Take them from a .jsonl or a text.", _ASK, "FILE")] = (
+        None
+    )
+    shared_prefix: Annotated[
+        int, _flag("So many tokens are common to all prompts.", _ASK, least=0)
+    ] = 0
+    seed: Annotated[int, _flag("Same seed, same requests.", _ASK)] = 0
+    temperature: Annotated[float, _flag("0 is greedy.", _ASK, least=0)] = 0.0
+    body: Annotated[str, _flag("Further fields of each request.", _ASK, "JSON")] = ""
+    timeout: Annotated[str, _flag("Longest time for a request.", _ASK)] = "600s"
+    slo: Annotated[str, _flag("Tell the share within, as ttft=500ms,itl=50ms,total=5s.", _TOLD)] = (
+        ""
+    )
+    plot: Annotated[Path | None, _flag("Draw a .png or .svg.", _TOLD, "FILE")] = None
+    output: Annotated[Path | None, _flag("Write the record, as JSON.", _TOLD, "FILE")] = None
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Keep every request.", rich_help_panel=_TOLD)
+    ] = False
+    model_bytes: Annotated[
+        str | None, _flag("Size of the weights, for the share of the limit.", _TOLD)
+    ] = None
+    bandwidth: Annotated[
+        str | None, _flag("Bytes/s of the memory, if not this machine's.", _TOLD)
+    ] = None
 
     @property
     def names(self) -> list[str]:
         return self.words or []
 
 
-def bench(
-    common: Common,
-    words: Words = None,
-    url: Url = None,
-    model: Model = None,
-    api: Route = "chat",
-    concurrency: Concurrency = None,
-    rate: Rate = None,
-    arrival: Arrivals = "poisson",
-    requests: Requests = None,
-    duration: Duration = None,
-    warm_up: WarmUp = 1,
-    prompt_tokens: PromptTokens = None,
-    output_tokens: OutputTokens = "64",
-    prompts: Prompts = None,
-    shared_prefix: SharedPrefix = 0,
-    seed: Seed = 0,
-    temperature: Temperature = 0.0,
-    body: Body = "",
-    timeout: Timeout = "600s",
-    slo: Slo = "",
-    plot: Plot = None,
-    output: Output = None,
-    raw: Raw = False,
-    model_bytes: ModelBytes = None,
-    bandwidth: Bandwidth = None,
-    engine: Engine = None,
-    device: Device = None,
-    context_length: ContextLength = None,
-    option: Options = None,
-) -> None:
+def bench(common: Common, given: _Given, own: ModelFlags) -> None:
     """Measure a service that speaks OpenAI's API: any with --url, else one of its own.
 
     `headrace bench compare A.json B.json` sets records side by side.
     """
-    flags = dict(locals())
-    del flags["common"]
-    given = _Given(**flags)
     _check(given)
     if given.names[:1] == ["compare"]:
-        _compare(common, given.names[1:], plot)
+        _compare(common, given.names[1:], given.plot)
     else:
-        _bench(common, given)
+        _bench(common, given, own)
 
 
 def _check(given: _Given) -> None:
@@ -178,18 +130,11 @@ def _check(given: _Given) -> None:
         raise ConfigError("Either --concurrency (closed loop) or --rate (open loop).")
 
 
-def _bench(common: Common, given: _Given) -> None:
-    configured = common.settings(
-        engine=given.engine,
-        device=given.device,
-        context_length=given.context_length,
-        options=parse_options(given.option),
-    )
-    plan = _plan(given)
-    own = None
+def _bench(common: Common, given: _Given, flags: ModelFlags) -> None:
+    configured, plan, own = flags.settings(common), _plan(given), None
     if not given.url:
         own = given.names[0] if given.names else configured.config.default_model
-    found = _measured(plan, configured, own, _of_server(common, given), given)
+    found = _measured(plan, configured, own, _of_server(common, flags), given)
     _tell(common, found, given)
     if found.interrupted:
         raise typer.Exit(_INTERRUPTED)
@@ -220,17 +165,17 @@ def _plan(given: _Given) -> Settings:
     )
 
 
-def _of_server(common: Common, given: _Given) -> list[str]:
+def _of_server(common: Common, own: ModelFlags) -> list[str]:
     """Return the flags for a server of our own."""
     flags = {
         "--config": common.file,
         "--home": common.home,
-        "--engine": given.engine,
-        "--device": given.device,
-        "--context-length": given.context_length,
+        "--engine": own.engine,
+        "--device": own.device,
+        "--context-length": own.context_length,
     }
     words = [str(part) for pair in flags.items() if pair[1] is not None for part in pair]
-    return [*words, *(part for pair in given.option or [] for part in ("-o", pair))]
+    return [*words, *(part for pair in own.option or [] for part in ("-o", pair))]
 
 
 def _limit(configured: Configured, own: str | None, given: _Given) -> Limit | None:
@@ -243,10 +188,8 @@ def _limit(configured: Configured, own: str | None, given: _Given) -> Limit | No
     from headrace.models.reference import parse
     from headrace.tune import limits
 
-    weights, cache = (
-        int(amount("--model-bytes", given.model_bytes)) if given.model_bytes else 0,
-        None,
-    )
+    weights = int(amount("--model-bytes", given.model_bytes)) if given.model_bytes else 0
+    cache = None
     if own is not None and not weights:
         stored = runtime.store(configured.config).find(parse(configured.model_spec(own).model))
         file = inspect(Path(stored.path)) if stored is not None else None
@@ -287,7 +230,7 @@ def _measured(
     if own is not None:
         plan = msgspec.structs.replace(plan, model=configured.model_spec(own).name)
         arguments = [own, *arguments]
-    with terminal.progress() as report, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with terminal.progress() as report, asyncio.Runner(loop_factory=loop_factory()) as runner:
         try:
             return runner.run(_measure(plan, source, arguments, report))
         except asyncio.CancelledError:
@@ -333,14 +276,6 @@ def _signals(stop: asyncio.Event, begun: asyncio.Event) -> Generator[None]:
     finally:
         for name in names:
             loop.remove_signal_handler(name)
-
-
-def _loop_factory() -> Any:
-    try:
-        from uvloop import new_event_loop
-    except ImportError:
-        return None
-    return new_event_loop
 
 
 def _tell(common: Common, run: Run, given: _Given) -> None:

@@ -38,14 +38,11 @@ async def chat(
 ) -> None:
     """Load a model and talk with it until the user leaves."""
     conversation = Conversation(spec.name, system=system, sampling=sampling)
-    worker = await loaded(settings, spec)
-    try:
+    async with loaded(settings, spec) as worker:
         session = prompt_session(settings.config.home / "chat_history")
         terminal.note(f"Chat with {spec.name}. /help lists the commands, Ctrl-D leaves.")
         with contextlib.suppress(Leave, EOFError):
             await _talk(session, worker, conversation, figures=figures)
-    finally:
-        await worker.aclose()
 
 
 async def _talk(

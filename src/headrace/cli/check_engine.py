@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import fnmatch
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from msgspec.structs import asdict
 
 from headrace.cli import terminal
 from headrace.cli.common import Common, parse_options
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from headrace.config import Settings
     from headrace.contract import Case, Kind, Outcome
     from headrace.core.model import ModelSpec
-
-_SLOTS = 4
-_ALL = "all"
 
 
 def check_engine(
@@ -42,7 +40,7 @@ def check_engine(
     task: Annotated[str | None, typer.Option(help="generate, embed or rerank.")] = None,
     device: Device = None,
     context_length: ContextLength = None,
-    max_running: Annotated[int, typer.Option(min=1, help="Requests at once.")] = _SLOTS,
+    max_running: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 4,
 ) -> None:
     """Run the contract of an engine on it, a line for each case; 1 is returned if one fails.
 
@@ -63,7 +61,7 @@ def check_engine(
     spec = settings.model_spec(model, {k: v for k, v in given.items() if v is not None})
     outcomes = asyncio.run(_examined(spec, settings, engine, _kinds(backend), only, common))
     if common.as_json:
-        terminal.print_json([{"backend": kind, **_plain(one)} for kind, one in outcomes])
+        terminal.print_json([{"backend": kind, **asdict(one)} for kind, one in outcomes])
     else:
         print(_summary([one for _, one in outcomes]))
     if any(one.result == "failed" for _, one in outcomes):
@@ -73,11 +71,9 @@ def check_engine(
 def _kinds(backend: str) -> tuple[Kind, ...]:
     from headrace.contract import KINDS
 
-    kinds: tuple[Kind, ...] = KINDS
-    if backend != _ALL:
-        kinds = tuple(kind for kind in KINDS if kind == backend)
+    kinds: tuple[Kind, ...] = tuple(kind for kind in KINDS if backend in (kind, "all"))
     if not kinds:
-        raise ConfigError(f"--backend: {backend} is none of {', '.join((*KINDS, _ALL))}.")
+        raise ConfigError(f"--backend: {backend} is none of {', '.join((*KINDS, 'all'))}.")
     return kinds
 
 
@@ -120,9 +116,3 @@ def _summary(outcomes: list[Outcome]) -> str:
     results = [one.result for one in outcomes]
     told = (f"{results.count(kind)} {kind}" for kind in ("ok", "refused", "reported", "failed"))
     return f"{len(results)} cases: {', '.join(told)}"
-
-
-def _plain(outcome: Outcome) -> dict[str, Any]:
-    import msgspec
-
-    return msgspec.structs.asdict(outcome)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from typing import Any, TypeVar
 
 import httpx2 as httpx
@@ -48,6 +49,16 @@ def address(settings: Settings, url: str | None) -> str:
         raise ConfigError("The port is a free one; say which with --url.", param="port")
     host = _ANY_ADDRESS.get(server.host, server.host)
     return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
+
+
+def ask(settings: Settings, url: str | None, work: Callable[[Client], Awaitable[T]]) -> T:
+    """Do something with a running service, and return what came of it."""
+
+    async def asked() -> T:
+        async with Client(address(settings, url)) as client:
+            return await work(client)
+
+    return asyncio.run(asked())
 
 
 class Client:

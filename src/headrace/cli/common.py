@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -17,30 +18,6 @@ if TYPE_CHECKING:
     from headrace.config import Settings
 
 _PANEL = "Everywhere"
-_FLAGS: dict[str, Any] = {
-    "as_json": Annotated[
-        bool | None,
-        typer.Option("--json/--no-json", help="Print JSON.", rich_help_panel=_PANEL),
-    ],
-    "file": Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="Read this file.", rich_help_panel=_PANEL),
-    ],
-    "home": Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep models and state here.", rich_help_panel=_PANEL),
-    ],
-    "verbose": Annotated[
-        bool | None,
-        typer.Option(
-            "--verbose/--no-verbose", "-v", help="Tell and log more.", rich_help_panel=_PANEL
-        ),
-    ],
-    "debug": Annotated[
-        bool | None,
-        typer.Option("--debug/--no-debug", help="Show tracebacks.", rich_help_panel=_PANEL),
-    ],
-}
 
 
 def known_models(incomplete: str) -> list[str]:
@@ -69,11 +46,28 @@ ModelArgument = Annotated[
 class Common:
     """The flags that stand before or after every command; None is not given."""
 
-    as_json: bool | None = None
-    file: Path | None = None
-    home: Path | None = None
-    verbose: bool | None = None
-    debug: bool | None = None
+    as_json: Annotated[
+        bool | None,
+        typer.Option("--json/--no-json", help="Print JSON.", rich_help_panel=_PANEL),
+    ] = None
+    file: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="Read this file.", rich_help_panel=_PANEL),
+    ] = None
+    home: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep models and state here.", rich_help_panel=_PANEL),
+    ] = None
+    verbose: Annotated[
+        bool | None,
+        typer.Option(
+            "--verbose/--no-verbose", "-v", help="Tell and log more.", rich_help_panel=_PANEL
+        ),
+    ] = None
+    debug: Annotated[
+        bool | None,
+        typer.Option("--debug/--no-debug", help="Show tracebacks.", rich_help_panel=_PANEL),
+    ] = None
 
     def settings(self, *, service: bool = False, **flags: Any) -> Settings:
         """Read the configuration with the flags of a command on top, and set up logging.
@@ -85,8 +79,8 @@ class Common:
         """
         from headrace import log, runtime
 
-        given = {"home": self.home, "log_level": "debug" if self.verbose else None, **flags}
-        settings = runtime.load_settings(file=self.file, flags=given)
+        flags = {"home": self.home, "log_level": "debug" if self.verbose else None, **flags}
+        settings = runtime.load_settings(file=self.file, flags=flags)
         config = settings.config
         if not service and settings.origin("log_level") == "default":
             config = config.model_copy(update={"log_level": "warning"})
@@ -107,33 +101,62 @@ def parse_options(pairs: list[str] | None, where: str = "flag -o") -> dict[str, 
     return {key.strip().replace("-", "_"): value for key, _, value in parted}
 
 
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes the fastest event loop that there is here; None: asyncio's own."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return None
+    return new_event_loop
+
+
+def given(flags: Any) -> dict[str, Any]:
+    """Return those flags of a dataclass that were given, by name."""
+    return {name: value for name, value in asdict(flags).items() if value is not None}
+
+
 def with_common(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the global flags; it takes them as its first parameter, a Common."""
-    signature = inspect.signature(function)
+    """Make a command of a function whose first parameter is a Common.
+
+    A parameter whose type is a dataclass stands for its fields: each becomes a flag.
+    """
     hints = get_type_hints(function, include_extras=True)
-    own = list(signature.parameters.values())[1:]
-    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    own = list(inspect.signature(function).parameters.values())[1:]
+    groups = {one.name: hints[one.name] for one in own if is_dataclass(hints[one.name])}
     flags = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for name, kind in _FLAGS.items()
+        inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+        *(flag for one in own for flag in _flags(one.name, hints[one.name], one.default)),
+        *_flags("", Common),
     ]
 
     @functools.wraps(function)
-    def command(ctx: typer.Context, **given: Any) -> None:
-        mine = {name: given.pop(name) for name in _FLAGS}
+    def command(ctx: typer.Context, **values: Any) -> None:
+        common, *made = (
+            kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+            for kind in (Common, *groups.values())
+        )
         # A flag after the command wins over the same one before it.
         before = ctx.obj if isinstance(ctx.obj, Common) else Common()
-        ctx.obj = replace(before, **_given(mine))
-        function(ctx.obj, **given)
+        ctx.obj = replace(before, **given(common))
+        function(ctx.obj, **values, **dict(zip(groups, made, strict=True)))
 
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-    kinds = {name: hints[name] for name in (parameter.name for parameter in parameters)}
-    shown = [parameter.replace(annotation=kinds[parameter.name]) for parameter in parameters]
-    command.__signature__ = signature.replace(parameters=[context, *shown, *flags])  # type: ignore[attr-defined]
-    command.__annotations__ = {"ctx": typer.Context, **kinds, **_FLAGS}
+    command.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
+    command.__annotations__ = {flag.name: flag.annotation for flag in flags}
     del command.__wrapped__
     return command
 
 
-def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flags.items() if value is not None}
+def _flags(name: str, kind: Any, default: Any = None) -> list[inspect.Parameter]:
+    """Return a parameter of a command, or those that a dataclass stands for."""
+    if not is_dataclass(kind):
+        return [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
+            )
+        ]
+    kinds = get_type_hints(kind, include_extras=True)
+    return [
+        flag
+        for field in fields(kind)
+        for flag in _flags(field.name, kinds[field.name], field.default)
+    ]

@@ -139,13 +139,9 @@ def _settings(pairs: list[str] | None, where: str) -> dict[str, str | None]:
 
 
 def _ask(common: Common, url: str | None, work: Callable[[Client], Awaitable[T]]) -> T:
-    from headrace.cli.client import Client, address
+    from headrace.cli.client import ask
 
-    async def ask() -> T:
-        async with Client(address(common.settings(), url)) as client:
-            return await work(client)
-
-    return asyncio.run(ask())
+    return ask(common.settings(), url, work)
 
 
 def _order(common: Common, url: str | None, what: str, model: str, **fields: Any) -> None:

@@ -45,25 +45,20 @@ def ps(
 
     With -v it tells why each model runs on its engine.
     """
-    from headrace.cli.client import Client, address
+    from headrace.cli.client import ask
 
-    async def show() -> None:
-        async with Client(address(common.settings(), url)) as client:
-            told = bool(common.verbose)
-            await _watch(client, as_json=bool(common.as_json), again=watch, reasons=told)
-
-    asyncio.run(show())
+    ask(common.settings(), url, lambda client: _watch(client, common, again=watch))
 
 
-async def _watch(client: Client, *, as_json: bool, again: bool, reasons: bool) -> None:
+async def _watch(client: Client, common: Common, *, again: bool) -> None:
     while True:
         status = await client.status()
-        if as_json and again:
+        if common.as_json and again:
             print(msgspec.json.encode(status).decode(), flush=True)
-        elif as_json:
+        elif common.as_json:
             terminal.print_json(status)
         else:
-            text = table(status, time.time(), reasons=reasons)
+            text = table(status, time.time(), reasons=bool(common.verbose))
             _print(text, in_place=again and sys.stdout.isatty())
         if not again:
             return

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from headrace.cli import terminal
-from headrace.cli.common import Common, known_models, parse_options
+from headrace.cli.common import Common, given, known_models, parse_options
 from headrace.core.errors import GenerationFailed, InvalidRequest
 from headrace.core.events import Delta, Finish
 from headrace.core.metrics import InferenceMetrics
@@ -46,6 +47,46 @@ Options = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class ModelFlags:
+    """How a model is to run."""
+
+    engine: Engine = None
+    device: Device = None
+    context_length: ContextLength = None
+    option: Options = None
+
+    def settings(self, common: Common) -> Settings:
+        """Read the configuration with these flags on top.
+
+        Raises:
+            ConfigError: as `Common.settings` does.
+        """
+        return common.settings(
+            engine=self.engine,
+            device=self.device,
+            context_length=self.context_length,
+            options=parse_options(self.option),
+        )
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How tokens are chosen; None is not given."""
+
+    max_tokens: Annotated[int | None, _sampling("Length of the answer.")] = None
+    temperature: Annotated[float | None, _sampling("0 is greedy.")] = None
+    top_p: Annotated[float | None, _sampling("Choose among this share of the probability.")] = None
+    top_k: Annotated[int | None, _sampling("Choose among this many tokens.")] = None
+    min_p: Annotated[float | None, _sampling("Least probability, relative to the best.")] = None
+    presence_penalty: Annotated[float | None, _sampling("Against tokens that were used.")] = None
+    frequency_penalty: Annotated[float | None, _sampling("Against tokens used often.")] = None
+    repetition_penalty: Annotated[float | None, _sampling("Above 1 is against repetition.")] = None
+    seed: Annotated[int | None, _sampling("Same seed, same answer.")] = None
+    stop: Annotated[list[str] | None, _sampling("End before this text; may be repeated.")] = None
+    ignore_eos: Annotated[bool | None, _sampling("Go on after the end token.")] = None
+
+
 def run(
     common: Common,
     model: Annotated[
@@ -65,45 +106,17 @@ def run(
     system: Annotated[str | None, typer.Option(help="Message of the system.")] = None,
     raw: Annotated[bool, typer.Option(help="Give the prompt without chat template.")] = False,
     figures: Annotated[bool, typer.Option(help="Print the figures of the answer.")] = True,
-    max_tokens: Annotated[int | None, _sampling("Length of the answer.")] = None,
-    temperature: Annotated[float | None, _sampling("0 is greedy.")] = None,
-    top_p: Annotated[float | None, _sampling("Choose among this share of the probability.")] = None,
-    top_k: Annotated[int | None, _sampling("Choose among this many tokens.")] = None,
-    min_p: Annotated[float | None, _sampling("Least probability, relative to the best.")] = None,
-    presence_penalty: Annotated[float | None, _sampling("Against tokens that were used.")] = None,
-    frequency_penalty: Annotated[float | None, _sampling("Against tokens used often.")] = None,
-    repetition_penalty: Annotated[float | None, _sampling("Above 1 is against repetition.")] = None,
-    seed: Annotated[int | None, _sampling("Same seed, same answer.")] = None,
-    stop: Annotated[list[str] | None, _sampling("End before this text; may be repeated.")] = None,
-    ignore_eos: Annotated[bool | None, _sampling("Go on after the end token.")] = None,
-    engine: Engine = None,
-    device: Device = None,
-    context_length: ContextLength = None,
-    option: Options = None,
+    *,
+    sampling: _Sampling,
+    flags: ModelFlags,
 ) -> None:
     """Ask a model once, or chat with it when nothing is asked."""
-    given = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": tuple(stop) if stop else None,
-        "ignore_eos": ignore_eos,
-    }
-    sampling = {name: value for name, value in given.items() if value is not None}
-    settings = common.settings(
-        engine=engine,
-        device=device,
-        context_length=context_length,
-        options=parse_options(option),
-    )
+    settings = flags.settings(common)
     spec = settings.model_spec(model or settings.config.default_model)
-    ask = _Ask(_question(prompt or []), system, sampling, raw, figures)
+    chosen = given(sampling)
+    if sampling.stop:
+        chosen["stop"] = tuple(sampling.stop)
+    ask = _Ask(_question(prompt or []), system, chosen, raw, figures)
     asyncio.run(_run(common, settings, spec, ask))
 
 
@@ -155,26 +168,23 @@ def _request(text: str, system: str | None, *, raw: bool) -> dict[str, Any]:
     return {"messages": [*messages, Message("user", text)]}
 
 
-async def loaded(settings: Settings, spec: ModelSpec) -> AsyncModelWorker:
-    """Return a worker that is ready; fetching and loading show a bar on a terminal."""
+@contextlib.asynccontextmanager
+async def loaded(settings: Settings, spec: ModelSpec) -> AsyncGenerator[AsyncModelWorker]:
+    """Yield a worker that is ready; fetching and loading show a bar on a terminal."""
     from headrace.model_worker import AsyncModelWorker
 
-    with terminal.progress() as report:
+    with contextlib.ExitStack() as bar:
+        report = bar.enter_context(terminal.progress())
         worker = AsyncModelWorker.from_spec(spec, config=settings.config, on_progress=report)
-        try:
+        async with contextlib.aclosing(worker):
             await worker.start()
-        except BaseException:
-            await worker.aclose()
-            raise
-    return worker
+            bar.close()
+            yield worker
 
 
 async def _answer_json(settings: Settings, spec: ModelSpec, request: dict[str, Any]) -> None:
-    worker = await loaded(settings, spec)
-    try:
+    async with loaded(settings, spec) as worker:
         result = await worker.generate(**request)
-    finally:
-        await worker.aclose()
     choice = result.choices[0]
     terminal.print_json(
         {
@@ -196,11 +206,8 @@ async def _answer(
     figures: bool,
     all_figures: bool | None,
 ) -> None:
-    worker = await loaded(settings, spec)
-    try:
+    async with loaded(settings, spec) as worker:
         finish = await written(worker, request)
-    finally:
-        await worker.aclose()
     if all_figures:
         terminal.note(all_of(finish.metrics))
     elif figures:

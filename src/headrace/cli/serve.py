@@ -11,12 +11,13 @@ import os
 import shlex
 import socket
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headrace.cli import terminal
-from headrace.cli.common import Common, known_models, parse_options
+from headrace.cli.common import Common, given, known_models, loop_factory, parse_options
 from headrace.cli.run import ContextLength, Device, Engine, Options
 from headrace.core.errors import ConfigError
 
@@ -36,73 +37,52 @@ Models = Annotated[
         help="Models; all of the configuration when left out, or its default_model.",
     ),
 ]
-AllowPublic = Annotated[
-    bool | None, typer.Option(help="Listen beyond loopback without an API key.")
-]
-AllowedHosts = Annotated[
-    str | None, typer.Option(help="Further names to be reached by, between commas.")
-]
-AllowedOrigins = Annotated[
-    str | None, typer.Option(help="Web origins that may ask, between commas.")
-]
-DrainS = Annotated[
-    float | None, typer.Option(help="How long running answers may finish at the end.")
-]
-KeepAlive = Annotated[str | None, typer.Option(help="How long a model stays idle: 5m, 0, -1.")]
-Continuation = Annotated[
-    str | None, typer.Option(help="How an answer goes on whose worker died: exact, fast, off.")
-]
-Memory = Annotated[
-    str | None, typer.Option(help="What models may take, as 16GiB or cpu=50%,cuda:0=90%.")
-]
 
 
-def serve(
-    common: Common,
-    models: Models = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
-    allow_public: AllowPublic = None,
-    allowed_hosts: AllowedHosts = None,
-    allowed_origins: AllowedOrigins = None,
-    drain_s: DrainS = None,
-    engine: Engine = None,
-    device: Device = None,
-    context_length: ContextLength = None,
-    max_running: Annotated[int | None, typer.Option(help="Requests at once, a model.")] = None,
-    max_queued: Annotated[int | None, typer.Option(help="Requests that wait, a model.")] = None,
-    keep_alive: KeepAlive = None,
-    continuation: Continuation = None,
-    memory: Memory = None,
-    max_loading: Annotated[int | None, typer.Option(help="Models that load at a time.")] = None,
-    option: Options = None,
-) -> None:
+@dataclass(frozen=True)
+class _Flags:
+    """Settings of the service and of all its models, by their names; None is not given."""
+
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None
+    allow_public: Annotated[
+        bool | None, typer.Option(help="Listen beyond loopback without an API key.")
+    ] = None
+    allowed_hosts: Annotated[
+        str | None, typer.Option(help="Further names to be reached by, between commas.")
+    ] = None
+    allowed_origins: Annotated[
+        str | None, typer.Option(help="Web origins that may ask, between commas.")
+    ] = None
+    drain_s: Annotated[
+        float | None, typer.Option(help="How long running answers may finish at the end.")
+    ] = None
+    engine: Engine = None
+    device: Device = None
+    context_length: ContextLength = None
+    max_running: Annotated[int | None, typer.Option(help="Requests at once, a model.")] = None
+    max_queued: Annotated[int | None, typer.Option(help="Requests that wait, a model.")] = None
+    keep_alive: Annotated[
+        str | None, typer.Option(help="How long a model stays idle: 5m, 0, -1.")
+    ] = None
+    continuation: Annotated[
+        str | None, typer.Option(help="How an answer goes on whose worker died: exact, fast, off.")
+    ] = None
+    memory: Annotated[
+        str | None, typer.Option(help="What models may take, as 16GiB or cpu=50%,cuda:0=90%.")
+    ] = None
+    max_loading: Annotated[int | None, typer.Option(help="Models that load at a time.")] = None
+
+
+def serve(common: Common, models: Models = None, *, flags: _Flags, option: Options = None) -> None:
     """Serve models over HTTP, as OpenAI's API does.
 
     API keys come from the configuration or HEADRACE_API_KEYS: a flag would show them to everyone
     on this machine.
     """
-    flags = {
-        "host": host,
-        "port": port,
-        "allow_public": allow_public,
-        "allowed_hosts": allowed_hosts,
-        "allowed_origins": allowed_origins,
-        "drain_s": drain_s,
-        "memory": memory,
-        "max_loading": max_loading,
-        "engine": engine,
-        "device": device,
-        "context_length": context_length,
-        "max_running": max_running,
-        "max_queued": max_queued,
-        "keep_alive": keep_alive,
-        "continuation": continuation,
-        "options": parse_options(option),
-    }
 
     def read() -> tuple[Settings, list[ModelSpec]]:
-        settings = common.settings(service=True, **flags)
+        settings = common.settings(service=True, options=parse_options(option), **given(flags))
         return settings, wanted(settings, models or [])
 
     _serve(read, as_json=bool(common.as_json))
@@ -116,7 +96,8 @@ def _serve(read: Read, *, as_json: bool) -> None:
         from headrace.cli.service import live
 
         say = functools.partial(announce, listener, specs, server, metrics, as_json=as_json)
-        _loop(live(settings, specs, listener, reread=read, announce=say, metrics=metrics))
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(live(settings, specs, listener, reread=read, announce=say, metrics=metrics))
 
 
 def _aside(config: Config) -> contextlib.AbstractContextManager[socket.socket | None]:
@@ -186,15 +167,6 @@ def listen(server: ServerSettings) -> socket.socket:
 
 def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
-
-
-def _loop(main: Any) -> None:
-    try:
-        from uvloop import run
-    except ImportError:
-        asyncio.run(main)
-    else:
-        run(main)
 
 
 def announce(

@@ -10,8 +10,8 @@ import msgspec
 import typer
 
 from headrace.cli import terminal
-from headrace.cli.common import Common, ModelArgument, known_models, parse_options
-from headrace.cli.run import ContextLength, Device, Engine, Options
+from headrace.cli.common import Common, ModelArgument, known_models
+from headrace.cli.run import ModelFlags
 from headrace.core.errors import UnknownModel
 
 if TYPE_CHECKING:
@@ -67,23 +67,11 @@ def _converted(spec: ModelSpec, engine: str, config: Config, report: Progress) -
     return file
 
 
-def show(
-    common: Common,
-    model: ModelArgument,
-    engine: Engine = None,
-    device: Device = None,
-    context_length: ContextLength = None,
-    option: Options = None,
-) -> None:
+def show(common: Common, model: ModelArgument, flags: ModelFlags) -> None:
     """Tell what a model is, which engine would run it and why, and the engine's options."""
     from headrace import runtime
 
-    settings = common.settings(
-        engine=engine,
-        device=device,
-        context_length=context_length,
-        options=parse_options(option),
-    )
+    settings = flags.settings(common)
     info = runtime.describe(settings.model_spec(model), settings.config)
     options = list(_options(info, runtime.engine_options()))
     if common.as_json:

@@ -158,11 +158,7 @@ def _write(settings: Settings, spec: ModelSpec, found: Record, aim: Aim) -> None
         changes = {"model": spec.model, **changes}
     remark = f"tuned {found.day} for {aim}: {rate}"
     after = write.edited(before, spec.name, changes, remark)
-    for line in _difference(str(path), before, after):
+    texts = before.splitlines(), after.splitlines()
+    for line in difflib.unified_diff(*texts, str(path), str(path), lineterm="", n=2):
         terminal.note(line)
     write.save(path, after)
-
-
-def _difference(path: str, before: str, after: str) -> list[str]:
-    old, new = before.splitlines(), after.splitlines()
-    return list(difflib.unified_diff(old, new, path, path, lineterm="", n=2))

@@ -32,6 +32,25 @@ from headrace.core.request import (
     TokenCount,
 )
 
+SAMPLING = frozenset(
+    {
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "seed",
+        "stop_token_ids",
+        "ignore_eos",
+        "logprobs",
+        "logit_bias",
+    }
+)
+"""All fields of Sampling that an engine can honour; stop strings are the worker's."""
+
 
 class EngineOptions(BaseModel):
     """Base of every engine's `Options`: unknown keys are refused, values are frozen."""

@@ -39,6 +39,9 @@ from headrace.engines.base import (
 ABOUT = About(formats=("none",), tasks=("generate", "embed", "rerank"))
 
 Fault = Literal["raise", "oom", "exit", "crash", "hang"]
+_SAMPLING = frozenset(
+    {"max_tokens", "temperature", "seed", "stop_token_ids", "ignore_eos", "logprobs"}
+)
 _EOS = 256
 _VOCABULARY = 257
 _CHAT_TEMPLATE = "{{ messages[-1].content }}"
@@ -97,16 +100,7 @@ class Engine:
             max_running=_slots(options, request),
             chat_template=_CHAT_TEMPLATE,
             capabilities=Capabilities(
-                sampling=frozenset(
-                    {
-                        "max_tokens",
-                        "temperature",
-                        "seed",
-                        "stop_token_ids",
-                        "ignore_eos",
-                        "logprobs",
-                    }
-                ),
+                sampling=_SAMPLING,
                 batch_invariant=True,
                 resume=request.task == "generate",
                 tasks=frozenset({request.task}),

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-import psutil
 from pydantic import Field
 
 from headrace import machine
@@ -26,6 +25,7 @@ from headrace.core.model import Capabilities
 from headrace.core.status import Footprint
 from headrace.engines import llamacpp_embed, threaded
 from headrace.engines.base import (
+    SAMPLING,
     About,
     EngineFacts,
     EngineOptions,
@@ -33,7 +33,7 @@ from headrace.engines.base import (
     OpenRequest,
     RawEvent,
 )
-from headrace.engines.llamacpp_call import SAMPLING, Call, error_from
+from headrace.engines.llamacpp_call import Call, error_from
 from headrace.engines.llamacpp_size import (
     ContextPlan,
     Settings,
@@ -41,7 +41,7 @@ from headrace.engines.llamacpp_size import (
     expected_device,
     plan_context,
 )
-from headrace.engines.openmp import SpinGuard
+from headrace.engines.openmp import SpinGuard, physical_cores
 
 if TYPE_CHECKING:
     import xllamacpp
@@ -106,7 +106,7 @@ class Engine:
         self._inbox: threaded.Inbox | None = None
         self._server: xllamacpp.Server | None = None
         self._threads: ThreadPoolExecutor | None = None
-        self._guard = SpinGuard(self._options.threads or _cores())
+        self._guard = SpinGuard(self._options.threads or physical_cores())
         self._vocabulary = 0
         if request.task not in ABOUT.tasks:
             raise LoadFailed("This engine ranks nothing; sentence_transformers does.")
@@ -205,7 +205,8 @@ class Engine:
         params.n_ctx = plan.context_length * plan.slots
         params.n_parallel = plan.slots
         params.kv_unified = params.fit_params = False
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads or _cores()
+        threads = options.threads or physical_cores()
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.n_batch = max(_batch(options, on_cpu=on_cpu), plan.slots)
         params.n_ubatch = min(params.n_batch, 512)
         if self._embeds:
@@ -247,9 +248,7 @@ class Engine:
             adds_bos=bool(self.tokenize("", add_special=True)),
             notes=plan.notes,
             capabilities=Capabilities(
-                sampling=frozenset({"max_tokens", "stop_token_ids", "ignore_eos", "logprobs"})
-                | {"logit_bias"}
-                | SAMPLING.keys(),
+                sampling=SAMPLING,
                 json_schema=True,
                 batch_invariant=device == "cpu" and _repeats(self._options),
                 resume=True,
@@ -308,7 +307,7 @@ def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
     slots = {"slots": request.max_running or 1}
     small = {"kv_type": "q8_0", "flash_attention": "on"}
     logical = os.cpu_count() or 1
-    more = [{**slots, "threads": logical}] if logical > _cores() else []
+    more = [{**slots, "threads": logical}] if logical > physical_cores() else []
     return [small, slots, {**slots, **small}, {**slots, "batch_size": 512}, *more]
 
 
@@ -354,11 +353,6 @@ def _device(wanted: str, devices: Sequence[dict[str, Any]]) -> str:
     if wanted not in there:
         raise LoadFailed(f"This build of llama.cpp has no device {wanted}; it has {there}.")
     return wanted
-
-
-def _cores() -> int:
-    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(logical or 1, psutil.cpu_count(logical=False) or 1))
 
 
 class _UnixConnection(http.client.HTTPConnection):

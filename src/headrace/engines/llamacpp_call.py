@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -16,6 +15,7 @@ from headrace.core.errors import (
 )
 from headrace.core.events import TokenLogprob, TopLogprob
 from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, RawFinish
+from headrace.engines.grammar import grammar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from headrace.engines.threaded import Emit
 
-SAMPLING = {
+_NAMES = {
     "temperature": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
@@ -90,15 +90,6 @@ class _Chunk(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
-
-# Where JSON allows any white space a small model can go on with it up to its limit.
-_SPACING = {
-    "x-guidance": {
-        "whitespace_flexible": False,
-        "item_separator": ", ",
-        "key_separator": ": ",
-    }
-}
 
 
 class Call:
@@ -200,7 +191,7 @@ def _body(request: EngineRequest) -> bytes:
         # The published penalties look at the whole text; llama.cpp's default is 64 tokens.
         "repeat_last_n": len(prompt) + request.max_tokens,
     }
-    for ours, theirs in SAMPLING.items():
+    for ours, theirs in _NAMES.items():
         if (value := getattr(sampling, ours)) is not None:
             body[theirs] = value
     if sampling.seed is not None:
@@ -213,19 +204,8 @@ def _body(request: EngineRequest) -> bytes:
     if sampling.logit_bias:
         body["logit_bias"] = list(sampling.logit_bias.items())
     if request.json_schema is not None:
-        body["grammar"] = _grammar(request.json_schema)
+        body["grammar"] = grammar(request.json_schema)
     return msgspec.json.encode(body)
-
-
-def _grammar(schema: dict[str, Any]) -> str:
-    # llama.cpp drops a schema that it cannot compile without a word and answers freely.
-    from llguidance import LLMatcher  # native, and rarely needed
-
-    grammar = "%llguidance {}\nstart: %json " + json.dumps(_SPACING | schema)
-    if problem := LLMatcher.validate_grammar(grammar):
-        reason = problem.partition("\n")[0].partition("JSON schema: ")[2] or problem
-        raise InvalidRequest(f"The JSON schema is not usable: {reason}", param="response_format")
-    return grammar
 
 
 def error_from(error: dict[str, Any]) -> HeadraceError:

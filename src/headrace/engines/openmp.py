@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 _TASKS = Path("/proc/self/task")
 _LIBRARY = "libgomp.so.1"
 _PERIOD_S = 0.1
@@ -46,7 +48,7 @@ class SpinGuard:
         self._period_s = period_s
         # GNU's OpenMP spins briefly once it has more threads than there are cores. A team of
         # threads that only sleep makes it so, at run time; its settings are read only once.
-        self._team = max(2, _cores() - threads + 2)
+        self._team = max(2, logical_cores() - threads + 2)
         self._over = threading.Event()
         self._end_team: threading.Event | None = None
         self._thread: threading.Thread | None = None
@@ -101,8 +103,14 @@ def _sleep(library: ctypes.CDLL, team: int, end: threading.Event) -> None:
     end.wait()
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+def logical_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def physical_cores() -> int:
+    """Return the same without what hyper-threading adds: one for each thread that computes."""
+    return min(logical_cores(), psutil.cpu_count(logical=False) or 1)
 
 
 class _Threads:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
 from pydantic import Field
 
 from headrace.core.errors import ConfigError, LoadFailed
@@ -24,7 +22,8 @@ from headrace.engines.base import (
     RawEvent,
     Reranker,
 )
-from headrace.engines.openvino_call import SAMPLING, Stepper
+from headrace.engines.openmp import physical_cores
+from headrace.engines.openvino_call import HONOURED, Stepper
 from headrace.engines.openvino_convert import convert, needs_conversion, not_converted, prepared
 from headrace.engines.openvino_size import CachePlan, estimate, plan_cache
 from headrace.engines.openvino_text import Vocabulary, without_telemetry
@@ -148,7 +147,7 @@ class _TextEngine:
             eos_token=vocabulary.eos_token,
             adds_bos=bool(vocabulary.tokenize("", add_special=True)),
             notes=(*self._plan.notes, _NOTE),
-            capabilities=Capabilities(sampling=SAMPLING, resume=True),
+            capabilities=Capabilities(sampling=HONOURED, resume=True),
         )
 
 
@@ -207,17 +206,12 @@ def settled(request: OpenRequest) -> Options:
 def properties_of(options: Options) -> dict[str, str | int | float | bool]:
     """Return the library's own properties."""
     found = dict(options.properties)
-    found["INFERENCE_NUM_THREADS"] = options.threads or _cores()
+    found["INFERENCE_NUM_THREADS"] = options.threads or physical_cores()
     if options.precision != "auto":
         found["INFERENCE_PRECISION_HINT"] = options.precision
     if options.kv_type != "auto":
         found["KV_CACHE_PRECISION"] = options.kv_type
     return found
-
-
-def _cores() -> int:
-    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(logical or 1, psutil.cpu_count(logical=False) or 1))
 
 
 def _scheduler(config: SchedulerConfig, plan: CachePlan, options: Options) -> SchedulerConfig:

@@ -17,29 +17,21 @@ from headrace.core.errors import (
 )
 from headrace.core.events import TokenLogprob
 from headrace.core.stream import Mailbox
-from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, RawFinish
+from headrace.engines.base import (
+    SAMPLING,
+    Admitted,
+    EngineRequest,
+    RawDelta,
+    RawEvent,
+    RawFinish,
+)
 
 if TYPE_CHECKING:
     from openvino_genai import ContinuousBatchingPipeline, GenerationConfig, GenerationHandle
 
     from headrace.engines.openvino_text import Vocabulary
 
-SAMPLING = frozenset(
-    {
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "seed",
-        "stop_token_ids",
-        "ignore_eos",
-        "logprobs",
-    }
-)
+HONOURED = SAMPLING - {"logit_bias"}
 """The fields of Sampling that are honoured; of `logprobs` only 0, the chosen token's own."""
 
 # Turns of the loop between two steps: readers take their tokens, and the frames leave.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -12,6 +12,7 @@ from headrace.core.errors import GenerationFailed, LoadFailed
 from headrace.core.model import Capabilities
 from headrace.core.status import Footprint
 from headrace.engines.base import (
+    SAMPLING,
     About,
     EngineFacts,
     EngineOptions,
@@ -19,9 +20,10 @@ from headrace.engines.base import (
     OpenRequest,
     RawEvent,
 )
+from headrace.engines.grammar import grammar
 from headrace.engines.openmp import SpinGuard
 from headrace.engines.transformers_size import Asked, Plan, estimate, make_plan
-from headrace.engines.transformers_tokens import Vocabulary
+from headrace.engines.transformers_tokens import TokenizerMixin, Vocabulary
 
 if TYPE_CHECKING:
     from headrace.engines.transformers_batch import Batched
@@ -32,24 +34,6 @@ ABOUT = About(
     devices=("cpu", "cuda", "mps"),
     requires="transformers",
     extra="transformers",
-)
-
-_SAMPLING = frozenset(
-    {
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "seed",
-        "stop_token_ids",
-        "ignore_eos",
-        "logprobs",
-        "logit_bias",
-    }
 )
 
 
@@ -101,7 +85,7 @@ class Options(EngineOptions):
     )
 
 
-class Engine:
+class Engine(TokenizerMixin):
     """One model folder in torch, behind the library's batching or its `generate`."""
 
     def __init__(self, request: OpenRequest) -> None:
@@ -134,24 +118,6 @@ class Engine:
             matcher=None if request.json_schema is None else self._matcher(request.json_schema),
         )
         return runner.generate(request, Answer(request, draw, self._vocabulary, self._ends))
-
-    def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
-        """Return token ids, markers included."""
-        return self._vocabulary.tokenize(text, add_special=add_special)
-
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Return text.
-
-        Raises:
-            InvalidRequest: an id is outside of the vocabulary.
-        """
-        return self._vocabulary.detokenize(token_ids)
-
-    def shown(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids without control tokens, which a stream leaves out."""
-        self._vocabulary.check(token_ids, param="answered")
-        data = b"".join(self._vocabulary.data(token) for token in token_ids)
-        return data.decode(errors="replace")
 
     def close(self) -> None:
         """Free the model."""
@@ -235,21 +201,16 @@ class Engine:
             adds_bos=bool(self.tokenize("", add_special=True)),
             notes=(*plan.notes, *((note,) if note else ())),
             capabilities=Capabilities(
-                sampling=_SAMPLING,
-                json_schema=self._constrains(),
+                sampling=SAMPLING,
+                json_schema=getattr(tokenizer, "backend_tokenizer", None) is not None,
                 batch_invariant=self._runner.max_running == 1,
                 resume=True,
             ),
         )
 
-    def _constrains(self) -> bool:
-        return getattr(self._tokenizer, "backend_tokenizer", None) is not None
-
     def _matcher(self, schema: dict[str, Any]) -> Any:
         from llguidance import LLMatcher  # native, and rarely needed
         from llguidance.hf import from_tokenizer
-
-        from headrace.engines.transformers_sample import grammar
 
         text = grammar(schema)
         if self._grammars is None:

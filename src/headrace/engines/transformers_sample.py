@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from headrace.core.errors import InvalidRequest
 from headrace.core.request import Sampling
 
 # Below it a division would overflow, and nothing is left to chance anyway.
 _COLD = 1e-5
 # So many of the likeliest are put in order first: mostly the others cannot be chosen.
 _FIRST = 1024
-
-# Where JSON allows any white space a small model can go on with it up to its limit.
-_SPACING = {
-    "x-guidance": {
-        "whitespace_flexible": False,
-        "item_separator": ", ",
-        "key_separator": ": ",
-    }
-}
 
 
 class Rules(NamedTuple):
@@ -220,18 +209,3 @@ def _floor(
     out[:, 0] = False
     least = kept.masked_fill(out, torch.inf).min(-1, keepdim=True).values
     return least.where(~every | (top_p < 1) | (min_p > 0), 0.0)
-
-
-def grammar(schema: dict[str, Any]) -> str:
-    """Return the grammar of a JSON schema.
-
-    Raises:
-        InvalidRequest: the schema is not usable.
-    """
-    from llguidance import LLMatcher  # native, and rarely needed
-
-    text = "%llguidance {}\nstart: %json " + json.dumps(_SPACING | schema)
-    if problem := LLMatcher.validate_grammar(text):
-        reason = problem.partition("\n")[0].partition("JSON schema: ")[2] or problem
-        raise InvalidRequest(f"The JSON schema is not usable: {reason}", param="response_format")
-    return text

@@ -71,6 +71,29 @@ class Vocabulary:
         return b"" if piece is None else self._read(piece)
 
 
+class TokenizerMixin:
+    """The part of an engine that its vocabulary answers."""
+
+    _vocabulary: Vocabulary
+
+    def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
+        """Return token ids, markers included."""
+        return self._vocabulary.tokenize(text, add_special=add_special)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return text.
+
+        Raises:
+            InvalidRequest: an id is outside of the vocabulary.
+        """
+        return self._vocabulary.detokenize(token_ids)
+
+    def shown(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids without control tokens, which a stream leaves out."""
+        self._vocabulary.check(token_ids, param="answered")
+        return b"".join(map(self._vocabulary.data, token_ids)).decode(errors="replace")
+
+
 def _reader(backend: Any) -> Read | None:
     """Return how the pieces of this tokenizer are read, None where only it knows."""
     if backend.decoder is None:

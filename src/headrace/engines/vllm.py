@@ -7,7 +7,7 @@ import contextlib
 import multiprocessing
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from headrace.core.model import Capabilities
 from headrace.core.request import new_id
 from headrace.core.status import Footprint
 from headrace.engines.base import (
+    SAMPLING,
     About,
     Admitted,
     EngineFacts,
@@ -28,9 +29,9 @@ from headrace.engines.base import (
     OpenRequest,
     RawEvent,
 )
-from headrace.engines.transformers_tokens import Vocabulary
+from headrace.engines.transformers_tokens import TokenizerMixin, Vocabulary
 from headrace.engines.vllm_args import Asked, arguments, estimate, prepare
-from headrace.engines.vllm_call import SAMPLING, Call, failure, is_out_of_memory, parameters
+from headrace.engines.vllm_call import Call, failure, is_out_of_memory, parameters
 
 ABOUT = About(formats=("safetensors",), devices=("cpu", "cuda"), requires="vllm", extra="vllm")
 
@@ -94,7 +95,7 @@ class Options(EngineOptions):
     )
 
 
-class Engine:
+class Engine(TokenizerMixin):
     """One model in an AsyncLLM, and the thread and process that belong to it."""
 
     def __init__(self, request: OpenRequest) -> None:
@@ -161,24 +162,6 @@ class Engine:
             # It refuses some values as soon as it hears of them.
             raise failure(error, "") from error
 
-    def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
-        """Return token ids, markers included."""
-        return self._vocabulary.tokenize(text, add_special=add_special)
-
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Return text.
-
-        Raises:
-            InvalidRequest: an id is outside of the vocabulary.
-        """
-        return self._vocabulary.detokenize(token_ids)
-
-    def shown(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids without control tokens, which a stream leaves out."""
-        self._vocabulary.check(token_ids, param="answered")
-        data = b"".join(map(self._vocabulary.data, token_ids))
-        return data.decode(errors="replace")
-
     def close(self) -> None:
         """End the engine core, and with it what it holds of the GPU."""
         llm, self._llm = self._llm, None
@@ -220,7 +203,9 @@ class Engine:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(
-            request.model.path, local_files_only=True, trust_remote_code=_trusted(request)
+            request.model.path,
+            local_files_only=True,
+            trust_remote_code=request.trust_remote_code,
         )
         model = config.model_config
         self._vocabulary = Vocabulary(tokenizer, int(model.get_vocab_size()))
@@ -273,8 +258,3 @@ def _open(config: Any, report: Path) -> Any:
 
     executor = tethered(Executor.get_class(config), str(report))
     return AsyncLLM(config, executor, log_stats=False, log_requests=False)
-
-
-def _trusted(request: OpenRequest) -> bool:
-    # The configuration has checked that the revision is pinned.
-    return bool(getattr(request, "trust_remote_code", False))

@@ -112,7 +112,7 @@ def arguments(request: OpenRequest, asked: Asked, rest: Mapping[str, Any], devic
             "model": request.model.path,
             "tokenizer": request.model.path,
             "max_model_len": request.context_length or -1,
-            "trust_remote_code": bool(getattr(request, "trust_remote_code", False)),
+            "trust_remote_code": request.trust_remote_code,
             "disable_log_stats": True,
             # Their own would give the same draws after each start.
             "seed": secrets.randbelow(1 << 31),

@@ -27,11 +27,6 @@ _SAME = (
     "frequency_penalty",
     "repetition_penalty",
 )
-SAMPLING = frozenset(
-    {"max_tokens", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias", *_SAME}
-)
-"""The sampling parameters that it honours."""
-
 _NO_MEMORY = (
     "out of memory",
     "outofmemory",

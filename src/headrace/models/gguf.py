@@ -6,6 +6,7 @@ over and not kept, so the memory needed does not grow with the file.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -253,9 +254,7 @@ class _Tensors:
         kind = TENSOR_TYPES.get(number)
         if kind is None:
             cursor.fail(f"tensor {_shown(name)} is of type {number}, which is unknown here")
-        weights = 1
-        for length in shape:
-            weights *= length
+        weights = math.prod(shape)
         if not 0 < weights < 1 << 62 or shape[0] % kind.block:
             cursor.fail(f"tensor {_shown(name)} has the impossible shape {shape}")
         size = weights // kind.block * kind.size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +80,9 @@ def read_header(path: Path) -> SafetensorsHeader:
         raise _damaged(path, "the header is no list of tensors, or far too long")
     entries = _entries(path, text)
     _check_layout(path, entries, size - 8 - length)
-    weights: dict[str, int] = {}
+    weights: Counter[str] = Counter()
     for entry in entries.values():
-        weights[entry.dtype] = weights.get(entry.dtype, 0) + _count(entry.shape)
+        weights[entry.dtype] += math.prod(entry.shape)
     return SafetensorsHeader(path, size, len(entries), weights)
 
 
@@ -100,13 +102,6 @@ def _entries(path: Path, text: bytes) -> dict[str, _Entry]:
         raise _damaged(path, f"the header is not sound: {error}") from error
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
-
-
 def _check_layout(path: Path, entries: Mapping[str, _Entry], data: int) -> None:
     """Hold the tensors against the bytes there are: one after another, no gap, no overlap."""
     if not entries:
@@ -120,7 +115,7 @@ def _check_layout(path: Path, entries: Mapping[str, _Entry], data: int) -> None:
             raise _damaged(path, f"{shown} has the unknown type {entry.dtype[:20]!r}")
         if len(entry.shape) > MAX_RANK or any(not 0 <= n < 1 << 48 for n in entry.shape):
             raise _damaged(path, f"{shown} has an impossible shape")
-        if begin != place or end < begin or (end - begin) * 8 != bits * _count(entry.shape):
+        if begin != place or end < begin or (end - begin) * 8 != bits * math.prod(entry.shape):
             raise _damaged(path, f"{shown} is at {begin} to {end}, which cannot be")
         place = end
     if place != data:

@@ -12,7 +12,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any, NoReturn, Self, cast
 
 import huggingface_hub
@@ -84,13 +83,8 @@ class _Watch:
             def __enter__(self) -> Self:
                 return self
 
-            def __exit__(
-                self,
-                kind: type[BaseException] | None,
-                error: BaseException | None,
-                trace: TracebackType | None,
-            ) -> None:
-                self.close()
+            def __exit__(self, *_: object) -> None:
+                pass
 
             def update(self, n: float | None = 1) -> None:
                 watch.report("downloading", int(n or 0))
@@ -131,12 +125,7 @@ def download(reference: HubReference, progress: Progress) -> HubModel:
 
 def remove(repo: str, commit: str) -> int:
     """Delete one revision from the hub's cache; return the bytes that became free."""
-    if not any(
-        revision.commit_hash == commit
-        for cached in huggingface_hub.scan_cache_dir().repos
-        if cached.repo_id == repo
-        for revision in cached.revisions
-    ):
+    if all(revision.commit_hash != commit for revision in _revisions(repo)):
         return 0
     strategy = huggingface_hub.scan_cache_dir().delete_revisions(commit)
     strategy.execute()
@@ -214,24 +203,26 @@ def _model(chosen: Sequence[HubFile], paths: Sequence[Path], commit: str) -> Hub
 
 def _cached(reference: HubReference) -> HubModel | None:
     """Return the model if the cache has all of its files."""
+    wanted = reference.revision or "main"
+    for revision in _revisions(reference.repo):
+        if wanted != revision.commit_hash and wanted not in revision.refs:
+            continue
+        folder = revision.snapshot_path
+        files = [
+            HubFile(file.file_path.relative_to(folder).as_posix(), file.size_on_disk)
+            for file in revision.files
+        ]
+        chosen = choose(reference, files)
+        return _model(chosen, [folder / file.name for file in chosen], revision.commit_hash)
+    return None
+
+
+def _revisions(repo: str) -> list[huggingface_hub.CachedRevisionInfo]:
     try:
         repos = huggingface_hub.scan_cache_dir().repos
     except huggingface_hub.CacheNotFound:
-        return None
-    wanted = reference.revision or "main"
-    for cached in repos:
-        for revision in cached.revisions if cached.repo_id == reference.repo else ():
-            if wanted != revision.commit_hash and wanted not in revision.refs:
-                continue
-            folder = revision.snapshot_path
-            files = [
-                HubFile(file.file_path.relative_to(folder).as_posix(), file.size_on_disk)
-                for file in revision.files
-            ]
-            chosen = choose(reference, files)
-            paths = [folder / file.name for file in chosen]
-            return _model(chosen, paths, revision.commit_hash)
-    return None
+        return []
+    return [one for cached in repos if cached.repo_id == repo for one in cached.revisions]
 
 
 def _gguf_models(files: Sequence[HubFile]) -> dict[str, list[HubFile]]:

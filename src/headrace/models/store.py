@@ -13,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
 from headrace.core.model import ModelFile
-from headrace.models import catalog, source_local
+from headrace.models import catalog
 from headrace.models.inspect import inspect
 from headrace.models.reference import (
     BuiltinReference,
@@ -102,7 +102,7 @@ class Store:
             ConfigError: the directory cannot be written.
         """
         if isinstance(reference, LocalReference):
-            return source_local.locate(reference)
+            return _located(Path(reference.path))
         if isinstance(reference, BuiltinReference):
             raise InvalidRequest(f"{reference} is part of Headrace and has no file.")
         if isinstance(reference, RemoteReference):
@@ -241,14 +241,8 @@ class Store:
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
             lock = FileLock(self._root / "locks" / f"{folder.name}.lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            try:
+            with suppress(Timeout), lock.acquire(timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                lock.release()
 
     def _record_path(self, reference: Reference) -> Path:
         return self._root / "records" / f"{_key(reference)}.json"
@@ -291,6 +285,14 @@ def _local(path: Path) -> StoredModel | None:
         return None
     size = path.stat().st_size if path.is_file() else 0
     return StoredModel(reference=str(path), path=str(path), size=size)
+
+
+def _located(path: Path) -> Path:
+    if path.exists():
+        return path
+    last = "/".join(path.parts[-2:])
+    message = f"There is nothing at {path}. For a repository on the hub write hub:{last}."
+    raise UnknownModel(message, param="model")
 
 
 def _key(reference: Reference) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from headrace.core.model import ModelFile
+from headrace.engines.openmp import logical_cores
 from headrace.models.transfer import write_atomically
 from headrace.tune.record import machine_id
 
@@ -36,7 +37,7 @@ def bandwidth(home: Path) -> float:
     except (OSError, msgspec.DecodeError):
         known = None
     before = known.bandwidth if known is not None and known.machine == here else 0.0
-    found = max(before, read_bandwidth(_cores()))
+    found = max(before, read_bandwidth(logical_cores()))
     home.mkdir(parents=True, exist_ok=True)
     write_atomically(path, msgspec.json.encode(_Known(here, found)))
     return found
@@ -82,7 +83,3 @@ def limit(file: ModelFile, streams: int, tokens: float, bandwidth: float) -> flo
     """Return the most output tokens/s that the memory allows; None where there are no weights."""
     step = bytes_per_step(file, streams, tokens)
     return streams * bandwidth / step if step else None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

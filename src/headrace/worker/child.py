@@ -115,7 +115,7 @@ class Child:
             self._link.send(Ready(worker.models()[0]))
 
     def _begin(self, message: Work) -> None:
-        task = asyncio.ensure_future(self._stream(message))
+        task = asyncio.ensure_future(_failure(self._do(message)))
         self._streams[message.id] = task
         # Not in the task itself: one that is cancelled before it begins runs none of its code.
         task.add_done_callback(lambda task: self._end(message.id, task))
@@ -128,9 +128,6 @@ class Child:
             # The engine's own process has gone, and this one is of no more use.
             self._link.flush()
             os._exit(1)
-
-    async def _stream(self, message: Work) -> ErrorRecord | None:
-        return await _failure(self._do(message))
 
     async def _do(self, message: Work) -> None:
         worker, number, send = self._ready(), message.id, self._link.send

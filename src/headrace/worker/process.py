@@ -30,7 +30,14 @@ from headrace.machine import process_memory
 from headrace.worker.lifecycle import Lifecycle
 from headrace.worker.spare import Spawn, spawn
 from headrace.worker.spawn import ChildProcess, Said
-from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, resolved, unloaded_info
+from headrace.worker.spec import (
+    OnProgress,
+    Resolve,
+    WorkerSpec,
+    resolved,
+    silent,
+    unloaded_info,
+)
 from headrace.worker.wire import Close, Count, Detokenize, Ended, Load
 
 log = logging.getLogger("headrace.worker")
@@ -60,7 +67,7 @@ class WorkerProcess:
         self.spec = spec
         self.died = asyncio.Event()
         self._resolve = resolve
-        self._on_progress = on_progress or _silent
+        self._on_progress = on_progress or silent
         self._log_settings = log_settings
         self._spawn = spawn
         self._life = Lifecycle(spec.name)
@@ -262,7 +269,3 @@ async def _freed(pid: int) -> None:
         if not await asyncio.to_thread(process_memory, pid):
             return
         await asyncio.sleep(_FREED_STEP_S)
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody asked for."""

@@ -35,6 +35,7 @@ from headrace.worker.spec import (
     WorkerSpec,
     open_request,
     resolved,
+    silent,
     unloaded_info,
 )
 
@@ -60,7 +61,7 @@ class RemoteWorker:
         self.spec = spec
         self.died = asyncio.Event()
         self._resolve = resolve
-        self._on_progress = on_progress or _silent
+        self._on_progress = on_progress or silent
         self._log_content = log_content
         self._open_engine = open_engine
         self._life = Lifecycle(spec.name)
@@ -199,7 +200,3 @@ def _info(found: WorkerSpec, engine: RemoteEngine) -> ModelInfo:
         roles=_ROLES if facts.capabilities.chat else (),
         notes=facts.notes,
     )
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody asked for."""

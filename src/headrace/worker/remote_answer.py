@@ -87,10 +87,10 @@ class Account:
         self.outcome = "error"
         if not isinstance(error, HeadraceError):
             # Its text may hold what was sent to the upstream: nobody is told.
-            log.error(
-                "headrace.engine.failed", extra={"data": {"id": self._request.id, **_kind(error)}}
-            )
-            error = GenerationFailed("The engine failed.", detail=type(error).__name__)
+            kind = type(error).__name__
+            data = {"id": self._request.id, "error": kind}
+            log.error("headrace.engine.failed", extra={"data": data})
+            error = GenerationFailed("The engine failed.", detail=kind)
         return from_record(msgspec.structs.replace(to_record(error), metrics=self.metrics()))
 
     def record(self) -> dict[str, object]:
@@ -236,7 +236,3 @@ def check_task(connected: Connected, task: Task) -> None:
     """
     if task not in connected.engine.facts.capabilities.tasks:
         raise Unsupported(f"{connected.name} is not for the task {task}.", param="model")
-
-
-def _kind(error: Exception) -> dict[str, str]:
-    return {"error": type(error).__name__}

@@ -15,7 +15,7 @@ from headrace import __version__, engines
 from headrace.core.model import ModelSpec
 from headrace.core.status import Footprint
 from headrace.models.transfer import write_atomically
-from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, open_request
+from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, open_request, silent
 
 log = logging.getLogger("headrace.worker")
 
@@ -107,7 +107,7 @@ class Sizing:
         """
         # As it was when it was loaded: a file that has gone since is not fetched for this.
         known = self._resolved.get(self._memo(spec))
-        found = known.found if known else self.resolve(spec, _silent)
+        found = known.found if known else self.resolve(spec, silent)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._path.with_name(f".{self._path.name}.lock")):
@@ -128,7 +128,7 @@ class Sizing:
         Raises:
             HeadraceError: as `resolve`.
         """
-        found = self.resolve(spec, _silent)
+        found = self.resolve(spec, silent)
         request = open_request(found)
         planned = engines.footprint(found.engine, request)
         if not planned.parts.get("kv_cache"):
@@ -198,7 +198,3 @@ def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
 
 def _difference(measured: dict[str, int], estimated: dict[str, int]) -> dict[str, int]:
     return {key: amount - estimated.get(key, 0) for key, amount in measured.items()}
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody asked for."""

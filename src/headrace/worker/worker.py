@@ -40,6 +40,7 @@ from headrace.worker.spec import (
     loaded_info,
     open_request,
     resolved,
+    silent,
     unloaded_info,
 )
 
@@ -63,7 +64,7 @@ class Worker:
     ) -> None:
         self.spec = spec
         self._resolve = resolve
-        self._on_progress = on_progress or _silent
+        self._on_progress = on_progress or silent
         self._log_content = log_content
         self._open_engine = open_engine
         self._life = Lifecycle(spec.name)
@@ -231,10 +232,6 @@ def _length(pair: Pair) -> int:
 def _close_opened(opening: asyncio.Future[tuple[Engine, Prompter, ModelInfo]]) -> None:
     if not opening.cancelled() and opening.exception() is None:
         opening.result()[0].close()
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody asked for."""
 
 
 def _unseen(done: int, total: int) -> None:
