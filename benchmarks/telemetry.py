@@ -267,7 +267,8 @@ async def events(options: argparse.Namespace, streams: int) -> list[front.Cell]:
     window = options.window or 8
     tokens = int(speed * (window + 60))
     body = {"prompt": "abcdefgh" * 8, "max_tokens": tokens, "stream": True, "ignore_eos": True}
-    command = headrace("echo", {"tokens_per_second": speed})
+    # In step, or a chance in the beginning decides how many events come at once.
+    command = headrace("echo", {"tokens_per_second": speed, "in_step": True})
     clients = {side: await Client.start() for side in SIDES}
     try:
         for number in range(options.rounds or 12):

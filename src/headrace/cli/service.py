@@ -21,6 +21,7 @@ from headrace.api.settings import ApiSettings
 from headrace.cli import terminal
 from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
+from headrace.core.garbage import collect_less
 from headrace.core.model import ModelSpec
 from headrace.core.status import Reloaded
 
@@ -157,6 +158,8 @@ class _Service:
                 self.server.should_exit = True
                 raise
             terminal.note(f"error: {error.message}")
+        finally:
+            collect_less()
 
     async def follow(self) -> None:
         """Apply to the server what a reload has changed, once the models have taken it."""

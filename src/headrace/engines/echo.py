@@ -54,6 +54,9 @@ class Options(EngineOptions):
     """What it can be told to do. `*_after` count tokens of one request; -1 is never."""
 
     tokens_per_second: float = Field(0, ge=0, description="Speed of decoding; 0 is unlimited.")
+    in_step: bool = Field(
+        False, description="Have all streams write at the same moments, as a batching engine does."
+    )
     prefill_tokens_per_second: float = Field(0, ge=0, description="Speed of prefill; 0: unlimited.")
     slots: int = Field(1024, ge=1, le=65536, description="Requests that run at the same time.")
     text: str | None = Field(None, description="What to say; by default the prompt is said again.")
@@ -196,6 +199,8 @@ class Engine:
 
     async def _pace(self, started: float, sent: int) -> None:
         speed = self._options.tokens_per_second
+        if speed and self._options.in_step:
+            started = int(started * speed) / speed
         due = started + (sent + 1) / speed if speed else 0.0
         await asyncio.sleep(max(0.0, due - time.monotonic()) if speed else 0)
 

@@ -20,6 +20,7 @@ import msgspec
 
 from headrace.core.errors import ErrorRecord, HeadraceError, WorkerDied, to_record
 from headrace.core.events import Progress
+from headrace.core.garbage import collect_less
 from headrace.core.model import ModelSpec
 from headrace.log import configure
 from headrace.worker.spec import OnProgress, WorkerSpec
@@ -112,6 +113,7 @@ class Child:
         if error := await _failure(worker.start()):
             self._link.send(Failed(error))
         else:
+            collect_less()
             self._link.send(Ready(worker.models()[0]))
 
     def _begin(self, message: Work) -> None:
