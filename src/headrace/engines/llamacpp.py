@@ -303,12 +303,13 @@ def footprint(request: OpenRequest) -> Footprint:
 
 
 def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
-    """Return what is worth a try: a slot for each request, a smaller cache, larger batches."""
+    """Return what is worth a try: a smaller cache, larger batches, a slot for each request."""
     slots = {"slots": request.max_running or 1}
     small = {"kv_type": "q8_0", "flash_attention": "on"}
     logical = os.cpu_count() or 1
     more = [{**slots, "threads": logical}] if logical > physical_cores() else []
-    return [small, slots, {**slots, **small}, {**slots, "batch_size": 512}, *more]
+    alone = {**small, "batch_size": 256}
+    return [alone, slots, {**slots, **small}, {**slots, "batch_size": 512}, *more]
 
 
 def _plan(request: OpenRequest, options: Options, *, on_cpu: bool) -> ContextPlan:
