@@ -216,7 +216,8 @@ def _options(options: argparse.Namespace, choice: Choice) -> dict[str, Any]:
 
 def _alone(options: argparse.Namespace, choice: Choice) -> dict[str, Any]:
     """Return what the engine by itself is given: the same as Headrace gives it."""
-    given = {"slots": 4, "threads": tax.arguments([]).threads, "batch_size": 128}
+    batch = {"llamacpp": 128}.get(choice.engine, 256)
+    given = {"slots": 4, "threads": tax.arguments([]).threads, "batch_size": batch}
     given |= _options(options, choice)
     return given | {"model": choice.model, "context_length": _CONTEXT}
 
