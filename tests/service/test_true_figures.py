@@ -24,7 +24,6 @@ from headrace.engines import status
 
 WORDS = ["river", "stone", "winter", "bridge", "light", "water", "wind", "mill", "wheel", "grain"]
 TOKENS, REQUESTS, STREAMS = 24, 3, 3
-Make = Callable[[Path], str | Path]
 
 
 class Seen(NamedTuple):
@@ -133,7 +132,9 @@ def counted(url: str, model: str, prompt: str) -> int:
 
 @contextmanager
 def serving(name: str, *arguments: str) -> Iterator[tuple[Service, str]]:
-    with served(name, "--context-length", "1024", "--max-running", "4", *arguments) as service:
+    common = ("--context-length", "1024", "--max-running", "4")
+    with served(name, *common, *arguments, ready=False) as service:
+        service.wait_until_ready(300)  # vllm takes minutes
         models = httpx.get(f"{service.url}/v1/models").json()["data"]
         yield service, models[0]["id"]
 
@@ -174,10 +175,12 @@ def _made(gguf: Path) -> Path:
     return models_made.smollm2(gguf)
 
 
-HEAVY: dict[str, Make] = {"openvino": str, "transformers": _made}
+HEAVY: list[Any] = ["openvino", "transformers"]
 if status("vllm").available:
     # It is there only in an environment that is made for it.
-    HEAVY["vllm"] = _made
+    slow = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
+    HEAVY.append(pytest.param("vllm", marks=slow))
+QUICK = {"vllm": ("-o", "eager=true", "-o", f"kv_cache_bytes={1 << 28}", "-o", "dtype=float32")}
 
 
 @pytest.mark.engines
@@ -186,11 +189,12 @@ def test_heavy(engine: str, smollm2_path: Path) -> None:
     """W16, issue 5: times and counts of the other engines, counted by another's tokenizer too."""
     from transformers import AutoTokenizer
 
-    model = str(HEAVY[engine](smollm2_path))
-    tokenizer = AutoTokenizer.from_pretrained(_made(smollm2_path), local_files_only=True)
+    made = _made(smollm2_path)
+    model = str(smollm2_path if engine == "openvino" else made)
+    tokenizer = AutoTokenizer.from_pretrained(made, local_files_only=True)
     asked = [{"role": "user", "content": "Name three rivers of Spain — ríos, 川."}]
     expected = len(tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"])
-    with serving(model, "--engine", engine) as (service, name):
+    with serving(model, "--engine", engine, *QUICK.get(engine, ())) as (service, name):
         measure(service, name)
         chat = {"model": name, "messages": asked, "max_tokens": 5}
         answer = httpx.post(f"{service.url}/v1/chat/completions", json=chat, timeout=60).json()
