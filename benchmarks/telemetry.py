@@ -4,8 +4,9 @@ Two parts, each in one interleaved run:
 
 - collectors: `headrace serve echo` with a collector that is live, dead (its port is closed), slow
   (half a second for each export) and hung (it never answers). All have the trace file, metrics and
-  usage. A client in its own process sends short requests to all four servers at once, `--arrivals`
-  a second to each, evenly and one server after the other: what disturbs the machine disturbs all.
+  usage. The engine has the pace of a small model: 128 ms of prefill, then 50 tokens/s. A client in
+  its own process sends requests to all four servers at once, `--arrivals` a second to each, evenly
+  and one server after the other: what disturbs the machine disturbs all.
   The time to the first event and that to the end are as the client sees them, and a p99 is that of
   all rounds together; what is in brackets are 95 of 100 draws of as many rounds (bootstrap).
   Memory is the server's own, at the end.
@@ -75,7 +76,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", choices=("collectors", "overhead"))
     parser.add_argument("--rounds", type=int, help="by default 12; 6 with the real model")
     parser.add_argument("--window", type=float, help="seconds of a round; by default 60 and 8")
-    parser.add_argument("--arrivals", type=float, default=30, help="a second (collectors)")
+    parser.add_argument("--arrivals", type=float, default=15, help="a second (collectors)")
     parser.add_argument("--streams", type=int, nargs="+", default=front.STREAMS)
     parser.add_argument("--rate", type=float, default=4000, help="events a second (overhead)")
     parser.add_argument("--model", default="smollm2", help="the real one; empty leaves it out")
@@ -214,7 +215,7 @@ def _wait(url: str) -> None:
 
 async def latencies(options: argparse.Namespace) -> list[Latency]:
     """Ask all servers at once, in another order each round."""
-    command = headrace("echo", {"tokens_per_second": 200})
+    command = headrace("echo", {"tokens_per_second": 50, "prefill_tokens_per_second": 500})
     figures: list[Latency] = []
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
@@ -249,7 +250,7 @@ async def _ask(
         "port": ports[0],
         "ports": ports,
         "path": "/v1/completions",
-        "body": {"model": "echo", "prompt": "abcdefgh" * 8, "stream": True, "max_tokens": 4},
+        "body": {"model": "echo", "prompt": "abcdefgh" * 8, "stream": True, "max_tokens": 32},
         "arrivals": options.arrivals,
         "window": window,
     }

@@ -228,3 +228,27 @@ def test_the_text_is_whole_whatever_the_pieces() -> None:
         deltas, _ = asyncio.run(answered(opened(tokens_per_delta=size), asked(text)))
         whole = codecs.iterdecode((delta.data for delta in deltas), "utf-8")
         assert "".join(whole) == text
+
+
+@pytest.mark.parametrize("length", [1, 64, 65])
+async def test_all_of_a_prompt_takes_its_time(length: int) -> None:
+    engine = opened(prefill_tokens_per_second=500, text="x")
+    began = time.monotonic()
+    await answered(engine, asked("a" * length))
+    assert time.monotonic() - began >= length / 500
+
+
+async def test_streams_in_step_write_at_the_same_moments() -> None:
+    engine = opened(tokens_per_second=20, in_step=True)
+    loop = asyncio.get_running_loop()
+    moments: list[list[float]] = []
+
+    async def read(wait_s: float) -> None:
+        await asyncio.sleep(wait_s)
+        stream = engine.generate(asked("abc"))
+        moments.append([loop.time() async for one in stream if isinstance(one, RawDelta)])
+
+    await asyncio.gather(read(0.0), read(0.02))
+    shifts = [(one * 20) % 1 for times in moments for one in times]
+    # Each a little after a twentieth of a second, unless the machine is late.
+    assert sorted(shifts)[len(shifts) // 2] < 0.5

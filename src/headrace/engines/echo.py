@@ -187,8 +187,8 @@ class Engine:
         for done in range(_PREFILL_STEP, total, _PREFILL_STEP) if speed else ():
             await asyncio.sleep(_PREFILL_STEP / speed)
             yield done
-        if speed:
-            await asyncio.sleep((total % _PREFILL_STEP) / speed)
+        if speed and total:
+            await asyncio.sleep(((total - 1) % _PREFILL_STEP + 1) / speed)
 
     def _read(self, batch: Sequence[Sequence[int]]) -> None:
         if any(not 0 <= token < _VOCABULARY for ids in batch for token in ids):
