@@ -104,7 +104,7 @@ def _tiny(gguf: Path) -> Path:
     return models_made.tiny_llama(gguf)
 
 
-def _converted(gguf: Path) -> str:
+def converted(gguf: Path) -> str:
     from headrace.engines.openvino_convert import convert
     from headrace.models.inspect import inspect
 
@@ -120,7 +120,7 @@ def _minilm(gguf: Path) -> Path:
 
 
 def _as_ir(make: Callable[[Path], Path]) -> Callable[[Path], str]:
-    return lambda gguf: _converted(make(gguf))
+    return lambda gguf: converted(make(gguf))
 
 
 @asynccontextmanager
@@ -197,7 +197,7 @@ SAMPLES = [
     Sample("transformers", _path(_tiny), kinds=("worker", "pool"), settings=_SHORT, name="tiny"),
     Sample(
         "openvino",
-        _path(_converted),
+        _path(converted),
         settings=_SHORT,
         refused=_fields("logit_bias", "logprobs") | {"json_schema"},
         reported=frozenset({"alone_and_among_sixteen", "resume"}),

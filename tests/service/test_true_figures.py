@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from tests.contract.samples import converted
 from tests.service.serving import Service, served
 
 from headrace.engines import status
@@ -190,7 +191,7 @@ def test_heavy(engine: str, smollm2_path: Path) -> None:
     from transformers import AutoTokenizer
 
     made = _made(smollm2_path)
-    model = str(smollm2_path if engine == "openvino" else made)
+    model = converted(smollm2_path) if engine == "openvino" else str(made)
     tokenizer = AutoTokenizer.from_pretrained(made, local_files_only=True)
     asked = [{"role": "user", "content": "Name three rivers of Spain — ríos, 川."}]
     expected = len(tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"])
