@@ -379,13 +379,23 @@ def of_overhead(cells: Sequence[front.Cell], figures: Sequence[Speed]) -> Iterat
         yield f"Goal: at least {LEAST_THROUGHPUT}."
 
 
+def kept(one: Latency) -> dict[str, Any]:
+    """Return what is written down of a round; all of its requests would be a megabyte."""
+    figures: dict[str, Any] = {"collector": one.collector, "memory": one.memory}
+    for kind, values in (("first", sorted(one.first)), ("whole", sorted(one.whole))):
+        parts = {"p50": 50, "p90": 90, "p99": 99}
+        told = {name: round(values[len(values) * part // 100], 3) for name, part in parts.items()}
+        figures[f"{kind}_ms"] = told | {"most": round(values[-1], 3)}
+    return figures | {"requests": len(one.first)}
+
+
 async def run(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     """Measure what is asked for; return the lines to be read, and all figures."""
     lines: list[str] = []
     figures: dict[str, Any] = {}
     if options.only != "overhead":
         found = await latencies(options)
-        figures["collectors"] = [one._asdict() for one in found]
+        figures["collectors"] = [kept(one) for one in found]
         lines += of_collectors(found)
     if options.only != "collectors":
         cells = [cell for streams in options.streams for cell in await events(options, streams)]

@@ -216,6 +216,7 @@ def _options(options: argparse.Namespace, choice: Choice) -> dict[str, Any]:
 
 def _alone(options: argparse.Namespace, choice: Choice) -> dict[str, Any]:
     """Return what the engine by itself is given: the same as Headrace gives it."""
+    # Its default in Headrace on a CPU, or what the trial had.
     batch = {"llamacpp": 128}.get(choice.engine, 256)
     given = {"slots": 4, "threads": tax.arguments([]).threads, "batch_size": batch}
     given |= _options(options, choice)

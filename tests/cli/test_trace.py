@@ -34,7 +34,7 @@ options = {fail_after = 3}
 @pytest.fixture
 def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two hours east of Greenwich."""
-    monkeypatch.setenv("TZ", "XXX-2")
+    monkeypatch.setenv("TZ", "EET-2")
     time.tzset()
     yield
     monkeypatch.undo()

@@ -249,6 +249,6 @@ async def test_streams_in_step_write_at_the_same_moments() -> None:
         moments.append([loop.time() async for one in stream if isinstance(one, RawDelta)])
 
     await asyncio.gather(read(0.0), read(0.02))
-    shifts = [(one * 20) % 1 for times in moments for one in times]
-    # Each a little after a twentieth of a second, unless the machine is late.
-    assert sorted(shifts)[len(shifts) // 2] < 0.5
+    # By themselves they are 0.4 of a step apart; a late machine does not move them all.
+    apart = [abs(one - other) * 20 % 1 for one, other in itertools.product(*moments)]
+    assert min(min(one, 1 - one) for one in apart) < 0.1

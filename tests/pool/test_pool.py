@@ -395,6 +395,9 @@ def test_that_who_is_switched_off_or_stopping_refuses() -> None:
             await answer(served, ask())
         with pytest.raises(Draining):
             await served.count_tokens(CountRequest(text="x"))
+        served.add(spec("late"))
+        with pytest.raises(Draining):
+            await answer(served, ask("late"))
 
     run(main())
 

@@ -94,7 +94,9 @@ async def test_sixty_four_at_once_on_a_process() -> None:
         assert {names.QUEUE, names.ATTEMPT, names.DECODE} <= steps.keys()
         assert steps[names.ATTEMPT].parent_id == root.span_id
         assert steps[names.DECODE].parent_id == steps[names.ATTEMPT].span_id
-        assert steps[names.ATTEMPT].attributes[names.WORKER_PID] == pid
+        attempt = steps[names.ATTEMPT].attributes
+        assert (attempt[names.WORKER_PID], attempt[names.ENGINE]) == (pid, "echo")
+        assert (attempt[names.OUTPUT_TOKENS], attempt[names.FINISH_REASONS]) == (7, ("stop",))
         assert record.metrics.usage.completion_tokens == 7
         assert root.attributes[names.OUTPUT_TOKENS] == 7
 
@@ -191,9 +193,10 @@ async def test_embeddings_on_a_process() -> None:
     async with running(told, task="embed") as pool:
         await pool.embed(EmbedRequest(inputs=("abc",), model="echo"))
     told.check(1)
-    drawn = [span.name for span in told.records[0].spans]
-    assert drawn[0] == "embeddings echo"
-    assert {names.ATTEMPT, names.PREFILL} <= set(drawn)
+    drawn = {span.name: span for span in told.records[0].spans}
+    assert told.records[0].spans[0].name == "embeddings echo"
+    assert {names.ATTEMPT, names.PREFILL} <= drawn.keys()
+    assert drawn[names.ATTEMPT].attributes[names.INPUT_TOKENS] == 3
 
 
 async def test_the_log_of_a_worker_names_the_trace(caplog: pytest.LogCaptureFixture) -> None:

@@ -183,7 +183,7 @@ async def test_cancelled_in_each_phase(phase: str, end: End) -> None:
         task = asyncio.create_task(asyncio.sleep(0))
         for _ in STEPS[phase]:
             await anext(stream)
-    (running,) = observed.running()
+    (running,) = observed.watcher.running()
     assert (running.id, running.phase) == (request.id, phase)
     await end(stream, task)
     del stream
@@ -198,7 +198,7 @@ async def test_cancelled_in_each_phase(phase: str, end: End) -> None:
     assert record.metrics.usage.completion_tokens == (2 if phase == "decode" else 0)
     assert record.metrics.usage.prompt_tokens == (7 if phase in {"prefill", "decode"} else 0)
     assert backend.closed == [request.id]
-    assert observed.running() == ()
+    assert observed.watcher.running() == ()
     drawn = {span.name for span in record.spans}
     assert (names.DECODE in drawn) == (phase == "decode")
     assert (names.LOAD in drawn) == (phase in {"loading", "prefill"})

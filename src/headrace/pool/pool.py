@@ -37,7 +37,7 @@ from headrace.pool.policy import Rules
 from headrace.pool.replica import OpenWorker, PooledWorker
 from headrace.pool.resume import Answer, Diverged, may_repeat
 from headrace.pool.seat import Seat
-from headrace.pool.watch import Nobody, Watch
+from headrace.pool.watch import Watch
 from headrace.worker.spec import unloaded_info
 
 _TELL_EVERY_S = 0.5
@@ -74,7 +74,6 @@ class Pool:
         self._hurry = asyncio.Event()
         self._drain_until = float("inf")
         self._streams = 0
-        self._watch: Watch = Nobody()
         self._closing: asyncio.Task[None] | None = None
         for spec in specs:
             self.add(spec)
@@ -93,8 +92,8 @@ class Pool:
         )
 
     def watched_by(self, watch: Watch) -> None:
-        """Have somebody look on, from now on."""
-        self._watch = self.loader.watch = watch
+        """Have somebody look on. To be said before anything is asked."""
+        self.loader.watch = watch
 
     def add(self, spec: ModelSpec) -> Seat:
         """Serve one more model; nothing is loaded yet."""
@@ -165,7 +164,7 @@ class Pool:
         Raises:
             HeadraceError: of any family, at any time before the Finish.
         """
-        with self._watch.asked(request) as seen, self._counted():
+        with self.loader.watch.asked(request) as seen, self._counted():
             request, seat = seen.request, self.seat(request.model)
             answer = Answer(request, seat.spec.continuation, self._clock)
             stream = self._attempt(seat, request, answer)
@@ -223,6 +222,8 @@ class Pool:
         self._hurry.set()
         if self._closing is None:
             self.draining = True
+            for seat in self._everybody():
+                seat.draining = True
             self.feed.tell("draining")
             self._closing = asyncio.create_task(self._close(), name="close the pool")
         await asyncio.shield(self._closing)
@@ -230,7 +231,6 @@ class Pool:
     async def _close(self) -> None:
         error = Draining("The service is stopping.")
         for seat in self._everybody():
-            seat.draining = True
             seat.refuse(error)
         self.loader.give_up()
         self.feed.close()
@@ -252,7 +252,7 @@ class Pool:
                 yield seat.progress()
                 await self._for_turn(seat, waiter)
             worker, request = waiter.turn.result().worker, answer.asked(request, waiter.load_s)
-            with self._watch.attempted(request, worker, seat.spec) as seen:
+            with self.loader.watch.attempted(request, worker, seat.spec) as seen:
                 stream = worker.generate(seen.request)
                 try:
                     async for event in stream:
@@ -274,20 +274,14 @@ class Pool:
     async def _encoded(
         self, request: Encoding, ask: Callable[[PooledWorker, Encoding], Awaitable[Encoded]]
     ) -> Encoded:
-        with self._watch.asked(request) as seen, self._counted():
+        with self.loader.watch.asked(request) as seen, self._counted():
             result = await self._twice(self.seat(request.model), seen.request, ask)
             seen.saw(result)
             return result
 
     @contextmanager
     def _counted(self) -> Generator[None]:
-        """Have the end of the pool wait for a request.
-
-        Raises:
-            Draining: the end has come.
-        """
-        if self.draining:
-            raise Draining("The service is stopping.")
+        """Have the end of the pool wait for a request."""
         self._streams += 1
         try:
             yield
@@ -332,7 +326,7 @@ class Pool:
             load_ms = request.load_ms + waiter.load_s * 1000
             worker = waiter.turn.result().worker
             request = msgspec.structs.replace(request, load_ms=load_ms)
-            with self._watch.attempted(request, worker, seat.spec) as seen:
+            with self.loader.watch.attempted(request, worker, seat.spec) as seen:
                 result = await ask(worker, seen.request)
                 seen.saw(result)
             tokens = result.usage.total_tokens
@@ -360,8 +354,6 @@ class Pool:
         await asyncio.wait({waiter.turn}, timeout=wait_s)
 
     async def _worker(self, name: str) -> PooledWorker:
-        if self.draining:
-            raise Draining("The service is stopping.")
         seat = self.seat(name)
         seat.check()
         if not seat.is_ready:

@@ -15,9 +15,7 @@ from headrace.core.request import GenerateRequest
 from headrace.core.status import Footprint, ReplicaStatus
 from headrace.pool.line import Request, Waiter
 from headrace.pool.policy import Candidate, Resident
-
-OnProgress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and of how much (0: unknown)."""
+from headrace.worker.spec import OnProgress
 
 _MOST_BLOCKS = 4096
 _BLOCK, _LONGEST = 256, 64

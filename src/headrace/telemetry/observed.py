@@ -9,7 +9,7 @@ from typing import TypeVar
 from headrace.core.backend import Backend
 from headrace.core.events import Event, Finish
 from headrace.core.model import ModelInfo, ModelSpec
-from headrace.core.record import RunningRequest, Sinks
+from headrace.core.record import Sinks
 from headrace.core.request import (
     CountRequest,
     DetokenizeRequest,
@@ -53,10 +53,6 @@ class Observed:
     def __repr__(self) -> str:
         """Tell what is around what."""
         return f"<Observed {self.watcher!r}, {self._backend!r}>"
-
-    def running(self) -> tuple[RunningRequest, ...]:
-        """Tell what runs now, oldest first, without waiting."""
-        return self.watcher.running()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Yield what the backend does. Closing it closes that."""

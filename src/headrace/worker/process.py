@@ -27,6 +27,7 @@ from headrace.core.request import (
 )
 from headrace.log import LogSettings
 from headrace.machine import process_memory
+from headrace.models.transfer import silent
 from headrace.worker.lifecycle import Lifecycle
 from headrace.worker.spare import Spawn, spawn
 from headrace.worker.spawn import ChildProcess, Said
@@ -35,7 +36,6 @@ from headrace.worker.spec import (
     Resolve,
     WorkerSpec,
     resolved,
-    silent,
     unloaded_info,
 )
 from headrace.worker.wire import Close, Count, Detokenize, Ended, Load

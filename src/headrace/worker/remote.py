@@ -25,6 +25,7 @@ from headrace.core.request import (
     TokenCount,
 )
 from headrace.engines.base import Engine, OpenRequest, RemoteEngine
+from headrace.models.transfer import silent
 from headrace.worker.admission import Admission
 from headrace.worker.lifecycle import Lifecycle
 from headrace.worker.remote_answer import Connected, RemoteAnswer
@@ -35,7 +36,6 @@ from headrace.worker.spec import (
     WorkerSpec,
     open_request,
     resolved,
-    silent,
     unloaded_info,
 )
 

@@ -14,8 +14,8 @@ from filelock import FileLock
 from headrace import __version__, engines
 from headrace.core.model import ModelSpec
 from headrace.core.status import Footprint
-from headrace.models.transfer import write_atomically
-from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, open_request, silent
+from headrace.models.transfer import silent, write_atomically
+from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, open_request
 
 log = logging.getLogger("headrace.worker")
 

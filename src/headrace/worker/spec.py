@@ -18,10 +18,6 @@ OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and of how much (0: unknown)."""
 
 
-def silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody asked for."""
-
-
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A model whose source has been resolved; all that a process needs to load it.
 

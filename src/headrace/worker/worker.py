@@ -27,6 +27,7 @@ from headrace.core.request import (
 )
 from headrace.engines.base import Embedder, Engine, OpenRequest, Pair, Reranker
 from headrace.machine import Sampler, system
+from headrace.models.transfer import silent
 from headrace.worker.admission import Admission
 from headrace.worker.answer import Answer, Loaded
 from headrace.worker.batching import Batcher, OnStep, limits_of
@@ -40,7 +41,6 @@ from headrace.worker.spec import (
     loaded_info,
     open_request,
     resolved,
-    silent,
     unloaded_info,
 )
 
