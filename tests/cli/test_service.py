@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,18 @@ def test_a_second_signal_waits_no_longer(environ: dict[str, str]) -> None:
         assert process.wait(5) == 0
         assert time.monotonic() - began < 4
         assert not any(child.is_running() for child in children)
+
+
+def test_a_connection_outlives_the_patience_of_clients(environ: dict[str, str]) -> None:
+    """One that has been kept for the usual five seconds is not closed as the client asks again."""
+    with serving(environ, "echo") as (_, url):
+        connection = HTTPConnection(url.removeprefix("http://"), timeout=20)
+        connection.request("GET", "/health/live")
+        assert connection.getresponse().read()
+        time.sleep(5.5)
+        connection.request("GET", "/health/live")
+        assert connection.getresponse().status == 200
+        connection.close()
 
 
 def test_a_signal_during_a_load(environ: dict[str, str]) -> None:

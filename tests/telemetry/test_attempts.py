@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from tests.fakes.upstream import Upstream
 from tests.telemetry.watched import Told, parent, pool_of
 from tests.worker.rig import ask, echo, resolve
 
+from headrace.api.exchange import Exchange
 from headrace.core.backend import Backend
 from headrace.core.errors import LoadFailed, UnknownModel, WorkerDied
 from headrace.core.events import Delta, Event
@@ -23,6 +25,7 @@ from headrace.core.model import ModelFile, ModelSpec
 from headrace.core.request import EmbedRequest, GenerateRequest, Message
 from headrace.pool.pool import Pool
 from headrace.telemetry import names, traceparent
+from headrace.telemetry.span import Span
 from headrace.worker.remote import RemoteWorker
 from headrace.worker.spec import OnProgress, WorkerSpec
 from headrace.worker.worker import Worker
@@ -197,6 +200,37 @@ async def test_embeddings_on_a_process() -> None:
     assert told.records[0].spans[0].name == "embeddings echo"
     assert {names.ATTEMPT, names.PREFILL} <= drawn.keys()
     assert drawn[names.ATTEMPT].attributes[names.INPUT_TOKENS] == 3
+
+
+@pytest.mark.parametrize("how", ["read", "refused", "left"])
+async def test_what_has_ended_is_not_left_to_the_garbage_collector(how: str) -> None:
+    """Nothing holds in a circle what belonged to a request, or all streams stop for it later."""
+    told, kept = Told(), list[object]()
+    async with running(
+        told, text="abc" if how == "read" else "x" * 99, tokens_per_second=50
+    ) as pool:
+        for _ in range(2):  # in the first, much is made once
+            gc.collect()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            try:
+                for stream in (False, True):
+                    body = chat(model="none" if how == "refused" else "echo", stream=stream)
+                    wire = Wire(pool, CHAT, body)
+                    if how == "left":
+                        await asyncio.sleep(0.1)
+                        await wire.leave()
+                    await wire.task
+                await asyncio.sleep(0.1)
+                del wire
+                gc.collect()
+                known = GenerateRequest | Exchange | Span
+                kept = [one for one in gc.garbage if isinstance(one, known)]
+            finally:
+                gc.set_debug(0)
+                gc.garbage.clear()
+        outcomes = {"read": "ok", "refused": "refused", "left": "cancelled"}
+        assert [record.outcome for record in told.records] == [outcomes[how]] * 4
+        assert kept == []
 
 
 async def test_the_log_of_a_worker_names_the_trace(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from opentelemetry.sdk.trace.export import SpanExportResult
 from tests.conftest import ROOT
 from tests.telemetry.collector import Collector, collector
 from tests.telemetry.watched import Scripted, Told, ask, parent
@@ -128,6 +130,39 @@ def test_a_collector_that_does_not_answer_holds_up_no_exit(
     ):
         asyncio.run(send(at, 8))
         assert stopped(process) < 8
+
+
+def test_that_spans_are_lost_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """T2: of a collector that refuses, and of one that comes back; and none is held for longer."""
+
+    class Refusing:
+        takes = False
+
+        def __init__(self) -> None:
+            self.shutdown = lambda: None
+
+        def export(self, spans: list[Any]) -> Any:
+            logging.getLogger("opentelemetry.exporter.otlp").error("Failed: 503.")
+            return SpanExportResult.SUCCESS if Refusing.takes else SpanExportResult.FAILURE
+
+    exporter = setup._Exporter("http://collector:4318", Refusing())
+    theirs = logging.getLogger("opentelemetry.exporter")
+    try:
+        for count in (2, 3):
+            batch = [object()] * count
+            assert exporter.export(batch) is SpanExportResult.FAILURE
+            assert batch == []
+        Refusing.takes = True
+        exporter.export([object()])
+        exporter.export([object()])
+    finally:
+        theirs.setLevel(logging.NOTSET)
+    assert caplog.messages == [
+        "Failed: 503.",
+        "http://collector:4318 takes no spans: they are lost. This is said once.",
+        "http://collector:4318 takes spans again; 5 were lost.",
+        "Failed: 503.",
+    ]
 
 
 @contextmanager

@@ -95,6 +95,8 @@ class Exchange:
             # Looked at, or asyncio would complain of a failure that nobody is there to read.
             for ended in (task, watcher):
                 _ = ended.cancelled() or ended.exception()
+            # What is raised leads here, and would be held by what it leads to.
+            del task, watcher, ended
 
     def start(self, status: int, headers: Headers) -> Awaitable[None]:
         """Send the status and the headers."""

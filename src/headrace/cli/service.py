@@ -21,7 +21,7 @@ from headrace.api.settings import ApiSettings
 from headrace.cli import terminal
 from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
-from headrace.core.garbage import collect_less
+from headrace.core.interpreter import collect_less, give_way_sooner
 from headrace.core.model import ModelSpec
 from headrace.core.status import Reloaded
 
@@ -30,6 +30,9 @@ Read = Callable[[], tuple[Settings, list[ModelSpec]]]
 
 _log = logging.getLogger("headrace.service")
 _LAST_WORDS_S = 2
+# Longer than those who call keep an idle connection: whoever closes it first must not be the one
+# that a request is on its way to. Python's clients keep it for 5 s, balancers mostly for 60.
+_IDLE_CONNECTION_S = 75
 _HOPELESS = {"failed", "stopped", "created"}
 
 
@@ -160,6 +163,7 @@ class _Service:
             terminal.note(f"error: {error.message}")
         finally:
             collect_less()
+            give_way_sooner()
 
     async def follow(self) -> None:
         """Apply to the server what a reload has changed, once the models have taken it."""
@@ -237,4 +241,5 @@ def _uvicorn(app: Any, api: ApiSettings) -> uvicorn.Config:
         proxy_headers=False,
         h11_max_incomplete_event_size=api.max_head,
         timeout_graceful_shutdown=_LAST_WORDS_S,
+        timeout_keep_alive=_IDLE_CONNECTION_S,
     )

@@ -74,11 +74,15 @@ class Primed:
         await self.stream.aclose()
 
     async def _first(self) -> Event:
-        async for event in self.stream:
-            if not isinstance(event, Progress):
-                return event
-            self.progress = event
-        raise GenerationFailed("The stream ended without an event.")
+        try:
+            async for event in self.stream:
+                if not isinstance(event, Progress):
+                    return event
+                self.progress = event
+            raise GenerationFailed("The stream ended without an event.")
+        finally:
+            # What is raised leads here, and would be held by what it leads to.
+            del self
 
 
 async def prime(stream: Stream, wait_s: float | None = None) -> Primed:
@@ -93,6 +97,7 @@ async def prime(stream: Stream, wait_s: float | None = None) -> Primed:
             primed.first.result()
     except BaseException:
         await primed.aclose()
+        del primed
         raise
     return primed
 

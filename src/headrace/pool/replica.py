@@ -55,11 +55,11 @@ OpenWorker = Callable[[ModelSpec, OnProgress], PooledWorker]
 
 @dataclass(eq=False)
 class Lease:
-    """The right of one request to `size` slots of a replica's worker."""
+    """The right of one request to `size` slots of a replica's worker; `cost` is in tokens."""
 
     replica: Replica
     worker: PooledWorker
-    waiter: Waiter
+    cost: float
     size: int
     since: float
 
@@ -160,7 +160,7 @@ class Replica:
             free=self.max_running - running if self.is_ready and not self.closed else 0,
             running=running,
             max_running=self.max_running,
-            work=sum(lease.waiter.cost for lease in self.leases),
+            work=sum(lease.cost for lease in self.leases),
             weight=self.weight,
             ailing=self._clock() < self.ailing_until,
             matched=self._matched(blocks),
@@ -182,7 +182,7 @@ class Replica:
     def take(self, waiter: Waiter, size: int) -> Lease:
         """Give slots to a request."""
         assert self.worker is not None, "only a ready replica is chosen"
-        lease = Lease(self, self.worker, waiter, size, self._clock())
+        lease = Lease(self, self.worker, waiter.cost, size, self._clock())
         self.leases.add(lease)
         self._idle.clear()
         for block in waiter.blocks:

@@ -197,13 +197,13 @@ class Seat:
         if not waiter.turn.done():
             waiter.turn.cancel()
         elif not waiter.turn.cancelled() and waiter.turn.exception() is None:
-            self._release(waiter.turn.result(), tokens)
+            self._release(waiter, waiter.turn.result(), tokens)
 
-    def _release(self, lease: Lease, tokens: float | None) -> None:
-        now, request = self._clock(), lease.waiter.request
+    def _release(self, waiter: Waiter, lease: Lease, tokens: float | None) -> None:
+        now, request = self._clock(), waiter.request
         if lease in lease.replica.leases:
             self.forecast.served(now - lease.since)
-            self.line.correct(lease.waiter, lease.waiter.cost if tokens is None else tokens)
+            self.line.correct(waiter, waiter.cost if tokens is None else tokens)
         lease.replica.give_back(lease)
         self.last_used = now
         self.keep_alive = self.spec.keep_alive if request.keep_alive is None else request.keep_alive

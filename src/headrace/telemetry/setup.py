@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 _log = logging.getLogger("headrace.telemetry")
+_theirs = logging.getLogger("opentelemetry.exporter")
 _NAME = "headrace"
 _EXTRA = "pip install 'headrace[otlp]'"
 _EXPORTER = "OTEL_TRACES_EXPORTER"
@@ -97,8 +98,8 @@ def _provider(version: str, environment: Mapping[str, str]) -> TracerProvider:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    # Each retry would be a line in our log; that a batch is lost is enough.
-    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
+    # Each retry would be a line in our log; why a batch is lost is enough.
+    _theirs.setLevel(logging.ERROR)
     known = {"service.version": version}
     if not environment.get("OTEL_SERVICE_NAME") and "service.name=" not in environment.get(
         "OTEL_RESOURCE_ATTRIBUTES", ""
@@ -108,8 +109,33 @@ def _provider(version: str, environment: Mapping[str, str]) -> TracerProvider:
     # those of the variables.
     provider = TracerProvider(resource=Resource.create(known), shutdown_on_exit=False)
     for name in _exporters(environment):
-        provider.add_span_processor(BatchSpanProcessor(_load(name)()))
+        where = next((at for one in _ENDPOINTS if (at := environment.get(one))), name)
+        exporter: Any = _Exporter(where, _load(name)())
+        provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider
+
+
+class _Exporter:
+    """Another exporter; that it loses spans is said once, and so is that it does no longer."""
+
+    def __init__(self, where: str, inner: Any) -> None:
+        self._where, self._inner, self._lost = where, inner, 0
+        self.shutdown = inner.shutdown
+
+    def export(self, spans: list[Any]) -> Any:
+        count, result = len(spans), self._inner.export(spans)
+        # The traceback of what failed within leads here: by it the batch would stay until the
+        # garbage collector comes, which then takes all the longer.
+        spans.clear()
+        if result.value:
+            if not self._lost:
+                _log.warning("%s takes no spans: they are lost. This is said once.", self._where)
+            self._lost += count
+        elif self._lost:
+            _log.warning("%s takes spans again; %d were lost.", self._where, self._lost)
+            self._lost = 0
+        _theirs.setLevel(logging.CRITICAL if self._lost else logging.ERROR)
+        return result
 
 
 def _load(name: str) -> Any:

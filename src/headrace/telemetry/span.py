@@ -70,6 +70,11 @@ class Trace:
         self.root: Span | None = None
         self.offset_ns = time.time_ns() - time.monotonic_ns()
 
+    def forget(self) -> None:
+        """Let go of the spans, which hold the trace: the garbage collector is spared a circle."""
+        self.root = None
+        self.attempts.clear()
+
     def unix_ns(self, at: float) -> int:
         """Return a monotonic time as nanoseconds since 1970."""
         return int(at * 1e9) + self.offset_ns

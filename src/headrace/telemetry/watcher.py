@@ -78,6 +78,9 @@ class Watcher:
             raise
         finally:
             self._end(run)
+            # An error's traceback leads here: one more circle.
+            run.error = None
+            run.trace.forget()
 
     @contextmanager
     def attempted(

@@ -20,7 +20,7 @@ import msgspec
 
 from headrace.core.errors import ErrorRecord, HeadraceError, WorkerDied, to_record
 from headrace.core.events import Progress
-from headrace.core.garbage import collect_less
+from headrace.core.interpreter import collect_less
 from headrace.core.model import ModelSpec
 from headrace.log import configure
 from headrace.worker.spec import OnProgress, WorkerSpec
