@@ -1,7 +1,7 @@
 r"""Does `headrace bench` tell what an independent load client tells? It and guidellm take turns.
 
-One server at a time, three cases; in each round both clients ask the same prompts, of 128 words,
-for answers of 64 tokens past the end token, with the same number at once:
+One server at a time, three cases; in each round both clients ask prompts of 128 words, none twice,
+for answers of 32 to 96 tokens past the end token, with the same number at once:
 
 - `echo`: an engine that answers at a set pace (2,000 tokens/s of prompt, 50 tokens/s of answer for
   each of 8), so that what is compared is how the clients measure;
@@ -10,7 +10,10 @@ for answers of 64 tokens past the end token, with the same number at once:
 
 Every other round begins with the other client. A ratio is that of one round, headrace bench /
 guidellm; the table has the median, the least and the most. The goal is that the medians are within
-5 %. guidellm needs an environment of its own:
+5 %. Below it is each client's mean over the server's own, of the same requests: a client that takes
+cores from the model makes it slower, and tells so truly. So each has cores of its own, and the
+lengths of the answers differ, or chance would decide whether two streams begin together for a whole
+round. guidellm needs an environment of its own:
 
     python -m venv guide && guide/bin/pip install torch==2.13.0 guidellm==0.8.1
 
@@ -25,20 +28,24 @@ import asyncio
 import itertools
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
+import urllib.request
 from asyncio.subprocess import PIPE, STDOUT
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from prometheus_client.parser import text_string_to_metric_families
 
 import report
 from headrace.bench.prompts import Vocabulary, synthetic, vocabulary
 from headrace.bench.settings import Load, Settings
 from serving import Server, headrace, serving
 
-_TOKENS = 64
+_TOKENS = (32, 96)
 _PATIENCE_S = 300.0
 _PROGRAM = "from headrace.cli import main; main()"
 _NAMES = {
@@ -47,6 +54,11 @@ _NAMES = {
     "ttft_ms_p50": "TTFT, median",
     "inter_token_ms_mean": "inter-token, mean",
     "inter_token_ms_p50": "inter-token, median",
+}
+
+_SERVERS = {
+    "ttft_ms_mean": "gen_ai_server_time_to_first_token_seconds",
+    "inter_token_ms_mean": "gen_ai_server_time_per_output_token_seconds",
 }
 
 
@@ -58,12 +70,13 @@ class Case(NamedTuple):
     options: dict[str, object]
     streams: int
     requests: int
+    flags: tuple[str, ...] = ("--engine", "llamacpp")
 
 
 CASES = (
-    Case("echo", "echo", {"tokens_per_second": 50, "prefill_tokens_per_second": 2000}, 8, 48),
+    Case("echo", "echo", {"tokens_per_second": 50, "prefill_tokens_per_second": 2000}, 8, 48, ()),
     Case("model, 1", "smollm2", {"threads": 1}, 1, 10),
-    Case("model, 2", "smollm2", {"threads": 1}, 2, 14),
+    Case("model, 2", "smollm2", {"threads": 1}, 2, 24),
 )
 
 
@@ -73,7 +86,9 @@ async def ours(case: Case, server: Server, file: Path, folder: Path) -> dict[str
     await _finish(
         *(sys.executable, "-c", _PROGRAM, "bench", "--prompts", str(file)),
         *("--url", f"http://127.0.0.1:{server.port}", "--concurrency", str(case.streams)),
-        *("--requests", str(case.requests), "--output-tokens", str(_TOKENS)),
+        *("--requests", str(case.requests)),
+        # As guidellm asks: the first answer is the server's own, and nothing is greedy.
+        *("--warm-up", "0", "--temperature", "1"),
         *("--output", str(record)),
     )
     level = json.loads(record.read_text())["levels"][0]
@@ -85,6 +100,8 @@ async def ours(case: Case, server: Server, file: Path, folder: Path) -> dict[str
         "ttft_ms_p50": level["ttft_ms"]["p50"],
         "inter_token_ms_mean": level["inter_token_ms"]["mean"],
         "inter_token_ms_p50": level["inter_token_ms"]["p50"],
+        "server_ttft_ms_mean": level["server"]["time_to_first_token_ms"]["mean"],
+        "server_inter_token_ms_mean": level["server"]["time_per_output_token_ms"]["mean"],
     }
 
 
@@ -92,7 +109,7 @@ async def theirs(
     case: Case, server: Server, file: Path, folder: Path, program: str, tokenizer: Path
 ) -> dict[str, float]:
     """Return the figures of guidellm."""
-    target = f"http://127.0.0.1:{server.port}"
+    target, before = f"http://127.0.0.1:{server.port}", await asyncio.to_thread(totals, server)
     await _finish(
         *(program, "run", "--disable-console"),
         *("--backend", f"kind=openai_http,target={target},model={case.model}"),
@@ -108,7 +125,11 @@ async def theirs(
     tokens = figures["output_token_count"]["successful"]["total_sum"]
     # It may end one short of what it was told.
     assert case.requests >= total["successful"] == total["total"] >= case.requests - 1, total
-    assert tokens == total["total"] * _TOKENS, f"{tokens} tokens"
+    told = await asyncio.to_thread(totals, server)
+    seconds = {
+        f"server_{key}": (told[name][1] - before[name][1]) / (told[name][0] - before[name][0])
+        for key, name in _SERVERS.items()
+    }
     first = figures["time_to_first_token_ms"]["successful"]
     between = figures["inter_token_latency_ms"]["successful"]
     return {
@@ -117,6 +138,7 @@ async def theirs(
         "ttft_ms_p50": first["median"],
         "inter_token_ms_mean": between["mean"],
         "inter_token_ms_p50": between["median"],
+        **{key: 1000 * value for key, value in seconds.items()},
     }
 
 
@@ -125,12 +147,18 @@ async def measure(case: Case, rounds: int, program: str, tokenizer: Path) -> lis
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        async with serving(headrace(case.model, case.options)) as server:
+        cores = sorted(os.sched_getaffinity(0))
+        half = len(cores) // 2
+        # Each has cores of its own: what a client takes is not to be missed by the model.
+        os.sched_setaffinity(0, cores[:half])
+        async with serving(headrace(case.model, case.options, *case.flags)) as server:
+            os.sched_setaffinity(0, cores[half:])
+            await asyncio.to_thread(warm, case, server)
             for number in range(rounds):
-                file = folder / f"{number}.jsonl"
-                await _write(case, file, number)
                 turn: dict[str, Any] = {}
                 for who in ("ours", "theirs")[:: 1 if number % 2 else -1]:
+                    file = folder / f"{number}-{who}.jsonl"
+                    await _write(case, file, f"{case.name}/{number}", who)
                     turn[who] = await (
                         ours(case, server, file, folder)
                         if who == "ours"
@@ -138,19 +166,51 @@ async def measure(case: Case, rounds: int, program: str, tokenizer: Path) -> lis
                     )
                 found.append(turn)
                 print(case.name, number, json.dumps(turn), file=sys.stderr, flush=True)
+    os.sched_setaffinity(0, cores)
     return found
 
 
-async def _write(case: Case, file: Path, number: int) -> None:
-    """Write prompts that no round has had; each word is taken for a token."""
+def warm(case: Case, server: Server) -> None:
+    """Ask once: the first answer takes longer."""
+    body = json.dumps({"model": case.model, "prompt": "one", "max_tokens": 2}).encode()
+    headers = {"Content-Type": "application/json"}
+    url = f"http://127.0.0.1:{server.port}/v1/completions"
+    urllib.request.urlopen(urllib.request.Request(url, body, headers)).close()
+
+
+def totals(server: Server) -> dict[str, list[float]]:
+    """Return the count and the sum, in seconds, of the server's own figures."""
+    url = f"http://127.0.0.1:{server.port}/metrics"
+    with urllib.request.urlopen(url) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    samples = [sample for family in families for sample in family.samples]
+    return {
+        name: [
+            sum(sample.value for sample in samples if sample.name == f"{name}_{part}")
+            for part in ("count", "sum")
+        ]
+        for name in _SERVERS.values()
+    }
+
+
+async def _write(case: Case, file: Path, seed: str, who: str) -> None:
+    """Write prompts that nobody has had, or they were cached; each word is taken for a token.
+
+    The lengths of the answers are the same for both.
+    """
 
     async def nobody(text: str) -> None:
         return None
 
     words: Vocabulary = await vocabulary(nobody)
     settings = Settings(model=case.model, loads=(Load("closed", case.streams),))
-    asks = itertools.islice(synthetic(settings, words, f"{case.name}/{number}"), case.requests)
-    lines = [json.dumps({"prompt": one.content, "output_tokens_count": _TOKENS}) for one in asks]
+    asks = itertools.islice(synthetic(settings, words, f"{seed}/{who}"), case.requests)
+    source = random.Random(seed)
+    lengths = (source.randint(*_TOKENS) for _ in range(case.requests))
+    lines = [
+        json.dumps({"prompt": one.content, "max_tokens": length, "output_tokens_count": length})
+        for one, length in zip(asks, lengths, strict=True)
+    ]
     await asyncio.to_thread(file.write_text, "\n".join(lines) + "\n")
 
 
@@ -175,6 +235,15 @@ def _table(cases: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> Ite
             ratios = [one / two for one, two in zip(mine, other, strict=True)]
             middles = f"{statistics.median(mine):>15.1f}{statistics.median(other):>12.1f}"
             yield f"{name:<10}{said:<22}{middles}  {report.spread(ratios)}"
+    yield ""
+    yield "each client's mean over the server's own"
+    for name, turns in cases.items():
+        for key in _SERVERS:
+            mine, other = (
+                report.spread([turn[who][key] / turn[who][f"server_{key}"] for turn in turns])
+                for who in ("ours", "theirs")
+            )
+            yield f"{name:<10}{_NAMES[key]:<20} headrace bench {mine}  guidellm {other}"
     yield ""
     yield f"Goal: medians from 0.95 to 1.05. Load {report.load_average()}."
 

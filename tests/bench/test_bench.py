@@ -216,6 +216,23 @@ def other(answer: tuple[int, Any]) -> contextlib.AbstractContextManager[Stub]:
 ONCE = ("--concurrency", "2", "--requests", "4", "--warm-up", "0", "--prompt-tokens", "5")
 
 
+@pytest.mark.parametrize("form", ["txt", "jsonl"])
+def test_what_is_not_counted_warms_no_cache(bench: Bench, tmp_path: Path, form: str) -> None:
+    """Each prompt of a file is asked once, and nothing before begins as one of them."""
+    own, system = ["one two three", "four five six"], {"role": "system", "content": "be kind"}
+    file = tmp_path / f"p.{form}"
+    chats = [{"messages": [system, {"role": "user", "content": text}]} for text in own]
+    file.write_text("\n".join(own if form == "txt" else map(json.dumps, chats)))
+    load = ("--concurrency", "1", "--requests", "2", "--warm-up", "2", "--prompts", str(file))
+    with other((200, TEXT * 3 + END)) as told:
+        bench("--url", told.url, "--output-tokens", "3", *load)
+        bodies = [body for _, path, body, _ in told.asked if path.endswith("completions")]
+    said = [body["messages"][-1]["content"] for body in bodies]
+    assert said == ["three two one", "six five four", "three two one", *own]
+    if form == "jsonl":
+        assert all(body["messages"][0] == system for body in bodies)
+
+
 def test_a_service_that_tells_neither_usage_nor_tokens(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,23 +46,26 @@ _DIALECTS = (
 
 
 class Bench:
-    """One service under one set of settings. `stop` cuts what runs and ends the load."""
+    """One service under one set of settings. `stop` cuts what runs and ends the load.
 
-    def __init__(self, http: Http, settings: Settings) -> None:
+    `aside` is asked where nothing is counted: what is counted afterwards is not in a cache by it.
+    """
+
+    def __init__(self, http: Http, settings: Settings, aside: Iterator[Ask]) -> None:
         self.dialect = _DIALECTS[0]
         self.stop = asyncio.Event()
-        self._http, self._settings = http, settings
+        self._http, self._settings, self._aside = http, settings, aside
         route = "chat/completions" if settings.api == "chat" else "completions"
         self._path = f"{http.place.base}/{route}"
 
-    async def probe(self, ask: Ask) -> None:
+    async def probe(self) -> None:
         """Send one request, to learn what the server understands.
 
         Raises:
             UpstreamError: nobody answers, or not as OpenAI's API does.
             RequestError: the key, the model or the request is refused.
         """
-        refusal = Row(at_s=0, total_ms=0)
+        refusal, ask = Row(at_s=0, total_ms=0), next(self._aside)
         for dialect in _DIALECTS:
             self.dialect = dialect
             row, status = await self._send(ask, 0.0)
@@ -76,7 +79,7 @@ class Bench:
     async def run(self, load: Load, asks: Iterator[Ask], progress: Progress) -> Level:
         """Put a load on the service and return what came of it."""
         progress(0.0)
-        warming = asyncio.create_task(self._warm_up(load, asks))
+        warming = asyncio.create_task(self._warm_up(load))
         await self._watch(warming, set(), lambda: None)
         rows: list[Row] = []
         gc.collect()
@@ -103,11 +106,11 @@ class Bench:
             client_busy=busy / passed,
         )
 
-    async def _warm_up(self, load: Load, asks: Iterator[Ask]) -> None:
+    async def _warm_up(self, load: Load) -> None:
         count = self._settings.warm_up
         width = int(load.value) if load.loop == "closed" else 1
         for done in range(0, count, width):
-            some = itertools.islice(asks, min(width, count - done))
+            some = itertools.islice(self._aside, min(width, count - done))
             await asyncio.gather(*(self._send(ask, 0.0) for ask in some))
 
     async def _watch(

@@ -152,6 +152,23 @@ def read(path: Path, settings: Settings) -> list[Ask]:
     return found
 
 
+def reordered(ask: Ask) -> Ask:
+    """Return a request of about the same length whose beginning is another.
+
+    So it is in the cache of prefixes after it only by what all have in common, as a system prompt.
+    """
+    if isinstance(ask.content, str):
+        return Ask(_reversed(ask.content), ask.max_tokens)
+    *before, last = ask.content
+    said = last.get("content")
+    last = last | {"content": _reversed(said)} if isinstance(said, str) else last
+    return Ask([*before, last], ask.max_tokens)
+
+
+def _reversed(text: str) -> str:
+    return " ".join(reversed(text.split(" ")))
+
+
 def _ask(place: str, line: str, settings: Settings, source: random.Random) -> Ask:
     try:
         read = msgspec.json.decode(line, type=_Line | str)

@@ -51,9 +51,10 @@ async def measure(
     try:
         settings = await _named(http, settings)
         words = None if asked else await _vocabulary(http, settings)
-        bench = Bench(http, settings)
+        aside = _asks(settings, words, asked, f"{settings.seed}/aside")
+        bench = Bench(http, settings, map(prompts.reordered, aside) if asked else aside)
         bench.stop = stop
-        await bench.probe(next(_asks(settings, words, asked, "probe")))
+        await bench.probe()
         limit = await asyncio.to_thread(source.limit)
         levels: list[Level] = []
         for load in settings.loads:
