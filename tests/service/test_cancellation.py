@@ -80,6 +80,11 @@ def test_nothing_is_left_behind(service: Service) -> None:
 
     process = psutil.Process(service.process.pid)
     wait_for_the_slot(service)
+    end = time.monotonic() + 10
+    # The first record opens the trace file, a little after its answer.
+    while not any(file.path.endswith("requests.jsonl") for file in process.open_files()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
     before = process.num_fds(), len(service.children()), service.children()[0].num_fds()
     for _ in range(5):
         leave(service, True, 5, 0.2)
