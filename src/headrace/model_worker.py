@@ -112,6 +112,7 @@ class AsyncModelWorker:
     async def stop(self, drain_s: float = 0.0) -> None:
         """Let running streams end within `drain_s` seconds, end the rest, free all. Idempotent."""
         await self._worker.aclose(drain_s)
+        self._watch.closed()
         tracing, self._tracing = self._tracing, Tracing()
         await tracing.aclose()
 

@@ -57,6 +57,26 @@ def test_below_the_span_of_the_program(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("isolate", [True, False])
+def test_a_stream_that_is_left_open(tmp_path: Path, *, isolate: bool) -> None:
+    """T1: its spans have ended when the worker has, whoever holds it still."""
+    code = f"""
+worker = ModelWorker("echo", isolate={isolate}, tokens_per_second=100)
+with worker:
+    held = [worker.generate_stream("abc " * 99, max_tokens=99) for _ in range(3)]
+    for one in held[:2]:
+        while not hasattr(next(one), "text"):
+            pass
+"""
+    with collector() as running:
+        program(code, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=running.url)
+    roots = [one for one in running.spans if one["name"] == "text_completion echo"]
+    attempts = [one for one in running.spans if one["name"] == "headrace.generate"]
+    # The third was never begun.
+    assert [one["failed"] for one in roots] == [True, True]
+    assert [one["failed"] for one in attempts] == [True] * 2 * isolate
+
+
+@pytest.mark.parametrize("isolate", [True, False])
 def test_to_a_collector(tmp_path: Path, *, isolate: bool) -> None:
     """T2: by the standard variables; all of it is sent when the worker stops."""
     code = f"worker = ModelWorker('echo', isolate={isolate})\nask()"

@@ -26,8 +26,9 @@ from headrace.core.errors import (
     WorkerDied,
     kinds,
 )
-from headrace.core.events import Delta, Event
+from headrace.core.events import Delta, Event, Finish
 from headrace.core.metrics import DeviceUse, InferenceMetrics
+from headrace.core.model import ModelSpec
 from headrace.core.record import RequestRecord
 from headrace.core.request import EmbedRequest, GenerateRequest, Message, RerankRequest, Sampling
 from headrace.telemetry import content as contents
@@ -107,6 +108,26 @@ async def test_each_error_in_each_phase(kind: type[HeadraceError], phase: str) -
     assert record.metrics.total_ms >= 0
     if phase == "decode":
         assert (record.metrics.chunks, record.metrics.usage.completion_tokens) == (2, 2)
+
+
+async def test_what_is_read_to_no_end_ends_with_the_backend() -> None:
+    told, backend = Told(), Scripted()
+    observed, streams = told.observe(backend, attempts=ModelSpec(name="m", model="m")), []
+    for number, phase in enumerate(STEPS):
+        backend.scripts[(asked := ask(number + 1)).id] = [*STEPS[phase], None]
+        stream = observed.generate(asked)
+        for _ in STEPS[phase]:
+            await anext(stream)
+        streams.append(stream)
+    whole = observed.generate(ask(9))
+    while not isinstance(await anext(whole), Finish):
+        pass
+    await observed.aclose()
+    told.check(5)
+    assert [one.error for one in told.records] == ["Draining"] * 4 + [""]
+    for stream in [*streams, whole]:
+        await stream.aclose()
+    told.check(5)
 
 
 async def test_what_is_no_error_of_ours() -> None:

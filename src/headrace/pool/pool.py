@@ -240,6 +240,7 @@ class Pool:
                 async with asyncio.timeout(left):
                     await self._hurry.wait()
         await self.loader.aclose()
+        self.loader.watch.closed()
 
     async def _attempt(
         self, seat: Seat, request: GenerateRequest, answer: Answer, *, first: bool = False

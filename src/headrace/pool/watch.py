@@ -51,6 +51,10 @@ class Watch(Protocol):
         """Look at a load."""
         ...
 
+    def closed(self) -> None:
+        """What was looked at is closed: requests that are read to no end will have none."""
+        ...
+
 
 class Unseen(Generic[Asked]):
     """A request that nobody looks at."""
@@ -83,3 +87,6 @@ class Nobody:
     def loading(self, worker: Backend, spec: ModelSpec) -> AbstractAsyncContextManager[None]:
         """Do nothing."""
         return contextlib.nullcontext()
+
+    def closed(self) -> None:
+        """Do nothing."""

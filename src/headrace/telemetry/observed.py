@@ -90,6 +90,7 @@ class Observed:
     async def aclose(self) -> None:
         """Close the backend. The tracing stays, for it may have further users."""
         await self._backend.aclose()
+        self.watcher.closed()
 
     async def _encoded(
         self, request: Encoding, ask: Callable[[Encoding], Awaitable[Encoded]]

@@ -14,7 +14,7 @@ import msgspec
 
 from headrace import machine
 from headrace.core.backend import Backend
-from headrace.core.errors import HeadraceError
+from headrace.core.errors import Draining, HeadraceError
 from headrace.core.events import Event, Finish
 from headrace.core.model import ModelInfo, ModelSpec
 from headrace.core.record import Attribute, RequestRecord, RunningRequest, Sink, Sinks
@@ -126,6 +126,15 @@ class Watcher:
             span.end(time.monotonic(), error)
             self.tracing.loads[spec.name] = span
 
+    def closed(self) -> None:
+        """Have all end that is not read to its end, as nothing more is sent or written then."""
+        now, error = time.monotonic(), Draining("The model was stopped.")
+        for run in list(self._running.values()):
+            run.error = error
+            for attempt in run.trace.attempts:
+                attempt.end(now, error)
+            self._end(run)
+
     def _begin(self, request: Asked) -> Running[Asked]:
         info = self._info(request.model)
         parent = traceparent.parse(request.traceparent, request.tracestate)
@@ -167,7 +176,8 @@ class Watcher:
 
     def _end(self, run: Running[Any]) -> None:
         ended = time.monotonic()
-        del self._running[id(run)]
+        if self._running.pop(id(run), None) is None:
+            return
         self.tracing.traces.pop(run.root.traceparent, None)
         try:
             record = self._record(run, ended)
