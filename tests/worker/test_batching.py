@@ -86,6 +86,35 @@ async def test_a_large_request_does_not_keep_a_small_one_waiting() -> None:
     assert max(map(len, engine.batches)) == 4
 
 
+async def test_lists_that_did_not_come_at_once_fill_batches_of_like_lengths() -> None:
+    """E: the first has given its longest items when the others come with theirs."""
+    engine = Engine(items=8, padding=16)
+    engine.go.clear()
+    tasks = [engine.ask(*range(1, 65))]
+    await until(lambda: engine.batches)
+    tasks += [engine.ask(*range(1, 65)) for _ in range(3)]
+    await asyncio.sleep(0)
+    engine.go.set()
+    for task in tasks:
+        assert await task == [2 * n for n in range(1, 65)]
+    assert len(engine.batches) < 1.2 * 4 * 64 / 8
+    padding = sum(max(batch) * len(batch) - sum(batch) for batch in engine.batches[1:])
+    assert padding < 0.05 * sum(map(sum, engine.batches))
+
+
+async def test_each_has_its_turn() -> None:
+    """E: who gives nothing that fits the others is not left behind."""
+    engine = Engine(items=4, padding=8)
+    engine.go.clear()
+    large = engine.ask(*range(100, 164))
+    await until(lambda: engine.batches)
+    odd, twice = engine.ask(9), engine.ask(500, 30)
+    await asyncio.sleep(0)
+    engine.go.set()
+    assert (await odd, await twice, len(await large)) == ([18], [1000, 60], 64)
+    assert engine.batches[1:5] == [[9], [500], [159, 158, 157, 156], [30]]
+
+
 async def test_batches_hold_so_many_tokens_with_the_padding() -> None:
     engine = Engine(items=8, tokens=1000)
     await engine.ask(400, 300, 250, 240, 230, 220)

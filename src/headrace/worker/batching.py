@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from heapq import merge
 from typing import Generic, NamedTuple, TypeVar
 
 from headrace.core.errors import HeadraceError, OutOfMemory
@@ -41,11 +43,11 @@ def limits_of(engine: Engine) -> BatchLimits:
 
 
 class _Ticket(Generic[Item, Result]):
-    """One request: its items, of which the longest comes next, and their results."""
+    """One request: its items and their results; `left` has lengths and indices, shortest first."""
 
-    def __init__(self, items: Sequence[Item], order: list[int], on_step: OnStep) -> None:
+    def __init__(self, items: Sequence[Item], left: list[tuple[int, int]], on_step: OnStep) -> None:
         self.items = items
-        self.order = order
+        self.left = left
         self.results: dict[int, Result] = {}
         self.on_step = on_step
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -63,9 +65,10 @@ class _Ticket(Generic[Item, Result]):
 class Batcher(Generic[Item, Result]):
     """Runs batches one after another on a thread, each as soon as the one before is over.
 
-    Nobody waits for company: what has come meanwhile goes next. Requests take turns, item by
-    item, and each gives its longest items first. A batch that fails is halved, as long as it holds
-    several requests or is too large for the memory: a bad item fails its own request alone.
+    Nobody waits for company: what has come meanwhile goes next. Requests take turns: whose turn it
+    is gives its longest item, and whatever is nearest to that in length, of all requests, goes with
+    it. A batch that fails is halved, as long as it holds several requests or is too large for the
+    memory: a bad item fails its own request alone.
     """
 
     def __init__(
@@ -79,8 +82,8 @@ class Batcher(Generic[Item, Result]):
         self._length = length
         self._limits = limits
         self._thread = thread
-        self._waiting: deque[_Ticket[Item, Result]] = deque()
-        self._batches: deque[list[tuple[_Ticket[Item, Result], int]]] = deque()
+        self._waiting: dict[_Ticket[Item, Result], None] = {}  # in the order of their turns
+        self._halves: deque[list[tuple[_Ticket[Item, Result], int]]] = deque()
         self._open: set[_Ticket[Item, Result]] = set()
         self._busy = False
 
@@ -90,9 +93,9 @@ class Batcher(Generic[Item, Result]):
         Raises:
             Exception: what the engine raises for one of the items.
         """
-        order = sorted(range(len(items)), key=lambda index: self._length(items[index]))
-        ticket = _Ticket[Item, Result](items, order, on_step)
-        self._waiting.append(ticket)
+        left = sorted((self._length(item), index) for index, item in enumerate(items))
+        ticket = _Ticket[Item, Result](items, left, on_step)
+        self._waiting[ticket] = None
         self._open.add(ticket)
         self._go()
         try:
@@ -100,6 +103,7 @@ class Batcher(Generic[Item, Result]):
         finally:
             ticket.over.cancel()
             self._open.discard(ticket)
+            self._waiting.pop(ticket, None)
         return [ticket.results[index] for index in range(len(items))]
 
     def abort(self, error: HeadraceError) -> None:
@@ -117,37 +121,37 @@ class Batcher(Generic[Item, Result]):
         running.add_done_callback(lambda done: self._ended(batch, done))
 
     def _next(self) -> list[tuple[_Ticket[Item, Result], int]]:
-        while self._batches or self._waiting:
-            if not self._batches:
-                self._collect()
-            while self._batches:
-                batch = self._batches.popleft()
-                if alive := [one for one in batch if not one[0].over.done()]:
-                    return alive
-        return []
+        while self._halves:
+            if alive := [one for one in self._halves.popleft() if not one[0].over.done()]:
+                return alive
+        waiting = [ticket for ticket in self._waiting if not ticket.over.done()]
+        batch = self._collect(waiting) if waiting else []
+        for ticket in {ticket: None for ticket, _ in batch}:
+            taken = {index for one, index in batch if one is ticket}
+            ticket.left = [one for one in ticket.left if one[1] not in taken]
+            # Its next turn is after that of who comes while this batch runs.
+            del self._waiting[ticket]
+        return batch
 
-    def _collect(self) -> None:
-        window: list[tuple[_Ticket[Item, Result], int]] = []
-        while self._waiting and len(window) < self._limits.items:
-            ticket = self._waiting.popleft()
-            if ticket.over.done():
-                continue
-            window.append((ticket, ticket.order.pop()))
-            if ticket.order:
-                self._waiting.append(ticket)
-        longest = padding = 0
-        for one in sorted(window, key=self._tokens, reverse=True):
-            size = self._tokens(one)
-            room = self._batches and (len(self._batches[-1]) + 1) * longest <= self._limits.tokens
-            padding += longest - size
-            if room and padding <= self._limits.padding:
-                self._batches[-1].append(one)
-            else:
-                longest, padding = size, 0
-                self._batches.append([one])
-
-    def _tokens(self, one: tuple[_Ticket[Item, Result], int]) -> int:
-        return self._length(one[0].items[one[1]])
+    def _collect(
+        self, waiting: Sequence[_Ticket[Item, Result]]
+    ) -> list[tuple[_Ticket[Item, Result], int]]:
+        """Return the items that go together, the longest first."""
+        items, tokens, most = self._limits
+        middle = longest = waiting[0].left[-1][0]
+        batch: list[tuple[int, int, int]] = []
+        padding = 0
+        for _, _, turn, length, index in _nearest(waiting, middle, items):
+            size = max(longest, length)
+            more = (size - longest) * len(batch) + size - length
+            if not batch or (padding + more <= most and (len(batch) + 1) * size <= tokens):
+                longest, padding = size, padding + more
+                batch.append((-length, turn, index))
+            elif length <= longest:
+                break
+            if len(batch) == items:
+                break
+        return [(waiting[turn], index) for _, turn, index in sorted(batch)]
 
     def _ended(
         self,
@@ -155,6 +159,9 @@ class Batcher(Generic[Item, Result]):
         done: asyncio.Future[Sequence[Result]],
     ) -> None:
         self._busy = False
+        for ticket, _ in batch:
+            if ticket.left and not ticket.over.done():
+                self._waiting[ticket] = None
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
         if error is None:
             for (ticket, index), result in zip(batch, done.result(), strict=True):
@@ -162,11 +169,35 @@ class Batcher(Generic[Item, Result]):
             _tell(batch)
         elif len(batch) > 1 and _may_halve(error, (ticket for ticket, _ in batch)):
             half = len(batch) // 2
-            self._batches.extendleft((batch[half:], batch[:half]))
+            self._halves.extendleft((batch[half:], batch[:half]))
         else:
             for ticket, _ in batch:
                 ticket.fail(error)
         self._go()
+
+
+def _nearest(
+    waiting: Sequence[_Ticket[Item, Result]], middle: int, most: int
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield (distance, how many before, turn, length, index) of items, nearest in length first.
+
+    Of equal distance it is item by item of each ticket in turn. No more than `most` of a ticket
+    are needed on either side.
+    """
+    sides: list[Iterable[tuple[int, int, int, int, int]]] = []
+    for turn, ticket in enumerate(waiting):
+        at = bisect_right(ticket.left, (middle, len(ticket.items)))
+        for side in (ticket.left[max(0, at - most) : at][::-1], ticket.left[at : at + most]):
+            if side:
+                sides.append(_walk(side, middle, turn))
+    return merge(*sides)
+
+
+def _walk(
+    side: Sequence[tuple[int, int]], middle: int, turn: int
+) -> Iterator[tuple[int, int, int, int, int]]:
+    for count, (length, index) in enumerate(side):
+        yield abs(length - middle), count, turn, length, index
 
 
 def _may_halve(error: BaseException, tickets: Iterable[object]) -> bool:
