@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from tests.service.serving import Service, served
 
@@ -74,29 +75,30 @@ def test_the_slot_is_free_soon(
     assert percentile_95(waits) < limit_ms, waits
 
 
+def settled(service: Service) -> list[int]:
+    """Return file descriptors and children, of the service and its child, when they stay so."""
+    process, end, found = psutil.Process(service.process.pid), time.monotonic() + 10, []
+    while time.monotonic() < end:
+        child, *others = service.children()
+        now = [process.num_fds(), child.num_fds(), len(others)]
+        if now == found:
+            return now
+        found = now
+        time.sleep(1)
+    raise AssertionError(found)
+
+
 def test_nothing_is_left_behind(service: Service) -> None:
     """W18: file descriptors and children are what they were."""
-    import psutil
-
-    process = psutil.Process(service.process.pid)
+    # The first requests open the trace file, and have threads made that are watched.
+    leave(service, True, 5, 0.2)
     wait_for_the_slot(service)
-    end = time.monotonic() + 10
-    # The first record opens the trace file, a little after its answer.
-    while not any(file.path.endswith("requests.jsonl") for file in process.open_files()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    before = process.num_fds(), len(service.children()), service.children()[0].num_fds()
+    before = settled(service)
     for _ in range(5):
         leave(service, True, 5, 0.2)
     wait_for_the_slot(service)
-    end = time.monotonic() + 10
-    while True:
-        after = process.num_fds(), len(service.children()), service.children()[0].num_fds()
-        if all(now <= then for now, then in zip(after, before, strict=True)):
-            break
-        # What a client has left is closed a little later.
-        assert time.monotonic() < end, (before, after)
-        time.sleep(0.05)
+    after = settled(service)
+    assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
 
 
 def test_one_who_leaves_the_queue_is_not_served(service: Service) -> None:
