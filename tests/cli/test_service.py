@@ -101,6 +101,28 @@ def test_a_connection_outlives_the_patience_of_clients(environ: dict[str, str]) 
         connection.close()
 
 
+AT_EXIT = """
+import atexit, gc, os, sys
+if "serve" in sys.argv or "serve" in sys.orig_argv:
+    told = open(os.environ["TOLD"], "w")
+    atexit.register(lambda: print(sys.getswitchinterval(), gc.get_freeze_count(), file=told))
+"""
+
+
+def test_the_interpreter_is_set_for_streams(environ: dict[str, str], tmp_path: Path) -> None:
+    """What would hold up all streams is told not to; see `core/interpreter.py`."""
+    (tmp_path / "sitecustomize.py").write_text(AT_EXIT)
+    told = tmp_path / "told"
+    environ |= {"PYTHONPATH": str(tmp_path), "TOLD": str(told)}
+    with serving(environ, "echo") as (process, url):
+        until(lambda: is_ready(url))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    interval, frozen = told.read_text().split()
+    assert float(interval) == pytest.approx(0.0005)
+    assert int(frozen) > 10_000
+
+
 def test_a_signal_during_a_load(environ: dict[str, str]) -> None:
     """W8: a load is given up at once, exit code 0."""
     with serving(environ, "echo", "-o", "load_s=60") as (process, _):

@@ -104,6 +104,23 @@ async def test_sixty_four_at_once_on_a_process() -> None:
         assert root.attributes[names.OUTPUT_TOKENS] == 7
 
 
+async def test_what_is_read_to_no_end_ends_with_the_pool() -> None:
+    """T1: whoever holds the stream may never look at it again."""
+    told = Told()
+    async with running(told, tokens_per_second=50) as pool:
+        stream = pool.generate(ask("abcdef"))
+        while not isinstance(await anext(stream), Delta):
+            pass
+        assert told.records == []
+    told.check(1)
+    (record,) = told.records
+    assert (record.outcome, record.error) == ("refused", "Draining")
+    (attempt,) = (span for span in record.spans if span.name == names.ATTEMPT)
+    assert attempt.failed
+    await stream.aclose()
+    told.check(1)
+
+
 async def test_a_worker_that_is_killed_and_an_answer_that_goes_on() -> None:
     """T3: two attempts, of which the first failed; the request did not."""
     told = Told()

@@ -62,6 +62,9 @@ class _Ticket(Generic[Item, Result]):
             self.over.set_exception(error)
 
 
+_Batch = list[tuple[_Ticket[Item, Result], int]]
+
+
 class Batcher(Generic[Item, Result]):
     """Runs batches one after another on a thread, each as soon as the one before is over.
 
@@ -83,7 +86,7 @@ class Batcher(Generic[Item, Result]):
         self._limits = limits
         self._thread = thread
         self._waiting: dict[_Ticket[Item, Result], None] = {}  # in the order of their turns
-        self._halves: deque[list[tuple[_Ticket[Item, Result], int]]] = deque()
+        self._halves: deque[_Batch[Item, Result]] = deque()
         self._open: set[_Ticket[Item, Result]] = set()
         self._busy = False
 
@@ -120,22 +123,22 @@ class Batcher(Generic[Item, Result]):
         running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, items)
         running.add_done_callback(lambda done: self._ended(batch, done))
 
-    def _next(self) -> list[tuple[_Ticket[Item, Result], int]]:
+    def _next(self) -> _Batch[Item, Result]:
         while self._halves:
             if alive := [one for one in self._halves.popleft() if not one[0].over.done()]:
                 return alive
         waiting = [ticket for ticket in self._waiting if not ticket.over.done()]
         batch = self._collect(waiting) if waiting else []
-        for ticket in {ticket: None for ticket, _ in batch}:
-            taken = {index for one, index in batch if one is ticket}
-            ticket.left = [one for one in ticket.left if one[1] not in taken]
+        taken: dict[_Ticket[Item, Result], set[int]] = {}
+        for ticket, index in batch:
+            taken.setdefault(ticket, set()).add(index)
+        for ticket, indices in taken.items():
+            ticket.left = [one for one in ticket.left if one[1] not in indices]
             # Its next turn is after that of who comes while this batch runs.
             del self._waiting[ticket]
         return batch
 
-    def _collect(
-        self, waiting: Sequence[_Ticket[Item, Result]]
-    ) -> list[tuple[_Ticket[Item, Result], int]]:
+    def _collect(self, waiting: Sequence[_Ticket[Item, Result]]) -> _Batch[Item, Result]:
         """Return the items that go together, the longest first."""
         items, tokens, most = self._limits
         middle = longest = waiting[0].left[-1][0]
@@ -153,11 +156,7 @@ class Batcher(Generic[Item, Result]):
                 break
         return [(waiting[turn], index) for _, turn, index in sorted(batch)]
 
-    def _ended(
-        self,
-        batch: list[tuple[_Ticket[Item, Result], int]],
-        done: asyncio.Future[Sequence[Result]],
-    ) -> None:
+    def _ended(self, batch: _Batch[Item, Result], done: asyncio.Future[Sequence[Result]]) -> None:
         self._busy = False
         for ticket, _ in batch:
             if ticket.left and not ticket.over.done():
