@@ -275,6 +275,19 @@ def test_home_and_paths_start_where_they_are_written(tmp_path: Path) -> None:
     assert load(environ=env, cwd=tmp_path).config.home == Path("/x/headrace")
 
 
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"HEADRACE_CONFIG": "~nobody-of-this-name/c.toml"},
+        {"HEADRACE_HOME": "~nobody-of-this-name"},
+        {"HEADRACE_CHAT_TEMPLATE": "@~nobody-of-this-name/t.j2"},
+    ],
+)
+def test_a_home_of_nobody(tmp_path: Path, environ: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"'~nobody-of-this-name.*': whose home that is"):
+        load(environ={"HOME": "/h"} | environ, cwd=tmp_path).model_spec("echo")
+
+
 def test_argv_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """W3: the host program's argv is never read."""
     monkeypatch.setattr("sys.argv", ["host", "--port", "1"])

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from headrace.core.errors import HeadraceError, InvalidRequest, UnknownModel
@@ -98,6 +98,7 @@ def test_paths_start_at_the_base_and_bare_words_have_to_exist(tmp_path: Path) ->
     assert isinstance(parse("./smollm2", base=tmp_path), LocalReference)
 
 
+@example("~nobody-of-this-name/model.gguf")
 @given(st.text(max_size=60) | st.from_regex(r"(hub|index):[\w./:@=-]{0,40}", fullmatch=True))
 def test_any_text_is_read_back_or_refused(text: str) -> None:
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from headrace.core.errors import HeadraceError, InvalidRequest
+from headrace.core.paths import expanded
 from headrace.core.request import Message, Sampling
 
 HELP = """\
@@ -151,7 +152,7 @@ def _leave(*_: object) -> str:
 def _path(name: str) -> Path:
     if not name:
         raise InvalidRequest("Name a file.")
-    return Path(name).expanduser()
+    return expanded(name)
 
 
 def _listed(name: str, value: str) -> Any:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from headrace.config.sources import Layer, Value, unknown_key
 from headrace.config.tree import words
 from headrace.core.errors import ConfigError
+from headrace.core.paths import expanded
 
 _COLLECTIONS = (list, tuple, set, frozenset, dict, Sequence, Mapping)
 _PLAIN = (str, int, float, bool, list, dict, type(None))
@@ -116,14 +117,14 @@ def located(layer: Layer) -> Layer:
         if key in ("home", "server.state") or (
             key == "model" and text.startswith(("./", "../", "~"))
         ):
-            found[key] = value._replace(value=str(value.base / Path(text).expanduser()))
+            found[key] = value._replace(value=str(value.base / expanded(text, ConfigError)))
         elif key == "chat_template" and text.startswith("@"):
             found[key] = value._replace(value=_template(value, text[1:]))
     return found
 
 
 def _template(value: Value, name: str) -> str:
-    path = value.base / Path(name).expanduser()
+    path = value.base / expanded(name, ConfigError)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

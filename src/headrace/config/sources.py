@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from headrace.config.tree import PER_MODEL, TABLES, Config, ModelSettings
 from headrace.core.errors import ConfigError
+from headrace.core.paths import expanded
 
 PREFIX = "HEADRACE_"
 CLIENT_KEYS = ("HEADRACE_ADMIN_KEY", "HEADRACE_API_KEY")
@@ -228,7 +229,7 @@ def find_file(
     """Return the file to be read and where was looked: flag, variable, here, user directory."""
     named = file or environ.get("HEADRACE_CONFIG")
     if named:
-        path = cwd / Path(named).expanduser()
+        path = cwd / expanded(named, ConfigError)
         return path, (path,)
     places = (cwd / FILE_NAME, xdg(environ, "XDG_CONFIG_HOME", ".config") / FILE_NAME)
     return next((place for place in places if place.exists()), None), places

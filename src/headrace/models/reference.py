@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from headrace.core.errors import InvalidRequest, UnknownModel
+from headrace.core.paths import expanded
 from headrace.models.catalog import CATALOG
 from headrace.models.providers import PROVIDERS
 
@@ -117,7 +118,7 @@ def parse(text: str, *, base: Path | None = None) -> Reference:
         return _remote(text)
     if scheme is not None and scheme[1] in _SCHEMES:
         return _SCHEMES[scheme[1]](text, text[scheme.end() :])
-    path = (base or Path.cwd()) / Path(text).expanduser()
+    path = (base or Path.cwd()) / expanded(text)
     if scheme is not None and not path.exists():
         raise _invalid(text, f"{scheme[1]}: is no kind of reference")
     if "/" not in text and not text.endswith(".gguf") and not path.exists():
