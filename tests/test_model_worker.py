@@ -155,6 +155,16 @@ def test_closing_the_bridge_lets_what_others_wait_for_end() -> None:
         assert waiting.result(timeout=5) == "answered"
 
 
+def threads_left(before: set[threading.Thread]) -> list[threading.Thread]:
+    """Return threads that are here since, of which somebody has to think.
+
+    Those that wait for a child's end are asyncio's own, and end a moment after it. An engine of
+    other tests in this process may make a team of OpenMP's, when the machine is crowded.
+    """
+    others = ("asyncio", "waitpid", "openmp")
+    return [one for one in {*threading.enumerate()} - before if not one.name.startswith(others)]
+
+
 def test_a_stream_that_outlives_its_worker_is_closed_with_it(home: Path) -> None:
     """W8, W18: and closing it later starts nothing."""
     before = set(threading.enumerate())
@@ -163,7 +173,7 @@ def test_a_stream_that_outlives_its_worker_is_closed_with_it(home: Path) -> None
         next(stream)
     stream.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert not children()
-    assert set(threading.enumerate()) <= before
+    assert not threads_left(before)
 
 
 def test_many_threads_share_one_worker(echo: ModelWorker) -> None:
@@ -211,10 +221,7 @@ def test_without_a_process_it_is_the_same(home: Path) -> None:
         assert not children()
         assert worker.generate("né🌍").text == "né🌍"
         assert worker.count_tokens("né").count == 3
-    left = set(threading.enumerate()) - before
-    # An engine of other tests in this process may guard its own against a crowd.
-    others = ("asyncio", "openmp")
-    assert not [thread for thread in left if not thread.name.startswith(others)]
+    assert not threads_left(before)
 
 
 def test_a_failed_start_leaves_nothing(home: Path) -> None:
@@ -222,9 +229,7 @@ def test_a_failed_start_leaves_nothing(home: Path) -> None:
     before = set(threading.enumerate())
     with pytest.raises(HeadraceError, match="no luck"), ModelWorker("echo", fail_load="no luck"):
         pass
-    # The threads that wait for a child's end are asyncio's own, and end a moment after it.
-    left = set(threading.enumerate()) - before
-    assert not [one for one in left if not one.name.startswith(("asyncio", "waitpid"))]
+    assert not threads_left(before)
     assert not children()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from tests.service.serving import Service, served
 
@@ -75,12 +75,25 @@ def test_the_slot_is_free_soon(
     assert percentile_95(waits) < limit_ms, waits
 
 
+def opened(pid: int) -> int:
+    """Count file descriptors, without those of threads that are watched.
+
+    Of these there are more while the machine is crowded (`engines/openmp.py`).
+    """
+    count = 0
+    for one in Path(f"/proc/{pid}/fd").iterdir():
+        # It may be closed meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            count += not str(one.readlink()).endswith("/schedstat")
+    return count
+
+
 def settled(service: Service) -> list[int]:
     """Return file descriptors and children, of the service and its child, when they stay so."""
-    process, end, found = psutil.Process(service.process.pid), time.monotonic() + 10, []
+    end, found = time.monotonic() + 10, list[int]()
     while time.monotonic() < end:
         child, *others = service.children()
-        now = [process.num_fds(), child.num_fds(), len(others)]
+        now = [opened(service.process.pid), opened(child.pid), len(others)]
         if now == found:
             return now
         found = now
@@ -90,7 +103,7 @@ def settled(service: Service) -> list[int]:
 
 def test_nothing_is_left_behind(service: Service) -> None:
     """W18: file descriptors and children are what they were."""
-    # The first requests open the trace file, and have threads made that are watched.
+    # The first request opens the trace file.
     leave(service, True, 5, 0.2)
     wait_for_the_slot(service)
     before = settled(service)
