@@ -16,8 +16,8 @@ if TYPE_CHECKING:
         Message,
         RerankRequest,
         RerankResult,
-        Sampling,
     )
+    from headrace.core.sampling import Sampling
     from headrace.model_worker import AsyncModelWorker
     from headrace.sync import ModelWorker
 
@@ -62,7 +62,7 @@ _HOMES = {
     "Progress": "headrace.core.events",
     "RerankRequest": "headrace.core.request",
     "RerankResult": "headrace.core.request",
-    "Sampling": "headrace.core.request",
+    "Sampling": "headrace.core.sampling",
     "Usage": "headrace.core.metrics",
 }
 __version__ = "0.1.0"

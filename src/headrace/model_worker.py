@@ -25,9 +25,9 @@ from headrace.core.request import (
     Message,
     RerankRequest,
     RerankResult,
-    Sampling,
     TokenCount,
 )
+from headrace.core.sampling import Sampling
 from headrace.core.stream import collect
 from headrace.pool.watch import Asked, Nobody, Watch
 from headrace.telemetry import setup, traceparent

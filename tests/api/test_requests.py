@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, client, text
 
-from headrace.core.request import GenerateRequest, Message, Sampling
+from headrace.core.request import GenerateRequest, Message
+from headrace.core.sampling import Sampling
 
 
 async def asked(path: str, body: Any) -> GenerateRequest:

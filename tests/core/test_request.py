@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from headrace.core.errors import InvalidRequest
-from headrace.core.request import GenerateRequest, Message, Sampling
+from headrace.core.request import GenerateRequest, Message
+from headrace.core.sampling import Sampling
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, OutOfMemory
 from headrace.core.model import ModelFile
-from headrace.core.request import Sampling
+from headrace.core.sampling import Sampling
 from headrace.engines import open_engine
 from headrace.engines.base import Admitted, EngineRequest, OpenRequest, RawDelta, RawFinish
 from headrace.engines.echo import Engine

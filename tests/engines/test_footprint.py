@@ -15,7 +15,8 @@ from tests.models.builders import gguf
 from headrace import engines
 from headrace.core.errors import ConfigError, LoadFailed
 from headrace.core.model import ModelFile, ModelSpec
-from headrace.core.request import GenerateRequest, Sampling
+from headrace.core.request import GenerateRequest
+from headrace.core.sampling import Sampling
 from headrace.core.status import Footprint
 from headrace.core.stream import collect
 from headrace.engines import llamacpp_size

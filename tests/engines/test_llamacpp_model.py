@@ -19,7 +19,7 @@ from tests.engines.conftest import listening
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
 from headrace.core.events import TokenLogprob
-from headrace.core.request import Sampling
+from headrace.core.sampling import Sampling
 from headrace.engines import open_engine
 from headrace.engines.base import Admitted, EngineRequest, OpenRequest, RawDelta, RawFinish
 from headrace.engines.llamacpp import Engine

@@ -15,7 +15,7 @@ from headrace.core.errors import (
 )
 from headrace.core.events import TokenLogprob, TopLogprob
 from headrace.core.model import ModelFile
-from headrace.core.request import Sampling
+from headrace.core.sampling import Sampling
 from headrace.engines.base import (
     Admitted,
     EngineRequest,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from headrace.core.errors import InvalidRequest
-from headrace.core.request import Sampling
+from headrace.core.sampling import Sampling
 from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawFinish
 from headrace.engines.llamacpp import Engine
 

@@ -23,9 +23,9 @@ from headrace.core.request import (
     Ranked,
     RerankRequest,
     RerankResult,
-    Sampling,
     TokenCount,
 )
+from headrace.core.sampling import Sampling
 from headrace.core.status import Footprint
 from headrace.pool.ledger import Ledger
 from headrace.pool.policy import Rules

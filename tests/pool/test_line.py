@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.pool.rig import run
 
-from headrace.core.request import GenerateRequest, Message, Sampling
+from headrace.core.request import GenerateRequest, Message
+from headrace.core.sampling import Sampling
 from headrace.pool.line import Forecast, Line, Waiter, cost_of
 
 

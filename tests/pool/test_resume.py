@@ -20,7 +20,8 @@ from headrace.core.errors import (
 from headrace.core.events import Delta, Finish, TokenLogprob
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import Capabilities, Continuation
-from headrace.core.request import GenerateRequest, Sampling
+from headrace.core.request import GenerateRequest
+from headrace.core.sampling import Sampling
 from headrace.pool.resume import Answer, Diverged
 
 ABLE = Capabilities(batch_invariant=True, resume=True)

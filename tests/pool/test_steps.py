@@ -38,7 +38,8 @@ from headrace.core.errors import (
 from headrace.core.events import Delta, Event, Finish
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelSpec
-from headrace.core.request import CountRequest, GenerateRequest, Sampling
+from headrace.core.request import CountRequest, GenerateRequest
+from headrace.core.sampling import Sampling
 from headrace.pool.admin import PoolAdmin, Wanted
 from headrace.pool.ledger import Ledger
 from headrace.pool.policy import Rules

@@ -30,7 +30,8 @@ from headrace.core.events import Delta, Event, Finish
 from headrace.core.metrics import DeviceUse, InferenceMetrics
 from headrace.core.model import ModelSpec
 from headrace.core.record import RequestRecord
-from headrace.core.request import EmbedRequest, GenerateRequest, Message, RerankRequest, Sampling
+from headrace.core.request import EmbedRequest, GenerateRequest, Message, RerankRequest
+from headrace.core.sampling import Sampling
 from headrace.telemetry import content as contents
 from headrace.telemetry import names
 from headrace.telemetry.observed import Observed

@@ -12,7 +12,8 @@ import psutil
 
 from headrace.core.events import Delta, Event, Finish
 from headrace.core.model import ModelFile, ModelSpec
-from headrace.core.request import GenerateRequest, Sampling
+from headrace.core.request import GenerateRequest
+from headrace.core.sampling import Sampling
 from headrace.worker.process import WorkerProcess
 from headrace.worker.spec import OnProgress, WorkerSpec
 from headrace.worker.worker import Worker

@@ -9,7 +9,8 @@ from tests.worker.rig import ask
 
 from headrace.core.errors import ConfigError, ContextOverflow, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities, ModelSpec
-from headrace.core.request import CountRequest, GenerateRequest, Message, Sampling
+from headrace.core.request import CountRequest, GenerateRequest, Message
+from headrace.core.sampling import Sampling
 from headrace.engines.base import EngineFacts
 from headrace.worker.prompt import Prompter, check_supported, room
 

@@ -24,8 +24,8 @@ from headrace.core.request import (
     GenerateRequest,
     Message,
     RerankRequest,
-    Sampling,
 )
+from headrace.core.sampling import Sampling
 
 Prompt = str | tuple[int, ...]
 

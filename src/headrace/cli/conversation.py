@@ -10,7 +10,8 @@ import msgspec
 
 from headrace.core.errors import HeadraceError, InvalidRequest
 from headrace.core.paths import expanded
-from headrace.core.request import Message, Sampling
+from headrace.core.request import Message
+from headrace.core.sampling import Sampling
 
 HELP = """\
 /help                 these lines

@@ -12,7 +12,7 @@ import msgspec
 from headrace.contract.case import Case, case
 from headrace.contract.subject import TOKENS, Declared, Heard, Subject, check, refusal
 from headrace.core.errors import InvalidRequest, Unsupported
-from headrace.core.request import Sampling
+from headrace.core.sampling import Sampling
 
 PROBES: dict[str, Any] = {
     "max_tokens": 4,

@@ -15,7 +15,8 @@ from headrace.core.backend import Backend
 from headrace.core.errors import HeadraceError
 from headrace.core.events import Delta, Event, Finish, Progress, TokenLogprob
 from headrace.core.model import Capabilities, ModelInfo, ModelSpec
-from headrace.core.request import CountRequest, GenerateRequest, Message, Sampling
+from headrace.core.request import CountRequest, GenerateRequest, Message
+from headrace.core.sampling import Sampling
 
 Kind = Literal["worker", "process", "pool"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -10,22 +10,9 @@ import msgspec
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import InferenceMetrics, Usage
+from headrace.core.sampling import Sampling
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-
-
-_RANGES: dict[str, tuple[float, float]] = {
-    "max_tokens": (1, 1 << 31),
-    "temperature": (0, 100),
-    "top_p": (0, 1),
-    "top_k": (-1, 1 << 31),
-    "min_p": (0, 1),
-    "presence_penalty": (-2, 2),
-    "frequency_penalty": (-2, 2),
-    "repetition_penalty": (0.01, 100),
-    "seed": (-(1 << 63), (1 << 64) - 1),
-    "logprobs": (0, 20),
-}
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -34,45 +21,6 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     role: Role
     content: str
     name: str | None = None
-
-
-class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How tokens are chosen. None leaves the engine's default.
-
-    `temperature` 0 is greedy. `logprobs` is the number of candidates reported for each token
-    beside the chosen one (0 reports the chosen one alone). `logit_bias` maps token ids to
-    what is added to their logits, -100 to 100.
-    """
-
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    logit_bias: dict[int, float] = {}
-
-    def __post_init__(self) -> None:
-        """Refuse values outside of their range.
-
-        Raises:
-            InvalidRequest: naming the field.
-        """
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise InvalidRequest(f"{name} must be between {low} and {high}.", param=name)
-        if not all(self.stop):
-            raise InvalidRequest("A stop string is empty.", param="stop")
-        if not all(-100 <= bias <= 100 for bias in self.logit_bias.values()):
-            raise InvalidRequest("logit_bias goes from -100 to 100.", param="logit_bias")
 
 
 def new_id() -> str:

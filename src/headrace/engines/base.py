@@ -28,9 +28,9 @@ from headrace.core.request import (
     EmbedRequest,
     GenerateRequest,
     RerankRequest,
-    Sampling,
     TokenCount,
 )
+from headrace.core.sampling import Sampling
 
 SAMPLING = frozenset(
     {

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from headrace.core.request import Sampling
+from headrace.core.sampling import Sampling
 
 # Below it a division would overflow, and nothing is left to chance anyway.
 _COLD = 1e-5

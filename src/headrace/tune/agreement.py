@@ -12,7 +12,8 @@ import msgspec
 
 from headrace.core.backend import Backend
 from headrace.core.errors import Unsupported
-from headrace.core.request import CountRequest, GenerateRequest, Message, Sampling
+from headrace.core.request import CountRequest, GenerateRequest, Message
+from headrace.core.sampling import Sampling
 from headrace.core.stream import collect
 
 Asked = TypeVar("Asked")

@@ -12,7 +12,8 @@ import msgspec
 
 from headrace.core.backend import Backend
 from headrace.core.events import Delta, Finish
-from headrace.core.request import GenerateRequest, Sampling
+from headrace.core.request import GenerateRequest
+from headrace.core.sampling import Sampling
 
 _PATIENCE_S = 60.0
 """A turn is broken off so long after the last request could begin; what has come then counts."""

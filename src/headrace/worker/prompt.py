@@ -9,7 +9,8 @@ import msgspec
 
 from headrace.core.errors import ConfigError, ContextOverflow, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities, ModelSpec
-from headrace.core.request import CountRequest, GenerateRequest, Message, Sampling
+from headrace.core.request import CountRequest, GenerateRequest, Message
+from headrace.core.sampling import Sampling
 from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator
 from headrace.text.template import ChatTemplate
 

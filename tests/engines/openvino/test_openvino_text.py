@@ -9,7 +9,7 @@ import pytest
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, Unsupported
 from headrace.core.model import ModelFile
-from headrace.core.request import Sampling
+from headrace.core.sampling import Sampling
 from headrace.engines.base import (
     Admitted,
     EngineRequest,

@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from headrace.core.model import ModelFile, ModelSpec, Task
-from headrace.core.request import GenerateRequest, Message, Sampling
+from headrace.core.request import GenerateRequest, Message
+from headrace.core.sampling import Sampling
 from headrace.models.providers import PROVIDERS
 from headrace.worker.remote import RemoteWorker
 from headrace.worker.spec import OnProgress, WorkerSpec

@@ -28,7 +28,8 @@ from headrace.core.errors import (
     Unsupported,
 )
 from headrace.core.events import Delta, Finish
-from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, Sampling
+from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
+from headrace.core.sampling import Sampling
 from headrace.core.stream import collect
 
 

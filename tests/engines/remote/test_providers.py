@@ -16,7 +16,7 @@ from headrace import engines, runtime
 from headrace.config import short_name
 from headrace.core.errors import ConfigError
 from headrace.core.model import ModelFile, ModelSpec
-from headrace.core.request import Sampling
+from headrace.core.sampling import Sampling
 from headrace.engines.base import OpenRequest
 from headrace.models.providers import PROVIDERS
 from headrace.worker.remote import RemoteWorker

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headrace.core.request import Sampling
+from headrace.core.sampling import Sampling
 from headrace.engines.base import EngineRequest, Generator, RawDelta, RawEvent, RawFinish
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -16,7 +16,7 @@ import pytest
 from tests import models_made
 
 from headrace.core.errors import ConfigError, InvalidRequest, WorkerDied
-from headrace.core.request import Sampling
+from headrace.core.sampling import Sampling
 from headrace.engines.base import Admitted, EngineRequest, OpenRequest, RawDelta, RawFinish
 from headrace.engines.vllm import Engine
 from headrace.models.inspect import inspect

@@ -1,0 +1,124 @@
+"""Sampling parameters: name, type, range and help, each declared once.
+
+The wire inherits `SamplingFields` and the command line makes its flags of it; a `Sampling` checks
+the ranges wherever it is built. An engine honours the names that it translates and no others (see
+`Capabilities.sampling`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from headrace.core.errors import InvalidRequest
+
+_INT32 = 2**31 - 1
+_TOP_LOGPROBS = 20
+_BIAS = 100
+
+
+class Range(NamedTuple):
+    """The values that a parameter can have; `above` excludes the lower bound itself."""
+
+    low: float
+    high: float
+    above: bool = False
+
+    def includes(self, value: float) -> bool:
+        """Whether a value is within the range; NaN is not."""
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        """Describe the range for an error message."""
+        if self.above:
+            return f"above {self.low} and at most {self.high}"
+        return f"between {self.low} and {self.high}"
+
+
+def _parameter(description: str, low: float, high: float, *, above: bool = False) -> Meta:
+    # Not Meta's own bounds: msgspec's error would not name the field as ours does.
+    return Meta(
+        description=description,
+        extra={"range": Range(low, high, above)},
+        extra_json_schema={"exclusiveMinimum" if above else "minimum": low, "maximum": high},
+    )
+
+
+MaxTokens = Annotated[int, _parameter("Most tokens to generate.", 1, _INT32)]
+Temperature = Annotated[float, _parameter("Randomness; 0 is greedy.", 0, 2)]
+TopP = Annotated[float, _parameter("Sample from the tokens with this total probability.", 0, 1)]
+TopK = Annotated[int, _parameter("Sample from this many tokens; 0 and -1 mean all.", -1, _INT32)]
+MinP = Annotated[float, _parameter("Least probability relative to the likeliest token.", 0, 1)]
+PresencePenalty = Annotated[float, _parameter("Penalty for tokens already used.", -2, 2)]
+FrequencyPenalty = Annotated[float, _parameter("Penalty for each use of a token.", -2, 2)]
+RepetitionPenalty = Annotated[
+    float, _parameter("Above 1 discourages repetition.", 0, 10, above=True)
+]
+Seed = Annotated[int, _parameter("Same seed, same random choices.", -(2**63), 2**64 - 1)]
+Logprobs = Annotated[int, _parameter("Candidates reported per token.", 0, _TOP_LOGPROBS)]
+
+
+class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The scalar parameters. None leaves the engine's default."""
+
+    max_tokens: MaxTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: PresencePenalty | None = None
+    frequency_penalty: FrequencyPenalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    seed: Seed | None = None
+
+
+class Sampling(SamplingFields, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are chosen.
+
+    `logprobs` is the number of candidates reported for each token beside the chosen one (0
+    reports the chosen one alone). `logit_bias` maps token ids to what is added to their logits,
+    -100 to 100.
+
+    Raises:
+        InvalidRequest: a value is out of its range; `param` names the field.
+    """
+
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: Logprobs | None = None
+    logit_bias: dict[int, float] = {}
+
+    def __post_init__(self) -> None:
+        """Refuse values outside of their range."""
+        for name, allowed in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not allowed.includes(value):
+                raise InvalidRequest(f"{name} must be {allowed}.", param=name)
+        if not all(self.stop):
+            raise InvalidRequest("A stop string is empty.", param="stop")
+        if not all(-_BIAS <= bias <= _BIAS for bias in self.logit_bias.values()):
+            raise InvalidRequest(f"logit_bias goes from -{_BIAS} to {_BIAS}.", param="logit_bias")
+
+
+def described(fields: type[msgspec.Struct]) -> dict[str, tuple[type, Meta]]:
+    """Return the type and the metadata of each field that is `Annotated[T, Meta(...)] | None`."""
+    return {
+        name: (plain, meta)
+        for name, hint in get_type_hints(fields, include_extras=True).items()
+        if (annotated := next(iter(get_args(hint)), None)) is not None
+        for plain, meta in [_parts(annotated)]
+        if meta is not None
+    }
+
+
+def _parts(annotated: Any) -> tuple[type, Meta | None]:
+    plain, *metas = get_args(annotated) or (annotated,)
+    return plain, next((meta for meta in metas if isinstance(meta, Meta)), None)
+
+
+_RANGES: dict[str, Range] = {
+    name: (meta.extra or {})["range"] for name, (_, meta) in described(Sampling).items()
+}
