@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +20,14 @@ from tests.conftest import MODEL_HOME
 from tests.worker.rig import children
 
 from headrace import AsyncModelWorker, Delta, Finish, Message, ModelSpec, ModelWorker
-from headrace.core.errors import ConfigError, Draining, HeadraceError, InvalidRequest, Unsupported
+from headrace.core.errors import (
+    ConfigError,
+    Draining,
+    HeadraceError,
+    InvalidRequest,
+    QueueFull,
+    Unsupported,
+)
 from headrace.sync import _Loop
 
 
@@ -311,3 +319,85 @@ def test_nothing_enables_code_of_a_repository(home: Path) -> None:
         ModelWorker("hub:org/model", trust_remote_code=True)
     pinned = ModelWorker("hub:org/model", trust_remote_code=True, revision="a" * 40)
     assert pinned._worker.spec.trust_remote_code
+
+
+async def test_the_queue_is_bounded(home: Path) -> None:
+    """W20: a request beyond `max_queued` is refused, with a time to come back."""
+    worker = AsyncModelWorker(
+        "echo", max_running=1, max_queued=1, tokens_per_second=100, isolate=False
+    )
+    async with worker:
+        tasks = [asyncio.ensure_future(worker.generate("a" * 20)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull) as caught:
+            await worker.generate("too many")
+        assert caught.value.retry_after_s is not None
+        assert [(await task).text for task in tasks] == ["a" * 20] * 2
+
+
+def test_restart_after_a_stop_and_a_second_stop(home: Path) -> None:
+    """W7: stop is idempotent, and restart keeps the specification."""
+    worker = ModelWorker("echo")
+    worker.start()
+    worker.stop()
+    worker.stop()
+    assert worker.state == "stopped"
+    worker.restart()
+    assert worker.generate("again").text == "again"
+    worker.stop()
+
+
+def test_it_can_be_used_in_one_event_loop_after_another(home: Path) -> None:
+    """W7, W8: what an event loop took with it is gone, and a new start works."""
+    worker = AsyncModelWorker("echo")
+
+    async def first() -> int | None:
+        await worker.start()
+        assert (await worker.generate("one")).text == "one"
+        return worker_pid(worker)
+
+    async def second() -> None:
+        with pytest.raises(Draining):
+            await worker.generate("not started here")
+        await worker.start()
+        assert (await worker.generate("two")).text == "two"
+        await worker.stop()
+
+    pid = asyncio.run(first())
+    assert pid is not None
+    asyncio.run(second())
+    assert worker.state == "stopped"
+    asyncio.run(worker.stop())
+    end = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end, "the first loop's process goes on"
+        time.sleep(0.02)
+
+
+def test_another_event_loop_is_told_where_the_model_is(home: Path) -> None:
+    with ModelWorker("echo") as worker, pytest.raises(InvalidRequest, match="another event loop"):
+        asyncio.run(worker._worker.generate("x"))
+
+
+def worker_pid(worker: AsyncModelWorker) -> int | None:
+    assert worker._pool is not None
+    (entry,) = worker._pool.entries.values()
+    live = entry.replicas[0].worker
+    return live.pid if live else None
+
+
+async def test_an_answer_outlives_its_process(home: Path) -> None:
+    """M5, W19: the worker is started again, and the stream goes on where it was cut."""
+    async with AsyncModelWorker("echo", tokens_per_second=100) as worker:
+        text, killed = "", False
+        async for event in worker.generate_stream("abcdefghijklmnopqrstuvwxyz"):
+            if isinstance(event, Delta):
+                text += event.text
+            if len(text) > 5 and not killed:
+                killed, pid = True, worker_pid(worker)
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+            if isinstance(event, Finish):
+                assert event.metrics.continuations == 1
+        assert text == "abcdefghijklmnopqrstuvwxyz"
+        assert (await worker.generate("and on")).text == "and on"

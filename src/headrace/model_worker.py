@@ -278,7 +278,8 @@ class AsyncModelWorker:
 
     def _here(self, pool: Pool) -> Pool:
         """Check that the caller is in the event loop in which the model was started."""
-        if self._loop is not asyncio.get_running_loop():
+        # A stream can be made outside of any loop, and read in the right one.
+        if asyncio._get_running_loop() not in (None, self._loop):
             raise InvalidRequest(
                 f"{self.spec.name} was started in another event loop; use and stop it there."
             )

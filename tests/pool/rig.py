@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 
 from headrace.core.errors import Draining, HeadraceError, LoadFailed, WorkerDied
-from headrace.core.events import Delta, EmbedResult, Event, Finish, Ranked, RerankResult, TokenCount
+from headrace.core.events import Delta, Event, Finish, Ranked, Ranking, Text, TokenCount, Vectors
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import Capabilities, ModelInfo, ModelSpec, State
 from headrace.core.request import (
+    AnyRequest,
     CountRequest,
     DetokenizeRequest,
     EmbedRequest,
@@ -23,7 +24,7 @@ from headrace.core.request import (
 )
 from headrace.core.sampling import Sampling
 from headrace.core.status import Footprint
-from headrace.pool.ledger import Ledger
+from headrace.pool.memory import Ledger
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
 from headrace.pool.replica import OnProgress
@@ -162,7 +163,16 @@ class FakeWorker:
     async def memory(self) -> dict[str, int]:
         return {"cpu": self.machine.held[self]} if self in self.machine.held else {}
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+    def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
+        match request:
+            case GenerateRequest():
+                return self._generate(request)
+            case EmbedRequest() | RerankRequest():
+                return self._encode(request)
+            case CountRequest() | DetokenizeRequest():
+                return self._tokens(request)
+
+    async def _generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         if self.state != "ready":
             raise Draining("not ready") if self.state == "stopped" else LoadFailed("not ready")
         self.asked.append(request)
@@ -185,35 +195,33 @@ class FakeWorker:
         finally:
             self.running -= request.n
 
-    async def embed(self, request: EmbedRequest) -> EmbedResult:
-        """Take 0.1 s for each input; the vector is its length."""
-        usage, metrics = await self._encoded(len(request.inputs), request.load_ms)
-        vectors = tuple(bytes([len(one), 0, 0, 0]) for one in request.inputs)
-        return EmbedResult(vectors=vectors, dimensions=1, usage=usage, metrics=metrics)
-
-    async def rerank(self, request: RerankRequest) -> RerankResult:
-        """Take 0.1 s for each document; the first is the best."""
-        usage, metrics = await self._encoded(len(request.documents), request.load_ms)
-        ranking = tuple(Ranked(place, -float(place)) for place in range(len(request.documents)))
-        return RerankResult(ranking=ranking, usage=usage, metrics=metrics)
-
-    async def _encoded(self, count: int, load_ms: float) -> tuple[Usage, InferenceMetrics]:
+    async def _encode(self, request: EmbedRequest | RerankRequest) -> AsyncGenerator[Event, None]:
+        """Take 0.1 s for each input; its vector is its length, and the first ranks best."""
         self.running += 1
         assert self.running <= self.max_running, "more than it has slots for"
+        inputs = request.inputs if isinstance(request, EmbedRequest) else request.documents
         try:
-            await asyncio.sleep(0.1 * count)
+            await asyncio.sleep(0.1 * len(inputs))
             if self.broken is not None:
                 raise self.broken
         finally:
             self.running -= 1
-        usage = Usage(prompt_tokens=count)
-        return usage, InferenceMetrics(started_at=0.0, usage=usage, load_ms=load_ms)
+        usage = Usage(prompt_tokens=len(inputs))
+        if isinstance(request, EmbedRequest):
+            yield Vectors(tuple(bytes([len(text), 0, 0, 0]) for text in inputs))
+        else:
+            yield Ranking(tuple(Ranked(place, -float(place)) for place in range(len(inputs))))
+        metrics = InferenceMetrics(started_at=0.0, usage=usage, load_ms=request.load_ms)
+        yield Finish(("stop",), usage, metrics)
 
-    async def count_tokens(self, request: CountRequest) -> TokenCount:
-        return TokenCount(count=len(request.text or ""))
-
-    async def detokenize(self, request: DetokenizeRequest) -> str:
-        return " ".join(map(str, request.token_ids))
+    async def _tokens(
+        self, request: CountRequest | DetokenizeRequest
+    ) -> AsyncGenerator[Event, None]:
+        if isinstance(request, CountRequest):
+            yield TokenCount(count=len(request.text or ""))
+        else:
+            yield Text(" ".join(map(str, request.token_ids)))
+        yield Finish(("stop",), Usage(), InferenceMetrics(started_at=0.0))
 
     def models(self) -> tuple[ModelInfo, ...]:
         info = ModelInfo(

@@ -109,7 +109,7 @@ def test_that_a_reference_is_added_under_its_short_name() -> None:
         assert service.machine.loads == 1
         with pytest.raises(ConfigError):
             await service.admin.load("nothing")
-        assert list(service.pool.seats) == ["a", "b", "new"]
+        assert list(service.pool.entries) == ["a", "b", "new"]
         await service.aclose()
 
     run(main())
@@ -147,7 +147,7 @@ def test_that_loading_goes_on_when_who_asked_has_gone() -> None:
         task.cancel()
         await asyncio.sleep(1)
         assert service.states()["a"] == "ready"
-        assert not service.pool.seat("a").is_waited_for
+        assert not service.pool.entry("a").is_wanted
         await service.aclose()
 
     run(main())
@@ -421,7 +421,7 @@ def test_what_a_reload_changes() -> None:
         assert set(reloaded.changed) == {"soft", "hard"}
         assert reloaded.removed == ("gone",)
         assert reloaded.needs_restart == ("server.port",)
-        # Nobody who runs notices; who waits for what is gone is told.
+        # NullObserver who runs notices; who waits for what is gone is told.
         assert isinstance(await outcome(waiting), UnknownModel)
         for task in running.values():
             assert await outcome(task) == counted(20)
@@ -609,7 +609,7 @@ def test_that_what_was_done_is_done_again_after_a_restart(tmp_path: Path) -> Non
     async def third() -> None:
         # The configuration has changed meanwhile: what is not possible any more is dropped.
         service = Service(spec("a", max_queued=5), path=path)
-        assert set(service.pool.seats) == {"a", "new"}
+        assert set(service.pool.entries) == {"a", "new"}
         await service.aclose()
 
     run(first())

@@ -11,7 +11,6 @@ from headrace.core.errors import Draining, Loading, QueueFull, QueueTimeout, Wor
 from headrace.core.events import EmbedResult
 from headrace.core.request import EmbedRequest, RerankRequest
 from headrace.core.stream import collect_ranking, collect_vectors
-from headrace.pool.line import cost_of
 from headrace.pool.pool import Pool
 
 
@@ -33,9 +32,9 @@ def test_a_model_is_loaded_on_demand_and_let_go_again() -> None:
             one.ask(RerankRequest(model="a", query="q", documents=("x", "y")))
         )
         assert [each.index for each in ranked.ranking] == [0, 1]
-        assert one.seats["a"].state == "ready"
+        assert one.entries["a"].state == "ready"
         await asyncio.sleep(10)
-        assert one.seats["a"].state == "stopped"
+        assert one.entries["a"].state == "stopped"
         await one.aclose()
 
     run(main())
@@ -103,7 +102,7 @@ def test_a_worker_that_dies_is_asked_once_more() -> None:
         assert isinstance(result, EmbedResult)
         assert result.usage.prompt_tokens == 5
         assert (result.metrics.continuations, result.metrics.continued) == (1, "exact")
-        assert one.seats["a"].continuations == 1
+        assert one.entries["a"].continuations == 1
         await one.aclose()
         machine = Machine()
         one = pool(machine, spec("a", max_running=8, continuation="off"))
@@ -131,5 +130,5 @@ def test_a_drain_lets_it_end_and_then_refuses() -> None:
 
 def test_what_is_long_costs_more() -> None:
     """P: fairness is by tokens."""
-    assert cost_of(EmbedRequest(inputs=("x" * 40, (1, 2, 3)))) == 13
-    assert cost_of(RerankRequest(query="x" * 8, documents=("y" * 40, "z" * 4))) == 15
+    assert EmbedRequest(inputs=("x" * 40, (1, 2, 3))).cost() == 13
+    assert RerankRequest(query="x" * 8, documents=("y" * 40, "z" * 4)).cost() == 15

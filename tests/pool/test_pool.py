@@ -26,8 +26,8 @@ from headrace.core.request import CountRequest
 from headrace.core.stream import collect_count
 
 
-def seats(served: Any) -> dict[str, str]:
-    return {name: seat.state for name, seat in served.seats.items()}
+def entries(served: Any) -> dict[str, str]:
+    return {name: entry.state for name, entry in served.entries.items()}
 
 
 def test_that_a_hundred_requests_make_one_load() -> None:
@@ -50,7 +50,7 @@ def test_that_the_names_lead_to_the_models() -> None:
     async def main() -> None:
         served = pool(Machine(), spec("a", aliases=("b",)), spec("c"))
         assert (await answer(served, ask("b")))[0] == counted(5)
-        assert seats(served) == {"a": "ready", "c": "created"}
+        assert entries(served) == {"a": "ready", "c": "created"}
         with pytest.raises(UnknownModel, match=r"there is a, b, c"):
             await answer(served, ask("d"))
         await served.aclose()
@@ -124,10 +124,10 @@ def test_that_deadlines_count_in_the_line_and_the_place_is_free_again() -> None:
         with pytest.raises(QueueTimeout):
             await answer(served, ask(deadline_s=1.0))
         assert clock() - began == pytest.approx(1.0)
-        assert len(served.seat("a").line) == 0
+        assert len(served.entry("a").queue) == 0
         long.cancel()
         await asyncio.wait({long})
-        assert served.seat("a").running == 0
+        assert served.entry("a").running == 0
         await served.aclose()
 
     run(main())
@@ -168,7 +168,7 @@ def test_that_the_idle_make_room_and_the_busy_and_the_pinned_do_not() -> None:
         await answer(served, ask("b"))
         await asyncio.sleep(5)
         await answer(served, ask("c"))
-        assert seats(served) == {"a": "ready", "b": "stopped", "c": "ready", "big": "created"}
+        assert entries(served) == {"a": "ready", "b": "stopped", "c": "ready", "big": "created"}
         with pytest.raises(DoesNotFit, match=r"Pinned: a"):
             await answer(served, ask("big"))
         running = asyncio.create_task(answer(served, ask("c", 100)))
@@ -177,7 +177,7 @@ def test_that_the_idle_make_room_and_the_busy_and_the_pinned_do_not() -> None:
         # It ran to its end before it went.
         assert (await running)[0] == counted(100)
         assert machine.peak <= 100
-        assert served.seat("c").evictions == 1
+        assert served.entry("c").evictions == 1
         await served.aclose()
 
     run(main())
@@ -246,7 +246,7 @@ def test_that_an_answer_outlives_its_worker(way: str) -> None:
         assert finish.metrics.time_to_first_token_ms == pytest.approx(100, abs=20)
         # The load, and for `exact` what had been said already.
         assert clock() - began == pytest.approx(4 if way == "fast" else 5, abs=0.2)
-        assert served.seat("a").restarts == served.seat("a").continuations == 1
+        assert served.entry("a").restarts == served.entry("a").continuations == 1
         await served.aclose()
 
     run(main())
@@ -266,7 +266,7 @@ def test_that_off_breaks_it_off_at_once() -> None:
         assert clock() - died < 0.2
         # It is ready again without being asked.
         await asyncio.sleep(1.1)
-        assert seats(served) == {"a": "ready"}
+        assert entries(served) == {"a": "ready"}
         await served.aclose()
 
     run(main())
@@ -307,16 +307,16 @@ def test_that_the_breaker_opens_after_three_and_a_reset_closes_it() -> None:
             died = clock()
             next(w for w in machine.held if w.spec.name == "a").die()
             await asyncio.sleep(0.01)
-            while seats(served)["a"] == "loading":  # noqa: ASYNC110  # a fake clock: costs nothing
+            while entries(served)["a"] == "loading":  # noqa: ASYNC110  # a fake clock: costs nothing
                 await asyncio.sleep(0.01)
             restarts.append(round(clock() - died, 1))
         # At once and after 1 s, each with a load of 1 s; not after the third.
         assert restarts == [1.0, 2.0, 0.0]
-        assert seats(served) == {"a": "failed", "b": "ready"}
+        assert entries(served) == {"a": "failed", "b": "ready"}
         with pytest.raises(LoadFailed, match="SIGKILL"):
             await answer(served, ask("a"))
         assert (await answer(served, ask("b")))[0] == counted(5)
-        served.seat("a").reset()
+        served.entry("a").reset()
         assert (await answer(served, ask("a")))[0] == counted(5)
         await served.aclose()
 
@@ -476,7 +476,7 @@ def test_that_closing_a_stream_frees_the_slot_in_each_phase() -> None:
     async def main() -> None:
         machine = Machine()
         served = pool(machine, spec(max_running=1))
-        seat = served.seat("a")
+        entry = served.entry("a")
         for moment in (0.0, 0.5, 1.5):
             stream = served.ask(ask(tokens=50))
             end = clock() + moment
@@ -484,16 +484,16 @@ def test_that_closing_a_stream_frees_the_slot_in_each_phase() -> None:
                 if clock() >= end:
                     break
             await stream.aclose()
-            assert len(seat.line) == seat.running == 0
+            assert len(entry.queue) == entry.running == 0
         first = served.ask(ask(tokens=50))
         assert isinstance(await anext(first), Delta)
         second = served.ask(ask())
         await anext(second)
-        assert len(seat.line) == 1
+        assert len(entry.queue) == 1
         await second.aclose()
-        assert len(seat.line) == 0
+        assert len(entry.queue) == 0
         await first.aclose()
-        assert seat.running == 0
+        assert entry.running == 0
         await served.aclose()
 
     run(main())
@@ -538,7 +538,7 @@ def test_that_a_death_after_the_last_word_changes_nothing() -> None:
                 machine.workers[0].late = WorkerDied("a moment later")
         assert [type(event).__name__ for event in events].count("Finish") == 1
         assert isinstance(events[-1], Finish)
-        assert served.seat("a").continuations == 0
+        assert served.entry("a").continuations == 0
         await served.aclose()
 
     run(main())

@@ -42,10 +42,10 @@ from headrace.core.request import CountRequest, GenerateRequest
 from headrace.core.sampling import Sampling
 from headrace.core.stream import collect_count
 from headrace.pool.admin import PoolAdmin, Wanted
-from headrace.pool.ledger import Ledger
+from headrace.pool.entry import ModelEntry
+from headrace.pool.memory import Ledger
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
-from headrace.pool.seat import Seat
 from headrace.pool.state import StateFile
 
 BUDGET = 100
@@ -67,7 +67,7 @@ class Whimsical(FakeWorker):
         self.once: HeadraceError | None = None
         self.group = 1 + len(world.machine.workers) % 3
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+    async def _generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         if self.state != "ready":
             raise Draining("not ready") if self.state == "stopped" else LoadFailed("not ready")
         size = min(request.n, self.max_running)
@@ -111,15 +111,17 @@ def said(first: int, last: int, index: int, *, held: bool, end: bool) -> list[De
 class Asked:
     """One request, its reader, and what came of it."""
 
-    def __init__(self, world: World, request: GenerateRequest, pace_s: float, seat: Seat) -> None:
+    def __init__(
+        self, world: World, request: GenerateRequest, pace_s: float, entry: ModelEntry
+    ) -> None:
         self.world = world
         self.request = request
         self.pace_s = pace_s
         self.began = world.loop.time()
-        self.seat = seat
+        self.entry = entry
         # Without a seed, `exact` cannot be; what becomes of it is tested elsewhere.
         steady = request.sampling.temperature == 0
-        self.continuation = seat.spec.continuation if steady else "off"
+        self.continuation = entry.spec.continuation if steady else "off"
         self.leaves = False
         self.error: HeadraceError | None = None
         self.finish: Finish | None = None
@@ -159,7 +161,7 @@ class Asked:
             self._explain(self.error)
 
     def _explain(self, error: HeadraceError | None) -> None:
-        request, world, name = self.request, self.world, self.seat.spec.name
+        request, world, name = self.request, self.world, self.entry.spec.name
         happened = [what for at, who, what in world.log if at >= self.began and who in (name, "*")]
         ever = {what for _, who, what in world.log if who in (name, "*")}
         size = world.machine.sizes[name]
@@ -232,14 +234,14 @@ class World:
             reread=self.reread,
             drain_s=DRAIN_S,
         )
-        tell = self.pool.feed.tell
+        publish = self.pool.events.publish
 
         def watched(kind: Any, model: str = "", replica: int = 0, **data: Any) -> None:
             if kind == "evicted":
                 self.evicts(model, replica, data["by"])
-            tell(kind, model, replica, **data)
+            publish(kind, model, replica, **data)
 
-        self.pool.feed.tell = watched  # type: ignore[method-assign]
+        self.pool.events.publish = watched  # type: ignore[method-assign]
 
     def read(self) -> Mapping[str, tuple[int, int]]:
         held = sum(self.machine.held.values())
@@ -269,16 +271,16 @@ class World:
 
     def evicts(self, model: str, number: int, by: str) -> None:
         """M6: the busy and the pinned never go."""
-        seats = [seat for seat in self.everybody() if seat.spec.name == model]
+        entries = [entry for entry in self.everybody() if entry.spec.name == model]
         able = [
             replica
-            for seat in seats
-            for replica in seat.everybody()
+            for entry in entries
+            for replica in entry.all_replicas()
             if replica.number == number and not replica.leases
-            if not seat.spec.pinned or replica in seat.retired
+            if not entry.spec.pinned or replica in entry.retired
         ]
         assert able, f"{model} was evicted by {by}, busy or pinned"
-        retired = any(replica in seat.retired for seat in seats for replica in able)
+        retired = any(replica in entry.retired for entry in entries for replica in able)
         assert by != model or retired, f"{model} was evicted for itself"
 
     def closes(self, worker: Whimsical) -> None:
@@ -287,8 +289,8 @@ class World:
             told = [who for at, who, what in self.log if what == "admin"]
             assert worker.spec.name in told, f"{worker.spec.name} was unloaded while it served"
 
-    def everybody(self) -> list[Seat]:
-        return [*self.pool.seats.values(), *self.pool.leaving]
+    def everybody(self) -> list[ModelEntry]:
+        return [*self.pool.entries.values(), *self.pool.leaving]
 
     def pass_time(self, seconds: float) -> None:
         self.loop.run_until_complete(asyncio.sleep(seconds))
@@ -303,14 +305,14 @@ class World:
         assert self.ledger.booked()["cpu"] <= BUDGET
         assert machine.most_loading <= RULES.max_loading
         waiting = leases = 0
-        for seat in self.everybody():
-            places = list(seat.line)
-            assert len(places) == len(seat.line)
-            assert all(not waiter.turn.done() for waiter in places)
+        for entry in self.everybody():
+            places = list(entry.queue)
+            assert len(places) == len(entry.queue)
+            assert all(not ticket.lease.done() for ticket in places)
             slots = 3 * 2
-            assert len([one for one in places if not one.first]) <= 8 + slots
+            assert len([one for one in places if not one.priority]) <= 8 + slots
             waiting += len(places)
-            for replica in seat.everybody():
+            for replica in entry.all_replicas():
                 leases += len(replica.leases)
                 assert replica.running <= max(replica.max_running, 0)
                 assert all(lease.worker is replica.worker for lease in replica.leases)
@@ -340,12 +342,12 @@ class World:
         # What is let go, and what comes back after it, has time to.
         self.pass_time(60.0 + DRAIN_S + 4 * LONGEST_LOAD_S)
         self.check()
-        for seat in self.everybody():
-            assert not len(seat.line)
-            assert not seat._watchers
-            assert seat.running == 0
-            assert not seat.retired
-        assert self.pool.loader.room._wants == []
+        for entry in self.everybody():
+            assert not len(entry.queue)
+            assert not entry._waiters
+            assert entry.running == 0
+            assert not entry.retired
+        assert self.pool.loader.memory._wants == []
         assert self.pool._streams == 0
         assert sum(self.machine.held.values()) == self.ledger.booked()["cpu"]
         assert {task.get_name().split()[0] for task in asyncio.all_tasks(self.loop)} <= {
@@ -491,8 +493,8 @@ class Steps(RuleBasedStateMachine):
         self, name: str, client: str, pace_s: float, temperature: float, tokens: int, **given: Any
     ) -> None:
         world = self.world
-        if name not in world.pool.seats:
-            name = next(iter(world.pool.seats))
+        if name not in world.pool.entries:
+            name = next(iter(world.pool.entries))
         request = GenerateRequest(
             model=name,
             prompt="x",
@@ -501,7 +503,7 @@ class Steps(RuleBasedStateMachine):
             received=world.loop.time(),
             **given,
         )
-        world.asked.append(Asked(world, request, pace_s, world.pool.seats[name]))
+        world.asked.append(Asked(world, request, pace_s, world.pool.entries[name]))
 
     @rule(seconds=st.sampled_from([0.0, 0.01, 0.05, 0.1, 0.3, 0.5]))
     def pass_a_moment(self, seconds: float) -> None:

@@ -57,7 +57,7 @@ def test_that_a_second_replica_pushes_nobody_out() -> None:
         await answer(served, ask("b"))
         many = [asyncio.create_task(answer(served, ask("a", 100))) for _ in range(8)]
         await asyncio.sleep(60)
-        assert {name: seat.state for name, seat in served.seats.items()} == {
+        assert {name: entry.state for name, entry in served.entries.items()} == {
             "a": "ready",
             "b": "ready",
         }
@@ -84,7 +84,7 @@ def test_that_one_that_serves_already_pushes_nobody_out_for_its_twin() -> None:
         machine.workers[0].die()
         await asyncio.wait(many)
         assert all(task.result()[0] == counted(100) for task in many)
-        assert [seat.evictions for seat in served.seats.values()] == [0, 0]
+        assert [entry.evictions for entry in served.entries.values()] == [0, 0]
         await served.aclose()
 
     run(main())
@@ -98,12 +98,12 @@ def test_that_a_model_that_gave_up_in_part_refuses_when_the_rest_has_gone() -> N
         served = pool(machine, spec(replicas=2, keep_alive=5.0), max_loading=2)
         await served.start()
         await asyncio.sleep(2)
-        first, second = served.seat("a").replicas
+        first, second = served.entry("a").replicas
         for replica, then_s in ((first, 0.1), (second, 1.5), (first, 0.1)):
             assert replica.worker is not None
             replica.worker.die()  # type: ignore[attr-defined]
             await asyncio.sleep(then_s)
-        assert served.seat("a").has_given_up
+        assert served.entry("a").has_given_up
         await asyncio.sleep(2)
         assert (await answer(served, ask()))[0] == counted(5)
         await asyncio.sleep(10)
@@ -120,7 +120,7 @@ def test_that_who_waits_is_told_when_the_last_replica_of_a_failed_model_goes() -
         machine = Machine()
         served = pool(machine, spec(max_running=1, continuation="off"), crashes=1)
         await served.start()
-        seat = served.seat("a")
+        entry = served.entry("a")
         running = asyncio.create_task(answer(served, ask(tokens=30)))
         await asyncio.sleep(0.5)
         waiting = asyncio.create_task(answer(served, ask()))
@@ -128,7 +128,7 @@ def test_that_who_waits_is_told_when_the_last_replica_of_a_failed_model_goes() -
         machine.workers[-1].die()
         outcomes = await asyncio.gather(running, waiting, return_exceptions=True)
         assert [type(one) for one in outcomes] == [WorkerDied, LoadFailed]
-        assert (seat.state, len(seat.line)) == ("failed", 0)
+        assert (entry.state, len(entry.queue)) == ("failed", 0)
         await served.aclose()
 
     run(main())
@@ -139,12 +139,12 @@ def test_that_who_waits_for_a_load_is_not_missed_by_the_end() -> None:
 
     async def main() -> None:
         served = pool(Machine())
-        seat = served.seat("a")
-        counting = asyncio.create_task(seat.up())
+        entry = served.entry("a")
+        counting = asyncio.create_task(entry.ready_replica())
         await asyncio.sleep(0)
-        seat.now_ready()
-        seat.draining = True
-        seat.refuse(Draining("The service is stopping."))
+        entry.became_ready()
+        entry.draining = True
+        entry.refuse(Draining("The service is stopping."))
         with pytest.raises(Draining):
             await asyncio.wait_for(counting, 10)
         await served.aclose()

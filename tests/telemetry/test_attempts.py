@@ -27,7 +27,6 @@ from headrace.core.stream import collect_vectors
 from headrace.pool.pool import Pool
 from headrace.telemetry import names, traceparent
 from headrace.telemetry.span import Span
-from headrace.worker.remote import RemoteWorker
 from headrace.worker.spec import OnProgress, WorkerSpec
 from headrace.worker.worker import Worker
 
@@ -68,8 +67,8 @@ async def read_and_kill(pool: Pool, request: GenerateRequest) -> str:
 def pids(pool: Pool) -> list[int]:
     return [
         one.worker.pid
-        for seat in pool.seats.values()
-        for one in seat.replicas
+        for entry in pool.entries.values()
+        for one in entry.replicas
         if one.worker and one.worker.pid
     ]
 
@@ -290,7 +289,7 @@ async def test_an_upstream_is_told_the_trace(*, otel: bool) -> None:
     await upstream.start()
     options = {"base_url": f"{upstream.url}/v1"}
     spec = ModelSpec(name="far", model="openai:gpt-far", options=options)
-    remote = RemoteWorker(spec, _remote)
+    remote = Worker(spec, _remote)
     await remote.start()
     observed = told.observe(remote, attempts=spec)
     request = GenerateRequest(

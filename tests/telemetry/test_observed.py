@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 from opentelemetry.trace import StatusCode
-from tests.telemetry.watched import STEPS, Scripted, Told, ask, finish, parent
+from tests.telemetry.watched import STEPS, Observed, Scripted, Told, ask, finish, parent
 
 from headrace.core import errors
 from headrace.core.errors import (
@@ -35,7 +35,6 @@ from headrace.core.sampling import Sampling
 from headrace.core.stream import collect_ranking, collect_vectors
 from headrace.telemetry import content as contents
 from headrace.telemetry import names
-from headrace.telemetry.observed import Observed
 from headrace.telemetry.redact import Redactor
 
 LEAVES = [kind for kind in kinds() if not kind.__subclasses__()]
@@ -206,7 +205,7 @@ async def test_cancelled_in_each_phase(phase: str, end: End) -> None:
         task = asyncio.create_task(asyncio.sleep(0))
         for _ in STEPS[phase]:
             await anext(stream)
-    (running,) = observed.watcher.running()
+    (running,) = observed.recorder.running()
     assert (running.id, running.phase) == (request.id, phase)
     await end(stream, task)
     del stream
@@ -221,7 +220,7 @@ async def test_cancelled_in_each_phase(phase: str, end: End) -> None:
     assert record.metrics.usage.completion_tokens == (2 if phase == "decode" else 0)
     assert record.metrics.usage.prompt_tokens == (7 if phase in {"prefill", "decode"} else 0)
     assert backend.closed == [request.id]
-    assert observed.watcher.running() == ()
+    assert observed.recorder.running() == ()
     drawn = {span.name for span in record.spans}
     assert (names.DECODE in drawn) == (phase == "decode")
     assert (names.LOAD in drawn) == (phase in {"loading", "prefill"})
@@ -229,7 +228,7 @@ async def test_cancelled_in_each_phase(phase: str, end: End) -> None:
 
 async def test_who_leaves_after_the_finish_has_had_his_answer() -> None:
     told = Told()
-    stream = told.observe(Scripted()).generate(ask())
+    stream = told.observe(Scripted()).ask(ask())
     async for event in stream:
         if not isinstance(event, Delta) and hasattr(event, "finish_reasons"):
             break
@@ -299,7 +298,7 @@ async def test_a_sink_that_raises_fails_nothing(caplog: pytest.LogCaptureFixture
             raise RuntimeError(record.id)
 
     told, backend = Told(), cast("Any", Scripted())
-    observed = Observed(backend, tracing=told.tracing, sinks=[Broken(), told])
+    observed = told.observe(backend, sinks=[Broken(), told])
     for _ in range(3):
         assert await read(observed, ask())
     told.check(3)

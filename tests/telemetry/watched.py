@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from opentelemetry.sdk.resources import Resource
@@ -14,18 +15,18 @@ from opentelemetry.trace import SpanKind, StatusCode
 from tests.pool.rig import Machine
 from tests.worker.rig import resolve
 
-from headrace.core.events import Delta, EmbedResult, Event, Finish, Progress, Ranked, RerankResult
+from headrace.core.events import Delta, Event, Finish, Progress, Ranked, Ranking, Vectors
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelInfo, ModelSpec
 from headrace.core.record import RequestRecord
-from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
-from headrace.pool.ledger import Ledger
+from headrace.core.request import AnyRequest, EmbedRequest, GenerateRequest, RerankRequest
+from headrace.pool.memory import Ledger
+from headrace.pool.observer import AttemptObservation, NullObservation
 from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker
-from headrace.telemetry.observed import Observed
 from headrace.telemetry.otel import OpenTelemetry
+from headrace.telemetry.recorder import Recorder
 from headrace.telemetry.span import Tracing
-from headrace.telemetry.watcher import Watcher
 from headrace.worker.process import WorkerProcess
 
 MODEL = ModelInfo(id="m", source="builtin:m", engine="scripted", aliases=("also",))
@@ -39,7 +40,7 @@ STEPS: dict[str, list[Event]] = {
 USAGE = Usage(prompt_tokens=7, completion_tokens=2)
 
 
-def finish(request: GenerateRequest | EmbedRequest | RerankRequest) -> Finish:
+def finish(request: AnyRequest) -> Finish:
     metrics = InferenceMetrics(
         started_at=1.0,
         queue_ms=0.0,
@@ -66,10 +67,12 @@ class Scripted:
     def models(self) -> Sequence[ModelInfo]:
         return self._models
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+    async def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
         self.asked[request.id] = request
+        usual = {EmbedRequest: [Vectors((b"1234",))], RerankRequest: [Ranking((Ranked(0, 1.0),))]}
+        events = usual.get(type(request), STEPS["decode"])
         try:
-            for step in self.scripts.get(request.id, [*STEPS["decode"], finish(request)]):
+            for step in self.scripts.get(request.id, [*events, finish(request)]):
                 # Others run between any two events.
                 await asyncio.sleep(0)
                 if step is None:
@@ -82,25 +85,41 @@ class Scripted:
         finally:
             self.closed.append(request.id)
 
-    async def embed(self, request: EmbedRequest) -> EmbedResult:
-        self.asked[request.id] = request
-        self._perhaps_fail(request.id)
-        told = finish(request)
-        return EmbedResult(vectors=(b"1234",), dimensions=1, usage=told.usage, metrics=told.metrics)
-
-    async def rerank(self, request: RerankRequest) -> RerankResult:
-        self.asked[request.id] = request
-        self._perhaps_fail(request.id)
-        told = finish(request)
-        return RerankResult(ranking=(Ranked(0, 1.0),), usage=told.usage, metrics=told.metrics)
-
-    def _perhaps_fail(self, number: str) -> None:
-        for step in self.scripts.get(number, ()):
-            if isinstance(step, Exception):
-                raise step
-
     async def aclose(self) -> None:
         self.closed.append("all")
+
+
+class Observed:
+    """A backend whose requests are recorded, as a pool's are."""
+
+    def __init__(self, backend: Any, recorder: Recorder, attempts: ModelSpec | None = None) -> None:
+        self.recorder = recorder
+        self._backend = backend
+        self._spec = attempts
+
+    async def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
+        with self.recorder.observe(request) as observation, ExitStack() as attempts:
+            attempt: AttemptObservation = NullObservation(observation.request)
+            if self._spec is not None:
+                attempt = attempts.enter_context(
+                    observation.attempt(observation.request, self._backend, self._spec)
+                )
+            stream = self._backend.ask(attempt.request)
+            try:
+                async for event in stream:
+                    observation.saw(event)
+                    if isinstance(event, Finish):
+                        attempt.finished(event)
+                    yield event
+            finally:
+                await stream.aclose()
+
+    def models(self) -> Sequence[ModelInfo]:
+        return self._backend.models()
+
+    async def aclose(self) -> None:
+        await self._backend.aclose()
+        self.recorder.closed()
 
 
 class Told:
@@ -117,8 +136,9 @@ class Told:
     def record(self, record: RequestRecord) -> None:
         self.records.append(record)
 
-    def observe(self, backend: Any, **more: Any) -> Observed:
-        return Observed(backend, tracing=self.tracing, sinks=[self], **more)
+    def observe(self, backend: Any, *, attempts: ModelSpec | None = None, **more: Any) -> Observed:
+        known: dict[str, Any] = {"tracing": self.tracing, "sinks": [self], **more}
+        return Observed(backend, Recorder(backend.models, **known), attempts)
 
     @property
     def spans(self) -> list[ReadableSpan]:
@@ -131,7 +151,6 @@ class Told:
     def check(self, ended: int) -> None:
         """Each request has one ended root, and a record that tells what its spans do."""
         assert len(self.records) == ended
-        assert self.tracing.traces == {}
         roots = [span for span in self.spans if span.kind is SpanKind.SERVER]
         assert len(roots) == ended
         numbers = [_context(span).span_id for span in self.spans]
@@ -185,5 +204,5 @@ def pool_of(told: Told, spec: ModelSpec, open_worker: Callable[..., Any] | None 
 
     ledger = Ledger({"cpu": machine.total}, machine.read)
     pool = Pool([spec], opened, sizing=machine, ledger=ledger)
-    pool.watched_by(Watcher(pool.models, tracing=told.tracing, sinks=[told]))
+    pool.observed_by(Recorder(pool.models, tracing=told.tracing, sinks=[told]))
     return pool

@@ -14,7 +14,7 @@ from headrace.worker.child import Child
 from headrace.worker.wire import Ended
 
 
-class Line:
+class Queue:
     """Notes what is said, in order."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Line:
 
 async def over(error: ErrorRecord | None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Let a stream end with an error, and return what was said and done."""
-    child, line = Child(Path()), Line()
+    child, line = Child(Path()), Queue()
     monkeypatch.setattr(child, "_link", line)
     monkeypatch.setattr(os, "_exit", line.said.append)
     task = asyncio.ensure_future(asyncio.sleep(0, error))

@@ -39,7 +39,6 @@ from headrace.core.errors import (
     LoadFailed,
     Loading,
     OutOfMemory,
-    QueueFull,
     WorkerDied,
 )
 from headrace.core.events import Event, Progress
@@ -101,13 +100,10 @@ async def test_errors_cross_over_as_they_are() -> None:
         assert one.state == "ready"
 
 
-async def test_fifty_streams_at_once_and_a_full_queue() -> None:
-    """W20: each its own answer; one more than the queue holds is refused."""
-    async with process(slots=8, max_queued=42, tokens_per_second=400) as one:
+async def test_fifty_streams_at_once() -> None:
+    """W20: each its own answer."""
+    async with process(slots=8, tokens_per_second=400) as one:
         asked = [asyncio.ensure_future(collect(one.ask(ask(f"number {n}")))) for n in range(50)]
-        await asyncio.sleep(0)
-        with pytest.raises(QueueFull):
-            await collect(one.ask(ask("too many")))
         said = [result.text for result in await asyncio.gather(*asked)]
         assert said == [f"number {n}" for n in range(50)]
 

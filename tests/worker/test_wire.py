@@ -16,14 +16,15 @@ from tests.worker.rig import ask, echo, resolve
 from headrace.core.errors import ErrorRecord
 from headrace.core.events import (
     Delta,
-    EmbedResult,
     Finish,
     Progress,
     Ranked,
-    RerankResult,
+    Ranking,
+    Text,
     TokenCount,
     TokenLogprob,
     TopLogprob,
+    Vectors,
 )
 from headrace.core.metrics import DeviceUse, Gaps, InferenceMetrics, Usage
 from headrace.core.model import Capabilities, ModelInfo
@@ -49,13 +50,13 @@ LOGPROB = TokenLogprob(1, b"\xff", -0.1, (TopLogprob(2, b"", -9.0),))
 ERROR = ErrorRecord(kind="QueueFull", message="m", retry_after_s=1.0, metrics=METRICS)
 DOWN: list[Any] = [
     wire.Load(SPEC, LogSettings(level="info", style="json")),
-    wire.Generate(1, ask((1, 2), logit_bias={1: 2.0}, stop=("x",), n=2)),
-    wire.Generate(2, ask(None, messages=(Message("user", "é"),), json_schema={"a": [1, None]})),
-    wire.Embed(5, EmbedRequest(inputs=("a", (1, 2)), dimensions=3, truncate=True)),
-    wire.Rerank(6, RerankRequest(query="a", documents=("b", "c"), top_n=1)),
+    wire.Ask(1, ask((1, 2), logit_bias={1: 2.0}, stop=("x",), n=2)),
+    wire.Ask(2, ask(None, messages=(Message("user", "é"),), json_schema={"a": [1, None]})),
+    wire.Ask(5, EmbedRequest(inputs=("a", (1, 2)), dimensions=3, truncate=True)),
+    wire.Ask(6, RerankRequest(query="a", documents=("b", "c"), top_n=1)),
     wire.Cancel(1),
-    wire.Count(3, CountRequest(text="a")),
-    wire.Detokenize(4, DetokenizeRequest(token_ids=(1,))),
+    wire.Ask(3, CountRequest(text="a")),
+    wire.Ask(4, DetokenizeRequest(token_ids=(1,))),
     wire.Close(1.5),
 ]
 INFO = ModelInfo(
@@ -64,19 +65,15 @@ INFO = ModelInfo(
 UP: list[Any] = [
     wire.Ready(INFO),
     wire.Failed(ERROR),
-    wire.Happened(1, Delta("é", (1, 2), 1, "r", (LOGPROB,))),
-    wire.Happened(1, Progress("prefill", 1, 2)),
-    wire.Happened(1, Finish(("stop", "length"), Usage(prompt_tokens=1), METRICS)),
-    wire.Embedded(
-        5, EmbedResult(vectors=(b"\xff\0",), dimensions=1, usage=Usage(), metrics=METRICS)
-    ),
-    wire.Reranked(
-        6, RerankResult(ranking=(Ranked(1, 0.5),), usage=Usage(prompt_tokens=2), metrics=METRICS)
-    ),
+    wire.Said(1, Delta("é", (1, 2), 1, "r", (LOGPROB,))),
+    wire.Said(1, Progress("prefill", 1, 2)),
+    wire.Said(1, Finish(("stop", "length"), Usage(prompt_tokens=1), METRICS)),
+    wire.Said(5, Vectors((b"\xff\0",))),
+    wire.Said(6, Ranking((Ranked(1, 0.5),))),
+    wire.Said(3, TokenCount(count=2, token_ids=(1, 2))),
+    wire.Said(4, Text("x")),
     wire.Ended(1),
     wire.Ended(2, ERROR),
-    wire.Counted(3, TokenCount(count=2, token_ids=(1, 2))),
-    wire.Text(4, "x"),
     wire.Alive(1 << 40),
 ]
 

@@ -104,7 +104,7 @@ class _Choice:
         self._turn.meter.resumed(len(request.token_ids), len(request.answered))
         shown = self._text.feed(self._job.said.encode())
         self._turn.answered(shown)
-        return Delta(shown, self._turn.request.answered)
+        return Delta(shown, request.answered)
 
     def _engine_events(self) -> AsyncGenerator[RawEvent, None]:
         raw = cast("Generator", self._turn.served.engine).generate(self._request)

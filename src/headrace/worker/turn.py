@@ -214,8 +214,7 @@ class Turn(Generic[S, R]):
                 raise
         finally:
             self._limits.discard(limit)
-        self.check()
-        raise late or _too_late()
+        raise self._aborted or late or _too_late()
 
     async def steps(self, source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         """Yield what an engine does, until the deadline or `abort`, however silent it is."""

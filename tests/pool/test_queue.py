@@ -16,7 +16,7 @@ from tests.pool.rig import run
 
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling
-from headrace.pool.line import Forecast, Line, Waiter, cost_of
+from headrace.pool.queue import Forecast, Queue, Ticket
 
 
 def request(client: str = "", tokens: int = 10, prompt: Any = (1,), **given: Any) -> Any:
@@ -25,8 +25,8 @@ def request(client: str = "", tokens: int = 10, prompt: Any = (1,), **given: Any
     )
 
 
-def waiter(client: str = "", tokens: int = 10, *, first: bool = False) -> Waiter:
-    return Waiter(request(client, tokens), 0.0, first=first)
+def ticket(client: str = "", tokens: int = 10, *, priority: bool = False) -> Ticket:
+    return Ticket(request(client, tokens), 0.0, priority=priority)
 
 
 def on_a_loop(test: Callable[[], None]) -> Coroutine[Any, Any, None]:
@@ -37,60 +37,60 @@ def on_a_loop(test: Callable[[], None]) -> Coroutine[Any, Any, None]:
     return main()
 
 
-def drained(line: Line) -> list[Waiter]:
-    order: list[Waiter] = []
-    while (one := line.next()) is not None:
-        assert line.leave(one)
-        line.granted(one)
+def drained(queue: Queue) -> list[Ticket]:
+    order: list[Ticket] = []
+    while (one := queue.next()) is not None:
+        assert queue.leave(one)
+        queue.granted(one)
         order.append(one)
     return order
 
 
 def test_what_a_request_is_guessed_to_cost() -> None:
-    assert cost_of(request(tokens=10, prompt=(1, 2, 3))) == 13
-    assert cost_of(request(tokens=10, prompt="x" * 40, n=3)) == 40
+    assert request(tokens=10, prompt=(1, 2, 3)).cost() == 13
+    assert request(tokens=10, prompt="x" * 40, n=3).cost() == 40
     chat = GenerateRequest(messages=(Message("user", "x" * 400),), sampling=Sampling(max_tokens=5))
-    assert cost_of(chat) == 105
+    assert chat.cost() == 105
     # One that names no end costs something too.
-    assert cost_of(GenerateRequest(prompt="x")) > 100
+    assert GenerateRequest(prompt="x").cost() > 100
 
 
 def test_that_one_client_is_served_in_order() -> None:
     def test() -> None:
-        line = Line(lambda: 0.0)
-        waiting = [waiter(tokens=n + 1) for n in range(5)]
+        queue = Queue(lambda: 0.0)
+        waiting = [ticket(tokens=n + 1) for n in range(5)]
         for one in waiting:
-            line.join(one)
-        assert len(line) == len(list(line)) == 5
-        assert drained(line) == waiting
-        assert len(line) == 0
-        assert line.next() is None
+            queue.join(one)
+        assert len(queue) == len(list(queue)) == 5
+        assert drained(queue) == waiting
+        assert len(queue) == 0
+        assert queue.next() is None
 
     run(on_a_loop(test))
 
 
 def test_that_who_was_cut_off_comes_first() -> None:
     def test() -> None:
-        line = Line(lambda: 0.0)
-        plain, cut, later = waiter(), waiter(first=True), waiter(first=True)
+        queue = Queue(lambda: 0.0)
+        plain, cut, later = ticket(), ticket(priority=True), ticket(priority=True)
         for one in (plain, cut, later):
-            line.join(one)
-        assert set(line) == {plain, cut, later}
-        assert drained(line) == [cut, later, plain]
+            queue.join(one)
+        assert set(queue) == {plain, cut, later}
+        assert drained(queue) == [cut, later, plain]
 
     run(on_a_loop(test))
 
 
 def test_that_leaving_is_idempotent_and_leaves_nothing_behind() -> None:
     def test() -> None:
-        line = Line(lambda: 0.0)
-        one, other = waiter("a"), waiter("a")
-        line.join(one)
-        assert not line.leave(other)
-        assert line.leave(one)
-        assert not line.leave(one)
-        assert not line.leave(waiter("never seen"))
-        assert (len(line), line._waiting) == (0, {})
+        queue = Queue(lambda: 0.0)
+        one, other = ticket("a"), ticket("a")
+        queue.join(one)
+        assert not queue.leave(other)
+        assert queue.leave(one)
+        assert not queue.leave(one)
+        assert not queue.leave(ticket("never seen"))
+        assert (len(queue), queue._waiting) == (0, {})
 
     run(on_a_loop(test))
 
@@ -109,16 +109,19 @@ def test_that_clients_who_wait_get_the_same_tokens(
     """M7: among those who wait all the time, nobody is ahead by more than one request each."""
 
     def test() -> None:
-        line, had = Line(lambda: 0.0), Counter[str]()
+        queue, had = Queue(lambda: 0.0), Counter[str]()
         dearest = 201.0
         for client, tokens, served in arrivals:
-            line.join(waiter(client, tokens))
-            waiting = Counter(one.request.client for one in line)
+            if all(other.request.client != client for other in queue):
+                # From now on, compare only those who wait together.
+                had.clear()
+            queue.join(ticket(client, tokens))
+            waiting = Counter(one.request.client for one in queue)
             for _ in range(served):
-                if (one := line.next()) is None:
+                if (one := queue.next()) is None:
                     break
-                line.leave(one)
-                line.granted(one)
+                queue.leave(one)
+                queue.granted(one)
                 had[one.request.client] += int(one.cost)
                 waiting[one.request.client] -= 1
                 # From now on, compare only those who have never stopped waiting.
@@ -135,16 +138,16 @@ def test_that_random_arrivals_of_unequal_clients_are_served_alike() -> None:
     """M7: a client with ten times the requests gets no more, while the others want something."""
 
     def test() -> None:
-        chance, line, had = random.Random(7), Line(lambda: 0.0), Counter[str]()
+        chance, queue, had = random.Random(7), Queue(lambda: 0.0), Counter[str]()
         for step in range(4000):
             client = chance.choices(["greedy", "plain", "other"], [10, 2, 2])[0]
             if step % 3 or client != "greedy":
-                line.join(waiter(client, chance.randint(1, 100)))
-            if step % 5 == 0 and (one := line.next()) is not None:
-                line.leave(one)
-                line.granted(one)
+                queue.join(ticket(client, chance.randint(1, 100)))
+            if step % 5 == 0 and (one := queue.next()) is not None:
+                queue.leave(one)
+                queue.granted(one)
                 came_to = chance.randint(1, 100)
-                line.correct(one, came_to)
+                queue.correct(one, came_to)
                 had[one.request.client] += came_to
         assert min(had.values()) > 0.9 * max(had.values())
 
@@ -155,16 +158,16 @@ def test_that_what_it_came_to_counts_and_not_what_was_guessed() -> None:
     """One who asks for much and takes little is not punished for it."""
 
     def test() -> None:
-        line = Line(lambda: 0.0)
+        queue = Queue(lambda: 0.0)
         for _ in range(3):
-            line.join(waiter("wide", 1000))
-            line.join(waiter("exact", 100))
+            queue.join(ticket("wide", 1000))
+            queue.join(ticket("exact", 100))
         order = ""
-        while (one := line.next()) is not None:
+        while (one := queue.next()) is not None:
             order += one.request.client[0]
-            line.leave(one)
-            line.granted(one)
-            line.correct(one, 100)
+            queue.leave(one)
+            queue.granted(one)
+            queue.correct(one, 100)
         assert order == "wewewe"
 
     run(on_a_loop(test))
@@ -172,16 +175,16 @@ def test_that_what_it_came_to_counts_and_not_what_was_guessed() -> None:
 
 def test_that_nobody_saves_up_turns() -> None:
     def test() -> None:
-        line = Line(lambda: 0.0)
-        line.join(waiter("late", 1))
-        drained(line)
+        queue = Queue(lambda: 0.0)
+        queue.join(ticket("late", 1))
+        drained(queue)
         for _ in range(50):
-            line.join(waiter("steady", 100))
-            drained(line)
+            queue.join(ticket("steady", 100))
+            drained(queue)
         for _ in range(10):
-            line.join(waiter("late", 100))
-            line.join(waiter("steady", 100))
-        first = [one.request.client for one in drained(line)[:10]]
+            queue.join(ticket("late", 100))
+            queue.join(ticket("steady", 100))
+        first = [one.request.client for one in drained(queue)[:10]]
         assert 4 <= first.count("late") <= 6
 
     run(on_a_loop(test))
@@ -189,11 +192,11 @@ def test_that_nobody_saves_up_turns() -> None:
 
 def test_that_many_clients_are_not_remembered_for_ever() -> None:
     def test() -> None:
-        line = Line(lambda: 0.0)
+        queue = Queue(lambda: 0.0)
         for number in range(5000):
-            line.join(waiter(str(number), 10))
-            drained(line)
-        assert len(line._served) <= 1025
+            queue.join(ticket(str(number), 10))
+            drained(queue)
+        assert len(queue._served) <= 1025
 
     run(on_a_loop(test))
 

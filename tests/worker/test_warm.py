@@ -11,10 +11,10 @@ from tests.worker.rig import ask, children, echo, resolve, until
 
 from headrace.core.stream import collect
 from headrace.worker.process import WorkerProcess
-from headrace.worker.spare import Spare
+from headrace.worker.warm import WarmProcess
 
 
-async def come(spare: Spare) -> int:
+async def come(spare: WarmProcess) -> int:
     """Wait until the spare process is there, and return its pid."""
     spare.keep(True)
     await until(lambda: len(children()) == 1)
@@ -24,7 +24,7 @@ async def come(spare: Spare) -> int:
 
 async def test_a_load_takes_the_process_that_waits() -> None:
     """M4: it answers as any other, under its own name, and a second load starts one itself."""
-    spare = Spare()
+    spare = WarmProcess()
     pid = await come(spare)
     one, two = (WorkerProcess(echo(), resolve, spawn=spare.take) for _ in range(2))
     await one.start()
@@ -42,7 +42,7 @@ async def test_a_load_takes_the_process_that_waits() -> None:
 
 async def test_what_waited_and_died_is_not_used() -> None:
     """M5: a load starts a process of its own then, and a new spare can be had."""
-    spare = Spare()
+    spare = WarmProcess()
     pid = await come(spare)
     os.kill(pid, signal.SIGKILL)
     await until(lambda: not psutil.pid_exists(pid))
@@ -59,7 +59,7 @@ async def test_what_waited_and_died_is_not_used() -> None:
 
 async def test_a_load_that_is_given_up_leaves_no_process() -> None:
     """W8: cancelled while the process is still coming."""
-    spare = Spare()
+    spare = WarmProcess()
     spare.keep(True)
     taking = asyncio.ensure_future(spare.take("nobody", lambda _: None))
     await asyncio.sleep(0)
@@ -71,14 +71,14 @@ async def test_a_load_that_is_given_up_leaves_no_process() -> None:
 
 async def test_it_is_kept_and_let_go_as_one_is_told() -> None:
     """W8: twice the same changes nothing; nothing is left at the end."""
-    spare = Spare()
+    spare = WarmProcess()
     pid = await come(spare)
     spare.keep(True)
     assert [child.pid for child in children()] == [pid]
-    assert repr(spare) == "<Spare kept>"
+    assert repr(spare) == "<WarmProcess kept>"
     spare.keep(False)
     spare.keep(False)
-    assert repr(spare) == "<Spare none>"
+    assert repr(spare) == "<WarmProcess none>"
     await spare.aclose()
     assert children() == []
     await spare.aclose()

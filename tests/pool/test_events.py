@@ -10,45 +10,45 @@ import pytest
 from tests.pool.rig import run
 
 from headrace.core.status import PoolEvent
-from headrace.pool.feed import Feed
+from headrace.pool.events import EventBus
 
 
-async def heard(feed: Feed) -> list[PoolEvent]:
-    return [event async for event in feed.listen()]
+async def heard(events: EventBus) -> list[PoolEvent]:
+    return [event async for event in events.subscribe()]
 
 
 def test_that_all_hear_all_in_order_from_when_they_came() -> None:
     async def main() -> None:
-        feed = Feed()
-        feed.tell("loading", "a")
-        first = asyncio.create_task(heard(feed))
+        events = EventBus()
+        events.publish("loading", "a")
+        first = asyncio.create_task(heard(events))
         await asyncio.sleep(0)
-        feed.tell("ready", "a", 1, ms=5)
-        second = asyncio.create_task(heard(feed))
+        events.publish("ready", "a", 1, ms=5)
+        second = asyncio.create_task(heard(events))
         await asyncio.sleep(0)
-        feed.tell("unloaded", "a")
-        feed.close()
+        events.publish("unloaded", "a")
+        events.close()
         assert [event.kind for event in await first] == ["ready", "unloaded"]
         assert [event.kind for event in await second] == ["unloaded"]
         assert (first.result()[0].model, first.result()[0].replica) == ("a", 1)
         assert first.result()[0].data == {"ms": 5}
         # Who comes too late hears nothing, and waits for nothing.
-        assert await heard(feed) == []
-        assert feed._listeners == set()
+        assert await heard(events) == []
+        assert events._subscribers == set()
 
     run(main())
 
 
 def test_that_who_does_not_read_loses_the_oldest_and_holds_nobody_up() -> None:
     async def main() -> None:
-        feed = Feed()
-        listening = feed.listen()
+        events = EventBus()
+        listening = events.subscribe()
         first = asyncio.create_task(anext(listening))
         await asyncio.sleep(0)
         for number in range(5000):
-            feed.tell("loading", str(number))
+            events.publish("loading", str(number))
         assert (await first).model == "4000"
-        feed.close()
+        events.close()
         rest = [event.model async for event in listening]
         assert rest[-1] == "4999"
         assert len(rest) <= 1000
@@ -58,22 +58,22 @@ def test_that_who_does_not_read_loses_the_oldest_and_holds_nobody_up() -> None:
 
 def test_that_who_goes_is_forgotten() -> None:
     async def main() -> None:
-        feed = Feed()
-        task = asyncio.create_task(heard(feed))
+        events = EventBus()
+        task = asyncio.create_task(heard(events))
         await asyncio.sleep(0)
-        assert len(feed._listeners) == 1
+        assert len(events._subscribers) == 1
         task.cancel()
         await asyncio.wait({task})
-        assert feed._listeners == set()
+        assert events._subscribers == set()
 
     run(main())
 
 
 def test_that_the_log_says_it_too_and_louder_what_is_bad(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
-        feed = Feed()
-        feed.tell("ready", "a", ms=5)
-        feed.tell("died", "a", reason="was killed")
+        events = EventBus()
+        events.publish("ready", "a", ms=5)
+        events.publish("died", "a", reason="was killed")
 
     with caplog.at_level(logging.INFO, "headrace.pool"):
         run(main())

@@ -19,10 +19,11 @@ from headrace.core.errors import (
 )
 from headrace.core.events import Delta, Finish, TokenLogprob
 from headrace.core.metrics import InferenceMetrics, Usage
-from headrace.core.model import Capabilities, Continuation
+from headrace.core.model import Capabilities
+from headrace.core.model import Continuation as Policy
 from headrace.core.request import GenerateRequest
 from headrace.core.sampling import Sampling
-from headrace.pool.resume import Answer, Diverged
+from headrace.pool.continuation import Continuation, Diverged
 
 ABLE = Capabilities(batch_invariant=True, resume=True)
 DIED = WorkerDied("was killed")
@@ -38,22 +39,45 @@ class Time:
         return self.now
 
 
-def answer(continuation: Continuation = "fast", time: Time | None = None, **given: Any) -> Answer:
+def answer(continuation: Policy = "fast", time: Time | None = None, **given: Any) -> Continuation:
     sampling = Sampling(
         temperature=given.pop("temperature", 0.0), seed=given.pop("seed", None), max_tokens=12
     )
     request = GenerateRequest(prompt="x", sampling=sampling, received=100.0, **given)
-    return Answer(request, continuation, time or Time())
+    return Continuation(request, continuation, time or Time())
 
 
-def begun(*args: Any, **given: Any) -> Answer:
+def begun(*args: Any, **given: Any) -> Continuation:
     one = answer(*args, **given)
     one.new(Delta("a ", (1,)))
     return one
 
 
+def way_on(one: Continuation, error: EngineError, capabilities: Capabilities) -> str | None:
+    """Return how the answer goes on; None where it ends with the error."""
+    try:
+        return one.retry(error, capabilities)
+    except EngineError as raised:
+        assert raised is error
+        return None
+
+
+def again(one: Continuation) -> GenerateRequest:
+    """Return what the second worker is asked."""
+    one.retry(DIED, ABLE)
+    request = one.request
+    assert isinstance(request, GenerateRequest)
+    return request
+
+
 def finish(**given: Any) -> Finish:
     return Finish(("stop",), Usage(), InferenceMetrics(started_at=0.0, **given))
+
+
+def ended(one: Continuation, last: Finish) -> Finish:
+    got = one.new(last)
+    assert isinstance(got, Finish)
+    return got
 
 
 @pytest.mark.parametrize(
@@ -81,14 +105,14 @@ def finish(**given: Any) -> Finish:
 def test_which_way_an_answer_goes_on(
     given: dict[str, Any], capabilities: Capabilities, way: str | None
 ) -> None:
-    assert begun(**given).way_on(DIED, capabilities) == way
+    assert way_on(begun(**given), DIED, capabilities) == way
 
 
 def test_that_what_has_not_begun_is_simply_asked_again() -> None:
     for one in (answer(), answer("exact", temperature=1.0), answer(n=3)):
-        assert one.way_on(DIED, Capabilities()) == "exact"
+        assert way_on(one, DIED, Capabilities()) == "exact"
     # Off is off.
-    assert answer("off").way_on(DIED, ABLE) is None
+    assert way_on(answer("off"), DIED, ABLE) is None
 
 
 @pytest.mark.parametrize(
@@ -103,24 +127,26 @@ def test_that_what_has_not_begun_is_simply_asked_again() -> None:
     ],
 )
 def test_what_an_answer_survives(error: EngineError, goes_on: bool) -> None:
-    assert (begun().way_on(error, ABLE) is not None) == goes_on
+    assert (way_on(begun(), error, ABLE) is not None) == goes_on
 
 
 def test_that_it_goes_on_once_only() -> None:
-    one = begun()
-    assert one.way_on(DIED, ABLE) == "fast"
-    one.again("fast")
-    assert one.way_on(DIED, ABLE) is None
+    one, second = begun(), WorkerDied("was killed too")
+    assert way_on(one, DIED, ABLE) == "fast"
+    with pytest.raises(WorkerDied) as caught:
+        one.retry(second, ABLE)
+    assert caught.value is DIED
+    assert caught.value.__cause__ is second
 
 
 def test_what_the_second_worker_is_asked() -> None:
     one = begun("fast")
     one.new(Delta("b", (2, 3)))
     one.new(Delta("", (4,)))
-    assert one.again("fast").answered == (1, 2, 3, 4)
-    other = begun("exact")
-    assert other.again("exact").answered == ()
-    assert other.again("exact").sampling == Sampling(temperature=0.0, max_tokens=12)
+    assert again(one).answered == (1, 2, 3, 4)
+    second = again(begun("exact"))
+    assert second.answered == ()
+    assert second.sampling == Sampling(temperature=0.0, max_tokens=12)
 
 
 cuts = st.lists(st.integers(0, len(TEXT)), max_size=12).map(sorted)
@@ -145,13 +171,13 @@ def test_that_exact_gives_each_character_and_token_once(
     one, got = answer("exact"), []
     for delta in pieces(first)[:broken]:
         got.append(one.new(delta))
-    one.again("exact")
+    again(one)
     for delta in pieces(second):
         got.append(one.new(delta))
-    deltas = [delta for delta in got if delta is not None]
+    deltas = [delta for delta in got if isinstance(delta, Delta)]
     assert "".join(delta.text for delta in deltas) == TEXT
     assert [n for delta in deltas for n in delta.token_ids] == list(range(len(WORDS)))
-    assert one.check(finish()).metrics.continued == "exact"
+    assert ended(one, finish()).metrics.continued == "exact"
 
 
 @given(first=cuts, broken=st.integers(1, 13), held=st.integers(0, 5))
@@ -161,18 +187,18 @@ def test_that_fast_gives_what_was_held_back_too(first: list[int], broken: int, h
     one, got = answer("fast"), []
     for delta in pieces(first)[:broken]:
         got.append(one.new(delta))
-    sent = "".join(delta.text for delta in got if delta)
-    ids = one.again("fast").answered
+    sent = "".join(delta.text for delta in got if isinstance(delta, Delta))
+    ids = again(one).answered
     # The words of all ids that were sent, of which the client may lack the end.
     whole = "".join(WORDS[: len(ids)])
     whole = whole if len(whole) >= len(sent) else sent
     got.append(one.new(Delta(whole, ids)))
     rest = Delta(TEXT[len(whole) :], tuple(range(len(ids), len(WORDS))))
     got.append(one.new(rest))
-    deltas = [delta for delta in got if delta is not None]
+    deltas = [delta for delta in got if isinstance(delta, Delta)]
     assert "".join(delta.text for delta in deltas) == TEXT
     assert [n for delta in deltas for n in delta.token_ids] == list(range(len(WORDS)))
-    assert one.check(finish()).metrics.continued == "fast"
+    assert ended(one, finish()).metrics.continued == "fast"
 
 
 def test_that_choices_and_reasoning_are_kept_apart() -> None:
@@ -180,18 +206,18 @@ def test_that_choices_and_reasoning_are_kept_apart() -> None:
     one.new(Delta("left", (1,), 0))
     one.new(Delta("right", (2,), 1))
     one.new(Delta("", (3,), 1, "because"))
-    one.again("exact")
+    again(one)
     assert one.new(Delta("right", (2,), 1)) is None
     assert one.new(Delta("left and", (1, 9), 0)) == Delta(" and", (9,), 0)
     assert one.new(Delta("", (3, 4), 1, "because of")) == Delta("", (4,), 1, " of")
-    assert one.check(finish()).finish_reason == "stop"
+    assert ended(one, finish()).finish_reason == "stop"
 
 
 def test_that_logprobs_go_with_their_tokens() -> None:
     probable = tuple(TokenLogprob(n, b"x", -0.5) for n in range(3))
     one = answer("exact")
     one.new(Delta("ab", (0, 1), logprobs=probable[:2]))
-    one.again("exact")
+    again(one)
     assert one.new(Delta("abc", (0, 1, 2), logprobs=probable)) == Delta(
         "c", (2,), logprobs=probable[2:]
     )
@@ -199,12 +225,12 @@ def test_that_logprobs_go_with_their_tokens() -> None:
 
 def test_that_another_text_is_not_sewn_on() -> None:
     one = begun("exact")
-    one.again("exact")
+    again(one)
     with pytest.raises(Diverged):
         one.new(Delta("b ", (1,)))
     reasoned = answer("exact")
     reasoned.new(Delta("", (1,), 0, "so"))
-    reasoned.again("exact")
+    again(reasoned)
     with pytest.raises(Diverged):
         reasoned.new(Delta("", (1,), 0, "no"))
 
@@ -212,25 +238,24 @@ def test_that_another_text_is_not_sewn_on() -> None:
 def test_that_one_that_ends_too_early_is_another() -> None:
     one = answer("exact")
     one.new(Delta("a b c ", (1, 2, 3)))
-    one.again("exact")
+    again(one)
     one.new(Delta("a b ", (1, 2)))
     with pytest.raises(Diverged):
-        one.check(finish())
+        one.new(finish())
 
 
 def test_that_the_figures_are_what_the_client_felt() -> None:
     time = Time()
     one = answer("fast", time)
     time.now = 103.0
-    asked = one.asked(GenerateRequest(prompt="x", received=100.0), 2.0)
-    assert asked.load_ms == 2000
+    assert one.start(2.0).load_ms == 2000
     time.now = 103.5
     one.new(Delta("a ", (1,)))
-    one.again("fast")
+    again(one)
     # The second worker's load is a pause, and not the one that the request began with.
-    assert one.asked(GenerateRequest(prompt="x", received=100.0), 60.0).load_ms == 2000
+    assert one.start(60.0).load_ms == 2000
     one.new(Delta("a b", (1, 2)))
-    metrics = one.check(finish(time_to_first_token_ms=9.0, queue_ms=9.0)).metrics
+    metrics = ended(one, finish(time_to_first_token_ms=9.0, queue_ms=9.0)).metrics
     assert metrics.queue_ms == pytest.approx(1000)
     assert metrics.time_to_first_token_ms == pytest.approx(3500)
     assert (metrics.continuations, metrics.continued) == (1, "fast")
@@ -240,4 +265,4 @@ def test_that_an_undisturbed_answer_passes_unchanged() -> None:
     one, last = answer(), finish(time_to_first_token_ms=9.0)
     delta = Delta("a", (1,))
     assert one.new(delta) is delta
-    assert one.check(last) is last
+    assert one.new(last) is last
