@@ -13,7 +13,7 @@ import httpx
 from msgspec.structs import replace
 
 from headrace.api.app import create_app
-from headrace.api.settings import ApiSettings
+from headrace.api.limits import ApiSettings
 from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
 from headrace.core.events import Delta, Event, Finish, FinishReason
 from headrace.core.metrics import Gaps, InferenceMetrics, Usage

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, text
 
+from headrace.api import limits
 from headrace.api.app import create_app
-from headrace.api.settings import ApiSettings
+from headrace.api.limits import ApiSettings
 from headrace.core.backend import Backend
 from headrace.core.events import Delta, Progress
 
@@ -103,23 +104,27 @@ async def test_client_gone_closes_the_stream(
     assert asyncio.all_tasks() == before, "nothing is left running"
 
 
-async def test_client_gone_while_comments_are_sent() -> None:
+async def test_client_gone_while_comments_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     """W18: also after the headers, while nothing has come yet."""
     script = Stuck()
     backend = FakeBackend(script)
-    wire = Wire(backend, CHAT, chat(stream=True), headers_after_s=0.01, comment_every_s=0.01)
+    monkeypatch.setattr(limits, "COMMENT_EVERY_S", 0.01)
+    wire = Wire(backend, CHAT, chat(stream=True), headers_after_s=0.01)
     await wire.sending.wait()
     await wire.leave()
     assert (backend.running, backend.closed) == (0, 1)
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}])
-async def test_client_gone_closes_every_prompt(fields: Any) -> None:
+async def test_client_gone_closes_every_prompt(
+    fields: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """W18: of several prompts, the running ones are closed and the waiting never begin."""
     before = asyncio.all_tasks()
     script = Stuck(Delta("Hi", (1,)))
     backend = FakeBackend(script)
-    wire = Wire(backend, TEXT, text(["a", "b", "c", "d"], **fields), parallel_prompts=3)
+    monkeypatch.setattr(limits, "PARALLEL_PROMPTS", 3)
+    wire = Wire(backend, TEXT, text(["a", "b", "c", "d"], **fields))
     await script.there.wait()
     await wire.leave()
     assert (backend.running, backend.closed, len(backend.requests)) == (0, 3, 3)

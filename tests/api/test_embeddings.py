@@ -12,8 +12,9 @@ import openai
 import pytest
 from tests.api.fakes import FakeBackend, client
 
+from headrace.api import limits
 from headrace.api.app import create_app
-from headrace.api.settings import ApiSettings
+from headrace.api.limits import ApiSettings
 
 
 async def post(backend: FakeBackend, settings: dict[str, Any] | None = None, **body: Any) -> Any:
@@ -77,7 +78,7 @@ async def test_base64() -> None:
         ({"input": ["a", ""]}, "input"),
         ({"input": [[]]}, "input"),
         ({"input": ["a", 1]}, "input"),
-        ({"input": ["a"] * 4}, "input"),
+        ({"input": ["a"] * 2049}, "input"),
         ({"input": [-1]}, "input[0]"),
         ({"dimensions": 0}, "dimensions"),
         ({"dimensions": 9}, "dimensions"),
@@ -87,14 +88,15 @@ async def test_base64() -> None:
 )
 async def test_what_is_wrong_is_named(wrong: dict[str, Any], param: str) -> None:
     """A: a 400 in OpenAI's shape."""
-    answer = await post(FakeBackend(), settings={"max_inputs": 3}, **wrong)
+    answer = await post(FakeBackend(), **wrong)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
     assert (await post(FakeBackend(), model="none")).status_code == 404
 
 
-async def test_a_large_answer_is_written_beside_the_loop() -> None:
-    body = (await post(FakeBackend(), {"max_inputs": 5000}, input=["x"] * 5000)).json()
+async def test_a_large_answer_is_written_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_INPUTS", 5000)
+    body = (await post(FakeBackend(), input=["x"] * 5000)).json()
     assert [one["index"] for one in body["data"]] == list(range(5000))
 
 

@@ -225,7 +225,7 @@ async def test_wrong_prompts(prompt: Any, param: str) -> None:
 
 async def test_choices_are_limited() -> None:
     """A: prompts times n is bounded."""
-    assert (await refused(TEXT, text(["a"] * 3, n=2), max_choices=5))["param"] == "n"
+    assert (await refused(TEXT, text(["a"] * 3, n=86)))["param"] == "n"
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ async def test_large_bodies_are_decoded_off_the_loop(monkeypatch: pytest.MonkeyP
         seen.append(len(body))
         return await inner(function, body, *rest)
 
-    monkeypatch.setattr("headrace.api.bodies.asyncio.to_thread", spy)
+    monkeypatch.setattr("headrace.api.exchange.asyncio.to_thread", spy)
     await asked(CHAT, chat(messages=[{"role": "user", "content": "x" * 65_000}]))
     assert seen == []
     request = await asked(CHAT, chat(messages=[{"role": "user", "content": "x" * 70_000}]))

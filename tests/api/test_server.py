@@ -18,13 +18,13 @@ import uvicorn
 from tests.api.fakes import CHAT, FakeAdmin, FakeBackend, chat, finish, hello
 
 from headrace.api.app import create_app
-from headrace.api.auth import hash_key
-from headrace.api.settings import ApiSettings
+from headrace.api.edge import hash_key
+from headrace.api.limits import ApiSettings
 from headrace.core.errors import QueueFull, WorkerDied
 from headrace.core.events import Delta
 from headrace.core.status import PoolEvent
 
-SETTINGS = ApiSettings(key_hashes=(hash_key("k"),))
+SETTINGS = ApiSettings(api_keys=(hash_key("k"),))
 
 
 @contextlib.contextmanager
