@@ -23,8 +23,8 @@ from tests.api.fakes import (
 
 from headrace.api import limits
 from headrace.api.app import ADMIN_ROUTES, create_app
-from headrace.api.edge import hash_key
 from headrace.api.limits import ApiSettings
+from headrace.config import hash_key
 from headrace.core.errors import Draining
 from headrace.core.model import ModelInfo
 from headrace.core.record import Activity, Call, Rates, RunningRequest

@@ -14,8 +14,8 @@ from tests.api.fakes import CHAT, FakeAdmin, FakeBackend, chat, client, hello
 
 from headrace.api import limits
 from headrace.api.app import create_app
-from headrace.api.edge import hash_key
 from headrace.api.limits import ApiSettings
+from headrace.config import hash_key
 from headrace.core.errors import ConfigError
 
 KEYS: dict[str, Any] = {"api_keys": (hash_key("other"), hash_key("secret"))}

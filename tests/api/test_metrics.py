@@ -17,9 +17,9 @@ from tests.api.fakes import FakeAdmin, FakeBackend, chat
 
 from headrace import runtime
 from headrace.api.app import ADMIN_ROUTES, ROUTES, Application, create_app
-from headrace.api.edge import hash_key
 from headrace.api.limits import ApiSettings
 from headrace.api.openapi import document
+from headrace.config import hash_key
 from headrace.core.model import ModelSpec
 from headrace.core.record import Activity, Call
 from headrace.telemetry.instruments import Instruments

@@ -18,8 +18,8 @@ import uvicorn
 from tests.api.fakes import CHAT, FakeAdmin, FakeBackend, chat, finish, hello
 
 from headrace.api.app import create_app
-from headrace.api.edge import hash_key
 from headrace.api.limits import ApiSettings
+from headrace.config import hash_key
 from headrace.core.errors import QueueFull, WorkerDied
 from headrace.core.events import Delta
 from headrace.core.status import PoolEvent

@@ -19,9 +19,9 @@ from headrace.api.wire import (
     Messages,
     Nothing,
     Unsupported,
-    generation,
-    messages,
-    sampling,
+    generate_fields,
+    to_messages,
+    to_sampling,
 )
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import Choice, FinishReason, TokenLogprob, TopLogprob
@@ -148,7 +148,7 @@ def to_request(wire: ChatRequest, settings: ApiSettings, call: Call) -> Generate
     Raises:
         InvalidRequest: fields contradict each other, or a value is out of its range.
     """
-    fields = generation(wire, settings, call)
+    fields = generate_fields(wire, settings, call)
     most, preferred = wire.max_tokens, wire.max_completion_tokens
     if most is not None and preferred not in {None, most}:
         raise InvalidRequest("max_tokens and max_completion_tokens differ.", param="max_tokens")
@@ -156,8 +156,8 @@ def to_request(wire: ChatRequest, settings: ApiSettings, call: Call) -> Generate
         raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
     logprobs = (wire.top_logprobs or 0) if wire.logprobs else None
     return GenerateRequest(
-        messages=messages(wire.messages),
-        sampling=sampling(
+        messages=to_messages(wire.messages),
+        sampling=to_sampling(
             wire, max_tokens=most if preferred is None else preferred, logprobs=logprobs
         ),
         template_options=wire.chat_template_kwargs or {},

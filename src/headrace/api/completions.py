@@ -21,10 +21,10 @@ from headrace.api.wire import (
     GenerateFields,
     TokenId,
     Unsupported,
-    generation,
-    inputs,
+    generate_fields,
     inputs_schema,
-    sampling,
+    to_inputs,
+    to_sampling,
 )
 from headrace.core import errors
 from headrace.core.backend import Backend
@@ -122,15 +122,15 @@ def to_requests(
             prompts is too long or mixed.
         Unsupported: best_of differs from n.
     """
-    prompts = inputs("prompt", wire.prompt, limits.MAX_PROMPTS)
-    fields = generation(wire, settings, call, prompts=len(prompts))
+    prompts = to_inputs("prompt", wire.prompt, limits.MAX_PROMPTS)
+    fields = generate_fields(wire, settings, call, prompts=len(prompts))
     if wire.best_of not in {None, wire.n or 1}:
         raise errors.Unsupported("best_of is supported only where it equals n.", param="best_of")
     most = _OPENAI_MAX_TOKENS if wire.max_tokens is None else wire.max_tokens
     first = GenerateRequest(
         prompt=prompts[0],
         echo=bool(wire.echo),
-        sampling=sampling(wire, max_tokens=most, logprobs=wire.logprobs),
+        sampling=to_sampling(wire, max_tokens=most, logprobs=wire.logprobs),
         **fields,
     )
     rest = enumerate(prompts[1:], 1)

@@ -20,7 +20,7 @@ from headrace.api.problems import Headers, Refused, refused
 from headrace.core import record
 from headrace.core.errors import Forbidden, Unauthorized
 
-HeaderList = Iterable[tuple[bytes, bytes]]
+_HeaderList = Iterable[tuple[bytes, bytes]]
 
 METRICS_PATH = "/metrics"
 
@@ -97,11 +97,6 @@ class Edge:
             self._service.observer.called(ended)
 
 
-def hash_key(key: str) -> str:
-    """Return the form in which a key is kept."""
-    return _hash(key.encode("utf-8", "surrogateescape"))
-
-
 def authorise(
     headers: dict[bytes, bytes], settings: ApiSettings, path: str = ""
 ) -> tuple[str, bool]:
@@ -120,7 +115,7 @@ def authorise(
     key = _key(headers)
     if key is None:
         raise Unauthorized("An API key is needed: send it as `Authorization: Bearer <key>`.")
-    offered = _hash(key)
+    offered = f"sha256:{hashlib.sha256(key).hexdigest()}"
     is_admin = _is_among(offered, settings.admin_keys)
     asks = _is_among(offered, settings.api_keys)
     reads = _is_among(offered, settings.metrics_keys)
@@ -150,10 +145,6 @@ def check_admin(scope: Scope, settings: ApiSettings, *, is_admin: bool) -> None:
         raise _foreign_origin()
 
 
-def _hash(key: bytes) -> str:
-    return f"sha256:{hashlib.sha256(key).hexdigest()}"
-
-
 def _is_among(offered: str, hashes: Sequence[str]) -> bool:
     return bool(sum(hmac.compare_digest(offered, known) for known in hashes))
 
@@ -173,7 +164,7 @@ def _check_head(scope: Scope, headers: dict[bytes, bytes], settings: ApiSettings
         _check_origin(headers[b"origin"].decode("latin-1"), settings)
 
 
-def _check_sizes(path: bytes, query: bytes, headers: HeaderList) -> None:
+def _check_sizes(path: bytes, query: bytes, headers: _HeaderList) -> None:
     if len(path) + len(query) > limits.MAX_URL:
         raise refused(414, f"The URL is longer than {limits.MAX_URL} bytes.", "url_too_long")
     # 4 bytes a line for what separates name and value.
@@ -182,7 +173,7 @@ def _check_sizes(path: bytes, query: bytes, headers: HeaderList) -> None:
         raise refused(431, message, "header_too_large")
 
 
-def _check_host(headers: HeaderList, settings: ApiSettings) -> None:
+def _check_host(headers: _HeaderList, settings: ApiSettings) -> None:
     # A foreign page may have rebound its name to this address.
     hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
     if not hosts or not all(_is_served(_hostname(host), settings) for host in hosts):

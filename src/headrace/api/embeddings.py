@@ -19,9 +19,9 @@ from headrace.api.wire import (
     ModelName,
     ReadUsage,
     TokenId,
-    envelope,
-    inputs,
     inputs_schema,
+    request_fields,
+    to_inputs,
 )
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.request import EmbedRequest, EmbedResult
@@ -91,11 +91,11 @@ def to_request(wire: EmbeddingRequest, settings: ApiSettings, call: Call) -> Emb
         InvalidRequest: the list of inputs is mixed, too long, or has an empty one.
     """
     return EmbedRequest(
-        inputs=tuple(inputs("input", wire.input, limits.MAX_INPUTS)),
+        inputs=tuple(to_inputs("input", wire.input, limits.MAX_INPUTS)),
         dimensions=wire.dimensions,
         truncate=bool(wire.truncate),
         normalize=wire.normalized is not False,
-        **envelope(wire, settings, call),
+        **request_fields(wire, settings, call),
     )
 
 

@@ -10,7 +10,7 @@ from msgspec import Meta
 from headrace.api import limits
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.limits import ApiSettings
-from headrace.api.wire import Count, KeepAlive, ModelName, ReadUsage, Unsupported, envelope
+from headrace.api.wire import Count, KeepAlive, ModelName, ReadUsage, Unsupported, request_fields
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.request import Ranked, RerankRequest
 
@@ -114,7 +114,7 @@ def to_request(wire: RankRequest, settings: ApiSettings, call: Call) -> RerankRe
         documents=tuple(texts),
         top_n=wire.top_n,
         truncate=wire.truncate is not False,
-        **envelope(wire, settings, call),
+        **request_fields(wire, settings, call),
     )
 
 

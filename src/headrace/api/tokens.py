@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from headrace.api.exchange import Exchange, Service
-from headrace.api.wire import Messages, ModelName, TokenId, Unsupported, messages
+from headrace.api.wire import Messages, ModelName, TokenId, Unsupported, to_messages
 from headrace.core import request as core
 from headrace.core.errors import InvalidRequest
 
@@ -83,7 +83,7 @@ def to_request(wire: TokenizeRequest) -> core.CountRequest:
     return core.CountRequest(
         model=wire.model or "",
         text=texts[0] if texts else None,
-        messages=None if wire.messages is None else messages(wire.messages),
+        messages=None if wire.messages is None else to_messages(wire.messages),
         add_special=wire.prompt is not None if special is None else special,
         template_options=wire.chat_template_kwargs or {},
     )

@@ -205,7 +205,7 @@ class Addressed(Protocol):
         ...
 
 
-def envelope(wire: Addressed, settings: ApiSettings, call: Call) -> dict[str, Any]:
+def request_fields(wire: Addressed, settings: ApiSettings, call: Call) -> dict[str, Any]:
     """Return the fields that every core request has.
 
     Raises:
@@ -224,7 +224,7 @@ def envelope(wire: Addressed, settings: ApiSettings, call: Call) -> dict[str, An
     }
 
 
-def generation(
+def generate_fields(
     wire: GenerateFields, settings: ApiSettings, call: Call, *, prompts: int = 1
 ) -> dict[str, Any]:
     """Return the fields that every core request that generates has, except for its sampling.
@@ -236,7 +236,7 @@ def generation(
         raise InvalidRequest("stream_options needs stream to be true.", param="stream_options")
     if (wire.n or 1) * prompts > limits.MAX_CHOICES:
         raise InvalidRequest(f"At most {limits.MAX_CHOICES} choices are accepted.", param="n")
-    fields = envelope(wire, settings, call)
+    fields = request_fields(wire, settings, call)
     fields |= {
         "n": wire.n or 1,
         "json_schema": _json_schema(wire.response_format),
@@ -248,7 +248,7 @@ def generation(
     return fields
 
 
-def sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int | None) -> Sampling:
+def to_sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int | None) -> Sampling:
     """Build the core's parameters; scalars not named here are those of the wire.
 
     Raises:
@@ -268,12 +268,12 @@ def sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int | No
     )
 
 
-def messages(wire: Sequence[ChatMessage]) -> tuple[Message, ...]:
+def to_messages(wire: Sequence[ChatMessage]) -> tuple[Message, ...]:
     """Return the turns of a conversation, each with its parts joined to one text."""
     return tuple(Message(message.role, _content(message), message.name) for message in wire)
 
 
-def inputs(name: str, wire: str | Sequence[str | int | list[int]], most: int) -> list[Prompt]:
+def to_inputs(name: str, wire: str | Sequence[str | int | list[int]], most: int) -> list[Prompt]:
     """Return the texts or lists of token ids of a field that may hold one or several.
 
     Raises:
