@@ -157,7 +157,7 @@ async def test_one_failing_prompt_fails_all(streamed: bool) -> None:
     async with client(backend) as http:
         answer = await http.post(TEXT, json=text(["a", "bad", "c"], stream=streamed))
     assert answer.status_code == 429
-    assert (backend.running, backend.closed) == (0, 3)
+    assert (backend.running, len(backend.ended)) == (0, 3)
 
 
 async def test_model_of_the_answer() -> None:

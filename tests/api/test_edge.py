@@ -283,7 +283,7 @@ async def test_settings_are_replaced_for_what_comes_next() -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         running = asyncio.ensure_future(http.post(CHAT, json=chat(), headers=BEARER))
         async with asyncio.timeout(2):
-            await backend.asked.wait()
+            await backend.received.wait()
         new = ApiSettings(
             api_keys=(hash_key("new"),), admin_keys=(hash_key("root"),),
             allowed_hosts=("models.example",), deadline_s=9, load_wait_s=3,

@@ -258,7 +258,7 @@ async def test_a_real_pool(home: Any) -> None:
             <= (found["headrace_device_memory_bytes", cpu])
         )
         await admin.load("builtin:echo", {"preload": False})
-        admin.pool.remove(admin.pool.seat("echo"))
+        admin.pool.remove(admin.pool.entry("echo"))
         assert not [key for key in await scraped(http) if echo[0] in key[1]]
 
 

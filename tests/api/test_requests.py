@@ -17,7 +17,9 @@ async def asked(path: str, body: Any) -> GenerateRequest:
     async with client(backend) as http:
         answer = await http.post(path, json=body)
     assert answer.status_code == 200, answer.text
-    return backend.requests[0]
+    request = backend.requests[0]
+    assert isinstance(request, GenerateRequest)
+    return request
 
 
 async def refused(path: str, body: Any, **settings: Any) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from tests.api.fakes import FakeBackend, client
 
+from headrace.core.request import RerankRequest
+
 DOCUMENTS = ["a", {"text": "b"}, "c"]
 
 
@@ -33,7 +35,8 @@ async def test_documents_are_put_in_order(path: str) -> None:
     assert body["meta"] == {"api_version": {"version": "2"}, "tokens": {"input_tokens": 7}}
     assert body["metrics"]["engine"] == "fake"
     assert "server-timing" in answer.headers
-    request = backend.reranked[0]
+    request = backend.requests[0]
+    assert isinstance(request, RerankRequest)
     assert (request.query, request.documents, request.top_n) == ("q", ("a", "b", "c"), 2)
     assert request.truncate
 

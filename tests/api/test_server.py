@@ -138,9 +138,9 @@ def test_a_closed_socket_closes_the_stream() -> None:
             while b"data: " not in raw.recv(4096):
                 pass
         deadline = time.monotonic() + 0.25
-        while not backend.closed and time.monotonic() < deadline:
+        while not backend.ended and time.monotonic() < deadline:
             time.sleep(0.005)
-        assert (backend.running, backend.closed) == (0, 1)
+        assert (backend.running, len(backend.ended)) == (0, 1)
 
 
 def test_one_connection_serves_many_requests() -> None:

@@ -323,4 +323,4 @@ async def test_everything_is_given_back_before_the_last_byte() -> None:
     backend = FakeBackend(one_word)
     async with client(backend) as http:
         await http.post(CHAT, json=chat(stream=True))
-        assert (backend.running, backend.closed) == (0, 1)
+        assert (backend.running, len(backend.ended)) == (0, 1)

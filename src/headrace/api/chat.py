@@ -139,7 +139,7 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
     wire = await exchange.read(_DECODER)
     request = to_request(wire, exchange.settings, exchange.call)
     reply = Reply("chatcmpl-", _FORMAT, request.n, _whole)
-    await answer(service, exchange, wire, service.backend.generate(request), reply)
+    await answer(service, exchange, wire, service.backend.ask(request), reply)
 
 
 def to_request(wire: ChatRequest, settings: ApiSettings, call: Call) -> GenerateRequest:

@@ -105,7 +105,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
     wire = await exchange.read(_DECODER)
     requests = to_requests(wire, exchange.settings, exchange.call)
     if len(requests) == 1:
-        stream = service.backend.generate(requests[0])
+        stream = service.backend.ask(requests[0])
     else:
         stream = fan_out(service.backend, requests, limits.PARALLEL_PROMPTS)
     reply = Reply("cmpl-", _format(), len(requests) * requests[0].n, _whole)
@@ -174,7 +174,7 @@ async def _work(
     backend: Backend, waiting: Iterator[tuple[int, GenerateRequest]], queue: asyncio.Queue[_Item]
 ) -> None:
     for index, request in waiting:
-        stream = backend.generate(request)
+        stream = backend.ask(request)
         try:
             event: Event | None = None
             async for event in stream:

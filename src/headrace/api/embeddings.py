@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from array import array
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -23,8 +21,11 @@ from headrace.api.wire import (
     request_fields,
     to_inputs,
 )
+from headrace.core.events import Finish, Vectors
+from headrace.core.floats import floats_of
 from headrace.core.metrics import InferenceMetrics
-from headrace.core.request import EmbedRequest, EmbedResult
+from headrace.core.request import EmbedRequest
+from headrace.core.stream import result
 
 # More numbers than these are written in a thread.
 _MANY = 1 << 14
@@ -75,13 +76,13 @@ async def embeddings(service: Service, exchange: Exchange) -> None:
     """Turn texts into vectors."""
     wire = await exchange.read(_DECODER)
     request = to_request(wire, exchange.settings, exchange.call)
-    result = await exchange.unless_gone(service.backend.embed(request))
+    vectors, finish = await exchange.unless_gone(result(service.backend.ask(request), Vectors))
     model, as_text = service.model_name(wire.model), wire.encoding_format == "base64"
-    if len(result.vectors) * result.dimensions > _MANY:
-        body = await asyncio.to_thread(_body, result, model, as_text=as_text)
+    if len(vectors.vectors) * vectors.dimensions > _MANY:
+        body = await asyncio.to_thread(_body, vectors, finish, model, as_text=as_text)
     else:
-        body = _body(result, model, as_text=as_text)
-    await exchange.reply(body, headers=server_timing(result.metrics))
+        body = _body(vectors, finish, model, as_text=as_text)
+    await exchange.reply(body, headers=server_timing(finish.metrics))
 
 
 def to_request(wire: EmbeddingRequest, settings: ApiSettings, call: Call) -> EmbedRequest:
@@ -99,22 +100,16 @@ def to_request(wire: EmbeddingRequest, settings: ApiSettings, call: Call) -> Emb
     )
 
 
-def _body(result: EmbedResult, model: str, *, as_text: bool) -> bytes:
-    tokens = result.usage.prompt_tokens
+def _body(vectors: Vectors, finish: Finish, model: str, *, as_text: bool) -> bytes:
+    tokens = finish.usage.prompt_tokens
+    # Bytes are written as base64.
+    written = vectors.vectors if as_text else [floats_of(item).tolist() for item in vectors.vectors]
     data: Any = [
-        # Bytes are written as base64.
-        {"object": "embedding", "index": i, "embedding": vector if as_text else _list(vector)}
-        for i, vector in enumerate(result.vectors)
+        {"object": "embedding", "index": index, "embedding": item}
+        for index, item in enumerate(written)
     ]
     return msgspec.json.encode(
         EmbeddingList(
-            data=data, model=model, usage=ReadUsage(tokens, tokens), metrics=result.metrics
+            data=data, model=model, usage=ReadUsage(tokens, tokens), metrics=finish.metrics
         )
     )
-
-
-def _list(vector: bytes) -> list[float]:
-    values = array("f", vector)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tolist()

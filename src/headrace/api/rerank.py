@@ -11,8 +11,10 @@ from headrace.api import limits
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.wire import Count, KeepAlive, ModelName, ReadUsage, Unsupported, request_fields
+from headrace.core import events
 from headrace.core.metrics import InferenceMetrics
-from headrace.core.request import Ranked, RerankRequest
+from headrace.core.request import RerankRequest
+from headrace.core.stream import result
 
 
 class DocumentText(msgspec.Struct, frozen=True):
@@ -88,18 +90,18 @@ async def rerank(service: Service, exchange: Exchange) -> None:
     """Put documents in the order in which they answer a query."""
     wire = await exchange.read(_DECODER)
     request = to_request(wire, exchange.settings, exchange.call)
-    result = await exchange.unless_gone(service.backend.rerank(request))
+    best, finish = await exchange.unless_gone(result(service.backend.ask(request), events.Ranking))
     documents = request.documents if wire.return_documents else None
-    tokens = result.usage.prompt_tokens
+    tokens = finish.usage.prompt_tokens
     ranking = Ranking(
         id=exchange.call.id,
         model=service.model_name(wire.model),
-        results=[_ranked(ranked, documents) for ranked in result.ranking],
+        results=[_ranked(ranked, documents) for ranked in best.ranking],
         usage=ReadUsage(tokens, tokens),
         meta=RankMeta(tokens=TokensRead(tokens)),
-        metrics=result.metrics,
+        metrics=finish.metrics,
     )
-    await exchange.answer(ranking, result.metrics)
+    await exchange.answer(ranking, finish.metrics)
 
 
 def to_request(wire: RankRequest, settings: ApiSettings, call: Call) -> RerankRequest:
@@ -118,6 +120,6 @@ def to_request(wire: RankRequest, settings: ApiSettings, call: Call) -> RerankRe
     )
 
 
-def _ranked(ranked: Ranked, documents: tuple[str, ...] | None) -> RankedDocument:
+def _ranked(ranked: events.Ranked, documents: tuple[str, ...] | None) -> RankedDocument:
     document = None if documents is None else DocumentText(documents[ranked.index])
     return RankedDocument(index=ranked.index, relevance_score=ranked.score, document=document)

@@ -252,7 +252,7 @@ async def _pump(exchange: Exchange, primed: Primed, encoder: Encoder) -> bytes:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             elif isinstance(event, Finish):
                 break
-            else:
+            elif isinstance(event, Progress):
                 waiting = _stage(event)
                 await send({"type": "http.response.body", "body": waiting, "more_body": True})
     if not isinstance(event, Finish):

@@ -8,8 +8,10 @@ import msgspec
 
 from headrace.api.exchange import Exchange, Service
 from headrace.api.wire import Messages, ModelName, TokenId, Unsupported, to_messages
+from headrace.core import events
 from headrace.core import request as core
 from headrace.core.errors import InvalidRequest
+from headrace.core.stream import result
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,17 +59,17 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 async def tokenize(service: Service, exchange: Exchange) -> None:
     """Turn a text or a conversation into tokens."""
     request = to_request(await exchange.read(_TOKENIZE))
-    result = await exchange.unless_gone(service.backend.count_tokens(request))
-    ids = None if result.token_ids is None else list(result.token_ids)
-    await exchange.answer(Tokens(tokens=ids, count=result.count, estimated=result.estimated))
+    count, _ = await exchange.unless_gone(result(service.backend.ask(request), events.TokenCount))
+    ids = None if count.token_ids is None else list(count.token_ids)
+    await exchange.answer(Tokens(tokens=ids, count=count.count, estimated=count.estimated))
 
 
 async def detokenize(service: Service, exchange: Exchange) -> None:
     """Turn tokens into text."""
     wire = await exchange.read(_DETOKENIZE)
     request = core.DetokenizeRequest(token_ids=tuple(wire.tokens), model=wire.model or "")
-    text = await exchange.unless_gone(service.backend.detokenize(request))
-    await exchange.answer(Text(text))
+    text, _ = await exchange.unless_gone(result(service.backend.ask(request), events.Text))
+    await exchange.answer(Text(text.text))
 
 
 def to_request(wire: TokenizeRequest) -> core.CountRequest:
