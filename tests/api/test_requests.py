@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, client, text
 
+from headrace.api import chat as chat_route
+from headrace.api import completions as text_route
+from headrace.api.chat import ChatRequest
+from headrace.api.completions import CompletionRequest
+from headrace.api.exchange import Call
+from headrace.api.limits import ApiSettings
+from headrace.api.wire import ChatMessage
 from headrace.core.request import GenerateRequest, Message
-from headrace.core.sampling import Sampling
+from headrace.core.sampling import Sampling, SamplingFields, described
 
 
 async def asked(path: str, body: Any) -> GenerateRequest:
@@ -65,6 +72,20 @@ async def test_sampling_is_honoured(
     request = await asked(path, {**body, name: value})
     defaults = {} if path == CHAT or name == "max_tokens" else {"max_tokens": 16}
     assert request.sampling == Sampling(**{**defaults, **expected})
+
+
+@pytest.mark.parametrize("name", SamplingFields.__struct_fields__)
+def test_every_scalar_parameter_of_the_core_is_on_the_wire(name: str) -> None:
+    """W11: a parameter that the core declares is a field of both routes, and is copied."""
+    kind, meta = described(SamplingFields)[name]
+    value = kind((meta.extra or {})["range"].high)
+    messages = [ChatMessage("user", "hi")]
+    of_chat = ChatRequest(messages=messages, **{name: value})
+    of_text = CompletionRequest(prompt="hi", **{name: value})
+    request = chat_route.to_request(of_chat, ApiSettings(), Call())
+    assert getattr(request.sampling, name) == value
+    (request,) = text_route.to_requests(of_text, ApiSettings(), Call())
+    assert getattr(request.sampling, name) == value
 
 
 async def test_fields_of_chat() -> None:

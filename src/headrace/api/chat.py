@@ -12,7 +12,7 @@ from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.stream import ChunkFormat, Reply, answer
 from headrace.api.wire import (
-    Answer,
+    AnswerHead,
     ChunkHead,
     Count,
     GenerateFields,
@@ -90,7 +90,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
 
 
-class ChatCompletion(Answer, frozen=True, kw_only=True):
+class ChatCompletion(AnswerHead, frozen=True, kw_only=True):
     """A whole answer."""
 
     object: Literal["chat.completion"] = "chat.completion"
@@ -135,7 +135,7 @@ _FORMAT = ChunkFormat(
 
 
 async def chat_completions(service: Service, exchange: Exchange) -> None:
-    """Answer a conversation, streamed or whole."""
+    """AnswerHead a conversation, streamed or whole."""
     wire = await exchange.read(_DECODER)
     request = to_request(wire, exchange.settings, exchange.call)
     reply = Reply("chatcmpl-", _FORMAT, request.n, _whole)

@@ -16,7 +16,7 @@ from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.stream import ChunkFormat, Reply, answer
 from headrace.api.wire import (
-    Answer,
+    AnswerHead,
     ChunkHead,
     GenerateFields,
     TokenId,
@@ -74,7 +74,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
 
 
-class Completion(Answer, frozen=True, kw_only=True):
+class Completion(AnswerHead, frozen=True, kw_only=True):
     """A whole answer."""
 
     object: Literal["text_completion"] = "text_completion"

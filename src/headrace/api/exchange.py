@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from headrace.api import limits, problems
 from headrace.api.limits import ApiSettings
-from headrace.api.problems import Headers, Problem, Refused, refused
+from headrace.api.problems import Headers, Refused, refused
 from headrace.core.backend import Admin, Backend
 from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.metrics import InferenceMetrics
@@ -150,15 +150,12 @@ class Exchange:
         headers = () if metrics is None else server_timing(metrics)
         await self.reply(msgspec.json.encode(answer), status=status, headers=headers)
 
-    async def refuse(self, problem: Problem) -> None:
-        """Send an error with its status, and the figures where there are any."""
+    async def fail(self, error: Exception) -> None:
+        """Answer whatever was raised before the headers went out, with figures if it has any."""
+        problems.log(error, self.call.id)
+        problem = problems.describe(error, self.call.id)
         timing = () if problem.metrics is None else server_timing(problem.metrics)
         await self.reply(problem.body(), status=problem.status, headers=(*problem.headers, *timing))
-
-    async def fail(self, error: Exception) -> None:
-        """Answer whatever was raised before the headers went out."""
-        problems.log(error, self.call.id)
-        await self.refuse(problems.describe(error, self.call.id))
 
 
 Handler = Callable[[Service, Exchange], Awaitable[None]]

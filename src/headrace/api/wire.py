@@ -158,7 +158,7 @@ class ReadUsage(msgspec.Struct, frozen=True):
     total_tokens: int
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class AnswerHead(msgspec.Struct, frozen=True, kw_only=True):
     """The head of every generated answer."""
 
     id: str
