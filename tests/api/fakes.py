@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
-from array import array
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import httpx
 from msgspec.structs import replace
 
 from headrace.api.app import create_app
-from headrace.api.settings import ApiSettings
+from headrace.api.limits import ApiSettings
 from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
 from headrace.core.events import (
     Delta,
-    EmbedResult,
-    Event,
     Finish,
     FinishReason,
     Ranked,
-    RerankResult,
+    Ranking,
+    Text,
     TokenCount,
+    Vectors,
 )
+from headrace.core.floats import bytes_of
 from headrace.core.metrics import Gaps, InferenceMetrics, Usage
 from headrace.core.model import ModelInfo
 from headrace.core.request import (
+    AnyRequest,
     CountRequest,
     DetokenizeRequest,
     EmbedRequest,
@@ -43,6 +43,7 @@ from headrace.core.status import (
     PoolStatus,
     Reloaded,
 )
+from headrace.testing import Script, ScriptedBackend, Step
 
 USAGE = Usage(prompt_tokens=5, cached_tokens=2, completion_tokens=3)
 METRICS = InferenceMetrics(
@@ -59,7 +60,10 @@ METRICS = InferenceMetrics(
     model="m",
     outcome="ok",
 )
-Script = Callable[[GenerateRequest], Iterable[Any]]
+MODELS = (
+    ModelInfo(id="m", source="/secret/m", engine="fake", state="ready", aliases=("best",)),
+    ModelInfo(id="org/big", source="hub:org/big", engine="fake", state="ready"),
+)
 READ = Usage(prompt_tokens=7)
 
 
@@ -67,99 +71,45 @@ def finish(*reasons: FinishReason) -> Finish:
     return Finish(reasons or ("stop",), USAGE, METRICS)
 
 
-def hello(request: GenerateRequest) -> Iterable[Any]:
-    for index in range(request.n):
-        yield Delta("Hel", (1,), index)
-        yield Delta("", (2,), index)
-        yield Delta('lo\n"ü', (3,), index)
-    reasons: list[FinishReason] = ["stop"] * request.n
-    yield finish(*reasons)
+def hello(request: AnyRequest) -> Iterator[Step]:
+    """Answer any request for a model that is there."""
+    if request.model == "none":
+        yield UnknownModel("No such model.")
+    match request:
+        case GenerateRequest():
+            for index in range(request.n):
+                yield Delta("Hel", (1,), index)
+                yield Delta("", (2,), index)
+                yield Delta('lo\n"ü', (3,), index)
+            reasons: list[FinishReason] = ["stop"] * request.n
+            yield finish(*reasons)
+            return
+        case EmbedRequest():
+            yield vectors(request)
+        case RerankRequest():
+            ranking = tuple(Ranked(i, i / 8) for i in reversed(range(len(request.documents))))
+            yield Ranking(ranking[: request.top_n])
+        case CountRequest():
+            yield TokenCount(count=3, token_ids=(7, 8, 9))
+        case DetokenizeRequest():
+            yield Text(" ".join(map(str, request.token_ids)))
+    yield Finish(("stop",), READ, METRICS)
 
 
-class FakeBackend:
-    """Plays a script: events are yielded, exceptions raised, awaitable makers awaited."""
+def vectors(request: EmbedRequest) -> Vectors | InvalidRequest:
+    """Vectors of 4 (or fewer) dimensions: the place of the input, and thirds."""
+    size = request.dimensions or 4
+    if size > 4:
+        return InvalidRequest("There are 4 dimensions.", param="dimensions")
+    places = range(len(request.inputs))
+    return Vectors(tuple(bytes_of([place, *[1 / 3] * (size - 1)]) for place in places))
 
-    def __init__(self, script: Script = hello, models: Sequence[ModelInfo] = ()) -> None:
-        self.script = script
-        self.requests: list[GenerateRequest] = []
-        self.counted: list[CountRequest] = []
-        self.embedded: list[EmbedRequest] = []
-        self.reranked: list[RerankRequest] = []
-        self.before: Callable[[], Any] | None = None
-        self.asked = asyncio.Event()
-        self.running = 0
-        self.peak = 0
-        self.closed = 0
-        self.served = list(models) or [
-            ModelInfo(id="m", source="/secret/m", engine="fake", state="ready", aliases=("best",)),
-            ModelInfo(id="org/big", source="hub:org/big", engine="fake", state="ready"),
-        ]
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        self.requests.append(request)
-        self.asked.set()
-        self.running += 1
-        self.peak = max(self.peak, self.running)
-        try:
-            for step in self.script(request):
-                if isinstance(step, BaseException):
-                    raise step
-                if inspect.isroutine(step):
-                    await step()
-                else:
-                    yield step
-        finally:
-            self.running -= 1
-            # An engine needs a moment to let go; whoever closes has to wait for it.
-            await asyncio.sleep(0.01)
-            self.closed += 1
+class FakeBackend(ScriptedBackend):
+    """Serves two models. It takes a moment to release a stream, and whoever closes has to wait."""
 
-    async def embed(self, request: EmbedRequest) -> EmbedResult:
-        """Vectors of 4 (or fewer) dimensions: the place of the input, and thirds."""
-        self.embedded.append(request)
-        await self._encoding(request.model)
-        size = request.dimensions or 4
-        if size > 4:
-            raise InvalidRequest("There are 4 dimensions.", param="dimensions")
-        vectors = tuple(
-            array("f", [place, *[1 / 3] * (size - 1)]).tobytes()
-            for place in range(len(request.inputs))
-        )
-        return EmbedResult(vectors=vectors, dimensions=size, usage=READ, metrics=METRICS)
-
-    async def rerank(self, request: RerankRequest) -> RerankResult:
-        """The last document is the best."""
-        self.reranked.append(request)
-        await self._encoding(request.model)
-        ranking = tuple(Ranked(i, i / 8) for i in reversed(range(len(request.documents))))
-        return RerankResult(ranking=ranking[: request.top_n], usage=READ, metrics=METRICS)
-
-    async def _encoding(self, model: str) -> None:
-        self.asked.set()
-        if model == "none":
-            raise UnknownModel("No such model.")
-        self.running += 1
-        try:
-            if self.before is not None:
-                await self.before()
-        finally:
-            self.running -= 1
-            self.closed += 1
-
-    async def count_tokens(self, request: CountRequest) -> TokenCount:
-        self.counted.append(request)
-        if request.model == "none":
-            raise UnknownModel("No such model.")
-        return TokenCount(count=3, token_ids=(7, 8, 9))
-
-    async def detokenize(self, request: DetokenizeRequest) -> str:
-        return " ".join(map(str, request.token_ids))
-
-    def models(self) -> Sequence[ModelInfo]:
-        return self.served
-
-    async def aclose(self) -> None:
-        return None
+    def __init__(self, script: Script = hello, models: Sequence[ModelInfo] = MODELS) -> None:
+        super().__init__(script, models, close_s=0.01)
 
 
 DEVICES = (DeviceStatus(name="cpu", total=100, budget=80, booked=30, free=60),)

@@ -21,18 +21,18 @@ from tests.api.fakes import (
     client,
 )
 
-from headrace.api.admin import ROUTES
-from headrace.api.app import create_app
-from headrace.api.auth import hash_key
-from headrace.api.settings import ApiSettings
+from headrace.api import limits
+from headrace.api.app import ADMIN_ROUTES, create_app
+from headrace.api.limits import ApiSettings
+from headrace.config import hash_key
 from headrace.core.errors import Draining
 from headrace.core.model import ModelInfo
 from headrace.core.record import Activity, Call, Rates, RunningRequest
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus
 
 KEYS: dict[str, Any] = {
-    "key_hashes": (hash_key("user"),),
-    "admin_key_hashes": (hash_key("root"), hash_key("other")),
+    "api_keys": (hash_key("user"),),
+    "admin_keys": (hash_key("root"), hash_key("other")),
 }
 BODIES: dict[str, Any] = {
     "/admin/models/load": {"model": "m"},
@@ -43,7 +43,7 @@ BODIES: dict[str, Any] = {
     "/models/load": {"model": "m"},
     "/models/unload": {"model": "m"},
 }
-CALLS = [(one.method, one.path.replace("{name:path}", "m")) for one in ROUTES]
+CALLS = [(one.method, one.path.replace("{name:path}", "m")) for one in ADMIN_ROUTES]
 
 
 def bearer(key: str | None) -> dict[str, str]:
@@ -210,10 +210,10 @@ async def test_without_an_admin_there_are_no_such_routes() -> None:
         (KEYS, "user", 403),
         (KEYS, "root", 200),
         (KEYS, "other", 200),
-        ({"key_hashes": KEYS["key_hashes"]}, "user", 403),
-        ({"admin_key_hashes": KEYS["admin_key_hashes"]}, None, 401),
-        ({"admin_key_hashes": KEYS["admin_key_hashes"]}, "root", 200),
-        ({"key_hashes": (hash_key("root"),), **KEYS}, "root", 200),
+        ({"api_keys": KEYS["api_keys"]}, "user", 403),
+        ({"admin_keys": KEYS["admin_keys"]}, None, 401),
+        ({"admin_keys": KEYS["admin_keys"]}, "root", 200),
+        ({"api_keys": (hash_key("root"),), **KEYS}, "root", 200),
     ],
 )
 async def test_scopes(method: str, path: str, settings: Any, key: Any, status: int) -> None:
@@ -236,9 +236,9 @@ async def test_scopes(method: str, path: str, settings: Any, key: Any, status: i
     [
         ({}, None, 200, ""),
         (KEYS, None, 401, None),
-        (KEYS, "user", 200, hash_key("user")[:16]),
-        (KEYS, "root", 200, hash_key("root")[:16]),
-        ({"admin_key_hashes": KEYS["admin_key_hashes"]}, None, 401, None),
+        (KEYS, "user", 200, hash_key("user")[7:23]),
+        (KEYS, "root", 200, hash_key("root")[7:23]),
+        ({"admin_keys": KEYS["admin_keys"]}, None, 401, None),
     ],
 )
 async def test_inference_takes_both_kinds_of_keys(
@@ -260,7 +260,7 @@ async def test_all_keys_of_both_kinds_are_compared(monkeypatch: pytest.MonkeyPat
         compared.append(other)
         return one == other
 
-    monkeypatch.setattr("headrace.api.auth.hmac.compare_digest", spy)
+    monkeypatch.setattr("headrace.api.edge.hmac.compare_digest", spy)
     async with client(admin=FakeAdmin(), **KEYS) as http:
         for key in ("root", "user", "wrong"):
             compared.clear()
@@ -403,12 +403,14 @@ async def test_events_that_cannot_be_told() -> None:
     assert caller.sent[-1]["more_body"]
 
 
-async def test_comments_between_events_and_a_client_that_leaves() -> None:
+async def test_comments_between_events_and_a_client_that_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """W18: the line is kept alive, and nothing is left when nobody listens any more."""
     before = asyncio.all_tasks()
     admin = FakeAdmin(EVENT, None)
-    settings = ApiSettings(comment_every_s=0.01)
-    caller = Caller(create_app(FakeBackend(), settings, admin=admin), "GET", "/admin/events")
+    monkeypatch.setattr(limits, "COMMENT_EVERY_S", 0.01)
+    caller = Caller(create_app(FakeBackend(), ApiSettings(), admin=admin), "GET", "/admin/events")
     await caller.until(lambda body: body.count(b": listening") >= 3)
     assert caller.body.count(b"event: ") == 1
     assert admin.listeners == 1

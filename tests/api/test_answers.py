@@ -11,6 +11,7 @@ import pytest
 from tests.api.fakes import CHAT, METRICS, TEXT, FakeBackend, chat, client, events, finish, text
 from tests.api.test_stream import with_logprobs
 
+from headrace.api import limits
 from headrace.core.errors import ContextOverflow, QueueFull, Unsupported
 from headrace.core.events import Delta, FinishReason
 from headrace.core.request import GenerateRequest
@@ -130,10 +131,13 @@ async def test_each_prompt_gets_its_own_answers(
     assert chunks[-1]["metrics"]["usage"]["completion_tokens"] == 3 * len(shown), "W15"
 
 
-async def test_prompts_run_side_by_side_but_not_all_at_once() -> None:
+async def test_prompts_run_side_by_side_but_not_all_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A: a bounded number of prompts runs at a time, each under its own id."""
     backend = FakeBackend(echo_prompt)
-    async with client(backend, parallel_prompts=2) as http:
+    monkeypatch.setattr(limits, "PARALLEL_PROMPTS", 2)
+    async with client(backend) as http:
         answer = await http.post(TEXT, json=text(list("abcdef")))
     assert answer.json()["usage"]["prompt_tokens"] == 30
     assert backend.peak == 2
@@ -153,7 +157,7 @@ async def test_one_failing_prompt_fails_all(streamed: bool) -> None:
     async with client(backend) as http:
         answer = await http.post(TEXT, json=text(["a", "bad", "c"], stream=streamed))
     assert answer.status_code == 429
-    assert (backend.running, backend.closed) == (0, 3)
+    assert (backend.running, len(backend.ended)) == (0, 3)
 
 
 async def test_model_of_the_answer() -> None:

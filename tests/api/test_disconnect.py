@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, text
 
+from headrace.api import limits
 from headrace.api.app import create_app
-from headrace.api.settings import ApiSettings
+from headrace.api.limits import ApiSettings
 from headrace.core.backend import Backend
 from headrace.core.events import Delta, Progress
+from headrace.core.request import AnyRequest
+from headrace.testing import Barrier, Step
 
 
 class Wire:
@@ -60,22 +63,18 @@ class Wire:
 
 
 class Stuck:
-    """A script that waits for ever at one place, and tells when it is there."""
+    """A script that waits at one place until it is closed; `there` is set once it waits."""
 
-    def __init__(self, *before: Any) -> None:
-        self.before = before
-        self.there = asyncio.Event()
+    def __init__(self, *before: Step) -> None:
+        barrier = Barrier()
+        self.there = barrier.reached
+        self._steps = [*before, barrier]
 
-    def __call__(self, _request: Any) -> Iterable[Any]:
-        yield from self.before
-        yield self._wait
-
-    async def _wait(self) -> None:
-        self.there.set()
-        await asyncio.Event().wait()
+    def __call__(self, _request: AnyRequest) -> Iterable[Step]:
+        return self._steps
 
 
-PHASES = {
+PHASES: dict[str, list[Step]] = {
     "queued": [Progress("queued")],
     "loading": [Progress("queued"), Progress("loading")],
     "prefill": [Progress("prefill", 1, 2)],
@@ -96,33 +95,37 @@ async def test_client_gone_closes_the_stream(
     wire = Wire(backend, CHAT, chat(**fields))
     await script.there.wait()
     await wire.leave()
-    assert (backend.running, backend.closed) == (0, 1)
+    assert (backend.running, len(backend.ended)) == (0, 1)
     assert bool(wire.sent) == (phase == "decode" and bool(fields))
     assert not any(b"[DONE]" in message.get("body", b"") for message in wire.sent)
     assert vars(caplog.records[-1])["data"]["outcome"] == "cancelled"
     assert asyncio.all_tasks() == before, "nothing is left running"
 
 
-async def test_client_gone_while_comments_are_sent() -> None:
+async def test_client_gone_while_comments_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     """W18: also after the headers, while nothing has come yet."""
     script = Stuck()
     backend = FakeBackend(script)
-    wire = Wire(backend, CHAT, chat(stream=True), headers_after_s=0.01, comment_every_s=0.01)
+    monkeypatch.setattr(limits, "COMMENT_EVERY_S", 0.01)
+    wire = Wire(backend, CHAT, chat(stream=True), headers_after_s=0.01)
     await wire.sending.wait()
     await wire.leave()
-    assert (backend.running, backend.closed) == (0, 1)
+    assert (backend.running, len(backend.ended)) == (0, 1)
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}])
-async def test_client_gone_closes_every_prompt(fields: Any) -> None:
+async def test_client_gone_closes_every_prompt(
+    fields: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """W18: of several prompts, the running ones are closed and the waiting never begin."""
     before = asyncio.all_tasks()
     script = Stuck(Delta("Hi", (1,)))
     backend = FakeBackend(script)
-    wire = Wire(backend, TEXT, text(["a", "b", "c", "d"], **fields), parallel_prompts=3)
+    monkeypatch.setattr(limits, "PARALLEL_PROMPTS", 3)
+    wire = Wire(backend, TEXT, text(["a", "b", "c", "d"], **fields))
     await script.there.wait()
     await wire.leave()
-    assert (backend.running, backend.closed, len(backend.requests)) == (0, 3, 3)
+    assert (backend.running, len(backend.ended), len(backend.requests)) == (0, 3, 3)
     assert asyncio.all_tasks() == before
 
 
@@ -132,7 +135,7 @@ async def test_client_gone_while_a_slow_reader_blocks() -> None:
     wire = Wire(backend, CHAT, chat(stream=True), stalls=True)
     await wire.sending.wait()
     await wire.leave()
-    assert (backend.running, backend.closed) == (0, 1)
+    assert (backend.running, len(backend.ended)) == (0, 1)
 
 
 async def test_client_gone_before_its_body_ended() -> None:
@@ -155,7 +158,7 @@ async def test_server_shutdown_closes_the_stream() -> None:
     wire.task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await wire.task
-    assert (backend.running, backend.closed) == (0, 1)
+    assert (backend.running, len(backend.ended)) == (0, 1)
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}])
@@ -167,5 +170,5 @@ async def test_the_end_of_an_answer_is_no_disconnect(
     backend = FakeBackend()
     wire = Wire(backend, CHAT, chat(**fields))
     await wire.task
-    assert backend.closed == 1
+    assert len(backend.ended) == 1
     assert vars(caplog.records[-1])["data"]["outcome"] == "ok"

@@ -12,8 +12,11 @@ import openai
 import pytest
 from tests.api.fakes import FakeBackend, client
 
+from headrace.api import limits
 from headrace.api.app import create_app
-from headrace.api.settings import ApiSettings
+from headrace.api.limits import ApiSettings
+from headrace.core.request import EmbedRequest
+from headrace.testing import Barrier
 
 
 async def post(backend: FakeBackend, settings: dict[str, Any] | None = None, **body: Any) -> Any:
@@ -47,7 +50,8 @@ async def test_a_text_becomes_a_vector() -> None:
 async def test_all_forms_of_input(given: Any, inputs: Any) -> None:
     backend = FakeBackend()
     assert (await post(backend, input=given, dimensions=2, user="u")).status_code == 200
-    request = backend.embedded[0]
+    request = backend.requests[0]
+    assert isinstance(request, EmbedRequest)
     assert (request.inputs, request.dimensions, request.model) == (inputs, 2, "m")
     assert (request.normalize, request.truncate) == (True, False)
     assert request.load_wait_s == 30.0
@@ -58,7 +62,8 @@ async def test_extensions() -> None:
     await post(
         backend, truncate=True, normalized=False, keep_alive="5m", settings={"deadline_s": 9}
     )
-    request = backend.embedded[0]
+    request = backend.requests[0]
+    assert isinstance(request, EmbedRequest)
     assert (request.truncate, request.normalize, request.keep_alive) == (True, False, 300)
     assert request.deadline_s == 9
 
@@ -77,7 +82,7 @@ async def test_base64() -> None:
         ({"input": ["a", ""]}, "input"),
         ({"input": [[]]}, "input"),
         ({"input": ["a", 1]}, "input"),
-        ({"input": ["a"] * 4}, "input"),
+        ({"input": ["a"] * 2049}, "input"),
         ({"input": [-1]}, "input[0]"),
         ({"dimensions": 0}, "dimensions"),
         ({"dimensions": 9}, "dimensions"),
@@ -87,25 +92,25 @@ async def test_base64() -> None:
 )
 async def test_what_is_wrong_is_named(wrong: dict[str, Any], param: str) -> None:
     """A: a 400 in OpenAI's shape."""
-    answer = await post(FakeBackend(), settings={"max_inputs": 3}, **wrong)
+    answer = await post(FakeBackend(), **wrong)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
     assert (await post(FakeBackend(), model="none")).status_code == 404
 
 
-async def test_a_large_answer_is_written_beside_the_loop() -> None:
-    body = (await post(FakeBackend(), {"max_inputs": 5000}, input=["x"] * 5000)).json()
+async def test_a_large_answer_is_written_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_INPUTS", 5000)
+    body = (await post(FakeBackend(), input=["x"] * 5000)).json()
     assert [one["index"] for one in body["data"]] == list(range(5000))
 
 
 async def test_a_client_that_goes_stops_the_work() -> None:
     """W9: what nobody waits for is not computed."""
-    backend = FakeBackend()
-    backend.before = asyncio.Event().wait
+    backend = FakeBackend(lambda _: [Barrier()])
     gone = asyncio.Event()
 
     async def receive() -> dict[str, Any]:
-        if not backend.asked.is_set():
+        if not backend.received.is_set():
             return {"type": "http.request", "body": b'{"input": "a"}'}
         await gone.wait()
         return {"type": "http.disconnect"}
@@ -118,11 +123,11 @@ async def test_a_client_that_goes_stops_the_work() -> None:
         "query_string": b"", "headers": [(b"host", b"localhost")], "client": ("127.0.0.1", 1),
     }  # fmt: skip
     task = asyncio.ensure_future(create_app(backend, ApiSettings())(scope, receive, send))  # pyright: ignore[reportArgumentType]
-    await backend.asked.wait()
+    await backend.received.wait()
     assert backend.running == 1
     gone.set()
     await task
-    assert (backend.running, backend.closed) == (0, 1)
+    assert (backend.running, len(backend.ended)) == (0, 1)
 
 
 async def test_the_openai_client() -> None:

@@ -16,11 +16,10 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from tests.api.fakes import FakeAdmin, FakeBackend, chat
 
 from headrace import runtime
-from headrace.api.admin import ROUTES as ADMIN_ROUTES
-from headrace.api.app import ROUTES, Application, create_app
-from headrace.api.auth import hash_key
+from headrace.api.app import ADMIN_ROUTES, ROUTES, Application, create_app
+from headrace.api.limits import ApiSettings
 from headrace.api.openapi import document
-from headrace.api.settings import ApiSettings
+from headrace.config import hash_key
 from headrace.core.model import ModelSpec
 from headrace.core.record import Activity, Call
 from headrace.telemetry.instruments import Instruments
@@ -50,7 +49,7 @@ class Front:
 
 
 def application(observer: Any = None, **given: Any) -> Application:
-    settings = {name: given.pop(name) for name in tuple(given) if name.endswith("hashes")}
+    settings = {name: given.pop(name) for name in tuple(given) if name.endswith("_keys")}
     return create_app(FakeBackend(), ApiSettings(**settings), observer=observer or Front(), **given)
 
 
@@ -60,7 +59,7 @@ def to(app: Application, key: str | None = None) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers)
 
 
-KEYS = {"user": "key_hashes", "root": "admin_key_hashes", "meter": "metrics_key_hashes"}
+KEYS = {"user": "api_keys", "root": "admin_keys", "meter": "metrics_keys"}
 ASK, MANAGE, READ = "/v1/models", "/admin/models", "/metrics"
 # Of each set of keys: what each key gets at the three paths.
 MATRIX: dict[tuple[str, ...], dict[str | None, tuple[int, int, int]]] = {
@@ -97,7 +96,7 @@ async def test_who_may_read(keys: tuple[str, ...]) -> None:
 async def test_one_key_for_two_things() -> None:
     """T5: a key that stands in both lists opens both."""
     both = (hash_key("k"),)
-    async with to(application(key_hashes=both, metrics_key_hashes=both), "k") as http:
+    async with to(application(api_keys=both, metrics_keys=both), "k") as http:
         assert [(await http.get(path)).status_code for path in (ASK, READ)] == [200, 200]
 
 
@@ -117,9 +116,9 @@ async def test_keys_are_replaced() -> None:
     """M8: by a reload, for what comes next."""
     app = application()
     async with to(app, "meter") as http:
-        app.replace_settings(ApiSettings(metrics_key_hashes=(hash_key("other"),)))
+        app.replace_settings(ApiSettings(metrics_keys=(hash_key("other"),)))
         assert (await http.get(READ)).status_code == 401
-        app.replace_settings(ApiSettings(metrics_key_hashes=(hash_key("meter"),)))
+        app.replace_settings(ApiSettings(metrics_keys=(hash_key("meter"),)))
         assert (await http.get(READ)).status_code == 200
 
 
@@ -154,7 +153,7 @@ async def test_where_there_is_none(given: dict[str, Any]) -> None:
 
 async def test_the_port_of_its_own() -> None:
     """T5: /metrics and /health/live with the service's keys, and nothing else."""
-    app = application(metrics=False, metrics_key_hashes=(hash_key("meter"),))
+    app = application(metrics=False, metrics_keys=(hash_key("meter"),))
     alone = app.metrics_alone()
     async with to(alone) as stranger, to(alone, "meter") as meter:
         assert (await stranger.get(READ)).status_code == 401
@@ -259,7 +258,7 @@ async def test_a_real_pool(home: Any) -> None:
             <= (found["headrace_device_memory_bytes", cpu])
         )
         await admin.load("builtin:echo", {"preload": False})
-        admin.pool.remove(admin.pool.seat("echo"))
+        admin.pool.remove(admin.pool.entry("echo"))
         assert not [key for key in await scraped(http) if echo[0] in key[1]]
 
 

@@ -12,12 +12,12 @@ from hypothesis import settings as relaxed
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tests.api.fakes import FakeAdmin, FakeBackend, client
 
-from headrace.api.admin import ROUTES as ADMIN_ROUTES
-from headrace.api.app import ROUTES, create_app
-from headrace.api.endpoint import Route
+from headrace.api import limits
+from headrace.api.app import ADMIN_ROUTES, ROUTES, create_app
+from headrace.api.chat import ChatRequest
+from headrace.api.exchange import Route
+from headrace.api.limits import ApiSettings
 from headrace.api.openapi import document as describe
-from headrace.api.settings import ApiSettings
-from headrace.api.wire_chat import ChatRequest
 
 APP = create_app(FakeBackend(), ApiSettings(allowed_hosts=("*",)), admin=FakeAdmin())
 schema = schemathesis.openapi.from_asgi("/openapi.json", APP)
@@ -56,23 +56,24 @@ async def test_the_admin_routes_are_described() -> None:
 
 
 async def test_it_names_every_field_and_limit() -> None:
-    """A: schemas come from the structs that decode, limits from the settings."""
-    spec = await document(max_messages=7, max_prompts=5, key_hashes=())
+    """A: schemas come from the structs that decode, and so do limits."""
+    spec = await document()
     schemas = spec["components"]["schemas"]
     properties = schemas["ChatRequest"]["properties"]
     assert set(properties) == set(ChatRequest.__struct_fields__)
-    assert properties["messages"]["maxItems"] == 7
+    assert properties["messages"]["maxItems"] == limits.MAX_MESSAGES
     assert {"maximum": 2, "minimum": 0}.items() <= properties["temperature"]["anyOf"][0].items()
     prompt = schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]
-    assert [one.get("maxItems") for one in prompt] == [None, None, 5, 5]
+    most = limits.MAX_PROMPTS
+    assert [one.get("maxItems") for one in prompt] == [None, None, most, most]
     names = msgspec.json.encode(spec).decode().split("#/components/schemas/")[1:]
     assert {name.split('"')[0] for name in names} <= set(schemas)
 
 
 async def test_keys_are_told() -> None:
     """A: with keys, the document says that one is needed."""
-    keys = ("0" * 64,)
-    for settings in (ApiSettings(key_hashes=keys), ApiSettings(admin_key_hashes=keys)):
+    keys = ("sha256:" + "0" * 64,)
+    for settings in (ApiSettings(api_keys=keys), ApiSettings(admin_keys=keys)):
         assert describe(ROUTES, settings)["security"] == [{"key": []}]
     assert (await document())["security"] == []
 

@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, client, text
 
+from headrace.api import chat as chat_route
+from headrace.api import completions as text_route
+from headrace.api.chat import ChatRequest
+from headrace.api.completions import CompletionRequest
+from headrace.api.exchange import Call
+from headrace.api.limits import ApiSettings
+from headrace.api.wire import ChatMessage
 from headrace.core.request import GenerateRequest, Message
-from headrace.core.sampling import Sampling
+from headrace.core.sampling import Sampling, SamplingFields, described
 
 
 async def asked(path: str, body: Any) -> GenerateRequest:
@@ -17,7 +24,9 @@ async def asked(path: str, body: Any) -> GenerateRequest:
     async with client(backend) as http:
         answer = await http.post(path, json=body)
     assert answer.status_code == 200, answer.text
-    return backend.requests[0]
+    request = backend.requests[0]
+    assert isinstance(request, GenerateRequest)
+    return request
 
 
 async def refused(path: str, body: Any, **settings: Any) -> dict[str, Any]:
@@ -63,6 +72,20 @@ async def test_sampling_is_honoured(
     request = await asked(path, {**body, name: value})
     defaults = {} if path == CHAT or name == "max_tokens" else {"max_tokens": 16}
     assert request.sampling == Sampling(**{**defaults, **expected})
+
+
+@pytest.mark.parametrize("name", SamplingFields.__struct_fields__)
+def test_every_scalar_parameter_of_the_core_is_on_the_wire(name: str) -> None:
+    """W11: a parameter that the core declares is a field of both routes, and is copied."""
+    kind, meta = described(SamplingFields)[name]
+    value = kind((meta.extra or {})["range"].high)
+    messages = [ChatMessage("user", "hi")]
+    of_chat = ChatRequest(messages=messages, **{name: value})
+    of_text = CompletionRequest(prompt="hi", **{name: value})
+    request = chat_route.to_request(of_chat, ApiSettings(), Call())
+    assert getattr(request.sampling, name) == value
+    (request,) = text_route.to_requests(of_text, ApiSettings(), Call())
+    assert getattr(request.sampling, name) == value
 
 
 async def test_fields_of_chat() -> None:
@@ -225,7 +248,7 @@ async def test_wrong_prompts(prompt: Any, param: str) -> None:
 
 async def test_choices_are_limited() -> None:
     """A: prompts times n is bounded."""
-    assert (await refused(TEXT, text(["a"] * 3, n=2), max_choices=5))["param"] == "n"
+    assert (await refused(TEXT, text(["a"] * 3, n=86)))["param"] == "n"
 
 
 @pytest.mark.parametrize(
@@ -263,7 +286,7 @@ async def test_large_bodies_are_decoded_off_the_loop(monkeypatch: pytest.MonkeyP
         seen.append(len(body))
         return await inner(function, body, *rest)
 
-    monkeypatch.setattr("headrace.api.bodies.asyncio.to_thread", spy)
+    monkeypatch.setattr("headrace.api.exchange.asyncio.to_thread", spy)
     await asked(CHAT, chat(messages=[{"role": "user", "content": "x" * 65_000}]))
     assert seen == []
     request = await asked(CHAT, chat(messages=[{"role": "user", "content": "x" * 70_000}]))

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from tests.api.fakes import FakeBackend, client
 
+from headrace.core.request import RerankRequest
+
 DOCUMENTS = ["a", {"text": "b"}, "c"]
 
 
 async def post(backend: FakeBackend, path: str = "/v1/rerank", **body: Any) -> Any:
-    async with client(backend, max_documents=5) as http:
+    async with client(backend) as http:
         return await http.post(
             path, json={"model": "m", "query": "q", "documents": DOCUMENTS, **body}
         )
@@ -33,7 +35,8 @@ async def test_documents_are_put_in_order(path: str) -> None:
     assert body["meta"] == {"api_version": {"version": "2"}, "tokens": {"input_tokens": 7}}
     assert body["metrics"]["engine"] == "fake"
     assert "server-timing" in answer.headers
-    request = backend.reranked[0]
+    request = backend.requests[0]
+    assert isinstance(request, RerankRequest)
     assert (request.query, request.documents, request.top_n) == ("q", ("a", "b", "c"), 2)
     assert request.truncate
 
@@ -48,7 +51,7 @@ async def test_documents_come_back_on_request() -> None:
     [
         ({"query": ""}, "query", "invalid_value"),
         ({"documents": []}, "documents", "invalid_value"),
-        ({"documents": ["a"] * 6}, "documents", "invalid_value"),
+        ({"documents": ["a"] * 2049}, "documents", "invalid_value"),
         ({"documents": [{"title": "a"}]}, "documents[0].text", "invalid_value"),
         ({"top_n": 0}, "top_n", "invalid_value"),
         ({"rank_fields": ["title"]}, "rank_fields", "unsupported_parameter"),

@@ -18,13 +18,13 @@ import uvicorn
 from tests.api.fakes import CHAT, FakeAdmin, FakeBackend, chat, finish, hello
 
 from headrace.api.app import create_app
-from headrace.api.auth import hash_key
-from headrace.api.settings import ApiSettings
+from headrace.api.limits import ApiSettings
+from headrace.config import hash_key
 from headrace.core.errors import QueueFull, WorkerDied
 from headrace.core.events import Delta
 from headrace.core.status import PoolEvent
 
-SETTINGS = ApiSettings(key_hashes=(hash_key("k"),))
+SETTINGS = ApiSettings(api_keys=(hash_key("k"),))
 
 
 @contextlib.contextmanager
@@ -138,9 +138,9 @@ def test_a_closed_socket_closes_the_stream() -> None:
             while b"data: " not in raw.recv(4096):
                 pass
         deadline = time.monotonic() + 0.25
-        while not backend.closed and time.monotonic() < deadline:
+        while not backend.ended and time.monotonic() < deadline:
             time.sleep(0.005)
-        assert (backend.running, backend.closed) == (0, 1)
+        assert (backend.running, len(backend.ended)) == (0, 1)
 
 
 def test_one_connection_serves_many_requests() -> None:

@@ -8,7 +8,7 @@ import pytest
 from tests.api.fakes import FakeBackend, client
 
 from headrace.core.model import ModelInfo
-from headrace.core.request import Message
+from headrace.core.request import CountRequest, Message
 
 
 async def test_models() -> None:
@@ -52,8 +52,9 @@ async def test_tokenize_text(body: Any, special: bool) -> None:
     async with client(backend) as http:
         answer = await http.post("/tokenize", json={"model": "m", **body})
     assert answer.json() == {"tokens": [7, 8, 9], "count": 3, "estimated": False}
-    asked = backend.counted[0]
-    assert (asked.text, asked.messages, asked.add_special) == ("x", None, special)
+    request = backend.requests[0]
+    assert isinstance(request, CountRequest)
+    assert (request.text, request.messages, request.add_special) == ("x", None, special)
 
 
 async def test_tokenize_messages() -> None:
@@ -62,8 +63,10 @@ async def test_tokenize_messages() -> None:
     body = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"a": 1}}
     async with client(backend) as http:
         assert (await http.post("/tokenize", json=body)).status_code == 200
-    assert backend.counted[0].messages == (Message("user", "x"),)
-    assert backend.counted[0].template_options == {"a": 1}
+    request = backend.requests[0]
+    assert isinstance(request, CountRequest)
+    assert request.messages == (Message("user", "x"),)
+    assert request.template_options == {"a": 1}
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from tests.api.fakes import (
     text,
 )
 
-from headrace.api.wire_chat import ChatChunk
-from headrace.api.wire_completions import CompletionChunk
+from headrace.api import limits
+from headrace.api.chat import ChatChunk
+from headrace.api.completions import CompletionChunk
 from headrace.core.errors import (
     GenerationFailed,
     Loading,
@@ -234,20 +235,21 @@ async def test_a_stream_without_finish_is_a_failure(steps: list[Any], fields: An
     assert "generation_failed" in answer.text
 
 
-async def test_waiting_comments_keep_the_line_alive() -> None:
+async def test_waiting_comments_keep_the_line_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     """A: headers go out after a while, and comments until the first delta."""
 
     def script(_request: Any) -> Iterable[Any]:
         yield lambda: asyncio.sleep(0.2)
         yield from one_word(_request)
 
-    answer = await stream(script, chat(), headers_after_s=0.02, comment_every_s=0.03)
+    monkeypatch.setattr(limits, "COMMENT_EVERY_S", 0.03)
+    answer = await stream(script, chat(), headers_after_s=0.02)
     assert answer.text.startswith(": waiting\n\n: waiting\n\n")
     assert events(answer.text)[-1] == "[DONE]"
     assert "waiting;dur=" in answer.headers["server-timing"]
 
 
-async def test_comments_tell_what_is_waited_for() -> None:
+async def test_comments_tell_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """M4: the stage, and how far it is; the first comes right after the headers."""
     steps = [Progress("queued", 0, 3), Progress("loading", 2, 5), Progress("prefill", 9, 8)]
 
@@ -257,20 +259,22 @@ async def test_comments_tell_what_is_waited_for() -> None:
             yield lambda: asyncio.sleep(0.1)
         yield from one_word(_request)
 
-    answer = await stream(script, chat(), headers_after_s=0.01, comment_every_s=0.06)
+    monkeypatch.setattr(limits, "COMMENT_EVERY_S", 0.06)
+    answer = await stream(script, chat(), headers_after_s=0.01)
     told = list(dict.fromkeys(re.findall("^: .*", answer.text, re.MULTILINE)))
     assert told == [": queued", ": loading 40%", ": prefill 100%"]
     assert events(answer.text)[-1] == "[DONE]"
 
 
-async def test_the_first_comment_is_not_waited_for() -> None:
+async def test_the_first_comment_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A: nobody sits before a line that says nothing."""
 
     def script(_request: Any) -> Iterable[Any]:
         yield lambda: asyncio.sleep(0.1)
         yield from one_word(_request)
 
-    answer = await stream(script, chat(), headers_after_s=0.01, comment_every_s=60)
+    monkeypatch.setattr(limits, "COMMENT_EVERY_S", 60)
+    answer = await stream(script, chat(), headers_after_s=0.01)
     assert answer.text.startswith(": waiting\n\ndata: ")
 
 
@@ -300,14 +304,15 @@ async def test_lines_end_where_everybody_thinks_they_do(path: str) -> None:
     assert "".join(texts).count(ends) == (2 if path == CHAT else 3)
 
 
-async def test_failure_after_waiting_is_an_event() -> None:
+async def test_failure_after_waiting_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
     """W17: once the headers are out, the status can no longer tell."""
 
     def script(_request: Any) -> Iterable[Any]:
         yield lambda: asyncio.sleep(0.05)
         yield Loading("Too slow.", retry_after_s=3)
 
-    answer = await stream(script, chat(), headers_after_s=0.01, comment_every_s=0.02)
+    monkeypatch.setattr(limits, "COMMENT_EVERY_S", 0.02)
+    answer = await stream(script, chat(), headers_after_s=0.01)
     assert answer.status_code == 200
     assert events(answer.text)[-1]["error"]["code"] == "model_loading"
     assert "[DONE]" not in answer.text
@@ -318,4 +323,4 @@ async def test_everything_is_given_back_before_the_last_byte() -> None:
     backend = FakeBackend(one_word)
     async with client(backend) as http:
         await http.post(CHAT, json=chat(stream=True))
-        assert (backend.running, backend.closed) == (0, 1)
+        assert (backend.running, len(backend.ended)) == (0, 1)

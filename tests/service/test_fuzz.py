@@ -14,8 +14,8 @@ from schemathesis.checks import not_a_server_error
 from tests.service.serving import Service, served
 
 from headrace.api.app import ROUTES
+from headrace.api.limits import ApiSettings
 from headrace.api.openapi import document
-from headrace.api.settings import ApiSettings
 
 relaxed = settings(
     max_examples=40,

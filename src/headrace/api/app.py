@@ -1,9 +1,9 @@
-"""The HTTP surface over any Backend."""
+"""The HTTP surface over any Backend: the table of its routes, and the application of a service."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import msgspec
 from starlette.applications import Starlette
@@ -13,31 +13,37 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute
 from starlette.routing import Route as Path
+from starlette.types import Receive, Scope, Send
 
-from headrace.api import admin as administration
+from headrace.api import admin as manage
 from headrace.api import problems
-from headrace.api.chat import chat_completions
-from headrace.api.completions import completions
-from headrace.api.docs import page
-from headrace.api.embeddings import embeddings
-from headrace.api.endpoint import Endpoint, Route
-from headrace.api.exchange import Service
-from headrace.api.gate import Gate
-from headrace.api.health import live, ready
-from headrace.api.metrics import METRICS
-from headrace.api.models import list_models, show_model
-from headrace.api.openapi import document
-from headrace.api.rerank import rerank
-from headrace.api.settings import ApiSettings
-from headrace.api.tokens import detokenize, tokenize
-from headrace.api.wire_chat import ChatChunk, ChatCompletion, ChatRequest
-from headrace.api.wire_completions import Completion, CompletionChunk, CompletionRequest
-from headrace.api.wire_embeddings import EmbeddingList, EmbeddingRequest
-from headrace.api.wire_models import Health, ModelCard, ModelList
-from headrace.api.wire_rerank import Ranking, RankRequest
-from headrace.api.wire_tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens
+from headrace.api.chat import ChatChunk, ChatCompletion, ChatRequest, chat_completions
+from headrace.api.completions import (
+    Completion,
+    CompletionChunk,
+    CompletionRequest,
+    completions,
+)
+from headrace.api.edge import METRICS_PATH, Edge, check_admin
+from headrace.api.embeddings import EmbeddingList, EmbeddingRequest, embeddings
+from headrace.api.exchange import ClientGone, Exchange, Route, Service
+from headrace.api.limits import ApiSettings
+from headrace.api.models import ModelCard, ModelList, list_models, show_model
+from headrace.api.monitoring import Health, live, metrics, ready
+from headrace.api.openapi import document, page
+from headrace.api.rerank import Ranking, RankRequest, rerank
+from headrace.api.tokens import (
+    DetokenizeRequest,
+    Text,
+    TokenizeRequest,
+    Tokens,
+    detokenize,
+    tokenize,
+)
 from headrace.core.backend import Admin, Backend
-from headrace.core.record import Observer
+from headrace.core.errors import ConfigError, InvalidRequest
+from headrace.core.record import Activity, Observer
+from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
 
 _LIVE = Route("GET", "/health/live", live, Health)
 ROUTES = (
@@ -57,6 +63,30 @@ ROUTES = (
     Route("GET", "/health", ready, Health, unready=True),
 )
 
+_admin = partial(Route, admin=True)
+ADMIN_ROUTES = (
+    _admin("GET", "/admin/models", manage.show_all, PoolStatus),
+    _admin("POST", "/admin/models/load", manage.load, ModelStatus, manage.LoadRequest),
+    _admin("POST", "/admin/models/unload", manage.unload, ModelStatus, manage.ModelRequest),
+    _admin("POST", "/admin/models/restart", manage.restart, ModelStatus, manage.ModelRequest),
+    _admin("POST", "/admin/models/pin", manage.pin, ModelStatus, manage.PinRequest),
+    _admin("POST", "/admin/models/update", manage.update, ModelStatus, manage.UpdateRequest),
+    _admin("GET", "/admin/models/{name:path}", manage.show_one, ModelStatus),
+    _admin("GET", "/admin/plan", manage.plan, Plan, query=("model",)),
+    _admin("POST", "/admin/reload", manage.reload, Reloaded),
+    _admin("GET", "/admin/events", manage.events, None, chunk=PoolEvent),
+    _admin("GET", "/admin/activity", manage.activity, Activity),
+    _admin("POST", "/models/load", manage.load_as_llama_server, manage.Success, manage.LoadRequest),
+    _admin(
+        "POST", "/models/unload", manage.unload_as_llama_server, manage.Success, manage.ModelRequest
+    ),
+    _admin("GET", "/api/ps", manage.ps_as_ollama, manage.RunningModels),
+)
+
+_METRICS = Route(
+    "GET", METRICS_PATH, metrics, None, texts=("text/plain", "application/openmetrics-text")
+)
+
 
 class Application(Starlette):
     """The ASGI application of one service."""
@@ -64,22 +94,24 @@ class Application(Starlette):
     def __init__(
         self, service: Service, routes: Sequence[Route], more: Sequence[BaseRoute] = ()
     ) -> None:
-        served = [Path(one.path, Endpoint(one, service), methods=[one.method]) for one in routes]
+        served = [
+            Path(route.path, _Endpoint(route, service), methods=[route.method]) for route in routes
+        ]
         super().__init__(
             routes=[*served, *more],
             exception_handlers={HTTPException: _routing_problem},
-            middleware=[Middleware(Gate, service=service)],
+            middleware=[Middleware(Edge, service=service)],
         )
         self.router.redirect_slashes = False
         self._service = service
 
     def replace_settings(self, settings: ApiSettings) -> None:
-        """Serve what comes from now on by other settings; what has begun keeps its own."""
+        """Serve later requests by other settings; those that have begun keep theirs."""
         self._service.settings = settings
 
     def metrics_alone(self) -> Application:
         """Return an application of /metrics and /health/live, of the same service and settings."""
-        return Application(self._service, (METRICS, _LIVE))
+        return Application(self._service, (_METRICS, _LIVE))
 
 
 def create_app(
@@ -91,17 +123,43 @@ def create_app(
     observer: Observer | None = None,
     metrics: bool = True,
 ) -> Application:
-    """Build the ASGI application. `ready` tells whether requests would be answered now.
+    """Build the ASGI application. `ready` is whether requests would be served now.
 
     Without `ready`, it is when every model of the backend is, or with `admin` when one is or can
-    be loaded. With `admin` models can be managed. The backend is not closed here. `observer` is
-    told of every request and tells at /metrics, unless `metrics` is false.
+    be loaded. With `admin` models can be managed. The backend is not closed here. `observer`
+    receives every request and answers at /metrics, unless `metrics` is false.
     """
-    routes = (*ROUTES, *administration.ROUTES) if admin else ROUTES
+    routes = (*ROUTES, *ADMIN_ROUTES) if admin else ROUTES
     if observer is not None and metrics:
-        routes = (*routes, METRICS)
+        routes = (*routes, _METRICS)
     service = Service(backend, settings, ready, admin, observer)
     return Application(service, routes, _descriptions(routes, service))
+
+
+class _Endpoint:
+    """A route as an ASGI application: runs the handler, and answers whatever it raises."""
+
+    def __init__(self, route: Route, service: Service) -> None:
+        self.path = route.path
+        self._route = route
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send, self._service.settings)
+        try:
+            if self._route.admin:
+                check_admin(scope, exchange.settings, is_admin=exchange.call.is_admin)
+            await self._route.handler(self._service, exchange)
+        except ClientGone:
+            exchange.call.outcome = "cancelled"
+        except Exception as error:
+            # The edge: what failed becomes an answer, while one can be given.
+            if exchange.call.status:
+                raise
+            if self._route.admin and isinstance(error, ConfigError):
+                # Here it is the request that has the wrong setting, or wants it to be read.
+                error = InvalidRequest(error.message, param=error.param)
+            await exchange.fail(error)
 
 
 def _descriptions(routes: Sequence[Route], service: Service) -> list[BaseRoute]:

@@ -2,45 +2,171 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
-from headrace.api import translate
-from headrace.api.answers import Reply, answer
-from headrace.api.exchange import Exchange, Service
-from headrace.api.frames import Form
-from headrace.api.wire_chat import (
-    AssistantMessage,
-    ChatChoice,
-    ChatCompletion,
-    ChatRequest,
-    chat_logprobs,
+from headrace.api.exchange import Call, Exchange, Service
+from headrace.api.limits import ApiSettings
+from headrace.api.stream import ChunkFormat, Reply, answer
+from headrace.api.wire import (
+    AnswerHead,
+    ChunkHead,
+    Count,
+    GenerateFields,
+    Messages,
+    Nothing,
+    Unsupported,
+    generate_fields,
+    to_messages,
+    to_sampling,
 )
-from headrace.core.events import Choice
+from headrace.core.errors import InvalidRequest
+from headrace.core.events import Choice, FinishReason, TokenLogprob, TopLogprob
+from headrace.core.request import GenerateRequest
+
+
+class ChatRequest(GenerateFields, frozen=True, kw_only=True):
+    """OpenAI's chat request, with common extensions."""
+
+    messages: Messages
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    audio: Unsupported[None] = None
+    function_call: Unsupported[Literal["none"]] = None
+    functions: Unsupported[Nothing] = None
+    modalities: Unsupported[list[Literal["text"]]] = None
+    reasoning_effort: Unsupported[None] = None
+    tool_choice: Unsupported[Literal["none"]] = None
+    tools: Unsupported[Nothing] = None
+    verbosity: Unsupported[None] = None
+    web_search_options: Unsupported[None] = None
+
+
+class ChatTop(msgspec.Struct, frozen=True):
+    """A candidate for a position."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatToken(msgspec.Struct, frozen=True):
+    """A chosen token, and the candidates beside it."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[ChatTop]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """Log probabilities of an answer's tokens."""
+
+    content: list[ChatToken]
+    refusal: None = None
+
+
+class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer. `reasoning_content` is the model's thinking, where it is kept apart."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+    reasoning_content: str | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One complete answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(AnswerHead, frozen=True, kw_only=True):
+    """A whole answer."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+
+
+class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """What a chunk adds to a message."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    refusal: None = None
+    reasoning_content: str | None = None
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """What a chunk adds to a choice."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(ChunkHead, frozen=True, kw_only=True):
+    """One `data:` line of a stream; `data: [DONE]` is the last line of one that ended well."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+
 
 _DECODER = msgspec.json.Decoder(ChatRequest)
-_FORM = Form(
+_FORMAT = ChunkFormat(
     object="chat.completion.chunk",
     role=b'"delta":{"role":"assistant","content":"","refusal":null}',
     text=b'"delta":{"content":',
     reasoning=b'"delta":{"reasoning_content":',
     after=b"}",
     empty=b'"delta":{}',
-    logprobs=lambda delta: chat_logprobs(delta.logprobs),
+    logprobs=lambda delta: _logprobs(delta.logprobs),
 )
 
 
 async def chat_completions(service: Service, exchange: Exchange) -> None:
-    """Answer a conversation, streamed or whole."""
+    """AnswerHead a conversation, streamed or whole."""
     wire = await exchange.read(_DECODER)
-    request = translate.chat(wire, exchange.settings, exchange.call)
-    reply = Reply("chatcmpl-", _FORM, request.n, _whole)
+    request = to_request(wire, exchange.settings, exchange.call)
+    reply = Reply("chatcmpl-", _FORMAT, request.n, _whole)
     await answer(service, exchange, wire, service.backend.ask(request), reply)
 
 
+def to_request(wire: ChatRequest, settings: ApiSettings, call: Call) -> GenerateRequest:
+    """Build the core request.
+
+    Raises:
+        InvalidRequest: fields contradict each other, or a value is out of its range.
+    """
+    fields = generate_fields(wire, settings, call)
+    most, preferred = wire.max_tokens, wire.max_completion_tokens
+    if most is not None and preferred not in {None, most}:
+        raise InvalidRequest("max_tokens and max_completion_tokens differ.", param="max_tokens")
+    if wire.top_logprobs is not None and not wire.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
+    logprobs = (wire.top_logprobs or 0) if wire.logprobs else None
+    return GenerateRequest(
+        messages=to_messages(wire.messages),
+        sampling=to_sampling(
+            wire, max_tokens=most if preferred is None else preferred, logprobs=logprobs
+        ),
+        template_options=wire.chat_template_kwargs or {},
+        **fields,
+    )
+
+
 def _whole(head: dict[str, Any], choices: tuple[Choice, ...]) -> ChatCompletion:
-    return ChatCompletion(**head, choices=[_choice(one) for one in choices])
+    return ChatCompletion(**head, choices=[_choice(choice) for choice in choices])
 
 
 def _choice(choice: Choice) -> ChatChoice:
@@ -50,6 +176,23 @@ def _choice(choice: Choice) -> ChatChoice:
     return ChatChoice(
         index=choice.index,
         message=message,
-        logprobs=chat_logprobs(choice.logprobs) if choice.logprobs else None,
+        logprobs=_logprobs(choice.logprobs) if choice.logprobs else None,
         finish_reason=choice.finish_reason,
     )
+
+
+def _logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
+    return ChatLogprobs(
+        [
+            ChatToken(_text(token.data), token.logprob, list(token.data), [*map(_top, token.top)])
+            for token in tokens
+        ]
+    )
+
+
+def _top(top: TopLogprob) -> ChatTop:
+    return ChatTop(_text(top.data), top.logprob, list(top.data))
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")

@@ -1,24 +1,101 @@
-"""POST /v1/completions."""
+"""POST /v1/completions: one or several prompts, continued."""
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import codecs
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
+from msgspec.structs import replace
 
-from headrace.api import translate
-from headrace.api.answers import Reply, answer
-from headrace.api.exchange import Exchange, Service
-from headrace.api.fan_out import fan_out
-from headrace.api.frames import Form
-from headrace.api.wire_completions import (
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionRequest,
-    LogprobText,
+from headrace.api import limits
+from headrace.api.exchange import Call, Exchange, Service
+from headrace.api.limits import ApiSettings
+from headrace.api.stream import ChunkFormat, Reply, answer
+from headrace.api.wire import (
+    AnswerHead,
+    ChunkHead,
+    GenerateFields,
+    TokenId,
+    Unsupported,
+    generate_fields,
+    inputs_schema,
+    to_inputs,
+    to_sampling,
 )
-from headrace.core.events import Choice, Delta
+from headrace.core import errors
+from headrace.core.backend import Backend
+from headrace.core.errors import GenerationFailed
+from headrace.core.events import Choice, Delta, Event, Finish, FinishReason, TokenLogprob
+from headrace.core.metrics import InferenceMetrics, Usage
+from headrace.core.request import GenerateRequest
+from headrace.core.sampling import Logprobs
+
+_OPENAI_MAX_TOKENS = 16
+_BUFFER = 64
+
+_Item = tuple[int, Event | Exception]
+
+
+class CompletionRequest(GenerateFields, frozen=True, kw_only=True):
+    """OpenAI's completion request, with common extensions. `best_of` is `n` or absent.
+
+    `max_tokens` is 16 when it is absent, as OpenAI has it.
+    """
+
+    prompt: Annotated[
+        str | list[str | TokenId | list[TokenId]],
+        Meta(extra={"schema": inputs_schema(limits.MAX_PROMPTS)}),
+    ]
+    echo: bool | None = None
+    logprobs: Logprobs | None = None
+    best_of: Unsupported[Annotated[int, Meta(ge=1, le=128)]] = None
+    suffix: Unsupported[Literal[""]] = None
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    """Log probabilities of an answer's tokens; `text_offset` counts characters."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One complete answer."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+
+
+class Completion(AnswerHead, frozen=True, kw_only=True):
+    """A whole answer."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+
+
+class CompletionChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """What a chunk adds to a choice."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class CompletionChunk(ChunkHead, frozen=True, kw_only=True):
+    """One `data:` line of a stream; `data: [DONE]` is the last line of one that ended well."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChunkChoice]
+
 
 _DECODER = msgspec.json.Decoder(CompletionRequest)
 
@@ -26,26 +103,135 @@ _DECODER = msgspec.json.Decoder(CompletionRequest)
 async def completions(service: Service, exchange: Exchange) -> None:
     """Continue one or several prompts, streamed or whole."""
     wire = await exchange.read(_DECODER)
-    requests = translate.completions(wire, exchange.settings, exchange.call)
+    requests = to_requests(wire, exchange.settings, exchange.call)
     if len(requests) == 1:
         stream = service.backend.ask(requests[0])
     else:
-        stream = fan_out(service.backend, requests, exchange.settings.parallel_prompts)
-    reply = Reply("cmpl-", _form(), len(requests) * requests[0].n, _whole)
+        stream = fan_out(service.backend, requests, limits.PARALLEL_PROMPTS)
+    reply = Reply("cmpl-", _format(), len(requests) * requests[0].n, _whole)
     await answer(service, exchange, wire, stream, reply)
 
 
-def _form() -> Form:
-    written: dict[int, LogprobText] = {}
+def to_requests(
+    wire: CompletionRequest, settings: ApiSettings, call: Call
+) -> list[GenerateRequest]:
+    """Build one core request for each prompt.
+
+    Raises:
+        InvalidRequest: fields contradict each other, a value is out of its range, or the list of
+            prompts is too long or mixed.
+        Unsupported: best_of differs from n.
+    """
+    prompts = to_inputs("prompt", wire.prompt, limits.MAX_PROMPTS)
+    fields = generate_fields(wire, settings, call, prompts=len(prompts))
+    if wire.best_of not in {None, wire.n or 1}:
+        raise errors.Unsupported("best_of is supported only where it equals n.", param="best_of")
+    most = _OPENAI_MAX_TOKENS if wire.max_tokens is None else wire.max_tokens
+    first = GenerateRequest(
+        prompt=prompts[0],
+        echo=bool(wire.echo),
+        sampling=to_sampling(wire, max_tokens=most, logprobs=wire.logprobs),
+        **fields,
+    )
+    rest = enumerate(prompts[1:], 1)
+    return [first, *(replace(first, prompt=prompt, id=f"{call.id}.{i}") for i, prompt in rest)]
+
+
+async def fan_out(
+    backend: Backend, requests: Sequence[GenerateRequest], parallel: int
+) -> AsyncGenerator[Event, None]:
+    """Yield the events of all requests, at most `parallel` running at a time.
+
+    Choice `c` of request `r` has index `r * n + c`. The Finish has the reasons of all choices in
+    that order, and the sum of their usage. The first failure ends all.
+    """
+    queue: asyncio.Queue[_Item] = asyncio.Queue(_BUFFER)
+    waiting = iter(enumerate(requests))
+    tasks = {
+        asyncio.create_task(_work(backend, waiting, queue))
+        for _ in range(min(parallel, len(requests)))
+    }
+    finishes: dict[int, Finish] = {}
+    try:
+        while len(finishes) < len(requests):
+            index, event = await queue.get()
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, Finish):
+                finishes[index] = event
+            elif isinstance(event, Delta):
+                yield replace(event, index=index * requests[index].n + event.index)
+            else:
+                yield event
+        yield _merge([finishes[index] for index in range(len(requests))])
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def _work(
+    backend: Backend, waiting: Iterator[tuple[int, GenerateRequest]], queue: asyncio.Queue[_Item]
+) -> None:
+    for index, request in waiting:
+        stream = backend.ask(request)
+        try:
+            event: Event | None = None
+            async for event in stream:
+                await queue.put((index, event))
+            if not isinstance(event, Finish):
+                raise GenerationFailed("The stream ended without a Finish.")
+        except Exception as error:  # noqa: BLE001 - raised again by the reader of the queue
+            await queue.put((index, error))
+            return
+        finally:
+            await stream.aclose()
+
+
+def _merge(finishes: Sequence[Finish]) -> Finish:
+    usage = Usage(
+        prompt_tokens=sum(finish.usage.prompt_tokens for finish in finishes),
+        cached_tokens=sum(finish.usage.cached_tokens for finish in finishes),
+        completion_tokens=sum(finish.usage.completion_tokens for finish in finishes),
+        reasoning_tokens=sum(finish.usage.reasoning_tokens for finish in finishes),
+    )
+    reasons: list[FinishReason] = []
+    for finish in finishes:
+        reasons += finish.finish_reasons
+    metrics = _merge_metrics([finish.metrics for finish in finishes], usage)
+    return Finish(tuple(reasons), usage, metrics)
+
+
+def _merge_metrics(figures: Sequence[InferenceMetrics], usage: Usage) -> InferenceMetrics:
+    """Keep what is defined for several prompts: the first token of any, the longest wait."""
+    first = figures[0]
+    first_tokens = [metrics.time_to_first_token_ms for metrics in figures]
+    return InferenceMetrics(
+        started_at=min(metrics.started_at for metrics in figures),
+        load_ms=max(metrics.load_ms for metrics in figures),
+        time_to_first_token_ms=min((ms for ms in first_tokens if ms is not None), default=None),
+        total_ms=max(metrics.total_ms for metrics in figures),
+        chunks=sum(metrics.chunks for metrics in figures),
+        usage=usage,
+        devices=first.devices,
+        engine=first.engine,
+        worker=first.worker,
+        model=first.model,
+        outcome=first.outcome,
+    )
+
+
+def _format() -> ChunkFormat:
+    writers: dict[int, LogprobWriter] = {}
 
     def logprobs(delta: Delta) -> CompletionLogprobs:
-        return written.setdefault(delta.index, LogprobText()).write(delta.logprobs)
+        return writers.setdefault(delta.index, LogprobWriter()).write(delta.logprobs)
 
-    return Form(
+    return ChunkFormat(
         object="text_completion",
         role=b"",
         text=b'"text":',
-        # This route has no place of its own for thinking: it is part of the text.
+        # This route has no field of its own for thinking: it is part of the text.
         reasoning=b'"text":',
         after=b"",
         empty=b'"text":""',
@@ -54,13 +240,43 @@ def _form() -> Form:
 
 
 def _whole(head: dict[str, Any], choices: tuple[Choice, ...]) -> Completion:
-    return Completion(**head, choices=[_choice(one) for one in choices])
+    return Completion(**head, choices=[_choice(choice) for choice in choices])
 
 
 def _choice(choice: Choice) -> CompletionChoice:
     return CompletionChoice(
         index=choice.index,
         text=choice.reasoning + choice.text,
-        logprobs=LogprobText().write(choice.logprobs) if choice.logprobs else None,
+        logprobs=LogprobWriter().write(choice.logprobs) if choice.logprobs else None,
         finish_reason=choice.finish_reason,
     )
+
+
+class LogprobWriter:
+    """Writes the log probabilities of one choice, and counts its characters."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def write(self, tokens: Sequence[TokenLogprob]) -> CompletionLogprobs:
+        """Return OpenAI's form of tokens, which come in the order of the text."""
+        return CompletionLogprobs(
+            [_name(token.data) for token in tokens],
+            [token.logprob for token in tokens],
+            [{_name(top.data): top.logprob for top in token.top} for token in tokens],
+            [self._advance(token.data) for token in tokens],
+        )
+
+    def _advance(self, data: bytes) -> int:
+        start = self._offset
+        self._offset += len(self._decoder.decode(data))
+        return start
+
+
+def _name(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        # OpenAI's way to name a part of a character, so that two parts differ.
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -3,55 +3,113 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from array import array
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
-from headrace.api import translate
-from headrace.api.answers import model_name
-from headrace.api.exchange import Exchange, Service
-from headrace.api.timing import server_timing
-from headrace.api.wire_embeddings import EmbeddingList, EmbeddingRequest, ReadUsage
+from headrace.api import limits
+from headrace.api.exchange import Call, Exchange, Service, server_timing
+from headrace.api.limits import ApiSettings
+from headrace.api.wire import (
+    Count,
+    KeepAlive,
+    ModelName,
+    ReadUsage,
+    TokenId,
+    inputs_schema,
+    request_fields,
+    to_inputs,
+)
 from headrace.core.events import Finish, Vectors
+from headrace.core.floats import floats_of
+from headrace.core.metrics import InferenceMetrics
+from headrace.core.request import EmbedRequest
 from headrace.core.stream import result
 
-_DECODER = msgspec.json.Decoder(EmbeddingRequest)
-_encode = msgspec.json.Encoder().encode
 # More numbers than these are written in a thread.
 _MANY = 1 << 14
+
+
+class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """OpenAI's request: a text, a list of texts, token ids, or a list of lists of them.
+
+    Jina's `truncate` cuts what is longer than the context, which is refused without, and its
+    `normalized` false leaves the vectors as long as the model makes them.
+    """
+
+    input: Annotated[
+        str | list[str | TokenId | list[TokenId]],
+        Meta(extra={"schema": inputs_schema(limits.MAX_INPUTS, minLength=1)}),
+    ]
+    model: ModelName | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Count | None = None
+    user: Annotated[str, Meta(max_length=512)] | None = None
+    truncate: bool | None = None
+    normalized: bool | None = None
+    keep_alive: KeepAlive | None = None
+
+
+class EmbeddingBody(msgspec.Struct, frozen=True, kw_only=True):
+    """One vector; as base64 it is little-endian 32-bit floats."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(msgspec.Struct, frozen=True, kw_only=True):
+    """One vector for each input, in order."""
+
+    object: Literal["list"] = "list"
+    data: list[EmbeddingBody]
+    model: str
+    usage: ReadUsage
+    metrics: InferenceMetrics
+
+
+_DECODER = msgspec.json.Decoder(EmbeddingRequest)
 
 
 async def embeddings(service: Service, exchange: Exchange) -> None:
     """Turn texts into vectors."""
     wire = await exchange.read(_DECODER)
-    request = translate.embed(wire, exchange.settings, exchange.call)
-    made, finish = await exchange.unless_gone(result(service.backend.ask(request), Vectors))
-    model, as_text = model_name(service, wire.model), wire.encoding_format == "base64"
-    if sum(map(len, made.vectors)) > 4 * _MANY:
-        body = await asyncio.to_thread(_body, made, finish, model, as_text=as_text)
+    request = to_request(wire, exchange.settings, exchange.call)
+    vectors, finish = await exchange.unless_gone(result(service.backend.ask(request), Vectors))
+    model, as_text = service.model_name(wire.model), wire.encoding_format == "base64"
+    if len(vectors.vectors) * vectors.dimensions > _MANY:
+        body = await asyncio.to_thread(_body, vectors, finish, model, as_text=as_text)
     else:
-        body = _body(made, finish, model, as_text=as_text)
+        body = _body(vectors, finish, model, as_text=as_text)
     await exchange.reply(body, headers=server_timing(finish.metrics))
 
 
-def _body(made: Vectors, finish: Finish, model: str, *, as_text: bool) -> bytes:
+def to_request(wire: EmbeddingRequest, settings: ApiSettings, call: Call) -> EmbedRequest:
+    """Build the core request.
+
+    Raises:
+        InvalidRequest: the list of inputs is mixed, too long, or has an empty one.
+    """
+    return EmbedRequest(
+        inputs=tuple(to_inputs("input", wire.input, limits.MAX_INPUTS)),
+        dimensions=wire.dimensions,
+        truncate=bool(wire.truncate),
+        normalize=wire.normalized is not False,
+        **request_fields(wire, settings, call),
+    )
+
+
+def _body(vectors: Vectors, finish: Finish, model: str, *, as_text: bool) -> bytes:
     tokens = finish.usage.prompt_tokens
+    # Bytes are written as base64.
+    written = vectors.vectors if as_text else [floats_of(item).tolist() for item in vectors.vectors]
     data: Any = [
-        # Bytes are written as base64.
-        {"object": "embedding", "index": index, "embedding": one if as_text else _list(one)}
-        for index, one in enumerate(made.vectors)
+        {"object": "embedding", "index": index, "embedding": item}
+        for index, item in enumerate(written)
     ]
-    return _encode(
+    return msgspec.json.encode(
         EmbeddingList(
             data=data, model=model, usage=ReadUsage(tokens, tokens), metrics=finish.metrics
         )
     )
-
-
-def _list(vector: bytes) -> list[float]:
-    values = array("f", vector)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tolist()

@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from functools import cache
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from headrace.api import bodies, problems
-from headrace.api.bodies import ClientGone
-from headrace.api.problems import Headers, Problem
-from headrace.api.settings import ApiSettings
-from headrace.api.timing import server_timing
+from headrace.api import limits, problems
+from headrace.api.limits import ApiSettings
+from headrace.api.problems import Headers, Refused, refused
 from headrace.core.backend import Admin, Backend
+from headrace.core.errors import InvalidRequest, Unsupported
+from headrace.core.metrics import InferenceMetrics
 from headrace.core.record import Observer, Outcome
 from headrace.core.request import new_id
 
 T = TypeVar("T")
 S = TypeVar("S", bound=msgspec.Struct)
 
+_LARGE_BODY = 64 << 10
+# An unterminated string runs to the end, so that the scan never looks at a byte twice.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+_AS_SQUARE = bytes.maketrans(b"{}", b"[]")
+_PLACE = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<where>.*)`)?", re.DOTALL)
+_NAMED = re.compile(r"Object (?P<how>missing required|contains unknown) field `(?P<name>.*)`")
+
+
+class ClientGone(Exception):
+    """The client closed the connection; an answer would not be read."""
+
 
 @dataclass(eq=False)
 class Service:
-    """What every handler works with. `settings` may be replaced; what has begun keeps its own."""
+    """What every handler works with.
+
+    `settings` may be replaced; a request that has begun keeps its own.
+    """
 
     backend: Backend
     settings: ApiSettings
@@ -34,14 +51,19 @@ class Service:
     admin: Admin | None = None
     observer: Observer | None = None
 
+    def model_name(self, requested: str | None) -> str:
+        """Return the name that an answer gives: the one requested, or the only model's."""
+        served = self.backend.models() if not requested else ()
+        return requested or (served[0].id if len(served) == 1 else "")
+
 
 @dataclass(slots=True)
 class Call:
     """What is known of a request while it runs; the access log is written from it.
 
     `received` is monotonic seconds. `status` is 0 until the headers have gone out. `client` is a
-    short id of the key, and `is_admin` tells whether it is an admin's. `traceparent` and
-    `tracestate` are as the client sent them.
+    short id of the key, and `is_admin` whether it is an admin's. `traceparent` and `tracestate`
+    are as the client sent them.
     """
 
     id: str = field(default_factory=new_id)
@@ -65,15 +87,19 @@ class Exchange:
         self._receive = receive
 
     async def read(self, decoder: msgspec.json.Decoder[S]) -> S:
-        """Take the body and decode it.
+        """Read the body and decode it; a large one in a thread, so that the loop stays free.
 
         Raises:
-            Refused, InvalidRequest, Unsupported: see `bodies`.
+            Refused: 408, 413 or 415.
+            InvalidRequest: it is not JSON, too deep, or a field is wrong.
+            Unsupported: a field is understood but cannot be honoured.
             ClientGone: the client left before its end.
         """
         headers = dict(self.scope["headers"])
-        body = await bodies.read(self._receive, headers, self.settings)
-        return await bodies.decode(body, decoder, self.settings.max_depth)
+        body = await _read_body(self._receive, headers, self.settings.max_body_bytes)
+        if len(body) > _LARGE_BODY:
+            return await asyncio.to_thread(decode, body, decoder)
+        return decode(body, decoder)
 
     async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work`. When the client goes first, `work` is cancelled and has ended on return.
@@ -82,7 +108,7 @@ class Exchange:
             ClientGone: the client closed the connection.
         """
         task = asyncio.create_task(work)
-        watcher = asyncio.create_task(_gone(self._receive))
+        watcher = asyncio.create_task(_disconnected(self._receive))
         try:
             await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
@@ -92,7 +118,7 @@ class Exchange:
             task.cancel()
             watcher.cancel()
             await asyncio.wait({task, watcher})
-            # Looked at, or asyncio would complain of a failure that nobody is there to read.
+            # Retrieved, or asyncio would log an exception that was never retrieved.
             for ended in (task, watcher):
                 _ = ended.cancelled() or ended.exception()
             # What is raised leads here, and would be held by what it leads to.
@@ -104,23 +130,169 @@ class Exchange:
             {"type": "http.response.start", "status": status, "headers": list(headers)}
         )
 
-    async def reply(self, body: bytes, *, status: int = 200, headers: Headers = ()) -> None:
-        """Send a whole JSON answer."""
+    async def reply(
+        self,
+        body: bytes,
+        *,
+        status: int = 200,
+        headers: Headers = (),
+        kind: bytes = b"application/json",
+    ) -> None:
+        """Send a whole answer."""
         length = (b"content-length", str(len(body)).encode())
-        await self.start(status, ((b"content-type", b"application/json"), length, *headers))
+        await self.start(status, ((b"content-type", kind), length, *headers))
         await self.send({"type": "http.response.body", "body": body})
 
-    async def refuse(self, problem: Problem) -> None:
-        """Send an error with its status, and the figures where there are any."""
+    async def answer(
+        self, answer: msgspec.Struct, metrics: InferenceMetrics | None = None, *, status: int = 200
+    ) -> None:
+        """Send a struct as JSON, with its figures as a header."""
+        headers = () if metrics is None else server_timing(metrics)
+        await self.reply(msgspec.json.encode(answer), status=status, headers=headers)
+
+    async def fail(self, error: Exception) -> None:
+        """Answer whatever was raised before the headers went out, with figures if it has any."""
+        problems.log(error, self.call.id)
+        problem = problems.describe(error, self.call.id)
         timing = () if problem.metrics is None else server_timing(problem.metrics)
         await self.reply(problem.body(), status=problem.status, headers=(*problem.headers, *timing))
 
-    async def fail(self, error: Exception) -> None:
-        """Answer whatever was raised before the headers went out."""
-        problems.log(error, self.call.id)
-        await self.refuse(problems.describe(error, self.call.id))
+
+Handler = Callable[[Service, Exchange], Awaitable[None]]
 
 
-async def _gone(receive: Receive) -> None:
+@dataclass(frozen=True)
+class Route:
+    """One row of the table of routes; `chunk` is what a streamed answer is made of.
+
+    `answer` is None where there are only streams, or text of the kinds `texts`. `query` are
+    required parameters. `unready` is whether a 503 has the same body as a 200.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    answer: type[msgspec.Struct] | None
+    request: type[msgspec.Struct] | None = None
+    chunk: type[msgspec.Struct] | None = None
+    unready: bool = False
+    query: tuple[str, ...] = ()
+    admin: bool = False
+    texts: tuple[str, ...] = ()
+
+
+def server_timing(metrics: InferenceMetrics) -> Headers:
+    """Return a `Server-Timing` header of every duration that is defined, in milliseconds."""
+    gaps = metrics.inter_token_ms
+    return timing_header(
+        {
+            "queue": metrics.queue_ms,
+            "load": metrics.load_ms,
+            "prefill": metrics.prefill_ms,
+            "ttft": metrics.time_to_first_token_ms,
+            "tpot": metrics.time_per_output_token_ms,
+            "itl-p50": gaps and gaps.p50,
+            "itl-p99": gaps and gaps.p99,
+            "itl-max": gaps and gaps.max,
+            "total": metrics.total_ms,
+        }
+    )
+
+
+def timing_header(durations: dict[str, float | None]) -> Headers:
+    """Return one `Server-Timing` header of the durations that are not None."""
+    parts = [f"{name};dur={ms:.3f}" for name, ms in durations.items() if ms is not None]
+    return ((b"server-timing", ", ".join(parts).encode()),)
+
+
+def decode(body: bytes, decoder: msgspec.json.Decoder[S]) -> S:
+    """Decode a body.
+
+    Raises:
+        InvalidRequest, Unsupported: see `Exchange.read`.
+    """
+    if _is_deeper(body, limits.MAX_DEPTH):
+        raise InvalidRequest(f"The JSON is nested deeper than {limits.MAX_DEPTH} levels.")
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _field_error(str(error), decoder.type) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise InvalidRequest("The body is not valid JSON in UTF-8.") from None
+
+
+@cache
+def marked(kind: type[msgspec.Struct], mark: str) -> dict[str, Any]:
+    """Return what `Meta(extra={mark: ...})` says of each field that is annotated with it."""
+    return {
+        name: meta.extra[mark]
+        for name, hint in get_type_hints(kind, include_extras=True).items()
+        for meta in getattr(hint, "__metadata__", ())
+        if isinstance(meta, msgspec.Meta) and meta.extra and mark in meta.extra
+    }
+
+
+async def _read_body(receive: Receive, headers: dict[bytes, bytes], most: int) -> bytes:
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind not in {b"", b"application/json"} and not kind.endswith(b"+json"):
+        raise refused(415, "The body must be application/json.", "unsupported_content_type")
+    declared = headers.get(b"content-length", b"0")
+    if not declared.isdigit() or int(declared[:20]) > most:
+        raise _too_large(most)
+    try:
+        async with asyncio.timeout(limits.BODY_TIMEOUT_S):
+            return await _read_all(receive, most)
+    except TimeoutError:
+        raise refused(408, "The body did not come in time.", "body_timeout") from None
+
+
+async def _read_all(receive: Receive, most: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > most:
+            raise _too_large(most)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _too_large(most: int) -> Refused:
+    message = f"The body is larger than {most} bytes."
+    return refused(413, message, "body_too_large", ((b"connection", b"close"),))
+
+
+def _is_deeper(body: bytes, limit: int) -> bool:
+    """Whether the brackets of a JSON text nest deeper than `limit`; linear, no recursion."""
+    if body.count(b"[") + body.count(b"{") <= limit:
+        return False
+    left = _STRING.sub(b"", body).translate(_AS_SQUARE, _NOT_BRACKETS)
+    for _ in range(limit):
+        # Each pass removes the innermost level. What no pass can shorten is not JSON.
+        shorter = left.replace(b"[]", b"")
+        if len(shorter) == len(left):
+            return len(left) > limit
+        left = shorter
+    return bool(left)
+
+
+def _field_error(text: str, kind: type[msgspec.Struct]) -> InvalidRequest | Unsupported:
+    match = _PLACE.fullmatch(text)
+    what, where = (match["what"], match["where"] or "") if match else (text, "")
+    if named := _NAMED.fullmatch(what):
+        where = f"{where}.{named['name']}".lstrip(".")
+        is_missing = named["how"].startswith("missing")
+        what = "This field is required" if is_missing else "This field is unknown"
+    name = re.split(r"[.\[]", where, maxsplit=1)[0]
+    if name in marked(kind, "unsupported"):
+        return Unsupported(f"{name} is not supported here.", param=name)
+    return InvalidRequest(f"{where}: {what}." if where else f"{what}.", param=where or None)
+
+
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from headrace.api.exchange import Exchange, Service
-from headrace.api.wire_models import ModelCard, ModelList
 from headrace.core.errors import UnknownModel
 from headrace.core.model import ModelInfo
 
 
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that requests name by its `id` or an alias."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "headrace"
+    aliases: list[str]
+    engine: str
+    state: str
+    tasks: list[str]
+    context_length: int | None
+    parameters: int | None
+    quantization: str | None
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    """Every model that is served."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
 async def list_models(service: Service, exchange: Exchange) -> None:
     """List what is served."""
-    cards = [_card(info) for info in service.backend.models()]
-    await exchange.reply(msgspec.json.encode(ModelList(data=cards)))
+    await exchange.answer(ModelList(data=[_card(info) for info in service.backend.models()]))
 
 
 async def show_model(service: Service, exchange: Exchange) -> None:
-    """Show one model, asked for by its id or an alias."""
+    """Show one model, by its id or an alias."""
     name: str = exchange.scope["path_params"]["model_id"]
     for info in service.backend.models():
         if name == info.id or name in info.aliases:
-            await exchange.reply(msgspec.json.encode(_card(info)))
+            await exchange.answer(_card(info))
             return
     raise UnknownModel("No model of this name is served here.")
 

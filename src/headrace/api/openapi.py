@@ -1,22 +1,31 @@
-"""openapi.json, made of the structs that decode and encode."""
+"""/openapi.json, made of the structs that decode and encode, and /docs, a page of the same.
+
+The page has no scripts and needs no other host.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from html import escape
 from typing import Any
 
 import msgspec
 
-from headrace.api.endpoint import Route
+from headrace.api.exchange import Route, marked
+from headrace.api.limits import ApiSettings
 from headrace.api.problems import ErrorBody
-from headrace.api.settings import ApiSettings
-from headrace.api.translate import LISTS
 
 _REF = "#/components/schemas/{name}"
 _PATH = re.compile(r"\{(\w+)(?::path)?\}")
-_TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _KEY = {"type": "http", "scheme": "bearer", "description": "Needed when the server has keys."}
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
+code, pre { font: 14px/1.4 ui-monospace, monospace } pre { overflow-x: auto }
+table { border-collapse: collapse } td, th { text-align: left; padding: .2rem 1rem .2rem 0;
+vertical-align: top } summary { cursor: pointer }
+@media (prefers-color-scheme: dark) { body { background: #111; color: #ddd } a { color: #8bf } }
+"""
 
 
 def document(routes: Sequence[Route], settings: ApiSettings) -> dict[str, Any]:
@@ -24,7 +33,9 @@ def document(routes: Sequence[Route], settings: ApiSettings) -> dict[str, Any]:
     kinds = {kind for route in routes for kind in (route.request, route.answer, route.chunk)}
     named = sorted((kind for kind in kinds if kind), key=lambda kind: kind.__name__)
     _, components = msgspec.json.schema_components([*named, ErrorBody], ref_template=_REF)
-    _tighten(components, settings)
+    for kind in named:
+        # Schemas that msgspec cannot make of the types.
+        components[kind.__name__].get("properties", {}).update(marked(kind, "schema"))
     paths: dict[str, Any] = {}
     for route in routes:
         path = _PATH.sub(r"{\1}", route.path)
@@ -38,6 +49,16 @@ def document(routes: Sequence[Route], settings: ApiSettings) -> dict[str, Any]:
     }
 
 
+def page(document: dict[str, Any]) -> str:
+    """Return the document as HTML."""
+    body = "".join([*_operations(document), *_schemas(document["components"]["schemas"])])
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Headrace</title>'
+        f"<style>{_STYLE}</style><h1>Headrace</h1>"
+        f'<p>What this server answers. Also as <a href="/openapi.json">openapi.json</a>.</p>{body}'
+    )
+
+
 def _operation(route: Route) -> dict[str, Any]:
     operation_id = _PATH.sub("id", route.path).strip("/").replace("/", "_")
     summary = (route.handler.__doc__ or "").partition("\n")[0]
@@ -46,11 +67,11 @@ def _operation(route: Route) -> dict[str, Any]:
     if route.chunk is not None:
         item = _chunk(route.chunk) if route.answer else _event(route.chunk)
         content["text/event-stream"] = {"itemSchema": item}
-    answered = {"description": "The answer.", "content": content}
+    success = {"description": "The answer.", "content": content}
     operation: dict[str, Any] = {
         "operationId": operation_id,
         "summary": summary,
-        "responses": {"200": answered, **_failures(route)},
+        "responses": {"200": success, **_failures(route)},
     }
     if route.request is not None:
         operation["requestBody"] = {"required": True, "content": _json(route.request)}
@@ -99,29 +120,36 @@ def _json(kind: type[msgspec.Struct]) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": _REF.format(name=kind.__name__)}}}
 
 
-def _tighten(components: dict[str, Any], settings: ApiSettings) -> None:
-    """Say what the types cannot: the limits of the settings, keys that are numbers, prompts."""
-    for schema in components.values():
-        for name, limit in LISTS.items():
-            for option in schema.get("properties", {}).get(name, {}).get("anyOf", ()):
-                kind = option.get("type")
-                if kind in {"array", "object"}:
-                    size = "maxItems" if kind == "array" else "maxProperties"
-                    option[size] = getattr(settings, limit)
-                if kind == "object":
-                    option["propertyNames"] = {"pattern": "^(0|[1-9][0-9]{0,8})$"}
-    messages = components["ChatRequest"]["properties"]["messages"]
-    messages |= {"minItems": 1, "maxItems": settings.max_messages}
-    documents = components["RankRequest"]["properties"]["documents"]
-    documents |= {"minItems": 1, "maxItems": settings.max_documents}
-    prompt, given = _inputs(settings.max_prompts), _inputs(settings.max_inputs, minLength=1)
-    components["CompletionRequest"]["properties"]["prompt"] = prompt
-    components["EmbeddingRequest"]["properties"]["input"] = given
+def _operations(document: dict[str, Any]) -> Iterator[str]:
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            yield f"<h2>{method.upper()} <code>{escape(path)}</code></h2>"
+            yield f"<p>{escape(operation['summary'])}</p><ul>"
+            if "requestBody" in operation:
+                yield f"<li>takes {_links(operation['requestBody']['content'])}</li>"
+            for status, answer in operation["responses"].items():
+                text, links = escape(answer["description"]), _links(answer["content"])
+                yield f"<li>{status}: {text} {links}</li>"
+            yield "</ul>"
 
 
-def _inputs(most: int, **limits: int) -> dict[str, Any]:
-    """Describe a text, a list of texts, token ids, or a list of lists of them."""
-    text = {"type": "string", **limits}
-    tokens = {"type": "array", "items": _TOKEN, "minItems": 1}
-    several = {"type": "array", "minItems": 1, "maxItems": most}
-    return {"anyOf": [text, tokens, {**several, "items": text}, {**several, "items": tokens}]}
+def _links(content: dict[str, Any]) -> str:
+    return ", ".join(
+        _link(media["schema"]) if "schema" in media else f"<code>{escape(kind)}</code>"
+        for kind, media in content.items()
+    )
+
+
+def _link(schema: dict[str, Any]) -> str:
+    name = escape(schema["$ref"].rpartition("/")[2])
+    return f'<a href="#{name}">{name}</a>'
+
+
+def _schemas(schemas: dict[str, Any]) -> Iterator[str]:
+    yield "<h2>Types</h2>"
+    for name, schema in schemas.items():
+        yield f'<details id="{escape(name)}" open><summary><b>{escape(name)}</b></summary><table>'
+        for field, kind in schema.get("properties", {}).items():
+            text = msgspec.json.format(msgspec.json.encode(kind), indent=0).decode()
+            yield f"<tr><td><code>{escape(field)}</code><td><code>{escape(text)}</code>"
+        yield "</table></details>"

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: the one place that knows which status an error has."""
+"""Errors as HTTP answers: the only place that knows which status an error has."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ KINDS: dict[type[HeadraceError], tuple[int, str, str | None]] = {
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
-    """What went wrong, in OpenAI's words; `param` is the field to change."""
+    """OpenAI's `error`; `param` is the field to change."""
 
     message: str
     type: str
@@ -73,7 +73,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     metrics: InferenceMetrics | None = None
 
     def body(self) -> bytes:
-        """Encode as OpenAI does."""
+        """Return OpenAI's error body."""
         detail = ErrorDetail(self.message, self.type, self.param, self.code)
         return msgspec.json.encode(ErrorBody(detail, self.metrics))
 
@@ -86,8 +86,13 @@ class Refused(Exception):
         self.problem = problem
 
 
+def refused(status: int, message: str, code: str, headers: Headers = ()) -> Refused:
+    """Return the exception for a request that HTTP itself forbids."""
+    return Refused(Problem(status=status, message=message, code=code, headers=headers))
+
+
 def describe(error: BaseException, request_id: str) -> Problem:
-    """Tell what the client gets for any exception. Unknown ones keep their detail to the log."""
+    """Return what the client gets for any exception; details of unknown ones are only logged."""
     if isinstance(error, Refused):
         return error.problem
     if isinstance(error, HeadraceError):
@@ -128,7 +133,7 @@ def _headers(error: HeadraceError) -> Headers:
 
 
 def routing(error: HTTPException, method: str, path: str) -> Problem:
-    """Describe a 404 or 405 of the router as OpenAI does."""
+    """Return OpenAI's form of a 404 or 405 of the router."""
     headers = tuple((k.lower().encode(), v.encode()) for k, v in (error.headers or {}).items())
     if error.status_code == 405:
         message, code = f"Not allowed to {method} on {path}.", "method_not_supported"
@@ -138,7 +143,7 @@ def routing(error: HTTPException, method: str, path: str) -> Problem:
 
 
 def log(error: BaseException, request_id: str) -> None:
-    """Keep for the operator what the client does not get."""
+    """Log for the operator what the client does not get."""
     if isinstance(error, Refused | errors.RequestError | errors.CapacityError):
         return
     if isinstance(error, HeadraceError):

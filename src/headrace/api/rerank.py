@@ -1,24 +1,87 @@
-"""POST /v1/rerank."""
+"""POST /v1/rerank, as Jina and Cohere have it."""
 
 from __future__ import annotations
 
-import msgspec
+from typing import Annotated, Literal
 
-from headrace.api import translate
-from headrace.api.answers import model_name
-from headrace.api.exchange import Exchange, Service
-from headrace.api.timing import server_timing
-from headrace.api.wire_embeddings import ReadUsage
-from headrace.api.wire_rerank import (
-    DocumentText,
-    RankedDocument,
-    Ranking,
-    RankMeta,
-    RankRequest,
-    TokensRead,
-)
+import msgspec
+from msgspec import Meta
+
+from headrace.api import limits
+from headrace.api.exchange import Call, Exchange, Service
+from headrace.api.limits import ApiSettings
+from headrace.api.wire import Count, KeepAlive, ModelName, ReadUsage, Unsupported, request_fields
 from headrace.core import events
+from headrace.core.metrics import InferenceMetrics
+from headrace.core.request import RerankRequest
 from headrace.core.stream import result
+
+
+class DocumentText(msgspec.Struct, frozen=True):
+    """A document as a table; its other fields are ignored."""
+
+    text: str
+
+
+class RankRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A query, and the documents to be put in order; `top_n` keeps that many.
+
+    What does not fit into the context is cut; with `truncate` false it is refused.
+    """
+
+    query: Annotated[str, Meta(min_length=1)]
+    documents: Annotated[
+        list[str | DocumentText], Meta(min_length=1, max_length=limits.MAX_DOCUMENTS)
+    ]
+    model: ModelName | None = None
+    top_n: Count | None = None
+    return_documents: bool | None = None
+    truncate: bool | None = None
+    keep_alive: KeepAlive | None = None
+
+    max_chunks_per_doc: Unsupported[None] = None
+    max_tokens_per_doc: Unsupported[None] = None
+    rank_fields: Unsupported[None] = None
+
+
+class RankedDocument(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One of the best: `index` is its place in the request."""
+
+    index: int
+    relevance_score: float
+    document: DocumentText | None = None
+
+
+class ApiVersion(msgspec.Struct, frozen=True):
+    """The version of Cohere's form."""
+
+    version: Literal["2"] = "2"
+
+
+class TokensRead(msgspec.Struct, frozen=True):
+    """Tokens as Cohere counts them."""
+
+    input_tokens: int
+
+
+class RankMeta(msgspec.Struct, frozen=True, kw_only=True):
+    """What Cohere reports beside the results."""
+
+    api_version: ApiVersion = ApiVersion()
+    tokens: TokensRead
+
+
+class Ranking(msgspec.Struct, frozen=True, kw_only=True):
+    """The best documents, best first; `usage` is Jina's account, `meta` Cohere's."""
+
+    id: str
+    object: Literal["list"] = "list"
+    model: str
+    results: list[RankedDocument]
+    usage: ReadUsage
+    meta: RankMeta
+    metrics: InferenceMetrics
+
 
 _DECODER = msgspec.json.Decoder(RankRequest)
 
@@ -26,26 +89,37 @@ _DECODER = msgspec.json.Decoder(RankRequest)
 async def rerank(service: Service, exchange: Exchange) -> None:
     """Put documents in the order in which they answer a query."""
     wire = await exchange.read(_DECODER)
-    request = translate.rank(wire, exchange.settings, exchange.call)
-    ranked, finish = await exchange.unless_gone(
-        result(service.backend.ask(request), events.Ranking)
-    )
+    request = to_request(wire, exchange.settings, exchange.call)
+    best, finish = await exchange.unless_gone(result(service.backend.ask(request), events.Ranking))
+    documents = request.documents if wire.return_documents else None
     tokens = finish.usage.prompt_tokens
-    answer = Ranking(
+    ranking = Ranking(
         id=exchange.call.id,
-        model=model_name(service, wire.model),
-        results=[
-            RankedDocument(
-                index=item.index,
-                relevance_score=item.score,
-                document=DocumentText(request.documents[item.index])
-                if wire.return_documents
-                else None,
-            )
-            for item in ranked.ranking
-        ],
+        model=service.model_name(wire.model),
+        results=[_ranked(ranked, documents) for ranked in best.ranking],
         usage=ReadUsage(tokens, tokens),
         meta=RankMeta(tokens=TokensRead(tokens)),
         metrics=finish.metrics,
     )
-    await exchange.reply(msgspec.json.encode(answer), headers=server_timing(finish.metrics))
+    await exchange.answer(ranking, finish.metrics)
+
+
+def to_request(wire: RankRequest, settings: ApiSettings, call: Call) -> RerankRequest:
+    """Build the core request.
+
+    Raises:
+        InvalidRequest: a field has a value that the core refuses.
+    """
+    texts = (item if isinstance(item, str) else item.text for item in wire.documents)
+    return RerankRequest(
+        query=wire.query,
+        documents=tuple(texts),
+        top_n=wire.top_n,
+        truncate=wire.truncate is not False,
+        **request_fields(wire, settings, call),
+    )
+
+
+def _ranked(ranked: events.Ranked, documents: tuple[str, ...] | None) -> RankedDocument:
+    document = None if documents is None else DocumentText(documents[ranked.index])
+    return RankedDocument(index=ranked.index, relevance_score=ranked.score, document=document)

@@ -1,33 +1,91 @@
-"""POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize, as llama-server and vLLM have them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
-from headrace.api import translate
 from headrace.api.exchange import Exchange, Service
-from headrace.api.wire_tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens
+from headrace.api.wire import Messages, ModelName, TokenId, Unsupported, to_messages
 from headrace.core import events
 from headrace.core import request as core
-from headrace.core.events import TokenCount
+from headrace.core.errors import InvalidRequest
 from headrace.core.stream import result
+
+
+class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One of `content` (llama-server), `prompt` or `messages` (vLLM).
+
+    Special tokens are added to a `prompt` unless `add_special_tokens` is false, and to `content`
+    only when `add_special` is true; messages have those of their template.
+    """
+
+    model: ModelName | None = None
+    content: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Unsupported[None] = None
+
+
+class Tokens(msgspec.Struct, frozen=True, kw_only=True):
+    """Token ids, null where the engine has none; `estimated` marks a count that is a guess."""
+
+    tokens: list[int] | None
+    count: int
+    estimated: bool = False
+
+
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Token ids to be turned into text."""
+
+    model: ModelName | None = None
+    tokens: list[TokenId]
+
+
+class Text(msgspec.Struct, frozen=True):
+    """The text of token ids."""
+
+    content: str
+
 
 _TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 
 async def tokenize(service: Service, exchange: Exchange) -> None:
-    """Tell the tokens of a text or a conversation."""
-    request = translate.count(await exchange.read(_TOKENIZE), exchange.settings)
-    counted, _ = await exchange.unless_gone(result(service.backend.ask(request), TokenCount))
-    ids = None if counted.token_ids is None else list(counted.token_ids)
-    answer = Tokens(tokens=ids, count=counted.count, estimated=counted.estimated)
-    await exchange.reply(msgspec.json.encode(answer))
+    """Turn a text or a conversation into tokens."""
+    request = to_request(await exchange.read(_TOKENIZE))
+    count, _ = await exchange.unless_gone(result(service.backend.ask(request), events.TokenCount))
+    ids = None if count.token_ids is None else list(count.token_ids)
+    await exchange.answer(Tokens(tokens=ids, count=count.count, estimated=count.estimated))
 
 
 async def detokenize(service: Service, exchange: Exchange) -> None:
-    """Tell the text of tokens."""
+    """Turn tokens into text."""
     wire = await exchange.read(_DETOKENIZE)
     request = core.DetokenizeRequest(token_ids=tuple(wire.tokens), model=wire.model or "")
-    made, _ = await exchange.unless_gone(result(service.backend.ask(request), events.Text))
-    await exchange.reply(msgspec.json.encode(Text(made.text)))
+    text, _ = await exchange.unless_gone(result(service.backend.ask(request), events.Text))
+    await exchange.answer(Text(text.text))
+
+
+def to_request(wire: TokenizeRequest) -> core.CountRequest:
+    """Build the core request.
+
+    Raises:
+        InvalidRequest: not exactly one of content, prompt and messages is given.
+    """
+    texts = [text for text in (wire.content, wire.prompt) if text is not None]
+    if len(texts) + (wire.messages is not None) != 1:
+        raise InvalidRequest("Give one of content, prompt and messages.", param="prompt")
+    special = wire.add_special if wire.add_special_tokens is None else wire.add_special_tokens
+    return core.CountRequest(
+        model=wire.model or "",
+        text=texts[0] if texts else None,
+        messages=None if wire.messages is None else to_messages(wire.messages),
+        add_special=wire.prompt is not None if special is None else special,
+        template_options=wire.chat_template_kwargs or {},
+    )

@@ -14,10 +14,12 @@ from typing import Any
 
 import msgspec
 import uvicorn
+from msgspec.structs import replace
 
 from headrace import runtime
+from headrace.api import limits
 from headrace.api.app import create_app
-from headrace.api.settings import ApiSettings
+from headrace.api.limits import ApiSettings
 from headrace.cli import terminal
 from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
@@ -91,17 +93,17 @@ class _Service:
         self._optional = not all(spec.preload and spec.enabled for spec in specs)
         self.admin, self.telemetry = runtime.open_service(settings, specs, reread=self._reread)
         self.backend = self.admin.pool
-        api, telemetry = api_settings(settings.config), settings.config.telemetry
+        telemetry = settings.config.telemetry
         self._app = create_app(
             self.backend,
-            api,
+            api_settings(settings.config),
             ready=self.ready,
             admin=self.admin,
             observer=self.telemetry,
             metrics=telemetry.metrics and telemetry.metrics_port is None,
         )
-        self.server = _Server(_uvicorn(self._app, api))
-        self.aside = _Server(_uvicorn(self._app.metrics_alone(), api))
+        self.server = _Server(_uvicorn(self._app))
+        self.aside = _Server(_uvicorn(self._app.metrics_alone()))
 
     def ready(self) -> bool:
         """Tell whether new requests are taken."""
@@ -209,27 +211,12 @@ def _tell(reloading: asyncio.Task[Reloaded]) -> None:
 
 
 def api_settings(config: Config) -> ApiSettings:
-    """Return what the HTTP surface has to know of the configuration."""
-    settings = config.server
-    return ApiSettings(
-        host=settings.host,
-        allowed_hosts=settings.allowed_hosts,
-        allowed_origins=settings.allowed_origins,
-        key_hashes=_digests(settings.api_keys),
-        admin_key_hashes=_digests(settings.admin_keys),
-        metrics_key_hashes=_digests(config.telemetry.metrics_keys),
-        max_body=settings.max_body_bytes,
-        deadline_s=settings.deadline_s,
-        headers_after_s=settings.headers_after_s,
-        load_wait_s=settings.load_wait_s,
-    )
+    """Return what the HTTP surface uses of the configuration: fields of the same names."""
+    settings = msgspec.convert(config.server, ApiSettings, from_attributes=True)
+    return replace(settings, metrics_keys=config.telemetry.metrics_keys)
 
 
-def _digests(keys: Sequence[str]) -> tuple[str, ...]:
-    return tuple(key.removeprefix("sha256:") for key in keys)
-
-
-def _uvicorn(app: Any, api: ApiSettings) -> uvicorn.Config:
+def _uvicorn(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http="httptools",
@@ -239,7 +226,7 @@ def _uvicorn(app: Any, api: ApiSettings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=api.max_head,
+        h11_max_incomplete_event_size=limits.MAX_HEADER,
         timeout_graceful_shutdown=_LAST_WORDS_S,
         timeout_keep_alive=_IDLE_CONNECTION_S,
     )

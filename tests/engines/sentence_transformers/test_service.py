@@ -11,7 +11,7 @@ from tests.engines.sentence_transformers.test_engine import TEXTS
 
 from headrace import ModelWorker, runtime
 from headrace.api.app import create_app
-from headrace.api.settings import ApiSettings
+from headrace.api.limits import ApiSettings
 from headrace.core.errors import ContextOverflow
 from headrace.core.model import ModelSpec
 

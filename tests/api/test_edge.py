@@ -12,12 +12,13 @@ import httpx
 import pytest
 from tests.api.fakes import CHAT, FakeAdmin, FakeBackend, chat, client, hello
 
+from headrace.api import limits
 from headrace.api.app import create_app
-from headrace.api.auth import hash_key
-from headrace.api.settings import ApiSettings
+from headrace.api.limits import ApiSettings
+from headrace.config import hash_key
 from headrace.core.errors import ConfigError
 
-KEYS: dict[str, Any] = {"key_hashes": (hash_key("other"), hash_key("secret"))}
+KEYS: dict[str, Any] = {"api_keys": (hash_key("other"), hash_key("secret"))}
 BEARER = {"authorization": "Bearer secret"}
 
 
@@ -65,24 +66,26 @@ async def test_all_keys_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         compared.append(other)
         return one == other
 
-    monkeypatch.setattr("headrace.api.auth.hmac.compare_digest", spy)
-    async with client(key_hashes=tuple(hash_key(key) for key in ("secret", "b", "c"))) as http:
+    monkeypatch.setattr("headrace.api.edge.hmac.compare_digest", spy)
+    async with client(api_keys=tuple(hash_key(key) for key in ("secret", "b", "c"))) as http:
         assert (await http.get("/v1/models", headers=BEARER)).status_code == 200
     assert len(compared) == 3
 
 
 def test_hash_of_a_key() -> None:
     """A: SHA-256 in hex; anything else is refused before serving."""
-    assert hash_key("k") == hashlib.sha256(b"k").hexdigest()
-    with pytest.raises(ConfigError, match="key_hashes"):
-        ApiSettings(key_hashes=("secret",))
-    with pytest.raises(ConfigError, match="admin_key_hashes"):
-        ApiSettings(admin_key_hashes=("secret",))
+    assert hash_key("k") == "sha256:" + hashlib.sha256(b"k").hexdigest()
+    with pytest.raises(ConfigError, match="api_keys"):
+        ApiSettings(api_keys=("secret",))
+    with pytest.raises(ConfigError, match="api_keys"):
+        ApiSettings(api_keys=("0" * 64,))
+    with pytest.raises(ConfigError, match="admin_keys"):
+        ApiSettings(admin_keys=("secret",))
 
 
 def test_limits_are_positive() -> None:
-    with pytest.raises(ConfigError, match="max_body"):
-        ApiSettings(max_body=0)
+    with pytest.raises(ConfigError, match="max_body_bytes"):
+        ApiSettings(max_body_bytes=0)
     with pytest.raises(ConfigError, match="load_wait_s"):
         ApiSettings(load_wait_s=-1)
     assert ApiSettings(load_wait_s=0).load_wait_s == 0, "who does not want to wait"
@@ -166,7 +169,7 @@ async def test_declared_and_real_size_of_a_body() -> None:
         for _ in range(count):
             yield b" " * 100
 
-    async with client(backend, max_body=300) as http:
+    async with client(backend, max_body_bytes=300) as http:
         declared = await http.post(CHAT, content=b" " * 301)
         streamed = await http.post(CHAT, content=chunks(4))
         fits = await http.post(CHAT, content=chunks(3))
@@ -175,9 +178,11 @@ async def test_declared_and_real_size_of_a_body() -> None:
     assert backend.requests == []
 
 
-async def test_sizes_of_the_head() -> None:
+async def test_sizes_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """A: 431 and 414."""
-    async with client(max_head=1000, max_url=100) as http:
+    monkeypatch.setattr(limits, "MAX_HEADER", 1000)
+    monkeypatch.setattr(limits, "MAX_URL", 100)
+    async with client() as http:
         header = await http.get("/health", headers={"x-big": "a" * 1000})
         url = await http.get("/health?" + "a" * 100)
     assert (header.status_code, url.status_code) == (431, 414)
@@ -192,14 +197,15 @@ async def test_only_json_bodies(kind: str) -> None:
     assert answer.status_code == 415
 
 
-async def test_a_body_that_never_comes() -> None:
+async def test_a_body_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A: 408, and the connection's memory is free again."""
 
     async def never() -> AsyncIterator[bytes]:
         yield b"{"
         await asyncio.sleep(60)
 
-    async with client(body_timeout_s=0.05) as http:
+    monkeypatch.setattr(limits, "BODY_TIMEOUT_S", 0.05)
+    async with client() as http:
         answer = await http.post(CHAT, content=never())
     assert answer.status_code == 408
 
@@ -272,15 +278,15 @@ async def test_settings_are_replaced_for_what_comes_next() -> None:
     """M8: keys, hosts, origins and times as a reload has them; who is inside stays inside."""
     go = asyncio.Event()
     backend = FakeBackend(lambda request: [go.wait, *hello(request)])
-    app = create_app(backend, ApiSettings(key_hashes=(hash_key("secret"),)), admin=FakeAdmin())
+    app = create_app(backend, ApiSettings(api_keys=(hash_key("secret"),)), admin=FakeAdmin())
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         running = asyncio.ensure_future(http.post(CHAT, json=chat(), headers=BEARER))
         async with asyncio.timeout(2):
-            await backend.asked.wait()
+            await backend.received.wait()
         new = ApiSettings(
-            key_hashes=(hash_key("new"),), admin_key_hashes=(hash_key("root"),),
-            allowed_hosts=("models.example",), deadline_s=9, load_wait_s=3, max_messages=5,
+            api_keys=(hash_key("new"),), admin_keys=(hash_key("root"),),
+            allowed_hosts=("models.example",), deadline_s=9, load_wait_s=3,
         )  # fmt: skip
         app.replace_settings(new)
         go.set()
@@ -291,8 +297,9 @@ async def test_settings_are_replaced_for_what_comes_next() -> None:
         assert (await http.get("/admin/models", headers=fresh)).status_code == 403
         root = {"authorization": "Bearer root"}
         assert (await http.get("/admin/models", headers=root)).status_code == 200
-        document = (await http.get("/openapi.json", headers=root)).json()
+        closed = (await http.get("/openapi.json", headers=root)).json()
+        app.replace_settings(ApiSettings())
+        opened = (await http.get("/openapi.json")).json()
     waits = [(one.deadline_s, one.load_wait_s) for one in backend.requests]
     assert waits == [(None, 30), (9, 3)]
-    messages = document["components"]["schemas"]["ChatRequest"]["properties"]["messages"]
-    assert messages["maxItems"] == 5
+    assert (closed["security"], opened["security"]) == ([{"key": []}], [])

@@ -1,0 +1,296 @@
+"""The middleware in front of every route: limits, hosts, origins, keys, ids and the access log."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import logging
+import re
+import time
+from collections.abc import Awaitable, Iterable, Sequence
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from headrace.api import limits
+from headrace.api.exchange import Call, Exchange, Service
+from headrace.api.limits import ApiSettings
+from headrace.api.problems import Headers, Refused, refused
+from headrace.core import record
+from headrace.core.errors import Forbidden, Unauthorized
+
+_HeaderList = Iterable[tuple[bytes, bytes]]
+
+METRICS_PATH = "/metrics"
+
+_access = logging.getLogger("headrace.access")
+_OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+_CLIENT_DIGITS = 16
+_SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_EXPOSED = b"x-request-id, server-timing, retry-after, retry-after-ms"
+_FORWARDED = frozenset(
+    {b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"}
+)
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class Edge:
+    """Refuses what may not come in, and gives every answer its id.
+
+    Pure ASGI: the chunks of a stream are not buffered.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        call = scope["headrace"] = Call()
+        headers = dict(scope["headers"])
+        call.traceparent = headers.get(b"traceparent", b"").decode("latin-1")
+        call.tracestate = headers.get(b"tracestate", b"").decode("latin-1")
+        settings = self._service.settings
+        sender = _with_headers(send, call, _cors_headers(headers.get(b"origin"), settings))
+        try:
+            await self._serve(Exchange(scope, receive, sender, settings), receive, headers)
+        except Exception:
+            # Already answered: only the log must know.
+            call.outcome = "error"
+            raise
+        finally:
+            self._record(scope, call, headers.get(b"x-request-id", b""))
+
+    async def _serve(
+        self, exchange: Exchange, receive: Receive, headers: dict[bytes, bytes]
+    ) -> None:
+        scope = exchange.scope
+        try:
+            _check_head(scope, headers, exchange.settings)
+            if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
+                await _answer_preflight(exchange, headers)
+                return
+            if scope["path"] not in _OPEN_PATHS:
+                call = exchange.call
+                call.client, call.is_admin = authorise(headers, exchange.settings, scope["path"])
+            await self._app(scope, receive, exchange.send)
+        except Exception as error:
+            # The edge: what is refused or broken becomes an answer, while one can be given.
+            if exchange.call.status:
+                raise
+            await exchange.fail(error)
+
+    def _record(self, scope: Scope, call: Call, client_id: bytes) -> None:
+        ended = record.Call(
+            method=scope["method"],
+            route=getattr(scope.get("endpoint"), "path", "-"),
+            status=call.status,
+            outcome=call.outcome or _outcome(call.status),
+            seconds=time.monotonic() - call.received,
+        )
+        _write_access_log(call, ended, client_id)
+        if self._service.observer is not None:
+            self._service.observer.called(ended)
+
+
+def authorise(
+    headers: dict[bytes, bytes], settings: ApiSettings, path: str = ""
+) -> tuple[str, bool]:
+    """Return a short id of the request's key, and whether it is an admin's.
+
+    Without any keys every request passes, as an admin's without an id. Keys for the metrics alone
+    close nothing but the metrics.
+
+    Raises:
+        Unauthorized: there is no key, or an unknown one.
+        Forbidden: the key is for the metrics and the path is not, or the other way round.
+    """
+    metrics = path == METRICS_PATH
+    if not (settings.has_keys or (metrics and settings.metrics_keys)):
+        return "", True
+    key = _key(headers)
+    if key is None:
+        raise Unauthorized("An API key is needed: send it as `Authorization: Bearer <key>`.")
+    offered = f"sha256:{hashlib.sha256(key).hexdigest()}"
+    is_admin = _is_among(offered, settings.admin_keys)
+    asks = _is_among(offered, settings.api_keys)
+    reads = _is_among(offered, settings.metrics_keys)
+    # Not `or`: all are compared, so that the time does not depend on which one it was.
+    if not is_admin | asks | reads:
+        raise Unauthorized("This API key is not known here.")
+    if not is_admin | (reads if metrics else asks):
+        right = "may ask models, not read /metrics" if metrics else "may read /metrics alone"
+        raise Forbidden(f"This API key {right}.")
+    return offered.removeprefix("sha256:")[:_CLIENT_DIGITS], is_admin
+
+
+def check_admin(scope: Scope, settings: ApiSettings, *, is_admin: bool) -> None:
+    """Refuse requests that may not change what is served.
+
+    Raises:
+        Forbidden: the key is not an admin's; or there are no keys, and it is not this machine.
+        Refused: a foreign web page sends it.
+    """
+    if not is_admin:
+        raise Forbidden("This API key may ask models, not manage them: that needs an admin key.")
+    if not (settings.has_keys or _is_local(scope)):
+        raise Forbidden("Without an admin key, models are managed from this machine alone.")
+    headers = dict(scope["headers"])
+    # Without an Origin: pictures and links of a foreign page are GETs.
+    if headers.get(b"sec-fetch-site") == b"cross-site" and b"origin" not in headers:
+        raise _foreign_origin()
+
+
+def _is_among(offered: str, hashes: Sequence[str]) -> bool:
+    return bool(sum(hmac.compare_digest(offered, known) for known in hashes))
+
+
+def _key(headers: dict[bytes, bytes]) -> bytes | None:
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer" and token.strip():
+        return token.strip()
+    return headers.get(b"x-api-key")
+
+
+def _check_head(scope: Scope, headers: dict[bytes, bytes], settings: ApiSettings) -> None:
+    path = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogateescape")
+    _check_sizes(path, scope.get("query_string", b""), scope["headers"])
+    _check_host(scope["headers"], settings)
+    if b"origin" in headers:
+        _check_origin(headers[b"origin"].decode("latin-1"), settings)
+
+
+def _check_sizes(path: bytes, query: bytes, headers: _HeaderList) -> None:
+    if len(path) + len(query) > limits.MAX_URL:
+        raise refused(414, f"The URL is longer than {limits.MAX_URL} bytes.", "url_too_long")
+    # 4 bytes a line for what separates name and value.
+    if sum(len(name) + len(value) + 4 for name, value in headers) > limits.MAX_HEADER:
+        message = f"The header is larger than {limits.MAX_HEADER} bytes."
+        raise refused(431, message, "header_too_large")
+
+
+def _check_host(headers: _HeaderList, settings: ApiSettings) -> None:
+    # A foreign page may have rebound its name to this address.
+    hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
+    if not hosts or not all(_is_served(_hostname(host), settings) for host in hosts):
+        message = "This Host is not served here; `allowed_hosts` can add it."
+        raise refused(403, message, "host_not_allowed")
+
+
+def _check_origin(origin: str, settings: ApiSettings) -> None:
+    allowed = settings.allowed_origins
+    if "*" in allowed or origin in allowed:
+        return
+    try:
+        loopback = urlsplit(origin).hostname in _LOOPBACK
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise _foreign_origin()
+
+
+def _foreign_origin() -> Refused:
+    message = "This Origin is not allowed; `allowed_origins` can add it."
+    return refused(403, message, "origin_not_allowed")
+
+
+def _is_local(scope: Scope) -> bool:
+    """Whether a request comes from this machine, and not through a proxy."""
+    hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+    origins = [value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"]
+    if any(name in _FORWARDED for name, _ in scope["headers"]):
+        return False
+    # Another page on this machine is not its operator.
+    if any(origin.partition("://")[2] not in hosts for origin in origins):
+        return False
+    peer = str((scope.get("client") or ("127.0.0.1",))[0]).removeprefix("::ffff:")
+    loopback = _is_address(peer) and ipaddress.ip_address(peer).is_loopback
+    return loopback and all(_hostname(host) in _LOOPBACK for host in hosts)
+
+
+def _is_served(host: str, settings: ApiSettings) -> bool:
+    allowed = {name.lower() for name in settings.allowed_hosts}
+    if host in _LOOPBACK or "*" in allowed or host in allowed:
+        return True
+    if settings.host in {"0.0.0.0", "::", ""}:  # noqa: S104 - compared, not bound
+        # Only names can be rebound: a client that sends an address has reached this machine by it.
+        return _is_address(host)
+    return host == settings.host.lower()
+
+
+def _hostname(host: str) -> str:
+    if host.startswith("["):
+        name, _, rest = host[1:].partition("]")
+        return name.lower() if not rest or rest.startswith(":") else ""
+    return host.partition(":")[0].lower()
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _cors_headers(origin: bytes | None, settings: ApiSettings) -> Headers:
+    if origin is None:
+        return ()
+    try:
+        _check_origin(origin.decode("latin-1"), settings)
+    except Refused:
+        return ()
+    return (
+        (b"access-control-allow-origin", origin),
+        (b"access-control-expose-headers", _EXPOSED),
+        (b"vary", b"origin"),
+    )
+
+
+def _with_headers(send: Send, call: Call, cors: Headers) -> Send:
+    extra = ((b"x-request-id", call.id.encode()), *cors)
+
+    # Not a coroutine itself: a chunk of a stream goes through without one more frame.
+    def sender(message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            call.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), *extra]
+        return send(message)
+
+    return sender
+
+
+async def _answer_preflight(exchange: Exchange, headers: dict[bytes, bytes]) -> None:
+    allowed = headers.get(b"access-control-request-headers", b"authorization, content-type")
+    await exchange.start(
+        204,
+        (
+            (b"access-control-allow-methods", b"GET, POST"),
+            (b"access-control-allow-headers", allowed),
+            (b"access-control-max-age", b"600"),
+        ),
+    )
+    await exchange.send({"type": "http.response.body", "body": b""})
+
+
+def _write_access_log(call: Call, ended: record.Call, client_id: bytes) -> None:
+    data = {
+        "request_id": call.id,
+        "client_request_id": client_id.decode() if _SAFE_ID.fullmatch(client_id) else "",
+        "method": ended.method,
+        "route": ended.route,
+        "status": ended.status,
+        "ms": round(ended.seconds * 1000, 3),
+        "outcome": ended.outcome,
+    }
+    _access.info("headrace.access", extra={"data": data})
+
+
+def _outcome(status: int) -> record.Outcome:
+    if not status:
+        return "cancelled"
+    return "ok" if status < 400 else "refused" if status < 500 else "error"

@@ -1,0 +1,77 @@
+"""What the HTTP surface accepts: the settings of a service, and limits that are the same in all.
+
+Sizes are bytes, times are seconds.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from headrace.core.errors import ConfigError
+
+MAX_URL = 8 << 10
+MAX_HEADER = 32 << 10
+BODY_TIMEOUT_S = 60.0
+MAX_DEPTH = 64
+"""How deep JSON may be nested."""
+
+MAX_MESSAGES = 2048
+MAX_PROMPTS = 128
+MAX_INPUTS = 2048
+MAX_DOCUMENTS = 2048
+MAX_STOP = 16
+MAX_LOGIT_BIAS = 1024
+MAX_CHOICES = 256
+"""Choices of one request: its prompts times `n`."""
+
+PARALLEL_PROMPTS = 8
+"""Prompts of one request that run at a time."""
+
+COMMENT_EVERY_S = 5.0
+"""Between two comments that keep a silent stream alive."""
+
+_KEY_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of a service, named as in its configuration.
+
+    `host` is the address the server is bound to. `allowed_hosts` and `allowed_origins` add to
+    the loopback names; `*` allows all. `api_keys` and `admin_keys` are `sha256:` and the SHA-256
+    in lower-case hex; when there is one, every route but /health* needs a key, and managing
+    models an admin key. `metrics_keys` open /metrics and nothing else; when there is a key of any
+    kind, /metrics needs one of these or an admin's. `deadline_s` bounds a request from its
+    arrival. `load_wait_s` is how long a request that is not streamed waits for its model to load.
+
+    Raises:
+        ConfigError: a key is not hashed, or a limit is not positive.
+    """
+
+    host: str = "127.0.0.1"
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
+    metrics_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 8 << 20
+    deadline_s: float | None = None
+    load_wait_s: float = 30.0
+    headers_after_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Refuse what could only fail later."""
+        for name in ("api_keys", "admin_keys", "metrics_keys"):
+            if not all(_KEY_HASH.fullmatch(value) for value in getattr(self, name)):
+                raise ConfigError(f"{name}: each is sha256: and 64 lower-case hex digits.")
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            least = 0 if name == "load_wait_s" else 1e-9
+            if isinstance(value, int | float) and value < least:
+                raise ConfigError(f"{name}: must be positive, not {value}.")
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether requests for models need a key."""
+        return bool(self.api_keys or self.admin_keys)

@@ -1,0 +1,283 @@
+"""Streams of events as server-sent events: ready bytes, one body message for each event."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from headrace.api import limits, problems
+from headrace.api.exchange import Exchange, Service, timing_header
+from headrace.api.problems import Problem
+from headrace.api.wire import GenerateFields, usage_body
+from headrace.core.errors import GenerationFailed
+from headrace.core.events import Choice, Delta, Finish, Progress
+from headrace.core.status import PoolEvent
+from headrace.core.stream import Primed, Stream, collect, prime
+
+START = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
+_DONE = b"data: [DONE]\n\n"
+_SYSTEM_FINGERPRINT = "headrace"
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Encoder(Protocol):
+    """Writes one stream in the form of a route."""
+
+    def opening(self) -> bytes:
+        """Return what comes before the first delta."""
+        ...
+
+    def delta(self, delta: Delta) -> bytes:
+        """Return the bytes of a delta; none where the client gets nothing of it."""
+        ...
+
+    def finish(self, finish: Finish) -> bytes:
+        """Return what ends a stream that ended well."""
+        ...
+
+    def failure(self, problem: Problem) -> bytes:
+        """Return what ends a stream that broke."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChunkFormat:
+    """How a route writes a choice: `role` opens it, `text` and `after` stand around the text.
+
+    `empty` is there when a choice has ended. `logprobs` returns what is to be encoded.
+    """
+
+    object: str
+    role: bytes
+    text: bytes
+    reasoning: bytes
+    after: bytes
+    empty: bytes
+    logprobs: Callable[[Delta], Any]
+
+
+class ChunkEncoder:
+    """Writes OpenAI's chunks. Only the text of a delta is encoded; the rest is made once.
+
+    A chunk is `data: {head,"choices":[{"index":0, text ,"finish_reason":null}]}`.
+    """
+
+    def __init__(
+        self, head: dict[str, Any], form: ChunkFormat, choices: int, *, usage: bool
+    ) -> None:
+        fields = {**head, "object": form.object}
+        self._head = b"data: " + encode(fields)[:-1] + b',"choices":['
+        self._form = form
+        self._choices = choices
+        self._usage = usage
+        self._end = b'],"usage":null}\n\n' if usage else b"]}\n\n"
+        self._close = b',"finish_reason":null}' + self._end
+        self._plain = form.after + b',"logprobs":null' + self._close
+        self._text = [self._before(index) + form.text for index in range(choices)]
+
+    def opening(self) -> bytes:
+        """Return a chunk with the role for each choice, where the route has one."""
+        if not self._form.role:
+            return b""
+        tail = self._form.role + b',"logprobs":null' + self._close
+        return b"".join(self._before(index) + tail for index in range(self._choices))
+
+    def delta(self, delta: Delta) -> bytes:
+        """Return the chunk of a delta; none where it carries tokens alone."""
+        if delta.logprobs or delta.reasoning:
+            return self._rare(delta)
+        if not delta.text:
+            return b""
+        return self._text[delta.index] + encode(delta.text) + self._plain
+
+    def finish(self, finish: Finish) -> bytes:
+        """Return the reason of each choice, the usage where it was asked for, and the end."""
+        chunks = [self._ended(index, reason) for index, reason in enumerate(finish.finish_reasons)]
+        last: dict[str, Any] = {"metrics": finish.metrics}
+        if self._usage:
+            chunks = [chunk + self._end for chunk in chunks]
+            last = {"usage": usage_body(finish.usage), **last}
+            chunks.append(self._head + b"]," + encode(last)[1:] + b"\n\n")
+        else:
+            chunks[:-1] = [chunk + self._end for chunk in chunks[:-1]]
+            chunks[-1] += b"]," + encode(last)[1:] + b"\n\n"
+        return b"".join(chunks) + _DONE
+
+    def failure(self, problem: Problem) -> bytes:
+        """Return OpenAI's error as an event; `[DONE]` does not follow."""
+        return b"data: " + problem.body() + b"\n\n"
+
+    def _rare(self, delta: Delta) -> bytes:
+        form, before, chunk = self._form, self._before(delta.index), b""
+        if delta.reasoning:
+            chunk = before + form.reasoning + encode(delta.reasoning) + self._plain
+        if delta.logprobs:
+            logprobs = form.after + b',"logprobs":' + encode(form.logprobs(delta))
+            chunk += before + form.text + encode(delta.text) + logprobs + self._close
+        elif delta.text:
+            chunk += before + form.text + encode(delta.text) + self._plain
+        return chunk
+
+    def _before(self, index: int) -> bytes:
+        return self._head + b'{"index":%d,' % index
+
+    def _ended(self, index: int, reason: str) -> bytes:
+        end = b',"logprobs":null,"finish_reason":"' + reason.encode() + b'"}'
+        return self._before(index) + self._form.empty + end
+
+
+class Reply(NamedTuple):
+    """How a route of OpenAI's answers; `write` makes a whole answer of a head and the choices."""
+
+    prefix: str
+    form: ChunkFormat
+    choices: int
+    write: Callable[[dict[str, Any], tuple[Choice, ...]], msgspec.Struct]
+
+
+async def answer(
+    service: Service, exchange: Exchange, wire: GenerateFields, stream: Stream, reply: Reply
+) -> None:
+    """Send a stream as it comes, or collected as one answer.
+
+    Raises:
+        HeadraceError, ClientGone: nothing has been sent.
+    """
+    head: dict[str, Any] = {
+        "id": reply.prefix + exchange.call.id,
+        "created": int(time.time()),
+        "model": service.model_name(wire.model),
+        "system_fingerprint": _SYSTEM_FINGERPRINT,
+    }
+    if wire.stream:
+        encoder = ChunkEncoder(head, reply.form, reply.choices, usage=wire.wants_usage)
+        await exchange.unless_gone(send_stream(exchange, stream, encoder))
+        return
+    result = await exchange.unless_gone(collect(stream))
+    head |= {"usage": usage_body(result.usage), "metrics": result.metrics}
+    await exchange.answer(reply.write(head, result.choices), result.metrics)
+
+
+async def send_stream(exchange: Exchange, stream: Stream, encoder: Encoder) -> None:
+    """Answer with a stream, and close it whatever happens.
+
+    A failure before the first delta is raised, so that it gets its own status; a later one is
+    sent as an event and ends the answer.
+
+    Raises:
+        HeadraceError: nothing has been sent yet.
+    """
+    primed = await prime(stream, exchange.settings.headers_after_s)
+    try:
+        waited = (time.monotonic() - exchange.call.received) * 1000
+        timing = timing_header({"ttft" if primed.first.done() else "waiting": waited})
+        await exchange.start(200, (*START, *timing))
+        last = await _pump(exchange, primed, encoder)
+    except Exception as error:  # noqa: BLE001 - the edge: the client gets whatever failed
+        exchange.call.outcome = "error"
+        problems.log(error, exchange.call.id)
+        last = encoder.failure(problems.describe(error, exchange.call.id))
+    finally:
+        await primed.aclose()
+    # Only now: a client that has read the last byte finds everything released, and what the
+    # server does at the end of an answer cannot cut the closing short.
+    await exchange.send({"type": "http.response.body", "body": last})
+
+
+async def send_events(exchange: Exchange, events: AsyncGenerator[PoolEvent, None]) -> None:
+    """Send each event as it comes, comments in between, and end when the events do.
+
+    Raises:
+        Exception: what `events` raises at its start; nothing has been sent yet.
+    """
+    coming = _next(events)
+    try:
+        # It listens before the headers go out: a client that has seen them misses nothing.
+        await asyncio.wait({coming}, timeout=0)
+        if coming.done():
+            coming.result()
+        await exchange.start(200, START)
+        data = _comment("listening")
+        while data and exchange.scope["method"] != "HEAD":
+            await exchange.send({"type": "http.response.body", "body": data, "more_body": True})
+            await asyncio.wait({coming}, timeout=limits.COMMENT_EVERY_S)
+            if not coming.done():
+                data = _comment("listening")
+                continue
+            data = _pool_event(coming.result())
+            coming = _next(events)
+    finally:
+        coming.cancel()
+        await asyncio.wait({coming})
+        # Retrieved, or asyncio would log an exception that was never retrieved.
+        _ = coming.cancelled() or coming.exception()
+        await events.aclose()
+    await exchange.send({"type": "http.response.body", "body": b""})
+
+
+def encode(value: Any) -> bytes:
+    """Return JSON without any character that a reader of lines may take for the end of one.
+
+    JSON allows U+0085, U+2028 and U+2029 as they are.
+    """
+    data = _encode(value)
+    if data.isascii():
+        return data
+    data = data.replace(b"\xc2\x85", b"\\u0085").replace(b"\xe2\x80\xa8", b"\\u2028")
+    return data.replace(b"\xe2\x80\xa9", b"\\u2029")
+
+
+async def _pump(exchange: Exchange, primed: Primed, encoder: Encoder) -> bytes:
+    """Send all but the last chunks, and return those."""
+    send = exchange.send
+    while not primed.first.done():
+        waiting = _stage(primed.progress)
+        await send({"type": "http.response.body", "body": waiting, "more_body": True})
+        await primed.settled(limits.COMMENT_EVERY_S)
+    event = await primed.first
+    chunk = encoder.opening()
+    if isinstance(event, Delta):
+        chunk += encoder.delta(event)
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        chunk = b""
+        async for event in primed.stream:
+            if isinstance(event, Delta):
+                if data := encoder.delta(event):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            elif isinstance(event, Finish):
+                break
+            elif isinstance(event, Progress):
+                waiting = _stage(event)
+                await send({"type": "http.response.body", "body": waiting, "more_body": True})
+    if not isinstance(event, Finish):
+        raise GenerationFailed("The stream ended without a Finish.")
+    return chunk + encoder.finish(event)
+
+
+def _comment(text: str) -> bytes:
+    """Return what every reader of server-sent events ignores."""
+    return f": {text}\n\n".encode()
+
+
+def _stage(progress: Progress | None) -> bytes:
+    if progress is None:
+        return _comment("waiting")
+    # In a queue the total is its length, of which no part is ever done.
+    if not progress.total or progress.stage == "queued":
+        return _comment(progress.stage)
+    return _comment(f"{progress.stage} {min(100 * progress.done // progress.total, 100)}%")
+
+
+def _next(events: AsyncGenerator[PoolEvent, None]) -> asyncio.Future[PoolEvent | None]:
+    return asyncio.ensure_future(anext(events, None))
+
+
+def _pool_event(event: PoolEvent | None) -> bytes:
+    """Return the event's bytes; none at the end."""
+    return b"event: %b\ndata: %b\n\n" % (event.kind.encode(), encode(event)) if event else b""

@@ -1,0 +1,315 @@
+"""What several routes share on the wire: types, fields and their translation to core requests.
+
+The translation is pure: no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Protocol, TypeVar, cast
+
+import msgspec
+from msgspec import Meta
+
+from headrace.api import limits
+from headrace.api.exchange import Call
+from headrace.api.limits import ApiSettings
+from headrace.core.duration import seconds
+from headrace.core.errors import InvalidRequest
+from headrace.core.metrics import InferenceMetrics, Usage
+from headrace.core.request import Message, Role
+from headrace.core.sampling import Sampling, SamplingFields
+
+T = TypeVar("T")
+Prompt = str | tuple[int, ...]
+
+ModelName = Annotated[str, Meta(max_length=512)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+Nothing = Annotated[list[Any], Meta(max_length=0)]
+KeepAlive = float | Annotated[str, Meta(max_length=64)]
+
+Unsupported = Annotated[T | None, Meta(extra={"unsupported": True})]
+"""A field that would change the answer: accepted only with the value that changes nothing."""
+
+TOKEN_SCHEMA = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+
+
+def inputs_schema(most: int, **text: int) -> dict[str, Any]:
+    """Return the JSON schema of a text, a list of texts, token ids, or a list of lists of them."""
+    string = {"type": "string", **text}
+    tokens = {"type": "array", "items": TOKEN_SCHEMA, "minItems": 1}
+    several = {"type": "array", "minItems": 1, "maxItems": most}
+    return {"anyOf": [string, tokens, {**several, "items": string}, {**several, "items": tokens}]}
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """`include_usage` adds a last chunk with the token counts."""
+
+    include_usage: bool | None = None
+
+
+class JsonSchema(msgspec.Struct, frozen=True):
+    """A named JSON schema for the answer."""
+
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True):
+    """What the text of the answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class GenerateFields(SamplingFields, frozen=True, kw_only=True):
+    """Fields of every request that generates. null means absent; unknown fields are ignored."""
+
+    # OpenAI's seed is a signed 64-bit integer; core also takes unsigned ones.
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+
+    model: ModelName | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    stop: StopText | Annotated[list[StopText], Meta(max_length=limits.MAX_STOP)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=limits.MAX_STOP)] | None = None
+    ignore_eos: bool | None = None
+    logit_bias: (
+        Annotated[
+            dict[TokenId, Bias],
+            Meta(
+                max_length=limits.MAX_LOGIT_BIAS,
+                extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}},
+            ),
+        ]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    context_length: Count | None = None
+    keep_alive: KeepAlive | None = None
+
+    allowed_token_ids: Unsupported[None] = None
+    grammar: Unsupported[None] = None
+    guided_choice: Unsupported[None] = None
+    guided_grammar: Unsupported[None] = None
+    guided_json: Unsupported[None] = None
+    guided_regex: Unsupported[None] = None
+    min_tokens: Unsupported[Literal[0]] = None
+    prediction: Unsupported[None] = None
+    structured_outputs: Unsupported[None] = None
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class TextPart(msgspec.Struct, frozen=True):
+    """A part of a message. Only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """One turn of a conversation."""
+
+    role: Role
+    content: str | list[TextPart]
+    name: str | None = None
+    tool_calls: Nothing | None = None
+    function_call: None = None
+
+
+Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=limits.MAX_MESSAGES)]
+
+
+class PromptDetails(msgspec.Struct, frozen=True):
+    """Tokens of the prompt that were taken from a cache."""
+
+    cached_tokens: int
+
+
+class CompletionDetails(msgspec.Struct, frozen=True):
+    """Tokens of the completion that were thinking."""
+
+    reasoning_tokens: int
+
+
+class UsageBody(msgspec.Struct, frozen=True):
+    """OpenAI's `usage`."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
+
+
+class ReadUsage(msgspec.Struct, frozen=True):
+    """Tokens that were read; nothing was generated."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class AnswerHead(msgspec.Struct, frozen=True, kw_only=True):
+    """The head of every generated answer."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: UsageBody | None
+    metrics: InferenceMetrics
+
+
+class ChunkHead(msgspec.Struct, frozen=True, kw_only=True):
+    """The head of every streamed chunk; `metrics` is on the last one alone."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: UsageBody | None = None
+    metrics: InferenceMetrics | None = None
+
+
+def usage_body(usage: Usage) -> UsageBody:
+    """Return OpenAI's `usage`."""
+    return UsageBody(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.total_tokens,
+        prompt_tokens_details=PromptDetails(usage.cached_tokens),
+        completion_tokens_details=CompletionDetails(usage.reasoning_tokens),
+    )
+
+
+class Addressed(Protocol):
+    """A request on the wire that names a model."""
+
+    @property
+    def model(self) -> str | None:
+        """The model's id or an alias; None is the only one."""
+        ...
+
+    @property
+    def keep_alive(self) -> float | str | None:
+        """How long the model stays loaded after the request."""
+        ...
+
+
+def request_fields(wire: Addressed, settings: ApiSettings, call: Call) -> dict[str, Any]:
+    """Return the fields that every core request has.
+
+    Raises:
+        InvalidRequest: keep_alive is not a duration.
+    """
+    return {
+        "id": call.id,
+        "received": call.received,
+        "deadline_s": settings.deadline_s,
+        "load_wait_s": settings.load_wait_s,
+        "model": wire.model or "",
+        "client": call.client,
+        "traceparent": call.traceparent,
+        "tracestate": call.tracestate,
+        "keep_alive": _keep_alive(wire.keep_alive),
+    }
+
+
+def generate_fields(
+    wire: GenerateFields, settings: ApiSettings, call: Call, *, prompts: int = 1
+) -> dict[str, Any]:
+    """Return the fields that every core request that generates has, except for its sampling.
+
+    Raises:
+        InvalidRequest: fields contradict each other, or there are too many choices.
+    """
+    if wire.stream_options is not None and not wire.stream:
+        raise InvalidRequest("stream_options needs stream to be true.", param="stream_options")
+    if (wire.n or 1) * prompts > limits.MAX_CHOICES:
+        raise InvalidRequest(f"At most {limits.MAX_CHOICES} choices are accepted.", param="n")
+    fields = request_fields(wire, settings, call)
+    fields |= {
+        "n": wire.n or 1,
+        "json_schema": _json_schema(wire.response_format),
+        "context_length": wire.context_length,
+    }
+    if wire.stream:
+        # The comments of a stream report the load's progress; there is no need to give up.
+        fields["load_wait_s"] = None
+    return fields
+
+
+def to_sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int | None) -> Sampling:
+    """Build the core's parameters; scalars not named here are those of the wire.
+
+    Raises:
+        InvalidRequest: a value is out of its range.
+    """
+    fields = {name: getattr(wire, name) for name in SamplingFields.__struct_fields__}
+    fields |= {"max_tokens": max_tokens, "logprobs": logprobs}
+    if wire.top_k == -1:
+        # vLLM's way to say that all tokens count.
+        fields["top_k"] = 0
+    return Sampling(
+        **fields,
+        stop=(wire.stop,) if isinstance(wire.stop, str) else tuple(wire.stop or ()),
+        stop_token_ids=tuple(wire.stop_token_ids or ()),
+        ignore_eos=bool(wire.ignore_eos),
+        logit_bias=wire.logit_bias or {},
+    )
+
+
+def to_messages(wire: Sequence[ChatMessage]) -> tuple[Message, ...]:
+    """Return the turns of a conversation, each with its parts joined to one text."""
+    return tuple(Message(message.role, _content(message), message.name) for message in wire)
+
+
+def to_inputs(name: str, wire: str | Sequence[str | int | list[int]], most: int) -> list[Prompt]:
+    """Return the texts or lists of token ids of a field that may hold one or several.
+
+    Raises:
+        InvalidRequest: the list is empty, mixed or too long.
+    """
+    if isinstance(wire, str):
+        return [wire]
+    kinds = {type(item) for item in wire}
+    if len(kinds) != 1:
+        problem = "is an empty list" if not kinds else "mixes texts, tokens and lists"
+        raise InvalidRequest(f"{name} {problem}.", param=name)
+    if kinds == {int}:
+        return [tuple(cast("Sequence[int]", wire))]
+    if len(wire) > most:
+        raise InvalidRequest(f"{name}: at most {most} are accepted.", param=name)
+    return [item if isinstance(item, str) else tuple(cast("list[int]", item)) for item in wire]
+
+
+def _content(message: ChatMessage) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "".join(part.text for part in message.content)
+
+
+def _keep_alive(value: float | str | None) -> float | None:
+    try:
+        return None if value is None else seconds(value)
+    except ValueError as error:
+        raise InvalidRequest(f"keep_alive: {error}.", param="keep_alive") from error
+
+
+def _json_schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return {"type": "object"}
+    if wanted.json_schema is None:
+        raise InvalidRequest("json_schema is missing.", param="response_format.json_schema")
+    return wanted.json_schema.schema or {}
