@@ -6,12 +6,16 @@ import asyncio
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.telemetry import redact, setup, traceparent
+from headrace.core.metrics import Gaps, InferenceMetrics
+from headrace.core.request import GenerateRequest
+from headrace.core.sampling import Sampling, SamplingFields, described
+from headrace.telemetry import names, redact, setup, traceparent
 from headrace.telemetry.redact import GONE, Redactor
 
 GOOD = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -85,6 +89,43 @@ def test_redaction_takes_no_longer_than_the_text_is_long() -> None:
     began = time.perf_counter()
     redact.Redactor().redact(hard)
     assert time.perf_counter() - began < 5
+
+
+def test_given_sampling_parameters_are_attributes() -> None:
+    """T3: each scalar, under the conventions' name where they have one."""
+    given: dict[str, Any] = {
+        name: 2**64 - 1 if name == "seed" else (1 if plain is int else 0.5)
+        for name, (plain, _) in described(SamplingFields).items()
+    }
+    request = GenerateRequest(prompt="x", sampling=Sampling(**given))
+    attributes = names.asked(request, "p")
+    ours = {f"headrace.request.{name}" for name in ("min_p", "repetition_penalty")}
+    assert ours < {f"headrace.request.{name}" for name in given}
+    assert {name for name in attributes if name.startswith("headrace.")} == ours
+    for name in given:
+        assert (f"gen_ai.request.{name}" in attributes) == (f"headrace.request.{name}" not in ours)
+    assert attributes["gen_ai.request.temperature"] == 0.5
+    assert attributes["gen_ai.request.seed"] == str(2**64 - 1), "more than 64 bits with a sign"
+    bare = names.asked(GenerateRequest(prompt="x"), "p")
+    assert bare.keys() == {names.OPERATION, names.PROVIDER, "gen_ai.output.type"}
+
+
+def test_scalar_figures_are_attributes() -> None:
+    """T3: all that are defined, but those that the span or a convention has."""
+    figures: dict[str, Any] = {
+        name: 1 for name in InferenceMetrics.declared() if name not in {"usage", "devices"}
+    }
+    metrics = InferenceMetrics(**{**figures, "inter_token_ms": Gaps(p50=1, p99=2, max=3)})
+    assert names.figures(metrics).keys() == {
+        f"headrace.{name}"
+        for name in (
+            *("queue_ms", "load_ms", "prefill_ms", "prefill_tokens_per_second"),
+            *("time_per_output_token_ms", "decode_tokens_per_second", "chunks"),
+            *("continuations", "continued", "inter_token_p50_ms", "inter_token_p99_ms"),
+        )
+    }
+    bare = names.figures(InferenceMetrics(started_at=1.0))
+    assert bare == {"headrace.load_ms": 0.0, "headrace.chunks": 0, "headrace.continuations": 0}
 
 
 def test_nothing_is_imported_where_nothing_is_asked_for() -> None:

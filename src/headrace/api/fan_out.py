@@ -72,32 +72,9 @@ async def _work(
 
 
 def _merge(finishes: Sequence[Finish]) -> Finish:
-    usage = Usage(
-        prompt_tokens=sum(one.usage.prompt_tokens for one in finishes),
-        cached_tokens=sum(one.usage.cached_tokens for one in finishes),
-        completion_tokens=sum(one.usage.completion_tokens for one in finishes),
-        reasoning_tokens=sum(one.usage.reasoning_tokens for one in finishes),
-    )
     reasons: list[FinishReason] = []
-    for one in finishes:
-        reasons += one.finish_reasons
-    return Finish(tuple(reasons), usage, _merge_metrics([one.metrics for one in finishes], usage))
-
-
-def _merge_metrics(figures: Sequence[InferenceMetrics], usage: Usage) -> InferenceMetrics:
-    """Keep what is defined for several prompts: the first token of any, the longest wait."""
-    first = figures[0]
-    first_tokens = [one.time_to_first_token_ms for one in figures]
-    return InferenceMetrics(
-        started_at=min(one.started_at for one in figures),
-        load_ms=max(one.load_ms for one in figures),
-        time_to_first_token_ms=min((ms for ms in first_tokens if ms is not None), default=None),
-        total_ms=max(one.total_ms for one in figures),
-        chunks=sum(one.chunks for one in figures),
-        usage=usage,
-        devices=first.devices,
-        engine=first.engine,
-        worker=first.worker,
-        model=first.model,
-        outcome=first.outcome,
-    )
+    for finish in finishes:
+        reasons += finish.finish_reasons
+    usage = Usage.merged([finish.usage for finish in finishes])
+    metrics = InferenceMetrics.merged([finish.metrics for finish in finishes])
+    return Finish(tuple(reasons), usage, replace(metrics, usage=usage))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +13,7 @@ from typing import BinaryIO
 import msgspec
 
 from headrace.core.errors import ConfigError, InvalidRequest
+from headrace.core.metrics import InferenceMetrics, percentile
 from headrace.core.record import Outcome, RequestRecord
 from headrace.telemetry.trace_file import CURRENT, older
 
@@ -69,12 +69,12 @@ class ModelStats(msgspec.Struct, frozen=True, kw_only=True):
     figures: dict[str, Percentiles]
 
 
-_FIGURES: dict[str, Callable[[RequestRecord], float | None]] = {
-    "queue_ms": lambda one: one.metrics.queue_ms,
-    "time_to_first_token_ms": lambda one: one.metrics.time_to_first_token_ms,
-    "time_per_output_token_ms": lambda one: one.metrics.time_per_output_token_ms,
-    "tokens_per_second": lambda one: one.metrics.decode_tokens_per_second,
-    "total_ms": lambda one: one.metrics.total_ms if one.outcome == "ok" else None,
+# `trace stats --json` has a shorter name for this one.
+_COLUMNS = {"decode_tokens_per_second": "tokens_per_second"}
+_SUMMARISED = {
+    name: _COLUMNS.get(name, name)
+    for name, figure in InferenceMetrics.declared().items()
+    if figure.summarised
 }
 
 
@@ -129,9 +129,8 @@ def stats(found: Iterable[RequestRecord]) -> list[ModelStats]:
         usage = record.metrics.usage
         outcomes[record.model][record.outcome] += 1
         tokens[record.model].update(asked=usage.prompt_tokens, answered=usage.completion_tokens)
-        for name, figure in _FIGURES.items():
-            if (value := figure(record)) is not None:
-                values[record.model][name].append(value)
+        for column, value in _figures(record):
+            values[record.model][column].append(value)
     return [
         ModelStats(
             model=model,
@@ -145,9 +144,16 @@ def stats(found: Iterable[RequestRecord]) -> list[ModelStats]:
     ]
 
 
+def _figures(record: RequestRecord) -> Iterator[tuple[str, float]]:
+    for name, column in _SUMMARISED.items():
+        value = getattr(record.metrics, name)
+        if value is not None and (name != "total_ms" or record.outcome == "ok"):
+            yield column, value
+
+
 def _percentiles(values: list[float]) -> Percentiles:
     values.sort()
-    p50, p90, p99 = (values[math.ceil(len(values) * percent / 100) - 1] for percent in (50, 90, 99))
+    p50, p90, p99 = (percentile(values, percent) for percent in (50, 90, 99))
     return Percentiles(count=len(values), p50=p50, p90=p90, p99=p99)
 
 
