@@ -23,7 +23,7 @@ from headrace.api.openapi import document
 from headrace.api.settings import ApiSettings
 from headrace.core.model import ModelSpec
 from headrace.core.record import Activity, Call
-from headrace.telemetry.instruments import Instruments
+from headrace.telemetry.prometheus import Instruments
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 

@@ -94,14 +94,14 @@ class Usage(Figures, frozen=True, kw_only=True):
     ] = 0
     cached_tokens: Annotated[
         int,
-        _figure("tokens", "Tokens of the prompt that the engine's cache had: not computed.", sum),
+        _figure("tokens", "Tokens of the prompt from the engine's cache, not computed.", sum),
     ] = 0
     completion_tokens: Annotated[
         int,
         _figure("tokens", "Tokens written, over all choices; some of them may show no text.", sum),
     ] = 0
     reasoning_tokens: Annotated[
-        int, _figure("tokens", "Tokens of these that were written while thinking.", sum)
+        int, _figure("tokens", "Tokens written while thinking, of the completion.", sum)
     ] = 0
 
     @property
@@ -172,7 +172,7 @@ class InferenceMetrics(Figures, frozen=True, kw_only=True):
         float | None,
         _figure(
             "ms",
-            "From a request's arrival until the engine admitted it, without `load_ms`: queue, "
+            "From a request's arrival until the engine admitted it, loading not counted: queue, "
             "template, tokenising.",
             max,
             summarised=True,
@@ -201,8 +201,7 @@ class InferenceMetrics(Figures, frozen=True, kw_only=True):
         float | None,
         _figure(
             "ms",
-            "Time for each token after the first: (last token - first token) / "
-            "(`completion_tokens` - 1).",
+            "From the first token to the last, for each token after the first.",
             _undefined,
             summarised=True,
         ),
