@@ -30,7 +30,7 @@ from headrace.core.request import (
 from headrace.core.sampling import Sampling
 from headrace.core.stream import collect
 from headrace.pool.watch import Asked, Nobody, Watch
-from headrace.telemetry import setup, traceparent
+from headrace.telemetry import otel, traceparent
 from headrace.telemetry.observed import Observed
 from headrace.telemetry.span import Tracing
 from headrace.worker.spec import OnProgress
@@ -211,7 +211,7 @@ class AsyncModelWorker:
         """Have requests traced, where the environment or the program has an exporter."""
         if self._tracing.exporter is not None:
             return
-        self._tracing = tracing = setup.configure(__version__)
+        self._tracing = tracing = otel.configure(__version__)
         if tracing.exporter is not None:
             # What runs in this process has no attempts that could be told from its requests.
             attempts = None if isinstance(self._worker, Worker) else self.spec

@@ -34,8 +34,8 @@ from headrace.core.request import EmbedRequest, GenerateRequest, Message, Rerank
 from headrace.core.sampling import Sampling
 from headrace.telemetry import content as contents
 from headrace.telemetry import names
+from headrace.telemetry.content import Redactor
 from headrace.telemetry.observed import Observed
-from headrace.telemetry.redact import Redactor
 
 LEAVES = [kind for kind in kinds() if not kind.__subclasses__()]
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from headrace.core.metrics import Gaps, InferenceMetrics
 from headrace.core.request import GenerateRequest
 from headrace.core.sampling import Sampling, SamplingFields, described
-from headrace.telemetry import names, redact, setup, traceparent
-from headrace.telemetry.redact import GONE, Redactor
+from headrace.telemetry import names, otel, traceparent
+from headrace.telemetry.content import GONE, Redactor
 
 GOOD = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -87,7 +87,7 @@ def test_ones_own_patterns_are_redacted_too() -> None:
 def test_redaction_takes_no_longer_than_the_text_is_long() -> None:
     hard = ("a" * 70 + ".") * 2000 + "@" + "1 " * 50_000 + "-----BEGIN PRIVATE KEY-----" * 200
     began = time.perf_counter()
-    redact.Redactor().redact(hard)
+    Redactor().redact(hard)
     assert time.perf_counter() - began < 5
 
 
@@ -131,8 +131,8 @@ def test_scalar_figures_are_attributes() -> None:
 def test_nothing_is_imported_where_nothing_is_asked_for() -> None:
     """T2: off costs nothing."""
     code = (
-        "import sys; from headrace.telemetry import setup, observed, watcher;"
-        "t = setup.configure('1', {'OTEL_SERVICE_NAME': 'x'});"
+        "import sys; from headrace.telemetry import otel, observed, watcher;"
+        "t = otel.configure('1', {'OTEL_SERVICE_NAME': 'x'});"
         "print(t.exporter, [name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -162,8 +162,8 @@ _URL = "http://127.0.0.1:1"
 )
 def test_which_variable_switches_it_on(environment: dict[str, str], by: str | None) -> None:
     """T2: and the very variables do."""
-    assert setup.switched_on_by(environment) == by
-    tracing = setup.configure("1", environment)
+    assert otel.switched_on_by(environment) == by
+    tracing = otel.configure("1", environment)
     assert (tracing.exporter is None) == (by is None)
     asyncio.run(tracing.aclose())
 
@@ -177,7 +177,7 @@ def test_which_variable_switches_it_on(environment: dict[str, str], by: str | No
 )
 def test_a_wrong_variable_keeps_no_service_from_starting(environment: dict[str, str]) -> None:
     """T2: it is told in the log."""
-    assert setup.configure("1", environment).exporter is None
+    assert otel.configure("1", environment).exporter is None
 
 
 def test_the_sdk_is_missing(
@@ -187,7 +187,7 @@ def test_the_sdk_is_missing(
     for name in [name for name in sys.modules if name.startswith("opentelemetry.sdk")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk", None)
-    tracing = setup.configure("1", {"OTEL_TRACES_EXPORTER": "otlp"})
+    tracing = otel.configure("1", {"OTEL_TRACES_EXPORTER": "otlp"})
     assert tracing.exporter is None
     (line,) = caplog.records
     assert "pip install 'headrace[otlp]'" in line.getMessage()
@@ -198,14 +198,14 @@ def test_the_provider_of_the_host_program_is_used() -> None:
     code = (
         "from opentelemetry import trace; from opentelemetry.sdk.trace import TracerProvider;"
         "trace.set_tracer_provider(TracerProvider());"
-        "from headrace.telemetry import setup; print(setup.configure('1', {}).exporter is None)"
+        "from headrace.telemetry import otel; print(otel.configure('1', {}).exporter is None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
 def test_closing_twice_is_closing_once() -> None:
-    tracing = setup.configure("1", {"OTEL_TRACES_EXPORTER": "otlp"})
+    tracing = otel.configure("1", {"OTEL_TRACES_EXPORTER": "otlp"})
     assert tracing.exporter is not None
     asyncio.run(tracing.aclose())
     asyncio.run(tracing.aclose())

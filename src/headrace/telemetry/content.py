@@ -1,7 +1,8 @@
-"""What was asked and answered, redacted: as it is kept, and as the conventions write it."""
+"""Content of requests, redacted: as it is kept, and as the conventions write it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -13,9 +14,50 @@ from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
 from headrace.telemetry import names
 from headrace.telemetry.names import Request
 
+_SECRETS = (
+    # Keys, by the forms of their makers.
+    r"\b(?:sk|pk|rk)[-_][A-Za-z0-9_-]{16,}",
+    r"\b(?:hf|gh[oprsu]|glpat|xox[abeprs])[-_][A-Za-z0-9_-]{16,}",
+    r"\bgithub_pat_\w{20,}",
+    r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    r"\bAIza[0-9A-Za-z_-]{35}",
+    r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+    # And whatever is called a key or a password.
+    r"(?i:\bbearer\s+)[A-Za-z0-9._~+/=-]{8,}",
+    r"(?i:\b(?:(?:api[-_ ]?key|password|passwd|access[-_ ]?token)[\"']?\s*(?:is\b\s*[:=]?|[:=])"
+    r"|secret[\"']?\s*[:=])\s*)"
+    r"(?:\"[^\"\n]+\"|'[^'\n]+'|[^\s\"',;]+)",
+    r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}",
+)
+_CARD = re.compile(r"(?<!\d)(?<!\d\.)\d(?:[ -]?\d){12,18}(?!\.?\d)")
+GONE = "[redacted]"
+"""What stands in the place of a secret."""
+
+
+class Redactor:
+    """Removes secrets, by our own patterns and further regular expressions."""
+
+    def __init__(self, patterns: Sequence[str] = ()) -> None:
+        secret = "|".join(f"(?:{pattern})" for pattern in _SECRETS)
+        self._patterns = (re.compile(secret, re.DOTALL), *map(re.compile, patterns))
+
+    def redact(self, text: str) -> str:
+        """Return the text with `[redacted]` in the place of each secret."""
+        for pattern in self._patterns:
+            text = pattern.sub(GONE, text)
+        return _CARD.sub(_card, text)
+
+
+def _card(match: re.Match[str]) -> str:
+    digits = [int(character) for character in match[0] if character.isdigit()]
+    # Luhn's sum, which the number of a card has, and nine of ten other numbers have not.
+    doubled = (sum(divmod(2 * digit, 10)) for digit in digits[-2::-2])
+    return GONE if (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0 else match[0]
+
 
 class Capture(Protocol):
-    """Says that content is kept, and what of it is not."""
+    """Decides what of a content is kept."""
 
     def redact(self, text: str) -> str:
         """Return a text that may be kept."""
@@ -29,17 +71,17 @@ def content(request: Request, said: Mapping[int, Sequence[str]], capture: Captur
 
 
 def say(said: dict[int, list[str]], delta: Delta) -> None:
-    """Note what an answer goes on with."""
+    """Add a delta to the answers."""
     said.setdefault(delta.index, []).append(delta.text)
 
 
 def parameters(request: Request, capture: Capture | None) -> dict[str, Any]:
     """Return the settings that a request gave, as builtins.
 
-    A schema and a template's options may hold content: it is kept as content is, and without
-    `capture` it is only told that there were some.
+    A schema and a template's options may hold content: they are kept as content is, and without
+    `capture` only that there were some.
     """
-    # What was asked may be long: it is put aside before anything is copied.
+    # Prompts may be long: they are put aside before anything is copied.
     bare = msgspec.structs.replace(request, **_PUT_ASIDE[type(request)])
     given: dict[str, Any] = msgspec.to_builtins(bare)
     sampling = given.pop("sampling", {})
@@ -72,7 +114,7 @@ def attributes(
     asked: list[dict[str, Any]] = (
         kept.asked if request.messages is not None else [{"role": "user", "content": kept.asked}]
     )
-    messages = [_message(one["role"], one["content"] or "") for one in asked]
+    messages = [_message(message["role"], message["content"] or "") for message in asked]
     reasons = [*finish_reasons, *["error"] * len(kept.answered)]
     answers = [
         _message("assistant", text) | {"finish_reason": reason}
@@ -93,7 +135,7 @@ def _asked(request: Request) -> Any:
     if isinstance(request, GenerateRequest):
         return msgspec.to_builtins(request.messages or _text(request.prompt))
     if isinstance(request, EmbedRequest):
-        return [_text(one) for one in request.inputs]
+        return [_text(item) for item in request.inputs]
     return {"query": request.query, "documents": list(request.documents)}
 
 
@@ -105,8 +147,8 @@ def _redacted(value: Any, capture: Capture) -> Any:
     if isinstance(value, str):
         return capture.redact(value)
     if isinstance(value, dict):
-        told = cast("dict[str, Any]", value)
-        return {key: _redacted(one, capture) for key, one in told.items()}
+        members = cast("dict[str, Any]", value)
+        return {key: _redacted(member, capture) for key, member in members.items()}
     if isinstance(value, list | tuple):
-        return [_redacted(one, capture) for one in cast("list[Any]", value)]
+        return [_redacted(item, capture) for item in cast("list[Any]", value)]
     return value

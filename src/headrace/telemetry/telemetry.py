@@ -10,9 +10,9 @@ from headrace.core.record import Activity, Call, Sink
 from headrace.core.status import PoolEvent
 from headrace.pool.admin import PoolAdmin
 from headrace.telemetry import trace_file, usage
+from headrace.telemetry.content import Redactor
 from headrace.telemetry.prometheus import Instruments
 from headrace.telemetry.recent import Recent
-from headrace.telemetry.redact import Redactor
 from headrace.telemetry.span import Tracing
 from headrace.telemetry.trace_file import TraceFile
 from headrace.telemetry.usage import Usage
