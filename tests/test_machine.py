@@ -213,15 +213,18 @@ def test_it_samples_while_requests_run_and_rests_when_none_does() -> None:
     assert looks.count == count, "it has ended"
 
 
-def test_peaks_take_no_memory_for_what_is_over() -> None:
-    """T6: what no running request can ask for is gone."""
+def test_a_long_request_takes_no_more_memory_than_a_short_one() -> None:
+    """T6: and what is over takes none."""
     with scene(device(99)) as one:
-        for step in range(50):
-            old = one.sampler.watch()
+        watch = one.sampler.watch()
+        for step in range(1, 51):
+            other = one.sampler.watch()
             one.at(step, device(98 - step))
-            one.sampler.release(old)
-        held = one.sampler._peaks["cpu"].used
-        assert len(held._values) <= 2
+            one.sampler.release(other)
+        assert len(one.sampler._running) == len(watch._sums) == 1
+        (use,) = one.sampler.release(watch)
+        assert (use.worker_peak, use.worker_mean) == (99, (99 + sum(range(48, 98))) // 51)
+        assert not one.sampler._running
 
 
 async def test_devices_are_looked_at_twice_a_second_at_most(
@@ -229,7 +232,7 @@ async def test_devices_are_looked_at_twice_a_second_at_most(
 ) -> None:
     """T6: never on the way of a token, however many there are; hardly ever without requests."""
     samples = Samples()
-    monkeypatch.setattr(sampler, "Worker", lambda: samples)
+    monkeypatch.setattr(sampler, "DeviceReader", lambda: samples)
     async with worker() as one:
         before, began = samples.count, time.monotonic()
         for _ in range(20):
@@ -245,7 +248,7 @@ async def test_devices_are_looked_at_twice_a_second_at_most(
 
 def test_a_worker_tells_how_busy_its_process_was() -> None:
     """T6, W16: the share of the processors that this process may use."""
-    look = sampler.Worker()
+    look = sampler.DeviceReader()
     look()
     until = time.monotonic() + 0.3
     while time.monotonic() < until:
@@ -264,7 +267,7 @@ def test_a_worker_counts_processes_of_its_engine(leads: bool, counts: bool) -> N
         assert child.stdout
         child.stdout.readline()
         before = devices()[0].worker_used
-        assert (sampler.Worker()()[0].worker_used - before > 50 << 20) == counts
+        assert (sampler.DeviceReader()()[0].worker_used - before > 50 << 20) == counts
         child.kill()
 
 
@@ -321,14 +324,14 @@ def test_a_gpu_tells_what_one_process_holds(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_gpu_tells_how_busy_it_is_and_what_it_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """T6: what the driver does not tell is None, and takes nothing else with it."""
     monkeypatch.setattr(gpu, "_nvml", fake_driver)
-    seen = sampler.Worker()()[1]
+    seen = sampler.DeviceReader()()[1]
     assert (seen.busy, seen.joules, seen.watts, seen.energy) == (0.42, 5.0, 65.5, "counter")
     old = fake_driver(nvmlDeviceGetTotalEnergyConsumption=lost, nvmlDeviceGetUtilizationRates=lost)
     monkeypatch.setattr(gpu, "_nvml", lambda: old)
-    seen = sampler.Worker()()[1]
+    seen = sampler.DeviceReader()()[1]
     assert (seen.busy, seen.joules, seen.watts, seen.energy) == (None, None, 65.5, "power")
     old.nvmlDeviceGetPowerUsage = lost
-    assert sampler.Worker()()[1].energy == "none"
+    assert sampler.DeviceReader()()[1].energy == "none"
     assert seen.worker_used == 7
 
 

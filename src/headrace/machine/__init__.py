@@ -4,14 +4,14 @@ from headrace.machine.budget import budgets
 from headrace.machine.device import HOST, Device
 from headrace.machine.facts import SystemInfo, attributes, system
 from headrace.machine.memory import devices, host_memory, process_memory
-from headrace.machine.sampler import Sampler, Watch
+from headrace.machine.sampler import Measurement, Sampler
 
 __all__ = [
     "HOST",
     "Device",
+    "Measurement",
     "Sampler",
     "SystemInfo",
-    "Watch",
     "attributes",
     "budgets",
     "devices",
