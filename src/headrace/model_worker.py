@@ -41,9 +41,9 @@ from headrace.core.stream import (
 )
 from headrace.pool.entry import ModelEntry
 from headrace.pool.pool import Pool
-from headrace.telemetry import otel, traceparent
+from headrace.telemetry import otel
 from headrace.telemetry.recorder import Recorder
-from headrace.telemetry.span import Tracing
+from headrace.telemetry.spans import Tracing
 from headrace.worker.spec import OnProgress, unloaded_info
 
 Messages = Sequence[Message | Mapping[str, Any]]
@@ -299,8 +299,9 @@ class AsyncModelWorker:
         exporter = self._tracing.exporter
         if exporter is None or (above := exporter.current()) is None:
             return request
-        header = traceparent.written(above.trace_id, above.span_id, above.flags)
-        return msgspec.structs.replace(request, traceparent=header, tracestate=above.state)
+        return msgspec.structs.replace(
+            request, traceparent=above.traceparent, tracestate=above.state
+        )
 
 
 async def _raise(error: HeadraceError) -> AsyncGenerator[Event, None]:

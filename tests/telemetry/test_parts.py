@@ -15,20 +15,21 @@ from hypothesis import strategies as st
 from headrace.core.metrics import Gaps, InferenceMetrics
 from headrace.core.request import GenerateRequest
 from headrace.core.sampling import Sampling, SamplingFields, described
-from headrace.telemetry import names, otel, traceparent
+from headrace.telemetry import names, otel
 from headrace.telemetry.content import GONE, Redactor
+from headrace.telemetry.spans import Parent
 
 GOOD = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def test_a_traceparent_is_read_and_written() -> None:
     """T1: as the W3C has it; what a later version adds is passed over."""
-    parent = traceparent.parse(GOOD, "a=1,b=2")
+    parent = Parent.parse(GOOD, "a=1,b=2")
     assert parent is not None
-    assert traceparent.written(*parent[:3]) == GOOD
+    assert parent.traceparent == GOOD
     assert parent.state == "a=1,b=2"
-    assert traceparent.parse("cc" + GOOD[2:] + "-more") == parent._replace(state="")
-    assert traceparent.parse(GOOD, "x" * 600) == parent._replace(state="")
+    assert Parent.parse("cc" + GOOD[2:] + "-more") == parent._replace(state="")
+    assert Parent.parse(GOOD, "x" * 600) == parent._replace(state="")
 
 
 @pytest.mark.parametrize(
@@ -46,14 +47,14 @@ def test_a_traceparent_is_read_and_written() -> None:
     ],
 )
 def test_what_is_no_traceparent_is_as_if_it_were_not_there(header: str) -> None:
-    assert traceparent.parse(header) is None
+    assert Parent.parse(header) is None
 
 
 @given(st.text(max_size=80), st.text(max_size=80))
 def test_no_header_is_too_strange(header: str, state: str) -> None:
     for one in (header, GOOD):
-        parent = traceparent.parse(one, state)
-        assert parent is None or traceparent.parse(traceparent.written(*parent[:3])) is not None
+        parent = Parent.parse(one, state)
+        assert parent is None or Parent.parse(parent.traceparent) is not None
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_scalar_figures_are_attributes() -> None:
 def test_nothing_is_imported_where_nothing_is_asked_for() -> None:
     """T2: off costs nothing."""
     code = (
-        "import sys; from headrace.telemetry import otel, observed, watcher;"
+        "import sys; from headrace.telemetry import otel, recorder;"
         "t = otel.configure('1', {'OTEL_SERVICE_NAME': 'x'});"
         "print(t.exporter, [name for name in sys.modules if name.startswith('opentelemetry')])"
     )

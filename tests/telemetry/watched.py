@@ -24,7 +24,7 @@ from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker
 from headrace.telemetry.observed import Observed
 from headrace.telemetry.otel import OpenTelemetry
-from headrace.telemetry.span import Tracing
+from headrace.telemetry.spans import Tracing
 from headrace.telemetry.watcher import Watcher
 from headrace.worker.process import WorkerProcess
 

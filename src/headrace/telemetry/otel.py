@@ -14,8 +14,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from headrace.core.record import Attribute
-from headrace.telemetry.span import Exported, Kind, Tracing
-from headrace.telemetry.traceparent import Parent
+from headrace.telemetry.spans import Exported, Kind, Parent, Tracing
 
 if TYPE_CHECKING:
     from opentelemetry import trace

@@ -14,7 +14,7 @@ from headrace.telemetry.content import Redactor
 from headrace.telemetry.prometheus import Instruments
 from headrace.telemetry.recent import Recent
 from headrace.telemetry.recorder import Recorder
-from headrace.telemetry.span import Tracing
+from headrace.telemetry.spans import Tracing
 from headrace.telemetry.trace_file import TraceFile
 from headrace.telemetry.usage import Usage
 
