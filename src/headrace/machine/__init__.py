@@ -3,7 +3,8 @@
 from headrace.machine.budget import budgets
 from headrace.machine.device import HOST, Device
 from headrace.machine.facts import SystemInfo, attributes, system
-from headrace.machine.memory import devices, host_memory, process_memory
+from headrace.machine.memory import devices, host_memory
+from headrace.machine.process import die_with_parent, process_memory
 from headrace.machine.sampler import Measurement, Sampler
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "attributes",
     "budgets",
     "devices",
+    "die_with_parent",
     "host_memory",
     "process_memory",
     "system",

@@ -15,7 +15,8 @@ import psutil
 from headrace import __version__
 from headrace.machine.device import Device
 from headrace.machine.gpu import driver, gpus
-from headrace.machine.memory import host, resident
+from headrace.machine.memory import host
+from headrace.machine.process import resident
 
 _CPUINFO = Path("/proc/cpuinfo")
 _LIBRARIES = (

@@ -1,10 +1,9 @@
-"""Memory of the host, of the GPUs, and of the processes that hold it."""
+"""Memory of the host, as its control groups limit it, and of the GPUs."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -34,19 +33,6 @@ def host_memory() -> int:
     return _host()[0]
 
 
-def process_memory(pid: int) -> dict[str, int]:
-    """Return what a process and those it started hold now; nothing when it has gone.
-
-    In bytes by device. Of the host it is the resident memory. Pages of a model's file are counted
-    in full, also when another process shares them: what is counted so does not change with who
-    else is loaded.
-    """
-    processes = family(pid)
-    held = {HOST: resident(processes)}
-    held |= {gpu.key: gpu.worker_used for gpu in gpus({pid, *(one.pid for one in processes)})}
-    return {key: amount for key, amount in held.items() if amount}
-
-
 def _host() -> tuple[int, int]:
     """Return the memory that this process could have at most, and what is free of it."""
     memory = psutil.virtual_memory()
@@ -62,18 +48,20 @@ def _host() -> tuple[int, int]:
 @cache
 def _cgroups(own: Path) -> tuple[Path, ...]:
     """Return the folders of the control groups that this process is in, and of all above."""
-    found: list[Path] = []
+    folders: list[Path] = []
     with contextlib.suppress(OSError):
         for line in own.read_text(encoding="utf-8").splitlines():
             _, controllers, place = line.split(":", 2)
             if controllers in ("", "memory"):
                 inner = Path(place.lstrip("/"))
                 tops = (_CGROUPS / "memory",) if controllers else (_CGROUPS, _CGROUPS / "unified")
-                found += [top / part for top in tops for part in (inner, *inner.parents)]
+                folders += [top / part for top in tops for part in (inner, *inner.parents)]
     # In a container the path can be the host's, of which only the top is to be seen.
     files = ("memory.max", "memory.limit_in_bytes")
     return tuple(
-        one for one in dict.fromkeys(found) if any((one / file).exists() for file in files)
+        folder
+        for folder in dict.fromkeys(folders)
+        if any((folder / file).exists() for file in files)
     )
 
 
@@ -91,20 +79,3 @@ def _cached(folder: Path) -> int:
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
         stat = dict(line.split(maxsplit=1) for line in lines)
     return int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
-
-
-def family(pid: int) -> list[psutil.Process]:
-    """Return a process and all that it started; some engines have processes of their own."""
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    return []
-
-
-def resident(processes: Sequence[psutil.Process]) -> int:
-    """Return the resident memory of processes, some of which may have gone."""
-    total = 0
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            total += process.memory_info().rss
-    return total

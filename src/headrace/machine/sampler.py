@@ -14,7 +14,8 @@ import psutil
 from headrace.core.metrics import DeviceUse
 from headrace.machine.device import Device
 from headrace.machine.gpu import gpus
-from headrace.machine.memory import family, host, resident
+from headrace.machine.memory import host
+from headrace.machine.process import family, resident
 
 Look = Callable[[], Sequence[Device]]
 
