@@ -22,17 +22,17 @@ def budgets(setting: Sequence[str], devices: Sequence[Device]) -> dict[str, int]
     """Return how many bytes models may take of each device, by its key.
 
     `setting` are amounts like `16GiB` or `80%`, of the host, and `cuda:0=50%` or `cpu=16GiB`.
-    Without one it is 80 % of the host and 90 % of a GPU.
+    Without any it is 80 % of the host and 90 % of a GPU.
 
     Raises:
         ConfigError: an amount is not understood, or there is no such device, or not so much of it.
     """
     totals = {device.key: device.total for device in devices}
-    found = {device.key: device.total * _SHARES[device.kind] // 100 for device in devices}
+    amounts = {device.key: device.total * _SHARES[device.kind] // 100 for device in devices}
     for word in setting:
         key, amount = _amount(word, totals)
-        found[key] = amount
-    return found
+        amounts[key] = amount
+    return amounts
 
 
 def _amount(word: str, totals: dict[str, int]) -> tuple[str, int]:

@@ -11,9 +11,9 @@ HOST = "cpu"
 class Device(msgspec.Struct, frozen=True, kw_only=True):
     """Memory of the host or of one GPU, in bytes. `worker_used` is what one process holds.
 
-    The host's is that of the control group, where one has a limit: more cannot be had. `busy` is
-    from 0 to 1: of a GPU what everybody does, of the host what one worker does. `joules` counts
-    since the driver was loaded, `watts` are drawn now; None is what nobody tells.
+    The host's is that of the control group, where one has a limit: more is not available. `busy` is
+    from 0 to 1: of a GPU by all processes, of the host by one worker. `joules` counts
+    since the driver was loaded, `watts` are drawn now; None is what is not metered.
     """
 
     name: str

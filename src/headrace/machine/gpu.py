@@ -1,4 +1,4 @@
-"""GPUs as the driver's library tells of them; where there is none there are no GPUs."""
+"""GPUs as the driver's library reports them; without the library there are none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def gpus(pids: Set[int], *, metered: bool = False) -> Iterator[Device]:
     if nvml := _nvml():
         # A driver that fails to answer takes nothing else with it.
         with contextlib.suppress(nvml.NVMLError):
-            yield from _seen(nvml, pids, metered=metered)
+            yield from _read(nvml, pids, metered=metered)
 
 
 def driver() -> tuple[str, str]:
@@ -24,12 +24,12 @@ def driver() -> tuple[str, str]:
     nvml = _nvml()
     if nvml is None:
         return "", ""
-    cuda = _told(nvml, lambda: nvml.nvmlSystemGetCudaDriverVersion_v2())
-    version = str(_told(nvml, lambda: nvml.nvmlSystemGetDriverVersion()) or "")
+    cuda = _or_none(nvml, lambda: nvml.nvmlSystemGetCudaDriverVersion_v2())
+    version = str(_or_none(nvml, lambda: nvml.nvmlSystemGetDriverVersion()) or "")
     return version, f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else ""
 
 
-def _seen(nvml: Any, pids: Set[int], *, metered: bool) -> Iterator[Device]:
+def _read(nvml: Any, pids: Set[int], *, metered: bool) -> Iterator[Device]:
     for index in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
@@ -49,10 +49,10 @@ def _seen(nvml: Any, pids: Set[int], *, metered: bool) -> Iterator[Device]:
 
 
 def _meters(nvml: Any, handle: Any) -> dict[str, float | None]:
-    percent = _told(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-    # Volta and later count energy; what cannot, tells the power it draws.
-    millijoules = _told(nvml, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
-    milliwatts = _told(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(handle))
+    percent = _or_none(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+    # Volta and later count energy; older ones report the power they draw.
+    millijoules = _or_none(nvml, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+    milliwatts = _or_none(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(handle))
     return {
         "busy": None if percent is None else percent / 100,
         "joules": None if millijoules is None else millijoules / 1000,
@@ -60,9 +60,9 @@ def _meters(nvml: Any, handle: Any) -> dict[str, float | None]:
     }
 
 
-def _told(nvml: Any, question: Callable[[], Any]) -> Any:
+def _or_none(nvml: Any, query: Callable[[], Any]) -> Any:
     with contextlib.suppress(nvml.NVMLError):
-        return question()
+        return query()
     return None
 
 
@@ -72,7 +72,7 @@ def _nvml() -> Any:
 
 @cache
 def _opened(pid: int) -> Any:
-    """Open the driver's library, once in each process; to look for it each time is dear."""
+    """Open the driver's library, once in each process; to look for it each time is expensive."""
     import pynvml
 
     try:

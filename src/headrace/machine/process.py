@@ -20,8 +20,8 @@ def process_memory(pid: int) -> dict[str, int]:
     """Return what a process and those it started hold now; nothing when it has gone.
 
     In bytes by device. Of the host it is the resident memory. Pages of a model's file are counted
-    in full, also when another process shares them: what is counted so does not change with who
-    else is loaded.
+    in full, also when another process shares them: so the figure does not change with what else
+    is loaded.
     """
     processes = family(pid)
     held = {HOST: resident(processes)}

@@ -238,10 +238,10 @@ class Sampler:
 
     def _is_ours(self, device: Device, devices: Sequence[Device]) -> bool:
         """Whether requests here use a GPU; a container may not see which process holds memory."""
-        asked = self._device.partition(":")[0] == "cuda"
-        only = sum(one.kind == "cuda" for one in devices) == 1
-        named = device.key == self._device or (only and device.kind == "cuda")
-        return device.worker_used > 0 or (asked and named)
+        if device.worker_used > 0 or self._device.partition(":")[0] != "cuda":
+            return device.worker_used > 0
+        gpus = [other for other in devices if other.kind == "cuda"]
+        return device.key == self._device or gpus == [device]
 
 
 def _mean_watts(before: Device | None, now: Device, seconds: float) -> float | None:
@@ -249,5 +249,5 @@ def _mean_watts(before: Device | None, now: Device, seconds: float) -> float | N
     counted = before and before.joules
     if counted is not None and now.joules is not None and seconds > 0:
         return max(0.0, now.joules - counted) / seconds
-    readings = [one.watts for one in (before, now) if one and one.watts is not None]
+    readings = [device.watts for device in (before, now) if device and device.watts is not None]
     return sum(readings) / len(readings) if readings else None

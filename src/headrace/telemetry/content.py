@@ -95,16 +95,16 @@ def attributes(
     """Return content as attributes of a span, of requests that the conventions have a form for."""
     if not isinstance(request, GenerateRequest):
         return {}
-    asked: list[dict[str, Any]] = (
+    messages: list[dict[str, Any]] = (
         kept.asked if request.messages is not None else [{"role": "user", "content": kept.asked}]
     )
-    messages = [_message(message["role"], message["content"] or "") for message in asked]
+    prompts = [_message(message["role"], message["content"] or "") for message in messages]
     reasons = [*finish_reasons, *["error"] * len(kept.answered)]
     answers = [
         _message("assistant", text) | {"finish_reason": reason}
         for text, reason in zip(kept.answered, reasons, strict=False)
     ]
-    return {names.INPUT_MESSAGES: _json(messages), names.OUTPUT_MESSAGES: _json(answers)}
+    return {names.INPUT_MESSAGES: _json(prompts), names.OUTPUT_MESSAGES: _json(answers)}
 
 
 def _message(role: str, text: str) -> dict[str, Any]:

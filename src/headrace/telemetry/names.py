@@ -73,8 +73,8 @@ _USE = tuple(name for name in DeviceUse.declared() if name not in _AT_THE_END)
 
 def provider(info: ModelInfo) -> str:
     """Return who computes a model's answers, by the name that the conventions have for it."""
-    named = info.source.partition(":")[0]
-    return _WELL_KNOWN.get(named, named) if named in PROVIDERS else HERE
+    name = info.source.partition(":")[0]
+    return _WELL_KNOWN.get(name, name) if name in PROVIDERS else HERE
 
 
 def asked(request: AnyRequest, provider_name: str) -> Attributes:
