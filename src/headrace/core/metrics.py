@@ -8,7 +8,7 @@ field here and its computation in the worker's meter.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, NamedTuple, Self, get_type_hints
 
 import msgspec
@@ -86,22 +86,25 @@ def _by_device(values: Sequence[tuple[DeviceUse, ...]]) -> tuple[DeviceUse, ...]
     return tuple(map(DeviceUse.merged, uses.values()))
 
 
+_ms, _rate, _count = partial(_figure, "ms"), partial(_figure, "tokens/s"), partial(_figure, "count")
+_tokens, _bytes = partial(_figure, "tokens"), partial(_figure, "bytes")
+_share, _text = partial(_figure, "0 to 1"), partial(_figure, "")
+
+
 class Usage(Figures, frozen=True, kw_only=True):
     """Token counts, exact, as the engine reports them."""
 
     prompt_tokens: Annotated[
-        int, _figure("tokens", "Tokens of the prompt, template and cached ones included.", sum)
+        int, _tokens("Tokens of the prompt, template and cached ones included.", sum)
     ] = 0
     cached_tokens: Annotated[
-        int,
-        _figure("tokens", "Tokens of the prompt from the engine's cache, not computed.", sum),
+        int, _tokens("Tokens of the prompt from the engine's cache, not computed.", sum)
     ] = 0
     completion_tokens: Annotated[
-        int,
-        _figure("tokens", "Tokens written, over all choices; some of them may show no text.", sum),
+        int, _tokens("Tokens written, over all choices; some of them may show no text.", sum)
     ] = 0
     reasoning_tokens: Annotated[
-        int, _figure("tokens", "Tokens written while thinking, of the completion.", sum)
+        int, _tokens("Tokens written while thinking, of the completion.", sum)
     ] = 0
 
     @property
@@ -113,11 +116,9 @@ class Usage(Figures, frozen=True, kw_only=True):
 class Gaps(Figures, frozen=True, kw_only=True):
     """Milliseconds between one delta with tokens and the next."""
 
-    p50: Annotated[
-        float, _figure("ms", "Median gap between one delta with tokens and the next.", _undefined)
-    ]
-    p99: Annotated[float, _figure("ms", "The gap that 99 % do not exceed.", _undefined)]
-    max: Annotated[float, _figure("ms", "The longest gap.", _undefined)]
+    p50: Annotated[float, _ms("Median gap between a delta with tokens and the next.", _undefined)]
+    p99: Annotated[float, _ms("The gap that 99 % do not exceed.", _undefined)]
+    max: Annotated[float, _ms("The longest gap.", _undefined)]
 
 
 class DeviceUse(Figures, frozen=True, kw_only=True):
@@ -127,32 +128,20 @@ class DeviceUse(Figures, frozen=True, kw_only=True):
     so is `busy_*` of a request that was soon over.
     """
 
-    name: Annotated[str, _figure("", "The device: `cpu`, or `cuda:0` and its product.", _first)]
-    total: Annotated[int, _figure("bytes", "Memory of the device.", _first)]
-    used: Annotated[int, _figure("bytes", "Memory of the device in use, by any process.", _first)]
-    worker_used: Annotated[
-        int, _figure("bytes", "Memory held by the worker's processes at the end.", _first)
-    ]
-    worker_mean: Annotated[
-        int, _figure("bytes", "The same, as a mean while the request ran.", _whole_mean)
-    ]
-    worker_peak: Annotated[int, _figure("bytes", "The most of it while the request ran.", max)]
+    name: Annotated[str, _text("The device: `cpu`, or `cuda:0` and its product.", _first)]
+    total: Annotated[int, _bytes("Memory of the device.", _first)]
+    used: Annotated[int, _bytes("Memory of the device in use, by any process.", _first)]
+    worker_used: Annotated[int, _bytes("Memory that the worker holds at the end.", _first)]
+    worker_mean: Annotated[int, _bytes("The same, as a mean over the request.", _whole_mean)]
+    worker_peak: Annotated[int, _bytes("The most of it during the request.", max)]
     busy_mean: Annotated[
-        float | None,
-        _figure(
-            "0 to 1",
-            "Of the host: processor time of the worker's processes over that of all processors "
-            "they may use. Of a GPU: share of the time in which it did anything, for any process, "
-            "by its driver. Weighted by time.",
-            _mean,
-        ),
+        float | None, _share("How busy the device was, as a mean over time.", _mean)
     ] = None
-    busy_peak: Annotated[
-        float | None, _figure("0 to 1", "The most of it in one period of sampling.", max)
-    ] = None
+    busy_peak: Annotated[float | None, _share("The most of it in one period of sampling.", max)] = (
+        None
+    )
     joules: Annotated[
-        float | None,
-        _figure("J", "The request's share of the GPU's energy while it ran; see below.", sum),
+        float | None, _figure("J", "The request's share of the GPU's energy.", sum)
     ] = None
 
 
@@ -160,98 +149,48 @@ class InferenceMetrics(Figures, frozen=True, kw_only=True):
     """What one request cost. Durations are monotonic milliseconds; an undefined figure is None."""
 
     started_at: Annotated[
-        float,
-        _figure(
-            "s",
-            "When the request was received, on the wall clock, since 1970-01-01 UTC; the only "
-            "figure of that clock.",
-            min,
-        ),
+        float, _figure("s", "The request's arrival on the wall clock, since 1970-01-01 UTC.", min)
     ]
     queue_ms: Annotated[
         float | None,
-        _figure(
-            "ms",
-            "From a request's arrival until the engine admitted it, loading not counted: queue, "
-            "template, tokenising.",
-            max,
-            summarised=True,
-        ),
+        _ms("From arrival until the engine admits it, loading not counted.", max, summarised=True),
     ] = None
-    load_ms: Annotated[
-        float, _figure("ms", "How long a request waited for its model to load.", max)
-    ] = 0.0
+    load_ms: Annotated[float, _ms("How long the request waited for its model to load.", max)] = 0.0
     time_to_first_token_ms: Annotated[
-        float | None,
-        _figure(
-            "ms",
-            "From a request's arrival to the first text of its answer.",
-            min,
-            summarised=True,
-        ),
+        float | None, _ms("From arrival to the first text of the answer.", min, summarised=True)
     ] = None
-    prefill_ms: Annotated[
-        float | None, _figure("ms", "From admission to the first token.", _undefined)
-    ] = None
+    prefill_ms: Annotated[float | None, _ms("From admission to the first token.", _undefined)] = (
+        None
+    )
     prefill_tokens_per_second: Annotated[
-        float | None,
-        _figure("tokens/s", "(`prompt_tokens` - `cached_tokens`) / `prefill_ms`.", _undefined),
+        float | None, _rate("(`prompt_tokens` - `cached_tokens`) / `prefill_ms`.", _undefined)
     ] = None
     time_per_output_token_ms: Annotated[
         float | None,
-        _figure(
-            "ms",
-            "From the first token to the last, for each token after the first.",
-            _undefined,
-            summarised=True,
-        ),
+        _ms("First token to last, for each token after the first.", _undefined, summarised=True),
     ] = None
     decode_tokens_per_second: Annotated[
         float | None,
-        _figure(
-            "tokens/s",
-            "(`completion_tokens` - 1) / (last token - first token).",
-            _undefined,
-            summarised=True,
+        _rate(
+            "Tokens after the first, over the time from first to last.", _undefined, summarised=True
         ),
     ] = None
     inter_token_ms: Annotated[
-        Gaps | None, _figure("ms", "Gaps between one delta with tokens and the next.", _undefined)
+        Gaps | None, _ms("Gaps between a delta with tokens and the next.", _undefined)
     ] = None
     total_ms: Annotated[
-        float,
-        _figure(
-            "ms", "From a request's arrival to its end, however it ended.", max, summarised=True
-        ),
+        float, _ms("From arrival to the end, however it ended.", max, summarised=True)
     ] = 0.0
-    chunks: Annotated[
-        int, _figure("count", "Deltas, those without visible text included.", sum)
-    ] = 0
-    usage: Annotated[Usage, _figure("tokens", "Token counts.", Usage.merged)] = Usage()
-    devices: Annotated[
-        tuple[DeviceUse, ...], _figure("", "The use of each device.", _by_device)
-    ] = ()
-    engine: Annotated[str, _figure("", "The engine that answered.", _first)] = ""
-    worker: Annotated[str, _figure("", "The worker that answered.", _first)] = ""
-    model: Annotated[str, _figure("", "The model that answered.", _first)] = ""
-    outcome: Annotated[
-        str,
-        _figure(
-            "",
-            "Why it ended: `stop`, `length`, `tool_calls`, `content_filter`, or `cancelled`, or "
-            "`error`.",
-            _first,
-        ),
-    ] = ""
+    chunks: Annotated[int, _count("Deltas, those without visible text included.", sum)] = 0
+    usage: Annotated[Usage, _tokens("Token counts.", Usage.merged)] = Usage()
+    devices: Annotated[tuple[DeviceUse, ...], _text("The use of each device.", _by_device)] = ()
+    engine: Annotated[str, _text("The engine that answered.", _first)] = ""
+    worker: Annotated[str, _text("The worker that answered.", _first)] = ""
+    model: Annotated[str, _text("The model that answered.", _first)] = ""
+    outcome: Annotated[str, _text("Why it ended: a finish reason or `error`.", _first)] = ""
     continuations: Annotated[
-        int,
-        _figure(
-            "count",
-            "How often a worker died and the answer went on. Queue and first token are then what "
-            "the client felt; speeds and gaps are the second worker's.",
-            sum,
-        ),
+        int, _count("How often a worker died and the answer went on.", sum)
     ] = 0
     continued: Annotated[
-        str, _figure("", "In which way the answer went on: `exact` or `fast`.", _first_given)
+        str, _text("In which way it went on: `exact` or `fast`.", _first_given)
     ] = ""

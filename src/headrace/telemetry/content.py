@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import msgspec
 
@@ -55,15 +55,7 @@ def _card(match: re.Match[str]) -> str:
     return GONE if (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0 else match[0]
 
 
-class Capture(Protocol):
-    """Decides what of a content is kept."""
-
-    def redact(self, text: str) -> str:
-        """Return a text that may be kept."""
-        ...
-
-
-def content(request: AnyRequest, said: Mapping[int, Sequence[str]], capture: Capture) -> Content:
+def content(request: AnyRequest, said: Mapping[int, Sequence[str]], capture: Redactor) -> Content:
     """Return the content of a request. Token ids are left out: they cannot be redacted."""
     answered = tuple(capture.redact("".join(parts)) for _, parts in sorted(said.items()))
     return Content(asked=_redacted(request.content(), capture), answered=answered)
@@ -74,7 +66,7 @@ def say(said: dict[int, list[str]], delta: Delta) -> None:
     said.setdefault(delta.index, []).append(delta.text)
 
 
-def parameters(request: AnyRequest, capture: Capture | None) -> dict[str, Any]:
+def parameters(request: AnyRequest, capture: Redactor | None) -> dict[str, Any]:
     """Return the settings that a request gave, as builtins.
 
     A schema and a template's options may hold content: they are kept as content is, and without
@@ -115,7 +107,7 @@ def _json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def _redacted(value: Any, capture: Capture) -> Any:
+def _redacted(value: Any, capture: Redactor) -> Any:
     if isinstance(value, str):
         return capture.redact(value)
     if isinstance(value, dict):

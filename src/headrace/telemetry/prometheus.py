@@ -342,16 +342,13 @@ _STATES = (
     _State("headrace_requests_queued", "Requests that wait for a slot.", _by_model("queued")),
     _State("headrace_slots", "Requests that can run at once.", _by_model("max_running")),
     _State("headrace_queue_places", "Requests that may wait.", _by_model("max_queued")),
-    _State("headrace_model_restarts_total", "Workers that died.", _by_model("restarts")),
-    _State(
-        "headrace_model_evictions_total",
-        "How often a worker had to make room for another model.",
-        _by_model("evictions"),
-    ),
-    _State(
-        "headrace_model_continuations_total",
-        "Answers that went on after their worker had died.",
-        _by_model("continuations"),
+    *(
+        _State(f"headrace_model_{field}_total", help, _by_model(field))
+        for field, help in (
+            ("restarts", "Workers that died."),
+            ("evictions", "How often a worker had to make room for another model."),
+            ("continuations", "Answers that went on after their worker had died."),
+        )
     ),
     _State(
         "headrace_model_state", "1 for the state that a model is in.", _states, ("model", "state")
@@ -359,26 +356,14 @@ _STATES = (
     _State(
         "headrace_model_memory_bytes", "Memory that a model holds.", _memory, ("model", "device")
     ),
-    _State(
-        "headrace_device_memory_bytes", "Memory that a device has.", _by_device("total"), _DEVICE
-    ),
-    _State(
-        "headrace_device_memory_budget_bytes",
-        "Memory that models may take.",
-        _by_device("budget"),
-        _DEVICE,
-    ),
-    _State(
-        "headrace_device_memory_booked_bytes",
-        "Memory that models have booked.",
-        _by_device("booked"),
-        _DEVICE,
-    ),
-    _State(
-        "headrace_device_memory_free_bytes",
-        "Memory that no process uses, as the machine reports it.",
-        _by_device("free"),
-        _DEVICE,
+    *(
+        _State(f"headrace_device_memory_{part}bytes", help, _by_device(field), _DEVICE)
+        for part, field, help in (
+            ("", "total", "Memory that a device has."),
+            ("budget_", "budget", "Memory that models may take."),
+            ("booked_", "booked", "Memory that models have booked."),
+            ("free_", "free", "Memory that no process uses, as the machine reports it."),
+        )
     ),
 )
 

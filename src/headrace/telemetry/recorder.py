@@ -21,7 +21,7 @@ from headrace.core.request import AnyRequest
 from headrace.models.providers import PROVIDERS
 from headrace.telemetry import content as contents
 from headrace.telemetry import names
-from headrace.telemetry.content import Capture
+from headrace.telemetry.content import Redactor
 from headrace.telemetry.running import Running, draw
 from headrace.telemetry.spans import Kind, Parent, Span, Trace, Tracing, error_type
 
@@ -46,7 +46,7 @@ class Recorder:
         *,
         tracing: Tracing,
         sinks: Sinks = (),
-        capture: Capture | None = None,
+        capture: Redactor | None = None,
     ) -> None:
         self.tracing = tracing
         self._models = models
