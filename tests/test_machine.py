@@ -19,7 +19,7 @@ from headrace import engines, machine
 from headrace.core.errors import ConfigError
 from headrace.core.metrics import DeviceUse
 from headrace.core.stream import collect
-from headrace.machine import Device, Sampler, devices, facts, gpu, memory, sampler, system
+from headrace.machine import Device, Sampler, devices, facts, hardware, sampler, system
 
 
 def device(worker_used: int, name: str = "cpu", used: int = 50, **meters: float) -> Device:
@@ -310,24 +310,24 @@ def lost(*asked: object) -> Any:
 
 def test_a_gpu_tells_what_one_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """T6: through the driver's library, where there is one."""
-    monkeypatch.setattr(gpu, "_nvml", fake_driver)
+    monkeypatch.setattr(hardware, "_nvml", fake_driver)
     seen = devices()[1]
     assert seen == Device(name="cuda:0 Mill", kind="cuda", total=1000, used=300, worker_used=7)
     assert seen.key == "cuda:0"
     held = machine.process_memory(os.getpid())
     assert held.keys() == {"cpu", "cuda:0"}
     assert held["cuda:0"] == 7
-    monkeypatch.setattr(gpu, "_nvml", lambda: fake_driver(nvmlDeviceGetHandleByIndex=lost))
+    monkeypatch.setattr(hardware, "_nvml", lambda: fake_driver(nvmlDeviceGetHandleByIndex=lost))
     assert [device.key for device in devices()] == ["cpu"]
 
 
 def test_a_gpu_tells_how_busy_it_is_and_what_it_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """T6: what the driver does not tell is None, and takes nothing else with it."""
-    monkeypatch.setattr(gpu, "_nvml", fake_driver)
+    monkeypatch.setattr(hardware, "_nvml", fake_driver)
     seen = sampler.DeviceReader()()[1]
     assert (seen.busy, seen.joules, seen.watts, seen.energy) == (0.42, 5.0, 65.5, "counter")
     old = fake_driver(nvmlDeviceGetTotalEnergyConsumption=lost, nvmlDeviceGetUtilizationRates=lost)
-    monkeypatch.setattr(gpu, "_nvml", lambda: old)
+    monkeypatch.setattr(hardware, "_nvml", lambda: old)
     seen = sampler.DeviceReader()()[1]
     assert (seen.busy, seen.joules, seen.watts, seen.energy) == (None, None, 65.5, "power")
     old.nvmlDeviceGetPowerUsage = lost
@@ -345,7 +345,7 @@ def test_the_system_describes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told.devices[0].total > 0
     assert set(told.instruction_sets) <= set(facts._INSTRUCTION_SETS)
     assert (told.driver, told.cuda) == ("", "") or len(told.devices) > 1
-    monkeypatch.setattr(gpu, "_nvml", fake_driver)
+    monkeypatch.setattr(hardware, "_nvml", fake_driver)
     told = system()
     assert (told.driver, told.cuda, told.devices[1].energy) == ("570.1", "12.8", "counter")
 
@@ -359,7 +359,7 @@ def test_the_system_names_the_library_of_each_engine() -> None:
 
 def test_the_system_as_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
     """W5: flat, under OpenTelemetry's names; the same whenever it is asked."""
-    monkeypatch.setattr(gpu, "_nvml", fake_driver)
+    monkeypatch.setattr(hardware, "_nvml", fake_driver)
     info = system()
     told = machine.attributes(info)
     assert told == machine.attributes(system())
@@ -459,8 +459,8 @@ def write(folder: Path, **files: object) -> None:
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the system shows its control groups, with nothing in it."""
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(hardware, "_OWN_CGROUP", tmp_path / "own")
     return tmp_path / "cgroup"
 
 
@@ -489,5 +489,5 @@ def test_no_limit_is_the_whole_machine(groups: Path, tmp_path: Path) -> None:
     write(groups, memory__max="max")
     assert devices()[0].total == psutil.virtual_memory().total
     (tmp_path / "own").unlink()
-    memory._cgroups.cache_clear()
+    hardware._cgroups.cache_clear()
     assert devices()[0].total == psutil.virtual_memory().total

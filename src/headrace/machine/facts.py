@@ -13,9 +13,7 @@ import msgspec
 import psutil
 
 from headrace import __version__
-from headrace.machine.device import Device
-from headrace.machine.gpu import driver, gpus
-from headrace.machine.memory import host
+from headrace.machine.hardware import Device, driver, gpus, host
 from headrace.machine.process import resident
 
 _CPUINFO = Path("/proc/cpuinfo")

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from headrace.machine.device import HOST
-from headrace.machine.gpu import gpus
+from headrace.machine.hardware import HOST, gpus
 
 _PR_SET_PDEATHSIG = 1
 

@@ -12,9 +12,7 @@ from typing import NamedTuple
 import psutil
 
 from headrace.core.metrics import DeviceUse
-from headrace.machine.device import Device
-from headrace.machine.gpu import gpus
-from headrace.machine.memory import host
+from headrace.machine.hardware import Device, gpus, host
 from headrace.machine.process import family, resident
 
 Look = Callable[[], Sequence[Device]]
