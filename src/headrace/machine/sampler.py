@@ -77,7 +77,7 @@ class _Sample(NamedTuple):
 
 
 class _Sums:
-    """What one request has seen of one device."""
+    """What one request has used of one device, up to the last sample."""
 
     __slots__ = ("busy_peak", "busy_s", "joules", "samples", "used", "used_peak")
 
@@ -94,15 +94,15 @@ class Measurement:
         self._began = self._time = began
         self._share = share
         self._sums: dict[str, _Sums] = {}
-        # Memory at the beginning is that of the sample before; the rest of it was before.
+        # The memory at the beginning is that of the last sample.
         for reading in last.readings:
-            self._hold(reading.device)
+            self._memory(reading.device)
 
     def add(self, sample: _Sample) -> None:
         """Add a sample: power and load are those of the time since the last."""
         seconds, share = sample.time - self._time, sample.share - self._share
         for device, watts in sample.readings:
-            sums, busy = self._hold(device), device.busy or 0.0
+            sums, busy = self._memory(device), device.busy or 0.0
             sums.busy_s += busy * seconds
             sums.busy_peak = max(sums.busy_peak, busy)
             sums.joules += (watts or 0.0) * share
@@ -113,7 +113,7 @@ class Measurement:
         self.result = tuple(self._use(*reading, now, share) for reading in last.readings)
         return self.result
 
-    def _hold(self, device: Device) -> _Sums:
+    def _memory(self, device: Device) -> _Sums:
         sums = self._sums.get(device.name)
         if sums is None:
             sums = self._sums[device.name] = _Sums()
