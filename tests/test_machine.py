@@ -19,7 +19,7 @@ from headrace import engines, machine
 from headrace.core.errors import ConfigError
 from headrace.core.metrics import DeviceUse
 from headrace.core.stream import collect
-from headrace.machine import Device, Sampler, devices, facts, gpu, memory, sampler, system
+from headrace.machine import Device, Sampler, devices, facts, hardware, sampler, system
 
 
 def device(worker_used: int, name: str = "cpu", used: int = 50, **meters: float) -> Device:
@@ -213,15 +213,18 @@ def test_it_samples_while_requests_run_and_rests_when_none_does() -> None:
     assert looks.count == count, "it has ended"
 
 
-def test_peaks_take_no_memory_for_what_is_over() -> None:
-    """T6: what no running request can ask for is gone."""
+def test_a_long_request_takes_no_more_memory_than_a_short_one() -> None:
+    """T6: and what is over takes none."""
     with scene(device(99)) as one:
-        for step in range(50):
-            old = one.sampler.watch()
+        watch = one.sampler.watch()
+        for step in range(1, 51):
+            other = one.sampler.watch()
             one.at(step, device(98 - step))
-            one.sampler.release(old)
-        held = one.sampler._peaks["cpu"].used
-        assert len(held._values) <= 2
+            one.sampler.release(other)
+        assert len(one.sampler._running) == len(watch._sums) == 1
+        (use,) = one.sampler.release(watch)
+        assert (use.worker_peak, use.worker_mean) == (99, (99 + sum(range(48, 98))) // 51)
+        assert not one.sampler._running
 
 
 async def test_devices_are_looked_at_twice_a_second_at_most(
@@ -229,7 +232,7 @@ async def test_devices_are_looked_at_twice_a_second_at_most(
 ) -> None:
     """T6: never on the way of a token, however many there are; hardly ever without requests."""
     samples = Samples()
-    monkeypatch.setattr(sampler, "Worker", lambda: samples)
+    monkeypatch.setattr(sampler, "DeviceReader", lambda: samples)
     async with worker() as one:
         before, began = samples.count, time.monotonic()
         for _ in range(20):
@@ -245,7 +248,7 @@ async def test_devices_are_looked_at_twice_a_second_at_most(
 
 def test_a_worker_tells_how_busy_its_process_was() -> None:
     """T6, W16: the share of the processors that this process may use."""
-    look = sampler.Worker()
+    look = sampler.DeviceReader()
     look()
     until = time.monotonic() + 0.3
     while time.monotonic() < until:
@@ -264,7 +267,7 @@ def test_a_worker_counts_processes_of_its_engine(leads: bool, counts: bool) -> N
         assert child.stdout
         child.stdout.readline()
         before = devices()[0].worker_used
-        assert (sampler.Worker()()[0].worker_used - before > 50 << 20) == counts
+        assert (sampler.DeviceReader()()[0].worker_used - before > 50 << 20) == counts
         child.kill()
 
 
@@ -307,28 +310,28 @@ def lost(*asked: object) -> Any:
 
 def test_a_gpu_tells_what_one_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """T6: through the driver's library, where there is one."""
-    monkeypatch.setattr(gpu, "_nvml", fake_driver)
+    monkeypatch.setattr(hardware, "_nvml", fake_driver)
     seen = devices()[1]
     assert seen == Device(name="cuda:0 Mill", kind="cuda", total=1000, used=300, worker_used=7)
     assert seen.key == "cuda:0"
     held = machine.process_memory(os.getpid())
     assert held.keys() == {"cpu", "cuda:0"}
     assert held["cuda:0"] == 7
-    monkeypatch.setattr(gpu, "_nvml", lambda: fake_driver(nvmlDeviceGetHandleByIndex=lost))
+    monkeypatch.setattr(hardware, "_nvml", lambda: fake_driver(nvmlDeviceGetHandleByIndex=lost))
     assert [device.key for device in devices()] == ["cpu"]
 
 
 def test_a_gpu_tells_how_busy_it_is_and_what_it_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """T6: what the driver does not tell is None, and takes nothing else with it."""
-    monkeypatch.setattr(gpu, "_nvml", fake_driver)
-    seen = sampler.Worker()()[1]
+    monkeypatch.setattr(hardware, "_nvml", fake_driver)
+    seen = sampler.DeviceReader()()[1]
     assert (seen.busy, seen.joules, seen.watts, seen.energy) == (0.42, 5.0, 65.5, "counter")
     old = fake_driver(nvmlDeviceGetTotalEnergyConsumption=lost, nvmlDeviceGetUtilizationRates=lost)
-    monkeypatch.setattr(gpu, "_nvml", lambda: old)
-    seen = sampler.Worker()()[1]
+    monkeypatch.setattr(hardware, "_nvml", lambda: old)
+    seen = sampler.DeviceReader()()[1]
     assert (seen.busy, seen.joules, seen.watts, seen.energy) == (None, None, 65.5, "power")
     old.nvmlDeviceGetPowerUsage = lost
-    assert sampler.Worker()()[1].energy == "none"
+    assert sampler.DeviceReader()()[1].energy == "none"
     assert seen.worker_used == 7
 
 
@@ -342,7 +345,7 @@ def test_the_system_describes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told.devices[0].total > 0
     assert set(told.instruction_sets) <= set(facts._INSTRUCTION_SETS)
     assert (told.driver, told.cuda) == ("", "") or len(told.devices) > 1
-    monkeypatch.setattr(gpu, "_nvml", fake_driver)
+    monkeypatch.setattr(hardware, "_nvml", fake_driver)
     told = system()
     assert (told.driver, told.cuda, told.devices[1].energy) == ("570.1", "12.8", "counter")
 
@@ -356,7 +359,7 @@ def test_the_system_names_the_library_of_each_engine() -> None:
 
 def test_the_system_as_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
     """W5: flat, under OpenTelemetry's names; the same whenever it is asked."""
-    monkeypatch.setattr(gpu, "_nvml", fake_driver)
+    monkeypatch.setattr(hardware, "_nvml", fake_driver)
     info = system()
     told = machine.attributes(info)
     assert told == machine.attributes(system())
@@ -456,8 +459,8 @@ def write(folder: Path, **files: object) -> None:
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the system shows its control groups, with nothing in it."""
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(hardware, "_OWN_CGROUP", tmp_path / "own")
     return tmp_path / "cgroup"
 
 
@@ -486,5 +489,5 @@ def test_no_limit_is_the_whole_machine(groups: Path, tmp_path: Path) -> None:
     write(groups, memory__max="max")
     assert devices()[0].total == psutil.virtual_memory().total
     (tmp_path / "own").unlink()
-    memory._cgroups.cache_clear()
+    hardware._cgroups.cache_clear()
     assert devices()[0].total == psutil.virtual_memory().total

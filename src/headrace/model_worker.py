@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import struct
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -41,9 +42,9 @@ from headrace.core.stream import (
 )
 from headrace.pool.entry import ModelEntry
 from headrace.pool.pool import Pool
-from headrace.telemetry import setup, traceparent
+from headrace.telemetry import otel
 from headrace.telemetry.recorder import Recorder
-from headrace.telemetry.span import Tracing
+from headrace.telemetry.spans import Tracing
 from headrace.worker.spec import OnProgress, unloaded_info
 
 Messages = Sequence[Message | Mapping[str, Any]]
@@ -250,7 +251,7 @@ class AsyncModelWorker:
             self.spec, self._config, isolate=self._isolate, on_progress=self._on_progress
         )
         # Traced where the environment or the program has an exporter.
-        self._tracing = tracing = setup.configure(__version__)
+        self._tracing = tracing = otel.configure(__version__)
         if tracing.exporter is not None:
             pool.observed_by(Recorder(pool.models, tracing=tracing))
         return pool
@@ -278,8 +279,11 @@ class AsyncModelWorker:
 
     def _here(self, pool: Pool) -> Pool:
         """Check that the caller is in the event loop in which the model was started."""
-        # A stream can be made outside of any loop, and read in the right one.
-        if asyncio._get_running_loop() not in (None, self._loop):
+        here = self._loop
+        with contextlib.suppress(RuntimeError):
+            # A stream can be made outside of any loop, and read in the right one.
+            here = asyncio.get_running_loop()
+        if here is not self._loop:
             raise InvalidRequest(
                 f"{self.spec.name} was started in another event loop; use and stop it there."
             )
@@ -300,8 +304,9 @@ class AsyncModelWorker:
         exporter = self._tracing.exporter
         if exporter is None or (above := exporter.current()) is None:
             return request
-        header = traceparent.written(above.trace_id, above.span_id, above.flags)
-        return msgspec.structs.replace(request, traceparent=header, tracestate=above.state)
+        return msgspec.structs.replace(
+            request, traceparent=above.traceparent, tracestate=above.state
+        )
 
 
 async def _raise(error: HeadraceError) -> AsyncGenerator[Event, None]:

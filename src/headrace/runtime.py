@@ -30,7 +30,7 @@ from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker
 from headrace.pool.state import StateFile
-from headrace.telemetry import setup
+from headrace.telemetry import otel
 from headrace.tune import record as tune_record
 from headrace.tune.measure import Shape
 from headrace.tune.record import Record
@@ -188,7 +188,7 @@ def open_service(
     from headrace.telemetry.telemetry import Telemetry
 
     config = settings.config
-    tracing = setup.configure(__version__)
+    tracing = otel.configure(__version__)
     admin = PoolAdmin(
         open_pool(settings, models),
         specify=_specify(settings, models),

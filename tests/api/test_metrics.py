@@ -22,7 +22,7 @@ from headrace.api.openapi import document
 from headrace.config import hash_key
 from headrace.core.model import ModelSpec
 from headrace.core.record import Activity, Call
-from headrace.telemetry.instruments import Instruments
+from headrace.telemetry.prometheus import Instruments
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 

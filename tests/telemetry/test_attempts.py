@@ -25,8 +25,8 @@ from headrace.core.model import ModelFile, ModelSpec
 from headrace.core.request import EmbedRequest, GenerateRequest, Message
 from headrace.core.stream import collect_vectors
 from headrace.pool.pool import Pool
-from headrace.telemetry import names, traceparent
-from headrace.telemetry.span import Span
+from headrace.telemetry import names
+from headrace.telemetry.spans import Parent, Span
 from headrace.worker.spec import OnProgress, WorkerSpec
 from headrace.worker.worker import Worker
 
@@ -310,12 +310,12 @@ async def test_an_upstream_is_told_the_trace(*, otel: bool) -> None:
     expected = {names.PROVIDER: "openai", names.SERVER_ADDRESS: "127.0.0.1"}
     assert expected.items() <= call.attributes.items()
     headers = upstream.requests[0].headers
-    told_parent = traceparent.parse(headers["traceparent"])
+    told_parent = Parent.parse(headers["traceparent"])
     assert told_parent is not None
     assert told_parent.trace_id == record.trace_id == f"{3:032x}"
     assert told_parent.span_id == (call.span_id if otel else f"{3:016x}")
     assert headers["tracestate"] == "vendor=1"
-    assert traceparent.parse(upstream.requests[1].headers["traceparent"])[0] == second.trace_id  # pyright: ignore[reportOptionalSubscript]
+    assert Parent.parse(upstream.requests[1].headers["traceparent"])[0] == second.trace_id  # pyright: ignore[reportOptionalSubscript]
     assert "tracestate" not in upstream.requests[1].headers
     if otel:
         told.check(2)

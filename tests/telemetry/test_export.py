@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 from tests.telemetry.collector import Collector, collector
 from tests.telemetry.watched import Scripted, Told, ask, parent
 
-from headrace.telemetry import setup
+from headrace.telemetry import otel
 
 REQUESTS = 64
 
@@ -145,7 +145,7 @@ def test_that_spans_are_lost_is_said_once(caplog: pytest.LogCaptureFixture) -> N
             logging.getLogger("opentelemetry.exporter.otlp").error("Failed: 503.")
             return SpanExportResult.SUCCESS if Refusing.takes else SpanExportResult.FAILURE
 
-    exporter = setup._Exporter("http://collector:4318", Refusing())
+    exporter = otel._Exporter("http://collector:4318", Refusing())
     theirs = logging.getLogger("opentelemetry.exporter")
     try:
         for count in (2, 3):
@@ -193,7 +193,7 @@ def _running(mode: str) -> Iterator[str]:
 
 async def _measure() -> None:
     plain, told = Told(otel=False), Told(otel=False)
-    told.tracing = setup.configure("1")
+    told.tracing = otel.configure("1")
     assert told.tracing.exporter is not None
     backends = [plain.observe(Scripted()), told.observe(Scripted())]
     times: list[list[float]] = [[], []]

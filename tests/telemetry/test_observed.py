@@ -35,7 +35,7 @@ from headrace.core.sampling import Sampling
 from headrace.core.stream import collect_ranking, collect_vectors
 from headrace.telemetry import content as contents
 from headrace.telemetry import names
-from headrace.telemetry.redact import Redactor
+from headrace.telemetry.content import Redactor
 
 LEAVES = [kind for kind in kinds() if not kind.__subclasses__()]
 

@@ -6,25 +6,30 @@ import asyncio
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.telemetry import redact, setup, traceparent
-from headrace.telemetry.redact import GONE, Redactor
+from headrace.core.metrics import Gaps, InferenceMetrics
+from headrace.core.request import GenerateRequest
+from headrace.core.sampling import Sampling, SamplingFields, described
+from headrace.telemetry import names, otel
+from headrace.telemetry.content import GONE, Redactor
+from headrace.telemetry.spans import Parent
 
 GOOD = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def test_a_traceparent_is_read_and_written() -> None:
     """T1: as the W3C has it; what a later version adds is passed over."""
-    parent = traceparent.parse(GOOD, "a=1,b=2")
+    parent = Parent.parse(GOOD, "a=1,b=2")
     assert parent is not None
-    assert traceparent.written(*parent[:3]) == GOOD
+    assert parent.traceparent == GOOD
     assert parent.state == "a=1,b=2"
-    assert traceparent.parse("cc" + GOOD[2:] + "-more") == parent._replace(state="")
-    assert traceparent.parse(GOOD, "x" * 600) == parent._replace(state="")
+    assert Parent.parse("cc" + GOOD[2:] + "-more") == parent._replace(state="")
+    assert Parent.parse(GOOD, "x" * 600) == parent._replace(state="")
 
 
 @pytest.mark.parametrize(
@@ -42,14 +47,14 @@ def test_a_traceparent_is_read_and_written() -> None:
     ],
 )
 def test_what_is_no_traceparent_is_as_if_it_were_not_there(header: str) -> None:
-    assert traceparent.parse(header) is None
+    assert Parent.parse(header) is None
 
 
 @given(st.text(max_size=80), st.text(max_size=80))
 def test_no_header_is_too_strange(header: str, state: str) -> None:
     for one in (header, GOOD):
-        parent = traceparent.parse(one, state)
-        assert parent is None or traceparent.parse(traceparent.written(*parent[:3])) is not None
+        parent = Parent.parse(one, state)
+        assert parent is None or Parent.parse(parent.traceparent) is not None
 
 
 @pytest.mark.parametrize(
@@ -83,15 +88,52 @@ def test_ones_own_patterns_are_redacted_too() -> None:
 def test_redaction_takes_no_longer_than_the_text_is_long() -> None:
     hard = ("a" * 70 + ".") * 2000 + "@" + "1 " * 50_000 + "-----BEGIN PRIVATE KEY-----" * 200
     began = time.perf_counter()
-    redact.Redactor().redact(hard)
+    Redactor().redact(hard)
     assert time.perf_counter() - began < 5
+
+
+def test_given_sampling_parameters_are_attributes() -> None:
+    """T3: each scalar, under the conventions' name where they have one."""
+    given: dict[str, Any] = {
+        name: 2**64 - 1 if name == "seed" else (1 if plain is int else 0.5)
+        for name, (plain, _) in described(SamplingFields).items()
+    }
+    request = GenerateRequest(prompt="x", sampling=Sampling(**given))
+    attributes = names.asked(request, "p")
+    ours = {f"headrace.request.{name}" for name in ("min_p", "repetition_penalty")}
+    assert ours < {f"headrace.request.{name}" for name in given}
+    assert {name for name in attributes if name.startswith("headrace.")} == ours
+    for name in given:
+        assert (f"gen_ai.request.{name}" in attributes) == (f"headrace.request.{name}" not in ours)
+    assert attributes["gen_ai.request.temperature"] == 0.5
+    assert attributes["gen_ai.request.seed"] == str(2**64 - 1), "more than 64 bits with a sign"
+    bare = names.asked(GenerateRequest(prompt="x"), "p")
+    assert bare.keys() == {names.OPERATION, names.PROVIDER, "gen_ai.output.type"}
+
+
+def test_scalar_figures_are_attributes() -> None:
+    """T3: all that are defined, but those that the span or a convention has."""
+    figures: dict[str, Any] = {
+        name: 1 for name in InferenceMetrics.declared() if name not in {"usage", "devices"}
+    }
+    metrics = InferenceMetrics(**{**figures, "inter_token_ms": Gaps(p50=1, p99=2, max=3)})
+    assert names.figures(metrics).keys() == {
+        f"headrace.{name}"
+        for name in (
+            *("queue_ms", "load_ms", "prefill_ms", "prefill_tokens_per_second"),
+            *("time_per_output_token_ms", "decode_tokens_per_second", "chunks"),
+            *("continuations", "continued", "inter_token_p50_ms", "inter_token_p99_ms"),
+        )
+    }
+    bare = names.figures(InferenceMetrics(started_at=1.0))
+    assert bare == {"headrace.load_ms": 0.0, "headrace.chunks": 0, "headrace.continuations": 0}
 
 
 def test_nothing_is_imported_where_nothing_is_asked_for() -> None:
     """T2: off costs nothing."""
     code = (
-        "import sys; from headrace.telemetry import setup, observed, watcher;"
-        "t = setup.configure('1', {'OTEL_SERVICE_NAME': 'x'});"
+        "import sys; from headrace.telemetry import otel, recorder;"
+        "t = otel.configure('1', {'OTEL_SERVICE_NAME': 'x'});"
         "print(t.exporter, [name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -121,8 +163,8 @@ _URL = "http://127.0.0.1:1"
 )
 def test_which_variable_switches_it_on(environment: dict[str, str], by: str | None) -> None:
     """T2: and the very variables do."""
-    assert setup.switched_on_by(environment) == by
-    tracing = setup.configure("1", environment)
+    assert otel.switched_on_by(environment) == by
+    tracing = otel.configure("1", environment)
     assert (tracing.exporter is None) == (by is None)
     asyncio.run(tracing.aclose())
 
@@ -136,7 +178,7 @@ def test_which_variable_switches_it_on(environment: dict[str, str], by: str | No
 )
 def test_a_wrong_variable_keeps_no_service_from_starting(environment: dict[str, str]) -> None:
     """T2: it is told in the log."""
-    assert setup.configure("1", environment).exporter is None
+    assert otel.configure("1", environment).exporter is None
 
 
 def test_the_sdk_is_missing(
@@ -146,7 +188,7 @@ def test_the_sdk_is_missing(
     for name in [name for name in sys.modules if name.startswith("opentelemetry.sdk")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk", None)
-    tracing = setup.configure("1", {"OTEL_TRACES_EXPORTER": "otlp"})
+    tracing = otel.configure("1", {"OTEL_TRACES_EXPORTER": "otlp"})
     assert tracing.exporter is None
     (line,) = caplog.records
     assert "pip install 'headrace[otlp]'" in line.getMessage()
@@ -157,14 +199,14 @@ def test_the_provider_of_the_host_program_is_used() -> None:
     code = (
         "from opentelemetry import trace; from opentelemetry.sdk.trace import TracerProvider;"
         "trace.set_tracer_provider(TracerProvider());"
-        "from headrace.telemetry import setup; print(setup.configure('1', {}).exporter is None)"
+        "from headrace.telemetry import otel; print(otel.configure('1', {}).exporter is None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
 def test_closing_twice_is_closing_once() -> None:
-    tracing = setup.configure("1", {"OTEL_TRACES_EXPORTER": "otlp"})
+    tracing = otel.configure("1", {"OTEL_TRACES_EXPORTER": "otlp"})
     assert tracing.exporter is not None
     asyncio.run(tracing.aclose())
     asyncio.run(tracing.aclose())

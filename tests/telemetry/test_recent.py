@@ -196,7 +196,7 @@ def test_who_has_left_without_a_record_is_forgotten(bench: Bench) -> None:
     bench.recent.activity()
     bench.running = []
     bench.recent.activity()
-    assert bench.recent._seen == {}
+    assert bench.recent._progress == {}
 
 
 def test_percentiles_are_of_the_last_minute(bench: Bench) -> None:
@@ -247,17 +247,29 @@ def test_names_nobody_serves_are_one(bench: Bench) -> None:
 
 
 def test_memory_is_bounded(bench: Bench) -> None:
-    """20,000 requests over 200 s keep a minute of slots, with a few latencies in each."""
+    """20,000 requests over 200 s keep a minute of samples, with as many as there is room for."""
     for number in range(20_000):
         bench.now = 1000 + number / 100
         bench.ended(total_s=500, first_s=0.1, each_ms=1.0, completion=9)
-    slots = bench.recent._models["m"]
-    assert 120 <= len(slots) <= 131
-    assert max(len(slot.first) for slot in slots.values()) == 32
+    model = bench.recent._models["m"]
+    assert 5950 <= len(model.ended) <= 6001
+    assert 450 <= len(model.completion) <= 501, "of 5 s"
     assert 5950 <= bench.rates().requests <= 6000
     for number in range(3000):
         bench.ended(model=f"x{number}")
     assert len(bench.recent._models) == recent._MODELS
+
+
+def test_with_more_requests_than_room_the_window_is_shorter(bench: Bench) -> None:
+    """10,000 in 50 s: the last 8,192 are told, and that they took 41 s."""
+    for number in range(10_000):
+        bench.now = 1000 + number / 200
+        bench.ended(total_s=0.01, first_s=number)
+    rates = bench.rates()
+    assert rates.requests == recent._SAMPLES
+    assert rates.window_s == pytest.approx((recent._SAMPLES - 1) / 200)
+    assert rates.time_to_first_token_p99_ms is not None
+    assert rates.time_to_first_token_p99_ms > 9_900_000
 
 
 def test_activity_has_the_oldest_first(bench: Bench) -> None:

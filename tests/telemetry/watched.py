@@ -26,7 +26,7 @@ from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker
 from headrace.telemetry.otel import OpenTelemetry
 from headrace.telemetry.recorder import Recorder
-from headrace.telemetry.span import Tracing
+from headrace.telemetry.spans import Tracing
 from headrace.worker.process import WorkerProcess
 
 MODEL = ModelInfo(id="m", source="builtin:m", engine="scripted", aliases=("also",))

@@ -189,36 +189,12 @@ async def _work(
 
 
 def _merge(finishes: Sequence[Finish]) -> Finish:
-    usage = Usage(
-        prompt_tokens=sum(finish.usage.prompt_tokens for finish in finishes),
-        cached_tokens=sum(finish.usage.cached_tokens for finish in finishes),
-        completion_tokens=sum(finish.usage.completion_tokens for finish in finishes),
-        reasoning_tokens=sum(finish.usage.reasoning_tokens for finish in finishes),
-    )
     reasons: list[FinishReason] = []
     for finish in finishes:
         reasons += finish.finish_reasons
-    metrics = _merge_metrics([finish.metrics for finish in finishes], usage)
-    return Finish(tuple(reasons), usage, metrics)
-
-
-def _merge_metrics(figures: Sequence[InferenceMetrics], usage: Usage) -> InferenceMetrics:
-    """Keep what is defined for several prompts: the first token of any, the longest wait."""
-    first = figures[0]
-    first_tokens = [metrics.time_to_first_token_ms for metrics in figures]
-    return InferenceMetrics(
-        started_at=min(metrics.started_at for metrics in figures),
-        load_ms=max(metrics.load_ms for metrics in figures),
-        time_to_first_token_ms=min((ms for ms in first_tokens if ms is not None), default=None),
-        total_ms=max(metrics.total_ms for metrics in figures),
-        chunks=sum(metrics.chunks for metrics in figures),
-        usage=usage,
-        devices=first.devices,
-        engine=first.engine,
-        worker=first.worker,
-        model=first.model,
-        outcome=first.outcome,
-    )
+    usage = Usage.merged([finish.usage for finish in finishes])
+    metrics = InferenceMetrics.merged([finish.metrics for finish in finishes])
+    return Finish(tuple(reasons), usage, replace(metrics, usage=usage))
 
 
 def _format() -> ChunkFormat:

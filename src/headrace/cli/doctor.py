@@ -93,7 +93,7 @@ def _device(device: Device) -> tuple[str | None, ...]:
 
 def _telemetry(config: Config) -> dict[str, Any]:
     """Return what is kept of requests and where, and who is told of them."""
-    from headrace.telemetry import setup, trace_file, usage
+    from headrace.telemetry import otel, trace_file, usage
 
     kept, port = config.telemetry, config.server.port
     if kept.metrics_port is not None:
@@ -103,7 +103,7 @@ def _telemetry(config: Config) -> dict[str, Any]:
         "traces": {"on": kept.traces, **_size(config.home / trace_file.FOLDER)},
         "content": kept.trace_content,
         "usage": {"on": kept.usage, **_size(config.home / usage.FILE)},
-        "spans": setup.switched_on_by(os.environ),
+        "spans": otel.switched_on_by(os.environ),
         "metrics": f"http://{host}:{port or 'PORT'}/metrics" if kept.metrics else None,
     }
 

@@ -20,7 +20,6 @@ from headrace.core.duration import seconds
 from headrace.core.errors import InvalidRequest
 from headrace.core.record import Outcome
 from headrace.telemetry import trace_file, trace_read
-from headrace.telemetry.redact import GONE
 from headrace.telemetry.trace_read import Wanted
 
 _OUTCOMES = ("ok", "refused", "error", "cancelled")
@@ -128,6 +127,7 @@ def replay(
     """
     from headrace.cli import trace_replay
     from headrace.cli.client import address
+    from headrace.telemetry.content import GONE
 
     settings = common.settings()
     record = trace_read.find(settings.config.home / trace_file.FOLDER, id)

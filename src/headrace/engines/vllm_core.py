@@ -8,17 +8,14 @@ pickled and makes before it takes any memory.
 from __future__ import annotations
 
 import copyreg
-import ctypes
 import logging
 import os
-import signal
-import sys
 import types
 from abc import ABCMeta
 from pathlib import Path
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
+from headrace.machine import die_with_parent
 
 
 class _Kind(ABCMeta):
@@ -72,7 +69,6 @@ class _Report(logging.Handler):
 def _end_with(owner: int) -> None:
     if os.getpid() == owner:
         return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != owner:
         os._exit(1)

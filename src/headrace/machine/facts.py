@@ -13,9 +13,8 @@ import msgspec
 import psutil
 
 from headrace import __version__
-from headrace.machine.device import Device
-from headrace.machine.gpu import driver, gpus
-from headrace.machine.memory import host, resident
+from headrace.machine.hardware import Device, driver, gpus, host
+from headrace.machine.process import resident
 
 _CPUINFO = Path("/proc/cpuinfo")
 _LIBRARIES = (
@@ -75,12 +74,12 @@ Attribute = str | int | float | bool | tuple[str, ...]
 
 
 def attributes(info: SystemInfo) -> dict[str, Attribute]:
-    """Return what does not change of the machine, under OpenTelemetry's names where it has any.
+    """Return the constant facts of the machine, under OpenTelemetry's names where it has any.
 
     Memory is in bytes. GPUs are counted as the driver does.
     """
     first, *others = info.devices
-    told: dict[str, Attribute] = {
+    known: dict[str, Attribute] = {
         "os.type": info.os_type,
         "os.description": info.os,
         "host.arch": info.arch,
@@ -92,14 +91,14 @@ def attributes(info: SystemInfo) -> dict[str, Attribute]:
         "headrace.cpu.instruction_sets": info.instruction_sets,
         "headrace.memory": first.total,
     }
-    told |= {f"headrace.library.{name}": version for name, version in info.libraries.items()}
+    known |= {f"headrace.library.{name}": version for name, version in info.libraries.items()}
     if others:
-        told |= {"headrace.gpu.driver": info.driver, "headrace.gpu.cuda": info.cuda}
+        known |= {"headrace.gpu.driver": info.driver, "headrace.gpu.cuda": info.cuda}
     for number, gpu in enumerate(others):
-        told[f"headrace.gpu.{number}.name"] = gpu.name.partition(" ")[2]
-        told[f"headrace.gpu.{number}.memory"] = gpu.total
-        told[f"headrace.gpu.{number}.energy"] = gpu.energy
-    return told
+        known[f"headrace.gpu.{number}.name"] = gpu.name.partition(" ")[2]
+        known[f"headrace.gpu.{number}.memory"] = gpu.total
+        known[f"headrace.gpu.{number}.energy"] = gpu.energy
+    return known
 
 
 def _cpu() -> tuple[str, frozenset[str]]:

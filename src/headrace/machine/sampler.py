@@ -1,4 +1,4 @@
-"""Follows the devices beside the requests, and tells each request what it used of them."""
+"""Samples the devices beside the requests: what each request used of them."""
 
 from __future__ import annotations
 
@@ -6,31 +6,28 @@ import contextlib
 import os
 import threading
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import psutil
 
 from headrace.core.metrics import DeviceUse
-from headrace.machine.device import Device
-from headrace.machine.gpu import gpus
-from headrace.machine.memory import family, host, resident
+from headrace.machine.hardware import Device, gpus, host
+from headrace.machine.process import family, resident
 
 Look = Callable[[], Sequence[Device]]
 
 
-class Worker:
-    """Looks at the devices for this process and those it has started by now.
+class DeviceReader:
+    """Reads the devices for this process and those it has started by now.
 
-    Whoever asks again must do so from one thread at a time: it tells how busy the processors were
-    since the last look.
+    Not thread-safe: how busy the processors were is since the last call.
     """
 
     def __init__(self) -> None:
-        # To look for children is ten times as dear as all the rest: engines start theirs first.
-        self._processes = [one for one in family(os.getpid()) if _is_own(one.pid)]
-        self._pids = {one.pid for one in self._processes}
+        # To look for children costs ten times as much as all the rest: engines start theirs first.
+        self._processes = [process for process in family(os.getpid()) if _is_own(process.pid)]
+        self._pids = {process.pid for process in self._processes}
         self._before = time.monotonic(), self._cpu_s()
 
     def __call__(self) -> tuple[Device, ...]:
@@ -60,133 +57,98 @@ def _is_own(pid: int) -> bool:
 
 def _processors() -> int:
     """Return how many processors this process may use."""
-    can_tell = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if can_tell else os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
-class _Total(NamedTuple):
-    """A device up to one sample: sums over all before, and what the last period was like.
-
-    `joules` is what one request would have that had run all the time.
-    """
+class _Reading(NamedTuple):
+    """A device at one moment, and its mean power since the last; None if it is not metered."""
 
     device: Device
-    samples: int = 0
-    used: int = 0
-    busy_s: float = 0.0
-    joules: float = 0.0
-    watts: float | None = None
+    watts: float | None
 
 
 class _Sample(NamedTuple):
-    """What is known at one moment; `share` is the integral of 1 / running requests."""
+    """All devices at one moment; `share` is the integral of 1 / running requests."""
 
-    number: int
     time: float
     share: float
-    totals: Mapping[str, _Total]
+    readings: tuple[_Reading, ...] = ()
 
 
-class _Period:
-    """From one sample to the next, which is not there yet while it lasts."""
+class _Sums:
+    """What one request has used of one device, up to the last sample."""
 
-    end: _Sample | None = None
+    __slots__ = ("busy_peak", "busy_s", "joules", "samples", "used", "used_peak")
+
+    def __init__(self) -> None:
+        self.samples = self.used = self.used_peak = 0
+        self.busy_s = self.busy_peak = self.joules = 0.0
 
 
-class Watch:
-    """One request, from when it came."""
+class Measurement:
+    """The use of the devices by one request, added up sample by sample."""
 
-    def __init__(self, start: _Sample, period: _Period, began: float, share: float) -> None:
-        self.start = start
-        self.began = began
-        self.use: tuple[DeviceUse, ...] | None = None
-        self._period = period
+    def __init__(self, began: float, share: float, last: _Sample) -> None:
+        self.result: tuple[DeviceUse, ...] | None = None
+        self._began = self._time = began
         self._share = share
+        self._sums: dict[str, _Sums] = {}
+        # The memory at the beginning is that of the last sample.
+        for reading in last.readings:
+            self._memory(reading.device)
 
-    def result(
-        self, last: _Sample, now: float, share: float, peaks: Mapping[str, _Peaks]
-    ) -> tuple[DeviceUse, ...]:
-        """Return the use up to now, of the devices that are still there."""
-        return tuple(self._use(name, last, now, share, peaks[name]) for name in last.totals)
+    def add(self, sample: _Sample) -> None:
+        """Add a sample: power and load are those of the time since the last."""
+        seconds, share = sample.time - self._time, sample.share - self._share
+        for device, watts in sample.readings:
+            sums, busy = self._memory(device), device.busy or 0.0
+            sums.busy_s += busy * seconds
+            sums.busy_peak = max(sums.busy_peak, busy)
+            sums.joules += (watts or 0.0) * share
+        self._time, self._share = sample.time, sample.share
 
-    def _use(self, name: str, last: _Sample, now: float, share: float, peaks: _Peaks) -> DeviceUse:
-        total, start = last.totals[name], self.start.totals.get(name)
-        device = total.device
-        used, samples = total.used, total.samples
-        if start is not None:
-            used += start.device.worker_used - start.used
-            samples += 1 - start.samples
-        is_busy = self._is_seen(last, now) and device.busy is not None
+    def finish(self, last: _Sample, now: float, share: float) -> tuple[DeviceUse, ...]:
+        """Return the use of the devices that are still there."""
+        self.result = tuple(self._use(*reading, now, share) for reading in last.readings)
+        return self.result
+
+    def _memory(self, device: Device) -> _Sums:
+        sums = self._sums.get(device.name)
+        if sums is None:
+            sums = self._sums[device.name] = _Sums()
+        sums.samples += 1
+        sums.used += device.worker_used
+        sums.used_peak = max(sums.used_peak, device.worker_used)
+        return sums
+
+    def _use(self, device: Device, watts: float | None, now: float, share: float) -> DeviceUse:
+        sums, sampled_s = self._sums[device.name], self._time - self._began
+        # Samples of less than half of the time say little.
+        knows_busy = device.busy is not None and sampled_s > 0
+        knows_busy = knows_busy and sampled_s >= (now - self._began) / 2
+        joules = None
+        if watts is not None:
+            # Since the last sample the power is that of the period before it.
+            joules = round(sums.joules + watts * (share - self._share), 3)
         return DeviceUse(
-            name=name,
+            name=device.name,
             total=device.total,
             used=device.used,
             worker_used=device.worker_used,
-            worker_mean=used // samples,
-            worker_peak=int(peaks.used.since(self.start.number)),
-            busy_mean=self._busy(name, last) if is_busy else None,
-            busy_peak=round(peaks.busy.since(self.start.number + 1), 3) if is_busy else None,
-            joules=self._joules(name, last, share),
+            worker_mean=sums.used // sums.samples,
+            worker_peak=sums.used_peak,
+            busy_mean=round(sums.busy_s / sampled_s, 3) if knows_busy else None,
+            busy_peak=round(sums.busy_peak, 3) if knows_busy else None,
+            joules=joules,
         )
-
-    def _is_seen(self, last: _Sample, now: float) -> bool:
-        # The samples must tell of most of the time.
-        return self._period.end is not None and last.time - self.began >= (now - self.began) / 2
-
-    def _busy(self, name: str, last: _Sample) -> float:
-        end = self._period.end or last
-        total, first = last.totals[name], end.totals.get(name)
-        busy_s = total.busy_s - (first.busy_s if first else 0.0)
-        if first and first.device.busy is not None:
-            busy_s += first.device.busy * (end.time - self.began)
-        return round(busy_s / (last.time - self.began), 3)
-
-    def _joules(self, name: str, last: _Sample, share: float) -> float | None:
-        """Return the share of the energy; since the last sample it is that of the period before."""
-        total, end = last.totals[name], self._period.end
-        if total.watts is None:
-            return None
-        if end is None:
-            return round(total.watts * (share - self._share), 3)
-        first = end.totals.get(name)
-        joules = total.joules - (first.joules if first else 0.0)
-        joules += ((first and first.watts) or 0.0) * (end.share - self._share)
-        return round(joules + total.watts * (share - last.share), 3)
-
-
-class _Maximum:
-    """The largest value from any sample on; kept are those that can still be one."""
-
-    def __init__(self) -> None:
-        self._numbers: list[int] = []
-        self._values: list[float] = []
-
-    def add(self, number: int, value: float, oldest: int) -> None:
-        """Take a value; nobody asks for what was before `oldest`."""
-        while self._values and self._values[-1] <= value:
-            self._numbers.pop()
-            self._values.pop()
-        self._numbers.append(number)
-        self._values.append(value)
-        gone = bisect_left(self._numbers, oldest)
-        del self._numbers[:gone], self._values[:gone]
-
-    def since(self, number: int) -> float:
-        """Return the largest from a sample on."""
-        place = bisect_left(self._numbers, number)
-        return self._values[place] if place < len(self._values) else 0.0
-
-
-class _Peaks(NamedTuple):
-    used: _Maximum
-    busy: _Maximum
 
 
 class Sampler:
     """Samples the devices twice a second on its own thread while requests run.
 
-    Without any it looks each `idle_s` seconds. A GPU's energy is shared by the requests that run
-    here if this process holds memory of it, or if it is the engine's `device`.
+    Without any it samples each `idle_s` seconds. A GPU's energy is shared by the requests that
+    run here if this process holds memory of it, or if it is the engine's `device`.
     """
 
     def __init__(
@@ -198,43 +160,39 @@ class Sampler:
         idle_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._look = look or Worker()
+        self._look = look or DeviceReader()
         self._device = device
         self._period_s, self._idle_s = period_s, idle_s
         self._clock = clock
         self._lock = threading.Lock()
         self._stop, self._wake = threading.Event(), threading.Event()
         self._sleeps = False
-        self._watches: dict[Watch, None] = {}
+        self._running: set[Measurement] = set()
         self._share, self._shared_at = 0.0, clock()
-        self._period = _Period()
-        self._peaks: dict[str, _Peaks] = {}
-        self._known: dict[str, _Total] = {}
         self.latest: tuple[Device, ...] = ()
-        self._last = _Sample(0, self._shared_at, 0.0, {})
+        self._last = _Sample(self._shared_at, 0.0)
         self.sample()
         self._thread = threading.Thread(target=self._run, name="device-sampler", daemon=True)
         self._thread.start()
 
-    def watch(self) -> Watch:
+    def watch(self) -> Measurement:
         """Begin to follow one request; costs no system call."""
         with self._lock:
-            now = self._advance()
-            watch = Watch(self._last, self._period, now, self._share)
-            self._watches[watch] = None
+            measurement = Measurement(self._advance(), self._share, self._last)
+            self._running.add(measurement)
             if self._sleeps:
                 self._sleeps = False
                 self._wake.set()
-        return watch
+        return measurement
 
-    def release(self, watch: Watch) -> tuple[DeviceUse, ...]:
+    def release(self, measurement: Measurement) -> tuple[DeviceUse, ...]:
         """Stop following, and return the use."""
         with self._lock:
-            if watch.use is None:
-                now = self._advance()
-                del self._watches[watch]
-                watch.use = watch.result(self._last, now, self._share, self._peaks)
-            return watch.use
+            if measurement.result is not None:
+                return measurement.result
+            now = self._advance()
+            self._running.remove(measurement)
+            return measurement.finish(self._last, now, self._share)
 
     def close(self) -> None:
         """End the thread. Idempotent."""
@@ -243,21 +201,26 @@ class Sampler:
         self._thread.join()
 
     def sample(self) -> None:
-        """Look at the devices once; for the thread, and for tests."""
-        seen = tuple(self._look())
+        """Read the devices once; for the thread, and for tests."""
+        devices = tuple(self._look())
         with self._lock:
-            now, before = self._advance(), self._last
-            oldest = next(iter(self._watches)).start.number if self._watches else before.number + 1
-            totals = {one.name: self._total(one, seen, now, oldest) for one in seen}
-            self._known |= totals
-            self._last = _Sample(before.number + 1, now, self._share, totals)
-            self._period.end, self._period = self._last, _Period()
-            self.latest = seen
+            now, before = self._advance(), {device.name: device for device in self.latest}
+            seconds = now - self._last.time
+            watts = (
+                _mean_watts(before.get(device.name), device, seconds)
+                if self._is_ours(device, devices)
+                else None
+                for device in devices
+            )
+            self._last = _Sample(now, self._share, tuple(map(_Reading, devices, watts)))
+            self.latest = devices
+            for measurement in self._running:
+                measurement.add(self._last)
 
     def _run(self) -> None:
         while not self._stop.wait(self._period_s):
             with self._lock:
-                self._sleeps = not self._watches
+                self._sleeps = not self._running
             if self._sleeps:
                 self._wake.wait(self._idle_s)
                 self._wake.clear()
@@ -266,41 +229,23 @@ class Sampler:
 
     def _advance(self) -> float:
         now = self._clock()
-        if self._watches:
-            self._share += (now - self._shared_at) / len(self._watches)
+        if self._running:
+            self._share += (now - self._shared_at) / len(self._running)
         self._shared_at = now
         return now
 
-    def _total(self, device: Device, seen: Sequence[Device], now: float, oldest: int) -> _Total:
-        before, last = self._known.get(device.name) or _Total(device), self._last
-        number, span = last.number + 1, now - last.time
-        peaks = self._peaks.setdefault(device.name, _Peaks(_Maximum(), _Maximum()))
-        peaks.used.add(number, device.worker_used, oldest)
-        peaks.busy.add(number, device.busy or 0.0, oldest)
-        earlier = last.totals.get(device.name)
-        is_ours = self._is_ours(device, seen)
-        watts = _watts(earlier and earlier.device, device, span) if is_ours else None
-        return _Total(
-            device=device,
-            samples=before.samples + 1,
-            used=before.used + device.worker_used,
-            busy_s=before.busy_s + (device.busy or 0.0) * span,
-            joules=before.joules + (watts or 0.0) * (self._share - last.share),
-            watts=watts,
-        )
-
-    def _is_ours(self, device: Device, seen: Sequence[Device]) -> bool:
-        """Tell whether requests here use a GPU; a container may not see who holds its memory."""
-        asked = self._device.partition(":")[0] == "cuda"
-        only = sum(one.kind == "cuda" for one in seen) == 1
-        named = device.key == self._device or (only and device.kind == "cuda")
-        return device.worker_used > 0 or (asked and named)
+    def _is_ours(self, device: Device, devices: Sequence[Device]) -> bool:
+        """Whether requests here use a GPU; a container may not see which process holds memory."""
+        if device.worker_used > 0 or self._device.partition(":")[0] != "cuda":
+            return device.worker_used > 0
+        gpus = [other for other in devices if other.kind == "cuda"]
+        return device.key == self._device or gpus == [device]
 
 
-def _watts(before: Device | None, now: Device, span: float) -> float | None:
-    """Return the mean power between two looks: by the counter, else by the readings."""
+def _mean_watts(before: Device | None, now: Device, seconds: float) -> float | None:
+    """Return the mean power between two samples: by the counter, else by the readings."""
     counted = before and before.joules
-    if counted is not None and now.joules is not None and span > 0:
-        return max(0.0, now.joules - counted) / span
-    readings = [one.watts for one in (before, now) if one and one.watts is not None]
+    if counted is not None and now.joules is not None and seconds > 0:
+        return max(0.0, now.joules - counted) / seconds
+    readings = [device.watts for device in (before, now) if device and device.watts is not None]
     return sum(readings) / len(readings) if readings else None

@@ -82,11 +82,12 @@ def copy_hashed(source: IO[bytes], target: Path, size: int, progress: Progress) 
     return done, digest.hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file at once: nobody ever sees half of it, not even after a power cut."""
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Replace a file at once: half of it is never seen, not even after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from headrace.core.errors import ConfigError
+from headrace.models.transfer import write_atomically
 
 _log = logging.getLogger("headrace.pool")
 
@@ -66,7 +67,8 @@ class StateFile:
         if self.path is None or self._models == self._written:
             return
         try:
-            _replace(self.path, msgspec.json.encode(_Document(self._models), order="sorted"))
+            data = msgspec.json.encode(_Document(self._models), order="sorted")
+            write_atomically(self.path, data, mode=0o600)
             self._written = self._models
         except OSError as error:
             _log.warning("What was done by hand is not kept: %s: %s", self.path, error.strerror)
@@ -114,20 +116,3 @@ def _read(path: Path) -> dict[str, Remembered]:
         except OSError as again:
             _log.warning("%s cannot be moved: %s", path, again.strerror)
         return {}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.unlink(missing_ok=True)
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        # A file is found after a crash only when its folder is on the disk too.
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -1,9 +1,10 @@
-"""What was asked and answered, redacted: as it is kept, and as the conventions write it."""
+"""Content of requests, redacted: as it is kept, and as the conventions write it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import msgspec
 
@@ -12,31 +13,64 @@ from headrace.core.record import Attribute, Content
 from headrace.core.request import AnyRequest, GenerateRequest
 from headrace.telemetry import names
 
+_SECRETS = (
+    # Keys, by the forms of their makers.
+    r"\b(?:sk|pk|rk)[-_][A-Za-z0-9_-]{16,}",
+    r"\b(?:hf|gh[oprsu]|glpat|xox[abeprs])[-_][A-Za-z0-9_-]{16,}",
+    r"\bgithub_pat_\w{20,}",
+    r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    r"\bAIza[0-9A-Za-z_-]{35}",
+    r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+    # And whatever is called a key or a password.
+    r"(?i:\bbearer\s+)[A-Za-z0-9._~+/=-]{8,}",
+    r"(?i:\b(?:(?:api[-_ ]?key|password|passwd|access[-_ ]?token)[\"']?\s*(?:is\b\s*[:=]?|[:=])"
+    r"|secret[\"']?\s*[:=])\s*)"
+    r"(?:\"[^\"\n]+\"|'[^'\n]+'|[^\s\"',;]+)",
+    r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}",
+)
+_CARD = re.compile(r"(?<!\d)(?<!\d\.)\d(?:[ -]?\d){12,18}(?!\.?\d)")
+GONE = "[redacted]"
+"""What stands in the place of a secret."""
 
-class Capture(Protocol):
-    """Says that content is kept, and what of it is not."""
+
+class Redactor:
+    """Removes secrets, by our own patterns and further regular expressions."""
+
+    def __init__(self, patterns: Sequence[str] = ()) -> None:
+        secret = "|".join(f"(?:{pattern})" for pattern in _SECRETS)
+        self._patterns = (re.compile(secret, re.DOTALL), *map(re.compile, patterns))
 
     def redact(self, text: str) -> str:
-        """Return a text that may be kept."""
-        ...
+        """Return the text with `[redacted]` in the place of each secret."""
+        for pattern in self._patterns:
+            text = pattern.sub(GONE, text)
+        return _CARD.sub(_card, text)
 
 
-def content(request: AnyRequest, said: Mapping[int, Sequence[str]], capture: Capture) -> Content:
+def _card(match: re.Match[str]) -> str:
+    digits = [int(character) for character in match[0] if character.isdigit()]
+    # Luhn's sum, which the number of a card has, and nine of ten other numbers have not.
+    doubled = (sum(divmod(2 * digit, 10)) for digit in digits[-2::-2])
+    return GONE if (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0 else match[0]
+
+
+def content(request: AnyRequest, said: Mapping[int, Sequence[str]], capture: Redactor) -> Content:
     """Return the content of a request. Token ids are left out: they cannot be redacted."""
     answered = tuple(capture.redact("".join(parts)) for _, parts in sorted(said.items()))
     return Content(asked=_redacted(request.content(), capture), answered=answered)
 
 
 def say(said: dict[int, list[str]], delta: Delta) -> None:
-    """Note what an answer goes on with."""
+    """Add a delta to the answers."""
     said.setdefault(delta.index, []).append(delta.text)
 
 
-def parameters(request: AnyRequest, capture: Capture | None) -> dict[str, Any]:
+def parameters(request: AnyRequest, capture: Redactor | None) -> dict[str, Any]:
     """Return the settings that a request gave, as builtins.
 
-    A schema and a template's options may hold content: it is kept as content is, and without
-    `capture` it is only told that there were some.
+    A schema and a template's options may hold content: they are kept as content is, and without
+    `capture` only that there were some.
     """
     kept = request.settings()
     for name in _LIKE_CONTENT & kept.keys():
@@ -53,16 +87,16 @@ def attributes(
     """Return content as attributes of a span, of requests that the conventions have a form for."""
     if not isinstance(request, GenerateRequest):
         return {}
-    asked: list[dict[str, Any]] = (
+    messages: list[dict[str, Any]] = (
         kept.asked if request.messages is not None else [{"role": "user", "content": kept.asked}]
     )
-    messages = [_message(one["role"], one["content"] or "") for one in asked]
+    prompts = [_message(message["role"], message["content"] or "") for message in messages]
     reasons = [*finish_reasons, *["error"] * len(kept.answered)]
     answers = [
         _message("assistant", text) | {"finish_reason": reason}
         for text, reason in zip(kept.answered, reasons, strict=False)
     ]
-    return {names.INPUT_MESSAGES: _json(messages), names.OUTPUT_MESSAGES: _json(answers)}
+    return {names.INPUT_MESSAGES: _json(prompts), names.OUTPUT_MESSAGES: _json(answers)}
 
 
 def _message(role: str, text: str) -> dict[str, Any]:
@@ -73,12 +107,12 @@ def _json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def _redacted(value: Any, capture: Capture) -> Any:
+def _redacted(value: Any, capture: Redactor) -> Any:
     if isinstance(value, str):
         return capture.redact(value)
     if isinstance(value, dict):
-        told = cast("dict[str, Any]", value)
-        return {key: _redacted(one, capture) for key, one in told.items()}
+        members = cast("dict[str, Any]", value)
+        return {key: _redacted(member, capture) for key, member in members.items()}
     if isinstance(value, list | tuple):
-        return [_redacted(one, capture) for one in cast("list[Any]", value)]
+        return [_redacted(item, capture) for item in cast("list[Any]", value)]
     return value

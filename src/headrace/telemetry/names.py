@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from headrace.core.metrics import InferenceMetrics
+from headrace.core.metrics import DeviceUse, InferenceMetrics
 from headrace.core.model import ModelInfo
 from headrace.core.record import Attribute
 from headrace.core.request import AnyRequest, EmbedRequest, GenerateRequest
+from headrace.core.sampling import Sampling, SamplingFields
 from headrace.models.providers import PROVIDERS
 
 Attributes = dict[str, Attribute]
@@ -47,18 +48,33 @@ _WELL_KNOWN = {
     "moonshot": "moonshot_ai",
     "xai": "x_ai",
 }
-_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "presence_penalty", "seed")
-_FIGURES = (
-    *("queue_ms", "load_ms", "prefill_ms", "prefill_tokens_per_second"),
-    *("decode_tokens_per_second", "time_per_output_token_ms", "chunks", "continuations"),
+_CONVENTIONAL = frozenset(
+    {
+        *("max_tokens", "temperature", "top_p", "top_k", "presence_penalty"),
+        *("frequency_penalty", "seed"),
+    }
 )
-_USE = ("worker_mean", "worker_peak", "busy_mean", "busy_peak", "joules")
+"""The sampling parameters that the conventions have a name for."""
+
+_LARGEST_INTEGER = (1 << 63) - 1
+"""An integer of OpenTelemetry has 64 bits and a sign."""
+
+_ELSEWHERE = frozenset(
+    {
+        *("started_at", "total_ms"),  # the span's own times
+        *("usage", "time_to_first_token_ms", "engine", "model", "worker", "outcome"),
+        *("inter_token_ms", "devices"),  # parts of which are attributes
+    }
+)
+_FIGURES = tuple(name for name in InferenceMetrics.declared() if name not in _ELSEWHERE)
+_AT_THE_END = frozenset({"name", "total", "used", "worker_used"})
+_USE = tuple(name for name in DeviceUse.declared() if name not in _AT_THE_END)
 
 
 def provider(info: ModelInfo) -> str:
     """Return who computes a model's answers, by the name that the conventions have for it."""
-    named = info.source.partition(":")[0]
-    return _WELL_KNOWN.get(named, named) if named in PROVIDERS else HERE
+    name = info.source.partition(":")[0]
+    return _WELL_KNOWN.get(name, name) if name in PROVIDERS else HERE
 
 
 def asked(request: AnyRequest, provider_name: str) -> Attributes:
@@ -70,16 +86,21 @@ def asked(request: AnyRequest, provider_name: str) -> Attributes:
         if request.dimensions is not None:
             known["gen_ai.embeddings.dimension.count"] = request.dimensions
     elif isinstance(request, GenerateRequest):
-        sampling = request.sampling
-        for name in (*_SAMPLING, "frequency_penalty"):
-            if (value := getattr(sampling, name)) is not None:
-                # An integer of OpenTelemetry's has 64 bits and a sign.
-                known[f"gen_ai.request.{name}"] = value if value < 1 << 63 else str(value)
-        if sampling.stop:
-            known["gen_ai.request.stop_sequences"] = sampling.stop
+        known |= _sampling(request.sampling)
         if request.n != 1:
             known["gen_ai.request.choice.count"] = request.n
         known["gen_ai.output.type"] = "text" if request.json_schema is None else "json"
+    return known
+
+
+def _sampling(sampling: Sampling) -> Attributes:
+    known: Attributes = {}
+    for name in SamplingFields.__struct_fields__:
+        if (value := getattr(sampling, name)) is not None:
+            space = "gen_ai" if name in _CONVENTIONAL else "headrace"
+            known[f"{space}.request.{name}"] = value if value <= _LARGEST_INTEGER else str(value)
+    if sampling.stop:
+        known["gen_ai.request.stop_sequences"] = sampling.stop
     return known
 
 
@@ -101,12 +122,10 @@ def figures(metrics: InferenceMetrics) -> Attributes:
     known: Attributes = {
         f"headrace.{name}": value
         for name in _FIGURES
-        if (value := getattr(metrics, name)) is not None
+        if (value := getattr(metrics, name)) not in (None, "")
     }
     if (gaps := metrics.inter_token_ms) is not None:
         known |= {"headrace.inter_token_p50_ms": gaps.p50, "headrace.inter_token_p99_ms": gaps.p99}
-    if metrics.continued:
-        known["headrace.continued"] = metrics.continued
     for device in metrics.devices:
         key = device.name.partition(" ")[0]
         for name in _USE:

@@ -1,32 +1,36 @@
-"""OpenTelemetry's spans behind the few calls that are made of them here."""
+"""OpenTelemetry, where its standard variables or the host program switch it on.
+
+Its libraries are imported only then.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from opentelemetry import trace
-from opentelemetry.context import Context
-from opentelemetry.trace import (
-    Link,
-    NonRecordingSpan,
-    SpanContext,
-    SpanKind,
-    Status,
-    StatusCode,
-    TraceFlags,
-    Tracer,
-    TraceState,
-)
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
 from headrace.core.record import Attribute
-from headrace.telemetry.span import Exported, Kind
-from headrace.telemetry.traceparent import Parent
+from headrace.telemetry.spans import Exported, Kind, Parent, Tracing
 
-_KINDS: dict[Kind, SpanKind] = {
-    "server": SpanKind.SERVER,
-    "client": SpanKind.CLIENT,
-    "internal": SpanKind.INTERNAL,
-}
+if TYPE_CHECKING:
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import SpanContext, Tracer
+
+_log = logging.getLogger("headrace.telemetry")
+_theirs = logging.getLogger("opentelemetry.exporter")
+_NAME = "headrace"
+_EXTRA = "pip install 'headrace[otlp]'"
+_EXPORTER = "OTEL_TRACES_EXPORTER"
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_PROTOCOLS = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
+_CONTENT = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
+_SAYS_CONTENT = frozenset({"true", "span_only", "span_and_event"})
+_LAST_S = 2.0
 
 
 class OpenTelemetrySpan:
@@ -37,7 +41,7 @@ class OpenTelemetrySpan:
     def __init__(self, native: trace.Span) -> None:
         self.native = native
         self.is_recording = native.is_recording()
-        self.context = _told(native.get_span_context())
+        self.context = _parent(native.get_span_context())
 
     def end(
         self, name: str, attributes: dict[str, Attribute], failure: str | None, end_ns: int
@@ -47,7 +51,9 @@ class OpenTelemetrySpan:
             self.native.update_name(name)
             self.native.set_attributes(attributes)
             if failure is not None:
-                self.native.set_status(Status(StatusCode.ERROR, failure))
+                from opentelemetry.trace import StatusCode
+
+                self.native.set_status(StatusCode.ERROR, failure)
         self.native.end(end_ns)
 
 
@@ -59,8 +65,10 @@ class OpenTelemetry:
 
     def current(self) -> Parent | None:
         """Return the span that the calling program is in."""
-        known = trace.get_current_span().get_span_context()
-        return _told(known) if known.is_valid else None
+        from opentelemetry import trace
+
+        context = trace.get_current_span().get_span_context()
+        return _parent(context) if context.is_valid else None
 
     def start(
         self,
@@ -72,33 +80,38 @@ class OpenTelemetry:
         links: Sequence[Exported],
     ) -> OpenTelemetrySpan:
         """Begin a span. The context is given, never the task's own."""
+        from opentelemetry import trace
+        from opentelemetry.context import Context
+
         context = Context()
         if isinstance(parent, Parent):
-            context = trace.set_span_in_context(NonRecordingSpan(_remote(parent)), context)
+            context = trace.set_span_in_context(trace.NonRecordingSpan(_remote(parent)), context)
         elif parent is not None:
             context = trace.set_span_in_context(parent.native, context)
         return OpenTelemetrySpan(
             self._tracer.start_span(
                 name,
                 context=context,
-                kind=_KINDS[kind],
+                kind=trace.SpanKind[kind.upper()],
                 attributes=attributes,
-                links=[Link(one.native.get_span_context()) for one in links],
+                links=[trace.Link(link.native.get_span_context()) for link in links],
                 start_time=start_ns,
             )
         )
 
 
-def _told(known: SpanContext) -> Parent:
+def _parent(context: SpanContext) -> Parent:
     return Parent(
-        f"{known.trace_id:032x}",
-        f"{known.span_id:016x}",
-        int(known.trace_flags),
-        known.trace_state.to_header(),
+        f"{context.trace_id:032x}",
+        f"{context.span_id:016x}",
+        int(context.trace_flags),
+        context.trace_state.to_header(),
     )
 
 
 def _remote(parent: Parent) -> SpanContext:
+    from opentelemetry.trace import SpanContext, TraceFlags, TraceState
+
     return SpanContext(
         int(parent.trace_id, 16),
         int(parent.span_id, 16),
@@ -106,3 +119,123 @@ def _remote(parent: Parent) -> SpanContext:
         trace_flags=TraceFlags(parent.flags),
         trace_state=TraceState.from_header([parent.state]) if parent.state else None,
     )
+
+
+def configure(version: str, environment: Mapping[str, str] = os.environ) -> Tracing:
+    """Return the tracing of this process.
+
+    Spans are exported where OTEL_TRACES_EXPORTER or an OTLP endpoint asks for it, and to the
+    provider of the host program where it has set one. Otherwise nothing is imported and nothing
+    runs. It never raises: what cannot be exported is logged.
+    """
+    tells = environment.get(_CONTENT, "").strip().lower() in _SAYS_CONTENT
+    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return Tracing()
+    if (host := _of_the_host(version)) is not None:
+        return Tracing(host, tells_content=tells)
+    if switched_on_by(environment) is None:
+        return Tracing()
+    try:
+        provider = _provider(version, environment)
+    except ImportError:
+        _log.warning("OpenTelemetry is asked for and not installed: %s", _EXTRA)
+        return Tracing()
+    except Exception as error:  # noqa: BLE001  # each library has complaints of its own
+        _log.warning("OpenTelemetry could not be set up: %s", error)
+        return Tracing()
+    exporter = OpenTelemetry(provider.get_tracer(_NAME, version))
+    return Tracing(exporter, tells_content=tells, close=lambda: _shut_down(provider))
+
+
+def _of_the_host(version: str) -> OpenTelemetry | None:
+    if "opentelemetry.trace" not in sys.modules:
+        return None
+    from opentelemetry import trace
+
+    provider = trace.get_tracer_provider()
+    unset = isinstance(provider, trace.ProxyTracerProvider | trace.NoOpTracerProvider)
+    return None if unset else OpenTelemetry(provider.get_tracer(_NAME, version))
+
+
+def switched_on_by(environment: Mapping[str, str]) -> str | None:
+    """Return the variable that asks for spans to be exported; None where none does."""
+    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return None
+    if environment.get(_EXPORTER, "").strip():
+        return _EXPORTER if any(_exporters(environment)) else None
+    return next((name for name in _ENDPOINTS if environment.get(name, "").strip()), None)
+
+
+def _exporters(environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield the entry points of the exporters; OTLP's where none is named."""
+    protocol = (
+        environment.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+        or environment.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+        or "http/protobuf"
+    ).strip()
+    for name in (environment.get(_EXPORTER, "").strip() or "otlp").split(","):
+        if (known := name.strip().lower()) == "otlp":
+            yield _PROTOCOLS.get(protocol, protocol)
+        elif known not in ("", "none"):
+            yield name.strip()
+
+
+def _provider(version: str, environment: Mapping[str, str]) -> TracerProvider:
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    # Each retry would be a line in our log; why a batch is lost is enough.
+    _theirs.setLevel(logging.ERROR)
+    known = {"service.version": version}
+    if not environment.get("OTEL_SERVICE_NAME") and "service.name=" not in environment.get(
+        "OTEL_RESOURCE_ATTRIBUTES", ""
+    ):
+        known["service.name"] = _NAME
+    # Its own shutdown at exit has no limit; ours has. The sampler, the limits and the queue are
+    # those of the variables.
+    provider = TracerProvider(resource=Resource.create(known), shutdown_on_exit=False)
+    for name in _exporters(environment):
+        where = next(filter(None, map(environment.get, _ENDPOINTS)), name)
+        exporter: Any = _Exporter(where, _load(name)())
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider
+
+
+class _Exporter:
+    """Another exporter. The first loss of spans is logged, and so is its end."""
+
+    def __init__(self, where: str, inner: Any) -> None:
+        self._where, self._inner, self._lost = where, inner, 0
+        self.shutdown = inner.shutdown
+
+    def export(self, spans: list[Any]) -> Any:
+        count, result = len(spans), self._inner.export(spans)
+        # The traceback of what failed within leads here: by it the batch would stay until the
+        # garbage collector comes, which then takes all the longer.
+        spans.clear()
+        if result.value:
+            if not self._lost:
+                _log.warning("%s takes no spans: they are lost. This is said once.", self._where)
+            self._lost += count
+        elif self._lost:
+            _log.warning("%s takes spans again; %d were lost.", self._where, self._lost)
+            self._lost = 0
+        _theirs.setLevel(logging.CRITICAL if self._lost else logging.ERROR)
+        return result
+
+
+def _load(name: str) -> Any:
+    exporters = metadata.entry_points(group="opentelemetry_traces_exporter", name=name)
+    if not exporters:
+        if name in (*_PROTOCOLS.values(), "console"):
+            raise ImportError(name)
+        raise ValueError(f"there is no exporter of the name {name!r}")
+    return next(iter(exporters)).load()
+
+
+def _shut_down(provider: TracerProvider) -> None:
+    """Send the rest. A collector that does not answer is left behind: the thread is a daemon."""
+    thread = threading.Thread(target=provider.shutdown, name="headrace-otel-end", daemon=True)
+    thread.start()
+    thread.join(_LAST_S)

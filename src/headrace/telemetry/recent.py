@@ -2,188 +2,181 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from headrace.core.metrics import percentile
 from headrace.core.record import Activity, Rates, RequestRecord, RunningRequest
 
-Running = Callable[[], Sequence[RunningRequest]]
-
-_SLOT_S = 0.5
-_SPEED_SLOTS = 10
+_SPEED_S = 5.0
 """Tokens per second are those of the last 5 s, for which a person can wait."""
-_LATENCIES = 32
-"""Of each kind, model and slot: enough for a percentile, however many requests there are."""
+_SAMPLES = 8192
+"""Of each kind and model; of more in a window the oldest are dropped, and the window is shorter."""
 _MODELS = 1024
 _NO_MODEL = "-"
 
 
-@dataclass(slots=True)
-class _Slot:
-    """Half a second of one model."""
-
-    requests: int = 0
-    failed: int = 0
-    prompt: float = 0.0
-    completion: float = 0.0
-    first: list[float] = field(default_factory=list[float])
-    each: list[float] = field(default_factory=list[float])
+class _Ended(NamedTuple):
+    at: float
+    failed: bool
+    first_ms: float | None
+    each_ms: float | None
 
 
-_Slots = defaultdict[int, _Slot]
+class _Span(NamedTuple):
+    """Tokens that came evenly between two times (monotonic seconds)."""
+
+    begin: float
+    at: float
+    tokens: int
 
 
-@dataclass(slots=True)
-class _Seen:
-    """How far a request had come, and when (monotonic seconds)."""
+class _Progress(NamedTuple):
+    """The tokens of a running request that have been counted, and when."""
 
     at: float
     prompt: int = 0
     completion: int = 0
 
 
-class Recent:
-    """A Sink that keeps what is needed to tell how each model has done over `window_s` seconds.
+class _Model:
+    """The samples of one model, oldest first, and when the last was added."""
 
-    `running` are the requests that run now: their tokens count as they come, spread over the
-    time since they were last looked at, and those of a request that has ended and was never
-    looked at over its own duration. `clock` is monotonic, `wall` Unix time. Not thread-safe.
+    def __init__(self) -> None:
+        self.at = 0.0
+        self.ended = deque[_Ended](maxlen=_SAMPLES)
+        self.prompt = deque[_Span](maxlen=_SAMPLES)
+        self.completion = deque[_Span](maxlen=_SAMPLES)
+
+    def advance(self, old: _Progress, new: _Progress, first: float | None) -> None:
+        """Add new tokens: the prompt's up to the first token, the answer's from there on."""
+        read_until, written_since = new.at, old.at
+        if first is not None and old.at < first <= new.at:
+            read_until = written_since = first
+        if new.prompt > old.prompt:
+            self.prompt.append(_Span(old.at, read_until, new.prompt - old.prompt))
+        if new.completion > old.completion:
+            tokens = new.completion - old.completion
+            self.completion.append(_Span(written_since, new.at, tokens))
+
+    def drop(self, now: float, window_s: float) -> None:
+        """Drop what is too old to count."""
+        windows = (self.ended, window_s), (self.prompt, _SPEED_S), (self.completion, _SPEED_S)
+        for samples, seconds in windows:
+            while samples and samples[0].at <= now - seconds:
+                samples.popleft()
+
+    def rates(self, name: str, window_s: float, now: float) -> Rates:
+        """Return the rates of the window."""
+        self.drop(now, window_s)
+        is_full = len(self.ended) == _SAMPLES
+        first = _percentiles(ended.first_ms for ended in self.ended)
+        each = _percentiles(ended.each_ms for ended in self.ended)
+        return Rates(
+            model=name,
+            window_s=now - self.ended[0].at if is_full else window_s,
+            requests=len(self.ended),
+            failed=sum(ended.failed for ended in self.ended),
+            prompt_tokens_per_second=_speed(self.prompt, now),
+            completion_tokens_per_second=_speed(self.completion, now),
+            time_to_first_token_p50_ms=first[0],
+            time_to_first_token_p99_ms=first[1],
+            time_per_output_token_p50_ms=each[0],
+            time_per_output_token_p99_ms=each[1],
+        )
+
+
+class Recent:
+    """A Sink that keeps samples of the last `window_s` seconds, for the rates of each model.
+
+    `running` returns the requests that run now: their tokens count as they come, spread over the
+    time since the last look, and those of a request that was never looked at over its own
+    duration. `clock` is monotonic, `wall` Unix time. Not thread-safe.
     """
 
     def __init__(
         self,
-        running: Running,
+        running: Callable[[], Sequence[RunningRequest]],
         window_s: float = 60.0,
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._running = running
-        self._slots_kept = max(_SPEED_SLOTS, round(window_s / _SLOT_S))
+        self._window_s = window_s
         self._clock = clock
         self._wall = wall
-        self._models: dict[str, _Slots] = {}
-        self._seen: dict[str, _Seen] = {}
+        self._models: dict[str, _Model] = {}
+        self._progress: dict[str, _Progress] = {}
 
     def record(self, record: RequestRecord) -> None:
-        """Take note of a request that has ended now."""
-        now, metrics = self._clock(), record.metrics
+        """Add a request that has ended now."""
+        now, metrics, usage = self._clock(), record.metrics, record.metrics.usage
         began = now - metrics.total_ms / 1000
-        first = _after(began, metrics.time_to_first_token_ms)
-        admitted = _after(began, metrics.load_ms + (metrics.queue_ms or 0.0))
-        seen = self._seen.pop(record.id, None) or _Seen(min(admitted or began, now))
-        # Names that nobody serves come from outside, and there is no end of them.
-        slots = self._slots(_NO_MODEL if record.error == "UnknownModel" else record.model, now)
-        slot = slots[_number(now)]
-        slot.requests += 1
-        slot.failed += record.outcome == "error"
-        _keep(slot.first, metrics.time_to_first_token_ms)
-        _keep(slot.each, metrics.time_per_output_token_ms)
+        first_ms, waited_ms = metrics.time_to_first_token_ms, metrics.queue_ms
+        # Names of models that are not served come from outside, in any number.
+        model = self._model(_NO_MODEL if record.error == "UnknownModel" else record.model, now)
+        failed = record.outcome == "error"
+        model.ended.append(_Ended(now, failed, first_ms, metrics.time_per_output_token_ms))
         # A prompt that was counted and then refused in the queue was never computed.
-        was_computed = record.outcome == "ok" or metrics.queue_ms is not None or first is not None
-        tokens = metrics.usage.prompt_tokens * was_computed, metrics.usage.completion_tokens
-        _advance(slots, seen, tokens, first, now)
+        was_read = record.outcome == "ok" or waited_ms is not None or first_ms is not None
+        admitted = began + (metrics.load_ms + (waited_ms or 0.0)) / 1000
+        progress = self._progress.pop(record.id, None) or _Progress(min(admitted, now))
+        new = _Progress(now, usage.prompt_tokens * was_read, usage.completion_tokens)
+        model.advance(progress, new, _after(began, first_ms))
 
     def activity(self) -> Activity:
-        """Tell what runs now, oldest first, and how each model has done of late."""
+        """Return what runs now, oldest first, and the rates of each model."""
         running, now = self._running(), self._clock()
         self._look(running, now)
-        for slots in self._models.values():
-            self._forget(slots, now)
-        self._models = {name: slots for name, slots in self._models.items() if slots}
-        rates = (self._rates(name, slots, now) for name, slots in sorted(self._models.items()))
-        oldest_first = sorted(running, key=lambda one: one.since)
-        return Activity(running=tuple(oldest_first), rates=tuple(rates))
-
-    def _look(self, running: Iterable[RunningRequest], now: float) -> None:
-        """Book what running requests have got since they were last looked at."""
-        before, self._seen = self._seen, {}
-        ahead = self._wall() - now
-        for one in running:
-            began = min(one.since - ahead, now)
-            seen = self._seen[one.id] = before.get(one.id) or _Seen(began)
-            first = _after(began, one.time_to_first_token_ms)
-            prompt = 0 if first is None else one.prompt_tokens
-            tokens = prompt, one.completion_tokens
-            _advance(self._slots(one.model, now), seen, tokens, first, now)
-
-    def _slots(self, model: str, now: float) -> _Slots:
-        """Return the slots of a model; of too many models the one that slept longest goes."""
-        slots = self._models.pop(model, None) or defaultdict(_Slot)
-        if len(slots) > self._slots_kept + _SPEED_SLOTS:
-            self._forget(slots, now)
-        if len(self._models) >= _MODELS:
-            del self._models[next(iter(self._models))]
-        self._models[model] = slots
-        return slots
-
-    def _forget(self, slots: _Slots, now: float) -> None:
-        oldest = _number(now) - self._slots_kept
-        for number in [number for number in slots if number <= oldest]:
-            del slots[number]
-
-    def _rates(self, model: str, slots: _Slots, now: float) -> Rates:
-        since = _number(now) - _SPEED_SLOTS
-        lately = [slot for number, slot in slots.items() if number >= since]
-        seconds = now - since * _SLOT_S
-        first = sorted(value for slot in slots.values() for value in slot.first)
-        each = sorted(value for slot in slots.values() for value in slot.each)
-        return Rates(
-            model=model,
-            window_s=self._slots_kept * _SLOT_S,
-            requests=sum(slot.requests for slot in slots.values()),
-            failed=sum(slot.failed for slot in slots.values()),
-            prompt_tokens_per_second=sum(slot.prompt for slot in lately) / seconds,
-            completion_tokens_per_second=sum(slot.completion for slot in lately) / seconds,
-            time_to_first_token_p50_ms=_percentile(first, 0.5),
-            time_to_first_token_p99_ms=_percentile(first, 0.99),
-            time_per_output_token_p50_ms=_percentile(each, 0.5),
-            time_per_output_token_p99_ms=_percentile(each, 0.99),
+        since = now - self._window_s
+        self._models = {name: model for name, model in self._models.items() if model.at > since}
+        models = sorted(self._models.items())
+        return Activity(
+            running=tuple(sorted(running, key=lambda request: request.since)),
+            rates=tuple(model.rates(name, self._window_s, now) for name, model in models),
         )
 
+    def _look(self, running: Iterable[RunningRequest], now: float) -> None:
+        """Add the tokens that running requests have got since the last look."""
+        before, self._progress = self._progress, {}
+        ahead = self._wall() - now
+        for request in running:
+            began = min(request.since - ahead, now)
+            first = _after(began, request.time_to_first_token_ms)
+            prompt = 0 if first is None else request.prompt_tokens
+            new = _Progress(now, prompt, request.completion_tokens)
+            old = before.get(request.id) or _Progress(began)
+            self._model(request.model, now).advance(old, new, first)
+            self._progress[request.id] = new
 
-def _advance(
-    slots: _Slots, seen: _Seen, tokens: tuple[int, int], first: float | None, now: float
-) -> None:
-    """Book what is new: the prompt up to the first token, the answer from there to now."""
-    prompt, completion = max(0, tokens[0] - seen.prompt), max(0, tokens[1] - seen.completion)
-    turn = first if first is not None and seen.at < first <= now else None
-    if prompt:
-        for number, share in _shares(seen.at, now if turn is None else turn):
-            slots[number].prompt += share * prompt
-    if completion:
-        for number, share in _shares(seen.at if turn is None else turn, now):
-            slots[number].completion += share * completion
-    seen.at, (seen.prompt, seen.completion) = now, tokens
-
-
-def _shares(begin: float, end: float) -> Iterable[tuple[int, float]]:
-    """Return the slots that matter for speed, and which part of the time lies in each."""
-    last = _number(end)
-    if end <= begin:
-        return ((last, 1.0),)
-    return (
-        (number, (min(end, (number + 1) * _SLOT_S) - max(begin, number * _SLOT_S)) / (end - begin))
-        for number in range(max(_number(begin), last - _SPEED_SLOTS), last + 1)
-    )
-
-
-def _number(at: float) -> int:
-    return math.floor(at / _SLOT_S)
+    def _model(self, name: str, now: float) -> _Model:
+        """Return a model's samples; of too many models the one that was idle longest goes."""
+        model = self._models.pop(name, None) or _Model()
+        if len(self._models) >= _MODELS:
+            del self._models[next(iter(self._models))]
+        self._models[name] = model
+        model.at = now
+        model.drop(now, self._window_s)
+        return model
 
 
 def _after(began: float, ms: float | None) -> float | None:
     return None if ms is None else began + ms / 1000
 
 
-def _keep(values: list[float], value: float | None) -> None:
-    if value is not None and len(values) < _LATENCIES:
-        values.append(value)
+def _speed(spans: Iterable[_Span], now: float) -> float:
+    since = now - _SPEED_S
+    parts = (
+        tokens if begin >= since else tokens * (at - since) / (at - begin)
+        for begin, at, tokens in spans
+        if at > since
+    )
+    return sum(parts) / _SPEED_S
 
 
-def _percentile(ordered: Sequence[float], part: float) -> float | None:
-    """Return the smallest value that `part` of all do not exceed (nearest rank)."""
-    return ordered[math.ceil(part * len(ordered)) - 1] if ordered else None
+def _percentiles(values: Iterable[float | None]) -> tuple[float, float] | tuple[None, None]:
+    known = sorted(value for value in values if value is not None)
+    return (percentile(known, 50), percentile(known, 99)) if known else (None, None)

@@ -20,10 +20,10 @@ from headrace.core.record import Attribute, RequestRecord, RunningRequest, Sink,
 from headrace.core.request import AnyRequest
 from headrace.models.providers import PROVIDERS
 from headrace.telemetry import content as contents
-from headrace.telemetry import names, traceparent
-from headrace.telemetry.content import Capture
+from headrace.telemetry import names
+from headrace.telemetry.content import Redactor
 from headrace.telemetry.running import Running, draw
-from headrace.telemetry.span import Kind, Span, Trace, Tracing, error_type
+from headrace.telemetry.spans import Kind, Parent, Span, Trace, Tracing, error_type
 
 _log = logging.getLogger("headrace.telemetry")
 _KNOWN_S = 2.0
@@ -46,7 +46,7 @@ class Recorder:
         *,
         tracing: Tracing,
         sinks: Sinks = (),
-        capture: Capture | None = None,
+        capture: Redactor | None = None,
     ) -> None:
         self.tracing = tracing
         self._models = models
@@ -135,7 +135,7 @@ class Recorder:
 
     def _begin(self, request: AnyRequest) -> _Observation:
         info = self._info(request.model)
-        parent = traceparent.parse(request.traceparent, request.tracestate)
+        parent = Parent.parse(request.traceparent, request.tracestate)
         attributes = names.asked(request, names.provider(info) if info else names.HERE)
         attributes[names.REQUEST_ID] = request.id
         if request.client:
@@ -152,7 +152,7 @@ class Recorder:
         )
         trace.root = root
         request = msgspec.structs.replace(
-            request, traceparent=root.traceparent, tracestate=root.state
+            request, traceparent=root.context.traceparent, tracestate=root.context.state
         )
         run = _Observation(self, request, info, root, listens=self._capture is not None)
         self._running[id(run)] = run
@@ -168,7 +168,7 @@ class Recorder:
         told = span.outside
         return span, msgspec.structs.replace(
             request,
-            traceparent=traceparent.written(told.trace_id, told.span_id, told.flags),
+            traceparent=told.traceparent,
             tracestate=told.state,
         )
 
@@ -208,7 +208,7 @@ class Recorder:
         first, *others = reversed(run.trace.ended)
         return RequestRecord(
             id=run.request.id,
-            trace_id=root.trace_id,
+            trace_id=root.context.trace_id,
             time=run.trace.unix_ns(run.trace.began) / 1e9,
             operation=run.request.operation,
             model=metrics.model or run.model,

@@ -12,7 +12,7 @@ from headrace.core.record import Outcome, Phase, RunningRequest
 from headrace.core.request import AnyRequest
 from headrace.telemetry import content as contents
 from headrace.telemetry import names
-from headrace.telemetry.span import Span, Trace, Tracing, error_type, was_refused
+from headrace.telemetry.spans import Span, Trace, Tracing, error_type, was_refused
 
 
 class Running:

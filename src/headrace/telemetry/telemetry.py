@@ -1,4 +1,4 @@
-"""All that sees the requests of one service, put together."""
+"""The telemetry of one service, put together from its settings."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from headrace.core.record import Activity, Call, Sink
 from headrace.core.status import PoolEvent
 from headrace.pool.admin import PoolAdmin
 from headrace.telemetry import trace_file, usage
-from headrace.telemetry.instruments import Instruments
+from headrace.telemetry.content import Redactor
+from headrace.telemetry.prometheus import Instruments
 from headrace.telemetry.recent import Recent
 from headrace.telemetry.recorder import Recorder
-from headrace.telemetry.redact import Redactor
-from headrace.telemetry.span import Tracing
+from headrace.telemetry.spans import Tracing
 from headrace.telemetry.trace_file import TraceFile
 from headrace.telemetry.usage import Usage
 
 
 class Telemetry:
-    """An Observer. Where everything is switched off nobody looks on, and no request is known."""
+    """An Observer. Where everything is switched off the pool has none, and no request is known."""
 
     def __init__(
         self, admin: PoolAdmin, tracing: Tracing, settings: TelemetrySettings, home: Path
@@ -43,7 +43,7 @@ class Telemetry:
             pool.observed_by(recorder)
 
     def activity(self) -> Activity:
-        """Tell what goes on now, without waiting."""
+        """Return what goes on now, without waiting."""
         return self._recent.activity()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
@@ -51,11 +51,11 @@ class Telemetry:
         return self._instruments.exposition(accept)
 
     def called(self, call: Call) -> None:
-        """Take note of an HTTP request that has ended."""
+        """Count an HTTP request that has ended."""
         self._instruments.called(call)
 
     def happened(self, event: PoolEvent) -> None:
-        """Take note of what happened in the pool."""
+        """Count an event of the pool."""
         self._instruments.happened(event)
 
     async def watch(self) -> None:

@@ -39,15 +39,15 @@ _GATHER_S, _AGAIN_S, _LOCK_S = 0.1, 5.0, 2.0
 
 def older(folder: Path) -> list[Path]:
     """Return the files that are no longer written to, oldest first."""
-    found = folder.glob("requests-*.jsonl")
-    return sorted(one for one in found if one.stem.rpartition("-")[2].isdigit())
+    paths = folder.glob("requests-*.jsonl")
+    return sorted(path for path in paths if path.stem.rpartition("-")[2].isdigit())
 
 
 class TraceFile:
     """A Sink that keeps records on the disk, at most about `limit` bytes of them.
 
-    Nothing here fails or delays a request: what cannot be kept is dropped, counted and told in the
-    log. A record that is longer than an eighth of the limit is kept without its content,
+    Nothing here fails or delays a request: what cannot be kept is dropped, counted and logged. A
+    record that is longer than an eighth of the limit is kept without its content,
     parameters and spans.
     """
 
@@ -68,7 +68,7 @@ class TraceFile:
         return f"<TraceFile {self._folder} waiting={len(self._queue)} dropped={self.dropped}>"
 
     def record(self, record: RequestRecord) -> None:
-        """Take note of a request; it is on the disk within a fraction of a second."""
+        """Queue a record; it is on the disk within a fraction of a second."""
         most = _MOST_WAITING if record.content is None else _MOST_WITH_CONTENT
         if len(self._queue) >= most:
             self._drop("they come faster than they can be written")
@@ -101,7 +101,7 @@ class TraceFile:
         self._release()
 
     def _flushed(self) -> bool:
-        """Write all that waits; on a failure keep it, tell it once, and return False."""
+        """Write all that waits; on a failure keep it, log it once, and return False."""
         try:
             while self._queue or self._lines:
                 self._fill()
@@ -109,8 +109,8 @@ class TraceFile:
         except OSError as error:
             self._release()
             if not self._failing:
-                said = "Traces cannot be written to %s: %s. Requests go on; it is tried again."
-                _log.warning(said, self._folder, error)
+                text = "Traces cannot be written to %s: %s. Requests go on; it is tried again."
+                _log.warning(text, self._folder, error)
             self._failing = True
             return False
         if self._failing:
@@ -128,7 +128,7 @@ class TraceFile:
 
     def _line(self, record: RequestRecord) -> bytes | None:
         for more in ({}, _BARE):
-            # What an engine or a client puts into a record may be nothing that JSON can say.
+            # What an engine or a client puts into a record may have no form in JSON.
             with contextlib.suppress(TypeError, ValueError, ArithmeticError, RecursionError):
                 line = _encode(msgspec.structs.replace(record, **more)) + b"\n"
                 if len(line) <= self._segment:
@@ -144,7 +144,7 @@ class TraceFile:
         if size and size + len(self._lines[0]) > self._segment:
             self._rotate(file)
             return
-        # A line that somebody's crash has torn must not take the next one with it. What another
+        # A line torn by the crash of a process must not take the next one with it. What another
         # process is just writing looks alike; an empty line does no harm.
         torn = size and os.pread(file, 1, size - 1) != b"\n"
         parts = [b"\n"] if torn else []
@@ -156,7 +156,7 @@ class TraceFile:
         data = b"".join(parts)
         written = os.write(file, data)
         if not os.fstat(file).st_nlink:
-            # It was the oldest by now, and has been deleted: nobody will read this.
+            # It was the oldest by now, and has been deleted: this will never be read.
             self._release()
             return
         # A disk that becomes full takes a part; the next write says why.
@@ -178,7 +178,7 @@ class TraceFile:
     def _rotate(self, file: int) -> None:
         """Give the current file its final name, unless another process has, and delete old ones.
 
-        Who has it open still may write a last time to it; nothing is lost by that.
+        A process that still has it open may write to it once more; nothing is lost by that.
         """
         from filelock import FileLock  # not for a command that only reads
 
@@ -187,12 +187,12 @@ class TraceFile:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(path.stat(), os.fstat(file)):
                     path.rename(path.with_stem(f"{path.stem}-{_stamp(self._folder)}"))
-            files = [(one, one.stat().st_size) for one in older(self._folder)]
+            files = [(old, old.stat().st_size) for old in older(self._folder)]
             left = sum(size for _, size in files)
-            for one, size in files:
+            for old, size in files:
                 if left <= self._limit - self._segment:
                     break
-                one.unlink(missing_ok=True)
+                old.unlink(missing_ok=True)
                 left -= size
 
     def _release(self) -> None:
@@ -203,5 +203,5 @@ class TraceFile:
 
 def _stamp(folder: Path) -> str:
     """Return a name that sorts behind those that are there, whatever the clock does."""
-    last = max((int(one.stem.rpartition("-")[2]) for one in older(folder)), default=0)
+    last = max((int(path.stem.rpartition("-")[2]) for path in older(folder)), default=0)
     return f"{max(time.time_ns(), last + 1):020}"

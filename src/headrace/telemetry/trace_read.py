@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +13,7 @@ from typing import BinaryIO
 import msgspec
 
 from headrace.core.errors import ConfigError, InvalidRequest
+from headrace.core.metrics import InferenceMetrics, percentile
 from headrace.core.record import Outcome, RequestRecord
 from headrace.telemetry.trace_file import CURRENT, older
 
@@ -35,7 +35,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     client: str = ""
 
     def takes(self, record: RequestRecord) -> bool:
-        """Tell whether a record is one of them."""
+        """Whether a record is among them."""
         return (
             (self.since is None or record.time >= self.since)
             and (self.until is None or record.time <= self.until)
@@ -56,7 +56,7 @@ class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What the records of one model come to.
+    """The records of one model, summed up.
 
     Of the total only requests that went well count; the other figures are of all that have them.
     """
@@ -69,12 +69,12 @@ class ModelStats(msgspec.Struct, frozen=True, kw_only=True):
     figures: dict[str, Percentiles]
 
 
-_FIGURES: dict[str, Callable[[RequestRecord], float | None]] = {
-    "queue_ms": lambda one: one.metrics.queue_ms,
-    "time_to_first_token_ms": lambda one: one.metrics.time_to_first_token_ms,
-    "time_per_output_token_ms": lambda one: one.metrics.time_per_output_token_ms,
-    "tokens_per_second": lambda one: one.metrics.decode_tokens_per_second,
-    "total_ms": lambda one: one.metrics.total_ms if one.outcome == "ok" else None,
+# `trace stats --json` has a shorter name for this one.
+_COLUMNS = {"decode_tokens_per_second": "tokens_per_second"}
+_SUMMARISED = {
+    name: _COLUMNS.get(name, name)
+    for name, figure in InferenceMetrics.declared().items()
+    if figure.summarised
 }
 
 
@@ -100,7 +100,7 @@ def find(folder: Path, name: str) -> RequestRecord:
     """
     # In an answer the id has a prefix, as `chatcmpl-`.
     name = name.rpartition("-")[2]
-    found: list[RequestRecord] = []
+    matches: list[RequestRecord] = []
     for line in _lines(folder):
         record = _record(line) if name.encode(errors="replace") in line else None
         if record is None:
@@ -108,46 +108,52 @@ def find(folder: Path, name: str) -> RequestRecord:
         if record.id == name:
             return record
         if record.id.startswith(name) or record.trace_id.startswith(name):
-            found.append(record)
-    if len(found) == 1:
-        return found[0]
-    if not found:
+            matches.append(record)
+    if len(matches) == 1:
+        return matches[0]
+    if not matches:
         raise InvalidRequest(f"No trace of {name!r} is kept in {folder}.", param="id")
-    ids = [one.id for one in found[:_NAMED_IN_AN_ERROR]]
-    more = " ..." if len(found) > len(ids) else ""
+    ids = [record.id for record in matches[:_NAMED_IN_AN_ERROR]]
+    more = " ..." if len(matches) > len(ids) else ""
     raise InvalidRequest(
-        f"{len(found)} requests begin with {name!r}: {', '.join(ids)}{more}", param="id"
+        f"{len(matches)} requests begin with {name!r}: {', '.join(ids)}{more}", param="id"
     )
 
 
-def stats(found: Iterable[RequestRecord]) -> list[ModelStats]:
+def stats(selected: Iterable[RequestRecord]) -> list[ModelStats]:
     """Sum records up, by model in the order of their names."""
     outcomes: dict[str, Counter[str]] = defaultdict(Counter)
     tokens: dict[str, Counter[str]] = defaultdict(Counter)
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for record in found:
+    for record in selected:
         usage = record.metrics.usage
         outcomes[record.model][record.outcome] += 1
-        tokens[record.model].update(asked=usage.prompt_tokens, answered=usage.completion_tokens)
-        for name, figure in _FIGURES.items():
-            if (value := figure(record)) is not None:
-                values[record.model][name].append(value)
+        tokens[record.model].update(prompt=usage.prompt_tokens, completion=usage.completion_tokens)
+        for column, value in _figures(record):
+            values[record.model][column].append(value)
     return [
         ModelStats(
             model=model,
             requests=ended.total(),
             outcomes=dict(ended),
-            prompt_tokens=tokens[model]["asked"],
-            completion_tokens=tokens[model]["answered"],
+            prompt_tokens=tokens[model]["prompt"],
+            completion_tokens=tokens[model]["completion"],
             figures={name: _percentiles(of) for name, of in values[model].items()},
         )
         for model, ended in sorted(outcomes.items())
     ]
 
 
+def _figures(record: RequestRecord) -> Iterator[tuple[str, float]]:
+    for name, column in _SUMMARISED.items():
+        value = getattr(record.metrics, name)
+        if value is not None and (name != "total_ms" or record.outcome == "ok"):
+            yield column, value
+
+
 def _percentiles(values: list[float]) -> Percentiles:
     values.sort()
-    p50, p90, p99 = (values[math.ceil(len(values) * percent / 100) - 1] for percent in (50, 90, 99))
+    p50, p90, p99 = (percentile(values, percent) for percent in (50, 90, 99))
     return Percentiles(count=len(values), p50=p50, p90=p90, p99=p99)
 
 
@@ -174,7 +180,7 @@ def _opened(folder: Path) -> Generator[list[BinaryIO]]:
 
 
 def _paths(folder: Path) -> Iterator[Path]:
-    # The current one first: if it is renamed now, it is found once more, and none is missed.
+    # The current one first: if it is renamed now, it is listed twice, and none is missed.
     yield folder / CURRENT
     yield from reversed(older(folder))
 

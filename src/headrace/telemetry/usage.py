@@ -22,8 +22,8 @@ log = logging.getLogger("headrace.telemetry")
 FILE = "usage.sqlite3"
 """Its name in the home directory."""
 
-NOBODY = "-"
-"""The key of those who gave none."""
+NO_KEY = "-"
+"""The key of requests without one."""
 
 OTHER = "_other"
 """The model of all requests for models that are not served."""
@@ -33,7 +33,7 @@ COUNTS = (
     *("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens"),
 )
 GROUPS = {"day": "day", "model": "model", "key": "client", "operation": "operation"}
-"""What it can be told by, and the columns for it."""
+"""What usage can be grouped by, and the columns for it."""
 
 _VERSION = 1
 _KEY = ("day", "client", "model", "operation")
@@ -57,7 +57,7 @@ _Key = tuple[int, str, str, str]  # the day is a number, since 1970
 
 
 class Amounts(msgspec.Struct, kw_only=True):
-    """How much was used. `seconds` are of engines, `joules` of GPUs; None where nobody told."""
+    """How much was used. `seconds` are of engines, `joules` of GPUs; None where not known."""
 
     requests: int = 0
     failed: int = 0
@@ -79,7 +79,7 @@ class Amounts(msgspec.Struct, kw_only=True):
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """What was used by one group; of it only what was asked for has a name."""
+    """The use by one group, named by what it was grouped by."""
 
     group: dict[str, str]
     amounts: Amounts
@@ -88,8 +88,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 class Usage:
     """A Sink that counts in memory; a thread adds it to the file every two seconds.
 
-    A file that cannot be written is told of once, and tried again; until then it is counted in
-    memory, so far as there is room. What a process that is killed has not written is lost.
+    A file that cannot be written is logged once, and tried again; until then requests are counted
+    in memory, so far as there is room. What a process that is killed has not written is lost.
     """
 
     def __init__(self, path: Path, *, every_s: float = 2.0) -> None:
@@ -104,7 +104,7 @@ class Usage:
         self._thread.start()
 
     def __repr__(self) -> str:
-        """Tell where it writes, whether it can, and how much is not written yet."""
+        """Describe the file, whether it can be written, and how much is not written yet."""
         state = "failing" if self._failing else "well"
         return f"<Usage {self._path}, {state}, {len(self._counted)} rows not written>"
 
@@ -174,7 +174,7 @@ def add(path: Path, counted: Mapping[_Key, Amounts]) -> None:
         OSError: it cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # It tells who used what: it is nobody else's. What SQLite puts beside it takes its mode.
+    # The use of each key is private to the owner. SQLite's own files beside it take its mode.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     with closing(sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)) as database:
         _open(database, path)
@@ -199,7 +199,7 @@ def read(
     """
     if not path.exists():
         return ()
-    columns = ", ".join(GROUPS[one] for one in by)
+    columns = ", ".join(GROUPS[group] for group in by)
     wanted: dict[str, Any] = {"day >= ?": since, "day <= ?": until or "9", "model = ?": model}
     wanted["client = ?"] = key
     given = {test: value for test, value in wanted.items() if value is not None}
@@ -217,10 +217,10 @@ def read(
 
 def total(lines: Sequence[Line]) -> Amounts:
     """Return the sum of all."""
-    found = Amounts()
+    amounts = Amounts()
     for line in lines:
-        found.add(line.amounts)
-    return found
+        amounts.add(line.amounts)
+    return amounts
 
 
 def _line(by: Sequence[str], row: Sequence[Any]) -> Line:
@@ -232,7 +232,7 @@ def _line(by: Sequence[str], row: Sequence[Any]) -> Line:
 @contextmanager
 def _reading(path: Path) -> Generator[sqlite3.Connection]:
     uri = f"{path.resolve().as_uri()}?mode=ro"
-    # Where the folder cannot be written either, it can be read so: nobody writes there.
+    # Where the folder cannot be written either, no process writes there.
     is_still = not (os.access(path.parent, os.W_OK) or Path(f"{path}-wal").exists())
     uri += "&immutable=1" if is_still else ""
     with closing(sqlite3.connect(uri, uri=True, timeout=_BUSY_S)) as database:
@@ -271,9 +271,9 @@ def _transaction(database: sqlite3.Connection) -> Generator[None]:
 
 
 def _key(record: RequestRecord) -> _Key:
-    # Anybody can ask for any name: they make no rows.
+    # Clients can ask for any name: unknown ones make no rows.
     model = OTHER if record.error == "UnknownModel" else record.model
-    return int(record.time // _DAY_S), record.client or NOBODY, model, record.operation
+    return int(record.time // _DAY_S), record.client or NO_KEY, model, record.operation
 
 
 def _row(key: _Key, amounts: Amounts) -> tuple[Any, ...]:

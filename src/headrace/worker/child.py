@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from headrace.core.errors import ErrorRecord, HeadraceError, WorkerDied, to_reco
 from headrace.core.interpreter import collect_less
 from headrace.core.model import ModelSpec
 from headrace.log import configure
+from headrace.machine import die_with_parent
 from headrace.worker.spec import OnProgress, WorkerSpec
 from headrace.worker.wire import (
     Alive,
@@ -41,7 +40,6 @@ from headrace.worker.worker import Worker
 log = logging.getLogger("headrace.worker")
 
 _HEARTBEAT_S = 1.0
-_PR_SET_PDEATHSIG = 1
 
 
 class Child:
@@ -150,15 +148,10 @@ def _memory(worker: Worker | None) -> int:
     return (worker.models()[0].memory or 0) if worker else 0
 
 
-def _die_with_parent() -> None:
-    # The closed socket tells us too, but only if the event loop still turns.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main() -> None:
     """Run with the inherited socket's file descriptor and the scratch directory as arguments."""
-    _die_with_parent()
+    # The closed socket ends it too, but only if the event loop still turns.
+    die_with_parent()
     line, scratch = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
     # Python would fall back to another directory where this one cannot be written.
     tempfile.tempdir = str(scratch)

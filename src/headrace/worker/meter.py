@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from headrace.core.metrics import DeviceUse, Gaps, InferenceMetrics, Usage
+from headrace.core.metrics import DeviceUse, Gaps, InferenceMetrics, Usage, percentile
 from headrace.core.request import Request
 
 
@@ -125,9 +125,4 @@ def _gaps(times: Sequence[float]) -> Gaps | None:
     gaps = sorted((after - before) * 1000 for before, after in itertools.pairwise(times))
     if not gaps:
         return None
-    return Gaps(p50=_percentile(gaps, 50), p99=_percentile(gaps, 99), max=gaps[-1])
-
-
-def _percentile(ordered: Sequence[float], percent: int) -> float:
-    # Nearest rank: the smallest value that at least `percent` % of the values do not exceed.
-    return ordered[-(-len(ordered) * percent // 100) - 1]
+    return Gaps(p50=percentile(gaps, 50), p99=percentile(gaps, 99), max=gaps[-1])

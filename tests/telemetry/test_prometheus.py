@@ -27,7 +27,7 @@ from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.record import Call, Operation, RequestRecord, SpanRecord
 from headrace.core.status import DeviceStatus, EventKind, ModelStatus, PoolEvent, PoolStatus
 from headrace.telemetry import names
-from headrace.telemetry.instruments import Instruments
+from headrace.telemetry.prometheus import Instruments
 
 DASHBOARD = ROOT / "dashboards" / "headrace.json"
 PAGE = ROOT / "docs" / "metrics.md"
@@ -447,4 +447,4 @@ def test_the_page_lists_all_metrics() -> None:
     if os.environ.get("UPDATE_DOCS"):
         PAGE.write_text(expected, encoding="utf-8")
         text = expected
-    assert text == expected, "UPDATE_DOCS=1 scripts/test tests/telemetry/test_instruments.py"
+    assert text == expected, "UPDATE_DOCS=1 scripts/test tests/telemetry/test_prometheus.py"

@@ -7,17 +7,51 @@ likes, and what is attached before a `yield` may be detached in another task, or
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from headrace.core.errors import CapacityError, HeadraceError, QueueFull, QueueTimeout, RequestError
 from headrace.core.record import Attribute, SpanRecord
-from headrace.telemetry import names, traceparent
-from headrace.telemetry.traceparent import Parent
+from headrace.telemetry import names
 
 Kind = Literal["server", "client", "internal"]
+
+# A traceparent of the W3C. Later versions may add fields; the first has none but these four.
+_HEADER = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_LONGEST_STATE = 512
+_SAMPLED = 1
+
+
+class Parent(NamedTuple):
+    """A span as others see it. Ids are lower-case hex; `state` is passed on unchanged."""
+
+    trace_id: str
+    span_id: str
+    flags: int = _SAMPLED
+    state: str = ""
+
+    @classmethod
+    def parse(cls, traceparent: str, tracestate: str = "") -> Parent | None:
+        """Read the two headers; None where they are malformed, as if nothing had been sent."""
+        match = _HEADER.fullmatch(traceparent.strip())
+        if match is None:
+            return None
+        version, trace_id, span_id, flags, more = match.groups()
+        is_null = not int(trace_id, 16) * int(span_id, 16)
+        if version == "ff" or (version == "00" and more) or is_null:
+            return None
+        # What is too long may be dropped as a whole, and never cut.
+        state = tracestate.strip()
+        state = state if len(state) <= _LONGEST_STATE and state.isascii() else ""
+        return cls(trace_id, span_id, int(flags, 16), state if state.isprintable() else "")
+
+    @property
+    def traceparent(self) -> str:
+        """The header that makes another span one below this."""
+        return f"00-{self.trace_id}-{self.span_id}-{self.flags:02x}"
 
 
 class Exported(Protocol):
@@ -84,8 +118,8 @@ class Span:
     """One step. It ends once: what is said to it afterwards is not heard."""
 
     __slots__ = (
-        *("attributes", "began", "ended", "exported", "flags", "id", "kind", "name", "parent_id"),
-        *("state", "trace", "trace_id"),
+        *("attributes", "began", "context", "ended", "exported", "kind", "name", "parent_id"),
+        "trace",
     )
 
     def __init__(
@@ -102,15 +136,14 @@ class Span:
         self.kind: Kind = kind
         self.attributes, self.exported = attributes, exported
         self.ended: float | None = None
-        inherited = _context(parent)
+        inherited = parent.context if isinstance(parent, Span) else parent
         self.parent_id = inherited.span_id if inherited else ""
         if exported is None:
             trace_id = inherited.trace_id if inherited else secrets.token_hex(16)
             flags, state = (inherited.flags, inherited.state) if inherited else (0, "")
-            own = Parent(trace_id, secrets.token_hex(8), flags, state)
+            self.context = Parent(trace_id, secrets.token_hex(8), flags, state)
         else:
-            own = exported.context
-        self.trace_id, self.id, self.flags, self.state = own
+            self.context = exported.context
 
     @property
     def is_silent(self) -> bool:
@@ -118,19 +151,14 @@ class Span:
         return self.exported is None or not self.exported.is_recording
 
     @property
-    def traceparent(self) -> str:
-        """The header that makes another span one below this."""
-        return traceparent.written(self.trace_id, self.id, self.flags)
-
-    @property
     def outside(self) -> Parent:
-        """What others are told: where nothing is exported, the caller's own span is their parent.
+        """The parent of spans elsewhere: where nothing is exported, the caller's own span.
 
-        It would hang on a span that nobody will ever see.
+        Theirs would be below a span that is never exported.
         """
         if self.exported is None and self.trace.parent is not None:
             return self.trace.parent
-        return Parent(self.trace_id, self.id, self.flags, self.state)
+        return self.context
 
     def end(self, ended: float, error: BaseException | None = None) -> None:
         """End it, with what went wrong."""
@@ -146,7 +174,7 @@ class Span:
         self.trace.ended.append(
             SpanRecord(
                 name=self.name,
-                span_id=self.id,
+                span_id=self.context.span_id,
                 parent_id=self.parent_id,
                 start_ms=round((self.began - self.trace.began) * 1000, 3),
                 ms=round((self.ended - self.began) * 1000, 3),
@@ -202,12 +230,6 @@ class Tracing:
         close, self._close = self._close, None
         if close is not None:
             await asyncio.to_thread(close)
-
-
-def _context(parent: Parent | Span | None) -> Parent | None:
-    if isinstance(parent, Span):
-        return Parent(parent.trace_id, parent.id, parent.flags, parent.state)
-    return parent
 
 
 def error_type(error: BaseException) -> str:

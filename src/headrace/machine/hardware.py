@@ -1,0 +1,231 @@
+"""The host and its GPUs: their memory, how busy they are, and how much of them models may take.
+
+GPUs are read through the driver's library; without it there are none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence, Set
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from headrace.core.errors import ConfigError
+
+HOST = "cpu"
+"""The key of the host's memory, beside `cuda:0` and its like."""
+
+_SHARES = {"cpu": 80, "cuda": 90}
+_AMOUNT = re.compile(r"(?:(?P<device>[^=]+)=)?(?P<number>\d+(?:\.\d+)?) ?(?P<unit>%|[a-z]+)", re.I)
+_UNITS = {
+    "%": 0.01,
+    "b": 1,
+    **{f"{c}{end}": 1 << 10 * n for n, c in enumerate("kmgt", 1) for end in ("", "i", "ib")},
+    **{f"{c}b": 1000**n for n, c in enumerate("kmgt", 1)},
+}
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory of the host or of one GPU, in bytes. `worker_used` is what one process holds.
+
+    The host's is that of the control group, where one has a limit: more is not available. `busy` is
+    from 0 to 1: of a GPU by all processes, of the host by one worker. `joules` counts
+    since the driver was loaded, `watts` are drawn now; None is what is not metered.
+    """
+
+    name: str
+    kind: str
+    total: int
+    used: int
+    worker_used: int = 0
+    busy: float | None = None
+    joules: float | None = None
+    watts: float | None = None
+
+    @property
+    def key(self) -> str:
+        """The name without the product: `cpu`, `cuda:0`."""
+        return self.name.partition(" ")[0]
+
+    @property
+    def energy(self) -> str:
+        """How its energy is known: `counter`, `power` (of which it is the integral), `none`."""
+        if self.joules is not None:
+            return "counter"
+        return "none" if self.watts is None else "power"
+
+
+def devices(pid: int | None = None) -> tuple[Device, ...]:
+    """Return the host memory and then every GPU, with what process `pid` holds of each."""
+    process = psutil.Process(pid or os.getpid())
+    return (host(process.memory_info().rss), *gpus({process.pid}))
+
+
+def host(worker_used: int, busy: float | None = None) -> Device:
+    """Return the host's memory, as far as this process could have it."""
+    total, free = _host()
+    used = total - free
+    return Device(name=HOST, kind="cpu", total=total, used=used, worker_used=worker_used, busy=busy)
+
+
+def host_memory() -> int:
+    """Return how many bytes of the host's memory this process could have at most."""
+    return _host()[0]
+
+
+def _host() -> tuple[int, int]:
+    """Return the memory that this process could have at most, and what is free of it."""
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for folder in _cgroups(_OWN_CGROUP):
+        limit = _number(folder, "memory.max", "memory.limit_in_bytes")
+        if limit is not None and limit < memory.total:
+            used = _number(folder, "memory.current", "memory.usage_in_bytes") or 0
+            total, free = min(total, limit), min(free, max(0, limit - used + _cached(folder)))
+    return total, free
+
+
+@cache
+def _cgroups(own: Path) -> tuple[Path, ...]:
+    """Return the folders of the control groups that this process is in, and of all above."""
+    folders: list[Path] = []
+    with contextlib.suppress(OSError):
+        for line in own.read_text(encoding="utf-8").splitlines():
+            _, controllers, place = line.split(":", 2)
+            if controllers in ("", "memory"):
+                inner = Path(place.lstrip("/"))
+                tops = (_CGROUPS / "memory",) if controllers else (_CGROUPS, _CGROUPS / "unified")
+                folders += [top / part for top in tops for part in (inner, *inner.parents)]
+    # In a container the path can be the host's, of which only the top is to be seen.
+    files = ("memory.max", "memory.limit_in_bytes")
+    return tuple(
+        folder
+        for folder in dict.fromkeys(folders)
+        if any((folder / file).exists() for file in files)
+    )
+
+
+def _number(folder: Path, *files: str) -> int | None:
+    for file in files:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
+            return int((folder / file).read_text(encoding="ascii"))
+    return None
+
+
+def _cached(folder: Path) -> int:
+    """Return how much of what a control group uses is pages of files that can go at once."""
+    stat: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        stat = dict(line.split(maxsplit=1) for line in lines)
+    return int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
+
+
+def gpus(pids: Set[int], *, metered: bool = False) -> Iterator[Device]:
+    """Yield each GPU with what these processes hold of it, and how busy it is if `metered`."""
+    if nvml := _nvml():
+        # A driver that fails to answer takes nothing else with it.
+        with contextlib.suppress(nvml.NVMLError):
+            yield from _read(nvml, pids, metered=metered)
+
+
+def driver() -> tuple[str, str]:
+    """Return the version of the driver and of the CUDA that it is for; empty without one."""
+    nvml = _nvml()
+    if nvml is None:
+        return "", ""
+    cuda = _or_none(nvml, lambda: nvml.nvmlSystemGetCudaDriverVersion_v2())
+    version = str(_or_none(nvml, lambda: nvml.nvmlSystemGetDriverVersion()) or "")
+    return version, f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else ""
+
+
+def _read(nvml: Any, pids: Set[int], *, metered: bool) -> Iterator[Device]:
+    for index in range(nvml.nvmlDeviceGetCount()):
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        ours = (
+            process.usedGpuMemory or 0
+            for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            if process.pid in pids
+        )
+        yield Device(
+            name=f"cuda:{index} {nvml.nvmlDeviceGetName(handle)}",
+            kind="cuda",
+            total=int(memory.total),
+            used=int(memory.used),
+            worker_used=sum(ours),
+            **(_meters(nvml, handle) if metered else {}),
+        )
+
+
+def _meters(nvml: Any, handle: Any) -> dict[str, float | None]:
+    percent = _or_none(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+    # Volta and later count energy; older ones report the power they draw.
+    millijoules = _or_none(nvml, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+    milliwatts = _or_none(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(handle))
+    return {
+        "busy": None if percent is None else percent / 100,
+        "joules": None if millijoules is None else millijoules / 1000,
+        "watts": None if milliwatts is None else milliwatts / 1000,
+    }
+
+
+def _or_none(nvml: Any, query: Callable[[], Any]) -> Any:
+    with contextlib.suppress(nvml.NVMLError):
+        return query()
+    return None
+
+
+def _nvml() -> Any:
+    return _opened(os.getpid())
+
+
+@cache
+def _opened(pid: int) -> Any:
+    """Open the driver's library, once in each process; to look for it each time is expensive."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
+
+
+def budgets(setting: Sequence[str], devices: Sequence[Device]) -> dict[str, int]:
+    """Return how many bytes models may take of each device, by its key.
+
+    `setting` are amounts like `16GiB` or `80%`, of the host, and `cuda:0=50%` or `cpu=16GiB`.
+    Without any it is 80 % of the host and 90 % of a GPU.
+
+    Raises:
+        ConfigError: an amount is not understood, or there is no such device, or not so much of it.
+    """
+    totals = {device.key: device.total for device in devices}
+    amounts = {device.key: device.total * _SHARES[device.kind] // 100 for device in devices}
+    for word in setting:
+        key, amount = _amount(word, totals)
+        amounts[key] = amount
+    return amounts
+
+
+def _amount(word: str, totals: dict[str, int]) -> tuple[str, int]:
+    match = _AMOUNT.fullmatch(word.strip())
+    factor = _UNITS.get(match["unit"].lower()) if match else None
+    if match is None or factor is None:
+        raise ConfigError(f"Memory {word!r}: it is like 16GiB, 80%, cpu=16GiB or cuda:0=90%.")
+    key = (match["device"] or HOST).strip().lower()
+    if key not in totals:
+        raise ConfigError(f"Memory {word!r}: there is no device {key}, but {', '.join(totals)}.")
+    share = totals[key] if match["unit"] == "%" else 1
+    amount = int(float(match["number"]) * factor * share)
+    if not 0 < amount <= totals[key]:
+        raise ConfigError(f"Memory {word!r}: {key} has {totals[key]} bytes; give some of them.")
+    return key, amount
