@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.cli.chat import unfinished, unquoted
-from headrace.cli.conversation import COMMANDS, HELP, Conversation, Leave
+from headrace.cli.chat import COMMANDS, HELP, Conversation, Leave, unfinished, unquoted
 from headrace.core.errors import InvalidRequest
 from headrace.core.request import Message
 
@@ -70,6 +69,7 @@ def test_set_reads_values_by_their_type(talk: Conversation) -> None:
     [
         ("/set temprature 1", "temprature cannot be set"),
         ("/set seed x", "seed: Expected `int | null`"),
+        ("/set temperature 9", "temperature must be between 0 and 2."),
         ("/nothing", "/nothing is no command"),
         ("/save", "Name a file"),
     ],

@@ -1,4 +1,4 @@
-"""`headrace serve`: models behind HTTP, until a signal says stop."""
+"""`headrace serve`: models behind HTTP, until a signal ends it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headrace.cli import terminal
-from headrace.cli.common import Common, given, known_models, loop_factory, parse_options
-from headrace.cli.run import ContextLength, Device, Engine, Options
+from headrace.cli.common import (
+    Common,
+    ContextLength,
+    Device,
+    Engine,
+    Options,
+    given,
+    known_models,
+    loop_factory,
+    parse_options,
+)
 from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +36,6 @@ if TYPE_CHECKING:
     from headrace.core.model import ModelSpec
 
 _BACKLOG = 2048
-
 
 Models = Annotated[
     list[str] | None,
@@ -119,7 +127,7 @@ def _warn_of_keys(server: ServerSettings) -> None:
 
 
 def has_keys(server: ServerSettings) -> bool:
-    """Tell whether a key is needed to ask."""
+    """Whether requests need a key."""
     return bool(server.api_keys or server.admin_keys)
 
 
@@ -143,14 +151,15 @@ def wanted(settings: Settings, names: Sequence[str]) -> list[ModelSpec]:
 
 
 def listen(server: ServerSettings) -> socket.socket:
-    """Return a socket that is bound and not yet accepting.
+    """Return a socket that is bound and listens.
 
     Raises:
         ConfigError: the address is open to others and nothing guards it, or cannot be had.
     """
     try:
-        found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
-        family, _, _, _, address = found[0]
+        family, _, _, _, address = socket.getaddrinfo(
+            server.host, server.port, type=socket.SOCK_STREAM
+        )[0]
         if not (_is_loopback(str(address[0])) or has_keys(server) or server.allow_public):
             raise ConfigError(
                 f"{server.host} can be reached by others and no API key is set: set "
@@ -177,7 +186,7 @@ def announce(
     *,
     as_json: bool,
 ) -> None:
-    """Print the address, and how to ask."""
+    """Print the address, and an example of a request."""
     url = _url(listener)
     names = [spec.name for spec in specs]
     aside = {} if metrics is None else {"metrics": f"{_url(metrics)}/metrics"}
