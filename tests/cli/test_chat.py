@@ -15,7 +15,7 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from headrace.cli import chat
+from headrace.cli import run as command
 from headrace.config import Settings, load
 from headrace.core.errors import ContextOverflow
 from headrace.core.events import Delta, Event, Finish, Progress
@@ -53,7 +53,7 @@ class Scripted:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     scripted = Scripted()
-    monkeypatch.setattr(chat, "loaded", lambda *_: aclosing(scripted))
+    monkeypatch.setattr(command, "loaded", lambda *_: aclosing(scripted))
     return scripted
 
 
@@ -73,7 +73,7 @@ def talk(settings: Settings, keys: PipeInput, typed: str, **options: Any) -> Non
 
     async def run() -> None:
         async with asyncio.timeout(10):
-            await chat.chat(settings, settings.model_spec("echo"), **options)
+            await command.chat(settings, settings.model_spec("echo"), **options)
 
     asyncio.run(run())
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from prompt_toolkit import PromptSession
@@ -16,16 +16,10 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from headrace.cli import terminal
-from headrace.cli.answer import loaded, summary, written
 from headrace.core.errors import ContextOverflow, HeadraceError, InvalidRequest
 from headrace.core.paths import expanded
 from headrace.core.request import Message
 from headrace.core.sampling import Sampling
-
-if TYPE_CHECKING:
-    from headrace.config import Settings
-    from headrace.core.model import ModelSpec
-    from headrace.model_worker import AsyncModelWorker
 
 HELP = """\
 /help                 these lines
@@ -205,81 +199,75 @@ _COMMANDS: dict[str, Callable[[Conversation, str], str | None]] = {
 COMMANDS = tuple(f"/{name}" for name in _COMMANDS)
 
 
-async def chat(
-    settings: Settings,
-    spec: ModelSpec,
-    *,
-    system: str | None = None,
-    sampling: Mapping[str, Any] | None = None,
-    figures: bool = True,
-) -> None:
-    """Load a model and chat with it until the user leaves."""
-    conversation = Conversation(spec.name, system=system, sampling=sampling)
-    async with loaded(settings, spec) as worker:
-        session = _prompt_session(settings.config.home / "chat_history")
-        terminal.note(f"Chat with {spec.name}. /help lists the commands, Ctrl-D leaves.")
-        with contextlib.suppress(Leave, EOFError):
-            await _converse(session, worker, conversation, figures=figures)
+Answer = Callable[[list[str]], Awaitable[str]]
+"""Writes the next answer, adds its text to a list as it comes, and returns its figures."""
 
 
-async def _converse(
-    session: PromptSession[str],
-    worker: AsyncModelWorker,
-    conversation: Conversation,
-    *,
-    figures: bool,
-) -> None:
-    interrupts = 0
-    while True:
-        try:
-            text = unquoted(await session.prompt_async(">>> "))
-        except KeyboardInterrupt:
-            # A line that was begun is dropped; only an empty prompt counts towards leaving.
-            interrupts = 0 if session.default_buffer.text else interrupts + 1
-            if interrupts > 1:
-                return
-            terminal.note("Ctrl-C again or Ctrl-D leaves." if interrupts else "")
-            continue
+class Chat:
+    """A conversation at the prompt."""
+
+    def __init__(
+        self, conversation: Conversation, answer: Answer, history: Path, *, figures: bool
+    ) -> None:
+        self._conversation = conversation
+        self._answer = answer
+        self._figures = figures
+        self._session = _prompt_session(history)
+
+    async def run(self) -> None:
+        """Read questions and commands, and answer them, until the user leaves."""
+        terminal.note(
+            f"Chat with {self._conversation.model}. /help lists the commands, Ctrl-D leaves."
+        )
         interrupts = 0
-        if text.strip() and _needs_answer(conversation, text):
-            await _answer(worker, conversation, figures=figures)
+        with contextlib.suppress(Leave, EOFError):
+            while interrupts < 2:
+                try:
+                    text = unquoted(await self._session.prompt_async(">>> "))
+                except KeyboardInterrupt:
+                    # A line that was begun is dropped; only an empty prompt counts towards leaving.
+                    interrupts = 0 if self._session.default_buffer.text else interrupts + 1
+                    if interrupts < 2:
+                        terminal.note("Ctrl-C again or Ctrl-D leaves." if interrupts else "")
+                    continue
+                interrupts = 0
+                if text.strip() and self._needs_answer(text):
+                    await self._reply()
 
+    def _needs_answer(self, text: str) -> bool:
+        """Take a line of input; return whether the model has to answer now."""
+        if not text.startswith("/"):
+            self._conversation.ask(text)
+            return True
+        try:
+            output = self._conversation.command(text)
+        except (HeadraceError, OSError, msgspec.MsgspecError) as error:
+            output = _complaint(error)
+        if output is not None:
+            terminal.note(terminal.printable(output))
+        return output is None
 
-def _needs_answer(conversation: Conversation, text: str) -> bool:
-    """Take a line of input; return whether the model has to answer now."""
-    if not text.startswith("/"):
-        conversation.ask(text)
-        return True
-    try:
-        output = conversation.command(text)
-    except (HeadraceError, OSError, msgspec.MsgspecError) as error:
-        output = _complaint(error)
-    if output is not None:
-        terminal.note(terminal.printable(output))
-    return output is None
-
-
-async def _answer(worker: AsyncModelWorker, conversation: Conversation, *, figures: bool) -> None:
-    parts: list[str] = []
-    task = asyncio.ensure_future(written(worker, conversation.request(), parts))
-    try:
-        with _on_interrupt(task.cancel):
-            await asyncio.wait({task})
-    finally:
-        task.cancel()
-    conversation.answered("".join(parts))
-    if task.cancelled():
-        terminal.note("(stopped)")
-        return
-    error = task.exception()
-    if isinstance(error, ContextOverflow):
-        terminal.note(f"{_complaint(error)} The question was not asked; /clear starts anew.")
-    elif isinstance(error, HeadraceError):
-        terminal.note(_complaint(error))
-    elif error is not None:
-        raise error
-    elif figures:
-        terminal.note(f"({summary(task.result())})")
+    async def _reply(self) -> None:
+        parts: list[str] = []
+        task = asyncio.ensure_future(self._answer(parts))
+        try:
+            with _on_interrupt(task.cancel):
+                await asyncio.wait({task})
+        finally:
+            task.cancel()
+        self._conversation.answered("".join(parts))
+        if task.cancelled():
+            terminal.note("(stopped)")
+            return
+        error = task.exception()
+        if isinstance(error, ContextOverflow):
+            terminal.note(f"{_complaint(error)} The question was not asked; /clear starts anew.")
+        elif isinstance(error, HeadraceError):
+            terminal.note(_complaint(error))
+        elif error is not None:
+            raise error
+        elif self._figures:
+            terminal.note(f"({task.result()})")
 
 
 def _complaint(error: Exception) -> str:

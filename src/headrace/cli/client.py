@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import Any, TypeVar
 
 import httpx2 as httpx
@@ -49,16 +48,6 @@ def address(settings: Settings, url: str | None) -> str:
         raise ConfigError("The port is a free one; say which with --url.", param="port")
     host = _ANY_ADDRESS.get(server.host, server.host)
     return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
-
-
-def ask(settings: Settings, url: str | None, work: Callable[[Client], Awaitable[T]]) -> T:
-    """Run `work` with a client of the service, and return its result."""
-
-    async def run() -> T:
-        async with Client(address(settings, url)) as client:
-            return await work(client)
-
-    return asyncio.run(run())
 
 
 class Client:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import msgspec
 import typer
+from typer import Argument, Option
 
 from headrace.cli import terminal
 from headrace.core.errors import ConfigError
 from headrace.core.sampling import Range, described
 
 if TYPE_CHECKING:
+    from headrace.cli.client import Client
     from headrace.config import Settings
+
+T = TypeVar("T")
 
 _WIDE = 2**31 - 1
 
@@ -37,18 +41,18 @@ def known_models(incomplete: str) -> list[str]:
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="MODEL",
         help="Name, path, hub:org/repo[:file] or index:package.",
         autocompletion=known_models,
     ),
 ]
-Engine = Annotated[str | None, typer.Option(help="Use this engine.")]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu.")]
-ContextLength = Annotated[int | None, typer.Option(help="Tokens of prompt and answer.")]
+Engine = Annotated[str | None, Option(help="Use this engine.")]
+Device = Annotated[str | None, Option(help="cuda, mps or cpu.")]
+ContextLength = Annotated[int | None, Option(help="Tokens of prompt and answer.")]
 Options = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         "--option",
         "-o",
         metavar="KEY=VALUE",
@@ -57,7 +61,7 @@ Options = Annotated[
 ]
 Url = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="URL",
         help="The service; else HEADRACE_URL, or where the configuration says.",
         show_default=False,
@@ -69,19 +73,13 @@ Url = Annotated[
 class Common:
     """The flags that stand before or after every command; None is not given."""
 
-    as_json: Annotated[bool | None, typer.Option("--json/--no-json", help="Print JSON.")] = None
-    file: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="Read this file.")
-    ] = None
-    home: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep models and state here.")
-    ] = None
+    as_json: Annotated[bool | None, Option("--json/--no-json", help="Print JSON.")] = None
+    file: Annotated[Path | None, Option("--config", metavar="FILE", help="Read this file.")] = None
+    home: Annotated[Path | None, Option(metavar="DIR", help="Keep models and state here.")] = None
     verbose: Annotated[
-        bool | None, typer.Option("--verbose/--no-verbose", "-v", help="Show and log more.")
+        bool | None, Option("--verbose/--no-verbose", "-v", help="Show and log more.")
     ] = None
-    debug: Annotated[bool | None, typer.Option("--debug/--no-debug", help="Show tracebacks.")] = (
-        None
-    )
+    debug: Annotated[bool | None, Option("--debug/--no-debug", help="Show tracebacks.")] = None
 
     def settings(self, *, service: bool = False, **flags: Any) -> Settings:
         """Read the configuration with the flags of a command on top, and set up logging.
@@ -101,6 +99,16 @@ class Common:
         log.configure(config.log_level, config.log_format)
         return replace(settings, config=config)
 
+    def ask(self, url: str | None, work: Callable[[Client], Awaitable[T]]) -> T:
+        """Run `work` with a client of the running service, and return its result."""
+        from headrace.cli.client import Client, address
+
+        async def run() -> T:
+            async with Client(address(self.settings(), url)) as client:
+                return await work(client)
+
+        return asyncio.run(run())
+
     def show(self, value: object, lines: Iterable[str]) -> None:
         """Print the result of a command: the value as JSON with --json, else the lines."""
         if self.as_json:
@@ -119,18 +127,15 @@ class ModelFlags:
     context_length: ContextLength = None
     option: Options = None
 
-    def settings(self, common: Common) -> Settings:
-        """Read the configuration with these flags on top.
+    def settings(self, common: Common, *, service: bool = False, **more: Any) -> Settings:
+        """Read the configuration with these flags, and more, on top.
 
         Raises:
             ConfigError: as `Common.settings` does.
         """
-        return common.settings(
-            engine=self.engine,
-            device=self.device,
-            context_length=self.context_length,
-            options=parse_options(self.option),
-        )
+        flags = {name: value for name, value in given(self).items() if name != "option"}
+        options = parse_options(self.option)
+        return common.settings(service=service, options=options, **flags, **more)
 
 
 def parse_options(pairs: list[str] | None, where: str = "flag -o") -> dict[str, str]:
@@ -223,7 +228,7 @@ def _option(kind: type, meta: msgspec.Meta) -> Any:
     """Return the hint of a flag whose help and range are those of a field."""
     allowed: Range | None = (meta.extra or {}).get("range")
     bounds = _bounds(allowed) if allowed else ""
-    return Annotated[kind | None, typer.Option(help=f"{meta.description}{bounds}")]
+    return Annotated[kind | None, Option(help=f"{meta.description}{bounds}")]
 
 
 def _bounds(allowed: Range) -> str:

@@ -7,12 +7,13 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
+from typer import Argument, Option
 
 from headrace.cli import terminal
 from headrace.cli.common import Common, ModelArgument, Options, Url, parse_options
@@ -29,8 +30,6 @@ from headrace.core.status import (
 if TYPE_CHECKING:
     from headrace.cli.client import Client
 
-T = TypeVar("T")
-
 _EVERY_S = 1.0
 _POLL_S = 0.3
 _LONGEST_ERROR = 60
@@ -40,14 +39,14 @@ _HOME, _END_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
 
 Changes = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Setting of the model, as keep_alive=5m."),
+    Option("--set", metavar="KEY=VALUE", help="Setting of the model, as keep_alive=5m."),
 ]
 
 
 def ps(
     common: Common,
     watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Refresh each second, until Ctrl-C.")
+        bool, Option("--watch", "-w", help="Refresh each second, until Ctrl-C.")
     ] = False,
     url: Url = None,
 ) -> None:
@@ -55,7 +54,7 @@ def ps(
 
     With -v it also says why each model runs on its engine.
     """
-    _ask(common, url, lambda client: _watch(client, common, again=watch))
+    common.ask(url, lambda client: _watch(client, common, again=watch))
 
 
 def start(
@@ -84,7 +83,7 @@ def restart(common: Common, model: ModelArgument, url: Url = None) -> None:
 def pin(
     common: Common,
     model: ModelArgument,
-    off: Annotated[bool, typer.Option("--off", help="Let it go when others need room.")] = False,
+    off: Annotated[bool, Option("--off", help="Let it go when others need room.")] = False,
     url: Url = None,
 ) -> None:
     """Keep a model loaded, whatever else needs its memory."""
@@ -96,7 +95,7 @@ def update(
     model: ModelArgument,
     changes: Annotated[
         list[str],
-        typer.Argument(
+        Argument(
             metavar="KEY=VALUE...",
             help="Such as keep_alive=5m, enabled=false, options.threads=4; "
             "`KEY=` is again as configured.",
@@ -110,7 +109,7 @@ def update(
 
 def reload(common: Common, url: Url = None) -> None:
     """Let the service read its configuration again and apply what has changed."""
-    reloaded = _ask(common, url, lambda client: client.reload())
+    reloaded = common.ask(url, lambda client: client.reload())
     changes: dict[str, tuple[str, ...]] = msgspec.structs.asdict(reloaded)
     rows = [(kind.replace("_", " "), ", ".join(names)) for kind, names in changes.items() if names]
     common.show(reloaded, terminal.aligned((), rows or [("nothing has changed",)]))
@@ -125,7 +124,7 @@ def events(common: Common, url: Url = None) -> None:
                 as_json = msgspec.json.encode(event).decode()
                 print(as_json if common.as_json else _event_line(event), flush=True)
 
-    _ask(common, url, follow)
+    common.ask(url, follow)
     terminal.note("The service has ended.")
 
 
@@ -138,12 +137,6 @@ def plan(common: Common, model: ModelArgument, url: Url = None) -> None:
     common.show(planned, _plan_lines(planned))
     if not planned.fits:
         raise typer.Exit(1)
-
-
-def _ask(common: Common, url: str | None, work: Callable[[Client], Awaitable[T]]) -> T:
-    from headrace.cli.client import ask
-
-    return ask(common.settings(), url, work)
 
 
 async def _watch(client: Client, common: Common, *, again: bool) -> None:
@@ -255,7 +248,7 @@ def _settings(pairs: list[str] | None, where: str) -> dict[str, str | None]:
 
 
 def _order(common: Common, url: str | None, action: str, model: str, **fields: Any) -> None:
-    status = _ask(common, url, lambda client: _ordered(client, action, model, fields))
+    status = common.ask(url, lambda client: _ordered(client, action, model, fields))
     first = f"{status.id} is {status.state if status.enabled else 'disabled'}"
     parts = (first, "pinned" if status.pinned else None, amounts(status.memory))
     common.show(status, [terminal.printable(", ".join(part for part in parts if part))])
@@ -286,7 +279,7 @@ def _planned(common: Common, model: str, url: str | None) -> Plan:
     from headrace import runtime
 
     try:
-        return _ask(common, url, lambda client: client.plan(model))
+        return common.ask(url, lambda client: client.plan(model))
     except UpstreamError as error:
         if error.param != "url" or url or os.environ.get("HEADRACE_URL"):
             raise

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
-import typer
+from typer import Option
 
 from headrace.cli import terminal
 from headrace.cli.common import Common, Url, known_models
@@ -21,7 +21,7 @@ from headrace.core.sampling import SamplingFields
 from headrace.telemetry.redact import GONE
 
 if TYPE_CHECKING:
-    from headrace.config import Settings
+    from headrace.cli.client import Client
 
 _PATHS = {"chat": "/v1/chat/completions", "text_completion": "/v1/completions"}
 # What has the same name in a record and on the wire.
@@ -67,9 +67,7 @@ class _Chunk(msgspec.Struct, frozen=True):
 def replay(
     common: Common,
     id: Id,
-    model: Annotated[
-        str | None, typer.Option(help="Ask this one.", autocompletion=known_models)
-    ] = None,
+    model: Annotated[str | None, Option(help="Ask this one.", autocompletion=known_models)] = None,
     url: Url = None,
 ) -> None:
     """Ask again what was asked, print the answer, and compare the figures.
@@ -78,8 +76,16 @@ def replay(
     """
     record = find(common, id)
     body = _body(record, model)
-    write = _silent if common.as_json else terminal.write
-    again = _ask(common.settings(), url, record, body, write)
+    answer = _Answer(write=not common.as_json)
+
+    async def read(client: Client) -> None:
+        stream = client.stream("POST", _PATHS[record.operation], _Chunk, body)
+        async with contextlib.aclosing(stream) as chunks:
+            async for chunk in chunks:
+                answer.take(chunk)
+
+    common.ask(url, read)
+    again = answer.end(record, body.get("model", ""))
     if common.as_json:
         terminal.print_json(again)
         return
@@ -87,10 +93,6 @@ def replay(
         terminal.note(line)
     if GONE in content(body["messages" if "messages" in body else "prompt"]):
         terminal.note("What was asked is not quite the same: parts of it had been redacted.")
-
-
-def _silent(_: str) -> None:
-    """Write nothing."""
 
 
 def _body(record: RequestRecord, model: str | None) -> dict[str, Any]:
@@ -124,10 +126,10 @@ def _body(record: RequestRecord, model: str | None) -> dict[str, Any]:
 
 
 class _Answer:
-    """The chunks so far; the text of the first choice is written as it comes."""
+    """The chunks so far; with `write`, the text of the first choice is written as it comes."""
 
-    def __init__(self, write: Callable[[str], object]) -> None:
-        self._write = write
+    def __init__(self, *, write: bool) -> None:
+        self._writes = write
         self._metrics: InferenceMetrics | None = None
         self._texts: dict[int, str] = defaultdict(str)
         self._reasons: dict[int, str] = {}
@@ -148,6 +150,10 @@ class _Answer:
                 self._reasons[choice.index] = choice.finish_reason
             if choice.index == 0:
                 self._write(text)
+
+    def _write(self, text: str) -> None:
+        if self._writes:
+            terminal.write(text)
 
     def end(self, record: RequestRecord, model: str) -> Replayed:
         """Write the other choices, and compare all with the recorded answer.
@@ -179,32 +185,6 @@ def _difference(before: Sequence[str], after: Sequence[str]) -> int | None:
             if pair[0] != pair[1]:
                 return place
     return None
-
-
-def _ask(
-    settings: Settings,
-    url: str | None,
-    record: RequestRecord,
-    sent: dict[str, Any],
-    write: Callable[[str], object],
-) -> Replayed:
-    """Ask the service, and write the text of the answer as it comes.
-
-    Raises:
-        HeadraceError: the service refuses, fails, or is not there.
-    """
-    from headrace.cli.client import Client, ask
-
-    answer = _Answer(write)
-
-    async def read(client: Client) -> None:
-        stream = client.stream("POST", _PATHS[record.operation], _Chunk, sent)
-        async with contextlib.aclosing(stream) as chunks:
-            async for chunk in chunks:
-                answer.take(chunk)
-
-    ask(settings, url, read)
-    return answer.end(record, sent.get("model", ""))
 
 
 def _lines(record: RequestRecord, again: Replayed) -> Iterator[str]:

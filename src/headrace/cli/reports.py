@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
 import typer
+from typer import Argument, Option
 
 from headrace.cli import terminal
 from headrace.cli.common import Common, with_common
@@ -41,7 +42,7 @@ config = typer.Typer(help="Show the configuration.", no_args_is_help=True)
 def show(
     common: Common,
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Further models to show.")
+        list[str] | None, Argument(metavar="[MODEL]...", help="Further models to show.")
     ] = None,
 ) -> None:
     """Print each value with its origin; secrets are masked."""
@@ -169,14 +170,14 @@ def _telemetry_lines(telemetry: dict[str, Any], *, has_sdk: bool) -> Iterator[st
 def usage(
     common: Common,
     by: Annotated[
-        str, typer.Option(metavar="WHAT,...", help="Any of day, model, key, operation.")
+        str, Option(metavar="WHAT,...", help="Any of day, model, key, operation.")
     ] = "day,model",
     since: Annotated[
-        str, typer.Option(metavar="DAY", help="From 2026-01-31 on, or 7d: a week with today.")
+        str, Option(metavar="DAY", help="From 2026-01-31 on, or 7d: a week with today.")
     ] = "",
-    until: Annotated[str, typer.Option(metavar="DAY", help="The last day of all.")] = "",
-    model: Annotated[str | None, typer.Option(help="Of this model only.")] = None,
-    key: Annotated[str | None, typer.Option(help="Of the key with this id; - is none.")] = None,
+    until: Annotated[str, Option(metavar="DAY", help="The last day of all.")] = "",
+    model: Annotated[str | None, Option(help="Of this model only.")] = None,
+    key: Annotated[str | None, Option(help="Of the key with this id; - is none.")] = None,
 ) -> None:
     """Show tokens, requests, seconds of engines and joules; days are those of UTC.
 

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import typer
+import msgspec
+from typer import Argument, Option
 
-from headrace.cli import answer, terminal
+from headrace.cli import terminal
 from headrace.cli.common import Common, ModelFlags, given, known_models
-from headrace.core.errors import InvalidRequest
+from headrace.core.errors import GenerationFailed, InvalidRequest
+from headrace.core.events import Delta, Finish
+from headrace.core.metrics import InferenceMetrics
 from headrace.core.request import Message
 from headrace.core.sampling import Sampling, SamplingFields
 
 if TYPE_CHECKING:
     from headrace.config import Settings
     from headrace.core.model import ModelSpec
+    from headrace.model_worker import AsyncModelWorker
 
 
 class SamplingFlags(SamplingFields, frozen=True, kw_only=True):
     """How tokens are chosen: a flag for each sampling parameter; None is not given."""
 
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be repeated.")
-    ] = None
-    ignore_eos: Annotated[bool | None, typer.Option(help="Go on after the end token.")] = None
+    stop: Annotated[list[str] | None, Option(help="End before this text; may be repeated.")] = None
+    ignore_eos: Annotated[bool | None, Option(help="Go on after the end token.")] = None
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters that were given.
@@ -46,7 +49,7 @@ def run(
     common: Common,
     model: Annotated[
         str | None,
-        typer.Argument(
+        Argument(
             metavar="[MODEL]",
             help="Model; the configuration's default_model when left out.",
             autocompletion=known_models,
@@ -54,13 +57,11 @@ def run(
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[PROMPT]...", help="What to ask; stdin is read too when it is piped."
-        ),
+        Argument(metavar="[PROMPT]...", help="What to ask; stdin is read too when it is piped."),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    raw: Annotated[bool, typer.Option(help="Give the prompt without chat template.")] = False,
-    figures: Annotated[bool, typer.Option(help="Print the figures of the answer.")] = True,
+    system: Annotated[str | None, Option(help="System message.")] = None,
+    raw: Annotated[bool, Option(help="Give the prompt without chat template.")] = False,
+    figures: Annotated[bool, Option(help="Print the figures of the answer.")] = True,
     *,
     sampling: SamplingFlags,
     flags: ModelFlags,
@@ -108,33 +109,121 @@ async def _run(
     if question.text is None:
         if common.as_json or question.raw or not _interactive():
             raise InvalidRequest("Nothing is asked: give a prompt as argument or on stdin.")
-        from headrace.cli import chat
-
         sampling = question.sampling
-        await chat.chat(settings, spec, system=question.system, sampling=sampling, figures=figures)
-    elif common.as_json:
-        await _answer_json(settings, spec, question.request())
-    else:
-        request = question.request()
-        async with answer.loaded(settings, spec) as worker:
-            finish = await answer.written(worker, request)
-        if common.verbose:
-            terminal.note("\n".join(answer.figures(finish.metrics)))
-        elif figures:
-            terminal.note(answer.summary(finish))
+        await chat(settings, spec, system=question.system, sampling=sampling, figures=figures)
+        return
+    request = question.request()
+    async with loaded(settings, spec) as worker:
+        if common.as_json:
+            terminal.print_json(await _as_json(worker, spec, request))
+            return
+        finish = await written(worker, request)
+    if common.verbose:
+        terminal.note("\n".join(all_figures(finish.metrics)))
+    elif figures:
+        terminal.note(summary(finish))
 
 
-async def _answer_json(settings: Settings, spec: ModelSpec, request: dict[str, Any]) -> None:
-    async with answer.loaded(settings, spec) as worker:
-        result = await worker.generate(**request)
+async def chat(
+    settings: Settings,
+    spec: ModelSpec,
+    *,
+    system: str | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    figures: bool = True,
+) -> None:
+    """Load a model and chat with it until the user leaves."""
+    from headrace.cli.chat import Chat, Conversation
+
+    conversation = Conversation(spec.name, system=system, sampling=sampling)
+    async with loaded(settings, spec) as worker:
+
+        async def answer(parts: list[str]) -> str:
+            return summary(await written(worker, conversation.request(), parts))
+
+        history = settings.config.home / "chat_history"
+        await Chat(conversation, answer, history, figures=figures).run()
+
+
+async def _as_json(
+    worker: AsyncModelWorker, spec: ModelSpec, request: dict[str, Any]
+) -> dict[str, Any]:
+    result = await worker.generate(**request)
     choice = result.choices[0]
-    terminal.print_json(
-        {
-            "model": spec.name,
-            "text": choice.text,
-            "reasoning": choice.reasoning,
-            "finish_reason": choice.finish_reason,
-            "usage": result.usage,
-            "metrics": result.metrics,
-        }
-    )
+    return {
+        "model": spec.name,
+        "text": choice.text,
+        "reasoning": choice.reasoning,
+        "finish_reason": choice.finish_reason,
+        "usage": result.usage,
+        "metrics": result.metrics,
+    }
+
+
+@contextlib.asynccontextmanager
+async def loaded(settings: Settings, spec: ModelSpec) -> AsyncGenerator[AsyncModelWorker]:
+    """Yield a worker that is ready; fetching and loading show a bar on a terminal."""
+    from headrace.model_worker import AsyncModelWorker
+
+    with contextlib.ExitStack() as bar:
+        report = bar.enter_context(terminal.progress())
+        worker = AsyncModelWorker.from_spec(spec, config=settings.config, on_progress=report)
+        async with contextlib.aclosing(worker):
+            await worker.start()
+            bar.close()
+            yield worker
+
+
+async def written(
+    worker: AsyncModelWorker, request: Mapping[str, Any], parts: list[str] | None = None
+) -> Finish:
+    """Write an answer to stdout as it comes; its text is added to `parts`, however it ends.
+
+    Raises:
+        HeadraceError: whatever the stream raises; what came before it has been written.
+    """
+    stream = worker.generate_stream(**request)
+    parts = [] if parts is None else parts
+    try:
+        async for event in stream:
+            if isinstance(event, Delta) and event.text:
+                parts.append(event.text)
+                terminal.write(event.text)
+            elif isinstance(event, Finish):
+                return event
+    finally:
+        await stream.aclose()
+        if parts and not parts[-1].endswith("\n"):
+            terminal.write("\n")
+    raise GenerationFailed("The stream ended without a Finish.")
+
+
+def summary(finish: Finish) -> str:
+    """Return the figures of an answer in one line."""
+    metrics, usage = finish.metrics, finish.usage
+    speed, first = metrics.decode_tokens_per_second, metrics.time_to_first_token_ms
+    parts = [
+        f"{usage.completion_tokens} tokens",
+        f"{speed:.1f} tok/s" if speed is not None else None,
+        f"first token {first:.0f} ms" if first is not None else None,
+        f"prompt {usage.prompt_tokens} tokens"
+        + (f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""),
+        f"total {metrics.total_ms / 1000:.2f} s",
+        finish.finish_reason,
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def all_figures(metrics: InferenceMetrics) -> Iterator[str]:
+    """Yield every figure on a line, by its documented name."""
+    plain: dict[str, Any] = msgspec.to_builtins(metrics)
+    plain["usage"]["total_tokens"] = metrics.usage.total_tokens
+    plain["devices"] = {
+        use.name: f"{terminal.size(use.worker_peak)} at most, of {terminal.size(use.total)}"
+        for use in metrics.devices
+    }
+    for name, value in plain.items():
+        inner = cast("dict[str, Any]", value) if isinstance(value, dict) else {"": value}
+        for part, figure in inner.items():
+            shown = f"{figure:.2f}" if isinstance(figure, float) else figure
+            yield f"{f'{name}.{part}'.rstrip('.')}: {shown}"

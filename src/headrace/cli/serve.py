@@ -14,20 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from headrace.cli import terminal
-from headrace.cli.common import (
-    Common,
-    ContextLength,
-    Device,
-    Engine,
-    Options,
-    given,
-    known_models,
-    loop_factory,
-    parse_options,
-)
+from headrace.cli.common import Common, ModelFlags, given, known_models, loop_factory
 from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,7 +29,7 @@ _BACKLOG = 2048
 
 Models = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         metavar="[MODEL]...",
         autocompletion=known_models,
         help="Models; all of the configuration when left out, or its default_model.",
@@ -51,38 +41,33 @@ Models = Annotated[
 class _Flags:
     """Settings of the service and of all its models, by their names; None is not given."""
 
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None
-    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None
+    host: Annotated[str | None, Option(help="Address to listen on.")] = None
+    port: Annotated[int | None, Option(help="Port; 0 takes a free one.")] = None
     allow_public: Annotated[
-        bool | None, typer.Option(help="Listen beyond loopback without an API key.")
+        bool | None, Option(help="Listen beyond loopback without an API key.")
     ] = None
     allowed_hosts: Annotated[
-        str | None, typer.Option(help="Further names to be reached by, between commas.")
+        str | None, Option(help="Further names to be reached by, between commas.")
     ] = None
     allowed_origins: Annotated[
-        str | None, typer.Option(help="Web origins that may ask, between commas.")
+        str | None, Option(help="Web origins that may ask, between commas.")
     ] = None
     drain_s: Annotated[
-        float | None, typer.Option(help="How long running answers may finish at the end.")
+        float | None, Option(help="How long running answers may finish at the end.")
     ] = None
-    engine: Engine = None
-    device: Device = None
-    context_length: ContextLength = None
-    max_running: Annotated[int | None, typer.Option(help="Requests at once, a model.")] = None
-    max_queued: Annotated[int | None, typer.Option(help="Requests that wait, a model.")] = None
-    keep_alive: Annotated[
-        str | None, typer.Option(help="How long a model stays idle: 5m, 0, -1.")
-    ] = None
+    max_running: Annotated[int | None, Option(help="Requests at once, a model.")] = None
+    max_queued: Annotated[int | None, Option(help="Requests that wait, a model.")] = None
+    keep_alive: Annotated[str | None, Option(help="How long a model stays idle: 5m, 0, -1.")] = None
     continuation: Annotated[
-        str | None, typer.Option(help="How an answer goes on whose worker died: exact, fast, off.")
+        str | None, Option(help="How an answer goes on whose worker died: exact, fast, off.")
     ] = None
     memory: Annotated[
-        str | None, typer.Option(help="What models may take, as 16GiB or cpu=50%,cuda:0=90%.")
+        str | None, Option(help="What models may take, as 16GiB or cpu=50%,cuda:0=90%.")
     ] = None
-    max_loading: Annotated[int | None, typer.Option(help="Models that load at a time.")] = None
+    max_loading: Annotated[int | None, Option(help="Models that load at a time.")] = None
 
 
-def serve(common: Common, models: Models = None, *, flags: _Flags, option: Options = None) -> None:
+def serve(common: Common, models: Models = None, *, flags: ModelFlags, service: _Flags) -> None:
     """Serve models over HTTP, as OpenAI's API does.
 
     API keys come from the configuration or HEADRACE_API_KEYS: a flag would show them to everyone
@@ -90,7 +75,7 @@ def serve(common: Common, models: Models = None, *, flags: _Flags, option: Optio
     """
 
     def read() -> tuple[Settings, list[ModelSpec]]:
-        settings = common.settings(service=True, options=parse_options(option), **given(flags))
+        settings = flags.settings(common, service=True, **given(service))
         return settings, wanted(settings, models or [])
 
     _serve(read, as_json=bool(common.as_json))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
+from typer import Argument, Option
 
 from headrace.cli import terminal
 from headrace.cli.common import Common, ModelArgument, ModelFlags, known_models
@@ -27,7 +28,7 @@ def pull(
     common: Common,
     model: ModelArgument,
     engine: Annotated[
-        str | None, typer.Option("--for", metavar="ENGINE", help="Convert it for this engine.")
+        str | None, Option("--for", metavar="ENGINE", help="Convert it for this engine.")
     ] = None,
 ) -> None:
     """Fetch a model, check it and keep it; convert it where an engine needs another format."""
@@ -126,8 +127,8 @@ def _day(second: int) -> str:
 
 def rm(
     common: Common,
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", autocompletion=known_models)],
-    yes: Annotated[bool, typer.Option("--yes/--no-yes", "-y", help="Do not ask.")] = False,
+    models: Annotated[list[str], Argument(metavar="MODEL...", autocompletion=known_models)],
+    yes: Annotated[bool, Option("--yes/--no-yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete models from this machine; a file that was there before Headrace stays."""
     from headrace import runtime

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
+from typer import Option
 
 from headrace.cli import terminal
 from headrace.cli.common import Common, Url
@@ -61,34 +62,31 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 def top(
     common: Common,
-    interval: Annotated[str, typer.Option(metavar="TIME", help="Time between updates.")] = "1s",
-    once: Annotated[bool, typer.Option("--once", help="Print it once, and end.")] = False,
-    sort: Annotated[Sort, typer.Option(help="Which running requests come first.")] = "slowest",
+    interval: Annotated[str, Option(metavar="TIME", help="Time between updates.")] = "1s",
+    once: Annotated[bool, Option("--once", help="Print it once, and end.")] = False,
+    sort: Annotated[Sort, Option(help="Which running requests come first.")] = "slowest",
     url: Url = None,
 ) -> None:
     """Show live what a running service does: models, speeds, memory, the slowest requests.
 
     `q` ends it. Into a pipe it prints one frame; with --json, one document each time.
     """
-    from headrace.cli.client import Client, address
-
     every = _interval(interval)
 
-    async def show() -> int:
-        async with Client(address(common.settings(), url)) as client:
-            monitor = _Monitor(client, every)
-            if not once and common.as_json:
-                return await _print_each(monitor, every)
-            await monitor.look()
-            if once or common.as_json or not _is_screen():
-                width = shutil.get_terminal_size((_PIPE_WIDTH, 0)).columns
-                frame = lines(monitor.snapshot, monitor.url, width, sort=sort)
-                plain = ("".join(text for text, _ in line).rstrip() for line in frame)
-                common.show(monitor.snapshot, plain)
-                return 0
-            return await _live(monitor, sort)
+    async def show(client: Client) -> int:
+        monitor = _Monitor(client, every)
+        if not once and common.as_json:
+            return await _print_each(monitor, every)
+        await monitor.look()
+        if once or not _is_screen():
+            width = shutil.get_terminal_size((_PIPE_WIDTH, 0)).columns
+            frame = lines(monitor.snapshot, monitor.url, width, sort=sort)
+            plain = ("".join(text for text, _ in line).rstrip() for line in frame)
+            common.show(monitor.snapshot, plain)
+            return 0
+        return await _live(monitor, sort)
 
-    if code := asyncio.run(show()):
+    if code := common.ask(url, show):
         raise typer.Exit(code)
 
 

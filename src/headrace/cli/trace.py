@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple, cast
 
 import msgspec
 import typer
+from typer import Argument, Option
 
 from headrace.cli import terminal
 from headrace.cli.common import Common, known_models, with_common
@@ -41,9 +42,7 @@ _LEAST_BAR = 10
 
 app = typer.Typer(help="Show what requests were and what they cost.", no_args_is_help=True)
 
-Id = Annotated[
-    str, typer.Argument(metavar="ID", help="Of the request or its trace, or how it begins.")
-]
+Id = Annotated[str, Argument(metavar="ID", help="Of the request or its trace, or how it begins.")]
 
 
 @dataclass(frozen=True)
@@ -51,23 +50,17 @@ class Filters:
     """Which requests are wanted."""
 
     since: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", help="Received since: 1h ago, or 2030-01-31T12:00."),
+        str | None, Option(metavar="TIME", help="Received since: 1h ago, or 2030-01-31T12:00.")
     ] = None
-    until: Annotated[str | None, typer.Option(metavar="TIME", help="Received until then.")] = None
+    until: Annotated[str | None, Option(metavar="TIME", help="Received until then.")] = None
     model: Annotated[
-        str | None,
-        typer.Option(help="Of this model.", autocompletion=known_models, show_default=False),
+        str | None, Option(help="Of this model.", autocompletion=known_models, show_default=False)
     ] = None
-    status: Annotated[
-        Outcome | None, typer.Option(help="Ended in this way.", show_default=False)
-    ] = None
+    status: Annotated[Outcome | None, Option(help="Ended in this way.", show_default=False)] = None
     slower_than: Annotated[
-        str | None, typer.Option(metavar="DURATION", help="Took longer in all, as 500ms or 2s.")
+        str | None, Option(metavar="DURATION", help="Took longer in all, as 500ms or 2s.")
     ] = None
-    key: Annotated[
-        str, typer.Option(metavar="PREFIX", help="How the short id of the key begins.")
-    ] = ""
+    key: Annotated[str, Option(metavar="PREFIX", help="How the short id of the key begins.")] = ""
 
     def records(self, folder: Path) -> Iterator[RequestRecord]:
         """Yield the records of a folder that pass, newest first.
@@ -89,7 +82,7 @@ class Filters:
 def ls(
     common: Common,
     filters: Filters,
-    limit: Annotated[int, typer.Option(min=0, help="At most so many.")] = 50,
+    limit: Annotated[int, Option(min=0, help="At most so many.")] = 50,
 ) -> None:
     """List requests, newest first."""
     folder = _folder(common)
