@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="headrace", standalone_mode=False)
     except BrokenPipeError:
-        # The reader has gone; what is still buffered must not fail once more at exit.
+        # The reader of the pipe has gone; flushing what is buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, typer.Abort):
@@ -94,7 +94,7 @@ def _before(arguments: Sequence[str], end: str) -> Sequence[str]:
 
 
 def _message(error: HeadraceError, flags: Sequence[str]) -> str:
-    # Whoever runs the program is who would read the log.
+    # The user of the program is also the reader of its log.
     detail = error.detail or ""
     if len(detail) > _LONGEST_DETAIL and not {"-v", "--verbose", "--debug"} & set(flags):
         return f"{error.message} (-v tells more)"

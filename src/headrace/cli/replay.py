@@ -67,7 +67,9 @@ class _Chunk(msgspec.Struct, frozen=True):
 def replay(
     common: Common,
     id: Id,
-    model: Annotated[str | None, Option(help="Ask this one.", autocompletion=known_models)] = None,
+    model: Annotated[
+        str | None, Option(help="Ask this model.", autocompletion=known_models)
+    ] = None,
     url: Url = None,
 ) -> None:
     """Ask again what was asked, print the answer, and compare the figures.

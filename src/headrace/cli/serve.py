@@ -67,7 +67,7 @@ class _Flags:
     max_loading: Annotated[int | None, Option(help="Models that load at a time.")] = None
 
 
-def serve(common: Common, models: Models = None, *, flags: ModelFlags, service: _Flags) -> None:
+def serve(common: Common, models: Models = None, *, service: _Flags, flags: ModelFlags) -> None:
     """Serve models over HTTP, as OpenAI's API does.
 
     API keys come from the configuration or HEADRACE_API_KEYS: a flag would show them to everyone

@@ -56,11 +56,11 @@ def _converted(spec: ModelSpec, engine: str, config: Config, report: Progress) -
     from headrace.engines import openvino_convert
     from headrace.models.reference import parse
 
-    engines.about(engine)  # an unknown one is refused by name
+    engines.about(engine)  # refuses an unknown engine by name
     file = runtime.store(config).model_file(parse(_reference(spec)), report)
     if engine == "openvino":
         return openvino_convert.convert(file, config.home, report)
-    engines.choose(file, engine)  # and one that cannot read it
+    engines.choose(file, engine)  # refuses an engine that cannot read the file
     return file
 
 
