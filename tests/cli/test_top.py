@@ -83,12 +83,9 @@ SNAPSHOT = Snapshot(time=NOW, status=STATUS, activity=ACTIVITY)
 
 
 def drawn(
-    snapshot: Snapshot = SNAPSHOT,
-    width: int = 160,
-    height: int | None = None,
-    sort: Sort = "slowest",
+    seen: Snapshot = SNAPSHOT, width: int = 160, height: int | None = None, sort: Sort = "slowest"
 ) -> list[str]:
-    frame = lines(snapshot, URL, width, height, sort=sort)
+    frame = lines(seen, URL, width, height, sort=sort)
     return ["".join(text for text, _ in line).rstrip() for line in frame]
 
 

@@ -104,9 +104,7 @@ def table(columns: Sequence[Column], width: int | None = None) -> list[list[str]
         _leave_out(shown, width)
     widths = [column.needed(None if width is None else _WIDEST) for column in shown]
     if width is not None:
-        _shorten(
-            [index for index, column in enumerate(shown) if not column.is_number], widths, width
-        )
+        _shorten(shown, widths, width)
     padded = (
         [_fitted(cell, size, to_the_right=column.is_number) for cell in column.cells]
         for column, size in zip(shown, widths, strict=True)
@@ -122,7 +120,8 @@ def _leave_out(columns: list[Column], width: int) -> None:
         columns.remove(last)
 
 
-def _shorten(texts: Sequence[int], widths: list[int], width: int) -> None:
+def _shorten(columns: Sequence[Column], widths: list[int], width: int) -> None:
+    texts = [index for index, column in enumerate(columns) if not column.is_number]
     while sum(widths) + len(GAP) * (len(widths) - 1) > width:
         widest = max(texts, key=widths.__getitem__)
         if widths[widest] == 1:
