@@ -1,10 +1,11 @@
-"""The chat at a scripted terminal, over a scripted worker."""
+"""A chat: the conversation and its slash commands alone, and at a scripted terminal."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+import stat
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -15,11 +16,13 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from headrace.cli import chat
+from headrace.cli import run as command
+from headrace.cli.chat import COMMANDS, HELP, Conversation, Leave, unfinished, unquoted
 from headrace.config import Settings, load
-from headrace.core.errors import ContextOverflow
+from headrace.core.errors import ContextOverflow, InvalidRequest
 from headrace.core.events import Delta, Event, Finish, Progress
 from headrace.core.metrics import InferenceMetrics, Usage
+from headrace.core.request import Message
 
 
 class Scripted:
@@ -53,7 +56,7 @@ class Scripted:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     scripted = Scripted()
-    monkeypatch.setattr(chat, "loaded", lambda *_: aclosing(scripted))
+    monkeypatch.setattr(command, "loaded", lambda *_: aclosing(scripted))
     return scripted
 
 
@@ -73,7 +76,7 @@ def talk(settings: Settings, keys: PipeInput, typed: str, **options: Any) -> Non
 
     async def run() -> None:
         async with asyncio.timeout(10):
-            await chat.chat(settings, settings.model_spec("echo"), **options)
+            await command.chat(settings, settings.model_spec("echo"), **options)
 
     asyncio.run(run())
 
@@ -143,3 +146,128 @@ def test_a_home_that_cannot_be_written_costs_only_the_history(
     settings.config.home.write_text("a file is in the way")
     talk(settings, keys, "Hi\r\x04")
     assert len(worker.requests) == 1
+
+
+@pytest.fixture
+def conversation() -> Conversation:
+    conversation = Conversation("m", system="Be brief.", sampling={"max_tokens": 8})
+    conversation.ask("Hello")
+    conversation.answered("Hi")
+    return conversation
+
+
+def test_a_request_has_system_history_and_sampling(conversation: Conversation) -> None:
+    conversation.ask("And?")
+    assert conversation.request() == {
+        "messages": [
+            Message("system", "Be brief."),
+            Message("user", "Hello"),
+            Message("assistant", "Hi"),
+            Message("user", "And?"),
+        ],
+        "max_tokens": 8,
+    }
+
+
+def test_a_question_without_an_answer_is_taken_back(conversation: Conversation) -> None:
+    conversation.ask("too long")
+    conversation.answered("")
+    assert [message.content for message in conversation.messages] == ["Hello", "Hi"]
+
+
+def test_every_command_is_in_the_help() -> None:
+    """L: the chat has slash commands."""
+    helped = {line.split()[0] for line in HELP.splitlines() if line.startswith("/")}
+    assert helped == set(COMMANDS) - {"/?", "/exit"}
+
+
+def test_set_reads_values_by_their_type(conversation: Conversation) -> None:
+    conversation.command("/set temperature 0")
+    conversation.command("/set seed 7")
+    conversation.command("/set stop_token_ids 1,2")
+    conversation.command('/set stop ["END", "\\n"]')
+    conversation.command("/set ignore_eos true")
+    conversation.command("/set max_tokens")
+    assert conversation.sampling == {
+        "temperature": 0.0,
+        "seed": 7,
+        "stop_token_ids": (1, 2),
+        "stop": ("END", "\n"),
+        "ignore_eos": True,
+    }
+    assert conversation.command("/set") == "sampling: " + " ".join(
+        f"{key}={value}" for key, value in conversation.sampling.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("/set temprature 1", "temprature cannot be set"),
+        ("/set seed x", "seed: Expected `int | null`"),
+        ("/set temperature 9", "temperature must be between 0 and 2."),
+        ("/nothing", "/nothing is no command"),
+        ("/save", "Name a file"),
+    ],
+)
+def test_wrong_commands_say_what_is_wrong(conversation: Conversation, line: str, part: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        conversation.command(line)
+    assert part in caught.value.message
+
+
+def test_system_clear_and_bye(conversation: Conversation) -> None:
+    conversation.command("/system Speak French.")
+    assert conversation.request()["messages"][0] == Message("system", "Speak French.")
+    conversation.command("/system")
+    assert conversation.request()["messages"][0].role == "user"
+    conversation.command("/clear")
+    assert conversation.messages == []
+    with pytest.raises(Leave):
+        conversation.command("/bye")
+
+
+def test_retry_asks_the_same_again(conversation: Conversation) -> None:
+    assert conversation.command("/retry") is None
+    assert conversation.messages == [Message("user", "Hello")]
+    conversation.command("/clear")
+    with pytest.raises(InvalidRequest, match="no question"):
+        conversation.command("/retry")
+
+
+def test_save_and_load_keep_everything_for_the_owner_alone(
+    conversation: Conversation, tmp_path: Path
+) -> None:
+    conversation.command("/set stop END")
+    path = tmp_path / "talk.json"
+    conversation.command(f"/save {path}")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    other = Conversation("n")
+    assert other.command(f"/load {path}") == f"Loaded 2 messages from {path}."
+    assert other.request() == conversation.request()
+
+
+def test_load_refuses_what_is_no_conversation(conversation: Conversation, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"model": "m", "messages": [{"role": "boss", "content": "x"}]}')
+    with pytest.raises(ValueError, match="boss"):
+        conversation.command(f"/load {path}")
+    assert len(conversation.messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "more", "meant"),
+    [
+        ("one", False, "one"),
+        ("one\\", True, "one\\"),
+        ("one\\\ntwo", False, "one\ntwo"),
+        ('"""', True, '"""'),
+        ('"""one', True, '"""one'),
+        ('"""one\ntwo"""', False, "one\ntwo"),
+        ('"""\none\n"""', False, "one"),
+        ('say """x"""', False, 'say """x"""'),
+    ],
+)
+def test_several_lines(typed: str, more: bool, meant: str) -> None:
+    assert unfinished(typed) is more
+    assert unquoted(typed) == meant

@@ -15,6 +15,7 @@ import pytest
 from tests.cli.programs import HELLO, PROGRAM, ask, headrace, serving
 
 from headrace.cli.app import run
+from headrace.core.sampling import SamplingFields, described
 
 HEAVY = {"torch", "fastapi", "starlette", "uvicorn", "xllamacpp", "huggingface_hub", "numpy"}
 
@@ -77,6 +78,21 @@ def test_verbose_prints_every_figure(environ: dict[str, str]) -> None:
 
 
 @pytest.mark.usefixtures("as_environ")
+def test_each_sampling_parameter_is_a_flag_with_its_help_and_range(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """L: what core/sampling.py declares, and nothing written down a second time."""
+    assert run(["run", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, (_, meta) in described(SamplingFields).items():
+        assert f"--{name.replace('_', '-')} " in shown
+        assert (meta.description or "?") in shown
+    assert "Randomness; 0 is greedy. [0 to 2]" in shown
+    assert "[above 0 to 10]" in shown
+    assert "Most tokens to generate. [1 or more]" in shown
+
+
+@pytest.mark.usefixtures("as_environ")
 @pytest.mark.parametrize(
     ("arguments", "code", "kind", "part"),
     [
@@ -85,6 +101,7 @@ def test_verbose_prints_every_figure(environ: dict[str, str]) -> None:
         (("run", "echo", "x", "-o", "tokns=1"), 2, "ConfigError", "tokns is no engine option"),
         (("run", "echo", "x", "-o", "slots"), 2, "ConfigError", "slots is not KEY=VALUE"),
         (("run", "echo", "x", "--top-p", "0.5"), 2, "Unsupported", "top_p"),
+        (("run", "echo", "x", "--temperature", "9"), 2, "InvalidRequest", "between 0 and 2"),
         (("run", "echo", "x", "-o", "fail_load=boo"), 1, "LoadFailed", "boo"),
         (("run", "echo", "x", "-o", "fail_after=0"), 1, "GenerationFailed", ""),
         (("run", "echo", "x", "--engine", "ecko"), 2, "ConfigError", "Did you mean echo?"),

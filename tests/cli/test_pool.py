@@ -9,8 +9,8 @@ import msgspec
 import pytest
 from tests.cli.stub import Stub, stub
 
-from headrace.cli import ps
 from headrace.cli.app import run
+from headrace.cli.pool import status_text
 from headrace.core.status import (
     DeviceStatus,
     Footprint,
@@ -114,7 +114,7 @@ def test_how_a_model_is_shown(fields: dict[str, Any], cells: list[str]) -> None:
     model = ModelStatus(
         **{field: getattr(READY, field) for field in READY.__struct_fields__} | fields
     )
-    shown = ps.table(PoolStatus(models=(model,), devices=()), NOW)
+    shown = status_text(PoolStatus(models=(model,), devices=()), NOW)
     assert [cell for cell in cells if cell not in shown] == []
     assert "\x1b" not in shown
 

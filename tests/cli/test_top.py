@@ -24,8 +24,7 @@ from tests.cli.stub import stub
 from wcwidth import wcswidth
 
 from headrace.cli.app import run
-from headrace.cli.frame import lines
-from headrace.cli.top import Sight, Sort
+from headrace.cli.top import Snapshot, Sort, lines
 from headrace.core.record import Activity, Rates, RunningRequest
 from headrace.core.status import DeviceStatus, Footprint, ModelStatus, PoolStatus
 
@@ -80,13 +79,14 @@ WAITING = request(1, phase="queued", model="loud\x07name")
 OLD = request(9, model="asleep", time_to_first_token_ms=95_000.0, completion_tokens=1)
 STATUS = PoolStatus(models=(ASLEEP, LOADING, EVIL, SMALL), devices=DEVICES)
 ACTIVITY = Activity(running=(OLD, FAST, WAITING), rates=(RATES,))
-SIGHT = Sight(time=NOW, status=STATUS, activity=ACTIVITY)
+SNAPSHOT = Snapshot(time=NOW, status=STATUS, activity=ACTIVITY)
 
 
 def drawn(
-    sight: Sight = SIGHT, width: int = 160, height: int | None = None, sort: Sort = "slowest"
+    seen: Snapshot = SNAPSHOT, width: int = 160, height: int | None = None, sort: Sort = "slowest"
 ) -> list[str]:
-    return [line.plain.rstrip() for line in lines(sight, URL, width, height, sort=sort)]
+    frame = lines(seen, URL, width, height, sort=sort)
+    return ["".join(text for text, _ in line).rstrip() for line in frame]
 
 
 def cells(frame: list[str], begin: str) -> list[str]:
@@ -130,7 +130,7 @@ def test_the_order_of_rows() -> None:
 def test_no_frame_is_larger_than_the_terminal(width: int, height: int | None) -> None:
     """Names are as long, as wide and as bad as they like."""
     many = [request(number, model="日本語" * 9) for number in range(60)]
-    noted = Sight(
+    noted = Snapshot(
         time=NOW,
         status=STATUS,
         activity=Activity(running=(*ACTIVITY.running, *many), rates=(RATES,)),
@@ -162,7 +162,7 @@ def test_names_cannot_command_the_terminal() -> None:
 def test_what_does_not_fit_is_counted() -> None:
     busy = Activity(running=tuple(request(number) for number in range(30, 0, -1)))
     models = tuple(ModelStatus(id=f"m{n}", source="s", state="ready") for n in range(40))
-    full = Sight(time=NOW, status=PoolStatus(models=models, devices=DEVICES), activity=busy)
+    full = Snapshot(time=NOW, status=PoolStatus(models=models, devices=DEVICES), activity=busy)
     frame = drawn(full, 100, 30)
     assert len(frame) == 30
     hidden = [int(line.split()[1]) for line in frame if line.startswith("... ")]
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_counted() -> None:
 
 
 def test_a_service_that_does_not_observe() -> None:
-    frame = drawn(Sight(time=NOW, status=STATUS))
+    frame = drawn(Snapshot(time=NOW, status=STATUS))
     assert frame[-1] == "This service does not tell what runs."
     assert cells(frame, "small")[4:] == ["-"] * 5 + ["150.0 MB of ~160.0 MB"]
 
@@ -377,14 +377,14 @@ def test_a_service_that_says_nothing_any_more(environ: dict[str, str]) -> None:
 
 
 BROKEN = """
-from headrace.cli import frame, main
-whole, drawn = frame.lines, []
+from headrace.cli import main, top
+whole, drawn = top.lines, []
 def lines(*given, **named):
     drawn.append(1)
     if len(drawn) > 3:
         raise RuntimeError("it broke")
     return whole(*given, **named)
-frame.lines = lines
+top.lines = lines
 main()
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace.cli.ps import table
+from headrace.cli.pool import status_text
 from headrace.core.status import ModelStatus, PoolStatus
 
 
@@ -12,5 +12,5 @@ def test_ps_tells_why_when_asked() -> None:
         id="m", source="x", state="ready", engine="echo", engine_reason="none\x1b[2J"
     )
     status = PoolStatus(models=(model,), devices=())
-    assert "none" not in table(status, 0)
-    assert table(status, 0, reasons=True).endswith("\nm: none[2J\n")
+    assert "none" not in status_text(status, 0)
+    assert status_text(status, 0, reasons=True).endswith("\nm: none[2J\n")

@@ -1,6 +1,7 @@
 """The program: its commands, its errors and its exit codes.
 
-0 is well, 1 an engine or a lack of room, 2 a wrong request, flag or configuration, 130 Ctrl-C.
+0 is success, 1 a failed engine or a lack of room, 2 a wrong request, flag or configuration, and
+130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,20 +15,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from headrace.cli import (
-    bench,
-    check_engine,
-    config,
-    doctor,
-    pool,
-    ps,
-    serve,
-    store,
-    top,
-    trace,
-    tune,
-    usage,
-)
+from headrace.cli import bench, check_engine, pool, replay, reports, serve, store, top, trace, tune
 from headrace.cli import run as run_command
 from headrace.cli.common import Common, with_common
 from headrace.core.errors import ConfigError, HeadraceError, RequestError
@@ -69,12 +57,14 @@ def start(
 # The order is that of the help; a command is called as its function.
 for _command in (
     *(run_command.run, serve.serve, store.pull, store.ls, store.show, tune.tune, bench.bench),
-    *(store.rm, ps.ps, top.top, usage.usage, pool.start, pool.stop, pool.restart, pool.pin),
-    *(pool.update, pool.plan, pool.events, pool.reload, doctor.doctor, check_engine.check_engine),
+    *(store.rm, pool.ps, top.top, reports.usage, pool.start, pool.stop, pool.restart, pool.pin),
+    *(pool.update, pool.plan, pool.events, pool.reload, reports.doctor),
+    check_engine.check_engine,
 ):
     app.command()(with_common(_command))
-app.add_typer(config.app, name="config")
+app.add_typer(reports.config, name="config")
 app.add_typer(trace.app, name="trace")
+trace.app.command("replay")(with_common(replay.replay))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -83,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="headrace", standalone_mode=False)
     except BrokenPipeError:
-        # The reader has gone; what is still buffered must not fail once more at exit.
+        # The reader of the pipe has gone; flushing what is buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, typer.Abort):
@@ -93,7 +83,7 @@ def run(arguments: Sequence[str]) -> int:
     except HeadraceError as error:
         code = 2 if isinstance(error, RequestError | ConfigError) else 1
         return _fail(flags, error, type(error).__name__, _message(error, flags), code, error.param)
-    except Exception as error:  # noqa: BLE001 - the last place where anything can be said
+    except Exception as error:  # noqa: BLE001 - the last place where it can be reported
         message = f"unexpected {type(error).__name__}: {error}; --debug shows where"
         return _fail(flags, error, "InternalError", message, 1)
     return code if isinstance(code, int) else 0
@@ -104,7 +94,7 @@ def _before(arguments: Sequence[str], end: str) -> Sequence[str]:
 
 
 def _message(error: HeadraceError, flags: Sequence[str]) -> str:
-    # The one who runs the program is the one who would read the log.
+    # The user of the program is also the reader of its log.
     detail = error.detail or ""
     if len(detail) > _LONGEST_DETAIL and not {"-v", "--verbose", "--debug"} & set(flags):
         return f"{error.message} (-v tells more)"

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from headrace.cli import bench_text, terminal
-from headrace.cli.common import Common, known_models, loop_factory
-from headrace.cli.run import ModelFlags
+from headrace.cli.common import Common, ModelFlags, known_models, loop_factory
 from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -1,13 +1,13 @@
-"""The chat of `headrace run`: a prompt, answers, and Ctrl-C that stops only the answer."""
+"""The chat of `headrace run`: the conversation with its slash commands, and the prompt."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from prompt_toolkit import PromptSession
@@ -16,98 +16,267 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from headrace.cli import terminal
-from headrace.cli.conversation import COMMANDS, Conversation, Leave, complaint
-from headrace.cli.run import loaded, summary, written
-from headrace.core.errors import ContextOverflow, HeadraceError
+from headrace.core.errors import ContextOverflow, HeadraceError, InvalidRequest
+from headrace.core.paths import expanded
+from headrace.core.request import Message
+from headrace.core.sampling import Sampling
 
-if TYPE_CHECKING:
-    from headrace.config import Settings
-    from headrace.core.model import ModelSpec
-    from headrace.model_worker import AsyncModelWorker
+HELP = """\
+/help                 these lines
+/clear                forget the conversation; the system message stays
+/system [TEXT]        set the system message; without text, drop it
+/set [NAME VALUE]     set how tokens are chosen; without a value, back to the default;
+                      several values stand between commas, or in JSON: ["\\n\\n"]
+/show                 model, settings and messages
+/save FILE            write the conversation as JSON
+/load FILE            read one that was saved
+/retry                answer the last question again
+/bye                  leave
+Alt-Enter, a backslash at the end of a line or \"\"\" around the text write several lines.
+Ctrl-C stops an answer; twice at an empty prompt, or Ctrl-D, leaves."""
 
 _QUOTES = '"""'
+_LISTS = ("stop", "stop_token_ids")
+_SETTABLE = {
+    field.name: field.type
+    for field in msgspec.structs.fields(Sampling)
+    if field.name not in ("logprobs", "logit_bias")
+}
 
 
-async def chat(
-    settings: Settings,
-    spec: ModelSpec,
-    *,
-    system: str | None = None,
-    sampling: Mapping[str, Any] | None = None,
-    figures: bool = True,
-) -> None:
-    """Load a model and talk with it until the user leaves."""
-    conversation = Conversation(spec.name, system=system, sampling=sampling)
-    async with loaded(settings, spec) as worker:
-        session = prompt_session(settings.config.home / "chat_history")
-        terminal.note(f"Chat with {spec.name}. /help lists the commands, Ctrl-D leaves.")
-        with contextlib.suppress(Leave, EOFError):
-            await _talk(session, worker, conversation, figures=figures)
+class Saved(msgspec.Struct, forbid_unknown_fields=True):
+    """A conversation as it is written to a file."""
+
+    model: str
+    messages: list[Message]
+    system: str | None = None
+    sampling: dict[str, Any] = {}
 
 
-async def _talk(
-    session: PromptSession[str],
-    worker: AsyncModelWorker,
-    conversation: Conversation,
-    *,
-    figures: bool,
-) -> None:
-    interrupts = 0
-    while True:
-        try:
-            text = unquoted(await session.prompt_async(">>> "))
-        except KeyboardInterrupt:
-            # A line that was begun is dropped; only an empty prompt counts towards leaving.
-            interrupts = 0 if session.default_buffer.text else interrupts + 1
-            if interrupts > 1:
-                return
-            terminal.note("Ctrl-C again or Ctrl-D leaves." if interrupts else "")
-            continue
+class Leave(Exception):
+    """The user wants to leave the chat."""
+
+
+class Conversation:
+    """The messages of a chat, and how the next answer is sampled."""
+
+    def __init__(
+        self, model: str, *, system: str | None = None, sampling: Mapping[str, Any] | None = None
+    ) -> None:
+        self.model = model
+        self.system = system
+        self.sampling = dict(sampling or {})
+        self.messages: list[Message] = []
+
+    def __repr__(self) -> str:
+        return f"<Conversation {self.model} messages={len(self.messages)}>"
+
+    def request(self) -> dict[str, Any]:
+        """Return the arguments for the next answer."""
+        system = [Message("system", self.system)] if self.system else []
+        return {"messages": [*system, *self.messages], **self.sampling}
+
+    def ask(self, text: str) -> None:
+        """Add a question."""
+        self.messages.append(Message("user", text))
+
+    def answered(self, text: str) -> None:
+        """Add the answer, whole or cut off; without any, take the question back."""
+        if text:
+            self.messages.append(Message("assistant", text))
+        else:
+            self.messages.pop()
+
+    def command(self, line: str) -> str | None:
+        """Run a slash command and return its output; None means: answer again.
+
+        Raises:
+            InvalidRequest: no such command, or a wrong value.
+            Leave: the user wants to leave.
+        """
+        name, _, rest = line[1:].strip().partition(" ")
+        action = _COMMANDS.get(name)
+        if action is None:
+            raise InvalidRequest(f"/{name} is no command. /help lists them.")
+        return action(self, rest.strip())
+
+    def clear(self, _: str) -> str:
+        """Forget all messages."""
+        self.messages.clear()
+        return "The conversation is cleared."
+
+    def set_system(self, text: str) -> str:
+        """Replace the system message."""
+        self.system = text or None
+        return "The system message is set." if text else "There is no system message."
+
+    def set_sampling(self, text: str) -> str:
+        """Set a sampling parameter, or show them."""
+        name, _, value = text.partition(" ")
+        if not name:
+            return self._settings()
+        if name not in _SETTABLE:
+            raise InvalidRequest(f"{name} cannot be set. Known: {', '.join(_SETTABLE)}.")
+        if not value:
+            self.sampling.pop(name, None)
+            return f"{name} is back at its default."
+        self.sampling[name] = _converted(name, _listed(name, value))
+        return f"{name} is {self.sampling[name]}."
+
+    def show(self, _: str) -> str:
+        """Return model, settings and messages."""
+        lines = [f"model: {self.model}", f"system: {self.system or '-'}", self._settings()]
+        return "\n".join(lines + [f"{turn.role}: {turn.content}" for turn in self.messages])
+
+    def save(self, name: str) -> str:
+        """Write the conversation to a file that only its owner can read."""
+        path = _path(name)
+        body = Saved(self.model, self.messages, self.system, self.sampling)
+        path.touch(mode=0o600)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(body)))
+        return f"Saved {len(self.messages)} messages to {path}."
+
+    def load(self, name: str) -> str:
+        """Continue a conversation from a file, whichever model it was held with."""
+        path = _path(name)
+        saved = msgspec.json.decode(path.read_bytes(), type=Saved)
+        sampling = {key: _converted(key, value) for key, value in saved.sampling.items()}
+        self.messages, self.system, self.sampling = saved.messages, saved.system, sampling
+        return f"Loaded {len(self.messages)} messages from {path}."
+
+    def retry(self, _: str) -> None:
+        """Drop the last answer, so that it is generated again."""
+        if self.messages and self.messages[-1].role == "assistant":
+            self.messages.pop()
+        if not self.messages:
+            raise InvalidRequest("There is no question to answer again.")
+
+    def _settings(self) -> str:
+        pairs = [f"{name}={value}" for name, value in self.sampling.items()]
+        return f"sampling: {' '.join(pairs) or 'the defaults of the engine'}"
+
+
+def _leave(*_: object) -> str:
+    raise Leave
+
+
+def _path(name: str) -> Path:
+    if not name:
+        raise InvalidRequest("Name a file.")
+    return expanded(name)
+
+
+def _listed(name: str, value: str) -> Any:
+    if name not in _LISTS:
+        return value
+    return msgspec.json.decode(value) if value.startswith("[") else value.split(",")
+
+
+def _converted(name: str, value: object) -> Any:
+    """Return a parameter as its own type, within its range."""
+    try:
+        converted = msgspec.convert(value, _SETTABLE.get(name, Any), strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"{name}: {error}.", param=name) from error
+    if name in _SETTABLE:
+        Sampling(**{name: converted})
+    return converted
+
+
+_COMMANDS: dict[str, Callable[[Conversation, str], str | None]] = {
+    "help": lambda conversation, rest: HELP,
+    "?": lambda conversation, rest: HELP,
+    "clear": Conversation.clear,
+    "system": Conversation.set_system,
+    "set": Conversation.set_sampling,
+    "show": Conversation.show,
+    "save": Conversation.save,
+    "load": Conversation.load,
+    "retry": Conversation.retry,
+    "bye": _leave,
+    "exit": _leave,
+}
+COMMANDS = tuple(f"/{name}" for name in _COMMANDS)
+
+
+Answer = Callable[[list[str]], Awaitable[str]]
+"""Writes the next answer, adds its text to a list as it comes, and returns its figures."""
+
+
+class Chat:
+    """A conversation at the prompt."""
+
+    def __init__(
+        self, conversation: Conversation, answer: Answer, history: Path, *, figures: bool
+    ) -> None:
+        self._conversation = conversation
+        self._answer = answer
+        self._figures = figures
+        self._session = _prompt_session(history)
+
+    async def run(self) -> None:
+        """Read questions and commands, and answer them, until the user leaves."""
+        terminal.note(
+            f"Chat with {self._conversation.model}. /help lists the commands, Ctrl-D leaves."
+        )
         interrupts = 0
-        if text.strip() and _prepared(conversation, text):
-            await _answer(worker, conversation, figures=figures)
+        with contextlib.suppress(Leave, EOFError):
+            while interrupts < 2:
+                try:
+                    text = unquoted(await self._session.prompt_async(">>> "))
+                except KeyboardInterrupt:
+                    # A line that was begun is dropped; only an empty prompt counts towards leaving.
+                    interrupts = 0 if self._session.default_buffer.text else interrupts + 1
+                    if interrupts < 2:
+                        terminal.note("Ctrl-C again or Ctrl-D leaves." if interrupts else "")
+                    continue
+                interrupts = 0
+                if text.strip() and self._needs_answer(text):
+                    await self._reply()
+
+    def _needs_answer(self, text: str) -> bool:
+        """Take a line of input; return whether the model has to answer now."""
+        if not text.startswith("/"):
+            self._conversation.ask(text)
+            return True
+        try:
+            output = self._conversation.command(text)
+        except (HeadraceError, OSError, msgspec.MsgspecError) as error:
+            output = _complaint(error)
+        if output is not None:
+            terminal.note(terminal.printable(output))
+        return output is None
+
+    async def _reply(self) -> None:
+        parts: list[str] = []
+        task = asyncio.ensure_future(self._answer(parts))
+        try:
+            with _on_interrupt(task.cancel):
+                await asyncio.wait({task})
+        finally:
+            task.cancel()
+        self._conversation.answered("".join(parts))
+        if task.cancelled():
+            terminal.note("(stopped)")
+            return
+        error = task.exception()
+        if isinstance(error, ContextOverflow):
+            terminal.note(f"{_complaint(error)} The question was not asked; /clear starts anew.")
+        elif isinstance(error, HeadraceError):
+            terminal.note(_complaint(error))
+        elif error is not None:
+            raise error
+        elif self._figures:
+            terminal.note(f"({task.result()})")
 
 
-def _prepared(conversation: Conversation, text: str) -> bool:
-    """Take a line in; tell whether the model has to answer now."""
-    if not text.startswith("/"):
-        conversation.ask(text)
-        return True
-    try:
-        told = conversation.command(text)
-    except (HeadraceError, OSError, msgspec.MsgspecError) as error:
-        told = complaint(error)
-    if told is not None:
-        terminal.note(terminal.printable(told))
-    return told is None
-
-
-async def _answer(worker: AsyncModelWorker, conversation: Conversation, *, figures: bool) -> None:
-    parts: list[str] = []
-    task = asyncio.ensure_future(written(worker, conversation.request(), parts))
-    try:
-        with _on_interrupt(task.cancel):
-            await asyncio.wait({task})
-    finally:
-        task.cancel()
-    conversation.answered("".join(parts))
-    if task.cancelled():
-        terminal.note("(stopped)")
-        return
-    error = task.exception()
-    if isinstance(error, ContextOverflow):
-        terminal.note(f"{complaint(error)} The question was not asked; /clear starts anew.")
-    elif isinstance(error, HeadraceError):
-        terminal.note(complaint(error))
-    elif error is not None:
-        raise error
-    elif figures:
-        terminal.note(f"({summary(task.result())})")
+def _complaint(error: Exception) -> str:
+    return f"error: {error.message if isinstance(error, HeadraceError) else error}"
 
 
 @contextlib.contextmanager
 def _on_interrupt(action: Callable[[], object]) -> Generator[None]:
-    """Let Ctrl-C do something else than to end the program."""
+    """Call `action` on Ctrl-C instead of ending the program."""
     before = signal.getsignal(signal.SIGINT)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, action)
@@ -118,8 +287,8 @@ def _on_interrupt(action: Callable[[], object]) -> Generator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def prompt_session(history: Path) -> PromptSession[str]:
-    """Return a prompt with history, completion of commands and several lines."""
+def _prompt_session(history: Path) -> PromptSession[str]:
+    """Return a prompt with history, completion of commands and multi-line input."""
     return PromptSession(
         history=_history(history),
         completer=WordCompleter(COMMANDS, sentence=True),
@@ -158,14 +327,14 @@ def _bindings() -> KeyBindings:
 
 
 def unfinished(text: str) -> bool:
-    r"""Tell whether Enter goes on with the text: an open `\"\"\"`, or a backslash at its end."""
+    r"""Whether Enter continues the text: after an open `\"\"\"`, or a backslash at its end."""
     opened = text.lstrip().startswith(_QUOTES)
     closed = text.rstrip().endswith(_QUOTES) and len(text.strip()) >= 2 * len(_QUOTES)
     return text.endswith("\\") or (opened and not closed)
 
 
 def unquoted(text: str) -> str:
-    """Return what was meant: without the quotes around it and the backslashes at line ends."""
+    """Return input without the quotes around it and the backslashes at line ends."""
     bare = text.strip()
     if bare.startswith(_QUOTES) and bare.endswith(_QUOTES) and len(bare) >= 2 * len(_QUOTES):
         return bare[len(_QUOTES) : -len(_QUOTES)].strip("\n")

@@ -10,8 +10,7 @@ import typer
 from msgspec.structs import asdict
 
 from headrace.cli import terminal
-from headrace.cli.common import Common, parse_options
-from headrace.cli.run import ContextLength, Device, Options
+from headrace.cli.common import Common, ContextLength, Device, Options, parse_options
 from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:

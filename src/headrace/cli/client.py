@@ -1,11 +1,10 @@
-"""The HTTP side of the commands that speak to a running service."""
+"""An HTTP client of a running service, for the commands that use one."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import Any, TypeVar
 
 import httpx2 as httpx
@@ -36,14 +35,14 @@ class _Body(msgspec.Struct, frozen=True):
 
 
 def address(settings: Settings, url: str | None) -> str:
-    """Return where the service is: as told, from HEADRACE_URL, or where `serve` would listen.
+    """Return the address of the service: the given one, HEADRACE_URL, or where `serve` listens.
 
     Raises:
         ConfigError: it cannot be known.
     """
-    if told := url or os.environ.get("HEADRACE_URL"):
-        told = told if "://" in told else f"http://{told}"
-        return told.rstrip("/").removesuffix("/v1")
+    if place := url or os.environ.get("HEADRACE_URL"):
+        place = place if "://" in place else f"http://{place}"
+        return place.rstrip("/").removesuffix("/v1")
     server = settings.config.server
     if server.port == 0:
         raise ConfigError("The port is a free one; say which with --url.", param="port")
@@ -51,23 +50,13 @@ def address(settings: Settings, url: str | None) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
 
 
-def ask(settings: Settings, url: str | None, work: Callable[[Client], Awaitable[T]]) -> T:
-    """Do something with a running service, and return what came of it."""
-
-    async def asked() -> T:
-        async with Client(address(settings, url)) as client:
-            return await work(client)
-
-    return asyncio.run(asked())
-
-
 class Client:
-    """A running service, as an operator sees it. All methods raise what the service answers.
+    """A client of a running service. Its methods raise the errors that the service answers with.
 
     Raises:
-        ConfigError: the address is none.
-        UpstreamError: nobody listens there (`param` is then `url`), or what does has gone.
-        HeadraceError: the error of the service, as its own class.
+        ConfigError: the URL is not valid.
+        UpstreamError: nothing listens there (`param` is then `url`), or the service has gone.
+        HeadraceError: the error of the service, by its own class.
     """
 
     def __init__(self, url: str) -> None:
@@ -89,36 +78,43 @@ class Client:
         await self._http.aclose()
 
     async def status(self) -> PoolStatus:
-        """Ask how all models stand."""
+        """Return the state of all models and devices."""
         return await self._ask("GET", "/admin/models", PoolStatus)
 
     async def activity(self) -> Activity:
-        """Ask what runs now, and how each model has done of late."""
+        """Return the running requests, and the recent rates of each model."""
         return await self._ask("GET", "/admin/activity", Activity)
 
-    async def order(self, what: str, model: str, **fields: Any) -> ModelStatus:
-        """Order one of `load`, `unload`, `restart`, `pin` and `update`, and wait for its end."""
+    async def order(self, action: str, model: str, **fields: Any) -> ModelStatus:
+        """Request `load`, `unload`, `restart`, `pin` or `update`, and wait for its end."""
         body = {"model": model, **fields}
-        return await self._ask("POST", f"/admin/models/{what}", ModelStatus, body)
+        return await self._ask("POST", f"/admin/models/{action}", ModelStatus, body)
 
     async def plan(self, model: str) -> Plan:
-        """Ask what loading a model would need."""
+        """Return what loading a model would need."""
         return await self._ask("GET", "/admin/plan", Plan, query={"model": model})
 
     async def reload(self) -> Reloaded:
         """Let the service read its configuration again."""
         return await self._ask("POST", "/admin/reload", Reloaded)
 
-    async def follow(self, each: Callable[[PoolEvent], None]) -> None:
-        """Call `each` with what happens, until the service ends."""
-        with self._named():
-            async with self._http.stream("GET", "/admin/events") as answer:
-                if answer.is_error:
-                    await answer.aread()
-                    raise _refusal(answer)
-                async for line in answer.aiter_lines():
-                    if line.startswith("data:"):
-                        each(self._decoded(line[5:], PoolEvent))
+    def events(self) -> AsyncGenerator[PoolEvent]:
+        """Yield the events of the service as they happen, until it ends."""
+        return self.stream("GET", "/admin/events", PoolEvent)
+
+    async def stream(
+        self, method: str, path: str, kind: type[T], body: object = None
+    ) -> AsyncGenerator[T]:
+        """Yield the data of server-sent events, decoded, until the stream ends."""
+        with self._named_errors():
+            async with self._http.stream(method, path, json=body) as response:
+                if response.is_error:
+                    await response.aread()
+                    raise _refusal(response)
+                async for line in response.aiter_lines():
+                    data = line.removeprefix("data:").strip()
+                    if line.startswith("data:") and data not in ("", "[DONE]"):
+                        yield self._decoded(data, kind)
 
     async def _ask(
         self,
@@ -128,11 +124,11 @@ class Client:
         body: object = None,
         query: Mapping[str, str] | None = None,
     ) -> T:
-        with self._named():
-            answer = await self._http.request(method, path, json=body, params=query)
-        if answer.is_error:
-            raise _refusal(answer)
-        return self._decoded(answer.content, kind)
+        with self._named_errors():
+            response = await self._http.request(method, path, json=body, params=query)
+        if response.is_error:
+            raise _refusal(response)
+        return self._decoded(response.content, kind)
 
     def _decoded(self, content: bytes | str, kind: type[T]) -> T:
         try:
@@ -144,7 +140,7 @@ class Client:
             ) from None
 
     @contextlib.contextmanager
-    def _named(self) -> Generator[None]:
+    def _named_errors(self) -> Generator[None]:
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -169,18 +165,20 @@ def _checked(text: str) -> httpx.URL:
     return url
 
 
-def _refusal(answer: httpx.Response) -> HeadraceError:
+def _refusal(response: httpx.Response) -> HeadraceError:
     """Return the error of the service as it was raised there."""
     try:
-        detail = msgspec.json.decode(answer.content, type=_Body).error
+        detail = msgspec.json.decode(response.content, type=_Body).error
     except msgspec.MsgspecError:
-        excerpt = " ".join(answer.text.split())[:_LONGEST_EXCERPT]
-        said = f"What answers at {answer.url} is no Headrace: {answer.status_code} {excerpt}"
-        return errors.UpstreamError(said)
-    kind, message = _kind(answer.status_code, detail.code), detail.message
-    if answer.status_code in (401, 403):
-        message = f"{message} Set HEADRACE_ADMIN_KEY."
-    return kind(message, param=detail.param)
+        excerpt = " ".join(response.text.split())[:_LONGEST_EXCERPT]
+        return errors.UpstreamError(
+            f"What answers at {response.url} is no Headrace: {response.status_code} {excerpt}"
+        )
+    message = detail.message
+    if response.status_code in (401, 403):
+        scope = "ADMIN" if "/admin/" in response.url.path else "API"
+        message = f"{message} Set HEADRACE_{scope}_KEY."
+    return _kind(response.status_code, detail.code)(message, param=detail.param)
 
 
 def _kind(status: int, code: str | None) -> type[HeadraceError]:

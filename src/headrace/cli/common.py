@@ -1,27 +1,34 @@
-"""What every command shares: its global flags, and how it is registered."""
+"""What commands share: flags, and how a function becomes a command."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
+import msgspec
 import typer
+from typer import Argument, Option
 
+from headrace.cli import terminal
 from headrace.core.errors import ConfigError
+from headrace.core.sampling import Range, described
 
 if TYPE_CHECKING:
+    from headrace.cli.client import Client
     from headrace.config import Settings
 
-_PANEL = "Everywhere"
+T = TypeVar("T")
+
+_WIDE = 2**31 - 1
 
 
 def known_models(incomplete: str) -> list[str]:
-    """Return names for the completion of a shell: of the configuration and the catalogue."""
+    """Return names for shell completion, from the configuration and the catalogue."""
     from headrace import config
     from headrace.models.catalog import CATALOG
 
@@ -34,10 +41,30 @@ def known_models(incomplete: str) -> list[str]:
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="MODEL",
         help="Name, path, hub:org/repo[:file] or index:package.",
         autocompletion=known_models,
+    ),
+]
+Engine = Annotated[str | None, Option(help="Use this engine.")]
+Device = Annotated[str | None, Option(help="cuda, mps or cpu.")]
+ContextLength = Annotated[int | None, Option(help="Tokens of prompt and answer.")]
+Options = Annotated[
+    list[str] | None,
+    Option(
+        "--option",
+        "-o",
+        metavar="KEY=VALUE",
+        help="Option of the engine; `headrace show MODEL` lists them.",
+    ),
+]
+Url = Annotated[
+    str | None,
+    Option(
+        metavar="URL",
+        help="The service; else HEADRACE_URL, or where the configuration says.",
+        show_default=False,
     ),
 ]
 
@@ -46,33 +73,18 @@ ModelArgument = Annotated[
 class Common:
     """The flags that stand before or after every command; None is not given."""
 
-    as_json: Annotated[
-        bool | None,
-        typer.Option("--json/--no-json", help="Print JSON.", rich_help_panel=_PANEL),
-    ] = None
-    file: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="Read this file.", rich_help_panel=_PANEL),
-    ] = None
-    home: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep models and state here.", rich_help_panel=_PANEL),
-    ] = None
+    as_json: Annotated[bool | None, Option("--json/--no-json", help="Print JSON.")] = None
+    file: Annotated[Path | None, Option("--config", metavar="FILE", help="Read this file.")] = None
+    home: Annotated[Path | None, Option(metavar="DIR", help="Keep models and state here.")] = None
     verbose: Annotated[
-        bool | None,
-        typer.Option(
-            "--verbose/--no-verbose", "-v", help="Tell and log more.", rich_help_panel=_PANEL
-        ),
+        bool | None, Option("--verbose/--no-verbose", "-v", help="Show and log more.")
     ] = None
-    debug: Annotated[
-        bool | None,
-        typer.Option("--debug/--no-debug", help="Show tracebacks.", rich_help_panel=_PANEL),
-    ] = None
+    debug: Annotated[bool | None, Option("--debug/--no-debug", help="Show tracebacks.")] = None
 
     def settings(self, *, service: bool = False, **flags: Any) -> Settings:
         """Read the configuration with the flags of a command on top, and set up logging.
 
-        What is no service logs warnings only, unless told otherwise.
+        Unless the level is configured, only a service logs more than warnings.
 
         Raises:
             ConfigError: as `headrace.config.load` does.
@@ -87,12 +99,50 @@ class Common:
         log.configure(config.log_level, config.log_format)
         return replace(settings, config=config)
 
+    def ask(self, url: str | None, work: Callable[[Client], Awaitable[T]]) -> T:
+        """Run `work` with a client of the running service, and return its result."""
+        from headrace.cli.client import Client, address
+
+        async def run() -> T:
+            async with Client(address(self.settings(), url)) as client:
+                return await work(client)
+
+        return asyncio.run(run())
+
+    def show(self, value: object, lines: Iterable[str]) -> None:
+        """Print the result of a command: the value as JSON with --json, else the lines."""
+        if self.as_json:
+            terminal.print_json(value)
+            return
+        for line in lines:
+            print(line)
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """How a model is to run."""
+
+    engine: Engine = None
+    device: Device = None
+    context_length: ContextLength = None
+    option: Options = None
+
+    def settings(self, common: Common, *, service: bool = False, **more: Any) -> Settings:
+        """Read the configuration with these flags, and more, on top.
+
+        Raises:
+            ConfigError: as `Common.settings` does.
+        """
+        flags = {name: value for name, value in given(self).items() if name != "option"}
+        options = parse_options(self.option)
+        return common.settings(service=service, options=options, **flags, **more)
+
 
 def parse_options(pairs: list[str] | None, where: str = "flag -o") -> dict[str, str]:
     """Read `KEY=VALUE` pairs.
 
     Raises:
-        ConfigError: one has no `=`.
+        ConfigError: a pair has no `=`.
     """
     parted = [pair.partition("=") for pair in pairs or []]
     for key, equals, _ in parted:
@@ -102,7 +152,7 @@ def parse_options(pairs: list[str] | None, where: str = "flag -o") -> dict[str, 
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return what makes the fastest event loop that there is here; None: asyncio's own."""
+    """Return a factory of uvloop's event loops, or None for asyncio's own."""
     try:
         from uvloop import new_event_loop
     except ImportError:
@@ -111,28 +161,30 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def given(flags: Any) -> dict[str, Any]:
-    """Return those flags of a dataclass that were given, by name."""
-    return {name: value for name, value in asdict(flags).items() if value is not None}
+    """Return those flags of a group that were given, by name."""
+    values = {name: getattr(flags, name) for name, _ in _defaults(type(flags))}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def with_common(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function whose first parameter is a Common.
 
-    A parameter whose type is a dataclass stands for its fields: each becomes a flag.
+    A parameter whose type is a group, a dataclass or a Struct, stands for its fields: each becomes
+    a flag.
     """
     hints = get_type_hints(function, include_extras=True)
     own = list(inspect.signature(function).parameters.values())[1:]
-    groups = {one.name: hints[one.name] for one in own if is_dataclass(hints[one.name])}
+    groups = {param.name: hints[param.name] for param in own if _is_group(hints[param.name])}
     flags = [
         inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
-        *(flag for one in own for flag in _flags(one.name, hints[one.name], one.default)),
+        *(flag for param in own for flag in _flags(param.name, hints[param.name], param.default)),
         *_flags("", Common),
     ]
 
     @functools.wraps(function)
     def command(ctx: typer.Context, **values: Any) -> None:
         common, *made = (
-            kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+            kind(**{name: values.pop(name) for name, _ in _defaults(kind)})
             for kind in (Common, *groups.values())
         )
         # A flag after the command wins over the same one before it.
@@ -146,17 +198,42 @@ def with_common(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _is_group(kind: Any) -> bool:
+    return is_dataclass(kind) or (isinstance(kind, type) and issubclass(kind, msgspec.Struct))
+
+
+def _defaults(group: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the default of each field of a group."""
+    for field in fields(group) if is_dataclass(group) else msgspec.structs.fields(group):
+        yield field.name, field.default
+
+
 def _flags(name: str, kind: Any, default: Any = None) -> list[inspect.Parameter]:
-    """Return a parameter of a command, or those that a dataclass stands for."""
-    if not is_dataclass(kind):
+    """Return a parameter of a command, or those that a group stands for."""
+    if not _is_group(kind):
         return [
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
             )
         ]
     kinds = get_type_hints(kind, include_extras=True)
+    if not is_dataclass(kind):
+        kinds |= {name: _option(*field) for name, field in described(kind).items()}
     return [
-        flag
-        for field in fields(kind)
-        for flag in _flags(field.name, kinds[field.name], field.default)
+        flag for name, default in _defaults(kind) for flag in _flags(name, kinds[name], default)
     ]
+
+
+def _option(kind: type, meta: msgspec.Meta) -> Any:
+    """Return the hint of a flag whose help and range are those of a field."""
+    allowed: Range | None = (meta.extra or {}).get("range")
+    bounds = _bounds(allowed) if allowed else ""
+    return Annotated[kind | None, Option(help=f"{meta.description}{bounds}")]
+
+
+def _bounds(allowed: Range) -> str:
+    """Describe a range; the bounds of an integer type go without saying."""
+    low = f"above {allowed.low}" if allowed.above else f"{allowed.low}"
+    if allowed.high < _WIDE:
+        return f"  [{low} to {allowed.high}]"
+    return f"  [{low} or more]" if allowed.low > -_WIDE else ""

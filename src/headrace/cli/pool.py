@@ -1,4 +1,4 @@
-"""The commands that change a running service: its models, by name, while it serves."""
+"""Commands on the models of a running service: `ps`, `plan`, `events`, `start`, `stop`, ..."""
 
 from __future__ import annotations
 
@@ -6,31 +6,55 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
+from typer import Argument, Option
 
 from headrace.cli import terminal
-from headrace.cli.common import Common, ModelArgument, parse_options
-from headrace.cli.ps import DEVICE_HEADS, Url, amounts, devices, span
-from headrace.cli.run import Options
+from headrace.cli.common import Common, ModelArgument, Options, Url, parse_options
 from headrace.core.errors import HeadraceError, UpstreamError
-from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus
+from headrace.core.status import (
+    DeviceStatus,
+    ModelStatus,
+    Plan,
+    PoolEvent,
+    PoolStatus,
+    ReplicaStatus,
+)
 
 if TYPE_CHECKING:
     from headrace.cli.client import Client
 
-T = TypeVar("T")
-
+_EVERY_S = 1.0
 _POLL_S = 0.3
+_LONGEST_ERROR = 60
+_MODEL_HEADS = ("NAME", "STATE", "ENGINE", "MEMORY", "QUEUE", "UNTIL", "RESTARTS", "ERROR")
+_DEVICE_HEADS = ("DEVICE", "BUDGET", "BOOKED", "FREE")
+_HOME, _END_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
 
 Changes = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Setting of the model, as keep_alive=5m."),
+    Option("--set", metavar="KEY=VALUE", help="Setting of the model, as keep_alive=5m."),
 ]
+
+
+def ps(
+    common: Common,
+    watch: Annotated[
+        bool, Option("--watch", "-w", help="Refresh each second, until Ctrl-C.")
+    ] = False,
+    url: Url = None,
+) -> None:
+    """List the models of a running service: state, memory, queue; and its devices.
+
+    With -v it also says why each model runs on its engine.
+    """
+    common.ask(url, lambda client: _watch(client, common, again=watch))
 
 
 def start(
@@ -40,7 +64,7 @@ def start(
     changes: Changes = None,
     url: Url = None,
 ) -> None:
-    """Load a model and wait for it; a failed one gets another chance, an unknown one is added."""
+    """Load a model and wait for it; a failed one is tried again, an unknown one is added."""
     options = {f"options.{key}": value for key, value in _settings(option, "flag -o").items()}
     settings = options | _settings(changes, "flag --set")
     _order(common, url, "load", model, settings=settings or None)
@@ -59,7 +83,7 @@ def restart(common: Common, model: ModelArgument, url: Url = None) -> None:
 def pin(
     common: Common,
     model: ModelArgument,
-    off: Annotated[bool, typer.Option("--off", help="Let it go when others need room.")] = False,
+    off: Annotated[bool, Option("--off", help="Let it go when others need room.")] = False,
     url: Url = None,
 ) -> None:
     """Keep a model loaded, whatever else needs its memory."""
@@ -71,7 +95,7 @@ def update(
     model: ModelArgument,
     changes: Annotated[
         list[str],
-        typer.Argument(
+        Argument(
             metavar="KEY=VALUE...",
             help="Such as keep_alive=5m, enabled=false, options.threads=4; "
             "`KEY=` is again as configured.",
@@ -85,42 +109,127 @@ def update(
 
 def reload(common: Common, url: Url = None) -> None:
     """Let the service read its configuration again and apply what has changed."""
-    done = _ask(common, url, lambda client: client.reload())
-    if common.as_json:
-        terminal.print_json(done)
-        return
-    said: dict[str, tuple[str, ...]] = msgspec.structs.asdict(done)
-    rows = [(what.replace("_", " "), ", ".join(names)) for what, names in said.items() if names]
-    terminal.columns((), rows or [("nothing has changed",)])
+    reloaded = common.ask(url, lambda client: client.reload())
+    changes: dict[str, tuple[str, ...]] = msgspec.structs.asdict(reloaded)
+    rows = [(kind.replace("_", " "), ", ".join(names)) for kind, names in changes.items() if names]
+    common.show(reloaded, terminal.aligned((), rows or [("nothing has changed",)]))
 
 
 def events(common: Common, url: Url = None) -> None:
     """Follow what happens to the models, until Ctrl-C."""
 
-    def show(event: PoolEvent) -> None:
-        line = msgspec.json.encode(event).decode() if common.as_json else written(event)
-        print(line, flush=True)
+    async def follow(client: Client) -> None:
+        async with contextlib.aclosing(client.events()) as stream:
+            async for event in stream:
+                as_json = msgspec.json.encode(event).decode()
+                print(as_json if common.as_json else _event_line(event), flush=True)
 
-    _ask(common, url, lambda client: client.follow(show))
+    common.ask(url, follow)
     terminal.note("The service has ended.")
 
 
 def plan(common: Common, model: ModelArgument, url: Url = None) -> None:
-    """Tell what loading a model would need, whether it fits, and what would have to go.
+    """Show what loading a model would need, whether it fits, and what would have to go.
 
-    A running service is asked; without one it is told for this machine as it is.
+    A running service is asked; without one, the answer is for this machine as it is.
     """
-    found = _planned(common, model, url)
-    if common.as_json:
-        terminal.print_json(found)
-    else:
-        _print_plan(found)
-    if not found.fits:
+    planned = _planned(common, model, url)
+    common.show(planned, _plan_lines(planned))
+    if not planned.fits:
         raise typer.Exit(1)
 
 
-def written(event: PoolEvent) -> str:
-    """Return an event in one line."""
+async def _watch(client: Client, common: Common, *, again: bool) -> None:
+    while True:
+        status = await client.status()
+        if common.as_json and again:
+            print(msgspec.json.encode(status).decode(), flush=True)
+        elif common.as_json:
+            terminal.print_json(status)
+        else:
+            text = status_text(status, time.time(), reasons=bool(common.verbose))
+            _print(text, in_place=again and sys.stdout.isatty())
+        if not again:
+            return
+        await asyncio.sleep(_EVERY_S)
+
+
+def _print(text: str, *, in_place: bool) -> None:
+    """Print a table; in place each line is overwritten, so that nothing flickers."""
+    if in_place:
+        text = _HOME + text.replace("\n", f"{_END_OF_LINE}\n") + _REST
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def status_text(status: PoolStatus, now: float, *, reasons: bool = False) -> str:
+    """Return both tables as text, and why each engine was chosen; `now` is Unix time."""
+    rows = [row for model in status.models for row in _rows(model, now)]
+    models = terminal.aligned(_MODEL_HEADS, rows)
+    why = [f"{model.id}: {model.engine_reason}" for model in status.models if model.engine_reason]
+    last = ("", *map(terminal.printable, why)) if reasons and why else ()
+    return "".join(f"{line}\n" for line in (*models, "", *_device_lines(status.devices), *last))
+
+
+def _device_lines(devices: Sequence[DeviceStatus]) -> Iterator[str]:
+    sizes = ((device.name, (device.budget, device.booked, device.free)) for device in devices)
+    rows = [(name, *map(terminal.size, amounts)) for name, amounts in sizes]
+    return terminal.aligned(_DEVICE_HEADS, rows)
+
+
+def _rows(model: ModelStatus, now: float) -> Iterator[tuple[str | None, ...]]:
+    error = " ".join((model.last_error or "").split())[:_LONGEST_ERROR]
+    estimated = amounts(model.estimated.devices) if model.estimated else None
+    yield (
+        model.id,
+        state(model, stage=True),
+        model.engine or None,
+        amounts(model.memory) or (estimated and f"~{estimated}"),
+        f"{requests_of(model)} + {model.queued}/{model.max_queued}",
+        _until(model, now),
+        str(model.restarts),
+        error or None,
+    )
+    if len(model.replicas) > 1:
+        yield from map(_replica, model.replicas)
+
+
+def _replica(replica: ReplicaStatus) -> tuple[str | None, ...]:
+    load, name = f"{replica.running} running", f"  #{replica.number}"
+    return name, replica.state, None, amounts(replica.memory), load, None, None, replica.reason
+
+
+def state(model: ModelStatus, *, stage: bool = False) -> str:
+    """Return the state of a model, with the share of a load that is done, and its stage."""
+    if not model.enabled:
+        return "disabled"
+    share = f" {100 * model.done // model.total}%" if model.progress and model.total else ""
+    if stage and model.progress:
+        return f"{model.state} ({model.progress}{share})"
+    return f"{model.state}{share}"
+
+
+def requests_of(model: ModelStatus) -> str:
+    """Return the running requests of a model, and how many can run: `2/8`."""
+    return f"{model.running}/{model.max_running or '-'}"
+
+
+def amounts(memory: Mapping[str, int]) -> str | None:
+    """Return bytes by device as text; the device is left out if it is only the CPU."""
+    if list(memory) == ["cpu"]:
+        return terminal.size(memory["cpu"])
+    return " + ".join(f"{terminal.size(size)} {name}" for name, size in memory.items()) or None
+
+
+def _until(model: ModelStatus, now: float) -> str | None:
+    if model.pinned:
+        return "pinned"
+    if model.state != "ready":
+        return None
+    return "for ever" if model.until is None else f"in {terminal.span(model.until - now)}"
+
+
+def _event_line(event: PoolEvent) -> str:
     clock = datetime.fromtimestamp(event.time).astimezone().strftime("%H:%M:%S")
     name = f"{event.model} #{event.replica}" if event.replica else event.model
     more = [f"{key}={_short(value)}" for key, value in event.data.items()]
@@ -134,34 +243,20 @@ def _short(value: object) -> str:
 
 
 def _settings(pairs: list[str] | None, where: str) -> dict[str, str | None]:
-    """Read what is to be set; without a value, it is again as the configuration has it."""
+    """Read settings; one without a value is again as the configuration has it."""
     return {key: value or None for key, value in parse_options(pairs, where).items()}
 
 
-def _ask(common: Common, url: str | None, work: Callable[[Client], Awaitable[T]]) -> T:
-    from headrace.cli.client import ask
-
-    return ask(common.settings(), url, work)
-
-
-def _order(common: Common, url: str | None, what: str, model: str, **fields: Any) -> None:
-    status = _ask(common, url, lambda client: _ordered(client, what, model, fields))
-    if common.as_json:
-        terminal.print_json(status)
-    else:
-        print(terminal.printable(", ".join(_told(status))))
+def _order(common: Common, url: str | None, action: str, model: str, **fields: Any) -> None:
+    status = common.ask(url, lambda client: _ordered(client, action, model, fields))
+    first = f"{status.id} is {status.state if status.enabled else 'disabled'}"
+    parts = (first, "pinned" if status.pinned else None, amounts(status.memory))
+    common.show(status, [terminal.printable(", ".join(part for part in parts if part))])
 
 
-def _told(status: ModelStatus) -> Iterator[str]:
-    yield f"{status.id} is {status.state if status.enabled else 'disabled'}"
-    yield from ("pinned",) if status.pinned else ()
-    if size := amounts(status.memory):
-        yield size
-
-
-async def _ordered(client: Client, what: str, model: str, fields: dict[str, Any]) -> ModelStatus:
-    """Give an order; while it is carried out, show on a terminal how far a load is."""
-    order = asyncio.ensure_future(client.order(what, model, **fields))
+async def _ordered(client: Client, action: str, model: str, fields: dict[str, Any]) -> ModelStatus:
+    """Give an order; on a terminal, show the progress of a load meanwhile."""
+    order = asyncio.ensure_future(client.order(action, model, **fields))
     if not sys.stderr.isatty():
         return await order
     try:
@@ -174,17 +269,17 @@ async def _ordered(client: Client, what: str, model: str, fields: dict[str, Any]
         order.cancel()
 
 
-def _report(status: PoolStatus, model: str, report: terminal.Report) -> None:
-    for one in status.models:
-        if one.progress and model in (one.id, one.source, *one.aliases):
-            report(one.progress, one.done, one.total)
+def _report(status: PoolStatus, name: str, report: terminal.Report) -> None:
+    for model in status.models:
+        if model.progress and name in (model.id, model.source, *model.aliases):
+            report(model.progress, model.done, model.total)
 
 
 def _planned(common: Common, model: str, url: str | None) -> Plan:
     from headrace import runtime
 
     try:
-        return _ask(common, url, lambda client: client.plan(model))
+        return common.ask(url, lambda client: client.plan(model))
     except UpstreamError as error:
         if error.param != "url" or url or os.environ.get("HEADRACE_URL"):
             raise
@@ -192,38 +287,31 @@ def _planned(common: Common, model: str, url: str | None) -> Plan:
     return asyncio.run(runtime.plan(settings, settings.model_spec(model)))
 
 
-def _print_plan(found: Plan) -> None:
-    need = found.need
-    parts = ", ".join(f"{name} {terminal.size(size)}" for name, size in need.parts.items())
+def _plan_lines(plan: Plan) -> Iterator[str]:
+    need = plan.need
+    tokens = f"{need.context_length} tokens of context" if need.context_length else None
+    running = f"{need.max_running} at once" if need.max_running else None
     facts = {
-        "model": found.model,
-        "engine": found.engine,
+        "model": plan.model,
+        "engine": plan.engine,
         "needs": amounts(need.devices),
-        "of that": parts,
+        "of that": ", ".join(f"{name} {terminal.size(size)}" for name, size in need.parts.items()),
         "known": need.how,
-        "for": _measure(need.context_length, need.max_running),
-        "loads in": None if need.load_s is None else span(need.load_s),
-        "fits": _verdict(found),
-        "largest context": found.largest_context,
-        "why": found.reason,
+        "for": ", ".join(filter(None, (tokens, running))),
+        "loads in": None if need.load_s is None else terminal.span(need.load_s),
+        "fits": _verdict(plan),
+        "largest context": plan.largest_context,
+        "why": plan.reason,
     }
-    terminal.columns((), [(name, fact) for name, fact in facts.items() if fact not in (None, "")])
-    if found.devices:
-        print()
-        terminal.columns(DEVICE_HEADS, devices(found.devices))
+    yield from terminal.aligned((), [fact for fact in facts.items() if fact[1] not in (None, "")])
+    if plan.devices:
+        yield ""
+        yield from _device_lines(plan.devices)
 
 
-def _measure(context: int | None, running: int | None) -> str | None:
-    said = (
-        f"{context} tokens of context" if context else "",
-        f"{running} at once" if running else "",
-    )
-    return ", ".join(part for part in said if part) or None
-
-
-def _verdict(found: Plan) -> str:
-    if found.loaded:
+def _verdict(plan: Plan) -> str:
+    if plan.loaded:
         return "it is loaded"
-    if found.fits and found.evict:
-        return f"yes, when these go: {', '.join(found.evict)}"
-    return "yes" if found.fits else "no"
+    if plan.fits and plan.evict:
+        return f"yes, when these go: {', '.join(plan.evict)}"
+    return "yes" if plan.fits else "no"

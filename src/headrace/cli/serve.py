@@ -1,4 +1,4 @@
-"""`headrace serve`: models behind HTTP, until a signal says stop."""
+"""`headrace serve`: models behind HTTP, until a signal ends it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from headrace.cli import terminal
-from headrace.cli.common import Common, given, known_models, loop_factory, parse_options
-from headrace.cli.run import ContextLength, Device, Engine, Options
+from headrace.cli.common import Common, ModelFlags, given, known_models, loop_factory
 from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,10 +27,9 @@ if TYPE_CHECKING:
 
 _BACKLOG = 2048
 
-
 Models = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         metavar="[MODEL]...",
         autocompletion=known_models,
         help="Models; all of the configuration when left out, or its default_model.",
@@ -43,38 +41,33 @@ Models = Annotated[
 class _Flags:
     """Settings of the service and of all its models, by their names; None is not given."""
 
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None
-    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None
+    host: Annotated[str | None, Option(help="Address to listen on.")] = None
+    port: Annotated[int | None, Option(help="Port; 0 takes a free one.")] = None
     allow_public: Annotated[
-        bool | None, typer.Option(help="Listen beyond loopback without an API key.")
+        bool | None, Option(help="Listen beyond loopback without an API key.")
     ] = None
     allowed_hosts: Annotated[
-        str | None, typer.Option(help="Further names to be reached by, between commas.")
+        str | None, Option(help="Further names to be reached by, between commas.")
     ] = None
     allowed_origins: Annotated[
-        str | None, typer.Option(help="Web origins that may ask, between commas.")
+        str | None, Option(help="Web origins that may ask, between commas.")
     ] = None
     drain_s: Annotated[
-        float | None, typer.Option(help="How long running answers may finish at the end.")
+        float | None, Option(help="How long running answers may finish at the end.")
     ] = None
-    engine: Engine = None
-    device: Device = None
-    context_length: ContextLength = None
-    max_running: Annotated[int | None, typer.Option(help="Requests at once, a model.")] = None
-    max_queued: Annotated[int | None, typer.Option(help="Requests that wait, a model.")] = None
-    keep_alive: Annotated[
-        str | None, typer.Option(help="How long a model stays idle: 5m, 0, -1.")
-    ] = None
+    max_running: Annotated[int | None, Option(help="Requests at once, a model.")] = None
+    max_queued: Annotated[int | None, Option(help="Requests that wait, a model.")] = None
+    keep_alive: Annotated[str | None, Option(help="How long a model stays idle: 5m, 0, -1.")] = None
     continuation: Annotated[
-        str | None, typer.Option(help="How an answer goes on whose worker died: exact, fast, off.")
+        str | None, Option(help="How an answer goes on whose worker died: exact, fast, off.")
     ] = None
     memory: Annotated[
-        str | None, typer.Option(help="What models may take, as 16GiB or cpu=50%,cuda:0=90%.")
+        str | None, Option(help="What models may take, as 16GiB or cpu=50%,cuda:0=90%.")
     ] = None
-    max_loading: Annotated[int | None, typer.Option(help="Models that load at a time.")] = None
+    max_loading: Annotated[int | None, Option(help="Models that load at a time.")] = None
 
 
-def serve(common: Common, models: Models = None, *, flags: _Flags, option: Options = None) -> None:
+def serve(common: Common, models: Models = None, *, service: _Flags, flags: ModelFlags) -> None:
     """Serve models over HTTP, as OpenAI's API does.
 
     API keys come from the configuration or HEADRACE_API_KEYS: a flag would show them to everyone
@@ -82,7 +75,7 @@ def serve(common: Common, models: Models = None, *, flags: _Flags, option: Optio
     """
 
     def read() -> tuple[Settings, list[ModelSpec]]:
-        settings = common.settings(service=True, options=parse_options(option), **given(flags))
+        settings = flags.settings(common, service=True, **given(service))
         return settings, wanted(settings, models or [])
 
     _serve(read, as_json=bool(common.as_json))
@@ -119,7 +112,7 @@ def _warn_of_keys(server: ServerSettings) -> None:
 
 
 def has_keys(server: ServerSettings) -> bool:
-    """Tell whether a key is needed to ask."""
+    """Whether requests need a key."""
     return bool(server.api_keys or server.admin_keys)
 
 
@@ -143,14 +136,15 @@ def wanted(settings: Settings, names: Sequence[str]) -> list[ModelSpec]:
 
 
 def listen(server: ServerSettings) -> socket.socket:
-    """Return a socket that is bound and not yet accepting.
+    """Return a socket that is bound and listens.
 
     Raises:
         ConfigError: the address is open to others and nothing guards it, or cannot be had.
     """
     try:
-        found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
-        family, _, _, _, address = found[0]
+        family, _, _, _, address = socket.getaddrinfo(
+            server.host, server.port, type=socket.SOCK_STREAM
+        )[0]
         if not (_is_loopback(str(address[0])) or has_keys(server) or server.allow_public):
             raise ConfigError(
                 f"{server.host} can be reached by others and no API key is set: set "
@@ -177,7 +171,7 @@ def announce(
     *,
     as_json: bool,
 ) -> None:
-    """Print the address, and how to ask."""
+    """Print the address, and an example of a request."""
     url = _url(listener)
     names = [spec.name for spec in specs]
     aside = {} if metrics is None else {"metrics": f"{_url(metrics)}/metrics"}

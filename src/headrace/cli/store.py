@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
+from typer import Argument, Option
 
 from headrace.cli import terminal
-from headrace.cli.common import Common, ModelArgument, known_models
-from headrace.cli.run import ModelFlags
+from headrace.cli.common import Common, ModelArgument, ModelFlags, known_models
 from headrace.core.errors import UnknownModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from pydantic import BaseModel
 
@@ -28,7 +28,7 @@ def pull(
     common: Common,
     model: ModelArgument,
     engine: Annotated[
-        str | None, typer.Option("--for", metavar="ENGINE", help="Convert it for this engine.")
+        str | None, Option("--for", metavar="ENGINE", help="Convert it for this engine.")
     ] = None,
 ) -> None:
     """Fetch a model, check it and keep it; convert it where an engine needs another format."""
@@ -38,17 +38,14 @@ def pull(
     spec = settings.model_spec(model)
     with terminal.progress() as report:
         if engine is None:
-            found = runtime.resolver(settings.config)(spec, report)
-            file = found.file
+            resolved = runtime.resolver(settings.config)(spec, report)
+            file = resolved.file
         else:
-            file = found = _converted(spec, engine, settings.config, report)
-    if common.as_json:
-        terminal.print_json(found)
-    else:
-        print(_where(file, spec.name))
+            file = resolved = _converted(spec, engine, settings.config, report)
+    common.show(resolved, [_place(file, spec.name)])
 
 
-def _where(file: ModelFile, name: str) -> str:
+def _place(file: ModelFile, name: str) -> str:
     if file.format == "remote":
         return f"{name} is served by {file.provider}; there is nothing to fetch."
     return file.path or f"{name} needs no file."
@@ -59,33 +56,35 @@ def _converted(spec: ModelSpec, engine: str, config: Config, report: Progress) -
     from headrace.engines import openvino_convert
     from headrace.models.reference import parse
 
-    engines.about(engine)  # an unknown one is refused by name
-    file = runtime.store(config).model_file(parse(_written(spec)), report)
+    engines.about(engine)  # refuses an unknown engine by name
+    file = runtime.store(config).model_file(parse(_reference(spec)), report)
     if engine == "openvino":
         return openvino_convert.convert(file, config.home, report)
-    engines.choose(file, engine)  # and one that cannot read it
+    engines.choose(file, engine)  # refuses an engine that cannot read the file
     return file
 
 
 def show(common: Common, model: ModelArgument, flags: ModelFlags) -> None:
-    """Tell what a model is, which engine would run it and why, and the engine's options."""
+    """Show what a model is, which engine would run it and why, and the engine's options."""
     from headrace import runtime
 
     settings = flags.settings(common)
     info = runtime.describe(settings.model_spec(model), settings.config)
     options = list(_options(info, runtime.engine_options()))
-    if common.as_json:
-        terminal.print_json({**msgspec.to_builtins(info), "engine_options": options})
-        return
-    terminal.columns((), list(_facts(info)))
+    described = {**msgspec.to_builtins(info), "engine_options": options}
+    common.show(described, _model_lines(info, options))
+
+
+def _model_lines(info: ModelInfo, options: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield from terminal.aligned((), _facts(info))
     if options:
-        print(f"\nOptions of {info.engine} (-o KEY=VALUE):")
-        keys = ("option", "value", "default", "help")
-        terminal.columns([key.upper() for key in keys], [[o[key] for key in keys] for o in options])
+        yield f"\nOptions of {info.engine} (-o KEY=VALUE):"
+        heads = ("OPTION", "VALUE", "DEFAULT", "HELP")
+        yield from terminal.aligned(heads, (tuple(option.values()) for option in options))
 
 
 def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
-    """Yield what is known, by its name; sizes readable, long things by their length."""
+    """Yield the known facts by name; sizes readable, and of long texts their length."""
     plain: dict[str, Any] = msgspec.to_builtins(info)
     for name, value in plain.items():
         if name in ("capabilities", "options", "created") or value in (None, "", ()):
@@ -118,11 +117,8 @@ def ls(common: Common) -> None:
     from headrace import runtime
 
     stored = list(runtime.store(common.settings().config).list())
-    if common.as_json:
-        terminal.print_json(stored)
-        return
-    rows = [(one.name, terminal.size(one.size), _day(one.added), one.reference) for one in stored]
-    terminal.columns(("NAME", "SIZE", "ADDED", "REFERENCE"), rows)
+    rows = ((m.name, terminal.size(m.size), _day(m.added), m.reference) for m in stored)
+    common.show(stored, terminal.aligned(("NAME", "SIZE", "ADDED", "REFERENCE"), rows))
 
 
 def _day(second: int) -> str:
@@ -131,8 +127,8 @@ def _day(second: int) -> str:
 
 def rm(
     common: Common,
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", autocompletion=known_models)],
-    yes: Annotated[bool, typer.Option("--yes/--no-yes", "-y", help="Do not ask.")] = False,
+    models: Annotated[list[str], Argument(metavar="MODEL...", autocompletion=known_models)],
+    yes: Annotated[bool, Option("--yes/--no-yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete models from this machine; a file that was there before Headrace stays."""
     from headrace import runtime
@@ -140,20 +136,18 @@ def rm(
 
     settings = common.settings()
     store = runtime.store(settings.config)
-    references = [_written(settings.model_spec(name)) for name in models]
+    references = [_reference(settings.model_spec(name)) for name in models]
     for name, reference in zip(models, references, strict=True):
         if store.find(parse(reference)) is None:
             raise UnknownModel(f"{name} is not on this machine; `headrace ls` lists what is.")
     if not yes and sys.stdin.isatty():
         typer.confirm(f"Delete {', '.join(models)}?", abort=True, err=True)
     freed = sum(map(store.remove, references))
-    if common.as_json:
-        terminal.print_json({"removed": models, "freed": freed})
-    else:
-        print(f"Deleted {', '.join(models)}; {terminal.size(freed)} are free again.")
+    message = f"Deleted {', '.join(models)}; {terminal.size(freed)} are free again."
+    common.show({"removed": models, "freed": freed}, [message])
 
 
-def _written(spec: ModelSpec) -> str:
+def _reference(spec: ModelSpec) -> str:
     """Return a model's reference with the revision that its settings pin."""
     pinned = spec.model.startswith("hub:") and spec.revision and "@" not in spec.model
     return f"{spec.model}@{spec.revision}" if pinned else spec.model

@@ -1,25 +1,33 @@
-"""How things are shown: columns, sizes, JSON and progress."""
+"""What is written to the terminal: text, tables, sizes, durations, JSON and progress."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 Report = Callable[[str, int, int], None]
-"""What is told of long work: what is being done, how much of it, of how much (0: not known)."""
+"""Takes the progress of long work: its name, how much is done, and of how much (0: unknown)."""
 
 # A model could move the cursor, rename the window or write to the clipboard.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+GAP = "  "
+_WIDEST = 48
 
 
 def printable(text: str) -> str:
-    """Return text without what a terminal would obey."""
+    """Return text without the control characters that a terminal would obey."""
     return text.translate(_CONTROLS)
+
+
+def flat(text: str) -> str:
+    """Return text on one line, without what moves the cursor or changes the writing direction."""
+    indent = len(text) - len(text.lstrip(" "))
+    return " " * indent + "".join(filter(str.isprintable, " ".join(text.split())))
 
 
 def write(text: str) -> None:
@@ -29,7 +37,7 @@ def write(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Say something beside the answer, on stderr."""
+    """Write a line to stderr, beside the answer on stdout."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -39,20 +47,108 @@ def print_json(value: object) -> None:
     print(msgspec.json.format(text, indent=2).decode())
 
 
-def columns(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print rows in aligned columns; None is a dash."""
+def columns(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print the lines of `aligned`."""
     for line in aligned(heads, rows):
         print(line)
 
 
-def aligned(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
-    """Yield the lines of `columns`."""
-    cells = [["-" if cell is None else printable(str(cell)) for cell in row] for row in rows]
-    lines = [list(heads), *cells] if heads else cells
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        yield "  ".join(padded).rstrip()
+def aligned(
+    heads: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Collection[str] = ()
+) -> Iterator[str]:
+    """Yield the lines of a table; the columns named in `numbers` are aligned to the right.
+
+    None is a dash. With empty `heads` there is no line of heads.
+    """
+    rows = list(rows)
+    by_column = list(zip(*rows, strict=True)) or [()] * len(heads)
+    names = heads or [""] * len(by_column)
+    laid_out = table(
+        [
+            Column(head, ["-" if cell is None else str(cell) for cell in column], head in numbers)
+            for head, column in zip(names, by_column, strict=True)
+        ]
+    )
+    for line in laid_out if heads else laid_out[1:]:
+        yield GAP.join(line).rstrip()
+
+
+class Column(NamedTuple):
+    """Cells below a head. Of too many columns the highest `rank` goes first, and 0 never does.
+
+    Text can be shortened, to no less than `least` while there are columns to leave out.
+    """
+
+    head: str
+    cells: Sequence[str]
+    is_number: bool = True
+    rank: int = 0
+    least: int = 8
+
+    def needed(self, most: int | None) -> int:
+        """Return the width of the widest cell; that of text is at most `most`."""
+        widest = max(map(cells, self.cells))
+        return widest if self.is_number or most is None else min(widest, most)
+
+
+def table(columns: Sequence[Column], width: int | None = None) -> list[list[str]]:
+    """Return the padded cells of each line, the heads first.
+
+    Without a `width` all is shown. With one, columns are left out until the rest has room, and
+    then text is shortened.
+    """
+    shown = [
+        column._replace(cells=list(map(flat, (column.head, *column.cells)))) for column in columns
+    ]
+    if width is not None:
+        _leave_out(shown, width)
+    widths = [column.needed(None if width is None else _WIDEST) for column in shown]
+    if width is not None:
+        _shorten(shown, widths, width)
+    padded = (
+        [_fitted(cell, size, to_the_right=column.is_number) for cell in column.cells]
+        for column, size in zip(shown, widths, strict=True)
+    )
+    return [list(line) for line in zip(*padded, strict=True)]
+
+
+def _leave_out(columns: list[Column], width: int) -> None:
+    while sum(len(GAP) + column.needed(column.least) for column in columns) > width + len(GAP):
+        last = max(columns, key=lambda column: column.rank)
+        if not last.rank:
+            break
+        columns.remove(last)
+
+
+def _shorten(columns: Sequence[Column], widths: list[int], width: int) -> None:
+    texts = [index for index, column in enumerate(columns) if not column.is_number]
+    while sum(widths) + len(GAP) * (len(widths) - 1) > width:
+        widest = max(texts, key=widths.__getitem__)
+        if widths[widest] == 1:
+            break
+        widths[widest] -= 1
+
+
+def _fitted(text: str, width: int, *, to_the_right: bool) -> str:
+    text = shortened(text, width)
+    padding = " " * (width - cells(text))
+    return padding + text if to_the_right else text + padding
+
+
+def shortened(text: str, width: int) -> str:
+    """Return text that takes at most `width` cells; what was cut off is an ellipsis."""
+    from rich.cells import set_cell_size
+
+    if cells(text) <= width:
+        return text
+    return set_cell_size(text, width - 1) + "…" if width > 0 else ""
+
+
+def cells(text: str) -> int:
+    """Return how many cells of the terminal a text takes."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def size(count: int | None) -> str | None:
@@ -66,8 +162,17 @@ def size(count: int | None) -> str | None:
     return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
 
 
+def span(seconds: float) -> str:
+    """Return a duration in at most two units: `42s`, `3m20s`, `2h05m`."""
+    whole = max(0, round(seconds))
+    minutes, hours = whole // 60, whole // 3600
+    if hours:
+        return f"{hours}h{minutes % 60:02}m"
+    return f"{minutes}m{whole % 60:02}s" if minutes else f"{whole}s"
+
+
 def colourful() -> bool:
-    """Tell whether stderr is a terminal that may be coloured."""
+    """Whether stderr is a terminal that may be coloured."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("HEADRACE_NO_COLOR")
     return sys.stderr.isatty() and not plain
 
@@ -76,7 +181,7 @@ def colourful() -> bool:
 def progress() -> Generator[Report]:
     """Yield a function that reports long work; it draws bars on a terminal, else nothing."""
     if not sys.stderr.isatty():
-        yield lambda what, done, total: None
+        yield lambda name, done, total: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -91,12 +196,12 @@ def progress() -> Generator[Report]:
     )
     tasks: dict[str, Any] = {}
 
-    def report(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = bars.add_task(printable(what), amount="")
+    def report(name: str, done: int, total: int) -> None:
+        if name not in tasks:
+            tasks[name] = bars.add_task(printable(name), amount="")
         # What is not counted in bytes is counted in percent, which the bar shows.
         amount = f"{size(done)} of {size(total)}" if total > 100 else ""
-        bars.update(tasks[what], completed=done, total=total or None, amount=amount)
+        bars.update(tasks[name], completed=done, total=total or None, amount=amount)
 
     with bars:
         yield report

@@ -1,4 +1,4 @@
-"""`headrace top`: what a running service does, as it does it."""
+"""`headrace top`: a live view of a running service, in lines no wider than the terminal."""
 
 from __future__ import annotations
 
@@ -9,36 +9,49 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
+from typer import Option
 
 from headrace.cli import terminal
-from headrace.cli.common import Common
-from headrace.cli.ps import Url, span
+from headrace.cli.common import Common, Url
+from headrace.cli.pool import requests_of, state
+from headrace.cli.terminal import Column, flat, size, span
 from headrace.core.duration import seconds
 from headrace.core.errors import ConfigError, HeadraceError, Unsupported, UpstreamError
-from headrace.core.record import Activity
-from headrace.core.status import PoolStatus
+from headrace.core.record import Activity, Rates, RunningRequest
+from headrace.core.status import DeviceStatus, ModelStatus, PoolStatus
 
 if TYPE_CHECKING:
     from headrace.cli.client import Client
 
 Sort = Literal["slowest", "model"]
+Line = list[tuple[str, str]]
+"""A line on the screen: its parts, each a text and its style for rich."""
 
 _SHORTEST_S, _LONGEST_S = 0.1, 3600.0
 _PATIENCE_S = 5.0
 _PIPE_WIDTH = 160
 _TERMINATED = 128 + signal.SIGTERM
+_BAR = 20
+_UNKNOWN = "This service does not tell what runs."
+_STYLES = {
+    "ready": "green",
+    "loading": "yellow",
+    "draining": "yellow",
+    "failed": "red",
+    "queued": "yellow",
+}
 
 
-class Sight(msgspec.Struct, frozen=True, kw_only=True):
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """A service at one time (Unix seconds, of this machine), or why there is none.
 
-    `activity` is None where the service does not observe its requests.
+    `activity` is None if the service does not observe its requests.
     """
 
     time: float
@@ -49,35 +62,36 @@ class Sight(msgspec.Struct, frozen=True, kw_only=True):
 
 def top(
     common: Common,
-    interval: Annotated[str, typer.Option(metavar="TIME", help="How often to look.")] = "1s",
-    once: Annotated[bool, typer.Option("--once", help="Print it once, and end.")] = False,
-    sort: Annotated[Sort, typer.Option(help="Which running requests come first.")] = "slowest",
+    interval: Annotated[str, Option(metavar="TIME", help="Time between updates.")] = "1s",
+    once: Annotated[bool, Option("--once", help="Print it once, and end.")] = False,
+    sort: Annotated[Sort, Option(help="Which running requests come first.")] = "slowest",
     url: Url = None,
 ) -> None:
     """Show live what a running service does: models, speeds, memory, the slowest requests.
 
     `q` ends it. Into a pipe it prints one frame; with --json, one document each time.
     """
-    from headrace.cli.client import Client, address
-
     every = _interval(interval)
 
-    async def show() -> int:
-        async with Client(address(common.settings(), url)) as client:
-            watch = _Watch(client, every)
-            if not once and common.as_json:
-                return await _print_each(watch, every)
-            await watch.look()
-            if common.as_json:
-                terminal.print_json(watch.sight)
-            elif once or not sys.stdout.isatty() or os.environ.get("TERM") in (None, "", "dumb"):
-                _print(watch, sort)
-            else:
-                return await _live(watch, sort)
+    async def show(client: Client) -> int:
+        monitor = _Monitor(client, every)
+        if not once and common.as_json:
+            return await _print_each(monitor, every)
+        await monitor.look()
+        if once or not _is_screen():
+            width = shutil.get_terminal_size((_PIPE_WIDTH, 0)).columns
+            frame = lines(monitor.snapshot, monitor.url, width, sort=sort)
+            plain = ("".join(text for text, _ in line).rstrip() for line in frame)
+            common.show(monitor.snapshot, plain)
             return 0
+        return await _live(monitor, sort)
 
-    if code := asyncio.run(show()):
+    if code := common.ask(url, show):
         raise typer.Exit(code)
+
+
+def _is_screen() -> bool:
+    return sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
 
 
 def _interval(text: str) -> float:
@@ -87,19 +101,19 @@ def _interval(text: str) -> float:
     raise ConfigError(f"{text!r} is no time from 100ms to 1h.", param="interval")
 
 
-class _Watch:
-    """What was seen of a service last, and when."""
+class _Monitor:
+    """Polls a service, and keeps its last snapshot."""
 
     def __init__(self, client: Client, every: float) -> None:
         self.url = client.url
-        self.sight = Sight(time=time.time())
+        self.snapshot = Snapshot(time=time.time())
         self._client = client
         self._every = every
         self._answered = time.monotonic()
         self._error = ""
 
     async def look(self) -> None:
-        """Look once.
+        """Take a snapshot.
 
         Raises:
             HeadraceError: there was no answer, or a refusal.
@@ -109,26 +123,26 @@ class _Watch:
                 status, activity = await self._client.status(), await self._activity()
         except TimeoutError:
             raise UpstreamError(f"The service at {self.url} does not answer.") from None
-        self.sight = Sight(time=time.time(), status=status, activity=activity)
+        self.snapshot = Snapshot(time=time.time(), status=status, activity=activity)
         self._answered, self._error = time.monotonic(), ""
 
-    async def follow(self, seen: Callable[[], object]) -> None:
-        """Look again and again, whatever happens to the service; tell `seen` each time."""
+    async def follow(self, changed: Callable[[], object]) -> None:
+        """Take snapshots for ever, whatever happens to the service; call `changed` after each."""
         while True:
             await asyncio.sleep(self._every)
             try:
                 await self.look()
             except HeadraceError as error:
                 self._error = error.message
-            seen()
+            changed()
 
-    def now(self) -> Sight:
-        """Return what was seen last, as it is to be shown now."""
+    def now(self) -> Snapshot:
+        """Return the last snapshot, with an error if it is too old."""
         silent = time.monotonic() - self._answered
         if not self._error and silent < 2 * self._every + 1:
-            return self.sight
-        told = f"no answer since {span(silent)}, trying again. {self._error}"
-        return msgspec.structs.replace(self.sight, error=told)
+            return self.snapshot
+        error = f"no answer since {span(silent)}, trying again. {self._error}"
+        return msgspec.structs.replace(self.snapshot, error=error)
 
     async def _activity(self) -> Activity | None:
         try:
@@ -137,32 +151,23 @@ class _Watch:
             return None
 
 
-async def _print_each(watch: _Watch, every: float) -> int:
-    """Print one JSON document in a line each time; it ends with Ctrl-C or with its reader."""
-    await watch.look()
+async def _print_each(monitor: _Monitor, every: float) -> int:
+    """Print one JSON document a line each time, until Ctrl-C or until nothing reads it."""
+    await monitor.look()
     while True:
-        print(msgspec.json.encode(watch.sight).decode(), flush=True)
+        print(msgspec.json.encode(monitor.snapshot).decode(), flush=True)
         await asyncio.sleep(every)
         try:
-            await watch.look()
+            await monitor.look()
         except HeadraceError as error:
-            watch.sight = Sight(time=time.time(), error=error.message)
+            monitor.snapshot = Snapshot(time=time.time(), error=error.message)
 
 
-def _print(watch: _Watch, sort: Sort) -> None:
-    from headrace.cli.frame import lines
-
-    width = shutil.get_terminal_size((_PIPE_WIDTH, 0)).columns
-    for line in lines(watch.sight, watch.url, width, sort=sort):
-        print(line.plain.rstrip())
-
-
-async def _live(watch: _Watch, sort: Sort) -> int:
-    """Show it in place until somebody ends it; the terminal is as before on every way out."""
+async def _live(monitor: _Monitor, sort: Sort) -> int:
+    """Show it in place until the user ends it; the terminal is restored on every way out."""
     from rich.console import Console, Group
     from rich.live import Live
-
-    from headrace.cli.frame import lines
+    from rich.text import Text
 
     console = Console(no_color=bool(os.environ.get("HEADRACE_NO_COLOR")) or None, highlight=False)
     changed = asyncio.Event()
@@ -174,15 +179,16 @@ async def _live(watch: _Watch, sort: Sort) -> int:
         changed.set()
 
     def drawn() -> Group:
-        size = console.size
-        return Group(*lines(watch.now(), watch.url, size.width, size.height, sort=sort))
+        width, height = console.size
+        frame = lines(monitor.now(), monitor.url, width, height, sort=sort)
+        return Group(*(Text.assemble(*line) for line in frame))
 
     with ExitStack() as before:
         before.enter_context(_signals(end, changed.set))
         before.enter_context(_keys(lambda: end(0)))
         live = Live(drawn(), console=console, screen=True, auto_refresh=False)
         before.enter_context(live)
-        following = asyncio.ensure_future(watch.follow(changed.set))
+        following = asyncio.ensure_future(monitor.follow(changed.set))
         before.callback(following.cancel)
         while not ended.done():
             live.update(drawn(), refresh=True)
@@ -203,13 +209,13 @@ def _signals(end: Callable[[int], None], resized: Callable[[], None]) -> Generat
     try:
         yield
     finally:
-        for one in (signal.SIGINT, signal.SIGTERM, signal.SIGWINCH):
-            loop.remove_signal_handler(one)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGWINCH):
+            loop.remove_signal_handler(number)
 
 
 @contextlib.contextmanager
 def _keys(end: Callable[[], None]) -> Generator[None]:
-    """Call `end` when somebody presses q or Ctrl-C, or has gone with the terminal."""
+    """Call `end` when q or Ctrl-C is pressed, or when the terminal has gone."""
     if not sys.stdin.isatty():
         yield
         return
@@ -219,9 +225,157 @@ def _keys(end: Callable[[], None]) -> Generator[None]:
     keys = create_input()
 
     def pressed() -> None:
-        found = {press.key for press in keys.read_keys()}
-        if keys.closed or found & {"q", "Q", Keys.ControlC, Keys.ControlD}:
+        names = {press.key for press in keys.read_keys()}
+        if keys.closed or names & {"q", "Q", Keys.ControlC, Keys.ControlD}:
             end()
 
     with keys.raw_mode(), keys.attach(pressed):
         yield
+
+
+def lines(
+    snapshot: Snapshot, title: str, width: int, height: int | None = None, *, sort: Sort = "slowest"
+) -> list[Line]:
+    """Draw a snapshot; with a `height`, what does not fit into it is only counted."""
+    status = snapshot.status or PoolStatus(models=(), devices=())
+    activity = snapshot.activity or Activity()
+    # What is loaded comes first; else the order stays, and no row jumps about.
+    models = sorted(status.models, key=lambda model: not (model.memory or model.state == "ready"))
+    running = sorted(
+        activity.running, key=lambda request: (request.model * (sort == "model"), request.since)
+    )
+    above: list[Line] = [[(f"headrace top  {flat(title)}", "bold")]]
+    above += [[(flat(snapshot.error), "red")]] if snapshot.error else []
+    above += [*_packed(_totals(status, activity.rates), width), []]
+    above += [*_drawn(_devices(status.devices), width), []]
+    first = _drawn(_models(models, {rates.model: rates for rates in activity.rates}), width)
+    second: list[Line] = [[(_UNKNOWN, "")]]
+    if snapshot.activity is not None:
+        second = _drawn(_running(running, snapshot.time), width)
+    if height is not None:
+        left = max(0, height - len(above) - 1)
+        first = _cut(first, max(left - len(second), left // 2))
+        second = _cut(second, left - len(first))
+    return [_shortened(line, max(1, width)) for line in [*above, *first, [], *second][:height]]
+
+
+def _totals(status: PoolStatus, rates: Sequence[Rates]) -> list[str]:
+    failed = sum(model.failed for model in rates)
+    return [
+        f"{_number(sum(model.completion_tokens_per_second for model in rates))} tokens/s out",
+        f"{_number(sum(model.prompt_tokens_per_second for model in rates))} in",
+        f"{sum(model.running for model in status.models)} running",
+        f"{sum(model.queued for model in status.models)} queued",
+        f"{sum(model.requests for model in rates)} requests and {failed} errors in a minute",
+    ]
+
+
+def _devices(devices: Sequence[DeviceStatus]) -> list[Column]:
+    return [
+        Column("DEVICE", [device.name for device in devices], is_number=False),
+        Column("USE", [_bar(device) for device in devices], is_number=False, rank=3),
+        Column("BOOKED", [size(device.booked) or "-" for device in devices]),
+        Column("BUDGET", [size(device.budget) or "-" for device in devices], rank=1),
+        Column("FREE", [size(device.free) or "-" for device in devices], rank=2),
+    ]
+
+
+def _models(models: Sequence[ModelStatus], rates: dict[str, Rates]) -> list[Column]:
+    def figures(get: Callable[[Rates], str]) -> list[str]:
+        return [get(rates[model.id]) if model.id in rates else "-" for model in models]
+
+    return [
+        Column("MODEL", [model.id for model in models], is_number=False),
+        Column("STATE", [state(model) for model in models], is_number=False),
+        Column("RUN", [requests_of(model) for model in models], rank=1),
+        Column("QUEUE", [str(model.queued) for model in models], rank=2),
+        Column("OUT/S", figures(lambda rate: _number(rate.completion_tokens_per_second))),
+        Column("IN/S", figures(lambda rate: _number(rate.prompt_tokens_per_second)), rank=7),
+        Column("TTFT", figures(lambda rate: _ms(rate.time_to_first_token_p50_ms)), rank=3),
+        Column("P99", figures(lambda rate: _ms(rate.time_to_first_token_p99_ms)), rank=6),
+        Column("TPOT", figures(lambda rate: _ms(rate.time_per_output_token_p50_ms)), rank=5),
+        Column("MEMORY", [_memory(model) for model in models], rank=4),
+    ]
+
+
+def _running(requests: Sequence[RunningRequest], now: float) -> list[Column]:
+    ages = [max(0.0, now - request.since) for request in requests]
+    speeds = list(map(_speed, requests, ages))
+    firsts = [_ms(request.time_to_first_token_ms) for request in requests]
+    return [
+        Column("REQUEST", [request.id for request in requests], is_number=False, least=24),
+        Column("MODEL", [request.model for request in requests], is_number=False, rank=2),
+        Column("CLIENT", [request.client or "-" for request in requests], is_number=False, rank=5),
+        Column("PHASE", [request.phase for request in requests], is_number=False),
+        Column("AGE", [span(age) for age in ages]),
+        Column("TTFT", firsts, rank=4),
+        Column("TOKENS", [str(request.completion_tokens) for request in requests], rank=1),
+        Column("TOKENS/S", speeds, rank=3),
+    ]
+
+
+def _drawn(columns: Sequence[Column], width: int) -> list[Line]:
+    heads, *rows = terminal.table(columns, width)
+    frame: list[Line] = [[(terminal.GAP.join(heads), "bold")]]
+    for row in rows:
+        cells = [(cell, _STYLES.get(cell.partition(" ")[0], "")) for cell in row]
+        frame.append([part for cell in cells for part in (cell, (terminal.GAP, ""))][:-1])
+    return frame
+
+
+def _shortened(line: Line, width: int) -> Line:
+    kept: Line = []
+    for text, style in line:
+        kept.append((terminal.shortened(text, width), style))
+        width -= terminal.cells(kept[-1][0])
+    return kept
+
+
+def _cut(rows: list[Line], count: int) -> list[Line]:
+    if len(rows) <= count:
+        return rows
+    kept = rows[: max(0, count - 1)]
+    return [*kept, [(f"... {len(rows) - len(kept)} more", "dim")]][:count]
+
+
+def _packed(parts: Iterable[str], width: int) -> list[Line]:
+    """Put parts beside one another, as many on each line as it can hold."""
+    packed: list[str] = []
+    for part in parts:
+        if packed and len(packed[-1]) + 3 + len(part) <= width:
+            packed[-1] += f"   {part}"
+        else:
+            packed.append(part)
+    return [[(line, "")] for line in packed]
+
+
+def _memory(model: ModelStatus) -> str:
+    """Return the measured memory and the estimate: `1.5 GB of ~1.6 GB`."""
+    estimated = model.estimated and f"~{size(sum(model.estimated.devices.values()))}"
+    measured = size(sum(model.memory.values())) if model.memory else None
+    return " of ".join(part for part in (measured, estimated) if part) or "-"
+
+
+def _bar(device: DeviceStatus) -> str:
+    share = _BAR * device.booked / device.budget if device.budget > 0 else 0
+    full = min(_BAR, round(share))
+    return "█" * full + "░" * (_BAR - full)
+
+
+def _speed(request: RunningRequest, age: float) -> str:
+    if request.time_to_first_token_ms is None:
+        return "-"
+    elapsed = age - request.time_to_first_token_ms / 1000
+    return _number(request.completion_tokens / elapsed) if elapsed > 0 else "-"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if 0 < value < 10 else f"{value:.0f}"
+
+
+def _ms(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if value >= 60_000:
+        return span(value / 1000)
+    return f"{value / 1000:.2f}s" if value >= 1000 else f"{_number(value)}ms"

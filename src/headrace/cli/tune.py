@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from headrace.cli import terminal
-from headrace.cli.common import Common, ModelArgument, parse_options
-from headrace.cli.run import ContextLength, Device, Options
+from headrace.cli.common import Common, ContextLength, Device, ModelArgument, Options, parse_options
 from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -1,0 +1,208 @@
+"""`headrace trace replay`: ask a running service again, with the same parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+from typer import Option
+
+from headrace.cli import terminal
+from headrace.cli.common import Common, Url, known_models
+from headrace.cli.trace import Id, content, find, rate, tokens, took
+from headrace.core.errors import InvalidRequest, UpstreamError
+from headrace.core.metrics import InferenceMetrics
+from headrace.core.record import RequestRecord
+from headrace.core.sampling import SamplingFields
+from headrace.telemetry.content import GONE
+
+if TYPE_CHECKING:
+    from headrace.cli.client import Client
+
+_PATHS = {"chat": "/v1/chat/completions", "text_completion": "/v1/completions"}
+# What has the same name in a record and on the wire.
+_SAME = {
+    *("n", "echo", "context_length", "stop", "stop_token_ids", "ignore_eos", "logit_bias"),
+    *SamplingFields.__struct_fields__,
+}
+
+
+class Replayed(msgspec.Struct, frozen=True, kw_only=True):
+    """The second answer, by choice. `differs_at` is the first character that differs."""
+
+    id: str
+    model: str
+    answered: tuple[str, ...]
+    finish_reasons: tuple[str, ...]
+    metrics: InferenceMetrics
+    equal: bool
+    differs_at: int | None
+
+
+class _Delta(msgspec.Struct, frozen=True):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    index: int = 0
+    text: str = ""
+    delta: _Delta = _Delta()
+    finish_reason: str | None = None
+
+
+class _Problem(msgspec.Struct, frozen=True):
+    message: str
+
+
+class _Chunk(msgspec.Struct, frozen=True):
+    choices: tuple[_Choice, ...] = ()
+    metrics: InferenceMetrics | None = None
+    error: _Problem | None = None
+
+
+def replay(
+    common: Common,
+    id: Id,
+    model: Annotated[
+        str | None, Option(help="Ask this model.", autocompletion=known_models)
+    ] = None,
+    url: Url = None,
+) -> None:
+    """Ask again what was asked, print the answer, and compare the figures.
+
+    It needs a record with content: the service keeps it with telemetry.trace_content.
+    """
+    record = find(common, id)
+    body = _body(record, model)
+    answer = _Answer(write=not common.as_json)
+
+    async def read(client: Client) -> None:
+        stream = client.stream("POST", _PATHS[record.operation], _Chunk, body)
+        async with contextlib.aclosing(stream) as chunks:
+            async for chunk in chunks:
+                answer.take(chunk)
+
+    common.ask(url, read)
+    again = answer.end(record, body.get("model", ""))
+    if common.as_json:
+        terminal.print_json(again)
+        return
+    for line in _lines(record, again):
+        terminal.note(line)
+    if GONE in content(body["messages" if "messages" in body else "prompt"]):
+        terminal.note("What was asked is not quite the same: parts of it had been redacted.")
+
+
+def _body(record: RequestRecord, model: str | None) -> dict[str, Any]:
+    """Return the body of the request to send.
+
+    Raises:
+        InvalidRequest: its content is unknown, or the record is not of a text.
+    """
+    if record.operation not in _PATHS:
+        raise InvalidRequest(f"{record.id} is of {record.operation}; only texts are replayed.")
+    if record.content is None or record.content.asked is None:
+        raise InvalidRequest(
+            f"No content of {record.id} was kept. The service keeps it where"
+            " telemetry.trace_content is true, from then on.",
+            param="telemetry.trace_content",
+        )
+    chat = record.operation == "chat"
+    given = {**record.parameters, **record.parameters.get("sampling", {})}
+    sent = {name: value for name, value in given.items() if name in _SAME and value is not None}
+    sent |= {"messages" if chat else "prompt": record.content.asked}
+    if (schema := given.get("json_schema")) is not None:
+        named = {"name": "answer", "schema": schema}
+        sent["response_format"] = {"type": "json_schema", "json_schema": named}
+    if options := given.get("template_options"):
+        sent["chat_template_kwargs"] = options
+    if (most := given.get("logprobs")) is not None:
+        sent |= {"logprobs": True, "top_logprobs": most} if chat else {"logprobs": most}
+    if name := model or record.model:
+        sent["model"] = name
+    return sent | {"stream": True}
+
+
+class _Answer:
+    """The chunks so far; with `write`, the text of the first choice is written as it comes."""
+
+    def __init__(self, *, write: bool) -> None:
+        self._writes = write
+        self._metrics: InferenceMetrics | None = None
+        self._texts: dict[int, str] = defaultdict(str)
+        self._reasons: dict[int, str] = {}
+
+    def take(self, chunk: _Chunk) -> None:
+        """Add a chunk.
+
+        Raises:
+            UpstreamError: it says that the answer has failed.
+        """
+        if chunk.error is not None:
+            raise UpstreamError(chunk.error.message)
+        self._metrics = chunk.metrics or self._metrics
+        for choice in chunk.choices:
+            text = choice.delta.content or choice.text
+            self._texts[choice.index] += text
+            if choice.finish_reason:
+                self._reasons[choice.index] = choice.finish_reason
+            if choice.index == 0:
+                self._write(text)
+
+    def _write(self, text: str) -> None:
+        if self._writes:
+            terminal.write(text)
+
+    def end(self, record: RequestRecord, model: str) -> Replayed:
+        """Write the other choices, and compare all with the recorded answer.
+
+        Raises:
+            UpstreamError: the answer was cut off.
+        """
+        texts = tuple(text for _, text in sorted(self._texts.items()))
+        for number, text in enumerate(texts[1:], 2):
+            self._write(f"\n\n{number}: {text}")
+        self._write("\n")
+        if self._metrics is None:
+            raise UpstreamError("The answer ended without its figures.")
+        before = record.content.answered if record.content else ()
+        return Replayed(
+            id=record.id,
+            model=model,
+            answered=texts,
+            finish_reasons=tuple(reason for _, reason in sorted(self._reasons.items())),
+            metrics=self._metrics,
+            equal=before == texts,
+            differs_at=_difference(before, texts),
+        )
+
+
+def _difference(before: Sequence[str], after: Sequence[str]) -> int | None:
+    for old, new in zip(before, after, strict=False):
+        for place, pair in enumerate(zip_longest(old, new)):
+            if pair[0] != pair[1]:
+                return place
+    return None
+
+
+def _lines(record: RequestRecord, again: Replayed) -> Iterator[str]:
+    """Yield each figure with its value then and now, and whether the texts are equal."""
+    then, now = record.metrics, again.metrics
+    speeds = then.decode_tokens_per_second, now.decode_tokens_per_second
+    firsts = then.time_to_first_token_ms, now.time_to_first_token_ms
+    heads = ("FIGURE", "THEN", "NOW")
+    rows = [
+        ("model", record.model, again.model),
+        ("ttft", *map(took, firsts)),
+        ("tokens/s", *map(rate, speeds)),
+        ("total", took(then.total_ms), took(now.total_ms)),
+        ("tokens", tokens(then), tokens(now)),
+        ("finish", *(", ".join(side.finish_reasons) or None for side in (record, again))),
+    ]
+    yield from terminal.aligned(heads, rows, heads[1:])
+    place = "" if again.differs_at is None else f" from character {again.differs_at} on"
+    yield "The text is equal." if again.equal else f"The text is another{place}."

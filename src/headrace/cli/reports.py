@@ -1,0 +1,232 @@
+"""`headrace doctor`, `config` and `usage`: what this machine has, what is set, what was used."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import msgspec
+import typer
+from typer import Argument, Option
+
+from headrace.cli import terminal
+from headrace.cli.common import Common, with_common
+from headrace.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from headrace.config import Config
+    from headrace.machine import Device
+    from headrace.telemetry.usage import Amounts
+
+_USED = {
+    "REQUESTS": "requests",
+    "FAILED": "failed",
+    "REFUSED": "refused",
+    "CANCELLED": "cancelled",
+    "PROMPT": "prompt_tokens",
+    "CACHED": "cached_tokens",
+    "COMPLETION": "completion_tokens",
+    "REASONING": "reasoning_tokens",
+    "SECONDS": "seconds",
+    "JOULES": "joules",
+}
+
+config = typer.Typer(help="Show the configuration.", no_args_is_help=True)
+
+
+def show(
+    common: Common,
+    models: Annotated[
+        list[str] | None, Argument(metavar="[MODEL]...", help="Further models to show.")
+    ] = None,
+) -> None:
+    """Print each value with its origin; secrets are masked."""
+    rows = list(common.settings(service=True).show(models or []))
+    values = {row.key: {"value": row.value, "origin": row.origin} for row in rows}
+    heads = ("KEY", "VALUE", "ORIGIN")
+    common.show(values, terminal.aligned(heads, (_setting(*row) for row in rows)))
+
+
+def _setting(key: str, value: Any, origin: str) -> tuple[str, str | None, str]:
+    shown = ", ".join(cast("list[str]", value)) if isinstance(value, list) else value
+    # A chat template has many lines.
+    return key, None if shown in (None, "") else str(shown).replace("\n", "\\n")[:60], origin
+
+
+def path(common: Common) -> None:
+    """Print the file that is read, and where one is looked for."""
+    settings = common.settings(service=True)
+    places = {"file": settings.file, "searched": list(settings.searched)}
+    common.show(places, [str(settings.file or "No file is read.")])
+    for place in () if common.as_json else settings.searched:
+        terminal.note(f"looked at {place}")
+
+
+config.command("show")(with_common(show))
+config.command("path")(with_common(path))
+
+
+def doctor(common: Common) -> None:
+    """Show versions, engines, devices, memory, and where models and settings are."""
+    from headrace import runtime
+
+    settings = common.settings()
+    system, home = runtime.system(), settings.config.home
+    stored = list(runtime.store(settings.config).list())
+    report: dict[str, Any] = {
+        "system": system,
+        "engines": runtime.engines(),
+        "providers": [_provider(*item) for item in runtime.providers().items()],
+        "home": {"path": home, "free": _free(home), "models": len(stored)},
+        "configuration": {"file": settings.file, "searched": list(settings.searched)},
+        "telemetry": _telemetry(settings.config),
+    }
+    common.show(report, _doctor_lines(msgspec.to_builtins(report, enc_hook=str), system.devices))
+
+
+def _doctor_lines(report: dict[str, Any], devices: Sequence[Device]) -> Iterator[str]:
+    machine, home, files = report["system"], report["home"], report["configuration"]
+    cpu = f"{machine['cpu']}, {machine['cores']} cores; {', '.join(machine['instruction_sets'])}"
+    about = [("os", machine["os"]), ("python", machine["python"]), ("cpu", cpu)]
+    yield from terminal.aligned((), about)
+    yield from terminal.aligned((), [("library", *pair) for pair in machine["libraries"].items()])
+    if machine["driver"]:
+        yield f"gpu driver {machine['driver']}, for CUDA {machine['cuda'] or 'unknown'}"
+    yield ""
+    yield from terminal.aligned(
+        ("ENGINE", "RUNS", "FORMATS", "WHY"), map(_engine, report["engines"])
+    )
+    names = ", ".join(provider["name"] for provider in report["providers"])
+    with_key = ", ".join(item["name"] for item in report["providers"] if item["key_is_set"])
+    yield f"\nremote  {names}; keys are set for: {with_key or 'none'}\n"
+    yield from terminal.aligned(("DEVICE", "MEMORY", "FREE", "ENERGY"), map(_device, devices))
+    yield ""
+    yield f"home    {home['path']} ({home['models']} models, {terminal.size(home['free'])} free)"
+    yield f"config  {files['file'] or 'none; ' + ' and '.join(files['searched'])}"
+    yield from _telemetry_lines(
+        report["telemetry"], has_sdk="opentelemetry-sdk" in machine["libraries"]
+    )
+
+
+def _provider(name: str, provider: Any) -> dict[str, Any]:
+    is_set = bool(os.environ.get(provider.key)) if provider.key else False
+    facts = {"title": provider.title, "base_url": provider.base_url, "key": provider.key}
+    return {"name": name, **facts, "key_is_set": is_set}
+
+
+def _free(path: Path) -> int:
+    """Return the bytes free where the folder is, or will be."""
+    there = next(place for place in (path, *path.parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def _engine(engine: dict[str, Any]) -> tuple[str, ...]:
+    runs = "yes" if engine["available"] else "no"
+    return engine["name"], runs, ", ".join(engine["formats"]), engine["reason"]
+
+
+def _device(device: Device) -> tuple[str | None, ...]:
+    energy = None if device.kind == "cpu" else device.energy
+    free = device.total - device.used
+    return device.name, terminal.size(device.total), terminal.size(free), energy
+
+
+def _telemetry(config: Config) -> dict[str, Any]:
+    """Return what is kept of requests and where, and what is exported."""
+    from headrace.telemetry import otel, trace_file, usage
+
+    kept, port = config.telemetry, config.server.port
+    if kept.metrics_port is not None:
+        port = kept.metrics_port
+    host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+    return {
+        "traces": {"on": kept.traces, **_size(config.home / trace_file.FOLDER)},
+        "content": kept.trace_content,
+        "usage": {"on": kept.usage, **_size(config.home / usage.FILE)},
+        "spans": otel.switched_on_by(os.environ),
+        "metrics": f"http://{host}:{port or 'PORT'}/metrics" if kept.metrics else None,
+    }
+
+
+def _size(place: Path) -> dict[str, Any]:
+    files = [file for file in (place, *place.glob("*")) if file.is_file()]
+    return {"path": place, "size": sum(file.stat().st_size for file in files)}
+
+
+def _telemetry_lines(telemetry: dict[str, Any], *, has_sdk: bool) -> Iterator[str]:
+    for name in ("traces", "usage"):
+        kept = telemetry[name]
+        yield f"{name:7} {kept['path']} ({terminal.size(kept['size']) if kept['on'] else 'off'})"
+    yield f"metrics {telemetry['metrics'] or 'off'}"
+    needs = "" if has_sdk else ", but not installed: pip install 'headrace[otlp]'"
+    yield f"spans   {'on, by ' + telemetry['spans'] + needs if telemetry['spans'] else 'off'}"
+
+
+def usage(
+    common: Common,
+    by: Annotated[
+        str, Option(metavar="WHAT,...", help="Any of day, model, key, operation.")
+    ] = "day,model",
+    since: Annotated[
+        str, Option(metavar="DAY", help="From 2026-01-31 on, or 7d: a week with today.")
+    ] = "",
+    until: Annotated[str, Option(metavar="DAY", help="The last day of all.")] = "",
+    model: Annotated[str | None, Option(help="Of this model only.")] = None,
+    key: Annotated[str | None, Option(help="Of the key with this id; - is none.")] = None,
+) -> None:
+    """Show tokens, requests, seconds of engines and joules; days are those of UTC.
+
+    It needs no running service; what one has counted in the last seconds may be missing.
+    """
+    from headrace.telemetry import usage as counted
+
+    groups = _groups(by, counted.GROUPS)
+    first, last = _day(since, "--since"), _day(until, "--until")
+    file = common.settings().config.home / counted.FILE
+    entries = counted.read(file, groups, since=first, until=last, model=model, key=key)
+    total = _named(counted.total(entries))
+    report = {
+        "since": first or None,
+        "until": last or None,
+        "by": groups,
+        "rows": [entry.group | _named(entry.amounts) for entry in entries],
+        "total": total,
+    }
+    heads = (*(name.upper() for name in groups), *_USED)
+    rows = [(*entry.group.values(), *_named(entry.amounts).values()) for entry in entries]
+    rows.append(("total", *[""] * (len(groups) - 1), *total.values()))
+    common.show(report, terminal.aligned(heads, map(_rounded, rows), tuple(_USED)))
+
+
+def _groups(by: str, known: Collection[str]) -> list[str]:
+    wanted = list(dict.fromkeys(word.strip().lower() for word in by.split(",") if word.strip()))
+    if not wanted or set(wanted) - set(known):
+        raise ConfigError(f"flag --by: {by!r} is not some of {', '.join(known)}.")
+    return wanted
+
+
+def _day(text: str, flag: str) -> str:
+    """Return YYYY-MM-DD; `7d` is six days before today, so that today is the seventh."""
+    if not text:
+        return ""
+    try:
+        if days := re.fullmatch(r"([1-9]\d{0,5})d", text):
+            return str(datetime.now(UTC).date() - timedelta(int(days[1]) - 1))
+        return str(date.fromisoformat(text))
+    except (ValueError, OverflowError):
+        raise ConfigError(f"flag {flag}: {text!r} is no day like 2026-01-31, or 7d.") from None
+
+
+def _named(amounts: Amounts) -> dict[str, Any]:
+    joules = None if amounts.joules is None else round(amounts.joules, 1)
+    figures = {name: getattr(amounts, name) for name in _USED.values()}
+    return figures | {"seconds": round(amounts.seconds, 3), "joules": joules}
+
+
+def _rounded(row: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(f"{cell:.1f}" if isinstance(cell, float) else cell for cell in row)
