@@ -17,7 +17,7 @@ from headrace.core.errors import (
     QueueFull,
 )
 from headrace.core.events import Progress
-from headrace.core.model import ModelInfo, ModelSpec, State
+from headrace.core.model import LIVE_SETTINGS, ModelInfo, ModelSpec, State
 from headrace.pool.line import Forecast, Line, Request, Waiter, size_of
 from headrace.pool.policy import Rules, backoff_s, choose_replica
 from headrace.pool.replica import Lease, Replica, blocks_of
@@ -351,24 +351,10 @@ def _settle(watcher: asyncio.Future[None], error: HeadraceError | None = None) -
         watcher.set_exception(error)
 
 
-_SOFT = frozenset(
-    {
-        "aliases",
-        "enabled",
-        "keep_alive",
-        "max_queued",
-        "pinned",
-        "preload",
-        "replicas",
-        "weights",
-    }
-)
-
-
 def needs_new_worker(old: ModelSpec, new: ModelSpec) -> bool:
     """Tell whether a change concerns what a worker was loaded with."""
     return any(
         getattr(old, name) != getattr(new, name)
         for name in ModelSpec.__struct_fields__
-        if name not in _SOFT
+        if name not in LIVE_SETTINGS
     )
