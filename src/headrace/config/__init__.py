@@ -220,8 +220,8 @@ def load(
     """Read and check all sources.
 
     `flags` are flat keys (`port`, `context_length`); None stands for one that is not given, and
-    `options` holds engine options. `known_options` are the Options of the engines, by engine. The host
-    program's arguments are never read.
+    `options` holds engine options. `known_options` are the Options of the engines, by engine. The
+    arguments of the host program are never read.
 
     Raises:
         ConfigError: a file cannot be read, a key is unknown, a value is not accepted.
