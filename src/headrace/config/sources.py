@@ -70,13 +70,13 @@ def top_keys() -> list[str]:
     return [key for key in Config.model_fields if key not in (*TABLES, "models")]
 
 
-def unknown_key(origin: str, key: str, known: Iterable[str], what: str = "setting") -> ConfigError:
+def unknown_key(origin: str, key: str, known: Iterable[str], kind: str = "setting") -> ConfigError:
     """Return the error for an unknown key, with the nearest known one and all others."""
     names = sorted(known)
     near = difflib.get_close_matches(key, names, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     return ConfigError(
-        f"{origin}: {key} is no {what}.{hint} Known: {', '.join(names) or 'none'}.", param=key
+        f"{origin}: {key} is no {kind}.{hint} Known: {', '.join(names) or 'none'}.", param=key
     )
 
 
