@@ -454,7 +454,7 @@ def declared(table: type[BaseModel]) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("heading", "defaults"),
     [
-        ("All of the program", declared(tree.Config)),
+        ("Top level", declared(tree.Config)),
         ("`[server]`", declared(tree.ServerSettings)),
         ("`[telemetry]`", declared(tree.TelemetrySettings)),
         ("`[models.NAME]`", declared(tree.ModelSettings)),
