@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from benchmarks.house import circles
 
 import headrace
 
@@ -84,6 +85,35 @@ def test_that_the_core_imports_only_msgspec() -> None:
     used = set(chain.from_iterable(imports(path) for path in (SOURCE / "core").glob("*.py")))
     assert "msgspec" in used
     assert used - allowed == set()
+
+
+CIRCLES = [
+    ("cli/chat.py", "cli/run.py"),
+    # For the type checker only.
+    ("cli/frame.py", "cli/top.py"),
+    ("pool/line.py", "pool/replica.py"),
+]
+"""The groups that exist; none is added."""
+
+
+def test_that_files_of_one_folder_do_not_import_each_other() -> None:
+    """No way leads back from a file to itself; the package itself gives its names lazily."""
+    groups = [group for group in circles(SOURCE, types=True) if "__init__.py" not in group]
+    assert groups == CIRCLES, "one that is gone is taken out of the list"
+
+
+def test_that_circles_are_noticed(tmp_path: Path) -> None:
+    root = tmp_path / "package"
+    (root / "part").mkdir(parents=True)
+    (root / "__init__.py").write_text("")
+    (root / "part" / "__init__.py").write_text("from package.part import a")
+    (root / "part" / "a.py").write_text("def f():\n    from package.part.b import x")
+    (root / "part" / "b.py").write_text("import package.part.c\nx = 1")
+    (root / "part" / "c.py").write_text("from package.part import a")
+    (root / "part" / "d.py").write_text("if TYPE_CHECKING:\n    from package.part import e")
+    (root / "part" / "e.py").write_text("from package.part.d import y")
+    assert circles(root) == [("part/a.py", "part/b.py", "part/c.py")]
+    assert circles(root, types=True) == [*circles(root), ("part/d.py", "part/e.py")]
 
 
 @sources

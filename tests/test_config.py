@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from headrace import config
-from headrace.config import Settings, load
+from headrace.config import Settings, load, tree
 from headrace.core import duration
 from headrace.core.errors import ConfigError
+from headrace.core.model import SETTINGS, ModelSpec
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
 
 class LlamaOptions(BaseModel):
@@ -428,3 +435,50 @@ def test_admin_keys_and_the_keys_of_clients_stay_secret(tmp_path: Path) -> None:
     shown = str(list(settings.show()))
     assert "s3cret" not in shown
     assert settings.config.server.admin_keys[0] not in shown
+
+
+def documented(heading: str) -> dict[str, str]:
+    """Return the keys and defaults of the table below a heading of docs/configuration.md."""
+    section = PAGE.read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", section, re.MULTILINE))
+
+
+def declared(table: type[BaseModel]) -> dict[str, object]:
+    return {
+        name: field.default
+        for name, field in table.model_fields.items()
+        if name not in (*tree.TABLES, "models")
+    }
+
+
+@pytest.mark.parametrize(
+    ("heading", "defaults"),
+    [
+        ("Top level", declared(tree.Config)),
+        ("`[server]`", declared(tree.ServerSettings)),
+        ("`[telemetry]`", declared(tree.TelemetrySettings)),
+        ("`[models.NAME]`", declared(tree.ModelSettings)),
+    ],
+)
+def test_the_page_has_every_setting_and_its_default(
+    heading: str, defaults: Mapping[str, object]
+) -> None:
+    page = documented(heading)
+    assert page.keys() == defaults.keys()
+    concrete = {name: text.strip("`") for name, text in page.items() if " " not in text}
+    written = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in defaults.items()
+        if isinstance(value, str | int | float)
+    }
+    assert {name for name in written if name not in concrete} == set()
+    for name, value in written.items():
+        assert concrete[name] in (value, value.removesuffix(".0")), name
+
+
+def test_a_model_has_no_setting_beside_its_declaration() -> None:
+    """Each field of a model but its name is a setting, checked with the default it declares."""
+    fields = {field.name: field.default for field in msgspec.structs.fields(ModelSpec)}
+    assert fields.keys() - SETTINGS.keys() == {"name"}
+    checked = tree.ModelSettings(model="x").model_dump()
+    assert ModelSpec(name="x", **checked) == ModelSpec(name="x", model="x")

@@ -13,9 +13,9 @@ Format = Literal["text", "json"]
 
 
 class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How to log, as it is handed to child processes.
+    """Logging options, of the service and its child processes.
 
-    `content` switches on what is never logged otherwise: prompts and answers.
+    Only with `content` are prompts and answers logged.
     """
 
     level: str = "warning"
@@ -24,10 +24,10 @@ class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object for each record; `extra={"data": {...}}` become keys of it."""
+    """A JSON object for each record; `extra={"data": {...}}` are keys of it."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one line."""
+        """Return a line."""
         body: dict[str, Any] = {
             "time": self.formatTime(record),
             "level": record.levelname.lower(),
@@ -49,7 +49,7 @@ class TextLines(logging.Formatter):
     """Level, logger, message, and the data of the record as key=value."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one line, and the traceback where there is one."""
+        """Return a line, followed by the traceback if any."""
         pairs = "".join(
             f" {key}={msgspec.json.encode(value, enc_hook=str).decode()}"
             for key, value in _data(record).items()
@@ -60,7 +60,7 @@ class TextLines(logging.Formatter):
 
 
 def configure(level: str, style: Format) -> None:
-    """Log to stderr. A terminal that has gone fails nothing: what cannot be logged is dropped."""
+    """Log to stderr; a record that cannot be written (a closed terminal) is dropped."""
     logging.raiseExceptions = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if style == "json" else TextLines())

@@ -26,7 +26,6 @@ from headrace.models.store import Store, without_file
 from headrace.pool.admin import PoolAdmin, Specify, Wanted
 from headrace.pool.memory import Ledger
 from headrace.pool.plan import plan_load
-from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker
 from headrace.pool.state import StateFile
@@ -166,7 +165,7 @@ def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
         open_one,
         sizing=sizing,
         ledger=Ledger(budgets, _memory),
-        rules=_rules(config),
+        rules=config.server,
         warm=warm,
     )
 
@@ -238,7 +237,7 @@ async def tune(
 def _wanted(before: Settings, settings: Settings, specs: Sequence[ModelSpec]) -> Wanted:
     return Wanted(
         specs=tuple(specs),
-        rules=_rules(settings.config),
+        rules=settings.config.server,
         budgets=_budgets(settings.config),
         specify=_specify(settings, specs),
         drain_s=settings.config.server.drain_s,
@@ -248,17 +247,6 @@ def _wanted(before: Settings, settings: Settings, specs: Sequence[ModelSpec]) ->
 
 def _specify(settings: Settings, specs: Sequence[ModelSpec]) -> Specify:
     return lambda name, changes: settings.changed(name, changes, specs)
-
-
-def _rules(config: Config) -> Rules:
-    server = config.server
-    return Rules(
-        max_loading=server.max_loading,
-        min_residence_s=server.min_residence_s,
-        longest_wait_s=server.longest_wait_s,
-        crashes=server.crashes,
-        spare=server.spare,
-    )
 
 
 def _memory() -> dict[str, tuple[int, int]]:

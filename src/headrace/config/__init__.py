@@ -1,6 +1,6 @@
 """One frozen settings tree: default < file < environment < flag < argument.
 
-Every value knows its origin; `load` reads the sources, `Settings` answers.
+`load` reads the sources; `Settings` has the values, each with its origin.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from headrace.config.tree import (
     ModelSettings,
     ServerSettings,
     TelemetrySettings,
+    fixed_keys,
     hash_key,
 )
 from headrace.core.errors import ConfigError
-from headrace.core.model import ModelSpec
+from headrace.core.model import SETTINGS, ModelSpec
 from headrace.core.secrets import masked
 
 __all__ = [
     "Config",
-    "ModelSettings",
     "Row",
     "ServerSettings",
     "Settings",
@@ -43,7 +43,7 @@ __all__ = [
 
 
 class Row(NamedTuple):
-    """One line of `headrace config show`; `value` is JSON, masked where it is a secret."""
+    """A line of `headrace config show`; `value` is JSON, masked if it is a secret."""
 
     key: str
     value: Any
@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class _Sources:
-    """All layers, as they were read."""
+    """All layers, before they are merged."""
 
     file: File
     environment: Mapping[str, Layer]
@@ -62,14 +62,14 @@ class _Sources:
     cwd: Path
 
     def everywhere(self, default: Layer) -> Layer:
-        """Merge what is set for the whole program."""
+        """Merge the layers of the whole program."""
         layer = default | self.file.shared
         for source in (self.environment[""], self.flags):
             layer |= {key: value for key, value in source.items() if not key.startswith("*.")}
         return layer
 
     def of_model(self, name: str, reference: str, given: Layer) -> Layer:
-        """Merge what is set for one model, options of other engines left out."""
+        """Merge the layers of one model, without options of other engines."""
         layer = {"model": Value(reference, "default", self.cwd)} | self.file.models.get(name, {})
         variables = self.environment.get(environment_name(name), {})
         shared = _for_all(self.environment[""])
@@ -77,13 +77,13 @@ class _Sources:
         able = {key for kind in self.able(merged) for key in kind.model_fields}
         for key in shared:
             option = key.removeprefix("options.")
-            # A variable for all models speaks to those whose engine has the option.
+            # A variable for all models applies to those whose engine has the option.
             if key != option and option not in able and merged[key] is shared[key]:
                 del merged[key]
         return merged
 
     def able(self, layer: Layer) -> list[type[BaseModel]]:
-        """Return the options of the model's engine, or of all engines while it is not known.
+        """Return the Options of the model's engine, or of all engines while it is undecided.
 
         Raises:
             ConfigError: no such engine.
@@ -108,17 +108,17 @@ def _for_all(layer: Layer) -> Layer:
 class Settings:
     """The configuration, and where each value of it comes from.
 
-    `file` is the one that was read, `searched` the places where one was looked for.
+    `file` is the one that was read, `searched` the paths that were tried.
     """
 
     config: Config
     file: Path | None
     searched: tuple[Path, ...]
-    # Secrets are in there as they were written.
+    # With secrets in plain text.
     _sources: _Sources = field(repr=False)
 
     def origin(self, key: str) -> str:
-        """Tell where a value comes from: `default`, `file ...`, `environment ...`, `flag ...`.
+        """Return the origin of a value: `default`, `file ...`, `environment ...`, `flag ...`.
 
         `key` is as in `show`: `server.port`, `models.NAME.options.KEY`.
         """
@@ -126,16 +126,16 @@ class Settings:
 
     def resolve(self, name: str) -> tuple[str, str]:
         """Return name and reference of a configured model, an alias, or a bare reference."""
-        for known, model in self.config.models.items():
-            if name == known or name in model.aliases:
-                return known, known
+        for key, model in self.config.models.items():
+            if name == key or name in model.aliases:
+                return key, key
         return short_name(name), name
 
     def model_spec(self, name: str, arguments: Mapping[str, Any] | None = None) -> ModelSpec:
-        """Return one model as it is to be served.
+        """Return the specification of a model.
 
         `name` is a configured name, an alias, or a reference that no file names. `arguments`
-        win over everything; an option may stand among them or under `options`.
+        override everything; an option may be among them or under `options`.
 
         Raises:
             ConfigError: a key is unknown or a value is not accepted.
@@ -145,11 +145,11 @@ class Settings:
     def changed(
         self, name: str, changes: Mapping[str, Any], served: Sequence[ModelSpec] = ()
     ) -> ModelSpec:
-        """Return a model with all that was changed of it by hand.
+        """Return the specification of a model with changes made at run time.
 
-        `name` is one of those that are served, or what `model_spec` takes. `changes` are keys as
-        there; None is as if it were not given. They come over the network, so what reads files or
-        runs other code cannot be set.
+        `name` is that of a model in `served`, or what `model_spec` takes. `changes` are its
+        `arguments`; None stands for one that is not given. They come over the network, so settings
+        that read files or run other code are refused.
 
         Raises:
             ConfigError: a key is unknown or a value is not accepted.
@@ -163,17 +163,12 @@ class Settings:
         return self._spec(known, reference, changes)
 
     def needs_restart(self, later: Settings) -> tuple[str, ...]:
-        """Return the keys in which a later configuration differs that a service cannot change."""
-        keys = ("home", "server.host", "server.port", "server.state")
-        keys += tuple(f"telemetry.{name}" for name in TelemetrySettings.model_fields)
-        # Keys are looked at anew for each request.
-        keys = tuple(key for key in keys if key != "telemetry.metrics_keys")
-        whole = (self.config, later.config)
-        pairs = ((key, *(attrgetter(key)(config) for config in whole)) for key in keys)
-        return tuple(key for key, before, after in pairs if before != after)
+        """Return the keys that differ in a later configuration and need a new start."""
+        pairs = ((key, attrgetter(key)) for key in fixed_keys())
+        return tuple(key for key, get in pairs if get(self.config) != get(later.config))
 
     def show(self, names: Sequence[str] = ()) -> Iterator[Row]:
-        """Yield each value with its origin; of the configured models and those in `names`."""
+        """Yield each value with its origin, for the configured models and those in `names`."""
         layer = self._sources.everywhere({})
         config = self.config
         for key in sources.top_keys():
@@ -184,33 +179,34 @@ class Settings:
                 yield _row(key, getattr(getattr(config, table), name), layer.get(key))
         for name in dict.fromkeys([*config.models, *names]):
             known, reference = self.resolve(name)
-            yield from _model_rows(known, *_model(self._sources, known, reference, {}))
+            yield from _model_rows(*_model(self._sources, known, reference, {}))
 
     def _spec(self, name: str, reference: str, arguments: Mapping[str, Any]) -> ModelSpec:
         given = sources.arguments(arguments, self._sources.keys, self._sources.cwd)
-        model, _ = _model(self._sources, name, reference, given)
-        return ModelSpec(name=name, **model.model_dump())
+        return _model(self._sources, name, reference, given)[0]
 
 
 def _row(key: str, value: Any, source: Value | None) -> Row:
     return Row(key, masked(key, value), source.origin if source else "default")
 
 
-def _model_rows(name: str, model: ModelSettings, layer: Layer) -> Iterator[Row]:
-    for key in [key for key in ModelSettings.model_fields if key != "options"]:
-        yield _row(f"models.{name}.{key}", getattr(model, key), layer.get(key))
-    for key, value in model.options.items():
-        yield _row(f"models.{name}.options.{key}", value, layer.get(f"options.{key}"))
+def _model_rows(spec: ModelSpec, layer: Layer) -> Iterator[Row]:
+    prefix = f"models.{spec.name}."
+    for key in [key for key in SETTINGS if key != "options"]:
+        yield _row(prefix + key, getattr(spec, key), layer.get(key))
+    for key, value in spec.options.items():
+        yield _row(f"{prefix}options.{key}", value, layer.get(f"options.{key}"))
 
 
-def _model(read: _Sources, name: str, reference: str, given: Layer) -> tuple[ModelSettings, Layer]:
+def _model(read: _Sources, name: str, reference: str, given: Layer) -> tuple[ModelSpec, Layer]:
     layer = read.of_model(name, reference, given)
     prefix = f"models.{name}."
     kinds = read.able(layer)
     for key, value in layer.items():
         if key.startswith("options."):
             layer[key] = value._replace(value=check.option(kinds, key, value, prefix))
-    return check.build(ModelSettings, layer, prefix), layer
+    checked = check.build(ModelSettings, layer, prefix)
+    return ModelSpec(name=name, **checked.model_dump()), layer
 
 
 def load(
@@ -221,11 +217,11 @@ def load(
     flags: Mapping[str, Any] | None = None,
     known_options: Mapping[str, type[BaseModel]] | None = None,
 ) -> Settings:
-    """Read all sources and check them.
+    """Read and check all sources.
 
-    `flags` are flat keys (`port`, `context_length`); None is one that was not given, `options`
-    holds engine options. `known_options` are the Options of the engines, by engine. The host
-    program's arguments are never read.
+    `flags` are flat keys (`port`, `context_length`); None stands for one that is not given, and
+    `options` holds engine options. `known_options` are the Options of the engines, by engine. The
+    arguments of the host program are never read.
 
     Raises:
         ConfigError: a file cannot be read, a key is unknown, a value is not accepted.
@@ -250,7 +246,7 @@ def load(
     return Settings(whole.model_copy(update={"models": models}), path, searched, read)
 
 
-def _distinct(models: Mapping[str, ModelSettings], path: Path | None) -> None:
+def _distinct(models: Mapping[str, ModelSpec], path: Path | None) -> None:
     seen = dict.fromkeys(models, "a model")
     for name, model in models.items():
         for alias in model.aliases:

@@ -1,19 +1,18 @@
-"""From layers to checked settings; each fault names its origin, its key and what is accepted."""
+"""Checks layers; an error names the origin, the key and the accepted values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from headrace.config.sources import Layer, Value, unknown_key
-from headrace.config.tree import words
+from headrace.config.tree import is_collection, words
 from headrace.core.errors import ConfigError
 from headrace.core.paths import expanded
 
-_COLLECTIONS = (list, tuple, set, frozenset, dict, Sequence, Mapping)
 _PLAIN = (str, int, float, bool, list, dict, type(None))
 
 
@@ -21,20 +20,20 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def build(kind: type[Model], layer: Layer, prefix: str = "") -> Model:
-    """Check a layer as one of the settings' classes.
+    """Validate a layer as a table of the settings.
 
     Raises:
         ConfigError: a value is not accepted.
     """
-    found = located(layer)
+    placed = located(layer)
     try:
-        return kind.model_validate(_nest(found))
+        return kind.model_validate(_nest(placed))
     except ValidationError as error:
-        raise _refuse(error, found, prefix) from None
+        raise _refuse(error, placed, prefix) from None
 
 
 def _refuse(error: ValidationError, layer: Layer, prefix: str = "") -> ConfigError:
-    """Name the origin and the key of the first fault; pydantic says what is accepted."""
+    """Return the error for the first fault, with the origin and the key of the value."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     # A rule over several fields has no place of its own.
@@ -52,16 +51,11 @@ def _nest(layer: Layer) -> dict[str, Any]:
     return tree
 
 
-def _is_collection(annotation: Any) -> bool:
-    kind = get_origin(annotation) or annotation
-    return kind in _COLLECTIONS or any(_is_collection(part) for part in get_args(annotation))
-
-
 def option(kinds: Sequence[type[BaseModel]], key: str, value: Value, prefix: str) -> Any:
-    """Check one option with the engines that may take it, and return it as plain data.
+    """Return an option as plain data, validated by the engines that have it.
 
     Raises:
-        ConfigError: no engine knows it, or none accepts the value.
+        ConfigError: no engine has it, or none accepts the value.
     """
     name = key.removeprefix("options.")
     able = [kind for kind in kinds if name in kind.model_fields]
@@ -80,7 +74,7 @@ def option(kinds: Sequence[type[BaseModel]], key: str, value: Value, prefix: str
 
 
 def _validated(kind: type[BaseModel], name: str, given: Any) -> Any:
-    raw = words(given) if _is_collection(kind.model_fields[name].annotation) else given
+    raw = words(given) if is_collection(kind.model_fields[name].annotation) else given
     try:
         checked: Any = getattr(kind.model_validate({name: raw}), name)
     except ValidationError as error:
@@ -89,13 +83,13 @@ def _validated(kind: type[BaseModel], name: str, given: Any) -> Any:
         if mine:
             raise ValueError(mine[0]) from None
         return raw
-    # What is no plain data (a path) would not cross to the worker's process. A secret stays sealed
-    # wherever it goes: nobody tells it by accident.
+    # Other objects (a path) cannot be sent to the worker's process. A secret stays wrapped, so
+    # that it is never printed by accident.
     return checked if type(checked) in _PLAIN or isinstance(checked, SecretStr) else raw
 
 
 def is_out_of_reach(key: str, value: object) -> bool:
-    """Tell whether a change from afar would read a file of this machine or run other code."""
+    """Whether a change over the network would read a local file or run other code."""
     text = str(value)
     reads = key == "chat_template" and text.startswith("@")
     runs = key == "engine" and ":" in text
@@ -103,13 +97,13 @@ def is_out_of_reach(key: str, value: object) -> bool:
 
 
 def _leads_out(key: str) -> bool:
-    """Tell whether an option decides which secret goes to which address."""
+    """Whether an option decides which secret is sent to which address."""
     return key.removeprefix("options.") in ("api_key", "api_key_env", "base_url")
 
 
 def located(layer: Layer) -> Layer:
-    """Follow what is relative: to the folder of the file, or to where the program runs."""
-    found = dict(layer)
+    """Resolve relative paths against the folder of the file or the working directory."""
+    resolved = dict(layer)
     for key, value in layer.items():
         if not isinstance(value.value, str | Path):
             continue
@@ -117,10 +111,10 @@ def located(layer: Layer) -> Layer:
         if key in ("home", "server.state") or (
             key == "model" and text.startswith(("./", "../", "~"))
         ):
-            found[key] = value._replace(value=str(value.base / expanded(text, ConfigError)))
+            resolved[key] = value._replace(value=str(value.base / expanded(text, ConfigError)))
         elif key == "chat_template" and text.startswith("@"):
-            found[key] = value._replace(value=_template(value, text[1:]))
-    return found
+            resolved[key] = value._replace(value=_template(value, text[1:]))
+    return resolved
 
 
 def _template(value: Value, name: str) -> str:

@@ -1,6 +1,6 @@
 """Where settings come from: a file, the environment, flags, arguments.
 
-Each source becomes flat layers of `Value`s, keyed by where they belong: `home`, `server.port`;
+Each source is read into flat layers of `Value`s. Their keys are `home`, `server.port`, and
 `*.context_length` for all models; in the layer of one model `context_length`, `options.threads`.
 """
 
@@ -16,25 +16,26 @@ from typing import Any, NamedTuple, cast
 
 from pydantic import BaseModel
 
-from headrace.config.tree import PER_MODEL, TABLES, Config, ModelSettings
+from headrace.config.tree import TABLES, Config
 from headrace.core.errors import ConfigError
+from headrace.core.model import SETTINGS, SINGLE_SETTINGS
 from headrace.core.paths import expanded
 
 PREFIX = "HEADRACE_"
 CLIENT_KEYS = ("HEADRACE_ADMIN_KEY", "HEADRACE_API_KEY")
-"""The key that a command shows to a service; the first that is set."""
+"""Variables with the API key that a command sends to a service; the first that is set."""
 
 RESERVED = frozenset(
     {"HEADRACE_CONFIG", "HEADRACE_NO_COLOR", "HEADRACE_DEBUG", "HEADRACE_URL", *CLIENT_KEYS}
 )
-"""Names with the prefix that are read elsewhere and are no settings."""
+"""Variables with the prefix that are read elsewhere and are not settings."""
 
 FILE_NAME = "headrace.toml"
 _UPSTREAM = re.compile(r"[a-z][a-z0-9_-]+")
 
 
 class Value(NamedTuple):
-    """A value, where it comes from, and the folder its relative paths start at."""
+    """A value, its origin, and the folder its relative paths start at."""
 
     value: Any
     origin: str
@@ -46,7 +47,7 @@ Layer = dict[str, Value]
 
 @dataclass(frozen=True)
 class Keys:
-    """Which flat keys exist, and where each belongs: for one model, and for all of them."""
+    """The flat keys that exist, and the place of each: for one model, and for all models."""
 
     options: frozenset[str]
     model: Mapping[str, str]
@@ -56,36 +57,36 @@ class Keys:
     def of(cls, engines: Mapping[str, type[BaseModel]]) -> Keys:
         """Collect the keys of Headrace and of all engines; a setting hides an option's name."""
         options = frozenset(name for kind in engines.values() for name in kind.model_fields)
-        own = ModelSettings.model_fields.keys() - {"options"}
+        own = SETTINGS.keys() - {"options"}
         model = {name: f"options.{name}" for name in options} | {name: name for name in own}
-        shared = {key: f"*.{place}" for key, place in model.items() if key not in PER_MODEL}
+        shared = {key: f"*.{place}" for key, place in model.items() if key not in SINGLE_SETTINGS}
         for table, kind in TABLES.items():
             shared |= {key: f"{table}.{key}" for key in kind.model_fields}
         return cls(options, model, shared | {key: key for key in top_keys()})
 
 
 def top_keys() -> list[str]:
-    """Return the settings that stand in no table."""
+    """Return the settings outside of all tables."""
     return [key for key in Config.model_fields if key not in (*TABLES, "models")]
 
 
-def unknown_key(origin: str, key: str, known: Iterable[str], what: str = "setting") -> ConfigError:
-    """Say which key is wrong, where, what was probably meant and what exists."""
+def unknown_key(origin: str, key: str, known: Iterable[str], kind: str = "setting") -> ConfigError:
+    """Return the error for an unknown key, with the nearest known one and all others."""
     names = sorted(known)
     near = difflib.get_close_matches(key, names, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     return ConfigError(
-        f"{origin}: {key} is no {what}.{hint} Known: {', '.join(names) or 'none'}.", param=key
+        f"{origin}: {key} is no {kind}.{hint} Known: {', '.join(names) or 'none'}.", param=key
     )
 
 
 def environment_name(model: str) -> str:
-    """Return the name of a model as it stands in variables: `Qwen2.5-7B` is `QWEN2_5_7B`."""
+    """Return the name of a model as used in variables: `Qwen2.5-7B` is `QWEN2_5_7B`."""
     return re.sub(r"[^A-Za-z0-9]+", "_", model).strip("_").upper()
 
 
 def short_name(reference: str) -> str:
-    """Return what a model that no file names is called, by catalogue, file or upstream."""
+    """Return the name of a model outside the configuration: of its catalogue, file or upstream."""
     scheme, colon, rest = reference.partition(":")
     if colon and scheme == "hub":
         return re.split("[:@]", rest, maxsplit=1)[0].rpartition("/")[2]
@@ -97,10 +98,10 @@ def short_name(reference: str) -> str:
 
 
 def environment(environ: Mapping[str, str], keys: Keys, cwd: Path) -> dict[str, Layer]:
-    """Return a layer for each sanitised model name, and one for all under the empty name."""
+    """Return a layer for each sanitised model name; the one of all models has an empty name."""
     layers: dict[str, Layer] = {"": {}}
     for name, text in sorted(environ.items()):
-        # An empty variable is one that is not set: it must not wipe the keys in the file.
+        # An empty variable counts as not set: it must not clear the API keys of the file.
         if not name.startswith(PREFIX) or name in RESERVED or not text:
             continue
         model, _, key = name.removeprefix(PREFIX).rpartition("__")
@@ -120,7 +121,7 @@ def _options(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def flags(given: Mapping[str, Any], keys: Keys, cwd: Path) -> Layer:
-    """Return what the command line gave; None is not given. Options are under `options`."""
+    """Return the layer of the command line. None is not given; options are under `options`."""
     layer: Layer = {}
     for key, value in given.items():
         if key == "options" or value is None:
@@ -136,9 +137,9 @@ def flags(given: Mapping[str, Any], keys: Keys, cwd: Path) -> Layer:
 
 
 def arguments(given: Mapping[str, Any], keys: Keys, cwd: Path) -> Layer:
-    """Return what a caller gave for one model.
+    """Return the layer of the arguments for one model.
 
-    An option may stand in `options`, as `options.KEY`, or beside the settings.
+    An option may be in `options`, as `options.KEY`, or beside the settings.
     """
     layer: Layer = {}
     for key, value in given.items():
@@ -154,7 +155,7 @@ def arguments(given: Mapping[str, Any], keys: Keys, cwd: Path) -> Layer:
 
 
 class File(NamedTuple):
-    """What a file says: for the whole, and for each model."""
+    """The layers of a file: of the whole program, and of each model."""
 
     path: Path | None
     shared: Layer
@@ -185,7 +186,7 @@ def _checked(table: Mapping[str, Any], known: Iterable[str], prefix: str, source
 
 
 def parse(path: Path | None) -> File:
-    """Read a file; every key in it is known, no value has been checked.
+    """Read a file and check its keys; values are not checked yet.
 
     Raises:
         ConfigError: it cannot be read, is not TOML, or has an unknown key.
@@ -205,7 +206,7 @@ def parse(path: Path | None) -> File:
 def _model_table(models: Mapping[str, Any], name: str, source: Value) -> Layer:
     prefix = f"models.{name}"
     table = _table(models[name], prefix, source.origin)
-    layer = _checked(table, ModelSettings.model_fields, f"{prefix}.", source)
+    layer = _checked(table, SETTINGS, f"{prefix}.", source)
     options = layer.pop("options", source._replace(value={})).value
     for key, value in _table(options, f"{prefix}.options", source.origin).items():
         layer[f"options.{key}"] = source._replace(value=value)
@@ -217,7 +218,7 @@ def _user_home(environ: Mapping[str, str]) -> Path:
 
 
 def xdg(environ: Mapping[str, str], variable: str, fallback: str) -> Path:
-    """Return Headrace's folder under the user's directory for config or data."""
+    """Return Headrace's folder in the user's directory for configuration or data."""
     path = Path(environ.get(variable, ""))
     base = path if path.is_absolute() else _user_home(environ) / fallback
     return base / "headrace"
@@ -226,7 +227,7 @@ def xdg(environ: Mapping[str, str], variable: str, fallback: str) -> Path:
 def find_file(
     file: Path | str | None, environ: Mapping[str, str], cwd: Path
 ) -> tuple[Path | None, tuple[Path, ...]]:
-    """Return the file to be read and where was looked: flag, variable, here, user directory."""
+    """Return the file to read and the paths tried: flag, variable, here, user directory."""
     named = file or environ.get("HEADRACE_CONFIG")
     if named:
         path = cwd / expanded(named, ConfigError)

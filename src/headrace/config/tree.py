@@ -1,37 +1,38 @@
-"""The settings themselves: what there is, what each accepts, and its default."""
+"""The settings: which there are, what each accepts, and its default.
+
+Those of a model are declared in headrace.core.model; here they get what checks them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin
 
+import msgspec
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
+    create_model,
     field_validator,
 )
 
-from headrace.core.duration import seconds
-from headrace.core.model import Continuation, Task
+from headrace.core.model import SETTINGS, ModelSpec, Setting
 
-PER_MODEL = frozenset({"model", "aliases", "revision", "trust_remote_code"})
-"""What is set for one named model and never for all of them."""
-
-# A device and its amount: what it means, the machine knows.
+# A device and its amount, which headrace.machine turns into bytes.
 _AMOUNT = re.compile(
     r"(?:([a-z]+(?::\d+)?)=)?(?:\d+(?:\.\d+)? ?(?i:[kmgt]i?b?|b)|(?:100|\d{1,2}(?:\.\d+)?) ?%)"
 )
 
 
 def words(value: object) -> object:
-    """Read text as JSON or as words between commas; the environment knows no lists."""
+    """Read text as JSON or as words separated by commas; the environment has no lists."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith(("[", "{")):
@@ -60,26 +61,18 @@ def hash_key(key: str) -> str:
 
 
 def _hash_keys(value: object) -> object:
-    found = words(value)
-    if not isinstance(found, list | tuple):
-        return found
-    keys = cast("Iterable[object]", found)
+    items = words(value)
+    if not isinstance(items, list | tuple):
+        return items
+    keys = cast("Iterable[object]", items)
     return [hash_key(key) if isinstance(key, str) else key for key in keys]
 
 
-def _duration(value: object) -> object:
-    return seconds(value) if isinstance(value, str | int | float) else value
-
-
-def _unless_auto(value: object) -> object:
-    return None if value == "auto" else value
-
-
 def _amounts(value: object) -> object:
-    found = words(value)
-    if not isinstance(found, list | tuple):
-        return found
-    amounts = [str(one).strip() for one in cast("Iterable[object]", found)]
+    items = words(value)
+    if not isinstance(items, list | tuple):
+        return items
+    amounts = [str(item).strip() for item in cast("Iterable[object]", items)]
     devices = [match[1] or "" for match in map(_AMOUNT.fullmatch, amounts) if match]
     if len(devices) < len(amounts):
         raise ValueError("each amount is like 16GiB, 80%, cpu=16GiB or cuda:0=90%")
@@ -88,24 +81,30 @@ def _amounts(value: object) -> object:
     return amounts
 
 
+T = TypeVar("T")
+_FIXED = "fixed"
+
+Fixed = Annotated[T, _FIXED]
+"""A setting that a running service cannot change: it has to be started again."""
+
 Words = Annotated[tuple[str, ...], BeforeValidator(words)]
 Keys = Annotated[tuple[str, ...], BeforeValidator(_hash_keys)]
 
 
 class _Frozen(BaseModel):
-    # Inputs stay out of error texts: one of them may be a key.
+    # Inputs are kept out of errors: one may be a secret.
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
     )
 
 
-class ServerSettings(_Frozen):
+class HttpSettings(_Frozen):
     """Where `headrace serve` listens, whom it answers and what it accepts."""
 
-    host: str = Field(default="127.0.0.1", description="address to listen on")
-    port: int = Field(default=11511, ge=0, le=65535, description="port; 0 takes a free one")
+    host: Fixed[str] = Field(default="127.0.0.1", description="address to listen on")
+    port: Fixed[int] = Field(default=11511, ge=0, le=65535, description="port; 0 takes a free one")
     api_keys: Keys = Field(
-        default=(), repr=False, description="keys that may ask, plain or as sha256:<hex>"
+        default=(), repr=False, description="keys of clients, plain or as sha256:<hex>"
     )
     admin_keys: Keys = Field(
         default=(), repr=False, description="keys that may also load, stop and change models"
@@ -114,7 +113,6 @@ class ServerSettings(_Frozen):
     allowed_hosts: Words = Field(default=(), description="further names to be reached by (Host)")
     allowed_origins: Words = Field(default=(), description="web origins that may ask (Origin)")
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="largest request body")
-    drain_s: float = Field(default=30.0, ge=0, description="how long answers may finish at the end")
     deadline_s: float | None = Field(
         default=None, gt=0, description="longest time from a request's arrival to its end"
     )
@@ -123,9 +121,21 @@ class ServerSettings(_Frozen):
         gt=0,
         description="wait for a first token before a stream's headers go out",
     )
-    memory: Annotated[tuple[str, ...], BeforeValidator(_amounts)] = Field(
-        default=(), description="what models may take: 16GiB, 80%, cpu=16GiB, cuda:0=90%"
+    load_wait_s: float = Field(
+        default=30.0, gt=0, description="how long a request waits for its model to load"
     )
+
+
+class Rules(_Frozen):
+    """The rules that the pool of models applies.
+
+    A loaded model stays for `min_residence_s`, or as long as its load took if that is longer,
+    unless another has waited for `longest_wait_s`. A model whose worker dies `crashes` times
+    within `crash_window_s` has failed until it is reset.
+    """
+
+    crash_window_s: ClassVar[float] = 60.0
+
     max_loading: int = Field(default=1, ge=1, description="models that load at a time")
     min_residence_s: float = Field(
         default=1.0, ge=0, description="how long a loaded model stays at least"
@@ -133,43 +143,56 @@ class ServerSettings(_Frozen):
     longest_wait_s: float = Field(
         default=20.0, gt=0, description="wait for room after which busy models take no more"
     )
-    load_wait_s: float = Field(
-        default=30.0, gt=0, description="how long a request waits for its model to load"
-    )
     crashes: int = Field(default=3, ge=1, description="crashes in 60 s that make a model failed")
     spare: bool = Field(
         default=True, description="keep a process ready for the next load, of about 50 MB"
     )
-    state: Path | None = Field(
+
+
+class ServerSettings(Rules, HttpSettings):
+    """The table `[server]`."""
+
+    drain_s: float = Field(default=30.0, ge=0, description="how long answers may finish at the end")
+    memory: Annotated[tuple[str, ...], BeforeValidator(_amounts)] = Field(
+        default=(), description="what models may take: 16GiB, 80%, cpu=16GiB, cuda:0=90%"
+    )
+    state: Fixed[Path | None] = Field(
         default=None, description="file of what was done by hand; HOME/services/PORT.json"
     )
 
 
 class TelemetrySettings(_Frozen):
-    """What is kept and told of requests; OpenTelemetry is set up by its own OTEL_ variables."""
+    """What is recorded of requests; OpenTelemetry is set up by its own OTEL_ variables."""
 
-    metrics: bool = Field(default=True, description="tell figures at /metrics, for Prometheus")
-    metrics_port: int | None = Field(
+    metrics: Fixed[bool] = Field(
+        default=True, description="serve figures at /metrics, for Prometheus"
+    )
+    metrics_port: Fixed[int | None] = Field(
         default=None, ge=0, le=65535, description="port for /metrics alone; 0 takes a free one"
     )
+    # The keys are looked up for each request, so they can change.
     metrics_keys: Keys = Field(
         default=(), repr=False, description="keys that may read /metrics and nothing else"
     )
-    traces: bool = Field(default=True, description="keep a record of each request in HOME/traces")
-    trace_bytes: int = Field(
+    traces: Fixed[bool] = Field(
+        default=True, description="keep a record of each request in HOME/traces"
+    )
+    trace_bytes: Fixed[int] = Field(
         default=64 * 2**20, ge=2**16, description="how much of them is kept; the oldest go"
     )
-    trace_content: bool = Field(
+    trace_content: Fixed[bool] = Field(
         default=False, description="keep prompts and answers in traces too, redacted"
     )
-    redact: Words = Field(
+    redact: Fixed[Words] = Field(
         default=(), description="regular expressions of what else is redacted in content"
     )
-    usage: bool = Field(default=True, description="count tokens and time by key, model and day")
+    usage: Fixed[bool] = Field(
+        default=True, description="count tokens and time by key, model and day"
+    )
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is kept or told."""
+        """Whether anything is recorded."""
         return self.metrics or self.traces or self.usage
 
     @field_validator("redact")
@@ -183,53 +206,20 @@ class TelemetrySettings(_Frozen):
         return patterns
 
 
-class ModelSettings(_Frozen):
-    """One model; the fields of `headrace.core.model.ModelSpec` without its name."""
+class _ModelRules(_Frozen):
+    """Rules between the settings of a model."""
 
-    model: str = Field(min_length=1, description="reference: path, hub:, index:, or short name")
-    aliases: Words = Field(default=(), description="further names requests may use")
-    engine: Annotated[str | None, BeforeValidator(_unless_auto)] = Field(
-        default=None, description="engine; auto by format, device and what was measured"
-    )
-    device: str | None = Field(default=None, description="device; else cuda, mps, cpu")
-    context_length: int | None = Field(
-        default=None, ge=1, description="prompt and answer, in tokens"
-    )
-    chat_template: str | None = Field(default=None, description="Jinja source, or @path of a file")
-    stop: Words = Field(default=(), description="stop strings of the template")
-    max_running: int | None = Field(default=None, ge=1, description="requests at once")
-    max_queued: int = Field(default=64, ge=0, description="requests that may wait")
-    hang_s: float = Field(default=120.0, gt=0, description="silence that means it hangs")
-    load_timeout_s: float = Field(default=600.0, gt=0, description="how long loading may take")
-    revision: str | None = Field(default=None, description="commit of the repository")
-    trust_remote_code: bool = Field(default=False, description="run code of the model's repository")
-    keep_alive: Annotated[float, BeforeValidator(_duration)] = Field(
-        default=-1.0, description="how long it stays idle: 5m, 0; -1 until its memory is needed"
-    )
-    preload: bool = Field(default=True, description="load when the service starts")
-    pinned: bool = Field(default=False, description="never give its memory to another")
-    enabled: bool = Field(default=True, description="answer requests")
-    continuation: Annotated[Continuation, BeforeValidator(_lower)] = Field(
-        default="fast", description="how an answer goes on whose worker died: exact, fast, off"
-    )
-    replicas: int = Field(default=1, ge=1, le=64, description="workers of this model")
-    weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(words)] = Field(
-        default=(), description="share of work of each replica, 1 if not set"
-    )
-    task: Annotated[Task | None, BeforeValidator(_lower)] = Field(
-        default=None, description="generate, embed or rerank; else by the model's header"
-    )
-    options: dict[str, Any] = Field(default={}, description="the engine's options")
-
-    @field_validator("weights")
+    @field_validator("weights", check_fields=False)
     @classmethod
     def _one_each(cls, weights: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
         # Without `replicas` it was refused already.
         if len(weights) > info.data.get("replicas", len(weights)):
             raise ValueError("more weights than replicas")
+        if not all(weight > 0 for weight in weights):
+            raise ValueError("a weight is greater than 0")
         return weights
 
-    @field_validator("trust_remote_code")
+    @field_validator("trust_remote_code", check_fields=False)
     @classmethod
     def _pinned(cls, trusted: bool, info: ValidationInfo) -> bool:
         revision = info.data.get("revision") or info.data.get("model", "").rpartition("@")[2]
@@ -238,10 +228,51 @@ class ModelSettings(_Frozen):
         return trusted
 
 
+def is_collection(hint: Any) -> bool:
+    """Whether a type is a list, a tuple, a mapping or the like, or may be one."""
+    return _may_be(hint, (list, tuple, set, frozenset, dict, Sequence, Mapping))
+
+
+def _may_be(hint: Any, kinds: Iterable[object]) -> bool:
+    parts = get_args(hint)
+    return (get_origin(hint) or hint) in kinds or any(_may_be(part, kinds) for part in parts)
+
+
+def _parser(hint: Any, setting: Setting) -> Callable[[object], object]:
+    if (parse := setting.parse) is not None:
+        return lambda value: parse(value) if isinstance(value, str | float | int) else value
+    if _may_be(hint, (tuple,)):
+        return words
+    return _lower if _may_be(hint, (Literal,)) else lambda value: value
+
+
+def _field(field: msgspec.structs.FieldInfo) -> tuple[Any, Any]:
+    """Return a setting of a model as pydantic declares a field."""
+    setting = SETTINGS[field.name]
+    plain = get_args(field.type)[0]
+    names = ("ge", "gt", "le", "min_length")
+    bounds = {name: bound for name in names if (bound := getattr(setting, name)) is not None}
+    checked = Annotated[plain, BeforeValidator(_parser(plain, setting)), Field(**bounds)]
+    if field.default_factory is not msgspec.NODEFAULT:
+        return checked, Field(default_factory=field.default_factory)
+    return checked, ... if field.default is msgspec.NODEFAULT else field.default
+
+
+_FIELDS: dict[str, Any] = {
+    field.name: _field(field)
+    for field in msgspec.structs.fields(ModelSpec)
+    if field.name in SETTINGS
+}
+ModelSettings: type[BaseModel] = create_model("ModelSettings", __base__=_ModelRules, **_FIELDS)
+"""Checks the settings of a model, which are those of `ModelSpec`."""
+
+
 class Config(_Frozen):
     """All settings of one run."""
 
-    home: Path = Field(description="where models and state are kept")
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    home: Fixed[Path] = Field(description="where models and state are kept")
     default_model: str = Field(
         default="smollm2", min_length=1, description="model when none is named"
     )
@@ -254,15 +285,22 @@ class Config(_Frozen):
     log_content: bool = Field(default=False, description="log prompts and answers too")
     server: ServerSettings = ServerSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
-    models: dict[str, ModelSettings] = {}
+    models: dict[str, ModelSpec] = {}
 
     @property
     def state_file(self) -> Path | None:
-        """Where a service remembers what was done by hand; None when its port is not its own."""
+        """File of the changes made at run time; None when the port is any free one."""
         if self.server.state is not None or self.server.port == 0:
             return self.server.state
         return self.home / "services" / f"{self.server.port}.json"
 
 
 TABLES: dict[str, type[BaseModel]] = {"server": ServerSettings, "telemetry": TelemetrySettings}
-"""The tables of the file beside the models."""
+"""The tables of the file other than the models."""
+
+
+def fixed_keys() -> Iterator[str]:
+    """Yield the keys that a running service cannot change."""
+    for prefix, table in [("", Config), *((f"{name}.", kind) for name, kind in TABLES.items())]:
+        fields = table.model_fields.items()
+        yield from (prefix + name for name, field in fields if _FIXED in field.metadata)

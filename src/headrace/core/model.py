@@ -1,10 +1,13 @@
-"""What a model is, and what a loaded one tells about itself."""
+"""A model as it is configured, as a file, and as it is served."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, get_origin, get_type_hints
 
 import msgspec
+
+from headrace.core.duration import seconds
 
 State = Literal["created", "loading", "ready", "draining", "stopped", "failed"]
 Origin = Literal["default", "file", "environment", "flag", "argument"]
@@ -13,46 +16,105 @@ Task = Literal["generate", "embed", "rerank"]
 Format = Literal["gguf", "safetensors", "openvino", "remote", "none"]
 
 
+class Setting(NamedTuple):
+    """What the configuration has to know of a model's field, beside its type and default.
+
+    `ge`, `gt`, `le` and `min_length` bound its values. A change of one that is `live` reaches
+    running workers; any other takes new ones. `traced` ones are attributes of the span of a load.
+    A `single` one is set for a named model, never for all. `parse` is applied to text and numbers
+    before their type is checked; it raises ValueError.
+    """
+
+    help: str
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    min_length: int | None = None
+    live: bool = False
+    traced: bool = False
+    single: bool = False
+    parse: Callable[[str | float], object] | None = None
+
+
+def _engine(value: str | float) -> object:
+    return None if value == "auto" else value
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A model as it is configured: its source, its engine and how it is served.
 
-    `name` is what requests ask for. `model` is the reference it comes from (see
-    headrace.models.reference). `options` go to the engine's own Options model, which checks them.
-    `chat_template` overrides the model's own, as Jinja source. `max_running` None means what the
-    engine can batch. `stop` are the stop strings of its template.
-    `hang_s` is how long a running request may go without any sign of life.
-
-    `keep_alive` is how many seconds an idle model stays loaded: 0 not at all, negative until its
-    memory is needed. `preload` loads it when the service starts. `continuation` says what becomes
-    of an answer whose worker dies: `exact` generates it again and goes on where it was cut, `fast`
-    goes on from the tokens that were sent, `off` breaks it off. `weights` are those of the
-    replicas, in order; 1 where none is given. `task` is what the model is for, where its header
-    does not say so or can do several.
+    `name` is what requests ask for. The other fields are the keys of `[models.NAME]`: the
+    configuration, the pool and the traces read their `Setting`. None leaves a value to the model's
+    header, the engine or the device. The engine's own Options check `options`.
     """
 
     name: str
-    model: str
-    aliases: tuple[str, ...] = ()
-    engine: str | None = None
-    device: str | None = None
-    context_length: int | None = None
-    chat_template: str | None = None
-    max_running: int | None = None
-    max_queued: int = 64
-    hang_s: float = 120.0
-    load_timeout_s: float = 600.0
-    trust_remote_code: bool = False
-    revision: str | None = None
-    stop: tuple[str, ...] = ()
-    keep_alive: float = -1.0
-    preload: bool = True
-    pinned: bool = False
-    enabled: bool = True
-    continuation: Continuation = "fast"
-    replicas: int = 1
-    weights: tuple[float, ...] = ()
-    task: Task | None = None
-    options: dict[str, Any] = {}
+    model: Annotated[
+        str,
+        Setting("reference: path, hub:, index:, or short name", min_length=1, single=True),
+    ]
+    aliases: Annotated[
+        tuple[str, ...], Setting("further names requests may use", live=True, single=True)
+    ] = ()
+    engine: Annotated[
+        str | None,
+        Setting("engine; auto by format, device and what was measured", parse=_engine),
+    ] = None
+    device: Annotated[str | None, Setting("device; else cuda, mps, cpu", traced=True)] = None
+    context_length: Annotated[
+        int | None, Setting("prompt and answer, in tokens", ge=1, traced=True)
+    ] = None
+    chat_template: Annotated[str | None, Setting("Jinja source, or @path of a file")] = None
+    stop: Annotated[tuple[str, ...], Setting("stop strings of the template")] = ()
+    max_running: Annotated[int | None, Setting("requests at once", ge=1, traced=True)] = None
+    max_queued: Annotated[int, Setting("requests that may wait", ge=0, live=True, traced=True)] = 64
+    hang_s: Annotated[float, Setting("silence that means it hangs", gt=0)] = 120.0
+    load_timeout_s: Annotated[float, Setting("how long loading may take", gt=0)] = 600.0
+    revision: Annotated[
+        str | None, Setting("commit of the repository", traced=True, single=True)
+    ] = None
+    trust_remote_code: Annotated[
+        bool, Setting("run code of the model's repository", single=True)
+    ] = False
+    keep_alive: Annotated[
+        float,
+        Setting(
+            "how long it stays idle: 5m, 0; -1 until its memory is needed",
+            live=True,
+            traced=True,
+            parse=seconds,
+        ),
+    ] = -1.0
+    preload: Annotated[bool, Setting("load when the service starts", live=True)] = True
+    pinned: Annotated[bool, Setting("never give its memory to another", live=True)] = False
+    enabled: Annotated[bool, Setting("answer requests", live=True)] = True
+    continuation: Annotated[
+        Continuation,
+        Setting("how an answer goes on whose worker died: exact, fast, off", traced=True),
+    ] = "fast"
+    replicas: Annotated[
+        int, Setting("workers of this model", ge=1, le=64, live=True, traced=True)
+    ] = 1
+    weights: Annotated[
+        tuple[float, ...], Setting("share of work of each replica, 1 if not set", live=True)
+    ] = ()
+    task: Annotated[
+        Task | None,
+        Setting("generate, embed or rerank; else by the model's header", traced=True),
+    ] = None
+    options: Annotated[dict[str, Any], Setting("the engine's options")] = {}
+
+
+SETTINGS: Mapping[str, Setting] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(ModelSpec, include_extras=True).items()
+    if get_origin(hint) is Annotated
+}
+"""The settings of a model: all of its fields but `name`."""
+
+LIVE_SETTINGS = tuple(name for name, setting in SETTINGS.items() if setting.live)
+TRACED_SETTINGS = tuple(name for name, setting in SETTINGS.items() if setting.traced)
+SINGLE_SETTINGS = tuple(name for name, setting in SETTINGS.items() if setting.single)
 
 
 class ModelFile(msgspec.Struct, frozen=True, kw_only=True):

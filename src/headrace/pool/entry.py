@@ -18,7 +18,7 @@ from headrace.core.errors import (
     QueueFull,
 )
 from headrace.core.events import Progress
-from headrace.core.model import ModelInfo, ModelSpec, State
+from headrace.core.model import LIVE_SETTINGS, ModelInfo, ModelSpec, State
 from headrace.core.request import AnyRequest
 from headrace.pool.policy import Rules, backoff_s, choose_replica
 from headrace.pool.queue import Forecast, Queue, Ticket
@@ -342,7 +342,7 @@ class ModelEntry:
         self._crashes.clear()
 
     def apply(self, spec: ModelSpec) -> list[Replica]:
-        """Serve another specification; return the replicas that only finish what they have begun."""
+        """Serve another specification; return the replicas that only finish their requests."""
         old, self.spec = self.spec, spec
         self.keep_alive = spec.keep_alive
         if not needs_new_worker(old, spec):
@@ -394,24 +394,10 @@ def _settle(waiter: asyncio.Future[None], error: HeadraceError | None = None) ->
         waiter.set_exception(error)
 
 
-_LIVE_FIELDS = frozenset(
-    {
-        "aliases",
-        "enabled",
-        "keep_alive",
-        "max_queued",
-        "pinned",
-        "preload",
-        "replicas",
-        "weights",
-    }
-)
-
-
 def needs_new_worker(old: ModelSpec, new: ModelSpec) -> bool:
     """Whether a change concerns what a worker was loaded with."""
     return any(
         getattr(old, name) != getattr(new, name)
         for name in ModelSpec.__struct_fields__
-        if name not in _LIVE_FIELDS
+        if name not in LIVE_SETTINGS
     )

@@ -172,8 +172,8 @@ class MemoryQueue:
             while not await self._step(entry, want, may_evict=may_evict):
                 if self._clock() > end:
                     raise DoesNotFit(
-                        f"{entry.spec.name} has waited {replica.spec.load_timeout_s:g} s for memory "
-                        f"({numbers(need)}) that others are using.",
+                        f"{entry.spec.name} has waited {replica.spec.load_timeout_s:g} s for "
+                        f"memory ({numbers(need)}) that others are using.",
                         retry_after_s=self.rules.longest_wait_s,
                     )
         finally:

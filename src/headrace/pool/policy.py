@@ -6,24 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from headrace.config.tree import Rules
+
 _SECOND_THOUGHTS_S = 0.001
-
-
-class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """What the pool keeps to.
-
-    At most `max_loading` models load at a time. A model that has been loaded stays for
-    `min_residence_s`, or as long as its load took, if that is longer, unless somebody has waited
-    for `longest_wait_s`. A model whose worker dies `crashes` times within `crash_window_s` has
-    failed, until somebody resets it. `spare` keeps a process ahead of the next load.
-    """
-
-    max_loading: int = 1
-    min_residence_s: float = 1.0
-    longest_wait_s: float = 20.0
-    crashes: int = 3
-    crash_window_s: float = 60.0
-    spare: bool = True
 
 
 class Resident(msgspec.Struct, frozen=True, kw_only=True):

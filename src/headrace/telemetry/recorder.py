@@ -15,7 +15,7 @@ from headrace import machine
 from headrace.core.backend import Backend
 from headrace.core.errors import Draining, HeadraceError
 from headrace.core.events import Finish
-from headrace.core.model import ModelInfo, ModelSpec
+from headrace.core.model import TRACED_SETTINGS, ModelInfo, ModelSpec
 from headrace.core.record import Attribute, RequestRecord, RunningRequest, Sink, Sinks
 from headrace.core.request import AnyRequest
 from headrace.models.providers import PROVIDERS
@@ -27,10 +27,6 @@ from headrace.telemetry.spans import Kind, Parent, Span, Trace, Tracing, error_t
 
 _log = logging.getLogger("headrace.telemetry")
 _KNOWN_S = 2.0
-_LIKE_A_SETTING = (
-    *("device", "context_length", "max_running", "max_queued", "keep_alive", "continuation"),
-    *("replicas", "revision", "task"),
-)
 
 
 class Recorder:
@@ -315,7 +311,7 @@ def _upstream(spec: ModelSpec) -> dict[str, Attribute] | None:
 
 def _settings(spec: ModelSpec) -> dict[str, Attribute]:
     """Return how a model is configured."""
-    given = {name: getattr(spec, name) for name in _LIKE_A_SETTING}
+    given = {name: getattr(spec, name) for name in TRACED_SETTINGS}
     told: dict[str, Attribute] = {"headrace.model": spec.name, "headrace.source": spec.model}
     return told | {f"headrace.{name}": value for name, value in given.items() if value is not None}
 

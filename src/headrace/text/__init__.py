@@ -1,1 +1,1 @@
-"""What makes text of what an engine says, and prompts of conversations; no I/O."""
+"""Text without I/O: the bytes of tokens, stop strings and chat templates."""

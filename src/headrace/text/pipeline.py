@@ -1,15 +1,36 @@
-"""The way of one choice from the engine's bytes to the text that is shown."""
+"""From the bytes of an engine's tokens to the text that is sent."""
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 
-from headrace.text.detokenize import Utf8Decoder
 from headrace.text.stops import StopMatcher
+
+_new_decoder = codecs.getincrementaldecoder("utf-8")
+
+
+class Utf8Decoder:
+    """Decodes bytes that may end inside a character into whole characters.
+
+    Bytes that are not UTF-8 become U+FFFD, as when the text is decoded at once.
+    """
+
+    __slots__ = ("_decoder", "feed")
+
+    def __init__(self) -> None:
+        self._decoder = _new_decoder("replace")
+        # Bound once: it is called for each token.
+        self.feed = self._decoder.decode
+
+    def flush(self) -> str:
+        """End the text; an incomplete character is dropped."""
+        self._decoder.reset()
+        return ""
 
 
 class TextPipeline:
-    """Whole characters, up to the first stop string.
+    """Decodes one answer, up to its first stop string.
 
     Raises:
         InvalidRequest: a stop string is empty.
@@ -33,7 +54,7 @@ class TextPipeline:
         return self._matcher.matched
 
     def feed(self, data: bytes) -> str:
-        """Return the new text; empty while all of it is held back."""
+        """Return the new text; it is empty while all of it is held back."""
         return self._matcher.feed(self._decode(data))
 
     def flush(self) -> str:

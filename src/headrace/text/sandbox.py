@@ -1,8 +1,8 @@
-"""Where a chat template runs: it comes with a model, so it may be hostile.
+"""The sandbox of chat templates, which come with models and may be hostile.
 
-Beyond Jinja's own sandbox, time and size are bounded. A template can only take long by loops
-and calls, and can only build long texts from pieces, so the generated code is made to look
-at the clock in both, and what joins or repeats is measured before it is done.
+In addition to Jinja's own sandbox, time and size are bounded. Only loops and calls can take long,
+so the generated code checks the clock in both. Only joining and repeating can build long texts, so
+their results are measured beforehand.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MAX_BITS = 4096
 _MAX_INDENT = 64
 _ELEMENT = 64  # an element of a list, in characters
 _WIDE_FIELD = re.compile(r"\d{4}|\{[^{}]*:[^{}]*\{")
-# They repeat or pad by a number, or cannot be measured beforehand. Chat templates do without.
+# They repeat or pad by a number, or cannot be measured beforehand; chat templates use none.
 _DROPPED_FILTERS = ("batch", "center", "format", "sum", "urlize", "wordwrap", "xmlattr")
 _DROPPED_METHODS = frozenset({"center", "expandtabs", "ljust", "rjust", "translate", "zfill"})
 
@@ -38,15 +38,15 @@ T = TypeVar("T")
 
 
 class LimitExceeded(SecurityError):
-    """The template took too long or made too much."""
+    """The template exceeds its limit of time or size."""
 
 
 class Refusal(TemplateError):
-    """The template's own `raise_exception`: it does not take this conversation."""
+    """Raised by the template itself, with `raise_exception`: it refuses the conversation."""
 
 
 class _Meter(threading.local):
-    """What the rendering in this thread may still use: until when, and how many characters."""
+    """The limits left to this thread's rendering: its end, and a number of characters."""
 
     end: float = math.inf
     left: int = _MAX_TOTAL
@@ -56,10 +56,10 @@ _meter = _Meter()
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """Do `work`, which compiles or renders in this thread.
+    """Call `work`, which compiles or renders in this thread.
 
     Raises:
-        LimitExceeded: it took longer than `seconds`, or made too much.
+        LimitExceeded: it takes longer than `seconds`, or its text is too long.
     """
     _meter.end, _meter.left = time.monotonic() + seconds, _MAX_TOTAL
     try:
@@ -111,7 +111,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # As transformers does: a prompt is no web page, so nothing is escaped for HTML.
+    # As in transformers: a prompt is not HTML, so nothing is escaped.
     if indent is not None and indent > _MAX_INDENT:
         raise LimitExceeded("it indents too far")
     return json.dumps(
@@ -124,7 +124,7 @@ def _tojson(
 
 
 def _size(value: object) -> int:
-    """Characters of a text; for lists, about as many as take the same memory."""
+    """Return the length of a text; for a list, about that of a text of the same memory."""
     if isinstance(value, str):
         return len(value)
     return _ELEMENT * len(value) if isinstance(value, list | tuple) else 0  # pyright: ignore[reportUnknownArgumentType]
@@ -167,9 +167,9 @@ def _raise_exception(message: object) -> NoReturn:
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}` marks the model's own words for training; here it is only its body."""
+    """`{% generation %}` marks the model's turns for training; only its body is rendered."""
 
-    tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)
@@ -177,7 +177,7 @@ class _GenerationTag(Extension):
 
 
 class _Generator(CodeGenerator):
-    """Compiles a look at the clock into each block, the bodies of loops among them."""
+    """Adds a check of the clock to each block, bodies of loops included."""
 
     def blockvisit(self, nodes: Iterable[Node], frame: Frame) -> None:
         self.writeline("environment.tick()")
@@ -192,7 +192,7 @@ class _Generator(CodeGenerator):
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja as transformers sets it up for chat templates, with bounds on time and size."""
+    """Jinja configured as in transformers, with limits of time and size."""
 
     code_generator_class = _Generator
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -213,7 +213,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         names |= {"raise_exception": _raise_exception, "strftime_now": time.strftime}
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call from a template: macros look at the clock, methods of text are measured."""
+        """Call from a template: macros check the clock, methods of text their size."""
         _tick()
         text = getattr(obj, "__self__", None)
         if isinstance(text, str):
@@ -227,7 +227,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Refuse fields wider than any text needs, and widths that are themselves fields."""
+        """Refuse very wide fields, and widths that are fields themselves."""
         wrapped = super().wrap_str_format(value)
         if wrapped is not None:
             form: str = value.__self__

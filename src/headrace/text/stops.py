@@ -1,4 +1,4 @@
-"""Stop strings: found across deltas, never shown."""
+"""Stop strings: matched across deltas, never part of the answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from headrace.core.errors import InvalidRequest
 
 
 def _borders(stop: str) -> list[int]:
-    """For each prefix of `stop`, the length of its longest end that is also its beginning."""
+    """Return, for each prefix of `stop`, the length of its longest border (suffix and prefix)."""
     borders = [0] * len(stop)
     length = 0
     for index in range(1, len(stop)):
@@ -20,24 +20,24 @@ def _borders(stop: str) -> list[int]:
 
 
 class _Search:
-    """The search for one stop string (Knuth, Morris, Pratt), going on over deltas.
+    """A search for one stop string (Knuth, Morris, Pratt) that continues across deltas.
 
-    `start` is where the stop string is, or where it may be: the position, in the text of all
-    deltas, of the longest end that begins it; the end of the text when no end does.
+    `start` is the position of the match in the text of all deltas. Until the match is complete it
+    is that of the longest suffix which begins the stop string; the end of the text without one.
     """
 
-    __slots__ = ("_borders", "_length", "found", "start", "stop")
+    __slots__ = ("_borders", "_length", "complete", "start", "stop")
 
     def __init__(self, stop: str) -> None:
         self.stop = stop
         self.start = 0
-        self.found = False
+        self.complete = False
         self._borders = _borders(stop)
         self._length = 0
 
     def feed(self, text: str, position: int) -> None:
-        """Go on with `text`, whose first character is at `position`."""
-        if self.found:
+        """Search `text`, whose first character is at `position`."""
+        if self.complete:
             return
         stop, borders, length = self.stop, self._borders, self._length
         index, end = 0, len(text)
@@ -52,7 +52,7 @@ class _Search:
             length += text[index] == stop[length]
             index += 1
         self._length = length
-        self.found = length == len(stop)
+        self.complete = length == len(stop)
         self.start = position + index - length
 
 
@@ -61,10 +61,10 @@ def _start(search: _Search) -> int:
 
 
 class StopMatcher:
-    """Releases text up to the first stop string, holding back what may still become one.
+    """Releases text up to the first stop string and holds back a suffix that may become one.
 
-    The match that begins first wins; of those that begin together, the first in `stops`.
-    `matched` is None until that is decided.
+    The match that begins first wins; among those with one start, the first in `stops`. `matched`
+    is None until that is decided.
 
     Raises:
         InvalidRequest: a stop string is empty.
@@ -81,7 +81,7 @@ class StopMatcher:
         self._seen = 0
 
     def feed(self, text: str) -> str:
-        """Return the text that is safe to show. After a match it is empty."""
+        """Return the text that can be sent. After a match it is empty."""
         if not self._searches:
             return text
         if self.matched is not None:
@@ -90,14 +90,14 @@ class StopMatcher:
             search.feed(text, self._seen)
         self._seen += len(text)
         self._held += text
-        # Of equal starts, min takes the first: one that may still win keeps a later one waiting.
+        # Of equal starts, min takes the first: a search that may still win delays a later match.
         return self._settle(min(self._searches, key=_start))
 
     def flush(self) -> str:
-        """Return what was held. A match that waited for a better one is decided now."""
-        found = [search for search in self._searches if search.found]
-        if found and self.matched is None:
-            return self._settle(min(found, key=_start))
+        """Return the text held back. A match that waited for an earlier one is decided now."""
+        complete = [search for search in self._searches if search.complete]
+        if complete and self.matched is None:
+            return self._settle(min(complete, key=_start))
         released, self._held = self._held, ""
         return released
 
@@ -105,7 +105,7 @@ class StopMatcher:
         cut = len(self._held) - (self._seen - first.start)
         released = self._held[:cut]
         self._held = self._held[cut:]
-        if first.found:
+        if first.complete:
             self.matched = first.stop
             self._held = ""
         return released

@@ -1,4 +1,4 @@
-"""Chat templates: a conversation becomes the text that the model was trained on."""
+"""Chat templates: render a conversation as the text that a model was trained on."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ _PROBES: dict[Role, tuple[Role, ...]] = {
 
 
 class ChatTemplate:
-    """One compiled template. Rendering blocks for `deadline_s` seconds at most.
-
-    Safe to use from several threads at once.
+    """A compiled template. Rendering blocks for `deadline_s` seconds at most; it is thread-safe.
 
     Raises:
         ConfigError: the source is not a template.
@@ -45,19 +43,19 @@ class ChatTemplate:
 
     @cached_property
     def roles(self) -> tuple[Role, ...]:
-        """The roles whose content comes through the template, found by trying. Blocking."""
+        """The roles whose content the template renders, determined by trials. Blocking."""
         return tuple(role for role in _PROBES if self._keeps(role))
 
     def render(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
-        """Return the prompt. Blocking, in this thread.
+        """Return the prompt. Blocking.
 
-        `options` are variables of the template; the prompt for an answer is added unless
-        `add_generation_prompt` is false. Where the template has no system role, a system
-        message is put in front of the user turn beside it.
+        `options` are variables of the template; the generation prompt is added unless
+        `add_generation_prompt` is false. If the template has no system role, a system message is
+        prepended to the user turn next to it.
 
         Raises:
-            InvalidRequest: the template does not take the conversation or the options.
-            GenerationFailed: the template is at fault, or took too long.
+            InvalidRequest: the template refuses the conversation or the options.
+            GenerationFailed: the template fails or exceeds its limits.
         """
         options = options or {}
         if reserved := _RESERVED & options.keys():
@@ -143,7 +141,7 @@ class ChatTemplate:
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:
-    """Make system messages user turns, one with the user turns beside them."""
+    """Return the messages with system messages merged into the user turns next to them."""
     turns: list[Message] = []
     joins = False
     for message in messages:

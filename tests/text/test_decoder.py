@@ -6,7 +6,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.text.detokenize import Utf8Decoder
+from headrace.text.pipeline import Utf8Decoder
 
 # Weighted towards bytes that begin, continue and break characters.
 ANY_BYTES = st.lists(
