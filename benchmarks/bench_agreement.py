@@ -41,8 +41,8 @@ from typing import Any, NamedTuple
 from prometheus_client.parser import text_string_to_metric_families
 
 import report
-from headrace.bench.prompts import Vocabulary, synthetic, vocabulary
-from headrace.bench.settings import Load, Settings
+from headrace.lab.bench.prompts import Vocabulary, synthetic, vocabulary
+from headrace.lab.bench.settings import Load, Settings
 from serving import Server, headrace, serving
 
 _TOKENS = (32, 96)

@@ -43,8 +43,8 @@ from headrace.core.model import ModelSpec
 from headrace.engines import openvino
 from headrace.models.inspect import inspect
 from headrace.models.reference import parse
-from headrace.tune import record
-from headrace.tune.agreement import Agreement, Reference
+from headrace.engines import measured as record
+from headrace.lab.tune.agreement import Agreement, Reference
 from load import Client
 from serving import Server, headrace, serving
 
