@@ -1,27 +1,4 @@
 """The documented name of `headrace.lab.cases`: the cases that every engine has to pass."""
 
-from headrace.lab.cases import (
-    CASES,
-    KINDS,
-    Case,
-    Kind,
-    Outcome,
-    Result,
-    Subject,
-    concerns,
-    examine,
-    opened,
-)
-
-__all__ = [
-    "CASES",
-    "KINDS",
-    "Case",
-    "Kind",
-    "Outcome",
-    "Result",
-    "Subject",
-    "concerns",
-    "examine",
-    "opened",
-]
+from headrace.lab.cases import *  # noqa: F403 - its public names, and no others
+from headrace.lab.cases import __all__ as __all__

@@ -17,7 +17,7 @@ import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import IO, Any, Literal, NamedTuple
 
 import psutil
 
@@ -83,15 +83,20 @@ class Program:
         assert self._process.stdout is not None
         return await self._process.stdout.readline()
 
+    async def send(self, command: Mapping[str, Any]) -> None:
+        """Send a command as a line of JSON."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command).encode() + b"\n")
+        await self._process.stdin.drain()
+
     async def ask(self, command: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Send a command as a line of JSON, if there is one, and return the next line of output.
+        """Send a command, if there is one, and return the next line of output.
 
         Raises:
             LoadFailed: it has ended.
         """
         if command is not None:
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+            await self.send(command)
         line = await self.line()
         if not line.strip():
             raise LoadFailed(f"The program {self.pid} ended without an answer.")
@@ -112,14 +117,6 @@ class Server(NamedTuple):
     def http(self) -> Http:
         """Return connections to it, none of which is open yet."""
         return Http(place(self.url), self.key)
-
-    def cpu(self) -> float:
-        """Return the CPU seconds of the process that answers, without its children's."""
-        return self.program.cpu()
-
-    def children_cpu(self) -> float:
-        """Return the CPU seconds of its children."""
-        return self.program.children_cpu()
 
 
 @contextlib.asynccontextmanager
@@ -162,14 +159,15 @@ async def server(
     """Run a server, and yield once it can be asked.
 
     Without `url` it has to print `{"url": "http://HOST:PORT"}` as its first line. With `ready`, the
-    path has to be answered with 200 first.
+    path has to be answered with 200 first. Headrace logs warnings only, which an error quotes.
 
     Raises:
         LoadFailed: it ended before that, or took longer than `start_s`.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         output = None if url is None else log
-        async with program(command, environment, output=output, errors=log) as running:
+        quiet = {"HEADRACE_LOG_LEVEL": "warning"} | dict(environment or {})
+        async with program(command, quiet, output=output, errors=log) as running:
             try:
                 async with asyncio.timeout(start_s):
                     url = url or await _printed(running)
@@ -207,27 +205,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class _Startable(Backend, Protocol):
-    async def start(self) -> None: ...
-
-
-Started = TypeVar("Started", bound=_Startable)
-
-
-@contextlib.asynccontextmanager
-async def started(backend: Started) -> AsyncGenerator[Started]:
-    """Start a Backend, and close it in the end.
-
-    Raises:
-        HeadraceError: it cannot be loaded.
-    """
-    try:
-        await backend.start()
-        yield backend
-    finally:
-        await backend.aclose()
-
-
 @contextlib.asynccontextmanager
 async def model(
     spec: ModelSpec, settings: Settings, kind: Kind = "process"
@@ -241,8 +218,11 @@ async def model(
         backend = runtime.open_pool(settings, [spec])
     else:
         backend = runtime.open_worker(spec, settings.config, isolate=kind == "process")
-    async with started(backend):
+    try:
+        await backend.start()
         yield backend
+    finally:
+        await backend.aclose()
 
 
 async def _printed(running: Program) -> str | None:

@@ -52,8 +52,7 @@ async def own_server(arguments: Sequence[str]) -> AsyncGenerator[drive.Server]:
         LoadFailed: it ended before that.
     """
     key = secrets.token_hex(16)
-    settings = {"LOG_LEVEL": "warning", "API_KEYS": key, "USAGE": "false"}
-    environment = {f"HEADRACE_{name}": value for name, value in settings.items()}
+    environment = {"HEADRACE_API_KEYS": key, "HEADRACE_USAGE": "false"}
     command = drive.serve(*arguments)
     async with drive.server(command, environment, ready="/health/ready", key=key) as server:
         yield server
