@@ -46,7 +46,7 @@ class Engine(llamacpp.Engine):
         )
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
-        raw, faults = super().generate(request), self._faults
+        raw, faults = super().ask(request), self._faults
         try:
             async for event in raw:
                 if isinstance(event, RawDelta) and faults.trigger and taken(faults.trigger):

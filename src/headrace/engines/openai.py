@@ -13,15 +13,10 @@ import msgspec
 from pydantic import Field
 
 from headrace.core.errors import UpstreamError
+from headrace.core.events import TokenCount
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities
-from headrace.core.request import (
-    CountRequest,
-    EmbedRequest,
-    GenerateRequest,
-    RerankRequest,
-    TokenCount,
-)
+from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
 from headrace.engines import openai_body, remote
 from headrace.engines.base import About, OpenRequest, RemoteEvent
 from headrace.engines.openai_chunks import Reading, UsageSaid

@@ -8,7 +8,7 @@ from headrace.core.errors import DeadlineExceeded, InvalidRequest, Unsupported
 from headrace.core.events import Delta
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, Message
-from headrace.core.stream import collect
+from headrace.core.stream import collect, collect_count, collect_text
 from headrace.lab.cases.case import case
 from headrace.lab.cases.subject import POEM, TOKENS, Declared, Reply, Subject, check, refusal
 
@@ -61,7 +61,7 @@ async def counted(subject: Subject, request: GenerateRequest) -> int:
         ask = CountRequest(text=request.prompt, add_special=True)
     else:
         ask = CountRequest(messages=request.messages)
-    result = await subject.backend.count_tokens(ask)
+    result = await collect_count(subject.backend.ask(ask))
     check(result.count > 0, f"The count of tokens is {result.count}.")
     if result.estimated:
         raise Declared("Its count of tokens is an estimate, and is marked as one.")
@@ -73,7 +73,7 @@ async def stream_equals_whole(subject: Subject) -> None:
     """A stream put together is the answer in one piece: text, tokens, reason and usage."""
     streamed = await subject.greedy()
     sampling = subject.able(max_tokens=TOKENS, temperature=0.0)
-    whole = await collect(subject.backend.generate(subject.request(**sampling)))
+    whole = await collect(subject.backend.ask(subject.request(**sampling)))
     check(streamed.text, "The answer is empty.")
     check(whole.text == streamed.text, f"{whole.text!r} is not {streamed.text!r}.")
     check(whole.choices[0].token_ids == streamed.ids, "The tokens differ.")
@@ -176,7 +176,7 @@ async def every_script(subject: Subject) -> None:
             check("\ufffd" not in reply.text, f"Half a character is in {reply.text!r}.")
             continue
         ask = DetokenizeRequest(token_ids=reply.ids)
-        whole = (await subject.backend.detokenize(ask)).lstrip()
+        whole = (await collect_text(subject.backend.ask(ask))).lstrip()
         check(whole.startswith(reply.text.lstrip()), f"{reply.text!r} is not the text {whole!r}.")
 
 
@@ -188,10 +188,10 @@ async def text_and_tokens(subject: Subject) -> None:
     check(ids, f"{text!r} has no tokens.")
     if subject.is_remote:
         return
-    back = await subject.backend.detokenize(DetokenizeRequest(token_ids=ids))
+    back = await collect_text(subject.backend.ask(DetokenizeRequest(token_ids=ids)))
     check(back.strip() == text, f"{text!r} became {back!r}.")
     for unknown in (-1, 1 << 40):
-        await refusal(subject.backend.generate(subject.request((unknown,))), InvalidRequest)
+        await refusal(subject.backend.ask(subject.request((unknown,))), InvalidRequest)
     check((await subject.say()).text, "After an unknown token it answers nothing.")
 
 
@@ -201,11 +201,11 @@ async def wrong_requests(subject: Subject) -> None:
     limit = subject.info.context_length
     if limit is not None:
         request = subject.request(context_length=limit + 1)
-        error = await refusal(subject.backend.generate(request), InvalidRequest, Unsupported)
+        error = await refusal(subject.backend.ask(request), InvalidRequest, Unsupported)
         check(error.param == "context_length", f"It names {error.param}.")
     if not subject.capabilities.chat:
         request = GenerateRequest(messages=(Message("user", POEM),))
-        error = await refusal(subject.backend.generate(request), Unsupported)
+        error = await refusal(subject.backend.ask(request), Unsupported)
         check(error.param == "messages", f"It names {error.param}, not messages.")
     sound(subject, await subject.say())
 
@@ -260,7 +260,7 @@ def _given(figures: InferenceMetrics, name: str) -> float:
 async def errors_carry_figures(subject: Subject) -> None:
     """The error of an answer that its deadline cut carries the figures."""
     request = subject.request(deadline_s=0.15, **subject.able(ignore_eos=True, temperature=1.0))
-    error = await refusal(subject.backend.generate(request), DeadlineExceeded)
+    error = await refusal(subject.backend.ask(request), DeadlineExceeded)
     figures = error.metrics or InferenceMetrics(started_at=0.0)
     check(error.metrics, "The error has no figures.")
     check(figures.outcome == "error", f"The outcome is {figures.outcome!r}.")

@@ -16,6 +16,7 @@ from headrace.core.events import Delta, Event, Finish, Progress, TokenLogprob
 from headrace.core.model import Capabilities, ModelInfo, ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.sampling import Sampling
+from headrace.core.stream import collect_count
 from headrace.lab import drive
 from headrace.lab.drive import Kind
 
@@ -124,7 +125,7 @@ class Subject:
 
     async def ask(self, prompt: str | Sequence[int] = POEM, **given: Any) -> Reply:
         """Send a request, and read the whole answer."""
-        return await read(self.backend.generate(self.request(prompt, **given)))
+        return await read(self.backend.ask(self.request(prompt, **given)))
 
     async def say(self, prompt: str | Sequence[int] = POEM, **given: Any) -> Reply:
         """Ask for a few greedy tokens; given fields override that."""
@@ -153,7 +154,7 @@ class Subject:
             Declared: the engine does not report them.
         """
         request = CountRequest(model="", text=text, add_special=special)
-        counted = await self.backend.count_tokens(request)
+        counted = await collect_count(self.backend.ask(request))
         if counted.token_ids is None:
             raise Declared("It tells no token ids.")
         return counted.token_ids

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import array
 import asyncio
 import math
-import sys
 
 from headrace.core.errors import ContextOverflow, InvalidRequest, RequestError, Unsupported
-from headrace.core.request import (
-    CountRequest,
-    EmbedRequest,
-    EmbedResult,
-    RerankRequest,
-    RerankResult,
-)
+from headrace.core.events import EmbedResult, RerankResult
+from headrace.core.floats import floats_of
+from headrace.core.request import CountRequest, EmbedRequest, RerankRequest
+from headrace.core.stream import collect_count, collect_ranking, collect_vectors
 from headrace.lab.cases.case import case
 from headrace.lab.cases.subject import Subject, check
 
@@ -29,27 +24,18 @@ QUERY = "Which river flows through Vienna?"
 CLOSE = 1e-4
 
 
-def floats(vector: bytes) -> array.array[float]:
-    """Return the numbers of a vector."""
-    numbers = array.array("f")
-    numbers.frombytes(vector)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers
-
-
 def _distance(first: bytes, second: bytes) -> float:
-    pairs = zip(floats(first), floats(second), strict=True)
+    pairs = zip(floats_of(first), floats_of(second), strict=True)
     return max(abs(left - right) for left, right in pairs)
 
 
 async def _embed(subject: Subject, *inputs: str | tuple[int, ...], **given: object) -> EmbedResult:
     request = EmbedRequest(inputs=inputs, **given)  # type: ignore[arg-type]
-    return await subject.backend.embed(request)
+    return await collect_vectors(subject.backend.ask(request))
 
 
 async def _count(subject: Subject, text: str) -> int:
-    counted = await subject.backend.count_tokens(CountRequest(text=text, add_special=True))
+    counted = await collect_count(subject.backend.ask(CountRequest(text=text, add_special=True)))
     return counted.count
 
 
@@ -79,9 +65,9 @@ async def vectors_have_their_shape(subject: Subject) -> None:
     check(sizes == {result.dimensions}, f"Vectors have {sizes} numbers, not {result.dimensions}.")
     check(declared == result.dimensions, f"{declared} are declared, {result.dimensions} given.")
     for vector in result.vectors:
-        length = math.sqrt(sum(number * number for number in floats(vector)))
+        length = math.sqrt(sum(number * number for number in floats_of(vector)))
         check(abs(length - 1) < 1e-3, f"Normalised, a vector has the length {length}.")
-        check(all(map(math.isfinite, floats(vector))), "A number is not finite.")
+        check(all(map(math.isfinite, floats_of(vector))), "A number is not finite.")
     await _fewer(subject, result)
 
 
@@ -137,7 +123,7 @@ async def embedding_too_long(subject: Subject) -> None:
 
 async def _rerank(subject: Subject, *documents: str, **given: object) -> RerankResult:
     request = RerankRequest(query=QUERY, documents=documents, **given)  # type: ignore[arg-type]
-    return await subject.backend.rerank(request)
+    return await collect_ranking(subject.backend.ask(request))
 
 
 @case("W23", task="rerank")

@@ -14,7 +14,7 @@ from headrace.core.backend import Backend
 from headrace.core.errors import Unsupported
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.sampling import Sampling
-from headrace.core.stream import collect
+from headrace.core.stream import collect, collect_count
 from headrace.engines.measured import Agreement
 
 Input = TypeVar("Input")
@@ -147,9 +147,9 @@ async def _reply(backend: Backend, prompt: str) -> Reply:
     count = CountRequest(text=prompt, add_special=True)
     if backend.models()[0].capabilities.chat:
         count = CountRequest(messages=(Message("user", prompt),))
-    token_ids = (await backend.count_tokens(count)).token_ids or ()
+    token_ids = (await collect_count(backend.ask(count))).token_ids or ()
     sampling = Sampling(max_tokens=_ANSWER, temperature=0)
-    result = await collect(backend.generate(GenerateRequest(prompt=token_ids, sampling=sampling)))
+    result = await collect(backend.ask(GenerateRequest(prompt=token_ids, sampling=sampling)))
     return Reply(token_ids, result.choices[0].token_ids)
 
 
@@ -175,7 +175,7 @@ async def _most_logprobs(backend: Backend, token_ids: tuple[int, ...]) -> int | 
 async def _guess(backend: Backend, token_ids: tuple[int, ...], logprobs: int | None) -> Guess:
     sampling = Sampling(max_tokens=1, temperature=0, logprobs=logprobs)
     request = GenerateRequest(prompt=token_ids, sampling=sampling)
-    choice = (await collect(backend.generate(request))).choices[0]
+    choice = (await collect(backend.ask(request))).choices[0]
     known: dict[int, float] = {}
     for token in choice.logprobs[:1]:
         known = {top.token_id: top.logprob for top in token.top}
