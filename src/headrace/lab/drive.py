@@ -104,7 +104,7 @@ class Program:
 
     async def wait(self) -> None:
         """Wait for its end."""
-        await self._process.wait()
+        await _ended(self._process)
 
 
 class Server(NamedTuple):
@@ -271,12 +271,18 @@ async def _end(process: Process) -> None:
         process.terminate()
     try:
         async with asyncio.timeout(_END_S):
-            await process.wait()
+            await _ended(process)
     except TimeoutError:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-        await process.wait()
+        await _ended(process)
     await asyncio.to_thread(_end_children, children)
+
+
+async def _ended(process: Process) -> None:
+    # Process.wait would also wait for children that have inherited the pipe of its output.
+    while process.returncode is None:
+        await asyncio.sleep(_STEP_S)
 
 
 def _end_children(children: Sequence[psutil.Process]) -> None:
