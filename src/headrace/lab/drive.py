@@ -281,7 +281,7 @@ async def _end(process: Process) -> None:
 
 async def _ended(process: Process) -> None:
     # Process.wait would also wait for children that have inherited the pipe of its output.
-    while process.returncode is None:
+    while process.returncode is None:  # noqa: ASYNC110 - asyncio has no event for this alone
         await asyncio.sleep(_STEP_S)
 
 
