@@ -45,10 +45,10 @@ import msgspec
 
 import report
 import tax
-from headrace import runtime
+from headrace import engines, runtime
 from headrace.config import Settings
 from headrace.core.model import ModelSpec
-from headrace.engines import measured, openvino
+from headrace.engines import measured
 from headrace.engines.measured import Agreement
 from headrace.lab import drive, figures, load
 from headrace.lab.tune.agreement import Reference
@@ -110,7 +110,7 @@ def choices(options: argparse.Namespace, settings: Settings) -> Found:
         if best is None:
             raise SystemExit("No engine agreed with the reference.")
         chosen[streams] = Choice(best.engine, best.options, str(path))
-    paths = {"llamacpp": str(path), "openvino": openvino.prepared(file, home).path}
+    paths = {"llamacpp": str(path), "openvino": engines.prepared("openvino", file, home).path}
     sound = sorted((one for one in record.trials if not one.fault), key=lambda one: one.rate(1))
     # The last one of an engine is its fastest.
     alone = {

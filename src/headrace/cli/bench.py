@@ -53,7 +53,7 @@ class _Given:
     model: Annotated[str | None, _flag("What it calls the model.", _SERVICE)] = None
     api: Annotated[Literal["chat", "completions"], _flag("Route to ask.", _SERVICE)] = "chat"
     concurrency: Annotated[
-        str | None, _flag("Closed loop: clients; 1,2,4,8 if not told.", _LOAD, "N,..")
+        str | None, _flag("Closed loop: clients; 1,2,4,8 by default.", _LOAD, "N,..")
     ] = None
     rate: Annotated[str | None, _flag("Open loop: requests/s that begin.", _LOAD, "N,..")] = None
     arrival: Annotated[
@@ -61,11 +61,11 @@ class _Given:
     ] = "poisson"
     requests: Annotated[int | None, _flag("So many at each load.", _LOAD, least=1)] = None
     duration: Annotated[
-        str | None, _flag("New ones for so long at each load; 10s if not told.", _LOAD)
+        str | None, _flag("New ones for so long at each load; 10s by default.", _LOAD)
     ] = None
     warm_up: Annotated[int, _flag("Requests before each load, not counted.", _LOAD, least=0)] = 1
     prompt_tokens: Annotated[
-        str | None, _flag("Length of made-up prompts; 128 if not told.", _ASK, "N|N-M")
+        str | None, _flag("Length of made-up prompts; 128 by default.", _ASK, "N|N-M")
     ] = None
     output_tokens: Annotated[str, _flag("Length of answers.", _ASK, "N|N-M")] = "64"
     prompts: Annotated[Path | None, _flag("Take them from a .jsonl or a text.", _ASK, "FILE")] = (
@@ -78,7 +78,7 @@ class _Given:
     temperature: Annotated[float, _flag("0 is greedy.", _ASK, least=0)] = 0.0
     body: Annotated[str, _flag("Further fields of each request.", _ASK, "JSON")] = ""
     timeout: Annotated[str, _flag("Longest time for a request.", _ASK)] = "600s"
-    slo: Annotated[str, _flag("Tell the share within, as ttft=500ms,itl=50ms,total=5s.", _OUT)] = ""
+    slo: Annotated[str, _flag("Share within, as ttft=500ms,itl=50ms,total=5s.", _OUT)] = ""
     plot: Annotated[Path | None, _flag("Draw a .png or .svg.", _OUT, "FILE")] = None
     output: Annotated[Path | None, _flag("Write the record, as JSON.", _OUT, "FILE")] = None
     raw: Annotated[

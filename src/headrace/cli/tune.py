@@ -48,7 +48,7 @@ def tune(
 ) -> None:
     """Measure the engines and options that can run a model on this machine.
 
-    Each is asked for the same answers as a reference; who does not agree is not chosen.
+    Each is compared with a reference; one that does not agree with it is not chosen.
     """
     from headrace.lab.tune import tuner
     from headrace.lab.tune.measure import Shape
