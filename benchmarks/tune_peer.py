@@ -110,13 +110,14 @@ def choices(options: argparse.Namespace, settings: Settings) -> Found:
         if best is None:
             raise SystemExit("No engine agreed with the reference.")
         chosen[streams] = Choice(best.engine, best.options, str(path))
-    paths = {"llamacpp": str(path), "openvino": engines.prepared("openvino", file, home).path}
     sound = sorted((one for one in record.trials if not one.fault), key=lambda one: one.rate(1))
     # The last one of an engine is its fastest.
     alone = {
-        trial.engine: Choice(trial.engine, trial.options, paths[trial.engine])
+        trial.engine: Choice(
+            trial.engine, trial.options, engines.prepared(trial.engine, file, home).path
+        )
         for trial in sound
-        if trial.engine in paths and trial.rate(1)
+        if trial.engine in OWN and trial.rate(1)
     }
     return Found(chosen, alone)
 

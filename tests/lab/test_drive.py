@@ -98,6 +98,17 @@ async def test_an_end_before_the_start_is_an_error_with_its_reason(tmp_path: Pat
             await program.ask()
 
 
+async def test_a_peer_that_is_given_its_port(tmp_path: Path) -> None:
+    port = drive.free_port()
+    command = [sys.executable, "-m", "http.server", str(port), "--directory", str(tmp_path)]
+    url = f"http://127.0.0.1:{port}"
+    async with drive.server([*command, "--bind", "127.0.0.1"], url=url, ready="/") as peer:
+        assert peer.program.cpu() > 0
+        http = peer.http()
+        assert (await http.fetch("/none"))[0] == 404
+        http.close()
+
+
 async def test_a_program_of_another_checkout(tmp_path: Path) -> None:
     """`--against DIR` measures the Headrace in DIR/src."""
     package = tmp_path / "src" / "headrace"
