@@ -1,4 +1,4 @@
-r"""Does `headrace bench` tell what an independent load client tells? It and guidellm take turns.
+r"""`headrace bench` beside an independent load client, guidellm: the two take turns.
 
 One server at a time, three cases; in each round both clients ask prompts of 128 words, none twice,
 for answers of 32 to 96 tokens past the end token, with the same number at once:
@@ -32,7 +32,6 @@ import random
 import statistics
 import sys
 import tempfile
-import urllib.request
 from asyncio.subprocess import PIPE, STDOUT
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,13 +40,14 @@ from typing import Any, NamedTuple
 from prometheus_client.parser import text_string_to_metric_families
 
 import report
-from headrace.bench.prompts import Vocabulary, synthetic, vocabulary
-from headrace.bench.settings import Load, Settings
-from serving import Server, headrace, serving
+from headrace.lab import drive, figures
+from headrace.lab.bench.prompts import Vocabulary, synthetic, vocabulary
+from headrace.lab.bench.settings import Load, Settings
+from headrace.lab.drive import Server
+from headrace.lab.http import Http
 
 _TOKENS = (32, 96)
 _PATIENCE_S = 300.0
-_PROGRAM = "from headrace.cli import main; main()"
 _NAMES = {
     "tokens_per_s": "output tokens/s",
     "ttft_ms_mean": "TTFT, mean",
@@ -84,8 +84,8 @@ async def ours(case: Case, server: Server, file: Path, folder: Path) -> dict[str
     """Return the figures of `headrace bench`."""
     record = folder / "ours.json"
     await _finish(
-        *(sys.executable, "-c", _PROGRAM, "bench", "--prompts", str(file)),
-        *("--url", f"http://127.0.0.1:{server.port}", "--concurrency", str(case.streams)),
+        *(sys.executable, "-m", "headrace", "bench", "--prompts", str(file)),
+        *("--url", server.url, "--concurrency", str(case.streams)),
         *("--requests", str(case.requests)),
         # As guidellm asks: the first answer is the server's own, and nothing is greedy.
         *("--warm-up", "0", "--temperature", "1"),
@@ -109,7 +109,8 @@ async def theirs(
     case: Case, server: Server, file: Path, folder: Path, program: str, tokenizer: Path
 ) -> dict[str, float]:
     """Return the figures of guidellm."""
-    target, before = f"http://127.0.0.1:{server.port}", await asyncio.to_thread(totals, server)
+    http = server.http()
+    target, before = server.url, await totals(http)
     await _finish(
         *(program, "run", "--disable-console"),
         *("--backend", f"kind=openai_http,target={target},model={case.model}"),
@@ -120,18 +121,19 @@ async def theirs(
         *("--output", f"kind=json,path={folder / 'theirs.json'}"),
     )
     found = json.loads((folder / "theirs.json").read_text())["benchmarks"][0]
-    figures = found["metrics"]
-    total = figures["request_totals"]
-    tokens = figures["output_token_count"]["successful"]["total_sum"]
+    metrics = found["metrics"]
+    total = metrics["request_totals"]
+    tokens = metrics["output_token_count"]["successful"]["total_sum"]
     # It may end one short of what it was told.
     assert case.requests >= total["successful"] == total["total"] >= case.requests - 1, total
-    told = await asyncio.to_thread(totals, server)
+    after = await totals(http)
+    http.close()
     seconds = {
-        f"server_{key}": (told[name][1] - before[name][1]) / (told[name][0] - before[name][0])
+        f"server_{key}": (after[name][1] - before[name][1]) / (after[name][0] - before[name][0])
         for key, name in _SERVERS.items()
     }
-    first = figures["time_to_first_token_ms"]["successful"]
-    between = figures["inter_token_latency_ms"]["successful"]
+    first = metrics["time_to_first_token_ms"]["successful"]
+    between = metrics["inter_token_latency_ms"]["successful"]
     return {
         "tokens_per_s": tokens / found["duration"],
         "ttft_ms_mean": first["mean"],
@@ -151,9 +153,12 @@ async def measure(case: Case, rounds: int, program: str, tokenizer: Path) -> lis
         half = len(cores) // 2
         # Each has cores of its own: what a client takes is not to be missed by the model.
         os.sched_setaffinity(0, cores[:half])
-        async with serving(headrace(case.model, case.options, *case.flags)) as server:
+        command = drive.serve(case.model, *case.flags, options=case.options)
+        async with drive.server(command) as server:
             os.sched_setaffinity(0, cores[half:])
-            await asyncio.to_thread(warm, case, server)
+            # The first answer takes longer.
+            body = {"model": case.model, "prompt": "one", "max_tokens": 2}
+            await server.http().fetch("/v1/completions", body)
             for number in range(rounds):
                 turn: dict[str, Any] = {}
                 for who in ("ours", "theirs")[:: 1 if number % 2 else -1]:
@@ -170,19 +175,10 @@ async def measure(case: Case, rounds: int, program: str, tokenizer: Path) -> lis
     return found
 
 
-def warm(case: Case, server: Server) -> None:
-    """Ask once: the first answer takes longer."""
-    body = json.dumps({"model": case.model, "prompt": "one", "max_tokens": 2}).encode()
-    headers = {"Content-Type": "application/json"}
-    url = f"http://127.0.0.1:{server.port}/v1/completions"
-    urllib.request.urlopen(urllib.request.Request(url, body, headers)).close()
-
-
-def totals(server: Server) -> dict[str, list[float]]:
+async def totals(http: Http) -> dict[str, list[float]]:
     """Return the count and the sum, in seconds, of the server's own figures."""
-    url = f"http://127.0.0.1:{server.port}/metrics"
-    with urllib.request.urlopen(url) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
+    _, answer = await http.fetch("/metrics")
+    families = text_string_to_metric_families(answer.decode())
     samples = [sample for family in families for sample in family.samples]
     return {
         name: [
@@ -220,8 +216,8 @@ async def _finish(*command: str) -> None:
         *command, stdout=PIPE, stderr=STDOUT, env=environment
     )
     async with asyncio.timeout(_PATIENCE_S):
-        told, _ = await process.communicate()
-    assert process.returncode == 0, told.decode()[-2000:]
+        output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()[-2000:]
 
 
 def _table(cases: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> Iterator[str]:
@@ -232,15 +228,14 @@ def _table(cases: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> Ite
     for name, turns in cases.items():
         for key, said in _NAMES.items():
             mine, other = ([turn[who][key] for turn in turns] for who in ("ours", "theirs"))
-            ratios = [one / two for one, two in zip(mine, other, strict=True)]
             middles = f"{statistics.median(mine):>15.1f}{statistics.median(other):>12.1f}"
-            yield f"{name:<10}{said:<22}{middles}  {report.spread(ratios)}"
+            yield f"{name:<10}{said:<22}{middles}  {figures.spread(figures.ratios(mine, other))}"
     yield ""
     yield "each client's mean over the server's own"
     for name, turns in cases.items():
         for key in _SERVERS:
             mine, other = (
-                report.spread([turn[who][key] / turn[who][f"server_{key}"] for turn in turns])
+                figures.spread([turn[who][key] / turn[who][f"server_{key}"] for turn in turns])
                 for who in ("ours", "theirs")
             )
             yield f"{name:<10}{_NAMES[key]:<20} headrace bench {mine}  guidellm {other}"
@@ -261,14 +256,13 @@ async def _main(arguments: argparse.Namespace) -> None:
     table = "\n".join(_table(cases, facts))
     print(table)
     record = {"machine": facts, "load_before": load, "tokens": _TOKENS, "cases": cases}
-    report.write("bench-agreement", table + "\n", record, arguments.json)
+    report.write("bench-agreement", table + "\n", record, arguments)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = report.parser(__doc__, quick=False)
     parser.add_argument("--guidellm", required=True, help="its program")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the tokenizer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--case", action="append", help="only this; may be repeated")
-    parser.add_argument("--json", type=Path, help="write here, not to benchmarks/results")
     asyncio.run(_main(parser.parse_args()))

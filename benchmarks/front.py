@@ -15,9 +15,13 @@ the child.
 
 One client process holds the streams. CPU is user and system time of the server's process alone,
 over a window in which all streams run; reading requests and starting and ending streams are
-outside of it. The CPU of Headrace's child is told too, but is not part of the figure: it is the
-engine's, and the two others have no engine. The servers are measured in turn, round after
+outside of it. The CPU of Headrace's child is reported too, but is not part of the figure: it is
+the engine's, and the two others have no engine. The servers are measured in turn, round after
 round; the ratio is that of the same round, and the table shows the median of the rounds.
+
+With `--against DIR`, only `headrace serve echo` of this checkout and that of another are measured,
+both at the same time, with new processes in each round: the CPU of an event changes by a third from
+one second to the next, and from process to process. Each has half of the rate.
 """
 
 from __future__ import annotations
@@ -26,20 +30,20 @@ import argparse
 import asyncio
 import contextlib
 import statistics
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import report
-from load import Client
-from serving import Server, headrace, script, serving
+from headrace.lab import drive, figures, load
+from headrace.lab.drive import Program, Server
 
 GOAL = 2.5
 STREAMS = (32, 512)
 SERVERS = ("limit", "headrace", "pydantic")
-_PATH = "/v1/completions"
+CHECKOUTS = ("headrace", "other")
 _SETTLE_S = 0.5
+
+Start = Callable[[], contextlib.AbstractAsyncContextManager[Server]]
 
 
 class Cell(NamedTuple):
@@ -61,50 +65,41 @@ class Cell(NamedTuple):
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="CPU of the front for each streamed event.")
+    """Parse the command line."""
+    parser = report.parser("CPU of the front for each streamed event.")
     parser.add_argument("--rate", type=float, default=4000, help="events a second, of all streams")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--window", type=float, default=7.0, help="seconds of one measurement")
     parser.add_argument("--streams", type=int, nargs="+", default=STREAMS)
-    parser.add_argument("--quick", action="store_true", help="one short round, for tests")
-    parser.add_argument("--json", type=Path, help="write the raw figures here")
+    report.against(parser)
     options = parser.parse_args(argv)
     if options.quick:
         options.rate, options.rounds, options.window = 2000, 1, 1.0
     return options
 
 
-async def measure(
-    name: str, server: Server, client: Client, body: dict[str, Any], streams: int, window: float
-) -> Cell:
-    """Open the streams, count over a window, and hang up."""
-    await begin(server, client, body, streams)
-    cell = await count(name, server, client, streams, window)
-    await client.ask("close")
-    await asyncio.sleep(_SETTLE_S)
-    return cell
+def body_of(speed: float, seconds: float) -> dict[str, Any]:
+    """Return a request whose stream lasts that long at so many tokens/s."""
+    tokens = int(speed * seconds)
+    return {"prompt": "abcdefgh" * 8, "max_tokens": tokens, "stream": True, "ignore_eos": True}
 
 
-async def begin(server: Server, client: Client, body: dict[str, Any], streams: int) -> None:
+async def begin(server: Server, client: Program, body: dict[str, Any], streams: int) -> None:
     """Open the streams, and wait until all run."""
-    await client.ask(
-        "open", host="127.0.0.1", port=server.port, path=_PATH, bodies=[body] * streams
-    )
+    await client.ask({"do": "open", "url": server.url, "bodies": [body] * streams})
     await asyncio.sleep(_SETTLE_S)
 
 
-async def count(name: str, server: Server, client: Client, streams: int, window: float) -> Cell:
-    """Count over a window."""
-    before, cpu, child = await client.ask("count"), server.cpu(), server.children_cpu()
+async def count(name: str, server: Server, client: Program, streams: int, window: float) -> Cell:
+    """Count over a window, and hang up."""
+    before = await client.ask({"do": "count"})
+    cpu, child = server.program.cpu(), server.program.children_cpu()
     await asyncio.sleep(window)
-    after, cpu, child = (
-        await client.ask("count"),
-        server.cpu() - cpu,
-        server.children_cpu() - child,
-    )
+    after = await client.ask({"do": "count"})
+    cpu, child = server.program.cpu() - cpu, server.program.children_cpu() - child
     if after["running"] < streams:
         raise SystemExit(f"{name}: {streams - after['running']} streams ended too early.")
+    await client.ask({"do": "close"})
     return Cell(
         server=name,
         streams=streams,
@@ -117,100 +112,135 @@ async def count(name: str, server: Server, client: Client, streams: int, window:
     )
 
 
-async def chunk_of(server: Server, client: Client, body: dict[str, Any]) -> str:
+async def chunk_of(server: Server, client: Program, body: dict[str, Any]) -> str:
     """Return a chunk as Headrace sends it."""
-    short = {**body, "max_tokens": 2}
-    await client.ask("open", host="127.0.0.1", port=server.port, path=_PATH, bodies=[short])
-    done = await client.ask("drain")
-    text: str = done["tails"][0]
+    await client.ask({"do": "open", "url": server.url, "bodies": [{**body, "max_tokens": 2}]})
+    text: str = (await client.ask({"do": "drain"}))["tails"][0]
     start = text.index("data: ")
     return text[start : text.index("\n\n", start) + 2]
 
 
-async def rounds(options: argparse.Namespace, streams: int, client: Client) -> list[Cell]:
+async def rounds(options: argparse.Namespace, streams: int) -> list[Cell]:
     """Measure all servers in turn at one number of streams."""
     speed, cells = options.rate / streams, list[Cell]()
     # Longer than the window: a start of many streams on a busy machine takes its time.
-    tokens = int(speed * (options.window + 30))
-    body = {
-        "prompt": "abcdefgh" * 8,
-        "max_tokens": tokens,
-        "stream": True,
-        "ignore_eos": True,
+    body = body_of(speed, options.window + 30)
+    commands = {
+        "limit": report.script("front_servers.py", "limit", str(speed)),
+        "headrace": drive.serve("echo", options={"tokens_per_second": speed}),
+        "pydantic": report.script("front_servers.py", "pydantic", str(speed)),
     }
     async with contextlib.AsyncExitStack() as stack:
         start = stack.enter_async_context
-        servers = {
-            "limit": await start(serving(script("front_servers.py", "limit", str(speed)))),
-            "headrace": await start(serving(headrace("echo", {"tokens_per_second": speed}))),
-            "pydantic": await start(serving(script("front_servers.py", "pydantic", str(speed)))),
-        }
+        client = await start(drive.program(load.command()))
+        servers = {name: await start(drive.server(commands[name])) for name in SERVERS}
         chunk = await chunk_of(servers["headrace"], client, body)
         bodies = dict.fromkeys(SERVERS, body) | {"limit": {**body, "chunk": chunk}}
         for _ in range(options.rounds):
-            for name in SERVERS:
-                cell = await measure(
-                    name, servers[name], client, bodies[name], streams, options.window
-                )
-                cells.append(cell)
-                print(f"  {streams:4} streams  {name:9} {cell.each:6.2f} us/event", flush=True)
+            for name, server in servers.items():
+                await begin(server, client, bodies[name], streams)
+                cells.append(await count(name, server, client, streams, options.window))
+                await asyncio.sleep(_SETTLE_S)
+                print(f"  {streams:4} streams  {name:9} {cells[-1].each:6.2f} us/event", flush=True)
     return cells
 
 
-def ratios(cells: Sequence[Cell], server: str, streams: int) -> list[float]:
-    """Return the ratio to the limit of each round."""
-    those = [cell.each for cell in cells if (cell.server, cell.streams) == (server, streams)]
-    limits = [cell.each for cell in cells if (cell.server, cell.streams) == ("limit", streams)]
-    return [one / limit for one, limit in zip(those, limits, strict=True)]
+async def beside(
+    starts: Mapping[str, Start], rounds: int, speed: float, window: float, streams: int
+) -> list[Cell]:
+    """Measure two servers at the same time, new ones in each round; `speed` is of one stream."""
+    body, cells, names = body_of(speed, window + 60), list[Cell](), list(starts)
+    async with contextlib.AsyncExitStack() as whole:
+        clients = {
+            name: await whole.enter_async_context(drive.program(load.command())) for name in names
+        }
+        for number in range(rounds):
+            order = names[:: 1 if number % 2 else -1]
+            async with contextlib.AsyncExitStack() as stack:
+                servers = {name: await stack.enter_async_context(starts[name]()) for name in order}
+                for name, server in servers.items():
+                    await begin(server, clients[name], body, streams)
+                counts = (count(n, servers[n], clients[n], streams, window) for n in names)
+                cells += await asyncio.gather(*counts)
+            shown = "  ".join(f"{cell.server} {cell.each:5.2f}" for cell in cells[-len(names) :])
+            print(f"  {streams:4} streams  {shown} us/event", flush=True)
+    return cells
 
 
-def table(cells: Sequence[Cell], facts: Mapping[str, Any], seconds: float) -> str:
-    """Return the figures to be read."""
+def in_step(speed: float) -> list[str]:
+    """Return the command of an echo service whose streams go in step.
+
+    Otherwise chance decides in the beginning how many events come at once.
+    """
+    return drive.serve("echo", options={"tokens_per_second": speed, "in_step": True})
+
+
+async def checkouts(options: argparse.Namespace, streams: int) -> list[Cell]:
+    """Measure this checkout beside another."""
+    speed, other = options.rate / 2 / streams, drive.checkout(options.against)
+    starts: dict[str, Start] = {
+        "headrace": lambda: drive.server(in_step(speed), ready="/health/ready"),
+        "other": lambda: drive.server(in_step(speed), other, ready="/health/ready"),
+    }
+    return await beside(starts, options.rounds, speed, options.window, streams)
+
+
+def of(cells: Sequence[Cell], server: str, streams: int) -> list[float]:
+    """Return the microseconds for each event of one server, round by round."""
+    return [cell.each for cell in cells if (cell.server, cell.streams) == (server, streams)]
+
+
+def ratios(cells: Sequence[Cell], server: str, streams: int, base: str = "limit") -> list[float]:
+    """Return the ratio to another server, by default the limit, of each round."""
+    return figures.ratios(of(cells, server, streams), of(cells, base, streams))
+
+
+def table(
+    cells: Sequence[Cell], facts: dict[str, Any], servers: Sequence[str], base: str
+) -> list[str]:
+    """Return the figures as lines of text."""
     lines = [
         "CPU of the API process for each streamed event, in one interleaved run",
-        report.describe(dict(facts)),
+        report.describe(facts),
         "",
-        "streams  server     events   ev/s  reads/ev  us/event (least-most)      times the limit",
+        "streams  server     events   ev/s  reads/ev  us/event (least-most)      times the "
+        + ("limit" if base == "limit" else "other"),
     ]
     for streams in sorted({cell.streams for cell in cells}):
-        for server in SERVERS:
-            those = [one for one in cells if (one.server, one.streams) == (server, streams)]
-            events = sum(cell.events for cell in those)
+        for server in servers:
+            own = [cell for cell in cells if (cell.server, cell.streams) == (server, streams)]
+            events = sum(cell.events for cell in own)
             lines.append(
                 f"{streams:7}  {server:9}{events:8}"
-                f"  {events / sum(cell.seconds for cell in those):5.0f}"
-                f"  {sum(cell.reads for cell in those) / events:8.2f}"
-                f"  {report.spread([cell.each for cell in those]):25}"
-                f"  {report.spread(ratios(cells, server, streams))}"
+                f"  {events / sum(cell.seconds for cell in own):5.0f}"
+                f"  {sum(cell.reads for cell in own) / events:8.2f}"
+                f"  {figures.spread([cell.each for cell in own]):25}"
+                f"  {figures.spread(ratios(cells, server, streams, base))}"
             )
-    ours = [cell for cell in cells if cell.server == "headrace"]
-    child = sum(cell.child_cpu for cell in ours) / sum(cell.events for cell in ours) * 1e6
-    noise = [cell.load_average for cell in cells]
-    lines += [
-        "",
-        f"Headrace's child (engine, worker, frames) took {child:.1f} us/event besides.",
-        f"Goal: headrace at most {GOAL} times the limit. Took {seconds:.0f} s; "
-        f"load average {min(noise)}-{max(noise)}.",
-    ]
-    return "\n".join(lines)
+    for server in [name for name in servers if name in CHECKOUTS]:
+        own = [cell for cell in cells if cell.server == server]
+        child = sum(cell.child_cpu for cell in own) / sum(cell.events for cell in own) * 1e6
+        name = "Headrace's" if server == "headrace" else "The other's"
+        lines += ["", f"{name} child (engine, worker, frames) took {child:.1f} us/event besides."]
+    return lines
 
 
 async def run(options: argparse.Namespace) -> list[Cell]:
     """Measure everything."""
-    client, cells = await Client.start(), list[Cell]()
-    try:
-        for streams in options.streams:
-            cells += await rounds(options, streams, client)
-    finally:
-        await client.stop()
+    measure, cells = checkouts if options.against else rounds, list[Cell]()
+    for streams in options.streams:
+        cells += await measure(options, streams)
     return cells
 
 
 def main() -> None:
     """Measure, print and keep the figures."""
-    options, began = arguments(), time.monotonic()
+    options, watch = arguments(), report.Watch()
+    servers, base = (CHECKOUTS, "other") if options.against else (SERVERS, "limit")
     cells, facts = asyncio.run(run(options)), report.machine()
-    text = table(cells, facts, time.monotonic() - began)
+    lines = table(cells, facts, servers, base)
+    goal = "" if options.against else f"Goal: headrace at most {GOAL} times the limit."
+    text = "\n".join([*lines, f"{goal}{watch}".strip()])
     print(f"\n{text}")
     record = {
         "machine": facts,
@@ -218,14 +248,14 @@ def main() -> None:
         "window_s": options.window,
         "goal": GOAL,
         "ratios": {
-            f"{server} {streams}": statistics.median(ratios(cells, server, streams))
+            f"{server} {streams}": statistics.median(ratios(cells, server, streams, base))
             for streams in options.streams
-            for server in SERVERS
+            for server in servers
         },
         "cells": [cell._asdict() for cell in cells],
     }
-    if options.json is not None or not options.quick:
-        report.write("front", text, record, options.json)
+    name = "front-against" if options.against else "front"
+    report.write(name, text, record, options)
 
 
 if __name__ == "__main__":

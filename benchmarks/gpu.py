@@ -14,15 +14,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import re
-import socket
 import statistics
 import sys
 import tempfile
-import time
-from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -32,9 +28,13 @@ import psutil
 
 import gpu_model
 import report
-import serving
+from headrace.lab import drive, load
+from headrace.lab.bench.runner import served_models
+from headrace.lab.drive import Server
+from headrace.lab.figures import percentile
 
 _START_S, _ROUND_S, _WARM = 400.0, 400.0, 16
+_OFFLINE = {"HF_HUB_OFFLINE": "1"}
 _CORES = ("EngineCore", "VLLM::Worker", "spawn_main")
 
 
@@ -42,13 +42,13 @@ class Side(NamedTuple):
     """A server that is up."""
 
     name: str
-    port: int
+    server: Server
     model: str
-    process: psutil.Process
 
     def front_cpu(self) -> float:
-        """Return CPU seconds of all its processes but the engine's core and what is below that."""
-        return sum(_cpu(process) for process in _fronts(self.process))
+        """Return CPU seconds of all its processes but the engine's core and those below that."""
+        fronts = _fronts(self.server.program.process())
+        return sum(drive.cpu_of(process) for process in fronts)
 
 
 class Bench(NamedTuple):
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = report.parser(__doc__, quick=False)
     parser.add_argument("--shape", choices=list(gpu_model.SHAPES), default="Qwen3-0.6B")
     parser.add_argument("--engines", default="vllm", help="vllm, transformers, or both")
     parser.add_argument("--requests", type=int, default=256)
@@ -77,7 +77,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--share", type=float, default=0.45, help="of the GPU, for each server")
     parser.add_argument("--cpu", action="store_true", help="no GPU: to try the program")
-    parser.add_argument("--json", type=Path, help="write the raw figures here")
     return parser.parse_args()
 
 
@@ -93,7 +92,7 @@ async def _main(options: argparse.Namespace) -> None:
             # Kept at once: a later engine may fail, or the time be over.
             text = "\n".join(lines)
             name = f"gpu-{options.shape}-{'-'.join(record['engines'])}"
-            path = report.write(name, text, record, options.json)
+            path = report.write(name, text, record, options)
             print(f"{text}\n{path}", flush=True)
 
 
@@ -149,14 +148,13 @@ async def _offline(bench: Bench) -> list[dict[str, Any]]:
         "rounds": [again(bench.requests, number) for number in range(3)],
         "options": _vllm_options(bench),
     }
-    process = await _process(str(Path(__file__).with_name("gpu_offline.py")), stdin=PIPE)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(json.dumps(job).encode() + b"\n")
-    async with asyncio.timeout(_START_S + 3 * _ROUND_S):
-        lines = [json.loads(line) async for line in process.stdout if line.startswith(b"{")]
-        await process.wait()
-    rounds = [line for line in lines if "tokens" in line]
+    async with drive.program(report.script("gpu_offline.py"), _OFFLINE) as engine:
+        rounds: list[dict[str, Any]] = []
+        async with asyncio.timeout(_START_S + 3 * _ROUND_S):
+            await engine.send(job)
+            while line := await engine.line():
+                if line.startswith(b'{"seconds"'):
+                    rounds.append(json.loads(line))
     if len(rounds) != 3:
         raise SystemExit(f"{bench.engine} alone failed.")
     print({"offline": rounds}, flush=True)
@@ -176,37 +174,37 @@ def _vllm_options(bench: Bench) -> dict[str, Any]:
 @asynccontextmanager
 async def _vllm_serve(bench: Bench) -> AsyncGenerator[Side]:
     # The module behind `vllm serve`, which some builds have no command for.
-    port, words = _free_port(), ["-m", "vllm.entrypoints.openai.api_server"]
+    port, words = (
+        str(drive.free_port()),
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server"],
+    )
     for key, value in _vllm_options(bench).items():
         words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
-    words += ["--model", str(bench.folder), "--load-format", "dummy", "--port", str(port)]
-    process = await _process(*words, "--host", "127.0.0.1", "--served-model-name", "m")
-    try:
-        await _answers(port, process)
-        yield Side("vllm serve", port, "m", psutil.Process(process.pid))
-    finally:
-        await _end(process)
+    words += ["--model", str(bench.folder), "--load-format", "dummy", "--port", port]
+    words += ["--host", "127.0.0.1", "--served-model-name", "m"]
+    url = f"http://127.0.0.1:{port}"
+    run = drive.server(words, _OFFLINE, url=url, ready="/v1/models", start_s=_START_S)
+    async with run as server:
+        yield Side("vllm serve", server, "m")
 
 
 @asynccontextmanager
 async def _headrace(bench: Bench) -> AsyncGenerator[Side]:
-    port, given = _free_port(), bench.options
+    given = bench.options
     settings: dict[str, Any] = {}
     if bench.engine == "vllm":
         settings = {"load_format": "dummy", "gpu_memory": given.share}
         if given.cpu:
             settings = {"load_format": "dummy", "eager": True, "kv_cache_bytes": 256 << 20}
-    words = serving.headrace(str(bench.folder), settings, "--engine", bench.engine)
-    words[words.index("--port") + 1] = str(port)
-    words += ["--max-queued", str(2 * given.requests)]
-    words += ["--context-length", str(2 * given.most + 64)]
-    process = await _process(*words)
-    try:
-        await _answers(port, process)
-        name = await asyncio.to_thread(_model_name, port)
-        yield Side("headrace", port, name, psutil.Process(process.pid))
-    finally:
-        await _end(process)
+    flags = ("--engine", bench.engine, "--max-queued", str(2 * given.requests))
+    flags += ("--context-length", str(2 * given.most + 64))
+    command = drive.serve(str(bench.folder), *flags, options=settings)
+    run = drive.server(command, _OFFLINE, ready="/health/ready", start_s=_START_S)
+    async with run as server:
+        http = server.http()
+        (name,) = await served_models(http)
+        http.close()
+        yield Side("headrace", server, name)
 
 
 async def _turn(
@@ -227,25 +225,25 @@ async def _turn(
     clients = bench.options.clients
     cpu = side.front_cpu()
     answers = await asyncio.gather(
-        *(_client(side.port, bodies[number::clients]) for number in range(clients))
+        *(_client(side.server.url, bodies[number::clients]) for number in range(clients))
     )
     cpu = side.front_cpu() - cpu
     streams = [stream for answer in answers for stream in answer["streams"]]
-    tokens = sum(map(_tokens, streams))
+    tokens = sum(_tokens(tail) for answer in answers for tail in answer.get("tails", ()))
     wanted = sum(most for _, most in requests)
     if tokens != wanted:
         raise SystemExit(f"{side.name} made {tokens} tokens, not {wanted}.")
     seconds = max(one["last"] for one in streams) - min(one["began"] for one in answers)
     firsts = sorted(one["first"] for one in streams)
-    gaps = sorted(gap for one in streams for gap in one["gaps"])
+    gaps = [gap for one in streams for gap in one["gaps"]]
     return {
         "tokens": tokens,
         "seconds": seconds,
         "rate": tokens / seconds,
-        "first_p50": _quantile(firsts, 0.5),
-        "first_p99": _quantile(firsts, 0.99),
-        "gap_p50": _quantile(gaps, 0.5),
-        "gap_p99": _quantile(gaps, 0.99),
+        "first_p50": percentile(firsts, 50),
+        "first_p99": percentile(firsts, 99),
+        "gap_p50": percentile(gaps, 50),
+        "gap_p99": percentile(gaps, 99),
         "events": sum(one["events"] for one in streams),
         "front_cpu": cpu,
         "front_cpu_per_1000": cpu / tokens * 1000,
@@ -253,23 +251,19 @@ async def _turn(
     }
 
 
-async def _client(port: int, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+async def _client(url: str, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if not bodies:
         return {"began": float("inf"), "streams": []}
-    process = await _process(str(Path(__file__).with_name("gpu_client.py")), stdin=PIPE)
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        command = {"port": port, "bodies": bodies, "answer": str(answer)}
-        async with asyncio.timeout(_ROUND_S):
-            await process.communicate(json.dumps(command).encode() + b"\n")
-        return json.loads(answer.read_text())
+    async with asyncio.timeout(_ROUND_S), drive.program(load.command()) as client:
+        await client.ask({"do": "open", "url": url, "bodies": bodies})
+        return await client.ask({"do": "drain", "times": True})
 
 
-def _tokens(stream: dict[str, Any]) -> int:
-    found = re.findall(r'"completion_tokens": ?(\d+)', stream["tail"])
-    if not found or "[DONE]" not in stream["tail"]:
-        raise SystemExit(f"A stream did not end well: {stream['tail']}")
-    return int(found[-1])
+def _tokens(tail: str) -> int:
+    counts = re.findall(r'"completion_tokens": ?(\d+)', tail)
+    if not counts or "[DONE]" not in tail:
+        raise SystemExit(f"A stream did not end well: {tail}")
+    return int(counts[-1])
 
 
 def _table(found: dict[str, Any]) -> list[str]:
@@ -305,10 +299,6 @@ def _brief(turn: dict[str, Any]) -> dict[str, Any]:
     return {key: round(value, 4) for key, value in turn.items() if key != "firsts"}
 
 
-def _quantile(values: Sequence[float], share: float) -> float:
-    return float(values[min(len(values) - 1, int(share * len(values)))]) if values else 0.0
-
-
 def _fronts(process: psutil.Process) -> list[psutil.Process]:
     if _is_core(process):
         return []
@@ -318,84 +308,10 @@ def _fronts(process: psutil.Process) -> list[psutil.Process]:
 
 def _is_core(process: psutil.Process) -> bool:
     try:
-        told = f"{process.name()} {' '.join(process.cmdline())}"
+        command = f"{process.name()} {' '.join(process.cmdline())}"
     except psutil.Error:
         return True
-    return any(sign in told for sign in _CORES)
-
-
-def _cpu(process: psutil.Process) -> float:
-    try:
-        times = process.cpu_times()
-    except psutil.Error:
-        return 0.0
-    return times.user + times.system
-
-
-async def _process(*words: str, stdin: int | None = None) -> Process:
-    environment = {**os.environ, "HEADRACE_LOG_LEVEL": "warning", "HF_HUB_OFFLINE": "1"}
-    return await asyncio.create_subprocess_exec(
-        sys.executable, *words, stdin=stdin, stdout=PIPE, env=environment, limit=1 << 28
-    )
-
-
-async def _answers(port: int, process: Process) -> None:
-    drain = asyncio.create_task(_drain(process))
-    end = time.monotonic() + _START_S
-    while time.monotonic() < end:
-        if process.returncode is not None:
-            break
-        status = await asyncio.to_thread(_get, port, "/v1/models")
-        if status and b'"id"' in status:
-            process.drained = drain  # pyright: ignore[reportAttributeAccessIssue]  # kept alive
-            return
-        await asyncio.sleep(0.5)
-    raise SystemExit("A server did not start.")
-
-
-async def _drain(process: Process) -> None:
-    # A full pipe would stop the server.
-    assert process.stdout is not None
-    async for line in process.stdout:
-        sys.stderr.write(line.decode(errors="replace"))
-
-
-def _get(port: int, path: str) -> bytes:
-    try:
-        with socket.create_connection(("127.0.0.1", port), 30) as line:
-            request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
-            line.sendall(request.encode())
-            answer = b""
-            while data := line.recv(65536):
-                answer += data
-            return answer
-    except OSError:
-        return b""
-
-
-def _model_name(port: int) -> str:
-    found = re.search(rb'"id": ?"([^"]+)"', _get(port, "/v1/models"))
-    assert found is not None, "the server has a model"
-    return found[1].decode()
-
-
-def _free_port() -> int:
-    with socket.socket() as line:
-        line.bind(("127.0.0.1", 0))
-        return int(line.getsockname()[1])
-
-
-async def _end(process: Process) -> None:
-    every = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    try:
-        async with asyncio.timeout(30):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-    for one in psutil.wait_procs(every, 10)[1]:
-        one.kill()
+    return any(sign in command for sign in _CORES)
 
 
 if __name__ == "__main__":

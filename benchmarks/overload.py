@@ -1,6 +1,6 @@
 """Goodput under overload: what is left of it at three times the load that can be served.
 
-`headrace serve` with 4 slots and a bounded line answers short requests without streaming. First
+`headrace serve` with 4 slots and a bounded queue answers short requests without streaming. First
 its capacity is measured: eight clients, each of which asks again once it has its answer. Then
 requests arrive by themselves, at random (Poisson, always the same series), at once and at three
 times as many a second as it could serve, for equal times; at three times once with clients that
@@ -22,21 +22,21 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import report
-from serving import Server, headrace, serving
+from headrace.lab import drive, load
+from headrace.lab.figures import percentile
+from headrace.lab.http import Http, Whole
 
 GOAL = 0.9
 ROUNDS = 2
 _CLIENTS, _SLOTS, _QUEUED, _CONTEXT = 8, 4, 16, 256
 _TURNS = ((1.0, False), (3.0, False), (3.0, True))
-_WORDS = ("river", "stone", "mill", "water", "wheel", "bridge", "valley", "winter", "bread")
 
 
 class Asked(NamedTuple):
-    """One request: when it came and when it was over, and how often it was told to come again.
+    """One request: when it came and when it was over, and how often it was refused.
 
     `status` is 0 for one that was given up at its deadline. Times are seconds of the turn.
     """
@@ -75,23 +75,21 @@ class Turn(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """Whom to ask, for what, and when an answer is too late."""
+    """The service, the length of an answer, and when it is too late."""
 
-    server: Server
+    http: Http
     max_tokens: int
     deadline_s: float
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Goodput at three times the capacity.")
+    """Parse the command line."""
+    parser = report.parser("Goodput at three times the capacity.")
     parser.add_argument("--model", default="smollm2", help="a model, or echo")
     parser.add_argument("--seconds", type=float, default=25, help="of a turn")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--deadline", type=float, default=10, help="seconds for an answer")
-    parser.add_argument("--quick", action="store_true", help="short turns, for tests")
-    parser.add_argument("--json", type=Path, help="write the raw figures here")
     options = parser.parse_args(argv)
     if options.quick:
         options.seconds, options.rounds = 4, 1
@@ -99,34 +97,21 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 async def post(bench: Bench, number: int) -> tuple[int, int, float]:
-    """Ask once; return the status, the tokens, and the seconds of a Retry-After."""
-    source = random.Random(number)
+    """Send one request; return the status, the tokens, and the seconds of a Retry-After."""
+    source, answer = random.Random(number), Whole()
     body = {
-        "prompt": f"{source.randrange(10**6)} {' '.join(source.choices(_WORDS, k=12))}",
+        "prompt": load.prompt(source, 12),
         "max_tokens": bench.max_tokens,
         "temperature": 0,
         "ignore_eos": True,
     }
-    content = json.dumps(body).encode()
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    )
-    reader, writer = await asyncio.open_connection("127.0.0.1", bench.server.port)
-    try:
-        writer.write(head.encode() + content)
-        answer, _, rest = (await reader.read(-1)).partition(b"\r\n\r\n")
-    finally:
-        writer.transport.abort()
-    lines = answer.decode().lower().split("\r\n")
-    fields = dict(line.split(": ", 1) for line in lines[1:])
-    status = int(lines[0].split()[1])
-    tokens = json.loads(rest)["usage"]["completion_tokens"] if status == 200 else 0
-    return status, tokens, float(fields.get("retry-after-ms", 0)) / 1000
+    await bench.http.send(load.PATH, json.dumps(body).encode(), answer)
+    tokens = json.loads(answer.data)["usage"]["completion_tokens"] if answer.status == 200 else 0
+    return answer.status, tokens, float(answer.headers.get("retry-after-ms", 0)) / 1000
 
 
 async def client(bench: Bench, number: int, start: float, *, obeys: bool) -> Asked:
-    """Ask, and come again when told to, until the deadline."""
+    """Ask, and come again when refused, until the deadline."""
     came, refusals, waits = time.monotonic(), 0, []
     status = tokens = 0
     try:
@@ -140,7 +125,7 @@ async def client(bench: Bench, number: int, start: float, *, obeys: bool) -> Ask
                 if not obeys:
                     break
                 status = 0
-                # He who is told to come back after his deadline has no reason to wait for it.
+                # A client that would come back after its deadline does not wait for it.
                 if time.monotonic() - came + wait_s > bench.deadline_s:
                     status = 429
                     break
@@ -170,7 +155,7 @@ async def arrivals(
 ) -> Turn:
     """Let requests arrive at random, `rate` times `offered` of them a second."""
     source, start = random.Random(seed), time.monotonic()
-    # As long as it takes until the line is full and who waits in it is at his usual place.
+    # As long as it takes until the queue is full and waits are as long as usual.
     warm_s = seconds / 4
     tasks: list[asyncio.Task[Asked]] = []
     at = 0.0
@@ -188,8 +173,8 @@ async def run(options: argparse.Namespace) -> list[Turn]:
         shape["tokens_per_second"] = 50
     flags = ("--context-length", str(_CONTEXT), "--max-queued", str(_QUEUED))
     turns: list[Turn] = []
-    async with serving(headrace(options.model, shape, *flags)) as server:
-        bench = Bench(server, options.max_tokens, options.deadline)
+    async with drive.server(drive.serve(options.model, *flags, options=shape)) as server:
+        bench = Bench(server.http(), options.max_tokens, options.deadline)
         for number in range(options.rounds):
             # Measured each round: what others do on this machine changes it.
             turns.append(await capacity(bench, options.seconds))
@@ -233,15 +218,16 @@ def table(turns: Sequence[Turn], facts: dict[str, Any], options: argparse.Namesp
         goodput = statistics.median(one.goodput for one in those)
         of_one = statistics.median(ratio(turns, offered, obeys=obeys))
         of_all = statistics.median(ratio(turns, offered, obeys=obeys, over=0.0))
-        took = sorted(one.over - one.came for turn in those for one in turn.answered)
+        took = [one.over - one.came for turn in those for one in turn.answered]
+        at = [percentile(took, percent) for percent in (50, 95, 99)]
         share = [found[status] / max(1, len(counted)) for status in (200, 429, 0)]
         lines.append(
             f"{_name(offered, obeys):19}  {goodput:7.1f}  {of_one:5.2f}  {of_all:13.2f}"
             f"  {share[0]:8.0%}  {share[1]:4.0%}  {share[2]:5.0%}"
-            f"  {_at(took, 0.5):19.2f} {_at(took, 0.95):4.1f} {_at(took, 0.99):4.1f}"
+            f"  {at[0]:19.2f} {at[1]:4.1f} {at[2]:4.1f}"
         )
     refused = [one for turn in turns for one in turn.asked if one.refusals and not turn.obeys]
-    slow = _at(sorted(one.over - one.came for one in refused), 0.99)
+    slow = percentile((one.over - one.came for one in refused), 99)
     lines += ["", f"Goal: at least {GOAL} of x1 at x3. 99 % of the 429 came within {slow:.3f} s."]
     return "\n".join(lines)
 
@@ -257,22 +243,17 @@ def _name(offered: float, obeys: bool) -> str:
     return f"x{offered:g} {kind}" if offered else f"capacity, {kind}"
 
 
-def _at(ordered: Sequence[float], share: float) -> float:
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0.0
-
-
 def main() -> None:
     """Measure, print and keep the figures."""
-    options, began, load = arguments(), time.monotonic(), report.load_average()
+    options, watch = arguments(), report.Watch()
     turns, facts = asyncio.run(run(options)), report.machine()
-    busy = f" Load average {load} before, {report.load_average()} after."
-    text = table(turns, facts, options) + busy + f" Took {time.monotonic() - began:.0f} s."
+    text = f"{table(turns, facts, options)}{watch}"
     print(f"\n{text}")
     record = {
         "machine": facts,
         "model": options.model,
         "deadline_s": options.deadline,
-        "load_average": [load, report.load_average()],
+        "load_average": watch.load,
         "goal": GOAL,
         "ratios": {_name(n, o): ratio(turns, n, obeys=o) for n, o in _TURNS[1:]},
         "turns": [
@@ -280,8 +261,7 @@ def main() -> None:
             for one in turns
         ],
     }
-    if options.json is not None or not options.quick:
-        report.write("overload", text, record, options.json)
+    report.write("overload", text, record, options)
 
 
 if __name__ == "__main__":

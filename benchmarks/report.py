@@ -1,18 +1,39 @@
-"""What both benchmarks write beside their figures: the machine, the versions, how busy it was."""
+"""What the benchmarks have in common: flags, the machine's facts, and how figures are kept."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
-import statistics
-from collections.abc import Sequence
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from headrace.machine import system
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def parser(description: str | None, *, quick: bool = True) -> argparse.ArgumentParser:
+    """Return a command line with the flags that all benchmarks have."""
+    made = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    made.add_argument("--json", type=Path, help="write the raw figures here")
+    if quick:
+        made.add_argument("--quick", action="store_true", help="one short round, for tests")
+    return made
+
+
+def against(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that measures another checkout beside this one."""
+    text = "another checkout (a folder with src/ in it) to measure beside this one"
+    parser.add_argument("--against", type=Path, metavar="DIR", help=text)
+
+
+def script(name: str, *arguments: str) -> list[str]:
+    """Return the command of a program beside this file."""
+    return [sys.executable, str(Path(__file__).with_name(name)), *arguments]
 
 
 def machine() -> dict[str, Any]:
@@ -42,20 +63,33 @@ def load_average() -> float:
     return round(os.getloadavg()[0], 2)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Return `median (least-most)`."""
-    return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+class Watch:
+    """The load average before and after, and the time that a run took."""
+
+    def __init__(self) -> None:
+        self.load = [load_average()]
+        self._began = time.monotonic()
+
+    def __str__(self) -> str:
+        """Return a sentence for the end of a table."""
+        self.load[1:] = [load_average()]
+        seconds = time.monotonic() - self._began
+        return f" Load average {self.load[0]} before, {self.load[1]} after. Took {seconds:.0f} s."
 
 
-def write(name: str, table: str, record: dict[str, Any], json_file: Path | None) -> Path | None:
-    """Keep the table and the raw figures; return where.
+def write(
+    name: str, table: str, record: dict[str, Any], options: argparse.Namespace
+) -> Path | None:
+    """Keep the table and the raw figures, but not those of a quick run; return where.
 
-    Without `json_file` they go to benchmarks/results, named by the day.
+    Without `--json` they go to benchmarks/results, named by the day.
     """
     text = json.dumps(record, indent=1) + "\n"
-    if json_file is not None:
-        json_file.write_text(text)
-        return json_file
+    if options.json is not None:
+        options.json.write_text(text)
+        return options.json
+    if getattr(options, "quick", False):
+        return None
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.json"
     path.write_text(text)

@@ -22,25 +22,23 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
-import http.client
 import json
 import mmap
 import os
 import random
 import shutil
 import statistics
-import sys
 import tempfile
 import time
-from asyncio.subprocess import PIPE
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import report
 from headrace import runtime
+from headrace.lab import drive, load
+from headrace.lab.drive import Server
 from headrace.models.reference import parse
-from serving import headrace, script, serving
 from tax import prompts
 
 CASES = ("resident", "unloaded", "evicted", "cold")
@@ -67,9 +65,9 @@ class Times(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """What a round needs: the port, the files of both models, and of the engine."""
+    """What a round needs: the service, the files of both models, and of the engine."""
 
-    port: int
+    server: Server
     one: Path
     other: Path
     peer: Path
@@ -77,15 +75,13 @@ class Bench(NamedTuple):
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="What the pool adds to the engine's load.")
+    """Parse the command line."""
+    parser = report.parser("What the pool adds to the engine's load.")
     parser.add_argument("--model", default="smollm2", help="reference of a GGUF")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--memory", default=_BUDGET, help="budget that holds one and not two")
     parser.add_argument("--threads", type=int, default=1, help="of both")
     parser.add_argument("--folder", type=Path, help="a folder on a disk, for the copies")
-    parser.add_argument("--quick", action="store_true", help="one round, for tests")
-    parser.add_argument("--json", type=Path, help="write the raw figures here")
     options = parser.parse_args(argv)
     if options.quick:
         options.rounds = 1
@@ -122,63 +118,53 @@ def cached(path: Path) -> float:
         return sum(one & 1 for one in found) / pages
 
 
-def ask(port: int, model: Path, prompt: str) -> float:
-    """Stream one token; return the seconds from before the connection to its event."""
+async def ask(bench: Bench, model: Path, prompt: str) -> float:
+    """Stream one token on a new connection; return the seconds from before it to the token."""
     body = {"model": model.stem, "prompt": prompt, "max_tokens": 1, "temperature": 0}
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE_S)
-    began = time.monotonic()
-    with contextlib.closing(connection):
-        headers = {"Content-Type": "application/json"}
-        text = json.dumps({**body, "ignore_eos": True, "stream": True})
-        connection.request("POST", "/v1/completions", text, headers)
-        response = connection.getresponse()
-        # Comments come before it while the model loads.
-        lines = iter(response.readline, b"")
-        first = next((line for line in lines if line.startswith(b"data: ")), b"")
-        seconds = time.monotonic() - began
-        rest = response.read()
-    if response.status != 200 or b'"text"' not in first or b"[DONE]" not in rest:
-        raise SystemExit(f"{model.stem} did not answer: {response.status} {first!r}")
-    return seconds
+    text = json.dumps({**body, "ignore_eos": True, "stream": True})
+    http, stream = bench.server.http(), load.Stream()
+    async with asyncio.timeout(_PATIENCE_S):
+        await stream.run(http, load.PATH, text.encode())
+    http.close()
+    # Comments come before the first data while the model loads.
+    if stream.status != 200 or stream.first_s is None or b"[DONE]" not in stream.tail:
+        raise SystemExit(f"{model.stem} did not answer: {stream.status} {stream.tail!r}")
+    return stream.first_s
 
 
-def tell(port: int, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Ask /admin."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE_S)
-    with contextlib.closing(connection):
-        headers = {"Content-Type": "application/json"}
-        method, content = ("POST", json.dumps(body)) if body else ("GET", None)
-        connection.request(method, path, content, headers)
-        response = connection.getresponse()
-        answer = json.loads(response.read())
-    if response.status != 200:
-        raise SystemExit(f"{path}: {answer}")
-    return answer
+async def admin(bench: Bench, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Send a request to /admin, and return the answer."""
+    http = bench.server.http()
+    async with asyncio.timeout(_PATIENCE_S):
+        status, answer = await http.fetch(f"/admin/{path}", body)
+    http.close()
+    if status != 200:
+        raise SystemExit(f"{path}: {answer!r}")
+    return json.loads(answer)
 
 
-def prepare(bench: Bench, case: str) -> float:
-    """Bring about what a case begins with; return how much of the file is in the page cache."""
-    away = {"model": bench.one.stem}
+async def prepare(bench: Bench, case: str) -> float:
+    """Bring about the state of a case; return how much of the file is in the page cache."""
     if case == "resident":
         for again in range(4):
-            ask(bench.port, bench.one, prompts(1, -2 - again)[0])
+            await ask(bench, bench.one, prompts(1, -2 - again)[0])
     else:
-        tell(bench.port, "/admin/models/unload", away)
+        await admin(bench, "models/unload", {"model": bench.one.stem})
     if case in {"evicted", "cold"}:
-        ask(bench.port, bench.other, prompts(1, -2)[0])
-        time.sleep(_RESIDENCE_S)
+        await ask(bench, bench.other, prompts(1, -2)[0])
+        await asyncio.sleep(_RESIDENCE_S)
     else:
-        tell(bench.port, "/admin/models/unload", {"model": bench.other.stem})
+        await admin(bench, "models/unload", {"model": bench.other.stem})
     for path in (bench.one, bench.peer):
-        (drop if case == "cold" else warm)(path)
+        await asyncio.to_thread(drop if case == "cold" else warm, path)
     return max(cached(bench.one), cached(bench.peer))
 
 
-def ask_pool(bench: Bench, case: str, prompt: str) -> tuple[float, float]:
+async def ask_pool(bench: Bench, case: str, prompt: str) -> tuple[float, float]:
     """Measure Headrace: seconds to the first token, and seconds of the worker's load."""
-    seconds = ask(bench.port, bench.one, prompt)
-    status = tell(bench.port, f"/admin/models/{bench.one.stem}")
-    other = tell(bench.port, f"/admin/models/{bench.other.stem}")
+    seconds = await ask(bench, bench.one, prompt)
+    status = await admin(bench, f"models/{bench.one.stem}")
+    other = await admin(bench, f"models/{bench.other.stem}")
     if case in {"evicted", "cold"} and other["state"] == "ready":
         raise SystemExit("Both models fit: give less --memory.")
     return seconds, (status["replicas"][0]["load_ms"] or 0) / 1000
@@ -194,16 +180,11 @@ async def ask_engine(bench: Bench, texts: Sequence[str]) -> dict[str, float]:
         "batch_size": _BATCH,
         "prompts": list(texts),
     }
-    began = time.monotonic()
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *script("swap_engine.py", json.dumps(settings)),
-        stdout=PIPE,
-        # Headrace's workers have it too, which matters with more than one thread.
-        env={"GOMP_SPINCOUNT": "10000", **os.environ},
-    )
-    told, _ = await process.communicate()
-    answer = json.loads(told)
+    command, began = report.script("swap_engine.py", json.dumps(settings)), time.monotonic()
+    # Headrace's workers have it too, which matters with more than one thread.
+    async with drive.program(command, {"GOMP_SPINCOUNT": "10000"}) as engine:
+        answer = await engine.ask()
+        await engine.wait()
     return {
         "cold": answer["first_at"] - began,
         "resident": answer["resident_s"],
@@ -214,14 +195,14 @@ async def ask_engine(bench: Bench, texts: Sequence[str]) -> dict[str, float]:
 
 async def measure(bench: Bench, case: str, number: int) -> Times:
     """Measure both sides of one case, the other one first in every other round."""
-    left = await asyncio.to_thread(prepare, bench, case)
+    left = await prepare(bench, case)
     source = random.Random(f"{case} {number}")
     texts = [" ".join(prompts(1, source.randrange(10**6))[0].split()[:16]) for _ in range(6)]
     pool: tuple[float, float] = (0.0, 0.0)
     engine: dict[str, float] = {}
     for side in ("pool", "engine") if number % 2 == 0 else ("engine", "pool"):
         if side == "pool":
-            pool = await asyncio.to_thread(ask_pool, bench, case, texts[0])
+            pool = await ask_pool(bench, case, texts[0])
         else:
             engine = await ask_engine(bench, texts[1:])
     return Times(
@@ -301,8 +282,9 @@ async def _bench(options: argparse.Namespace, model: Path) -> AsyncGenerator[Ben
         shape: dict[str, object] = {"slots": _SLOTS, "threads": threads, "batch_size": _BATCH}
         flags = ("--context-length", str(_CONTEXT), "--memory", options.memory)
         home = ("--home", str(Path(folder) / "home"))
-        async with serving(headrace(str(one), shape, str(other), *flags, *home)) as server:
-            yield Bench(server.port, one, other, peer, threads)
+        command = drive.serve(str(one), str(other), *flags, *home, options=shape)
+        async with drive.server(command) as server:
+            yield Bench(server, one, other, peer, threads)
 
 
 async def run(options: argparse.Namespace) -> list[Times]:
@@ -323,22 +305,20 @@ async def run(options: argparse.Namespace) -> list[Times]:
 
 def main() -> None:
     """Measure, print and keep the figures."""
-    options, began, load = arguments(), time.monotonic(), report.load_average()
+    options, watch = arguments(), report.Watch()
     times, facts = asyncio.run(run(options)), report.machine()
-    busy = f" Load average {load} before, {report.load_average()} after."
-    text = table(times, facts, options) + busy + f" Took {time.monotonic() - began:.0f} s."
+    text = f"{table(times, facts, options)}{watch}"
     print(f"\n{text}")
     record = {
         "machine": facts,
         "model": options.model,
         "threads": options.threads,
-        "load_average": [load, report.load_average()],
+        "load_average": watch.load,
         "goal": {"ratio": GOAL_RATIO, "added_s": GOAL_S},
         "cases": {case: verdict(times, case) for case in CASES},
         "times": [one._asdict() for one in times],
     }
-    if options.json is not None or not options.quick:
-        report.write("swap", text, record, options.json)
+    report.write("swap", text, record, options)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ so that no prefix cache helps, and write 128 tokens, greedily, past the end toke
 tokenising are within the turn on both sides. Every other round begins with the other side. The
 side that waits stays loaded; its CPU is watched, as it must be idle. A ratio is that of the two
 turns of one round, and the table shows the median of the rounds.
+
+With `--against DIR`, the other side is not the engine but `other`: the same over HTTP with the
+Headrace of another checkout.
 """
 
 from __future__ import annotations
@@ -24,10 +27,7 @@ import os
 import random
 import re
 import statistics
-import sys
-import time
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +35,9 @@ import psutil
 
 import report
 from headrace import runtime
+from headrace.lab import drive, figures, load
+from headrace.lab.drive import Program, Server
 from headrace.models.reference import parse
-from load import Client
-from serving import Server, headrace, script, serving
 
 GOAL, AIM = 0.95, 0.98
 ROUNDS = {1: 6, 8: 5, 32: 3}
@@ -45,16 +45,21 @@ ROUNDS = {1: 6, 8: 5, 32: 3}
 REPEATS = {1: 3}
 """Requests one after another in a turn, where one alone would be over too soon to be timed."""
 _CONTEXT, _BATCH = 512, 256
-_WORDS = (
-    *("river", "stone", "mill", "water", "wheel", "bridge", "valley", "winter", "bread", "flour"),
-    *("grain", "farmer", "market", "road", "horse", "child", "music", "letter", "window", "ship"),
-)
+NAMES = {"engine": "the engine's own", "other": "that of the other checkout"}
 _DISTURBED = 0.1
 _TRIES = 3
 
 
+class Side(NamedTuple):
+    """What takes turns with others: it answers texts all at once. `cpu` is in seconds so far."""
+
+    name: str
+    ask: Callable[[Sequence[str]], Awaitable[dict[str, Any]]]
+    cpu: Callable[[], float]
+
+
 class Turn(NamedTuple):
-    """One side of one round. CPU in seconds: of the side, its client, who waited, and the rest."""
+    """One side of one round. CPU in seconds: of the side, its client, all that wait, the rest."""
 
     side: str
     streams: int
@@ -78,25 +83,15 @@ class Turn(NamedTuple):
         return self.other_cpu / self.seconds
 
 
-class Bench(NamedTuple):
-    """What a round needs."""
-
-    server: Server
-    engine: Process
-    client: Client
-    max_tokens: int
-
-
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Output tokens/s through HTTP over the engine's.")
+    """Parse the command line."""
+    parser = report.parser("Output tokens/s through HTTP over the engine's.")
     parser.add_argument("--model", default="smollm2", help="reference of a GGUF")
     parser.add_argument("--streams", type=int, nargs="+", default=tuple(ROUNDS))
     parser.add_argument("--rounds", type=int, help="by default 6, 5 and 3 at 1, 8 and 32 streams")
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=_cores(), help="of both; default: the cores")
-    parser.add_argument("--quick", action="store_true", help="one short round, for tests")
-    parser.add_argument("--json", type=Path, help="write the raw figures here")
+    parser.add_argument("--threads", type=int, default=cores(), help="of both; default: the cores")
+    report.against(parser)
     options = parser.parse_args(argv)
     if options.quick:
         options.rounds, options.max_tokens, options.streams = 1, 16, (1, 4)
@@ -106,28 +101,25 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def prompts(streams: int, number: int) -> list[str]:
     """Return texts of about 130 tokens that differ from their first word on."""
     source = random.Random(f"{streams} {number}")
-    return [
-        f"{source.randrange(10**6)} " + " ".join(source.choices(_WORDS, k=124))
-        for _ in range(streams)
-    ]
+    return [load.prompt(source) for _ in range(streams)]
 
 
-async def ask_http(bench: Bench, texts: Sequence[str]) -> dict[str, Any]:
-    """Stream all texts at once through the server."""
+async def ask_http(
+    server: Server, client: Program, texts: Sequence[str], max_tokens: int
+) -> dict[str, Any]:
+    """Stream all texts at once through a server."""
     fields = {
-        "max_tokens": bench.max_tokens,
+        "max_tokens": max_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
     bodies = [{"prompt": text, **fields} for text in texts]
-    await bench.client.ask(
-        "open", host="127.0.0.1", port=bench.server.port, path="/v1/completions", bodies=bodies
-    )
-    done = await bench.client.ask("drain")
-    found = [re.findall(r'"(prompt|completion)_tokens":(\d+)', tail) for tail in done["tails"]]
-    usages = [dict(pairs) for pairs in found]
+    await client.ask({"do": "open", "url": server.url, "bodies": bodies})
+    done = await client.ask({"do": "drain"})
+    pairs = [re.findall(r'"(prompt|completion)_tokens":(\d+)', tail) for tail in done["tails"]]
+    usages = [dict(found) for found in pairs]
     if not all("[DONE]" in tail for tail in done["tails"]):
         raise SystemExit(f"A stream did not end well: {done['tails'][0]}")
     return {
@@ -137,166 +129,166 @@ async def ask_http(bench: Bench, texts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-async def ask_engine(bench: Bench, texts: Sequence[str]) -> dict[str, Any]:
-    """Have the engine answer all texts at once."""
-    return await say(bench.engine, texts, bench.max_tokens)
+def over_http(name: str, server: Server, client: Program, max_tokens: int) -> Side:
+    """Return a server as a side."""
+    return Side(
+        name,
+        lambda texts: ask_http(server, client, texts, max_tokens),
+        lambda: server.program.cpu() + server.program.children_cpu(),
+    )
 
 
-async def turn(side: str, bench: Bench, streams: int, number: int) -> Turn:
+async def by_itself(
+    name: str, stack: contextlib.AsyncExitStack, settings: dict[str, Any], program: str, most: int
+) -> Side:
+    """Start an engine by itself in a process, as a side."""
+    command = report.script(program, json.dumps(settings))
+    engine = await stack.enter_async_context(drive.program(command))
+    await engine.ask()
+    return Side(
+        name, lambda texts: engine.ask({"prompts": list(texts), "max_tokens": most}), engine.cpu
+    )
+
+
+async def turn(
+    side: Side, sides: Sequence[Side], client: Program, streams: int, number: int
+) -> Turn:
     """Measure one side."""
-    ask = {"http": ask_http, "engine": ask_engine}[side]
     texts = [prompts(streams, number * 100 + again) for again in range(REPEATS.get(streams, 1))]
-    before = _cpu(bench)
-    answers = [await ask(bench, some) for some in texts]
-    used = {name: after - before[name] for name, after in _cpu(bench).items()}
+    before = _cpu(sides, client)
+    answers = [await side.ask(batch) for batch in texts]
+    used = {name: after - before[name] for name, after in _cpu(sides, client).items()}
     tokens = [count for answer in answers for count in answer["tokens"]]
-    if set(tokens) != {bench.max_tokens}:
-        raise SystemExit(f"{side}: not every request wrote {bench.max_tokens} tokens: {tokens}")
+    if len(set(tokens)) != 1:
+        raise SystemExit(f"{side.name}: not every request wrote the same: {tokens}")
     return Turn(
-        side=side,
+        side=side.name,
         streams=streams,
         round=number,
         tokens=sum(tokens),
         prompt_tokens=sum(sum(answer["prompt_tokens"]) for answer in answers),
         seconds=sum(answer["seconds"] for answer in answers),
-        cpu=used[side],
-        client_cpu=used["client"] if side == "http" else 0.0,
-        idle_cpu=used["engine" if side == "http" else "http"],
-        other_cpu=used["all"] - used["http"] - used["engine"] - used["client"],
+        cpu=used[side.name],
+        client_cpu=used["client"],
+        idle_cpu=sum(used[one.name] for one in sides if one is not side),
+        other_cpu=used["all"] - used["client"] - sum(used[one.name] for one in sides),
     )
 
 
-async def rounds(options: argparse.Namespace, streams: int, model: Path) -> list[Turn]:
-    """Let both sides take turns at one number of streams."""
-    shape = {"slots": streams, "threads": options.threads, "batch_size": _BATCH}
+async def take_turns(
+    sides: Sequence[Side], client: Program, streams: int, rounds: int | None
+) -> list[Turn]:
+    """Let all sides take turns at one number of streams, after a short turn to warm up."""
     turns: list[Turn] = []
-    async with contextlib.AsyncExitStack() as stack:
-        serve = headrace(str(model), shape, "--context-length", str(_CONTEXT))
-        server = await stack.enter_async_context(serving(serve))
-        settings = {"model": str(model), "context_length": _CONTEXT, **shape}
-        engine = await stack.enter_async_context(direct(settings))
-        client = await Client.start()
-        stack.push_async_callback(client.stop)
-        bench = Bench(server, engine, client, options.max_tokens)
-        for side in (ask_http, ask_engine):
-            await side(bench, prompts(streams, -1)[:2])
-        for number in range(options.rounds or ROUNDS.get(streams, 3)):
-            pair = await _round(bench, streams, number)
-            if pair[0].prompt_tokens != pair[1].prompt_tokens:
-                raise SystemExit("The two sides did not see the same prompts.")
-            for one in pair:
-                print(f"  {streams:3} streams  {one.side:6} {one.rate:7.1f} tok/s", flush=True)
-            turns += pair
+    for side in sides:
+        await side.ask(prompts(streams, -1)[:2])
+    for number in range(rounds or ROUNDS.get(streams, 3)):
+        done = await _round(sides, client, streams, number)
+        for one in done:
+            print(f"  {streams:3} streams  {one.side:8} {one.rate:7.1f} tok/s", flush=True)
+        turns += done
     return turns
 
 
-async def _round(bench: Bench, streams: int, number: int) -> list[Turn]:
-    sides = ("http", "engine") if number % 2 == 0 else ("engine", "http")
-    pair: list[Turn] = []
+async def _round(sides: Sequence[Side], client: Program, streams: int, number: int) -> list[Turn]:
+    # Each side begins now and then, so that none always comes after the same.
+    first = number % len(sides)
+    order, done = [*sides[first:], *sides[:first]], list[Turn]()
     for again in range(_TRIES):
         # Other prompts when it is done again: these are in the cache.
-        pair = [await turn(side, bench, streams, number + again * 1000) for side in sides]
-        if max(one.disturbed for one in pair) <= _DISTURBED:
+        texts = number + again * 1000
+        done = [await turn(side, sides, client, streams, texts) for side in order]
+        if max(one.disturbed for one in done) <= _DISTURBED:
             break
         print(f"  {streams:3} streams  disturbed", flush=True)
-    return [one._replace(round=number) for one in pair]
+    return [one._replace(round=number) for one in done]
 
 
-def ratios(turns: Sequence[Turn], streams: int) -> list[float]:
-    """Return http over engine for each round."""
+async def rounds(options: argparse.Namespace, streams: int, model: Path) -> list[Turn]:
+    """Measure all sides at one number of streams."""
+    shape = {"slots": streams, "threads": options.threads, "batch_size": _BATCH}
+    command = drive.serve(str(model), "--context-length", str(_CONTEXT), options=shape)
+    settings = {"model": str(model), "context_length": _CONTEXT, **shape}
+    async with contextlib.AsyncExitStack() as stack:
+        client = await stack.enter_async_context(drive.program(load.command()))
+        start = stack.enter_async_context
+        server, most = await start(drive.server(command)), options.max_tokens
+        sides = [over_http("http", server, client, most)]
+        if options.against:
+            other = await start(drive.server(command, drive.checkout(options.against)))
+            sides.append(over_http("other", other, client, most))
+        else:
+            sides.append(await by_itself("engine", stack, settings, "tax_engine.py", most))
+        turns = await take_turns(sides, client, streams, options.rounds)
+    requests = streams * REPEATS.get(streams, 1)
+    if {one.tokens for one in turns} != {requests * options.max_tokens}:
+        raise SystemExit(f"Not every request wrote {options.max_tokens} tokens.")
+    if len({(one.round, one.prompt_tokens) for one in turns}) > len({one.round for one in turns}):
+        raise SystemExit("The sides did not see the same prompts.")
+    return turns
+
+
+def rate(turns: Sequence[Turn], streams: int, side: str) -> float:
+    """Return the median rate of a side."""
+    return statistics.median(
+        one.rate for one in turns if (one.side, one.streams) == (side, streams)
+    )
+
+
+def ratios(turns: Sequence[Turn], streams: int, side: str, base: str) -> list[float]:
+    """Return the rate of one side over another's, for each round."""
     rates = {(one.side, one.round): one.rate for one in turns if one.streams == streams}
-    numbers = sorted({number for _, number in rates})
-    return [rates["http", number] / rates["engine", number] for number in numbers]
+    numbers = sorted({number for name, number in rates if name == base})
+    return [rates[side, number] / rates[base, number] for number in numbers]
 
 
-def table(turns: Sequence[Turn], facts: dict[str, Any], options: argparse.Namespace) -> str:
+def table(
+    turns: Sequence[Turn], facts: dict[str, Any], options: argparse.Namespace, base: str
+) -> str:
     """Return the figures to be read."""
     lines = [
-        "Output tokens/s through HTTP over the engine's own, in one interleaved run",
+        f"Output tokens/s through HTTP over {NAMES[base]}, in one interleaved run",
         report.describe(facts),
         f"{options.model}, {options.threads} threads, {options.max_tokens} tokens out, "
         f"{turns[0].prompt_tokens // max(1, turns[0].tokens // options.max_tokens)} in",
         "",
-        "streams  http tok/s  engine tok/s  ratio (least-most)     CPU s/token, http over engine",
+        f"streams  http tok/s  {base:>6} tok/s  ratio (least-most)     CPU s/token, over {base}",
     ]
     for streams in sorted({one.streams for one in turns}):
-        sides = {
-            side: [one for one in turns if (one.side, one.streams) == (side, streams)]
-            for side in ("http", "engine")
-        }
-        rate = {side: statistics.median(one.rate for one in those) for side, those in sides.items()}
-        cpu = {
-            side: sum(one.cpu + one.client_cpu for one in those) / sum(one.tokens for one in those)
-            for side, those in sides.items()
-        }
+        spent = [_cpu_per_token(turns, streams, side) for side in ("http", base)]
         lines.append(
-            f"{streams:7}  {rate['http']:10.1f}  {rate['engine']:12.1f}"
-            f"  {report.spread(ratios(turns, streams)):21}  {cpu['http'] / cpu['engine']:.3f}"
+            f"{streams:7}  {rate(turns, streams, 'http'):10.1f}"
+            f"  {rate(turns, streams, base):12.1f}"
+            f"  {figures.spread(ratios(turns, streams, 'http', base)):21}"
+            f"  {spent[0] / spent[1]:.3f}"
         )
     idle = max(one.idle_cpu / one.seconds for one in turns)
     others = max(one.disturbed for one in turns)
-    lines += [
-        "",
-        f"Goal: at least {GOAL} each, aim {AIM}. The side that waited used at most {idle:.1%} of a "
-        f"core, other programs {others:.1%}.",
-    ]
-    return "\n".join(lines)
+    goal = f"Goal: at least {GOAL} each, aim {AIM}. " if base == "engine" else ""
+    waited = f"The side that waited used at most {idle:.1%} of a core, other programs {others:.1%}."
+    return "\n".join([*lines, "", goal + waited])
 
 
-@contextlib.asynccontextmanager
-async def direct(
-    settings: dict[str, Any], program: str = "tax_engine.py"
-) -> AsyncGenerator[Process]:
-    """Run the engine by itself in a process."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *script(program, json.dumps(settings)),
-        stdin=PIPE,
-        stdout=PIPE,
-        limit=1 << 24,
-    )
-    try:
-        assert process.stdout is not None
-        await process.stdout.readline()
-        yield process
-    finally:
-        process.kill()
-        await process.wait()
+def _cpu_per_token(turns: Sequence[Turn], streams: int, side: str) -> float:
+    own = [one for one in turns if (one.side, one.streams) == (side, streams)]
+    return sum(one.cpu + one.client_cpu for one in own) / sum(one.tokens for one in own)
 
 
-async def say(process: Process, texts: Sequence[str], max_tokens: int) -> dict[str, Any]:
-    """Have an engine of `direct` answer all texts at once."""
-    command = {"prompts": list(texts), "max_tokens": max_tokens}
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(json.dumps(command).encode() + b"\n")
-    return json.loads(await process.stdout.readline())
-
-
-def _cpu(bench: Bench) -> dict[str, float]:
+def _cpu(sides: Sequence[Side], client: Program) -> dict[str, float]:
     times = psutil.cpu_times()
-    return {
-        "all": times.user + times.system,
-        "http": bench.server.cpu() + bench.server.children_cpu(),
-        "engine": _process_cpu(bench.engine.pid),
-        "client": _process_cpu(bench.client.pid),
-    }
+    own = {side.name: side.cpu() for side in sides}
+    return {"all": times.user + times.system, "client": client.cpu(), **own}
 
 
-def _process_cpu(pid: int) -> float:
-    times = psutil.Process(pid).cpu_times()
-    return times.user + times.system
-
-
-def _cores() -> int:
+def cores() -> int:
+    """Return how many cores this process may use, without their second threads."""
     logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(logical or 1, psutil.cpu_count(logical=False) or 1))
 
 
 async def run(options: argparse.Namespace) -> list[Turn]:
     """Measure everything."""
-    settings = runtime.load_settings()
-    model = runtime.store(settings.config).fetch(parse(options.model))
+    model = runtime.store(runtime.load_settings().config).fetch(parse(options.model))
     turns: list[Turn] = []
     for streams in options.streams:
         turns += await rounds(options, streams, model)
@@ -305,20 +297,20 @@ async def run(options: argparse.Namespace) -> list[Turn]:
 
 def main() -> None:
     """Measure, print and keep the figures."""
-    options, began = arguments(), time.monotonic()
+    options, watch = arguments(), report.Watch()
+    base = "other" if options.against else "engine"
     turns, facts = asyncio.run(run(options)), report.machine()
-    text = table(turns, facts, options) + f" Took {time.monotonic() - began:.0f} s."
+    text = f"{table(turns, facts, options, base)}{watch}"
     print(f"\n{text}")
     record = {
         "machine": facts,
         "model": options.model,
         "threads": options.threads,
         "goal": GOAL,
-        "ratios": {n: statistics.median(ratios(turns, n)) for n in options.streams},
+        "ratios": {n: statistics.median(ratios(turns, n, "http", base)) for n in options.streams},
         "turns": [one._asdict() for one in turns],
     }
-    if options.json is not None or not options.quick:
-        report.write("tax", text, record, options.json)
+    report.write("tax-against" if options.against else "tax", text, record, options)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REAL_PROCESSES = (
-    *("bench/test_bench.py", "cli/", "service/", "telemetry/test_export.py"),
+    *("lab/bench/test_bench.py", "cli/", "service/", "telemetry/test_export.py"),
     *("telemetry/test_attempts.py", "test_docs.py", "worker/test_process.py"),
 )
 """Tests that start processes and wait for them, by their place in this folder."""
@@ -30,7 +30,7 @@ ALONE = (
     "worker/test_real.py",
 )
 """Tests that measure milliseconds: no other test of this home runs beside them."""
-LONG = (*REAL_PROCESSES, "contract/", "pool/test_steps.py", "tune/test_tune.py")
+LONG = (*REAL_PROCESSES, "lab/cases/", "lab/tune/test_tune.py", "pool/test_steps.py")
 """Tests that take seconds each."""
 
 ROOT = Path(__file__).resolve().parents[1]

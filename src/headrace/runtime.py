@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from headrace import engines as engine_registry
 from headrace.config import Config, Settings
 from headrace.core.model import ModelFile, ModelInfo, ModelSpec
 from headrace.core.status import Plan
-from headrace.engines import EngineStatus
+from headrace.engines import EngineStatus, measured
 from headrace.log import LogSettings
 from headrace.machine import SystemInfo
 from headrace.models.inspect import inspect
@@ -30,10 +29,6 @@ from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker
 from headrace.pool.state import StateFile
 from headrace.telemetry import otel
-from headrace.tune import record as tune_record
-from headrace.tune.measure import Shape
-from headrace.tune.record import Record
-from headrace.tune.tuner import Tuner
 from headrace.worker.process import WorkerProcess
 from headrace.worker.sizing import Sizing, Unsized
 from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, unloaded_info
@@ -78,12 +73,20 @@ def store(config: Config) -> Store:
     return Store(config.home)
 
 
+def model_file(spec: ModelSpec, config: Config, on_progress: OnProgress) -> ModelFile:
+    """Return a model's file, downloaded if need be. Blocking.
+
+    Raises:
+        HeadraceError: the reference is wrong, or the file cannot be had.
+    """
+    return store(config).model_file(_reference(spec), on_progress)
+
+
 def resolver(config: Config) -> Resolve:
     """Return the function that finds a model's file and its engine; it downloads and blocks."""
 
     def resolve(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
-        file = store(config).model_file(_reference(spec), on_progress)
-        return _worker_spec(spec, file, config)
+        return _worker_spec(spec, model_file(spec, config, on_progress), config)
 
     return resolve
 
@@ -209,31 +212,6 @@ async def plan(settings: Settings, spec: ModelSpec) -> Plan:
     return await plan_load(open_pool(settings, [spec]).loader, spec)
 
 
-async def tune(
-    settings: Settings,
-    spec: ModelSpec,
-    shape: Shape,
-    wanted: Sequence[str],
-    on_progress: OnProgress,
-) -> Record:
-    """Measure the engines that could run a model here, and keep what was found.
-
-    Raises:
-        ConfigError: an engine is unknown or not installed.
-        HeadraceError: the model cannot be had, or nothing runs it.
-    """
-    config = settings.config
-    file = await asyncio.to_thread(store(config).model_file, _reference(spec), on_progress)
-    return await Tuner(
-        spec,
-        file,
-        resolver(config),
-        home=config.home,
-        budgets=_budgets(config),
-        shape=shape,
-    ).run(wanted, on_progress)
-
-
 def _wanted(before: Settings, settings: Settings, specs: Sequence[ModelSpec]) -> Wanted:
     return Wanted(
         specs=tuple(specs),
@@ -277,7 +255,7 @@ def _engine(spec: ModelSpec, file: ModelFile, config: Config) -> tuple[str, str]
             task=spec.task,
             device=spec.device,
             options=spec.options,
-            measured=tune_record.measured(config.home, file) if spec.engine is None else (),
+            measured=measured.known(config.home, file) if spec.engine is None else (),
         )
     provider = PROVIDERS[file.provider]
     engine, _ = engine_registry.choose(file, provider.engine)

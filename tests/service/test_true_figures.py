@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from tests.contract.samples import converted
+from tests.lab.cases.samples import converted
 from tests.service.serving import Service, served
 
 from headrace.engines import status

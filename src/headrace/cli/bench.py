@@ -1,4 +1,4 @@
-"""`headrace bench`: how fast a service answers, as its clients feel it."""
+"""`headrace bench`: how fast a service answers, as its clients see it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from headrace.cli.common import Common, ModelFlags, known_models, loop_factory
 from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from headrace.bench.figures import Limit, Run
-    from headrace.bench.run import Source
-    from headrace.bench.settings import Settings
     from headrace.cli.terminal import Report
     from headrace.config import Settings as Configured
+    from headrace.lab.bench.record import Limit, Run
+    from headrace.lab.bench.run import Source
+    from headrace.lab.bench.settings import Settings
 
 _KEYS = ("HEADRACE_API_KEY", "HEADRACE_ADMIN_KEY", "OPENAI_API_KEY")
 _INTERRUPTED = 130
@@ -32,7 +32,7 @@ def _flag(text: str, panel: str, metavar: str | None = None, least: float | None
     return typer.Option(help=text, metavar=metavar, min=least, rich_help_panel=panel)
 
 
-_LOAD, _ASK, _TOLD, _WHERE = "Load", "Requests", "Output", "Service"
+_LOAD, _ASK, _OUT, _SERVICE = "Load", "Requests", "Output", "Service"
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class _Given:
             autocompletion=known_models,
         ),
     ] = None
-    url: Annotated[str | None, _flag("Measure what answers there.", _WHERE)] = None
-    model: Annotated[str | None, _flag("What it calls the model.", _WHERE)] = None
-    api: Annotated[Literal["chat", "completions"], _flag("Route to ask.", _WHERE)] = "chat"
+    url: Annotated[str | None, _flag("Measure what answers there.", _SERVICE)] = None
+    model: Annotated[str | None, _flag("What it calls the model.", _SERVICE)] = None
+    api: Annotated[Literal["chat", "completions"], _flag("Route to ask.", _SERVICE)] = "chat"
     concurrency: Annotated[
-        str | None, _flag("Closed loop: clients; 1,2,4,8 if not told.", _LOAD, "N,..")
+        str | None, _flag("Closed loop: clients; 1,2,4,8 by default.", _LOAD, "N,..")
     ] = None
     rate: Annotated[str | None, _flag("Open loop: requests/s that begin.", _LOAD, "N,..")] = None
     arrival: Annotated[
@@ -60,11 +60,11 @@ class _Given:
     ] = "poisson"
     requests: Annotated[int | None, _flag("So many at each load.", _LOAD, least=1)] = None
     duration: Annotated[
-        str | None, _flag("New ones for so long at each load; 10s if not told.", _LOAD)
+        str | None, _flag("New ones for so long at each load; 10s by default.", _LOAD)
     ] = None
     warm_up: Annotated[int, _flag("Requests before each load, not counted.", _LOAD, least=0)] = 1
     prompt_tokens: Annotated[
-        str | None, _flag("Length of made-up prompts; 128 if not told.", _ASK, "N|N-M")
+        str | None, _flag("Length of made-up prompts; 128 by default.", _ASK, "N|N-M")
     ] = None
     output_tokens: Annotated[str, _flag("Length of answers.", _ASK, "N|N-M")] = "64"
     prompts: Annotated[Path | None, _flag("Take them from a .jsonl or a text.", _ASK, "FILE")] = (
@@ -77,19 +77,17 @@ class _Given:
     temperature: Annotated[float, _flag("0 is greedy.", _ASK, least=0)] = 0.0
     body: Annotated[str, _flag("Further fields of each request.", _ASK, "JSON")] = ""
     timeout: Annotated[str, _flag("Longest time for a request.", _ASK)] = "600s"
-    slo: Annotated[str, _flag("Tell the share within, as ttft=500ms,itl=50ms,total=5s.", _TOLD)] = (
-        ""
-    )
-    plot: Annotated[Path | None, _flag("Draw a .png or .svg.", _TOLD, "FILE")] = None
-    output: Annotated[Path | None, _flag("Write the record, as JSON.", _TOLD, "FILE")] = None
+    slo: Annotated[str, _flag("Share within, as ttft=500ms,itl=50ms,total=5s.", _OUT)] = ""
+    plot: Annotated[Path | None, _flag("Draw a .png or .svg.", _OUT, "FILE")] = None
+    output: Annotated[Path | None, _flag("Write the record, as JSON.", _OUT, "FILE")] = None
     raw: Annotated[
-        bool, typer.Option("--raw", help="Keep every request.", rich_help_panel=_TOLD)
+        bool, typer.Option("--raw", help="Keep every request.", rich_help_panel=_OUT)
     ] = False
     model_bytes: Annotated[
-        str | None, _flag("Size of the weights, for the share of the limit.", _TOLD)
+        str | None, _flag("Size of the weights, for the share of the limit.", _OUT)
     ] = None
     bandwidth: Annotated[
-        str | None, _flag("Bytes/s of the memory, if not this machine's.", _TOLD)
+        str | None, _flag("Bytes/s of the memory, if not this machine's.", _OUT)
     ] = None
 
     @property
@@ -112,7 +110,7 @@ def bench(common: Common, given: _Given, own: ModelFlags) -> None:
 def _check(given: _Given) -> None:
     """Refuse flags that contradict each other, and files that could not be written afterwards."""
     if given.plot is not None:
-        from headrace.bench import plot
+        from headrace.lab.bench import plot
 
         plot.check(given.plot)
     if given.output is not None and not given.output.parent.is_dir():
@@ -133,34 +131,34 @@ def _bench(common: Common, given: _Given, flags: ModelFlags) -> None:
     configured, plan, own = flags.settings(common), _plan(given), None
     if not given.url:
         own = given.names[0] if given.names else configured.config.default_model
-    found = _measured(plan, configured, own, _of_server(common, flags), given)
-    _tell(common, found, given)
-    if found.interrupted:
+    run = _measured(plan, configured, own, _of_server(common, flags), given)
+    _show(common, run, given)
+    if run.interrupted:
         raise typer.Exit(_INTERRUPTED)
 
 
 def _plan(given: _Given) -> Settings:
-    from headrace.bench import settings as read
+    from headrace.lab.bench import settings as parse
 
     closed = given.concurrency or "1,2,4,8"
-    lasts = None if given.requests else read.seconds("--duration", given.duration or "10s")
+    lasts = None if given.requests else parse.seconds("--duration", given.duration or "10s")
     made_up = given.prompt_tokens or "128"
-    return read.Settings(
+    return parse.Settings(
         model=given.model or "",
-        loads=read.loads("open", given.rate) if given.rate else read.loads("closed", closed),
+        loads=parse.loads("open", given.rate) if given.rate else parse.loads("closed", closed),
         api=given.api,
         requests=given.requests,
         duration_s=lasts,
         warm_up=given.warm_up,
-        prompt=None if given.prompts else read.span("--prompt-tokens", made_up),
-        output=read.span("--output-tokens", given.output_tokens),
+        prompt=None if given.prompts else parse.span("--prompt-tokens", made_up),
+        output=parse.span("--output-tokens", given.output_tokens),
         shared_prefix=given.shared_prefix,
         arrival=given.arrival,
         seed=given.seed,
         temperature=given.temperature,
-        timeout_s=read.seconds("--timeout", given.timeout),
-        slo=read.slo(given.slo),
-        body=read.extra_body(given.body),
+        timeout_s=parse.seconds("--timeout", given.timeout),
+        slo=parse.slo(given.slo),
+        body=parse.extra_body(given.body),
     )
 
 
@@ -178,32 +176,12 @@ def _of_server(common: Common, own: ModelFlags) -> list[str]:
 
 
 def _limit(configured: Configured, own: str | None, given: _Given) -> Limit | None:
-    """Return the limit where it is known; only that of the host's memory can be measured."""
-    from headrace import machine, runtime
-    from headrace.bench.figures import Limit
-    from headrace.bench.http import place
-    from headrace.bench.settings import amount
-    from headrace.models.inspect import inspect
-    from headrace.models.reference import parse
-    from headrace.tune import limits
+    from headrace.lab.bench.run import memory_limit
+    from headrace.lab.bench.settings import amount
 
     weights = int(amount("--model-bytes", given.model_bytes)) if given.model_bytes else 0
-    cache = None
-    if own is not None and not weights:
-        stored = runtime.store(configured.config).find(parse(configured.model_spec(own).model))
-        file = inspect(Path(stored.path)) if stored is not None else None
-        weights, cache = (file.size, file.kv_bytes_per_token) if file is not None else (0, None)
-    if not weights:
-        return None
-    if given.bandwidth is not None:
-        return Limit(
-            weights=weights, cache_per_token=cache, bandwidth=amount("--bandwidth", given.bandwidth)
-        )
-    here = given.url is None or place(given.url).is_loopback
-    if not here or any(one.key != "cpu" for one in machine.devices()):
-        return None
-    speed = limits.bandwidth(configured.config.home)
-    return Limit(weights=weights, cache_per_token=cache, bandwidth=speed)
+    rate = amount("--bandwidth", given.bandwidth) if given.bandwidth is not None else None
+    return memory_limit(configured, own, given.url, weights, rate)
 
 
 def _measured(
@@ -216,7 +194,7 @@ def _measured(
     import msgspec
 
     from headrace import runtime
-    from headrace.bench.run import Source
+    from headrace.lab.bench.run import Source
 
     source = Source(
         url=given.url or "",
@@ -239,37 +217,37 @@ def _measured(
 async def _measure(plan: Settings, source: Source, arguments: Sequence[str], report: Report) -> Run:
     import msgspec
 
-    from headrace.bench import run, server
+    from headrace.lab.bench import run
 
     stop, begun = asyncio.Event(), asyncio.Event()
 
-    def told(what: str, done: int, total: int) -> None:
+    def progress(label: str, done: int, total: int) -> None:
         begun.set()
-        report(what, done, total)
+        report(label, done, total)
 
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_signals(stop, begun))
         if source.own:
             report("starting the server", 0, 0)
-            own = await stack.enter_async_context(server.own(arguments))
+            own = await stack.enter_async_context(run.own_server(arguments))
             source = msgspec.structs.replace(source, url=own.url, key=own.key)
-        return await run.measure(source, plan, told, stop)
+        return await run.measure(source, plan, progress, stop)
 
 
 @contextlib.contextmanager
 def _signals(stop: asyncio.Event, begun: asyncio.Event) -> Generator[None]:
-    """Let the first signal end the measuring and keep its figures; the second ends all."""
+    """Let the first signal end the measurement and keep its figures; the second ends it all."""
     loop, main = asyncio.get_running_loop(), asyncio.current_task()
     assert main is not None
 
-    def asked() -> None:
+    def interrupted() -> None:
         if stop.is_set() or not begun.is_set():
             main.cancel()
         stop.set()
 
     names = (signal.SIGINT, signal.SIGTERM)
     for name in names:
-        loop.add_signal_handler(name, asked)
+        loop.add_signal_handler(name, interrupted)
     try:
         yield
     finally:
@@ -277,10 +255,10 @@ def _signals(stop: asyncio.Event, begun: asyncio.Event) -> Generator[None]:
             loop.remove_signal_handler(name)
 
 
-def _tell(common: Common, run: Run, given: _Given) -> None:
+def _show(common: Common, run: Run, given: _Given) -> None:
     import msgspec
 
-    from headrace.bench.run import without_rows
+    from headrace.lab.bench.record import without_rows
 
     run = run if given.raw else without_rows(run)
 
@@ -291,7 +269,7 @@ def _tell(common: Common, run: Run, given: _Given) -> None:
         except OSError as error:
             raise ConfigError(f"flag --output: {given.output}: {error.strerror}.") from None
     if given.plot is not None:
-        from headrace.bench.plot import draw
+        from headrace.lab.bench.plot import draw
 
         draw({run.settings.model: run}, given.plot)
     if common.as_json:
@@ -301,7 +279,7 @@ def _tell(common: Common, run: Run, given: _Given) -> None:
 
 
 def _compare(common: Common, files: Sequence[str], plot: Path | None) -> None:
-    from headrace.bench.run import read
+    from headrace.lab.bench.record import read
 
     if len(files) < 2:
         raise ConfigError("compare needs two records or more, as --output writes them.")
@@ -309,7 +287,7 @@ def _compare(common: Common, files: Sequence[str], plot: Path | None) -> None:
     names = stems if len(set(stems)) == len(stems) else list(files)
     runs = {name: read(Path(file)) for name, file in zip(names, files, strict=True)}
     if plot is not None:
-        from headrace.bench.plot import draw
+        from headrace.lab.bench.plot import draw
 
         draw(runs, plot)
     if common.as_json:

@@ -1,4 +1,4 @@
-"""How the figures of `headrace bench` are shown."""
+"""The tables of `headrace bench`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.cli import terminal
 
 if TYPE_CHECKING:
-    from headrace.bench.figures import Level, Run, Summary
+    from headrace.lab.bench.record import Level, Run, Summary
 
 _HEADS = (
     *("LOAD", "OK", "FAILED", "REQ/S", "TOKENS/S", "PROMPT", "ANSWER", "TTFT P50", "P90", "P99"),
@@ -17,54 +17,56 @@ _HEADS = (
 
 
 def show(run: Run) -> None:
-    """Print a table of the loads, what went wrong, and what one must know to read it."""
+    """Print a table of the loads, the failures, and the notes that are needed to read it."""
     settings = run.settings
     kind = "requests at once" if settings.loads[0].loop == "closed" else "requests/s"
-    where = "its own server" if run.own_server else run.url
-    print(f"{settings.model} at {where}, by {kind}; prompts {run.prompts}; times in ms")
-    heads, rows = [*_HEADS], [_row(one) for one in run.levels]
-    for head, values in _further(run):
+    service = "its own server" if run.own_server else run.url
+    print(f"{settings.model} at {service}, by {kind}; prompts {run.prompts}; times in ms")
+    heads, rows = [*_HEADS], [_row(level) for level in run.levels]
+    for head, values in _optional(run):
         heads.append(head)
         rows = [[*row, value] for row, value in zip(rows, values, strict=True)]
     terminal.columns(heads, rows)
-    for one in run.levels:
-        for fault, count in one.errors.items():
-            print(f"{one.load}: {count} times {fault}: {terminal.printable(one.examples[fault])}")
-        if one.cut:
-            print(f"{one.load}: {one.cut} requests were cut when it was stopped.")
+    for level in run.levels:
+        for fault, count in level.errors.items():
+            print(
+                f"{level.load}: {count} times {fault}: {terminal.printable(level.examples[fault])}"
+            )
+        if level.cut:
+            print(f"{level.load}: {level.cut} requests were cut when it was stopped.")
     for line in run.notes:
         print(line)
     if run.limit is not None:
         print(f"LIMIT is what {run.limit.bandwidth / 1e9:.1f} GB/s of memory allow.")
 
 
-def _row(one: Level) -> list[Any]:
+def _row(level: Level) -> list[Any]:
     return [
-        *(str(one.load), one.ok, one.failed, f"{one.requests_per_s:.2f}"),
-        f"{one.output_tokens_per_s:.1f}",
-        *(_number(one.prompt_tokens), _number(one.completion_tokens)),
-        *_of(one.ttft_ms, "p50", "p90", "p99"),
-        *_of(one.inter_token_ms, "p50", "p99"),
-        *_of(one.total_ms, "p50", "p99"),
+        *(str(level.load), level.ok, level.failed, f"{level.requests_per_s:.2f}"),
+        f"{level.output_tokens_per_s:.1f}",
+        *(_number(level.prompt_tokens), _number(level.completion_tokens)),
+        *_of(level.ttft_ms, "p50", "p90", "p99"),
+        *_of(level.inter_token_ms, "p50", "p99"),
+        *_of(level.total_ms, "p50", "p99"),
     ]
 
 
-def _further(run: Run) -> Iterator[tuple[str, list[str | None]]]:
+def _optional(run: Run) -> Iterator[tuple[str, list[str | None]]]:
     """Yield the columns that not every run has."""
     levels = run.levels
-    if any(one.server for one in levels):
-        told = [one.server.get("time_to_first_token_ms") for one in levels]
-        yield "SERVER'S TTFT", [_of(one, "p50")[0] for one in told]
-    if any(one.late_ms for one in levels):
-        yield "LATE P99", [_of(one.late_ms, "p99")[0] for one in levels]
+    if any(level.server for level in levels):
+        firsts = [level.server.get("time_to_first_token_ms") for level in levels]
+        yield "SERVER'S TTFT", [_of(first, "p50")[0] for first in firsts]
+    if any(level.late_ms for level in levels):
+        yield "LATE P99", [_of(level.late_ms, "p99")[0] for level in levels]
     if run.settings.slo:
-        yield "WITHIN SLO", [_percent(one.goodput) for one in levels]
+        yield "WITHIN SLO", [_percent(level.goodput) for level in levels]
     if run.limit is not None:
-        yield "OF LIMIT", [_percent(one.of_limit) for one in levels]
+        yield "OF LIMIT", [_percent(level.of_limit) for level in levels]
 
 
-def _of(found: Summary | None, *names: str) -> list[str | None]:
-    return [None if found is None else f"{getattr(found, name):.1f}" for name in names]
+def _of(summary: Summary | None, *names: str) -> list[str | None]:
+    return [None if summary is None else f"{getattr(summary, name):.1f}" for name in names]
 
 
 def _number(value: float | None) -> str | None:
@@ -82,29 +84,29 @@ def show_beside(runs: dict[str, Run]) -> None:
 
 
 def _compared(runs: dict[str, Run]) -> Iterator[list[str | None]]:
-    first = {str(one.load): one for one in next(iter(runs.values())).levels}
-    every = dict.fromkeys(str(one.load) for run in runs.values() for one in run.levels)
+    first = {str(level.load): level for level in next(iter(runs.values())).levels}
+    every = dict.fromkeys(str(level.load) for run in runs.values() for level in run.levels)
     for load in every:
         for name, run in runs.items():
-            for one in run.levels:
-                if str(one.load) == load:
+            for level in run.levels:
+                if str(level.load) == load:
                     base = first.get(load)
-                    yield [load, name, *(_beside(one, base, get) for get in _COMPARED.values())]
+                    yield [load, name, *(_beside(level, base, get) for get in _COMPARED.values())]
 
 
-def _beside(one: Level, base: Level | None, get: Callable[[Level], float | None]) -> str | None:
-    value, before = get(one), get(base) if base is not None else None
+def _beside(level: Level, base: Level | None, get: Callable[[Level], float | None]) -> str | None:
+    value, before = get(level), get(base) if base is not None else None
     if value is None:
         return None
     return f"{value:.1f}" if not before else f"{value:.1f} ({value / before:.2f})"
 
 
 _COMPARED: dict[str, Callable[[Level], float | None]] = {
-    "TOKENS/S": lambda one: one.output_tokens_per_s,
-    "REQ/S": lambda one: one.requests_per_s,
-    "FAILED": lambda one: one.failed,
-    "TTFT P50": lambda one: one.ttft_ms and one.ttft_ms.p50,
-    "P99": lambda one: one.ttft_ms and one.ttft_ms.p99,
-    "BETWEEN P50": lambda one: one.inter_token_ms and one.inter_token_ms.p50,
-    "P99 ": lambda one: one.inter_token_ms and one.inter_token_ms.p99,
+    "TOKENS/S": lambda level: level.output_tokens_per_s,
+    "REQ/S": lambda level: level.requests_per_s,
+    "FAILED": lambda level: level.failed,
+    "TTFT P50": lambda level: level.ttft_ms and level.ttft_ms.p50,
+    "P99": lambda level: level.ttft_ms and level.ttft_ms.p99,
+    "BETWEEN P50": lambda level: level.inter_token_ms and level.inter_token_ms.p50,
+    "P99 ": lambda level: level.inter_token_ms and level.inter_token_ms.p99,
 }

@@ -15,8 +15,8 @@ from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from headrace.config import Settings
-    from headrace.contract import Case, Kind, Outcome
     from headrace.core.model import ModelSpec
+    from headrace.lab.cases import Case, Kind, Outcome
 
 
 def check_engine(
@@ -60,15 +60,15 @@ def check_engine(
     spec = settings.model_spec(model, {k: v for k, v in given.items() if v is not None})
     outcomes = asyncio.run(_examined(spec, settings, engine, _kinds(backend), only, common))
     if common.as_json:
-        terminal.print_json([{"backend": kind, **asdict(one)} for kind, one in outcomes])
+        terminal.print_json([{"backend": kind, **asdict(outcome)} for kind, outcome in outcomes])
     else:
-        print(_summary([one for _, one in outcomes]))
-    if any(one.result == "failed" for _, one in outcomes):
+        print(_summary([outcome for _, outcome in outcomes]))
+    if any(outcome.result == "failed" for _, outcome in outcomes):
         raise typer.Exit(1)
 
 
 def _kinds(backend: str) -> tuple[Kind, ...]:
-    from headrace.contract import KINDS
+    from headrace.lab.cases import KINDS
 
     kinds: tuple[Kind, ...] = tuple(kind for kind in KINDS if backend in (kind, "all"))
     if not kinds:
@@ -84,17 +84,17 @@ async def _examined(
     only: str,
     common: Common,
 ) -> list[tuple[Kind, Outcome]]:
-    from headrace.contract import CASES, concerns, examine, opened
+    from headrace.lab.cases import CASES, concerns, examine, opened
 
-    found: list[tuple[Kind, Outcome]] = []
+    outcomes: list[tuple[Kind, Outcome]] = []
     for kind in kinds:
         async with opened(engine, spec, settings, kind) as subject:
             for case in _chosen(CASES, only):
                 if concerns(case, subject):
-                    found.append((kind, await examine(case, subject)))
+                    outcomes.append((kind, await examine(case, subject)))
                     if not common.as_json:
-                        print(_line(*found[-1]), flush=True)
-    return found
+                        print(_line(*outcomes[-1]), flush=True)
+    return outcomes
 
 
 def _chosen(cases: tuple[Case, ...], only: str) -> list[Case]:
@@ -107,11 +107,11 @@ def _chosen(cases: tuple[Case, ...], only: str) -> list[Case]:
 def _line(kind: Kind, outcome: Outcome) -> str:
     result = "FAILED" if outcome.result == "failed" else outcome.result
     why = f"  {outcome.why}" if outcome.why else ""
-    told = f"{kind:<8} {result:<9} {outcome.case:<28} {outcome.rows:<12}"
-    return terminal.printable(f"{told} {outcome.seconds:6.1f} s{why}")
+    text = f"{kind:<8} {result:<9} {outcome.case:<28} {outcome.rows:<12}"
+    return terminal.printable(f"{text} {outcome.seconds:6.1f} s{why}")
 
 
 def _summary(outcomes: list[Outcome]) -> str:
-    results = [one.result for one in outcomes]
-    told = (f"{results.count(kind)} {kind}" for kind in ("ok", "refused", "reported", "failed"))
-    return f"{len(results)} cases: {', '.join(told)}"
+    results = [outcome.result for outcome in outcomes]
+    counts = (f"{results.count(kind)} {kind}" for kind in ("ok", "refused", "reported", "failed"))
+    return f"{len(results)} cases: {', '.join(counts)}"

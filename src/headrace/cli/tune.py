@@ -1,4 +1,4 @@
-"""`headrace tune`: measures what could run a model here, and keeps the best."""
+"""`headrace tune`: measures the engines that could run a model here, and keeps the best."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headrace.core.errors import ConfigError
 if TYPE_CHECKING:
     from headrace.config import Settings
     from headrace.core.model import ModelSpec
-    from headrace.tune.record import Record, Trial
+    from headrace.engines.measured import Record, Trial
 
 Aim = Literal["latency", "throughput"]
 
@@ -47,10 +47,10 @@ def tune(
 ) -> None:
     """Measure the engines and options that can run a model on this machine.
 
-    Each is asked for the same answers as a reference; who does not agree is not chosen.
+    Each is compared with a reference; one that does not agree with it is not chosen.
     """
-    from headrace import runtime
-    from headrace.tune.measure import Shape
+    from headrace.lab.tune import tuner
+    from headrace.lab.tune.measure import Shape
 
     settings = common.settings(
         device=device, context_length=context_length, options=parse_options(option)
@@ -59,49 +59,49 @@ def tune(
     shape = Shape(streams=_numbers(streams), seconds=seconds, rounds=rounds, tokens=tokens)
     wanted = [name.strip() for name in engines.split(",") if name.strip()]
     with terminal.progress() as report:
-        found = asyncio.run(runtime.tune(settings, spec, shape, wanted, report))
+        record = asyncio.run(tuner.tune(settings, spec, shape, wanted, report))
     if common.as_json:
-        terminal.print_json(found)
+        terminal.print_json(record)
     else:
-        _print(found)
+        _print(record)
     if write is not None:
-        _write(settings, spec, found, write)
+        _write(settings, spec, record, write)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     try:
-        found = tuple(sorted({int(word) for word in text.split(",")}))
+        numbers = tuple(sorted({int(word) for word in text.split(",")}))
     except ValueError:
-        found = ()
-    if not found or not 0 < min(found) <= max(found) <= 1024:
+        numbers = ()
+    if not numbers or not 0 < min(numbers) <= max(numbers) <= 1024:
         raise ConfigError(f"flag --streams: {text} is not like 1,8,32, up to 1024.")
-    return found
+    return numbers
 
 
-def _print(found: Record) -> None:
-    print(f"{found.model} on {found.machine}, {found.context_length} tokens of context each")
-    terminal.columns(_HEADS, [row for trial in found.trials for row in _rows(trial)])
+def _print(record: Record) -> None:
+    print(f"{record.model} on {record.machine}, {record.context_length} tokens of context each")
+    terminal.columns(_HEADS, [row for trial in record.trials for row in _rows(trial)])
     print()
-    for trial in found.trials:
+    for trial in record.trials:
         if trial.fault is not None:
-            print(f"Not {_called(trial)}: {trial.fault}.")
-    for line in _verdicts(found):
+            print(f"Not {_title(trial)}: {trial.fault}.")
+    for line in _verdicts(record):
         print(line)
 
 
 def _rows(trial: Trial) -> Iterator[list[Any]]:
-    """Yield a row for each number of streams; what is the same for all stands in the first."""
+    """Yield a row for each number of streams; what they have in common is in the first."""
     own: list[Any] = [trial.engine, _options(trial) or None, trial.precision]
     last = [
         terminal.size(max(trial.memory.values(), default=0)) if trial.memory else None,
         f"{trial.load_s:.1f} s" if trial.load_s is not None else None,
         _agreement(trial),
     ]
-    for one in trial.figures:
-        limit = None if one.of_limit is None else f"{one.of_limit:.0%}"
-        spread = f"{one.spread[0]:.1f}-{one.spread[1]:.1f}"
-        first = [f"{one.first_token_ms_p50:.0f} ms", f"{one.first_token_ms_p99:.0f} ms", limit]
-        yield [*own, one.streams, f"{one.tokens_per_s:.1f}", spread, *first, *last]
+    for point in trial.figures:
+        limit = None if point.of_limit is None else f"{point.of_limit:.0%}"
+        spread = f"{point.spread[0]:.1f}-{point.spread[1]:.1f}"
+        first = [f"{point.first_token_ms_p50:.0f} ms", f"{point.first_token_ms_p99:.0f} ms", limit]
+        yield [*own, point.streams, f"{point.tokens_per_s:.1f}", spread, *first, *last]
         own, last = [""] * len(own), [""] * len(last)
     if not trial.figures:
         yield [*own, *[None] * (len(_HEADS) - 1 - len(own)), trial.fault and "no"]
@@ -111,51 +111,51 @@ def _agreement(trial: Trial) -> str:
     if trial.agreement is None:
         return "no"
     off = trial.agreement.distance
-    said = f"{trial.agreement.forced:.0%}" + ("" if off is None else f" +-{off:.2f}")
-    return said if trial.fault is None else f"no, {said}"
+    text = f"{trial.agreement.forced:.0%}" + ("" if off is None else f" +-{off:.2f}")
+    return text if trial.fault is None else f"no, {text}"
 
 
 def _options(trial: Trial) -> str:
     return " ".join(f"{key}={value}" for key, value in trial.options.items())
 
 
-def _called(trial: Trial) -> str:
+def _title(trial: Trial) -> str:
     return " ".join(part for part in (trial.engine, _options(trial)) if part)
 
 
-def _verdicts(found: Record) -> Iterator[str]:
-    yield f"AGREES is with {found.reference}."
-    if found.bandwidth:
-        yield f"LIMIT is what {found.bandwidth / 1e9:.1f} GB/s of memory allow."
+def _verdicts(record: Record) -> Iterator[str]:
+    yield f"AGREES is with {record.reference}."
+    if record.bandwidth:
+        yield f"LIMIT is what {record.bandwidth / 1e9:.1f} GB/s of memory allow."
     aims: tuple[Aim, ...] = ("latency", "throughput")
     for aim in aims:
-        if (best := found.winner(aim)) is not None:
-            streams = min(found.streams) if aim == "latency" else max(found.streams)
+        if (best := record.winner(aim)) is not None:
+            streams = record.streams_for(aim)
             rate = f"{best.rate(streams):.1f} tokens/s"
-            yield f"For {aim}: {_called(best)}, {rate} at {_streams(streams)} (--write {aim})."
+            yield f"For {aim}: {_title(best)}, {rate} at {_streams(streams)} (--write {aim})."
 
 
 def _streams(count: int) -> str:
     return "1 stream" if count == 1 else f"{count} streams"
 
 
-def _write(settings: Settings, spec: ModelSpec, found: Record, aim: Aim) -> None:
+def _write(settings: Settings, spec: ModelSpec, record: Record, aim: Aim) -> None:
     from headrace import runtime
-    from headrace.tune import write
+    from headrace.lab.tune import write
 
-    best = found.winner(aim)
+    best = record.winner(aim)
     if best is None:
         raise ConfigError(f"Nothing that was measured can be written for {aim}.")
     path = settings.file or settings.searched[-1]
     before = path.read_text(encoding="utf-8") if path.exists() else ""
-    streams = min(found.streams) if aim == "latency" else max(found.streams)
+    streams = record.streams_for(aim)
     rate = f"{best.rate(streams):.0f} tokens/s at {_streams(streams)}"
     known = runtime.engine_options()[best.engine].model_fields
     own = {key: value for key, value in spec.options.items() if key in known}
     changes: dict[str, Any] = {"engine": best.engine, "options": {**best.options, **own}}
     if spec.name not in settings.config.models and spec.model != spec.name:
         changes = {"model": spec.model, **changes}
-    remark = f"tuned {found.day} for {aim}: {rate}"
+    remark = f"tuned {record.day} for {aim}: {rate}"
     after = write.edited(before, spec.name, changes, remark)
     texts = before.splitlines(), after.splitlines()
     for line in difflib.unified_diff(*texts, str(path), str(path), lineterm="", n=2):

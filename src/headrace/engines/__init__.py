@@ -27,7 +27,7 @@ from headrace.models.transfer import Progress, silent
 ENTRY_POINTS = "headrace.engines"
 """The entry point group under which another package registers an engine's module."""
 
-_SHARED = {"base", "choice", "grammar", "openmp", "remote", "threaded"}
+_SHARED = {"base", "choice", "grammar", "measured", "openmp", "remote", "threaded"}
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):

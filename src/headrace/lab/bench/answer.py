@@ -1,0 +1,219 @@
+"""One request as its client saw it: the events of its stream, and the figures made of them."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from headrace.lab.http import Headers
+
+MOST_BYTES = 16 << 20
+_LONGEST_EXCERPT = 200
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One request. Times are in milliseconds; `at_s` is its start, in seconds from the load's.
+
+    `fault` is empty if it succeeded. It starts when it was sent, and in an open loop when it was
+    due; `late_ms` is the time between the two. `inter_token_ms` is (last text - first text) /
+    (tokens - 1), `gaps_ms` are the times from one chunk with text to the next. `completion_tokens`
+    counts chunks where the server reports no `usage`. `metrics` are a Headrace's own figures.
+    """
+
+    at_s: float
+    total_ms: float
+    late_ms: float = 0.0
+    fault: str = ""
+    detail: str = ""
+    ttft_ms: float | None = None
+    inter_token_ms: float | None = None
+    gaps_ms: list[float] = []
+    prompt_tokens: int | None = None
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    usage: bool = False
+    wanted_tokens: int = 0
+    finish_reason: str | None = None
+    metrics: dict[str, Any] = {}
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _Cached(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _Cached | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    metrics: dict[str, Any] | None = None
+    error: Any = None
+
+
+class _Message(msgspec.Struct):
+    message: str
+
+
+class _Refusal(msgspec.Struct):
+    error: _Message
+
+
+class _PlainRefusal(msgspec.Struct):
+    error: str
+
+
+_CHUNK = msgspec.json.Decoder(_Chunk)
+
+
+class Events:
+    """Cuts a stream of server-sent events into the data of each; comments are left out.
+
+    Lines end with LF or CRLF.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[bytes] = []
+
+    def feed(self, more: bytes) -> Iterator[bytes]:
+        """Yield the data of each event that is complete now.
+
+        Raises:
+            ValueError: a line is too long.
+        """
+        *lines, self._rest = (self._rest + more).split(b"\n")
+        if len(self._rest) > MOST_BYTES:
+            raise ValueError("a line without end")
+        for raw in lines:
+            line = raw.removesuffix(b"\r")
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif not line and self._data:
+                yield b"\n".join(self._data)
+                self._data = []
+
+
+class Answer:
+    """Receives a streamed answer piece by piece, and makes its row."""
+
+    def __init__(self, began: float, wanted_tokens: int, due: float | None = None) -> None:
+        self.status = 0
+        self._due = began if due is None else due
+        self._late = began - self._due
+        self._wanted = wanted_tokens
+        self._events = Events()
+        self._texts = array("d")
+        self._usage: _Usage | None = None
+        self._metrics: dict[str, Any] = {}
+        self._finish_reason: str | None = None
+        self._whole = False
+        self._fault = ("", "")
+        self._refusal = b""
+
+    def head(self, status: int, headers: Headers) -> None:
+        """Receive the status."""
+        self.status = status
+
+    def body(self, data: bytes, at: float) -> None:
+        """Receive a piece of the body, which came at `at`."""
+        if self.status != 200:
+            self._refusal += data[: 1 << 16]
+            return
+        try:
+            for event in self._events.feed(data):
+                self._event(event, at)
+        except ValueError as error:
+            self.fail("malformed", str(error))
+
+    def fail(self, kind: str, detail: str) -> None:
+        """Record what went wrong; the first failure counts."""
+        self._fault = self._fault if self._fault[0] else (kind, detail)
+
+    def row(self, zero: float) -> Row:
+        """Return the figures, now that it is over; `zero` is when the load started."""
+        over = time.perf_counter()
+        kind, detail = self._verdict()
+        texts, usage = self._texts, self._usage
+        tokens = len(texts) if usage is None else usage.completion_tokens
+        cached = usage.prompt_tokens_details if usage else None
+        spaced = len(texts) > 1 and tokens > 1
+        return Row(
+            at_s=self._due - zero,
+            total_ms=(over - self._due) * 1e3,
+            late_ms=self._late * 1e3,
+            fault=kind,
+            detail=" ".join(detail.split())[:_LONGEST_EXCERPT],
+            ttft_ms=(texts[0] - self._due) * 1e3 if texts else None,
+            inter_token_ms=(texts[-1] - texts[0]) * 1e3 / (tokens - 1) if spaced else None,
+            gaps_ms=[(later - before) * 1e3 for before, later in itertools.pairwise(texts)],
+            prompt_tokens=usage.prompt_tokens if usage else None,
+            cached_tokens=(cached and cached.cached_tokens) or 0,
+            completion_tokens=tokens,
+            usage=usage is not None,
+            wanted_tokens=self._wanted,
+            finish_reason=self._finish_reason,
+            metrics=self._metrics,
+        )
+
+    def _verdict(self) -> tuple[str, str]:
+        if self._fault[0]:
+            return self._fault
+        if self.status != 200:
+            return f"http {self.status}", message_of(self._refusal)
+        if not self._whole and self._finish_reason is None:
+            return "truncated", "the stream ended without a finish_reason or [DONE]"
+        return "", ""
+
+    def _event(self, data: bytes, at: float) -> None:
+        if data == b"[DONE]":
+            self._whole = True
+            return
+        chunk = _CHUNK.decode(data)
+        if chunk.error is not None:
+            self.fail("error in the stream", message_of(data))
+        for choice in chunk.choices:
+            if _has_text(choice):
+                self._texts.append(at)
+            self._finish_reason = choice.finish_reason or self._finish_reason
+        self._usage = chunk.usage or self._usage
+        self._metrics = chunk.metrics or self._metrics
+
+
+def _has_text(choice: _Choice) -> bool:
+    delta = choice.delta
+    if delta is None:
+        return bool(choice.text)
+    return bool(delta.content or delta.reasoning_content or delta.reasoning or delta.refusal)
+
+
+def message_of(body: bytes) -> str:
+    """Return the message of an error response, or its text."""
+    for form in (_Refusal, _PlainRefusal):
+        try:
+            error = msgspec.json.decode(body, type=form).error
+        except msgspec.MsgspecError:
+            continue
+        return error if isinstance(error, str) else error.message
+    return body[:_LONGEST_EXCERPT].decode(errors="replace")

@@ -1,0 +1,183 @@
+"""Prompts: made up with a given number of tokens, or read from a file."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.core.errors import ConfigError
+from headrace.lab.bench.settings import Settings
+from headrace.lab.http import Http
+from headrace.lab.load import WORDS
+
+Count = Callable[[str], Awaitable[int | None]]
+_WORDS = (
+    *WORDS,
+    *("house", "garden", "morning", "paper", "table", "chair", "street", "light", "summer"),
+    *("forest", "mountain", "bird", "fish", "apple", "green", "white", "black", "small", "large"),
+    *("early", "late", "north", "south", "east", "west", "open", "close", "under", "over", "near"),
+    *("far", "old", "new", "long", "short", "high", "low", "a"),
+)
+_AT_ONCE = 16
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """One request: `content` is a prompt or the messages of a chat, `max_tokens` the answer's."""
+
+    content: str | list[dict[str, Any]]
+    max_tokens: int
+
+
+class _Line(msgspec.Struct):
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    max_tokens: int | None = None
+
+
+class Vocabulary(msgspec.Struct, frozen=True):
+    """Words and their length in tokens; `exact` if the server has counted them.
+
+    Every word is counted once after another, as it stands in a prompt: tokenizers cut at spaces
+    first, so the sum is that of the prompt, and no prompt has to be counted.
+    """
+
+    first: dict[str, int]
+    later: dict[str, int]
+    exact: bool = True
+
+    def text(self, source: random.Random, tokens: int, *, begins: bool = True) -> str:
+        """Return a text of that many tokens; it starts with a space unless it begins a prompt."""
+        words: list[str] = []
+        least = min(self.later.values())
+        while tokens > 0:
+            costs = self.first if begins and not words else self.later
+            word = source.choice(_WORDS)
+            if costs[word] > tokens:
+                fitting = [word for word, cost in costs.items() if cost <= tokens]
+                if not fitting or tokens < least:
+                    break
+                word = source.choice(fitting)
+            words.append(word)
+            tokens -= costs[word]
+        text = ("" if begins or not words else " ") + " ".join(words)
+        # What is left is less than the cheapest word; a full stop is one token nearly everywhere.
+        return text + "." * tokens
+
+
+async def vocabulary(count: Count) -> Vocabulary:
+    """Count the words; where the server cannot, each is taken for one token."""
+    base = await count("river")
+    if base is None:
+        ones = dict.fromkeys(_WORDS, 1)
+        return Vocabulary(ones, ones, exact=False)
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def cost(text: str) -> int:
+        async with gate:
+            return await count(text) or 0
+
+    firsts = await asyncio.gather(*(cost(word) for word in _WORDS))
+    pairs = await asyncio.gather(*(cost(f"river {word}") for word in _WORDS))
+    later = {word: max(1, pair - base) for word, pair in zip(_WORDS, pairs, strict=True)}
+    return Vocabulary({w: max(1, cost) for w, cost in zip(_WORDS, firsts, strict=True)}, later)
+
+
+def counter(http: Http, model: str) -> Count:
+    """Return a function that counts tokens by /tokenize, as vLLM or as llama-server has it."""
+    path = f"{http.place.root}/tokenize"
+
+    async def count(text: str) -> int | None:
+        for body in (
+            {"model": model, "prompt": text, "add_special_tokens": False},
+            {"content": text},
+        ):
+            status, answer = await http.fetch(path, body)
+            if status == 200 and (length := _counted(answer)):
+                return length
+        return None
+
+    return count
+
+
+class _Counted(msgspec.Struct):
+    tokens: list[Any] | None = None
+    count: int | None = None
+    estimated: bool = False
+
+
+def _counted(body: bytes) -> int:
+    try:
+        answer = msgspec.json.decode(body, type=_Counted)
+    except msgspec.MsgspecError:
+        return 0
+    return 0 if answer.estimated else answer.count or len(answer.tokens or ())
+
+
+def synthetic(settings: Settings, words: Vocabulary, seed: str) -> Iterator[Ask]:
+    """Yield prompts without end, the same for the same seed; they share only `shared_prefix`."""
+    assert settings.prompt is not None
+    source = random.Random(seed)  # noqa: S311 - the same prompts in every run
+    common = words.text(random.Random(settings.seed), settings.shared_prefix)  # noqa: S311
+    while True:
+        length, answer = settings.prompt.draw(source), settings.output.draw(source)
+        own = words.text(source, length - settings.shared_prefix, begins=not common)
+        yield Ask(common + own, answer)
+
+
+def read(path: Path, settings: Settings) -> list[Ask]:
+    """Read prompts: from .jsonl objects with `prompt` or `messages`, else one from each line.
+
+    Raises:
+        ConfigError: the file cannot be read, or has none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"flag --prompts: {path} cannot be read: {error}.") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    as_json = path.suffix == ".jsonl"
+    source = random.Random(settings.seed)  # noqa: S311
+    asks = [
+        _ask(f"{path.name}:{number}", line, settings, source) if as_json
+        else Ask(line, settings.output.draw(source))
+        for number, line in numbered
+    ]  # fmt: skip
+    if not asks:
+        raise ConfigError(f"flag --prompts: {path} has no prompt.")
+    return asks
+
+
+def reordered(ask: Ask) -> Ask:
+    """Return a request of about the same length that begins otherwise.
+
+    So it puts no more into a cache of prefixes than what all have in common, as a system prompt.
+    """
+    if isinstance(ask.content, str):
+        return Ask(_reversed(ask.content), ask.max_tokens)
+    *before, last = ask.content
+    text = last.get("content")
+    last = last | {"content": _reversed(text)} if isinstance(text, str) else last
+    return Ask([*before, last], ask.max_tokens)
+
+
+def _reversed(text: str) -> str:
+    return " ".join(reversed(text.split(" ")))
+
+
+def _ask(place: str, line: str, settings: Settings, source: random.Random) -> Ask:
+    try:
+        decoded = msgspec.json.decode(line, type=_Line | str)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"flag --prompts: {place}: {error}.") from None
+    fields = _Line(prompt=decoded) if isinstance(decoded, str) else decoded
+    content: str | list[dict[str, Any]] | None = fields.prompt or fields.messages
+    if not content:
+        raise ConfigError(f"flag --prompts: {place} has neither prompt nor messages.")
+    if isinstance(content, list) and settings.api == "completions":
+        raise ConfigError(f"flag --prompts: {place}: messages need --api chat.")
+    return Ask(content, fields.max_tokens or settings.output.draw(source))

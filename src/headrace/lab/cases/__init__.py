@@ -1,0 +1,33 @@
+"""The contract of an engine as cases that run on any engine, also on one of another package.
+
+`headrace check-engine` and the tests run them. A case is a function of a Subject, a model that is
+loaded on the engine behind one kind of Backend; `examine` runs one and returns its outcome.
+"""
+
+from __future__ import annotations
+
+from headrace.lab.cases import answers, facts, limits, sampling, turns, vectors
+from headrace.lab.cases.case import Case, Outcome, Result, concerns, examine
+from headrace.lab.cases.subject import KINDS, Kind, Subject, opened
+
+CASES: tuple[Case, ...] = (
+    *facts.CASES,
+    *answers.CASES,
+    *sampling.CASES,
+    *limits.CASES,
+    *turns.CASES,
+    *vectors.CASES,
+)
+
+__all__ = [
+    "CASES",
+    "KINDS",
+    "Case",
+    "Kind",
+    "Outcome",
+    "Result",
+    "Subject",
+    "concerns",
+    "examine",
+    "opened",
+]

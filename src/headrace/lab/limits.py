@@ -1,0 +1,85 @@
+"""The rate that memory allows: the bytes/s that can be read, over the bytes read for a step."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+from headrace.core.model import ModelFile
+from headrace.engines.measured import machine_id
+from headrace.engines.openmp import logical_cores
+from headrace.models.transfer import write_atomically
+
+FILE_NAME = "bandwidth.json"
+_SIZE = 256 << 20
+_PASSES = 6
+
+
+class _Known(msgspec.Struct, frozen=True):
+    machine: str
+    bandwidth: float
+
+
+def bandwidth(home: Path) -> float:
+    """Return the most bytes/s that all cores have ever read together. Blocking.
+
+    It is measured again each time, as another program may have used the memory the last time.
+    """
+    path, here = home / FILE_NAME, machine_id()
+    try:
+        known = msgspec.json.decode(path.read_bytes(), type=_Known)
+    except (OSError, msgspec.DecodeError):
+        known = None
+    before = known.bandwidth if known is not None and known.machine == here else 0.0
+    most = max(before, read_bandwidth(logical_cores()))
+    home.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, msgspec.json.encode(_Known(here, most)))
+    return most
+
+
+def read_bandwidth(threads: int, size: int = _SIZE, passes: int = _PASSES) -> float:
+    """Measure how many bytes/s `threads` read, each from `size` bytes of its own. Blocking.
+
+    It is the best of several passes: other programs can only make a pass slower. Nothing is
+    written, so each byte counts once. `size` must be far above the caches.
+    """
+    # Memory that was never written to is one page of zeros, which is always in the cache.
+    blocks = [bytearray(b"\x01") * size for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        return max(_pass(pool, blocks) for _ in range(passes))
+
+
+def _pass(pool: ThreadPoolExecutor, blocks: Sequence[bytearray]) -> float:
+    began = time.perf_counter()
+    done = sum(pool.map(_read, blocks))
+    return done / (time.perf_counter() - began)
+
+
+def _read(block: bytearray) -> int:
+    """Search for a byte that is not there: the C library reads all of it, without the GIL."""
+    library = ctypes.CDLL("msvcrt" if os.name == "nt" else None)
+    library.memchr.restype = ctypes.c_void_p
+    start = (ctypes.c_char * len(block)).from_buffer(block)
+    place = library.memchr(start, ctypes.c_int(0), ctypes.c_size_t(len(block)))
+    assert place is None, "there is no such byte"
+    return len(block)
+
+
+def bytes_per_step(file: ModelFile, streams: int, tokens: float) -> float:
+    """Return the bytes read for one token of each stream: the weights once, and every cache.
+
+    `tokens` is the mean length of a stream's cache.
+    """
+    return file.size + streams * tokens * (file.kv_bytes_per_token or 0)
+
+
+def limit(file: ModelFile, streams: int, tokens: float, bandwidth: float) -> float | None:
+    """Return the most output tokens/s that the memory allows; None where there are no weights."""
+    step = bytes_per_step(file, streams, tokens)
+    return streams * bandwidth / step if step else None

@@ -1,0 +1,176 @@
+"""One engine with one set of options, in a process of its own, and its measurements."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+from collections.abc import AsyncGenerator, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace import engines
+from headrace.core.errors import HeadraceError
+from headrace.core.model import ModelFile, ModelSpec
+from headrace.engines.measured import Agreement, Figures, Trial
+from headrace.lab.figures import percentile
+from headrace.lab.limits import limit
+from headrace.lab.tune.agreement import Reference
+from headrace.lab.tune.measure import Shape, Turn, turn
+from headrace.worker.process import WorkerProcess
+from headrace.worker.spec import OnProgress, Resolve, open_request, resolved
+
+_WARM_TOKENS = 8
+
+
+class Contender:
+    """Loads a model as a user would and measures it. An error becomes its `fault`."""
+
+    def __init__(self, spec: ModelSpec, variant: dict[str, Any], resolve: Resolve) -> None:
+        self.spec = spec
+        self.variant = variant
+        self.fault: str | None = None
+        self.agreement: Agreement | None = None
+        self.load_s: float | None = None
+        self.file: ModelFile | None = None
+        self.turns: dict[int, list[Turn]] = {}
+        self.memory: dict[str, int] = {}
+        self._resolve = resolve
+        self._worker: WorkerProcess | None = None
+
+    @property
+    def engine(self) -> str:
+        """The engine's name."""
+        assert self.spec.engine is not None, "a contender is of one engine"
+        return self.spec.engine
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it holds its model now."""
+        return self._worker is not None
+
+    def __repr__(self) -> str:
+        """Show the engine and its options."""
+        return f"<Contender {self.engine} {self.variant}>"
+
+    async def prepare(
+        self, file: ModelFile, home: Path, budgets: dict[str, int], report: OnProgress
+    ) -> None:
+        """Convert the model if this engine needs another format, and check that it fits."""
+        with self._catching():
+            await asyncio.to_thread(engines.convert, self.engine, file, home, report)
+            work = await resolved(self._resolve, self.spec, report)
+            self.file = work.file
+            need = await asyncio.to_thread(engines.footprint, self.engine, open_request(work))
+            over = [name for name, size in need.devices.items() if size > budgets.get(name, size)]
+            if over:
+                self.fault = f"it does not fit into the memory of {', '.join(over)}"
+
+    @contextlib.asynccontextmanager
+    async def loaded(self, *, keep: bool) -> AsyncGenerator[WorkerProcess]:
+        """Yield its worker, loaded; afterwards it stays loaded only with `keep`.
+
+        Raises:
+            HeadraceError: it could not be loaded.
+        """
+        worker = self._worker or WorkerProcess(self.spec, self._resolve)
+        self._worker = worker
+        try:
+            if worker.state != "ready":
+                await worker.start()
+                load_s = (worker.models()[0].load_ms or 0.0) / 1000
+                self.load_s = min(load_s, self.load_s or load_s)
+            yield worker
+        except BaseException:
+            keep = False
+            raise
+        finally:
+            if not keep:
+                await self.aclose()
+
+    async def judge(self, reference: Reference, *, keep: bool) -> dict[str, int]:
+        """Compare its answers with the reference's, and warm it up; return the memory it holds."""
+        with self._catching():
+            async with self.loaded(keep=keep) as worker:
+                self.agreement = await reference.compare(worker)
+                self.fault = self.agreement.fault()
+                await turn(worker, 2, Shape(seconds=0, tokens=_WARM_TOKENS), "warm")
+                self.memory = await worker.memory()
+        return self.memory
+
+    async def measure(self, shape: Shape, number: int, *, keep: bool) -> None:
+        """Take one turn with each number of streams."""
+        with self._catching():
+            async with self.loaded(keep=keep) as worker:
+                for streams in shape.streams:
+                    done = await turn(worker, streams, shape, f"{number} {streams}")
+                    self.turns.setdefault(streams, []).append(done)
+                    for name, size in done.memory.items():
+                        self.memory[name] = max(size, self.memory.get(name, 0))
+
+    async def aclose(self) -> None:
+        """Unload the model. Idempotent."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.aclose()
+
+    def rate(self, streams: int) -> float:
+        """Return the median of output tokens/s, 0 where there is none."""
+        return statistics.median([turn.rate for turn in self.turns.get(streams, [])] or [0.0])
+
+    def trial(self, bandwidth: float | None, tokens: int) -> Trial:
+        """Return its measurements for the record; `tokens` is the length of the answers."""
+        return Trial(
+            engine=self.engine,
+            version=engines.version(self.engine),
+            options=self.variant,
+            precision=self.file.quantization if self.file else None,
+            load_s=self.load_s,
+            memory=self.memory,
+            agreement=self.agreement,
+            figures=tuple(
+                self._figures(streams, turns, bandwidth, tokens)
+                for streams, turns in self.turns.items()
+            ),
+            fault=self.fault,
+        )
+
+    def _figures(
+        self, streams: int, turns: Sequence[Turn], bandwidth: float | None, tokens: int
+    ) -> Figures:
+        rates = [turn.rate for turn in turns]
+        first = [second * 1000 for turn in turns for second in turn.first_s] or [0.0]
+        cached = sum(turn.prompt_tokens for turn in turns) / len(first) + tokens / 2
+        most = limit(self.file, streams, cached, bandwidth) if self.file and bandwidth else None
+        return Figures(
+            streams=streams,
+            tokens_per_s=statistics.median(rates),
+            spread=(min(rates), max(rates)),
+            first_token_ms_p50=statistics.median(first),
+            first_token_ms_p99=percentile(first, 99),
+            of_limit=statistics.median(rates) / most if most else None,
+        )
+
+    @contextlib.contextmanager
+    def _catching(self) -> Generator[None]:
+        try:
+            yield
+        except HeadraceError as error:
+            self.fault = error.message
+
+
+def make_contender(
+    spec: ModelSpec, engine: str, options: dict[str, Any], resolve: Resolve, streams: int
+) -> Contender:
+    """Return an engine as it would serve the model. The user's own settings stay as they are."""
+    known = engines.options(engine).model_fields
+    own = {key: value for key, value in spec.options.items() if key in known}
+    as_served = msgspec.structs.replace(
+        spec,
+        engine=engine,
+        options={**options, **own},
+        max_queued=max(spec.max_queued, streams),
+    )
+    return Contender(as_served, options, resolve)

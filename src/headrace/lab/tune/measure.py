@@ -1,0 +1,100 @@
+"""How fast a loaded model answers: a number of clients, each with one request after another."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+
+import msgspec
+
+from headrace.core.backend import Backend
+from headrace.core.events import Delta, Finish
+from headrace.core.request import GenerateRequest
+from headrace.core.sampling import Sampling
+from headrace.lab import load
+
+_PATIENCE_S = 60.0
+"""A turn is cut this long after the last request could start; what has come by then counts."""
+
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True):
+    """The loads of a measurement. `seconds` is how long clients start new requests in a turn."""
+
+    streams: tuple[int, ...] = (1, 8, 32)
+    seconds: float = 5.0
+    rounds: int = 3
+    tokens: int = 128
+
+
+class Turn(msgspec.Struct):
+    """The figures of one turn. `first_s` are the times to the first token of each request."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    first_s: list[float] = []
+    memory: dict[str, int] = {}
+
+    @property
+    def rate(self) -> float:
+        """Output tokens/s of all streams together."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+async def turn(backend: Backend, streams: int, shape: Shape, seed: str) -> Turn:
+    """Let `streams` clients ask; no two prompts are alike, so no cache of prefixes helps.
+
+    Raises:
+        HeadraceError: whatever a request raises.
+    """
+    done, source = Turn(), random.Random(seed)  # noqa: S311 - the same prompts in every run
+    began = time.monotonic()
+
+    async def client() -> None:
+        while True:
+            await _ask(backend, load.prompt(source), shape.tokens, done)
+            if time.monotonic() - began >= shape.seconds:
+                return
+
+    clients = [asyncio.ensure_future(client()) for _ in range(streams)]
+    try:
+        await asyncio.wait(
+            clients,
+            timeout=shape.seconds + _PATIENCE_S,
+            return_when=asyncio.FIRST_EXCEPTION,
+        )
+        done.seconds = time.monotonic() - began
+    finally:
+        await _end(clients)
+    return done
+
+
+async def _end(clients: Sequence[asyncio.Future[None]]) -> None:
+    for client in clients:
+        client.cancel()
+    await asyncio.wait(clients)
+    for client in clients:
+        if not client.cancelled():
+            client.result()
+
+
+async def _ask(backend: Backend, prompt: str, tokens: int, done: Turn) -> None:
+    able = "ignore_eos" in backend.models()[0].capabilities.sampling
+    sampling = Sampling(max_tokens=tokens, temperature=0, ignore_eos=able)
+    began, streamed = time.monotonic(), 0
+    async with aclosing(backend.ask(GenerateRequest(prompt=prompt, sampling=sampling))) as stream:
+        async for event in stream:
+            if isinstance(event, Delta):
+                if not streamed and event.token_ids:
+                    done.first_s.append(time.monotonic() - began)
+                streamed += len(event.token_ids)
+                done.tokens += len(event.token_ids)
+            elif isinstance(event, Finish):
+                done.tokens += event.usage.completion_tokens - streamed
+                done.prompt_tokens += event.usage.prompt_tokens
+                for device in event.metrics.devices:
+                    key = device.name.partition(" ")[0]
+                    done.memory[key] = max(done.memory.get(key, 0), device.worker_peak)

@@ -1,0 +1,129 @@
+"""What was measured is kept for this file on this machine, and decides the choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace import runtime
+from headrace.core.model import ModelFile
+from headrace.engines import measured as record
+from headrace.engines import version
+from headrace.engines.measured import Figures, Record, Trial, known, load, save
+
+
+def figures(streams: int, rate: float) -> Figures:
+    return Figures(
+        streams=streams,
+        tokens_per_s=rate,
+        spread=(rate, rate),
+        first_token_ms_p50=1,
+        first_token_ms_p99=2,
+    )
+
+
+def trial(engine: str, alone: float, many: float, **more: Any) -> Trial:
+    found = (figures(1, alone), figures(32, many))
+    return Trial(**{"engine": engine, "version": version(engine), "figures": found, **more})
+
+
+def run(*trials: Trial) -> Record:
+    return Record(
+        model="x", source="x", day="2026-11-22", machine="m", streams=(1, 32), trials=trials
+    )
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> ModelFile:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"x")
+    return ModelFile(path=str(path), format="gguf")
+
+
+def test_the_fastest_that_may_be_chosen_wins() -> None:
+    found = run(
+        trial("llamacpp", 100, 180),
+        trial("llamacpp", 90, 200, options={"slots": 32}),
+        trial("echo", 900, 900, fault="it only repeats"),
+    )
+    latency, throughput = found.winner("latency"), found.winner("throughput")
+    assert latency is found.trials[0]
+    assert throughput is found.trials[1]
+    assert run(trial("echo", 9, 9, fault="no")).winner("latency") is None
+
+
+def test_of_those_about_as_fast_the_smallest_wins() -> None:
+    found = run(
+        trial("openvino", 100, 200, memory={"cpu": 3}),
+        trial("llamacpp", 96, 189, memory={"cpu": 2}),
+        trial("echo", 94, 100, memory={"cpu": 1}),
+    )
+    assert found.winner("latency") is found.trials[1]
+    assert found.winner("throughput") is found.trials[0]
+
+
+def test_what_was_measured_is_found_again_until_the_file_changes(
+    tmp_path: Path, file: ModelFile
+) -> None:
+    save(tmp_path / "home", file, run(trial("llamacpp", 100, 180)))
+    assert load(tmp_path / "home", file) == run(trial("llamacpp", 100, 180))
+    assert known(tmp_path / "home", file)[0].rates == {1: 100, 32: 180}
+    Path(file.path).write_bytes(b"another")
+    assert load(tmp_path / "home", file) is None
+    assert known(tmp_path / "nowhere", file) == ()
+
+
+def test_another_machine_knows_nothing(
+    tmp_path: Path, file: ModelFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, file, run(trial("llamacpp", 100, 180)))
+    monkeypatch.setattr(record, "machine_id", lambda: "another")
+    assert load(tmp_path, file) is None
+
+
+def test_the_choice_is_by_the_defaults_and_another_version_is_forgotten(
+    tmp_path: Path, file: ModelFile
+) -> None:
+    """What is not written into the configuration is not what a user gets."""
+    many = trial("llamacpp", 500, 900, options={"slots": 32})
+    save(tmp_path, file, run(trial("llamacpp", 100, 180), many, Trial(engine="gone", version="1")))
+    (found,) = known(tmp_path, file)
+    assert (found.rates, found.best) == ({1: 100, 32: 180}, {1: 500, 32: 900})
+    save(tmp_path, file, run(trial("llamacpp", 100, 180, version="0.1")))
+    assert known(tmp_path, file) == ()
+
+
+def test_a_damaged_file_is_as_if_there_were_none(tmp_path: Path, file: ModelFile) -> None:
+    (tmp_path / record.FILE_NAME).write_text("{")
+    assert load(tmp_path, file) is None
+    save(tmp_path, file, run())
+    assert load(tmp_path, file) == run()
+
+
+def test_show_says_what_was_measured(home: Path, smollm2_path: Path) -> None:
+    """W2: the reason is a sentence that `show` and `ps` tell."""
+    settings = runtime.load_settings()
+    spec = settings.model_spec(str(smollm2_path), {"engine": "auto", "device": "cpu"})
+    assert spec.engine is None
+    before = runtime.describe(spec, settings.config)
+    assert before.engine == "llamacpp"
+    assert before.engine_reason.startswith("gguf on cpu: llamacpp")
+    file = runtime.resolver(settings.config)(spec, lambda what, done, total: None).file
+    save(settings.config.home, file, run(trial("llamacpp", 100, 180)))
+    reason = runtime.describe(spec, settings.config).engine_reason
+    assert reason == (
+        "gguf on cpu: llamacpp; measured here on 2026-11-22, tokens/s alone: llamacpp 100"
+    )
+
+
+def test_auto_is_as_if_no_engine_were_named(tmp_path: Path) -> None:
+    """Issue 4, Choice: in the file, as a flag, and with options of whichever engine knows them."""
+    path = tmp_path / "headrace.toml"
+    path.write_text('[models.x]\nengine = "auto"\noptions = { slots = 2 }\n')
+    spec = runtime.load_settings(file=path).model_spec("x")
+    assert (spec.engine, spec.options) == (None, {"slots": 2})
+    flags = {"engine": "auto", "options": {"slots": "3"}}
+    spec = runtime.load_settings(flags=flags).model_spec("y")
+    assert (spec.engine, spec.options) == (None, {"slots": 3})

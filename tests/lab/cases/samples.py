@@ -1,0 +1,234 @@
+"""A small model for each engine, and what the engine declares that it cannot do with it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from tests.conftest import MODEL_HOME
+
+from headrace import engines
+from headrace.core.model import Task
+from headrace.lab.cases import KINDS, Kind
+
+Given = tuple[str, dict[str, Any]]
+"""The reference of a model, and options that only its opening knows."""
+
+At = Callable[[Path], AbstractAsyncContextManager[Given]]
+"""Opens a model; it gets the path of SmolLM2's GGUF, which others are made of."""
+
+FEW = frozenset(
+    {
+        "stream_equals_whole",
+        "usage_is_exact",
+        "cancelled_in_the_queue",
+        "cancelled_in_decode",
+        "close_gives_everything_back",
+        "vectors_alone_and_together",
+        "ranking",
+    }
+)
+"""What changes with the Backend. The rest is the engine's, and echo runs it on every Backend."""
+
+SOUND = FEW | {
+    "greedy_repeats",
+    "stop_strings",
+    "every_script",
+    "alone_and_among_sixteen",
+    "cancelled_in_prefill",
+    "resume",
+    "json_schema",
+}
+"""What only a real model's text shows."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`refused` and `reported` are the cases that end so, and no others.
+
+    Of a heavy sample `first` are the cases of its first Backend that run each time (None: all), and
+    `further` those of the others. The rest is `slow`.
+    """
+
+    engine: str
+    at: At
+    task: Task = "generate"
+    kinds: tuple[Kind, ...] = KINDS
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    refused: frozenset[str] = frozenset()
+    reported: frozenset[str] = frozenset()
+    heavy: bool = True
+    slow: bool = False
+    first: frozenset[str] | None = None
+    further: frozenset[str] = FEW
+    name: str = ""
+
+    def is_quick(self, kind: Kind, case: str) -> bool:
+        if not self.heavy:
+            return True
+        if kind != "worker" and case == "close_gives_everything_back":
+            # What a process held is gone with it, whoever is in it: echo and llamacpp show that.
+            # What an engine keeps shows only in a process that goes on.
+            return False
+        wanted = self.first if kind == self.kinds[0] else self.further
+        return wanted is None or case in wanted
+
+    @property
+    def title(self) -> str:
+        return self.name or self.engine
+
+
+def _path(make: Callable[[Path], str | Path]) -> At:
+    @asynccontextmanager
+    async def at(gguf: Path) -> AsyncIterator[Given]:
+        yield str(make(gguf)), {}
+
+    return at
+
+
+def _smollm2(gguf: Path) -> Path:
+    from tests import models_made
+
+    return models_made.smollm2(gguf)
+
+
+def _tiny(gguf: Path) -> Path:
+    from tests import models_made
+
+    return models_made.tiny_llama(gguf)
+
+
+def converted(gguf: Path) -> str:
+    from headrace.engines.openvino_convert import convert
+    from headrace.models.inspect import inspect
+
+    return convert(inspect(gguf), MODEL_HOME).path
+
+
+def _minilm(gguf: Path) -> Path:
+    from headrace.models.reference import parse
+    from headrace.models.store import Store
+
+    with FileLock(MODEL_HOME / "fetch.lock"):
+        return Store(MODEL_HOME).fetch(parse("all-minilm-l6-v2"))
+
+
+def _as_ir(make: Callable[[Path], Path]) -> Callable[[Path], str]:
+    return lambda gguf: converted(make(gguf))
+
+
+@asynccontextmanager
+async def _ranker(gguf: Path) -> AsyncIterator[Given]:
+    """A cross-encoder of random weights."""
+    from tests.engines.sentence_transformers.conftest import make_ranker
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(make_ranker(Path(folder), _minilm(gguf))), {}
+
+
+@asynccontextmanager
+async def _headrace(gguf: Path) -> AsyncIterator[Given]:
+    """Headrace itself, as somebody else's server."""
+    from tests.service.serving import served
+
+    arguments = ("--context-length", "256", "--option", "threads=1", "--option", "slots=4")
+    with served(str(gguf), *arguments) as service:
+        yield f"headrace:{gguf.stem}", {"base_url": f"{service.url}/v1"}
+
+
+@asynccontextmanager
+async def _claude(gguf: Path) -> AsyncIterator[Given]:
+    from tests.lab.cases.claude import claude
+
+    async with claude() as url:
+        yield "anthropic:claude", {"base_url": url, "api_key": "sk-ant-secret"}
+
+
+def _fields(*names: str) -> frozenset[str]:
+    return frozenset(f"sampling_{name}" for name in names)
+
+
+_SHORT = {"context_length": 256, "max_running": 4}
+_PENALTIES = _fields("presence_penalty", "frequency_penalty", "repetition_penalty")
+_NARROW = _fields("top_p", "top_k", "min_p")
+# Where cores are shared, two threads wait for one another in every layer.
+_ONE_THREAD = {"threads": 1}
+
+SAMPLES = [
+    Sample(
+        "echo",
+        _path(lambda gguf: "builtin:echo"),
+        settings=_SHORT,
+        # Slow enough to be caught in the middle of an answer.
+        options={"tokens_per_second": 200},
+        refused=_NARROW | _PENALTIES | _fields("logit_bias") | {"json_schema"},
+        heavy=False,
+    ),
+    Sample(
+        "llamacpp",
+        _path(str),
+        settings=_SHORT,
+        options=_ONE_THREAD,
+        kinds=("process",),
+        heavy=False,
+    ),
+    Sample(
+        "llamacpp",
+        _path(str),
+        settings=_SHORT,
+        options=_ONE_THREAD,
+        kinds=("worker", "pool"),
+        first=FEW,
+    ),
+    Sample(
+        "openai",
+        _headrace,
+        settings=_SHORT,
+        kinds=("worker", "pool"),
+        refused=frozenset({"resume", "echo_comes_first"}),
+    ),
+    Sample("transformers", _path(_smollm2), kinds=("process",), settings=_SHORT, first=SOUND),
+    Sample("transformers", _path(_tiny), kinds=("worker", "pool"), settings=_SHORT, name="tiny"),
+    Sample(
+        "openvino",
+        _path(converted),
+        settings=_SHORT,
+        refused=_fields("logit_bias", "logprobs") | {"json_schema"},
+        reported=frozenset({"alone_and_among_sixteen", "resume"}),
+    ),
+    Sample("llamacpp", _path(str), "embed", ("process",), _SHORT, {"pooling": "mean"}),
+    Sample("openvino", _path(_as_ir(_minilm)), "embed", ("worker",)),
+    Sample("sentence_transformers", _path(_minilm), "embed"),
+    Sample("sentence_transformers", _ranker, "rerank", further=frozenset()),
+    Sample(
+        "anthropic",
+        _claude,
+        settings=_SHORT,
+        kinds=("worker", "pool"),
+        refused=_NARROW
+        | _PENALTIES
+        | _fields("temperature", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
+        | {"resume", "usage_is_exact", "several_choices", "echo_comes_first", "text_and_tokens"}
+        | {"cancelled_in_prefill", "context_at_its_end"},
+    ),
+]
+"""One for each engine, or more where it has several ways."""
+
+if engines.status("vllm").available:
+    # It pins a torch of its own, so it is there only in an environment made for it.
+    quick = {"eager": True, "kv_cache_bytes": 1 << 28, "dtype": "float32"}
+    SAMPLES.append(
+        Sample("vllm", _path(_smollm2), "generate", ("process",), _SHORT, quick, slow=True)
+    )
+
+
+def without_a_sample() -> set[str]:
+    """The engines that could run here and have no sample."""
+    able = {name for name in engines.names() if engines.status(name).available}
+    return able - {sample.engine for sample in SAMPLES}
