@@ -269,6 +269,7 @@ class AsyncModelWorker:
 
     def _ready(self) -> Pool:
         name = self.spec.name
+        self._leave_closed_loop()
         if self._pool is not None and self._state == "ready":
             return self._here(self._pool)
         if self._state in {"draining", "stopped"}:

@@ -117,6 +117,15 @@ TRACED_SETTINGS = tuple(name for name, setting in SETTINGS.items() if setting.tr
 SINGLE_SETTINGS = tuple(name for name, setting in SETTINGS.items() if setting.single)
 
 
+def needs_new_worker(old: ModelSpec, new: ModelSpec) -> bool:
+    """Whether a change concerns what a worker was loaded with."""
+    return any(
+        getattr(old, name) != getattr(new, name)
+        for name in ModelSpec.__struct_fields__
+        if name not in LIVE_SETTINGS
+    )
+
+
 class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     """A model on disk whose header has been checked.
 

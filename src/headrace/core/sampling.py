@@ -54,7 +54,7 @@ MinP = Annotated[float, _parameter("Least probability relative to the likeliest 
 PresencePenalty = Annotated[float, _parameter("Penalty for tokens already used.", -2, 2)]
 FrequencyPenalty = Annotated[float, _parameter("Penalty for each use of a token.", -2, 2)]
 RepetitionPenalty = Annotated[
-    float, _parameter("Above 1 discourages repetition.", 0, 10, above=True)
+    float, _parameter("Above 1 discourages repetition.", 0, 100, above=True)
 ]
 Seed = Annotated[int, _parameter("Same seed, same random choices.", -(2**63), 2**64 - 1)]
 Logprobs = Annotated[int, _parameter("Candidates reported per token.", 0, _TOP_LOGPROBS)]

@@ -16,10 +16,10 @@ from headrace.core.errors import (
     RequestError,
     UnknownModel,
 )
-from headrace.core.model import ModelSpec
+from headrace.core.model import ModelSpec, needs_new_worker
 from headrace.core.secrets import shown
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
-from headrace.pool.entry import ModelEntry, needs_new_worker
+from headrace.pool.entry import ModelEntry
 from headrace.pool.plan import plan_load
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool

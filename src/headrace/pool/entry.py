@@ -18,7 +18,7 @@ from headrace.core.errors import (
     QueueFull,
 )
 from headrace.core.events import Progress
-from headrace.core.model import LIVE_SETTINGS, ModelInfo, ModelSpec, State
+from headrace.core.model import ModelInfo, ModelSpec, State, needs_new_worker
 from headrace.core.request import AnyRequest
 from headrace.pool.policy import Rules, backoff_s, choose_replica
 from headrace.pool.queue import Forecast, Queue, Ticket
@@ -392,12 +392,3 @@ def _settle(waiter: asyncio.Future[None], error: HeadraceError | None = None) ->
         waiter.set_result(None)
     else:
         waiter.set_exception(error)
-
-
-def needs_new_worker(old: ModelSpec, new: ModelSpec) -> bool:
-    """Whether a change concerns what a worker was loaded with."""
-    return any(
-        getattr(old, name) != getattr(new, name)
-        for name in ModelSpec.__struct_fields__
-        if name not in LIVE_SETTINGS
-    )
