@@ -291,8 +291,10 @@ class AsyncModelWorker:
         return pool
 
     def _leave_closed_loop(self) -> None:
-        """Forget what an event loop has taken with it: its end has ended the model's process."""
+        """End what was started in an event loop that is closed now."""
         if self._loop is not None and self._loop.is_closed():
+            if self._pool is not None:
+                self._pool.abandon()
             self._pool = self._loop = None
             self._state = "stopped"
 

@@ -242,6 +242,9 @@ class FakeWorker:
         self.machine.held.pop(self, None)
         self.state = "stopped"
 
+    def abandon(self) -> None:
+        raise AssertionError("the loop is there")
+
     def die(self, reason: str = "was killed by SIGKILL") -> None:
         """End as a killed process does."""
         self.reason = self.reason or reason

@@ -187,6 +187,13 @@ class Pool:
             self._closing = asyncio.create_task(self._close(), name="close the pool")
         await asyncio.shield(self._closing)
 
+    def abandon(self) -> None:
+        """End all processes from outside of the event loop, which is closed."""
+        for entry in self._all_entries():
+            for replica in entry.all_replicas():
+                if replica.worker is not None:
+                    replica.worker.abandon()
+
     async def _close(self) -> None:
         error = Draining("The service is stopping.")
         for entry in self._all_entries():

@@ -48,6 +48,10 @@ class PooledWorker(Backend, Protocol):
         """Drain and free; when it returns the memory is back."""
         ...
 
+    def abandon(self) -> None:
+        """End what outlives the event loop, from outside of it."""
+        ...
+
 
 OpenWorker = Callable[[ModelSpec, OnProgress], PooledWorker]
 

@@ -151,6 +151,11 @@ class WorkerProcess:
         self._child = None
         self._life.state = "stopped"
 
+    def abandon(self) -> None:
+        """End the process without its event loop, which is closed: a lost connection ends it."""
+        if self._child is not None:
+            self._child.link.shut()
+
     def _ready(self) -> ChildProcess:
         self._life.require_ready()
         if self._child is None:

@@ -7,6 +7,8 @@ in one turn of its event loop, which for the child is all deltas of one engine s
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import struct
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar, cast
@@ -135,6 +137,12 @@ class Link(asyncio.Protocol, Generic[In]):
         self.flush()
         if self._transport is not None:
             self._transport.close()
+
+    def shut(self) -> None:
+        """Close the connection from outside of its event loop, which may be closed itself."""
+        if self._transport is not None:
+            with contextlib.suppress(OSError):
+                self._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport (called by asyncio)."""

@@ -174,6 +174,9 @@ class Worker:
             await _free(served)
         self._life.state = "stopped"
 
+    def abandon(self) -> None:
+        """Do nothing: there is no process that would outlive its event loop."""
+
     async def _refuse(self) -> AsyncGenerator[Event, None]:
         self._life.require_ready()
         raise Draining(f"{self.spec.name} is stopping.")
