@@ -41,13 +41,6 @@ HERE = "headrace"
 """The provider of what is computed on this machine."""
 
 _LONGEST = 256
-_WELL_KNOWN = {
-    "azure": "azure.ai.openai",
-    "gemini": "gcp.gemini",
-    "mistral": "mistral_ai",
-    "moonshot": "moonshot_ai",
-    "xai": "x_ai",
-}
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "presence_penalty", "seed")
 _FIGURES = (
     *("queue_ms", "load_ms", "prefill_ms", "prefill_tokens_per_second"),
@@ -59,7 +52,7 @@ _USE = ("worker_mean", "worker_peak", "busy_mean", "busy_peak", "joules")
 def provider(info: ModelInfo) -> str:
     """Return who computes a model's answers, by the name that the conventions have for it."""
     named = info.source.partition(":")[0]
-    return _WELL_KNOWN.get(named, named) if named in PROVIDERS else HERE
+    return (PROVIDERS[named].otel_name or named) if named in PROVIDERS else HERE
 
 
 def operation(request: Request) -> Operation:

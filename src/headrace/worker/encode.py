@@ -24,7 +24,7 @@ from headrace.core.errors import (
 from headrace.core.events import FinishReason
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.request import EmbedRequest, EmbedResult, Ranked, RerankRequest, RerankResult
-from headrace.engines.base import Engine, Pair, Reranker
+from headrace.engines.base import Embedder, Engine, Pair, Reranker
 from headrace.worker.answer import Loaded, check_task, failure_of, too_late
 from headrace.worker.batching import Batcher, OnStep
 from headrace.worker.meter import Meter, figures, trace_of
@@ -173,9 +173,11 @@ def _dimensions(loaded: Loaded, request: EmbedRequest) -> int | None:
 
 
 def _token_ids(loaded: Loaded, request: EmbedRequest) -> list[tuple[int, ...]]:
-    engine, most = loaded.engine, loaded.engine.facts.context_length
+    engine = cast("Embedder", loaded.engine)
+    most = engine.facts.context_length
     made: list[tuple[int, ...]] = []
-    tokenized = iter(_tokenized(engine, [one for one in request.inputs if isinstance(one, str)]))
+    texts = [given for given in request.inputs if isinstance(given, str)]
+    tokenized = iter(engine.tokenize_all(texts))
     for place, given in enumerate(request.inputs):
         is_text = isinstance(given, str)
         ids = tuple(next(tokenized)) if is_text else given
@@ -191,12 +193,6 @@ def _token_ids(loaded: Loaded, request: EmbedRequest) -> list[tuple[int, ...]]:
             ids = _cut(engine, given, ids, most) if is_text else ids[:most]
         made.append(ids)
     return made
-
-
-def _tokenized(engine: Engine, texts: Sequence[str]) -> Sequence[Sequence[int]]:
-    # An engine whose tokenizer takes many texts at once has `tokenize_all`.
-    at_once = getattr(engine, "tokenize_all", None)
-    return at_once(texts) if at_once else [engine.tokenize(one, add_special=True) for one in texts]
 
 
 def _cut(engine: Engine, text: str, ids: tuple[int, ...], most: int) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from headrace.machine import Sampler, system
 from headrace.models.transfer import silent
 from headrace.worker.admission import Admission
 from headrace.worker.answer import Answer, Loaded
-from headrace.worker.batching import Batcher, OnStep, limits_of
+from headrace.worker.batching import Batcher, OnStep
 from headrace.worker.encode import embed, rerank
 from headrace.worker.lifecycle import Lifecycle
 from headrace.worker.prompt import Prompter
@@ -163,7 +163,7 @@ class Worker:
             opening.add_done_callback(_close_opened)
             raise
         admission = Admission(info.max_running or 1, self.spec.max_queued)
-        thread, limits = ThreadPoolExecutor(1, "batches"), limits_of(engine)
+        thread, limits = ThreadPoolExecutor(1, "batches"), engine.facts.batch
         # Only those tasks come this way that the engine has.
         embedder, reranker = cast("Embedder", engine), cast("Reranker", engine)
         self._loaded = Loaded(

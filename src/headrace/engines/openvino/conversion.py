@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from headrace.core.errors import ConfigError, LoadFailed
 from headrace.core.model import ModelFile
-from headrace.engines.openvino_text import without_telemetry
+from headrace.engines.openvino.vocabulary import without_telemetry
 from headrace.models import folder, gguf_model, openvino
 from headrace.models.gguf import read_header
 from headrace.models.transfer import Progress, disk_full, require_free, room, silent, sync_folder
@@ -38,7 +38,7 @@ _FULL = ("No space left", "Disk quota exceeded", "File too large")
 
 
 def needs_conversion(file: ModelFile) -> bool:
-    """Tell whether OpenVINO cannot read a model exactly as it is."""
+    """Whether OpenVINO cannot read a model exactly as it is."""
     exact = file.format == "gguf" and (file.quantization or "").upper() in EXACT
     return file.format != "openvino" and not exact
 
@@ -58,7 +58,7 @@ def prepared(file: ModelFile, home: Path) -> ModelFile:
 
 
 def not_converted(file: ModelFile) -> LoadFailed:
-    """Say what to do with a model that OpenVINO would round to another."""
+    """Return the error for a model that OpenVINO would round; it says what to do."""
     return LoadFailed(
         f"OpenVINO does not read {file.format} in {file.quantization} exactly. Convert the model "
         "once, with: headrace pull MODEL --for openvino"
