@@ -91,10 +91,10 @@ from headrace.core.stream import collect
 from tests.worker.rig import ask, process, worker
 async def main():
     async with worker() as one:
-        assert (await collect(one.generate(ask("ok")))).text == "ok"
+        assert (await collect(one.ask(ask("ok")))).text == "ok"
     async with process() as one:
         one._log_settings = LogSettings(level="debug", style="json")
-        assert (await collect(one.generate(ask("ok")))).text == "ok"
+        assert (await collect(one.ask(ask("ok")))).text == "ok"
 configure("debug", "json")
 if sys.argv[1] == "closed":
     sys.stderr.close()
@@ -124,12 +124,12 @@ async def test_no_prompt_and_no_answer_is_ever_logged(
     for options in ({}, {"fail_after": 3}):
         async with worker(**options) as one:
             await asyncio.gather(
-                *(collect(one.generate(each)) for each in asked), return_exceptions=True
+                *(collect(one.ask(each)) for each in asked), return_exceptions=True
             )
         process = WorkerProcess(echo(**options), resolve, log_settings=LogSettings(level="debug"))
         await process.start()
         await asyncio.gather(
-            *(collect(process.generate(each)) for each in asked), return_exceptions=True
+            *(collect(process.ask(each)) for each in asked), return_exceptions=True
         )
         await process.aclose()
     logged = capfd.readouterr().err
@@ -145,7 +145,7 @@ async def test_prompts_and_answers_are_logged_when_switched_on(
     settings = LogSettings(level="info", style="json", content=True)
     process = WorkerProcess(echo(text="answer"), resolve, log_settings=settings)
     await process.start()
-    await collect(process.generate(ask(SECRET)))
+    await collect(process.ask(ask(SECRET)))
     await process.aclose()
     lines = [msgspec.json.decode(line) for line in capfd.readouterr().err.splitlines()]
     (shown,) = [line for line in lines if line["message"] == "headrace.request"]
@@ -158,7 +158,7 @@ async def test_a_start_is_logged_with_what_it_runs_on(
     """W5: model, engine, source, parameters and system information."""
     configure("info", "json")
     async with worker(slots=3, chat_template="{{ messages[0].content }} hidden") as one:
-        await collect(one.generate(ask("x")))
+        await collect(one.ask(ask("x")))
     lines = [msgspec.json.decode(line) for line in capfd.readouterr().err.splitlines()]
     start = lines[0]
     assert start["message"] == "headrace.worker.start"

@@ -233,7 +233,7 @@ async def test_devices_are_looked_at_twice_a_second_at_most(
     async with worker() as one:
         before, began = samples.count, time.monotonic()
         for _ in range(20):
-            result = await collect(one.generate(ask("a" * 200)))
+            result = await collect(one.ask(ask("a" * 200)))
             assert result.metrics.devices
         await asyncio.sleep(0.7)
         elapsed = time.monotonic() - began

@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headrace.core.errors import HeadraceError
-    from headrace.core.events import Delta, Event, Finish, GenerateResult, Progress
-    from headrace.core.metrics import InferenceMetrics, Usage
-    from headrace.core.model import ModelInfo, ModelSpec
-    from headrace.core.request import (
-        EmbedRequest,
+    from headrace.core.events import (
+        Delta,
         EmbedResult,
-        GenerateRequest,
-        Message,
-        RerankRequest,
+        Event,
+        Finish,
+        GenerateResult,
+        Progress,
         RerankResult,
     )
+    from headrace.core.metrics import InferenceMetrics, Usage
+    from headrace.core.model import ModelInfo, ModelSpec
+    from headrace.core.request import EmbedRequest, GenerateRequest, Message, RerankRequest
     from headrace.core.sampling import Sampling
     from headrace.model_worker import AsyncModelWorker
     from headrace.sync import ModelWorker
@@ -48,7 +49,7 @@ _HOMES = {
     "AsyncModelWorker": "headrace.model_worker",
     "Delta": "headrace.core.events",
     "EmbedRequest": "headrace.core.request",
-    "EmbedResult": "headrace.core.request",
+    "EmbedResult": "headrace.core.events",
     "Event": "headrace.core.events",
     "Finish": "headrace.core.events",
     "GenerateRequest": "headrace.core.request",
@@ -61,7 +62,7 @@ _HOMES = {
     "ModelWorker": "headrace.sync",
     "Progress": "headrace.core.events",
     "RerankRequest": "headrace.core.request",
-    "RerankResult": "headrace.core.request",
+    "RerankResult": "headrace.core.events",
     "Sampling": "headrace.core.sampling",
     "Usage": "headrace.core.metrics",
 }

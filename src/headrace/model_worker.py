@@ -1,7 +1,8 @@
-"""AsyncModelWorker: one model as a Python object."""
+"""AsyncModelWorker: one model as a Python object, a pool of one."""
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import struct
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -12,33 +13,42 @@ import msgspec
 
 from headrace import __version__, runtime
 from headrace.config import Config, Settings
-from headrace.core.backend import Backend
-from headrace.core.errors import InvalidRequest
-from headrace.core.events import Event, GenerateResult
-from headrace.core.model import ModelInfo, ModelSpec, State
-from headrace.core.request import (
-    CountRequest,
-    DetokenizeRequest,
-    EmbedRequest,
+from headrace.core.errors import Draining, HeadraceError, InvalidRequest, LoadFailed, Loading
+from headrace.core.events import (
     EmbedResult,
-    GenerateRequest,
-    Message,
-    RerankRequest,
+    Event,
+    GenerateResult,
     RerankResult,
     TokenCount,
 )
+from headrace.core.model import ModelInfo, ModelSpec, State
+from headrace.core.request import (
+    AnyRequest,
+    CountRequest,
+    DetokenizeRequest,
+    EmbedRequest,
+    GenerateRequest,
+    Message,
+    RerankRequest,
+)
 from headrace.core.sampling import Sampling
-from headrace.core.stream import collect
-from headrace.pool.watch import Asked, Nobody, Watch
+from headrace.core.stream import (
+    collect,
+    collect_count,
+    collect_ranking,
+    collect_text,
+    collect_vectors,
+)
+from headrace.pool.entry import ModelEntry
+from headrace.pool.pool import Pool
 from headrace.telemetry import setup, traceparent
-from headrace.telemetry.observed import Observed
+from headrace.telemetry.recorder import Recorder
 from headrace.telemetry.span import Tracing
-from headrace.worker.spec import OnProgress
-from headrace.worker.worker import Worker
+from headrace.worker.spec import OnProgress, unloaded_info
 
 Messages = Sequence[Message | Mapping[str, Any]]
 Prompt = str | Sequence[int]
-Vectors = list[list[float]]
+Numbers = list[list[float]]
 
 T = TypeVar("T", EmbedRequest, RerankRequest)
 
@@ -73,11 +83,13 @@ class AsyncModelWorker:
             settings = runtime.load_settings()
             self.spec = settings.model_spec(model, arguments)
             config = config or _quiet(settings)
-        self._worker = runtime.open_worker(
-            self.spec, config, isolate=isolate, on_progress=on_progress
-        )
-        self._backend: Backend = self._worker
-        self._watch: Watch = Nobody()
+        self._config = config
+        self._isolate = isolate
+        self._on_progress = on_progress
+        self._pool: Pool | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._state: State = "created"
+        self._reason: str | None = None
         self._tracing = Tracing()
 
     @classmethod
@@ -88,33 +100,59 @@ class AsyncModelWorker:
     @property
     def state(self) -> State:
         """One of created, loading, ready, draining, stopped, failed."""
-        return self._worker.state
+        if self._pool is None or self._state != "ready":
+            return self._state
+        return self._entry(self._pool).state
 
     @property
     def metadata(self) -> ModelInfo:
         """What is known of the model; all of it once it is loaded."""
-        return self._worker.models()[0]
+        if self._pool is None:
+            return unloaded_info(self.spec, self._state, self._reason)
+        return msgspec.structs.replace(self._pool.models()[0], state=self.state)
 
     def __repr__(self) -> str:
-        """Tell the name and the state."""
-        return f"<AsyncModelWorker {self._worker!r}>"
+        """Describe the name and the state."""
+        return f"<AsyncModelWorker {self.spec.name} {self.state}>"
 
     async def start(self) -> None:
-        """Fetch the model if need be, and load it. Idempotent.
+        """Fetch the model if need be, and load it. Idempotent; callers share one load.
 
         Raises:
             HeadraceError: UnknownModel, LoadFailed, OutOfMemory, UpstreamError, ConfigError.
         """
-        self._observe()
-        async with self._watch.loading(self._worker, self.spec):
-            await self._worker.start()
+        if self._state == "draining":
+            raise Draining(f"{self.spec.name} is stopping.")
+        self._leave_closed_loop()
+        if self._pool is None:
+            self._pool = self._open()
+            self._loop = asyncio.get_running_loop()
+            self._state, self._reason = "loading", None
+        pool = self._here(self._pool)
+        entry = self._entry(pool)
+        if self._state == "ready" and entry.failure is not None:
+            entry.reset()
+        try:
+            await pool.start()
+        except HeadraceError as error:
+            if self._pool is pool:
+                self._pool, self._state, self._reason = None, "failed", error.message
+            await pool.aclose()
+            await self._close_tracing()
+            raise
+        if self._pool is not pool or pool.draining:
+            raise Draining(f"{self.spec.name} was stopped while it was loading.")
+        self._state = "ready"
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Let running streams end within `drain_s` seconds, end the rest, free all. Idempotent."""
-        await self._worker.aclose(drain_s)
-        self._watch.closed()
-        tracing, self._tracing = self._tracing, Tracing()
-        await tracing.aclose()
+        self._leave_closed_loop()
+        if (pool := self._pool) is not None:
+            self._state = "draining"
+            await self._here(pool).aclose(drain_s)
+            self._pool = None
+        self._state = "stopped"
+        await self._close_tracing()
 
     async def restart(self) -> None:
         """Stop, and load the same model again."""
@@ -154,8 +192,7 @@ class AsyncModelWorker:
         Raises:
             InvalidRequest: an option is unknown or wrong.
         """
-        asked = request(self.spec.name, prompt, messages, options)
-        return self._backend.generate(self._below(asked))
+        return self._ask(request(self.spec.name, prompt, messages, options))
 
     async def generate(
         self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Any
@@ -163,7 +200,7 @@ class AsyncModelWorker:
         """Return the whole answer; arguments as for `generate_stream`."""
         return await collect(self.generate_stream(prompt, messages=messages, **options))
 
-    async def embed(self, inputs: Sequence[Prompt], **options: Any) -> Vectors:
+    async def embed(self, inputs: Sequence[Prompt], **options: Any) -> Numbers:
         """Return a vector for each text, or list of token ids.
 
         `options` are fields of EmbedRequest: `dimensions`, `normalize`, `truncate`, `deadline_s`.
@@ -179,7 +216,7 @@ class AsyncModelWorker:
             raise InvalidRequest("Give a list of texts.", param="inputs")
         given = tuple(one if isinstance(one, str) else tuple(one) for one in inputs)
         body = {"inputs": given, "model": self.spec.name, **options}
-        return await self._backend.embed(self._below(_built(EmbedRequest, body)))
+        return await collect_vectors(self._ask(_built(EmbedRequest, body)))
 
     async def rerank(self, query: str, documents: Sequence[str], **options: Any) -> RerankResult:
         """Put documents in order: the best first, each with its index and score.
@@ -190,7 +227,7 @@ class AsyncModelWorker:
             InvalidRequest: an option is unknown or wrong.
         """
         body = {"query": query, "documents": documents, "model": self.spec.name, **options}
-        return await self._backend.rerank(self._below(_built(RerankRequest, body)))
+        return await collect_ranking(self._ask(_built(RerankRequest, body)))
 
     async def count_tokens(
         self,
@@ -200,25 +237,64 @@ class AsyncModelWorker:
         add_special: bool = False,
     ) -> TokenCount:
         """Count a text, or messages as the template puts them. Never waits behind generation."""
-        ask = CountRequest(text=text, messages=_messages(messages), add_special=add_special)
-        return await self._worker.count_tokens(ask)
+        asked = CountRequest(text=text, messages=_messages(messages), add_special=add_special)
+        return await collect_count(self._ask(asked))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids."""
-        return await self._worker.detokenize(DetokenizeRequest(token_ids=tuple(token_ids)))
+        asked = DetokenizeRequest(token_ids=tuple(token_ids))
+        return await collect_text(self._ask(asked))
 
-    def _observe(self) -> None:
-        """Have requests traced, where the environment or the program has an exporter."""
-        if self._tracing.exporter is not None:
-            return
+    def _open(self) -> Pool:
+        pool = runtime.open_pool_of_one(
+            self.spec, self._config, isolate=self._isolate, on_progress=self._on_progress
+        )
+        # Traced where the environment or the program has an exporter.
         self._tracing = tracing = setup.configure(__version__)
         if tracing.exporter is not None:
-            # What runs in this process has no attempts that could be told from its requests.
-            attempts = None if isinstance(self._worker, Worker) else self.spec
-            observed = Observed(self._worker, tracing=tracing, attempts=attempts)
-            self._backend, self._watch = observed, observed.watcher
+            pool.observed_by(Recorder(pool.models, tracing=tracing))
+        return pool
 
-    def _below(self, request: Asked) -> Asked:
+    def _entry(self, pool: Pool) -> ModelEntry:
+        return pool.entry(self.spec.name)
+
+    def _ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
+        """Return the events of an answer, or a stream that raises why there are none."""
+        try:
+            pool = self._ready()
+        except HeadraceError as error:
+            return _raise(error)
+        return pool.ask(self._below(request))
+
+    def _ready(self) -> Pool:
+        name = self.spec.name
+        if self._pool is not None and self._state == "ready":
+            return self._here(self._pool)
+        if self._state in {"draining", "stopped"}:
+            raise Draining(f"{name} is {self._state}.")
+        if self._state == "failed":
+            raise LoadFailed(f"{name} has failed: {self._reason}")
+        raise Loading(f"{name} is not ready: {self._state}.")
+
+    def _here(self, pool: Pool) -> Pool:
+        """Check that the caller is in the event loop in which the model was started."""
+        if self._loop is not asyncio.get_running_loop():
+            raise InvalidRequest(
+                f"{self.spec.name} was started in another event loop; use and stop it there."
+            )
+        return pool
+
+    def _leave_closed_loop(self) -> None:
+        """Forget what an event loop has taken with it: its end has ended the model's process."""
+        if self._loop is not None and self._loop.is_closed():
+            self._pool = self._loop = None
+            self._state = "stopped"
+
+    async def _close_tracing(self) -> None:
+        tracing, self._tracing = self._tracing, Tracing()
+        await tracing.aclose()
+
+    def _below(self, request: AnyRequest) -> AnyRequest:
         """Make a request's span one below the caller's own."""
         exporter = self._tracing.exporter
         if exporter is None or (above := exporter.current()) is None:
@@ -227,10 +303,15 @@ class AsyncModelWorker:
         return msgspec.structs.replace(request, traceparent=header, tracestate=above.state)
 
 
-def vectors(result: EmbedResult) -> Vectors:
+async def _raise(error: HeadraceError) -> AsyncGenerator[Event, None]:
+    raise error
+    yield  # pyright: ignore[reportUnreachable]  # what makes it a generator
+
+
+def vectors(embedded: EmbedResult) -> Numbers:
     """Return the vectors as lists of numbers."""
-    form = struct.Struct(f"<{result.dimensions}f")
-    return [list(form.unpack(one)) for one in result.vectors]
+    form = struct.Struct(f"<{embedded.dimensions}f")
+    return [list(form.unpack(vector)) for vector in embedded.vectors]
 
 
 def _built(kind: type[T], body: Mapping[str, Any]) -> T:

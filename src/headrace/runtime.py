@@ -24,7 +24,7 @@ from headrace.models.providers import PROVIDERS, Provider
 from headrace.models.reference import HubReference, Reference, is_remote, parse
 from headrace.models.store import Store, without_file
 from headrace.pool.admin import PoolAdmin, Specify, Wanted
-from headrace.pool.ledger import Ledger
+from headrace.pool.memory import Ledger
 from headrace.pool.plan import plan_load
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
@@ -36,10 +36,9 @@ from headrace.tune.measure import Shape
 from headrace.tune.record import Record
 from headrace.tune.tuner import Tuner
 from headrace.worker.process import WorkerProcess
-from headrace.worker.remote import RemoteWorker
-from headrace.worker.sizing import Sizing
-from headrace.worker.spare import Spare
+from headrace.worker.sizing import Sizing, Unsized
 from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, unloaded_info
+from headrace.worker.warm import Spawn, WarmProcess, spawn
 from headrace.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -110,16 +109,40 @@ def open_worker(
     spec: ModelSpec,
     config: Config,
     *,
+    resolve: Resolve | None = None,
     isolate: bool = True,
     on_progress: OnProgress | None = None,
-) -> WorkerProcess | Worker | RemoteWorker:
+    spawn: Spawn = spawn,
+) -> WorkerProcess | Worker:
     """Bind a model to a worker that is not started, in a process of its own or in this one."""
-    resolve, logs = resolver(config), log_settings(config)
-    if is_remote(spec.model):
-        return RemoteWorker(spec, resolve, on_progress=on_progress, log_content=logs.content)
-    if not isolate:
+    resolve, logs = resolve or resolver(config), log_settings(config)
+    if is_remote(spec.model) or not isolate:
         return Worker(spec, resolve, on_progress=on_progress, log_content=logs.content)
-    return WorkerProcess(spec, resolve, on_progress=on_progress, log_settings=logs)
+    return WorkerProcess(spec, resolve, on_progress=on_progress, log_settings=logs, spawn=spawn)
+
+
+def open_pool_of_one(
+    spec: ModelSpec,
+    config: Config,
+    *,
+    isolate: bool = True,
+    on_progress: OnProgress | None = None,
+) -> Pool:
+    """Bind one model to a pool without a budget of memory, which keeps it until it is closed."""
+    resolve = resolver(config)
+
+    def open_one(spec: ModelSpec, report: OnProgress) -> PooledWorker:
+        def progress(stage: str, done: int, total: int) -> None:
+            report(stage, done, total)
+            if on_progress is not None:
+                on_progress(stage, done, total)
+
+        return open_worker(spec, config, resolve=resolve, isolate=isolate, on_progress=progress)
+
+    kept = msgspec.structs.replace(
+        spec, keep_alive=-1.0, replicas=1, preload=True, enabled=True, pinned=True
+    )
+    return Pool([kept], open_one, sizing=Unsized(), ledger=Ledger({}, dict))
 
 
 def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
@@ -129,25 +152,22 @@ def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
         ConfigError: the budget is not one for this machine.
     """
     config = settings.config
-    budgets, logs = _budgets(config), log_settings(config)
+    budgets = _budgets(config)
     sizing = Sizing(resolver(config), config.home / "measured.json", budgets)
+    warm = WarmProcess()
 
-    spare = Spare()
-
-    def open_worker(spec: ModelSpec, report: OnProgress) -> PooledWorker:
-        if is_remote(spec.model):
-            return RemoteWorker(spec, sizing.resolve, on_progress=report, log_content=logs.content)
-        return WorkerProcess(
-            spec, sizing.resolve, on_progress=report, log_settings=logs, spawn=spare.take
+    def open_one(spec: ModelSpec, report: OnProgress) -> PooledWorker:
+        return open_worker(
+            spec, config, resolve=sizing.resolve, on_progress=report, spawn=warm.take
         )
 
     return Pool(
         models,
-        open_worker,
+        open_one,
         sizing=sizing,
         ledger=Ledger(budgets, _memory),
         rules=_rules(config),
-        spare=spare,
+        warm=warm,
     )
 
 

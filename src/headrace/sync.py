@@ -8,10 +8,9 @@ from collections.abc import Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from headrace.core.events import Event, GenerateResult
+from headrace.core.events import EmbedResult, Event, GenerateResult, RerankResult, TokenCount
 from headrace.core.model import ModelInfo, ModelSpec, State
-from headrace.core.request import EmbedResult, RerankResult, TokenCount
-from headrace.model_worker import AsyncModelWorker, Messages, Prompt, Vectors
+from headrace.model_worker import AsyncModelWorker, Messages, Numbers, Prompt
 
 T = TypeVar("T")
 _SETTLE_S = 5.0
@@ -131,7 +130,7 @@ class ModelWorker:
         """Return the whole answer."""
         return self._run(self._worker.generate(prompt, messages=messages, **options))
 
-    def embed(self, inputs: Sequence[Prompt], **options: Any) -> Vectors:
+    def embed(self, inputs: Sequence[Prompt], **options: Any) -> Numbers:
         """Return a vector for each text, or list of token ids."""
         return self._run(self._worker.embed(inputs, **options))
 

@@ -15,19 +15,24 @@ from msgspec.structs import replace
 from headrace.api.app import create_app
 from headrace.api.settings import ApiSettings
 from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
-from headrace.core.events import Delta, Event, Finish, FinishReason
+from headrace.core.events import (
+    Delta,
+    EmbedResult,
+    Event,
+    Finish,
+    FinishReason,
+    Ranked,
+    RerankResult,
+    TokenCount,
+)
 from headrace.core.metrics import Gaps, InferenceMetrics, Usage
 from headrace.core.model import ModelInfo
 from headrace.core.request import (
     CountRequest,
     DetokenizeRequest,
     EmbedRequest,
-    EmbedResult,
     GenerateRequest,
-    Ranked,
     RerankRequest,
-    RerankResult,
-    TokenCount,
 )
 from headrace.core.status import (
     DeviceStatus,

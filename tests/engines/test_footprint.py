@@ -40,7 +40,7 @@ async def measured(found: WorkerSpec) -> tuple[int, int]:
         few = Sampling(max_tokens=4)
         prompts = [tuple(range(n, n + 150)) for n in range(min(slots, 4))]
         asked = [GenerateRequest(prompt=prompt, sampling=few) for prompt in prompts]
-        await asyncio.gather(*(collect(worker.generate(request)) for request in asked))
+        await asyncio.gather(*(collect(worker.ask(request)) for request in asked))
         return loaded, process_memory(worker.pid)["cpu"]
     finally:
         await worker.aclose()

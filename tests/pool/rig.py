@@ -11,19 +11,15 @@ from typing import Any
 import msgspec
 
 from headrace.core.errors import Draining, HeadraceError, LoadFailed, WorkerDied
-from headrace.core.events import Delta, Event, Finish
+from headrace.core.events import Delta, EmbedResult, Event, Finish, Ranked, RerankResult, TokenCount
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import Capabilities, ModelInfo, ModelSpec, State
 from headrace.core.request import (
     CountRequest,
     DetokenizeRequest,
     EmbedRequest,
-    EmbedResult,
     GenerateRequest,
-    Ranked,
     RerankRequest,
-    RerankResult,
-    TokenCount,
 )
 from headrace.core.sampling import Sampling
 from headrace.core.status import Footprint
@@ -273,7 +269,7 @@ def ask(model: str = "a", tokens: int = 5, **given: Any) -> GenerateRequest:
 async def answer(pool: Pool, request: GenerateRequest) -> tuple[str, Finish]:
     """Return the text and the Finish of one answer."""
     text, last = "", None
-    stream = pool.generate(request)
+    stream = pool.ask(request)
     try:
         async for event in stream:
             assert last is None, "something after the Finish"

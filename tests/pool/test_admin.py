@@ -20,6 +20,7 @@ from headrace.core.errors import (
 )
 from headrace.core.model import ModelSpec
 from headrace.core.request import CountRequest
+from headrace.core.stream import collect_count
 from headrace.pool.admin import PoolAdmin, Wanted
 from headrace.pool.policy import Rules
 from headrace.pool.state import StateFile
@@ -160,7 +161,9 @@ def test_that_loading_what_is_just_being_unloaded_brings_it_back() -> None:
         await asyncio.sleep(0.5)
         going = asyncio.create_task(service.admin.unload("a"))
         await asyncio.sleep(0.5)
-        counting = asyncio.create_task(service.pool.count_tokens(CountRequest(model="a", text="x")))
+        counting = asyncio.create_task(
+            collect_count(service.pool.ask(CountRequest(model="a", text="x")))
+        )
         assert (await service.admin.load("a")).state == "ready"
         assert await outcome(running) == counted(20)
         assert (await counting).count == 1
@@ -390,7 +393,9 @@ def test_that_who_waits_for_a_load_hears_that_it_was_switched_off() -> None:
     async def main() -> None:
         service = Service()
         waiting, loading = begun(service), asyncio.create_task(service.admin.load("a"))
-        counting = asyncio.create_task(service.pool.count_tokens(CountRequest(model="a", text="x")))
+        counting = asyncio.create_task(
+            collect_count(service.pool.ask(CountRequest(model="a", text="x")))
+        )
         await asyncio.sleep(0.5)
         await service.admin.update("a", {"enabled": False})
         for task in (waiting, loading, counting):

@@ -8,7 +8,9 @@ import pytest
 from tests.pool.rig import Machine, answer, ask, clock, pool, run, spec
 
 from headrace.core.errors import Draining, Loading, QueueFull, QueueTimeout, WorkerDied
-from headrace.core.request import EmbedRequest, EmbedResult, RerankRequest
+from headrace.core.events import EmbedResult
+from headrace.core.request import EmbedRequest, RerankRequest
+from headrace.core.stream import collect_ranking, collect_vectors
 from headrace.pool.line import cost_of
 from headrace.pool.pool import Pool
 
@@ -24,10 +26,12 @@ def test_a_model_is_loaded_on_demand_and_let_go_again() -> None:
     async def main() -> None:
         one = pool(Machine(), spec("a", preload=False, keep_alive=5.0, max_running=8))
         await one.start()
-        result = await one.embed(embedding(count=3))
+        result = await collect_vectors(one.ask(embedding(count=3)))
         assert [vector[0] for vector in result.vectors] == [1, 2, 3]
         assert result.metrics.load_ms == pytest.approx(1000, abs=100)
-        ranked = await one.rerank(RerankRequest(model="a", query="q", documents=("x", "y")))
+        ranked = await collect_ranking(
+            one.ask(RerankRequest(model="a", query="q", documents=("x", "y")))
+        )
         assert [each.index for each in ranked.ranking] == [0, 1]
         assert one.seats["a"].state == "ready"
         await asyncio.sleep(10)
@@ -42,7 +46,7 @@ def test_busy_models_are_not_evicted() -> None:
         machine = Machine(15)
         one = pool(machine, spec("a", max_running=8), spec("b", preload=False))
         await one.start()
-        long = asyncio.ensure_future(one.embed(embedding(count=40)))
+        long = asyncio.ensure_future(collect_vectors(one.ask(embedding(count=40))))
         await asyncio.sleep(0.1)
         began = clock()
         await answer(one, ask("b"))
@@ -59,19 +63,21 @@ def test_the_line_is_bounded_and_deadlines_hold() -> None:
     async def main() -> None:
         one = pool(Machine(), spec("a", max_running=1, max_queued=1), spec("b", preload=False))
         await one.start()
-        tasks = [asyncio.ensure_future(one.embed(embedding(count=10))) for _ in range(2)]
+        tasks = [
+            asyncio.ensure_future(collect_vectors(one.ask(embedding(count=10)))) for _ in range(2)
+        ]
         await asyncio.sleep(0)
         with pytest.raises(QueueFull) as full:
-            await one.embed(embedding())
+            await collect_vectors(one.ask(embedding()))
         assert (full.value.retry_after_s or 0) > 0
         await asyncio.gather(*tasks)
-        busy = asyncio.ensure_future(one.embed(embedding(count=20)))
+        busy = asyncio.ensure_future(collect_vectors(one.ask(embedding(count=20))))
         await asyncio.sleep(0)
         with pytest.raises(QueueTimeout):
-            await one.embed(embedding(deadline_s=0.5))
+            await collect_vectors(one.ask(embedding(deadline_s=0.5)))
         await busy
         with pytest.raises(Loading):
-            await one.embed(embedding("b", load_wait_s=0.0))
+            await collect_vectors(one.ask(embedding("b", load_wait_s=0.0)))
         await one.aclose()
 
     run(main())
@@ -79,7 +85,7 @@ def test_the_line_is_bounded_and_deadlines_hold() -> None:
 
 async def _dying(one: Pool, machine: Machine) -> EmbedResult | BaseException:
     """Return what comes of a request whose worker dies."""
-    task = asyncio.ensure_future(one.embed(embedding(count=5)))
+    task = asyncio.ensure_future(collect_vectors(one.ask(embedding(count=5))))
     await asyncio.sleep(0.25)
     machine.workers[0].die()
     await asyncio.wait({task})
@@ -112,13 +118,13 @@ def test_a_drain_lets_it_end_and_then_refuses() -> None:
     async def main() -> None:
         one = pool(Machine(), spec("a", max_running=8))
         await one.start()
-        running = asyncio.ensure_future(one.embed(embedding(count=5)))
+        running = asyncio.ensure_future(collect_vectors(one.ask(embedding(count=5))))
         await asyncio.sleep(0.1)
         closing = asyncio.ensure_future(one.aclose(10))
         assert (await running).usage.prompt_tokens == 5
         await closing
         with pytest.raises(Draining):
-            await one.embed(embedding())
+            await collect_vectors(one.ask(embedding()))
 
     run(main())
 

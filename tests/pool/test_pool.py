@@ -23,6 +23,7 @@ from headrace.core.errors import (
 )
 from headrace.core.events import Delta, Event, Finish
 from headrace.core.request import CountRequest
+from headrace.core.stream import collect_count
 
 
 def seats(served: Any) -> dict[str, str]:
@@ -394,7 +395,7 @@ def test_that_who_is_switched_off_or_stopping_refuses() -> None:
         with pytest.raises(Draining):
             await answer(served, ask())
         with pytest.raises(Draining):
-            await served.count_tokens(CountRequest(text="x"))
+            await collect_count(served.ask(CountRequest(text="x")))
         served.add(spec("late"))
         with pytest.raises(Draining):
             await answer(served, ask("late"))
@@ -462,7 +463,7 @@ def test_that_counting_does_not_queue() -> None:
         running = asyncio.create_task(answer(served, ask(tokens=100)))
         await asyncio.sleep(2)
         began = clock()
-        assert (await served.count_tokens(CountRequest(text="abc"))).count == 3
+        assert (await collect_count(served.ask(CountRequest(text="abc")))).count == 3
         assert clock() == began
         running.cancel()
         await asyncio.wait({running})
@@ -477,16 +478,16 @@ def test_that_closing_a_stream_frees_the_slot_in_each_phase() -> None:
         served = pool(machine, spec(max_running=1))
         seat = served.seat("a")
         for moment in (0.0, 0.5, 1.5):
-            stream = served.generate(ask(tokens=50))
+            stream = served.ask(ask(tokens=50))
             end = clock() + moment
             async for _ in stream:
                 if clock() >= end:
                     break
             await stream.aclose()
             assert len(seat.line) == seat.running == 0
-        first = served.generate(ask(tokens=50))
+        first = served.ask(ask(tokens=50))
         assert isinstance(await anext(first), Delta)
-        second = served.generate(ask())
+        second = served.ask(ask())
         await anext(second)
         assert len(seat.line) == 1
         await second.aclose()
@@ -529,7 +530,7 @@ def test_that_a_death_after_the_last_word_changes_nothing() -> None:
         machine = Machine()
         served = pool(machine)
         await served.start()
-        stream = served.generate(ask())
+        stream = served.ask(ask())
         events: list[Event] = []
         async for event in stream:
             events.append(event)

@@ -40,6 +40,7 @@ from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest
 from headrace.core.sampling import Sampling
+from headrace.core.stream import collect_count
 from headrace.pool.admin import PoolAdmin, Wanted
 from headrace.pool.ledger import Ledger
 from headrace.pool.policy import Rules
@@ -126,7 +127,7 @@ class Asked:
         self.task = world.loop.create_task(self._read(), name="reader")
 
     async def _read(self) -> None:
-        stream = self.world.pool.generate(self.request)
+        stream = self.world.pool.ask(self.request)
         try:
             async for event in stream:
                 assert self.finish is None, "something after the Finish"
@@ -524,7 +525,7 @@ class Steps(RuleBasedStateMachine):
 
     @rule(name=names)
     def count(self, name: str) -> None:
-        self.world.call(self.world.pool.count_tokens(CountRequest(model=name, text="abc")))
+        self.world.call(collect_count(self.world.pool.ask(CountRequest(model=name, text="abc"))))
 
     @rule(which=st.integers(0, 30), error=st.sampled_from([None, GenerationFailed, OutOfMemory]))
     def hurt(self, which: int, error: type[HeadraceError] | None) -> None:

@@ -23,6 +23,7 @@ from headrace.core.errors import LoadFailed, UnknownModel, WorkerDied
 from headrace.core.events import Delta, Event
 from headrace.core.model import ModelFile, ModelSpec
 from headrace.core.request import EmbedRequest, GenerateRequest, Message
+from headrace.core.stream import collect_vectors
 from headrace.pool.pool import Pool
 from headrace.telemetry import names, traceparent
 from headrace.telemetry.span import Span
@@ -42,7 +43,7 @@ async def running(told: Told, **given: Any) -> AsyncIterator[Pool]:
 
 
 async def read(backend: Backend, request: GenerateRequest) -> list[Event]:
-    stream = backend.generate(request)
+    stream = backend.ask(request)
     try:
         return [event async for event in stream]
     finally:
@@ -52,7 +53,7 @@ async def read(backend: Backend, request: GenerateRequest) -> list[Event]:
 async def read_and_kill(pool: Pool, request: GenerateRequest) -> str:
     """Read an answer whose worker is killed at its third token."""
     said: list[str] = []
-    stream = pool.generate(request)
+    stream = pool.ask(request)
     try:
         async for event in stream:
             if isinstance(event, Delta):
@@ -108,7 +109,7 @@ async def test_what_is_read_to_no_end_ends_with_the_pool() -> None:
     """T1: whoever holds the stream may never look at it again."""
     told = Told()
     async with running(told, tokens_per_second=50) as pool:
-        stream = pool.generate(ask("abcdef"))
+        stream = pool.ask(ask("abcdef"))
         while not isinstance(await anext(stream), Delta):
             pass
         assert told.records == []
@@ -211,7 +212,7 @@ async def test_a_load_that_fails() -> None:
 async def test_embeddings_on_a_process() -> None:
     told = Told()
     async with running(told, task="embed") as pool:
-        await pool.embed(EmbedRequest(inputs=("abc",), model="echo"))
+        await collect_vectors(pool.ask(EmbedRequest(inputs=("abc",), model="echo")))
     told.check(1)
     drawn = {span.name: span for span in told.records[0].spans}
     assert told.records[0].spans[0].name == "embeddings echo"

@@ -205,7 +205,7 @@ async def _measure() -> None:
             told.records.clear()
         for backend, each in zip(backends, times, strict=True):
             began = time.perf_counter()
-            async for _ in backend.generate(ask(turn + 1)):
+            async for _ in backend.ask(ask(turn + 1)):
                 pass
             each.append(time.perf_counter() - began)
     grown = process.memory_info().rss - before

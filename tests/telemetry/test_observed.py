@@ -32,6 +32,7 @@ from headrace.core.model import ModelSpec
 from headrace.core.record import RequestRecord
 from headrace.core.request import EmbedRequest, GenerateRequest, Message, RerankRequest
 from headrace.core.sampling import Sampling
+from headrace.core.stream import collect_ranking, collect_vectors
 from headrace.telemetry import content as contents
 from headrace.telemetry import names
 from headrace.telemetry.observed import Observed
@@ -41,7 +42,7 @@ LEAVES = [kind for kind in kinds() if not kind.__subclasses__()]
 
 
 async def read(backend: Observed, request: GenerateRequest) -> list[Event]:
-    stream = backend.generate(request)
+    stream = backend.ask(request)
     try:
         return [event async for event in stream]
     finally:
@@ -116,11 +117,11 @@ async def test_what_is_read_to_no_end_ends_with_the_backend() -> None:
     observed, streams = told.observe(backend, attempts=ModelSpec(name="m", model="m")), []
     for number, phase in enumerate(STEPS):
         backend.scripts[(asked := ask(number + 1)).id] = [*STEPS[phase], None]
-        stream = observed.generate(asked)
+        stream = observed.ask(asked)
         for _ in STEPS[phase]:
             await anext(stream)
         streams.append(stream)
-    whole = observed.generate(ask(9))
+    whole = observed.ask(ask(9))
     while not isinstance(await anext(whole), Finish):
         pass
     await observed.aclose()
@@ -196,7 +197,7 @@ async def test_cancelled_in_each_phase(phase: str, end: End) -> None:
     told, backend, request = Told(), Scripted(), ask()
     backend.scripts[request.id] = [*STEPS[phase], None]
     observed = told.observe(backend)
-    stream = observed.generate(request)
+    stream = observed.ask(request)
 
     if end is by_cancelling:
         task = asyncio.create_task(consume(stream))
@@ -274,12 +275,14 @@ async def test_sixty_four_at_once_in_every_way() -> None:
 async def test_embeddings_and_rankings() -> None:
     told, backend = Told(), Scripted()
     observed = told.observe(backend)
-    await observed.embed(EmbedRequest(inputs=("a",), model="m", traceparent=parent(1)))
-    await observed.rerank(RerankRequest(query="q", documents=("d",), model="also"))
+    await collect_vectors(
+        observed.ask(EmbedRequest(inputs=("a",), model="m", traceparent=parent(1)))
+    )
+    await collect_ranking(observed.ask(RerankRequest(query="q", documents=("d",), model="also")))
     bad = EmbedRequest(inputs=("a",), model="m")
     backend.scripts[bad.id] = [InvalidRequest("no")]
     with pytest.raises(InvalidRequest):
-        await observed.embed(bad)
+        await collect_vectors(observed.ask(bad))
     told.check(3)
     assert [record.outcome for record in told.records] == ["ok", "ok", "refused"]
     assert [record.spans[0].name for record in told.records] == [

@@ -14,18 +14,11 @@ from opentelemetry.trace import SpanKind, StatusCode
 from tests.pool.rig import Machine
 from tests.worker.rig import resolve
 
-from headrace.core.events import Delta, Event, Finish, Progress
+from headrace.core.events import Delta, EmbedResult, Event, Finish, Progress, Ranked, RerankResult
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelInfo, ModelSpec
 from headrace.core.record import RequestRecord
-from headrace.core.request import (
-    EmbedRequest,
-    EmbedResult,
-    GenerateRequest,
-    Ranked,
-    RerankRequest,
-    RerankResult,
-)
+from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
 from headrace.pool.ledger import Ledger
 from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker

@@ -185,7 +185,7 @@ async def test_a_turn_counts_every_token_of_every_client(
         assert slow.seconds < 2
         assert 0 < slow.tokens < 1000
         request = GenerateRequest(prompt="still there")
-        assert [event async for event in worker.generate(request)]
+        assert [event async for event in worker.ask(request)]
     finally:
         await worker.aclose()
 

@@ -22,7 +22,7 @@ from headrace.core.errors import (
     WorkerDied,
 )
 from headrace.core.request import EmbedRequest, RerankRequest
-from headrace.core.stream import collect
+from headrace.core.stream import collect, collect_ranking, collect_vectors
 
 
 def embedding(*inputs: Any, **given: Any) -> EmbedRequest:
@@ -38,7 +38,7 @@ async def test_embeddings(place: Any) -> None:
     """W22: vectors, exact usage and figures, the same in both places."""
     async with place(task="embed", dimensions=6) as one:
         request = embedding("hello", tuple(b"hello"), "é")
-        result = await one.embed(request)
+        result = await collect_vectors(one.ask(request))
         assert result.dimensions == 6
         assert result.vectors[0] == result.vectors[1] != result.vectors[2]
         assert [length(vector) for vector in result.vectors] == pytest.approx([1, 1, 1], abs=1e-6)
@@ -48,7 +48,7 @@ async def test_embeddings(place: Any) -> None:
         assert figures.usage == result.usage
         assert figures.queue_ms is not None
         assert 0 < figures.total_ms >= (figures.prefill_ms or 0)
-        raw = await one.embed(embedding("hello", normalize=False))
+        raw = await collect_vectors(one.ask(embedding("hello", normalize=False)))
         assert length(raw.vectors[0]) != pytest.approx(1, abs=1e-3)
         info = one.models()[0]
         assert info.capabilities.tasks == {"embed"}
@@ -59,24 +59,26 @@ async def test_embeddings(place: Any) -> None:
 async def test_rankings(place: Any) -> None:
     async with place(task="rerank") as one:
         documents = ("xyz", "abx", "abc", "")
-        result = await one.rerank(RerankRequest(query="abc", documents=documents))
+        result = await collect_ranking(one.ask(RerankRequest(query="abc", documents=documents)))
         assert [ranked.index for ranked in result.ranking] == [2, 1, 0, 3]
         assert result.ranking[0].score == 1.0
         assert result.usage.prompt_tokens == 4 * 4 + 9
-        best = await one.rerank(RerankRequest(query="abc", documents=documents, top_n=1))
+        best = await collect_ranking(
+            one.ask(RerankRequest(query="abc", documents=documents, top_n=1))
+        )
         assert best.ranking == result.ranking[:1]
 
 
 async def test_dimensions_are_cut_and_scaled_again() -> None:
     async with worker(task="embed", dimensions=6) as one:
-        whole = await one.embed(embedding(normalize=False))
-        short = await one.embed(embedding(dimensions=3))
+        whole = await collect_vectors(one.ask(embedding(normalize=False)))
+        short = await collect_vectors(one.ask(embedding(dimensions=3)))
         assert (short.dimensions, len(short.vectors[0])) == (3, 12)
         expected = array("f", whole.vectors[0])[:3]
         scale = math.hypot(*expected)
         assert list(array("f", short.vectors[0])) == pytest.approx([x / scale for x in expected])
         with pytest.raises(InvalidRequest, match="has 6") as caught:
-            await one.embed(embedding(dimensions=7))
+            await collect_vectors(one.ask(embedding(dimensions=7)))
         assert caught.value.param == "dimensions"
         assert caught.value.metrics is not None
 
@@ -85,39 +87,46 @@ async def test_each_model_does_what_it_is_for() -> None:
     """W4: what it is not for is refused in a sentence that says what it is."""
     async with worker(task="embed") as embedder, worker() as speaker:
         with pytest.raises(Unsupported, match="makes embeddings"):
-            await collect(embedder.generate(ask()))
+            await collect(embedder.ask(ask()))
         with pytest.raises(Unsupported, match="makes embeddings"):
-            await embedder.rerank(RerankRequest(query="a", documents=("b",)))
+            await collect_ranking(embedder.ask(RerankRequest(query="a", documents=("b",))))
         with pytest.raises(Unsupported, match="generates text"):
-            await speaker.embed(embedding())
+            await collect_vectors(speaker.ask(embedding()))
         assert embedder.load == speaker.load == (0, 0)
 
 
 async def test_the_context_is_kept_by_name_or_on_request() -> None:
     """W12: nothing is cut that was not asked to be."""
     async with worker(task="embed", context_length=4) as one:
-        assert await one.embed(embedding("abcd"))
+        assert await collect_vectors(one.ask(embedding("abcd")))
         with pytest.raises(ContextOverflow, match="Input 1 has 5") as caught:
-            await one.embed(embedding("a", "abcde"))
+            await collect_vectors(one.ask(embedding("a", "abcde")))
         assert caught.value.param == "input"
-        cut = await one.embed(embedding("abcdefgh", tuple(b"abcdefgh"), "abcd", truncate=True))
+        cut = await collect_vectors(
+            one.ask(embedding("abcdefgh", tuple(b"abcdefgh"), "abcd", truncate=True))
+        )
         assert len(set(cut.vectors)) == 1
         assert cut.usage.prompt_tokens == 12
     async with worker(task="rerank", context_length=6) as one:
         request = RerankRequest(query="ab", documents=("b" * 20,), truncate=False)
         with pytest.raises(ContextOverflow, match="document 0"):
-            await one.rerank(request)
-        assert (await one.rerank(RerankRequest(query="ab", documents=("b" * 20,)))).usage
+            await collect_ranking(one.ask(request))
+        assert (
+            await collect_ranking(one.ask(RerankRequest(query="ab", documents=("b" * 20,))))
+        ).usage
         with pytest.raises(ContextOverflow) as caught:
-            await one.rerank(RerankRequest(query="a" * 9, documents=("b",)))
+            await collect_ranking(one.ask(RerankRequest(query="a" * 9, documents=("b",))))
         assert caught.value.param == "query"
 
 
 async def test_unknown_tokens_fail_one_request_alone() -> None:
     async with worker(task="embed", prefill_tokens_per_second=200) as one:
-        first = asyncio.ensure_future(one.embed(embedding("a" * 20)))
+        first = asyncio.ensure_future(collect_vectors(one.ask(embedding("a" * 20))))
         await until(lambda: one.load == (1, 0))
-        others = [one.embed(embedding("abc")), one.embed(embedding((1, 999)))]
+        others = [
+            collect_vectors(one.ask(embedding("abc"))),
+            collect_vectors(one.ask(embedding((1, 999)))),
+        ]
         good, bad = await asyncio.gather(*others, return_exceptions=True)
         assert not isinstance(good, BaseException)
         assert isinstance(bad, InvalidRequest)
@@ -128,20 +137,22 @@ async def test_slots_queue_and_deadline() -> None:
     """W20: a line that is full refuses; a deadline ends who runs."""
     slow = {"task": "embed", "prefill_tokens_per_second": 20, "max_running": 1, "max_queued": 1}
     async with worker(**slow) as one:
-        tasks = [asyncio.ensure_future(one.embed(embedding("abcd"))) for _ in range(2)]
+        tasks = [
+            asyncio.ensure_future(collect_vectors(one.ask(embedding("abcd")))) for _ in range(2)
+        ]
         await until(lambda: one.load == (1, 1))
         with pytest.raises(QueueFull):
-            await one.embed(embedding())
+            await collect_vectors(one.ask(embedding()))
         await asyncio.gather(*tasks)
         with pytest.raises(DeadlineExceeded):
-            await one.embed(embedding("abcdefgh", deadline_s=0.1))
+            await collect_vectors(one.ask(embedding("abcdefgh", deadline_s=0.1)))
         assert one.load == (0, 0)
 
 
 async def test_a_stop_ends_the_rest() -> None:
     """W8: the batch under way ends first, and the engine is closed after it."""
     async with worker(task="embed", prefill_tokens_per_second=10) as one:
-        running = asyncio.ensure_future(one.embed(embedding("abcd")))
+        running = asyncio.ensure_future(collect_vectors(one.ask(embedding("abcd"))))
         await until(lambda: one.load == (1, 0))
         await one.aclose()
         with pytest.raises(Draining):
@@ -152,20 +163,20 @@ async def test_a_stop_ends_the_rest() -> None:
 async def test_a_cancelled_call_frees_its_slot_in_the_child() -> None:
     """W9: across the process as well."""
     async with process(task="embed", prefill_tokens_per_second=20, max_running=1) as one:
-        task = asyncio.ensure_future(one.embed(embedding("abcdefgh")))
+        task = asyncio.ensure_future(collect_vectors(one.ask(embedding("abcdefgh"))))
         await until(lambda: one.outstanding == 1)
         await asyncio.sleep(0.1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert one.outstanding == 0
-        assert (await one.embed(embedding("a"))).dimensions == 8
+        assert (await collect_vectors(one.ask(embedding("a")))).dimensions == 8
 
 
 async def test_a_child_that_dies_or_hangs_is_told() -> None:
     """W18: by a typed error, and soon."""
     async with process(task="embed", prefill_tokens_per_second=1) as one:
-        task = asyncio.ensure_future(one.embed(embedding("abcdefgh")))
+        task = asyncio.ensure_future(collect_vectors(one.ask(embedding("abcdefgh"))))
         await until(lambda: one.outstanding == 1)
         assert one.pid is not None
         os.kill(one.pid, signal.SIGKILL)
@@ -173,4 +184,4 @@ async def test_a_child_that_dies_or_hangs_is_told() -> None:
             await task
     async with process(task="embed", hang_after=0, hang_s=0.5) as one:
         with pytest.raises(WorkerDied, match="hung"):
-            await one.embed(embedding())
+            await collect_vectors(one.ask(embedding()))

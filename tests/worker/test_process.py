@@ -44,7 +44,7 @@ from headrace.core.errors import (
 )
 from headrace.core.events import Event, Progress
 from headrace.core.request import CountRequest, DetokenizeRequest
-from headrace.core.stream import collect
+from headrace.core.stream import collect, collect_count, collect_text
 from headrace.log import LogSettings
 from headrace.worker.process import WorkerProcess
 from headrace.worker.spawn import Scratch, sweep
@@ -64,15 +64,15 @@ def alive(pid: int) -> bool:
 async def test_it_answers_as_a_worker_in_this_process_does() -> None:
     """W9, W15, W16, W21, W22: the same events, figures, counts and metadata."""
     async with process(slots=3) as one:
-        events = await listed(one.generate(ask("né🌍")))
+        events = await listed(one.ask(ask("né🌍")))
         end = finish(events)
         assert isinstance(events[0], Progress)
         assert text(events) == "né🌍"
         assert (end.usage.prompt_tokens, end.usage.completion_tokens) == (7, 8)
         assert end.metrics.queue_ms is not None
         assert 0 <= end.metrics.queue_ms < 5000, "the clock is one for both processes"
-        assert (await one.count_tokens(CountRequest(text="né"))).token_ids == (110, 195, 169)
-        assert await one.detokenize(DetokenizeRequest(token_ids=(104, 105))) == "hi"
+        assert (await collect_count(one.ask(CountRequest(text="né")))).token_ids == (110, 195, 169)
+        assert await collect_text(one.ask(DetokenizeRequest(token_ids=(104, 105)))) == "hi"
         info = one.models()[0]
         assert (info.state, info.max_running, info.engine) == ("ready", 3, "echo")
         assert info.memory
@@ -83,33 +83,31 @@ async def test_errors_cross_over_as_they_are() -> None:
     """W17: type, field, figures."""
     async with process(fail_after=2, context_length=50) as one:
         with pytest.raises(GenerationFailed, match="told to fail") as caught:
-            await collect(one.generate(ask()))
+            await collect(one.ask(ask()))
         assert caught.value.metrics is not None
         assert caught.value.metrics.usage.completion_tokens == 2
         with pytest.raises(HeadraceError) as refused:
-            await collect(one.generate(ask("a" * 99)))
+            await collect(one.ask(ask("a" * 99)))
         assert (type(refused.value).__name__, refused.value.param) == (
             "ContextOverflow",
             "messages",
         )
         with pytest.raises(HeadraceError, match="vocabulary"):
-            await one.detokenize(DetokenizeRequest(token_ids=(999,)))
+            await collect_text(one.ask(DetokenizeRequest(token_ids=(999,))))
         assert one.state == "ready"
     async with process(oom_after=1) as one:
         with pytest.raises(OutOfMemory):
-            await collect(one.generate(ask()))
+            await collect(one.ask(ask()))
         assert one.state == "ready"
 
 
 async def test_fifty_streams_at_once_and_a_full_queue() -> None:
     """W20: each its own answer; one more than the queue holds is refused."""
     async with process(slots=8, max_queued=42, tokens_per_second=400) as one:
-        asked = [
-            asyncio.ensure_future(collect(one.generate(ask(f"number {n}")))) for n in range(50)
-        ]
+        asked = [asyncio.ensure_future(collect(one.ask(ask(f"number {n}")))) for n in range(50)]
         await asyncio.sleep(0)
         with pytest.raises(QueueFull):
-            await collect(one.generate(ask("too many")))
+            await collect(one.ask(ask("too many")))
         said = [result.text for result in await asyncio.gather(*asked)]
         assert said == [f"number {n}" for n in range(50)]
 
@@ -117,7 +115,7 @@ async def test_fifty_streams_at_once_and_a_full_queue() -> None:
 async def test_nothing_is_left_of_it(scratch: Path) -> None:
     """W8: no process, no file descriptor, no task, no directory; and so after each restart."""
     async with process() as warm:
-        await collect(warm.generate(ask()))
+        await collect(warm.ask(ask()))
     gc.collect()
     fds, tasks = psutil.Process().num_fds(), asyncio.all_tasks()
     one = WorkerProcess(echo(), resolve)
@@ -127,7 +125,7 @@ async def test_nothing_is_left_of_it(scratch: Path) -> None:
         assert pid is not None
         assert alive(pid)
         assert list(scratch.iterdir())
-        assert (await collect(one.generate(ask("ok")))).text == "ok"
+        assert (await collect(one.ask(ask("ok")))).text == "ok"
         await one.aclose()
         assert not alive(pid)
         assert (one.state, one.pid) == ("stopped", None)
@@ -143,7 +141,7 @@ async def test_states_and_use_at_the_wrong_time() -> None:
     assert one.state == "created"
     assert "created" in repr(one)
     with pytest.raises(Loading):
-        await collect(one.generate(ask()))
+        await collect(one.ask(ask()))
     starts = [asyncio.ensure_future(one.start()) for _ in range(5)]
     await until(lambda: one.state == "loading")
     await asyncio.gather(*starts)
@@ -154,9 +152,9 @@ async def test_states_and_use_at_the_wrong_time() -> None:
     await one.aclose()
     await one.aclose()
     with pytest.raises(Draining):
-        await collect(one.generate(ask()))
+        await collect(one.ask(ask()))
     with pytest.raises(Draining):
-        await one.count_tokens(CountRequest(text="a"))
+        await collect_count(one.ask(CountRequest(text="a")))
     assert one.models()[0].state == "stopped"
 
 
@@ -166,7 +164,7 @@ async def test_a_restart_keeps_the_spec() -> None:
     for _ in range(2):
         await one.start()
         assert one.models()[0].context_length == 77
-        assert (await collect(one.generate(ask()))).text == "same"
+        assert (await collect(one.ask(ask()))).text == "same"
         await one.aclose()
 
 
@@ -174,15 +172,15 @@ async def test_a_stop_drains_and_then_ends_the_rest() -> None:
     """W8: what can end in time does; the rest gets an error, never a normal end."""
     one = WorkerProcess(echo(tokens_per_second=40), resolve)
     await one.start()
-    short = asyncio.ensure_future(collect(one.generate(ask("abc"))))
-    long = asyncio.ensure_future(collect(one.generate(ask("a" * 500))))
+    short = asyncio.ensure_future(collect(one.ask(ask("abc"))))
+    long = asyncio.ensure_future(collect(one.ask(ask("a" * 500))))
     await asyncio.sleep(0.05)
     began = time.monotonic()
     closing = asyncio.ensure_future(one.aclose(drain_s=0.5))
     await asyncio.sleep(0)
     assert one.state == "draining"
     with pytest.raises(Draining):
-        await collect(one.generate(ask()))
+        await collect(one.ask(ask()))
     assert (await short).text == "abc"
     with pytest.raises(Draining) as caught:
         await long
@@ -242,7 +240,7 @@ async def test_a_crash_mid_stream_ends_every_stream_with_an_error(
         got: list[Event] = []
         began = time.monotonic()
         with pytest.raises(WorkerDied, match=cause):
-            async for event in one.generate(ask()):
+            async for event in one.ask(ask()):
                 got.append(event)
         assert time.monotonic() - began < 1
         assert text(got) in {"", "a", "ab", "abc"}
@@ -250,17 +248,17 @@ async def test_a_crash_mid_stream_ends_every_stream_with_an_error(
         assert one.state == "failed"
         assert cause in (one.models()[0].reason or "")
         with pytest.raises(LoadFailed, match=cause):
-            await collect(one.generate(ask()))
+            await collect(one.ask(ask()))
         assert not list(scratch.iterdir())
         await one.start()
         assert (one.state, one.died.is_set()) == ("ready", False)
-        assert (await collect(one.generate(ask(max_tokens=2)))).text == "ab"
+        assert (await collect(one.ask(ask(max_tokens=2)))).text == "ab"
 
 
 async def test_a_kill_from_outside_is_seen_at_once_by_all() -> None:
     """W17: streams in decode and in the queue, and counts, within a second."""
     async with process(tokens_per_second=10, max_running=1) as one:
-        running, waiting = one.generate(ask("a" * 99)), one.generate(ask("b"))
+        running, waiting = one.ask(ask("a" * 99)), one.ask(ask("b"))
         await first_delta(running)
         queued = asyncio.ensure_future(anext(waiting))
         await asyncio.sleep(0.05)
@@ -284,7 +282,7 @@ async def test_the_last_words_of_the_child_are_in_the_detail() -> None:
         assert child is not None
         child._tail.append("native assertion failed")
         with pytest.raises(WorkerDied) as caught:
-            await collect(one.generate(ask()))
+            await collect(one.ask(ask()))
         assert "native assertion failed" in (caught.value.detail or "")
         assert "native" not in caught.value.message
 
@@ -293,7 +291,7 @@ async def test_the_stderr_of_the_child_is_passed_on(capfd: pytest.CaptureFixture
     """W27: its log goes where ours goes, line by line."""
     one = WorkerProcess(echo(), resolve, log_settings=LogSettings(level="info", style="json"))
     await one.start()
-    await collect(one.generate(ask("the secret prompt")))
+    await collect(one.ask(ask("the secret prompt")))
     await one.aclose()
     logged = capfd.readouterr().err
     records = [msgspec.json.decode(line) for line in logged.splitlines()]
@@ -310,7 +308,7 @@ async def test_a_worker_that_hangs_is_killed() -> None:
     async with process(hang_after=2, hang_s=0.5) as one:
         began = time.monotonic()
         with pytest.raises(WorkerDied, match="hung and was killed"):
-            await collect(one.generate(ask()))
+            await collect(one.ask(ask()))
         assert time.monotonic() - began < 4
         await until(lambda: one.state == "failed")
         await one.start()
@@ -321,7 +319,7 @@ async def test_an_idle_worker_and_a_slow_queue_do_not_hang() -> None:
     """W19: silence without work is no hang, nor is a wait behind others."""
     async with process(hang_s=1.5, tokens_per_second=8, max_running=1) as one:
         await asyncio.sleep(0.2)
-        results = await asyncio.gather(*(collect(one.generate(ask("a" * 12))) for _ in range(2)))
+        results = await asyncio.gather(*(collect(one.ask(ask("a" * 12))) for _ in range(2)))
         assert [len(result.text) for result in results] == [12, 12]
 
 
@@ -331,10 +329,10 @@ async def test_closing_a_stream_in_any_phase_frees_all(phase: str) -> None:
     speeds: dict[str, Any] = {"tokens_per_second": 20, "prefill_tokens_per_second": 1000}
     async with process(max_running=1, **speeds) as one:
         before = asyncio.all_tasks()
-        holder = one.generate(ask("holds"))
+        holder = one.ask(ask("holds"))
         if phase == "queued":
             await first_delta(holder)
-        stream = one.generate(ask("a" * 256))
+        stream = one.ask(ask("a" * 256))
         if phase == "queued":
             task = asyncio.ensure_future(anext(stream))
             await asyncio.sleep(0.05)
@@ -352,7 +350,7 @@ async def test_closing_a_stream_in_any_phase_frees_all(phase: str) -> None:
         assert child.outstanding == 0
         assert asyncio.all_tasks() == before
         async with asyncio.timeout(1):
-            assert isinstance(await anext(again := one.generate(ask())), Progress)
+            assert isinstance(await anext(again := one.ask(ask())), Progress)
         await again.aclose()
 
 
@@ -364,7 +362,7 @@ from tests.worker.rig import ask, children, echo, listed, resolve, until
 async def main():
     one = WorkerProcess(echo(**{options}), resolve)
     await one.start()
-    task = asyncio.ensure_future(listed(one.generate(ask())))
+    task = asyncio.ensure_future(listed(one.ask(ask())))
     await asyncio.sleep(0.3)
     print(one.pid, flush=True)
     await asyncio.sleep(60)
@@ -394,7 +392,7 @@ async def test_requests_are_never_changed() -> None:
     async with process() as one:
         request = ask(stop=("y",), n=2, seed=3)
         before = msgspec.msgpack.encode(request)
-        await collect(one.generate(request))
+        await collect(one.ask(request))
         assert msgspec.msgpack.encode(request) == before
 
 
@@ -437,14 +435,14 @@ async def test_nothing_is_imported_from_the_directory_one_stands_in(
     (tmp_path / "msgspec.py").write_text("raise SystemExit('taken over')")
     monkeypatch.chdir(tmp_path)
     async with process() as one:
-        assert (await collect(one.generate(ask("ok")))).text == "ok"
+        assert (await collect(one.ask(ask("ok")))).text == "ok"
 
 
 async def test_what_cannot_be_sent_is_refused_and_harms_nobody() -> None:
     """W17: a number that msgpack does not know is the sender's error alone."""
     async with process() as one:
-        good = asyncio.ensure_future(collect(one.generate(ask("ok"))))
-        bad = one.generate(ask("x", template_options={"a": 1 << 70}))
+        good = asyncio.ensure_future(collect(one.ask(ask("ok"))))
+        bad = one.ask(ask("x", template_options={"a": 1 << 70}))
         with pytest.raises(InvalidRequest):
             await collect(bad)
         assert (await good).text == "ok"
@@ -455,7 +453,7 @@ async def test_a_stream_that_is_cancelled_before_the_child_began_it_ends_at_once
     async with process(tokens_per_second=5) as one:
         began = time.monotonic()
         for _ in range(10):
-            stream = one.generate(ask("abcdef"))
+            stream = one.ask(ask("abcdef"))
             task = asyncio.ensure_future(anext(stream, None))
             await asyncio.sleep(0)
             task.cancel()
@@ -467,7 +465,7 @@ async def test_a_stream_that_is_cancelled_before_the_child_began_it_ends_at_once
 async def test_a_reader_that_pauses_is_not_a_hung_worker() -> None:
     """W19: what has ended in the child is not watched, however slowly it is read."""
     async with process(hang_s=0.5) as one:
-        stream = one.generate(ask("abc"))
+        stream = one.ask(ask("abc"))
         await anext(stream)
         await asyncio.sleep(2)
         assert one.state == "ready"
@@ -477,8 +475,8 @@ async def test_a_reader_that_pauses_is_not_a_hung_worker() -> None:
 async def test_an_echoed_prompt_may_wait_longer_than_hang_s() -> None:
     """W19: only what holds a slot can hang."""
     async with process(hang_s=0.6, max_running=1, tokens_per_second=10, text="x" * 15) as one:
-        first = asyncio.ensure_future(collect(one.generate(ask("a"))))
+        first = asyncio.ensure_future(collect(one.ask(ask("a"))))
         await asyncio.sleep(0.1)
-        second = await collect(one.generate(ask("b", echo=True)))
+        second = await collect(one.ask(ask("b", echo=True)))
         assert second.text == "b" + "x" * 15
         assert (await first).finish_reason == "stop"

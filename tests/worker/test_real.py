@@ -14,6 +14,7 @@ from tests.worker.rig import finish, first_delta, listed, text
 from headrace import AsyncModelWorker
 from headrace.core.errors import ContextOverflow
 from headrace.core.events import Delta, Event, Finish, Progress
+from headrace.core.stream import collect_count
 
 POEM = "<|im_start|>user\nWrite a short poem about rivers.<|im_end|>\n<|im_start|>assistant\n"
 
@@ -78,7 +79,7 @@ async def test_closed_in_prefill_the_slot_is_free_within_2_s(real: AsyncModelWor
     assert p95(latencies) < 2, latencies
     assert asyncio.all_tasks() == before
     async with asyncio.timeout(10):
-        await asyncio.gather(*(real.generate(POEM, max_tokens=2) for _ in range(4)))
+        await asyncio.gather(*(real.ask(POEM, max_tokens=2) for _ in range(4)))
 
 
 async def test_closed_while_queued_it_never_runs(real: AsyncModelWorker) -> None:
@@ -100,11 +101,11 @@ async def test_closed_while_queued_it_never_runs(real: AsyncModelWorker) -> None
 
 async def test_greedy_text_is_one_on_every_way(real: AsyncModelWorker) -> None:
     """W10, W13, W20: streamed or not, in a process or in this one, alone or among 16 others."""
-    whole = await real.generate(POEM, temperature=0, max_tokens=12)
+    whole = await real.ask(POEM, temperature=0, max_tokens=12)
     streamed = await listed(real.generate_stream(POEM, temperature=0, max_tokens=12))
     assert text(streamed) == whole.text
-    others = [real.generate(f"{n}, {n + 1},", temperature=0, max_tokens=8) for n in range(16)]
-    crowd = await asyncio.gather(real.generate(POEM, temperature=0, max_tokens=12), *others)
+    others = [real.ask(f"{n}, {n + 1},", temperature=0, max_tokens=8) for n in range(16)]
+    crowd = await asyncio.gather(real.ask(POEM, temperature=0, max_tokens=12), *others)
     assert crowd[0].text == whole.text
     assert whole.usage == finish(streamed).usage
 
@@ -121,7 +122,7 @@ async def test_its_figures_are_those_of_the_definitions(real: AsyncModelWorker) 
     end = events[-1]
     assert isinstance(end, Finish)
     figures, usage = end.metrics, end.usage
-    assert usage.prompt_tokens == (await real.count_tokens(POEM)).count
+    assert usage.prompt_tokens == (await collect_count(real.ask(POEM))).count
     assert usage.completion_tokens == 16
     assert usage.completion_tokens == sum(
         len(event.token_ids) for event in events if isinstance(event, Delta)
@@ -149,8 +150,8 @@ async def test_its_figures_are_those_of_the_definitions(real: AsyncModelWorker) 
 
 async def test_a_prompt_too_long_by_one_and_by_far(real: AsyncModelWorker) -> None:
     """W6: refused before the engine sees it; at the edge it runs."""
-    edge = await real.generate(noise(127, 1), max_tokens=1, context_length=128)
+    edge = await real.ask(noise(127, 1), max_tokens=1, context_length=128)
     assert (edge.usage.prompt_tokens, edge.finish_reason) == (127, "length")
     for length, limit in ((128, 128), (2048, None), (20480, None)):
         with pytest.raises(ContextOverflow, match=f"{length} tokens and the context length is"):
-            await real.generate(noise(length, 1), context_length=limit)
+            await real.ask(noise(length, 1), context_length=limit)

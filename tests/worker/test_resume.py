@@ -33,7 +33,7 @@ def ids(events: list[Event]) -> tuple[int, ...]:
 
 
 async def answered(one: Worker, **given: Any) -> list[Event]:
-    return await listed(one.generate(ask(**given)))
+    return await listed(one.ask(ask(**given)))
 
 
 async def test_wherever_it_was_cut_the_whole_is_the_same() -> None:
@@ -176,11 +176,11 @@ async def test_the_limits_hold_for_both_parts_together() -> None:
 async def test_one_that_goes_on_stands_in_the_queue_and_can_be_closed() -> None:
     """W18, W20: nothing is shown before its turn; closed, its slot is free."""
     async with worker(max_running=1, max_queued=0, tokens_per_second=50, text="x" * 50) as one:
-        stream = one.generate(ask(answered=(120,)))
+        stream = one.ask(ask(answered=(120,)))
         assert await anext(stream) == Delta("x", (120,))
         assert one.load == (1, 0)
         with pytest.raises(QueueFull):
-            await listed(one.generate(ask(answered=(120,))))
+            await listed(one.ask(ask(answered=(120,))))
         await stream.aclose()
         assert one.load == (0, 0)
 
@@ -188,5 +188,5 @@ async def test_one_that_goes_on_stands_in_the_queue_and_can_be_closed() -> None:
 async def test_it_goes_on_in_another_process() -> None:
     """W19: the tokens cross over."""
     async with process(text=SAID) as one:
-        again = await collect(one.generate(ask(answered=IDS[:9])))
+        again = await collect(one.ask(ask(answered=IDS[:9])))
         assert (again.text, again.choices[0].token_ids) == (SAID, (*IDS, 256))

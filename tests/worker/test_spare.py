@@ -29,7 +29,7 @@ async def test_a_load_takes_the_process_that_waits() -> None:
     one, two = (WorkerProcess(echo(), resolve, spawn=spare.take) for _ in range(2))
     await one.start()
     assert one.pid == pid
-    assert (await collect(one.generate(ask("hello")))).text == "hello"
+    assert (await collect(one.ask(ask("hello")))).text == "hello"
     await two.start()
     assert two.pid != pid
     os.kill(pid, signal.SIGKILL)

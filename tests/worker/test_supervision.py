@@ -26,7 +26,7 @@ async def test_a_stopped_child_is_killed_at_once() -> None:
     """W19: SIGSTOP, in the middle of a stream and with nothing to do; long before hang_s."""
     async with process(tokens_per_second=20) as one:
         for busy in (True, False):
-            stream = one.generate(ask("a" * 99))
+            stream = one.ask(ask("a" * 99))
             if busy:
                 await first_delta(stream)
             assert one.pid is not None
@@ -42,13 +42,13 @@ async def test_a_stopped_child_is_killed_at_once() -> None:
             assert "stopped from outside" in (one.models()[0].reason or "")
             assert not children()
             await one.start()
-        assert (await collect(one.generate(ask("ok")))).text == "ok"
+        assert (await collect(one.ask(ask("ok")))).text == "ok"
 
 
 async def test_a_child_stopped_for_a_moment_lives_on() -> None:
     """W19: one look is not enough, and neither is one each of two stops."""
     async with process(tokens_per_second=50) as one:
-        running = asyncio.ensure_future(collect(one.generate(ask("a" * 60))))
+        running = asyncio.ensure_future(collect(one.ask(ask("a" * 60))))
         child = one._child
         assert child is not None
         assert child.pid is not None
@@ -81,7 +81,7 @@ async def test_a_child_that_is_stopped_while_it_drains_does_not_hold_up_the_stop
     """W8, W19: it is watched to the end."""
     one = WorkerProcess(echo(tokens_per_second=5), resolve)
     await one.start()
-    stream = one.generate(ask("a" * 99))
+    stream = one.ask(ask("a" * 99))
     await first_delta(stream)
     rest = asyncio.ensure_future(listed(stream))
     began = time.monotonic()
@@ -100,7 +100,7 @@ async def test_nothing_watches_what_has_ended() -> None:
     """W8: no task is left of a worker that was closed, has died or could not be loaded."""
     before = asyncio.all_tasks()
     async with process() as one:
-        await collect(one.generate(ask()))
+        await collect(one.ask(ask()))
     assert asyncio.all_tasks() == before
     failing = WorkerProcess(echo(fail_load="broken"), resolve)
     with pytest.raises(LoadFailed):
@@ -124,7 +124,7 @@ async def test_its_memory_is_measured_and_its_streams_are_counted() -> None:
     held = await one.memory()
     assert held["cpu"] > 1 << 20
     assert held["cpu"] <= 2 * psutil.Process(one.pid).memory_info().rss
-    stream = one.generate(ask())
+    stream = one.ask(ask())
     assert one.outstanding == 0
     await first_delta(stream)
     assert one.outstanding == 1
@@ -177,7 +177,7 @@ async def test_a_fault_on_demand_is_seen_for_what_it_is(
     trigger = tmp_path / "now"
     options: dict[str, Any] = {"trigger": str(trigger), "fault": fault, "tokens_per_second": 40}
     async with process(hang_s=0.5, **options) as one:
-        streams = [one.generate(ask("a" * 30)) for _ in range(4)]
+        streams = [one.ask(ask("a" * 30)) for _ in range(4)]
         for stream in streams:
             await first_delta(stream)
         running = [asyncio.ensure_future(listed(stream)) for stream in streams]

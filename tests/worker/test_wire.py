@@ -14,19 +14,25 @@ from hypothesis import strategies as st
 from tests.worker.rig import ask, echo, resolve
 
 from headrace.core.errors import ErrorRecord
-from headrace.core.events import Delta, Finish, Progress, TokenLogprob, TopLogprob
+from headrace.core.events import (
+    Delta,
+    EmbedResult,
+    Finish,
+    Progress,
+    Ranked,
+    RerankResult,
+    TokenCount,
+    TokenLogprob,
+    TopLogprob,
+)
 from headrace.core.metrics import DeviceUse, Gaps, InferenceMetrics, Usage
 from headrace.core.model import Capabilities, ModelInfo
 from headrace.core.request import (
     CountRequest,
     DetokenizeRequest,
     EmbedRequest,
-    EmbedResult,
     Message,
-    Ranked,
     RerankRequest,
-    RerankResult,
-    TokenCount,
 )
 from headrace.log import LogSettings
 from headrace.worker import wire

@@ -29,7 +29,7 @@ from headrace.core.errors import (
 )
 from headrace.core.events import Delta, Progress
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, Message
-from headrace.core.stream import collect
+from headrace.core.stream import collect, collect_count, collect_text
 from headrace.engines.base import Generator, OpenRequest
 from headrace.worker.worker import Worker
 
@@ -37,7 +37,7 @@ from headrace.worker.worker import Worker
 async def test_an_answer_from_start_to_end() -> None:
     """W9, W14, W15, W16: progress, deltas, and one Finish with usage and figures."""
     async with worker() as one:
-        events = await listed(one.generate(ask("né🌍")))
+        events = await listed(one.ask(ask("né🌍")))
         end = finish(events)
         assert isinstance(events[0], Progress)
         assert text(events) == "né🌍"
@@ -58,9 +58,9 @@ async def test_no_delta_shows_half_a_character() -> None:
     """W13: the text of the deltas is the text of the result, and no U+FFFD is in it."""
     async with worker() as one:
         for said in ("né🌍 日本語", "\u0000\ufeffx", "🏳️‍🌈"):
-            events = await listed(one.generate(ask(said)))
+            events = await listed(one.ask(ask(said)))
             assert text(events) == said
-            assert (await collect(one.generate(ask(said)))).text == said
+            assert (await collect(one.ask(ask(said)))).text == said
             assert "\ufffd" not in text(events)
 
 
@@ -73,16 +73,16 @@ async def test_a_stop_string_is_never_shown() -> None:
             (("nowhere",), "one<en two<e🌍>STOP three"),
             (("🌍",), "one<en two<e"),
         ):
-            events = await listed(one.generate(ask(stop=stops)))
+            events = await listed(one.ask(ask(stop=stops)))
             assert text(events) == said
             assert finish(events).finish_reason == "stop"
-            assert (await collect(one.generate(ask(stop=stops)))).text == said
+            assert (await collect(one.ask(ask(stop=stops)))).text == said
 
 
 async def test_a_stop_string_stops_the_engine_and_counts_what_was_made() -> None:
     """W12, W15: usage is the tokens up to the stop string."""
     async with worker(text="abSTOP" + "c" * 1000) as one:
-        end = finish(await listed(one.generate(ask("xyz", stop=("STOP",)))))
+        end = finish(await listed(one.ask(ask("xyz", stop=("STOP",)))))
         assert (end.usage.prompt_tokens, end.usage.completion_tokens) == (3, 6)
         assert one.load == (0, 0)
 
@@ -90,7 +90,7 @@ async def test_a_stop_string_stops_the_engine_and_counts_what_was_made() -> None
 async def test_length_is_a_reason_and_held_text_is_shown() -> None:
     """W12, W14: what might have become a stop string is text when the limit comes first."""
     async with worker(text="abST") as one:
-        events = await listed(one.generate(ask(max_tokens=4, stop=("STOP",))))
+        events = await listed(one.ask(ask(max_tokens=4, stop=("STOP",))))
         assert text(events) == "abST"
         assert finish(events).finish_reason == "length"
 
@@ -98,7 +98,7 @@ async def test_length_is_a_reason_and_held_text_is_shown() -> None:
 async def test_several_choices_and_echo() -> None:
     """W11: n and echo."""
     async with worker() as one:
-        result = await collect(one.generate(ask("abc", n=3, echo=True, max_tokens=2)))
+        result = await collect(one.ask(ask("abc", n=3, echo=True, max_tokens=2)))
         assert [choice.text for choice in result.choices] == ["abcab"] * 3
         assert [choice.finish_reason for choice in result.choices] == ["length"] * 3
         assert result.usage.completion_tokens == 6
@@ -108,20 +108,20 @@ async def test_several_choices_and_echo() -> None:
 async def test_more_choices_than_slots() -> None:
     """W20: choices wait for slots as requests do."""
     async with worker(max_running=1) as one:
-        result = await collect(one.generate(ask("ab", n=4)))
+        result = await collect(one.ask(ask("ab", n=4)))
         assert [choice.text for choice in result.choices] == ["ab"] * 4
 
 
 async def test_one_choice_that_cannot_be_admitted_frees_the_others() -> None:
     """W18, W20: a queue too short for all choices leaves nothing behind."""
     async with worker(max_running=1, max_queued=2, tokens_per_second=20) as one:
-        first = one.generate(ask("abcdef"))
+        first = one.ask(ask("abcdef"))
         await anext(first)
         with pytest.raises(QueueFull):
-            await listed(one.generate(ask("abc", n=3)))
+            await listed(one.ask(ask("abc", n=3)))
         await first.aclose()
         with pytest.raises(InvalidRequest, match="n is at most 3"):
-            await listed(one.generate(ask("abc", n=4)))
+            await listed(one.ask(ask("abc", n=4)))
         assert one.load == (0, 0)
 
 
@@ -129,14 +129,10 @@ async def test_messages_go_through_the_template() -> None:
     """W9, W25: the model's template with the system turn merged, or the configured one."""
     messages = (Message("system", "be brief"), Message("user", "hello"))
     async with worker() as one:
-        assert (
-            await collect(one.generate(ask(None, messages=messages)))
-        ).text == "be brief\n\nhello"
+        assert (await collect(one.ask(ask(None, messages=messages)))).text == "be brief\n\nhello"
         assert one.models()[0].roles
     async with worker(chat_template="{% for m in messages %}[{{ m.content }}]{% endfor %}") as one:
-        assert (await collect(one.generate(ask(None, messages=messages)))).text == (
-            "[be brief][hello]"
-        )
+        assert (await collect(one.ask(ask(None, messages=messages)))).text == ("[be brief][hello]")
 
 
 async def test_requests_are_never_changed() -> None:
@@ -144,9 +140,9 @@ async def test_requests_are_never_changed() -> None:
     async with worker() as one:
         request = ask(None, messages=(Message("user", "x"),), stop=("y",), n=2, seed=3)
         before = msgspec.msgpack.encode(request)
-        first = await collect(one.generate(request))
+        first = await collect(one.ask(request))
         assert msgspec.msgpack.encode(request) == before
-        assert (await collect(one.generate(request))).text == first.text
+        assert (await collect(one.ask(request))).text == first.text
 
 
 async def test_fifty_streams_at_once() -> None:
@@ -156,7 +152,7 @@ async def test_fifty_streams_at_once() -> None:
 
         async def answer(number: int) -> str:
             events = []
-            async for event in one.generate(ask(f"answer {number}")):
+            async for event in one.ask(ask(f"answer {number}")):
                 peak.append(one.load[0])
                 events.append(event)
             return text(events)
@@ -170,12 +166,12 @@ async def test_fifty_streams_at_once() -> None:
 async def test_the_queue_is_bounded_and_the_deadline_holds_in_it() -> None:
     """W20: max_running and max_queued of the model."""
     async with worker(max_running=1, max_queued=1, tokens_per_second=50) as one:
-        running = asyncio.ensure_future(collect(one.generate(ask("a" * 20))))
+        running = asyncio.ensure_future(collect(one.ask(ask("a" * 20))))
         await until(lambda: one.load == (1, 0))
-        waiting = asyncio.ensure_future(collect(one.generate(ask("b", deadline_s=0.05))))
+        waiting = asyncio.ensure_future(collect(one.ask(ask("b", deadline_s=0.05))))
         await until(lambda: one.load == (1, 1))
         with pytest.raises(QueueFull) as caught:
-            await collect(one.generate(ask("c")))
+            await collect(one.ask(ask("c")))
         assert caught.value.retry_after_s is not None
         with pytest.raises(QueueTimeout) as late:
             await waiting
@@ -189,7 +185,7 @@ async def test_a_deadline_while_running() -> None:
     """W16, W20: an error with the figures up to then; never a normal end."""
     async with worker(tokens_per_second=50) as one:
         with pytest.raises(DeadlineExceeded) as caught:
-            await collect(one.generate(ask("a" * 500, deadline_s=0.1)))
+            await collect(one.ask(ask("a" * 500, deadline_s=0.1)))
         assert not isinstance(caught.value, QueueTimeout)
         assert caught.value.metrics is not None
         assert caught.value.metrics.outcome == "error"
@@ -205,7 +201,7 @@ async def test_a_deadline_comes_on_time_while_the_engine_is_silent() -> None:
             before = asyncio.all_tasks()
             began = time.monotonic()
             with pytest.raises(DeadlineExceeded) as caught:
-                await collect(one.generate(ask("a" * 60, deadline_s=0.2)))
+                await collect(one.ask(ask("a" * 60, deadline_s=0.2)))
             assert 0.19 < time.monotonic() - began < 1
             assert caught.value.metrics is not None
             assert one.load == (0, 0)
@@ -223,14 +219,14 @@ async def test_a_timeout_of_the_engine_itself_is_no_deadline(
     monkeypatch.setattr("headrace.engines.echo.Engine._misbehave", late)
     async with worker() as one:
         with pytest.raises(GenerationFailed):
-            await collect(one.generate(ask(deadline_s=9)))
+            await collect(one.ask(ask(deadline_s=9)))
 
 
 async def test_a_request_with_time_left_is_not_disturbed() -> None:
     """W20: the limit is for all of it and not for each token."""
     async with worker(tokens_per_second=100) as one:
-        assert (await collect(one.generate(ask("a" * 30, deadline_s=9)))).text == "a" * 30
-        stream = one.generate(ask("a" * 30, deadline_s=9))
+        assert (await collect(one.ask(ask("a" * 30, deadline_s=9)))).text == "a" * 30
+        stream = one.ask(ask("a" * 30, deadline_s=9))
         await first_delta(stream)
         await stream.aclose()
         assert one.load == (0, 0)
@@ -242,10 +238,10 @@ async def test_closing_a_stream_in_any_phase_frees_all(phase: str) -> None:
     speeds: dict[str, Any] = {"tokens_per_second": 20, "prefill_tokens_per_second": 1000}
     async with worker(max_running=1, **speeds) as one:
         before = asyncio.all_tasks()
-        holder = one.generate(ask("holds"))
+        holder = one.ask(ask("holds"))
         if phase == "queued":
             await first_delta(holder)
-        stream = one.generate(ask("a" * 256))
+        stream = one.ask(ask("a" * 256))
         if phase == "queued":
             task = asyncio.ensure_future(anext(stream))
             await until(lambda: one.load == (1, 1))
@@ -268,7 +264,7 @@ async def test_an_engines_error_carries_the_figures_and_frees_the_slot() -> None
     async with worker(fail_after=3) as one:
         events: list[Any] = []
         with pytest.raises(GenerationFailed) as caught:
-            async for event in one.generate(ask("abcdef")):
+            async for event in one.ask(ask("abcdef")):
                 events.append(event)
         assert text(events) == "abc"
         metrics = caught.value.metrics
@@ -276,10 +272,10 @@ async def test_an_engines_error_carries_the_figures_and_frees_the_slot() -> None
         assert (metrics.outcome, metrics.usage.completion_tokens) == ("error", 3)
         assert one.load == (0, 0)
         assert one.state == "ready"
-        assert (await collect(one.generate(ask("ab", max_tokens=2)))).text == "ab"
+        assert (await collect(one.ask(ask("ab", max_tokens=2)))).text == "ab"
     async with worker(oom_after=1) as one:
         with pytest.raises(OutOfMemory):
-            await collect(one.generate(ask("ab")))
+            await collect(one.ask(ask("ab")))
         assert one.load == (0, 0)
 
 
@@ -297,7 +293,7 @@ async def test_whatever_a_library_raises_is_typed(
     monkeypatch.setattr("headrace.engines.echo.Engine._misbehave", broken)
     async with worker() as one:
         with pytest.raises(kind) as caught:
-            await collect(one.generate(ask("ab")))
+            await collect(one.ask(ask("ab")))
         assert "x" not in caught.value.message.split()
         assert one.load == (0, 0)
 
@@ -317,20 +313,20 @@ async def test_a_wrong_request_never_reaches_the_engine(
     """W6, W11: refused with its own error."""
     async with worker(context_length=10) as one:
         with pytest.raises(kind):
-            await collect(one.generate(request_))
+            await collect(one.ask(request_))
         assert one.load == (0, 0)
 
 
 async def test_counting_is_exact_and_beside_generation() -> None:
     """W21: also while every slot is taken."""
     async with worker(max_running=1, tokens_per_second=10) as one:
-        stream = one.generate(ask("abc"))
+        stream = one.ask(ask("abc"))
         await first_delta(stream)
-        count = await one.count_tokens(CountRequest(text="né"))
+        count = await collect_count(one.ask(CountRequest(text="né")))
         assert (count.count, count.token_ids, count.estimated) == (3, (110, 195, 169), False)
-        chat = await one.count_tokens(CountRequest(messages=(Message("user", "abcd"),)))
+        chat = await collect_count(one.ask(CountRequest(messages=(Message("user", "abcd"),))))
         assert chat.count == 4
-        assert await one.detokenize(DetokenizeRequest(token_ids=(110, 195, 169))) == "né"
+        assert await collect_text(one.ask(DetokenizeRequest(token_ids=(110, 195, 169)))) == "né"
         await stream.aclose()
 
 
@@ -359,7 +355,7 @@ async def test_the_metadata_before_and_after_the_load() -> None:
 async def test_use_at_the_wrong_time_is_typed() -> None:
     """W7: before the start and after the stop."""
     one = Worker(echo(), resolve)
-    for use in (one.generate(ask()).__anext__, lambda: one.count_tokens(CountRequest(text="a"))):
+    for use in (one.ask(ask()).__anext__, lambda: collect_count(one.ask(CountRequest(text="a")))):
         with pytest.raises(Loading):
             await use()
     await one.start()
@@ -368,9 +364,9 @@ async def test_use_at_the_wrong_time_is_typed() -> None:
     await one.aclose()
     assert one.state == "stopped"
     with pytest.raises(Draining):
-        await collect(one.generate(ask()))
+        await collect(one.ask(ask()))
     await one.start()
-    assert (await collect(one.generate(ask("again")))).text == "again"
+    assert (await collect(one.ask(ask("again")))).text == "again"
     await one.aclose()
 
 
@@ -443,13 +439,13 @@ async def test_a_stop_drains_what_runs() -> None:
     """W8: within the deadline everything ends well, and nothing new begins."""
     one = Worker(echo(tokens_per_second=50), resolve)
     await one.start()
-    running = asyncio.ensure_future(collect(one.generate(ask("abcdef"))))
+    running = asyncio.ensure_future(collect(one.ask(ask("abcdef"))))
     await until(lambda: one.load == (1, 0))
     stopping = asyncio.ensure_future(one.aclose(drain_s=5))
     await asyncio.sleep(0)
     assert one.state == "draining"
     with pytest.raises(Draining):
-        await collect(one.generate(ask()))
+        await collect(one.ask(ask()))
     assert (await running).text == "abcdef"
     await stopping
     assert "stopped" in repr(one)
@@ -460,8 +456,8 @@ async def test_a_stop_ends_the_rest_with_an_error() -> None:
     opened = Opened()
     one = Worker(echo(tokens_per_second=50, max_running=1), resolve, open_engine=opened)
     await one.start()
-    running = asyncio.ensure_future(collect(one.generate(ask("a" * 500))))
-    waiting = asyncio.ensure_future(collect(one.generate(ask("b"))))
+    running = asyncio.ensure_future(collect(one.ask(ask("a" * 500))))
+    waiting = asyncio.ensure_future(collect(one.ask(ask("b"))))
     await until(lambda: one.load == (1, 1))
     began = time.monotonic()
     await one.aclose(drain_s=0.05)
@@ -477,7 +473,7 @@ async def test_a_stop_ends_the_rest_with_an_error() -> None:
 async def test_its_repr_tells_state_and_load() -> None:
     async with worker() as one:
         assert repr(one) == "<Worker <echo ready>, 0 running, 0 queued>"
-        stream = one.generate(ask())
+        stream = one.ask(ask())
         assert isinstance(await first_delta(stream), Delta)
         assert "1 running" in repr(one)
         await stream.aclose()

@@ -36,7 +36,7 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
     wire = await exchange.read(_DECODER)
     request = translate.chat(wire, exchange.settings, exchange.call)
     reply = Reply("chatcmpl-", _FORM, request.n, _whole)
-    await answer(service, exchange, wire, service.backend.generate(request), reply)
+    await answer(service, exchange, wire, service.backend.ask(request), reply)
 
 
 def _whole(head: dict[str, Any], choices: tuple[Choice, ...]) -> ChatCompletion:

@@ -28,7 +28,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
     wire = await exchange.read(_DECODER)
     requests = translate.completions(wire, exchange.settings, exchange.call)
     if len(requests) == 1:
-        stream = service.backend.generate(requests[0])
+        stream = service.backend.ask(requests[0])
     else:
         stream = fan_out(service.backend, requests, exchange.settings.parallel_prompts)
     reply = Reply("cmpl-", _form(), len(requests) * requests[0].n, _whole)

@@ -57,7 +57,7 @@ async def _work(
     queue: asyncio.Queue[_Item],
 ) -> None:
     for index, request in waiting:
-        stream = backend.generate(request)
+        stream = backend.ask(request)
         try:
             event: Event | None = None
             async for event in stream:

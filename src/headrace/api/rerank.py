@@ -17,6 +17,8 @@ from headrace.api.wire_rerank import (
     RankRequest,
     TokensRead,
 )
+from headrace.core import events
+from headrace.core.stream import result
 
 _DECODER = msgspec.json.Decoder(RankRequest)
 
@@ -25,23 +27,25 @@ async def rerank(service: Service, exchange: Exchange) -> None:
     """Put documents in the order in which they answer a query."""
     wire = await exchange.read(_DECODER)
     request = translate.rank(wire, exchange.settings, exchange.call)
-    result = await exchange.unless_gone(service.backend.rerank(request))
-    tokens = result.usage.prompt_tokens
+    ranked, finish = await exchange.unless_gone(
+        result(service.backend.ask(request), events.Ranking)
+    )
+    tokens = finish.usage.prompt_tokens
     answer = Ranking(
         id=exchange.call.id,
         model=model_name(service, wire.model),
         results=[
             RankedDocument(
-                index=one.index,
-                relevance_score=one.score,
-                document=DocumentText(request.documents[one.index])
+                index=item.index,
+                relevance_score=item.score,
+                document=DocumentText(request.documents[item.index])
                 if wire.return_documents
                 else None,
             )
-            for one in result.ranking
+            for item in ranked.ranking
         ],
         usage=ReadUsage(tokens, tokens),
         meta=RankMeta(tokens=TokensRead(tokens)),
-        metrics=result.metrics,
+        metrics=finish.metrics,
     )
-    await exchange.reply(msgspec.json.encode(answer), headers=server_timing(result.metrics))
+    await exchange.reply(msgspec.json.encode(answer), headers=server_timing(finish.metrics))

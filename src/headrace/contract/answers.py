@@ -10,7 +10,7 @@ from headrace.core.errors import DeadlineExceeded, InvalidRequest, Unsupported
 from headrace.core.events import Delta
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, Message
-from headrace.core.stream import collect
+from headrace.core.stream import collect, collect_count, collect_text
 
 SCRIPTS = (
     "🙂🙃🙂🙃🙂🙃🙂🙃",
@@ -59,7 +59,7 @@ async def counted(subject: Subject, request: GenerateRequest) -> int:
         ask = CountRequest(text=request.prompt, add_special=True)
     else:
         ask = CountRequest(messages=request.messages)
-    found = await subject.backend.count_tokens(ask)
+    found = await collect_count(subject.backend.ask(ask))
     check(found.count > 0, f"The count of tokens is {found.count}.")
     if found.estimated:
         raise Declared("Its count of tokens is an estimate, and is marked as one.")
@@ -71,7 +71,7 @@ async def stream_equals_whole(subject: Subject) -> None:
     """A stream put together is the answer in one piece: text, tokens, reason and usage."""
     streamed = await subject.greedy()
     sampling = subject.able(max_tokens=TOKENS, temperature=0.0)
-    whole = await collect(subject.backend.generate(subject.request(**sampling)))
+    whole = await collect(subject.backend.ask(subject.request(**sampling)))
     check(streamed.text, "The answer is empty.")
     check(whole.text == streamed.text, f"{whole.text!r} is not {streamed.text!r}.")
     check(whole.choices[0].token_ids == streamed.ids, "The tokens differ.")
@@ -174,7 +174,7 @@ async def every_script(subject: Subject) -> None:
             check("\ufffd" not in heard.text, f"Half a character is in {heard.text!r}.")
             continue
         ask = DetokenizeRequest(token_ids=heard.ids)
-        whole = (await subject.backend.detokenize(ask)).lstrip()
+        whole = (await collect_text(subject.backend.ask(ask))).lstrip()
         check(whole.startswith(heard.text.lstrip()), f"{heard.text!r} is not the text {whole!r}.")
 
 
@@ -186,10 +186,10 @@ async def text_and_tokens(subject: Subject) -> None:
     check(ids, f"{text!r} has no tokens.")
     if subject.is_remote:
         return
-    back = await subject.backend.detokenize(DetokenizeRequest(token_ids=ids))
+    back = await collect_text(subject.backend.ask(DetokenizeRequest(token_ids=ids)))
     check(back.strip() == text, f"{text!r} became {back!r}.")
     for unknown in (-1, 1 << 40):
-        await refusal(subject.backend.generate(subject.request((unknown,))), InvalidRequest)
+        await refusal(subject.backend.ask(subject.request((unknown,))), InvalidRequest)
     check((await subject.say()).text, "After an unknown token it answers nothing.")
 
 
@@ -199,11 +199,11 @@ async def wrong_requests(subject: Subject) -> None:
     limit = subject.info.context_length
     if limit is not None:
         asked = subject.request(context_length=limit + 1)
-        error = await refusal(subject.backend.generate(asked), InvalidRequest, Unsupported)
+        error = await refusal(subject.backend.ask(asked), InvalidRequest, Unsupported)
         check(error.param == "context_length", f"It names {error.param}.")
     if not subject.capabilities.chat:
         request = GenerateRequest(messages=(Message("user", POEM),))
-        error = await refusal(subject.backend.generate(request), Unsupported)
+        error = await refusal(subject.backend.ask(request), Unsupported)
         check(error.param == "messages", f"It names {error.param}, not messages.")
     sound(subject, await subject.say())
 
@@ -258,7 +258,7 @@ def _given(figures: InferenceMetrics, name: str) -> float:
 async def errors_carry_figures(subject: Subject) -> None:
     """An answer that is broken off by its deadline tells what it cost."""
     asked = subject.request(deadline_s=0.15, **subject.able(ignore_eos=True, temperature=1.0))
-    error = await refusal(subject.backend.generate(asked), DeadlineExceeded)
+    error = await refusal(subject.backend.ask(asked), DeadlineExceeded)
     figures = error.metrics or InferenceMetrics(started_at=0.0)
     check(error.metrics, "The error has no figures.")
     check(figures.outcome == "error", f"The outcome is {figures.outcome!r}.")

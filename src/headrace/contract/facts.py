@@ -11,6 +11,7 @@ from headrace.contract.case import case
 from headrace.contract.subject import Subject, check, refusal
 from headrace.core.errors import ConfigError, HeadraceError, Unsupported
 from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
+from headrace.core.stream import collect_ranking, collect_vectors
 
 _LOOK = """
 import sys
@@ -90,7 +91,7 @@ async def other_tasks_are_refused(subject: Subject) -> None:
     """What the model is not for is refused by a typed error, and not answered with nonsense."""
     tasks, backend = subject.capabilities.tasks, subject.backend
     if "generate" not in tasks:
-        await refusal(backend.generate(GenerateRequest(prompt="hello")), Unsupported)
+        await refusal(backend.ask(GenerateRequest(prompt="hello")), Unsupported)
     if "embed" not in tasks:
         await _refused(subject, EmbedRequest(inputs=("hello",)))
     if "rerank" not in tasks:
@@ -101,9 +102,9 @@ async def _refused(subject: Subject, request: EmbedRequest | RerankRequest) -> N
     backend = subject.backend
     try:
         if isinstance(request, EmbedRequest):
-            await backend.embed(request)
+            await collect_vectors(backend.ask(request))
         else:
-            await backend.rerank(request)
+            await collect_ranking(backend.ask(request))
     except HeadraceError as error:
         told = f"{type(error).__name__}: {error.message}"
         check(isinstance(error, Unsupported), f"It is refused as {told}.")

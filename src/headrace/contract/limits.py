@@ -52,18 +52,18 @@ async def context_overflow(subject: Subject) -> None:
     limit = _limit(subject)
     if subject.is_remote:
         asked = subject.request("river " * limit * 10)
-        await refusal(subject.backend.generate(asked), RequestError)
+        await refusal(subject.backend.ask(asked), RequestError)
     else:
         few = subject.able(max_tokens=1)
         for length in (limit, limit * 10):
             asked = subject.request(await subject.noise(length), **few)
-            await refusal(subject.backend.generate(asked), ContextOverflow)
+            await refusal(subject.backend.ask(asked), ContextOverflow)
         prompt = await subject.noise(limit - 10)
         asked = subject.request(prompt, **subject.able(max_tokens=11))
-        error = await refusal(subject.backend.generate(asked), ContextOverflow)
+        error = await refusal(subject.backend.ask(asked), ContextOverflow)
         check(error.param == "max_tokens", f"It names {error.param}, not max_tokens.")
         asked = subject.request(prompt[:20], context_length=20, **few)
-        await refusal(subject.backend.generate(asked), ContextOverflow)
+        await refusal(subject.backend.ask(asked), ContextOverflow)
     sound(subject, await subject.say())
 
 
@@ -74,7 +74,7 @@ async def resume(subject: Subject) -> str | None:
     kept = whole.ids[: TOKENS // 2] or (1,)
     if not subject.capabilities.resume:
         asked = subject.request(answered=kept, **subject.able(max_tokens=TOKENS))
-        error = await refusal(subject.backend.generate(asked), RequestError)
+        error = await refusal(subject.backend.ask(asked), RequestError)
         check(error.param == "answered", f"It names {error.param}, not answered.")
         raise Declared("Refused by its name.")
     heard = await subject.say(answered=kept)

@@ -164,7 +164,7 @@ async def _logit_bias(subject: Subject) -> None:
     check(first not in barred.ids, f"Token {first} was forbidden and said.")
     check(barred.text != plain.text, f"Token {first} was forbidden, and the text is the same.")
     unknown = subject.request(logit_bias={1 << 40: 1.0})
-    await refusal(subject.backend.generate(unknown), InvalidRequest)
+    await refusal(subject.backend.ask(unknown), InvalidRequest)
 
 
 _EFFECTS: dict[str, Callable[[Subject], Awaitable[None]]] = {
@@ -185,7 +185,7 @@ async def _field(subject: Subject, name: str) -> None:
         await _EFFECTS[name](subject)
         return
     asked = subject.request(**{name: PROBES[name]})
-    error = await refusal(subject.backend.generate(asked), Unsupported)
+    error = await refusal(subject.backend.ask(asked), Unsupported)
     check(error.param == name, f"It is refused, but the error names {error.param}.")
     raise Declared("Refused by its name.")
 
@@ -201,7 +201,7 @@ async def json_schema(subject: Subject) -> None:
     """An answer keeps to a JSON schema; one that is no schema is refused."""
     asked = subject.request(json_schema=SCHEMA, **subject.able(max_tokens=40, temperature=0.0))
     if not subject.capabilities.json_schema:
-        error = await refusal(subject.backend.generate(asked), Unsupported)
+        error = await refusal(subject.backend.ask(asked), Unsupported)
         check(error.param == "response_format", f"The error names {error.param}.")
         raise Declared("Refused by its name.")
     heard = await subject.say(json_schema=SCHEMA, **subject.able(max_tokens=40))
@@ -213,7 +213,7 @@ async def json_schema(subject: Subject) -> None:
         check(False, f"{heard.text!r} is no JSON: {error}.")
     if not subject.is_remote:
         wrong = subject.request(json_schema={"type": "nothing"}, **subject.able(max_tokens=4))
-        await refusal(subject.backend.generate(wrong), InvalidRequest)
+        await refusal(subject.backend.ask(wrong), InvalidRequest)
 
 
 @case("W11")

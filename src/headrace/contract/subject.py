@@ -17,6 +17,7 @@ from headrace.core.events import Delta, Event, Finish, Progress, TokenLogprob
 from headrace.core.model import Capabilities, ModelInfo, ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.sampling import Sampling
+from headrace.core.stream import collect_count
 
 Kind = Literal["worker", "process", "pool"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -124,7 +125,7 @@ class Subject:
 
     async def ask(self, prompt: str | Sequence[int] = POEM, **given: Any) -> Heard:
         """Ask, and hear the whole answer."""
-        return await hear(self.backend.generate(self.request(prompt, **given)))
+        return await hear(self.backend.ask(self.request(prompt, **given)))
 
     async def say(self, prompt: str | Sequence[int] = POEM, **given: Any) -> Heard:
         """Ask for a few greedy tokens; fields that are given win."""
@@ -153,7 +154,7 @@ class Subject:
             Declared: the engine does not know them.
         """
         ask = CountRequest(model="", text=text, add_special=special)
-        counted = await self.backend.count_tokens(ask)
+        counted = await collect_count(self.backend.ask(ask))
         if counted.token_ids is None:
             raise Declared("It tells no token ids.")
         return counted.token_ids

@@ -25,6 +25,7 @@ from headrace.contract.subject import (
 from headrace.core.errors import CapacityError, Unsupported
 from headrace.core.events import Event
 from headrace.core.request import CountRequest
+from headrace.core.stream import collect_count
 
 PROMPTS = (
     "Name three rivers.",
@@ -59,7 +60,7 @@ async def _end(streams: Streams) -> None:
 
 
 def _busy(subject: Subject, count: int) -> Streams:
-    return [subject.backend.generate(subject.long(prompt)) for prompt in _prompts(count)]
+    return [subject.backend.ask(subject.long(prompt)) for prompt in _prompts(count)]
 
 
 def _prompts(count: int) -> list[str]:
@@ -102,7 +103,7 @@ def _same(subject: Subject, alone: Sequence[Heard], crowd: Sequence[Heard]) -> s
 async def cancelled_in_the_queue(subject: Subject) -> None:
     """A request that waits for a slot runs only when one is free; closed, it has gone."""
     running = _busy(subject, _slots(subject))
-    waiting = subject.backend.generate(subject.long())
+    waiting = subject.backend.ask(subject.long())
     try:
         await _begin(running)
         turn = asyncio.ensure_future(first_delta(waiting))
@@ -125,7 +126,7 @@ async def cancelled_in_prefill(subject: Subject) -> None:
     most = _slots(subject)
     length = min(subject.info.context_length or 512, 2048) - 64
     for number in range(most):
-        stream = subject.backend.generate(subject.long(await subject.noise(length, number + 1)))
+        stream = subject.backend.ask(subject.long(await subject.noise(length, number + 1)))
         async with aclosing(stream), asyncio.timeout(FREED_S * 3):
             told = await first_prefill(stream)
             check(told or subject.is_remote, "It does not tell when it begins with a prompt.")
@@ -142,7 +143,7 @@ async def cancelled_in_decode(subject: Subject) -> None:
             await _begin(streams)
         finally:
             await _end(streams)
-    reading = asyncio.ensure_future(hear(subject.backend.generate(subject.long())))
+    reading = asyncio.ensure_future(hear(subject.backend.ask(subject.long())))
     await asyncio.sleep(0.2)
     reading.cancel()
     done, _ = await asyncio.wait({reading}, timeout=FREED_S)
@@ -157,7 +158,7 @@ async def counting_does_not_wait(subject: Subject) -> None:
     try:
         await _begin(streams)
         async with asyncio.timeout(FREED_S):
-            counted = await subject.backend.count_tokens(CountRequest(text="Hello world"))
+            counted = await collect_count(subject.backend.ask(CountRequest(text="Hello world")))
         check(counted.count > 0, "It counts no tokens.")
         check(subject.info.state == "ready", f"The state is {subject.info.state}.")
     finally:
@@ -183,7 +184,7 @@ async def _round(subject: Subject) -> tuple[int, int]:
         check(info.state == "ready", f"Opened again, its state is {info.state}.")
         loaded = psutil.Process().memory_info().rss
         await backend.aclose()
-        stream = backend.generate(subject.request())
+        stream = backend.ask(subject.request())
         await refusal(stream, CapacityError, Unsupported)
     gc.collect()
     return loaded, psutil.Process().memory_info().rss

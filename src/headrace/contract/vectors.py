@@ -10,13 +10,9 @@ import sys
 from headrace.contract.case import case
 from headrace.contract.subject import Subject, check
 from headrace.core.errors import ContextOverflow, InvalidRequest, RequestError, Unsupported
-from headrace.core.request import (
-    CountRequest,
-    EmbedRequest,
-    EmbedResult,
-    RerankRequest,
-    RerankResult,
-)
+from headrace.core.events import EmbedResult, RerankResult
+from headrace.core.request import CountRequest, EmbedRequest, RerankRequest
+from headrace.core.stream import collect_count, collect_ranking, collect_vectors
 
 TEXTS = (
     "The Danube flows through Vienna, Budapest and Belgrade.",
@@ -45,11 +41,11 @@ def _distance(one: bytes, other: bytes) -> float:
 
 async def _embed(subject: Subject, *inputs: str | tuple[int, ...], **given: object) -> EmbedResult:
     request = EmbedRequest(inputs=inputs, **given)  # type: ignore[arg-type]
-    return await subject.backend.embed(request)
+    return await collect_vectors(subject.backend.ask(request))
 
 
 async def _count(subject: Subject, text: str) -> int:
-    counted = await subject.backend.count_tokens(CountRequest(text=text, add_special=True))
+    counted = await collect_count(subject.backend.ask(CountRequest(text=text, add_special=True)))
     return counted.count
 
 
@@ -137,7 +133,7 @@ async def embedding_too_long(subject: Subject) -> None:
 
 async def _rerank(subject: Subject, *documents: str, **given: object) -> RerankResult:
     request = RerankRequest(query=QUERY, documents=documents, **given)  # type: ignore[arg-type]
-    return await subject.backend.rerank(request)
+    return await collect_ranking(subject.backend.ask(request))
 
 
 @case("W23", task="rerank")

@@ -1,4 +1,4 @@
-"""The one shape: everything that answers requests is a Backend."""
+"""Backend: the one shape of everything that answers requests. Admin: what an operator can do."""
 
 from __future__ import annotations
 
@@ -7,59 +7,30 @@ from typing import Any, Protocol
 
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo
-from headrace.core.request import (
-    CountRequest,
-    DetokenizeRequest,
-    EmbedRequest,
-    EmbedResult,
-    GenerateRequest,
-    RerankRequest,
-    RerankResult,
-    TokenCount,
-)
+from headrace.core.request import AnyRequest
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
 
 
 class Backend(Protocol):
     """Answers requests with streams of events.
 
-    A Worker, a WorkerProcess and a Pool are all one, so nobody above knows which it holds.
+    A Worker, a WorkerProcess and a Pool are all one, so no layer above knows which it holds.
     """
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Yield deltas and then one Finish. Closing the generator frees all that it holds.
+    def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
+        """Yield progress, then what was asked for, then one Finish.
+
+        What was asked for is deltas for a GenerateRequest, and one event for any other. Closing
+        the generator frees all that it holds.
 
         Raises:
-            HeadraceError: of any family, at any time before the Finish.
+            HeadraceError: of any family, at any time before the Finish; Unsupported if the model
+                cannot do what was asked.
         """
-        ...
-
-    async def embed(self, request: EmbedRequest) -> EmbedResult:
-        """Return a vector for each input.
-
-        Raises:
-            HeadraceError: Unsupported if the model has no embeddings, and any other.
-        """
-        ...
-
-    async def rerank(self, request: RerankRequest) -> RerankResult:
-        """Put documents in order.
-
-        Raises:
-            HeadraceError: Unsupported if the model ranks nothing, and any other.
-        """
-        ...
-
-    async def count_tokens(self, request: CountRequest) -> TokenCount:
-        """Count without waiting behind generation."""
-        ...
-
-    async def detokenize(self, request: DetokenizeRequest) -> str:
-        """Return the text of token ids."""
         ...
 
     def models(self) -> Sequence[ModelInfo]:
-        """Tell what is served here, without waiting."""
+        """Return the metadata of what is served here, without waiting."""
         ...
 
     async def aclose(self) -> None:

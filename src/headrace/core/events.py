@@ -1,4 +1,4 @@
-"""What a stream is made of: progress, deltas, and one Finish at its end."""
+"""What a stream is made of: progress, what was asked for, and one Finish at its end."""
 
 from __future__ import annotations
 
@@ -53,6 +53,44 @@ class Progress(msgspec.Struct, frozen=True, array_like=True, tag="p"):
     total: int = 0
 
 
+class Vectors(msgspec.Struct, frozen=True, array_like=True, tag="v"):
+    """One vector for each input, in order: little-endian 32-bit floats."""
+
+    vectors: tuple[bytes, ...]
+
+    @property
+    def dimensions(self) -> int:
+        """How many numbers each vector has."""
+        return len(self.vectors[0]) // 4
+
+
+class Ranked(msgspec.Struct, frozen=True, array_like=True):
+    """How well document `index` answers the query; a higher score is better."""
+
+    index: int
+    score: float
+
+
+class Ranking(msgspec.Struct, frozen=True, array_like=True, tag="r"):
+    """The best documents, best first."""
+
+    ranking: tuple[Ranked, ...]
+
+
+class TokenCount(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="c"):
+    """How many tokens, and which, where the engine can tell. `estimated` marks a guess."""
+
+    count: int
+    token_ids: tuple[int, ...] | None = None
+    estimated: bool = False
+
+
+class Text(msgspec.Struct, frozen=True, array_like=True, tag="t"):
+    """The text of token ids."""
+
+    text: str
+
+
 class Finish(msgspec.Struct, frozen=True, array_like=True, tag="f"):
     """The last event of a stream that ended well: one reason for each choice, in order."""
 
@@ -66,7 +104,8 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, tag="f"):
         return self.finish_reasons[0]
 
 
-Event = Progress | Delta | Finish
+Event = Progress | Delta | Vectors | Ranking | TokenCount | Text | Finish
+"""`Progress*`, then `Delta*` or the one event that was asked for, then one Finish."""
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,3 +135,20 @@ class GenerateResult(msgspec.Struct, frozen=True, kw_only=True):
     def finish_reason(self) -> FinishReason:
         """Why the first choice ended."""
         return self.choices[0].finish_reason
+
+
+class EmbedResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One vector for each input, in order: little-endian 32-bit floats."""
+
+    vectors: tuple[bytes, ...]
+    dimensions: int
+    usage: Usage
+    metrics: InferenceMetrics
+
+
+class RerankResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The best documents, best first."""
+
+    ranking: tuple[Ranked, ...]
+    usage: Usage
+    metrics: InferenceMetrics

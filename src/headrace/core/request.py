@@ -1,18 +1,31 @@
-"""What can be asked of a Backend. Requests are frozen: nobody on the way changes them."""
+"""What can be asked of a Backend. Requests are frozen: no layer changes the one it was given.
+
+Every request is a `Request`: the envelope, and what the layers on the way need to know of any
+kind. A new kind is a class here, its event in `headrace.core.events`, the worker's answer in
+`headrace.worker`, and a route.
+"""
 
 from __future__ import annotations
 
 import secrets
 import time
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
 from headrace.core.errors import InvalidRequest
-from headrace.core.metrics import InferenceMetrics, Usage
+from headrace.core.model import Task
+from headrace.core.record import Operation
 from headrace.core.sampling import Sampling
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
+Text = str | tuple[int, ...]
+"""A text, or its token ids."""
+
+_ANSWER_TOKENS = 256
+_CHARACTERS_PER_TOKEN = 4
+_OPENING_TOKENS = 4096
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -28,49 +41,105 @@ def new_id() -> str:
     return secrets.token_hex(12)
 
 
-class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Messages or a prompt (text or token ids), never both.
+class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The envelope of every request.
 
     `received` is monotonic seconds; the clock is one for all processes of the machine.
     `deadline_s` counts from `received`. `load_ms` is what the request already waited for its
-    model. `context_length` may ask for less than the model has, never for more.
-    `json_schema` constrains the text; `{}` means any JSON.
+    model, `load_wait_s` how long it waits for the load at most; None is as long as it takes.
 
-    `client` is who asks, for fairness between them. `keep_alive` is the model's, in seconds, from
-    the end of this request on. `load_wait_s` is how long to wait for the model's load; None is as
-    long as it takes. `answered` are the tokens of an answer that was cut off: the stream begins
-    with their text, in one delta, and goes on from there.
+    `client` identifies the caller, for fairness between clients. `keep_alive` is the model's, in
+    seconds, from the end of this request on.
 
     `traceparent` and `tracestate` are the W3C context of the caller's span; each layer that makes
-    a span hands on its own.
+    a span passes on its own.
     """
 
     model: str = ""
+    deadline_s: float | None = None
+    load_ms: float = 0.0
+    load_wait_s: float | None = None
+    client: str = ""
+    keep_alive: float | None = None
+    traceparent: str = ""
+    tracestate: str = ""
+    id: str = msgspec.field(default_factory=new_id)
+    received: float = msgspec.field(default_factory=time.monotonic)
+
+    task: ClassVar[Task] = "generate"
+    """What the model must be able to do."""
+    queues: ClassVar[bool] = True
+    """Whether it waits for a slot; other requests are answered beside those that run (M9)."""
+    content_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that hold what the client wrote: kept and logged only where that is switched on."""
+
+    @property
+    def operation(self) -> Operation:
+        """What was asked for, as traces and metrics name it."""
+        raise NotImplementedError
+
+    @property
+    def deadline(self) -> float | None:
+        """The deadline in monotonic seconds."""
+        return None if self.deadline_s is None else self.received + self.deadline_s
+
+    @property
+    def slots(self) -> int:
+        """How many of the engine's slots it takes."""
+        return 1
+
+    def cost(self) -> float:
+        """Estimate the tokens that it will take, before it has run."""
+        return 0.0
+
+    def opening(self) -> str:
+        """Return how the prompt begins; requests with equal openings share a prefix cache."""
+        return ""
+
+    def content(self) -> Any:
+        """Return what the client wrote, as builtins. Token ids are left out."""
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields that were given, as builtins: neither content nor envelope."""
+        given: dict[str, Any] = {}
+        for field in msgspec.structs.fields(self):
+            value = getattr(self, field.name)
+            if field.name in _ENVELOPE | self.content_fields or value in (field.default, {}):
+                continue
+            built = msgspec.to_builtins(value)
+            given |= built if isinstance(value, Sampling) else {field.name: built}
+        return given
+
+
+_ENVELOPE = frozenset(Request.__struct_fields__) - {"deadline_s", "keep_alive"}
+
+
+class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
+    """Messages or a prompt (text or token ids), never both.
+
+    `context_length` may ask for less than the model has, never for more. `json_schema` constrains
+    the text; `{}` means any JSON. `answered` are the tokens of an answer that was cut off: the
+    stream begins with their text, in one delta, and goes on from there.
+
+    Raises:
+        InvalidRequest: messages and prompt are both given or both missing, or one is empty.
+    """
+
     messages: tuple[Message, ...] | None = None
-    prompt: str | tuple[int, ...] | None = None
+    prompt: Text | None = None
     sampling: Sampling = Sampling()
     n: int = 1
     echo: bool = False
     context_length: int | None = None
     json_schema: dict[str, Any] | None = None
     template_options: dict[str, Any] = {}
-    deadline_s: float | None = None
-    load_ms: float = 0.0
-    client: str = ""
-    keep_alive: float | None = None
-    load_wait_s: float | None = None
     answered: tuple[int, ...] = ()
-    traceparent: str = ""
-    tracestate: str = ""
-    id: str = msgspec.field(default_factory=new_id)
-    received: float = msgspec.field(default_factory=time.monotonic)
+
+    content_fields: ClassVar[frozenset[str]] = frozenset({"messages", "prompt", "answered"})
 
     def __post_init__(self) -> None:
-        """Refuse what no engine could answer.
-
-        Raises:
-            InvalidRequest: messages and prompt are both given or both missing, or one is empty.
-        """
+        """Refuse what no engine could answer."""
         if (self.messages is None) == (self.prompt is None):
             raise InvalidRequest("Give either messages or a prompt.", param="messages")
         if self.messages is not None and not self.messages:
@@ -80,103 +149,128 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         if self.n < 1:
             raise InvalidRequest("n is at least 1.", param="n")
 
+    @property
+    def operation(self) -> Operation:
+        """Chat or completion."""
+        return "text_completion" if self.messages is None else "chat"
 
-class CountRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    @property
+    def slots(self) -> int:
+        """One for each choice."""
+        return self.n
+
+    def cost(self) -> float:
+        """Estimate the tokens of the prompt and of all choices."""
+        if self.messages is None:
+            prompt = _tokens(self.prompt or ())
+        else:
+            prompt = sum(_tokens(message.content) for message in self.messages)
+        return prompt + (self.sampling.max_tokens or _ANSWER_TOKENS) * self.n
+
+    def opening(self) -> str:
+        """Return the messages or the prompt as one text."""
+        if self.messages is not None:
+            return "\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in self.messages)
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return " ".join(map(str, (self.prompt or ())[:_OPENING_TOKENS]))
+
+    def content(self) -> Any:
+        """Return the messages, or the prompt if it is a text."""
+        return msgspec.to_builtins(self.messages or _readable(self.prompt))
+
+
+class CountRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="count"):
     """Text, or messages that go through the model's template, to be counted as tokens.
 
     `add_special` adds what the model's tokenizer puts around a text (BOS and the like).
+
+    Raises:
+        InvalidRequest: a text and messages are both given or both missing, or none are in it.
     """
 
-    model: str = ""
     messages: tuple[Message, ...] | None = None
     text: str | None = None
     add_special: bool = False
     template_options: dict[str, Any] = {}
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot be counted.
+    queues: ClassVar[bool] = False
 
-        Raises:
-            InvalidRequest: a text and messages are both given or both missing, or none are in it.
-        """
+    def __post_init__(self) -> None:
+        """Refuse what cannot be counted."""
         if (self.messages is None) == (self.text is None):
             raise InvalidRequest("Give either messages or a text.", param="messages")
         if self.messages is not None and not self.messages:
             raise InvalidRequest("messages is empty.", param="messages")
 
 
-class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class DetokenizeRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="detokenize"):
+    """Token ids to be turned into text."""
+
+    token_ids: tuple[int, ...]
+
+    queues: ClassVar[bool] = False
+
+
+class EmbedRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="embed"):
     """Texts, or lists of token ids, each to become one vector.
 
     `dimensions` keeps that many of the first, for models that are made for it. `normalize` scales
     each vector to length 1. `truncate` cuts what is longer than the context; it is refused without.
-    Other fields are as in GenerateRequest.
+
+    Raises:
+        InvalidRequest: there is no input, or one is empty.
     """
 
-    inputs: tuple[str | tuple[int, ...], ...]
-    model: str = ""
+    inputs: tuple[Text, ...]
     dimensions: int | None = None
     normalize: bool = True
     truncate: bool = False
-    deadline_s: float | None = None
-    client: str = ""
-    keep_alive: float | None = None
-    load_wait_s: float | None = None
-    load_ms: float = 0.0
-    traceparent: str = ""
-    tracestate: str = ""
-    id: str = msgspec.field(default_factory=new_id)
-    received: float = msgspec.field(default_factory=time.monotonic)
+
+    task: ClassVar[Task] = "embed"
+    content_fields: ClassVar[frozenset[str]] = frozenset({"inputs"})
 
     def __post_init__(self) -> None:
-        """Refuse what has no vector.
-
-        Raises:
-            InvalidRequest: there is no input, or one is empty.
-        """
+        """Refuse what has no vector."""
         if not self.inputs or not all(self.inputs):
             raise InvalidRequest("An input is empty.", param="input")
         if self.dimensions is not None and self.dimensions < 1:
             raise InvalidRequest("dimensions is at least 1.", param="dimensions")
 
+    @property
+    def operation(self) -> Operation:
+        """Embeddings."""
+        return "embeddings"
 
-class EmbedResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One vector for each input, in order: little-endian 32-bit floats."""
+    def cost(self) -> float:
+        """Estimate the tokens of all inputs."""
+        return sum(map(_tokens, self.inputs))
 
-    vectors: tuple[bytes, ...]
-    dimensions: int
-    usage: Usage
-    metrics: InferenceMetrics
+    def content(self) -> Any:
+        """Return the inputs that are texts, None for the others."""
+        return [_readable(text) for text in self.inputs]
 
 
-class RerankRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class RerankRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="rerank"):
     """Documents to be put in the order in which they answer the query.
 
     `top_n` keeps that many of the best. `truncate` cuts documents that do not fit into the context
-    with the query; they are refused without. Other fields are as in GenerateRequest.
+    with the query; they are refused without.
+
+    Raises:
+        InvalidRequest: the query is empty, or there are no documents.
     """
 
     query: str
     documents: tuple[str, ...]
-    model: str = ""
     top_n: int | None = None
     truncate: bool = True
-    deadline_s: float | None = None
-    client: str = ""
-    keep_alive: float | None = None
-    load_wait_s: float | None = None
-    load_ms: float = 0.0
-    traceparent: str = ""
-    tracestate: str = ""
-    id: str = msgspec.field(default_factory=new_id)
-    received: float = msgspec.field(default_factory=time.monotonic)
+
+    task: ClassVar[Task] = "rerank"
+    content_fields: ClassVar[frozenset[str]] = frozenset({"query", "documents"})
 
     def __post_init__(self) -> None:
-        """Refuse what has no order.
-
-        Raises:
-            InvalidRequest: the query is empty, or there are no documents.
-        """
+        """Refuse what has no order."""
         if not self.query:
             raise InvalidRequest("query is empty.", param="query")
         if not self.documents:
@@ -184,32 +278,27 @@ class RerankRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         if self.top_n is not None and self.top_n < 1:
             raise InvalidRequest("top_n is at least 1.", param="top_n")
 
+    @property
+    def operation(self) -> Operation:
+        """Rerank."""
+        return "rerank"
 
-class Ranked(msgspec.Struct, frozen=True, array_like=True):
-    """How well document `index` answers the query; a higher score is better."""
+    def cost(self) -> float:
+        """Estimate the tokens of all pairs of the query and a document."""
+        return _tokens(self.query) * len(self.documents) + sum(map(_tokens, self.documents))
 
-    index: int
-    score: float
-
-
-class RerankResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The best documents, best first."""
-
-    ranking: tuple[Ranked, ...]
-    usage: Usage
-    metrics: InferenceMetrics
+    def content(self) -> Any:
+        """Return the query and the documents."""
+        return {"query": self.query, "documents": list(self.documents)}
 
 
-class TokenCount(msgspec.Struct, frozen=True, kw_only=True):
-    """How many tokens, and which, where the engine can tell. `estimated` marks a guess."""
-
-    count: int
-    token_ids: tuple[int, ...] | None = None
-    estimated: bool = False
+AnyRequest = GenerateRequest | EmbedRequest | RerankRequest | CountRequest | DetokenizeRequest
+"""Every kind, as the wire between processes has to know them."""
 
 
-class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Token ids to be turned into text."""
+def _tokens(text: str | Sequence[int]) -> float:
+    return len(text) / _CHARACTERS_PER_TOKEN if isinstance(text, str) else len(text)
 
-    token_ids: tuple[int, ...]
-    model: str = ""
+
+def _readable(text: Text | None) -> str | None:
+    return text if isinstance(text, str) else None

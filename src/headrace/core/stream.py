@@ -11,15 +11,22 @@ from headrace.core.errors import GenerationFailed
 from headrace.core.events import (
     Choice,
     Delta,
+    EmbedResult,
     Event,
     Finish,
     GenerateResult,
     Progress,
+    Ranking,
+    RerankResult,
+    Text,
+    TokenCount,
     TokenLogprob,
+    Vectors,
 )
 
 Stream = AsyncGenerator[Event, None]
 T = TypeVar("T")
+E = TypeVar("E", Vectors, Ranking, TokenCount, Text)
 
 
 class Mailbox(Generic[T]):
@@ -49,9 +56,9 @@ class Mailbox(Generic[T]):
 
 
 class Primed:
-    """A stream whose first delta has been asked for; `first` is that event, to come or come.
+    """A stream whose first event is being read; `first` is the future of that event.
 
-    `progress` is the latest that was told before it.
+    `progress` is the latest that came before it.
     Read `first`, then the rest of `stream`; call `aclose` in the end, whatever happened.
     """
 
@@ -61,7 +68,7 @@ class Primed:
         self.first: asyncio.Future[Event] = asyncio.ensure_future(self._first())
 
     async def settled(self, wait_s: float | None = None) -> bool:
-        """Wait for the first event or its failure; tell whether either has come."""
+        """Wait for the first event or its failure; return whether either has come."""
         await asyncio.wait({self.first}, timeout=wait_s)
         return self.first.done()
 
@@ -119,6 +126,52 @@ async def collect(stream: Stream) -> GenerateResult:
     finally:
         await stream.aclose()
     raise GenerationFailed("The stream ended without a Finish.")
+
+
+async def result(stream: Stream, kind: type[E]) -> tuple[E, Finish]:
+    """Return the one event of `kind` and the Finish of a stream, and close it.
+
+    Raises:
+        GenerationFailed: the stream ended without them.
+        HeadraceError: whatever the stream itself raises.
+    """
+    answer: E | None = None
+    try:
+        async for event in stream:
+            if isinstance(event, kind):
+                answer = event
+            elif isinstance(event, Finish) and answer is not None:
+                return answer, event
+    finally:
+        await stream.aclose()
+    raise GenerationFailed(f"The stream ended without {kind.__name__} and a Finish.")
+
+
+async def collect_vectors(stream: Stream) -> EmbedResult:
+    """Fold the stream of an EmbedRequest into one result, and close it; raises as `result`."""
+    made, finish = await result(stream, Vectors)
+    return EmbedResult(
+        vectors=made.vectors,
+        dimensions=made.dimensions,
+        usage=finish.usage,
+        metrics=finish.metrics,
+    )
+
+
+async def collect_ranking(stream: Stream) -> RerankResult:
+    """Fold the stream of a RerankRequest into one result, and close it; raises as `result`."""
+    ranked, finish = await result(stream, Ranking)
+    return RerankResult(ranking=ranked.ranking, usage=finish.usage, metrics=finish.metrics)
+
+
+async def collect_count(stream: Stream) -> TokenCount:
+    """Return the one event of a CountRequest's stream, and close it; raises as `result`."""
+    return (await result(stream, TokenCount))[0]
+
+
+async def collect_text(stream: Stream) -> str:
+    """Return the text of a DetokenizeRequest's stream, and close it; raises as `result`."""
+    return (await result(stream, Text))[0].text
 
 
 def _result(parts: dict[int, list[Delta]], finish: Finish) -> GenerateResult:

@@ -9,7 +9,7 @@ import msgspec
 from pydantic import Field
 
 from headrace.core.errors import HeadraceError, InvalidRequest, Unsupported, UpstreamError
-from headrace.core.events import Delta, FinishReason
+from headrace.core.events import Delta, FinishReason, TokenCount
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities
 from headrace.core.request import (
@@ -18,7 +18,6 @@ from headrace.core.request import (
     GenerateRequest,
     Message,
     RerankRequest,
-    TokenCount,
 )
 from headrace.engines import remote
 from headrace.engines.base import About, OpenRequest, RemoteEvent, RemoteFinish

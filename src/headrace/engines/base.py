@@ -23,16 +23,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 from pydantic import BaseModel, ConfigDict
 
-from headrace.core.events import Delta, FinishReason, Progress, TokenLogprob
+from headrace.core.events import Delta, FinishReason, Progress, TokenCount, TokenLogprob
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities, ModelFile, Task
-from headrace.core.request import (
-    CountRequest,
-    EmbedRequest,
-    GenerateRequest,
-    RerankRequest,
-    TokenCount,
-)
+from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
 from headrace.core.sampling import Sampling
 from headrace.core.status import Footprint
 from headrace.models import transfer

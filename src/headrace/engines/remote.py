@@ -28,14 +28,9 @@ from headrace.core.errors import (
     Unsupported,
     UpstreamError,
 )
+from headrace.core.events import TokenCount
 from headrace.core.model import Capabilities
-from headrace.core.request import (
-    CountRequest,
-    EmbedRequest,
-    GenerateRequest,
-    RerankRequest,
-    TokenCount,
-)
+from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
 from headrace.core.status import Footprint
 from headrace.engines.base import EngineFacts, EngineOptions, OpenRequest
 from headrace.models.providers import PROVIDERS, Provider

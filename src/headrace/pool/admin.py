@@ -19,10 +19,10 @@ from headrace.core.errors import (
 from headrace.core.model import ModelSpec
 from headrace.core.secrets import shown
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
+from headrace.pool.entry import ModelEntry, needs_new_worker
 from headrace.pool.plan import plan_load
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
-from headrace.pool.seat import Seat, needs_new_worker
 from headrace.pool.state import Remembered, StateFile
 
 Specify = Callable[[str, Mapping[str, Any]], ModelSpec]
@@ -80,56 +80,56 @@ class PoolAdmin:
     def status(self) -> PoolStatus:
         """Tell how all models and devices stand."""
         return PoolStatus(
-            models=tuple(status_of(seat) for seat in self.pool.seats.values()),
+            models=tuple(status_of(entry) for entry in self.pool.entries.values()),
             devices=self.pool.ledger.status(),
         )
 
     async def load(self, model: str, changes: Mapping[str, Any] | None = None) -> ModelStatus:
         """Load a model, and wait for it; see `Admin`."""
         async with self._lock:
-            seat = await self._with(model, changes or {})
-            seat.reset()
-            await self._keep(seat, loaded=True)
-        self._want(seat)
+            entry = await self._with(model, changes or {})
+            entry.reset()
+            await self._keep(entry, loaded=True)
+        self._want(entry)
         try:
-            await seat.up()
+            await entry.ready_replica()
         except (RequestError, LoadFailed):
             # A name that was mistyped, or a file that is no model, is not kept.
-            if seat.reference is not None and seat.info is None:
-                await self._drop(seat)
+            if entry.reference is not None and entry.info is None:
+                await self._drop(entry)
             raise
-        return status_of(seat)
+        return status_of(entry)
 
     async def unload(self, model: str) -> ModelStatus:
         """Unload a model when its requests have ended; see `Admin`."""
         async with self._lock:
-            seat = self.pool.seat(model)
-            await self._keep(seat, loaded=False)
-        seat.wanted_until = 0.0
-        seat.refuse_watchers(Draining(f"{seat.spec.name} is being unloaded."))
-        await self._unload(seat)
-        return status_of(seat)
+            entry = self.pool.entry(model)
+            await self._keep(entry, loaded=False)
+        entry.unwant()
+        entry.refuse_waiters(Draining(f"{entry.spec.name} is being unloaded."))
+        await self._unload(entry)
+        return status_of(entry)
 
     async def restart(self, model: str) -> ModelStatus:
         """Unload and load again; see `Admin`."""
-        seat = self.pool.seat(model)
-        await self._unload(seat)
-        return await self.load(seat.spec.name)
+        entry = self.pool.entry(model)
+        await self._unload(entry)
+        return await self.load(entry.spec.name)
 
     async def update(self, model: str, changes: Mapping[str, Any]) -> ModelStatus:
         """Change settings; see `Admin`."""
         async with self._lock:
-            seat = self.pool.seat(model)
-            await self._change(seat, changes)
-        return status_of(seat)
+            entry = self.pool.entry(model)
+            await self._change(entry, changes)
+        return status_of(entry)
 
     async def plan(self, model: str) -> Plan:
         """Tell what a load would need and do; see `Admin`."""
         try:
-            seat = self.pool.seat(model)
+            entry = self.pool.entry(model)
         except UnknownModel:
             return await plan_load(self.pool.loader, self._specify(model, {}))
-        return await plan_load(self.pool.loader, seat.spec, seat)
+        return await plan_load(self.pool.loader, entry.spec, entry)
 
     async def reload(self) -> Reloaded:
         """Apply a changed configuration; see `Admin`."""
@@ -137,112 +137,114 @@ class PoolAdmin:
             wanted = await asyncio.to_thread(self._reread)
             self._specify = wanted.specify
             self._drain_s = wanted.drain_s
-            seats, pool = self.pool.seats, self.pool
+            entries, pool = self.pool.entries, self.pool
             specs = {spec.name: self._by(spec.name, spec) for spec in wanted.specs}
-            for name, seat in seats.items():
-                if seat.reference is not None and name not in specs:
-                    specs[name] = self._by(seat.reference, seat.spec)
-            removed = tuple(name for name in seats if name not in specs)
-            added = tuple(name for name in specs if name not in seats)
+            for name, entry in entries.items():
+                if entry.reference is not None and name not in specs:
+                    specs[name] = self._by(entry.reference, entry.spec)
+            removed = tuple(name for name in entries if name not in specs)
+            added = tuple(name for name in specs if name not in entries)
             changed = tuple(
-                name for name, spec in specs.items() if name in seats and seats[name].spec != spec
+                name
+                for name, spec in specs.items()
+                if name in entries and entries[name].spec != spec
             )
             pool.loader.keep_to(wanted.rules)
             # In place: who sizes models reads the same budgets.
             pool.ledger.budgets.clear()
             pool.ledger.budgets.update(wanted.budgets)
             for name in removed:
-                pool.remove(seats[name])
+                pool.remove(entries[name])
             for name in added:
-                seat = pool.add(specs[name])
-                if seat.preload and seat.spec.enabled:
-                    pool.loader.want(seat, may_evict=False)
+                entry = pool.add(specs[name])
+                if entry.preload and entry.spec.enabled:
+                    pool.loader.want(entry, may_evict=False)
             for name in changed:
-                self._apply(seats[name], specs[name])
-            pool.loader.room.notify()
-        pool.feed.tell("reloaded", added=added, changed=changed, removed=removed)
+                self._apply(entries[name], specs[name])
+            pool.loader.memory.notify()
+        pool.events.publish("reloaded", added=added, changed=changed, removed=removed)
         return Reloaded(
             added=added, changed=changed, removed=removed, needs_restart=wanted.needs_restart
         )
 
     def events(self) -> AsyncGenerator[PoolEvent, None]:
         """Yield what happens from now on."""
-        return self.pool.feed.listen()
+        return self.pool.events.subscribe()
 
     def _restore(self, name: str, kept: Remembered) -> None:
-        seats = self.pool.seats
-        if name not in seats:
+        entries = self.pool.entries
+        if name not in entries:
             if kept.reference is None:
                 # The configuration has lost the model; what was done to it waits for its return.
                 return
             self._add(kept.reference, kept.changes)
             self._by_hand[name] = kept
         spec = self._specify(kept.reference or name, kept.changes)
-        seats[name].apply(msgspec.structs.replace(spec, name=name))
+        entries[name].apply(msgspec.structs.replace(spec, name=name))
         if kept.loaded is not None:
-            seats[name].preload = kept.loaded
+            entries[name].preload = kept.loaded
         self.pool.name_all()
 
-    async def _with(self, model: str, changes: Mapping[str, Any]) -> Seat:
+    async def _with(self, model: str, changes: Mapping[str, Any]) -> ModelEntry:
         """Return a model, changed and enabled; it is added if it is not served yet."""
         try:
-            seat = self.pool.seat(model)
+            entry = self.pool.entry(model)
         except UnknownModel:
             if not model:
                 raise
             name = self._specify(model, changes).name
-            if name not in self.pool.seats:
+            if name not in self.pool.entries:
                 return self._add(model, changes)
-            seat = self.pool.seats[name]
-        if not seat.spec.enabled:
+            entry = self.pool.entries[name]
+        if not entry.spec.enabled:
             changes = {"enabled": True, **changes}
         if changes:
-            await self._change(seat, changes)
-        return seat
+            await self._change(entry, changes)
+        return entry
 
-    def _add(self, reference: str, changes: Mapping[str, Any]) -> Seat:
+    def _add(self, reference: str, changes: Mapping[str, Any]) -> ModelEntry:
         spec = self._specify(reference, changes)
-        if spec.name in self.pool.seats:
-            return self.pool.seats[spec.name]
-        seat = self.pool.add(spec)
-        seat.reference = reference
+        if spec.name in self.pool.entries:
+            return self.pool.entries[spec.name]
+        entry = self.pool.add(spec)
+        entry.reference = reference
         kept = Remembered(reference=reference, changes=dict(changes), loaded=None)
         self._by_hand[spec.name] = kept
-        self.pool.feed.tell("added", spec.name, reference=reference)
-        return seat
+        self.pool.events.publish("added", spec.name, reference=reference)
+        return entry
 
-    async def _change(self, seat: Seat, changes: Mapping[str, Any]) -> None:
-        name = seat.spec.name
+    async def _change(self, entry: ModelEntry, changes: Mapping[str, Any]) -> None:
+        name = entry.spec.name
         kept = self._by_hand.get(name, Remembered())
         merged = {**kept.changes, **changes}
-        spec = self._specify(seat.reference or name, merged)
+        spec = self._specify(entry.reference or name, merged)
         self._by_hand[name] = msgspec.structs.replace(kept, changes=merged)
-        self._apply(seat, msgspec.structs.replace(spec, name=name))
-        self.pool.feed.tell("updated", name, changes=dict(changes))
-        await self._keep(seat)
+        self._apply(entry, msgspec.structs.replace(spec, name=name))
+        self.pool.events.publish("updated", name, changes=dict(changes))
+        await self._keep(entry)
 
-    def _apply(self, seat: Seat, spec: ModelSpec) -> None:
+    def _apply(self, entry: ModelEntry, spec: ModelSpec) -> None:
         loader = self.pool.loader
-        was_up, anew = seat.is_ready, needs_new_worker(seat.spec, spec)
-        seat.apply(spec)
+        was_up, anew = entry.is_ready, needs_new_worker(entry.spec, spec)
+        entry.apply(spec)
         self.pool.name_all()
         if anew:
-            seat.reset()
+            entry.reset()
         if not spec.enabled:
-            seat.refuse(Disabled(f"{spec.name} has been switched off."))
-            for replica in seat.replicas:
-                loader.dismiss(seat, replica, "unloaded", self._drain_s)
+            entry.refuse(Disabled(f"{spec.name} has been switched off."))
+            for replica in entry.replicas:
+                loader.unload(entry, replica, "unloaded", self._drain_s)
         elif was_up and anew:
-            self._want(seat)
-        elif seat.is_ready or seat.is_waited_for:
-            loader.want(seat, may_evict=seat.is_waited_for)
-        loader.let_go(seat)
+            self._want(entry)
+        elif entry.is_ready or entry.is_wanted:
+            loader.want(entry, may_evict=entry.is_wanted)
+        loader.let_go(entry)
 
-    def _want(self, seat: Seat) -> None:
+    def _want(self, entry: ModelEntry) -> None:
         # Until it is there or has failed: who asked for it may have gone by then.
-        if not seat.stays:
-            seat.wanted_until = float("inf")
-        self.pool.loader.want(seat)
+        if not entry.stays:
+            entry.want()
+        self.pool.loader.want(entry)
 
     def _by(self, reference: str, spec: ModelSpec) -> ModelSpec:
         """Return what a configured model is with what was changed by hand."""
@@ -258,43 +260,43 @@ class PoolAdmin:
     def _forget(self, name: str, error: HeadraceError) -> None:
         # The configuration accepts it no longer; the rest is worth more than this.
         del self._by_hand[name]
-        self.pool.feed.tell("load_failed", name, error=error.message)
+        self.pool.events.publish("load_failed", name, error=error.message)
 
-    async def _drop(self, seat: Seat) -> None:
+    async def _drop(self, entry: ModelEntry) -> None:
         async with self._lock:
-            name = seat.spec.name
-            if self.pool.seats.get(name) is seat:
-                self.pool.remove(seat)
+            name = entry.spec.name
+            if self.pool.entries.get(name) is entry:
+                self.pool.remove(entry)
                 self._by_hand.pop(name, None)
                 await asyncio.to_thread(self._state.write, dict(self._by_hand))
-                self.pool.feed.tell("removed", name)
+                self.pool.events.publish("removed", name)
 
-    async def _unload(self, seat: Seat) -> None:
+    async def _unload(self, entry: ModelEntry) -> None:
         going = [
-            self.pool.loader.dismiss(seat, replica, "unloaded", self._drain_s)
-            for replica in seat.everybody()
+            self.pool.loader.unload(entry, replica, "unloaded", self._drain_s)
+            for replica in entry.all_replicas()
         ]
         if going:
             await asyncio.wait(going)
 
-    async def _keep(self, seat: Seat, *, loaded: bool | None = None) -> None:
-        kept = self._by_hand.get(seat.spec.name, Remembered())
+    async def _keep(self, entry: ModelEntry, *, loaded: bool | None = None) -> None:
+        kept = self._by_hand.get(entry.spec.name, Remembered())
         if loaded is not None:
             kept = msgspec.structs.replace(kept, loaded=loaded)
-        self._by_hand[seat.spec.name] = kept
+        self._by_hand[entry.spec.name] = kept
         # Until it is on the disk, which may be slow.
         await asyncio.to_thread(self._state.write, dict(self._by_hand))
 
 
-def status_of(seat: Seat) -> ModelStatus:
+def status_of(entry: ModelEntry) -> ModelStatus:
     """Tell how a model stands."""
-    spec, info = seat.spec, seat.info
-    footprint = next((one.footprint for one in seat.replicas if one.footprint), None)
-    stage = next((one.stage for one in seat.replicas if one.loading is not None), ("", 0, 0))
+    spec, info = entry.spec, entry.info
+    footprint = next((one.footprint for one in entry.replicas if one.footprint), None)
+    stage = entry.stage
     return ModelStatus(
         id=spec.name,
         source=spec.model,
-        state=seat.state,
+        state=entry.state,
         aliases=spec.aliases,
         engine=info.engine if info else spec.engine or "auto",
         engine_reason=info.engine_reason if info else "",
@@ -306,30 +308,30 @@ def status_of(seat: Seat) -> ModelStatus:
         keep_alive=spec.keep_alive,
         continuation=spec.continuation,
         estimated=footprint,
-        memory=_sum([one.memory for one in seat.everybody()]),
-        running=seat.running,
-        max_running=seat.slots or None,
-        queued=len(seat.line),
+        memory=_sum([one.memory for one in entry.all_replicas()]),
+        running=entry.running,
+        max_running=entry.slots or None,
+        queued=len(entry.queue),
         max_queued=spec.max_queued,
-        until=_until(seat),
-        last_used=seat.wall(seat.last_used) if seat.last_used is not None else None,
-        restarts=seat.restarts,
-        evictions=seat.evictions,
-        continuations=seat.continuations,
-        last_error=seat.last_error,
+        until=_until(entry),
+        last_used=entry.wall(entry.last_used) if entry.last_used is not None else None,
+        restarts=entry.restarts,
+        evictions=entry.evictions,
+        continuations=entry.continuations,
+        last_error=entry.last_error,
         progress=stage[0] or None,
         done=stage[1],
         total=stage[2],
-        replicas=tuple(one.status() for one in seat.everybody()),
+        replicas=tuple(one.status() for one in entry.all_replicas()),
         options=shown(spec.options),
     )
 
 
-def _until(seat: Seat) -> float | None:
-    up = [one.idle_since for one in seat.replicas if one.is_ready]
-    if not up or seat.keep_alive < 0 or seat.spec.pinned or seat.running:
+def _until(entry: ModelEntry) -> float | None:
+    up = [one.idle_since for one in entry.replicas if one.is_ready]
+    if not up or entry.keep_alive < 0 or entry.spec.pinned or entry.running:
         return None
-    return seat.wall(max(up) + seat.keep_alive)
+    return entry.wall(max(up) + entry.keep_alive)
 
 
 def _sum(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:

@@ -7,14 +7,14 @@ import asyncio
 from headrace.core.errors import UnknownModel
 from headrace.core.model import ModelSpec
 from headrace.core.status import Footprint, Plan
+from headrace.pool.entry import ModelEntry
 from headrace.pool.loader import Loader
+from headrace.pool.memory import numbers
 from headrace.pool.policy import Evict, Fits, Never, Wait
-from headrace.pool.room import numbers
-from headrace.pool.seat import Seat
 
 
-async def plan_load(loader: Loader, spec: ModelSpec, seat: Seat | None = None) -> Plan:
-    """Plan a load; `seat` is the model's, where it is served already.
+async def plan_load(loader: Loader, spec: ModelSpec, entry: ModelEntry | None = None) -> Plan:
+    """Plan a load; `entry` is the model's, where it is served already.
 
     Raises:
         UnknownModel: the model is not on this machine, and only its header could tell.
@@ -26,9 +26,9 @@ async def plan_load(loader: Loader, spec: ModelSpec, seat: Seat | None = None) -
             raise UnknownModel(f"{spec.model} is not on this machine yet; pull it first.")
 
     need = await asyncio.to_thread(loader.sizing.footprint, spec, report)
-    budgets = dict(loader.room.ledger.budgets)
+    budgets = dict(loader.memory.ledger.budgets)
     largest = await asyncio.to_thread(loader.sizing.largest_context, spec, budgets)
-    up = seat is not None and seat.is_ready
+    up = entry is not None and entry.is_ready
     evict, reason = ((), "It is loaded.") if up else _consequences(loader, spec, need)
     return Plan(
         model=spec.name,
@@ -39,7 +39,7 @@ async def plan_load(loader: Loader, spec: ModelSpec, seat: Seat | None = None) -
         evict=evict or (),
         largest_context=largest,
         reason=reason,
-        devices=loader.room.ledger.status(),
+        devices=loader.memory.ledger.status(),
     )
 
 
@@ -49,18 +49,18 @@ def _consequences(
     """Return who would have to go, None where even that would not do, and a sentence."""
     if not need.devices:
         return (), "It takes no memory of this machine."
-    free = loader.room.ledger.free()
+    free = loader.memory.ledger.free()
     has = f"needs {numbers(need.devices)} ({need.how}), {numbers(free)} free"
     # As if it had waited for long enough: who is busy would end his requests and go.
-    decision = loader.room.decide(need.devices, free, waited_s=float("inf"))
+    decision = loader.memory.decide(need.devices, free, waited_s=float("inf"))
     match decision:
         case Fits():
             return (), f"It fits: {has}."
         case Evict(keys) | Wait(close=keys) if keys:
-            pairs = [loader.room.find(key) for key in keys]
+            pairs = [loader.memory.find(key) for key in keys]
             names = tuple(dict.fromkeys(pair[0].spec.name for pair in pairs if pair))
             return names, f"It fits once {', '.join(names)} has gone: {has}."
         case Never():
-            return None, loader.room.refusal(spec.name, need.devices, decision)
+            return None, loader.memory.refusal(spec.name, need.devices, decision)
         case _:
             return None, f"It does not fit now: {has}."

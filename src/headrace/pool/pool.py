@@ -1,49 +1,28 @@
-"""Many models behind one Backend: a request finds its model, waits for it, and gets its answer."""
+"""Pool: many models behind one Backend."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 
 import msgspec
 
-from headrace.core.errors import (
-    Draining,
-    EngineError,
-    HeadraceError,
-    QueueTimeout,
-    UnknownModel,
-)
-from headrace.core.events import Delta, Event, Finish
+from headrace.core.errors import Draining, HeadraceError, UnknownModel
+from headrace.core.events import Event, Finish
 from headrace.core.model import Capabilities, ModelInfo, ModelSpec
-from headrace.core.request import (
-    CountRequest,
-    DetokenizeRequest,
-    EmbedRequest,
-    EmbedResult,
-    GenerateRequest,
-    RerankRequest,
-    RerankResult,
-    TokenCount,
-)
-from headrace.pool.feed import Feed
-from headrace.pool.ledger import Ledger
-from headrace.pool.line import Request, Waiter
-from headrace.pool.loader import KeepSpare, Loader, Sizing
+from headrace.core.request import AnyRequest
+from headrace.pool.attempt import Attempt
+from headrace.pool.continuation import Continuation, Diverged, Way
+from headrace.pool.entry import ModelEntry
+from headrace.pool.events import EventBus
+from headrace.pool.loader import KeepWarm, Loader, Sizing
+from headrace.pool.memory import Ledger
+from headrace.pool.observer import Observer
 from headrace.pool.policy import Rules
 from headrace.pool.replica import OpenWorker, PooledWorker
-from headrace.pool.resume import Answer, Diverged, may_repeat
-from headrace.pool.seat import Seat
-from headrace.pool.watch import Watch
 from headrace.worker.spec import unloaded_info
-
-_TELL_EVERY_S = 0.5
-
-Encoding = TypeVar("Encoding", EmbedRequest, RerankRequest)
-Encoded = TypeVar("Encoded", EmbedResult, RerankResult)
 
 
 class Pool:
@@ -57,21 +36,21 @@ class Pool:
         sizing: Sizing,
         ledger: Ledger,
         rules: Rules | None = None,
-        spare: KeepSpare | None = None,
+        warm: KeepWarm | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.feed = Feed()
+        self.events = EventBus()
         self.ledger = ledger
-        self.seats: dict[str, Seat] = {}
-        self.leaving: list[Seat] = []
+        self.entries: dict[str, ModelEntry] = {}
+        self.leaving: list[ModelEntry] = []
         self.draining = self._started = False
         self._names: dict[str, str] = {}
         self._clock = clock
         self.loader = Loader(
-            self._everybody, open_worker, sizing, ledger, rules or Rules(), self.feed, clock
+            self._all_entries, open_worker, sizing, ledger, rules or Rules(), self.events, clock
         )
-        self.loader.spare = spare
-        self._hurry = asyncio.Event()
+        self.loader.warm = warm
+        self._changed = asyncio.Event()
         self._drain_until = float("inf")
         self._streams = 0
         self._closing: asyncio.Task[None] | None = None
@@ -79,8 +58,8 @@ class Pool:
             self.add(spec)
 
     def __repr__(self) -> str:
-        """Tell the seats and the memory."""
-        return f"<Pool {list(self.seats.values())!r}, {self.ledger!r}>"
+        """Describe the entries and the memory."""
+        return f"<Pool {list(self.entries.values())!r}, {self.ledger!r}>"
 
     @property
     def ready(self) -> bool:
@@ -88,55 +67,51 @@ class Pool:
         return (
             not self.draining
             and self._started
-            and any(seat.spec.enabled and seat.failure is None for seat in self.seats.values())
+            and any(entry.spec.enabled and entry.failure is None for entry in self.entries.values())
         )
 
-    def watched_by(self, watch: Watch) -> None:
-        """Have somebody look on. To be said before anything is asked."""
-        self.loader.watch = watch
+    def observed_by(self, observer: Observer) -> None:
+        """Attach an observer. Call before the first request."""
+        self.loader.observer = observer
 
-    def add(self, spec: ModelSpec) -> Seat:
+    def add(self, spec: ModelSpec) -> ModelEntry:
         """Serve one more model; nothing is loaded yet."""
-        seat = self.seats[spec.name] = Seat(spec, self._clock)
-        seat.draining = self.draining
+        entry = self.entries[spec.name] = ModelEntry(spec, self._clock)
+        entry.draining = self.draining
         self.name_all()
-        return seat
+        return entry
 
-    def remove(self, seat: Seat) -> None:
-        """Serve a model no more: who runs ends, who waits is refused, and it is unloaded."""
-        del self.seats[seat.spec.name]
-        self.leaving = [one for one in self.leaving if list(one.everybody())] + [seat]
+    def remove(self, entry: ModelEntry) -> None:
+        """Serve a model no more: what runs ends, what waits is refused, and it is unloaded."""
+        del self.entries[entry.spec.name]
+        self.leaving = [old for old in self.leaving if list(old.all_replicas())] + [entry]
         self.name_all()
-        seat.draining = True
-        seat.refuse(UnknownModel(f"The model {seat.spec.name!r} is not served any more."))
-        for replica in seat.replicas:
-            replica.closed = True
-            seat.retired.add(replica)
-        seat.replicas = []
-        self.loader.let_go(seat)
+        entry.refuse(UnknownModel(f"The model {entry.spec.name!r} is not served any more."))
+        entry.retire()
+        self.loader.let_go(entry)
 
     def name_all(self) -> None:
-        """Note anew which names and aliases lead to which model."""
+        """Rebuild the index of names and aliases."""
         self._names = {
-            name: seat.spec.name
-            for seat in self.seats.values()
-            for name in (seat.spec.name, *seat.spec.aliases)
+            name: entry.spec.name
+            for entry in self.entries.values()
+            for name in (entry.spec.name, *entry.spec.aliases)
         }
 
-    def seat(self, name: str) -> Seat:
+    def entry(self, name: str) -> ModelEntry:
         """Find a model by name or alias; the only one needs no name.
 
         Raises:
             UnknownModel: with the names that there are.
         """
-        if not name and len(self.seats) == 1:
-            return next(iter(self.seats.values()))
+        if not name and len(self.entries) == 1:
+            return next(iter(self.entries.values()))
         if name not in self._names:
             served = ", ".join(sorted(self._names))
             raise UnknownModel(
                 f"The model {name!r} is not served here; there is {served}.", param="model"
             )
-        return self.seats[self._names[name]]
+        return self.entries[self._names[name]]
 
     async def start(self) -> None:
         """Load the models that are to be loaded from the start, in order, as long as they fit.
@@ -146,72 +121,56 @@ class Pool:
         """
         self.loader.start()
         failed: HeadraceError | None = None
-        for seat in list(self.seats.values()):
-            if not (seat.preload and seat.spec.enabled):
+        for entry in list(self.entries.values()):
+            if not (entry.preload and entry.spec.enabled):
                 continue
-            self.loader.want(seat, may_evict=False)
-            loading = [one.loading for one in seat.replicas if one.loading is not None]
+            self.loader.want(entry, may_evict=False)
+            loading = [task for replica in entry.replicas if (task := replica.loading)]
             if loading:
                 await asyncio.wait(loading)
-            failed = failed or seat.failure
+            failed = failed or entry.failure
         self._started = True
         if failed is not None:
             raise failed
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Yield the stream of a worker; when that dies, another goes on with it if it can.
+    async def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
+        """Yield the stream of a worker; when that dies, another continues it if it can.
 
         Raises:
             HeadraceError: of any family, at any time before the Finish.
         """
-        with self.loader.watch.asked(request) as seen, self._counted():
-            request, seat = seen.request, self.seat(request.model)
-            answer = Answer(request, seat.spec.continuation, self._clock)
-            stream = self._attempt(seat, request, answer)
-            try:
+        if not request.queues:
+            async with aclosing((await self._ready_worker(request.model)).ask(request)) as stream:
                 async for event in stream:
-                    seen.saw(event)
                     yield event
-                return
-            except EngineError as error:
-                if answer.is_whole:
-                    # It died after its last word.
-                    return
-                broken, way = error, answer.way_on(error, _capabilities(seat))
-            finally:
-                await stream.aclose()
-            if way is None or self.draining:
-                raise broken
-            self._note(seat, request, way, broken)
-            stream = self._attempt(seat, answer.again(way), answer, first=True)
-            try:
-                async for event in stream:
-                    seen.saw(event)
-                    yield event
-            except (HeadraceError, Diverged) as error:
-                raise broken from error
-            finally:
-                await stream.aclose()
-
-    async def embed(self, request: EmbedRequest) -> EmbedResult:
-        """Return the vectors of a worker; when that dies, another is asked once more."""
-        return await self._encoded(request, lambda worker, asked: worker.embed(asked))
-
-    async def rerank(self, request: RerankRequest) -> RerankResult:
-        """Return the order that a worker gives; when that dies, another is asked once more."""
-        return await self._encoded(request, lambda worker, asked: worker.rerank(asked))
-
-    async def count_tokens(self, request: CountRequest) -> TokenCount:
-        """Count with the model's own tokenizer; this never queues."""
-        return await (await self._worker(request.model)).count_tokens(request)
-
-    async def detokenize(self, request: DetokenizeRequest) -> str:
-        """Return text from the model's own tokenizer; this never queues."""
-        return await (await self._worker(request.model)).detokenize(request)
+            return
+        with self.loader.observer.observe(request) as observation, self._counted():
+            entry = self.entry(request.model)
+            policy = entry.spec.continuation
+            continuation = Continuation(observation.request, policy, self._clock)
+            while not continuation.is_whole:
+                attempt = Attempt(self.loader, entry, continuation, observation, self._clock)
+                try:
+                    async with attempt:
+                        while not attempt.is_granted:
+                            progress = entry.progress()
+                            observation.saw(progress)
+                            yield progress
+                            await attempt.wait()
+                        async for event in attempt.events():
+                            if type(event) is Finish:
+                                attempt.finished(event)
+                            if (new := continuation.new(event)) is not None:
+                                observation.saw(new)
+                                yield new
+                        return
+                except (HeadraceError, Diverged) as error:
+                    if not continuation.is_whole:
+                        self._retry(entry, continuation, error)
 
     def models(self) -> tuple[ModelInfo, ...]:
         """Return the metadata of all, without waiting."""
-        return tuple(_info(seat) for seat in self.seats.values())
+        return tuple(_info(entry) for entry in self.entries.values())
 
     async def aclose(self, drain_s: float = 0.0) -> None:
         """Refuse what is new, let running answers end within `drain_s`, end the rest. Idempotent.
@@ -219,166 +178,79 @@ class Pool:
         Called again, it can shorten the wait. When it returns, all processes are gone.
         """
         self._drain_until = min(self._drain_until, self._clock() + drain_s)
-        self._hurry.set()
+        self._changed.set()
         if self._closing is None:
             self.draining = True
-            for seat in self._everybody():
-                seat.draining = True
-            self.feed.tell("draining")
+            for entry in self._all_entries():
+                entry.draining = True
+            self.events.publish("draining")
             self._closing = asyncio.create_task(self._close(), name="close the pool")
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
         error = Draining("The service is stopping.")
-        for seat in self._everybody():
-            seat.refuse(error)
+        for entry in self._all_entries():
+            entry.refuse(error)
         self.loader.give_up()
-        self.feed.close()
+        self.events.close()
         while self._streams and (left := self._drain_until - self._clock()) > 0:
-            self._hurry.clear()
+            self._changed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
-                    await self._hurry.wait()
+                    await self._changed.wait()
         await self.loader.aclose()
-        self.loader.watch.closed()
-
-    async def _attempt(
-        self, seat: Seat, request: GenerateRequest, answer: Answer, *, first: bool = False
-    ) -> AsyncGenerator[Event, None]:
-        waiter, tokens = seat.join(request, first=first), None
-        try:
-            if not waiter.turn.done():
-                self.loader.want(seat)
-            while not waiter.turn.done():
-                yield seat.progress()
-                await self._for_turn(seat, waiter)
-            worker, request = waiter.turn.result().worker, answer.asked(request, waiter.load_s)
-            with self.loader.watch.attempted(request, worker, seat.spec) as seen:
-                stream = worker.generate(seen.request)
-                try:
-                    async for event in stream:
-                        if isinstance(event, Delta):
-                            if (new := answer.new(event)) is not None:
-                                yield new
-                        elif isinstance(event, Finish):
-                            seen.saw(event)
-                            tokens = event.usage.total_tokens
-                            yield answer.check(event)
-                        else:
-                            yield event
-                finally:
-                    await stream.aclose()
-        finally:
-            seat.abandon(waiter, tokens)
-            self.loader.released(seat)
-
-    async def _encoded(
-        self, request: Encoding, ask: Callable[[PooledWorker, Encoding], Awaitable[Encoded]]
-    ) -> Encoded:
-        with self.loader.watch.asked(request) as seen, self._counted():
-            result = await self._twice(self.seat(request.model), seen.request, ask)
-            seen.saw(result)
-            return result
+        self.loader.observer.closed()
 
     @contextmanager
     def _counted(self) -> Generator[None]:
-        """Have the end of the pool wait for a request."""
+        """Make the close of the pool wait for a request."""
         self._streams += 1
         try:
             yield
         finally:
             self._streams -= 1
-            self._hurry.set()
+            self._changed.set()
 
-    async def _twice(
-        self,
-        seat: Seat,
-        request: Encoding,
-        ask: Callable[[PooledWorker, Encoding], Awaitable[Encoded]],
-    ) -> Encoded:
-        try:
-            return await self._once(seat, request, ask)
-        except EngineError as error:
-            if self.draining or not may_repeat(error, seat.spec.continuation):
-                raise
-            broken = error
-        self._note(seat, request, "exact", broken)
-        try:
-            result = await self._once(seat, request, ask, first=True)
-        except HeadraceError as error:
-            raise broken from error
-        metrics = msgspec.structs.replace(result.metrics, continuations=1, continued="exact")
-        return msgspec.structs.replace(result, metrics=metrics)
-
-    async def _once(
-        self,
-        seat: Seat,
-        request: Encoding,
-        ask: Callable[[PooledWorker, Encoding], Awaitable[Encoded]],
-        *,
-        first: bool = False,
-    ) -> Encoded:
-        waiter, tokens = seat.join(request, first=first), None
-        try:
-            if not waiter.turn.done():
-                self.loader.want(seat)
-            while not waiter.turn.done():
-                await self._for_turn(seat, waiter)
-            load_ms = request.load_ms + waiter.load_s * 1000
-            worker = waiter.turn.result().worker
-            request = msgspec.structs.replace(request, load_ms=load_ms)
-            with self.loader.watch.attempted(request, worker, seat.spec) as seen:
-                result = await ask(worker, seen.request)
-                seen.saw(result)
-            tokens = result.usage.total_tokens
-            return result
-        finally:
-            seat.abandon(waiter, tokens)
-            self.loader.released(seat)
-
-    async def _for_turn(self, seat: Seat, waiter: Waiter) -> None:
-        """Wait a while for a turn.
-
-        Raises:
-            QueueTimeout: the request's deadline has passed.
-            Loading: the load takes longer than the request waits for it.
-        """
-        if (loading := seat.impatient(waiter)) is not None:
-            raise loading
-        request, wait_s = waiter.request, _TELL_EVERY_S
-        if request.deadline_s is not None:
-            left = request.received + request.deadline_s - self._clock()
-            if left <= 0:
-                what = "in the queue" if seat.is_ready else "for the model to load"
-                raise QueueTimeout(f"The deadline passed while the request waited {what}.")
-            wait_s = min(wait_s, left)
-        await asyncio.wait({waiter.turn}, timeout=wait_s)
-
-    async def _worker(self, name: str) -> PooledWorker:
-        seat = self.seat(name)
-        seat.check()
-        if not seat.is_ready:
-            self.loader.want(seat)
-        worker = (await seat.up()).worker
+    async def _ready_worker(self, name: str) -> PooledWorker:
+        entry = self.entry(name)
+        entry.check()
+        if not entry.is_ready:
+            self.loader.want(entry)
+        worker = (await entry.ready_replica()).worker
         assert worker is not None, "a ready replica has one"
         return worker
 
-    def _note(self, seat: Seat, request: Request, way: str, why: EngineError) -> None:
-        seat.continuations += 1
-        self.feed.tell("continued", seat.spec.name, id=request.id, way=way, why=why.message)
+    def _retry(
+        self, entry: ModelEntry, continuation: Continuation, error: HeadraceError | Diverged
+    ) -> None:
+        """Prepare another attempt.
 
-    def _everybody(self) -> list[Seat]:
-        return [*self.seats.values(), *self.leaving]
+        Raises:
+            HeadraceError: there is none.
+        """
+        if self.draining and continuation.way is None and isinstance(error, HeadraceError):
+            raise error
+        way: Way = continuation.retry(error, _capabilities(entry))
+        entry.continuations += 1
+        id, why = continuation.request.id, str(error)
+        self.events.publish("continued", entry.spec.name, id=id, way=way, why=why)
+
+    def _all_entries(self) -> list[ModelEntry]:
+        return [*self.entries.values(), *self.leaving]
 
 
-def _capabilities(seat: Seat) -> Capabilities:
-    return seat.info.capabilities if seat.info else Capabilities()
+def _capabilities(entry: ModelEntry) -> Capabilities:
+    return entry.info.capabilities if entry.info else Capabilities()
 
 
-def _info(seat: Seat) -> ModelInfo:
-    reason = seat.last_error if seat.state == "failed" else None
-    if seat.info is None:
-        return unloaded_info(seat.spec, seat.state, reason)
-    live = next((one.worker for one in seat.replicas if one.worker and one.is_ready), None)
-    info = live.models()[0] if live else msgspec.structs.replace(seat.info, memory=None)
-    return msgspec.structs.replace(info, state=seat.state, reason=reason, aliases=seat.spec.aliases)
+def _info(entry: ModelEntry) -> ModelInfo:
+    reason = entry.last_error if entry.state == "failed" else None
+    if entry.info is None:
+        return unloaded_info(entry.spec, entry.state, reason)
+    live = next(
+        (replica.worker for replica in entry.replicas if replica.worker and replica.is_ready), None
+    )
+    info = live.models()[0] if live else msgspec.structs.replace(entry.info, memory=None)
+    return msgspec.structs.replace(
+        info, state=entry.state, reason=reason, aliases=entry.spec.aliases
+    )

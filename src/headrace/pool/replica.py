@@ -1,4 +1,4 @@
-"""One worker's place in the pool: what it holds, whom it serves, how it stands."""
+"""One worker's place in the pool: its state, its leases, and the verbs that move it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from typing import Protocol
 from headrace.core.backend import Backend
 from headrace.core.errors import Draining
 from headrace.core.model import ModelInfo, ModelSpec, State
-from headrace.core.request import GenerateRequest
+from headrace.core.request import AnyRequest
 from headrace.core.status import Footprint, ReplicaStatus
-from headrace.pool.line import Request, Waiter
 from headrace.pool.policy import Candidate, Resident
 from headrace.worker.spec import OnProgress
 
-_MOST_BLOCKS = 4096
-_BLOCK, _LONGEST = 256, 64
-_AILING_S = 60.0
+_MAX_BLOCKS = 4096
+_BLOCK_CHARACTERS, _MAX_REQUEST_BLOCKS = 256, 64
+_UNHEALTHY_S = 60.0
 
 
 class PooledWorker(Backend, Protocol):
@@ -55,7 +54,7 @@ OpenWorker = Callable[[ModelSpec, OnProgress], PooledWorker]
 
 @dataclass(eq=False)
 class Lease:
-    """The right of one request to `size` slots of a replica's worker; `cost` is in tokens."""
+    """One request's hold on `size` slots of a replica's worker; `cost` is in tokens."""
 
     replica: Replica
     worker: PooledWorker
@@ -64,51 +63,113 @@ class Lease:
     since: float
 
 
+@dataclass(frozen=True)
+class Empty:
+    """Nothing is loaded, and nothing is on its way."""
+
+
+@dataclass(frozen=True)
+class LoadingState:
+    """A task brings the worker up."""
+
+    task: asyncio.Task[None]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker is loaded; `Replica.is_ready` tells whether it still lives."""
+
+    worker: PooledWorker
+
+
+@dataclass(frozen=True)
+class Unloading:
+    """A task takes the worker down, or ends the load that was on its way."""
+
+    task: asyncio.Task[None]
+    worker: PooledWorker | None
+
+
+ReplicaState = Empty | LoadingState | Ready | Unloading
+
+
 class Replica:
-    """A place for one worker; `key` names it in the ledger."""
+    """A place for one worker; `key` names it in the ledger.
+
+    Its state is moved by its own methods alone: Empty -> LoadingState -> Ready -> Unloading ->
+    Empty. It takes requests when it is Ready and has no reason to be closed.
+    """
 
     def __init__(
         self, spec: ModelSpec, number: int, serial: int, clock: Callable[[], float]
     ) -> None:
-        self.spec = spec
         self.number = number
         self.key = f"{spec.name}/{number}#{serial}"
-        self.weight = spec.weights[number] if number < len(spec.weights) else 1.0
-        self.worker: PooledWorker | None = None
+        self.configure(spec)
         self.info: ModelInfo | None = None
         self.footprint: Footprint | None = None
         self.leases: set[Lease] = set()
-        self.closed = False
-        self.loading: asyncio.Task[None] | None = None
-        self.unloading: asyncio.Task[None] | None = None
-        self.stage: tuple[str, int, int] = ("", 0, 0)
-        self.began = self.loaded_at = self.idle_since = self.ailing_until = 0.0
+        self.began = self.loaded_at = self.idle_since = 0.0
         self.load_s = 0.0
         self.memory: dict[str, int] = {}
+        self._stage: tuple[str, int, int] = ("", 0, 0)
+        self._state: ReplicaState = Empty()
+        self._closed: set[object] = set()
+        self._unhealthy_until = 0.0
         self._clock = clock
         self._idle = asyncio.Event()
         self._idle.set()
-        self._beginnings: OrderedDict[int, None] = OrderedDict()
+        self._prefixes: OrderedDict[int, None] = OrderedDict()
 
     def __repr__(self) -> str:
-        """Tell the key, the state and the load."""
+        """Describe the key, the state and the load."""
         return f"<Replica {self.key} {self.state}, {len(self.leases)} running>"
 
     @property
     def state(self) -> State:
-        """The worker's, or what its place is waiting for."""
+        """The state as operators know it (contract W7)."""
         if self.unloading is not None:
             return "draining"
         if self.is_ready:
-            return "draining" if self.closed else "ready"
+            return "draining" if self._closed else "ready"
         if self.loading is not None:
             return "loading"
         return "stopped" if self.info is not None else "created"
 
     @property
+    def worker(self) -> PooledWorker | None:
+        """The worker, until its memory is back."""
+        return self._state.worker if isinstance(self._state, Ready | Unloading) else None
+
+    @property
+    def loading(self) -> asyncio.Task[None] | None:
+        """The task that brings the worker up."""
+        return self._state.task if isinstance(self._state, LoadingState) else None
+
+    @property
+    def unloading(self) -> asyncio.Task[None] | None:
+        """The task that takes the worker down."""
+        return self._state.task if isinstance(self._state, Unloading) else None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether a load can begin."""
+        return isinstance(self._state, Empty)
+
+    @property
     def is_ready(self) -> bool:
         """Whether its worker is loaded, and has not died a moment ago."""
         return self.worker is not None and self.worker.state == "ready"
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether a request can have its slots."""
+        return self.is_ready and self.unloading is None and not self._closed
+
+    @property
+    def stage(self) -> tuple[str, int, int]:
+        """What a load is doing, how much of it is done, and of how much."""
+        return self._stage if self.loading is not None else ("", 0, 0)
 
     @property
     def max_running(self) -> int:
@@ -122,52 +183,100 @@ class Replica:
         """How many of its slots are taken."""
         return sum(lease.size for lease in self.leases)
 
+    def configure(self, spec: ModelSpec) -> None:
+        """Serve under a specification that needs no new worker."""
+        self.spec = spec
+        weights, number = spec.weights, self.number
+        self.weight = weights[number] if number < len(weights) else 1.0
+
+    def begin_loading(self, task: asyncio.Task[None]) -> None:
+        """Move from Empty to LoadingState."""
+        assert self.is_empty, "a load begins where there is nothing"
+        self._state = LoadingState(task)
+
     def report(self, what: str, done: int, total: int) -> None:
-        """Note what a load is at; called from any thread.
+        """Note the progress of a load; called from any thread.
 
         Raises:
-            Draining: nobody wants the load any more.
+            Draining: the load is cancelled.
         """
         if self.loading is None:
             raise Draining("Loading was given up.")
-        self.stage = (what, done, total)
+        self._stage = (what, done, total)
 
-    def up(self, worker: PooledWorker, load_s: float, memory: dict[str, int]) -> None:
-        """Take requests from now on."""
-        now = self._clock()
-        self.worker, self.info = worker, worker.models()[0]
+    def estimated(self, footprint: Footprint) -> None:
+        """Note what the load will take, now that it begins."""
+        self.footprint = footprint
+
+    def starting(self) -> None:
+        """Note that the load is at work from now on, and no longer in a queue."""
+        self.began = self._clock()
+
+    def loaded(self, worker: PooledWorker, load_s: float, memory: dict[str, int]) -> None:
+        """Move from LoadingState to Ready; an unload that has begun meanwhile gets the worker."""
+        now, unloading = self._clock(), self.unloading
+        self._state = Ready(worker) if unloading is None else Unloading(unloading, worker)
+        self.info = worker.models()[0]
         self.load_s, self.memory = load_s, memory
         self.loaded_at = self.idle_since = now
-        self.stage = ("", 0, 0)
-        self._beginnings.clear()
+        self._stage = ("", 0, 0)
+        self._prefixes.clear()
 
-    def down(self) -> None:
-        """Take no more, and forget those who were served: their streams end by themselves."""
-        self.worker = None
+    def loading_ended(self) -> None:
+        """Move from LoadingState to Empty, if the load has failed; its own task calls this."""
+        if self.loading is not None:
+            self._state = Empty()
+
+    def grown(self, memory: dict[str, int]) -> None:
+        """Note what the worker holds by now."""
+        self.memory = memory
+
+    def close(self, reason: object) -> None:
+        """Take no new request, for one reason more."""
+        self._closed.add(reason)
+
+    def reopen(self, reason: object) -> None:
+        """Drop a reason; without any, requests are taken again."""
+        self._closed.discard(reason)
+
+    def begin_unloading(self, task: asyncio.Task[None]) -> None:
+        """Move to Unloading from any other state; `task` cancels a load under way."""
+        assert self.unloading is None, "one unload at a time"
+        self._state = Unloading(task, self.worker)
+
+    def unloaded(self) -> None:
+        """Move from Unloading to Empty; the place can be loaded again."""
+        self._forget()
+        self._closed.clear()
+
+    def died(self) -> None:
+        """Move from Ready to Empty: the worker has ended by itself."""
+        self._forget()
+        self._unhealthy_until = self._clock() + _UNHEALTHY_S
+
+    def _forget(self) -> None:
+        # The streams of those who were served end by themselves.
+        self._state = Empty()
         self.memory = {}
         self.leases.clear()
         self._idle.set()
 
-    def took_ill(self) -> None:
-        """Note that its worker has died."""
-        self.ailing_until = self._clock() + _AILING_S
-
     def candidate(self, blocks: Sequence[int]) -> Candidate:
-        """Tell how it stands for a request whose prompt begins with `blocks`."""
+        """Return what the choice of a replica depends on; `blocks` is how the prompt begins."""
         running = self.running
         return Candidate(
             number=self.number,
-            free=self.max_running - running if self.is_ready and not self.closed else 0,
+            free=self.max_running - running if self.takes_requests else 0,
             running=running,
             max_running=self.max_running,
             work=sum(lease.cost for lease in self.leases),
             weight=self.weight,
-            ailing=self._clock() < self.ailing_until,
+            ailing=self._clock() < self._unhealthy_until,
             matched=self._matched(blocks),
         )
 
     def resident(self, *, pinned: bool) -> Resident:
-        """Tell how it stands for those who want its memory."""
+        """Return what the choice of whom to evict depends on."""
         return Resident(
             key=self.key,
             devices=self.memory or (self.footprint.devices if self.footprint else {}),
@@ -179,17 +288,17 @@ class Replica:
             loading=not self.is_ready,
         )
 
-    def take(self, waiter: Waiter, size: int) -> Lease:
+    def take(self, cost: float, size: int, blocks: Sequence[int]) -> Lease:
         """Give slots to a request."""
         assert self.worker is not None, "only a ready replica is chosen"
-        lease = Lease(self, self.worker, waiter.cost, size, self._clock())
+        lease = Lease(self, self.worker, cost, size, self._clock())
         self.leases.add(lease)
         self._idle.clear()
-        for block in waiter.blocks:
-            self._beginnings[block] = None
-            self._beginnings.move_to_end(block)
-        while len(self._beginnings) > _MOST_BLOCKS:
-            self._beginnings.popitem(last=False)
+        for block in blocks:
+            self._prefixes[block] = None
+            self._prefixes.move_to_end(block)
+        while len(self._prefixes) > _MAX_BLOCKS:
+            self._prefixes.popitem(last=False)
         return lease
 
     def give_back(self, lease: Lease) -> None:
@@ -200,15 +309,15 @@ class Replica:
             self._idle.set()
 
     async def idle(self) -> None:
-        """Wait until nobody is served, or nobody waits for that any more."""
+        """Wait until no request runs, or `hurry` is called."""
         await self._idle.wait()
 
     def hurry(self) -> None:
-        """Have an unload under way wait for the running requests no longer."""
+        """Let an unload under way wait no longer for the running requests."""
         self._idle.set()
 
     def status(self) -> ReplicaStatus:
-        """Tell an operator how it stands."""
+        """Return its status for operators."""
         return ReplicaStatus(
             number=self.number,
             state=self.state,
@@ -221,22 +330,17 @@ class Replica:
 
     def _matched(self, blocks: Sequence[int]) -> int:
         for count, block in enumerate(blocks):
-            if block not in self._beginnings:
+            if block not in self._prefixes:
                 return count
         return len(blocks)
 
 
-def blocks_of(request: Request) -> tuple[int, ...]:
+def blocks_of(request: AnyRequest) -> tuple[int, ...]:
     """Return hashes of ever longer beginnings of a prompt; equal ones have equal caches."""
-    if not isinstance(request, GenerateRequest):
-        return ()
-    if request.messages is not None:
-        text = "\x1e".join(f"{one.role}\x1f{one.content}" for one in request.messages)
-    elif isinstance(request.prompt, str):
-        text = request.prompt
-    else:
-        text = " ".join(map(str, (request.prompt or ())[: _BLOCK * _LONGEST // 4]))
+    text = request.opening()
     hashes: list[int] = []
-    for start in range(0, min(len(text), _BLOCK * _LONGEST), _BLOCK):
-        hashes.append(hash((hashes[-1] if hashes else 0, text[start : start + _BLOCK])))
+    end = min(len(text), _BLOCK_CHARACTERS * _MAX_REQUEST_BLOCKS)
+    for start in range(0, end, _BLOCK_CHARACTERS):
+        block = text[start : start + _BLOCK_CHARACTERS]
+        hashes.append(hash((hashes[-1] if hashes else 0, block)))
     return tuple(hashes)

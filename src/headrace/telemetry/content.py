@@ -9,9 +9,8 @@ import msgspec
 
 from headrace.core.events import Delta
 from headrace.core.record import Attribute, Content
-from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
+from headrace.core.request import AnyRequest, GenerateRequest
 from headrace.telemetry import names
-from headrace.telemetry.names import Request
 
 
 class Capture(Protocol):
@@ -22,10 +21,10 @@ class Capture(Protocol):
         ...
 
 
-def content(request: Request, said: Mapping[int, Sequence[str]], capture: Capture) -> Content:
+def content(request: AnyRequest, said: Mapping[int, Sequence[str]], capture: Capture) -> Content:
     """Return the content of a request. Token ids are left out: they cannot be redacted."""
     answered = tuple(capture.redact("".join(parts)) for _, parts in sorted(said.items()))
-    return Content(asked=_redacted(_asked(request), capture), answered=answered)
+    return Content(asked=_redacted(request.content(), capture), answered=answered)
 
 
 def say(said: dict[int, list[str]], delta: Delta) -> None:
@@ -33,38 +32,23 @@ def say(said: dict[int, list[str]], delta: Delta) -> None:
     said.setdefault(delta.index, []).append(delta.text)
 
 
-def parameters(request: Request, capture: Capture | None) -> dict[str, Any]:
+def parameters(request: AnyRequest, capture: Capture | None) -> dict[str, Any]:
     """Return the settings that a request gave, as builtins.
 
     A schema and a template's options may hold content: it is kept as content is, and without
     `capture` it is only told that there were some.
     """
-    # What was asked may be long: it is put aside before anything is copied.
-    bare = msgspec.structs.replace(request, **_PUT_ASIDE[type(request)])
-    given: dict[str, Any] = msgspec.to_builtins(bare)
-    sampling = given.pop("sampling", {})
-    kept = {name: value for name, value in given.items() if name not in _NO_SETTINGS} | sampling
+    kept = request.settings()
     for name in _LIKE_CONTENT & kept.keys():
         kept[name] = True if capture is None else _redacted(kept[name], capture)
     return kept
 
 
-_PUT_ASIDE: dict[type[Request], dict[str, Any]] = {
-    GenerateRequest: {"messages": None, "prompt": ""},
-    EmbedRequest: {"inputs": ("-",)},
-    RerankRequest: {"query": "-", "documents": ("-",)},
-}
 _LIKE_CONTENT = frozenset({"json_schema", "template_options"})
-_NO_SETTINGS = frozenset(
-    {
-        *("id", "received", "model", "messages", "prompt", "inputs", "query", "documents"),
-        *("client", "traceparent", "tracestate", "load_ms", "load_wait_s", "answered"),
-    }
-)
 
 
 def attributes(
-    request: Request, kept: Content, finish_reasons: Sequence[str]
+    request: AnyRequest, kept: Content, finish_reasons: Sequence[str]
 ) -> dict[str, Attribute]:
     """Return content as attributes of a span, of requests that the conventions have a form for."""
     if not isinstance(request, GenerateRequest):
@@ -87,18 +71,6 @@ def _message(role: str, text: str) -> dict[str, Any]:
 
 def _json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
-
-
-def _asked(request: Request) -> Any:
-    if isinstance(request, GenerateRequest):
-        return msgspec.to_builtins(request.messages or _text(request.prompt))
-    if isinstance(request, EmbedRequest):
-        return [_text(one) for one in request.inputs]
-    return {"query": request.query, "documents": list(request.documents)}
-
-
-def _text(given: str | tuple[int, ...] | None) -> str | None:
-    return given if isinstance(given, str) else None
 
 
 def _redacted(value: Any, capture: Capture) -> Any:

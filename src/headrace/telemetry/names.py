@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.model import ModelInfo
-from headrace.core.record import Attribute, Operation
-from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
+from headrace.core.record import Attribute
+from headrace.core.request import AnyRequest, EmbedRequest, GenerateRequest
 from headrace.models.providers import PROVIDERS
 
-Request = GenerateRequest | EmbedRequest | RerankRequest
 Attributes = dict[str, Attribute]
 
 OPERATION = "gen_ai.operation.name"
@@ -55,16 +54,9 @@ def provider(info: ModelInfo) -> str:
     return (PROVIDERS[named].otel_name or named) if named in PROVIDERS else HERE
 
 
-def operation(request: Request) -> Operation:
-    """Return what was asked for."""
-    if isinstance(request, GenerateRequest):
-        return "text_completion" if request.messages is None else "chat"
-    return "embeddings" if isinstance(request, EmbedRequest) else "rerank"
-
-
-def asked(request: Request, provider_name: str) -> Attributes:
+def asked(request: AnyRequest, provider_name: str) -> Attributes:
     """Return what is known of a request before it runs; no content."""
-    known: Attributes = {OPERATION: operation(request), PROVIDER: provider_name}
+    known: Attributes = {OPERATION: request.operation, PROVIDER: provider_name}
     if request.model:
         known[REQUEST_MODEL] = request.model[:_LONGEST]
     if isinstance(request, EmbedRequest):

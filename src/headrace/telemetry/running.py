@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Generic
 
 from headrace.core.errors import GenerationFailed, HeadraceError
 from headrace.core.events import Delta, Event, Finish, Progress
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelInfo
 from headrace.core.record import Outcome, Phase, RunningRequest
-from headrace.core.request import EmbedResult, RerankResult
-from headrace.pool.watch import Asked
+from headrace.core.request import AnyRequest
 from headrace.telemetry import content as contents
 from headrace.telemetry import names
 from headrace.telemetry.span import Span, Trace, Tracing, error_type, was_refused
 
 
-class Running(Generic[Asked]):
+class Running:
     """The state of one request. Times are monotonic seconds."""
 
     __slots__ = (
@@ -27,7 +25,7 @@ class Running(Generic[Asked]):
     )
 
     def __init__(
-        self, request: Asked, info: ModelInfo | None, root: Span, *, listens: bool
+        self, request: AnyRequest, info: ModelInfo | None, root: Span, *, listens: bool
     ) -> None:
         self.request = request
         self.info = info
@@ -42,22 +40,22 @@ class Running(Generic[Asked]):
         self.first_at: float | None = None
         self.visible_at: float | None = None
         self.said: dict[int, list[str]] | None = {} if listens else None
-        self.finish: Finish | EmbedResult | RerankResult | None = None
+        self.finish: Finish | None = None
         self.error: BaseException | None = None
 
-    def saw(self, what: Event | EmbedResult | RerankResult) -> None:
-        """Note an event. It is the way of every token: of most it only counts."""
-        if type(what) is Delta:
+    def saw(self, event: Event) -> None:
+        """Note an event. Every token comes this way: of most it only counts."""
+        if type(event) is Delta:
             self.chunks += 1
-            self.tokens += len(what.token_ids)
+            self.tokens += len(event.token_ids)
             if self.visible_at is None:
-                self._speaks(what)
+                self._speaks(event)
             if self.said is not None:
-                contents.say(self.said, what)
-        elif isinstance(what, Progress):
-            self._waits(what)
-        else:
-            self.finish = what  # pyright: ignore[reportAttributeAccessIssue] - no Delta
+                contents.say(self.said, event)
+        elif isinstance(event, Progress):
+            self._waits(event)
+        elif isinstance(event, Finish):
+            self.finish = event
 
     def _speaks(self, delta: Delta) -> None:
         """Note a delta before which no text was shown."""
@@ -107,11 +105,11 @@ class Running(Generic[Asked]):
         return "error" if error_type(failure) else "cancelled"
 
     def snapshot(self) -> RunningRequest:
-        """Tell how far it is."""
+        """Return how far it is."""
         return RunningRequest(
             id=self.request.id,
             model=self.model,
-            operation=names.operation(self.request),
+            operation=self.request.operation,
             client=self.request.client,
             since=self.trace.unix_ns(self.trace.began) / 1e9,
             phase=self.phase,
@@ -158,7 +156,7 @@ class Running(Generic[Asked]):
         )
 
 
-def draw(run: Running[Any], metrics: InferenceMetrics, tracing: Tracing, ended: float) -> None:
+def draw(run: Running, metrics: InferenceMetrics, tracing: Tracing, ended: float) -> None:
     """Make the spans below a root whose times are only known in the end."""
     began, attempts = run.trace.began, run.trace.attempts
     loaded = began + metrics.load_ms / 1000

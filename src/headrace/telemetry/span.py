@@ -161,8 +161,7 @@ class Tracing:
     """Makes spans. `exporter` is OpenTelemetry, where it is switched on.
 
     `tells_content` is whether spans may hold content. `close` ends the export; it may block.
-    `traces` are those under way, by the traceparent that was handed on; `loads` holds the last
-    load of each model.
+    `loads` holds the last load of each model.
     """
 
     def __init__(
@@ -174,7 +173,6 @@ class Tracing:
     ) -> None:
         self.exporter = exporter
         self.tells_content = tells_content
-        self.traces: dict[str, Trace] = {}
         self.loads: dict[str, Span] = {}
         self._close = close
 

@@ -12,11 +12,11 @@ from headrace.pool.admin import PoolAdmin
 from headrace.telemetry import trace_file, usage
 from headrace.telemetry.instruments import Instruments
 from headrace.telemetry.recent import Recent
+from headrace.telemetry.recorder import Recorder
 from headrace.telemetry.redact import Redactor
 from headrace.telemetry.span import Tracing
 from headrace.telemetry.trace_file import TraceFile
 from headrace.telemetry.usage import Usage
-from headrace.telemetry.watcher import Watcher
 
 
 class Telemetry:
@@ -27,8 +27,8 @@ class Telemetry:
     ) -> None:
         pool = admin.pool
         self._tracing = tracing
-        self._instruments = Instruments(admin.status, lambda: pool.seats)
-        self._recent = Recent(lambda: watcher.running())
+        self._instruments = Instruments(admin.status, lambda: pool.entries)
+        self._recent = Recent(lambda: recorder.running())
         self._files: list[TraceFile | Usage] = []
         if settings.traces:
             self._files.append(TraceFile(home / trace_file.FOLDER, settings.trace_bytes))
@@ -38,9 +38,9 @@ class Telemetry:
         if settings.metrics:
             sinks.append(self._instruments)
         capture = Redactor(settings.redact) if settings.trace_content else None
-        watcher = Watcher(pool.models, tracing=tracing, sinks=sinks, capture=capture)
+        recorder = Recorder(pool.models, tracing=tracing, sinks=sinks, capture=capture)
         if settings.is_on or tracing.exporter is not None:
-            pool.watched_by(watcher)
+            pool.observed_by(recorder)
 
     def activity(self) -> Activity:
         """Tell what goes on now, without waiting."""

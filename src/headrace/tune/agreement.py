@@ -14,7 +14,7 @@ from headrace.core.backend import Backend
 from headrace.core.errors import Unsupported
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.sampling import Sampling
-from headrace.core.stream import collect
+from headrace.core.stream import collect, collect_count
 
 Asked = TypeVar("Asked")
 Told = TypeVar("Told")
@@ -174,9 +174,9 @@ async def _say(backend: Backend, prompt: str) -> Said:
     ask = CountRequest(text=prompt, add_special=True)
     if backend.models()[0].capabilities.chat:
         ask = CountRequest(messages=(Message("user", prompt),))
-    token_ids = (await backend.count_tokens(ask)).token_ids or ()
+    token_ids = (await collect_count(backend.ask(ask))).token_ids or ()
     sampling = Sampling(max_tokens=_ANSWER, temperature=0)
-    result = await collect(backend.generate(GenerateRequest(prompt=token_ids, sampling=sampling)))
+    result = await collect(backend.ask(GenerateRequest(prompt=token_ids, sampling=sampling)))
     return Said(token_ids, result.choices[0].token_ids)
 
 
@@ -202,7 +202,7 @@ async def _most_logprobs(backend: Backend, token_ids: tuple[int, ...]) -> int | 
 async def _guess(backend: Backend, token_ids: tuple[int, ...], logprobs: int | None) -> Guess:
     sampling = Sampling(max_tokens=1, temperature=0, logprobs=logprobs)
     asked = GenerateRequest(prompt=token_ids, sampling=sampling)
-    choice = (await collect(backend.generate(asked))).choices[0]
+    choice = (await collect(backend.ask(asked))).choices[0]
     found: dict[int, float] = {}
     for token in choice.logprobs[:1]:
         found = {one.token_id: one.logprob for one in token.top}

@@ -93,9 +93,7 @@ async def _ask(backend: Backend, prompt: str, tokens: int, done: Turn) -> None:
     able = "ignore_eos" in backend.models()[0].capabilities.sampling
     sampling = Sampling(max_tokens=tokens, temperature=0, ignore_eos=able)
     began, here = time.monotonic(), 0
-    async with aclosing(
-        backend.generate(GenerateRequest(prompt=prompt, sampling=sampling))
-    ) as stream:
+    async with aclosing(backend.ask(GenerateRequest(prompt=prompt, sampling=sampling))) as stream:
         async for event in stream:
             if isinstance(event, Delta):
                 if not here and event.token_ids:

@@ -19,32 +19,22 @@ from typing import Any
 import msgspec
 
 from headrace.core.errors import ErrorRecord, HeadraceError, WorkerDied, to_record
-from headrace.core.events import Progress
 from headrace.core.interpreter import collect_less
 from headrace.core.model import ModelSpec
 from headrace.log import configure
 from headrace.worker.spec import OnProgress, WorkerSpec
 from headrace.worker.wire import (
     Alive,
+    Ask,
     Cancel,
     Close,
-    Count,
-    Counted,
-    Detokenize,
-    Embed,
-    Embedded,
     Ended,
     Failed,
-    Generate,
-    Happened,
     Link,
     Load,
     Ready,
-    Rerank,
-    Reranked,
-    Text,
+    Said,
     ToChild,
-    Work,
 )
 from headrace.worker.worker import Worker
 
@@ -79,7 +69,7 @@ class Child:
     def _receive(self, messages: Sequence[ToChild]) -> None:
         for message in messages:
             match message:
-                case Generate() | Embed() | Rerank():
+                case Ask():
                     self._begin(message)
                 case Cancel(id=number):
                     if (running := self._streams.get(number)) is not None:
@@ -88,18 +78,12 @@ class Child:
                     self._task(self._load(message))
                 case Close(drain_s=drain_s):
                     self._task(self._close(drain_s))
-                case Count() | Detokenize():
-                    self._task(self._answer(message))
 
     def _task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    def _ready(self) -> Worker:
-        assert self._worker is not None, "the parent asks before it loads"
-        return self._worker
 
     async def _load(self, message: Load) -> None:
         configure(message.log.level, message.log.style)
@@ -116,8 +100,8 @@ class Child:
             collect_less()
             self._link.send(Ready(worker.models()[0]))
 
-    def _begin(self, message: Work) -> None:
-        task = asyncio.ensure_future(_failure(self._do(message)))
+    def _begin(self, message: Ask) -> None:
+        task = asyncio.ensure_future(_failure(self._answer(message)))
         self._streams[message.id] = task
         # Not in the task itself: one that is cancelled before it begins runs none of its code.
         task.add_done_callback(lambda task: self._end(message.id, task))
@@ -131,34 +115,12 @@ class Child:
             self._link.flush()
             os._exit(1)
 
-    async def _do(self, message: Work) -> None:
-        worker, number, send = self._ready(), message.id, self._link.send
-
-        def on_step(done: int, total: int) -> None:
-            # The parent sees by these that the engine lives.
-            send(Happened(number, Progress("prefill", done, total)))
-
-        match message:
-            case Embed():
-                send(Embedded(number, await worker.embed(message.request, on_step)))
-            case Rerank():
-                send(Reranked(number, await worker.rerank(message.request, on_step)))
-            case Generate():
-                async with aclosing(worker.generate(message.request)) as stream:
-                    async for event in stream:
-                        send(Happened(number, event))
-
-    async def _answer(self, message: Count | Detokenize) -> None:
-        if error := await _failure(self._reply(message)):
-            self._link.send(Ended(message.id, error))
-
-    async def _reply(self, message: Count | Detokenize) -> None:
-        worker = self._ready()
-        if isinstance(message, Count):
-            count = await worker.count_tokens(message.request)
-            self._link.send(Counted(message.id, count))
-        else:
-            self._link.send(Text(message.id, await worker.detokenize(message.request)))
+    async def _answer(self, message: Ask) -> None:
+        assert self._worker is not None, "the parent asks after it has loaded"
+        number, send = message.id, self._link.send
+        async with aclosing(self._worker.ask(message.request)) as stream:
+            async for event in stream:
+                send(Said(number, event))
 
     async def _close(self, drain_s: float) -> None:
         if self._worker is not None:

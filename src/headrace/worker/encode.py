@@ -1,35 +1,23 @@
-"""Embeddings and rankings on a loaded engine: tokens, context, batches, figures."""
+"""Embeddings and rankings at a local engine: tokens, context, batches."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import sys
-import time
-from array import array
-from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, Generic, TypeVar, cast
 
-import msgspec
-
-from headrace.core.errors import (
-    ContextOverflow,
-    GenerationFailed,
-    HeadraceError,
-    InvalidRequest,
-    from_record,
-    to_record,
-)
-from headrace.core.events import FinishReason
-from headrace.core.metrics import InferenceMetrics, Usage
-from headrace.core.request import EmbedRequest, EmbedResult, Ranked, RerankRequest, RerankResult
+from headrace.core.errors import ContextOverflow, GenerationFailed, InvalidRequest
+from headrace.core.events import Event, Progress, Ranked, Ranking, Vectors
+from headrace.core.floats import bytes_of, floats_of
+from headrace.core.request import EmbedRequest, RerankRequest
+from headrace.core.stream import Mailbox
 from headrace.engines.base import Embedder, Engine, Pair, Reranker
-from headrace.worker.answer import Loaded, check_task, failure_of, too_late
-from headrace.worker.batching import Batcher, OnStep
-from headrace.worker.meter import Meter, figures, trace_of
-
-log = logging.getLogger("headrace.worker")
+from headrace.worker.batching import Batcher
+from headrace.worker.generate import Loaded
+from headrace.worker.turn import Turn
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -38,129 +26,88 @@ Result = TypeVar("Result")
 _SMALL = 4096
 
 
-async def embed(loaded: Loaded, request: EmbedRequest, on_step: OnStep) -> EmbedResult:
-    """Return a vector for each input.
+async def embed(loaded: Loaded, request: EmbedRequest) -> AsyncGenerator[Event, None]:
+    """Yield progress, a vector for each input, and the Finish.
 
     Raises:
         HeadraceError: with the figures up to then in its `metrics`.
     """
-    turn = _Turn(loaded, request, on_step)
-    try:
-        check_task(loaded, "embed")
+    with Turn(loaded, request) as turn:
+        turn.require_task()
         dimensions = _dimensions(loaded, request)
         large = sum(map(len, request.inputs)) > _SMALL
         token_ids = await _made(large, lambda: _token_ids(loaded, request))
-        raw = await turn.take(loaded.embeddings, token_ids, sum(map(len, token_ids)))
+        batch = _Batch(turn, loaded.embeddings, token_ids, sum(map(len, token_ids)))
+        async with aclosing(batch.steps()) as steps:
+            async for progress in steps:
+                yield progress
+        raw = batch.results
         large = sum(map(len, raw)) > _SMALL
-        vectors = await _made(large, lambda: _shaped(raw, dimensions, request.normalize))
-        usage, metrics = turn.finish()
-        return EmbedResult(
-            vectors=vectors, dimensions=len(vectors[0]) // 4, usage=usage, metrics=metrics
-        )
-    except Exception as error:  # a library can raise anything; see failure_of
-        raise turn.failed(error) from error
-    finally:
-        turn.close()
+        yield Vectors(await _made(large, lambda: _shaped(raw, dimensions, request.normalize)))
+        yield turn.finish()
 
 
-async def rerank(loaded: Loaded, request: RerankRequest, on_step: OnStep) -> RerankResult:
-    """Put documents in order.
+async def rerank(loaded: Loaded, request: RerankRequest) -> AsyncGenerator[Event, None]:
+    """Yield progress, the documents in order, and the Finish.
 
     Raises:
         HeadraceError: with the figures up to then in its `metrics`.
     """
-    turn = _Turn(loaded, request, on_step)
-    try:
-        check_task(loaded, "rerank")
+    with Turn(loaded, request) as turn:
+        turn.require_task()
         pairs = await asyncio.to_thread(_pairs, loaded, request)
         tokens = sum(len(pair.token_ids) for pair in pairs)
-        scores = await turn.take(loaded.scores, pairs, tokens)
+        batch = _Batch(turn, loaded.scores, pairs, tokens)
+        async with aclosing(batch.steps()) as steps:
+            async for progress in steps:
+                yield progress
+        scores = batch.results
         if not all(map(math.isfinite, scores)):
             raise GenerationFailed("The model gave a score that is no number.")
-        ranking = sorted(map(Ranked, range(len(scores)), scores), key=lambda one: -one.score)
-        usage, metrics = turn.finish()
-        return RerankResult(ranking=tuple(ranking[: request.top_n]), usage=usage, metrics=metrics)
-    except Exception as error:  # a library can raise anything; see failure_of
-        raise turn.failed(error) from error
-    finally:
-        turn.close()
+        ranking = sorted(map(Ranked, range(len(scores)), scores), key=lambda item: -item.score)
+        yield Ranking(tuple(ranking[: request.top_n]))
+        yield turn.finish()
 
 
 async def _made(large: bool, make: Callable[[], Result]) -> Result:
     return await asyncio.to_thread(make) if large else make()
 
 
-class _Turn:
-    """The slot and the figures of one request."""
+class _Batch(Generic[Item, Result]):
+    """The items of one request on their way through a batcher."""
 
     def __init__(
-        self, loaded: Loaded, request: EmbedRequest | RerankRequest, on_step: OnStep
+        self,
+        turn: Turn[Loaded, Any],
+        batcher: Batcher[Item, Result],
+        items: Sequence[Item],
+        tokens: int,
     ) -> None:
-        self._loaded = loaded
-        self._request = request
-        self._on_step = on_step
-        self._meter = Meter(request)
-        self._watch = loaded.sampler.watch()
-        self._tokens = 0
-        self._began: float | None = None
-        self._outcome: FinishReason = "cancelled"
-        limit = request.deadline_s
-        self._deadline = None if limit is None else request.received + limit
-
-    async def take(
-        self, batcher: Batcher[Item, Result], items: Sequence[Item], tokens: int
-    ) -> list[Result]:
-        """Wait for a slot, and have the items computed."""
+        self.results: list[Result] = []
+        self._turn = turn
+        self._batcher = batcher
+        self._items = items
         self._tokens = tokens
-        admission = self._loaded.admission
-        entered = await admission.enter(self._deadline)
-        try:
-            left = None if self._deadline is None else self._deadline - time.monotonic()
-            limit = asyncio.timeout(left)
-            try:
-                async with limit:
-                    return await batcher.submit(items, self._step)
-            except TimeoutError as error:
-                if limit.expired():
-                    raise too_late() from error
-                raise
-        finally:
-            admission.leave(entered)
 
-    def finish(self) -> tuple[Usage, InferenceMetrics]:
-        """Return the account of a request that is answered."""
-        self._outcome = "stop"
-        return self._meter.usage, self._metrics()
-
-    def failed(self, error: Exception) -> HeadraceError:
-        """Return the error with the figures up to now."""
-        self._outcome = "error"
-        record = to_record(failure_of(error, self._request.id))
-        return from_record(msgspec.structs.replace(record, metrics=self._metrics()))
-
-    def close(self) -> None:
-        """Write the record of the request."""
-        request = self._request
-        record = {"id": request.id, **trace_of(request), **figures(self._metrics())}
-        log.info("headrace.request", extra={"data": record})
-
-    def _step(self, done: int, total: int) -> None:
-        if self._began is None:
-            self._began = time.monotonic()
-            self._meter.admitted(self._tokens, 0)
-        self._on_step(done, total)
-
-    def _metrics(self) -> InferenceMetrics:
-        devices, loaded = self._loaded.sampler.release(self._watch), self._loaded
-        taken_ms = None if self._began is None else (time.monotonic() - self._began) * 1000
-        return msgspec.structs.replace(
-            self._meter.finish(self._outcome, devices),
-            prefill_ms=taken_ms,
-            prefill_tokens_per_second=self._tokens / taken_ms * 1000 if taken_ms else None,
-            engine=loaded.engine_name,
-            model=loaded.name,
-            worker=loaded.name,
+    async def steps(self) -> AsyncGenerator[Progress, None]:
+        """Wait for a slot, and yield how many items are done until all are."""
+        turn, mailbox = self._turn, Mailbox[Progress | None]()
+        await turn.take_slot()
+        work = asyncio.ensure_future(
+            self._batcher.submit(
+                self._items, lambda done, total: mailbox.put(Progress("prefill", done, total))
+            )
         )
+        work.add_done_callback(lambda _: mailbox.put(None))
+        try:
+            while (progress := await turn.within(mailbox.get())) is not None:
+                turn.meter.admitted(self._tokens, 0, decodes=False)
+                yield progress
+            self.results = work.result()
+        finally:
+            if not work.cancel() and not work.cancelled():
+                work.exception()
+            turn.leave_slot()
 
 
 def _dimensions(loaded: Loaded, request: EmbedRequest) -> int | None:
@@ -231,7 +178,7 @@ def _shaped(raw: Sequence[bytes], dimensions: int | None, normalize: bool) -> tu
 def _lengths(vectors: Sequence[bytes]) -> list[float]:
     # Where the engine has brought numpy, which is no dependency here, one call does for all.
     if (numpy := sys.modules.get("numpy")) is None:
-        return [math.hypot(*_floats(vector)) for vector in vectors]
+        return [math.hypot(*floats_of(vector)) for vector in vectors]
     rows = numpy.frombuffer(b"".join(vectors), "<f4").reshape(len(vectors), -1)
     return numpy.sqrt(numpy.einsum("ij,ij->i", rows, rows, dtype="f8")).tolist()
 
@@ -242,17 +189,13 @@ def _normal(vector: bytes, length: float) -> bytes:
     # What the model has scaled itself stays as it is.
     if length == 0.0 or abs(length - 1.0) < 1e-6:
         return vector
-    return _bytes(array("f", [value / length for value in _floats(vector)]))
+    return bytes_of([value / length for value in floats_of(vector)])
 
 
-def _floats(vector: bytes) -> array[float]:
-    values = array("f", vector)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values
+def normalized(vector: bytes) -> bytes:
+    """Return a vector of length 1; one of length 0 stays as it is.
 
-
-def _bytes(values: array[float]) -> bytes:
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tobytes()
+    Raises:
+        GenerationFailed: it is not made of finite numbers.
+    """
+    return _normal(vector, math.hypot(*floats_of(vector)))

@@ -9,17 +9,13 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from headrace.core.metrics import DeviceUse, Gaps, InferenceMetrics, Usage
-from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
+from headrace.core.request import Request
 
 
 class Meter:
     """The clock and the counters of one request, over all of its choices."""
 
-    def __init__(
-        self,
-        request: GenerateRequest | EmbedRequest | RerankRequest,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, request: Request, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._received = request.received
         self._started_at = time.time() - (clock() - request.received)
@@ -32,14 +28,19 @@ class Meter:
         self._cached_tokens = 0
         self._completion_tokens = 0
         self._resumed_tokens = 0
+        self._decodes = True
 
     def resumed(self, prompt_tokens: int, answered_tokens: int) -> None:
         """Note an answer that goes on: these tokens are used, but nobody waited for them here."""
         self._prompt_tokens = prompt_tokens
         self._resumed_tokens = answered_tokens
 
-    def admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
-        """Note that the engine has begun; later calls only raise the cached count."""
+    def admitted(self, prompt_tokens: int, cached_tokens: int, *, decodes: bool = True) -> None:
+        """Note that the engine has begun; later calls only raise the cached count.
+
+        Without `decodes` no tokens follow, and all of the engine's time is prefill.
+        """
+        self._decodes = decodes
         if self._admitted is None:
             self._admitted = self._clock()
         self._prompt_tokens = prompt_tokens
@@ -74,7 +75,7 @@ class Meter:
         """Return the figures as of now; `outcome` is a finish reason."""
         now, times, usage = self._clock(), self._token_times, self.usage
         first, last = (times[0], times[-1]) if times else (None, None)
-        prefill_ms = _ms(self._admitted, first)
+        prefill_ms = _ms(self._admitted, first if self._decodes else now)
         decode_ms = _ms(first, last) if len(times) > 1 else None
         fresh = usage.prompt_tokens + self._resumed_tokens - self._cached_tokens
         steps = self._completion_tokens - 1
@@ -107,7 +108,7 @@ def figures(metrics: InferenceMetrics) -> dict[str, object]:
     }
 
 
-def trace_of(request: GenerateRequest | EmbedRequest | RerankRequest) -> dict[str, object]:
+def trace_of(request: Request) -> dict[str, object]:
     """Return the id of the trace that a request belongs to, for its log record."""
     return {"trace_id": request.traceparent[3:35]} if request.traceparent else {}
 

@@ -7,30 +7,18 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import TypeVar, cast
 
 import msgspec
 
 from headrace.core.errors import Draining, LoadFailed, WorkerDied, from_record
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo, ModelSpec, State
-from headrace.core.request import (
-    CountRequest,
-    DetokenizeRequest,
-    EmbedRequest,
-    EmbedResult,
-    GenerateRequest,
-    RerankRequest,
-    RerankResult,
-    TokenCount,
-)
+from headrace.core.request import AnyRequest
 from headrace.log import LogSettings
 from headrace.machine import process_memory
 from headrace.models.transfer import silent
 from headrace.worker.lifecycle import Lifecycle
-from headrace.worker.spare import Spawn, spawn
-from headrace.worker.spawn import ChildProcess, Said
+from headrace.worker.spawn import ChildProcess
 from headrace.worker.spec import (
     OnProgress,
     Resolve,
@@ -38,11 +26,10 @@ from headrace.worker.spec import (
     resolved,
     unloaded_info,
 )
-from headrace.worker.wire import Close, Count, Detokenize, Ended, Load
+from headrace.worker.warm import Spawn, spawn
+from headrace.worker.wire import Close, Ended, Load
 
 log = logging.getLogger("headrace.worker")
-
-R = TypeVar("R")
 
 _QUIET = LogSettings()
 _CANCEL_S = 30.0
@@ -103,43 +90,12 @@ class WorkerProcess:
         """
         await self._life.start(self._load)
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Return what the child's worker yields. Once it is closed, the slot is free.
-
-        Raises:
-            WorkerDied: the child ended or hung; nothing follows.
-        """
-        # As it is: a generator around it would be one more on the way of each token.
-        return cast("AsyncGenerator[Event, None]", self._work(request))
-
-    async def embed(self, request: EmbedRequest) -> EmbedResult:
-        """Return a vector for each input. Once it is cancelled, the slot is free.
+    async def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
+        """Yield what the child's worker yields. Once it is closed, the slot is free.
 
         Raises:
             WorkerDied: the child ended or hung.
         """
-        return await self._result(request, EmbedResult)
-
-    async def rerank(self, request: RerankRequest) -> RerankResult:
-        """Put documents in order. Once it is cancelled, the slot is free.
-
-        Raises:
-            WorkerDied: the child ended or hung.
-        """
-        return await self._result(request, RerankResult)
-
-    async def _result(self, request: EmbedRequest | RerankRequest, kind: type[R]) -> R:
-        result: R | None = None
-        async with aclosing(self._work(request)) as said:
-            async for one in said:
-                if isinstance(one, kind):
-                    result = one
-        assert result is not None, "the child answers in kind"
-        return result
-
-    async def _work(
-        self, request: GenerateRequest | EmbedRequest | RerankRequest
-    ) -> AsyncGenerator[Said, None]:
         child = self._ready()
         listener = child.begin(request)
         over = False
@@ -158,18 +114,6 @@ class WorkerProcess:
                     await child.leave(listener, timeout_s=_CANCEL_S)
             finally:
                 child.forget(listener)
-
-    async def count_tokens(self, request: CountRequest) -> TokenCount:
-        """Count exactly, in the child, beside any generation."""
-        count = await self._ready().call(lambda number: Count(number, request))
-        assert isinstance(count, TokenCount), "the child answers in kind"
-        return count
-
-    async def detokenize(self, request: DetokenizeRequest) -> str:
-        """Return the text of token ids."""
-        text = await self._ready().call(lambda number: Detokenize(number, request))
-        assert isinstance(text, str), "the child answers in kind"
-        return text
 
     def models(self) -> tuple[ModelInfo, ...]:
         """Return the metadata of the one model, at any time."""

@@ -1,202 +1,183 @@
-"""A model of an upstream, as a worker in the process that serves."""
+"""Answers to requests of every kind at an upstream."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-from collections.abc import AsyncGenerator, Callable
-from typing import cast
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 import msgspec
 
-from headrace import engines
-from headrace.core.errors import Draining, Unsupported
-from headrace.core.events import Event
-from headrace.core.model import ModelInfo, ModelSpec, State
-from headrace.core.request import (
-    CountRequest,
-    DetokenizeRequest,
-    EmbedRequest,
-    EmbedResult,
-    GenerateRequest,
-    RerankRequest,
-    RerankResult,
-    TokenCount,
-)
-from headrace.engines.base import Engine, OpenRequest, RemoteEngine
-from headrace.models.transfer import silent
-from headrace.worker.admission import Admission
-from headrace.worker.lifecycle import Lifecycle
-from headrace.worker.remote_answer import Connected, RemoteAnswer
-from headrace.worker.remote_vectors import embed, rerank
-from headrace.worker.spec import (
-    OnProgress,
-    Resolve,
-    WorkerSpec,
-    open_request,
-    resolved,
-    unloaded_info,
-)
-
-log = logging.getLogger("headrace.worker")
-
-OpenEngine = Callable[[str, OpenRequest], Engine]
-_LAST_STEP_S = 5.0
-_ROLES = ("system", "developer", "user", "assistant")
+from headrace.core.errors import GenerationFailed, InvalidRequest, Unsupported, UpstreamError
+from headrace.core.events import Delta, Event, FinishReason, Ranked, Ranking, Vectors
+from headrace.core.metrics import Usage
+from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
+from headrace.engines.base import RemoteEngine, RemoteEvent, RemoteFinish
+from headrace.engines.remote import estimate, estimated_count
+from headrace.text.stops import StopMatcher
+from headrace.worker.encode import normalized
+from headrace.worker.prompt import check_supported
+from headrace.worker.turn import R, Served, T, Turn
 
 
-class RemoteWorker:
-    """A Backend for one remote model. It holds no memory, and nothing of it can die."""
+class Connected(Served, frozen=True, kw_only=True):
+    """A model of an upstream; `stops` are the configured stop strings."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        resolve: Resolve,
-        *,
-        on_progress: OnProgress | None = None,
-        log_content: bool = False,
-        open_engine: OpenEngine = engines.open_engine,
-    ) -> None:
-        self.spec = spec
-        self.died = asyncio.Event()
-        self._resolve = resolve
-        self._on_progress = on_progress or silent
-        self._log_content = log_content
-        self._open_engine = open_engine
-        self._life = Lifecycle(spec.name)
-        self._found: WorkerSpec | None = None
-        self._info: ModelInfo | None = None
-        self._connected: Connected | None = None
-        self._answers: set[RemoteAnswer] = set()
+    engine: RemoteEngine
+    stops: tuple[str, ...] = ()
 
-    @property
-    def state(self) -> State:
-        """One of the states of contract W7."""
-        return self._life.state
 
-    @property
-    def pid(self) -> None:
-        """It has no process of its own."""
-        return
+async def generate(connected: Connected, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+    """Yield the whole stream of an answer.
 
-    @property
-    def load(self) -> tuple[int, int]:
-        """How many requests run and how many wait."""
-        admission = self._connected and self._connected.admission
-        return (admission.running, admission.queued) if admission else (0, 0)
-
-    def __repr__(self) -> str:
-        """Tell the name, the state and the load."""
-        running, queued = self.load
-        return f"<RemoteWorker {self._life!r}, {running} running, {queued} queued>"
-
-    async def start(self) -> None:
-        """Check the options and find the key; nobody is connected to. Idempotent.
-
-        Raises:
-            HeadraceError: ConfigError, and what a library raises that is not there.
-        """
-        await self._life.start(self._load)
-
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Yield deltas and one Finish. Closing it cuts the upstream's stream."""
-        answer = RemoteAnswer(self._ready(), request)
-        self._answers.add(answer)
-        events = answer.events()
+    Raises:
+        HeadraceError: with the figures up to then in its `metrics`.
+    """
+    with Turn(connected, request) as turn:
+        turn.require_task()
+        _check(connected, request)
+        answer = _Answer(turn)
+        await turn.take_slot()
+        stream: AsyncGenerator[RemoteEvent, None] | None = None
         try:
-            async for event in events:
-                yield event
+            turn.meter.admitted(estimated_count(request).count, 0)
+            for index in range(request.n if request.echo else 0):
+                yield Delta(str(request.prompt), index=index)
+            sampling = msgspec.structs.replace(request.sampling, stop=answer.stops)
+            sent = msgspec.structs.replace(request, sampling=sampling)
+            stream = turn.steps(connected.engine.answer(sent))
+            async for event in stream:
+                if (shown := answer.shown(event)) is not None:
+                    yield shown
+                if answer.is_stopped:
+                    break
+            for delta in answer.rest():
+                yield delta
         finally:
-            self._answers.discard(answer)
-            await events.aclose()
-
-    async def embed(self, request: EmbedRequest) -> EmbedResult:
-        """Return a vector for each input, as the upstream makes them."""
-        return await embed(self._ready(), request)
-
-    async def rerank(self, request: RerankRequest) -> RerankResult:
-        """Put documents in order, as the upstream does."""
-        return await rerank(self._ready(), request)
-
-    async def count_tokens(self, request: CountRequest) -> TokenCount:
-        """Count at the upstream, or guess."""
-        return await self._ready().engine.count_tokens(request)
-
-    async def detokenize(self, request: DetokenizeRequest) -> str:
-        """Refuse: only the upstream has the vocabulary.
-
-        Raises:
-            Unsupported: always.
-        """
-        raise Unsupported("The tokens of a remote model cannot be read here.", param="tokens")
-
-    async def memory(self) -> dict[str, int]:
-        """Return nothing: the model is elsewhere."""
-        return {}
-
-    def models(self) -> tuple[ModelInfo, ...]:
-        """Return the metadata of the one model, at any time."""
-        if self._info is None:
-            return (unloaded_info(self.spec, self._life.state, self._life.reason, self._found),)
-        return (msgspec.structs.replace(self._info, state=self._life.state),)
-
-    async def aclose(self, drain_s: float = 0.0) -> None:
-        """Refuse new requests, let running ones end within `drain_s` seconds, end the rest.
-
-        Idempotent.
-        """
-        self._life.state = "draining"
-        await self._life.abandon_start()
-        connected, self._connected = self._connected, None
-        if connected is not None:
-            await self._drain(connected, drain_s)
-            await connected.engine.aclose()
-        self._life.state = "stopped"
-
-    async def _drain(self, connected: Connected, drain_s: float) -> None:
-        error, admission = Draining(f"{self.spec.name} is stopping."), connected.admission
-        admission.close(error)
-        if not await admission.idle(drain_s):
-            admission.abort(error)
-            for answer in self._answers:
-                answer.hurry()
-            await admission.idle(_LAST_STEP_S)
-
-    def _ready(self) -> Connected:
-        self._life.require_ready()
-        if self._connected is None:
-            raise Draining(f"{self.spec.name} is stopping.")
-        return self._connected
-
-    async def _load(self) -> None:
-        began = time.monotonic()
-        found = self._found = await resolved(self._resolve, self.spec, self._on_progress)
-        opened = await asyncio.to_thread(self._open_engine, found.engine, open_request(found))
-        engine = cast("RemoteEngine", opened)
-        info = _info(found, engine)
-        self._connected = Connected(
-            name=self.spec.name,
-            engine_name=found.engine,
-            engine=engine,
-            admission=Admission(info.max_running or 1, self.spec.max_queued),
-            stops=self.spec.stop,
-            log_content=self._log_content,
-        )
-        load_ms = (time.monotonic() - began) * 1000
-        self._info = msgspec.structs.replace(info, load_ms=load_ms, created=int(time.time()))
-        data = {"model": info.id, "source": info.source, "engine": info.engine}
-        log.info("headrace.worker.ready", extra={"data": data | {"options": info.options}})
+            if stream is not None:
+                await stream.aclose()
+            turn.leave_slot()
+        yield turn.finish(answer.reasons)
 
 
-def _info(found: WorkerSpec, engine: RemoteEngine) -> ModelInfo:
-    facts = engine.facts
-    return msgspec.structs.replace(
-        unloaded_info(found.model, "ready", None, found),
-        device=facts.device,
-        context_length=facts.context_length or None,
-        max_running=facts.max_running,
-        capabilities=facts.capabilities,
-        roles=_ROLES if facts.capabilities.chat else (),
-        notes=facts.notes,
-    )
+async def embed(connected: Connected, request: EmbedRequest) -> AsyncGenerator[Event, None]:
+    """Yield a vector for each input, and the Finish.
+
+    Raises:
+        HeadraceError: with the figures up to then in its `metrics`.
+    """
+    guess = sum(estimate(text) if isinstance(text, str) else len(text) for text in request.inputs)
+    with Turn(connected, request) as turn:
+        turn.require_task()
+        made, usage = await _in_slot(turn, lambda: connected.engine.embed(request))
+        vectors: Sequence[bytes] = made
+        size = len(vectors[0]) // 4
+        if any(len(vector) != 4 * size for vector in vectors):
+            raise UpstreamError("The upstream gave vectors of different lengths.")
+        if request.dimensions not in (None, size):
+            raise UpstreamError(f"The upstream gave {size} dimensions.")
+        if request.normalize:
+            vectors = await asyncio.to_thread(lambda: [_unit(vector) for vector in made])
+        _settle(turn, usage, guess)
+        yield Vectors(tuple(vectors))
+        yield turn.finish()
+
+
+async def rerank(connected: Connected, request: RerankRequest) -> AsyncGenerator[Event, None]:
+    """Yield the documents in order, and the Finish.
+
+    Raises:
+        HeadraceError: with the figures up to then in its `metrics`.
+    """
+    guess = sum(map(estimate, (request.query, *request.documents)))
+    with Turn(connected, request) as turn:
+        turn.require_task()
+        ranked, usage = await _in_slot(turn, lambda: connected.engine.rerank(request))
+        _settle(turn, usage, guess)
+        yield Ranking(tuple(Ranked(index, score) for index, score in ranked))
+        yield turn.finish()
+
+
+class _Answer:
+    """The choices of one answer, as the upstream's events become ours."""
+
+    def __init__(self, turn: Turn[Connected, GenerateRequest]) -> None:
+        request = turn.request
+        self.stops = (*request.sampling.stop, *turn.served.stops)
+        self.reasons: list[FinishReason] = ["stop"] * request.n
+        self._turn = turn
+        self._matchers = [StopMatcher(self.stops) for _ in range(request.n)]
+        self._counted = 0
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether each choice has met a stop string."""
+        return all(matcher.matched is not None for matcher in self._matchers)
+
+    def shown(self, event: RemoteEvent) -> Event | None:
+        """Return what of an event goes on to the client."""
+        if isinstance(event, Delta):
+            return self._delta(event)
+        if isinstance(event, RemoteFinish):
+            self.reasons = list(event.finish_reasons)
+            if event.usage is not None:
+                usage = self._turn.usage = event.usage
+                missing = usage.completion_tokens - self._counted
+                self._turn.meter.correct(usage.prompt_tokens, missing, usage.cached_tokens)
+            return None
+        return event
+
+    def rest(self) -> list[Delta]:
+        """Return text that was held back for a stop string that did not come."""
+        deltas: list[Delta] = []
+        for index, matcher in enumerate(self._matchers):
+            text = matcher.flush()
+            self._turn.answered(text)
+            if matcher.matched is not None:
+                self.reasons[index] = "stop"
+            if text:
+                deltas.append(Delta(text, index=index))
+        return deltas
+
+    def _delta(self, delta: Delta) -> Delta | None:
+        matcher = self._matchers[delta.index]
+        if matcher.matched is not None:
+            return None
+        # A token for each of its log probabilities, else one.
+        tokens = len(delta.logprobs) or 1
+        self._counted += tokens
+        self._turn.meter.delta(tokens, visible=bool(delta.text or delta.reasoning))
+        text = matcher.feed(delta.text)
+        self._turn.answered(text)
+        shown = Delta(text, delta.token_ids, delta.index, delta.reasoning, delta.logprobs)
+        return shown if text or shown.reasoning or shown.logprobs else None
+
+
+def _check(connected: Connected, request: GenerateRequest) -> None:
+    check_supported(request, connected.facts.capabilities)
+    if request.n > connected.max_choices:
+        raise InvalidRequest("n is too large for this model.", param="n")
+    if request.echo and (request.sampling.logprobs is not None or request.messages):
+        raise Unsupported("Only a plain prompt can be echoed here.", param="echo")
+    if request.echo and not isinstance(request.prompt, str):
+        raise Unsupported("Token ids cannot be echoed here.", param="echo")
+
+
+async def _in_slot(turn: Turn[Connected, R], ask: Callable[[], Awaitable[T]]) -> T:
+    await turn.take_slot()
+    turn.meter.admitted(0, 0)
+    try:
+        return await turn.within(ask())
+    finally:
+        turn.leave_slot()
+
+
+def _settle(turn: Turn[Connected, R], usage: Usage, guess: int) -> None:
+    used = turn.usage = usage if usage.prompt_tokens else Usage(prompt_tokens=guess)
+    turn.meter.correct(used.prompt_tokens, used.completion_tokens, used.cached_tokens)
+
+
+def _unit(vector: bytes) -> bytes:
+    try:
+        return normalized(vector)
+    except GenerationFailed:
+        raise UpstreamError("The upstream gave a vector that is not made of numbers.") from None

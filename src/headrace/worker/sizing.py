@@ -39,6 +39,21 @@ class _Resolved(msgspec.Struct, frozen=True):
     stamp: tuple[int, int]
 
 
+class Unsized:
+    """Knows nothing of what models need, for a pool without a budget."""
+
+    def footprint(self, spec: ModelSpec, on_progress: OnProgress) -> Footprint:
+        """Return that nothing is to be booked."""
+        return Footprint(devices={})
+
+    def remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
+        """Do nothing."""
+
+    def largest_context(self, spec: ModelSpec, budgets: dict[str, int]) -> int | None:
+        """Return that it is unknown."""
+        return None
+
+
 class Sizing:
     """Knows what models need. Its methods block and may be called from any thread.
 

@@ -32,31 +32,18 @@ from headrace.core.errors import (
 )
 from headrace.core.events import Delta, Event, Progress
 from headrace.core.model import ModelInfo
-from headrace.core.request import (
-    EmbedRequest,
-    EmbedResult,
-    GenerateRequest,
-    RerankRequest,
-    RerankResult,
-    TokenCount,
-)
+from headrace.core.request import AnyRequest
 from headrace.core.stream import Mailbox
 from headrace.worker.wire import (
     Alive,
+    Ask,
     Cancel,
-    Counted,
-    Embed,
-    Embedded,
     Ended,
     Failed,
-    Generate,
-    Happened,
     Link,
     Message,
     Ready,
-    Rerank,
-    Reranked,
-    Text,
+    Said,
     ToParent,
 )
 
@@ -68,21 +55,17 @@ _SCRATCH, _LOCK = "headrace-", ".lock"
 _SETTLED_S = 60.0
 
 
-Said = Event | EmbedResult | RerankResult | Ended
-"""What comes of a piece of work."""
-
-
 class Listener:
     """A stream as the parent holds it: what came, and when something last came."""
 
     def __init__(self, number: int, choices: int) -> None:
         self.number = number
         self._choices = choices
-        self.mailbox: Mailbox[Said] = Mailbox()
+        self.mailbox: Mailbox[Event | Ended] = Mailbox()
         self.seen = time.monotonic()
         self.admitted = False
 
-    def put(self, event: Said) -> None:
+    def put(self, event: Event | Ended) -> None:
         """Take what the child sent."""
         self.seen = time.monotonic()
         # With several choices, one can be over while the next still waits for its slot.
@@ -90,7 +73,7 @@ class Listener:
         self.mailbox.put(event)
 
 
-def _is_running(event: Said) -> bool:
+def _is_running(event: Event | Ended) -> bool:
     # An echoed prompt comes before the queue, and carries no tokens.
     return isinstance(event, Progress) or (isinstance(event, Delta) and bool(event.token_ids))
 
@@ -109,7 +92,6 @@ class ChildProcess:
         self._on_gone = on_gone
         self._numbers = itertools.count()
         self._listeners: dict[int, Listener] = {}
-        self._calls: dict[int, asyncio.Future[TokenCount | str]] = {}
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._alive = time.monotonic()
         self._stopped = False
@@ -170,22 +152,15 @@ class ChildProcess:
         if not self.loaded.cancelled():
             self.loaded.exception()
 
-    def begin(self, request: GenerateRequest | EmbedRequest | RerankRequest) -> Listener:
+    def begin(self, request: AnyRequest) -> Listener:
         """Open a stream, of which the last is an Ended.
 
         Raises:
-            InvalidRequest: there is something in the request that cannot be sent.
+            InvalidRequest: something in the request cannot be sent.
         """
         number = next(self._numbers)
-        match request:
-            case GenerateRequest():
-                message, choices = Generate(number, request), request.n
-            case EmbedRequest():
-                message, choices = Embed(number, request), 1
-            case RerankRequest():
-                message, choices = Rerank(number, request), 1
-        self.say(message)
-        listener = self._listeners[number] = Listener(number, choices)
+        self.say(Ask(number, request))
+        listener = self._listeners[number] = Listener(number, request.slots)
         return listener
 
     def say(self, message: Message) -> None:
@@ -213,24 +188,12 @@ class ChildProcess:
         """Close a stream's place."""
         self._listeners.pop(listener.number, None)
 
-    async def call(self, ask: Callable[[int], Message]) -> TokenCount | str:
-        """Send a question and wait for its answer."""
-        number = next(self._numbers)
-        answer: asyncio.Future[TokenCount | str] = asyncio.get_running_loop().create_future()
-        self._calls[number] = answer
-        try:
-            self.say(ask(number))
-            return await answer
-        finally:
-            del self._calls[number]
-
     def is_hung(self, limit_s: float) -> bool:
         """Tell whether work is under way and nothing has come for so long."""
         now = time.monotonic()
         streams = self._listeners.values()
         silent = any(one.admitted and now - one.seen > limit_s for one in streams)
-        busy = bool(self._listeners or self._calls)
-        return silent or (busy and now - self._alive > limit_s)
+        return silent or (bool(self._listeners) and now - self._alive > limit_s)
 
     def is_stopped(self) -> bool:
         """Tell whether it is stopped by a signal, and was when this was asked before."""
@@ -250,35 +213,18 @@ class ChildProcess:
     def _receive(self, messages: Sequence[ToParent]) -> None:
         self._alive = time.monotonic()
         for message in messages:
-            if isinstance(message, Happened):
-                self._put(message.id, message.event)
-            elif isinstance(message, Embedded | Reranked):
-                self._put(message.id, message.result)
+            if isinstance(message, Said):
+                if (listener := self._listeners.get(message.id)) is not None:
+                    listener.put(message.event)
             elif isinstance(message, Ended):
-                self._ended(message)
-            elif isinstance(message, Counted | Text):
-                self._answered(message)
+                if (listener := self._listeners.pop(message.id, None)) is not None:
+                    listener.put(message)
             elif isinstance(message, Alive):
                 self.memory = message.memory
             elif isinstance(message, Ready) and not self.loaded.done():
                 self.loaded.set_result(message.info)
             elif isinstance(message, Failed) and not self.loaded.done():
                 self.loaded.set_exception(from_record(message.error))
-
-    def _put(self, number: int, said: Said) -> None:
-        if (listener := self._listeners.get(number)) is not None:
-            listener.put(said)
-
-    def _ended(self, message: Ended) -> None:
-        if (listener := self._listeners.pop(message.id, None)) is not None:
-            listener.put(message)
-        elif (answer := self._calls.get(message.id)) and message.error and not answer.done():
-            answer.set_exception(from_record(message.error))
-
-    def _answered(self, message: Counted | Text) -> None:
-        answer = self._calls.get(message.id)
-        if answer is not None and not answer.done():
-            answer.set_result(message.count if isinstance(message, Counted) else message.text)
 
     def _task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -322,10 +268,6 @@ class ChildProcess:
 
     def _tell(self, error: WorkerDied) -> None:
         self.fail_streams(error)
-        waiting: list[asyncio.Future[TokenCount | str]] = list(self._calls.values())
-        for answer in waiting:
-            if not answer.done():
-                answer.set_exception(error)
         if not self.loaded.done():
             self.loaded.set_exception(
                 LoadFailed(f"{error.message[:-1]} while loading.", detail=error.detail)

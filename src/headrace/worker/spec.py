@@ -18,6 +18,9 @@ OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and of how much (0: unknown)."""
 
 
+_REMOTE_ROLES = ("system", "developer", "user", "assistant")
+
+
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A model whose source has been resolved; all that a process needs to load it.
 
@@ -111,4 +114,17 @@ def loaded_info(found: WorkerSpec, facts: EngineFacts, prompter: Prompter) -> Mo
         chat_template=template.source if template else None,
         roles=prompter.roles if template else (),
         notes=(*facts.notes, prompter.note) if prompter.note else facts.notes,
+    )
+
+
+def remote_info(found: WorkerSpec, facts: EngineFacts) -> ModelInfo:
+    """Return the metadata of a model that an upstream has."""
+    return msgspec.structs.replace(
+        unloaded_info(found.model, "ready", None, found),
+        device=facts.device,
+        context_length=facts.context_length or None,
+        max_running=facts.max_running,
+        capabilities=facts.capabilities,
+        roles=_REMOTE_ROLES if facts.capabilities.chat else (),
+        notes=facts.notes,
     )

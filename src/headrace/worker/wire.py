@@ -1,7 +1,7 @@
-"""What a worker's parent and child say to each other, and how it is framed.
+"""The messages between a worker's parent and child, and their framing.
 
-A frame is a big-endian 32-bit length and a msgpack list of messages: all that one side had to
-say in one turn of its event loop, which for the child is all deltas of one engine step.
+A frame is a big-endian 32-bit length and a msgpack list of messages: everything that one side sent
+in one turn of its event loop, which for the child is all deltas of one engine step.
 """
 
 from __future__ import annotations
@@ -16,23 +16,14 @@ import msgspec
 from headrace.core.errors import ErrorRecord
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo
-from headrace.core.request import (
-    CountRequest,
-    DetokenizeRequest,
-    EmbedRequest,
-    EmbedResult,
-    GenerateRequest,
-    RerankRequest,
-    RerankResult,
-    TokenCount,
-)
+from headrace.core.request import AnyRequest
 from headrace.log import LogSettings
 from headrace.worker.spec import WorkerSpec
 
 _HEADER = struct.Struct(">I")
 _ARRAY = struct.Struct(">BI")
 MAX_FRAME = 256 << 20
-"""Bytes; a longer frame means that the other side has lost its mind."""
+"""Bytes; a longer frame is a fault of the other side."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
@@ -46,45 +37,17 @@ class Load(Message, frozen=True, tag="load"):
     log: LogSettings
 
 
-class Generate(Message, frozen=True, tag="generate"):
+class Ask(Message, frozen=True, tag="ask"):
     """Parent: begin stream `id`."""
 
     id: int
-    request: GenerateRequest
-
-
-class Embed(Message, frozen=True, tag="embed"):
-    """Parent: begin stream `id`: progress, one Embedded, Ended."""
-
-    id: int
-    request: EmbedRequest
-
-
-class Rerank(Message, frozen=True, tag="rerank"):
-    """Parent: begin stream `id`: progress, one Reranked, Ended."""
-
-    id: int
-    request: RerankRequest
+    request: AnyRequest
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
-    """Parent: nobody listens to stream `id` any more. Answered by its Ended."""
+    """Parent: stream `id` is not read any more. Answered by its Ended."""
 
     id: int
-
-
-class Count(Message, frozen=True, tag="count"):
-    """Parent: count tokens."""
-
-    id: int
-    request: CountRequest
-
-
-class Detokenize(Message, frozen=True, tag="detokenize"):
-    """Parent: turn ids into text."""
-
-    id: int
-    request: DetokenizeRequest
 
 
 class Close(Message, frozen=True, tag="close"):
@@ -105,7 +68,7 @@ class Failed(Message, frozen=True, tag="failed"):
     error: ErrorRecord
 
 
-class Happened(Message, frozen=True, tag="e"):
+class Said(Message, frozen=True, tag="e"):
     """Child: the next event of stream `id`."""
 
     id: int
@@ -119,43 +82,14 @@ class Ended(Message, frozen=True, tag="end"):
     error: ErrorRecord | None = None
 
 
-class Embedded(Message, frozen=True, tag="embedded"):
-    """Child: answer to Embed."""
-
-    id: int
-    result: EmbedResult
-
-
-class Reranked(Message, frozen=True, tag="reranked"):
-    """Child: answer to Rerank."""
-
-    id: int
-    result: RerankResult
-
-
-class Counted(Message, frozen=True, tag="counted"):
-    """Child: answer to Count."""
-
-    id: int
-    count: TokenCount
-
-
-class Text(Message, frozen=True, tag="text"):
-    """Child: answer to Detokenize."""
-
-    id: int
-    text: str
-
-
 class Alive(Message, frozen=True, tag="alive"):
     """Child, every second or two: its event loop turns. Memory is resident bytes."""
 
     memory: int
 
 
-Work = Generate | Embed | Rerank
-ToChild = Load | Work | Cancel | Count | Detokenize | Close
-ToParent = Ready | Failed | Happened | Embedded | Reranked | Ended | Counted | Text | Alive
+ToChild = Load | Ask | Cancel | Close
+ToParent = Ready | Failed | Said | Ended | Alive
 In = TypeVar("In")
 
 
@@ -178,7 +112,7 @@ class Link(asyncio.Protocol, Generic[In]):
         self._transport: asyncio.Transport | None = None
 
     def send(self, message: Message) -> None:
-        """Say something; what is said after the line is cut is lost.
+        """Send a message; what is sent after the connection is lost is dropped.
 
         Raises:
             OverflowError, TypeError, ValueError: msgpack cannot carry the message.
@@ -189,7 +123,7 @@ class Link(asyncio.Protocol, Generic[In]):
             asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:
-        """Write all that was said."""
+        """Write all messages sent in this turn of the loop."""
         outbox, self._outbox = self._outbox, []
         if outbox and self._transport is not None:
             payload = b"".join(outbox)
@@ -197,7 +131,7 @@ class Link(asyncio.Protocol, Generic[In]):
             self._transport.write(_HEADER.pack(length) + _ARRAY.pack(0xDD, len(outbox)) + payload)
 
     def close(self) -> None:
-        """Cut the line after what was said is written."""
+        """Close the connection after everything sent is written."""
         self.flush()
         if self._transport is not None:
             self._transport.close()
@@ -208,7 +142,7 @@ class Link(asyncio.Protocol, Generic[In]):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        """Take frames apart; a frame that is not valid cuts the line (called by asyncio)."""
+        """Split frames; an invalid one closes the connection (called by asyncio)."""
         buffer = self._buffer
         buffer += data
         start = 0
@@ -224,7 +158,7 @@ class Link(asyncio.Protocol, Generic[In]):
         del buffer[:start]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell why the line is cut (called by asyncio)."""
+        """Report why the connection was lost (called by asyncio)."""
         self._transport = None
         self._closed(str(exc) if exc else self._why)
 

@@ -1,4 +1,4 @@
-"""One loaded model in this process: the engine with all that an engine does not know."""
+"""One model in this process: a local engine, or the upstream that has it."""
 
 from __future__ import annotations
 
@@ -7,51 +7,88 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 
 from headrace import engines
-from headrace.core.errors import Draining
-from headrace.core.events import Event
+from headrace.core.errors import Draining, Unsupported
+from headrace.core.events import Event, Text, TokenCount
 from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import (
+    AnyRequest,
     CountRequest,
     DetokenizeRequest,
     EmbedRequest,
-    EmbedResult,
     GenerateRequest,
     RerankRequest,
-    RerankResult,
-    TokenCount,
 )
-from headrace.engines.base import Embedder, Engine, OpenRequest, Pair, Reranker
+from headrace.engines.base import Embedder, Engine, OpenRequest, Pair, RemoteEngine, Reranker
 from headrace.machine import Sampler, system
 from headrace.models.transfer import silent
-from headrace.worker.admission import Admission
-from headrace.worker.answer import Answer, Loaded
-from headrace.worker.batching import Batcher, OnStep
-from headrace.worker.encode import embed, rerank
+from headrace.worker import encode, generate, remote
+from headrace.worker.batching import Batcher
+from headrace.worker.generate import Loaded
 from headrace.worker.lifecycle import Lifecycle
 from headrace.worker.prompt import Prompter
+from headrace.worker.remote import Connected
 from headrace.worker.spec import (
     OnProgress,
     Resolve,
     WorkerSpec,
     loaded_info,
     open_request,
+    remote_info,
     resolved,
     unloaded_info,
 )
+from headrace.worker.turn import Turns, unmeasured
 
 log = logging.getLogger("headrace.worker")
 
 OpenEngine = Callable[[str, OpenRequest], Engine]
-_LAST_STEP_S = 5.0
+Answer = Callable[[Any, Any], AsyncGenerator[Event, None]]
+
+
+async def _count(loaded: Loaded, request: CountRequest) -> TokenCount:
+    # Off the event loop, and beside any generation.
+    token_ids = await asyncio.to_thread(loaded.prompter.count, request)
+    return TokenCount(count=len(token_ids), token_ids=token_ids)
+
+
+async def _text(loaded: Loaded, request: DetokenizeRequest) -> Text:
+    return Text(await asyncio.to_thread(loaded.engine.detokenize, request.token_ids))
+
+
+async def _remote_text(connected: Connected, request: DetokenizeRequest) -> Text:
+    raise Unsupported("The tokens of a remote model cannot be read here.", param="tokens")
+
+
+_LOCAL: dict[type[AnyRequest], Answer] = {
+    GenerateRequest: generate.generate,
+    EmbedRequest: encode.embed,
+    RerankRequest: encode.rerank,
+    CountRequest: lambda loaded, request: unmeasured(request, _count(loaded, request)),
+    DetokenizeRequest: lambda loaded, request: unmeasured(request, _text(loaded, request)),
+}
+_REMOTE: dict[type[AnyRequest], Answer] = {
+    GenerateRequest: remote.generate,
+    EmbedRequest: remote.embed,
+    RerankRequest: remote.rerank,
+    CountRequest: lambda upstream, request: unmeasured(
+        request, upstream.engine.count_tokens(request)
+    ),
+    DetokenizeRequest: lambda upstream, request: unmeasured(
+        request, _remote_text(upstream, request)
+    ),
+}
 
 
 class Worker:
-    """A Backend for one model. `start` loads it; `aclose` drains and frees it."""
+    """A Backend for one model. `start` loads it; `aclose` drains and frees it.
+
+    A remote model takes no memory here, and nothing of it can die: it needs no process.
+    """
 
     def __init__(
         self,
@@ -63,6 +100,7 @@ class Worker:
         open_engine: OpenEngine = engines.open_engine,
     ) -> None:
         self.spec = spec
+        self.died = asyncio.Event()
         self._resolve = resolve
         self._on_progress = on_progress or silent
         self._log_content = log_content
@@ -70,7 +108,7 @@ class Worker:
         self._life = Lifecycle(spec.name)
         self._found: WorkerSpec | None = None
         self._info: ModelInfo | None = None
-        self._loaded: Loaded | None = None
+        self._served: Loaded | Connected | None = None
 
     @property
     def state(self) -> State:
@@ -78,18 +116,24 @@ class Worker:
         return self._life.state
 
     @property
+    def pid(self) -> None:
+        """It has no process of its own."""
+        return
+
+    @property
     def load(self) -> tuple[int, int]:
-        """How many requests run and how many wait."""
-        admission = self._loaded and self._loaded.admission
-        return (admission.running, admission.queued) if admission else (0, 0)
+        """How many slots are taken, and how many requests wait for one."""
+        if self._served is None:
+            return 0, 0
+        return self._served.turns.running, self._served.turns.waiting
 
     def __repr__(self) -> str:
-        """Tell the name, the state and the load."""
-        running, queued = self.load
-        return f"<Worker {self._life!r}, {running} running, {queued} queued>"
+        """Describe the name, the state and the load."""
+        running, waiting = self.load
+        return f"<Worker {self._life!r}, {running} running, {waiting} waiting>"
 
     async def start(self) -> None:
-        """Load the model. Idempotent; callers at the same time share one load.
+        """Load the model, or find the upstream's key. Idempotent; callers share one load.
 
         Raises:
             HeadraceError: LoadFailed, OutOfMemory, UnknownModel and their like; everything that
@@ -97,100 +141,108 @@ class Worker:
         """
         await self._life.start(self._load)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Yield progress, deltas and one Finish. Closing it stops the engine."""
-        events = Answer(self._ready(), request).events()
-        try:
-            async for event in events:
-                yield event
-        finally:
-            await events.aclose()
-
-    async def embed(self, request: EmbedRequest, on_step: OnStep | None = None) -> EmbedResult:
-        """Return a vector for each input, computed together with other requests' inputs."""
-        return await embed(self._ready(), request, on_step or _unseen)
-
-    async def rerank(self, request: RerankRequest, on_step: OnStep | None = None) -> RerankResult:
-        """Put documents in order, scored together with other requests' documents."""
-        return await rerank(self._ready(), request, on_step or _unseen)
-
-    async def count_tokens(self, request: CountRequest) -> TokenCount:
-        """Count exactly, off the event loop and beside any generation."""
-        token_ids = await asyncio.to_thread(self._ready().prompter.count, request)
-        return TokenCount(count=len(token_ids), token_ids=token_ids)
-
-    async def detokenize(self, request: DetokenizeRequest) -> str:
-        """Return the text of token ids, off the event loop."""
-        return await asyncio.to_thread(self._ready().engine.detokenize, request.token_ids)
+    def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
+        """Return the events of an answer; see `Backend`. Closing them stops the engine."""
+        served = self._served
+        if served is None or self._life.state != "ready":
+            return self._refuse()
+        answers = _REMOTE if served.is_remote else _LOCAL
+        return answers[type(request)](served, request)
 
     def models(self) -> tuple[ModelInfo, ...]:
         """Return the metadata of the one model, at any time."""
-        if self._info is None or self._loaded is None:
+        if self._info is None or self._served is None:
             return (unloaded_info(self.spec, self._life.state, self._life.reason, self._found),)
-        memory = self._loaded.sampler.latest[0].worker_used
+        sampler = self._served.sampler
+        memory = None if sampler is None else sampler.latest[0].worker_used
         return (msgspec.structs.replace(self._info, state=self._life.state, memory=memory),)
+
+    async def memory(self) -> dict[str, int]:
+        """Return nothing: the memory is that of the process it is in, or of another machine."""
+        return {}
 
     async def aclose(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, let running ones end within `drain_s` seconds, end the rest.
 
-        Idempotent. A load under way is given up.
+        Idempotent. A load under way is cancelled.
         """
         self._life.state = "draining"
         await self._life.abandon_start()
-        loaded, self._loaded = self._loaded, None
-        if loaded is not None:
-            await _drain(loaded, drain_s)
-            loaded.sampler.close()
-            await asyncio.to_thread(_free, loaded)
+        served, self._served = self._served, None
+        if served is not None:
+            await served.turns.drain(Draining(f"{self.spec.name} is stopping."), drain_s)
+            await _free(served)
         self._life.state = "stopped"
 
-    def _ready(self) -> Loaded:
+    async def _refuse(self) -> AsyncGenerator[Event, None]:
         self._life.require_ready()
-        if self._loaded is None:
-            raise Draining(f"{self.spec.name} is stopping.")
-        return self._loaded
+        raise Draining(f"{self.spec.name} is stopping.")
+        yield  # pyright: ignore[reportUnreachable]  # what makes it a generator
 
     async def _load(self) -> None:
         began = time.monotonic()
         found = self._found = await resolved(self._resolve, self.spec, self._on_progress)
-        log.info("headrace.worker.start", extra={"data": await asyncio.to_thread(_facts, found)})
+        if found.file.format != "remote":
+            facts = await asyncio.to_thread(_facts, found)
+            log.info("headrace.worker.start", extra={"data": facts})
         self._on_progress("loading", 0, 0)
         opening = asyncio.ensure_future(asyncio.to_thread(self._open, found))
         try:
-            engine, prompter, info = await asyncio.shield(opening)
+            self._served, info = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            # A thread cannot be cancelled: what it opens for nobody is closed again.
+            # A thread cannot be cancelled: what it opens too late is closed again.
             opening.add_done_callback(_close_opened)
             raise
-        admission = Admission(info.max_running or 1, self.spec.max_queued)
-        thread, limits = ThreadPoolExecutor(1, "batches"), engine.facts.batch
-        # Only those tasks come this way that the engine has.
-        embedder, reranker = cast("Embedder", engine), cast("Reranker", engine)
-        self._loaded = Loaded(
-            name=self.spec.name,
-            engine_name=found.engine,
-            engine=engine,
-            prompter=prompter,
-            admission=admission,
-            sampler=Sampler(device=engine.facts.device),
-            embeddings=Batcher(lambda ids: embedder.embed(ids), len, limits, thread),
-            scores=Batcher(lambda pairs: reranker.score(pairs), _length, limits, thread),
-            thread=thread,
-            log_content=self._log_content,
-        )
         load_ms = (time.monotonic() - began) * 1000
         self._info = msgspec.structs.replace(info, load_ms=load_ms, created=int(time.time()))
         data = {"model": self.spec.name, "engine": found.engine, "load_ms": round(load_ms, 1)}
         log.info("headrace.worker.ready", extra={"data": data})
 
-    def _open(self, found: WorkerSpec) -> tuple[Engine, Prompter, ModelInfo]:
+    def _open(self, found: WorkerSpec) -> tuple[Loaded | Connected, ModelInfo]:
+        """Open the engine. Blocking."""
         engine = self._open_engine(found.engine, open_request(found))
+        if found.file.format == "remote":
+            upstream = cast("RemoteEngine", engine)
+            return self._connected(found, upstream), remote_info(found, upstream.facts)
         try:
             prompter = Prompter(found.model, engine)
-            return engine, prompter, loaded_info(found, engine.facts, prompter)
+            info = loaded_info(found, engine.facts, prompter)
         except BaseException:
             engine.close()
             raise
+        return self._loaded(found, engine, prompter, info.max_running or 1), info
+
+    def _connected(self, found: WorkerSpec, engine: RemoteEngine) -> Connected:
+        slots = engine.facts.max_running or 1
+        return Connected(
+            name=self.spec.name,
+            engine_name=found.engine,
+            facts=engine.facts,
+            turns=Turns(slots),
+            max_choices=slots + self.spec.max_queued,
+            log_content=self._log_content,
+            engine=engine,
+            stops=self.spec.stop,
+        )
+
+    def _loaded(self, found: WorkerSpec, engine: Engine, prompter: Prompter, slots: int) -> Loaded:
+        thread, limits = ThreadPoolExecutor(1, "batches"), engine.facts.batch
+        # Only those tasks come this way that the engine has.
+        embedder, reranker = cast("Embedder", engine), cast("Reranker", engine)
+        return Loaded(
+            name=self.spec.name,
+            engine_name=found.engine,
+            facts=engine.facts,
+            turns=Turns(slots),
+            max_choices=slots + self.spec.max_queued,
+            sampler=Sampler(device=engine.facts.device),
+            log_content=self._log_content,
+            engine=engine,
+            prompter=prompter,
+            embeddings=Batcher(lambda ids: embedder.embed(ids), len, limits, thread),
+            scores=Batcher(lambda pairs: reranker.score(pairs), _length, limits, thread),
+            thread=thread,
+        )
 
 
 def _facts(found: WorkerSpec) -> dict[str, object]:
@@ -209,30 +261,24 @@ def _facts(found: WorkerSpec) -> dict[str, object]:
     }
 
 
-async def _drain(loaded: Loaded, drain_s: float) -> None:
-    error = Draining(f"{loaded.name} is stopping.")
-    loaded.admission.close(error)
-    if not await loaded.admission.idle(drain_s):
-        loaded.admission.abort(error)
-        loaded.embeddings.abort(error)
-        loaded.scores.abort(error)
-        await loaded.admission.idle(_LAST_STEP_S)
-
-
-def _free(loaded: Loaded) -> None:
-    # A batch under way cannot be broken off.
-    loaded.thread.shutdown()
-    loaded.engine.close()
+async def _free(served: Loaded | Connected) -> None:
+    if isinstance(served, Connected):
+        await served.engine.aclose()
+        return
+    if served.sampler is not None:
+        served.sampler.close()
+    # A batch under way cannot be interrupted.
+    await asyncio.to_thread(served.thread.shutdown)
+    await asyncio.to_thread(served.engine.close)
 
 
 def _length(pair: Pair) -> int:
     return len(pair.token_ids)
 
 
-def _close_opened(opening: asyncio.Future[tuple[Engine, Prompter, ModelInfo]]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result()[0].close()
-
-
-def _unseen(done: int, total: int) -> None:
-    """Steps that nobody asked for."""
+def _close_opened(opening: asyncio.Future[tuple[Loaded | Connected, ModelInfo]]) -> None:
+    if opening.cancelled() or opening.exception() is not None:
+        return
+    served, _ = opening.result()
+    if isinstance(served, Loaded):
+        served.engine.close()

@@ -12,7 +12,7 @@ from tests.fakes.upstream import Play, Seen, answered, eventually, refused, upst
 
 from headrace.core.errors import CapacityError, InvalidRequest, Unsupported, UpstreamError
 from headrace.core.request import CountRequest, GenerateRequest, Message
-from headrace.core.stream import collect
+from headrace.core.stream import collect, collect_count
 
 pytestmark = pytest.mark.engines
 
@@ -77,9 +77,9 @@ async def test_an_answer_comes_with_its_account() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     asked = ask(max_tokens=9, stop=("X", "\n"), json_schema=schema)
     async with upstream(script=good) as server, started(server.url, "anthropic") as worker:
-        result = await collect(worker.generate(asked))
+        result = await collect(worker.ask(asked))
         await collect(
-            worker.generate(
+            worker.ask(
                 GenerateRequest(
                     messages=(
                         Message("system", "one"),
@@ -117,7 +117,7 @@ async def test_reasons(reason: str, ours: str) -> None:
         upstream(play(START, end(reason), STOP)) as server,
         started(server.url, "anthropic") as worker,
     ):
-        assert (await collect(worker.generate(ask()))).finish_reason == ours
+        assert (await collect(worker.ask(ask()))).finish_reason == ours
 
 
 BROKEN: dict[str, tuple[Play, str]] = {
@@ -143,9 +143,9 @@ async def test_a_broken_upstream_is_an_error_and_no_answer(name: str) -> None:
         started(server.url, "anthropic", max_retries=0, **QUICK) as worker,
     ):
         with pytest.raises(UpstreamError, match=match) as raised:
-            await collect(worker.generate(ask()))
+            await collect(worker.ask(ask()))
         assert KEY not in f"{raised.value!r} {raised.value.detail}"
-        assert (await collect(worker.generate(ask()))).text == "Grüß Gott"
+        assert (await collect(worker.ask(ask()))).text == "Grüß Gott"
         assert worker.load == (0, 0)
 
 
@@ -155,11 +155,11 @@ async def test_it_is_tried_again_before_the_first_byte() -> None:
         upstream(busy, script=good) as server,
         started(server.url, "anthropic") as worker,
     ):
-        assert (await collect(worker.generate(ask()))).text == "Grüß Gott"
+        assert (await collect(worker.ask(ask()))).text == "Grüß Gott"
         assert len(server.requests) == 2
         server.will(Play([event({"type": "error", "error": {"type": "overloaded_error"}})]))
         with pytest.raises(CapacityError):
-            await collect(worker.generate(ask()))
+            await collect(worker.ask(ask()))
 
 
 async def test_what_it_cannot_do_is_refused_by_name() -> None:
@@ -179,10 +179,10 @@ async def test_what_it_cannot_do_is_refused_by_name() -> None:
     async with upstream() as server, started(server.url, "anthropic") as worker:
         for request, param in cases:
             with pytest.raises(Unsupported) as refusal:
-                await collect(worker.generate(request))
+                await collect(worker.ask(request))
             assert refusal.value.param == param
         with pytest.raises(InvalidRequest):
-            await collect(worker.generate(GenerateRequest(messages=(Message("system", "x"),))))
+            await collect(worker.ask(GenerateRequest(messages=(Message("system", "x"),))))
         assert server.requests == []
 
 
@@ -190,7 +190,7 @@ async def test_the_older_version_takes_what_the_later_refuses() -> None:
     """W11: honoured where it can be."""
     async with upstream(script=good) as server:
         async with started(server.url, "anthropic", api_version="2023-06-01") as worker:
-            await collect(worker.generate(ask(temperature=0.5, top_p=0.9, top_k=3)))
+            await collect(worker.ask(ask(temperature=0.5, top_p=0.9, top_k=3)))
         [seen] = server.requests
     assert seen.headers["anthropic-version"] == "2023-06-01"
     assert [seen.body[name] for name in ("temperature", "top_p", "top_k")] == [0.5, 0.9, 3]
@@ -202,7 +202,7 @@ async def test_leaving_cuts_the_upstream() -> None:
         upstream(play(START, text("a"), 30.0)) as server,
         started(server.url, "anthropic") as worker,
     ):
-        reading = asyncio.create_task(collect(worker.generate(ask())))
+        reading = asyncio.create_task(collect(worker.ask(ask())))
         await eventually(lambda: len(server.requests) == 1)
         await asyncio.sleep(0.1)
         reading.cancel()
@@ -214,7 +214,7 @@ async def test_counting_asks_the_upstream() -> None:
     """W21: its own count, which it calls an estimate."""
     async with upstream(script=lambda seen: answered({"input_tokens": 11})) as server:
         async with started(server.url, "anthropic") as worker:
-            count = await worker.count_tokens(CountRequest(messages=(Message("user", "x"),)))
-            words = await worker.count_tokens(CountRequest(text="x"))
+            count = await collect_count(worker.ask(CountRequest(messages=(Message("user", "x"),))))
+            words = await collect_count(worker.ask(CountRequest(text="x")))
         assert server.requests[0].path == "/v1/messages/count_tokens"
     assert (count.count, count.estimated, words.count) == (11, True, 11)

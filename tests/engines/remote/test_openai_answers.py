@@ -30,7 +30,7 @@ from headrace.core.errors import (
 from headrace.core.events import Delta, Finish
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
 from headrace.core.sampling import Sampling
-from headrace.core.stream import collect
+from headrace.core.stream import collect, collect_count, collect_text
 
 
 async def test_an_answer_comes_with_its_account() -> None:
@@ -47,7 +47,7 @@ async def test_an_answer_comes_with_its_account() -> None:
         ]
     )
     async with upstream(play) as server, started(server.url) as worker:
-        result = await collect(worker.generate(ask(max_tokens=9, temperature=0)))
+        result = await collect(worker.ask(ask(max_tokens=9, temperature=0)))
         [seen] = server.requests
     assert (result.choices[0].text, result.choices[0].reasoning) == ("Grüß Gott 👋", "Hm. ")
     assert result.finish_reason == "length"
@@ -76,14 +76,14 @@ async def test_characters_cut_in_pieces_come_whole() -> None:
     whole = b"".join([event(chunk(content="añ👋ü")), event(chunk(reason="stop")), DONE])
     steps: list[Any] = [step for byte in whole for step in (bytes([byte]), 0.0)]
     async with upstream(Play(steps)) as server, started(server.url) as worker:
-        result = await collect(worker.generate(ask()))
+        result = await collect(worker.ask(ask()))
     assert result.text == "añ👋ü"
 
 
 async def test_usage_is_guessed_where_none_is_told() -> None:
     play = Play([event(chunk(content="abcd")), event(chunk(reason="stop")), DONE])
     async with upstream(play) as server, started(server.url) as worker:
-        result = await collect(worker.generate(ask("x" * 40)))
+        result = await collect(worker.ask(ask("x" * 40)))
     assert result.usage.prompt_tokens >= 10
     assert result.usage.completion_tokens == 1
 
@@ -92,7 +92,7 @@ async def test_stop_strings_are_passed_on_and_kept_here_too() -> None:
     """W12: an upstream that does not stop is cut; nothing of the string is shown."""
     endless = Play([event(chunk(content=text)) for text in ("one E", "ND tw", "o END")] + [9.0])
     async with upstream(endless) as server, started(server.url, stop=("</s>",)) as worker:
-        result = await collect(worker.generate(ask(stop=("END",))))
+        result = await collect(worker.ask(ask(stop=("END",))))
         await eventually(lambda: server.requests[0].left is not None)
         assert server.requests[0].body["stop"] == ["END", "</s>"]
     assert (result.text, result.finish_reason) == ("one ", "stop")
@@ -109,7 +109,7 @@ async def test_choices_are_told_apart() -> None:
         ]
     )
     async with upstream(play) as server, started(server.url) as worker:
-        result = await collect(worker.generate(ask(n=2)))
+        result = await collect(worker.ask(ask(n=2)))
         assert server.requests[0].body["n"] == 2
     texts = [(one.text, one.finish_reason) for one in result.choices]
     assert texts == [("ab", "stop"), ("xy", "length")]
@@ -138,9 +138,9 @@ async def test_log_probabilities_of_both_forms() -> None:
         upstream(Play([event(one), DONE]), Play([event(two), DONE])) as server,
         started(server.url) as worker,
     ):
-        first = (await collect(worker.generate(ask(logprobs=1)))).choices[0].logprobs
+        first = (await collect(worker.ask(ask(logprobs=1)))).choices[0].logprobs
         prompt = GenerateRequest(prompt="p", sampling=Sampling(logprobs=1))
-        second = (await collect(worker.generate(prompt))).choices[0].logprobs
+        second = (await collect(worker.ask(prompt))).choices[0].logprobs
         bodies = [seen.body for seen in server.requests]
     assert (first[0].data, first[0].logprob, first[0].top[0].data) == ("é".encode(), -0.5, b"e")
     assert [token.data for token in second] == [b"a", b"\xc3"]
@@ -173,7 +173,7 @@ async def test_each_field_is_honoured_or_refused_by_name(provider: str) -> None:
         able = worker.models()[0].capabilities.sampling
         for name, value in FIELDS.items():
             try:
-                await collect(worker.generate(ask(**{name: value})))
+                await collect(worker.ask(ask(**{name: value})))
             except Unsupported as error:
                 assert (name in able, error.param) == (False, name)
             else:
@@ -203,7 +203,7 @@ async def test_other_fields_are_refused_by_name() -> None:
         for provider, request, param in cases:
             async with started(server.url, provider) as worker:
                 with pytest.raises(Unsupported) as refused:
-                    await collect(worker.generate(request))
+                    await collect(worker.ask(request))
                 assert refused.value.param == param
         assert server.requests == []
 
@@ -215,8 +215,8 @@ async def test_what_is_asked_beside_sampling() -> None:
         started(server.url, "vllm") as worker,
         started(server.url, "openrouter") as router,
     ):
-        await collect(worker.generate(ask(json_schema=schema, template_options={"think": 1})))
-        await collect(worker.generate(ask(json_schema={"type": "object"})))
+        await collect(worker.ask(ask(json_schema=schema, template_options={"think": 1})))
+        await collect(worker.ask(ask(json_schema={"type": "object"})))
         await collect(router.generate(ask()))
         bodies = [seen.body for seen in server.requests]
     assert bodies[0]["response_format"]["json_schema"]["schema"] == schema
@@ -232,8 +232,8 @@ async def test_prompts_and_their_echo() -> None:
         return Play([event({"choices": [choice]}), DONE])
 
     async with upstream(script=script) as server, started(server.url, "vllm") as worker:
-        echoed = await collect(worker.generate(GenerateRequest(prompt="ab", echo=True)))
-        ids = await collect(worker.generate(GenerateRequest(prompt=(1, 2))))
+        echoed = await collect(worker.ask(GenerateRequest(prompt="ab", echo=True)))
+        ids = await collect(worker.ask(GenerateRequest(prompt=(1, 2))))
         assert server.requests[0].path == "/completions"
     assert (echoed.text, ids.text) == ("abAB", "12")
 
@@ -246,7 +246,7 @@ async def test_content_in_parts_and_thinking_in_parts() -> None:
     ]
     play = Play([event(chunk(content=parts, reason="stop")), DONE])
     async with upstream(play) as server, started(server.url) as worker:
-        choice = (await collect(worker.generate(ask()))).choices[0]
+        choice = (await collect(worker.ask(ask()))).choices[0]
     assert (choice.reasoning, choice.text) == ("hm", "yes")
 
 
@@ -260,7 +260,7 @@ async def test_a_client_that_leaves_cuts_the_upstream_at_once() -> None:
     async with upstream(*phases) as server, started(server.url) as worker:
         for number, _ in enumerate(phases):
             got: list[str] = []
-            reading = asyncio.create_task(_read(worker.generate(ask()), got))
+            reading = asyncio.create_task(_read(worker.ask(ask()), got))
             await eventually(lambda at=number: len(server.requests) > at)
             if number == 2:
                 await eventually(lambda at=got: at == ["a"])
@@ -284,7 +284,7 @@ async def test_the_deadline_holds_however_silent_the_upstream_is() -> None:
         started(server.url) as worker,
     ):
         with pytest.raises(DeadlineExceeded) as late:
-            await collect(worker.generate(ask(deadline_s=0.2)))
+            await collect(worker.ask(ask(deadline_s=0.2)))
         await eventually(lambda: server.requests[0].left is not None, 1.0)
     assert late.value.metrics is not None
     assert late.value.metrics.usage.completion_tokens == 1
@@ -296,18 +296,18 @@ async def test_a_full_line_is_refused_and_a_stop_ends_all() -> None:
         upstream(script=lambda seen: Play([event(chunk(content="a")), 30.0])) as server,
         started(server.url, max_running=1) as worker,
     ):
-        running = asyncio.create_task(collect(worker.generate(ask())))
-        waiting = [asyncio.create_task(collect(worker.generate(ask()))) for _ in range(64)]
+        running = asyncio.create_task(collect(worker.ask(ask())))
+        waiting = [asyncio.create_task(collect(worker.ask(ask()))) for _ in range(64)]
         await eventually(lambda: worker.load == (1, 64))
         with pytest.raises(QueueFull):
-            await collect(worker.generate(ask()))
+            await collect(worker.ask(ask()))
         await asyncio.wait_for(worker.aclose(0.05), 2)
         for task in (running, *waiting):
             with pytest.raises(Draining):
                 await task
         await worker.aclose()
         with pytest.raises(HeadraceError):
-            await collect(worker.generate(ask()))
+            await collect(worker.ask(ask()))
 
 
 async def test_64_streams_share_connections() -> None:
@@ -324,7 +324,7 @@ async def test_64_streams_share_connections() -> None:
         started(server.url, max_running=64, name="other") as other,
     ):
         for worker in (one, other, one):
-            asked = [worker.generate(ask(f"q{number}")) for number in range(64)]
+            asked = [worker.ask(ask(f"q{number}")) for number in range(64)]
             results = await asyncio.gather(*map(collect, asked))
             for number, result in enumerate(results):
                 assert result.text == "".join(texts) + f"q{number}"
@@ -343,11 +343,11 @@ async def test_counting_guesses_or_asks() -> None:
 
     async with upstream(script=script) as server:
         async with started(server.url) as worker:
-            guess = await worker.count_tokens(CountRequest(text="a word or two"))
+            guess = await collect_count(worker.ask(CountRequest(text="a word or two")))
             with pytest.raises(Unsupported):
-                await worker.detokenize(DetokenizeRequest(token_ids=(1,)))
+                await collect_text(worker.ask(DetokenizeRequest(token_ids=(1,))))
         async with started(f"{server.url}/v1", "vllm") as worker:
-            exact = await worker.count_tokens(CountRequest(text="a word"))
+            exact = await collect_count(worker.ask(CountRequest(text="a word")))
     assert (guess.count > 0, guess.estimated) == (True, True)
     assert (exact.count, exact.token_ids, exact.estimated) == (3, (1, 2, 3), False)
 
@@ -355,7 +355,7 @@ async def test_counting_guesses_or_asks() -> None:
 async def test_too_many_choices_are_refused() -> None:
     async with upstream() as server, started(server.url, max_running=1) as worker:
         with pytest.raises(InvalidRequest):
-            await collect(worker.generate(ask(n=100)))
+            await collect(worker.ask(ask(n=100)))
 
 
 async def test_events_come_as_they_are_said() -> None:
@@ -363,7 +363,7 @@ async def test_events_come_as_they_are_said() -> None:
     play = Play([event(chunk(content="a")), 0.3, event(chunk(content="b", reason="stop")), DONE])
     times: list[float] = []
     async with upstream(play) as server, started(server.url) as worker:
-        async for one in worker.generate(ask()):
+        async for one in worker.ask(ask()):
             if isinstance(one, Delta):
                 times.append(asyncio.get_running_loop().time())
             else:

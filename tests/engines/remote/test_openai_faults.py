@@ -66,13 +66,13 @@ async def test_a_broken_upstream_is_an_error_and_no_answer(name: str) -> None:
     async with upstream(play) as server, started(server.url, max_retries=0, **QUICK) as far:
         began = time.monotonic()
         with pytest.raises(UpstreamError, match=match) as broken:
-            await collect(far.generate(ask()))
+            await collect(far.ask(ask()))
         assert time.monotonic() - began < 2
         assert broken.value.metrics is not None
         assert broken.value.metrics.outcome == "error"
         assert KEY not in f"{broken.value!r} {broken.value.detail} {broken.value.metrics}"
         assert len(server.requests) == 1
-        assert (await collect(far.generate(ask()))).text == "Hello there"
+        assert (await collect(far.ask(ask()))).text == "Hello there"
         assert far.load == (0, 0)
 
 
@@ -82,7 +82,7 @@ async def test_what_came_before_the_fault_was_shown() -> None:
     async with upstream(play) as server, started(server.url) as far:
         texts: list[str] = []
         with pytest.raises(UpstreamError):
-            async for one in far.generate(ask()):
+            async for one in far.ask(ask()):
                 if isinstance(one, Delta):
                     texts.append(one.text)
         # Nothing is tried again once an answer has begun.
@@ -93,13 +93,13 @@ async def test_what_came_before_the_fault_was_shown() -> None:
 async def test_it_is_tried_again_before_the_first_byte(status: int) -> None:
     plays = [refused(status, {"message": "busy"}, retry_after="0"), said("ok")]
     async with upstream(*plays) as server, started(server.url) as far:
-        assert (await collect(far.generate(ask()))).text == "ok"
+        assert (await collect(far.ask(ask()))).text == "ok"
         assert len(server.requests) == 2
 
 
 async def test_a_connection_that_is_dropped_before_an_answer_is_tried_again() -> None:
     async with upstream(Play(["drop"]), said("ok")) as server, started(server.url) as far:
-        assert (await collect(far.generate(ask()))).text == "ok"
+        assert (await collect(far.ask(ask()))).text == "ok"
         assert len(server.requests) == 2
 
 
@@ -112,7 +112,7 @@ async def test_retry_after_is_honoured(form: str) -> None:
     plays = [refused(429, {"message": "later"}, **{name: value}), said("ok")]
     async with upstream(*plays) as server, started(server.url) as far:
         began = time.monotonic()
-        assert (await collect(far.generate(ask()))).text == "ok"
+        assert (await collect(far.ask(ask()))).text == "ok"
         assert 0.28 < time.monotonic() - began < 2.5
 
 
@@ -120,7 +120,7 @@ async def test_tries_are_bounded() -> None:
     refusals = [refused(500, {"message": "oops"}, retry_after="0") for _ in range(9)]
     async with upstream(*refusals) as server, started(server.url, max_retries=3) as far:
         with pytest.raises(UpstreamError, match="status 500") as broken:
-            await collect(far.generate(ask()))
+            await collect(far.ask(ask()))
         assert len(server.requests) == 4
         assert broken.value.detail == "status 500: oops"
 
@@ -132,7 +132,7 @@ async def test_a_long_wait_is_the_clients_to_take() -> None:
         started(server.url) as far,
     ):
         with pytest.raises(CapacityError) as full:
-            await collect(far.generate(ask()))
+            await collect(far.ask(ask()))
         assert (full.value.retry_after_s, len(server.requests)) == (90.0, 1)
 
 
@@ -151,7 +151,7 @@ async def test_the_clients_own_mistake_is_told(
     """W17: what can be mended by the client says so, in the upstream's words."""
     async with upstream(refused(400, error)) as server, started(server.url) as far:
         with pytest.raises(kind) as wrong:
-            await collect(far.generate(ask()))
+            await collect(far.ask(ask()))
         assert type(wrong.value) is kind
         assert wrong.value.param == param
         assert "OpenAI: " in wrong.value.message
@@ -162,13 +162,13 @@ async def test_an_overloaded_stream_is_a_matter_of_capacity() -> None:
     play = Play([A, event({"error": {"message": "x", "code": 429}})])
     async with upstream(play) as server, started(server.url) as far:
         with pytest.raises(CapacityError):
-            await collect(far.generate(ask()))
+            await collect(far.ask(ask()))
 
 
 async def test_nobody_there() -> None:
     async with started("http://127.0.0.1:1", max_retries=1) as far:
         with pytest.raises(UpstreamError, match="cannot be reached"):
-            await collect(far.generate(ask()))
+            await collect(far.ask(ask()))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ async def test_a_key_goes_to_its_own_address_alone(monkeypatch: pytest.MonkeyPat
         for provider, variable in cases:
             more = {"api_key": None, "api_key_env": variable, "api_version": "2026-01"}
             async with started(server.url, provider, **more) as far:
-                await collect(far.generate(ask()))
+                await collect(far.ask(ask()))
         first, second, third = server.requests
     assert "authorization" not in first.headers, first.headers["authorization"]
     assert second.headers["authorization"] == "Bearer sk-mine"
@@ -220,7 +220,7 @@ async def test_one_that_fails_does_not_disturb_the_others() -> None:
     """M2: 32 streams of which every fourth breaks."""
     plays = [Play([A, "drop"]) if n % 4 == 0 else said("fine") for n in range(32)]
     async with upstream(*plays) as server, started(server.url) as far:
-        asked = [collect(far.generate(ask())) for _ in plays]
+        asked = [collect(far.ask(ask())) for _ in plays]
         got = await asyncio.gather(*asked, return_exceptions=True)
         texts = [one.text for one in got if not isinstance(one, BaseException)]
         assert texts == ["fine"] * 24

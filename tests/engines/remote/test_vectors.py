@@ -11,6 +11,7 @@ from tests.fakes.upstream import Play, Seen, answered, refused, upstream
 
 from headrace.core.errors import DeadlineExceeded, Unsupported, UpstreamError
 from headrace.core.request import EmbedRequest, RerankRequest
+from headrace.core.stream import collect_ranking, collect_vectors
 
 
 def floats(vector: bytes) -> list[float]:
@@ -31,8 +32,10 @@ async def test_vectors_come_in_order_and_of_length_1(packed: bool) -> None:
     """W23: batched, normalised on request, usage counted."""
     plays = [vectors([3.0, 4.0], [0.0, 2.0], packed=packed) for _ in range(2)]
     async with upstream(*plays) as server, started(server.url, task="embed") as worker:
-        unit = await worker.embed(EmbedRequest(inputs=("a", "b")))
-        plain = await worker.embed(EmbedRequest(inputs=("a", "b"), normalize=False, dimensions=2))
+        unit = await collect_vectors(worker.ask(EmbedRequest(inputs=("a", "b"))))
+        plain = await collect_vectors(
+            worker.ask(EmbedRequest(inputs=("a", "b"), normalize=False, dimensions=2))
+        )
         assert [seen.path for seen in server.requests] == ["/embeddings"] * 2
         assert server.requests[1].body == {
             "model": "gpt-x",
@@ -70,7 +73,7 @@ async def test_broken_answers_are_errors(play: Play) -> None:
         started(server.url, task="embed", max_retries=0) as worker,
     ):
         with pytest.raises(UpstreamError) as broken:
-            await worker.embed(EmbedRequest(inputs=("a",)))
+            await collect_vectors(worker.ask(EmbedRequest(inputs=("a",))))
         assert worker.load == (0, 0)
     assert KEY not in f"{broken.value.message} {broken.value.detail}"
 
@@ -83,10 +86,10 @@ async def test_what_is_not_honoured_is_refused() -> None:
                 (EmbedRequest(inputs=((1, 2),)), "input"),
             ):
                 with pytest.raises(Unsupported) as refusal:
-                    await worker.embed(request)
+                    await collect_vectors(worker.ask(request))
                 assert refusal.value.param == param
             with pytest.raises(Unsupported):
-                await worker.rerank(RerankRequest(query="q", documents=("d",)))
+                await collect_ranking(worker.ask(RerankRequest(query="q", documents=("d",))))
         assert server.requests == []
 
 
@@ -103,7 +106,9 @@ async def test_documents_are_put_in_order(extra: dict[str, Any], tokens: int) ->
     rows = [{"index": 1, "relevance_score": 0.1}, {"index": 0, "relevance_score": 0.9}]
     async with upstream(answered({"results": rows, **extra})) as server:
         async with started(server.url, "siliconflow", task="rerank") as worker:
-            found = await worker.rerank(RerankRequest(query="q", documents=("d", "e"), top_n=2))
+            found = await collect_ranking(
+                worker.ask(RerankRequest(query="q", documents=("d", "e"), top_n=2))
+            )
         assert server.requests[0].path == "/rerank"
         assert server.requests[0].body["top_n"] == 2
     assert [(one.index, one.score) for one in found.ranking] == [(0, 0.9), (1, 0.1)]
@@ -116,5 +121,5 @@ async def test_a_deadline_holds() -> None:
 
     async with upstream(script=script) as server, started(server.url, task="embed") as worker:
         with pytest.raises(DeadlineExceeded):
-            await worker.embed(EmbedRequest(inputs=("a",), deadline_s=0.1))
+            await collect_vectors(worker.ask(EmbedRequest(inputs=("a",), deadline_s=0.1)))
         assert worker.load == (0, 0)

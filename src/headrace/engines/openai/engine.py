@@ -12,15 +12,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from headrace.core.errors import UpstreamError
+from headrace.core.events import TokenCount
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities
-from headrace.core.request import (
-    CountRequest,
-    EmbedRequest,
-    GenerateRequest,
-    RerankRequest,
-    TokenCount,
-)
+from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
 from headrace.engines import remote
 from headrace.engines.base import OpenRequest, RemoteEvent
 from headrace.engines.openai import Options

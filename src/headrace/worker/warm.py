@@ -21,7 +21,7 @@ async def spawn(name: str, on_gone: OnGone) -> ChildProcess:
     return child
 
 
-class Spare:
+class WarmProcess:
     """Keeps one child ahead of its use, while it is told to. All methods belong to one loop."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Spare:
 
     def __repr__(self) -> str:
         """Tell whether there is one."""
-        return f"<Spare {'none' if self._coming is None else 'kept'}>"
+        return f"<WarmProcess {'none' if self._coming is None else 'kept'}>"
 
     def keep(self, wanted: bool) -> None:
         """Have one or have none, from now on. Returns at once; idempotent."""
@@ -85,4 +85,4 @@ async def _ended(coming: asyncio.Task[ChildProcess]) -> None:
 
 
 def _unnoticed(error: WorkerDied) -> None:
-    """Nobody used it."""
+    """NullObserver used it."""

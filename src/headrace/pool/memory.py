@@ -1,4 +1,4 @@
-"""Room in memory for those who want to load: in order, and by what the policy decides."""
+"""MemoryQueue in memory for those who want to load: in order, and by what the policy decides."""
 
 from __future__ import annotations
 
@@ -8,23 +8,109 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from headrace.core.errors import DoesNotFit
+from headrace.core.status import DeviceStatus
 from headrace.pool import policy
-from headrace.pool.ledger import Ledger
+from headrace.pool.entry import ModelEntry
 from headrace.pool.policy import Evict, Fits, Never, Rules, Wait
 from headrace.pool.replica import Replica
-from headrace.pool.seat import Seat
 
 _LOOK_AGAIN_S = 1.0
 
 
+ReadDevices = Callable[[], Mapping[str, tuple[int, int]]]
+"""Returns total and free bytes of each device, as the machine has them now."""
+
+
+class Ledger:
+    """Books bytes by device under a key. What is booked before it is taken is `pending`."""
+
+    def __init__(self, budgets: dict[str, int], read_devices: ReadDevices) -> None:
+        self.budgets = budgets
+        self._read_devices = read_devices
+        self._booked: dict[str, dict[str, int]] = {}
+        self._pending: set[str] = set()
+
+    def __repr__(self) -> str:
+        """Tell what is booked of what."""
+        return f"<Ledger {dict(self.booked())} of {self.budgets}>"
+
+    def booked(self) -> Mapping[str, int]:
+        """Return what is booked of each device."""
+        return {device: self._sum(self._booked, device) for device in self.budgets}
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is being taken just now; until it is, `free` may tell too little."""
+        return not self._pending
+
+    def of(self, key: str) -> Mapping[str, int]:
+        """Return what is booked under a key."""
+        return self._booked.get(key, {})
+
+    def free(self) -> dict[str, int]:
+        """Return what may still be booked: of the budget, and of what the machine has.
+
+        A device without a budget has nothing to give.
+        """
+        machine = self._read_devices()
+        return {
+            device: max(
+                0, min(budget - self._sum(self._booked, device), self._left(device, machine))
+            )
+            for device, budget in self.budgets.items()
+        }
+
+    def excess(self) -> dict[str, int]:
+        """Return by how much the measured bookings exceed the budgets, where they do."""
+        over = {device: booked - self.budgets[device] for device, booked in self.booked().items()}
+        return {device: amount for device, amount in over.items() if amount > 0}
+
+    def book(self, key: str, devices: Mapping[str, int]) -> None:
+        """Book what a load is about to take."""
+        self._booked[key] = dict(devices)
+        self._pending.add(key)
+
+    def settle(self, key: str, devices: Mapping[str, int]) -> None:
+        """Put the measured amounts in place of the booked ones."""
+        if key in self._booked:
+            self._booked[key] = dict(devices)
+            self._pending.discard(key)
+
+    def release(self, key: str) -> None:
+        """Give back what a key has booked. Idempotent."""
+        self._booked.pop(key, None)
+        self._pending.discard(key)
+
+    def status(self) -> tuple[DeviceStatus, ...]:
+        """Tell how each device stands."""
+        machine, booked = self._read_devices(), self.booked()
+        return tuple(
+            DeviceStatus(
+                name=device,
+                total=machine.get(device, (0, 0))[0],
+                budget=budget,
+                booked=booked[device],
+                free=machine.get(device, (0, 0))[1],
+            )
+            for device, budget in self.budgets.items()
+        )
+
+    def _left(self, device: str, machine: Mapping[str, tuple[int, int]]) -> int:
+        # What is booked and not yet taken still looks free to the machine.
+        return machine.get(device, (0, 0))[1] - self._sum(self._pending, device)
+
+    def _sum(self, keys: Iterable[str], device: str) -> int:
+        return sum(self._booked[key].get(device, 0) for key in keys)
+
+
 class Unwanted(Exception):
-    """Nobody waits for the load any more, or it may not push others out."""
+    """NullObserver waits for the load any more, or it may not push others out."""
 
 
 class Dismiss(Protocol):
     """Unloads a replica that is idle, for the sake of another model."""
 
-    def __call__(self, seat: Seat, replica: Replica, *, by: str) -> asyncio.Task[None]:
+    def __call__(self, entry: ModelEntry, replica: Replica, *, by: str) -> asyncio.Task[None]:
         """Return the task that ends when the memory is back."""
         ...
 
@@ -40,12 +126,12 @@ class _Want:
         self.closed: set[Replica] = set()
 
 
-class Room:
+class MemoryQueue:
     """Who waits for memory, and how each of them gets it."""
 
     def __init__(
         self,
-        seats: Callable[[], Iterable[Seat]],
+        entries: Callable[[], Iterable[ModelEntry]],
         ledger: Ledger,
         rules: Rules,
         dismiss: Dismiss,
@@ -53,7 +139,7 @@ class Room:
     ) -> None:
         self.ledger = ledger
         self.rules = rules
-        self._seats = seats
+        self._entries = entries
         self._dismiss = dismiss
         self._clock = clock
         self._wants: list[_Want] = []
@@ -61,7 +147,9 @@ class Room:
 
     def __repr__(self) -> str:
         """Tell who waits."""
-        return f"<Room {self.ledger!r}, waiting: {[want.replica.key for want in self._wants]}>"
+        return (
+            f"<MemoryQueue {self.ledger!r}, waiting: {[want.replica.key for want in self._wants]}>"
+        )
 
     def notify(self) -> None:
         """Have those who wait look again."""
@@ -69,7 +157,7 @@ class Room:
         self._changed = asyncio.Event()
 
     async def book(
-        self, seat: Seat, replica: Replica, need: Mapping[str, int], *, may_evict: bool
+        self, entry: ModelEntry, replica: Replica, need: Mapping[str, int], *, may_evict: bool
     ) -> None:
         """Wait for room and book it.
 
@@ -81,22 +169,22 @@ class Room:
         self._wants.append(want)
         end = want.since + replica.spec.load_timeout_s
         try:
-            while not await self._step(seat, want, may_evict=may_evict):
+            while not await self._step(entry, want, may_evict=may_evict):
                 if self._clock() > end:
                     raise DoesNotFit(
-                        f"{seat.spec.name} has waited {replica.spec.load_timeout_s:g} s for memory "
+                        f"{entry.spec.name} has waited {replica.spec.load_timeout_s:g} s for memory "
                         f"({numbers(need)}) that others are using.",
                         retry_after_s=self.rules.longest_wait_s,
                     )
         finally:
             self._wants.remove(want)
             for closed in want.closed:
-                closed.closed = closed.unloading is not None or closed in self._retired()
-            for other in self._seats():
+                closed.reopen(want)
+            for other in self._entries():
                 other.grant()
             self.notify()
 
-    async def _step(self, seat: Seat, want: _Want, *, may_evict: bool) -> bool:
+    async def _step(self, entry: ModelEntry, want: _Want, *, may_evict: bool) -> bool:
         """Try once to get room; tell whether it is booked."""
         changed, now = self._changed, self._clock()
         decision = self._decide(want)
@@ -104,20 +192,21 @@ class Room:
             self.ledger.book(want.replica.key, want.need)
             return True
         if isinstance(decision, Never):
-            raise DoesNotFit(self.refusal(seat.spec.name, want.need, decision))
-        if not may_evict or not seat.is_waited_for:
+            raise DoesNotFit(self.refusal(entry.spec.name, want.need, decision))
+        if not may_evict or not entry.is_wanted:
             raise Unwanted
         first = self._wants[0] is want
         if isinstance(decision, Evict) and self._may_evict(want, now):
             want.is_evicting = True
-            await asyncio.gather(*[asyncio.shield(task) for task in self._evict(decision, seat)])
+            await asyncio.gather(*[asyncio.shield(task) for task in self._evict(decision, entry)])
             return False
         until = now + _LOOK_AGAIN_S
         if isinstance(decision, Wait):
             until = min(until, decision.until or until)
             for key in decision.close if first else ():
                 if (found := self.find(key)) is not None:
-                    found[1].closed = want.is_evicting = True
+                    found[1].close(want)
+                    want.is_evicting = True
                     want.closed.add(found[1])
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.001, until - now)):
@@ -137,10 +226,10 @@ class Room:
         residents = [
             # Who is leaving anyway holds nobody's memory for good.
             replica.resident(
-                pinned=seat.spec.pinned and replica in seat.replicas and replica.unloading is None
+                pinned=entry.spec.pinned and replica in entry.replicas and replica.unloading is None
             )
-            for seat in self._seats()
-            for replica in seat.everybody()
+            for entry in self._entries()
+            for replica in entry.all_replicas()
             if self.ledger.of(replica.key)
         ]
         now, rules = self._clock(), self.rules
@@ -164,7 +253,7 @@ class Room:
 
     def refusal(self, name: str, need: Mapping[str, int], never: Never) -> str:
         """Tell why a model cannot be loaded, with the numbers."""
-        pinned = [one.spec.name for one in self._seats() if one.spec.pinned and one.is_ready]
+        pinned = [one.spec.name for one in self._entries() if one.spec.pinned and one.is_ready]
         budget, free = self.ledger.budgets.get(never.device, 0), self.ledger.free()
         held = f" Pinned: {', '.join(pinned)}." if pinned else ""
         return (
@@ -173,11 +262,11 @@ class Room:
             f"still be missing.{held}"
         )
 
-    def _evict(self, decision: Evict, by: Seat) -> list[asyncio.Task[None]]:
+    def _evict(self, decision: Evict, by: ModelEntry) -> list[asyncio.Task[None]]:
         found = [self.find(key) for key in decision.keys]
         return [self._dismiss(*pair, by=by.spec.name) for pair in found if pair is not None]
 
-    def excessive(self) -> list[tuple[Seat, Replica]]:
+    def excessive(self) -> list[tuple[ModelEntry, Replica]]:
         """Return idle ones that should go because those that are loaded outgrew the budget."""
         if not (excess := self.ledger.excess()):
             return []
@@ -185,12 +274,9 @@ class Room:
         found = [self.find(key) for key in decision.keys] if isinstance(decision, Evict) else []
         return [pair for pair in found if pair is not None and pair[1].unloading is None]
 
-    def _retired(self) -> set[Replica]:
-        return {replica for seat in self._seats() for replica in seat.retired}
-
-    def find(self, key: str) -> tuple[Seat, Replica] | None:
-        """Find a replica and its seat by the key in the ledger."""
-        pairs = ((seat, replica) for seat in self._seats() for replica in seat.everybody())
+    def find(self, key: str) -> tuple[ModelEntry, Replica] | None:
+        """Find a replica and its entry by the key in the ledger."""
+        pairs = ((entry, replica) for entry in self._entries() for replica in entry.all_replicas())
         return next((pair for pair in pairs if pair[1].key == key), None)
 
 

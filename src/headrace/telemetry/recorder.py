@@ -1,4 +1,4 @@
-"""Makes spans and records of what a pool, or any Backend, does."""
+"""Recorder: the Observer that makes spans and records of what a pool does."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Generic
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from urllib.parse import urlsplit
 
 import msgspec
@@ -15,12 +14,11 @@ import msgspec
 from headrace import machine
 from headrace.core.backend import Backend
 from headrace.core.errors import Draining, HeadraceError
-from headrace.core.events import Event, Finish
+from headrace.core.events import Finish
 from headrace.core.model import ModelInfo, ModelSpec
 from headrace.core.record import Attribute, RequestRecord, RunningRequest, Sink, Sinks
-from headrace.core.request import EmbedResult, RerankResult
+from headrace.core.request import AnyRequest
 from headrace.models.providers import PROVIDERS
-from headrace.pool.watch import Asked
 from headrace.telemetry import content as contents
 from headrace.telemetry import names, traceparent
 from headrace.telemetry.content import Capture
@@ -35,11 +33,11 @@ _LIKE_A_SETTING = (
 )
 
 
-class Watcher:
-    """Looks on. Each request has one root span and one record, however it ends.
+class Recorder:
+    """Observes a pool. Each request has one root span and one record, however it ends.
 
-    `models` tells what is served. `sinks` are told of each request that has ended. `capture`
-    keeps content, redacted.
+    `models` returns what is served. `sinks` receive the record of each finished request.
+    `capture` keeps content, redacted.
     """
 
     def __init__(
@@ -55,21 +53,21 @@ class Watcher:
         self._sinks = tuple(sinks)
         self._capture = capture
         self._failing: set[int] = set()
-        self._running: dict[int, Running[Any]] = {}
+        self._running: dict[int, _Observation] = {}
         self._known: dict[str, ModelInfo] = {}
         self._known_at = float("-inf")
 
     def __repr__(self) -> str:
-        """Tell how many requests run."""
-        return f"<Watcher, {len(self._running)} running>"
+        """Describe how many requests run."""
+        return f"<Recorder, {len(self._running)} running>"
 
     def running(self) -> tuple[RunningRequest, ...]:
-        """Tell what runs now, oldest first, without waiting."""
+        """Return what runs now, oldest first, without waiting."""
         return tuple(run.snapshot() for run in self._running.values())
 
     @contextmanager
-    def asked(self, request: Asked) -> Generator[Running[Asked]]:
-        """Look at a request."""
+    def observe(self, request: AnyRequest) -> Generator[_Observation]:
+        """Observe a request."""
         run = self._begin(request)
         try:
             yield run
@@ -83,11 +81,11 @@ class Watcher:
             run.trace.forget()
 
     @contextmanager
-    def attempted(
-        self, request: Asked, worker: Backend, spec: ModelSpec
-    ) -> Generator[_Attempt[Asked]]:
-        """Look at what one worker makes of a request: a span below the request's."""
-        span, request = self._attempt(request, worker, spec)
+    def attempt(
+        self, run: Running, request: AnyRequest, worker: Backend, spec: ModelSpec
+    ) -> Generator[_Attempt]:
+        """Observe one worker's attempt: a span below the request's."""
+        span, request = self._attempt_span(run, request, worker, spec)
         attempt, error = _Attempt(request), None
         try:
             yield attempt
@@ -95,17 +93,17 @@ class Watcher:
             error = failure
             raise
         finally:
-            result = attempt.result
-            if result is not None:
-                span.attributes |= names.usage(result.metrics)
-                span.attributes[names.ENGINE] = result.metrics.engine
-                if isinstance(result, Finish):
-                    span.attributes[names.FINISH_REASONS] = result.finish_reasons
-            span.end(time.monotonic(), None if result is not None else error)
+            finish = attempt.finish
+            if finish is not None:
+                span.attributes |= names.usage(finish.metrics)
+                span.attributes[names.ENGINE] = finish.metrics.engine
+                if request.task == "generate":
+                    span.attributes[names.FINISH_REASONS] = finish.finish_reasons
+            span.end(time.monotonic(), None if finish is not None else error)
 
     @asynccontextmanager
     async def loading(self, worker: Backend, spec: ModelSpec) -> AsyncGenerator[None]:
-        """Look at a load: a span of its own. Without OpenTelemetry nobody would see it."""
+        """Observe a load: a span of its own, where OpenTelemetry is switched on."""
         if self.tracing.exporter is None or worker.models()[0].state == "ready":
             yield
             return
@@ -127,7 +125,7 @@ class Watcher:
             self.tracing.loads[spec.name] = span
 
     def closed(self) -> None:
-        """Have all end that is not read to its end, as nothing more is sent or written then."""
+        """End all requests that are open, as nothing more is sent or written from now on."""
         now, error = time.monotonic(), Draining("The model was stopped.")
         for run in list(self._running.values()):
             run.error = error
@@ -135,18 +133,18 @@ class Watcher:
                 attempt.end(now, error)
             self._end(run)
 
-    def _begin(self, request: Asked) -> Running[Asked]:
+    def _begin(self, request: AnyRequest) -> _Observation:
         info = self._info(request.model)
         parent = traceparent.parse(request.traceparent, request.tracestate)
         attributes = names.asked(request, names.provider(info) if info else names.HERE)
         attributes[names.REQUEST_ID] = request.id
         if request.client:
             attributes[names.CLIENT] = request.client
-        what, trace = names.operation(request), Trace(request.received, parent)
+        operation, trace = request.operation, Trace(request.received, parent)
         root = self.tracing.span(
             trace,
-            # Names from outside have no end: they do not become those of spans.
-            f"{what} {info.id}" if info else what,
+            # Names from outside are unbounded: they do not become names of spans.
+            f"{operation} {info.id}" if info else operation,
             parent,
             request.received,
             kind="server",
@@ -156,16 +154,16 @@ class Watcher:
         request = msgspec.structs.replace(
             request, traceparent=root.traceparent, tracestate=root.state
         )
-        run = Running(request, info, root, listens=self._capture is not None)
+        run = _Observation(self, request, info, root, listens=self._capture is not None)
         self._running[id(run)] = run
-        self.tracing.traces[root.traceparent] = trace
         return run
 
-    def _attempt(self, request: Asked, worker: Backend, spec: ModelSpec) -> tuple[Span, Asked]:
-        now = time.monotonic()
-        trace = self.tracing.traces[request.traceparent]
+    def _attempt_span(
+        self, run: Running, request: AnyRequest, worker: Backend, spec: ModelSpec
+    ) -> tuple[Span, AnyRequest]:
+        now, trace = time.monotonic(), run.trace
         kind, name, attributes = _step(request, worker, spec)
-        span = self.tracing.span(trace, name, trace.root, now, kind=kind, attributes=attributes)
+        span = self.tracing.span(trace, name, run.root, now, kind=kind, attributes=attributes)
         trace.attempts.append(span)
         told = span.outside
         return span, msgspec.structs.replace(
@@ -174,11 +172,10 @@ class Watcher:
             tracestate=told.state,
         )
 
-    def _end(self, run: Running[Any]) -> None:
+    def _end(self, run: _Observation) -> None:
         ended = time.monotonic()
         if self._running.pop(id(run), None) is None:
             return
-        self.tracing.traces.pop(run.root.traceparent, None)
         try:
             record = self._record(run, ended)
         except Exception:  # noqa: BLE001  # see below
@@ -189,10 +186,12 @@ class Watcher:
         for sink in self._sinks:
             self._tell(record, sink)
 
-    def _record(self, run: Running[Any], ended: float) -> RequestRecord:
+    def _record(self, run: Running, ended: float) -> RequestRecord:
         metrics, root, capture = run.metrics(ended), run.root, self._capture
         failure, outcome = run.failure, run.outcome
-        reasons = () if run.finish is None else getattr(run.finish, "finish_reasons", ())
+        reasons: tuple[str, ...] = ()
+        if run.finish is not None and run.request.task == "generate":
+            reasons = run.finish.finish_reasons
         kept = None if capture is None else contents.content(run.request, run.said or {}, capture)
         root.attributes |= names.usage(metrics) | names.figures(metrics)
         root.attributes[names.OUTCOME] = outcome
@@ -211,7 +210,7 @@ class Watcher:
             id=run.request.id,
             trace_id=root.trace_id,
             time=run.trace.unix_ns(run.trace.began) / 1e9,
-            operation=names.operation(run.request),
+            operation=run.request.operation,
             model=metrics.model or run.model,
             outcome=outcome,
             metrics=metrics,
@@ -244,21 +243,44 @@ class Watcher:
         return self._known.get(name)
 
 
-class _Attempt(Generic[Asked]):
-    """One attempt at a request."""
+class _Observation(Running):
+    """A request that is observed."""
 
-    def __init__(self, request: Asked) -> None:
+    __slots__ = ("_recorder",)
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        request: AnyRequest,
+        info: ModelInfo | None,
+        root: Span,
+        *,
+        listens: bool,
+    ) -> None:
+        super().__init__(request, info, root, listens=listens)
+        self._recorder = recorder
+
+    def attempt(
+        self, request: AnyRequest, worker: Backend, spec: ModelSpec
+    ) -> AbstractContextManager[_Attempt]:
+        """Observe one worker's attempt."""
+        return self._recorder.attempt(self, request, worker, spec)
+
+
+class _Attempt:
+    """One worker's attempt at a request."""
+
+    def __init__(self, request: AnyRequest) -> None:
         self.request = request
-        self.result: Finish | EmbedResult | RerankResult | None = None
+        self.finish: Finish | None = None
 
-    def saw(self, what: Event | EmbedResult | RerankResult) -> None:
-        """Note how it ended."""
-        if isinstance(what, Finish | EmbedResult | RerankResult):
-            self.result = what
+    def finished(self, finish: Finish) -> None:
+        """Note that it ended well."""
+        self.finish = finish
 
 
 def _step(
-    request: names.Request, worker: Backend, spec: ModelSpec
+    request: AnyRequest, worker: Backend, spec: ModelSpec
 ) -> tuple[Kind, str, dict[str, Attribute]]:
     """Return what an attempt's span is: a call of an upstream is that of its client."""
     pid = _pid(worker)

@@ -1,0 +1,201 @@
+"""Answers that outlive their worker: what the client has got, and how the rest can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from headrace.core.errors import (
+    EngineError,
+    GenerationFailed,
+    HeadraceError,
+    OutOfMemory,
+    WorkerDied,
+)
+from headrace.core.events import Delta, Event, Finish, Progress
+from headrace.core.model import Capabilities
+from headrace.core.model import Continuation as Policy
+from headrace.core.request import AnyRequest, GenerateRequest
+
+Way = Literal["exact", "fast"]
+_SURVIVED = (WorkerDied, GenerationFailed, OutOfMemory)
+
+
+class Diverged(Exception):
+    """The second answer does not begin as the first did."""
+
+
+class _Sent:
+    """What the client has got of one choice, and how much of it has been repeated."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.reasonings: list[str] = []
+        self.token_ids: list[int] = []
+        self._text = self._reasoning = ""
+        self._tokens = 0
+
+    def note(self, delta: Delta) -> None:
+        if delta.text:
+            self.texts.append(delta.text)
+        if delta.reasoning:
+            self.reasonings.append(delta.reasoning)
+        self.token_ids += delta.token_ids
+
+    def rewind(self) -> None:
+        self._text, self._reasoning = "".join(self.texts), "".join(self.reasonings)
+        self._tokens = len(self.token_ids)
+
+    @property
+    def is_repeated(self) -> bool:
+        return not (self._text or self._reasoning)
+
+    def rest(self, delta: Delta) -> Delta:
+        """Return what of a delta is new.
+
+        Raises:
+            Diverged: it is not what was sent before.
+        """
+        text, self._text = _after(delta.text, self._text)
+        reasoning, self._reasoning = _after(delta.reasoning, self._reasoning)
+        known = min(self._tokens, len(delta.token_ids))
+        self._tokens -= known
+        return Delta(text, delta.token_ids[known:], delta.index, reasoning, delta.logprobs[known:])
+
+
+def _after(new: str, sent: str) -> tuple[str, str]:
+    known = min(len(new), len(sent))
+    if new[:known] != sent[:known]:
+        raise Diverged
+    return new[known:], sent[known:]
+
+
+class Continuation:
+    """One answer as the client gets it, from one worker or from two.
+
+    `request` is what the next attempt asks. `way` is how the answer went on; None if it did not.
+    """
+
+    def __init__(self, request: AnyRequest, policy: Policy, clock: Callable[[], float]) -> None:
+        self.request = request
+        self.way: Way | None = None
+        self.is_whole = False
+        self._original = request
+        self._policy: Policy = policy
+        self._clock = clock
+        self._load_s: float | None = None
+        self._turn_at = 0.0
+        self._visible_at: float | None = None
+        self._sent = [_Sent() for _ in range(request.slots)]
+        self._has_begun = False
+        self._first_error: EngineError | None = None
+
+    def start(self, load_s: float) -> AnyRequest:
+        """Return what the worker is asked, now that the request has waited `load_s` for a load."""
+        if self._load_s is None:
+            self._load_s, self._turn_at = load_s, self._clock()
+        if not self._load_s:
+            return self.request
+        load_ms = self.request.load_ms + self._load_s * 1000
+        return msgspec.structs.replace(self.request, load_ms=load_ms)
+
+    def retry(self, error: HeadraceError | Diverged, capabilities: Capabilities) -> Way:
+        """Prepare the second attempt after the first has failed; return how it goes on.
+
+        Raises:
+            HeadraceError: the first error, where the answer cannot go on.
+        """
+        if self._first_error is not None:
+            first, self._first_error = self._first_error, None
+            raise first from error
+        assert isinstance(error, HeadraceError), "only a second answer diverges"
+        way = self._way_on(error, capabilities) if isinstance(error, EngineError) else None
+        if way is None or not isinstance(error, EngineError):
+            raise error
+        self._first_error, self.way = error, way
+        for sent in self._sent:
+            sent.rewind()
+        if way == "fast":
+            answered = tuple(self._sent[0].token_ids)
+            self.request = msgspec.structs.replace(self._original, answered=answered)
+        return way
+
+    def new(self, event: Event) -> Event | None:
+        """Return what of an event the client has not got yet, and note that it has it now.
+
+        Raises:
+            Diverged: the second answer is not as the first.
+        """
+        if type(event) is Delta:
+            return self._new_delta(event)
+        if isinstance(event, Finish):
+            return self._finish(event)
+        if not isinstance(event, Progress):
+            # The one event of another kind: it is not sent twice.
+            was_sent, self._has_begun = self._has_begun, True
+            return None if was_sent else event
+        return event
+
+    def _new_delta(self, delta: Delta) -> Delta | None:
+        sent = self._sent[delta.index]
+        if self.way is not None:
+            delta = sent.rest(delta)
+            if not (delta.text or delta.token_ids or delta.reasoning):
+                return None
+        self._has_begun = True
+        if self._visible_at is None and (delta.text or delta.reasoning):
+            self._visible_at = self._clock()
+        if self._policy != "off" and self.way is None:
+            sent.note(delta)
+        return delta
+
+    def _finish(self, finish: Finish) -> Finish:
+        """Return the Finish, which says whether and how the answer was continued.
+
+        Raises:
+            Diverged: the second answer is shorter than what was sent of the first.
+        """
+        if self.way is None:
+            self.is_whole = True
+            return finish
+        if not all(sent.is_repeated for sent in self._sent):
+            raise Diverged
+        self.is_whole, self._first_error = True, None
+        changes = {"continuations": 1, "continued": self.way}
+        if self._original.task == "generate":
+            changes |= self._felt(finish)
+        metrics = msgspec.structs.replace(finish.metrics, **changes)
+        return msgspec.structs.replace(finish, metrics=metrics)
+
+    def _felt(self, finish: Finish) -> dict[str, float | None]:
+        """Return what the client felt: the first worker's turn, and the first text of all."""
+        received, load_s = self._original.received, self._load_s or 0.0
+        visible = finish.metrics.time_to_first_token_ms
+        if self._visible_at is not None:
+            visible = (self._visible_at - received) * 1000
+        return {
+            "queue_ms": max(0.0, self._turn_at - received - load_s) * 1000,
+            "time_to_first_token_ms": visible,
+        }
+
+    def _way_on(self, error: EngineError, capabilities: Capabilities) -> Way | None:
+        """Return how the answer can go on after its worker failed; None where it cannot.
+
+        Where nothing has been sent, or the engine repeats itself, the request is made again;
+        otherwise the tokens that were sent are the beginning of the second answer.
+        """
+        if self._policy == "off" or not isinstance(error, _SURVIVED):
+            return None
+        request = self._original
+        if not self._has_begun or not isinstance(request, GenerateRequest):
+            return "exact"
+        # A grammar, or one of several choices, cannot be resumed in the middle.
+        simple = request.n == 1 and request.json_schema is None and not request.echo
+        if self._policy == "fast" and simple and capabilities.resume:
+            return "fast"
+        sampling = request.sampling
+        repeats = sampling.temperature == 0 or sampling.seed is not None
+        # Whether the engine really does is seen when the first part comes again.
+        return "exact" if repeats else None

@@ -1,0 +1,97 @@
+"""What a pool reports of its work: requests, the attempts at each, and loads.
+
+An observer is called where the events pass anyway: a generator around each stream would cost more
+than all that an observer does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import Protocol, Self
+
+from headrace.core.backend import Backend
+from headrace.core.events import Event, Finish
+from headrace.core.model import ModelSpec
+from headrace.core.request import AnyRequest
+
+
+class AttemptObservation(Protocol):
+    """One worker's attempt at a request; `request` is what the worker is to be asked."""
+
+    request: AnyRequest
+
+    def finished(self, finish: Finish) -> None:
+        """Record the Finish, without waiting. Never raises."""
+        ...
+
+
+class Observation(Protocol):
+    """A request that is observed; `request` is what is to be asked on its behalf."""
+
+    request: AnyRequest
+
+    def saw(self, event: Event) -> None:
+        """Record an event, without waiting. Never raises."""
+        ...
+
+    def attempt(
+        self, request: AnyRequest, worker: Backend, spec: ModelSpec
+    ) -> AbstractContextManager[AttemptObservation]:
+        """Observe one worker's attempt. What is raised within is how it ended."""
+        ...
+
+
+class Observer(Protocol):
+    """Observes a pool. What is raised within a context is how a request or a load ended."""
+
+    def observe(self, request: AnyRequest) -> AbstractContextManager[Observation]:
+        """Observe a request, which reports each of its events."""
+        ...
+
+    def loading(self, worker: Backend, spec: ModelSpec) -> AbstractAsyncContextManager[None]:
+        """Observe a load."""
+        ...
+
+    def closed(self) -> None:
+        """End what is open: the pool is closed, and streams that are not read get no end."""
+        ...
+
+
+class NullObservation:
+    """Observes nothing."""
+
+    def __init__(self, request: AnyRequest) -> None:
+        self.request = request
+
+    def saw(self, event: Event) -> None:
+        """Do nothing."""
+
+    def finished(self, finish: Finish) -> None:
+        """Do nothing."""
+
+    def attempt(self, request: AnyRequest, worker: Backend, spec: ModelSpec) -> NullObservation:
+        """Do nothing."""
+        return NullObservation(request)
+
+    def __enter__(self) -> Self:
+        """Do nothing."""
+        return self
+
+    def __exit__(self, *how: object) -> None:
+        """Do nothing."""
+
+
+class NullObserver:
+    """Observes nothing."""
+
+    def observe(self, request: AnyRequest) -> NullObservation:
+        """Do nothing."""
+        return NullObservation(request)
+
+    def loading(self, worker: Backend, spec: ModelSpec) -> AbstractAsyncContextManager[None]:
+        """Do nothing."""
+        return contextlib.nullcontext()
+
+    def closed(self) -> None:
+        """Do nothing."""

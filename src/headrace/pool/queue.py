@@ -1,0 +1,151 @@
+"""The bounded queue in front of one model, fair between clients, and the Retry-After forecast."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from headrace.core.request import AnyRequest
+
+if TYPE_CHECKING:
+    from headrace.pool.replica import Lease
+
+_SMOOTHING = 0.2
+_LONGEST_FORECAST = 512
+_MARGIN = 1.05
+# Clients do not believe more, and many of those who were refused never come again.
+_FARTHEST_S = 55.0
+_MANY_CLIENTS = 1024
+_GUESSED_SERVICE_S = 2.0
+
+
+class Ticket:
+    """One request's place in a queue. `lease` becomes its lease, or the error instead of it.
+
+    `priority` is for an answer that was cut off: it goes first, and is always taken.
+    """
+
+    def __init__(self, request: AnyRequest, now: float, *, priority: bool = False) -> None:
+        self.request = request
+        self.cost = request.cost()
+        self.priority = priority
+        self.joined = now
+        self.blocks: tuple[int, ...] = ()
+        self.load_s = 0.0
+        self.lease: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+
+
+class Queue:
+    """Tickets by client. The client with the fewest tokens so far is next; FIFO within a client."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._priority: deque[Ticket] = deque()
+        self._waiting: dict[str, deque[Ticket]] = {}
+        self._served: dict[str, float] = {}
+        self._floor = 0.0
+        self._count = 0
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return self._count
+
+    def __iter__(self) -> Iterator[Ticket]:
+        """Iterate over all tickets, in no order."""
+        yield from self._priority
+        for tickets in self._waiting.values():
+            yield from tickets
+
+    def join(self, ticket: Ticket) -> None:
+        """Add a ticket to the end of its client's; one with priority goes before all others."""
+        self._count += 1
+        if ticket.priority:
+            self._priority.append(ticket)
+            return
+        client = ticket.request.client
+        if len(self._served) > _MANY_CLIENTS:
+            self._forget()
+        # An idle client saves up no turns.
+        self._served[client] = max(self._served.get(client, 0.0), self._floor)
+        self._waiting.setdefault(client, deque()).append(ticket)
+
+    def next(self) -> Ticket | None:
+        """Return whose turn it is; the ticket stays in the queue until it leaves."""
+        if self._priority:
+            return self._priority[0]
+        if not self._waiting:
+            return None
+        return self._waiting[min(self._waiting, key=lambda client: self._served[client])][0]
+
+    def leave(self, ticket: Ticket) -> bool:
+        """Remove a ticket; return whether it was there."""
+        client = ticket.request.client
+        tickets = self._priority if ticket.priority else self._waiting.get(client)
+        if tickets is None or ticket not in tickets:
+            return False
+        tickets.remove(ticket)
+        self._count -= 1
+        if not tickets and not ticket.priority:
+            del self._waiting[client]
+        return True
+
+    def granted(self, ticket: Ticket) -> None:
+        """Charge the estimated tokens of a request whose turn has come to its client."""
+        client = ticket.request.client
+        served = self._served.get(client, self._floor)
+        self._floor = max(self._floor, served)
+        self._served[client] = served + ticket.cost
+
+    def correct(self, ticket: Ticket, tokens: float) -> None:
+        """Charge the real tokens in place of the estimate."""
+        client = ticket.request.client
+        if client in self._served:
+            self._served[client] += tokens - ticket.cost
+
+    def _forget(self) -> None:
+        # Of so many, those who ask for nothing now begin anew when they come again.
+        self._served = {name: had for name, had in self._served.items() if name in self._waiting}
+
+
+class Forecast:
+    """When places in a queue become free, from how long requests have held their slots."""
+
+    def __init__(self) -> None:
+        self._service_s = 0.0
+        self._promised: deque[float] = deque()
+
+    def served(self, held_s: float) -> None:
+        """Note how long a request has held its slot."""
+        self._service_s += (held_s - self._service_s) * (_SMOOTHING if self._service_s else 1)
+
+    def retry_after_s(self, now: float, started: Iterable[float]) -> float:
+        """Return after how many seconds a request that is refused now finds a place.
+
+        `started` are the times at which the running requests began. Requests that were refused a
+        moment ago come first: each gets a time of its own.
+        """
+        while self._promised and self._promised[0] <= now:
+            self._promised.popleft()
+        service_s, ends = self._service_s or _GUESSED_SERVICE_S, list(started)
+        ahead = min(len(self._promised), _LONGEST_FORECAST)
+        first = _nth_end(ends, 1, service_s, now)
+        at = min(_nth_end(ends, ahead + 1, service_s, now), max(first, now + _FARTHEST_S))
+        if ahead < _LONGEST_FORECAST:
+            self._promised.append(max(at, self._promised[-1] if self._promised else at))
+        # A little later, so that the place is free and not about to be.
+        return max(0.05, (at - now) * _MARGIN)
+
+
+def _nth_end(started: list[float], count: int, service_s: float, now: float) -> float:
+    """Return when the `count`-th slot becomes free, if each request takes `service_s`."""
+    # One that is overdue can end at any moment.
+    ends = [max(start + service_s, now + service_s / 8) for start in started] or [now + service_s]
+    heapq.heapify(ends)
+    end = ends[0]
+    for _ in range(count):
+        end = ends[0]
+        heapq.heapreplace(ends, end + service_s)
+    return end

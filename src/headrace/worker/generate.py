@@ -1,0 +1,128 @@
+"""Answers to a GenerateRequest at a local engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from concurrent.futures import Executor
+from typing import cast
+
+from headrace.core.errors import InvalidRequest
+from headrace.core.events import Delta, Event, FinishReason, Progress
+from headrace.core.request import GenerateRequest
+from headrace.core.stream import merge
+from headrace.engines.base import (
+    Admitted,
+    Engine,
+    Generator,
+    Pair,
+    RawDelta,
+    RawEvent,
+)
+from headrace.text.pipeline import TextPipeline
+from headrace.worker.batching import Batcher
+from headrace.worker.prompt import Job, Prompter
+from headrace.worker.turn import Served, Turn
+
+
+class Loaded(Served, frozen=True, kw_only=True):
+    """A model that an engine of this process has loaded; `thread` runs its batches."""
+
+    engine: Engine
+    prompter: Prompter
+    embeddings: Batcher[tuple[int, ...], bytes]
+    scores: Batcher[Pair, float]
+    thread: Executor
+
+
+async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+    """Yield the whole stream of an answer.
+
+    Raises:
+        HeadraceError: with the figures up to then in its `metrics`.
+    """
+    with Turn(loaded, request) as turn:
+        turn.require_task()
+        if request.n > loaded.max_choices:
+            raise InvalidRequest(f"n is at most {loaded.max_choices} for this model.", param="n")
+        job = await asyncio.to_thread(loaded.prompter.job, request)
+        for index in range(request.n if job.echo else 0):
+            yield Delta(text=job.echo, index=index)
+        choices = [_Choice(turn, index, job) for index in range(request.n)]
+        streams = [choice.events() for choice in choices]
+        stream = streams[0] if len(streams) == 1 else merge(streams)
+        try:
+            async for event in stream:
+                yield event
+        finally:
+            await stream.aclose()
+        yield turn.finish([choice.reason for choice in choices])
+
+
+class _Choice:
+    """One of a request's choices."""
+
+    def __init__(self, turn: Turn[Loaded, GenerateRequest], index: int, job: Job) -> None:
+        self.reason: FinishReason = "stop"
+        self._turn = turn
+        self._index = index
+        self._job = job
+        self._request = job.choices[index]
+        self._text = TextPipeline(job.stops)
+        self._tokens = 0
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Yield the choice's events: the tokens that were answered before, then what follows."""
+        opening = self._opening() if self._turn.request.answered else None
+        if self._job.over is not None or self._text.stopped:
+            self.reason = self._job.over or "stop"
+            if opening is not None:
+                yield opening
+        else:
+            await self._turn.take_slot()
+            raw = self._engine_events()
+            try:
+                if opening is not None:
+                    yield opening
+                async for event in raw:
+                    self._turn.check()
+                    if (shown := self._shown(event)) is not None:
+                        yield shown
+                    if self._text.stopped:
+                        break
+            finally:
+                await raw.aclose()
+                self._turn.leave_slot()
+        if rest := self._text.flush():
+            self._turn.answered(rest)
+            yield Delta(rest, index=self._index)
+        if self._text.stopped:
+            self.reason = "stop"
+
+    def _opening(self) -> Delta:
+        request = self._request
+        self._turn.meter.resumed(len(request.token_ids), len(request.answered))
+        shown = self._text.feed(self._job.said.encode())
+        self._turn.answered(shown)
+        return Delta(shown, self._turn.request.answered)
+
+    def _engine_events(self) -> AsyncGenerator[RawEvent, None]:
+        raw = cast("Generator", self._turn.served.engine).generate(self._request)
+        # Only a deadline needs a timer around each step.
+        return raw if self._turn.request.deadline is None else self._turn.steps(raw)
+
+    def _shown(self, event: RawEvent) -> Event | None:
+        meter, prompt_tokens = self._turn.meter, len(self._request.token_ids)
+        if isinstance(event, RawDelta):
+            text, tokens = self._text.feed(event.data), len(event.token_ids)
+            self._tokens += tokens
+            meter.delta(tokens, visible=bool(text))
+            self._turn.answered(text)
+            return Delta(text, event.token_ids, self._index, "", event.logprobs)
+        if isinstance(event, Admitted):
+            meter.admitted(prompt_tokens, event.cached)
+            return Progress("prefill", event.done, event.total)
+        self.reason = event.reason
+        missing = event.completion_tokens - self._tokens
+        meter.correct(prompt_tokens, missing, event.cached_tokens)
+        return None

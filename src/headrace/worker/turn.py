@@ -1,0 +1,317 @@
+"""One request at one engine: its slot, its deadline, its figures, its record, its failure.
+
+Everything that a worker does for a request of any kind, at a local engine or an upstream. What
+the kind itself yields is in `generate`, `encode` and `remote`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+import msgspec
+
+from headrace.core.errors import (
+    DeadlineExceeded,
+    GenerationFailed,
+    HeadraceError,
+    OutOfMemory,
+    QueueTimeout,
+    Unsupported,
+    from_record,
+    to_record,
+)
+from headrace.core.events import Finish, FinishReason
+from headrace.core.metrics import DeviceUse, InferenceMetrics, Usage
+from headrace.core.model import Task
+from headrace.core.request import Request
+from headrace.engines.base import EngineFacts
+from headrace.machine import Sampler
+from headrace.worker.meter import Meter, figures, trace_of
+
+log = logging.getLogger("headrace.worker")
+
+T = TypeVar("T")
+R = TypeVar("R", bound=Request)
+S = TypeVar("S", bound="Served")
+
+_LAST_STEP_S = 5.0
+_DOES: dict[Task, str] = {
+    "generate": "generates text",
+    "embed": "makes embeddings",
+    "rerank": "ranks documents",
+}
+
+
+class Turns:
+    """The requests at one engine, and the slots that they share.
+
+    Requests queue in the pool. Only what takes more slots than there are waits here: the choices
+    of one request.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots = asyncio.Semaphore(slots)
+        self.running = self.waiting = 0
+        self._open: set[Turn[Served, Request]] = set()
+        self._closed: HeadraceError | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __len__(self) -> int:
+        """How many requests are open."""
+        return len(self._open)
+
+    def add(self, turn: Turn[Served, Request]) -> None:
+        """Begin a request.
+
+        Raises:
+            HeadraceError: the engine is being drained.
+        """
+        if self._closed is not None:
+            raise self._closed
+        self._open.add(turn)
+        self._idle.clear()
+
+    def discard(self, turn: Turn[Served, Request]) -> None:
+        """End a request."""
+        self._open.discard(turn)
+        if not self._open:
+            self._idle.set()
+
+    async def drain(self, error: HeadraceError, drain_s: float) -> None:
+        """Refuse new requests, wait `drain_s` seconds for those that run, and end the rest."""
+        self._closed = error
+        if not await self._is_idle(drain_s):
+            for turn in tuple(self._open):
+                turn.abort(error)
+            await self._is_idle(_LAST_STEP_S)
+
+    async def _is_idle(self, timeout_s: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is ready to answer.
+
+    `max_choices` bounds what one request may ask for. `sampler` measures this process; there is
+    none where the engine is an upstream.
+    """
+
+    name: str
+    engine_name: str
+    facts: EngineFacts
+    turns: Turns
+    max_choices: int
+    sampler: Sampler | None = None
+    log_content: bool = False
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the engine is an upstream."""
+        return self.sampler is None
+
+
+class Turn(Generic[S, R]):
+    """One request, as a context manager.
+
+    What is raised inside leaves it as an error of ours, with the figures up to then in `metrics`.
+    `usage` replaces the counted tokens where an upstream reports its own.
+    """
+
+    def __init__(self, served: S, request: R) -> None:
+        self.served = served
+        self.request = request
+        self.meter = Meter(request)
+        self.outcome: FinishReason = "cancelled"
+        self.usage: Usage | None = None
+        self._answer: list[str] | None = [] if served.log_content else None
+        self._watch = None if served.sampler is None else served.sampler.watch()
+        self._limits: set[asyncio.Timeout] = set()
+        self._aborted: HeadraceError | None = None
+
+    def __enter__(self) -> Self:
+        """Begin.
+
+        Raises:
+            HeadraceError: the engine is being drained.
+        """
+        self.served.turns.add(self)  # pyright: ignore[reportArgumentType]  # read, never written
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Log the record of the request, and translate what was raised."""
+        try:
+            if isinstance(error, Exception):
+                # The text of an upstream's failure may hold what was sent to it.
+                raise self._failed(error) from (None if self.served.is_remote else error)
+        finally:
+            log.info("headrace.request", extra={"data": self._record()})
+            self._devices()
+            self.served.turns.discard(self)  # pyright: ignore[reportArgumentType]
+
+    def require_task(self) -> None:
+        """Check that the model is for this kind of request.
+
+        Raises:
+            Unsupported: with what it is for.
+        """
+        tasks = self.served.facts.capabilities.tasks
+        if self.request.task not in tasks:
+            does = " and ".join(_DOES[task] for task in sorted(tasks))
+            raise Unsupported(f"{self.served.name} {does}; it is not for this.", param="model")
+
+    async def take_slot(self) -> None:
+        """Wait for one of the engine's slots.
+
+        Raises:
+            QueueTimeout: the deadline came first.
+        """
+        deadline = self.request.deadline
+        if deadline is not None and time.monotonic() > deadline:
+            raise QueueTimeout("The deadline had passed before the request's turn came.")
+        late = QueueTimeout("The deadline passed before the request's turn came.")
+        turns = self.served.turns
+        turns.waiting += 1
+        try:
+            await self.within(turns.slots.acquire(), late)
+        finally:
+            turns.waiting -= 1
+        turns.running += 1
+
+    def leave_slot(self) -> None:
+        """Give a slot back."""
+        self.served.turns.running -= 1
+        self.served.turns.slots.release()
+
+    async def within(self, work: Awaitable[T], late: HeadraceError | None = None) -> T:
+        """Wait for `work`, until the deadline or `abort`.
+
+        Raises:
+            DeadlineExceeded: or `late`, if it is given.
+        """
+        limit = asyncio.timeout(self._left_s())
+        self._limits.add(limit)
+        try:
+            async with limit:
+                return await work
+        except TimeoutError:
+            if not limit.expired():
+                raise
+        finally:
+            self._limits.discard(limit)
+        self.check()
+        raise late or _too_late()
+
+    async def steps(self, source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """Yield what an engine does, until the deadline or `abort`, however silent it is."""
+        try:
+            while (event := await self.within(anext(source, None))) is not None:
+                yield event
+        finally:
+            await source.aclose()
+
+    def check(self) -> None:
+        """Raise the error of `abort`, or that the deadline has passed.
+
+        Raises:
+            HeadraceError: the request is to end.
+        """
+        if self._aborted is not None:
+            raise self._aborted
+        deadline = self.request.deadline
+        if deadline is not None and time.monotonic() > deadline:
+            raise _too_late()
+
+    def abort(self, error: HeadraceError) -> None:
+        """End the request at its next step; a wait in `within` ends now."""
+        self._aborted = error
+        for limit in self._limits:
+            limit.reschedule(0.0)
+
+    def answered(self, text: str) -> None:
+        """Keep text of the answer for the log, where content is logged."""
+        if self._answer is not None:
+            self._answer.append(text)
+
+    def finish(self, reasons: Sequence[FinishReason] = ("stop",)) -> Finish:
+        """Return the last event."""
+        self.outcome = reasons[0]
+        metrics = self.metrics()
+        return Finish(tuple(reasons), metrics.usage, metrics)
+
+    def metrics(self) -> InferenceMetrics:
+        """Return the figures as of now."""
+        served = self.served
+        metrics = self.meter.finish(self.outcome, self._devices())
+        return msgspec.structs.replace(
+            metrics,
+            usage=self.usage or metrics.usage,
+            engine=served.engine_name,
+            model=served.name,
+            worker=served.name,
+        )
+
+    def _devices(self) -> tuple[DeviceUse, ...]:
+        if self.served.sampler is None or self._watch is None:
+            return ()
+        return self.served.sampler.release(self._watch)
+
+    def _left_s(self) -> float | None:
+        if self._aborted is not None:
+            return 0.0
+        deadline = self.request.deadline
+        return None if deadline is None else deadline - time.monotonic()
+
+    def _failed(self, error: Exception) -> HeadraceError:
+        # A new one: the same error can end many streams, each with figures of its own.
+        self.outcome = "error"
+        record = to_record(self._translated(error))
+        return from_record(msgspec.structs.replace(record, metrics=self.metrics()))
+
+    def _translated(self, error: Exception) -> HeadraceError:
+        """Return what an engine raised as an error of ours: a library can raise anything."""
+        if isinstance(error, HeadraceError):
+            return error
+        if isinstance(error, MemoryError):
+            return OutOfMemory("The engine ran out of memory.")
+        data = {"id": self.request.id}
+        if self.served.is_remote:
+            data["error"] = type(error).__name__
+            log.error("headrace.engine.failed", extra={"data": data})
+            return GenerationFailed("The engine failed.", detail=type(error).__name__)
+        log.error("headrace.engine.failed", exc_info=error, extra={"data": data})
+        return GenerationFailed("The engine failed.", detail=f"{type(error).__name__}: {error}")
+
+    def _record(self) -> dict[str, object]:
+        record = {"id": self.request.id, **trace_of(self.request), **figures(self.metrics())}
+        if self.served.is_remote and self.usage is None:
+            record["usage"] = "estimated"
+        if self._answer is not None:
+            record |= {"asked": self.request.content(), "answered": "".join(self._answer)}
+        return record
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("The deadline passed before the answer was complete.")
+
+
+async def unmeasured(request: Request, event: Awaitable[T]) -> AsyncGenerator[T | Finish, None]:
+    """Yield one event and a Finish, for a request that takes no slot and leaves no record."""
+    yield await event
+    metrics = Meter(request).finish("stop")
+    yield Finish(("stop",), metrics.usage, metrics)
