@@ -38,11 +38,11 @@ async def test_the_real_model_faults_once_when_told_to(
     one = WorkerProcess(spec, resolve)
     await one.start()
     request = ask("The river", max_tokens=4, temperature=0.0)
-    whole = await collect(one.generate(request))
+    whole = await collect(one.ask(request))
     trigger.touch()
     with pytest.raises(error):
-        await collect(one.generate(request))
+        await collect(one.ask(request))
     assert not trigger.exists()
     await one.start()
-    assert (await collect(one.generate(request))).text == whole.text
+    assert (await collect(one.ask(request))).text == whole.text
     await one.aclose()

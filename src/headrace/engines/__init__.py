@@ -1,4 +1,4 @@
-"""The engines by name: which there are, which could run here, and which suits a model."""
+"""The engines by name: which exist, which could run here, and which suits a model."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def choose(
     options: Iterable[str] = (),
     measured: Sequence[Measured] = (),
 ) -> tuple[str, str]:
-    """Return the engine for a model, and why it.
+    """Return the engine for a model, and the reason.
 
-    `options` are the names of those that it has to know, `measured` what was found here before.
+    `options` are the names of those that it has to know, `measured` earlier results of `tune`.
 
     Raises:
         ConfigError: the engine is unknown, not installed, or does not read the format.
@@ -107,12 +107,12 @@ def choose(
 
 
 def _candidate(name: str) -> Candidate:
-    found = status(name)
+    state = status(name)
     return Candidate(
         name=name,
         about=about(name),
         options=frozenset(_module(name).Options.model_fields),
-        missing=None if found.available else found.reason,
+        missing=None if state.available else state.reason,
     )
 
 
@@ -219,12 +219,12 @@ def _engine(name: str) -> Callable[[OpenRequest], Engine]:
 
 
 def _check_choice(file: ModelFile, wanted: str) -> None:
-    found = status(wanted)
-    if not found.available:
-        raise ConfigError(f"Engine {wanted}: {found.reason}")
-    if file.format not in found.formats:
+    state = status(wanted)
+    if not state.available:
+        raise ConfigError(f"Engine {wanted}: {state.reason}")
+    if file.format not in state.formats:
         raise ConfigError(
-            f"Engine {wanted} reads {', '.join(found.formats)}, not {file.format}. {_formats()}"
+            f"Engine {wanted} reads {', '.join(state.formats)}, not {file.format}. {_formats()}"
         )
 
 

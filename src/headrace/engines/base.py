@@ -306,7 +306,7 @@ class RemoteEngine(Protocol):
         """Yield deltas and one RemoteFinish. Once it is closed the upstream's stream is cut.
 
         Raises:
-            UpstreamError: with what the upstream said, without the key.
+            UpstreamError: with the text of the upstream, without the key.
             Unsupported: a field that this upstream does not know.
         """
         ...

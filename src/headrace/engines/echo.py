@@ -13,7 +13,6 @@ import itertools
 import os
 import signal
 import time
-from array import array
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Literal
 
@@ -21,6 +20,7 @@ from pydantic import Field
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, OutOfMemory
 from headrace.core.events import TokenLogprob
+from headrace.core.floats import bytes_of
 from headrace.core.model import Capabilities
 from headrace.core.status import Footprint
 from headrace.engines import base
@@ -273,7 +273,7 @@ def _before_end(token_ids: tuple[int, ...], request: EngineRequest) -> tuple[int
 def _vector(token_ids: Sequence[int], dimensions: int) -> bytes:
     seed = b"".join(token.to_bytes(4, "little") for token in token_ids)
     values = hashlib.shake_128(seed).digest(dimensions)
-    return array("f", [value / 127.5 - 1 for value in values]).tobytes()
+    return bytes_of(value / 127.5 - 1 for value in values)
 
 
 def _bytes(token_ids: Sequence[int]) -> bytes:

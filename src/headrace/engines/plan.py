@@ -12,6 +12,7 @@ import msgspec
 
 from headrace import machine
 from headrace.core.errors import LoadFailed
+from headrace.core.status import Footprint
 from headrace.engines.base import OpenRequest
 
 PAGE = 256
@@ -59,6 +60,19 @@ def plan_cache(
         notes.append(f"context cut to {context}, to fit {limit}")
     tokens = slots * context if kind != "shared" else max(context, min(fits, slots * context))
     return CachePlan(slots, context, tokens, tuple(notes))
+
+
+def footprint(
+    devices: dict[str, int], planned: CachePlan, *, weights: int, kv_cache: int
+) -> Footprint:
+    """Return an estimate; what is neither weights nor cache is overhead."""
+    overhead = sum(devices.values()) - weights - kv_cache
+    return Footprint(
+        devices=devices,
+        parts={"weights": weights, "kv_cache": kv_cache, "overhead": overhead},
+        context_length=planned.context_length,
+        max_running=planned.slots,
+    )
 
 
 def tokens_in(memory: float, bytes_per_token: float) -> int | None:

@@ -10,8 +10,8 @@ from headrace.core.model import ModelFile, ModelSpec, Task
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling
 from headrace.models.providers import PROVIDERS
-from headrace.worker.remote import RemoteWorker
 from headrace.worker.spec import OnProgress, WorkerSpec
+from headrace.worker.worker import Worker
 
 KEY = "sk-very-secret-0123456789"
 QUICK: dict[str, Any] = {"first_token_s": 0.6, "stall_s": 0.4, "connect_s": 2}
@@ -26,7 +26,7 @@ def worker(
     stop: tuple[str, ...] = (),
     name: str = "far",
     **options: Any,
-) -> RemoteWorker:
+) -> Worker:
     options = {"base_url": url, "api_key": KEY, **options}
     spec = ModelSpec(
         name=name,
@@ -42,11 +42,11 @@ def worker(
         del on_progress
         return WorkerSpec(model=spec, file=file, engine=PROVIDERS[provider].engine)
 
-    return RemoteWorker(spec, resolve)
+    return Worker(spec, resolve)
 
 
 @asynccontextmanager
-async def started(*args: Any, **more: Any) -> AsyncIterator[RemoteWorker]:
+async def started(*args: Any, **more: Any) -> AsyncIterator[Worker]:
     made = worker(*args, **more)
     await made.start()
     try:

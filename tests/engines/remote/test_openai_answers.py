@@ -217,7 +217,7 @@ async def test_what_is_asked_beside_sampling() -> None:
     ):
         await collect(worker.ask(ask(json_schema=schema, template_options={"think": 1})))
         await collect(worker.ask(ask(json_schema={"type": "object"})))
-        await collect(router.generate(ask()))
+        await collect(router.ask(ask()))
         bodies = [seen.body for seen in server.requests]
     assert bodies[0]["response_format"]["json_schema"]["schema"] == schema
     assert bodies[0]["chat_template_kwargs"] == {"think": 1}

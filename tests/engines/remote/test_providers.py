@@ -20,9 +20,9 @@ from headrace.core.sampling import Sampling
 from headrace.engines import remote
 from headrace.engines.base import OpenRequest
 from headrace.models.providers import PROVIDERS
-from headrace.worker.remote import RemoteWorker
 from headrace.worker.sizing import Sizing
 from headrace.worker.spec import OnProgress, WorkerSpec
+from headrace.worker.worker import Worker
 
 SPEC = ModelSpec(name="far", model="openai:gpt-x", options={"api_key": SecretStr("sk-hidden")})
 
@@ -101,7 +101,7 @@ def test_the_engine_follows_from_the_provider(tmp_path: Path) -> None:
     found = runtime.describe(settings.model_spec("mistral:m-small"), settings.config)
     assert (found.id, found.engine, found.format) == ("m-small", "openai", "remote")
     assert "Mistral" in found.engine_reason
-    assert isinstance(runtime.open_worker(SPEC, settings.config), RemoteWorker)
+    assert isinstance(runtime.open_worker(SPEC, settings.config), Worker)
     assert runtime.providers()["mistral"].title == "Mistral"
     with pytest.raises(ConfigError, match="reads"):
         runtime.describe(

@@ -162,13 +162,7 @@ def estimate(model: ModelFile, planned: CachePlan, options: Options, device: str
         moved = int(share * (model.size + kv_cache)) + int(activations) + words * batch * 4
         on_host = int((1 - share) * (model.size + kv_cache))
         devices = {"cpu": on_host + overhead + _CUDA_HOST, device: moved + _CUDA_DEVICE}
-        overhead = sum(devices.values()) - model.size - kv_cache
-    return Footprint(
-        devices=devices,
-        parts={"weights": model.size, "kv_cache": kv_cache, "overhead": overhead},
-        context_length=planned.context_length,
-        max_running=planned.slots,
-    )
+    return plan.footprint(devices, planned, weights=model.size, kv_cache=kv_cache)
 
 
 def expected_device(wanted: str) -> str:
@@ -206,5 +200,5 @@ def _is_built_for_cuda() -> bool:
     spec = importlib.util.find_spec("xllamacpp")
     places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
     beside = [place.with_name("xllamacpp.libs") for place in places]
-    found = (file.name for place in (*places, *beside) for file in place.glob("*"))
-    return any(word in name for name in found for word in ("cuda", "cublas"))
+    names = (file.name for place in (*places, *beside) for file in place.glob("*"))
+    return any(word in name for name in names for word in ("cuda", "cublas"))

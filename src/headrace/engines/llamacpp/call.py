@@ -36,14 +36,9 @@ _NAMES = {
 }
 """Our names of sampling parameters to those of llama.cpp."""
 
-HONOURED = frozenset(_NAMES) | {
-    "max_tokens",
-    "stop_token_ids",
-    "ignore_eos",
-    "logprobs",
-    "logit_bias",
-}
-"""The sampling parameters that a request translates: those, and what is handled by name."""
+_BY_NAME = frozenset({"max_tokens", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias"})
+HONOURED = _BY_NAME | _NAMES.keys()
+"""The sampling parameters that a request translates."""
 
 
 class _Progress(msgspec.Struct):

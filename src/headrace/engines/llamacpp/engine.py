@@ -104,7 +104,7 @@ class Engine(base.Embedder):
     def shown(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids without control tokens, which a stream leaves out."""
         text = self.detokenize(token_ids)
-        # Only a control token is found by its text when markers count, and not when they do not.
+        # Only the text of a control token is split otherwise when markers count.
         unlike = {*self._split(text, markers=True)}.difference(self._split(text))
         control = set(filter(self._is_control, unlike.intersection(token_ids)))
         if not control:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import sys
-from array import array
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +11,7 @@ import msgspec
 
 from headrace.core.errors import UpstreamError
 from headrace.core.events import TokenCount
+from headrace.core.floats import bytes_of
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities
 from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
@@ -199,10 +198,7 @@ def _packed(vector: _Vector) -> bytes:
         except binascii.Error:
             raise UpstreamError("The upstream gave a vector that is no base64.") from None
     else:
-        values = array("f", vector.embedding)
-        if sys.byteorder == "big":
-            values.byteswap()
-        data = values.tobytes()
+        data = bytes_of(vector.embedding)
     if not data or len(data) % 4:
         raise UpstreamError("The upstream gave a vector that is none.")
     return data

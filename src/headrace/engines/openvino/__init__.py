@@ -83,12 +83,8 @@ def footprint(request: OpenRequest) -> Footprint:
     planned = plan_cache(request, options)
     weights = int(model.size * _COPIES.get(model.format, 2.0))
     kv_cache = int(planned.tokens * _kv_bytes(model, options))
-    return Footprint(
-        devices={"cpu": weights + kv_cache + _PROCESS},
-        parts={"weights": weights, "kv_cache": kv_cache, "overhead": _PROCESS},
-        context_length=planned.context_length,
-        max_running=planned.slots,
-    )
+    devices = {"cpu": weights + kv_cache + _PROCESS}
+    return plan.footprint(devices, planned, weights=weights, kv_cache=kv_cache)
 
 
 def plan_cache(request: OpenRequest, options: Options) -> CachePlan:

@@ -26,17 +26,9 @@ if TYPE_CHECKING:
     from headrace.engines.openvino.vocabulary import Vocabulary
 
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
-HONOURED = frozenset(_PENALTIES) | {
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "stop_token_ids",
-    "ignore_eos",
-    "logprobs",
-}
+_DRAWN = ("temperature", "top_p", "top_k", "min_p", "seed")
+_BY_NAME = ("max_tokens", "stop_token_ids", "ignore_eos", "logprobs")
+HONOURED = frozenset(_PENALTIES + _DRAWN + _BY_NAME)
 """The sampling parameters that `settings_of` translates; of `logprobs` only 0, the chosen token."""
 
 # Turns of the loop between two steps: readers take their tokens, and the frames leave.

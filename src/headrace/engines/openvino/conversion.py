@@ -209,7 +209,7 @@ _WRITTEN = frozenset({"general.architecture", "general.file_type", "general.quan
 
 
 def _configuration(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the small files that tell of a model, from its header."""
+    """Yield names and contents of the small files that describe a model, from its header."""
     known = gguf_model.describe(source)
     metadata = read_header(source).metadata
     keys = {
@@ -219,8 +219,8 @@ def _configuration(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         "num_key_value_heads": "attention.head_count_kv",
         "head_dim": "attention.key_length",
     }
-    found = {ours: metadata.get(f"{known.architecture}.{theirs}") for ours, theirs in keys.items()}
-    numbers = {name: value for name, value in found.items() if isinstance(value, int)}
+    values = ((ours, metadata.get(f"{known.architecture}.{key}")) for ours, key in keys.items())
+    numbers = {name: value for name, value in values if isinstance(value, int)}
     lengths = {"max_position_embeddings": known.context_length} if known.context_length else {}
     yield "config.json", {"model_type": known.architecture, **numbers, **lengths}
     if known.chat_template:
@@ -252,8 +252,8 @@ def from_folder(source: Path, target: Path) -> None:
         graph = ov.convert_model(model, example_input=example)
     ov.save_model(graph, target / openvino.MODEL, compress_to_fp16=False)
     both = convert_tokenizer(tokenizer, with_detokenizer=True)
-    for name, one in zip((openvino.TOKENIZER, openvino.DETOKENIZER), both, strict=True):
-        ov.save_model(one, target / name)
+    for name, graph in zip((openvino.TOKENIZER, openvino.DETOKENIZER), both, strict=True):
+        ov.save_model(graph, target / name)
     for name in (*_KEPT, *_KEPT_VECTORS):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)

@@ -113,18 +113,11 @@ def footprint(request: OpenRequest) -> Footprint:
     weights = _weights(model, options)
     kv_cache = planned.tokens * _kv_bytes(model, options)
     mask = step * (planned.tokens + step) * _width(model, options)
-    overhead = _PROCESS + mask
-    devices = {"cpu": weights + kv_cache + overhead}
+    model_bytes = weights + kv_cache + mask
+    devices = {"cpu": model_bytes + _PROCESS}
     if device != "cpu":
-        on_device = weights + kv_cache + mask + _CUDA_DEVICE
-        devices = {"cpu": _PROCESS + _CUDA_HOST, device: on_device}
-        overhead = sum(devices.values()) - weights - kv_cache
-    return Footprint(
-        devices=devices,
-        parts={"weights": weights, "kv_cache": kv_cache, "overhead": overhead},
-        context_length=planned.context_length,
-        max_running=planned.slots,
-    )
+        devices = {"cpu": _PROCESS + _CUDA_HOST, device: model_bytes + _CUDA_DEVICE}
+    return plan.footprint(devices, planned, weights=weights, kv_cache=kv_cache)
 
 
 def _kind(device: str) -> str:

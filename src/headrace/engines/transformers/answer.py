@@ -77,13 +77,8 @@ def rules(sampling: Sampling, defaults: Any) -> Rules:
     return Rules(**given)
 
 
-HONOURED = frozenset(Rules._fields) | {
-    "max_tokens",
-    "seed",
-    "stop_token_ids",
-    "ignore_eos",
-    "logit_bias",
-}
+_BY_NAME = ("max_tokens", "seed", "stop_token_ids", "ignore_eos", "logit_bias")
+HONOURED = frozenset(Rules._fields + _BY_NAME)
 """The sampling parameters that a request translates: its rules, and what `Draw` and `Answer` do."""
 
 

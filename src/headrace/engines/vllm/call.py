@@ -27,14 +27,8 @@ _SAME = (
     "frequency_penalty",
     "repetition_penalty",
 )
-HONOURED = frozenset(_SAME) | {
-    "max_tokens",
-    "seed",
-    "stop_token_ids",
-    "ignore_eos",
-    "logprobs",
-    "logit_bias",
-}
+_BY_NAME = ("max_tokens", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
+HONOURED = frozenset(_SAME + _BY_NAME)
 """The sampling parameters that `keywords` translates."""
 
 _NO_MEMORY = (
