@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from headrace.engines.base import OpenRequest
-from headrace.engines.llamacpp import Engine
+from headrace.engines.llamacpp.engine import Engine
 from headrace.models.inspect import inspect
 
 

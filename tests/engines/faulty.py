@@ -14,6 +14,7 @@ from headrace.engines import llamacpp
 from headrace.engines.base import EngineRequest, OpenRequest, RawDelta, RawEvent
 from headrace.engines.echo import Fault, misbehave, taken
 from headrace.engines.llamacpp import ABOUT as ABOUT
+from headrace.engines.llamacpp import engine
 
 ROOT = Path(__file__).resolve().parents[2]
 _OURS = {"trigger", "fault", "crash_signal"}
@@ -27,7 +28,7 @@ class Options(llamacpp.Options):
     crash_signal: int = Field(signal.SIGKILL, description="By which signal.")
 
 
-class Engine(llamacpp.Engine):
+class Engine(engine.Engine):
     """The first request that is about to yield a token, when the trigger is there, misbehaves."""
 
     def __init__(self, request: OpenRequest) -> None:

@@ -19,7 +19,7 @@ from headrace.core.request import GenerateRequest
 from headrace.core.sampling import Sampling
 from headrace.core.status import Footprint
 from headrace.core.stream import collect
-from headrace.engines import llamacpp_size
+from headrace.engines import llamacpp
 from headrace.engines.base import OpenRequest
 from headrace.machine import Device, process_memory
 from headrace.models.inspect import inspect
@@ -124,24 +124,24 @@ def test_auto_is_the_gpu_where_the_library_is_built_for_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """W4: told by the files that the library brings, without loading it."""
-    assert llamacpp_size.expected_device("cpu") == "cpu"
+    assert llamacpp.expected_device("cpu") == "cpu"
     package = tmp_path / "xllamacpp"
     package.mkdir()
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
-        llamacpp_size._is_built_for_cuda.cache_clear()
+        llamacpp._is_built_for_cuda.cache_clear()
         monkeypatch.delitem(sys.modules, "xllamacpp", raising=False)
-        assert llamacpp_size.expected_device("auto") == "cpu"
+        assert llamacpp.expected_device("auto") == "cpu"
         (tmp_path / "xllamacpp.libs").mkdir()
         (tmp_path / "xllamacpp.libs" / "libcudart-1.so").touch()
-        llamacpp_size._is_built_for_cuda.cache_clear()
-        assert llamacpp_size.expected_device("auto") == "cpu"
+        llamacpp._is_built_for_cuda.cache_clear()
+        assert llamacpp.expected_device("auto") == "cpu"
         gpu = Device(name="cuda:0 Mill", kind="cuda", total=1, used=0)
-        monkeypatch.setattr(llamacpp_size.machine, "devices", lambda: (gpu,))
-        assert llamacpp_size.expected_device("auto") == "cuda:0"
+        monkeypatch.setattr(llamacpp.machine, "devices", lambda: (gpu,))
+        assert llamacpp.expected_device("auto") == "cuda:0"
     finally:
-        llamacpp_size._is_built_for_cuda.cache_clear()
+        llamacpp._is_built_for_cuda.cache_clear()
 
 
 def test_wrong_options_and_lost_files_are_errors(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from headrace.core.errors import InvalidRequest, LoadFailed
 from headrace.engines.base import OpenRequest
-from headrace.engines.llamacpp import Engine, footprint
+from headrace.engines.llamacpp import footprint
+from headrace.engines.llamacpp.engine import Engine
 from headrace.models.inspect import inspect
 
 

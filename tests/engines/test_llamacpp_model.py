@@ -22,7 +22,7 @@ from headrace.core.events import TokenLogprob
 from headrace.core.sampling import Sampling
 from headrace.engines import open_engine
 from headrace.engines.base import Admitted, EngineRequest, OpenRequest, RawDelta, RawFinish
-from headrace.engines.llamacpp import Engine
+from headrace.engines.llamacpp.engine import Engine
 from headrace.models.inspect import inspect
 
 POEM = "<|im_start|>user\nWrite a short poem about rivers.<|im_end|>\n<|im_start|>assistant\n"
@@ -109,7 +109,7 @@ async def test_a_penalty_reaches_over_the_whole_text(llama: Engine) -> None:
     first = llama.tokenize("zebra", add_special=False)
     barred = {"temperature": 0, "logit_bias": {first[0]: 30.0}}
     said = await say(llama, base, 1, **barred)
-    again = await say(llama, base, 1, **barred, repetition_penalty=50.0)
+    again = await say(llama, base, 1, **barred, repetition_penalty=10.0)
     assert said.token_ids == (first[0],)
     assert again.token_ids != said.token_ids
 
@@ -307,7 +307,7 @@ def test_a_load_and_a_close_leave_the_host_as_it_was(smollm2_path: Path, tmp_pat
 import os, signal, sys, tempfile, threading, time
 from pathlib import Path
 from headrace.engines.base import OpenRequest
-from headrace.engines.llamacpp import Engine
+from headrace.engines.llamacpp.engine import Engine
 from headrace.models.inspect import inspect
 from tests.engines.conftest import listening
 caught = []

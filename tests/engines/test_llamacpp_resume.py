@@ -9,7 +9,7 @@ import pytest
 from headrace.core.errors import InvalidRequest
 from headrace.core.sampling import Sampling
 from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawFinish
-from headrace.engines.llamacpp import Engine
+from headrace.engines.llamacpp.engine import Engine
 
 POEM = "<|im_start|>user\nWrite a short poem about rivers.<|im_end|>\n<|im_start|>assistant\n"
 SIGNS = "<|im_start|>user\nRepeat: 🌍🌍 né 日本語<|im_end|>\n<|im_start|>assistant\n🌍🌍 né 日本語 "

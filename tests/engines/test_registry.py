@@ -12,7 +12,8 @@ from headrace import engines
 from headrace.core.errors import ConfigError, LoadFailed, OutOfMemory
 from headrace.core.model import ModelFile
 from headrace.engines import echo
-from headrace.engines.base import About, OpenRequest
+from headrace.engines.base import About, Module, OpenRequest, default_footprint
+from headrace.models.transfer import silent
 
 GGUF = ModelFile(path="x.gguf", format="gguf")
 NONE = ModelFile(path="", format="none")
@@ -66,7 +67,8 @@ def test_every_option_of_every_engine_describes_itself() -> None:
 def test_a_missing_library_is_a_hint_and_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """W2: what is not installed says how to install it, and is not chosen."""
     gone = About(formats=("gguf",), requires="no_such_library", extra="fast")
-    monkeypatch.setattr("headrace.engines.llamacpp.ABOUT", gone)
+    for reader in ("llamacpp", "openvino"):
+        monkeypatch.setattr(f"headrace.engines.{reader}.ABOUT", gone)
     hint = r"pip install 'headrace\[fast\]'"
     assert not engines.status("llamacpp").available
     with pytest.raises(ConfigError, match=hint):
@@ -78,7 +80,7 @@ def test_a_missing_library_is_a_hint_and_not_a_traceback(monkeypatch: pytest.Mon
         def __init__(self, request: OpenRequest) -> None:
             raise ImportError("no_such_library")
 
-    monkeypatch.setattr("headrace.engines.llamacpp.Engine", Unimportable)
+    monkeypatch.setattr("headrace.engines.llamacpp.engine.Engine", Unimportable)
     with pytest.raises(ConfigError, match=hint):
         engines.open_engine("llamacpp", OpenRequest(model=GGUF))
 
@@ -134,4 +136,18 @@ def test_a_module_is_an_engine_by_three_names() -> None:
     for name in engines.names():
         module = sys.modules[f"headrace.engines.{name}"]
         assert isinstance(module, ModuleType)
-        assert {"ABOUT", "Options", "Engine"} <= vars(module).keys()
+        assert {"ABOUT", "Options"} <= vars(module).keys()
+        # A package has it where its library may be imported.
+        folder = Path(engines.__file__).parent / name
+        assert hasattr(module, "Engine") is not (folder / "engine.py").exists()
+
+
+def test_what_a_module_leaves_out_has_defaults() -> None:
+    """W26: all that is asked of a module stands in base.Module."""
+    module = ModuleType("bare")
+    module.ABOUT, module.Options = echo.ABOUT, echo.Options  # pyright: ignore[reportAttributeAccessIssue]
+    bare = Module.of(module)
+    assert bare.prepared(GGUF, Path()) is GGUF
+    assert bare.convert(GGUF, Path(), silent) is GGUF
+    assert bare.tune_options(OpenRequest(model=GGUF)) == ()
+    assert bare.footprint is default_footprint

@@ -53,13 +53,13 @@ def _place(file: ModelFile, name: str) -> str:
 
 def _converted(spec: ModelSpec, engine: str, config: Config, report: Progress) -> ModelFile:
     from headrace import engines, runtime
-    from headrace.engines import openvino_convert
+    from headrace.engines.openvino import conversion
     from headrace.models.reference import parse
 
     engines.about(engine)  # refuses an unknown engine by name
     file = runtime.store(config).model_file(parse(_reference(spec)), report)
     if engine == "openvino":
-        return openvino_convert.convert(file, config.home, report)
+        return conversion.convert(file, config.home, report)
     engines.choose(file, engine)  # refuses an engine that cannot read the file
     return file
 

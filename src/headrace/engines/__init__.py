@@ -1,4 +1,4 @@
-"""The engines by name: which there are, which could run here, and which suits a model."""
+"""The engines by name: which exist, which could run here, and which suits a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -15,19 +15,21 @@ from typing import Any
 import msgspec
 from pydantic import ValidationError
 
-from headrace import machine
 from headrace.core.errors import ConfigError, HeadraceError, LoadFailed, OutOfMemory
 from headrace.core.model import ModelFile, Task
 from headrace.core.status import Footprint
-from headrace.engines import choice
-from headrace.engines.base import About, Engine, EngineOptions, OpenRequest
+from headrace.engines import choice, plan
+from headrace.engines.base import About, Engine, EngineOptions, Module, OpenRequest
 from headrace.engines.choice import Candidate, Measured
 from headrace.models.transfer import Progress, silent
 
 ENTRY_POINTS = "headrace.engines"
 """The entry point group under which another package registers an engine's module."""
 
-_SHARED = {"base", "choice", "grammar", "measured", "openmp", "remote", "threaded"}
+_SHARED = {
+    *("base", "choice", "grammar", "measured", "openmp", "plan", "remote", "threaded"),
+    "tokenizer",
+}
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,9 +45,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
 def names() -> tuple[str, ...]:
     """Return the names of all engines, our own and those of other packages, sorted."""
     ours = {module.name for module in pkgutil.iter_modules(__path__)} - _SHARED
-    # llamacpp_call is a part of llamacpp.
-    engines = {name for name in ours if not any(name.startswith(f"{other}_") for other in ours)}
-    return tuple(sorted(engines | {point.name for point in _entry_points()}))
+    return tuple(sorted(ours | {point.name for point in _entry_points()}))
 
 
 def about(name: str) -> About:
@@ -59,7 +59,7 @@ def options(name: str) -> type[EngineOptions]:
 
 
 def status(name: str) -> EngineStatus:
-    """Tell whether the engine's library is installed."""
+    """Return whether the engine's library is installed."""
     facts = about(name)
     missing = facts.requires is not None and importlib.util.find_spec(facts.requires) is None
     return EngineStatus(
@@ -88,9 +88,9 @@ def choose(
     options: Iterable[str] = (),
     measured: Sequence[Measured] = (),
 ) -> tuple[str, str]:
-    """Return the engine for a model, and why it.
+    """Return the engine for a model, and the reason.
 
-    `options` are the names of those that it has to know, `measured` what was found here before.
+    `options` are the names of those that it has to know, `measured` earlier results of `tune`.
 
     Raises:
         ConfigError: the engine is unknown, not installed, or does not read the format.
@@ -102,7 +102,7 @@ def choose(
     wish = choice.Wish(
         format=file.format,
         task=task or file.task,
-        device=asked or _usual_device(),
+        device=asked or ("cuda" if plan.has_cuda() else "cpu"),
         asked=asked,
         options=frozenset(options),
     )
@@ -110,22 +110,21 @@ def choose(
 
 
 def _candidate(name: str) -> Candidate:
-    found = status(name)
+    state = status(name)
     return Candidate(
         name=name,
         about=about(name),
         options=frozenset(_module(name).Options.model_fields),
-        missing=None if found.available else found.reason,
+        missing=None if state.available else state.reason,
     )
 
 
 def tune_options(name: str, request: OpenRequest) -> Sequence[dict[str, Any]]:
-    """Return sets of options that are worth a try beside the defaults, by the engine's own word.
+    """Return sets of options that are worth a try beside the defaults.
 
     `request.max_running` is how many requests at once they are for.
     """
-    own = getattr(_module(name), "tune_options", None)
-    return own(request) if own is not None else ()
+    return _module(name).tune_options(request)
 
 
 def prepared(name: str, file: ModelFile, home: Path) -> ModelFile:
@@ -134,8 +133,7 @@ def prepared(name: str, file: ModelFile, home: Path) -> ModelFile:
     Raises:
         LoadFailed: it has to be converted first, and was not.
     """
-    own = getattr(_module(name), "prepared", None)
-    return own(file, home) if own is not None else file
+    return _module(name).prepared(file, home)
 
 
 def convert(name: str, file: ModelFile, home: Path, progress: Progress = silent) -> ModelFile:
@@ -144,8 +142,7 @@ def convert(name: str, file: ModelFile, home: Path, progress: Progress = silent)
     Raises:
         HeadraceError: what is needed for it is not installed, or it cannot be done.
     """
-    own = getattr(_module(name), "convert", None)
-    return own(file, home, progress) if own is not None else file
+    return _module(name).convert(file, home, progress)
 
 
 def check_options(name: str, values: dict[str, object]) -> EngineOptions:
@@ -174,17 +171,7 @@ def footprint(name: str, request: OpenRequest) -> Footprint:
         LoadFailed: the model's header cannot be read.
     """
     check_options(name, request.options)
-    own = getattr(_module(name), "footprint", None)
-    if own is not None:
-        return own(request)
-    size = request.model.size
-    overhead = size // 10
-    return Footprint(
-        devices={"cuda:0" if request.device.startswith("cuda") else "cpu": size + overhead},
-        parts={"weights": size, "overhead": overhead},
-        context_length=request.context_length or request.model.context_length,
-        max_running=request.max_running,
-    )
+    return _module(name).footprint(request)
 
 
 def open_engine(name: str, request: OpenRequest) -> Engine:
@@ -196,7 +183,7 @@ def open_engine(name: str, request: OpenRequest) -> Engine:
     """
     check_options(name, request.options)
     try:
-        return _module(name).Engine(request)
+        return _engine(name)(request)
     except HeadraceError:
         raise
     except ImportError as error:
@@ -204,21 +191,17 @@ def open_engine(name: str, request: OpenRequest) -> Engine:
     except MemoryError as error:
         raise OutOfMemory(f"Engine {name} ran out of memory while loading.") from error
     except Exception as error:
-        # Whatever the library raised, the model is not there: say so in our own terms.
+        # Whatever the library raises, the caller gets an error of ours.
         raise LoadFailed(
             f"Engine {name} could not load the model.", detail=f"{type(error).__name__}: {error}"
         ) from error
-
-
-def _usual_device() -> str:
-    return "cuda" if any(one.kind == "cuda" for one in machine.devices()) else "cpu"
 
 
 def _entry_points() -> metadata.EntryPoints:
     return metadata.entry_points(group=ENTRY_POINTS)
 
 
-def _module(name: str) -> ModuleType:
+def _imported(name: str) -> ModuleType:
     if name not in names():
         raise ConfigError(f"There is no engine {name!r}; there are {', '.join(names())}.")
     for point in _entry_points():
@@ -227,13 +210,24 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def _module(name: str) -> Module:
+    return Module.of(_imported(name))
+
+
+def _engine(name: str) -> Callable[[OpenRequest], Engine]:
+    module = _imported(name)
+    if not hasattr(module, "Engine"):
+        module = importlib.import_module(f"{module.__name__}.engine")
+    return module.Engine
+
+
 def _check_choice(file: ModelFile, wanted: str) -> None:
-    found = status(wanted)
-    if not found.available:
-        raise ConfigError(f"Engine {wanted}: {found.reason}")
-    if file.format not in found.formats:
+    state = status(wanted)
+    if not state.available:
+        raise ConfigError(f"Engine {wanted}: {state.reason}")
+    if file.format not in state.formats:
         raise ConfigError(
-            f"Engine {wanted} reads {', '.join(found.formats)}, not {file.format}. {_formats()}"
+            f"Engine {wanted} reads {', '.join(state.formats)}, not {file.format}. {_formats()}"
         )
 
 

@@ -45,7 +45,7 @@ _CLIENTS: Shared[Any] = Shared(lambda client: client.close())
 
 
 class Options(RemoteOptions):
-    """What is said to the upstream."""
+    """What is sent to the upstream."""
 
     api_version: Literal["2023-06-01", "2026-10-21"] | None = Field(
         None,
@@ -90,14 +90,14 @@ class Engine:
         self.facts = remote.facts(request, provider, can)
 
     def __repr__(self) -> str:
-        """Tell the model and where it is."""
+        """Name the model and where it is."""
         return f"<anthropic.Engine {self._model} at {self._way.base_url}>"
 
     async def answer(self, request: GenerateRequest) -> AsyncGenerator[RemoteEvent, None]:
-        """Yield what the upstream says, and its account."""
+        """Yield the deltas of the upstream, then its account."""
         remote.check_plain(request, self._provider, self._provider.sampling)
         body = self._body(request)
-        patience, reading = Patience(self._options), _Reading()
+        patience, reader = Patience(self._options), _AnswerReader()
         stream: Any = None
         try:
             create = self._connected().messages.create(
@@ -105,19 +105,19 @@ class Engine:
             )
             stream = await patience.wait(create)
             while (event := await patience.wait(_next(stream))) is not None:
-                delta = reading.take(event)
+                delta = reader.take(event)
                 patience.sign(token=delta is not None)
                 if delta is not None:
                     yield delta
         except self._errors as error:
             raise _failure(self._way, error) from None
         except ValueError:
-            # What the library says of JSON that is none.
+            # From the library, when a chunk is not JSON.
             raise UpstreamError("The upstream sent a malformed chunk.") from None
         finally:
             if stream is not None:
                 await stream.close()
-        yield reading.finish()
+        yield reader.finish()
 
     async def embed(self, request: EmbedRequest) -> tuple[Sequence[bytes], Usage]:
         """Refuse: there is no such model.
@@ -144,15 +144,15 @@ class Engine:
         if request.messages is None and not (request.text or "").strip():
             return remote.estimated_count(request)
         try:
-            said = await self._connected().messages.count_tokens(
+            count = await self._connected().messages.count_tokens(
                 model=self._model, **_conversation(messages)
             )
         except self._errors as error:
             raise _failure(self._way, error) from None
-        return TokenCount(count=said.input_tokens, estimated=True)
+        return TokenCount(count=count.input_tokens, estimated=True)
 
     async def aclose(self) -> None:
-        """Leave the upstream."""
+        """Give the connections back."""
         client, self._client = self._client, None
         if client is not None:
             await _CLIENTS.give_back(self._place)
@@ -181,7 +181,7 @@ class Engine:
         given: dict[str, Any] = msgspec.to_builtins(request.sampling)
         given.pop("stop", None)
         older = {name: given.pop(name) for name in _SINCE_REFUSED & given.keys()}
-        # It takes no stop string of white space; the worker finds those that are not sent.
+        # It takes no stop string of white space; the worker looks for those that are not sent.
         stops = [stop for stop in request.sampling.stop if stop.strip()]
         return {
             "model": self._model,
@@ -194,7 +194,7 @@ class Engine:
         }
 
 
-class _Reading:
+class _AnswerReader:
     """Reads one answer."""
 
     def __init__(self) -> None:
@@ -249,14 +249,15 @@ async def _next(stream: Any) -> Any:
 
 def _conversation(messages: Sequence[Message]) -> dict[str, Any]:
     """Return the messages; what the system says stands apart, in one piece."""
-    system = "\n\n".join(one.content for one in messages if one.role in ("system", "developer"))
+    first = (turn.content for turn in messages if turn.role in ("system", "developer"))
+    system = "\n\n".join(first)
     turns: list[dict[str, str]] = []
-    for one in messages:
-        if one.role == "tool" or one.name:
-            what = "Messages of tools" if one.role == "tool" else "Names of speakers"
-            raise Unsupported(f"{what} are not supported by Anthropic.", param="messages")
-        if one.role in ("user", "assistant"):
-            turns.append({"role": one.role, "content": one.content})
+    for turn in messages:
+        if turn.role == "tool" or turn.name:
+            field = "Messages of tools" if turn.role == "tool" else "Names of speakers"
+            raise Unsupported(f"{field} are not supported by Anthropic.", param="messages")
+        if turn.role in ("user", "assistant"):
+            turns.append({"role": turn.role, "content": turn.content})
     if not turns:
         raise InvalidRequest("There is no message of a user.", param="messages")
     return {"messages": turns, **({"system": system} if system else {})}

@@ -1,12 +1,12 @@
-"""The contract of an engine: one module with `ABOUT`, `Options` and `Engine`.
+"""The contract of an engine: a module with `ABOUT`, `Options` and `Engine`.
 
 `Engine` is a Generator, an Embedder or a Reranker, by the tasks of `facts.capabilities`; it may be
-several. One that has its models elsewhere (`ABOUT.remote`) is a RemoteEngine.
+several. One whose models are served elsewhere (`ABOUT.remote`) is a RemoteEngine. `Module` lists
+what else the module may have.
 
-A module may have a `footprint(request: OpenRequest) -> Footprint`, the estimate of what a load
-takes.
 All but `Engine` is read without the engine's library (by `doctor`, `config show`, the docs), so
-the library is imported when an `Engine` is made and not before.
+the library is imported when an `Engine` is made and not before. In a package, `Engine` is that of
+its `engine.py`, which is imported only then.
 
 An engine knows token ids and sampling. It knows nothing of templates, stop strings, characters,
 queues, deadlines, processes or HTTP; the worker around it does all that.
@@ -14,8 +14,11 @@ queues, deadlines, processes or HTTP; the worker around it does all that.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 from pydantic import BaseModel, ConfigDict
@@ -25,25 +28,8 @@ from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities, ModelFile, Task
 from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
 from headrace.core.sampling import Sampling
-
-SAMPLING = frozenset(
-    {
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "seed",
-        "stop_token_ids",
-        "ignore_eos",
-        "logprobs",
-        "logit_bias",
-    }
-)
-"""All fields of Sampling that an engine can honour; stop strings are the worker's."""
+from headrace.core.status import Footprint
+from headrace.models import transfer
 
 
 class EngineOptions(BaseModel):
@@ -89,6 +75,50 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: bool = False
     task: Task = "generate"
     options: dict[str, Any] = {}
+
+
+def default_footprint(request: OpenRequest) -> Footprint:
+    """Return the size of the files and a tenth."""
+    size = request.model.size
+    overhead = size // 10
+    return Footprint(
+        devices={"cuda:0" if request.device.startswith("cuda") else "cpu": size + overhead},
+        parts={"weights": size, "overhead": overhead},
+        context_length=request.context_length or request.model.context_length,
+        max_running=request.max_running,
+    )
+
+
+def _no_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
+    del request
+    return ()
+
+
+def _unchanged(file: ModelFile, *_: object) -> ModelFile:
+    return file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """What an engine's module has, by its names there; only the first two have no default.
+
+    `footprint` estimates the memory of a load, `tune_options` returns sets of options that are
+    worth a try beside the defaults. An engine that loads a model in another format than it comes
+    in makes it once with `convert` and finds it with `prepared`. All of them may block.
+    """
+
+    ABOUT: About
+    Options: type[EngineOptions]
+    footprint: Callable[[OpenRequest], Footprint] = default_footprint
+    tune_options: Callable[[OpenRequest], Sequence[dict[str, Any]]] = _no_options
+    prepared: Callable[[ModelFile, Path], ModelFile] = _unchanged
+    convert: Callable[[ModelFile, Path, transfer.Progress], ModelFile] = _unchanged
+
+    @classmethod
+    def of(cls, module: ModuleType) -> Module:
+        """Read a module."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in vars(module).items() if name in names})
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,6 +171,18 @@ class RawFinish(msgspec.Struct, frozen=True, kw_only=True):
 RawEvent = Admitted | RawDelta | RawFinish
 
 
+class BatchLimits(NamedTuple):
+    """How much goes through an embedder or reranker at once; tokens count with the padding.
+
+    A batch is padded to its longest item. `padding` is the number of tokens that take as long as
+    starting a batch does: what would bring more padding is better off in a batch of its own.
+    """
+
+    items: int = 32
+    tokens: int = 16384
+    padding: int = 256
+
+
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What only the loaded engine knows. `max_running` is how many requests it batches.
 
@@ -154,7 +196,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: str | None = None
     bos_token: str = ""
     eos_token: str = ""
-    adds_bos: bool = False
+    batch: BatchLimits = BatchLimits()
     notes: tuple[str, ...] = ()
 
 
@@ -208,7 +250,14 @@ class Generator(Engine, Protocol):
 
 
 class Embedder(Engine, Protocol):
-    """An engine for the task `embed`."""
+    """An engine for the task `embed`; deriving from it gives `tokenize_all`."""
+
+    def tokenize_all(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        """Return what `tokenize` makes of each text with special tokens. Blocking.
+
+        Worth overriding where the tokenizer takes many texts at once.
+        """
+        return [self.tokenize(text, add_special=True) for text in texts]
 
     def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
         """Return one vector for each list of token ids, as the model gives it. Blocking.
@@ -245,7 +294,7 @@ RemoteEvent = Progress | Delta | RemoteFinish
 
 
 class RemoteEngine(Protocol):
-    """A model that somebody else serves. `__init__(request: OpenRequest)` connects to nobody.
+    """A model that another service runs. `__init__(request: OpenRequest)` opens no connection.
 
     Raises (from `__init__`):
         ConfigError: an option is unknown or wrong, or the key is missing.
@@ -257,7 +306,7 @@ class RemoteEngine(Protocol):
         """Yield deltas and one RemoteFinish. Once it is closed the upstream's stream is cut.
 
         Raises:
-            UpstreamError: with what the upstream said, without the key.
+            UpstreamError: with the text of the upstream, without the key.
             Unsupported: a field that this upstream does not know.
         """
         ...
@@ -271,7 +320,7 @@ class RemoteEngine(Protocol):
         ...
 
     async def count_tokens(self, request: CountRequest) -> TokenCount:
-        """Count at the upstream if it can; what is guessed is marked `estimated`."""
+        """Count at the upstream if it can; a guess is marked `estimated`."""
         ...
 
     async def aclose(self) -> None:

@@ -15,13 +15,13 @@ _ORDER = {
     "cuda": ("vllm", "llamacpp", "transformers", "openvino"),
     "vectors": ("sentence_transformers", "llamacpp", "openvino", "transformers", "vllm"),
 }
-"""Who comes first where nothing was measured. The format leaves few of them."""
+"""Which engine comes first where nothing was measured. The format leaves few of them."""
 
 
 class Wish(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be run. `device` is where it would run, `asked` where it must (None: anywhere).
 
-    `options` are the names of those that are set; an engine that does not know one is not asked.
+    `options` are the names of those that are set; an engine that lacks one is not chosen.
     """
 
     format: str
@@ -32,7 +32,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine, the names of its options, and what it takes to install it (None: it is there)."""
+    """An engine, the names of its options, and how to install it (None: it is)."""
 
     name: str
     about: About
@@ -59,36 +59,37 @@ def choose(
 ) -> tuple[str, str]:
     """Return the engine, and why it, in a sentence.
 
-    Of what was measured, the fastest for one stream is taken; one whose answers were found to
-    differ never is.
+    Of what was measured, the fastest for one stream is taken, and never an engine whose answers
+    were found to differ.
 
     Raises:
         ConfigError: no installed engine can run it.
     """
     every = list(candidates)
-    able = sorted(
-        (one for one in every if _suits(one, wish)), key=lambda one: _rank(one.name, wish)
-    )
-    # An option that none of them knows is refused by name, by the one that is chosen.
-    able = [one for one in able if wish.options <= one.options] or able
-    there = [one for one in able if one.missing is None]
-    faults = {one.engine: one.fault for one in measured if one.fault}
-    right = [one.name for one in there if one.name not in faults]
+    able = [candidate for candidate in every if _suits(candidate, wish)]
+    able.sort(key=lambda candidate: _rank(candidate.name, wish))
+    # An option that none of them knows is refused by name, by the engine that is chosen.
+    able = [candidate for candidate in able if wish.options <= candidate.options] or able
+    installed = [candidate.name for candidate in able if candidate.missing is None]
+    faults = {result.engine: result.fault for result in measured if result.fault}
+    right = [name for name in installed if name not in faults]
     if not right:
         raise ConfigError(_nothing(wish, able or every, faults))
-    known = {one.engine: one for one in measured if one.engine in right and one.rates}
+    useful = (result for result in measured if result.engine in right and result.rates)
+    known = {result.engine: result for result in useful}
     if right[0] in known:
         name = max(known, key=lambda engine: _alone(known[engine]))
         return name, _as_measured(wish, name, known, faults)
     return right[0], _as_ordered(wish, able, right, faults)
 
 
-def _suits(one: Candidate, wish: Wish) -> bool:
+def _suits(candidate: Candidate, wish: Wish) -> bool:
+    about = candidate.about
     return (
-        one.about.automatic
-        and wish.format in one.about.formats
-        and wish.task in one.about.tasks
-        and wish.asked in (None, *one.about.devices)
+        about.automatic
+        and wish.format in about.formats
+        and wish.task in about.tasks
+        and wish.asked in (None, *about.devices)
     )
 
 
@@ -97,8 +98,8 @@ def _rank(name: str, wish: Wish) -> tuple[int, str]:
     return (order.index(name) if name in order else len(order)), name
 
 
-def _alone(one: Measured) -> float:
-    return one.rates[min(one.rates)]
+def _alone(result: Measured) -> float:
+    return result.rates[min(result.rates)]
 
 
 def _as_measured(
@@ -106,30 +107,30 @@ def _as_measured(
 ) -> str:
     rates = ", ".join(
         f"{engine} {_alone(known[engine]):.0f}"
-        for engine in sorted(known, key=lambda one: one != name)
+        for engine in sorted(known, key=lambda engine: engine != name)
     )
-    said = [
+    reasons = [
         f"{_subject(wish)}: {name}; measured here on {known[name].day}, tokens/s alone: {rates}"
     ]
-    most = max(max(one.best, default=0) for one in known.values())
-    at_most = {engine: one.best[most] for engine, one in known.items() if one.best.get(most)}
+    most = max(max(result.best, default=0) for result in known.values())
+    at_most = {name: result.best[most] for name, result in known.items() if result.best.get(most)}
     top = max(at_most, key=lambda engine: at_most[engine], default=name)
     if top != name and at_most.get(name):
         ratio = at_most[top] / at_most[name]
-        said.append(f"for {most} streams at once {top} has {ratio:.1f} times as many")
-    return "; ".join([*said, *_refused(faults)])
+        reasons.append(f"for {most} streams at once {top} has {ratio:.1f} times as many")
+    return "; ".join([*reasons, *_refused(faults)])
 
 
 def _as_ordered(
     wish: Wish, able: Sequence[Candidate], right: Sequence[str], faults: Mapping[str, str]
 ) -> str:
-    said = [f"{_subject(wish)}: {right[0]}"]
+    reasons = [f"{_subject(wish)}: {right[0]}"]
     if len(right) > 1:
-        said[0] += f", before {', '.join(right[1:])}"
-        said.append("nothing was measured here (`headrace tune`)")
+        reasons[0] += f", before {', '.join(right[1:])}"
+        reasons.append("nothing was measured here (`headrace tune`)")
     if able[0].missing is not None:
-        said.append(f"{able[0].name} would come first, {able[0].missing}")
-    return "; ".join([*said, *_refused(faults)])
+        reasons.append(f"{able[0].name} would come first, {able[0].missing}")
+    return "; ".join([*reasons, *_refused(faults)])
 
 
 def _refused(faults: Mapping[str, str]) -> list[str]:
@@ -137,16 +138,16 @@ def _refused(faults: Mapping[str, str]) -> list[str]:
 
 
 def _subject(wish: Wish) -> str:
-    what = wish.format if wish.task == "generate" else f"{wish.format} to {wish.task}"
-    return what if wish.format in ("none", "remote") else f"{what} on {wish.device}"
+    work = wish.format if wish.task == "generate" else f"{wish.format} to {wish.task}"
+    return work if wish.format in ("none", "remote") else f"{work} on {wish.device}"
 
 
 def _nothing(wish: Wish, seen: Sequence[Candidate], faults: Mapping[str, str]) -> str:
     task = "run" if wish.task == "generate" else wish.task
     where = f" on {wish.asked}" if wish.asked else ""
     known = "; ".join(
-        f"{one.name} reads {'/'.join(one.about.formats)}, "
-        f"{faults.get(one.name) or one.missing or 'installed'}"
-        for one in seen
+        f"{candidate.name} reads {'/'.join(candidate.about.formats)}, "
+        f"{faults.get(candidate.name) or candidate.missing or 'installed'}"
+        for candidate in seen
     )
     return f"No engine here can {task} a model in the format {wish.format}{where}. {known}."

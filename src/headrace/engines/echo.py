@@ -1,4 +1,4 @@
-"""An engine without a model: says the prompt again, at a scripted speed, and fails when told to.
+"""An engine without a model: repeats the prompt at a scripted speed, and fails on demand.
 
 Its tokens are the bytes of UTF-8, so every character beyond ASCII comes in pieces. As an embedder
 it gives vectors that hang on nothing but the tokens, as a reranker the share of the query's bytes
@@ -13,7 +13,6 @@ import itertools
 import os
 import signal
 import time
-from array import array
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Literal
 
@@ -21,8 +20,10 @@ from pydantic import Field
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, OutOfMemory
 from headrace.core.events import TokenLogprob
+from headrace.core.floats import bytes_of
 from headrace.core.model import Capabilities
 from headrace.core.status import Footprint
+from headrace.engines import base
 from headrace.engines.base import (
     About,
     Admitted,
@@ -51,7 +52,7 @@ _PROCESS = 48 << 20
 
 
 class Options(EngineOptions):
-    """What it can be told to do. `*_after` count tokens of one request; -1 is never."""
+    """What it does. `*_after` count tokens of one request; -1 is never."""
 
     tokens_per_second: float = Field(0, ge=0, description="Speed of decoding; 0 is unlimited.")
     in_step: bool = Field(
@@ -87,7 +88,7 @@ def footprint(request: OpenRequest) -> Footprint:
     )
 
 
-class Engine:
+class Engine(base.Embedder):
     """A scripted stand-in for a model that takes the same way as the real ones."""
 
     def __init__(self, request: OpenRequest) -> None:
@@ -173,8 +174,8 @@ class Engine:
         self._held = bytearray()
 
     def _script(self, request: EngineRequest) -> Iterator[int]:
-        said = self._options.text
-        token_ids = request.token_ids if said is None else tuple(said.encode())
+        text = self._options.text
+        token_ids = request.token_ids if text is None else tuple(text.encode())
         while token_ids:
             yield from token_ids
             if not request.sampling.ignore_eos:
@@ -223,7 +224,7 @@ def _slots(options: Options, request: OpenRequest) -> int:
 
 
 def taken(trigger: str) -> bool:
-    """Remove a file, and tell whether it was this call that did."""
+    """Remove a file; return whether this call did."""
     try:
         os.unlink(trigger)  # noqa: PTH108  # asked for each token
     except FileNotFoundError:
@@ -272,7 +273,7 @@ def _before_end(token_ids: tuple[int, ...], request: EngineRequest) -> tuple[int
 def _vector(token_ids: Sequence[int], dimensions: int) -> bytes:
     seed = b"".join(token.to_bytes(4, "little") for token in token_ids)
     values = hashlib.shake_128(seed).digest(dimensions)
-    return array("f", [value / 127.5 - 1 for value in values]).tobytes()
+    return bytes_of(value / 127.5 - 1 for value in values)
 
 
 def _bytes(token_ids: Sequence[int]) -> bytes:

@@ -1,4 +1,4 @@
-"""JSON schemas as grammars of llguidance, for engines that are handed one."""
+"""JSON schemas as grammars of llguidance, for engines that take one."""
 
 from __future__ import annotations
 

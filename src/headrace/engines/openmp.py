@@ -1,6 +1,6 @@
-"""Keeps OpenMP threads from burning the time of the very threads that they wait for.
+"""Keeps OpenMP threads from using up the time of the very threads that they wait for.
 
-llama.cpp's threads meet some thousand times for each token, and whoever comes first spins until
+llama.cpp's threads meet some thousand times for each token, and the first to arrive spins until
 the last has come. With a core for each thread that is the fastest way. When another process
 wants the same cores, it spins away the time in which the last one could have come: two models on
 one machine fall to a tenth of their speed. So this looks ten times a second at how long the
@@ -33,7 +33,7 @@ class Ticks(NamedTuple):
 
 
 def is_crowded(before: Ticks, now: Ticks, period_s: float, *, was: bool) -> bool:
-    """Tell whether others want our cores; `was` is the last answer, kept where nothing runs."""
+    """Whether other processes want our cores; `was` is the last answer, kept while nothing runs."""
     ran, waited = now.ran - before.ran, now.waited - before.waited
     if ran < _BUSY * period_s or waited < 0:
         return was
@@ -59,7 +59,7 @@ class SpinGuard:
         return self._end_team is not None
 
     def start(self) -> None:
-        """Begin to watch, where the process uses GNU's OpenMP and the system counts waiting."""
+        """Start watching, where the process uses GNU's OpenMP and the system counts waiting."""
         with contextlib.suppress(OSError, AttributeError):
             library = ctypes.CDLL(_LIBRARY, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
             threads = _Threads(self._tasks)
@@ -70,7 +70,7 @@ class SpinGuard:
             self._thread.start()
 
     def close(self) -> None:
-        """End the watching. Idempotent."""
+        """Stop watching. Idempotent."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()
@@ -137,6 +137,6 @@ class _Threads:
         return Ticks(ran / 1e9, waited / 1e9)
 
     def close(self) -> None:
-        """Look no more."""
+        """Close the files."""
         while self._files:
             os.close(self._files.popitem()[1])

@@ -1,7 +1,7 @@
 """What engines for upstreams have in common: address and key, and what a refusal means.
 
-A key is seen by the connection alone. Whatever an upstream says is searched for it before it is
-told to anybody.
+Only the connection sees a key. It is removed from all that an upstream says before that goes any
+further.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ _LONGEST_MESSAGE = 300
 _BYTES_PER_TOKEN = 4
 _TOKENS_PER_MESSAGE = 4
 _VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
+_TEXTS = ("message", "error", "detail", "msg")
+_TOO_LONG = ("context_length_exceeded", "exceed_context_size_error")
+_UNKNOWN_FIELD = ("unsupported_parameter", "unsupported_value")
+_BUSY = ("rate_limit_exceeded", "rate_limit_error", "overloaded_error", "overloaded", "429", "503")
 
 
 class RemoteOptions(EngineOptions):
@@ -80,7 +84,7 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
     key: SecretStr | None
 
     def scrub(self, text: str) -> str:
-        """Return a text on one line, without the key, and not longer than is read."""
+        """Return a text on one line, shortened and without the key."""
         secret = self.key.get_secret_value() if self.key else ""
         text = text.replace(secret, "…") if secret else text
         short = " ".join(text.split())
@@ -91,13 +95,13 @@ def provider_of(request: OpenRequest, engine: str) -> Provider:
     """Return the provider of a remote model.
 
     Raises:
-        ConfigError: it is none that the engine can speak to.
+        ConfigError: the engine cannot speak to it.
     """
-    found = PROVIDERS.get(request.model.provider or "")
-    if found is None or found.engine != engine:
-        able = ", ".join(name for name, one in PROVIDERS.items() if one.engine == engine)
+    provider = PROVIDERS.get(request.model.provider or "")
+    if provider is None or provider.engine != engine:
+        able = ", ".join(name for name, row in PROVIDERS.items() if row.engine == engine)
         raise ConfigError(f"Engine {engine} speaks to {able}.", param="engine")
-    return found
+    return provider
 
 
 def access(provider: Provider, options: RemoteOptions) -> Access:
@@ -144,7 +148,7 @@ def _key(provider: Provider, options: RemoteOptions) -> SecretStr | None:
             )
         return None
     if not re.fullmatch(r"[!-~]+", key):
-        # The HTTP library would tell it in its complaint.
+        # The HTTP library would put it in its error.
         raise ConfigError(f"{provider.title}: the key has characters that no key has.")
     return SecretStr(key)
 
@@ -159,7 +163,17 @@ def footprint(request: OpenRequest) -> Footprint:
 
 
 def facts(request: OpenRequest, provider: Provider, capabilities: Capabilities) -> EngineFacts:
-    """Return what is known of a remote model. A context length of 0 is one nobody has told."""
+    """Return what is known of a remote model; a context length of 0 is unknown.
+
+    Raises:
+        ConfigError: the provider has nothing for the task.
+    """
+    if request.task not in provider.tasks:
+        raise ConfigError(
+            f"{provider.title} has no models for the task {request.task}; "
+            f"it has {', '.join(provider.tasks)}.",
+            param="task",
+        )
     notes = () if provider.checked else (f"what is known of {provider.title} was not verified",)
     return EngineFacts(
         device="remote",
@@ -173,7 +187,7 @@ def facts(request: OpenRequest, provider: Provider, capabilities: Capabilities) 
 
 
 def check_plain(request: GenerateRequest, provider: Provider, sampling: frozenset[str]) -> None:
-    """Refuse what no upstream, or not this one, can be asked.
+    """Refuse what no upstream, or not this one, can do.
 
     Raises:
         Unsupported: naming the field.
@@ -189,9 +203,9 @@ def check_plain(request: GenerateRequest, provider: Provider, sampling: frozense
 
 
 def trace_headers(request: GenerateRequest | EmbedRequest | RerankRequest) -> dict[str, str]:
-    """Return what tells an upstream to which trace a request belongs."""
-    told = {"traceparent": request.traceparent, "tracestate": request.tracestate}
-    return {name: value for name, value in told.items() if value and request.traceparent}
+    """Return the headers by which an upstream joins the trace of a request."""
+    headers = {"traceparent": request.traceparent, "tracestate": request.tracestate}
+    return {name: value for name, value in headers.items() if value and request.traceparent}
 
 
 def estimate(text: str) -> int:
@@ -205,10 +219,10 @@ def estimated_count(request: CountRequest | GenerateRequest) -> TokenCount:
     if isinstance(text, tuple):
         return TokenCount(count=len(text), token_ids=text)
     messages = request.messages or ()
-    told = estimate(text or "") + sum(
+    count = estimate(text or "") + sum(
         _TOKENS_PER_MESSAGE + estimate(message.content) for message in messages
     )
-    return TokenCount(count=told, estimated=True)
+    return TokenCount(count=count, estimated=True)
 
 
 class _Fault(msgspec.Struct, frozen=True):
@@ -218,9 +232,9 @@ class _Fault(msgspec.Struct, frozen=True):
     param: Any = None
 
 
-def fault_of(said: Any) -> _Fault:
-    """Read an error object as OpenAI's, FastAPI's or a gateway's; of others, take it as text."""
-    inner = said
+def fault_of(body: Any) -> _Fault:
+    """Read an error object as OpenAI's, FastAPI's or a gateway's; take any other as text."""
+    inner = body
     while isinstance(inner, dict):
         fields = cast("dict[str, Any]", inner)
         deeper = next(
@@ -233,20 +247,14 @@ def fault_of(said: Any) -> _Fault:
     return _Fault(inner)
 
 
-_TEXTS = ("message", "error", "detail", "msg")
-_TOO_LONG = ("context_length_exceeded", "exceed_context_size_error")
-_UNKNOWN_FIELD = ("unsupported_parameter", "unsupported_value")
-_BUSY = ("rate_limit_exceeded", "rate_limit_error", "overloaded_error", "overloaded", "429", "503")
-
-
 def refusal(
-    way: Access, status: int, said: Any, retry_after_s: float | None = None
+    way: Access, status: int, body: Any, retry_after_s: float | None = None
 ) -> HeadraceError:
     """Return what an upstream's answer means for the request.
 
-    What it said goes to the client only where he can do something about it.
+    Its text goes to the client only where the client can mend the request.
     """
-    fault, title = fault_of(said), way.provider.title
+    fault, title = fault_of(body), way.provider.title
     text = way.scrub(str(fault.message or ""))
     if status in (400, 413, 422):
         return _wrong_request(fault, f"{title}: {text or f'status {status}'}")
@@ -275,9 +283,9 @@ def _wrong_request(fault: _Fault, message: str) -> HeadraceError:
     return InvalidRequest(message, param=param)
 
 
-def complaint(way: Access, said: Any) -> HeadraceError:
+def complaint(way: Access, body: Any) -> HeadraceError:
     """Return what an error object inside of an answer that began well means."""
-    fault, title = fault_of(said), way.provider.title
+    fault, title = fault_of(body), way.provider.title
     detail = way.scrub(str(fault.message or ""))
     if str(fault.code) in _BUSY or fault.type in _BUSY:
         return CapacityError(f"{title} broke off: it is overloaded.", detail=detail)
@@ -353,15 +361,15 @@ class Shared(Generic[T]):
     def take(self, key: object, make: Callable[[], T]) -> T:
         """Return what is open under a key, or open it."""
         place = (asyncio.get_running_loop(), key)
-        found, users = self._open.get(place) or (make(), 0)
-        self._open[place] = (found, users + 1)
-        return found
+        shared, users = self._open.get(place) or (make(), 0)
+        self._open[place] = (shared, users + 1)
+        return shared
 
     async def give_back(self, key: object) -> None:
-        """Leave what `take` gave."""
+        """Release what `take` gave."""
         place = (asyncio.get_running_loop(), key)
-        found, users = self._open.pop(place)
+        shared, users = self._open.pop(place)
         if users > 1:
-            self._open[place] = (found, users - 1)
+            self._open[place] = (shared, users - 1)
         else:
-            await self._close(found)
+            await self._close(shared)

@@ -10,12 +10,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 from pydantic import Field
 
 from headrace.core.errors import ConfigError, InvalidRequest, LoadFailed, OutOfMemory
 from headrace.core.model import Capabilities
 from headrace.core.status import Footprint
-from headrace.engines.base import About, EngineFacts, EngineOptions, OpenRequest, Pair
+from headrace.engines import base, plan
+from headrace.engines.base import (
+    About,
+    BatchLimits,
+    EngineFacts,
+    EngineOptions,
+    OpenRequest,
+    Pair,
+)
 
 ABOUT = About(
     formats=("safetensors",),
@@ -25,7 +34,6 @@ ABOUT = About(
     tasks=("embed", "rerank"),
 )
 
-_REQUESTS = 256
 _PROCESS = 450 << 20
 _CONTEXT = 512
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -62,7 +70,7 @@ class Options(EngineOptions):
     )
 
 
-class Engine:
+class Engine(base.Embedder):
     """One model folder, local and without pickles or code of its own."""
 
     def __init__(self, request: OpenRequest) -> None:
@@ -89,9 +97,9 @@ class Engine:
         self._vocabulary = len(self._tokenizer)
         self._typed = "token_type_ids" in self._tokenizer.model_input_names
         self.facts = _facts(request, self._model, device)
-        self.batch_items = options.batch_items or (_ITEMS_CPU if device == "cpu" else _ITEMS_GPU)
-        self.batch_tokens = options.batch_tokens
-        self.batch_padding = self._beginning()
+        items = options.batch_items or (_ITEMS_CPU if device == "cpu" else _ITEMS_GPU)
+        batch = BatchLimits(items, options.batch_tokens, self._beginning())
+        self.facts = msgspec.structs.replace(self.facts, batch=batch)
 
     def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
         """Return what the model's own modules make of padded token ids."""
@@ -110,7 +118,7 @@ class Engine:
             joined = self._tokenizer(query, document)["input_ids"]
             return Pair(tuple(joined), len(joined) - len(first))
         encoding = self._backend.encode(query, document)
-        second = next((i for i, one in enumerate(encoding.sequence_ids) if one == 1), None)
+        second = next((at for at, text in enumerate(encoding.sequence_ids) if text == 1), None)
         return Pair(tuple(encoding.ids), len(encoding.ids) if second is None else second)
 
     def score(self, batch: Sequence[Pair]) -> Sequence[float]:
@@ -183,7 +191,7 @@ class Engine:
         short, long = (min(around + n, self.facts.context_length) for n in (_SHORT, long))
         begun, whole = self._time(1, short), self._time(4, long)
         each = max(whole - begun, 1e-9) / (4 * long - short)
-        return int(min(max(begun / each - short, _LEAST), self.batch_tokens / 4))
+        return int(min(max(begun / each - short, _LEAST), self._options.batch_tokens / 4))
 
     def _time(self, items: int, length: int) -> float:
         """Return seconds of the fastest of a few forwards; of one alone where they are slow."""
@@ -226,7 +234,7 @@ def footprint(request: OpenRequest) -> Footprint:
         devices=devices,
         parts={"weights": weights, "overhead": _PROCESS + work},
         context_length=request.context_length or request.model.context_length,
-        max_running=min(_REQUESTS, request.max_running or _REQUESTS),
+        max_running=plan.encoder_requests(request),
     )
 
 
@@ -255,7 +263,7 @@ def _open(folder: Path, task: str, device: str, options: Options) -> Any:
 
 @contextmanager
 def _no_progress_bar() -> Generator[None]:
-    """Keep the bar of the weights off stderr; the process may be somebody's who wants others."""
+    """Keep the progress bar of the weights off stderr, and other bars as they are."""
     logging = importlib.import_module("transformers.utils.logging")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -268,15 +276,11 @@ def _no_progress_bar() -> Generator[None]:
 
 def _facts(request: OpenRequest, model: Any, device: str) -> EngineFacts:
     most = model.max_seq_length or request.model.context_length or _CONTEXT
-    if request.context_length is not None and request.context_length > most:
-        raise LoadFailed(
-            f"context_length {request.context_length} is more than the model's {most}."
-        )
     embeds = request.task == "embed"
     return EngineFacts(
         device=device,
-        context_length=request.context_length or most,
-        max_running=min(_REQUESTS, request.max_running or _REQUESTS),
+        context_length=plan.granted_context(request, most),
+        max_running=plan.encoder_requests(request),
         capabilities=Capabilities(
             tasks=frozenset({request.task}),
             dimensions=model.get_embedding_dimension() if embeds else None,

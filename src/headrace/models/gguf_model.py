@@ -50,7 +50,7 @@ def parts(path: Path) -> list[Path]:
 
 
 def is_later_part(name: str) -> bool:
-    """Tell whether this is a part of a split model other than the first."""
+    """Whether this is a part of a split model other than the first."""
     match = _PART.fullmatch(name)
     return match is not None and int(match["part"]) != 1
 
@@ -150,7 +150,7 @@ class _Facts:
         )
 
     def task(self) -> Task:
-        """Tell what the model is for: one that pools its tokens generates none."""
+        """What the model is for: one that pools its tokens generates none."""
         pooling = self.whole(self.own("pooling_type"), zero=True) or 0
         if pooling == _POOLING_RANK:
             return "rerank"
@@ -167,7 +167,7 @@ class _Facts:
         return int(sum(value))
 
     def kv_bytes_per_token(self) -> int | None:
-        """Return layers * heads * (key + value length) * 2 bytes, or None if that is not said."""
+        """Return layers * heads * (key + value length) * 2 bytes, or None if one is missing."""
         layers = self.whole(self.own("block_count"))
         if layers is None:
             return None

@@ -97,10 +97,10 @@ def _context_length(path: Path, task: Task, most: int | None) -> int | None:
         return most
     # Embedders are often made for less than their configuration says.
     places = ("sentence_bert_config.json", "max_seq_length"), (TOKENS, "model_max_length")
-    told = [
+    limits = [
         folder.read_json(path / name).get(key) for name, key in places if (path / name).exists()
     ]
-    known = [one for one in (most, *told) if isinstance(one, int) and 0 < one < 1 << 32]
+    known = [limit for limit in (most, *limits) if isinstance(limit, int) and 0 < limit < 1 << 32]
     return min(known, default=None)
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
+
+from headrace.core.model import Task
 
 _BASIC = frozenset({"max_tokens", "temperature", "top_p"})
 _PENALTIES = frozenset({"presence_penalty", "frequency_penalty"})
@@ -21,14 +23,15 @@ _ALL = _OPEN | {"stop_token_ids", "ignore_eos"}
 class Provider(msgspec.Struct, frozen=True, kw_only=True):
     """An upstream, and what it honours; a field that is not listed is refused by name.
 
-    `base_url` None: each customer has his own. `key` is the variable with the key; with `open` it
-    need not be set. `sampling` are fields of Sampling, and `n`. `renamed` are its own names of
-    them in a chat. `stops` is how many stop strings it takes. `json` is whether an answer can keep
-    to a schema, to be any JSON object, or neither. `asks_usage`: it tells the usage of a stream
-    only when `stream_options` ask for it; one that always does may refuse the field. `base64` is
-    how it can send vectors. `extra` goes with each request. `checked` tells whether its own
-    documents, or several programs that use it, were seen to say so; what is left is its maker's
-    claim to be compatible, taken narrowly.
+    `base_url` None: each customer has one. `key` is the variable with the key; with `open` it need
+    not be set. `sampling` are fields of Sampling, and `n`. `renamed` are its own names of them in
+    a chat. `stops` is how many stop strings it takes. `json` is whether an answer can keep to a
+    schema, be any JSON object, or neither. `asks_usage`: it reports the usage of a stream only
+    when `stream_options` ask for it; one that always does may refuse the field. `embeddings` and
+    `rerank` are the tasks that it has beside answers, and `base64` whether it can send vectors so.
+    `extra` goes with each request. `otel_name` is its name in OpenTelemetry's conventions, where
+    that is another. `checked` is whether its own documents, or several programs that use it, say
+    so; the other rows are their makers' claims to be compatible, taken narrowly.
     """
 
     title: str
@@ -51,7 +54,14 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     rerank: bool = False
     tokenize: bool = False
     extra: Mapping[str, Any] = {}
+    otel_name: str | None = None
     checked: bool = True
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What its models can be configured for."""
+        has = {"generate": True, "embed": self.embeddings, "rerank": self.rerank}
+        return tuple(task for task in get_args(Task) if has[task])
 
 
 _LATER_NAME = {"max_tokens": "max_completion_tokens"}
@@ -82,6 +92,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             completions=True,
             embeddings=True,
             base64=True,
+            otel_name="azure.ai.openai",
         ),
         "deepseek": Provider(
             title="DeepSeek",
@@ -96,6 +107,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             key="MOONSHOT_API_KEY",
             sampling=_BASIC | _PENALTIES | {"n"},
             stops=5,
+            otel_name="moonshot_ai",
         ),
         "zhipu": Provider(
             title="Zhipu",
@@ -162,6 +174,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             sampling=_BASIC | {"n"},
             json="schema",
             embeddings=True,
+            otel_name="gcp.gemini",
         ),
         "mistral": Provider(
             title="Mistral",
@@ -172,6 +185,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             json="schema",
             asks_usage=False,
             embeddings=True,
+            otel_name="mistral_ai",
         ),
         "groq": Provider(
             title="Groq",
@@ -187,6 +201,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             key="XAI_API_KEY",
             sampling=_OPENAI - {"logit_bias"},
             json="schema",
+            otel_name="x_ai",
         ),
         "openrouter": Provider(
             title="OpenRouter",

@@ -95,7 +95,7 @@ Reference = LocalReference | HubReference | IndexReference | BuiltinReference | 
 
 
 def is_remote(text: str) -> bool:
-    """Tell whether a reference is one to a model of an upstream; nothing is looked up."""
+    """Whether a reference names a model of an upstream; nothing is looked up."""
     return text.partition(":")[0] in PROVIDERS and ":" in text
 
 

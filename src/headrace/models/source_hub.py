@@ -157,7 +157,7 @@ def _download(reference: HubReference, watch: _Watch) -> HubModel:
         reference.repo, revision=reference.revision, files_metadata=True
     )
     if info.sha is None:
-        raise UpstreamError(f"The hub told no commit for {reference}.")
+        raise UpstreamError(f"The hub gave no commit for {reference}.")
     files = [
         HubFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None)
         for s in info.siblings or ()
@@ -222,20 +222,20 @@ def _revisions(repo: str) -> list[huggingface_hub.CachedRevisionInfo]:
         repos = huggingface_hub.scan_cache_dir().repos
     except huggingface_hub.CacheNotFound:
         return []
-    return [one for cached in repos if cached.repo_id == repo for one in cached.revisions]
+    return [revision for cached in repos if cached.repo_id == repo for revision in cached.revisions]
 
 
 def _gguf_models(files: Sequence[HubFile]) -> dict[str, list[HubFile]]:
     """Return models by the name of their (first) file; projectors and the like left out."""
-    found = {file.name: file for file in files if file.name.lower().endswith(".gguf")}
+    present = {file.name: file for file in files if file.name.lower().endswith(".gguf")}
     models: dict[str, list[HubFile]] = {}
-    for name in sorted(found):
+    for name in sorted(present):
         last = PurePosixPath(name).name
         if gguf_model.is_later_part(last) or re.search(r"mmproj|imatrix", last, re.IGNORECASE):
             continue
         parts = [path.as_posix() for path in gguf_model.parts(Path(name))]
-        if all(part in found for part in parts):
-            models[name] = [found[part] for part in parts]
+        if all(part in present for part in parts):
+            models[name] = [present[part] for part in parts]
     return models
 
 
@@ -276,7 +276,7 @@ def _nothing(reference: HubReference, models: dict[str, list[HubFile]]) -> Unkno
 
 
 def _is_answer(error: Exception) -> bool:
-    """Tell whether the hub itself said no; then the cache is no way around it."""
+    """Whether the hub itself refused; then the cache is no way around it."""
     if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code < 500 and error.response.status_code != 429
     return isinstance(error, errors.HFValidationError)
@@ -304,5 +304,7 @@ def _translate(reference: HubReference, error: Exception) -> NoReturn:
         raise UpstreamError(f"{reference}: {what}.", detail=detail) from error
     if isinstance(error, OSError) and error.errno is not None and not status:
         raise error
-    said = f"the hub answered {status}" if status else "the hub cannot be reached"
-    raise UpstreamError(f"{reference}: {said} ({type(error).__name__}).", detail=detail) from error
+    reason = f"the hub answered {status}" if status else "the hub cannot be reached"
+    raise UpstreamError(
+        f"{reference}: {reason} ({type(error).__name__}).", detail=detail
+    ) from error

@@ -126,8 +126,8 @@ class _Pip:
         process.wait()
 
     def _report(self) -> None:
-        found = _PROGRESS.findall(self._log)
-        done, total = map(int, found[-1]) if found else (_bytes_in(self._folder), 0)
+        lines = _PROGRESS.findall(self._log)
+        done, total = map(int, lines[-1]) if lines else (_bytes_in(self._folder), 0)
         if total > self._checked:
             # The archive first, and then what is in it, beside it.
             require_free(self._folder, 2 * total - done)
@@ -140,7 +140,7 @@ class _Pip:
         if "[Errno 28]" in log or "No space left on device" in log:
             return disk_full(self._folder)
         errors = [line for line in lines if line.startswith("ERROR:")] or lines[-3:]
-        text = " ".join(errors)[-1000:] or "it said nothing"
+        text = " ".join(errors)[-1000:] or "it printed nothing"
         if "No matching distribution found" in log and "connection" not in log.lower():
             message = f"The package index has no {self._requirement} for this machine: {text}"
             return UnknownModel(message, param="model")

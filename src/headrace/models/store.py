@@ -83,8 +83,8 @@ class Store:
 
     def list(self) -> list[StoredModel]:
         """Return what was fetched and is still there, by name."""
-        found = [self._record(path) for path in (self._root / "records").glob("[!.]*.json")]
-        models = [model for model in found if model is not None and self._is_whole(model)]
+        records = [self._record(path) for path in (self._root / "records").glob("[!.]*.json")]
+        models = [model for model in records if model is not None and self._is_whole(model)]
         return sorted(models, key=lambda model: model.name)
 
     def fetch(self, reference: Reference, progress: Progress | None = None) -> Path:
@@ -146,7 +146,7 @@ class Store:
             if model is None:
                 have = ", ".join(model.name for model in self.list()) or "none"
                 raise UnknownModel(f"{name!r} is not stored. Stored are: {have}.", param="model")
-            # The record goes last: without its files it counts for nothing, and is found again.
+            # The record goes last: without its files it counts for nothing, and is fetched again.
             freed = self._remove_files(reference, model)
             path.unlink(missing_ok=True)
             return freed
@@ -174,14 +174,14 @@ class Store:
     def _fetch_hub(self, reference: HubReference, progress: Progress) -> StoredModel:
         from headrace.models import source_hub  # its client is slow to import
 
-        found = source_hub.download(reference, progress)
-        inspect(found.path)
+        download = source_hub.download(reference, progress)
+        inspect(download.path)
         return StoredModel(
             reference=str(reference),
-            path=str(found.path),
-            size=found.size,
+            path=str(download.path),
+            size=download.size,
             added=int(time.time()),
-            revision=found.commit,
+            revision=download.commit,
         )
 
     def _fetch_index(self, reference: IndexReference, progress: Progress) -> StoredModel:
@@ -192,11 +192,11 @@ class Store:
         work = self._root / "partial" / _key(reference) / uuid.uuid4().hex
         work.mkdir(parents=True)
         try:
-            found, digest = source_index.download(reference, work, entry, progress)
+            fetched, digest = source_index.download(reference, work, entry, progress)
             folder = self._root / "files" / _key(reference)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            path = found.replace(folder / found.name)
+            path = fetched.replace(folder / fetched.name)
             sync_folder(folder)
         finally:
             shutil.rmtree(work.parent, ignore_errors=True)
@@ -267,7 +267,7 @@ class Store:
 
 def _size(path: Path) -> int:
     if path.is_dir():
-        return sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return path.stat().st_size
 
 

@@ -27,7 +27,7 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def silent(_what: str, _done: int, _total: int) -> None:
-    """Tell nobody."""
+    """Ignore the progress."""
 
 
 def require_free(folder: Path, size: int) -> None:
@@ -83,7 +83,7 @@ def copy_hashed(source: IO[bytes], target: Path, size: int, progress: Progress) 
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Replace a file at once: half of it is never seen, not even after a power cut."""
+    """Replace a file atomically; it is never half written, not even after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)

@@ -41,13 +41,6 @@ HERE = "headrace"
 """The provider of what is computed on this machine."""
 
 _LONGEST = 256
-_WELL_KNOWN = {
-    "azure": "azure.ai.openai",
-    "gemini": "gcp.gemini",
-    "mistral": "mistral_ai",
-    "moonshot": "moonshot_ai",
-    "xai": "x_ai",
-}
 _CONVENTIONAL = frozenset(
     {
         *("max_tokens", "temperature", "top_p", "top_k", "presence_penalty"),
@@ -74,7 +67,7 @@ _USE = tuple(name for name in DeviceUse.declared() if name not in _AT_THE_END)
 def provider(info: ModelInfo) -> str:
     """Return who computes a model's answers, by the name that the conventions have for it."""
     name = info.source.partition(":")[0]
-    return _WELL_KNOWN.get(name, name) if name in PROVIDERS else HERE
+    return (PROVIDERS[name].otel_name or name) if name in PROVIDERS else HERE
 
 
 def asked(request: AnyRequest, provider_name: str) -> Attributes:

@@ -8,38 +8,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from heapq import merge
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from headrace.core.errors import HeadraceError, OutOfMemory
-from headrace.engines.base import Engine
+from headrace.engines.base import BatchLimits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 OnStep = Callable[[int, int], None]
 """Called with how many of a request's items are done, and of how many."""
-
-
-class BatchLimits(NamedTuple):
-    """How much goes through an engine at once; tokens count with the padding.
-
-    A batch is padded to its longest. `padding` is the tokens that take as long as beginning a
-    batch does: what would bring more padding than that is better off in a batch of its own.
-    """
-
-    items: int = 32
-    tokens: int = 16384
-    padding: int = 256
-
-
-def limits_of(engine: Engine) -> BatchLimits:
-    """Return what the engine says in `batch_items`, `_tokens` and `_padding`, where it does."""
-    usual = BatchLimits()
-    return BatchLimits(
-        getattr(engine, "batch_items", None) or usual.items,
-        getattr(engine, "batch_tokens", None) or usual.tokens,
-        getattr(engine, "batch_padding", None) or usual.padding,
-    )
 
 
 class _Ticket(Generic[Item, Result]):

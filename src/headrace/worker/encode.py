@@ -14,7 +14,7 @@ from headrace.core.events import Event, Progress, Ranked, Ranking, Vectors
 from headrace.core.floats import bytes_of, floats_of
 from headrace.core.request import EmbedRequest, RerankRequest
 from headrace.core.stream import Mailbox
-from headrace.engines.base import Engine, Pair, Reranker
+from headrace.engines.base import Embedder, Engine, Pair, Reranker
 from headrace.worker.batching import Batcher
 from headrace.worker.generate import Loaded
 from headrace.worker.turn import Turn
@@ -120,9 +120,11 @@ def _dimensions(loaded: Loaded, request: EmbedRequest) -> int | None:
 
 
 def _token_ids(loaded: Loaded, request: EmbedRequest) -> list[tuple[int, ...]]:
-    engine, most = loaded.engine, loaded.engine.facts.context_length
+    engine = cast("Embedder", loaded.engine)
+    most = engine.facts.context_length
     made: list[tuple[int, ...]] = []
-    tokenized = iter(_tokenized(engine, [one for one in request.inputs if isinstance(one, str)]))
+    texts = [given for given in request.inputs if isinstance(given, str)]
+    tokenized = iter(engine.tokenize_all(texts))
     for place, given in enumerate(request.inputs):
         is_text = isinstance(given, str)
         ids = tuple(next(tokenized)) if is_text else given
@@ -138,12 +140,6 @@ def _token_ids(loaded: Loaded, request: EmbedRequest) -> list[tuple[int, ...]]:
             ids = _cut(engine, given, ids, most) if is_text else ids[:most]
         made.append(ids)
     return made
-
-
-def _tokenized(engine: Engine, texts: Sequence[str]) -> Sequence[Sequence[int]]:
-    # An engine whose tokenizer takes many texts at once has `tokenize_all`.
-    at_once = getattr(engine, "tokenize_all", None)
-    return at_once(texts) if at_once else [engine.tokenize(one, add_special=True) for one in texts]
 
 
 def _cut(engine: Engine, text: str, ids: tuple[int, ...], most: int) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from headrace.engines.base import Embedder, Engine, OpenRequest, Pair, RemoteEng
 from headrace.machine import Sampler, system
 from headrace.models.transfer import silent
 from headrace.worker import encode, generate, remote
-from headrace.worker.batching import Batcher, limits_of
+from headrace.worker.batching import Batcher
 from headrace.worker.generate import Loaded
 from headrace.worker.lifecycle import Lifecycle
 from headrace.worker.prompt import Prompter
@@ -229,7 +229,7 @@ class Worker:
         )
 
     def _loaded(self, found: WorkerSpec, engine: Engine, prompter: Prompter, slots: int) -> Loaded:
-        thread, limits = ThreadPoolExecutor(1, "batches"), limits_of(engine)
+        thread, limits = ThreadPoolExecutor(1, "batches"), engine.facts.batch
         # Only those tasks come this way that the engine has.
         embedder, reranker = cast("Embedder", engine), cast("Reranker", engine)
         return Loaded(

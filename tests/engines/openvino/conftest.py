@@ -8,7 +8,8 @@ import pytest
 
 from headrace.core.model import ModelFile
 from headrace.engines.base import Generator, OpenRequest
-from headrace.engines.openvino import Engine, convert
+from headrace.engines.openvino import convert
+from headrace.engines.openvino.engine import Engine
 from headrace.models.inspect import inspect
 
 HOME = Path(__file__).resolve().parents[3] / ".cache" / "test-home"

@@ -11,11 +11,16 @@ import pytest
 
 from headrace.core.errors import ConfigError, DoesNotFit, LoadFailed
 from headrace.core.model import ModelFile
-from headrace.engines import openvino_convert
 from headrace.engines.base import OpenRequest
-from headrace.engines.openvino import Engine, footprint, prepared, settled
-from headrace.engines.openvino_size import plan_cache
-from headrace.engines.openvino_text import without_telemetry
+from headrace.engines.openvino import (
+    conversion,
+    footprint,
+    plan_cache,
+    prepared,
+    settled,
+)
+from headrace.engines.openvino.engine import Engine
+from headrace.engines.openvino.vocabulary import without_telemetry
 from headrace.models.inspect import inspect
 
 KV = 23040
@@ -52,9 +57,9 @@ def test_a_failed_conversion_leaves_nothing(
         (making / "half").write_text("x")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(openvino_convert, "_in_own_process", full)
+    monkeypatch.setattr(conversion, "_in_own_process", full)
     with pytest.raises(DoesNotFit):
-        openvino_convert.convert(inspect(smollm2_path), tmp_path)
+        conversion.convert(inspect(smollm2_path), tmp_path)
     assert [path.suffix for path in (tmp_path / "converted").iterdir()] == [".lock"]
 
 
@@ -64,17 +69,16 @@ def test_another_file_under_the_same_name_is_another_model(tmp_path: Path) -> No
     for size in (1, 2):
         source.write_bytes(b"x" * size)
         file = model(path=str(source), format="gguf", quantization="Q4_0", size=size)
-        names.add(openvino_convert._target(file, tmp_path))
+        names.add(conversion._target(file, tmp_path))
     assert len(names) == 2
 
 
 def test_the_cache_is_cut_to_the_memory() -> None:
     request = OpenRequest(model=model(context_length=8192), memory=64 * 8192 * KV, max_running=32)
-    plan = plan_cache(request, None, "auto")
-    assert (plan.max_running, plan.context_length, plan.tokens) == (32, 8192, 16 * 8192)
-    small = plan_cache(
-        OpenRequest(model=model(context_length=8192), memory=4 * 1024 * KV), None, "auto"
-    )
+    plan = plan_cache(request, settled(request))
+    assert (plan.slots, plan.context_length, plan.tokens) == (32, 8192, 16 * 8192)
+    scarce = OpenRequest(model=model(context_length=8192), memory=4 * 1024 * KV)
+    small = plan_cache(scarce, settled(scarce))
     assert small.context_length == small.tokens == 1024
     assert "cut" in small.notes[0]
 

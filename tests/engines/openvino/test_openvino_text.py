@@ -19,8 +19,8 @@ from headrace.engines.base import (
     RawEvent,
     RawFinish,
 )
-from headrace.engines.llamacpp import Engine as LlamaCpp
-from headrace.engines.openvino import Engine
+from headrace.engines.llamacpp.engine import Engine as LlamaCpp
+from headrace.engines.openvino.engine import Engine
 
 pytestmark = [pytest.mark.engines, pytest.mark.anyio]
 

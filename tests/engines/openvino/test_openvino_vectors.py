@@ -11,7 +11,8 @@ import pytest
 from headrace.core.errors import InvalidRequest
 from headrace.core.model import ModelFile, Task
 from headrace.engines.base import OpenRequest
-from headrace.engines.openvino import Engine, convert
+from headrace.engines.openvino import convert
+from headrace.engines.openvino.engine import Engine
 from headrace.models.inspect import inspect
 
 pytestmark = pytest.mark.engines

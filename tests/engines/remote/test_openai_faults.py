@@ -42,7 +42,7 @@ BROKEN: dict[str, tuple[Play, str]] = {
         "malformed",
     ),
     "wrong shape": (Play([b'data: {"choices": [{"delta": 5}]}\n\n']), "malformed"),
-    "a choice too many": (Play([event(chunk(3, content="x"))]), "nobody asked"),
+    "a choice too many": (Play([event(chunk(3, content="x"))]), "not asked for"),
     "a strange reason": (Play([A, event(chunk(reason="network_error")), DONE]), "network_error"),
     "an error in the stream": (Play([A, event({"error": {"message": "no"}})]), "error"),
     "an error and nothing else": (Play([event({"error": "boom"})]), "error"),

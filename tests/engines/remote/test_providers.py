@@ -15,8 +15,9 @@ from tests.engines.remote.rig import worker
 from headrace import engines, runtime
 from headrace.config import short_name
 from headrace.core.errors import ConfigError
-from headrace.core.model import ModelFile, ModelSpec
+from headrace.core.model import Capabilities, ModelFile, ModelSpec, Task
 from headrace.core.sampling import Sampling
+from headrace.engines import remote
 from headrace.engines.base import OpenRequest
 from headrace.models.providers import PROVIDERS
 from headrace.worker.sizing import Sizing
@@ -106,6 +107,38 @@ def test_the_engine_follows_from_the_provider(tmp_path: Path) -> None:
         runtime.describe(
             settings.model_spec("mistral:m-small", {"engine": "llamacpp"}), settings.config
         )
+
+
+@pytest.mark.parametrize(
+    ("provider", "task", "has"),
+    [
+        ("groq", "rerank", "it has generate."),
+        ("moonshot", "embed", "it has generate."),
+        ("openai", "rerank", "it has generate, embed."),
+    ],
+)
+def test_a_task_that_a_provider_lacks_is_refused(provider: str, task: Task, has: str) -> None:
+    """W2: by its name and the task's, before anything is sent."""
+    file = ModelFile(path="m", format="remote", provider=provider)
+    request = OpenRequest(model=file, task=task, options={"api_key": SecretStr("sk-hidden")})
+    title = PROVIDERS[provider].title
+    with pytest.raises(ConfigError, match=f"{title} has no models for the task {task}; {has}"):
+        engines.open_engine("openai", request)
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_a_provider_is_granted_each_of_its_tasks(name: str) -> None:
+    provider = PROVIDERS[name]
+    assert provider.tasks[0] == "generate"
+    assert ("embed" in provider.tasks, "rerank" in provider.tasks) == (
+        provider.embeddings,
+        provider.rerank,
+    )
+    file = ModelFile(path="m", format="remote", provider=name)
+    for task in provider.tasks:
+        request = OpenRequest(model=file, task=task)
+        granted = remote.facts(request, provider, Capabilities()).capabilities
+        assert granted.tasks == {task}
 
 
 def test_an_engine_refuses_a_provider_of_another() -> None:

@@ -120,9 +120,9 @@ def test_prompts_of_the_model_come_before_the_text(minilm_path: Path, tmp_path: 
 
 def test_what_beginning_a_forward_costs_is_measured(engine: Engine, ranker_path: Path) -> None:
     """E: batches are divided as this machine has it, and padding is a quarter of one at most."""
-    assert 16 <= engine.batch_padding <= engine.batch_tokens / 4
+    assert 16 <= engine.facts.batch.padding <= engine.facts.batch.tokens / 4
     ranker = Engine(opening(ranker_path, batch_tokens=64, batch_items=3))
-    assert (ranker.batch_items, ranker.batch_tokens, ranker.batch_padding) == (3, 64, 16)
+    assert ranker.facts.batch == (3, 64, 16)
 
 
 def test_lengths_are_the_same_with_and_without_numpy(

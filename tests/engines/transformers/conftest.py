@@ -2,17 +2,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests import models_made
 
 from headrace.engines.base import OpenRequest
-from headrace.engines.transformers import Engine
 from headrace.models.inspect import inspect
+
+if TYPE_CHECKING:
+    from headrace.engines.transformers.engine import Engine
 
 
 def opened(folder: Path, context_length: int = 512, **options: Any) -> Engine:
+    from headrace.engines.transformers.engine import Engine  # torch: only where a test runs
+
     request = OpenRequest(
         model=inspect(folder), device="cpu", context_length=context_length, options=options
     )

@@ -8,7 +8,7 @@ import shutil
 import weakref
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 import pytest
@@ -18,8 +18,10 @@ from tests.engines.transformers.conftest import opened
 from headrace import engines
 from headrace.core.errors import ConfigError, GenerationFailed, LoadFailed, OutOfMemory
 from headrace.engines.base import Admitted, OpenRequest, RawDelta
-from headrace.engines.transformers import Engine
 from headrace.models.inspect import inspect
+
+if TYPE_CHECKING:
+    from headrace.engines.transformers.engine import Engine
 
 pytestmark = pytest.mark.engines
 
@@ -139,7 +141,7 @@ def test_what_is_not_there_is_said_before_loading(tiny_folder: Path) -> None:
                 "transformers", OpenRequest(model=inspect(tiny_folder), options=options)
             )
     with pytest.raises(LoadFailed, match="no device cuda"):
-        Engine(OpenRequest(model=inspect(tiny_folder), device="cuda"))
+        engines.open_engine("transformers", OpenRequest(model=inspect(tiny_folder), device="cuda"))
 
 
 def test_code_of_a_model_is_not_run(tiny_folder: Path, tmp_path: Path) -> None:
@@ -161,21 +163,21 @@ def test_pickled_weights_are_not_read(tiny_folder: Path, tmp_path: Path) -> None
     file = inspect(folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(LoadFailed, match="could not load"):
-        Engine(OpenRequest(model=file, device="cpu"))
+        engines.open_engine("transformers", OpenRequest(model=file, device="cpu"))
 
 
 async def test_a_model_that_knows_no_batches_answers_alone(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the manager computes is compared with the model alone before it is used."""
-    from headrace.engines import transformers_batch
+    from headrace.engines.transformers import batched
 
-    right = transformers_batch._alone
+    right = batched._alone
 
     def wrong(model: Any, prompt: Any) -> Any:
         return [logits.flip(0) for logits in right(model, prompt)]
 
-    monkeypatch.setattr(transformers_batch, "_alone", wrong)
+    monkeypatch.setattr(batched, "_alone", wrong)
     engine = opened(tiny_folder)
     try:
         assert engine.facts.max_running == 1
@@ -218,7 +220,7 @@ async def test_more_tokens_than_the_cache_holds(tiny_folder: Path) -> None:
 
 def test_answers_that_must_repeat_come_one_at_a_time(tiny_folder: Path) -> None:
     request = OpenRequest(model=inspect(tiny_folder), device="cpu", repeatable=True)
-    engine = Engine(request)
+    engine = cast("Engine", engines.open_engine("transformers", request))
     engine.close()
     assert engine.facts.max_running == 1
     assert engine.facts.capabilities.batch_invariant

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.engines.transformers.asking import answered, asked, deltas, events, finish, tokens
 
 from headrace.core.errors import InvalidRequest
-from headrace.engines.transformers import Engine
+
+if TYPE_CHECKING:
+    from headrace.engines.transformers.engine import Engine
 
 pytestmark = pytest.mark.engines
 
@@ -103,7 +105,7 @@ def test_rules_rule_out_what_those_of_the_library_do() -> None:
     import torch
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    from headrace.engines.transformers_sample import _floor
+    from headrace.engines.transformers.answer import _floor
 
     torch.manual_seed(3)
     for top_k, top_p, min_p in [
@@ -130,12 +132,12 @@ def test_penalties_are_those_that_are_published() -> None:
     """W11: over the whole text; the repetition penalty first, as it looks at the sign."""
     import torch
 
-    from headrace.engines.transformers_sample import Draw, Rules
+    from headrace.engines.transformers.answer import Draw, Rules
 
     row, text = torch.tensor([1.0, -1.0, 2.0, 0.0]), (0, 0, 1)
-    repeated = Draw(Rules(repetition=2.0), text).shape(row)
+    repeated = Draw(Rules(repetition_penalty=2.0), text).shape(row)
     assert repeated.tolist() == [0.5, -2.0, 2.0, 0.0]
-    draw = Draw(Rules(presence=1.0, frequency=0.5), text, bias={3: 4.0})
+    draw = Draw(Rules(presence_penalty=1.0, frequency_penalty=0.5), text, bias={3: 4.0})
     assert draw.shape(row).tolist() == [-1.0, -2.5, 2.0, 4.0]
     draw.take(3)
     assert draw.shape(row).tolist() == [-1.0, -2.5, 2.0, 2.5]
@@ -145,7 +147,7 @@ def test_draws_are_as_likely_as_they_should_be() -> None:
     """W11: temperature."""
     import torch
 
-    from headrace.engines.transformers_sample import Draw, Rules, settle
+    from headrace.engines.transformers.answer import Draw, Rules, settle
 
     torch.manual_seed(5)
     weights = torch.tensor([0.5, 0.3, 0.15, 0.05])

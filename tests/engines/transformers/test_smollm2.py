@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
 from tests.engines.transformers.asking import answered, asked, deltas, events, finish, tokens
 
 from headrace.engines.base import Admitted
-from headrace.engines.transformers import Engine
+
+if TYPE_CHECKING:
+    from headrace.engines.transformers.engine import Engine
 
 pytestmark = pytest.mark.engines
 

@@ -18,7 +18,7 @@ from tests import models_made
 from headrace.core.errors import ConfigError, InvalidRequest, WorkerDied
 from headrace.core.sampling import Sampling
 from headrace.engines.base import Admitted, EngineRequest, OpenRequest, RawDelta, RawFinish
-from headrace.engines.vllm import Engine
+from headrace.engines.vllm.engine import Engine
 from headrace.models.inspect import inspect
 
 pytestmark = [
@@ -37,7 +37,7 @@ import multiprocessing, sys, time
 from pathlib import Path
 import psutil
 from headrace.engines.base import OpenRequest
-from headrace.engines.vllm import Engine
+from headrace.engines.vllm.engine import Engine
 from headrace.models.inspect import inspect
 if __name__ == "__main__":
     model = inspect(Path(sys.argv[1]))

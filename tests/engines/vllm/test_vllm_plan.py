@@ -7,10 +7,11 @@ import pytest
 from headrace import engines
 from headrace.core.errors import ConfigError, GenerationFailed
 from headrace.core.model import ModelFile
-from headrace.engines import vllm_args
+from headrace.engines import vllm
 from headrace.engines.base import OpenRequest
-from headrace.engines.vllm_args import Asked, check, estimate
-from headrace.engines.vllm_call import is_out_of_memory
+from headrace.engines.vllm import footprint
+from headrace.engines.vllm.call import is_out_of_memory
+from headrace.engines.vllm.engine import check
 from headrace.machine import Device
 
 GIB = 1 << 30
@@ -55,26 +56,26 @@ def test_that_wrong_options_are_refused() -> None:
 
 def test_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """M2: vLLM takes its whole share at once, and no more than the budget."""
-    monkeypatch.setattr(vllm_args.machine, "devices", lambda: gpus(1))
-    whole = estimate(OpenRequest(model=MODEL), Asked())
+    monkeypatch.setattr(vllm.machine, "devices", lambda: gpus(1))
+    whole = footprint(OpenRequest(model=MODEL))
     assert whole.devices["cuda:0"] == 90 * GIB
-    part = estimate(OpenRequest(model=MODEL, memory=50 * GIB), Asked())
+    part = footprint(OpenRequest(model=MODEL, memory=50 * GIB))
     assert part.devices["cuda:0"] == 50 * GIB
     assert sum(part.parts.values()) == sum(part.devices.values())
-    cache = estimate(OpenRequest(model=MODEL), Asked(kv_cache_bytes=4 * GIB))
+    cache = footprint(OpenRequest(model=MODEL, options={"kv_cache_bytes": 4 * GIB}))
     assert 20 * GIB < cache.devices["cuda:0"] < 25 * GIB
 
 
 def test_the_memory_of_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_args.machine, "devices", lambda: gpus(2))
-    found = estimate(OpenRequest(model=MODEL), Asked(tensor_parallel=2, gpu_memory=0.5))
+    monkeypatch.setattr(vllm.machine, "devices", lambda: gpus(2))
+    found = footprint(OpenRequest(model=MODEL, options={"tensor_parallel": 2, "gpu_memory": 0.5}))
     assert found.devices["cuda:0"] == found.devices["cuda:1"] == 50 * GIB
     assert sum(found.parts.values()) == sum(found.devices.values())
 
 
 def test_the_memory_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_args.machine, "devices", lambda: gpus(0))
-    found = estimate(OpenRequest(model=MODEL, memory=48 * GIB), Asked(dtype="float32"))
+    monkeypatch.setattr(vllm.machine, "devices", lambda: gpus(0))
+    found = footprint(OpenRequest(model=MODEL, memory=48 * GIB, options={"dtype": "float32"}))
     assert found.parts["weights"] == 32 * GIB
     assert found.parts["kv_cache"] == 4 * GIB
     assert sum(found.parts.values()) == found.devices["cpu"]

@@ -105,7 +105,7 @@ def _tiny(gguf: Path) -> Path:
 
 
 def converted(gguf: Path) -> str:
-    from headrace.engines.openvino_convert import convert
+    from headrace.engines.openvino import convert
     from headrace.models.inspect import inspect
 
     return convert(inspect(gguf), MODEL_HOME).path

@@ -16,8 +16,8 @@ import msgspec
 
 from headrace.core.errors import HeadraceError, UpstreamError
 from headrace.engines import remote
-from headrace.engines.openai_sse import EventReader
 from headrace.engines.remote import Access, Patience, RemoteOptions
+from headrace.text.sse import EventReader, EventTooLong
 
 DONE = b"[DONE]"
 _LONGEST_BODY = 64 << 20
@@ -60,7 +60,7 @@ class Upstream:
         )
 
     def __repr__(self) -> str:
-        """Tell the address."""
+        """Name the address."""
         return f"<Upstream {self._way.base_url}>"
 
     async def ask(
@@ -77,12 +77,12 @@ class Upstream:
                 place = url or f"{self._way.base_url}{path}"
                 response = await self._open(place, body, _JSON, headers)
                 try:
-                    said = await _read(response, _LONGEST_BODY)
+                    answer = await _read(response, _LONGEST_BODY)
                 finally:
                     await response.aclose()
-            if said is None:
+            if answer is None:
                 raise UpstreamError("The upstream's answer is too long.")
-            return msgspec.json.decode(said)
+            return msgspec.json.decode(answer)
         except TimeoutError:
             if not wait.expired():
                 raise
@@ -118,6 +118,8 @@ class Upstream:
             if not done:
                 raise UpstreamError("The upstream's stream is truncated: it has no end.")
             await _drain(chunks)
+        except EventTooLong:
+            raise UpstreamError("The upstream sent an event that is too long.") from None
         except httpx.HTTPError as error:
             raise self._broken(error) from None
         finally:
@@ -161,20 +163,20 @@ class Upstream:
             await response.aclose()
 
     async def _refused(self, response: httpx.Response, kind: str) -> _Failed:
-        said, status = await _read(response, _LONGEST_REFUSAL) or b"", response.status_code
+        content, status = await _read(response, _LONGEST_REFUSAL) or b"", response.status_code
         try:
-            what = msgspec.json.decode(said)
+            reason = msgspec.json.decode(content)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            what = said.decode(errors="replace")
+            reason = content.decode(errors="replace")
         if status == 200:
-            return _Failed(self._strange(response, what, kind), again=False)
+            return _Failed(self._strange(response, reason, kind), again=False)
         after_s = remote.retry_after_s(response.headers)
-        error = remote.refusal(self._way, status, what, after_s)
+        error = remote.refusal(self._way, status, reason, after_s)
         return _Failed(error, status in remote.RETRIED)
 
-    def _strange(self, response: httpx.Response, what: Any, kind: str) -> HeadraceError:
-        if isinstance(what, dict) and "error" in what:
-            return remote.complaint(self._way, what)
+    def _strange(self, response: httpx.Response, reason: Any, kind: str) -> HeadraceError:
+        if isinstance(reason, dict) and "error" in reason:
+            return remote.complaint(self._way, reason)
         got = self._way.scrub(_kind_of(response) or "nothing")
         return UpstreamError(f"The upstream answered with {got}, not {kind}.")
 
@@ -184,11 +186,11 @@ class Upstream:
         asked = failed.error.retry_after_s
         if asked is not None:
             return asked if asked <= remote.LONGEST_RETRY_S else None
-        # Those who were refused together do not come back together.
+        # Requests that were refused together are not tried again together.
         return _FIRST_WAIT_S * 2**tried * random.uniform(0.5, 1.5)  # noqa: S311
 
     def _broken(self, error: httpx.HTTPError) -> UpstreamError:
-        # The library's text can hold what was sent: it is looked through as well.
+        # The library's text can hold what was sent, so it is scrubbed as well.
         detail = self._way.scrub(f"{type(error).__name__}: {error}")
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return UpstreamError("The upstream cannot be reached.", detail=detail)

@@ -1,12 +1,12 @@
-"""llama.cpp through xllamacpp: any GGUF, continuous batching over slots, CPU or GPU."""
+"""One GGUF in a llama.cpp server that is called in process."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import gc
 import http.client
-import os
 import secrets
 import shutil
 import socket
@@ -14,91 +14,34 @@ import tempfile
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import msgspec
-from pydantic import Field
+import xllamacpp
 
-from headrace import machine
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
 from headrace.core.model import Capabilities
-from headrace.core.status import Footprint
-from headrace.engines import llamacpp_embed, threaded
-from headrace.engines.base import (
-    SAMPLING,
-    About,
-    EngineFacts,
-    EngineOptions,
-    EngineRequest,
-    OpenRequest,
-    RawEvent,
-)
-from headrace.engines.llamacpp_call import Call, error_from
-from headrace.engines.llamacpp_size import (
-    ContextPlan,
-    Settings,
-    estimate,
-    expected_device,
-    plan_context,
-)
+from headrace.engines import base, plan, threaded
+from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
+from headrace.engines.llamacpp import ABOUT, Options, batch_size, plan_slots, settled
+from headrace.engines.llamacpp.call import HONOURED, Call, error_from
 from headrace.engines.openmp import SpinGuard, physical_cores
+from headrace.engines.plan import CachePlan
 
-if TYPE_CHECKING:
-    import xllamacpp
-
-ABOUT = About(
-    formats=("gguf",),
-    devices=("cpu", "cuda", "mps"),
-    requires="xllamacpp",
-    tasks=("generate", "embed"),
-)
-
-_CPU_BATCH = 128
-_GPU_BATCH = 2048
 # The library's enumerations as numbers: its Python names for them change between releases.
 _KV_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _ROPE = {"model": -1, "none": 0, "linear": 1, "yarn": 2}
+_POOLING = {"model": -1, "mean": 1, "cls": 2, "last": 3}
 _LOAD_MMAP, _LOAD_READ = 1, 0
+_UNNORMALISED = -1
 
 
-class Options(EngineOptions):
-    """Settings of llama.cpp. All are fixed once the model is loaded."""
-
-    slots: int | None = Field(
-        None, ge=1, le=256, description="Requests in one batch; by default 4, or fewer."
-    )
-    threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads; by default one for each core it may use."
-    )
-    batch_size: int | None = Field(
-        None,
-        ge=32,
-        le=16384,
-        description="Prompt tokens computed at once, after which a cancelled request is gone; "
-        "by default 128 on a CPU and 2048 on a GPU.",
-    )
-    gpu_layers: int = Field(-1, ge=-1, description="Layers on the GPU; -1 is all of them.")
-    flash_attention: Literal["auto", "on", "off"] = Field("auto", description="Flash attention.")
-    kv_type: Literal["f16", "bf16", "q8_0", "q4_0"] | None = Field(
-        None, description="Type of the KV cache; f16, or bf16 where answers must repeat themselves."
-    )
-    prefix_cache: bool = Field(True, description="Keep a prompt's KV cache for the next one.")
-    mmap: bool = Field(True, description="Map the file instead of reading it.")
-    rope_scaling: Literal["model", "none", "linear", "yarn"] = Field(
-        "model", description="RoPE scaling; `model` takes what the file says."
-    )
-    pooling: Literal["model", "mean", "cls", "last"] = Field(
-        "model", description="How an embedding is made of those of the tokens."
-    )
-    rope_scale: float = Field(0, ge=0, description="Factor by which the context is stretched.")
-
-
-class Engine:
+class Engine(base.Embedder):
     """One GGUF in one llama.cpp server, called in process; its own HTTP side is locked away."""
 
     def __init__(self, request: OpenRequest) -> None:
-        self._options = _settled(request)
+        self._options = settled(request)
         self._model = request.model
         self._embeds = request.task == "embed"
         self._private = Path(tempfile.mkdtemp(prefix="llamacpp-"))
@@ -132,12 +75,17 @@ class Engine:
         )
 
     def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
-        """Return what llama.cpp pools, as long as it is."""
+        """Return what llama.cpp pools, not scaled to a length."""
         if self._server is None:
             raise GenerationFailed("The engine is closed.")
         for token_ids in batch:
             self._check(token_ids, param="input")
-        return llamacpp_embed.embed(self._server, batch)
+        body = {"input": [list(token_ids) for token_ids in batch], "encoding_format": "base64"}
+        answer = self._server.handle_embeddings(body)
+        if "error" in answer:
+            raise error_from(answer["error"])
+        rows = sorted(answer["data"], key=lambda row: row["index"])
+        return [base64.b64decode(row["embedding"]) for row in rows]
 
     def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
         """Return token ids, markers included."""
@@ -156,10 +104,12 @@ class Engine:
     def shown(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids without control tokens, which a stream leaves out."""
         text = self.detokenize(token_ids)
-        # Only a control token is found by its text when markers count, and not when they do not.
+        # Only the text of a control token is split otherwise when markers count.
         unlike = {*self._split(text, markers=True)}.difference(self._split(text))
-        silent = {one for one in unlike.intersection(token_ids) if self._is_control(one)}
-        return self.detokenize([one for one in token_ids if one not in silent]) if silent else text
+        control = set(filter(self._is_control, unlike.intersection(token_ids)))
+        if not control:
+            return text
+        return self.detokenize([token for token in token_ids if token not in control])
 
     def _is_control(self, token: int) -> bool:
         text = self.detokenize((token,))
@@ -180,11 +130,9 @@ class Engine:
         shutil.rmtree(self._private, ignore_errors=True)
 
     def _load(self, request: OpenRequest) -> None:
-        import xllamacpp  # a native library: loaded with the model, not before
-
         device = _device(request.device, xllamacpp.get_device_info())
-        plan = _plan(request, self._options, on_cpu=device == "cpu")
-        params = self._params(xllamacpp.CommonParams(), plan, device)
+        planned = plan_slots(request, self._options, on_cpu=device == "cpu")
+        params = self._params(xllamacpp.CommonParams(), planned, device)
         if device == "cpu":
             self._guard.start()
         try:
@@ -194,23 +142,23 @@ class Engine:
                 f"llama.cpp could not load {Path(self._model.path).name}.", detail=str(error)
             ) from error
         self._vocabulary = int(self._ask("/v1/models")["data"][0]["meta"]["n_vocab"])
-        self.facts = self._facts(request, plan, device)
+        self.facts = self._facts(request, planned, device)
         if self._embeds:
             self.facts = self._embedding_facts(request)
-        self._threads = ThreadPoolExecutor(plan.slots, "llamacpp")
+        self._threads = ThreadPoolExecutor(planned.slots, "llamacpp")
 
-    def _params(self, params: Any, plan: ContextPlan, device: str) -> Any:
+    def _params(self, params: Any, planned: CachePlan, device: str) -> Any:
         options, on_cpu = self._options, device == "cpu"
         params.model.path = self._model.path
-        params.n_ctx = plan.context_length * plan.slots
-        params.n_parallel = plan.slots
+        params.n_ctx = planned.tokens
+        params.n_parallel = planned.slots
         params.kv_unified = params.fit_params = False
         threads = options.threads or physical_cores()
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.n_batch = max(_batch(options, on_cpu=on_cpu), plan.slots)
+        params.n_batch = max(batch_size(options, on_cpu=on_cpu), planned.slots)
         params.n_ubatch = min(params.n_batch, 512)
         if self._embeds:
-            llamacpp_embed.prepare(params, options.pooling, plan.context_length)
+            self._prepare_embeddings(params, planned.context_length)
         params.n_gpu_layers = 0 if on_cpu else options.gpu_layers
         params.flash_attn_type = _FLASH[options.flash_attention]
         params.cache_type_k = params.cache_type_v = _KV_TYPES[options.kv_type or "f16"]
@@ -223,32 +171,40 @@ class Engine:
         self._lock_away(params)
         return params
 
+    def _prepare_embeddings(self, params: Any, context_length: int) -> None:
+        params.embedding = True
+        params.embd_normalize = _UNNORMALISED
+        # With a cache of its own for each slot, inputs of different lengths are cut to equal
+        # pieces and only the last piece is pooled: wrong vectors, and no error.
+        params.kv_unified = True
+        params.cache_prompt = False
+        # An input is computed in one batch, or not at all.
+        params.n_batch = params.n_ubatch = max(context_length, 512)
+        # The library's own enumeration, of which no name is the same in all its releases.
+        params.pooling_type = type(params.pooling_type)(_POOLING[self._options.pooling])
+
     def _lock_away(self, params: Any) -> None:
-        # The library always listens. A socket file in a directory that only this user may enter,
-        # behind a random key, is the narrowest it offers; tokenising needs it.
+        # The library always listens, and tokenising needs it. A socket file in a directory that
+        # only this user may enter, behind a random key, is the narrowest that it offers.
         params.hostnames = [str(self._private / "s.sock")]
         params.api_keys = [self._key]
         params.ui = params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = False
         params.n_threads_http = 2
 
-    def _facts(self, request: OpenRequest, plan: ContextPlan, device: str) -> EngineFacts:
+    def _facts(self, request: OpenRequest, planned: CachePlan, device: str) -> EngineFacts:
         props = self._ask("/props")
         granted = props["default_generation_settings"]["n_ctx"]
-        if request.context_length is not None and granted < request.context_length:
-            raise LoadFailed(
-                f"context_length {request.context_length} is more than the model's {granted}."
-            )
+        plan.granted_context(request, granted)
         return EngineFacts(
             device=device,
-            context_length=min(granted, plan.context_length),
-            max_running=plan.slots,
+            context_length=min(granted, planned.context_length),
+            max_running=planned.slots,
             chat_template=self._model.chat_template,
             bos_token=props["bos_token"],
             eos_token=props["eos_token"],
-            adds_bos=bool(self.tokenize("", add_special=True)),
-            notes=plan.notes,
+            notes=planned.notes,
             capabilities=Capabilities(
-                sampling=SAMPLING,
+                sampling=HONOURED,
                 json_schema=True,
                 batch_invariant=device == "cpu" and _repeats(self._options),
                 resume=True,
@@ -257,10 +213,11 @@ class Engine:
 
     def _embedding_facts(self, request: OpenRequest) -> EngineFacts:
         dimensions = len(self.embed([[0]])[0]) // 4
-        capabilities = Capabilities(tasks=frozenset({"embed"}), dimensions=dimensions)
-        most = min(llamacpp_embed.REQUESTS, request.max_running or llamacpp_embed.REQUESTS)
         return msgspec.structs.replace(
-            self.facts, max_running=most, capabilities=capabilities, chat_template=None
+            self.facts,
+            max_running=plan.encoder_requests(request),
+            capabilities=Capabilities(tasks=frozenset({"embed"}), dimensions=dimensions),
+            chat_template=None,
         )
 
     def _check(self, token_ids: Iterable[int], *, param: str | None = None) -> None:
@@ -281,65 +238,10 @@ class Engine:
         return answer
 
 
-def footprint(request: OpenRequest) -> Footprint:
-    """Estimate what loading takes, from the file's header and the options.
-
-    Raises:
-        LoadFailed: the header cannot be read.
-    """
-    options = _settled(request)
-    device = expected_device(request.device)
-    on_cpu = device == "cpu"
-    settings = Settings(
-        batch=_batch(options, on_cpu=on_cpu),
-        kv_type=options.kv_type or "f16",
-        gpu_layers=options.gpu_layers,
-    )
-    planned = estimate(request.model, _plan(request, options, on_cpu=on_cpu), settings, device)
-    if request.task == "embed":
-        most = min(llamacpp_embed.REQUESTS, request.max_running or llamacpp_embed.REQUESTS)
-        return msgspec.structs.replace(planned, max_running=most)
-    return planned
-
-
-def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
-    """Return what is worth a try: a smaller cache, larger batches, a slot for each request."""
-    slots = {"slots": request.max_running or 1}
-    small = {"kv_type": "q8_0", "flash_attention": "on"}
-    logical = os.cpu_count() or 1
-    more = [{**slots, "threads": logical}] if logical > physical_cores() else []
-    alone = {**small, "batch_size": 256}
-    return [alone, slots, {**slots, **small}, {**slots, "batch_size": 512}, *more]
-
-
-def _plan(request: OpenRequest, options: Options, *, on_cpu: bool) -> ContextPlan:
-    if request.task == "embed":
-        request = llamacpp_embed.planned(request)
-    memory = request.memory
-    if memory is None and on_cpu:
-        # All there is, not what is free now: the estimate and the load come to the same.
-        memory = machine.host_memory()
-    return plan_context(request, options.slots, options.kv_type or "f16", memory)
-
-
-def _settled(request: OpenRequest) -> Options:
-    """Return the options; of those that were not given, such that answers repeat if they must."""
-    options = Options(**request.options)
-    if not request.repeatable:
-        return options
-    flash = "on" if options.flash_attention == "auto" else options.flash_attention
-    kv_type = options.kv_type or "bf16"
-    return options.model_copy(update={"flash_attention": flash, "kv_type": kv_type})
-
-
 def _repeats(options: Options) -> bool:
     # Found by trial, in 60 of 60 answers: with an f16 cache, prompts longer than a batch are
     # rounded differently in different company.
     return options.kv_type in {"bf16", "q8_0"} and options.flash_attention == "on"
-
-
-def _batch(options: Options, *, on_cpu: bool) -> int:
-    return options.batch_size or (_CPU_BATCH if on_cpu else _GPU_BATCH)
 
 
 def _device(wanted: str, devices: Sequence[dict[str, Any]]) -> str:

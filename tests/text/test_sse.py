@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.core.errors import UpstreamError
-from headrace.engines.openai_sse import LONGEST_EVENT, EventReader
+from headrace.text.sse import LONGEST_EVENT, EventReader, EventTooLong
 
 
 def read(data: bytes, *cuts: int) -> list[bytes]:
@@ -56,7 +55,7 @@ def test_pieces_do_not_matter(texts: list[str], end: bytes, cuts: list[int]) -> 
 @pytest.mark.parametrize("piece", [b"data: " + b"x" * 65536, b"data: x\n" * 8192])
 def test_an_endless_event_is_refused(piece: bytes) -> None:
     reader = EventReader()
-    with pytest.raises(UpstreamError, match="too long"):
+    with pytest.raises(EventTooLong, match="too long"):
         for _ in range(LONGEST_EVENT // 10000):
             assert list(reader.feed(piece)) == []
 

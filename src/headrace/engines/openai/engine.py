@@ -1,57 +1,38 @@
-"""Models of any upstream that speaks OpenAI's protocol, over pooled HTTP connections."""
+"""One model of an upstream, and the answers that come in one piece."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import sys
-from array import array
 from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
-from pydantic import Field
 
 from headrace.core.errors import UpstreamError
 from headrace.core.events import TokenCount
+from headrace.core.floats import bytes_of
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities
 from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
-from headrace.engines import openai_body, remote
-from headrace.engines.base import About, OpenRequest, RemoteEvent
-from headrace.engines.openai_chunks import Reading, UsageSaid
-from headrace.engines.remote import Patience, RemoteOptions, Shared
+from headrace.engines import remote
+from headrace.engines.base import OpenRequest, RemoteEvent
+from headrace.engines.openai import Options
+from headrace.engines.openai.protocol import (
+    AnswerReader,
+    WireUsage,
+    count_body,
+    embed_body,
+    generate_body,
+    rerank_body,
+)
+from headrace.engines.openai.upstream import Upstream, certificates
+from headrace.engines.remote import Patience, Shared
 from headrace.models.providers import PROVIDERS, Provider
 
-if TYPE_CHECKING:
-    from headrace.engines.openai_upstream import Upstream
-
-ABOUT = About(
-    formats=("remote",),
-    devices=("remote",),
-    tasks=("generate", "embed", "rerank"),
-    remote=True,
-)
 T = TypeVar("T")
 
-_FIELD = r"^[a-z_]{1,32}$"
 _UPSTREAMS: Shared[Upstream] = Shared(lambda upstream: upstream.aclose())
-
-
-class Options(RemoteOptions):
-    """What is said to an upstream, and where the table of providers is overruled."""
-
-    api_version: str | None = Field(
-        None, pattern=r"^[\w.-]{1,64}$", description="`api-version` of Azure's older addresses."
-    )
-    sampling: tuple[Annotated[str, Field(pattern=_FIELD)], ...] | None = Field(
-        None,
-        max_length=32,
-        description="Sampling fields (and `n`) that the upstream honours, not those of the table.",
-    )
-
-
-footprint = remote.footprint
 
 
 class _Vector(msgspec.Struct, frozen=True):
@@ -61,7 +42,7 @@ class _Vector(msgspec.Struct, frozen=True):
 
 class _Vectors(msgspec.Struct, frozen=True):
     data: list[_Vector]
-    usage: UsageSaid | None = None
+    usage: WireUsage | None = None
 
 
 class _Score(msgspec.Struct, frozen=True):
@@ -81,7 +62,7 @@ class _Meta(msgspec.Struct, frozen=True):
 
 class _Scores(msgspec.Struct, frozen=True):
     results: list[_Score]
-    usage: UsageSaid | None = None
+    usage: WireUsage | None = None
     meta: _Meta | None = None
 
 
@@ -100,9 +81,7 @@ class Engine:
         self._way = remote.access(provider, options)
         self._model = request.model.path
         self._upstream: Upstream | None = None
-        # Here, on a thread: the loop is not to wait for the library and the certificates.
-        from headrace.engines.openai_upstream import Upstream, certificates
-
+        # Read here, on a thread: the loop is not to wait for them.
         certificates()
         self._connect = lambda: Upstream(self._way, options, options.api_version)
         self._place = (
@@ -124,55 +103,57 @@ class Engine:
         )
 
     def __repr__(self) -> str:
-        """Tell the model and where it is."""
+        """Name the model and where it is."""
         return f"<openai.Engine {self._model} at {self._way.base_url}>"
 
     async def answer(self, request: GenerateRequest) -> AsyncGenerator[RemoteEvent, None]:
-        """Yield what the upstream says, and its account."""
+        """Yield the deltas of the upstream, then its account."""
         remote.check_plain(request, self._provider, self._provider.sampling)
-        path, body = openai_body.generate(request, self._model, self._provider)
-        reading, patience = Reading(self._way, request.n), Patience(self._options)
+        path, body = generate_body(request, self._model, self._provider)
+        reader, patience = AnswerReader(self._way, request.n), Patience(self._options)
         events = self._connected().events(path, body, remote.trace_headers(request), patience)
         try:
             async for data in events:
-                deltas = list(reading.deltas(data))
+                deltas = list(reader.deltas(data))
                 patience.sign(token=bool(deltas))
                 for delta in deltas:
                     yield delta
         finally:
             await events.aclose()
-        yield reading.finish()
+        yield reader.finish()
 
     async def embed(self, request: EmbedRequest) -> tuple[Sequence[bytes], Usage]:
         """Return the vectors as the upstream gives them."""
-        body = openai_body.embed(request, self._model, self._provider)
-        said = await self._ask("/embeddings", body, _Vectors, request)
-        places = [place if one.index is None else one.index for place, one in enumerate(said.data)]
+        body = embed_body(request, self._model, self._provider)
+        answer = await self._ask("/embeddings", body, _Vectors, request)
+        rows = enumerate(answer.data)
+        places = [place if row.index is None else row.index for place, row in rows]
         if sorted(places) != list(range(len(request.inputs))):
             raise UpstreamError("The upstream gave vectors for other inputs than it was given.")
-        made = dict(zip(places, map(_packed, said.data), strict=True))
-        return [made[place] for place in range(len(made))], _usage(said.usage)
+        vectors = dict(zip(places, map(_packed, answer.data), strict=True))
+        usage = answer.usage.usage() if answer.usage else Usage()
+        return [vectors[place] for place in range(len(vectors))], usage
 
     async def rerank(self, request: RerankRequest) -> tuple[Sequence[tuple[int, float]], Usage]:
         """Return the documents' places and scores, best first."""
-        body = openai_body.rerank(request, self._model)
-        said = await self._ask("/rerank", body, _Scores, request)
-        if not {one.index for one in said.results} <= set(range(len(request.documents))):
+        body = rerank_body(request, self._model)
+        answer = await self._ask("/rerank", body, _Scores, request)
+        if not {score.index for score in answer.results} <= set(range(len(request.documents))):
             raise UpstreamError("The upstream ranked documents that it was not given.")
-        best = sorted(said.results, key=lambda one: -one.relevance_score)[: request.top_n]
-        return [(one.index, one.relevance_score) for one in best], _billed(said)
+        best = sorted(answer.results, key=lambda score: -score.relevance_score)[: request.top_n]
+        return [(score.index, score.relevance_score) for score in best], _billed(answer)
 
     async def count_tokens(self, request: CountRequest) -> TokenCount:
         """Count at the upstream if it can; guess elsewhere."""
         if not self._provider.tokenize:
             return remote.estimated_count(request)
         url = f"{self._way.base_url.removesuffix('/v1')}/tokenize"
-        said = await self._ask("", openai_body.count(request, self._model), _Tokens, url=url)
-        ids = None if said.tokens is None else tuple(said.tokens)
-        return TokenCount(count=said.count, token_ids=ids, estimated=said.estimated)
+        count = await self._ask("", count_body(request, self._model), _Tokens, url=url)
+        ids = None if count.tokens is None else tuple(count.tokens)
+        return TokenCount(count=count.count, token_ids=ids, estimated=count.estimated)
 
     async def aclose(self) -> None:
-        """Leave the upstream."""
+        """Give the connections back."""
         upstream, self._upstream = self._upstream, None
         if upstream is not None:
             await _UPSTREAMS.give_back(self._place)
@@ -191,9 +172,9 @@ class Engine:
         url: str | None = None,
     ) -> T:
         headers = remote.trace_headers(request) if request else {}
-        said: Any = await self._connected().ask(path, body, headers, url)
+        answer: Any = await self._connected().ask(path, body, headers, url)
         try:
-            return msgspec.convert(said, kind, strict=False)
+            return msgspec.convert(answer, kind, strict=False)
         except msgspec.ValidationError as error:
             raise UpstreamError(
                 "The upstream's answer is not as it should be.", detail=self._way.scrub(str(error))
@@ -217,22 +198,15 @@ def _packed(vector: _Vector) -> bytes:
         except binascii.Error:
             raise UpstreamError("The upstream gave a vector that is no base64.") from None
     else:
-        values = array("f", vector.embedding)
-        if sys.byteorder == "big":
-            values.byteswap()
-        data = values.tobytes()
+        data = bytes_of(vector.embedding)
     if not data or len(data) % 4:
         raise UpstreamError("The upstream gave a vector that is none.")
     return data
 
 
-def _usage(said: UsageSaid | None) -> Usage:
-    return said.usage() if said else Usage()
-
-
-def _billed(said: _Scores) -> Usage:
-    if said.usage is not None:
-        return said.usage.usage()
-    meta = said.meta or _Meta()
+def _billed(answer: _Scores) -> Usage:
+    if answer.usage is not None:
+        return answer.usage.usage()
+    meta = answer.meta or _Meta()
     billed = meta.tokens or meta.billed_units or _Billed()
     return Usage(prompt_tokens=billed.input_tokens or billed.total_tokens or 0)

@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from headrace.core.errors import ConfigError, LoadFailed
 from headrace.core.model import ModelFile
-from headrace.engines.openvino_text import without_telemetry
+from headrace.engines.openvino.vocabulary import without_telemetry
 from headrace.models import folder, gguf_model, openvino
 from headrace.models.gguf import read_header
 from headrace.models.transfer import Progress, disk_full, require_free, room, silent, sync_folder
@@ -38,7 +38,7 @@ _FULL = ("No space left", "Disk quota exceeded", "File too large")
 
 
 def needs_conversion(file: ModelFile) -> bool:
-    """Tell whether OpenVINO cannot read a model exactly as it is."""
+    """Whether OpenVINO cannot read a model exactly as it is."""
     exact = file.format == "gguf" and (file.quantization or "").upper() in EXACT
     return file.format != "openvino" and not exact
 
@@ -58,7 +58,7 @@ def prepared(file: ModelFile, home: Path) -> ModelFile:
 
 
 def not_converted(file: ModelFile) -> LoadFailed:
-    """Say what to do with a model that OpenVINO would round to another."""
+    """Return the error for a model that OpenVINO would round; it says what to do."""
     return LoadFailed(
         f"OpenVINO does not read {file.format} in {file.quantization} exactly. Convert the model "
         "once, with: headrace pull MODEL --for openvino"
@@ -209,7 +209,7 @@ _WRITTEN = frozenset({"general.architecture", "general.file_type", "general.quan
 
 
 def _configuration(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the small files that tell of a model, from its header."""
+    """Yield names and contents of the small files that describe a model, from its header."""
     known = gguf_model.describe(source)
     metadata = read_header(source).metadata
     keys = {
@@ -219,8 +219,8 @@ def _configuration(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         "num_key_value_heads": "attention.head_count_kv",
         "head_dim": "attention.key_length",
     }
-    found = {ours: metadata.get(f"{known.architecture}.{theirs}") for ours, theirs in keys.items()}
-    numbers = {name: value for name, value in found.items() if isinstance(value, int)}
+    values = ((ours, metadata.get(f"{known.architecture}.{key}")) for ours, key in keys.items())
+    numbers = {name: value for name, value in values if isinstance(value, int)}
     lengths = {"max_position_embeddings": known.context_length} if known.context_length else {}
     yield "config.json", {"model_type": known.architecture, **numbers, **lengths}
     if known.chat_template:
@@ -252,8 +252,8 @@ def from_folder(source: Path, target: Path) -> None:
         graph = ov.convert_model(model, example_input=example)
     ov.save_model(graph, target / openvino.MODEL, compress_to_fp16=False)
     both = convert_tokenizer(tokenizer, with_detokenizer=True)
-    for name, one in zip((openvino.TOKENIZER, openvino.DETOKENIZER), both, strict=True):
-        ov.save_model(one, target / name)
+    for name, graph in zip((openvino.TOKENIZER, openvino.DETOKENIZER), both, strict=True):
+        ov.save_model(graph, target / name)
     for name in (*_KEPT, *_KEPT_VECTORS):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)

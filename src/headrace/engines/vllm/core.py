@@ -1,4 +1,4 @@
-"""What runs in vLLM's engine core: it ends with the process that uses it, and tells why it failed.
+"""What runs in vLLM's engine core: it ends with its client and reports why it failed.
 
 vLLM's core waits for ever for a client that was killed, and holds the GPU as long. And what it
 fails with it writes to its log alone. It is reached through the executor's class, which it gets

@@ -1,4 +1,7 @@
-"""How the next tokens are chosen of a batch's logits, by the rules of each request."""
+"""How the next tokens of a request are chosen, and how they become events.
+
+A batch's logits are settled by the rules of each request, its `Draw`; its `Answer` reports them.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from headrace.core.errors import EngineError, GenerationFailed, OutOfMemory
+from headrace.core.events import TokenLogprob, TopLogprob
 from headrace.core.sampling import Sampling
+from headrace.engines.base import EngineRequest, RawDelta, RawEvent, RawFinish
+from headrace.engines.tokenizer import Vocabulary
 
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "footprint")
 # Below it a division would overflow, and nothing is left to chance anyway.
 _COLD = 1e-5
 # So many of the likeliest are put in order first: mostly the others cannot be chosen.
@@ -17,21 +25,25 @@ _FIRST = 1024
 
 
 class Rules(NamedTuple):
-    """What a request asks of its logits; the values given here change nothing."""
+    """What a request asks of its logits, by our names; the values given here change nothing."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    repetition: float = 1.0
-    presence: float = 0.0
-    frequency: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     logprobs: int | None = None
 
     @property
     def penalises(self) -> bool:
         """Whether it matters which tokens there were before."""
-        return (self.repetition, self.presence, self.frequency) != (1.0, 0.0, 0.0)
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (
+            1.0,
+            0.0,
+            0.0,
+        )
 
     @property
     def rolls(self) -> bool:
@@ -39,7 +51,7 @@ class Rules(NamedTuple):
         return self.temperature >= _COLD
 
 
-class Told(NamedTuple):
+class Chosen(NamedTuple):
     """A chosen token, its log-probability, and the likeliest with theirs."""
 
     token: int
@@ -47,25 +59,27 @@ class Told(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
+_NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""What may come from the model's `generation_config`, and the values where it does not."""
+
+
 def rules(sampling: Sampling, defaults: Any) -> Rules:
     """Return what is asked for, and of what is not the model's own `generation_config`."""
+    given: dict[str, Any] = {name: getattr(sampling, name) for name in Rules._fields}
+    for name, neutral in _NEUTRAL.items():
+        if given[name] is None and defaults.do_sample:
+            given[name] = getattr(defaults, name, None)
+        if given[name] is None:
+            given[name] = neutral
+    given["top_k"] = max(0, int(given["top_k"]))
+    given["presence_penalty"] = given["presence_penalty"] or 0.0
+    given["frequency_penalty"] = given["frequency_penalty"] or 0.0
+    return Rules(**given)
 
-    def value(ours: float | None, theirs: str, neutral: float) -> float:
-        if ours is not None:
-            return ours
-        own = getattr(defaults, theirs, None) if defaults.do_sample else None
-        return neutral if own is None else own
 
-    return Rules(
-        temperature=value(sampling.temperature, "temperature", 1.0),
-        top_p=value(sampling.top_p, "top_p", 1.0),
-        top_k=max(0, int(value(sampling.top_k, "top_k", 0))),
-        min_p=value(sampling.min_p, "min_p", 0.0),
-        repetition=value(sampling.repetition_penalty, "repetition_penalty", 1.0),
-        presence=sampling.presence_penalty or 0.0,
-        frequency=sampling.frequency_penalty or 0.0,
-        logprobs=sampling.logprobs,
-    )
+_BY_NAME = ("max_tokens", "seed", "stop_token_ids", "ignore_eos", "logit_bias")
+HONOURED = frozenset(Rules._fields + _BY_NAME)
+"""The sampling parameters that a request translates: its rules, and what `Draw` and `Answer` do."""
 
 
 class Draw:
@@ -80,7 +94,7 @@ class Draw:
         matcher: Any = None,
     ) -> None:
         self.rules = rules
-        self.told: deque[Told] = deque()
+        self.reports: deque[Chosen] = deque()
         self._seed = seed
         self._clock: Any = None
         self._text = text
@@ -128,10 +142,12 @@ class Draw:
             self._counts = torch.bincount(text, minlength=len(row)).to(row.dtype)
         counts, rules = self._counts, self.rules
         seen = counts > 0
-        if rules.repetition != 1:
-            weaker = torch.where(row > 0, row / rules.repetition, row * rules.repetition)
+        if rules.repetition_penalty != 1:
+            weaker = torch.where(
+                row > 0, row / rules.repetition_penalty, row * rules.repetition_penalty
+            )
             row = torch.where(seen, weaker, row)
-        return row - rules.frequency * counts - rules.presence * seen
+        return row - rules.frequency_penalty * counts - rules.presence_penalty * seen
 
 
 def settle(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
@@ -147,16 +163,16 @@ def settle(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     for draw, row, token in zip(busy, raw, tokens, strict=True):
         draw.take(token)
         if draw.rules.logprobs is not None:
-            draw.told.append(_told(row, token, draw.rules.logprobs))
+            draw.reports.append(_report(row, token, draw.rules.logprobs))
     scores[rows, chosen] = torch.inf
     return scores
 
 
-def _told(row: torch.Tensor, token: int, most: int) -> Told:
+def _report(row: torch.Tensor, token: int, most: int) -> Chosen:
     logprobs = row.log_softmax(-1)
     top = logprobs.topk(most)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return Told(token, float(logprobs[token]), tuple(pairs))
+    return Chosen(token, float(logprobs[token]), tuple(pairs))
 
 
 def _chosen(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
@@ -172,11 +188,11 @@ def _rolled(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         return scores.new_tensor(list(values))[:, None]
 
     rules = [draw.rules for draw in draws]
-    probs = (scores / column(one.temperature for one in rules)).softmax(-1)
-    if any(one.top_k or one.top_p < 1 or one.min_p for one in rules):
-        top_k = column(one.top_k or scores.shape[-1] for one in rules)
+    probs = (scores / column(rule.temperature for rule in rules)).softmax(-1)
+    if any(rule.top_k or rule.top_p < 1 or rule.min_p for rule in rules):
+        top_k = column(rule.top_k or scores.shape[-1] for rule in rules)
         floor = _floor(
-            probs, top_k, column(one.top_p for one in rules), column(one.min_p for one in rules)
+            probs, top_k, column(rule.top_p for rule in rules), column(rule.min_p for rule in rules)
         )
         probs = probs.masked_fill(probs < floor, 0.0)
     # A race in which each token has a clock of its own. What wins depends little on the last bits
@@ -209,3 +225,61 @@ def _floor(
     out[:, 0] = False
     least = kept.masked_fill(out, torch.inf).min(-1, keepdim=True).values
     return least.where(~every | (top_p < 1) | (min_p > 0), 0.0)
+
+
+class Answer:
+    """Turns the tokens of one request into events. `ends` are the model's own end tokens."""
+
+    def __init__(
+        self, request: EngineRequest, draw: Draw, vocabulary: Vocabulary, ends: Iterable[int]
+    ) -> None:
+        self.draw = draw
+        self.prompt = [*request.token_ids, *request.answered]
+        self.max_tokens = request.max_tokens
+        self.cached: int | None = None
+        self._stops = frozenset(request.sampling.stop_token_ids)
+        own = () if request.sampling.ignore_eos else ends
+        self._own = frozenset(own) - self._stops
+        self.ends = sorted(self._stops | self._own)
+        self._vocabulary = vocabulary
+        self._sent = 0
+
+    def delta(self, token_ids: Sequence[int]) -> RawDelta | None:
+        """Return the next tokens as an event, without one of `stop_token_ids`; None if no more."""
+        kept = tuple(token_ids[:-1] if token_ids[-1] in self._stops else token_ids)
+        self._sent += len(kept)
+        reports = self.draw.reports
+        chosen = [reports.popleft() for _ in token_ids] if reports else []
+        if not kept:
+            return None
+        shown = kept[:-1] if kept[-1] in self._own else kept
+        data = b"".join([self._vocabulary.data(token) for token in shown])
+        logprobs = tuple(map(self._logprob, chosen[: len(kept)]))
+        return RawDelta(data, kept, logprobs)
+
+    def finish(self, last: int | None) -> RawFinish:
+        """Return the account; `last` is the last token that was made."""
+        return RawFinish(
+            reason="stop" if last in self.ends else "length",
+            prompt_tokens=len(self.prompt),
+            completion_tokens=self._sent,
+            cached_tokens=self.cached or 0,
+        )
+
+    def events(self, token_ids: Sequence[int], *, over: bool) -> list[RawEvent]:
+        """Return what new tokens amount to, with the account when it is over."""
+        delta = self.delta(token_ids) if token_ids else None
+        events: list[RawEvent] = [delta] if delta else []
+        return [*events, self.finish(token_ids[-1] if token_ids else None)] if over else events
+
+    def _logprob(self, chosen: Chosen) -> TokenLogprob:
+        data = self._vocabulary.data
+        top = tuple(TopLogprob(token, data(token), logprob) for token, logprob in chosen.top)
+        return TokenLogprob(chosen.token, data(chosen.token), chosen.logprob, top)
+
+
+def failure(error: str) -> EngineError:
+    """Return our error for the text of one of torch or the library."""
+    if any(sign in error.lower() for sign in _NO_MEMORY):
+        return OutOfMemory("The model ran out of memory.", detail=error)
+    return GenerationFailed("transformers failed.", detail=error)

@@ -1,37 +1,40 @@
-"""Server-sent events from bytes that come in any pieces."""
+"""Server-sent events out of bytes that come in any pieces."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from headrace.core.errors import UpstreamError
-
 LONGEST_EVENT = 1 << 20
 
 
+class EventTooLong(ValueError):
+    """An event has more bytes than the reader keeps."""
+
+
 class EventReader:
-    """Finds the data of events; comments and other fields are passed over.
+    """Finds the data of events; comments and other fields are skipped.
 
     Raises:
-        UpstreamError: an event is longer than any honest one.
+        EventTooLong: an event has more than `longest` bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, longest: int = LONGEST_EVENT) -> None:
+        self._longest = longest
         self._line: list[bytes] = []
         self._data: list[bytes] = []
         self._size = 0
         self._after_return = False
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """Yield the data of each event that is whole now."""
+        """Yield the data of each event that is complete now."""
         if self._after_return:
             chunk = chunk.removeprefix(b"\n")
         self._after_return = chunk.endswith(b"\r")
         for line in chunk.splitlines(keepends=True):
             self._line.append(line)
             self._size += len(line)
-            if self._size > LONGEST_EVENT:
-                raise UpstreamError("The upstream sent an event that is too long.")
+            if self._size > self._longest:
+                raise EventTooLong("A server-sent event is too long.")
             if line.endswith((b"\n", b"\r")):
                 yield from self._take()
 

@@ -36,6 +36,10 @@ _NAMES = {
 }
 """Our names of sampling parameters to those of llama.cpp."""
 
+_BY_NAME = frozenset({"max_tokens", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias"})
+HONOURED = _BY_NAME | _NAMES.keys()
+"""The sampling parameters that a request translates."""
+
 
 class _Progress(msgspec.Struct):
     total: int
@@ -109,7 +113,7 @@ class Call:
         self._failure: BaseException | None = None
 
     def run(self, server: xllamacpp.Server) -> None:
-        """Block until the request is answered or nobody listens."""
+        """Block until the request is answered or its stream is closed."""
         server.handle_completions(_body(self._request), self._on_chunk)
         if self._failure is not None:
             raise self._failure

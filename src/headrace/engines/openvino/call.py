@@ -1,4 +1,4 @@
-"""One pipeline's requests: what each is told, and the one task that steps through all of them."""
+"""The requests of one pipeline: what each asks of it, and the task that steps through them all."""
 
 from __future__ import annotations
 
@@ -16,27 +16,23 @@ from headrace.core.errors import (
     Unsupported,
 )
 from headrace.core.events import TokenLogprob
+from headrace.core.sampling import Sampling
 from headrace.core.stream import Mailbox
-from headrace.engines.base import (
-    SAMPLING,
-    Admitted,
-    EngineRequest,
-    RawDelta,
-    RawEvent,
-    RawFinish,
-)
+from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, RawFinish
 
 if TYPE_CHECKING:
     from openvino_genai import ContinuousBatchingPipeline, GenerationConfig, GenerationHandle
 
-    from headrace.engines.openvino_text import Vocabulary
+    from headrace.engines.openvino.vocabulary import Vocabulary
 
-HONOURED = SAMPLING - {"logit_bias"}
-"""The fields of Sampling that are honoured; of `logprobs` only 0, the chosen token's own."""
+_PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+_DRAWN = ("temperature", "top_p", "top_k", "min_p", "seed")
+_BY_NAME = ("max_tokens", "stop_token_ids", "ignore_eos", "logprobs")
+HONOURED = frozenset(_PENALTIES + _DRAWN + _BY_NAME)
+"""The sampling parameters that `settings_of` translates; of `logprobs` only 0, the chosen token."""
 
 # Turns of the loop between two steps: readers take their tokens, and the frames leave.
 _TURNS = 3
-_PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 class Stepper:
@@ -79,7 +75,7 @@ class Stepper:
                 call.handle.cancel()
 
     def close(self) -> None:
-        """Let go of the pipeline. Idempotent."""
+        """Drop the pipeline. Idempotent."""
         self._closed = True
         self._fail(GenerationFailed("The engine is closed."))
         self._pipeline = None
@@ -90,7 +86,7 @@ class Stepper:
         ends = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             ends |= self._ends
-        config = configured(request, ends)
+        config = _configured(request, ends)
         pipeline = self._opened()
         number = next(self._numbers)
         prompt = ov.Tensor(_row((*request.token_ids, *request.answered)))
@@ -107,7 +103,7 @@ class Stepper:
         if self._closed:
             raise GenerationFailed("The engine is closed.")
         if self._pipeline is None:
-            # After a failed step there is no telling what of the old one still holds.
+            # After a failed step the state of the old one is not to be trusted.
             self._pipeline = self._reopen()
         return self._pipeline
 
@@ -118,7 +114,7 @@ class Stepper:
                 self._collect()
                 for _ in range(_TURNS):
                     await asyncio.sleep(0)
-        except Exception as error:  # noqa: BLE001  # told to every request that it ended
+        except Exception as error:  # noqa: BLE001  # every request gets the error
             self._pipeline = None
             self._fail(_failure(error))
 
@@ -153,7 +149,7 @@ class _Call:
         self.mailbox.put(Admitted(0, self._total))
 
     def collect(self) -> bool:
-        """Hand on what the last step made; tell whether that was all."""
+        """Pass on what the last step made; return whether that was all."""
         while self.handle.can_read():
             for output in self.handle.read().values():
                 if self._take(output.generated_ids, output.generated_log_probs):
@@ -192,57 +188,62 @@ class _Call:
         data = b"".join(vocabulary.shown[token] for token in token_ids)
         if self._request.sampling.logprobs is None:
             return RawDelta(data, tuple(token_ids))
-        told = zip(token_ids, logprobs, strict=False)
-        return RawDelta(
-            data,
-            tuple(token_ids),
-            tuple(TokenLogprob(one, vocabulary.words[one], logprob, ()) for one, logprob in told),
-        )
+        pairs = zip(token_ids, logprobs, strict=False)
+        chosen = (TokenLogprob(token, vocabulary.words[token], value) for token, value in pairs)
+        return RawDelta(data, tuple(token_ids), tuple(chosen))
 
 
-def configured(request: EngineRequest, ends: frozenset[int]) -> GenerationConfig:
-    """Return the library's form of a request.
+def settings_of(request: EngineRequest, ends: frozenset[int]) -> dict[str, Any]:
+    """Return the fields of the library's GenerationConfig.
 
     Raises:
         Unsupported: more logprobs than that of the chosen token.
     """
-    import openvino_genai as genai
-
-    sampling, config = request.sampling, genai.GenerationConfig()
-    config.apply_chat_template = False
-    config.max_new_tokens = request.max_tokens
-    config.ignore_eos = sampling.ignore_eos
-    if not sampling.ignore_eos:
-        config.stop_token_ids = set(ends)
-    for name in _PENALTIES:
-        if (value := getattr(sampling, name)) is not None:
-            setattr(config, name, value)
+    sampling = request.sampling
     if sampling.logprobs:
         raise Unsupported(
             "OpenVINO tells the log-probability of the chosen token alone: logprobs is at most 0.",
             param="logprobs",
         )
-    config.logprobs = 0 if sampling.logprobs is None else 1
-    _draw(config, request)
-    return config
+    given = {name: getattr(sampling, name) for name in _PENALTIES}
+    return {
+        "apply_chat_template": False,
+        "max_new_tokens": request.max_tokens,
+        "ignore_eos": sampling.ignore_eos,
+        "logprobs": 0 if sampling.logprobs is None else 1,
+        **({} if sampling.ignore_eos else {"stop_token_ids": set(ends)}),
+        **{name: value for name, value in given.items() if value is not None},
+        **_draw(sampling),
+    }
 
 
-def _draw(config: GenerationConfig, request: EngineRequest) -> None:
-    sampling = request.sampling
-    # Where only one token is left to choose from, the library wants to be told so in one way.
-    config.do_sample = sampling.temperature != 0 and sampling.top_k != 1 and sampling.top_p != 0
-    if not config.do_sample:
-        return
-    config.temperature = 1.0 if sampling.temperature is None else sampling.temperature
-    if sampling.top_p is not None:
-        config.top_p = sampling.top_p
-    if sampling.top_k is not None and sampling.top_k > 0:
-        config.top_k = sampling.top_k
-    if sampling.min_p is not None:
-        config.min_p = min(sampling.min_p, 0.9999)
-    # Without a seed it would draw the same for everybody.
+def _draw(sampling: Sampling) -> dict[str, Any]:
+    # Where only one token is left to choose from, the library takes it in this way alone.
+    if sampling.temperature == 0 or sampling.top_k == 1 or sampling.top_p == 0:
+        return {"do_sample": False}
+    # Without a seed it would draw the same in each request.
     seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
-    config.rng_seed = seed % (1 << 64)
+    chosen: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 1.0 if sampling.temperature is None else sampling.temperature,
+        "rng_seed": seed % (1 << 64),
+    }
+    if sampling.top_p is not None:
+        chosen["top_p"] = sampling.top_p
+    if sampling.top_k is not None and sampling.top_k > 0:
+        chosen["top_k"] = sampling.top_k
+    if sampling.min_p is not None:
+        chosen["min_p"] = min(sampling.min_p, 0.9999)
+    return chosen
+
+
+def _configured(request: EngineRequest, ends: frozenset[int]) -> GenerationConfig:
+    import openvino_genai as genai
+
+    config = genai.GenerationConfig()
+    for name, value in settings_of(request, ends).items():
+        setattr(config, name, value)
+    return config
 
 
 def _row(token_ids: tuple[int, ...]) -> Any:

@@ -19,9 +19,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from headrace.core.errors import GenerationFailed, OutOfMemory
 from headrace.core.stream import Mailbox
 from headrace.engines.base import Admitted, EngineRequest, RawEvent
-from headrace.engines.transformers_answer import Answer, failure
-from headrace.engines.transformers_sample import Draw, Rules, settle
-from headrace.engines.transformers_size import PAGE, Plan
+from headrace.engines.plan import PAGE, CachePlan
+from headrace.engines.transformers import Options
+from headrace.engines.transformers.answer import Answer, Draw, Rules, failure, settle
 
 _POLL_S = 0.003
 _STOP_S = 30.0
@@ -125,10 +125,11 @@ _PLAIN = Draw(Rules(), ())
 class Batched:
     """The model behind a manager, which is made anew after a failure has ended it."""
 
-    def __init__(self, model: Any, plan: Plan, *, flash: bool) -> None:
+    def __init__(self, model: Any, plan: CachePlan, step_tokens: int, options: Options) -> None:
         self._model = model
         self._plan = plan
-        self._flash = flash
+        self._step_tokens = step_tokens
+        self._options = options
         self._names = itertools.count()
         self._calls: set[Call] = set()
         self._mending = asyncio.Lock()
@@ -171,15 +172,15 @@ class Batched:
 
     def _open(self) -> tuple[Any, Processors]:
         config = {
-            "num_blocks": -(-self._plan.cache_tokens // PAGE),
-            "max_batch_tokens": self._plan.step_tokens,
+            "num_blocks": -(-self._plan.tokens // PAGE),
+            "max_batch_tokens": self._step_tokens,
             "max_requests_per_batch": self._plan.slots,
             "max_memory_percent": 0.95,
-            "allow_block_sharing": self._plan.prefix_cache,
+            "allow_block_sharing": self._options.prefix_cache,
             # A step recorded as a graph would choose by the draws of the one that was recorded.
             "use_cuda_graph": False,
             "use_async_batching": False,
-            "auto_switch_to_flash": self._flash,
+            "auto_switch_to_flash": self._options.attention == "auto",
         }
         known = ContinuousBatchingConfig.__dataclass_fields__
         manager = self._model.init_continuous_batching(
@@ -189,8 +190,8 @@ class Batched:
             ),
         )
         manager.logit_processor = processors = Processors()
-        # Its thread is a daemon when the one that starts it is: an engine that nobody closed does
-        # not keep the process.
+        # Its thread is a daemon when the one that starts it is: an engine that was not closed does
+        # not keep the process alive.
         starter = threading.Thread(target=manager.start, daemon=True)
         starter.start()
         starter.join()
@@ -266,14 +267,14 @@ def _through(
     """Return what the manager makes of the prompt, logits and tokens."""
     processors.seen = []
     manager.add_request(list(prompt), request_id="probe", max_new_tokens=_PROBED)
-    found = manager.get_result(timeout=_PROBE_S)
+    result = manager.get_result(timeout=_PROBE_S)
     seen, processors.seen = processors.seen, None
-    if found is None or found.error is not None:
-        error = failure("no answer" if found is None else found.error)
+    if result is None or result.error is not None:
+        error = failure("no answer" if result is None else result.error)
         if isinstance(error, OutOfMemory):
             raise error
         raise Unbatched(error.detail)
-    return [scores[0] for scores in seen], found.generated_tokens
+    return [scores[0] for scores in seen], result.generated_tokens
 
 
 def _compare(

@@ -16,7 +16,7 @@ Read = Callable[[str], bytes]
 
 
 class Vocabulary:
-    """Answers from many threads at once; a model can have more ids than its tokenizer."""
+    """Safe to use from many threads; a model can have more ids than its tokenizer."""
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         self.size = size
@@ -95,7 +95,7 @@ class TokenizerMixin:
 
 
 def _reader(backend: Any) -> Read | None:
-    """Return how the pieces of this tokenizer are read, None where only it knows."""
+    """Return what reads the pieces of this tokenizer, None where only itself can."""
     if backend.decoder is None:
         return None
     kinds = set(_kinds(json.loads(backend.decoder.__getstate__())))

@@ -1,98 +1,75 @@
-"""vLLM: safetensors on one GPU or several, with its engine core in a process below ours."""
+"""One model in vLLM's AsyncLLM: what it is started with, and the processes that belong to it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import difflib
 import multiprocessing
+import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import AsyncGenerator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
-from pydantic import Field
 
-from headrace.core.errors import GenerationFailed, LoadFailed, OutOfMemory, WorkerDied
+from headrace.core.errors import (
+    ConfigError,
+    GenerationFailed,
+    LoadFailed,
+    OutOfMemory,
+    WorkerDied,
+)
 from headrace.core.model import Capabilities
 from headrace.core.request import new_id
-from headrace.core.status import Footprint
-from headrace.engines.base import (
-    SAMPLING,
-    About,
-    Admitted,
-    EngineFacts,
-    EngineOptions,
-    EngineRequest,
-    OpenRequest,
-    RawEvent,
-)
-from headrace.engines.transformers_tokens import TokenizerMixin, Vocabulary
-from headrace.engines.vllm_args import Asked, arguments, estimate, prepare
-from headrace.engines.vllm_call import Call, failure, is_out_of_memory, parameters
-
-ABOUT = About(formats=("safetensors",), devices=("cpu", "cuda"), requires="vllm", extra="vllm")
+from headrace.engines.base import Admitted, EngineFacts, EngineRequest, OpenRequest, RawEvent
+from headrace.engines.tokenizer import TokenizerMixin, Vocabulary
+from headrace.engines.vllm import Options, memory_arguments
+from headrace.engines.vllm.call import HONOURED, Call, failure, is_out_of_memory, parameters
 
 _LOOK_S, _LAST_STEP_S, _KILLED_S = 0.5, 2.0, 5.0
 
+_TYPED = {
+    "dtype": "dtype",
+    "quantization": "quantization",
+    "kv_type": "kv_cache_dtype",
+    "tensor_parallel": "tensor_parallel_size",
+    "pipeline_parallel": "pipeline_parallel_size",
+    "slots": "max_num_seqs",
+    "step_tokens": "max_num_batched_tokens",
+    "prefix_cache": "enable_prefix_caching",
+    "eager": "enforce_eager",
+    "load_format": "load_format",
+}
+"""Our names of options to those of vLLM's engine arguments."""
 
-class Options(EngineOptions):
-    """Settings of vLLM. All are fixed once the model is loaded."""
+_OURS = (
+    "model",
+    "model_weights",
+    "tokenizer",
+    "served_model_name",
+    "skip_tokenizer_init",
+    "runner",
+    "convert",
+    "enable_prompt_embeds",
+    "disable_log_stats",
+    "enable_log_requests",
+)
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the weights; `auto` is the one they are stored in, 16 bits."
-    )
-    quantization: str | None = Field(
-        None,
-        max_length=40,
-        description="Method by which the weights are packed, `fp8` for one; by default what the "
-        "model's own configuration says.",
-    )
-    kv_type: str = Field(
-        "auto", max_length=40, description="Type of the KV cache: `auto` or `fp8`, for two."
-    )
-    tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs that share each layer.")
-    pipeline_parallel: int = Field(1, ge=1, le=64, description="GPUs that share the layers.")
-    gpu_memory: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Share of each GPU's memory that it takes for weights and cache; by default "
-        "the budget for models.",
-    )
-    kv_cache_bytes: int | None = Field(
-        None,
-        ge=1 << 20,
-        description="Bytes of the KV cache on each device; by default what `gpu_memory` leaves, "
-        "and on a CPU a sixth of the budget, at most 4 GiB.",
-    )
-    slots: int | None = Field(
-        None, ge=1, le=8192, description="Requests in one batch; by default what vLLM's server has."
-    )
-    step_tokens: int | None = Field(
-        None,
-        ge=16,
-        le=1 << 20,
-        description="Tokens computed in one step; by default what vLLM's server has.",
-    )
-    prefix_cache: bool = Field(True, description="Share the KV cache of equal beginnings.")
-    eager: bool = Field(
-        False, description="Compile nothing and capture no graphs: loads sooner, runs slower."
-    )
-    batch_invariant: bool = Field(
-        False,
-        description="Answers that repeat themselves whatever runs beside them; slower, and only "
-        "for GPUs of compute capability 8.0 and later.",
-    )
-    load_format: Literal["safetensors", "fastsafetensors", "runai_streamer", "dummy"] = Field(
-        "safetensors",
-        description="How the weights are read; `dummy` makes them up, for measurements.",
-    )
-    engine_args: dict[str, Any] = Field(
-        {}, description="Other engine arguments of vLLM, by their names in Python."
-    )
+_ELSEWHERE = {theirs: f"it is the option {ours}" for ours, theirs in _TYPED.items()} | {
+    "gpu_memory_utilization": "it is the option gpu_memory",
+    "kv_cache_memory_bytes": "it is the option kv_cache_bytes",
+    "max_model_len": "it is the model's context_length",
+    "trust_remote_code": "it is the model's trust_remote_code",
+    "revision": "it is the model's revision",
+    **dict.fromkeys(("hf_token", "download_dir"), "Headrace fetches models itself"),
+    **dict.fromkeys(_OURS, "Headrace sets it"),
+}
 
 
 class Engine(TokenizerMixin):
@@ -132,26 +109,26 @@ class Engine(TokenizerMixin):
                 for event in call.events(output):
                     yield event
         except Exception as error:
-            # Whatever the library raised is put in our own terms.
-            raise failure(error, self._said()) from error
+            # Whatever the library raises, the caller gets an error of ours.
+            raise failure(error, self._core_failure()) from error
         finally:
             await outputs.aclose()
 
     async def _woken(self) -> None:
-        """Wait for the core's first word: vLLM itself would wait for ever for one that has died."""
+        """Wait until the core answers: vLLM itself would wait for ever for one that has died."""
         if self._awake:
             return
         asking = asyncio.ensure_future(self._llm.get_supported_tasks())
         try:
             while not (await asyncio.wait({asking}, timeout=_LOOK_S))[0]:
-                alive = {one.pid for one in multiprocessing.active_children()}
+                alive = {child.pid for child in multiprocessing.active_children()}
                 if not alive.issuperset(core.pid for core in self._cores):
-                    raise WorkerDied("vLLM's engine core has died.", detail=self._said())
+                    raise WorkerDied("vLLM's engine core has died.", detail=self._core_failure())
             asking.result()
             self._awake = True
         except Exception as error:
             # It has died, or was dead before it was asked.
-            raise failure(error, self._said()) from error
+            raise failure(error, self._core_failure()) from error
         finally:
             asking.cancel()
 
@@ -159,7 +136,7 @@ class Engine(TokenizerMixin):
         try:
             return parameters(request, self._defaults)
         except Exception as error:
-            # It refuses some values as soon as it hears of them.
+            # It refuses some values at once.
             raise failure(error, "") from error
 
     def close(self) -> None:
@@ -168,7 +145,7 @@ class Engine(TokenizerMixin):
         if llm is not None:
             below = _with_children(self._cores)
             llm.shutdown(_LAST_STEP_S)
-            # It does not wait for those that it kills, and they have the memory.
+            # It does not wait for the processes that it kills, and they have the memory.
             _, alive = psutil.wait_procs(below, _KILLED_S)
             for process in alive:
                 process.kill()
@@ -177,14 +154,14 @@ class Engine(TokenizerMixin):
         shutil.rmtree(self._private, ignore_errors=True)
 
     def _load(self, request: OpenRequest) -> None:
-        prepare(eager=self._options.eager, batch_invariant=self._options.batch_invariant)
+        _prepare(self._options)
         from vllm.platforms import current_platform  # after the environment is prepared
         from vllm.usage.usage_lib import UsageContext
 
         device = str(current_platform.device_type)
         if request.device.partition(":")[0] not in {"auto", device}:
             raise LoadFailed(f"This build of vLLM is for {device}, not for {request.device}.")
-        args = arguments(request, asked(self._options), self._options.engine_args, device)
+        args = _arguments(request, self._options, device)
         # The limits of a batch are smaller where no server is behind the engine.
         config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         before = {*multiprocessing.active_children()}
@@ -192,9 +169,9 @@ class Engine(TokenizerMixin):
             self._llm = _open(config, self._private / "failed")
         except Exception as error:
             # The engine core says why on its own side.
-            said = self._said() or f"{type(error).__name__}: {error}"
-            kind = OutOfMemory if is_out_of_memory(said) else LoadFailed
-            raise kind("vLLM could not load the model.", detail=said) from error
+            reason = self._core_failure() or f"{type(error).__name__}: {error}"
+            kind = OutOfMemory if is_out_of_memory(reason) else LoadFailed
+            raise kind("vLLM could not load the model.", detail=reason) from error
         cores = {*multiprocessing.active_children()} - before
         self._cores = [psutil.Process(core.pid) for core in cores]
         self._settle(request, config, device)
@@ -217,29 +194,80 @@ class Engine(TokenizerMixin):
             chat_template=request.model.chat_template,
             bos_token=tokenizer.bos_token or "",
             eos_token=tokenizer.eos_token or "",
-            adds_bos=bool(self.tokenize("", add_special=True)),
             capabilities=Capabilities(
-                sampling=SAMPLING,
+                sampling=HONOURED,
                 json_schema=True,
                 batch_invariant=self._options.batch_invariant,
                 resume=True,
             ),
         )
 
-    def _said(self) -> str:
+    def _core_failure(self) -> str:
         """Return what the engine core failed with, nothing while it lives."""
         report = self._private / "failed"
         return report.read_text(encoding="utf-8") if report.exists() else ""
 
 
-def footprint(request: OpenRequest) -> Footprint:
-    """Estimate what loading takes, from the model's header and the options."""
-    return estimate(request, asked(Options(**request.options)))
+def _prepare(options: Options) -> None:
+    """Set what vLLM takes from the environment, before it is imported."""
+    os.environ |= {
+        # A fork would hold our sockets open, and the locks of our threads for ever.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # The answers of a step come in one turn of the loop, and leave as one frame.
+        "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "8192",
+        # Some of its functions are compiled at their first call, however eager it is.
+        **({"TORCH_COMPILE_DISABLE": "1"} if options.eager else {}),
+        **({"VLLM_BATCH_INVARIANT": "1"} if options.batch_invariant else {}),
+    }
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 
-def asked(options: Options) -> Asked:
-    """Return the options without those for vLLM alone."""
-    return Asked(**options.model_dump(exclude={"engine_args", "batch_invariant"}))
+def _arguments(request: OpenRequest, options: Options, device: str) -> Any:
+    """Return vLLM's AsyncEngineArgs.
+
+    Raises:
+        ConfigError: a key of `engine_args` is unknown, or is for Headrace to set.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    check(options.engine_args, (field.name for field in dataclasses.fields(AsyncEngineArgs)))
+    given = {theirs: getattr(options, ours) for ours, theirs in _TYPED.items()}
+    given["max_num_seqs"] = options.slots or request.max_running
+    return AsyncEngineArgs(
+        **{
+            "model": request.model.path,
+            "tokenizer": request.model.path,
+            "max_model_len": request.context_length or -1,
+            "trust_remote_code": request.trust_remote_code,
+            "disable_log_stats": True,
+            # Their own would give the same draws after each start.
+            "seed": secrets.randbelow(1 << 31),
+            # Where JSON allows any white space a small model can go on with it up to its limit.
+            "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
+            **given,
+            **memory_arguments(request, options, device),
+            **options.engine_args,
+        }
+    )
+
+
+def check(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse engine arguments that there are not, and those that are set in another way.
+
+    Raises:
+        ConfigError: naming the first such key, and the one nearest to it.
+    """
+    names = {name for name in known if not name.startswith("_")}
+    for key in given:
+        if (why := _ELSEWHERE.get(key)) is not None:
+            raise ConfigError(f"engine_args may not give {key}: {why}.")
+        if key not in names:
+            near = difflib.get_close_matches(key, names - _ELSEWHERE.keys(), 1, 0.4)
+            hint = f" The nearest is {near[0]}." if near else ""
+            raise ConfigError(f"engine_args: vLLM has no engine argument {key!r}.{hint}")
 
 
 def _with_children(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
@@ -254,7 +282,7 @@ def _open(config: Any, report: Path) -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.executor import Executor
 
-    from headrace.engines.vllm_core import tethered
+    from headrace.engines.vllm.core import tethered
 
     executor = tethered(Executor.get_class(config), str(report))
     return AsyncLLM(config, executor, log_stats=False, log_requests=False)

@@ -13,12 +13,11 @@ from transformers import GenerationConfig
 from headrace.engines import threaded
 from headrace.engines.base import Admitted, EngineRequest, RawEvent
 from headrace.engines.threaded import Emit
-from headrace.engines.transformers_answer import Answer, failure
-from headrace.engines.transformers_sample import settle
+from headrace.engines.transformers.answer import Answer, failure, settle
 
 
 class _Gone(Exception):
-    """Nobody listens any more."""
+    """The stream was closed."""
 
 
 class _Run:

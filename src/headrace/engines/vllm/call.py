@@ -16,7 +16,7 @@ from headrace.core.errors import (
 )
 from headrace.core.events import TokenLogprob, TopLogprob
 from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, RawFinish
-from headrace.engines.transformers_tokens import Vocabulary
+from headrace.engines.tokenizer import Vocabulary
 
 _SAME = (
     "temperature",
@@ -27,6 +27,10 @@ _SAME = (
     "frequency_penalty",
     "repetition_penalty",
 )
+_BY_NAME = ("max_tokens", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
+HONOURED = frozenset(_SAME + _BY_NAME)
+"""The sampling parameters that `keywords` translates."""
+
 _NO_MEMORY = (
     "out of memory",
     "outofmemory",
@@ -39,6 +43,33 @@ _NO_MEMORY = (
 _SEEDS, _LEAST_TOP_P, _MOST_TEMPERATURE = (1 << 63) - 1, 1e-6, 2.0
 
 
+def keywords(request: EngineRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of vLLM's SamplingParams that sampling decides on.
+
+    `defaults` are those of the model.
+
+    Raises:
+        InvalidRequest: vLLM does not know the value.
+    """
+    sampling = request.sampling
+    given = {name: getattr(sampling, name) for name in _SAME}
+    chosen = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+    if chosen.get("temperature", 1.0) > _MOST_TEMPERATURE:
+        raise InvalidRequest("temperature is at most 2 for this engine.", param="temperature")
+    if "top_p" in chosen:
+        chosen["top_p"] = max(chosen["top_p"], _LEAST_TOP_P)
+    if sampling.seed is not None:
+        chosen["seed"] = sampling.seed % _SEEDS
+    return {
+        **chosen,
+        "max_tokens": request.max_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": sampling.ignore_eos,
+        "logprobs": sampling.logprobs,
+        "logit_bias": sampling.logit_bias or None,
+    }
+
+
 def parameters(request: EngineRequest, defaults: Mapping[str, Any]) -> Any:
     """Return vLLM's SamplingParams; `defaults` are those of the model.
 
@@ -47,21 +78,8 @@ def parameters(request: EngineRequest, defaults: Mapping[str, Any]) -> Any:
     """
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    sampling = request.sampling
-    asked = {name: getattr(sampling, name) for name in _SAME}
-    given = {**defaults, **{name: value for name, value in asked.items() if value is not None}}
-    if given.get("temperature", 1.0) > _MOST_TEMPERATURE:
-        raise InvalidRequest("temperature is at most 2 for this engine.", param="temperature")
-    if "top_p" in given:
-        given["top_p"] = max(given["top_p"], _LEAST_TOP_P)
-    if sampling.seed is not None:
-        given["seed"] = sampling.seed % _SEEDS
     return SamplingParams(
-        **given | {"max_tokens": request.max_tokens},
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=sampling.ignore_eos,
-        logprobs=sampling.logprobs,
-        logit_bias=sampling.logit_bias or None,
+        **keywords(request, defaults),
         structured_outputs=_schema(request.json_schema),
         output_kind=RequestOutputKind.DELTA,
         # The bytes of a token are looked up, which is cheaper and keeps what is no whole character.
@@ -91,7 +109,7 @@ class Call:
         self._sent = 0
 
     def events(self, output: Any) -> list[RawEvent]:
-        """Return what one RequestOutput tells: an engine step's tokens, or several steps'.
+        """Return what one RequestOutput says: an engine step's tokens, or several steps'.
 
         Raises:
             GenerationFailed: vLLM gave the request up.
@@ -125,26 +143,26 @@ class Call:
         )
 
     def _logprobs(
-        self, token_ids: Sequence[int], told: Sequence[Mapping[int, Any]] | None
+        self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Any]] | None
     ) -> tuple[TokenLogprob, ...]:
-        pairs = zip(token_ids, told or (), strict=False)
+        pairs = zip(token_ids, logprobs or (), strict=False)
         return tuple(self._logprob(token, candidates) for token, candidates in pairs)
 
     def _logprob(self, token: int, candidates: Mapping[int, Any]) -> TokenLogprob:
-        best = sorted(candidates.items(), key=lambda one: one[1].rank)[: self._most]
-        top = tuple(TopLogprob(one, self._data(one), _finite(told.logprob)) for one, told in best)
+        best = sorted(candidates.items(), key=lambda pair: pair[1].rank)[: self._most]
+        top = tuple(TopLogprob(id_, self._data(id_), _finite(at.logprob)) for id_, at in best)
         return TokenLogprob(token, self._data(token), _finite(candidates[token].logprob), top)
 
 
-def failure(error: Exception, said: str) -> HeadraceError:
-    """Return our error for one of vLLM's; `said` is what its core failed with."""
+def failure(error: Exception, core: str) -> HeadraceError:
+    """Return our error for one of vLLM's; `core` is what its core failed with."""
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     if isinstance(error, HeadraceError):
         return error
     if isinstance(error, EngineDeadError):
-        return WorkerDied("vLLM's engine core has died.", detail=said or str(error))
+        return WorkerDied("vLLM's engine core has died.", detail=core or str(error))
     # It wraps most of what goes wrong with one request, and some of that twice.
     while type(error) is EngineGenerateError and isinstance(error.__cause__, Exception):
         error = error.__cause__
@@ -153,15 +171,15 @@ def failure(error: Exception, said: str) -> HeadraceError:
     return _broken(f"{type(error).__name__}: {error}")
 
 
-def _broken(told: str) -> EngineError:
-    if is_out_of_memory(told):
-        return OutOfMemory("vLLM ran out of memory.", detail=told)
-    return GenerationFailed("vLLM failed.", detail=told)
+def _broken(reason: str) -> EngineError:
+    if is_out_of_memory(reason):
+        return OutOfMemory("vLLM ran out of memory.", detail=reason)
+    return GenerationFailed("vLLM failed.", detail=reason)
 
 
-def is_out_of_memory(told: str) -> bool:
-    """Tell whether an error's text says that there was not enough memory."""
-    return any(sign in told.lower() for sign in _NO_MEMORY)
+def is_out_of_memory(reason: str) -> bool:
+    """Whether an error's text says that there was not enough memory."""
+    return any(sign in reason.lower() for sign in _NO_MEMORY)
 
 
 def _finite(logprob: float) -> float:

@@ -9,13 +9,14 @@ from typing import Any, cast
 
 from headrace.core.errors import InvalidRequest, LoadFailed, OutOfMemory
 from headrace.core.model import Capabilities
-from headrace.engines.base import EngineFacts, OpenRequest, Pair
-from headrace.engines.openvino_text import Vocabulary
+from headrace.engines import plan
+from headrace.engines.base import BatchLimits, Embedder, EngineFacts, OpenRequest, Pair
+from headrace.engines.openvino.vocabulary import Vocabulary
 from headrace.models import folder, openvino
 
 Array = Any  # of numpy
 _POOLINGS = ("mean", "cls", "max", "lasttoken")
-_REQUESTS = 256
+_BATCH = BatchLimits(items=32, tokens=16384)
 _CONTEXT = 512
 # Two marks stand between the texts of a pair where the model was made like RoBERTa.
 _TWO_MARKS = ("roberta", "camembert")
@@ -23,8 +24,6 @@ _TWO_MARKS = ("roberta", "camembert")
 
 class _GraphEngine:
     """A graph that is compiled for batches of any length."""
-
-    batch_items, batch_tokens = 32, 16384
 
     def __init__(self, request: OpenRequest, properties: dict[str, Any]) -> None:
         import openvino as ov
@@ -39,9 +38,10 @@ class _GraphEngine:
             self._graph: Any = ov.Core().compile_model(graph, "CPU", properties)
         except RuntimeError as error:
             raise LoadFailed("OpenVINO could not load the model.", detail=str(error)) from error
-        self._inputs = {one.get_any_name() for one in self._graph.inputs}
+        self._inputs = {tensor.get_any_name() for tensor in self._graph.inputs}
         self._vocabulary = Vocabulary(genai.Tokenizer(str(path)))
-        self._context = context_of(request)
+        self._context = plan.granted_context(request, request.model.context_length or _CONTEXT)
+        self._requests = plan.encoder_requests(request)
 
     def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
         """Return token ids, markers included."""
@@ -63,7 +63,8 @@ class _GraphEngine:
         return EngineFacts(
             device="cpu",
             context_length=self._context,
-            max_running=_REQUESTS,
+            max_running=self._requests,
+            batch=_BATCH,
             bos_token=self._vocabulary.bos_token,
             eos_token=self._vocabulary.eos_token,
             capabilities=capabilities,
@@ -72,7 +73,7 @@ class _GraphEngine:
     def _run(
         self, batch: Sequence[Sequence[int]], seconds: Sequence[int] = ()
     ) -> tuple[Array, Array]:
-        """Return what the graph says of padded token ids, and their mask."""
+        """Return what the graph makes of padded token ids, and their mask."""
         import numpy as np
 
         for row in batch:
@@ -88,15 +89,15 @@ class _GraphEngine:
             types[at, second : len(batch[at])] = 1
         given = dict(zip(names, (ids, mask, types), strict=True))
         try:
-            found = self._graph({name: given[name] for name in self._inputs})
+            outputs = self._graph({name: given[name] for name in self._inputs})
         except RuntimeError as error:
             if "alloc" in str(error):
                 raise OutOfMemory("OpenVINO ran out of memory.", detail=str(error)) from error
             raise
-        return found[0], mask
+        return outputs[0], mask
 
 
-class VectorEngine(_GraphEngine):
+class VectorEngine(_GraphEngine, Embedder):
     """An embedder: the graph's last layer, pooled as the model's own modules say."""
 
     def __init__(self, request: OpenRequest, properties: dict[str, Any]) -> None:
@@ -136,9 +137,8 @@ class ScoreEngine(_GraphEngine):
         first, last = marked[:at], marked[at + len(bare) :]
         kind = str(self._config.get("model_type", ""))
         between = [*last, *last] if any(name in kind for name in _TWO_MARKS) else last
-        asked = [*first, *self.tokenize(query, add_special=False), *between]
-        told = self.tokenize(document, add_special=False)
-        return Pair((*asked, *told, *last), len(asked))
+        before = (*first, *self.tokenize(query, add_special=False), *between)
+        return Pair((*before, *self.tokenize(document, add_special=False), *last), len(before))
 
     def score(self, batch: Sequence[Pair]) -> Sequence[float]:
         """Return the score of each pair, between 0 and 1 unless the model says otherwise."""
@@ -175,10 +175,11 @@ def modules_of(path: Path) -> tuple[str, bool]:
     unknown = [name for name in names if name not in {"Transformer", "Pooling", "Normalize"}]
     if unknown:
         raise LoadFailed(f"{path}: modules that OpenVINO's engine does not have: {unknown}.")
-    asked = [found for file in path.glob("*_Pooling/config.json") for found in _poolings(file)]
-    if len(asked) > 1:
-        raise LoadFailed(f"{path}: it joins several poolings: {asked}.")
-    return asked[0] if asked else "mean", "Normalize" in names
+    files = path.glob("*_Pooling/config.json")
+    poolings = [name for file in files for name in _poolings(file)]
+    if len(poolings) > 1:
+        raise LoadFailed(f"{path}: it joins several poolings: {poolings}.")
+    return poolings[0] if poolings else "mean", "Normalize" in names
 
 
 def _poolings(file: Path) -> list[str]:
@@ -186,25 +187,11 @@ def _poolings(file: Path) -> list[str]:
     if (named := config.get("pooling_mode")) in _POOLINGS:
         return [str(named)]
     keys = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens"}
-    return [one for one in _POOLINGS if config.get(f"pooling_mode_{keys.get(one, one)}")]
+    return [name for name in _POOLINGS if config.get(f"pooling_mode_{keys.get(name, name)}")]
 
 
 def _activation(config: dict[str, Any]) -> str:
     own = config.get("sentence_transformers")
     table = cast("dict[str, Any]", own) if isinstance(own, dict) else {}
-    told = table.get("activation_fn")
-    return str(told or config.get("sbert_ce_default_activation_function") or "")
-
-
-def context_of(request: OpenRequest) -> int:
-    """Return the tokens that a text may have.
-
-    Raises:
-        LoadFailed: more are asked for than the model has.
-    """
-    most = request.model.context_length or _CONTEXT
-    if request.context_length is not None and request.context_length > most:
-        raise LoadFailed(
-            f"context_length {request.context_length} is more than the model's {most}."
-        )
-    return request.context_length or most
+    named = table.get("activation_fn") or config.get("sbert_ce_default_activation_function")
+    return str(named or "")

@@ -17,9 +17,9 @@ _BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
 
 
 def without_telemetry() -> None:
-    """Keep OpenVINO's tools from reporting their use: they take the reporter for not installed.
+    """Keep OpenVINO's tools from reporting their use: their reporter seems not installed.
 
-    To be called before the library is imported.
+    Call it before the library is imported.
     """
     modules: dict[str, Any] = sys.modules
     modules["openvino_telemetry"] = None
@@ -50,8 +50,8 @@ class Vocabulary:
         """Return token ids, markers included."""
         if not text and not add_special:
             return []
-        found = self._tokenizer.encode(text, add_special_tokens=add_special).input_ids.data
-        return [int(token) for token in found.reshape(-1)]
+        ids = self._tokenizer.encode(text, add_special_tokens=add_special).input_ids.data
+        return [int(token) for token in ids.reshape(-1)]
 
     def text(self, token_ids: Sequence[int], *, shown: bool = False) -> str:
         """Return the text of token ids; what is no whole character is U+FFFD.
@@ -73,7 +73,7 @@ class Vocabulary:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
     def check(self, token_ids: Sequence[int]) -> None:
-        """Refuse what the library would compute with as if it were some token.
+        """Refuse ids that the library would take for some token.
 
         Raises:
             InvalidRequest: an id is outside of the vocabulary.
@@ -98,5 +98,5 @@ def _words(vocabulary: dict[bytes, int]) -> list[bytes]:
 
 
 def _piece(word: bytes) -> bytes:
-    found = _BYTE.fullmatch(word)
-    return bytes.fromhex(found[1].decode()) if found else word.replace(_SPACE, b" ")
+    byte = _BYTE.fullmatch(word)
+    return bytes.fromhex(byte[1].decode()) if byte else word.replace(_SPACE, b" ")

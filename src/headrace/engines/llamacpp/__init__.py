@@ -1,0 +1,204 @@
+"""llama.cpp through xllamacpp: any GGUF, continuous batching over slots, CPU or GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from pydantic import Field
+
+from headrace import machine
+from headrace.core.model import ModelFile
+from headrace.core.status import Footprint
+from headrace.engines import plan
+from headrace.engines.base import About, EngineOptions, OpenRequest
+from headrace.engines.openmp import physical_cores
+from headrace.engines.plan import CachePlan
+from headrace.models.gguf import Skipped, read_header
+
+ABOUT = About(
+    formats=("gguf",),
+    devices=("cpu", "cuda", "mps"),
+    requires="xllamacpp",
+    tasks=("generate", "embed"),
+)
+
+_DEFAULT_SLOTS = 4
+_CPU_BATCH, _GPU_BATCH = 128, 2048
+_EMBED_CONTEXT = 8192
+_MIB = 1 << 20
+_KV_SHARE = {"f16": 1.0, "bf16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
+
+# Measured with SmolLM2-135M. A process with the library: Python, the code, buffers, warm-up.
+_PROCESS = 64 * _MIB
+_PER_WORD, _PER_SLOT = 400, 2 * _MIB
+# Activations of a token of the batch go with the width, which goes with the root of the size.
+_PER_ACTIVATION = 2.6
+# Not measured with this library yet: what CUDA itself takes of the host and of the GPU.
+_CUDA_HOST, _CUDA_DEVICE = 400 * _MIB, 500 * _MIB
+
+
+class Options(EngineOptions):
+    """Settings of llama.cpp. All are fixed once the model is loaded."""
+
+    slots: int | None = Field(
+        None, ge=1, le=256, description="Requests in one batch; by default 4, or fewer."
+    )
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads; by default one for each core it may use."
+    )
+    batch_size: int | None = Field(
+        None,
+        ge=32,
+        le=16384,
+        description="Prompt tokens computed at once, after which a cancelled request is gone; "
+        "by default 128 on a CPU and 2048 on a GPU.",
+    )
+    gpu_layers: int = Field(-1, ge=-1, description="Layers on the GPU; -1 is all of them.")
+    flash_attention: Literal["auto", "on", "off"] = Field("auto", description="Flash attention.")
+    kv_type: Literal["f16", "bf16", "q8_0", "q4_0"] | None = Field(
+        None, description="Type of the KV cache; f16, or bf16 where answers must repeat themselves."
+    )
+    prefix_cache: bool = Field(True, description="Keep a prompt's KV cache for the next one.")
+    mmap: bool = Field(True, description="Map the file instead of reading it.")
+    rope_scaling: Literal["model", "none", "linear", "yarn"] = Field(
+        "model", description="RoPE scaling; `model` takes what the file says."
+    )
+    pooling: Literal["model", "mean", "cls", "last"] = Field(
+        "model", description="How an embedding is made of those of the tokens."
+    )
+    rope_scale: float = Field(0, ge=0, description="Factor by which the context is stretched.")
+
+
+def footprint(request: OpenRequest) -> Footprint:
+    """Estimate what loading takes, from the file's header and the options.
+
+    Raises:
+        LoadFailed: the header cannot be read.
+    """
+    options = settled(request)
+    device = expected_device(request.device)
+    on_cpu = device == "cpu"
+    planned = estimate(request.model, plan_slots(request, options, on_cpu=on_cpu), options, device)
+    if request.task == "embed":
+        return msgspec.structs.replace(planned, max_running=plan.encoder_requests(request))
+    return planned
+
+
+def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
+    """Return what is worth a try: a smaller cache, larger batches, a slot for each request."""
+    slots = {"slots": request.max_running or 1}
+    small = {"kv_type": "q8_0", "flash_attention": "on"}
+    logical = os.cpu_count() or 1
+    more = [{**slots, "threads": logical}] if logical > physical_cores() else []
+    alone = {**small, "batch_size": 256}
+    return [alone, slots, {**slots, **small}, {**slots, "batch_size": 512}, *more]
+
+
+def settled(request: OpenRequest) -> Options:
+    """Return the options; those not given are chosen so that answers repeat if they must."""
+    options = Options(**request.options)
+    if not request.repeatable:
+        return options
+    flash = "on" if options.flash_attention == "auto" else options.flash_attention
+    kv_type = options.kv_type or "bf16"
+    return options.model_copy(update={"flash_attention": flash, "kv_type": kv_type})
+
+
+def batch_size(options: Options, *, on_cpu: bool) -> int:
+    """Return how many prompt tokens are computed at once."""
+    return options.batch_size or (_CPU_BATCH if on_cpu else _GPU_BATCH)
+
+
+def plan_slots(request: OpenRequest, options: Options, *, on_cpu: bool) -> CachePlan:
+    """Choose slots and context of a load; embeddings are computed in one batch each."""
+    if request.task == "embed" and request.context_length is None:
+        context = min(request.model.context_length or _EMBED_CONTEXT, _EMBED_CONTEXT)
+        request = msgspec.structs.replace(request, context_length=context)
+    memory = request.memory
+    if memory is None and on_cpu:
+        memory = machine.host_memory()
+    return plan_context(request, options, memory)
+
+
+def plan_context(request: OpenRequest, options: Options, memory: int | None) -> CachePlan:
+    """Choose slots and context so that the KV cache takes at most a quarter of `memory` bytes."""
+    slots = options.slots or min(_DEFAULT_SLOTS, request.max_running or _DEFAULT_SLOTS)
+    fits = None if memory is None else plan.tokens_in(memory / 4, _kv_bytes(request.model, options))
+    return plan.plan_cache(
+        request,
+        slots,
+        fits,
+        limit="a quarter of the memory for models",
+        kind="fixed" if options.slots else "divided",
+    )
+
+
+def _kv_bytes(model: ModelFile, options: Options) -> float:
+    """Return the bytes of a token in the KV cache."""
+    return (model.kv_bytes_per_token or 0) * _KV_SHARE[options.kv_type or "f16"]
+
+
+def estimate(model: ModelFile, planned: CachePlan, options: Options, device: str) -> Footprint:
+    """Return what the model takes of the host, and of the GPU if `device` is one.
+
+    Raises:
+        LoadFailed: the model's header cannot be read.
+    """
+    words, layers = _words_and_layers(Path(model.path), _stamp(model.path))
+    batch = min(max(batch_size(options, on_cpu=device == "cpu"), planned.slots), 512)
+    kv_cache = int(planned.tokens * _kv_bytes(model, options))
+    activations = _PER_ACTIVATION * math.sqrt(model.parameters or 0) * batch
+    overhead = _PROCESS + words * _PER_WORD + int(activations) + planned.slots * _PER_SLOT
+    devices = {"cpu": model.size + kv_cache + overhead}
+    if device.startswith("cuda"):
+        share = _share(options.gpu_layers, layers)
+        moved = int(share * (model.size + kv_cache)) + int(activations) + words * batch * 4
+        on_host = int((1 - share) * (model.size + kv_cache))
+        devices = {"cpu": on_host + overhead + _CUDA_HOST, device: moved + _CUDA_DEVICE}
+    return plan.footprint(devices, planned, weights=model.size, kv_cache=kv_cache)
+
+
+def expected_device(wanted: str) -> str:
+    """Return the device that a load will most likely take; many builds know no CUDA."""
+    if wanted == "auto" and not _is_built_for_cuda():
+        return "cpu"
+    return plan.expected_device(wanted)
+
+
+def _share(gpu_layers: int, layers: int) -> float:
+    # The layer after the last, the output's, counts as one too.
+    return 1.0 if gpu_layers < 0 else min(1.0, gpu_layers / (layers + 1))
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _words_and_layers(path: Path, stamp: tuple[int, int]) -> tuple[int, int]:
+    del stamp  # part of the key: another file under the same name is read again
+    metadata = read_header(path).metadata
+    words = metadata.get("tokenizer.ggml.tokens")
+    layers = metadata.get(f"{metadata.get('general.architecture')}.block_count")
+    known = words.length if isinstance(words, Skipped) else 0
+    return known, layers if isinstance(layers, int) else 0
+
+
+@lru_cache(maxsize=1)
+def _is_built_for_cuda() -> bool:
+    spec = importlib.util.find_spec("xllamacpp")
+    places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    beside = [place.with_name("xllamacpp.libs") for place in places]
+    names = (file.name for place in (*places, *beside) for file in place.glob("*"))
+    return any(word in name for name in names for word in ("cuda", "cublas"))

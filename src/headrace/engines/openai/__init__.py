@@ -1,0 +1,35 @@
+"""Models of any upstream that speaks OpenAI's protocol, over pooled HTTP connections."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from headrace.engines import remote
+from headrace.engines.base import About
+from headrace.engines.remote import RemoteOptions
+
+ABOUT = About(
+    formats=("remote",),
+    devices=("remote",),
+    tasks=("generate", "embed", "rerank"),
+    remote=True,
+)
+_FIELD = r"^[a-z_]{1,32}$"
+
+
+class Options(RemoteOptions):
+    """What is sent to an upstream, and where the table of providers is overruled."""
+
+    api_version: str | None = Field(
+        None, pattern=r"^[\w.-]{1,64}$", description="`api-version` of Azure's older addresses."
+    )
+    sampling: tuple[Annotated[str, Field(pattern=_FIELD)], ...] | None = Field(
+        None,
+        max_length=32,
+        description="Sampling fields (and `n`) that the upstream honours, not those of the table.",
+    )
+
+
+footprint = remote.footprint

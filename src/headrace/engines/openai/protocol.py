@@ -1,0 +1,350 @@
+"""OpenAI's protocol: the bodies of requests, and what the chunks of an answer say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, cast
+
+import msgspec
+
+from headrace.core.errors import Unsupported, UpstreamError
+from headrace.core.events import Delta, FinishReason, TokenLogprob, TopLogprob
+from headrace.core.metrics import Usage
+from headrace.core.request import (
+    CountRequest,
+    EmbedRequest,
+    GenerateRequest,
+    Message,
+    RerankRequest,
+)
+from headrace.engines.base import RemoteFinish
+from headrace.engines.remote import Access, complaint
+from headrace.models.providers import Provider
+
+# Of a token that an upstream names by its text alone.
+_NO_ID = -1
+_REASONS: dict[str, FinishReason] = {
+    "stop": "stop",
+    "eos": "stop",
+    "eos_token": "stop",
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "length": "length",
+    "max_tokens": "length",
+    "model_length": "length",
+    "content_filter": "content_filter",
+    "sensitive": "content_filter",
+    "tool_calls": "tool_calls",
+    "function_call": "tool_calls",
+}
+_ANY_OBJECT: tuple[dict[str, Any], ...] = ({}, {"type": "object"})
+
+
+def generate_body(request: GenerateRequest, model: str, provider: Provider) -> tuple[str, bytes]:
+    """Return path and body of a request for an answer.
+
+    Raises:
+        Unsupported: the upstream cannot be asked that.
+    """
+    chat = request.messages is not None
+    body: dict[str, Any] = {"model": model, "stream": True, **provider.extra}
+    if provider.asks_usage:
+        body["stream_options"] = {"include_usage": True}
+    if request.n > 1:
+        body["n"] = request.n
+    if stops := request.sampling.stop[: provider.stops]:
+        # The worker looks for those that do not fit.
+        body["stop"] = stops
+    body |= _sampling(request, provider, chat=chat) | _format(request, provider)
+    if chat:
+        body["messages"] = _messages(request.messages or (), provider)
+        if request.template_options:
+            body["chat_template_kwargs"] = request.template_options
+        return "/chat/completions", msgspec.json.encode(body)
+    if not provider.completions:
+        raise Unsupported(f"{provider.title} answers chats, no plain prompts.", param="prompt")
+    body["prompt"] = request.prompt
+    return "/completions", msgspec.json.encode(body)
+
+
+def _sampling(request: GenerateRequest, provider: Provider, *, chat: bool) -> dict[str, Any]:
+    given: dict[str, Any] = msgspec.to_builtins(request.sampling)
+    given.pop("stop", None)
+    logprobs = given.pop("logprobs", None)
+    if bias := given.pop("logit_bias", None):
+        given["logit_bias"] = {str(token): value for token, value in bias.items()}
+    if chat:
+        given = {provider.renamed.get(name, name): value for name, value in given.items()}
+    if logprobs is not None:
+        given |= {"logprobs": True, "top_logprobs": logprobs} if chat else {"logprobs": logprobs}
+    return given
+
+
+def _format(request: GenerateRequest, provider: Provider) -> dict[str, Any]:
+    schema = request.json_schema
+    if schema is None:
+        return {}
+    if schema in _ANY_OBJECT:
+        return {"response_format": {"type": "json_object"}}
+    if provider.json != "schema":
+        raise Unsupported(
+            f"{provider.title} gives JSON, but keeps to no schema.", param="response_format"
+        )
+    named = {"name": "answer", "schema": schema, "strict": True}
+    return {"response_format": {"type": "json_schema", "json_schema": named}}
+
+
+def _messages(messages: tuple[Message, ...], provider: Provider) -> list[dict[str, Any]]:
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        role = message.role
+        if role == "tool":
+            raise Unsupported("Messages of tools are not supported.", param="messages")
+        if role == "developer" and not provider.developer:
+            role = "system"
+        named = {"name": message.name} if message.name else {}
+        turns.append({"role": role, "content": message.content, **named})
+    return turns
+
+
+def embed_body(request: EmbedRequest, model: str, provider: Provider) -> bytes:
+    """Return the body of a request for vectors.
+
+    Raises:
+        Unsupported: the upstream cannot be asked that.
+    """
+    if request.truncate:
+        raise Unsupported(f"{provider.title} cannot be asked to truncate.", param="truncate")
+    if not provider.token_prompts and not all(isinstance(text, str) for text in request.inputs):
+        raise Unsupported(f"{provider.title} takes no token ids.", param="input")
+    body: dict[str, Any] = {
+        "model": model,
+        "input": request.inputs,
+        "encoding_format": "base64" if provider.base64 else "float",
+    }
+    if request.dimensions is not None:
+        body["dimensions"] = request.dimensions
+    return msgspec.json.encode(body)
+
+
+def rerank_body(request: RerankRequest, model: str) -> bytes:
+    """Return the body of a request for a ranking."""
+    body: dict[str, Any] = {
+        "model": model,
+        "query": request.query,
+        "documents": request.documents,
+        "return_documents": False,
+    }
+    if request.top_n is not None:
+        body["top_n"] = request.top_n
+    return msgspec.json.encode(body)
+
+
+def count_body(request: CountRequest, model: str) -> bytes:
+    """Return the body of a request for the tokens of a text or of messages."""
+    body: dict[str, Any] = {"model": model}
+    if request.messages is None:
+        body |= {"prompt": request.text, "add_special_tokens": request.add_special}
+    else:
+        body["messages"] = request.messages
+    if request.template_options:
+        body["chat_template_kwargs"] = request.template_options
+    return msgspec.json.encode(body)
+
+
+class _Details(msgspec.Struct, frozen=True):
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+class WireUsage(msgspec.Struct, frozen=True):
+    """`usage` as upstreams give it; some name the cached tokens at another place."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    prompt_cache_hit_tokens: int | None = None
+    cached_tokens: int | None = None
+
+    def usage(self) -> Usage:
+        """Return it as ours."""
+        before, after = self.prompt_tokens_details, self.completion_tokens_details
+        cached = (before and before.cached_tokens) or self.prompt_cache_hit_tokens
+        prompt = self.prompt_tokens
+        return Usage(
+            prompt_tokens=(self.total_tokens or 0) if prompt is None else prompt,
+            cached_tokens=cached or self.cached_tokens or 0,
+            completion_tokens=self.completion_tokens or 0,
+            reasoning_tokens=(after and after.reasoning_tokens) or 0,
+        )
+
+
+class _Message(msgspec.Struct, frozen=True):
+    content: str | list[dict[str, Any]] | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class _Candidate(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+
+    @property
+    def data(self) -> bytes:
+        return _bytes(self.token) if self.bytes is None else bytes(self.bytes)
+
+
+class _Token(_Candidate, frozen=True):
+    top_logprobs: list[_Candidate] | None = None
+
+
+class _Logprobs(msgspec.Struct, frozen=True):
+    """Those of a chat (`content`), or those of a completion."""
+
+    content: list[_Token] | None = None
+    tokens: list[str] | None = None
+    token_logprobs: list[float | None] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    index: int = 0
+    delta: _Message | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+    usage: WireUsage | None = None
+
+
+class _Chunk(msgspec.Struct, frozen=True):
+    choices: list[_Choice] | None = None
+    usage: WireUsage | None = None
+    error: Any = None
+
+
+_DECODER = msgspec.json.Decoder(_Chunk)
+
+
+class AnswerReader:
+    """Reads the chunks of one answer of `n` choices.
+
+    Raises:
+        HeadraceError: a chunk is malformed, or it is the upstream's complaint.
+    """
+
+    def __init__(self, way: Access, n: int) -> None:
+        self._way = way
+        self._reasons: list[FinishReason | None] = [None] * n
+        self._usage: Usage | None = None
+
+    def deltas(self, data: bytes) -> Iterator[Delta]:
+        """Yield what a chunk adds."""
+        try:
+            chunk = _DECODER.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise UpstreamError(
+                "The upstream sent a malformed chunk.", detail=self._way.scrub(str(error))
+            ) from None
+        if chunk.error:
+            raise complaint(self._way, {"error": chunk.error})
+        for choice in chunk.choices or ():
+            if not 0 <= choice.index < len(self._reasons):
+                raise UpstreamError("The upstream sent a choice that was not asked for.")
+            self._note(choice.usage)
+            if choice.finish_reason:
+                self._reasons[choice.index] = self._reason(choice.finish_reason)
+            delta = _delta(choice)
+            if delta.text or delta.reasoning or delta.logprobs:
+                yield delta
+        self._note(chunk.usage)
+
+    def finish(self) -> RemoteFinish:
+        """Return the upstream's account of an answer whose stream has ended."""
+        reasons: list[FinishReason] = [reason for reason in self._reasons if reason is not None]
+        if len(reasons) < len(self._reasons):
+            raise UpstreamError("The upstream's stream is truncated: a choice has no end.")
+        return RemoteFinish(finish_reasons=tuple(reasons), usage=self._usage)
+
+    def _note(self, usage: WireUsage | None) -> None:
+        if usage is not None and (usage.prompt_tokens or usage.completion_tokens):
+            self._usage = usage.usage()
+
+    def _reason(self, reason: str) -> FinishReason:
+        known = _REASONS.get(reason.lower())
+        if known is None:
+            shown = self._way.scrub(reason)
+            raise UpstreamError(f"The upstream broke off, for the reason {shown!r}.")
+        return known
+
+
+def _delta(choice: _Choice) -> Delta:
+    message = choice.delta or _Message()
+    text, thinking = choice.text or "", message.reasoning_content or message.reasoning or ""
+    if isinstance(message.content, list):
+        for part in message.content:
+            text += str(part.get("text") or "")
+            thinking += _thinking(part)
+    else:
+        text += message.content or message.refusal or ""
+    return Delta(
+        text,
+        index=choice.index,
+        reasoning=thinking,
+        logprobs=_tokens(choice.logprobs) if choice.logprobs else (),
+    )
+
+
+def _thinking(part: dict[str, Any]) -> str:
+    thinking = part.get("thinking") or ""
+    if isinstance(thinking, list):
+        return "".join(map(_thinking_text, cast("list[Any]", thinking)))
+    return str(thinking)
+
+
+def _thinking_text(part: Any) -> str:
+    return str(cast("dict[str, Any]", part).get("text") or "") if isinstance(part, dict) else ""
+
+
+def _tokens(logprobs: _Logprobs) -> tuple[TokenLogprob, ...]:
+    if logprobs.content is not None:
+        return tuple(
+            TokenLogprob(
+                _NO_ID,
+                token.data,
+                token.logprob,
+                tuple(map(_top, token.top_logprobs or ())),
+            )
+            for token in logprobs.content
+        )
+    texts = logprobs.tokens or ()
+    rows = zip(
+        texts,
+        logprobs.token_logprobs or (),
+        logprobs.top_logprobs or [None] * len(texts),
+        strict=False,
+    )
+    return tuple(
+        TokenLogprob(
+            _NO_ID,
+            _bytes(token),
+            logprob or 0.0,
+            tuple(TopLogprob(_NO_ID, _bytes(name), value) for name, value in (top or {}).items()),
+        )
+        for token, logprob, top in rows
+    )
+
+
+def _top(candidate: _Candidate) -> TopLogprob:
+    return TopLogprob(_NO_ID, candidate.data, candidate.logprob)
+
+
+def _bytes(token: str) -> bytes:
+    """Return a token's bytes; a part of a character is named `bytes:` and its hexadecimals."""
+    if re.fullmatch(r"bytes:(\\x[0-9a-f]{2})+", token):
+        return bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
+    return token.encode()

@@ -1,0 +1,141 @@
+"""OpenVINO: continuous batching on CPUs, from OpenVINO IR and from GGUF in F16 or Q8_0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+from pydantic import Field
+
+from headrace import machine
+from headrace.core.errors import ConfigError
+from headrace.core.model import ModelFile
+from headrace.core.status import Footprint
+from headrace.engines import plan
+from headrace.engines.base import About, EngineOptions, OpenRequest
+from headrace.engines.openmp import physical_cores
+from headrace.engines.openvino.conversion import convert, prepared
+from headrace.engines.plan import CachePlan
+
+__all__ = ["ABOUT", "Options", "convert", "footprint", "prepared", "tune_options"]
+
+ABOUT = About(
+    formats=("openvino", "gguf"),
+    requires="openvino_genai",
+    extra="openvino",
+    tasks=("generate", "embed", "rerank"),
+)
+
+BLOCK = 32
+"""Tokens of a block of the KV cache."""
+
+_DEFAULT_RUNNING = 32
+# Of two bytes for a value. With 8 bits, each row of a head has a scale and a zero of its own.
+_KV_SHARE = {"auto": 1.0, "u8": 0.6}
+
+# Measured with SmolLM2-135M: the process with the library and the vocabulary.
+_PROCESS = 260 << 20
+# The weights as they are computed with, beside the file's pages; of a GGUF a graph is made first.
+_COPIES = {"gguf": 3.4, "openvino": 2.0}
+
+
+class Options(EngineOptions):
+    """Settings of OpenVINO. All are fixed once the model is loaded."""
+
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads; by default one for each core it may use."
+    )
+    precision: Literal["auto", "f32", "bf16", "f16"] = Field(
+        "auto",
+        description="What it computes in; `auto` is the fastest of the machine, "
+        "f32 where answers must repeat themselves.",
+    )
+    kv_type: Literal["auto", "u8"] = Field(
+        "auto", description="Type of the KV cache; `auto` has 16 bits, `u8` takes 0.6 of it."
+    )
+    cache_tokens: int | None = Field(
+        None,
+        ge=BLOCK,
+        le=1 << 30,
+        description="Tokens that the KV cache holds for all requests together; by default those "
+        "of all of them at full length, or what fits a quarter of the memory for models.",
+    )
+    batch_size: int = Field(
+        256,
+        ge=32,
+        le=65536,
+        description="Tokens computed in one step, after which a cancelled request is gone.",
+    )
+    prefix_cache: bool | None = Field(
+        None,
+        description="Keep a prompt's KV cache for the next one; on where `precision` is f32 and "
+        "answers need not repeat themselves.",
+    )
+    properties: dict[str, str | int | float | bool] = Field(
+        {}, description="More properties of OpenVINO's CPU device, by their names in capitals."
+    )
+
+
+def footprint(request: OpenRequest) -> Footprint:
+    """Estimate what loading takes of the host, from the file's header and the options."""
+    options, model = settled(request), request.model
+    planned = plan_cache(request, options)
+    weights = int(model.size * _COPIES.get(model.format, 2.0))
+    kv_cache = int(planned.tokens * _kv_bytes(model, options))
+    devices = {"cpu": weights + kv_cache + _PROCESS}
+    return plan.footprint(devices, planned, weights=weights, kv_cache=kv_cache)
+
+
+def plan_cache(request: OpenRequest, options: Options) -> CachePlan:
+    """Choose the size of the KV cache: a quarter of the memory for models at most.
+
+    Requests share the cache, so a full one makes some of them wait.
+    """
+    memory = machine.host_memory() if request.memory is None else request.memory
+    fits = plan.tokens_in(memory / 4, _kv_bytes(request.model, options))
+    slots, asked = request.max_running or _DEFAULT_RUNNING, options.cache_tokens
+    planned = plan.plan_cache(request, slots, asked or fits, limit="the KV cache")
+    return planned if asked is None else msgspec.structs.replace(planned, tokens=asked)
+
+
+def _kv_bytes(model: ModelFile, options: Options) -> float:
+    """Return the bytes of a token in the KV cache."""
+    return (model.kv_bytes_per_token or 0) * _KV_SHARE[options.kv_type]
+
+
+def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
+    """Return what is worth a try: a larger batch of prompts, and answers nearer to the model's."""
+    more = [{"batch_size": 1024}] if (request.max_running or 1) > 1 else []
+    return [*more, {"precision": "f32"}]
+
+
+def settled(request: OpenRequest) -> Options:
+    """Return the options; those not given are chosen so that answers repeat if they must.
+
+    Raises:
+        ConfigError: a property is not written as the library's are.
+    """
+    options = Options(**request.options)
+    for name in options.properties:
+        if not name.isidentifier() or not name.isupper():
+            raise ConfigError(f"{name!r} is no property of OpenVINO: they are in capitals.")
+    changed: dict[str, Any] = {}
+    if options.prefix_cache is None:
+        # In 16 bits, prompts that share a beginning and run together get wrong answers from it.
+        exact = options.precision == "f32"
+        changed["prefix_cache"] = exact and not request.repeatable
+    if request.repeatable and "precision" not in request.options:
+        changed["precision"] = "f32"
+    return options.model_copy(update=changed)
+
+
+def properties_of(options: Options) -> dict[str, str | int | float | bool]:
+    """Return the library's own properties."""
+    properties = dict(options.properties)
+    properties["INFERENCE_NUM_THREADS"] = options.threads or physical_cores()
+    if options.precision != "auto":
+        properties["INFERENCE_PRECISION_HINT"] = options.precision
+    if options.kv_type != "auto":
+        properties["KV_CACHE_PRECISION"] = options.kv_type
+    return properties

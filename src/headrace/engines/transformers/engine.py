@@ -1,0 +1,258 @@
+"""One model folder in torch, and how it gets there: device, type, quantisation, tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib.util
+import sys
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import torch
+import transformers
+
+from headrace.core.errors import (
+    ConfigError,
+    GenerationFailed,
+    HeadraceError,
+    LoadFailed,
+    OutOfMemory,
+)
+from headrace.core.model import Capabilities
+from headrace.engines import plan
+from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
+from headrace.engines.grammar import grammar
+from headrace.engines.openmp import SpinGuard
+from headrace.engines.plan import CachePlan
+from headrace.engines.tokenizer import TokenizerMixin, Vocabulary
+from headrace.engines.transformers import plan_cache, settled, step_tokens
+from headrace.engines.transformers.answer import HONOURED, Answer, Draw, failure, rules
+from headrace.engines.transformers.batched import Batched, Unbatched
+from headrace.engines.transformers.single import Single
+
+_DEVICES = ("cuda", "mps", "cpu")
+
+
+class Engine(TokenizerMixin):
+    """One model folder in torch, behind the library's batching or its `generate`."""
+
+    def __init__(self, request: OpenRequest) -> None:
+        self._options = settled(request)
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._runner: Batched | Single | None = None
+        self._guard: SpinGuard | None = None
+        try:
+            self._load(request)
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
+        """Return what the model generates."""
+        runner, sampling = self._runner, request.sampling
+        if runner is None:
+            raise GenerationFailed("The engine is closed.")
+        self._vocabulary.check((*request.token_ids, *request.answered))
+        self._vocabulary.check(sampling.logit_bias, param="logit_bias")
+        draw = Draw(
+            rules(sampling, self._defaults),
+            (*request.token_ids, *request.answered),
+            seed=sampling.seed,
+            bias=sampling.logit_bias,
+            matcher=None if request.json_schema is None else self._matcher(request.json_schema),
+        )
+        return runner.generate(request, Answer(request, draw, self._vocabulary, self._ends))
+
+    def close(self) -> None:
+        """Free the model."""
+        if self._guard is not None:
+            self._guard.close()
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
+        self._model = None
+        del runner
+        _give_back()
+
+    def _load(self, request: OpenRequest) -> None:
+        options = self._options
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        device = _pick_device(request.device)
+        if device == "cpu":
+            self._guard = SpinGuard(torch.get_num_threads())
+            self._guard.start()
+        dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+        arguments: dict[str, Any] = {
+            "dtype": dtype,
+            **_placement(options.device_map, options.max_memory),
+            **_quantization(options.quantization, device, dtype),
+        }
+        if options.attention != "auto":
+            arguments["attn_implementation"] = options.attention
+        self._model, self._tokenizer = _load(
+            request.model.path, device, arguments, trusted=request.trust_remote_code
+        )
+        planned = plan_cache(request, options, device)
+        self._vocabulary = Vocabulary(
+            self._tokenizer, self._model.get_input_embeddings().num_embeddings
+        )
+        self._ends = _end_tokens(self._model, self._tokenizer)
+        # Kept apart: `generate` would mix them into every request.
+        self._defaults = self._model.generation_config
+        self._model.generation_config = transformers.GenerationConfig()
+        self._runner, note = self._start(planned, step_tokens(options, planned.slots, device))
+        self.facts = self._facts(request, planned, note)
+
+    def _start(self, planned: CachePlan, step: int) -> tuple[Batched | Single, str | None]:
+        try:
+            if planned.slots == 1:
+                raise Unbatched("as asked")
+            if len(set(getattr(self._model, "hf_device_map", {}).values())) > 1:
+                raise Unbatched("the model is on several devices")
+            return Batched(self._model, planned, step, self._options), None
+        except Unbatched as error:
+            return Single(self._model, step), f"one request at a time: {error}"
+
+    def _facts(self, request: OpenRequest, planned: CachePlan, note: str | None) -> EngineFacts:
+        if request.model.context_length:
+            plan.granted_context(request, request.model.context_length)
+        tokenizer = self._tokenizer
+        assert self._runner is not None
+        return EngineFacts(
+            device=str(self._model.device),
+            context_length=planned.context_length,
+            max_running=self._runner.max_running,
+            chat_template=request.model.chat_template,
+            bos_token=tokenizer.bos_token or "",
+            eos_token=tokenizer.eos_token or "",
+            notes=(*planned.notes, *((note,) if note else ())),
+            capabilities=Capabilities(
+                sampling=HONOURED,
+                json_schema=getattr(tokenizer, "backend_tokenizer", None) is not None,
+                batch_invariant=self._runner.max_running == 1,
+                resume=True,
+            ),
+        )
+
+    def _matcher(self, schema: dict[str, Any]) -> Any:
+        from llguidance import LLMatcher  # native, and rarely needed
+        from llguidance.hf import from_tokenizer
+
+        text = grammar(schema)
+        if self._grammars is None:
+            self._grammars = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary.size)
+        return LLMatcher(self._grammars, text)
+
+    _grammars: Any = None
+
+
+def _pick_device(wanted: str) -> str:
+    """Return the device that is used: the one asked for, or the best there is.
+
+    Raises:
+        LoadFailed: the one asked for is not there.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}
+    there["mps"] = torch.backends.mps.is_available()
+    if wanted == "auto":
+        wanted = next(name for name in _DEVICES if there[name])
+    if not there.get(wanted.partition(":")[0]):
+        here = [name for name in _DEVICES if there[name]]
+        raise LoadFailed(f"This torch has no device {wanted}; it has {', '.join(here)}.")
+    return "cuda:0" if wanted == "cuda" else wanted
+
+
+def _load(path: str, device: str, arguments: dict[str, Any], *, trusted: bool) -> tuple[Any, Any]:
+    """Return model and tokenizer of a folder. `arguments` are those of `from_pretrained`.
+
+    Raises:
+        LoadFailed, OutOfMemory: as the library says.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    common = {"local_files_only": True, "trust_remote_code": trusted}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **common)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, **arguments, **common
+        )
+        if "device_map" not in arguments:
+            model = model.to(device)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise _refusal(error) from error
+    return model.eval(), tokenizer
+
+
+def _quantization(kind: str, device: str, dtype: Any) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for 8 or 4 bits.
+
+    Raises:
+        ConfigError: bitsandbytes or CUDA is missing.
+    """
+    if kind == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"quantization {kind} needs bitsandbytes: pip install bitsandbytes")
+    if not device.startswith("cuda"):
+        raise ConfigError(f"quantization {kind} needs a CUDA device, and this is {device}.")
+    compute = torch.bfloat16 if dtype == "auto" else dtype
+    config = transformers.BitsAndBytesConfig(
+        load_in_8bit=kind == "int8",
+        load_in_4bit=kind == "int4",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _placement(device_map: str | None, max_memory: dict[str, str]) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that spread a model over devices.
+
+    Raises:
+        ConfigError: accelerate is missing.
+    """
+    if device_map is None:
+        return {}
+    if importlib.util.find_spec("accelerate") is None:
+        raise ConfigError("device_map needs accelerate: pip install accelerate")
+    # Its GPUs are numbers.
+    most = {
+        int(key.partition(":")[2] or 0) if key.startswith("cuda") else key: value
+        for key, value in max_memory.items()
+    }
+    return {"device_map": device_map, "max_memory": most or None}
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end an answer."""
+    own: int | list[int] | None = model.generation_config.eos_token_id
+    listed = [own] if own is None or isinstance(own, int) else own
+    return frozenset(end for end in (*listed, tokenizer.eos_token_id) if end is not None)
+
+
+def _give_back() -> None:
+    """Return what torch has freed to the device and to the system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _refusal(error: Exception) -> HeadraceError:
+    reason = str(error)
+    known = failure(reason)
+    if isinstance(known, OutOfMemory):
+        return known
+    if "trust_remote_code" in reason:
+        return LoadFailed(
+            "The model brings code of its own; it is run only with trust_remote_code and a "
+            "pinned revision.",
+            detail=reason,
+        )
+    return LoadFailed("transformers could not load the model.", detail=reason)

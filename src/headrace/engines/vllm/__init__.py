@@ -1,0 +1,134 @@
+"""vLLM: safetensors on one GPU or several, with its engine core in a process below ours."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from headrace import machine
+from headrace.core.model import ModelFile
+from headrace.core.status import Footprint
+from headrace.engines.base import About, EngineOptions, OpenRequest
+from headrace.engines.plan import ELEMENT_BYTES
+
+ABOUT = About(formats=("safetensors",), devices=("cpu", "cuda"), requires="vllm", extra="vllm")
+
+_GIB = 1 << 30
+# Measured: two processes of Python with torch and vLLM; with CUDA, what that takes beside them.
+_HOST, _CUDA_DEVICE = 3 * _GIB, 2 * _GIB
+_CPU_CACHE, _CPU_SHARE = 4 * _GIB, 6
+_USUAL_SHARE = 0.9
+
+
+class Options(EngineOptions):
+    """Settings of vLLM. All are fixed once the model is loaded."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the weights; `auto` is the one they are stored in, 16 bits."
+    )
+    quantization: str | None = Field(
+        None,
+        max_length=40,
+        description="Method by which the weights are packed, `fp8` for one; by default what the "
+        "model's own configuration says.",
+    )
+    kv_type: str = Field(
+        "auto", max_length=40, description="Type of the KV cache: `auto` or `fp8`, for two."
+    )
+    tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs that share each layer.")
+    pipeline_parallel: int = Field(1, ge=1, le=64, description="GPUs that share the layers.")
+    gpu_memory: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of each GPU's memory that it takes for weights and cache; by default "
+        "the budget for models.",
+    )
+    kv_cache_bytes: int | None = Field(
+        None,
+        ge=1 << 20,
+        description="Bytes of the KV cache on each device; by default what `gpu_memory` leaves, "
+        "and on a CPU a sixth of the budget, at most 4 GiB.",
+    )
+    slots: int | None = Field(
+        None, ge=1, le=8192, description="Requests in one batch; by default what vLLM's server has."
+    )
+    step_tokens: int | None = Field(
+        None,
+        ge=16,
+        le=1 << 20,
+        description="Tokens computed in one step; by default what vLLM's server has.",
+    )
+    prefix_cache: bool = Field(True, description="Share the KV cache of equal beginnings.")
+    eager: bool = Field(
+        False, description="Compile nothing and capture no graphs: loads sooner, runs slower."
+    )
+    batch_invariant: bool = Field(
+        False,
+        description="Answers that repeat themselves whatever runs beside them; slower, and only "
+        "for GPUs of compute capability 8.0 and later.",
+    )
+    load_format: Literal["safetensors", "fastsafetensors", "runai_streamer", "dummy"] = Field(
+        "safetensors",
+        description="How the weights are read; `dummy` makes them up, for measurements.",
+    )
+    engine_args: dict[str, Any] = Field(
+        {}, description="Other engine arguments of vLLM, by their names in Python."
+    )
+
+
+def footprint(request: OpenRequest) -> Footprint:
+    """Estimate what loading takes of the host, and of each GPU that the model is spread over."""
+    options = Options(**request.options)
+    total = _gpu_memory()
+    weights = _weights(request.model, options)
+    if request.device == "cpu" or not total:
+        kv_cache = options.kv_cache_bytes or _cpu_cache(request.memory)
+        devices, held = {"cpu": weights + kv_cache + _HOST}, weights + kv_cache
+    else:
+        spread = options.tensor_parallel * options.pipeline_parallel
+        each = int(total * _share(request.memory, options, total))
+        if options.kv_cache_bytes:
+            each = weights // spread + options.kv_cache_bytes + _CUDA_DEVICE
+        kv_cache = options.kv_cache_bytes or max(0, each - weights // spread - _CUDA_DEVICE)
+        devices = {"cpu": _HOST, **{f"cuda:{number}": each for number in range(spread)}}
+        kv_cache, held = kv_cache * spread, weights + kv_cache * spread
+    return Footprint(
+        devices=devices,
+        parts={"weights": weights, "kv_cache": kv_cache, "overhead": sum(devices.values()) - held},
+        context_length=request.context_length or request.model.context_length,
+        max_running=options.slots or request.max_running,
+    )
+
+
+def _weights(model: ModelFile, options: Options) -> int:
+    stored, wanted = ELEMENT_BYTES.get(model.quantization or ""), ELEMENT_BYTES.get(options.dtype)
+    if stored is None or options.quantization:
+        return model.size
+    # What is stored in 32 bits is loaded in 16, unless they are options for.
+    return model.size * (wanted or min(stored, 2)) // stored
+
+
+def memory_arguments(request: OpenRequest, options: Options, device: str) -> dict[str, Any]:
+    """Return how much vLLM may take: of a GPU all at once, of the host for the cache alone."""
+    kv_cache = options.kv_cache_bytes
+    if device == "cpu":
+        return {"kv_cache_memory_bytes": kv_cache or _cpu_cache(request.memory)}
+    share = {"gpu_memory_utilization": _share(request.memory, options, _gpu_memory())}
+    return share | ({"kv_cache_memory_bytes": kv_cache} if kv_cache else {})
+
+
+def _share(memory: int | None, options: Options, total: int) -> float:
+    if options.gpu_memory is not None:
+        return options.gpu_memory
+    return _USUAL_SHARE if not (memory and total) else min(_USUAL_SHARE, memory / total)
+
+
+def _cpu_cache(memory: int | None) -> int:
+    return min(_CPU_CACHE, (memory or machine.host_memory()) // _CPU_SHARE)
+
+
+def _gpu_memory() -> int:
+    """Return the bytes of the smallest GPU, 0 where there is none."""
+    return min((device.total for device in machine.devices() if device.kind == "cuda"), default=0)
