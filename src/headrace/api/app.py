@@ -32,6 +32,7 @@ from headrace.api.models import ModelCard, ModelList, list_models, show_model
 from headrace.api.monitoring import Health, live, metrics, ready
 from headrace.api.openapi import document, page
 from headrace.api.rerank import Ranking, RankRequest, rerank
+from headrace.api.score import ScoreBody, ScoreList, score
 from headrace.api.tokens import (
     DetokenizeRequest,
     Text,
@@ -56,6 +57,8 @@ ROUTES = (
     Route("POST", "/v1/rerank", rerank, Ranking, RankRequest),
     Route("POST", "/v2/rerank", rerank, Ranking, RankRequest),
     Route("POST", "/rerank", rerank, Ranking, RankRequest),
+    Route("POST", "/v1/score", score, ScoreList, ScoreBody),
+    Route("POST", "/score", score, ScoreList, ScoreBody),
     Route("POST", "/tokenize", tokenize, Tokens, TokenizeRequest),
     Route("POST", "/detokenize", detokenize, Text, DetokenizeRequest),
     _LIVE,
