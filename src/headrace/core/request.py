@@ -16,10 +16,12 @@ import msgspec
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.model import Task
-from headrace.core.record import Operation
 from headrace.core.sampling import Sampling
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
+Operation = Literal["chat", "text_completion", "embeddings", "rerank"]
+"""What was asked for, as traces and metrics name it; OpenTelemetry's names where it has any."""
+
 Text = str | tuple[int, ...]
 """A text, or its token ids."""
 

@@ -17,7 +17,7 @@ from headrace.core.stream import Mailbox
 from headrace.engines.base import Embedder, Engine, Pair, Reranker
 from headrace.worker.batching import Batcher
 from headrace.worker.generate import Loaded
-from headrace.worker.turn import Turn
+from headrace.worker.turn import Answers, Turn
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -108,6 +108,9 @@ class _Batch(Generic[Item, Result]):
             if not work.cancel() and not work.cancelled():
                 work.exception()
             turn.leave_slot()
+
+
+ANSWERS: Answers = {EmbedRequest: embed, RerankRequest: rerank}
 
 
 def _dimensions(loaded: Loaded, request: EmbedRequest) -> int | None:

@@ -8,15 +8,21 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 import msgspec
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, Unsupported, UpstreamError
-from headrace.core.events import Delta, Event, FinishReason, Ranked, Ranking, Vectors
+from headrace.core.events import Delta, Event, FinishReason, Ranked, Ranking, Text, Vectors
 from headrace.core.metrics import Usage
-from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
+from headrace.core.request import (
+    CountRequest,
+    DetokenizeRequest,
+    EmbedRequest,
+    GenerateRequest,
+    RerankRequest,
+)
 from headrace.engines.base import RemoteEngine, RemoteEvent, RemoteFinish
 from headrace.engines.remote import estimate, estimated_count
 from headrace.text.stops import StopMatcher
 from headrace.worker.encode import normalized
 from headrace.worker.prompt import check_supported
-from headrace.worker.turn import R, Served, T, Turn
+from headrace.worker.turn import Answers, R, Served, T, Turn, unmeasured
 
 
 class Connected(Served, frozen=True, kw_only=True):
@@ -181,3 +187,18 @@ def _unit(vector: bytes) -> bytes:
         return normalized(vector)
     except GenerationFailed:
         raise UpstreamError("The upstream gave a vector that is not made of numbers.") from None
+
+
+async def _text(connected: Connected, request: DetokenizeRequest) -> Text:
+    raise Unsupported("The tokens of a remote model cannot be read here.", param="tokens")
+
+
+ANSWERS: Answers = {
+    GenerateRequest: generate,
+    EmbedRequest: embed,
+    RerankRequest: rerank,
+    CountRequest: lambda connected, request: unmeasured(
+        request, connected.engine.count_tokens(request)
+    ),
+    DetokenizeRequest: lambda connected, request: unmeasured(request, _text(connected, request)),
+}
