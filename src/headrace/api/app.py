@@ -28,10 +28,18 @@ from headrace.api.edge import METRICS_PATH, Edge, check_admin
 from headrace.api.embeddings import EmbeddingList, EmbeddingRequest, embeddings
 from headrace.api.exchange import ClientGone, Exchange, Route, Service
 from headrace.api.limits import ApiSettings
-from headrace.api.models import ModelCard, ModelList, list_models, show_model
-from headrace.api.monitoring import Health, live, metrics, ready
 from headrace.api.openapi import document, page
 from headrace.api.rerank import Ranking, RankRequest, rerank
+from headrace.api.status import (
+    Health,
+    ModelCard,
+    ModelList,
+    list_models,
+    live,
+    metrics,
+    ready,
+    show_model,
+)
 from headrace.api.tokens import (
     DetokenizeRequest,
     Text,

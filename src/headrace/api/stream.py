@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -24,26 +24,6 @@ _DONE = b"data: [DONE]\n\n"
 _SYSTEM_FINGERPRINT = "headrace"
 
 _encode = msgspec.json.Encoder().encode
-
-
-class Encoder(Protocol):
-    """Writes one stream in the form of a route."""
-
-    def opening(self) -> bytes:
-        """Return what comes before the first delta."""
-        ...
-
-    def delta(self, delta: Delta) -> bytes:
-        """Return the bytes of a delta; none where the client gets nothing of it."""
-        ...
-
-    def finish(self, finish: Finish) -> bytes:
-        """Return what ends a stream that ended well."""
-        ...
-
-    def failure(self, problem: Problem) -> bytes:
-        """Return what ends a stream that broke."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -164,7 +144,7 @@ async def answer(
     await exchange.answer(reply.write(head, result.choices), result.metrics)
 
 
-async def send_stream(exchange: Exchange, stream: Stream, encoder: Encoder) -> None:
+async def send_stream(exchange: Exchange, stream: Stream, encoder: ChunkEncoder) -> None:
     """Answer with a stream, and close it whatever happens.
 
     A failure before the first delta is raised, so that it gets its own status; a later one is
@@ -233,7 +213,7 @@ def encode(value: Any) -> bytes:
     return data.replace(b"\xe2\x80\xa9", b"\\u2029")
 
 
-async def _pump(exchange: Exchange, primed: Primed, encoder: Encoder) -> bytes:
+async def _pump(exchange: Exchange, primed: Primed, encoder: ChunkEncoder) -> bytes:
     """Send all but the last chunks, and return those."""
     send = exchange.send
     while not primed.first.done():

@@ -16,6 +16,7 @@ from headrace.core import errors
 from headrace.core.errors import ConfigError, HeadraceError
 from headrace.core.record import Activity
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
+from headrace.text.sse import EventReader, EventTooLong
 
 T = TypeVar("T")
 
@@ -106,15 +107,16 @@ class Client:
         self, method: str, path: str, kind: type[T], body: object = None
     ) -> AsyncGenerator[T]:
         """Yield the data of server-sent events, decoded, until the stream ends."""
+        reader = EventReader()
         with self._named_errors():
             async with self._http.stream(method, path, json=body) as response:
                 if response.is_error:
                     await response.aread()
                     raise _refusal(response)
-                async for line in response.aiter_lines():
-                    data = line.removeprefix("data:").strip()
-                    if line.startswith("data:") and data not in ("", "[DONE]"):
-                        yield self._decoded(data, kind)
+                async for chunk in response.aiter_bytes():
+                    for data in reader.feed(chunk):
+                        if data != b"[DONE]":
+                            yield self._decoded(data, kind)
 
     async def _ask(
         self,
@@ -130,7 +132,7 @@ class Client:
             raise _refusal(response)
         return self._decoded(response.content, kind)
 
-    def _decoded(self, content: bytes | str, kind: type[T]) -> T:
+    def _decoded(self, content: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(content, type=kind)
         except msgspec.MsgspecError as error:
@@ -148,6 +150,10 @@ class Client:
                 f"No service at {self.url}; start one with `headrace serve`.",
                 param="url",
                 detail=str(error),
+            ) from None
+        except EventTooLong:
+            raise errors.UpstreamError(
+                f"The service at {self.url} sent an event that is too long."
             ) from None
         except httpx.HTTPError as error:
             raise errors.UpstreamError(

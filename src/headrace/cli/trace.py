@@ -184,9 +184,10 @@ def _counts(model: ModelStats) -> Row:
 
 
 def _percentiles(model: ModelStats) -> Iterator[Row]:
-    for name, of in model.figures.items():
+    for name, figure in model.figures.items():
         shown = rate if name == "tokens_per_second" else took
-        yield _short(model.model), _FIGURES[name], of.count, *map(shown, (of.p50, of.p90, of.p99))
+        values = map(shown, (figure.p50, figure.p90, figure.p99))
+        yield _short(model.model), _FIGURES.get(name, name), figure.count, *values
 
 
 def _short(model: str) -> str | None:

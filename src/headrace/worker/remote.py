@@ -13,7 +13,7 @@ from headrace.core.metrics import Usage
 from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
 from headrace.engines.base import RemoteEngine, RemoteEvent, RemoteFinish
 from headrace.engines.remote import estimate, estimated_count
-from headrace.text.stops import StopMatcher
+from headrace.text.pipeline import StopMatcher
 from headrace.worker.encode import normalized
 from headrace.worker.prompt import check_supported
 from headrace.worker.turn import R, Served, T, Turn

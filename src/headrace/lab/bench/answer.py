@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from array import array
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
 from headrace.lab.http import Headers
+from headrace.text.sse import EventReader
 
-MOST_BYTES = 16 << 20
+_LONGEST_EVENT = 16 << 20
 _LONGEST_EXCERPT = 200
 
 
@@ -87,34 +87,6 @@ class _PlainRefusal(msgspec.Struct):
 _CHUNK = msgspec.json.Decoder(_Chunk)
 
 
-class Events:
-    """Cuts a stream of server-sent events into the data of each; comments are left out.
-
-    Lines end with LF or CRLF.
-    """
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._data: list[bytes] = []
-
-    def feed(self, more: bytes) -> Iterator[bytes]:
-        """Yield the data of each event that is complete now.
-
-        Raises:
-            ValueError: a line is too long.
-        """
-        *lines, self._rest = (self._rest + more).split(b"\n")
-        if len(self._rest) > MOST_BYTES:
-            raise ValueError("a line without end")
-        for raw in lines:
-            line = raw.removesuffix(b"\r")
-            if line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" "))
-            elif not line and self._data:
-                yield b"\n".join(self._data)
-                self._data = []
-
-
 class Answer:
     """Receives a streamed answer piece by piece, and makes its row."""
 
@@ -123,7 +95,7 @@ class Answer:
         self._due = began if due is None else due
         self._late = began - self._due
         self._wanted = wanted_tokens
-        self._events = Events()
+        self._events = EventReader(_LONGEST_EVENT)
         self._texts = array("d")
         self._usage: _Usage | None = None
         self._metrics: dict[str, Any] = {}
