@@ -16,7 +16,7 @@ _LOADABLE: frozenset[State] = frozenset({"ready", "created", "stopped"})
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that requests name by its `id` or an alias."""
+    """A model; requests name it by its `id` or an alias."""
 
     id: str
     object: Literal["model"] = "model"
@@ -32,14 +32,14 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
-    """Every model that is served."""
+    """All models that are served."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 async def list_models(service: Service, exchange: Exchange) -> None:
-    """List what is served."""
+    """List the models that are served."""
     await exchange.answer(ModelList(data=[_card(info) for info in service.backend.models()]))
 
 
@@ -68,7 +68,7 @@ def _card(info: ModelInfo) -> ModelCard:
 
 
 class Health(msgspec.Struct, frozen=True):
-    """`ok`, or the state of what is not ready."""
+    """`ok`, or the state of a model that is not ready."""
 
     status: str
 
@@ -84,16 +84,16 @@ async def ready(service: Service, exchange: Exchange) -> None:
     if _is_ready(service, states):
         await exchange.answer(Health("ok"))
         return
-    # A model that is merely not loaded explains the least.
+    # Last the models that are only not loaded, which is no fault.
     waiting = sorted((state for state in states if state != "ready"), key=_LOADABLE.__contains__)
     await exchange.answer(Health(waiting[0] if waiting else "not ready"), status=503)
 
 
 async def metrics(service: Service, exchange: Exchange) -> None:
-    """Return all figures in Prometheus' format, or as OpenMetrics where that is accepted."""
+    """Return all figures in Prometheus' format, or in OpenMetrics' if that is accepted."""
     assert service.observer is not None
     accept = dict(exchange.scope["headers"]).get(b"accept", b"").decode("latin-1")
-    # Beside the event loop: the more series there are, the longer it takes to write them.
+    # In a thread: the time grows with the number of series.
     body, kind = await asyncio.to_thread(service.observer.exposition, accept)
     await exchange.reply(body, kind=kind.encode())
 
@@ -103,7 +103,7 @@ def _is_ready(service: Service, states: Sequence[State]) -> bool:
         return service.ready()
     if service.admin is None:
         return bool(states) and set(states) == {"ready"}
-    # A pool loads what is requested.
+    # A pool loads a model when it is requested.
     return any(
         model.state == "ready" or (model.enabled and model.state in _LOADABLE)
         for model in service.admin.status().models
