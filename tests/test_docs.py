@@ -1,4 +1,4 @@
-"""The examples of the README and the docs run as they stand."""
+"""The examples in the README and the docs run, and the links and files that they name exist."""
 
 from __future__ import annotations
 
@@ -48,3 +48,15 @@ def test_links_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_files_that_a_page_names_exist(page: str) -> None:
+    """A path may leave out `src/headrace/` and, in a table of one folder, that folder."""
+    folders = [ROOT / "src", ROOT / "tests", ROOT / "benchmarks"]
+    files = {str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*.py")}
+    names = re.findall(r"`([a-z_/]+\.py)`", (ROOT / page).read_text())
+    assert len(names) > 10
+    assert [
+        name for name in names if not any(f"/{file}".endswith(f"/{name}") for file in files)
+    ] == []

@@ -32,6 +32,7 @@ from headrace.core.events import (
     FinishReason,
     Ranked,
     Ranking,
+    Scores,
     Text,
     TokenCount,
     Vectors,
@@ -46,6 +47,7 @@ from headrace.core.request import (
     EmbedRequest,
     GenerateRequest,
     RerankRequest,
+    ScoreRequest,
 )
 
 Step = Event | BaseException | Callable[[], Awaitable[object]]
@@ -103,6 +105,8 @@ def default_script(request: AnyRequest) -> Iterator[Step]:
         case RerankRequest():
             best = [Ranked(i, i / 8) for i in reversed(range(len(request.documents)))]
             yield Ranking(tuple(best[: request.top_n]))
+        case ScoreRequest():
+            yield Scores(tuple(place / 8 for place in range(len(request.pairs))))
         case CountRequest():
             ids = tuple(range(len(request.text or "")))
             yield TokenCount(count=len(ids), token_ids=ids)

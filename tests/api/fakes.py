@@ -19,6 +19,7 @@ from headrace.core.events import (
     FinishReason,
     Ranked,
     Ranking,
+    Scores,
     Text,
     TokenCount,
     Vectors,
@@ -33,6 +34,7 @@ from headrace.core.request import (
     EmbedRequest,
     GenerateRequest,
     RerankRequest,
+    ScoreRequest,
 )
 from headrace.core.status import (
     DeviceStatus,
@@ -89,6 +91,8 @@ def hello(request: AnyRequest) -> Iterator[Step]:
         case RerankRequest():
             ranking = tuple(Ranked(i, i / 8) for i in reversed(range(len(request.documents))))
             yield Ranking(ranking[: request.top_n])
+        case ScoreRequest():
+            yield Scores(tuple(place / 8 for place in range(len(request.pairs))))
         case CountRequest():
             yield TokenCount(count=3, token_ids=(7, 8, 9))
         case DetokenizeRequest():

@@ -45,6 +45,7 @@ SAMPLING = [
     ("max_tokens", 7, {"max_tokens": 7}),
     ("temperature", 0, {"temperature": 0.0}),
     ("temperature", 2, {"temperature": 2.0}),
+    ("min_tokens", 3, {"min_tokens": 3}),
     ("top_p", 0.5, {"top_p": 0.5}),
     ("top_k", 40, {"top_k": 40}),
     ("top_k", -1, {"top_k": 0}),
@@ -81,7 +82,9 @@ def test_every_scalar_parameter_of_the_core_is_on_the_wire(name: str) -> None:
     value = kind((meta.extra or {})["range"].high)
     messages = [ChatMessage("user", "hi")]
     of_chat = ChatRequest(messages=messages, **{name: value})
-    of_text = CompletionRequest(prompt="hi", **{name: value})
+    # Completions have 16 tokens where none are given, of which none can be the least.
+    room = {"max_tokens": value} if name == "min_tokens" else {}
+    of_text = CompletionRequest(prompt="hi", **{name: value, **room})
     request = chat_route.to_request(of_chat, ApiSettings(), Call())
     assert getattr(request.sampling, name) == value
     (request,) = text_route.to_requests(of_text, ApiSettings(), Call())
@@ -167,7 +170,7 @@ UNSUPPORTED = {
     "tools": [{"type": "function"}], "tool_choice": "auto", "functions": [{}],
     "function_call": "auto", "modalities": ["audio"], "audio": {"voice": "x"},
     "prediction": {"type": "content"}, "web_search_options": {}, "reasoning_effort": "low",
-    "verbosity": "low", "guided_json": {}, "grammar": "x", "min_tokens": 3,
+    "verbosity": "low", "guided_json": {}, "grammar": "x",
     "structured_outputs": {}, "allowed_token_ids": [1],
 }  # fmt: skip
 

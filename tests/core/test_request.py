@@ -96,3 +96,11 @@ def test_a_request_out_of_range_is_refused_at_the_wire_too() -> None:
     """W11: decoding checks as making does."""
     with pytest.raises(InvalidRequest):
         msgspec.json.decode(b'{"prompt": "a", "sampling": {"top_p": 2}}', type=GenerateRequest)
+
+
+def test_min_tokens_is_no_more_than_max_tokens() -> None:
+    """W11: the two contradict each other."""
+    with pytest.raises(InvalidRequest) as caught:
+        Sampling(min_tokens=3, max_tokens=2)
+    assert caught.value.param == "min_tokens"
+    assert Sampling(min_tokens=2, max_tokens=2).min_tokens == 2

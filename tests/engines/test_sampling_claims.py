@@ -25,6 +25,7 @@ from headrace.models.providers import PROVIDERS
 
 VALUES: dict[str, Any] = {
     "max_tokens": 7,
+    "min_tokens": 2,
     "temperature": 0.25,
     "top_p": 0.5,
     "top_k": 3,
@@ -116,7 +117,7 @@ def test_each_claim_of_transformers_changes_its_rules_or_the_answer() -> None:
     for name in Rules._fields:
         assert rules(Sampling(**{name: VALUES[name]}), Defaults()) != rules(Sampling(), Defaults())
     assert HONOURED - set(Rules._fields) == {
-        *("max_tokens", "seed", "stop_token_ids", "ignore_eos", "logit_bias")
+        *("max_tokens", "min_tokens", "seed", "stop_token_ids", "ignore_eos", "logit_bias")
     }
 
 

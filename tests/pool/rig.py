@@ -171,6 +171,8 @@ class FakeWorker:
                 return self._encode(request)
             case CountRequest() | DetokenizeRequest():
                 return self._tokens(request)
+            case _:
+                raise AssertionError("no test asks for it")
 
     async def _generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         if self.state != "ready":

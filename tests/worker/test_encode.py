@@ -20,8 +20,9 @@ from headrace.core.errors import (
     Unsupported,
     WorkerDied,
 )
-from headrace.core.request import EmbedRequest, RerankRequest
-from headrace.core.stream import collect, collect_ranking, collect_vectors
+from headrace.core.events import Scores
+from headrace.core.request import EmbedRequest, RerankRequest, ScoreRequest
+from headrace.core.stream import collect, collect_ranking, collect_vectors, result
 
 
 def embedding(*inputs: Any, **given: Any) -> EmbedRequest:
@@ -182,3 +183,39 @@ async def test_a_child_that_dies_or_hangs_is_told() -> None:
     async with process(task="embed", hang_after=0, hang_s=0.5) as one:
         with pytest.raises(WorkerDied, match="hung"):
             await collect_vectors(one.ask(embedding()))
+
+
+@pytest.mark.parametrize("place", [worker, process])
+async def test_scores_of_a_reranker_are_those_of_its_ranking(place: Any) -> None:
+    """W23: in the order of the pairs."""
+    documents = ("xyz", "abx", "abc")
+    async with place(task="rerank") as one:
+        pairs = tuple(("abc", document) for document in documents)
+        made, finish = await result(one.ask(ScoreRequest(pairs=pairs)), Scores)
+        ranked = await collect_ranking(one.ask(RerankRequest(query="abc", documents=documents)))
+        assert dict(enumerate(made.scores)) == {item.index: item.score for item in ranked.ranking}
+        assert finish.usage == ranked.usage
+    async with place(task="rerank", context_length=8) as one:
+        long = ScoreRequest(pairs=(("abc", "x" * 20),))
+        with pytest.raises(ContextOverflow):
+            await result(one.ask(long), Scores)
+        cut = ScoreRequest(pairs=long.pairs, truncate=True)
+        assert len((await result(one.ask(cut), Scores))[0].scores) == 1
+
+
+async def test_scores_of_an_embedding_model_are_cosines() -> None:
+    """W23: of the two texts of each pair."""
+    async with worker(task="embed") as one:
+        pairs = (("hello", "hello"), ("hello", "a river"))
+        made, finish = await result(one.ask(ScoreRequest(pairs=pairs)), Scores)
+        first, second = (await collect_vectors(one.ask(embedding("hello", "a river")))).vectors
+        cosine = sum(a * b for a, b in zip(array("f", first), array("f", second), strict=True))
+        assert made.scores == pytest.approx((1.0, cosine), abs=1e-6)
+        assert finish.usage.prompt_tokens == 5 + 5 + 5 + 7
+
+
+async def test_a_model_for_text_scores_nothing() -> None:
+    """W22: refused by a typed error."""
+    async with worker() as one:
+        with pytest.raises(Unsupported, match="generates text"):
+            await result(one.ask(ScoreRequest(pairs=(("a", "b"),))), Scores)

@@ -133,6 +133,7 @@ def test_what_the_engine_cannot_do_is_refused_by_name() -> None:
     nothing = Capabilities(token_prompts=False)
     given: dict[str, Any] = {
         "max_tokens": 1,
+        "min_tokens": 1,
         "temperature": 0,
         "top_p": 0.5,
         "top_k": 1,
@@ -220,3 +221,16 @@ def test_a_job_leaves_the_request_as_it_was() -> None:
     prompter().job(request)
     assert msgspec.msgpack.encode(request) == before
     assert options == {"flag": [1]}
+
+
+def test_min_tokens_counts_what_was_answered_before() -> None:
+    """W11, W19: a continued answer needs only the rest; more than there is room for is refused."""
+    able = Capabilities(sampling=frozenset({"min_tokens"}), resume=True)
+    for answered, left in ((), 5), ((97, 98), 3), ((97,) * 7, None):
+        (choice,) = (
+            prompter(capabilities=able).job(ask("abc", min_tokens=5, answered=answered)).choices
+        )
+        assert choice.sampling.min_tokens == left
+    with pytest.raises(InvalidRequest) as caught:
+        prompter(capabilities=able).job(ask("abc", min_tokens=30))
+    assert caught.value.param == "min_tokens"

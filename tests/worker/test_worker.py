@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import AsyncGenerator
 from typing import Any, cast
 
 import msgspec
@@ -29,7 +30,7 @@ from headrace.core.errors import (
 from headrace.core.events import Delta, Progress
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, Message
 from headrace.core.stream import collect, collect_count, collect_text
-from headrace.engines.base import Generator, OpenRequest
+from headrace.engines.base import EngineRequest, Generator, OpenRequest, RawEvent
 from headrace.worker.worker import Worker
 
 
@@ -473,3 +474,22 @@ async def test_its_repr_tells_state_and_load() -> None:
         assert isinstance(await first_delta(stream), Delta)
         assert "1 running" in repr(one)
         await stream.aclose()
+
+
+async def test_an_engine_that_refuses_in_the_call_itself_keeps_no_slot() -> None:
+    """W19: errors may be raised by `generate` or by its first step."""
+    async with worker(max_running=1) as one:
+        assert one._served is not None
+        engine: Any = one._served.engine  # type: ignore[union-attr]
+        generate = engine.generate
+
+        def refuse(request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
+            raise InvalidRequest("not this one")
+
+        engine.generate = refuse
+        for _ in range(2):
+            with pytest.raises(InvalidRequest):
+                await collect(one.ask(ask("abc")))
+        engine.generate = generate
+        assert one.load == (0, 0)
+        assert (await collect(one.ask(ask("abc")))).text == "abc"

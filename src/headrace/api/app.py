@@ -30,6 +30,7 @@ from headrace.api.exchange import ClientGone, Exchange, Route, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.openapi import document, page
 from headrace.api.rerank import Ranking, RankRequest, rerank
+from headrace.api.score import ScoreBody, ScoreList, score
 from headrace.api.status import (
     Health,
     ModelCard,
@@ -64,6 +65,8 @@ ROUTES = (
     Route("POST", "/v1/rerank", rerank, Ranking, RankRequest),
     Route("POST", "/v2/rerank", rerank, Ranking, RankRequest),
     Route("POST", "/rerank", rerank, Ranking, RankRequest),
+    Route("POST", "/v1/score", score, ScoreList, ScoreBody),
+    Route("POST", "/score", score, ScoreList, ScoreBody),
     Route("POST", "/tokenize", tokenize, Tokens, TokenizeRequest),
     Route("POST", "/detokenize", detokenize, Text, DetokenizeRequest),
     _LIVE,

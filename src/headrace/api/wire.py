@@ -99,7 +99,6 @@ class GenerateFields(SamplingFields, frozen=True, kw_only=True):
     guided_grammar: Unsupported[None] = None
     guided_json: Unsupported[None] = None
     guided_regex: Unsupported[None] = None
-    min_tokens: Unsupported[Literal[0]] = None
     prediction: Unsupported[None] = None
     structured_outputs: Unsupported[None] = None
 
@@ -259,6 +258,8 @@ def to_sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int |
     if wire.top_k == -1:
         # In vLLM's API -1 means that all tokens are candidates.
         fields["top_k"] = 0
+    # 0 asks for nothing, and every engine can do that.
+    fields["min_tokens"] = wire.min_tokens or None
     return Sampling(
         **fields,
         stop=(wire.stop,) if isinstance(wire.stop, str) else tuple(wire.stop or ()),

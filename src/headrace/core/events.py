@@ -77,6 +77,12 @@ class Ranking(msgspec.Struct, frozen=True, array_like=True, tag="r"):
     ranking: tuple[Ranked, ...]
 
 
+class Scores(msgspec.Struct, frozen=True, array_like=True, tag="s"):
+    """One score for each pair, in order; a higher score is better."""
+
+    scores: tuple[float, ...]
+
+
 class TokenCount(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="c"):
     """How many tokens, and which, where the engine can tell. `estimated` marks a guess."""
 
@@ -104,7 +110,7 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, tag="f"):
         return self.finish_reasons[0]
 
 
-Event = Progress | Delta | Vectors | Ranking | TokenCount | Text | Finish
+Event = Progress | Delta | Vectors | Ranking | Scores | TokenCount | Text | Finish
 """`Progress*`, then `Delta*` or the one event that was asked for, then one Finish."""
 
 

@@ -8,9 +8,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from headrace.core.metrics import InferenceMetrics
-
-Operation = Literal["chat", "text_completion", "embeddings", "rerank"]
-"""What was asked for; all but `rerank` are names of OpenTelemetry's conventions."""
+from headrace.core.request import Operation
 
 Outcome = Literal["ok", "refused", "error", "cancelled"]
 """How it ended: `refused` is a RequestError or a CapacityError, `error` anything else raised."""

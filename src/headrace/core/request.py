@@ -16,10 +16,12 @@ import msgspec
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.model import Task
-from headrace.core.record import Operation
 from headrace.core.sampling import Sampling
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
+Operation = Literal["chat", "text_completion", "embeddings", "rerank", "score"]
+"""What was asked for, as traces and metrics name it; OpenTelemetry's names where it has any."""
+
 Text = str | tuple[int, ...]
 """A text, or its token ids."""
 
@@ -292,7 +294,44 @@ class RerankRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag=
         return {"query": self.query, "documents": list(self.documents)}
 
 
-AnyRequest = GenerateRequest | EmbedRequest | RerankRequest | CountRequest | DetokenizeRequest
+class ScoreRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="score"):
+    """Pairs of texts, each to get a score of how well they go together.
+
+    A model for rerank gives its own score; one for embeddings the cosine of the two vectors.
+    `truncate` cuts what does not fit into the context; it is refused without.
+
+    Raises:
+        InvalidRequest: there is no pair, or a text is empty.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    truncate: bool = False
+
+    task: ClassVar[Task] = "rerank"
+    content_fields: ClassVar[frozenset[str]] = frozenset({"pairs"})
+
+    def __post_init__(self) -> None:
+        """Refuse what has no score."""
+        if not self.pairs or not all(all(pair) for pair in self.pairs):
+            raise InvalidRequest("A text is empty.", param="text_1")
+
+    @property
+    def operation(self) -> Operation:
+        """Score."""
+        return "score"
+
+    def cost(self) -> float:
+        """Estimate the tokens of all pairs."""
+        return sum(_tokens(first) + _tokens(second) for first, second in self.pairs)
+
+    def content(self) -> Any:
+        """Return the pairs."""
+        return [list(pair) for pair in self.pairs]
+
+
+AnyRequest = (
+    GenerateRequest | EmbedRequest | RerankRequest | ScoreRequest | CountRequest | DetokenizeRequest
+)
 """Every kind, as the wire between processes has to know them."""
 
 

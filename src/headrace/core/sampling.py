@@ -47,6 +47,7 @@ def _parameter(description: str, low: float, high: float, *, above: bool = False
 
 
 MaxTokens = Annotated[int, _parameter("Most tokens to generate.", 1, _INT32)]
+MinTokens = Annotated[int, _parameter("No end or stop before this many tokens.", 0, _INT32)]
 Temperature = Annotated[float, _parameter("Randomness; 0 is greedy.", 0, 2)]
 TopP = Annotated[float, _parameter("Sample from the tokens with this total probability.", 0, 1)]
 TopK = Annotated[int, _parameter("Sample from this many tokens; 0 and -1 mean all.", -1, _INT32)]
@@ -64,6 +65,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """The scalar parameters. None leaves the engine's default."""
 
     max_tokens: MaxTokens | None = None
+    min_tokens: MinTokens | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
@@ -97,6 +99,8 @@ class Sampling(SamplingFields, frozen=True, kw_only=True, omit_defaults=True):
             value = getattr(self, name)
             if value is not None and not allowed.includes(value):
                 raise InvalidRequest(f"{name} must be {allowed}.", param=name)
+        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
+            raise InvalidRequest("min_tokens is above max_tokens.", param="min_tokens")
         if not all(self.stop):
             raise InvalidRequest("A stop string is empty.", param="stop")
         if not all(-_BIAS <= bias <= _BIAS for bias in self.logit_bias.values()):

@@ -26,7 +26,7 @@ from headrace.core.events import (
 
 Stream = AsyncGenerator[Event, None]
 T = TypeVar("T")
-E = TypeVar("E", Vectors, Ranking, TokenCount, Text)
+E = TypeVar("E", bound=Event)
 
 
 class Mailbox(Generic[T]):

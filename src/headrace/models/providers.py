@@ -17,7 +17,7 @@ _BASIC = frozenset({"max_tokens", "temperature", "top_p"})
 _PENALTIES = frozenset({"presence_penalty", "frequency_penalty"})
 _OPENAI = _BASIC | _PENALTIES | {"seed", "logprobs", "logit_bias", "n"}
 _OPEN = _OPENAI | {"top_k", "min_p", "repetition_penalty"}
-_ALL = _OPEN | {"stop_token_ids", "ignore_eos"}
+_ALL = _OPEN | {"stop_token_ids", "ignore_eos", "min_tokens"}
 
 
 class Provider(msgspec.Struct, frozen=True, kw_only=True):

@@ -47,8 +47,12 @@ class Attempt:
         """
         is_second = self._continuation.way is not None
         self._ticket = self._entry.join(self._continuation.request, priority=is_second)
-        if not self.is_granted:
-            self._loader.want(self._entry)
+        try:
+            if not self.is_granted:
+                self._loader.want(self._entry)
+        except BaseException:
+            self._entry.leave(self._ticket)
+            raise
         return self
 
     async def __aexit__(

@@ -161,6 +161,10 @@ class TextPipeline:
         """Return the new text; it is empty while all of it is held back."""
         return self._matcher.feed(self._decode(data))
 
+    def feed_unstopped(self, data: bytes) -> str:
+        """Return the new text, in which no stop string is looked for."""
+        return self._decode(data)
+
     def flush(self) -> str:
         """End the text and return what was held back."""
         return self._matcher.feed(self._decoder.flush()) + self._matcher.flush()

@@ -1,23 +1,24 @@
-"""Embeddings and rankings at a local engine: tokens, context, batches."""
+"""Embeddings, rankings and scores at a local engine: tokens, context, batches."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+import operator
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Generic, TypeVar, cast
 
 from headrace.core.errors import ContextOverflow, GenerationFailed, InvalidRequest
-from headrace.core.events import Event, Progress, Ranked, Ranking, Vectors
+from headrace.core.events import Event, Progress, Ranked, Ranking, Scores, Vectors
 from headrace.core.floats import bytes_of, floats_of
-from headrace.core.request import EmbedRequest, RerankRequest
+from headrace.core.request import EmbedRequest, RerankRequest, ScoreRequest
 from headrace.core.stream import Mailbox
 from headrace.engines.base import Embedder, Engine, Pair, Reranker
 from headrace.worker.batching import Batcher
 from headrace.worker.generate import Loaded
-from headrace.worker.turn import Turn
+from headrace.worker.turn import Answers, Turn
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -55,17 +56,35 @@ async def rerank(loaded: Loaded, request: RerankRequest) -> AsyncGenerator[Event
     """
     with Turn(loaded, request) as turn:
         turn.require_task()
-        pairs = await asyncio.to_thread(_pairs, loaded, request)
-        tokens = sum(len(pair.token_ids) for pair in pairs)
-        batch = _Batch(turn, loaded.scores, pairs, tokens)
+        texts = [(request.query, document) for document in request.documents]
+        batch = await _paired(turn, texts, truncate=request.truncate)
         async with aclosing(batch.steps()) as steps:
             async for progress in steps:
                 yield progress
-        scores = batch.results
-        if not all(map(math.isfinite, scores)):
-            raise GenerationFailed("The model gave a score that is no number.")
+        scores = _finite(batch.results)
         ranking = sorted(map(Ranked, range(len(scores)), scores), key=lambda item: -item.score)
         yield Ranking(tuple(ranking[: request.top_n]))
+        yield turn.finish()
+
+
+async def score(loaded: Loaded, request: ScoreRequest) -> AsyncGenerator[Event, None]:
+    """Yield progress, the score of each pair, and the Finish.
+
+    Raises:
+        HeadraceError: with the figures up to then in its `metrics`.
+    """
+    embeds = "embed" in loaded.facts.capabilities.tasks
+    with Turn(loaded, request) as turn:
+        if embeds:
+            batch = await _embedded(turn, request)
+        else:
+            turn.require_task()
+            batch = await _paired(turn, request.pairs, truncate=request.truncate)
+        async with aclosing(batch.steps()) as steps:
+            async for progress in steps:
+                yield progress
+        scores = _cosines(batch.results) if embeds else _finite(batch.results)
+        yield Scores(tuple(scores))
         yield turn.finish()
 
 
@@ -110,6 +129,9 @@ class _Batch(Generic[Item, Result]):
             turn.leave_slot()
 
 
+ANSWERS: Answers = {EmbedRequest: embed, RerankRequest: rerank, ScoreRequest: score}
+
+
 def _dimensions(loaded: Loaded, request: EmbedRequest) -> int | None:
     most, wanted = loaded.engine.facts.capabilities.dimensions, request.dimensions
     if wanted is not None and most is not None and wanted > most:
@@ -151,23 +173,49 @@ def _cut(engine: Engine, text: str, ids: tuple[int, ...], most: int) -> tuple[in
     return ids[: most - len(after)] + after
 
 
-def _pairs(loaded: Loaded, request: RerankRequest) -> list[Pair]:
+async def _embedded(turn: Turn[Loaded, ScoreRequest], request: ScoreRequest) -> _Batch[Any, Any]:
+    texts = tuple(text for pair in request.pairs for text in pair)
+    asked = EmbedRequest(inputs=texts, truncate=request.truncate)
+    token_ids = await asyncio.to_thread(_token_ids, turn.served, asked)
+    return _Batch(turn, turn.served.embeddings, token_ids, sum(map(len, token_ids)))
+
+
+async def _paired(
+    turn: Turn[Loaded, Any], texts: Sequence[tuple[str, str]], *, truncate: bool
+) -> _Batch[Any, Any]:
+    pairs = await asyncio.to_thread(_pairs, turn.served, texts, truncate=truncate)
+    return _Batch(turn, turn.served.scores, pairs, sum(len(pair.token_ids) for pair in pairs))
+
+
+def _pairs(loaded: Loaded, texts: Sequence[tuple[str, str]], *, truncate: bool) -> list[Pair]:
     engine, most = cast("Reranker", loaded.engine), loaded.engine.facts.context_length
-    made: list[Pair] = []
-    for place, document in enumerate(request.documents):
-        pair = engine.pair(request.query, document)
+    pairs: list[Pair] = []
+    for place, (query, document) in enumerate(texts):
+        pair = engine.pair(query, document)
         if len(pair.token_ids) > most:
             # The last token closes the sequence: it stays.
             short = pair.token_ids[: most - 1] + pair.token_ids[-1:]
-            if not request.truncate or pair.second >= most - 1:
+            if not truncate or pair.second >= most - 1:
                 raise ContextOverflow(
                     f"The query and document {place} have {len(pair.token_ids)} tokens and the "
                     f"context length of {loaded.name} is {most}.",
                     param="documents" if pair.second < most - 1 else "query",
                 )
             pair = Pair(short, pair.second)
-        made.append(pair)
-    return made
+        pairs.append(pair)
+    return pairs
+
+
+def _finite(scores: Sequence[float]) -> Sequence[float]:
+    if not all(map(math.isfinite, scores)):
+        raise GenerationFailed("The model gave a score that is no number.")
+    return scores
+
+
+def _cosines(vectors: Sequence[bytes]) -> list[float]:
+    units = [floats_of(normalized(vector)) for vector in vectors]
+    pairs = zip(units[::2], units[1::2], strict=True)
+    return [sum(map(operator.mul, first, second)) for first, second in pairs]
 
 
 def _shaped(raw: Sequence[bytes], dimensions: int | None, normalize: bool) -> tuple[bytes, ...]:

@@ -1,4 +1,4 @@
-"""Answers to a GenerateRequest at a local engine."""
+"""Generation, counts and texts of tokens at a local engine."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from concurrent.futures import Executor
 from typing import cast
 
 from headrace.core.errors import InvalidRequest
-from headrace.core.events import Delta, Event, FinishReason, Progress
-from headrace.core.request import GenerateRequest
+from headrace.core.events import Delta, Event, FinishReason, Progress, Text, TokenCount
+from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
 from headrace.core.stream import merge
 from headrace.engines.base import (
     Admitted,
@@ -22,7 +22,7 @@ from headrace.engines.base import (
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
 from headrace.worker.prompt import Job, Prompter
-from headrace.worker.turn import Served, Turn
+from headrace.worker.turn import Answers, Served, Turn, unmeasured
 
 
 class Loaded(Served, frozen=True, kw_only=True):
@@ -70,6 +70,7 @@ class _Choice:
         self._request = job.choices[index]
         self._text = TextPipeline(job.stops)
         self._tokens = 0
+        self._least = self._request.sampling.min_tokens or 0
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Yield the choice's events: the tokens that were answered before, then what follows."""
@@ -80,10 +81,11 @@ class _Choice:
                 yield opening
         else:
             await self._turn.take_slot()
-            raw = self._engine_events()
+            raw: AsyncGenerator[RawEvent, None] | None = None
             try:
                 if opening is not None:
                     yield opening
+                raw = self._engine_events()
                 async for event in raw:
                     self._turn.check()
                     if (shown := self._shown(event)) is not None:
@@ -91,7 +93,8 @@ class _Choice:
                     if self._text.stopped:
                         break
             finally:
-                await raw.aclose()
+                if raw is not None:
+                    await raw.aclose()
                 self._turn.leave_slot()
         if rest := self._text.flush():
             self._turn.answered(rest)
@@ -114,8 +117,10 @@ class _Choice:
     def _shown(self, event: RawEvent) -> Event | None:
         meter, prompt_tokens = self._turn.meter, len(self._request.token_ids)
         if isinstance(event, RawDelta):
-            text, tokens = self._text.feed(event.data), len(event.token_ids)
+            tokens = len(event.token_ids)
             self._tokens += tokens
+            may_stop = self._tokens >= self._least
+            text = (self._text.feed if may_stop else self._text.feed_unstopped)(event.data)
             meter.delta(tokens, visible=bool(text))
             self._turn.answered(text)
             return Delta(text, event.token_ids, self._index, "", event.logprobs)
@@ -126,3 +131,20 @@ class _Choice:
         missing = event.completion_tokens - self._tokens
         meter.correct(prompt_tokens, missing, event.cached_tokens)
         return None
+
+
+async def _count(loaded: Loaded, request: CountRequest) -> TokenCount:
+    # Off the event loop, and beside any generation.
+    token_ids = await asyncio.to_thread(loaded.prompter.count, request)
+    return TokenCount(count=len(token_ids), token_ids=token_ids)
+
+
+async def _text(loaded: Loaded, request: DetokenizeRequest) -> Text:
+    return Text(await asyncio.to_thread(loaded.engine.detokenize, request.token_ids))
+
+
+ANSWERS: Answers = {
+    GenerateRequest: generate,
+    CountRequest: lambda loaded, request: unmeasured(request, _count(loaded, request)),
+    DetokenizeRequest: lambda loaded, request: unmeasured(request, _text(loaded, request)),
+}

@@ -62,13 +62,21 @@ class Prompter:
         )
         answered, said, ended = self._answered(request)
         left = max(0, max_tokens - len(answered))
+        least = request.sampling.min_tokens or 0
+        if least > max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {least}, and there is room for {max_tokens}.", param="min_tokens"
+            )
+        sampling = msgspec.structs.replace(
+            request.sampling, min_tokens=max(0, least - len(answered)) or None
+        )
         return Job(
             choices=tuple(
                 EngineRequest(
                     token_ids=token_ids,
                     max_tokens=left,
                     answered=answered,
-                    sampling=_seeded(request.sampling, index),
+                    sampling=_seeded(sampling, index),
                     json_schema=request.json_schema,
                 )
                 for index in range(request.n)

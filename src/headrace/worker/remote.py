@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from functools import partial
 
 import msgspec
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, Unsupported, UpstreamError
-from headrace.core.events import Delta, Event, FinishReason, Ranked, Ranking, Vectors
+from headrace.core.events import Delta, Event, FinishReason, Ranked, Ranking, Scores, Text, Vectors
 from headrace.core.metrics import Usage
-from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
+from headrace.core.request import (
+    CountRequest,
+    DetokenizeRequest,
+    EmbedRequest,
+    GenerateRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from headrace.engines.base import RemoteEngine, RemoteEvent, RemoteFinish
 from headrace.engines.remote import estimate, estimated_count
 from headrace.text.pipeline import StopMatcher
 from headrace.worker.encode import normalized
 from headrace.worker.prompt import check_supported
-from headrace.worker.turn import R, Served, T, Turn
+from headrace.worker.turn import Answers, R, Served, T, Turn, unmeasured
 
 
 class Connected(Served, frozen=True, kw_only=True):
@@ -94,6 +102,30 @@ async def rerank(connected: Connected, request: RerankRequest) -> AsyncGenerator
         ranked, usage = await _in_slot(turn, lambda: connected.engine.rerank(request))
         _settle(turn, usage, guess)
         yield Ranking(tuple(Ranked(index, score) for index, score in ranked))
+        yield turn.finish()
+
+
+async def score(connected: Connected, request: ScoreRequest) -> AsyncGenerator[Event, None]:
+    """Yield the score of each pair, and the Finish; the upstream ranks once for each first text.
+
+    Raises:
+        HeadraceError: with the figures up to then in its `metrics`.
+    """
+    places: dict[str, list[int]] = {}
+    for place, (query, _) in enumerate(request.pairs):
+        places.setdefault(query, []).append(place)
+    with Turn(connected, request) as turn:
+        turn.require_task()
+        scores, total = [0.0] * len(request.pairs), Usage()
+        for query, mine in places.items():
+            documents = tuple(request.pairs[place][1] for place in mine)
+            asked = RerankRequest(query=query, documents=documents, truncate=request.truncate)
+            ranked, usage = await _in_slot(turn, partial(connected.engine.rerank, asked))
+            total = Usage.merged([total, usage])
+            for index, value in ranked:
+                scores[mine[index]] = value
+        _settle(turn, total, sum(estimate(text) for pair in request.pairs for text in pair))
+        yield Scores(tuple(scores))
         yield turn.finish()
 
 
@@ -181,3 +213,19 @@ def _unit(vector: bytes) -> bytes:
         return normalized(vector)
     except GenerationFailed:
         raise UpstreamError("The upstream gave a vector that is not made of numbers.") from None
+
+
+async def _text(connected: Connected, request: DetokenizeRequest) -> Text:
+    raise Unsupported("The tokens of a remote model cannot be read here.", param="tokens")
+
+
+ANSWERS: Answers = {
+    GenerateRequest: generate,
+    EmbedRequest: embed,
+    RerankRequest: rerank,
+    ScoreRequest: score,
+    CountRequest: lambda connected, request: unmeasured(
+        request, connected.engine.count_tokens(request)
+    ),
+    DetokenizeRequest: lambda connected, request: unmeasured(request, _text(connected, request)),
+}

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import msgspec
 
@@ -25,7 +25,7 @@ from headrace.core.errors import (
     from_record,
     to_record,
 )
-from headrace.core.events import Finish, FinishReason
+from headrace.core.events import Event, Finish, FinishReason
 from headrace.core.metrics import DeviceUse, InferenceMetrics, Usage
 from headrace.core.model import Task
 from headrace.core.request import Request
@@ -307,6 +307,10 @@ class Turn(Generic[S, R]):
 
 def _too_late() -> DeadlineExceeded:
     return DeadlineExceeded("The deadline passed before the answer was complete.")
+
+
+Answers = Mapping[type[Request], Callable[[Any, Any], AsyncGenerator[Event, None]]]
+"""By the type of a request: the function that answers it, given what is served and the request."""
 
 
 async def unmeasured(request: Request, event: Awaitable[T]) -> AsyncGenerator[T | Finish, None]:

@@ -7,21 +7,16 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 
 from headrace import engines
-from headrace.core.errors import Draining, Unsupported
-from headrace.core.events import Event, Text, TokenCount
+from headrace.core.errors import Draining
+from headrace.core.events import Event
 from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import (
     AnyRequest,
-    CountRequest,
-    DetokenizeRequest,
-    EmbedRequest,
-    GenerateRequest,
-    RerankRequest,
 )
 from headrace.engines.base import Embedder, Engine, OpenRequest, Pair, RemoteEngine, Reranker
 from headrace.machine import Sampler, system
@@ -42,46 +37,14 @@ from headrace.worker.spec import (
     resolved,
     unloaded_info,
 )
-from headrace.worker.turn import Turns, unmeasured
+from headrace.worker.turn import Answers, Turns
 
 log = logging.getLogger("headrace.worker")
 
 OpenEngine = Callable[[str, OpenRequest], Engine]
-Answer = Callable[[Any, Any], AsyncGenerator[Event, None]]
 
 
-async def _count(loaded: Loaded, request: CountRequest) -> TokenCount:
-    # Off the event loop, and beside any generation.
-    token_ids = await asyncio.to_thread(loaded.prompter.count, request)
-    return TokenCount(count=len(token_ids), token_ids=token_ids)
-
-
-async def _text(loaded: Loaded, request: DetokenizeRequest) -> Text:
-    return Text(await asyncio.to_thread(loaded.engine.detokenize, request.token_ids))
-
-
-async def _remote_text(connected: Connected, request: DetokenizeRequest) -> Text:
-    raise Unsupported("The tokens of a remote model cannot be read here.", param="tokens")
-
-
-_LOCAL: dict[type[AnyRequest], Answer] = {
-    GenerateRequest: generate.generate,
-    EmbedRequest: encode.embed,
-    RerankRequest: encode.rerank,
-    CountRequest: lambda loaded, request: unmeasured(request, _count(loaded, request)),
-    DetokenizeRequest: lambda loaded, request: unmeasured(request, _text(loaded, request)),
-}
-_REMOTE: dict[type[AnyRequest], Answer] = {
-    GenerateRequest: remote.generate,
-    EmbedRequest: remote.embed,
-    RerankRequest: remote.rerank,
-    CountRequest: lambda upstream, request: unmeasured(
-        request, upstream.engine.count_tokens(request)
-    ),
-    DetokenizeRequest: lambda upstream, request: unmeasured(
-        request, _remote_text(upstream, request)
-    ),
-}
+_ANSWERS: Answers = {**generate.ANSWERS, **encode.ANSWERS}
 
 
 class Worker:
@@ -146,7 +109,7 @@ class Worker:
         served = self._served
         if served is None or self._life.state != "ready":
             return self._refuse()
-        answers = _REMOTE if served.is_remote else _LOCAL
+        answers = remote.ANSWERS if served.is_remote else _ANSWERS
         return answers[type(request)](served, request)
 
     def models(self) -> tuple[ModelInfo, ...]:

@@ -150,6 +150,7 @@ async def test_log_probabilities_of_both_forms() -> None:
 
 FIELDS: dict[str, Any] = {
     "max_tokens": 5,
+    "min_tokens": 5,
     "temperature": 0.5,
     "top_p": 0.5,
     "top_k": 5,

@@ -10,8 +10,9 @@ from tests.engines.remote.rig import KEY, started
 from tests.fakes.upstream import Play, Seen, answered, refused, upstream
 
 from headrace.core.errors import DeadlineExceeded, Unsupported, UpstreamError
-from headrace.core.request import EmbedRequest, RerankRequest
-from headrace.core.stream import collect_ranking, collect_vectors
+from headrace.core.events import Scores
+from headrace.core.request import EmbedRequest, RerankRequest, ScoreRequest
+from headrace.core.stream import collect_ranking, collect_vectors, result
 
 
 def floats(vector: bytes) -> list[float]:
@@ -113,6 +114,25 @@ async def test_documents_are_put_in_order(extra: dict[str, Any], tokens: int) ->
         assert server.requests[0].body["top_n"] == 2
     assert [(one.index, one.score) for one in found.ranking] == [(0, 0.9), (1, 0.1)]
     assert found.usage.prompt_tokens == tokens
+
+
+async def test_pairs_are_scored_by_one_ranking_for_each_first_text() -> None:
+    """W23: in the order of the pairs, with the tokens of all rankings."""
+
+    def script(seen: Seen) -> Play:
+        values = {"q": [0.5, 0.25], "p": [0.75]}[seen.body["query"]]
+        rows = [{"index": i, "relevance_score": value} for i, value in enumerate(values)]
+        return answered({"results": rows[::-1], "usage": {"total_tokens": 10}})
+
+    async with (
+        upstream(script=script) as server,
+        started(server.url, "siliconflow", task="rerank") as worker,
+    ):
+        pairs = (("q", "a"), ("p", "b"), ("q", "c"))
+        made, finish = await result(worker.ask(ScoreRequest(pairs=pairs)), Scores)
+    assert [seen.body["documents"] for seen in server.requests] == [["a", "c"], ["b"]]
+    assert made.scores == (0.5, 0.75, 0.25)
+    assert finish.usage.prompt_tokens == 20
 
 
 async def test_a_deadline_holds() -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 _DRAWN = ("temperature", "top_p", "top_k", "min_p", "seed")
-_BY_NAME = ("max_tokens", "stop_token_ids", "ignore_eos", "logprobs")
+_BY_NAME = ("max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "logprobs")
 HONOURED = frozenset(_PENALTIES + _DRAWN + _BY_NAME)
 """The sampling parameters that `settings_of` translates; of `logprobs` only 0, the chosen token."""
 
@@ -209,6 +209,7 @@ def settings_of(request: EngineRequest, ends: frozenset[int]) -> dict[str, Any]:
     return {
         "apply_chat_template": False,
         "max_new_tokens": request.max_tokens,
+        "min_new_tokens": sampling.min_tokens or 0,
         "ignore_eos": sampling.ignore_eos,
         "logprobs": 0 if sampling.logprobs is None else 1,
         **({} if sampling.ignore_eos else {"stop_token_ids": set(ends)}),

@@ -77,7 +77,7 @@ def rules(sampling: Sampling, defaults: Any) -> Rules:
     return Rules(**given)
 
 
-_BY_NAME = ("max_tokens", "seed", "stop_token_ids", "ignore_eos", "logit_bias")
+_BY_NAME = ("max_tokens", "min_tokens", "seed", "stop_token_ids", "ignore_eos", "logit_bias")
 HONOURED = frozenset(Rules._fields + _BY_NAME)
 """The sampling parameters that a request translates: its rules, and what `Draw` and `Answer` do."""
 
@@ -92,6 +92,8 @@ class Draw:
         seed: int | None = None,
         bias: dict[int, float] | None = None,
         matcher: Any = None,
+        min_tokens: int = 0,
+        ends: Sequence[int] = (),
     ) -> None:
         self.rules = rules
         self.reports: deque[Chosen] = deque()
@@ -101,7 +103,9 @@ class Draw:
         self._bias = bias
         self._matcher = matcher
         self._counts: Any = None
-        self._shapes = bool(bias) or matcher is not None or rules.penalises
+        self._held_back = min_tokens
+        self._ends = list(ends)
+        self._shapes = bool(bias or min_tokens) or matcher is not None or rules.penalises
         self.plain = not (self._shapes or rules.rolls or rules.logprobs is not None)
 
     def wind(self, clocks: torch.Tensor) -> None:
@@ -113,7 +117,7 @@ class Draw:
         clocks.exponential_(generator=self._clock)
 
     def shape(self, row: torch.Tensor) -> torch.Tensor:
-        """Return the logits with bias, penalties and grammar applied."""
+        """Return the logits with bias, penalties, `min_tokens` and grammar applied."""
         if not self._shapes:
             return row
         if self._bias:
@@ -121,6 +125,9 @@ class Draw:
             row = row.index_add(0, places, row.new_tensor(list(self._bias.values())))
         if self.rules.penalises:
             row = self._penalised(row)
+        if self._held_back > 0 and self._ends:
+            ends = torch.tensor(self._ends, device=row.device)
+            row = row.index_fill(0, ends, -torch.inf)
         if self._matcher is not None:
             allowed = torch.frombuffer(
                 bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8
@@ -131,6 +138,7 @@ class Draw:
 
     def take(self, token: int) -> None:
         """Remember a chosen token."""
+        self._held_back -= 1
         if self._counts is not None:
             self._counts[token] += 1
         if self._matcher is not None:
@@ -227,6 +235,11 @@ def _floor(
     return least.where(~every | (top_p < 1) | (min_p > 0), 0.0)
 
 
+def ends_of(sampling: Sampling, own: Iterable[int]) -> list[int]:
+    """Return the tokens that end an answer; `own` are the model's own end tokens."""
+    return sorted({*sampling.stop_token_ids, *(() if sampling.ignore_eos else own)})
+
+
 class Answer:
     """Turns the tokens of one request into events. `ends` are the model's own end tokens."""
 
@@ -238,9 +251,8 @@ class Answer:
         self.max_tokens = request.max_tokens
         self.cached: int | None = None
         self._stops = frozenset(request.sampling.stop_token_ids)
-        own = () if request.sampling.ignore_eos else ends
-        self._own = frozenset(own) - self._stops
-        self.ends = sorted(self._stops | self._own)
+        self.ends = ends_of(request.sampling, ends)
+        self._own = frozenset(self.ends) - self._stops
         self._vocabulary = vocabulary
         self._sent = 0
 

@@ -28,7 +28,7 @@ from headrace.engines.openmp import SpinGuard
 from headrace.engines.plan import CachePlan
 from headrace.engines.tokenizer import TokenizerMixin, Vocabulary
 from headrace.engines.transformers import plan_cache, settled, step_tokens
-from headrace.engines.transformers.answer import HONOURED, Answer, Draw, failure, rules
+from headrace.engines.transformers.answer import HONOURED, Answer, Draw, ends_of, failure, rules
 from headrace.engines.transformers.batched import Batched, Unbatched
 from headrace.engines.transformers.single import Single
 
@@ -63,6 +63,8 @@ class Engine(TokenizerMixin):
             seed=sampling.seed,
             bias=sampling.logit_bias,
             matcher=None if request.json_schema is None else self._matcher(request.json_schema),
+            min_tokens=sampling.min_tokens or 0,
+            ends=ends_of(sampling, self._ends),
         )
         return runner.generate(request, Answer(request, draw, self._vocabulary, self._ends))
 

@@ -26,6 +26,7 @@ _SAME = (
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
+    "min_tokens",
 )
 _BY_NAME = ("max_tokens", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
 HONOURED = frozenset(_SAME + _BY_NAME)

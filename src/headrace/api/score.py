@@ -1,0 +1,98 @@
+"""POST /v1/score, as vLLM has it: how well two texts go together."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from headrace.api import limits
+from headrace.api.exchange import Call, Exchange, Service
+from headrace.api.limits import ApiSettings
+from headrace.api.wire import KeepAlive, ModelName, ReadUsage, Unsupported, request_fields
+from headrace.core import events
+from headrace.core.errors import InvalidRequest
+from headrace.core.metrics import InferenceMetrics
+from headrace.core.request import ScoreRequest
+from headrace.core.stream import result
+
+_Text = Annotated[str, Meta(min_length=1)]
+_Texts = _Text | Annotated[list[_Text], Meta(min_length=1, max_length=limits.MAX_DOCUMENTS)]
+
+
+class ScoreBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Two texts, one text and a list, or two lists of equal length, which are scored in pairs.
+
+    What does not fit into the context is refused; with `truncate` it is cut.
+    """
+
+    text_1: _Texts
+    text_2: _Texts
+    model: ModelName | None = None
+    truncate: bool | None = None
+    keep_alive: KeepAlive | None = None
+
+    truncate_prompt_tokens: Unsupported[None] = None
+
+
+class PairScore(msgspec.Struct, frozen=True, kw_only=True):
+    """The score of one pair; `index` is its place in the request."""
+
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class ScoreList(msgspec.Struct, frozen=True, kw_only=True):
+    """A score for each pair, in order; a higher score is better."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[PairScore]
+    usage: ReadUsage
+    metrics: InferenceMetrics
+
+
+_DECODER = msgspec.json.Decoder(ScoreBody)
+
+
+async def score(service: Service, exchange: Exchange) -> None:
+    """Score pairs of texts."""
+    wire = await exchange.read(_DECODER)
+    request = to_request(wire, exchange.settings, exchange.call)
+    made, finish = await exchange.unless_gone(result(service.backend.ask(request), events.Scores))
+    tokens = finish.usage.prompt_tokens
+    scores = ScoreList(
+        id=exchange.call.id,
+        created=int(time.time()),
+        model=service.model_name(wire.model),
+        data=[PairScore(index=index, score=value) for index, value in enumerate(made.scores)],
+        usage=ReadUsage(tokens, tokens),
+        metrics=finish.metrics,
+    )
+    await exchange.answer(scores, finish.metrics)
+
+
+def to_request(wire: ScoreBody, settings: ApiSettings, call: Call) -> ScoreRequest:
+    """Build the core request.
+
+    Raises:
+        InvalidRequest: two lists have different lengths, or a list goes with one text after it.
+    """
+    first = [wire.text_1] if isinstance(wire.text_1, str) else wire.text_1
+    second = [wire.text_2] if isinstance(wire.text_2, str) else wire.text_2
+    if len(first) == 1:
+        first = first * len(second)
+    if len(first) != len(second):
+        raise InvalidRequest(
+            f"text_1 has {len(first)} texts and text_2 {len(second)}.", param="text_2"
+        )
+    return ScoreRequest(
+        pairs=tuple(zip(first, second, strict=True)),
+        truncate=bool(wire.truncate),
+        **request_fields(wire, settings, call),
+    )
