@@ -258,7 +258,7 @@ def to_sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int |
     if wire.top_k == -1:
         # In vLLM's API -1 means that all tokens are candidates.
         fields["top_k"] = 0
-    # 0 asks for nothing, and every engine can do that.
+    # 0 has no effect, so that every engine accepts it.
     fields["min_tokens"] = wire.min_tokens or None
     return Sampling(
         **fields,

@@ -116,7 +116,7 @@ class StopMatcher:
         return self._settle(min(self._searches, key=_start))
 
     def flush(self) -> str:
-        """Return the text held back. A match that waited for an earlier one is decided now."""
+        """Return the text held back; a match that waited for an earlier one is settled now."""
         complete = [search for search in self._searches if search.complete]
         if complete and self.matched is None:
             return self._settle(min(complete, key=_start))
@@ -162,7 +162,7 @@ class TextPipeline:
         return self._matcher.feed(self._decode(data))
 
     def feed_unstopped(self, data: bytes) -> str:
-        """Return the new text, in which no stop string is looked for."""
+        """Return the new text without searching it for stop strings."""
         return self._decode(data)
 
     def flush(self) -> str:

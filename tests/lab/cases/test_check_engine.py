@@ -29,7 +29,7 @@ def test_a_failure_is_told_and_is_the_exit_code(
     """Issue 4: the case, and what was seen of it."""
     install(
         "wrong",
-        CODE.replace("completion_tokens=said", "completion_tokens=0"),
+        CODE.replace("completion_tokens=made", "completion_tokens=0"),
         tmp_path,
         monkeypatch,
     )

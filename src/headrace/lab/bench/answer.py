@@ -1,4 +1,4 @@
-"""One request as its client saw it: the events of its stream, and the figures made of them."""
+"""One request as the client sees it: the events of its stream, and its figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `fault` is empty if it succeeded. It starts when it was sent, and in an open loop when it was
     due; `late_ms` is the time between the two. `inter_token_ms` is (last text - first text) /
     (tokens - 1), `gaps_ms` are the times from one chunk with text to the next. `completion_tokens`
-    counts chunks where the server reports no `usage`. `metrics` are a Headrace's own figures.
+    counts chunks if the server reports no `usage`. `metrics` are the figures of a Headrace service.
     """
 
     at_s: float
@@ -88,7 +88,7 @@ _CHUNK = msgspec.json.Decoder(_Chunk)
 
 
 class Answer:
-    """Receives a streamed answer piece by piece, and makes its row."""
+    """Receives a streamed answer in pieces, and returns its row."""
 
     def __init__(self, began: float, wanted_tokens: int, due: float | None = None) -> None:
         self.status = 0
@@ -109,7 +109,7 @@ class Answer:
         self.status = status
 
     def body(self, data: bytes, at: float) -> None:
-        """Receive a piece of the body, which came at `at`."""
+        """Receive a piece of the body, read at the time `at`."""
         if self.status != 200:
             self._refusal += data[: 1 << 16]
             return
@@ -120,11 +120,11 @@ class Answer:
             self.fail("malformed", str(error))
 
     def fail(self, kind: str, detail: str) -> None:
-        """Record what went wrong; the first failure counts."""
+        """Record a failure; only the first one counts."""
         self._fault = self._fault if self._fault[0] else (kind, detail)
 
     def row(self, zero: float) -> Row:
-        """Return the figures, now that it is over; `zero` is when the load started."""
+        """Return the figures of the ended request; `zero` is the start of the load."""
         over = time.perf_counter()
         kind, detail = self._verdict()
         texts, usage = self._texts, self._usage

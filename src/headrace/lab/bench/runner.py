@@ -1,4 +1,4 @@
-"""Puts loads on a service: a number of clients, or of requests a second."""
+"""Puts loads on a service: a number of clients, or of requests per second."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from headrace.lab.bench.settings import Load, Settings
 from headrace.lab.http import Broken, Http
 
 Progress = Callable[[float], None]
-"""Called with the share of a load that is done."""
+"""Receives the share of a load that is done."""
 
 _AFTER_FAULT_S = 0.05
-"""A closed loop must not become a flood where every request is refused at once."""
+"""A pause, so that a closed loop does not become a flood if every request is refused at once."""
 
 
 class Dialect(msgspec.Struct, frozen=True):
-    """What the server understands beyond the minimum; the first is the one that is preferred."""
+    """The optional fields that a server accepts; the first one of `_DIALECTS` is preferred."""
 
     ignore_eos: bool = True
     usage: bool = True
@@ -48,8 +48,8 @@ _DIALECTS = (
 class Bench:
     """One service under one set of settings. `stop` cuts running requests and ends the load.
 
-    Requests that are not counted are taken from `aside`, so that they put none of those that are
-    into a cache.
+    Requests that are not counted are taken from `aside`, so that they put no counted prompt into a
+    cache.
     """
 
     def __init__(self, http: Http, settings: Settings, aside: Iterator[Ask]) -> None:
@@ -60,7 +60,7 @@ class Bench:
         self._path = f"{http.place.base}/{route}"
 
     async def probe(self) -> None:
-        """Send requests until one is accepted, to learn what the server understands.
+        """Send requests until one is accepted, to find the dialect of the server.
 
         Raises:
             UpstreamError: there is no answer, or not one of OpenAI's API.
@@ -120,7 +120,7 @@ class Bench:
         tasks: set[asyncio.Task[None]],
         show: Callable[[], None],
     ) -> int:
-        """Wait until it is over or stopped, and return how many requests were cut."""
+        """Wait until the load ends or is stopped; return the number of requests that were cut."""
         stopped = asyncio.create_task(self.stop.wait())
         try:
             while not main.done() and not stopped.done():
@@ -156,7 +156,7 @@ class Bench:
         async def client() -> None:
             for turn in turns:
                 late = time.perf_counter() - zero >= (self._settings.duration_s or 0)
-                # Each client sends one request at least, however short the time is.
+                # Each client sends at least one request, even in a short time.
                 if left is not None and late and turn >= load.value:
                     return
                 row, _ = await self._send(next(asks), zero)
@@ -218,11 +218,11 @@ class Bench:
 
 
 def schedule(settings: Settings, rate: float) -> Iterator[float]:
-    """Yield when requests are due, in seconds from the start; the same for the same seed."""
-    source = random.Random(f"{settings.seed}/{rate}")  # noqa: S311 - to be repeated
+    """Yield the due times of requests in seconds from the start; the same for the same seed."""
+    source = random.Random(f"{settings.seed}/{rate}")  # noqa: S311 - reproducible
     at = 0.0
     for count in itertools.count():
-        # Sums of the same step would drift.
+        # A sum of equal steps would drift.
         at = at if settings.arrival == "poisson" else count / rate
         if settings.requests is not None and count >= settings.requests:
             return
