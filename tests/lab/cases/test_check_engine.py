@@ -37,7 +37,7 @@ def test_a_failure_is_told_and_is_the_exit_code(
     assert run([*command, "--only", "usage_*"]) == 1
     line, summary = capsys.readouterr().out.splitlines()
     assert "FAILED    usage_is_exact" in line
-    assert "Usage tells of 0 tokens" in line
+    assert "Usage has 0 tokens" in line
     assert summary == "1 cases: 0 ok, 0 refused, 0 reported, 1 failed"
     assert run([*command, "--only", "usage_*", "--json"]) == 1
     (found,) = json.loads(capsys.readouterr().out)

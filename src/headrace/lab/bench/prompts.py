@@ -26,7 +26,7 @@ _WORDS = (
 _AT_ONCE = 16
 
 
-class Ask(msgspec.Struct, frozen=True):
+class PromptRequest(msgspec.Struct, frozen=True):
     """One request: `content` is a prompt or the messages of a chat, `max_tokens` the answer's."""
 
     content: str | list[dict[str, Any]]
@@ -118,7 +118,7 @@ def _counted(body: bytes) -> int:
     return 0 if answer.estimated else answer.count or len(answer.tokens or ())
 
 
-def synthetic(settings: Settings, words: Vocabulary, seed: str) -> Iterator[Ask]:
+def synthetic(settings: Settings, words: Vocabulary, seed: str) -> Iterator[PromptRequest]:
     """Yield endless prompts, the same for the same seed; they share only `shared_prefix`."""
     assert settings.prompt is not None
     source = random.Random(seed)  # noqa: S311 - the same prompts in every run
@@ -126,10 +126,10 @@ def synthetic(settings: Settings, words: Vocabulary, seed: str) -> Iterator[Ask]
     while True:
         length, answer = settings.prompt.draw(source), settings.output.draw(source)
         own = words.text(source, length - settings.shared_prefix, begins=not common)
-        yield Ask(common + own, answer)
+        yield PromptRequest(common + own, answer)
 
 
-def read(path: Path, settings: Settings) -> list[Ask]:
+def read(path: Path, settings: Settings) -> list[PromptRequest]:
     """Read prompts: from .jsonl objects with `prompt` or `messages`, else one per line.
 
     Raises:
@@ -142,34 +142,34 @@ def read(path: Path, settings: Settings) -> list[Ask]:
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     as_json = path.suffix == ".jsonl"
     source = random.Random(settings.seed)  # noqa: S311
-    asks = [
-        _ask(f"{path.name}:{number}", line, settings, source) if as_json
-        else Ask(line, settings.output.draw(source))
+    requests = [
+        _parsed(f"{path.name}:{number}", line, settings, source) if as_json
+        else PromptRequest(line, settings.output.draw(source))
         for number, line in numbered
     ]  # fmt: skip
-    if not asks:
+    if not requests:
         raise ConfigError(f"flag --prompts: {path} has no prompt.")
-    return asks
+    return requests
 
 
-def reordered(ask: Ask) -> Ask:
+def reordered(request: PromptRequest) -> PromptRequest:
     """Return a request of about the same length with another beginning.
 
     So a cache of prefixes gets no more than what all prompts share, such as a system prompt.
     """
-    if isinstance(ask.content, str):
-        return Ask(_reversed(ask.content), ask.max_tokens)
-    *before, last = ask.content
+    if isinstance(request.content, str):
+        return PromptRequest(_reversed(request.content), request.max_tokens)
+    *before, last = request.content
     text = last.get("content")
     last = last | {"content": _reversed(text)} if isinstance(text, str) else last
-    return Ask([*before, last], ask.max_tokens)
+    return PromptRequest([*before, last], request.max_tokens)
 
 
 def _reversed(text: str) -> str:
     return " ".join(reversed(text.split(" ")))
 
 
-def _ask(place: str, line: str, settings: Settings, source: random.Random) -> Ask:
+def _parsed(place: str, line: str, settings: Settings, source: random.Random) -> PromptRequest:
     try:
         decoded = msgspec.json.decode(line, type=_Entry | str)
     except msgspec.MsgspecError as error:
@@ -180,4 +180,4 @@ def _ask(place: str, line: str, settings: Settings, source: random.Random) -> As
         raise ConfigError(f"flag --prompts: {place} has neither prompt nor messages.")
     if isinstance(content, list) and settings.api == "completions":
         raise ConfigError(f"flag --prompts: {place}: messages need --api chat.")
-    return Ask(content, fields.max_tokens or settings.output.draw(source))
+    return PromptRequest(content, fields.max_tokens or settings.output.draw(source))

@@ -18,7 +18,7 @@ from headrace.config import Settings as Configuration
 from headrace.core.errors import ConfigError
 from headrace.lab import drive, limits
 from headrace.lab.bench import prompts, record
-from headrace.lab.bench.prompts import Ask, Vocabulary
+from headrace.lab.bench.prompts import PromptRequest, Vocabulary
 from headrace.lab.bench.record import Level, Limit, Run
 from headrace.lab.bench.runner import Bench, served_models
 from headrace.lab.bench.settings import Load, Settings
@@ -97,7 +97,7 @@ async def measure(
     try:
         settings = await _named(http, settings)
         words = None if listed else await _vocabulary(http, settings)
-        aside = _asks(settings, words, listed, f"{settings.seed}/aside")
+        aside = _requests(settings, words, listed, f"{settings.seed}/aside")
         bench = Bench(http, settings, map(prompts.reordered, aside) if listed else aside)
         bench.stop = stop
         await bench.probe()
@@ -106,8 +106,8 @@ async def measure(
         for load in settings.loads:
             if stop.is_set():
                 break
-            asks = _asks(settings, words, listed, f"{settings.seed}/{load}")
-            level = await bench.run(load, asks, _progress(report, load))
+            requests = _requests(settings, words, listed, f"{settings.seed}/{load}")
+            level = await bench.run(load, requests, _progress(report, load))
             levels.append(record.of_limit(level, limit) if limit else level)
     finally:
         http.close()
@@ -141,9 +141,9 @@ async def _vocabulary(http: Http, settings: Settings) -> Vocabulary:
     return await prompts.vocabulary(prompts.counter(http, settings.model))
 
 
-def _asks(
-    settings: Settings, words: Vocabulary | None, listed: Sequence[Ask] | None, seed: str
-) -> Iterator[Ask]:
+def _requests(
+    settings: Settings, words: Vocabulary | None, listed: Sequence[PromptRequest] | None, seed: str
+) -> Iterator[PromptRequest]:
     if listed:
         return itertools.cycle(listed)
     assert words is not None

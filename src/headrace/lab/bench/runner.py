@@ -15,7 +15,7 @@ import msgspec
 from headrace.core.errors import InvalidRequest, Unauthorized, UnknownModel, UpstreamError
 from headrace.lab.bench import record
 from headrace.lab.bench.answer import Answer, Row, message_of
-from headrace.lab.bench.prompts import Ask
+from headrace.lab.bench.prompts import PromptRequest
 from headrace.lab.bench.record import Level
 from headrace.lab.bench.settings import Load, Settings
 from headrace.lab.http import Broken, Http
@@ -52,7 +52,7 @@ class Bench:
     cache.
     """
 
-    def __init__(self, http: Http, settings: Settings, aside: Iterator[Ask]) -> None:
+    def __init__(self, http: Http, settings: Settings, aside: Iterator[PromptRequest]) -> None:
         self.dialect = _DIALECTS[0]
         self.stop = asyncio.Event()
         self._http, self._settings, self._aside = http, settings, aside
@@ -66,10 +66,10 @@ class Bench:
             UpstreamError: there is no answer, or not one of OpenAI's API.
             RequestError: the key, the model or the request is refused.
         """
-        refusal, ask = Row(at_s=0, total_ms=0), next(self._aside)
+        refusal, request = Row(at_s=0, total_ms=0), next(self._aside)
         for dialect in _DIALECTS:
             self.dialect = dialect
-            row, status = await self._send(ask, 0.0)
+            row, status = await self._send(request, 0.0)
             if not row.fault:
                 return
             refusal = refusal if refusal.fault else row
@@ -77,7 +77,7 @@ class Bench:
                 raise _error(status, row, self._http.place.name, self._settings.model)
         raise InvalidRequest(f"The service refuses the requests: {refusal.detail}")
 
-    async def run(self, load: Load, asks: Iterator[Ask], progress: Progress) -> Level:
+    async def run(self, load: Load, requests: Iterator[PromptRequest], progress: Progress) -> Level:
         """Put a load on the service and return its figures."""
         progress(0.0)
         warming = asyncio.create_task(self._warm_up(load))
@@ -88,7 +88,7 @@ class Bench:
         zero, busy = time.perf_counter(), time.process_time()
         each = self._clients if load.loop == "closed" else self._arrivals
         tasks: set[asyncio.Task[None]] = set()
-        main = asyncio.create_task(each(load, asks, zero, rows, tasks))
+        main = asyncio.create_task(each(load, requests, zero, rows, tasks))
 
         def show() -> None:
             progress(self._share(len(rows), time.perf_counter() - zero))
@@ -111,8 +111,8 @@ class Bench:
         count = self._settings.warm_up
         width = int(load.value) if load.loop == "closed" else 1
         for done in range(0, count, width):
-            asks = itertools.islice(self._aside, min(width, count - done))
-            await asyncio.gather(*(self._send(ask, 0.0) for ask in asks))
+            requests = itertools.islice(self._aside, min(width, count - done))
+            await asyncio.gather(*(self._send(request, 0.0) for request in requests))
 
     async def _watch(
         self,
@@ -145,7 +145,7 @@ class Bench:
     async def _clients(
         self,
         load: Load,
-        asks: Iterator[Ask],
+        requests: Iterator[PromptRequest],
         zero: float,
         rows: list[Row],
         tasks: set[asyncio.Task[None]],
@@ -159,7 +159,7 @@ class Bench:
                 # Each client sends at least one request, even in a short time.
                 if left is not None and late and turn >= load.value:
                     return
-                row, _ = await self._send(next(asks), zero)
+                row, _ = await self._send(next(requests), zero)
                 rows.append(row)
                 if row.fault:
                     await asyncio.sleep(_AFTER_FAULT_S)
@@ -170,25 +170,27 @@ class Bench:
     async def _arrivals(
         self,
         load: Load,
-        asks: Iterator[Ask],
+        requests: Iterator[PromptRequest],
         zero: float,
         rows: list[Row],
         tasks: set[asyncio.Task[None]],
     ) -> None:
-        async def send(ask: Ask, due: float) -> None:
-            rows.append((await self._send(ask, zero, due))[0])
+        async def send(request: PromptRequest, due: float) -> None:
+            rows.append((await self._send(request, zero, due))[0])
 
         for offset in schedule(self._settings, load.value):
-            ask = next(asks)
+            request = next(requests)
             if (wait := zero + offset - time.perf_counter()) > 0:
                 await asyncio.sleep(wait)
-            task = asyncio.create_task(send(ask, zero + offset))
+            task = asyncio.create_task(send(request, zero + offset))
             tasks.add(task)
         await asyncio.gather(*tasks)
 
-    async def _send(self, ask: Ask, zero: float, due: float | None = None) -> tuple[Row, int]:
-        body = self._body(ask)
-        answer = Answer(time.perf_counter(), ask.max_tokens, due)
+    async def _send(
+        self, request: PromptRequest, zero: float, due: float | None = None
+    ) -> tuple[Row, int]:
+        body = self._body(request)
+        answer = Answer(time.perf_counter(), request.max_tokens, due)
         try:
             async with asyncio.timeout(self._settings.timeout_s):
                 await self._http.send(self._path, body, answer)
@@ -198,16 +200,16 @@ class Bench:
             answer.fail(error.kind, str(error))
         return answer.row(zero), answer.status
 
-    def _body(self, ask: Ask) -> bytes:
+    def _body(self, request: PromptRequest) -> bytes:
         settings, dialect = self._settings, self.dialect
-        content = ask.content
+        content = request.content
         fields: dict[str, Any] = {"model": settings.model, "stream": True}
         if settings.api == "completions":
             fields["prompt"] = content
         else:
             alone = [{"role": "user", "content": content}]
             fields["messages"] = alone if isinstance(content, str) else content
-        fields[dialect.length] = ask.max_tokens
+        fields[dialect.length] = request.max_tokens
         if dialect.temperature:
             fields["temperature"] = settings.temperature
         if dialect.ignore_eos:
