@@ -1,7 +1,7 @@
-r"""`headrace bench` beside an independent load client, guidellm: the two take turns.
+r"""`headrace bench` compared with an independent load client, guidellm, in turns.
 
-One server at a time, three cases; in each round both clients ask prompts of 128 words, none twice,
-for answers of 32 to 96 tokens past the end token, with the same number at once:
+One server at a time, three cases; in each round both clients send prompts of 128 words, none twice,
+for answers of 32 to 96 tokens (the end token is ignored), with the same concurrency:
 
 - `echo`: an engine that answers at a set pace (2,000 tokens/s of prompt, 50 tokens/s of answer for
   each of 8), so that what is compared is how the clients measure;
@@ -11,7 +11,7 @@ for answers of 32 to 96 tokens past the end token, with the same number at once:
 Every other round begins with the other client. A ratio is that of one round, headrace bench /
 guidellm; the table has the median, the least and the most. The goal is that the medians are within
 5 %. Below it is each client's mean over the server's own, of the same requests: a client that takes
-cores from the model makes it slower, and tells so truly. So each has cores of its own, and the
+cores from the model makes it slower, and reports that correctly. So each has its own cores, and the
 lengths of the answers differ, or chance would decide whether two streams begin together for a whole
 round. guidellm needs an environment of its own:
 
@@ -63,7 +63,7 @@ _SERVERS = {
 
 
 class Case(NamedTuple):
-    """A server, and how it is asked."""
+    """A server, and the load on it."""
 
     name: str
     model: str
@@ -87,7 +87,7 @@ async def ours(case: Case, server: Server, file: Path, folder: Path) -> dict[str
         *(sys.executable, "-m", "headrace", "bench", "--prompts", str(file)),
         *("--url", server.url, "--concurrency", str(case.streams)),
         *("--requests", str(case.requests)),
-        # As guidellm asks: the first answer is the server's own, and nothing is greedy.
+        # As guidellm does it: no warm-up, and no greedy sampling.
         *("--warm-up", "0", "--temperature", "1"),
         *("--output", str(record)),
     )
@@ -120,11 +120,11 @@ async def theirs(
         *("--data", f"kind=json_file,path={file}"),
         *("--output", f"kind=json,path={folder / 'theirs.json'}"),
     )
-    found = json.loads((folder / "theirs.json").read_text())["benchmarks"][0]
-    metrics = found["metrics"]
+    results = json.loads((folder / "theirs.json").read_text())["benchmarks"][0]
+    metrics = results["metrics"]
     total = metrics["request_totals"]
     tokens = metrics["output_token_count"]["successful"]["total_sum"]
-    # It may end one short of what it was told.
+    # It may stop one request short of the configured number.
     assert case.requests >= total["successful"] == total["total"] >= case.requests - 1, total
     after = await totals(http)
     http.close()
@@ -135,7 +135,7 @@ async def theirs(
     first = metrics["time_to_first_token_ms"]["successful"]
     between = metrics["inter_token_latency_ms"]["successful"]
     return {
-        "tokens_per_s": tokens / found["duration"],
+        "tokens_per_s": tokens / results["duration"],
         "ttft_ms_mean": first["mean"],
         "ttft_ms_p50": first["median"],
         "inter_token_ms_mean": between["mean"],
@@ -145,13 +145,13 @@ async def theirs(
 
 
 async def measure(case: Case, rounds: int, program: str, tokenizer: Path) -> list[dict[str, Any]]:
-    """Let both take turns on one server."""
-    found: list[dict[str, Any]] = []
+    """Run both clients on one server, in turns."""
+    turns: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cores = sorted(os.sched_getaffinity(0))
         half = len(cores) // 2
-        # Each has cores of its own: what a client takes is not to be missed by the model.
+        # Each has its own cores, so that a client takes no CPU time from the model.
         os.sched_setaffinity(0, cores[:half])
         command = drive.serve(case.model, *case.flags, options=case.options)
         async with drive.server(command) as server:
@@ -161,18 +161,18 @@ async def measure(case: Case, rounds: int, program: str, tokenizer: Path) -> lis
             await server.http().fetch("/v1/completions", body)
             for number in range(rounds):
                 turn: dict[str, Any] = {}
-                for who in ("ours", "theirs")[:: 1 if number % 2 else -1]:
-                    file = folder / f"{number}-{who}.jsonl"
-                    await _write(case, file, f"{case.name}/{number}", who)
-                    turn[who] = await (
+                for client in ("ours", "theirs")[:: 1 if number % 2 else -1]:
+                    file = folder / f"{number}-{client}.jsonl"
+                    await _write(case, file, f"{case.name}/{number}", client)
+                    turn[client] = await (
                         ours(case, server, file, folder)
-                        if who == "ours"
+                        if client == "ours"
                         else theirs(case, server, file, folder, program, tokenizer)
                     )
-                found.append(turn)
+                turns.append(turn)
                 print(case.name, number, json.dumps(turn), file=sys.stderr, flush=True)
     os.sched_setaffinity(0, cores)
-    return found
+    return turns
 
 
 async def totals(http: Http) -> dict[str, list[float]]:
@@ -189,23 +189,23 @@ async def totals(http: Http) -> dict[str, list[float]]:
     }
 
 
-async def _write(case: Case, file: Path, seed: str, who: str) -> None:
-    """Write prompts that nobody has had, or they were cached; each word is taken for a token.
+async def _write(case: Case, file: Path, seed: str, client: str) -> None:
+    """Write prompts that were not sent before, as those are cached; a word counts as a token.
 
     The lengths of the answers are the same for both.
     """
 
-    async def nobody(text: str) -> None:
+    async def uncounted(text: str) -> None:
         return None
 
-    words: Vocabulary = await vocabulary(nobody)
+    words: Vocabulary = await vocabulary(uncounted)
     settings = Settings(model=case.model, loads=(Load("closed", case.streams),))
-    asks = itertools.islice(synthetic(settings, words, f"{seed}/{who}"), case.requests)
+    asks = itertools.islice(synthetic(settings, words, f"{seed}/{client}"), case.requests)
     source = random.Random(seed)
     lengths = (source.randint(*_TOKENS) for _ in range(case.requests))
     lines = [
-        json.dumps({"prompt": one.content, "max_tokens": length, "output_tokens_count": length})
-        for one, length in zip(asks, lengths, strict=True)
+        json.dumps({"prompt": ask.content, "max_tokens": length, "output_tokens_count": length})
+        for ask, length in zip(asks, lengths, strict=True)
     ]
     await asyncio.to_thread(file.write_text, "\n".join(lines) + "\n")
 
@@ -226,17 +226,19 @@ def _table(cases: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> Ite
     yield ""
     yield f"{'case':<10}{'figure':<22}{'headrace bench':>15}{'guidellm':>12}  ratio (least-most)"
     for name, turns in cases.items():
-        for key, said in _NAMES.items():
-            mine, other = ([turn[who][key] for turn in turns] for who in ("ours", "theirs"))
+        for key, label in _NAMES.items():
+            mine, other = ([turn[client][key] for turn in turns] for client in ("ours", "theirs"))
             middles = f"{statistics.median(mine):>15.1f}{statistics.median(other):>12.1f}"
-            yield f"{name:<10}{said:<22}{middles}  {figures.spread(figures.ratios(mine, other))}"
+            yield f"{name:<10}{label:<22}{middles}  {figures.spread(figures.ratios(mine, other))}"
     yield ""
     yield "each client's mean over the server's own"
     for name, turns in cases.items():
         for key in _SERVERS:
             mine, other = (
-                figures.spread([turn[who][key] / turn[who][f"server_{key}"] for turn in turns])
-                for who in ("ours", "theirs")
+                figures.spread(
+                    [turn[client][key] / turn[client][f"server_{key}"] for turn in turns]
+                )
+                for client in ("ours", "theirs")
             )
             yield f"{name:<10}{_NAMES[key]:<20} headrace bench {mine}  guidellm {other}"
     yield ""

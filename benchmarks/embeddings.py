@@ -1,11 +1,11 @@
-"""Embeddings over HTTP against SentenceTransformer.encode, and many clients against one.
+"""Embeddings over HTTP against SentenceTransformer.encode, and many clients against a single one.
 
     python benchmarks/embeddings.py [--model REFERENCE] [--device cpu] [--rounds 5]
 
 Rounds of both are interleaved, on the same texts. `encode` gets the best of its batch sizes,
-found first. The vectors are compared. Then single texts: 64 clients at once, and one alone. What
-batches can gain at all is how much faster `encode` is with as many texts in a call as there are
-clients than with one in a call, in this process, while no server works.
+which is determined first. The vectors are compared. Then single texts: 64 clients at once, and one
+alone. The most that batches can gain is how much faster `encode` is with as many texts in a call as
+there are clients than with one in a call, in this process, while no server works.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def sentences(count: int, least: int, most: int) -> list[str]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Return the figures for people."""
+    """Return the table of the figures."""
     ratio = statistics.median(figures["http"]) / statistics.median(figures["encode"])
     gain = statistics.median(figures["many_clients"]) / statistics.median(figures["one_client"])
     itself = statistics.median(figures["calls_of_many"]) / statistics.median(

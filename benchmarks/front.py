@@ -1,17 +1,17 @@
-"""CPU time of the API process for each streamed event: Headrace beside the limit and a common way.
+"""CPU time of the API process for each streamed event, against the limit and a common design.
 
 Three servers run side by side, each in a process of its own, on uvicorn with uvloop, httptools
 and the settings of `headrace serve`:
 
-- limit: a bare ASGI app that sends ready bytes, those of one chunk of Headrace's own;
+- limit: a bare ASGI app that sends fixed bytes, those of one chunk of Headrace;
 - headrace: `headrace serve echo`, whose engine runs in a child process as any engine does;
 - pydantic: FastAPI with a StreamingResponse that builds a pydantic model for each chunk, of the
   same fields, and yields `data: {model.model_dump_json()}`.
 
-All send one token in each event, and each event for itself, at `--rate` events a second in all,
-well below what two cores can do. The two others have the cheapest pace there is: one timer
-wakes all streams together, as the steps of a batching engine do. Headrace's is the engine's in
-the child.
+All send one token in each event and one event in each write, at `--rate` events a second in all,
+well below what two cores can do. The two others use the cheapest timing: one timer wakes all
+streams together, as the steps of a batching engine do. In Headrace the engine in the child does
+that.
 
 One client process holds the streams. CPU is user and system time of the server's process alone,
 over a window in which all streams run; reading requests and starting and ending streams are
@@ -91,7 +91,7 @@ async def begin(server: Server, client: Program, body: dict[str, Any], streams: 
 
 
 async def count(name: str, server: Server, client: Program, streams: int, window: float) -> Cell:
-    """Count over a window, and hang up."""
+    """Count over a window, and close the streams."""
     before = await client.ask({"do": "count"})
     cpu, child = server.program.cpu(), server.program.children_cpu()
     await asyncio.sleep(window)
@@ -123,7 +123,7 @@ async def chunk_of(server: Server, client: Program, body: dict[str, Any]) -> str
 async def rounds(options: argparse.Namespace, streams: int) -> list[Cell]:
     """Measure all servers in turn at one number of streams."""
     speed, cells = options.rate / streams, list[Cell]()
-    # Longer than the window: a start of many streams on a busy machine takes its time.
+    # Longer than the window, as starting many streams on a busy machine takes time.
     body = body_of(speed, options.window + 30)
     commands = {
         "limit": report.script("front_servers.py", "limit", str(speed)),
@@ -168,9 +168,9 @@ async def beside(
 
 
 def in_step(speed: float) -> list[str]:
-    """Return the command of an echo service whose streams go in step.
+    """Return the command of an echo service whose streams are in step.
 
-    Otherwise chance decides in the beginning how many events come at once.
+    Otherwise the number of events that coincide would depend on when the streams began.
     """
     return drive.serve("echo", options={"tokens_per_second": speed, "in_step": True})
 
@@ -235,12 +235,12 @@ async def run(options: argparse.Namespace) -> list[Cell]:
 
 def main() -> None:
     """Measure, print and keep the figures."""
-    options, watch = arguments(), report.Watch()
+    options, conditions = arguments(), report.Conditions()
     servers, base = (CHECKOUTS, "other") if options.against else (SERVERS, "limit")
     cells, facts = asyncio.run(run(options)), report.machine()
     lines = table(cells, facts, servers, base)
     goal = "" if options.against else f"Goal: headrace at most {GOAL} times the limit."
-    text = "\n".join([*lines, f"{goal}{watch}".strip()])
+    text = "\n".join([*lines, f"{goal}{conditions}".strip()])
     print(f"\n{text}")
     record = {
         "machine": facts,

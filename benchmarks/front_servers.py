@@ -1,4 +1,4 @@
-"""The two servers that Headrace's front is measured against. See front.py.
+"""The two servers that front.py compares Headrace with.
 
 Usage: `python front_servers.py limit|pydantic TOKENS_PER_SECOND`
 """
@@ -41,7 +41,7 @@ class Steps:
         self._ticker: asyncio.Task[None] | None = None
 
     def next(self) -> asyncio.Future[None]:
-        """Return what the next step completes."""
+        """Return a future that completes with the next step."""
         loop = asyncio.get_running_loop()
         if self._ticker is None:
             self._ticker = loop.create_task(self._tick())
@@ -61,7 +61,7 @@ class Steps:
 
 
 def limit(steps: Steps) -> ASGIApp:
-    """Nothing but ASGI: the request names the bytes of its chunks."""
+    """Return a bare ASGI app; the request contains the bytes of its chunks."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         body = b""
@@ -70,11 +70,11 @@ def limit(steps: Steps) -> ASGIApp:
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        asked = json.loads(body)
-        chunk = asked["chunk"].encode()
+        request = json.loads(body)
+        chunk = request["chunk"].encode()
         gone = asyncio.ensure_future(receive())
         await send(_START)
-        for _ in range(asked["max_tokens"]):
+        for _ in range(request["max_tokens"]):
             await steps.next()
             if gone.done():
                 return
@@ -86,7 +86,7 @@ def limit(steps: Steps) -> ASGIApp:
 
 
 class ChunkChoice(BaseModel):
-    """What OpenAI's clients expect in a completion's chunk."""
+    """A choice in a completion's chunk, as OpenAI's clients expect it."""
 
     index: int
     text: str
@@ -115,7 +115,7 @@ class Completion(BaseModel):
 
 
 def with_pydantic(steps: Steps) -> FastAPI:
-    """FastAPI, a model for each chunk, StreamingResponse: what serving projects commonly do."""
+    """Return a FastAPI app with a model for each chunk and a StreamingResponse, a common design."""
     app = FastAPI()
 
     @app.post("/v1/completions")

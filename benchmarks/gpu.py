@@ -3,10 +3,10 @@
     python benchmarks/gpu.py --shape Qwen3-0.6B --engines vllm,transformers
     python benchmarks/gpu.py --shape Qwen3-8B
 
-The model has random weights and is written out here, and nothing is fetched. Each request has 100
-to 1,024 tokens of prompt and of answer, drawn from a fixed seed, as token ids, so that nobody's
-tokenizer is measured. First the engine alone; then both servers are started and asked in turn,
-A B, B A, by client processes that only note when bytes come. Each has half of the GPU.
+The model has random weights and is generated here; nothing is downloaded. Each request has 100 to
+1,024 tokens of prompt and of answer, drawn from a fixed seed. Prompts are token ids, so that no
+tokenizer is measured. First the engine runs alone; then both servers are started and measured in
+turn, A B, B A, by client processes that only record when bytes arrive. Each has half of the GPU.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ _CORES = ("EngineCore", "VLLM::Worker", "spawn_main")
 
 
 class Side(NamedTuple):
-    """A server that is up."""
+    """A running server."""
 
     name: str
     server: Server
     model: str
 
     def front_cpu(self) -> float:
-        """Return CPU seconds of all its processes but the engine's core and those below that."""
+        """Return CPU seconds of all its processes but the engine's core and its children."""
         fronts = _fronts(self.server.program.process())
         return sum(drive.cpu_of(process) for process in fronts)
 
 
 class Bench(NamedTuple):
-    """What all rounds have in common."""
+    """The parameters of all rounds."""
 
     options: argparse.Namespace
     engine: str
@@ -76,7 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=4, help="client processes")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--share", type=float, default=0.45, help="of the GPU, for each server")
-    parser.add_argument("--cpu", action="store_true", help="no GPU: to try the program")
+    parser.add_argument("--cpu", action="store_true", help="use no GPU, to test this program")
     return parser.parse_args()
 
 
@@ -86,10 +86,10 @@ async def _main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
         for engine in options.engines.split(","):
             bench = _bench(options, engine, Path(folder) / engine)
-            found = await _measure(bench)
-            record["engines"][engine] = found
-            lines += ["", f"{engine}, {len(bench.requests)} requests", *_table(found)]
-            # Kept at once: a later engine may fail, or the time be over.
+            result = await _measure(bench)
+            record["engines"][engine] = result
+            lines += ["", f"{engine}, {len(bench.requests)} requests", *_table(result)]
+            # Written at once: a later engine may fail or run out of time.
             text = "\n".join(lines)
             name = f"gpu-{options.shape}-{'-'.join(record['engines'])}"
             path = report.write(name, text, record, options)
@@ -113,14 +113,14 @@ def _bench(options: argparse.Namespace, engine: str, folder: Path) -> Bench:
         for _ in range(options.requests)
     ]
     if engine == "transformers":
-        # Its own call knows one length for all answers.
+        # `generate_batch` has one length for all answers.
         most = (options.least + options.most) // 2
         requests = [(ids, most) for ids, _ in requests[: options.few]]
     return Bench(options, engine, path, requests)
 
 
 async def _measure(bench: Bench) -> dict[str, Any]:
-    found: dict[str, Any] = {"offline": await _offline(bench), "turns": []}
+    result: dict[str, Any] = {"offline": await _offline(bench), "turns": []}
     async with AsyncExitStack() as stack:
         sides: list[Side] = []
         if bench.engine == "vllm":
@@ -131,9 +131,9 @@ async def _measure(bench: Bench) -> dict[str, Any]:
         for number in range(bench.options.rounds):
             for side in sides if number % 2 == 0 else sides[::-1]:
                 turn = await _turn(bench, side, again(bench.requests, number + 1))
-                found["turns"].append({"side": side.name, "round": number, **turn})
+                result["turns"].append({"side": side.name, "round": number, **turn})
                 print({"side": side.name, "round": number, **_brief(turn)}, flush=True)
-    return found
+    return result
 
 
 def again(requests: Sequence[tuple[list[int], int]], number: int) -> list[tuple[list[int], int]]:
@@ -233,9 +233,9 @@ async def _turn(
     wanted = sum(most for _, most in requests)
     if tokens != wanted:
         raise SystemExit(f"{side.name} made {tokens} tokens, not {wanted}.")
-    seconds = max(one["last"] for one in streams) - min(one["began"] for one in answers)
-    firsts = sorted(one["first"] for one in streams)
-    gaps = [gap for one in streams for gap in one["gaps"]]
+    seconds = max(stream["last"] for stream in streams) - min(answer["began"] for answer in answers)
+    firsts = sorted(stream["first"] for stream in streams)
+    gaps = [gap for stream in streams for gap in stream["gaps"]]
     return {
         "tokens": tokens,
         "seconds": seconds,
@@ -244,7 +244,7 @@ async def _turn(
         "first_p99": percentile(firsts, 99),
         "gap_p50": percentile(gaps, 50),
         "gap_p99": percentile(gaps, 99),
-        "events": sum(one["events"] for one in streams),
+        "events": sum(stream["events"] for stream in streams),
         "front_cpu": cpu,
         "front_cpu_per_1000": cpu / tokens * 1000,
         "firsts": [round(first, 4) for first in firsts],
@@ -266,20 +266,21 @@ def _tokens(tail: str) -> int:
     return int(counts[-1])
 
 
-def _table(found: dict[str, Any]) -> list[str]:
-    offline = statistics.median(one["tokens"] / one["seconds"] for one in found["offline"])
+def _table(result: dict[str, Any]) -> list[str]:
+    offline = statistics.median(turn["tokens"] / turn["seconds"] for turn in result["offline"])
     lines = [
         f"{'':12}{'tok/s':>9}{'of own':>8}{'TTFT p50':>10}{'p99':>8}{'gap p50':>9}{'p99':>8}"
         f"{'front CPU s/1000':>18}",
         f"{'the engine':12}{offline:9.0f}{1:8.3f}",
     ]
-    names = dict.fromkeys(turn["side"] for turn in found["turns"])
-    middle = {name: _middle(found["turns"], name) for name in names}
-    for name, one in middle.items():
+    names = dict.fromkeys(turn["side"] for turn in result["turns"])
+    middle = {name: _middle(result["turns"], name) for name in names}
+    for name, figures in middle.items():
         lines.append(
-            f"{name:12}{one['rate']:9.0f}{one['rate'] / offline:8.3f}{one['first_p50']:10.3f}"
-            f"{one['first_p99']:8.3f}{one['gap_p50'] * 1000:7.1f}ms{one['gap_p99'] * 1000:6.0f}ms"
-            f"{one['front_cpu_per_1000']:18.4f}"
+            f"{name:12}{figures['rate']:9.0f}{figures['rate'] / offline:8.3f}"
+            f"{figures['first_p50']:10.3f}{figures['first_p99']:8.3f}"
+            f"{figures['gap_p50'] * 1000:7.1f}ms{figures['gap_p99'] * 1000:6.0f}ms"
+            f"{figures['front_cpu_per_1000']:18.4f}"
         )
     if len(middle) == 2:
         ours, theirs = middle["headrace"], middle["vllm serve"]
@@ -302,7 +303,7 @@ def _brief(turn: dict[str, Any]) -> dict[str, Any]:
 def _fronts(process: psutil.Process) -> list[psutil.Process]:
     if _is_core(process):
         return []
-    below = [one for child in process.children() for one in _fronts(child)]
+    below = [front for child in process.children() for front in _fronts(child)]
     return [process, *below]
 
 

@@ -36,7 +36,7 @@ SHAPES = {
 def made(name: str, folder: Path, *, context: int, filled: bool) -> Path:
     """Return a folder of that shape below `folder`.
 
-    Where it is not `filled`, its weights are a hole in the file: for engines that make them up.
+    Unless it is `filled`, its weights are a hole in the file: for engines that generate them.
     """
     shape, path = SHAPES[name], folder / name
     path.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def _config(shape: Shape, context: int) -> dict[str, Any]:
 
 
 def _tokenizer(size: int) -> Any:
-    """Return one with as many pieces as the model has ids, so that each id has a text."""
+    """Return a tokenizer in which each id of the model has a text."""
     from tokenizers import (  # pyright: ignore[reportMissingImports]  # comes with transformers
         AddedToken,
         Tokenizer,
@@ -125,7 +125,7 @@ def _tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def _dig(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
-    """Write a header of safetensors in front of zeros that take no room on the disk."""
+    """Write a safetensors header and, as a hole in the file, zeros for the weights."""
     header: dict[str, Any] = {}
     end = 0
     for name, size in tensors.items():

@@ -1,4 +1,4 @@
-"""An engine's own rate with nothing around it: one call with all requests, in this process.
+"""The rate of an engine by itself: one call with all requests, in this process.
 
 It reads `{"engine", "model", "options", "rounds"}`, where a round is a list of requests of token
 ids and max tokens, and writes one line for each round.
@@ -16,7 +16,7 @@ from typing import Any
 
 Requests = list[tuple[list[int], int]]
 Run = Callable[[Requests], int]
-"""Answers all requests and returns how many tokens that were."""
+"""Answers all requests and returns the number of tokens."""
 
 
 def vllm(job: dict[str, Any]) -> Run:
@@ -50,7 +50,7 @@ def transformers(job: dict[str, Any]) -> Run:
     config = GenerationConfig(
         max_new_tokens=longest, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
-    # Where it can, it keeps what it sets up in the first call.
+    # Newer versions can keep what the first call sets up.
     known = inspect.signature(model.generate_batch).parameters
     kept = {"persistent_manager": True} if "persistent_manager" in known else {}
 
@@ -67,7 +67,7 @@ def transformers(job: dict[str, Any]) -> Run:
 
 
 def main() -> None:
-    """Measure what is asked for on standard input."""
+    """Run the job that is read from standard input."""
     job = json.loads(sys.stdin.readline())
     began = time.monotonic()
     run = {"vllm": vllm, "transformers": transformers}[job["engine"]](job)
@@ -77,7 +77,7 @@ def main() -> None:
         tokens = run(requests)
         print(json.dumps({"seconds": time.monotonic() - began, "tokens": tokens}), flush=True)
     if job["engine"] == "transformers":
-        # A manager's thread that is kept would not let it end.
+        # The thread of a persistent manager would keep the process alive.
         os._exit(0)
 
 

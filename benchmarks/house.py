@@ -233,7 +233,7 @@ def _count(label: str, names: Sequence[str]) -> Row:
 
 
 class Probe:
-    """The switch of the recording, and what the processes have written."""
+    """The switch of the recording, and the files that the processes have written."""
 
     def __init__(self, scratch: Path) -> None:
         self._switch = scratch / "switch"
@@ -303,7 +303,7 @@ def _service(probe: Probe, directory: Path) -> Iterator[tuple[int, int]]:
 
 
 def _chat(port: int, text: str, probe: Probe, streaming: int = 0) -> None:
-    """Stream a chat; the window `streaming` is open from its third token to its third last."""
+    """Stream a chat; the window `streaming` is open from the third token to the third last."""
     body = {"model": "echo", "stream": True, "messages": [{"role": "user", "content": text}]}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     headers = {"Content-Type": "application/json"}
@@ -345,7 +345,7 @@ def live_rows(directory: Path) -> Iterator[Row]:
 
 
 def _always(findings: Mapping[int, set[str]]) -> list[str]:
-    # What runs by the clock is not in every window.
+    # Timers do not run in every window.
     windows = [findings.get(number, set[str]()) for number in range(1, _WINDOWS + 1)]
     return sorted(set.intersection(*windows))
 

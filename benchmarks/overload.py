@@ -1,15 +1,15 @@
-"""Goodput under overload: what is left of it at three times the load that can be served.
+"""Goodput under overload: at three times the load that can be served, against that load.
 
 `headrace serve` with 4 slots and a bounded queue answers short requests without streaming. First
-its capacity is measured: eight clients, each of which asks again once it has its answer. Then
-requests arrive by themselves, at random (Poisson, always the same series), at once and at three
-times as many a second as it could serve, for equal times; at three times once with clients that
-are content with a 429, and once with clients that come again after Retry-After until the deadline.
+its capacity is measured in a closed loop of eight clients. Then requests arrive at random (Poisson,
+always the same series), at the capacity and at three times the capacity, for equal times; at three
+times once with clients that give up on a 429, and once with clients that retry after Retry-After
+until the deadline.
 
-Goodput is output tokens/s of the answers that were whole within the deadline, counted from the
-first time that the client asked. A client hangs up at its deadline. A turn has a warm-up, in which
-requests arrive and nothing is counted; what ends after the turn is not counted either. The turns
-at one and three times the capacity take turns.
+Goodput is output tokens/s of the answers that were complete within the deadline, which counts from
+the client's first attempt. A client disconnects at its deadline. A turn has a warm-up, in which
+requests arrive and nothing is counted; what ends after the turn is not counted either. The order
+of the turns is reversed in every other round.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _CLIENTS, _SLOTS, _QUEUED, _CONTEXT = 8, 4, 16, 256
 _TURNS = ((1.0, False), (3.0, False), (3.0, True))
 
 
-class Asked(NamedTuple):
-    """One request: when it came and when it was over, and how often it was refused.
+class Outcome(NamedTuple):
+    """The outcome of one request: when it began and ended, and how often it was refused.
 
-    `status` is 0 for one that was given up at its deadline. Times are seconds of the turn.
+    `status` is 0 if the client gave up at its deadline. Times are seconds since the turn began.
     """
 
     came: float
@@ -50,32 +50,36 @@ class Asked(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One load for one time; `offered` is requests/s over the capacity."""
+    """One load for a fixed time; `offered` is requests/s relative to the capacity."""
 
     offered: float
     obeys: bool
     seconds: float
     warm_s: float
-    asked: list[Asked]
+    outcomes: list[Outcome]
 
     @property
-    def counted(self) -> list[Asked]:
-        """Those that were over within the turn, without its warm-up."""
-        return [one for one in self.asked if self.warm_s <= one.over < self.warm_s + self.seconds]
+    def counted(self) -> list[Outcome]:
+        """The requests that ended within the turn, after its warm-up."""
+        return [
+            outcome
+            for outcome in self.outcomes
+            if self.warm_s <= outcome.over < self.warm_s + self.seconds
+        ]
 
     @property
-    def answered(self) -> list[Asked]:
-        """Those of them that got an answer."""
-        return [one for one in self.counted if one.status == 200]
+    def answered(self) -> list[Outcome]:
+        """Those of them that were answered."""
+        return [outcome for outcome in self.counted if outcome.status == 200]
 
     @property
     def goodput(self) -> float:
-        """Tokens/s of answers in time."""
-        return sum(one.tokens for one in self.answered) / self.seconds
+        """Output tokens/s of the answers."""
+        return sum(outcome.tokens for outcome in self.answered) / self.seconds
 
 
 class Bench(NamedTuple):
-    """The service, the length of an answer, and when it is too late."""
+    """The service, the length of an answer, and its deadline."""
 
     http: Http
     max_tokens: int
@@ -110,8 +114,8 @@ async def post(bench: Bench, number: int) -> tuple[int, int, float]:
     return answer.status, tokens, float(answer.headers.get("retry-after-ms", 0)) / 1000
 
 
-async def client(bench: Bench, number: int, start: float, *, obeys: bool) -> Asked:
-    """Ask, and come again when refused, until the deadline."""
+async def client(bench: Bench, number: int, start: float, *, obeys: bool) -> Outcome:
+    """Send a request and, if the client `obeys` Retry-After, retry it until the deadline."""
     came, refusals, waits = time.monotonic(), 0, []
     status = tokens = 0
     try:
@@ -125,29 +129,29 @@ async def client(bench: Bench, number: int, start: float, *, obeys: bool) -> Ask
                 if not obeys:
                     break
                 status = 0
-                # A client that would come back after its deadline does not wait for it.
+                # A client that would retry after its deadline gives up at once.
                 if time.monotonic() - came + wait_s > bench.deadline_s:
                     status = 429
                     break
                 await asyncio.sleep(wait_s)
     except TimeoutError:
         status = 0
-    return Asked(came - start, time.monotonic() - start, status, tokens, refusals, tuple(waits))
+    return Outcome(came - start, time.monotonic() - start, status, tokens, refusals, tuple(waits))
 
 
 async def capacity(bench: Bench, seconds: float) -> Turn:
-    """Keep all slots busy with clients that ask again and again."""
+    """Keep all slots busy with clients in a closed loop."""
     start, warm_s = time.monotonic(), seconds / 4
-    asked: list[Asked] = []
+    outcomes: list[Outcome] = []
 
-    async def ask(who: int) -> None:
+    async def ask(index: int) -> None:
         number = 0
         while time.monotonic() - start < warm_s + seconds:
             number += 1
-            asked.append(await client(bench, who * 10**6 + number, start, obeys=False))
+            outcomes.append(await client(bench, index * 10**6 + number, start, obeys=False))
 
-    await asyncio.gather(*(ask(who) for who in range(_CLIENTS)))
-    return Turn(0.0, False, seconds, warm_s, asked)
+    await asyncio.gather(*(ask(index) for index in range(_CLIENTS)))
+    return Turn(0.0, False, seconds, warm_s, outcomes)
 
 
 async def arrivals(
@@ -155,9 +159,9 @@ async def arrivals(
 ) -> Turn:
     """Let requests arrive at random, `rate` times `offered` of them a second."""
     source, start = random.Random(seed), time.monotonic()
-    # As long as it takes until the queue is full and waits are as long as usual.
+    # Until the queue is full and the waits are steady.
     warm_s = seconds / 4
-    tasks: list[asyncio.Task[Asked]] = []
+    tasks: list[asyncio.Task[Outcome]] = []
     at = 0.0
     while (at := at + source.expovariate(rate * offered)) < warm_s + seconds:
         await asyncio.sleep(max(0.0, start + at - time.monotonic()))
@@ -176,7 +180,7 @@ async def run(options: argparse.Namespace) -> list[Turn]:
     async with drive.server(drive.serve(options.model, *flags, options=shape)) as server:
         bench = Bench(server.http(), options.max_tokens, options.deadline)
         for number in range(options.rounds):
-            # Measured each round: what others do on this machine changes it.
+            # Measured in each round, as it depends on other programs on this machine.
             turns.append(await capacity(bench, options.seconds))
             print(_line(turns[-1]), flush=True)
             rate = len(turns[-1].answered) / options.seconds
@@ -191,17 +195,17 @@ async def run(options: argparse.Namespace) -> list[Turn]:
 
 def named(turns: Sequence[Turn], offered: float, *, obeys: bool = False) -> list[Turn]:
     """Return the turns of one kind, in the order of the rounds."""
-    return [one for one in turns if (one.offered, one.obeys) == (offered, obeys)]
+    return [turn for turn in turns if (turn.offered, turn.obeys) == (offered, obeys)]
 
 
 def ratio(turns: Sequence[Turn], offered: float, *, obeys: bool, over: float = 1.0) -> list[float]:
     """Return for each round the goodput of one kind over that of another."""
     pairs = zip(named(turns, offered, obeys=obeys), named(turns, over), strict=True)
-    return [one.goodput / base.goodput for one, base in pairs]
+    return [turn.goodput / base.goodput for turn, base in pairs]
 
 
 def table(turns: Sequence[Turn], facts: dict[str, Any], options: argparse.Namespace) -> str:
-    """Return the figures to be read."""
+    """Return the table of the figures."""
     lines = [
         f"Goodput (tokens/s of answers within {options.deadline:g} s) by offered load",
         report.describe(facts),
@@ -213,28 +217,33 @@ def table(turns: Sequence[Turn], facts: dict[str, Any], options: argparse.Namesp
     ]
     for offered, obeys in ((0.0, False), *_TURNS):
         those = named(turns, offered, obeys=obeys)
-        counted = [one for turn in those for one in turn.counted]
-        found = Counter(one.status for one in counted)
-        goodput = statistics.median(one.goodput for one in those)
+        counted = [outcome for turn in those for outcome in turn.counted]
+        statuses = Counter(outcome.status for outcome in counted)
+        goodput = statistics.median(turn.goodput for turn in those)
         of_one = statistics.median(ratio(turns, offered, obeys=obeys))
         of_all = statistics.median(ratio(turns, offered, obeys=obeys, over=0.0))
-        took = [one.over - one.came for turn in those for one in turn.answered]
+        took = [outcome.over - outcome.came for turn in those for outcome in turn.answered]
         at = [percentile(took, percent) for percent in (50, 95, 99)]
-        share = [found[status] / max(1, len(counted)) for status in (200, 429, 0)]
+        share = [statuses[status] / max(1, len(counted)) for status in (200, 429, 0)]
         lines.append(
             f"{_name(offered, obeys):19}  {goodput:7.1f}  {of_one:5.2f}  {of_all:13.2f}"
             f"  {share[0]:8.0%}  {share[1]:4.0%}  {share[2]:5.0%}"
             f"  {at[0]:19.2f} {at[1]:4.1f} {at[2]:4.1f}"
         )
-    refused = [one for turn in turns for one in turn.asked if one.refusals and not turn.obeys]
-    slow = percentile((one.over - one.came for one in refused), 99)
+    refused = [
+        outcome
+        for turn in turns
+        for outcome in turn.outcomes
+        if outcome.refusals and not turn.obeys
+    ]
+    slow = percentile((outcome.over - outcome.came for outcome in refused), 99)
     lines += ["", f"Goal: at least {GOAL} of x1 at x3. 99 % of the 429 came within {slow:.3f} s."]
     return "\n".join(lines)
 
 
 def _line(turn: Turn) -> str:
-    found = Counter(one.status for one in turn.counted)
-    kinds = ", ".join(f"{status or 'late'}: {count}" for status, count in sorted(found.items()))
+    statuses = Counter(outcome.status for outcome in turn.counted)
+    kinds = ", ".join(f"{status or 'late'}: {count}" for status, count in sorted(statuses.items()))
     return f"  {_name(turn.offered, turn.obeys):19}  {turn.goodput:6.1f} tok/s  {kinds}"
 
 
@@ -245,20 +254,20 @@ def _name(offered: float, obeys: bool) -> str:
 
 def main() -> None:
     """Measure, print and keep the figures."""
-    options, watch = arguments(), report.Watch()
+    options, conditions = arguments(), report.Conditions()
     turns, facts = asyncio.run(run(options)), report.machine()
-    text = f"{table(turns, facts, options)}{watch}"
+    text = f"{table(turns, facts, options)}{conditions}"
     print(f"\n{text}")
     record = {
         "machine": facts,
         "model": options.model,
         "deadline_s": options.deadline,
-        "load_average": watch.load,
+        "load_average": conditions.load,
         "goal": GOAL,
         "ratios": {_name(n, o): ratio(turns, n, obeys=o) for n, o in _TURNS[1:]},
         "turns": [
-            {**one._asdict(), "goodput": one.goodput, "asked": [list(a) for a in one.asked]}
-            for one in turns
+            {**turn._asdict(), "goodput": turn.goodput, "outcomes": [*map(list, turn.outcomes)]}
+            for turn in turns
         ],
     }
     report.write("overload", text, record, options)

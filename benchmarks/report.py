@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: flags, the machine's facts, and how figures are kept."""
+"""Common parts of the benchmarks: flags, facts of the machine, and the files of results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def against(parser: argparse.ArgumentParser) -> None:
 
 
 def script(name: str, *arguments: str) -> list[str]:
-    """Return the command of a program beside this file."""
+    """Return the command of a program in this folder."""
     return [sys.executable, str(Path(__file__).with_name(name)), *arguments]
 
 
@@ -63,8 +63,8 @@ def load_average() -> float:
     return round(os.getloadavg()[0], 2)
 
 
-class Watch:
-    """The load average before and after, and the time that a run took."""
+class Conditions:
+    """The load average before and after a run, and its duration."""
 
     def __init__(self) -> None:
         self.load = [load_average()]
@@ -80,7 +80,7 @@ class Watch:
 def write(
     name: str, table: str, record: dict[str, Any], options: argparse.Namespace
 ) -> Path | None:
-    """Keep the table and the raw figures, but not those of a quick run; return where.
+    """Write the table and the raw figures, unless the run was a quick one; return the path.
 
     Without `--json` they go to benchmarks/results, named by the day.
     """

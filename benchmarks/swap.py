@@ -1,4 +1,4 @@
-"""What the pool adds to a load: time from a request to its first token, beside the engine's own.
+"""What the pool adds to a load: time from a request to its first token, against the engine's own.
 
 Two models, copies of one file, are served under a budget for one. A round measures, in turn:
 
@@ -9,11 +9,11 @@ Two models, copies of one file, are served under a budget for one. A round measu
 
 Beside each, in turn, the engine alone: a fresh process that imports only xllamacpp, loads a third
 copy of the file with the same slots, threads, batch and context, and answers as long a prompt. Its
-time is from the start of the process to the first token, and beside it stands what the process
-needs before it begins to load. For `resident` it is the last of several prompts to that process.
+time is from the start of the process to the first token; the time that the process needs before
+it begins to load is given too. For `resident` it is the last of several prompts to that process.
 The page cache is emptied of a copy with posix_fadvise and what is left is counted; the libraries
 stay in it. Both sides have one thread: several would wait for each other by spinning, which
-Headrace curbs where others want the cores, and the engine alone would look bad.
+Headrace limits when cores are shared, so that the engine alone would look worse.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class Times(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """What a round needs: the service, the files of both models, and of the engine."""
+    """The service, the files of its two models, and the file of the engine alone."""
 
     server: Server
-    one: Path
-    other: Path
+    first: Path
+    second: Path
     peer: Path
     threads: int
 
@@ -79,7 +79,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = report.parser("What the pool adds to the engine's load.")
     parser.add_argument("--model", default="smollm2", help="reference of a GGUF")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--memory", default=_BUDGET, help="budget that holds one and not two")
+    parser.add_argument("--memory", default=_BUDGET, help="budget for one model but not two")
     parser.add_argument("--threads", type=int, default=1, help="of both")
     parser.add_argument("--folder", type=Path, help="a folder on a disk, for the copies")
     options = parser.parse_args(argv)
@@ -106,16 +106,16 @@ def cached(path: Path) -> float:
     """Return the share of a file's pages that are in the page cache."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE) as mapped:
         pages = -(-len(mapped) // mmap.PAGESIZE)
-        found = (ctypes.c_ubyte * pages)()
+        resident = (ctypes.c_ubyte * pages)()
         byte = ctypes.c_char.from_buffer(mapped)
         try:
             library = ctypes.CDLL(None, use_errno=True)
             start = ctypes.c_void_p(ctypes.addressof(byte))
-            if library.mincore(start, ctypes.c_size_t(len(mapped)), found):
+            if library.mincore(start, ctypes.c_size_t(len(mapped)), resident):
                 raise OSError(ctypes.get_errno(), "mincore")
         finally:
             del byte
-        return sum(one & 1 for one in found) / pages
+        return sum(page & 1 for page in resident) / pages
 
 
 async def ask(bench: Bench, model: Path, prompt: str) -> float:
@@ -144,29 +144,29 @@ async def admin(bench: Bench, path: str, body: dict[str, Any] | None = None) -> 
 
 
 async def prepare(bench: Bench, case: str) -> float:
-    """Bring about the state of a case; return how much of the file is in the page cache."""
+    """Set up the state of a case; return the share of the file that is in the page cache."""
     if case == "resident":
         for again in range(4):
-            await ask(bench, bench.one, prompts(1, -2 - again)[0])
+            await ask(bench, bench.first, prompts(1, -2 - again)[0])
     else:
-        await admin(bench, "models/unload", {"model": bench.one.stem})
+        await admin(bench, "models/unload", {"model": bench.first.stem})
     if case in {"evicted", "cold"}:
-        await ask(bench, bench.other, prompts(1, -2)[0])
+        await ask(bench, bench.second, prompts(1, -2)[0])
         await asyncio.sleep(_RESIDENCE_S)
     else:
-        await admin(bench, "models/unload", {"model": bench.other.stem})
-    for path in (bench.one, bench.peer):
+        await admin(bench, "models/unload", {"model": bench.second.stem})
+    for path in (bench.first, bench.peer):
         await asyncio.to_thread(drop if case == "cold" else warm, path)
-    return max(cached(bench.one), cached(bench.peer))
+    return max(cached(bench.first), cached(bench.peer))
 
 
 async def ask_pool(bench: Bench, case: str, prompt: str) -> tuple[float, float]:
     """Measure Headrace: seconds to the first token, and seconds of the worker's load."""
-    seconds = await ask(bench, bench.one, prompt)
-    status = await admin(bench, f"models/{bench.one.stem}")
-    other = await admin(bench, f"models/{bench.other.stem}")
+    seconds = await ask(bench, bench.first, prompt)
+    status = await admin(bench, f"models/{bench.first.stem}")
+    other = await admin(bench, f"models/{bench.second.stem}")
     if case in {"evicted", "cold"} and other["state"] == "ready":
-        raise SystemExit("Both models fit: give less --memory.")
+        raise SystemExit("Both models fit: use a smaller --memory.")
     return seconds, (status["replicas"][0]["load_ms"] or 0) / 1000
 
 
@@ -219,26 +219,26 @@ async def measure(bench: Bench, case: str, number: int) -> Times:
 
 def middle(times: Sequence[Times], case: str, field: str) -> float:
     """Return the median of a field over the rounds."""
-    return statistics.median(getattr(one, field) for one in times if one.case == case)
+    return statistics.median(getattr(row, field) for row in times if row.case == case)
 
 
 def verdict(times: Sequence[Times], case: str) -> dict[str, Any]:
     """Return the figures of one case; those of a pair are taken in its round."""
-    pairs = [one for one in times if one.case == case]
-    added = statistics.median(one.pool - one.engine for one in pairs)
-    allowed = statistics.median(one.engine * (GOAL_RATIO - 1) + GOAL_S for one in pairs)
+    pairs = [row for row in times if row.case == case]
+    added = statistics.median(row.pool - row.engine for row in pairs)
+    allowed = statistics.median(row.engine * (GOAL_RATIO - 1) + GOAL_S for row in pairs)
     return {
         **{name: middle(times, case, name) for name in Times._fields[2:]},
-        "ratio": statistics.median(one.pool / one.engine for one in pairs),
+        "ratio": statistics.median(row.pool / row.engine for row in pairs),
         "added": added,
-        "added_least": min(one.pool for one in pairs) - min(one.engine for one in pairs),
+        "added_least": min(row.pool for row in pairs) - min(row.engine for row in pairs),
         "allowed": allowed,
         "met": added <= allowed,
     }
 
 
 def table(times: Sequence[Times], facts: dict[str, Any], options: argparse.Namespace) -> str:
-    """Return the figures to be read."""
+    """Return the table of the figures."""
     lines = [
         "Milliseconds from a request to its first token, beside the engine alone, medians",
         report.describe(facts),
@@ -249,17 +249,17 @@ def table(times: Sequence[Times], facts: dict[str, Any], options: argparse.Names
         "  ratio  added (of the least)  allowed",
     ]
     for case in CASES:
-        found = verdict(times, case)
-        every = [one for one in times if one.case == case]
+        figures = verdict(times, case)
+        every = [row for row in times if row.case == case]
         lines.append(
-            f"{case:9}  {_range([one.pool for one in every]):19}  {_ms(found['load']):10}"
-            f"  {_range([one.engine for one in every]):20}"
-            f"  {_ms(found['started']):11}, {_ms(found['opened']):5}"
-            f"  {found['ratio']:5.2f}  {_ms(found['added']):5} ({_ms(found['added_least'])})"
-            f"  {_ms(found['allowed']):>13}"
-            f"  {'met' if found['met'] else 'missed'}"
+            f"{case:9}  {_range([row.pool for row in every]):19}  {_ms(figures['load']):10}"
+            f"  {_range([row.engine for row in every]):20}"
+            f"  {_ms(figures['started']):11}, {_ms(figures['opened']):5}"
+            f"  {figures['ratio']:5.2f}  {_ms(figures['added']):5} ({_ms(figures['added_least'])})"
+            f"  {_ms(figures['allowed']):>13}"
+            f"  {'met' if figures['met'] else 'missed'}"
         )
-    left = max((one.left for one in times if one.case == "cold"), default=0.0)
+    left = max((row.left for row in times if row.case == "cold"), default=0.0)
     lines += ["", f"Goal: 10 % + 100 ms. Of the cold files {left:.1%} were in the page cache."]
     return "\n".join(lines)
 
@@ -276,15 +276,17 @@ def _ms(seconds: float) -> str:
 async def _bench(options: argparse.Namespace, model: Path) -> AsyncGenerator[Bench]:
     threads = options.threads
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        one, other, peer = (Path(folder) / f"{name}.gguf" for name in ("one", "other", "peer"))
-        for path in (one, other, peer):
+        first, second, peer = (
+            Path(folder) / f"{name}.gguf" for name in ("first", "second", "peer")
+        )
+        for path in (first, second, peer):
             shutil.copyfile(model, path)
         shape: dict[str, object] = {"slots": _SLOTS, "threads": threads, "batch_size": _BATCH}
         flags = ("--context-length", str(_CONTEXT), "--memory", options.memory)
         home = ("--home", str(Path(folder) / "home"))
-        command = drive.serve(str(one), str(other), *flags, *home, options=shape)
+        command = drive.serve(str(first), str(second), *flags, *home, options=shape)
         async with drive.server(command) as server:
-            yield Bench(server, one, other, peer, threads)
+            yield Bench(server, first, second, peer, threads)
 
 
 async def run(options: argparse.Namespace) -> list[Times]:
@@ -293,30 +295,30 @@ async def run(options: argparse.Namespace) -> list[Times]:
     model = runtime.store(settings.config).fetch(parse(options.model))
     times: list[Times] = []
     async with _bench(options, model) as bench:
-        # One of each that does not count: it measures what a load needs, and reads the libraries.
+        # Not counted: the pool learns what a load needs, and the libraries are read.
         await measure(bench, "evicted", -1)
         for number in range(options.rounds):
             for case in CASES:
-                one = await measure(bench, case, number)
-                times.append(one)
-                print(f"  {case:9} {_ms(one.pool):>6} ms, engine {_ms(one.engine):>6}", flush=True)
+                row = await measure(bench, case, number)
+                times.append(row)
+                print(f"  {case:9} {_ms(row.pool):>6} ms, engine {_ms(row.engine):>6}", flush=True)
     return times
 
 
 def main() -> None:
     """Measure, print and keep the figures."""
-    options, watch = arguments(), report.Watch()
+    options, conditions = arguments(), report.Conditions()
     times, facts = asyncio.run(run(options)), report.machine()
-    text = f"{table(times, facts, options)}{watch}"
+    text = f"{table(times, facts, options)}{conditions}"
     print(f"\n{text}")
     record = {
         "machine": facts,
         "model": options.model,
         "threads": options.threads,
-        "load_average": watch.load,
+        "load_average": conditions.load,
         "goal": {"ratio": GOAL_RATIO, "added_s": GOAL_S},
         "cases": {case: verdict(times, case) for case in CASES},
-        "times": [one._asdict() for one in times],
+        "times": [row._asdict() for row in times],
     }
     report.write("swap", text, record, options)
 

@@ -1,8 +1,8 @@
-"""What Headrace costs: output tokens/s through its HTTP over the rate of the engine by itself.
+"""The cost of Headrace: output tokens/s over its HTTP API, relative to the engine by itself.
 
 Two sides take turns in one run, on the same GGUF with the same slots, threads, batch and context:
 
-- http: `headrace serve`, asked over HTTP for streams by a raw client in its own process; a turn
+- http: `headrace serve`, with a raw HTTP client in its own process that requests streams; a turn
   lasts from the first connection to the last byte of the last stream;
 - engine: xllamacpp called in a process of its own, one thread for each request, with a callback
   that takes the raw bytes; a turn lasts from the start of the first thread to the end of the last.
@@ -10,8 +10,8 @@ Two sides take turns in one run, on the same GGUF with the same slots, threads, 
 Both get the same prompts as text, of about 130 tokens and different in every request and round,
 so that no prefix cache helps, and write 128 tokens, greedily, past the end token. Prefill and
 tokenising are within the turn on both sides. Every other round begins with the other side. The
-side that waits stays loaded; its CPU is watched, as it must be idle. A ratio is that of the two
-turns of one round, and the table shows the median of the rounds.
+side that waits stays loaded; its CPU time is recorded, as it must be idle. A ratio is that of the
+two turns of one round, and the table shows the median of the rounds.
 
 With `--against DIR`, the other side is not the engine but `other`: the same over HTTP with the
 Headrace of another checkout.
@@ -41,9 +41,9 @@ from headrace.models.reference import parse
 
 GOAL, AIM = 0.95, 0.98
 ROUNDS = {1: 6, 8: 5, 32: 3}
-"""More of the short ones."""
+"""Rounds by the number of streams; more of the short ones."""
 REPEATS = {1: 3}
-"""Requests one after another in a turn, where one alone would be over too soon to be timed."""
+"""Requests in sequence in a turn, where a single one would be too short to be timed."""
 _CONTEXT, _BATCH = 512, 256
 NAMES = {"engine": "the engine's own", "other": "that of the other checkout"}
 _DISTURBED = 0.1
@@ -51,7 +51,7 @@ _TRIES = 3
 
 
 class Side(NamedTuple):
-    """What takes turns with others: it answers texts all at once. `cpu` is in seconds so far."""
+    """A side of the comparison. `ask` answers texts all at once; `cpu` returns seconds so far."""
 
     name: str
     ask: Callable[[Sequence[str]], Awaitable[dict[str, Any]]]
@@ -59,7 +59,7 @@ class Side(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One side of one round. CPU in seconds: of the side, its client, all that wait, the rest."""
+    """One side of one round. CPU seconds: of the side, its client, the idle sides, the rest."""
 
     side: str
     streams: int
@@ -119,7 +119,7 @@ async def ask_http(
     await client.ask({"do": "open", "url": server.url, "bodies": bodies})
     done = await client.ask({"do": "drain"})
     pairs = [re.findall(r'"(prompt|completion)_tokens":(\d+)', tail) for tail in done["tails"]]
-    usages = [dict(found) for found in pairs]
+    usages = [dict(counts) for counts in pairs]
     if not all("[DONE]" in tail for tail in done["tails"]):
         raise SystemExit(f"A stream did not end well: {done['tails'][0]}")
     return {
@@ -170,8 +170,8 @@ async def turn(
         seconds=sum(answer["seconds"] for answer in answers),
         cpu=used[side.name],
         client_cpu=used["client"],
-        idle_cpu=sum(used[one.name] for one in sides if one is not side),
-        other_cpu=used["all"] - used["client"] - sum(used[one.name] for one in sides),
+        idle_cpu=sum(used[other.name] for other in sides if other is not side),
+        other_cpu=used["all"] - used["client"] - sum(used[other.name] for other in sides),
     )
 
 
@@ -184,24 +184,24 @@ async def take_turns(
         await side.ask(prompts(streams, -1)[:2])
     for number in range(rounds or ROUNDS.get(streams, 3)):
         done = await _round(sides, client, streams, number)
-        for one in done:
-            print(f"  {streams:3} streams  {one.side:8} {one.rate:7.1f} tok/s", flush=True)
+        for turn in done:
+            print(f"  {streams:3} streams  {turn.side:8} {turn.rate:7.1f} tok/s", flush=True)
         turns += done
     return turns
 
 
 async def _round(sides: Sequence[Side], client: Program, streams: int, number: int) -> list[Turn]:
-    # Each side begins now and then, so that none always comes after the same.
+    # The order rotates, so that no side always follows the same other one.
     first = number % len(sides)
     order, done = [*sides[first:], *sides[:first]], list[Turn]()
     for again in range(_TRIES):
-        # Other prompts when it is done again: these are in the cache.
+        # A repetition uses other prompts: the first ones are in the cache.
         texts = number + again * 1000
         done = [await turn(side, sides, client, streams, texts) for side in order]
-        if max(one.disturbed for one in done) <= _DISTURBED:
+        if max(turn.disturbed for turn in done) <= _DISTURBED:
             break
         print(f"  {streams:3} streams  disturbed", flush=True)
-    return [one._replace(round=number) for one in done]
+    return [turn._replace(round=number) for turn in done]
 
 
 async def rounds(options: argparse.Namespace, streams: int, model: Path) -> list[Turn]:
@@ -221,9 +221,11 @@ async def rounds(options: argparse.Namespace, streams: int, model: Path) -> list
             sides.append(await by_itself("engine", stack, settings, "tax_engine.py", most))
         turns = await take_turns(sides, client, streams, options.rounds)
     requests = streams * REPEATS.get(streams, 1)
-    if {one.tokens for one in turns} != {requests * options.max_tokens}:
+    if {turn.tokens for turn in turns} != {requests * options.max_tokens}:
         raise SystemExit(f"Not every request wrote {options.max_tokens} tokens.")
-    if len({(one.round, one.prompt_tokens) for one in turns}) > len({one.round for one in turns}):
+    if len({(turn.round, turn.prompt_tokens) for turn in turns}) > len(
+        {turn.round for turn in turns}
+    ):
         raise SystemExit("The sides did not see the same prompts.")
     return turns
 
@@ -231,13 +233,13 @@ async def rounds(options: argparse.Namespace, streams: int, model: Path) -> list
 def rate(turns: Sequence[Turn], streams: int, side: str) -> float:
     """Return the median rate of a side."""
     return statistics.median(
-        one.rate for one in turns if (one.side, one.streams) == (side, streams)
+        turn.rate for turn in turns if (turn.side, turn.streams) == (side, streams)
     )
 
 
 def ratios(turns: Sequence[Turn], streams: int, side: str, base: str) -> list[float]:
     """Return the rate of one side over another's, for each round."""
-    rates = {(one.side, one.round): one.rate for one in turns if one.streams == streams}
+    rates = {(turn.side, turn.round): turn.rate for turn in turns if turn.streams == streams}
     numbers = sorted({number for name, number in rates if name == base})
     return [rates[side, number] / rates[base, number] for number in numbers]
 
@@ -245,7 +247,7 @@ def ratios(turns: Sequence[Turn], streams: int, side: str, base: str) -> list[fl
 def table(
     turns: Sequence[Turn], facts: dict[str, Any], options: argparse.Namespace, base: str
 ) -> str:
-    """Return the figures to be read."""
+    """Return the table of the figures."""
     lines = [
         f"Output tokens/s through HTTP over {NAMES[base]}, in one interleaved run",
         report.describe(facts),
@@ -254,7 +256,7 @@ def table(
         "",
         f"streams  http tok/s  {base:>6} tok/s  ratio (least-most)     CPU s/token, over {base}",
     ]
-    for streams in sorted({one.streams for one in turns}):
+    for streams in sorted({turn.streams for turn in turns}):
         spent = [_cpu_per_token(turns, streams, side) for side in ("http", base)]
         lines.append(
             f"{streams:7}  {rate(turns, streams, 'http'):10.1f}"
@@ -262,16 +264,16 @@ def table(
             f"  {figures.spread(ratios(turns, streams, 'http', base)):21}"
             f"  {spent[0] / spent[1]:.3f}"
         )
-    idle = max(one.idle_cpu / one.seconds for one in turns)
-    others = max(one.disturbed for one in turns)
+    idle = max(turn.idle_cpu / turn.seconds for turn in turns)
+    others = max(turn.disturbed for turn in turns)
     goal = f"Goal: at least {GOAL} each, aim {AIM}. " if base == "engine" else ""
     waited = f"The side that waited used at most {idle:.1%} of a core, other programs {others:.1%}."
     return "\n".join([*lines, "", goal + waited])
 
 
 def _cpu_per_token(turns: Sequence[Turn], streams: int, side: str) -> float:
-    own = [one for one in turns if (one.side, one.streams) == (side, streams)]
-    return sum(one.cpu + one.client_cpu for one in own) / sum(one.tokens for one in own)
+    own = [turn for turn in turns if (turn.side, turn.streams) == (side, streams)]
+    return sum(turn.cpu + turn.client_cpu for turn in own) / sum(turn.tokens for turn in own)
 
 
 def _cpu(sides: Sequence[Side], client: Program) -> dict[str, float]:
@@ -297,10 +299,10 @@ async def run(options: argparse.Namespace) -> list[Turn]:
 
 def main() -> None:
     """Measure, print and keep the figures."""
-    options, watch = arguments(), report.Watch()
+    options, conditions = arguments(), report.Conditions()
     base = "other" if options.against else "engine"
     turns, facts = asyncio.run(run(options)), report.machine()
-    text = f"{table(turns, facts, options, base)}{watch}"
+    text = f"{table(turns, facts, options, base)}{conditions}"
     print(f"\n{text}")
     record = {
         "machine": facts,
@@ -308,7 +310,7 @@ def main() -> None:
         "threads": options.threads,
         "goal": GOAL,
         "ratios": {n: statistics.median(ratios(turns, n, "http", base)) for n in options.streams},
-        "turns": [one._asdict() for one in turns],
+        "turns": [turn._asdict() for turn in turns],
     }
     report.write("tax-against" if options.against else "tax", text, record, options)
 

@@ -20,7 +20,7 @@ _KV_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 
 
 class Request:
-    """One request; the callback does as little as can be."""
+    """One request; the callback does as little as possible."""
 
     def __init__(self, prompt: str, max_tokens: int) -> None:
         self.chunks = 0
@@ -64,7 +64,7 @@ def load(settings: dict[str, Any], directory: str) -> Any:
     params.cache_ram_mib = 0
     params.load_mode = 1
     params.verbosity = 0
-    # It always listens; here on a socket that nobody asks.
+    # It always listens; here on a socket that is not used.
     params.hostnames = [f"{directory}/s.sock"]
     params.n_threads_http = 2
     return xllamacpp.Server(params)
@@ -73,21 +73,21 @@ def load(settings: dict[str, Any], directory: str) -> Any:
 def measure(server: Any, prompts: list[str], max_tokens: int) -> dict[str, Any]:
     """Answer all prompts at once."""
     requests = [Request(prompt, max_tokens) for prompt in prompts]
-    threads = [threading.Thread(target=one.run, args=(server,)) for one in requests]
+    threads = [threading.Thread(target=request.run, args=(server,)) for request in requests]
     began = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     seconds = time.monotonic() - began
-    timings = [json.loads(one.last)["timings"] for one in requests]
+    timings = [json.loads(request.last)["timings"] for request in requests]
     return {
         "seconds": seconds,
-        "prompt_tokens": [one["prompt_n"] + one["cache_n"] for one in timings],
-        "cached_tokens": sum(one["cache_n"] for one in timings),
-        "tokens": [one["predicted_n"] for one in timings],
-        "prompt_ms": [one["prompt_ms"] for one in timings],
-        "predicted_ms": [one["predicted_ms"] for one in timings],
+        "prompt_tokens": [timing["prompt_n"] + timing["cache_n"] for timing in timings],
+        "cached_tokens": sum(timing["cache_n"] for timing in timings),
+        "tokens": [timing["predicted_n"] for timing in timings],
+        "prompt_ms": [timing["prompt_ms"] for timing in timings],
+        "predicted_ms": [timing["predicted_ms"] for timing in timings],
     }
 
 

@@ -1,21 +1,21 @@
-"""What it costs to know what every request cost: everything on beside everything off.
+"""The cost of telemetry: everything on against everything off.
 
 Two parts, each in one interleaved run:
 
 - collectors: `headrace serve echo` with a collector that is live, dead (its port is closed), slow
   (half a second for each export) and hung (it never answers). All have the trace file, metrics and
-  usage. The engine has the pace of a small model: 128 ms of prefill, then 50 tokens/s. A client in
+  usage. The engine has the speed of a small model: 128 ms of prefill, then 50 tokens/s. A client in
   its own process sends requests to all four servers at once, `--arrivals` a second to each, evenly
-  and one server after the other: what disturbs the machine disturbs all.
-  The times to the first event and to the end are as the client sees them, and a p99 is that of
-  all rounds together; what is in brackets are 95 of 100 draws of as many rounds (bootstrap).
+  and in rotation, so that a disturbance of the machine affects all servers.
+  The times to the first event and to the end are measured by the client, and a p99 is that of all
+  rounds together, with its 95 % interval by bootstrap over the rounds in brackets.
   Memory is the server's own, at the end.
 - overhead: CPU of the serving process for each event at 32 and 512 echo streams, and output
   tokens/s of the real model, with everything on (a live collector, trace file, metrics, usage) over
   everything off. For CPU both sides run at the same time, and each round has servers of its own:
-  what an event takes changes by a third from one second to the next, and from process to process.
-  The rates of the real model leave much to chance; beside them is what the serving process takes of
-  a core then, and the model cannot lose more than that has grown by.
+  the CPU time of an event varies by a third from one second to the next, and between processes.
+  The rates of the real model vary too; the share of a core that the serving process uses is given
+  with them, and the model cannot lose more than its growth.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @contextlib.asynccontextmanager
 async def collecting(mode: str) -> AsyncGenerator[dict[str, str]]:
-    """Run a collector; return the variables by which it is found."""
+    """Run a collector, and yield the environment variables that name it."""
     async with contextlib.AsyncExitStack() as stack:
         url = f"http://127.0.0.1:{drive.free_port()}"
         if mode != "dead":
@@ -97,9 +97,9 @@ async def collecting(mode: str) -> AsyncGenerator[dict[str, str]]:
 
 @contextlib.asynccontextmanager
 async def server(command: Sequence[str], mode: str | None) -> AsyncGenerator[Server]:
-    """Run a service with a home and a collector of its own; without a mode all is off.
+    """Run a service with its own home and collector; without a mode all telemetry is off.
 
-    Its model is loaded: before, only so many requests may wait for it.
+    It is yielded when its model is loaded, as only a limited number of requests may wait for that.
     """
     async with contextlib.AsyncExitStack() as stack:
         variables = await stack.enter_async_context(collecting(mode)) if mode else _OFF
@@ -137,10 +137,12 @@ async def latencies(options: argparse.Namespace) -> list[Latency]:
             )  # fmt: skip
             for mode, times in zip(order, answer["services"], strict=True):
                 memory = servers[mode].program.process().memory_info().rss
-                one = Latency(mode, **times, memory=memory)
+                latency = Latency(mode, **times, memory=memory)
                 if number >= 0:
-                    latencies.append(one)
-                    print(f"  {mode:5} p99 {p99([one.first]):7.2f} {p99([one.whole]):7.2f} ms")
+                    latencies.append(latency)
+                    print(
+                        f"  {mode:5} p99 {p99([latency.first]):7.2f} {p99([latency.whole]):7.2f} ms"
+                    )
     return latencies
 
 
@@ -184,24 +186,26 @@ def of_collectors(figures: Sequence[Latency]) -> Iterator[str]:
     """Yield the table of the first part."""
     yield "p99 of all requests in ms, and over that of a live collector."
     yield "collector  requests  first event  over live             whole   over live             MB"
-    by_mode = {mode: [one for one in figures if one.collector == mode] for mode in COLLECTORS}
+    by_mode = {
+        mode: [latency for latency in figures if latency.collector == mode] for mode in COLLECTORS
+    }
     for mode, those in by_mode.items():
-        shown = [f"{mode:9}  {sum(len(one.first) for one in those):8}"]
+        shown = [f"{mode:9}  {sum(len(latency.first) for latency in those):8}"]
         for kind, width in (("first", 11), ("whole", 6)):
-            ours = [getattr(one, kind) for one in those]
-            live = [getattr(one, kind) for one in by_mode["live"]]
+            ours = [getattr(latency, kind) for latency in those]
+            live = [getattr(latency, kind) for latency in by_mode["live"]]
             shown.append(f"{p99(ours):{width}.2f}  {ratio_of(ours, live):20}")
         yield "  ".join([*shown, f"{those[-1].memory / 2**20:.0f}"])
     yield f"Goal: dead, slow and hung over live at most {MOST_LATENCY}, and memory bounded."
 
 
 def ratio_of(ours: Sequence[list[float]], others: Sequence[list[float]]) -> str:
-    """Return the ratio of two p99, with the range of it over draws of rounds."""
+    """Return the ratio of two p99 values, with its range over resampled rounds."""
     chance, drawn = random.Random(1), list[float]()
     for _ in range(200):
         rounds = chance.choices(range(len(ours)), k=len(ours))
-        one, other = ([side[at] for at in rounds] for side in (ours, others))
-        drawn.append(p99(one) / p99(other))
+        first, second = ([side[at] for at in rounds] for side in (ours, others))
+        drawn.append(p99(first) / p99(second))
     drawn.sort()
     return f"{p99(ours) / p99(others):.3f} ({drawn[5]:.3f}-{drawn[-6]:.3f})"
 
@@ -216,40 +220,40 @@ def of_overhead(cells: Sequence[front.Cell], figures: Sequence[Speed]) -> Iterat
         )
     yield f"Goal: at most {MOST_CPU}."
     if figures:
-        sides = [[one for one in figures if one.side == side] for side in SIDES]
-        off, on = ([one.tokens_per_second for one in side] for side in sides)
+        sides = [[speed for speed in figures if speed.side == side] for side in SIDES]
+        off, on = ([speed.tokens_per_second for speed in side] for side in sides)
         yield (
             f"real model   off {spread(off)}  on {spread(on)} tok/s"
             f"  on over off {spread(ratios(on, off))}"
         )
         yield f"Goal: at least {LEAST_THROUGHPUT}."
-        off, on = ([100 * one.cores for one in side] for side in sides)
+        off, on = ([100 * speed.cores for speed in side] for side in sides)
         yield f"its serving process   off {spread(off)}  on {spread(on)} % of a core"
 
 
-def kept(one: Latency) -> dict[str, Any]:
-    """Return what is written down of a round; all of its requests would be a megabyte."""
-    figures: dict[str, Any] = {"collector": one.collector, "memory": one.memory}
-    for kind, values in (("first", one.first), ("whole", one.whole)):
+def kept(latency: Latency) -> dict[str, Any]:
+    """Return the summary of a round for the record; all its requests would be a megabyte."""
+    figures: dict[str, Any] = {"collector": latency.collector, "memory": latency.memory}
+    for kind, values in (("first", latency.first), ("whole", latency.whole)):
         parts = {f"p{part}": round(percentile(values, part), 3) for part in (50, 90, 99)}
         figures[f"{kind}_ms"] = parts | {"most": round(max(values), 3)}
-    return figures | {"requests": len(one.first)}
+    return figures | {"requests": len(latency.first)}
 
 
 async def run(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
-    """Measure what is asked for; return the lines to be read, and all figures."""
+    """Run the selected parts; return the lines of the tables, and all figures."""
     lines: list[str] = []
     figures: dict[str, Any] = {}
     if options.only != "overhead":
-        found = await latencies(options)
-        figures["collectors"] = [kept(one) for one in found]
-        lines += of_collectors(found)
+        measured = await latencies(options)
+        figures["collectors"] = [kept(latency) for latency in measured]
+        lines += of_collectors(measured)
     if options.only != "collectors":
         cells = [cell for streams in options.streams for cell in await events(options, streams)]
-        speed = await speeds(options) if options.model else []
+        measured_speeds = await speeds(options) if options.model else []
         figures["overhead"] = [cell._asdict() for cell in cells]
-        figures["throughput"] = [one._asdict() for one in speed]
-        lines += ["", *of_overhead(cells, speed)]
+        figures["throughput"] = [speed._asdict() for speed in measured_speeds]
+        lines += ["", *of_overhead(cells, measured_speeds)]
     return lines, figures
 
 

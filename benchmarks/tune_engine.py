@@ -49,7 +49,7 @@ def measure(
     config.do_sample = False
     began = time.monotonic()
     inputs = [tokenizer.encode(prompt, add_special_tokens=True).input_ids for prompt in prompts]
-    handles = [pipeline.add_request(at, one, config) for at, one in enumerate(inputs)]
+    handles = [pipeline.add_request(at, ids, config) for at, ids in enumerate(inputs)]
     made: list[list[int]] = [[] for _ in prompts]
     while pipeline.has_non_finished_requests():
         pipeline.step()
@@ -61,7 +61,7 @@ def measure(
         tokenizer.decode(tokens, skip_special_tokens=True)
     return {
         "seconds": time.monotonic() - began,
-        "prompt_tokens": [one.get_size() for one in inputs],
+        "prompt_tokens": [ids.get_size() for ids in inputs],
         "tokens": [len(tokens) for tokens in made],
     }
 

@@ -1,10 +1,10 @@
-r"""What `headrace tune` is worth: Headrace's choice over HTTP against llama-server, in one run.
+r"""The choice of `headrace tune`, served over HTTP, against llama-server, in one run.
 
-Two servers take turns, on the same model, with the same prompts, over HTTP, asked by the same raw
+Two servers take turns, on the same model, with the same prompts, over HTTP, with the same raw
 client in a process of its own:
 
 - headrace: `headrace serve` with what `headrace tune MODEL` found best: for latency at one stream,
-  for throughput at more; run it before, its record is read;
+  for throughput at more; it must have run before, as its record is read;
 - peer: `llama-server`, built for this machine, with a slot for each stream.
 
 With one stream there are more sides: each engine that agreed with the reference, by itself, with
@@ -13,9 +13,9 @@ tune_engine.py for openvino). The fastest of them is what Headrace's rate is div
 needs no llama-server: leave `--peer` out, and it runs alone.
 
 Prompts, lengths and rounds are those of tax.py: about 130 tokens in, of which no two begin alike,
-128 out, greedily, past the end token; prefill is within the turn. A ratio is that of the two turns
-of one round, and the table shows the median. The answers of Headrace's choice and of the peer's
-file are compared with the reference of `headrace tune`.
+128 out, greedily, ignoring the end token; prefill is within the turn. A ratio is that of the two
+turns of one round, and the table shows the median. The answers of Headrace's choice and of the
+peer's file are compared with the reference of `headrace tune`.
 
 The peer is not part of Headrace, and nothing of it is kept. To build it, take the source archive of
 `llama-cpp-python` (`pip download --no-deps --no-binary :all: llama-cpp-python`), unpack it, and:
@@ -65,7 +65,7 @@ _START_S = 120.0
 
 
 class Choice(NamedTuple):
-    """An engine with its options, and the file that it is given."""
+    """An engine with its options, and the file that it loads."""
 
     engine: str
     options: dict[str, Any]
@@ -90,14 +90,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-class Found(NamedTuple):
+class Tuned(NamedTuple):
     """The results of `headrace tune`: the choice for each number of streams, each engine's best."""
 
     chosen: dict[int, Choice]
     alone: dict[str, Choice]
 
 
-def choices(options: argparse.Namespace, settings: Settings) -> Found:
+def choices(options: argparse.Namespace, settings: Settings) -> Tuned:
     """Return what `headrace tune` measured as best."""
     path = runtime.store(settings.config).fetch(parse(options.model))
     file, home = inspect(path), settings.config.home
@@ -110,7 +110,9 @@ def choices(options: argparse.Namespace, settings: Settings) -> Found:
         if best is None:
             raise SystemExit("No engine agreed with the reference.")
         chosen[streams] = Choice(best.engine, best.options, str(path))
-    sound = sorted((one for one in record.trials if not one.fault), key=lambda one: one.rate(1))
+    sound = sorted(
+        (trial for trial in record.trials if not trial.fault), key=lambda trial: trial.rate(1)
+    )
     # The last one of an engine is its fastest.
     alone = {
         trial.engine: Choice(
@@ -119,7 +121,7 @@ def choices(options: argparse.Namespace, settings: Settings) -> Found:
         for trial in sound
         if trial.engine in OWN and trial.rate(1)
     }
-    return Found(chosen, alone)
+    return Tuned(chosen, alone)
 
 
 def peer(options: argparse.Namespace, streams: int, choice: Choice, url: str) -> list[str]:
@@ -154,8 +156,8 @@ async def rounds(
             command = peer(options, streams, choice, url)
             run = drive.server(command, url=url, ready="/health", start_s=_START_S)
             sides.append(tax.over_http("peer", await start(run), client, most))
-        for name, one in alone.items() if streams == 1 else ():
-            settings = _alone(options, one)
+        for name, other in alone.items() if streams == 1 else ():
+            settings = _alone(options, other)
             sides.append(await tax.by_itself(name, stack, settings, OWN[name], most))
         return await tax.take_turns(sides, client, streams, options.rounds)
 
@@ -174,23 +176,23 @@ def _alone(options: argparse.Namespace, choice: Choice) -> dict[str, Any]:
 
 
 async def agreements(
-    options: argparse.Namespace, settings: Settings, found: Found
+    options: argparse.Namespace, settings: Settings, tuned: Tuned
 ) -> dict[str, Agreement]:
     """Compare the answers of all sides with those of the reference."""
-    choice = found.chosen[max(found.chosen)]
+    choice = tuned.chosen[max(tuned.chosen)]
     exact = {"kv_type": "bf16", "flash_attention": "on"}
     sides = {"headrace": choice}
-    if 1 in found.chosen:
+    if 1 in tuned.chosen:
         sides |= {
-            f"{name} alone": one._replace(model=choice.model) for name, one in found.alone.items()
+            f"{name} alone": own._replace(model=choice.model) for name, own in tuned.alone.items()
         }
     if options.peer is not None:
         sides["llama-server"] = Choice("llamacpp", {}, str(options.peer_model or choice.model))
     async with drive.model(_spec(Choice("llamacpp", exact, choice.model)), settings) as worker:
         right = await Reference.ask(worker)
     agreed: dict[str, Agreement] = {}
-    for side, one in sides.items():
-        async with drive.model(_spec(one), settings) as worker:
+    for side, choice in sides.items():
+        async with drive.model(_spec(choice), settings) as worker:
             agreed[side] = await right.compare(worker)
     return agreed
 
@@ -207,44 +209,44 @@ def _spec(choice: Choice) -> ModelSpec:
 
 def table(
     turns: Sequence[Turn],
-    found: Found,
+    tuned: Tuned,
     agreed: dict[str, Agreement],
     options: argparse.Namespace,
 ) -> str:
-    """Return the figures to be read."""
+    """Return the table of the figures."""
     theirs = f"; llama-server has {options.peer_model.name}" if options.peer_model else ""
     lines = [
         "Output tokens/s over HTTP of Headrace's choice beside others, in one interleaved run",
         report.describe(report.machine()),
         options.model + theirs,
         "",
-        "streams  headrace  beside it  ratio (least-most)     who",
+        "streams  headrace  beside it  ratio (least-most)     side",
     ]
-    for streams, choice in found.chosen.items():
+    for streams, choice in tuned.chosen.items():
         ours = tax.rate(turns, streams, "headrace")
         lines.append(f"{streams:7}  {ours:8.1f}{'':35}headrace, {_words(choice)}")
-        others = dict.fromkeys(one.side for one in turns if one.streams == streams)
-        for side in [one for one in others if one != "headrace"]:
-            who = "llama-server" if side == "peer" else f"alone: {_words(found.alone[side])}"
+        others = dict.fromkeys(turn.side for turn in turns if turn.streams == streams)
+        for side in [name for name in others if name != "headrace"]:
+            label = "llama-server" if side == "peer" else f"alone: {_words(tuned.alone[side])}"
             lines.append(
                 f"{streams:7}{'':10}  {tax.rate(turns, streams, side):9.1f}"
-                f"  {figures.spread(tax.ratios(turns, streams, 'headrace', side)):21}  {who}"
+                f"  {figures.spread(tax.ratios(turns, streams, 'headrace', side)):21}  {label}"
             )
     lines.append("")
-    if 1 in found.chosen:
-        best = max(found.alone, key=lambda side: tax.rate(turns, 1, side))
+    if 1 in tuned.chosen:
+        best = max(tuned.alone, key=lambda side: tax.rate(turns, 1, side))
         over = figures.spread(tax.ratios(turns, 1, "headrace", best))
         lines.append(f"One stream over the best engine by itself, {best}: {over}; goal {GOALS[1]}.")
-    if max(found.chosen) > 1:
+    if max(tuned.chosen) > 1:
         lines.append(f"Goal over llama-server with several streams: {GOAL}.")
-    for side, one in agreed.items():
-        off = "-" if one.distance is None else f"{one.distance:.3f}"
+    for side, agreement in agreed.items():
+        off = "-" if agreement.distance is None else f"{agreement.distance:.3f}"
         lines.append(
-            f"Agreement of {side} with the reference: {one.forced:.1%} of {one.compared} next "
-            f"tokens, log-probabilities off by {off}, {one.greedy:.0%} of an answer up to the "
-            "first other token."
+            f"Agreement of {side} with the reference: {agreement.forced:.1%} of "
+            f"{agreement.compared} next tokens, log-probabilities off by {off}, "
+            f"{agreement.greedy:.0%} of an answer up to the first other token."
         )
-    idle = max(one.idle_cpu / one.seconds for one in turns)
+    idle = max(turn.idle_cpu / turn.seconds for turn in turns)
     lines.append(
         f"Sides that waited used at most {idle:.1%} of a core. Load {report.load_average()}."
     )
@@ -256,34 +258,35 @@ def _words(choice: Choice) -> str:
 
 
 async def run(
-    options: argparse.Namespace, settings: Settings, found: Found
+    options: argparse.Namespace, settings: Settings, tuned: Tuned
 ) -> tuple[list[Turn], dict[str, Agreement]]:
     """Measure everything."""
     turns: list[Turn] = []
-    for streams, choice in found.chosen.items():
-        turns += await rounds(options, streams, choice, found.alone)
-    return turns, await agreements(options, settings, found)
+    for streams, choice in tuned.chosen.items():
+        turns += await rounds(options, streams, choice, tuned.alone)
+    return turns, await agreements(options, settings, tuned)
 
 
 def main() -> None:
     """Measure, print and keep the figures."""
     options = arguments()
     settings = runtime.load_settings(flags={"log_level": "warning"})
-    found = choices(options, settings)
-    turns, agreed = asyncio.run(run(options, settings, found))
-    text = table(turns, found, agreed, options)
+    tuned = choices(options, settings)
+    turns, agreed = asyncio.run(run(options, settings, tuned))
+    text = table(turns, tuned, agreed, options)
     print(f"\n{text}")
-    sides = {str(streams): one for streams, one in found.chosen.items()}
-    sides |= {f"{name} alone": one for name, one in found.alone.items()}
+    sides = {str(streams): choice for streams, choice in tuned.chosen.items()}
+    sides |= {f"{name} alone": choice for name, choice in tuned.alone.items()}
     kept = {
         "machine": report.machine(),
         "model": options.model,
         "goals": {"1": GOALS[1], "more": GOAL},
         "choices": {
-            side: one._replace(model=Path(one.model).name)._asdict() for side, one in sides.items()
+            side: choice._replace(model=Path(choice.model).name)._asdict()
+            for side, choice in sides.items()
         },
         "agreement": msgspec.to_builtins(agreed),
-        "turns": [one._asdict() for one in turns],
+        "turns": [turn._asdict() for turn in turns],
     }
     name = "tune-one" if max(options.streams) == 1 else "tune-peer"
     report.write(name, text, kept, options)

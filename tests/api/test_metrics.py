@@ -109,7 +109,7 @@ async def test_why_a_key_does_not_open() -> None:
     told = [one.json()["error"] for one in refused]
     assert {one["code"] for one in told} == {"insufficient_permissions"}
     assert "not read /metrics" in told[0]["message"]
-    assert "/metrics alone" in told[1]["message"]
+    assert "only read /metrics" in told[1]["message"]
 
 
 async def test_keys_are_replaced() -> None:

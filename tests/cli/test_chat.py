@@ -135,7 +135,7 @@ def test_a_conversation_that_no_longer_fits_goes_on(
 ) -> None:
     talk(settings, keys, "long\rshort\r\x04")
     assert [message.content for message in worker.requests[1]["messages"]] == ["short"]
-    assert "9 tokens do not fit into 8. The question was not asked; /clear" in (
+    assert "9 tokens do not fit into 8. The question was not sent; /clear" in (
         capsys.readouterr().err
     )
 

@@ -97,7 +97,7 @@ def test_each_sampling_parameter_is_a_flag_with_its_help_and_range(
     ("arguments", "code", "kind", "part"),
     [
         (("run", "nothing-like-it", "x"), 2, "UnknownModel", "nothing-like-it"),
-        (("run", "echo"), 2, "InvalidRequest", "Nothing is asked"),
+        (("run", "echo"), 2, "InvalidRequest", "There is no prompt"),
         (("run", "echo", "x", "-o", "tokns=1"), 2, "ConfigError", "tokns is no engine option"),
         (("run", "echo", "x", "-o", "slots"), 2, "ConfigError", "slots is not KEY=VALUE"),
         (("run", "echo", "x", "--top-p", "0.5"), 2, "Unsupported", "top_p"),

@@ -86,7 +86,7 @@ def test_ps_shows_models_and_devices(capsys: pytest.CaptureFixture[str]) -> None
     ("fields", "cells"),
     [
         ({}, ["ready", "150.0 MB", "in 3m20s"]),
-        ({"until": None}, ["for ever"]),
+        ({"until": None}, ["forever"]),
         ({"until": NOW + 7500}, ["in 2h05m"]),
         ({"until": NOW - 1}, ["in 0s"]),
         ({"pinned": True}, ["pinned"]),
@@ -248,7 +248,7 @@ def test_without_a_service(
     assert run(["ps", "--url", "ftp://x"]) == 2
     monkeypatch.setenv("HEADRACE_PORT", "0")
     assert run(["ps"]) == 2
-    assert "say which with --url" in capsys.readouterr().err
+    assert "name it with --url" in capsys.readouterr().err
 
 
 def test_where_the_service_is_and_which_key_it_gets(

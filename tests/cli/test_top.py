@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_counted() -> None:
 
 def test_a_service_that_does_not_observe() -> None:
     frame = drawn(Snapshot(time=NOW, status=STATUS))
-    assert frame[-1] == "This service does not tell what runs."
+    assert frame[-1] == "This service does not report its requests."
     assert cells(frame, "small")[4:] == ["-"] * 5 + ["150.0 MB of ~160.0 MB"]
 
 
@@ -211,7 +211,7 @@ def test_what_is_refused(capsys: pytest.CaptureFixture[str], free_port: Any) -> 
     unseen = {"error": {"message": "Not observed.", "code": "unsupported_parameter"}}
     with stub({**ANSWERS, "/admin/activity": (400, unseen)}) as service:
         assert run(["top", "--url", service.url]) == 0
-        assert "does not tell what runs" in capsys.readouterr().out
+        assert "does not report its requests" in capsys.readouterr().out
         service.answers["/admin/models"] = (401, {"error": {"message": "Who?", "code": None}})
         assert run(["top", "--url", service.url]) == 2
         assert "HEADRACE_ADMIN_KEY" in capsys.readouterr().err

@@ -247,7 +247,7 @@ def test_that_a_request_is_asked_again(
     assert run(["trace", "replay", asked(2).id, "--url", service.url]) == 0
     assert capsys.readouterr().err.splitlines()[-2:] == [
         "The text is another from character 0 on.",
-        "What was asked is not quite the same: parts of it had been redacted.",
+        "The request is not quite the same: parts of the record are redacted.",
     ]
     again = ["trace", "replay", asked().id, "--model", "other", "--url", service.url]
     assert run([*again, "--json"]) == 0

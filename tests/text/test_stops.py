@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from headrace.core.errors import InvalidRequest
-from headrace.text.stops import StopMatcher
+from headrace.text.pipeline import StopMatcher
 
 # Few letters, so that stop strings overlap each other and themselves.
 TEXT = st.text(alphabet="ab", max_size=40)

@@ -36,7 +36,7 @@ class LoadRequest(ModelRequest, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class PinRequest(ModelRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A pinned model never has to make room for another."""
+    """A model to be pinned, so that it is never evicted; or, with `pinned` false, unpinned."""
 
     pinned: bool = True
 
@@ -91,7 +91,7 @@ async def show_one(service: Service, exchange: Exchange) -> None:
     raise UnknownModel("No model of this name is served here.")
 
 
-# A client that requests a change may leave: the change is made all the same.
+# A change is completed even if the client disconnects.
 
 
 async def load(service: Service, exchange: Exchange) -> None:
@@ -100,7 +100,7 @@ async def load(service: Service, exchange: Exchange) -> None:
 
 
 async def unload(service: Service, exchange: Exchange) -> None:
-    """Unload a model and wait until its memory is back."""
+    """Unload a model and wait until its memory is free."""
     await exchange.answer(await _unload(service, exchange))
 
 
@@ -111,23 +111,23 @@ async def restart(service: Service, exchange: Exchange) -> None:
 
 
 async def pin(service: Service, exchange: Exchange) -> None:
-    """Keep a model loaded whatever else needs memory, or no longer."""
+    """Pin a model, so that it is never evicted, or unpin it."""
     wire = await exchange.read(_PIN)
     await exchange.answer(await _admin(service).update(wire.model, {"pinned": wire.pinned}))
 
 
 async def update(service: Service, exchange: Exchange) -> None:
-    """Change settings of a model; no request fails for it."""
+    """Change settings of a model; no request fails because of it."""
     wire = await exchange.read(_UPDATE)
     await exchange.answer(await _admin(service).update(wire.model, wire.settings))
 
 
 async def plan(service: Service, exchange: Exchange) -> None:
     """Show what loading a model would need and do."""
-    given = parse_qs(exchange.scope.get("query_string", b"").decode("latin-1")).get("model", [])
-    if len(given) != 1 or len(given[0]) > _MAX_REFERENCE:
+    names = parse_qs(exchange.scope.get("query_string", b"").decode("latin-1")).get("model", [])
+    if len(names) != 1 or len(names[0]) > _MAX_REFERENCE:
         raise InvalidRequest("Name one model: ?model=NAME.", param="model")
-    await exchange.answer(await exchange.unless_gone(_admin(service).plan(given[0])))
+    await exchange.answer(await exchange.unless_gone(_admin(service).plan(names[0])))
 
 
 async def reload(service: Service, exchange: Exchange) -> None:
@@ -136,31 +136,31 @@ async def reload(service: Service, exchange: Exchange) -> None:
 
 
 async def events(service: Service, exchange: Exchange) -> None:
-    """Send what happens to the models from now on, as server-sent events."""
+    """Send the events of the models from now on, as server-sent events."""
     await exchange.unless_gone(send_events(exchange, _admin(service).events()))
 
 
 async def activity(service: Service, exchange: Exchange) -> None:
-    """Show what runs now, and the figures of each model over the last minute."""
+    """Show the running requests, and the figures of each model over the last minute."""
     if service.observer is None:
         raise Unsupported("This service does not observe its requests.")
     await exchange.answer(service.observer.activity())
 
 
 async def load_as_llama_server(service: Service, exchange: Exchange) -> None:
-    """Load a model, as llama-server does it."""
+    """Load a model, as llama-server does."""
     await _load(service, exchange)
     await exchange.answer(Success())
 
 
 async def unload_as_llama_server(service: Service, exchange: Exchange) -> None:
-    """Unload a model, as llama-server does it."""
+    """Unload a model, as llama-server does."""
     await _unload(service, exchange)
     await exchange.answer(Success())
 
 
 async def ps_as_ollama(service: Service, exchange: Exchange) -> None:
-    """List what is loaded, as Ollama does it."""
+    """List the loaded models, as Ollama does."""
     models = _admin(service).status().models
     running = [_running(model) for model in models if model.memory or model.state == "ready"]
     await exchange.answer(RunningModels(running))

@@ -28,11 +28,19 @@ from headrace.api.edge import METRICS_PATH, Edge, check_admin
 from headrace.api.embeddings import EmbeddingList, EmbeddingRequest, embeddings
 from headrace.api.exchange import ClientGone, Exchange, Route, Service
 from headrace.api.limits import ApiSettings
-from headrace.api.models import ModelCard, ModelList, list_models, show_model
-from headrace.api.monitoring import Health, live, metrics, ready
 from headrace.api.openapi import document, page
 from headrace.api.rerank import Ranking, RankRequest, rerank
 from headrace.api.score import ScoreBody, ScoreList, score
+from headrace.api.status import (
+    Health,
+    ModelCard,
+    ModelList,
+    list_models,
+    live,
+    metrics,
+    ready,
+    show_model,
+)
 from headrace.api.tokens import (
     DetokenizeRequest,
     Text,
@@ -109,7 +117,7 @@ class Application(Starlette):
         self._service = service
 
     def replace_settings(self, settings: ApiSettings) -> None:
-        """Serve later requests by other settings; those that have begun keep theirs."""
+        """Use other settings for later requests; those that have begun keep theirs."""
         self._service.settings = settings
 
     def metrics_alone(self) -> Application:
@@ -126,11 +134,11 @@ def create_app(
     observer: Observer | None = None,
     metrics: bool = True,
 ) -> Application:
-    """Build the ASGI application. `ready` is whether requests would be served now.
+    """Build the ASGI application; the backend is not closed here.
 
-    Without `ready`, it is when every model of the backend is, or with `admin` when one is or can
-    be loaded. With `admin` models can be managed. The backend is not closed here. `observer`
-    receives every request and answers at /metrics, unless `metrics` is false.
+    `ready` returns whether requests would be served now. Without it, the service is ready if all
+    models are; with `admin`, by which models can be managed, if one is or can be loaded. `observer`
+    records every request and answers at /metrics, unless `metrics` is false.
     """
     routes = (*ROUTES, *ADMIN_ROUTES) if admin else ROUTES
     if observer is not None and metrics:
@@ -140,7 +148,7 @@ def create_app(
 
 
 class _Endpoint:
-    """A route as an ASGI application: runs the handler, and answers whatever it raises."""
+    """A route as an ASGI application: runs the handler, and reports its exceptions."""
 
     def __init__(self, route: Route, service: Service) -> None:
         self.path = route.path
@@ -156,26 +164,26 @@ class _Endpoint:
         except ClientGone:
             exchange.call.outcome = "cancelled"
         except Exception as error:
-            # The edge: what failed becomes an answer, while one can be given.
+            # Any exception becomes a response, unless the headers have been sent.
             if exchange.call.status:
                 raise
             if self._route.admin and isinstance(error, ConfigError):
-                # Here it is the request that has the wrong setting, or wants it to be read.
+                # The wrong setting is in the request, or in a file that it wants to be read.
                 error = InvalidRequest(error.message, param=error.param)
             await exchange.fail(error)
 
 
 def _descriptions(routes: Sequence[Route], service: Service) -> list[BaseRoute]:
     @lru_cache(maxsize=1)
-    def written(settings: ApiSettings) -> tuple[bytes, str]:
+    def rendered(settings: ApiSettings) -> tuple[bytes, str]:
         schema = document(routes, settings)
         return msgspec.json.encode(schema), page(schema)
 
     async def openapi(request: Request) -> Response:
-        return Response(written(service.settings)[0], media_type="application/json")
+        return Response(rendered(service.settings)[0], media_type="application/json")
 
     async def docs(request: Request) -> Response:
-        return HTMLResponse(written(service.settings)[1])
+        return HTMLResponse(rendered(service.settings)[1])
 
     return [Path("/openapi.json", openapi), Path("/docs", docs)]
 

@@ -73,7 +73,7 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
 
 
 class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer. `reasoning_content` is the model's thinking, where it is kept apart."""
+    """The answer. `reasoning_content` is the model's thinking, if it is separate."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -98,7 +98,7 @@ class ChatCompletion(AnswerHead, frozen=True, kw_only=True):
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """What a chunk adds to a message."""
+    """The addition of a chunk to a message."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -107,7 +107,7 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """What a chunk adds to a choice."""
+    """The addition of a chunk to a choice."""
 
     index: int
     delta: ChatDelta
@@ -135,7 +135,7 @@ _FORMAT = ChunkFormat(
 
 
 async def chat_completions(service: Service, exchange: Exchange) -> None:
-    """AnswerHead a conversation, streamed or whole."""
+    """Answer a conversation, streamed or whole."""
     wire = await exchange.read(_DECODER)
     request = to_request(wire, exchange.settings, exchange.call)
     reply = Reply("chatcmpl-", _FORMAT, request.n, _whole)
@@ -149,8 +149,8 @@ def to_request(wire: ChatRequest, settings: ApiSettings, call: Call) -> Generate
         InvalidRequest: fields contradict each other, or a value is out of its range.
     """
     fields = generate_fields(wire, settings, call)
-    most, preferred = wire.max_tokens, wire.max_completion_tokens
-    if most is not None and preferred not in {None, most}:
+    max_tokens, preferred = wire.max_tokens, wire.max_completion_tokens
+    if max_tokens is not None and preferred not in {None, max_tokens}:
         raise InvalidRequest("max_tokens and max_completion_tokens differ.", param="max_tokens")
     if wire.top_logprobs is not None and not wire.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
@@ -158,7 +158,7 @@ def to_request(wire: ChatRequest, settings: ApiSettings, call: Call) -> Generate
     return GenerateRequest(
         messages=to_messages(wire.messages),
         sampling=to_sampling(
-            wire, max_tokens=most if preferred is None else preferred, logprobs=logprobs
+            wire, max_tokens=max_tokens if preferred is None else preferred, logprobs=logprobs
         ),
         template_options=wire.chat_template_kwargs or {},
         **fields,

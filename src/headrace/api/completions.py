@@ -43,7 +43,7 @@ _Item = tuple[int, Event | Exception]
 class CompletionRequest(GenerateFields, frozen=True, kw_only=True):
     """OpenAI's completion request, with common extensions. `best_of` is `n` or absent.
 
-    `max_tokens` is 16 when it is absent, as OpenAI has it.
+    `max_tokens` is 16 when it is absent, as in OpenAI's API.
     """
 
     prompt: Annotated[
@@ -82,7 +82,7 @@ class Completion(AnswerHead, frozen=True, kw_only=True):
 
 
 class CompletionChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """What a chunk adds to a choice."""
+    """The addition of a chunk to a choice."""
 
     index: int
     text: str
@@ -126,11 +126,11 @@ def to_requests(
     fields = generate_fields(wire, settings, call, prompts=len(prompts))
     if wire.best_of not in {None, wire.n or 1}:
         raise errors.Unsupported("best_of is supported only where it equals n.", param="best_of")
-    most = _OPENAI_MAX_TOKENS if wire.max_tokens is None else wire.max_tokens
+    max_tokens = _OPENAI_MAX_TOKENS if wire.max_tokens is None else wire.max_tokens
     first = GenerateRequest(
         prompt=prompts[0],
         echo=bool(wire.echo),
-        sampling=to_sampling(wire, max_tokens=most, logprobs=wire.logprobs),
+        sampling=to_sampling(wire, max_tokens=max_tokens, logprobs=wire.logprobs),
         **fields,
     )
     rest = enumerate(prompts[1:], 1)
@@ -143,7 +143,7 @@ async def fan_out(
     """Yield the events of all requests, at most `parallel` running at a time.
 
     Choice `c` of request `r` has index `r * n + c`. The Finish has the reasons of all choices in
-    that order, and the sum of their usage. The first failure ends all.
+    that order, and the sum of their usage. The first failure ends all requests.
     """
     queue: asyncio.Queue[_Item] = asyncio.Queue(_BUFFER)
     waiting = iter(enumerate(requests))
@@ -236,7 +236,7 @@ class LogprobWriter:
         self._offset = 0
 
     def write(self, tokens: Sequence[TokenLogprob]) -> CompletionLogprobs:
-        """Return OpenAI's form of tokens, which come in the order of the text."""
+        """Return the tokens in OpenAI's format; calls follow the order of the text."""
         return CompletionLogprobs(
             [_name(token.data) for token in tokens],
             [token.logprob for token in tokens],

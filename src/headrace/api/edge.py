@@ -36,7 +36,7 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Edge:
-    """Refuses what may not come in, and gives every answer its id.
+    """Checks every request, gives its answer an id, and writes the access log.
 
     Pure ASGI: the chunks of a stream are not buffered.
     """
@@ -59,7 +59,7 @@ class Edge:
         try:
             await self._serve(Exchange(scope, receive, sender, settings), receive, headers)
         except Exception:
-            # Already answered: only the log must know.
+            # Already answered; only the log records it.
             call.outcome = "error"
             raise
         finally:
@@ -79,7 +79,7 @@ class Edge:
                 call.client, call.is_admin = authorise(headers, exchange.settings, scope["path"])
             await self._app(scope, receive, exchange.send)
         except Exception as error:
-            # The edge: what is refused or broken becomes an answer, while one can be given.
+            # Any exception becomes a response, unless the headers have been sent.
             if exchange.call.status:
                 raise
             await exchange.fail(error)
@@ -102,8 +102,8 @@ def authorise(
 ) -> tuple[str, bool]:
     """Return a short id of the request's key, and whether it is an admin's.
 
-    Without any keys every request passes, as an admin's without an id. Keys for the metrics alone
-    close nothing but the metrics.
+    Without any keys every request is accepted, as an admin's without an id. If there are only
+    metrics keys, only /metrics needs one.
 
     Raises:
         Unauthorized: there is no key, or an unknown one.
@@ -117,30 +117,33 @@ def authorise(
         raise Unauthorized("An API key is needed: send it as `Authorization: Bearer <key>`.")
     offered = f"sha256:{hashlib.sha256(key).hexdigest()}"
     is_admin = _is_among(offered, settings.admin_keys)
-    asks = _is_among(offered, settings.api_keys)
-    reads = _is_among(offered, settings.metrics_keys)
-    # Not `or`: all are compared, so that the time does not depend on which one it was.
-    if not is_admin | asks | reads:
+    is_client = _is_among(offered, settings.api_keys)
+    is_scraper = _is_among(offered, settings.metrics_keys)
+    # Not `or`: all are compared, so that the time does not depend on the kind of the key.
+    if not is_admin | is_client | is_scraper:
         raise Unauthorized("This API key is not known here.")
-    if not is_admin | (reads if metrics else asks):
-        right = "may ask models, not read /metrics" if metrics else "may read /metrics alone"
+    if not is_admin | (is_scraper if metrics else is_client):
+        right = "may use models, but not read /metrics" if metrics else "may only read /metrics"
         raise Forbidden(f"This API key {right}.")
     return offered.removeprefix("sha256:")[:_CLIENT_DIGITS], is_admin
 
 
 def check_admin(scope: Scope, settings: ApiSettings, *, is_admin: bool) -> None:
-    """Refuse requests that may not change what is served.
+    """Check that a request may manage the models.
 
     Raises:
-        Forbidden: the key is not an admin's; or there are no keys, and it is not this machine.
+        Forbidden: the key is not an admin's; or there are no keys, and the request comes from
+            another machine.
         Refused: a foreign web page sends it.
     """
     if not is_admin:
-        raise Forbidden("This API key may ask models, not manage them: that needs an admin key.")
+        raise Forbidden(
+            "This API key may use models, but not manage them: that needs an admin key."
+        )
     if not (settings.has_keys or _is_local(scope)):
-        raise Forbidden("Without an admin key, models are managed from this machine alone.")
+        raise Forbidden("Without an admin key, models can only be managed from this machine.")
     headers = dict(scope["headers"])
-    # Without an Origin: pictures and links of a foreign page are GETs.
+    # Images and links of a foreign page send GETs without an Origin.
     if headers.get(b"sec-fetch-site") == b"cross-site" and b"origin" not in headers:
         raise _foreign_origin()
 
@@ -174,7 +177,7 @@ def _check_sizes(path: bytes, query: bytes, headers: _HeaderList) -> None:
 
 
 def _check_host(headers: _HeaderList, settings: ApiSettings) -> None:
-    # A foreign page may have rebound its name to this address.
+    # Against DNS rebinding: a foreign page may have bound its name to this address.
     hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
     if not hosts or not all(_is_served(_hostname(host), settings) for host in hosts):
         message = "This Host is not served here; `allowed_hosts` can add it."
@@ -204,7 +207,7 @@ def _is_local(scope: Scope) -> bool:
     origins = [value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"]
     if any(name in _FORWARDED for name, _ in scope["headers"]):
         return False
-    # Another page on this machine is not its operator.
+    # A page of another server on this machine is not the operator.
     if any(origin.partition("://")[2] not in hosts for origin in origins):
         return False
     peer = str((scope.get("client") or ("127.0.0.1",))[0]).removeprefix("::ffff:")
@@ -217,7 +220,7 @@ def _is_served(host: str, settings: ApiSettings) -> bool:
     if host in _LOOPBACK or "*" in allowed or host in allowed:
         return True
     if settings.host in {"0.0.0.0", "::", ""}:  # noqa: S104 - compared, not bound
-        # Only names can be rebound: a client that sends an address has reached this machine by it.
+        # DNS rebinding needs a name; a Host that is an address is one of this machine.
         return _is_address(host)
     return host == settings.host.lower()
 
@@ -254,7 +257,7 @@ def _cors_headers(origin: bytes | None, settings: ApiSettings) -> Headers:
 def _with_headers(send: Send, call: Call, cors: Headers) -> Send:
     extra = ((b"x-request-id", call.id.encode()), *cors)
 
-    # Not a coroutine itself: a chunk of a stream goes through without one more frame.
+    # Not a coroutine itself, which would cost one more frame for each chunk of a stream.
     def sender(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             call.status = message["status"]

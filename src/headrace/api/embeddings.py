@@ -27,15 +27,15 @@ from headrace.core.metrics import InferenceMetrics
 from headrace.core.request import EmbedRequest
 from headrace.core.stream import result
 
-# More numbers than these are written in a thread.
+# With more numbers than this, a response is encoded in a thread.
 _MANY = 1 << 14
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """OpenAI's request: a text, a list of texts, token ids, or a list of lists of them.
 
-    Jina's `truncate` cuts what is longer than the context, which is refused without, and its
-    `normalized` false leaves the vectors as long as the model makes them.
+    With Jina's `truncate`, inputs longer than the context are cut instead of refused; with its
+    `normalized` false, the vectors keep the length that the model gives them.
     """
 
     input: Annotated[
@@ -73,7 +73,7 @@ _DECODER = msgspec.json.Decoder(EmbeddingRequest)
 
 
 async def embeddings(service: Service, exchange: Exchange) -> None:
-    """Turn texts into vectors."""
+    """Return the vectors of texts."""
     wire = await exchange.read(_DECODER)
     request = to_request(wire, exchange.settings, exchange.call)
     vectors, finish = await exchange.unless_gone(result(service.backend.ask(request), Vectors))

@@ -30,17 +30,17 @@ _LARGE_BODY = 64 << 10
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _AS_SQUARE = bytes.maketrans(b"{}", b"[]")
-_PLACE = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<where>.*)`)?", re.DOTALL)
+_PLACE = re.compile(r"(?P<problem>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?", re.DOTALL)
 _NAMED = re.compile(r"Object (?P<how>missing required|contains unknown) field `(?P<name>.*)`")
 
 
 class ClientGone(Exception):
-    """The client closed the connection; an answer would not be read."""
+    """The client closed the connection before it was answered."""
 
 
 @dataclass(eq=False)
 class Service:
-    """What every handler works with.
+    """The backend, the settings and the observer that every handler uses.
 
     `settings` may be replaced; a request that has begun keeps its own.
     """
@@ -52,14 +52,14 @@ class Service:
     observer: Observer | None = None
 
     def model_name(self, requested: str | None) -> str:
-        """Return the name that an answer gives: the one requested, or the only model's."""
+        """Return the model's name for an answer: as requested, or that of the only model."""
         served = self.backend.models() if not requested else ()
         return requested or (served[0].id if len(served) == 1 else "")
 
 
 @dataclass(slots=True)
 class Call:
-    """What is known of a request while it runs; the access log is written from it.
+    """The state of a request while it runs; the access log is written from it.
 
     `received` is monotonic seconds. `status` is 0 until the headers have gone out. `client` is a
     short id of the key, and `is_admin` whether it is an admin's. `traceparent` and `tracestate`
@@ -102,27 +102,27 @@ class Exchange:
         return decode(body, decoder)
 
     async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work`. When the client goes first, `work` is cancelled and has ended on return.
+        """Run `work`; if the client disconnects first, cancel it and wait for its end.
 
         Raises:
             ClientGone: the client closed the connection.
         """
         task = asyncio.create_task(work)
-        watcher = asyncio.create_task(_disconnected(self._receive))
+        disconnect = asyncio.create_task(_disconnected(self._receive))
         try:
-            await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             raise ClientGone
         finally:
             task.cancel()
-            watcher.cancel()
-            await asyncio.wait({task, watcher})
+            disconnect.cancel()
+            await asyncio.wait({task, disconnect})
             # Retrieved, or asyncio would log an exception that was never retrieved.
-            for ended in (task, watcher):
+            for ended in (task, disconnect):
                 _ = ended.cancelled() or ended.exception()
-            # What is raised leads here, and would be held by what it leads to.
-            del task, watcher, ended
+            # A raised exception refers to this frame, which must not refer back to it.
+            del task, disconnect, ended
 
     def start(self, status: int, headers: Headers) -> Awaitable[None]:
         """Send the status and the headers."""
@@ -151,7 +151,7 @@ class Exchange:
         await self.reply(msgspec.json.encode(answer), status=status, headers=headers)
 
     async def fail(self, error: Exception) -> None:
-        """Answer whatever was raised before the headers went out, with figures if it has any."""
+        """Send the response for an exception, with its figures; no headers have been sent."""
         problems.log(error, self.call.id)
         problem = problems.describe(error, self.call.id)
         timing = () if problem.metrics is None else server_timing(problem.metrics)
@@ -163,9 +163,9 @@ Handler = Callable[[Service, Exchange], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Route:
-    """One row of the table of routes; `chunk` is what a streamed answer is made of.
+    """One row of the table of routes; `chunk` is the type of the parts of a streamed answer.
 
-    `answer` is None where there are only streams, or text of the kinds `texts`. `query` are
+    `answer` is None if there are only streams, or text of the media types `texts`. `query` are
     required parameters. `unready` is whether a 503 has the same body as a 200.
     """
 
@@ -223,7 +223,7 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[S]) -> S:
 
 @cache
 def marked(kind: type[msgspec.Struct], mark: str) -> dict[str, Any]:
-    """Return what `Meta(extra={mark: ...})` says of each field that is annotated with it."""
+    """Return the value of `Meta(extra={mark: ...})` of each field that has it."""
     return {
         name: meta.extra[mark]
         for name, hint in get_type_hints(kind, include_extras=True).items()
@@ -232,21 +232,21 @@ def marked(kind: type[msgspec.Struct], mark: str) -> dict[str, Any]:
     }
 
 
-async def _read_body(receive: Receive, headers: dict[bytes, bytes], most: int) -> bytes:
+async def _read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if kind not in {b"", b"application/json"} and not kind.endswith(b"+json"):
         raise refused(415, "The body must be application/json.", "unsupported_content_type")
     declared = headers.get(b"content-length", b"0")
-    if not declared.isdigit() or int(declared[:20]) > most:
-        raise _too_large(most)
+    if not declared.isdigit() or int(declared[:20]) > limit:
+        raise _too_large(limit)
     try:
         async with asyncio.timeout(limits.BODY_TIMEOUT_S):
-            return await _read_all(receive, most)
+            return await _read_all(receive, limit)
     except TimeoutError:
-        raise refused(408, "The body did not come in time.", "body_timeout") from None
+        raise refused(408, "The body was not received in time.", "body_timeout") from None
 
 
-async def _read_all(receive: Receive, most: int) -> bytes:
+async def _read_all(receive: Receive, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
@@ -255,14 +255,14 @@ async def _read_all(receive: Receive, most: int) -> bytes:
             raise ClientGone
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > most:
-            raise _too_large(most)
+        if size > limit:
+            raise _too_large(limit)
         if not message.get("more_body", False):
             return b"".join(parts)
 
 
-def _too_large(most: int) -> Refused:
-    message = f"The body is larger than {most} bytes."
+def _too_large(limit: int) -> Refused:
+    message = f"The body is larger than {limit} bytes."
     return refused(413, message, "body_too_large", ((b"connection", b"close"),))
 
 
@@ -272,7 +272,7 @@ def _is_deeper(body: bytes, limit: int) -> bool:
         return False
     left = _STRING.sub(b"", body).translate(_AS_SQUARE, _NOT_BRACKETS)
     for _ in range(limit):
-        # Each pass removes the innermost level. What no pass can shorten is not JSON.
+        # Each pass removes the innermost level. A rest that no pass can shorten is not JSON.
         shorter = left.replace(b"[]", b"")
         if len(shorter) == len(left):
             return len(left) > limit
@@ -282,15 +282,15 @@ def _is_deeper(body: bytes, limit: int) -> bool:
 
 def _field_error(text: str, kind: type[msgspec.Struct]) -> InvalidRequest | Unsupported:
     match = _PLACE.fullmatch(text)
-    what, where = (match["what"], match["where"] or "") if match else (text, "")
-    if named := _NAMED.fullmatch(what):
-        where = f"{where}.{named['name']}".lstrip(".")
+    problem, path = (match["problem"], match["path"] or "") if match else (text, "")
+    if named := _NAMED.fullmatch(problem):
+        path = f"{path}.{named['name']}".lstrip(".")
         is_missing = named["how"].startswith("missing")
-        what = "This field is required" if is_missing else "This field is unknown"
-    name = re.split(r"[.\[]", where, maxsplit=1)[0]
+        problem = "This field is required" if is_missing else "This field is unknown"
+    name = re.split(r"[.\[]", path, maxsplit=1)[0]
     if name in marked(kind, "unsupported"):
         return Unsupported(f"{name} is not supported here.", param=name)
-    return InvalidRequest(f"{where}: {what}." if where else f"{what}.", param=where or None)
+    return InvalidRequest(f"{path}: {problem}." if path else f"{problem}.", param=path or None)
 
 
 async def _disconnected(receive: Receive) -> None:

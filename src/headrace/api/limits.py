@@ -1,4 +1,4 @@
-"""What the HTTP surface accepts: the settings of a service, and limits that are the same in all.
+"""The settings of a service over HTTP, and limits that are the same for all services.
 
 Sizes are bytes, times are seconds.
 """
@@ -30,7 +30,7 @@ PARALLEL_PROMPTS = 8
 """Prompts of one request that run at a time."""
 
 COMMENT_EVERY_S = 5.0
-"""Between two comments that keep a silent stream alive."""
+"""The time between two comments that keep a silent stream alive."""
 
 _KEY_HASH = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -42,7 +42,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     the loopback names; `*` allows all. `api_keys` and `admin_keys` are `sha256:` and the SHA-256
     in lower-case hex; when there is one, every route but /health* needs a key, and managing
     models an admin key. `metrics_keys` open /metrics and nothing else; when there is a key of any
-    kind, /metrics needs one of these or an admin's. `deadline_s` bounds a request from its
+    kind, /metrics needs a metrics key or an admin's. `deadline_s` bounds a request from its
     arrival. `load_wait_s` is how long a request that is not streamed waits for its model to load.
 
     Raises:
@@ -61,7 +61,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     headers_after_s: float = 5.0
 
     def __post_init__(self) -> None:
-        """Refuse what could only fail later."""
+        """Check the keys and the limits."""
         for name in ("api_keys", "admin_keys", "metrics_keys"):
             if not all(_KEY_HASH.fullmatch(value) for value in getattr(self, name)):
                 raise ConfigError(f"{name}: each is sha256: and 64 lower-case hex digits.")

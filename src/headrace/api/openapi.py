@@ -1,6 +1,6 @@
-"""/openapi.json, made of the structs that decode and encode, and /docs, a page of the same.
+"""/openapi.json, generated from the structs of the routes, and /docs, a page made of it.
 
-The page has no scripts and needs no other host.
+The page has no scripts, and needs no other host.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def document(routes: Sequence[Route], settings: ApiSettings) -> dict[str, Any]:
     named = sorted((kind for kind in kinds if kind), key=lambda kind: kind.__name__)
     _, components = msgspec.json.schema_components([*named, ErrorBody], ref_template=_REF)
     for kind in named:
-        # Schemas that msgspec cannot make of the types.
+        # Schemas that msgspec cannot derive from the types.
         components[kind.__name__].get("properties", {}).update(marked(kind, "schema"))
     paths: dict[str, Any] = {}
     for route in routes:
@@ -55,7 +55,7 @@ def page(document: dict[str, Any]) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Headrace</title>'
         f"<style>{_STYLE}</style><h1>Headrace</h1>"
-        f'<p>What this server answers. Also as <a href="/openapi.json">openapi.json</a>.</p>{body}'
+        f'<p>The API of this server, also as <a href="/openapi.json">openapi.json</a>.</p>{body}'
     )
 
 
@@ -109,7 +109,7 @@ def _failures(route: Route) -> dict[str, Any]:
     error = _json(ErrorBody)
     failures = {
         "4XX": {"description": "Refused; `error.code` says why.", "content": error},
-        "5XX": {"description": "Failed, or no room now (see `retry-after`).", "content": error},
+        "5XX": {"description": "Failed, or no capacity now (see `retry-after`).", "content": error},
     }
     if route.unready and route.answer:
         failures["503"] = {"description": "Not ready.", "content": _json(route.answer)}

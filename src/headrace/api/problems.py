@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: the only place that knows which status an error has."""
+"""Errors as HTTP responses: the status, type and code of each."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class ErrorDetail(msgspec.Struct, frozen=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
-    """OpenAI's error body; `metrics` are the figures of a stream that broke."""
+    """OpenAI's error body; `metrics` are the figures of a stream that failed."""
 
     error: ErrorDetail
     metrics: InferenceMetrics | None = None
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """An error as it goes to the client."""
+    """An error as it is sent to the client."""
 
     status: int
     message: str
@@ -79,7 +79,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Refused(Exception):
-    """A request that HTTP itself forbids: too large, of the wrong kind, too slow."""
+    """A request that is refused before it is decoded: too large, of the wrong type, too slow."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.message)
@@ -87,12 +87,12 @@ class Refused(Exception):
 
 
 def refused(status: int, message: str, code: str, headers: Headers = ()) -> Refused:
-    """Return the exception for a request that HTTP itself forbids."""
+    """Return the exception for a request that is refused before it is decoded."""
     return Refused(Problem(status=status, message=message, code=code, headers=headers))
 
 
 def describe(error: BaseException, request_id: str) -> Problem:
-    """Return what the client gets for any exception; details of unknown ones are only logged."""
+    """Return any exception as a problem; the details of unknown ones are only logged."""
     if isinstance(error, Refused):
         return error.problem
     if isinstance(error, HeadraceError):
@@ -133,7 +133,7 @@ def _headers(error: HeadraceError) -> Headers:
 
 
 def routing(error: HTTPException, method: str, path: str) -> Problem:
-    """Return OpenAI's form of a 404 or 405 of the router."""
+    """Return a 404 or 405 of the router in OpenAI's format."""
     headers = tuple((k.lower().encode(), v.encode()) for k, v in (error.headers or {}).items())
     if error.status_code == 405:
         message, code = f"Not allowed to {method} on {path}.", "method_not_supported"
@@ -143,7 +143,7 @@ def routing(error: HTTPException, method: str, path: str) -> Problem:
 
 
 def log(error: BaseException, request_id: str) -> None:
-    """Log for the operator what the client does not get."""
+    """Log the details that the client does not receive."""
     if isinstance(error, Refused | errors.RequestError | errors.CapacityError):
         return
     if isinstance(error, HeadraceError):

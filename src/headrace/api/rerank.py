@@ -1,4 +1,4 @@
-"""POST /v1/rerank, as Jina and Cohere have it."""
+"""POST /v1/rerank, compatible with Jina and Cohere."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from headrace.core.stream import result
 
 
 class DocumentText(msgspec.Struct, frozen=True):
-    """A document as a table; its other fields are ignored."""
+    """A document as an object; its other fields are ignored."""
 
     text: str
 
 
 class RankRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A query, and the documents to be put in order; `top_n` keeps that many.
+    """A query, and the documents to be ranked; `top_n` limits the results.
 
-    What does not fit into the context is cut; with `truncate` false it is refused.
+    Documents that do not fit into the context are cut; with `truncate` false they are refused.
     """
 
     query: Annotated[str, Meta(min_length=1)]
@@ -45,7 +45,7 @@ class RankRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankedDocument(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One of the best: `index` is its place in the request."""
+    """A result; `index` is the position of the document in the request."""
 
     index: int
     relevance_score: float
@@ -53,7 +53,7 @@ class RankedDocument(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class ApiVersion(msgspec.Struct, frozen=True):
-    """The version of Cohere's form."""
+    """The version of Cohere's API."""
 
     version: Literal["2"] = "2"
 
@@ -65,14 +65,14 @@ class TokensRead(msgspec.Struct, frozen=True):
 
 
 class RankMeta(msgspec.Struct, frozen=True, kw_only=True):
-    """What Cohere reports beside the results."""
+    """Cohere's metadata of the results."""
 
     api_version: ApiVersion = ApiVersion()
     tokens: TokensRead
 
 
 class Ranking(msgspec.Struct, frozen=True, kw_only=True):
-    """The best documents, best first; `usage` is Jina's account, `meta` Cohere's."""
+    """The best documents, best first; `usage` is Jina's format, `meta` Cohere's."""
 
     id: str
     object: Literal["list"] = "list"
@@ -87,7 +87,7 @@ _DECODER = msgspec.json.Decoder(RankRequest)
 
 
 async def rerank(service: Service, exchange: Exchange) -> None:
-    """Put documents in the order in which they answer a query."""
+    """Rank documents by their relevance to a query."""
     wire = await exchange.read(_DECODER)
     request = to_request(wire, exchange.settings, exchange.call)
     best, finish = await exchange.unless_gone(result(service.backend.ask(request), events.Ranking))

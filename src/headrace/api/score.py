@@ -1,4 +1,4 @@
-"""POST /v1/score, as vLLM has it: how well two texts go together."""
+"""POST /v1/score, compatible with vLLM: scores of pairs of texts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Texts = _Text | Annotated[list[_Text], Meta(min_length=1, max_length=limits.MAX
 class ScoreBody(msgspec.Struct, frozen=True, kw_only=True):
     """Two texts, one text and a list, or two lists of equal length, which are scored in pairs.
 
-    What does not fit into the context is refused; with `truncate` it is cut.
+    Texts that do not fit into the context are refused; with `truncate` they are cut.
     """
 
     text_1: _Texts
@@ -38,7 +38,7 @@ class ScoreBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PairScore(msgspec.Struct, frozen=True, kw_only=True):
-    """The score of one pair; `index` is its place in the request."""
+    """The score of one pair; `index` is its position in the request."""
 
     index: int
     object: Literal["score"] = "score"
@@ -81,7 +81,7 @@ def to_request(wire: ScoreBody, settings: ApiSettings, call: Call) -> ScoreReque
     """Build the core request.
 
     Raises:
-        InvalidRequest: two lists have different lengths, or a list goes with one text after it.
+        InvalidRequest: two lists have different lengths, or text_1 is a list and text_2 is not.
     """
     first = [wire.text_1] if isinstance(wire.text_1, str) else wire.text_1
     second = [wire.text_2] if isinstance(wire.text_2, str) else wire.text_2

@@ -1,4 +1,4 @@
-"""Streams of events as server-sent events: ready bytes, one body message for each event."""
+"""Streams of events as server-sent events, one ASGI body message for each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -26,31 +26,11 @@ _SYSTEM_FINGERPRINT = "headrace"
 _encode = msgspec.json.Encoder().encode
 
 
-class Encoder(Protocol):
-    """Writes one stream in the form of a route."""
-
-    def opening(self) -> bytes:
-        """Return what comes before the first delta."""
-        ...
-
-    def delta(self, delta: Delta) -> bytes:
-        """Return the bytes of a delta; none where the client gets nothing of it."""
-        ...
-
-    def finish(self, finish: Finish) -> bytes:
-        """Return what ends a stream that ended well."""
-        ...
-
-    def failure(self, problem: Problem) -> bytes:
-        """Return what ends a stream that broke."""
-        ...
-
-
 @dataclass(frozen=True)
 class ChunkFormat:
-    """How a route writes a choice: `role` opens it, `text` and `after` stand around the text.
+    """How a route writes a choice: `role` opens it, `text` and `after` enclose the text.
 
-    `empty` is there when a choice has ended. `logprobs` returns what is to be encoded.
+    `empty` is written when a choice has ended. `logprobs` returns the value to encode.
     """
 
     object: str
@@ -63,7 +43,7 @@ class ChunkFormat:
 
 
 class ChunkEncoder:
-    """Writes OpenAI's chunks. Only the text of a delta is encoded; the rest is made once.
+    """Writes OpenAI's chunks. Only the text of a delta is encoded; the rest is prepared once.
 
     A chunk is `data: {head,"choices":[{"index":0, text ,"finish_reason":null}]}`.
     """
@@ -82,14 +62,14 @@ class ChunkEncoder:
         self._text = [self._before(index) + form.text for index in range(choices)]
 
     def opening(self) -> bytes:
-        """Return a chunk with the role for each choice, where the route has one."""
+        """Return a chunk with the role for each choice, if the route has one."""
         if not self._form.role:
             return b""
         tail = self._form.role + b',"logprobs":null' + self._close
         return b"".join(self._before(index) + tail for index in range(self._choices))
 
     def delta(self, delta: Delta) -> bytes:
-        """Return the chunk of a delta; none where it carries tokens alone."""
+        """Return the chunk of a delta; empty if the delta has no text."""
         if delta.logprobs or delta.reasoning:
             return self._rare(delta)
         if not delta.text:
@@ -97,7 +77,7 @@ class ChunkEncoder:
         return self._text[delta.index] + encode(delta.text) + self._plain
 
     def finish(self, finish: Finish) -> bytes:
-        """Return the reason of each choice, the usage where it was asked for, and the end."""
+        """Return the reason of each choice, the usage if it was requested, and the end."""
         chunks = [self._ended(index, reason) for index, reason in enumerate(finish.finish_reasons)]
         last: dict[str, Any] = {"metrics": finish.metrics}
         if self._usage:
@@ -133,7 +113,7 @@ class ChunkEncoder:
 
 
 class Reply(NamedTuple):
-    """How a route of OpenAI's answers; `write` makes a whole answer of a head and the choices."""
+    """How a route answers; `write` builds a whole answer from its head and the choices."""
 
     prefix: str
     form: ChunkFormat
@@ -144,7 +124,7 @@ class Reply(NamedTuple):
 async def answer(
     service: Service, exchange: Exchange, wire: GenerateFields, stream: Stream, reply: Reply
 ) -> None:
-    """Send a stream as it comes, or collected as one answer.
+    """Send a stream event by event, or collected as one answer.
 
     Raises:
         HeadraceError, ClientGone: nothing has been sent.
@@ -164,8 +144,8 @@ async def answer(
     await exchange.answer(reply.write(head, result.choices), result.metrics)
 
 
-async def send_stream(exchange: Exchange, stream: Stream, encoder: Encoder) -> None:
-    """Answer with a stream, and close it whatever happens.
+async def send_stream(exchange: Exchange, stream: Stream, encoder: ChunkEncoder) -> None:
+    """Send a stream, and close it in any case.
 
     A failure before the first delta is raised, so that it gets its own status; a later one is
     sent as an event and ends the answer.
@@ -179,50 +159,50 @@ async def send_stream(exchange: Exchange, stream: Stream, encoder: Encoder) -> N
         timing = timing_header({"ttft" if primed.first.done() else "waiting": waited})
         await exchange.start(200, (*START, *timing))
         last = await _pump(exchange, primed, encoder)
-    except Exception as error:  # noqa: BLE001 - the edge: the client gets whatever failed
+    except Exception as error:  # noqa: BLE001 - sent to the client as an event
         exchange.call.outcome = "error"
         problems.log(error, exchange.call.id)
         last = encoder.failure(problems.describe(error, exchange.call.id))
     finally:
         await primed.aclose()
-    # Only now: a client that has read the last byte finds everything released, and what the
-    # server does at the end of an answer cannot cut the closing short.
+    # Sent last, so that all is released when a client has read the last byte, and the server's
+    # work at the end of an answer cannot interrupt the closing.
     await exchange.send({"type": "http.response.body", "body": last})
 
 
 async def send_events(exchange: Exchange, events: AsyncGenerator[PoolEvent, None]) -> None:
-    """Send each event as it comes, comments in between, and end when the events do.
+    """Send each event as it happens, comments in between, until the events end.
 
     Raises:
-        Exception: what `events` raises at its start; nothing has been sent yet.
+        Exception: raised by `events` at its start; nothing has been sent yet.
     """
-    coming = _next(events)
+    upcoming = _next(events)
     try:
-        # It listens before the headers go out: a client that has seen them misses nothing.
-        await asyncio.wait({coming}, timeout=0)
-        if coming.done():
-            coming.result()
+        # Subscribed before the headers are sent, so that a client that has seen them misses none.
+        await asyncio.wait({upcoming}, timeout=0)
+        if upcoming.done():
+            upcoming.result()
         await exchange.start(200, START)
         data = _comment("listening")
         while data and exchange.scope["method"] != "HEAD":
             await exchange.send({"type": "http.response.body", "body": data, "more_body": True})
-            await asyncio.wait({coming}, timeout=limits.COMMENT_EVERY_S)
-            if not coming.done():
+            await asyncio.wait({upcoming}, timeout=limits.COMMENT_EVERY_S)
+            if not upcoming.done():
                 data = _comment("listening")
                 continue
-            data = _pool_event(coming.result())
-            coming = _next(events)
+            data = _pool_event(upcoming.result())
+            upcoming = _next(events)
     finally:
-        coming.cancel()
-        await asyncio.wait({coming})
+        upcoming.cancel()
+        await asyncio.wait({upcoming})
         # Retrieved, or asyncio would log an exception that was never retrieved.
-        _ = coming.cancelled() or coming.exception()
+        _ = upcoming.cancelled() or upcoming.exception()
         await events.aclose()
     await exchange.send({"type": "http.response.body", "body": b""})
 
 
 def encode(value: Any) -> bytes:
-    """Return JSON without any character that a reader of lines may take for the end of one.
+    """Return JSON without the characters that some line readers take for the end of a line.
 
     JSON allows U+0085, U+2028 and U+2029 as they are.
     """
@@ -233,8 +213,8 @@ def encode(value: Any) -> bytes:
     return data.replace(b"\xe2\x80\xa9", b"\\u2029")
 
 
-async def _pump(exchange: Exchange, primed: Primed, encoder: Encoder) -> bytes:
-    """Send all but the last chunks, and return those."""
+async def _pump(exchange: Exchange, primed: Primed, encoder: ChunkEncoder) -> bytes:
+    """Send all chunks but the last, and return that."""
     send = exchange.send
     while not primed.first.done():
         waiting = _stage(primed.progress)
@@ -261,7 +241,7 @@ async def _pump(exchange: Exchange, primed: Primed, encoder: Encoder) -> bytes:
 
 
 def _comment(text: str) -> bytes:
-    """Return what every reader of server-sent events ignores."""
+    """Return a comment, which readers of server-sent events ignore."""
     return f": {text}\n\n".encode()
 
 
@@ -279,5 +259,5 @@ def _next(events: AsyncGenerator[PoolEvent, None]) -> asyncio.Future[PoolEvent |
 
 
 def _pool_event(event: PoolEvent | None) -> bytes:
-    """Return the event's bytes; none at the end."""
+    """Return the bytes of an event; empty at the end of the stream."""
     return b"event: %b\ndata: %b\n\n" % (event.kind.encode(), encode(event)) if event else b""

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as llama-server and vLLM have them."""
+"""POST /tokenize and /detokenize, compatible with llama-server and vLLM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One of `content` (llama-server), `prompt` or `messages` (vLLM).
 
     Special tokens are added to a `prompt` unless `add_special_tokens` is false, and to `content`
-    only when `add_special` is true; messages have those of their template.
+    only when `add_special` is true; messages get those of their template.
     """
 
     model: ModelName | None = None
@@ -32,7 +32,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True):
-    """Token ids, null where the engine has none; `estimated` marks a count that is a guess."""
+    """Token ids, null if the engine has none; `estimated` marks a count that is not exact."""
 
     tokens: list[int] | None
     count: int
@@ -57,7 +57,7 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 
 async def tokenize(service: Service, exchange: Exchange) -> None:
-    """Turn a text or a conversation into tokens."""
+    """Return the tokens of a text or a conversation."""
     request = to_request(await exchange.read(_TOKENIZE))
     count, _ = await exchange.unless_gone(result(service.backend.ask(request), events.TokenCount))
     ids = None if count.token_ids is None else list(count.token_ids)
@@ -65,7 +65,7 @@ async def tokenize(service: Service, exchange: Exchange) -> None:
 
 
 async def detokenize(service: Service, exchange: Exchange) -> None:
-    """Turn tokens into text."""
+    """Return the text of tokens."""
     wire = await exchange.read(_DETOKENIZE)
     request = core.DetokenizeRequest(token_ids=tuple(wire.tokens), model=wire.model or "")
     text, _ = await exchange.unless_gone(result(service.backend.ask(request), events.Text))

@@ -1,4 +1,4 @@
-"""What several routes share on the wire: types, fields and their translation to core requests.
+"""Types and fields that several routes share, and their translation to core requests.
 
 The translation is pure: no I/O.
 """
@@ -32,16 +32,16 @@ Nothing = Annotated[list[Any], Meta(max_length=0)]
 KeepAlive = float | Annotated[str, Meta(max_length=64)]
 
 Unsupported = Annotated[T | None, Meta(extra={"unsupported": True})]
-"""A field that would change the answer: accepted only with the value that changes nothing."""
+"""An unsupported field: only the value that has no effect is accepted."""
 
 TOKEN_SCHEMA = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 
 
-def inputs_schema(most: int, **text: int) -> dict[str, Any]:
+def inputs_schema(limit: int, **text: int) -> dict[str, Any]:
     """Return the JSON schema of a text, a list of texts, token ids, or a list of lists of them."""
     string = {"type": "string", **text}
     tokens = {"type": "array", "items": TOKEN_SCHEMA, "minItems": 1}
-    several = {"type": "array", "minItems": 1, "maxItems": most}
+    several = {"type": "array", "minItems": 1, "maxItems": limit}
     return {"anyOf": [string, tokens, {**several, "items": string}, {**several, "items": tokens}]}
 
 
@@ -60,7 +60,7 @@ class JsonSchema(msgspec.Struct, frozen=True):
 
 
 class ResponseFormat(msgspec.Struct, frozen=True):
-    """What the text of the answer must be."""
+    """The required format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -109,7 +109,7 @@ class GenerateFields(SamplingFields, frozen=True, kw_only=True):
 
 
 class TextPart(msgspec.Struct, frozen=True):
-    """A part of a message. Only text is supported."""
+    """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: str
@@ -195,7 +195,7 @@ class Addressed(Protocol):
 
     @property
     def model(self) -> str | None:
-        """The model's id or an alias; None is the only one."""
+        """The model's id or an alias; None is the only model."""
         ...
 
     @property
@@ -242,7 +242,7 @@ def generate_fields(
         "context_length": wire.context_length,
     }
     if wire.stream:
-        # The comments of a stream report the load's progress; there is no need to give up.
+        # The comments of a stream report the progress of the load, so that it has no time limit.
         fields["load_wait_s"] = None
     return fields
 
@@ -256,9 +256,9 @@ def to_sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int |
     fields = {name: getattr(wire, name) for name in SamplingFields.__struct_fields__}
     fields |= {"max_tokens": max_tokens, "logprobs": logprobs}
     if wire.top_k == -1:
-        # vLLM's way to say that all tokens count.
+        # In vLLM's API -1 means that all tokens are candidates.
         fields["top_k"] = 0
-    # 0 asks for nothing, and every engine can do that.
+    # 0 has no effect, so that every engine accepts it.
     fields["min_tokens"] = wire.min_tokens or None
     return Sampling(
         **fields,
@@ -274,7 +274,7 @@ def to_messages(wire: Sequence[ChatMessage]) -> tuple[Message, ...]:
     return tuple(Message(message.role, _content(message), message.name) for message in wire)
 
 
-def to_inputs(name: str, wire: str | Sequence[str | int | list[int]], most: int) -> list[Prompt]:
+def to_inputs(name: str, wire: str | Sequence[str | int | list[int]], limit: int) -> list[Prompt]:
     """Return the texts or lists of token ids of a field that may hold one or several.
 
     Raises:
@@ -288,8 +288,8 @@ def to_inputs(name: str, wire: str | Sequence[str | int | list[int]], most: int)
         raise InvalidRequest(f"{name} {problem}.", param=name)
     if kinds == {int}:
         return [tuple(cast("Sequence[int]", wire))]
-    if len(wire) > most:
-        raise InvalidRequest(f"{name}: at most {most} are accepted.", param=name)
+    if len(wire) > limit:
+        raise InvalidRequest(f"{name}: at most {limit} are accepted.", param=name)
     return [item if isinstance(item, str) else tuple(cast("list[int]", item)) for item in wire]
 
 

@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run `headrace`, and leave with an exit code that means something."""
+    """Run `headrace` and exit with its code."""
     from headrace.cli.app import run
 
     sys.exit(run(sys.argv[1:]))

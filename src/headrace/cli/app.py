@@ -1,6 +1,6 @@
 """The program: its commands, its errors and its exit codes.
 
-0 is success, 1 a failed engine or a lack of room, 2 a wrong request, flag or configuration, and
+0 is success, 1 a failed engine or a lack of memory, 2 a wrong request, flag or configuration, and
 130 Ctrl-C.
 """
 
@@ -27,7 +27,7 @@ _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[2])
 
 app = typer.Typer(
     name="headrace",
-    help="Run language models, behind one API, and tell what every request cost.",
+    help="Run language models behind one API, and measure what every request costs.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -51,10 +51,10 @@ def start(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Run language models, behind one API, and tell what every request cost."""
+    """Run language models behind one API, and measure what every request costs."""
 
 
-# The order is that of the help; a command is called as its function.
+# In the order of the help; a command has the name of its function.
 for _command in (
     *(run_command.run, serve.serve, store.pull, store.ls, store.show, tune.tune, bench.bench),
     *(store.rm, pool.ps, top.top, reports.usage, pool.start, pool.stop, pool.restart, pool.pin),
@@ -68,12 +68,12 @@ trace.app.command("replay")(with_common(replay.replay))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; every failure is one line on stderr."""
+    """Run one command and return its exit code; an error is one line on stderr."""
     flags = _before(arguments, "--")
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="headrace", standalone_mode=False)
     except BrokenPipeError:
-        # The reader of the pipe has gone; flushing what is buffered must not fail again at exit.
+        # The reader of the pipe has closed it; flushing the buffer must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, typer.Abort):
@@ -94,10 +94,10 @@ def _before(arguments: Sequence[str], end: str) -> Sequence[str]:
 
 
 def _message(error: HeadraceError, flags: Sequence[str]) -> str:
-    # The user of the program is also the reader of its log.
+    # The user of a command line may see the details that a service only logs.
     detail = error.detail or ""
     if len(detail) > _LONGEST_DETAIL and not {"-v", "--verbose", "--debug"} & set(flags):
-        return f"{error.message} (-v tells more)"
+        return f"{error.message} (-v shows more)"
     return f"{error.message} ({detail})" if detail else error.message
 
 

@@ -1,4 +1,4 @@
-"""`headrace bench`: how fast a service answers, as its clients see it."""
+"""`headrace bench`: the speed of a service, measured as a client."""
 
 from __future__ import annotations
 
@@ -43,35 +43,31 @@ class _Given:
         list[str] | None,
         typer.Argument(
             metavar="[MODEL] | compare FILE...",
-            help="Model for a server of its own (default_model when left out); or records of "
+            help="Model for a server of its own, by default default_model; or records of "
             "earlier runs to compare.",
             autocompletion=known_models,
         ),
     ] = None
-    url: Annotated[str | None, _flag("Measure what answers there.", _SERVICE)] = None
-    model: Annotated[str | None, _flag("What it calls the model.", _SERVICE)] = None
-    api: Annotated[Literal["chat", "completions"], _flag("Route to ask.", _SERVICE)] = "chat"
+    url: Annotated[str | None, _flag("Measure the service at this address.", _SERVICE)] = None
+    model: Annotated[str | None, _flag("The model's name there.", _SERVICE)] = None
+    api: Annotated[Literal["chat", "completions"], _flag("Route to measure.", _SERVICE)] = "chat"
     concurrency: Annotated[
         str | None, _flag("Closed loop: clients; 1,2,4,8 by default.", _LOAD, "N,..")
     ] = None
-    rate: Annotated[str | None, _flag("Open loop: requests/s that begin.", _LOAD, "N,..")] = None
+    rate: Annotated[str | None, _flag("Open loop: requests/s.", _LOAD, "N,..")] = None
     arrival: Annotated[
         Literal["poisson", "constant"], _flag("How they arrive in an open loop.", _LOAD)
     ] = "poisson"
-    requests: Annotated[int | None, _flag("So many at each load.", _LOAD, least=1)] = None
-    duration: Annotated[
-        str | None, _flag("New ones for so long at each load; 10s by default.", _LOAD)
-    ] = None
+    requests: Annotated[int | None, _flag("Number at each load.", _LOAD, least=1)] = None
+    duration: Annotated[str | None, _flag("Time of each load; 10s by default.", _LOAD)] = None
     warm_up: Annotated[int, _flag("Requests before each load, not counted.", _LOAD, least=0)] = 1
     prompt_tokens: Annotated[
         str | None, _flag("Length of made-up prompts; 128 by default.", _ASK, "N|N-M")
     ] = None
     output_tokens: Annotated[str, _flag("Length of answers.", _ASK, "N|N-M")] = "64"
-    prompts: Annotated[Path | None, _flag("Take them from a .jsonl or a text.", _ASK, "FILE")] = (
-        None
-    )
+    prompts: Annotated[Path | None, _flag("Read from a .jsonl or text file.", _ASK, "FILE")] = None
     shared_prefix: Annotated[
-        int, _flag("So many tokens are common to all prompts.", _ASK, least=0)
+        int, _flag("Number of tokens that all prompts share.", _ASK, least=0)
     ] = 0
     seed: Annotated[int, _flag("Same seed, same requests.", _ASK)] = 0
     temperature: Annotated[float, _flag("0 is greedy.", _ASK, least=0)] = 0.0
@@ -96,9 +92,9 @@ class _Given:
 
 
 def bench(common: Common, given: _Given, own: ModelFlags) -> None:
-    """Measure a service that speaks OpenAI's API: any with --url, else one of its own.
+    """Measure a service with OpenAI's API: any with --url, else a server of its own.
 
-    `headrace bench compare A.json B.json` sets records side by side.
+    `headrace bench compare A.json B.json` shows records side by side.
     """
     _check(given)
     if given.names[:1] == ["compare"]:
@@ -108,7 +104,7 @@ def bench(common: Common, given: _Given, own: ModelFlags) -> None:
 
 
 def _check(given: _Given) -> None:
-    """Refuse flags that contradict each other, and files that could not be written afterwards."""
+    """Refuse flags that contradict each other, and files that cannot be written."""
     if given.plot is not None:
         from headrace.lab.bench import plot
 
@@ -141,14 +137,14 @@ def _plan(given: _Given) -> Settings:
     from headrace.lab.bench import settings as parse
 
     closed = given.concurrency or "1,2,4,8"
-    lasts = None if given.requests else parse.seconds("--duration", given.duration or "10s")
+    duration_s = None if given.requests else parse.seconds("--duration", given.duration or "10s")
     made_up = given.prompt_tokens or "128"
     return parse.Settings(
         model=given.model or "",
         loads=parse.loads("open", given.rate) if given.rate else parse.loads("closed", closed),
         api=given.api,
         requests=given.requests,
-        duration_s=lasts,
+        duration_s=duration_s,
         warm_up=given.warm_up,
         prompt=None if given.prompts else parse.span("--prompt-tokens", made_up),
         output=parse.span("--output-tokens", given.output_tokens),
@@ -163,7 +159,7 @@ def _plan(given: _Given) -> Settings:
 
 
 def _of_server(common: Common, own: ModelFlags) -> list[str]:
-    """Return the flags for a server of our own."""
+    """Return the flags for our own server."""
     flags = {
         "--config": common.file,
         "--home": common.home,
@@ -236,7 +232,7 @@ async def _measure(plan: Settings, source: Source, arguments: Sequence[str], rep
 
 @contextlib.contextmanager
 def _signals(stop: asyncio.Event, begun: asyncio.Event) -> Generator[None]:
-    """Let the first signal end the measurement and keep its figures; the second ends it all."""
+    """Let the first signal end the measurement with its figures so far, the second everything."""
     loop, main = asyncio.get_running_loop(), asyncio.current_task()
     assert main is not None
 

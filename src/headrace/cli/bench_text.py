@@ -17,7 +17,7 @@ _HEADS = (
 
 
 def show(run: Run) -> None:
-    """Print a table of the loads, the failures, and the notes that are needed to read it."""
+    """Print a table of the loads, the failures, and notes on them."""
     settings = run.settings
     kind = "requests at once" if settings.loads[0].loop == "closed" else "requests/s"
     service = "its own server" if run.own_server else run.url
@@ -52,11 +52,11 @@ def _row(level: Level) -> list[Any]:
 
 
 def _optional(run: Run) -> Iterator[tuple[str, list[str | None]]]:
-    """Yield the columns that not every run has."""
+    """Yield the columns that only some runs have."""
     levels = run.levels
     if any(level.server for level in levels):
-        firsts = [level.server.get("time_to_first_token_ms") for level in levels]
-        yield "SERVER'S TTFT", [_of(first, "p50")[0] for first in firsts]
+        summaries = [level.server.get("time_to_first_token_ms") for level in levels]
+        yield "SERVER'S TTFT", [_of(summary, "p50")[0] for summary in summaries]
     if any(level.late_ms for level in levels):
         yield "LATE P99", [_of(level.late_ms, "p99")[0] for level in levels]
     if run.settings.slo:
@@ -78,7 +78,7 @@ def _percent(value: float | None) -> str | None:
 
 
 def show_beside(runs: dict[str, Run]) -> None:
-    """Print the loads of several runs, each beside that of the first."""
+    """Print the loads of several runs, each compared with that of the first."""
     terminal.columns(("LOAD", "RUN", *_COMPARED), list(_compared(runs)))
     print(f"In brackets: times as much as {next(iter(runs))}.")
 

@@ -26,7 +26,7 @@ HELP = """\
 /clear                forget the conversation; the system message stays
 /system [TEXT]        set the system message; without text, drop it
 /set [NAME VALUE]     set how tokens are chosen; without a value, back to the default;
-                      several values stand between commas, or in JSON: ["\\n\\n"]
+                      separate several values by commas, or write JSON: ["\\n\\n"]
 /show                 model, settings and messages
 /save FILE            write the conversation as JSON
 /load FILE            read one that was saved
@@ -81,14 +81,14 @@ class Conversation:
         self.messages.append(Message("user", text))
 
     def answered(self, text: str) -> None:
-        """Add the answer, whole or cut off; without any, take the question back."""
+        """Add the answer, complete or not; if it is empty, remove the question."""
         if text:
             self.messages.append(Message("assistant", text))
         else:
             self.messages.pop()
 
     def command(self, line: str) -> str | None:
-        """Run a slash command and return its output; None means: answer again.
+        """Run a slash command and return its output; None means to answer again.
 
         Raises:
             InvalidRequest: no such command, or a wrong value.
@@ -137,7 +137,7 @@ class Conversation:
         return f"Saved {len(self.messages)} messages to {path}."
 
     def load(self, name: str) -> str:
-        """Continue a conversation from a file, whichever model it was held with."""
+        """Continue a conversation from a file, with any model."""
         path = _path(name)
         saved = msgspec.json.decode(path.read_bytes(), type=Saved)
         sampling = {key: _converted(key, value) for key, value in saved.sampling.items()}
@@ -200,7 +200,7 @@ COMMANDS = tuple(f"/{name}" for name in _COMMANDS)
 
 
 Answer = Callable[[list[str]], Awaitable[str]]
-"""Writes the next answer, adds its text to a list as it comes, and returns its figures."""
+"""Writes the next answer, appends its text to a list piece by piece, and returns its figures."""
 
 
 class Chat:
@@ -225,7 +225,7 @@ class Chat:
                 try:
                     text = unquoted(await self._session.prompt_async(">>> "))
                 except KeyboardInterrupt:
-                    # A line that was begun is dropped; only an empty prompt counts towards leaving.
+                    # Drops a line that was begun; only at an empty prompt it counts as leaving.
                     interrupts = 0 if self._session.default_buffer.text else interrupts + 1
                     if interrupts < 2:
                         terminal.note("Ctrl-C again or Ctrl-D leaves." if interrupts else "")
@@ -235,14 +235,14 @@ class Chat:
                     await self._reply()
 
     def _needs_answer(self, text: str) -> bool:
-        """Take a line of input; return whether the model has to answer now."""
+        """Process a line of input; return whether the model has to answer now."""
         if not text.startswith("/"):
             self._conversation.ask(text)
             return True
         try:
             output = self._conversation.command(text)
         except (HeadraceError, OSError, msgspec.MsgspecError) as error:
-            output = _complaint(error)
+            output = _error_line(error)
         if output is not None:
             terminal.note(terminal.printable(output))
         return output is None
@@ -261,16 +261,18 @@ class Chat:
             return
         error = task.exception()
         if isinstance(error, ContextOverflow):
-            terminal.note(f"{_complaint(error)} The question was not asked; /clear starts anew.")
+            terminal.note(
+                f"{_error_line(error)} The question was not sent; /clear starts a new conversation."
+            )
         elif isinstance(error, HeadraceError):
-            terminal.note(_complaint(error))
+            terminal.note(_error_line(error))
         elif error is not None:
             raise error
         elif self._figures:
             terminal.note(f"({task.result()})")
 
 
-def _complaint(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     return f"error: {error.message if isinstance(error, HeadraceError) else error}"
 
 

@@ -1,4 +1,4 @@
-"""`headrace check-engine`: whether an engine keeps the contract, case by case."""
+"""`headrace check-engine`: whether an engine fulfils the contract, case by case."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def check_engine(
         str,
         typer.Option(
             metavar="KIND",
-            help="Behind which Backend: worker (in this process), process, pool, or all.",
+            help="Kind of Backend: worker (in this process), process, pool, or all.",
         ),
     ] = "process",
     only: Annotated[
-        str, typer.Option(metavar="PATTERN", help="Only cases of such names, as 'sampling_*'.")
+        str, typer.Option(metavar="PATTERN", help="Only cases with such names, as 'sampling_*'.")
     ] = "*",
     task: Annotated[str | None, typer.Option(help="generate, embed or rerank.")] = None,
     device: Device = None,
     context_length: ContextLength = None,
     max_running: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 4,
 ) -> None:
-    """Run the contract of an engine on it, a line for each case; 1 is returned if one fails.
+    """Test an engine against the contract, a line for each case; exit with 1 if one fails.
 
     ok: it holds. refused: the engine declares that it cannot do this, and refuses it by name.
     reported: it holds only as far as the engine declares. FAILED: it does not hold.

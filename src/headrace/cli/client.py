@@ -16,6 +16,7 @@ from headrace.core import errors
 from headrace.core.errors import ConfigError, HeadraceError
 from headrace.core.record import Activity
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
+from headrace.text.sse import EventReader, EventTooLong
 
 T = TypeVar("T")
 
@@ -38,24 +39,24 @@ def address(settings: Settings, url: str | None) -> str:
     """Return the address of the service: the given one, HEADRACE_URL, or where `serve` listens.
 
     Raises:
-        ConfigError: it cannot be known.
+        ConfigError: the configured port is 0, a free one.
     """
     if place := url or os.environ.get("HEADRACE_URL"):
         place = place if "://" in place else f"http://{place}"
         return place.rstrip("/").removesuffix("/v1")
     server = settings.config.server
     if server.port == 0:
-        raise ConfigError("The port is a free one; say which with --url.", param="port")
+        raise ConfigError("The port is a free one; name it with --url.", param="port")
     host = _ANY_ADDRESS.get(server.host, server.host)
     return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
 
 
 class Client:
-    """A client of a running service. Its methods raise the errors that the service answers with.
+    """A client of a running service; its methods raise the errors of the service.
 
     Raises:
         ConfigError: the URL is not valid.
-        UpstreamError: nothing listens there (`param` is then `url`), or the service has gone.
+        UpstreamError: nothing listens there (`param` is then `url`), or the service has ended.
         HeadraceError: the error of the service, by its own class.
     """
 
@@ -65,9 +66,9 @@ class Client:
         self._http = httpx.AsyncClient(
             base_url=_checked(url),
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            # A load takes as long as it takes.
+            # A load has no time limit.
             timeout=httpx.Timeout(None, connect=_CONNECT_S),
-            # A proxy that is meant for the web does not know this machine.
+            # A proxy for the web cannot reach a service on this machine.
             trust_env=url.startswith("https:"),
         )
 
@@ -106,15 +107,16 @@ class Client:
         self, method: str, path: str, kind: type[T], body: object = None
     ) -> AsyncGenerator[T]:
         """Yield the data of server-sent events, decoded, until the stream ends."""
+        reader = EventReader()
         with self._named_errors():
             async with self._http.stream(method, path, json=body) as response:
                 if response.is_error:
                     await response.aread()
                     raise _refusal(response)
-                async for line in response.aiter_lines():
-                    data = line.removeprefix("data:").strip()
-                    if line.startswith("data:") and data not in ("", "[DONE]"):
-                        yield self._decoded(data, kind)
+                async for chunk in response.aiter_bytes():
+                    for data in reader.feed(chunk):
+                        if data != b"[DONE]":
+                            yield self._decoded(data, kind)
 
     async def _ask(
         self,
@@ -130,12 +132,12 @@ class Client:
             raise _refusal(response)
         return self._decoded(response.content, kind)
 
-    def _decoded(self, content: bytes | str, kind: type[T]) -> T:
+    def _decoded(self, content: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(content, type=kind)
         except msgspec.MsgspecError as error:
             raise errors.UpstreamError(
-                f"What answers at {self.url} is no Headrace, or another version of it.",
+                f"The service at {self.url} is no Headrace, or another version of it.",
                 detail=str(error),
             ) from None
 
@@ -148,6 +150,10 @@ class Client:
                 f"No service at {self.url}; start one with `headrace serve`.",
                 param="url",
                 detail=str(error),
+            ) from None
+        except EventTooLong:
+            raise errors.UpstreamError(
+                f"The service at {self.url} sent an event that is too long."
             ) from None
         except httpx.HTTPError as error:
             raise errors.UpstreamError(
@@ -166,13 +172,13 @@ def _checked(text: str) -> httpx.URL:
 
 
 def _refusal(response: httpx.Response) -> HeadraceError:
-    """Return the error of the service as it was raised there."""
+    """Return the error that was raised in the service."""
     try:
         detail = msgspec.json.decode(response.content, type=_Body).error
     except msgspec.MsgspecError:
         excerpt = " ".join(response.text.split())[:_LONGEST_EXCERPT]
         return errors.UpstreamError(
-            f"What answers at {response.url} is no Headrace: {response.status_code} {excerpt}"
+            f"The service at {response.url} is no Headrace: {response.status_code} {excerpt}"
         )
     message = detail.message
     if response.status_code in (401, 403):

@@ -1,4 +1,4 @@
-"""What commands share: flags, and how a function becomes a command."""
+"""Flags that commands share, and the decorator that makes a command of a function."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ Url = Annotated[
     str | None,
     Option(
         metavar="URL",
-        help="The service; else HEADRACE_URL, or where the configuration says.",
+        help="The service; by default HEADRACE_URL, or as configured.",
         show_default=False,
     ),
 ]
@@ -71,7 +71,7 @@ Url = Annotated[
 
 @dataclass(frozen=True)
 class Common:
-    """The flags that stand before or after every command; None is not given."""
+    """The flags that are allowed before and after every command; None is not given."""
 
     as_json: Annotated[bool | None, Option("--json/--no-json", help="Print JSON.")] = None
     file: Annotated[Path | None, Option("--config", metavar="FILE", help="Read this file.")] = None
@@ -120,7 +120,7 @@ class Common:
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """How a model is to run."""
+    """The flags on how to run a model."""
 
     engine: Engine = None
     device: Device = None
@@ -161,7 +161,7 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def given(flags: Any) -> dict[str, Any]:
-    """Return those flags of a group that were given, by name."""
+    """Return the flags of a group that are not None, by name."""
     values = {name: getattr(flags, name) for name, _ in _defaults(type(flags))}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -169,8 +169,8 @@ def given(flags: Any) -> dict[str, Any]:
 def with_common(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function whose first parameter is a Common.
 
-    A parameter whose type is a group, a dataclass or a Struct, stands for its fields: each becomes
-    a flag.
+    A parameter whose type is a group, a dataclass or a Struct, is replaced by its fields: each
+    becomes a flag.
     """
     hints = get_type_hints(function, include_extras=True)
     own = list(inspect.signature(function).parameters.values())[1:]
@@ -209,7 +209,7 @@ def _defaults(group: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _flags(name: str, kind: Any, default: Any = None) -> list[inspect.Parameter]:
-    """Return a parameter of a command, or those that a group stands for."""
+    """Return a parameter of a command, or those of a group's fields."""
     if not _is_group(kind):
         return [
             inspect.Parameter(
@@ -232,7 +232,7 @@ def _option(kind: type, meta: msgspec.Meta) -> Any:
 
 
 def _bounds(allowed: Range) -> str:
-    """Describe a range; the bounds of an integer type go without saying."""
+    """Describe a range, without the bounds of the integer type."""
     low = f"above {allowed.low}" if allowed.above else f"{allowed.low}"
     if allowed.high < _WIDE:
         return f"  [{low} to {allowed.high}]"

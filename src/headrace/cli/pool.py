@@ -52,7 +52,7 @@ def ps(
 ) -> None:
     """List the models of a running service: state, memory, queue; and its devices.
 
-    With -v it also says why each model runs on its engine.
+    With -v also why each model runs on its engine.
     """
     common.ask(url, lambda client: _watch(client, common, again=watch))
 
@@ -64,14 +64,14 @@ def start(
     changes: Changes = None,
     url: Url = None,
 ) -> None:
-    """Load a model and wait for it; a failed one is tried again, an unknown one is added."""
+    """Load a model and wait for it; a failed one is loaded again, an unknown one is added."""
     options = {f"options.{key}": value for key, value in _settings(option, "flag -o").items()}
     settings = options | _settings(changes, "flag --set")
     _order(common, url, "load", model, settings=settings or None)
 
 
 def stop(common: Common, model: ModelArgument, url: Url = None) -> None:
-    """Unload a model when its answers have ended, and wait until the memory is back."""
+    """Unload a model when its answers have ended, and wait until the memory is free."""
     _order(common, url, "unload", model)
 
 
@@ -83,10 +83,10 @@ def restart(common: Common, model: ModelArgument, url: Url = None) -> None:
 def pin(
     common: Common,
     model: ModelArgument,
-    off: Annotated[bool, Option("--off", help="Let it go when others need room.")] = False,
+    off: Annotated[bool, Option("--off", help="Unpin it: it may be evicted.")] = False,
     url: Url = None,
 ) -> None:
-    """Keep a model loaded, whatever else needs its memory."""
+    """Pin a model, so that it is never evicted."""
     _order(common, url, "pin", model, pinned=not off)
 
 
@@ -98,12 +98,12 @@ def update(
         Argument(
             metavar="KEY=VALUE...",
             help="Such as keep_alive=5m, enabled=false, options.threads=4; "
-            "`KEY=` is again as configured.",
+            "`KEY=` restores the configured value.",
         ),
     ],
     url: Url = None,
 ) -> None:
-    """Change settings of a model while it serves; it is kept over a restart of the service."""
+    """Change settings of a model while it serves; they survive a restart of the service."""
     _order(common, url, "update", model, settings=_settings(changes, "argument"))
 
 
@@ -116,7 +116,7 @@ def reload(common: Common, url: Url = None) -> None:
 
 
 def events(common: Common, url: Url = None) -> None:
-    """Follow what happens to the models, until Ctrl-C."""
+    """Print the events of the models, until Ctrl-C."""
 
     async def follow(client: Client) -> None:
         async with contextlib.aclosing(client.events()) as stream:
@@ -129,9 +129,9 @@ def events(common: Common, url: Url = None) -> None:
 
 
 def plan(common: Common, model: ModelArgument, url: Url = None) -> None:
-    """Show what loading a model would need, whether it fits, and what would have to go.
+    """Show what loading a model would need, whether it fits, and what would be evicted.
 
-    A running service is asked; without one, the answer is for this machine as it is.
+    It is the plan of a running service; without one, that for this machine as it is.
     """
     planned = _planned(common, model, url)
     common.show(planned, _plan_lines(planned))
@@ -155,7 +155,7 @@ async def _watch(client: Client, common: Common, *, again: bool) -> None:
 
 
 def _print(text: str, *, in_place: bool) -> None:
-    """Print a table; in place each line is overwritten, so that nothing flickers."""
+    """Print a table; in place each line is overwritten, to avoid flicker."""
     if in_place:
         text = _HOME + text.replace("\n", f"{_END_OF_LINE}\n") + _REST
     sys.stdout.write(text)
@@ -226,7 +226,7 @@ def _until(model: ModelStatus, now: float) -> str | None:
         return "pinned"
     if model.state != "ready":
         return None
-    return "for ever" if model.until is None else f"in {terminal.span(model.until - now)}"
+    return "forever" if model.until is None else f"in {terminal.span(model.until - now)}"
 
 
 def _event_line(event: PoolEvent) -> str:
@@ -243,7 +243,7 @@ def _short(value: object) -> str:
 
 
 def _settings(pairs: list[str] | None, where: str) -> dict[str, str | None]:
-    """Read settings; one without a value is again as the configuration has it."""
+    """Read settings; one without a value gets the configured one."""
     return {key: value or None for key, value in parse_options(pairs, where).items()}
 
 
@@ -255,7 +255,7 @@ def _order(common: Common, url: str | None, action: str, model: str, **fields: A
 
 
 async def _ordered(client: Client, action: str, model: str, fields: dict[str, Any]) -> ModelStatus:
-    """Give an order; on a terminal, show the progress of a load meanwhile."""
+    """Send an order; on a terminal, show the progress of a load meanwhile."""
     order = asyncio.ensure_future(client.order(action, model, **fields))
     if not sys.stderr.isatty():
         return await order

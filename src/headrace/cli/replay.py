@@ -1,4 +1,4 @@
-"""`headrace trace replay`: ask a running service again, with the same parameters."""
+"""`headrace trace replay`: send a recorded request to a running service again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from headrace.cli.client import Client
 
 _PATHS = {"chat": "/v1/chat/completions", "text_completion": "/v1/completions"}
-# What has the same name in a record and on the wire.
+# The parameters that have the same name in a record and on the wire.
 _SAME = {
     *("n", "echo", "context_length", "stop", "stop_token_ids", "ignore_eos", "logit_bias"),
     *SamplingFields.__struct_fields__,
@@ -32,7 +32,7 @@ _SAME = {
 
 
 class Replayed(msgspec.Struct, frozen=True, kw_only=True):
-    """The second answer, by choice. `differs_at` is the first character that differs."""
+    """The new answer, by choice. `differs_at` is the first character that differs."""
 
     id: str
     model: str
@@ -68,11 +68,11 @@ def replay(
     common: Common,
     id: Id,
     model: Annotated[
-        str | None, Option(help="Ask this model.", autocompletion=known_models)
+        str | None, Option(help="Send it to this model.", autocompletion=known_models)
     ] = None,
     url: Url = None,
 ) -> None:
-    """Ask again what was asked, print the answer, and compare the figures.
+    """Send a recorded request again, print the answer, and compare the figures.
 
     It needs a record with content: the service keeps it with telemetry.trace_content.
     """
@@ -87,21 +87,21 @@ def replay(
                 answer.take(chunk)
 
     common.ask(url, read)
-    again = answer.end(record, body.get("model", ""))
+    replayed = answer.end(record, body.get("model", ""))
     if common.as_json:
-        terminal.print_json(again)
+        terminal.print_json(replayed)
         return
-    for line in _lines(record, again):
+    for line in _lines(record, replayed):
         terminal.note(line)
     if GONE in content(body["messages" if "messages" in body else "prompt"]):
-        terminal.note("What was asked is not quite the same: parts of it had been redacted.")
+        terminal.note("The request is not quite the same: parts of the record are redacted.")
 
 
 def _body(record: RequestRecord, model: str | None) -> dict[str, Any]:
     """Return the body of the request to send.
 
     Raises:
-        InvalidRequest: its content is unknown, or the record is not of a text.
+        InvalidRequest: its content was not kept, or the operation is not one of text.
     """
     if record.operation not in _PATHS:
         raise InvalidRequest(f"{record.id} is of {record.operation}; only texts are replayed.")
@@ -120,15 +120,15 @@ def _body(record: RequestRecord, model: str | None) -> dict[str, Any]:
         sent["response_format"] = {"type": "json_schema", "json_schema": named}
     if options := given.get("template_options"):
         sent["chat_template_kwargs"] = options
-    if (most := given.get("logprobs")) is not None:
-        sent |= {"logprobs": True, "top_logprobs": most} if chat else {"logprobs": most}
+    if (count := given.get("logprobs")) is not None:
+        sent |= {"logprobs": True, "top_logprobs": count} if chat else {"logprobs": count}
     if name := model or record.model:
         sent["model"] = name
     return sent | {"stream": True}
 
 
 class _Answer:
-    """The chunks so far; with `write`, the text of the first choice is written as it comes."""
+    """The chunks so far; with `write`, the text of the first choice is written at once."""
 
     def __init__(self, *, write: bool) -> None:
         self._writes = write
@@ -140,7 +140,7 @@ class _Answer:
         """Add a chunk.
 
         Raises:
-            UpstreamError: it says that the answer has failed.
+            UpstreamError: it is the error of an answer that failed.
         """
         if chunk.error is not None:
             raise UpstreamError(chunk.error.message)
@@ -189,20 +189,20 @@ def _difference(before: Sequence[str], after: Sequence[str]) -> int | None:
     return None
 
 
-def _lines(record: RequestRecord, again: Replayed) -> Iterator[str]:
+def _lines(record: RequestRecord, replayed: Replayed) -> Iterator[str]:
     """Yield each figure with its value then and now, and whether the texts are equal."""
-    then, now = record.metrics, again.metrics
+    then, now = record.metrics, replayed.metrics
     speeds = then.decode_tokens_per_second, now.decode_tokens_per_second
     firsts = then.time_to_first_token_ms, now.time_to_first_token_ms
     heads = ("FIGURE", "THEN", "NOW")
     rows = [
-        ("model", record.model, again.model),
+        ("model", record.model, replayed.model),
         ("ttft", *map(took, firsts)),
         ("tokens/s", *map(rate, speeds)),
         ("total", took(then.total_ms), took(now.total_ms)),
         ("tokens", tokens(then), tokens(now)),
-        ("finish", *(", ".join(side.finish_reasons) or None for side in (record, again))),
+        ("finish", *(", ".join(side.finish_reasons) or None for side in (record, replayed))),
     ]
     yield from terminal.aligned(heads, rows, heads[1:])
-    place = "" if again.differs_at is None else f" from character {again.differs_at} on"
-    yield "The text is equal." if again.equal else f"The text is another{place}."
+    place = "" if replayed.differs_at is None else f" from character {replayed.differs_at} on"
+    yield "The text is equal." if replayed.equal else f"The text is another{place}."

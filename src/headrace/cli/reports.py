@@ -1,4 +1,4 @@
-"""`headrace doctor`, `config` and `usage`: what this machine has, what is set, what was used."""
+"""`headrace doctor`, `config` and `usage`: the machine, the settings, the tokens used."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def show(
 
 def _setting(key: str, value: Any, origin: str) -> tuple[str, str | None, str]:
     shown = ", ".join(cast("list[str]", value)) if isinstance(value, list) else value
-    # A chat template has many lines.
+    # One line, even for a chat template.
     return key, None if shown in (None, "") else str(shown).replace("\n", "\\n")[:60], origin
 
 
 def path(common: Common) -> None:
-    """Print the file that is read, and where one is looked for."""
+    """Print the configuration file, and the paths that are searched."""
     settings = common.settings(service=True)
     places = {"file": settings.file, "searched": list(settings.searched)}
     common.show(places, [str(settings.file or "No file is read.")])
@@ -120,7 +120,7 @@ def _provider(name: str, provider: Any) -> dict[str, Any]:
 
 
 def _free(path: Path) -> int:
-    """Return the bytes free where the folder is, or will be."""
+    """Return the free bytes of the disk that holds the folder, or will hold it."""
     there = next(place for place in (path, *path.parents) if place.exists())
     return shutil.disk_usage(there).free
 
@@ -137,7 +137,7 @@ def _device(device: Device) -> tuple[str | None, ...]:
 
 
 def _telemetry(config: Config) -> dict[str, Any]:
-    """Return what is kept of requests and where, and what is exported."""
+    """Return which telemetry is on, and where it is kept."""
     from headrace.telemetry import otel, trace_file, usage
 
     kept, port = config.telemetry, config.server.port
@@ -181,7 +181,7 @@ def usage(
 ) -> None:
     """Show tokens, requests, seconds of engines and joules; days are those of UTC.
 
-    It needs no running service; what one has counted in the last seconds may be missing.
+    It needs no running service; the counts of its last seconds may be missing.
     """
     from headrace.telemetry import usage as counted
 

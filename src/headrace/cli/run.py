@@ -51,22 +51,22 @@ def run(
         str | None,
         Argument(
             metavar="[MODEL]",
-            help="Model; the configuration's default_model when left out.",
+            help="Model; by default the configuration's default_model.",
             autocompletion=known_models,
         ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        Argument(metavar="[PROMPT]...", help="What to ask; stdin is read too when it is piped."),
+        Argument(metavar="[PROMPT]...", help="The prompt; a piped stdin is added."),
     ] = None,
     system: Annotated[str | None, Option(help="System message.")] = None,
-    raw: Annotated[bool, Option(help="Give the prompt without chat template.")] = False,
+    raw: Annotated[bool, Option(help="Send the prompt without chat template.")] = False,
     figures: Annotated[bool, Option(help="Print the figures of the answer.")] = True,
     *,
     sampling: SamplingFlags,
     flags: ModelFlags,
 ) -> None:
-    """Ask a model once, or chat with it when no prompt is given."""
+    """Answer one prompt, or chat if no prompt is given."""
     settings = flags.settings(common)
     spec = settings.model_spec(model or settings.config.default_model)
     question = _Question(_text(prompt or []), system, sampling.parameters(), raw)
@@ -75,7 +75,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Question:
-    """What is asked on the command line; without `text`, a chat begins."""
+    """The request of the command line; without `text`, a chat begins."""
 
     text: str | None
     system: str | None
@@ -108,7 +108,7 @@ async def _run(
 ) -> None:
     if question.text is None:
         if common.as_json or question.raw or not _interactive():
-            raise InvalidRequest("Nothing is asked: give a prompt as argument or on stdin.")
+            raise InvalidRequest("There is no prompt: give one as argument or on stdin.")
         sampling = question.sampling
         await chat(settings, spec, system=question.system, sampling=sampling, figures=figures)
         return
@@ -162,7 +162,7 @@ async def _as_json(
 
 @contextlib.asynccontextmanager
 async def loaded(settings: Settings, spec: ModelSpec) -> AsyncGenerator[AsyncModelWorker]:
-    """Yield a worker that is ready; fetching and loading show a bar on a terminal."""
+    """Yield a worker that is ready; on a terminal, show the progress of download and load."""
     from headrace.model_worker import AsyncModelWorker
 
     with contextlib.ExitStack() as bar:
@@ -177,10 +177,10 @@ async def loaded(settings: Settings, spec: ModelSpec) -> AsyncGenerator[AsyncMod
 async def written(
     worker: AsyncModelWorker, request: Mapping[str, Any], parts: list[str] | None = None
 ) -> Finish:
-    """Write an answer to stdout as it comes; its text is added to `parts`, however it ends.
+    """Write an answer to stdout piece by piece, and append each to `parts`.
 
     Raises:
-        HeadraceError: whatever the stream raises; what came before it has been written.
+        HeadraceError: the stream failed; the text before that has been written.
     """
     stream = worker.generate_stream(**request)
     parts = [] if parts is None else parts

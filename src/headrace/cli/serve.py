@@ -32,7 +32,7 @@ Models = Annotated[
     Argument(
         metavar="[MODEL]...",
         autocompletion=known_models,
-        help="Models; all of the configuration when left out, or its default_model.",
+        help="Models; by default all of the configuration, or its default_model.",
     ),
 ]
 
@@ -47,22 +47,22 @@ class _Flags:
         bool | None, Option(help="Listen beyond loopback without an API key.")
     ] = None
     allowed_hosts: Annotated[
-        str | None, Option(help="Further names to be reached by, between commas.")
+        str | None, Option(help="Further names of this server, separated by commas.")
     ] = None
     allowed_origins: Annotated[
-        str | None, Option(help="Web origins that may ask, between commas.")
+        str | None, Option(help="Allowed web origins, separated by commas.")
     ] = None
     drain_s: Annotated[
-        float | None, Option(help="How long running answers may finish at the end.")
+        float | None, Option(help="Time for running answers to finish at the end.")
     ] = None
-    max_running: Annotated[int | None, Option(help="Requests at once, a model.")] = None
-    max_queued: Annotated[int | None, Option(help="Requests that wait, a model.")] = None
+    max_running: Annotated[int | None, Option(help="Concurrent requests of a model.")] = None
+    max_queued: Annotated[int | None, Option(help="Waiting requests of a model.")] = None
     keep_alive: Annotated[str | None, Option(help="How long a model stays idle: 5m, 0, -1.")] = None
     continuation: Annotated[
-        str | None, Option(help="How an answer goes on whose worker died: exact, fast, off.")
+        str | None, Option(help="How to continue an answer whose worker died: exact, fast, off.")
     ] = None
     memory: Annotated[
-        str | None, Option(help="What models may take, as 16GiB or cpu=50%,cuda:0=90%.")
+        str | None, Option(help="Memory for models, as 16GiB or cpu=50%,cuda:0=90%.")
     ] = None
     max_loading: Annotated[int | None, Option(help="Models that load at a time.")] = None
 
@@ -70,8 +70,8 @@ class _Flags:
 def serve(common: Common, models: Models = None, *, service: _Flags, flags: ModelFlags) -> None:
     """Serve models over HTTP, as OpenAI's API does.
 
-    API keys come from the configuration or HEADRACE_API_KEYS: a flag would show them to everyone
-    on this machine.
+    API keys come from the configuration or HEADRACE_API_KEYS: a flag would be visible to all users
+    of this machine.
     """
 
     def read() -> tuple[Settings, list[ModelSpec]]:
@@ -85,15 +85,15 @@ def _serve(read: Read, *, as_json: bool) -> None:
     settings, specs = read()
     server = settings.config.server
     _warn_of_keys(server)
-    with listen(server) as listener, _aside(settings.config) as metrics:
+    with listen(server) as listener, _metrics_socket(settings.config) as metrics:
         from headrace.cli.service import live
 
-        say = functools.partial(announce, listener, specs, server, metrics, as_json=as_json)
+        show = functools.partial(announce, listener, specs, server, metrics, as_json=as_json)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            runner.run(live(settings, specs, listener, reread=read, announce=say, metrics=metrics))
+            runner.run(live(settings, specs, listener, reread=read, announce=show, metrics=metrics))
 
 
-def _aside(config: Config) -> contextlib.AbstractContextManager[socket.socket | None]:
+def _metrics_socket(config: Config) -> contextlib.AbstractContextManager[socket.socket | None]:
     port = config.telemetry.metrics_port if config.telemetry.metrics else None
     if port is None:
         return contextlib.nullcontext()
@@ -106,7 +106,7 @@ def _warn_of_keys(server: ServerSettings) -> None:
     named = [name for name in CLIENT_KEYS if os.environ.get(name)]
     if named and not has_keys(server):
         terminal.note(
-            f"warning: {named[0]} is what commands send; no key is asked for here. "
+            f"warning: {named[0]} is the key that commands send; this service needs no key. "
             "HEADRACE_API_KEYS and HEADRACE_ADMIN_KEYS set those."
         )
 
@@ -121,7 +121,7 @@ def wanted(settings: Settings, names: Sequence[str]) -> list[ModelSpec]:
 
     Raises:
         ConfigError: two of them would have the same name.
-        RequestError: a reference cannot be one.
+        RequestError: a reference is malformed.
     """
     from headrace.models.reference import parse
 
@@ -136,10 +136,10 @@ def wanted(settings: Settings, names: Sequence[str]) -> list[ModelSpec]:
 
 
 def listen(server: ServerSettings) -> socket.socket:
-    """Return a socket that is bound and listens.
+    """Return a listening socket.
 
     Raises:
-        ConfigError: the address is open to others and nothing guards it, or cannot be had.
+        ConfigError: the address is public and no key is set, or it cannot be bound.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(
@@ -147,7 +147,7 @@ def listen(server: ServerSettings) -> socket.socket:
         )[0]
         if not (_is_loopback(str(address[0])) or has_keys(server) or server.allow_public):
             raise ConfigError(
-                f"{server.host} can be reached by others and no API key is set: set "
+                f"{server.host} is reachable from other machines and no API key is set: set "
                 "HEADRACE_API_KEYS, or allow it with --allow-public.",
                 param="host",
             )
@@ -174,12 +174,12 @@ def announce(
     """Print the address, and an example of a request."""
     url = _url(listener)
     names = [spec.name for spec in specs]
-    aside = {} if metrics is None else {"metrics": f"{_url(metrics)}/metrics"}
+    extra = {} if metrics is None else {"metrics": f"{_url(metrics)}/metrics"}
     if as_json:
-        print(json.dumps({"url": url, "models": names, **aside}), flush=True)
+        print(json.dumps({"url": url, "models": names, **extra}), flush=True)
         return
     print(f"Headrace serves {', '.join(names)} on {url}", flush=True)
-    for place in aside.values():
+    for place in extra.values():
         print(f"Metrics are at {place}", flush=True)
     message = {"role": "user", "content": "Name three rivers."}
     body = shlex.quote(json.dumps({"model": names[0], "messages": [message]}))

@@ -1,4 +1,4 @@
-"""The life of a service: it loads, answers, reads its configuration again, drains and ends."""
+"""The life of a service: load, serve, reload the configuration, drain and end."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from headrace.core.model import ModelSpec
 from headrace.core.status import Reloaded
 
 Read = Callable[[], tuple[Settings, list[ModelSpec]]]
-"""Reads the configuration, with the flags of the command: the settings, and what is served."""
+"""Reads the configuration, with the flags of the command; returns it and the models to serve."""
 
 _log = logging.getLogger("headrace.service")
-_LAST_WORDS_S = 2
-# Longer than those who call keep an idle connection: whoever closes it first must not be the one
-# that a request is on its way to. Python's clients keep it for 5 s, balancers mostly for 60.
+_CLOSE_S = 2
+# Longer than clients keep an idle connection, as a request may be on its way when the server closes
+# one. Python's clients keep it for 5 s, most load balancers for 60 s.
 _IDLE_CONNECTION_S = 75
 _HOPELESS = {"failed", "stopped", "created"}
 
@@ -47,12 +47,12 @@ async def live(
     announce: Callable[[], None],
     metrics: socket.socket | None = None,
 ) -> None:
-    """Serve on a socket until a signal comes; `announce` is called when it can be asked.
+    """Serve on a socket until a signal; `announce` is called when requests are accepted.
 
-    `metrics` is a socket for the metrics alone.
+    `metrics` is a socket for the metrics only.
 
     Raises:
-        HeadraceError: why nothing could be loaded.
+        HeadraceError: no model could be loaded.
     """
     service = _Service(settings, specs, reread)
     loading = service.begin(service.load())
@@ -76,19 +76,19 @@ async def live(
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
-        # Ours are better: uvicorn raises the signal once more at its end.
+        # The service has its own handlers; uvicorn would raise the signal again at its end.
         yield
 
 
 class _Service:
-    """The backend, the server in front of it, and what signals do to them."""
+    """The backend, its server, and the handlers of signals."""
 
     def __init__(self, settings: Settings, specs: Sequence[ModelSpec], reread: Read) -> None:
         self._read = reread
         self._settings = self._latest = settings
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stops = 0
-        # Where the service was started by hand, it goes when its terminal does.
+        # A service that was started from a terminal ends with it.
         self._terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
         self._optional = not all(spec.preload and spec.enabled for spec in specs)
         self.admin, self.telemetry = runtime.open_service(settings, specs, reread=self._reread)
@@ -106,11 +106,11 @@ class _Service:
         self.aside = _Server(_uvicorn(self._app.metrics_alone()))
 
     def ready(self) -> bool:
-        """Tell whether new requests are taken."""
+        """Whether new requests are accepted."""
         return self.backend.ready
 
     def begin(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run something beside the server."""
+        """Run a coroutine as a task beside the server."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -134,24 +134,24 @@ class _Service:
                 loop.remove_signal_handler(number)
 
     def stop(self) -> None:
-        """At the first call let running answers end, up to `drain_s`; at the second do not wait."""
+        """Wait up to `drain_s` for running answers, and at a second call no longer."""
         wait_s = 0.0 if self._stops else self._settings.config.server.drain_s
         self._stops += 1
         self.server.force_exit = self._stops > 2
         self.begin(self._end(wait_s))
 
     def hang_up(self) -> None:
-        """Read the configuration again; the end of its terminal is the end of the service."""
+        """Read the configuration again, or end the service if its terminal was closed."""
         if self._terminal and not os.isatty(0):
             self.stop()
         elif not self._stops:
-            self.begin(self.admin.reload()).add_done_callback(_tell)
+            self.begin(self.admin.reload()).add_done_callback(_log_reload)
 
     async def load(self) -> None:
-        """Load all models; when not one can be served there is nothing to stay for.
+        """Load all models; if none can be served, end the service.
 
         Raises:
-            HeadraceError: why nothing could be loaded.
+            HeadraceError: no model could be loaded.
         """
         try:
             await self.backend.start()
@@ -168,7 +168,7 @@ class _Service:
             give_way_sooner()
 
     async def follow(self) -> None:
-        """Apply to the server what a reload has changed, once the models have taken it."""
+        """Apply the changes of a reload to the server, after the models."""
         async for event in self.admin.events():
             self.telemetry.happened(event)
             if event.kind == "reloaded":
@@ -176,7 +176,7 @@ class _Service:
                 self._app.replace_settings(api_settings(self._latest.config))
 
     async def aclose(self) -> None:
-        """End all that runs here, and the backend."""
+        """Close the backend, and wait for all tasks."""
         await self.backend.aclose()
         self.aside.should_exit = True
         if self._tasks:
@@ -189,15 +189,15 @@ class _Service:
         return settings, specs
 
     async def _end(self, wait_s: float) -> None:
-        # What comes now is refused with a 503; what still runs in the end gets an error event,
-        # and with its last answer each connection ends.
+        # New requests are refused with a 503; those that still run at the end get an error event,
+        # and each connection is closed after its last answer.
         try:
             await self.backend.aclose(wait_s)
         finally:
             self.server.should_exit = True
 
 
-def _tell(reloading: asyncio.Task[Reloaded]) -> None:
+def _log_reload(reloading: asyncio.Task[Reloaded]) -> None:
     if reloading.cancelled():
         return
     error = reloading.exception()
@@ -211,7 +211,7 @@ def _tell(reloading: asyncio.Task[Reloaded]) -> None:
 
 
 def api_settings(config: Config) -> ApiSettings:
-    """Return what the HTTP surface uses of the configuration: fields of the same names."""
+    """Return the settings of the API: the fields of the configuration with the same names."""
     settings = msgspec.convert(config.server, ApiSettings, from_attributes=True)
     return replace(settings, metrics_keys=config.telemetry.metrics_keys)
 
@@ -227,6 +227,6 @@ def _uvicorn(app: Any) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         h11_max_incomplete_event_size=limits.MAX_HEADER,
-        timeout_graceful_shutdown=_LAST_WORDS_S,
+        timeout_graceful_shutdown=_CLOSE_S,
         timeout_keep_alive=_IDLE_CONNECTION_S,
     )

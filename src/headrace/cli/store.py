@@ -31,7 +31,7 @@ def pull(
         str | None, Option("--for", metavar="ENGINE", help="Convert it for this engine.")
     ] = None,
 ) -> None:
-    """Fetch a model, check it and keep it; convert it where an engine needs another format."""
+    """Download and verify a model; with --for, convert it to the format of an engine."""
     from headrace import runtime
 
     settings = common.settings()
@@ -47,7 +47,7 @@ def pull(
 
 def _place(file: ModelFile, name: str) -> str:
     if file.format == "remote":
-        return f"{name} is served by {file.provider}; there is nothing to fetch."
+        return f"{name} is served by {file.provider}; there is nothing to download."
     return file.path or f"{name} needs no file."
 
 
@@ -65,7 +65,7 @@ def _converted(spec: ModelSpec, engine: str, config: Config, report: Progress) -
 
 
 def show(common: Common, model: ModelArgument, flags: ModelFlags) -> None:
-    """Show what a model is, which engine would run it and why, and the engine's options."""
+    """Show a model, which engine would run it and why, and the engine's options."""
     from headrace import runtime
 
     settings = flags.settings(common)
@@ -84,7 +84,7 @@ def _model_lines(info: ModelInfo, options: Sequence[dict[str, Any]]) -> Iterator
 
 
 def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
-    """Yield the known facts by name; sizes readable, and of long texts their length."""
+    """Yield the known facts by name, with readable sizes and the length of long texts."""
     plain: dict[str, Any] = msgspec.to_builtins(info)
     for name, value in plain.items():
         if name in ("capabilities", "options", "created") or value in (None, "", ()):
@@ -100,7 +100,7 @@ def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
 
 
 def _options(info: ModelInfo, engines: dict[str, type[BaseModel]]) -> Iterator[dict[str, Any]]:
-    """Yield each option of the model's engine: its default, and its value where one is set."""
+    """Yield each option of the model's engine, with its value if set, and its default."""
     kind = engines.get(info.engine)
     schema: dict[str, Any] = kind.model_json_schema() if kind else {}
     for name, field in schema.get("properties", {}).items():

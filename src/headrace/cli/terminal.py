@@ -1,4 +1,4 @@
-"""What is written to the terminal: text, tables, sizes, durations, JSON and progress."""
+"""Output to the terminal: text, tables, sizes, durations, JSON and progress."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 Report = Callable[[str, int, int], None]
-"""Takes the progress of long work: its name, how much is done, and of how much (0: unknown)."""
+"""Receives the progress of long work: its name, the amount done, the total (0: unknown)."""
 
-# A model could move the cursor, rename the window or write to the clipboard.
+# The text of a model could move the cursor, rename the window or write to the clipboard.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 GAP = "  "
 _WIDEST = 48
@@ -25,19 +25,19 @@ def printable(text: str) -> str:
 
 
 def flat(text: str) -> str:
-    """Return text on one line, without what moves the cursor or changes the writing direction."""
+    """Return text on one line, without characters that move the cursor or change the direction."""
     indent = len(text) - len(text.lstrip(" "))
     return " " * indent + "".join(filter(str.isprintable, " ".join(text.split())))
 
 
 def write(text: str) -> None:
-    """Write an answer to stdout at once; to a file or a pipe unchanged."""
+    """Write text to stdout and flush it; without control characters on a terminal."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
-    """Write a line to stderr, beside the answer on stdout."""
+    """Write a line to stderr; stdout is for answers."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -74,7 +74,7 @@ def aligned(
 
 
 class Column(NamedTuple):
-    """Cells below a head. Of too many columns the highest `rank` goes first, and 0 never does.
+    """Cells below a head. If space is short, the highest `rank` is left out first, and 0 never.
 
     Text can be shortened, to no less than `least` while there are columns to leave out.
     """
@@ -85,17 +85,17 @@ class Column(NamedTuple):
     rank: int = 0
     least: int = 8
 
-    def needed(self, most: int | None) -> int:
-        """Return the width of the widest cell; that of text is at most `most`."""
+    def needed(self, limit: int | None) -> int:
+        """Return the width of the widest cell; for text, at most `limit`."""
         widest = max(map(cells, self.cells))
-        return widest if self.is_number or most is None else min(widest, most)
+        return widest if self.is_number or limit is None else min(widest, limit)
 
 
 def table(columns: Sequence[Column], width: int | None = None) -> list[list[str]]:
     """Return the padded cells of each line, the heads first.
 
-    Without a `width` all is shown. With one, columns are left out until the rest has room, and
-    then text is shortened.
+    Without a `width` all is shown. With one, columns are left out until the rest fits, and then
+    text is shortened.
     """
     shown = [
         column._replace(cells=list(map(flat, (column.head, *column.cells)))) for column in columns
@@ -136,7 +136,7 @@ def _fitted(text: str, width: int, *, to_the_right: bool) -> str:
 
 
 def shortened(text: str, width: int) -> str:
-    """Return text that takes at most `width` cells; what was cut off is an ellipsis."""
+    """Return text of at most `width` cells; an ellipsis marks a cut."""
     from rich.cells import set_cell_size
 
     if cells(text) <= width:
@@ -179,7 +179,7 @@ def colourful() -> bool:
 
 @contextmanager
 def progress() -> Generator[Report]:
-    """Yield a function that reports long work; it draws bars on a terminal, else nothing."""
+    """Yield a function that shows progress: as bars on a terminal, else not at all."""
     if not sys.stderr.isatty():
         yield lambda name, done, total: None
         return
@@ -199,7 +199,7 @@ def progress() -> Generator[Report]:
     def report(name: str, done: int, total: int) -> None:
         if name not in tasks:
             tasks[name] = bars.add_task(printable(name), amount="")
-        # What is not counted in bytes is counted in percent, which the bar shows.
+        # A total up to 100 is in percent, which the bar shows; others are in bytes.
         amount = f"{size(done)} of {size(total)}" if total > 100 else ""
         bars.update(tasks[name], completed=done, total=total or None, amount=amount)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from headrace.cli.client import Client
 
 Sort = Literal["slowest", "model"]
-Line = list[tuple[str, str]]
+StyledLine = list[tuple[str, str]]
 """A line on the screen: its parts, each a text and its style for rich."""
 
 _SHORTEST_S, _LONGEST_S = 0.1, 3600.0
@@ -38,7 +38,7 @@ _PATIENCE_S = 5.0
 _PIPE_WIDTH = 160
 _TERMINATED = 128 + signal.SIGTERM
 _BAR = 20
-_UNKNOWN = "This service does not tell what runs."
+_UNKNOWN = "This service does not report its requests."
 _STYLES = {
     "ready": "green",
     "loading": "yellow",
@@ -49,7 +49,7 @@ _STYLES = {
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """A service at one time (Unix seconds, of this machine), or why there is none.
+    """The state of a service at a time (Unix seconds, of this machine), or an error.
 
     `activity` is None if the service does not observe its requests.
     """
@@ -67,7 +67,7 @@ def top(
     sort: Annotated[Sort, Option(help="Which running requests come first.")] = "slowest",
     url: Url = None,
 ) -> None:
-    """Show live what a running service does: models, speeds, memory, the slowest requests.
+    """Show a running service live: models, speeds, memory, the slowest requests.
 
     `q` ends it. Into a pipe it prints one frame; with --json, one document each time.
     """
@@ -77,7 +77,7 @@ def top(
         monitor = _Monitor(client, every)
         if not once and common.as_json:
             return await _print_each(monitor, every)
-        await monitor.look()
+        await monitor.poll()
         if once or not _is_screen():
             width = shutil.get_terminal_size((_PIPE_WIDTH, 0)).columns
             frame = lines(monitor.snapshot, monitor.url, width, sort=sort)
@@ -112,7 +112,7 @@ class _Monitor:
         self._answered = time.monotonic()
         self._error = ""
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Take a snapshot.
 
         Raises:
@@ -127,11 +127,11 @@ class _Monitor:
         self._answered, self._error = time.monotonic(), ""
 
     async def follow(self, changed: Callable[[], object]) -> None:
-        """Take snapshots for ever, whatever happens to the service; call `changed` after each."""
+        """Take snapshots until cancelled, despite errors; call `changed` after each."""
         while True:
             await asyncio.sleep(self._every)
             try:
-                await self.look()
+                await self.poll()
             except HeadraceError as error:
                 self._error = error.message
             changed()
@@ -152,19 +152,19 @@ class _Monitor:
 
 
 async def _print_each(monitor: _Monitor, every: float) -> int:
-    """Print one JSON document a line each time, until Ctrl-C or until nothing reads it."""
-    await monitor.look()
+    """Print a snapshot as a line of JSON each time, until Ctrl-C or the pipe is closed."""
+    await monitor.poll()
     while True:
         print(msgspec.json.encode(monitor.snapshot).decode(), flush=True)
         await asyncio.sleep(every)
         try:
-            await monitor.look()
+            await monitor.poll()
         except HeadraceError as error:
             monitor.snapshot = Snapshot(time=time.time(), error=error.message)
 
 
 async def _live(monitor: _Monitor, sort: Sort) -> int:
-    """Show it in place until the user ends it; the terminal is restored on every way out."""
+    """Show snapshots in place until the user ends it; the terminal is always restored."""
     from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text
@@ -215,7 +215,7 @@ def _signals(end: Callable[[int], None], resized: Callable[[], None]) -> Generat
 
 @contextlib.contextmanager
 def _keys(end: Callable[[], None]) -> Generator[None]:
-    """Call `end` when q or Ctrl-C is pressed, or when the terminal has gone."""
+    """Call `end` when q or Ctrl-C is pressed, or the terminal is closed."""
     if not sys.stdin.isatty():
         yield
         return
@@ -235,21 +235,21 @@ def _keys(end: Callable[[], None]) -> Generator[None]:
 
 def lines(
     snapshot: Snapshot, title: str, width: int, height: int | None = None, *, sort: Sort = "slowest"
-) -> list[Line]:
-    """Draw a snapshot; with a `height`, what does not fit into it is only counted."""
+) -> list[StyledLine]:
+    """Draw a snapshot; with a `height`, rows that do not fit are only counted."""
     status = snapshot.status or PoolStatus(models=(), devices=())
     activity = snapshot.activity or Activity()
-    # What is loaded comes first; else the order stays, and no row jumps about.
+    # Loaded models come first; otherwise the order is stable.
     models = sorted(status.models, key=lambda model: not (model.memory or model.state == "ready"))
     running = sorted(
         activity.running, key=lambda request: (request.model * (sort == "model"), request.since)
     )
-    above: list[Line] = [[(f"headrace top  {flat(title)}", "bold")]]
+    above: list[StyledLine] = [[(f"headrace top  {flat(title)}", "bold")]]
     above += [[(flat(snapshot.error), "red")]] if snapshot.error else []
     above += [*_packed(_totals(status, activity.rates), width), []]
     above += [*_drawn(_devices(status.devices), width), []]
     first = _drawn(_models(models, {rates.model: rates for rates in activity.rates}), width)
-    second: list[Line] = [[(_UNKNOWN, "")]]
+    second: list[StyledLine] = [[(_UNKNOWN, "")]]
     if snapshot.activity is not None:
         second = _drawn(_running(running, snapshot.time), width)
     if height is not None:
@@ -314,31 +314,31 @@ def _running(requests: Sequence[RunningRequest], now: float) -> list[Column]:
     ]
 
 
-def _drawn(columns: Sequence[Column], width: int) -> list[Line]:
+def _drawn(columns: Sequence[Column], width: int) -> list[StyledLine]:
     heads, *rows = terminal.table(columns, width)
-    frame: list[Line] = [[(terminal.GAP.join(heads), "bold")]]
+    frame: list[StyledLine] = [[(terminal.GAP.join(heads), "bold")]]
     for row in rows:
         cells = [(cell, _STYLES.get(cell.partition(" ")[0], "")) for cell in row]
         frame.append([part for cell in cells for part in (cell, (terminal.GAP, ""))][:-1])
     return frame
 
 
-def _shortened(line: Line, width: int) -> Line:
-    kept: Line = []
+def _shortened(line: StyledLine, width: int) -> StyledLine:
+    kept: StyledLine = []
     for text, style in line:
         kept.append((terminal.shortened(text, width), style))
         width -= terminal.cells(kept[-1][0])
     return kept
 
 
-def _cut(rows: list[Line], count: int) -> list[Line]:
+def _cut(rows: list[StyledLine], count: int) -> list[StyledLine]:
     if len(rows) <= count:
         return rows
     kept = rows[: max(0, count - 1)]
     return [*kept, [(f"... {len(rows) - len(kept)} more", "dim")]][:count]
 
 
-def _packed(parts: Iterable[str], width: int) -> list[Line]:
+def _packed(parts: Iterable[str], width: int) -> list[StyledLine]:
     """Put parts beside one another, as many on each line as it can hold."""
     packed: list[str] = []
     for part in parts:

@@ -40,14 +40,14 @@ _SHORT_ID = 12
 _LONGEST_NAME = 48
 _LEAST_BAR = 10
 
-app = typer.Typer(help="Show what requests were and what they cost.", no_args_is_help=True)
+app = typer.Typer(help="Show requests and their costs.", no_args_is_help=True)
 
-Id = Annotated[str, Argument(metavar="ID", help="Of the request or its trace, or how it begins.")]
+Id = Annotated[str, Argument(metavar="ID", help="Id of the request or its trace, or a prefix.")]
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Which requests are wanted."""
+    """The filters of requests."""
 
     since: Annotated[
         str | None, Option(metavar="TIME", help="Received since: 1h ago, or 2030-01-31T12:00.")
@@ -56,11 +56,11 @@ class Filters:
     model: Annotated[
         str | None, Option(help="Of this model.", autocompletion=known_models, show_default=False)
     ] = None
-    status: Annotated[Outcome | None, Option(help="Ended in this way.", show_default=False)] = None
+    status: Annotated[Outcome | None, Option(help="With this outcome.", show_default=False)] = None
     slower_than: Annotated[
-        str | None, Option(metavar="DURATION", help="Took longer in all, as 500ms or 2s.")
+        str | None, Option(metavar="DURATION", help="Took longer in total, as 500ms or 2s.")
     ] = None
-    key: Annotated[str, Option(metavar="PREFIX", help="How the short id of the key begins.")] = ""
+    key: Annotated[str, Option(metavar="PREFIX", help="Beginning of the key's short id.")] = ""
 
     def records(self, folder: Path) -> Iterator[RequestRecord]:
         """Yield the records of a folder that pass, newest first.
@@ -82,7 +82,7 @@ class Filters:
 def ls(
     common: Common,
     filters: Filters,
-    limit: Annotated[int, Option(min=0, help="At most so many.")] = 50,
+    limit: Annotated[int, Option(min=0, help="Largest number of requests.")] = 50,
 ) -> None:
     """List requests, newest first."""
     folder = _folder(common)
@@ -92,13 +92,13 @@ def ls(
 
 
 def show(common: Common, id: Id) -> None:
-    """Show all of one request: its figures, parameters and, where kept, its content."""
+    """Show a request: its figures, parameters and, if kept, its content."""
     record = find(common, id)
     common.show(record, _record_lines(record))
 
 
 def tree(common: Common, id: Id) -> None:
-    """Draw the steps of one request on a scale of time; with -v, with their attributes."""
+    """Draw the steps of a request on a time scale; with -v, with their attributes."""
     record = find(common, id)
     common.show(record.spans, _tree(record.spans, details=bool(common.verbose)))
     if not (record.spans or common.as_json):
@@ -106,7 +106,7 @@ def tree(common: Common, id: Id) -> None:
 
 
 def stats(common: Common, filters: Filters) -> None:
-    """Sum requests up by model: how they ended, and percentiles of their figures."""
+    """Summarise requests by model: their outcomes, and percentiles of their figures."""
     folder = _folder(common)
     models = trace_read.stats(filters.records(folder))
     common.show(models, _stats_lines(models))
@@ -114,7 +114,7 @@ def stats(common: Common, filters: Filters) -> None:
 
 
 def find(common: Common, id: str) -> RequestRecord:
-    """Return the record whose id, or whose trace's id, begins like this.
+    """Return the record whose id or trace id has this prefix.
 
     Raises:
         HeadraceError: there is none, or more than one.
@@ -184,13 +184,14 @@ def _counts(model: ModelStats) -> Row:
 
 
 def _percentiles(model: ModelStats) -> Iterator[Row]:
-    for name, of in model.figures.items():
+    for name, figure in model.figures.items():
         shown = rate if name == "tokens_per_second" else took
-        yield _short(model.model), _FIGURES[name], of.count, *map(shown, (of.p50, of.p90, of.p99))
+        values = map(shown, (figure.p50, figure.p90, figure.p99))
+        yield _short(model.model), _FIGURES.get(name, name), figure.count, *values
 
 
 def _short(model: str) -> str | None:
-    # The name of a model that does not exist may have any length.
+    # The name of an unknown model may have any length.
     return (model if len(model) <= _LONGEST_NAME else f"{model[: _LONGEST_NAME - 3]}...") or None
 
 
@@ -249,9 +250,9 @@ def _use(device: DeviceUse) -> str:
     return text if device.joules is None else f"{text}; {device.joules:.1f} J"
 
 
-def content(asked: Any) -> str:
-    """Return the content of a request as text: the turns of a conversation, or as it is."""
-    turns = cast("list[Any]", asked) if isinstance(asked, list) else [asked]
+def content(request: Any) -> str:
+    """Return the content of a request as text, with one line for each turn of a conversation."""
+    turns = cast("list[Any]", request) if isinstance(request, list) else [request]
     return terminal.printable("\n".join(map(_turn, turns)))
 
 
@@ -291,7 +292,7 @@ def _with_rate(ms: float | None, per_second: float | None) -> str | None:
 
 
 class _Scale(NamedTuple):
-    """`cells` from `start` on, `per_cell` milliseconds each."""
+    """A scale of `cells` from `start` on, `per_cell` milliseconds each."""
 
     start: float
     per_cell: float
@@ -299,7 +300,7 @@ class _Scale(NamedTuple):
     mark: str
 
     def bar(self, span: SpanRecord) -> str:
-        """Return a bar, at least one cell of it, where a step stands."""
+        """Return the bar of a step, of at least one cell."""
         first = min(int((span.start_ms - self.start) / self.per_cell), self.cells - 1)
         after = min(round((span.start_ms + span.ms - self.start) / self.per_cell), self.cells)
         return " " * first + self.mark * max(after - first, 1)
@@ -325,13 +326,13 @@ def _tree(spans: Sequence[SpanRecord], *, details: bool) -> Iterator[str]:
 def _scale(spans: Sequence[SpanRecord], cells: int) -> _Scale:
     start = min(span.start_ms for span in spans)
     whole = max(span.start_ms + span.ms for span in spans) - start
-    # A file or a terminal of another encoding has no blocks.
+    # Other encodings may have no block characters.
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     return _Scale(start, (whole or 1) / cells, cells, "█" if utf8 else "#")
 
 
 def _nested(spans: Sequence[SpanRecord]) -> Iterator[tuple[int, SpanRecord]]:
-    """Yield each step with its depth: the roots, and below each its children as they began."""
+    """Yield each step with its depth: each root, followed by its children in order of time."""
     known = {span.span_id for span in spans}
     children: dict[str, list[SpanRecord]] = defaultdict(list)
     for span in sorted(spans, key=lambda span: span.start_ms)[::-1]:

@@ -1,4 +1,4 @@
-"""`headrace tune`: measures the engines that could run a model here, and keeps the best."""
+"""`headrace tune`: measures the engines that can run a model here, and records the best."""
 
 from __future__ import annotations
 
@@ -30,13 +30,11 @@ def tune(
     common: Common,
     model: ModelArgument,
     streams: Annotated[
-        str, typer.Option(metavar="N,N,...", help="How many requests at once.")
+        str, typer.Option(metavar="N,N,...", help="Numbers of concurrent requests.")
     ] = "1,8,32",
     engines: Annotated[str, typer.Option(metavar="NAME,NAME,...", help="Only these engines.")] = "",
-    seconds: Annotated[
-        float, typer.Option(min=0.0, help="How long each turn takes new requests.")
-    ] = 5.0,
-    rounds: Annotated[int, typer.Option(min=1, help="How many turns each gets.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time of each turn.")] = 5.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of turns of each.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 128,
     device: Device = None,
     context_length: ContextLength = None,
@@ -90,7 +88,7 @@ def _print(record: Record) -> None:
 
 
 def _rows(trial: Trial) -> Iterator[list[Any]]:
-    """Yield a row for each number of streams; what they have in common is in the first."""
+    """Yield a row for each number of streams; common values are in the first only."""
     own: list[Any] = [trial.engine, _options(trial) or None, trial.precision]
     last = [
         terminal.size(max(trial.memory.values(), default=0)) if trial.memory else None,
@@ -145,7 +143,7 @@ def _write(settings: Settings, spec: ModelSpec, record: Record, aim: Aim) -> Non
 
     best = record.winner(aim)
     if best is None:
-        raise ConfigError(f"Nothing that was measured can be written for {aim}.")
+        raise ConfigError(f"No measured engine can be written for {aim}.")
     path = settings.file or settings.searched[-1]
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     streams = record.streams_for(aim)

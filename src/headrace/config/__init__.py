@@ -43,7 +43,7 @@ __all__ = [
 
 
 class Row(NamedTuple):
-    """A line of `headrace config show`; `value` is JSON, masked if it is a secret."""
+    """A line of `headrace config show`; `value` is plain data, masked if it is a secret."""
 
     key: str
     value: Any
@@ -62,7 +62,7 @@ class _Sources:
     cwd: Path
 
     def everywhere(self, default: Layer) -> Layer:
-        """Merge the layers of the whole program."""
+        """Merge the layers of the program's settings."""
         layer = default | self.file.shared
         for source in (self.environment[""], self.flags):
             layer |= {key: value for key, value in source.items() if not key.startswith("*.")}
@@ -83,10 +83,10 @@ class _Sources:
         return merged
 
     def able(self, layer: Layer) -> list[type[BaseModel]]:
-        """Return the Options of the model's engine, or of all engines while it is undecided.
+        """Return the Options of the model's engine, or of all engines if none is chosen.
 
         Raises:
-            ConfigError: no such engine.
+            ConfigError: the engine is unknown.
         """
         named = layer.get("engine")
         if named and named.value == "auto":
@@ -106,7 +106,7 @@ def _for_all(layer: Layer) -> Layer:
 
 @dataclass(frozen=True)
 class Settings:
-    """The configuration, and where each value of it comes from.
+    """The configuration, and the origin of each value.
 
     `file` is the one that was read, `searched` the paths that were tried.
     """
@@ -148,22 +148,22 @@ class Settings:
         """Return the specification of a model with changes made at run time.
 
         `name` is that of a model in `served`, or what `model_spec` takes. `changes` are its
-        `arguments`; None stands for one that is not given. They come over the network, so settings
-        that read files or run other code are refused.
+        `arguments`; None is one that is not given. They are sent over the network, so settings that
+        read files or run other code are refused.
 
         Raises:
             ConfigError: a key is unknown or a value is not accepted.
         """
         options: Mapping[str, Any] = changes.get("options") or {}
         for key, value in (*changes.items(), *options.items()):
-            if value is not None and check.is_out_of_reach(key, value):
+            if value is not None and check.is_local_only(key, value):
                 raise ConfigError(f"argument: {key} is set in the configuration only.", param=key)
         references = {spec.name: spec.model for spec in served}
         known, reference = (name, references[name]) if name in references else self.resolve(name)
         return self._spec(known, reference, changes)
 
     def needs_restart(self, later: Settings) -> tuple[str, ...]:
-        """Return the keys that differ in a later configuration and need a new start."""
+        """Return the keys that differ in a later configuration and need a restart."""
         pairs = ((key, attrgetter(key)) for key in fixed_keys())
         return tuple(key for key, get in pairs if get(self.config) != get(later.config))
 
@@ -219,8 +219,8 @@ def load(
 ) -> Settings:
     """Read and check all sources.
 
-    `flags` are flat keys (`port`, `context_length`); None stands for one that is not given, and
-    `options` holds engine options. `known_options` are the Options of the engines, by engine. The
+    `flags` are flat keys (`port`, `context_length`); None is one that is not given, and `options`
+    holds engine options. `known_options` are the Options of the engines, by engine. The
     arguments of the host program are never read.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Checks layers; an error names the origin, the key and the accepted values."""
+"""Checks of layers; an error names the origin, the key and the accepted values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _refuse(error: ValidationError, layer: Layer, prefix: str = "") -> ConfigErr
     """Return the error for the first fault, with the origin and the key of the value."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])
-    # A rule over several fields has no place of its own.
+    # A rule for several fields has no location.
     near = next((key for key in layer if place == key or place.startswith(f"{key}.")), None)
     origin = layer[near].origin if near else "configuration"
     message = first["msg"].removeprefix("Value error, ")
@@ -78,26 +78,26 @@ def _validated(kind: type[BaseModel], name: str, given: Any) -> Any:
     try:
         checked: Any = getattr(kind.model_validate({name: raw}), name)
     except ValidationError as error:
-        # Faults of other fields, and between fields, are found when the engine opens.
+        # Errors of other fields, and between fields, are reported when the engine opens.
         mine = [fault["msg"] for fault in error.errors() if fault["loc"][:1] == (name,)]
         if mine:
             raise ValueError(mine[0]) from None
         return raw
-    # Other objects (a path) cannot be sent to the worker's process. A secret stays wrapped, so
-    # that it is never printed by accident.
+    # Other objects (a path) cannot be sent to the worker's process. A secret stays wrapped, so that
+    # it cannot be printed by accident.
     return checked if type(checked) in _PLAIN or isinstance(checked, SecretStr) else raw
 
 
-def is_out_of_reach(key: str, value: object) -> bool:
+def is_local_only(key: str, value: object) -> bool:
     """Whether a change over the network would read a local file or run other code."""
     text = str(value)
     reads = key == "chat_template" and text.startswith("@")
     runs = key == "engine" and ":" in text
-    return key in ("model", "trust_remote_code") or reads or runs or _leads_out(key)
+    return key in ("model", "trust_remote_code") or reads or runs or _selects_upstream(key)
 
 
-def _leads_out(key: str) -> bool:
-    """Whether an option decides which secret is sent to which address."""
+def _selects_upstream(key: str) -> bool:
+    """Whether an option determines which secret is sent to which address."""
     return key.removeprefix("options.") in ("api_key", "api_key_env", "base_url")
 
 

@@ -1,4 +1,4 @@
-"""Where settings come from: a file, the environment, flags, arguments.
+"""The sources of settings: a file, the environment, flags, arguments.
 
 Each source is read into flat layers of `Value`s. Their keys are `home`, `server.port`, and
 `*.context_length` for all models; in the layer of one model `context_length`, `options.threads`.
@@ -23,7 +23,7 @@ from headrace.core.paths import expanded
 
 PREFIX = "HEADRACE_"
 CLIENT_KEYS = ("HEADRACE_ADMIN_KEY", "HEADRACE_API_KEY")
-"""Variables with the API key that a command sends to a service; the first that is set."""
+"""Variables with the API key that a command sends to a service; the first one set is used."""
 
 RESERVED = frozenset(
     {"HEADRACE_CONFIG", "HEADRACE_NO_COLOR", "HEADRACE_DEBUG", "HEADRACE_URL", *CLIENT_KEYS}
@@ -35,7 +35,7 @@ _UPSTREAM = re.compile(r"[a-z][a-z0-9_-]+")
 
 
 class Value(NamedTuple):
-    """A value, its origin, and the folder its relative paths start at."""
+    """A value, its origin, and the base of its relative paths."""
 
     value: Any
     origin: str
@@ -47,7 +47,7 @@ Layer = dict[str, Value]
 
 @dataclass(frozen=True)
 class Keys:
-    """The flat keys that exist, and the place of each: for one model, and for all models."""
+    """The known flat keys, and the place of each: for one model, and for all models."""
 
     options: frozenset[str]
     model: Mapping[str, str]
@@ -55,7 +55,7 @@ class Keys:
 
     @classmethod
     def of(cls, engines: Mapping[str, type[BaseModel]]) -> Keys:
-        """Collect the keys of Headrace and of all engines; a setting hides an option's name."""
+        """Collect the keys of Headrace and of all engines; settings hide options of their names."""
         options = frozenset(name for kind in engines.values() for name in kind.model_fields)
         own = SETTINGS.keys() - {"options"}
         model = {name: f"options.{name}" for name in options} | {name: name for name in own}
@@ -86,7 +86,7 @@ def environment_name(model: str) -> str:
 
 
 def short_name(reference: str) -> str:
-    """Return the name of a model outside the configuration: of its catalogue, file or upstream."""
+    """Return a name for a model that is not configured: of the catalogue, file or upstream."""
     scheme, colon, rest = reference.partition(":")
     if colon and scheme == "hub":
         return re.split("[:@]", rest, maxsplit=1)[0].rpartition("/")[2]
@@ -101,7 +101,7 @@ def environment(environ: Mapping[str, str], keys: Keys, cwd: Path) -> dict[str, 
     """Return a layer for each sanitised model name; the one of all models has an empty name."""
     layers: dict[str, Layer] = {"": {}}
     for name, text in sorted(environ.items()):
-        # An empty variable counts as not set: it must not clear the API keys of the file.
+        # An empty variable is ignored, so that it cannot clear the API keys of the file.
         if not name.startswith(PREFIX) or name in RESERVED or not text:
             continue
         model, _, key = name.removeprefix(PREFIX).rpartition("__")
@@ -121,7 +121,7 @@ def _options(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def flags(given: Mapping[str, Any], keys: Keys, cwd: Path) -> Layer:
-    """Return the layer of the command line. None is not given; options are under `options`."""
+    """Return the layer of the command line; None is not given, options are under `options`."""
     layer: Layer = {}
     for key, value in given.items():
         if key == "options" or value is None:

@@ -1,6 +1,6 @@
-"""The settings: which there are, what each accepts, and its default.
+"""The settings, with their accepted values and defaults.
 
-Those of a model are declared in headrace.core.model; here they get what checks them.
+Those of a model are declared in headrace.core.model, and get their validators here.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def _lower(value: object) -> object:
 
 
 def hash_key(key: str) -> str:
-    """Return `sha256:<hex>` of a plain API key; one that is hashed already stays as it is.
+    """Return `sha256:<hex>` of a plain API key; a hashed key is returned unchanged.
 
     Raises:
-        ValueError: the key is empty, or its hash is not 64 hexadecimal digits.
+        ValueError: the key is empty, or its hash is malformed.
     """
     kind, colon, digest = key.partition(":")
     if kind == "sha256" and colon:
@@ -85,7 +85,7 @@ T = TypeVar("T")
 _FIXED = "fixed"
 
 Fixed = Annotated[T, _FIXED]
-"""A setting that a running service cannot change: it has to be started again."""
+"""A setting that a running service cannot change; it needs a restart."""
 
 Words = Annotated[tuple[str, ...], BeforeValidator(words)]
 Keys = Annotated[tuple[str, ...], BeforeValidator(_hash_keys)]
@@ -99,7 +99,7 @@ class _Frozen(BaseModel):
 
 
 class HttpSettings(_Frozen):
-    """Where `headrace serve` listens, whom it answers and what it accepts."""
+    """The address of `headrace serve`, its keys, and what it accepts."""
 
     host: Fixed[str] = Field(default="127.0.0.1", description="address to listen on")
     port: Fixed[int] = Field(default=11511, ge=0, le=65535, description="port; 0 takes a free one")
@@ -110,8 +110,8 @@ class HttpSettings(_Frozen):
         default=(), repr=False, description="keys that may also load, stop and change models"
     )
     allow_public: bool = Field(default=False, description="listen beyond loopback without a key")
-    allowed_hosts: Words = Field(default=(), description="further names to be reached by (Host)")
-    allowed_origins: Words = Field(default=(), description="web origins that may ask (Origin)")
+    allowed_hosts: Words = Field(default=(), description="further names of this server (Host)")
+    allowed_origins: Words = Field(default=(), description="allowed web origins (Origin)")
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="largest request body")
     deadline_s: float | None = Field(
         default=None, gt=0, description="longest time from a request's arrival to its end"
@@ -141,7 +141,7 @@ class Rules(_Frozen):
         default=1.0, ge=0, description="how long a loaded model stays at least"
     )
     longest_wait_s: float = Field(
-        default=20.0, gt=0, description="wait for room after which busy models take no more"
+        default=20.0, gt=0, description="wait for memory after which busy models accept no more"
     )
     crashes: int = Field(default=3, ge=1, description="crashes in 60 s that make a model failed")
     spare: bool = Field(
@@ -152,23 +152,23 @@ class Rules(_Frozen):
 class ServerSettings(Rules, HttpSettings):
     """The table `[server]`."""
 
-    drain_s: float = Field(default=30.0, ge=0, description="how long answers may finish at the end")
+    drain_s: float = Field(default=30.0, ge=0, description="time for answers to finish at the end")
     memory: Annotated[tuple[str, ...], BeforeValidator(_amounts)] = Field(
-        default=(), description="what models may take: 16GiB, 80%, cpu=16GiB, cuda:0=90%"
+        default=(), description="memory for models: 16GiB, 80%, cpu=16GiB, cuda:0=90%"
     )
     state: Fixed[Path | None] = Field(
-        default=None, description="file of what was done by hand; HOME/services/PORT.json"
+        default=None, description="file of changes at run time; HOME/services/PORT.json"
     )
 
 
 class TelemetrySettings(_Frozen):
-    """What is recorded of requests; OpenTelemetry is set up by its own OTEL_ variables."""
+    """The records of requests; OpenTelemetry is configured by its own OTEL_ variables."""
 
     metrics: Fixed[bool] = Field(
-        default=True, description="serve figures at /metrics, for Prometheus"
+        default=True, description="serve metrics at /metrics, for Prometheus"
     )
     metrics_port: Fixed[int | None] = Field(
-        default=None, ge=0, le=65535, description="port for /metrics alone; 0 takes a free one"
+        default=None, ge=0, le=65535, description="port for /metrics only; 0 takes a free one"
     )
     # The keys are looked up for each request, so they can change.
     metrics_keys: Keys = Field(
@@ -178,13 +178,13 @@ class TelemetrySettings(_Frozen):
         default=True, description="keep a record of each request in HOME/traces"
     )
     trace_bytes: Fixed[int] = Field(
-        default=64 * 2**20, ge=2**16, description="how much of them is kept; the oldest go"
+        default=64 * 2**20, ge=2**16, description="size of the traces; the oldest are deleted"
     )
     trace_content: Fixed[bool] = Field(
         default=False, description="keep prompts and answers in traces too, redacted"
     )
     redact: Fixed[Words] = Field(
-        default=(), description="regular expressions of what else is redacted in content"
+        default=(), description="regular expressions of further text to redact"
     )
     usage: Fixed[bool] = Field(
         default=True, description="count tokens and time by key, model and day"
@@ -277,7 +277,7 @@ class Config(_Frozen):
         default="smollm2", min_length=1, description="model when none is named"
     )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = (
-        Field(default="info", description="least level that is logged, on stderr")
+        Field(default="info", description="lowest level that is logged, to stderr")
     )
     log_format: Annotated[Literal["text", "json"], BeforeValidator(_lower)] = Field(
         default="text", description="one line of text or of JSON for each record"

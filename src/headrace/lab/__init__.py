@@ -1,5 +1,5 @@
-"""The measuring tools: they start a model, a service or a peer, ask it, and report figures.
+"""The measuring tools: they start a model, a service or a peer, put load on it, and report figures.
 
-`drive` starts and ends anything, `http` asks over HTTP, `load` asks from a process of its own;
+`drive` starts and ends programs, `http` is a client, `load` a client in a process of its own;
 `bench`, `tune` and `cases` are what `headrace bench`, `tune` and `check-engine` run.
 """

@@ -1,6 +1,6 @@
-"""Starting what is measured, talking to it, and ending it whatever happens.
+"""Start programs, servers and models to be measured, and always end them.
 
-A `Program` is any process; it may be asked in lines of JSON. A `Server` is one that answers over
+A `Program` is any process; it may take commands as lines of JSON. A `Server` is one that serves
 HTTP: `headrace serve` of this or of another checkout, a script, or a peer such as llama-server. A
 Backend is a model in this process, in a worker process, or behind the pool.
 """
@@ -30,7 +30,7 @@ from headrace.lab.http import Broken, Http, place
 
 Kind = Literal["worker", "process", "pool"]
 
-# The pipe closes when its other end does, even if that was killed; the server then drains and ends.
+# The pipe is closed when the parent ends, even if it is killed; the server then drains and ends.
 _SERVE = """
 import os, signal, threading
 def follow():
@@ -63,7 +63,7 @@ class Program:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether it still runs."""
         return self._process.returncode is None
 
     def cpu(self) -> float:
@@ -71,11 +71,11 @@ class Program:
         return cpu_of(self.process())
 
     def children_cpu(self) -> float:
-        """Return the same of all processes below it that run now."""
+        """Return the same of all its descendants that run now."""
         return sum(map(cpu_of, self.process().children(recursive=True)))
 
     def process(self) -> psutil.Process:
-        """Return the process, to look at its memory and at what is below it."""
+        """Return the process, for its memory and its children."""
         return psutil.Process(self.pid)
 
     async def line(self) -> bytes:
@@ -103,12 +103,12 @@ class Program:
         return json.loads(line)
 
     async def wait(self) -> None:
-        """Wait for its end."""
+        """Wait until it has ended."""
         await _ended(self._process)
 
 
 class Server(NamedTuple):
-    """A program that answers at `url`; `key` is the API key that it wants, if any."""
+    """A program that serves HTTP at `url`; `key` is the API key that it needs, if any."""
 
     url: str
     program: Program
@@ -127,9 +127,9 @@ async def program(
     output: IO[Any] | None = None,
     errors: IO[Any] | None = None,
 ) -> AsyncGenerator[Program]:
-    """Run a program; in the end it and all processes below it are ended.
+    """Run a program; at the end it and all its descendants are terminated.
 
-    A signal for our terminal does not reach it. Its output can be read, or goes to `output`.
+    Signals of the terminal do not reach it. Its output can be read, or is written to `output`.
     """
     process = await asyncio.create_subprocess_exec(
         *command,
@@ -156,10 +156,11 @@ async def server(
     key: str | None = None,
     start_s: float | None = None,
 ) -> AsyncGenerator[Server]:
-    """Run a server, and yield once it can be asked.
+    """Run a server, and yield it when it accepts requests.
 
-    Without `url` it has to print `{"url": "http://HOST:PORT"}` as its first line. With `ready`, the
-    path has to be answered with 200 first. Headrace logs warnings only, which an error quotes.
+    Without `url` it has to print `{"url": "http://HOST:PORT"}` as its first line. With `ready`,
+    that path has to be answered with 200 first. Headrace logs only warnings; an error quotes the
+    last one.
 
     Raises:
         LoadFailed: it ended before that, or took longer than `start_s`.
@@ -180,17 +181,17 @@ async def server(
 
 
 def serve(*arguments: str, options: Mapping[str, object] | None = None) -> list[str]:
-    """Return the command of a `headrace serve` on a free port, which ends when we do."""
+    """Return the command of a `headrace serve` on a free port; it ends with this process."""
     pairs = [word for key, value in (options or {}).items() for word in ("-o", f"{key}={value}")]
     fixed = ("--host", "127.0.0.1", "--port", "0", "--json")
     return [sys.executable, "-c", _SERVE, "serve", *arguments, *pairs, *fixed]
 
 
 def checkout(folder: Path) -> dict[str, str]:
-    """Return the variables by which a program takes Headrace from another checkout's `src`.
+    """Return the environment variables to import Headrace from another checkout's `src`.
 
     Raises:
-        LoadFailed: there is none.
+        LoadFailed: the folder has no `src/headrace`.
     """
     source = folder.resolve() / "src"
     if not (source / "headrace").is_dir():
@@ -209,7 +210,7 @@ def free_port() -> int:
 async def model(
     spec: ModelSpec, settings: Settings, kind: Kind = "process"
 ) -> AsyncGenerator[Backend]:
-    """Load a model behind one kind of Backend, and close it in the end.
+    """Load a model behind one kind of Backend, and close it at the end.
 
     Raises:
         HeadraceError: it cannot be loaded.
@@ -255,7 +256,7 @@ def _failure(log: IO[str]) -> LoadFailed:
 
 
 def cpu_of(process: psutil.Process) -> float:
-    """Return user and system seconds of a process so far, 0 where it has ended."""
+    """Return user and system seconds of a process so far, 0 if it has ended."""
     try:
         times = process.cpu_times()
     except psutil.Error:
@@ -286,7 +287,7 @@ async def _ended(process: Process) -> None:
 
 
 def _end_children(children: Sequence[psutil.Process]) -> None:
-    # The processes of some peers outlive the one that started them.
+    # The child processes of some peers outlive their parent.
     for child in psutil.wait_procs(children, _CHILDREN_S)[1]:
         with contextlib.suppress(psutil.Error):
             child.kill()

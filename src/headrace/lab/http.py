@@ -1,7 +1,7 @@
-"""HTTP/1.1 for a load client: as little work for each chunk as can be, each stamped on arrival.
+"""HTTP/1.1 for a load client, with little work for each chunk and a timestamp on arrival.
 
-A general client takes longer for a chunk than some servers do to make one; on a machine that runs
-both, its own work would be in the figures.
+A general client takes longer for a chunk than some servers need to produce one; on a machine that
+runs both, its work would distort the figures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Headers = dict[str, str]
 
 
 class Broken(Exception):
-    """There is no whole answer. `kind` is `connect`, `disconnected` or `malformed`."""
+    """There is no complete answer. `kind` is `connect`, `disconnected` or `malformed`."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -30,19 +30,19 @@ class Broken(Exception):
 
 
 class Sink(Protocol):
-    """Receives an answer as it comes; `at` is of `time.perf_counter`, one for each read."""
+    """Receives an answer in pieces; `at` is a time of `time.perf_counter`, one for each read."""
 
     def head(self, status: int, headers: Headers) -> None:
         """Receive the status and the headers, their names in lower case."""
         ...
 
     def body(self, data: bytes, at: float) -> None:
-        """Receive a piece of the body: what one read had of one chunk."""
+        """Receive a piece of the body: the part of a chunk that was in one read."""
         ...
 
 
 class Place(NamedTuple):
-    """The address of a service. `base` is the path that /chat/completions comes after."""
+    """The address of a service. `base` is the path before /chat/completions."""
 
     host: str
     port: int
@@ -51,12 +51,12 @@ class Place(NamedTuple):
 
     @property
     def root(self) -> str:
-        """The path that /tokenize comes after."""
+        """The path before /tokenize."""
         return self.base.removesuffix("/v1")
 
     @property
     def authority(self) -> str:
-        """Host and port, as a URL has them."""
+        """Host and port, as in a URL."""
         return f"{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     @property
@@ -99,10 +99,10 @@ class Http:
         self._tls = ssl.create_default_context() if address.tls else None
 
     async def send(self, path: str, body: bytes, sink: Sink) -> None:
-        """Send a request (a GET without a body) and give the answer to `sink` until its end.
+        """Send a request (a GET without a body) and pass the answer to `sink` until its end.
 
         Raises:
-            Broken: there is no connection, or no longer.
+            Broken: there is no connection, or it was lost.
         """
         request = self._request(path, body)
         while self._idle:
@@ -115,7 +115,7 @@ class Http:
         """Return status and body of a short answer; with `body`, as JSON, it is a POST.
 
         Raises:
-            Broken: there is no connection, or no longer.
+            Broken: there is no connection, or it was lost.
         """
         whole = Whole()
         await self.send(path, b"" if body is None else msgspec.json.encode(body), whole)
@@ -228,7 +228,7 @@ class _Connection(asyncio.Protocol):
         else:
             self._end(True)
 
-    # What follows is called by the parser, under the names that it looks for.
+    # The methods below are called by the parser.
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 

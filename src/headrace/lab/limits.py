@@ -1,4 +1,4 @@
-"""The rate that memory allows: the bytes/s that can be read, over the bytes read for a step."""
+"""The rate that memory allows: its bandwidth divided by the bytes read for a step."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class _Known(msgspec.Struct, frozen=True):
 
 
 def bandwidth(home: Path) -> float:
-    """Return the most bytes/s that all cores have ever read together. Blocking.
+    """Return the highest bytes/s that all cores together have ever read. Blocking.
 
-    It is measured again each time, as another program may have used the memory the last time.
+    It is measured again each time, as other programs may have used the memory before.
     """
     path, here = home / FILE_NAME, machine_id()
     try:
@@ -37,10 +37,10 @@ def bandwidth(home: Path) -> float:
     except (OSError, msgspec.DecodeError):
         known = None
     before = known.bandwidth if known is not None and known.machine == here else 0.0
-    most = max(before, read_bandwidth(logical_cores()))
+    best = max(before, read_bandwidth(logical_cores()))
     home.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, msgspec.json.encode(_Known(here, most)))
-    return most
+    write_atomically(path, msgspec.json.encode(_Known(here, best)))
+    return best
 
 
 def read_bandwidth(threads: int, size: int = _SIZE, passes: int = _PASSES) -> float:
@@ -62,7 +62,7 @@ def _pass(pool: ThreadPoolExecutor, blocks: Sequence[bytearray]) -> float:
 
 
 def _read(block: bytearray) -> int:
-    """Search for a byte that is not there: the C library reads all of it, without the GIL."""
+    """Search for a byte that does not occur: the C library reads all of it without the GIL."""
     library = ctypes.CDLL("msvcrt" if os.name == "nt" else None)
     library.memchr.restype = ctypes.c_void_p
     start = (ctypes.c_char * len(block)).from_buffer(block)
@@ -80,6 +80,6 @@ def bytes_per_step(file: ModelFile, streams: int, tokens: float) -> float:
 
 
 def limit(file: ModelFile, streams: int, tokens: float, bandwidth: float) -> float | None:
-    """Return the most output tokens/s that the memory allows; None where there are no weights."""
+    """Return the most output tokens/s that the memory allows; None if there are no weights."""
     step = bytes_per_step(file, streams, tokens)
     return streams * bandwidth / step if step else None

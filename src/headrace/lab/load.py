@@ -1,7 +1,7 @@
-"""A load client that costs little: streams of events are counted, and hardly parsed.
+"""A cheap load client: the events of streams are counted, and hardly parsed.
 
-Run as a program (`command`) it is a process of its own, so that its work is not in the figures of
-the one that measures. It reads one command a line, `{"do": NAME, ...}`, and answers each with one
+As a program (`command`) it is a process of its own, so that its CPU time is not that of the
+process that measures. It reads one command a line, `{"do": NAME, ...}`, and answers each with one
 line of JSON. The commands are the public methods of `Load`, and their fields the parameters.
 """
 
@@ -30,10 +30,10 @@ _LONGEST_LINE = 1 << 28
 
 
 class Stream:
-    """One streamed answer: when it came, in seconds of `perf_counter`, and how many events.
+    """One streamed answer: its times, in seconds of `perf_counter`, and its number of events.
 
-    An event is what ends with an empty line; comments count too, but only data is a beginning.
-    `times` are those of reads with data in them.
+    An event ends with an empty line; comments count too, but a stream begins with its first data.
+    `times` are those of reads with data.
     """
 
     def __init__(self) -> None:
@@ -49,11 +49,11 @@ class Stream:
         self._read_at = 0.0
 
     def head(self, status: int, headers: Headers) -> None:
-        """Note the status."""
+        """Keep the status."""
         self.status = status
 
     def body(self, data: bytes, at: float) -> None:
-        """Count. The end of an event that is split over two pieces is looked for at the joint."""
+        """Count events; the end of one may be split over two pieces."""
         split = self.tail[-1:] == b"\n" and data[:1] == b"\n"
         self.events += data.count(b"\n\n") + split
         if at != self._read_at:
@@ -66,7 +66,7 @@ class Stream:
             self.began.set()
 
     async def run(self, http: Http, path: str, body: bytes) -> None:
-        """Send the request and read the answer to its end; a broken one just ends."""
+        """Send the request and read the answer to its end, or until the connection is lost."""
         self.began_at = time.perf_counter()
         try:
             with contextlib.suppress(Broken):
@@ -89,7 +89,7 @@ class Stream:
 
 
 class Load:
-    """The streams that are open to one service."""
+    """The open streams of one service."""
 
     def __init__(self) -> None:
         self._http: Http | None = None
@@ -129,8 +129,8 @@ class Load:
     async def drain(self, *, times: bool = False) -> dict[str, Any]:
         """Wait for the end of all streams, and return the last bytes of each.
 
-        `seconds` are from the first connection to the last byte. With `times`, `streams` has when
-        each stream was read, and `began` the time of the first connection.
+        `seconds` are from the first connection to the last byte. With `times`, `streams` has the
+        times of each stream, and `began` that of the first connection.
         """
         await asyncio.gather(*(stream.over.wait() for stream in self._streams))
         last = max((stream.over_at for stream in self._streams), default=self._began_at)
@@ -142,7 +142,7 @@ class Load:
         return answer
 
     async def close(self) -> dict[str, Any]:
-        """Hang up on all streams."""
+        """Close all streams."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -164,7 +164,7 @@ class Load:
         began = time.perf_counter()
 
         async def ask(number: int) -> None:
-            # A connection of its own for each.
+            # Each request has its own connection.
             http, stream = Http(place(urls[number])), Stream()
             streams[number].append(stream)
             await stream.run(http, PATH, payload)
@@ -178,12 +178,12 @@ class Load:
 
 
 def prompt(source: random.Random, words: int = 124) -> str:
-    """Return a text that differs from others in its first word; 124 words are about 130 tokens."""
+    """Return a text with a random first word; 124 words are about 130 tokens."""
     return f"{source.randrange(10**6)} " + " ".join(source.choices(WORDS, k=words))
 
 
 def command() -> list[str]:
-    """Return the command that runs a `Load` as a process; `drive.program` asks it."""
+    """Return the command that runs a `Load` as a process, for `drive.program`."""
     return [sys.executable, "-P", "-m", "headrace.lab.load"]
 
 

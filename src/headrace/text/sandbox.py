@@ -30,7 +30,8 @@ _MAX_BITS = 4096
 _MAX_INDENT = 64
 _ELEMENT = 64  # an element of a list, in characters
 _WIDE_FIELD = re.compile(r"\d{4}|\{[^{}]*:[^{}]*\{")
-# They repeat or pad by a number, or cannot be measured beforehand; chat templates use none.
+# They repeat or pad by a number, or their results cannot be measured beforehand; no chat template
+# uses them.
 _DROPPED_FILTERS = ("batch", "center", "format", "sum", "urlize", "wordwrap", "xmlattr")
 _DROPPED_METHODS = frozenset({"center", "expandtabs", "ljust", "rjust", "translate", "zfill"})
 
@@ -46,7 +47,7 @@ class Refusal(TemplateError):
 
 
 class _Meter(threading.local):
-    """The limits left to this thread's rendering: its end, and a number of characters."""
+    """The remaining limits of this thread's rendering: its deadline, and characters."""
 
     end: float = math.inf
     left: int = _MAX_TOTAL
@@ -124,7 +125,7 @@ def _tojson(
 
 
 def _size(value: object) -> int:
-    """Return the length of a text; for a list, about that of a text of the same memory."""
+    """Return the length of a text; for a list, about that of a text of equal memory."""
     if isinstance(value, str):
         return len(value)
     return _ELEMENT * len(value) if isinstance(value, list | tuple) else 0  # pyright: ignore[reportUnknownArgumentType]

@@ -1,4 +1,4 @@
-"""Server-sent events out of bytes that come in any pieces."""
+"""An incremental reader of server-sent events."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ LONGEST_EVENT = 1 << 20
 
 
 class EventTooLong(ValueError):
-    """An event has more bytes than the reader keeps."""
+    """An event is longer than the limit of the reader."""
 
 
 class EventReader:
-    """Finds the data of events; comments and other fields are skipped.
+    """Reads the data of events from chunks of bytes; comments and other fields are skipped.
 
     Raises:
         EventTooLong: an event has more than `longest` bytes.
@@ -26,7 +26,7 @@ class EventReader:
         self._after_return = False
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """Yield the data of each event that is complete now."""
+        """Yield the data of each event that the chunk completes."""
         if self._after_return:
             chunk = chunk.removeprefix(b"\n")
         self._after_return = chunk.endswith(b"\r")
@@ -39,7 +39,7 @@ class EventReader:
                 yield from self._take()
 
     def rest(self) -> Iterator[bytes]:
-        """Yield the data of an event that ended with the stream."""
+        """Yield the data of a last event that the end of the stream completes."""
         yield from self._take()
         yield from self._event()
 

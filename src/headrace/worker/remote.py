@@ -21,7 +21,7 @@ from headrace.core.request import (
 )
 from headrace.engines.base import RemoteEngine, RemoteEvent, RemoteFinish
 from headrace.engines.remote import estimate, estimated_count
-from headrace.text.stops import StopMatcher
+from headrace.text.pipeline import StopMatcher
 from headrace.worker.encode import normalized
 from headrace.worker.prompt import check_supported
 from headrace.worker.turn import Answers, R, Served, T, Turn, unmeasured

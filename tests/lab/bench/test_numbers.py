@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from headrace.core.errors import ConfigError
 from headrace.lab import figures
 from headrace.lab.bench import prompts, record, settings
-from headrace.lab.bench.answer import Answer, Events, Row
+from headrace.lab.bench.answer import Answer, Row
 from headrace.lab.bench.record import Limit
 from headrace.lab.bench.runner import schedule
 from headrace.lab.bench.settings import Load, Settings, Span
 from headrace.lab.http import place
+from headrace.text.sse import EventReader
 
 CLOSED = Load("closed", 2)
 
@@ -35,7 +36,7 @@ def test_events_are_whole_however_they_are_cut(
 ) -> None:
     end = "\r\n" if crlf else "\n"
     text = "".join(f": a comment{end}event: x{end}data: {one}{end}{end}" for one in data).encode()
-    events, found = Events(), list[bytes]()
+    events, found = EventReader(), list[bytes]()
     while text:
         size = source.randint(1, 5)
         found += events.feed(text[:size])
@@ -44,13 +45,16 @@ def test_events_are_whole_however_they_are_cut(
 
 
 def test_a_line_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headrace.lab.bench.answer.MOST_BYTES", 10)
-    with pytest.raises(ValueError, match="without end"):
-        list(Events().feed(b"data: 0123456789"))
+    monkeypatch.setattr("headrace.lab.bench.answer._LONGEST_EVENT", 10)
+    answer = Answer(0.0, 1)
+    answer.head(200, {})
+    answer.body(b"data: 0123456789", 0.0)
+    row = answer.row(0.0)
+    assert (row.fault, row.detail) == ("malformed", "A server-sent event is too long.")
 
 
 def test_data_of_several_lines_is_one_event() -> None:
-    assert list(Events().feed(b"data: a\ndata:b\n\n")) == [b"a\nb"]
+    assert list(EventReader().feed(b"data: a\ndata:b\n\n")) == [b"a\nb"]
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=200))

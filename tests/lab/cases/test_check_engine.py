@@ -29,7 +29,7 @@ def test_a_failure_is_told_and_is_the_exit_code(
     """Issue 4: the case, and what was seen of it."""
     install(
         "wrong",
-        CODE.replace("completion_tokens=said", "completion_tokens=0"),
+        CODE.replace("completion_tokens=made", "completion_tokens=0"),
         tmp_path,
         monkeypatch,
     )
@@ -37,7 +37,7 @@ def test_a_failure_is_told_and_is_the_exit_code(
     assert run([*command, "--only", "usage_*"]) == 1
     line, summary = capsys.readouterr().out.splitlines()
     assert "FAILED    usage_is_exact" in line
-    assert "Usage tells of 0 tokens" in line
+    assert "Usage has 0 tokens" in line
     assert summary == "1 cases: 0 ok, 0 refused, 0 reported, 1 failed"
     assert run([*command, "--only", "usage_*", "--json"]) == 1
     (found,) = json.loads(capsys.readouterr().out)

@@ -1,1 +1,1 @@
-"""Measures a service that speaks the protocol of OpenAI, as its clients see it."""
+"""Measures a service with OpenAI's API as a client."""

@@ -1,18 +1,18 @@
-"""One request as its client saw it: the events of its stream, and the figures made of them."""
+"""One request as the client sees it: the events of its stream, and its figures."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from array import array
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
 from headrace.lab.http import Headers
+from headrace.text.sse import EventReader
 
-MOST_BYTES = 16 << 20
+_LONGEST_EVENT = 16 << 20
 _LONGEST_EXCERPT = 200
 
 
@@ -22,7 +22,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `fault` is empty if it succeeded. It starts when it was sent, and in an open loop when it was
     due; `late_ms` is the time between the two. `inter_token_ms` is (last text - first text) /
     (tokens - 1), `gaps_ms` are the times from one chunk with text to the next. `completion_tokens`
-    counts chunks where the server reports no `usage`. `metrics` are a Headrace's own figures.
+    counts chunks if the server reports no `usage`. `metrics` are the figures of a Headrace service.
     """
 
     at_s: float
@@ -87,43 +87,15 @@ class _PlainRefusal(msgspec.Struct):
 _CHUNK = msgspec.json.Decoder(_Chunk)
 
 
-class Events:
-    """Cuts a stream of server-sent events into the data of each; comments are left out.
-
-    Lines end with LF or CRLF.
-    """
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._data: list[bytes] = []
-
-    def feed(self, more: bytes) -> Iterator[bytes]:
-        """Yield the data of each event that is complete now.
-
-        Raises:
-            ValueError: a line is too long.
-        """
-        *lines, self._rest = (self._rest + more).split(b"\n")
-        if len(self._rest) > MOST_BYTES:
-            raise ValueError("a line without end")
-        for raw in lines:
-            line = raw.removesuffix(b"\r")
-            if line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" "))
-            elif not line and self._data:
-                yield b"\n".join(self._data)
-                self._data = []
-
-
 class Answer:
-    """Receives a streamed answer piece by piece, and makes its row."""
+    """Receives a streamed answer in pieces, and returns its row."""
 
     def __init__(self, began: float, wanted_tokens: int, due: float | None = None) -> None:
         self.status = 0
         self._due = began if due is None else due
         self._late = began - self._due
         self._wanted = wanted_tokens
-        self._events = Events()
+        self._events = EventReader(_LONGEST_EVENT)
         self._texts = array("d")
         self._usage: _Usage | None = None
         self._metrics: dict[str, Any] = {}
@@ -137,7 +109,7 @@ class Answer:
         self.status = status
 
     def body(self, data: bytes, at: float) -> None:
-        """Receive a piece of the body, which came at `at`."""
+        """Receive a piece of the body, read at the time `at`."""
         if self.status != 200:
             self._refusal += data[: 1 << 16]
             return
@@ -148,11 +120,11 @@ class Answer:
             self.fail("malformed", str(error))
 
     def fail(self, kind: str, detail: str) -> None:
-        """Record what went wrong; the first failure counts."""
+        """Record a failure; only the first one counts."""
         self._fault = self._fault if self._fault[0] else (kind, detail)
 
     def row(self, zero: float) -> Row:
-        """Return the figures, now that it is over; `zero` is when the load started."""
+        """Return the figures of the ended request; `zero` is the start of the load."""
         over = time.perf_counter()
         kind, detail = self._verdict()
         texts, usage = self._texts, self._usage

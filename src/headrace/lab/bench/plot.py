@@ -1,4 +1,4 @@
-"""Throughput against latency as a picture, one line for each run."""
+"""A plot of latency over throughput, with a line for each run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _PANELS = (
 
 
 def check(path: Path) -> None:
-    """Check that a picture could be drawn there, before anything is measured.
+    """Check that a plot can be written to the path, before anything is measured.
 
     Raises:
-        ConfigError: the ending is not known, the folder is not there, or matplotlib is not.
+        ConfigError: the ending is unknown, the folder does not exist, or matplotlib is missing.
     """
     if path.suffix.lower() not in _ENDINGS:
         raise ConfigError(f"flag --plot: {path.name} does not end in {', '.join(_ENDINGS)}.")

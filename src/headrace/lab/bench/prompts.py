@@ -1,4 +1,4 @@
-"""Prompts: made up with a given number of tokens, or read from a file."""
+"""Prompts: generated with a given number of tokens, or read from a file."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _WORDS = (
 _AT_ONCE = 16
 
 
-class Ask(msgspec.Struct, frozen=True):
+class PromptRequest(msgspec.Struct, frozen=True):
     """One request: `content` is a prompt or the messages of a chat, `max_tokens` the answer's."""
 
     content: str | list[dict[str, Any]]
     max_tokens: int
 
 
-class _Line(msgspec.Struct):
+class _Entry(msgspec.Struct):
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     max_tokens: int | None = None
@@ -42,8 +42,8 @@ class _Line(msgspec.Struct):
 class Vocabulary(msgspec.Struct, frozen=True):
     """Words and their length in tokens; `exact` if the server has counted them.
 
-    Every word is counted once after another, as it stands in a prompt: tokenizers cut at spaces
-    first, so the sum is that of the prompt, and no prompt has to be counted.
+    Every word is counted once, following another word as in a prompt: tokenizers split at spaces
+    first, so that the sum is the length of the prompt, and no prompt has to be counted.
     """
 
     first: dict[str, int]
@@ -51,7 +51,7 @@ class Vocabulary(msgspec.Struct, frozen=True):
     exact: bool = True
 
     def text(self, source: random.Random, tokens: int, *, begins: bool = True) -> str:
-        """Return a text of that many tokens; it starts with a space unless it begins a prompt."""
+        """Return a text of `tokens` tokens; it starts with a space unless it begins a prompt."""
         words: list[str] = []
         least = min(self.later.values())
         while tokens > 0:
@@ -65,16 +65,16 @@ class Vocabulary(msgspec.Struct, frozen=True):
             words.append(word)
             tokens -= costs[word]
         text = ("" if begins or not words else " ") + " ".join(words)
-        # What is left is less than the cheapest word; a full stop is one token nearly everywhere.
+        # The rest is less than the cheapest word; a full stop is one token in most tokenizers.
         return text + "." * tokens
 
 
 async def vocabulary(count: Count) -> Vocabulary:
-    """Count the words; where the server cannot, each is taken for one token."""
+    """Count the tokens of the words; if the server cannot, each word counts as one token."""
     base = await count("river")
     if base is None:
-        ones = dict.fromkeys(_WORDS, 1)
-        return Vocabulary(ones, ones, exact=False)
+        costs = dict.fromkeys(_WORDS, 1)
+        return Vocabulary(costs, costs, exact=False)
     gate = asyncio.Semaphore(_AT_ONCE)
 
     async def cost(text: str) -> int:
@@ -88,7 +88,7 @@ async def vocabulary(count: Count) -> Vocabulary:
 
 
 def counter(http: Http, model: str) -> Count:
-    """Return a function that counts tokens by /tokenize, as vLLM or as llama-server has it."""
+    """Return a function that counts tokens by /tokenize of vLLM or of llama-server."""
     path = f"{http.place.root}/tokenize"
 
     async def count(text: str) -> int | None:
@@ -118,19 +118,19 @@ def _counted(body: bytes) -> int:
     return 0 if answer.estimated else answer.count or len(answer.tokens or ())
 
 
-def synthetic(settings: Settings, words: Vocabulary, seed: str) -> Iterator[Ask]:
-    """Yield prompts without end, the same for the same seed; they share only `shared_prefix`."""
+def synthetic(settings: Settings, words: Vocabulary, seed: str) -> Iterator[PromptRequest]:
+    """Yield endless prompts, the same for the same seed; they share only `shared_prefix`."""
     assert settings.prompt is not None
     source = random.Random(seed)  # noqa: S311 - the same prompts in every run
     common = words.text(random.Random(settings.seed), settings.shared_prefix)  # noqa: S311
     while True:
         length, answer = settings.prompt.draw(source), settings.output.draw(source)
         own = words.text(source, length - settings.shared_prefix, begins=not common)
-        yield Ask(common + own, answer)
+        yield PromptRequest(common + own, answer)
 
 
-def read(path: Path, settings: Settings) -> list[Ask]:
-    """Read prompts: from .jsonl objects with `prompt` or `messages`, else one from each line.
+def read(path: Path, settings: Settings) -> list[PromptRequest]:
+    """Read prompts: from .jsonl objects with `prompt` or `messages`, else one per line.
 
     Raises:
         ConfigError: the file cannot be read, or has none.
@@ -142,42 +142,42 @@ def read(path: Path, settings: Settings) -> list[Ask]:
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     as_json = path.suffix == ".jsonl"
     source = random.Random(settings.seed)  # noqa: S311
-    asks = [
-        _ask(f"{path.name}:{number}", line, settings, source) if as_json
-        else Ask(line, settings.output.draw(source))
+    requests = [
+        _parsed(f"{path.name}:{number}", line, settings, source) if as_json
+        else PromptRequest(line, settings.output.draw(source))
         for number, line in numbered
     ]  # fmt: skip
-    if not asks:
+    if not requests:
         raise ConfigError(f"flag --prompts: {path} has no prompt.")
-    return asks
+    return requests
 
 
-def reordered(ask: Ask) -> Ask:
-    """Return a request of about the same length that begins otherwise.
+def reordered(request: PromptRequest) -> PromptRequest:
+    """Return a request of about the same length with another beginning.
 
-    So it puts no more into a cache of prefixes than what all have in common, as a system prompt.
+    So a cache of prefixes gets no more than what all prompts share, such as a system prompt.
     """
-    if isinstance(ask.content, str):
-        return Ask(_reversed(ask.content), ask.max_tokens)
-    *before, last = ask.content
+    if isinstance(request.content, str):
+        return PromptRequest(_reversed(request.content), request.max_tokens)
+    *before, last = request.content
     text = last.get("content")
     last = last | {"content": _reversed(text)} if isinstance(text, str) else last
-    return Ask([*before, last], ask.max_tokens)
+    return PromptRequest([*before, last], request.max_tokens)
 
 
 def _reversed(text: str) -> str:
     return " ".join(reversed(text.split(" ")))
 
 
-def _ask(place: str, line: str, settings: Settings, source: random.Random) -> Ask:
+def _parsed(place: str, line: str, settings: Settings, source: random.Random) -> PromptRequest:
     try:
-        decoded = msgspec.json.decode(line, type=_Line | str)
+        decoded = msgspec.json.decode(line, type=_Entry | str)
     except msgspec.MsgspecError as error:
         raise ConfigError(f"flag --prompts: {place}: {error}.") from None
-    fields = _Line(prompt=decoded) if isinstance(decoded, str) else decoded
+    fields = _Entry(prompt=decoded) if isinstance(decoded, str) else decoded
     content: str | list[dict[str, Any]] | None = fields.prompt or fields.messages
     if not content:
         raise ConfigError(f"flag --prompts: {place} has neither prompt nor messages.")
     if isinstance(content, list) and settings.api == "completions":
         raise ConfigError(f"flag --prompts: {place}: messages need --api chat.")
-    return Ask(content, fields.max_tokens or settings.output.draw(source))
+    return PromptRequest(content, fields.max_tokens or settings.output.draw(source))

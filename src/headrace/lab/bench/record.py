@@ -1,4 +1,4 @@
-"""The figures of a load, made of its requests, and the record of a run, made of its loads."""
+"""The figures of a load, from its requests, and the record of a run, from its loads."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _SERVER = ("queue_ms", "time_to_first_token_ms", "time_per_output_token_ms", "to
 class Level(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of one load. Latencies are of the requests that succeeded, in milliseconds.
 
-    `seconds` go from the first request to the end of the last. `sent` counts all requests but
+    `seconds` are from the first request to the end of the last. `sent` counts all requests but
     those that were `cut` when the run was stopped; `throttled` are the failures with 429.
-    Tokens/s count what successful requests got. `gap_ms` are all times between two chunks with
-    text. `server` are a Headrace's own figures of the same requests. `goodput` is the share of all
-    requests that succeeded within the `slo`. `running` is how many ran at once, on average.
-    `client_busy` is the share of one core that the client itself took. `of_limit` is the share
+    Tokens/s count successful requests only. `gap_ms` are all times between two chunks with text.
+    `server` are the figures of a Headrace service for the same requests. `goodput` is the share of
+    all requests that succeeded within the `slo`. `running` is the mean number of concurrent
+    requests. `client_busy` is the share of one core that the client used. `of_limit` is the share
     of the output tokens/s that the machine's memory allows.
     """
 
@@ -80,14 +80,14 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Limit(msgspec.Struct, frozen=True, kw_only=True):
-    """The bytes that are read for each token, and the bytes/s at which memory can be read."""
+    """The bytes that are read for each token, and the bandwidth of the memory in bytes/s."""
 
     weights: int
     cache_per_token: int | None = None
     bandwidth: float
 
     def tokens_per_s(self, streams: float, tokens: float) -> float:
-        """Return the most output tokens/s for `streams` at once, with so many tokens each."""
+        """Return the most output tokens/s of `streams` at once, with `tokens` in each cache."""
         file = ModelFile(
             path="", format="none", size=self.weights, kv_bytes_per_token=self.cache_per_token
         )
@@ -103,7 +103,7 @@ def level(
     cut: int = 0,
     client_busy: float = 0.0,
 ) -> Level:
-    """Return the figures of a load that took so many seconds."""
+    """Return the figures of a load that took `seconds`."""
     good = [row for row in rows if not row.fault]
     errors = Counter(row.fault for row in rows if row.fault)
     tokens = sum(row.completion_tokens for row in good)
@@ -141,14 +141,14 @@ def level(
 
 
 def of_limit(level: Level, limit: Limit) -> Level:
-    """Add the share of the limit that was reached."""
+    """Return the level with its share of the limit."""
     tokens = (level.prompt_tokens or 0) + level.completion_tokens / 2
-    most = limit.tokens_per_s(level.running, tokens)
-    return msgspec.structs.replace(level, of_limit=ratio(level.output_tokens_per_s, most))
+    allowed = limit.tokens_per_s(level.running, tokens)
+    return msgspec.structs.replace(level, of_limit=ratio(level.output_tokens_per_s, allowed))
 
 
 def without_rows(run: Run) -> Run:
-    """Leave single requests out, as a record of many would be large."""
+    """Return the run without its single requests, which can be many."""
     levels = tuple(msgspec.structs.replace(level, rows=None) for level in run.levels)
     return msgspec.structs.replace(run, levels=levels)
 
@@ -181,6 +181,6 @@ def _counted_by(good: Sequence[Row]) -> str:
 
 
 def _within(row: Row, slo: dict[str, float]) -> bool:
-    # An answer of one token has no time between tokens, and so none that is too long.
+    # An answer of one token has no time between tokens; that is within the limit.
     values = {name: getattr(row, name) for name in slo}
     return all(value is None or value <= slo[name] for name, value in values.items())

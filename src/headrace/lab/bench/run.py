@@ -1,4 +1,4 @@
-"""One run: the service, its prompts, every load, and the record of it all."""
+"""One run: the service, its prompts, the loads, and the record."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from headrace.config import Settings as Configuration
 from headrace.core.errors import ConfigError
 from headrace.lab import drive, limits
 from headrace.lab.bench import prompts, record
-from headrace.lab.bench.prompts import Ask, Vocabulary
+from headrace.lab.bench.prompts import PromptRequest, Vocabulary
 from headrace.lab.bench.record import Level, Limit, Run
 from headrace.lab.bench.runner import Bench, served_models
 from headrace.lab.bench.settings import Load, Settings
@@ -44,9 +44,9 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextlib.asynccontextmanager
 async def own_server(arguments: Sequence[str]) -> AsyncGenerator[drive.Server]:
-    """Run `headrace serve` with these arguments; yield when its model is loaded.
+    """Run `headrace serve` with these arguments; yield it when its model is loaded.
 
-    It counts nothing as usage, and only we have its key.
+    It counts no usage, and has a key of its own.
 
     Raises:
         LoadFailed: it ended before that.
@@ -61,10 +61,10 @@ async def own_server(arguments: Sequence[str]) -> AsyncGenerator[drive.Server]:
 def memory_limit(
     configured: Configuration, model: str | None, url: str | None, weights: int, rate: float | None
 ) -> Limit | None:
-    """Return the limit of a service at `url`, or of our own; None where it is not known. Blocking.
+    """Return the limit of a service at `url`, or of our own server; None if unknown. Blocking.
 
-    `weights` are in bytes, and without them those of our own `model`; `rate` is the memory's, in
-    bytes/s, and only that of this host's processors can be measured.
+    `weights` are in bytes, by default those of our `model`; `rate` is the bandwidth of the memory
+    in bytes/s, which can only be measured for the processors of this machine.
     """
     cache = None
     if model is not None and not weights:
@@ -97,7 +97,7 @@ async def measure(
     try:
         settings = await _named(http, settings)
         words = None if listed else await _vocabulary(http, settings)
-        aside = _asks(settings, words, listed, f"{settings.seed}/aside")
+        aside = _requests(settings, words, listed, f"{settings.seed}/aside")
         bench = Bench(http, settings, map(prompts.reordered, aside) if listed else aside)
         bench.stop = stop
         await bench.probe()
@@ -106,8 +106,8 @@ async def measure(
         for load in settings.loads:
             if stop.is_set():
                 break
-            asks = _asks(settings, words, listed, f"{settings.seed}/{load}")
-            level = await bench.run(load, asks, _progress(report, load))
+            requests = _requests(settings, words, listed, f"{settings.seed}/{load}")
+            level = await bench.run(load, requests, _progress(report, load))
             levels.append(record.of_limit(level, limit) if limit else level)
     finally:
         http.close()
@@ -141,9 +141,9 @@ async def _vocabulary(http: Http, settings: Settings) -> Vocabulary:
     return await prompts.vocabulary(prompts.counter(http, settings.model))
 
 
-def _asks(
-    settings: Settings, words: Vocabulary | None, listed: Sequence[Ask] | None, seed: str
-) -> Iterator[Ask]:
+def _requests(
+    settings: Settings, words: Vocabulary | None, listed: Sequence[PromptRequest] | None, seed: str
+) -> Iterator[PromptRequest]:
     if listed:
         return itertools.cycle(listed)
     assert words is not None
@@ -163,13 +163,13 @@ def _described(words: Vocabulary | None, file: Path | None) -> str:
 
 def _notes(bench: Bench, words: Vocabulary | None, levels: Sequence[Level]) -> Iterator[str]:
     if words is not None and not words.exact:
-        yield "The service has no /tokenize: a word is taken for a token; PROMPT has what it was."
+        yield "The service has no /tokenize: a word counts as a token; PROMPT is the actual length."
     if not bench.dialect.ignore_eos:
-        yield "The service does not take ignore_eos: answers may be shorter than asked for."
+        yield "The service does not accept ignore_eos: answers may be shorter than requested."
     if any(level.short for level in levels):
-        yield f"{sum(level.short for level in levels)} answers were shorter than asked for."
+        yield f"{sum(level.short for level in levels)} answers were shorter than requested."
     if any(level.ok and level.counted_by != "usage" for level in levels):
-        yield "The service tells no usage: chunks with text are counted as tokens."
+        yield "The service reports no usage: chunks with text are counted as tokens."
     cached = max(
         (level.cached_tokens / (level.prompt_tokens or 1) for level in levels), default=0.0
     )

@@ -1,4 +1,4 @@
-"""Puts loads on a service: a number of clients, or of requests a second."""
+"""Puts loads on a service: a number of clients, or of requests per second."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import msgspec
 from headrace.core.errors import InvalidRequest, Unauthorized, UnknownModel, UpstreamError
 from headrace.lab.bench import record
 from headrace.lab.bench.answer import Answer, Row, message_of
-from headrace.lab.bench.prompts import Ask
+from headrace.lab.bench.prompts import PromptRequest
 from headrace.lab.bench.record import Level
 from headrace.lab.bench.settings import Load, Settings
 from headrace.lab.http import Broken, Http
 
 Progress = Callable[[float], None]
-"""Called with the share of a load that is done."""
+"""Receives the share of a load that is done."""
 
 _AFTER_FAULT_S = 0.05
-"""A closed loop must not become a flood where every request is refused at once."""
+"""A pause, so that a closed loop does not become a flood if every request is refused at once."""
 
 
 class Dialect(msgspec.Struct, frozen=True):
-    """What the server understands beyond the minimum; the first is the one that is preferred."""
+    """The optional fields that a server accepts; the first one of `_DIALECTS` is preferred."""
 
     ignore_eos: bool = True
     usage: bool = True
@@ -48,11 +48,11 @@ _DIALECTS = (
 class Bench:
     """One service under one set of settings. `stop` cuts running requests and ends the load.
 
-    Requests that are not counted are taken from `aside`, so that they put none of those that are
-    into a cache.
+    Requests that are not counted are taken from `aside`, so that they put no counted prompt into a
+    cache.
     """
 
-    def __init__(self, http: Http, settings: Settings, aside: Iterator[Ask]) -> None:
+    def __init__(self, http: Http, settings: Settings, aside: Iterator[PromptRequest]) -> None:
         self.dialect = _DIALECTS[0]
         self.stop = asyncio.Event()
         self._http, self._settings, self._aside = http, settings, aside
@@ -60,16 +60,16 @@ class Bench:
         self._path = f"{http.place.base}/{route}"
 
     async def probe(self) -> None:
-        """Send requests until one is accepted, to learn what the server understands.
+        """Send requests until one is accepted, to find the dialect of the server.
 
         Raises:
             UpstreamError: there is no answer, or not one of OpenAI's API.
             RequestError: the key, the model or the request is refused.
         """
-        refusal, ask = Row(at_s=0, total_ms=0), next(self._aside)
+        refusal, request = Row(at_s=0, total_ms=0), next(self._aside)
         for dialect in _DIALECTS:
             self.dialect = dialect
-            row, status = await self._send(ask, 0.0)
+            row, status = await self._send(request, 0.0)
             if not row.fault:
                 return
             refusal = refusal if refusal.fault else row
@@ -77,7 +77,7 @@ class Bench:
                 raise _error(status, row, self._http.place.name, self._settings.model)
         raise InvalidRequest(f"The service refuses the requests: {refusal.detail}")
 
-    async def run(self, load: Load, asks: Iterator[Ask], progress: Progress) -> Level:
+    async def run(self, load: Load, requests: Iterator[PromptRequest], progress: Progress) -> Level:
         """Put a load on the service and return its figures."""
         progress(0.0)
         warming = asyncio.create_task(self._warm_up(load))
@@ -88,7 +88,7 @@ class Bench:
         zero, busy = time.perf_counter(), time.process_time()
         each = self._clients if load.loop == "closed" else self._arrivals
         tasks: set[asyncio.Task[None]] = set()
-        main = asyncio.create_task(each(load, asks, zero, rows, tasks))
+        main = asyncio.create_task(each(load, requests, zero, rows, tasks))
 
         def show() -> None:
             progress(self._share(len(rows), time.perf_counter() - zero))
@@ -111,8 +111,8 @@ class Bench:
         count = self._settings.warm_up
         width = int(load.value) if load.loop == "closed" else 1
         for done in range(0, count, width):
-            asks = itertools.islice(self._aside, min(width, count - done))
-            await asyncio.gather(*(self._send(ask, 0.0) for ask in asks))
+            requests = itertools.islice(self._aside, min(width, count - done))
+            await asyncio.gather(*(self._send(request, 0.0) for request in requests))
 
     async def _watch(
         self,
@@ -120,7 +120,7 @@ class Bench:
         tasks: set[asyncio.Task[None]],
         show: Callable[[], None],
     ) -> int:
-        """Wait until it is over or stopped, and return how many requests were cut."""
+        """Wait until the load ends or is stopped; return the number of requests that were cut."""
         stopped = asyncio.create_task(self.stop.wait())
         try:
             while not main.done() and not stopped.done():
@@ -145,7 +145,7 @@ class Bench:
     async def _clients(
         self,
         load: Load,
-        asks: Iterator[Ask],
+        requests: Iterator[PromptRequest],
         zero: float,
         rows: list[Row],
         tasks: set[asyncio.Task[None]],
@@ -156,10 +156,10 @@ class Bench:
         async def client() -> None:
             for turn in turns:
                 late = time.perf_counter() - zero >= (self._settings.duration_s or 0)
-                # Each client sends one request at least, however short the time is.
+                # Each client sends at least one request, even in a short time.
                 if left is not None and late and turn >= load.value:
                     return
-                row, _ = await self._send(next(asks), zero)
+                row, _ = await self._send(next(requests), zero)
                 rows.append(row)
                 if row.fault:
                     await asyncio.sleep(_AFTER_FAULT_S)
@@ -170,25 +170,27 @@ class Bench:
     async def _arrivals(
         self,
         load: Load,
-        asks: Iterator[Ask],
+        requests: Iterator[PromptRequest],
         zero: float,
         rows: list[Row],
         tasks: set[asyncio.Task[None]],
     ) -> None:
-        async def send(ask: Ask, due: float) -> None:
-            rows.append((await self._send(ask, zero, due))[0])
+        async def send(request: PromptRequest, due: float) -> None:
+            rows.append((await self._send(request, zero, due))[0])
 
         for offset in schedule(self._settings, load.value):
-            ask = next(asks)
+            request = next(requests)
             if (wait := zero + offset - time.perf_counter()) > 0:
                 await asyncio.sleep(wait)
-            task = asyncio.create_task(send(ask, zero + offset))
+            task = asyncio.create_task(send(request, zero + offset))
             tasks.add(task)
         await asyncio.gather(*tasks)
 
-    async def _send(self, ask: Ask, zero: float, due: float | None = None) -> tuple[Row, int]:
-        body = self._body(ask)
-        answer = Answer(time.perf_counter(), ask.max_tokens, due)
+    async def _send(
+        self, request: PromptRequest, zero: float, due: float | None = None
+    ) -> tuple[Row, int]:
+        body = self._body(request)
+        answer = Answer(time.perf_counter(), request.max_tokens, due)
         try:
             async with asyncio.timeout(self._settings.timeout_s):
                 await self._http.send(self._path, body, answer)
@@ -198,16 +200,16 @@ class Bench:
             answer.fail(error.kind, str(error))
         return answer.row(zero), answer.status
 
-    def _body(self, ask: Ask) -> bytes:
+    def _body(self, request: PromptRequest) -> bytes:
         settings, dialect = self._settings, self.dialect
-        content = ask.content
+        content = request.content
         fields: dict[str, Any] = {"model": settings.model, "stream": True}
         if settings.api == "completions":
             fields["prompt"] = content
         else:
             alone = [{"role": "user", "content": content}]
             fields["messages"] = alone if isinstance(content, str) else content
-        fields[dialect.length] = ask.max_tokens
+        fields[dialect.length] = request.max_tokens
         if dialect.temperature:
             fields["temperature"] = settings.temperature
         if dialect.ignore_eos:
@@ -218,11 +220,11 @@ class Bench:
 
 
 def schedule(settings: Settings, rate: float) -> Iterator[float]:
-    """Yield when requests are due, in seconds from the start; the same for the same seed."""
-    source = random.Random(f"{settings.seed}/{rate}")  # noqa: S311 - to be repeated
+    """Yield the due times of requests in seconds from the start; the same for the same seed."""
+    source = random.Random(f"{settings.seed}/{rate}")  # noqa: S311 - reproducible
     at = 0.0
     for count in itertools.count():
-        # Sums of the same step would drift.
+        # A sum of equal steps would drift.
         at = at if settings.arrival == "poisson" else count / rate
         if settings.requests is not None and count >= settings.requests:
             return

@@ -1,4 +1,4 @@
-"""The settings of a run, and how loads and lengths are written."""
+"""The settings of a run, and the parsers of loads and lengths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNITS = {
 
 
 class Span(msgspec.Struct, frozen=True):
-    """A length in tokens, drawn evenly from `least` to `most`, both included."""
+    """A length in tokens, drawn uniformly from `least` to `most`, both included."""
 
     least: int
     most: int
@@ -54,7 +54,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """One run: the same requests at each load.
 
     A load ends after `requests`, or starts new ones for `duration_s`. Lengths are in tokens;
-    `prompt` is None where the prompts come from a file. `slo` are limits in milliseconds by the
+    `prompt` is None if the prompts come from a file. `slo` are limits in milliseconds by the
     name of the figure. `timeout_s` is how long one request may take.
     """
 

@@ -1,7 +1,7 @@
-"""The contract of an engine as cases that run on any engine, also on one of another package.
+"""The contract of an engine as cases that run on any engine, also on those of other packages.
 
 `headrace check-engine` and the tests run them. A case is a function of a Subject, a model that is
-loaded on the engine behind one kind of Backend; `examine` runs one and returns its outcome.
+loaded on the engine behind one kind of Backend; `examine` runs a case and returns its outcome.
 """
 
 from __future__ import annotations

@@ -29,28 +29,26 @@ def sound(
 ) -> None:
     """Check what holds for every answer.
 
-    `held` is how many of the last tokens may be counted without being in a delta: libraries keep
+    `held` is how many of the last tokens may be counted without being in a delta: libraries hold
     back those of an incomplete character when the answer reaches its limit.
 
     Raises:
-        Broken: one of it does not.
+        Broken: a check fails.
     """
     usage, reason = reply.finish.usage, reply.reason
     check(reason in ("stop", "length"), f"The finish reason is {reason!r}.")
     if prompt_tokens is not None:
-        message = f"Usage tells of {usage.prompt_tokens} prompt tokens; there are {prompt_tokens}."
+        message = f"Usage has {usage.prompt_tokens} prompt tokens; there are {prompt_tokens}."
         check(usage.prompt_tokens == prompt_tokens, message)
-    check(usage.cached_tokens <= usage.prompt_tokens, "More is cached than was asked.")
+    check(usage.cached_tokens <= usage.prompt_tokens, "More tokens are cached than the prompt has.")
     if not subject.is_remote:
-        message = (
-            f"Usage tells of {usage.completion_tokens} tokens, the deltas of {len(reply.ids)}."
-        )
-        most = held if reason == "length" else 0
-        check(0 <= usage.completion_tokens - len(reply.ids) <= most, message)
+        message = f"Usage has {usage.completion_tokens} tokens, the deltas {len(reply.ids)}."
+        allowed = held if reason == "length" else 0
+        check(0 <= usage.completion_tokens - len(reply.ids) <= allowed, message)
 
 
 async def counted(subject: Subject, request: GenerateRequest) -> int:
-    """Return how many tokens a prompt has, by the model's own tokenizer.
+    """Return the number of tokens of a prompt, by the model's tokenizer.
 
     Raises:
         Declared: the engine can only estimate, and declares that.
@@ -85,9 +83,9 @@ async def stream_equals_whole(subject: Subject) -> None:
 
 @case("W11 W20")
 async def greedy_repeats(subject: Subject) -> None:
-    """Temperature 0 gives the same answer again, whatever the seed."""
+    """Temperature 0 gives the same answer again, with any seed."""
     first = await subject.greedy()
-    again = await subject.say(**subject.able(seed=5))
+    again = await subject.short(**subject.able(seed=5))
     check(again.text == first.text, f"First {first.text!r}, then {again.text!r}.")
 
 
@@ -97,17 +95,17 @@ async def usage_is_exact(subject: Subject) -> None:
     reply = await subject.greedy()
     sound(subject, reply, await counted(subject, subject.request(POEM)))
     request = subject.request("The river runs", raw=True)
-    reply = await subject.say("The river runs", raw=True)
+    reply = await subject.short("The river runs", raw=True)
     sound(subject, reply, await counted(subject, request))
-    # Most models end this by themselves; the end token counts as the deltas tell of it.
-    sound(subject, await subject.say("Say hi.", **subject.able(max_tokens=40)))
+    # Most models end this answer; the end token counts if it is in a delta.
+    sound(subject, await subject.short("Say hi.", **subject.able(max_tokens=40)))
     ids = await subject.noise(37)
-    sound(subject, await subject.say(ids), len(ids))
+    sound(subject, await subject.short(ids), len(ids))
 
 
 @case("W11")
 async def several_choices(subject: Subject) -> None:
-    """`n` gives so many answers, each with its own seed, and the usage of all."""
+    """`n` gives `n` answers, each with its own seed, and the usage of all."""
     fields = subject.able(max_tokens=6, temperature=1.5, seed=3)
     try:
         reply = await subject.ask(n=3, **fields)
@@ -131,12 +129,12 @@ async def echo_comes_first(subject: Subject) -> None:
     """`echo` repeats the prompt before the answer."""
     prompt = "The river runs"
     try:
-        reply = await subject.say(prompt, raw=True, echo=True)
+        reply = await subject.short(prompt, raw=True, echo=True)
     except (Unsupported, InvalidRequest) as error:
         check(error.param == "echo", f"It names {error.param}, not echo.")
         raise Declared("It does not repeat the prompt.") from error
     check(reply.text.startswith(prompt), f"It begins with {reply.text[:20]!r}.")
-    check(len(reply.text) > len(prompt), "After the prompt there is nothing.")
+    check(len(reply.text) > len(prompt), "After the prompt there is no answer.")
 
 
 def _stops(text: str, pieces: list[str]) -> list[str]:
@@ -154,12 +152,12 @@ async def stop_strings(subject: Subject) -> None:
     whole = plain.text
     check(len(whole) >= 4, f"{whole!r} is too short an answer to be stopped.")
     for stop in _stops(whole, [delta.text for delta in plain.deltas]):
-        reply = await subject.say(stop=(stop, "\0never\0"))
+        reply = await subject.short(stop=(stop, "\0never\0"))
         expected = whole[: whole.index(stop)]
         check(reply.text == expected, f"Stopped at {stop!r}: {reply.text!r}, not {expected!r}.")
         check(reply.reason == "stop", f"Stopped at {stop!r}, its reason is {reply.reason!r}.")
         sound(subject, reply)
-    unstopped = await subject.say(stop=(whole + "\0",))
+    unstopped = await subject.short(stop=(whole + "\0",))
     check(unstopped.text == whole, "A stop string that does not come changes the text.")
     check(unstopped.reason == plain.reason, "A stop string that does not come ends the answer.")
 
@@ -169,7 +167,7 @@ async def every_script(subject: Subject) -> None:
     """Emoji, CJK, combining and right-to-left text go in and come out whole."""
     for prompt in SCRIPTS:
         request = subject.request(prompt, raw=True)
-        reply = await subject.say(prompt, raw=True)
+        reply = await subject.short(prompt, raw=True)
         tokens = None if subject.is_remote else await counted(subject, request)
         sound(subject, reply, tokens, held=_HALF)
         if subject.is_remote:
@@ -192,7 +190,7 @@ async def text_and_tokens(subject: Subject) -> None:
     check(back.strip() == text, f"{text!r} became {back!r}.")
     for unknown in (-1, 1 << 40):
         await refusal(subject.backend.ask(subject.request((unknown,))), InvalidRequest)
-    check((await subject.say()).text, "After an unknown token it answers nothing.")
+    check((await subject.short()).text, "After an unknown token an answer is empty.")
 
 
 @case("W11 W17")
@@ -207,7 +205,7 @@ async def wrong_requests(subject: Subject) -> None:
         request = GenerateRequest(messages=(Message("user", POEM),))
         error = await refusal(subject.backend.ask(request), Unsupported)
         check(error.param == "messages", f"It names {error.param}, not messages.")
-    sound(subject, await subject.say())
+    sound(subject, await subject.short())
 
 
 @case("W16")
@@ -224,7 +222,10 @@ async def figures_are_complete(subject: Subject) -> None:
     check(0 < figures.chunks <= len(reply.deltas), message)
     check(figures.devices or subject.is_remote, "No device is reported.")
     for device in figures.devices[:1]:
-        check(0 < device.worker_mean <= device.worker_peak < device.total, f"{device} is not so.")
+        check(
+            0 < device.worker_mean <= device.worker_peak < device.total,
+            f"The memory of {device} is inconsistent.",
+        )
 
 
 def _defined(figures: InferenceMetrics) -> None:

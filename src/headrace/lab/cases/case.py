@@ -18,10 +18,10 @@ Run = Callable[[Subject], Awaitable[str | None]]
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that every engine must do. `rows` are those of the contract that it checks.
+    """A requirement on every engine. `rows` are those of the contract that it checks.
 
-    `run` returns nothing, or a remark that is reported although it is no fault. `task` is the one
-    that the model must be for, None any.
+    `run` returns None, or a remark that is reported although it is no fault. `task` is that of the
+    models that it applies to; None is any.
     """
 
     name: str
@@ -34,8 +34,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """The outcome of a case.
 
-    `refused`: the engine declares that it cannot, and refuses by name. `reported`: it declares that
-    this does not always hold, and it did not. `seconds` is how long it took.
+    `refused`: the engine declares that it cannot do this, and refuses it by name. `reported`: it
+    declares that this does not always hold, and it did not. `seconds` is the duration.
     """
 
     case: str
@@ -62,7 +62,7 @@ def concerns(case: Case, subject: Subject) -> bool:
 
 
 async def examine(case: Case, subject: Subject, limit_s: float = 300.0) -> Outcome:
-    """Run a case; after so many seconds it has failed. Nothing is raised but a cancellation."""
+    """Run a case; after `limit_s` it has failed. Only a cancellation is raised."""
     began = time.monotonic()
     result, why = await _run(case, subject, limit_s)
     return Outcome(
@@ -88,6 +88,6 @@ async def _run(case: Case, subject: Subject, limit_s: float) -> tuple[Result, st
         return "failed", f"{type(error).__name__}: {error.message}{detail}"
     except TimeoutError:
         return "failed", f"It took more than {limit_s:g} s."
-    except Exception as error:  # noqa: BLE001 - an engine's own error where a typed one is due
+    except Exception as error:  # noqa: BLE001 - an engine's own error instead of a typed one
         return "failed", f"an untyped {type(error).__name__}: {error}"
     return ("reported", remark) if remark else ("ok", "")

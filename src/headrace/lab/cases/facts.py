@@ -88,7 +88,7 @@ async def metadata_is_complete(subject: Subject) -> None:
 
 @case("W22 W23", task=None)
 async def other_tasks_are_refused(subject: Subject) -> None:
-    """Requests for other tasks are refused by a typed error, and not answered with nonsense."""
+    """Requests for other tasks are refused by a typed error."""
     tasks, backend = subject.capabilities.tasks, subject.backend
     if "generate" not in tasks:
         await refusal(backend.ask(GenerateRequest(prompt="hello")), Unsupported)

@@ -30,14 +30,14 @@ async def context_at_its_end(subject: Subject) -> None:
 
 async def _to_its_end(subject: Subject, limit: int, **fields: int) -> None:
     single = subject.able(max_tokens=1, ignore_eos=True)
-    edge = await subject.say(await subject.noise(limit - 1, seed=limit), **single, **fields)
+    edge = await subject.short(await subject.noise(limit - 1, seed=limit), **single, **fields)
     sound(subject, edge, limit - 1)
     tokens = edge.finish.usage.completion_tokens
     check(tokens == 1, f"At the limit it generated {tokens} tokens.")
     prompt = await subject.noise(limit - _LEFT, seed=limit + 1)
     # Without max_tokens an answer fills the context; another service may not do that.
-    most = {"max_tokens": _LEFT} if subject.is_remote else {}
-    rest = subject.able(ignore_eos=True, temperature=0.0, **most)
+    capped = {"max_tokens": _LEFT} if subject.is_remote else {}
+    rest = subject.able(ignore_eos=True, temperature=0.0, **capped)
     full = await subject.ask(prompt, **rest, **fields)
     sound(subject, full, len(prompt))
     if "ignore_eos" in subject.capabilities.sampling:
@@ -64,7 +64,7 @@ async def context_overflow(subject: Subject) -> None:
         check(error.param == "max_tokens", f"It names {error.param}, not max_tokens.")
         request = subject.request(prompt[:20], context_length=20, **few)
         await refusal(subject.backend.ask(request), ContextOverflow)
-    sound(subject, await subject.say())
+    sound(subject, await subject.short())
 
 
 @case("W11 W17")
@@ -77,7 +77,7 @@ async def resume(subject: Subject) -> str | None:
         error = await refusal(subject.backend.ask(request), RequestError)
         check(error.param == "answered", f"It names {error.param}, not answered.")
         raise Declared("Refused by its name.")
-    reply = await subject.say(answered=kept)
+    reply = await subject.short(answered=kept)
     _continued(whole, reply, kept)
     sound(subject, reply, whole.finish.usage.prompt_tokens)
     if reply.text != whole.text:
@@ -92,10 +92,13 @@ def _continued(whole: Reply, reply: Reply, kept: tuple[int, ...]) -> None:
     check(
         len(kept) - 3 <= length <= len(kept), f"It continues from {length} of {len(kept)} tokens."
     )
-    check(opening.token_ids == kept[:length], "It begins with other tokens than it was given.")
+    check(
+        opening.token_ids == kept[:length],
+        "It does not begin with the tokens that it continues from.",
+    )
     check(whole.text.startswith(opening.text), f"It begins with {opening.text!r}.")
     over = reply.reason == "length" and len(reply.ids) != TOKENS
-    check(not over, f"With what it had it has {len(reply.ids)} tokens of {TOKENS}.")
+    check(not over, f"With those it continues from, it has {len(reply.ids)} tokens of {TOKENS}.")
 
 
 CASES = (context_at_its_end, context_overflow, resume)

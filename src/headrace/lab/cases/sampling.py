@@ -29,7 +29,7 @@ PROBES: dict[str, Any] = {
     "logprobs": 1,
     "logit_bias": {5: 1.0},
 }
-"""A value for each field, so that a refusal of it can be seen."""
+"""A value for each field, to test its refusal."""
 
 LOOPS = (
     "one two three one two three one two three one two",
@@ -60,10 +60,10 @@ async def _wide(subject: Subject, seed: int, **given: Any) -> Reply:
 
 
 async def _max_tokens(subject: Subject) -> None:
-    for most in (1, 5):
-        reply = await subject.say(**subject.able(max_tokens=most, ignore_eos=True))
+    for limit in (1, 5):
+        reply = await subject.short(**subject.able(max_tokens=limit, ignore_eos=True))
         tokens = reply.finish.usage.completion_tokens
-        check(tokens == most, f"max_tokens {most} gave {tokens}.")
+        check(tokens == limit, f"max_tokens {limit} gave {tokens}.")
         check(reply.reason == "length", f"The reason is {reply.reason!r}, not length.")
 
 
@@ -93,17 +93,17 @@ async def _narrow(subject: Subject, name: str) -> None:
 
 async def _penalty(subject: Subject, name: str) -> None:
     for prompt in LOOPS:
-        plain = await subject.say(prompt, raw=True)
-        reply = await subject.say(prompt, raw=True, **{name: _PENALTIES[name]})
+        plain = await subject.short(prompt, raw=True)
+        reply = await subject.short(prompt, raw=True, **{name: _PENALTIES[name]})
         if reply.text != plain.text:
             return
     check(await subject.certain(), f"{name} {_PENALTIES[name]} changes no text that repeats.")
 
 
 async def _stop_token_ids(subject: Subject) -> None:
-    # A small model may repeat one token for ever, unless it is sampled.
+    # A small model may repeat one token endlessly, unless it is sampled.
     for fields in ({}, subject.able(seed=5, **_WIDE)):
-        plain = await subject.say(**fields)
+        plain = await subject.short(**fields)
         ids = plain.ids or await subject.tokens(plain.text)
         place = next((at for at in range(2, len(ids)) if ids[at] not in ids[:at]), 0)
         if place:
@@ -115,7 +115,7 @@ async def _stop_token_ids(subject: Subject) -> None:
 async def _stopped_at(
     subject: Subject, plain: Reply, ids: tuple[int, ...], place: int, fields: dict[str, Any]
 ) -> None:
-    reply = await subject.say(stop_token_ids=(ids[place],), **fields)
+    reply = await subject.short(stop_token_ids=(ids[place],), **fields)
     tokens = reply.finish.usage.completion_tokens
     check(reply.ids == plain.ids[:place], f"It ends at {place} of {ids}, with {reply.ids}.")
     check(plain.text.startswith(reply.text), f"{reply.text!r} is no beginning of {plain.text!r}.")
@@ -124,44 +124,47 @@ async def _stopped_at(
 
 
 async def _ignore_eos(subject: Subject) -> None:
-    plain = await subject.say("Say hi.", **subject.able(max_tokens=_LONGEST))
+    plain = await subject.short("Say hi.", **subject.able(max_tokens=_LONGEST))
     tokens = plain.finish.usage.completion_tokens
-    most = tokens + 4 if plain.reason == "stop" else tokens
-    reply = await subject.say("Say hi.", ignore_eos=True, **subject.able(max_tokens=most))
+    limit = tokens + 4 if plain.reason == "stop" else tokens
+    reply = await subject.short("Say hi.", ignore_eos=True, **subject.able(max_tokens=limit))
     check(reply.reason == "length", f"With ignore_eos the reason is {reply.reason!r}.")
     tokens = reply.finish.usage.completion_tokens
-    check(tokens == most, f"With ignore_eos it has {tokens} tokens of {most}.")
+    check(tokens == limit, f"With ignore_eos it has {tokens} tokens of {limit}.")
     check(reply.text.startswith(plain.text), "Up to the end token the text differs.")
 
 
 async def _logprobs(subject: Subject) -> None:
     plain = await subject.greedy()
-    for most in (0, 3):
+    for count in (0, 3):
         try:
-            reply = await subject.say(logprobs=most)
+            reply = await subject.short(logprobs=count)
         except Unsupported as error:
-            check(most and error.param == "logprobs", f"logprobs={most}: {error.message}")
+            check(count and error.param == "logprobs", f"logprobs={count}: {error.message}")
             raise Declared("Candidates beside the chosen token are refused.") from error
-        check(reply.text == plain.text, "Asking for logprobs changes the text.")
+        check(reply.text == plain.text, "Requesting logprobs changes the text.")
         if not subject.is_remote:
             ids = tuple(token.token_id for token in reply.logprobs)
             check(ids == reply.ids, f"Logprobs are of {ids}, the tokens are {reply.ids}.")
         check(reply.logprobs, "There are no logprobs.")
         for token in reply.logprobs:
             tops = [top.logprob for top in token.top]
-            check(token.logprob <= 1e-6, f"A logarithm of a probability is {token.logprob}.")
-            check(len(tops) in (0, most), f"{len(tops)} candidates are not {most}.")
+            check(token.logprob <= 1e-6, f"A log probability is {token.logprob}.")
+            check(len(tops) in (0, count), f"{len(tops)} candidates are not {count}.")
             check(tops == sorted(tops, reverse=True), f"Candidates are not in order: {tops}.")
-            check(sum(map(math.exp, tops)) <= 1 + 1e-4, f"More than certain: {tops}.")
+            check(
+                sum(map(math.exp, tops)) <= 1 + 1e-4,
+                f"The probabilities sum to more than 1: {tops}.",
+            )
 
 
 async def _logit_bias(subject: Subject) -> None:
     word, plain = (await subject.tokens(" river"))[-1], await subject.greedy()
-    forced = await subject.say(logit_bias={word: 100.0}, **subject.able(max_tokens=3))
+    forced = await subject.short(logit_bias={word: 100.0}, **subject.able(max_tokens=3))
     check(forced.text.count("river") == 3, f"Token {word} was forced: {forced.text!r}.")
     first = (plain.ids or await subject.tokens(plain.text))[0]
-    barred = await subject.say(logit_bias={first: -100.0})
-    check(first not in barred.ids, f"Token {first} was forbidden, and is there.")
+    barred = await subject.short(logit_bias={first: -100.0})
+    check(first not in barred.ids, f"Token {first} was forbidden, and was generated.")
     check(barred.text != plain.text, f"Token {first} was forbidden, and the text is the same.")
     unknown = subject.request(logit_bias={1 << 40: 1.0})
     await refusal(subject.backend.ask(unknown), InvalidRequest)
@@ -204,7 +207,7 @@ async def json_schema(subject: Subject) -> None:
         error = await refusal(subject.backend.ask(request), Unsupported)
         check(error.param == "response_format", f"The error names {error.param}.")
         raise Declared("Refused by its name.")
-    reply = await subject.say(json_schema=SCHEMA, **subject.able(max_tokens=40))
+    reply = await subject.short(json_schema=SCHEMA, **subject.able(max_tokens=40))
     try:
         msgspec.json.decode(reply.text, type=_Aged)
     except msgspec.ValidationError as error:

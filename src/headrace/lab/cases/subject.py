@@ -1,4 +1,4 @@
-"""A loaded model under examination, and the ways to ask it."""
+"""A loaded model under test, and helpers for requests to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from headrace.lab import drive
 from headrace.lab.drive import Kind
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""The kinds of Backend: in this process, in one of its own, and the pool in front of that."""
+"""The kinds of Backend: in this process, in a process of its own, and behind the pool."""
 
 POEM = "Write a short poem about rivers."
 TOKENS = 8
@@ -30,11 +30,11 @@ _PATIENCE_S = 120.0
 
 
 class Broken(Exception):
-    """The engine does not do what the contract says."""
+    """The engine does not fulfil the contract."""
 
 
 class Declared(Exception):
-    """The engine declares that it cannot do this, and refuses it as it should."""
+    """The engine declares that it cannot do this, and refuses it properly."""
 
 
 def check(condition: object, message: str) -> None:
@@ -67,7 +67,7 @@ class Reply:
 
     @property
     def logprobs(self) -> list[TokenLogprob]:
-        """One for each token, if they were requested."""
+        """The log probabilities of the tokens of the first choice, if they were requested."""
         return [token for delta in self.deltas for token in delta.logprobs]
 
     @property
@@ -78,7 +78,7 @@ class Reply:
 
 @dataclass
 class Subject:
-    """A model on an engine behind a Backend. `reopen` loads the same once more, beside it."""
+    """A model on an engine behind a Backend. `reopen` loads the same model again, beside it."""
 
     engine: str
     kind: Kind
@@ -102,7 +102,7 @@ class Subject:
         return self.info.format == "remote"
 
     def able(self, **sampling: Any) -> dict[str, Any]:
-        """Return those of the sampling fields that the engine declares."""
+        """Return the sampling fields that the engine declares."""
         return {
             name: value
             for name, value in sampling.items()
@@ -112,7 +112,7 @@ class Subject:
     def request(self, prompt: str | Sequence[int] = POEM, **given: Any) -> GenerateRequest:
         """Return a request: a text becomes a message if the model can chat, else a prompt.
 
-        Fields of Sampling go there. With `raw`, a text is not put through the chat template.
+        Fields of Sampling are passed there. With `raw`, no chat template is applied.
         """
         raw = given.pop("raw", False)
         sampling = {name: value for name, value in given.items() if name in _SAMPLING}
@@ -127,15 +127,15 @@ class Subject:
         """Send a request, and read the whole answer."""
         return await read(self.backend.ask(self.request(prompt, **given)))
 
-    async def say(self, prompt: str | Sequence[int] = POEM, **given: Any) -> Reply:
-        """Ask for a few greedy tokens; given fields override that."""
+    async def short(self, prompt: str | Sequence[int] = POEM, **given: Any) -> Reply:
+        """Send a request for a few greedy tokens; given fields override that."""
         fixed = self.able(max_tokens=TOKENS, temperature=0.0)
         return await self.ask(prompt, **(fixed | given))
 
     async def greedy(self) -> Reply:
-        """Return the greedy answer to the usual prompt; it is requested once."""
+        """Return the greedy answer to the default prompt; it is requested once."""
         if "greedy" not in self.known:
-            self.known["greedy"] = await self.say()
+            self.known["greedy"] = await self.short()
         return self.known["greedy"]
 
     async def certain(self) -> bool:
@@ -143,7 +143,7 @@ class Subject:
         if "logprobs" not in self.capabilities.sampling:
             return False
         if "certain" not in self.known:
-            reply = await self.say(logprobs=0)
+            reply = await self.short(logprobs=0)
             self.known["certain"] = all(token.logprob > -1e-6 for token in reply.logprobs)
         return self.known["certain"]
 
@@ -156,13 +156,13 @@ class Subject:
         request = CountRequest(model="", text=text, add_special=special)
         counted = await collect_count(self.backend.ask(request))
         if counted.token_ids is None:
-            raise Declared("It tells no token ids.")
+            raise Declared("It reports no token ids.")
         return counted.token_ids
 
     async def noise(self, length: int, seed: int = 0) -> tuple[int, ...]:
-        """Return `length` tokens which begin otherwise for each seed, so that no cache has them."""
+        """Return `length` tokens with another beginning for each seed, unknown to any cache."""
         if not self.capabilities.token_prompts:
-            raise Declared("It takes no token ids.")
+            raise Declared("It accepts no token ids.")
         words = " ".join(f"{seed} {number} river" for number in range(length // 3 + 1))
         ids = await self.tokens(words)
         return (ids * (length // len(ids) + 1))[:length]
@@ -182,7 +182,7 @@ async def read(stream: AsyncGenerator[Event, None]) -> Reply:
         events = [event async for event in stream]
     ends = [event for event in events if isinstance(event, Finish)]
     check(len(ends) == 1, f"A stream has one Finish; this one had {len(ends)}.")
-    check(events[-1] is ends[0], "Something came after the Finish.")
+    check(events[-1] is ends[0], "The Finish is not the last event.")
     return Reply(tuple(events), ends[0])
 
 
@@ -195,7 +195,7 @@ async def first_delta(stream: AsyncGenerator[Event, None]) -> Delta:
 
 
 async def first_prefill(stream: AsyncGenerator[Event, None]) -> Progress | None:
-    """Read until the engine starts on the prompt; None if a token comes without that."""
+    """Read until the engine starts on the prompt; None if a token comes before that."""
     async for event in stream:
         if isinstance(event, Progress) and event.stage == "prefill":
             return event
@@ -225,7 +225,7 @@ async def refusal(
 async def opened(
     engine: str, spec: ModelSpec, settings: Settings, kind: Kind = "process"
 ) -> AsyncGenerator[Subject]:
-    """Load a model on an engine behind a Backend, and close it in the end.
+    """Load a model on an engine behind a Backend, and close it at the end.
 
     Raises:
         HeadraceError: it cannot be loaded.

@@ -35,21 +35,21 @@ PROMPTS = (
 )
 MANY = 16
 FREED_S = 20.0
-_MOST_SLOTS = 64
+_MAX_SLOTS = 64
 _LEAST_LEAK = 64 << 20
 
 Streams = list[AsyncGenerator[Event, None]]
 
 
 def _slots(subject: Subject) -> int:
-    most = subject.info.max_running
-    if most is None or most > _MOST_SLOTS:
-        raise Declared(f"It runs {most or 'any number of'} requests at once; none waits.")
-    return most
+    slots = subject.info.max_running
+    if slots is None or slots > _MAX_SLOTS:
+        raise Declared(f"It runs {slots or 'any number of'} requests at once; none waits.")
+    return slots
 
 
 async def _begin(streams: Streams) -> None:
-    """Wait for the first delta of each; then none is read further, and all stay open."""
+    """Wait for the first delta of each; then all stay open and unread."""
     async with asyncio.timeout(FREED_S * 3):
         await asyncio.gather(*(first_delta(stream) for stream in streams))
 
@@ -68,24 +68,24 @@ def _prompts(count: int) -> list[str]:
 
 
 async def _all_slots_are_free(subject: Subject) -> None:
-    """As many as can run at once do so, and one more is answered after them."""
+    """Check that as many requests run as there are slots, and that another is answered then."""
     streams = _busy(subject, _slots(subject))
     try:
         await _begin(streams)
     finally:
         await _end(streams)
-    sound(subject, await subject.say())
+    sound(subject, await subject.short())
 
 
 @case("W13 W15 W20")
 async def alone_and_among_sixteen(subject: Subject) -> str | None:
-    """Sixteen at once are each answered soundly, and with the text that they get alone."""
-    alone = {prompt: await subject.say(prompt) for prompt in PROMPTS}
+    """Sixteen at once are all answered soundly, with the same text as alone."""
+    alone = {prompt: await subject.short(prompt) for prompt in PROMPTS}
     prompts = _prompts(MANY)
-    crowd = await asyncio.gather(*(subject.say(prompt) for prompt in prompts))
+    crowd = await asyncio.gather(*(subject.short(prompt) for prompt in prompts))
     for prompt, reply in zip(prompts, crowd, strict=True):
         sound(subject, reply, alone[prompt].finish.usage.prompt_tokens)
-        check(reply.text, f"{prompt!r} is answered with nothing.")
+        check(reply.text, f"The answer to {prompt!r} is empty.")
     return _same(subject, [alone[prompt] for prompt in prompts], crowd)
 
 
@@ -94,7 +94,7 @@ def _same(subject: Subject, alone: Sequence[Reply], crowd: Sequence[Reply]) -> s
     differing = [(own.text, among.text) for own, among in pairs if own.text != among.text]
     if not differing:
         return None
-    message = f"{len(differing)} of {len(pairs)} differ in company, as {differing[0]}."
+    message = f"{len(differing)} of {len(pairs)} differ among others, as {differing[0]}."
     check(not subject.capabilities.batch_invariant, message)
     return f"{message} It does not declare batch_invariant."
 
@@ -108,7 +108,7 @@ async def cancelled_in_the_queue(subject: Subject) -> None:
         await _begin(running)
         turn = asyncio.ensure_future(first_delta(waiting))
         done, _ = await asyncio.wait({turn}, timeout=0.3)
-        check(not done, f"{len(running)} are the most that run, and one more did.")
+        check(not done, f"{len(running)} requests can run, and one more ran.")
         began = time.monotonic()
         turn.cancel()
         await asyncio.wait({turn})
@@ -123,9 +123,9 @@ async def cancelled_in_the_queue(subject: Subject) -> None:
 @case("W18")
 async def cancelled_in_prefill(subject: Subject) -> None:
     """A request that is closed while its prompt is computed frees its slot."""
-    most = _slots(subject)
+    slots = _slots(subject)
     length = min(subject.info.context_length or 512, 2048) - 64
-    for number in range(most):
+    for number in range(slots):
         stream = subject.backend.ask(subject.long(await subject.noise(length, number + 1)))
         async with aclosing(stream), asyncio.timeout(FREED_S * 3):
             begun = await first_prefill(stream)
@@ -135,10 +135,10 @@ async def cancelled_in_prefill(subject: Subject) -> None:
 
 @case("W18")
 async def cancelled_in_decode(subject: Subject) -> None:
-    """A request that is closed while it is answered frees its slot, however it is closed."""
-    most = _slots(subject)
+    """A request that is closed while it is answered frees its slot, in all ways of closing."""
+    slots = _slots(subject)
     for _ in range(2):
-        streams = _busy(subject, most)
+        streams = _busy(subject, slots)
         try:
             await _begin(streams)
         finally:
@@ -167,18 +167,18 @@ async def counting_does_not_wait(subject: Subject) -> None:
 
 @case("W8", task=None)
 async def close_gives_everything_back(subject: Subject) -> None:
-    """Closed, its processes and its memory are gone; twice is once, and no request is taken."""
+    """Closing ends its processes and frees its memory; it is idempotent, and refuses requests."""
     before = _children()
     rounds = [await _round(subject) for _ in range(2)]
     left = {child for child in _children() - before if child.is_running()}
     check(not left, f"Processes are left: {sorted(child.pid for child in left)}.")
     (_, first), (loaded, second) = rounds
-    grown, most = second - first, max(_LEAST_LEAK, (loaded - first) // 2)
-    check(grown < most, f"Each load and close leaves {grown >> 20} MiB behind.")
+    grown, limit = second - first, max(_LEAST_LEAK, (loaded - first) // 2)
+    check(grown < limit, f"Each load and close leaves {grown >> 20} MiB behind.")
 
 
 async def _round(subject: Subject) -> tuple[int, int]:
-    """Open and close once more; return the resident memory while loaded and afterwards."""
+    """Open and close it again; return the resident memory while loaded and afterwards."""
     async with subject.reopen() as backend:
         info = backend.models()[0]
         check(info.state == "ready", f"Opened again, its state is {info.state}.")

@@ -78,7 +78,7 @@ async def _fewer(subject: Subject, whole: EmbedResult) -> None:
     except (Unsupported, InvalidRequest) as error:
         check(error.param == "dimensions", f"It names {error.param}, not dimensions.")
         return
-    check(len(less.vectors[0]) == wanted * 4, f"{wanted} dimensions were asked for.")
+    check(len(less.vectors[0]) == wanted * 4, f"{wanted} dimensions were requested.")
     check(less.dimensions == wanted, f"It reports {less.dimensions} dimensions.")
 
 
@@ -128,7 +128,7 @@ async def _rerank(subject: Subject, *documents: str, **given: object) -> RerankR
 
 @case("W23", task="rerank")
 async def ranking(subject: Subject) -> None:
-    """All documents are ranked, best first, with scores that do not depend on their company."""
+    """All documents are ranked, best first, with scores that do not depend on the others."""
     result = await _rerank(subject, *TEXTS)
     scores = {ranked.index: ranked.score for ranked in result.ranking}
     order = [ranked.score for ranked in result.ranking]

@@ -1,1 +1,1 @@
-"""Which engine and which options suit a model on this machine, by measuring them."""
+"""Measures which engine and options are the best for a model on this machine."""

@@ -1,4 +1,4 @@
-"""Whether an engine's answers to fixed prompts agree with those of the reference."""
+"""The agreement of an engine's answers to fixed prompts with those of the reference."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Input = TypeVar("Input")
 Output = TypeVar("Output")
 
 CLEAR = 0.5
-"""Only tokens count that the reference prefers to all others by this much in the logarithm.
+"""The least margin in log probability of the reference's tokens that are compared.
 
-Closer ones are decided by how sums are rounded, and differ between two runs of one engine.
+Closer ones depend on the rounding of sums, and differ between two runs of one engine.
 """
 
 PROMPTS = (
@@ -42,13 +42,13 @@ _CANDIDATES = 5
 
 
 class Guess(msgspec.Struct, frozen=True):
-    """The next token of an engine (-1: none), and the log-probabilities of the best few."""
+    """The next token of an engine (-1: none), and the log probabilities of the best few."""
 
     token: int
     logprobs: dict[int, float] = {}
 
     def is_clear(self) -> bool:
-        """Whether the token is clearly preferred to all others; true where that is not known."""
+        """Whether the token is clearly preferred to all others; true if that is unknown."""
         others = [value for token, value in self.logprobs.items() if token != self.token]
         own = self.logprobs.get(self.token)
         return own is None or own - max(others, default=-99.0) >= CLEAR
@@ -62,7 +62,7 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 class Reference:
-    """The answers that the others are compared with, of one engine."""
+    """The answers of the reference engine, which the others are compared with."""
 
     def __init__(self, replies: Sequence[Reply], guesses: Sequence[Guess]) -> None:
         self._replies = replies
@@ -70,19 +70,19 @@ class Reference:
 
     @classmethod
     async def ask(cls, backend: Backend) -> Reference:
-        """Let the reference engine answer.
+        """Get the answers of the reference engine.
 
         Raises:
-            HeadraceError: it could not.
+            HeadraceError: a request failed.
         """
         replies = await _replies(backend)
         return cls(replies, await _guesses(backend, replies))
 
     async def compare(self, backend: Backend) -> Agreement:
-        """Let another engine answer, on its own and after the reference's words.
+        """Compare another engine: its own answers, and its next tokens after the reference's.
 
         Raises:
-            HeadraceError: it could not.
+            HeadraceError: a request failed.
         """
         replies = await _replies(backend)
         guesses = await _guesses(backend, self._replies)
@@ -95,7 +95,7 @@ def agreement(
     expected: Sequence[Guess],
     guesses: Sequence[Guess],
 ) -> Agreement:
-    """Compare two engines; the lists go in pairs."""
+    """Compare two engines; the lists are paired."""
     pairs = list(zip(reference, replies, strict=True))
     steps = list(zip(expected, guesses, strict=True))
     clear = [step for step in steps if step[0].is_clear()] or steps
@@ -120,7 +120,7 @@ def _distance(expected: Guess, guess: Guess) -> float | None:
     right = expected.logprobs.get(expected.token)
     if right is None or not guess.logprobs:
         return None
-    # A token that is not among the best is at most as likely as the last of them.
+    # A token that is not among the best is at most as likely as the last of those.
     return abs(right - guess.logprobs.get(expected.token, min(guess.logprobs.values())))
 
 
@@ -133,14 +133,14 @@ async def _several(
     inputs: Sequence[Input],
     ask: Callable[[Backend, Input], Awaitable[Output]],
 ) -> list[Output]:
-    """Ask as many at once as run at once."""
+    """Send as many requests at once as can run at once."""
     slots = asyncio.Semaphore(backend.models()[0].max_running or 1)
 
-    async def turn(given: Input) -> Output:
+    async def limited(item: Input) -> Output:
         async with slots:
-            return await ask(backend, given)
+            return await ask(backend, item)
 
-    return list(await asyncio.gather(*map(turn, inputs)))
+    return list(await asyncio.gather(*map(limited, inputs)))
 
 
 async def _reply(backend: Backend, prompt: str) -> Reply:
@@ -159,8 +159,8 @@ async def _guesses(backend: Backend, replies: Sequence[Reply]) -> list[Guess]:
         for reply in replies
         for length in range(0, len(reply.answer), _STEP)
     ]
-    most = await _most_logprobs(backend, prefixes[0])
-    return await _several(backend, prefixes, lambda backend, ids: _guess(backend, ids, most))
+    count = await _most_logprobs(backend, prefixes[0])
+    return await _several(backend, prefixes, lambda backend, ids: _guess(backend, ids, count))
 
 
 async def _most_logprobs(backend: Backend, token_ids: tuple[int, ...]) -> int | None:

@@ -26,7 +26,7 @@ _WARM_TOKENS = 8
 
 
 class Contender:
-    """Loads a model as a user would and measures it. An error becomes its `fault`."""
+    """An engine that loads a model as in a service, and is measured; an error is its `fault`."""
 
     def __init__(self, spec: ModelSpec, variant: dict[str, Any], resolve: Resolve) -> None:
         self.spec = spec
@@ -43,7 +43,7 @@ class Contender:
     @property
     def engine(self) -> str:
         """The engine's name."""
-        assert self.spec.engine is not None, "a contender is of one engine"
+        assert self.spec.engine is not None, "a contender has an engine"
         return self.spec.engine
 
     @property
@@ -117,7 +117,7 @@ class Contender:
             await worker.aclose()
 
     def rate(self, streams: int) -> float:
-        """Return the median of output tokens/s, 0 where there is none."""
+        """Return the median of output tokens/s, 0 without any turn."""
         return statistics.median([turn.rate for turn in self.turns.get(streams, [])] or [0.0])
 
     def trial(self, bandwidth: float | None, tokens: int) -> Trial:
@@ -143,14 +143,14 @@ class Contender:
         rates = [turn.rate for turn in turns]
         first = [second * 1000 for turn in turns for second in turn.first_s] or [0.0]
         cached = sum(turn.prompt_tokens for turn in turns) / len(first) + tokens / 2
-        most = limit(self.file, streams, cached, bandwidth) if self.file and bandwidth else None
+        allowed = limit(self.file, streams, cached, bandwidth) if self.file and bandwidth else None
         return Figures(
             streams=streams,
             tokens_per_s=statistics.median(rates),
             spread=(min(rates), max(rates)),
             first_token_ms_p50=statistics.median(first),
             first_token_ms_p99=percentile(first, 99),
-            of_limit=statistics.median(rates) / most if most else None,
+            of_limit=statistics.median(rates) / allowed if allowed else None,
         )
 
     @contextlib.contextmanager
@@ -164,7 +164,7 @@ class Contender:
 def make_contender(
     spec: ModelSpec, engine: str, options: dict[str, Any], resolve: Resolve, streams: int
 ) -> Contender:
-    """Return an engine as it would serve the model. The user's own settings stay as they are."""
+    """Return an engine with its options; those that the user has set take precedence."""
     known = engines.options(engine).model_fields
     own = {key: value for key, value in spec.options.items() if key in known}
     as_served = msgspec.structs.replace(

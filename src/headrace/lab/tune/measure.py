@@ -1,4 +1,4 @@
-"""How fast a loaded model answers: a number of clients, each with one request after another."""
+"""The speed of a loaded model with a number of clients in a closed loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headrace.core.sampling import Sampling
 from headrace.lab import load
 
 _PATIENCE_S = 60.0
-"""A turn is cut this long after the last request could start; what has come by then counts."""
+"""A turn is cut this long after the last request could start; the tokens until then count."""
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,10 +45,10 @@ class Turn(msgspec.Struct):
 
 
 async def turn(backend: Backend, streams: int, shape: Shape, seed: str) -> Turn:
-    """Let `streams` clients ask; no two prompts are alike, so no cache of prefixes helps.
+    """Run `streams` clients; all prompts differ, so that no cache of prefixes helps.
 
     Raises:
-        HeadraceError: whatever a request raises.
+        HeadraceError: a request failed.
     """
     done, source = Turn(), random.Random(seed)  # noqa: S311 - the same prompts in every run
     began = time.monotonic()

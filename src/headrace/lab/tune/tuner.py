@@ -1,6 +1,6 @@
 """One run of `headrace tune`: compares the engines, then measures them in turns.
 
-In turns, so that a busy time of the machine affects all of them.
+The turns alternate, so that other load on the machine affects all engines.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Tuner:
         """
         task = self._spec.task or self._file.task
         if task != "generate":
-            raise Unsupported(f"tune measures what generates; {self._spec.name} is to {task}.")
+            raise Unsupported(f"tune measures generation; {self._spec.name} is to {task}.")
         field = list(self._field(wanted or self._engines()))
         report("measuring the memory", 0, 0)
         bandwidth = await asyncio.to_thread(limits.bandwidth, self._home)
@@ -113,18 +113,18 @@ class Tuner:
         return names
 
     def _field(self, names: Sequence[str]) -> Iterator[Contender]:
-        most = max(self._shape.streams)
+        streams = max(self._shape.streams)
         request = OpenRequest(
             model=self._file,
             device=self._spec.device or "auto",
             context_length=self._spec.context_length,
-            max_running=most,
+            max_running=streams,
         )
         for name in names:
             engines.choose(self._file, name)
             seen: list[dict[str, Any]] = []
             for options in ({}, *engines.tune_options(name, request)):
-                variant = make_contender(self._spec, name, options, self._resolve, most)
+                variant = make_contender(self._spec, name, options, self._resolve, streams)
                 if variant.spec.options not in seen:
                     seen.append(variant.spec.options)
                     yield variant
@@ -161,7 +161,7 @@ class Tuner:
         left = [contender for contender in field if contender.agreement is not None]
         for number in range(self._shape.rounds):
             label = f"round {number + 1} of {self._shape.rounds}"
-            # Every other round in reverse, so that no engine is always the first.
+            # Every other round is reversed, so that no engine is always the first.
             for place, contender in enumerate(left if number % 2 == 0 else left[::-1]):
                 report(label, 100 * place // len(left), 100)
                 await contender.measure(self._shape, number, keep=contender.is_loaded)
@@ -170,7 +170,7 @@ class Tuner:
 
 
 def _promising(left: Sequence[Contender], streams: Sequence[int]) -> list[Contender]:
-    """Return those that agree and could still win."""
+    """Return the engines that agree and could still win."""
     right = [contender for contender in left if contender.fault is None]
     best = {n: max((contender.rate(n) for contender in right), default=0.0) for n in streams}
     return [
@@ -191,7 +191,7 @@ async def tune(
 
     Raises:
         ConfigError: an engine is unknown or not installed.
-        HeadraceError: the model cannot be had, or nothing runs it.
+        HeadraceError: the model cannot be obtained, or no engine runs it.
     """
     config = settings.config
     file = await asyncio.to_thread(runtime.model_file, spec, config, on_progress)

@@ -1,4 +1,4 @@
-"""Writes the winner into the user's configuration, where all else stays, comments and order too."""
+"""Writes the winner into the user's configuration, and keeps its comments and order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HEADER = re.compile(r"\s*\[")
 def edited(text: str, model: str, settings: Mapping[str, Any], remark: str) -> str:
     """Return a configuration in which `[models.MODEL]` has these settings.
 
-    A setting that is None is taken out; `options` is a table of its own, and replaced as a whole.
+    A setting that is None is removed; `options` is a table of its own, and replaced as a whole.
     `remark` becomes a comment beside the engine. All other lines stay as they are.
 
     Raises:
@@ -42,14 +42,14 @@ def edited(text: str, model: str, settings: Mapping[str, Any], remark: str) -> s
 
 
 def save(path: Path, text: str) -> None:
-    """Replace the file atomically; its folder is made if need be.
+    """Replace the file atomically; its folder is created if necessary.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A link is followed to the file that it stands for.
+        # A symbolic link is kept, and its target replaced.
         write_atomically(path.resolve(), text.encode())
     except OSError as error:
         raise ConfigError(f"file {path}: {error.strerror or error}") from error

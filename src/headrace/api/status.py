@@ -1,0 +1,110 @@
+"""GET /v1/models, /health* and /metrics: which models are served, and in which state."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from headrace.api.exchange import Exchange, Service
+from headrace.core.errors import UnknownModel
+from headrace.core.model import ModelInfo, State
+
+_LOADABLE: frozenset[State] = frozenset({"ready", "created", "stopped"})
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A model; requests name it by its `id` or an alias."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "headrace"
+    aliases: list[str]
+    engine: str
+    state: str
+    tasks: list[str]
+    context_length: int | None
+    parameters: int | None
+    quantization: str | None
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    """All models that are served."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+async def list_models(service: Service, exchange: Exchange) -> None:
+    """List the models that are served."""
+    await exchange.answer(ModelList(data=[_card(info) for info in service.backend.models()]))
+
+
+async def show_model(service: Service, exchange: Exchange) -> None:
+    """Show one model, by its id or an alias."""
+    name: str = exchange.scope["path_params"]["model_id"]
+    for info in service.backend.models():
+        if name == info.id or name in info.aliases:
+            await exchange.answer(_card(info))
+            return
+    raise UnknownModel("No model of this name is served here.")
+
+
+def _card(info: ModelInfo) -> ModelCard:
+    return ModelCard(
+        id=info.id,
+        created=info.created,
+        aliases=list(info.aliases),
+        engine=info.engine,
+        state=info.state,
+        tasks=sorted(info.capabilities.tasks),
+        context_length=info.context_length,
+        parameters=info.parameters,
+        quantization=info.quantization,
+    )
+
+
+class Health(msgspec.Struct, frozen=True):
+    """`ok`, or the state of a model that is not ready."""
+
+    status: str
+
+
+async def live(_service: Service, exchange: Exchange) -> None:
+    """Confirm that the process is alive."""
+    await exchange.answer(Health("ok"))
+
+
+async def ready(service: Service, exchange: Exchange) -> None:
+    """Report whether requests would be served; 503 with the state when they would not."""
+    states: list[State] = [info.state for info in service.backend.models()]
+    if _is_ready(service, states):
+        await exchange.answer(Health("ok"))
+        return
+    # Last the models that are only not loaded, which is no fault.
+    waiting = sorted((state for state in states if state != "ready"), key=_LOADABLE.__contains__)
+    await exchange.answer(Health(waiting[0] if waiting else "not ready"), status=503)
+
+
+async def metrics(service: Service, exchange: Exchange) -> None:
+    """Return all figures in Prometheus' format, or in OpenMetrics' if that is accepted."""
+    assert service.observer is not None
+    accept = dict(exchange.scope["headers"]).get(b"accept", b"").decode("latin-1")
+    # In a thread: the time grows with the number of series.
+    body, kind = await asyncio.to_thread(service.observer.exposition, accept)
+    await exchange.reply(body, kind=kind.encode())
+
+
+def _is_ready(service: Service, states: Sequence[State]) -> bool:
+    if service.ready:
+        return service.ready()
+    if service.admin is None:
+        return bool(states) and set(states) == {"ready"}
+    # A pool loads a model when it is requested.
+    return any(
+        model.state == "ready" or (model.enabled and model.state in _LOADABLE)
+        for model in service.admin.status().models
+    )
