@@ -23,16 +23,14 @@ from headrace.models.providers import PROVIDERS, Provider
 from headrace.models.reference import HubReference, Reference, is_remote, parse
 from headrace.models.store import Store, without_file
 from headrace.pool.admin import PoolAdmin, Specify, Wanted
-from headrace.pool.memory import Ledger
-from headrace.pool.plan import plan_load
+from headrace.pool.memory import Ledger, plan_load
 from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker
 from headrace.pool.state import StateFile
 from headrace.telemetry import otel
-from headrace.worker.process import WorkerProcess
+from headrace.worker.process import Spawn, WarmProcess, WorkerProcess, spawn
 from headrace.worker.sizing import Sizing, Unsized
 from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, unloaded_info
-from headrace.worker.warm import Spawn, WarmProcess, spawn
 from headrace.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -209,7 +207,8 @@ async def plan(settings: Settings, spec: ModelSpec) -> Plan:
         UnknownModel: the model is not on this machine yet.
         HeadraceError: it is damaged, or nothing can run it.
     """
-    return await plan_load(open_pool(settings, [spec]).loader, spec)
+    loader = open_pool(settings, [spec]).loader
+    return await plan_load(loader.memory, loader.sizing, spec)
 
 
 def _wanted(before: Settings, settings: Settings, specs: Sequence[ModelSpec]) -> Wanted:

@@ -196,7 +196,7 @@ def test_that_requests_are_summed_up(home: Path, capsys: pytest.CaptureFixture[s
     [
         (("show", "ff"), "No trace of 'ff' is kept in"),
         (("ls", "--since", "yesterday"), "--since 'yesterday' is no time: write 1h30m"),
-        (("ls", "--slower-than", "soon"), "--slower-than: 'soon' is no duration"),
+        (("ls", "--slower-than", "soon"), "--slower-than: 'soon' is not a duration"),
         (("stats", "--status", "odd"), "Invalid value for '--status'"),
     ],
 )

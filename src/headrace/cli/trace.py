@@ -18,10 +18,10 @@ from typer import Argument, Option
 
 from headrace.cli import terminal
 from headrace.cli.common import Common, known_models, with_common
-from headrace.core.duration import seconds
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import DeviceUse, InferenceMetrics
 from headrace.core.record import Outcome, RequestRecord, SpanRecord
+from headrace.core.values import seconds
 from headrace.telemetry import trace_file, trace_read
 from headrace.telemetry.trace_read import ModelStats, Wanted
 

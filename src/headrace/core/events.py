@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -62,6 +65,22 @@ class Vectors(msgspec.Struct, frozen=True, array_like=True, tag="v"):
     def dimensions(self) -> int:
         """How many numbers each vector has."""
         return len(self.vectors[0]) // 4
+
+
+def floats_of(vector: bytes) -> array[float]:
+    """Return the numbers of a vector."""
+    values = array("f", vector)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
+
+
+def bytes_of(values: Iterable[float]) -> bytes:
+    """Return numbers as a vector: little-endian 32-bit floats on any machine."""
+    vector = array("f", values)
+    if sys.byteorder == "big":
+        vector.byteswap()
+    return vector.tobytes()
 
 
 class Ranked(msgspec.Struct, frozen=True, array_like=True):

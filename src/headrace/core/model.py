@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_origin, get_type_hin
 
 import msgspec
 
-from headrace.core.duration import seconds
+from headrace.core.values import seconds
 
 State = Literal["created", "loading", "ready", "draining", "stopped", "failed"]
 Origin = Literal["default", "file", "environment", "flag", "argument"]

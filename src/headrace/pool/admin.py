@@ -17,10 +17,10 @@ from headrace.core.errors import (
     UnknownModel,
 )
 from headrace.core.model import ModelSpec, needs_new_worker
-from headrace.core.secrets import shown
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
+from headrace.core.values import masked_options
 from headrace.pool.entry import ModelEntry
-from headrace.pool.plan import plan_load
+from headrace.pool.memory import plan_load
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
 from headrace.pool.state import Remembered, StateFile
@@ -125,11 +125,12 @@ class PoolAdmin:
 
     async def plan(self, model: str) -> Plan:
         """Tell what a load would need and do; see `Admin`."""
+        loader = self.pool.loader
         try:
             entry = self.pool.entry(model)
         except UnknownModel:
-            return await plan_load(self.pool.loader, self._specify(model, {}))
-        return await plan_load(self.pool.loader, entry.spec, entry)
+            return await plan_load(loader.memory, loader.sizing, self._specify(model, {}))
+        return await plan_load(loader.memory, loader.sizing, entry.spec, entry)
 
     async def reload(self) -> Reloaded:
         """Apply a changed configuration; see `Admin`."""
@@ -323,7 +324,7 @@ def status_of(entry: ModelEntry) -> ModelStatus:
         done=stage[1],
         total=stage[2],
         replicas=tuple(one.status() for one in entry.all_replicas()),
-        options=shown(spec.options),
+        options=masked_options(spec.options),
     )
 
 

@@ -19,34 +19,14 @@ from headrace.core.model import ModelSpec
 from headrace.core.status import EventKind, Footprint
 from headrace.pool.entry import ModelEntry
 from headrace.pool.events import EventBus
-from headrace.pool.memory import Ledger, MemoryQueue, Unwanted
+from headrace.pool.memory import Ledger, MemoryQueue, Sizing, Unwanted
 from headrace.pool.observer import NullObserver, Observer
 from headrace.pool.policy import Rules
-from headrace.pool.replica import OnProgress, OpenWorker, PooledWorker, Replica
+from headrace.pool.replica import OpenWorker, PooledWorker, Replica
 
 log = logging.getLogger("headrace.pool")
 
 _HOUSEKEEPING_S = 0.5
-
-
-class Sizing(Protocol):
-    """Knows what models take. Blocking; called on threads."""
-
-    def footprint(self, spec: ModelSpec, on_progress: OnProgress) -> Footprint:
-        """Return what a load needs; finds the model, and fetches it if it has to.
-
-        Raises:
-            HeadraceError: there is no such model, or nothing can run it.
-        """
-        ...
-
-    def remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
-        """Keep what a load took."""
-        ...
-
-    def largest_context(self, spec: ModelSpec, budgets: dict[str, int]) -> int | None:
-        """Return how many tokens of context would fit into the whole budgets, if that is known."""
-        ...
 
 
 class KeepWarm(Protocol):

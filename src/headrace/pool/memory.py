@@ -7,18 +7,39 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from headrace.core.errors import DoesNotFit
-from headrace.core.status import DeviceStatus
+from headrace.core.errors import DoesNotFit, UnknownModel
+from headrace.core.model import ModelSpec
+from headrace.core.status import DeviceStatus, Footprint, Plan
 from headrace.pool import policy
 from headrace.pool.entry import ModelEntry
 from headrace.pool.policy import Evict, Fits, Never, Rules, Wait
-from headrace.pool.replica import Replica
+from headrace.pool.replica import OnProgress, Replica
 
 _LOOK_AGAIN_S = 1.0
 
 
 ReadDevices = Callable[[], Mapping[str, tuple[int, int]]]
 """Returns total and free bytes of each device, as the machine has them now."""
+
+
+class Sizing(Protocol):
+    """Knows what models take. Blocking; called on threads."""
+
+    def footprint(self, spec: ModelSpec, on_progress: OnProgress) -> Footprint:
+        """Return what a load needs; finds the model, and fetches it if it has to.
+
+        Raises:
+            HeadraceError: there is no such model, or nothing can run it.
+        """
+        ...
+
+    def remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
+        """Keep what a load took."""
+        ...
+
+    def largest_context(self, spec: ModelSpec, budgets: dict[str, int]) -> int | None:
+        """Return how many tokens of context would fit into the whole budgets, if that is known."""
+        ...
 
 
 class Ledger:
@@ -291,3 +312,58 @@ def numbers(need: Mapping[str, int]) -> str:
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+async def plan_load(
+    memory: MemoryQueue, sizing: Sizing, spec: ModelSpec, entry: ModelEntry | None = None
+) -> Plan:
+    """Plan a load; `entry` is the model's, where it is served already.
+
+    Raises:
+        UnknownModel: the model is not on this machine, and only its header could tell.
+        HeadraceError: it is damaged, or nothing can run it.
+    """
+
+    def report(what: str, done: int, total: int) -> None:
+        if what.startswith("downloading"):
+            raise UnknownModel(f"{spec.model} is not on this machine yet; pull it first.")
+
+    need = await asyncio.to_thread(sizing.footprint, spec, report)
+    budgets = dict(memory.ledger.budgets)
+    largest = await asyncio.to_thread(sizing.largest_context, spec, budgets)
+    up = entry is not None and entry.is_ready
+    evict, reason = ((), "It is loaded.") if up else _consequences(memory, spec, need)
+    return Plan(
+        model=spec.name,
+        engine=need.engine or spec.engine or "auto",
+        need=need,
+        fits=evict is not None,
+        loaded=up,
+        evict=evict or (),
+        largest_context=largest,
+        reason=reason,
+        devices=memory.ledger.status(),
+    )
+
+
+def _consequences(
+    memory: MemoryQueue, spec: ModelSpec, need: Footprint
+) -> tuple[tuple[str, ...] | None, str]:
+    """Return who would have to go, None where even that would not do, and a sentence."""
+    if not need.devices:
+        return (), "It takes no memory of this machine."
+    free = memory.ledger.free()
+    has = f"needs {numbers(need.devices)} ({need.how}), {numbers(free)} free"
+    # As if it had waited for long enough: who is busy would end his requests and go.
+    decision = memory.decide(need.devices, free, waited_s=float("inf"))
+    match decision:
+        case Fits():
+            return (), f"It fits: {has}."
+        case Evict(keys) | Wait(close=keys) if keys:
+            pairs = [memory.find(key) for key in keys]
+            names = tuple(dict.fromkeys(pair[0].spec.name for pair in pairs if pair))
+            return names, f"It fits once {', '.join(names)} has gone: {has}."
+        case Never():
+            return None, memory.refusal(spec.name, need.devices, decision)
+        case _:
+            return None, f"It does not fit now: {has}."

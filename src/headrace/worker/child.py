@@ -17,10 +17,9 @@ from typing import Any
 import msgspec
 
 from headrace.core.errors import ErrorRecord, HeadraceError, WorkerDied, to_record
-from headrace.core.interpreter import collect_less
 from headrace.core.model import ModelSpec
 from headrace.log import configure
-from headrace.machine import die_with_parent
+from headrace.machine import die_with_parent, tune_garbage_collection
 from headrace.worker.spec import OnProgress, WorkerSpec
 from headrace.worker.wire import (
     Alive,
@@ -95,7 +94,7 @@ class Child:
         if error := await _failure(worker.start()):
             self._link.send(Failed(error))
         else:
-            collect_less()
+            tune_garbage_collection()
             self._link.send(Ready(worker.models()[0]))
 
     def _begin(self, message: Ask) -> None:

@@ -10,8 +10,7 @@ from contextlib import aclosing
 from typing import Any, Generic, TypeVar, cast
 
 from headrace.core.errors import ContextOverflow, GenerationFailed, InvalidRequest
-from headrace.core.events import Event, Progress, Ranked, Ranking, Vectors
-from headrace.core.floats import bytes_of, floats_of
+from headrace.core.events import Event, Progress, Ranked, Ranking, Vectors, bytes_of, floats_of
 from headrace.core.request import EmbedRequest, RerankRequest
 from headrace.core.stream import Mailbox
 from headrace.engines.base import Embedder, Engine, Pair, Reranker

@@ -1,4 +1,4 @@
-"""A worker in a process of its own, as a Backend like any other."""
+"""A worker in a process of its own, and a process that is started before it is needed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import msgspec
 
@@ -17,7 +17,6 @@ from headrace.core.request import AnyRequest
 from headrace.log import LogSettings
 from headrace.machine import process_memory
 from headrace.models.transfer import silent
-from headrace.worker.lifecycle import Lifecycle
 from headrace.worker.spawn import ChildProcess
 from headrace.worker.spec import (
     OnProgress,
@@ -26,8 +25,8 @@ from headrace.worker.spec import (
     resolved,
     unloaded_info,
 )
-from headrace.worker.warm import Spawn, spawn
 from headrace.worker.wire import Close, Ended, Load
+from headrace.worker.worker import Lifecycle
 
 log = logging.getLogger("headrace.worker")
 
@@ -37,6 +36,18 @@ _LAST_STEP_S = 10.0
 _LAST_WORD_S = 1.0
 _WATCH_S = 0.25
 _FREED_LOOKS, _FREED_STEP_S = 100, 0.05
+
+
+OnGone = Callable[[WorkerDied], None]
+Spawn = Callable[[str, OnGone], Awaitable[ChildProcess]]
+"""Returns a running child for the model of that name."""
+
+
+async def spawn(name: str, on_gone: OnGone) -> ChildProcess:
+    """Start a child, from nothing."""
+    child = ChildProcess(name, on_gone)
+    await child.spawn()
+    return child
 
 
 class WorkerProcess:
@@ -218,3 +229,70 @@ async def _freed(pid: int) -> None:
         if not await asyncio.to_thread(process_memory, pid):
             return
         await asyncio.sleep(_FREED_STEP_S)
+
+
+class WarmProcess:
+    """Keeps one child ahead of its use, while it is told to. All methods belong to one loop."""
+
+    def __init__(self) -> None:
+        self._coming: asyncio.Task[ChildProcess] | None = None
+        self._going: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        """Tell whether there is one."""
+        return f"<WarmProcess {'none' if self._coming is None else 'kept'}>"
+
+    def keep(self, wanted: bool) -> None:
+        """Have one or have none, from now on. Returns at once; idempotent."""
+        coming = self._coming
+        if coming is not None and coming.done() and _child(coming) is None:
+            self._discard(coming)
+            coming = self._coming = None
+        if wanted and coming is None:
+            self._coming = asyncio.create_task(spawn("nobody", _unnoticed), name="spare process")
+        elif not wanted and coming is not None:
+            self._coming = None
+            self._discard(coming)
+
+    async def take(self, name: str, on_gone: OnGone) -> ChildProcess:
+        """Return a running child for the model `name`: the one that was kept, or a new one."""
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            try:
+                await asyncio.wait({coming})
+            except asyncio.CancelledError:
+                self._discard(coming)
+                raise
+            if (child := _child(coming)) is not None:
+                child.adopt(name, on_gone)
+                return child
+            self._discard(coming)
+        return await spawn(name, on_gone)
+
+    async def aclose(self) -> None:
+        """Keep none, and wait until it is gone. Idempotent."""
+        self.keep(False)
+        if self._going:
+            await asyncio.wait(self._going)
+
+    def _discard(self, coming: asyncio.Task[ChildProcess]) -> None:
+        going = asyncio.create_task(_ended(coming), name="end the spare process")
+        self._going.add(going)
+        going.add_done_callback(self._going.discard)
+
+
+def _child(coming: asyncio.Task[ChildProcess]) -> ChildProcess | None:
+    """Return what has come, unless it could not be started or has ended since."""
+    if coming.cancelled() or coming.exception() is not None or coming.result().gone.is_set():
+        return None
+    return coming.result()
+
+
+async def _ended(coming: asyncio.Task[ChildProcess]) -> None:
+    # A machine that could not start a process has told those who needed one.
+    with contextlib.suppress(OSError):
+        await (await coming).end()
+
+
+def _unnoticed(error: WorkerDied) -> None:
+    """NullObserver used it."""

@@ -10,7 +10,7 @@ import msgspec
 
 from headrace.core.errors import Draining
 from headrace.core.model import Capabilities, ModelFile, ModelInfo, ModelSpec, State
-from headrace.core.secrets import shown
+from headrace.core.values import masked_options
 from headrace.engines.base import EngineFacts, OpenRequest
 from headrace.worker.prompt import Prompter
 
@@ -97,7 +97,7 @@ def unloaded_info(
         chat_template=spec.chat_template or file.chat_template,
         max_running=spec.max_running,
         capabilities=Capabilities(tasks=frozenset({spec.task or file.task})),
-        options=shown(spec.options),
+        options=masked_options(spec.options),
     )
 
 
