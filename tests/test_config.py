@@ -291,7 +291,7 @@ def test_home_and_paths_start_where_they_are_written(tmp_path: Path) -> None:
     ],
 )
 def test_a_home_of_nobody(tmp_path: Path, environ: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=r"'~nobody-of-this-name.*': whose home that is"):
+    with pytest.raises(ConfigError, match=r"'~nobody-of-this-name.*': there is no such home"):
         load(environ={"HOME": "/h"} | environ, cwd=tmp_path).model_spec("echo")
 
 

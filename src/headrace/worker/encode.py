@@ -1,4 +1,4 @@
-"""Embeddings and rankings at a local engine: tokens, context, batches."""
+"""Embeddings and rankings at a local engine: tokens, context length, batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from headrace.worker.turn import Turn
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Letters or bytes up to which a thread costs more than the work in it.
+# Characters or bytes up to which a thread costs more than the work.
 _SMALL = 4096
 
 
@@ -35,14 +35,14 @@ async def embed(loaded: Loaded, request: EmbedRequest) -> AsyncGenerator[Event, 
         turn.require_task()
         dimensions = _dimensions(loaded, request)
         large = sum(map(len, request.inputs)) > _SMALL
-        token_ids = await _made(large, lambda: _token_ids(loaded, request))
+        token_ids = await _run(large, lambda: _token_ids(loaded, request))
         batch = _Batch(turn, loaded.embeddings, token_ids, sum(map(len, token_ids)))
         async with aclosing(batch.steps()) as steps:
             async for progress in steps:
                 yield progress
         raw = batch.results
         large = sum(map(len, raw)) > _SMALL
-        yield Vectors(await _made(large, lambda: _shaped(raw, dimensions, request.normalize)))
+        yield Vectors(await _run(large, lambda: _shaped(raw, dimensions, request.normalize)))
         yield turn.finish()
 
 
@@ -62,18 +62,18 @@ async def rerank(loaded: Loaded, request: RerankRequest) -> AsyncGenerator[Event
                 yield progress
         scores = batch.results
         if not all(map(math.isfinite, scores)):
-            raise GenerationFailed("The model gave a score that is no number.")
+            raise GenerationFailed("The model gave a score that is not a number.")
         ranking = sorted(map(Ranked, range(len(scores)), scores), key=lambda item: -item.score)
         yield Ranking(tuple(ranking[: request.top_n]))
         yield turn.finish()
 
 
-async def _made(large: bool, make: Callable[[], Result]) -> Result:
+async def _run(large: bool, make: Callable[[], Result]) -> Result:
     return await asyncio.to_thread(make) if large else make()
 
 
 class _Batch(Generic[Item, Result]):
-    """The items of one request on their way through a batcher."""
+    """The items of one request in a batcher."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class _Batch(Generic[Item, Result]):
         self._tokens = tokens
 
     async def steps(self) -> AsyncGenerator[Progress, None]:
-        """Wait for a slot, and yield how many items are done until all are."""
+        """Wait for a slot, and yield the progress until all items are done."""
         turn, mailbox = self._turn, Mailbox[Progress | None]()
         await turn.take_slot()
         work = asyncio.ensure_future(
@@ -121,12 +121,12 @@ def _dimensions(loaded: Loaded, request: EmbedRequest) -> int | None:
 def _token_ids(loaded: Loaded, request: EmbedRequest) -> list[tuple[int, ...]]:
     engine = cast("Embedder", loaded.engine)
     most = engine.facts.context_length
-    made: list[tuple[int, ...]] = []
-    texts = [given for given in request.inputs if isinstance(given, str)]
+    results: list[tuple[int, ...]] = []
+    texts = [text for text in request.inputs if isinstance(text, str)]
     tokenized = iter(engine.tokenize_all(texts))
-    for place, given in enumerate(request.inputs):
-        is_text = isinstance(given, str)
-        ids = tuple(next(tokenized)) if is_text else given
+    for place, text in enumerate(request.inputs):
+        is_text = isinstance(text, str)
+        ids = tuple(next(tokenized)) if is_text else text
         if not ids:
             raise InvalidRequest(f"Input {place} has no tokens.", param="input")
         if len(ids) > most and not request.truncate:
@@ -136,13 +136,13 @@ def _token_ids(loaded: Loaded, request: EmbedRequest) -> list[tuple[int, ...]]:
                 param="input",
             )
         if len(ids) > most:
-            ids = _cut(engine, given, ids, most) if is_text else ids[:most]
-        made.append(ids)
-    return made
+            ids = _cut(engine, text, ids, most) if is_text else ids[:most]
+        results.append(ids)
+    return results
 
 
 def _cut(engine: Engine, text: str, ids: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """Shorten a text's tokens, and leave what the tokenizer puts around them."""
+    """Cut the tokens of a text; the tokens that the tokenizer puts around them are kept."""
     plain = tuple(engine.tokenize(text, add_special=False))
     around = len(ids) - len(plain)
     before = next((n for n in range(around + 1) if ids[n : n + len(plain)] == plain), around)
@@ -152,11 +152,11 @@ def _cut(engine: Engine, text: str, ids: tuple[int, ...], most: int) -> tuple[in
 
 def _pairs(loaded: Loaded, request: RerankRequest) -> list[Pair]:
     engine, most = cast("Reranker", loaded.engine), loaded.engine.facts.context_length
-    made: list[Pair] = []
+    results: list[Pair] = []
     for place, document in enumerate(request.documents):
         pair = engine.pair(request.query, document)
         if len(pair.token_ids) > most:
-            # The last token closes the sequence: it stays.
+            # The last token closes the sequence, and is kept.
             short = pair.token_ids[: most - 1] + pair.token_ids[-1:]
             if not request.truncate or pair.second >= most - 1:
                 raise ContextOverflow(
@@ -165,8 +165,8 @@ def _pairs(loaded: Loaded, request: RerankRequest) -> list[Pair]:
                     param="documents" if pair.second < most - 1 else "query",
                 )
             pair = Pair(short, pair.second)
-        made.append(pair)
-    return made
+        results.append(pair)
+    return results
 
 
 def _shaped(raw: Sequence[bytes], dimensions: int | None, normalize: bool) -> tuple[bytes, ...]:
@@ -175,7 +175,7 @@ def _shaped(raw: Sequence[bytes], dimensions: int | None, normalize: bool) -> tu
 
 
 def _lengths(vectors: Sequence[bytes]) -> list[float]:
-    # Where the engine has brought numpy, which is no dependency here, one call does for all.
+    # numpy is not a dependency, but if the engine uses it, one call is enough for all vectors.
     if (numpy := sys.modules.get("numpy")) is None:
         return [math.hypot(*floats_of(vector)) for vector in vectors]
     rows = numpy.frombuffer(b"".join(vectors), "<f4").reshape(len(vectors), -1)
@@ -185,16 +185,16 @@ def _lengths(vectors: Sequence[bytes]) -> list[float]:
 def _normal(vector: bytes, length: float) -> bytes:
     if not math.isfinite(length):
         raise GenerationFailed("The model gave a vector that is not made of numbers.")
-    # What the model has scaled itself stays as it is.
+    # A vector that the model has scaled is kept unchanged.
     if length == 0.0 or abs(length - 1.0) < 1e-6:
         return vector
     return bytes_of([value / length for value in floats_of(vector)])
 
 
 def normalized(vector: bytes) -> bytes:
-    """Return a vector of length 1; one of length 0 stays as it is.
+    """Return a vector scaled to length 1; a zero vector is returned unchanged.
 
     Raises:
-        GenerationFailed: it is not made of finite numbers.
+        GenerationFailed: a number in it is not finite.
     """
     return _normal(vector, math.hypot(*floats_of(vector)))

@@ -1,4 +1,4 @@
-"""One model in this process: a local engine, or the upstream that has it."""
+"""One model in this process, at a local engine or an upstream, and the states of a worker."""
 
 from __future__ import annotations
 
@@ -84,9 +84,10 @@ _REMOTE: dict[type[AnyRequest], Answer] = {
 
 
 class Lifecycle:
-    """created -> loading -> ready -> draining -> stopped; failed from anywhere, with a reason.
+    """The states of a worker (contract W7).
 
-    `start` may be called by many at once and at any time: one load answers them all.
+    created -> loading -> ready -> draining -> stopped; failed from any of them, with a reason.
+    `start` may be called at any time and concurrently: all callers share one load.
     """
 
     def __init__(self, name: str) -> None:
@@ -109,7 +110,7 @@ class Lifecycle:
         if self._starting is None or self._starting.done():
             self.state, self.reason = "loading", None
             self._starting = asyncio.create_task(self._start(load), name=f"load {self.name}")
-        # The load belongs to all who wait for it: one that gives up does not end it.
+        # All callers share the load: a caller that is cancelled does not end it.
         try:
             await asyncio.shield(self._starting)
         except asyncio.CancelledError:
@@ -124,7 +125,7 @@ class Lifecycle:
             self.fail(error.message)
             raise
         except Exception as error:
-            # The machine can refuse anything: a process, a socket, a directory.
+            # Any call to the system can fail: a process, a socket, a directory.
             self.fail(f"{type(error).__name__}: {error}")
             raise LoadFailed(f"{self.name} could not be loaded.", detail=self.reason) from error
         except BaseException:
@@ -133,12 +134,12 @@ class Lifecycle:
         self.state = "ready"
 
     def fail(self, reason: str) -> None:
-        """Enter `failed`, unless the worker is being stopped anyway."""
+        """Enter `failed`, unless the worker is being stopped."""
         if self.state not in {"draining", "stopped"}:
             self.state, self.reason = "failed", reason
 
     async def abandon_start(self) -> None:
-        """Cancel a load under way and wait until it has ended."""
+        """Cancel the current load, if any, and wait until it has ended."""
         task = self._starting
         if task is not None and not task.done():
             task.cancel()
@@ -147,7 +148,7 @@ class Lifecycle:
             task.exception()
 
     def require_ready(self) -> None:
-        """Refuse a request that comes at the wrong time.
+        """Check that requests can be answered.
 
         Raises:
             Loading, Draining, LoadFailed: by state.
@@ -161,7 +162,7 @@ class Lifecycle:
         raise Loading(f"{self.name} is not ready: {self.state}.")
 
     def __repr__(self) -> str:
-        """Tell the state and its reason."""
+        """Describe the state and its reason."""
         return f"<{self.name} {self.state}{f': {self.reason}' if self.reason else ''}>"
 
 
@@ -173,7 +174,7 @@ def _is_cancelled() -> bool:
 class Worker:
     """A Backend for one model. `start` loads it; `aclose` drains and frees it.
 
-    A remote model takes no memory here, and nothing of it can die: it needs no process.
+    A remote model takes no memory here and cannot crash, so it needs no process of its own.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class Worker:
         self._log_content = log_content
         self._open_engine = open_engine
         self._life = Lifecycle(spec.name)
-        self._found: WorkerSpec | None = None
+        self._resolved: WorkerSpec | None = None
         self._info: ModelInfo | None = None
         self._served: Loaded | Connected | None = None
 
@@ -203,7 +204,7 @@ class Worker:
 
     @property
     def pid(self) -> None:
-        """It has no process of its own."""
+        """None: it has no process of its own."""
         return
 
     @property
@@ -222,13 +223,13 @@ class Worker:
         """Load the model, or find the upstream's key. Idempotent; callers share one load.
 
         Raises:
-            HeadraceError: LoadFailed, OutOfMemory, UnknownModel and their like; everything that
-                was taken is given back, and the state is failed.
+            HeadraceError: LoadFailed, OutOfMemory, UnknownModel, ...; all resources have been
+                released, and the state is failed.
         """
         await self._life.start(self._load)
 
     def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        """Return the events of an answer; see `Backend`. Closing them stops the engine."""
+        """Return the events of an answer; see `Backend`. Closing the stream stops the engine."""
         served = self._served
         if served is None or self._life.state != "ready":
             return self._refuse()
@@ -238,13 +239,13 @@ class Worker:
     def models(self) -> tuple[ModelInfo, ...]:
         """Return the metadata of the one model, at any time."""
         if self._info is None or self._served is None:
-            return (unloaded_info(self.spec, self._life.state, self._life.reason, self._found),)
+            return (unloaded_info(self.spec, self._life.state, self._life.reason, self._resolved),)
         sampler = self._served.sampler
         memory = None if sampler is None else sampler.latest[0].worker_used
         return (msgspec.structs.replace(self._info, state=self._life.state, memory=memory),)
 
     async def memory(self) -> dict[str, int]:
-        """Return nothing: the memory is that of the process it is in, or of another machine."""
+        """Return nothing: the memory belongs to the calling process, or to another machine."""
         return {}
 
     async def aclose(self, drain_s: float = 0.0) -> None:
@@ -261,51 +262,51 @@ class Worker:
         self._life.state = "stopped"
 
     def abandon(self) -> None:
-        """Do nothing: there is no process that would outlive its event loop."""
+        """Do nothing: there is no process that could outlive the event loop."""
 
     async def _refuse(self) -> AsyncGenerator[Event, None]:
         self._life.require_ready()
         raise Draining(f"{self.spec.name} is stopping.")
-        yield  # pyright: ignore[reportUnreachable]  # what makes it a generator
+        yield  # pyright: ignore[reportUnreachable]  # makes this a generator
 
     async def _load(self) -> None:
         began = time.monotonic()
-        found = self._found = await resolved(self._resolve, self.spec, self._on_progress)
-        if found.file.format != "remote":
-            facts = await asyncio.to_thread(_facts, found)
+        worker_spec = self._resolved = await resolved(self._resolve, self.spec, self._on_progress)
+        if worker_spec.file.format != "remote":
+            facts = await asyncio.to_thread(_start_facts, worker_spec)
             log.info("headrace.worker.start", extra={"data": facts})
         self._on_progress("loading", 0, 0)
-        opening = asyncio.ensure_future(asyncio.to_thread(self._open, found))
+        opening = asyncio.ensure_future(asyncio.to_thread(self._open, worker_spec))
         try:
             self._served, info = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            # A thread cannot be cancelled: what it opens too late is closed again.
+            # A thread cannot be cancelled: an engine that it opens too late is closed.
             opening.add_done_callback(_close_opened)
             raise
         load_ms = (time.monotonic() - began) * 1000
         self._info = msgspec.structs.replace(info, load_ms=load_ms, created=int(time.time()))
-        data = {"model": self.spec.name, "engine": found.engine, "load_ms": round(load_ms, 1)}
+        data = {"model": self.spec.name, "engine": worker_spec.engine, "load_ms": round(load_ms, 1)}
         log.info("headrace.worker.ready", extra={"data": data})
 
-    def _open(self, found: WorkerSpec) -> tuple[Loaded | Connected, ModelInfo]:
+    def _open(self, worker_spec: WorkerSpec) -> tuple[Loaded | Connected, ModelInfo]:
         """Open the engine. Blocking."""
-        engine = self._open_engine(found.engine, open_request(found))
-        if found.file.format == "remote":
+        engine = self._open_engine(worker_spec.engine, open_request(worker_spec))
+        if worker_spec.file.format == "remote":
             upstream = cast("RemoteEngine", engine)
-            return self._connected(found, upstream), remote_info(found, upstream.facts)
+            return self._connected(worker_spec, upstream), remote_info(worker_spec, upstream.facts)
         try:
-            prompter = Prompter(found.model, engine)
-            info = loaded_info(found, engine.facts, prompter)
+            prompter = Prompter(worker_spec.model, engine)
+            info = loaded_info(worker_spec, engine.facts, prompter)
         except BaseException:
             engine.close()
             raise
-        return self._loaded(found, engine, prompter, info.max_running or 1), info
+        return self._loaded(worker_spec, engine, prompter, info.max_running or 1), info
 
-    def _connected(self, found: WorkerSpec, engine: RemoteEngine) -> Connected:
+    def _connected(self, worker_spec: WorkerSpec, engine: RemoteEngine) -> Connected:
         slots = engine.facts.max_running or 1
         return Connected(
             name=self.spec.name,
-            engine_name=found.engine,
+            engine_name=worker_spec.engine,
             facts=engine.facts,
             turns=Turns(slots),
             max_choices=slots + self.spec.max_queued,
@@ -314,13 +315,15 @@ class Worker:
             stops=self.spec.stop,
         )
 
-    def _loaded(self, found: WorkerSpec, engine: Engine, prompter: Prompter, slots: int) -> Loaded:
+    def _loaded(
+        self, worker_spec: WorkerSpec, engine: Engine, prompter: Prompter, slots: int
+    ) -> Loaded:
         thread, limits = ThreadPoolExecutor(1, "batches"), engine.facts.batch
-        # Only those tasks come this way that the engine has.
+        # Only tasks that the engine has are sent to them.
         embedder, reranker = cast("Embedder", engine), cast("Reranker", engine)
         return Loaded(
             name=self.spec.name,
-            engine_name=found.engine,
+            engine_name=worker_spec.engine,
             facts=engine.facts,
             turns=Turns(slots),
             max_choices=slots + self.spec.max_queued,
@@ -334,16 +337,16 @@ class Worker:
         )
 
 
-def _facts(found: WorkerSpec) -> dict[str, object]:
-    parameters = msgspec.to_builtins(found.model) | {
-        "chat_template": bool(found.model.chat_template)
+def _start_facts(worker_spec: WorkerSpec) -> dict[str, object]:
+    parameters = msgspec.to_builtins(worker_spec.model) | {
+        "chat_template": bool(worker_spec.model.chat_template)
     }
-    file = msgspec.structs.replace(found.file, chat_template=None)
+    file = msgspec.structs.replace(worker_spec.file, chat_template=None)
     return {
-        "model": found.model.name,
-        "source": found.model.model,
-        "engine": found.engine,
-        "engine_reason": found.engine_reason,
+        "model": worker_spec.model.name,
+        "source": worker_spec.model.model,
+        "engine": worker_spec.engine,
+        "engine_reason": worker_spec.engine_reason,
         "parameters": parameters,
         "file": file,
         "system": system(),
