@@ -253,7 +253,7 @@ class AsyncModelWorker:
         # Traced where the environment or the program has an exporter.
         self._tracing = tracing = otel.configure(__version__)
         if tracing.exporter is not None:
-            pool.observed_by(Recorder(pool.models, tracing=tracing))
+            pool.attach_observer(Recorder(pool.models, tracing=tracing))
         return pool
 
     def _entry(self, pool: Pool) -> ModelEntry:

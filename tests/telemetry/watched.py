@@ -204,5 +204,5 @@ def pool_of(told: Told, spec: ModelSpec, open_worker: Callable[..., Any] | None 
 
     ledger = Ledger({"cpu": machine.total}, machine.read)
     pool = Pool([spec], opened, sizing=machine, ledger=ledger)
-    pool.observed_by(Recorder(pool.models, tracing=told.tracing, sinks=[told]))
+    pool.attach_observer(Recorder(pool.models, tracing=told.tracing, sinks=[told]))
     return pool

@@ -40,7 +40,7 @@ class Telemetry:
         capture = Redactor(settings.redact) if settings.trace_content else None
         recorder = Recorder(pool.models, tracing=tracing, sinks=sinks, capture=capture)
         if settings.is_on or tracing.exporter is not None:
-            pool.observed_by(recorder)
+            pool.attach_observer(recorder)
 
     def activity(self) -> Activity:
         """Return what goes on now, without waiting."""
