@@ -42,7 +42,7 @@ from headrace.api.tokens import (
 )
 from headrace.core.backend import Admin, Backend
 from headrace.core.errors import ConfigError, InvalidRequest
-from headrace.core.record import Activity, Observer
+from headrace.core.record import Activity, Monitor
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
 
 _LIVE = Route("GET", "/health/live", live, Health)
@@ -120,7 +120,7 @@ def create_app(
     *,
     ready: Callable[[], bool] | None = None,
     admin: Admin | None = None,
-    observer: Observer | None = None,
+    observer: Monitor | None = None,
     metrics: bool = True,
 ) -> Application:
     """Build the ASGI application. `ready` is whether requests would be served now.

@@ -197,7 +197,7 @@ def _short(model: str) -> str | None:
 def _record_lines(record: RequestRecord) -> Iterator[str]:
     yield from terminal.aligned((), _facts(record))
     if record.content is not None:
-        yield f"\nasked\n{content(record.content.asked)}"
+        yield f"\nasked\n{content(record.content.input)}"
         for answer in record.content.answered:
             yield f"\nanswered\n{terminal.printable(answer)}"
 

@@ -1,4 +1,4 @@
-"""What a stream is made of: progress, what was asked for, and one Finish at its end."""
+"""The events of a stream: progress, the result, and one Finish at its end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
-    """What was added to choice `index`; never cumulative.
+    """An addition to choice `index`; never cumulative.
 
     `token_ids` are the tokens behind it. While text is held back (a stop string may still
     match, a character is incomplete) a delta can carry tokens and no text.
@@ -97,7 +97,7 @@ class Ranking(msgspec.Struct, frozen=True, array_like=True, tag="r"):
 
 
 class TokenCount(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="c"):
-    """How many tokens, and which, where the engine can tell. `estimated` marks a guess."""
+    """A number of tokens, and their ids if the engine has them. `estimated` marks an estimate."""
 
     count: int
     token_ids: tuple[int, ...] | None = None
@@ -124,7 +124,7 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, tag="f"):
 
 
 Event = Progress | Delta | Vectors | Ranking | TokenCount | Text | Finish
-"""`Progress*`, then `Delta*` or the one event that was asked for, then one Finish."""
+"""`Progress*`, then `Delta*` or one event with the result, then one Finish."""
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,7 +139,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerateResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole stream, collected. `text` and `finish_reason` are those of the first choice."""
+    """A collected stream. `text` and `finish_reason` are those of the first choice."""
 
     choices: tuple[Choice, ...]
     usage: Usage
