@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from headrace import config
 from headrace.config import Settings, load, tree
-from headrace.core import duration
+from headrace.core import values
 from headrace.core.errors import ConfigError
 from headrace.core.model import SETTINGS, ModelSpec
 
@@ -291,7 +291,7 @@ def test_home_and_paths_start_where_they_are_written(tmp_path: Path) -> None:
     ],
 )
 def test_a_home_of_nobody(tmp_path: Path, environ: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=r"'~nobody-of-this-name.*': whose home that is"):
+    with pytest.raises(ConfigError, match=r"'~nobody-of-this-name.*': there is no such home"):
         load(environ={"HOME": "/h"} | environ, cwd=tmp_path).model_spec("echo")
 
 
@@ -325,13 +325,13 @@ def test_argv_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_duration(text: str | float, seconds: float) -> None:
     """M6: `keep_alive` means what it means to Ollama."""
-    assert duration.seconds(text) == pytest.approx(seconds)
+    assert values.seconds(text) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("text", ["", "m", "5x", "1h 30m", "1h30", "--1", "1e3", "nan", True, "٣"])
 def test_what_is_no_duration(text: str | bool) -> None:
-    with pytest.raises(ValueError, match="is no duration"):
-        duration.seconds(text)
+    with pytest.raises(ValueError, match="is not a duration"):
+        values.seconds(text)
 
 
 POOL = """
@@ -365,8 +365,8 @@ def test_what_a_pool_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("toml", "part"),
     [
-        ("[models.a]\nkeep_alive = 'soon'", "models.a.keep_alive: 'soon' is no duration"),
-        ("[models.a]\nkeep_alive = true", "models.a.keep_alive: True is no duration"),
+        ("[models.a]\nkeep_alive = 'soon'", "models.a.keep_alive: 'soon' is not a duration"),
+        ("[models.a]\nkeep_alive = true", "models.a.keep_alive: True is not a duration"),
         ("[models.a]\nkeep_alive = []", "models.a.keep_alive"),
         ("[models.a]\ncontinuation = 'maybe'", "'exact', 'fast' or 'off'"),
         ("[models.a]\nreplicas = 0", "models.a.replicas"),

@@ -11,8 +11,17 @@ import pytest
 from headrace import testing
 from headrace.core.backend import Backend
 from headrace.core.errors import QueueFull
-from headrace.core.events import Delta, Event, Progress, Ranked, Ranking, Text, TokenCount, Vectors
-from headrace.core.floats import floats_of
+from headrace.core.events import (
+    Delta,
+    Event,
+    Progress,
+    Ranked,
+    Ranking,
+    Text,
+    TokenCount,
+    Vectors,
+    floats_of,
+)
 from headrace.core.request import (
     CountRequest,
     DetokenizeRequest,

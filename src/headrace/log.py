@@ -15,7 +15,7 @@ Format = Literal["text", "json"]
 class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Logging options, of the service and its child processes.
 
-    Only with `content` are prompts and answers logged.
+    Prompts and answers are logged only with `content`.
     """
 
     level: str = "warning"

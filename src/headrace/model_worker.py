@@ -62,7 +62,7 @@ class AsyncModelWorker:
 
     `model` is a configured name, an alias, a reference or a whole specification. `arguments`
     are settings of the model (`engine`, `device`, `context_length`, ...) and options of its
-    engine; they win over the environment and the file. With `isolate=False` no process is made.
+    engine; they override the environment and the file. With `isolate=False` no process is made.
 
     Raises:
         ConfigError: a setting is unknown or wrong.
@@ -79,11 +79,11 @@ class AsyncModelWorker:
     ) -> None:
         if isinstance(model, ModelSpec):
             self.spec = msgspec.structs.replace(model, **arguments)
-            config = config or _quiet(runtime.load_settings())
+            config = config or _with_library_defaults(runtime.load_settings())
         else:
             settings = runtime.load_settings()
             self.spec = settings.model_spec(model, arguments)
-            config = config or _quiet(settings)
+            config = config or _with_library_defaults(settings)
         self._config = config
         self._isolate = isolate
         self._on_progress = on_progress
@@ -95,7 +95,7 @@ class AsyncModelWorker:
 
     @classmethod
     def from_spec(cls, spec: ModelSpec, **keywords: Any) -> Self:
-        """Bind a model that is specified already; keywords are those of the class."""
+        """Bind a model by its specification; keywords are those of the class."""
         return cls(spec, **keywords)
 
     @property
@@ -107,7 +107,7 @@ class AsyncModelWorker:
 
     @property
     def metadata(self) -> ModelInfo:
-        """What is known of the model; all of it once it is loaded."""
+        """The metadata of the model; complete once it is loaded."""
         if self._pool is None:
             return unloaded_info(self.spec, self._state, self._reason)
         return msgspec.structs.replace(self._pool.models()[0], state=self.state)
@@ -117,7 +117,7 @@ class AsyncModelWorker:
         return f"<AsyncModelWorker {self.spec.name} {self.state}>"
 
     async def start(self) -> None:
-        """Fetch the model if need be, and load it. Idempotent; callers share one load.
+        """Download the model if needed, and load it. Idempotent; callers share one load.
 
         Raises:
             HeadraceError: UnknownModel, LoadFailed, OutOfMemory, UpstreamError, ConfigError.
@@ -129,7 +129,7 @@ class AsyncModelWorker:
             self._pool = self._open()
             self._loop = asyncio.get_running_loop()
             self._state, self._reason = "loading", None
-        pool = self._here(self._pool)
+        pool = self._in_own_loop(self._pool)
         entry = self._entry(pool)
         if self._state == "ready" and entry.failure is not None:
             entry.reset()
@@ -146,11 +146,11 @@ class AsyncModelWorker:
         self._state = "ready"
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Let running streams end within `drain_s` seconds, end the rest, free all. Idempotent."""
+        """Let running streams end within `drain_s` seconds, and close. Idempotent."""
         self._leave_closed_loop()
         if (pool := self._pool) is not None:
             self._state = "draining"
-            await self._here(pool).aclose(drain_s)
+            await self._in_own_loop(pool).aclose(drain_s)
             self._pool = None
         self._state = "stopped"
         await self._close_tracing()
@@ -215,8 +215,8 @@ class AsyncModelWorker:
         """Return the vectors as bytes, with usage and metrics; arguments as for `embed`."""
         if isinstance(inputs, str):
             raise InvalidRequest("Give a list of texts.", param="inputs")
-        given = tuple(one if isinstance(one, str) else tuple(one) for one in inputs)
-        body = {"inputs": given, "model": self.spec.name, **options}
+        texts = tuple(item if isinstance(item, str) else tuple(item) for item in inputs)
+        body = {"inputs": texts, "model": self.spec.name, **options}
         return await collect_vectors(self._ask(_built(EmbedRequest, body)))
 
     async def rerank(self, query: str, documents: Sequence[str], **options: Any) -> RerankResult:
@@ -237,61 +237,63 @@ class AsyncModelWorker:
         messages: Messages | None = None,
         add_special: bool = False,
     ) -> TokenCount:
-        """Count a text, or messages as the template puts them. Never waits behind generation."""
-        asked = CountRequest(text=text, messages=_messages(messages), add_special=add_special)
-        return await collect_count(self._ask(asked))
+        """Count the tokens of a text, or of messages in the template. Does not wait for a slot."""
+        count_request = CountRequest(
+            text=text, messages=_messages(messages), add_special=add_special
+        )
+        return await collect_count(self._ask(count_request))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids."""
-        asked = DetokenizeRequest(token_ids=tuple(token_ids))
-        return await collect_text(self._ask(asked))
+        request = DetokenizeRequest(token_ids=tuple(token_ids))
+        return await collect_text(self._ask(request))
 
     def _open(self) -> Pool:
         pool = runtime.open_pool_of_one(
             self.spec, self._config, isolate=self._isolate, on_progress=self._on_progress
         )
-        # Traced where the environment or the program has an exporter.
+        # Traced if the environment or the program configures an exporter.
         self._tracing = tracing = otel.configure(__version__)
         if tracing.exporter is not None:
-            pool.observed_by(Recorder(pool.models, tracing=tracing))
+            pool.attach_observer(Recorder(pool.models, tracing=tracing))
         return pool
 
     def _entry(self, pool: Pool) -> ModelEntry:
         return pool.entry(self.spec.name)
 
     def _ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        """Return the events of an answer, or a stream that raises why there are none."""
+        """Return the events of an answer; if not ready, the stream raises the reason."""
         try:
             pool = self._ready()
         except HeadraceError as error:
             return _raise(error)
-        return pool.ask(self._below(request))
+        return pool.ask(self._in_current_span(request))
 
     def _ready(self) -> Pool:
         name = self.spec.name
         self._leave_closed_loop()
         if self._pool is not None and self._state == "ready":
-            return self._here(self._pool)
+            return self._in_own_loop(self._pool)
         if self._state in {"draining", "stopped"}:
             raise Draining(f"{name} is {self._state}.")
         if self._state == "failed":
             raise LoadFailed(f"{name} has failed: {self._reason}")
         raise Loading(f"{name} is not ready: {self._state}.")
 
-    def _here(self, pool: Pool) -> Pool:
-        """Check that the caller is in the event loop in which the model was started."""
-        here = self._loop
+    def _in_own_loop(self, pool: Pool) -> Pool:
+        """Check that the caller runs in the event loop in which the model was started."""
+        loop = self._loop
         with contextlib.suppress(RuntimeError):
-            # A stream can be made outside of any loop, and read in the right one.
-            here = asyncio.get_running_loop()
-        if here is not self._loop:
+            # A stream may be created outside of any loop and read in the right one.
+            loop = asyncio.get_running_loop()
+        if loop is not self._loop:
             raise InvalidRequest(
                 f"{self.spec.name} was started in another event loop; use and stop it there."
             )
         return pool
 
     def _leave_closed_loop(self) -> None:
-        """End what was started in an event loop that is closed now."""
+        """End the processes of an event loop that is closed."""
         if self._loop is not None and self._loop.is_closed():
             if self._pool is not None:
                 self._pool.abandon()
@@ -302,19 +304,17 @@ class AsyncModelWorker:
         tracing, self._tracing = self._tracing, Tracing()
         await tracing.aclose()
 
-    def _below(self, request: AnyRequest) -> AnyRequest:
-        """Make a request's span one below the caller's own."""
+    def _in_current_span(self, request: AnyRequest) -> AnyRequest:
+        """Make the request's span a child of the caller's current span."""
         exporter = self._tracing.exporter
-        if exporter is None or (above := exporter.current()) is None:
+        if exporter is None or (span := exporter.current()) is None:
             return request
-        return msgspec.structs.replace(
-            request, traceparent=above.traceparent, tracestate=above.state
-        )
+        return msgspec.structs.replace(request, traceparent=span.traceparent, tracestate=span.state)
 
 
 async def _raise(error: HeadraceError) -> AsyncGenerator[Event, None]:
     raise error
-    yield  # pyright: ignore[reportUnreachable]  # what makes it a generator
+    yield  # pyright: ignore[reportUnreachable]  # makes this a generator
 
 
 def vectors(embedded: EmbedResult) -> Numbers:
@@ -332,8 +332,8 @@ def _built(kind: type[T], body: Mapping[str, Any]) -> T:
         raise InvalidRequest(str(error)) from error
 
 
-def _quiet(settings: Settings) -> Config:
-    # A library that is not asked says nothing but warnings.
+def _with_library_defaults(settings: Settings) -> Config:
+    # A library logs warnings only, unless it is configured.
     if settings.origin("log_level") == "default":
         return settings.config.model_copy(update={"log_level": "warning"})
     return settings.config
@@ -348,8 +348,8 @@ def request(
         InvalidRequest: an option is unknown, or a value has the wrong type or range.
     """
     for name in options.keys() - _SAMPLING - _REQUEST:
-        near = difflib.get_close_matches(name, _SAMPLING | _REQUEST, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        matches = difflib.get_close_matches(name, _SAMPLING | _REQUEST, 1)
+        hint = f"; did you mean {matches[0]}?" if matches else ""
         raise InvalidRequest(f"There is no option {name!r}{hint}", param=name)
     sampling = {name: value for name, value in options.items() if name in _SAMPLING}
     if isinstance(sampling.get("stop"), str):

@@ -1,4 +1,4 @@
-"""The composition root: from a configuration to a wired Backend. The only file that knows all."""
+"""The composition root: builds Backends from a configuration. It alone imports all packages."""
 
 from __future__ import annotations
 
@@ -23,16 +23,14 @@ from headrace.models.providers import PROVIDERS, Provider
 from headrace.models.reference import HubReference, Reference, is_remote, parse
 from headrace.models.store import Store, without_file
 from headrace.pool.admin import PoolAdmin, Specify, Wanted
-from headrace.pool.memory import Ledger
-from headrace.pool.plan import plan_load
+from headrace.pool.memory import Ledger, plan_load
 from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker
 from headrace.pool.state import StateFile
 from headrace.telemetry import otel
-from headrace.worker.process import WorkerProcess
+from headrace.worker.process import Spawn, WarmProcess, WorkerProcess, spawn
 from headrace.worker.sizing import Sizing, Unsized
 from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, unloaded_info
-from headrace.worker.warm import Spawn, WarmProcess, spawn
 from headrace.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -45,17 +43,17 @@ def engine_options() -> dict[str, type[BaseModel]]:
 
 
 def engines() -> list[EngineStatus]:
-    """Tell which engines there are and which could run here."""
+    """Return the engines, and whether they can run on this machine."""
     return [engine_registry.status(name) for name in engine_registry.names()]
 
 
 def providers() -> Mapping[str, Provider]:
-    """Return the upstreams that have a name."""
+    """Return the named upstreams."""
     return PROVIDERS
 
 
 def system() -> SystemInfo:
-    """Return what this machine is."""
+    """Return the facts of this machine."""
     return machine.system()
 
 
@@ -63,27 +61,27 @@ def load_settings(**sources: Any) -> Settings:
     """Read the configuration; the arguments are those of `headrace.config.load`.
 
     Raises:
-        ConfigError: something in it is wrong.
+        ConfigError: the configuration is invalid.
     """
     return configuration.load(known_options=engine_options(), **sources)
 
 
 def store(config: Config) -> Store:
-    """Open the store of models."""
+    """Return the store of models."""
     return Store(config.home)
 
 
 def model_file(spec: ModelSpec, config: Config, on_progress: OnProgress) -> ModelFile:
-    """Return a model's file, downloaded if need be. Blocking.
+    """Return a model's file, downloaded if needed. Blocking.
 
     Raises:
-        HeadraceError: the reference is wrong, or the file cannot be had.
+        HeadraceError: the reference is invalid, or the download failed.
     """
     return store(config).model_file(_reference(spec), on_progress)
 
 
 def resolver(config: Config) -> Resolve:
-    """Return the function that finds a model's file and its engine; it downloads and blocks."""
+    """Return a function that finds a model's file and engine; it downloads, and blocks."""
 
     def resolve(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
         return _worker_spec(spec, model_file(spec, config, on_progress), config)
@@ -92,19 +90,19 @@ def resolver(config: Config) -> Resolve:
 
 
 def describe(spec: ModelSpec, config: Config) -> ModelInfo:
-    """Tell about a model without loading it: the engine and why, and its header if it is here.
+    """Return the metadata of a model without loading it, with its header if it is downloaded.
 
     Raises:
-        HeadraceError: the reference is wrong, the file is bad, or no engine can run it.
+        HeadraceError: the reference or file is invalid, or no engine can run it.
     """
     reference = _reference(spec)
-    if (placeless := without_file(reference)) is not None:
-        return unloaded_info(spec, "created", None, _worker_spec(spec, placeless, config))
+    if (file := without_file(reference)) is not None:
+        return unloaded_info(spec, "created", None, _worker_spec(spec, file, config))
     stored = store(config).find(reference)
     if stored is None:
         return unloaded_info(spec, "created", "not downloaded yet")
-    found = _worker_spec(spec, inspect(Path(stored.path)), config)
-    return unloaded_info(spec, "created", None, found)
+    worker_spec = _worker_spec(spec, inspect(Path(stored.path)), config)
+    return unloaded_info(spec, "created", None, worker_spec)
 
 
 def open_worker(
@@ -116,7 +114,7 @@ def open_worker(
     on_progress: OnProgress | None = None,
     spawn: Spawn = spawn,
 ) -> WorkerProcess | Worker:
-    """Bind a model to a worker that is not started, in a process of its own or in this one."""
+    """Return a worker for a model, not started, in a process of its own or in this one."""
     resolve, logs = resolve or resolver(config), log_settings(config)
     if is_remote(spec.model) or not isolate:
         return Worker(spec, resolve, on_progress=on_progress, log_content=logs.content)
@@ -130,10 +128,10 @@ def open_pool_of_one(
     isolate: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Pool:
-    """Bind one model to a pool without a budget of memory, which keeps it until it is closed."""
+    """Return a pool for one model, without a memory budget, that keeps it until it is closed."""
     resolve = resolver(config)
 
-    def open_one(spec: ModelSpec, report: OnProgress) -> PooledWorker:
+    def make_worker(spec: ModelSpec, report: OnProgress) -> PooledWorker:
         def progress(stage: str, done: int, total: int) -> None:
             report(stage, done, total)
             if on_progress is not None:
@@ -144,28 +142,28 @@ def open_pool_of_one(
     kept = msgspec.structs.replace(
         spec, keep_alive=-1.0, replicas=1, preload=True, enabled=True, pinned=True
     )
-    return Pool([kept], open_one, sizing=Unsized(), ledger=Ledger({}, dict))
+    return Pool([kept], make_worker, sizing=Unsized(), ledger=Ledger({}, dict))
 
 
 def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
-    """Bind many models to one Backend with one budget of memory; nothing is loaded yet.
+    """Return a pool of models with one memory budget; nothing is loaded yet.
 
     Raises:
-        ConfigError: the budget is not one for this machine.
+        ConfigError: the budget does not fit this machine.
     """
     config = settings.config
     budgets = _budgets(config)
     sizing = Sizing(resolver(config), config.home / "measured.json", budgets)
     warm = WarmProcess()
 
-    def open_one(spec: ModelSpec, report: OnProgress) -> PooledWorker:
+    def make_worker(spec: ModelSpec, report: OnProgress) -> PooledWorker:
         return open_worker(
             spec, config, resolve=sizing.resolve, on_progress=report, spawn=warm.take
         )
 
     return Pool(
         models,
-        open_one,
+        make_worker,
         sizing=sizing,
         ledger=Ledger(budgets, _memory),
         rules=config.server,
@@ -179,14 +177,14 @@ def open_service(
     *,
     reread: Callable[[], tuple[Settings, Sequence[ModelSpec]]],
 ) -> tuple[PoolAdmin, Telemetry]:
-    """Bind many models to one Backend that an operator can change and the telemetry watches.
+    """Return a pool with its Admin, and its telemetry.
 
-    What was done by hand before is done again. `reread` reads the configuration for a reload.
+    Changes in the state file are applied. `reread` reads the configuration for a reload.
 
     Raises:
-        ConfigError: the budget is not one for this machine, or another service has the state.
+        ConfigError: the budget does not fit this machine, or another service uses the state file.
     """
-    # Here, as what is commanded without a service does not need the libraries behind it.
+    # Imported here: commands without a service do not need its libraries.
     from headrace.telemetry.telemetry import Telemetry
 
     config = settings.config
@@ -195,7 +193,7 @@ def open_service(
         open_pool(settings, models),
         specify=_specify(settings, models),
         state=StateFile(config.state_file),
-        reread=lambda: _wanted(settings, *reread()),
+        reread=lambda: _reread(settings, *reread()),
         drain_s=config.server.drain_s,
     )
     admin.restore()
@@ -203,16 +201,17 @@ def open_service(
 
 
 async def plan(settings: Settings, spec: ModelSpec) -> Plan:
-    """Tell what loading a model would need on this machine, as if nothing were loaded.
+    """Return what a load would need on this machine if nothing were loaded.
 
     Raises:
-        UnknownModel: the model is not on this machine yet.
-        HeadraceError: it is damaged, or nothing can run it.
+        UnknownModel: the model is not on this machine.
+        HeadraceError: it is damaged, or no engine can run it.
     """
-    return await plan_load(open_pool(settings, [spec]).loader, spec)
+    loader = open_pool(settings, [spec]).loader
+    return await plan_load(loader.memory, loader.sizing, spec)
 
 
-def _wanted(before: Settings, settings: Settings, specs: Sequence[ModelSpec]) -> Wanted:
+def _reread(before: Settings, settings: Settings, specs: Sequence[ModelSpec]) -> Wanted:
     return Wanted(
         specs=tuple(specs),
         rules=settings.config.server,
@@ -228,7 +227,7 @@ def _specify(settings: Settings, specs: Sequence[ModelSpec]) -> Specify:
 
 
 def _memory() -> dict[str, tuple[int, int]]:
-    return {one.key: (one.total, one.total - one.used) for one in machine.devices()}
+    return {device.key: (device.total, device.total - device.used) for device in machine.devices()}
 
 
 def _budgets(config: Config) -> dict[str, int]:
@@ -236,7 +235,7 @@ def _budgets(config: Config) -> dict[str, int]:
 
 
 def log_settings(config: Config) -> LogSettings:
-    """Return what the log is configured to be."""
+    """Return the configuration of the log."""
     return LogSettings(level=config.log_level, style=config.log_format, content=config.log_content)
 
 

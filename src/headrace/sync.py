@@ -1,4 +1,4 @@
-"""ModelWorker: the blocking face of AsyncModelWorker, and the one bridge to it."""
+"""ModelWorker: the blocking interface of AsyncModelWorker."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ class _Loop:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run to the end; an interrupt of the caller cancels the work, and has its end awaited."""
+        """Run to the end; an interrupt of the caller cancels the work and waits for its end."""
         tasks: list[asyncio.Task[T]] = []
-        over = threading.Event()
+        done = threading.Event()
 
         def begin() -> None:
             tasks.append(self._loop.create_task(work))
-            tasks[0].add_done_callback(lambda _: over.set())
+            tasks[0].add_done_callback(lambda _: done.set())
 
         self._loop.call_soon_threadsafe(begin)
         try:
-            over.wait()
+            done.wait()
         except BaseException:
             self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
-            over.wait()
+            done.wait()
             raise
         return tasks[0].result()
 
     def close(self) -> None:
-        """Let what other threads wait for end, and end the thread."""
+        """Wait for the work of other threads, and end the thread."""
         if not self._loop.is_closed():
             self.run(_settled())
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -54,7 +54,7 @@ class _Loop:
 class ModelWorker:
     """One model, blocking. Arguments and errors are those of AsyncModelWorker.
 
-    From any number of threads at once; a stream belongs to the thread that reads it.
+    It may be used by any number of threads; a stream belongs to the thread that reads it.
     """
 
     def __init__(self, model: str | ModelSpec, **keywords: Any) -> None:
@@ -63,7 +63,7 @@ class ModelWorker:
 
     @classmethod
     def from_spec(cls, spec: ModelSpec, **keywords: Any) -> Self:
-        """Bind a model that is specified already."""
+        """Bind a model by its specification."""
         return cls(spec, **keywords)
 
     @property
@@ -73,11 +73,11 @@ class ModelWorker:
 
     @property
     def metadata(self) -> ModelInfo:
-        """What is known of the model; all of it once it is loaded."""
+        """The metadata of the model; complete once it is loaded."""
         return self._worker.metadata
 
     def __repr__(self) -> str:
-        """Tell the name and the state."""
+        """Describe the name and the state."""
         return f"<ModelWorker {self._worker!r}>"
 
     def start(self) -> None:
@@ -85,7 +85,7 @@ class ModelWorker:
         self._run(self._worker.start())
 
     def stop(self, drain_s: float = 0.0) -> None:
-        """Drain, and free all. Idempotent."""
+        """Drain, and release all resources. Idempotent."""
         if self._loop is not None:
             self._loop.run(self._worker.stop(drain_s))
             self._loop.close()
@@ -149,7 +149,7 @@ class ModelWorker:
         messages: Messages | None = None,
         add_special: bool = False,
     ) -> TokenCount:
-        """Count a text, or messages as the template puts them."""
+        """Count the tokens of a text, or of messages in the template."""
         work = self._worker.count_tokens(text, messages=messages, add_special=add_special)
         return self._run(work)
 

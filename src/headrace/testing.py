@@ -11,11 +11,11 @@ A script is given a request and returns the steps of its answer:
     backend = ScriptedBackend(
         lambda request: [Progress("prefill"), barrier, Delta("Hi", (1,)), finish()]
     )
-    asking = asyncio.create_task(collect(backend.ask(GenerateRequest(prompt="Hello"))))
+    task = asyncio.create_task(collect(backend.ask(GenerateRequest(prompt="Hello"))))
     await barrier.reached.wait()
     assert backend.running == 1
     barrier.open()
-    assert (await asking).text == "Hi"
+    assert (await task).text == "Hi"
     assert backend.requests[0].prompt == "Hello"
 """
 
@@ -36,8 +36,8 @@ from headrace.core.events import (
     Text,
     TokenCount,
     Vectors,
+    bytes_of,
 )
-from headrace.core.floats import bytes_of
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelInfo
 from headrace.core.request import (
@@ -54,7 +54,7 @@ Step = Event | BaseException | Callable[[], Awaitable[object]]
 """An event is yielded, an exception is raised, a function is called and awaited."""
 
 Script = Callable[[Any], Iterable[Step]]
-"""Returns the steps of the answer to a request, whose kind is for the test to know."""
+"""Returns the steps of the answer to a request."""
 
 MODEL = ModelInfo(id="m", source="builtin:m", engine="scripted", state="ready")
 
@@ -82,16 +82,16 @@ class Barrier:
 def finish(
     *reasons: FinishReason, usage: Usage | None = None, metrics: InferenceMetrics | None = None
 ) -> Finish:
-    """Return the end of a stream; without reasons that of one choice that stopped."""
+    """Return a Finish; by default of one choice that stopped."""
     usage = usage or Usage()
     metrics = metrics or InferenceMetrics(started_at=0.0, usage=usage, engine="scripted")
     return Finish(reasons or ("stop",), usage, metrics)
 
 
 def default_script(request: AnyRequest) -> Iterator[Step]:
-    """Yield a fitting answer to any request.
+    """Yield a plausible answer to any request.
 
-    A choice is "Hello", a vector begins with the place of its input, the last document ranks
+    A choice is "Hello", a vector begins with the index of its input, the last document ranks
     first, and a text has as many tokens as characters.
     """
     match request:
@@ -100,8 +100,8 @@ def default_script(request: AnyRequest) -> Iterator[Step]:
             return
         case EmbedRequest():
             size = (request.dimensions or 4) - 1
-            places = range(len(request.inputs))
-            yield Vectors(tuple(bytes_of([float(place), *[0.5] * size]) for place in places))
+            indices = range(len(request.inputs))
+            yield Vectors(tuple(bytes_of([float(index), *[0.5] * size]) for index in indices))
         case RerankRequest():
             best = [Ranked(i, i / 8) for i in reversed(range(len(request.documents)))]
             yield Ranking(tuple(best[: request.top_n]))
@@ -130,10 +130,10 @@ class ScriptedBackend:
     generator runs as far as its stream is read. `close_s` is how long the engine takes to release
     a stream that ends or is closed.
 
-    `requests` are all that came, in order, and `received` is set by the first. `running` streams
-    are open now, `peak` were at the most. `ended` has the ids of the requests whose streams have
-    ended or been closed, in order. `closed` is whether the backend has been closed. `script` and
-    `served` may be replaced at any time.
+    `requests` are all requests in order, and `received` is set by the first. `running` streams
+    are open now, and at most `peak` have been. `ended` has the ids of the requests whose streams
+    have ended or been closed, in order. `closed` is whether the backend has been closed. `script`
+    and `served` may be replaced at any time.
     """
 
     def __init__(

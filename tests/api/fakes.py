@@ -23,8 +23,8 @@ from headrace.core.events import (
     Text,
     TokenCount,
     Vectors,
+    bytes_of,
 )
-from headrace.core.floats import bytes_of
 from headrace.core.metrics import Gaps, InferenceMetrics, Usage
 from headrace.core.model import ModelInfo
 from headrace.core.request import (

@@ -28,7 +28,7 @@ Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 class Front:
-    """An Observer of metrics alone."""
+    """A Monitor of metrics alone."""
 
     def __init__(self, instruments: Instruments | None = None) -> None:
         self.calls: list[Call] = []

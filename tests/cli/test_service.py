@@ -110,7 +110,7 @@ if "serve" in sys.argv or "serve" in sys.orig_argv:
 
 
 def test_the_interpreter_is_set_for_streams(environ: dict[str, str], tmp_path: Path) -> None:
-    """What would hold up all streams is told not to; see `core/interpreter.py`."""
+    """Garbage collection and busy threads do not hold up streams; see `machine/process.py`."""
     (tmp_path / "sitecustomize.py").write_text(AT_EXIT)
     told = tmp_path / "told"
     environ |= {"PYTHONPATH": str(tmp_path), "TOLD": str(told)}

@@ -116,7 +116,7 @@ def test_that_filters_are_read(
 @pytest.mark.usefixtures("zone")
 def test_that_all_is_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     turns = [{"role": "system", "content": "Echo."}, *QUESTION]
-    content = Content(asked=turns, answered=("Hm.\n\x1b]0;mine\x07", "Two."))
+    content = Content(input=turns, answered=("Hm.\n\x1b]0;mine\x07", "Two."))
     usage = Usage(prompt_tokens=12, completion_tokens=45, reasoning_tokens=9)
     one = record(7, content=content, metrics=metrics(7, usage=usage, load_ms=1234.5))
     keep(home, one, LOST)
@@ -196,7 +196,7 @@ def test_that_requests_are_summed_up(home: Path, capsys: pytest.CaptureFixture[s
     [
         (("show", "ff"), "No trace of 'ff' is kept in"),
         (("ls", "--since", "yesterday"), "--since 'yesterday' is no time: write 1h30m"),
-        (("ls", "--slower-than", "soon"), "--slower-than: 'soon' is no duration"),
+        (("ls", "--slower-than", "soon"), "--slower-than: 'soon' is not a duration"),
         (("stats", "--status", "odd"), "Invalid value for '--status'"),
     ],
 )
@@ -222,7 +222,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def asked(number: int = 1, **fields: Any) -> RequestRecord:
-    content = Content(asked=QUESTION, answered=("good morning",))
+    content = Content(input=QUESTION, answered=("good morning",))
     return record(number, **{"content": content, **fields})
 
 
@@ -243,7 +243,7 @@ def test_that_a_request_is_asked_again(
     assert then_now["tokens"][0] == "12+45"
     assert verdict == "The text is equal."
     hidden = [{"role": "user", "content": "[redacted]"}]
-    keep(home, asked(2, content=Content(asked=hidden, answered=("a secret",))))
+    keep(home, asked(2, content=Content(input=hidden, answered=("a secret",))))
     assert run(["trace", "replay", asked(2).id, "--url", service.url]) == 0
     assert capsys.readouterr().err.splitlines()[-2:] == [
         "The text is another from character 0 on.",
@@ -262,11 +262,11 @@ def test_that_parameters_and_choices_are_sent_again(
     service: Service, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parameters = {"max_tokens": 4, "n": 2, "logprobs": 1, "seed": 7}
-    chat = asked(1, parameters=parameters, content=Content(asked=QUESTION, answered=("good",)))
+    chat = asked(1, parameters=parameters, content=Content(input=QUESTION, answered=("good",)))
     prompt = asked(
         2,
         operation="text_completion",
-        content=Content(asked="one two three", answered=("one two th",)),
+        content=Content(input="one two three", answered=("one two th",)),
         parameters={"max_tokens": 40, "stop": ["ree"], "logprobs": 0},
     )
     keep(home, chat, prompt)

@@ -178,11 +178,11 @@ def test_that_a_known_beginning_goes_before_little_more_work() -> None:
 
 def test_that_an_ailing_one_counts_half() -> None:
     """M3: health."""
-    ailing = candidate(0, ailing=True, work=60.0)
-    assert choose_replica([ailing, candidate(1, work=100.0)]) == 1
-    assert choose_replica([ailing, candidate(1, work=130.0)]) == 0
+    unhealthy = candidate(0, unhealthy=True, work=60.0)
+    assert choose_replica([unhealthy, candidate(1, work=100.0)]) == 1
+    assert choose_replica([unhealthy, candidate(1, work=130.0)]) == 0
     # What it knows is gone with its process.
-    assert choose_replica([candidate(0, ailing=True, matched=5), candidate(1)]) == 1
+    assert choose_replica([candidate(0, unhealthy=True, matched=5), candidate(1)]) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The file of what was done by hand."""
+"""The state file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def kept(path: Path) -> dict[str, Remembered]:
 
 
 def test_it_is_there_again_after_a_restart(tmp_path: Path) -> None:
-    """M8: what was done by hand survives a restart of the service."""
+    """M8: changes by an operator survive a restart of the service."""
     path = tmp_path / "home" / "services" / "1.json"
     first = StateFile(path)
     assert first.read() == {}

@@ -344,10 +344,10 @@ class World:
         self.check()
         for entry in self.everybody():
             assert not len(entry.queue)
-            assert not entry._waiters
+            assert not entry._load_waits
             assert entry.running == 0
             assert not entry.retired
-        assert self.pool.loader.memory._wants == []
+        assert self.pool.loader.memory._waiting == []
         assert self.pool._streams == 0
         assert sum(self.machine.held.values()) == self.ledger.booked()["cpu"]
         assert {task.get_name().split()[0] for task in asyncio.all_tasks(self.loop)} <= {

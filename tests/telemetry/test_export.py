@@ -159,8 +159,8 @@ def test_that_spans_are_lost_is_said_once(caplog: pytest.LogCaptureFixture) -> N
         theirs.setLevel(logging.NOTSET)
     assert caplog.messages == [
         "Failed: 503.",
-        "http://collector:4318 takes no spans: they are lost. This is said once.",
-        "http://collector:4318 takes spans again; 5 were lost.",
+        "http://collector:4318 does not accept spans: they are lost. This is logged once.",
+        "http://collector:4318 accepts spans again; 5 were lost.",
         "Failed: 503.",
     ]
 

@@ -331,7 +331,7 @@ async def test_content_is_kept_where_it_is_asked_for_and_redacted() -> None:
         told.check(1)
         (record,) = told.records
         assert record.content is not None
-        assert record.content.asked == [{"role": "user", "content": "My key is [redacted]."}]
+        assert record.content.input == [{"role": "user", "content": "My key is [redacted]."}]
         assert record.content.answered == ("mail [redacted]",)
         attributes = record.spans[0].attributes
         assert (names.INPUT_MESSAGES in attributes) == tells
@@ -369,7 +369,7 @@ def test_token_ids_are_not_kept() -> None:
         (ask(prompt=(1, 2)), None),
         (EmbedRequest(inputs=((1, 2), "card 4111111111111111")), [None, "card [redacted]"]),
     ):
-        assert contents.content(asked, {}, Redactor()).asked == kept
+        assert contents.content(asked, {}, Redactor()).input == kept
 
 
 def test_devices_are_told_by_their_keys() -> None:

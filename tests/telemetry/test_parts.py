@@ -16,7 +16,7 @@ from headrace.core.metrics import Gaps, InferenceMetrics
 from headrace.core.request import GenerateRequest
 from headrace.core.sampling import Sampling, SamplingFields, described
 from headrace.telemetry import names, otel
-from headrace.telemetry.content import GONE, Redactor
+from headrace.telemetry.content import REDACTED, Redactor
 from headrace.telemetry.spans import Parent
 
 GOOD = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -60,20 +60,20 @@ def test_no_header_is_too_strange(header: str, state: str) -> None:
 @pytest.mark.parametrize(
     ("text", "left"),
     [
-        ("key sk-proj-Abc_123456789012345 end", f"key {GONE} end"),
-        ("hf_abcdefghijklmnopqrstuv", GONE),
-        ("AKIAABCDEFGHIJKLMNOP", GONE),
-        ("Authorization: Bearer abc.def-123456", f"Authorization: {GONE}"),
-        ("my password = hunter2, yes", f"my {GONE}, yes"),
-        ("My password is hunter2. Yes.", f"My {GONE} Yes."),
+        ("key sk-proj-Abc_123456789012345 end", f"key {REDACTED} end"),
+        ("hf_abcdefghijklmnopqrstuv", REDACTED),
+        ("AKIAABCDEFGHIJKLMNOP", REDACTED),
+        ("Authorization: Bearer abc.def-123456", f"Authorization: {REDACTED}"),
+        ("my password = hunter2, yes", f"my {REDACTED}, yes"),
+        ("My password is hunter2. Yes.", f"My {REDACTED} Yes."),
         ("the secret is to stir", "the secret is to stir"),
-        ('{"api_key": "x y z"}', f'{{"{GONE}}}'),
-        ("ask jo.doe+x@mail.example.org now", f"ask {GONE} now"),
-        ("card 4111 1111 1111 1111.", f"card {GONE}."),
+        ('{"api_key": "x y z"}', f'{{"{REDACTED}}}'),
+        ("ask jo.doe+x@mail.example.org now", f"ask {REDACTED} now"),
+        ("card 4111 1111 1111 1111.", f"card {REDACTED}."),
         ("number 4111 1111 1111 1112.", "number 4111 1111 1111 1112."),
         ("pi is 3.14159265358979323846", "pi is 3.14159265358979323846"),
         ("a skeleton key, and a bearer of news", "a skeleton key, and a bearer of news"),
-        ("-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----", GONE),
+        ("-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----", REDACTED),
     ],
 )
 def test_what_is_redacted(text: str, left: str) -> None:
@@ -82,7 +82,7 @@ def test_what_is_redacted(text: str, left: str) -> None:
 
 
 def test_ones_own_patterns_are_redacted_too() -> None:
-    assert Redactor([r"project \w+"]).redact("In project Falcon.") == f"In {GONE}."
+    assert Redactor([r"project \w+"]).redact("In project Falcon.") == f"In {REDACTED}."
 
 
 def test_redaction_takes_no_longer_than_the_text_is_long() -> None:
@@ -99,7 +99,7 @@ def test_given_sampling_parameters_are_attributes() -> None:
         for name, (plain, _) in described(SamplingFields).items()
     }
     request = GenerateRequest(prompt="x", sampling=Sampling(**given))
-    attributes = names.asked(request, "p")
+    attributes = names.request_attributes(request, "p")
     ours = {f"headrace.request.{name}" for name in ("min_p", "repetition_penalty")}
     assert ours < {f"headrace.request.{name}" for name in given}
     assert {name for name in attributes if name.startswith("headrace.")} == ours
@@ -107,7 +107,7 @@ def test_given_sampling_parameters_are_attributes() -> None:
         assert (f"gen_ai.request.{name}" in attributes) == (f"headrace.request.{name}" not in ours)
     assert attributes["gen_ai.request.temperature"] == 0.5
     assert attributes["gen_ai.request.seed"] == str(2**64 - 1), "more than 64 bits with a sign"
-    bare = names.asked(GenerateRequest(prompt="x"), "p")
+    bare = names.request_attributes(GenerateRequest(prompt="x"), "p")
     assert bare.keys() == {names.OPERATION, names.PROVIDER, "gen_ai.output.type"}
 
 

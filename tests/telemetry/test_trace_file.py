@@ -19,7 +19,7 @@ from tests.telemetry.traced import NOW, record
 
 from headrace.core.record import Content, RequestRecord
 from headrace.telemetry import trace_file
-from headrace.telemetry.trace_file import CURRENT, TraceFile, older
+from headrace.telemetry.trace_file import CURRENT, TraceFile, renamed_files
 from headrace.telemetry.trace_read import records
 
 BEGIN = """
@@ -69,7 +69,7 @@ def start(program: str, *arguments: Any) -> subprocess.Popen[str]:
 
 def files(folder: Path) -> list[Path]:
     """All of them, oldest first."""
-    return [*older(folder), folder / CURRENT]
+    return [*renamed_files(folder), folder / CURRENT]
 
 
 def size(folder: Path) -> int:
@@ -97,7 +97,7 @@ def write(folder: Path, *given: RequestRecord, limit: int = 1 << 20) -> None:
 
 def test_that_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     """T4: figures, parameters, outcome, spans; readable by nobody else."""
-    whole = record(3, content=Content(asked="why", answered=("because\n",)), error="X", message="m")
+    whole = record(3, content=Content(input="why", answered=("because\n",)), error="X", message="m")
     folder = tmp_path / "home" / "traces"
     write(folder, record(2), whole)
     newest, before = records(folder)
@@ -130,7 +130,7 @@ def test_that_several_processes_lose_nothing(tmp_path: Path, limit: int) -> None
         assert limit // 2 < size(tmp_path) < limit + 3 * limit // 8
         assert sum(map(len, found.values())) < 8000
         # Two that find a file full do not rename its successor too.
-        assert min(path.stat().st_size for path in older(tmp_path)) > 0.9 * limit / 8
+        assert min(path.stat().st_size for path in renamed_files(tmp_path)) > 0.9 * limit / 8
 
 
 def test_that_the_limit_is_kept(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_that_a_disk_that_hangs_holds_nobody_up(
         traces.record(record(number))
     assert 6000 - 4096 - 500 < traces.dropped < 6000 - 4096 + 1
     dropped = traces.dropped
-    traces.record(record(1, content=Content(asked="large")))
+    traces.record(record(1, content=Content(input="large")))
     assert traces.dropped == dropped + 1
     begun = time.monotonic()
     traces.close(0.1)
@@ -221,8 +221,8 @@ def test_that_what_cannot_be_written_is_left_out(
 ) -> None:
     """What JSON cannot say, and what is longer than a file may become."""
     caplog.set_level(logging.WARNING)
-    torn = record(1, content=Content(asked="\ud800"))
-    long = record(2, content=Content(asked="x" * 9000))
+    torn = record(1, content=Content(input="\ud800"))
+    long = record(2, content=Content(input="x" * 9000))
     hopeless = record(3, model="\ud800")
     write(tmp_path, torn, long, hopeless, record(4), limit=1 << 16)
     found = list(records(tmp_path))[::-1]

@@ -11,7 +11,7 @@ from tests.telemetry.traced import NOW, metrics, record
 
 from headrace.core.errors import ConfigError, InvalidRequest
 from headrace.telemetry import trace_read
-from headrace.telemetry.trace_file import older
+from headrace.telemetry.trace_file import renamed_files
 from headrace.telemetry.trace_read import (
     ModelStats,
     Percentiles,
@@ -35,7 +35,7 @@ def test_that_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
 def test_that_the_newest_come_first(tmp_path: Path) -> None:
     write(tmp_path, *map(record, range(100)), limit=1 << 20)
     write(tmp_path, *map(record, range(100, 150)), limit=1 << 19)
-    assert len(older(tmp_path)) > 1
+    assert len(renamed_files(tmp_path)) > 1
     assert [one.id for one in records(tmp_path)] == [record(n).id for n in range(149, -1, -1)]
 
 
@@ -46,9 +46,9 @@ def test_that_a_file_is_read_once_that_is_renamed_meanwhile(
 
     def renamed(folder: Path) -> list[Path]:
         (folder / "requests.jsonl").rename(folder / "requests-1.jsonl")
-        return older(folder)
+        return renamed_files(folder)
 
-    monkeypatch.setattr(trace_read, "older", renamed)
+    monkeypatch.setattr(trace_read, "renamed_files", renamed)
     assert [one.id for one in records(tmp_path)] == [record(n).id for n in range(9, -1, -1)]
 
 

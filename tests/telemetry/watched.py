@@ -130,7 +130,7 @@ class Told:
         self.provider = TracerProvider(shutdown_on_exit=False, resource=Resource({}))
         self.provider.add_span_processor(SimpleSpanProcessor(self._memory))
         exporter = OpenTelemetry(self.provider.get_tracer("headrace")) if otel else None
-        self.tracing = Tracing(exporter, tells_content=content)
+        self.tracing = Tracing(exporter, exports_content=content)
         self.records: list[RequestRecord] = []
 
     def record(self, record: RequestRecord) -> None:
@@ -204,5 +204,5 @@ def pool_of(told: Told, spec: ModelSpec, open_worker: Callable[..., Any] | None 
 
     ledger = Ledger({"cpu": machine.total}, machine.read)
     pool = Pool([spec], opened, sizing=machine, ledger=ledger)
-    pool.observed_by(Recorder(pool.models, tracing=told.tracing, sinks=[told]))
+    pool.attach_observer(Recorder(pool.models, tracing=told.tracing, sinks=[told]))
     return pool

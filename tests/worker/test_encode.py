@@ -162,12 +162,12 @@ async def test_a_cancelled_call_frees_its_slot_in_the_child() -> None:
     """W9: across the process as well."""
     async with process(task="embed", prefill_tokens_per_second=20, max_running=1) as one:
         task = asyncio.ensure_future(collect_vectors(one.ask(embedding("abcdefgh"))))
-        await until(lambda: one.outstanding == 1)
+        await until(lambda: one.open_streams == 1)
         await asyncio.sleep(0.1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert one.outstanding == 0
+        assert one.open_streams == 0
         assert (await collect_vectors(one.ask(embedding("a")))).dimensions == 8
 
 
@@ -175,7 +175,7 @@ async def test_a_child_that_dies_or_hangs_is_told() -> None:
     """W18: by a typed error, and soon."""
     async with process(task="embed", prefill_tokens_per_second=1) as one:
         task = asyncio.ensure_future(collect_vectors(one.ask(embedding("abcdefgh"))))
-        await until(lambda: one.outstanding == 1)
+        await until(lambda: one.open_streams == 1)
         assert one.pid is not None
         os.kill(one.pid, signal.SIGKILL)
         with pytest.raises(WorkerDied, match="SIGKILL"):

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from headrace.core.errors import Draining, LoadFailed, Loading
-from headrace.worker.lifecycle import Lifecycle
+from headrace.worker.worker import Lifecycle
 
 
 class Load:

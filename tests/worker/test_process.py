@@ -343,7 +343,7 @@ async def test_closing_a_stream_in_any_phase_frees_all(phase: str) -> None:
             await holder.aclose()
         child = one._child
         assert child is not None
-        assert child.outstanding == 0
+        assert child.open_streams == 0
         assert asyncio.all_tasks() == before
         async with asyncio.timeout(1):
             assert isinstance(await anext(again := one.ask(ask())), Progress)

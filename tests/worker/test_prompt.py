@@ -12,7 +12,7 @@ from headrace.core.model import Capabilities, ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.sampling import Sampling
 from headrace.engines.base import EngineFacts
-from headrace.worker.prompt import Prompter, check_supported, room
+from headrace.worker.prompt import Prompter, check_supported, max_new_tokens
 
 BOS = 1
 
@@ -56,14 +56,14 @@ def chat(content: str, **fields: Any) -> GenerateRequest:
 
 def test_room_at_the_edges() -> None:
     """W6: exactly at, one over, ten times over."""
-    assert room(5, None, 20) == 15
-    assert room(19, None, 20) == 1
-    assert room(15, 5, 20) == 5
+    assert max_new_tokens(5, None, 20) == 15
+    assert max_new_tokens(19, None, 20) == 1
+    assert max_new_tokens(15, 5, 20) == 5
     for prompt_tokens in (20, 21, 200):
         with pytest.raises(ContextOverflow, match=f"{prompt_tokens} tokens.*length is 20"):
-            room(prompt_tokens, None, 20)
+            max_new_tokens(prompt_tokens, None, 20)
     with pytest.raises(ContextOverflow, match=r"together 21;.*is 20") as caught:
-        room(15, 6, 20)
+        max_new_tokens(15, 6, 20)
     assert caught.value.param == "max_tokens"
 
 

@@ -125,11 +125,11 @@ async def test_its_memory_is_measured_and_its_streams_are_counted() -> None:
     assert held["cpu"] > 1 << 20
     assert held["cpu"] <= 2 * psutil.Process(one.pid).memory_info().rss
     stream = one.ask(ask())
-    assert one.outstanding == 0
+    assert one.open_streams == 0
     await first_delta(stream)
-    assert one.outstanding == 1
+    assert one.open_streams == 1
     await stream.aclose()
-    assert one.outstanding == 0
+    assert one.open_streams == 0
     await one.aclose()
     assert await one.memory() == {}
 

@@ -10,8 +10,7 @@ import psutil
 from tests.worker.rig import ask, children, echo, resolve, until
 
 from headrace.core.stream import collect
-from headrace.worker.process import WorkerProcess
-from headrace.worker.warm import WarmProcess
+from headrace.worker.process import WarmProcess, WorkerProcess
 
 
 async def come(spare: WarmProcess) -> int:

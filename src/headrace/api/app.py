@@ -51,7 +51,7 @@ from headrace.api.tokens import (
 )
 from headrace.core.backend import Admin, Backend
 from headrace.core.errors import ConfigError, InvalidRequest
-from headrace.core.record import Activity, Observer
+from headrace.core.record import Activity, Monitor
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
 
 _LIVE = Route("GET", "/health/live", live, Health)
@@ -131,7 +131,7 @@ def create_app(
     *,
     ready: Callable[[], bool] | None = None,
     admin: Admin | None = None,
-    observer: Observer | None = None,
+    observer: Monitor | None = None,
     metrics: bool = True,
 ) -> Application:
     """Build the ASGI application; the backend is not closed here.

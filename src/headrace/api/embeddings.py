@@ -21,8 +21,7 @@ from headrace.api.wire import (
     request_fields,
     to_inputs,
 )
-from headrace.core.events import Finish, Vectors
-from headrace.core.floats import floats_of
+from headrace.core.events import Finish, Vectors, floats_of
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.request import EmbedRequest
 from headrace.core.stream import result

@@ -19,7 +19,7 @@ from headrace.api.problems import Headers, Refused, refused
 from headrace.core.backend import Admin, Backend
 from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.metrics import InferenceMetrics
-from headrace.core.record import Observer, Outcome
+from headrace.core.record import Monitor, Outcome
 from headrace.core.request import new_id
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class Service:
     settings: ApiSettings
     ready: Callable[[], bool] | None = None
     admin: Admin | None = None
-    observer: Observer | None = None
+    observer: Monitor | None = None
 
     def model_name(self, requested: str | None) -> str:
         """Return the model's name for an answer: as requested, or that of the only model."""

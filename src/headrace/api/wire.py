@@ -14,11 +14,11 @@ from msgspec import Meta
 from headrace.api import limits
 from headrace.api.exchange import Call
 from headrace.api.limits import ApiSettings
-from headrace.core.duration import seconds
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.request import Message, Role
 from headrace.core.sampling import Sampling, SamplingFields
+from headrace.core.values import seconds
 
 T = TypeVar("T")
 Prompt = str | tuple[int, ...]

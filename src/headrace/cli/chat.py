@@ -17,9 +17,9 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from headrace.cli import terminal
 from headrace.core.errors import ContextOverflow, HeadraceError, InvalidRequest
-from headrace.core.paths import expanded
 from headrace.core.request import Message
 from headrace.core.sampling import Sampling
+from headrace.core.values import expanded
 
 HELP = """\
 /help                 these lines

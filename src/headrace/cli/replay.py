@@ -18,7 +18,7 @@ from headrace.core.errors import InvalidRequest, UpstreamError
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.record import RequestRecord
 from headrace.core.sampling import SamplingFields
-from headrace.telemetry.content import GONE
+from headrace.telemetry.content import REDACTED
 
 if TYPE_CHECKING:
     from headrace.cli.client import Client
@@ -93,7 +93,7 @@ def replay(
         return
     for line in _lines(record, replayed):
         terminal.note(line)
-    if GONE in content(body["messages" if "messages" in body else "prompt"]):
+    if REDACTED in content(body["messages" if "messages" in body else "prompt"]):
         terminal.note("The request is not quite the same: parts of the record are redacted.")
 
 
@@ -105,7 +105,7 @@ def _body(record: RequestRecord, model: str | None) -> dict[str, Any]:
     """
     if record.operation not in _PATHS:
         raise InvalidRequest(f"{record.id} is of {record.operation}; only texts are replayed.")
-    if record.content is None or record.content.asked is None:
+    if record.content is None or record.content.input is None:
         raise InvalidRequest(
             f"No content of {record.id} was kept. The service keeps it where"
             " telemetry.trace_content is true, from then on.",
@@ -114,7 +114,7 @@ def _body(record: RequestRecord, model: str | None) -> dict[str, Any]:
     chat = record.operation == "chat"
     given = {**record.parameters, **record.parameters.get("sampling", {})}
     sent = {name: value for name, value in given.items() if name in _SAME and value is not None}
-    sent |= {"messages" if chat else "prompt": record.content.asked}
+    sent |= {"messages" if chat else "prompt": record.content.input}
     if (schema := given.get("json_schema")) is not None:
         named = {"name": "answer", "schema": schema}
         sent["response_format"] = {"type": "json_schema", "json_schema": named}

@@ -23,9 +23,9 @@ from headrace.api.limits import ApiSettings
 from headrace.cli import terminal
 from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
-from headrace.core.interpreter import collect_less, give_way_sooner
 from headrace.core.model import ModelSpec
 from headrace.core.status import Reloaded
+from headrace.machine import shorten_switch_interval, tune_garbage_collection
 
 Read = Callable[[], tuple[Settings, list[ModelSpec]]]
 """Reads the configuration, with the flags of the command; returns it and the models to serve."""
@@ -164,8 +164,8 @@ class _Service:
                 raise
             terminal.note(f"error: {error.message}")
         finally:
-            collect_less()
-            give_way_sooner()
+            tune_garbage_collection()
+            shorten_switch_interval()
 
     async def follow(self) -> None:
         """Apply the changes of a reload to the server, after the models."""

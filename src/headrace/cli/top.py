@@ -21,10 +21,10 @@ from headrace.cli import terminal
 from headrace.cli.common import Common, Url
 from headrace.cli.pool import requests_of, state
 from headrace.cli.terminal import Column, flat, size, span
-from headrace.core.duration import seconds
 from headrace.core.errors import ConfigError, HeadraceError, Unsupported, UpstreamError
 from headrace.core.record import Activity, Rates, RunningRequest
 from headrace.core.status import DeviceStatus, ModelStatus, PoolStatus
+from headrace.core.values import seconds
 
 if TYPE_CHECKING:
     from headrace.cli.client import Client

@@ -18,10 +18,10 @@ from typer import Argument, Option
 
 from headrace.cli import terminal
 from headrace.cli.common import Common, known_models, with_common
-from headrace.core.duration import seconds
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import DeviceUse, InferenceMetrics
 from headrace.core.record import Outcome, RequestRecord, SpanRecord
+from headrace.core.values import seconds
 from headrace.telemetry import trace_file, trace_read
 from headrace.telemetry.trace_read import ModelStats, Wanted
 
@@ -198,7 +198,7 @@ def _short(model: str) -> str | None:
 def _record_lines(record: RequestRecord) -> Iterator[str]:
     yield from terminal.aligned((), _facts(record))
     if record.content is not None:
-        yield f"\nasked\n{content(record.content.asked)}"
+        yield f"\nasked\n{content(record.content.input)}"
         for answer in record.content.answered:
             yield f"\nanswered\n{terminal.printable(answer)}"
 

@@ -27,7 +27,7 @@ from headrace.config.tree import (
 )
 from headrace.core.errors import ConfigError
 from headrace.core.model import SETTINGS, ModelSpec
-from headrace.core.secrets import masked
+from headrace.core.values import masked
 
 __all__ = [
     "Config",

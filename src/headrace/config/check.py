@@ -11,7 +11,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from headrace.config.sources import Layer, Value, unknown_key
 from headrace.config.tree import is_collection, words
 from headrace.core.errors import ConfigError
-from headrace.core.paths import expanded
+from headrace.core.values import expanded
 
 _PLAIN = (str, int, float, bool, list, dict, type(None))
 

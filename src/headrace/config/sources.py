@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from headrace.config.tree import TABLES, Config
 from headrace.core.errors import ConfigError
 from headrace.core.model import SETTINGS, SINGLE_SETTINGS
-from headrace.core.paths import expanded
+from headrace.core.values import expanded
 
 PREFIX = "HEADRACE_"
 CLIENT_KEYS = ("HEADRACE_ADMIN_KEY", "HEADRACE_API_KEY")

@@ -1,4 +1,4 @@
-"""Backend: the one shape of everything that answers requests. Admin: what an operator can do."""
+"""Backend, the interface of everything that answers requests, and Admin, that of operators."""
 
 from __future__ import annotations
 
@@ -14,54 +14,54 @@ from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloa
 class Backend(Protocol):
     """Answers requests with streams of events.
 
-    A Worker, a WorkerProcess and a Pool are all one, so no layer above knows which it holds.
+    Worker, WorkerProcess and Pool implement it, so that no layer above depends on which it has.
     """
 
     def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        """Yield progress, then what was asked for, then one Finish.
+        """Yield progress, then the result, then one Finish.
 
-        What was asked for is deltas for a GenerateRequest, and one event for any other. Closing
-        the generator frees all that it holds.
+        The result is deltas for a GenerateRequest, and one event for any other. Closing the
+        generator releases all its resources.
 
         Raises:
             HeadraceError: of any family, at any time before the Finish; Unsupported if the model
-                cannot do what was asked.
+                does not support the request.
         """
         ...
 
     def models(self) -> Sequence[ModelInfo]:
-        """Return the metadata of what is served here, without waiting."""
+        """Return the metadata of the served models, without waiting."""
         ...
 
     async def aclose(self) -> None:
-        """Stop, and give everything back. Idempotent."""
+        """Stop, and release all resources. Idempotent."""
         ...
 
 
 class Admin(Protocol):
-    """What can be done to a set of models while it serves. `model` is a name or an alias.
+    """Operations on a set of models while it serves. `model` is a name or an alias.
 
-    Every method raises UnknownModel for a name that is not there; nothing has changed then.
+    Every method raises UnknownModel for an unknown name, and changes nothing then.
     """
 
     def status(self) -> PoolStatus:
-        """Tell how all models and devices stand, without waiting."""
+        """Return the status of all models and devices, without waiting."""
         ...
 
     async def load(self, model: str, changes: Mapping[str, Any] | None = None) -> ModelStatus:
-        """Load a model and wait for it; nothing happens to one that is ready.
+        """Load a model that is not ready, and wait for it.
 
         A reference that is not served yet is added under its short name, with `changes` as its
-        settings. Also resets a model that has failed, and enables a disabled one.
+        settings. A model that has failed is reset, and one that is disabled is enabled.
 
         Raises:
             ConfigError: a setting is unknown or wrong.
-            HeadraceError: what the load raises.
+            HeadraceError: the load failed.
         """
         ...
 
     async def unload(self, model: str) -> ModelStatus:
-        """Let running requests end, unload, and wait until the memory is back."""
+        """Let running requests end, unload, and wait until the memory is free."""
         ...
 
     async def restart(self, model: str) -> ModelStatus:
@@ -71,7 +71,7 @@ class Admin(Protocol):
     async def update(self, model: str, changes: Mapping[str, Any]) -> ModelStatus:
         """Change settings of a model (`pinned`, `enabled`, `keep_alive`, `options.threads`, ...).
 
-        What needs a new process is done as a reload does it: no request fails.
+        A change that needs a new process is applied as in a reload: no request fails.
 
         Raises:
             ConfigError: a setting is unknown or wrong; nothing has changed.
@@ -79,11 +79,11 @@ class Admin(Protocol):
         ...
 
     async def plan(self, model: str) -> Plan:
-        """Tell what loading a model would need and do. A reference that is not served is fine."""
+        """Return what a load would need and do. A reference that is not served is accepted."""
         ...
 
     async def reload(self) -> Reloaded:
-        """Read the configuration again and apply what has changed, without failing a request.
+        """Read the configuration again and apply the changes, without failing a request.
 
         Raises:
             ConfigError: it is wrong; nothing has changed.
@@ -91,5 +91,5 @@ class Admin(Protocol):
         ...
 
     def events(self) -> AsyncGenerator[PoolEvent, None]:
-        """Yield what happens to the models from now on."""
+        """Yield events of the models from now on."""
         ...

@@ -16,7 +16,7 @@ HeadraceError
 │   ├── Disabled
 │   └── DeadlineExceeded
 │       └── QueueTimeout
-├── EngineError           wake someone
+├── EngineError           call an operator
 │   ├── LoadFailed
 │   ├── GenerationFailed
 │   ├── OutOfMemory
@@ -35,7 +35,7 @@ from headrace.core.metrics import InferenceMetrics
 
 
 class HeadraceError(Exception):
-    """Every error that Headrace raises on purpose.
+    """Base of all errors that Headrace raises.
 
     `message` is stable and safe to show to a client; `detail` is for the log.
     `param` names the offending field of the request. `retry_after_s` is in seconds.
@@ -76,7 +76,7 @@ class ContextOverflow(RequestError):
 
 
 class Unsupported(RequestError):
-    """A field that would change the answer is understood, but this engine cannot honour it."""
+    """A field that would change the answer is not supported by this engine."""
 
 
 class Unauthorized(RequestError):
@@ -88,7 +88,7 @@ class Forbidden(RequestError):
 
 
 class CapacityError(HeadraceError):
-    """Nothing is wrong with the request; there is no room for it now."""
+    """The request is valid, but there is no capacity for it now."""
 
 
 class QueueFull(CapacityError):
@@ -108,7 +108,7 @@ class Draining(CapacityError):
 
 
 class Disabled(CapacityError):
-    """Somebody has switched the model off."""
+    """An operator has switched the model off."""
 
 
 class DeadlineExceeded(CapacityError):
@@ -120,7 +120,7 @@ class QueueTimeout(DeadlineExceeded):
 
 
 class EngineError(HeadraceError):
-    """Something broke below; the request may be sound."""
+    """An engine or a worker failed; the request may be valid."""
 
 
 class LoadFailed(EngineError):
@@ -148,7 +148,7 @@ class ConfigError(HeadraceError):
 
 
 class ErrorRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An error as it crosses a process boundary: the class by name, and its fields."""
+    """An error in a message between processes: the name of its class, and its fields."""
 
     kind: str
     message: str
@@ -166,7 +166,7 @@ def kinds(root: type[HeadraceError] = HeadraceError) -> Iterator[type[HeadraceEr
 
 
 def to_record(error: BaseException) -> ErrorRecord:
-    """Describe any exception; one that is not Headrace's own becomes a GenerationFailed."""
+    """Return the record of any exception; others than HeadraceError become GenerationFailed."""
     if not isinstance(error, HeadraceError):
         return ErrorRecord(
             kind=GenerationFailed.__name__,
@@ -184,7 +184,7 @@ def to_record(error: BaseException) -> ErrorRecord:
 
 
 def from_record(record: ErrorRecord) -> HeadraceError:
-    """Build the exception again; an unknown kind becomes a GenerationFailed."""
+    """Return the exception of a record; an unknown kind becomes a GenerationFailed."""
     by_name = {kind.__name__: kind for kind in kinds()}
     return by_name.get(record.kind, GenerationFailed)(
         record.message,

@@ -1,7 +1,10 @@
-"""What a stream is made of: progress, what was asked for, and one Finish at its end."""
+"""The events of a stream: progress, the result, and one Finish at its end."""
 
 from __future__ import annotations
 
+import sys
+from array import array
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -32,7 +35,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
-    """What was added to choice `index`; never cumulative.
+    """An addition to choice `index`; never cumulative.
 
     `token_ids` are the tokens behind it. While text is held back (a stop string may still
     match, a character is incomplete) a delta can carry tokens and no text.
@@ -64,6 +67,22 @@ class Vectors(msgspec.Struct, frozen=True, array_like=True, tag="v"):
         return len(self.vectors[0]) // 4
 
 
+def floats_of(vector: bytes) -> array[float]:
+    """Return the numbers of a vector."""
+    values = array("f", vector)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
+
+
+def bytes_of(values: Iterable[float]) -> bytes:
+    """Return numbers as a vector: little-endian 32-bit floats on any machine."""
+    vector = array("f", values)
+    if sys.byteorder == "big":
+        vector.byteswap()
+    return vector.tobytes()
+
+
 class Ranked(msgspec.Struct, frozen=True, array_like=True):
     """How well document `index` answers the query; a higher score is better."""
 
@@ -84,7 +103,7 @@ class Scores(msgspec.Struct, frozen=True, array_like=True, tag="s"):
 
 
 class TokenCount(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="c"):
-    """How many tokens, and which, where the engine can tell. `estimated` marks a guess."""
+    """A number of tokens, and their ids if the engine has them. `estimated` marks an estimate."""
 
     count: int
     token_ids: tuple[int, ...] | None = None
@@ -111,7 +130,7 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, tag="f"):
 
 
 Event = Progress | Delta | Vectors | Ranking | Scores | TokenCount | Text | Finish
-"""`Progress*`, then `Delta*` or the one event that was asked for, then one Finish."""
+"""`Progress*`, then `Delta*` or one event with the result, then one Finish."""
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,7 +145,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerateResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole stream, collected. `text` and `finish_reason` are those of the first choice."""
+    """A collected stream. `text` and `finish_reason` are those of the first choice."""
 
     choices: tuple[Choice, ...]
     usage: Usage

@@ -1,4 +1,4 @@
-"""A model as it is configured, as a file, and as it is served."""
+"""Models: their configuration (ModelSpec), file (ModelFile) and metadata (ModelInfo)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_origin, get_type_hin
 
 import msgspec
 
-from headrace.core.duration import seconds
+from headrace.core.values import seconds
 
 State = Literal["created", "loading", "ready", "draining", "stopped", "failed"]
 Origin = Literal["default", "file", "environment", "flag", "argument"]
@@ -17,11 +17,11 @@ Format = Literal["gguf", "safetensors", "openvino", "remote", "none"]
 
 
 class Setting(NamedTuple):
-    """What the configuration has to know of a model's field, beside its type and default.
+    """The description of a model's setting, beside its type and default.
 
-    `ge`, `gt`, `le` and `min_length` bound its values. A change of one that is `live` reaches
-    running workers; any other takes new ones. `traced` ones are attributes of the span of a load.
-    A `single` one is set for a named model, never for all. `parse` is applied to text and numbers
+    `ge`, `gt`, `le` and `min_length` bound its values. A change of a `live` setting is applied to
+    running workers; any other needs new ones. `traced` settings are attributes of the span of a
+    load. `single` ones are set for a named model, never for all. `parse` converts text and numbers
     before their type is checked; it raises ValueError.
     """
 
@@ -43,7 +43,7 @@ def _engine(value: str | float) -> object:
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A model as it is configured: its source, its engine and how it is served.
 
-    `name` is what requests ask for. The other fields are the keys of `[models.NAME]`: the
+    `name` is the name in requests. The other fields are the keys of `[models.NAME]`: the
     configuration, the pool and the traces read their `Setting`. None leaves a value to the model's
     header, the engine or the device. The engine's own Options check `options`.
     """
@@ -118,7 +118,7 @@ SINGLE_SETTINGS = tuple(name for name, setting in SETTINGS.items() if setting.si
 
 
 def needs_new_worker(old: ModelSpec, new: ModelSpec) -> bool:
-    """Whether a change concerns what a worker was loaded with."""
+    """Whether a change of settings needs a new worker."""
     return any(
         getattr(old, name) != getattr(new, name)
         for name in ModelSpec.__struct_fields__
@@ -129,8 +129,8 @@ def needs_new_worker(old: ModelSpec, new: ModelSpec) -> bool:
 class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     """A model on disk whose header has been checked.
 
-    `path` is a GGUF file or a directory; of a remote model it is what the upstream calls it.
-    `provider` is the upstream. `parameters` counts weights; `size` is in bytes.
+    `path` is a GGUF file or a directory, or the name of a remote model at its upstream, the
+    `provider`. `parameters` counts weights; `size` is in bytes.
     """
 
     path: str
@@ -147,11 +147,10 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine can do with this model. A sampling field not listed is refused by name.
+    """What an engine supports with this model. Sampling fields that are not listed are refused.
 
-    `batch_invariant`: greedy and seeded answers repeat themselves, whatever runs beside them.
-    `resume`: it can go on after tokens of an answer that it is given. `tasks`: what it answers.
-    `dimensions`: of its embeddings.
+    `batch_invariant`: greedy and seeded answers do not depend on other running requests.
+    `resume`: an answer can be continued after given tokens. `dimensions`: of its embeddings.
     """
 
     sampling: frozenset[str] = frozenset()

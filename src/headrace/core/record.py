@@ -1,4 +1,4 @@
-"""What is known of a request while it runs, and what is kept of it once it has ended."""
+"""Records of requests: while they run, and after they have ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from headrace.core.metrics import InferenceMetrics
 from headrace.core.request import Operation
 
 Outcome = Literal["ok", "refused", "error", "cancelled"]
-"""How it ended: `refused` is a RequestError or a CapacityError, `error` anything else raised."""
+"""How it ended: `refused` is a RequestError or a CapacityError, `error` any other error."""
 
 Phase = Literal["queued", "loading", "prefill", "decode"]
 
@@ -19,7 +19,7 @@ Attribute = str | bool | int | float | tuple[str, ...]
 
 
 class SpanRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One step of a request. `start_ms` counts from when the request was received.
+    """One step of a request. `start_ms` counts from the reception of the request.
 
     Ids are lower-case hex of 8 bytes; the root's `parent_id` is empty, or the caller's.
     """
@@ -35,23 +35,23 @@ class SpanRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Content(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was asked and answered, redacted; kept only where that is switched on.
+    """The content of a request and its answer, redacted; kept only if that is enabled.
 
-    `asked` is the core request's messages or prompt (or inputs, or query and documents) as
-    builtins, `answered` one text for each choice.
+    `input` (`asked` in JSON) is the messages or prompt of the request (or its inputs, or query and
+    documents) as builtins, `answered` is one text for each choice.
     """
 
-    asked: Any = None
+    input: Any = msgspec.field(default=None, name="asked")
     answered: tuple[str, ...] = ()
 
 
 class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One request that has ended, in whatever way.
+    """One request that has ended.
 
-    `time` is Unix seconds when it was received. `model` is the served model's name, or what was
-    asked for if there is none of that name. `client` is a short id of the key. `error` is the
-    name of the error's class, `message` what the client was told. `parameters` are the request's
-    settings that were given. `spans` has the root first.
+    `time` is Unix seconds when it was received. `model` is the name of the served model, or the
+    requested name if there is none. `client` is a short id of the key. `error` is the class name
+    of the error, `message` its message to the client. `parameters` are the settings in the
+    request. `spans` has the root first.
     """
 
     id: str
@@ -71,7 +71,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class RunningRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One request that runs now. `since` is Unix time; tokens are those of all choices so far."""
+    """One running request. `since` is Unix time; tokens are those of all choices so far."""
 
     id: str
     model: str
@@ -85,9 +85,9 @@ class RunningRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
-    """How one model has done of late, over `window_s` seconds. Latencies are milliseconds.
+    """The rates of one model over the last `window_s` seconds. Latencies are milliseconds.
 
-    Percentiles are None where no request that ended in the window has such a figure.
+    Percentiles are None if no request that ended in the window has such a figure.
     """
 
     model: str
@@ -103,16 +103,16 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Activity(msgspec.Struct, frozen=True, kw_only=True):
-    """What goes on now: running requests, oldest first, and the rates of each model."""
+    """Running requests, oldest first, and the rates of each model."""
 
     running: tuple[RunningRequest, ...] = ()
     rates: tuple[Rates, ...] = ()
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """One HTTP request as it ended. `route` is a path of the table of routes, or `-`.
+    """One HTTP request that has ended. `route` is a path of the table of routes, or `-`.
 
-    `status` is 0 when the client left before the headers.
+    `status` is 0 if the client disconnected before the headers were sent.
     """
 
     method: str
@@ -123,26 +123,26 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sink(Protocol):
-    """Somebody who is told of each request that has ended, on the event loop; never raises."""
+    """Receives the record of each finished request, on the event loop."""
 
     def record(self, record: RequestRecord) -> None:
-        """Take note, without waiting for anything."""
+        """Take a record, without waiting. Never raises."""
         ...
 
 
-class Observer(Protocol):
-    """What the HTTP surface can tell, and be told, of requests."""
+class Monitor(Protocol):
+    """The telemetry that the HTTP API serves, and to which it reports its own requests."""
 
     def activity(self) -> Activity:
-        """Tell what goes on now, without waiting."""
+        """Return running requests and rates, without waiting."""
         ...
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Return all figures as Prometheus reads them, and their content type. May block."""
+        """Return all metrics in a format of Prometheus, and its content type. May block."""
         ...
 
     def called(self, call: Call) -> None:
-        """Take note of an HTTP request that has ended, without waiting."""
+        """Count an HTTP request that has ended, without waiting."""
         ...
 
 

@@ -1,7 +1,7 @@
-"""What can be asked of a Backend. Requests are frozen: no layer changes the one it was given.
+"""The requests to a Backend. They are immutable: a layer that changes one makes a copy.
 
-Every request is a `Request`: the envelope, and what the layers on the way need to know of any
-kind. A new kind is a class here, its event in `headrace.core.events`, the worker's answer in
+Every request is a `Request`: the envelope, and the methods that the layers need of every kind.
+A new kind is a class here, its event in `headrace.core.events`, the worker's answer in
 `headrace.worker`, and a route.
 """
 
@@ -31,7 +31,7 @@ _OPENING_TOKENS = 4096
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One turn of a conversation. Content in parts has been joined to text before it gets here."""
+    """One turn of a conversation. Content in parts has been joined to one text."""
 
     role: Role
     content: str
@@ -46,12 +46,12 @@ def new_id() -> str:
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The envelope of every request.
 
-    `received` is monotonic seconds; the clock is one for all processes of the machine.
-    `deadline_s` counts from `received`. `load_ms` is what the request already waited for its
-    model, `load_wait_s` how long it waits for the load at most; None is as long as it takes.
+    `received` is monotonic seconds, on a clock that all processes of the machine share.
+    `deadline_s` counts from `received`. `load_ms` is how long the request has waited for its
+    model, `load_wait_s` how long it waits for a load at most; None is without limit.
 
-    `client` identifies the caller, for fairness between clients. `keep_alive` is the model's, in
-    seconds, from the end of this request on.
+    `client` identifies the caller, for fairness between clients. `keep_alive` in seconds replaces
+    that of the model from the end of this request on.
 
     `traceparent` and `tracestate` are the W3C context of the caller's span; each layer that makes
     a span passes on its own.
@@ -69,15 +69,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     received: float = msgspec.field(default_factory=time.monotonic)
 
     task: ClassVar[Task] = "generate"
-    """What the model must be able to do."""
+    """The task that the model must support."""
     queues: ClassVar[bool] = True
-    """Whether it waits for a slot; other requests are answered beside those that run (M9)."""
+    """Whether it waits for a slot; other requests are answered at once (M9)."""
     content_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields that hold what the client wrote: kept and logged only where that is switched on."""
+    """Fields with content of the client: kept and logged only if that is enabled."""
 
     @property
     def operation(self) -> Operation:
-        """What was asked for, as traces and metrics name it."""
+        """The kind of the request, as in traces and metrics."""
         raise NotImplementedError
 
     @property
@@ -91,19 +91,19 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return 1
 
     def cost(self) -> float:
-        """Estimate the tokens that it will take, before it has run."""
+        """Return an estimate of its tokens."""
         return 0.0
 
     def opening(self) -> str:
-        """Return how the prompt begins; requests with equal openings share a prefix cache."""
+        """Return the beginning of the prompt; requests with equal ones share a prefix cache."""
         return ""
 
     def content(self) -> Any:
-        """Return what the client wrote, as builtins. Token ids are left out."""
+        """Return the content of the client, as builtins. Token ids are left out."""
         return None
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields that were given, as builtins: neither content nor envelope."""
+        """Return the fields that were set, as builtins, without content and envelope."""
         given: dict[str, Any] = {}
         for field in msgspec.structs.fields(self):
             value = getattr(self, field.name)
@@ -120,9 +120,9 @@ _ENVELOPE = frozenset(Request.__struct_fields__) - {"deadline_s", "keep_alive"}
 class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
     """Messages or a prompt (text or token ids), never both.
 
-    `context_length` may ask for less than the model has, never for more. `json_schema` constrains
-    the text; `{}` means any JSON. `answered` are the tokens of an answer that was cut off: the
-    stream begins with their text, in one delta, and goes on from there.
+    `context_length` is at most that of the model. `json_schema` constrains the text; `{}` means
+    any JSON. `answered` are the tokens of an answer to continue: the stream begins with their
+    text, in one delta.
 
     Raises:
         InvalidRequest: messages and prompt are both given or both missing, or one is empty.
@@ -141,7 +141,7 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     content_fields: ClassVar[frozenset[str]] = frozenset({"messages", "prompt", "answered"})
 
     def __post_init__(self) -> None:
-        """Refuse what no engine could answer."""
+        """Check the fields."""
         if (self.messages is None) == (self.prompt is None):
             raise InvalidRequest("Give either messages or a prompt.", param="messages")
         if self.messages is not None and not self.messages:
@@ -162,7 +162,7 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
         return self.n
 
     def cost(self) -> float:
-        """Estimate the tokens of the prompt and of all choices."""
+        """Return an estimate of the tokens of the prompt and all choices."""
         if self.messages is None:
             prompt = _tokens(self.prompt or ())
         else:
@@ -188,7 +188,7 @@ class CountRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
     `add_special` adds what the model's tokenizer puts around a text (BOS and the like).
 
     Raises:
-        InvalidRequest: a text and messages are both given or both missing, or none are in it.
+        InvalidRequest: text and messages are both given or both missing, or messages is empty.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -199,7 +199,7 @@ class CountRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
     queues: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be counted."""
+        """Check the fields."""
         if (self.messages is None) == (self.text is None):
             raise InvalidRequest("Give either messages or a text.", param="messages")
         if self.messages is not None and not self.messages:
@@ -217,8 +217,8 @@ class DetokenizeRequest(Request, frozen=True, kw_only=True, omit_defaults=True, 
 class EmbedRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="embed"):
     """Texts, or lists of token ids, each to become one vector.
 
-    `dimensions` keeps that many of the first, for models that are made for it. `normalize` scales
-    each vector to length 1. `truncate` cuts what is longer than the context; it is refused without.
+    `dimensions` keeps only the first ones, for models that support it. `normalize` scales each
+    vector to length 1. `truncate` cuts inputs longer than the context, which are refused otherwise.
 
     Raises:
         InvalidRequest: there is no input, or one is empty.
@@ -233,7 +233,7 @@ class EmbedRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
     content_fields: ClassVar[frozenset[str]] = frozenset({"inputs"})
 
     def __post_init__(self) -> None:
-        """Refuse what has no vector."""
+        """Check the fields."""
         if not self.inputs or not all(self.inputs):
             raise InvalidRequest("An input is empty.", param="input")
         if self.dimensions is not None and self.dimensions < 1:
@@ -245,7 +245,7 @@ class EmbedRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
         return "embeddings"
 
     def cost(self) -> float:
-        """Estimate the tokens of all inputs."""
+        """Return an estimate of the tokens of all inputs."""
         return sum(map(_tokens, self.inputs))
 
     def content(self) -> Any:
@@ -254,10 +254,10 @@ class EmbedRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
 
 
 class RerankRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="rerank"):
-    """Documents to be put in the order in which they answer the query.
+    """Documents to be ranked by how well they answer the query.
 
-    `top_n` keeps that many of the best. `truncate` cuts documents that do not fit into the context
-    with the query; they are refused without.
+    `top_n` keeps only the best. `truncate` cuts documents that do not fit into the context with
+    the query, which are refused otherwise.
 
     Raises:
         InvalidRequest: the query is empty, or there are no documents.
@@ -272,7 +272,7 @@ class RerankRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag=
     content_fields: ClassVar[frozenset[str]] = frozenset({"query", "documents"})
 
     def __post_init__(self) -> None:
-        """Refuse what has no order."""
+        """Check the fields."""
         if not self.query:
             raise InvalidRequest("query is empty.", param="query")
         if not self.documents:
@@ -286,7 +286,7 @@ class RerankRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag=
         return "rerank"
 
     def cost(self) -> float:
-        """Estimate the tokens of all pairs of the query and a document."""
+        """Return an estimate of the tokens of all pairs of the query and a document."""
         return _tokens(self.query) * len(self.documents) + sum(map(_tokens, self.documents))
 
     def content(self) -> Any:
@@ -332,7 +332,7 @@ class ScoreRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
 AnyRequest = (
     GenerateRequest | EmbedRequest | RerankRequest | ScoreRequest | CountRequest | DetokenizeRequest
 )
-"""Every kind, as the wire between processes has to know them."""
+"""Every kind, for the messages between processes."""
 
 
 def _tokens(text: str | Sequence[int]) -> float:

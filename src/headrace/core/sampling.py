@@ -1,8 +1,8 @@
 """Sampling parameters: name, type, range and help, each declared once.
 
-The wire inherits `SamplingFields` and the command line makes its flags of it; a `Sampling` checks
-the ranges wherever it is built. An engine honours the names that it translates and no others (see
-`Capabilities.sampling`).
+The structs of the HTTP API inherit `SamplingFields` and the command line makes its flags of it;
+`Sampling` checks the ranges. An engine supports the fields that it lists in
+`Capabilities.sampling`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Range(NamedTuple):
 
 
 def _parameter(description: str, low: float, high: float, *, above: bool = False) -> Meta:
-    # Not Meta's own bounds: msgspec's error would not name the field as ours does.
+    # Not Meta's own bounds: the errors of msgspec do not name the field.
     return Meta(
         description=description,
         extra={"range": Range(low, high, above)},

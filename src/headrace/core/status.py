@@ -1,4 +1,4 @@
-"""How a set of models stands: what an operator sees of it."""
+"""The status of a set of models, for operators."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ EventKind = Literal[
 
 
 class Footprint(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model takes: bytes by device (`cpu`, `cuda:0`), and how that is known.
+    """The memory of a model: bytes by device (`cpu`, `cuda:0`), estimated or measured.
 
     `parts` are the terms of an estimate in bytes (`weights`, `kv_cache`, `overhead`). `load_s` is
-    how long it takes to load, in seconds. `context_length` and `max_running` are what it is for,
-    `engine` who would run it.
+    the time of a load in seconds. It holds for `context_length`, `max_running` and `engine`.
     """
 
     devices: dict[str, int]
@@ -45,9 +44,9 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Memory of a device in bytes. `budget` is what models may take, `booked` what they do.
+    """Memory of a device in bytes. `budget` is what models may take, `booked` what they take.
 
-    `free` is what the machine says is free now, for whoever takes it.
+    `free` is the free memory as the machine reports it.
     """
 
     name: str
@@ -71,9 +70,9 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One model. `until` and `last_used` are Unix time; `until` None is for ever.
+    """One model. `until` and `last_used` are Unix time; `until` None is without limit.
 
-    `progress` is what a load is at (`downloading`, `queued`, ...), with `done` of `total`.
+    `progress` is the stage of a load (`downloading`, `queued`, ...), with `done` of `total`.
     `restarts`, `evictions` and `continuations` count since the service started.
     """
 
@@ -119,9 +118,9 @@ class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What loading a model would need and do.
 
-    `fits` tells whether it can be loaded at all; `evict` are the models that would have to go
-    first. `largest_context` is how many tokens would fit into the whole budget, None if that is
-    not known. `reason` is a sentence for people, with the numbers.
+    `fits` is whether it can be loaded at all; `evict` are the models that would be evicted first.
+    `largest_context` is how many tokens would fit into the whole budget, None if unknown.
+    `reason` explains it, with the numbers.
     """
 
     model: str
@@ -136,7 +135,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
-    """What a reload has changed, by model; `needs_restart` are settings of the server itself."""
+    """The changes of a reload, by model; `needs_restart` are settings of the server itself."""
 
     added: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
@@ -145,7 +144,7 @@ class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PoolEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened to a model. `time` is Unix time."""
+    """An event of a model. `time` is Unix time."""
 
     time: float
     kind: EventKind

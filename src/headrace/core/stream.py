@@ -1,4 +1,4 @@
-"""What can be done with any stream of events."""
+"""Functions on streams of events: prime, collect, merge."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ E = TypeVar("E", bound=Event)
 
 
 class Mailbox(Generic[T]):
-    """Items for one reader on the loop; the reader waits only when there is nothing to read."""
+    """A queue for one reader on the same event loop, cheaper than asyncio.Queue."""
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
         self._reader: asyncio.Future[None] | None = None
 
     def put(self, item: T) -> None:
-        """Add an item, on the loop's own thread."""
+        """Add an item, on the thread of the event loop."""
         self._items.append(item)
         reader = self._reader
         if reader is not None and not reader.done():
@@ -51,15 +51,15 @@ class Mailbox(Generic[T]):
         return self._items.popleft()
 
     def __len__(self) -> int:
-        """How many items wait."""
+        """Return the number of unread items."""
         return len(self._items)
 
 
 class Primed:
     """A stream whose first event is being read; `first` is the future of that event.
 
-    `progress` is the latest that came before it.
-    Read `first`, then the rest of `stream`; call `aclose` in the end, whatever happened.
+    `progress` is the latest progress before it. Read `first`, then the rest of `stream`; call
+    `aclose` at the end in any case.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -68,12 +68,12 @@ class Primed:
         self.first: asyncio.Future[Event] = asyncio.ensure_future(self._first())
 
     async def settled(self, wait_s: float | None = None) -> bool:
-        """Wait for the first event or its failure; return whether either has come."""
+        """Wait for the first event or an error; return whether there is either."""
         await asyncio.wait({self.first}, timeout=wait_s)
         return self.first.done()
 
     async def aclose(self) -> None:
-        """Stop asking, and close the stream."""
+        """Cancel the read, and close the stream."""
         self.first.cancel()
         await asyncio.wait({self.first})
         if not self.first.cancelled():
@@ -88,15 +88,15 @@ class Primed:
                 self.progress = event
             raise GenerationFailed("The stream ended without an event.")
         finally:
-            # What is raised leads here, and would be held by what it leads to.
+            # An exception refers to this frame: without this it would be a reference cycle.
             del self
 
 
 async def prime(stream: Stream, wait_s: float | None = None) -> Primed:
-    """Pull the first delta before anything is promised.
+    """Read the first event of a stream, before a response is started.
 
-    A failure to load or to admit is raised here, while a status can still be chosen. When
-    nothing has come after `wait_s` seconds, the caller goes on without it.
+    An error of the load or the queue is raised here, while the status can still be chosen. After
+    `wait_s` seconds without an event the stream is returned as it is.
     """
     primed = Primed(stream)
     try:
@@ -110,11 +110,11 @@ async def prime(stream: Stream, wait_s: float | None = None) -> Primed:
 
 
 async def collect(stream: Stream) -> GenerateResult:
-    """Fold a stream into one result, and close it.
+    """Collect a stream into one result, and close it.
 
     Raises:
         GenerationFailed: the stream ended without a Finish.
-        HeadraceError: whatever the stream itself raises.
+        HeadraceError: raised by the stream.
     """
     parts: dict[int, list[Delta]] = {}
     try:
@@ -133,7 +133,7 @@ async def result(stream: Stream, kind: type[E]) -> tuple[E, Finish]:
 
     Raises:
         GenerationFailed: the stream ended without them.
-        HeadraceError: whatever the stream itself raises.
+        HeadraceError: raised by the stream.
     """
     answer: E | None = None
     try:
@@ -148,7 +148,7 @@ async def result(stream: Stream, kind: type[E]) -> tuple[E, Finish]:
 
 
 async def collect_vectors(stream: Stream) -> EmbedResult:
-    """Fold the stream of an EmbedRequest into one result, and close it; raises as `result`."""
+    """Collect the stream of an EmbedRequest into one result, and close it; raises as `result`."""
     made, finish = await result(stream, Vectors)
     return EmbedResult(
         vectors=made.vectors,
@@ -159,7 +159,7 @@ async def collect_vectors(stream: Stream) -> EmbedResult:
 
 
 async def collect_ranking(stream: Stream) -> RerankResult:
-    """Fold the stream of a RerankRequest into one result, and close it; raises as `result`."""
+    """Collect the stream of a RerankRequest into one result, and close it; raises as `result`."""
     ranked, finish = await result(stream, Ranking)
     return RerankResult(ranking=ranked.ranking, usage=finish.usage, metrics=finish.metrics)
 
@@ -198,7 +198,7 @@ def _choice(index: int, deltas: Sequence[Delta], finish: Finish) -> Choice:
 
 
 async def merge(streams: Sequence[Stream]) -> Stream:
-    """Yield the events of several streams as they come; the first failure ends them all."""
+    """Yield the events of several streams as they arrive; the first error ends them all."""
     pending = {asyncio.ensure_future(anext(stream, None)): stream for stream in streams}
     try:
         while pending:
@@ -214,7 +214,7 @@ async def merge(streams: Sequence[Stream]) -> Stream:
         if pending:
             await asyncio.wait(pending)
         for task in pending:
-            # Looked at, or asyncio would complain of a failure that nobody is there to read.
+            # Retrieved, or asyncio would log an exception that was never retrieved.
             _ = task.cancelled() or task.exception()
         for stream in streams:
             await stream.aclose()

@@ -19,8 +19,7 @@ from typing import Literal
 from pydantic import Field
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, OutOfMemory
-from headrace.core.events import TokenLogprob
-from headrace.core.floats import bytes_of
+from headrace.core.events import TokenLogprob, bytes_of
 from headrace.core.model import Capabilities
 from headrace.core.status import Footprint
 from headrace.engines import base

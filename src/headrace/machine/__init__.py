@@ -1,8 +1,13 @@
-"""What the machine is and how full and busy it is: system information, devices, a sampler."""
+"""The machine: system information, devices and their use, processes."""
 
 from headrace.machine.facts import SystemInfo, attributes, system
 from headrace.machine.hardware import HOST, Device, budgets, devices, host_memory
-from headrace.machine.process import die_with_parent, process_memory
+from headrace.machine.process import (
+    die_with_parent,
+    process_memory,
+    shorten_switch_interval,
+    tune_garbage_collection,
+)
 from headrace.machine.sampler import Measurement, Sampler
 
 __all__ = [
@@ -17,5 +22,7 @@ __all__ = [
     "die_with_parent",
     "host_memory",
     "process_memory",
+    "shorten_switch_interval",
     "system",
+    "tune_garbage_collection",
 ]

@@ -1,4 +1,4 @@
-"""The facts of the machine, and the same as attributes of telemetry."""
+"""SystemInfo: the facts of the machine, also as attributes of spans."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _TYPES = {"win32": "windows"}
 
 
 class SystemInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """The machine as it is logged when a worker starts, and as `doctor` shows it.
+    """The facts of the machine, for the log of a worker's start and for `doctor`.
 
-    `driver` and `cuda` are versions, of the GPUs' driver and of the CUDA that it is for; empty
-    without one. `libraries` are those of engines and of the service that are installed.
+    `driver` and `cuda` are versions of the GPU driver and of the CUDA that it supports; empty
+    without one. `libraries` are the installed ones of engines and the service.
     """
 
     os: str
@@ -74,12 +74,12 @@ Attribute = str | int | float | bool | tuple[str, ...]
 
 
 def attributes(info: SystemInfo) -> dict[str, Attribute]:
-    """Return the constant facts of the machine, under OpenTelemetry's names where it has any.
+    """Return the facts as attributes, with OpenTelemetry's names if it has any.
 
-    Memory is in bytes. GPUs are counted as the driver does.
+    Memory is in bytes. GPUs are numbered as by the driver.
     """
     first, *others = info.devices
-    known: dict[str, Attribute] = {
+    values: dict[str, Attribute] = {
         "os.type": info.os_type,
         "os.description": info.os,
         "host.arch": info.arch,
@@ -91,14 +91,14 @@ def attributes(info: SystemInfo) -> dict[str, Attribute]:
         "headrace.cpu.instruction_sets": info.instruction_sets,
         "headrace.memory": first.total,
     }
-    known |= {f"headrace.library.{name}": version for name, version in info.libraries.items()}
+    values |= {f"headrace.library.{name}": version for name, version in info.libraries.items()}
     if others:
-        known |= {"headrace.gpu.driver": info.driver, "headrace.gpu.cuda": info.cuda}
+        values |= {"headrace.gpu.driver": info.driver, "headrace.gpu.cuda": info.cuda}
     for number, gpu in enumerate(others):
-        known[f"headrace.gpu.{number}.name"] = gpu.name.partition(" ")[2]
-        known[f"headrace.gpu.{number}.memory"] = gpu.total
-        known[f"headrace.gpu.{number}.energy"] = gpu.energy
-    return known
+        values[f"headrace.gpu.{number}.name"] = gpu.name.partition(" ")[2]
+        values[f"headrace.gpu.{number}.memory"] = gpu.total
+        values[f"headrace.gpu.{number}.energy"] = gpu.energy
+    return values
 
 
 def _cpu() -> tuple[str, frozenset[str]]:

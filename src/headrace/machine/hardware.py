@@ -1,6 +1,6 @@
-"""The host and its GPUs: their memory, how busy they are, and how much of them models may take.
+"""The host and its GPUs: memory, utilization, and the memory budgets of models.
 
-GPUs are read through the driver's library; without it there are none.
+GPUs are read with the library of the driver; without it there are none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import psutil
 from headrace.core.errors import ConfigError
 
 HOST = "cpu"
-"""The key of the host's memory, beside `cuda:0` and its like."""
+"""The key of the host's memory; GPUs have `cuda:0` and so on."""
 
 _SHARES = {"cpu": 80, "cuda": 90}
 _AMOUNT = re.compile(r"(?:(?P<device>[^=]+)=)?(?P<number>\d+(?:\.\d+)?) ?(?P<unit>%|[a-z]+)", re.I)
@@ -35,9 +35,9 @@ _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 class Device(msgspec.Struct, frozen=True, kw_only=True):
     """Memory of the host or of one GPU, in bytes. `worker_used` is what one process holds.
 
-    The host's is that of the control group, where one has a limit: more is not available. `busy` is
-    from 0 to 1: of a GPU by all processes, of the host by one worker. `joules` counts
-    since the driver was loaded, `watts` are drawn now; None is what is not metered.
+    A limit of a control group replaces the host's total memory. `busy` is from 0 to 1: of a GPU by
+    all processes, of the host by one worker. `joules` counts since the driver was loaded, `watts`
+    is the current power; None is not metered.
     """
 
     name: str
@@ -56,32 +56,32 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def energy(self) -> str:
-        """How its energy is known: `counter`, `power` (of which it is the integral), `none`."""
+        """The source of its energy: `counter`, `power` (integrated over time), or `none`."""
         if self.joules is not None:
             return "counter"
         return "none" if self.watts is None else "power"
 
 
 def devices(pid: int | None = None) -> tuple[Device, ...]:
-    """Return the host memory and then every GPU, with what process `pid` holds of each."""
+    """Return the host and every GPU, with the memory that process `pid` holds of each."""
     process = psutil.Process(pid or os.getpid())
     return (host(process.memory_info().rss), *gpus({process.pid}))
 
 
 def host(worker_used: int, busy: float | None = None) -> Device:
-    """Return the host's memory, as far as this process could have it."""
+    """Return the host, with the memory that is available to this process."""
     total, free = _host()
     used = total - free
     return Device(name=HOST, kind="cpu", total=total, used=used, worker_used=worker_used, busy=busy)
 
 
 def host_memory() -> int:
-    """Return how many bytes of the host's memory this process could have at most."""
+    """Return how many bytes of the host's memory are available to this process at most."""
     return _host()[0]
 
 
 def _host() -> tuple[int, int]:
-    """Return the memory that this process could have at most, and what is free of it."""
+    """Return the total and the free memory that are available to this process."""
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
     for folder in _cgroups(_OWN_CGROUP):
@@ -94,16 +94,16 @@ def _host() -> tuple[int, int]:
 
 @cache
 def _cgroups(own: Path) -> tuple[Path, ...]:
-    """Return the folders of the control groups that this process is in, and of all above."""
+    """Return the folders of this process's control groups and of their parents."""
     folders: list[Path] = []
     with contextlib.suppress(OSError):
         for line in own.read_text(encoding="utf-8").splitlines():
-            _, controllers, place = line.split(":", 2)
+            _, controllers, group = line.split(":", 2)
             if controllers in ("", "memory"):
-                inner = Path(place.lstrip("/"))
-                tops = (_CGROUPS / "memory",) if controllers else (_CGROUPS, _CGROUPS / "unified")
-                folders += [top / part for top in tops for part in (inner, *inner.parents)]
-    # In a container the path can be the host's, of which only the top is to be seen.
+                inner = Path(group.lstrip("/"))
+                roots = (_CGROUPS / "memory",) if controllers else (_CGROUPS, _CGROUPS / "unified")
+                folders += [root / part for root in roots for part in (inner, *inner.parents)]
+    # In a container the path can be the host's, of which only the top is visible.
     files = ("memory.max", "memory.limit_in_bytes")
     return tuple(
         folder
@@ -114,13 +114,13 @@ def _cgroups(own: Path) -> tuple[Path, ...]:
 
 def _number(folder: Path, *files: str) -> int | None:
     for file in files:
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
+        with contextlib.suppress(OSError, ValueError):  # "max" is not a number: no limit
             return int((folder / file).read_text(encoding="ascii"))
     return None
 
 
 def _cached(folder: Path) -> int:
-    """Return how much of what a control group uses is pages of files that can go at once."""
+    """Return how much memory of a control group is page cache that can be freed at once."""
     stat: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
@@ -129,15 +129,15 @@ def _cached(folder: Path) -> int:
 
 
 def gpus(pids: Set[int], *, metered: bool = False) -> Iterator[Device]:
-    """Yield each GPU with what these processes hold of it, and how busy it is if `metered`."""
+    """Yield each GPU with the memory that the processes hold; with its meters if `metered`."""
     if nvml := _nvml():
-        # A driver that fails to answer takes nothing else with it.
+        # An error of the driver must not affect anything else.
         with contextlib.suppress(nvml.NVMLError):
             yield from _read(nvml, pids, metered=metered)
 
 
 def driver() -> tuple[str, str]:
-    """Return the version of the driver and of the CUDA that it is for; empty without one."""
+    """Return the versions of the driver and of the CUDA that it supports; empty without one."""
     nvml = _nvml()
     if nvml is None:
         return "", ""
@@ -150,7 +150,7 @@ def _read(nvml: Any, pids: Set[int], *, metered: bool) -> Iterator[Device]:
     for index in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        ours = (
+        held = (
             process.usedGpuMemory or 0
             for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)
             if process.pid in pids
@@ -160,14 +160,14 @@ def _read(nvml: Any, pids: Set[int], *, metered: bool) -> Iterator[Device]:
             kind="cuda",
             total=int(memory.total),
             used=int(memory.used),
-            worker_used=sum(ours),
+            worker_used=sum(held),
             **(_meters(nvml, handle) if metered else {}),
         )
 
 
 def _meters(nvml: Any, handle: Any) -> dict[str, float | None]:
     percent = _or_none(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-    # Volta and later count energy; older ones report the power they draw.
+    # Volta and later count energy; older GPUs report their power only.
     millijoules = _or_none(nvml, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
     milliwatts = _or_none(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(handle))
     return {
@@ -189,7 +189,7 @@ def _nvml() -> Any:
 
 @cache
 def _opened(pid: int) -> Any:
-    """Open the driver's library, once in each process; to look for it each time is expensive."""
+    """Open the library of the driver, once per process: searching for it is expensive."""
     import pynvml
 
     try:
@@ -206,7 +206,7 @@ def budgets(setting: Sequence[str], devices: Sequence[Device]) -> dict[str, int]
     Without any it is 80 % of the host and 90 % of a GPU.
 
     Raises:
-        ConfigError: an amount is not understood, or there is no such device, or not so much of it.
+        ConfigError: an amount is invalid or too large, or there is no such device.
     """
     totals = {device.key: device.total for device in devices}
     amounts = {device.key: device.total * _SHARES[device.kind] // 100 for device in devices}

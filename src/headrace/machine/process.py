@@ -1,9 +1,10 @@
-"""Processes: the memory of a process and its children, and their end."""
+"""Processes: the memory of a process and its children, its end, and settings of its interpreter."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def process_memory(pid: int) -> dict[str, int]:
-    """Return what a process and those it started hold now; nothing when it has gone.
+    """Return the memory of a process and its descendants, in bytes by device.
 
-    In bytes by device. Of the host it is the resident memory. Pages of a model's file are counted
-    in full, also when another process shares them: so the figure does not change with what else
-    is loaded.
+    It is empty when the process has ended. On the host it is the resident memory. Pages of a
+    model's file are counted in full even if another process shares them, so that the figure does
+    not depend on what else is loaded.
     """
     processes = family(pid)
     held = {HOST: resident(processes)}
@@ -31,7 +32,7 @@ def process_memory(pid: int) -> dict[str, int]:
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """Return a process and all that it started; some engines have processes of their own."""
+    """Return a process and all its descendants: some engines start processes of their own."""
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -39,7 +40,7 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def resident(processes: Sequence[psutil.Process]) -> int:
-    """Return the resident memory of processes, some of which may have gone."""
+    """Return the resident memory of processes, some of which may have ended."""
     total = 0
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -48,6 +49,25 @@ def resident(processes: Sequence[psutil.Process]) -> int:
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process as soon as its parent has ended (Linux only)."""
+    """Make the kernel kill this process as soon as its parent has ended (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def tune_garbage_collection() -> None:
+    """Exclude all present objects from garbage collection, and collect less often.
+
+    A full collection visits everything that was imported, and stops all streams while it runs:
+    for 145 ms at 512 streams.
+    """
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+
+
+def shorten_switch_interval() -> None:
+    """Make threads that run Python code switch after 0.5 ms.
+
+    With CPython's default of 5 ms, the event loop stopped for up to 30 ms while another thread
+    packed spans for a collector. Not for the process of an engine: openvino lost 3 % by it.
+    """
+    sys.setswitchinterval(0.0005)

@@ -1,4 +1,4 @@
-"""Samples the devices beside the requests: what each request used of them."""
+"""Sampler: measures the use of the devices by each request, in the background."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Look = Callable[[], Sequence[Device]]
 
 
 class DeviceReader:
-    """Reads the devices for this process and those it has started by now.
+    """Reads the devices for this process and its present children.
 
-    Not thread-safe: how busy the processors were is since the last call.
+    Not thread-safe: the processor load is measured since the last call.
     """
 
     def __init__(self) -> None:
-        # To look for children costs ten times as much as all the rest: engines start theirs first.
+        # Only once, as it costs ten times as much as all the rest: engines start theirs first.
         self._processes = [process for process in family(os.getpid()) if _is_own(process.pid)]
         self._pids = {process.pid for process in self._processes}
         self._before = time.monotonic(), self._cpu_s()
@@ -48,7 +48,7 @@ class DeviceReader:
 
 
 def _is_own(pid: int) -> bool:
-    # Other workers that this process has started, if it is no worker only, lead sessions.
+    # Worker processes that this process has started have sessions of their own.
     try:
         return os.getsid(pid) == os.getsid(0)
     except OSError:
@@ -56,13 +56,13 @@ def _is_own(pid: int) -> bool:
 
 
 def _processors() -> int:
-    """Return how many processors this process may use."""
+    """Return the number of processors that this process may use."""
     has_affinity = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 class _Reading(NamedTuple):
-    """A device at one moment, and its mean power since the last; None if it is not metered."""
+    """A device at one moment, and its mean power since the last sample, or None."""
 
     device: Device
     watts: float | None
@@ -77,7 +77,7 @@ class _Sample(NamedTuple):
 
 
 class _Sums:
-    """What one request has used of one device, up to the last sample."""
+    """The use of one device by one request, up to the last sample."""
 
     __slots__ = ("busy_peak", "busy_s", "joules", "samples", "used", "used_peak")
 
@@ -99,7 +99,7 @@ class Measurement:
             self._memory(reading.device)
 
     def add(self, sample: _Sample) -> None:
-        """Add a sample: power and load are those of the time since the last."""
+        """Add a sample: power and load are means since the last one."""
         seconds, share = sample.time - self._time, sample.share - self._share
         for device, watts in sample.readings:
             sums, busy = self._memory(device), device.busy or 0.0
@@ -109,7 +109,7 @@ class Measurement:
         self._time, self._share = sample.time, sample.share
 
     def finish(self, last: _Sample, now: float, share: float) -> tuple[DeviceUse, ...]:
-        """Return the use of the devices that are still there."""
+        """Return the use of the devices in the last sample."""
         self.result = tuple(self._use(*reading, now, share) for reading in last.readings)
         return self.result
 
@@ -124,7 +124,7 @@ class Measurement:
 
     def _use(self, device: Device, watts: float | None, now: float, share: float) -> DeviceUse:
         sums, sampled_s = self._sums[device.name], self._time - self._began
-        # Samples of less than half of the time say little.
+        # Samples of less than half of the duration are not significant.
         knows_busy = device.busy is not None and sampled_s > 0
         knows_busy = knows_busy and sampled_s >= (now - self._began) / 2
         joules = None
@@ -145,10 +145,10 @@ class Measurement:
 
 
 class Sampler:
-    """Samples the devices twice a second on its own thread while requests run.
+    """Samples the devices twice a second while requests run, on a thread.
 
-    Without any it samples each `idle_s` seconds. A GPU's energy is shared by the requests that
-    run here if this process holds memory of it, or if it is the engine's `device`.
+    While none runs it samples every `idle_s` seconds. The energy of a GPU is divided between the
+    running requests if this process holds memory of it, or if it is the engine's `device`.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Sampler:
         self._thread.start()
 
     def watch(self) -> Measurement:
-        """Begin to follow one request; costs no system call."""
+        """Start to measure a request, without a system call."""
         with self._lock:
             measurement = Measurement(self._advance(), self._share, self._last)
             self._running.add(measurement)
@@ -186,7 +186,7 @@ class Sampler:
         return measurement
 
     def release(self, measurement: Measurement) -> tuple[DeviceUse, ...]:
-        """Stop following, and return the use."""
+        """Stop measuring, and return the use."""
         with self._lock:
             if measurement.result is not None:
                 return measurement.result
@@ -201,7 +201,7 @@ class Sampler:
         self._thread.join()
 
     def sample(self) -> None:
-        """Read the devices once; for the thread, and for tests."""
+        """Read the devices once."""
         devices = tuple(self._look())
         with self._lock:
             now, before = self._advance(), {device.name: device for device in self.latest}
@@ -235,7 +235,7 @@ class Sampler:
         return now
 
     def _is_ours(self, device: Device, devices: Sequence[Device]) -> bool:
-        """Whether requests here use a GPU; a container may not see which process holds memory."""
+        """Whether requests here use a GPU; in a container its processes may be unknown."""
         if device.worker_used > 0 or self._device.partition(":")[0] != "cuda":
             return device.worker_used > 0
         gpus = [other for other in devices if other.kind == "cuda"]

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from headrace.core.errors import InvalidRequest, UnknownModel
-from headrace.core.paths import expanded
+from headrace.core.values import expanded
 from headrace.models.catalog import CATALOG
 from headrace.models.providers import PROVIDERS
 

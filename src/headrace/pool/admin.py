@@ -1,4 +1,4 @@
-"""What an operator can do to a pool while it serves."""
+"""PoolAdmin: changes to a pool while it serves."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from headrace.core.errors import (
     UnknownModel,
 )
 from headrace.core.model import ModelSpec, needs_new_worker
-from headrace.core.secrets import shown
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
+from headrace.core.values import masked_options
 from headrace.pool.entry import ModelEntry
-from headrace.pool.plan import plan_load
+from headrace.pool.memory import plan_load
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
 from headrace.pool.state import Remembered, StateFile
@@ -30,7 +30,7 @@ Specify = Callable[[str, Mapping[str, Any]], ModelSpec]
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """What a configuration asks for, read anew."""
+    """A configuration that was read again."""
 
     specs: tuple[ModelSpec, ...]
     rules: Rules
@@ -41,7 +41,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PoolAdmin:
-    """The Admin of a pool; what is done by hand is kept in a state file."""
+    """The Admin of a pool; changes are kept in a state file."""
 
     def __init__(
         self,
@@ -57,28 +57,28 @@ class PoolAdmin:
         self._state = state
         self._reread = reread
         self._drain_s = drain_s
-        self._by_hand: dict[str, Remembered] = {}
+        self._kept: dict[str, Remembered] = {}
         self._lock = asyncio.Lock()
 
     def restore(self) -> None:
-        """Do again what was done by hand before the service was last stopped.
+        """Apply the changes in the state file.
 
-        A setting that is not accepted any more is dropped, and the log says so.
+        Settings that are not accepted any more are dropped and logged.
         """
-        self._by_hand = dict(self._state.read())
-        for name, kept in tuple(self._by_hand.items()):
+        self._kept = dict(self._state.read())
+        for name, kept in tuple(self._kept.items()):
             try:
                 self._restore(name, kept)
             except HeadraceError as error:
                 self._forget(name, error)
 
     async def aclose(self) -> None:
-        """Close the pool, and leave the state to another service."""
+        """Close the pool, and unlock the state file."""
         await self.pool.aclose()
         self._state.close()
 
     def status(self) -> PoolStatus:
-        """Tell how all models and devices stand."""
+        """Return the status of all models and devices."""
         return PoolStatus(
             models=tuple(status_of(entry) for entry in self.pool.entries.values()),
             devices=self.pool.ledger.status(),
@@ -87,26 +87,26 @@ class PoolAdmin:
     async def load(self, model: str, changes: Mapping[str, Any] | None = None) -> ModelStatus:
         """Load a model, and wait for it; see `Admin`."""
         async with self._lock:
-            entry = await self._with(model, changes or {})
+            entry = await self._changed_entry(model, changes or {})
             entry.reset()
-            await self._keep(entry, loaded=True)
-        self._want(entry)
+            await self._store(entry, loaded=True)
+        self._begin_load(entry)
         try:
             await entry.ready_replica()
         except (RequestError, LoadFailed):
-            # A name that was mistyped, or a file that is no model, is not kept.
+            # A mistyped name, or a file that is not a model, is not kept.
             if entry.reference is not None and entry.info is None:
                 await self._drop(entry)
             raise
         return status_of(entry)
 
     async def unload(self, model: str) -> ModelStatus:
-        """Unload a model when its requests have ended; see `Admin`."""
+        """Unload a model after its requests have ended; see `Admin`."""
         async with self._lock:
             entry = self.pool.entry(model)
-            await self._keep(entry, loaded=False)
-        entry.unwant()
-        entry.refuse_waiters(Draining(f"{entry.spec.name} is being unloaded."))
+            await self._store(entry, loaded=False)
+        entry.clear_wanted()
+        entry.fail_load_waits(Draining(f"{entry.spec.name} is being unloaded."))
         await self._unload(entry)
         return status_of(entry)
 
@@ -124,12 +124,13 @@ class PoolAdmin:
         return status_of(entry)
 
     async def plan(self, model: str) -> Plan:
-        """Tell what a load would need and do; see `Admin`."""
+        """Return what a load would need and do; see `Admin`."""
+        loader = self.pool.loader
         try:
             entry = self.pool.entry(model)
         except UnknownModel:
-            return await plan_load(self.pool.loader, self._specify(model, {}))
-        return await plan_load(self.pool.loader, entry.spec, entry)
+            return await plan_load(loader.memory, loader.sizing, self._specify(model, {}))
+        return await plan_load(loader.memory, loader.sizing, entry.spec, entry)
 
     async def reload(self) -> Reloaded:
         """Apply a changed configuration; see `Admin`."""
@@ -138,10 +139,10 @@ class PoolAdmin:
             self._specify = wanted.specify
             self._drain_s = wanted.drain_s
             entries, pool = self.pool.entries, self.pool
-            specs = {spec.name: self._by(spec.name, spec) for spec in wanted.specs}
+            specs = {spec.name: self._with_changes(spec.name, spec) for spec in wanted.specs}
             for name, entry in entries.items():
                 if entry.reference is not None and name not in specs:
-                    specs[name] = self._by(entry.reference, entry.spec)
+                    specs[name] = self._with_changes(entry.reference, entry.spec)
             removed = tuple(name for name in entries if name not in specs)
             added = tuple(name for name in specs if name not in entries)
             changed = tuple(
@@ -149,8 +150,8 @@ class PoolAdmin:
                 for name, spec in specs.items()
                 if name in entries and entries[name].spec != spec
             )
-            pool.loader.keep_to(wanted.rules)
-            # In place: who sizes models reads the same budgets.
+            pool.loader.apply_rules(wanted.rules)
+            # In place: Sizing reads the same dictionary.
             pool.ledger.budgets.clear()
             pool.ledger.budgets.update(wanted.budgets)
             for name in removed:
@@ -158,7 +159,7 @@ class PoolAdmin:
             for name in added:
                 entry = pool.add(specs[name])
                 if entry.preload and entry.spec.enabled:
-                    pool.loader.want(entry, may_evict=False)
+                    pool.loader.ensure_loaded(entry, may_evict=False)
             for name in changed:
                 self._apply(entries[name], specs[name])
             pool.loader.memory.notify()
@@ -168,24 +169,24 @@ class PoolAdmin:
         )
 
     def events(self) -> AsyncGenerator[PoolEvent, None]:
-        """Yield what happens from now on."""
+        """Yield events from now on; see `Admin`."""
         return self.pool.events.subscribe()
 
     def _restore(self, name: str, kept: Remembered) -> None:
         entries = self.pool.entries
         if name not in entries:
             if kept.reference is None:
-                # The configuration has lost the model; what was done to it waits for its return.
+                # The model is not configured any more: its changes are kept until it is again.
                 return
             self._add(kept.reference, kept.changes)
-            self._by_hand[name] = kept
+            self._kept[name] = kept
         spec = self._specify(kept.reference or name, kept.changes)
         entries[name].apply(msgspec.structs.replace(spec, name=name))
         if kept.loaded is not None:
             entries[name].preload = kept.loaded
-        self.pool.name_all()
+        self.pool.rebuild_names()
 
-    async def _with(self, model: str, changes: Mapping[str, Any]) -> ModelEntry:
+    async def _changed_entry(self, model: str, changes: Mapping[str, Any]) -> ModelEntry:
         """Return a model, changed and enabled; it is added if it is not served yet."""
         try:
             entry = self.pool.entry(model)
@@ -209,46 +210,46 @@ class PoolAdmin:
         entry = self.pool.add(spec)
         entry.reference = reference
         kept = Remembered(reference=reference, changes=dict(changes), loaded=None)
-        self._by_hand[spec.name] = kept
+        self._kept[spec.name] = kept
         self.pool.events.publish("added", spec.name, reference=reference)
         return entry
 
     async def _change(self, entry: ModelEntry, changes: Mapping[str, Any]) -> None:
         name = entry.spec.name
-        kept = self._by_hand.get(name, Remembered())
+        kept = self._kept.get(name, Remembered())
         merged = {**kept.changes, **changes}
         spec = self._specify(entry.reference or name, merged)
-        self._by_hand[name] = msgspec.structs.replace(kept, changes=merged)
+        self._kept[name] = msgspec.structs.replace(kept, changes=merged)
         self._apply(entry, msgspec.structs.replace(spec, name=name))
         self.pool.events.publish("updated", name, changes=dict(changes))
-        await self._keep(entry)
+        await self._store(entry)
 
     def _apply(self, entry: ModelEntry, spec: ModelSpec) -> None:
         loader = self.pool.loader
-        was_up, anew = entry.is_ready, needs_new_worker(entry.spec, spec)
+        was_ready, needs_worker = entry.is_ready, needs_new_worker(entry.spec, spec)
         entry.apply(spec)
-        self.pool.name_all()
-        if anew:
+        self.pool.rebuild_names()
+        if needs_worker:
             entry.reset()
         if not spec.enabled:
             entry.refuse(Disabled(f"{spec.name} has been switched off."))
             for replica in entry.replicas:
                 loader.unload(entry, replica, "unloaded", self._drain_s)
-        elif was_up and anew:
-            self._want(entry)
+        elif was_ready and needs_worker:
+            self._begin_load(entry)
         elif entry.is_ready or entry.is_wanted:
-            loader.want(entry, may_evict=entry.is_wanted)
-        loader.let_go(entry)
+            loader.ensure_loaded(entry, may_evict=entry.is_wanted)
+        loader.unload_idle(entry)
 
-    def _want(self, entry: ModelEntry) -> None:
-        # Until it is there or has failed: who asked for it may have gone by then.
-        if not entry.stays:
-            entry.want()
-        self.pool.loader.want(entry)
+    def _begin_load(self, entry: ModelEntry) -> None:
+        # Until it is ready or has failed, even if the caller does not wait.
+        if not entry.has_lasting_replica:
+            entry.mark_wanted()
+        self.pool.loader.ensure_loaded(entry)
 
-    def _by(self, reference: str, spec: ModelSpec) -> ModelSpec:
-        """Return what a configured model is with what was changed by hand."""
-        kept = self._by_hand.get(spec.name)
+    def _with_changes(self, reference: str, spec: ModelSpec) -> ModelSpec:
+        """Return a specification with the kept changes."""
+        kept = self._kept.get(spec.name)
         if kept is None or not kept.changes:
             return spec
         try:
@@ -258,8 +259,8 @@ class PoolAdmin:
             return spec
 
     def _forget(self, name: str, error: HeadraceError) -> None:
-        # The configuration accepts it no longer; the rest is worth more than this.
-        del self._by_hand[name]
+        # The changes are not accepted any more: continue without them.
+        del self._kept[name]
         self.pool.events.publish("load_failed", name, error=error.message)
 
     async def _drop(self, entry: ModelEntry) -> None:
@@ -267,31 +268,31 @@ class PoolAdmin:
             name = entry.spec.name
             if self.pool.entries.get(name) is entry:
                 self.pool.remove(entry)
-                self._by_hand.pop(name, None)
-                await asyncio.to_thread(self._state.write, dict(self._by_hand))
+                self._kept.pop(name, None)
+                await asyncio.to_thread(self._state.write, dict(self._kept))
                 self.pool.events.publish("removed", name)
 
     async def _unload(self, entry: ModelEntry) -> None:
-        going = [
+        unloading = [
             self.pool.loader.unload(entry, replica, "unloaded", self._drain_s)
             for replica in entry.all_replicas()
         ]
-        if going:
-            await asyncio.wait(going)
+        if unloading:
+            await asyncio.wait(unloading)
 
-    async def _keep(self, entry: ModelEntry, *, loaded: bool | None = None) -> None:
-        kept = self._by_hand.get(entry.spec.name, Remembered())
+    async def _store(self, entry: ModelEntry, *, loaded: bool | None = None) -> None:
+        kept = self._kept.get(entry.spec.name, Remembered())
         if loaded is not None:
             kept = msgspec.structs.replace(kept, loaded=loaded)
-        self._by_hand[entry.spec.name] = kept
-        # Until it is on the disk, which may be slow.
-        await asyncio.to_thread(self._state.write, dict(self._by_hand))
+        self._kept[entry.spec.name] = kept
+        # On a thread: the disk may be slow.
+        await asyncio.to_thread(self._state.write, dict(self._kept))
 
 
 def status_of(entry: ModelEntry) -> ModelStatus:
-    """Tell how a model stands."""
+    """Return the status of a model."""
     spec, info = entry.spec, entry.info
-    footprint = next((one.footprint for one in entry.replicas if one.footprint), None)
+    footprint = next((replica.footprint for replica in entry.replicas if replica.footprint), None)
     stage = entry.stage
     return ModelStatus(
         id=spec.name,
@@ -308,7 +309,7 @@ def status_of(entry: ModelEntry) -> ModelStatus:
         keep_alive=spec.keep_alive,
         continuation=spec.continuation,
         estimated=footprint,
-        memory=_sum([one.memory for one in entry.all_replicas()]),
+        memory=_sum([replica.memory for replica in entry.all_replicas()]),
         running=entry.running,
         max_running=entry.slots or None,
         queued=len(entry.queue),
@@ -322,16 +323,16 @@ def status_of(entry: ModelEntry) -> ModelStatus:
         progress=stage[0] or None,
         done=stage[1],
         total=stage[2],
-        replicas=tuple(one.status() for one in entry.all_replicas()),
-        options=shown(spec.options),
+        replicas=tuple(replica.status() for replica in entry.all_replicas()),
+        options=masked_options(spec.options),
     )
 
 
 def _until(entry: ModelEntry) -> float | None:
-    up = [one.idle_since for one in entry.replicas if one.is_ready]
-    if not up or entry.keep_alive < 0 or entry.spec.pinned or entry.running:
+    idle = [replica.idle_since for replica in entry.replicas if replica.is_ready]
+    if not idle or entry.keep_alive < 0 or entry.spec.pinned or entry.running:
         return None
-    return entry.wall(max(up) + entry.keep_alive)
+    return entry.wall(max(idle) + entry.keep_alive)
 
 
 def _sum(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:

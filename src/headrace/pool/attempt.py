@@ -1,4 +1,4 @@
-"""One attempt at a request: its place in the queue, then its lease and the worker's stream."""
+"""Attempt: one attempt at a request, with its ticket, its lease and the worker's stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PROGRESS_S = 0.5
 
 
 class Attempt:
-    """A context manager that holds the place and the lease; what it holds is given back at exit."""
+    """A context manager that holds the ticket and the lease, and releases them at exit."""
 
     def __init__(
         self,
@@ -43,13 +43,13 @@ class Attempt:
         """Join the queue.
 
         Raises:
-            HeadraceError: the queue is full, or nothing is served.
+            HeadraceError: the queue is full, or the model is not served.
         """
         is_second = self._continuation.way is not None
         self._ticket = self._entry.join(self._continuation.request, priority=is_second)
         try:
             if not self.is_granted:
-                self._loader.want(self._entry)
+                self._loader.ensure_loaded(self._entry)
         except BaseException:
             self._entry.leave(self._ticket)
             raise
@@ -61,7 +61,7 @@ class Attempt:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the stream, and give the place or the slots back."""
+        """Close the stream, and release the ticket or the slots."""
         try:
             if self._stream is not None:
                 await self._stream.aclose()
@@ -69,21 +69,21 @@ class Attempt:
             if self._observing is not None:
                 self._observing.__exit__(kind, error, trace)
             self._entry.leave(self._ticket, self._tokens)
-            self._loader.released(self._entry)
+            self._loader.request_ended(self._entry)
 
     @property
     def is_granted(self) -> bool:
-        """Whether the request's turn has come, or its failure."""
+        """Whether the request has got a lease, or has failed."""
         return self._ticket.lease.done()
 
     async def wait(self) -> None:
-        """Wait a while for the turn.
+        """Wait a moment for the lease.
 
         Raises:
             QueueTimeout: the request's deadline has passed.
-            Loading: the load takes longer than the request waits for it.
+            Loading: the load takes longer than the request's `load_wait_s`.
         """
-        if (loading := self._entry.impatient(self._ticket)) is not None:
+        if (loading := self._entry.load_wait_error(self._ticket)) is not None:
             raise loading
         deadline, wait_s = self._ticket.request.deadline, _PROGRESS_S
         if deadline is not None:
@@ -98,7 +98,7 @@ class Attempt:
         """Return the worker's stream.
 
         Raises:
-            HeadraceError: why there is no lease.
+            HeadraceError: the request has failed in the queue.
         """
         worker = self._ticket.lease.result().worker
         request = self._continuation.start(self._ticket.load_s)

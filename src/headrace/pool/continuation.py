@@ -1,4 +1,4 @@
-"""Answers that outlive their worker: what the client has got, and how the rest can be had."""
+"""Continuation of answers after their worker has failed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _SURVIVED = (WorkerDied, GenerationFailed, OutOfMemory)
 
 
 class Diverged(Exception):
-    """The second answer does not begin as the first did."""
+    """The second answer does not begin like the first."""
 
 
 class _Sent:
-    """What the client has got of one choice, and how much of it has been repeated."""
+    """What was sent of one choice, and how much of it the second answer has repeated."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -53,10 +53,10 @@ class _Sent:
         return not (self._text or self._reasoning)
 
     def rest(self, delta: Delta) -> Delta:
-        """Return what of a delta is new.
+        """Return the new part of a delta.
 
         Raises:
-            Diverged: it is not what was sent before.
+            Diverged: the rest of it is not what was sent before.
         """
         text, self._text = _after(delta.text, self._text)
         reasoning, self._reasoning = _after(delta.reasoning, self._reasoning)
@@ -73,9 +73,9 @@ def _after(new: str, sent: str) -> tuple[str, str]:
 
 
 class Continuation:
-    """One answer as the client gets it, from one worker or from two.
+    """One answer as the client receives it, from one worker or from two.
 
-    `request` is what the next attempt asks. `way` is how the answer went on; None if it did not.
+    `request` is the request of the next attempt. `way` is how the answer was continued, or None.
     """
 
     def __init__(self, request: AnyRequest, policy: Policy, clock: Callable[[], float]) -> None:
@@ -93,7 +93,7 @@ class Continuation:
         self._first_error: EngineError | None = None
 
     def start(self, load_s: float) -> AnyRequest:
-        """Return what the worker is asked, now that the request has waited `load_s` for a load."""
+        """Return the request for the worker, after a wait of `load_s` for a load."""
         if self._load_s is None:
             self._load_s, self._turn_at = load_s, self._clock()
         if not self._load_s:
@@ -102,16 +102,16 @@ class Continuation:
         return msgspec.structs.replace(self.request, load_ms=load_ms)
 
     def retry(self, error: HeadraceError | Diverged, capabilities: Capabilities) -> Way:
-        """Prepare the second attempt after the first has failed; return how it goes on.
+        """Prepare the second attempt after the first has failed; return how it continues.
 
         Raises:
-            HeadraceError: the first error, where the answer cannot go on.
+            HeadraceError: the first error, if the answer cannot be continued.
         """
         if self._first_error is not None:
             first, self._first_error = self._first_error, None
             raise first from error
-        assert isinstance(error, HeadraceError), "only a second answer diverges"
-        way = self._way_on(error, capabilities) if isinstance(error, EngineError) else None
+        assert isinstance(error, HeadraceError), "only a second answer can diverge"
+        way = self._choose_way(error, capabilities) if isinstance(error, EngineError) else None
         if way is None or not isinstance(error, EngineError):
             raise error
         self._first_error, self.way = error, way
@@ -123,17 +123,17 @@ class Continuation:
         return way
 
     def new(self, event: Event) -> Event | None:
-        """Return what of an event the client has not got yet, and note that it has it now.
+        """Return the part of an event that was not sent yet, and record it as sent.
 
         Raises:
-            Diverged: the second answer is not as the first.
+            Diverged: the second answer differs from the first.
         """
         if type(event) is Delta:
             return self._new_delta(event)
         if isinstance(event, Finish):
             return self._finish(event)
         if not isinstance(event, Progress):
-            # The one event of another kind: it is not sent twice.
+            # An event with the whole result is not sent twice.
             was_sent, self._has_begun = self._has_begun, True
             return None if was_sent else event
         return event
@@ -152,10 +152,10 @@ class Continuation:
         return delta
 
     def _finish(self, finish: Finish) -> Finish:
-        """Return the Finish, which says whether and how the answer was continued.
+        """Return the Finish with the figures of the continuation.
 
         Raises:
-            Diverged: the second answer is shorter than what was sent of the first.
+            Diverged: the second answer is shorter than the sent part of the first.
         """
         if self.way is None:
             self.is_whole = True
@@ -165,12 +165,12 @@ class Continuation:
         self.is_whole, self._first_error = True, None
         changes = {"continuations": 1, "continued": self.way}
         if self._original.task == "generate":
-            changes |= self._felt(finish)
+            changes |= self._client_figures(finish)
         metrics = msgspec.structs.replace(finish.metrics, **changes)
         return msgspec.structs.replace(finish, metrics=metrics)
 
-    def _felt(self, finish: Finish) -> dict[str, float | None]:
-        """Return what the client felt: the first worker's turn, and the first text of all."""
+    def _client_figures(self, finish: Finish) -> dict[str, float | None]:
+        """Return the figures from the client's view: of the first worker and the first text."""
         received, load_s = self._original.received, self._load_s or 0.0
         visible = finish.metrics.time_to_first_token_ms
         if self._visible_at is not None:
@@ -180,22 +180,22 @@ class Continuation:
             "time_to_first_token_ms": visible,
         }
 
-    def _way_on(self, error: EngineError, capabilities: Capabilities) -> Way | None:
-        """Return how the answer can go on after its worker failed; None where it cannot.
+    def _choose_way(self, error: EngineError, capabilities: Capabilities) -> Way | None:
+        """Return how the answer can be continued after its worker has failed, or None.
 
-        Where nothing has been sent, or the engine repeats itself, the request is made again;
-        otherwise the tokens that were sent are the beginning of the second answer.
+        If nothing has been sent, or the engine repeats its answers, the request is repeated;
+        otherwise the second attempt continues after the tokens that were sent.
         """
         if self._policy == "off" or not isinstance(error, _SURVIVED):
             return None
         request = self._original
         if not self._has_begun or not isinstance(request, GenerateRequest):
             return "exact"
-        # A grammar, or one of several choices, cannot be resumed in the middle.
+        # A grammar, or one of several choices, cannot be resumed.
         simple = request.n == 1 and request.json_schema is None and not request.echo
         if self._policy == "fast" and simple and capabilities.resume:
             return "fast"
         sampling = request.sampling
         repeats = sampling.temperature == 0 or sampling.seed is not None
-        # Whether the engine really does is seen when the first part comes again.
+        # Whether it does is checked against the part that was sent.
         return "exact" if repeats else None

@@ -30,7 +30,7 @@ _serials = itertools.count()
 
 
 class ModelEntry:
-    """A served model. Requests join the queue; `grant` gives slots to those whose turn it is."""
+    """A served model. Requests join its queue; `grant` gives free slots to the next of them."""
 
     def __init__(self, spec: ModelSpec, clock: Callable[[], float]) -> None:
         self.spec = spec
@@ -50,7 +50,7 @@ class ModelEntry:
         self._failures = 0
         self._crashes: deque[float] = deque(maxlen=64)
         self._unready_since = clock()
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._load_waits: set[asyncio.Future[None]] = set()
         self.retired: set[Replica] = set()
         self.replicas = self._new_replicas(spec)
 
@@ -60,7 +60,7 @@ class ModelEntry:
 
     @property
     def state(self) -> State:
-        """The state of the model as a whole: that of its best replica."""
+        """The state of the model: that of its best replica."""
         states = {replica.state for replica in self.replicas}
         for state in ("ready", "loading", "draining"):
             if state in states:
@@ -71,12 +71,12 @@ class ModelEntry:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a replica is loaded, even if it takes no request now."""
+        """Whether a replica is loaded, even if it takes no requests now."""
         return any(replica.is_ready for replica in self.replicas)
 
     @property
-    def stays(self) -> bool:
-        """Whether a replica is loaded that is not about to be unloaded."""
+    def has_lasting_replica(self) -> bool:
+        """Whether a replica is loaded and is not being unloaded."""
         return any(replica.is_ready and replica.unloading is None for replica in self.replicas)
 
     @property
@@ -86,12 +86,12 @@ class ModelEntry:
 
     @property
     def stage(self) -> tuple[str, int, int]:
-        """What a load is doing, how much of it is done, and of how much."""
+        """The stage of a load, and how much of how much is done."""
         return next((replica.stage for replica in self.replicas if replica.loading), ("", 0, 0))
 
     @property
     def slots(self) -> int:
-        """How many requests run at once; what is expected, while nothing is loaded."""
+        """How many requests run at once; the expected number while nothing is loaded."""
         ready = [replica.max_running for replica in self.replicas if replica.is_ready]
         return (
             sum(ready)
@@ -109,16 +109,16 @@ class ModelEntry:
         return time.time() + at - self._clock()
 
     def all_replicas(self) -> Iterator[Replica]:
-        """Yield all replicas, including those that only finish what they have begun."""
+        """Yield all replicas, including retired ones that only finish their requests."""
         yield from self.replicas
         yield from self.retired
 
     def join(self, request: AnyRequest, *, priority: bool = False) -> Ticket:
-        """Queue a request. `priority` is for an answer that was cut off: first, and always taken.
+        """Queue a request. `priority` is for a second attempt: it goes first, and always fits.
 
         Raises:
-            Draining, Disabled: nothing is served.
-            LoadFailed: it has failed; with the time after which it is tried again, if it is.
+            Draining, Disabled: the model is not served.
+            LoadFailed: it has failed; with the time until the next attempt, if there is one.
             QueueFull: with the time after which there should be a place.
         """
         self.check()
@@ -135,10 +135,10 @@ class ModelEntry:
         return ticket
 
     def check(self) -> None:
-        """Refuse a request while nothing is served.
+        """Check that the model is served.
 
         Raises:
-            Draining, Disabled, LoadFailed: the reason.
+            Draining, Disabled, LoadFailed: it is not.
         """
         if self.draining:
             raise Draining(f"{self.spec.name} is stopping.")
@@ -147,47 +147,47 @@ class ModelEntry:
         wait_s = self.retry_at - self._clock()
         if self.failure is None or self.is_ready:
             return
-        if wait_s > 0 or self.has_given_up:
+        if wait_s > 0 or self.has_failed_for_good:
             raise LoadFailed(
                 f"{self.spec.name} has failed: {self.failure.message}",
-                retry_after_s=None if self.has_given_up else wait_s,
+                retry_after_s=None if self.has_failed_for_good else wait_s,
             )
 
     def retry_after_s(self) -> float:
-        """Return after how long a request that finds the queue full should come again."""
+        """Return after how many seconds a request that was refused should be sent again."""
         if not self.is_ready:
             return self.remaining_load_s() or _UNKNOWN_LOAD_S
         started = [lease.since for replica in self.replicas for lease in replica.leases]
         return self.forecast.retry_after_s(self._clock(), started)
 
     def remaining_load_s(self) -> float | None:
-        """Return how long the load will still take; None where that is unknown."""
-        known = [
+        """Return how long the load will still take; None if unknown."""
+        sized = [
             replica
             for replica in self.replicas
             if replica.footprint and replica.footprint.load_s is not None
         ]
-        if not known or known[0].footprint is None or known[0].footprint.load_s is None:
+        if not sized or sized[0].footprint is None or sized[0].footprint.load_s is None:
             return None
-        began = known[0].began if known[0].loading else 0.0
+        began = sized[0].began if sized[0].loading else 0.0
         elapsed = self._clock() - began if began else 0.0
-        return max(1.0, known[0].footprint.load_s - elapsed)
+        return max(1.0, sized[0].footprint.load_s - elapsed)
 
-    def impatient(self, ticket: Ticket) -> Loading | None:
-        """Return the error of a request that does not wait as long as the load will take."""
-        most = ticket.request.load_wait_s
-        if most is None or self.is_ready:
+    def load_wait_error(self, ticket: Ticket) -> Loading | None:
+        """Return the error for a request whose `load_wait_s` is less than the load will take."""
+        longest_s = ticket.request.load_wait_s
+        if longest_s is None or self.is_ready:
             return None
         remaining, waited = self.remaining_load_s() or 0.0, self._clock() - ticket.joined
-        if waited + remaining <= most:
+        if waited + remaining <= longest_s:
             return None
-        # The client comes again: the load is for it.
+        # The client will retry: the load is for its next request.
         wait_s = remaining or _UNKNOWN_LOAD_S
         self._wanted_until = self._clock() + 2 * wait_s + 60.0
         return Loading(f"{self.spec.name} is loading.", retry_after_s=wait_s)
 
     def grant(self) -> None:
-        """Give the free slots to those whose turn it is."""
+        """Give free slots to the next requests."""
         while (ticket := self.queue.next()) is not None:
             size = ticket.request.slots
             candidates = [replica.candidate(ticket.blocks) for replica in self.replicas]
@@ -206,7 +206,7 @@ class ModelEntry:
     def leave(self, ticket: Ticket, tokens: float | None = None) -> None:
         """Take a request out of the queue, or give its slots back. Idempotent.
 
-        `tokens` is what the request really took.
+        `tokens` is the real cost of the request.
         """
         self.queue.leave(ticket)
         if not ticket.lease.done():
@@ -225,81 +225,81 @@ class ModelEntry:
         self.grant()
 
     def progress(self) -> Progress:
-        """Return what a request in the queue waits for."""
+        """Return the progress event for a request in the queue."""
         if self.is_ready:
             return Progress("queued", 0, len(self.queue))
         _, done, total = self.stage
         return Progress("loading", done, total)
 
     async def ready_replica(self) -> Replica:
-        """Wait for a replica that is loaded and stays, whether it has a slot or not.
+        """Wait for a replica that is loaded and not being unloaded, with or without a free slot.
 
         Raises:
-            HeadraceError: why there will be none.
+            HeadraceError: the load failed or was refused.
         """
         while True:
             self.check()
             for replica in self.replicas:
                 if replica.is_ready and replica.unloading is None:
                     return replica
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.add(waiter)
+            ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._load_waits.add(ready)
             try:
-                await waiter
+                await ready
             finally:
-                self._waiters.discard(waiter)
+                self._load_waits.discard(ready)
 
     @property
     def is_wanted(self) -> bool:
-        """Whether a request or an operator waits for the model now."""
-        return bool(len(self.queue) or self._waiters) or self._clock() < self._wanted_until
+        """Whether a request or an operator waits for the model."""
+        return bool(len(self.queue) or self._load_waits) or self._clock() < self._wanted_until
 
-    def want(self) -> None:
-        """Keep the model wanted until it is ready or has failed, whoever still waits for it."""
+    def mark_wanted(self) -> None:
+        """Keep the model wanted until it is ready or has failed, even without waiting callers."""
         self._wanted_until = float("inf")
 
-    def unwant(self) -> None:
-        """Drop what `want` has said."""
+    def clear_wanted(self) -> None:
+        """Undo `mark_wanted`."""
         self._wanted_until = 0.0
 
     def became_ready(self) -> None:
-        """A replica is loaded: serve the queue."""
+        """Serve the queue, as a replica is loaded."""
         now = self._clock()
         for ticket in self.queue:
             ticket.load_s += now - max(ticket.joined, self._unready_since)
-        if not self.has_given_up:
+        if not self.has_failed_for_good:
             self.failure = None
-        self.unwant()
-        for waiter in self._waiters:
-            _settle(waiter)
+        self.clear_wanted()
+        for ready in self._load_waits:
+            _settle(ready)
         self.grant()
 
     def became_unready(self) -> None:
-        """No replica is loaded any more, unless one still is."""
+        """Note the time if no replica is loaded any more."""
         if not self.is_ready:
             self._unready_since = self._clock()
 
     def refuse(self, error: HeadraceError) -> None:
-        """Fail all that wait."""
+        """Fail all waiting requests."""
         for ticket in list(self.queue):
             self.queue.leave(ticket)
             if not ticket.lease.done():
                 ticket.lease.set_exception(error)
-        self.refuse_waiters(error)
+        self.fail_load_waits(error)
 
-    def refuse_waiters(self, error: HeadraceError) -> None:
-        """Fail those that wait for the load alone: operators, and requests that never queue."""
-        for waiter in self._waiters:
-            _settle(waiter, error)
+    def fail_load_waits(self, error: HeadraceError) -> None:
+        """Fail callers of `ready_replica`: operators, and requests that do not queue."""
+        for ready in self._load_waits:
+            _settle(ready, error)
 
     @property
-    def has_given_up(self) -> bool:
-        """Whether only a reset brings the model back."""
+    def has_failed_for_good(self) -> bool:
+        """Whether the model is loaded again only after a reset."""
         return self.retry_at == float("inf")
 
     def load_failed(self, error: HeadraceError, rules: Rules, *, counts: bool) -> None:
-        """Record a failed load. One that only found no memory leaves the model sound."""
-        self.unwant()
+        """Record a failed load. A lack of memory is not a failure of the model."""
+        self.clear_wanted()
         if isinstance(error, DoesNotFit):
             self.last_error = error.message
         else:
@@ -308,7 +308,7 @@ class ModelEntry:
     def failed(self, error: HeadraceError, rules: Rules, *, counts: bool = True) -> float:
         """Record a crash or a failed load; return after how many seconds to try again.
 
-        Infinity means not before a reset: too many of them within the window.
+        Infinity means not before a reset: there were too many within the window.
         """
         now = self._clock()
         self.failure, self.last_error = error, error.message
@@ -331,11 +331,11 @@ class ModelEntry:
         self.failed(error, rules)
 
     def restarting(self) -> None:
-        """Forget the failure itself, as a new worker is on its way; its count stays."""
+        """Clear the failure, as a new worker is started; the count of failures is kept."""
         self.failure = None
 
     def reset(self) -> None:
-        """Forget that it has failed."""
+        """Clear the failure and its history."""
         self.failure = None
         self.retry_at = self._wanted_until = 0.0
         self._failures = 0
@@ -348,14 +348,14 @@ class ModelEntry:
         if not needs_new_worker(old, spec):
             self._resize(spec)
             return [replica for replica in self.retired if replica.unloading is None]
-        gone, self.replicas = self.replicas, self._new_replicas(spec)
-        return self._retire(gone)
+        retiring, self.replicas = self.replicas, self._new_replicas(spec)
+        return self._retire(retiring)
 
     def retire(self) -> None:
-        """Serve the model no more: what runs may end."""
+        """Stop serving the model; running requests continue."""
         self.draining = True
-        gone, self.replicas = self.replicas, []
-        self._retire(gone)
+        retiring, self.replicas = self.replicas, []
+        self._retire(retiring)
 
     def _resize(self, spec: ModelSpec) -> None:
         self._retire(self.replicas[spec.replicas :])
@@ -364,12 +364,12 @@ class ModelEntry:
             replica.configure(spec)
         self.replicas += self._new_replicas(spec)[len(self.replicas) :]
 
-    def _retire(self, gone: list[Replica]) -> list[Replica]:
-        for replica in gone:
+    def _retire(self, retiring: list[Replica]) -> list[Replica]:
+        for replica in retiring:
             replica.close(_RETIRED)
             self.retired.add(replica)
         self.became_unready()
-        return gone
+        return retiring
 
     def _new_replicas(self, spec: ModelSpec) -> list[Replica]:
         return [
@@ -377,7 +377,7 @@ class ModelEntry:
         ]
 
     def _capacity(self) -> int:
-        """Return how many requests may wait, the one that is about to join among them."""
+        """Return how many requests may wait, including the one that is about to join."""
         if self.is_ready:
             free = max((replica.candidate(()).free for replica in self.replicas), default=0)
             served_at_once = not len(self.queue) and free > 0
@@ -385,10 +385,10 @@ class ModelEntry:
         return self.spec.max_queued + max(1, self.slots)
 
 
-def _settle(waiter: asyncio.Future[None], error: HeadraceError | None = None) -> None:
-    if waiter.done():
+def _settle(ready: asyncio.Future[None], error: HeadraceError | None = None) -> None:
+    if ready.done():
         return
     if error is None:
-        waiter.set_result(None)
+        ready.set_result(None)
     else:
-        waiter.set_exception(error)
+        ready.set_exception(error)

@@ -18,7 +18,7 @@ _WARNINGS: frozenset[EventKind] = frozenset({"load_failed", "died", "failed", "c
 
 
 class EventBus:
-    """Publishes events to any number of subscribers; a slow one loses the oldest."""
+    """Publishes events to any number of subscribers; slow ones lose the oldest events."""
 
     def __init__(self) -> None:
         self._subscribers: set[_Subscriber] = set()
@@ -33,13 +33,13 @@ class EventBus:
             subscriber.put(event)
 
     def close(self) -> None:
-        """End all subscriptions, after what has been published."""
+        """End all subscriptions, after the events published so far."""
         self._closed = True
         for subscriber in self._subscribers:
             subscriber.put(None)
 
     async def subscribe(self) -> AsyncGenerator[PoolEvent, None]:
-        """Yield what is published from now on, until the pool is closed."""
+        """Yield events from now on, until the pool is closed."""
         subscriber = _Subscriber()
         self._subscribers.add(subscriber)
         try:

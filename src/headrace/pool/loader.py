@@ -1,4 +1,4 @@
-"""Brings models into memory and takes them out again: in order, within the budgets."""
+"""Loader: loads and unloads the models of a pool, within the budgets of memory."""
 
 from __future__ import annotations
 
@@ -19,52 +19,32 @@ from headrace.core.model import ModelSpec
 from headrace.core.status import EventKind, Footprint
 from headrace.pool.entry import ModelEntry
 from headrace.pool.events import EventBus
-from headrace.pool.memory import Ledger, MemoryQueue, Unwanted
+from headrace.pool.memory import Ledger, MemoryQueue, Sizing, Unwanted
 from headrace.pool.observer import NullObserver, Observer
 from headrace.pool.policy import Rules
-from headrace.pool.replica import OnProgress, OpenWorker, PooledWorker, Replica
+from headrace.pool.replica import OpenWorker, PooledWorker, Replica
 
 log = logging.getLogger("headrace.pool")
 
 _HOUSEKEEPING_S = 0.5
 
 
-class Sizing(Protocol):
-    """Knows what models take. Blocking; called on threads."""
-
-    def footprint(self, spec: ModelSpec, on_progress: OnProgress) -> Footprint:
-        """Return what a load needs; finds the model, and fetches it if it has to.
-
-        Raises:
-            HeadraceError: there is no such model, or nothing can run it.
-        """
-        ...
-
-    def remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
-        """Keep what a load took."""
-        ...
-
-    def largest_context(self, spec: ModelSpec, budgets: dict[str, int]) -> int | None:
-        """Return how many tokens of context would fit into the whole budgets, if that is known."""
-        ...
-
-
 class KeepWarm(Protocol):
-    """Keeps a process ahead of the next load."""
+    """Keeps a process started ahead of the next load."""
 
     def keep(self, wanted: bool) -> None:
-        """Have one or have none. Returns at once."""
+        """Start the process or end it, without waiting."""
         ...
 
     async def aclose(self) -> None:
-        """Have none."""
+        """End the process, and wait for it."""
         ...
 
 
 class Loader:
-    """Keeps the models of a pool in memory.
+    """Loads and unloads the models of a pool.
 
-    `warm` is kept while something may be loaded; `observer` observes each load.
+    `warm` is kept while a load is possible; `observer` observes each load.
     """
 
     warm: KeepWarm | None = None
@@ -91,36 +71,36 @@ class Loader:
         self._housekeeper: asyncio.Task[None] | None = None
         self._closing = False
 
-    def keep_to(self, rules: Rules) -> None:
-        """Keep to other rules from now on; what loads already is not counted again."""
+    def apply_rules(self, rules: Rules) -> None:
+        """Apply changed rules; loads that have started do not count for a new `max_loading`."""
         if rules.max_loading != self.memory.rules.max_loading:
             self._loading = asyncio.Semaphore(rules.max_loading)
         self.memory.rules = rules
 
     def start(self) -> None:
-        """Begin to keep house. Idempotent."""
+        """Start housekeeping. Idempotent."""
         if self._housekeeper is None:
             self._housekeeper = asyncio.create_task(self._housekeep(), name="pool housekeeping")
 
-    def want(self, entry: ModelEntry, *, may_evict: bool = True) -> None:
-        """See to it that the model becomes ready. Idempotent.
+    def ensure_loaded(self, entry: ModelEntry, *, may_evict: bool = True) -> None:
+        """Start to load the replicas that are not loaded. Idempotent.
 
-        The first replica may push others out; further ones come where there is room.
+        The load of the first one may evict other models; the others need free memory.
         """
         if self._closing or not entry.spec.enabled:
             return
-        if entry.has_given_up:
+        if entry.has_failed_for_good:
             if not entry.is_ready and entry.failure is not None:
                 entry.refuse(LoadFailed(f"{entry.spec.name} has failed: {entry.failure.message}"))
             return
         self.start()
-        # No other model has to go for the sake of a second replica.
+        # No other model is evicted for a second replica.
         may_evict = may_evict and not entry.is_ready
-        for place, replica in enumerate(entry.replicas):
-            # One that is being unloaded comes back by itself if it is wanted then; one that has
-            # died, when its watch has seen it.
+        for number, replica in enumerate(entry.replicas):
+            # A replica that is being unloaded is loaded again afterwards if it is wanted then; one
+            # that has died, when `_watch` has noticed it.
             if replica.is_empty:
-                work = self._bring(entry, replica, may_evict=may_evict and not place)
+                work = self._run_load(entry, replica, may_evict=may_evict and not number)
                 replica.begin_loading(self._task(work, f"load {replica.key}"))
 
     def unload(
@@ -137,13 +117,13 @@ class Loader:
         replica.begin_unloading(task)
         return task
 
-    def released(self, entry: ModelEntry) -> None:
-        """Look whether a model that has answered is to go."""
+    def request_ended(self, entry: ModelEntry) -> None:
+        """Unload a model if it is not needed after this request."""
         self.memory.notify()
-        self.let_go(entry)
+        self.unload_idle(entry)
 
-    def let_go(self, entry: ModelEntry) -> None:
-        """Unload what only ended its requests, and what nobody has used for long enough."""
+    def unload_idle(self, entry: ModelEntry) -> None:
+        """Unload retired replicas without requests, and replicas idle for `keep_alive`."""
         for replica in tuple(entry.retired):
             if not replica.leases and replica.unloading is None:
                 self.unload(entry, replica, "unloaded")
@@ -154,8 +134,8 @@ class Loader:
             if idle and self._clock() - replica.idle_since >= entry.keep_alive:
                 self.unload(entry, replica, "expired")
 
-    def give_up(self) -> None:
-        """Begin no load any more, and end those under way."""
+    def stop_loading(self) -> None:
+        """Start no more loads, and cancel those in progress."""
         self._closing = True
         for entry in self._entries():
             for replica in entry.replicas:
@@ -163,15 +143,15 @@ class Loader:
                     self.unload(entry, replica, "unloaded")
 
     async def aclose(self) -> None:
-        """Give up all loads and unload everything."""
-        self.give_up()
-        going: list[asyncio.Task[None]] = []
+        """Cancel all loads and unload everything."""
+        self.stop_loading()
+        unloading: list[asyncio.Task[None]] = []
         for entry in self._entries():
             for replica in entry.all_replicas():
-                replica.hurry()
-                going.append(self.unload(entry, replica, "unloaded"))
-        if going:
-            await asyncio.wait(going)
+                replica.stop_draining()
+                unloading.append(self.unload(entry, replica, "unloaded"))
+        if unloading:
+            await asyncio.wait(unloading)
         if self._housekeeper is not None:
             self._housekeeper.cancel()
         if self.warm is not None:
@@ -181,18 +161,18 @@ class Loader:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _bring(self, entry: ModelEntry, replica: Replica, *, may_evict: bool) -> None:
+    async def _run_load(self, entry: ModelEntry, replica: Replica, *, may_evict: bool) -> None:
         again = False
         try:
             await asyncio.sleep(max(0.0, min(entry.retry_at - self._clock(), 60.0)))
             await self._load(entry, replica, may_evict=may_evict)
         except Unwanted:
-            # Somebody may have come while it was looked at; for him others may be pushed out.
+            # A request that has arrived since may evict others.
             again = replica in entry.replicas[:1] and entry.is_wanted and not entry.is_ready
         except HeadraceError as error:
             again = self._load_failed(entry, replica, error)
         except Exception as error:
-            # Whatever a source or a library raises: those who wait must hear of it.
+            # A source or a library can raise anything: the waiting requests must fail.
             wrapped = LoadFailed(f"{entry.spec.name} could not be loaded.", detail=repr(error))
             self._load_failed(entry, replica, wrapped)
             raise
@@ -200,23 +180,23 @@ class Loader:
             replica.loading_ended()
             self.memory.notify()
         if again:
-            self.want(entry)
+            self.ensure_loaded(entry)
 
     def _load_failed(self, entry: ModelEntry, replica: Replica, error: HeadraceError) -> bool:
-        """Tell everybody; return whether it is tried again unasked."""
+        """Record a failed load and fail the requests; return whether to load again at once."""
         broken = isinstance(error, LoadFailed | WorkerDied | OutOfMemory)
-        known = entry.restarts > 0 and broken and replica.footprint is not None
+        has_served = entry.restarts > 0 and broken and replica.footprint is not None
         if isinstance(error, Draining):
             entry.refuse(error)
             return False
         entry.load_failed(error, self.memory.rules, counts=broken)
         self._publish("load_failed", entry, replica, error=error.message, detail=error.detail)
-        if entry.has_given_up:
+        if entry.has_failed_for_good:
             self._publish("failed", entry, replica, error=error.message)
         if not entry.is_ready:
             entry.refuse(error)
-        # One that has served comes back by itself; one that never has waits to be asked.
-        return known and not entry.has_given_up
+        # A model that has served is loaded again; one that never has, at the next request.
+        return has_served and not entry.has_failed_for_good
 
     async def _load(self, entry: ModelEntry, replica: Replica, *, may_evict: bool) -> None:
         replica.starting()
@@ -241,8 +221,8 @@ class Loader:
             async with self.observer.loading(worker, replica.spec):
                 await worker.start()
             load_s = self._clock() - began
-            # What has died since its load holds nothing; its watch will see to it.
-            # What cannot be seen of a device, as in a container, is as it was estimated.
+            # A worker that has died since has no memory; `_watch` handles its end. A device that
+            # cannot be measured, as in a container, counts as estimated.
             measured = {**need.devices, **await worker.memory()}
         except BaseException:
             await worker.aclose()
@@ -255,7 +235,7 @@ class Loader:
         self._task(self._remember(replica.spec, dict(measured), load_s), "remember")
 
     async def _remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
-        # A full disk takes nothing from those who are served.
+        # A full disk must not affect requests.
         with contextlib.suppress(OSError):
             await asyncio.to_thread(self.sizing.remember, spec, devices, load_s)
 
@@ -270,7 +250,7 @@ class Loader:
         if load is not None:
             load.cancel()
             await asyncio.wait({load})
-        was_up, worker, held = replica.is_ready, replica.worker, dict(replica.memory)
+        was_ready, worker, held = replica.is_ready, replica.worker, dict(replica.memory)
         try:
             if worker is not None:
                 with contextlib.suppress(TimeoutError):
@@ -278,17 +258,17 @@ class Loader:
                         await replica.idle()
                 await worker.aclose()
         finally:
-            # Whatever went wrong: the place is free for the next load.
+            # Even after an error the replica is free for the next load.
             self.memory.ledger.release(replica.key)
             replica.unloaded()
             entry.retired.discard(replica)
             entry.became_unready()
-        if was_up:
+        if was_ready:
             self._publish(why, entry, replica)
             self._task(self._remember(replica.spec, held, replica.load_s), "remember")
         self.memory.notify()
         if entry.is_wanted and not entry.draining:
-            self.want(entry)
+            self.ensure_loaded(entry)
 
     async def _watch(self, entry: ModelEntry, replica: Replica, worker: PooledWorker) -> None:
         await worker.died.wait()
@@ -301,13 +281,13 @@ class Loader:
         entry.became_unready()
         entry.crashed(WorkerDied(reason), self.memory.rules, up_s=up_s)
         self._publish("died", entry, replica, reason=reason)
-        if entry.has_given_up:
+        if entry.has_failed_for_good:
             self._publish("failed", entry, replica, error=reason)
             if not entry.is_ready:
                 entry.refuse(LoadFailed(f"{entry.spec.name} has failed: {reason}"))
         elif replica in entry.replicas:
             entry.restarting()
-            self.want(entry)
+            self.ensure_loaded(entry)
         else:
             entry.retired.discard(replica)
         self.memory.notify()
@@ -317,24 +297,25 @@ class Loader:
         while True:
             await asyncio.sleep(_HOUSEKEEPING_S)
             for entry in tuple(self._entries()):
-                self.let_go(entry)
+                self.unload_idle(entry)
                 for replica in entry.all_replicas():
-                    self._measure(replica)
-            self._trim()
-            self._look_ahead()
+                    self._update_memory(replica)
+            self._evict_excess()
+            self._prepare_warm_process()
 
-    def _look_ahead(self) -> None:
-        """Have a process ready for the next load, if there can be one."""
-        places = [one for entry in self._entries() if entry.spec.enabled for one in entry.replicas]
-        if not any(place.loading for place in places):
-            self._keep_warm(any(place.worker is None and not _is_remote(place) for place in places))
+    def _prepare_warm_process(self) -> None:
+        """Keep a process ready while a load is possible."""
+        enabled = [entry for entry in self._entries() if entry.spec.enabled]
+        replicas = [replica for entry in enabled for replica in entry.replicas]
+        if not any(replica.loading for replica in replicas):
+            self._keep_warm(any(r.worker is None and not _is_remote(r) for r in replicas))
 
     def _keep_warm(self, wanted: bool) -> None:
         if self.warm is not None:
             self.warm.keep(wanted and self.memory.rules.spare and not self._closing)
 
-    def _measure(self, replica: Replica) -> None:
-        """Follow a process that has grown; what it gave back it may take again."""
+    def _update_memory(self, replica: Replica) -> None:
+        """Raise the booking of a process that has grown; it is never lowered."""
         if not replica.is_ready or replica.worker is None:
             return
         now = replica.worker.models()[0].memory or 0
@@ -342,7 +323,7 @@ class Loader:
             replica.grown({**replica.memory, "cpu": now})
             self.memory.ledger.settle(replica.key, replica.memory)
 
-    def _trim(self) -> None:
+    def _evict_excess(self) -> None:
         for entry, replica in self.memory.excessive():
             self._evict(entry, replica, by="the budget")
 

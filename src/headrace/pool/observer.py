@@ -1,7 +1,7 @@
-"""What a pool reports of its work: requests, the attempts at each, and loads.
+"""The observer interface of a pool: requests, their attempts, and loads.
 
-An observer is called where the events pass anyway: a generator around each stream would cost more
-than all that an observer does.
+The pool calls an observer for each event: a generator around each stream would cost more than the
+work of an observer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from headrace.core.request import AnyRequest
 
 
 class AttemptObservation(Protocol):
-    """One worker's attempt at a request; `request` is what the worker is to be asked."""
+    """One worker's attempt at a request; `request` is the request for the worker."""
 
     request: AnyRequest
 
@@ -27,7 +27,7 @@ class AttemptObservation(Protocol):
 
 
 class Observation(Protocol):
-    """A request that is observed; `request` is what is to be asked on its behalf."""
+    """A request that is observed; `request` replaces the original."""
 
     request: AnyRequest
 
@@ -38,15 +38,15 @@ class Observation(Protocol):
     def attempt(
         self, request: AnyRequest, worker: Backend, spec: ModelSpec
     ) -> AbstractContextManager[AttemptObservation]:
-        """Observe one worker's attempt. What is raised within is how it ended."""
+        """Observe one worker's attempt. An exception within the context is its failure."""
         ...
 
 
 class Observer(Protocol):
-    """Observes a pool. What is raised within a context is how a request or a load ended."""
+    """Observes a pool. An exception within a context is the failure of the request or load."""
 
     def observe(self, request: AnyRequest) -> AbstractContextManager[Observation]:
-        """Observe a request, which reports each of its events."""
+        """Observe a request; the pool reports each of its events."""
         ...
 
     def loading(self, worker: Backend, spec: ModelSpec) -> AbstractAsyncContextManager[None]:
@@ -54,7 +54,7 @@ class Observer(Protocol):
         ...
 
     def closed(self) -> None:
-        """End what is open: the pool is closed, and streams that are not read get no end."""
+        """End all open observations: the pool is closed, and unread streams will not end."""
         ...
 
 

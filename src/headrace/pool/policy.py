@@ -1,4 +1,4 @@
-"""Decisions of the pool as functions of their arguments: who goes, who waits, who answers."""
+"""The decisions of the pool as pure functions: evictions, waits, the choice of a replica."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import msgspec
 
 from headrace.config.tree import Rules
 
-_SECOND_THOUGHTS_S = 0.001
+_MIN_WAIT_S = 0.001
 
 
 class Resident(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker that is loaded, or `loading` and busy. Times are in seconds, sizes in bytes."""
+    """A worker that is loaded, or that is `loading` and busy. Times in seconds, sizes in bytes."""
 
     key: str
     devices: Mapping[str, int]
@@ -25,19 +25,19 @@ class Resident(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fits(msgspec.Struct, frozen=True):
-    """There is room."""
+    """There is enough free memory."""
 
 
 class Evict(msgspec.Struct, frozen=True):
-    """There is, once these have gone. All of them are idle."""
+    """There is enough once these are unloaded. All of them are idle."""
 
     keys: tuple[str, ...]
 
 
 class Wait(msgspec.Struct, frozen=True):
-    """Not now; look again when something has changed, or at `until`.
+    """Not now; decide again after a change, or at `until`.
 
-    `close` are those that take no new request from now on, so that they become idle.
+    `close` are replicas that take no new requests from now on, so that they become idle.
     """
 
     until: float | None = None
@@ -45,7 +45,7 @@ class Wait(msgspec.Struct, frozen=True):
 
 
 class Never(msgspec.Struct, frozen=True):
-    """There will be none; `device` is where it lacks, `missing` how many bytes."""
+    """There can never be enough: `device` lacks `missing` bytes."""
 
     device: str
     missing: int
@@ -63,34 +63,37 @@ def make_room(
     now: float,
     rules: Rules,
 ) -> Decision:
-    """Decide how `need` bytes by device can be had, where `free` bytes are free now.
+    """Decide how to get `need` bytes by device, while `free` bytes are free.
 
-    Idle models go first whose idle time is long against the time that loading them again takes.
+    Models are evicted first whose idle time is long compared to their load time.
     """
-    short = _short(need, free)
+    short = _shortfall(need, free)
     if not short:
         return Fits()
-    movable = [one for one in residents if not one.pinned]
-    if (never := _never(short, movable)) is not None:
+    movable = [resident for resident in residents if not resident.pinned]
+    if (never := _check_possible(short, movable)) is not None:
         return never
     patient = waited_s < rules.longest_wait_s
-    idle = [one for one in movable if not one.busy]
-    ready = [one for one in idle if not patient or _free_at(one, rules) <= now]
-    chosen = _enough(short, sorted(ready, key=lambda one: _worth(one, now)))
-    if chosen is not None:
-        return Evict(tuple(one.key for one in chosen))
+    idle = [resident for resident in movable if not resident.busy]
+    ready = [resident for resident in idle if not patient or _evictable_at(resident, rules) <= now]
+    selected = _select(short, sorted(ready, key=lambda resident: _reload_cost(resident, now)))
+    if selected is not None:
+        return Evict(tuple(resident.key for resident in selected))
     if patient:
-        times = [_free_at(one, rules) for one in idle if one not in ready]
+        times = [_evictable_at(resident, rules) for resident in idle if resident not in ready]
         times.append(now + rules.longest_wait_s - waited_s)
-        return Wait(max(min(times), now + _SECOND_THOUGHTS_S))
-    # Somebody has waited for long enough: those in the way serve whom they have, and then go.
-    # Not before they serve anybody, or all would be loaded in turn and nobody answered.
-    loaded = [one for one in movable if not one.loading]
-    going = _enough(short, sorted(loaded, key=lambda one: (one.busy, _worth(one, now))))
-    return Wait(close=tuple(one.key for one in going or ()))
+        return Wait(max(min(times), now + _MIN_WAIT_S))
+    # The load has waited long enough: models in its way finish their requests and are unloaded.
+    # Not while they load: models would evict each other before they have served a request.
+    loaded = sorted(
+        (resident for resident in movable if not resident.loading),
+        key=lambda resident: (resident.busy, _reload_cost(resident, now)),
+    )
+    closing = _select(short, loaded)
+    return Wait(close=tuple(resident.key for resident in closing or ()))
 
 
-def _short(need: Mapping[str, int], free: Mapping[str, int]) -> dict[str, int]:
+def _shortfall(need: Mapping[str, int], free: Mapping[str, int]) -> dict[str, int]:
     return {
         device: amount - free.get(device, 0)
         for device, amount in need.items()
@@ -98,53 +101,54 @@ def _short(need: Mapping[str, int], free: Mapping[str, int]) -> dict[str, int]:
     }
 
 
-def _never(short: Mapping[str, int], movable: Sequence[Resident]) -> Never | None:
+def _check_possible(short: Mapping[str, int], movable: Sequence[Resident]) -> Never | None:
     for device, missing in short.items():
-        most = sum(one.devices.get(device, 0) for one in movable)
-        if missing > most:
-            return Never(device, missing - most)
+        total = sum(resident.devices.get(device, 0) for resident in movable)
+        if missing > total:
+            return Never(device, missing - total)
     return None
 
 
-def _free_at(one: Resident, rules: Rules) -> float:
-    return one.loaded_at + max(rules.min_residence_s, one.load_s)
+def _evictable_at(resident: Resident, rules: Rules) -> float:
+    return resident.loaded_at + max(rules.min_residence_s, resident.load_s)
 
 
-def _worth(one: Resident, now: float) -> float:
-    """Return the cost of loading it again for each second that it has not been needed."""
-    return (one.load_s + 0.1) / (max(0.0, now - one.idle_since) + 0.1)
+def _reload_cost(resident: Resident, now: float) -> float:
+    """Return the cost of loading it again per second of its idle time."""
+    return (resident.load_s + 0.1) / (max(0.0, now - resident.idle_since) + 0.1)
 
 
-def _enough(short: Mapping[str, int], order: Iterable[Resident]) -> list[Resident] | None:
-    """Take from the front until it suffices; then give back whom it does not need."""
-    chosen: list[Resident] = []
+def _select(short: Mapping[str, int], order: Iterable[Resident]) -> list[Resident] | None:
+    """Select from the front until there is enough, then drop those that are not needed."""
+    selected: list[Resident] = []
     left = dict(short)
-    for one in order:
-        if not any(one.devices.get(device, 0) for device, missing in left.items() if missing > 0):
+    for resident in order:
+        held = resident.devices
+        if not any(held.get(device, 0) for device, missing in left.items() if missing > 0):
             continue
-        chosen.append(one)
-        left = {device: missing - one.devices.get(device, 0) for device, missing in left.items()}
+        selected.append(resident)
+        left = {device: missing - held.get(device, 0) for device, missing in left.items()}
         if all(missing <= 0 for missing in left.values()):
-            return _needed(short, chosen)
+            return _without_surplus(short, selected)
     return None
 
 
-def _needed(short: Mapping[str, int], chosen: list[Resident]) -> list[Resident]:
-    for one in tuple(reversed(chosen)):
-        rest = [other for other in chosen if other is not one]
+def _without_surplus(short: Mapping[str, int], selected: list[Resident]) -> list[Resident]:
+    for resident in tuple(reversed(selected)):
+        rest = [other for other in selected if other is not resident]
         if all(
             sum(other.devices.get(device, 0) for other in rest) >= missing
             for device, missing in short.items()
         ):
-            chosen = rest
-    return chosen
+            selected = rest
+    return selected
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A replica that could take a request.
 
-    `work` is the tokens it has to do, `running` its requests, `matched` how many blocks of the
-    prompt's beginning it has seen. `weight` is its share; an `ailing` one counts half.
+    `work` is the tokens of its `running` requests, `matched` how many blocks of the prompt's
+    beginning it has seen. `weight` is its share of the work, which is halved while `unhealthy`.
     """
 
     number: int
@@ -153,32 +157,40 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int
     work: float
     weight: float = 1.0
-    ailing: bool = False
+    unhealthy: bool = False
     matched: int = 0
 
 
 def choose_replica(candidates: Sequence[Candidate], size: int = 1) -> int | None:
-    """Return the number of the replica for a request of `size` slots, None where there is none.
+    """Return the number of the replica for a request of `size` slots, or None.
 
-    The one with the least work for its weight; but one that knows the prompt's beginning goes
-    before it, while it has not a quarter of its slots more to do than the emptiest.
+    It is the one with the least work for its weight. One that has the prompt's beginning in its
+    cache is preferred unless it runs more than a quarter of its slots more than the emptiest.
     """
-    able = [one for one in candidates if one.free >= min(size, one.max_running) and one.free > 0]
-    if not able:
+    usable = [candidate for candidate in candidates if _has_room(candidate, size)]
+    if not usable:
         return None
-    least = min(one.running for one in able)
-    near = [one for one in able if one.running <= least + max(1, one.max_running // 4)]
-    longest = max((one.matched for one in near if not one.ailing), default=0)
+    least = min(candidate.running for candidate in usable)
+    near = [candidate for candidate in usable if _is_near(candidate, least)]
+    longest = max((candidate.matched for candidate in near if not candidate.unhealthy), default=0)
     if longest:
-        able = [one for one in near if one.matched == longest and not one.ailing]
-    return min(able, key=_busyness).number
+        usable = [c for c in near if c.matched == longest and not c.unhealthy]
+    return min(usable, key=_busyness).number
 
 
-def _busyness(one: Candidate) -> tuple[float, float, int]:
-    share = one.weight / 2 if one.ailing else one.weight
-    return (one.work / share, -share, one.number)
+def _has_room(candidate: Candidate, size: int) -> bool:
+    return candidate.free > 0 and candidate.free >= min(size, candidate.max_running)
+
+
+def _is_near(candidate: Candidate, least: int) -> bool:
+    return candidate.running <= least + max(1, candidate.max_running // 4)
+
+
+def _busyness(candidate: Candidate) -> tuple[float, float, int]:
+    share = candidate.weight / 2 if candidate.unhealthy else candidate.weight
+    return (candidate.work / share, -share, candidate.number)
 
 
 def backoff_s(failures: int) -> float:
-    """Return how long to wait after so many failures in a row: 0, 1, 2, 4 ... 60 seconds."""
+    """Return the delay in seconds after consecutive failures: 0, 1, 2, 4 ... 60."""
     return min(60.0, 2.0 ** min(failures - 2, 6)) if failures > 1 else 0.0

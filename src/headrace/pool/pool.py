@@ -63,34 +63,34 @@ class Pool:
 
     @property
     def ready(self) -> bool:
-        """Whether the start is over, and a request would be answered, after a load at worst."""
+        """Whether the start has ended and requests can be answered, if need be after a load."""
         return (
             not self.draining
             and self._started
             and any(entry.spec.enabled and entry.failure is None for entry in self.entries.values())
         )
 
-    def observed_by(self, observer: Observer) -> None:
+    def attach_observer(self, observer: Observer) -> None:
         """Attach an observer. Call before the first request."""
         self.loader.observer = observer
 
     def add(self, spec: ModelSpec) -> ModelEntry:
-        """Serve one more model; nothing is loaded yet."""
+        """Add a model; nothing is loaded yet."""
         entry = self.entries[spec.name] = ModelEntry(spec, self._clock)
         entry.draining = self.draining
-        self.name_all()
+        self.rebuild_names()
         return entry
 
     def remove(self, entry: ModelEntry) -> None:
-        """Serve a model no more: what runs ends, what waits is refused, and it is unloaded."""
+        """Remove a model: running requests end, waiting ones are refused, then it is unloaded."""
         del self.entries[entry.spec.name]
         self.leaving = [old for old in self.leaving if list(old.all_replicas())] + [entry]
-        self.name_all()
+        self.rebuild_names()
         entry.refuse(UnknownModel(f"The model {entry.spec.name!r} is not served any more."))
         entry.retire()
-        self.loader.let_go(entry)
+        self.loader.unload_idle(entry)
 
-    def name_all(self) -> None:
+    def rebuild_names(self) -> None:
         """Rebuild the index of names and aliases."""
         self._names = {
             name: entry.spec.name
@@ -99,10 +99,10 @@ class Pool:
         }
 
     def entry(self, name: str) -> ModelEntry:
-        """Find a model by name or alias; the only one needs no name.
+        """Find a model by name or alias; an only model is found without a name.
 
         Raises:
-            UnknownModel: with the names that there are.
+            UnknownModel: names the models that are served.
         """
         if not name and len(self.entries) == 1:
             return next(iter(self.entries.values()))
@@ -114,7 +114,7 @@ class Pool:
         return self.entries[self._names[name]]
 
     async def start(self) -> None:
-        """Load the models that are to be loaded from the start, in order, as long as they fit.
+        """Load the models with `preload`, in order, as long as they fit.
 
         Raises:
             HeadraceError: of the first that failed, after all have been tried.
@@ -124,7 +124,7 @@ class Pool:
         for entry in list(self.entries.values()):
             if not (entry.preload and entry.spec.enabled):
                 continue
-            self.loader.want(entry, may_evict=False)
+            self.loader.ensure_loaded(entry, may_evict=False)
             loading = [task for replica in entry.replicas if (task := replica.loading)]
             if loading:
                 await asyncio.wait(loading)
@@ -134,7 +134,7 @@ class Pool:
             raise failed
 
     async def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        """Yield the stream of a worker; when that dies, another continues it if it can.
+        """Yield the stream of a worker; if the worker dies, another one continues if possible.
 
         Raises:
             HeadraceError: of any family, at any time before the Finish.
@@ -144,7 +144,7 @@ class Pool:
                 async for event in stream:
                     yield event
             return
-        with self.loader.observer.observe(request) as observation, self._counted():
+        with self.loader.observer.observe(request) as observation, self._count_stream():
             entry = self.entry(request.model)
             policy = entry.spec.continuation
             continuation = Continuation(observation.request, policy, self._clock)
@@ -169,13 +169,13 @@ class Pool:
                         self._retry(entry, continuation, error)
 
     def models(self) -> tuple[ModelInfo, ...]:
-        """Return the metadata of all, without waiting."""
+        """Return the metadata of all models, without waiting."""
         return tuple(_info(entry) for entry in self.entries.values())
 
     async def aclose(self, drain_s: float = 0.0) -> None:
-        """Refuse what is new, let running answers end within `drain_s`, end the rest. Idempotent.
+        """Refuse new requests, let running ones end within `drain_s`, end the rest. Idempotent.
 
-        Called again, it can shorten the wait. When it returns, all processes are gone.
+        A second call can shorten the wait. When it returns, all processes have ended.
         """
         self._drain_until = min(self._drain_until, self._clock() + drain_s)
         self._changed.set()
@@ -188,7 +188,7 @@ class Pool:
         await asyncio.shield(self._closing)
 
     def abandon(self) -> None:
-        """End all processes from outside of the event loop, which is closed."""
+        """End all processes, after the event loop was closed."""
         for entry in self._all_entries():
             for replica in entry.all_replicas():
                 if replica.worker is not None:
@@ -198,7 +198,7 @@ class Pool:
         error = Draining("The service is stopping.")
         for entry in self._all_entries():
             entry.refuse(error)
-        self.loader.give_up()
+        self.loader.stop_loading()
         self.events.close()
         while self._streams and (left := self._drain_until - self._clock()) > 0:
             self._changed.clear()
@@ -209,7 +209,7 @@ class Pool:
         self.loader.observer.closed()
 
     @contextmanager
-    def _counted(self) -> Generator[None]:
+    def _count_stream(self) -> Generator[None]:
         """Make the close of the pool wait for a request."""
         self._streams += 1
         try:
@@ -222,9 +222,9 @@ class Pool:
         entry = self.entry(name)
         entry.check()
         if not entry.is_ready:
-            self.loader.want(entry)
+            self.loader.ensure_loaded(entry)
         worker = (await entry.ready_replica()).worker
-        assert worker is not None, "a ready replica has one"
+        assert worker is not None, "a ready replica has a worker"
         return worker
 
     def _retry(
@@ -233,7 +233,7 @@ class Pool:
         """Prepare another attempt.
 
         Raises:
-            HeadraceError: there is none.
+            HeadraceError: the answer cannot be continued.
         """
         if self.draining and continuation.way is None and isinstance(error, HeadraceError):
             raise error

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 _SMOOTHING = 0.2
 _LONGEST_FORECAST = 512
 _MARGIN = 1.05
-# Clients do not believe more, and many of those who were refused never come again.
+# Clients ignore longer times, and many of the refused requests are never sent again.
 _FARTHEST_S = 55.0
 _MANY_CLIENTS = 1024
 _GUESSED_SERVICE_S = 2.0
 
 
 class Ticket:
-    """One request's place in a queue. `lease` becomes its lease, or the error instead of it.
+    """One request's place in a queue. `lease` becomes its lease, or an error.
 
-    `priority` is for an answer that was cut off: it goes first, and is always taken.
+    `priority` is for a second attempt: it goes first, and always fits.
     """
 
     def __init__(self, request: AnyRequest, now: float, *, priority: bool = False) -> None:
@@ -50,7 +50,7 @@ class Queue:
         self._count = 0
 
     def __len__(self) -> int:
-        """How many wait."""
+        """Return the number of tickets."""
         return self._count
 
     def __iter__(self) -> Iterator[Ticket]:
@@ -68,12 +68,12 @@ class Queue:
         client = ticket.request.client
         if len(self._served) > _MANY_CLIENTS:
             self._forget()
-        # An idle client saves up no turns.
+        # An idle client does not accumulate credit.
         self._served[client] = max(self._served.get(client, 0.0), self._floor)
         self._waiting.setdefault(client, deque()).append(ticket)
 
     def next(self) -> Ticket | None:
-        """Return whose turn it is; the ticket stays in the queue until it leaves."""
+        """Return the next ticket, which stays in the queue until `leave`."""
         if self._priority:
             return self._priority[0]
         if not self._waiting:
@@ -81,7 +81,7 @@ class Queue:
         return self._waiting[min(self._waiting, key=lambda client: self._served[client])][0]
 
     def leave(self, ticket: Ticket) -> bool:
-        """Remove a ticket; return whether it was there."""
+        """Remove a ticket; return whether it was in the queue."""
         client = ticket.request.client
         tickets = self._priority if ticket.priority else self._waiting.get(client)
         if tickets is None or ticket not in tickets:
@@ -93,25 +93,26 @@ class Queue:
         return True
 
     def granted(self, ticket: Ticket) -> None:
-        """Charge the estimated tokens of a request whose turn has come to its client."""
+        """Charge the estimated tokens of a granted request to its client."""
         client = ticket.request.client
         served = self._served.get(client, self._floor)
         self._floor = max(self._floor, served)
         self._served[client] = served + ticket.cost
 
     def correct(self, ticket: Ticket, tokens: float) -> None:
-        """Charge the real tokens in place of the estimate."""
+        """Replace the charged estimate by the real tokens."""
         client = ticket.request.client
         if client in self._served:
             self._served[client] += tokens - ticket.cost
 
     def _forget(self) -> None:
-        # Of so many, those who ask for nothing now begin anew when they come again.
-        self._served = {name: had for name, had in self._served.items() if name in self._waiting}
+        # Of too many clients, those without waiting requests are forgotten.
+        waiting = self._waiting
+        self._served = {name: used for name, used in self._served.items() if name in waiting}
 
 
 class Forecast:
-    """When places in a queue become free, from how long requests have held their slots."""
+    """Forecasts when slots become free, from how long requests have held theirs."""
 
     def __init__(self) -> None:
         self._service_s = 0.0
@@ -122,10 +123,10 @@ class Forecast:
         self._service_s += (held_s - self._service_s) * (_SMOOTHING if self._service_s else 1)
 
     def retry_after_s(self, now: float, started: Iterable[float]) -> float:
-        """Return after how many seconds a request that is refused now finds a place.
+        """Return after how many seconds there is a place for a request that is refused now.
 
-        `started` are the times at which the running requests began. Requests that were refused a
-        moment ago come first: each gets a time of its own.
+        `started` are the start times of the running requests. Requests that were refused recently
+        come first: each gets a different time.
         """
         while self._promised and self._promised[0] <= now:
             self._promised.popleft()
@@ -135,13 +136,13 @@ class Forecast:
         at = min(_nth_end(ends, ahead + 1, service_s, now), max(first, now + _FARTHEST_S))
         if ahead < _LONGEST_FORECAST:
             self._promised.append(max(at, self._promised[-1] if self._promised else at))
-        # A little later, so that the place is free and not about to be.
+        # A little later, so that the place is free by then.
         return max(0.05, (at - now) * _MARGIN)
 
 
 def _nth_end(started: list[float], count: int, service_s: float, now: float) -> float:
     """Return when the `count`-th slot becomes free, if each request takes `service_s`."""
-    # One that is overdue can end at any moment.
+    # An overdue request can end at any moment.
     ends = [max(start + service_s, now + service_s / 8) for start in started] or [now + service_s]
     heapq.heapify(ends)
     end = ends[0]

@@ -1,4 +1,4 @@
-"""One worker's place in the pool: its state, its leases, and the verbs that move it."""
+"""Replica: the place of one worker in the pool, its state and its leases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNHEALTHY_S = 60.0
 
 
 class PooledWorker(Backend, Protocol):
-    """A Backend with a life, as the pool needs it. `died` is set when it ended by itself."""
+    """A Backend that is started and closed. `died` is set when it has ended unexpectedly."""
 
     died: asyncio.Event
 
@@ -33,7 +33,7 @@ class PooledWorker(Backend, Protocol):
 
     @property
     def pid(self) -> int | None:
-        """Its process, while there is one."""
+        """The id of its process, if there is one."""
         ...
 
     async def start(self) -> None:
@@ -41,15 +41,15 @@ class PooledWorker(Backend, Protocol):
         ...
 
     async def memory(self) -> dict[str, int]:
-        """Return the bytes that it holds now, by device."""
+        """Return the memory that it holds, in bytes by device."""
         ...
 
     async def aclose(self, drain_s: float = 0.0) -> None:
-        """Drain and free; when it returns the memory is back."""
+        """Drain and close; when it returns, the memory is free."""
         ...
 
     def abandon(self) -> None:
-        """End what outlives the event loop, from outside of it."""
+        """End its process, after the event loop was closed."""
         ...
 
 
@@ -69,26 +69,26 @@ class Lease:
 
 @dataclass(frozen=True)
 class Empty:
-    """Nothing is loaded, and nothing is on its way."""
+    """Nothing is loaded, and no load is in progress."""
 
 
 @dataclass(frozen=True)
 class LoadingState:
-    """A task brings the worker up."""
+    """A task loads the worker."""
 
     task: asyncio.Task[None]
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A worker is loaded; `Replica.is_ready` tells whether it still lives."""
+    """A worker is loaded; `Replica.is_ready` is False if it has died."""
 
     worker: PooledWorker
 
 
 @dataclass(frozen=True)
 class Unloading:
-    """A task takes the worker down, or ends the load that was on its way."""
+    """A task unloads the worker, or cancels its load."""
 
     task: asyncio.Task[None]
     worker: PooledWorker | None
@@ -100,8 +100,8 @@ ReplicaState = Empty | LoadingState | Ready | Unloading
 class Replica:
     """A place for one worker; `key` names it in the ledger.
 
-    Its state is moved by its own methods alone: Empty -> LoadingState -> Ready -> Unloading ->
-    Empty. It takes requests when it is Ready and has no reason to be closed.
+    Only its own methods change its state: Empty -> LoadingState -> Ready -> Unloading -> Empty.
+    It takes requests when it is Ready and there is no reason to be closed.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Replica:
 
     @property
     def state(self) -> State:
-        """The state as operators know it (contract W7)."""
+        """The state as it is reported (contract W7)."""
         if self.unloading is not None:
             return "draining"
         if self.is_ready:
@@ -142,17 +142,17 @@ class Replica:
 
     @property
     def worker(self) -> PooledWorker | None:
-        """The worker, until its memory is back."""
+        """The worker, until its memory is free."""
         return self._state.worker if isinstance(self._state, Ready | Unloading) else None
 
     @property
     def loading(self) -> asyncio.Task[None] | None:
-        """The task that brings the worker up."""
+        """The task that loads the worker."""
         return self._state.task if isinstance(self._state, LoadingState) else None
 
     @property
     def unloading(self) -> asyncio.Task[None] | None:
-        """The task that takes the worker down."""
+        """The task that unloads the worker."""
         return self._state.task if isinstance(self._state, Unloading) else None
 
     @property
@@ -162,22 +162,22 @@ class Replica:
 
     @property
     def is_ready(self) -> bool:
-        """Whether its worker is loaded, and has not died a moment ago."""
+        """Whether its worker is loaded and alive."""
         return self.worker is not None and self.worker.state == "ready"
 
     @property
     def takes_requests(self) -> bool:
-        """Whether a request can have its slots."""
+        """Whether its slots can be given to requests."""
         return self.is_ready and self.unloading is None and not self._closed
 
     @property
     def stage(self) -> tuple[str, int, int]:
-        """What a load is doing, how much of it is done, and of how much."""
+        """The stage of a load, and how much of how much is done."""
         return self._stage if self.loading is not None else ("", 0, 0)
 
     @property
     def max_running(self) -> int:
-        """How many requests it takes at once; 0 while nobody knows."""
+        """How many requests it runs at once; 0 if unknown."""
         known = self.info.max_running if self.info else None
         planned = self.footprint.max_running if self.footprint else None
         return known or planned or self.spec.max_running or 0
@@ -188,17 +188,17 @@ class Replica:
         return sum(lease.size for lease in self.leases)
 
     def configure(self, spec: ModelSpec) -> None:
-        """Serve under a specification that needs no new worker."""
+        """Apply a specification that needs no new worker."""
         self.spec = spec
         weights, number = spec.weights, self.number
         self.weight = weights[number] if number < len(weights) else 1.0
 
     def begin_loading(self, task: asyncio.Task[None]) -> None:
         """Move from Empty to LoadingState."""
-        assert self.is_empty, "a load begins where there is nothing"
+        assert self.is_empty, "only an empty replica is loaded"
         self._state = LoadingState(task)
 
-    def report(self, what: str, done: int, total: int) -> None:
+    def report(self, stage: str, done: int, total: int) -> None:
         """Note the progress of a load; called from any thread.
 
         Raises:
@@ -206,18 +206,18 @@ class Replica:
         """
         if self.loading is None:
             raise Draining("Loading was given up.")
-        self._stage = (what, done, total)
+        self._stage = (stage, done, total)
 
     def estimated(self, footprint: Footprint) -> None:
-        """Note what the load will take, now that it begins."""
+        """Set the estimated footprint of the load."""
         self.footprint = footprint
 
     def starting(self) -> None:
-        """Note that the load is at work from now on, and no longer in a queue."""
+        """Note that the load has started and is no longer queued."""
         self.began = self._clock()
 
     def loaded(self, worker: PooledWorker, load_s: float, memory: dict[str, int]) -> None:
-        """Move from LoadingState to Ready; an unload that has begun meanwhile gets the worker."""
+        """Move from LoadingState to Ready; an unload that has started since gets the worker."""
         now, unloading = self._clock(), self.unloading
         self._state = Ready(worker) if unloading is None else Unloading(unloading, worker)
         self.info = worker.models()[0]
@@ -227,46 +227,46 @@ class Replica:
         self._prefixes.clear()
 
     def loading_ended(self) -> None:
-        """Move from LoadingState to Empty, if the load has failed; its own task calls this."""
+        """Move from LoadingState to Empty if the load has failed; called by its task."""
         if self.loading is not None:
             self._state = Empty()
 
     def grown(self, memory: dict[str, int]) -> None:
-        """Note what the worker holds by now."""
+        """Set the memory that the worker holds."""
         self.memory = memory
 
     def close(self, reason: object) -> None:
-        """Take no new request, for one reason more."""
+        """Add a reason to take no new requests."""
         self._closed.add(reason)
 
     def reopen(self, reason: object) -> None:
-        """Drop a reason; without any, requests are taken again."""
+        """Remove a reason; without any, requests are taken again."""
         self._closed.discard(reason)
 
     def begin_unloading(self, task: asyncio.Task[None]) -> None:
-        """Move to Unloading from any other state; `task` cancels a load under way."""
+        """Move to Unloading from any other state; `task` cancels a load in progress."""
         assert self.unloading is None, "one unload at a time"
         self._state = Unloading(task, self.worker)
 
     def unloaded(self) -> None:
-        """Move from Unloading to Empty; the place can be loaded again."""
+        """Move from Unloading to Empty; it can be loaded again."""
         self._forget()
         self._closed.clear()
 
     def died(self) -> None:
-        """Move from Ready to Empty: the worker has ended by itself."""
+        """Move from Ready to Empty: the worker has ended unexpectedly."""
         self._forget()
         self._unhealthy_until = self._clock() + _UNHEALTHY_S
 
     def _forget(self) -> None:
-        # The streams of those who were served end by themselves.
+        # The streams of the requests end by themselves.
         self._state = Empty()
         self.memory = {}
         self.leases.clear()
         self._idle.set()
 
     def candidate(self, blocks: Sequence[int]) -> Candidate:
-        """Return what the choice of a replica depends on; `blocks` is how the prompt begins."""
+        """Return the facts for `choose_replica`; `blocks` are hashes of the prompt's beginning."""
         running = self.running
         return Candidate(
             number=self.number,
@@ -275,12 +275,12 @@ class Replica:
             max_running=self.max_running,
             work=sum(lease.cost for lease in self.leases),
             weight=self.weight,
-            ailing=self._clock() < self._unhealthy_until,
+            unhealthy=self._clock() < self._unhealthy_until,
             matched=self._matched(blocks),
         )
 
     def resident(self, *, pinned: bool) -> Resident:
-        """Return what the choice of whom to evict depends on."""
+        """Return the facts for `make_room`."""
         return Resident(
             key=self.key,
             devices=self.memory or (self.footprint.devices if self.footprint else {}),
@@ -306,18 +306,18 @@ class Replica:
         return lease
 
     def give_back(self, lease: Lease) -> None:
-        """Take slots back. A lease of a worker that has died since is none any more."""
+        """Take slots back. A lease of a worker that has died is ignored."""
         self.leases.discard(lease)
         if not self.leases:
             self.idle_since = self._clock()
             self._idle.set()
 
     async def idle(self) -> None:
-        """Wait until no request runs, or `hurry` is called."""
+        """Wait until no request runs, or `stop_draining` is called."""
         await self._idle.wait()
 
-    def hurry(self) -> None:
-        """Let an unload under way wait no longer for the running requests."""
+    def stop_draining(self) -> None:
+        """Make an unload in progress stop waiting for the running requests."""
         self._idle.set()
 
     def status(self) -> ReplicaStatus:
@@ -340,7 +340,7 @@ class Replica:
 
 
 def blocks_of(request: AnyRequest) -> tuple[int, ...]:
-    """Return hashes of ever longer beginnings of a prompt; equal ones have equal caches."""
+    """Return hashes of growing prefixes of a prompt; equal prefixes share a cache."""
     text = request.opening()
     hashes: list[int] = []
     end = min(len(text), _BLOCK_CHARACTERS * _MAX_REQUEST_BLOCKS)

@@ -1,4 +1,4 @@
-"""What was done to models by hand, in a file that outlives the service."""
+"""The state file: changes that an operator made to models, kept between runs of a service."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _log = logging.getLogger("headrace.pool")
 
 
 class Remembered(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was done to one model.
+    """The changes to one model.
 
-    `reference` is set for one that no configuration names. `changes` are all settings that were
-    changed. `loaded` tells whether it was last loaded or stopped; None if neither.
+    `reference` is set if the model is not in the configuration. `changes` are the changed
+    settings. `loaded` is whether it was last loaded or unloaded; None if neither.
     """
 
     reference: str | None = None
@@ -35,12 +35,12 @@ class _Document(msgspec.Struct, frozen=True):
 
 
 class StateFile:
-    """The file of one service, locked for as long as it is open; without a path, only in memory.
+    """The state file of one service, locked while it is open; without a path, in memory only.
 
-    A place that cannot be written costs a warning and the memory of what was done, no service.
+    If it cannot be written, a warning is logged and the changes are not kept.
 
     Raises:
-        ConfigError: another service has the file.
+        ConfigError: another service uses the file.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -54,15 +54,15 @@ class StateFile:
             self._models = self._written = _read(self.path)
 
     def __repr__(self) -> str:
-        """Tell the file."""
+        """Describe the path."""
         return f"<StateFile {self.path}>"
 
     def read(self) -> dict[str, Remembered]:
-        """Return what was done, by the name of the model."""
+        """Return the changes by model name."""
         return dict(self._models)
 
     def write(self, models: Mapping[str, Remembered]) -> None:
-        """Replace what is remembered, wholly or not at all; blocks until it is on the disk."""
+        """Replace all changes atomically; blocks until they are on the disk."""
         self._models = dict(models)
         if self.path is None or self._models == self._written:
             return
@@ -71,18 +71,18 @@ class StateFile:
             write_atomically(self.path, data, mode=0o600)
             self._written = self._models
         except OSError as error:
-            _log.warning("What was done by hand is not kept: %s: %s", self.path, error.strerror)
+            _log.warning("Changes to models are not kept: %s: %s", self.path, error.strerror)
 
     def close(self) -> None:
-        """Leave the file to another service. Idempotent."""
+        """Unlock the file. Idempotent."""
         if self._lock >= 0:
             os.close(self._lock)
         self._lock, self.path = -1, None
 
 
 def _locked(path: Path) -> int:
-    """Return a descriptor that holds the lock; -1 where there can be none."""
-    # Not the file itself: that one is replaced at each write.
+    """Return a descriptor that holds the lock; -1 if it cannot be made."""
+    # Not the file itself, which is replaced at each write.
     beside = path.with_name(f"{path.name}.lock")
     descriptor = -1
     try:
@@ -98,7 +98,7 @@ def _locked(path: Path) -> int:
                 "file of its own with `server.state`.",
                 param="state",
             ) from None
-        _log.warning("What is done by hand will not be kept: %s: %s", beside, error.strerror)
+        _log.warning("Changes to models will not be kept: %s: %s", beside, error.strerror)
         return -1
     return descriptor
 

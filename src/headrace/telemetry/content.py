@@ -1,4 +1,4 @@
-"""Content of requests, redacted: as it is kept, and as the conventions write it."""
+"""Content of requests and answers, redacted: for records and as attributes of spans."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any, cast
 
 import msgspec
 
-from headrace.core.events import Delta
 from headrace.core.record import Attribute, Content
 from headrace.core.request import AnyRequest, GenerateRequest
 from headrace.telemetry import names
 
 _SECRETS = (
-    # Keys, by the forms of their makers.
+    # Keys, by the formats of their issuers.
     r"\b(?:sk|pk|rk)[-_][A-Za-z0-9_-]{16,}",
     r"\b(?:hf|gh[oprsu]|glpat|xox[abeprs])[-_][A-Za-z0-9_-]{16,}",
     r"\bgithub_pat_\w{20,}",
@@ -22,7 +21,7 @@ _SECRETS = (
     r"\bAIza[0-9A-Za-z_-]{35}",
     r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
-    # And whatever is called a key or a password.
+    # Values that are labelled as a key or a password.
     r"(?i:\bbearer\s+)[A-Za-z0-9._~+/=-]{8,}",
     r"(?i:\b(?:(?:api[-_ ]?key|password|passwd|access[-_ ]?token)[\"']?\s*(?:is\b\s*[:=]?|[:=])"
     r"|secret[\"']?\s*[:=])\s*)"
@@ -30,47 +29,44 @@ _SECRETS = (
     r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}",
 )
 _CARD = re.compile(r"(?<!\d)(?<!\d\.)\d(?:[ -]?\d){12,18}(?!\.?\d)")
-GONE = "[redacted]"
-"""What stands in the place of a secret."""
+REDACTED = "[redacted]"
+"""Replaces a secret."""
 
 
 class Redactor:
-    """Removes secrets, by our own patterns and further regular expressions."""
+    """Removes secrets, by built-in patterns and additional regular expressions."""
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
         secret = "|".join(f"(?:{pattern})" for pattern in _SECRETS)
         self._patterns = (re.compile(secret, re.DOTALL), *map(re.compile, patterns))
 
     def redact(self, text: str) -> str:
-        """Return the text with `[redacted]` in the place of each secret."""
+        """Return the text with each secret replaced by `[redacted]`."""
         for pattern in self._patterns:
-            text = pattern.sub(GONE, text)
+            text = pattern.sub(REDACTED, text)
         return _CARD.sub(_card, text)
 
 
 def _card(match: re.Match[str]) -> str:
     digits = [int(character) for character in match[0] if character.isdigit()]
-    # Luhn's sum, which the number of a card has, and nine of ten other numbers have not.
+    # Luhn's checksum: card numbers satisfy it, nine of ten other numbers do not.
     doubled = (sum(divmod(2 * digit, 10)) for digit in digits[-2::-2])
-    return GONE if (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0 else match[0]
+    return REDACTED if (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0 else match[0]
 
 
-def content(request: AnyRequest, said: Mapping[int, Sequence[str]], capture: Redactor) -> Content:
+def content(
+    request: AnyRequest, answers: Mapping[int, Sequence[str]], capture: Redactor
+) -> Content:
     """Return the content of a request. Token ids are left out: they cannot be redacted."""
-    answered = tuple(capture.redact("".join(parts)) for _, parts in sorted(said.items()))
-    return Content(asked=_redacted(request.content(), capture), answered=answered)
-
-
-def say(said: dict[int, list[str]], delta: Delta) -> None:
-    """Add a delta to the answers."""
-    said.setdefault(delta.index, []).append(delta.text)
+    answered = tuple(capture.redact("".join(parts)) for _, parts in sorted(answers.items()))
+    return Content(input=_redacted(request.content(), capture), answered=answered)
 
 
 def parameters(request: AnyRequest, capture: Redactor | None) -> dict[str, Any]:
-    """Return the settings that a request gave, as builtins.
+    """Return the settings in a request, as builtins.
 
-    A schema and a template's options may hold content: they are kept as content is, and without
-    `capture` only that there were some.
+    A schema and template options may hold content: they are redacted too, or replaced by True
+    without `capture`.
     """
     kept = request.settings()
     for name in _LIKE_CONTENT & kept.keys():
@@ -84,11 +80,11 @@ _LIKE_CONTENT = frozenset({"json_schema", "template_options"})
 def attributes(
     request: AnyRequest, kept: Content, finish_reasons: Sequence[str]
 ) -> dict[str, Attribute]:
-    """Return content as attributes of a span, of requests that the conventions have a form for."""
+    """Return content as attributes of a span, for requests that the conventions cover."""
     if not isinstance(request, GenerateRequest):
         return {}
     messages: list[dict[str, Any]] = (
-        kept.asked if request.messages is not None else [{"role": "user", "content": kept.asked}]
+        kept.input if request.messages is not None else [{"role": "user", "content": kept.input}]
     )
     prompts = [_message(message["role"], message["content"] or "") for message in messages]
     reasons = [*finish_reasons, *["error"] * len(kept.answered)]

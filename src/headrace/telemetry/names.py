@@ -1,4 +1,4 @@
-"""Names of attributes, OpenTelemetry's for generative AI where it has any, and what they hold."""
+"""Attributes of spans: their names (OpenTelemetry's if there is one) and their values."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ENGINE = "headrace.engine"
 WORKER_PID = "headrace.worker.pid"
 
 HERE = "headrace"
-"""The provider of what is computed on this machine."""
+"""The provider of models on this machine."""
 
 _LONGEST = 256
 _CONVENTIONAL = frozenset(
@@ -47,16 +47,16 @@ _CONVENTIONAL = frozenset(
         *("frequency_penalty", "seed"),
     }
 )
-"""The sampling parameters that the conventions have a name for."""
+"""Sampling parameters for which the conventions have a name."""
 
 _LARGEST_INTEGER = (1 << 63) - 1
-"""An integer of OpenTelemetry has 64 bits and a sign."""
+"""OpenTelemetry's integers are signed, with 64 bits."""
 
 _ELSEWHERE = frozenset(
     {
         *("started_at", "total_ms"),  # the span's own times
         *("usage", "time_to_first_token_ms", "engine", "model", "worker", "outcome"),
-        *("inter_token_ms", "devices"),  # parts of which are attributes
+        *("inter_token_ms", "devices"),  # parts of them are attributes
     }
 )
 _FIGURES = tuple(name for name in InferenceMetrics.declared() if name not in _ELSEWHERE)
@@ -65,63 +65,71 @@ _USE = tuple(name for name in DeviceUse.declared() if name not in _AT_THE_END)
 
 
 def provider(info: ModelInfo) -> str:
-    """Return who computes a model's answers, by the name that the conventions have for it."""
+    """Return the provider of a model, by its name in the conventions."""
     name = info.source.partition(":")[0]
     return (PROVIDERS[name].otel_name or name) if name in PROVIDERS else HERE
 
 
-def asked(request: AnyRequest, provider_name: str) -> Attributes:
-    """Return what is known of a request before it runs; no content."""
-    known: Attributes = {OPERATION: request.operation, PROVIDER: provider_name}
+def request_attributes(request: AnyRequest, provider_name: str) -> Attributes:
+    """Return the attributes of a request that are known before it runs; no content."""
+    attributes: Attributes = {OPERATION: request.operation, PROVIDER: provider_name}
     if request.model:
-        known[REQUEST_MODEL] = request.model[:_LONGEST]
+        attributes[REQUEST_MODEL] = request.model[:_LONGEST]
     if isinstance(request, EmbedRequest):
         if request.dimensions is not None:
-            known["gen_ai.embeddings.dimension.count"] = request.dimensions
+            attributes["gen_ai.embeddings.dimension.count"] = request.dimensions
     elif isinstance(request, GenerateRequest):
-        known |= _sampling(request.sampling)
+        attributes |= _sampling(request.sampling)
         if request.n != 1:
-            known["gen_ai.request.choice.count"] = request.n
-        known["gen_ai.output.type"] = "text" if request.json_schema is None else "json"
-    return known
+            attributes["gen_ai.request.choice.count"] = request.n
+        attributes["gen_ai.output.type"] = "text" if request.json_schema is None else "json"
+    return attributes
 
 
 def _sampling(sampling: Sampling) -> Attributes:
-    known: Attributes = {}
+    attributes: Attributes = {}
     for name in SamplingFields.__struct_fields__:
         if (value := getattr(sampling, name)) is not None:
             space = "gen_ai" if name in _CONVENTIONAL else "headrace"
-            known[f"{space}.request.{name}"] = value if value <= _LARGEST_INTEGER else str(value)
+            attributes[f"{space}.request.{name}"] = (
+                value if value <= _LARGEST_INTEGER else str(value)
+            )
     if sampling.stop:
-        known["gen_ai.request.stop_sequences"] = sampling.stop
-    return known
+        attributes["gen_ai.request.stop_sequences"] = sampling.stop
+    return attributes
 
 
 def usage(metrics: InferenceMetrics) -> Attributes:
-    """Return how many tokens there were, and when the first came (seconds)."""
+    """Return the token counts, and the time to the first token in seconds."""
     used = metrics.usage
-    known: Attributes = {INPUT_TOKENS: used.prompt_tokens, OUTPUT_TOKENS: used.completion_tokens}
+    attributes: Attributes = {
+        INPUT_TOKENS: used.prompt_tokens,
+        OUTPUT_TOKENS: used.completion_tokens,
+    }
     if used.cached_tokens:
-        known[CACHED_TOKENS] = used.cached_tokens
+        attributes[CACHED_TOKENS] = used.cached_tokens
     if used.reasoning_tokens:
-        known[REASONING_TOKENS] = used.reasoning_tokens
+        attributes[REASONING_TOKENS] = used.reasoning_tokens
     if metrics.time_to_first_token_ms is not None:
-        known[FIRST_CHUNK] = metrics.time_to_first_token_ms / 1000
-    return known
+        attributes[FIRST_CHUNK] = metrics.time_to_first_token_ms / 1000
+    return attributes
 
 
 def figures(metrics: InferenceMetrics) -> Attributes:
-    """Return the figures of a request that are defined, and that no convention has a name for."""
-    known: Attributes = {
+    """Return the defined figures of a request for which the conventions have no name."""
+    attributes: Attributes = {
         f"headrace.{name}": value
         for name in _FIGURES
         if (value := getattr(metrics, name)) not in (None, "")
     }
     if (gaps := metrics.inter_token_ms) is not None:
-        known |= {"headrace.inter_token_p50_ms": gaps.p50, "headrace.inter_token_p99_ms": gaps.p99}
+        attributes |= {
+            "headrace.inter_token_p50_ms": gaps.p50,
+            "headrace.inter_token_p99_ms": gaps.p99,
+        }
     for device in metrics.devices:
         key = device.name.partition(" ")[0]
         for name in _USE:
             if (value := getattr(device, name)) is not None:
-                known[f"headrace.device.{key}.{name}"] = value
-    return known
+                attributes[f"headrace.device.{key}.{name}"] = value
+    return attributes

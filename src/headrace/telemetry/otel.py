@@ -1,4 +1,4 @@
-"""OpenTelemetry, where its standard variables or the host program switch it on.
+"""OpenTelemetry, if its standard variables or the host program enable it.
 
 Its libraries are imported only then.
 """
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from opentelemetry.trace import SpanContext, Tracer
 
 _log = logging.getLogger("headrace.telemetry")
-_theirs = logging.getLogger("opentelemetry.exporter")
+_exporter_log = logging.getLogger("opentelemetry.exporter")
 _NAME = "headrace"
 _EXTRA = "pip install 'headrace[otlp]'"
 _EXPORTER = "OTEL_TRACES_EXPORTER"
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
 _CONTENT = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
-_SAYS_CONTENT = frozenset({"true", "span_only", "span_and_event"})
+_CONTENT_VALUES = frozenset({"true", "span_only", "span_and_event"})
 _LAST_S = 2.0
 
 
@@ -46,7 +46,7 @@ class OpenTelemetrySpan:
     def end(
         self, name: str, attributes: dict[str, Attribute], failure: str | None, end_ns: int
     ) -> None:
-        """End it; `failure` makes it one that has failed."""
+        """End the span; `failure` marks it as failed."""
         if self.is_recording:
             self.native.update_name(name)
             self.native.set_attributes(attributes)
@@ -64,7 +64,7 @@ class OpenTelemetry:
         self._tracer = tracer
 
     def current(self) -> Parent | None:
-        """Return the span that the calling program is in."""
+        """Return the current span of the calling program."""
         from opentelemetry import trace
 
         context = trace.get_current_span().get_span_context()
@@ -79,7 +79,7 @@ class OpenTelemetry:
         attributes: dict[str, Attribute],
         links: Sequence[Exported],
     ) -> OpenTelemetrySpan:
-        """Begin a span. The context is given, never the task's own."""
+        """Start a span in an explicit context, not that of the task."""
         from opentelemetry import trace
         from opentelemetry.context import Context
 
@@ -124,30 +124,30 @@ def _remote(parent: Parent) -> SpanContext:
 def configure(version: str, environment: Mapping[str, str] = os.environ) -> Tracing:
     """Return the tracing of this process.
 
-    Spans are exported where OTEL_TRACES_EXPORTER or an OTLP endpoint asks for it, and to the
-    provider of the host program where it has set one. Otherwise nothing is imported and nothing
-    runs. It never raises: what cannot be exported is logged.
+    Spans are exported if OTEL_TRACES_EXPORTER or an OTLP endpoint is set, and to the provider of
+    the host program if it has set one. Otherwise nothing is imported. It never raises: errors are
+    logged.
     """
-    tells = environment.get(_CONTENT, "").strip().lower() in _SAYS_CONTENT
+    exports_content = environment.get(_CONTENT, "").strip().lower() in _CONTENT_VALUES
     if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return Tracing()
-    if (host := _of_the_host(version)) is not None:
-        return Tracing(host, tells_content=tells)
+    if (host := _host_exporter(version)) is not None:
+        return Tracing(host, exports_content=exports_content)
     if switched_on_by(environment) is None:
         return Tracing()
     try:
         provider = _provider(version, environment)
     except ImportError:
-        _log.warning("OpenTelemetry is asked for and not installed: %s", _EXTRA)
+        _log.warning("OpenTelemetry is enabled but not installed: %s", _EXTRA)
         return Tracing()
-    except Exception as error:  # noqa: BLE001  # each library has complaints of its own
+    except Exception as error:  # noqa: BLE001  # each library has its own errors
         _log.warning("OpenTelemetry could not be set up: %s", error)
         return Tracing()
     exporter = OpenTelemetry(provider.get_tracer(_NAME, version))
-    return Tracing(exporter, tells_content=tells, close=lambda: _shut_down(provider))
+    return Tracing(exporter, exports_content=exports_content, close=lambda: _shut_down(provider))
 
 
-def _of_the_host(version: str) -> OpenTelemetry | None:
+def _host_exporter(version: str) -> OpenTelemetry | None:
     if "opentelemetry.trace" not in sys.modules:
         return None
     from opentelemetry import trace
@@ -158,7 +158,7 @@ def _of_the_host(version: str) -> OpenTelemetry | None:
 
 
 def switched_on_by(environment: Mapping[str, str]) -> str | None:
-    """Return the variable that asks for spans to be exported; None where none does."""
+    """Return the variable that enables the export of spans, or None."""
     if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None
     if environment.get(_EXPORTER, "").strip():
@@ -167,7 +167,7 @@ def switched_on_by(environment: Mapping[str, str]) -> str | None:
 
 
 def _exporters(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield the entry points of the exporters; OTLP's where none is named."""
+    """Yield the entry points of the exporters; OTLP by default."""
     protocol = (
         environment.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
         or environment.get("OTEL_EXPORTER_OTLP_PROTOCOL")
@@ -185,15 +185,15 @@ def _provider(version: str, environment: Mapping[str, str]) -> TracerProvider:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    # Each retry would be a line in our log; why a batch is lost is enough.
-    _theirs.setLevel(logging.ERROR)
+    # Retries are not logged; the reason for the loss of a batch is.
+    _exporter_log.setLevel(logging.ERROR)
     known = {"service.version": version}
     if not environment.get("OTEL_SERVICE_NAME") and "service.name=" not in environment.get(
         "OTEL_RESOURCE_ATTRIBUTES", ""
     ):
         known["service.name"] = _NAME
-    # Its own shutdown at exit has no limit; ours has. The sampler, the limits and the queue are
-    # those of the variables.
+    # Its own shutdown at exit has no time limit; `_shut_down` has. Sampler, limits and queue are
+    # configured by the variables.
     provider = TracerProvider(resource=Resource.create(known), shutdown_on_exit=False)
     for name in _exporters(environment):
         where = next(filter(None, map(environment.get, _ENDPOINTS)), name)
@@ -203,7 +203,7 @@ def _provider(version: str, environment: Mapping[str, str]) -> TracerProvider:
 
 
 class _Exporter:
-    """Another exporter. The first loss of spans is logged, and so is its end."""
+    """Wraps an exporter, to log the first loss of spans and the recovery."""
 
     def __init__(self, where: str, inner: Any) -> None:
         self._where, self._inner, self._lost = where, inner, 0
@@ -211,17 +211,19 @@ class _Exporter:
 
     def export(self, spans: list[Any]) -> Any:
         count, result = len(spans), self._inner.export(spans)
-        # The traceback of what failed within leads here: by it the batch would stay until the
-        # garbage collector comes, which then takes all the longer.
+        # The traceback of an error refers to this frame: the batch would stay in memory until
+        # the next garbage collection.
         spans.clear()
         if result.value:
             if not self._lost:
-                _log.warning("%s takes no spans: they are lost. This is said once.", self._where)
+                _log.warning(
+                    "%s does not accept spans: they are lost. This is logged once.", self._where
+                )
             self._lost += count
         elif self._lost:
-            _log.warning("%s takes spans again; %d were lost.", self._where, self._lost)
+            _log.warning("%s accepts spans again; %d were lost.", self._where, self._lost)
             self._lost = 0
-        _theirs.setLevel(logging.CRITICAL if self._lost else logging.ERROR)
+        _exporter_log.setLevel(logging.CRITICAL if self._lost else logging.ERROR)
         return result
 
 
@@ -230,12 +232,12 @@ def _load(name: str) -> Any:
     if not exporters:
         if name in (*_PROTOCOLS.values(), "console"):
             raise ImportError(name)
-        raise ValueError(f"there is no exporter of the name {name!r}")
+        raise ValueError(f"there is no exporter named {name!r}")
     return next(iter(exporters)).load()
 
 
 def _shut_down(provider: TracerProvider) -> None:
-    """Send the rest. A collector that does not answer is left behind: the thread is a daemon."""
+    """Export the rest. A collector that does not answer is not waited for: a daemon thread."""
     thread = threading.Thread(target=provider.shutdown, name="headrace-otel-end", daemon=True)
     thread.start()
     thread.join(_LAST_S)

@@ -1,6 +1,6 @@
-"""What requests and the pool come to, as Prometheus reads it.
+"""Metrics of requests and the pool, for Prometheus.
 
-Imported only where something is served: its library is not needed otherwise.
+Imported only by the service: its library is not needed otherwise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from headrace.telemetry import names
 OTHER = "_other"
 """The model of all requests for models that are not served."""
 
-# Of OpenTelemetry's conventions for GenAI, as the names of the three histograms.
+# As in OpenTelemetry's conventions for GenAI, like the names of the three histograms.
 _DURATION_S = tuple(0.01 * 2**step for step in range(14))
 _FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1),
@@ -62,12 +62,12 @@ class _Mirror(NamedTuple):
 
     @property
     def help(self) -> str:
-        """The figure's own definition, and of which requests."""
+        """The definition of the figure, and the requests that count."""
         text = InferenceMetrics.declared()[self.figure].help
         return f"{text.removesuffix('.')}; {self.scope}." if self.scope else text
 
     def milliseconds(self, record: RequestRecord) -> float | None:
-        """Return what a request adds, if it does."""
+        """Return the value of a request, or None if it does not count."""
         value = getattr(record.metrics, self.figure)
         if (self.scope == _OK and record.outcome != "ok") or (self.scope == _WAITED and not value):
             return None
@@ -92,14 +92,14 @@ _MIRRORS = (
     _Mirror("headrace_request_load_wait_seconds", "load_ms", _WAIT_S, scope=_WAITED),
 )
 _TOKENS = {"cached_tokens": "prompt_cached_tokens"}
-"""Counters of tokens that are not named as the figure is."""
+"""Counters of tokens whose names differ from the figure's."""
 
 
 class Instruments:
-    """A Sink that counts; the pool's own state is read at each scrape.
+    """A Sink that counts; the state of the pool is read at each scrape.
 
-    `models` holds the names that are served now: no other gets a series of its own, and those of
-    a removed model are removed. All is called on the event loop but `exposition`.
+    `models` returns the served names: other names share one series, and the series of removed
+    models are removed. All methods but `exposition` are called on the event loop.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Instruments:
         self._call_seconds.labels(call.route).observe(call.seconds)
 
     def happened(self, event: PoolEvent) -> None:
-        """Count an event of the pool, of those that it does not count itself."""
+        """Count an event of a kind that the pool does not count itself."""
         if event.kind == "ready":
             _observe(self._loads, (self._label(event.model),), event.data.get("ms"))
         elif event.kind == "load_failed":
@@ -205,7 +205,7 @@ class Instruments:
             self._lag.observe(max(0.0, loop.time() - due))
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
-        """Return all figures, and their content type: OpenMetrics for those who accept it.
+        """Return all metrics and the content type: OpenMetrics for clients that accept it.
 
         May be called on any thread; while `watch_loop` runs, the pool is read on its loop.
         """
@@ -225,7 +225,7 @@ class Instruments:
         return asyncio.run_coroutine_threadsafe(read(), loop).result(_READ_WITHIN_S)
 
     def _read(self) -> PoolStatus:
-        """Read the pool; make the series of new models and remove those of removed ones."""
+        """Read the pool; add the series of new models and remove those of removed models."""
         status = self._status()
         served = {model.id for model in status.models}
         for metric, labels in self._of_model:
@@ -233,7 +233,7 @@ class Instruments:
             for removed in self._named - served:
                 metric.remove_by_labels({name: removed})
             if labels == _MODEL:
-                # From 0 on: a rate has to see the first step.
+                # Starts at 0, so that a rate includes the first increment.
                 for model in served:
                     metric.labels(model)
         self._named = served
@@ -259,7 +259,7 @@ class Instruments:
 
 
 class _Exposed:
-    """Counters and gauges, without the times at which series were created."""
+    """Counters and gauges, without the `_created` samples."""
 
     def __init__(self, registry: CollectorRegistry, status: PoolStatus) -> None:
         self._registry = registry
@@ -288,7 +288,7 @@ def _provider(record: RequestRecord) -> str:
 
 
 def _reason(record: RequestRecord) -> str:
-    """Name the class of an error; nothing for what ended well."""
+    """Return the class name of an error; empty for a success."""
     if record.outcome in {"ok", "cancelled"}:
         return "" if record.outcome == "ok" else "cancelled"
     return record.error if record.error in _REASONS else "_OTHER"
@@ -329,7 +329,7 @@ def _memory(status: PoolStatus) -> _Series:
 
 
 class _State(NamedTuple):
-    """A metric that is read from the pool: a counter if its name says so, else a gauge."""
+    """A metric that is read from the pool: a counter if its name ends in `_total`, or a gauge."""
 
     name: str
     help: str
@@ -369,7 +369,7 @@ _STATES = (
 
 
 def gauges(status: PoolStatus) -> Iterator[Metric]:
-    """Yield a pool's own figures, with a series for each model, state and device."""
+    """Yield the metrics of a pool, with a series for each model, state and device."""
     for state in _STATES:
         family = CounterMetricFamily if state.name.endswith("_total") else GaugeMetricFamily
         metric = family(state.name, state.help, labels=state.labels)

@@ -1,4 +1,4 @@
-"""What went on during the last minute, by model, in bounded memory."""
+"""Rates of each model over the last minute, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from headrace.core.metrics import percentile
 from headrace.core.record import Activity, Rates, RequestRecord, RunningRequest
 
 _SPEED_S = 5.0
-"""Tokens per second are those of the last 5 s, for which a person can wait."""
+"""Tokens per second are those of the last 5 s, so that they follow changes quickly."""
 _SAMPLES = 8192
-"""Of each kind and model; of more in a window the oldest are dropped, and the window is shorter."""
+"""Of each kind and model; beyond it the oldest are dropped and the window becomes shorter."""
 _MODELS = 1024
 _NO_MODEL = "-"
 
@@ -26,7 +26,7 @@ class _Ended(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Tokens that came evenly between two times (monotonic seconds)."""
+    """Tokens spread evenly between two times (monotonic seconds)."""
 
     begin: float
     at: float
@@ -34,7 +34,7 @@ class _Span(NamedTuple):
 
 
 class _Progress(NamedTuple):
-    """The tokens of a running request that have been counted, and when."""
+    """The tokens of a running request that have been counted, and the time."""
 
     at: float
     prompt: int = 0
@@ -51,7 +51,7 @@ class _Model:
         self.completion = deque[_Span](maxlen=_SAMPLES)
 
     def advance(self, old: _Progress, new: _Progress, first: float | None) -> None:
-        """Add new tokens: the prompt's up to the first token, the answer's from there on."""
+        """Add new tokens: of the prompt before the first token, of the answer after it."""
         read_until, written_since = new.at, old.at
         if first is not None and old.at < first <= new.at:
             read_until = written_since = first
@@ -62,7 +62,7 @@ class _Model:
             self.completion.append(_Span(written_since, new.at, tokens))
 
     def drop(self, now: float, window_s: float) -> None:
-        """Drop what is too old to count."""
+        """Drop samples before the window."""
         windows = (self.ended, window_s), (self.prompt, _SPEED_S), (self.completion, _SPEED_S)
         for samples, seconds in windows:
             while samples and samples[0].at <= now - seconds:
@@ -91,9 +91,9 @@ class _Model:
 class Recent:
     """A Sink that keeps samples of the last `window_s` seconds, for the rates of each model.
 
-    `running` returns the requests that run now: their tokens count as they come, spread over the
-    time since the last look, and those of a request that was never looked at over its own
-    duration. `clock` is monotonic, `wall` Unix time. Not thread-safe.
+    `running` returns the running requests: their new tokens are spread over the time since the
+    last call of `activity`, those of a request that ended between two calls over its duration.
+    `clock` is monotonic, `wall` Unix time. Not thread-safe.
     """
 
     def __init__(
@@ -112,15 +112,15 @@ class Recent:
         self._progress: dict[str, _Progress] = {}
 
     def record(self, record: RequestRecord) -> None:
-        """Add a request that has ended now."""
+        """Add a request that has just ended."""
         now, metrics, usage = self._clock(), record.metrics, record.metrics.usage
         began = now - metrics.total_ms / 1000
         first_ms, waited_ms = metrics.time_to_first_token_ms, metrics.queue_ms
-        # Names of models that are not served come from outside, in any number.
+        # Clients can send any number of names of models that are not served.
         model = self._model(_NO_MODEL if record.error == "UnknownModel" else record.model, now)
         failed = record.outcome == "error"
         model.ended.append(_Ended(now, failed, first_ms, metrics.time_per_output_token_ms))
-        # A prompt that was counted and then refused in the queue was never computed.
+        # The prompt of a request that was refused in the queue was not processed.
         was_read = record.outcome == "ok" or waited_ms is not None or first_ms is not None
         admitted = began + (metrics.load_ms + (waited_ms or 0.0)) / 1000
         progress = self._progress.pop(record.id, None) or _Progress(min(admitted, now))
@@ -128,9 +128,9 @@ class Recent:
         model.advance(progress, new, _after(began, first_ms))
 
     def activity(self) -> Activity:
-        """Return what runs now, oldest first, and the rates of each model."""
+        """Return the running requests, oldest first, and the rates of each model."""
         running, now = self._running(), self._clock()
-        self._look(running, now)
+        self._count_running(running, now)
         since = now - self._window_s
         self._models = {name: model for name, model in self._models.items() if model.at > since}
         models = sorted(self._models.items())
@@ -139,8 +139,8 @@ class Recent:
             rates=tuple(model.rates(name, self._window_s, now) for name, model in models),
         )
 
-    def _look(self, running: Iterable[RunningRequest], now: float) -> None:
-        """Add the tokens that running requests have got since the last look."""
+    def _count_running(self, running: Iterable[RunningRequest], now: float) -> None:
+        """Add the new tokens of running requests since the last call."""
         before, self._progress = self._progress, {}
         ahead = self._wall() - now
         for request in running:
@@ -153,7 +153,7 @@ class Recent:
             self._progress[request.id] = new
 
     def _model(self, name: str, now: float) -> _Model:
-        """Return a model's samples; of too many models the one that was idle longest goes."""
+        """Return a model's samples; of too many models, the one idle longest is dropped."""
         model = self._models.pop(name, None) or _Model()
         if len(self._models) >= _MODELS:
             del self._models[next(iter(self._models))]

@@ -1,4 +1,4 @@
-"""Recorder: the Observer that makes spans and records of what a pool does."""
+"""Recorder: the observer of a pool that makes spans and records of requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from headrace.models.providers import PROVIDERS
 from headrace.telemetry import content as contents
 from headrace.telemetry import names
 from headrace.telemetry.content import Redactor
-from headrace.telemetry.running import Running, draw
+from headrace.telemetry.running import Running, add_spans
 from headrace.telemetry.spans import Kind, Parent, Span, Trace, Tracing, error_type
 
 _log = logging.getLogger("headrace.telemetry")
@@ -32,7 +32,7 @@ _KNOWN_S = 2.0
 class Recorder:
     """Observes a pool. Each request has one root span and one record, however it ends.
 
-    `models` returns what is served. `sinks` receive the record of each finished request.
+    `models` returns the served models. `sinks` receive the record of each finished request.
     `capture` keeps content, redacted.
     """
 
@@ -58,7 +58,7 @@ class Recorder:
         return f"<Recorder, {len(self._running)} running>"
 
     def running(self) -> tuple[RunningRequest, ...]:
-        """Return what runs now, oldest first, without waiting."""
+        """Return the running requests, oldest first, without waiting."""
         return tuple(run.snapshot() for run in self._running.values())
 
     @contextmanager
@@ -72,7 +72,7 @@ class Recorder:
             raise
         finally:
             self._end(run)
-            # An error's traceback leads here: one more circle.
+            # The traceback of the error refers to this frame: that would be a reference cycle.
             run.error = None
             run.trace.forget()
 
@@ -80,7 +80,7 @@ class Recorder:
     def attempt(
         self, run: Running, request: AnyRequest, worker: Backend, spec: ModelSpec
     ) -> Generator[_Attempt]:
-        """Observe one worker's attempt: a span below the request's."""
+        """Observe one worker's attempt: a child span of the request's."""
         span, request = self._attempt_span(run, request, worker, spec)
         attempt, error = _Attempt(request), None
         try:
@@ -99,7 +99,7 @@ class Recorder:
 
     @asynccontextmanager
     async def loading(self, worker: Backend, spec: ModelSpec) -> AsyncGenerator[None]:
-        """Observe a load: a span of its own, where OpenTelemetry is switched on."""
+        """Observe a load: a separate trace, if OpenTelemetry is enabled."""
         if self.tracing.exporter is None or worker.models()[0].state == "ready":
             yield
             return
@@ -121,7 +121,7 @@ class Recorder:
             self.tracing.loads[spec.name] = span
 
     def closed(self) -> None:
-        """End all requests that are open, as nothing more is sent or written from now on."""
+        """End all open requests, before exporters and sinks are closed."""
         now, error = time.monotonic(), Draining("The model was stopped.")
         for run in list(self._running.values()):
             run.error = error
@@ -132,14 +132,14 @@ class Recorder:
     def _begin(self, request: AnyRequest) -> _Observation:
         info = self._info(request.model)
         parent = Parent.parse(request.traceparent, request.tracestate)
-        attributes = names.asked(request, names.provider(info) if info else names.HERE)
+        attributes = names.request_attributes(request, names.provider(info) if info else names.HERE)
         attributes[names.REQUEST_ID] = request.id
         if request.client:
             attributes[names.CLIENT] = request.client
         operation, trace = request.operation, Trace(request.received, parent)
         root = self.tracing.span(
             trace,
-            # Names from outside are unbounded: they do not become names of spans.
+            # Span names must be of low cardinality: unknown models are not in them.
             f"{operation} {info.id}" if info else operation,
             parent,
             request.received,
@@ -150,7 +150,7 @@ class Recorder:
         request = msgspec.structs.replace(
             request, traceparent=root.context.traceparent, tracestate=root.context.state
         )
-        run = _Observation(self, request, info, root, listens=self._capture is not None)
+        run = _Observation(self, request, info, root, captures=self._capture is not None)
         self._running[id(run)] = run
         return run
 
@@ -161,11 +161,9 @@ class Recorder:
         kind, name, attributes = _step(request, worker, spec)
         span = self.tracing.span(trace, name, run.root, now, kind=kind, attributes=attributes)
         trace.attempts.append(span)
-        told = span.outside
+        parent = span.outside
         return span, msgspec.structs.replace(
-            request,
-            traceparent=told.traceparent,
-            tracestate=told.state,
+            request, traceparent=parent.traceparent, tracestate=parent.state
         )
 
     def _end(self, run: _Observation) -> None:
@@ -175,12 +173,12 @@ class Recorder:
         try:
             record = self._record(run, ended)
         except Exception:  # noqa: BLE001  # see below
-            # Whatever is wrong here is not the request's fault.
+            # An error here must not fail the request.
             _log.exception("A request could not be recorded.")
             run.root.end(ended, run.failure)
             return
         for sink in self._sinks:
-            self._tell(record, sink)
+            self._deliver(record, sink)
 
     def _record(self, run: Running, ended: float) -> RequestRecord:
         metrics, root, capture = run.metrics(ended), run.root, self._capture
@@ -188,7 +186,9 @@ class Recorder:
         reasons: tuple[str, ...] = ()
         if run.finish is not None and run.request.task == "generate":
             reasons = run.finish.finish_reasons
-        kept = None if capture is None else contents.content(run.request, run.said or {}, capture)
+        kept = (
+            None if capture is None else contents.content(run.request, run.answers or {}, capture)
+        )
         root.attributes |= names.usage(metrics) | names.figures(metrics)
         root.attributes[names.OUTCOME] = outcome
         if metrics.engine:
@@ -197,9 +197,9 @@ class Recorder:
             root.attributes[names.RESPONSE_MODEL] = metrics.model or run.model
         if reasons:
             root.attributes[names.FINISH_REASONS] = tuple(reasons)
-        if kept is not None and self.tracing.tells_content:
+        if kept is not None and self.tracing.exports_content:
             root.attributes |= contents.attributes(run.request, kept, reasons)
-        draw(run, metrics, self.tracing, ended)
+        add_spans(run, metrics, self.tracing, ended)
         root.end(ended, failure)
         first, *others = reversed(run.trace.ended)
         return RequestRecord(
@@ -215,25 +215,25 @@ class Recorder:
             error=error_type(failure) if failure else "",
             message=failure.message if isinstance(failure, HeadraceError) else "",
             parameters=contents.parameters(run.request, capture),
-            spans=(first, *sorted(others, key=lambda one: (one.start_ms, -one.ms))),
+            spans=(first, *sorted(others, key=lambda span: (span.start_ms, -span.ms))),
             content=kept,
         )
 
-    def _tell(self, record: RequestRecord, sink: Sink) -> None:
+    def _deliver(self, record: RequestRecord, sink: Sink) -> None:
         try:
             sink.record(record)
         except Exception:  # noqa: BLE001  # see below
-            # A sink is not to raise; one that does costs a line of the log, and no request.
+            # Sinks must not raise; an error is logged once, and no request fails.
             if id(sink) not in self._failing:
                 self._failing.add(id(sink))
-                _log.exception("A sink of records failed; this is told once.")
+                _log.exception("A sink of records failed; further failures are not logged.")
 
     def _info(self, name: str) -> ModelInfo | None:
-        """Return the metadata of a model; for up to `_KNOWN_S` they may be a little old."""
+        """Return the metadata of a model, cached for up to `_KNOWN_S` seconds."""
         now = time.monotonic()
         if now - self._known_at > _KNOWN_S or name not in self._known:
             self._known_at, models = now, self._models()
-            self._known = {one: info for info in models for one in (info.id, *info.aliases)}
+            self._known = {alias: info for info in models for alias in (info.id, *info.aliases)}
             if len(models) == 1:
                 self._known[""] = models[0]
         return self._known.get(name)
@@ -251,9 +251,9 @@ class _Observation(Running):
         info: ModelInfo | None,
         root: Span,
         *,
-        listens: bool,
+        captures: bool,
     ) -> None:
-        super().__init__(request, info, root, listens=listens)
+        super().__init__(request, info, root, captures=captures)
         self._recorder = recorder
 
     def attempt(
@@ -271,24 +271,30 @@ class _Attempt:
         self.finish: Finish | None = None
 
     def finished(self, finish: Finish) -> None:
-        """Note that it ended well."""
+        """Record the Finish."""
         self.finish = finish
 
 
 def _step(
     request: AnyRequest, worker: Backend, spec: ModelSpec
 ) -> tuple[Kind, str, dict[str, Attribute]]:
-    """Return what an attempt's span is: a call of an upstream is that of its client."""
+    """Return kind, name and attributes of an attempt's span; for an upstream, a client span."""
     pid = _pid(worker)
     if pid is None and (upstream := _upstream(spec)) is not None:
-        asked = names.asked(request, names.provider(worker.models()[0])) | upstream
-        return "client", f"{asked[names.OPERATION]} {asked[names.REQUEST_MODEL]}", asked
+        attributes = (
+            names.request_attributes(request, names.provider(worker.models()[0])) | upstream
+        )
+        return (
+            "client",
+            f"{attributes[names.OPERATION]} {attributes[names.REQUEST_MODEL]}",
+            attributes,
+        )
     about: dict[str, Attribute] = {"headrace.model": spec.name}
     return "internal", names.ATTEMPT, about if pid is None else about | {names.WORKER_PID: pid}
 
 
 def _pid(worker: Backend) -> int | None:
-    """Return the process of a worker that has one of its own."""
+    """Return the process id of a worker with a process of its own."""
     return getattr(worker, "pid", None)
 
 
@@ -297,36 +303,38 @@ def _machine() -> dict[str, Attribute]:
 
 
 def _upstream(spec: ModelSpec) -> dict[str, Attribute] | None:
-    """Return which model of which upstream is asked, and where; None for a model that is here."""
+    """Return model and address at an upstream; None for a local model."""
     known, _, model = spec.model.partition(":")
     if known not in PROVIDERS:
         return None
-    told: dict[str, Attribute] = {names.REQUEST_MODEL: model}
+    attributes: dict[str, Attribute] = {names.REQUEST_MODEL: model}
     place = urlsplit(str(spec.options.get("base_url") or PROVIDERS[known].base_url or ""))
     if place.hostname:
-        told[names.SERVER_ADDRESS] = place.hostname
-        told[names.SERVER_PORT] = place.port or (80 if place.scheme == "http" else 443)
-    return told
+        attributes[names.SERVER_ADDRESS] = place.hostname
+        attributes[names.SERVER_PORT] = place.port or (80 if place.scheme == "http" else 443)
+    return attributes
 
 
 def _settings(spec: ModelSpec) -> dict[str, Attribute]:
-    """Return how a model is configured."""
+    """Return the traced settings of a model."""
     given = {name: getattr(spec, name) for name in TRACED_SETTINGS}
-    told: dict[str, Attribute] = {"headrace.model": spec.name, "headrace.source": spec.model}
-    return told | {f"headrace.{name}": value for name, value in given.items() if value is not None}
+    attributes: dict[str, Attribute] = {"headrace.model": spec.name, "headrace.source": spec.model}
+    return attributes | {
+        f"headrace.{name}": value for name, value in given.items() if value is not None
+    }
 
 
 def _loaded(info: ModelInfo, pid: int | None) -> dict[str, Attribute]:
-    """Return what came of a load. Options are as they are shown, without keys."""
-    told: dict[str, Attribute] = {
+    """Return the result of a load. Secrets in options are masked."""
+    attributes: dict[str, Attribute] = {
         names.ENGINE: info.engine,
         "headrace.engine.reason": info.engine_reason,
         "headrace.device": info.device,
         "headrace.format": info.format,
     }
-    told |= {f"headrace.option.{name}": str(value) for name, value in info.options.items()}
+    attributes |= {f"headrace.option.{name}": str(value) for name, value in info.options.items()}
     if pid is not None:
-        told[names.WORKER_PID] = pid
+        attributes[names.WORKER_PID] = pid
     if info.context_length:
-        told["headrace.context_length"] = info.context_length
-    return told
+        attributes["headrace.context_length"] = info.context_length
+    return attributes

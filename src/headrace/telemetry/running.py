@@ -1,4 +1,4 @@
-"""One request while it runs: how far it is, and what is made of that in the end."""
+"""The state of one running request, and the figures and spans made of it at its end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelInfo
 from headrace.core.record import Outcome, Phase, RunningRequest
 from headrace.core.request import AnyRequest
-from headrace.telemetry import content as contents
 from headrace.telemetry import names
 from headrace.telemetry.spans import Span, Trace, Tracing, error_type, was_refused
 
@@ -20,12 +19,12 @@ class Running:
 
     __slots__ = (
         *("admitted_at", "chunks", "error", "first_at", "finish", "info", "loaded_at"),
-        *("loading_at", "phase", "prompt_tokens", "request", "root", "said", "tokens", "trace"),
+        *("loading_at", "phase", "prompt_tokens", "request", "root", "answers", "tokens", "trace"),
         *("visible_at", "waited"),
     )
 
     def __init__(
-        self, request: AnyRequest, info: ModelInfo | None, root: Span, *, listens: bool
+        self, request: AnyRequest, info: ModelInfo | None, root: Span, *, captures: bool
     ) -> None:
         self.request = request
         self.info = info
@@ -39,26 +38,26 @@ class Running:
         self.admitted_at: float | None = None
         self.first_at: float | None = None
         self.visible_at: float | None = None
-        self.said: dict[int, list[str]] | None = {} if listens else None
+        self.answers: dict[int, list[str]] | None = {} if captures else None
         self.finish: Finish | None = None
         self.error: BaseException | None = None
 
     def saw(self, event: Event) -> None:
-        """Note an event. Every token comes this way: of most it only counts."""
+        """Record an event. This is called for every token: most deltas are only counted."""
         if type(event) is Delta:
             self.chunks += 1
             self.tokens += len(event.token_ids)
             if self.visible_at is None:
-                self._speaks(event)
-            if self.said is not None:
-                contents.say(self.said, event)
+                self._first_output(event)
+            if self.answers is not None:
+                self.answers.setdefault(event.index, []).append(event.text)
         elif isinstance(event, Progress):
-            self._waits(event)
+            self._progressed(event)
         elif isinstance(event, Finish):
             self.finish = event
 
-    def _speaks(self, delta: Delta) -> None:
-        """Note a delta before which no text was shown."""
+    def _first_output(self, delta: Delta) -> None:
+        """Record a delta that may be the first with tokens or text."""
         now = time.monotonic()
         if self.first_at is None:
             self.first_at, self.phase = now, "decode"
@@ -66,12 +65,12 @@ class Running:
         if delta.text or delta.reasoning:
             self.visible_at = now
 
-    def _waits(self, event: Progress) -> None:
-        """Note that there is no token yet."""
+    def _progressed(self, event: Progress) -> None:
+        """Record progress before the first token."""
         now, self.waited = time.monotonic(), True
         if event.stage != "loading":
             self._is_loaded(now)
-        elif self.admitted_at is None:  # else it is loaded once more, as its worker has died
+        elif self.admitted_at is None:  # otherwise a second load after a crash
             self.loading_at = self.loading_at or now
         if event.stage == "prefill":
             self.admitted_at = self.admitted_at or now
@@ -85,19 +84,19 @@ class Running:
 
     @property
     def model(self) -> str:
-        """The served model's name, or what was asked for."""
+        """The name of the served model, or the requested name."""
         return self.request.model if self.info is None else self.info.id
 
     @property
     def failure(self) -> BaseException | None:
-        """Why there is no whole answer. Who hangs up after the last word has had his."""
+        """Why the answer is incomplete; None if it has a Finish."""
         if self.finish is not None:
             return None
         return self.error or GenerationFailed("The stream ended without a Finish.")
 
     @property
     def outcome(self) -> Outcome:
-        """How it ended."""
+        """How the request has ended."""
         if (failure := self.failure) is None:
             return "ok"
         if was_refused(failure):
@@ -105,7 +104,7 @@ class Running:
         return "error" if error_type(failure) else "cancelled"
 
     def snapshot(self) -> RunningRequest:
-        """Return how far it is."""
+        """Return the current state."""
         return RunningRequest(
             id=self.request.id,
             model=self.model,
@@ -120,20 +119,20 @@ class Running:
 
     @property
     def _completion_tokens(self) -> int:
-        # An upstream tells no token ids: each delta counts as one.
+        # Upstreams send no token ids: each delta counts as one token.
         return self.tokens or self.chunks
 
     @property
-    def told(self) -> InferenceMetrics | None:
-        """The engine's figures, where it told any."""
+    def engine_metrics(self) -> InferenceMetrics | None:
+        """The figures of the engine, if it has reported any."""
         if self.finish is not None:
             return self.finish.metrics
         return self.error.metrics if isinstance(self.error, HeadraceError) else None
 
     def metrics(self, ended: float) -> InferenceMetrics:
-        """Return the engine's figures or, where the engine told none, what was seen from here."""
-        if self.told is not None:
-            return self.told
+        """Return the figures of the engine, or else those computed from the events."""
+        if self.engine_metrics is not None:
+            return self.engine_metrics
         request = self.request
         until = self.loaded_at or ended
         load_ms = request.load_ms + (_ms(self.loading_at, until) or 0.0)
@@ -156,8 +155,8 @@ class Running:
         )
 
 
-def draw(run: Running, metrics: InferenceMetrics, tracing: Tracing, ended: float) -> None:
-    """Make the spans below a root whose times are only known in the end."""
+def add_spans(run: Running, metrics: InferenceMetrics, tracing: Tracing, ended: float) -> None:
+    """Add the child spans whose times are known only at the end."""
     began, attempts = run.trace.began, run.trace.attempts
     loaded = began + metrics.load_ms / 1000
     admitted = run.admitted_at
@@ -169,14 +168,14 @@ def draw(run: Running, metrics: InferenceMetrics, tracing: Tracing, ended: float
         load = tracing.loads.get(run.model)
         _step(tracing, run.root, names.LOAD, began, min(loaded, ended), [load] if load else [])
     if admitted is not None or run.waited:
-        # What is refused at once has not waited.
+        # A request that was refused at once has not waited.
         _step(tracing, run.root, names.QUEUE, loaded, ended if admitted is None else admitted)
     if admitted is None or not (run.chunks or run.admitted_at or metrics.prefill_ms):
         return
     above, is_first = run.root, True
     if attempts:
-        # What is not told by the engine was seen of the first attempt.
-        above = attempts[-1 if run.told else 0]
+        # Times from events, not from the engine, are those of the first attempt.
+        above = attempts[-1 if run.engine_metrics else 0]
         is_first = above is attempts[0]
     over = above.ended or ended
     start = max(above.began, admitted) if is_first else above.began

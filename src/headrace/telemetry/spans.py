@@ -1,7 +1,7 @@
-"""Spans: kept with the record of a request and, where it is switched on, told to OpenTelemetry.
+"""Spans: kept with the record of a request and, if enabled, exported to OpenTelemetry.
 
-Contexts are handed over as they are. Nothing is attached to a task: a stream is read by whoever
-likes, and what is attached before a `yield` may be detached in another task, or never.
+Contexts are passed explicitly. None is attached to a task: a stream can be read by any task, and a
+context that is attached before a `yield` may be detached in another task, or never.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from headrace.telemetry import names
 
 Kind = Literal["server", "client", "internal"]
 
-# A traceparent of the W3C. Later versions may add fields; the first has none but these four.
+# A W3C traceparent. Later versions may add fields to the four of the first version.
 _HEADER = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _LONGEST_STATE = 512
 _SAMPLED = 1
 
 
 class Parent(NamedTuple):
-    """A span as others see it. Ids are lower-case hex; `state` is passed on unchanged."""
+    """The context of a span. Ids are lower-case hex; `state` is passed on unchanged."""
 
     trace_id: str
     span_id: str
@@ -35,7 +35,7 @@ class Parent(NamedTuple):
 
     @classmethod
     def parse(cls, traceparent: str, tracestate: str = "") -> Parent | None:
-        """Read the two headers; None where they are malformed, as if nothing had been sent."""
+        """Parse the two headers; None if they are malformed."""
         match = _HEADER.fullmatch(traceparent.strip())
         if match is None:
             return None
@@ -43,14 +43,14 @@ class Parent(NamedTuple):
         is_null = not int(trace_id, 16) * int(span_id, 16)
         if version == "ff" or (version == "00" and more) or is_null:
             return None
-        # What is too long may be dropped as a whole, and never cut.
+        # A state that is too long may be dropped, but not cut.
         state = tracestate.strip()
         state = state if len(state) <= _LONGEST_STATE and state.isascii() else ""
         return cls(trace_id, span_id, int(flags, 16), state if state.isprintable() else "")
 
     @property
     def traceparent(self) -> str:
-        """The header that makes another span one below this."""
+        """The header that makes another span a child of this one."""
         return f"00-{self.trace_id}-{self.span_id}-{self.flags:02x}"
 
 
@@ -64,12 +64,12 @@ class Exported(Protocol):
     def end(
         self, name: str, attributes: dict[str, Attribute], failure: str | None, end_ns: int
     ) -> None:
-        """End it; `failure` makes it one that has failed."""
+        """End the span; `failure` marks it as failed."""
         ...
 
 
 class Exporter(Protocol):
-    """Makes spans of OpenTelemetry; times are nanoseconds since 1970."""
+    """Makes OpenTelemetry spans; times are nanoseconds since 1970."""
 
     def start(
         self,
@@ -80,16 +80,16 @@ class Exporter(Protocol):
         attributes: dict[str, Attribute],
         links: Sequence[Exported],
     ) -> Exported:
-        """Begin one."""
+        """Start a span."""
         ...
 
     def current(self) -> Parent | None:
-        """Return the span that the calling program is in."""
+        """Return the current span of the calling program."""
         ...
 
 
 class Trace:
-    """What belongs to one request: its spans that have ended, its attempts, and its two clocks.
+    """The trace of one request: its ended spans, its attempts, and its two clocks.
 
     `began` is monotonic seconds, as all times of spans are.
     """
@@ -105,7 +105,7 @@ class Trace:
         self.offset_ns = time.time_ns() - time.monotonic_ns()
 
     def forget(self) -> None:
-        """Let go of the spans, which hold the trace: the garbage collector is spared a circle."""
+        """Drop the spans, which refer to the trace, so that no reference cycle is left."""
         self.root = None
         self.attempts.clear()
 
@@ -115,7 +115,7 @@ class Trace:
 
 
 class Span:
-    """One step. It ends once: what is said to it afterwards is not heard."""
+    """One step of a request. It ends once; later calls of `end` are ignored."""
 
     __slots__ = (
         *("attributes", "began", "context", "ended", "exported", "kind", "name", "parent_id"),
@@ -146,22 +146,22 @@ class Span:
             self.context = exported.context
 
     @property
-    def is_silent(self) -> bool:
-        """Whether OpenTelemetry hears nothing of it."""
+    def is_unexported(self) -> bool:
+        """Whether it is not exported to OpenTelemetry."""
         return self.exported is None or not self.exported.is_recording
 
     @property
     def outside(self) -> Parent:
-        """The parent of spans elsewhere: where nothing is exported, the caller's own span.
+        """The parent of spans in other processes: without an export, the caller's own span.
 
-        Theirs would be below a span that is never exported.
+        Otherwise their parent would be a span that is never exported.
         """
         if self.exported is None and self.trace.parent is not None:
             return self.trace.parent
         return self.context
 
     def end(self, ended: float, error: BaseException | None = None) -> None:
-        """End it, with what went wrong."""
+        """End the span, with the error if it has failed."""
         if self.ended is not None:
             return
         self.ended = max(ended, self.began)
@@ -186,9 +186,9 @@ class Span:
 
 
 class Tracing:
-    """Makes spans. `exporter` is OpenTelemetry, where it is switched on.
+    """Makes spans. `exporter` is OpenTelemetry, if enabled.
 
-    `tells_content` is whether spans may hold content. `close` ends the export; it may block.
+    `exports_content` is whether spans may hold content. `close` ends the export; it may block.
     `loads` holds the last load of each model.
     """
 
@@ -196,11 +196,11 @@ class Tracing:
         self,
         exporter: Exporter | None = None,
         *,
-        tells_content: bool = False,
+        exports_content: bool = False,
         close: Callable[[], None] | None = None,
     ) -> None:
         self.exporter = exporter
-        self.tells_content = tells_content
+        self.exports_content = exports_content
         self.loads: dict[str, Span] = {}
         self._close = close
 
@@ -215,35 +215,35 @@ class Tracing:
         attributes: dict[str, Attribute] | None = None,
         links: Sequence[Span] = (),
     ) -> Span:
-        """Begin a span below another, below the caller's, or below none."""
+        """Start a span: a child of another, of the caller's, or a root."""
         given, exported = attributes or {}, None
         above = parent.exported if isinstance(parent, Span) else parent
-        # Below a span that was not sampled nothing is.
-        if self.exporter is not None and not (isinstance(parent, Span) and parent.is_silent):
+        # Children of a span that was not sampled are not exported.
+        if self.exporter is not None and not (isinstance(parent, Span) and parent.is_unexported):
             linked = [link.exported for link in links if link.exported is not None]
             start_ns = trace.unix_ns(began)
             exported = self.exporter.start(name, above, kind, start_ns, given, linked)
         return Span(trace, name, kind, began, given, parent, exported)
 
     async def aclose(self) -> None:
-        """Send what is still to be sent, for about two seconds at most. Idempotent."""
+        """Export the remaining spans, for about two seconds at most. Idempotent."""
         close, self._close = self._close, None
         if close is not None:
             await asyncio.to_thread(close)
 
 
 def error_type(error: BaseException) -> str:
-    """Return the class of an error; nothing for a request that was cancelled."""
+    """Return the class name of an error; empty for a cancelled request."""
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         return ""
     return type(error).__name__
 
 
 def failed(error: BaseException) -> str | None:
-    """Return what a failed span says, and None where the span has not failed.
+    """Return the message of a failed span; None if the span has not failed.
 
-    As HTTP's conventions have it: what the client could do better (a status of 400 to 499) is no
-    failure of the service, and neither is that he went away. All else is.
+    As in the conventions for HTTP, client errors (status 400 to 499) and disconnects are not
+    failures of the service.
     """
     if isinstance(error, RequestError | QueueFull | QueueTimeout) or not error_type(error):
         return None
@@ -251,5 +251,5 @@ def failed(error: BaseException) -> str | None:
 
 
 def was_refused(error: BaseException) -> bool:
-    """Tell whether nothing is broken: the request is wrong, or there is no room."""
+    """Whether a request was refused: it is invalid, or there is no capacity."""
     return isinstance(error, RequestError | CapacityError)

@@ -1,4 +1,4 @@
-"""The telemetry of one service, put together from its settings."""
+"""Telemetry: recorder, metrics and files of one service, by its settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from headrace.telemetry.usage import Usage
 
 
 class Telemetry:
-    """An Observer. Where everything is switched off the pool has none, and no request is known."""
+    """A Monitor. If everything is switched off, the pool has no observer."""
 
     def __init__(
         self, admin: PoolAdmin, tracing: Tracing, settings: TelemetrySettings, home: Path
@@ -40,14 +40,14 @@ class Telemetry:
         capture = Redactor(settings.redact) if settings.trace_content else None
         recorder = Recorder(pool.models, tracing=tracing, sinks=sinks, capture=capture)
         if settings.is_on or tracing.exporter is not None:
-            pool.observed_by(recorder)
+            pool.attach_observer(recorder)
 
     def activity(self) -> Activity:
-        """Return what goes on now, without waiting."""
+        """Return running requests and rates, without waiting."""
         return self._recent.activity()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Return all figures as Prometheus reads them, and their content type. May block."""
+        """Return all metrics in a format of Prometheus, and its content type. May block."""
         return self._instruments.exposition(accept)
 
     def called(self, call: Call) -> None:
@@ -59,11 +59,11 @@ class Telemetry:
         self._instruments.happened(event)
 
     async def watch(self) -> None:
-        """Measure the event loop, until cancelled."""
+        """Measure the lag of the event loop, until cancelled."""
         await self._instruments.watch_loop()
 
     async def aclose(self) -> None:
-        """Write and send what is left; some seconds at most."""
+        """Write and export the rest; takes some seconds at most."""
         await asyncio.gather(
             self._tracing.aclose(), *(asyncio.to_thread(file.close) for file in self._files)
         )

@@ -1,8 +1,8 @@
-"""Records of requests as lines of JSON in a folder, written by a thread of its own.
+"""Trace files: records of requests as JSON lines in a folder, written by a thread.
 
-Any number of processes append to `requests.jsonl`. What has grown to an eighth of the limit is
-renamed to `requests-<time>.jsonl`, and the oldest of these are deleted. A line is written whole or,
-where the disk is full or the machine stops, torn: readers pass over it.
+Any number of processes append to `requests.jsonl`. At an eighth of the limit it is renamed to
+`requests-<time>.jsonl`, and the oldest of these are deleted. A line can be truncated if the disk is
+full or the machine crashes: readers skip it.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ FOLDER = "traces"
 """Its name in the home directory."""
 
 CURRENT = "requests.jsonl"
-"""The file that is written to."""
+"""The file that is being written."""
 
 _log = logging.getLogger("headrace.telemetry")
 _encode = msgspec.json.Encoder(enc_hook=str).encode
 _SEGMENTS = 8
-# Prompts and answers are large: fewer of them may wait for a disk that has stopped.
+# Records with content are large: fewer of them may wait for a slow disk.
 _MOST_WAITING, _MOST_WITH_CONTENT = 4096, 256
-# As much as is encoded in well under a millisecond, in which the event loop does not run.
+# Encoded in well under a millisecond, during which the event loop does not run.
 _LINES_AT_ONCE = 64
 _BARE: dict[str, Any] = {"content": None, "parameters": {}, "spans": (), "message": ""}
 _GATHER_S, _AGAIN_S, _LOCK_S = 0.1, 5.0, 2.0
 
 
-def older(folder: Path) -> list[Path]:
-    """Return the files that are no longer written to, oldest first."""
+def renamed_files(folder: Path) -> list[Path]:
+    """Return the renamed files, oldest first."""
     paths = folder.glob("requests-*.jsonl")
     return sorted(path for path in paths if path.stem.rpartition("-")[2].isdigit())
 
@@ -46,9 +46,9 @@ def older(folder: Path) -> list[Path]:
 class TraceFile:
     """A Sink that keeps records on the disk, at most about `limit` bytes of them.
 
-    Nothing here fails or delays a request: what cannot be kept is dropped, counted and logged. A
-    record that is longer than an eighth of the limit is kept without its content,
-    parameters and spans.
+    It never fails or delays a request: records that cannot be kept are dropped, counted and
+    logged. A record longer than an eighth of the limit is kept without content, parameters and
+    spans.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -68,17 +68,17 @@ class TraceFile:
         return f"<TraceFile {self._folder} waiting={len(self._queue)} dropped={self.dropped}>"
 
     def record(self, record: RequestRecord) -> None:
-        """Queue a record; it is on the disk within a fraction of a second."""
-        most = _MOST_WAITING if record.content is None else _MOST_WITH_CONTENT
-        if len(self._queue) >= most:
-            self._drop("they come faster than they can be written")
+        """Queue a record; it is written within a fraction of a second."""
+        limit = _MOST_WAITING if record.content is None else _MOST_WITH_CONTENT
+        if len(self._queue) >= limit:
+            self._drop("records arrive faster than they can be written")
             return
         self._queue.append(record)
         if not self._wake.is_set():
             self._wake.set()
 
     def close(self, within_s: float = 2.0) -> None:
-        """Write what is waiting, and end; what takes longer than that is given up."""
+        """Write the queued records and end, within `within_s` seconds."""
         self._closing.set()
         self._wake.set()
         self._thread.join(within_s)
@@ -101,7 +101,7 @@ class TraceFile:
         self._release()
 
     def _flushed(self) -> bool:
-        """Write all that waits; on a failure keep it, log it once, and return False."""
+        """Write all queued records; on a failure keep them, log it once, and return False."""
         try:
             while self._queue or self._lines:
                 self._fill()
@@ -128,7 +128,7 @@ class TraceFile:
 
     def _line(self, record: RequestRecord) -> bytes | None:
         for more in ({}, _BARE):
-            # What an engine or a client puts into a record may have no form in JSON.
+            # Values from an engine or a client may not be encodable as JSON.
             with contextlib.suppress(TypeError, ValueError, ArithmeticError, RecursionError):
                 line = _encode(msgspec.structs.replace(record, **more)) + b"\n"
                 if len(line) <= self._segment:
@@ -144,27 +144,27 @@ class TraceFile:
         if size and size + len(self._lines[0]) > self._segment:
             self._rotate(file)
             return
-        # A line torn by the crash of a process must not take the next one with it. What another
-        # process is just writing looks alike; an empty line does no harm.
-        torn = size and os.pread(file, 1, size - 1) != b"\n"
-        parts = [b"\n"] if torn else []
+        # After a truncated line, of a process that has crashed, begin a new one. A line that
+        # another process is writing looks the same; an empty line is harmless.
+        truncated = size and os.pread(file, 1, size - 1) != b"\n"
+        parts = [b"\n"] if truncated else []
         for line in self._lines:
             size += len(line)
-            if size > self._segment and len(parts) > bool(torn):
+            if size > self._segment and len(parts) > bool(truncated):
                 break
             parts.append(line)
         data = b"".join(parts)
         written = os.write(file, data)
         if not os.fstat(file).st_nlink:
-            # It was the oldest by now, and has been deleted: this will never be read.
+            # The file was deleted meanwhile: write again.
             self._release()
             return
-        # A disk that becomes full takes a part; the next write says why.
-        for _ in range(data[:written].count(b"\n") - bool(torn)):
+        # A full disk may accept a part; the next write reports the error.
+        for _ in range(data[:written].count(b"\n") - bool(truncated)):
             self._lines.popleft()
 
     def _opened(self) -> int:
-        """Return the current file; another process may have renamed the one that is open."""
+        """Return the current file, opened again if another process has renamed it."""
         path = self._folder / CURRENT
         if self._descriptor is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -176,9 +176,9 @@ class TraceFile:
         return self._descriptor
 
     def _rotate(self, file: int) -> None:
-        """Give the current file its final name, unless another process has, and delete old ones.
+        """Rename the current file, unless another process has, and delete the oldest ones.
 
-        A process that still has it open may write to it once more; nothing is lost by that.
+        A process that still has it open may append once more; nothing is lost.
         """
         from filelock import FileLock  # not for a command that only reads
 
@@ -187,7 +187,7 @@ class TraceFile:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(path.stat(), os.fstat(file)):
                     path.rename(path.with_stem(f"{path.stem}-{_stamp(self._folder)}"))
-            files = [(old, old.stat().st_size) for old in older(self._folder)]
+            files = [(old, old.stat().st_size) for old in renamed_files(self._folder)]
             left = sum(size for _, size in files)
             for old, size in files:
                 if left <= self._limit - self._segment:
@@ -202,6 +202,6 @@ class TraceFile:
 
 
 def _stamp(folder: Path) -> str:
-    """Return a name that sorts behind those that are there, whatever the clock does."""
-    last = max((int(path.stem.rpartition("-")[2]) for path in older(folder)), default=0)
+    """Return a suffix that sorts after the existing ones, even if the clock was set back."""
+    last = max((int(path.stem.rpartition("-")[2]) for path in renamed_files(folder)), default=0)
     return f"{max(time.time_ns(), last + 1):020}"

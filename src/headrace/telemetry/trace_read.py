@@ -1,4 +1,4 @@
-"""Reads the records that `TraceFile` keeps, while they are written, and sums them up."""
+"""Reads trace files, also while they are written, and summarizes them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import msgspec
 from headrace.core.errors import ConfigError, InvalidRequest
 from headrace.core.metrics import InferenceMetrics, percentile
 from headrace.core.record import Outcome, RequestRecord
-from headrace.telemetry.trace_file import CURRENT, older
+from headrace.telemetry.trace_file import CURRENT, renamed_files
 
 _decode = msgspec.json.Decoder(RequestRecord).decode
 _NAMED_IN_AN_ERROR = 4
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """Which records are looked for; None takes all. Times are Unix seconds, of the reception.
+    """A filter of records; None matches all. Times are Unix seconds of the reception.
 
-    `slower_than_ms` is compared with the whole duration; `client` is the beginning of a key's id.
+    `slower_than_ms` is compared with the whole duration; `client` is a prefix of a key's id.
     """
 
     since: float | None = None
@@ -35,7 +35,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     client: str = ""
 
     def takes(self, record: RequestRecord) -> bool:
-        """Whether a record is among them."""
+        """Whether a record matches."""
         return (
             (self.since is None or record.time >= self.since)
             and (self.until is None or record.time <= self.until)
@@ -56,9 +56,9 @@ class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The records of one model, summed up.
+    """Statistics of one model.
 
-    Of the total only requests that went well count; the other figures are of all that have them.
+    For `total_ms` only successful requests count; for other figures all that have them.
     """
 
     model: str
@@ -79,10 +79,10 @@ _SUMMARISED = {
 
 
 def records(folder: Path, wanted: Wanted | None = None) -> Generator[RequestRecord]:
-    """Yield what is kept, as it ended, the newest first; nothing is held in memory.
+    """Yield the matching records in the order of their end, newest first, one at a time.
 
     Raises:
-        ConfigError: a file cannot be read, as those of another user.
+        ConfigError: a file cannot be read, for example of another user.
     """
     wanted = wanted or Wanted()
     for line in _lines(folder, wanted.since or 0):
@@ -92,13 +92,13 @@ def records(folder: Path, wanted: Wanted | None = None) -> Generator[RequestReco
 
 
 def find(folder: Path, name: str) -> RequestRecord:
-    """Return the record of an id, also as answers give it, or of how an id or trace id begins.
+    """Return the record with an id, as in an answer (`chatcmpl-...`), or a prefix of an id.
 
     Raises:
         InvalidRequest: there is none, or more than one.
         ConfigError: as `records`.
     """
-    # In an answer the id has a prefix, as `chatcmpl-`.
+    # Ids in answers have a prefix such as `chatcmpl-`.
     name = name.rpartition("-")[2]
     matches: list[RequestRecord] = []
     for line in _lines(folder):
@@ -121,7 +121,7 @@ def find(folder: Path, name: str) -> RequestRecord:
 
 
 def stats(selected: Iterable[RequestRecord]) -> list[ModelStats]:
-    """Sum records up, by model in the order of their names."""
+    """Return the statistics of each model, in the order of their names."""
     outcomes: dict[str, Counter[str]] = defaultdict(Counter)
     tokens: dict[str, Counter[str]] = defaultdict(Counter)
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -158,7 +158,7 @@ def _percentiles(values: list[float]) -> Percentiles:
 
 
 def _record(line: bytes) -> RequestRecord | None:
-    # The last line may be torn, and another version may write another form.
+    # The last line may be truncated, and other versions may write other fields.
     with suppress(msgspec.DecodeError):
         return _decode(line)
     return None
@@ -166,7 +166,7 @@ def _record(line: bytes) -> RequestRecord | None:
 
 @contextmanager
 def _opened(folder: Path) -> Generator[list[BinaryIO]]:
-    """Open all files, the newest first. What is renamed meanwhile may be among them twice."""
+    """Open all files, newest first. A file that is renamed meanwhile may be there twice."""
     with ExitStack() as stack:
         files: list[BinaryIO] = []
         for path in _paths(folder):
@@ -180,13 +180,13 @@ def _opened(folder: Path) -> Generator[list[BinaryIO]]:
 
 
 def _paths(folder: Path) -> Iterator[Path]:
-    # The current one first: if it is renamed now, it is listed twice, and none is missed.
+    # The current file first: if it is renamed now, it is listed twice, and none is missed.
     yield folder / CURRENT
-    yield from reversed(older(folder))
+    yield from reversed(renamed_files(folder))
 
 
 def _lines(folder: Path, since: float = 0) -> Iterator[bytes]:
-    """Yield the lines of files that were written to since then, the last line first."""
+    """Yield the lines of files modified after `since`, last line first."""
     seen: set[tuple[int, int]] = set()
     with _opened(folder) as files:
         for file in files:

@@ -1,4 +1,4 @@
-"""What was used, by day, key, model and operation, in a database that services share."""
+"""Usage by day, key, model and operation, in a database that services share."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _TABLE = f"""CREATE TABLE usage ({", ".join(f"{name} TEXT NOT NULL" for name in 
 PRIMARY KEY ({", ".join(_KEY)})) WITHOUT ROWID"""
 _ADDED = ", ".join(f"{name} = {name} + excluded.{name}" for name in (*COUNTS, "seconds"))
 _MARKS = ", ".join("?" * (len(_KEY) + len(COUNTS) + 2))
-# What is not known adds nothing to what is, and stays not known if all is.
+# A sum of unknown values is unknown; otherwise unknown values add nothing.
 _ADD = f"""INSERT INTO usage VALUES ({_MARKS}) ON CONFLICT DO UPDATE SET {_ADDED}, joules =
 CASE WHEN excluded.joules IS NULL THEN joules ELSE coalesce(joules, 0) + excluded.joules END"""  # noqa: S608 - of constants
 _SUMS = ", ".join(f"sum({name})" for name in (*COUNTS, "seconds", "joules"))
@@ -71,25 +71,25 @@ class Amounts(msgspec.Struct, kw_only=True):
     joules: float | None = None
 
     def add(self, other: Amounts) -> None:
-        """Add what another has."""
+        """Add other amounts."""
         for name in (*COUNTS, "seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         if other.joules is not None:
             self.joules = (self.joules or 0.0) + other.joules
 
 
-class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """The use by one group, named by what it was grouped by."""
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """The usage of one group; `group` has the values it was grouped by."""
 
     group: dict[str, str]
     amounts: Amounts
 
 
 class Usage:
-    """A Sink that counts in memory; a thread adds it to the file every two seconds.
+    """A Sink that counts in memory; a thread adds the counts to the file every two seconds.
 
-    A file that cannot be written is logged once, and tried again; until then requests are counted
-    in memory, so far as there is room. What a process that is killed has not written is lost.
+    If the file cannot be written, that is logged once and tried again; until then requests are
+    counted in memory, up to a limit. Counts that a killed process has not written are lost.
     """
 
     def __init__(self, path: Path, *, every_s: float = 2.0) -> None:
@@ -97,7 +97,7 @@ class Usage:
         self._every_s = every_s
         self._lock = threading.Lock()
         self._counted: dict[_Key, Amounts] = {}
-        self._some, self._stop = threading.Event(), threading.Event()
+        self._counted_event, self._stop = threading.Event(), threading.Event()
         self._failing = False
         self._lost = 0
         self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
@@ -109,16 +109,16 @@ class Usage:
         return f"<Usage {self._path}, {state}, {len(self._counted)} rows not written>"
 
     def record(self, record: RequestRecord) -> None:
-        """Count a request that has ended; nothing is waited for."""
+        """Count a request that has ended, without waiting."""
         key, amounts = _key(record), _amounts(record)
         with self._lock:
             self._count(key, amounts)
-        self._some.set()
+        self._counted_event.set()
 
     def close(self) -> None:
-        """Write what is left, and end the thread. Idempotent; takes some seconds at most."""
+        """Write the rest, and end the thread. Idempotent; takes some seconds at most."""
         self._stop.set()
-        self._some.set()
+        self._counted_event.set()
         self._thread.join()
 
     def _count(self, key: _Key, amounts: Amounts) -> None:
@@ -132,9 +132,9 @@ class Usage:
     def _run(self) -> None:
         pause = self._every_s
         while not self._stop.is_set():
-            self._some.wait()
+            self._counted_event.wait()
             self._stop.wait(pause)
-            self._some.clear()
+            self._counted_event.clear()
             pause = self._every_s if self._write() else min(_LONGEST_PAUSE_S, 2 * pause)
         self._write()
 
@@ -145,7 +145,7 @@ class Usage:
             if taken:
                 add(self._path, taken)
         except (sqlite3.Error, OSError, ConfigError) as error:
-            self._keep(taken, error)
+            self._put_back(taken, error)
             return False
         if taken and self._failing:
             data = {"path": str(self._path), "lost": self._lost}
@@ -153,12 +153,12 @@ class Usage:
             self._failing, self._lost = False, 0
         return True
 
-    def _keep(self, taken: Mapping[_Key, Amounts], error: Exception) -> None:
+    def _put_back(self, taken: Mapping[_Key, Amounts], error: Exception) -> None:
         with self._lock:
             newer, self._counted = self._counted, dict(taken)
             for key, amounts in newer.items():
                 self._count(key, amounts)
-        self._some.set()
+        self._counted_event.set()
         if not self._failing:
             self._failing = True
             data = {"path": str(self._path), "reason": str(error)}
@@ -166,15 +166,15 @@ class Usage:
 
 
 def add(path: Path, counted: Mapping[_Key, Amounts]) -> None:
-    """Add to what the file has, all or nothing.
+    """Add counts to the file, in one transaction.
 
     Raises:
-        ConfigError: a newer Headrace has made the file.
-        sqlite3.Error: it cannot be written, or is no such file.
-        OSError: it cannot be made.
+        ConfigError: the file was made by a newer Headrace.
+        sqlite3.Error: it cannot be written, or is not a database.
+        OSError: it cannot be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The use of each key is private to the owner. SQLite's own files beside it take its mode.
+    # The usage of keys is private to the owner. SQLite creates its other files with the same mode.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     with closing(sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)) as database:
         _open(database, path)
@@ -191,48 +191,48 @@ def read(
     until: str = "",
     model: str | None = None,
     key: str | None = None,
-) -> tuple[Line, ...]:
-    """Return what was used by each group, in order; nothing is locked. Days are YYYY-MM-DD, UTC.
+) -> tuple[Row, ...]:
+    """Return the usage of each group, in order, without a lock. Days are YYYY-MM-DD, UTC.
 
     Raises:
-        ConfigError: the file is not of this kind, or cannot be read.
+        ConfigError: the file is not a usage database, or cannot be read.
     """
     if not path.exists():
         return ()
     columns = ", ".join(GROUPS[group] for group in by)
-    wanted: dict[str, Any] = {"day >= ?": since, "day <= ?": until or "9", "model = ?": model}
-    wanted["client = ?"] = key
-    given = {test: value for test, value in wanted.items() if value is not None}
-    # Names come from this module; values never stand in the text.
-    question = f"SELECT {columns}, {_SUMS} FROM usage WHERE {' AND '.join(given)}"  # noqa: S608
-    question += f" GROUP BY {columns} ORDER BY {columns}"
+    tests: dict[str, Any] = {"day >= ?": since, "day <= ?": until or "9", "model = ?": model}
+    tests["client = ?"] = key
+    conditions = {test: value for test, value in tests.items() if value is not None}
+    # Names come from this module; values are parameters.
+    query = f"SELECT {columns}, {_SUMS} FROM usage WHERE {' AND '.join(conditions)}"  # noqa: S608
+    query += f" GROUP BY {columns} ORDER BY {columns}"
     try:
         with _reading(path) as database:
             is_made = _check(database, path)
-            rows = database.execute(question, tuple(given.values())).fetchall() if is_made else []
+            rows = database.execute(query, tuple(conditions.values())).fetchall() if is_made else []
     except sqlite3.Error as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from error
-    return tuple(_line(by, row) for row in rows)
+    return tuple(_parse_row(by, row) for row in rows)
 
 
-def total(lines: Sequence[Line]) -> Amounts:
-    """Return the sum of all."""
+def total(rows: Sequence[Row]) -> Amounts:
+    """Return the sum of all rows."""
     amounts = Amounts()
-    for line in lines:
-        amounts.add(line.amounts)
+    for row in rows:
+        amounts.add(row.amounts)
     return amounts
 
 
-def _line(by: Sequence[str], row: Sequence[Any]) -> Line:
+def _parse_row(by: Sequence[str], row: Sequence[Any]) -> Row:
     names = (*COUNTS, "seconds", "joules")
     amounts = Amounts(**dict(zip(names, row[len(by) :], strict=True)))
-    return Line(group=dict(zip(by, row, strict=False)), amounts=amounts)
+    return Row(group=dict(zip(by, row, strict=False)), amounts=amounts)
 
 
 @contextmanager
 def _reading(path: Path) -> Generator[sqlite3.Connection]:
     uri = f"{path.resolve().as_uri()}?mode=ro"
-    # Where the folder cannot be written either, no process writes there.
+    # If the folder is not writable either, no process writes there.
     is_still = not (os.access(path.parent, os.W_OK) or Path(f"{path}-wal").exists())
     uri += "&immutable=1" if is_still else ""
     with closing(sqlite3.connect(uri, uri=True, timeout=_BUSY_S)) as database:
@@ -271,7 +271,7 @@ def _transaction(database: sqlite3.Connection) -> Generator[None]:
 
 
 def _key(record: RequestRecord) -> _Key:
-    # Clients can ask for any name: unknown ones make no rows.
+    # Clients can send any name: unknown models share one row.
     model = OTHER if record.error == "UnknownModel" else record.model
     return int(record.time // _DAY_S), record.client or NO_KEY, model, record.operation
 

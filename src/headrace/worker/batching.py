@@ -17,11 +17,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 OnStep = Callable[[int, int], None]
-"""Called with how many of a request's items are done, and of how many."""
+"""Called with the number of finished items of a request, and of all its items."""
 
 
 class _Ticket(Generic[Item, Result]):
-    """One request: its items and their results; `left` has lengths and indices, shortest first."""
+    """A request: its items and results; `left` has (length, index) of the rest, shortest first."""
 
     def __init__(self, items: Sequence[Item], left: list[tuple[int, int]], on_step: OnStep) -> None:
         self.items = items
@@ -44,12 +44,12 @@ _Batch = list[tuple[_Ticket[Item, Result], int]]
 
 
 class Batcher(Generic[Item, Result]):
-    """Runs batches one after another on a thread, each as soon as the one before is over.
+    """Runs batches on a thread, one after another.
 
-    Nobody waits for company: what has come meanwhile goes next. Requests take turns: whose turn it
-    is gives its longest item, and whatever is nearest to that in length, of all requests, goes with
-    it. A batch that fails is halved, as long as it holds several requests or is too large for the
-    memory: a bad item fails its own request alone.
+    A batch starts as soon as the previous one has ended, with the items that are there. Requests
+    take turns: the next request contributes its longest item, and the items of all requests that
+    are nearest to it in length are added. A batch that fails is split in half while it holds
+    several requests or is too large for the memory, so that a bad item fails its own request alone.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class Batcher(Generic[Item, Result]):
         self._busy = False
 
     async def submit(self, items: Sequence[Item], on_step: OnStep) -> list[Result]:
-        """Return the results, in order. A caller that is cancelled leaves the queue at once.
+        """Return the results, in order. Cancelling the caller removes its items from the queue.
 
         Raises:
-            Exception: what the engine raises for one of the items.
+            Exception: the engine failed for one of the items.
         """
         left = sorted((self._length(item), index) for index, item in enumerate(items))
         ticket = _Ticket[Item, Result](items, left, on_step)
         self._waiting[ticket] = None
         self._open.add(ticket)
-        self._go()
+        self._start_next()
         try:
             await ticket.over
         finally:
@@ -88,22 +88,22 @@ class Batcher(Generic[Item, Result]):
         return [ticket.results[index] for index in range(len(items))]
 
     def abort(self, error: HeadraceError) -> None:
-        """End all that wait or run."""
+        """Fail all requests, waiting and running."""
         for ticket in self._open:
             ticket.fail(error)
 
-    def _go(self) -> None:
+    def _start_next(self) -> None:
         if self._busy or not (batch := self._next()):
             return
         self._busy = True
-        _tell(batch)
+        _report(batch)
         items = [ticket.items[index] for ticket, index in batch]
         running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, items)
         running.add_done_callback(lambda done: self._ended(batch, done))
 
     def _next(self) -> _Batch[Item, Result]:
         while self._halves:
-            if alive := [one for one in self._halves.popleft() if not one[0].over.done()]:
+            if alive := [item for item in self._halves.popleft() if not item[0].over.done()]:
                 return alive
         waiting = [ticket for ticket in self._waiting if not ticket.over.done()]
         batch = self._collect(waiting) if waiting else []
@@ -111,13 +111,13 @@ class Batcher(Generic[Item, Result]):
         for ticket, index in batch:
             taken.setdefault(ticket, set()).add(index)
         for ticket, indices in taken.items():
-            ticket.left = [one for one in ticket.left if one[1] not in indices]
-            # Its next turn is after that of who comes while this batch runs.
+            ticket.left = [item for item in ticket.left if item[1] not in indices]
+            # Requests that arrive while this batch runs come before its next turn.
             del self._waiting[ticket]
         return batch
 
     def _collect(self, waiting: Sequence[_Ticket[Item, Result]]) -> _Batch[Item, Result]:
-        """Return the items that go together, the longest first."""
+        """Return the items of the next batch, longest first."""
         items, tokens, most = self._limits
         middle = longest = waiting[0].left[-1][0]
         batch: list[tuple[int, int, int]] = []
@@ -143,23 +143,23 @@ class Batcher(Generic[Item, Result]):
         if error is None:
             for (ticket, index), result in zip(batch, done.result(), strict=True):
                 ticket.put(index, result)
-            _tell(batch)
+            _report(batch)
         elif len(batch) > 1 and _may_halve(error, (ticket for ticket, _ in batch)):
             half = len(batch) // 2
             self._halves.extendleft((batch[half:], batch[:half]))
         else:
             for ticket, _ in batch:
                 ticket.fail(error)
-        self._go()
+        self._start_next()
 
 
 def _nearest(
     waiting: Sequence[_Ticket[Item, Result]], middle: int, most: int
 ) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield (distance, how many before, turn, length, index) of items, nearest in length first.
+    """Yield (distance, position, turn, length, index) of items, nearest in length first.
 
-    Of equal distance it is item by item of each ticket in turn. No more than `most` of a ticket
-    are needed on either side.
+    Items at an equal distance alternate between the tickets. At most `most` items of a ticket are
+    taken on either side.
     """
     sides: list[Iterable[tuple[int, int, int, int, int]]] = []
     for turn, ticket in enumerate(waiting):
@@ -181,6 +181,6 @@ def _may_halve(error: BaseException, tickets: Iterable[object]) -> bool:
     return len(set(tickets)) > 1 or isinstance(error, OutOfMemory | MemoryError)
 
 
-def _tell(batch: Sequence[tuple[_Ticket[Item, Result], int]]) -> None:
+def _report(batch: Sequence[tuple[_Ticket[Item, Result], int]]) -> None:
     for ticket in {ticket for ticket, _ in batch}:
         ticket.on_step(len(ticket.results), len(ticket.items))

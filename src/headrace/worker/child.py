@@ -1,4 +1,4 @@
-"""The child's side: serves one Worker to its parent over the inherited socket, and ends with it."""
+"""The child process: serves one Worker to its parent over the inherited socket."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from typing import Any
 import msgspec
 
 from headrace.core.errors import ErrorRecord, HeadraceError, WorkerDied, to_record
-from headrace.core.interpreter import collect_less
 from headrace.core.model import ModelSpec
 from headrace.log import configure
-from headrace.machine import die_with_parent
+from headrace.machine import die_with_parent, tune_garbage_collection
 from headrace.worker.spec import OnProgress, WorkerSpec
 from headrace.worker.wire import (
     Alive,
     Ask,
     Cancel,
     Close,
+    Emitted,
     Ended,
     Failed,
     Link,
     Load,
     Ready,
-    Said,
     ToChild,
 )
 from headrace.worker.worker import Worker
@@ -55,9 +54,9 @@ class Child:
         self._streams: dict[int, asyncio.Task[ErrorRecord | None]] = {}
         self._over = asyncio.Event()
 
-    async def serve(self, line: socket.socket) -> None:
-        """Serve until the parent says Close; without a parent the process ends at once."""
-        await asyncio.get_running_loop().create_connection(lambda: self._link, sock=line)
+    async def serve(self, connection: socket.socket) -> None:
+        """Serve until the parent sends Close. If the parent ends, this process ends at once."""
+        await asyncio.get_running_loop().create_connection(lambda: self._link, sock=connection)
         over = self._task(self._over.wait())
         while not over.done():
             self._link.send(Alive(_memory(self._worker)))
@@ -85,23 +84,23 @@ class Child:
 
     async def _load(self, message: Load) -> None:
         configure(message.log.level, message.log.style)
-        found = message.spec
+        worker_spec = message.spec
 
         def resolved(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
-            return found
+            return worker_spec
 
         content = message.log.content
-        self._worker = worker = Worker(found.model, resolved, log_content=content)
+        self._worker = worker = Worker(worker_spec.model, resolved, log_content=content)
         if error := await _failure(worker.start()):
             self._link.send(Failed(error))
         else:
-            collect_less()
+            tune_garbage_collection()
             self._link.send(Ready(worker.models()[0]))
 
     def _begin(self, message: Ask) -> None:
         task = asyncio.ensure_future(_failure(self._answer(message)))
         self._streams[message.id] = task
-        # Not in the task itself: one that is cancelled before it begins runs none of its code.
+        # Not in the task itself: a task that is cancelled before it starts runs no code.
         task.add_done_callback(lambda task: self._end(message.id, task))
 
     def _end(self, number: int, task: asyncio.Task[ErrorRecord | None]) -> None:
@@ -109,16 +108,16 @@ class Child:
         error = None if task.cancelled() else task.result()
         self._link.send(Ended(number, error))
         if error is not None and error.kind == WorkerDied.__name__:
-            # The engine's own process has gone, and this one is of no more use.
+            # The engine's own process has ended: this one cannot serve any more.
             self._link.flush()
             os._exit(1)
 
     async def _answer(self, message: Ask) -> None:
-        assert self._worker is not None, "the parent asks after it has loaded"
+        assert self._worker is not None, "requests are sent after the load"
         number, send = message.id, self._link.send
         async with aclosing(self._worker.ask(message.request)) as stream:
             async for event in stream:
-                send(Said(number, event))
+                send(Emitted(number, event))
 
     async def _close(self, drain_s: float) -> None:
         if self._worker is not None:
@@ -126,19 +125,19 @@ class Child:
         self._over.set()
 
     def _orphaned(self, why: str) -> None:
-        # The parent has gone. The engine may be in the middle of anything: do not ask it.
+        # The parent has ended. The engine may be busy or hung: do not wait for it.
         shutil.rmtree(self._scratch, ignore_errors=True)
         os._exit(0)
 
 
 async def _failure(work: Coroutine[Any, Any, None]) -> ErrorRecord | None:
-    """Do the work, and return what went wrong; the parent must hear of it whatever it was."""
+    """Await `work` and return its error, of any kind, for the parent."""
     try:
         await work
     except HeadraceError as error:
         return to_record(error)
     except Exception as error:
-        # A bug of ours or of a library: the parent's other streams go on.
+        # A bug here or in a library: the other streams go on.
         log.exception("headrace.worker.bug")
         return to_record(error)
     return None
@@ -150,14 +149,14 @@ def _memory(worker: Worker | None) -> int:
 
 def main() -> None:
     """Run with the inherited socket's file descriptor and the scratch directory as arguments."""
-    # The closed socket ends it too, but only if the event loop still turns.
+    # The closed socket ends it too, but only while the event loop runs.
     die_with_parent()
-    line, scratch = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
-    # Python would fall back to another directory where this one cannot be written.
+    connection, scratch = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
+    # Python would fall back to another directory if this one were not writable.
     tempfile.tempdir = str(scratch)
-    # Its wake-ups are cheaper, and each of them takes a core from the engine.
+    # Wake-ups of uvloop are cheaper, and each takes time on a core from the engine.
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(Child(scratch).serve(line))
+        runner.run(Child(scratch).serve(connection))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -11,8 +11,16 @@ from contextlib import aclosing
 from typing import Any, Generic, TypeVar, cast
 
 from headrace.core.errors import ContextOverflow, GenerationFailed, InvalidRequest
-from headrace.core.events import Event, Progress, Ranked, Ranking, Scores, Vectors
-from headrace.core.floats import bytes_of, floats_of
+from headrace.core.events import (
+    Event,
+    Progress,
+    Ranked,
+    Ranking,
+    Scores,
+    Vectors,
+    bytes_of,
+    floats_of,
+)
 from headrace.core.request import EmbedRequest, RerankRequest, ScoreRequest
 from headrace.core.stream import Mailbox
 from headrace.engines.base import Embedder, Engine, Pair, Reranker
@@ -23,7 +31,7 @@ from headrace.worker.turn import Answers, Turn
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Letters or bytes up to which a thread costs more than the work in it.
+# Characters or bytes up to which a thread costs more than the work.
 _SMALL = 4096
 
 
@@ -37,14 +45,14 @@ async def embed(loaded: Loaded, request: EmbedRequest) -> AsyncGenerator[Event, 
         turn.require_task()
         dimensions = _dimensions(loaded, request)
         large = sum(map(len, request.inputs)) > _SMALL
-        token_ids = await _made(large, lambda: _token_ids(loaded, request))
+        token_ids = await _run(large, lambda: _token_ids(loaded, request))
         batch = _Batch(turn, loaded.embeddings, token_ids, sum(map(len, token_ids)))
         async with aclosing(batch.steps()) as steps:
             async for progress in steps:
                 yield progress
         raw = batch.results
         large = sum(map(len, raw)) > _SMALL
-        yield Vectors(await _made(large, lambda: _shaped(raw, dimensions, request.normalize)))
+        yield Vectors(await _run(large, lambda: _shaped(raw, dimensions, request.normalize)))
         yield turn.finish()
 
 
@@ -88,12 +96,12 @@ async def score(loaded: Loaded, request: ScoreRequest) -> AsyncGenerator[Event, 
         yield turn.finish()
 
 
-async def _made(large: bool, make: Callable[[], Result]) -> Result:
+async def _run(large: bool, make: Callable[[], Result]) -> Result:
     return await asyncio.to_thread(make) if large else make()
 
 
 class _Batch(Generic[Item, Result]):
-    """The items of one request on their way through a batcher."""
+    """The items of one request in a batcher."""
 
     def __init__(
         self,
@@ -109,7 +117,7 @@ class _Batch(Generic[Item, Result]):
         self._tokens = tokens
 
     async def steps(self) -> AsyncGenerator[Progress, None]:
-        """Wait for a slot, and yield how many items are done until all are."""
+        """Wait for a slot, and yield the progress until all items are done."""
         turn, mailbox = self._turn, Mailbox[Progress | None]()
         await turn.take_slot()
         work = asyncio.ensure_future(
@@ -144,12 +152,12 @@ def _dimensions(loaded: Loaded, request: EmbedRequest) -> int | None:
 def _token_ids(loaded: Loaded, request: EmbedRequest) -> list[tuple[int, ...]]:
     engine = cast("Embedder", loaded.engine)
     most = engine.facts.context_length
-    made: list[tuple[int, ...]] = []
-    texts = [given for given in request.inputs if isinstance(given, str)]
+    results: list[tuple[int, ...]] = []
+    texts = [text for text in request.inputs if isinstance(text, str)]
     tokenized = iter(engine.tokenize_all(texts))
-    for place, given in enumerate(request.inputs):
-        is_text = isinstance(given, str)
-        ids = tuple(next(tokenized)) if is_text else given
+    for place, text in enumerate(request.inputs):
+        is_text = isinstance(text, str)
+        ids = tuple(next(tokenized)) if is_text else text
         if not ids:
             raise InvalidRequest(f"Input {place} has no tokens.", param="input")
         if len(ids) > most and not request.truncate:
@@ -159,13 +167,13 @@ def _token_ids(loaded: Loaded, request: EmbedRequest) -> list[tuple[int, ...]]:
                 param="input",
             )
         if len(ids) > most:
-            ids = _cut(engine, given, ids, most) if is_text else ids[:most]
-        made.append(ids)
-    return made
+            ids = _cut(engine, text, ids, most) if is_text else ids[:most]
+        results.append(ids)
+    return results
 
 
 def _cut(engine: Engine, text: str, ids: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """Shorten a text's tokens, and leave what the tokenizer puts around them."""
+    """Cut the tokens of a text; the tokens that the tokenizer puts around them are kept."""
     plain = tuple(engine.tokenize(text, add_special=False))
     around = len(ids) - len(plain)
     before = next((n for n in range(around + 1) if ids[n : n + len(plain)] == plain), around)
@@ -193,7 +201,7 @@ def _pairs(loaded: Loaded, texts: Sequence[tuple[str, str]], *, truncate: bool) 
     for place, (query, document) in enumerate(texts):
         pair = engine.pair(query, document)
         if len(pair.token_ids) > most:
-            # The last token closes the sequence: it stays.
+            # The last token closes the sequence, and is kept.
             short = pair.token_ids[: most - 1] + pair.token_ids[-1:]
             if not truncate or pair.second >= most - 1:
                 raise ContextOverflow(
@@ -208,7 +216,7 @@ def _pairs(loaded: Loaded, texts: Sequence[tuple[str, str]], *, truncate: bool) 
 
 def _finite(scores: Sequence[float]) -> Sequence[float]:
     if not all(map(math.isfinite, scores)):
-        raise GenerationFailed("The model gave a score that is no number.")
+        raise GenerationFailed("The model gave a score that is not a number.")
     return scores
 
 
@@ -224,7 +232,7 @@ def _shaped(raw: Sequence[bytes], dimensions: int | None, normalize: bool) -> tu
 
 
 def _lengths(vectors: Sequence[bytes]) -> list[float]:
-    # Where the engine has brought numpy, which is no dependency here, one call does for all.
+    # numpy is not a dependency, but if the engine uses it, one call is enough for all vectors.
     if (numpy := sys.modules.get("numpy")) is None:
         return [math.hypot(*floats_of(vector)) for vector in vectors]
     rows = numpy.frombuffer(b"".join(vectors), "<f4").reshape(len(vectors), -1)
@@ -234,16 +242,16 @@ def _lengths(vectors: Sequence[bytes]) -> list[float]:
 def _normal(vector: bytes, length: float) -> bytes:
     if not math.isfinite(length):
         raise GenerationFailed("The model gave a vector that is not made of numbers.")
-    # What the model has scaled itself stays as it is.
+    # A vector that the model has scaled is kept unchanged.
     if length == 0.0 or abs(length - 1.0) < 1e-6:
         return vector
     return bytes_of([value / length for value in floats_of(vector)])
 
 
 def normalized(vector: bytes) -> bytes:
-    """Return a vector of length 1; one of length 0 stays as it is.
+    """Return a vector scaled to length 1; a zero vector is returned unchanged.
 
     Raises:
-        GenerationFailed: it is not made of finite numbers.
+        GenerationFailed: a number in it is not finite.
     """
     return _normal(vector, math.hypot(*floats_of(vector)))

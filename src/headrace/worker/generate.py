@@ -26,7 +26,7 @@ from headrace.worker.turn import Answers, Served, Turn, unmeasured
 
 
 class Loaded(Served, frozen=True, kw_only=True):
-    """A model that an engine of this process has loaded; `thread` runs its batches."""
+    """A model loaded by an engine in this process; `thread` runs its batches."""
 
     engine: Engine
     prompter: Prompter
@@ -73,7 +73,7 @@ class _Choice:
         self._least = self._request.sampling.min_tokens or 0
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Yield the choice's events: the tokens that were answered before, then what follows."""
+        """Yield the events of the choice: the text of a continued answer, then new text."""
         opening = self._opening() if self._turn.request.answered else None
         if self._job.over is not None or self._text.stopped:
             self.reason = self._job.over or "stop"
@@ -105,7 +105,7 @@ class _Choice:
     def _opening(self) -> Delta:
         request = self._request
         self._turn.meter.resumed(len(request.token_ids), len(request.answered))
-        shown = self._text.feed(self._job.said.encode())
+        shown = self._text.feed(self._job.answered_text.encode())
         self._turn.answered(shown)
         return Delta(shown, request.answered)
 

@@ -1,4 +1,4 @@
-"""Folds the events of one request into its figures (docs/figures.md)."""
+"""Computes the figures of a request from its events (docs/figures.md)."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Meter:
         self._decodes = True
 
     def resumed(self, prompt_tokens: int, answered_tokens: int) -> None:
-        """Note an answer that goes on: these tokens are used, but nobody waited for them here."""
+        """Note a continued answer: these tokens count as usage, but not for the rates."""
         self._prompt_tokens = prompt_tokens
         self._resumed_tokens = answered_tokens
 
     def admitted(self, prompt_tokens: int, cached_tokens: int, *, decodes: bool = True) -> None:
-        """Note that the engine has begun; later calls only raise the cached count.
+        """Note that the engine has started; later calls can only raise the cached count.
 
         Without `decodes` no tokens follow, and all of the engine's time is prefill.
         """
@@ -47,7 +47,7 @@ class Meter:
         self._cached_tokens = max(self._cached_tokens, cached_tokens)
 
     def delta(self, tokens: int, *, visible: bool) -> None:
-        """Note a delta of so many tokens, and whether it shows text."""
+        """Note a delta, its number of tokens, and whether it has visible text."""
         now = self._clock()
         self._chunks += 1
         self._completion_tokens += tokens
@@ -57,7 +57,7 @@ class Meter:
             self._visible = now
 
     def correct(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> None:
-        """Take the engine's own account; `completion_tokens` is what the deltas did not carry."""
+        """Take the counts of the engine; `completion_tokens` are those that no delta carried."""
         self._prompt_tokens = prompt_tokens
         self._cached_tokens = max(self._cached_tokens, cached_tokens)
         self._completion_tokens += completion_tokens

@@ -1,4 +1,4 @@
-"""A worker in a process of its own, as a Backend like any other."""
+"""A worker in a process of its own, and a process that is started before it is needed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import msgspec
 
@@ -17,7 +17,6 @@ from headrace.core.request import AnyRequest
 from headrace.log import LogSettings
 from headrace.machine import process_memory
 from headrace.models.transfer import silent
-from headrace.worker.lifecycle import Lifecycle
 from headrace.worker.spawn import ChildProcess
 from headrace.worker.spec import (
     OnProgress,
@@ -26,8 +25,8 @@ from headrace.worker.spec import (
     resolved,
     unloaded_info,
 )
-from headrace.worker.warm import Spawn, spawn
 from headrace.worker.wire import Close, Ended, Load
+from headrace.worker.worker import Lifecycle
 
 log = logging.getLogger("headrace.worker")
 
@@ -39,8 +38,20 @@ _WATCH_S = 0.25
 _FREED_LOOKS, _FREED_STEP_S = 100, 0.05
 
 
+OnGone = Callable[[WorkerDied], None]
+Spawn = Callable[[str, OnGone], Awaitable[ChildProcess]]
+"""Returns a running child for the model of that name."""
+
+
+async def spawn(name: str, on_gone: OnGone) -> ChildProcess:
+    """Start a new child."""
+    child = ChildProcess(name, on_gone)
+    await child.spawn()
+    return child
+
+
 class WorkerProcess:
-    """Loads its model in a child, and notices when the child dies or hangs."""
+    """Loads a model in a child process, and detects when the child dies or hangs."""
 
     def __init__(
         self,
@@ -58,7 +69,7 @@ class WorkerProcess:
         self._log_settings = log_settings
         self._spawn = spawn
         self._life = Lifecycle(spec.name)
-        self._found: WorkerSpec | None = None
+        self._resolved: WorkerSpec | None = None
         self._info: ModelInfo | None = None
         self._child: ChildProcess | None = None
         self._watchdog: asyncio.Task[None] | None = None
@@ -74,24 +85,24 @@ class WorkerProcess:
         return self._child.pid if self._child else None
 
     @property
-    def outstanding(self) -> int:
+    def open_streams(self) -> int:
         """How many streams are open."""
-        return self._child.outstanding if self._child else 0
+        return self._child.open_streams if self._child else 0
 
     def __repr__(self) -> str:
-        """Tell the name, the state and the process."""
+        """Describe the name, the state and the process."""
         return f"<WorkerProcess {self._life!r}, pid {self.pid}>"
 
     async def start(self) -> None:
         """Load the model in a new process. Idempotent; callers share one load.
 
         Raises:
-            HeadraceError: as Worker.start; the child is gone then.
+            HeadraceError: as Worker.start; the child has ended.
         """
         await self._life.start(self._load)
 
     async def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        """Yield what the child's worker yields. Once it is closed, the slot is free.
+        """Yield the events of the child's worker. Once the stream is closed, the slot is free.
 
         Raises:
             WorkerDied: the child ended or hung.
@@ -119,27 +130,27 @@ class WorkerProcess:
         """Return the metadata of the one model, at any time."""
         state, child = self._life.state, self._child
         if self._info is None or child is None:
-            return (unloaded_info(self.spec, state, self._life.reason, self._found),)
+            return (unloaded_info(self.spec, state, self._life.reason, self._resolved),)
         memory = child.memory or self._info.memory
         reason = self._life.reason
         return (msgspec.structs.replace(self._info, state=state, reason=reason, memory=memory),)
 
     async def memory(self) -> dict[str, int]:
-        """Measure what the child holds now: bytes by device; nothing when there is no child."""
+        """Return the memory of the child in bytes by device; empty if there is no child."""
         pid = self.pid
         return await asyncio.to_thread(process_memory, pid) if pid is not None else {}
 
     async def aclose(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, let running ones end within `drain_s`, end the rest and the child.
 
-        Idempotent. When it returns the process is gone, and its memory with it.
+        Idempotent. When it returns, the process has ended and its memory is free.
         """
         self._life.state = "draining"
         await self._life.abandon_start()
         if (child := self._child) is not None:
             pid = child.pid
             child.link.send(Close(drain_s))
-            # A hung engine ends nothing by itself: its streams are told here.
+            # A hung engine does not end its streams: they fail here.
             if not await _within(drain_s + _LAST_WORD_S, child.gone):
                 child.fail_streams(Draining(f"{self.spec.name} is stopping."))
                 await _within(_LAST_STEP_S, child.gone)
@@ -152,7 +163,7 @@ class WorkerProcess:
         self._life.state = "stopped"
 
     def abandon(self) -> None:
-        """End the process without its event loop, which is closed: a lost connection ends it."""
+        """End the process after its event loop was closed: the lost connection ends it."""
         if self._child is not None:
             self._child.link.shut()
 
@@ -164,12 +175,12 @@ class WorkerProcess:
 
     async def _load(self) -> None:
         began = time.monotonic()
-        self._found = await resolved(self._resolve, self.spec, self._on_progress)
+        self._resolved = await resolved(self._resolve, self.spec, self._on_progress)
         self._on_progress("loading", 0, 0)
         child = await self._spawn(self.spec.name, self._on_gone)
         self._watchdog = asyncio.create_task(self._watch(child))
         try:
-            child.link.send(Load(self._found, self._log_settings))
+            child.link.send(Load(self._resolved, self._log_settings))
             info = await self._loaded(child)
         except BaseException:
             await child.end()
@@ -213,8 +224,75 @@ async def _within(timeout_s: float, event: asyncio.Event) -> bool:
 
 
 async def _freed(pid: int) -> None:
-    # The driver takes the memory of a process back after it has ended, not as it ends.
+    # The driver frees the memory of a process some time after its end.
     for _ in range(_FREED_LOOKS):
         if not await asyncio.to_thread(process_memory, pid):
             return
         await asyncio.sleep(_FREED_STEP_S)
+
+
+class WarmProcess:
+    """Keeps one child started ahead of the next load. All methods belong to one event loop."""
+
+    def __init__(self) -> None:
+        self._starting: asyncio.Task[ChildProcess] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        """Describe whether there is a process."""
+        return f"<WarmProcess {'none' if self._starting is None else 'kept'}>"
+
+    def keep(self, wanted: bool) -> None:
+        """Start a process or end it, in the background. Idempotent."""
+        starting = self._starting
+        if starting is not None and starting.done() and _child(starting) is None:
+            self._discard(starting)
+            starting = self._starting = None
+        if wanted and starting is None:
+            self._starting = asyncio.create_task(spawn("(no model)", _ignore), name="spare process")
+        elif not wanted and starting is not None:
+            self._starting = None
+            self._discard(starting)
+
+    async def take(self, name: str, on_gone: OnGone) -> ChildProcess:
+        """Return a running child for the model `name`: the warm one, or a new one."""
+        starting, self._starting = self._starting, None
+        if starting is not None:
+            try:
+                await asyncio.wait({starting})
+            except asyncio.CancelledError:
+                self._discard(starting)
+                raise
+            if (child := _child(starting)) is not None:
+                child.adopt(name, on_gone)
+                return child
+            self._discard(starting)
+        return await spawn(name, on_gone)
+
+    async def aclose(self) -> None:
+        """End the process, and wait for it. Idempotent."""
+        self.keep(False)
+        if self._ending:
+            await asyncio.wait(self._ending)
+
+    def _discard(self, starting: asyncio.Task[ChildProcess]) -> None:
+        ending = asyncio.create_task(_end(starting), name="end the spare process")
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+
+
+def _child(starting: asyncio.Task[ChildProcess]) -> ChildProcess | None:
+    """Return the child, unless it could not be started or has ended."""
+    if starting.cancelled() or starting.exception() is not None or starting.result().gone.is_set():
+        return None
+    return starting.result()
+
+
+async def _end(starting: asyncio.Task[ChildProcess]) -> None:
+    # A process that could not be started has no end to wait for.
+    with contextlib.suppress(OSError):
+        await (await starting).end()
+
+
+def _ignore(error: WorkerDied) -> None:
+    """Do nothing: no model uses the process yet."""

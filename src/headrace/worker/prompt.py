@@ -1,4 +1,4 @@
-"""From a request to what the engine is asked: template, tokens, context, stops. Blocking."""
+"""Turns requests into engine requests: template, tokens, context length, stops. Blocking."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from headrace.core.sampling import Sampling
 from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator
 from headrace.text.template import ChatTemplate
 
-# Done by the worker for every engine.
-_OURS = {"stop"}
-# What can be missing of a character of UTF-8.
-_MOST_OF_A_CHARACTER = 3
+# Implemented by the worker for all engines.
+_BY_WORKER = {"stop"}
+# Bytes of a UTF-8 character that can be missing at the end of a text.
+_MAX_MISSING_BYTES = 3
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A request, made ready: one engine request for each choice, and the stop strings.
+    """The engine requests of a request, one for each choice, and its stop strings.
 
-    `said` is the text of the tokens that were answered before. `over` is set when the answer was
-    whole with them.
+    `answered_text` is the text of the tokens of an answer that is continued. `over` is the finish
+    reason if that answer was complete.
     """
 
     choices: tuple[EngineRequest, ...]
     stops: tuple[str, ...]
     echo: str = ""
-    said: str = ""
+    answered_text: str = ""
     over: Literal["stop", "length"] | None = None
 
 
@@ -49,7 +49,7 @@ class Prompter:
         return self.template.roles if self.template else ()
 
     def job(self, request: GenerateRequest) -> Job:
-        """Make a request ready.
+        """Return the job of a request.
 
         Raises:
             Unsupported: the engine cannot honour a field.
@@ -57,10 +57,10 @@ class Prompter:
         """
         check_supported(request, self._facts.capabilities)
         token_ids = self._token_ids(request)
-        max_tokens = room(
+        max_tokens = max_new_tokens(
             len(token_ids), request.sampling.max_tokens, self._context_length(request)
         )
-        answered, said, ended = self._answered(request)
+        answered, answered_text, ended = self._answered(request)
         left = max(0, max_tokens - len(answered))
         least = request.sampling.min_tokens or 0
         if least > max_tokens:
@@ -83,7 +83,7 @@ class Prompter:
             ),
             stops=(*request.sampling.stop, *self._stops),
             echo=self._echo(request),
-            said=said,
+            answered_text=answered_text,
             over="stop" if ended else None if left else "length",
         )
 
@@ -106,11 +106,11 @@ class Prompter:
     def _chat_ids(self, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[int, ...]:
         if not self.template:
             raise Unsupported(
-                "This model has no chat template; give it a prompt, or configure chat_template.",
+                "This model has no chat template; send a prompt, or configure chat_template.",
                 param="messages",
             )
         text = self.template.render(messages, options)
-        # Most templates write the BOS token themselves; twice would be one too many.
+        # Most templates write the BOS token themselves: it must not be added twice.
         bos = self._facts.bos_token
         written = bool(bos) and text.startswith(bos)
         token_ids = tuple(self._engine.tokenize(text, add_special=not written))
@@ -119,10 +119,10 @@ class Prompter:
         return token_ids
 
     def _answered(self, request: GenerateRequest) -> tuple[tuple[int, ...], str, bool]:
-        """Return the tokens to go on from, their text, and whether they end the answer.
+        """Return the tokens to continue after, their text, and whether they end the answer.
 
-        An answer that was cut inside of a character loses the tokens of its beginning: they are
-        generated again.
+        If an answer was cut within a character, the tokens of that character are dropped: they
+        are generated again.
         """
         given = request.answered
         if not given:
@@ -132,12 +132,12 @@ class Prompter:
         given = given if end is None else given[: end + 1]
         shown = cast("Generator", self._engine).shown
         text = shown(given)
-        for missing in range(_MOST_OF_A_CHARACTER + 1):
+        for missing in range(_MAX_MISSING_BYTES + 1):
             kept = given[: len(given) - missing]
             whole = shown(kept) if missing else text
             if not whole.endswith("\ufffd"):
                 return kept, whole, end is not None
-        # The character itself, or bytes that never become one: it was shown like this.
+        # U+FFFD itself, or bytes that are not UTF-8: it was sent like this.
         return given, text, end is not None
 
     def _ends(self, sampling: Sampling) -> frozenset[int]:
@@ -174,17 +174,17 @@ def _template(spec: ModelSpec, facts: EngineFacts) -> tuple[ChatTemplate | None,
     try:
         return ChatTemplate(source, bos_token=facts.bos_token, eos_token=facts.eos_token), None
     except ConfigError as error:
-        # A model whose own template is broken can still complete prompts.
+        # A model with an invalid template can still complete prompts.
         if spec.chat_template:
             raise
         return None, f"no chat: {error.message}"
 
 
-def room(prompt_tokens: int, max_tokens: int | None, context_length: int) -> int:
-    """Return how many tokens may be generated.
+def max_new_tokens(prompt_tokens: int, max_tokens: int | None, context_length: int) -> int:
+    """Return the maximum number of tokens to generate.
 
     Raises:
-        ContextOverflow: with the numbers.
+        ContextOverflow: the prompt, or prompt and `max_tokens`, are too long.
     """
     if prompt_tokens >= context_length:
         raise ContextOverflow(
@@ -204,34 +204,34 @@ def room(prompt_tokens: int, max_tokens: int | None, context_length: int) -> int
 
 
 def check_supported(request: GenerateRequest, capabilities: Capabilities) -> None:
-    """Refuse what the engine cannot honour.
+    """Check that the engine supports the request.
 
     Raises:
-        Unsupported: naming the first such field.
+        Unsupported: names a field that it does not support.
     """
     given = msgspec.to_builtins(request.sampling)
-    for name in given.keys() - _OURS - capabilities.sampling:
+    for name in given.keys() - _BY_WORKER - capabilities.sampling:
         raise Unsupported(f"This engine does not support {name}.", param=name)
     if request.json_schema is not None and not capabilities.json_schema:
-        raise Unsupported("This engine cannot keep to a JSON schema.", param="response_format")
+        raise Unsupported("This engine does not support JSON schemas.", param="response_format")
     if isinstance(request.prompt, tuple) and not capabilities.token_prompts:
-        raise Unsupported("This engine takes no token ids.", param="prompt")
+        raise Unsupported("This engine does not accept token ids.", param="prompt")
     if request.answered:
         _check_resumable(request, capabilities)
 
 
 def _check_resumable(request: GenerateRequest, capabilities: Capabilities) -> None:
     if not capabilities.resume:
-        raise Unsupported("This engine cannot go on with an answer.", param="answered")
+        raise Unsupported("This engine cannot continue an answer.", param="answered")
     if request.n > 1 or request.echo or request.json_schema is not None:
         raise Unsupported(
-            "An answer with several choices, an echo or a JSON schema cannot be gone on with.",
+            "An answer with several choices, an echo or a JSON schema cannot be continued.",
             param="answered",
         )
 
 
 def _seeded(sampling: Sampling, index: int) -> Sampling:
-    # Every choice of a seeded request is its own draw, and the same one next time.
+    # Each choice of a seeded request has its own seed, the same for every such request.
     if sampling.seed is None or index == 0:
         return sampling
     return msgspec.structs.replace(sampling, seed=(sampling.seed + index) % (1 << 64))

@@ -1,4 +1,4 @@
-"""Answers to requests of every kind at an upstream."""
+"""Requests of every kind at an upstream."""
 
 from __future__ import annotations
 
@@ -76,15 +76,15 @@ async def embed(connected: Connected, request: EmbedRequest) -> AsyncGenerator[E
     guess = sum(estimate(text) if isinstance(text, str) else len(text) for text in request.inputs)
     with Turn(connected, request) as turn:
         turn.require_task()
-        made, usage = await _in_slot(turn, lambda: connected.engine.embed(request))
-        vectors: Sequence[bytes] = made
+        raw, usage = await _in_slot(turn, lambda: connected.engine.embed(request))
+        vectors: Sequence[bytes] = raw
         size = len(vectors[0]) // 4
         if any(len(vector) != 4 * size for vector in vectors):
             raise UpstreamError("The upstream gave vectors of different lengths.")
         if request.dimensions not in (None, size):
             raise UpstreamError(f"The upstream gave {size} dimensions.")
         if request.normalize:
-            vectors = await asyncio.to_thread(lambda: [_unit(vector) for vector in made])
+            vectors = await asyncio.to_thread(lambda: [_unit(vector) for vector in raw])
         _settle(turn, usage, guess)
         yield Vectors(tuple(vectors))
         yield turn.finish()
@@ -130,7 +130,7 @@ async def score(connected: Connected, request: ScoreRequest) -> AsyncGenerator[E
 
 
 class _Answer:
-    """The choices of one answer, as the upstream's events become ours."""
+    """The choices of one answer: stop strings, counts and finish reasons."""
 
     def __init__(self, turn: Turn[Connected, GenerateRequest]) -> None:
         request = turn.request
@@ -142,11 +142,11 @@ class _Answer:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether each choice has met a stop string."""
+        """Whether every choice has reached a stop string."""
         return all(matcher.matched is not None for matcher in self._matchers)
 
     def shown(self, event: RemoteEvent) -> Event | None:
-        """Return what of an event goes on to the client."""
+        """Return the event for the client, or None."""
         if isinstance(event, Delta):
             return self._delta(event)
         if isinstance(event, RemoteFinish):
@@ -159,7 +159,7 @@ class _Answer:
         return event
 
     def rest(self) -> list[Delta]:
-        """Return text that was held back for a stop string that did not come."""
+        """Return the text that was held back as the possible beginning of a stop string."""
         deltas: list[Delta] = []
         for index, matcher in enumerate(self._matchers):
             text = matcher.flush()
@@ -174,7 +174,7 @@ class _Answer:
         matcher = self._matchers[delta.index]
         if matcher.matched is not None:
             return None
-        # A token for each of its log probabilities, else one.
+        # One token for each of its log probabilities, otherwise one for the delta.
         tokens = len(delta.logprobs) or 1
         self._counted += tokens
         self._turn.meter.delta(tokens, visible=bool(delta.text or delta.reasoning))

@@ -1,4 +1,4 @@
-"""What each model needs: estimated from its header before the first load, and remembered after."""
+"""The memory each model needs: estimated from its header, and measured after the first load."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger("headrace.worker")
 MAX_REMEMBERED = 1000
 _STEP, _MOST = 256, 1 << 24
 _MAX_RESOLVED = 256
-# Of a load nobody has seen yet: a process and its library, the disk, and memory first written to.
+# Of a first load: start of the process and its library, rate of the disk, rate of new memory.
 _START_S, _DISK_RATE, _MEMORY_RATE = 1.0, 500e6, 1e9
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
-    """What one load took: bytes by device, and seconds. `seen` is Unix time."""
+    """The cost of one load: bytes by device, and seconds. `seen` is Unix time."""
 
     devices: dict[str, int]
     load_s: float
@@ -35,30 +35,30 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Resolved(msgspec.Struct, frozen=True):
-    found: WorkerSpec
+    worker_spec: WorkerSpec
     stamp: tuple[int, int]
 
 
 class Unsized:
-    """Knows nothing of what models need, for a pool without a budget."""
+    """A Sizing without estimates, for a pool without a budget."""
 
     def footprint(self, spec: ModelSpec, on_progress: OnProgress) -> Footprint:
-        """Return that nothing is to be booked."""
+        """Return an empty footprint."""
         return Footprint(devices={})
 
     def remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
         """Do nothing."""
 
     def largest_context(self, spec: ModelSpec, budgets: dict[str, int]) -> int | None:
-        """Return that it is unknown."""
+        """Return None: it is unknown."""
         return None
 
 
 class Sizing:
-    """Knows what models need. Its methods block and may be called from any thread.
+    """Estimates and remembers what models need. Methods block, and may be called on any thread.
 
-    `path` is the file in which needs are remembered, shared by all services of this home.
-    `budgets` is how many bytes models may take of each device.
+    `path` is the file of measurements, shared by all services of this home. `budgets` is how many
+    bytes models may take of each device.
     """
 
     def __init__(self, resolve: Resolve, path: Path, budgets: dict[str, int]) -> None:
@@ -68,47 +68,47 @@ class Sizing:
         self._resolved: dict[bytes, _Resolved] = {}
 
     def __repr__(self) -> str:
-        """Tell where it remembers and what there is."""
+        """Describe the file and the budgets."""
         return f"Sizing({str(self._path)!r}, budgets={self._budgets})"
 
     def resolve(self, spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
-        """Find the model, with the memory of its device; again only when its file has changed.
+        """Resolve the model, with the budget of its device; cached until its file changes.
 
         Raises:
-            HeadraceError: what the given `resolve` raises, or the header cannot be read.
+            HeadraceError: from the `resolve` of the constructor, or the header cannot be read.
         """
-        key = self._memo(spec)
+        key = self._memo_key(spec)
         known = self._resolved.get(key)
-        if known is not None and known.stamp == _stamp(known.found):
-            # Two keys are one name in the memo: what is opened is what is asked for now.
-            return msgspec.structs.replace(known.found, model=spec)
-        found = self._find(spec, on_progress)
-        devices = engines.footprint(found.engine, open_request(found)).devices
-        # The device with most of it is where its cache is.
+        if known is not None and known.stamp == _stamp(known.worker_spec):
+            # Specifications that differ in a secret alone share a key: use the current one.
+            return msgspec.structs.replace(known.worker_spec, model=spec)
+        worker_spec = self._find(spec, on_progress)
+        devices = engines.footprint(worker_spec.engine, open_request(worker_spec)).devices
+        # The KV cache is on the device that holds most of the model.
         main = max(devices, key=lambda device: devices[device], default="")
-        found = msgspec.structs.replace(found, memory=self._budgets.get(main))
+        worker_spec = msgspec.structs.replace(worker_spec, memory=self._budgets.get(main))
         if len(self._resolved) >= _MAX_RESOLVED:
             self._resolved.clear()
-        self._resolved[key] = _Resolved(found, _stamp(found))
-        return found
+        self._resolved[key] = _Resolved(worker_spec, _stamp(worker_spec))
+        return worker_spec
 
-    def _memo(self, spec: ModelSpec) -> bytes:
-        # A secret among the options is written without being told.
+    def _memo_key(self, spec: ModelSpec) -> bytes:
+        # Secrets in the options are encoded masked.
         return msgspec.json.encode((spec, sorted(self._budgets.items())), enc_hook=str)
 
     def footprint(self, spec: ModelSpec, on_progress: OnProgress) -> Footprint:
-        """Return what the model takes: measured if it was loaded so before, estimated if not.
+        """Return what the model takes: measured by an earlier load of the same kind, or estimated.
 
         Raises:
             HeadraceError: as `resolve`.
         """
-        found = self.resolve(spec, on_progress)
-        estimated = engines.footprint(found.engine, open_request(found))
-        estimated = msgspec.structs.replace(estimated, engine=found.engine)
-        need = self._read().get(_key(found))
+        worker_spec = self.resolve(spec, on_progress)
+        estimated = engines.footprint(worker_spec.engine, open_request(worker_spec))
+        estimated = msgspec.structs.replace(estimated, engine=worker_spec.engine)
+        need = self._read().get(_key(worker_spec))
         if need is None:
-            return msgspec.structs.replace(estimated, load_s=_load_s(found, estimated))
-        # One that once grew beyond the budget may try again: it is not refused for ever.
+            return msgspec.structs.replace(estimated, load_s=_load_s(worker_spec, estimated))
+        # A model that once grew beyond the budget may be loaded again.
         most = _larger(estimated.devices, self._budgets)
         devices = {name: min(size, most.get(name, size)) for name, size in need.devices.items()}
         return msgspec.structs.replace(
@@ -116,20 +116,20 @@ class Sizing:
         )
 
     def remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
-        """Keep what a load has really taken; of memory the most that was ever seen.
+        """Store what a load really took; of memory, the maximum over all loads.
 
-        What cannot be kept is logged and no error: the next load is estimated once more.
+        A failure to store it is logged: the next load is estimated again.
         """
-        # As it was when it was loaded: a file that has gone since is not fetched for this.
-        known = self._resolved.get(self._memo(spec))
-        found = known.found if known else self.resolve(spec, silent)
+        # As it was loaded: a file that was removed since then is not downloaded again.
+        known = self._resolved.get(self._memo_key(spec))
+        worker_spec = known.worker_spec if known else self.resolve(spec, silent)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._path.with_name(f".{self._path.name}.lock")):
                 needs = self._read()
-                old = needs.pop(_key(found), None)
+                old = needs.pop(_key(worker_spec), None)
                 most = _larger(old.devices if old else {}, devices)
-                needs[_key(found)] = Need(devices=most, load_s=load_s, seen=time.time())
+                needs[_key(worker_spec)] = Need(devices=most, load_s=load_s, seen=time.time())
                 latest = sorted(needs.items(), key=lambda item: item[1].seen)[-MAX_REMEMBERED:]
                 write_atomically(self._path, msgspec.json.encode(dict(latest)))
         except OSError as error:
@@ -138,26 +138,26 @@ class Sizing:
     def largest_context(self, spec: ModelSpec, budgets: dict[str, int]) -> int | None:
         """Return the longest context with which the model fits into `budgets`, in tokens.
 
-        It is a multiple of 256, and 0 if none fits; None where memory does not depend on it.
+        It is a multiple of 256, and 0 if none fits; None if memory does not depend on it.
 
         Raises:
             HeadraceError: as `resolve`.
         """
-        found = self.resolve(spec, silent)
-        request = open_request(found)
-        planned = engines.footprint(found.engine, request)
+        worker_spec = self.resolve(spec, silent)
+        request = open_request(worker_spec)
+        planned = engines.footprint(worker_spec.engine, request)
         if not planned.parts.get("kv_cache"):
             return None
-        need = self._read().get(_key(found))
+        need = self._read().get(_key(worker_spec))
         surplus = _difference(need.devices, planned.devices) if need else {}
 
         def fits(context: int) -> bool:
-            asked = msgspec.structs.replace(request, context_length=context)
-            taken = engines.footprint(found.engine, asked).devices
+            changed = msgspec.structs.replace(request, context_length=context)
+            taken = engines.footprint(worker_spec.engine, changed).devices
             return all(taken[d] + surplus.get(d, 0) <= budgets.get(d, 0) for d in taken)
 
-        # From the top down: where slots give way to context, a longer one can take less.
-        low = (found.file.context_length or _MOST) // _STEP
+        # From the top down: engines that trade slots for context can need less for a longer one.
+        low = (worker_spec.file.context_length or _MOST) // _STEP
         high = low + 1
         while low and not fits(low * _STEP):
             low, high = low // 2, low
@@ -177,38 +177,38 @@ class Sizing:
             return {}
 
 
-def _key(found: WorkerSpec) -> str:
-    spec = found.model
+def _key(worker_spec: WorkerSpec) -> str:
+    spec = worker_spec.model
     facts: list[Any] = [
-        found.file.path or spec.model,
-        found.file.size,
-        _stamp(found),
-        (found.engine, engines.version(found.engine), __version__),
+        worker_spec.file.path or spec.model,
+        worker_spec.file.size,
+        _stamp(worker_spec),
+        (worker_spec.engine, engines.version(worker_spec.engine), __version__),
         sorted(spec.options.items()),
-        (spec.context_length, spec.max_running, spec.device, found.memory),
+        (spec.context_length, spec.max_running, spec.device, worker_spec.memory),
     ]
     return hashlib.sha256(msgspec.json.encode(facts, enc_hook=str)).hexdigest()[:32]
 
 
-def _stamp(found: WorkerSpec) -> tuple[int, int]:
-    """Return size and time of change of the model's file; zeros where there is none."""
+def _stamp(worker_spec: WorkerSpec) -> tuple[int, int]:
+    """Return size and modification time of the model's file; zeros if there is none."""
     try:
-        here = found.file.path if found.file.format != "remote" else ""
+        here = worker_spec.file.path if worker_spec.file.format != "remote" else ""
         status = Path(here).stat() if here else None
     except OSError:
         status = None
     return (status.st_size, status.st_mtime_ns) if status else (0, 0)
 
 
-def _load_s(found: WorkerSpec, need: Footprint) -> float:
-    if found.file.format == "remote":
+def _load_s(worker_spec: WorkerSpec, need: Footprint) -> float:
+    if worker_spec.file.format == "remote":
         return 0.0
-    written = sum(need.devices.values()) - found.file.size
-    return _START_S + found.file.size / _DISK_RATE + max(0, written) / _MEMORY_RATE
+    written = sum(need.devices.values()) - worker_spec.file.size
+    return _START_S + worker_spec.file.size / _DISK_RATE + max(0, written) / _MEMORY_RATE
 
 
-def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
-    return {key: max(one.get(key, 0), other.get(key, 0)) for key in {**one, **other}}
+def _larger(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    return {key: max(first.get(key, 0), second.get(key, 0)) for key in {**first, **second}}
 
 
 def _difference(measured: dict[str, int], estimated: dict[str, int]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""One child process: started, spoken to, watched, and cleaned up after."""
+"""One child process: its start, its messages, its supervision and its cleanup."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from headrace.worker.wire import (
     Alive,
     Ask,
     Cancel,
+    Emitted,
     Ended,
     Failed,
     Link,
     Message,
     Ready,
-    Said,
     ToParent,
 )
 
@@ -56,30 +56,30 @@ _SETTLED_S = 60.0
 
 
 class Listener:
-    """A stream as the parent holds it: what came, and when something last came."""
+    """The parent's end of a stream: its events, and when the last of them arrived."""
 
     def __init__(self, number: int, choices: int) -> None:
         self.number = number
         self._choices = choices
         self.mailbox: Mailbox[Event | Ended] = Mailbox()
-        self.seen = time.monotonic()
+        self.received_at = time.monotonic()
         self.admitted = False
 
     def put(self, event: Event | Ended) -> None:
-        """Take what the child sent."""
-        self.seen = time.monotonic()
-        # With several choices, one can be over while the next still waits for its slot.
+        """Queue an event that the child sent."""
+        self.received_at = time.monotonic()
+        # Of several choices, one can have ended while the next still waits for its slot.
         self.admitted = self._choices == 1 and _is_running(event)
         self.mailbox.put(event)
 
 
 def _is_running(event: Event | Ended) -> bool:
-    # An echoed prompt comes before the queue, and carries no tokens.
+    # An echoed prompt is sent before the request queues, and has no tokens.
     return isinstance(event, Progress) or (isinstance(event, Delta) and bool(event.token_ids))
 
 
 class ChildProcess:
-    """A running child. When it ends, for whatever reason, everybody who waits is told."""
+    """A running child. Its end, for whatever reason, fails all streams and the load."""
 
     def __init__(self, name: str, on_gone: Callable[[WorkerDied], None]) -> None:
         self.name = name
@@ -87,7 +87,9 @@ class ChildProcess:
         self.gone = asyncio.Event()
         self.loaded: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self.link = Link(
-            msgspec.msgpack.Decoder(list[ToParent]), receive=self._receive, closed=self._cut
+            msgspec.msgpack.Decoder(list[ToParent]),
+            receive=self._receive,
+            closed=self._connection_lost,
         )
         self._on_gone = on_gone
         self._numbers = itertools.count()
@@ -105,30 +107,30 @@ class ChildProcess:
         return self._process.pid if self._process and not self.gone.is_set() else None
 
     @property
-    def outstanding(self) -> int:
+    def open_streams(self) -> int:
         """How many streams are open."""
         return len(self._listeners)
 
     async def spawn(self) -> None:
         """Start the process and connect to it."""
         ours, theirs = socket.socketpair()
-        # Whatever the child leaves lying about goes away with this directory.
+        # All temporary files of the child are removed with this directory.
         await asyncio.to_thread(sweep, Path(tempfile.gettempdir()))
         self._scratch = scratch = Scratch()
         try:
             with theirs:
                 self._process = await asyncio.create_subprocess_exec(
-                    # -P: nothing is imported from the directory that somebody happens to stand in.
+                    # -P: nothing is imported from the current directory.
                     *(sys.executable, "-P", "-m", "headrace.worker.child"),
                     *(str(theirs.fileno()), str(scratch.path)),
                     stdin=DEVNULL,
                     stdout=DEVNULL,
                     stderr=PIPE,
                     pass_fds=(theirs.fileno(),),
-                    # OpenMP's threads spin 30 times longer unless told: where something else wants
+                    # By default OpenMP's threads spin 30 times longer: while another process needs
                     # a core, a load of half a second then takes five.
                     env={"GOMP_SPINCOUNT": "10000", **os.environ, "TMPDIR": str(scratch.path)},
-                    # Ctrl-C in a terminal is for the parent alone, which decides what it means.
+                    # Ctrl-C in a terminal goes to the parent alone, which decides what to do.
                     start_new_session=True,
                 )
             await asyncio.get_running_loop().create_connection(lambda: self.link, sock=ours)
@@ -140,7 +142,7 @@ class ChildProcess:
         self._task(self._follow_stderr(self._process))
 
     def adopt(self, name: str, on_gone: Callable[[WorkerDied], None]) -> None:
-        """Work for the model `name` from now on."""
+        """Assign a warm process to the model `name`."""
         self.name, self._on_gone = name, on_gone
         self._alive = time.monotonic()
 
@@ -153,21 +155,21 @@ class ChildProcess:
             self.loaded.exception()
 
     def begin(self, request: AnyRequest) -> Listener:
-        """Open a stream, of which the last is an Ended.
+        """Open a stream; its last event is an Ended.
 
         Raises:
-            InvalidRequest: something in the request cannot be sent.
+            InvalidRequest: the request cannot be encoded.
         """
         number = next(self._numbers)
-        self.say(Ask(number, request))
+        self.send(Ask(number, request))
         listener = self._listeners[number] = Listener(number, request.slots)
         return listener
 
-    def say(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         """Send a message.
 
         Raises:
-            InvalidRequest: there is something in it that cannot be sent.
+            InvalidRequest: the message cannot be encoded.
         """
         try:
             self.link.send(message)
@@ -175,7 +177,7 @@ class ChildProcess:
             raise InvalidRequest(f"The request cannot be passed on: {error}") from error
 
     async def leave(self, listener: Listener, *, timeout_s: float) -> None:
-        """Cancel a stream and wait until the child says that its slot is free."""
+        """Cancel a stream and wait until the child reports that its slot is free."""
         self.link.send(Cancel(listener.number))
         try:
             async with asyncio.timeout(timeout_s):
@@ -185,18 +187,18 @@ class ChildProcess:
             log.warning("headrace.worker.cancel_slow", extra={"data": {"model": self.name}})
 
     def forget(self, listener: Listener) -> None:
-        """Close a stream's place."""
+        """Remove a stream."""
         self._listeners.pop(listener.number, None)
 
     def is_hung(self, limit_s: float) -> bool:
-        """Tell whether work is under way and nothing has come for so long."""
+        """Whether there are streams, and the child has sent nothing for `limit_s` seconds."""
         now = time.monotonic()
         streams = self._listeners.values()
-        silent = any(one.admitted and now - one.seen > limit_s for one in streams)
+        silent = any(stream.admitted and now - stream.received_at > limit_s for stream in streams)
         return silent or (bool(self._listeners) and now - self._alive > limit_s)
 
     def is_stopped(self) -> bool:
-        """Tell whether it is stopped by a signal, and was when this was asked before."""
+        """Whether a signal has stopped the process, now and at the previous call."""
         before = self._stopped
         try:
             self._stopped = psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
@@ -205,7 +207,7 @@ class ChildProcess:
         return before and self._stopped
 
     def kill(self, verdict: str | None = None) -> None:
-        """End the process at once, for a reason; `gone` is set when it has ended."""
+        """Kill the process; `verdict` is the reported cause. `gone` is set when it has ended."""
         self._verdict = self._verdict or verdict
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
@@ -213,7 +215,7 @@ class ChildProcess:
     def _receive(self, messages: Sequence[ToParent]) -> None:
         self._alive = time.monotonic()
         for message in messages:
-            if isinstance(message, Said):
+            if isinstance(message, Emitted):
                 if (listener := self._listeners.get(message.id)) is not None:
                     listener.put(message.event)
             elif isinstance(message, Ended):
@@ -231,12 +233,12 @@ class ChildProcess:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _cut(self, why: str) -> None:
-        self._task(self._bury(why))
+    def _connection_lost(self, why: str) -> None:
+        self._task(self._clean_up(why))
 
-    async def _bury(self, why: str) -> None:
+    async def _clean_up(self, why: str) -> None:
         process = self._process
-        assert process is not None, "the line exists because the process did"
+        assert process is not None, "the connection is made after the process"
         try:
             async with asyncio.timeout(_DYING_S):
                 await process.wait()
@@ -249,7 +251,7 @@ class ChildProcess:
             f"The worker of {self.name} {self._cause(process.returncode or 0, why)}.",
             detail="\n".join(self._tail) or None,
         )
-        self._tell(error)
+        self._fail_all(error)
         self._on_gone(error)
 
     def _cause(self, code: int, why: str) -> str:
@@ -260,13 +262,13 @@ class ChildProcess:
         return f"ended with exit code {code}" if code else f"ended ({why})"
 
     def fail_streams(self, error: HeadraceError) -> None:
-        """End every open stream with an error, whatever the child does."""
+        """End every open stream with an error, independently of the child."""
         record = to_record(error)
         for number, listener in self._listeners.items():
             listener.put(Ended(number, record))
         self._listeners.clear()
 
-    def _tell(self, error: WorkerDied) -> None:
+    def _fail_all(self, error: WorkerDied) -> None:
         self.fail_streams(error)
         if not self.loaded.done():
             self.loaded.set_exception(
@@ -274,20 +276,20 @@ class ChildProcess:
             )
 
     async def _follow_stderr(self, process: Process) -> None:
-        assert process.stderr is not None, "it was asked for"
-        while line := await _line(process.stderr):
+        assert process.stderr is not None, "stderr is a pipe"
+        while line := await _read_line(process.stderr):
             text = line.decode(errors="replace")
             self._tail.append(text.rstrip())
             try:
                 sys.stderr.write(text)
                 sys.stderr.flush()
             except (OSError, ValueError):
-                # A terminal that has gone fails nothing.
+                # A closed terminal is not an error.
                 continue
 
 
 class Scratch:
-    """A private directory for what a child leaves lying about; locked while its parent lives."""
+    """A private directory for temporary files of a child; locked while its parent lives."""
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=_SCRATCH))
@@ -295,17 +297,17 @@ class Scratch:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def remove(self) -> None:
-        """Remove it with all that is in it."""
+        """Remove the directory with its content."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.close()
 
     def close(self) -> None:
-        """Give up the lock."""
+        """Release the lock."""
         self._lock.close()
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed parents left in `folder`: our own directories that nobody locks."""
+    """Remove scratch directories in `folder` that no process locks: their parents were killed."""
     for path in folder.glob(f"{_SCRATCH}*"):
         try:
             status = path.lstat()
@@ -315,14 +317,14 @@ def sweep(folder: Path) -> None:
             with (path / _LOCK).open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            # Not one of ours, gone already, or in use.
+            # Not a scratch directory, removed already, or in use.
             continue
         shutil.rmtree(path, ignore_errors=True)
 
 
-async def _line(stream: asyncio.StreamReader) -> bytes:
+async def _read_line(stream: asyncio.StreamReader) -> bytes:
     try:
         return await stream.readline()
     except ValueError:
-        # Longer than the reader's limit, which has dropped it.
+        # Longer than the limit of the reader, which has dropped it.
         return b"...\n"

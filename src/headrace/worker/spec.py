@@ -1,4 +1,4 @@
-"""What a worker is opened with: the configured model, the file it became, the engine for it."""
+"""WorkerSpec: the model, its file and its engine; and the metadata made of them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import msgspec
 
 from headrace.core.errors import Draining
 from headrace.core.model import Capabilities, ModelFile, ModelInfo, ModelSpec, State
-from headrace.core.secrets import shown
+from headrace.core.values import masked_options
 from headrace.engines.base import EngineFacts, OpenRequest
 from headrace.worker.prompt import Prompter
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and of how much (0: unknown)."""
-
+"""Called with the stage of a load, and how much of how much is done (0: unknown)."""
 
 _REMOTE_ROLES = ("system", "developer", "user", "assistant")
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A model whose source has been resolved; all that a process needs to load it.
+    """A model whose source has been resolved: everything that a process needs to load it.
 
-    `memory` is how many bytes of its device models may take together; None is all that it has.
+    `memory` is the budget of all models on its device in bytes; None is the whole device.
     """
 
     model: ModelSpec
@@ -34,57 +33,57 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     memory: int | None = None
 
 
-def open_request(found: WorkerSpec) -> OpenRequest:
-    """Return what the engine is opened with."""
-    spec = found.model
+def open_request(worker_spec: WorkerSpec) -> OpenRequest:
+    """Return the arguments for opening the engine."""
+    spec = worker_spec.model
     return OpenRequest(
-        model=found.file,
+        model=worker_spec.file,
         device=spec.device or "auto",
         context_length=spec.context_length,
         max_running=spec.max_running,
-        memory=found.memory,
+        memory=worker_spec.memory,
         repeatable=spec.continuation == "exact",
         trust_remote_code=spec.trust_remote_code,
-        task=spec.task or found.file.task,
+        task=spec.task or worker_spec.file.task,
         options=spec.options,
     )
 
 
 Resolve = Callable[[ModelSpec, OnProgress], WorkerSpec]
-"""Finds the file (downloads it if need be), checks its header, chooses the engine. Blocking."""
+"""Finds the file (downloads it if needed), checks its header, chooses the engine. Blocking."""
 
 
 async def resolved(resolve: Resolve, spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
-    """Resolve on a thread. When the caller is cancelled, the thread gives up at its next progress.
+    """Resolve on a thread. After a cancellation the thread stops at its next progress report.
 
     Raises:
         HeadraceError: what `resolve` raises.
     """
-    gone = threading.Event()
+    is_cancelled = threading.Event()
 
-    def report(what: str, done: int, total: int) -> None:
-        if gone.is_set():
+    def report(stage: str, done: int, total: int) -> None:
+        if is_cancelled.is_set():
             raise Draining("Loading was given up.")
-        on_progress(what, done, total)
+        on_progress(stage, done, total)
 
     try:
         return await asyncio.to_thread(resolve, spec, report)
     except asyncio.CancelledError:
-        gone.set()
+        is_cancelled.set()
         raise
 
 
 def unloaded_info(
-    spec: ModelSpec, state: State, reason: str | None, found: WorkerSpec | None = None
+    spec: ModelSpec, state: State, reason: str | None, worker_spec: WorkerSpec | None = None
 ) -> ModelInfo:
     """Return the metadata of a model that is not loaded."""
-    file = found.file if found else ModelFile(path="", format="none")
+    file = worker_spec.file if worker_spec else ModelFile(path="", format="none")
     return ModelInfo(
         id=spec.name,
         source=spec.model,
         aliases=spec.aliases,
-        engine=found.engine if found else spec.engine or "auto",
-        engine_reason=found.engine_reason if found else "",
+        engine=worker_spec.engine if worker_spec else spec.engine or "auto",
+        engine_reason=worker_spec.engine_reason if worker_spec else "",
         state=state,
         reason=reason,
         device=spec.device or "auto",
@@ -97,16 +96,16 @@ def unloaded_info(
         chat_template=spec.chat_template or file.chat_template,
         max_running=spec.max_running,
         capabilities=Capabilities(tasks=frozenset({spec.task or file.task})),
-        options=shown(spec.options),
+        options=masked_options(spec.options),
     )
 
 
-def loaded_info(found: WorkerSpec, facts: EngineFacts, prompter: Prompter) -> ModelInfo:
+def loaded_info(worker_spec: WorkerSpec, facts: EngineFacts, prompter: Prompter) -> ModelInfo:
     """Return the metadata of a model that an engine has loaded."""
     template = prompter.template if "generate" in facts.capabilities.tasks else None
-    wanted = found.model.max_running or facts.max_running
+    wanted = worker_spec.model.max_running or facts.max_running
     return msgspec.structs.replace(
-        unloaded_info(found.model, "ready", None, found),
+        unloaded_info(worker_spec.model, "ready", None, worker_spec),
         device=facts.device,
         context_length=facts.context_length,
         max_running=min(wanted, facts.max_running),
@@ -117,10 +116,10 @@ def loaded_info(found: WorkerSpec, facts: EngineFacts, prompter: Prompter) -> Mo
     )
 
 
-def remote_info(found: WorkerSpec, facts: EngineFacts) -> ModelInfo:
-    """Return the metadata of a model that an upstream has."""
+def remote_info(worker_spec: WorkerSpec, facts: EngineFacts) -> ModelInfo:
+    """Return the metadata of a model at an upstream."""
     return msgspec.structs.replace(
-        unloaded_info(found.model, "ready", None, found),
+        unloaded_info(worker_spec.model, "ready", None, worker_spec),
         device=facts.device,
         context_length=facts.context_length or None,
         max_running=facts.max_running,

@@ -1,7 +1,7 @@
-"""One request at one engine: its slot, its deadline, its figures, its record, its failure.
+"""Turn: one request at one engine, with its slot, deadline, figures, log record and errors.
 
-Everything that a worker does for a request of any kind, at a local engine or an upstream. What
-the kind itself yields is in `generate`, `encode` and `remote`.
+It is common to requests of every kind, at a local engine or an upstream. What each kind yields
+is in `generate`, `encode` and `remote`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ R = TypeVar("R", bound=Request)
 S = TypeVar("S", bound="Served")
 
 _LAST_STEP_S = 5.0
-_DOES: dict[Task, str] = {
+_TASKS: dict[Task, str] = {
     "generate": "generates text",
     "embed": "makes embeddings",
     "rerank": "ranks documents",
@@ -48,10 +48,10 @@ _DOES: dict[Task, str] = {
 
 
 class Turns:
-    """The requests at one engine, and the slots that they share.
+    """The open requests at one engine, and the slots that they share.
 
-    Requests queue in the pool. Only what takes more slots than there are waits here: the choices
-    of one request.
+    Requests queue in the pool. Here only the choices of a request wait that needs more slots than
+    there are.
     """
 
     def __init__(self, slots: int) -> None:
@@ -84,7 +84,7 @@ class Turns:
             self._idle.set()
 
     async def drain(self, error: HeadraceError, drain_s: float) -> None:
-        """Refuse new requests, wait `drain_s` seconds for those that run, and end the rest."""
+        """Refuse new requests, wait `drain_s` seconds for running ones, and abort the rest."""
         self._closed = error
         if not await self._is_idle(drain_s):
             for turn in tuple(self._open):
@@ -103,8 +103,8 @@ class Turns:
 class Served(msgspec.Struct, frozen=True, kw_only=True):
     """A model that is ready to answer.
 
-    `max_choices` bounds what one request may ask for. `sampler` measures this process; there is
-    none where the engine is an upstream.
+    `max_choices` is the limit of choices in a request. `sampler` measures this process; it is None
+    if the engine is an upstream.
     """
 
     name: str
@@ -124,8 +124,8 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
 class Turn(Generic[S, R]):
     """One request, as a context manager.
 
-    What is raised inside leaves it as an error of ours, with the figures up to then in `metrics`.
-    `usage` replaces the counted tokens where an upstream reports its own.
+    An exception inside of it is raised as a HeadraceError with the figures so far in `metrics`.
+    `usage` replaces the counted tokens if an upstream reports its own.
     """
 
     def __init__(self, served: S, request: R) -> None:
@@ -135,7 +135,7 @@ class Turn(Generic[S, R]):
         self.outcome: FinishReason = "cancelled"
         self.usage: Usage | None = None
         self._answer: list[str] | None = [] if served.log_content else None
-        self._watch = None if served.sampler is None else served.sampler.watch()
+        self._measurement = None if served.sampler is None else served.sampler.watch()
         self._limits: set[asyncio.Timeout] = set()
         self._aborted: HeadraceError | None = None
 
@@ -154,10 +154,10 @@ class Turn(Generic[S, R]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Log the record of the request, and translate what was raised."""
+        """Log the record of the request, and translate an exception."""
         try:
             if isinstance(error, Exception):
-                # The text of an upstream's failure may hold what was sent to it.
+                # The text of an upstream's error may contain the request: it is not chained.
                 raise self._failed(error) from (None if self.served.is_remote else error)
         finally:
             log.info("headrace.request", extra={"data": self._record()})
@@ -165,21 +165,21 @@ class Turn(Generic[S, R]):
             self.served.turns.discard(self)  # pyright: ignore[reportArgumentType]
 
     def require_task(self) -> None:
-        """Check that the model is for this kind of request.
+        """Check that the model supports this kind of request.
 
         Raises:
-            Unsupported: with what it is for.
+            Unsupported: names the tasks of the model.
         """
         tasks = self.served.facts.capabilities.tasks
         if self.request.task not in tasks:
-            does = " and ".join(_DOES[task] for task in sorted(tasks))
-            raise Unsupported(f"{self.served.name} {does}; it is not for this.", param="model")
+            verbs = " and ".join(_TASKS[task] for task in sorted(tasks))
+            raise Unsupported(f"{self.served.name} {verbs}; it is not for this.", param="model")
 
     async def take_slot(self) -> None:
         """Wait for one of the engine's slots.
 
         Raises:
-            QueueTimeout: the deadline came first.
+            QueueTimeout: the deadline passed before.
         """
         deadline = self.request.deadline
         if deadline is not None and time.monotonic() > deadline:
@@ -199,10 +199,10 @@ class Turn(Generic[S, R]):
         self.served.turns.slots.release()
 
     async def within(self, work: Awaitable[T], late: HeadraceError | None = None) -> T:
-        """Wait for `work`, until the deadline or `abort`.
+        """Await `work`, until the deadline or `abort`.
 
         Raises:
-            DeadlineExceeded: or `late`, if it is given.
+            DeadlineExceeded: or `late`, if given.
         """
         limit = asyncio.timeout(self._left_s())
         self._limits.add(limit)
@@ -217,7 +217,7 @@ class Turn(Generic[S, R]):
         raise self._aborted or late or _too_late()
 
     async def steps(self, source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """Yield what an engine does, until the deadline or `abort`, however silent it is."""
+        """Yield the events of an engine, until the deadline or `abort`, even if none arrive."""
         try:
             while (event := await self.within(anext(source, None))) is not None:
                 yield event
@@ -225,10 +225,10 @@ class Turn(Generic[S, R]):
             await source.aclose()
 
     def check(self) -> None:
-        """Raise the error of `abort`, or that the deadline has passed.
+        """Check that the request may go on.
 
         Raises:
-            HeadraceError: the request is to end.
+            HeadraceError: of `abort`, or DeadlineExceeded.
         """
         if self._aborted is not None:
             raise self._aborted
@@ -237,13 +237,13 @@ class Turn(Generic[S, R]):
             raise _too_late()
 
     def abort(self, error: HeadraceError) -> None:
-        """End the request at its next step; a wait in `within` ends now."""
+        """End the request at its next step; a wait in `within` ends at once."""
         self._aborted = error
         for limit in self._limits:
             limit.reschedule(0.0)
 
     def answered(self, text: str) -> None:
-        """Keep text of the answer for the log, where content is logged."""
+        """Keep text of the answer for the log, if content is logged."""
         if self._answer is not None:
             self._answer.append(text)
 
@@ -266,9 +266,9 @@ class Turn(Generic[S, R]):
         )
 
     def _devices(self) -> tuple[DeviceUse, ...]:
-        if self.served.sampler is None or self._watch is None:
+        if self.served.sampler is None or self._measurement is None:
             return ()
-        return self.served.sampler.release(self._watch)
+        return self.served.sampler.release(self._measurement)
 
     def _left_s(self) -> float | None:
         if self._aborted is not None:
@@ -277,13 +277,13 @@ class Turn(Generic[S, R]):
         return None if deadline is None else deadline - time.monotonic()
 
     def _failed(self, error: Exception) -> HeadraceError:
-        # A new one: the same error can end many streams, each with figures of its own.
+        # A new exception: one error can end many streams, each with its own figures.
         self.outcome = "error"
         record = to_record(self._translated(error))
         return from_record(msgspec.structs.replace(record, metrics=self.metrics()))
 
     def _translated(self, error: Exception) -> HeadraceError:
-        """Return what an engine raised as an error of ours: a library can raise anything."""
+        """Return the error of an engine as a HeadraceError: a library can raise anything."""
         if isinstance(error, HeadraceError):
             return error
         if isinstance(error, MemoryError):
@@ -314,7 +314,7 @@ Answers = Mapping[type[Request], Callable[[Any, Any], AsyncGenerator[Event, None
 
 
 async def unmeasured(request: Request, event: Awaitable[T]) -> AsyncGenerator[T | Finish, None]:
-    """Yield one event and a Finish, for a request that takes no slot and leaves no record."""
+    """Yield one event and a Finish, for a request without a slot and a log record."""
     yield await event
     metrics = Meter(request).finish("stop")
     yield Finish(("stop",), metrics.usage, metrics)

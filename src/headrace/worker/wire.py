@@ -1,7 +1,7 @@
 """The messages between a worker's parent and child, and their framing.
 
-A frame is a big-endian 32-bit length and a msgpack list of messages: everything that one side sent
-in one turn of its event loop, which for the child is all deltas of one engine step.
+A frame is a big-endian 32-bit length and a msgpack list of messages: all that one side sent in one
+iteration of its event loop. For the child these are all deltas of one engine step.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from headrace.worker.spec import WorkerSpec
 _HEADER = struct.Struct(">I")
 _ARRAY = struct.Struct(">BI")
 MAX_FRAME = 256 << 20
-"""Bytes; a longer frame is a fault of the other side."""
+"""Bytes; a longer frame is an error of the other side."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
-    """Base of all messages: compact, told apart by the first element."""
+    """Base of all messages: compact, distinguished by the first element."""
 
 
 class Load(Message, frozen=True, tag="load"):
-    """Parent: load this model. `log` is the configuration of the log, level and format."""
+    """Parent: load this model. `log` is the configuration of the log."""
 
     spec: WorkerSpec
     log: LogSettings
@@ -47,13 +47,13 @@ class Ask(Message, frozen=True, tag="ask"):
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
-    """Parent: stream `id` is not read any more. Answered by its Ended."""
+    """Parent: cancel stream `id`. The reply is its Ended."""
 
     id: int
 
 
 class Close(Message, frozen=True, tag="close"):
-    """Parent: drain for so many seconds and end."""
+    """Parent: drain for at most `drain_s` seconds, and exit."""
 
     drain_s: float
 
@@ -70,7 +70,7 @@ class Failed(Message, frozen=True, tag="failed"):
     error: ErrorRecord
 
 
-class Said(Message, frozen=True, tag="e"):
+class Emitted(Message, frozen=True, tag="e"):
     """Child: the next event of stream `id`."""
 
     id: int
@@ -78,25 +78,25 @@ class Said(Message, frozen=True, tag="e"):
 
 
 class Ended(Message, frozen=True, tag="end"):
-    """Child: stream `id` is over and its slot free; after its Finish, or with an error."""
+    """Child: stream `id` has ended and its slot is free; after its Finish, or with an error."""
 
     id: int
     error: ErrorRecord | None = None
 
 
 class Alive(Message, frozen=True, tag="alive"):
-    """Child, every second or two: its event loop turns. Memory is resident bytes."""
+    """Child, every second or two: its event loop runs. `memory` is resident bytes."""
 
     memory: int
 
 
 ToChild = Load | Ask | Cancel | Close
-ToParent = Ready | Failed | Said | Ended | Alive
+ToParent = Ready | Failed | Emitted | Ended | Alive
 In = TypeVar("In")
 
 
 class Link(asyncio.Protocol, Generic[In]):
-    """One end of the socket pair. Messages sent in one turn of the loop leave as one frame."""
+    """One end of the socket pair. Messages of one event loop iteration are sent as one frame."""
 
     def __init__(
         self,
@@ -114,18 +114,18 @@ class Link(asyncio.Protocol, Generic[In]):
         self._transport: asyncio.Transport | None = None
 
     def send(self, message: Message) -> None:
-        """Send a message; what is sent after the connection is lost is dropped.
+        """Send a message; it is dropped if the connection is lost.
 
         Raises:
             OverflowError, TypeError, ValueError: msgpack cannot carry the message.
         """
-        # Encoded here: what cannot be sent is the sender's fault and takes nobody else with it.
+        # Encoded here, so that a message that cannot be encoded fails for its sender alone.
         self._outbox.append(self._encode(message))
         if len(self._outbox) == 1:
             asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:
-        """Write all messages sent in this turn of the loop."""
+        """Write all messages of this event loop iteration."""
         outbox, self._outbox = self._outbox, []
         if outbox and self._transport is not None:
             payload = b"".join(outbox)
@@ -133,13 +133,13 @@ class Link(asyncio.Protocol, Generic[In]):
             self._transport.write(_HEADER.pack(length) + _ARRAY.pack(0xDD, len(outbox)) + payload)
 
     def close(self) -> None:
-        """Close the connection after everything sent is written."""
+        """Close the connection after all messages are written."""
         self.flush()
         if self._transport is not None:
             self._transport.close()
 
     def shut(self) -> None:
-        """Close the connection from outside of its event loop, which may be closed itself."""
+        """Close the connection from outside of its event loop, which may be closed."""
         if self._transport is not None:
             with contextlib.suppress(OSError):
                 self._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)

@@ -1,18 +1,18 @@
-"""One model in this process: a local engine, or the upstream that has it."""
+"""One model in this process, at a local engine or an upstream, and the states of a worker."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import msgspec
 
 from headrace import engines
-from headrace.core.errors import Draining
+from headrace.core.errors import Draining, HeadraceError, LoadFailed, Loading
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import (
@@ -24,7 +24,6 @@ from headrace.models.transfer import silent
 from headrace.worker import encode, generate, remote
 from headrace.worker.batching import Batcher
 from headrace.worker.generate import Loaded
-from headrace.worker.lifecycle import Lifecycle
 from headrace.worker.prompt import Prompter
 from headrace.worker.remote import Connected
 from headrace.worker.spec import (
@@ -47,10 +46,98 @@ OpenEngine = Callable[[str, OpenRequest], Engine]
 _ANSWERS: Answers = {**generate.ANSWERS, **encode.ANSWERS}
 
 
+class Lifecycle:
+    """The states of a worker (contract W7).
+
+    created -> loading -> ready -> draining -> stopped; failed from any of them, with a reason.
+    `start` may be called at any time and concurrently: all callers share one load.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.state: State = "created"
+        self.reason: str | None = None
+        self._starting: asyncio.Task[None] | None = None
+
+    async def start(self, load: Callable[[], Awaitable[None]]) -> None:
+        """Run `load` unless the worker is ready or loading already.
+
+        Raises:
+            Draining: the worker is being stopped.
+            HeadraceError: what `load` raised; the state is then failed.
+        """
+        if self.state == "ready":
+            return
+        if self.state == "draining":
+            raise Draining(f"{self.name} is stopping.")
+        if self._starting is None or self._starting.done():
+            self.state, self.reason = "loading", None
+            self._starting = asyncio.create_task(self._start(load), name=f"load {self.name}")
+        # All callers share the load: a caller that is cancelled does not end it.
+        try:
+            await asyncio.shield(self._starting)
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            raise Draining(f"{self.name} was stopped while it was loading.") from None
+
+    async def _start(self, load: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await load()
+        except HeadraceError as error:
+            self.fail(error.message)
+            raise
+        except Exception as error:
+            # Any call to the system can fail: a process, a socket, a directory.
+            self.fail(f"{type(error).__name__}: {error}")
+            raise LoadFailed(f"{self.name} could not be loaded.", detail=self.reason) from error
+        except BaseException:
+            self.fail("Loading was given up.")
+            raise
+        self.state = "ready"
+
+    def fail(self, reason: str) -> None:
+        """Enter `failed`, unless the worker is being stopped."""
+        if self.state not in {"draining", "stopped"}:
+            self.state, self.reason = "failed", reason
+
+    async def abandon_start(self) -> None:
+        """Cancel the current load, if any, and wait until it has ended."""
+        task = self._starting
+        if task is not None and not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+        if task is not None and not task.cancelled():
+            task.exception()
+
+    def require_ready(self) -> None:
+        """Check that requests can be answered.
+
+        Raises:
+            Loading, Draining, LoadFailed: by state.
+        """
+        if self.state == "ready":
+            return
+        if self.state in {"draining", "stopped"}:
+            raise Draining(f"{self.name} is {self.state}.")
+        if self.state == "failed":
+            raise LoadFailed(f"{self.name} has failed: {self.reason}")
+        raise Loading(f"{self.name} is not ready: {self.state}.")
+
+    def __repr__(self) -> str:
+        """Describe the state and its reason."""
+        return f"<{self.name} {self.state}{f': {self.reason}' if self.reason else ''}>"
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class Worker:
     """A Backend for one model. `start` loads it; `aclose` drains and frees it.
 
-    A remote model takes no memory here, and nothing of it can die: it needs no process.
+    A remote model takes no memory here and cannot crash, so it needs no process of its own.
     """
 
     def __init__(
@@ -69,7 +156,7 @@ class Worker:
         self._log_content = log_content
         self._open_engine = open_engine
         self._life = Lifecycle(spec.name)
-        self._found: WorkerSpec | None = None
+        self._resolved: WorkerSpec | None = None
         self._info: ModelInfo | None = None
         self._served: Loaded | Connected | None = None
 
@@ -80,7 +167,7 @@ class Worker:
 
     @property
     def pid(self) -> None:
-        """It has no process of its own."""
+        """None: it has no process of its own."""
         return
 
     @property
@@ -99,13 +186,13 @@ class Worker:
         """Load the model, or find the upstream's key. Idempotent; callers share one load.
 
         Raises:
-            HeadraceError: LoadFailed, OutOfMemory, UnknownModel and their like; everything that
-                was taken is given back, and the state is failed.
+            HeadraceError: LoadFailed, OutOfMemory, UnknownModel, ...; all resources have been
+                released, and the state is failed.
         """
         await self._life.start(self._load)
 
     def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        """Return the events of an answer; see `Backend`. Closing them stops the engine."""
+        """Return the events of an answer; see `Backend`. Closing the stream stops the engine."""
         served = self._served
         if served is None or self._life.state != "ready":
             return self._refuse()
@@ -115,13 +202,13 @@ class Worker:
     def models(self) -> tuple[ModelInfo, ...]:
         """Return the metadata of the one model, at any time."""
         if self._info is None or self._served is None:
-            return (unloaded_info(self.spec, self._life.state, self._life.reason, self._found),)
+            return (unloaded_info(self.spec, self._life.state, self._life.reason, self._resolved),)
         sampler = self._served.sampler
         memory = None if sampler is None else sampler.latest[0].worker_used
         return (msgspec.structs.replace(self._info, state=self._life.state, memory=memory),)
 
     async def memory(self) -> dict[str, int]:
-        """Return nothing: the memory is that of the process it is in, or of another machine."""
+        """Return nothing: the memory belongs to the calling process, or to another machine."""
         return {}
 
     async def aclose(self, drain_s: float = 0.0) -> None:
@@ -138,51 +225,51 @@ class Worker:
         self._life.state = "stopped"
 
     def abandon(self) -> None:
-        """Do nothing: there is no process that would outlive its event loop."""
+        """Do nothing: there is no process that could outlive the event loop."""
 
     async def _refuse(self) -> AsyncGenerator[Event, None]:
         self._life.require_ready()
         raise Draining(f"{self.spec.name} is stopping.")
-        yield  # pyright: ignore[reportUnreachable]  # what makes it a generator
+        yield  # pyright: ignore[reportUnreachable]  # makes this a generator
 
     async def _load(self) -> None:
         began = time.monotonic()
-        found = self._found = await resolved(self._resolve, self.spec, self._on_progress)
-        if found.file.format != "remote":
-            facts = await asyncio.to_thread(_facts, found)
+        worker_spec = self._resolved = await resolved(self._resolve, self.spec, self._on_progress)
+        if worker_spec.file.format != "remote":
+            facts = await asyncio.to_thread(_start_facts, worker_spec)
             log.info("headrace.worker.start", extra={"data": facts})
         self._on_progress("loading", 0, 0)
-        opening = asyncio.ensure_future(asyncio.to_thread(self._open, found))
+        opening = asyncio.ensure_future(asyncio.to_thread(self._open, worker_spec))
         try:
             self._served, info = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            # A thread cannot be cancelled: what it opens too late is closed again.
+            # A thread cannot be cancelled: an engine that it opens too late is closed.
             opening.add_done_callback(_close_opened)
             raise
         load_ms = (time.monotonic() - began) * 1000
         self._info = msgspec.structs.replace(info, load_ms=load_ms, created=int(time.time()))
-        data = {"model": self.spec.name, "engine": found.engine, "load_ms": round(load_ms, 1)}
+        data = {"model": self.spec.name, "engine": worker_spec.engine, "load_ms": round(load_ms, 1)}
         log.info("headrace.worker.ready", extra={"data": data})
 
-    def _open(self, found: WorkerSpec) -> tuple[Loaded | Connected, ModelInfo]:
+    def _open(self, worker_spec: WorkerSpec) -> tuple[Loaded | Connected, ModelInfo]:
         """Open the engine. Blocking."""
-        engine = self._open_engine(found.engine, open_request(found))
-        if found.file.format == "remote":
+        engine = self._open_engine(worker_spec.engine, open_request(worker_spec))
+        if worker_spec.file.format == "remote":
             upstream = cast("RemoteEngine", engine)
-            return self._connected(found, upstream), remote_info(found, upstream.facts)
+            return self._connected(worker_spec, upstream), remote_info(worker_spec, upstream.facts)
         try:
-            prompter = Prompter(found.model, engine)
-            info = loaded_info(found, engine.facts, prompter)
+            prompter = Prompter(worker_spec.model, engine)
+            info = loaded_info(worker_spec, engine.facts, prompter)
         except BaseException:
             engine.close()
             raise
-        return self._loaded(found, engine, prompter, info.max_running or 1), info
+        return self._loaded(worker_spec, engine, prompter, info.max_running or 1), info
 
-    def _connected(self, found: WorkerSpec, engine: RemoteEngine) -> Connected:
+    def _connected(self, worker_spec: WorkerSpec, engine: RemoteEngine) -> Connected:
         slots = engine.facts.max_running or 1
         return Connected(
             name=self.spec.name,
-            engine_name=found.engine,
+            engine_name=worker_spec.engine,
             facts=engine.facts,
             turns=Turns(slots),
             max_choices=slots + self.spec.max_queued,
@@ -191,13 +278,15 @@ class Worker:
             stops=self.spec.stop,
         )
 
-    def _loaded(self, found: WorkerSpec, engine: Engine, prompter: Prompter, slots: int) -> Loaded:
+    def _loaded(
+        self, worker_spec: WorkerSpec, engine: Engine, prompter: Prompter, slots: int
+    ) -> Loaded:
         thread, limits = ThreadPoolExecutor(1, "batches"), engine.facts.batch
-        # Only those tasks come this way that the engine has.
+        # Only tasks that the engine has are sent to them.
         embedder, reranker = cast("Embedder", engine), cast("Reranker", engine)
         return Loaded(
             name=self.spec.name,
-            engine_name=found.engine,
+            engine_name=worker_spec.engine,
             facts=engine.facts,
             turns=Turns(slots),
             max_choices=slots + self.spec.max_queued,
@@ -211,16 +300,16 @@ class Worker:
         )
 
 
-def _facts(found: WorkerSpec) -> dict[str, object]:
-    parameters = msgspec.to_builtins(found.model) | {
-        "chat_template": bool(found.model.chat_template)
+def _start_facts(worker_spec: WorkerSpec) -> dict[str, object]:
+    parameters = msgspec.to_builtins(worker_spec.model) | {
+        "chat_template": bool(worker_spec.model.chat_template)
     }
-    file = msgspec.structs.replace(found.file, chat_template=None)
+    file = msgspec.structs.replace(worker_spec.file, chat_template=None)
     return {
-        "model": found.model.name,
-        "source": found.model.model,
-        "engine": found.engine,
-        "engine_reason": found.engine_reason,
+        "model": worker_spec.model.name,
+        "source": worker_spec.model.model,
+        "engine": worker_spec.engine,
+        "engine_reason": worker_spec.engine_reason,
         "parameters": parameters,
         "file": file,
         "system": system(),

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from headrace.core.errors import UpstreamError
-from headrace.core.events import TokenCount
-from headrace.core.floats import bytes_of
+from headrace.core.events import TokenCount, bytes_of
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities
 from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest

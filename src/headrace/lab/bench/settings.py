@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from headrace.core import duration
+from headrace.core import values
 from headrace.core.errors import ConfigError
 
 Api = Literal["chat", "completions"]
@@ -125,7 +125,7 @@ def seconds(flag: str, text: str) -> float:
         ConfigError: it is malformed.
     """
     try:
-        value = duration.seconds(text)
+        value = values.seconds(text)
     except ValueError as error:
         raise ConfigError(f"flag {flag}: {error}.") from None
     if value <= 0:

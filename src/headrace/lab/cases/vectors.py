@@ -6,8 +6,7 @@ import asyncio
 import math
 
 from headrace.core.errors import ContextOverflow, InvalidRequest, RequestError, Unsupported
-from headrace.core.events import EmbedResult, RerankResult
-from headrace.core.floats import floats_of
+from headrace.core.events import EmbedResult, RerankResult, floats_of
 from headrace.core.request import CountRequest, EmbedRequest, RerankRequest
 from headrace.core.stream import collect_count, collect_ranking, collect_vectors
 from headrace.lab.cases.case import case

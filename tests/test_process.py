@@ -5,10 +5,10 @@ import sys
 
 COLLECTED = """
 import gc
-from headrace.core.interpreter import collect_less
+from headrace.machine import tune_garbage_collection
 loop = []
 loop.append(loop)
-collect_less()
+tune_garbage_collection()
 assert gc.get_freeze_count() > 1000
 assert gc.collect() == 0
 loop = []
@@ -20,7 +20,7 @@ print(gc.get_threshold()[0])
 
 HELD_UP = """
 import statistics, threading, time
-from headrace.core.interpreter import give_way_sooner
+from headrace.machine import shorten_switch_interval
 over = False
 def busy():
     while not over:
@@ -35,22 +35,22 @@ def held_up():
 thread = threading.Thread(target=busy)
 thread.start()
 usual = held_up()
-give_way_sooner()
+shorten_switch_interval()
 sooner = held_up()
 over = True
 print(sooner / usual)
 """
 
 
-def _told(program: str) -> float:
+def _output(program: str) -> float:
     command = [sys.executable, "-c", program]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def test_what_is_here_is_not_collected_and_what_comes_is() -> None:
-    assert _told(COLLECTED) >= 10_000
+    assert _output(COLLECTED) >= 10_000
 
 
 def test_a_busy_thread_gives_way() -> None:
     """After half a millisecond, where CPython's default is five: of 6 ms about 2 are left."""
-    assert _told(HELD_UP) < 0.7
+    assert _output(HELD_UP) < 0.7

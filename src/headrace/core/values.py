@@ -1,0 +1,79 @@
+"""Values of settings: durations and paths as text, and secrets that are not shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from headrace.core.errors import HeadraceError, InvalidRequest
+
+_UNITS = {"h": 3600, "m": 60, "s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+_PART = re.compile(f"({_NUMBER})(h|ms|m|s|us|ns)")
+_TEXT = re.compile(f"([+-]?)(?:({_NUMBER})|((?:{_PART.pattern})+))")
+# Longer than any machine runs, and short enough for every timer.
+_LONGEST_S = 1e9
+_SECRETS = frozenset({"key", "keys", "token", "secret", "password"})
+
+
+def seconds(value: str | float) -> float:
+    """Return a duration in seconds: a number of them, or numbers with units (`5m`, `1h30m`).
+
+    The syntax is Ollama's. -1 means without end, and so does every negative value.
+
+    Raises:
+        ValueError: `value` is not a duration.
+    """
+    if isinstance(value, bool):
+        raise ValueError(_refusal(value))
+    amount = _parse(value) if isinstance(value, str) else float(value)
+    return amount if 0 <= amount <= _LONGEST_S else -1.0
+
+
+def _parse(text: str) -> float:
+    # The sign of micro is two characters of Unicode.
+    match = _TEXT.fullmatch(re.sub("[\u00b5\u03bc]", "u", text.strip()))
+    if match is None:
+        raise ValueError(_refusal(text))
+    sign, number, units = match.group(1, 2, 3)
+    parts = _PART.findall(units or "")
+    amount = sum(float(count) * _UNITS[unit] for count, unit in parts) if parts else float(number)
+    return -amount if sign == "-" else amount
+
+
+def _refusal(value: object) -> str:
+    return f"{value!r} is not a duration; write seconds, 5m, 1h30m, 0, or -1 for no limit"
+
+
+def expanded(text: str | Path, error_type: type[HeadraceError] = InvalidRequest) -> Path:
+    """Return the path, with `~` or `~name` replaced by the home directory.
+
+    Raises:
+        HeadraceError: of class `error_type`, if there is no such home directory.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise error_type(f"{str(text)!r}: there is no such home directory.") from error
+
+
+def masked(key: str, value: Any) -> Any:
+    """Return a value in a form to be printed as JSON.
+
+    Of a secret that is a hash the first digits are kept; any other secret is hidden.
+    """
+    if hasattr(value, "get_secret_value"):  # pydantic's
+        return "…"
+    if isinstance(value, list | tuple):
+        return [masked(key, item) for item in cast("Iterable[Any]", value)]
+    if not value or key.rpartition(".")[2].rpartition("_")[2] not in _SECRETS:
+        return str(value) if isinstance(value, Path) else value
+    text = str(value)
+    return f"{text[:11]}…" if text.startswith("sha256:") else "…"
+
+
+def masked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with their secrets masked."""
+    return {key: masked(key, value) for key, value in options.items()}
