@@ -32,6 +32,8 @@ E = TypeVar("E", Vectors, Ranking, TokenCount, Text)
 class Mailbox(Generic[T]):
     """Items for one reader on the loop; the reader waits only when there is nothing to read."""
 
+    __slots__ = ("_items", "_reader")
+
     def __init__(self) -> None:
         self._items: deque[T] = deque()
         self._reader: asyncio.Future[None] | None = None
@@ -46,8 +48,19 @@ class Mailbox(Generic[T]):
     async def get(self) -> T:
         """Return the next item in order."""
         while not self._items:
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
+            await self.filled()
+        return self._items.popleft()
+
+    def filled(self) -> asyncio.Future[None]:
+        """Return what is done at the next `put`. Awaited while there are no items.
+
+        With `take` it spares a reader of every token the coroutine of `get`.
+        """
+        self._reader = asyncio.get_running_loop().create_future()
+        return self._reader
+
+    def take(self) -> T:
+        """Return the next item in order, of those that there are."""
         return self._items.popleft()
 
     def __len__(self) -> int:

@@ -58,6 +58,8 @@ _SETTLED_S = 60.0
 class Listener:
     """A stream as the parent holds it: what came, and when something last came."""
 
+    __slots__ = ("_choices", "admitted", "mailbox", "number", "seen")
+
     def __init__(self, number: int, choices: int) -> None:
         self.number = number
         self._choices = choices
@@ -65,9 +67,9 @@ class Listener:
         self.seen = time.monotonic()
         self.admitted = False
 
-    def put(self, event: Event | Ended) -> None:
+    def put(self, event: Event | Ended, now: float) -> None:
         """Take what the child sent."""
-        self.seen = time.monotonic()
+        self.seen = now
         # With several choices, one can be over while the next still waits for its slot.
         self.admitted = self._choices == 1 and _is_running(event)
         self.mailbox.put(event)
@@ -75,7 +77,7 @@ class Listener:
 
 def _is_running(event: Event | Ended) -> bool:
     # An echoed prompt comes before the queue, and carries no tokens.
-    return isinstance(event, Progress) or (isinstance(event, Delta) and bool(event.token_ids))
+    return bool(event.token_ids) if type(event) is Delta else isinstance(event, Progress)
 
 
 class ChildProcess:
@@ -211,14 +213,14 @@ class ChildProcess:
             self._process.kill()
 
     def _receive(self, messages: Sequence[ToParent]) -> None:
-        self._alive = time.monotonic()
+        self._alive = now = time.monotonic()
         for message in messages:
             if isinstance(message, Said):
                 if (listener := self._listeners.get(message.id)) is not None:
-                    listener.put(message.event)
+                    listener.put(message.event, now)
             elif isinstance(message, Ended):
                 if (listener := self._listeners.pop(message.id, None)) is not None:
-                    listener.put(message)
+                    listener.put(message, now)
             elif isinstance(message, Alive):
                 self.memory = message.memory
             elif isinstance(message, Ready) and not self.loaded.done():
@@ -263,7 +265,7 @@ class ChildProcess:
         """End every open stream with an error, whatever the child does."""
         record = to_record(error)
         for number, listener in self._listeners.items():
-            listener.put(Ended(number, record))
+            listener.put(Ended(number, record), time.monotonic())
         self._listeners.clear()
 
     def _tell(self, error: WorkerDied) -> None:
