@@ -32,10 +32,12 @@ E = TypeVar("E", Vectors, Ranking, TokenCount, Text)
 class Mailbox(Generic[T]):
     """Items for one reader on the loop; the reader waits only when there is nothing to read."""
 
-    __slots__ = ("_items", "_reader")
+    __slots__ = ("_items", "_loop", "_reader")
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
+        # Not asked for at each wait: in Python 3.11 that is a system call.
+        self._loop = asyncio.get_running_loop()
         self._reader: asyncio.Future[None] | None = None
 
     def put(self, item: T) -> None:
@@ -56,7 +58,7 @@ class Mailbox(Generic[T]):
 
         With `take` it spares a reader of every token the coroutine of `get`.
         """
-        self._reader = asyncio.get_running_loop().create_future()
+        self._reader = self._loop.create_future()
         return self._reader
 
     def take(self) -> T:
