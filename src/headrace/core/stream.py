@@ -32,8 +32,12 @@ E = TypeVar("E", bound=Event)
 class Mailbox(Generic[T]):
     """A queue for one reader on the same event loop, cheaper than asyncio.Queue."""
 
+    __slots__ = ("_items", "_loop", "_reader")
+
     def __init__(self) -> None:
         self._items: deque[T] = deque()
+        # Not asked for at each wait: in Python 3.11 that is a system call.
+        self._loop = asyncio.get_running_loop()
         self._reader: asyncio.Future[None] | None = None
 
     def put(self, item: T) -> None:
@@ -46,8 +50,19 @@ class Mailbox(Generic[T]):
     async def get(self) -> T:
         """Return the next item in order."""
         while not self._items:
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
+            await self.filled()
+        return self._items.popleft()
+
+    def filled(self) -> asyncio.Future[None]:
+        """Return what is done at the next `put`. Awaited while there are no items.
+
+        With `take` it spares a reader of every token the coroutine of `get`.
+        """
+        self._reader = self._loop.create_future()
+        return self._reader
+
+    def take(self) -> T:
+        """Return the next item in order, of those that there are."""
         return self._items.popleft()
 
     def __len__(self) -> int:

@@ -30,6 +30,8 @@ class Diverged(Exception):
 class _Sent:
     """What was sent of one choice, and how much of it the second answer has repeated."""
 
+    __slots__ = ("_reasoning", "_text", "_tokens", "reasonings", "texts", "token_ids")
+
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.reasonings: list[str] = []

@@ -109,10 +109,12 @@ class WorkerProcess:
         """
         child = self._ready()
         listener = child.begin(request)
-        over = False
+        mailbox, over = listener.mailbox, False
         try:
             while True:
-                event = await listener.mailbox.get()
+                while not mailbox:
+                    await mailbox.filled()
+                event = mailbox.take()
                 if isinstance(event, Ended):
                     over = True
                     if event.error is not None:

@@ -58,6 +58,8 @@ _SETTLED_S = 60.0
 class Listener:
     """The parent's end of a stream: its events, and when the last of them arrived."""
 
+    __slots__ = ("_choices", "admitted", "mailbox", "number", "received_at")
+
     def __init__(self, number: int, choices: int) -> None:
         self.number = number
         self._choices = choices
@@ -65,9 +67,9 @@ class Listener:
         self.received_at = time.monotonic()
         self.admitted = False
 
-    def put(self, event: Event | Ended) -> None:
+    def put(self, event: Event | Ended, now: float) -> None:
         """Queue an event that the child sent."""
-        self.received_at = time.monotonic()
+        self.received_at = now
         # Of several choices, one can have ended while the next still waits for its slot.
         self.admitted = self._choices == 1 and _is_running(event)
         self.mailbox.put(event)
@@ -75,7 +77,7 @@ class Listener:
 
 def _is_running(event: Event | Ended) -> bool:
     # An echoed prompt is sent before the request queues, and has no tokens.
-    return isinstance(event, Progress) or (isinstance(event, Delta) and bool(event.token_ids))
+    return bool(event.token_ids) if type(event) is Delta else isinstance(event, Progress)
 
 
 class ChildProcess:
@@ -213,14 +215,14 @@ class ChildProcess:
             self._process.kill()
 
     def _receive(self, messages: Sequence[ToParent]) -> None:
-        self._alive = time.monotonic()
+        self._alive = now = time.monotonic()
         for message in messages:
             if isinstance(message, Emitted):
                 if (listener := self._listeners.get(message.id)) is not None:
-                    listener.put(message.event)
+                    listener.put(message.event, now)
             elif isinstance(message, Ended):
                 if (listener := self._listeners.pop(message.id, None)) is not None:
-                    listener.put(message)
+                    listener.put(message, now)
             elif isinstance(message, Alive):
                 self.memory = message.memory
             elif isinstance(message, Ready) and not self.loaded.done():
@@ -265,7 +267,7 @@ class ChildProcess:
         """End every open stream with an error, independently of the child."""
         record = to_record(error)
         for number, listener in self._listeners.items():
-            listener.put(Ended(number, record))
+            listener.put(Ended(number, record), time.monotonic())
         self._listeners.clear()
 
     def _fail_all(self, error: WorkerDied) -> None:
