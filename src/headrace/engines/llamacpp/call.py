@@ -15,7 +15,7 @@ from headrace.core.errors import (
 )
 from headrace.core.events import TokenLogprob, TopLogprob
 from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, RawFinish
-from headrace.engines.grammar import grammar
+from headrace.engines.tokenizer import json_grammar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -208,7 +208,7 @@ def _body(request: EngineRequest) -> bytes:
     if sampling.logit_bias:
         body["logit_bias"] = list(sampling.logit_bias.items())
     if request.json_schema is not None:
-        body["grammar"] = grammar(request.json_schema)
+        body["grammar"] = json_grammar(request.json_schema)
     return msgspec.json.encode(body)
 
 

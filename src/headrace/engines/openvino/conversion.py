@@ -25,7 +25,14 @@ from headrace.core.model import ModelFile
 from headrace.engines.openvino.vocabulary import without_telemetry
 from headrace.models import folder, gguf_model, openvino
 from headrace.models.gguf import read_header
-from headrace.models.transfer import Progress, disk_full, require_free, room, silent, sync_folder
+from headrace.models.transfer import (
+    Progress,
+    disk_errors,
+    disk_full,
+    require_free,
+    silent,
+    sync_folder,
+)
 
 EXACT = frozenset({"F16", "Q8_0"})
 """Quantisations of GGUF that the library reads as they are; others it rounds once more."""
@@ -77,7 +84,7 @@ def convert(file: ModelFile, home: Path, progress: Progress = silent) -> ModelFi
         return file
     target = _target(file, home)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with room(target.parent), FileLock(target.with_suffix(".lock")):
+    with disk_errors(target.parent), FileLock(target.with_suffix(".lock")):
         if not target.exists():
             progress("converting for openvino", 0, 0)
             require_free(target.parent, (file.parameters or file.size) * _BYTES_PER_WEIGHT)

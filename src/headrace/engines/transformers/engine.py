@@ -23,10 +23,9 @@ from headrace.core.errors import (
 from headrace.core.model import Capabilities
 from headrace.engines import plan
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
-from headrace.engines.grammar import grammar
 from headrace.engines.openmp import SpinGuard
 from headrace.engines.plan import CachePlan
-from headrace.engines.tokenizer import TokenizerMixin, Vocabulary
+from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, json_grammar
 from headrace.engines.transformers import plan_cache, settled, step_tokens
 from headrace.engines.transformers.answer import HONOURED, Answer, Draw, ends_of, failure, rules
 from headrace.engines.transformers.batched import Batched, Unbatched
@@ -144,7 +143,7 @@ class Engine(TokenizerMixin):
         from llguidance import LLMatcher  # native, and rarely needed
         from llguidance.hf import from_tokenizer
 
-        text = grammar(schema)
+        text = json_grammar(schema)
         if self._grammars is None:
             self._grammars = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary.size)
         return LLMatcher(self._grammars, text)
