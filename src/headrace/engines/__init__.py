@@ -1,4 +1,4 @@
-"""The engines by name: which exist, which could run here, and which suits a model."""
+"""The engines by name: which exist, which are installed, and which suits a model."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ ENTRY_POINTS = "headrace.engines"
 """The entry point group under which another package registers an engine's module."""
 
 _SHARED = {
-    *("base", "choice", "grammar", "measured", "openmp", "plan", "remote", "threaded"),
-    "tokenizer",
+    *("base", "choice", "measured", "openmp", "plan", "remote", "threaded", "tokenizer"),
 }
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether an engine could run here, and if not, what to do about it."""
+    """Whether an engine is installed, and if not, how to install it."""
 
     name: str
     available: bool
@@ -43,13 +42,13 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all engines, our own and those of other packages, sorted."""
-    ours = {module.name for module in pkgutil.iter_modules(__path__)} - _SHARED
-    return tuple(sorted(ours | {point.name for point in _entry_points()}))
+    """Return the sorted names of all engines, built in and of other packages."""
+    built_in = {module.name for module in pkgutil.iter_modules(__path__)} - _SHARED
+    return tuple(sorted(built_in | {point.name for point in _entry_points()}))
 
 
 def about(name: str) -> About:
-    """Return what is known of an engine without its library."""
+    """Return the facts about an engine that need no library."""
     return _module(name).ABOUT
 
 
@@ -90,7 +89,7 @@ def choose(
 ) -> tuple[str, str]:
     """Return the engine for a model, and the reason.
 
-    `options` are the names of those that it has to know, `measured` earlier results of `tune`.
+    `options` are the names of options that it has to know, `measured` earlier results of `tune`.
 
     Raises:
         ConfigError: the engine is unknown, not installed, or does not read the format.
@@ -98,15 +97,15 @@ def choose(
     if wanted is not None:
         _check_choice(file, wanted)
         return wanted, "asked for by name"
-    asked = None if device in (None, "auto") else device.partition(":")[0]
-    wish = choice.Wish(
+    required = None if device in (None, "auto") else device.partition(":")[0]
+    requirements = choice.Requirements(
         format=file.format,
         task=task or file.task,
-        device=asked or ("cuda" if plan.has_cuda() else "cpu"),
-        asked=asked,
+        device=required or ("cuda" if plan.has_cuda() else "cpu"),
+        required_device=required,
         options=frozenset(options),
     )
-    return choice.choose(wish, map(_candidate, names()), measured)
+    return choice.choose(requirements, map(_candidate, names()), measured)
 
 
 def _candidate(name: str) -> Candidate:
@@ -120,27 +119,27 @@ def _candidate(name: str) -> Candidate:
 
 
 def tune_options(name: str, request: OpenRequest) -> Sequence[dict[str, Any]]:
-    """Return sets of options that are worth a try beside the defaults.
+    """Return sets of options that are worth trying beside the defaults.
 
-    `request.max_running` is how many requests at once they are for.
+    `request.max_running` is the number of concurrent requests that they are for.
     """
     return _module(name).tune_options(request)
 
 
 def prepared(name: str, file: ModelFile, home: Path) -> ModelFile:
-    """Return what the engine loads for a model: its file, or what was made of it for this engine.
+    """Return the file that the engine loads for a model: its own, or the converted one.
 
     Raises:
-        LoadFailed: it has to be converted first, and was not.
+        LoadFailed: it needs a conversion and was not converted.
     """
     return _module(name).prepared(file, home)
 
 
 def convert(name: str, file: ModelFile, home: Path, progress: Progress = silent) -> ModelFile:
-    """Make what the engine loads for a model, where it needs another format. Blocking.
+    """Convert a model to the format that the engine loads, where that is another. Blocking.
 
     Raises:
-        HeadraceError: what is needed for it is not installed, or it cannot be done.
+        HeadraceError: a library is not installed, or the model cannot be converted.
     """
     return _module(name).convert(file, home, progress)
 
@@ -191,7 +190,7 @@ def open_engine(name: str, request: OpenRequest) -> Engine:
     except MemoryError as error:
         raise OutOfMemory(f"Engine {name} ran out of memory while loading.") from error
     except Exception as error:
-        # Whatever the library raises, the caller gets an error of ours.
+        # Any exception of the library becomes a HeadraceError.
         raise LoadFailed(
             f"Engine {name} could not load the model.", detail=f"{type(error).__name__}: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""Models of Anthropic, through its own library."""
+"""Anthropic's models, through its own library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from headrace.core.request import (
 )
 from headrace.engines import remote
 from headrace.engines.base import About, OpenRequest, RemoteEvent, RemoteFinish
-from headrace.engines.remote import Access, Patience, RemoteOptions, Shared
+from headrace.engines.remote import Access, RemoteOptions, Shared, SilenceTimer
 
 ABOUT = About(
     formats=("remote",),
@@ -39,13 +39,13 @@ _REASONS: dict[str, FinishReason] = {
     "refusal": "content_filter",
     "tool_use": "tool_calls",
 }
-_OLDER = "2023-06-01"
-_SINCE_REFUSED = frozenset({"temperature", "top_p", "top_k"})
+_OLD_VERSION = "2023-06-01"
+_OLD_SAMPLING = frozenset({"temperature", "top_p", "top_k"})
 _CLIENTS: Shared[Any] = Shared(lambda client: client.close())
 
 
 class Options(RemoteOptions):
-    """What is sent to the upstream."""
+    """Options of a model of Anthropic."""
 
     api_version: Literal["2023-06-01", "2026-10-21"] | None = Field(
         None,
@@ -53,7 +53,7 @@ class Options(RemoteOptions):
         "temperature, top_p and top_k.",
     )
     max_tokens: int = Field(
-        4096, ge=1, le=1 << 20, description="Longest answer where a request does not say."
+        4096, ge=1, le=1 << 20, description="Limit of an answer whose request has none."
     )
 
 
@@ -61,56 +61,58 @@ footprint = remote.footprint
 
 
 class Engine:
-    """One model of Anthropic's."""
+    """A model of Anthropic."""
 
     def __init__(self, request: OpenRequest) -> None:
         import anthropic
         import httpx2
 
         self._library = anthropic
-        # Once a stream has begun, the library lets through what its transport raises.
+        # After the start of a stream, the library does not wrap its transport's errors.
         self._errors = (anthropic.APIError, httpx2.HTTPError)
         self._options = options = Options(**request.options)
         provider = remote.provider_of(request, "anthropic")
-        if options.api_version == _OLDER:
-            able = provider.sampling | _SINCE_REFUSED
-            provider = msgspec.structs.replace(provider, sampling=able)
+        if options.api_version == _OLD_VERSION:
+            sampling = provider.sampling | _OLD_SAMPLING
+            provider = msgspec.structs.replace(provider, sampling=sampling)
         self._provider = provider
-        self._way = remote.access(provider, options)
+        self._access = remote.access(provider, options)
         self._model = request.model.path
         self._client: Any = None
-        self._place = (
-            self._way.base_url,
-            self._way.key,
+        self._shared_key = (
+            self._access.base_url,
+            self._access.key,
             options.connect_s,
             options.max_retries,
             options.api_version,
         )
-        can = Capabilities(sampling=provider.sampling, json_schema=True, token_prompts=False)
-        self.facts = remote.facts(request, provider, can)
+        capabilities = Capabilities(
+            sampling=provider.sampling, json_schema=True, token_prompts=False
+        )
+        self.facts = remote.facts(request, provider, capabilities)
 
     def __repr__(self) -> str:
         """Name the model and where it is."""
-        return f"<anthropic.Engine {self._model} at {self._way.base_url}>"
+        return f"<anthropic.Engine {self._model} at {self._access.base_url}>"
 
     async def answer(self, request: GenerateRequest) -> AsyncGenerator[RemoteEvent, None]:
-        """Yield the deltas of the upstream, then its account."""
-        remote.check_plain(request, self._provider, self._provider.sampling)
+        """Yield the upstream's deltas, then its finish."""
+        remote.check_supported(request, self._provider, self._provider.sampling)
         body = self._body(request)
-        patience, reader = Patience(self._options), _AnswerReader()
+        timer, reader = SilenceTimer(self._options), _AnswerReader()
         stream: Any = None
         try:
             create = self._connected().messages.create(
                 stream=True, extra_headers=remote.trace_headers(request), **body
             )
-            stream = await patience.wait(create)
-            while (event := await patience.wait(_next(stream))) is not None:
+            stream = await timer.wait(create)
+            while (event := await timer.wait(_next(stream))) is not None:
                 delta = reader.take(event)
-                patience.sign(token=delta is not None)
+                timer.reset(token=delta is not None)
                 if delta is not None:
                     yield delta
         except self._errors as error:
-            raise _failure(self._way, error) from None
+            raise _failure(self._access, error) from None
         except ValueError:
             # From the library, when a chunk is not JSON.
             raise UpstreamError("The upstream sent a malformed chunk.") from None
@@ -120,25 +122,17 @@ class Engine:
         yield reader.finish()
 
     async def embed(self, request: EmbedRequest) -> tuple[Sequence[bytes], Usage]:
-        """Refuse: there is no such model.
-
-        Raises:
-            Unsupported: always.
-        """
+        """Raise Unsupported: there are no such models."""
         raise Unsupported("Anthropic has no embeddings.", param="model")
 
     async def rerank(self, request: RerankRequest) -> tuple[Sequence[tuple[int, float]], Usage]:
-        """Refuse: there is no such model.
-
-        Raises:
-            Unsupported: always.
-        """
-        raise Unsupported("Anthropic ranks nothing.", param="model")
+        """Raise Unsupported: there are no such models."""
+        raise Unsupported("Anthropic has no reranking.", param="model")
 
     async def count_tokens(self, request: CountRequest) -> TokenCount:
-        """Ask the upstream, which calls its own count an estimate.
+        """Return the upstream's count, which is an estimate by its own description.
 
-        A text is counted as a message, the only thing that can be asked.
+        A text is counted as a message: the endpoint takes nothing else.
         """
         messages = request.messages or (Message("user", request.text or ""),)
         if request.messages is None and not (request.text or "").strip():
@@ -148,25 +142,25 @@ class Engine:
                 model=self._model, **_conversation(messages)
             )
         except self._errors as error:
-            raise _failure(self._way, error) from None
+            raise _failure(self._access, error) from None
         return TokenCount(count=count.input_tokens, estimated=True)
 
     async def aclose(self) -> None:
-        """Give the connections back."""
+        """Release the connections."""
         client, self._client = self._client, None
         if client is not None:
-            await _CLIENTS.give_back(self._place)
+            await _CLIENTS.release(self._shared_key)
 
     def _connected(self) -> Any:
         if self._client is None:
-            self._client = _CLIENTS.take(self._place, self._connect)
+            self._client = _CLIENTS.acquire(self._shared_key, self._connect)
         return self._client
 
     def _connect(self) -> Any:
-        options, key = self._options, self._way.key
+        options, key = self._options, self._access.key
         return self._library.AsyncAnthropic(
             api_key=key.get_secret_value() if key else "none",
-            base_url=self._way.base_url,
+            base_url=self._access.base_url,
             max_retries=options.max_retries,
             default_headers=(
                 {"anthropic-version": options.api_version} if options.api_version else None
@@ -177,41 +171,41 @@ class Engine:
 
     def _body(self, request: GenerateRequest) -> dict[str, Any]:
         if request.messages is None:
-            raise Unsupported("Anthropic answers chats, no plain prompts.", param="prompt")
-        given: dict[str, Any] = msgspec.to_builtins(request.sampling)
-        given.pop("stop", None)
-        older = {name: given.pop(name) for name in _SINCE_REFUSED & given.keys()}
-        # It takes no stop string of white space; the worker looks for those that are not sent.
+            raise Unsupported("Anthropic takes messages, not plain prompts.", param="prompt")
+        fields: dict[str, Any] = msgspec.to_builtins(request.sampling)
+        fields.pop("stop", None)
+        old = {name: fields.pop(name) for name in _OLD_SAMPLING & fields.keys()}
+        # Blank stop strings are refused there; the worker applies those that are not sent.
         stops = [stop for stop in request.sampling.stop if stop.strip()]
         return {
             "model": self._model,
             "max_tokens": self._options.max_tokens,
             **_conversation(request.messages),
-            **given,
+            **fields,
             **({"stop_sequences": stops[: self._provider.stops]} if stops else {}),
-            **({"extra_body": older} if older else {}),
+            **({"extra_body": old} if old else {}),
             **_format(request.json_schema),
         }
 
 
 class _AnswerReader:
-    """Reads one answer."""
+    """Reads the events of an answer."""
 
     def __init__(self) -> None:
         self._reason: str | None = None
-        self._before: Any = None
-        self._completion = self._thought = 0
+        self._input: Any = None
+        self._output_tokens = self._thinking_tokens = 0
         self._ended = False
 
     def take(self, event: Any) -> Delta | None:
         """Return what an event adds to the answer, if anything."""
         if event.type == "message_start":
-            self._before = event.message.usage
+            self._input = event.message.usage
         elif event.type == "message_delta":
             self._reason = event.delta.stop_reason or self._reason
-            self._completion = event.usage.output_tokens or self._completion
+            self._output_tokens = event.usage.output_tokens or self._output_tokens
             details = event.usage.output_tokens_details
-            self._thought = details.thinking_tokens if details else self._thought
+            self._thinking_tokens = details.thinking_tokens if details else self._thinking_tokens
         elif event.type == "message_stop":
             self._ended = True
         elif event.type == "content_block_delta":
@@ -222,7 +216,7 @@ class _AnswerReader:
         return None
 
     def finish(self) -> RemoteFinish:
-        """Return the upstream's account of an answer whose stream has ended."""
+        """Return the finish of an answer whose stream has ended."""
         if not self._ended or self._reason is None:
             raise UpstreamError("The upstream's stream is truncated: it has no end.")
         if self._reason not in _REASONS:
@@ -230,16 +224,16 @@ class _AnswerReader:
         return RemoteFinish(finish_reasons=(_REASONS[self._reason],), usage=self._usage())
 
     def _usage(self) -> Usage | None:
-        before = self._before
-        if before is None:
+        usage = self._input
+        if usage is None:
             return None
-        cached = before.cache_read_input_tokens or 0
-        written = before.cache_creation_input_tokens or 0
+        cached = usage.cache_read_input_tokens or 0
+        written = usage.cache_creation_input_tokens or 0
         return Usage(
-            prompt_tokens=(before.input_tokens or 0) + cached + written,
+            prompt_tokens=(usage.input_tokens or 0) + cached + written,
             cached_tokens=cached,
-            completion_tokens=self._completion,
-            reasoning_tokens=self._thought,
+            completion_tokens=self._output_tokens,
+            reasoning_tokens=self._thinking_tokens,
         )
 
 
@@ -248,18 +242,18 @@ async def _next(stream: Any) -> Any:
 
 
 def _conversation(messages: Sequence[Message]) -> dict[str, Any]:
-    """Return the messages; what the system says stands apart, in one piece."""
+    """Return the messages, with those of the system joined in a field of their own."""
     first = (turn.content for turn in messages if turn.role in ("system", "developer"))
     system = "\n\n".join(first)
     turns: list[dict[str, str]] = []
     for turn in messages:
         if turn.role == "tool" or turn.name:
-            field = "Messages of tools" if turn.role == "tool" else "Names of speakers"
+            field = "Messages of tools" if turn.role == "tool" else "Names of participants"
             raise Unsupported(f"{field} are not supported by Anthropic.", param="messages")
         if turn.role in ("user", "assistant"):
             turns.append({"role": turn.role, "content": turn.content})
     if not turns:
-        raise InvalidRequest("There is no message of a user.", param="messages")
+        raise InvalidRequest("There is no user message.", param="messages")
     return {"messages": turns, **({"system": system} if system else {})}
 
 
@@ -267,17 +261,19 @@ def _format(schema: dict[str, Any] | None) -> dict[str, Any]:
     if schema is None:
         return {}
     if "properties" not in schema:
-        raise Unsupported("Anthropic gives JSON by a schema alone.", param="response_format")
+        raise Unsupported(
+            "Anthropic generates JSON only by a schema with properties.", param="response_format"
+        )
     return {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
 
 
-def _failure(way: Access, error: Any) -> HeadraceError:
-    """Return what the library's exception means; its own text may hold what was sent."""
+def _failure(access: Access, error: Any) -> HeadraceError:
+    """Return the error for the library's exception, whose text may contain the request."""
     status = getattr(error, "status_code", None)
     if status is None:
         name = type(error).__name__
         return UpstreamError("The connection to the upstream broke off.", detail=name)
     if status == 200:
-        return remote.complaint(way, error.body)
+        return remote.stream_error(access, error.body)
     after_s = remote.retry_after_s(error.response.headers)
-    return remote.refusal(way, status, error.body, after_s)
+    return remote.status_error(access, status, error.body, after_s)

@@ -39,12 +39,12 @@ class EngineOptions(BaseModel):
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of an engine before its library is there.
+    """Facts about an engine that need no library.
 
     `requires` is the import name of the library (None: nothing), `extra` the extra of the
-    package that brings it (None: the core does). A remote engine answers requests as they are and
-    runs in the process that serves. `automatic` is False for one that is only used when it is asked
-    for by name.
+    package that brings it (None: the core does). A remote engine takes requests as they are and
+    runs in the process that serves. `automatic` is False for one that is only used when it is
+    configured by name.
     """
 
     formats: tuple[str, ...]
@@ -60,10 +60,10 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is opened with.
 
     `device` is auto, cpu, cuda or mps; None leaves `context_length` and `max_running` to the
-    engine. `memory` is how many bytes of the device models may take, None all that it has: what is
-    chosen by default depends on it, and not on what is free at the moment. `repeatable` asks for
-    greedy and seeded answers that repeat themselves, where options leave the choice. `task` is what
-    the model is for. `trust_remote_code` lets code of the model's own folder run.
+    engine. `memory` is how many bytes of the device models may take (None: all); defaults
+    depend on it, and not on what is free at the moment. `repeatable` requires reproducible greedy
+    and seeded answers, where options leave the choice. `task` is the task of the model.
+    `trust_remote_code` lets code of the model's own folder run.
     """
 
     model: ModelFile
@@ -100,10 +100,10 @@ def _unchanged(file: ModelFile, *_: object) -> ModelFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
-    """What an engine's module has, by its names there; only the first two have no default.
+    """The names in an engine's module; only the first two have no default.
 
     `footprint` estimates the memory of a load, `tune_options` returns sets of options that are
-    worth a try beside the defaults. An engine that loads a model in another format than it comes
+    worth trying beside the defaults. An engine that loads a model in another format than it comes
     in makes it once with `convert` and finds it with `prepared`. All of them may block.
     """
 
@@ -122,11 +122,11 @@ class Module:
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Token ids in, token ids out. `max_tokens` counts what is to come; stop strings: not here.
+    """A request in token ids. `max_tokens` counts new tokens; stop strings are the worker's.
 
     `answered` are the tokens of the answer that exist already, for engines that can `resume`: they
-    are computed as if they were the prompt's, and only what follows them is yielded. The engine's
-    own account may count them as tokens of the prompt.
+    are computed like those of the prompt, and only what follows them is yielded. The engine may
+    count them as tokens of the prompt.
     """
 
     token_ids: tuple[int, ...]
@@ -160,7 +160,7 @@ class RawDelta(msgspec.Struct, frozen=True):
 
 
 class RawFinish(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine's own account. `stop` is an end token, `length` the limit."""
+    """The end of an answer and the engine's counts. `stop` is an end token, `length` the limit."""
 
     reason: Literal["stop", "length"]
     prompt_tokens: int
@@ -172,10 +172,10 @@ RawEvent = Admitted | RawDelta | RawFinish
 
 
 class BatchLimits(NamedTuple):
-    """How much goes through an embedder or reranker at once; tokens count with the padding.
+    """The largest batch of an embedder or reranker; `tokens` counts the padding too.
 
     A batch is padded to its longest item. `padding` is the number of tokens that take as long as
-    starting a batch does: what would bring more padding is better off in a batch of its own.
+    starting a batch: an item that would add more padding goes into a batch of its own.
     """
 
     items: int = 32
@@ -184,7 +184,7 @@ class BatchLimits(NamedTuple):
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What only the loaded engine knows. `max_running` is how many requests it batches.
+    """Facts about a loaded engine. `max_running` is how many requests it batches.
 
     `context_length` is in tokens for each request, prompt and completion together.
     """
@@ -244,7 +244,7 @@ class Generator(Engine, Protocol):
     def shown(self, token_ids: Sequence[int]) -> str:
         """Return the text that a stream shows for tokens of an answer. Blocking.
 
-        Bytes that are no whole character are U+FFFD. Only asked of engines that can `resume`.
+        Bytes that are no whole character are U+FFFD. Only called for engines that can `resume`.
         """
         ...
 
@@ -284,7 +284,7 @@ class Reranker(Engine, Protocol):
 
 
 class RemoteFinish(msgspec.Struct, frozen=True, kw_only=True):
-    """The upstream's own account; `usage` is None where it gives none."""
+    """The end of an upstream's answer; `usage` is None where it reports none."""
 
     finish_reasons: tuple[FinishReason, ...]
     usage: Usage | None = None
@@ -303,7 +303,7 @@ class RemoteEngine(Protocol):
     facts: EngineFacts
 
     def answer(self, request: GenerateRequest) -> AsyncGenerator[RemoteEvent, None]:
-        """Yield deltas and one RemoteFinish. Once it is closed the upstream's stream is cut.
+        """Yield deltas and one RemoteFinish. Closing it closes the upstream's stream.
 
         Raises:
             UpstreamError: with the text of the upstream, without the key.
@@ -316,11 +316,11 @@ class RemoteEngine(Protocol):
         ...
 
     async def rerank(self, request: RerankRequest) -> tuple[Sequence[tuple[int, float]], Usage]:
-        """Return index and score of the best, best first. Only for the task `rerank`."""
+        """Return index and score of the documents, best first. Only for the task `rerank`."""
         ...
 
     async def count_tokens(self, request: CountRequest) -> TokenCount:
-        """Count at the upstream if it can; a guess is marked `estimated`."""
+        """Return the upstream's count, or an estimate that is marked `estimated`."""
         ...
 
     async def aclose(self) -> None:

@@ -1,7 +1,7 @@
 """An engine without a model: repeats the prompt at a scripted speed, and fails on demand.
 
 Its tokens are the bytes of UTF-8, so every character beyond ASCII comes in pieces. As an embedder
-it gives vectors that hang on nothing but the tokens, as a reranker the share of the query's bytes
+it gives vectors that depend on the tokens only, as a reranker the share of the query's bytes
 that a document has.
 """
 
@@ -51,33 +51,37 @@ _PROCESS = 48 << 20
 
 
 class Options(EngineOptions):
-    """What it does. `*_after` count tokens of one request; -1 is never."""
+    """Options of the script. `*_after` count tokens of one request; -1 is never."""
 
     tokens_per_second: float = Field(0, ge=0, description="Speed of decoding; 0 is unlimited.")
     in_step: bool = Field(
-        False, description="Have all streams write at the same moments, as a batching engine does."
+        False, description="All streams write at the same moments, as with a batching engine."
     )
     prefill_tokens_per_second: float = Field(0, ge=0, description="Speed of prefill; 0: unlimited.")
     slots: int = Field(1024, ge=1, le=65536, description="Requests that run at the same time.")
-    text: str | None = Field(None, description="What to say; by default the prompt is said again.")
+    text: str | None = Field(
+        None, description="Text of the answer; by default the prompt is repeated."
+    )
     load_s: float = Field(0, ge=0, description="Seconds that loading takes.")
-    memory: int = Field(0, ge=0, description="Bytes to hold, beside its own, while it is loaded.")
+    memory: int = Field(0, ge=0, description="Additional bytes to hold while it is loaded.")
     tokens_per_delta: int = Field(1, ge=1, description="Tokens in each delta.")
     dimensions: int = Field(8, ge=1, le=65536, description="Length of the vectors it embeds to.")
     fail_load: str | None = Field(None, description="Loading fails with this message.")
     fail_after: int = Field(-1, ge=-1, description="Raise after so many tokens.")
-    hang_after: int = Field(-1, ge=-1, description="Fall silent for ever after so many tokens.")
+    hang_after: int = Field(-1, ge=-1, description="Hang after so many tokens.")
     crash_after: int = Field(-1, ge=-1, description="End the process after so many tokens.")
-    crash_signal: int = Field(signal.SIGKILL, ge=0, le=64, description="By this signal; 0 exits.")
+    crash_signal: int = Field(
+        signal.SIGKILL, ge=0, le=64, description="Signal for `crash_after`; 0 exits."
+    )
     oom_after: int = Field(-1, ge=-1, description="Run out of memory after so many tokens.")
     trigger: str | None = Field(
-        None, description="A file: the first request to find it takes it away and misbehaves."
+        None, description="A file: the first request that finds it removes it and fails."
     )
-    fault: Fault = Field("raise", description="What the request does that found the trigger.")
+    fault: Fault = Field("raise", description="How the request fails that found the trigger.")
 
 
 def footprint(request: OpenRequest) -> Footprint:
-    """Return what its process takes, and what it was told to hold."""
+    """Return the memory of the process, and that of the option `memory`."""
     options = Options(**request.options)
     return Footprint(
         devices={"cpu": _PROCESS + options.memory},
@@ -88,14 +92,14 @@ def footprint(request: OpenRequest) -> Footprint:
 
 
 class Engine(base.Embedder):
-    """A scripted stand-in for a model that takes the same way as the real ones."""
+    """A scripted model, which is served like the real ones."""
 
     def __init__(self, request: OpenRequest) -> None:
         self._options = options = Options(**request.options)
         time.sleep(options.load_s)
         if options.fail_load is not None:
             raise LoadFailed(options.fail_load)
-        # Written to, and not only asked for: the system gives memory when it is first used.
+        # Written to: the system assigns memory when it is first used.
         self._held = bytearray(b"\1") * options.memory
         self.facts = EngineFacts(
             device="cpu",
@@ -133,7 +137,7 @@ class Engine(base.Embedder):
             if sent >= request.max_tokens:
                 break
         else:
-            # All of it was answered before.
+            # `answered` was all of it.
             reason = "stop"
         yield RawFinish(reason=reason, prompt_tokens=total, completion_tokens=sent)
 
@@ -169,7 +173,7 @@ class Engine(base.Embedder):
         return self.detokenize(token_ids)
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Release the memory."""
         self._held = bytearray()
 
     def _script(self, request: EngineRequest) -> Iterator[int]:
@@ -207,9 +211,9 @@ class Engine(base.Embedder):
     def _misbehave(self, sent: int) -> None:
         options = self._options
         if 0 <= options.fail_after <= sent:
-            raise GenerationFailed("The echo engine was told to fail.")
+            raise GenerationFailed("The echo engine fails as configured.")
         if 0 <= options.oom_after <= sent:
-            raise OutOfMemory("The echo engine was told to run out of memory.")
+            raise OutOfMemory("The echo engine runs out of memory as configured.")
         if 0 <= options.crash_after <= sent:
             _crash(options.crash_signal)
         if 0 <= options.hang_after <= sent:
@@ -225,14 +229,14 @@ def _slots(options: Options, request: OpenRequest) -> int:
 def taken(trigger: str) -> bool:
     """Remove a file; return whether this call did."""
     try:
-        os.unlink(trigger)  # noqa: PTH108  # asked for each token
+        os.unlink(trigger)  # noqa: PTH108  # called for each token
     except FileNotFoundError:
         return False
     return True
 
 
 def misbehave(fault: Fault, crash_signal: int) -> None:
-    """Fail in one of the ways in which engines do."""
+    """Fail like a real engine."""
     if fault == "oom":
         bytearray(1 << 60)
     elif fault == "exit":
@@ -241,7 +245,7 @@ def misbehave(fault: Fault, crash_signal: int) -> None:
         _crash(crash_signal)
     elif fault == "hang":
         _hang()
-    raise RuntimeError("The engine was told to fail.")
+    raise RuntimeError("The engine fails as configured.")
 
 
 def _crash(number: int) -> None:
@@ -263,9 +267,9 @@ def _chunks(tokens: Iterator[int], size: int) -> Iterator[tuple[int, ...]]:
 
 def _before_end(token_ids: tuple[int, ...], request: EngineRequest) -> tuple[int, ...]:
     ends = request.sampling.stop_token_ids
-    for place, token in enumerate(token_ids):
+    for index, token in enumerate(token_ids):
         if token in ends:
-            return token_ids[:place]
+            return token_ids[:index]
     return token_ids
 
 

@@ -1,4 +1,4 @@
-"""What `headrace tune` has measured, kept in `tuned.json` of the home, for the choice of engine."""
+"""Results of `headrace tune`, stored in `tuned.json` of the home for the choice of engine."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ log = logging.getLogger("headrace.tune")
 FILE_NAME = "tuned.json"
 MAX_RECORDS = 200
 Aim = Literal["latency", "throughput"]
-_ABOUT = 0.95
-"""Rates that are at least this share of the best are as good: runs differ by as much."""
-LEAST_FORCED = 0.95
-"""Share of the tokens that must be the reference's, each after the reference's own text."""
-MOST_DISTANCE = 0.15
-"""The most that log-probabilities of the reference's tokens may be off, on average."""
+_EQUAL = 0.95
+"""Rates of at least this share of the best count as equal: runs vary by as much."""
+MIN_FORCED = 0.95
+"""Share of next tokens, each after the reference's text, that have to be the reference's."""
+MAX_DISTANCE = 0.15
+"""Largest mean difference of the log-probabilities of the reference's tokens."""
 
 
 class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     """How close the answers of an engine are to those of the reference.
 
-    `prompts` is the share of prompts that became the same tokens. `greedy` is the share of an
+    `prompts` is the share of prompts with the same token ids. `greedy` is the share of an
     answer up to its first other token, on average; `forced` the share of next tokens that are the
     same, each after the reference's text, of those that are clear; `compared` counts these.
     `distance` is the mean difference of log-probabilities of the reference's tokens, None where the
@@ -47,12 +47,12 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     compared: int
 
     def fault(self) -> str | None:
-        """Return what is wrong, as a sentence without an end; None if it agrees."""
+        """Return what differs, as a sentence without a full stop; None if the answers agree."""
         if self.prompts < 1:
             return f"only {self.prompts:.0%} of the prompts become the same tokens"
-        if self.forced < LEAST_FORCED:
+        if self.forced < MIN_FORCED:
             return f"only {self.forced:.0%} of its tokens are the reference's"
-        if self.distance is not None and self.distance > MOST_DISTANCE:
+        if self.distance is not None and self.distance > MAX_DISTANCE:
             return f"its log-probabilities are off by {self.distance:.2f}"
         return None
 
@@ -61,8 +61,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of one variant at one number of streams, over all rounds.
 
     `tokens_per_s` is the median of the rounds, of all output tokens over the time from the first
-    request to the last token; `spread` are the least and the most. Times to the first token are in
-    milliseconds. `of_limit` is the share of what memory alone would allow, None if not known.
+    request to the last token; `spread` is the minimum and maximum. Times to the first token are in
+    milliseconds. `of_limit` is the share of the rate that memory alone would allow, None: unknown.
     """
 
     streams: int
@@ -76,7 +76,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """One engine with one set of options. `fault` is the reason why it cannot be chosen.
 
-    `memory` is the most that it held, in bytes by device; `precision` how its weights are stored.
+    `memory` is its peak, in bytes by device; `precision` the type of its stored weights.
     """
 
     engine: str
@@ -115,21 +115,21 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     def winner(self, aim: Aim) -> Trial | None:
         """Return the fastest trial without a fault: with the fewest or with the most streams.
 
-        Of those that are about as fast, it is the one with the least memory.
+        Of trials that are about as fast, it is the one with the least memory.
         """
         streams = self.streams_for(aim)
-        able = [trial for trial in self.trials if trial.fault is None and trial.rate(streams)]
-        fastest = max((trial.rate(streams) for trial in able), default=0.0)
-        best = [trial for trial in able if trial.rate(streams) >= _ABOUT * fastest]
+        candidates = [trial for trial in self.trials if trial.fault is None and trial.rate(streams)]
+        fastest = max((trial.rate(streams) for trial in candidates), default=0.0)
+        best = [trial for trial in candidates if trial.rate(streams) >= _EQUAL * fastest]
         return min(best, key=lambda trial: sum(trial.memory.values()), default=None)
 
     def streams_for(self, aim: Aim) -> int:
-        """Return the number of streams that decides."""
+        """Return the number of streams whose rates are compared."""
         return min(self.streams) if aim == "latency" else max(self.streams)
 
 
 def save(home: Path, file: ModelFile, record: Record) -> None:
-    """Keep a run; it replaces an earlier one of the same file."""
+    """Store a run, in place of an earlier one of the same file."""
     path = home / FILE_NAME
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
@@ -157,14 +157,14 @@ def _by_engine(record: Record) -> Iterator[Measured]:
         trials = [trial for trial in record.trials if trial.engine == name]
         if name not in engines.names() or trials[0].version != engines.version(name):
             continue
-        usual = next((trial for trial in trials if not trial.options), None)
+        default = next((trial for trial in trials if not trial.options), None)
         best = [trial for trial in trials if trial.fault is None]
         yield Measured(
             engine=name,
             day=record.day,
-            rates=_rates([usual] if usual else [], record.streams),
+            rates=_rates([default] if default else [], record.streams),
             best=_rates(best, record.streams),
-            fault=usual.fault if usual else None,
+            fault=default.fault if default else None,
         )
 
 

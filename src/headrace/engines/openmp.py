@@ -1,10 +1,10 @@
-"""Keeps OpenMP threads from using up the time of the very threads that they wait for.
+"""Makes OpenMP threads sleep instead of spin while other processes need the cores.
 
-llama.cpp's threads meet some thousand times for each token, and the first to arrive spins until
-the last has come. With a core for each thread that is the fastest way. When another process
-wants the same cores, it spins away the time in which the last one could have come: two models on
-one machine fall to a tenth of their speed. So this looks ten times a second at how long the
-process's threads wait for a core, and while it is long, lets them spin a moment and then sleep.
+llama.cpp's threads synchronise some thousand times for each token, and the first to arrive spins
+until the last has arrived. With a core for each thread that is fastest. When another process needs
+the same cores, spinning takes the time of the thread that is waited for: two models on one machine
+fall to a tenth of their speed. So this measures ten times a second how long the process's threads
+wait for a core; while that is long, they spin briefly and then sleep.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Ticks(NamedTuple):
 
 
 def is_crowded(before: Ticks, now: Ticks, period_s: float, *, was: bool) -> bool:
-    """Whether other processes want our cores; `was` is the last answer, kept while nothing runs."""
+    """Whether other processes need our cores; `was` is the last result, kept while nothing runs."""
     ran, waited = now.ran - before.ran, now.waited - before.waited
     if ran < _BUSY * period_s or waited < 0:
         return was
@@ -97,7 +97,7 @@ class SpinGuard:
 
 
 def _sleep(library: ctypes.CDLL, team: int, end: threading.Event) -> None:
-    # The work of the team is to do nothing; its threads stay until the one that made it ends.
+    # The team does nothing; its threads stay until the thread that made it ends.
     nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)
     library.GOMP_parallel(nothing, None, team, 0)
     end.wait()
@@ -109,31 +109,31 @@ def logical_cores() -> int:
 
 
 def physical_cores() -> int:
-    """Return the same without what hyper-threading adds: one for each thread that computes."""
+    """Return how many physical cores this process may use: a thread that computes needs one."""
     return min(logical_cores(), psutil.cpu_count(logical=False) or 1)
 
 
 class _Threads:
-    """The times of all threads of a process. Files stay open: that costs far more than to read."""
+    """The times of all threads of a process. Files stay open: opening costs more than reading."""
 
     def __init__(self, tasks: Path) -> None:
         self._tasks = tasks
         self._files: dict[str, int] = {}
 
     def ticks(self) -> Ticks:
-        """Add them up."""
+        """Return the sums."""
         ran = waited = 0
         names = [task.name for task in self._tasks.iterdir()]
-        for gone in self._files.keys() - set(names):
-            os.close(self._files.pop(gone))
+        for ended in self._files.keys() - set(names):
+            os.close(self._files.pop(ended))
         for name in names:
-            # A thread may end while it is looked at.
+            # A thread may end meanwhile.
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 if name not in self._files:
                     self._files[name] = os.open(self._tasks / name / "schedstat", os.O_RDONLY)
-                one_ran, one_waited, _slices = os.pread(self._files[name], 100, 0).split()
-                ran += int(one_ran)
-                waited += int(one_waited)
+                thread_ran, thread_waited, _slices = os.pread(self._files[name], 100, 0).split()
+                ran += int(thread_ran)
+                waited += int(thread_waited)
         return Ticks(ran / 1e9, waited / 1e9)
 
     def close(self) -> None:

@@ -1,12 +1,12 @@
-"""How many requests of how many tokens a model is loaded for, by the memory that it may take.
+"""Plans a load: the number of requests and their tokens, by the memory that it may take.
 
-An estimate without the library and the load that follows use the same functions, and the memory
-that there is, not what is free at the moment: so they come to the same result.
+The estimate without the library and the load use the same functions, and total memory instead of
+what is free at the moment, so that they have the same result.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -16,7 +16,7 @@ from headrace.core.status import Footprint
 from headrace.engines.base import OpenRequest
 
 PAGE = 256
-"""A context or cache whose length is chosen here is a multiple of so many tokens."""
+"""Lengths of contexts and caches that are chosen here are multiples of this."""
 ENCODER_REQUESTS = 256
 """Requests at once of an embedder or reranker; their items share batches."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
@@ -41,11 +41,11 @@ def plan_cache(
     limit: str,
     kind: Literal["shared", "divided", "fixed"] = "shared",
 ) -> CachePlan:
-    """Choose context and slots so that the cache holds no more than the `fits` tokens (None: all).
+    """Choose context and slots so that the cache holds at most `fits` tokens (None: no limit).
 
-    Of a `shared` cache each request takes what it needs, so one of full length has to fit. A
-    `divided` one has a part for each slot, and slots give way before the context does; the slots
-    of a `fixed` one do not. A context that the request asks for is kept. Notes name the `limit`.
+    A `shared` cache has to hold one request of full length, as each takes only what it needs. A
+    `divided` one has a part for each slot, and slots are reduced before the context; the slots of
+    a `fixed` one are kept. A context that the request sets is kept. Notes name the `limit`.
     """
     context = request.context_length or request.model.context_length or CONTEXT
     notes: list[str] = []
@@ -65,7 +65,7 @@ def plan_cache(
 def footprint(
     devices: dict[str, int], planned: CachePlan, *, weights: int, kv_cache: int
 ) -> Footprint:
-    """Return an estimate; what is neither weights nor cache is overhead."""
+    """Return an estimate; all but weights and cache is overhead."""
     overhead = sum(devices.values()) - weights - kv_cache
     return Footprint(
         devices=devices,
@@ -76,19 +76,19 @@ def footprint(
 
 
 def tokens_in(memory: float, bytes_per_token: float) -> int | None:
-    """Return how many tokens of a cache fit so many bytes, None where their size is unknown."""
+    """Return how many tokens of a cache fit `memory`, None where their size is unknown."""
     return int(memory / bytes_per_token) if bytes_per_token else None
 
 
-def granted_context(request: OpenRequest, most: int) -> int:
-    """Return the context that is asked for, or the model's own.
+def granted_context(request: OpenRequest, limit: int) -> int:
+    """Return the requested context length, or the model's own.
 
     Raises:
-        LoadFailed: more is asked for than the model has.
+        LoadFailed: it is longer than the model's.
     """
-    wanted = request.context_length or most
-    if wanted > most:
-        raise LoadFailed(f"context_length {wanted} is more than the model's {most}.")
+    wanted = request.context_length or limit
+    if wanted > limit:
+        raise LoadFailed(f"context_length {wanted} is more than the model's {limit}.")
     return wanted
 
 
@@ -107,3 +107,19 @@ def expected_device(wanted: str) -> str:
     if wanted in {"auto", "cuda"}:
         return "cuda:0" if wanted == "cuda" or has_cuda() else "cpu"
     return wanted if wanted.startswith("cuda") else "cpu"
+
+
+def torch_device(wanted: str, torch: Any) -> str:
+    """Return torch's device for a request's `device`: the same, or the best for `auto`.
+
+    Raises:
+        LoadFailed: torch does not have it here.
+    """
+    available = ["cuda"] if torch.cuda.is_available() else []
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    available.append("cpu")
+    if wanted == "auto":
+        return available[0]
+    if wanted.partition(":")[0] not in available:
+        raise LoadFailed(f"torch has no device {wanted} here; it has {', '.join(available)}.")
+    return wanted

@@ -1,7 +1,6 @@
-"""What engines for upstreams have in common: address and key, and what a refusal means.
+"""Shared by the engines for upstreams: access, errors, timeouts and connections.
 
-Only the connection sees a key. It is removed from all that an upstream says before that goes any
-further.
+A key is used by the connection only. It is removed from all texts of an upstream.
 """
 
 from __future__ import annotations
@@ -51,21 +50,21 @@ _BUSY = ("rate_limit_exceeded", "rate_limit_error", "overloaded_error", "overloa
 
 
 class RemoteOptions(EngineOptions):
-    """Where the upstream is, how one gets in, and how long it may take."""
+    """Address, key and timeouts of an upstream."""
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
     base_url: str | None = Field(
         None, max_length=2048, description="Address of the API; the provider's if not set."
     )
-    api_key: SecretStr | None = Field(None, description="The key; better is `api_key_env`.")
+    api_key: SecretStr | None = Field(None, description="The key; `api_key_env` is safer.")
     api_key_env: str | None = Field(
         None,
         pattern=f"^{_VARIABLE}$",
         description="Variable with the key; the provider's own where `base_url` is not set.",
     )
     max_retries: int = Field(
-        2, ge=0, le=10, description="Further tries before the first byte of an answer."
+        2, ge=0, le=10, description="Retries before the first byte of an answer."
     )
     connect_s: float = Field(10.0, gt=0, le=600, description="Longest time to connect.")
     first_token_s: float = Field(
@@ -77,7 +76,7 @@ class RemoteOptions(EngineOptions):
 
 
 class Access(msgspec.Struct, frozen=True, kw_only=True):
-    """A way in: the provider, the address without a slash at its end, and the key."""
+    """The provider, the address without a final slash, and the key."""
 
     provider: Provider
     base_url: str
@@ -95,20 +94,20 @@ def provider_of(request: OpenRequest, engine: str) -> Provider:
     """Return the provider of a remote model.
 
     Raises:
-        ConfigError: the engine cannot speak to it.
+        ConfigError: the engine does not support it.
     """
     provider = PROVIDERS.get(request.model.provider or "")
     if provider is None or provider.engine != engine:
-        able = ", ".join(name for name, row in PROVIDERS.items() if row.engine == engine)
-        raise ConfigError(f"Engine {engine} speaks to {able}.", param="engine")
+        names = ", ".join(name for name, row in PROVIDERS.items() if row.engine == engine)
+        raise ConfigError(f"Engine {engine} speaks to {names}.", param="engine")
     return provider
 
 
 def access(provider: Provider, options: RemoteOptions) -> Access:
-    """Return the way to the upstream.
+    """Return how to reach the upstream.
 
     Raises:
-        ConfigError: the address is none, or there is no key where one is needed.
+        ConfigError: the address is invalid, or a required key is missing.
     """
     url = options.base_url or provider.base_url
     if url is None:
@@ -119,11 +118,11 @@ def access(provider: Provider, options: RemoteOptions) -> Access:
 def _checked(url: str) -> str:
     try:
         parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        sound = False
+        valid = False
         parts = urlsplit("")
-    if not sound or not url.isprintable() or " " in url:
+    if not valid or not url.isprintable() or " " in url:
         raise ConfigError("base_url is an address that begins with http(s)://.", param="base_url")
     if parts.username is not None or parts.query or parts.fragment:
         raise ConfigError("base_url has no key, no ? and no # in it.", param="base_url")
@@ -131,14 +130,14 @@ def _checked(url: str) -> str:
 
 
 def _key(provider: Provider, options: RemoteOptions) -> SecretStr | None:
-    # A key goes to the address that it is for: not to another one by default.
-    usual = provider.key if options.base_url is None or provider.base_url is None else None
-    variable = options.api_key_env or usual
+    # By default, a provider's key is sent to the provider's own address only.
+    default = provider.key if options.base_url is None or provider.base_url is None else None
+    variable = options.api_key_env or default
     if options.api_key is not None:
         key = options.api_key.get_secret_value()
     else:
         key = os.environ.get(variable, "").strip() if variable else ""
-    needed = options.api_key_env is not None or (usual is not None and not provider.open)
+    needed = options.api_key_env is not None or (default is not None and not provider.open)
     if not key:
         if needed:
             raise ConfigError(
@@ -148,8 +147,8 @@ def _key(provider: Provider, options: RemoteOptions) -> SecretStr | None:
             )
         return None
     if not re.fullmatch(r"[!-~]+", key):
-        # The HTTP library would put it in its error.
-        raise ConfigError(f"{provider.title}: the key has characters that no key has.")
+        # The HTTP library's error would contain it.
+        raise ConfigError(f"{provider.title}: the key has characters that are not allowed.")
     return SecretStr(key)
 
 
@@ -166,7 +165,7 @@ def facts(request: OpenRequest, provider: Provider, capabilities: Capabilities) 
     """Return what is known of a remote model; a context length of 0 is unknown.
 
     Raises:
-        ConfigError: the provider has nothing for the task.
+        ConfigError: the provider has no models for the task.
     """
     if request.task not in provider.tasks:
         raise ConfigError(
@@ -186,8 +185,8 @@ def facts(request: OpenRequest, provider: Provider, capabilities: Capabilities) 
     )
 
 
-def check_plain(request: GenerateRequest, provider: Provider, sampling: frozenset[str]) -> None:
-    """Refuse what no upstream, or not this one, can do.
+def check_supported(request: GenerateRequest, provider: Provider, sampling: frozenset[str]) -> None:
+    """Check for fields that no upstream, or not this one, supports.
 
     Raises:
         Unsupported: naming the field.
@@ -209,12 +208,12 @@ def trace_headers(request: GenerateRequest | EmbedRequest | RerankRequest) -> di
 
 
 def estimate(text: str) -> int:
-    """Guess how many tokens a text has."""
+    """Estimate the tokens of a text."""
     return -(-len(text.encode()) // _BYTES_PER_TOKEN)
 
 
 def estimated_count(request: CountRequest | GenerateRequest) -> TokenCount:
-    """Guess how many tokens a request has."""
+    """Estimate the tokens of a request."""
     text = request.text if isinstance(request, CountRequest) else request.prompt
     if isinstance(text, tuple):
         return TokenCount(count=len(text), token_ids=text)
@@ -225,39 +224,39 @@ def estimated_count(request: CountRequest | GenerateRequest) -> TokenCount:
     return TokenCount(count=count, estimated=True)
 
 
-class _Fault(msgspec.Struct, frozen=True):
+class _ErrorBody(msgspec.Struct, frozen=True):
     message: Any = None
     code: Any = None
     type: Any = None
     param: Any = None
 
 
-def fault_of(body: Any) -> _Fault:
-    """Read an error object as OpenAI's, FastAPI's or a gateway's; take any other as text."""
-    inner = body
-    while isinstance(inner, dict):
-        fields = cast("dict[str, Any]", inner)
-        deeper = next(
+def parse_error(body: Any) -> _ErrorBody:
+    """Parse an error object of OpenAI, FastAPI or a gateway; any other becomes the message."""
+    value = body
+    while isinstance(value, dict):
+        fields = cast("dict[str, Any]", value)
+        nested = next(
             (fields[key] for key in ("error", "detail") if isinstance(fields.get(key), dict)), None
         )
-        if deeper is None:
+        if nested is None:
             text = next((fields[key] for key in _TEXTS if fields.get(key)), fields)
-            return _Fault(text, fields.get("code"), fields.get("type"), fields.get("param"))
-        inner = deeper
-    return _Fault(inner)
+            return _ErrorBody(text, fields.get("code"), fields.get("type"), fields.get("param"))
+        value = nested
+    return _ErrorBody(value)
 
 
-def refusal(
-    way: Access, status: int, body: Any, retry_after_s: float | None = None
+def status_error(
+    access: Access, status: int, body: Any, retry_after_s: float | None = None
 ) -> HeadraceError:
-    """Return what an upstream's answer means for the request.
+    """Return the error for an upstream's status.
 
-    Its text goes to the client only where the client can mend the request.
+    The upstream's text goes to the client only where the client can correct the request.
     """
-    fault, title = fault_of(body), way.provider.title
-    text = way.scrub(str(fault.message or ""))
+    error, title = parse_error(body), access.provider.title
+    text = access.scrub(str(error.message or ""))
     if status in (400, 413, 422):
-        return _wrong_request(fault, f"{title}: {text or f'status {status}'}")
+        return _request_error(error, f"{title}: {text or f'status {status}'}")
     detail = f"status {status}: {text}"
     if status in (401, 403):
         return UpstreamError(f"{title} refuses the key that is configured.", detail=detail)
@@ -268,32 +267,32 @@ def refusal(
             f"{title} takes no more requests now.", detail=detail, retry_after_s=retry_after_s
         )
     if 300 <= status < 400:
-        return UpstreamError(f"{title} points elsewhere, which is not followed.", detail=detail)
+        return UpstreamError(f"{title} redirects, which is not followed.", detail=detail)
     return UpstreamError(
         f"{title} failed with status {status}.", detail=detail, retry_after_s=retry_after_s
     )
 
 
-def _wrong_request(fault: _Fault, message: str) -> HeadraceError:
-    param = fault.param if isinstance(fault.param, str) else None
-    if fault.code in _TOO_LONG or fault.type in _TOO_LONG:
+def _request_error(error: _ErrorBody, message: str) -> HeadraceError:
+    param = error.param if isinstance(error.param, str) else None
+    if error.code in _TOO_LONG or error.type in _TOO_LONG:
         return ContextOverflow(message, param=param or "messages")
-    if fault.code in _UNKNOWN_FIELD:
+    if error.code in _UNKNOWN_FIELD:
         return Unsupported(message, param=param)
     return InvalidRequest(message, param=param)
 
 
-def complaint(way: Access, body: Any) -> HeadraceError:
-    """Return what an error object inside of an answer that began well means."""
-    fault, title = fault_of(body), way.provider.title
-    detail = way.scrub(str(fault.message or ""))
-    if str(fault.code) in _BUSY or fault.type in _BUSY:
+def stream_error(access: Access, body: Any) -> HeadraceError:
+    """Return the error for an error object within a stream."""
+    error, title = parse_error(body), access.provider.title
+    detail = access.scrub(str(error.message or ""))
+    if str(error.code) in _BUSY or error.type in _BUSY:
         return CapacityError(f"{title} broke off: it is overloaded.", detail=detail)
     return UpstreamError(f"{title} broke off with an error.", detail=detail)
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Return what `retry-after-ms` or `Retry-After` ask for, in seconds."""
+    """Return the time in `retry-after-ms` or `Retry-After`, in seconds."""
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         if text := headers.get(name, "").strip():
             return _seconds(text, scale)
@@ -311,45 +310,45 @@ def _seconds(text: str, scale: float) -> float | None:
     return max(0.0, amount) if math.isfinite(amount) else None
 
 
-class Patience:
-    """How long one answer may still stay silent."""
+class SilenceTimer:
+    """Limits the time to an answer's first token, and the pauses after it."""
 
     def __init__(self, options: RemoteOptions) -> None:
         self._options = options
         self._clock = asyncio.get_running_loop().time
-        self._began = False
-        self.until = self._clock() + options.first_token_s
+        self._has_token = False
+        self._deadline = self._clock() + options.first_token_s
 
-    def sign(self, *, token: bool) -> None:
-        """Note a sign of life; before the first token, only a token counts."""
-        self._began = self._began or token
-        if self._began:
-            self.until = self._clock() + self._options.stall_s
+    def reset(self, *, token: bool) -> None:
+        """Restart the timer for an event; before the first token, only for a token."""
+        self._has_token = self._has_token or token
+        if self._has_token:
+            self._deadline = self._clock() + self._options.stall_s
 
     async def wait(self, step: Awaitable[T]) -> T:
-        """Wait for the next sign of life.
+        """Wait for a step of the answer.
 
         Raises:
-            UpstreamError: it has been silent for too long.
+            UpstreamError: the time is over.
         """
-        limit = asyncio.timeout_at(self.until)
+        limit = asyncio.timeout_at(self._deadline)
         try:
             async with limit:
                 return await step
         except TimeoutError:
             if not limit.expired():
                 raise
-        raise UpstreamError(self._complaint())
+        raise UpstreamError(self._message())
 
-    def _complaint(self) -> str:
+    def _message(self) -> str:
         options = self._options
-        if self._began:
+        if self._has_token:
             return f"The upstream fell silent for {options.stall_s:g} s in its answer."
         return f"The upstream sent no token within {options.first_token_s:g} s."
 
 
 class Shared(Generic[T]):
-    """Connections that models of one upstream use together; the last one to leave closes them.
+    """Connections by key, shared by the models of an upstream until the last one releases them.
 
     Each event loop has its own.
     """
@@ -358,18 +357,18 @@ class Shared(Generic[T]):
         self._close = close
         self._open: dict[object, tuple[T, int]] = {}
 
-    def take(self, key: object, make: Callable[[], T]) -> T:
-        """Return what is open under a key, or open it."""
-        place = (asyncio.get_running_loop(), key)
-        shared, users = self._open.get(place) or (make(), 0)
-        self._open[place] = (shared, users + 1)
+    def acquire(self, key: object, make: Callable[[], T]) -> T:
+        """Return the connection with a key, which is made if there is none."""
+        key_in_loop = (asyncio.get_running_loop(), key)
+        shared, users = self._open.get(key_in_loop) or (make(), 0)
+        self._open[key_in_loop] = (shared, users + 1)
         return shared
 
-    async def give_back(self, key: object) -> None:
-        """Release what `take` gave."""
-        place = (asyncio.get_running_loop(), key)
-        shared, users = self._open.pop(place)
+    async def release(self, key: object) -> None:
+        """Release the connection of `acquire`; close it with its last user."""
+        key_in_loop = (asyncio.get_running_loop(), key)
+        shared, users = self._open.pop(key_in_loop)
         if users > 1:
-            self._open[place] = (shared, users - 1)
+            self._open[key_in_loop] = (shared, users - 1)
         else:
             await self._close(shared)

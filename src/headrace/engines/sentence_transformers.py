@@ -25,6 +25,7 @@ from headrace.engines.base import (
     OpenRequest,
     Pair,
 )
+from headrace.models.inspect import PICKLES
 
 ABOUT = About(
     formats=("safetensors",),
@@ -36,13 +37,11 @@ ABOUT = About(
 
 _PROCESS = 450 << 20
 _CONTEXT = 512
-_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-_SAFE = frozenset({".safetensors"})
 _ITEMS_CPU, _ITEMS_GPU = 64, 512
-# Forwards that are timed when a model is loaded: one short text, and four longer ones, in tokens.
+# Forward passes that are timed when a model is loaded: a short text, and four longer, in tokens.
 _SHORT, _LONG_CPU, _LONG_GPU = 8, 32, 128
-_PATIENCE_S = 0.2
-_LEAST = 16
+_TIMING_S = 0.2
+_MIN_PADDING = 16
 
 
 class Options(EngineOptions):
@@ -82,14 +81,14 @@ class Engine(base.Embedder):
         self._torch = torch = importlib.import_module("torch")
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        device = _device(request.device, torch)
+        device = plan.torch_device(request.device, torch)
         self._model: Any = _open(folder, request.task, device, options)
         self._tokenizer = self._model.tokenizer
         self._prompt = _prompt(self._model, request.task, options.prompt_name)
-        # How many tokens a pooling leaves out that does not count the prompt, as encode has it.
+        # Tokens that a pooling without the prompt leaves out, as in the library's `encode`.
         self._prompt_length = self._prompt and self._model[0]._get_prompt_length(self._prompt)  # noqa: SLF001
-        # Nothing is cut here without a word: the worker counts. The file's own setting, and the
-        # library's call above, would.
+        # Nothing is truncated here, as the worker counts. The tokenizer's file and the call above
+        # set a truncation.
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if self._backend is not None:
             self._backend.no_truncation()
@@ -98,11 +97,11 @@ class Engine(base.Embedder):
         self._typed = "token_type_ids" in self._tokenizer.model_input_names
         self.facts = _facts(request, self._model, device)
         items = options.batch_items or (_ITEMS_CPU if device == "cpu" else _ITEMS_GPU)
-        batch = BatchLimits(items, options.batch_tokens, self._beginning())
+        batch = BatchLimits(items, options.batch_tokens, self._forward_cost())
         self.facts = msgspec.structs.replace(self.facts, batch=batch)
 
     def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
-        """Return what the model's own modules make of padded token ids."""
+        """Return the vectors of the model's own modules."""
         with self._computing():
             features = self._features(batch)
             if self._prompt:
@@ -142,7 +141,7 @@ class Engine(base.Embedder):
         return self._tokenizer(text, add_special_tokens=add_special)["input_ids"]
 
     def tokenize_all(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
-        """Return what `tokenize` makes of each with special tokens, at once and on all cores."""
+        """Return the ids of each text with special tokens, computed on all cores."""
         if self._backend is None or len(texts) == 1:
             return [self.tokenize(text, add_special=True) for text in texts]
         whole = [self._prompt + text for text in texts] if self._prompt else list(texts)
@@ -158,7 +157,7 @@ class Engine(base.Embedder):
         return self._tokenizer.decode(list(token_ids))
 
     def close(self) -> None:
-        """Drop the model; a GPU's memory is given back."""
+        """Free the model and the GPU's memory."""
         self._model = None
         if self._torch.cuda.is_available():
             self._torch.cuda.empty_cache()
@@ -168,9 +167,9 @@ class Engine(base.Embedder):
         self._check(ids, param="input")
         torch, device = self._torch, self._model.device
         lengths, longest = torch.tensor([[len(row)] for row in batch]), max(map(len, batch))
-        places = torch.arange(longest)
+        positions = torch.arange(longest)
         left = self._tokenizer.padding_side == "left"
-        mask = places >= longest - lengths if left else places < lengths
+        mask = positions >= longest - lengths if left else positions < lengths
         padded = torch.full(mask.shape, self._tokenizer.pad_token_id or 0)
         padded[mask] = torch.tensor(ids)
         return {
@@ -180,30 +179,32 @@ class Engine(base.Embedder):
         }
 
     def _check(self, token_ids: Sequence[int], *, param: str) -> None:
-        # On a GPU, an id that does not exist takes the whole process with it.
+        # On a GPU, an invalid id ends the whole process.
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
             raise InvalidRequest("A token id is outside of the vocabulary.", param=param)
 
-    def _beginning(self) -> int:
-        """Return how many tokens take as long as beginning a forward does, as measured now."""
+    def _forward_cost(self) -> int:
+        """Measure how many tokens take as long as starting a forward pass."""
         long = _LONG_CPU if self.facts.device == "cpu" else _LONG_GPU
-        around = len(self.tokenize("", add_special=True))
-        short, long = (min(around + n, self.facts.context_length) for n in (_SHORT, long))
-        begun, whole = self._time(1, short), self._time(4, long)
-        each = max(whole - begun, 1e-9) / (4 * long - short)
-        return int(min(max(begun / each - short, _LEAST), self._options.batch_tokens / 4))
+        special = len(self.tokenize("", add_special=True))
+        short, long = (min(special + n, self.facts.context_length) for n in (_SHORT, long))
+        one_text, whole = self._time(1, short), self._time(4, long)
+        per_token = max(whole - one_text, 1e-9) / (4 * long - short)
+        return int(
+            min(max(one_text / per_token - short, _MIN_PADDING), self._options.batch_tokens / 4)
+        )
 
     def _time(self, items: int, length: int) -> float:
-        """Return seconds of the fastest of a few forwards; of one alone where they are slow."""
-        took = list[float]()
-        while len(took) < 4 and sum(took) < _PATIENCE_S:
+        """Return the seconds of the fastest of up to four forward passes."""
+        times = list[float]()
+        while len(times) < 4 and sum(times) < _TIMING_S:
             began = time.perf_counter()
             if "embed" in self.facts.capabilities.tasks:
                 self.embed([[0] * length] * items)
             else:
                 self.score([Pair((0,) * length, 1)] * items)
-            took.append(time.perf_counter() - began)
-        return min(took)
+            times.append(time.perf_counter() - began)
+        return min(times)
 
     @contextmanager
     def _computing(self) -> Generator[None]:
@@ -212,8 +213,8 @@ class Engine(base.Embedder):
             with torch.inference_mode():
                 yield
         except RuntimeError as error:
-            memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-            if not memory:
+            is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+            if not is_memory:
                 raise
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -275,11 +276,11 @@ def _no_progress_bar() -> Generator[None]:
 
 
 def _facts(request: OpenRequest, model: Any, device: str) -> EngineFacts:
-    most = model.max_seq_length or request.model.context_length or _CONTEXT
+    limit = model.max_seq_length or request.model.context_length or _CONTEXT
     embeds = request.task == "embed"
     return EngineFacts(
         device=device,
-        context_length=plan.granted_context(request, most),
+        context_length=plan.granted_context(request, limit),
         max_running=plan.encoder_requests(request),
         capabilities=Capabilities(
             tasks=frozenset({request.task}),
@@ -289,7 +290,7 @@ def _facts(request: OpenRequest, model: Any, device: str) -> EngineFacts:
 
 
 def _prompt(model: Any, task: str, wanted: str | None) -> str:
-    """Return the text of the prompt that was asked for, or of the model's default.
+    """Return the text of the prompt `wanted`, or of the model's default.
 
     Raises:
         ConfigError: the model has no such prompt.
@@ -300,30 +301,19 @@ def _prompt(model: Any, task: str, wanted: str | None) -> str:
     if task != "embed":
         raise ConfigError("Prompts of a model that ranks are not supported.")
     if name not in model.prompts:
-        have = ", ".join(sorted(model.prompts)) or "none"
-        raise ConfigError(f"prompt_name: the model has no prompt {name!r}; it has {have}.")
+        names = ", ".join(sorted(model.prompts)) or "none"
+        raise ConfigError(f"prompt_name: the model has no prompt {name!r}; it has {names}.")
     return model.prompts[name]
 
 
-def _device(wanted: str, torch: Any) -> str:
-    there = ["cuda"] if torch.cuda.is_available() else []
-    there += ["mps"] if torch.backends.mps.is_available() else []
-    there.append("cpu")
-    if wanted == "auto":
-        return there[0]
-    if wanted.partition(":")[0] not in there:
-        raise LoadFailed(f"torch has no device {wanted} here; it has {', '.join(there)}.")
-    return wanted
-
-
 def _refuse_pickles(folder: Path) -> None:
-    """Refuse folders of which a part would be read from a pickle.
+    """Check that no part of a folder would be read from a pickle.
 
     Raises:
-        LoadFailed: naming the first.
+        LoadFailed: naming the first such file.
     """
     for part in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
         kinds = {path.suffix.lower(): path for path in part.iterdir() if path.is_file()}
-        pickles = [path for suffix, path in kinds.items() if suffix in _PICKLES]
-        if pickles and not _SAFE & kinds.keys():
+        pickles = [path for suffix, path in kinds.items() if suffix in PICKLES]
+        if pickles and ".safetensors" not in kinds:
             raise LoadFailed(f"{pickles[0]}: a pickle, which could run any code, is not loaded.")

@@ -1,4 +1,4 @@
-"""The one bridge from a blocking engine to an async stream."""
+"""The bridge from blocking engines to async streams."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Emit = Callable[[T], bool]
 
 
 class Inbox:
-    """Carries calls from many threads to one event loop, which is woken once for all that wait.
+    """Passes calls from many threads to one event loop, which wakes up once for all pending ones.
 
-    The threads of one engine step come one after another within moments. With several of them
-    open, the loop waits that long for the others, so that a step is one turn and not many.
+    The threads of an engine step call within moments of each other. With several streams open, the
+    loop waits `gather_s` for the other threads, so that a step is one turn of the loop.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, gather_s: float = _GATHER_S) -> None:
@@ -33,7 +33,7 @@ class Inbox:
         self._waiting: list[tuple[Callable[[object], None], object]] = []
 
     def put(self, receive: Callable[[object], None], item: object) -> None:
-        """Have `receive(item)` called on the loop, in the order of the puts. From any thread."""
+        """Call `receive(item)` on the loop, in the order of the puts. From any thread."""
         with self._lock:
             self._waiting.append((receive, item))
             wake = len(self._waiting) == 1

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder: ids and text, and the bytes behind each id."""
+"""Tokenizers of model folders: text, ids and the bytes of each id; and JSON grammars on them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,32 @@ from typing import Any
 
 from headrace.core.errors import InvalidRequest
 
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SPACE = "\u2581"
+_BYTE = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
+SPACE = "\u2581".encode()
+"""SentencePiece writes a space as this character, and a byte as `<0xNN>`."""
+# With free white space a small model can repeat it up to the limit.
+_SPACING = {
+    "x-guidance": {
+        "whitespace_flexible": False,
+        "item_separator": ", ",
+        "key_separator": ": ",
+    }
+}
 
-Read = Callable[[str], bytes]
+Decode = Callable[[str], bytes]
 
 
 class Vocabulary:
-    """Safe to use from many threads; a model can have more ids than its tokenizer."""
+    """A tokenizer for use by many threads; `size` may be larger than the tokenizer's own."""
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         self.size = size
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._read = None if self._backend is None else _reader(self._backend)
-        self._known: dict[int, bytes] = dict.fromkeys(tokenizer.all_special_ids, b"")
+        self._decode = None if self._backend is None else _decoder(self._backend)
+        self._bytes_of: dict[int, bytes] = dict.fromkeys(tokenizer.all_special_ids, b"")
         for token, added in tokenizer.added_tokens_decoder.items():
-            self._known[token] = b"" if added.special else added.content.encode()
+            self._bytes_of[token] = b"" if added.special else added.content.encode()
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
@@ -34,7 +43,7 @@ class Vocabulary:
         """Return token ids, markers included."""
         if self._backend is None:
             return self._tokenizer.encode(text, add_special_tokens=add_special)
-        # The wrapper around it changes its state for each call.
+        # The wrapper of transformers is not thread-safe: each call changes its state.
         return self._backend.encode(text, add_special_tokens=add_special).ids
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
@@ -49,10 +58,10 @@ class Vocabulary:
         return self._backend.decode(list(token_ids), skip_special_tokens=False)
 
     def data(self, token: int) -> bytes:
-        """Return what a token adds to an answer: its bytes, none of a control token."""
-        known = self._known.get(token)
+        """Return the bytes that a token adds to an answer; none for a control token."""
+        known = self._bytes_of.get(token)
         if known is None:
-            known = self._known[token] = self._look_up(token)
+            known = self._bytes_of[token] = self._look_up(token)
         return known
 
     def check(self, token_ids: Iterable[int], *, param: str | None = None) -> None:
@@ -65,14 +74,14 @@ class Vocabulary:
             raise InvalidRequest("A token id is outside of the vocabulary.", param=param)
 
     def _look_up(self, token: int) -> bytes:
-        if self._read is None:
+        if self._decode is None:
             return self._tokenizer.decode([token], clean_up_tokenization_spaces=False).encode()
         piece = self._backend.id_to_token(token) if self._backend is not None else None
-        return b"" if piece is None else self._read(piece)
+        return b"" if piece is None else self._decode(piece)
 
 
 class TokenizerMixin:
-    """The part of an engine that its vocabulary answers."""
+    """The tokenization methods of an engine with a Vocabulary."""
 
     _vocabulary: Vocabulary
 
@@ -94,8 +103,8 @@ class TokenizerMixin:
         return b"".join(map(self._vocabulary.data, token_ids)).decode(errors="replace")
 
 
-def _reader(backend: Any) -> Read | None:
-    """Return what reads the pieces of this tokenizer, None where only itself can."""
+def _decoder(backend: Any) -> Decode | None:
+    """Return a decoder of the tokenizer's pieces; None if only the tokenizer can decode them."""
     if backend.decoder is None:
         return None
     kinds = set(_kinds(json.loads(backend.decoder.__getstate__())))
@@ -111,19 +120,39 @@ def _kinds(decoder: dict[str, Any]) -> Iterable[str]:
 
 
 class _ByteLevel:
-    """Reads pieces in which each character stands for a byte: itself where it can be printed."""
+    """Decodes pieces in which each character is a byte: itself where it is printable."""
 
     def __init__(self) -> None:
         printed = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
         others = (byte for byte in range(256) if byte not in printed)
         self._bytes = {chr(byte): byte for byte in printed}
-        self._bytes |= {chr(256 + place): byte for place, byte in enumerate(others)}
+        self._bytes |= {chr(256 + number): byte for number, byte in enumerate(others)}
 
     def __call__(self, piece: str) -> bytes:
         return bytes(self._bytes[character] for character in piece)
 
 
+def sentencepiece(piece: bytes) -> bytes:
+    """Return the bytes of a piece of SentencePiece."""
+    byte = _BYTE.fullmatch(piece)
+    return bytes.fromhex(byte[1].decode()) if byte else piece.replace(SPACE, b" ")
+
+
 def _sentencepiece(piece: str) -> bytes:
-    if byte := _BYTE.fullmatch(piece):
-        return bytes([int(byte[1], 16)])
-    return piece.replace(_SPACE, " ").encode()
+    return sentencepiece(piece.encode())
+
+
+def json_grammar(schema: dict[str, Any]) -> str:
+    """Return the llguidance grammar of a JSON schema.
+
+    Raises:
+        InvalidRequest: the schema is not usable.
+    """
+    # Native, and rarely needed. llama.cpp silently drops grammars that it cannot compile.
+    from llguidance import LLMatcher
+
+    text = "%llguidance {}\nstart: %json " + json.dumps(_SPACING | schema)
+    if problem := LLMatcher.validate_grammar(text):
+        reason = problem.partition("\n")[0].partition("JSON schema: ")[2] or problem
+        raise InvalidRequest(f"The JSON schema is not usable: {reason}", param="response_format")
+    return text

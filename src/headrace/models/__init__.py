@@ -1,1 +1,1 @@
-"""Where models come from, where they are kept, and what their headers say."""
+"""Models: where they come from, how they are stored, and their headers."""

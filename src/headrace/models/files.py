@@ -1,4 +1,4 @@
-"""Opening what may be anything: a file is read only when it is a regular one."""
+"""Shared by the readers of model files: opening regular files only, and context lengths."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import BinaryIO
 
 from headrace.core.errors import LoadFailed
 
+NO_LIMIT = 100_000_000
+"""Tokenizers write larger numbers for "no limit"."""
+
 
 @contextmanager
 def open_regular(path: Path) -> Generator[tuple[BinaryIO, int]]:
-    """Open a regular file without waiting for anybody, with its size in bytes.
+    """Open a regular file without blocking; yield it and its size in bytes.
 
     Raises:
         LoadFailed: it is missing, unreadable, a folder, a pipe, a socket or a device.
@@ -28,7 +31,7 @@ def open_regular(path: Path) -> Generator[tuple[BinaryIO, int]]:
     except ValueError as error:  # a NUL in the path
         raise LoadFailed(f"{path}: not a path.") from error
     try:
-        # It may have been exchanged since it was looked at; what is open stays what it is.
+        # The path may have been replaced since; the open descriptor cannot be.
         facts = os.fstat(descriptor)
         _check_kind(path, facts.st_mode)
         with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
@@ -40,7 +43,7 @@ def open_regular(path: Path) -> Generator[tuple[BinaryIO, int]]:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """Return the whole of a small file.
+    """Return the content of a small file.
 
     Raises:
         LoadFailed: as `open_regular`, or it has more than `limit` bytes.
@@ -64,3 +67,28 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def scaled_context(
+    limit: float | None,
+    *,
+    kind: str | None = None,
+    factor: float | None = None,
+    original: float | None = None,
+    architecture: str = "",
+) -> int | None:
+    """Return the context length in tokens with rope scaling counted in, or None.
+
+    With an `original` length the scaled one is original * factor, or `limit` where that is larger,
+    as some models state the scaled length. Without one, linear, dynamic and yarn scaling multiply
+    `limit`, except in Gemma 3, which states the scaled length.
+    """
+    if limit is not None and not 0 < limit < NO_LIMIT:
+        limit = None
+    scaled = limit or 0
+    if factor is not None and 1 <= factor < NO_LIMIT and kind not in (None, "none", "default"):
+        if original is not None:
+            scaled = max(scaled, original * factor)
+        elif kind in ("linear", "dynamic", "yarn") and not architecture.startswith("gemma3"):
+            scaled *= factor
+    return int(scaled) if 0 < scaled < NO_LIMIT else None

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple, cast
 
 from headrace.core.errors import LoadFailed
 from headrace.core.model import ModelFile, Task
-from headrace.models.context import effective
-from headrace.models.files import read_bounded
+from headrace.models.files import read_bounded, scaled_context
 from headrace.models.safetensors import read_header
 
 MAX_JSON = 32 << 20
@@ -28,7 +27,7 @@ _LENGTHS = (
 
 
 class ConfigFacts(NamedTuple):
-    """What a folder's files beside the weights tell."""
+    """Facts from a folder's files beside the weights."""
 
     architecture: str | None
     context_length: int | None
@@ -37,7 +36,7 @@ class ConfigFacts(NamedTuple):
 
 
 def describe(folder: Path) -> ModelFile:
-    """Check the headers of a folder's safetensors files and tell what is in them.
+    """Check the headers of a folder's safetensors files and describe the model.
 
     Raises:
         LoadFailed: config.json or a file of weights is missing or damaged.
@@ -65,7 +64,7 @@ def describe(folder: Path) -> ModelFile:
 
 
 def task_of(folder: Path, config: Mapping[str, Any]) -> Task:
-    """Return what a model is for, by its head and what sentence-transformers keeps beside it."""
+    """Return the task of a model, by its head and the file of sentence-transformers."""
     names = config.get("architectures")
     heads = cast("list[object]", names) if isinstance(names, list) else []
     if any(str(name).endswith("ForSequenceClassification") for name in heads):
@@ -74,12 +73,12 @@ def task_of(folder: Path, config: Mapping[str, Any]) -> Task:
 
 
 def config_facts(folder: Path, config: Mapping[str, Any]) -> ConfigFacts:
-    """Return what the small files of a folder say of its model.
+    """Return the facts in the small files of a folder.
 
     Raises:
         LoadFailed: one of them is damaged.
     """
-    # Models for images and text keep the part that speaks in a table of its own.
+    # Models for images and text have a table of their own for the language model.
     text_config = config.get("text_config")
     own = cast("dict[str, Any]", text_config) if _is_table(text_config) else {}
     inner = {**config, **own}
@@ -97,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        LoadFailed: it is missing, too long, or no JSON object.
+        LoadFailed: it is missing, too long, or not a JSON object.
     """
     try:
         value = json.loads(read_bounded(path, MAX_JSON))
@@ -109,10 +108,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files of weights: those of the index, the one, or all there are.
+    """Return the files of weights: those in the index, `model.safetensors`, or all.
 
     Raises:
-        LoadFailed: there are none, or the index names one that is missing or elsewhere.
+        LoadFailed: there are none, or the index does not name files of the folder.
     """
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.exists():
@@ -167,14 +166,14 @@ def _context_length(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> 
     rope = config.get("rope_scaling") or config.get("rope_parameters")
     scaling = cast("dict[str, Any]", rope) if _is_table(rope) else {}
     kind = scaling.get("rope_type", scaling.get("type"))
-    length = effective(
+    length = scaled_context(
         _number(config, *_LENGTHS),
         kind=kind if isinstance(kind, str) else None,
         factor=_number(scaling, "factor"),
         original=_number(scaling, "original_max_position_embeddings"),
         architecture=str(config.get("model_type", "")),
     )
-    return length or effective(_number(tokenizer, "model_max_length"))
+    return length or scaled_context(_number(tokenizer, "model_max_length"))
 
 
 def _chat_template(folder: Path, tokenizer: Mapping[str, Any]) -> str | None:

@@ -1,7 +1,7 @@
 """Reads and checks the header of a GGUF file, before any native library sees the file.
 
-Every count, length and offset is held against the size of the file. Vocabularies are walked
-over and not kept, so the memory needed does not grow with the file.
+Every count, length and offset is checked against the size of the file. Vocabularies are skipped
+and not kept, so the memory needed does not grow with the file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CHUNK = 1 << 18
 
 
 class Skipped(msgspec.Struct, frozen=True):
-    """An array or a text that was checked and not kept: how long it is."""
+    """The length of an array or a text that was checked and not kept."""
 
     length: int
 
@@ -48,7 +48,7 @@ Value = int | float | bool | str | tuple[int | float, ...] | Skipped
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """A header that holds together. `tensor_bytes` is by type; `size` is that of the file."""
+    """A consistent header. `tensor_bytes` is by type; `size` is that of the file."""
 
     path: Path
     size: int
@@ -64,57 +64,57 @@ class _Cursor:
 
     def __init__(self, file: BinaryIO, size: int, path: Path) -> None:
         self._file, self._path = file, path
-        self._buffer, self._at = b"", 0
+        self._buffer, self._offset = b"", 0
         self._end = 0  # the place in the file where the buffer ends
         self.size = size
 
     @property
     def place(self) -> int:
         """The next byte's place in the file."""
-        return self._end - len(self._buffer) + self._at
+        return self._end - len(self._buffer) + self._offset
 
     @property
     def left(self) -> int:
         """How many bytes of the file follow."""
         return self.size - self.place
 
-    def fail(self, what: str) -> NoReturn:
+    def fail(self, reason: str) -> NoReturn:
         """Refuse the file."""
-        raise LoadFailed(f"{self._path}: damaged GGUF: {what}, at byte {self.place}.")
+        raise LoadFailed(f"{self._path}: damaged GGUF: {reason}, at byte {self.place}.")
 
     def take(self, count: int) -> bytes:
         """Return the next bytes."""
         if count > self.left:
             self.fail(f"{count} bytes are said to follow, but the file has {self.left} more")
-        if len(self._buffer) - self._at < count:
-            rest = self._buffer[self._at :]
+        if len(self._buffer) - self._offset < count:
+            rest = self._buffer[self._offset :]
             more = self._file.read(max(_CHUNK, count - len(rest)))
-            self._buffer, self._at = rest + more, 0
+            self._buffer, self._offset = rest + more, 0
             self._end += len(more)
             if len(self._buffer) < count:
                 self.fail("the file became shorter while it was read")
-        self._at += count
-        return self._buffer[self._at - count : self._at]
+        self._offset += count
+        return self._buffer[self._offset - count : self._offset]
 
     def skip(self, count: int) -> None:
-        """Pass over bytes."""
+        """Skip bytes."""
         if count > self.left:
             self.fail(f"{count} bytes are said to follow, but the file has {self.left} more")
-        if self._at + count <= len(self._buffer):
-            self._at += count
+        if self._offset + count <= len(self._buffer):
+            self._offset += count
             return
         self._end = self._file.seek(self.place + count)
-        self._buffer, self._at = b"", 0
+        self._buffer, self._offset = b"", 0
 
     def skip_texts(self, count: int) -> None:
-        """Pass over texts, each with its length in front."""
+        """Skip texts, each of which follows its length."""
         for _ in range(count):
-            at = self._at
-            # This runs a million times for a large vocabulary, hence the short cut.
+            at = self._offset
+            # This runs a million times for a large vocabulary: no calls where the buffer has all.
             if at + 8 <= len(self._buffer):
                 (length,) = _U64.unpack_from(self._buffer, at)
                 if at + 8 + length <= len(self._buffer):
-                    self._at = at + 8 + length
+                    self._offset = at + 8 + length
                     continue
             self.skip(self.u64())
 
@@ -127,7 +127,7 @@ class _Cursor:
         return int.from_bytes(self.take(8), "little")
 
     def name(self, limit: int) -> str:
-        """Return a short text that has to be sound."""
+        """Return a name, which has to be short and UTF-8."""
         length = self.u64()
         if not 0 < length <= limit:
             self.fail(f"a name of {length} bytes")
@@ -141,7 +141,7 @@ _U64 = struct.Struct("<Q")
 
 
 class _Metadata:
-    """The pairs of keys and values, as they are read."""
+    """Reads the pairs of keys and values."""
 
     def __init__(self, cursor: _Cursor) -> None:
         self._cursor = cursor
@@ -209,7 +209,7 @@ class _Metadata:
 
 
 class _Tensors:
-    """The list of tensors; they have to follow each other without gaps, as ggml writes them."""
+    """Reads the list of tensors; they have to follow each other without gaps, as in ggml."""
 
     def __init__(self, cursor: _Cursor, alignment: int) -> None:
         self._cursor, self._alignment = cursor, alignment
@@ -221,7 +221,7 @@ class _Tensors:
 
     def read(self, count: int) -> None:
         for _ in range(count):
-            self._one()
+            self._tensor()
         if not count:
             return
         data = _aligned(self._cursor.place, self._alignment)
@@ -229,7 +229,7 @@ class _Tensors:
         if missing > 0:
             self._cursor.fail(f"the tensors go {missing} bytes beyond the end of the file")
 
-    def _one(self) -> None:
+    def _tensor(self) -> None:
         cursor = self._cursor
         name = cursor.name(63)
         if name in self._names:
@@ -267,7 +267,7 @@ def read_header(path: Path) -> GgufHeader:
     """Read one file's header.
 
     Raises:
-        LoadFailed: it is no regular file, or its header does not hold together.
+        LoadFailed: it is not a regular file, or its header is inconsistent.
     """
     with open_regular(path) as (file, size):
         return _read(_Cursor(file, size, path), path)

@@ -1,4 +1,4 @@
-"""What a GGUF header says about the model: one file, or all parts of a split one."""
+"""The model in a GGUF file, or in all parts of a split one, from the headers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from headrace.core.errors import LoadFailed
 from headrace.core.model import ModelFile, Task
-from headrace.models.context import effective
+from headrace.models.files import scaled_context
 from headrace.models.gguf import GgufHeader, read_header
 from headrace.models.gguf_types import FILE_TYPES
 
@@ -56,10 +56,10 @@ def is_later_part(name: str) -> bool:
 
 
 def describe(path: Path) -> ModelFile:
-    """Check the headers of a model's files and tell what is in them.
+    """Check the headers of a model's files and describe the model.
 
     Raises:
-        LoadFailed: a file is missing or damaged, or is no language model.
+        LoadFailed: a file is missing or damaged, or is not a language model.
     """
     headers = [_part(file) for file in parts(path)]
     facts = _Facts(headers[0])
@@ -113,8 +113,8 @@ class _Facts:
             self._fail(f"it is no language model but: {kind}, {architecture}"[:120])
         self.architecture: str = architecture
 
-    def _fail(self, what: str) -> NoReturn:
-        raise LoadFailed(f"{self._path}: {what}.")
+    def _fail(self, reason: str) -> NoReturn:
+        raise LoadFailed(f"{self._path}: {reason}.")
 
     def text(self, key: str) -> str | None:
         value = self.metadata.get(key)
@@ -137,46 +137,46 @@ class _Facts:
             self._fail(f"{key} is {value}, which is impossible")
         return value
 
-    def own(self, key: str) -> str:
+    def _key(self, key: str) -> str:
         return f"{self.architecture}.{key}"
 
     def context_length(self) -> int | None:
-        return effective(
-            self.number(self.own("context_length")),
-            kind=self.text(self.own("rope.scaling.type")),
-            factor=self.number(self.own("rope.scaling.factor")),
-            original=self.number(self.own("rope.scaling.original_context_length")),
+        return scaled_context(
+            self.number(self._key("context_length")),
+            kind=self.text(self._key("rope.scaling.type")),
+            factor=self.number(self._key("rope.scaling.factor")),
+            original=self.number(self._key("rope.scaling.original_context_length")),
             architecture=self.architecture,
         )
 
     def task(self) -> Task:
-        """What the model is for: one that pools its tokens generates none."""
-        pooling = self.whole(self.own("pooling_type"), zero=True) or 0
+        """Return the task: a model that pools its tokens does not generate."""
+        pooling = self.whole(self._key("pooling_type"), zero=True) or 0
         if pooling == _POOLING_RANK:
             return "rerank"
         return "embed" if pooling or self.architecture in _EMBEDDERS else "generate"
 
     def _heads(self, key: str, layers: int) -> int | None:
         """Return the heads of all layers together; the value may be one for each layer."""
-        value = self.metadata.get(self.own(key))
+        value = self.metadata.get(self._key(key))
         if not isinstance(value, tuple):
-            heads = self.whole(self.own(key))
+            heads = self.whole(self._key(key))
             return None if heads is None else heads * layers
         if len(value) != layers or not all(isinstance(n, int) and 0 <= n < 1 << 20 for n in value):
-            self._fail(f"{self.own(key)} does not fit {layers} layers")
+            self._fail(f"{self._key(key)} does not fit {layers} layers")
         return int(sum(value))
 
     def kv_bytes_per_token(self) -> int | None:
         """Return layers * heads * (key + value length) * 2 bytes, or None if one is missing."""
-        layers = self.whole(self.own("block_count"))
+        layers = self.whole(self._key("block_count"))
         if layers is None:
             return None
         heads = self._heads("attention.head_count", layers)
         stored = self._heads("attention.head_count_kv", layers) or heads
-        width = self.whole(self.own("embedding_length"))
+        width = self.whole(self._key("embedding_length"))
         default = width * layers // heads if width and heads else None
-        key = self.whole(self.own("attention.key_length")) or default
-        value = self.whole(self.own("attention.value_length")) or default
+        key = self.whole(self._key("attention.key_length")) or default
+        value = self.whole(self._key("attention.value_length")) or default
         if stored is None or key is None or value is None:
             return None
         return stored * (key + value) * 2

@@ -1,4 +1,4 @@
-"""Tells what a path holds, and refuses what is no model, without any native library."""
+"""Identifies and checks the model at a path, without any native library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from headrace.models.gguf import MAGIC
 
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 MAX_ENTRIES = 100_000
-_KNOWN = (
+_OTHER_FORMATS = (
     (b"PK\x03\x04", "a zip archive (or a pickle of PyTorch), which is not loaded"),
     (b"version https://git-lfs", "a pointer of Git LFS; get the file itself with: git lfs pull"),
     (b"tjgg", "the GGML format that came before GGUF; convert it with llama.cpp"),
@@ -27,7 +27,7 @@ def inspect(path: Path) -> ModelFile:
     """Check a GGUF file, or a folder with one GGUF model, safetensors or OpenVINO IR.
 
     Raises:
-        LoadFailed: it is none of these, cannot be read, or its header does not hold together.
+        LoadFailed: it is none of these, cannot be read, or its header is inconsistent.
     """
     try:
         if path.is_dir():
@@ -40,17 +40,17 @@ def inspect(path: Path) -> ModelFile:
         raise LoadFailed(f"{path}: the file is empty.")
     if first.startswith(MAGIC):
         return gguf_model.describe(path)
-    raise LoadFailed(f"{path}: {_what_it_is(path, first)}.")
+    raise LoadFailed(f"{path}: {_why_not_loaded(path, first)}.")
 
 
-def _what_it_is(path: Path, first: bytes) -> str:
+def _why_not_loaded(path: Path, first: bytes) -> str:
     if path.suffix.lower() in PICKLES or (first[:1] == b"\x80" and first[1:2] in b"\2\3\4\5"):
         return "a pickle, which could run any code and is not loaded; use GGUF or safetensors"
     if path.suffix == ".safetensors":
         return f"give the folder that has config.json beside it: {path.parent}"
-    known = (what for magic, what in _KNOWN if first.startswith(magic))
+    reasons = (reason for magic, reason in _OTHER_FORMATS if first.startswith(magic))
     shown = first[:8].hex(" ")
-    return next(known, f"neither GGUF nor safetensors; it begins with the bytes {shown}")
+    return next(reasons, f"neither GGUF nor safetensors; it begins with the bytes {shown}")
 
 
 def _inspect_folder(path: Path) -> ModelFile:
@@ -69,11 +69,11 @@ def _inspect_folder(path: Path) -> ModelFile:
     if any(name.endswith(".safetensors") for name in names):
         return folder.describe(path)
     if any(Path(name).suffix.lower() in PICKLES for name in names):
-        raise LoadFailed(f"{path}: {_what_it_is(Path('weights.bin'), b'')}.")
+        raise LoadFailed(f"{path}: {_why_not_loaded(Path('weights.bin'), b'')}.")
     raise LoadFailed(f"{path}: a folder with neither GGUF nor safetensors nor OpenVINO files.")
 
 
 def _gguf_models(names: list[str]) -> list[str]:
-    """Return one name for each model: projectors left out, of split ones the first part."""
+    """Return a name for each model, without projectors and later parts."""
     files = [n for n in names if n.endswith(".gguf") and not n.lower().startswith("mmproj")]
     return [n for n in files if not gguf_model.is_later_part(n)]

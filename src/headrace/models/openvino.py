@@ -1,7 +1,7 @@
 """A folder with a model in OpenVINO's own format (IR), checked without the library.
 
-`openvino_model.xml` is the graph, `openvino_model.bin` its weights; the graph says where in the
-weights each constant lies. The tokenizer is a graph too, and so is its way back.
+`openvino_model.xml` is the graph, `openvino_model.bin` its weights; the graph has the place
+of each constant in the weights. The tokenizer and the detokenizer are graphs too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _INTEGERS = frozenset({"i8", "u8", "i4", "u4", "nf4"})
 
 
 class _Graph(NamedTuple):
-    """What a graph says of itself: its inputs, and the elements of its constants by type."""
+    """A graph's inputs, the number of elements in its constants by type, and its size in bytes."""
 
     inputs: frozenset[str]
     constants: dict[str, int]
@@ -41,10 +41,10 @@ class _Graph(NamedTuple):
 
 
 def describe(path: Path) -> ModelFile:
-    """Check a folder's graphs against their weights and tell what is in them.
+    """Check a folder's graphs against their weights and describe the model.
 
     Raises:
-        LoadFailed: a file is missing or damaged, or it is no model of text.
+        LoadFailed: a file is missing or damaged.
     """
     graph = _graph(path / MODEL)
     config = folder.read_json(path / "config.json") if (path / "config.json").exists() else {}
@@ -71,14 +71,14 @@ def describe(path: Path) -> ModelFile:
 
 
 def _task(path: Path, config: dict[str, Any], inputs: frozenset[str]) -> Task:
-    # Only what generates keeps a state, which beams take turns in.
+    # Only models that generate have a state, and an input that orders it by beams.
     if "beam_idx" in inputs:
         return "generate"
     return "rerank" if folder.task_of(path, config) == "rerank" else "embed"
 
 
 def module_types(path: Path) -> list[str]:
-    """Return the kinds of modules of an embedder, in order; none where it does not say.
+    """Return the module types of an embedder, in order; none without modules.json.
 
     Raises:
         LoadFailed: the list is damaged.
@@ -92,15 +92,17 @@ def module_types(path: Path) -> list[str]:
         raise LoadFailed(f"{path}: modules.json is no list of modules.") from error
 
 
-def _context_length(path: Path, task: Task, most: int | None) -> int | None:
+def _context_length(path: Path, task: Task, configured: int | None) -> int | None:
     if task == "generate":
-        return most
-    # Embedders are often made for less than their configuration says.
-    places = ("sentence_bert_config.json", "max_seq_length"), (TOKENS, "model_max_length")
+        return configured
+    # Embedders are often trained for less than their configuration has.
+    sources = ("sentence_bert_config.json", "max_seq_length"), (TOKENS, "model_max_length")
     limits = [
-        folder.read_json(path / name).get(key) for name, key in places if (path / name).exists()
+        folder.read_json(path / name).get(key) for name, key in sources if (path / name).exists()
     ]
-    known = [limit for limit in (most, *limits) if isinstance(limit, int) and 0 < limit < 1 << 32]
+    known = [
+        limit for limit in (configured, *limits) if isinstance(limit, int) and 0 < limit < 1 << 32
+    ]
     return min(known, default=None)
 
 

@@ -1,6 +1,6 @@
-"""The upstreams that have a name: where each is, which variable has its key, how it deviates.
+"""The known upstreams: the address, the variable of the key and the deviations of each.
 
-Another upstream that speaks as one of these is reached by that one's name and `base_url`.
+An upstream that is compatible with one of these is used by that name and `base_url`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _ALL = _OPEN | {"stop_token_ids", "ignore_eos", "min_tokens"}
 
 
 class Provider(msgspec.Struct, frozen=True, kw_only=True):
-    """An upstream, and what it honours; a field that is not listed is refused by name.
+    """An upstream and the fields that it honours; others are refused by name.
 
-    `base_url` None: each customer has one. `key` is the variable with the key; with `open` it need
-    not be set. `sampling` are fields of Sampling, and `n`. `renamed` are its own names of them in
-    a chat. `stops` is how many stop strings it takes. `json` is whether an answer can keep to a
-    schema, be any JSON object, or neither. `asks_usage`: it reports the usage of a stream only
-    when `stream_options` ask for it; one that always does may refuse the field. `embeddings` and
-    `rerank` are the tasks that it has beside answers, and `base64` whether it can send vectors so.
-    `extra` goes with each request. `otel_name` is its name in OpenTelemetry's conventions, where
-    that is another. `checked` is whether its own documents, or several programs that use it, say
-    so; the other rows are their makers' claims to be compatible, taken narrowly.
+    `base_url` is None where each customer has one. `key` is the variable with the key, optional
+    with `open`. `sampling` has fields of Sampling, and `n`; `renamed` maps them to the upstream's
+    names in a chat. `stops` is the number of stop strings that it takes. `json` is whether an
+    answer can follow a schema, be any JSON object, or neither. `asks_usage`: usage of a stream has
+    to be requested by `stream_options`, a field that others may refuse. `embeddings` and `rerank`
+    are its tasks beside generation; with `base64` it can send vectors in that encoding. `extra` is
+    added to each request. `otel_name` is its name in OpenTelemetry's conventions, where it differs.
+    `checked` rows rest on the provider's documentation or on several programs that use it; the
+    others on a claim of compatibility, taken narrowly.
     """
 
     title: str
@@ -59,12 +59,12 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """What its models can be configured for."""
-        has = {"generate": True, "embed": self.embeddings, "rerank": self.rerank}
-        return tuple(task for task in get_args(Task) if has[task])
+        """The tasks that its models can have."""
+        supported = {"generate": True, "embed": self.embeddings, "rerank": self.rerank}
+        return tuple(task for task in get_args(Task) if supported[task])
 
 
-_LATER_NAME = {"max_tokens": "max_completion_tokens"}
+_NEWER_NAME = {"max_tokens": "max_completion_tokens"}
 
 PROVIDERS: Mapping[str, Provider] = MappingProxyType(
     {
@@ -73,7 +73,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             base_url="https://api.openai.com/v1",
             key="OPENAI_API_KEY",
             sampling=_OPENAI,
-            renamed=_LATER_NAME,
+            renamed=_NEWER_NAME,
             json="schema",
             developer=True,
             completions=True,
@@ -86,7 +86,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             key="AZURE_OPENAI_API_KEY",
             key_header="api-key",
             sampling=_OPENAI,
-            renamed=_LATER_NAME,
+            renamed=_NEWER_NAME,
             json="schema",
             developer=True,
             completions=True,
@@ -192,7 +192,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             base_url="https://api.groq.com/openai/v1",
             key="GROQ_API_KEY",
             sampling=_BASIC | {"seed"},
-            renamed=_LATER_NAME,
+            renamed=_NEWER_NAME,
             json="schema",
         ),
         "xai": Provider(
@@ -210,7 +210,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             sampling=_OPEN - {"n"},
             json="schema",
             completions=True,
-            # Without it, fields that a model does not know would be dropped silently.
+            # Without it, fields that a model does not support are dropped silently.
             extra={"provider": {"require_parameters": True}},
         ),
         "together": Provider(

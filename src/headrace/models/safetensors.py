@@ -17,7 +17,7 @@ from headrace.models.files import open_regular
 
 MAX_HEADER = 16 << 20
 MAX_COLONS = 500_000
-"""Four stand in each entry; counted before the header is parsed, they bound its memory."""
+"""An entry has four; counting them before the header is parsed bounds its memory."""
 MAX_RANK = 16
 
 BITS = MappingProxyType(
@@ -56,7 +56,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """A header that holds together; `weights` counts by type, `size` is bytes of the file."""
+    """A consistent header; `weights` counts by type, `size` is that of the file in bytes."""
 
     path: Path
     size: int
@@ -68,7 +68,7 @@ def read_header(path: Path) -> SafetensorsHeader:
     """Read one file's header.
 
     Raises:
-        LoadFailed: it is no regular file, or its header does not hold together.
+        LoadFailed: it is not a regular file, or its header is inconsistent.
     """
     with open_regular(path) as (file, size):
         first = file.read(8) or b""
@@ -86,8 +86,8 @@ def read_header(path: Path) -> SafetensorsHeader:
     return SafetensorsHeader(path, size, len(entries), weights)
 
 
-def _damaged(path: Path, what: str) -> LoadFailed:
-    return LoadFailed(f"{path}: damaged safetensors: {what}.")
+def _damaged(path: Path, reason: str) -> LoadFailed:
+    return LoadFailed(f"{path}: damaged safetensors: {reason}.")
 
 
 def _entries(path: Path, text: bytes) -> dict[str, _Entry]:
@@ -103,10 +103,10 @@ def _entries(path: Path, text: bytes) -> dict[str, _Entry]:
 
 
 def _check_layout(path: Path, entries: Mapping[str, _Entry], data: int) -> None:
-    """Hold the tensors against the bytes there are: one after another, no gap, no overlap."""
+    """Check that the tensors fill the file, in order, without gaps and overlaps."""
     if not entries:
         raise _damaged(path, "there are no tensors in it")
-    place = 0
+    offset = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         shown = repr(name[:80])
         begin, end = entry.data_offsets
@@ -115,8 +115,8 @@ def _check_layout(path: Path, entries: Mapping[str, _Entry], data: int) -> None:
             raise _damaged(path, f"{shown} has the unknown type {entry.dtype[:20]!r}")
         if len(entry.shape) > MAX_RANK or any(not 0 <= n < 1 << 48 for n in entry.shape):
             raise _damaged(path, f"{shown} has an impossible shape")
-        if begin != place or end < begin or (end - begin) * 8 != bits * math.prod(entry.shape):
+        if begin != offset or end < begin or (end - begin) * 8 != bits * math.prod(entry.shape):
             raise _damaged(path, f"{shown} is at {begin} to {end}, which cannot be")
-        place = end
-    if place != data:
-        raise _damaged(path, f"{data} bytes of tensors, but {place} are described")
+        offset = end
+    if offset != data:
+        raise _damaged(path, f"{data} bytes of tensors, but {offset} are described")

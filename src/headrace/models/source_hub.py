@@ -1,8 +1,8 @@
-"""Takes models from the Hugging Face hub, through its own client and into its own cache.
+"""Downloads models from the Hugging Face hub, through its own client and into its own cache.
 
-The client reads its variables itself: token, endpoint, cache folder, offline mode. Files are
-fetched one after another by the commit that the listing was made for, so a repository that
-changes meanwhile cannot mix two states. Of a repository of GGUF files one model is taken; of
+The client reads its own variables: token, endpoint, cache folder, offline mode. Files are
+fetched one after another by the commit of the listing, so a repository that changes meanwhile
+cannot mix two states. Of a repository of GGUF files one model is taken; of
 others the safetensors with their JSON and tokenizer files. Pickles are never fetched.
 """
 
@@ -35,7 +35,7 @@ PREFERRED = (
     *("Q4_K_M", "Q5_K_M", "Q4_K_S", "Q5_K_S", "Q6_K", "Q8_0", "Q4_0", "Q5_0", "IQ4_XS", "IQ4_NL"),
     *("Q5_1", "Q4_1", "MXFP4", "Q3_K_L", "Q3_K_M", "BF16", "F16", "F32"),
 )
-"""Q4_K_M first: the smallest that loses little; then better ones, then what else runs anywhere."""
+"""Q4_K_M first: the smallest with little loss; then better ones, then others that run anywhere."""
 _TOKENIZER = frozenset({".json", ".jinja", ".txt", ".tiktoken", ".model"})
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -56,29 +56,29 @@ class HubModel(msgspec.Struct, frozen=True):
     size: int
 
 
-class _Watch:
-    """Adds up the bytes of all files and keeps what the caller's callback raised."""
+class _Tracker:
+    """Adds up the bytes of all files and keeps the exception that the caller's callback raised."""
 
     def __init__(self, progress: Progress) -> None:
         self.raised: BaseException | None = None
         self.done, self.total = 0, 0
         self._progress = progress
 
-    def report(self, what: str, more: int = 0) -> None:
+    def report(self, activity: str, more: int = 0) -> None:
         self.done += more
         try:
-            self._progress(what, self.done, self.total)
+            self._progress(activity, self.done, self.total)
         except BaseException as error:
             self.raised = error
             raise
 
     def bar(self) -> type[Any]:
-        """Return a class that the hub's client takes for a progress bar."""
-        watch = self
+        """Return a class that the hub's client uses as its progress bar."""
+        tracker = self
 
         class Bar:
             def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
-                watch.done += initial
+                tracker.done += initial
 
             def __enter__(self) -> Self:
                 return self
@@ -87,7 +87,7 @@ class _Watch:
                 pass
 
             def update(self, n: float | None = 1) -> None:
-                watch.report("downloading", int(n or 0))
+                tracker.report("downloading", int(n or 0))
 
             def close(self) -> None:
                 pass
@@ -102,22 +102,22 @@ class _Watch:
 
 
 def download(reference: HubReference, progress: Progress) -> HubModel:
-    """Bring a model into the hub's cache; without the hub, take what is there already.
+    """Download a model into the hub's cache; use the cache where the hub cannot be reached.
 
     Raises:
         UnknownModel: no such repository, revision, file or quantisation.
         Unauthorized: the repository is gated or private.
-        UpstreamError: the hub cannot be reached, failed, or sent something else than promised.
+        UpstreamError: the hub cannot be reached, failed, or sent other content than announced.
     """
-    watch = _Watch(progress)
+    tracker = _Tracker(progress)
     try:
-        return _download(reference, watch)
+        return _download(reference, tracker)
     except HeadraceError:
         raise
     except Exception as error:  # noqa: BLE001 - its HTTP library's errors come through, and which that is changes
-        if watch.raised is not None:
-            raise watch.raised from None
-        cached = None if _is_answer(error) else _cached(reference)
+        if tracker.raised is not None:
+            raise tracker.raised from None
+        cached = None if _is_refusal(error) else _cached(reference)
         if cached is not None:
             return cached
         _translate(reference, error)
@@ -133,26 +133,26 @@ def remove(repo: str, commit: str) -> int:
 
 
 def choose(reference: HubReference, files: Sequence[HubFile]) -> list[HubFile]:
-    """Return the files to fetch, the model's own (or its first part) in front.
+    """Return the files to fetch, the model's own (or its first part) first.
 
     Raises:
-        UnknownModel: the repository has no such file, or nothing that is loaded here.
+        UnknownModel: the repository has no such file, or no supported model.
     """
     models = _gguf_models(files)
     if reference.file is not None:
         if reference.file not in models:
-            raise _nothing(reference, models)
+            raise _no_such_file(reference, models)
         return models[reference.file]
     if reference.quantization is not None:
-        fitting = [name for name in models if _has(name, reference.quantization)]
-        if not fitting:
-            raise _nothing(reference, models)
-        return models[min(fitting, key=len)]
+        matches = [name for name in models if _has(name, reference.quantization)]
+        if not matches:
+            raise _no_such_file(reference, models)
+        return models[min(matches, key=len)]
     return models[_preferred(models)] if models else _safetensors(reference, files)
 
 
-def _download(reference: HubReference, watch: _Watch) -> HubModel:
-    watch.report("asking the hub")
+def _download(reference: HubReference, tracker: _Tracker) -> HubModel:
+    tracker.report("asking the hub")
     info = huggingface_hub.HfApi().model_info(
         reference.repo, revision=reference.revision, files_metadata=True
     )
@@ -163,35 +163,35 @@ def _download(reference: HubReference, watch: _Watch) -> HubModel:
         for s in info.siblings or ()
     ]
     chosen = choose(reference, files)
-    watch.total = sum(file.size for file in chosen)
-    paths = [_fetch(reference.repo, file, info.sha, watch) for file in chosen]
+    tracker.total = sum(file.size for file in chosen)
+    paths = [_fetch(reference.repo, file, info.sha, tracker) for file in chosen]
     return _model(chosen, paths, info.sha)
 
 
-def _fetch(repo: str, file: HubFile, commit: str, watch: _Watch) -> Path:
-    before = watch.done
+def _fetch(repo: str, file: HubFile, commit: str, tracker: _Tracker) -> Path:
+    before = tracker.done
     path = Path(
         huggingface_hub.hf_hub_download(  # pyright: ignore[reportUnknownMemberType]
-            repo, file.name, revision=commit, tqdm_class=cast("Any", watch.bar())
+            repo, file.name, revision=commit, tqdm_class=cast("Any", tracker.bar())
         )
     )
-    if watch.raised is not None:  # native code that called us may have swallowed it
-        raise watch.raised
-    watch.done = before + file.size
-    if file.sha256 is not None and _sha256(path, watch) != file.sha256:
+    if tracker.raised is not None:  # native code may have swallowed it
+        raise tracker.raised
+    tracker.done = before + file.size
+    if file.sha256 is not None and _sha256(path, tracker) != file.sha256:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
-        message = f"{repo}: {file.name} is not what the hub promised (sha256); it was removed."
+        message = f"{repo}: {file.name} is not what the hub announced (sha256); it was removed."
         raise UpstreamError(message)
     return path
 
 
-def _sha256(path: Path, watch: _Watch) -> str:
+def _sha256(path: Path, tracker: _Tracker) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-            watch.report("verifying")
+            tracker.report("verifying")
     return digest.hexdigest()
 
 
@@ -226,12 +226,14 @@ def _revisions(repo: str) -> list[huggingface_hub.CachedRevisionInfo]:
 
 
 def _gguf_models(files: Sequence[HubFile]) -> dict[str, list[HubFile]]:
-    """Return models by the name of their (first) file; projectors and the like left out."""
+    """Return models by the name of their (first) file; without projectors and matrices."""
     present = {file.name: file for file in files if file.name.lower().endswith(".gguf")}
     models: dict[str, list[HubFile]] = {}
     for name in sorted(present):
-        last = PurePosixPath(name).name
-        if gguf_model.is_later_part(last) or re.search(r"mmproj|imatrix", last, re.IGNORECASE):
+        file_name = PurePosixPath(name).name
+        if gguf_model.is_later_part(file_name) or re.search(
+            r"mmproj|imatrix", file_name, re.IGNORECASE
+        ):
             continue
         parts = [path.as_posix() for path in gguf_model.parts(Path(name))]
         if all(part in present for part in parts):
@@ -251,23 +253,23 @@ def _preferred(models: dict[str, list[HubFile]]) -> str:
         if _has(name, "Q8_0") and 0 < sizes[name] <= SMALL:
             return name
     for quantization in PREFERRED:
-        fitting = [name for name in models if _has(name, quantization)]
-        if fitting:
-            return min(fitting, key=len)
+        matches = [name for name in models if _has(name, quantization)]
+        if matches:
+            return min(matches, key=len)
     return min(models, key=lambda name: (sizes[name], name))
 
 
 def _safetensors(reference: HubReference, files: Sequence[HubFile]) -> list[HubFile]:
     top = [file for file in files if "/" not in file.name]
     weights = [file for file in top if file.name.endswith(".safetensors")]
-    # Mistral's repositories have all weights a second time under this name.
+    # Mistral's repositories have all weights twice, once under this name.
     weights = [w for w in weights if not w.name.startswith("consolidated")] or weights
     if not weights or not any(file.name == "config.json" for file in top):
-        raise _nothing(reference, {})
+        raise _no_such_file(reference, {})
     return weights + [file for file in top if PurePosixPath(file.name).suffix in _TOKENIZER]
 
 
-def _nothing(reference: HubReference, models: dict[str, list[HubFile]]) -> UnknownModel:
+def _no_such_file(reference: HubReference, models: dict[str, list[HubFile]]) -> UnknownModel:
     if models:
         has = f"It has: {', '.join(list(models)[:40])}"
         return UnknownModel(f"{reference}: no such file in the repository. {has}.", param="model")
@@ -275,8 +277,8 @@ def _nothing(reference: HubReference, models: dict[str, list[HubFile]]) -> Unkno
     return UnknownModel(f"{reference}: the repository has {message}.", param="model")
 
 
-def _is_answer(error: Exception) -> bool:
-    """Whether the hub itself refused; then the cache is no way around it."""
+def _is_refusal(error: Exception) -> bool:
+    """Whether the hub itself refused; then the cache is not used instead."""
     if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code < 500 and error.response.status_code != 429
     return isinstance(error, errors.HFValidationError)
@@ -286,22 +288,22 @@ def _translate(reference: HubReference, error: Exception) -> NoReturn:
     detail = f"{type(error).__name__}: {error}"
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
     if isinstance(error, errors.GatedRepoError) or status == 403:
-        what = "access has to be asked for on the hub, and HF_TOKEN to be set"
-        raise Unauthorized(f"{reference}: {what}.", param="model", detail=detail) from error
+        reason = "access has to be requested on the hub, and HF_TOKEN set"
+        raise Unauthorized(f"{reference}: {reason}.", param="model", detail=detail) from error
     if isinstance(error, errors.RepositoryNotFoundError):
-        what = "no such repository on the hub, or it is private and HF_TOKEN is not set"
-        raise UnknownModel(f"{reference}: {what}.", param="model", detail=detail) from error
+        reason = "no such repository on the hub, or it is private and HF_TOKEN is not set"
+        raise UnknownModel(f"{reference}: {reason}.", param="model", detail=detail) from error
     if isinstance(error, errors.RevisionNotFoundError):
-        what = f"the repository has no revision {reference.revision}"
-        raise UnknownModel(f"{reference}: {what}.", param="model", detail=detail) from error
+        reason = f"the repository has no revision {reference.revision}"
+        raise UnknownModel(f"{reference}: {reason}.", param="model", detail=detail) from error
     if status == 401:
-        what = "the hub refuses the token in HF_TOKEN"
-        raise Unauthorized(f"{reference}: {what}.", param="model", detail=detail) from error
+        reason = "the hub refuses the token in HF_TOKEN"
+        raise Unauthorized(f"{reference}: {reason}.", param="model", detail=detail) from error
     if isinstance(error, errors.HFValidationError):
         raise InvalidRequest(f"{reference}: {error}", param="model") from error
     if isinstance(error, errors.OfflineModeIsEnabled):
-        what = "HF_HUB_OFFLINE is set, and the model is not in the cache"
-        raise UpstreamError(f"{reference}: {what}.", detail=detail) from error
+        reason = "HF_HUB_OFFLINE is set, and the model is not in the cache"
+        raise UpstreamError(f"{reference}: {reason}.", detail=detail) from error
     if isinstance(error, OSError) and error.errno is not None and not status:
         raise error
     reason = f"the hub answered {status}" if status else "the hub cannot be reached"

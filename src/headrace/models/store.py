@@ -1,8 +1,8 @@
 """Keeps models under one directory, so that they are fetched once and can be listed and removed.
 
-Under `<home>/models` there are `records` (one small JSON file for each model), `files` (what
-came from the index; models of the hub stay in the hub's own cache), `partial` (downloads in
-progress) and `locks`. A record is written last: what has no record is not there.
+Under `<home>/models` there are `records` (one small JSON file for each model), `files`
+(models of the index; those of the hub stay in the hub's own cache), `partial` (downloads in
+progress) and `locks`. A record is written last: a model without one does not exist.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from filelock import FileLock, Timeout
 
 from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
 from headrace.core.model import ModelFile
-from headrace.models import catalog
 from headrace.models.inspect import inspect
 from headrace.models.reference import (
     BuiltinReference,
@@ -31,10 +30,12 @@ from headrace.models.reference import (
     Reference,
     RemoteReference,
     parse,
+    pinned,
+    short_name,
 )
 from headrace.models.transfer import (
     Progress,
-    room,
+    disk_errors,
     silent,
     sync_folder,
     write_atomically,
@@ -60,7 +61,7 @@ class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         """The catalogue's name, or the reference."""
-        return catalog.name_of(self.reference)
+        return short_name(self.reference)
 
 
 class Store:
@@ -73,7 +74,7 @@ class Store:
         return f"Store({str(self._root)!r}, models={len(self.list())})"
 
     def find(self, reference: Reference) -> StoredModel | None:
-        """Return the model if it is here; nothing is asked of the network."""
+        """Return the model if it is stored, without using the network."""
         if isinstance(reference, BuiltinReference | RemoteReference):
             return None
         if isinstance(reference, LocalReference):
@@ -82,22 +83,22 @@ class Store:
         return model if model is not None and self._is_whole(model) else None
 
     def list(self) -> list[StoredModel]:
-        """Return what was fetched and is still there, by name."""
+        """Return the models that were fetched and still exist, by name."""
         records = [self._record(path) for path in (self._root / "records").glob("[!.]*.json")]
         models = [model for model in records if model is not None and self._is_whole(model)]
         return sorted(models, key=lambda model: model.name)
 
     def fetch(self, reference: Reference, progress: Progress | None = None) -> Path:
-        """Return the model's file or folder, after fetching it if it is not here; blocks.
+        """Return the model's file or folder, after fetching it if it is not stored. Blocking.
 
-        `progress` may raise to give up: nothing stays behind, and its exception goes through.
+        `progress` may raise to cancel: nothing is left behind, and its exception is raised.
 
         Raises:
             UnknownModel: there is no such model.
             InvalidRequest: the model has no file.
             Unauthorized: the hub wants a token.
-            UpstreamError: the index or the hub failed, or sent something else than promised.
-            LoadFailed: what came is damaged.
+            UpstreamError: the index or the hub failed, or sent other content than announced.
+            LoadFailed: the downloaded file is damaged.
             DoesNotFit: the disk is too small.
             ConfigError: the directory cannot be written.
         """
@@ -111,7 +112,7 @@ class Store:
         model = self.find(reference)
         if model is not None:
             return Path(model.path)
-        with self._writable(), room(self._root), self._locked(_key(reference), report):
+        with self._writable(), disk_errors(self._root), self._locked(_key(reference), report):
             self._sweep(_key(reference))
             # Another process may have fetched it while this one waited.
             model = self.find(reference) or self._fetch(reference, report)
@@ -123,8 +124,8 @@ class Store:
         Raises:
             HeadraceError: as `fetch` and `inspect`.
         """
-        if (placeless := without_file(reference)) is not None:
-            return placeless
+        if (described := without_file(reference)) is not None:
+            return described
         return inspect(self.fetch(reference, progress))
 
     def remove(self, name: str) -> int:
@@ -135,7 +136,7 @@ class Store:
 
         Raises:
             UnknownModel: it was not fetched.
-            InvalidRequest: it is not the store's to remove.
+            InvalidRequest: it is not a model that the store fetches.
         """
         reference = parse(name)
         if not isinstance(reference, HubReference | IndexReference):
@@ -144,9 +145,9 @@ class Store:
             path = self._record_path(reference)
             model = self._record(path)
             if model is None:
-                have = ", ".join(model.name for model in self.list()) or "none"
-                raise UnknownModel(f"{name!r} is not stored. Stored are: {have}.", param="model")
-            # The record goes last: without its files it counts for nothing, and is fetched again.
+                names = ", ".join(model.name for model in self.list()) or "none"
+                raise UnknownModel(f"{name!r} is not stored. Stored are: {names}.", param="model")
+            # The record goes last: without its files it is ignored, and the model fetched again.
             freed = self._remove_files(reference, model)
             path.unlink(missing_ok=True)
             return freed
@@ -187,8 +188,8 @@ class Store:
     def _fetch_index(self, reference: IndexReference, progress: Progress) -> StoredModel:
         from headrace.models import source_index
 
-        entry = catalog.pinned(str(reference))
-        # A name of its own each time: a pip that outlived its killed parent finds no way in.
+        entry = pinned(str(reference))
+        # A new name each time: a pip that outlived its killed parent cannot write to it.
         work = self._root / "partial" / _key(reference) / uuid.uuid4().hex
         work.mkdir(parents=True)
         try:
@@ -234,10 +235,10 @@ class Store:
         finally:
             lock.release()
 
-    def _sweep(self, mine: str) -> None:
-        """Remove what killed processes left: a lock that is free has no download behind it."""
+    def _sweep(self, own: str) -> None:
+        """Remove the files of killed processes: a lock that is free has no download."""
         for folder in (self._root / "partial").iterdir():
-            if folder.name == mine:
+            if folder.name == own:
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
             lock = FileLock(self._root / "locks" / f"{folder.name}.lock")
@@ -255,7 +256,7 @@ class Store:
         return msgspec.structs.replace(model, path=str(self._root / model.path))
 
     def _relative(self, path: str) -> str:
-        """Return the path as it is kept: the directory may be moved as a whole."""
+        """Return the path as it is stored: relative, as the home directory may be moved."""
         return path.removeprefix(f"{self._root}/")
 
     def _is_whole(self, model: StoredModel) -> bool:
@@ -272,7 +273,7 @@ def _size(path: Path) -> int:
 
 
 def without_file(reference: Reference) -> ModelFile | None:
-    """Return what stands for the file of a model that has none; None of one that has."""
+    """Return the description of a model without a file; None for one that has a file."""
     if isinstance(reference, BuiltinReference):
         return ModelFile(path="", format="none", architecture=reference.name)
     if isinstance(reference, RemoteReference):
@@ -296,7 +297,7 @@ def _located(path: Path) -> Path:
 
 
 def _key(reference: Reference) -> str:
-    """Return a file name for a reference: readable, and different for different ones."""
+    """Return a readable and unique file name for a reference."""
     text = str(reference)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', text)[:80]}-{digest}"

@@ -1,4 +1,4 @@
-"""What all downloads share: progress, room on the disk, and its end."""
+"""Shared by all downloads: progress, free space and durable writes."""
 
 from __future__ import annotations
 
@@ -14,47 +14,49 @@ from typing import IO
 from headrace.core.errors import DoesNotFit
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is done, bytes done and bytes in all (0: not known).
+"""Called with the activity, bytes done and bytes in all (0: unknown).
 
-It is called several times a second; an exception it raises ends the work and goes through.
+It is called several times a second; an exception that it raises ends the work.
 """
 
 CHUNK = 1 << 20
 RESERVE = 64 << 20
-"""Bytes that stay free: a disk that is full to the last one breaks other programs."""
+"""Bytes that stay free: a full disk breaks other programs."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
-def silent(_what: str, _done: int, _total: int) -> None:
+def silent(_activity: str, _done: int, _total: int) -> None:
     """Ignore the progress."""
 
 
 def require_free(folder: Path, size: int) -> None:
-    """Check that `size` more bytes go into the folder's file system.
+    """Check that `size` more bytes fit into the folder's file system.
 
     Raises:
         DoesNotFit: they do not.
     """
     free = shutil.disk_usage(folder).free
     if size + RESERVE > free:
-        need, have = mebibytes(size + RESERVE), mebibytes(free)
-        raise DoesNotFit(f"No room on the disk for the model: {folder} has {have}, needs {need}.")
+        needed, available = mebibytes(size + RESERVE), mebibytes(free)
+        raise DoesNotFit(
+            f"No room on the disk for the model: {folder} has {available}, needs {needed}."
+        )
 
 
 def mebibytes(size: int) -> str:
-    """Write a number of bytes for a person."""
+    """Return a number of bytes as text."""
     return f"{size / 2**20:,.1f} MiB"
 
 
 def disk_full(folder: Path) -> DoesNotFit:
-    """Say that the disk became full."""
+    """Return the error for a disk that became full."""
     return DoesNotFit(f"The disk of {folder} became full; the unfinished download was removed.")
 
 
 @contextmanager
-def room(folder: Path) -> Generator[None]:
-    """Turn the system's word for a full disk into ours.
+def disk_errors(folder: Path) -> Generator[None]:
+    """Translate the system's errors for a full disk.
 
     Raises:
         DoesNotFit: the disk is full, or the user's quota is.
@@ -68,7 +70,7 @@ def room(folder: Path) -> Generator[None]:
 
 
 def copy_hashed(source: IO[bytes], target: Path, size: int, progress: Progress) -> tuple[int, str]:
-    """Write at most `size` bytes to a new file, and to the disk; return how many, and sha256."""
+    """Write at most `size` bytes to a new file and flush it; return their number and sha256."""
     digest = hashlib.sha256()
     done = 0
     with target.open("xb") as file:
@@ -98,7 +100,7 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Bring a folder's entries to the disk."""
+    """Flush a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -57,7 +57,7 @@ def test_a_failed_conversion_leaves_nothing(
         (making / "half").write_text("x")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(conversion, "_in_own_process", full)
+    monkeypatch.setattr(conversion, "_run_conversion", full)
     with pytest.raises(DoesNotFit):
         conversion.convert(inspect(smollm2_path), tmp_path)
     assert [path.suffix for path in (tmp_path / "converted").iterdir()] == [".lock"]

@@ -87,6 +87,22 @@ async def test_answers_agree_with_llamacpp_at_first(engine: Generator, llama: Ll
     assert agreed >= 3
 
 
+async def test_min_tokens(engine: Generator) -> None:
+    """W11: min_tokens holds stop_token_ids back, and nothing else."""
+    free = await tokens(engine, FRANCE, 32, ignore_eos=True)
+    stops = tuple(range(0, 49152, 2))
+    early = next(place for place, token in enumerate(free) if token in stops)
+    assert await tokens(engine, FRANCE, 32, stop_token_ids=stops) == free[:early]
+    least = early + 6
+    made = await events(engine, FRANCE, 64, stop_token_ids=stops, min_tokens=least)
+    kept = [token for event in made if isinstance(event, RawDelta) for token in event.token_ids]
+    assert least <= len(kept) < 64
+    assert not set(kept).intersection(stops)
+    assert isinstance(made[-1], RawFinish)
+    assert (made[-1].reason, made[-1].completion_tokens) == ("stop", len(kept))
+    assert await tokens(engine, FRANCE, 24, min_tokens=24) == free[:24]
+
+
 async def test_stream_is_whole(engine: Generator) -> None:
     """W13, W15: bytes join to the text of the tokens, and the account is exact."""
     prompt = (

@@ -172,12 +172,12 @@ async def test_a_model_that_knows_no_batches_answers_alone(
     """What the manager computes is compared with the model alone before it is used."""
     from headrace.engines.transformers import batched
 
-    right = batched._alone
+    right = batched._unbatched_logits
 
     def wrong(model: Any, prompt: Any) -> Any:
         return [logits.flip(0) for logits in right(model, prompt)]
 
-    monkeypatch.setattr(batched, "_alone", wrong)
+    monkeypatch.setattr(batched, "_unbatched_logits", wrong)
     engine = opened(tiny_folder)
     try:
         assert engine.facts.max_running == 1

@@ -41,6 +41,21 @@ async def test_end_tokens_and_the_limit(tiny: Engine) -> None:
     assert b"".join(delta.data for delta in deltas(ignored)) == b""
 
 
+async def test_min_tokens(tiny: Engine) -> None:
+    """W11: min_tokens holds end tokens and stop_token_ids back, and nothing else."""
+    bias = {2: 100.0}
+    assert await answered(tiny, Q, 12, logit_bias=bias) == (2,)
+    ended = await events(tiny, asked(tiny, Q, 12, logit_bias=bias, min_tokens=5))
+    assert (finish(ended).reason, finish(ended).completion_tokens) == ("stop", 6)
+    assert tokens(ended)[5] == 2 not in tokens(ended)[:5]
+    stopped = await events(
+        tiny, asked(tiny, Q, 12, logit_bias=bias, min_tokens=5, stop_token_ids=(2,))
+    )
+    assert (finish(stopped).reason, tokens(stopped)) == ("stop", tokens(ended)[:5])
+    free = await answered(tiny, Q, 12, ignore_eos=True)
+    assert await answered(tiny, Q, 12, ignore_eos=True, min_tokens=12) == free
+
+
 async def test_what_leaves_one_token_is_greedy(tiny: Engine) -> None:
     """W11: top_k, top_p and min_p."""
     greedy = await answered(tiny, Q)

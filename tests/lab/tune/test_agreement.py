@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from headrace.engines.measured import LEAST_FORCED, MOST_DISTANCE, Agreement
+from headrace.engines.measured import MAX_DISTANCE, MIN_FORCED, Agreement
 from headrace.lab.tune.agreement import CLEAR, Guess, Reply, agreement
 
 
@@ -56,8 +56,8 @@ def test_each_fault_is_named() -> None:
     good = {"prompts": 1, "greedy": 1, "forced": 1, "distance": 0, "compared": 9}
     faults = {
         "prompts": (0.5, "only 50% of the prompts"),
-        "forced": (LEAST_FORCED - 0.05, "only 90% of its tokens"),
-        "distance": (MOST_DISTANCE + 0.05, "log-probabilities are off by 0.20"),
+        "forced": (MIN_FORCED - 0.05, "only 90% of its tokens"),
+        "distance": (MAX_DISTANCE + 0.05, "log-probabilities are off by 0.20"),
     }
     for name, (value, words) in faults.items():
         fault = Agreement(**{**good, name: value}).fault()

@@ -38,9 +38,9 @@ _KV_SHARE = {"f16": 1.0, "bf16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
 # Measured with SmolLM2-135M. A process with the library: Python, the code, buffers, warm-up.
 _PROCESS = 64 * _MIB
 _PER_WORD, _PER_SLOT = 400, 2 * _MIB
-# Activations of a token of the batch go with the width, which goes with the root of the size.
+# Activations of a token grow with the width, which grows with the root of the size.
 _PER_ACTIVATION = 2.6
-# Not measured with this library yet: what CUDA itself takes of the host and of the GPU.
+# Not measured with this library yet: memory of CUDA itself, on the host and on the GPU.
 _CUDA_HOST, _CUDA_DEVICE = 400 * _MIB, 500 * _MIB
 
 
@@ -57,13 +57,14 @@ class Options(EngineOptions):
         None,
         ge=32,
         le=16384,
-        description="Prompt tokens computed at once, after which a cancelled request is gone; "
+        description="Prompt tokens computed at once, after which a cancelled request ends; "
         "by default 128 on a CPU and 2048 on a GPU.",
     )
     gpu_layers: int = Field(-1, ge=-1, description="Layers on the GPU; -1 is all of them.")
     flash_attention: Literal["auto", "on", "off"] = Field("auto", description="Flash attention.")
     kv_type: Literal["f16", "bf16", "q8_0", "q4_0"] | None = Field(
-        None, description="Type of the KV cache; f16, or bf16 where answers must repeat themselves."
+        None,
+        description="Type of the KV cache; f16, or bf16 where answers have to be reproducible.",
     )
     prefix_cache: bool = Field(True, description="Keep a prompt's KV cache for the next one.")
     mmap: bool = Field(True, description="Map the file instead of reading it.")
@@ -71,7 +72,7 @@ class Options(EngineOptions):
         "model", description="RoPE scaling; `model` takes what the file says."
     )
     pooling: Literal["model", "mean", "cls", "last"] = Field(
-        "model", description="How an embedding is made of those of the tokens."
+        "model", description="How the embeddings of the tokens are pooled into one."
     )
     rope_scale: float = Field(0, ge=0, description="Factor by which the context is stretched.")
 
@@ -92,7 +93,7 @@ def footprint(request: OpenRequest) -> Footprint:
 
 
 def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
-    """Return what is worth a try: a smaller cache, larger batches, a slot for each request."""
+    """Return options worth trying: a smaller cache, larger batches, a slot for each request."""
     slots = {"slots": request.max_running or 1}
     small = {"kv_type": "q8_0", "flash_attention": "on"}
     logical = os.cpu_count() or 1
@@ -102,7 +103,7 @@ def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
 
 
 def settled(request: OpenRequest) -> Options:
-    """Return the options; those not given are chosen so that answers repeat if they must."""
+    """Return the options, with defaults for reproducible answers where the request needs them."""
     options = Options(**request.options)
     if not request.repeatable:
         return options
@@ -146,7 +147,7 @@ def _kv_bytes(model: ModelFile, options: Options) -> float:
 
 
 def estimate(model: ModelFile, planned: CachePlan, options: Options, device: str) -> Footprint:
-    """Return what the model takes of the host, and of the GPU if `device` is one.
+    """Return the memory that the model takes of the host, and of the GPU if `device` is one.
 
     Raises:
         LoadFailed: the model's header cannot be read.
@@ -166,7 +167,7 @@ def estimate(model: ModelFile, planned: CachePlan, options: Options, device: str
 
 
 def expected_device(wanted: str) -> str:
-    """Return the device that a load will most likely take; many builds know no CUDA."""
+    """Return the device that a load will most likely take; many builds are without CUDA."""
     if wanted == "auto" and not _is_built_for_cuda():
         return "cpu"
     return plan.expected_device(wanted)

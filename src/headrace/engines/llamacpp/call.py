@@ -1,4 +1,4 @@
-"""One request to llama.cpp: its body, its chunks, its errors."""
+"""A request to llama.cpp: its body, its chunks, its errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headrace.core.errors import (
 )
 from headrace.core.events import TokenLogprob, TopLogprob
 from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, RawFinish
-from headrace.engines.grammar import grammar
+from headrace.engines.tokenizer import json_grammar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +97,7 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class Call:
-    """One request on its own thread: llama.cpp calls back for every chunk."""
+    """A request on its own thread: llama.cpp calls back for every chunk."""
 
     def __init__(
         self, request: EngineRequest, emit: Emit[RawEvent], split: Callable[[str], tuple[int, ...]]
@@ -107,7 +107,7 @@ class Call:
         self._split = split
         self._ends = frozenset(request.sampling.stop_token_ids)
         self._sent = 0
-        self._made = 0
+        self._predicted = 0
         self._cached = 0
         self._ended = False
         self._failure: BaseException | None = None
@@ -121,7 +121,7 @@ class Call:
             raise GenerationFailed("llama.cpp ended the stream without a reason.")
 
     def _on_chunk(self, raw: bytes) -> bool:
-        # An exception that leaves the callback is swallowed by the library: carry it over.
+        # The library swallows exceptions of the callback: keep it for `run`.
         try:
             self._ended = self._take(_decode(raw)) or self._ended
         except Exception as error:  # noqa: BLE001  # raised again in run
@@ -137,20 +137,20 @@ class Call:
         choice = chunk.choices[0]
         if choice.finish_reason is not None:
             return self._finish(choice.finish_reason, chunk.usage)
-        token_ids = self._all_of(chunk.verbose, choice.text)
+        token_ids = self._token_ids(chunk.verbose, choice.text)
         if not self._ends.isdisjoint(token_ids):
             return self._finish("stop", None)
         self._sent += len(token_ids)
         return self._emit(RawDelta(choice.text.encode(), token_ids, self._logprobs(choice)))
 
-    def _all_of(self, verbose: _Verbose, text: str) -> tuple[int, ...]:
+    def _token_ids(self, verbose: _Verbose, text: str) -> tuple[int, ...]:
         # A character of several tokens comes with the id of the last one only.
-        tokens, missing = verbose.tokens, verbose.tokens_predicted - self._made
-        self._made = max(self._made, verbose.tokens_predicted)
+        tokens, missing = verbose.tokens, verbose.tokens_predicted - self._predicted
+        self._predicted = max(self._predicted, verbose.tokens_predicted)
         if missing <= len(tokens):
             return tokens
-        whole = self._split(text)[-missing:]
-        return whole if len(whole) == missing and whole[-len(tokens) :] == tokens else tokens
+        all_ids = self._split(text)[-missing:]
+        return all_ids if len(all_ids) == missing and all_ids[-len(tokens) :] == tokens else tokens
 
     def _progress(self, progress: _Progress) -> bool:
         self._cached = progress.cache
@@ -170,13 +170,13 @@ class Call:
     def _logprobs(self, choice: _Choice) -> tuple[TokenLogprob, ...]:
         if choice.logprobs is None:
             return ()
-        most = self._request.sampling.logprobs or 0
+        limit = self._request.sampling.logprobs or 0
         return tuple(
             TokenLogprob(
                 token.id,
                 bytes(token.bytes),
                 _finite(token.logprob),
-                tuple(candidate.top() for candidate in token.top_logprobs[:most]),
+                tuple(candidate.top() for candidate in token.top_logprobs[:limit]),
             )
             for token in choice.logprobs.content
         )
@@ -192,7 +192,7 @@ def _body(request: EngineRequest) -> bytes:
         "verbose": True,
         "return_tokens": True,
         "return_progress": True,
-        # The published penalties look at the whole text; llama.cpp's default is 64 tokens.
+        # The API's penalties apply to the whole text; llama.cpp's default is 64 tokens.
         "repeat_last_n": len(prompt) + request.max_tokens,
     }
     for ours, theirs in _NAMES.items():
@@ -208,12 +208,12 @@ def _body(request: EngineRequest) -> bytes:
     if sampling.logit_bias:
         body["logit_bias"] = list(sampling.logit_bias.items())
     if request.json_schema is not None:
-        body["grammar"] = grammar(request.json_schema)
+        body["grammar"] = json_grammar(request.json_schema)
     return msgspec.json.encode(body)
 
 
 def error_from(error: dict[str, Any]) -> HeadraceError:
-    """Translate an error object of llama.cpp."""
+    """Return the error for an error object of llama.cpp."""
     message, kind = str(error.get("message", "")), error.get("type")
     if kind == "exceed_context_size_error":
         return ContextOverflow(message)
@@ -225,5 +225,5 @@ def error_from(error: dict[str, Any]) -> HeadraceError:
 
 
 def _finite(logprob: float | None) -> float:
-    # JSON has no infinity: the library writes null for a token it holds impossible.
+    # JSON has no infinity: the library writes null for an impossible token.
     return -9999.0 if logprob is None else logprob

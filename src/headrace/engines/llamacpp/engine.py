@@ -38,7 +38,7 @@ _UNNORMALISED = -1
 
 
 class Engine(base.Embedder):
-    """One GGUF in one llama.cpp server, called in process; its own HTTP side is locked away."""
+    """One GGUF in one llama.cpp server, called in process, with its HTTP side restricted."""
 
     def __init__(self, request: OpenRequest) -> None:
         self._options = settled(request)
@@ -60,7 +60,7 @@ class Engine(base.Embedder):
             raise
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
-        """Return what llama.cpp generates; each request has a thread that mostly sleeps."""
+        """Return the events of a request, which runs on a thread that mostly sleeps."""
         if self._inbox is None:
             self._inbox = threaded.Inbox(asyncio.get_running_loop())
         server, threads = self._server, self._threads
@@ -75,7 +75,7 @@ class Engine(base.Embedder):
         )
 
     def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
-        """Return what llama.cpp pools, not scaled to a length."""
+        """Return the pooled vectors, not normalised."""
         if self._server is None:
             raise GenerationFailed("The engine is closed.")
         for token_ids in batch:
@@ -104,9 +104,9 @@ class Engine(base.Embedder):
     def shown(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids without control tokens, which a stream leaves out."""
         text = self.detokenize(token_ids)
-        # Only the text of a control token is split otherwise when markers count.
-        unlike = {*self._split(text, markers=True)}.difference(self._split(text))
-        control = set(filter(self._is_control, unlike.intersection(token_ids)))
+        # Only the text of a control token has other ids when markers are parsed.
+        differing = {*self._split(text, markers=True)}.difference(self._split(text))
+        control = set(filter(self._is_control, differing.intersection(token_ids)))
         if not control:
             return text
         return self.detokenize([token for token in token_ids if token not in control])
@@ -168,7 +168,7 @@ class Engine(base.Embedder):
         params.rope_scaling_type = _ROPE[options.rope_scaling]
         params.rope_freq_scale = 1 / options.rope_scale if options.rope_scale else 0.0
         params.verbosity = 0
-        self._lock_away(params)
+        self._restrict_http(params)
         return params
 
     def _prepare_embeddings(self, params: Any, context_length: int) -> None:
@@ -178,14 +178,14 @@ class Engine(base.Embedder):
         # pieces and only the last piece is pooled: wrong vectors, and no error.
         params.kv_unified = True
         params.cache_prompt = False
-        # An input is computed in one batch, or not at all.
+        # An input has to fit in one batch.
         params.n_batch = params.n_ubatch = max(context_length, 512)
         # The library's own enumeration, of which no name is the same in all its releases.
         params.pooling_type = type(params.pooling_type)(_POOLING[self._options.pooling])
 
-    def _lock_away(self, params: Any) -> None:
+    def _restrict_http(self, params: Any) -> None:
         # The library always listens, and tokenising needs it. A socket file in a directory that
-        # only this user may enter, behind a random key, is the narrowest that it offers.
+        # only this user may enter, with a random key, is the most restricted way that it has.
         params.hostnames = [str(self._private / "s.sock")]
         params.api_keys = [self._key]
         params.ui = params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = False
@@ -206,7 +206,7 @@ class Engine(base.Embedder):
             capabilities=Capabilities(
                 sampling=HONOURED,
                 json_schema=True,
-                batch_invariant=device == "cpu" and _repeats(self._options),
+                batch_invariant=device == "cpu" and _is_reproducible(self._options),
                 resume=True,
             ),
         )
@@ -221,7 +221,7 @@ class Engine(base.Embedder):
         )
 
     def _check(self, token_ids: Iterable[int], *, param: str | None = None) -> None:
-        # The library cuts an id to 32 bits before it looks: a wrong one can pass for another.
+        # The library truncates an id to 32 bits before it checks it.
         if not all(0 <= token < self._vocabulary for token in token_ids):
             raise InvalidRequest("A token id is outside of the vocabulary.", param=param)
 
@@ -238,23 +238,23 @@ class Engine(base.Embedder):
         return answer
 
 
-def _repeats(options: Options) -> bool:
-    # Found by trial, in 60 of 60 answers: with an f16 cache, prompts longer than a batch are
-    # rounded differently in different company.
+def _is_reproducible(options: Options) -> bool:
+    # Measured, in 60 of 60 answers: with an f16 cache, rounding in prompts longer than a batch
+    # depends on the concurrent requests.
     return options.kv_type in {"bf16", "q8_0"} and options.flash_attention == "on"
 
 
 def _device(wanted: str, devices: Sequence[dict[str, Any]]) -> str:
     names = [str(device["name"]).lower() for device in devices]
-    there = [
+    available = [
         ours
         for ours, theirs in (("cuda", "cuda"), ("mps", "mtl"), ("mps", "metal"), ("cpu", "cpu"))
         if any(name.startswith(theirs) for name in names)
     ]
     if wanted == "auto":
-        return there[0] if there else "cpu"
-    if wanted not in there:
-        raise LoadFailed(f"This build of llama.cpp has no device {wanted}; it has {there}.")
+        return available[0] if available else "cpu"
+    if wanted not in available:
+        raise LoadFailed(f"This build of llama.cpp has no device {wanted}; it has {available}.")
     return wanted
 
 

@@ -1,4 +1,4 @@
-"""Models of any upstream that speaks OpenAI's protocol, over pooled HTTP connections."""
+"""Models of upstreams with OpenAI's protocol, over pooled HTTP connections."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FIELD = r"^[a-z_]{1,32}$"
 
 
 class Options(RemoteOptions):
-    """What is sent to an upstream, and where the table of providers is overruled."""
+    """Options of a model at an upstream; some override the table of providers."""
 
     api_version: str | None = Field(
         None, pattern=r"^[\w.-]{1,64}$", description="`api-version` of Azure's older addresses."
@@ -28,7 +28,7 @@ class Options(RemoteOptions):
     sampling: tuple[Annotated[str, Field(pattern=_FIELD)], ...] | None = Field(
         None,
         max_length=32,
-        description="Sampling fields (and `n`) that the upstream honours, not those of the table.",
+        description="Sampling fields (and `n`) that the upstream honours, in place of the table's.",
     )
 
 

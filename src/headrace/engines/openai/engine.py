@@ -1,4 +1,4 @@
-"""One model of an upstream, and the answers that come in one piece."""
+"""A model of an upstream, and the responses that are no streams."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from headrace.engines.openai.protocol import (
     rerank_body,
 )
 from headrace.engines.openai.upstream import Upstream, certificates
-from headrace.engines.remote import Patience, Shared
+from headrace.engines.remote import Shared, SilenceTimer
 from headrace.models.providers import PROVIDERS, Provider
 
 T = TypeVar("T")
@@ -72,20 +72,20 @@ class _Tokens(msgspec.Struct, frozen=True):
 
 
 class Engine:
-    """One model of an upstream."""
+    """A model of an upstream."""
 
     def __init__(self, request: OpenRequest) -> None:
         self._options = options = Options(**request.options)
         self._provider = provider = _dialect(remote.provider_of(request, "openai"), options)
-        self._way = remote.access(provider, options)
+        self._access = remote.access(provider, options)
         self._model = request.model.path
         self._upstream: Upstream | None = None
-        # Read here, on a thread: the loop is not to wait for them.
+        # Read here, on a thread, to not block the event loop.
         certificates()
-        self._connect = lambda: Upstream(self._way, options, options.api_version)
-        self._place = (
-            self._way.base_url,
-            self._way.key,
+        self._connect = lambda: Upstream(self._access, options, options.api_version)
+        self._shared_key = (
+            self._access.base_url,
+            self._access.key,
             options.connect_s,
             options.max_retries,
             options.first_token_s,
@@ -103,18 +103,18 @@ class Engine:
 
     def __repr__(self) -> str:
         """Name the model and where it is."""
-        return f"<openai.Engine {self._model} at {self._way.base_url}>"
+        return f"<openai.Engine {self._model} at {self._access.base_url}>"
 
     async def answer(self, request: GenerateRequest) -> AsyncGenerator[RemoteEvent, None]:
-        """Yield the deltas of the upstream, then its account."""
-        remote.check_plain(request, self._provider, self._provider.sampling)
+        """Yield the upstream's deltas, then its finish."""
+        remote.check_supported(request, self._provider, self._provider.sampling)
         path, body = generate_body(request, self._model, self._provider)
-        reader, patience = AnswerReader(self._way, request.n), Patience(self._options)
-        events = self._connected().events(path, body, remote.trace_headers(request), patience)
+        reader, timer = AnswerReader(self._access, request.n), SilenceTimer(self._options)
+        events = self._connected().events(path, body, remote.trace_headers(request), timer)
         try:
             async for data in events:
                 deltas = list(reader.deltas(data))
-                patience.sign(token=bool(deltas))
+                timer.reset(token=bool(deltas))
                 for delta in deltas:
                     yield delta
         finally:
@@ -122,47 +122,47 @@ class Engine:
         yield reader.finish()
 
     async def embed(self, request: EmbedRequest) -> tuple[Sequence[bytes], Usage]:
-        """Return the vectors as the upstream gives them."""
+        """Return the upstream's vectors, in the order of the inputs."""
         body = embed_body(request, self._model, self._provider)
-        answer = await self._ask("/embeddings", body, _Vectors, request)
+        answer = await self._post("/embeddings", body, _Vectors, request)
         rows = enumerate(answer.data)
-        places = [place if row.index is None else row.index for place, row in rows]
-        if sorted(places) != list(range(len(request.inputs))):
+        indexes = [index if row.index is None else row.index for index, row in rows]
+        if sorted(indexes) != list(range(len(request.inputs))):
             raise UpstreamError("The upstream gave vectors for other inputs than it was given.")
-        vectors = dict(zip(places, map(_packed, answer.data), strict=True))
+        vectors = dict(zip(indexes, map(_packed, answer.data), strict=True))
         usage = answer.usage.usage() if answer.usage else Usage()
-        return [vectors[place] for place in range(len(vectors))], usage
+        return [vectors[index] for index in range(len(vectors))], usage
 
     async def rerank(self, request: RerankRequest) -> tuple[Sequence[tuple[int, float]], Usage]:
-        """Return the documents' places and scores, best first."""
+        """Return the documents' indexes and scores, best first."""
         body = rerank_body(request, self._model)
-        answer = await self._ask("/rerank", body, _Scores, request)
+        answer = await self._post("/rerank", body, _Scores, request)
         if not {score.index for score in answer.results} <= set(range(len(request.documents))):
             raise UpstreamError("The upstream ranked documents that it was not given.")
         best = sorted(answer.results, key=lambda score: -score.relevance_score)[: request.top_n]
         return [(score.index, score.relevance_score) for score in best], _billed(answer)
 
     async def count_tokens(self, request: CountRequest) -> TokenCount:
-        """Count at the upstream if it can; guess elsewhere."""
+        """Return the upstream's count if it has one, or an estimate."""
         if not self._provider.tokenize:
             return remote.estimated_count(request)
-        url = f"{self._way.base_url.removesuffix('/v1')}/tokenize"
-        count = await self._ask("", count_body(request, self._model), _Tokens, url=url)
+        url = f"{self._access.base_url.removesuffix('/v1')}/tokenize"
+        count = await self._post("", count_body(request, self._model), _Tokens, url=url)
         ids = None if count.tokens is None else tuple(count.tokens)
         return TokenCount(count=count.count, token_ids=ids, estimated=count.estimated)
 
     async def aclose(self) -> None:
-        """Give the connections back."""
+        """Release the connections."""
         upstream, self._upstream = self._upstream, None
         if upstream is not None:
-            await _UPSTREAMS.give_back(self._place)
+            await _UPSTREAMS.release(self._shared_key)
 
     def _connected(self) -> Upstream:
         if self._upstream is None:
-            self._upstream = _UPSTREAMS.take(self._place, self._connect)
+            self._upstream = _UPSTREAMS.acquire(self._shared_key, self._connect)
         return self._upstream
 
-    async def _ask(
+    async def _post(
         self,
         path: str,
         body: bytes,
@@ -171,19 +171,20 @@ class Engine:
         url: str | None = None,
     ) -> T:
         headers = remote.trace_headers(request) if request else {}
-        answer: Any = await self._connected().ask(path, body, headers, url)
+        answer: Any = await self._connected().post(path, body, headers, url)
         try:
             return msgspec.convert(answer, kind, strict=False)
         except msgspec.ValidationError as error:
             raise UpstreamError(
-                "The upstream's answer is not as it should be.", detail=self._way.scrub(str(error))
+                "The upstream's answer has an unexpected form.",
+                detail=self._access.scrub(str(error)),
             ) from None
 
 
 def _dialect(provider: Provider, options: Options) -> Provider:
-    """Return the provider as the options have it."""
+    """Return the provider with the options applied."""
     if options.base_url is not None and provider is PROVIDERS["openai"]:
-        # Those that are compatible know the older names; few of them the newer.
+        # Compatible upstreams know the older names; few know the newer.
         provider = msgspec.structs.replace(provider, renamed={})
     if options.sampling is None:
         return provider
@@ -199,7 +200,7 @@ def _packed(vector: _Vector) -> bytes:
     else:
         data = bytes_of(vector.embedding)
     if not data or len(data) % 4:
-        raise UpstreamError("The upstream gave a vector that is none.")
+        raise UpstreamError("The upstream gave a vector that is empty or incomplete.")
     return data
 
 

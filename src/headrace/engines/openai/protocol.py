@@ -1,4 +1,4 @@
-"""OpenAI's protocol: the bodies of requests, and what the chunks of an answer say."""
+"""OpenAI's protocol: the bodies of requests, and the chunks of answers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from headrace.core.request import (
     RerankRequest,
 )
 from headrace.engines.base import RemoteFinish
-from headrace.engines.remote import Access, complaint
+from headrace.engines.remote import Access, stream_error
 from headrace.models.providers import Provider
 
-# Of a token that an upstream names by its text alone.
+# Id of a token of which the upstream gives only the text.
 _NO_ID = -1
 _REASONS: dict[str, FinishReason] = {
     "stop": "stop",
@@ -45,7 +45,7 @@ def generate_body(request: GenerateRequest, model: str, provider: Provider) -> t
     """Return path and body of a request for an answer.
 
     Raises:
-        Unsupported: the upstream cannot be asked that.
+        Unsupported: the upstream does not support a field.
     """
     chat = request.messages is not None
     body: dict[str, Any] = {"model": model, "stream": True, **provider.extra}
@@ -54,7 +54,7 @@ def generate_body(request: GenerateRequest, model: str, provider: Provider) -> t
     if request.n > 1:
         body["n"] = request.n
     if stops := request.sampling.stop[: provider.stops]:
-        # The worker looks for those that do not fit.
+        # The worker applies the others.
         body["stop"] = stops
     body |= _sampling(request, provider, chat=chat) | _format(request, provider)
     if chat:
@@ -63,22 +63,22 @@ def generate_body(request: GenerateRequest, model: str, provider: Provider) -> t
             body["chat_template_kwargs"] = request.template_options
         return "/chat/completions", msgspec.json.encode(body)
     if not provider.completions:
-        raise Unsupported(f"{provider.title} answers chats, no plain prompts.", param="prompt")
+        raise Unsupported(f"{provider.title} takes messages, not plain prompts.", param="prompt")
     body["prompt"] = request.prompt
     return "/completions", msgspec.json.encode(body)
 
 
 def _sampling(request: GenerateRequest, provider: Provider, *, chat: bool) -> dict[str, Any]:
-    given: dict[str, Any] = msgspec.to_builtins(request.sampling)
-    given.pop("stop", None)
-    logprobs = given.pop("logprobs", None)
-    if bias := given.pop("logit_bias", None):
-        given["logit_bias"] = {str(token): value for token, value in bias.items()}
+    fields: dict[str, Any] = msgspec.to_builtins(request.sampling)
+    fields.pop("stop", None)
+    logprobs = fields.pop("logprobs", None)
+    if bias := fields.pop("logit_bias", None):
+        fields["logit_bias"] = {str(token): value for token, value in bias.items()}
     if chat:
-        given = {provider.renamed.get(name, name): value for name, value in given.items()}
+        fields = {provider.renamed.get(name, name): value for name, value in fields.items()}
     if logprobs is not None:
-        given |= {"logprobs": True, "top_logprobs": logprobs} if chat else {"logprobs": logprobs}
-    return given
+        fields |= {"logprobs": True, "top_logprobs": logprobs} if chat else {"logprobs": logprobs}
+    return fields
 
 
 def _format(request: GenerateRequest, provider: Provider) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _format(request: GenerateRequest, provider: Provider) -> dict[str, Any]:
         return {"response_format": {"type": "json_object"}}
     if provider.json != "schema":
         raise Unsupported(
-            f"{provider.title} gives JSON, but keeps to no schema.", param="response_format"
+            f"{provider.title} generates JSON, but not by a schema.", param="response_format"
         )
     named = {"name": "answer", "schema": schema, "strict": True}
     return {"response_format": {"type": "json_schema", "json_schema": named}}
@@ -112,10 +112,10 @@ def embed_body(request: EmbedRequest, model: str, provider: Provider) -> bytes:
     """Return the body of a request for vectors.
 
     Raises:
-        Unsupported: the upstream cannot be asked that.
+        Unsupported: the upstream does not support a field.
     """
     if request.truncate:
-        raise Unsupported(f"{provider.title} cannot be asked to truncate.", param="truncate")
+        raise Unsupported(f"{provider.title} does not truncate inputs.", param="truncate")
     if not provider.token_prompts and not all(isinstance(text, str) for text in request.inputs):
         raise Unsupported(f"{provider.title} takes no token ids.", param="input")
     body: dict[str, Any] = {
@@ -142,7 +142,7 @@ def rerank_body(request: RerankRequest, model: str) -> bytes:
 
 
 def count_body(request: CountRequest, model: str) -> bytes:
-    """Return the body of a request for the tokens of a text or of messages."""
+    """Return the body of a request for the token count of a text or of messages."""
     body: dict[str, Any] = {"model": model}
     if request.messages is None:
         body |= {"prompt": request.text, "add_special_tokens": request.add_special}
@@ -159,7 +159,7 @@ class _Details(msgspec.Struct, frozen=True):
 
 
 class WireUsage(msgspec.Struct, frozen=True):
-    """`usage` as upstreams give it; some name the cached tokens at another place."""
+    """`usage` of an upstream; some have the cached tokens in another field."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -170,7 +170,7 @@ class WireUsage(msgspec.Struct, frozen=True):
     cached_tokens: int | None = None
 
     def usage(self) -> Usage:
-        """Return it as ours."""
+        """Return it as Usage."""
         before, after = self.prompt_tokens_details, self.completion_tokens_details
         cached = (before and before.cached_tokens) or self.prompt_cache_hit_tokens
         prompt = self.prompt_tokens
@@ -204,7 +204,7 @@ class _Token(_Candidate, frozen=True):
 
 
 class _Logprobs(msgspec.Struct, frozen=True):
-    """Those of a chat (`content`), or those of a completion."""
+    """Log-probabilities of a chat (`content`) or of a completion."""
 
     content: list[_Token] | None = None
     tokens: list[str] | None = None
@@ -234,24 +234,24 @@ class AnswerReader:
     """Reads the chunks of one answer of `n` choices.
 
     Raises:
-        HeadraceError: a chunk is malformed, or it is the upstream's complaint.
+        HeadraceError: a chunk is malformed, or is an error of the upstream.
     """
 
-    def __init__(self, way: Access, n: int) -> None:
-        self._way = way
+    def __init__(self, access: Access, n: int) -> None:
+        self._access = access
         self._reasons: list[FinishReason | None] = [None] * n
         self._usage: Usage | None = None
 
     def deltas(self, data: bytes) -> Iterator[Delta]:
-        """Yield what a chunk adds."""
+        """Yield the deltas of a chunk."""
         try:
             chunk = _DECODER.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise UpstreamError(
-                "The upstream sent a malformed chunk.", detail=self._way.scrub(str(error))
+                "The upstream sent a malformed chunk.", detail=self._access.scrub(str(error))
             ) from None
         if chunk.error:
-            raise complaint(self._way, {"error": chunk.error})
+            raise stream_error(self._access, {"error": chunk.error})
         for choice in chunk.choices or ():
             if not 0 <= choice.index < len(self._reasons):
                 raise UpstreamError("The upstream sent a choice that was not asked for.")
@@ -264,7 +264,7 @@ class AnswerReader:
         self._note(chunk.usage)
 
     def finish(self) -> RemoteFinish:
-        """Return the upstream's account of an answer whose stream has ended."""
+        """Return the finish of an answer whose stream has ended."""
         reasons: list[FinishReason] = [reason for reason in self._reasons if reason is not None]
         if len(reasons) < len(self._reasons):
             raise UpstreamError("The upstream's stream is truncated: a choice has no end.")
@@ -275,11 +275,11 @@ class AnswerReader:
             self._usage = usage.usage()
 
     def _reason(self, reason: str) -> FinishReason:
-        known = _REASONS.get(reason.lower())
-        if known is None:
-            shown = self._way.scrub(reason)
+        finish_reason = _REASONS.get(reason.lower())
+        if finish_reason is None:
+            shown = self._access.scrub(reason)
             raise UpstreamError(f"The upstream broke off, for the reason {shown!r}.")
-        return known
+        return finish_reason
 
 
 def _delta(choice: _Choice) -> Delta:
@@ -344,7 +344,7 @@ def _top(candidate: _Candidate) -> TopLogprob:
 
 
 def _bytes(token: str) -> bytes:
-    """Return a token's bytes; a part of a character is named `bytes:` and its hexadecimals."""
+    """Return a token's bytes; a part of a character is `bytes:` with hexadecimal escapes."""
     if re.fullmatch(r"bytes:(\\x[0-9a-f]{2})+", token):
         return bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
     return token.encode()

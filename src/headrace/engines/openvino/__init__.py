@@ -31,12 +31,12 @@ BLOCK = 32
 """Tokens of a block of the KV cache."""
 
 _DEFAULT_RUNNING = 32
-# Of two bytes for a value. With 8 bits, each row of a head has a scale and a zero of its own.
+# Relative to two bytes for a value. With 8 bits, each row of a head has a scale and a zero.
 _KV_SHARE = {"auto": 1.0, "u8": 0.6}
 
 # Measured with SmolLM2-135M: the process with the library and the vocabulary.
 _PROCESS = 260 << 20
-# The weights as they are computed with, beside the file's pages; of a GGUF a graph is made first.
+# The weights in memory, beside the file's pages; a GGUF is converted to a graph first.
 _COPIES = {"gguf": 3.4, "openvino": 2.0}
 
 
@@ -48,8 +48,8 @@ class Options(EngineOptions):
     )
     precision: Literal["auto", "f32", "bf16", "f16"] = Field(
         "auto",
-        description="What it computes in; `auto` is the fastest of the machine, "
-        "f32 where answers must repeat themselves.",
+        description="Precision of the computation; `auto` is the fastest of the machine, "
+        "f32 where answers have to be reproducible.",
     )
     kv_type: Literal["auto", "u8"] = Field(
         "auto", description="Type of the KV cache; `auto` has 16 bits, `u8` takes 0.6 of it."
@@ -65,12 +65,12 @@ class Options(EngineOptions):
         256,
         ge=32,
         le=65536,
-        description="Tokens computed in one step, after which a cancelled request is gone.",
+        description="Tokens computed in one step, after which a cancelled request ends.",
     )
     prefix_cache: bool | None = Field(
         None,
         description="Keep a prompt's KV cache for the next one; on where `precision` is f32 and "
-        "answers need not repeat themselves.",
+        "answers need not be reproducible.",
     )
     properties: dict[str, str | int | float | bool] = Field(
         {}, description="More properties of OpenVINO's CPU device, by their names in capitals."
@@ -94,9 +94,9 @@ def plan_cache(request: OpenRequest, options: Options) -> CachePlan:
     """
     memory = machine.host_memory() if request.memory is None else request.memory
     fits = plan.tokens_in(memory / 4, _kv_bytes(request.model, options))
-    slots, asked = request.max_running or _DEFAULT_RUNNING, options.cache_tokens
-    planned = plan.plan_cache(request, slots, asked or fits, limit="the KV cache")
-    return planned if asked is None else msgspec.structs.replace(planned, tokens=asked)
+    slots, requested = request.max_running or _DEFAULT_RUNNING, options.cache_tokens
+    planned = plan.plan_cache(request, slots, requested or fits, limit="the KV cache")
+    return planned if requested is None else msgspec.structs.replace(planned, tokens=requested)
 
 
 def _kv_bytes(model: ModelFile, options: Options) -> float:
@@ -105,29 +105,29 @@ def _kv_bytes(model: ModelFile, options: Options) -> float:
 
 
 def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
-    """Return what is worth a try: a larger batch of prompts, and answers nearer to the model's."""
+    """Return options worth trying: a larger batch of prompts, and full precision."""
     more = [{"batch_size": 1024}] if (request.max_running or 1) > 1 else []
     return [*more, {"precision": "f32"}]
 
 
 def settled(request: OpenRequest) -> Options:
-    """Return the options; those not given are chosen so that answers repeat if they must.
+    """Return the options, with defaults for reproducible answers where the request needs them.
 
     Raises:
-        ConfigError: a property is not written as the library's are.
+        ConfigError: a property is not in capitals.
     """
     options = Options(**request.options)
     for name in options.properties:
         if not name.isidentifier() or not name.isupper():
             raise ConfigError(f"{name!r} is no property of OpenVINO: they are in capitals.")
-    changed: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     if options.prefix_cache is None:
-        # In 16 bits, prompts that share a beginning and run together get wrong answers from it.
-        exact = options.precision == "f32"
-        changed["prefix_cache"] = exact and not request.repeatable
+        # In 16 bits, concurrent prompts that share a prefix get wrong answers from it.
+        is_exact = options.precision == "f32"
+        defaults["prefix_cache"] = is_exact and not request.repeatable
     if request.repeatable and "precision" not in request.options:
-        changed["precision"] = "f32"
-    return options.model_copy(update=changed)
+        defaults["precision"] = "f32"
+    return options.model_copy(update=defaults)
 
 
 def properties_of(options: Options) -> dict[str, str | int | float | bool]:

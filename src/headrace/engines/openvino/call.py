@@ -1,4 +1,4 @@
-"""The requests of one pipeline: what each asks of it, and the task that steps through them all."""
+"""The requests of a pipeline: their configuration, and the task that runs the steps."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _BY_NAME = ("max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "logprob
 HONOURED = frozenset(_PENALTIES + _DRAWN + _BY_NAME)
 """The sampling parameters that `settings_of` translates; of `logprobs` only 0, the chosen token."""
 
-# Turns of the loop between two steps: readers take their tokens, and the frames leave.
+# Turns of the loop between two steps, in which tokens are read and frames sent.
 _TURNS = 3
 
 
 class Stepper:
-    """Runs the requests of one pipeline, a token of each at a time.
+    """Runs the requests of a pipeline in steps, of one token each.
 
     The library holds Python's lock for the whole of a step, so a thread of its own would only
     add a switch to every token: the steps are taken on the event loop.
@@ -103,7 +103,7 @@ class Stepper:
         if self._closed:
             raise GenerationFailed("The engine is closed.")
         if self._pipeline is None:
-            # After a failed step the state of the old one is not to be trusted.
+            # After a failed step the state of the old one may be wrong.
             self._pipeline = self._reopen()
         return self._pipeline
 
@@ -119,8 +119,8 @@ class Stepper:
             self._fail(_failure(error))
 
     def _collect(self) -> None:
-        over = [number for number, call in self._running.items() if call.collect()]
-        for number in over:
+        finished = [number for number, call in self._running.items() if call.collect()]
+        for number in finished:
             del self._running[number]
 
     def _fail(self, error: HeadraceError) -> None:
@@ -130,7 +130,7 @@ class Stepper:
 
 
 class _Call:
-    """One request that runs: what came of it so far."""
+    """A running request."""
 
     def __init__(
         self,
@@ -145,40 +145,40 @@ class _Call:
         self._ends = ends
         self._vocabulary = vocabulary
         self._total = len(request.token_ids) + len(request.answered)
-        self._made = 0
+        self._generated = 0
         self.mailbox.put(Admitted(0, self._total))
 
     def collect(self) -> bool:
-        """Pass on what the last step made; return whether that was all."""
+        """Emit the tokens of the last step; return whether the request is over."""
         while self.handle.can_read():
             for output in self.handle.read().values():
                 if self._take(output.generated_ids, output.generated_log_probs):
                     return True
         status = self.handle.get_status().name
         if status == "RUNNING":
-            if not self._made:
+            if not self._generated:
                 self.mailbox.put(Admitted(0, self._total))
             return False
-        self.mailbox.put(_unfinished(status))
+        self.mailbox.put(_end_error(status))
         return True
 
     def _take(self, token_ids: list[int], logprobs: list[float]) -> bool:
-        most = self._request.max_tokens - self._made
+        left = self._request.max_tokens - self._generated
         end = next((at for at, token in enumerate(token_ids) if token in self._ends), None)
-        shown = token_ids[: most if end is None else end]
+        shown = token_ids[: left if end is None else end]
         if end is not None and token_ids[end] not in self._request.sampling.stop_token_ids:
             shown = token_ids[: end + 1]
         if shown:
             self.mailbox.put(self._delta(shown, logprobs))
-        self._made += len(shown)
-        if end is None and self._made < self._request.max_tokens:
+        self._generated += len(shown)
+        if end is None and self._generated < self._request.max_tokens:
             return False
-        self.handle.cancel()  # with ignore_eos the library does not know our stop tokens
+        self.handle.cancel()  # with ignore_eos the library does not have the stop tokens
         self.mailbox.put(
             RawFinish(
                 reason="length" if end is None else "stop",
                 prompt_tokens=self._total,
-                completion_tokens=self._made,
+                completion_tokens=self._generated,
             )
         )
         return True
@@ -202,7 +202,7 @@ def settings_of(request: EngineRequest, ends: frozenset[int]) -> dict[str, Any]:
     sampling = request.sampling
     if sampling.logprobs:
         raise Unsupported(
-            "OpenVINO tells the log-probability of the chosen token alone: logprobs is at most 0.",
+            "OpenVINO reports the log-probability of the chosen token only: logprobs is at most 0.",
             param="logprobs",
         )
     given = {name: getattr(sampling, name) for name in _PENALTIES}
@@ -219,10 +219,10 @@ def settings_of(request: EngineRequest, ends: frozenset[int]) -> dict[str, Any]:
 
 
 def _draw(sampling: Sampling) -> dict[str, Any]:
-    # Where only one token is left to choose from, the library takes it in this way alone.
+    # Where only one token can be chosen, the library needs do_sample off.
     if sampling.temperature == 0 or sampling.top_k == 1 or sampling.top_p == 0:
         return {"do_sample": False}
-    # Without a seed it would draw the same in each request.
+    # Without a seed the library would draw the same in each request.
     seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
     chosen: dict[str, Any] = {
         "do_sample": True,
@@ -253,7 +253,7 @@ def _row(token_ids: tuple[int, ...]) -> Any:
     return np.array([token_ids], dtype=np.int64)
 
 
-def _unfinished(status: str) -> HeadraceError:
+def _end_error(status: str) -> HeadraceError:
     if status == "IGNORED":
         return OutOfMemory("The KV cache has no room for this request.")
     return GenerationFailed("OpenVINO ended the request without a reason.", detail=status)
@@ -267,5 +267,5 @@ def _failure(error: Exception) -> HeadraceError:
 
 
 def _reason(error: RuntimeError) -> str:
-    # A check of the library's, where it stands in its source, and perhaps what it means.
+    # The text has the failed check, its place in the source, and perhaps an explanation.
     return str(error).partition(" failed at ")[0].strip()[:200]

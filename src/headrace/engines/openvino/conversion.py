@@ -1,8 +1,8 @@
-"""Makes OpenVINO IR of a model in another format, once, and keeps it.
+"""Converts models in other formats to OpenVINO IR, once, and stores the result.
 
 Under `<home>/converted` each model has a folder, named by its source: another file at the same
-place is another model. The work is done by a process of its own, in a folder that gets its name
-when it is whole.
+path is another model. A process of its own does the work, in a folder that is renamed when it is
+complete.
 """
 
 from __future__ import annotations
@@ -25,16 +25,27 @@ from headrace.core.model import ModelFile
 from headrace.engines.openvino.vocabulary import without_telemetry
 from headrace.models import folder, gguf_model, openvino
 from headrace.models.gguf import read_header
-from headrace.models.transfer import Progress, disk_full, require_free, room, silent, sync_folder
+from headrace.models.transfer import (
+    Progress,
+    disk_errors,
+    disk_full,
+    require_free,
+    silent,
+    sync_folder,
+)
 
 EXACT = frozenset({"F16", "Q8_0"})
-"""Quantisations of GGUF that the library reads as they are; others it rounds once more."""
+"""Quantisations of GGUF that the library reads exactly; it rounds others."""
 
-# A GGUF in F16 is made on the way, and lies beside the result for a while.
+# For a while there is a GGUF in F16 beside the result.
 _BYTES_PER_WEIGHT = 4
-_KEPT = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
-_KEPT_VECTORS = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
-_FULL = ("No space left", "Disk quota exceeded", "File too large")
+_COPIED = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+_COPIED_FOR_VECTORS = (
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+_DISK_FULL = ("No space left", "Disk quota exceeded", "File too large")
 
 
 def needs_conversion(file: ModelFile) -> bool:
@@ -44,10 +55,10 @@ def needs_conversion(file: ModelFile) -> bool:
 
 
 def prepared(file: ModelFile, home: Path) -> ModelFile:
-    """Return what OpenVINO loads for a model: itself, or what was made of it.
+    """Return the model that OpenVINO loads: the same, or the converted one.
 
     Raises:
-        LoadFailed: it was not converted yet.
+        LoadFailed: it has not been converted.
     """
     if not needs_conversion(file):
         return file
@@ -58,7 +69,7 @@ def prepared(file: ModelFile, home: Path) -> ModelFile:
 
 
 def not_converted(file: ModelFile) -> LoadFailed:
-    """Return the error for a model that OpenVINO would round; it says what to do."""
+    """Return the error for a model that OpenVINO would round, with the command to convert it."""
     return LoadFailed(
         f"OpenVINO does not read {file.format} in {file.quantization} exactly. Convert the model "
         "once, with: headrace pull MODEL --for openvino"
@@ -66,10 +77,10 @@ def not_converted(file: ModelFile) -> LoadFailed:
 
 
 def convert(file: ModelFile, home: Path, progress: Progress = silent) -> ModelFile:
-    """Make what OpenVINO loads for a model, if it is not there already. Blocking.
+    """Convert a model for OpenVINO, unless that was done before. Blocking.
 
     Raises:
-        ConfigError: a library that the work takes is not installed.
+        ConfigError: a library for the conversion is not installed.
         LoadFailed: the model cannot be converted.
         DoesNotFit: the disk is too small.
     """
@@ -77,11 +88,11 @@ def convert(file: ModelFile, home: Path, progress: Progress = silent) -> ModelFi
         return file
     target = _target(file, home)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with room(target.parent), FileLock(target.with_suffix(".lock")):
+    with disk_errors(target.parent), FileLock(target.with_suffix(".lock")):
         if not target.exists():
             progress("converting for openvino", 0, 0)
             require_free(target.parent, (file.parameters or file.size) * _BYTES_PER_WEIGHT)
-            _make(file, target)
+            _convert(file, target)
     return openvino.describe(target)
 
 
@@ -93,47 +104,47 @@ def _target(file: ModelFile, home: Path) -> Path:
     return home / "converted" / f"{re.sub(r'[^A-Za-z0-9]+', '-', path.stem)[:80]}-{digest}"
 
 
-def _make(file: ModelFile, target: Path) -> None:
-    making = target.with_suffix(".making")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir()
+def _convert(file: ModelFile, target: Path) -> None:
+    partial = target.with_suffix(".making")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
     try:
-        _in_own_process(file, making)
-        made = openvino.describe(making)
-        _check(file, made)
-        for path in making.rglob("*"):
-            _to_disk(path)
-        sync_folder(making)
-        making.rename(target)
+        _run_conversion(file, partial)
+        converted = openvino.describe(partial)
+        _check(file, converted)
+        for path in partial.rglob("*"):
+            _flush(path)
+        sync_folder(partial)
+        partial.rename(target)
         sync_folder(target.parent)
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _in_own_process(file: ModelFile, making: Path) -> None:
-    # Native code reads the weights, and the memory that it takes is not the caller's.
-    command = [sys.executable, "-W", "ignore", "-m", __name__, file.path, str(making)]
+def _run_conversion(file: ModelFile, partial: Path) -> None:
+    # Native code reads the weights, and needs much memory.
+    command = [sys.executable, "-W", "ignore", "-m", __name__, file.path, str(partial)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode == 0:
         return
     last = (done.stderr.strip().splitlines() or ["it died"])[-1]
-    if any(word in done.stderr for word in _FULL):
-        raise disk_full(making.parent)
+    if any(word in done.stderr for word in _DISK_FULL):
+        raise disk_full(partial.parent)
     if "ModuleNotFoundError" in last:
         raise ConfigError(
-            f"Converting takes more: pip install 'headrace[openvino-convert]'. {last}"
+            f"Conversion needs more libraries: pip install 'headrace[openvino-convert]'. {last}"
         )
     raise LoadFailed(f"{file.path} could not be converted for OpenVINO.", detail=last)
 
 
-def _check(file: ModelFile, made: ModelFile) -> None:
-    # The two count differently by what is computed from weights, never by a whole layer.
-    before, after = file.parameters or 0, made.parameters or 0
+def _check(file: ModelFile, converted: ModelFile) -> None:
+    # The counts may differ by constants computed from weights, never by a layer.
+    before, after = file.parameters or 0, converted.parameters or 0
     if before and abs(after - before) > before // 20:
         raise LoadFailed(f"The conversion has {after} weights instead of {before}.")
 
 
-def _to_disk(path: Path) -> None:
+def _flush(path: Path) -> None:
     if path.is_file():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -180,15 +191,15 @@ def widen(source: Path, target: Path) -> None:
     fields = readers[0].fields
     writer = GGUFWriter(target, fields["general.architecture"].contents())
     for name, field in fields.items():
-        if not name.startswith(("GGUF.", "split.")) and name not in _WRITTEN:
+        if not name.startswith(("GGUF.", "split.")) and name not in _REWRITTEN_KEYS:
             array = field.types[0] == GGUFValueType.ARRAY
             inner = field.types[-1] if array else None
             writer.add_key_value(name, field.contents(), field.types[0], inner)
     writer.add_file_type(1)
     tensors = [tensor for reader in readers for tensor in reader.tensors]
-    full = GGMLQuantizationType.F32
+    unpacked = GGMLQuantizationType.F32
     for tensor in tensors:
-        kind = np.dtype(np.float32 if tensor.tensor_type == full else np.float16)
+        kind = np.dtype(np.float32 if tensor.tensor_type == unpacked else np.float16)
         shape = [int(length) for length in reversed(tensor.shape)]
         size = int(np.prod(shape)) * kind.itemsize
         writer.add_tensor_info(tensor.name, shape, kind, size)
@@ -197,7 +208,7 @@ def widen(source: Path, target: Path) -> None:
     writer.write_ti_data_to_file()
     for tensor in tensors:
         values = dequantize(tensor.data, tensor.tensor_type)
-        if tensor.tensor_type != full:
+        if tensor.tensor_type != unpacked:
             values = values.astype(np.float16)
         if not np.isfinite(values).all():
             raise LoadFailed(f"{tensor.name} has weights that are too large for F16.")
@@ -205,12 +216,14 @@ def widen(source: Path, target: Path) -> None:
     writer.close()
 
 
-_WRITTEN = frozenset({"general.architecture", "general.file_type", "general.quantization_version"})
+_REWRITTEN_KEYS = frozenset(
+    {"general.architecture", "general.file_type", "general.quantization_version"}
+)
 
 
 def _configuration(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield names and contents of the small files that describe a model, from its header."""
-    known = gguf_model.describe(source)
+    model = gguf_model.describe(source)
     metadata = read_header(source).metadata
     keys = {
         "num_hidden_layers": "block_count",
@@ -219,19 +232,19 @@ def _configuration(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         "num_key_value_heads": "attention.head_count_kv",
         "head_dim": "attention.key_length",
     }
-    values = ((ours, metadata.get(f"{known.architecture}.{key}")) for ours, key in keys.items())
+    values = ((ours, metadata.get(f"{model.architecture}.{key}")) for ours, key in keys.items())
     numbers = {name: value for name, value in values if isinstance(value, int)}
-    lengths = {"max_position_embeddings": known.context_length} if known.context_length else {}
-    yield "config.json", {"model_type": known.architecture, **numbers, **lengths}
-    if known.chat_template:
-        yield "tokenizer_config.json", {"chat_template": known.chat_template}
+    lengths = {"max_position_embeddings": model.context_length} if model.context_length else {}
+    yield "config.json", {"model_type": model.architecture, **numbers, **lengths}
+    if model.chat_template:
+        yield "tokenizer_config.json", {"chat_template": model.chat_template}
 
 
 def from_folder(source: Path, target: Path) -> None:
     """Write the IR of an embedder or a cross-encoder, in the precision of its weights.
 
     Raises:
-        LoadFailed: it is a model of another kind.
+        LoadFailed: it is another kind of model.
     """
     import openvino as ov
     import torch
@@ -251,10 +264,10 @@ def from_folder(source: Path, target: Path) -> None:
     with torch.no_grad():
         graph = ov.convert_model(model, example_input=example)
     ov.save_model(graph, target / openvino.MODEL, compress_to_fp16=False)
-    both = convert_tokenizer(tokenizer, with_detokenizer=True)
-    for name, graph in zip((openvino.TOKENIZER, openvino.DETOKENIZER), both, strict=True):
+    graphs = convert_tokenizer(tokenizer, with_detokenizer=True)
+    for name, graph in zip((openvino.TOKENIZER, openvino.DETOKENIZER), graphs, strict=True):
         ov.save_model(graph, target / name)
-    for name in (*_KEPT, *_KEPT_VECTORS):
+    for name in (*_COPIED, *_COPIED_FOR_VECTORS):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
     for pooling in source.glob("*_Pooling/config.json"):

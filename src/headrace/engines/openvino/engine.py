@@ -1,4 +1,4 @@
-"""One model in OpenVINO: a pipeline that generates, or a graph that embeds or ranks."""
+"""A model in OpenVINO: a pipeline that generates, or a graph that embeds or ranks."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from headrace.engines.plan import CachePlan
 if TYPE_CHECKING:
     from openvino_genai import ContinuousBatchingPipeline, SchedulerConfig, Tokenizer
 
-_NOTE = "the library does not tell how many prompt tokens came from the prefix cache: cached is 0"
+_NOTE = "the library does not report how many prompt tokens came from the prefix cache: cached is 0"
 
 
 class _TextEngine:
-    """One model in one pipeline, which batches what runs at the same time."""
+    """A model in a pipeline, which batches concurrent requests."""
 
     def __init__(self, request: OpenRequest) -> None:
         if needs_conversion(request.model):
@@ -47,7 +47,7 @@ class _TextEngine:
         self.facts = self._facts()
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
-        """Return what the model generates."""
+        """Return the events of a request."""
         self.vocabulary.check((*request.token_ids, *request.answered))
         return self._stepper.stream(request)
 
@@ -101,7 +101,7 @@ def open_model(request: OpenRequest) -> Generator | Embedder | Reranker:
     """Load a model for its task.
 
     Raises:
-        ConfigError, LoadFailed, OutOfMemory: it cannot be.
+        ConfigError, LoadFailed, OutOfMemory: it cannot be loaded.
     """
     if request.device not in {"auto", "cpu"}:
         raise LoadFailed(f"OpenVINO runs on the CPU here, not on {request.device}.")

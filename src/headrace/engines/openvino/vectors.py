@@ -18,8 +18,8 @@ Array = Any  # of numpy
 _POOLINGS = ("mean", "cls", "max", "lasttoken")
 _BATCH = BatchLimits(items=32, tokens=16384)
 _CONTEXT = 512
-# Two marks stand between the texts of a pair where the model was made like RoBERTa.
-_TWO_MARKS = ("roberta", "camembert")
+# Models like RoBERTa have two separators between the texts of a pair.
+_TWO_SEPARATORS = ("roberta", "camembert")
 
 
 class _GraphEngine:
@@ -73,7 +73,7 @@ class _GraphEngine:
     def _run(
         self, batch: Sequence[Sequence[int]], seconds: Sequence[int] = ()
     ) -> tuple[Array, Array]:
-        """Return what the graph makes of padded token ids, and their mask."""
+        """Run the graph on padded token ids; return its output and the mask."""
         import numpy as np
 
         for row in batch:
@@ -87,9 +87,9 @@ class _GraphEngine:
             mask[at, : len(row)] = 1
         for at, second in enumerate(seconds):
             types[at, second : len(batch[at])] = 1
-        given = dict(zip(names, (ids, mask, types), strict=True))
+        arrays = dict(zip(names, (ids, mask, types), strict=True))
         try:
-            outputs = self._graph({name: given[name] for name in self._inputs})
+            outputs = self._graph({name: arrays[name] for name in self._inputs})
         except RuntimeError as error:
             if "alloc" in str(error):
                 raise OutOfMemory("OpenVINO ran out of memory.", detail=str(error)) from error
@@ -98,7 +98,7 @@ class _GraphEngine:
 
 
 class VectorEngine(_GraphEngine, Embedder):
-    """An embedder: the graph's last layer, pooled as the model's own modules say."""
+    """An embedder: the graph's last layer, pooled as in the model's own modules."""
 
     def __init__(self, request: OpenRequest, properties: dict[str, Any]) -> None:
         super().__init__(request, properties)
@@ -132,16 +132,16 @@ class ScoreEngine(_GraphEngine):
 
     def pair(self, query: str, document: str) -> Pair:
         """Return the ids of both as the model was trained on them."""
-        marked, bare = (self.tokenize("a", add_special=how) for how in (True, False))
+        marked, bare = (self.tokenize("a", add_special=special) for special in (True, False))
         at = next(i for i in range(len(marked)) if marked[i : i + len(bare)] == bare)
         first, last = marked[:at], marked[at + len(bare) :]
         kind = str(self._config.get("model_type", ""))
-        between = [*last, *last] if any(name in kind for name in _TWO_MARKS) else last
+        between = [*last, *last] if any(name in kind for name in _TWO_SEPARATORS) else last
         before = (*first, *self.tokenize(query, add_special=False), *between)
         return Pair((*before, *self.tokenize(document, add_special=False), *last), len(before))
 
     def score(self, batch: Sequence[Pair]) -> Sequence[float]:
-        """Return the score of each pair, between 0 and 1 unless the model says otherwise."""
+        """Return the score of each pair, between 0 and 1 unless the model has no activation."""
         rows = [pair.token_ids for pair in batch]
         scores, _ = self._run(rows, [pair.second for pair in batch])
         return [self._shaped(float(score)) for score in scores.reshape(-1)]
@@ -153,7 +153,7 @@ class ScoreEngine(_GraphEngine):
 
 
 def pooled(hidden: Array, mask: Array, pooling: str) -> Array:
-    """Make one vector of those of all tokens; padding does not count."""
+    """Pool the vectors of all tokens, without padding, into one."""
     import numpy as np
 
     seen = mask[:, :, None].astype(np.float32)
@@ -169,7 +169,7 @@ def modules_of(path: Path) -> tuple[str, bool]:
     """Return how a model pools, and whether it normalises.
 
     Raises:
-        LoadFailed: it has a module that is not known here.
+        LoadFailed: it has an unsupported module.
     """
     names = openvino.module_types(path)
     unknown = [name for name in names if name not in {"Transformer", "Pooling", "Normalize"}]

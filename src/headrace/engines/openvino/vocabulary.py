@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from headrace.core.errors import InvalidRequest
+from headrace.engines.tokenizer import SPACE, sentencepiece
 
 if TYPE_CHECKING:
     from openvino_genai import Tokenizer
 
-_SPACE = "▁".encode()
-_BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
-
 
 def without_telemetry() -> None:
-    """Keep OpenVINO's tools from reporting their use: their reporter seems not installed.
+    """Keep OpenVINO's tools from reporting their use, by hiding the module that does it.
 
     Call it before the library is imported.
     """
@@ -28,7 +25,7 @@ def without_telemetry() -> None:
 class Vocabulary:
     """Text to token ids and back. `words` are the bytes of each token.
 
-    `shown` is the same without those of control tokens, as a stream shows them. `eos` and `bos`
+    `shown` has them without control tokens, as in a stream. `eos` and `bos`
     are -1 where the model has none.
     """
 
@@ -64,7 +61,7 @@ class Vocabulary:
         return b"".join(words[token] for token in token_ids).decode(errors="replace")
 
     def decoded(self, token_ids: Sequence[int]) -> str:
-        """Return the text as the tokenizer joins it, where tokens are words and not bytes.
+        """Return the text as the tokenizer joins it, for tokens that are words and not bytes.
 
         Raises:
             InvalidRequest: an id is outside of the vocabulary.
@@ -73,7 +70,7 @@ class Vocabulary:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
     def check(self, token_ids: Sequence[int]) -> None:
-        """Refuse ids that the library would take for some token.
+        """Check ids, as the library takes invalid ones for other tokens.
 
         Raises:
             InvalidRequest: an id is outside of the vocabulary.
@@ -83,7 +80,7 @@ class Vocabulary:
 
 
 def _is_control(bare: str, full: str) -> bool:
-    # A piece of a character is nothing in either.
+    # An incomplete character is empty in both.
     return not bare and bool(full)
 
 
@@ -91,12 +88,6 @@ def _words(vocabulary: dict[bytes, int]) -> list[bytes]:
     words = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for word, token in vocabulary.items():
         words[token] = word
-    if not any(word.startswith(_SPACE) for word in words):
+    if not any(word.startswith(SPACE) for word in words):
         return words
-    # SentencePiece writes spaces and bytes in characters of its own.
-    return [_piece(word) for word in words]
-
-
-def _piece(word: bytes) -> bytes:
-    byte = _BYTE.fullmatch(word)
-    return bytes.fromhex(byte[1].decode()) if byte else word.replace(_SPACE, b" ")
+    return [sentencepiece(word) for word in words]

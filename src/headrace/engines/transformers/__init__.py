@@ -23,7 +23,7 @@ ABOUT = About(
 
 _MIB = 1 << 20
 _SLOTS, _STEP = {"cpu": 16, "cuda": 256}, {"cpu": 256, "cuda": 2048}
-# So many requests of full length fit at once on a CPU. More run while they are shorter.
+# Requests of full length that fit at once on a CPU. More run while they are shorter.
 _FULL_ON_CPU = 4
 _CPU_SHARE, _CUDA_SHARE = 0.25, 0.6
 # Measured: Python with torch and transformers, and what CUDA takes beside it (as documented).
@@ -48,20 +48,20 @@ class Options(EngineOptions):
         ge=1,
         le=1024,
         description="Requests in one batch; by default 16, 256 on a GPU, and 1 where answers "
-        "must repeat themselves.",
+        "have to be reproducible.",
     )
     cache_tokens: int | None = Field(
         None,
         ge=256,
         le=1 << 30,
         description="Tokens that the KV cache holds for all requests together; by default what "
-        "fits. A request that is pushed out of it is computed again.",
+        "fits. A request that is evicted from it is computed again.",
     )
     step_tokens: int | None = Field(
         None,
         ge=16,
         le=1 << 16,
-        description="Tokens computed in one step, after which a cancelled request is gone; by "
+        description="Tokens computed in one step, after which a cancelled request ends; by "
         "default 256, 2048 on a GPU.",
     )
     prefix_cache: bool = Field(True, description="Share the KV cache of equal beginnings.")
@@ -82,7 +82,7 @@ class Options(EngineOptions):
 def settled(request: OpenRequest) -> Options:
     """Return the options, with one slot where requests run alone.
 
-    Only alone does a request repeat itself bit by bit.
+    Only a request that runs alone is reproducible bit by bit.
     """
     options = Options(**request.options)
     alone = options.batching == "off" or (request.repeatable and options.slots is None)
@@ -90,7 +90,7 @@ def settled(request: OpenRequest) -> Options:
 
 
 def plan_cache(request: OpenRequest, options: Options, device: str) -> CachePlan:
-    """Choose what was not asked for, so that the cache fits its share of the memory."""
+    """Choose the sizes that are not set, so that the cache fits its share of the memory."""
     kind = _kind(device)
     slots = options.slots or min(_SLOTS[kind], request.max_running or _SLOTS[kind])
     full = min(slots, _FULL_ON_CPU) if kind == "cpu" else slots
@@ -129,8 +129,8 @@ def _fitting(request: OpenRequest, options: Options, device: str) -> int | None:
     per_token = _kv_bytes(request.model, options)
     if device == "cpu":
         return plan.tokens_in((request.memory or machine.host_memory()) * _CPU_SHARE, per_token)
-    there = (found.total for found in machine.devices() if found.key == device)
-    memory = request.memory or next(there, 0)
+    totals = (item.total for item in machine.devices() if item.key == device)
+    memory = request.memory or next(totals, 0)
     left = memory * _CUDA_SHARE - _weights(request.model, options)
     return plan.tokens_in(max(0.0, left), per_token)
 

@@ -1,6 +1,7 @@
-"""How the next tokens of a request are chosen, and how they become events.
+"""Sampling of the next tokens, and the events of them.
 
-A batch's logits are settled by the rules of each request, its `Draw`; its `Answer` reports them.
+Each request has a `Draw`, which applies its rules to the logits, and an `Answer`, which makes the
+events.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from headrace.engines.base import EngineRequest, RawDelta, RawEvent, RawFinish
 from headrace.engines.tokenizer import Vocabulary
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "footprint")
-# Below it a division would overflow, and nothing is left to chance anyway.
-_COLD = 1e-5
-# So many of the likeliest are put in order first: mostly the others cannot be chosen.
-_FIRST = 1024
+# Below it a division would overflow, and the choice is certain anyway.
+_MIN_TEMPERATURE = 1e-5
+# So many of the likeliest are sorted first: mostly the others cannot be chosen.
+_SORTED_FIRST = 1024
 
 
 class Rules(NamedTuple):
-    """What a request asks of its logits, by our names; the values given here change nothing."""
+    """The sampling rules of a request, by our names; the defaults change nothing."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -38,7 +39,7 @@ class Rules(NamedTuple):
 
     @property
     def penalises(self) -> bool:
-        """Whether it matters which tokens there were before."""
+        """Whether the choice depends on earlier tokens."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (
             1.0,
             0.0,
@@ -46,9 +47,9 @@ class Rules(NamedTuple):
         )
 
     @property
-    def rolls(self) -> bool:
-        """Whether it is left to chance."""
-        return self.temperature >= _COLD
+    def samples(self) -> bool:
+        """Whether the choice is random."""
+        return self.temperature >= _MIN_TEMPERATURE
 
 
 class Chosen(NamedTuple):
@@ -60,11 +61,11 @@ class Chosen(NamedTuple):
 
 
 _NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-"""What may come from the model's `generation_config`, and the values where it does not."""
+"""Rules that may come from the model's `generation_config`, and their neutral values."""
 
 
 def rules(sampling: Sampling, defaults: Any) -> Rules:
-    """Return what is asked for, and of what is not the model's own `generation_config`."""
+    """Return a request's rules; those not set are of the model's `generation_config`."""
     given: dict[str, Any] = {name: getattr(sampling, name) for name in Rules._fields}
     for name, neutral in _NEUTRAL.items():
         if given[name] is None and defaults.do_sample:
@@ -79,11 +80,11 @@ def rules(sampling: Sampling, defaults: Any) -> Rules:
 
 _BY_NAME = ("max_tokens", "min_tokens", "seed", "stop_token_ids", "ignore_eos", "logit_bias")
 HONOURED = frozenset(Rules._fields + _BY_NAME)
-"""The sampling parameters that a request translates: its rules, and what `Draw` and `Answer` do."""
+"""The sampling parameters that are translated: the rules, and those of `Draw` and `Answer`."""
 
 
 class Draw:
-    """One request's choices: its rules, its clock, and what it remembers of its tokens."""
+    """The sampling of one request: its rules, its random generator and its tokens."""
 
     def __init__(
         self,
@@ -98,23 +99,23 @@ class Draw:
         self.rules = rules
         self.reports: deque[Chosen] = deque()
         self._seed = seed
-        self._clock: Any = None
+        self._generator: Any = None
         self._text = text
         self._bias = bias
         self._matcher = matcher
         self._counts: Any = None
-        self._held_back = min_tokens
+        self._min_left = min_tokens
         self._ends = list(ends)
         self._shapes = bool(bias or min_tokens) or matcher is not None or rules.penalises
-        self.plain = not (self._shapes or rules.rolls or rules.logprobs is not None)
+        self.plain = not (self._shapes or rules.samples or rules.logprobs is not None)
 
-    def wind(self, clocks: torch.Tensor) -> None:
-        """Overwrite the times of a seeded draw: the same sequence for the same seed."""
+    def fill_times(self, times: torch.Tensor) -> None:
+        """Overwrite the random times, if there is a seed, from its own generator."""
         if self._seed is None:
             return
-        if self._clock is None:
-            self._clock = torch.Generator(clocks.device).manual_seed(self._seed)
-        clocks.exponential_(generator=self._clock)
+        if self._generator is None:
+            self._generator = torch.Generator(times.device).manual_seed(self._seed)
+        times.exponential_(generator=self._generator)
 
     def shape(self, row: torch.Tensor) -> torch.Tensor:
         """Return the logits with bias, penalties, `min_tokens` and grammar applied."""
@@ -125,20 +126,20 @@ class Draw:
             row = row.index_add(0, places, row.new_tensor(list(self._bias.values())))
         if self.rules.penalises:
             row = self._penalised(row)
-        if self._held_back > 0 and self._ends:
+        if self._min_left > 0 and self._ends:
             ends = torch.tensor(self._ends, device=row.device)
             row = row.index_fill(0, ends, -torch.inf)
         if self._matcher is not None:
             allowed = torch.frombuffer(
                 bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8
             )
-            shut = allowed[: len(row)].to(row.device) == 0
-            row = row.masked_fill(shut, -torch.inf)
+            forbidden = allowed[: len(row)].to(row.device) == 0
+            row = row.masked_fill(forbidden, -torch.inf)
         return row
 
     def take(self, token: int) -> None:
-        """Remember a chosen token."""
-        self._held_back -= 1
+        """Record a chosen token."""
+        self._min_left -= 1
         if self._counts is not None:
             self._counts[token] += 1
         if self._matcher is not None:
@@ -151,24 +152,24 @@ class Draw:
         counts, rules = self._counts, self.rules
         seen = counts > 0
         if rules.repetition_penalty != 1:
-            weaker = torch.where(
+            penalised = torch.where(
                 row > 0, row / rules.repetition_penalty, row * rules.repetition_penalty
             )
-            row = torch.where(seen, weaker, row)
+            row = torch.where(seen, penalised, row)
         return row - rules.frequency_penalty * counts - rules.presence_penalty * seen
 
 
 def settle(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """Return logits, a row for each draw, of which the highest is that draw's choice."""
+    """Choose a token for each draw; return the logits with the chosen ones highest."""
     rows = [row for row, draw in enumerate(draws) if not draw.plain]
     if not rows:
         return scores
-    busy = [draws[row] for row in rows]
+    active = [draws[row] for row in rows]
     raw = scores[rows]
-    shaped = torch.stack([draw.shape(row) for draw, row in zip(busy, raw, strict=True)])
-    chosen = _chosen(shaped, busy)
+    shaped = torch.stack([draw.shape(row) for draw, row in zip(active, raw, strict=True)])
+    chosen = _chosen(shaped, active)
     tokens = chosen.tolist()
-    for draw, row, token in zip(busy, raw, tokens, strict=True):
+    for draw, row, token in zip(active, raw, tokens, strict=True):
         draw.take(token)
         if draw.rules.logprobs is not None:
             draw.reports.append(_report(row, token, draw.rules.logprobs))
@@ -176,22 +177,22 @@ def settle(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     return scores
 
 
-def _report(row: torch.Tensor, token: int, most: int) -> Chosen:
+def _report(row: torch.Tensor, token: int, count: int) -> Chosen:
     logprobs = row.log_softmax(-1)
-    top = logprobs.topk(most)
+    top = logprobs.topk(count)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return Chosen(token, float(logprobs[token]), tuple(pairs))
 
 
 def _chosen(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     best = scores.argmax(-1)
-    rolling = [row for row, draw in enumerate(draws) if draw.rules.rolls]
-    if rolling:
-        best[rolling] = _rolled(scores[rolling], [draws[row] for row in rolling])
+    random_rows = [row for row, draw in enumerate(draws) if draw.rules.samples]
+    if random_rows:
+        best[random_rows] = _sampled(scores[random_rows], [draws[row] for row in random_rows])
     return best
 
 
-def _rolled(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+def _sampled(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     def column(values: Iterable[float]) -> torch.Tensor:
         return scores.new_tensor(list(values))[:, None]
 
@@ -203,36 +204,38 @@ def _rolled(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
             probs, top_k, column(rule.top_p for rule in rules), column(rule.min_p for rule in rules)
         )
         probs = probs.masked_fill(probs < floor, 0.0)
-    # A race in which each token has a clock of its own. What wins depends little on the last bits
-    # of the logits, and those depend on what else is in the batch.
-    clocks = torch.empty_like(probs).exponential_()
-    for row, draw in zip(clocks, draws, strict=True):
-        draw.wind(row)
-    return (probs / clocks).argmax(-1)
+    # Each token has a random time of its own, and the first wins. So the choice depends little on
+    # the last bits of the logits, which depend on the other requests of the batch.
+    times = torch.empty_like(probs).exponential_()
+    for row, draw in zip(times, draws, strict=True):
+        draw.fill_times(row)
+    return (probs / times).argmax(-1)
 
 
 def _floor(
     probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
-    """Return the least probability that is not ruled out, for each row."""
+    """Return the least probability that is allowed, for each row."""
     width = probs.shape[-1]
-    held = probs.topk(min(_FIRST, width)).values
-    every = top_k >= width
-    enough = (top_k <= _FIRST) | every & (top_p < 1) & (held.sum(-1, keepdim=True) >= top_p)
-    enough |= (every | (top_p >= 1)) & (held[:, -1:] < min_p * held[:, :1])
-    enough |= every & (top_p >= 1) & (min_p <= 0)
+    held = probs.topk(min(_SORTED_FIRST, width)).values
+    unlimited = top_k >= width
+    enough = (top_k <= _SORTED_FIRST) | unlimited & (top_p < 1) & (
+        held.sum(-1, keepdim=True) >= top_p
+    )
+    enough |= (unlimited | (top_p >= 1)) & (held[:, -1:] < min_p * held[:, :1])
+    enough |= unlimited & (top_p >= 1) & (min_p <= 0)
     if not bool(enough.all()):
         held = probs.sort(-1, descending=True).values
     ranks = torch.arange(held.shape[-1], device=held.device)
     kept = held.where(ranks < top_k, 0.0)
-    # The share of top_p is one of what top_k has left.
-    whole = kept.sum(-1, keepdim=True).where(~every, 1.0)
+    # top_p is a share of what top_k leaves.
+    whole = kept.sum(-1, keepdim=True).where(~unlimited, 1.0)
     out = (kept.cumsum(-1) - kept >= top_p * whole) & (top_p < 1)
     out |= (kept < min_p * kept[:, :1]) | (kept <= 0)
-    # The likeliest is never ruled out.
+    # The likeliest is always allowed.
     out[:, 0] = False
     least = kept.masked_fill(out, torch.inf).min(-1, keepdim=True).values
-    return least.where(~every | (top_p < 1) | (min_p > 0), 0.0)
+    return least.where(~unlimited | (top_p < 1) | (min_p > 0), 0.0)
 
 
 def ends_of(sampling: Sampling, own: Iterable[int]) -> list[int]:
@@ -257,7 +260,7 @@ class Answer:
         self._sent = 0
 
     def delta(self, token_ids: Sequence[int]) -> RawDelta | None:
-        """Return the next tokens as an event, without one of `stop_token_ids`; None if no more."""
+        """Return the next tokens as an event, without one of `stop_token_ids`; None if empty."""
         kept = tuple(token_ids[:-1] if token_ids[-1] in self._stops else token_ids)
         self._sent += len(kept)
         reports = self.draw.reports
@@ -270,7 +273,7 @@ class Answer:
         return RawDelta(data, kept, logprobs)
 
     def finish(self, last: int | None) -> RawFinish:
-        """Return the account; `last` is the last token that was made."""
+        """Return the finish; `last` is the last generated token."""
         return RawFinish(
             reason="stop" if last in self.ends else "length",
             prompt_tokens=len(self.prompt),
@@ -279,7 +282,7 @@ class Answer:
         )
 
     def events(self, token_ids: Sequence[int], *, over: bool) -> list[RawEvent]:
-        """Return what new tokens amount to, with the account when it is over."""
+        """Return the events of new tokens, with the finish when it is over."""
         delta = self.delta(token_ids) if token_ids else None
         events: list[RawEvent] = [delta] if delta else []
         return [*events, self.finish(token_ids[-1] if token_ids else None)] if over else events
@@ -291,7 +294,7 @@ class Answer:
 
 
 def failure(error: str) -> EngineError:
-    """Return our error for the text of one of torch or the library."""
-    if any(sign in error.lower() for sign in _NO_MEMORY):
+    """Return the error for the text of an error of torch or the library."""
+    if any(phrase in error.lower() for phrase in _NO_MEMORY):
         return OutOfMemory("The model ran out of memory.", detail=error)
     return GenerationFailed("transformers failed.", detail=error)

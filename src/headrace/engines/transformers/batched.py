@@ -1,8 +1,8 @@
 """Many requests at once, through the library's own manager of continuous batching.
 
-The manager knows one way of sampling for all requests. What it lets each request bring along is
-arguments for processors of logits: so ours brings its draw, and the processor chooses each row's
-token by it. The manager then takes the highest logit.
+The manager samples in one way for all requests, but each can have arguments for processors of
+logits. Ours is the request's `Call`, by which the processor chooses the token of each row. The
+manager then takes the highest logit.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _STOP_S = 30.0
 _PROBE_S = 120.0
 _PROBED = 3
 # How far the manager's logits may be from those of the model alone, relative to their length.
-_TOLERANCE, _COARSE = 0.02, 0.15
+_TOLERANCE, _COARSE_TOLERANCE = 0.02, 0.15
 
 
 class Unbatched(Exception):
-    """The manager cannot run this model, or runs it wrong; the message says why."""
+    """The manager cannot run this model, or gets other logits; the message has the reason."""
 
 
 class Call:
-    """A request on its way through the manager, which hands it on from step to step."""
+    """A request in the manager, which passes it to the processor with each step."""
 
     def __init__(self, name: str, answer: Answer) -> None:
         self.name = name
@@ -62,10 +62,10 @@ class Call:
         self.loop.call_soon_threadsafe(self.mailbox.put, event)
 
     def events(self, item: Any) -> Sequence[RawEvent]:
-        """Return what an item of the mailbox amounts to.
+        """Return the events of an item of the mailbox.
 
         Raises:
-            OutOfMemory, GenerationFailed: as the manager says.
+            OutOfMemory, GenerationFailed: the manager reports an error.
         """
         if isinstance(item, Admitted):
             if self.answer.cached is None:
@@ -81,13 +81,13 @@ class Call:
 
 
 class Processors:
-    """Stands in for the manager's list of processors of logits."""
+    """Replaces the manager's list of processors of logits."""
 
     tensors_required = 0
     do_processing = True
 
     def __init__(self) -> None:
-        self.seen: list[torch.Tensor] | None = None
+        self.recorded: list[torch.Tensor] | None = None
         self._draws: list[Draw] = []
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ class Processors:
             call.taken = True
 
     def fill_defaults(self, tensor: torch.Tensor) -> None:
-        """Do nothing: there are no arguments in tensors."""
+        """Do nothing: no arguments are in tensors."""
 
     def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: Any) -> Any:
         """Keep the draws of the requests that get a token in this step, in order."""
@@ -104,7 +104,7 @@ class Processors:
         for state in requests_in_batch:
             call: Call | None = state.state.logit_processor_kwargs.get("call")
             if state.has_new_token:
-                self._draws.append(_PLAIN if call is None else call.answer.draw)
+                self._draws.append(_GREEDY if call is None else call.answer.draw)
             if call is not None:
                 call.step(state)
                 if call.closed:
@@ -112,18 +112,18 @@ class Processors:
         return arg_storage
 
     def __call__(self, input_ids: Any, scores: torch.Tensor, args: Any) -> torch.Tensor:
-        """Choose; the scores have a row for each draw."""
+        """Choose the tokens; the scores have a row for each draw."""
         del input_ids, args
-        if self.seen is not None:
-            self.seen.append(scores.clone())
+        if self.recorded is not None:
+            self.recorded.append(scores.clone())
         return settle(scores, self._draws)
 
 
-_PLAIN = Draw(Rules(), ())
+_GREEDY = Draw(Rules(), ())
 
 
 class Batched:
-    """The model behind a manager, which is made anew after a failure has ended it."""
+    """The model behind a manager, which is replaced after a failure."""
 
     def __init__(self, model: Any, plan: CachePlan, step_tokens: int, options: Options) -> None:
         self._model = model
@@ -132,12 +132,12 @@ class Batched:
         self._options = options
         self._names = itertools.count()
         self._calls: set[Call] = set()
-        self._mending = asyncio.Lock()
+        self._replacing = asyncio.Lock()
         probe = list(range(1, min(18, model.config.get_text_config().vocab_size)))
-        expected = _alone(model, probe)
+        expected = _unbatched_logits(model, probe)
         self._manager, processors = self._open()
         try:
-            _compare(expected, *_through(self._manager, processors, probe), model.dtype)
+            _compare(expected, *_manager_logits(self._manager, processors, probe), model.dtype)
         except BaseException:
             self.close()
             raise
@@ -159,11 +159,11 @@ class Batched:
                 for event in call.events(await call.mailbox.get()):
                     yield event
         except (OutOfMemory, GenerationFailed):
-            await self._mend(call.manager)
+            await self._replace(call.manager)
             raise
         finally:
             self._calls.discard(call)
-            await _let_go(call)
+            await _cancel(call)
 
     def close(self) -> None:
         """End the manager's thread and free its cache. Blocking."""
@@ -177,7 +177,7 @@ class Batched:
             "max_requests_per_batch": self._plan.slots,
             "max_memory_percent": 0.95,
             "allow_block_sharing": self._options.prefix_cache,
-            # A step recorded as a graph would choose by the draws of the one that was recorded.
+            # A step recorded as a graph would use the draws of the recording.
             "use_cuda_graph": False,
             "use_async_batching": False,
             "auto_switch_to_flash": self._options.attention == "auto",
@@ -190,8 +190,8 @@ class Batched:
             ),
         )
         manager.logit_processor = processors = Processors()
-        # Its thread is a daemon when the one that starts it is: an engine that was not closed does
-        # not keep the process alive.
+        # Its thread is a daemon if the one that starts it is, so that an engine that was not closed
+        # does not keep the process alive.
         starter = threading.Thread(target=manager.start, daemon=True)
         starter.start()
         starter.join()
@@ -211,30 +211,32 @@ class Batched:
             )
             if sent is not None:
                 return
-            await self._mend(call.manager)
+            await self._replace(call.manager)
         raise GenerationFailed("transformers takes no requests.")
 
-    async def _mend(self, broken: Any) -> None:
-        """Put a new manager in the place of one whose thread has failed."""
-        async with self._mending:
-            if self._manager is not broken or broken.background_thread_status.local_status == 0:
+    async def _replace(self, failed: Any) -> None:
+        """Replace a manager whose thread has failed."""
+        async with self._replacing:
+            if self._manager is not failed or failed.background_thread_status.local_status == 0:
                 return
             await asyncio.to_thread(self._reopen)
             for call in self._calls:
-                if call.manager is broken:
-                    call.mailbox.put(GenerationFailed("transformers failed beside this request."))
+                if call.manager is failed:
+                    call.mailbox.put(
+                        GenerationFailed("transformers failed while this request ran.")
+                    )
 
     def _reopen(self) -> None:
         self.close()
         self._manager, _ = self._open()
 
 
-async def _let_go(call: Call) -> None:
-    """Return when the manager has nothing of the request any more."""
+async def _cancel(call: Call) -> None:
+    """Cancel a request; return when the manager no longer has it."""
     call.closed = True
     manager = call.manager
     while not call.over and _holds(manager, call):
-        # Again each time: one that comes before its request was taken is forgotten.
+        # Repeated: the manager ignores it before it has taken the request.
         manager.cancel_request(call.name)
         await asyncio.sleep(_POLL_S)
     manager.output_router.result_handlers.pop(call.name, None)
@@ -250,8 +252,8 @@ def _holds(manager: Any, call: Call) -> bool:
     return call.name in scheduler.active_requests or call.name in scheduler.waiting_requests
 
 
-def _alone(model: Any, prompt: Sequence[int]) -> list[torch.Tensor]:
-    """Return the logits of the next tokens, each computed from the whole text before it."""
+def _unbatched_logits(model: Any, prompt: Sequence[int]) -> list[torch.Tensor]:
+    """Return the logits of the next tokens, each computed from the whole text without batching."""
     text, logits = list(prompt), list[torch.Tensor]()
     with torch.inference_mode():
         for _ in range(_PROBED):
@@ -261,20 +263,20 @@ def _alone(model: Any, prompt: Sequence[int]) -> list[torch.Tensor]:
     return logits
 
 
-def _through(
+def _manager_logits(
     manager: Any, processors: Processors, prompt: Sequence[int]
 ) -> tuple[list[torch.Tensor], list[int]]:
-    """Return what the manager makes of the prompt, logits and tokens."""
-    processors.seen = []
+    """Return the manager's logits and tokens for the prompt."""
+    processors.recorded = []
     manager.add_request(list(prompt), request_id="probe", max_new_tokens=_PROBED)
     result = manager.get_result(timeout=_PROBE_S)
-    seen, processors.seen = processors.seen, None
+    recorded, processors.recorded = processors.recorded, None
     if result is None or result.error is not None:
         error = failure("no answer" if result is None else result.error)
         if isinstance(error, OutOfMemory):
             raise error
         raise Unbatched(error.detail)
-    return [scores[0] for scores in seen], result.generated_tokens
+    return [scores[0] for scores in recorded], result.generated_tokens
 
 
 def _compare(
@@ -283,15 +285,15 @@ def _compare(
     tokens: Sequence[int],
     dtype: torch.dtype,
 ) -> None:
-    """Compare as long as the texts are the same.
+    """Compare the logits as long as the texts are the same.
 
     Raises:
         Unbatched: they differ by more than the rounding of the type.
     """
-    most = _TOLERANCE if dtype == torch.float32 else _COARSE
+    limit = _TOLERANCE if dtype == torch.float32 else _COARSE_TOLERANCE
     for ours, theirs, token in zip(expected, logits, tokens, strict=True):
-        away = float((ours - theirs).norm() / ours.norm())
-        if not away <= most:
-            raise Unbatched(f"its logits in a batch are {away:.2f} away from those alone")
+        distance = float((ours - theirs).norm() / ours.norm())
+        if not distance <= limit:
+            raise Unbatched(f"its logits in a batch are {distance:.2f} away from those alone")
         if int(ours.argmax()) != token:
             return

@@ -1,4 +1,4 @@
-"""One model folder in torch, and how it gets there: device, type, quantisation, tokenizer."""
+"""A model folder in torch: its device, type, quantisation and tokenizer."""
 
 from __future__ import annotations
 
@@ -23,16 +23,13 @@ from headrace.core.errors import (
 from headrace.core.model import Capabilities
 from headrace.engines import plan
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
-from headrace.engines.grammar import grammar
 from headrace.engines.openmp import SpinGuard
 from headrace.engines.plan import CachePlan
-from headrace.engines.tokenizer import TokenizerMixin, Vocabulary
+from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, json_grammar
 from headrace.engines.transformers import plan_cache, settled, step_tokens
 from headrace.engines.transformers.answer import HONOURED, Answer, Draw, ends_of, failure, rules
 from headrace.engines.transformers.batched import Batched, Unbatched
 from headrace.engines.transformers.single import Single
-
-_DEVICES = ("cuda", "mps", "cpu")
 
 
 class Engine(TokenizerMixin):
@@ -44,6 +41,7 @@ class Engine(TokenizerMixin):
         self._tokenizer: Any = None
         self._runner: Batched | Single | None = None
         self._guard: SpinGuard | None = None
+        self._grammars: Any = None
         try:
             self._load(request)
         except BaseException:
@@ -51,7 +49,7 @@ class Engine(TokenizerMixin):
             raise
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
-        """Return what the model generates."""
+        """Return the events of a request."""
         runner, sampling = self._runner, request.sampling
         if runner is None:
             raise GenerationFailed("The engine is closed.")
@@ -77,13 +75,14 @@ class Engine(TokenizerMixin):
             runner.close()
         self._model = None
         del runner
-        _give_back()
+        _release_memory()
 
     def _load(self, request: OpenRequest) -> None:
         options = self._options
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        device = _pick_device(request.device)
+        device = plan.torch_device(request.device, torch)
+        device = "cuda:0" if device == "cuda" else device
         if device == "cpu":
             self._guard = SpinGuard(torch.get_num_threads())
             self._guard.start()
@@ -103,7 +102,7 @@ class Engine(TokenizerMixin):
             self._tokenizer, self._model.get_input_embeddings().num_embeddings
         )
         self._ends = _end_tokens(self._model, self._tokenizer)
-        # Kept apart: `generate` would mix them into every request.
+        # Kept apart, as `generate` would apply them to every request.
         self._defaults = self._model.generation_config
         self._model.generation_config = transformers.GenerationConfig()
         self._runner, note = self._start(planned, step_tokens(options, planned.slots, device))
@@ -112,7 +111,7 @@ class Engine(TokenizerMixin):
     def _start(self, planned: CachePlan, step: int) -> tuple[Batched | Single, str | None]:
         try:
             if planned.slots == 1:
-                raise Unbatched("as asked")
+                raise Unbatched("as configured")
             if len(set(getattr(self._model, "hf_device_map", {}).values())) > 1:
                 raise Unbatched("the model is on several devices")
             return Batched(self._model, planned, step, self._options), None
@@ -144,35 +143,17 @@ class Engine(TokenizerMixin):
         from llguidance import LLMatcher  # native, and rarely needed
         from llguidance.hf import from_tokenizer
 
-        text = grammar(schema)
+        text = json_grammar(schema)
         if self._grammars is None:
             self._grammars = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary.size)
         return LLMatcher(self._grammars, text)
-
-    _grammars: Any = None
-
-
-def _pick_device(wanted: str) -> str:
-    """Return the device that is used: the one asked for, or the best there is.
-
-    Raises:
-        LoadFailed: the one asked for is not there.
-    """
-    there = {"cpu": True, "cuda": torch.cuda.is_available()}
-    there["mps"] = torch.backends.mps.is_available()
-    if wanted == "auto":
-        wanted = next(name for name in _DEVICES if there[name])
-    if not there.get(wanted.partition(":")[0]):
-        here = [name for name in _DEVICES if there[name]]
-        raise LoadFailed(f"This torch has no device {wanted}; it has {', '.join(here)}.")
-    return "cuda:0" if wanted == "cuda" else wanted
 
 
 def _load(path: str, device: str, arguments: dict[str, Any], *, trusted: bool) -> tuple[Any, Any]:
     """Return model and tokenizer of a folder. `arguments` are those of `from_pretrained`.
 
     Raises:
-        LoadFailed, OutOfMemory: as the library says.
+        LoadFailed, OutOfMemory: the library refused.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -221,23 +202,23 @@ def _placement(device_map: str | None, max_memory: dict[str, str]) -> dict[str, 
         return {}
     if importlib.util.find_spec("accelerate") is None:
         raise ConfigError("device_map needs accelerate: pip install accelerate")
-    # Its GPUs are numbers.
-    most = {
+    # accelerate has numbers for GPUs.
+    limits = {
         int(key.partition(":")[2] or 0) if key.startswith("cuda") else key: value
         for key, value in max_memory.items()
     }
-    return {"device_map": device_map, "max_memory": most or None}
+    return {"device_map": device_map, "max_memory": limits or None}
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """Return the tokens that end an answer."""
-    own: int | list[int] | None = model.generation_config.eos_token_id
-    listed = [own] if own is None or isinstance(own, int) else own
+    configured: int | list[int] | None = model.generation_config.eos_token_id
+    listed = [configured] if configured is None or isinstance(configured, int) else configured
     return frozenset(end for end in (*listed, tokenizer.eos_token_id) if end is not None)
 
 
-def _give_back() -> None:
-    """Return what torch has freed to the device and to the system."""
+def _release_memory() -> None:
+    """Return memory that torch has freed to the device and to the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -248,9 +229,9 @@ def _give_back() -> None:
 
 def _refusal(error: Exception) -> HeadraceError:
     reason = str(error)
-    known = failure(reason)
-    if isinstance(known, OutOfMemory):
-        return known
+    error_of_text = failure(reason)
+    if isinstance(error_of_text, OutOfMemory):
+        return error_of_text
     if "trust_remote_code" in reason:
         return LoadFailed(
             "The model brings code of its own; it is run only with trust_remote_code and a "

@@ -1,4 +1,4 @@
-"""One request at a time, through the library's `generate`, for models that know no batching."""
+"""One request at a time, through the library's `generate`, for models without batching."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from headrace.engines.threaded import Emit
 from headrace.engines.transformers.answer import Answer, failure, settle
 
 
-class _Gone(Exception):
+class _Closed(Exception):
     """The stream was closed."""
 
 
 class _Run:
-    """Follows one `generate`: as hook before each forward, and as processor of its logits."""
+    """Observes one `generate`, as a hook before each forward pass and as a processor of logits."""
 
     def __init__(self, answer: Answer, emit: Emit[RawEvent]) -> None:
         self.answer = answer
@@ -31,22 +31,22 @@ class _Run:
 
     def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         del module, args
-        given = kwargs.get("input_ids")
+        token_ids = kwargs.get("input_ids")
         if self.last is None:
-            self._tell(Admitted(done=self._done, total=len(self.answer.prompt)))
-            self._done += 0 if given is None else given.shape[-1]
+            self._send(Admitted(done=self._done, total=len(self.answer.prompt)))
+            self._done += 0 if token_ids is None else token_ids.shape[-1]
 
     def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
         del input_ids
         scores = settle(scores, [self.answer.draw])
         self.last = int(scores[0].argmax())
         if delta := self.answer.delta((self.last,)):
-            self._tell(delta)
+            self._send(delta)
         return scores
 
-    def _tell(self, event: RawEvent) -> None:
+    def _send(self, event: RawEvent) -> None:
         if self._emit(event):
-            raise _Gone
+            raise _Closed
 
 
 class Single:
@@ -56,7 +56,7 @@ class Single:
 
     def __init__(self, model: Any, step_tokens: int) -> None:
         self._model = model
-        # A model that folds its text into a state takes it whole.
+        # A recurrent model takes its prompt whole.
         self._chunk = None if getattr(model, "_is_stateful", False) else step_tokens
         self._thread = ThreadPoolExecutor(1, "transformers")
         self._inbox: threaded.Inbox | None = None
@@ -79,7 +79,7 @@ class Single:
         try:
             self._generate(request, run)
             emit(answer.finish(run.last))
-        except _Gone:
+        except _Closed:
             pass
         except RuntimeError as error:
             self._empty()

@@ -15,10 +15,10 @@ from headrace.engines.plan import ELEMENT_BYTES
 ABOUT = About(formats=("safetensors",), devices=("cpu", "cuda"), requires="vllm", extra="vllm")
 
 _GIB = 1 << 30
-# Measured: two processes of Python with torch and vLLM; with CUDA, what that takes beside them.
+# Measured: two processes of Python with torch and vLLM; with CUDA, its own memory beside them.
 _HOST, _CUDA_DEVICE = 3 * _GIB, 2 * _GIB
 _CPU_CACHE, _CPU_SHARE = 4 * _GIB, 6
-_USUAL_SHARE = 0.9
+_DEFAULT_SHARE = 0.9
 
 
 class Options(EngineOptions):
@@ -66,12 +66,12 @@ class Options(EngineOptions):
     )
     batch_invariant: bool = Field(
         False,
-        description="Answers that repeat themselves whatever runs beside them; slower, and only "
+        description="Answers that do not depend on concurrent requests; slower, and only "
         "for GPUs of compute capability 8.0 and later.",
     )
     load_format: Literal["safetensors", "fastsafetensors", "runai_streamer", "dummy"] = Field(
         "safetensors",
-        description="How the weights are read; `dummy` makes them up, for measurements.",
+        description="How the weights are read; `dummy` makes random ones, for measurements.",
     )
     engine_args: dict[str, Any] = Field(
         {}, description="Other engine arguments of vLLM, by their names in Python."
@@ -85,7 +85,7 @@ def footprint(request: OpenRequest) -> Footprint:
     weights = _weights(request.model, options)
     if request.device == "cpu" or not total:
         kv_cache = options.kv_cache_bytes or _cpu_cache(request.memory)
-        devices, held = {"cpu": weights + kv_cache + _HOST}, weights + kv_cache
+        devices, known = {"cpu": weights + kv_cache + _HOST}, weights + kv_cache
     else:
         spread = options.tensor_parallel * options.pipeline_parallel
         each = int(total * _share(request.memory, options, total))
@@ -93,10 +93,10 @@ def footprint(request: OpenRequest) -> Footprint:
             each = weights // spread + options.kv_cache_bytes + _CUDA_DEVICE
         kv_cache = options.kv_cache_bytes or max(0, each - weights // spread - _CUDA_DEVICE)
         devices = {"cpu": _HOST, **{f"cuda:{number}": each for number in range(spread)}}
-        kv_cache, held = kv_cache * spread, weights + kv_cache * spread
+        kv_cache, known = kv_cache * spread, weights + kv_cache * spread
     return Footprint(
         devices=devices,
-        parts={"weights": weights, "kv_cache": kv_cache, "overhead": sum(devices.values()) - held},
+        parts={"weights": weights, "kv_cache": kv_cache, "overhead": sum(devices.values()) - known},
         context_length=request.context_length or request.model.context_length,
         max_running=options.slots or request.max_running,
     )
@@ -106,12 +106,12 @@ def _weights(model: ModelFile, options: Options) -> int:
     stored, wanted = ELEMENT_BYTES.get(model.quantization or ""), ELEMENT_BYTES.get(options.dtype)
     if stored is None or options.quantization:
         return model.size
-    # What is stored in 32 bits is loaded in 16, unless they are options for.
+    # Weights of 32 bits are loaded in 16, unless `dtype` says otherwise.
     return model.size * (wanted or min(stored, 2)) // stored
 
 
 def memory_arguments(request: OpenRequest, options: Options, device: str) -> dict[str, Any]:
-    """Return how much vLLM may take: of a GPU all at once, of the host for the cache alone."""
+    """Return how much vLLM may take: of a GPU in all, of the host for the cache only."""
     kv_cache = options.kv_cache_bytes
     if device == "cpu":
         return {"kv_cache_memory_bytes": kv_cache or _cpu_cache(request.memory)}
@@ -122,7 +122,7 @@ def memory_arguments(request: OpenRequest, options: Options, device: str) -> dic
 def _share(memory: int | None, options: Options, total: int) -> float:
     if options.gpu_memory is not None:
         return options.gpu_memory
-    return _USUAL_SHARE if not (memory and total) else min(_USUAL_SHARE, memory / total)
+    return _DEFAULT_SHARE if not (memory and total) else min(_DEFAULT_SHARE, memory / total)
 
 
 def _cpu_cache(memory: int | None) -> int:

@@ -1,4 +1,4 @@
-"""One model in vLLM's AsyncLLM: what it is started with, and the processes that belong to it."""
+"""A model in vLLM's AsyncLLM: its arguments and its processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from headrace.engines.tokenizer import TokenizerMixin, Vocabulary
 from headrace.engines.vllm import Options, memory_arguments
 from headrace.engines.vllm.call import HONOURED, Call, failure, is_out_of_memory, parameters
 
-_LOOK_S, _LAST_STEP_S, _KILLED_S = 0.5, 2.0, 5.0
+_POLL_S, _SHUTDOWN_S, _KILLED_S = 0.5, 2.0, 5.0
 
 _TYPED = {
     "dtype": "dtype",
@@ -48,7 +48,7 @@ _TYPED = {
 }
 """Our names of options to those of vLLM's engine arguments."""
 
-_OURS = (
+_MANAGED = (
     "model",
     "model_weights",
     "tokenizer",
@@ -61,27 +61,27 @@ _OURS = (
     "enable_log_requests",
 )
 
-_ELSEWHERE = {theirs: f"it is the option {ours}" for ours, theirs in _TYPED.items()} | {
+_REFUSED = {theirs: f"it is the option {ours}" for ours, theirs in _TYPED.items()} | {
     "gpu_memory_utilization": "it is the option gpu_memory",
     "kv_cache_memory_bytes": "it is the option kv_cache_bytes",
     "max_model_len": "it is the model's context_length",
     "trust_remote_code": "it is the model's trust_remote_code",
     "revision": "it is the model's revision",
     **dict.fromkeys(("hf_token", "download_dir"), "Headrace fetches models itself"),
-    **dict.fromkeys(_OURS, "Headrace sets it"),
+    **dict.fromkeys(_MANAGED, "Headrace sets it"),
 }
 
 
 class Engine(TokenizerMixin):
-    """One model in an AsyncLLM, and the thread and process that belong to it."""
+    """A model in an AsyncLLM, with the thread and the process of its core."""
 
     def __init__(self, request: OpenRequest) -> None:
         self._options = Options(**request.options)
         self._llm: Any = None
         self._cores: list[psutil.Process] = []
-        self._awake = False
+        self._core_answers = False
         self._private = Path(tempfile.mkdtemp(prefix="vllm-"))
-        # The engine core dies with the thread that started it: this one lives as long as we do.
+        # The engine core ends with the thread that started it, so the engine keeps that thread.
         self._thread = ThreadPoolExecutor(1, "vllm")
         try:
             self._thread.submit(self._load, request).result()
@@ -90,14 +90,14 @@ class Engine(TokenizerMixin):
             raise
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
-        """Yield what vLLM generates; when this is closed the request is aborted."""
+        """Yield the events of a request; closing this aborts it."""
         if self._llm is None:
             raise GenerationFailed("The engine is closed.")
         prompt = [*request.token_ids, *request.answered]
         self._vocabulary.check(prompt)
         self._vocabulary.check(request.sampling.logit_bias, param="logit_bias")
         call = Call(request, self._vocabulary)
-        await self._woken()
+        await self._wait_for_core()
         outputs = self._llm.generate(
             {"type": "token", "prompt_token_ids": prompt},
             self._parameters(request),
@@ -109,44 +109,44 @@ class Engine(TokenizerMixin):
                 for event in call.events(output):
                     yield event
         except Exception as error:
-            # Whatever the library raises, the caller gets an error of ours.
+            # Any exception of the library becomes a HeadraceError.
             raise failure(error, self._core_failure()) from error
         finally:
             await outputs.aclose()
 
-    async def _woken(self) -> None:
-        """Wait until the core answers: vLLM itself would wait for ever for one that has died."""
-        if self._awake:
+    async def _wait_for_core(self) -> None:
+        """Wait until the core answers: vLLM would wait without end for one that has died."""
+        if self._core_answers:
             return
-        asking = asyncio.ensure_future(self._llm.get_supported_tasks())
+        probe = asyncio.ensure_future(self._llm.get_supported_tasks())
         try:
-            while not (await asyncio.wait({asking}, timeout=_LOOK_S))[0]:
+            while not (await asyncio.wait({probe}, timeout=_POLL_S))[0]:
                 alive = {child.pid for child in multiprocessing.active_children()}
                 if not alive.issuperset(core.pid for core in self._cores):
                     raise WorkerDied("vLLM's engine core has died.", detail=self._core_failure())
-            asking.result()
-            self._awake = True
+            probe.result()
+            self._core_answers = True
         except Exception as error:
-            # It has died, or was dead before it was asked.
+            # The core died before or during the call.
             raise failure(error, self._core_failure()) from error
         finally:
-            asking.cancel()
+            probe.cancel()
 
     def _parameters(self, request: EngineRequest) -> Any:
         try:
             return parameters(request, self._defaults)
         except Exception as error:
-            # It refuses some values at once.
+            # vLLM checks some values at once.
             raise failure(error, "") from error
 
     def close(self) -> None:
-        """End the engine core, and with it what it holds of the GPU."""
+        """End the engine core, and free its memory of the GPU."""
         llm, self._llm = self._llm, None
         if llm is not None:
-            below = _with_children(self._cores)
-            llm.shutdown(_LAST_STEP_S)
-            # It does not wait for the processes that it kills, and they have the memory.
-            _, alive = psutil.wait_procs(below, _KILLED_S)
+            processes = _with_children(self._cores)
+            llm.shutdown(_SHUTDOWN_S)
+            # vLLM does not wait for the processes that it kills, which have the memory.
+            _, alive = psutil.wait_procs(processes, _KILLED_S)
             for process in alive:
                 process.kill()
             psutil.wait_procs(alive, _KILLED_S)
@@ -162,13 +162,13 @@ class Engine(TokenizerMixin):
         if request.device.partition(":")[0] not in {"auto", device}:
             raise LoadFailed(f"This build of vLLM is for {device}, not for {request.device}.")
         args = _arguments(request, self._options, device)
-        # The limits of a batch are smaller where no server is behind the engine.
+        # The batch limits are smaller in vLLM's other contexts.
         config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         before = {*multiprocessing.active_children()}
         try:
             self._llm = _open(config, self._private / "failed")
         except Exception as error:
-            # The engine core says why on its own side.
+            # The engine core has the reason.
             reason = self._core_failure() or f"{type(error).__name__}: {error}"
             kind = OutOfMemory if is_out_of_memory(reason) else LoadFailed
             raise kind("vLLM could not load the model.", detail=reason) from error
@@ -203,21 +203,21 @@ class Engine(TokenizerMixin):
         )
 
     def _core_failure(self) -> str:
-        """Return what the engine core failed with, nothing while it lives."""
+        """Return the error of the engine core, empty while it lives."""
         report = self._private / "failed"
         return report.read_text(encoding="utf-8") if report.exists() else ""
 
 
 def _prepare(options: Options) -> None:
-    """Set what vLLM takes from the environment, before it is imported."""
+    """Set vLLM's environment variables, before it is imported."""
     os.environ |= {
-        # A fork would hold our sockets open, and the locks of our threads for ever.
+        # A fork would keep open sockets and held locks of this process.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        # The answers of a step come in one turn of the loop, and leave as one frame.
+        # The tokens of a step are read in one turn of the loop, and sent as one frame.
         "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "8192",
-        # Some of its functions are compiled at their first call, however eager it is.
+        # Some functions are compiled at their first call, even with `eager`.
         **({"TORCH_COMPILE_DISABLE": "1"} if options.eager else {}),
         **({"VLLM_BATCH_INVARIANT": "1"} if options.batch_invariant else {}),
     }
@@ -229,13 +229,13 @@ def _arguments(request: OpenRequest, options: Options, device: str) -> Any:
     """Return vLLM's AsyncEngineArgs.
 
     Raises:
-        ConfigError: a key of `engine_args` is unknown, or is for Headrace to set.
+        ConfigError: a key of `engine_args` is unknown, or set by Headrace.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     check(options.engine_args, (field.name for field in dataclasses.fields(AsyncEngineArgs)))
-    given = {theirs: getattr(options, ours) for ours, theirs in _TYPED.items()}
-    given["max_num_seqs"] = options.slots or request.max_running
+    values = {theirs: getattr(options, ours) for ours, theirs in _TYPED.items()}
+    values["max_num_seqs"] = options.slots or request.max_running
     return AsyncEngineArgs(
         **{
             "model": request.model.path,
@@ -243,39 +243,39 @@ def _arguments(request: OpenRequest, options: Options, device: str) -> Any:
             "max_model_len": request.context_length or -1,
             "trust_remote_code": request.trust_remote_code,
             "disable_log_stats": True,
-            # Their own would give the same draws after each start.
+            # vLLM's default gives the same draws after each start.
             "seed": secrets.randbelow(1 << 31),
-            # Where JSON allows any white space a small model can go on with it up to its limit.
+            # With free white space a small model can repeat it up to the limit.
             "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
-            **given,
+            **values,
             **memory_arguments(request, options, device),
             **options.engine_args,
         }
     )
 
 
-def check(given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse engine arguments that there are not, and those that are set in another way.
+def check(values: Iterable[str], known: Iterable[str]) -> None:
+    """Check for engine arguments that are unknown, or set in another way.
 
     Raises:
-        ConfigError: naming the first such key, and the one nearest to it.
+        ConfigError: naming the first such key, and the nearest known one.
     """
     names = {name for name in known if not name.startswith("_")}
-    for key in given:
-        if (why := _ELSEWHERE.get(key)) is not None:
-            raise ConfigError(f"engine_args may not give {key}: {why}.")
+    for key in values:
+        if (reason := _REFUSED.get(key)) is not None:
+            raise ConfigError(f"engine_args may not give {key}: {reason}.")
         if key not in names:
-            near = difflib.get_close_matches(key, names - _ELSEWHERE.keys(), 1, 0.4)
-            hint = f" The nearest is {near[0]}." if near else ""
+            nearest = difflib.get_close_matches(key, names - _REFUSED.keys(), 1, 0.4)
+            hint = f" The nearest is {nearest[0]}." if nearest else ""
             raise ConfigError(f"engine_args: vLLM has no engine argument {key!r}.{hint}")
 
 
 def _with_children(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    every: list[psutil.Process] = []
+    all_processes: list[psutil.Process] = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            every += [process, *process.children(recursive=True)]
-    return every
+            all_processes += [process, *process.children(recursive=True)]
+    return all_processes
 
 
 def _open(config: Any, report: Path) -> Any:
