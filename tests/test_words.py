@@ -1,8 +1,6 @@
 """The words of the source and the documentation: the field's terms, in plain English.
 
-    python tests/test_words.py [LABEL]      counts by file, of all words; or the lines of one
-
-A label is added to ENFORCED once its count is 0.
+python tests/test_words.py [LABEL]      counts by file, of all words; or the lines of one
 """
 
 from __future__ import annotations
@@ -85,12 +83,6 @@ WORDS = {
     "stands": Word("text", r"(?i)\bstands? (in|on|at|there|here|beside|below|above)\b", "is"),
 }
 
-ENFORCED = (
-    *("Seat", "Room", "Feed", "Seen", "Unseen", "Nobody", "Observed", "Spare", "Form", "_SOFT"),
-    *("somebody's", "look on", "Say it in", "how it stands", "fared", "afar", "seat"),
-)
-"""Labels of the words that no file uses any more."""
-
 
 class Place(NamedTuple):
     """A use of a word."""
@@ -157,7 +149,7 @@ def uses(word: Word, units: Sequence[Units]) -> Iterator[Place]:
     return (place for unit in units for place in unit[word.kind] if pattern.search(place.text))
 
 
-@pytest.mark.parametrize("label", ENFORCED)
+@pytest.mark.parametrize("label", WORDS)
 def test_that_a_word_is_not_used(label: str) -> None:
     word = WORDS[label]
     assert [*map(str, uses(word, _everything()))] == [], f"instead: {word.instead}"
@@ -191,8 +183,7 @@ def report() -> Iterator[str]:
     """Yield the counts of all words by file."""
     for label, word in WORDS.items():
         files = Counter(place.file for place in uses(word, _everything()))
-        state = "enforced" if label in ENFORCED else "pending" if files else "can be enforced"
-        yield f"{label} ({word.kind}, {state}): {files.total()}; instead: {word.instead}"
+        yield f"{label} ({word.kind}): {files.total()}; instead: {word.instead}"
         yield from (f"  {count:4} {file}" for file, count in files.most_common())
 
 

@@ -183,8 +183,8 @@ def _cut(engine: Engine, text: str, ids: tuple[int, ...], most: int) -> tuple[in
 
 async def _embedded(turn: Turn[Loaded, ScoreRequest], request: ScoreRequest) -> _Batch[Any, Any]:
     texts = tuple(text for pair in request.pairs for text in pair)
-    asked = EmbedRequest(inputs=texts, truncate=request.truncate)
-    token_ids = await asyncio.to_thread(_token_ids, turn.served, asked)
+    embedding = EmbedRequest(inputs=texts, truncate=request.truncate)
+    token_ids = await asyncio.to_thread(_token_ids, turn.served, embedding)
     return _Batch(turn, turn.served.embeddings, token_ids, sum(map(len, token_ids)))
 
 

@@ -119,8 +119,8 @@ async def score(connected: Connected, request: ScoreRequest) -> AsyncGenerator[E
         scores, total = [0.0] * len(request.pairs), Usage()
         for query, mine in places.items():
             documents = tuple(request.pairs[place][1] for place in mine)
-            asked = RerankRequest(query=query, documents=documents, truncate=request.truncate)
-            ranked, usage = await _in_slot(turn, partial(connected.engine.rerank, asked))
+            ranking = RerankRequest(query=query, documents=documents, truncate=request.truncate)
+            ranked, usage = await _in_slot(turn, partial(connected.engine.rerank, ranking))
             total = Usage.merged([total, usage])
             for index, value in ranked:
                 scores[mine[index]] = value
