@@ -129,7 +129,7 @@ BROKEN: dict[str, tuple[Play, str]] = {
     "slow": (play(START, 5.0), "no token"),
     "dropped": (Play([event(START), event(text("a")), 0.02, "drop"]), "broke off"),
     "wrong key": (refused(401, {"type": "authentication_error", "message": KEY}), "key"),
-    "redirect": (Play([], 307, None, {"location": "http://x.invalid"}, "length"), "elsewhere"),
+    "redirect": (Play([], 307, None, {"location": "http://x.invalid"}, "length"), "redirects"),
     "error": (Play([event(START), event({"type": "error", "error": {"message": "no"}})]), "error"),
 }
 

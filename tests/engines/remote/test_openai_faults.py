@@ -51,7 +51,7 @@ BROKEN: dict[str, tuple[Play, str]] = {
     "JSON and no stream": (Play([b'{"choices": []}'], 200, JSON, {}, "length"), JSON),
     "an error with 200": (Play([b'{"error": "x"}'], 200, JSON, {}, "length"), "error"),
     "no type": (Play([A], kind=None), "nothing"),
-    "a redirect": (Play([], 307, None, {"location": "http://x.invalid/"}, "length"), "elsewhere"),
+    "a redirect": (Play([], 307, None, {"location": "http://x.invalid/"}, "length"), "redirects"),
     "a wrong key": (refused(401, {"message": f"Incorrect key {KEY}"}), "refuses the key"),
     "no rights": (refused(403, {"message": KEY}), "refuses the key"),
     "an unknown model": (refused(404, {"message": "no gpt-x"}), "no such model"),
