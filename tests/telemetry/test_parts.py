@@ -100,7 +100,7 @@ def test_given_sampling_parameters_are_attributes() -> None:
     }
     request = GenerateRequest(prompt="x", sampling=Sampling(**given))
     attributes = names.request_attributes(request, "p")
-    ours = {f"headrace.request.{name}" for name in ("min_p", "repetition_penalty")}
+    ours = {f"headrace.request.{name}" for name in ("min_p", "min_tokens", "repetition_penalty")}
     assert ours < {f"headrace.request.{name}" for name in given}
     assert {name for name in attributes if name.startswith("headrace.")} == ours
     for name in given:

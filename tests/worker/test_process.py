@@ -81,7 +81,7 @@ async def test_it_answers_as_a_worker_in_this_process_does() -> None:
 async def test_errors_cross_over_as_they_are() -> None:
     """W17: type, field, figures."""
     async with process(fail_after=2, context_length=50) as one:
-        with pytest.raises(GenerationFailed, match="told to fail") as caught:
+        with pytest.raises(GenerationFailed, match="fails as configured") as caught:
             await collect(one.ask(ask()))
         assert caught.value.metrics is not None
         assert caught.value.metrics.usage.completion_tokens == 2

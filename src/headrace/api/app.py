@@ -8,12 +8,12 @@ from functools import lru_cache, partial
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute
 from starlette.routing import Route as Path
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.api import admin as manage
 from headrace.api import problems
@@ -111,10 +111,18 @@ class Application(Starlette):
         super().__init__(
             routes=[*served, *more],
             exception_handlers={HTTPException: _routing_problem},
-            middleware=[Middleware(Edge, service=service)],
         )
         self.router.redirect_slashes = False
         self._service = service
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return the Edge around the routes (called by Starlette).
+
+        Starlette's own outermost layer is left out: the Edge answers every error, and each layer
+        that wraps `send` costs every event of a stream a coroutine.
+        """
+        routes = ExceptionMiddleware(self.router, self.exception_handlers)
+        return Edge(routes, self._service)
 
     def replace_settings(self, settings: ApiSettings) -> None:
         """Use other settings for later requests; those that have begun keep theirs."""
@@ -156,7 +164,7 @@ class _Endpoint:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send, self._service.settings)
+        exchange: Exchange = scope["headrace"]
         try:
             if self._route.admin:
                 check_admin(scope, exchange.settings, is_admin=exchange.call.is_admin)

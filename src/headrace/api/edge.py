@@ -50,14 +50,15 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        call = scope["headrace"] = Call()
+        call = Call()
         headers = dict(scope["headers"])
         call.traceparent = headers.get(b"traceparent", b"").decode("latin-1")
         call.tracestate = headers.get(b"tracestate", b"").decode("latin-1")
         settings = self._service.settings
         sender = _with_headers(send, call, _cors_headers(headers.get(b"origin"), settings))
+        exchange = scope["headrace"] = Exchange(scope, receive, sender, settings, call)
         try:
-            await self._serve(Exchange(scope, receive, sender, settings), receive, headers)
+            await self._serve(exchange, receive, headers)
         except Exception:
             # Already answered; only the log records it.
             call.outcome = "error"

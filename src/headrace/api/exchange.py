@@ -79,11 +79,13 @@ class Call:
 class Exchange:
     """Reads one request, and sends its answer."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: ApiSettings) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, settings: ApiSettings, call: Call
+    ) -> None:
         self.scope = scope
         self.send = send
         self.settings = settings
-        self.call: Call = scope["headrace"]
+        self.call = call
         self._receive = receive
 
     async def read(self, decoder: msgspec.json.Decoder[S]) -> S:

@@ -164,7 +164,9 @@ class _Call:
 
     def _take(self, token_ids: list[int], logprobs: list[float]) -> bool:
         left = self._request.max_tokens - self._generated
-        end = next((at for at, token in enumerate(token_ids) if token in self._ends), None)
+        first = (self._request.sampling.min_tokens or 0) - self._generated
+        ends = (at for at, token in enumerate(token_ids) if token in self._ends and at >= first)
+        end = next(ends, None)
         shown = token_ids[: left if end is None else end]
         if end is not None and token_ids[end] not in self._request.sampling.stop_token_ids:
             shown = token_ids[: end + 1]
