@@ -64,6 +64,8 @@ class Edge:
             call.outcome = "error"
             raise
         finally:
+            # The exchange holds the scope: a cycle, which only the garbage collector would free.
+            del scope["headrace"]
             self._record(scope, call, headers.get(b"x-request-id", b""))
 
     async def _serve(
