@@ -200,7 +200,7 @@ async def test_cancelled_in_each_phase(phase: str, end: End) -> None:
 
     if end is by_cancelling:
         task = asyncio.create_task(consume(stream))
-        await backend.waiting.setdefault(request.id, asyncio.Event()).wait()
+        await backend.barrier(request.id).reached.wait()
     else:
         task = asyncio.create_task(asyncio.sleep(0))
         for _ in STEPS[phase]:
@@ -219,7 +219,7 @@ async def test_cancelled_in_each_phase(phase: str, end: End) -> None:
     assert record.metrics.outcome == "cancelled"
     assert record.metrics.usage.completion_tokens == (2 if phase == "decode" else 0)
     assert record.metrics.usage.prompt_tokens == (7 if phase in {"prefill", "decode"} else 0)
-    assert backend.closed == [request.id]
+    assert backend.ended == [request.id]
     assert observed.recorder.running() == ()
     drawn = {span.name for span in record.spans}
     assert (names.DECODE in drawn) == (phase == "decode")
@@ -254,7 +254,7 @@ async def test_sixty_four_at_once_in_every_way() -> None:
             backend.scripts[request.id] = way
         reading = asyncio.create_task(read(observed, request))
         if way is not None and way[-1] is None:
-            await backend.waiting.setdefault(request.id, asyncio.Event()).wait()
+            await backend.barrier(request.id).reached.wait()
             reading.cancel()
         await asyncio.wait({reading})
         _ = reading.cancelled() or reading.exception()
@@ -266,7 +266,7 @@ async def test_sixty_four_at_once_in_every_way() -> None:
         record = by_id[request.id]
         assert record.trace_id == f"{number:032x}"
         assert record.spans[0].parent_id == f"{number:016x}"
-        handed_on = backend.asked[request.id].traceparent
+        handed_on = backend.received_as(request.id).traceparent
         assert handed_on == f"00-{number:032x}-{record.spans[0].span_id}-01"
     assert {record.outcome for record in told.records} == {"ok", "refused", "error", "cancelled"}
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,6 +26,7 @@ from headrace.pool.replica import PooledWorker
 from headrace.telemetry.otel import OpenTelemetry
 from headrace.telemetry.recorder import Recorder
 from headrace.telemetry.spans import Tracing
+from headrace.testing import Barrier, ScriptedBackend, Step
 from headrace.worker.process import WorkerProcess
 
 MODEL = ModelInfo(id="m", source="builtin:m", engine="scripted", aliases=("also",))
@@ -54,39 +54,27 @@ def finish(request: AnyRequest) -> Finish:
     return Finish(("stop",), USAGE, metrics)
 
 
-class Scripted:
-    """Answers a request by the script of its id: events, an error to raise, or None: for ever."""
+class Scripted(ScriptedBackend):
+    """Plays the script of a request's id: events, an error, or None for a step without an end."""
 
     def __init__(self, *models: ModelInfo) -> None:
+        super().__init__(self._steps, models or (MODEL,))
         self.scripts: dict[str, Sequence[Event | Exception | None]] = {}
-        self.asked: dict[str, Any] = {}
-        self.waiting: dict[str, asyncio.Event] = {}
-        self.closed: list[str] = []
-        self._models = models or (MODEL,)
+        self._barriers: dict[str, Barrier] = {}
 
-    def models(self) -> Sequence[ModelInfo]:
-        return self._models
+    def barrier(self, number: str) -> Barrier:
+        """The step without an end of a request."""
+        return self._barriers.setdefault(number, Barrier())
 
-    async def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        self.asked[request.id] = request
+    def received_as(self, number: str) -> Any:
+        """The request of that id, as it arrived here."""
+        return next(request for request in self.requests if request.id == number)
+
+    def _steps(self, request: AnyRequest) -> Iterator[Step]:
         usual = {EmbedRequest: [Vectors((b"1234",))], RerankRequest: [Ranking((Ranked(0, 1.0),))]}
         events = usual.get(type(request), STEPS["decode"])
-        try:
-            for step in self.scripts.get(request.id, [*events, finish(request)]):
-                # Others run between any two events.
-                await asyncio.sleep(0)
-                if step is None:
-                    self.waiting.setdefault(request.id, asyncio.Event()).set()
-                    await asyncio.Event().wait()
-                elif isinstance(step, Exception):
-                    raise step
-                else:
-                    yield step
-        finally:
-            self.closed.append(request.id)
-
-    async def aclose(self) -> None:
-        self.closed.append("all")
+        for step in self.scripts.get(request.id, [*events, finish(request)]):
+            yield self.barrier(request.id) if step is None else step
 
 
 class Observed:
