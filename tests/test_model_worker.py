@@ -407,3 +407,26 @@ async def test_an_answer_outlives_its_process(home: Path) -> None:
                 assert event.metrics.continuations == 1
         assert text == "abcdefghijklmnopqrstuvwxyz"
         assert (await worker.generate("and on")).text == "and on"
+
+
+async def test_a_blocking_stream_can_be_read_where_another_loop_runs(home: Path) -> None:
+    """A notebook cell runs inside of a loop."""
+    with ModelWorker("echo", isolate=False) as worker:
+        events = list(worker.generate_stream("hi"))
+        assert "".join(event.text for event in events if isinstance(event, Delta)) == "hi"
+
+
+def test_a_stop_in_the_wrong_loop_changes_nothing(home: Path) -> None:
+    with ModelWorker("echo", isolate=False) as worker:
+        with pytest.raises(InvalidRequest):
+            asyncio.run(worker._worker.stop())
+        assert worker.state == "ready"
+        assert worker.generate("still there").text == "still there"
+
+
+def test_threads_share_one_loop(home: Path) -> None:
+    worker = ModelWorker("echo", isolate=False)
+    with ThreadPoolExecutor(4) as threads:
+        loops = set(threads.map(lambda _: worker._own_loop(), range(8)))
+    assert len(loops) == 1
+    worker.stop()

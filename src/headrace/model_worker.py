@@ -122,9 +122,9 @@ class AsyncModelWorker:
         Raises:
             HeadraceError: UnknownModel, LoadFailed, OutOfMemory, UpstreamError, ConfigError.
         """
+        self._leave_closed_loop()
         if self._state == "draining":
             raise Draining(f"{self.spec.name} is stopping.")
-        self._leave_closed_loop()
         if self._pool is None:
             self._pool = self._open()
             self._loop = asyncio.get_running_loop()
@@ -148,9 +148,10 @@ class AsyncModelWorker:
     async def stop(self, drain_s: float = 0.0) -> None:
         """Let running streams end within `drain_s` seconds, and close. Idempotent."""
         self._leave_closed_loop()
-        if (pool := self._pool) is not None:
+        if self._pool is not None:
+            pool = self._in_own_loop(self._pool)
             self._state = "draining"
-            await self._in_own_loop(pool).aclose(drain_s)
+            await pool.aclose(drain_s)
             self._pool = None
         self._state = "stopped"
         await self._close_tracing()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -60,6 +60,7 @@ class ModelWorker:
     def __init__(self, model: str | ModelSpec, **keywords: Any) -> None:
         self._worker = AsyncModelWorker(model, **keywords)
         self._loop: _Loop | None = None
+        self._lock = threading.Lock()
 
     @classmethod
     def from_spec(cls, spec: ModelSpec, **keywords: Any) -> Self:
@@ -121,8 +122,12 @@ class ModelWorker:
         self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Any
     ) -> Iterator[Event]:
         """Yield deltas, then one Finish. Closing the iterator stops the engine."""
-        stream = self._worker.generate_stream(prompt, messages=messages, **options)
-        return self._events(stream)
+
+        async def begin() -> AsyncGenerator[Event, None]:
+            return self._worker.generate_stream(prompt, messages=messages, **options)
+
+        # In the worker's own loop: the caller's thread may be running another one.
+        return self._events(self._run(begin()))
 
     def generate(
         self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Any
@@ -158,7 +163,7 @@ class ModelWorker:
         return self._run(self._worker.detokenize(token_ids))
 
     def _events(self, stream: Any) -> Iterator[Event]:
-        loop = self._loop = self._loop or _Loop()
+        loop = self._own_loop()
         try:
             while (event := loop.run(_next(stream))) is not None:
                 yield event
@@ -168,9 +173,13 @@ class ModelWorker:
                 loop.run(stream.aclose())
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._loop is None:
-            self._loop = _Loop()
-        return self._loop.run(work)
+        return self._own_loop().run(work)
+
+    def _own_loop(self) -> _Loop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = _Loop()
+            return self._loop
 
 
 async def _next(stream: Any) -> Event | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
 
@@ -196,3 +197,29 @@ def test_a_request_that_is_left_is_cancelled(raises: Callable[[], BaseException]
         raise raises()
     assert type(caught.value) is raises
     assert turn.metrics().outcome == "cancelled"
+
+
+async def test_an_abort_meets_a_deadline_that_is_just_expiring() -> None:
+    """W8: the drain goes on with the other requests."""
+    model = served()
+    with pytest.raises(DeadlineExceeded), Turn(model, request(0.01)) as turn:
+        try:
+            await turn.within(asyncio.Event().wait())
+        finally:
+            # asyncio refuses to move a time-out that has fired.
+            fired: list[asyncio.Timeout] = [asyncio.timeout(-1.0)]
+            with contextlib.suppress(TimeoutError):
+                async with fired[0]:
+                    await asyncio.sleep(1)
+            turn._limits.add(fired[0])
+            turn.abort(Draining("m is stopping."))
+            turn._limits.clear()
+
+
+async def test_a_request_that_comes_during_the_drain_has_its_figures() -> None:
+    """W16: and its measurement is over."""
+    model = served(sampler=Sampler())
+    await model.turns.drain(Draining("m is stopping."), 0.0)
+    with pytest.raises(Draining) as caught, Turn(model, request()):
+        pass
+    assert caught.value.metrics is not None

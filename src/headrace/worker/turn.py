@@ -7,6 +7,7 @@ is in `generate`, `encode` and `remote`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -145,7 +146,11 @@ class Turn(Generic[S, R]):
         Raises:
             HeadraceError: the engine is being drained.
         """
-        self.served.turns.add(self)  # pyright: ignore[reportArgumentType]  # read, never written
+        try:
+            self.served.turns.add(self)  # pyright: ignore[reportArgumentType]  # only read
+        except HeadraceError as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(
@@ -240,7 +245,8 @@ class Turn(Generic[S, R]):
         """End the request at its next step; a wait in `within` ends at once."""
         self._aborted = error
         for limit in self._limits:
-            limit.reschedule(0.0)
+            with contextlib.suppress(RuntimeError):  # the deadline has just passed
+                limit.reschedule(0.0)
 
     def answered(self, text: str) -> None:
         """Keep text of the answer for the log, if content is logged."""
@@ -300,7 +306,7 @@ class Turn(Generic[S, R]):
         record = {"id": self.request.id, **trace_of(self.request), **figures(self.metrics())}
         if self.served.is_remote and self.usage is None:
             record["usage"] = "estimated"
-        if self._answer is not None:
+        if self._answer is not None and self.request.task == "generate":
             record |= {"asked": self.request.content(), "answered": "".join(self._answer)}
         return record
 

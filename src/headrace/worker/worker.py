@@ -220,8 +220,10 @@ class Worker:
         await self._life.abandon_start()
         served, self._served = self._served, None
         if served is not None:
-            await served.turns.drain(Draining(f"{self.spec.name} is stopping."), drain_s)
-            await _free(served)
+            try:
+                await served.turns.drain(Draining(f"{self.spec.name} is stopping."), drain_s)
+            finally:
+                await _free(served)
         self._life.state = "stopped"
 
     def abandon(self) -> None:
