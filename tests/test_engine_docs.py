@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,18 @@ def test_the_table_of_options_is_that_of_the_engine(name: str) -> None:
         page.write_text(expected, encoding="utf-8")
         text = expected
     assert text == expected, f"UPDATE_DOCS=1 scripts/test {Path(__file__).relative_to(ROOT)}"
+
+
+def test_each_extra_that_is_named_exists() -> None:
+    """A hint to install what does not exist helps nobody."""
+    root = ROOT
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    pages = [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("src/**/*.py")]
+    named = {
+        extra.strip()
+        for page in pages
+        for group in re.findall(r"headrace\[([a-z_,\s-]+)\]", page.read_text())
+        for extra in group.split(",")
+    }
+    assert named
+    assert named <= project["optional-dependencies"].keys()

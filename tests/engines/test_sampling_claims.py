@@ -92,8 +92,8 @@ def test_each_claim_of_a_provider_changes_the_body(name: str) -> None:
         assert body(**{field: VALUES[field]}) != body(), field
 
 
+@pytest.mark.engines
 def test_each_claim_of_anthropic_changes_the_body() -> None:
-    pytest.importorskip("anthropic")
     file = ModelFile(path="m", format="remote", provider="anthropic")
     options = {"api_version": "2023-06-01", "api_key": "sk-ant"}
     engine: Any = engines.open_engine("anthropic", OpenRequest(model=file, options=options))

@@ -19,7 +19,9 @@ from headrace.core.model import Task
 from headrace.core.sampling import Sampling
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-Operation = Literal["chat", "text_completion", "embeddings", "rerank", "score"]
+Operation = Literal[
+    "chat", "text_completion", "embeddings", "rerank", "score", "tokenize", "detokenize"
+]
 """What was asked for, as traces and metrics name it; OpenTelemetry's names where it has any."""
 
 Text = str | tuple[int, ...]
@@ -74,11 +76,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Whether it waits for a slot; other requests are answered at once (M9)."""
     content_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields with content of the client: kept and logged only if that is enabled."""
-
-    @property
-    def operation(self) -> Operation:
-        """The kind of the request, as in traces and metrics."""
-        raise NotImplementedError
 
     @property
     def deadline(self) -> float | None:
@@ -205,6 +202,11 @@ class CountRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
         if self.messages is not None and not self.messages:
             raise InvalidRequest("messages is empty.", param="messages")
 
+    @property
+    def operation(self) -> Operation:
+        """Tokenize."""
+        return "tokenize"
+
 
 class DetokenizeRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="detokenize"):
     """Token ids to be turned into text."""
@@ -212,6 +214,11 @@ class DetokenizeRequest(Request, frozen=True, kw_only=True, omit_defaults=True, 
     token_ids: tuple[int, ...]
 
     queues: ClassVar[bool] = False
+
+    @property
+    def operation(self) -> Operation:
+        """Detokenize."""
+        return "detokenize"
 
 
 class EmbedRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="embed"):

@@ -91,7 +91,11 @@ async def score(loaded: Loaded, request: ScoreRequest) -> AsyncGenerator[Event, 
         async with aclosing(batch.steps()) as steps:
             async for progress in steps:
                 yield progress
-        scores = _cosines(batch.results) if embeds else _finite(batch.results)
+        if embeds:
+            vectors = dict(zip(_texts(request), batch.results, strict=True))
+            scores = await asyncio.to_thread(_cosines, request, vectors)
+        else:
+            scores = _finite(batch.results)
         yield Scores(tuple(scores))
         yield turn.finish()
 
@@ -181,9 +185,13 @@ def _cut(engine: Engine, text: str, ids: tuple[int, ...], most: int) -> tuple[in
     return ids[: most - len(after)] + after
 
 
+def _texts(request: ScoreRequest) -> tuple[str, ...]:
+    """Return the texts of all pairs, each once."""
+    return tuple(dict.fromkeys(text for pair in request.pairs for text in pair))
+
+
 async def _embedded(turn: Turn[Loaded, ScoreRequest], request: ScoreRequest) -> _Batch[Any, Any]:
-    texts = tuple(text for pair in request.pairs for text in pair)
-    embedding = EmbedRequest(inputs=texts, truncate=request.truncate)
+    embedding = EmbedRequest(inputs=_texts(request), truncate=request.truncate)
     token_ids = await asyncio.to_thread(_token_ids, turn.served, embedding)
     return _Batch(turn, turn.served.embeddings, token_ids, sum(map(len, token_ids)))
 
@@ -220,10 +228,9 @@ def _finite(scores: Sequence[float]) -> Sequence[float]:
     return scores
 
 
-def _cosines(vectors: Sequence[bytes]) -> list[float]:
-    units = [floats_of(normalized(vector)) for vector in vectors]
-    pairs = zip(units[::2], units[1::2], strict=True)
-    return [sum(map(operator.mul, first, second)) for first, second in pairs]
+def _cosines(request: ScoreRequest, vectors: dict[str, bytes]) -> list[float]:
+    units = {text: floats_of(normalized(vector)) for text, vector in vectors.items()}
+    return [sum(map(operator.mul, units[first], units[second])) for first, second in request.pairs]
 
 
 def _shaped(raw: Sequence[bytes], dimensions: int | None, normalize: bool) -> tuple[bytes, ...]:

@@ -119,8 +119,16 @@ async def score(connected: Connected, request: ScoreRequest) -> AsyncGenerator[E
         scores, total = [0.0] * len(request.pairs), Usage()
         for query, mine in places.items():
             documents = tuple(request.pairs[place][1] for place in mine)
-            ranking = RerankRequest(query=query, documents=documents, truncate=request.truncate)
+            ranking = RerankRequest(
+                query=query,
+                documents=documents,
+                truncate=request.truncate,
+                traceparent=request.traceparent,
+                tracestate=request.tracestate,
+            )
             ranked, usage = await _in_slot(turn, partial(connected.engine.rerank, ranking))
+            if {index for index, _ in ranked} != {*range(len(mine))}:
+                raise UpstreamError("The upstream did not score every text.")
             total = Usage.merged([total, usage])
             for index, value in ranked:
                 scores[mine[index]] = value

@@ -135,6 +135,17 @@ async def test_pairs_are_scored_by_one_ranking_for_each_first_text() -> None:
     assert finish.usage.prompt_tokens == 20
 
 
+async def test_a_text_without_a_score_is_an_error() -> None:
+    """W17: a score that the upstream left out is not 0."""
+    rows = [{"index": 0, "relevance_score": 0.5}]
+    async with (
+        upstream(answered({"results": rows})) as server,
+        started(server.url, "siliconflow", task="rerank") as worker,
+    ):
+        with pytest.raises(UpstreamError):
+            await result(worker.ask(ScoreRequest(pairs=(("q", "a"), ("q", "b")))), Scores)
+
+
 async def test_a_deadline_holds() -> None:
     def script(seen: Seen) -> Play:
         return Play([5.0])

@@ -132,7 +132,8 @@ def _run_conversion(file: ModelFile, partial: Path) -> None:
         raise disk_full(partial.parent)
     if "ModuleNotFoundError" in last:
         raise ConfigError(
-            f"Conversion needs more libraries: pip install 'headrace[openvino-convert]'. {last}"
+            "Conversion needs more libraries: "
+            f"pip install 'headrace[openvino,transformers]'. {last}"
         )
     raise LoadFailed(f"{file.path} could not be converted for OpenVINO.", detail=last)
 
