@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from headrace.core.metrics import InferenceMetrics, Usage
+from headrace.core.tools import ToolCall
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "cancelled", "error"]
 """Why a choice ended. `cancelled` and `error` appear in figures and logs, not on a Finish."""
@@ -46,6 +47,20 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     index: int = 0
     reasoning: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, array_like=True, tag="k"):
+    """An addition to call `call` of choice `index`; calls count from 0.
+
+    The first of a call has its id and name, and each a further part of the text of its arguments,
+    which is a JSON object when the call is complete. Its tokens are those of the Delta before it.
+    """
+
+    call: int = 0
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+    index: int = 0
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="p"):
@@ -129,8 +144,8 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, tag="f"):
         return self.finish_reasons[0]
 
 
-Event = Progress | Delta | Vectors | Ranking | Scores | TokenCount | Text | Finish
-"""`Progress*`, then `Delta*` or one event with the result, then one Finish."""
+Event = Progress | Delta | ToolCallDelta | Vectors | Ranking | Scores | TokenCount | Text | Finish
+"""`Progress*`, then deltas or one event with the result, then one Finish."""
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +155,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
     index: int = 0
     reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
 

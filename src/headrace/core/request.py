@@ -17,6 +17,7 @@ import msgspec
 from headrace.core.errors import InvalidRequest
 from headrace.core.model import Task
 from headrace.core.sampling import Sampling
+from headrace.core.tools import Thinking, Tool, ToolCall, ToolChoice
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Operation = Literal[
@@ -33,11 +34,18 @@ _OPENING_TOKENS = 4096
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One turn of a conversation. Content in parts has been joined to one text."""
+    """One turn of a conversation. Content in parts has been joined to one text.
+
+    An assistant's turn can have the calls that it made and its thinking, the turn of a tool has
+    the id of the call that it answers.
+    """
 
     role: Role
-    content: str
+    content: str = ""
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    reasoning: str = ""
 
 
 def new_id() -> str:
@@ -119,10 +127,11 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
 
     `context_length` is at most that of the model. `json_schema` constrains the text; `{}` means
     any JSON. `answered` are the tokens of an answer to continue: the stream begins with their
-    text, in one delta.
+    text, in one delta. Tools and thinking go with messages only.
 
     Raises:
-        InvalidRequest: messages and prompt are both given or both missing, or one is empty.
+        InvalidRequest: messages and prompt are both given or both missing, or one is empty; the
+            choice of tools contradicts the tools.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -133,9 +142,14 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     context_length: int | None = None
     json_schema: dict[str, Any] | None = None
     template_options: dict[str, Any] = {}
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    thinking: Thinking = Thinking()
     answered: tuple[int, ...] = ()
 
-    content_fields: ClassVar[frozenset[str]] = frozenset({"messages", "prompt", "answered"})
+    content_fields: ClassVar[frozenset[str]] = frozenset(
+        {"messages", "prompt", "tools", "answered"}
+    )
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -147,6 +161,9 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
             raise InvalidRequest("prompt is an empty list of tokens.", param="prompt")
         if self.n < 1:
             raise InvalidRequest("n is at least 1.", param="n")
+        if self.tools and self.messages is None:
+            raise InvalidRequest("Tools go with messages, not with a prompt.", param="tools")
+        self.tool_choice.allowed(self.tools)
 
     @property
     def operation(self) -> Operation:
@@ -163,7 +180,7 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
         if self.messages is None:
             prompt = _tokens(self.prompt or ())
         else:
-            prompt = sum(_tokens(message.content) for message in self.messages)
+            prompt = sum(map(_message_tokens, self.messages)) + sum(map(_tool_tokens, self.tools))
         return prompt + (self.sampling.max_tokens or _ANSWER_TOKENS) * self.n
 
     def opening(self) -> str:
@@ -192,6 +209,8 @@ class CountRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
     text: str | None = None
     add_special: bool = False
     template_options: dict[str, Any] = {}
+    tools: tuple[Tool, ...] = ()
+    thinking: Thinking = Thinking()
 
     queues: ClassVar[bool] = False
 
@@ -344,6 +363,15 @@ AnyRequest = (
 
 def _tokens(text: str | Sequence[int]) -> float:
     return len(text) / _CHARACTERS_PER_TOKEN if isinstance(text, str) else len(text)
+
+
+def _message_tokens(message: Message) -> float:
+    called = sum(_tokens(call.name) + _tokens(call.arguments) for call in message.tool_calls)
+    return _tokens(message.content) + _tokens(message.reasoning) + called
+
+
+def _tool_tokens(tool: Tool) -> float:
+    return _tokens(tool.name) + _tokens(tool.description or "") + _tokens(repr(tool.parameters))
 
 
 def _readable(text: Text | None) -> str | None:

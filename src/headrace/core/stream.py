@@ -21,8 +21,10 @@ from headrace.core.events import (
     Text,
     TokenCount,
     TokenLogprob,
+    ToolCallDelta,
     Vectors,
 )
+from headrace.core.tools import ToolCall
 
 Stream = AsyncGenerator[Event, None]
 T = TypeVar("T")
@@ -131,10 +133,10 @@ async def collect(stream: Stream) -> GenerateResult:
         GenerationFailed: the stream ended without a Finish.
         HeadraceError: raised by the stream.
     """
-    parts: dict[int, list[Delta]] = {}
+    parts: dict[int, list[Delta | ToolCallDelta]] = {}
     try:
         async for event in stream:
-            if isinstance(event, Delta):
+            if isinstance(event, Delta | ToolCallDelta):
                 parts.setdefault(event.index, []).append(event)
             elif isinstance(event, Finish):
                 return _result(parts, event)
@@ -189,14 +191,15 @@ async def collect_text(stream: Stream) -> str:
     return (await result(stream, Text))[0].text
 
 
-def _result(parts: dict[int, list[Delta]], finish: Finish) -> GenerateResult:
+def _result(parts: dict[int, list[Delta | ToolCallDelta]], finish: Finish) -> GenerateResult:
     choices = tuple(
         _choice(index, parts.get(index, ()), finish) for index in range(len(finish.finish_reasons))
     )
     return GenerateResult(choices=choices, usage=finish.usage, metrics=finish.metrics)
 
 
-def _choice(index: int, deltas: Sequence[Delta], finish: Finish) -> Choice:
+def _choice(index: int, parts: Sequence[Delta | ToolCallDelta], finish: Finish) -> Choice:
+    deltas = [part for part in parts if isinstance(part, Delta)]
     logprobs: list[TokenLogprob] = []
     token_ids: list[int] = []
     for delta in deltas:
@@ -206,9 +209,18 @@ def _choice(index: int, deltas: Sequence[Delta], finish: Finish) -> Choice:
         index=index,
         text="".join(delta.text for delta in deltas),
         reasoning="".join(delta.reasoning for delta in deltas),
+        tool_calls=_calls([part for part in parts if isinstance(part, ToolCallDelta)]),
         token_ids=tuple(token_ids),
         logprobs=tuple(logprobs),
         finish_reason=finish.finish_reasons[index],
+    )
+
+
+def _calls(parts: Sequence[ToolCallDelta]) -> tuple[ToolCall, ...]:
+    heads = {part.call: part for part in parts if part.name}
+    return tuple(
+        ToolCall(head.id, head.name, "".join(p.arguments for p in parts if p.call == number))
+        for number, head in sorted(heads.items())
     )
 
 

@@ -14,7 +14,7 @@ from headrace.core.errors import (
     OutOfMemory,
     WorkerDied,
 )
-from headrace.core.events import Delta, Event, Finish, Progress
+from headrace.core.events import Delta, Event, Finish, Progress, ToolCallDelta
 from headrace.core.model import Capabilities
 from headrace.core.model import Continuation as Policy
 from headrace.core.request import AnyRequest, GenerateRequest
@@ -30,13 +30,24 @@ class Diverged(Exception):
 class _Sent:
     """What was sent of one choice, and how much of it the second answer has repeated."""
 
-    __slots__ = ("_reasoning", "_text", "_tokens", "reasonings", "texts", "token_ids")
+    __slots__ = (
+        "_calls",
+        "_reasoning",
+        "_text",
+        "_tokens",
+        "calls",
+        "reasonings",
+        "texts",
+        "token_ids",
+    )
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.reasonings: list[str] = []
         self.token_ids: list[int] = []
+        self.calls: dict[int, list[str]] = {}
         self._text = self._reasoning = ""
+        self._calls: dict[int, str] = {}
         self._tokens = 0
 
     def note(self, delta: Delta) -> None:
@@ -46,13 +57,18 @@ class _Sent:
             self.reasonings.append(delta.reasoning)
         self.token_ids += delta.token_ids
 
+    def note_call(self, delta: ToolCallDelta) -> None:
+        # The name comes with the first part, so that the joined parts tell two calls apart.
+        self.calls.setdefault(delta.call, []).append(delta.name + delta.arguments)
+
     def rewind(self) -> None:
         self._text, self._reasoning = "".join(self.texts), "".join(self.reasonings)
+        self._calls = {call: "".join(parts) for call, parts in self.calls.items()}
         self._tokens = len(self.token_ids)
 
     @property
     def is_repeated(self) -> bool:
-        return not (self._text or self._reasoning)
+        return not (self._text or self._reasoning or any(self._calls.values()))
 
     def rest(self, delta: Delta) -> Delta:
         """Return the new part of a delta.
@@ -65,6 +81,20 @@ class _Sent:
         known = min(self._tokens, len(delta.token_ids))
         self._tokens -= known
         return Delta(text, delta.token_ids[known:], delta.index, reasoning, delta.logprobs[known:])
+
+    def rest_of_call(self, delta: ToolCallDelta) -> ToolCallDelta | None:
+        """Return the new part of a call's delta.
+
+        Raises:
+            Diverged: the rest of it is not what was sent before.
+        """
+        if delta.call not in self._calls:
+            return delta
+        rest, self._calls[delta.call] = _after(
+            delta.name + delta.arguments, self._calls[delta.call]
+        )
+        # Sent calls have their head already: what is new is a part of the arguments.
+        return ToolCallDelta(delta.call, arguments=rest, index=delta.index) if rest else None
 
 
 def _after(new: str, sent: str) -> tuple[str, str]:
@@ -132,6 +162,8 @@ class Continuation:
         """
         if type(event) is Delta:
             return self._new_delta(event)
+        if isinstance(event, ToolCallDelta):
+            return self._new_call(event)
         if isinstance(event, Finish):
             return self._finish(event)
         if not isinstance(event, Progress):
@@ -151,6 +183,17 @@ class Continuation:
             self._visible_at = self._clock()
         if self._policy != "off" and self.way is None:
             sent.note(delta)
+        return delta
+
+    def _new_call(self, delta: ToolCallDelta) -> ToolCallDelta | None:
+        sent = self._sent[delta.index]
+        if self.way is not None:
+            return sent.rest_of_call(delta)
+        self._has_begun = True
+        if self._visible_at is None:
+            self._visible_at = self._clock()
+        if self._policy != "off":
+            sent.note_call(delta)
         return delta
 
     def _finish(self, finish: Finish) -> Finish:

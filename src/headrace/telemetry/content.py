@@ -86,7 +86,7 @@ def attributes(
     messages: list[dict[str, Any]] = (
         kept.input if request.messages is not None else [{"role": "user", "content": kept.input}]
     )
-    prompts = [_message(message["role"], message["content"] or "") for message in messages]
+    prompts = [_message(message["role"], message.get("content") or "") for message in messages]
     reasons = [*finish_reasons, *["error"] * len(kept.answered)]
     answers = [
         _message("assistant", text) | {"finish_reason": reason}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from headrace.core.errors import GenerationFailed, HeadraceError
-from headrace.core.events import Delta, Event, Finish, Progress
+from headrace.core.events import Delta, Event, Finish, Progress, ToolCallDelta
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelInfo
 from headrace.core.record import Outcome, Phase, RunningRequest
@@ -55,6 +55,11 @@ class Running:
             self._progressed(event)
         elif isinstance(event, Finish):
             self.finish = event
+        elif isinstance(event, ToolCallDelta):
+            self.visible_at = self.visible_at or time.monotonic()
+            if self.answers is not None:
+                head = f"\n{event.name} " if event.name else ""
+                self.answers.setdefault(event.index, []).append(head + event.arguments)
 
     def _first_output(self, delta: Delta) -> None:
         """Record a delta that may be the first with tokens or text."""

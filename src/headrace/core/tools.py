@@ -1,0 +1,67 @@
+"""Tools that a model may call, its calls, and what a request asks of its thinking."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from headrace.core.errors import InvalidRequest
+
+
+class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A function that the model may call. `parameters` is a JSON schema; None takes no arguments.
+
+    `strict` enforces the schema also where the model is free to call or not.
+    """
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool = False
+
+
+class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A call that a model has made. `arguments` is the text of a JSON object."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class ToolChoice(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Whether the model calls tools, and which: `names` restricts it to some, () is all.
+
+    `parallel` allows several calls in one answer.
+    """
+
+    mode: Literal["none", "auto", "required"] = "auto"
+    names: tuple[str, ...] = ()
+    parallel: bool = True
+
+    def allowed(self, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
+        """Return the tools that may be called.
+
+        Raises:
+            InvalidRequest: a name is not that of a tool, or a call is required without any tool.
+        """
+        if self.mode == "required" and not tools:
+            raise InvalidRequest("tool_choice needs tools.", param="tool_choice")
+        known = {tool.name for tool in tools}
+        if unknown := [name for name in self.names if name not in known]:
+            raise InvalidRequest(f"There is no tool {unknown[0]!r}.", param="tool_choice")
+        if self.mode == "none":
+            return ()
+        return tuple(tool for tool in tools if not self.names or tool.name in self.names)
+
+
+class Thinking(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a request asks of the thinking before an answer; models that do not think ignore it.
+
+    None leaves a setting to the model. `budget` is the most tokens of thinking: after them it is
+    closed and the answer begins.
+    """
+
+    enabled: bool | None = None
+    effort: str | None = None
+    budget: int | None = None
