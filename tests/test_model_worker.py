@@ -430,3 +430,14 @@ def test_threads_share_one_loop(home: Path) -> None:
         loops = set(threads.map(lambda _: worker._own_loop(), range(8)))
     assert len(loops) == 1
     worker.stop()
+
+
+@pytest.mark.parametrize("folder", ["x\u3000y", "🙂\u200d e\u0301"])
+def test_a_model_in_a_folder_of_any_name(home: Path, smollm2_path: Path, folder: str) -> None:
+    """Issue 12.13: what exists is loaded."""
+    path = home.parent / folder / "日本 model.gguf"
+    path.parent.mkdir()
+    path.symlink_to(smollm2_path)
+    with ModelWorker(str(path), slots=1, threads=1, context_length=256) as worker:
+        assert worker.metadata.id == "日本 model"
+        assert worker.generate("Hello", max_tokens=2).usage.completion_tokens == 2

@@ -63,7 +63,9 @@ def load_settings(**sources: Any) -> Settings:
     Raises:
         ConfigError: the configuration is invalid.
     """
-    return configuration.load(known_options=engine_options(), **sources)
+    return configuration.load(
+        known_options=engine_options(), import_options=engine_registry.options, **sources
+    )
 
 
 def store(config: Config) -> Store:
@@ -265,4 +267,10 @@ def _worker_spec(spec: ModelSpec, file: ModelFile, config: Config) -> WorkerSpec
     engine, reason = _engine(spec, file, config)
     engine_registry.check_options(engine, spec.options)
     file = engine_registry.prepared(engine, file, config.home)
-    return WorkerSpec(model=spec, file=file, engine=engine, engine_reason=reason)
+    return WorkerSpec(
+        model=spec,
+        file=file,
+        engine=engine,
+        engine_reason=reason,
+        import_from=engine_registry.folder(engine),
+    )

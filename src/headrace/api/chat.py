@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
+from headrace.api import fields
 from headrace.api.exchange import Call, Exchange, Service
+from headrace.api.fields import Peers
 from headrace.api.limits import ApiSettings
-from headrace.api.stream import ChunkFormat, Reply, answer
-from headrace.api.wire import (
-    AnswerHead,
-    ChunkHead,
-    Count,
-    GenerateFields,
+from headrace.api.messages import (
     Messages,
-    Nothing,
-    Unsupported,
-    generate_fields,
+    ThinkingFields,
+    Tools,
+    WireChoice,
+    to_choice,
     to_messages,
-    to_sampling,
+    to_thinking,
+    to_tools,
 )
+from headrace.api.stream import ChunkFormat, Reply, answer
+from headrace.api.wire import AnswerHead, ChunkHead, Count, generate_fields, to_sampling
 from headrace.core.errors import InvalidRequest
-from headrace.core.events import Choice, FinishReason, TokenLogprob, TopLogprob
+from headrace.core.events import (
+    Choice,
+    FinishReason,
+    TokenLogprob,
+    ToolCallDelta,
+    TopLogprob,
+)
 from headrace.core.request import GenerateRequest
+from headrace.core.tools import ToolCall
 
 
-class ChatRequest(GenerateFields, frozen=True, kw_only=True):
+class ChatRequest(ThinkingFields, frozen=True, kw_only=True):
     """OpenAI's chat request, with common extensions."""
 
     messages: Messages
@@ -36,16 +44,16 @@ class ChatRequest(GenerateFields, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: WireChoice | None = None
+    parallel_tool_calls: bool | None = None
 
-    audio: Unsupported[None] = None
-    function_call: Unsupported[Literal["none"]] = None
-    functions: Unsupported[Nothing] = None
-    modalities: Unsupported[list[Literal["text"]]] = None
-    reasoning_effort: Unsupported[None] = None
-    tool_choice: Unsupported[Literal["none"]] = None
-    tools: Unsupported[Nothing] = None
-    verbosity: Unsupported[None] = None
-    web_search_options: Unsupported[None] = None
+    peers: ClassVar[Peers] = fields.CHAT
+
+    def names(self) -> dict[str, str]:
+        """Return the client's names for fields of the core, where they differ."""
+        preferred = self.max_completion_tokens is not None and self.max_tokens is None
+        return super().names() | ({"max_tokens": "max_completion_tokens"} if preferred else {})
 
 
 class ChatTop(msgspec.Struct, frozen=True):
@@ -72,13 +80,38 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
+class FunctionBody(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The function of a call. In a stream only the first part of a call has the name."""
+
+    arguments: str
+    name: str | None = None
+
+
+class ToolCallBody(msgspec.Struct, frozen=True, kw_only=True):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionBody
+
+
+class ToolCallPart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The addition of a chunk to a call; the first of a call has its id."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionBody
+
+
 class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer. `reasoning_content` is the model's thinking, if it is separate."""
+    """The answer. `reasoning_content` is the model's thinking; content is null beside calls."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
     reasoning_content: str | msgspec.UnsetType | None = msgspec.UNSET
+    tool_calls: list[ToolCallBody] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +137,7 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
     content: str | None = None
     refusal: None = None
     reasoning_content: str | None = None
+    tool_calls: list[ToolCallPart] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,12 +165,14 @@ _FORMAT = ChunkFormat(
     after=b"}",
     empty=b'"delta":{}',
     logprobs=lambda delta: _logprobs(delta.logprobs),
+    call=lambda delta: {"tool_calls": [_call_part(delta)]},
 )
 
 
 async def chat_completions(service: Service, exchange: Exchange) -> None:
     """Answer a conversation, streamed or whole."""
     wire = await exchange.read(_DECODER)
+    exchange.call.names = wire.names()
     request = to_request(wire, exchange.settings, exchange.call)
     reply = Reply("chatcmpl-", _FORMAT, request.n, _whole)
     await answer(service, exchange, wire, service.backend.ask(request), reply)
@@ -148,7 +184,6 @@ def to_request(wire: ChatRequest, settings: ApiSettings, call: Call) -> Generate
     Raises:
         InvalidRequest: fields contradict each other, or a value is out of its range.
     """
-    fields = generate_fields(wire, settings, call)
     max_tokens, preferred = wire.max_tokens, wire.max_completion_tokens
     if max_tokens is not None and preferred not in {None, max_tokens}:
         raise InvalidRequest("max_tokens and max_completion_tokens differ.", param="max_tokens")
@@ -161,7 +196,10 @@ def to_request(wire: ChatRequest, settings: ApiSettings, call: Call) -> Generate
             wire, max_tokens=max_tokens if preferred is None else preferred, logprobs=logprobs
         ),
         template_options=wire.chat_template_kwargs or {},
-        **fields,
+        tools=to_tools(wire.tools),
+        tool_choice=to_choice(wire.tool_choice, parallel=wire.parallel_tool_calls),
+        thinking=to_thinking(wire),
+        **generate_fields(wire, settings, call),
     )
 
 
@@ -171,7 +209,9 @@ def _whole(head: dict[str, Any], choices: tuple[Choice, ...]) -> ChatCompletion:
 
 def _choice(choice: Choice) -> ChatChoice:
     message = AssistantMessage(
-        content=choice.text, reasoning_content=choice.reasoning or msgspec.UNSET
+        content=choice.text or (None if choice.tool_calls else ""),
+        reasoning_content=choice.reasoning or msgspec.UNSET,
+        tool_calls=[*map(_call, choice.tool_calls)] or msgspec.UNSET,
     )
     return ChatChoice(
         index=choice.index,
@@ -179,6 +219,17 @@ def _choice(choice: Choice) -> ChatChoice:
         logprobs=_logprobs(choice.logprobs) if choice.logprobs else None,
         finish_reason=choice.finish_reason,
     )
+
+
+def _call(call: ToolCall) -> ToolCallBody:
+    return ToolCallBody(id=call.id, function=FunctionBody(call.arguments, call.name))
+
+
+def _call_part(delta: ToolCallDelta) -> ToolCallPart:
+    function = FunctionBody(delta.arguments, delta.name or None)
+    if not delta.name:
+        return ToolCallPart(index=delta.call, function=function)
+    return ToolCallPart(index=delta.call, id=delta.id, type="function", function=function)
 
 
 def _logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:

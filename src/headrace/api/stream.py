@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from headrace.api import limits, problems
+from headrace.api import limits
 from headrace.api.exchange import Exchange, Service, timing_header
 from headrace.api.problems import Problem
 from headrace.api.wire import GenerateFields, usage_body
 from headrace.core.errors import GenerationFailed
-from headrace.core.events import Choice, Delta, Finish, Progress
+from headrace.core.events import Choice, Delta, Finish, Progress, ToolCallDelta
 from headrace.core.status import PoolEvent
 from headrace.core.stream import Primed, Stream, collect, prime
 
@@ -30,7 +30,8 @@ _encode = msgspec.json.Encoder().encode
 class ChunkFormat:
     """How a route writes a choice: `role` opens it, `text` and `after` enclose the text.
 
-    `empty` is written when a choice has ended. `logprobs` returns the value to encode.
+    `empty` is written when a choice has ended. `logprobs` returns the value to encode, `call` the
+    delta of a tool call.
     """
 
     object: str
@@ -40,6 +41,7 @@ class ChunkFormat:
     after: bytes
     empty: bytes
     logprobs: Callable[[Delta], Any]
+    call: Callable[[ToolCallDelta], Any] | None = None
 
 
 class ChunkEncoder:
@@ -75,6 +77,13 @@ class ChunkEncoder:
         if not delta.text:
             return b""
         return self._text[delta.index] + encode(delta.text) + self._plain
+
+    def call(self, delta: ToolCallDelta) -> bytes:
+        """Return the chunk of a tool call's delta; empty if the route has no calls."""
+        if self._form.call is None:
+            return b""
+        body = b'"delta":' + encode(self._form.call(delta)) + b',"logprobs":null' + self._close
+        return self._before(delta.index) + body
 
     def finish(self, finish: Finish) -> bytes:
         """Return the reason of each choice, the usage if it was requested, and the end."""
@@ -161,8 +170,7 @@ async def send_stream(exchange: Exchange, stream: Stream, encoder: ChunkEncoder)
         last = await _pump(exchange, primed, encoder)
     except Exception as error:  # noqa: BLE001 - sent to the client as an event
         exchange.call.outcome = "error"
-        problems.log(error, exchange.call.id)
-        last = encoder.failure(problems.describe(error, exchange.call.id))
+        last = encoder.failure(exchange.problem(error))
     finally:
         await primed.aclose()
     # Sent last, so that all is released when a client has read the last byte, and the server's
@@ -222,14 +230,17 @@ async def _pump(exchange: Exchange, primed: Primed, encoder: ChunkEncoder) -> by
         await primed.settled(limits.COMMENT_EVERY_S)
     event = await primed.first
     chunk = encoder.opening()
-    if isinstance(event, Delta):
-        chunk += encoder.delta(event)
+    if isinstance(event, Delta | ToolCallDelta):
+        chunk += encoder.delta(event) if isinstance(event, Delta) else encoder.call(event)
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
         chunk = b""
         async for event in primed.stream:
             if isinstance(event, Delta):
                 if data := encoder.delta(event):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
+            elif isinstance(event, ToolCallDelta):
+                data = encoder.call(event)
+                await send({"type": "http.response.body", "body": data, "more_body": True})
             elif isinstance(event, Finish):
                 break
             elif isinstance(event, Progress):
