@@ -17,7 +17,6 @@ from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import InferenceMetrics, Usage
-from headrace.core.request import Message, Role
 from headrace.core.sampling import RepetitionPenalty, Sampling, SamplingFields
 from headrace.core.values import seconds
 
