@@ -1,0 +1,1 @@
+"""How models write thinking and tool calls: found in their templates, parsed, enforced."""

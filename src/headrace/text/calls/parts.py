@@ -1,0 +1,120 @@
+"""The parts of an answer, and the sink that collects them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Thought(NamedTuple):
+    """Text of the thinking."""
+
+    text: str
+
+
+class Content(NamedTuple):
+    """Text of the answer."""
+
+    text: str
+
+
+class CallStart(NamedTuple):
+    """A call begins. `index` counts the calls of the answer; `id` is that which the model wrote."""
+
+    index: int
+    name: str
+    id: str | None = None
+
+
+class CallArguments(NamedTuple):
+    """A piece of the JSON text of a call's arguments."""
+
+    index: int
+    text: str
+
+
+class CallEnd(NamedTuple):
+    """The arguments of a call are complete."""
+
+    index: int
+
+
+class Cut(NamedTuple):
+    """A call that has begun cannot be completed: the text ended, or is not what a call continues as.
+
+    `text` is all that the model wrote of the call. No `CallEnd` follows.
+    """
+
+    index: int
+    text: str
+
+
+Part = Thought | Content | CallStart | CallArguments | CallEnd | Cut
+
+
+class Sink:
+    """Collects parts; adjacent texts of one kind become one part.
+
+    `open` is whether a call has begun and not ended.
+    """
+
+    __slots__ = ("_index", "_kind", "_parts", "_texts", "open")
+
+    def __init__(self) -> None:
+        self.open = False
+        self._index = -1
+        self._parts: list[Part] = []
+        self._texts: list[str] = []
+        self._kind: Callable[[str], Part] = Content
+
+    def take(self) -> list[Part]:
+        """Return the parts since the last time."""
+        self._release()
+        parts, self._parts = self._parts, []
+        return parts
+
+    def content(self, text: str) -> None:
+        """Add text of the answer."""
+        self._add(Content, text)
+
+    def thought(self, text: str) -> None:
+        """Add text of the thinking."""
+        self._add(Thought, text)
+
+    def start(self, name: str, identity: str | None = None) -> None:
+        """Begin the next call."""
+        self._release()
+        self._index += 1
+        self.open = True
+        self._parts.append(CallStart(self._index, name, identity))
+
+    def arguments(self, text: str) -> None:
+        """Add to the arguments of the open call."""
+        self._add(self._arguments, text)
+
+    def end(self) -> None:
+        """Complete the open call."""
+        self._release()
+        self.open = False
+        self._parts.append(CallEnd(self._index))
+
+    def cut(self, text: str) -> None:
+        """Give up the open call, of which the model wrote `text`."""
+        self._release()
+        self.open = False
+        self._parts.append(Cut(self._index, text))
+
+    def _arguments(self, text: str) -> CallArguments:
+        return CallArguments(self._index, text)
+
+    def _add(self, kind: Callable[[str], Part], text: str) -> None:
+        if kind != self._kind:
+            self._release()
+            self._kind = kind
+        if text:
+            self._texts.append(text)
+
+    def _release(self) -> None:
+        if self._texts:
+            self._parts.append(self._kind("".join(self._texts)))
+            self._texts = []
