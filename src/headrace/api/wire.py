@@ -14,6 +14,7 @@ from msgspec import Meta
 from headrace.api import limits
 from headrace.api.exchange import Call
 from headrace.api.limits import ApiSettings
+from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.request import Message, Role
@@ -60,10 +61,11 @@ class JsonSchema(msgspec.Struct, frozen=True):
 
 
 class ResponseFormat(msgspec.Struct, frozen=True):
-    """The required format of the answer."""
+    """The required format of the answer. `schema` without a name is llama.cpp's way."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema: dict[str, Any] | None = None
 
 
 class GenerateFields(SamplingFields, frozen=True, kw_only=True):
@@ -238,7 +240,7 @@ def generate_fields(
     fields = request_fields(wire, settings, call)
     fields |= {
         "n": wire.n or 1,
-        "json_schema": _json_schema(wire.response_format),
+        "constraint": _constraint(wire.response_format),
         "context_length": wire.context_length,
     }
     if wire.stream:
@@ -306,11 +308,18 @@ def _keep_alive(value: float | str | None) -> float | None:
         raise InvalidRequest(f"keep_alive: {error}.", param="keep_alive") from error
 
 
-def _json_schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
-    if wanted is None or wanted.type == "text":
+def _constraint(wanted: ResponseFormat | None) -> Constraint | None:
+    if wanted is None:
+        return None
+    named, flat = wanted.json_schema, wanted.schema
+    if wanted.type == "text":
+        if named is not None or flat is not None:
+            raise InvalidRequest("A schema needs type json_schema.", param="response_format.type")
         return None
     if wanted.type == "json_object":
-        return {"type": "object"}
-    if wanted.json_schema is None:
+        if named is not None:
+            raise InvalidRequest("A schema needs type json_schema.", param="response_format.type")
+        return Constraint(json_schema={"type": "object"} if flat is None else flat)
+    if (named is None) == (flat is None):
         raise InvalidRequest("json_schema is missing.", param="response_format.json_schema")
-    return wanted.json_schema.schema or {}
+    return Constraint(json_schema=(named.schema or {} if named is not None else flat) or {})
