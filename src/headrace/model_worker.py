@@ -189,7 +189,7 @@ class AsyncModelWorker:
         """Return the stream of an answer: deltas, then one Finish with usage and metrics.
 
         `options` are the fields of Sampling (`max_tokens`, `temperature`, `stop`, ...) and of
-        GenerateRequest (`n`, `echo`, `json_schema`, `deadline_s`, ...).
+        GenerateRequest (`n`, `echo`, `deadline_s`, ...); `json_schema` is what the text has to be.
 
         Raises:
             InvalidRequest: an option is unknown or wrong.
@@ -356,6 +356,8 @@ def request(
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = (sampling["stop"],)
     fields = {name: value for name, value in options.items() if name in _REQUEST}
+    if (schema := fields.pop("json_schema", None)) is not None:
+        fields["constraint"] = {"json_schema": schema}
     text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
     body = {"model": model, "prompt": text, "sampling": sampling, **fields}
     try:

@@ -15,6 +15,7 @@ from headrace.api.completions import CompletionRequest
 from headrace.api.exchange import Call
 from headrace.api.limits import ApiSettings
 from headrace.api.messages import ChatMessage
+from headrace.core.constraint import Constraint
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling, SamplingFields, described
 
@@ -134,7 +135,9 @@ async def test_fields_of_completions() -> None:
 )  # fmt: skip
 async def test_response_format(wanted: Any, schema: Any) -> None:
     """A: the three forms of OpenAI."""
-    assert (await asked(CHAT, chat(response_format=wanted))).json_schema == schema
+    assert (await asked(CHAT, chat(response_format=wanted))).constraint == (
+        None if schema is None else Constraint(json_schema=schema)
+    )
 
 
 async def test_null_means_absent() -> None:

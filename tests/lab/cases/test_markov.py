@@ -94,6 +94,7 @@ SPOILED = {
     "figures_are_complete": ("yield Admitted(done=prompt_tokens, total=prompt_tokens)", "pass"),
     "cancelled_in_prefill": ("yield Admitted(done=prompt_tokens, total=prompt_tokens)", "pass"),
     "json_schema": ("batch_invariant=True", "batch_invariant=True, json_schema=True"),
+    "json_schema_fails_closed": ("batch_invariant=True", "batch_invariant=True, json_schema=True"),
     "resume": ("batch_invariant=True", "resume=True"),
     "options_describe_themselves": (', description="What it learns from."', ""),
     "alone_and_among_sixteen": (

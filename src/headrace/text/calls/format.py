@@ -140,7 +140,7 @@ HARMONY = (
 _TURN_MARKS = re.compile(r"<[|｜/]|[|｜]>|\[/?INST\]|</s>|<(?:start|end)_of_turn>")
 
 
-def thinking_open_in(prompt_tail: str, format: Format) -> bool:  # noqa: A002 - it is one
+def thinking_open_in(prompt_tail: str, format: Format) -> bool:
     """Whether the rendered prompt leaves the thinking open.
 
     Only what follows the beginning of the model's turn counts: a client may write markers.
