@@ -1,0 +1,84 @@
+"""Turns the text of one choice into events: content, thinking and calls of tools."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+from headrace.core.events import Delta, ToolCallDelta
+from headrace.text.calls.parts import CallArguments, CallStart, Content, Cut, Part, Thought
+from headrace.text.calls.splitter import Splitter
+from headrace.text.pipeline import StopMatcher, Utf8Decoder
+
+Output = Delta | ToolCallDelta
+
+
+def call_id(request: str, index: int, number: int) -> str:
+    """Return the id of a call: the same when an answer is computed again."""
+    digest = hashlib.blake2b(f"{request} {index} {number}".encode(), digest_size=12)
+    return f"call_{digest.hexdigest()}"
+
+
+class PartsPipeline:
+    """Bytes of one choice become events. Stop strings are searched in the content only.
+
+    `request` and `index` make the ids of calls that the model gives none.
+    """
+
+    def __init__(
+        self, splitter: Splitter, stops: Sequence[str], request: str, index: int
+    ) -> None:
+        self.calls = 0
+        self.is_thinking = False
+        self._splitter = splitter
+        self._decoder = Utf8Decoder()
+        self._matcher = StopMatcher(stops)
+        self._request = request
+        self._index = index
+        self._ids: dict[int, str] = {}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found; read it after `flush` too."""
+        return self._matcher.matched is not None
+
+    def feed(self, data: bytes, *, may_stop: bool = True) -> list[Output]:
+        """Return the events of new bytes."""
+        return self._events(self._splitter.feed(self._decoder.feed(data)), may_stop=may_stop)
+
+    def flush(self) -> list[Output]:
+        """End the answer and return the events of what was held back."""
+        parts = self._splitter.feed(self._decoder.flush()) + self._splitter.flush()
+        events = self._events(parts, may_stop=True)
+        if rest := self._matcher.flush():
+            events.append(Delta(rest, index=self._index))
+        return events
+
+    def _events(self, parts: Sequence[Part], *, may_stop: bool) -> list[Output]:
+        return [event for part in parts for event in self._event(part, may_stop=may_stop)]
+
+    def _event(self, part: Part, *, may_stop: bool) -> Iterator[Output]:
+        self.is_thinking = isinstance(part, Thought)
+        if isinstance(part, Content):
+            text = self._matcher.feed(part.text) if may_stop else part.text
+            if text:
+                yield Delta(text, index=self._index)
+        elif isinstance(part, Thought):
+            yield Delta(reasoning=part.text, index=self._index)
+        elif isinstance(part, CallStart):
+            self.calls += 1
+            identity = part.id or call_id(self._request, self._index, part.index)
+            yield ToolCallDelta(part.index, identity, part.name, index=self._index)
+        elif isinstance(part, CallArguments):
+            yield ToolCallDelta(part.index, arguments=part.text, index=self._index)
+        elif isinstance(part, Cut):
+            self.calls -= 1
+
+
+def with_tokens(events: list[Output], raw: Delta) -> list[Output]:
+    """Return the events with the tokens and log probabilities of `raw` on the first delta."""
+    if events and isinstance(events[0], Delta):
+        first = events[0]
+        head = Delta(first.text, raw.token_ids, raw.index, first.reasoning, raw.logprobs)
+        return [head, *events[1:]]
+    return [raw, *events]
