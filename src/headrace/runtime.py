@@ -16,6 +16,7 @@ from headrace.config import Config, Settings
 from headrace.core.model import ModelFile, ModelInfo, ModelSpec
 from headrace.core.status import Plan
 from headrace.engines import EngineStatus, measured
+from headrace.engines.base import check_task
 from headrace.log import LogSettings
 from headrace.machine import SystemInfo
 from headrace.models.inspect import inspect
@@ -64,8 +65,28 @@ def load_settings(**sources: Any) -> Settings:
         ConfigError: the configuration is invalid.
     """
     return configuration.load(
-        known_options=engine_options(), import_options=engine_registry.options, **sources
+        known_options=engine_options(),
+        import_options=engine_registry.options,
+        verify=_check_task,
+        **sources,
     )
+
+
+def _check_task(spec: ModelSpec) -> None:
+    """Check that what is to run a model has its task.
+
+    Raises:
+        ConfigError: its provider or its engine has not.
+    """
+    if spec.task is None:
+        return
+    engine = spec.engine
+    if is_remote(spec.model):
+        provider = PROVIDERS[spec.model.partition(":")[0]]
+        engine = engine or provider.engine
+        check_task(spec.task, provider.title, provider.tasks)
+    if engine is not None:
+        check_task(spec.task, f"Engine {engine}", engine_registry.about(engine).tasks)
 
 
 def store(config: Config) -> Store:
