@@ -13,7 +13,9 @@ from headrace import __version__, machine
 from headrace import config as configuration
 from headrace import engines as engine_registry
 from headrace.config import Config, Settings
+from headrace.core import parameters as core_parameters
 from headrace.core.model import ModelFile, ModelInfo, ModelSpec
+from headrace.core.parameters import Parameter
 from headrace.core.status import Plan
 from headrace.engines import EngineStatus, measured
 from headrace.engines.base import check_task
@@ -110,6 +112,15 @@ def resolver(config: Config) -> Resolve:
         return _worker_spec(spec, model_file(spec, config, on_progress), config)
 
     return resolve
+
+
+def parameters(spec: ModelSpec, engine: str) -> tuple[Parameter, ...]:
+    """Return the settings of a model and the options of its engine; `auto` has none yet."""
+    settings = core_parameters.settings(spec)
+    if engine == "auto":
+        return tuple(settings)
+    schema = engine_registry.options(engine).model_json_schema()
+    return (*settings, *core_parameters.options(schema, spec.options))
 
 
 def describe(spec: ModelSpec, config: Config) -> ModelInfo:

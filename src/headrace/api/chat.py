@@ -12,15 +12,14 @@ from headrace.api import fields
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.fields import Peers
 from headrace.api.limits import ApiSettings
+from headrace.api.messages import Messages, to_messages
 from headrace.api.stream import ChunkFormat, Reply, answer
 from headrace.api.wire import (
     AnswerHead,
     ChunkHead,
     Count,
     GenerateFields,
-    Messages,
     generate_fields,
-    to_messages,
     to_sampling,
 )
 from headrace.core.errors import InvalidRequest

@@ -9,7 +9,8 @@ import msgspec
 from headrace.api import fields
 from headrace.api.exchange import Exchange, Service
 from headrace.api.fields import Body, Peers
-from headrace.api.wire import Messages, ModelName, TokenId, to_messages
+from headrace.api.messages import Messages, to_messages
+from headrace.api.wire import ModelName, TokenId
 from headrace.core import events
 from headrace.core import request as core
 from headrace.core.errors import InvalidRequest

@@ -17,7 +17,6 @@ from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import InferenceMetrics, Usage
-from headrace.core.request import Message, Role
 from headrace.core.sampling import RepetitionPenalty, Sampling, SamplingFields
 from headrace.core.values import seconds
 
@@ -113,28 +112,6 @@ class GenerateFields(SamplingFields, Body, frozen=True, kw_only=True):
             for name, alias in aliases.items()
             if getattr(self, alias) is not None and getattr(self, name) is None
         }
-
-
-class TextPart(Body, frozen=True):
-    """A part of a message; only text is supported."""
-
-    type: Literal["text"]
-    text: str
-
-    peers: ClassVar[Peers] = fields.PART
-
-
-class ChatMessage(Body, frozen=True):
-    """One turn of a conversation."""
-
-    role: Role
-    content: str | list[TextPart]
-    name: str | None = None
-
-    peers: ClassVar[Peers] = fields.MESSAGE
-
-
-Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=limits.MAX_MESSAGES)]
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -283,11 +260,6 @@ def to_sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int |
     )
 
 
-def to_messages(wire: Sequence[ChatMessage]) -> tuple[Message, ...]:
-    """Return the turns of a conversation, each with its parts joined to one text."""
-    return tuple(Message(message.role, _content(message), message.name) for message in wire)
-
-
 def to_inputs(name: str, wire: str | Sequence[str | int | list[int]], limit: int) -> list[Prompt]:
     """Return the texts or lists of token ids of a field that may hold one or several.
 
@@ -312,12 +284,6 @@ def _either(alias: str, given: T | None, name: str, value: T | None) -> T | None
     if given is not None and value is not None and given != value:
         raise InvalidRequest(f"{alias} and {name} differ.", param=alias)
     return value if given is None else given
-
-
-def _content(message: ChatMessage) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    return "".join(part.text for part in message.content)
 
 
 def _keep_alive(value: float | str | None) -> float | None:
