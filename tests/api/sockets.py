@@ -91,6 +91,14 @@ class Raw:
         except ConnectionResetError:
             return True
 
+    def read_all(self) -> bytes:
+        """Return what the server sends until it closes or resets the connection."""
+        whole = bytearray()
+        with contextlib.suppress(ConnectionResetError):
+            while part := self.socket.recv(1 << 20):
+                whole += part
+        return bytes(whole)
+
     def close(self) -> None:
         self._file.close()
         self.socket.close()

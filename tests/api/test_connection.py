@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -33,6 +33,13 @@ def port() -> Iterator[int]:
 def raw(port: int) -> Iterator[Raw]:
     with Raw(port) as raw:
         yield raw
+
+
+def wait_until(true: Callable[[], bool], within_s: float = 10) -> None:
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def chunked(body: bytes, size: int = 7, extension: bytes = b"", trailers: bytes = b"") -> bytes:
@@ -369,6 +376,19 @@ def test_a_slow_reader_is_waited_for() -> None:
         assert body.endswith(b"data: [DONE]\n\n")
 
 
+def test_a_client_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue 11.2: an answer that is not taken does not keep its connection for good."""
+    monkeypatch.setattr(limits, "UNREAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("headrace.api.server._SWEEP_S", 0.05)
+    backend = FakeBackend(lambda _: (Delta("x" * 40_000, (1,)) for _ in range(10**6)))
+    with serving(backend, ApiSettings()) as port, Raw(port) as raw, Raw(port) as many:
+        raw.send(request(CHAT, STREAM))
+        many.send(request("/openapi.json", method="GET") * 500)
+        wait_until(lambda: bool(backend.ended))
+        assert raw.read_all().startswith(b"HTTP/1.1 200 OK\r\n")
+        assert many.read_all().count(b"HTTP/1.1 200 OK\r\n") < 500
+
+
 @pytest.mark.parametrize("behind", [b"", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"])
 def test_a_client_that_leaves(behind: bytes) -> None:
     """Issue 11.3: seen at once, also when it has sent another request already."""
@@ -378,9 +398,7 @@ def test_a_client_that_leaves(behind: bytes) -> None:
         while b"data: " not in raw.socket.recv(4096):
             pass
         raw.close()
-        deadline = time.monotonic() + 5
-        while not backend.ended and time.monotonic() < deadline:
-            time.sleep(0.005)
+        wait_until(lambda: bool(backend.ended))
         assert (backend.running, len(backend.ended)) == (0, 1)
 
 
@@ -389,6 +407,7 @@ def test_refused_heads_are_in_the_access_log(port: int, caplog: pytest.LogCaptur
     caplog.set_level(logging.INFO, "headrace.access")
     with Raw(port) as raw:
         answer = raw.send(b"NONSENSE\r\n\r\n").read()
+    wait_until(lambda: bool(caplog.records))
     data = [vars(record)["data"] for record in caplog.records if record.name == "headrace.access"]
     assert [(entry["status"], entry["outcome"]) for entry in data] == [(400, "refused")]
     assert data[0]["request_id"] == answer.headers["x-request-id"]

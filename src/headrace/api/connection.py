@@ -151,12 +151,16 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Let the app wait until the client reads (called by the event loop)."""
         self.writable = asyncio.get_running_loop().create_future()
+        if self._task is not None:
+            self.deadline = time.monotonic() + limits.UNREAD_TIMEOUT_S
 
     def resume_writing(self) -> None:
         """Let the app go on (called by the event loop)."""
         if not self.writable.done():
             self.writable.set_result(None)
         self.writable = self._connections.done
+        if self._task is not None:
+            self.deadline = _NEVER
 
     def resume_reading(self) -> None:
         """Take more from the client, unless too much has been sent behind this request."""
@@ -180,13 +184,19 @@ class Connection(asyncio.Protocol):
 
     def expire(self) -> None:
         """End a wait that has been too long."""
-        if self._transport is None or self._transport.is_closing() or self._discarded is not None:
+        transport, is_answering = self._transport, self._task is not None
+        if (
+            transport is None
+            or transport.is_closing()
+            or is_answering
+            or self._discarded is not None
+        ):
             self.abort()
         elif self._head.started:
             message = f"The head was not received within {limits.HEAD_TIMEOUT_S:g} s."
             self._refuse(refused(408, message, "head_timeout"))
         else:
-            self._transport.close()
+            transport.close()
             # It closes when all is written, which a client that does not read can delay.
             self.deadline = time.monotonic() + limits.DISCARD_TIMEOUT_S
 
@@ -226,6 +236,8 @@ class Connection(asyncio.Protocol):
         transaction = Transaction(self, self._transport, head, expects=expects)
         transaction.keep_alive = transaction.keep_alive and self._connections.is_open
         self._transaction, self.deadline = transaction, _NEVER
+        if not self.writable.done():
+            self.deadline = time.monotonic() + limits.UNREAD_TIMEOUT_S
         self._connections.remove_idle(self)
         app = self._connections.app
         answer = app({**_SCOPE, **scope, **self._addresses}, transaction.receive, transaction.send)

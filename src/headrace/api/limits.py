@@ -33,6 +33,9 @@ HEAD_TIMEOUT_S = 10.0
 
 BODY_TIMEOUT_S = 60.0
 DISCARD_TIMEOUT_S = 5.0
+UNREAD_TIMEOUT_S = 60.0
+"""For a client that takes nothing of its answer, while more is to be written."""
+
 IDLE_TIMEOUT_S = 75.0
 """For the next request: longer than clients keep an idle connection, as a request may be on its way
 when the server closes one. Python's clients keep it for 5 s, most load balancers for 60 s."""
