@@ -24,7 +24,11 @@ from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
 from headrace.core.model import ModelSpec
 from headrace.core.status import Reloaded
-from headrace.machine import shorten_switch_interval, tune_garbage_collection
+from headrace.machine import (
+    raise_open_files,
+    shorten_switch_interval,
+    tune_garbage_collection,
+)
 
 Read = Callable[[], tuple[Settings, list[ModelSpec]]]
 """Reads the configuration, with the flags of the command; returns it and the models to serve."""
@@ -49,6 +53,7 @@ async def live(
     Raises:
         HeadraceError: no model could be loaded.
     """
+    raise_open_files()
     service = _Service(settings, specs, reread)
     loading = service.begin(service.load())
     following = service.begin(service.follow())
