@@ -32,9 +32,8 @@ _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _AS_SQUARE = bytes.maketrans(b"{}", b"[]")
 _GZIP = b"\x1f\x8b"
 _BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
-_HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-_NO_SURROGATE = re.compile(rb"\\\\|" + _HIGH + _LOW)
-_LONE_SURROGATE = re.compile(_HIGH + b"|" + _LOW)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_BYTE = re.compile(r"\(byte (\d+)\)")
 _PLACE = re.compile(r"(?P<problem>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?", re.DOTALL)
 _NAMED = re.compile(r"Object (?P<how>missing required|contains unknown) field `(?P<name>.*)`")
 
@@ -287,10 +286,12 @@ def _not_json(body: bytes, problem: str) -> InvalidRequest | Refused:
         body.decode()
     except UnicodeDecodeError as error:
         return InvalidRequest(f"The body is not UTF-8: {error.reason} (byte {error.start}).")
-    if _LONE_SURROGATE.search(_NO_SURROGATE.sub(b" ", body)):
-        return InvalidRequest(
-            "The body has half of a surrogate pair (\\ud800 to \\udfff), which is no character."
-        )
+    match = _BYTE.search(problem)
+    place = int(match[1]) if match else len(body)
+    # The decoder has just read a surrogate, and what follows it is not the other half.
+    if _SURROGATE.search(body, max(place - 14, 0), place + 1) and "character" not in problem:
+        message = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+        return InvalidRequest(f"The body has {message}, before byte {place}.")
     reason = problem.removeprefix("JSON is malformed: ")
     if reason == "Input data was truncated":
         reason = "it ends too early"

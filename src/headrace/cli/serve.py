@@ -178,9 +178,9 @@ def announce(
     as_json: bool,
 ) -> None:
     """Print the address, and an example of a request."""
-    url = _url(listener)
+    url = url_of(listener)
     names = [spec.name for spec in specs]
-    extra = {} if metrics is None else {"metrics": f"{_url(metrics)}/metrics"}
+    extra = {} if metrics is None else {"metrics": f"{url_of(metrics)}/metrics"}
     if as_json:
         print(json.dumps({"url": url, "models": names, **extra}), flush=True)
         return
@@ -196,6 +196,7 @@ def announce(
     )
 
 
-def _url(listener: socket.socket) -> str:
+def url_of(listener: socket.socket) -> str:
+    """Return the URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
