@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import threading
@@ -15,7 +16,11 @@ from tests.api.fakes import CHAT, FakeBackend, chat, hello
 from tests.api.sockets import Raw, request, serving
 
 from headrace.api import limits
+from headrace.api.connection import Connection
+from headrace.api.exchange import Exchange
 from headrace.api.limits import ApiSettings
+from headrace.api.problems import Refused
+from headrace.api.transaction import Transaction
 from headrace.core.events import Delta
 from headrace.core.request import AnyRequest
 
@@ -181,6 +186,8 @@ MALFORMED = {
     "not chunked last": "Transfer-Encoding: chunked, gzip",
     "chunked twice": "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
     "identity": "Transfer-Encoding: identity",
+    "no coding": "Transfer-Encoding:",
+    "no coding, and a length": "Transfer-Encoding:\r\nContent-Length: 3",
     "xchunked": "Transfer-Encoding: xchunked",
     "tab chunked": "Transfer-Encoding: \x0bchunked",
 }
@@ -400,6 +407,22 @@ def test_a_client_that_leaves(behind: bytes) -> None:
         raw.close()
         wait_until(lambda: bool(backend.ended))
         assert (backend.running, len(backend.ended)) == (0, 1)
+
+
+def test_refusals_leave_no_garbage(port: int) -> None:
+    """Issue 11.1: a flood of them is freed at once, not when the garbage collector runs."""
+    bad = [b"NONSENSE\r\n\r\n", request(CHAT, b"g\r\n", "Transfer-Encoding: chunked")]
+    gc.collect()
+    gc.disable()
+    try:
+        for packet in bad * 10:
+            with Raw(port) as raw:
+                assert raw.send(packet).read().status == 400
+                assert raw.is_closed()
+        kinds = (Connection, Transaction, Refused, Exchange)
+        wait_until(lambda: not any(isinstance(kept, kinds) for kept in gc.get_objects()))
+    finally:
+        gc.enable()
 
 
 def test_refused_heads_are_in_the_access_log(port: int, caplog: pytest.LogCaptureFixture) -> None:

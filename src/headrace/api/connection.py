@@ -11,7 +11,7 @@ from typing import cast
 from starlette.types import ASGIApp, Scope
 
 from headrace.api import limits
-from headrace.api.framing import Head
+from headrace.api.framing import Head, HeadParser
 from headrace.api.problems import Refused, refused
 from headrace.api.transaction import Transaction
 
@@ -109,7 +109,7 @@ class Connection(asyncio.Protocol):
         self._connections = connections
         self._transport: asyncio.Transport | None = None
         self._addresses: Scope = {}
-        self._head = Head()
+        self._parser = HeadParser()
         self._is_first = True
         self._transaction: Transaction | None = None
         self._task: asyncio.Future[None] | None = None
@@ -137,7 +137,7 @@ class Connection(asyncio.Protocol):
         if self._transaction is not None:
             self._transaction.disconnect()
         if self._task is None:
-            self._connections.remove(self)
+            self._forget()
 
     def data_received(self, data: bytes) -> None:
         """Take what the client sent (called by the event loop)."""
@@ -164,9 +164,12 @@ class Connection(asyncio.Protocol):
 
     def resume_reading(self) -> None:
         """Take more from the client, unless too much has been sent behind this request."""
-        if self._paused and self._transport is not None and len(self._rest) <= limits.MAX_UNREAD:
+        transport = self._transport
+        if transport is None or transport.is_closing() or len(self._rest) > limits.MAX_UNREAD:
+            return
+        if self._paused:
             self._paused = False
-            self._transport.resume_reading()
+            transport.resume_reading()
 
     def shutdown(self) -> None:
         """Close the connection, after the answer that is under way."""
@@ -192,7 +195,7 @@ class Connection(asyncio.Protocol):
             or self._discarded is not None
         ):
             self.abort()
-        elif self._head.started:
+        elif self._parser.head.started:
             message = f"The head was not received within {limits.HEAD_TIMEOUT_S:g} s."
             self._refuse(refused(408, message, "head_timeout"))
         else:
@@ -200,14 +203,18 @@ class Connection(asyncio.Protocol):
             # It closes when all is written, which a client that does not read can delay.
             self.deadline = time.monotonic() + limits.DISCARD_TIMEOUT_S
 
+    def _forget(self) -> None:
+        self._transaction = None
+        self._connections.remove(self)
+
     def _wait(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
         self._connections.add_idle(self)
 
     def _read_head(self, data: bytes) -> None:
-        head, started = self._head, self._head.started
+        head, started = self._parser.head, self._parser.head.started
         try:
-            rest = head.feed(data)
+            rest = self._parser.feed(data)
             if head.complete:
                 self._begin(head, rest)
                 return
@@ -227,8 +234,7 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, error: Refused) -> None:
         """Answer with an error, drop what is still sent, and close."""
-        self._discarded, head = 0, Head()
-        head.target = b"/"
+        self._discarded, head = 0, Head(b"/")
         self._run(head, {**head.scope(), "headrace.refused": error}, expects=False)
 
     def _run(self, head: Head, scope: Scope, *, expects: bool) -> Transaction:
@@ -258,7 +264,7 @@ class Connection(asyncio.Protocol):
         assert transaction is not None
         transaction.end(task)
         if self._transport is None:
-            self._connections.remove(self)
+            self._forget()
             return
         self._wait(limits.DISCARD_TIMEOUT_S)
         if not self._transport.is_closing():
@@ -292,7 +298,7 @@ class Connection(asyncio.Protocol):
     def _read_next(self) -> None:
         rest, self._rest = self._rest, b""
         self._transaction = self._discarded = None
-        self._head, self._is_first = Head(), False
+        self._parser, self._is_first = HeadParser(), False
         self._wait(limits.IDLE_TIMEOUT_S)
         self.resume_reading()
         if rest:

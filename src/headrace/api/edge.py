@@ -73,7 +73,8 @@ class Edge:
         scope = exchange.scope
         try:
             if "headrace.refused" in scope:
-                raise scope["headrace.refused"]
+                # Taken out of the scope, which the traceback leads to: it would be a cycle.
+                raise scope.pop("headrace.refused")
             _check_head(scope, headers, exchange.settings)
             if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
                 await _answer_preflight(exchange, headers)

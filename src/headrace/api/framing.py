@@ -17,14 +17,18 @@ from headrace.api import limits
 from headrace.api.problems import Refused, refused
 
 _EMPTY_LINE = b"\r\n\r\n"
-_OF_A_CHUNK = 16
-"""Bytes of framing that a byte of a body may have, besides `limits.MAX_FRAMING` in all."""
+_OF_A_BYTE = 16
+"""Bytes of framing that a byte of content may have, besides `limits.MAX_FRAMING` in all."""
 
 
 class Body(Protocol):
-    """The framing of a request's body."""
+    """The framing of a request's body; `size` is how many bytes of content have come."""
 
-    complete: bool
+    @property
+    def size(self) -> int: ...  # noqa: D102
+
+    @property
+    def complete(self) -> bool: ...  # noqa: D102
 
     def feed(self, data: bytes) -> bytes:
         """Take what belongs to the body, and return what follows it.
@@ -36,40 +40,26 @@ class Body(Protocol):
 
 
 class Head:
-    """Parses the head of one request; each limit holds while the bytes arrive.
+    """The head of a request; the parser calls its `on_` methods, where each limit holds.
 
-    `started` is whether anything but empty lines has come, and `keep_alive` whether the client
-    lets the connection stay open after the answer.
+    `started` is whether anything but empty lines has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, target: bytes = b"") -> None:
         self.complete = self.started = False
         self.method = "-"
         self.version = "1.1"
-        self.target = b""
+        self.target = target
         self.headers: list[tuple[bytes, bytes]] = []
-        self.keep_alive = False
         self._size = 0
-        self._fed = 0
-        self._before = b""
-        self._parser = httptools.HttpRequestParser(self)
 
-    def feed(self, data: bytes) -> bytes:
-        """Parse up to the end of the head, and return what follows it.
-
-        Raises:
-            Refused: 400, 414, 431, 501 or 505.
-        """
-        start = 0
-        while start < len(data) and not self.complete:
-            end = _section(self._before, data, start)
-            self._parse(data[start:end])
-            start = end
-        self._before = (self._before + data[-3:])[-3:]
-        self._fed += start
-        if not self.complete and self._fed > limits.MAX_URL + limits.MAX_HEADER:
-            raise _header_too_large()
-        return data[start:]
+    @property
+    def keep_alive(self) -> bool:
+        """Whether the client lets the connection stay open after the answer."""
+        options = {option.strip() for option in self.value(b"connection").lower().split(b",")}
+        if self.version == "1.0":
+            return b"keep-alive" in options
+        return self.complete and b"close" not in options
 
     def value(self, name: bytes) -> bytes:
         """Return the values of a header, joined by commas."""
@@ -136,11 +126,42 @@ class Head:
 
     def on_headers_complete(self) -> None:
         """Note the end of the head (called by the parser)."""
-        self.version = self._parser.get_http_version()
-        self.method = self._parser.get_method().decode()
-        self.keep_alive = self._parser.should_keep_alive()
         self.complete = True
-        if self.version not in {"1.1", "1.0"}:
+
+
+class HeadParser:
+    """Parses the head of one request as it arrives."""
+
+    def __init__(self) -> None:
+        self.head = Head()
+        self._fed = 0
+        self._before = b""
+        # Not of this object, which would be a cycle.
+        self._parser = httptools.HttpRequestParser(self.head)
+
+    def feed(self, data: bytes) -> bytes:
+        """Parse up to the end of the head, and return what follows it.
+
+        Raises:
+            Refused: 400, 414, 431 or 505.
+        """
+        start = 0
+        while start < len(data) and not self.head.complete:
+            end = _section(self._before, data, start)
+            self._parse(data[start:end])
+            self._fed += end - start
+            start = end
+            if not self.head.complete and self._fed > limits.MAX_URL + limits.MAX_HEADER:
+                raise _header_too_large()
+        self._before = (self._before + data[-3:])[-3:]
+        if self.head.complete:
+            self._check_version()
+        return data[start:]
+
+    def _check_version(self) -> None:
+        self.head.version = self._parser.get_http_version()
+        self.head.method = self._parser.get_method().decode()
+        if self.head.version not in {"1.1", "1.0"}:
             raise refused(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here.", "http_version")
 
     def _parse(self, data: bytes) -> None:
@@ -157,18 +178,21 @@ class Sized:
     """A body with a Content-Length, or none."""
 
     def __init__(self, length: int, write: Callable[[bytes], None]) -> None:
-        self.complete = not length
-        self.left = length
+        self.size = 0
+        self._length = length
         self._write = write
+
+    @property
+    def complete(self) -> bool:
+        """Whether the body has ended."""
+        return self.size == self._length
 
     def feed(self, data: bytes) -> bytes:
         """Take what belongs to the body, and return what follows it."""
-        if self.complete:
-            return data
-        part = data[: self.left]
-        self.left -= len(part)
-        self.complete = not self.left
-        self._write(part)
+        part = data[: self._length - self.size]
+        if part:
+            self.size += len(part)
+            self._write(part)
         return data[len(part) :]
 
 
@@ -176,14 +200,23 @@ class Chunked:
     """A chunked body; its extensions and trailers are counted and dropped."""
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
-        self.complete = False
-        self._allowed = limits.MAX_FRAMING
+        self._fed = 0
         self._before = b""
-        self._write = write
-        self._parser = httptools.HttpRequestParser(self)
+        self._content = _Content(write)
+        self._parser = httptools.HttpRequestParser(self._content)
         # llhttp parses a body only behind a head. The client's own is left out, as one with an
         # Upgrade would end the parsing.
         self._parser.feed_data(b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n")
+
+    @property
+    def size(self) -> int:
+        """How many bytes of content have come."""
+        return self._content.size
+
+    @property
+    def complete(self) -> bool:
+        """Whether the body has ended."""
+        return self._content.complete
 
     def feed(self, data: bytes) -> bytes:
         """Take what belongs to the body, and return what follows it.
@@ -200,19 +233,26 @@ class Chunked:
                 raise _refusal(error) from None
             start = end
         self._before = (self._before + data[-3:])[-3:]
-        self._allowed -= start
-        if self._allowed < 0:
+        self._fed += start
+        if self._fed - self.size > limits.MAX_FRAMING + _OF_A_BYTE * self.size:
             message = "The extensions of the chunks and the trailers are too large."
             raise refused(431, message, "framing_too_large")
         return data[start:]
 
+
+class _Content:
+    """The content of a chunked body, as the parser finds it."""
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self.size = 0
+        self.complete = False
+        self._write = write
+
     def on_body(self, part: bytes) -> None:
-        """Take a part of the body (called by the parser)."""
-        self._allowed += (1 + _OF_A_CHUNK) * len(part)
+        self.size += len(part)
         self._write(part)
 
     def on_message_complete(self) -> None:
-        """Note the end of the body (called by the parser)."""
         self.complete = True
 
 

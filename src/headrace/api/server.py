@@ -31,7 +31,7 @@ class Server:
         """Serve until `stop` is called; then let the answers end, for a short time."""
         loop = asyncio.get_running_loop()
         connections = self._connections = Connections(self._app, self._max_idle)
-        sweeping = loop.create_task(_sweep(connections))
+        sweep = _Sweep(connections)
         accepting = await loop.create_server(connections.open, sock=listener, backlog=_BACKLOG)
         try:
             await self._stopping.wait()
@@ -41,7 +41,7 @@ class Server:
             await _until_empty(connections)
             connections.abort()
             await _until_empty(connections)
-            sweeping.cancel()
+            sweep.cancel()
 
     def stop(self) -> None:
         """Accept no more connections, and close each after its answer."""
@@ -59,7 +59,18 @@ async def _until_empty(connections: Connections) -> None:
             await connections.empty.wait()
 
 
-async def _sweep(connections: Connections) -> None:
-    while True:
-        connections.sweep()
-        await asyncio.sleep(_SWEEP_S)
+class _Sweep:
+    """Looks after the deadlines of connections, until it is cancelled."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._again()
+
+    def cancel(self) -> None:
+        """Stop."""
+        self._next.cancel()
+
+    def _again(self) -> None:
+        # Set before anything that could fail: the deadlines of all hang on it.
+        self._next = asyncio.get_running_loop().call_later(_SWEEP_S, self._again)
+        self._connections.sweep()

@@ -39,46 +39,50 @@ class Client(Protocol):
 class Transaction:
     """The body of a request while it arrives, and the answer while it is sent.
 
-    `keep_alive` is whether another request may follow. `unread` is the size in bytes of what the
-    app has not read yet.
+    `keep_alive` is whether another request may follow, and `failed` whether the framing of the body
+    is malformed or too large.
     """
 
     def __init__(
         self, client: Client, transport: asyncio.Transport, head: Head, *, expects: bool
     ) -> None:
         self.keep_alive = head.keep_alive
-        self.unread = 0
+        self.failed = False
         self._client = client
         self._transport = transport
         self._version = head.version
         self._method = head.method
         self._expects = expects
-        self._body = head.body(self._take)
         self._parts: list[bytes] = []
-        self._failure: Refused | None = None
+        self._read = 0
+        self._body = head.body(self._parts.append)
+        self._refusals = list[Refused]()
         self._gone = self._delivered = self._started = self._answered = False
         self._chunked = self._bodyless = False
         self._left: int | None = None
         self._arrival: asyncio.Future[None] | None = None
 
     @property
+    def unread(self) -> int:
+        """How many bytes of the body have come that the app has not read."""
+        return self._body.size - self._read
+
+    @property
     def complete(self) -> bool:
         """Whether the whole request has arrived."""
         return self._body.complete
 
-    @property
-    def failed(self) -> bool:
-        """Whether the framing of the body is malformed or too large."""
-        return self._failure is not None
-
     def feed(self, data: bytes) -> bytes:
         """Take what belongs to the body, and return what follows it."""
-        if self._failure is not None:
+        if self.failed:
             return b""
         try:
             rest = self._body.feed(data)
         except Refused as error:
-            self._failure, self.keep_alive, rest = error, False, b""
+            self.failed, self.keep_alive, rest = True, False, b""
+            self._refusals.append(error)
+        if self._answered:
+            self._parts.clear()
         self._wake()
         return rest
 
@@ -100,13 +104,14 @@ class Transaction:
             self._client.resume_reading()
             self._arrival = asyncio.get_running_loop().create_future()
             await self._arrival
-        if self._gone or self._answered:
+        if self._refusals and not self._gone and not self._answered:
+            # Not kept, as its traceback leads back here: it would be a cycle.
+            raise self._refusals.pop()
+        if self._gone or self._answered or self.failed:
             return {"type": "http.disconnect"}
-        if self._failure is not None:
-            raise self._failure
         body, self._delivered = b"".join(self._parts), self.complete
         self._parts.clear()
-        self.unread = 0
+        self._read = self._body.size
         self._client.resume_reading()
         return {"type": "http.request", "body": body, "more_body": not self.complete}
 
@@ -131,7 +136,7 @@ class Transaction:
         error = None if task.cancelled() else task.exception()
         if error is not None:
             _log.error("A request failed after its answer had begun.", exc_info=error)
-        if self._gone or self._answered:
+        if self._gone or self._answered or self._transport.is_closing():
             return
         self.keep_alive = False
         if not self._started:
@@ -193,13 +198,8 @@ class Transaction:
                 raise RuntimeError("The answer is not as long as its Content-Length.")
         self._transport.write(body)
 
-    def _take(self, part: bytes) -> None:
-        if part and not self._answered:
-            self._parts.append(part)
-            self.unread += len(part)
-
     def _is_readable(self) -> bool:
-        if self._gone or self._answered or self._failure is not None or self._parts:
+        if self._gone or self._answered or self.failed or self._parts:
             return True
         return self.complete and not self._delivered
 
