@@ -16,7 +16,7 @@ from headrace.api.chat import ChatRequest
 from headrace.api.completions import CompletionRequest
 from headrace.api.exchange import Call
 from headrace.api.limits import ApiSettings
-from headrace.api.wire import ChatMessage
+from headrace.api.messages import ChatMessage
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling, SamplingFields, described
 
@@ -346,3 +346,14 @@ async def test_large_bodies_are_decoded_off_the_loop(monkeypatch: pytest.MonkeyP
     request = await asked(CHAT, chat(messages=[{"role": "user", "content": "x" * 70_000}]))
     assert len(seen) == 1
     assert request.messages == (Message("user", "x" * 70_000),)
+
+
+async def test_the_default_of_completions_fits() -> None:
+    """Issue 12.6: 16 tokens, or more if `min_tokens` wants them, or what the context has left."""
+    request = await asked(TEXT, text())
+    assert (request.sampling.max_tokens, request.fit_max_tokens) == (16, True)
+    request = await asked(TEXT, text(min_tokens=20))
+    assert (request.sampling.max_tokens, request.fit_max_tokens) == (20, True)
+    request = await asked(TEXT, text(max_tokens=16))
+    assert (request.sampling.max_tokens, request.fit_max_tokens) == (16, False)
+    assert (await asked(CHAT, chat())).sampling.max_tokens is None

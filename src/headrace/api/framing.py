@@ -122,7 +122,7 @@ class Head:
         if len(self.headers) >= limits.MAX_HEADERS:
             message = f"There are more than {limits.MAX_HEADERS} headers."
             raise refused(431, message, "header_too_large")
-        self.headers.append((name.lower(), value))
+        self.headers.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         """Note the end of the head (called by the parser)."""
