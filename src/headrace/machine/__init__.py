@@ -5,6 +5,7 @@ from headrace.machine.hardware import HOST, Device, budgets, devices, host_memor
 from headrace.machine.process import (
     die_with_parent,
     process_memory,
+    raise_open_files,
     shorten_switch_interval,
     tune_garbage_collection,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "die_with_parent",
     "host_memory",
     "process_memory",
+    "raise_open_files",
     "shorten_switch_interval",
     "system",
     "tune_garbage_collection",

@@ -14,6 +14,7 @@ import psutil
 from headrace.machine.hardware import HOST, gpus
 
 _PR_SET_PDEATHSIG = 1
+_MOST_OPEN_FILES = 65_536
 
 
 def process_memory(pid: int) -> dict[str, int]:
@@ -71,3 +72,15 @@ def shorten_switch_interval() -> None:
     packed spans for a collector. Not for the process of an engine: openvino lost 3 % by it.
     """
     sys.setswitchinterval(0.0005)
+
+
+def raise_open_files() -> None:
+    """Let this process have as many open files as it may: each connection is one."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
