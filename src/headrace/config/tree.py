@@ -239,8 +239,8 @@ def _may_be(hint: Any, kinds: Iterable[object]) -> bool:
 
 
 def _parser(hint: Any, setting: Setting) -> Callable[[object], object]:
-    if (parse := setting.parse) is not None:
-        return lambda value: parse(value) if isinstance(value, str | float | int) else value
+    if setting.parse is not None:
+        return setting.parse
     if _may_be(hint, (tuple,)):
         return words
     return _lower if _may_be(hint, (Literal,)) else lambda value: value

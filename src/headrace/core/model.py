@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_origin, get_type_hin
 
 import msgspec
 
-from headrace.core.values import seconds
+from headrace.core.values import seconds, variables
 
 State = Literal["created", "loading", "ready", "draining", "stopped", "failed"]
 Origin = Literal["default", "file", "environment", "flag", "argument"]
@@ -33,11 +33,15 @@ class Setting(NamedTuple):
     live: bool = False
     traced: bool = False
     single: bool = False
-    parse: Callable[[str | float], object] | None = None
+    parse: Callable[[object], object] | None = None
 
 
-def _engine(value: str | float) -> object:
+def _engine(value: object) -> object:
     return None if value == "auto" else value
+
+
+def _duration(value: object) -> object:
+    return seconds(value) if isinstance(value, str | float | int) else value
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -82,7 +86,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             "how long it stays idle: 5m, 0; -1 until its memory is needed",
             live=True,
             traced=True,
-            parse=seconds,
+            parse=_duration,
         ),
     ] = -1.0
     preload: Annotated[bool, Setting("load when the service starts", live=True)] = True
@@ -102,6 +106,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         Task | None,
         Setting("generate, embed or rerank; else by the model's header", traced=True),
     ] = None
+    env: Annotated[
+        dict[str, str | None],
+        Setting("variables of its process beside those of all: NAME = value", parse=variables),
+    ] = {}
     options: Annotated[dict[str, Any], Setting("the engine's options")] = {}
 
 

@@ -3,7 +3,10 @@
 from headrace.machine.facts import SystemInfo, attributes, system
 from headrace.machine.hardware import HOST, Device, budgets, devices, host_memory
 from headrace.machine.process import (
+    Family,
     die_with_parent,
+    keep_descendants,
+    kill_marked,
     process_memory,
     shorten_switch_interval,
     tune_garbage_collection,
@@ -13,6 +16,7 @@ from headrace.machine.sampler import Measurement, Sampler
 __all__ = [
     "HOST",
     "Device",
+    "Family",
     "Measurement",
     "Sampler",
     "SystemInfo",
@@ -21,6 +25,8 @@ __all__ = [
     "devices",
     "die_with_parent",
     "host_memory",
+    "keep_descendants",
+    "kill_marked",
     "process_memory",
     "shorten_switch_interval",
     "system",

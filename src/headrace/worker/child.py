@@ -19,7 +19,7 @@ import msgspec
 from headrace.core.errors import ErrorRecord, HeadraceError, WorkerDied, to_record
 from headrace.core.model import ModelSpec
 from headrace.log import configure
-from headrace.machine import die_with_parent, tune_garbage_collection
+from headrace.machine import Family, die_with_parent, keep_descendants, tune_garbage_collection
 from headrace.worker.spec import OnProgress, WorkerSpec
 from headrace.worker.wire import (
     Alive,
@@ -127,6 +127,8 @@ class Child:
     def _orphaned(self, why: str) -> None:
         # The parent has ended. The engine may be busy or hung: do not wait for it.
         shutil.rmtree(self._scratch, ignore_errors=True)
+        if os.environ.get("TMPDIR") == str(self._scratch):
+            Family(os.getpid(), f"TMPDIR={self._scratch}").kill()
         os._exit(0)
 
 
@@ -151,6 +153,7 @@ def main() -> None:
     """Run with the inherited socket's file descriptor and the scratch directory as arguments."""
     # The closed socket ends it too, but only while the event loop runs.
     die_with_parent()
+    keep_descendants()
     connection, scratch = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
     # Python would fall back to another directory if this one were not writable.
     tempfile.tempdir = str(scratch)
