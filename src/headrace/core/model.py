@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_origin, get_type_hin
 
 import msgspec
 
+from headrace.core.device import device_text
 from headrace.core.values import seconds, variables
 
 State = Literal["created", "loading", "ready", "draining", "stopped", "failed"]
@@ -64,7 +65,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         str | None,
         Setting("engine; auto by format, device and what was measured", parse=_engine),
     ] = None
-    device: Annotated[str | None, Setting("device; else cuda, mps, cpu", traced=True)] = None
+    device: Annotated[
+        str | None,
+        Setting(
+            "cpu, cuda, mps, cuda:1, a list of GPUs, or their number; else the best",
+            traced=True,
+            parse=device_text,
+        ),
+    ] = None
     context_length: Annotated[
         int | None, Setting("prompt and answer, in tokens", ge=1, traced=True)
     ] = None
@@ -111,6 +119,18 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         Setting("variables of its process beside those of all: NAME = value", parse=variables),
     ] = {}
     options: Annotated[dict[str, Any], Setting("the engine's options")] = {}
+
+
+class PlacedSpec(ModelSpec, frozen=True, kw_only=True):
+    """A model on the devices that were chosen for one worker."""
+
+    placed: tuple[str, ...]
+
+    @classmethod
+    def of(cls, spec: ModelSpec, placed: tuple[str, ...]) -> PlacedSpec:
+        """Return the specification with these devices."""
+        values = {name: getattr(spec, name) for name in ModelSpec.__struct_fields__}
+        return cls(**values, placed=placed)
 
 
 SETTINGS: Mapping[str, Setting] = {

@@ -43,7 +43,8 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
 
     `requires` is the import name of the library (None: nothing), `extra` the extra of the
     package that brings it (None: the core does). A remote engine takes requests as they are and
-    runs in the process that serves. `automatic` is False for one that is only used when it is
+    runs in the process that serves. One that `spreads` can put a model on several GPUs. `automatic`
+    is False for one that is only used when it is
     configured by name.
     """
 
@@ -52,6 +53,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     requires: str | None = None
     extra: str | None = None
     tasks: tuple[Task, ...] = ("generate",)
+    spreads: bool = False
     remote: bool = False
     automatic: bool = True
 
@@ -59,15 +61,17 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
 class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is opened with.
 
-    `device` is auto, cpu, cuda or mps; None leaves `context_length` and `max_running` to the
-    engine. `memory` is how many bytes of the device models may take (None: all); defaults
-    depend on it, and not on what is free at the moment. `repeatable` requires reproducible greedy
-    and seeded answers, where options leave the choice. `task` is the task of the model.
-    `trust_remote_code` lets code of the model's own folder run.
+    `device` is auto, cpu, cuda, mps, or the first of `gpus`: the GPUs that it may use, by the names
+    that this process has for them; empty leaves them to the library. None leaves `context_length`
+    and `max_running` to the engine. `memory` is how many bytes of the devices models may take
+    (None: all); defaults depend on it, and not on what is free at the moment. `repeatable` requires
+    reproducible greedy and seeded answers, where options leave the choice. `task` is the task of
+    the model. `trust_remote_code` lets code of the model's own folder run.
     """
 
     model: ModelFile
     device: str = "auto"
+    gpus: tuple[str, ...] = ()
     context_length: int | None = None
     max_running: int | None = None
     memory: int | None = None
@@ -81,8 +85,12 @@ def default_footprint(request: OpenRequest) -> Footprint:
     """Return the size of the files and a tenth."""
     size = request.model.size
     overhead = size // 10
+    devices = {"cpu": size + overhead}
+    if request.device.startswith("cuda"):
+        gpus = request.gpus or ("cuda:0",)
+        devices = dict.fromkeys(gpus, (size + overhead) // len(gpus))
     return Footprint(
-        devices={"cuda:0" if request.device.startswith("cuda") else "cpu": size + overhead},
+        devices=devices,
         parts={"weights": size, "overhead": overhead},
         context_length=request.context_length or request.model.context_length,
         max_running=request.max_running,

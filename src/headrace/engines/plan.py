@@ -109,6 +109,16 @@ def expected_device(wanted: str) -> str:
     return wanted if wanted.startswith("cuda") else "cpu"
 
 
+def expected_gpus(request: OpenRequest, device: str) -> tuple[str, ...]:
+    """Return the GPUs of a load on `device`, which is `expected_device`'s; none on a CPU."""
+    return (request.gpus or (device,)) if device.startswith("cuda") else ()
+
+
+def divided(amount: int, gpus: tuple[str, ...], own: int) -> dict[str, int]:
+    """Return what each GPU takes of an amount in bytes, and `own` for the library beside it."""
+    return dict.fromkeys(gpus, amount // len(gpus) + own)
+
+
 def torch_device(wanted: str, torch: Any) -> str:
     """Return torch's device for a request's `device`: the same, or the best for `auto`.
 

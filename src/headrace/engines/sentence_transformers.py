@@ -229,8 +229,9 @@ def footprint(request: OpenRequest) -> Footprint:
     weights = (request.model.parameters or size // 4) * 4 if wide else size
     work = options.batch_tokens * 16 << 10
     devices = {"cpu": _PROCESS + weights + work}
-    if request.device.startswith("cuda"):
-        devices = {"cpu": _PROCESS, "cuda:0": weights + work}
+    device = plan.expected_device(request.device)
+    if gpus := plan.expected_gpus(request, device):
+        devices = {"cpu": _PROCESS} | plan.divided(weights + work, gpus, 0)
     return Footprint(
         devices=devices,
         parts={"weights": weights, "overhead": _PROCESS + work},

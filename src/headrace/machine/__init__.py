@@ -1,7 +1,14 @@
 """The machine: system information, devices and their use, processes."""
 
 from headrace.machine.facts import SystemInfo, attributes, system
-from headrace.machine.hardware import HOST, Device, budgets, devices, host_memory
+from headrace.machine.hardware import (
+    HOST,
+    Device,
+    budgets,
+    devices,
+    host_memory,
+    visibility,
+)
 from headrace.machine.process import (
     Family,
     die_with_parent,
@@ -31,4 +38,5 @@ __all__ = [
     "shorten_switch_interval",
     "system",
     "tune_garbage_collection",
+    "visibility",
 ]

@@ -20,7 +20,7 @@ from headrace.core.errors import ErrorRecord, HeadraceError, WorkerDied, to_reco
 from headrace.core.model import ModelSpec
 from headrace.log import configure
 from headrace.machine import Family, die_with_parent, keep_descendants, tune_garbage_collection
-from headrace.worker.spec import OnProgress, WorkerSpec
+from headrace.worker.spec import OnProgress, WorkerSpec, localized
 from headrace.worker.wire import (
     Alive,
     Ask,
@@ -84,7 +84,8 @@ class Child:
 
     async def _load(self, message: Load) -> None:
         configure(message.log.level, message.log.style)
-        worker_spec = message.spec
+        os.environ |= message.environment
+        worker_spec = localized(message.spec)
 
         def resolved(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
             return worker_spec

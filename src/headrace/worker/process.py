@@ -16,7 +16,7 @@ from headrace.core.events import Event
 from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import AnyRequest
 from headrace.log import LogSettings
-from headrace.machine import process_memory
+from headrace.machine import process_memory, visibility
 from headrace.models.transfer import silent
 from headrace.worker.spawn import NOTHING, ChildProcess
 from headrace.worker.spec import (
@@ -201,7 +201,8 @@ class WorkerProcess:
         child = await self._spawn(self.spec.name, self._on_gone, self.spec.env)
         self._watchdog = asyncio.create_task(self._watch(child))
         try:
-            child.link.send(Load(self._resolved, self._log_settings))
+            placed = visibility(self._resolved.placed)
+            child.link.send(Load(self._resolved, self._log_settings, placed))
             info = await self._loaded(child)
         except BaseException:
             await child.end()

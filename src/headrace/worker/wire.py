@@ -33,10 +33,14 @@ class Message(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Load(Message, frozen=True, tag="load"):
-    """Parent: load this model. `log` is the configuration of the log."""
+    """Parent: load this model. `log` is the configuration of the log.
+
+    `environment` are variables to set before any library of an engine is imported.
+    """
 
     spec: WorkerSpec
     log: LogSettings
+    environment: dict[str, str] = {}
 
 
 class Ask(Message, frozen=True, tag="ask"):

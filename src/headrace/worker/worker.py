@@ -293,7 +293,10 @@ class Worker:
             facts=engine.facts,
             turns=Turns(slots),
             max_choices=slots + self.spec.max_queued,
-            sampler=Sampler(device=engine.facts.device),
+            sampler=Sampler(
+                device=worker_spec.service_name(engine.facts.device),
+                name=worker_spec.service_name,
+            ),
             log_content=self._log_content,
             engine=engine,
             prompter=prompter,

@@ -29,7 +29,7 @@ from headrace.core.model import Capabilities
 from headrace.core.request import new_id
 from headrace.engines.base import Admitted, EngineFacts, EngineRequest, OpenRequest, RawEvent
 from headrace.engines.tokenizer import TokenizerMixin, Vocabulary
-from headrace.engines.vllm import Options, memory_arguments
+from headrace.engines.vllm import Options, memory_arguments, parallel
 from headrace.engines.vllm.call import HONOURED, Call, failure, is_out_of_memory, parameters
 
 _POLL_S, _SHUTDOWN_S, _KILLED_S = 0.5, 2.0, 5.0
@@ -161,6 +161,9 @@ class Engine(TokenizerMixin):
         device = str(current_platform.device_type)
         if request.device.partition(":")[0] not in {"auto", device}:
             raise LoadFailed(f"This build of vLLM is for {device}, not for {request.device}.")
+        first = tuple(f"cuda:{number}" for number in range(len(request.gpus)))
+        if request.gpus != first:
+            raise LoadFailed("vLLM takes the first GPUs of its process; run it in one of its own.")
         args = _arguments(request, self._options, device)
         # The batch limits are smaller in vLLM's other contexts.
         config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
@@ -236,6 +239,7 @@ def _arguments(request: OpenRequest, options: Options, device: str) -> Any:
     check(options.engine_args, (field.name for field in dataclasses.fields(AsyncEngineArgs)))
     values = {theirs: getattr(options, ours) for ours, theirs in _TYPED.items()}
     values["max_num_seqs"] = options.slots or request.max_running
+    values["tensor_parallel_size"] = parallel(options, request.gpus)
     return AsyncEngineArgs(
         **{
             "model": request.model.path,
