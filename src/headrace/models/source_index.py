@@ -25,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 
 from headrace.core.errors import UnknownModel, UpstreamError
+from headrace.core.private import private_folder
 from headrace.core.values import names_secret
 from headrace.models.inspect import inspect
 from headrace.models.reference import CatalogEntry, IndexReference
@@ -227,7 +228,7 @@ def _extract_file(
         raise _mismatch(member, f"{member.file_size} bytes long, and not {entry.size}")
     if member.file_size > MAX_RATIO * max(member.compress_size, 1):
         raise _mismatch(member, "compressed too much to be a model")
-    path.parent.mkdir(exist_ok=True, parents=True)
+    private_folder(path.parent)
     require_free(path.parent, member.file_size)
     if member.flag_bits & 1:
         raise _mismatch(member, "encrypted")

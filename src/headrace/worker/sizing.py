@@ -14,6 +14,7 @@ from filelock import FileLock
 from headrace import __version__, engines
 from headrace.core.device import placements, read_device
 from headrace.core.model import ModelSpec, PlacedSpec
+from headrace.core.private import FILE_MODE, private_folder
 from headrace.core.status import Footprint
 from headrace.machine import HOST
 from headrace.models.transfer import silent, write_atomically
@@ -155,8 +156,9 @@ class Sizing:
         known = self._resolved.get(self._memo_key(spec))
         worker_spec = known.worker_spec if known else self.resolve(spec, silent)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._path.with_name(f".{self._path.name}.lock")):
+            private_folder(self._path.parent)
+            lock = self._path.with_name(f".{self._path.name}.lock")
+            with FileLock(lock, mode=FILE_MODE):
                 needs = self._read()
                 old = needs.pop(_key(worker_spec), None)
                 held = _renamed(devices, worker_spec, local=True)
