@@ -19,7 +19,7 @@ from headrace.core.model import ModelFile, ModelInfo, ModelSpec, PlacedSpec
 from headrace.core.status import Plan
 from headrace.engines import EngineStatus, measured
 from headrace.log import LogSettings
-from headrace.machine import SystemInfo
+from headrace.machine import SystemInfo, confine
 from headrace.models.inspect import inspect
 from headrace.models.providers import PROVIDERS, Provider
 from headrace.models.reference import HubReference, Reference, is_remote, parse
@@ -58,6 +58,11 @@ def providers() -> Mapping[str, Provider]:
 def system() -> SystemInfo:
     """Return the facts of this machine."""
     return machine.system()
+
+
+def confinement() -> dict[str, str]:
+    """Return what this system can take from the process of a model."""
+    return confine.abilities()
 
 
 def load_settings(**sources: Any) -> Settings:
@@ -121,7 +126,14 @@ def open_worker(
     resolve, logs = resolve or resolver(config), log_settings(config)
     if is_remote(spec.model) or not isolate:
         return Worker(spec, resolve, on_progress=on_progress, log_content=logs.content)
-    return WorkerProcess(spec, resolve, on_progress=on_progress, log_settings=logs, spawn=spawn)
+    return WorkerProcess(
+        spec,
+        resolve,
+        on_progress=on_progress,
+        log_settings=logs,
+        spawn=spawn,
+        confine=config.server.confine == "auto",
+    )
 
 
 def open_pool_of_one(

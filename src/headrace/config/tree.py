@@ -156,6 +156,9 @@ class ServerSettings(Rules, HttpSettings):
     memory: Annotated[tuple[str, ...], BeforeValidator(_amounts)] = Field(
         default=(), description="memory for models: 16GiB, 80%, cpu=16GiB, cuda:0=90%"
     )
+    confine: Fixed[Annotated[Literal["auto", "off"], BeforeValidator(_lower)]] = Field(
+        default="auto", description="take from models' processes what they do not need"
+    )
     state: Fixed[Path | None] = Field(
         default=None, description="file of changes at run time; HOME/services/PORT.json"
     )

@@ -43,9 +43,9 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
 
     `requires` is the import name of the library (None: nothing), `extra` the extra of the
     package that brings it (None: the core does). A remote engine takes requests as they are and
-    runs in the process that serves. One that `spreads` can put a model on several GPUs. `automatic`
-    is False for one that is only used when it is
-    configured by name.
+    runs in the process that serves. A `confined` one writes only temporary files, and those that
+    its module's `writes` names, and needs no network. One that `spreads` can put a model on several
+    GPUs. `automatic` is False for one that is only used when it is configured by name.
     """
 
     formats: tuple[str, ...]
@@ -54,6 +54,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     extra: str | None = None
     tasks: tuple[Task, ...] = ("generate",)
     spreads: bool = False
+    confined: bool = False
     remote: bool = False
     automatic: bool = True
 
@@ -102,6 +103,11 @@ def _no_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
     return ()
 
 
+def _no_folders(request: OpenRequest) -> Sequence[Path]:
+    del request
+    return ()
+
+
 def _unchanged(file: ModelFile, *_: object) -> ModelFile:
     return file
 
@@ -112,7 +118,8 @@ class Module:
 
     `footprint` estimates the memory of a load, `tune_options` returns sets of options that are
     worth trying beside the defaults. An engine that loads a model in another format than it comes
-    in makes it once with `convert` and finds it with `prepared`. All of them may block.
+    in makes it once with `convert` and finds it with `prepared`. `writes` returns the folders that
+    a `confined` engine writes to beside that of temporary files. All of them may block.
     """
 
     ABOUT: About
@@ -121,6 +128,7 @@ class Module:
     tune_options: Callable[[OpenRequest], Sequence[dict[str, Any]]] = _no_options
     prepared: Callable[[ModelFile, Path], ModelFile] = _unchanged
     convert: Callable[[ModelFile, Path, transfer.Progress], ModelFile] = _unchanged
+    writes: Callable[[OpenRequest], Sequence[Path]] = _no_folders
 
     @classmethod
     def of(cls, module: ModuleType) -> Module:

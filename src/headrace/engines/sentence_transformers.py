@@ -30,6 +30,7 @@ from headrace.models.inspect import PICKLES
 ABOUT = About(
     formats=("safetensors",),
     devices=("cpu", "cuda", "mps"),
+    confined=True,
     requires="sentence_transformers",
     extra="embeddings",
     tasks=("embed", "rerank"),
@@ -219,6 +220,9 @@ class Engine(base.Embedder):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             raise OutOfMemory("torch ran out of memory.", detail=str(error)) from error
+
+
+writes = plan.torch_caches
 
 
 def footprint(request: OpenRequest) -> Footprint:

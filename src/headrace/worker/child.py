@@ -16,11 +16,18 @@ from typing import Any
 
 import msgspec
 
+from headrace import engines
 from headrace.core.errors import ErrorRecord, HeadraceError, WorkerDied, to_record
 from headrace.core.model import ModelSpec
 from headrace.log import configure
-from headrace.machine import Family, die_with_parent, keep_descendants, tune_garbage_collection
-from headrace.worker.spec import OnProgress, WorkerSpec, localized
+from headrace.machine import (
+    Family,
+    confine,
+    die_with_parent,
+    keep_descendants,
+    tune_garbage_collection,
+)
+from headrace.worker.spec import OnProgress, WorkerSpec, localized, open_request
 from headrace.worker.wire import (
     Alive,
     Ask,
@@ -86,6 +93,8 @@ class Child:
         configure(message.log.level, message.log.style)
         os.environ |= message.environment
         worker_spec = localized(message.spec)
+        if message.confine:
+            _confine(worker_spec, self._scratch, message.memory_limit)
 
         def resolved(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
             return worker_spec
@@ -131,6 +140,20 @@ class Child:
         if os.environ.get("TMPDIR") == str(self._scratch):
             Family(os.getpid(), f"TMPDIR={self._scratch}").kill()
         os._exit(0)
+
+
+def _confine(worker_spec: WorkerSpec, scratch: Path, memory_limit: int | None) -> None:
+    """Give up what the engine does not need, before it reads a file of the model."""
+    confine.give_up_privileges()
+    if memory_limit is not None:
+        confine.limit_memory(memory_limit)
+    name = worker_spec.engine
+    if engines.about(name).confined:
+        engines.import_library(name)
+        try:
+            confine.restrict([scratch, *engines.writes(name, open_request(worker_spec))])
+        except OSError as error:
+            log.warning("headrace.worker.not_confined", extra={"data": {"error": str(error)}})
 
 
 async def _failure(work: Coroutine[Any, Any, None]) -> ErrorRecord | None:

@@ -72,6 +72,7 @@ class WorkerProcess:
         on_progress: OnProgress | None = None,
         log_settings: LogSettings = _QUIET,
         spawn: Spawn = spawn,
+        confine: bool = True,
     ) -> None:
         self.spec = spec
         self.died = asyncio.Event()
@@ -79,6 +80,7 @@ class WorkerProcess:
         self._on_progress = on_progress or silent
         self._log_settings = log_settings
         self._spawn = spawn
+        self._confine = confine
         self._life = Lifecycle(spec.name)
         self._resolved: WorkerSpec | None = None
         self._info: ModelInfo | None = None
@@ -202,7 +204,10 @@ class WorkerProcess:
         self._watchdog = asyncio.create_task(self._watch(child))
         try:
             placed = visibility(self._resolved.placed)
-            child.link.send(Load(self._resolved, self._log_settings, placed))
+            limit = self._resolved.memory_limit if self._confine else None
+            child.memory_limit = limit
+            load = Load(self._resolved, self._log_settings, placed, self._confine, limit)
+            child.link.send(load)
             info = await self._loaded(child)
         except BaseException:
             await child.end()

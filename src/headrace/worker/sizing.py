@@ -86,16 +86,19 @@ class Sizing:
             # Specifications that differ in a secret alone share a key: use the current one.
             return msgspec.structs.replace(known.worker_spec, model=spec)
         worker_spec = self._find(spec, on_progress)
-        memory = self._memory(worker_spec)
-        worker_spec = msgspec.structs.replace(worker_spec, memory=memory)
+        devices = engines.footprint(worker_spec.engine, open_request(worker_spec)).devices
+        worker_spec = msgspec.structs.replace(
+            worker_spec,
+            memory=self._memory(worker_spec, devices),
+            booked=devices.get(HOST) if set(devices) <= {HOST} else None,
+        )
         if len(self._resolved) >= _MAX_RESOLVED:
             self._resolved.clear()
         self._resolved[key] = _Resolved(worker_spec, _stamp(worker_spec))
         return worker_spec
 
-    def _memory(self, worker_spec: WorkerSpec) -> int | None:
+    def _memory(self, worker_spec: WorkerSpec, devices: dict[str, int]) -> int | None:
         """Return the budget of a model, that of the device with most of it and so its KV cache."""
-        devices = engines.footprint(worker_spec.engine, open_request(worker_spec)).devices
         main = max(devices, key=lambda device: devices[device], default="")
         gpus = worker_spec.gpus
         if main in gpus:

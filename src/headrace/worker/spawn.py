@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -56,6 +57,10 @@ _DYING_S = 0.3
 _TAIL_LINES = 20
 _SCRATCH, _LOCK = "headrace-", ".lock"
 _TMPDIR = "TMPDIR"
+_NO_MEMORY = re.compile(
+    r"bad_alloc|MemoryError|memory allocation of|(?i:cannot allocate memory|out of memory)"
+    r"|(?i:fail(ed|ure) to (re)?allocat|std::length_error)"
+)
 NOTHING: Mapping[str, str | None] = MappingProxyType({})
 _SETTLED_S = 60.0
 
@@ -94,6 +99,7 @@ class ChildProcess:
         self.gone = asyncio.Event()
         self.loaded: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self.family: Family | None = None
+        self.memory_limit: int | None = None
         self.link = Link(
             msgspec.msgpack.Decoder(list[ToParent]),
             receive=self._receive,
@@ -276,6 +282,8 @@ class ChildProcess:
     def _cause(self, code: int, why: str) -> str:
         if self._verdict:
             return self._verdict
+        if code and self.memory_limit is not None and any(map(_NO_MEMORY.search, self._tail)):
+            return f"ran out of memory: it may allocate {self.memory_limit / 1e9:.1f} GB"
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         return f"ended with exit code {code}" if code else f"ended ({why})"

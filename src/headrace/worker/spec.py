@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 
@@ -13,12 +14,13 @@ from headrace.core.errors import Draining
 from headrace.core.model import Capabilities, ModelFile, ModelInfo, ModelSpec, State
 from headrace.core.values import masked_options
 from headrace.engines.base import EngineFacts, OpenRequest
-from headrace.machine import HOST
+from headrace.machine import HOST, host_memory
 from headrace.worker.prompt import Prompter
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage of a load, and how much of how much is done (0: unknown)."""
 
+_HEADROOM, _PER_CORE = 4 << 30, 16 << 20
 _REMOTE_ROLES = ("system", "developer", "user", "assistant")
 
 
@@ -28,6 +30,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     `memory` is the budget of all models on its devices in bytes; None is the whole devices.
     `placed` are the devices that were chosen for it, by the names that this process has for them;
     empty leaves them to the engine. `devices` are the names that the service has for its GPUs.
+    `booked` is the estimated memory of a model on the host alone.
     """
 
     model: ModelSpec
@@ -37,6 +40,18 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     memory: int | None = None
     placed: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    booked: int | None = None
+
+    @property
+    def memory_limit(self) -> int | None:
+        """What the process may allocate at most, in bytes; None for no limit.
+
+        A library for GPUs maps much more than it uses.
+        """
+        if self.booked is None:
+            return None
+        stacks = _PER_CORE * (os.cpu_count() or 1)
+        return min(2 * self.booked + _HEADROOM + stacks, max(host_memory(), self.booked))
 
     @property
     def gpus(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from headrace.models.gguf import Skipped, read_header
 ABOUT = About(
     formats=("gguf",),
     devices=("cpu", "cuda", "mps"),
+    confined=True,
     spreads=True,
     requires="xllamacpp",
     tasks=("generate", "embed"),

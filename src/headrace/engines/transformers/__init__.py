@@ -17,6 +17,7 @@ from headrace.engines.plan import ELEMENT_BYTES, PAGE, CachePlan, expected_devic
 ABOUT = About(
     formats=("safetensors",),
     devices=("cpu", "cuda", "mps"),
+    confined=True,
     spreads=True,
     requires="transformers",
     extra="transformers",
@@ -104,6 +105,9 @@ def plan_cache(request: OpenRequest, options: Options, device: str) -> CachePlan
 def step_tokens(options: Options, slots: int, device: str) -> int:
     """Return how many tokens are computed in one step."""
     return max(slots, options.step_tokens or _STEP[_kind(device)])
+
+
+writes = plan.torch_caches
 
 
 def footprint(request: OpenRequest) -> Footprint:
