@@ -207,8 +207,9 @@ class Engine(TokenizerMixin):
 
     def _core_failure(self) -> str:
         """Return the error of the engine core, empty while it lives."""
-        report = self._private / "failed"
-        return report.read_text(encoding="utf-8") if report.exists() else ""
+        from headrace.engines.vllm.core import reported
+
+        return reported(self._private / "failed")
 
 
 def _prepare(options: Options) -> None:
@@ -247,6 +248,7 @@ def _arguments(request: OpenRequest, options: Options, device: str) -> Any:
             "max_model_len": request.context_length or -1,
             "trust_remote_code": request.trust_remote_code,
             "disable_log_stats": True,
+            "worker_extension_cls": "headrace.engines.vllm.rank.Rank",
             # vLLM's default gives the same draws after each start.
             "seed": secrets.randbelow(1 << 31),
             # With free white space a small model can repeat it up to the limit.
