@@ -93,19 +93,24 @@ class Child:
         configure(message.log.level, message.log.style)
         os.environ |= message.environment
         worker_spec = localized(message.spec)
-        if message.confine:
-            _confine(worker_spec, self._scratch, message.memory_limit)
 
         def resolved(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
             return worker_spec
 
+        if worker_spec.import_from is not None and worker_spec.import_from not in sys.path:
+            sys.path.append(worker_spec.import_from)
         content = message.log.content
         self._worker = worker = Worker(worker_spec.model, resolved, log_content=content)
-        if error := await _failure(worker.start()):
+        if error := await _failure(self._start(worker, worker_spec, message)):
             self._link.send(Failed(error))
         else:
             tune_garbage_collection()
             self._link.send(Ready(worker.models()[0]))
+
+    async def _start(self, worker: Worker, worker_spec: WorkerSpec, message: Load) -> None:
+        if message.confine:
+            _confine(worker_spec, self._scratch, message.memory_limit)
+        await worker.start()
 
     def _begin(self, message: Ask) -> None:
         task = asyncio.ensure_future(_failure(self._answer(message)))

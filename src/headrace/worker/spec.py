@@ -31,6 +31,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     `placed` are the devices that were chosen for it, by the names that this process has for them;
     empty leaves them to the engine. `devices` are the names that the service has for its GPUs.
     `booked` is the estimated memory of a model on the host alone.
+    `import_from` is the folder of an engine that is given by its import path.
     """
 
     model: ModelSpec
@@ -41,6 +42,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     placed: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
     booked: int | None = None
+    import_from: str | None = None
 
     @property
     def memory_limit(self) -> int | None:
