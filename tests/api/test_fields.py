@@ -109,10 +109,8 @@ async def test_free_objects_have_no_unknown_fields() -> None:
     assert (answer.status_code, WARNING in answer.headers) == (200, False)
     request = backend.requests[0]
     assert isinstance(request, GenerateRequest)
-    assert (request.constraint, request.template_options) == (
-        Constraint(json_schema=schema),
-        {"modell": {"a": 1}},
-    )
+    assert request.constraint == Constraint(json_schema=schema)
+    assert request.template_options == {"modell": {"a": 1}}
 
 
 async def test_a_name_cannot_break_the_header() -> None:

@@ -106,12 +106,12 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "depth 5000": (nested(5000, lambda below: {"items": below}), "levels deep"),
     "deep const": ({"const": nested(100, lambda below: [below])}, "levels deep"),
     "deep enum": ({"enum": [nested(5000, lambda below: {"a": below})]}, "levels deep"),
-    "values": ({"examples": [0] * 30_000}, "more than 20000 values"),
+    "values": ({"examples": [0] * 30_000}, "more than 10000 values"),
     "properties 30000": (
-        {"properties": {f"p{number}": True for number in range(30_000)}}, "more than 20000 values",
+        {"properties": {f"p{number}": True for number in range(30_000)}}, "more than 10000 values",
     ),
-    "required 30000": ({"required": [f"p{n}" for n in range(30_000)]}, "more than 20000 values"),
-    "bytes": ({"enum": ["x" * 8000] * 40}, "bytes"),
+    "required 30000": ({"required": [f"p{n}" for n in range(30_000)]}, "more than 10000 values"),
+    "bytes": ({"enum": ["x" * 8000] * 20}, "bytes"),
     "enum": ({"enum": list(range(5000))}, "/enum"),
     "literal": ({"const": "x" * 9000}, "/const"),
     "enum's literal": ({"enum": ["a", "x" * 100_000]}, "/enum/1"),
@@ -193,7 +193,7 @@ ORDINARY = {
         "maximum": 2**64,
     },
     "braces": {"pattern": r"^\{a\}\p{L}{3}[{]9999[}]$"},
-    "many properties": {"properties": {f"p{number}": INTEGER for number in range(5000)}},
+    "many properties": {"properties": {f"p{number}": INTEGER for number in range(3000)}},
 }
 
 
@@ -232,4 +232,4 @@ def test_checking_is_linear() -> None:
             times.append(time.process_time() - began)
         return min(times)
 
-    assert seconds(1600) < 3 * seconds(800) + 0.005
+    assert seconds(1200) < 3 * seconds(600) + 0.005

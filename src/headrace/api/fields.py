@@ -214,14 +214,16 @@ class Unknown(NamedTuple):
         return f"{place} (did you mean {self.near}?)" if self.near else place
 
 
-def known(data: Any, kind: type[msgspec.Struct]) -> tuple[Any, tuple[Unknown, ...]]:
+def known(data: Any, kind: Any, place: str = "") -> tuple[Any, tuple[Unknown, ...]]:
     """Return decoded JSON without the fields that `kind` does not have, and the unknown ones.
+
+    `place` is that of the data within a request.
 
     Raises:
         Unsupported: a field of another API would change the answer.
     """
     unknown: dict[str, Unknown] = {}
-    return _known(data, inspect.type_info(kind), "", unknown), tuple(unknown.values())
+    return _known(data, inspect.type_info(kind), place, unknown), tuple(unknown.values())
 
 
 def warning(unknown: Sequence[Unknown]) -> str:

@@ -45,6 +45,9 @@ __all__ = [
 ImportOptions = Callable[[str], type[BaseModel]]
 """Returns the Options of an engine that is given by its import path."""
 
+Verify = Callable[[ModelSpec], None]
+"""Raises a ConfigError, whose `param` is the setting, for settings that do not go together."""
+
 
 class Row(NamedTuple):
     """A line of `headrace config show`; `value` is plain data, masked if it is a secret."""
@@ -64,6 +67,7 @@ class _Sources:
     keys: Keys
     engines: Mapping[str, type[BaseModel]]
     import_options: ImportOptions | None
+    verify: Verify | None
     cwd: Path
 
     def with_engine(self, name: object) -> _Sources:
@@ -218,7 +222,15 @@ def _model(read: _Sources, name: str, reference: str, given: Layer) -> tuple[Mod
         if key.startswith("options."):
             layer[key] = value._replace(value=check.option(kinds, key, value, prefix))
     checked = check.build(ModelSettings, layer, prefix)
-    return ModelSpec(name=name, **checked.model_dump()), layer
+    spec = ModelSpec(name=name, **checked.model_dump())
+    if read.verify is not None:
+        try:
+            read.verify(spec)
+        except ConfigError as error:
+            source = layer.get(error.param or "") or layer["model"]
+            message = f"{source.origin}: {prefix}{error.param}: {error.message}"
+            raise ConfigError(message, param=error.param) from None
+    return spec, layer
 
 
 def _with_imported(
@@ -238,13 +250,15 @@ def load(
     flags: Mapping[str, Any] | None = None,
     known_options: Mapping[str, type[BaseModel]] | None = None,
     import_options: ImportOptions | None = None,
+    verify: Verify | None = None,
 ) -> Settings:
     """Read and check all sources.
 
     `flags` are flat keys (`port`, `context_length`); None is one that is not given, and `options`
     holds engine options. `known_options` are the Options of the engines, by engine;
-    `import_options` returns those of an engine given by its import path. The arguments of the host
-    program are never read.
+    `import_options` returns those of an engine given by its import path, and `verify` raises a
+    ConfigError for settings of a model that do not go together. The arguments of the host program
+    are never read.
 
     Raises:
         ConfigError: a file cannot be read, a key is unknown, a value is not accepted.
@@ -263,6 +277,7 @@ def load(
         keys=keys,
         engines=engines,
         import_options=import_options,
+        verify=verify,
         cwd=here,
     )
     home = Value(str(sources.xdg(variables, "XDG_DATA_HOME", ".local/share")), "default", here)

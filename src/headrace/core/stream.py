@@ -7,13 +7,14 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from typing import Generic, TypeVar
 
-from headrace.core.errors import GenerationFailed
+from headrace.core.errors import GenerationFailed, HeadraceError
 from headrace.core.events import (
     Choice,
     Delta,
     EmbedResult,
     Event,
     Finish,
+    FinishReason,
     GenerateResult,
     Progress,
     Ranking,
@@ -131,7 +132,7 @@ async def collect(stream: Stream) -> GenerateResult:
 
     Raises:
         GenerationFailed: the stream ended without a Finish.
-        HeadraceError: raised by the stream.
+        HeadraceError: raised by the stream; its `choices` are what came before.
     """
     parts: dict[int, list[Delta | ToolCallDelta]] = {}
     try:
@@ -140,9 +141,14 @@ async def collect(stream: Stream) -> GenerateResult:
                 parts.setdefault(event.index, []).append(event)
             elif isinstance(event, Finish):
                 return _result(parts, event)
+        raise GenerationFailed("The stream ended without a Finish.")
+    except HeadraceError as error:
+        # An error without an answer may be shared by the requests that waited.
+        if parts:
+            error.choices = tuple(_choice(index, parts[index], "error") for index in sorted(parts))
+        raise
     finally:
         await stream.aclose()
-    raise GenerationFailed("The stream ended without a Finish.")
 
 
 async def result(stream: Stream, kind: type[E]) -> tuple[E, Finish]:
@@ -193,12 +199,13 @@ async def collect_text(stream: Stream) -> str:
 
 def _result(parts: dict[int, list[Delta | ToolCallDelta]], finish: Finish) -> GenerateResult:
     choices = tuple(
-        _choice(index, parts.get(index, ()), finish) for index in range(len(finish.finish_reasons))
+        _choice(index, parts.get(index, ()), reason)
+        for index, reason in enumerate(finish.finish_reasons)
     )
     return GenerateResult(choices=choices, usage=finish.usage, metrics=finish.metrics)
 
 
-def _choice(index: int, parts: Sequence[Delta | ToolCallDelta], finish: Finish) -> Choice:
+def _choice(index: int, parts: Sequence[Delta | ToolCallDelta], reason: FinishReason) -> Choice:
     deltas = [part for part in parts if isinstance(part, Delta)]
     logprobs: list[TokenLogprob] = []
     token_ids: list[int] = []
@@ -212,7 +219,7 @@ def _choice(index: int, parts: Sequence[Delta | ToolCallDelta], finish: Finish) 
         tool_calls=_calls([part for part in parts if isinstance(part, ToolCallDelta)]),
         token_ids=tuple(token_ids),
         logprobs=tuple(logprobs),
-        finish_reason=finish.finish_reasons[index],
+        finish_reason=reason,
     )
 
 

@@ -25,9 +25,7 @@ class PartsPipeline:
     `request` and `index` make the ids of calls that the model gives none.
     """
 
-    def __init__(
-        self, splitter: Splitter, stops: Sequence[str], request: str, index: int
-    ) -> None:
+    def __init__(self, splitter: Splitter, stops: Sequence[str], request: str, index: int) -> None:
         self.calls = 0
         self.is_thinking = False
         self._splitter = splitter

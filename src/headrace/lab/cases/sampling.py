@@ -10,7 +10,13 @@ from typing import Annotated, Any
 import jsonschema_rs
 import msgspec
 
-from headrace.core.errors import ConstraintViolated, InvalidRequest, Unsupported, UpstreamError
+from headrace.core.errors import (
+    ConstraintViolated,
+    InvalidRequest,
+    RequestError,
+    Unsupported,
+    UpstreamError,
+)
 from headrace.core.sampling import Sampling
 from headrace.lab.cases.case import Case, case
 from headrace.lab.cases.subject import TOKENS, Broken, Declared, Reply, Subject, check, refusal
@@ -239,7 +245,7 @@ async def json_schema_fails_closed(subject: Subject) -> None:
     for schema in _HARD:
         try:
             reply = await subject.short(json_schema=schema, **subject.able(max_tokens=24))
-        except InvalidRequest as error:
+        except RequestError as error:
             check(error.param == "response_format", f"The error names {error.param}.")
             continue
         except (ConstraintViolated, UpstreamError):
