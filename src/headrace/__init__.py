@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headrace.core.constraint import Constraint
     from headrace.core.errors import HeadraceError
     from headrace.core.events import (
         Delta,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncModelWorker",
+    "Constraint",
     "Delta",
     "EmbedRequest",
     "EmbedResult",
@@ -52,6 +54,7 @@ _HOMES = {
     "EmbedResult": "headrace.core.events",
     "Event": "headrace.core.events",
     "Finish": "headrace.core.events",
+    "Constraint": "headrace.core.constraint",
     "GenerateRequest": "headrace.core.request",
     "GenerateResult": "headrace.core.events",
     "HeadraceError": "headrace.core.errors",

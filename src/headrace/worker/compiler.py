@@ -77,7 +77,7 @@ class Compiler:
         Raises:
             ConstraintViolated: it does not keep to the constraint.
         """
-        schema = without_formats(constraint.json_schema, strict=False)
+        schema = await asyncio.to_thread(without_formats, constraint.json_schema, strict=False)
         async with self._checking:
             problem = await self._run({"schema": schema, "text": text, "cut": cut})
         if problem is not None:
