@@ -14,7 +14,7 @@ from headrace.api.chat import ChatRequest
 from headrace.api.completions import CompletionRequest
 from headrace.api.exchange import Call
 from headrace.api.limits import ApiSettings
-from headrace.api.wire import ChatMessage
+from headrace.api.messages import ChatMessage
 from headrace.core.constraint import Constraint
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling, SamplingFields, described
@@ -209,7 +209,6 @@ WRONG = [
     ("response_format", {"type": "text", "schema": {}}),
     ("response_format", {"type": "json_object", "json_schema": {"name": "n", "schema": {}}}),
     ("response_format", {"type": "json_object", "schema": {"minItems": 10**9}}),
-    ("response_format", {"type": "json_schema", "schema": {}, "json_schema": {"name": "n"}}),
     ("stream_options", {"include_usage": True}), ("ignore_eos", 1),
 ]  # fmt: skip
 
@@ -304,3 +303,14 @@ async def test_large_bodies_are_decoded_off_the_loop(monkeypatch: pytest.MonkeyP
     request = await asked(CHAT, chat(messages=[{"role": "user", "content": "x" * 70_000}]))
     assert len(seen) == 1
     assert request.messages == (Message("user", "x" * 70_000),)
+
+
+async def test_the_default_of_completions_fits() -> None:
+    """Issue 12.6: 16 tokens, or more if `min_tokens` wants them, or what the context has left."""
+    request = await asked(TEXT, text())
+    assert (request.sampling.max_tokens, request.fit_max_tokens) == (16, True)
+    request = await asked(TEXT, text(min_tokens=20))
+    assert (request.sampling.max_tokens, request.fit_max_tokens) == (20, True)
+    request = await asked(TEXT, text(max_tokens=16))
+    assert (request.sampling.max_tokens, request.fit_max_tokens) == (16, False)
+    assert (await asked(CHAT, chat())).sampling.max_tokens is None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+from collections.abc import Mapping
 
 import msgspec
+from msgspec.structs import replace
 from starlette.exceptions import HTTPException
 
 from headrace.core import errors
@@ -104,6 +107,14 @@ def describe(error: BaseException, request_id: str) -> Problem:
         type=_SERVER,
         code="internal_error",
     )
+
+
+def renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
+    """Return a problem with the client's names for fields of the core."""
+    if (param := problem.param) is None or param not in names:
+        return problem
+    message = re.sub(rf"\b{param}\b", names[param], problem.message)
+    return replace(problem, param=names[param], message=message)
 
 
 def _known(error: HeadraceError) -> Problem:

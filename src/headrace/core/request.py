@@ -118,8 +118,9 @@ _ENVELOPE = frozenset(Request.__struct_fields__) - {"deadline_s", "keep_alive"}
 class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
     """Messages or a prompt (text or token ids), never both.
 
-    `context_length` is at most that of the model. `constraint` is what the text has to be.
-    `answered` are the tokens of an answer to continue: the stream begins with their
+    `context_length` is at most that of the model. With `fit_max_tokens`, `max_tokens` is cut to
+    what the context has left, which is refused otherwise. `constraint` is what the
+    text has to be. `answered` are the tokens of an answer to continue: the stream begins with their
     text, in one delta.
 
     Raises:
@@ -133,6 +134,7 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     echo: bool = False
     context_length: int | None = None
     constraint: Constraint | None = None
+    fit_max_tokens: bool = False
     template_options: dict[str, Any] = {}
     answered: tuple[int, ...] = ()
 

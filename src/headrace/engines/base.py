@@ -24,6 +24,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict
 
 from headrace.core.constraint import Constraint
+from headrace.core.errors import ConfigError
 from headrace.core.events import Delta, FinishReason, Progress, TokenCount, TokenLogprob
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities, ModelFile, Task
@@ -55,6 +56,18 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     tasks: tuple[Task, ...] = ("generate",)
     remote: bool = False
     automatic: bool = True
+
+
+def check_task(task: Task, title: str, tasks: Sequence[Task]) -> None:
+    """Check that an engine or a provider has a task.
+
+    Raises:
+        ConfigError: it has not; `title` names it.
+    """
+    if task not in tasks:
+        raise ConfigError(
+            f"{title} has no models for the task {task}; it has {', '.join(tasks)}.", param="task"
+        )
 
 
 class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -104,6 +104,8 @@ class Compiler:
                 process.stdin.write(msgspec.json.encode(job) + b"\n")
                 await process.stdin.drain()
                 line = await process.stdout.readline()
+        except ConnectionError:
+            line = b""
         except TimeoutError:
             return _Reply(reason="takes too much to compile")
         finally:
@@ -117,10 +119,12 @@ class Compiler:
         return reply if reply.reason else None
 
     async def _process(self) -> Process:
-        if self._idle:
+        while self._idle:
             process, timer = self._idle.pop()
             timer.cancel()
-            return process
+            if process.returncode is None:
+                return process
+            self._processes.discard(process)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "headrace.worker.compiling"),
             *([self._library] if self._library else ()),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import ROOT
 
-from headrace import contract, engines, runtime
+from headrace import ModelWorker, contract, engines, runtime
 from headrace.contract import CASES
 
 PAGE = (ROOT / "docs" / "adding-an-engine.md").read_text()
@@ -49,6 +49,34 @@ def test_the_example_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.Monk
     told = f"{len(lines)} cases: {len(lines) - 10} ok, 10 refused, 0 reported, 0 failed"
     assert summary == told
     assert told in PAGE
+
+
+def test_it_runs_by_its_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W26; issue 12.15: from Python, flags and a file, in a process of its own."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "by_path.py").write_text(CODE)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
+    with ModelWorker("builtin:echo", engine="by_path:Engine", text="abcabc", slots=2) as worker:
+        assert worker.metadata.engine == "by_path:Engine"
+        assert worker.metadata.max_running == 2
+        assert worker.generate("a", max_tokens=4, temperature=0).text == "bcab"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    command = [sys.executable, "-m", "headrace", "run", "--raw", "--no-figures"]
+    flags = ["--engine", "by_path:Engine", "-o", "text=abcabc"]
+    of_run = ["a", "--max-tokens", "4", "--temperature", "0"]
+    (tmp_path / "headrace.toml").write_text(
+        "[models.mine]\nmodel = 'echo'\nengine = 'by_path:Engine'\noptions = { text = 'abcabc' }"
+    )
+    for model, given in (("echo", flags), ("mine", [])):
+        done = subprocess.run(
+            [*command, model, *of_run, *given],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+        assert (done.returncode, done.stdout) == (0, "bcab\n"), done.stderr
 
 
 SPOILED = {
