@@ -18,7 +18,7 @@ from headrace.core.options import EmbedOptions, GenerateOptions, ModelOptions, R
 from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
 from headrace.core.sampling import Sampling
 
-_REQUEST = {"n", "echo", "context_length", "json_schema", "template_options", "deadline_s"}
+_REQUEST = {"n", "echo", "context_length", "template_options", "deadline_s"}
 
 
 def plain(hint: Any) -> set[Any]:
@@ -50,6 +50,7 @@ def test_the_arguments_of_generate() -> None:
     # A constraint is given by the names of its fields.
     of_request["json_schema"] = get_type_hints(Constraint)["json_schema"] | None
     declared = get_type_hints(Sampling) | {name: of_request[name] for name in _REQUEST}
+    declared["json_schema"] = get_type_hints(Constraint)["json_schema"]
     assert typed.keys() == declared.keys()
     for name, hint in typed.items():
         assert plain(hint) - ({str} if name == "stop" else set()) == plain(declared[name]), name

@@ -293,27 +293,27 @@ def _keep_alive(value: float | str | None) -> float | None:
 
 
 def _constraint(wire: GenerateFields) -> Constraint | None:
-    schema = _either(
-        "json_schema", wire.json_schema, "response_format", _json_schema(wire.response_format)
-    )
+    top, inner = wire.json_schema, _schema(wire.response_format)
+    schema = _either("json_schema", top, "response_format", inner)
     return None if schema is None else Constraint(json_schema=schema)
 
 
-def _json_schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
+def _schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
     if wanted is None:
         return None
     named, flat = wanted.json_schema, wanted.schema
+    if wanted.type != "json_schema" and (
+        named is not None or (wanted.type == "text" and flat is not None)
+    ):
+        raise InvalidRequest("A schema needs type json_schema.", param="response_format.type")
     if wanted.type == "text":
-        if named is not None or flat is not None:
-            raise InvalidRequest("A schema needs type json_schema.", param="response_format.type")
         return None
-    inner = wanted.json_schema.schema if wanted.json_schema else None
-    places = ("response_format.schema", wanted.schema, "response_format.json_schema.schema", inner)
-    schema = _either(*places)
     if wanted.type == "json_object":
-        if named is not None:
-            raise InvalidRequest("A schema needs type json_schema.", param="response_format.type")
-        return schema or {"type": "object"}
+        return {"type": "object"} if flat is None else flat
     if named is None and flat is None:
         raise InvalidRequest("json_schema is missing.", param="response_format.json_schema")
-    return schema or {}
+    if named is not None and flat is not None:
+        raise InvalidRequest(
+            "schema and json_schema are both given.", param="response_format.schema"
+        )
+    return (flat if named is None else named.schema) or {}

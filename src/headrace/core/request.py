@@ -119,8 +119,8 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     """Messages or a prompt (text or token ids), never both.
 
     `context_length` is at most that of the model. With `fit_max_tokens`, `max_tokens` is cut to
-    what the context has left, which is refused otherwise. `constraint` is what the
-    text has to be. `answered` are the tokens of an answer to continue: the stream begins with their
+    what the context has left, which is refused otherwise. `constraint` is what the text has to be.
+    `answered` are the tokens of an answer to continue: the stream begins with their
     text, in one delta.
 
     Raises:
@@ -133,8 +133,8 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     n: int = 1
     echo: bool = False
     context_length: int | None = None
-    constraint: Constraint | None = None
     fit_max_tokens: bool = False
+    constraint: Constraint | None = None
     template_options: dict[str, Any] = {}
     answered: tuple[int, ...] = ()
 
