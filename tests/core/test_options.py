@@ -47,8 +47,6 @@ def test_the_arguments_of_generate() -> None:
     """Issue 12.23: those of Sampling, and fields of the request."""
     typed = get_type_hints(GenerateOptions)
     of_request = get_type_hints(GenerateRequest)
-    # A constraint is given by the names of its fields.
-    of_request["json_schema"] = get_type_hints(Constraint)["json_schema"] | None
     declared = get_type_hints(Sampling) | {name: of_request[name] for name in _REQUEST}
     declared["json_schema"] = get_type_hints(Constraint)["json_schema"]
     assert typed.keys() == declared.keys()
