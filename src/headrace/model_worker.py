@@ -16,6 +16,7 @@ from headrace import __version__, runtime
 from headrace.api import fields
 from headrace.api.messages import ChatMessage, to_messages
 from headrace.config import Config, Settings
+from headrace.core.constraint import Constraint
 from headrace.core.errors import (
     Draining,
     HeadraceError,
@@ -218,7 +219,8 @@ class AsyncModelWorker:
     ) -> AsyncGenerator[Event, None]:
         """Return the stream of an answer: deltas, then one Finish with usage and metrics.
 
-        `messages` are as over HTTP: their content is a text, or a list of parts.
+        `messages` are as over HTTP: their content is a text, or a list of parts; `json_schema` is
+        what the text has to be.
 
         Raises:
             InvalidRequest: an option is unknown or wrong.
@@ -404,6 +406,8 @@ def request(
     sampling = {name: given.pop(name) for name in _SAMPLING & given.keys()}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = (sampling["stop"],)
+    if (schema := given.pop("json_schema", None)) is not None:
+        given["constraint"] = _built(Constraint, {"json_schema": schema})
     text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
     body = {"model": model, "prompt": text, "messages": _messages(messages), **given}
     built = _built(Sampling, sampling)

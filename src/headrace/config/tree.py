@@ -175,6 +175,9 @@ class ServerSettings(Rules, HttpSettings):
     memory: Annotated[tuple[str, ...], BeforeValidator(_amounts)] = Field(
         default=(), description="memory for models: 16GiB, 80%, cpu=16GiB, cuda:0=90%"
     )
+    confine: Fixed[Annotated[Literal["auto", "off"], BeforeValidator(_lower)]] = Field(
+        default="auto", description="take from models' processes what they do not need"
+    )
     state: Fixed[Path | None] = Field(
         default=None, description="file of changes at run time; HOME/services/PORT.json"
     )
@@ -258,8 +261,8 @@ def _may_be(hint: Any, kinds: Iterable[object]) -> bool:
 
 
 def _parser(hint: Any, setting: Setting) -> Callable[[object], object]:
-    if (parse := setting.parse) is not None:
-        return lambda value: parse(value) if isinstance(value, str | float | int) else value
+    if setting.parse is not None:
+        return setting.parse
     if _may_be(hint, (tuple,)):
         return words
     return _lower if _may_be(hint, (Literal,)) else lambda value: value
