@@ -15,6 +15,7 @@ from headrace.machine.process import (
     keep_descendants,
     kill_marked,
     process_memory,
+    raise_open_files,
     shorten_switch_interval,
     tune_garbage_collection,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "keep_descendants",
     "kill_marked",
     "process_memory",
+    "raise_open_files",
     "shorten_switch_interval",
     "system",
     "tune_garbage_collection",

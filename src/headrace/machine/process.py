@@ -16,6 +16,7 @@ import psutil
 from headrace.machine.hardware import HOST, gpus
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_MOST_OPEN_FILES = 65_536
 _KILL_ROUNDS, _KILLED_S = 5, 0.2
 
 
@@ -178,3 +179,15 @@ def shorten_switch_interval() -> None:
     packed spans for a collector. Not for the process of an engine: openvino lost 3 % by it.
     """
     sys.setswitchinterval(0.0005)
+
+
+def raise_open_files() -> None:
+    """Let this process have as many open files as it may: each connection is one."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
