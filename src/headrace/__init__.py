@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from headrace.core.errors import (
         CapacityError,
         ConfigError,
+        ConstraintViolated,
         ContextOverflow,
         DeadlineExceeded,
         Disabled,
@@ -55,6 +56,7 @@ __all__ = [
     "CapacityError",
     "Choice",
     "ConfigError",
+    "ConstraintViolated",
     "ContextOverflow",
     "DeadlineExceeded",
     "Delta",
@@ -104,6 +106,7 @@ _HOMES = {
     "CapacityError": "headrace.core.errors",
     "Choice": "headrace.core.events",
     "ConfigError": "headrace.core.errors",
+    "ConstraintViolated": "headrace.core.errors",
     "ContextOverflow": "headrace.core.errors",
     "DeadlineExceeded": "headrace.core.errors",
     "Delta": "headrace.core.events",

@@ -11,6 +11,7 @@ import msgspec
 
 from headrace.api import fields
 from headrace.api.messages import ChatMessage, to_messages
+from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import EmbedResult
 from headrace.core.options import GenerateOptions
@@ -39,6 +40,8 @@ def request(
     sampling = {name: arguments.pop(name) for name in _SAMPLING & arguments.keys()}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = (sampling["stop"],)
+    if (schema := arguments.pop("json_schema", None)) is not None:
+        arguments["constraint"] = built(Constraint, {"json_schema": schema})
     text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
     body = {"model": model, "prompt": text, "messages": turns(messages), **arguments}
     checked = built(Sampling, sampling)

@@ -10,6 +10,7 @@ from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, client, text
 
 from headrace.api import fields
 from headrace.api.fields import Body, Peers, bodies
+from headrace.core.constraint import Constraint
 from headrace.core.request import GenerateRequest
 
 WARNING = "x-headrace-warning"
@@ -108,7 +109,8 @@ async def test_free_objects_have_no_unknown_fields() -> None:
     assert (answer.status_code, WARNING in answer.headers) == (200, False)
     request = backend.requests[0]
     assert isinstance(request, GenerateRequest)
-    assert (request.json_schema, request.template_options) == (schema, {"modell": {"a": 1}})
+    assert request.constraint == Constraint(json_schema=schema)
+    assert request.template_options == {"modell": {"a": 1}}
 
 
 async def test_a_name_cannot_break_the_header() -> None:
@@ -229,7 +231,7 @@ async def test_schemas_in_other_places_are_honoured(given: Any) -> None:
     assert (answer.status_code, WARNING in answer.headers) == (200, False)
     request = backend.requests[0]
     assert isinstance(request, GenerateRequest)
-    assert request.json_schema == SCHEMA
+    assert request.constraint == Constraint(json_schema=SCHEMA)
 
 
 async def test_two_schemas_are_refused() -> None:

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from tests.worker.rig import ask
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import ConfigError, ContextOverflow, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities, ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest, Message
@@ -168,7 +169,7 @@ def test_what_the_engine_cannot_do_is_refused_by_name() -> None:
         check_supported(ask(**{name: value}), Capabilities(sampling=frozenset({name})))
     check_supported(ask(stop=("x",)), nothing)
     with pytest.raises(Unsupported) as caught:
-        check_supported(ask(json_schema={}), nothing)
+        check_supported(ask(constraint=Constraint(json_schema={})), nothing)
     assert caught.value.param == "response_format"
     with pytest.raises(Unsupported) as caught:
         check_supported(ask((1,)), nothing)

@@ -15,6 +15,7 @@ from headrace.api import fields, limits
 from headrace.api.exchange import Call
 from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
+from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.sampling import RepetitionPenalty, Sampling, SamplingFields
@@ -224,9 +225,7 @@ def generate_fields(
     values = request_fields(wire, settings, call)
     values |= {
         "n": wire.n or 1,
-        "json_schema": _either(
-            "json_schema", wire.json_schema, "response_format", _json_schema(wire.response_format)
-        ),
+        "constraint": _constraint(wire),
         "context_length": wire.context_length,
     }
     if wire.stream:
@@ -293,14 +292,24 @@ def _keep_alive(value: float | str | None) -> float | None:
         raise InvalidRequest(f"keep_alive: {error}.", param="keep_alive") from error
 
 
-def _json_schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
-    if wanted is None or wanted.type == "text":
+def _constraint(wire: GenerateFields) -> Constraint | None:
+    top, inner = wire.json_schema, _schema(wire.response_format)
+    schema = _either("json_schema", top, "response_format", inner)
+    return None if schema is None else Constraint(json_schema=schema)
+
+
+def _schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
+    if wanted is None:
         return None
-    inner = wanted.json_schema.schema if wanted.json_schema else None
-    places = ("response_format.schema", wanted.schema, "response_format.json_schema.schema", inner)
-    schema = _either(*places)
+    named, flat = wanted.json_schema, wanted.schema
+    if wanted.type != "json_schema" and (named or (flat is not None and wanted.type == "text")):
+        raise InvalidRequest("A schema needs type json_schema.", param="response_format.type")
+    if wanted.type == "text":
+        return None
     if wanted.type == "json_object":
-        return schema or {"type": "object"}
-    if wanted.json_schema is None and wanted.schema is None:
+        return {"type": "object"} if flat is None else flat
+    if named is not None and flat is not None:
+        raise InvalidRequest("schema and json_schema are two.", param="response_format.schema")
+    if named is None and flat is None:
         raise InvalidRequest("json_schema is missing.", param="response_format.json_schema")
-    return schema or {}
+    return (named.schema if named else flat) or {}

@@ -20,6 +20,7 @@ HeadraceError
 ├── EngineError           call an operator
 │   ├── LoadFailed
 │   ├── GenerationFailed
+│   ├── ConstraintViolated
 │   ├── OutOfMemory
 │   ├── WorkerDied
 │   └── UpstreamError
@@ -146,6 +147,10 @@ class LoadFailed(EngineError):
 
 class GenerationFailed(EngineError):
     """The engine failed while it generated."""
+
+
+class ConstraintViolated(EngineError):
+    """The finished text is not what its constraint (a JSON schema) demands."""
 
 
 class OutOfMemory(EngineError):

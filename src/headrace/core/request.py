@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest
 from headrace.core.model import Task
 from headrace.core.sampling import Sampling
@@ -118,8 +119,8 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     """Messages or a prompt (text or token ids), never both.
 
     `context_length` is at most that of the model. With `fit_max_tokens`, `max_tokens` is cut to
-    what the context has left, which is refused otherwise. `json_schema` constrains the text; `{}`
-    means any JSON. `answered` are the tokens of an answer to continue: the stream begins with their
+    what the context has left, which is refused otherwise. `constraint` is what the text has to be.
+    `answered` are the tokens of an answer to continue: the stream begins with their
     text, in one delta.
 
     Raises:
@@ -133,7 +134,7 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     echo: bool = False
     context_length: int | None = None
     fit_max_tokens: bool = False
-    json_schema: dict[str, Any] | None = None
+    constraint: Constraint | None = None
     template_options: dict[str, Any] = {}
     answered: tuple[int, ...] = ()
 

@@ -75,7 +75,7 @@ class Prompter:
                     max_tokens=left,
                     answered=answered,
                     sampling=_seeded(sampling, index),
-                    json_schema=request.json_schema,
+                    constraint=request.constraint,
                 )
                 for index in range(request.n)
             ),
@@ -213,18 +213,30 @@ def check_supported(request: GenerateRequest, capabilities: Capabilities) -> Non
     given = msgspec.to_builtins(request.sampling)
     for name in given.keys() - _BY_WORKER - capabilities.sampling:
         raise Unsupported(f"This engine does not support {name}.", param=name)
-    if request.json_schema is not None and not capabilities.json_schema:
-        raise Unsupported("This engine does not support JSON schemas.", param="response_format")
+    if request.constraint is not None:
+        _check_constrained(request.sampling, capabilities)
     if isinstance(request.prompt, tuple) and not capabilities.token_prompts:
         raise Unsupported("This engine does not accept token ids.", param="prompt")
     if request.answered:
         _check_resumable(request, capabilities)
 
 
+def _check_constrained(sampling: Sampling, capabilities: Capabilities) -> None:
+    if not capabilities.json_schema:
+        raise Unsupported("This engine does not support JSON schemas.", param="response_format")
+    # Where a schema allows nothing but the end, there would be no token left.
+    for name in ("ignore_eos", "min_tokens"):
+        if getattr(sampling, name):
+            raise InvalidRequest(
+                f"{name} cannot be combined with a JSON schema, which says where the answer ends.",
+                param=name,
+            )
+
+
 def _check_resumable(request: GenerateRequest, capabilities: Capabilities) -> None:
     if not capabilities.resume:
         raise Unsupported("This engine cannot continue an answer.", param="answered")
-    if request.n > 1 or request.echo or request.json_schema is not None:
+    if request.n > 1 or request.echo or request.constraint is not None:
         raise Unsupported(
             "An answer with several choices, an echo or a JSON schema cannot be continued.",
             param="answered",

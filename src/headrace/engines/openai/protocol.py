@@ -85,9 +85,9 @@ def _sampling(request: GenerateRequest, provider: Provider, *, chat: bool) -> di
 
 
 def _format(request: GenerateRequest, provider: Provider) -> dict[str, Any]:
-    schema = request.json_schema
-    if schema is None:
+    if request.constraint is None:
         return {}
+    schema = request.constraint.json_schema
     if schema in _ANY_OBJECT:
         return {"response_format": {"type": "json_object"}}
     if provider.json != "schema":
