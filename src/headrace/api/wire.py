@@ -302,14 +302,18 @@ def _schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
     if wanted is None:
         return None
     named, flat = wanted.json_schema, wanted.schema
-    if wanted.type != "json_schema" and (named or (flat is not None and wanted.type == "text")):
+    if wanted.type != "json_schema" and (
+        named is not None or (wanted.type == "text" and flat is not None)
+    ):
         raise InvalidRequest("A schema needs type json_schema.", param="response_format.type")
     if wanted.type == "text":
         return None
     if wanted.type == "json_object":
         return {"type": "object"} if flat is None else flat
-    if named is not None and flat is not None:
-        raise InvalidRequest("schema and json_schema are two.", param="response_format.schema")
     if named is None and flat is None:
         raise InvalidRequest("json_schema is missing.", param="response_format.json_schema")
-    return (named.schema if named else flat) or {}
+    if named is not None and flat is not None:
+        raise InvalidRequest(
+            "schema and json_schema are both given.", param="response_format.schema"
+        )
+    return (flat if named is None else named.schema) or {}

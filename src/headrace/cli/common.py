@@ -59,6 +59,13 @@ Options = Annotated[
         help="Option of the engine; `headrace show MODEL` lists them.",
     ),
 ]
+Env = Annotated[
+    list[str] | None,
+    Option(
+        metavar="NAME[=VALUE]",
+        help="Variable of the model's process; without a value, the one that is set here.",
+    ),
+]
 Url = Annotated[
     str | None,
     Option(
@@ -126,6 +133,7 @@ class ModelFlags:
     device: Device = None
     context_length: ContextLength = None
     option: Options = None
+    env: Env = None
 
     def settings(self, common: Common, *, service: bool = False, **more: Any) -> Settings:
         """Read the configuration with these flags, and more, on top.
