@@ -5,9 +5,9 @@ sends each kind of request; which kind comes next is random, always the same ser
 of the API process (resident memory, threads, open files, children) are taken between them. At
 the end the models are unloaded, then the service is stopped.
 
-Read the slope: least squares over the samples of the second half, in MB an hour; the goal is below 1. What is
-left after the stop (processes, files in its TMPDIR) has to be nothing. An answer that is neither complete nor one of the errors expected of its kind is counted
-as `wrong`, and printed.
+Read the slope: least squares over the samples of the second half, in MB an hour; the goal is below
+1. What is left after the stop (processes, files in its TMPDIR) has to be nothing. An answer that is
+neither complete nor one of the errors expected of its kind is `wrong`, and printed.
 """
 
 from __future__ import annotations
@@ -180,7 +180,8 @@ class Soak:
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         place = self._http.place
         reader, writer = await asyncio.open_connection(place.host, place.port)
-        head = f"POST {path} HTTP/1.1\r\nHost: {place.authority}\r\nContent-Length: {len(body)}\r\n\r\n"
+        host, size = place.authority, len(body)
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {size}\r\n\r\n"
         writer.write(head.encode() + body)
         return reader, writer
 

@@ -61,6 +61,12 @@ def _config(environ: dict[str, str]) -> Path:
     return home
 
 
+def test_the_load_of_a_one_shot_is_in_its_figures(environ: dict[str, str]) -> None:
+    """Issue 12.24: the model was loaded for this answer."""
+    done = headrace(environ, "--json", "run", "echo", "abc", "-o", "load_s=0.3")
+    assert json.loads(done.stdout)["metrics"]["load_ms"] > 300
+
+
 def test_one_shot_as_json(environ: dict[str, str]) -> None:
     """L, W16: `--json` prints the answer with usage and metrics as one object."""
     done = headrace(environ, "--json", "run", "echo", "abc", "--max-tokens", "2")
