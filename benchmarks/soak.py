@@ -47,10 +47,10 @@ context_length = 1024
 model = "{vectors}"
 task = "embed"
 [models.echo]
-engine = "echo"
+model = "echo"
 options = {{ tokens_per_second = 200 }}
 [models.other]
-engine = "echo"
+model = "echo"
 preload = false
 """
 
