@@ -246,9 +246,9 @@ def direct(llama: Engine, prompt: str, max_tokens: int) -> str:
         chunks.append(bytes(raw))
         return False
 
-    server = llama._server
-    assert server is not None
-    server.handle_completions(json.dumps(body).encode(), take)
+    assert llama._server is not None
+    assert llama._server.library is not None
+    llama._server.library.handle_completions(json.dumps(body).encode(), take)
     return json.loads(chunks[-1])["choices"][0]["text"]
 
 
@@ -265,15 +265,17 @@ async def test_greedy_text_is_the_librarys_own_alone_and_in_a_crowd(
 
 async def test_the_listener_is_locked_away(llama: Engine, listening_before: set[int]) -> None:
     """W1: a socket file for this user alone, behind a key, and no port."""
-    mode = stat.S_IMODE(llama._private.stat().st_mode)
+    server = llama._server
+    assert server is not None
+    mode = stat.S_IMODE(server.folder.stat().st_mode)
     assert mode == 0o700
     assert listening() <= listening_before
-    key, llama._key = llama._key, "wrong"
+    key, server.key = server.key, "wrong"
     try:
         with pytest.raises(GenerationFailed) as caught:
             llama.tokenize("a", add_special=False)
     finally:
-        llama._key = key
+        server.key = key
     assert "api key" in (caught.value.detail or "").lower()
 
 

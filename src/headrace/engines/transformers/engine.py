@@ -25,7 +25,7 @@ from headrace.engines import plan
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
 from headrace.engines.openmp import SpinGuard
 from headrace.engines.plan import CachePlan
-from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, json_grammar
+from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, json_grammar, special_tokens
 from headrace.engines.transformers import plan_cache, settled, step_tokens
 from headrace.engines.transformers.answer import HONOURED, Answer, Draw, ends_of, failure, rules
 from headrace.engines.transformers.batched import Batched, Unbatched
@@ -128,8 +128,8 @@ class Engine(TokenizerMixin):
             context_length=planned.context_length,
             max_running=self._runner.max_running,
             chat_template=request.model.chat_template,
-            bos_token=tokenizer.bos_token or "",
-            eos_token=tokenizer.eos_token or "",
+            special_tokens=special_tokens(tokenizer),
+            max_token_bytes=self._vocabulary.max_token_bytes(),
             notes=(*planned.notes, *((note,) if note else ())),
             capabilities=Capabilities(
                 sampling=HONOURED,
