@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.models import builders
-from tests.models.builders import ARRAY, CODES, F32, STRING, U32, Pair
+from tests.models.builders import ARRAY, CODES, F32, STRING, U32, U64, Pair
 
 WIDTH, INNER, HEADS = 32, 64, 4
 
@@ -54,7 +54,6 @@ _OWN: tuple[Pair, ...] = (
     ("general.architecture", STRING, "llama"),
     ("general.alignment", U32, 32),
     ("llama.block_count", U32, 1),
-    ("llama.context_length", U32, 2048),
     ("llama.embedding_length", U32, WIDTH),
     ("llama.feed_forward_length", U32, INNER),
     ("llama.attention.head_count", U32, HEADS),
@@ -82,6 +81,7 @@ def tiny_gguf(
     *,
     without: tuple[str, ...] = (),
     words: int = 49152,
+    context: int = 2048,
     **changed: Any,
 ) -> Path:
     """Write a model with the vocabulary of `source` and random weights.
@@ -90,7 +90,8 @@ def tiny_gguf(
     keys to leave out.
     """
     raw = dict(_vocabulary(source))
-    raw |= {key: struct.pack("<I", kind) + builders.value(kind, data) for key, kind, data in _OWN}
+    own = (*_OWN, ("llama.context_length", U64 if context >> 32 else U32, context))
+    raw |= {key: struct.pack("<I", kind) + builders.value(kind, data) for key, kind, data in own}
     for name, value in changed.items():
         key = "tokenizer." + name.replace("__", ".")
         kind, data = (STRING, value) if isinstance(value, str | bytes) else value

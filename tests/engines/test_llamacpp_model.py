@@ -175,6 +175,25 @@ async def test_logprobs_are_probabilities(llama: Engine, greedy: Said, most: int
             assert (one.top[0].token_id, one.top[0].logprob) == (one.token_id, one.logprob)
 
 
+async def test_a_character_of_several_tokens_has_an_entry_for_each(llama: Engine) -> None:
+    """Issue 12.9: with the token's own bytes and candidates; the text is the same."""
+    emoji = "Repeat: 😀😃😄😁 😀😃😄😁 😀😃😄😁 😀😃😄😁"
+    plain = await say(llama, emoji, 12, temperature=0)
+    said = await say(llama, emoji, 12, temperature=0, logprobs=2)
+    assert (said.text, said.token_ids) == (plain.text, plain.token_ids)
+    assert tuple(entry.token_id for entry in said.logprobs) == said.token_ids
+    assert len(said.text) < len(said.token_ids) == 12
+    assert b"".join(entry.data for entry in said.logprobs).decode() == said.text
+    for entry in said.logprobs:
+        best = entry.top[0]
+        assert (best.token_id, best.data, best.logprob) == (
+            entry.token_id,
+            entry.data,
+            entry.logprob,
+        )
+        assert entry.logprob > entry.top[1].logprob
+
+
 async def test_a_json_schema_is_kept(llama: Engine) -> None:
     """W11: json_schema gives JSON of that shape; a bad schema is refused."""
     schema = {

@@ -1,7 +1,15 @@
 """The machine: system information, devices and their use, processes."""
 
 from headrace.machine.facts import SystemInfo, attributes, system
-from headrace.machine.hardware import HOST, Device, budgets, devices, host_memory
+from headrace.machine.hardware import (
+    HOST,
+    Device,
+    allowed_cpus,
+    budgets,
+    devices,
+    host_memory,
+    usable_cpus,
+)
 from headrace.machine.process import (
     die_with_parent,
     process_memory,
@@ -16,6 +24,7 @@ __all__ = [
     "Measurement",
     "Sampler",
     "SystemInfo",
+    "allowed_cpus",
     "attributes",
     "budgets",
     "devices",
@@ -25,4 +34,5 @@ __all__ = [
     "shorten_switch_interval",
     "system",
     "tune_garbage_collection",
+    "usable_cpus",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ import msgspec
 from pydantic import Field
 
 from headrace import machine
+from headrace.core.errors import LoadFailed
 from headrace.core.model import ModelFile
 from headrace.core.status import Footprint
 from headrace.engines import plan
@@ -96,7 +96,7 @@ def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
     """Return options worth trying: a smaller cache, larger batches, a slot for each request."""
     slots = {"slots": request.max_running or 1}
     small = {"kv_type": "q8_0", "flash_attention": "on"}
-    logical = os.cpu_count() or 1
+    logical = machine.usable_cpus()
     more = [{**slots, "threads": logical}] if logical > physical_cores() else []
     alone = {**small, "batch_size": 256}
     return [alone, slots, {**slots, **small}, {**slots, "batch_size": 512}, *more]
@@ -139,6 +139,21 @@ def plan_context(request: OpenRequest, options: Options, memory: int | None) -> 
         limit="a quarter of the memory for models",
         kind="fixed" if options.slots else "divided",
     )
+
+
+def check_memory(model: ModelFile, planned: CachePlan, options: Options, device: str) -> None:
+    """Check that the KV cache could fit the host at all; the library would take what there is.
+
+    Raises:
+        LoadFailed: it could not.
+    """
+    needed, total = planned.tokens * _kv_bytes(model, options), machine.host_memory()
+    if device == "cpu" and needed > total:
+        raise LoadFailed(
+            f"A context of {planned.context_length} tokens for {planned.slots} requests takes "
+            f"{needed / 1e9:.1f} GB of KV cache, and this machine has {total / 1e9:.1f} GB. Set a "
+            "smaller context_length."
+        )
 
 
 def _kv_bytes(model: ModelFile, options: Options) -> float:

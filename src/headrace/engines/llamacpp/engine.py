@@ -19,7 +19,7 @@ from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
 from headrace.core.model import Capabilities
 from headrace.engines import base, plan, threaded
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
-from headrace.engines.llamacpp import ABOUT, Options, batch_size, plan_slots, settled
+from headrace.engines.llamacpp import ABOUT, Options, batch_size, check_memory, plan_slots, settled
 from headrace.engines.llamacpp.call import HONOURED, Call, error_from
 from headrace.engines.llamacpp.pieces import SENTINEL, SIZE, Pieces
 from headrace.engines.llamacpp.server import Server
@@ -164,6 +164,7 @@ class Engine(base.Embedder):
     def _load(self, request: OpenRequest) -> None:
         device = _device(request.device, xllamacpp.get_device_info())
         planned = plan_slots(request, self._options, on_cpu=device == "cpu")
+        check_memory(request.model, planned, self._options, device)
         params = self._params(xllamacpp.CommonParams(), planned, device)
         if device == "cpu":
             self._guard.start()

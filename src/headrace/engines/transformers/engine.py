@@ -23,7 +23,7 @@ from headrace.core.errors import (
 from headrace.core.model import Capabilities
 from headrace.engines import plan
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
-from headrace.engines.openmp import SpinGuard
+from headrace.engines.openmp import SpinGuard, physical_cores
 from headrace.engines.plan import CachePlan
 from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, json_grammar, special_tokens
 from headrace.engines.transformers import plan_cache, settled, step_tokens
@@ -79,8 +79,7 @@ class Engine(TokenizerMixin):
 
     def _load(self, request: OpenRequest) -> None:
         options = self._options
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        torch.set_num_threads(options.threads or physical_cores())
         device = plan.torch_device(request.device, torch)
         device = "cuda:0" if device == "cuda" else device
         if device == "cpu":
