@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ctypes
 import gc
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 
 import msgspec
 import xllamacpp
+import xllamacpp.xllamacpp as library
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
 from headrace.core.model import Capabilities
@@ -215,6 +217,7 @@ class Engine(base.Embedder):
     def _facts(self, request: OpenRequest, planned: CachePlan, device: str) -> EngineFacts:
         granted = self._ask("/props")["default_generation_settings"]["n_ctx"]
         plan.granted_context(request, granted)
+        grammar_library = _grammar_library()
         return EngineFacts(
             device=device,
             context_length=min(granted, planned.context_length),
@@ -223,9 +226,10 @@ class Engine(base.Embedder):
             special_tokens=self._special_tokens(),
             max_token_bytes=self._model.max_token_bytes,
             notes=planned.notes,
+            grammar_library=grammar_library,
             capabilities=Capabilities(
                 sampling=HONOURED,
-                json_schema=True,
+                json_schema=bool(grammar_library),
                 batch_invariant=device == "cpu" and _is_reproducible(self._options),
                 resume=True,
             ),
@@ -257,6 +261,15 @@ class Engine(base.Embedder):
         if self._server is None:
             raise GenerationFailed("The engine is closed.")
         return self._server
+
+
+def _grammar_library() -> str:
+    """Return the file with the llguidance of this build; empty without one.
+
+    Without it a schema could not be enforced: the library drops in silence what it cannot compile.
+    """
+    path = str(library.__file__)
+    return path if hasattr(ctypes.CDLL(path), "llg_new_matcher") else ""
 
 
 def _is_reproducible(options: Options) -> bool:
