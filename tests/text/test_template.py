@@ -286,10 +286,10 @@ def test_a_template_that_takes_too_much_as_it_is_compiled_is_refused() -> None:
 
 def test_other_renderings_go_on_beside_one_that_takes_too_long() -> None:
     """Issue 11.11: only the process of that rendering is ended."""
-    slow, quick = template(HUGE["lists compared"], deadline_s=2), template(SMOLLM2)
+    slow, quick = template(HUGE["lists compared"], deadline_s=4), template(SMOLLM2)
     with ThreadPoolExecutor(1) as threads:
         hopeless = threads.submit(slow.render, turns(("user", "a")))
-        for _ in range(20):
+        for _ in range(3):
             assert "user\nb<" in quick.render(turns(("user", "b")))
         assert not hopeless.done()
         assert isinstance(hopeless.exception(), GenerationFailed)
