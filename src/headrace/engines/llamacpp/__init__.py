@@ -37,7 +37,7 @@ _KV_SHARE = {"f16": 1.0, "bf16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
 
 # Measured with SmolLM2-135M. A process with the library (Python, the code, buffers, warm-up) and
 # the one that renders chat templates.
-_PROCESS = 84 * _MIB
+_PROCESS = 96 * _MIB
 _PER_WORD, _PER_SLOT = 400, 2 * _MIB
 # Activations of a token grow with the width, which grows with the root of the size.
 _PER_ACTIVATION = 2.6
