@@ -179,7 +179,9 @@ def machine_id() -> str:
     """Return the hardware that figures depend on: the processor, its cores and the GPUs."""
     facts = machine.system()
     gpus = [device.name for device in facts.devices if device.kind != "cpu"]
-    return ", ".join([f"{facts.cpu}, {facts.cores} cores", *gpus])
+    usable = machine.usable_cpus()
+    cores = f"{usable} of {facts.cores}" if usable < facts.cores else f"{facts.cores}"
+    return ", ".join([f"{facts.cpu}, {cores} cores", *gpus])
 
 
 def _key(file: ModelFile) -> str:

@@ -22,6 +22,7 @@ from headrace.core.values import masked
 from headrace.engines.base import Embedder, Engine, OpenRequest, Pair, RemoteEngine, Reranker
 from headrace.machine import Sampler, system
 from headrace.models.transfer import silent
+from headrace.text import renderer
 from headrace.worker import encode, generate, remote
 from headrace.worker.batching import Batcher
 from headrace.worker.compiler import Compiler
@@ -257,6 +258,8 @@ class Worker:
 
     def _open(self, worker_spec: WorkerSpec) -> tuple[Loaded | Connected, ModelInfo]:
         """Open the engine. Blocking."""
+        if open_request(worker_spec).task == "generate" and worker_spec.file.format != "remote":
+            renderer.prepare()
         engine = self._open_engine(worker_spec.engine, open_request(worker_spec))
         if worker_spec.file.format == "remote":
             upstream = cast("RemoteEngine", engine)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ import msgspec
 from pydantic import Field
 
 from headrace import machine
+from headrace.core.errors import LoadFailed
 from headrace.core.model import ModelFile
 from headrace.core.status import Footprint
 from headrace.engines import plan
@@ -37,8 +37,9 @@ _EMBED_CONTEXT = 8192
 _MIB = 1 << 20
 _KV_SHARE = {"f16": 1.0, "bf16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
 
-# Measured with SmolLM2-135M. A process with the library: Python, the code, buffers, warm-up.
-_PROCESS = 64 * _MIB
+# Measured with SmolLM2-135M. A process with the library (Python, the code, buffers, warm-up) and
+# the one that renders chat templates.
+_PROCESS = 96 * _MIB
 _PER_WORD, _PER_SLOT = 400, 2 * _MIB
 # Activations of a token grow with the width, which grows with the root of the size.
 _PER_ACTIVATION = 2.6
@@ -99,7 +100,7 @@ def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
     """Return options worth trying: a smaller cache, larger batches, a slot for each request."""
     slots = {"slots": request.max_running or 1}
     small = {"kv_type": "q8_0", "flash_attention": "on"}
-    logical = os.cpu_count() or 1
+    logical = machine.usable_cpus()
     more = [{**slots, "threads": logical}] if logical > physical_cores() else []
     alone = {**small, "batch_size": 256}
     return [alone, slots, {**slots, **small}, {**slots, "batch_size": 512}, *more]
@@ -142,6 +143,21 @@ def plan_context(request: OpenRequest, options: Options, memory: int | None) -> 
         limit="a quarter of the memory for models",
         kind="fixed" if options.slots else "divided",
     )
+
+
+def check_memory(model: ModelFile, planned: CachePlan, options: Options, device: str) -> None:
+    """Check that the KV cache could fit the host at all; the library would take what there is.
+
+    Raises:
+        LoadFailed: it could not.
+    """
+    needed, total = planned.tokens * _kv_bytes(model, options), machine.host_memory()
+    if device == "cpu" and needed > total:
+        raise LoadFailed(
+            f"A context of {planned.context_length} tokens for {planned.slots} requests takes "
+            f"{needed / 1e9:.1f} GB of KV cache, and this machine has {total / 1e9:.1f} GB. Set a "
+            "smaller context_length."
+        )
 
 
 def _kv_bytes(model: ModelFile, options: Options) -> float:
