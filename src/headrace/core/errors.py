@@ -6,6 +6,7 @@ HeadraceError
 │   ├── InvalidRequest
 │   ├── ContextOverflow
 │   ├── Unsupported
+│   ├── Quarantined
 │   ├── Unauthorized
 │   └── Forbidden
 ├── CapacityError         try later
@@ -77,6 +78,10 @@ class ContextOverflow(RequestError):
 
 class Unsupported(RequestError):
     """A field that would change the answer is not supported by this engine."""
+
+
+class Quarantined(RequestError):
+    """Requests like it have ended the model's process; refused until `retry_after_s`."""
 
 
 class Unauthorized(RequestError):
