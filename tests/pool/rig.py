@@ -94,6 +94,7 @@ class Machine:
         self.load_s: dict[str, float] = {}
         self.fail_load: dict[str, HeadraceError] = {}
         self.workers: list[FakeWorker] = []
+        self.crashes: list[tuple[float, int]] = []
 
     def read(self) -> Mapping[str, tuple[int, int]]:
         used = self.foreign + sum(self.held.values())
@@ -280,10 +281,23 @@ def spec(name: str = "a", **given: Any) -> ModelSpec:
 
 
 def pool(machine: Machine, *specs: ModelSpec, budget: int | None = None, **rules: Any) -> Pool:
+    def worker(one: ModelSpec, _report: OnProgress) -> FakeWorker:
+        return FakeWorker(one, machine)
+
+    return with_pool(machine, worker, *specs, budget=budget, **rules)
+
+
+def with_pool(
+    machine: Machine,
+    worker: Callable[[ModelSpec, OnProgress], FakeWorker],
+    *specs: ModelSpec,
+    budget: int | None = None,
+    **rules: Any,
+) -> Pool:
     ledger = Ledger({"cpu": machine.total if budget is None else budget}, machine.read)
     return Pool(
         specs or (spec(),),
-        lambda one, _report: FakeWorker(one, machine),
+        worker,
         sizing=machine,
         ledger=ledger,
         rules=Rules(**rules),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from headrace.core.errors import (
     Disabled,
@@ -19,7 +19,7 @@ from headrace.core.events import Progress
 from headrace.core.model import ModelInfo, ModelSpec, State, needs_new_worker
 from headrace.core.request import AnyRequest
 from headrace.pool.failures import Failures
-from headrace.pool.policy import choose_replica
+from headrace.pool.policy import Rules, choose_replica
 from headrace.pool.queue import Forecast, Queue, Ticket
 from headrace.pool.replica import Lease, Replica, blocks_of
 
@@ -92,11 +92,7 @@ class ModelEntry:
     def slots(self) -> int:
         """How many requests run at once; the expected number while nothing is loaded."""
         ready = [replica.max_running for replica in self.replicas if replica.is_ready]
-        return (
-            sum(ready)
-            if ready
-            else max((replica.max_running for replica in self.replicas), default=0)
-        )
+        return sum(ready) or max((replica.max_running for replica in self.replicas), default=0)
 
     @property
     def running(self) -> int:
@@ -113,9 +109,7 @@ class ModelEntry:
         yield from self.retired
 
     def join(self, request: AnyRequest, *, priority: bool = False, alone: bool = False) -> Ticket:
-        """Queue a request. `priority` is for a second attempt: it goes first, and always fits.
-
-        A request begins `alone`, without others in its worker, also if it may crash it.
+        """Queue a request; see `Ticket`.
 
         Raises:
             Draining, Disabled: the model is not served.
@@ -171,6 +165,14 @@ class ModelEntry:
         began = sized[0].began if sized[0].loading else 0.0
         elapsed = self._clock() - began if began else 0.0
         return max(1.0, sized[0].footprint.load_s - elapsed)
+
+    def crashed(
+        self, error: HeadraceError, rules: Rules, *, up_s: float, victims: Sequence[Lease]
+    ) -> None:
+        """Record that a worker has died after `up_s` seconds, with these requests."""
+        self.restarts += 1
+        self.failures.crashed(error, rules, up_s=up_s, victims=victims)
+        self.queue.review(lambda request: self.failures.suspects.admit(request, self._clock()))
 
     def wait_s(self, request: AnyRequest, joined: float) -> float:
         """Return for how many seconds a request may wait until this is called again.
@@ -250,20 +252,23 @@ class ModelEntry:
         if tokens is not None:
             self.failures.answered(request)
         self.last_used = now
-        self.keep_alive = self.spec.keep_alive if request.keep_alive is None else request.keep_alive
+        self._set_keep_alive(request)
         self.grant()
+
+    def _set_keep_alive(self, request: AnyRequest) -> None:
+        wanted = self.spec.keep_alive if request.keep_alive is None else request.keep_alive
+        if request.lengthens and (self.keep_alive < 0 or 0 <= wanted < self.keep_alive):
+            return
+        self.keep_alive = wanted
 
     def progress(self) -> Progress:
         """Return the progress event for a request in the queue."""
         if self.is_ready:
             return Progress("queued", 0, len(self.queue))
-        _, done, total = self.stage
-        return Progress("loading", done, total)
+        return Progress("loading", *self.stage[1:])
 
     async def ready_replica(self, request: AnyRequest | None = None) -> Replica:
-        """Wait for a replica that is loaded and not being unloaded, with or without a free slot.
-
-        It waits no longer than the `request` may.
+        """Wait for a loaded replica, free or not, no longer than the `request` may wait.
 
         Raises:
             Loading, QueueTimeout: the request may not wait longer.

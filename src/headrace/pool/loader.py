@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any
 
 from headrace.core.errors import (
     Draining,
@@ -23,6 +23,7 @@ from headrace.pool.events import EventBus
 from headrace.pool.ledger import Ledger
 from headrace.pool.memory import MemoryQueue, Sizing, Unwanted
 from headrace.pool.observer import NullObserver, Observer
+from headrace.pool.places import KeepWarm, Places
 from headrace.pool.policy import Rules
 from headrace.pool.replica import Lease, OpenWorker, PooledWorker, Replica
 
@@ -30,19 +31,6 @@ log = logging.getLogger("headrace.pool")
 
 _HOUSEKEEPING_S = 0.5
 _DYING_S, _LAST_S = 10.0, 0.5
-_UNKNOWN_LOAD_S, _SLACK = 60.0, 1.25
-
-
-class KeepWarm(Protocol):
-    """Keeps a process started ahead of the next load."""
-
-    def keep(self, wanted: bool) -> None:
-        """Start the process or end it, without waiting."""
-        ...
-
-    async def aclose(self) -> None:
-        """End the process, and wait for it."""
-        ...
 
 
 class Loader:
@@ -70,7 +58,7 @@ class Loader:
         self.sizing = sizing
         self._events = events
         self._clock = clock
-        self._loading = asyncio.Semaphore(rules.max_loading)
+        self._places = Places(rules.max_loading)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._housekeeper: asyncio.Task[None] | None = None
         self._closing = self._sees_gpus = False
@@ -78,7 +66,7 @@ class Loader:
     def apply_rules(self, rules: Rules) -> None:
         """Apply changed rules; loads that have started do not count for a new `max_loading`."""
         if rules.max_loading != self.memory.rules.max_loading:
-            self._loading = asyncio.Semaphore(rules.max_loading)
+            self._places = Places(rules.max_loading)
         self.memory.rules = rules
 
     def start(self) -> None:
@@ -210,37 +198,15 @@ class Loader:
         replica.estimated(need)
         await self.memory.book(entry, replica, need.devices, may_evict=may_evict)
         try:
-            async with self._place(replica, need):
+            async with self._places.hold(need.load_s, lambda: self._overdue(replica)):
                 await self._start(entry, replica, need)
         except BaseException:
             self.memory.ledger.release(replica.key)
             raise
 
-    @contextlib.asynccontextmanager
-    async def _place(self, replica: Replica, need: Footprint) -> AsyncGenerator[None]:
-        """Hold one of the places of loads, not much longer than the load is expected to take.
-
-        A load that takes longer, or hangs, goes on without a place.
-        """
-        await self._loading.acquire()
-        release = [self._loading.release]
-
-        def leave() -> None:
-            while release:
-                release.pop()()
-
-        def overdue() -> None:
-            leave()
-            replica.overdue()
-            self.memory.notify()
-
-        expected_s = _UNKNOWN_LOAD_S if need.load_s is None else max(1.0, need.load_s)
-        timer = asyncio.get_running_loop().call_later(_SLACK * expected_s, overdue)
-        try:
-            yield
-        finally:
-            timer.cancel()
-            leave()
+    def _overdue(self, replica: Replica) -> None:
+        replica.overdue()
+        self.memory.notify()
 
     async def _start(self, entry: ModelEntry, replica: Replica, need: Footprint) -> None:
         replica.starting()
@@ -340,9 +306,8 @@ class Loader:
         up_s = self._clock() - replica.loaded_at
         reason = worker.models()[0].reason or "it ended"
         error = worker.failure or WorkerDied(reason)
-        leases = [*replica.lost, *replica.leases]
-        entry.restarts += 1
-        entry.failures.crashed(error, self.memory.rules, up_s=up_s, victims=leases)
+        leases = [*{*replica.lost, *replica.leases}]
+        entry.crashed(error, self.memory.rules, up_s=up_s, victims=leases)
         with self.memory.ledger.lingering(replica.key):
             replica.died()
             entry.became_unready()

@@ -18,8 +18,9 @@ from headrace.pool.continuation import Continuation, Diverged, Way
 from headrace.pool.entry import ModelEntry
 from headrace.pool.events import EventBus
 from headrace.pool.ledger import Ledger
-from headrace.pool.loader import KeepWarm, Loader, Sizing
+from headrace.pool.loader import Loader, Sizing
 from headrace.pool.observer import Observer
+from headrace.pool.places import KeepWarm
 from headrace.pool.policy import Rules
 from headrace.pool.replica import OpenWorker, PooledWorker
 from headrace.worker.spec import unloaded_info

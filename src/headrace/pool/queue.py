@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from headrace.core.errors import HeadraceError
 from headrace.core.request import AnyRequest
 
 if TYPE_CHECKING:
@@ -102,6 +103,21 @@ class Queue:
         if not tickets and own is None:
             del self._waiting[client]
         return True
+
+    def review(self, admit: Callable[[AnyRequest], bool]) -> None:
+        """Fail what `admit` refuses with an error; isolate what it returns True for."""
+        for ticket in list(self):
+            try:
+                alone = admit(ticket.request)
+            except HeadraceError as error:
+                self.leave(ticket)
+                if not ticket.lease.done():
+                    ticket.lease.set_exception(error)
+            else:
+                if alone and not ticket.alone:
+                    self.leave(ticket)
+                    ticket.alone = True
+                    self.join(ticket)
 
     def granted(self, ticket: Ticket) -> None:
         """Charge the estimated tokens of a granted request to its client."""
