@@ -40,6 +40,7 @@ from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
 
 RULES = Rules()
+KNOWN_HELD = FakeWorker.held
 
 
 class Brittle(FakeWorker):
@@ -295,10 +296,12 @@ def test_that_an_answer_does_not_go_on_at_a_worker_that_is_about_to_end() -> Non
         asked = [asyncio.create_task(answer(served, ask(tokens=20))) for _ in range(8)]
         await asyncio.sleep(0.55)
         worker = machine.workers[-1]
-        worker.broken = WorkerDied("vLLM's engine core has died.")
+        worker.broken = WorkerDied("vLLM's engine core has died.", detail="NCCL error")
         asyncio.get_running_loop().call_later(0.4, worker.die)
         assert [text for text, _ in await asyncio.gather(*asked)] == [counted(20)] * 8
         assert (len(machine.workers), served.entry("a").continuations) == (2, 8)
+        # Issue 11.20: the cause is the one that the engine gave, with its detail.
+        assert served.entry("a").failures.last_error == "vLLM's engine core has died.\nNCCL error"
         await served.aclose()
 
     run(main())
@@ -472,6 +475,46 @@ def test_that_a_client_only_lengthens_keep_alive(
             given: dict[str, Any] = {"keep_alive": wanted, "lengthens": wanted is not None}
             await answer(served, ask(**given))
         assert served.entry("a").keep_alive == expected
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_a_gpu_that_knows_our_processes_knows_all() -> None:
+    """Issue 11.20: what NVML does not report of a process is 0, once it has reported one."""
+
+    async def main() -> None:
+        loader = pool(Machine()).loader
+        planned = {"cpu": 10, "cuda:0": 80, "cuda:1": 80}
+        # In a container, the driver does not know the processes: the estimate stays.
+        assert loader._measured(planned, {"cpu": 12}) == {"cpu": 12, "cuda:0": 80, "cuda:1": 80}
+        assert loader._measured(planned, {"cpu": 12, "cuda:1": 70}) == {"cpu": 12, "cuda:1": 70}
+        assert loader._measured(planned, {"cpu": 12}) == {"cpu": 12}
+        assert loader._measured(planned, {}) == planned
+
+    run(main())
+
+
+def test_that_the_ledger_follows_a_model_that_grows_on_any_device() -> None:
+    """Issue 11.8: while it runs, and not at its load alone; a booking is never lowered."""
+
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine)
+        served.ledger.budgets["cuda:0"] = 50
+        await served.start()
+        worker = machine.workers[0]
+        held: dict[str, int] = {}
+        type(worker).held = property(lambda _: held)  # type: ignore[assignment]
+        try:
+            for now, booked in (({"cuda:0": 30}, 30), ({"cuda:0": 20, "cpu": 15}, 30)):
+                held.update(now)
+                await asyncio.sleep(1)
+                assert served.ledger.booked()["cuda:0"] == booked
+            assert served.ledger.booked()["cpu"] == 15
+            assert served.entry("a").replicas[0].memory == {"cpu": 15, "cuda:0": 30}
+        finally:
+            type(worker).held = KNOWN_HELD  # type: ignore[assignment]
         await served.aclose()
 
     run(main())

@@ -71,7 +71,7 @@ class Attempt:
     ) -> None:
         """Close the stream, and release the ticket or the slots."""
         if isinstance(error, WorkerDied):
-            self._loader.worker_failed(self._entry, self._ticket.lease.result())
+            self._loader.worker_failed(self._entry, self._ticket.lease.result(), error)
         try:
             if self._stream is not None:
                 await self._stream.aclose()

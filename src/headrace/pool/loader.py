@@ -279,8 +279,8 @@ class Loader:
         if entry.is_wanted and not entry.draining:
             self.ensure_loaded(entry)
 
-    def worker_failed(self, entry: ModelEntry, lease: Lease) -> None:
-        """Note that a request got WorkerDied: its worker takes no more, and will have ended soon.
+    def worker_failed(self, entry: ModelEntry, lease: Lease, error: WorkerDied) -> None:
+        """Note that a request got `error`: its worker takes no more, and will have ended soon.
 
         The error of an engine's own process arrives before the worker's end is noticed.
         """
@@ -288,6 +288,7 @@ class Loader:
         if replica.worker is worker and replica.unloading is None:
             if not replica.lost:
                 self._task(self._bury(entry, replica, worker), f"bury {replica.key}")
+                replica.cause = error
             replica.lost.append(lease)
 
     async def _bury(self, entry: ModelEntry, replica: Replica, worker: PooledWorker) -> None:
@@ -305,7 +306,8 @@ class Loader:
             return
         up_s = self._clock() - replica.loaded_at
         reason = worker.models()[0].reason or "it ended"
-        error = worker.failure or WorkerDied(reason)
+        # A request may have been given the cause by the engine.
+        error = replica.cause or worker.failure or WorkerDied(reason)
         leases = [*{*replica.lost, *replica.leases}]
         entry.crashed(error, self.memory.rules, up_s=up_s, victims=leases)
         with self.memory.ledger.lingering(replica.key):

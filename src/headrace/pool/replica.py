@@ -127,6 +127,8 @@ class Replica:
         self.leases: set[Lease] = set()
         self.lost: list[Lease] = []
         """Leases that ended with the worker, of which the end is not noticed yet."""
+        self.cause: HeadraceError | None = None
+        """The first error of these."""
         self.began = self.loaded_at = self.idle_since = 0.0
         self.load_s = 0.0
         self.memory: dict[str, int] = {}
@@ -284,6 +286,7 @@ class Replica:
         self.memory = {}
         self.leases.clear()
         self.lost.clear()
+        self.cause = None
         self._idle.set()
 
     def candidate(self, blocks: Sequence[int]) -> Candidate:

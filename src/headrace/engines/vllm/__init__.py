@@ -17,8 +17,13 @@ ABOUT = About(formats=("safetensors",), devices=("cpu", "cuda"), requires="vllm"
 _GIB = 1 << 30
 # Measured: two processes of Python with torch and vLLM; with CUDA, its own memory beside them.
 _HOST, _CUDA_DEVICE = 3 * _GIB, 2 * _GIB
+# Each further GPU has a process of its own, which takes as much: twice the estimate was measured
+# with two.
+_RANK = 3 * _GIB
+# What CUDA's context and graphs take beside the share that vLLM is given: 1.15 GiB was measured.
+_BESIDE = 2 * _GIB
 _CPU_CACHE, _CPU_SHARE = 4 * _GIB, 6
-_DEFAULT_SHARE = 0.9
+_DEFAULT_SHARE, _LEAST_SHARE = 0.9, 0.01
 
 
 class Options(EngineOptions):
@@ -88,11 +93,13 @@ def footprint(request: OpenRequest) -> Footprint:
         devices, known = {"cpu": weights + kv_cache + _HOST}, weights + kv_cache
     else:
         spread = options.tensor_parallel * options.pipeline_parallel
-        each = int(total * _share(request.memory, options, total))
+        share = int(total * _share(request.memory, options, total))
+        each = min(total, share + _BESIDE)
         if options.kv_cache_bytes:
             each = weights // spread + options.kv_cache_bytes + _CUDA_DEVICE
-        kv_cache = options.kv_cache_bytes or max(0, each - weights // spread - _CUDA_DEVICE)
-        devices = {"cpu": _HOST, **{f"cuda:{number}": each for number in range(spread)}}
+        kv_cache = options.kv_cache_bytes or max(0, share - weights // spread - _CUDA_DEVICE)
+        devices = {f"cuda:{number}": each for number in range(spread)}
+        devices["cpu"] = _HOST + (spread - 1) * _RANK
         kv_cache, known = kv_cache * spread, weights + kv_cache * spread
     return Footprint(
         devices=devices,
@@ -122,7 +129,9 @@ def memory_arguments(request: OpenRequest, options: Options, device: str) -> dic
 def _share(memory: int | None, options: Options, total: int) -> float:
     if options.gpu_memory is not None:
         return options.gpu_memory
-    return _DEFAULT_SHARE if not (memory and total) else min(_DEFAULT_SHARE, memory / total)
+    if not (memory and total):
+        return _DEFAULT_SHARE
+    return max(_LEAST_SHARE, min(_DEFAULT_SHARE, (memory - _BESIDE) / total))
 
 
 def _cpu_cache(memory: int | None) -> int:
