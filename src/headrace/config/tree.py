@@ -130,6 +130,9 @@ class HttpSettings(_Frozen):
         le=366 * 86400,
         description="longest keep_alive of a request, once there are keys, without an admin's",
     )
+    unknown_fields: Annotated[Literal["ignore", "warn", "refuse"], BeforeValidator(_lower)] = Field(
+        default="warn", description="unknown fields of a request: ignore, warn, refuse"
+    )
 
 
 class Rules(_Frozen):
