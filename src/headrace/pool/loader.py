@@ -137,13 +137,16 @@ class Loader:
     async def aclose(self) -> None:
         """Cancel all loads and unload everything."""
         self.stop_loading()
-        unloading: list[asyncio.Task[None]] = []
+        unloading: dict[bool, list[asyncio.Task[None]]] = {False: [], True: []}
         for entry in self._entries():
             for replica in entry.all_replicas():
                 replica.stop_draining()
-                unloading.append(self.unload(entry, replica, "unloaded"))
-        if unloading:
-            await asyncio.wait(unloading)
+                has_died = replica.worker is not None and replica.worker.died.is_set()
+                unloading[has_died].append(self.unload(entry, replica, "unloaded"))
+        # The end of the service does not wait for what a dead process still holds.
+        for tasks, timeout_s in ((unloading[False], None), (unloading[True], _LAST_S)):
+            if tasks:
+                await asyncio.wait(tasks, timeout=timeout_s)
         if self._housekeeper is not None:
             self._housekeeper.cancel()
         if self.warm is not None:
@@ -261,11 +264,7 @@ class Loader:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(drain_s):
                         await replica.idle()
-                # The end of the service does not wait for what a dead process still holds.
-                hurry = self._closing and worker.died.is_set()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_LAST_S if hurry else None):
-                        await worker.aclose()
+                await worker.aclose()
         finally:
             # Even after an error the replica is free for the next load.
             self.memory.ledger.release(replica.key)
