@@ -35,7 +35,7 @@ from headrace.core.request import CountRequest, GenerateRequest
 from headrace.core.stream import collect_count
 from headrace.pool.admin import status_of
 from headrace.pool.failures import Breaker
-from headrace.pool.ledger import Ledger
+from headrace.pool.ledger import Ledger, named
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
 
@@ -364,6 +364,13 @@ def test_that_an_overrun_that_a_reload_would_repeat_evicts_nothing() -> None:
     # A budget that has become smaller is kept.
     budget["cuda:0"] = 100_000
     assert ledger.excess() == {"cuda:0": 30_570}
+
+
+def test_the_names_of_what_a_process_holds() -> None:
+    """A process numbers the GPUs that it may see from 0."""
+    held = {"cpu": 1, "cuda:0": 2, "cuda:1": 3}
+    assert named(held, ["cpu", "cuda:3", "cuda:1"]) == {"cpu": 1, "cuda:3": 2, "cuda:1": 3}
+    assert named({"cpu": 1}, ["cpu"]) == {"cpu": 1}
 
 
 def test_that_a_model_over_its_budget_stays() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from headrace.core.status import DeviceStatus
+from headrace.machine import HOST
 
 ReadDevices = Callable[[], Mapping[str, tuple[int, int]]]
 """Returns the total and the free bytes of each device now."""
@@ -26,6 +27,16 @@ class _Booking:
         """Return what it takes beyond the whole budget, and would again after a reload."""
         held = self.held.get(device, 0)
         return held - budget if held > budget >= self.planned.get(device, 0) else 0
+
+
+def named(held: Mapping[str, int], placed: Iterable[str]) -> dict[str, int]:
+    """Return memory by the names that the service has for the devices of a process.
+
+    The process sees only the GPUs on which it is `placed`, and numbers them from 0.
+    """
+    gpus = [device for device in placed if device != HOST]
+    names = {f"cuda:{number}": device for number, device in enumerate(gpus)}
+    return {names.get(device, device): amount for device, amount in held.items()}
 
 
 class Ledger:

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
+import msgspec
+
 from headrace.core.errors import (
     Draining,
     HeadraceError,
@@ -20,7 +22,7 @@ from headrace.core.status import EventKind, Footprint
 from headrace.machine import HOST
 from headrace.pool.entry import ModelEntry
 from headrace.pool.events import EventBus
-from headrace.pool.ledger import Ledger
+from headrace.pool.ledger import Ledger, named
 from headrace.pool.memory import MemoryQueue, Sizing, Unwanted
 from headrace.pool.observer import NullObserver, Observer
 from headrace.pool.places import KeepWarm, Places
@@ -161,7 +163,8 @@ class Loader:
         try:
             await asyncio.sleep(max(0.0, min(entry.failures.retry_at - self._clock(), 60.0)))
             await self._load(entry, replica, may_evict=may_evict)
-        except Unwanted:
+        except Unwanted as error:
+            self._not_loaded(entry, replica, str(error))
             # A request that has arrived since may evict others.
             again = replica in entry.replicas[:1] and entry.is_wanted and not entry.is_ready
         except HeadraceError as error:
@@ -177,8 +180,14 @@ class Loader:
         if again:
             self.ensure_loaded(entry)
 
+    def _not_loaded(self, entry: ModelEntry, replica: Replica, reason: str) -> None:
+        if reason and reason != replica.reason:
+            self._publish("not_loaded", entry, replica, reason=reason)
+        replica.reason = reason or None
+
     def _load_failed(self, entry: ModelEntry, replica: Replica, error: HeadraceError) -> bool:
         """Record a failed load and fail the requests; return whether to load again at once."""
+        replica.reason = error.message
         broken = isinstance(error, LoadFailed | WorkerDied | OutOfMemory)
         has_served = entry.restarts > 0 and broken and replica.footprint is not None
         if isinstance(error, Draining):
@@ -199,8 +208,10 @@ class Loader:
             self._keep_warm(True)
         need = await asyncio.to_thread(self.sizing.footprint, replica.spec, replica.report)
         replica.estimated(need)
-        await self.memory.book(entry, replica, need.devices, may_evict=may_evict)
+        devices = await self.memory.book(entry, replica, need, may_evict=may_evict)
+        need = msgspec.structs.replace(need, devices=devices, choices=())
         try:
+            replica.place(need, self.memory.ledger.budgets)
             async with self._places.hold(need.load_s, lambda: self._overdue(replica)):
                 await self._start(entry, replica, need)
         except BaseException:
@@ -215,7 +226,7 @@ class Loader:
         replica.starting()
         began = self._clock()
         self._publish("loading", entry, replica, need=dict(need.devices), how=need.how)
-        worker = self._open_worker(replica.spec, replica.report)
+        worker = self._open_worker(replica.placed_spec, replica.report)
         try:
             async with self.observer.loading(worker, replica.spec):
                 await worker.start()
@@ -229,7 +240,7 @@ class Loader:
         self._task(self._watch(entry, replica, worker), f"watch {replica.key}")
         self._publish("ready", entry, replica, ms=round(load_s * 1000), memory=dict(measured))
         entry.became_ready()
-        self._task(self._remember(replica.spec, dict(measured), load_s), "remember")
+        self._task(self._remember(replica.placed_spec, dict(measured), load_s), "remember")
 
     def _measured(self, planned: Mapping[str, int], held: Mapping[str, int]) -> dict[str, int]:
         """Return what a load has taken: what was measured, or planned where that is unknown.
@@ -273,7 +284,7 @@ class Loader:
             entry.became_unready()
         if was_ready:
             self._publish(why, entry, replica)
-            self._task(self._remember(replica.spec, held, replica.load_s), "remember")
+            self._task(self._remember(replica.placed_spec, held, replica.load_s), "remember")
         self.memory.notify()
         if entry.is_wanted and not entry.draining:
             self.ensure_loaded(entry)
@@ -342,7 +353,8 @@ class Loader:
                 self.unload_idle(entry)
                 for replica in entry.all_replicas():
                     self._update_memory(replica)
-            self._evict_excess()
+            for entry, replica in self.memory.excessive():
+                self._evict(entry, replica, by="the budget")
             self._prepare_warm_process()
 
     def _prepare_warm_process(self) -> None:
@@ -358,17 +370,10 @@ class Loader:
 
     def _update_memory(self, replica: Replica) -> None:
         """Raise the booking of a process that has grown; it is never lowered."""
-        if not replica.is_ready or replica.worker is None:
-            return
-        now, before = replica.worker.held, replica.memory
-        if any(amount > before.get(device, 0) for device, amount in now.items()):
-            grown = {d: max(before.get(d, 0), now.get(d, 0)) for d in {**before, **now}}
-            replica.grown(grown)
-            self.memory.ledger.settle(replica.key, grown)
-
-    def _evict_excess(self) -> None:
-        for entry, replica in self.memory.excessive():
-            self._evict(entry, replica, by="the budget")
+        if replica.is_ready and replica.worker is not None and replica.footprint is not None:
+            held = named(replica.worker.held, replica.footprint.devices)
+            if replica.grown(held):
+                self.memory.ledger.settle(replica.key, replica.memory)
 
     def _evict(self, entry: ModelEntry, replica: Replica, *, by: str) -> asyncio.Task[None]:
         if replica.unloading is None:

@@ -26,6 +26,8 @@ from headrace.models.gguf_model import EMBEDDERS
 ABOUT = About(
     formats=("gguf",),
     devices=("cpu", "cuda", "mps"),
+    confined=True,
+    spreads=True,
     requires="xllamacpp",
     tasks=("generate", "embed"),
 )
@@ -87,11 +89,12 @@ def footprint(request: OpenRequest) -> Footprint:
     options = settled(request)
     device = expected_device(request.device)
     on_cpu = device == "cpu"
+    gpus = plan.expected_gpus(request, device)
     planned = plan_slots(request, options, on_cpu=on_cpu)
     if request.task != "embed":
-        return estimate(request.model, planned, options, device)
+        return estimate(request.model, planned, options, gpus)
     whole = max(planned.context_length, 512)
-    need = estimate(request.model, planned, options, device, whole=whole)
+    need = estimate(request.model, planned, options, gpus, whole=whole)
     return msgspec.structs.replace(need, max_running=plan.encoder_requests(request))
 
 
@@ -160,9 +163,9 @@ def _output_bytes(model: ModelFile) -> int:
 
 
 def estimate(
-    model: ModelFile, planned: CachePlan, options: Options, device: str, *, whole: int = 0
+    model: ModelFile, planned: CachePlan, options: Options, gpus: tuple[str, ...], *, whole: int = 0
 ) -> Footprint:
-    """Return the memory that the model takes of the host, and of the GPU if `device` is one.
+    """Return the memory that the model takes of the host, and of the GPUs that share its layers.
 
     An embedder computes its longest input, of `whole` tokens, in one batch, and the output layer of
     each of them, which is kept twice.
@@ -171,19 +174,20 @@ def estimate(
         LoadFailed: the model's header cannot be read.
     """
     words, layers = _words_and_layers(Path(model.path), _stamp(model.path))
-    batch = whole or min(max(batch_size(options, on_cpu=device == "cpu"), planned.slots), 512)
+    batch = whole or min(max(batch_size(options, on_cpu=not gpus), planned.slots), 512)
     kv_cache = int(planned.tokens * _kv_bytes(model, options))
     activations = _PER_ACTIVATION * math.sqrt(model.parameters or 0) * batch
     outputs = whole * _output_bytes(model)
     computed = int(activations) + outputs
     overhead = _PROCESS + words * _PER_WORD + computed + outputs + planned.slots * _PER_SLOT
     devices = {"cpu": model.size + kv_cache + overhead}
-    if device.startswith("cuda"):
+    if gpus:
         share = _share(options.gpu_layers, layers)
         computed = max(computed, int(activations) + words * batch * 4)
         moved = int(share * (model.size + kv_cache)) + computed
         on_host = int((1 - share) * (model.size + kv_cache))
-        devices = {"cpu": on_host + overhead + _CUDA_HOST, device: moved + _CUDA_DEVICE}
+        devices = {"cpu": on_host + overhead + _CUDA_HOST}
+        devices |= plan.divided(moved, gpus, _CUDA_DEVICE)
     return plan.footprint(devices, planned, weights=model.size, kv_cache=kv_cache)
 
 
