@@ -146,6 +146,8 @@ class MemoryQueue:
             message = self.refusal(entry.spec.name, load.need, decision)
             raise DoesNotFit(message + _elsewhere(load.choices))
         is_wanted = entry.is_wanted
+        # Another replica may have been loaded meanwhile, which is not evicted for this one.
+        may_evict = may_evict and not entry.is_ready
         if not (may_evict and is_wanted) and not self.ledger.returning:
             raise Unwanted(self._too_little(load) if is_wanted or not may_evict else "")
         may_evict = may_evict and is_wanted
