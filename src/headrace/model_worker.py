@@ -142,7 +142,7 @@ class AsyncModelWorker:
             self._state, self._reason = "loading", None
         pool = self._in_own_loop(self._pool)
         entry = self._entry(pool)
-        if self._state == "ready" and entry.failure is not None:
+        if self._state == "ready" and entry.failures.error is not None:
             entry.reset()
         try:
             await pool.start()

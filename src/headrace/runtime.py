@@ -28,7 +28,7 @@ from headrace.models.providers import PROVIDERS, Provider
 from headrace.models.reference import HubReference, Reference, is_remote, parse
 from headrace.models.store import Store, without_file
 from headrace.pool.admin import PoolAdmin, Specify, Wanted
-from headrace.pool.memory import Ledger
+from headrace.pool.ledger import Ledger
 from headrace.pool.plan import plan_load
 from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker

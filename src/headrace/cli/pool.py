@@ -225,6 +225,8 @@ def amounts(memory: Mapping[str, int]) -> str | None:
 def _until(model: ModelStatus, now: float) -> str | None:
     if model.pinned:
         return "pinned"
+    if model.state == "failed" and model.retry_at is not None:
+        return f"retry in {terminal.span(max(0.0, model.retry_at - now))}"
     if model.state != "ready":
         return None
     return "forever" if model.until is None else f"in {terminal.span(model.until - now)}"

@@ -23,6 +23,8 @@ _PART = re.compile(f"({_NUMBER})(h|ms|m|s|us|ns)")
 _TEXT = re.compile(f"([+-]?)(?:({_NUMBER})|((?:{_PART.pattern})+))")
 # Longer than any machine runs, and short enough for every timer.
 _LONGEST_S = 1e9
+_YEAR_S = 366 * 86400.0
+_ENDLESS = re.compile(r"-1(?:h|ms|m|s|us|ns)?")
 _SECRETS = frozenset({"key", "keys", "token", "secret", "password"})
 _SECRET_PARTS = _SECRETS | {
     *("tokens", "secrets", "pass", "passwd", "passphrase", "pwd", "auth", "authorization"),
@@ -38,10 +40,28 @@ def seconds(value: str | float) -> float:
     Raises:
         ValueError: `value` is not a duration.
     """
+    amount = _amount(value)
+    return amount if 0 <= amount <= _LONGEST_S else -1.0
+
+
+def keep_alive_seconds(value: str | float) -> float:
+    """Return the seconds of a request's `keep_alive`, at most a year; -1 is without end.
+
+    Raises:
+        ValueError: it is not a duration, is longer, or is negative and not -1 (of any unit).
+    """
+    amount = _amount(value)
+    if 0 <= amount <= _YEAR_S:
+        return amount
+    if amount == -1 or (isinstance(value, str) and _ENDLESS.fullmatch(value.strip())):
+        return -1.0
+    raise ValueError(f"{value!r} is not from 0 to a year, nor -1 for no limit")
+
+
+def _amount(value: str | float) -> float:
     if isinstance(value, bool):
         raise ValueError(_refusal(value))
-    amount = _parse(value) if isinstance(value, str) else float(value)
-    return amount if 0 <= amount <= _LONGEST_S else -1.0
+    return _parse(value) if isinstance(value, str) else float(value)
 
 
 def _parse(text: str) -> float:

@@ -15,7 +15,7 @@ from headrace.models.gguf_types import FILE_TYPES
 
 MAX_PARTS = 1000
 _POOLING_RANK = 4
-_EMBEDDERS = frozenset(
+EMBEDDERS = frozenset(
     {
         "bert",
         "eurobert",
@@ -29,6 +29,7 @@ _EMBEDDERS = frozenset(
         "t5encoder",
     }
 )
+"""Architectures without an output layer."""
 # Their tokens hold all bytes of a text. Others drop accents, or have one token for any word.
 _LOSSLESS = frozenset({"gpt2", "llama"})
 _SPECIAL = {
@@ -195,7 +196,7 @@ class _Facts:
         pooling = self.whole(self._key("pooling_type"), zero=True) or 0
         if pooling == _POOLING_RANK:
             return "rerank"
-        return "embed" if pooling or self.architecture in _EMBEDDERS else "generate"
+        return "embed" if pooling or self.architecture in EMBEDDERS else "generate"
 
     def _heads(self, key: str, layers: int) -> int | None:
         """Return the heads of all layers together; the value may be one for each layer."""
