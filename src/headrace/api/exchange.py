@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from headrace.api import limits, problems
 from headrace.api.limits import ApiSettings
-from headrace.api.problems import Headers, Refused, refused
+from headrace.api.problems import Headers, Problem, Refused, refused
 from headrace.core.backend import Admin, Backend
 from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.metrics import InferenceMetrics
@@ -74,6 +74,8 @@ class Call:
     is_admin: bool = False
     traceparent: str = ""
     tracestate: str = ""
+    metrics: InferenceMetrics | None = None
+    problem: str = ""
 
 
 class Exchange:
@@ -149,15 +151,22 @@ class Exchange:
         self, answer: msgspec.Struct, metrics: InferenceMetrics | None = None, *, status: int = 200
     ) -> None:
         """Send a struct as JSON, with its figures as a header."""
+        self.call.metrics = metrics
         headers = () if metrics is None else server_timing(metrics)
         await self.reply(msgspec.json.encode(answer), status=status, headers=headers)
 
     async def fail(self, error: Exception) -> None:
         """Send the response for an exception, with its figures; no headers have been sent."""
-        problems.log(error, self.call.id)
-        problem = problems.describe(error, self.call.id)
+        problem = self.problem(error)
         timing = () if problem.metrics is None else server_timing(problem.metrics)
         await self.reply(problem.body(), status=problem.status, headers=(*problem.headers, *timing))
+
+    def problem(self, error: Exception) -> Problem:
+        """Return what the client receives for an exception, and log what it does not."""
+        problems.log(error, self.call.id)
+        problem = problems.describe(error, self.call.id)
+        self.call.metrics, self.call.problem = problem.metrics, problem.message
+        return problem
 
 
 Handler = Callable[[Service, Exchange], Awaitable[None]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -97,6 +98,9 @@ class Common:
         if not service and settings.origin("log_level") == "default":
             config = config.model_copy(update={"log_level": "warning"})
         log.configure(config.log_level, config.log_format)
+        if config.log_level == "warning":
+            # What the pool warns of is the error of the command.
+            logging.getLogger("headrace.pool").setLevel(logging.ERROR)
         return replace(settings, config=config)
 
     def ask(self, url: str | None, work: Callable[[Client], Awaitable[T]]) -> T:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ import msgspec
 import typer
 from typer import Argument, Option
 
+from headrace import log
 from headrace.cli import terminal
 from headrace.cli.common import Common, ModelArgument, Options, Url, parse_options
 from headrace.core.errors import HeadraceError, UpstreamError
@@ -26,6 +27,7 @@ from headrace.core.status import (
     PoolStatus,
     ReplicaStatus,
 )
+from headrace.core.values import amounts
 
 if TYPE_CHECKING:
     from headrace.cli.client import Client
@@ -214,13 +216,6 @@ def requests_of(model: ModelStatus) -> str:
     return f"{model.running}/{model.max_running or '-'}"
 
 
-def amounts(memory: Mapping[str, int]) -> str | None:
-    """Return bytes by device as text; the device is left out if it is only the CPU."""
-    if list(memory) == ["cpu"]:
-        return terminal.size(memory["cpu"])
-    return " + ".join(f"{terminal.size(size)} {name}" for name, size in memory.items()) or None
-
-
 def _until(model: ModelStatus, now: float) -> str | None:
     if model.pinned:
         return "pinned"
@@ -231,15 +226,9 @@ def _until(model: ModelStatus, now: float) -> str | None:
 
 def _event_line(event: PoolEvent) -> str:
     clock = datetime.fromtimestamp(event.time).astimezone().strftime("%H:%M:%S")
-    name = f"{event.model} #{event.replica}" if event.replica else event.model
-    more = [f"{key}={_short(value)}" for key, value in event.data.items()]
-    return terminal.printable("  ".join(part for part in (clock, event.kind, name, *more) if part))
-
-
-def _short(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    name = f"{event.model} #{event.replica}" if event.replica > 1 else event.model
+    sentence = log.sentence(f"pool.{event.kind}", {"model": name, **event.data})
+    return f"{clock} {terminal.flat(sentence or f'{name} {event.kind}')}"
 
 
 def _settings(pairs: list[str] | None, where: str) -> dict[str, str | None]:

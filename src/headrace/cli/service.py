@@ -20,7 +20,6 @@ from headrace import runtime
 from headrace.api import limits
 from headrace.api.app import create_app
 from headrace.api.limits import ApiSettings
-from headrace.cli import terminal
 from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
 from headrace.core.model import ModelSpec
@@ -136,6 +135,8 @@ class _Service:
     def stop(self) -> None:
         """Wait up to `drain_s` for running answers, and at a second call no longer."""
         wait_s = 0.0 if self._stops else self._settings.config.server.drain_s
+        if self._stops == 1:
+            _log.info("headrace.service.cut")
         self._stops += 1
         self.server.force_exit = self._stops > 2
         self.begin(self._end(wait_s))
@@ -155,14 +156,15 @@ class _Service:
         """
         try:
             await self.backend.start()
-        except HeadraceError as error:
+            _log.info("headrace.service.ready")
+        except HeadraceError:
             if self._stops:
                 return
             states = {info.state for info in self.backend.models()}
             if states <= _HOPELESS and not self._optional:
                 self.server.should_exit = True
                 raise
-            terminal.note(f"error: {error.message}")
+            # The other models are served; the pool has logged which is not.
         finally:
             tune_garbage_collection()
             shorten_switch_interval()
@@ -182,6 +184,7 @@ class _Service:
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self.telemetry.aclose()
+        _log.info("headrace.service.stopped")
 
     def _reread(self) -> tuple[Settings, list[ModelSpec]]:
         settings, specs = self._read()
