@@ -100,7 +100,7 @@ def test_the_log_for_people(environ: dict[str, str]) -> None:
         stream.read()
         assert process.wait(10) == 0
         lines = process.stderr.read().splitlines()
-    request = r"POST /v1/chat/completions 200 echo \d+\+5 tokens \d\.\d\d s \d+ tok/s"
+    request = r"POST /v1/chat/completions 200 echo \d+\+6 tokens \d\.\d\d s \d+ tok/s"
     patterns = [
         r"echo loading \(about .* MB\)",
         r"echo ready \(echo, .* MB, \d+\.\d s\)",

@@ -29,7 +29,7 @@ _QUANTIZATION = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 _REVISION = re.compile(r"\w[\w./+-]{0,199}", re.ASCII)
 _PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]{0,63}")
-_REMOTE_MODEL = re.compile(r"[A-Za-z0-9~][\w.:/@+~-]{0,254}", re.ASCII)
+_REMOTE_MODEL = re.compile(r"[\w~][\w.:/@+~-]{0,254}")
 
 
 class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True):
