@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
@@ -83,6 +84,8 @@ def run(arguments: Sequence[str]) -> int:
     except HeadraceError as error:
         code = 2 if isinstance(error, RequestError | ConfigError) else 1
         return _fail(flags, error, type(error).__name__, _message(error, flags), code, error.param)
+    except OSError as error:
+        return _fail(flags, error, type(error).__name__, _system_message(error), 1)
     except Exception as error:  # noqa: BLE001 - the last place where it can be reported
         message = f"unexpected {type(error).__name__}: {error}; --debug shows where"
         return _fail(flags, error, "InternalError", message, 1)
@@ -99,6 +102,18 @@ def _message(error: HeadraceError, flags: Sequence[str]) -> str:
     if len(detail) > _LONGEST_DETAIL and not {"-v", "--verbose", "--debug"} & set(flags):
         return f"{error.message} (-v shows more)"
     return f"{error.message} ({detail})" if detail else error.message
+
+
+def _system_message(error: OSError) -> str:
+    """Return what the system refused, and where."""
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {reason}."
+    try:
+        Path.cwd()
+    except OSError:
+        return "The current folder has been removed; change to another."
+    return f"The system reports: {reason}."
 
 
 def _fail(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import msgspec
 from typer import Argument, Option
 
-from headrace.cli import remote, terminal
+from headrace.cli import remote, streams, terminal
 from headrace.cli.common import Common, ModelFlags, Url, given, known_models
 from headrace.core.errors import ConfigError, GenerationFailed, InvalidRequest
 from headrace.core.events import Delta, Finish
@@ -103,22 +102,24 @@ class _Question:
         return {"messages": [*messages, Message("user", self.text or "")], **self.sampling}
 
 
-def _interactive() -> bool:
-    return not sys.stdin.closed and sys.stdin.isatty()
-
-
 def _text(words: Sequence[str]) -> str | None:
-    """Join the arguments and piped input; None if there is neither."""
+    """Join the arguments and piped input; None if there is neither.
+
+    Raises:
+        InvalidRequest: it is not text.
+    """
     typed = " ".join(words)
-    piped = "" if _interactive() or sys.stdin.closed else sys.stdin.read()
-    return "\n\n".join(part for part in (typed, piped.strip("\n")) if part) or None
+    if not typed.isascii() and any("\ud800" <= sign <= "\udfff" for sign in typed):
+        raise InvalidRequest("The prompt is not text in UTF-8.")
+    piped = "" if streams.is_terminal() else streams.piped()
+    return "\n\n".join(part for part in (typed, piped.strip("\r\n")) if part) or None
 
 
 async def _run(
     common: Common, settings: Settings, spec: ModelSpec, question: _Question, *, figures: bool
 ) -> None:
     if question.text is None:
-        if common.as_json or question.raw or not _interactive():
+        if common.as_json or question.raw or not streams.is_terminal():
             raise InvalidRequest("There is no prompt: give one as argument or on stdin.")
         sampling = question.sampling
         await chat(settings, spec, system=question.system, sampling=sampling, figures=figures)

@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from headrace import runtime
 from headrace.api import limits
 from headrace.api.app import create_app
 from headrace.api.limits import ApiSettings
+from headrace.cli import streams
 from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
 from headrace.core.model import ModelSpec
@@ -88,7 +88,7 @@ class _Service:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stops = 0
         # A service that was started from a terminal ends with it.
-        self._terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+        self._terminal = streams.is_terminal()
         self._optional = not all(spec.preload and spec.enabled for spec in specs)
         self.admin, self.telemetry = runtime.open_service(settings, specs, reread=self._reread)
         self.backend = self.admin.pool
@@ -156,7 +156,8 @@ class _Service:
         """
         try:
             await self.backend.start()
-            _log.info("headrace.service.ready")
+            if not self._stops:
+                _log.info("headrace.service.ready")
         except HeadraceError:
             if self._stops:
                 return

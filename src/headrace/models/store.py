@@ -7,6 +7,7 @@ progress) and `locks`. A record is written last: a model without one does not ex
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import shutil
@@ -42,6 +43,7 @@ from headrace.models.transfer import (
 )
 
 _POLL_S = 0.2
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR}
 
 
 class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -211,11 +213,15 @@ class Store:
 
     @contextmanager
     def _writable(self) -> Generator[None]:
+        made = False
         try:
             for name in ("records", "files", "partial", "locks"):
                 (self._root / name).mkdir(parents=True, exist_ok=True)
+            made = True
             yield
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        except OSError as error:
+            if made and error.errno not in _NOT_WRITABLE:
+                raise
             place = error.filename or self._root
             message = f"Models cannot be kept under {self._root}: {place}: {error.strerror}."
             raise ConfigError(message, param="home") from error
