@@ -130,5 +130,8 @@ def _fail(
         body = {"type": kind, "message": message, "param": param}
         print(json.dumps({"error": body}), file=sys.stderr)
     else:
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        # A file may have several faults.
+        lines = message.splitlines() if isinstance(error, ConfigError) else [message]
+        for line in lines:
+            print("error:", " ".join(line.split()), file=sys.stderr)
     return code

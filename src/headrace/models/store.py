@@ -297,9 +297,11 @@ def _local(path: Path) -> StoredModel | None:
 def _located(path: Path) -> Path:
     if path.exists():
         return path
-    last = "/".join(path.parts[-2:])
-    message = f"There is nothing at {path}. For a repository on the hub write hub:{last}."
-    raise UnknownModel(message, param="model")
+    hint = ""
+    # Written as org/repo, and not the name of a file in a folder that is there.
+    if path.parent.parent == Path.cwd() and not path.parent.exists() and path.suffix != ".gguf":
+        hint = f" For a repository on the hub write hub:{'/'.join(path.parts[-2:])}."
+    raise UnknownModel(f"There is nothing at {path}.{hint}", param="model")
 
 
 def _key(reference: Reference) -> str:
