@@ -6,15 +6,25 @@ import asyncio
 import contextlib
 import difflib
 import struct
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 import msgspec
 
 from headrace import __version__, runtime
+from headrace.api import fields
+from headrace.api.messages import ChatMessage, to_messages
 from headrace.config import Config, Settings
-from headrace.core.errors import Draining, HeadraceError, InvalidRequest, LoadFailed, Loading
+from headrace.core.constraint import Constraint
+from headrace.core.errors import (
+    Draining,
+    HeadraceError,
+    InvalidRequest,
+    LoadFailed,
+    Loading,
+    NotStarted,
+)
 from headrace.core.events import (
     EmbedResult,
     Event,
@@ -23,6 +33,8 @@ from headrace.core.events import (
     TokenCount,
 )
 from headrace.core.model import ModelInfo, ModelSpec, State
+from headrace.core.options import EmbedOptions, GenerateOptions, ModelOptions, RerankOptions
+from headrace.core.parameters import Parameter
 from headrace.core.request import (
     AnyRequest,
     CountRequest,
@@ -40,6 +52,7 @@ from headrace.core.stream import (
     collect_text,
     collect_vectors,
 )
+from headrace.core.wording import refusal
 from headrace.pool.entry import ModelEntry
 from headrace.pool.pool import Pool
 from headrace.telemetry import otel
@@ -51,10 +64,9 @@ Messages = Sequence[Message | Mapping[str, Any]]
 Prompt = str | Sequence[int]
 Numbers = list[list[float]]
 
-T = TypeVar("T", EmbedRequest, RerankRequest)
+T = TypeVar("T", bound=msgspec.Struct)
 
-_SAMPLING = set(Sampling.__struct_fields__)
-_REQUEST = {"n", "echo", "context_length", "json_schema", "template_options", "deadline_s"}
+_SAMPLING = frozenset(Sampling.__struct_fields__)
 
 
 class AsyncModelWorker:
@@ -75,10 +87,11 @@ class AsyncModelWorker:
         config: Config | None = None,
         isolate: bool = True,
         on_progress: OnProgress | None = None,
-        **arguments: Any,
+        **arguments: Unpack[ModelOptions],
     ) -> None:
         if isinstance(model, ModelSpec):
-            self.spec = msgspec.structs.replace(model, **arguments)
+            given = {name: value for name, value in arguments.items() if value is not None}
+            self.spec = msgspec.structs.replace(model, **given)
             config = config or _with_library_defaults(runtime.load_settings())
         else:
             settings = runtime.load_settings()
@@ -111,6 +124,20 @@ class AsyncModelWorker:
         if self._pool is None:
             return unloaded_info(self.spec, self._state, self._reason)
         return msgspec.structs.replace(self._pool.models()[0], state=self.state)
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Describe the settings of the model and the options of its engine, with their values.
+
+        Before a start the engine is that which would be chosen; a model that is not on this
+        machine has none yet.
+
+        Raises:
+            HeadraceError: the reference is invalid, or no engine can run the model.
+        """
+        info = self.metadata
+        if info.engine == "auto":
+            info = runtime.describe(self.spec, self._config)
+        return runtime.parameters(self.spec, info.engine)
 
     def __repr__(self) -> str:
         """Describe the name and the state."""
@@ -184,12 +211,16 @@ class AsyncModelWorker:
         await self.aclose()
 
     def generate_stream(
-        self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Any
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> AsyncGenerator[Event, None]:
         """Return the stream of an answer: deltas, then one Finish with usage and metrics.
 
-        `options` are the fields of Sampling (`max_tokens`, `temperature`, `stop`, ...) and of
-        GenerateRequest (`n`, `echo`, `json_schema`, `deadline_s`, ...).
+        `messages` are as over HTTP: their content is a text, or a list of parts; `json_schema` is
+        what the text has to be.
 
         Raises:
             InvalidRequest: an option is unknown or wrong.
@@ -197,38 +228,49 @@ class AsyncModelWorker:
         return self._ask(request(self.spec.name, prompt, messages, options))
 
     async def generate(
-        self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Any
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> GenerateResult:
-        """Return the whole answer; arguments as for `generate_stream`."""
+        """Return the whole answer; arguments as for `generate_stream`.
+
+        Raises:
+            HeadraceError: its `text` and `choices` are what was written before, its `metrics` what
+                that cost.
+        """
         return await collect(self.generate_stream(prompt, messages=messages, **options))
 
-    async def embed(self, inputs: Sequence[Prompt], **options: Any) -> Numbers:
+    async def embed(self, inputs: Sequence[Prompt], **options: Unpack[EmbedOptions]) -> Numbers:
         """Return a vector for each text, or list of token ids.
-
-        `options` are fields of EmbedRequest: `dimensions`, `normalize`, `truncate`, `deadline_s`.
 
         Raises:
             InvalidRequest: an option is unknown or wrong.
         """
         return vectors(await self.embed_raw(inputs, **options))
 
-    async def embed_raw(self, inputs: Sequence[Prompt], **options: Any) -> EmbedResult:
+    async def embed_raw(
+        self, inputs: Sequence[Prompt], **options: Unpack[EmbedOptions]
+    ) -> EmbedResult:
         """Return the vectors as bytes, with usage and metrics; arguments as for `embed`."""
         if isinstance(inputs, str):
             raise InvalidRequest("Give a list of texts.", param="inputs")
         texts = tuple(item if isinstance(item, str) else tuple(item) for item in inputs)
-        body = {"inputs": texts, "model": self.spec.name, **options}
+        body = {"inputs": texts, "model": self.spec.name}
+        body |= _given(options, EmbedOptions.__annotations__)
         return await collect_vectors(self._ask(_built(EmbedRequest, body)))
 
-    async def rerank(self, query: str, documents: Sequence[str], **options: Any) -> RerankResult:
+    async def rerank(
+        self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]
+    ) -> RerankResult:
         """Put documents in order: the best first, each with its index and score.
-
-        `options` are fields of RerankRequest: `top_n`, `truncate`, `deadline_s`.
 
         Raises:
             InvalidRequest: an option is unknown or wrong.
         """
-        body = {"query": query, "documents": documents, "model": self.spec.name, **options}
+        body = {"query": query, "documents": documents, "model": self.spec.name}
+        body |= _given(options, RerankOptions.__annotations__)
         return await collect_ranking(self._ask(_built(RerankRequest, body)))
 
     async def count_tokens(
@@ -275,11 +317,12 @@ class AsyncModelWorker:
         self._leave_closed_loop()
         if self._pool is not None and self._state == "ready":
             return self._in_own_loop(self._pool)
-        if self._state in {"draining", "stopped"}:
-            raise Draining(f"{name} is {self._state}.")
+        if self._state == "loading":
+            raise Loading(f"{name} is loading.")
         if self._state == "failed":
             raise LoadFailed(f"{name} has failed: {self._reason}")
-        raise Loading(f"{name} is not ready: {self._state}.")
+        state = "has not been started" if self._state == "created" else f"is {self._state}"
+        raise NotStarted(f"{name} {state}: call start(), or use it in a `with` statement.")
 
     def _in_own_loop(self, pool: Pool) -> Pool:
         """Check that the caller runs in the event loop in which the model was started."""
@@ -324,13 +367,24 @@ def vectors(embedded: EmbedResult) -> Numbers:
     return [list(form.unpack(vector)) for vector in embedded.vectors]
 
 
+def _given(options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return the options that are given; None is as if one were not.
+
+    Raises:
+        InvalidRequest: an option is unknown.
+    """
+    for name in options.keys() - known:
+        matches = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {matches[0]}?" if matches else ""
+        raise InvalidRequest(f"There is no option {name!r}{hint}", param=name)
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _built(kind: type[T], body: Mapping[str, Any]) -> T:
-    for name in body.keys() - {*kind.__struct_fields__}:
-        raise InvalidRequest(f"There is no option {name!r}", param=name)
     try:
         return msgspec.convert(body, kind)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(str(error)) from error
+        raise refusal(error, kind) from error
 
 
 def _with_library_defaults(settings: Settings) -> Config:
@@ -348,25 +402,35 @@ def request(
     Raises:
         InvalidRequest: an option is unknown, or a value has the wrong type or range.
     """
-    for name in options.keys() - _SAMPLING - _REQUEST:
-        matches = difflib.get_close_matches(name, _SAMPLING | _REQUEST, 1)
-        hint = f"; did you mean {matches[0]}?" if matches else ""
-        raise InvalidRequest(f"There is no option {name!r}{hint}", param=name)
-    sampling = {name: value for name, value in options.items() if name in _SAMPLING}
+    given = _given(options, GenerateOptions.__annotations__)
+    sampling = {name: given.pop(name) for name in _SAMPLING & given.keys()}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = (sampling["stop"],)
-    fields = {name: value for name, value in options.items() if name in _REQUEST}
+    if (schema := given.pop("json_schema", None)) is not None:
+        given["constraint"] = _built(Constraint, {"json_schema": schema})
     text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
-    body = {"model": model, "prompt": text, "sampling": sampling, **fields}
-    try:
-        built = msgspec.convert(body | {"messages": _messages(messages)}, GenerateRequest)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(str(error)) from error
-    return built
+    body = {"model": model, "prompt": text, "messages": _messages(messages), **given}
+    built = _built(Sampling, sampling)
+    return _built(GenerateRequest, {**body, "sampling": built})
 
 
 def _messages(messages: Messages | None) -> tuple[Message, ...] | None:
+    if messages is None:
+        return None
+    if isinstance(messages, str | Mapping):
+        raise InvalidRequest("messages: expected a list of messages.", param="messages")
+    return tuple(_message(item, f"messages[{index}]") for index, item in enumerate(messages))
+
+
+def _message(item: Message | Mapping[str, Any], place: str) -> Message:
+    if isinstance(item, Message):
+        return item
+    if not isinstance(item, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidRequest(f"{place}: expected a mapping or a Message.", param=place)
+    # Checked as in a request over HTTP.
+    known, unknown = fields.known(dict(item), ChatMessage, place)
+    fields.check(unknown)
     try:
-        return msgspec.convert(messages, tuple[Message, ...] | None)
+        return to_messages([msgspec.convert(known, ChatMessage)])[0]
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"messages: {error}", param="messages") from error
+        raise refusal(error, ChatMessage, place) from error

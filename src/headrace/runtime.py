@@ -13,9 +13,12 @@ from headrace import __version__, machine
 from headrace import config as configuration
 from headrace import engines as engine_registry
 from headrace.config import Config, Settings
+from headrace.core import parameters as core_parameters
 from headrace.core.model import ModelFile, ModelInfo, ModelSpec
+from headrace.core.parameters import Parameter
 from headrace.core.status import Plan
 from headrace.engines import EngineStatus, measured
+from headrace.engines.base import check_task
 from headrace.log import LogSettings
 from headrace.machine import SystemInfo
 from headrace.models.inspect import inspect
@@ -69,7 +72,29 @@ def load_settings(**sources: Any) -> Settings:
     Raises:
         ConfigError: the configuration is invalid.
     """
-    return configuration.load(known_options=engine_options(), **sources)
+    return configuration.load(
+        known_options=engine_options(),
+        import_options=engine_registry.options,
+        verify=_check_task,
+        **sources,
+    )
+
+
+def _check_task(spec: ModelSpec) -> None:
+    """Check that what is to run a model has its task.
+
+    Raises:
+        ConfigError: its provider or its engine has not.
+    """
+    if spec.task is None:
+        return
+    engine = spec.engine
+    if is_remote(spec.model):
+        provider = PROVIDERS[spec.model.partition(":")[0]]
+        engine = engine or provider.engine
+        check_task(spec.task, provider.title, provider.tasks)
+    if engine is not None:
+        check_task(spec.task, f"Engine {engine}", engine_registry.about(engine).tasks)
 
 
 def store(config: Config) -> Store:
@@ -93,6 +118,15 @@ def resolver(config: Config) -> Resolve:
         return _worker_spec(spec, model_file(spec, config, on_progress), config)
 
     return resolve
+
+
+def parameters(spec: ModelSpec, engine: str) -> tuple[Parameter, ...]:
+    """Return the settings of a model and the options of its engine; `auto` has none yet."""
+    settings = core_parameters.settings(spec)
+    if engine == "auto":
+        return tuple(settings)
+    schema = engine_registry.options(engine).model_json_schema()
+    return (*settings, *core_parameters.options(schema, spec.options))
 
 
 def describe(spec: ModelSpec, config: Config) -> ModelInfo:
@@ -274,4 +308,10 @@ def _worker_spec(spec: ModelSpec, file: ModelFile, config: Config) -> WorkerSpec
     engine, reason = _engine(spec, file, config)
     engine_registry.check_options(engine, spec.options)
     file = engine_registry.prepared(engine, file, config.home)
-    return WorkerSpec(model=spec, file=file, engine=engine, engine_reason=reason)
+    return WorkerSpec(
+        model=spec,
+        file=file,
+        engine=engine,
+        engine_reason=reason,
+        import_from=engine_registry.folder(engine),
+    )

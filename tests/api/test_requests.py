@@ -14,7 +14,8 @@ from headrace.api.chat import ChatRequest
 from headrace.api.completions import CompletionRequest
 from headrace.api.exchange import Call
 from headrace.api.limits import ApiSettings
-from headrace.api.wire import ChatMessage
+from headrace.api.messages import ChatMessage
+from headrace.core.constraint import Constraint
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling, SamplingFields, described
 
@@ -130,11 +131,15 @@ async def test_fields_of_completions() -> None:
         ({"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "null"}}},
          {"type": "null"}),
         ({"type": "json_schema", "json_schema": {"name": "n"}}, {}),
+        ({"type": "json_schema", "schema": {"type": "null"}}, {"type": "null"}),
+        ({"type": "json_object", "schema": {"type": "array"}}, {"type": "array"}),
     ],
 )  # fmt: skip
 async def test_response_format(wanted: Any, schema: Any) -> None:
-    """A: the three forms of OpenAI."""
-    assert (await asked(CHAT, chat(response_format=wanted))).json_schema == schema
+    """A: the three forms of OpenAI, and the two of llama.cpp, whose schema counts too."""
+    assert (await asked(CHAT, chat(response_format=wanted))).constraint == (
+        None if schema is None else Constraint(json_schema=schema)
+    )
 
 
 async def test_null_means_absent() -> None:
@@ -201,6 +206,10 @@ WRONG = [
     ("logit_bias", {"1": 101}), ("logit_bias", {str(i): 1 for i in range(1025)}),
     ("stream", "yes"), ("model", 3), ("logprobs", "x"), ("response_format", {"type": "xml"}),
     ("response_format", {"type": "json_schema"}), ("context_length", 0),
+    ("response_format", {"type": "text", "schema": {}}),
+    ("response_format", {"type": "json_object", "json_schema": {"name": "n", "schema": {}}}),
+    ("response_format", {"type": "json_object", "schema": {"minItems": 10**9}}),
+    ("response_format", {"type": "json_schema", "schema": {}, "json_schema": {"name": "n"}}),
     ("stream_options", {"include_usage": True}), ("ignore_eos", 1),
 ]  # fmt: skip
 
@@ -295,3 +304,14 @@ async def test_large_bodies_are_decoded_off_the_loop(monkeypatch: pytest.MonkeyP
     request = await asked(CHAT, chat(messages=[{"role": "user", "content": "x" * 70_000}]))
     assert len(seen) == 1
     assert request.messages == (Message("user", "x" * 70_000),)
+
+
+async def test_the_default_of_completions_fits() -> None:
+    """Issue 12.6: 16 tokens, or more if `min_tokens` wants them, or what the context has left."""
+    request = await asked(TEXT, text())
+    assert (request.sampling.max_tokens, request.fit_max_tokens) == (16, True)
+    request = await asked(TEXT, text(min_tokens=20))
+    assert (request.sampling.max_tokens, request.fit_max_tokens) == (20, True)
+    request = await asked(TEXT, text(max_tokens=16))
+    assert (request.sampling.max_tokens, request.fit_max_tokens) == (16, False)
+    assert (await asked(CHAT, chat())).sampling.max_tokens is None

@@ -195,7 +195,13 @@ def test_show_tells_engine_reason_and_options(environ: dict[str, str]) -> None:
     assert len(rows["engine_reason"]) > 1
     assert rows["slots"][1:3] == ["3", "1024"]
     shown = json.loads(headrace(environ, "show", "echo", "--json").stdout)
-    assert {one["option"] for one in shown["engine_options"]} >= {"slots", "text"}
+    options = {one["option"]: one for one in shown["engine_options"]}
+    assert options.keys() >= {"slots", "text"}
+    described = {"type": "integer", "minimum": 1, "default": 1024, "choices": [], "live": False}
+    assert described.items() <= options["slots"].items()
+    settings = {one["setting"]: one for one in shown["settings"]}
+    assert settings["keep_alive"]["live"]
+    assert settings["continuation"]["choices"] == ["exact", "fast", "off"]
 
 
 def test_doctor_tells_what_could_run(environ: dict[str, str]) -> None:

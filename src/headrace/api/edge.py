@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.api import limits
+from headrace.api import fields, limits
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.problems import Headers, Refused, refused
@@ -24,12 +24,15 @@ _HeaderList = Iterable[tuple[bytes, bytes]]
 
 METRICS_PATH = "/metrics"
 
+_log = logging.getLogger("headrace.api")
 _access = logging.getLogger("headrace.access")
 _OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 _CLIENT_DIGITS = 16
 _LONGEST_LOGGED = 200
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-_EXPOSED = b"x-request-id, server-timing, retry-after, retry-after-ms"
+_WARNING = b"x-headrace-warning"
+_EXPOSED = b"x-request-id, server-timing, retry-after, retry-after-ms, " + _WARNING
+_MAX_LOGGED = 1000
 _FORWARDED = frozenset(
     {b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"}
 )
@@ -45,6 +48,7 @@ class Edge:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
+        self._logged: set[str] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -97,8 +101,20 @@ class Edge:
             seconds=time.monotonic() - call.received,
         )
         _write_access_log(call, ended, client_id, scope["path"])
+        if call.unknown:
+            self._log_unknown(ended.route, call)
         if self._service.observer is not None:
             self._service.observer.called(ended)
+
+    def _log_unknown(self, route: str, call: Call) -> None:
+        """Log each unknown field of a route once; a client can invent any number of names."""
+        for unknown in call.unknown:
+            name = f"{route} {unknown}"
+            if name in self._logged or len(self._logged) >= _MAX_LOGGED:
+                continue
+            self._logged.add(name)
+            data = {"request_id": call.id, "route": route, "field": str(unknown)}
+            _log.warning("%s: unknown field %s is ignored", route, unknown, extra={"data": data})
 
 
 def authorise(
@@ -265,7 +281,8 @@ def _with_headers(send: Send, call: Call, cors: Headers) -> Send:
     def sender(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             call.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), *extra]
+            warned = [(_WARNING, fields.warning(call.unknown).encode())] if call.unknown else ()
+            message["headers"] = [*message.get("headers", ()), *extra, *warned]
         return send(message)
 
     return sender

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -13,14 +13,16 @@ from typing import Any, Literal, TypeVar, get_type_hints
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from headrace.api import limits, problems
+from headrace.api import fields, limits, problems
+from headrace.api.fields import Unknown
 from headrace.api.limits import ApiSettings
 from headrace.api.problems import Headers, Problem, Refused, refused
 from headrace.core.backend import Admin, Backend
-from headrace.core.errors import InvalidRequest, Unsupported
+from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.record import Monitor, Outcome
 from headrace.core.request import new_id
+from headrace.core.wording import names_unknown_field, refusal
 
 T = TypeVar("T")
 S = TypeVar("S", bound=msgspec.Struct)
@@ -30,8 +32,6 @@ _LARGE_BODY = 64 << 10
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _AS_SQUARE = bytes.maketrans(b"{}", b"[]")
-_PLACE = re.compile(r"(?P<problem>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?", re.DOTALL)
-_NAMED = re.compile(r"Object (?P<how>missing required|contains unknown) field `(?P<name>.*)`")
 
 
 class ClientGone(Exception):
@@ -63,7 +63,8 @@ class Call:
 
     `received` is monotonic seconds. `status` is 0 until the headers have gone out. `client` is a
     short id of the key, and `is_admin` whether it is an admin's. `traceparent` and `tracestate`
-    are as the client sent them.
+    are as the client sent them. `unknown` are the unknown fields of the body, and
+    `names` the names that the client used for fields of the core.
     """
 
     id: str = field(default_factory=new_id)
@@ -76,6 +77,8 @@ class Call:
     tracestate: str = ""
     metrics: InferenceMetrics | None = None
     problem: str = ""
+    unknown: tuple[Unknown, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class Exchange:
@@ -102,8 +105,14 @@ class Exchange:
         headers = dict(self.scope["headers"])
         body = await _read_body(self._receive, headers, self.settings.max_body_bytes)
         if len(body) > _LARGE_BODY:
-            return await asyncio.to_thread(decode, body, decoder)
-        return decode(body, decoder)
+            decoded, unknown = await asyncio.to_thread(decode, body, decoder)
+        else:
+            decoded, unknown = decode(body, decoder)
+        if self.settings.unknown_fields == "refuse":
+            fields.check(unknown)
+        if self.settings.unknown_fields == "warn":
+            self.call.unknown = unknown
+        return decoded
 
     async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work`; if the client disconnects first, cancel it and wait for its end.
@@ -155,18 +164,18 @@ class Exchange:
         headers = () if metrics is None else server_timing(metrics)
         await self.reply(msgspec.json.encode(answer), status=status, headers=headers)
 
+    def problem(self, error: Exception) -> Problem:
+        """Log an exception, and return it as a problem of the fields that the client sent."""
+        problems.log(error, self.call.id)
+        problem = problems.renamed(problems.describe(error, self.call.id), self.call.names)
+        self.call.metrics, self.call.problem = problem.metrics, problem.message
+        return problem
+
     async def fail(self, error: Exception) -> None:
         """Send the response for an exception, with its figures; no headers have been sent."""
         problem = self.problem(error)
         timing = () if problem.metrics is None else server_timing(problem.metrics)
         await self.reply(problem.body(), status=problem.status, headers=(*problem.headers, *timing))
-
-    def problem(self, error: Exception) -> Problem:
-        """Return what the client receives for an exception, and log what it does not."""
-        problems.log(error, self.call.id)
-        problem = problems.describe(error, self.call.id)
-        self.call.metrics, self.call.problem = problem.metrics, problem.message
-        return problem
 
 
 Handler = Callable[[Service, Exchange], Awaitable[None]]
@@ -216,8 +225,8 @@ def timing_header(durations: dict[str, float | None]) -> Headers:
     return ((b"server-timing", ", ".join(parts).encode()),)
 
 
-def decode(body: bytes, decoder: msgspec.json.Decoder[S]) -> S:
-    """Decode a body.
+def decode(body: bytes, decoder: msgspec.json.Decoder[S]) -> tuple[S, tuple[Unknown, ...]]:
+    """Decode a body, and return it with its unknown fields.
 
     Raises:
         InvalidRequest, Unsupported: see `Exchange.read`.
@@ -225,9 +234,9 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[S]) -> S:
     if _is_deeper(body, limits.MAX_DEPTH):
         raise InvalidRequest(f"The JSON is nested deeper than {limits.MAX_DEPTH} levels.")
     try:
-        return decoder.decode(body)
+        return _decode(body, decoder)
     except msgspec.ValidationError as error:
-        raise _field_error(str(error), decoder.type) from None
+        raise refusal(error, decoder.type) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise InvalidRequest("The body is not valid JSON in UTF-8.") from None
 
@@ -291,17 +300,14 @@ def _is_deeper(body: bytes, limit: int) -> bool:
     return bool(left)
 
 
-def _field_error(text: str, kind: type[msgspec.Struct]) -> InvalidRequest | Unsupported:
-    match = _PLACE.fullmatch(text)
-    problem, path = (match["problem"], match["path"] or "") if match else (text, "")
-    if named := _NAMED.fullmatch(problem):
-        path = f"{path}.{named['name']}".lstrip(".")
-        is_missing = named["how"].startswith("missing")
-        problem = "This field is required" if is_missing else "This field is unknown"
-    name = re.split(r"[.\[]", path, maxsplit=1)[0]
-    if name in marked(kind, "unsupported"):
-        return Unsupported(f"{name} is not supported here.", param=name)
-    return InvalidRequest(f"{path}: {problem}." if path else f"{problem}.", param=path or None)
+def _decode(body: bytes, decoder: msgspec.json.Decoder[S]) -> tuple[S, tuple[Unknown, ...]]:
+    try:
+        return decoder.decode(body), ()
+    except msgspec.ValidationError as error:
+        if not (names_unknown_field(error) and issubclass(decoder.type, fields.Body)):
+            raise
+    known, unknown = fields.known(msgspec.json.decode(body), decoder.type)
+    return decoder.decode(msgspec.json.encode(known)), unknown
 
 
 async def _disconnected(receive: Receive) -> None:

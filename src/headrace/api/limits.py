@@ -9,6 +9,7 @@ import re
 
 import msgspec
 
+from headrace.api.fields import OnUnknown
 from headrace.core.errors import ConfigError
 
 MAX_URL = 8 << 10
@@ -44,6 +45,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     models an admin key. `metrics_keys` open /metrics and nothing else; when there is a key of any
     kind, /metrics needs a metrics key or an admin's. `deadline_s` bounds a request from its
     arrival. `load_wait_s` is how long a request that is not streamed waits for its model to load.
+    `unknown_fields` is what becomes of a body's unknown fields.
 
     Raises:
         ConfigError: a key is not hashed, or a limit is not positive.
@@ -59,6 +61,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None = None
     load_wait_s: float = 30.0
     headers_after_s: float = 5.0
+    unknown_fields: OnUnknown = "warn"
 
     def __post_init__(self) -> None:
         """Check the keys and the limits."""

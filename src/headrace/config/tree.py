@@ -124,6 +124,9 @@ class HttpSettings(_Frozen):
     load_wait_s: float = Field(
         default=30.0, gt=0, description="how long a request waits for its model to load"
     )
+    unknown_fields: Annotated[Literal["ignore", "warn", "refuse"], BeforeValidator(_lower)] = Field(
+        default="warn", description="unknown fields of a request: ignore, warn, refuse"
+    )
 
 
 class Rules(_Frozen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -45,6 +46,11 @@ def _parse(text: str) -> float:
 
 def _refusal(value: object) -> str:
     return f"{value!r} is not a duration; write seconds, 5m, 1h30m, 0, or -1 for no limit"
+
+
+def is_text(text: str) -> bool:
+    """Whether a text has no control characters and no lone surrogates: it can be shown and sent."""
+    return all(unicodedata.category(character) not in ("Cc", "Cs") for character in text)
 
 
 def expanded(text: str | Path, error_type: type[HeadraceError] = InvalidRequest) -> Path:

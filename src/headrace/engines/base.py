@@ -23,6 +23,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 from pydantic import BaseModel, ConfigDict
 
+from headrace.core.constraint import Constraint
+from headrace.core.errors import ConfigError
 from headrace.core.events import Delta, FinishReason, Progress, TokenCount, TokenLogprob
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities, ModelFile, Task
@@ -54,6 +56,18 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     tasks: tuple[Task, ...] = ("generate",)
     remote: bool = False
     automatic: bool = True
+
+
+def check_task(task: Task, title: str, tasks: Sequence[Task]) -> None:
+    """Check that an engine or a provider has a task.
+
+    Raises:
+        ConfigError: it has not; `title` names it.
+    """
+    if task not in tasks:
+        raise ConfigError(
+            f"{title} has no models for the task {task}; it has {', '.join(tasks)}.", param="task"
+        )
 
 
 class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,13 +141,16 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     `answered` are the tokens of the answer that exist already, for engines that can `resume`: they
     are computed like those of the prompt, and only what follows them is yielded. The engine may
     count them as tokens of the prompt.
+
+    `constraint` has been compiled by the engine's llguidance before; `text.grammar` has its text.
+    An engine that declares `json_schema` enforces it. The worker checks the answer all the same.
     """
 
     token_ids: tuple[int, ...]
     max_tokens: int
     answered: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
-    json_schema: dict[str, Any] | None = None
+    constraint: Constraint | None = None
 
 
 class Admitted(msgspec.Struct, frozen=True):
@@ -187,6 +204,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about a loaded engine. `max_running` is how many requests it batches.
 
     `context_length` is in tokens for each request, prompt and completion together.
+    `grammar_library` is the file with the llguidance that compiles constraints; empty is the
+    package of that name.
     """
 
     device: str
@@ -196,6 +215,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: str | None = None
     bos_token: str = ""
     eos_token: str = ""
+    grammar_library: str = ""
     batch: BatchLimits = BatchLimits()
     notes: tuple[str, ...] = ()
 

@@ -89,6 +89,8 @@ class Child:
         def resolved(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
             return worker_spec
 
+        if worker_spec.import_from is not None and worker_spec.import_from not in sys.path:
+            sys.path.append(worker_spec.import_from)
         content = message.log.content
         self._worker = worker = Worker(worker_spec.model, resolved, log_content=content)
         if error := await _failure(worker.start()):

@@ -10,8 +10,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import msgspec
 
-from headrace.core.errors import Draining, LoadFailed, WorkerDied, from_record
-from headrace.core.events import Event
+from headrace.core.errors import Draining, HeadraceError, LoadFailed, WorkerDied, from_record
+from headrace.core.events import Delta, Event
+from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import AnyRequest
 from headrace.log import LogSettings
@@ -36,6 +37,16 @@ _LAST_STEP_S = 10.0
 _LAST_WORD_S = 1.0
 _WATCH_S = 0.25
 _FREED_LOOKS, _FREED_STEP_S = 100, 0.05
+
+
+class _Progress:
+    """What a stream has yielded so far."""
+
+    __slots__ = ("chunks", "tokens", "visible_at")
+
+    def __init__(self) -> None:
+        self.chunks = self.tokens = 0
+        self.visible_at: float | None = None
 
 
 OnGone = Callable[[WorkerDied], None]
@@ -109,7 +120,7 @@ class WorkerProcess:
         """
         child = self._ready()
         listener = child.begin(request)
-        mailbox, over = listener.mailbox, False
+        mailbox, over, progress = listener.mailbox, False, _Progress()
         try:
             while True:
                 while not mailbox:
@@ -118,8 +129,13 @@ class WorkerProcess:
                 if isinstance(event, Ended):
                     over = True
                     if event.error is not None:
-                        raise from_record(event.error)
+                        raise self._failed(from_record(event.error), request, progress)
                     return
+                if type(event) is Delta:
+                    progress.chunks += 1
+                    progress.tokens += len(event.token_ids)
+                    if progress.visible_at is None and (event.text or event.reasoning):
+                        progress.visible_at = time.monotonic()
                 yield event
         finally:
             try:
@@ -168,6 +184,26 @@ class WorkerProcess:
         """End the process after its event loop was closed: the lost connection ends it."""
         if self._child is not None:
             self._child.link.shut()
+
+    def _failed(
+        self, error: HeadraceError, request: AnyRequest, progress: _Progress
+    ) -> HeadraceError:
+        """Return an error with figures; a child that has died cannot report its own."""
+        if error.metrics is None:
+            now, visible, info = time.monotonic(), progress.visible_at, self._info
+            error.metrics = InferenceMetrics(
+                started_at=time.time() - (now - request.received),
+                load_ms=request.load_ms,
+                time_to_first_token_ms=visible and (visible - request.received) * 1000,
+                total_ms=(now - request.received) * 1000,
+                chunks=progress.chunks,
+                usage=Usage(completion_tokens=progress.tokens),
+                engine=info.engine if info else "",
+                worker=self.spec.name,
+                model=self.spec.name,
+                outcome="error",
+            )
+        return error
 
     def _ready(self) -> ChildProcess:
         self._life.require_ready()

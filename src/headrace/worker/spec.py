@@ -24,6 +24,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A model whose source has been resolved: everything that a process needs to load it.
 
     `memory` is the budget of all models on its device in bytes; None is the whole device.
+    `import_from` is the folder of an engine that is given by its import path.
     """
 
     model: ModelSpec
@@ -31,6 +32,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     engine_reason: str = ""
     memory: int | None = None
+    import_from: str | None = None
 
 
 def open_request(worker_spec: WorkerSpec) -> OpenRequest:

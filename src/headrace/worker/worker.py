@@ -23,6 +23,7 @@ from headrace.machine import Sampler, system
 from headrace.models.transfer import silent
 from headrace.worker import encode, generate, remote
 from headrace.worker.batching import Batcher
+from headrace.worker.compiler import Compiler
 from headrace.worker.generate import Loaded
 from headrace.worker.prompt import Prompter
 from headrace.worker.remote import Connected
@@ -275,6 +276,7 @@ class Worker:
             facts=engine.facts,
             turns=Turns(slots),
             max_choices=slots + self.spec.max_queued,
+            compiler=Compiler(),
             log_content=self._log_content,
             engine=engine,
             stops=self.spec.stop,
@@ -292,6 +294,7 @@ class Worker:
             facts=engine.facts,
             turns=Turns(slots),
             max_choices=slots + self.spec.max_queued,
+            compiler=Compiler(engine.facts.grammar_library),
             sampler=Sampler(device=engine.facts.device),
             log_content=self._log_content,
             engine=engine,
@@ -319,6 +322,7 @@ def _start_facts(worker_spec: WorkerSpec) -> dict[str, object]:
 
 
 async def _free(served: Loaded | Connected) -> None:
+    await served.compiler.aclose()
     if isinstance(served, Connected):
         await served.engine.aclose()
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import ctypes
 import gc
 import http.client
 import secrets
@@ -18,6 +19,7 @@ from typing import Any
 
 import msgspec
 import xllamacpp
+import xllamacpp.xllamacpp as library
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
 from headrace.core.model import Capabilities
@@ -195,6 +197,7 @@ class Engine(base.Embedder):
         props = self._ask("/props")
         granted = props["default_generation_settings"]["n_ctx"]
         plan.granted_context(request, granted)
+        grammar_library = _grammar_library()
         return EngineFacts(
             device=device,
             context_length=min(granted, planned.context_length),
@@ -203,9 +206,10 @@ class Engine(base.Embedder):
             bos_token=props["bos_token"],
             eos_token=props["eos_token"],
             notes=planned.notes,
+            grammar_library=grammar_library,
             capabilities=Capabilities(
                 sampling=HONOURED,
-                json_schema=True,
+                json_schema=bool(grammar_library),
                 batch_invariant=device == "cpu" and _is_reproducible(self._options),
                 resume=True,
             ),
@@ -236,6 +240,15 @@ class Engine(base.Embedder):
         if "error" in answer:
             raise error_from(answer["error"])
         return answer
+
+
+def _grammar_library() -> str:
+    """Return the file with the llguidance of this build; empty without one.
+
+    Without it a schema could not be enforced: the library drops in silence what it cannot compile.
+    """
+    path = str(library.__file__)
+    return path if hasattr(ctypes.CDLL(path), "llg_new_matcher") else ""
 
 
 def _is_reproducible(options: Options) -> bool:

@@ -59,6 +59,7 @@ _MANAGED = (
     "enable_prompt_embeds",
     "disable_log_stats",
     "enable_log_requests",
+    "structured_outputs_config",
 )
 
 _REFUSED = {theirs: f"it is the option {ours}" for ours, theirs in _TYPED.items()} | {
