@@ -74,9 +74,11 @@ def test_ps_shows_models_and_devices(capsys: pytest.CaptureFixture[str]) -> None
         assert ask(service, "ps", "--json") == 0
         assert json.loads(capsys.readouterr().out)["models"][0]["id"] == "small"
     heads, small, big = first.splitlines()
-    assert " ".join(heads.split()) == "NAME STATE ENGINE MEMORY QUEUE UNTIL RESTARTS ERROR"
+    assert (
+        " ".join(heads.split()) == "NAME STATE ENGINE MEMORY RUNNING QUEUED UNLOADS RESTARTS ERROR"
+    )
     assert "small  ready" in small
-    assert "llamacpp  150.0 MB  2/8 + 3/64" in small
+    assert "llamacpp  150.0 MB  2/8      3/64" in small
     assert "The worker died: SIGSEGV xxx" in small
     assert "loading (downloading 25%)" in big
     assert " ".join(second.split()) == "DEVICE BUDGET BOOKED FREE cpu 8.0 GB 150.0 MB 9.0 GB"
@@ -86,12 +88,12 @@ def test_ps_shows_models_and_devices(capsys: pytest.CaptureFixture[str]) -> None
     ("fields", "cells"),
     [
         ({}, ["ready", "150.0 MB", "in 3m20s"]),
-        ({"until": None}, ["forever"]),
+        ({"until": None}, ["never"]),
         ({"until": NOW + 7500}, ["in 2h05m"]),
         ({"until": NOW - 1}, ["in 0s"]),
         ({"pinned": True}, ["pinned"]),
         ({"enabled": False}, ["disabled"]),
-        ({"state": "stopped", "memory": {}, "max_running": None}, ["stopped", "2/- + 3/64"]),
+        ({"state": "stopped", "memory": {}, "max_running": None}, ["stopped", "2/-", "3/64"]),
         (
             {"memory": {}, "estimated": Footprint(devices={"cpu": MB, "cuda:0": 2 * MB})},
             ["~1.0 MB cpu + 2.0 MB cuda:0"],

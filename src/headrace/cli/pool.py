@@ -35,7 +35,17 @@ if TYPE_CHECKING:
 _EVERY_S = 1.0
 _POLL_S = 0.3
 _LONGEST_ERROR = 60
-_MODEL_HEADS = ("NAME", "STATE", "ENGINE", "MEMORY", "QUEUE", "UNTIL", "RESTARTS", "ERROR")
+_MODEL_HEADS = (
+    "NAME",
+    "STATE",
+    "ENGINE",
+    "MEMORY",
+    "RUNNING",
+    "QUEUED",
+    "UNLOADS",
+    "RESTARTS",
+    "ERROR",
+)
 _DEVICE_HEADS = ("DEVICE", "BUDGET", "BOOKED", "FREE")
 _HOME, _END_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
 
@@ -187,7 +197,8 @@ def _rows(model: ModelStatus, now: float) -> Iterator[tuple[str | None, ...]]:
         state(model, stage=True),
         model.engine or None,
         amounts(model.memory) or (estimated and f"~{estimated}"),
-        f"{requests_of(model)} + {model.queued}/{model.max_queued}",
+        requests_of(model),
+        f"{model.queued}/{model.max_queued}",
         _until(model, now),
         str(model.restarts),
         error or None,
@@ -197,8 +208,8 @@ def _rows(model: ModelStatus, now: float) -> Iterator[tuple[str | None, ...]]:
 
 
 def _replica(replica: ReplicaStatus) -> tuple[str | None, ...]:
-    load, name = f"{replica.running} running", f"  #{replica.number}"
-    return name, replica.state, None, amounts(replica.memory), load, None, None, replica.reason
+    name, memory = f"  #{replica.number}", amounts(replica.memory)
+    return name, replica.state, None, memory, str(replica.running), *[None] * 3, replica.reason
 
 
 def state(model: ModelStatus, *, stage: bool = False) -> str:
@@ -206,7 +217,7 @@ def state(model: ModelStatus, *, stage: bool = False) -> str:
     if not model.enabled:
         return "disabled"
     share = f" {100 * model.done // model.total}%" if model.progress and model.total else ""
-    if stage and model.progress:
+    if stage and model.progress and model.progress != model.state:
         return f"{model.state} ({model.progress}{share})"
     return f"{model.state}{share}"
 
@@ -221,7 +232,7 @@ def _until(model: ModelStatus, now: float) -> str | None:
         return "pinned"
     if model.state != "ready":
         return None
-    return "forever" if model.until is None else f"in {terminal.span(model.until - now)}"
+    return "never" if model.until is None else f"in {terminal.span(model.until - now)}"
 
 
 def _event_line(event: PoolEvent) -> str:
