@@ -613,3 +613,31 @@ def test_only_near_names_are_suggested(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"Did you mean HEADRACE_MAX_RUNNING\?") as caught:
         load(environ={"HOME": str(tmp_path), "HEADRACE_MAX_RUNING": "1"}, cwd=tmp_path)
     assert len(caught.value.message) < 300
+
+
+def test_a_models_variables_come_from_the_file_and_flags_and_are_never_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Issue 11.12: a table, or names to pass on; refused over HTTP; masked wherever it is shown."""
+    file = tmp_path / "headrace.toml"
+    file.write_text(
+        '[models.a]\nmodel = "builtin:echo"\nenv = {TOKEN = "v41ue", N = 1}\n'
+        '[models.b]\nmodel = "builtin:echo"\nenv = ["AWS_REGION", "A=b=c,d"]\n'
+    )
+    settings = load(file=file, environ={}, cwd=tmp_path)
+    assert settings.model_spec("a").env == {"TOKEN": "v41ue", "N": "1"}
+    assert settings.model_spec("b").env == {"AWS_REGION": None, "A": "b=c,d"}
+    assert "v41ue" not in repr([*settings.show()])
+    assert {"TOKEN": "…", "N": "…"} in [row.value for row in settings.show()]
+    for changes in ({"env": {"LD_PRELOAD": "/tmp/x.so"}}, {"env": ["A=b"]}):
+        with pytest.raises(ConfigError, match="env is set in the configuration only"):
+            settings.changed("a", changes)
+    flags = load(file=file, environ={}, cwd=tmp_path, flags={"env": ["X=1,2", "Y"]})
+    assert flags.model_spec("a").env == {"X": "1,2", "Y": None}
+    variable = load(environ={"HEADRACE_ENV": "X=1,Y"}, cwd=tmp_path)
+    assert variable.model_spec("builtin:echo").env == {"X": "1", "Y": None}
+    for wrong in ('{"1X" = "v41ue"}', '{CUDA_VISIBLE_DEVICES = "v41ue"}', '["", "v41ue"]', "3"):
+        file.write_text(f'[models.a]\nmodel = "builtin:echo"\nenv = {wrong}\n')
+        with pytest.raises(ConfigError, match="env") as caught:
+            load(file=file, environ={}, cwd=tmp_path)
+        assert "v41ue" not in str(caught.value)

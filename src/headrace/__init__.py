@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headrace.core.constraint import Constraint
     from headrace.core.errors import (
         CapacityError,
         ConfigError,
+        ConstraintViolated,
         ContextOverflow,
         DeadlineExceeded,
         Disabled,
@@ -55,6 +57,8 @@ __all__ = [
     "CapacityError",
     "Choice",
     "ConfigError",
+    "Constraint",
+    "ConstraintViolated",
     "ContextOverflow",
     "DeadlineExceeded",
     "Delta",
@@ -104,6 +108,8 @@ _HOMES = {
     "CapacityError": "headrace.core.errors",
     "Choice": "headrace.core.events",
     "ConfigError": "headrace.core.errors",
+    "Constraint": "headrace.core.constraint",
+    "ConstraintViolated": "headrace.core.errors",
     "ContextOverflow": "headrace.core.errors",
     "DeadlineExceeded": "headrace.core.errors",
     "Delta": "headrace.core.events",

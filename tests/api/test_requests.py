@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import json
 from typing import Any
 
 import pytest
@@ -209,7 +211,6 @@ WRONG = [
     ("response_format", {"type": "text", "schema": {}}),
     ("response_format", {"type": "json_object", "json_schema": {"name": "n", "schema": {}}}),
     ("response_format", {"type": "json_object", "schema": {"minItems": 10**9}}),
-    ("response_format", {"type": "json_schema", "schema": {}, "json_schema": {"name": "n"}}),
     ("stream_options", {"include_usage": True}), ("ignore_eos", 1),
 ]  # fmt: skip
 
@@ -276,6 +277,55 @@ async def test_choices_are_limited() -> None:
 async def test_what_is_not_json_is_refused(body: bytes) -> None:
     """A: NaN, infinities, bad UTF-8, deep nesting and broken JSON are a 400, at once."""
     assert (await refused(CHAT, body))["code"] == "invalid_value"
+
+
+SENTENCES = {
+    b"": "The body is empty; it must be JSON.",
+    b" \n": "The body is empty; it must be JSON.",
+    b"{": "The body is not valid JSON: it ends too early.",
+    b'{"model": "m",}': "The body is not valid JSON: trailing comma in object (byte 14).",
+    b"{'model': 1}": "The body is not valid JSON: object keys must be strings (byte 1).",
+    b'{"model": "\\x"}': "The body is not valid JSON: invalid escape character",
+    b'{"model": "\\u12"}': "The body is not valid JSON: ",
+    b'{"model": "\xff"}': "The body is not UTF-8: invalid start byte (byte 11).",
+    b'{"model": "\xed\xa0\x80"}': "The body is not UTF-8: invalid continuation byte (byte 11).",
+    b"\xef\xbb\xbf{}": "The body begins with a byte order mark; send UTF-8 without one.",
+    "{}".encode("utf-16"): "The body begins with a byte order mark; send UTF-8 without one.",
+}
+LONE = [
+    b'{"model": "\\ud800"}', b'{"model": "\\udc00"}', b'{"model": "\\uD83Dabcdefghi"}',
+    b'{"model": "\\ud83d\\ud83d and more"}', b'{"nobody": "\\ud800", "knows": "this"}',
+    b'{"\\ud800": 1}', b'{"messages": [{"role": "user", "content": "a\\udfff"}]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "sentence"), SENTENCES.items())
+async def test_each_fault_of_a_body_has_a_sentence(body: bytes, sentence: str) -> None:
+    """Issue 12.3: what is wrong, and where."""
+    assert (await refused(CHAT, body))["message"].startswith(sentence)
+
+
+@pytest.mark.parametrize("body", LONE)
+async def test_lone_surrogates(body: bytes) -> None:
+    """Issue 12.3: with a sentence of their own; a pair is a character."""
+    assert "half of a surrogate pair" in (await refused(CHAT, body))["message"]
+    pair = await asked(CHAT, chat(messages=[{"role": "user", "content": "\U0001f600"}]))
+    assert pair.messages == (Message("user", "\U0001f600"),)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "zstd", "deflate", "GZIP", "gzip, identity"])
+async def test_codings_of_a_body(coding: str) -> None:
+    """Issue 12.3: 415 names the coding, whatever the body is; none, or identity, is read."""
+    body = gzip.compress(json.dumps(chat()).encode())
+    async with client() as http:
+        headers = {"content-encoding": coding}
+        answer = await http.post(CHAT, content=body, headers=headers)
+        unsaid = await http.post(CHAT, content=body)
+        plain = await http.post(CHAT, json=chat(), headers={"content-encoding": "identity"})
+    assert [answer.status_code, unsaid.status_code, plain.status_code] == [415, 415, 200]
+    assert f"encoded with {coding.lower()};" in answer.json()["error"]["message"]
+    assert "encoded with gzip;" in unsaid.json()["error"]["message"]
+    assert answer.headers["accept-encoding"] == "identity"
 
 
 async def test_brackets_in_strings_are_no_depth() -> None:

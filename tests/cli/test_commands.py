@@ -17,7 +17,7 @@ from tests.cli.programs import HELLO, PROGRAM, ask, headrace, serving
 from headrace.cli.app import _GROUPS, _name, app, run
 from headrace.core.sampling import SamplingFields, described
 
-HEAVY = {"torch", "fastapi", "starlette", "uvicorn", "xllamacpp", "huggingface_hub", "numpy"}
+HEAVY = {"torch", "fastapi", "starlette", "httptools", "xllamacpp", "huggingface_hub", "numpy"}
 
 
 @pytest.mark.parametrize(

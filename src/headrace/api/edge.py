@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.api import fields, limits
+from headrace.api import fields
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.problems import Headers, Refused, refused
@@ -78,6 +78,9 @@ class Edge:
     ) -> None:
         scope = exchange.scope
         try:
+            if "headrace.refused" in scope:
+                # Taken out of the scope, which the traceback leads to: it would be a cycle.
+                raise scope.pop("headrace.refused")
             _check_head(scope, headers, exchange.settings)
             if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
                 await _answer_preflight(exchange, headers)
@@ -180,20 +183,12 @@ def _key(headers: dict[bytes, bytes]) -> bytes | None:
 
 
 def _check_head(scope: Scope, headers: dict[bytes, bytes], settings: ApiSettings) -> None:
-    path = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogateescape")
-    _check_sizes(path, scope.get("query_string", b""), scope["headers"])
     _check_host(scope["headers"], settings)
     if b"origin" in headers:
         _check_origin(headers[b"origin"].decode("latin-1"), settings)
-
-
-def _check_sizes(path: bytes, query: bytes, headers: _HeaderList) -> None:
-    if len(path) + len(query) > limits.MAX_URL:
-        raise refused(414, f"The URL is longer than {limits.MAX_URL} bytes.", "url_too_long")
-    # 4 bytes a line for what separates name and value.
-    if sum(len(name) + len(value) + 4 for name, value in headers) > limits.MAX_HEADER:
-        message = f"The header is larger than {limits.MAX_HEADER} bytes."
-        raise refused(431, message, "header_too_large")
+    # A form of a foreign page, from a browser that sends no Origin with it.
+    elif headers.get(b"sec-fetch-site") == b"cross-site" and scope["method"] == "POST":
+        _check_origin("null", settings)
 
 
 def _check_host(headers: _HeaderList, settings: ApiSettings) -> None:

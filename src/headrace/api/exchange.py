@@ -32,6 +32,10 @@ _LARGE_BODY = 64 << 10
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _AS_SQUARE = bytes.maketrans(b"{}", b"[]")
+_GZIP = b"\x1f\x8b"
+_BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_BYTE = re.compile(r"\(byte (\d+)\)")
 
 
 class ClientGone(Exception):
@@ -237,8 +241,8 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[S]) -> tuple[S, tuple[Unkn
         return _decode(body, decoder)
     except msgspec.ValidationError as error:
         raise refusal(error, decoder.type) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise InvalidRequest("The body is not valid JSON in UTF-8.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _not_json(body, str(error)) from None
 
 
 @cache
@@ -253,9 +257,9 @@ def marked(kind: type[msgspec.Struct], mark: str) -> dict[str, Any]:
 
 
 async def _read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
-    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if kind not in {b"", b"application/json"} and not kind.endswith(b"+json"):
-        raise refused(415, "The body must be application/json.", "unsupported_content_type")
+    coding = headers.get(b"content-encoding", b"").strip().lower()
+    if coding not in {b"", b"identity"}:
+        raise _encoded(coding.decode("latin-1"))
     declared = headers.get(b"content-length", b"0")
     if not declared.isdigit() or int(declared[:20]) > limit:
         raise _too_large(limit)
@@ -279,6 +283,37 @@ async def _read_all(receive: Receive, limit: int) -> bytes:
             raise _too_large(limit)
         if not message.get("more_body", False):
             return b"".join(parts)
+
+
+def _encoded(coding: str) -> Refused:
+    message = f"The body is encoded with {coding}; send it as it is, without a Content-Encoding."
+    return refused(
+        415, message, "unsupported_content_encoding", ((b"accept-encoding", b"identity"),)
+    )
+
+
+def _not_json(body: bytes, problem: str) -> InvalidRequest | Refused:
+    """Return the error for a body that cannot be decoded, with its reason."""
+    if not body.strip():
+        return InvalidRequest("The body is empty; it must be JSON.")
+    if body.startswith(_GZIP):
+        return _encoded("gzip")
+    if body.startswith(_BYTE_ORDER_MARKS):
+        return InvalidRequest("The body begins with a byte order mark; send UTF-8 without one.")
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        return InvalidRequest(f"The body is not UTF-8: {error.reason} (byte {error.start}).")
+    match = _BYTE.search(problem)
+    place = int(match[1]) if match else len(body)
+    # The decoder has just read a surrogate, and what follows it is not the other half.
+    if _SURROGATE.search(body, max(place - 14, 0), place + 1) and "character" not in problem:
+        message = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+        return InvalidRequest(f"The body has {message}, before byte {place}.")
+    reason = problem.removeprefix("JSON is malformed: ")
+    if reason == "Input data was truncated":
+        reason = "it ends too early"
+    return InvalidRequest(f"The body is not valid JSON: {reason}.")
 
 
 def _too_large(limit: int) -> Refused:

@@ -41,6 +41,7 @@ KINDS: dict[type[HeadraceError], tuple[int, str, str | None]] = {
     errors.LoadFailed: (503, _SERVER, "model_load_failed"),
     errors.GenerationFailed: (500, _SERVER, "generation_failed"),
     errors.ConstraintViolated: (500, _SERVER, "constraint_violated"),
+    errors.NotStarted: (503, _SERVER, "not_started"),
     errors.OutOfMemory: (503, _SERVER, "out_of_memory"),
     errors.WorkerDied: (502, _SERVER, "worker_died"),
     errors.UpstreamError: (502, _SERVER, "upstream_error"),

@@ -302,7 +302,9 @@ def _schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
     if wanted is None:
         return None
     named, flat = wanted.json_schema, wanted.schema
-    if wanted.type != "json_schema" and (named or (flat and wanted.type == "text")):
+    if wanted.type != "json_schema" and (
+        named is not None or (wanted.type == "text" and flat is not None)
+    ):
         raise InvalidRequest("A schema needs type json_schema.", param="response_format.type")
     if wanted.type == "text":
         return None
@@ -310,6 +312,8 @@ def _schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
         return {"type": "object"} if flat is None else flat
     if named is None and flat is None:
         raise InvalidRequest("json_schema is missing.", param="response_format.json_schema")
-    inner = (named.schema or {}) if named else None
-    places = ("response_format.schema", flat, "response_format.json_schema.schema", inner)
-    return _either(*places) or {}
+    if named is not None and flat is not None:
+        raise InvalidRequest(
+            "schema and json_schema are both given.", param="response_format.schema"
+        )
+    return (flat if named is None else named.schema) or {}

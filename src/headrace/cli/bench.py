@@ -15,7 +15,7 @@ import typer
 
 from headrace.cli import bench_text, terminal
 from headrace.cli.common import Common, ModelFlags, known_models, loop_factory
-from headrace.core.errors import ConfigError, UpstreamError
+from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from headrace.cli.terminal import Report
@@ -191,7 +191,6 @@ def _measured(
 
     from headrace import runtime
     from headrace.lab.bench.run import Source
-    from headrace.lab.http import Broken
 
     source = Source(
         url=given.url or "",
@@ -209,9 +208,6 @@ def _measured(
             return runner.run(_measure(plan, source, arguments, report))
         except asyncio.CancelledError:
             raise typer.Exit(_INTERRUPTED) from None
-        except Broken as error:
-            message = f"There is no answer from {given.url or 'the server'}: {error}."
-            raise UpstreamError(message, param="url") from None
 
 
 async def _measure(plan: Settings, source: Source, arguments: Sequence[str], report: Report) -> Run:

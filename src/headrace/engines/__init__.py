@@ -177,6 +177,23 @@ def footprint(name: str, request: OpenRequest) -> Footprint:
     return _module(name).footprint(request)
 
 
+def writes(name: str, request: OpenRequest) -> Sequence[Path]:
+    """Return the folders that a confined engine writes to beside that of temporary files."""
+    return _module(name).writes(request)
+
+
+def import_library(name: str) -> None:
+    """Import an engine's library, unless Python has compiled it before.
+
+    A confined process cannot keep what Python compiles, and would compile it at each load.
+    """
+    library = about(name).requires
+    spec = importlib.util.find_spec(library) if library else None
+    source = spec.origin if spec is not None and spec.origin else ""
+    if source.endswith(".py") and not Path(importlib.util.cache_from_source(source)).exists():
+        _engine(name)
+
+
 def open_engine(name: str, request: OpenRequest) -> Engine:
     """Load a model on an engine. Blocking.
 

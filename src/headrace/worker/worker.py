@@ -18,6 +18,7 @@ from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import (
     AnyRequest,
 )
+from headrace.core.values import masked
 from headrace.engines.base import Embedder, Engine, OpenRequest, Pair, RemoteEngine, Reranker
 from headrace.machine import Sampler, system
 from headrace.models.transfer import silent
@@ -295,7 +296,10 @@ class Worker:
             turns=Turns(slots),
             max_choices=slots + self.spec.max_queued,
             compiler=Compiler(engine.facts.grammar_library),
-            sampler=Sampler(device=engine.facts.device),
+            sampler=Sampler(
+                device=worker_spec.service_name(engine.facts.device),
+                name=worker_spec.service_name,
+            ),
             log_content=self._log_content,
             engine=engine,
             prompter=prompter,
@@ -307,7 +311,8 @@ class Worker:
 
 def _start_facts(worker_spec: WorkerSpec) -> dict[str, object]:
     parameters = msgspec.to_builtins(worker_spec.model) | {
-        "chat_template": bool(worker_spec.model.chat_template)
+        "chat_template": bool(worker_spec.model.chat_template),
+        "env": masked("env", worker_spec.model.env),
     }
     file = msgspec.structs.replace(worker_spec.file, chat_template=None)
     return {

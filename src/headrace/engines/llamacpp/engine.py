@@ -36,6 +36,7 @@ _FLASH = {"auto": -1, "off": 0, "on": 1}
 _ROPE = {"model": -1, "none": 0, "linear": 1, "yarn": 2}
 _POOLING = {"model": -1, "mean": 1, "cls": 2, "last": 3}
 _LOAD_MMAP, _LOAD_READ = 1, 0
+_NO_SPLIT = 0
 _UNNORMALISED = -1
 
 
@@ -134,7 +135,7 @@ class Engine(base.Embedder):
     def _load(self, request: OpenRequest) -> None:
         device = _device(request.device, xllamacpp.get_device_info())
         planned = plan_slots(request, self._options, on_cpu=device == "cpu")
-        params = self._params(xllamacpp.CommonParams(), planned, device)
+        params = self._params(request, xllamacpp.CommonParams(), planned, device)
         if device == "cpu":
             self._guard.start()
         try:
@@ -149,7 +150,7 @@ class Engine(base.Embedder):
             self.facts = self._embedding_facts(request)
         self._threads = ThreadPoolExecutor(planned.slots, "llamacpp")
 
-    def _params(self, params: Any, planned: CachePlan, device: str) -> Any:
+    def _params(self, request: OpenRequest, params: Any, planned: CachePlan, device: str) -> Any:
         options, on_cpu = self._options, device == "cpu"
         params.model.path = self._model.path
         params.n_ctx = planned.tokens
@@ -162,6 +163,9 @@ class Engine(base.Embedder):
         if self._embeds:
             self._prepare_embeddings(params, planned.context_length)
         params.n_gpu_layers = 0 if on_cpu else options.gpu_layers
+        if len(request.gpus) == 1:
+            params.main_gpu = int(request.gpus[0].partition(":")[2])
+            params.split_mode = _NO_SPLIT
         params.flash_attn_type = _FLASH[options.flash_attention]
         params.cache_type_k = params.cache_type_v = _KV_TYPES[options.kv_type or "f16"]
         params.cache_prompt = options.prefix_cache
@@ -266,9 +270,10 @@ def _device(wanted: str, devices: Sequence[dict[str, Any]]) -> str:
     ]
     if wanted == "auto":
         return available[0] if available else "cpu"
-    if wanted not in available:
-        raise LoadFailed(f"This build of llama.cpp has no device {wanted}; it has {available}.")
-    return wanted
+    kind, _, number = wanted.partition(":")
+    if kind not in available or (number and f"{kind}{number}" not in names):
+        raise LoadFailed(f"This build of llama.cpp has no device {wanted}; it has {names}.")
+    return kind
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -43,7 +43,8 @@ class Vocabulary:
         control = {at for at, pair in enumerate(zip(bare, full, strict=True)) if _is_control(*pair)}
         self.shown = [b"" if at in control else word for at, word in enumerate(self.words)]
         # The library sets up its table of array types at the first read of a tensor. Two threads
-        # that do this at once wait for each other for ever (one has the GIL, one the table's lock).
+        # that do this at once wait for each other without end: one has the GIL, the other the
+        # table's lock.
         self.tokenize("a", add_special=True)
 
     def tokenize(self, text: str, *, add_special: bool) -> list[int]:

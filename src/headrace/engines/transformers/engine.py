@@ -91,7 +91,10 @@ class Engine(TokenizerMixin):
         dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
         arguments: dict[str, Any] = {
             "dtype": dtype,
-            **_placement(options.device_map, options.max_memory),
+            **_placement(
+                options.device_map or ("balanced" if len(request.gpus) > 1 else None),
+                options.max_memory,
+            ),
             **_quantization(options.quantization, device, dtype),
         }
         if options.attention != "auto":
