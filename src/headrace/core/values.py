@@ -1,4 +1,4 @@
-"""Values of settings: durations and paths as text, and secrets that are not shown."""
+"""Durations, sizes and paths as text, and secrets that are not shown."""
 
 from __future__ import annotations
 
@@ -94,6 +94,39 @@ def expanded(text: str | Path, error_type: type[HeadraceError] = InvalidRequest)
         return Path(text).expanduser()
     except RuntimeError as error:
         raise error_type(f"{str(text)!r}: there is no such home directory.") from error
+
+
+def size(count: int | None) -> str | None:
+    """Return bytes in the largest fitting unit: `96.5 MB`; None for None."""
+    if count is None:
+        return None
+    amount, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while amount >= 1000 and unit != "TB":
+        amount, unit = amount / 1000, next(units)
+    return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def amounts(memory: Mapping[str, int]) -> str | None:
+    """Return bytes by device as text; the device is left out if it is only the CPU."""
+    if list(memory) == ["cpu"]:
+        return size(memory["cpu"])
+    return " + ".join(f"{size(count)} {name}" for name, count in memory.items()) or None
+
+
+def span(seconds: float) -> str:
+    """Return a duration in at most two units: `42s`, `3m20s`, `2h05m`."""
+    whole = max(0, round(seconds))
+    minutes, hours = whole // 60, whole // 3600
+    if hours:
+        return f"{hours}h{minutes % 60:02}m"
+    return f"{minutes}m{whole % 60:02}s" if minutes else f"{whole}s"
+
+
+def flat(text: str) -> str:
+    """Return text on one line, without characters that move the cursor or change the direction."""
+    indent = len(text) - len(text.lstrip(" "))
+    return " " * indent + "".join(filter(str.isprintable, " ".join(text.split())))
 
 
 def names_secret(variable: str) -> bool:

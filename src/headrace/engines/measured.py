@@ -196,7 +196,7 @@ def _key(file: ModelFile) -> str:
 def _read(path: Path) -> dict[str, Record]:
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Record])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, msgspec.DecodeError) as error:
         data = {"path": str(path), "error": str(error)}

@@ -238,7 +238,8 @@ class Loader:
         self.memory.ledger.settle(replica.key, measured)
         replica.loaded(worker, load_s, dict(measured))
         self._task(self._watch(entry, replica, worker), f"watch {replica.key}")
-        self._publish("ready", entry, replica, ms=round(load_s * 1000), memory=dict(measured))
+        ready = {"ms": round(load_s * 1000), "memory": dict(measured), "engine": need.engine}
+        self._publish("ready", entry, replica, **ready)
         entry.became_ready()
         self._task(self._remember(replica.placed_spec, dict(measured), load_s), "remember")
 

@@ -195,7 +195,7 @@ class Pool:
             self.draining = True
             for entry in self._all_entries():
                 entry.draining = True
-            self.events.publish("draining")
+            self.events.publish("draining", running=self._streams, drain_s=drain_s)
             self._closing = asyncio.create_task(self._close(), name="close the pool")
         await asyncio.shield(self._closing)
 
