@@ -585,6 +585,36 @@ def test_a_model_has_no_setting_beside_its_declaration() -> None:
     assert ModelSpec(name="x", **checked) == ModelSpec(name="x", model="x")
 
 
+def test_all_errors_of_a_file_at_once_with_their_lines(tmp_path: Path) -> None:
+    """Issue 12.30: unknown keys first, then values; a byte order mark is no error."""
+    path = tmp_path / "headrace.toml"
+    lines = ["foo = 1", "[server]", "prot = 2", '[models."a b"]', 'model = "echo"', "slot = 3"]
+    path.write_text("\n".join(lines), encoding="utf-8-sig")
+    with pytest.raises(ConfigError) as caught:
+        load(file=path, environ={"HOME": str(tmp_path)})
+    text = caught.value.message
+    assert [f"line {number}:" in text for number in (1, 3, 6)] == [True] * 3
+    assert "Did you mean server.port?" in text
+    assert len(text.splitlines()) == 3
+    path.write_text('[server]\nport = "x"\n\ndrain_s = -1\n', encoding="utf-8-sig")
+    with pytest.raises(ConfigError) as caught:
+        load(file=path, environ={"HOME": str(tmp_path)})
+    assert [line.partition(": ")[0][-7:] for line in caught.value.message.splitlines()] == [
+        ", line 2"[-7:],
+        ", line 4"[-7:],
+    ]
+
+
+def test_only_near_names_are_suggested(tmp_path: Path) -> None:
+    """Issue 12.30: no list of a hundred names, and nothing that only shares the prefix."""
+    with pytest.raises(ConfigError) as caught:
+        load(environ={"HOME": str(tmp_path), "HEADRACE_FOO": "1"}, cwd=tmp_path)
+    assert caught.value.message == "environment: HEADRACE_FOO is no setting."
+    with pytest.raises(ConfigError, match=r"Did you mean HEADRACE_MAX_RUNNING\?") as caught:
+        load(environ={"HOME": str(tmp_path), "HEADRACE_MAX_RUNING": "1"}, cwd=tmp_path)
+    assert len(caught.value.message) < 300
+
+
 def test_a_models_variables_come_from_the_file_and_flags_and_are_never_shown(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,19 +3,29 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
 from tests.worker.rig import ask, echo, resolve, worker
 
+import headrace
 from headrace.core.request import Message
+from headrace.core.status import EventKind
 from headrace.core.stream import collect
-from headrace.log import JsonLines, LogSettings, TextLines, configure
+from headrace.log import (
+    _FOR_MACHINES,
+    _SENTENCES,
+    JsonLines,
+    LogSettings,
+    TextLines,
+    configure,
+)
 from headrace.worker.process import WorkerProcess
 
 SECRET = "the-secret-prompt"
@@ -34,7 +44,13 @@ def _kept() -> Iterator[None]:
 
 def record(**fields: Any) -> logging.LogRecord:
     made = logging.makeLogRecord(
-        {"name": "headrace.x", "levelname": "INFO", "msg": "it %s", "args": ("happened",)}
+        {
+            "name": "headrace.x",
+            "levelname": "INFO",
+            "levelno": 20,
+            "msg": "it %s",
+            "args": ("happened",),
+        }
     )
     vars(made).update(fields)
     return made
@@ -54,10 +70,97 @@ def test_a_line_of_json_for_each_record() -> None:
     assert "\n" not in JsonLines().format(record(data={"text": "two\nlines"}))
 
 
-def test_a_line_of_text_for_each_record() -> None:
-    """W27: the same for eyes; data as key=value on one line."""
-    line = TextLines().format(record(data={"n": 1, "why": "two\nlines"}))
-    assert line == 'info    headrace.x: it happened n=1 why="two\\nlines"'
+def text(message: str, level: int = logging.INFO, **fields: Any) -> str:
+    """The line for people, without its time."""
+    made = logging.LogRecord("headrace.x", level, "", 0, message, (), None)
+    vars(made).update(fields)
+    clock, _, line = TextLines().format(made).partition(" ")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", clock)
+    return line
+
+
+CALL = {"method": "POST", "route": "/v1/chat/completions", "status": 200, "outcome": "ok"}
+LOADED = {"model": "smollm2", "ms": 1000, "memory": {"cpu": 564 * 10**6}, "engine": "llamacpp"}
+SPENT = {"model": "smollm2", "prompt": 31, "completion": 8, "speed": 53.2}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "line"),
+    [
+        ("pool.ready", LOADED, "smollm2 ready (llamacpp, 564.0 MB, 1.0 s)"),
+        (
+            "pool.loading",
+            {"model": "m", "need": {"cuda:0": 2 * 10**9}, "how": "estimated"},
+            "m loading (about 2.0 GB cuda:0)",
+        ),
+        ("pool.loading", {"model": "m", "need": {}, "how": "measured"}, "m loading"),
+        ("pool.draining", {"model": "", "running": 0, "drain_s": 30.0}, "Stopping"),
+        (
+            "pool.draining",
+            {"model": "", "running": 1, "drain_s": 30.0},
+            "Stopping: 1 answer, up to 30 s; Ctrl-C again to cut",
+        ),
+        (
+            "pool.updated",
+            {"model": "m", "changes": {"keep_alive": 5, "options.slots": None}},
+            "m changed: keep_alive=5, options.slots=default",
+        ),
+        ("service.ready", {}, "Ready"),
+    ],
+)
+def test_a_sentence_for_people(name: str, data: dict[str, Any], line: str) -> None:
+    """Issue 12.28, W27: what happened to which model, sizes and times to read."""
+    assert text(f"headrace.{name}", data=data) == line
+
+
+def test_a_request_is_one_line_with_its_figures() -> None:
+    """Issue 12.28: method, route, status, model, tokens, time and speed; or what was wrong."""
+    call = {**CALL, "ms": 330.0}
+    line = "POST /v1/chat/completions 200 smollm2 31+8 tokens 0.33 s 53 tok/s"
+    assert text("headrace.access", data=call, more=SPENT) == line
+    failed = {**call, "status": 404}
+    more = {"problem": "There is no x.\nGET / 200"}
+    line = "POST /v1/chat/completions 404 0.33 s There is no x. GET / 200"
+    assert text("headrace.access", data=failed, more=more) == line
+
+
+def test_every_record_of_the_service_has_a_sentence_or_is_for_machines() -> None:
+    """Issue 12.28: no line for people has the name of a record."""
+    sources = Path(headrace.__file__).parent.rglob("*.py")
+    called = re.compile(r'\.(?:info|warning|error|exception)\(\s*"headrace\.([\w.]+)"')
+    names = {name for source in sources for name in called.findall(source.read_text())}
+    kinds = {f"pool.{kind}" for kind in get_args(EventKind)}
+    assert len(names) > 10
+    assert {f"headrace.{name}" for name in (names | kinds) - set(_SENTENCES)} <= _FOR_MACHINES
+
+
+def test_what_only_machines_read_is_left_out_unless_everything_is_wanted() -> None:
+    """Issue 12.28: a start's 1.5 kB, and requests that are repeated each second."""
+    health = {**CALL, "method": "GET", "route": "/health/live"}
+    hidden = [
+        record(msg="headrace.worker.start", args=()),
+        record(msg="headrace.access", args=(), data=health),
+    ]
+    assert not any(map(TextLines().filter, hidden))
+    assert all(map(TextLines(full=True).filter, hidden))
+    metrics = {**CALL, "method": "GET", "route": "/metrics"}
+    assert not TextLines().filter(record(msg="headrace.access", args=(), data=metrics))
+    refused = record(msg="headrace.access", args=(), data={**metrics, "status": 401})
+    assert TextLines().filter(refused)
+
+
+def test_colours_of_a_terminal() -> None:
+    """Issue 12.28: failures are seen at a glance."""
+    lines = TextLines(colour=True)
+    failed = record(msg="headrace.access", args=(), data={**CALL, "status": 503, "ms": 1.0})
+    assert re.fullmatch(r"\x1b\[2m\S+\x1b\[0m \x1b\[31mPOST .*\x1b\[0m", lines.format(failed))
+    assert lines.format(record(msg="a\x1b%s b")).count("\x1b") == 2, "only our own colours"
+
+
+def test_other_records_are_text_with_pairs() -> None:
+    """W27: data as key=value on one line; a library is named."""
+    assert text("it happened", data={"n": 1, "why": "a\nb"}) == 'it happened n=1 why="a\\nb"'
+    assert text("late", logging.WARNING) == "warning: late"
 
 
 @pytest.mark.parametrize("formatter", [JsonLines(), TextLines()])
@@ -79,7 +182,8 @@ def test_levels_are_ours_and_libraries_stay_quiet(monkeypatch: pytest.MonkeyPatc
     logging.getLogger("headrace.x").debug("ours")
     logging.getLogger("other").info("theirs")
     logging.getLogger("other").warning("loud")
-    assert out.getvalue().splitlines() == ["debug   headrace.x: ours", "warning other: loud"]
+    lines = [line.partition(" ")[2] for line in out.getvalue().splitlines()]
+    assert lines == ["debug: ours", "warning: other: loud"]
 
 
 def test_a_terminal_that_has_gone_fails_nothing() -> None:

@@ -18,7 +18,12 @@ from tests.worker.rig import ask, worker
 from headrace import engines, machine
 from headrace.core.errors import ConfigError
 from headrace.core.metrics import DeviceUse
+from headrace.core.model import ModelFile
 from headrace.core.stream import collect
+from headrace.engines import llamacpp
+from headrace.engines.base import OpenRequest
+from headrace.engines.measured import machine_id
+from headrace.engines.openmp import physical_cores
 from headrace.machine import Device, Sampler, devices, facts, hardware, sampler, system
 
 
@@ -491,3 +496,62 @@ def test_no_limit_is_the_whole_machine(groups: Path, tmp_path: Path) -> None:
     (tmp_path / "own").unlink()
     hardware._cgroups.cache_clear()
     assert devices()[0].total == psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cpus"),
+    [
+        ("0::/", {"": {"cpu__max": "50000 100000"}}, 1),
+        ("0::/a/b", {"a": {"cpu__max": "300000 100000"}, "a/b": {"cpu__max": "max 100000"}}, 3),
+        ("0::/a/b", {"a": {"cpu__max": "200000 100000"}, "a/b": {"cpu__max": "700000 1000"}}, 2),
+        ("0::/", {"": {"cpu__max": "max 100000"}}, 64),
+        ("0::/", {"": {"cpu__max": "nonsense"}}, 64),
+        (
+            "3:cpu,cpuacct:/docker/x\n4:memory:/y",
+            {"cpu": {"cpu__cfs_quota_us": 400000, "cpu__cfs_period_us": 100000}},
+            4,
+        ),
+        (
+            "3:cpu,cpuacct:/x",
+            {"cpu,cpuacct/x": {"cpu__cfs_quota_us": 150000, "cpu__cfs_period_us": 100000}},
+            2,
+        ),
+        (
+            "3:cpu:/x",
+            {"cpu/x": {"cpu__cfs_quota_us": -1, "cpu__cfs_period_us": 100000}},
+            64,
+        ),
+        ("3:cpuset:/\n0::/", {"unified": {"cpu__max": "5000000 1000000"}}, 5),
+    ],
+)
+def test_a_quota_of_time_limits_the_processors(
+    groups: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own: str,
+    files: dict[str, dict[str, object]],
+    cpus: int,
+) -> None:
+    """Issue 12.11: version 2, version 1, and groups above; without one the affinity counts."""
+    monkeypatch.setattr(hardware, "allowed_cpus", lambda: 64)
+    (tmp_path / "own").write_text(own)
+    for folder, content in files.items():
+        write(groups / folder, **content)
+    assert machine.usable_cpus() == cpus
+
+
+def test_affinity_and_quota_limit_the_threads_of_engines(
+    groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 12.11: the smaller one; no set of `tune` has more threads than that."""
+    monkeypatch.setattr(hardware, "allowed_cpus", lambda: 8)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 64 if logical else 32)
+    assert (machine.usable_cpus(), physical_cores()) == (8, 8)
+    (tmp_path / "own").write_text("0::/")
+    write(groups, cpu__max="200000 100000")
+    hardware._cgroups.cache_clear()
+    assert (machine.usable_cpus(), physical_cores()) == (2, 2)
+    model = ModelFile(path="", format="gguf")
+    sets = llamacpp.tune_options(OpenRequest(model=model))
+    assert all(options.get("threads", 0) <= 2 for options in sets)
+    assert "2 of 32 cores" in machine_id()

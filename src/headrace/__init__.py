@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headrace.core.constraint import Constraint
     from headrace.core.errors import (
         CapacityError,
         ConfigError,
@@ -56,6 +57,7 @@ __all__ = [
     "CapacityError",
     "Choice",
     "ConfigError",
+    "Constraint",
     "ConstraintViolated",
     "ContextOverflow",
     "DeadlineExceeded",
@@ -106,6 +108,7 @@ _HOMES = {
     "CapacityError": "headrace.core.errors",
     "Choice": "headrace.core.events",
     "ConfigError": "headrace.core.errors",
+    "Constraint": "headrace.core.constraint",
     "ConstraintViolated": "headrace.core.errors",
     "ContextOverflow": "headrace.core.errors",
     "DeadlineExceeded": "headrace.core.errors",

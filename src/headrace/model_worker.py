@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
-import struct
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 import msgspec
 
-from headrace import __version__, runtime
-from headrace.api import fields
-from headrace.api.messages import ChatMessage, to_messages
+from headrace import __version__, arguments, runtime
+from headrace.arguments import Messages, Numbers, Prompt
 from headrace.config import Config, Settings
-from headrace.core.constraint import Constraint
 from headrace.core.errors import (
     Draining,
     HeadraceError,
@@ -40,11 +36,8 @@ from headrace.core.request import (
     CountRequest,
     DetokenizeRequest,
     EmbedRequest,
-    GenerateRequest,
-    Message,
     RerankRequest,
 )
-from headrace.core.sampling import Sampling
 from headrace.core.stream import (
     collect,
     collect_count,
@@ -52,21 +45,12 @@ from headrace.core.stream import (
     collect_text,
     collect_vectors,
 )
-from headrace.core.wording import refusal
 from headrace.pool.entry import ModelEntry
 from headrace.pool.pool import Pool
 from headrace.telemetry import otel
 from headrace.telemetry.recorder import Recorder
 from headrace.telemetry.spans import Tracing
 from headrace.worker.spec import OnProgress, unloaded_info
-
-Messages = Sequence[Message | Mapping[str, Any]]
-Prompt = str | Sequence[int]
-Numbers = list[list[float]]
-
-T = TypeVar("T", bound=msgspec.Struct)
-
-_SAMPLING = frozenset(Sampling.__struct_fields__)
 
 
 class AsyncModelWorker:
@@ -158,7 +142,7 @@ class AsyncModelWorker:
             self._state, self._reason = "loading", None
         pool = self._in_own_loop(self._pool)
         entry = self._entry(pool)
-        if self._state == "ready" and entry.failure is not None:
+        if self._state == "ready" and entry.failures.error is not None:
             entry.reset()
         try:
             await pool.start()
@@ -225,7 +209,7 @@ class AsyncModelWorker:
         Raises:
             InvalidRequest: an option is unknown or wrong.
         """
-        return self._ask(request(self.spec.name, prompt, messages, options))
+        return self._ask(arguments.request(self.spec.name, prompt, messages, options))
 
     async def generate(
         self,
@@ -248,7 +232,7 @@ class AsyncModelWorker:
         Raises:
             InvalidRequest: an option is unknown or wrong.
         """
-        return vectors(await self.embed_raw(inputs, **options))
+        return arguments.vectors(await self.embed_raw(inputs, **options))
 
     async def embed_raw(
         self, inputs: Sequence[Prompt], **options: Unpack[EmbedOptions]
@@ -258,8 +242,8 @@ class AsyncModelWorker:
             raise InvalidRequest("Give a list of texts.", param="inputs")
         texts = tuple(item if isinstance(item, str) else tuple(item) for item in inputs)
         body = {"inputs": texts, "model": self.spec.name}
-        body |= _given(options, EmbedOptions.__annotations__)
-        return await collect_vectors(self._ask(_built(EmbedRequest, body)))
+        body |= arguments.given(options, EmbedOptions.__annotations__)
+        return await collect_vectors(self._ask(arguments.built(EmbedRequest, body)))
 
     async def rerank(
         self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]
@@ -270,8 +254,8 @@ class AsyncModelWorker:
             InvalidRequest: an option is unknown or wrong.
         """
         body = {"query": query, "documents": documents, "model": self.spec.name}
-        body |= _given(options, RerankOptions.__annotations__)
-        return await collect_ranking(self._ask(_built(RerankRequest, body)))
+        body |= arguments.given(options, RerankOptions.__annotations__)
+        return await collect_ranking(self._ask(arguments.built(RerankRequest, body)))
 
     async def count_tokens(
         self,
@@ -282,7 +266,7 @@ class AsyncModelWorker:
     ) -> TokenCount:
         """Count the tokens of a text, or of messages in the template. Does not wait for a slot."""
         count_request = CountRequest(
-            text=text, messages=_messages(messages), add_special=add_special
+            text=text, messages=arguments.turns(messages), add_special=add_special
         )
         return await collect_count(self._ask(count_request))
 
@@ -361,76 +345,8 @@ async def _raise(error: HeadraceError) -> AsyncGenerator[Event, None]:
     yield  # pyright: ignore[reportUnreachable]  # makes this a generator
 
 
-def vectors(embedded: EmbedResult) -> Numbers:
-    """Return the vectors as lists of numbers."""
-    form = struct.Struct(f"<{embedded.dimensions}f")
-    return [list(form.unpack(vector)) for vector in embedded.vectors]
-
-
-def _given(options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Return the options that are given; None is as if one were not.
-
-    Raises:
-        InvalidRequest: an option is unknown.
-    """
-    for name in options.keys() - known:
-        matches = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {matches[0]}?" if matches else ""
-        raise InvalidRequest(f"There is no option {name!r}{hint}", param=name)
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _built(kind: type[T], body: Mapping[str, Any]) -> T:
-    try:
-        return msgspec.convert(body, kind)
-    except msgspec.ValidationError as error:
-        raise refusal(error, kind) from error
-
-
 def _with_library_defaults(settings: Settings) -> Config:
     # A library logs warnings only, unless it is configured.
     if settings.origin("log_level") == "default":
         return settings.config.model_copy(update={"log_level": "warning"})
     return settings.config
-
-
-def request(
-    model: str, prompt: Prompt | None, messages: Messages | None, options: Mapping[str, Any]
-) -> GenerateRequest:
-    """Build a request from keyword arguments.
-
-    Raises:
-        InvalidRequest: an option is unknown, or a value has the wrong type or range.
-    """
-    given = _given(options, GenerateOptions.__annotations__)
-    sampling = {name: given.pop(name) for name in _SAMPLING & given.keys()}
-    if isinstance(sampling.get("stop"), str):
-        sampling["stop"] = (sampling["stop"],)
-    if (schema := given.pop("json_schema", None)) is not None:
-        given["constraint"] = _built(Constraint, {"json_schema": schema})
-    text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
-    body = {"model": model, "prompt": text, "messages": _messages(messages), **given}
-    built = _built(Sampling, sampling)
-    return _built(GenerateRequest, {**body, "sampling": built})
-
-
-def _messages(messages: Messages | None) -> tuple[Message, ...] | None:
-    if messages is None:
-        return None
-    if isinstance(messages, str | Mapping):
-        raise InvalidRequest("messages: expected a list of messages.", param="messages")
-    return tuple(_message(item, f"messages[{index}]") for index, item in enumerate(messages))
-
-
-def _message(item: Message | Mapping[str, Any], place: str) -> Message:
-    if isinstance(item, Message):
-        return item
-    if not isinstance(item, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidRequest(f"{place}: expected a mapping or a Message.", param=place)
-    # Checked as in a request over HTTP.
-    known, unknown = fields.known(dict(item), ChatMessage, place)
-    fields.check(unknown)
-    try:
-        return to_messages([msgspec.convert(known, ChatMessage)])[0]
-    except msgspec.ValidationError as error:
-        raise refusal(error, ChatMessage, place) from error

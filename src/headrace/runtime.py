@@ -25,10 +25,16 @@ from headrace.log import LogSettings
 from headrace.machine import SystemInfo, confine
 from headrace.models.inspect import inspect
 from headrace.models.providers import PROVIDERS, Provider
-from headrace.models.reference import HubReference, Reference, is_remote, parse
+from headrace.models.reference import (
+    HubReference,
+    LocalReference,
+    Reference,
+    is_remote,
+    parse,
+)
 from headrace.models.store import Store, without_file
 from headrace.pool.admin import PoolAdmin, Specify, Wanted
-from headrace.pool.memory import Ledger
+from headrace.pool.ledger import Ledger
 from headrace.pool.plan import plan_load
 from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker
@@ -140,10 +146,13 @@ def describe(spec: ModelSpec, config: Config) -> ModelInfo:
     reference = _reference(spec)
     if (file := without_file(reference)) is not None:
         return unloaded_info(spec, "created", None, _worker_spec(spec, file, config))
-    stored = store(config).find(reference)
-    if stored is None:
+    if isinstance(reference, LocalReference):
+        path: Path | None = store(config).fetch(reference)
+    else:
+        path = Path(stored.path) if (stored := store(config).find(reference)) else None
+    if path is None:
         return unloaded_info(spec, "created", "not downloaded yet")
-    worker_spec = _worker_spec(spec, inspect(Path(stored.path)), config)
+    worker_spec = _worker_spec(spec, inspect(path), config)
     return unloaded_info(spec, "created", None, worker_spec)
 
 

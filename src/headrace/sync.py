@@ -9,13 +9,14 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
+from headrace.arguments import Messages, Numbers, Prompt
 from headrace.config import Config
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import EmbedResult, Event, GenerateResult, RerankResult, TokenCount
 from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.options import EmbedOptions, GenerateOptions, ModelOptions, RerankOptions
 from headrace.core.parameters import Parameter
-from headrace.model_worker import AsyncModelWorker, Messages, Numbers, Prompt
+from headrace.model_worker import AsyncModelWorker
 from headrace.worker.spec import OnProgress
 
 T = TypeVar("T")

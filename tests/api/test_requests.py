@@ -211,7 +211,6 @@ WRONG = [
     ("response_format", {"type": "text", "schema": {}}),
     ("response_format", {"type": "json_object", "json_schema": {"name": "n", "schema": {}}}),
     ("response_format", {"type": "json_object", "schema": {"minItems": 10**9}}),
-    ("response_format", {"type": "json_schema", "schema": {}, "json_schema": {"name": "n"}}),
     ("stream_options", {"include_usage": True}), ("ignore_eos", 1),
 ]  # fmt: skip
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tests.cli.programs import HELLO, PROGRAM, ask, headrace, serving
 
-from headrace.cli.app import run
+from headrace.cli.app import _GROUPS, _name, app, run
 from headrace.core.sampling import SamplingFields, described
 
 HEAVY = {"torch", "fastapi", "starlette", "httptools", "xllamacpp", "huggingface_hub", "numpy"}
@@ -61,6 +61,12 @@ def _config(environ: dict[str, str]) -> Path:
     return home
 
 
+def test_the_load_of_a_one_shot_is_in_its_figures(environ: dict[str, str]) -> None:
+    """Issue 12.24: the model was loaded for this answer."""
+    done = headrace(environ, "--json", "run", "echo", "abc", "-o", "load_s=0.3")
+    assert json.loads(done.stdout)["metrics"]["load_ms"] > 300
+
+
 def test_one_shot_as_json(environ: dict[str, str]) -> None:
     """L, W16: `--json` prints the answer with usage and metrics as one object."""
     done = headrace(environ, "--json", "run", "echo", "abc", "--max-tokens", "2")
@@ -90,6 +96,27 @@ def test_each_sampling_parameter_is_a_flag_with_its_help_and_range(
     assert "Randomness; 0 is greedy. [0 to 2]" in shown
     assert "[above 0 to 100]" in shown
     assert "Most tokens to generate. [1 or more]" in shown
+
+
+@pytest.mark.usefixtures("as_environ")
+def test_the_help_has_groups_whole_summaries_and_examples(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Issue 12.30: every command is in a group, with two examples that begin with its name."""
+    assert run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for title in ("Ask:", "Models:", "Service:", "Observe:", "Measure:", "Set up:"):
+        assert f"\n{title}\n" in shown
+    assert "..." not in shown.partition("\n\n")[2]
+    listed = [command for group in _GROUPS.values() for command in group.items()]
+    names = {name if isinstance(name, str) else _name(name) for name, _ in listed}
+    assert len(names) == len(app.registered_commands) + len(app.registered_groups)
+    for command, lines in listed:
+        name = command if isinstance(command, str) else _name(command)
+        assert [line.split()[0] for line in lines] == [name, name]
+        assert run([name, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert all(f"\n    headrace {line}\n" in shown for line in lines), name
 
 
 @pytest.mark.usefixtures("as_environ")
@@ -217,7 +244,7 @@ def test_doctor_tells_what_could_run(environ: dict[str, str]) -> None:
 
 def test_ls_of_an_empty_home(environ: dict[str, str]) -> None:
     assert json.loads(headrace(environ, "ls", "--json").stdout) == []
-    assert headrace(environ, "ls").stdout.split() == ["NAME", "SIZE", "ADDED", "REFERENCE"]
+    assert "`headrace pull smollm2` fetches" in headrace(environ, "ls").stdout  # Issue 12.32
     assert not (Path(environ["HOME"]) / ".local").exists()
 
 

@@ -74,9 +74,11 @@ def test_ps_shows_models_and_devices(capsys: pytest.CaptureFixture[str]) -> None
         assert ask(service, "ps", "--json") == 0
         assert json.loads(capsys.readouterr().out)["models"][0]["id"] == "small"
     heads, small, big = first.splitlines()
-    assert " ".join(heads.split()) == "NAME STATE ENGINE MEMORY QUEUE UNTIL RESTARTS ERROR"
+    assert (
+        " ".join(heads.split()) == "NAME STATE ENGINE MEMORY RUNNING QUEUED UNLOADS RESTARTS ERROR"
+    )
     assert "small  ready" in small
-    assert "llamacpp  150.0 MB  2/8 + 3/64" in small
+    assert "llamacpp  150.0 MB  2/8      3/64" in small
     assert "The worker died: SIGSEGV xxx" in small
     assert "loading (downloading 25%)" in big
     assert " ".join(second.split()) == "DEVICE BUDGET BOOKED FREE cpu 8.0 GB 150.0 MB 9.0 GB"
@@ -86,12 +88,13 @@ def test_ps_shows_models_and_devices(capsys: pytest.CaptureFixture[str]) -> None
     ("fields", "cells"),
     [
         ({}, ["ready", "150.0 MB", "in 3m20s"]),
-        ({"until": None}, ["forever"]),
+        ({"until": None}, ["never"]),
         ({"until": NOW + 7500}, ["in 2h05m"]),
         ({"until": NOW - 1}, ["in 0s"]),
         ({"pinned": True}, ["pinned"]),
         ({"enabled": False}, ["disabled"]),
-        ({"state": "stopped", "memory": {}, "max_running": None}, ["stopped", "2/- + 3/64"]),
+        ({"state": "failed", "retry_at": NOW + 25.2}, ["failed", "retry in 25s"]),
+        ({"state": "stopped", "memory": {}, "max_running": None}, ["stopped", "2/-", "3/64"]),
         (
             {"memory": {}, "estimated": Footprint(devices={"cpu": MB, "cuda:0": 2 * MB})},
             ["~1.0 MB cpu + 2.0 MB cuda:0"],
@@ -171,21 +174,27 @@ def test_reload_says_what_has_changed(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_events_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    """M5, M8: what happens can be followed."""
+    """M5, M8, Issue 12.32: what happens can be followed, in the sentences of the log."""
+    loaded = {"ms": 1230, "memory": {"cpu": 564_000_000}, "engine": "llamacpp"}
     events = [
-        PoolEvent(time=NOW, kind="died", model="small", replica=1, data={"reason": "a\x1b b"}),
-        PoolEvent(time=NOW, kind="ready", model="small", data={"load_s": 1.23456}),
+        PoolEvent(time=NOW, kind="died", model="small", replica=2, data={"reason": "a\x1b b"}),
+        PoolEvent(time=NOW, kind="ready", model="small", replica=1, data=loaded),
+        PoolEvent(time=NOW, kind="ready", model="of another version"),
     ]
     lines = [b"event: x\ndata: " + msgspec.json.encode(event) + b"\n\n" for event in events]
     body = b": hello\n\n" + b"".join(lines)
     with stub({"/admin/events": (200, body)}) as service:
         assert ask(service, "events") == 0
         shown = capsys.readouterr().out.splitlines()
-        assert shown[0].endswith("  died  small #1  reason=a b")
-        assert shown[1].endswith("  ready  small  load_s=1.23")
+        assert [line.partition(" ")[2] for line in shown] == [
+            "small #2 died: a b",
+            "small ready (llamacpp, 564.0 MB, 1.2 s)",
+            "of another version ready",
+        ]
         assert ask(service, "events", "--json") == 0
         assert [json.loads(one)["kind"] for one in capsys.readouterr().out.splitlines()] == [
             "died",
+            "ready",
             "ready",
         ]
 

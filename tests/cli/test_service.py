@@ -92,6 +92,33 @@ def test_a_second_signal_waits_no_longer(environ: dict[str, str]) -> None:
         assert not any(child.is_running() for child in children)
 
 
+def test_the_log_for_people(environ: dict[str, str]) -> None:
+    """Issue 12.28: a start, a request and the end, a line each."""
+    with serving(environ, "echo", "-o", "tokens_per_second=20") as (process, url):
+        until(lambda: is_ready(url))
+        ask(url, HELLO).read()
+        stream = ask(url, STREAM)
+        stream.readline()
+        process.send_signal(signal.SIGINT)
+        stream.read()
+        assert process.wait(10) == 0
+        lines = process.stderr.read().splitlines()
+    request = r"POST /v1/chat/completions 200 echo \d+\+6 tokens \d\.\d\d s \d+ tok/s"
+    patterns = [
+        r"echo loading \(about .* MB\)",
+        r"echo ready \(echo, .* MB, \d+\.\d s\)",
+        "Ready",
+        request,
+        "Stopping: 1 answer, up to 30 s; Ctrl-C again to cut",
+        request,
+        "echo unloaded",
+        "Stopped",
+    ]
+    assert len(lines) == len(patterns), lines
+    for line, pattern in zip(lines, patterns, strict=True):
+        assert re.fullmatch(rf"\d\d:\d\d:\d\d {pattern}", line), line
+
+
 def test_a_connection_outlives_the_patience_of_clients(environ: dict[str, str]) -> None:
     """One that has been kept for the usual five seconds is not closed as the client asks again."""
     with serving(environ, "echo") as (_, url):

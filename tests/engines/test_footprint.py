@@ -15,7 +15,7 @@ from tests.models.builders import gguf
 from headrace import engines
 from headrace.core.errors import ConfigError, LoadFailed
 from headrace.core.model import ModelFile, ModelSpec
-from headrace.core.request import GenerateRequest
+from headrace.core.request import EmbedRequest, GenerateRequest
 from headrace.core.sampling import Sampling
 from headrace.core.status import Footprint
 from headrace.core.stream import collect
@@ -62,6 +62,25 @@ async def test_the_estimate_is_near_what_a_child_takes(
     assert sum(need.parts.values()) == need.devices["cpu"]
     for real in await measured(found):
         assert 0.95 * real <= need.devices["cpu"] <= 1.15 * real
+
+
+async def test_an_embedder_is_estimated_with_its_longest_input(smollm2_path: Path) -> None:
+    """Issue 11.8: one batch for the longest input, with the output layer of each token."""
+    options = {"pooling": "mean", "slots": 1}
+    spec = ModelSpec(name="x", model="x", context_length=512, task="embed", options=options)
+    resolved = WorkerSpec(model=spec, file=inspect(smollm2_path), engine="llamacpp")
+    need = engines.footprint("llamacpp", open_request(resolved)).devices["cpu"]
+    worker = WorkerProcess(spec, lambda spec, report: resolved)
+    await worker.start()
+    try:
+        assert worker.pid is not None
+        inputs = [tuple(range(5, 517)), *(tuple(range(n, n + 8)) for n in range(5, 37))]
+        async for _ in worker.ask(EmbedRequest(inputs=tuple(inputs))):
+            pass
+        real = process_memory(worker.pid)["cpu"]
+    finally:
+        await worker.aclose()
+    assert 0.95 * real <= need <= 1.15 * real
 
 
 async def test_echo_holds_what_it_is_told_to() -> None:

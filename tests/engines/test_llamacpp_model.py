@@ -176,6 +176,25 @@ async def test_logprobs_are_probabilities(llama: Engine, greedy: Said, most: int
             assert (one.top[0].token_id, one.top[0].logprob) == (one.token_id, one.logprob)
 
 
+async def test_a_character_of_several_tokens_has_an_entry_for_each(llama: Engine) -> None:
+    """Issue 12.9: with the token's own bytes and candidates; the text is the same."""
+    emoji = "Repeat: 😀😃😄😁 😀😃😄😁 😀😃😄😁 😀😃😄😁"
+    plain = await say(llama, emoji, 12, temperature=0)
+    said = await say(llama, emoji, 12, temperature=0, logprobs=2)
+    assert (said.text, said.token_ids) == (plain.text, plain.token_ids)
+    assert tuple(entry.token_id for entry in said.logprobs) == said.token_ids
+    assert len(said.text) < len(said.token_ids) == 12
+    assert b"".join(entry.data for entry in said.logprobs).decode() == said.text
+    for entry in said.logprobs:
+        best = entry.top[0]
+        assert (best.token_id, best.data, best.logprob) == (
+            entry.token_id,
+            entry.data,
+            entry.logprob,
+        )
+        assert entry.logprob > entry.top[1].logprob
+
+
 async def test_a_json_schema_is_kept(llama: Engine) -> None:
     """W11: json_schema gives JSON of that shape."""
     schema = {
@@ -245,9 +264,9 @@ def direct(llama: Engine, prompt: str, max_tokens: int) -> str:
         chunks.append(bytes(raw))
         return False
 
-    server = llama._server
-    assert server is not None
-    server.handle_completions(json.dumps(body).encode(), take)
+    assert llama._server is not None
+    assert llama._server.library is not None
+    llama._server.library.handle_completions(json.dumps(body).encode(), take)
     return json.loads(chunks[-1])["choices"][0]["text"]
 
 
@@ -264,15 +283,17 @@ async def test_greedy_text_is_the_librarys_own_alone_and_in_a_crowd(
 
 async def test_the_listener_is_locked_away(llama: Engine, listening_before: set[int]) -> None:
     """W1: a socket file for this user alone, behind a key, and no port."""
-    mode = stat.S_IMODE(llama._private.stat().st_mode)
+    server = llama._server
+    assert server is not None
+    mode = stat.S_IMODE(server.folder.stat().st_mode)
     assert mode == 0o700
     assert listening() <= listening_before
-    key, llama._key = llama._key, "wrong"
+    key, server.key = server.key, "wrong"
     try:
         with pytest.raises(GenerationFailed) as caught:
             llama.tokenize("a", add_special=False)
     finally:
-        llama._key = key
+        server.key = key
     assert "api key" in (caught.value.detail or "").lower()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.worker.rig import until
 
+from headrace import machine
 from headrace.engines import openmp
 from headrace.engines.openmp import SpinGuard, Ticks, is_crowded
 
@@ -65,7 +66,7 @@ async def test_a_guard_adds_sleeping_threads_while_it_is_crowded(tmp_path: Path)
 
     # Many, so that other threads of the tests do not count.
     team = 40
-    guard = SpinGuard(openmp.logical_cores() + 2 - team, tasks=tmp_path / "task", period_s=0.01)
+    guard = SpinGuard(machine.allowed_cpus() + 2 - team, tasks=tmp_path / "task", period_s=0.01)
     before = native_threads()
     guard.start()
     crowd.share = 0.5

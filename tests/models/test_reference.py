@@ -138,3 +138,35 @@ def test_a_remote_reference_has_no_file(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="served elsewhere"):
         store.fetch(reference)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("hf.co/org/repo", "hub:org/repo"),
+        ("hf.co/org/repo:Q4_K_M", "hub:org/repo:Q4_K_M"),
+        ("https://huggingface.co/org/repo", "hub:org/repo"),
+        ("https://huggingface.co/org/repo/", "hub:org/repo"),
+        ("https://huggingface.co/org/repo/tree/main", "hub:org/repo"),
+        ("https://huggingface.co/org/repo/blob/main/a/x.gguf", "hub:org/repo:a/x.gguf"),
+        ("https://hf.co/org/repo/resolve/v1/x.gguf?download=true", "hub:org/repo:x.gguf@v1"),
+    ],
+)
+def test_addresses_of_the_hub(text: str, canonical: str) -> None:
+    """Issue 12.30: as pasted from a browser, or written for another program."""
+    assert str(parse(text)) == canonical
+
+
+@pytest.mark.parametrize("text", ["https://hf.co/org", "https://hf.co/org/repo/discussions/1"])
+def test_other_addresses_of_the_hub(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        parse(text)
+
+
+def test_a_suggestion_is_near() -> None:
+    """Issue 12.30: a model of another family is none."""
+    with pytest.raises(UnknownModel) as caught:
+        parse("llama3.2")
+    assert "Did you mean" not in caught.value.message
+    with pytest.raises(UnknownModel, match=r"Did you mean smollm2\?"):
+        parse("smolm2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import selectors
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,12 +25,13 @@ from headrace.core.request import (
 )
 from headrace.core.sampling import Sampling
 from headrace.core.status import Footprint
-from headrace.pool.memory import Ledger
+from headrace.pool.ledger import Ledger
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
 from headrace.pool.replica import OnProgress
 
 GIB = 1 << 30
+LINGER_S = 15.0
 
 
 class _Selector(selectors.SelectSelector):
@@ -92,6 +94,7 @@ class Machine:
         self.load_s: dict[str, float] = {}
         self.fail_load: dict[str, HeadraceError] = {}
         self.workers: list[FakeWorker] = []
+        self.crashes: list[tuple[float, int]] = []
 
     def read(self) -> Mapping[str, tuple[int, int]]:
         used = self.foreign + sum(self.held.values())
@@ -128,10 +131,12 @@ class FakeWorker:
         self.spec = spec
         self.machine = machine
         self.died = asyncio.Event()
+        self.freed = asyncio.Event()
         self.state: State = "created"
         self.pid = 1
         self.running = 0
         self.reason: str | None = None
+        self.failure: HeadraceError | None = None
         self.broken: HeadraceError | None = None
         self.late: HeadraceError | None = None
         self.asked: list[GenerateRequest] = []
@@ -159,6 +164,10 @@ class FakeWorker:
         finally:
             machine.loading -= 1
         self.state = "ready"
+
+    @property
+    def held(self) -> Mapping[str, int]:
+        return {"cpu": self.machine.held[self]} if self in self.machine.held else {}
 
     async def memory(self) -> dict[str, int]:
         return {"cpu": self.machine.held[self]} if self in self.machine.held else {}
@@ -241,17 +250,28 @@ class FakeWorker:
     async def aclose(self, drain_s: float = 0.0) -> None:
         self.broken = self.broken or Draining("stopping")
         await asyncio.sleep(0.05)
-        self.machine.held.pop(self, None)
+        if self.died.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.freed.wait(), LINGER_S)
+        else:
+            self.machine.held.pop(self, None)
         self.state = "stopped"
+
+    def _free(self) -> None:
+        self.machine.held.pop(self, None)
+        self.freed.set()
 
     def abandon(self) -> None:
         raise AssertionError("the loop is there")
 
-    def die(self, reason: str = "was killed by SIGKILL") -> None:
-        """End as a killed process does."""
+    def die(self, reason: str = "was killed by SIGKILL", *, linger_s: float = 0.0) -> None:
+        """End as a killed process does; its memory is free after `linger_s`."""
         self.reason = self.reason or reason
-        self.broken = WorkerDied(reason)
-        self.machine.held.pop(self, None)
+        self.broken = self.failure = WorkerDied(reason, detail="the last lines of stderr")
+        if linger_s:
+            asyncio.get_running_loop().call_later(linger_s, self._free)
+        else:
+            self._free()
         self.state = "failed"
         self.died.set()
 
@@ -261,10 +281,23 @@ def spec(name: str = "a", **given: Any) -> ModelSpec:
 
 
 def pool(machine: Machine, *specs: ModelSpec, budget: int | None = None, **rules: Any) -> Pool:
+    def worker(one: ModelSpec, _report: OnProgress) -> FakeWorker:
+        return FakeWorker(one, machine)
+
+    return with_pool(machine, worker, *specs, budget=budget, **rules)
+
+
+def with_pool(
+    machine: Machine,
+    worker: Callable[[ModelSpec, OnProgress], FakeWorker],
+    *specs: ModelSpec,
+    budget: int | None = None,
+    **rules: Any,
+) -> Pool:
     ledger = Ledger({"cpu": machine.total if budget is None else budget}, machine.read)
     return Pool(
         specs or (spec(),),
-        lambda one, _report: FakeWorker(one, machine),
+        worker,
         sizing=machine,
         ledger=ledger,
         rules=Rules(**rules),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tests.pool.rig import FakeWorker, Machine, TimeLoop, counted
+from tests.pool.rig import LINGER_S, FakeWorker, Machine, TimeLoop, counted
 
 from headrace.core.errors import (
     ConfigError,
@@ -30,6 +31,7 @@ from headrace.core.errors import (
     LoadFailed,
     Loading,
     OutOfMemory,
+    Quarantined,
     QueueFull,
     QueueTimeout,
     UnknownModel,
@@ -43,7 +45,7 @@ from headrace.core.sampling import Sampling
 from headrace.core.stream import collect_count
 from headrace.pool.admin import PoolAdmin, Wanted
 from headrace.pool.entry import ModelEntry
-from headrace.pool.memory import Ledger
+from headrace.pool.ledger import Ledger
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
 from headrace.pool.state import StateFile
@@ -187,6 +189,12 @@ class Asked:
                     assert self.continuation == "off", f"not continued: {error!r}"
             case LoadFailed():
                 assert ever & {"fault", "load fault"}
+                if "has failed" in error.message:
+                    assert error.retry_after_s
+            case Quarantined():
+                # The same request was in two crashes at least, in one of them alone.
+                assert world.crashes[name] >= 2
+                assert error.retry_after_s
             case Disabled():
                 assert ever & {"admin", "switched off"}
             case UnknownModel():
@@ -209,6 +217,8 @@ class World:
         self.complaints: list[Any] = []
         self.config: dict[str, ModelSpec] = {}
         self.ever_pinned: set[str] = set()
+        self.crashes: Counter[str] = Counter()
+        self.counts: list[asyncio.Task[Any]] = []
         self.closing = False
         self.loop.set_exception_handler(lambda _, context: self.complaints.append(context))
 
@@ -262,6 +272,16 @@ class World:
 
     def note(self, who: str, what: str) -> None:
         self.log.append((self.loop.time(), who, what))
+
+    def kill(self, worker: FakeWorker, linger_s: float) -> None:
+        """End a worker's process; the driver frees its memory after `linger_s`."""
+
+        async def die() -> None:
+            worker.die(linger_s=linger_s)
+
+        self.note(worker.spec.name, "fault")
+        self.crashes[worker.spec.name] += 1
+        self.loop.run_until_complete(die())
 
     def note_pinned(self, specs: Any) -> None:
         self.ever_pinned |= {spec.name for spec in specs if spec.pinned}
@@ -320,7 +340,8 @@ class World:
                     assert replica.worker.running <= replica.running  # type: ignore[attr-defined]
         busy = [one for one in self.asked if not one.task.done()]
         assert waiting + leases <= len(busy)
-        assert pool._streams <= len(busy)
+        counting = [task for task in self.counts if not task.done()]
+        assert pool._streams <= len(busy) + len(counting)
         for one in [one for one in self.asked if one.task.done()]:
             one.check()
             self.asked.remove(one)
@@ -336,7 +357,7 @@ class World:
         # began, his model is loaded, and at least one request is answered.
         round_s = RULES.longest_wait_s + LONGEST_STREAM_S + LONGEST_LOAD_S + 1.0
         rounds = len(self.asked) + len(self.calls) * 2 + 1
-        self.wait(round_s * rounds + 2 * DRAIN_S + 60.0)
+        self.wait(round_s * rounds + 2 * DRAIN_S + 60.0 + LINGER_S)
         assert not [one for one in self.asked if not one.task.done()], self.pool
         assert not [call for call in self.calls if not call.done()], self.pool
         # What is let go, and what comes back after it, has time to.
@@ -366,7 +387,8 @@ class World:
         began = self.loop.time()
         self.loop.run_until_complete(self.pool.aclose(drain_s))
         assert self.loop.time() - began <= drain_s + 1.0, "the end took too long"
-        assert self.machine.held == {}
+        # What a killed process held is free when the driver says so.
+        assert all(worker.died.is_set() for worker in self.machine.held)
         self.wait(2 * MOST_TOKENS)
         assert not [one for one in self.asked if not one.task.done()]
         self.pass_time(0.01)
@@ -417,6 +439,7 @@ soft = st.fixed_dictionaries(
 hard = st.fixed_dictionaries({"options": st.fixed_dictionaries({"x": st.integers(0, 3)})})
 changes = st.one_of(soft, hard, st.fixed_dictionaries({"max_running": st.integers(1, 3)}))
 names = st.sampled_from(NAMES)
+lingering = st.sampled_from([0.0, 0.0, 0.3, 10.0])
 requests = st.fixed_dictionaries(
     {
         "name": names,
@@ -528,9 +551,14 @@ class Steps(RuleBasedStateMachine):
     @rule(name=names)
     def count(self, name: str) -> None:
         self.world.call(collect_count(self.world.pool.ask(CountRequest(model=name, text="abc"))))
+        self.world.counts.append(self.world.calls[-1])
 
-    @rule(which=st.integers(0, 30), error=st.sampled_from([None, GenerationFailed, OutOfMemory]))
-    def hurt(self, which: int, error: type[HeadraceError] | None) -> None:
+    @rule(
+        which=st.integers(0, 30),
+        error=st.sampled_from([None, GenerationFailed, OutOfMemory]),
+        linger_s=lingering,
+    )
+    def hurt(self, which: int, error: type[HeadraceError] | None, linger_s: float) -> None:
         """Kill a worker that serves, or have the next token of one of its streams fail."""
         busy = [one for one in self.world.machine.held if one.running]
         if not busy:
@@ -538,17 +566,15 @@ class Steps(RuleBasedStateMachine):
         worker = busy[which % len(busy)]
         assert isinstance(worker, Whimsical)
         if error is None:
-            self.world.note(worker.spec.name, "fault")
-            worker.die()
+            self.world.kill(worker, linger_s)
         else:
             worker.once = error("once")
 
-    @rule(which=st.integers(0, 30))
-    def kill_the_idle(self, which: int) -> None:
+    @rule(which=st.integers(0, 30), linger_s=lingering)
+    def kill_the_idle(self, which: int, linger_s: float) -> None:
         idle = [one for one in self.world.machine.held if one.state == "ready" and not one.running]
         if idle:
-            self.world.note(idle[which % len(idle)].spec.name, "fault")
-            idle[which % len(idle)].die()
+            self.world.kill(idle[which % len(idle)], linger_s)
 
     @rule(name=names, fails=st.sampled_from([False, False, True]))
     def break_loads(self, name: str, fails: bool) -> None:

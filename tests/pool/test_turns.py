@@ -103,7 +103,7 @@ def test_that_a_model_that_gave_up_in_part_refuses_when_the_rest_has_gone() -> N
             assert replica.worker is not None
             replica.worker.die()  # type: ignore[attr-defined]
             await asyncio.sleep(then_s)
-        assert served.entry("a").has_failed_for_good
+        assert served.entry("a").failures.is_open
         await asyncio.sleep(2)
         assert (await answer(served, ask()))[0] == counted(5)
         await asyncio.sleep(10)

@@ -19,7 +19,7 @@ from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelInfo, ModelSpec
 from headrace.core.record import RequestRecord
 from headrace.core.request import AnyRequest, EmbedRequest, GenerateRequest, RerankRequest
-from headrace.pool.memory import Ledger
+from headrace.pool.ledger import Ledger
 from headrace.pool.observer import AttemptObservation, NullObservation
 from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import contextlib
+import resource
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from headrace.core.errors import ConfigError, GenerationFailed, InvalidRequest
 from headrace.core.request import Message
+from headrace.text import renderer
 from headrace.text.template import ChatTemplate
 
 SMOLLM2 = (
@@ -48,7 +54,7 @@ SILENT = """
 
 
 def template(source: str, deadline_s: float = 2.0) -> ChatTemplate:
-    return ChatTemplate(source, bos_token="<s>", eos_token="</s>", deadline_s=deadline_s)
+    return ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"}, deadline_s=deadline_s)
 
 
 def turns(*pairs: tuple[str, str]) -> list[Message]:
@@ -178,6 +184,9 @@ def test_options_that_break_the_template_are_the_clients() -> None:
             "[1, 2]ababccc83.03",
         ),
         ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{% set a = [] %}{% do a %}{% with b = 1 %}{{ b }}{% endwith %}", "1"),
+        ("{% raw %}{{ a }}{% endraw %}{{ 'b' }}", "{{ a }}b"),
+        ("{{ bos_token }}{{ eos_token }}{{ unk_token }}{{ pad_token }}", "<s></s>"),
     ],
 )
 def test_speaks_the_dialect_of_transformers(source: str, text: str) -> None:
@@ -209,7 +218,7 @@ HUGE = {
     "set block": "{% set n = namespace(x='xx') %}{% for i in range(60) %}"
     "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
     "kept": "{% set n = namespace(x=[]) %}{% for i in range(9999) %}"
-    "{% set n.x = n.x + ['x' * 8000000] %}{% endfor %}",
+    "{% set n.x = n.x + ['x' * 8000000 ~ i] %}{% endfor %}",
     "power": "{{ 9 ** 999999999 }}",
     "squares": "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}"
     "{% endfor %}",
@@ -221,7 +230,27 @@ HUGE = {
     "replace filter": "{{ ('x' * 99999) | replace('x', 'y' * 99999) }}",
     "join": "{{ ('x' * 99999).join('y' * 99999) }}",
     "join filter": "{{ range(99999) | join('y' * 99999) }}",
-    "indent": "{{ ('\n' * 99999) | indent(99999) }}",
+    "indent": "{{ ('x\n' * 99999) | indent(99999) }}",
+    "lists in lists": "{% set n = namespace(x=[1]) %}{% for i in range(26) %}"
+    "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "lists that double": "{% set n = namespace(x=[1]) %}{% for i in range(26) %}"
+    "{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+    "lists compared": "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(40) %}"
+    "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+    "tuples hashed": "{% set n = namespace(x=(1, 1)) %}{% for i in range(40) %}"
+    "{% set n.x = (n.x, n.x) %}{% endfor %}{{ {n.x: 1} | length }}",
+    "forceescape": "{{ ('&' * 4000000)" + " | forceescape" * 60 + " }}",
+    "tojson often": "{{ ('\\\\' * 1000000)" + " | tojson" * 10 + " }}",
+    "tojson of lists in lists": "{% set n = namespace(x=[1]) %}{% for i in range(40) %}"
+    "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}",
+    "pprint": "{% set n = namespace(x=[1]) %}{% for i in range(30) %}"
+    "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | pprint }}",
+    "round": "{{ 1.5 | round(999999999, 'ceil') }}",
+    "bytes": "{{ ('x'.encode() * 99999999999) | length }}",
+    "bytes of a number": "{{ (1).to_bytes(9999999999, 'big') }}",
+    "center": "{{ 'x' | center(9999999999) }}",
+    "split": "{{ ('a ' * 90000000).split() | length }}",
+    "list": "{{ ('a' * 90000000) | list | length }}",
     "tojson": "{{ [[1]] | tojson(indent=9999999999) }}",
 }
 
@@ -238,13 +267,52 @@ def test_an_endless_template_ends(source: str) -> None:
 
 
 @pytest.mark.parametrize("source", HUGE.values(), ids=HUGE)
-def test_a_template_that_makes_too_much_is_stopped(source: str) -> None:
-    """W25: the sandbox bounds what a template builds, before it is built."""
+def test_a_template_that_takes_too_much_is_stopped(source: str) -> None:
+    """W25, Issue 11.11: by its memory or its time, also within one step of it."""
     began = time.monotonic()
-    with pytest.raises(GenerationFailed, match="limits") as error:
-        template(source, deadline_s=30).render(turns(("user", "a")))
-    assert error.value.detail != "it took too long"
+    # What the compiler computes already, it refuses.
+    with pytest.raises((GenerationFailed, ConfigError), match=r"limits|cannot be compiled"):
+        template(source, deadline_s=0.3).render(turns(("user", "a")))
     assert time.monotonic() - began < 5
+    largest_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert largest_kib * 1024 < renderer.MEMORY + (128 << 20)
+
+
+def test_a_template_that_takes_too_much_as_it_is_compiled_is_refused() -> None:
+    """Issue 11.11: constants are computed by the compiler."""
+    with pytest.raises(ConfigError, match="cannot be compiled"):
+        template("{{ 9 ** 99999999 }}", deadline_s=0.3)
+
+
+def test_other_renderings_go_on_beside_one_that_takes_too_long() -> None:
+    """Issue 11.11: only the process of that rendering is ended."""
+    slow, quick = template(HUGE["lists compared"], deadline_s=4), template(SMOLLM2)
+    with ThreadPoolExecutor(1) as threads:
+        hopeless = threads.submit(slow.render, turns(("user", "a")))
+        for _ in range(3):
+            assert "user\nb<" in quick.render(turns(("user", "b")))
+        assert not hopeless.done()
+        assert isinstance(hopeless.exception(), GenerationFailed)
+
+
+def test_the_process_that_renders_ends_with_its_user() -> None:
+    """Issue 11.11: also with one that is killed while a template runs."""
+    program = """
+import os, sys, threading, time
+from headrace.text import renderer
+renderer.render(renderer.Work("a", {}, 1.0))
+print(renderer._idle[0]._process.pid, flush=True)
+endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+threading.Thread(target=renderer.render, args=(renderer.Work(endless, {}, 1.0),)).start()
+time.sleep(0.1)
+os.kill(os.getpid(), 9)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert ended.returncode == -9
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(ended.stdout)).wait(10)
 
 
 @pytest.mark.parametrize(

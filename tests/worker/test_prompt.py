@@ -30,7 +30,7 @@ class Tokenizer:
                     "max_running": 1,
                     "capabilities": Capabilities(sampling=frozenset({"max_tokens", "seed"})),
                     "chat_template": "{{ messages[-1].content }}",
-                    "bos_token": "^",
+                    "special_tokens": {"bos_token": "^"},
                 }
                 | facts
             )
@@ -110,7 +110,7 @@ def test_the_first_token_is_never_there_twice() -> None:
     writes = "^{{ messages[-1].content }}"
     assert prompter(chat_template=writes).job(chat("a")).choices[0].token_ids == (BOS, ord("a"))
     assert prompter().job(chat("a")).choices[0].token_ids == (BOS, ord("a"))
-    assert prompter(bos_token="").job(chat("a")).choices[0].token_ids == (BOS, ord("a"))
+    assert prompter(special_tokens={}).job(chat("a")).choices[0].token_ids == (BOS, ord("a"))
 
 
 def test_a_count_is_what_a_generation_would_compute() -> None:

@@ -120,11 +120,11 @@ async def test_after_the_end_token_there_is_no_more() -> None:
         events = await answered(one, answered=(*b"abc", 256))
         assert (text(events), finish(events).finish_reason) == ("abc", "stop")
         assert finish(events).usage.completion_tokens == 4
-    named = prompter(eos_token="^", capabilities=Capabilities(resume=True))
+    named = prompter(special_tokens={"eos_token": "^"}, capabilities=Capabilities(resume=True))
     assert named.job(ask("p", answered=(97, 1, 98))).over == "stop"
     assert named.job(ask("p", answered=(97, 1, 98))).choices[0].answered == (97, 1)
     able = Capabilities(resume=True, sampling=frozenset({"ignore_eos"}))
-    deaf = prompter(eos_token="^", capabilities=able)
+    deaf = prompter(special_tokens={"eos_token": "^"}, capabilities=able)
     assert deaf.job(ask("p", answered=(97, 1), ignore_eos=True)).over is None
 
 

@@ -13,6 +13,7 @@ from tests.models.builders import gguf
 from tests.worker.rig import echo, resolve
 
 from headrace.core.model import ModelSpec
+from headrace.engines import llamacpp
 from headrace.models.inspect import inspect
 from headrace.worker import sizing
 from headrace.worker.sizing import Sizing
@@ -199,7 +200,11 @@ def test_where_memory_does_not_depend_on_the_context_none_is_largest(needs: Path
     assert Sizing(resolve, needs, PLENTY).largest_context(echo(), PLENTY) is None
 
 
-def test_the_memory_is_that_of_the_device_that_holds_most(finder: Finder, needs: Path) -> None:
+def test_the_memory_is_that_of_the_device_that_holds_most(
+    finder: Finder, needs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The file is so small that the library would take more of the host.
+    monkeypatch.setattr(llamacpp, "_CUDA_DEVICE", 1 << 30)
     known = Sizing(finder, needs, {"cpu": 1 << 30, "cuda:0": 2 << 30})
     assert known.resolve(llama(), silent).memory == 1 << 30
     assert known.resolve(llama(device="cuda"), silent).memory == 2 << 30

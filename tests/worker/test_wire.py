@@ -82,7 +82,7 @@ UP: list[Any] = [
     wire.Emitted(4, Text("x")),
     wire.Ended(1),
     wire.Ended(2, ERROR),
-    wire.Alive(1 << 40),
+    wire.Alive({"cpu": 1 << 40, "cuda:0": 1}),
 ]
 
 

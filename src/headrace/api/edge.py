@@ -28,6 +28,7 @@ _log = logging.getLogger("headrace.api")
 _access = logging.getLogger("headrace.access")
 _OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 _CLIENT_DIGITS = 16
+_LONGEST_LOGGED = 200
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _WARNING = b"x-headrace-warning"
 _EXPOSED = b"x-request-id, server-timing, retry-after, retry-after-ms, " + _WARNING
@@ -102,7 +103,7 @@ class Edge:
             outcome=call.outcome or _outcome(call.status),
             seconds=time.monotonic() - call.received,
         )
-        _write_access_log(call, ended, client_id)
+        _write_access_log(call, ended, client_id, scope["path"])
         if call.unknown:
             self._log_unknown(ended.route, call)
         if self._service.observer is not None:
@@ -295,7 +296,7 @@ async def _answer_preflight(exchange: Exchange, headers: dict[bytes, bytes]) -> 
     await exchange.send({"type": "http.response.body", "body": b""})
 
 
-def _write_access_log(call: Call, ended: record.Call, client_id: bytes) -> None:
+def _write_access_log(call: Call, ended: record.Call, client_id: bytes, path: str) -> None:
     data = {
         "request_id": call.id,
         "client_request_id": client_id.decode() if _SAFE_ID.fullmatch(client_id) else "",
@@ -305,7 +306,21 @@ def _write_access_log(call: Call, ended: record.Call, client_id: bytes) -> None:
         "ms": round(ended.seconds * 1000, 3),
         "outcome": ended.outcome,
     }
-    _access.info("headrace.access", extra={"data": data})
+    more = _for_people(call, path) if _access.isEnabledFor(logging.INFO) else {}
+    _access.info("headrace.access", extra={"data": data, "more": more})
+
+
+def _for_people(call: Call, path: str) -> dict[str, object]:
+    """Return what the text log shows besides: the model, its tokens, their speed, the error."""
+    more: dict[str, object] = {
+        "problem": call.problem[:_LONGEST_LOGGED],
+        "path": path[:_LONGEST_LOGGED],
+    }
+    if (metrics := call.metrics) is not None:
+        usage, speed = metrics.usage, metrics.decode_tokens_per_second
+        more |= {"model": metrics.model, "prompt": usage.prompt_tokens, "speed": speed}
+        more["completion"] = usage.completion_tokens
+    return more
 
 
 def _outcome(status: int) -> record.Outcome:

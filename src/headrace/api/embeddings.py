@@ -84,6 +84,7 @@ async def embeddings(service: Service, exchange: Exchange) -> None:
         body = await asyncio.to_thread(_body, vectors, finish, model, as_text=as_text)
     else:
         body = _body(vectors, finish, model, as_text=as_text)
+    exchange.call.metrics = finish.metrics
     await exchange.reply(body, headers=server_timing(finish.metrics))
 
 

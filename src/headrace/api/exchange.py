@@ -79,6 +79,8 @@ class Call:
     is_admin: bool = False
     traceparent: str = ""
     tracestate: str = ""
+    metrics: InferenceMetrics | None = None
+    problem: str = ""
     unknown: tuple[Unknown, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -162,13 +164,16 @@ class Exchange:
         self, answer: msgspec.Struct, metrics: InferenceMetrics | None = None, *, status: int = 200
     ) -> None:
         """Send a struct as JSON, with its figures as a header."""
+        self.call.metrics = metrics
         headers = () if metrics is None else server_timing(metrics)
         await self.reply(msgspec.json.encode(answer), status=status, headers=headers)
 
     def problem(self, error: Exception) -> Problem:
         """Log an exception, and return it as a problem of the fields that the client sent."""
         problems.log(error, self.call.id)
-        return problems.renamed(problems.describe(error, self.call.id), self.call.names)
+        problem = problems.renamed(problems.describe(error, self.call.id), self.call.names)
+        self.call.metrics, self.call.problem = problem.metrics, problem.message
+        return problem
 
     async def fail(self, error: Exception) -> None:
         """Send the response for an exception, with its figures; no headers have been sent."""

@@ -75,6 +75,8 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     models an admin key. `metrics_keys` open /metrics and nothing else; when there is a key of any
     kind, /metrics needs a metrics key or an admin's. `deadline_s` bounds a request from its
     arrival. `load_wait_s` is how long a request that is not streamed waits for its model to load.
+    When there are keys, `keep_alive` of a request without an admin key only lengthens the model's,
+    to `max_keep_alive_s` at most.
     `unknown_fields` is what becomes of a body's unknown fields.
 
     Raises:
@@ -90,6 +92,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 8 << 20
     deadline_s: float | None = None
     load_wait_s: float = 30.0
+    max_keep_alive_s: float = 3600.0
     headers_after_s: float = 5.0
     unknown_fields: OnUnknown = "warn"
 
@@ -100,7 +103,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"{name}: each is sha256: and 64 lower-case hex digits.")
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            least = 0 if name == "load_wait_s" else 1e-9
+            least = 0 if name in {"load_wait_s", "max_keep_alive_s"} else 1e-9
             if isinstance(value, int | float) and value < least:
                 raise ConfigError(f"{name}: must be positive, not {value}.")
 

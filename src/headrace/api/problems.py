@@ -27,6 +27,7 @@ KINDS: dict[type[HeadraceError], tuple[int, str, str | None]] = {
     errors.InvalidRequest: (400, _INVALID, "invalid_value"),
     errors.ContextOverflow: (400, _INVALID, "context_length_exceeded"),
     errors.Unsupported: (400, _INVALID, "unsupported_parameter"),
+    errors.Quarantined: (400, _INVALID, "request_quarantined"),
     errors.Unauthorized: (401, _INVALID, "invalid_api_key"),
     errors.Forbidden: (403, _INVALID, "insufficient_permissions"),
     errors.CapacityError: (503, _SERVER, "overloaded"),

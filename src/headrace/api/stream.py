@@ -248,6 +248,7 @@ async def _pump(exchange: Exchange, primed: Primed, encoder: ChunkEncoder) -> by
                 await send({"type": "http.response.body", "body": waiting, "more_body": True})
     if not isinstance(event, Finish):
         raise GenerationFailed("The stream ended without a Finish.")
+    exchange.call.metrics = event.metrics
     return chunk + encoder.finish(event)
 
 

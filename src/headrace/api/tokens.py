@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 import msgspec
 
 from headrace.api import fields
-from headrace.api.exchange import Exchange, Service
+from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.fields import Body, Peers
+from headrace.api.limits import ApiSettings
 from headrace.api.messages import Messages, Tools, to_messages, to_tools
-from headrace.api.wire import ModelName, TokenId
+from headrace.api.wire import ModelName, TokenId, envelope
 from headrace.core import events
 from headrace.core import request as core
 from headrace.core.errors import InvalidRequest
@@ -65,7 +66,8 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 async def tokenize(service: Service, exchange: Exchange) -> None:
     """Return the tokens of a text or a conversation."""
-    request = to_request(await exchange.read(_TOKENIZE))
+    wire = await exchange.read(_TOKENIZE)
+    request = to_request(wire, exchange.settings, exchange.call)
     count, _ = await exchange.unless_gone(result(service.backend.ask(request), events.TokenCount))
     ids = None if count.token_ids is None else list(count.token_ids)
     await exchange.answer(Tokens(tokens=ids, count=count.count, estimated=count.estimated))
@@ -74,12 +76,13 @@ async def tokenize(service: Service, exchange: Exchange) -> None:
 async def detokenize(service: Service, exchange: Exchange) -> None:
     """Return the text of tokens."""
     wire = await exchange.read(_DETOKENIZE)
-    request = core.DetokenizeRequest(token_ids=tuple(wire.tokens), model=wire.model or "")
+    given = envelope(wire.model, exchange.settings, exchange.call)
+    request = core.DetokenizeRequest(token_ids=tuple(wire.tokens), **given)
     text, _ = await exchange.unless_gone(result(service.backend.ask(request), events.Text))
     await exchange.answer(Text(text.text))
 
 
-def to_request(wire: TokenizeRequest) -> core.CountRequest:
+def to_request(wire: TokenizeRequest, settings: ApiSettings, call: Call) -> core.CountRequest:
     """Build the core request.
 
     Raises:
@@ -90,10 +93,10 @@ def to_request(wire: TokenizeRequest) -> core.CountRequest:
         raise InvalidRequest("Give one of content, prompt and messages.", param="prompt")
     special = wire.add_special if wire.add_special_tokens is None else wire.add_special_tokens
     return core.CountRequest(
-        model=wire.model or "",
         text=texts[0] if texts else None,
         messages=None if wire.messages is None else to_messages(wire.messages),
         add_special=wire.prompt is not None if special is None else special,
         template_options=wire.chat_template_kwargs or {},
         tools=to_tools(wire.tools),
+        **envelope(wire.model, settings, call),
     )

@@ -19,7 +19,7 @@ from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.sampling import RepetitionPenalty, Sampling, SamplingFields
-from headrace.core.values import seconds
+from headrace.core.values import keep_alive_seconds
 
 T = TypeVar("T")
 Prompt = str | tuple[int, ...]
@@ -195,18 +195,22 @@ def request_fields(wire: Addressed, settings: ApiSettings, call: Call) -> dict[s
     """Return the fields that every core request has.
 
     Raises:
-        InvalidRequest: keep_alive is not a duration.
+        InvalidRequest: keep_alive is not a duration, or longer than a year.
     """
+    return envelope(wire.model, settings, call) | _keep_alive(wire.keep_alive, settings, call)
+
+
+def envelope(model: str | None, settings: ApiSettings, call: Call) -> dict[str, Any]:
+    """Return the fields of a core request that do not depend on its kind."""
     return {
         "id": call.id,
         "received": call.received,
         "deadline_s": settings.deadline_s,
         "load_wait_s": settings.load_wait_s,
-        "model": wire.model or "",
+        "model": model or "",
         "client": call.client,
         "traceparent": call.traceparent,
         "tracestate": call.tracestate,
-        "keep_alive": _keep_alive(wire.keep_alive),
     }
 
 
@@ -285,11 +289,17 @@ def _either(alias: str, given: T | None, name: str, value: T | None) -> T | None
     return value if given is None else given
 
 
-def _keep_alive(value: float | str | None) -> float | None:
+def _keep_alive(value: float | str | None, settings: ApiSettings, call: Call) -> dict[str, Any]:
+    if value is None:
+        return {}
     try:
-        return None if value is None else seconds(value)
+        wanted = keep_alive_seconds(value)
     except ValueError as error:
         raise InvalidRequest(f"keep_alive: {error}.", param="keep_alive") from error
+    if call.is_admin or not settings.has_keys:
+        return {"keep_alive": wanted}
+    most = settings.max_keep_alive_s
+    return {"keep_alive": most if wanted < 0 else min(wanted, most), "lengthens": True}
 
 
 def _constraint(wire: GenerateFields) -> Constraint | None:

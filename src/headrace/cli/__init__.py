@@ -7,6 +7,8 @@ import sys
 
 def main() -> None:
     """Run `headrace` and exit with its code."""
+    from headrace.cli import streams
     from headrace.cli.app import run
 
-    sys.exit(run(sys.argv[1:]))
+    streams.prepare()
+    sys.exit(run([streams.text(argument) for argument in sys.argv[1:]]))

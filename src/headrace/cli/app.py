@@ -10,10 +10,12 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
 
 from headrace.cli import bench, check_engine, pool, replay, reports, serve, store, top, trace, tune
 from headrace.cli import run as run_command
@@ -54,16 +56,79 @@ def start(
     """Run language models behind one API, and measure what every request costs."""
 
 
-# In the order of the help; a command has the name of its function.
-for _command in (
-    *(run_command.run, serve.serve, store.pull, store.ls, store.show, tune.tune, bench.bench),
-    *(store.rm, pool.ps, top.top, reports.usage, pool.start, pool.stop, pool.restart, pool.pin),
-    *(pool.update, pool.plan, pool.events, pool.reload, reports.doctor),
-    check_engine.check_engine,
-):
-    app.command()(with_common(_command))
-app.add_typer(reports.config, name="config")
-app.add_typer(trace.app, name="trace")
+# In the order of the help; a command has the name of its function, and two examples.
+_GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
+    "Ask": {
+        run_command.run: ('run smollm2 "Name three rivers."', "run smollm2"),
+    },
+    "Models": {
+        store.pull: ("pull smollm2", "pull hub:org/repo:Q4_K_M"),
+        store.ls: ("ls", "ls --json"),
+        store.show: ("show smollm2", "show smollm2 --engine llamacpp"),
+        store.rm: ("rm smollm2", "rm --yes smollm2 all-minilm-l6-v2"),
+        pool.plan: ("plan smollm2", "plan ./models/large.gguf"),
+    },
+    "Service": {
+        serve.serve: ("serve smollm2", "serve ./a.gguf hub:org/repo:Q8_0 --port 8000"),
+        pool.start: ("start smollm2", "start smollm2 --set keep_alive=5m"),
+        pool.stop: ("stop smollm2", "stop smollm2 --url http://gpu.example:11511"),
+        pool.restart: ("restart smollm2", "restart smollm2 --json"),
+        pool.pin: ("pin smollm2", "pin smollm2 --off"),
+        pool.update: ("update smollm2 keep_alive=5m", "update smollm2 keep_alive="),
+        pool.reload: ("reload", "reload --url http://gpu.example:11511"),
+    },
+    "Observe": {
+        pool.ps: ("ps", "ps --watch"),
+        top.top: ("top", "top --interval 500ms"),
+        pool.events: ("events", "events --json"),
+        reports.usage: ("usage --since 7d", "usage --by key,model"),
+        "trace": ("trace ls", "trace show ID"),
+    },
+    "Measure": {
+        bench.bench: ("bench smollm2", "bench --url http://127.0.0.1:8000/v1 --model m --rate 2"),
+        tune.tune: ("tune smollm2", "tune smollm2 --write latency"),
+        check_engine.check_engine: (
+            "check-engine llamacpp --model smollm2",
+            "check-engine my_package:Engine --model ./model.gguf",
+        ),
+    },
+    "Set up": {
+        "config": ("config show", "config path"),
+        reports.doctor: ("doctor", "doctor --json"),
+    },
+}
+
+
+class _Grouped(TyperGroup):
+    """The help with commands in groups, each with its whole summary."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each group."""
+        for title, commands in _GROUPS.items():
+            names = [name if isinstance(name, str) else _name(name) for name in commands]
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(name, (self.commands[name].help or "").partition("\n")[0]) for name in names]
+                )
+
+
+def _name(command: Callable[..., None]) -> str:
+    return command.__name__.replace("_", "-")
+
+
+def _examples(lines: Iterable[str]) -> str:
+    # The control character keeps the lines apart.
+    return "\b\nExamples:\n" + "\n".join(f"  headrace {line}" for line in lines)
+
+
+for _commands in _GROUPS.values():
+    for _command, _lines in _commands.items():
+        if not isinstance(_command, str):
+            app.command(epilog=_examples(_lines))(with_common(_command))
+app.info.cls = _Grouped
+app.info.epilog = _examples(('run smollm2 "Name three rivers."', "serve smollm2"))
+app.add_typer(reports.config, name="config", epilog=_examples(_GROUPS["Set up"]["config"]))
+app.add_typer(trace.app, name="trace", epilog=_examples(_GROUPS["Observe"]["trace"]))
 trace.app.command("replay")(with_common(replay.replay))
 
 
@@ -83,6 +148,8 @@ def run(arguments: Sequence[str]) -> int:
     except HeadraceError as error:
         code = 2 if isinstance(error, RequestError | ConfigError) else 1
         return _fail(flags, error, type(error).__name__, _message(error, flags), code, error.param)
+    except OSError as error:
+        return _fail(flags, error, type(error).__name__, _system_message(error), 1)
     except Exception as error:  # noqa: BLE001 - the last place where it can be reported
         message = f"unexpected {type(error).__name__}: {error}; --debug shows where"
         return _fail(flags, error, "InternalError", message, 1)
@@ -101,6 +168,18 @@ def _message(error: HeadraceError, flags: Sequence[str]) -> str:
     return f"{error.message} ({detail})" if detail else error.message
 
 
+def _system_message(error: OSError) -> str:
+    """Return what the system refused, and where."""
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {reason}."
+    try:
+        Path.cwd()
+    except OSError:
+        return "The current folder has been removed; change to another."
+    return f"The system reports: {reason}."
+
+
 def _fail(
     flags: Sequence[str],
     error: BaseException,
@@ -115,5 +194,8 @@ def _fail(
         body = {"type": kind, "message": message, "param": param}
         print(json.dumps({"error": body}), file=sys.stderr)
     else:
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        # A file may have several faults.
+        lines = message.splitlines() if isinstance(error, ConfigError) else [message]
+        for line in lines:
+            print("error:", " ".join(line.split()), file=sys.stderr)
     return code

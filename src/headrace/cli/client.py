@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import Any, TypeVar
 
 import httpx2 as httpx
 import msgspec
 
-from headrace.config import Settings
 from headrace.config.sources import CLIENT_KEYS
 from headrace.core import errors
 from headrace.core.errors import ConfigError, HeadraceError
@@ -20,7 +20,6 @@ from headrace.text.sse import EventReader, EventTooLong
 
 T = TypeVar("T")
 
-_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - not to bind
 _CONNECT_S = 5.0
 _LONGEST_EXCERPT = 200
 
@@ -35,20 +34,13 @@ class _Body(msgspec.Struct, frozen=True):
     error: _Detail
 
 
-def address(settings: Settings, url: str | None) -> str:
-    """Return the address of the service: the given one, HEADRACE_URL, or where `serve` listens.
+class _Model(msgspec.Struct, frozen=True):
+    id: str
+    aliases: tuple[str, ...] = ()
 
-    Raises:
-        ConfigError: the configured port is 0, a free one.
-    """
-    if place := url or os.environ.get("HEADRACE_URL"):
-        place = place if "://" in place else f"http://{place}"
-        return place.rstrip("/").removesuffix("/v1")
-    server = settings.config.server
-    if server.port == 0:
-        raise ConfigError("The port is a free one; name it with --url.", param="port")
-    host = _ANY_ADDRESS.get(server.host, server.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
+
+class _Models(msgspec.Struct, frozen=True):
+    data: tuple[_Model, ...]
 
 
 class Client:
@@ -62,7 +54,7 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        key = next((os.environ[name] for name in CLIENT_KEYS if os.environ.get(name)), None)
+        self.key = key = _key()
         self._http = httpx.AsyncClient(
             base_url=_checked(url),
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -85,6 +77,18 @@ class Client:
     async def activity(self) -> Activity:
         """Return the running requests, and the recent rates of each model."""
         return await self._ask("GET", "/admin/activity", Activity)
+
+    async def names(self) -> dict[str, str]:
+        """Return the id of each model by its id, its aliases and, for an admin, its reference."""
+        try:
+            models = (await self.status()).models
+        except (errors.RequestError, errors.UpstreamError):
+            models = (await self._ask("GET", "/v1/models", _Models)).data
+        return {
+            name: model.id
+            for model in models
+            for name in (getattr(model, "source", ""), *model.aliases, model.id)
+        }
 
     async def order(self, action: str, model: str, **fields: Any) -> ModelStatus:
         """Request `load`, `unload`, `restart`, `pin` or `update`, and wait for its end."""
@@ -159,6 +163,20 @@ class Client:
             raise errors.UpstreamError(
                 f"The service at {self.url} has gone.", detail=f"{type(error).__name__}: {error}"
             ) from None
+
+
+def _key() -> str | None:
+    """Return the key of the environment.
+
+    Raises:
+        ConfigError: it has characters that no header can have.
+    """
+    name = next((name for name in CLIENT_KEYS if os.environ.get(name, "").strip()), None)
+    key = os.environ[name].strip() if name else None
+    if key and not re.fullmatch(r"[!-~]+", key):
+        # The HTTP library's error would contain it.
+        raise ConfigError(f"The key in {name} has characters that are not allowed.", param="key")
+    return key
 
 
 def _checked(text: str) -> httpx.URL:

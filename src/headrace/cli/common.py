@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import logging
+import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WIDE = 2**31 - 1
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - not to bind
 
 
 def known_models(incomplete: str) -> list[str]:
@@ -48,7 +51,7 @@ ModelArgument = Annotated[
     ),
 ]
 Engine = Annotated[str | None, Option(help="Use this engine.")]
-Device = Annotated[str | None, Option(help="cuda, mps or cpu.")]
+Device = Annotated[str | None, Option(help="cpu, cuda, mps, cuda:1, a list, or a number of GPUs.")]
 ContextLength = Annotated[int | None, Option(help="Tokens of prompt and answer.")]
 Options = Annotated[
     list[str] | None,
@@ -104,11 +107,14 @@ class Common:
         if not service and settings.origin("log_level") == "default":
             config = config.model_copy(update={"log_level": "warning"})
         log.configure(config.log_level, config.log_format)
+        if config.log_level == "warning":
+            # What the pool warns of is the error of the command.
+            logging.getLogger("headrace.pool").setLevel(logging.ERROR)
         return replace(settings, config=config)
 
     def ask(self, url: str | None, work: Callable[[Client], Awaitable[T]]) -> T:
         """Run `work` with a client of the running service, and return its result."""
-        from headrace.cli.client import Client, address
+        from headrace.cli.client import Client
 
         async def run() -> T:
             async with Client(address(self.settings(), url)) as client:
@@ -144,6 +150,22 @@ class ModelFlags:
         flags = {name: value for name, value in given(self).items() if name != "option"}
         options = parse_options(self.option)
         return common.settings(service=service, options=options, **flags, **more)
+
+
+def address(settings: Settings, url: str | None) -> str:
+    """Return the address of the service: the given one, HEADRACE_URL, or where `serve` listens.
+
+    Raises:
+        ConfigError: the configured port is 0, a free one.
+    """
+    if place := url or os.environ.get("HEADRACE_URL"):
+        place = place if "://" in place else f"http://{place}"
+        return place.rstrip("/").removesuffix("/v1")
+    server = settings.config.server
+    if server.port == 0:
+        raise ConfigError("The port is a free one; name it with --url.", param="port")
+    host = _ANY_ADDRESS.get(server.host, server.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
 
 
 def parse_options(pairs: list[str] | None, where: str = "flag -o") -> dict[str, str]:

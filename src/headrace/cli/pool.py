@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ import msgspec
 import typer
 from typer import Argument, Option
 
+from headrace import log
 from headrace.cli import terminal
 from headrace.cli.common import Common, ModelArgument, Options, Url, parse_options
 from headrace.core.errors import HeadraceError, UpstreamError
@@ -26,6 +27,7 @@ from headrace.core.status import (
     PoolStatus,
     ReplicaStatus,
 )
+from headrace.core.values import amounts
 
 if TYPE_CHECKING:
     from headrace.cli.client import Client
@@ -33,7 +35,17 @@ if TYPE_CHECKING:
 _EVERY_S = 1.0
 _POLL_S = 0.3
 _LONGEST_ERROR = 60
-_MODEL_HEADS = ("NAME", "STATE", "ENGINE", "MEMORY", "QUEUE", "UNTIL", "RESTARTS", "ERROR")
+_MODEL_HEADS = (
+    "NAME",
+    "STATE",
+    "ENGINE",
+    "MEMORY",
+    "RUNNING",
+    "QUEUED",
+    "UNLOADS",
+    "RESTARTS",
+    "ERROR",
+)
 _DEVICE_HEADS = ("DEVICE", "BUDGET", "BOOKED", "FREE")
 _HOME, _END_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
 
@@ -186,7 +198,8 @@ def _rows(model: ModelStatus, now: float) -> Iterator[tuple[str | None, ...]]:
         state(model, stage=True),
         model.engine or None,
         amounts(model.memory) or (estimated and f"~{estimated}"),
-        f"{requests_of(model)} + {model.queued}/{model.max_queued}",
+        requests_of(model),
+        f"{model.queued}/{model.max_queued}",
         _until(model, now),
         str(model.restarts),
         error or None,
@@ -196,8 +209,8 @@ def _rows(model: ModelStatus, now: float) -> Iterator[tuple[str | None, ...]]:
 
 
 def _replica(replica: ReplicaStatus) -> tuple[str | None, ...]:
-    load, name = f"{replica.running} running", f"  #{replica.number}"
-    return name, replica.state, None, amounts(replica.memory), load, None, None, replica.reason
+    name, memory = f"  #{replica.number}", amounts(replica.memory)
+    return name, replica.state, None, memory, str(replica.running), *[None] * 3, replica.reason
 
 
 def state(model: ModelStatus, *, stage: bool = False) -> str:
@@ -205,7 +218,7 @@ def state(model: ModelStatus, *, stage: bool = False) -> str:
     if not model.enabled:
         return "disabled"
     share = f" {100 * model.done // model.total}%" if model.progress and model.total else ""
-    if stage and model.progress:
+    if stage and model.progress and model.progress != model.state:
         return f"{model.state} ({model.progress}{share})"
     return f"{model.state}{share}"
 
@@ -215,32 +228,21 @@ def requests_of(model: ModelStatus) -> str:
     return f"{model.running}/{model.max_running or '-'}"
 
 
-def amounts(memory: Mapping[str, int]) -> str | None:
-    """Return bytes by device as text; the device is left out if it is only the CPU."""
-    if list(memory) == ["cpu"]:
-        return terminal.size(memory["cpu"])
-    return " + ".join(f"{terminal.size(size)} {name}" for name, size in memory.items()) or None
-
-
 def _until(model: ModelStatus, now: float) -> str | None:
     if model.pinned:
         return "pinned"
+    if model.state == "failed" and model.retry_at is not None:
+        return f"retry in {terminal.span(max(0.0, model.retry_at - now))}"
     if model.state != "ready":
         return None
-    return "forever" if model.until is None else f"in {terminal.span(model.until - now)}"
+    return "never" if model.until is None else f"in {terminal.span(model.until - now)}"
 
 
 def _event_line(event: PoolEvent) -> str:
     clock = datetime.fromtimestamp(event.time).astimezone().strftime("%H:%M:%S")
-    name = f"{event.model} #{event.replica}" if event.replica else event.model
-    more = [f"{key}={_short(value)}" for key, value in event.data.items()]
-    return terminal.printable("  ".join(part for part in (clock, event.kind, name, *more) if part))
-
-
-def _short(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    name = f"{event.model} #{event.replica}" if event.replica > 1 else event.model
+    sentence = log.sentence(f"pool.{event.kind}", {"model": name, **event.data})
+    return f"{clock} {terminal.flat(sentence or f'{name} {event.kind}')}"
 
 
 def _settings(pairs: list[str] | None, where: str) -> dict[str, str | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import msgspec
 from typer import Argument, Option
 
-from headrace.cli import terminal
-from headrace.cli.common import Common, ModelFlags, given, known_models
-from headrace.core.errors import GenerationFailed, InvalidRequest
+from headrace.cli import remote, streams, terminal
+from headrace.cli.common import Common, ModelFlags, Url, given, known_models
+from headrace.core.errors import ConfigError, GenerationFailed, InvalidRequest
 from headrace.core.events import Delta, Finish
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.request import Message
@@ -62,14 +61,25 @@ def run(
     system: Annotated[str | None, Option(help="System message.")] = None,
     raw: Annotated[bool, Option(help="Send the prompt without chat template.")] = False,
     figures: Annotated[bool, Option(help="Print the figures of the answer.")] = True,
+    local: Annotated[bool, Option("--local", help="Load the model in this process.")] = False,
+    url: Url = None,
     *,
     sampling: SamplingFlags,
     flags: ModelFlags,
 ) -> None:
-    """Answer one prompt, or chat if no prompt is given."""
+    """Answer one prompt, or chat if no prompt is given.
+
+    A running service that has the model answers; otherwise the model is loaded for this command.
+    With --url any server with OpenAI's API answers.
+    """
     settings = flags.settings(common)
-    spec = settings.model_spec(model or settings.config.default_model)
     question = _Question(_text(prompt or []), system, sampling.parameters(), raw)
+    named = [f"--{name.replace('_', '-')}" for name in given(flags)]
+    if url and (local or named):
+        flag = "--local" if local else named[0]
+        raise ConfigError(f"flag {flag} is for a model that is loaded here, not at --url.")
+    spec = None if local or named else remote.served(settings, model, url)
+    spec = spec or settings.model_spec(model or settings.config.default_model)
     asyncio.run(_run(common, settings, spec, question, figures=figures))
 
 
@@ -92,22 +102,24 @@ class _Question:
         return {"messages": [*messages, Message("user", self.text or "")], **self.sampling}
 
 
-def _interactive() -> bool:
-    return not sys.stdin.closed and sys.stdin.isatty()
-
-
 def _text(words: Sequence[str]) -> str | None:
-    """Join the arguments and piped input; None if there is neither."""
+    """Join the arguments and piped input; None if there is neither.
+
+    Raises:
+        InvalidRequest: it is not text.
+    """
     typed = " ".join(words)
-    piped = "" if _interactive() or sys.stdin.closed else sys.stdin.read()
-    return "\n\n".join(part for part in (typed, piped.strip("\n")) if part) or None
+    if not typed.isascii() and any("\ud800" <= sign <= "\udfff" for sign in typed):
+        raise InvalidRequest("The prompt is not text in UTF-8.")
+    piped = "" if streams.is_terminal() else streams.piped()
+    return "\n\n".join(part for part in (typed, piped.strip("\r\n")) if part) or None
 
 
 async def _run(
     common: Common, settings: Settings, spec: ModelSpec, question: _Question, *, figures: bool
 ) -> None:
     if question.text is None:
-        if common.as_json or question.raw or not _interactive():
+        if common.as_json or question.raw or not streams.is_terminal():
             raise InvalidRequest("There is no prompt: give one as argument or on stdin.")
         sampling = question.sampling
         await chat(settings, spec, system=question.system, sampling=sampling, figures=figures)
@@ -121,7 +133,13 @@ async def _run(
     if common.verbose:
         terminal.note("\n".join(all_figures(finish.metrics)))
     elif figures:
-        terminal.note(summary(finish))
+        terminal.note(summary(finish) + _place(spec))
+
+
+def _place(spec: ModelSpec, word: str = ", from") -> str:
+    """Return where a model of a running service is; nothing for one that is loaded here."""
+    url = spec.options.get("base_url") if spec.model.startswith("headrace:") else None
+    return f"{word} {str(url).removesuffix('/v1')}" if url else ""
 
 
 async def chat(
@@ -135,7 +153,8 @@ async def chat(
     """Load a model and chat with it until the user leaves."""
     from headrace.cli.chat import Chat, Conversation
 
-    conversation = Conversation(spec.name, system=system, sampling=sampling)
+    title = spec.name + _place(spec, " at")
+    conversation = Conversation(title, system=system, sampling=sampling)
     async with loaded(settings, spec) as worker:
 
         async def answer(parts: list[str]) -> str:
@@ -156,7 +175,10 @@ async def _as_json(
         "reasoning": choice.reasoning,
         "finish_reason": choice.finish_reason,
         "usage": result.usage,
-        "metrics": result.metrics,
+        # The model was loaded for this request, before it was sent.
+        "metrics": msgspec.structs.replace(
+            result.metrics, load_ms=worker.metadata.load_ms or result.metrics.load_ms
+        ),
     }
 
 

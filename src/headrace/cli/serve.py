@@ -126,8 +126,10 @@ def wanted(settings: Settings, names: Sequence[str]) -> list[ModelSpec]:
 
     Raises:
         ConfigError: two of them would have the same name.
-        RequestError: a reference is malformed.
+        HeadraceError: a reference is malformed, there is no such file, it is damaged, or no engine
+            can run it; only what a download would show is not known yet.
     """
+    from headrace import runtime
     from headrace.models.reference import parse
 
     config = settings.config
@@ -137,6 +139,8 @@ def wanted(settings: Settings, names: Sequence[str]) -> list[ModelSpec]:
         raise ConfigError("Two models have the same name; name them apart in a headrace.toml.")
     for spec in specs.values():
         parse(spec.model)
+        if spec.enabled and spec.preload:
+            runtime.describe(spec, config)
     return list(specs.values())
 
 

@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from headrace import runtime
 from headrace.api.app import create_app
 from headrace.api.limits import ApiSettings
 from headrace.api.server import Server
-from headrace.cli import terminal
+from headrace.cli import streams
 from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
 from headrace.core.model import ModelSpec
@@ -82,7 +81,7 @@ class _Service:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stops = 0
         # A service that was started from a terminal ends with it.
-        self._terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+        self._terminal = streams.is_terminal()
         self._optional = not all(spec.preload and spec.enabled for spec in specs)
         self.admin, self.telemetry = runtime.open_service(settings, specs, reread=self._reread)
         self.backend = self.admin.pool
@@ -130,6 +129,8 @@ class _Service:
     def stop(self) -> None:
         """Wait up to `drain_s` for running answers, and at a second call no longer."""
         wait_s = 0.0 if self._stops else self._settings.config.server.drain_s
+        if self._stops == 1:
+            _log.info("headrace.service.cut")
         self._stops += 1
         if self._stops > 2:
             self.server.abort()
@@ -150,14 +151,16 @@ class _Service:
         """
         try:
             await self.backend.start()
-        except HeadraceError as error:
+            if not self._stops:
+                _log.info("headrace.service.ready")
+        except HeadraceError:
             if self._stops:
                 return
             states = {info.state for info in self.backend.models()}
             if states <= _HOPELESS and not self._optional:
                 self.server.stop()
                 raise
-            terminal.note(f"error: {error.message}")
+            # The other models are served; the pool has logged which is not.
         finally:
             tune_garbage_collection()
             shorten_switch_interval()
@@ -177,6 +180,7 @@ class _Service:
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self.telemetry.aclose()
+        _log.info("headrace.service.stopped")
 
     def _reread(self) -> tuple[Settings, list[ModelSpec]]:
         settings, specs = self._read()

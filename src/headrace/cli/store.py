@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import sys
+import shutil
+from collections import defaultdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 from typer import Argument, Option
 
-from headrace.cli import terminal
+from headrace.cli import streams, terminal
 from headrace.cli.common import Common, ModelArgument, ModelFlags, known_models
-from headrace.core.errors import UnknownModel
+from headrace.core.errors import InvalidRequest, UnknownModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from headrace.config import Config
     from headrace.core.model import ModelFile, ModelInfo, ModelSpec
     from headrace.core.parameters import Parameter
+    from headrace.models.store import StoredModel
     from headrace.models.transfer import Progress
 
 
@@ -114,10 +117,40 @@ def _plain(parameter: Parameter) -> dict[str, Any]:
 def ls(common: Common) -> None:
     """List the models on this machine."""
     from headrace import runtime
+    from headrace.engines.openvino.conversion import copies
 
-    stored = list(runtime.store(common.settings().config).list())
-    rows = ((m.name, terminal.size(m.size), _day(m.added), m.reference) for m in stored)
-    common.show(stored, terminal.aligned(("NAME", "SIZE", "ADDED", "REFERENCE"), rows))
+    config = common.settings().config
+    stored = list(runtime.store(config).list())
+    converted = defaultdict[str, int](int)
+    for copy, source in copies(config.home):
+        converted[str(source)] += _size_of(copy)
+    listed = [
+        {**msgspec.to_builtins(m), "converted": converted.pop(str(Path(m.path).resolve()), 0)}
+        for m in stored
+    ]
+    common.show(listed, _stored_lines(stored, listed, converted))
+
+
+def _stored_lines(
+    stored: Sequence[StoredModel], listed: Sequence[dict[str, Any]], others: Mapping[str, int]
+) -> Iterator[str]:
+    rows = [
+        (
+            m.name,
+            terminal.size(m.size),
+            terminal.size(row["converted"] or None),
+            _day(m.added),
+            m.reference,
+        )
+        for m, row in zip(stored, listed, strict=True)
+    ]
+    rows += [
+        (Path(path).name, None, terminal.size(size), None, path) for path, size in others.items()
+    ]
+    if rows:
+        yield from terminal.aligned(("NAME", "SIZE", "CONVERTED", "ADDED", "REFERENCE"), rows)
+    else:
+        yield "There are no models yet; `headrace pull smollm2` fetches a small one."
 
 
 def _day(second: int) -> str:
@@ -137,13 +170,44 @@ def rm(
     store = runtime.store(settings.config)
     references = [_reference(settings.model_spec(name)) for name in models]
     for name, reference in zip(models, references, strict=True):
-        if store.find(parse(reference)) is None:
+        if (stored := store.find(parse(reference))) is None:
             raise UnknownModel(f"{name} is not on this machine; `headrace ls` lists what is.")
-    if not yes and sys.stdin.isatty():
+        _check_unused(name, Path(stored.path))
+    if not yes:
+        if common.as_json or not streams.is_terminal():
+            raise InvalidRequest(f"Nothing was deleted; --yes confirms it for {', '.join(models)}.")
         typer.confirm(f"Delete {', '.join(models)}?", abort=True, err=True)
-    freed = sum(map(store.remove, references))
+    freed = sum(map(store.remove, references)) + _remove_copies(settings.config.home)
     message = f"Deleted {', '.join(models)}; {terminal.size(freed)} are free again."
     common.show({"removed": models, "freed": freed}, [message])
+
+
+def _check_unused(name: str, path: Path) -> None:
+    """Refuse to delete a model that a process has loaded."""
+    from headrace.machine.process import users_of
+
+    if path.exists() and (users := users_of(path)):
+        numbers = ", ".join(str(user.pid) for user in users)
+        raise InvalidRequest(
+            f"{name} is loaded by process {numbers}; `headrace stop {name}` unloads it from a "
+            "service."
+        )
+
+
+def _remove_copies(home: Path) -> int:
+    """Delete the converted copies whose model is gone; return their size."""
+    from headrace.engines.openvino.conversion import copies
+
+    freed = 0
+    for copy, source in copies(home):
+        if not source.exists():
+            freed += _size_of(copy)
+            shutil.rmtree(copy)
+    return freed
+
+
+def _size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _reference(spec: ModelSpec) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import msgspec
+
+from headrace import log
+from headrace.core.values import flat as flat
+from headrace.core.values import size as size
+from headrace.core.values import span as span
 
 Report = Callable[[str, int, int], None]
 """Receives the progress of long work: its name, the amount done, the total (0: unknown)."""
@@ -22,12 +26,6 @@ _WIDEST = 48
 def printable(text: str) -> str:
     """Return text without the control characters that a terminal would obey."""
     return text.translate(_CONTROLS)
-
-
-def flat(text: str) -> str:
-    """Return text on one line, without characters that move the cursor or change the direction."""
-    indent = len(text) - len(text.lstrip(" "))
-    return " " * indent + "".join(filter(str.isprintable, " ".join(text.split())))
 
 
 def write(text: str) -> None:
@@ -151,32 +149,6 @@ def cells(text: str) -> int:
     return cell_len(text)
 
 
-def size(count: int | None) -> str | None:
-    """Return bytes in the largest fitting unit: `96.5 MB`."""
-    if count is None:
-        return None
-    amount, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while amount >= 1000 and unit != "TB":
-        amount, unit = amount / 1000, next(units)
-    return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
-
-
-def span(seconds: float) -> str:
-    """Return a duration in at most two units: `42s`, `3m20s`, `2h05m`."""
-    whole = max(0, round(seconds))
-    minutes, hours = whole // 60, whole // 3600
-    if hours:
-        return f"{hours}h{minutes % 60:02}m"
-    return f"{minutes}m{whole % 60:02}s" if minutes else f"{whole}s"
-
-
-def colourful() -> bool:
-    """Whether stderr is a terminal that may be coloured."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("HEADRACE_NO_COLOR")
-    return sys.stderr.isatty() and not plain
-
-
 @contextmanager
 def progress() -> Generator[Report]:
     """Yield a function that shows progress: as bars on a terminal, else not at all."""
@@ -191,7 +163,7 @@ def progress() -> Generator[Report]:
         BarColumn(),
         TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(),
-        console=Console(stderr=True, no_color=not colourful()),
+        console=Console(stderr=True, no_color=not log.colourful()),
         transient=True,
     )
     tasks: dict[str, Any] = {}

@@ -281,8 +281,16 @@ def load(
         cwd=here,
     )
     home = Value(str(sources.xdg(variables, "XDG_DATA_HOME", ".local/share")), "default", here)
-    whole = check.build(Config, read.everywhere({"home": home}))
-    models = {name: _model(read, name, name, {})[0] for name in read.file.models}
+    errors: list[ConfigError] = []
+    models: dict[str, ModelSpec] = {}
+    whole: Config | None = None
+    with sources.kept(errors):
+        whole = check.build(Config, read.everywhere({"home": home}))
+    for name in read.file.models:
+        with sources.kept(errors):
+            models[name] = _model(read, name, name, {})[0]
+    sources.raise_all(errors)
+    assert whole is not None, "or its error was raised"
     _distinct(models, read.file.path)
     return Settings(whole.model_copy(update={"models": models}), path, searched, read)
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, SecretStr, ValidationError
 
-from headrace.config.sources import Layer, Value, unknown_key
+from headrace.config.sources import Layer, Value, unknown_key, with_line
 from headrace.config.tree import is_collection, words
 from headrace.core.errors import ConfigError
 from headrace.core.values import expanded
@@ -33,14 +33,18 @@ def build(kind: type[Model], layer: Layer, prefix: str = "") -> Model:
 
 
 def _refuse(error: ValidationError, layer: Layer, prefix: str = "") -> ConfigError:
-    """Return the error for the first fault, with the origin and the key of the value."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    # A rule for several fields has no location.
-    near = next((key for key in layer if place == key or place.startswith(f"{key}.")), None)
-    origin = layer[near].origin if near else "configuration"
-    message = first["msg"].removeprefix("Value error, ")
-    return ConfigError(f"{origin}: {(prefix + place).rstrip('.')}: {message}.", param=place)
+    """Return the error for all faults, a line each, with the origin and the key of the value."""
+    lines: list[str] = []
+    params: list[str] = []
+    for fault in error.errors(include_url=False, include_input=False):
+        place = ".".join(str(part) for part in fault["loc"])
+        # A rule for several fields has no location.
+        near = next((key for key in layer if place == key or place.startswith(f"{key}.")), None)
+        key = (prefix + place).rstrip(".")
+        origin = with_line(layer[near].origin, prefix + near) if near else "configuration"
+        lines.append(f"{origin}: {key}: {fault['msg'].removeprefix('Value error, ')}.")
+        params.append(place)
+    return ConfigError("\n".join(lines), param=params[0])
 
 
 def _nest(layer: Layer) -> dict[str, Any]:
@@ -69,7 +73,8 @@ def option(kinds: Sequence[type[BaseModel]], key: str, value: Value, prefix: str
         except ValueError as error:
             fault = error
     if fault:
-        raise ConfigError(f"{value.origin}: {prefix}{key}: {fault}.", param=key)
+        origin = with_line(value.origin, prefix + key)
+        raise ConfigError(f"{origin}: {prefix}{key}: {fault}.", param=key)
     return value.value
 
 

@@ -6,10 +6,12 @@ Each source is read into flat layers of `Value`s. Their keys are `home`, `server
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -31,6 +33,8 @@ RESERVED = frozenset(
 """Variables with the prefix that are read elsewhere and are not settings."""
 
 FILE_NAME = "headrace.toml"
+_FEW, _NEAR = 12, 5
+_HEADER = re.compile(r"\s*\[([^\[].*)\]\s*(?:#.*)?")
 NAMES = "a name has 1 to 512 characters, and no control characters"
 _MAX_NAME = 512
 _UPSTREAM = re.compile(r"[a-z][a-z0-9_-]+")
@@ -73,13 +77,54 @@ def top_keys() -> list[str]:
 
 
 def unknown_key(origin: str, key: str, known: Iterable[str], kind: str = "setting") -> ConfigError:
-    """Return the error for an unknown key, with the nearest known one and all others."""
+    """Return the error for an unknown key, with the nearest known one, and all if they are few."""
     names = sorted(known)
-    near = difflib.get_close_matches(key, names, n=1)
+    # What all have in common would make any two of them similar.
+    start = len(os.path.commonprefix([key, *names]))  # noqa: RUF071
+    rests = {name[start:]: name for name in names}
+    near = [rests[rest] for rest in difflib.get_close_matches(key[start:], rests, n=_NEAR)]
     hint = f" Did you mean {near[0]}?" if near else ""
-    return ConfigError(
-        f"{origin}: {key} is no {kind}.{hint} Known: {', '.join(names) or 'none'}.", param=key
-    )
+    listed = names if len(names) <= _FEW else near[1:]
+    if listed or not names:
+        known_as = "Known" if len(names) <= _FEW else "Similar"
+        hint += f" {known_as}: {', '.join(listed) or 'none'}."
+    return ConfigError(f"{with_line(origin, key)}: {key} is no {kind}.{hint}", param=key)
+
+
+def with_line(origin: str, key: str) -> str:
+    """Return the origin of a value, with the line of a key if it is a file that has it."""
+    path = Path(origin.removeprefix("file "))
+    if not origin.startswith("file ") or not path.is_file():
+        return origin
+    table: tuple[str, ...] = ()
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if (header := _HEADER.fullmatch(line)) is not None:
+            table = _parts(header[1])
+        pair, equals, _ = line.partition("=")
+        full = ".".join((*table, *_parts(pair))) if equals and not header else ".".join(table)
+        if full == key or (equals and key.startswith(f"{full}.") and not header):
+            return f"{origin}, line {number}"
+    return origin
+
+
+def _parts(dotted: str) -> tuple[str, ...]:
+    """Return the keys of a dotted key in TOML; none if it is something else."""
+    try:
+        inner: Any = tomllib.loads(f"{dotted} = 0")
+    except tomllib.TOMLDecodeError:
+        return ()
+    keys: list[str] = []
+    while isinstance(inner, dict) and inner:
+        key, inner = next(iter(cast("dict[str, Any]", inner).items()))
+        keys.append(key)
+    return tuple(keys)
+
+
+def raise_all(errors: Sequence[ConfigError]) -> None:
+    """Raise one error of several, a line each."""
+    if errors:
+        lines = dict.fromkeys(error.message for error in errors)
+        raise ConfigError("\n".join(lines), param=errors[0].param)
 
 
 def environment_name(model: str) -> str:
@@ -183,7 +228,7 @@ class File(NamedTuple):
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"file {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -197,10 +242,9 @@ def _table(value: object, key: str, origin: str) -> dict[str, Any]:
 
 
 def _checked(table: Mapping[str, Any], known: Iterable[str], prefix: str, source: Value) -> Layer:
-    for key in table:
-        if key not in known:
-            names = [prefix + name for name in known]
-            raise unknown_key(source.origin, prefix + key, names)
+    names = [prefix + name for name in known]
+    unknown = [prefix + key for key in table if key not in known]
+    raise_all([unknown_key(source.origin, key, names) for key in unknown])
     return {key: source._replace(value=value) for key, value in table.items()}
 
 
@@ -213,21 +257,38 @@ def parse(path: Path | None) -> File:
     if path is None:
         return File(None, {}, {})
     source = Value(None, f"file {path}", path.parent)
-    top = _checked(_read(path), Config.model_fields, "", source)
-    models = _table(top.pop("models", source._replace(value={})).value, "models", source.origin)
+    errors: list[ConfigError] = []
+    top, models = dict[str, Any](_read(path)), dict[str, Layer]()
+    shared: Layer = {}
+    with kept(errors):
+        for name, value in _table(top.pop("models", {}), "models", source.origin).items():
+            with kept(errors):
+                models[name] = _model_table(name, value, source)
     for name, kind in TABLES.items():
-        table = _table(top.pop(name, source._replace(value={})).value, name, source.origin)
-        checked = _checked(table, kind.model_fields, f"{name}.", source)
-        top |= {f"{name}.{key}": value for key, value in checked.items()}
-    return File(path, top, {name: _model_table(models, name, source) for name in models})
+        with kept(errors):
+            table = _table(top.pop(name, {}), name, source.origin)
+            checked = _checked(table, kind.model_fields, f"{name}.", source)
+            shared |= {f"{name}.{key}": value for key, value in checked.items()}
+    with kept(errors):
+        shared |= _checked(top, Config.model_fields, "", source)
+    raise_all(errors)
+    return File(path, shared, models)
 
 
-def _model_table(models: Mapping[str, Any], name: str, source: Value) -> Layer:
+@contextlib.contextmanager
+def kept(errors: list[ConfigError]) -> Generator[None]:
+    """Append a ConfigError to a list, so that all of a file are reported at once."""
+    try:
+        yield
+    except ConfigError as error:
+        errors.append(error)
+
+
+def _model_table(name: str, value: object, source: Value) -> Layer:
     prefix = f"models.{name}"
     if not is_name(name):
         raise ConfigError(f"{source.origin}: [models.{name!r}]: {NAMES}.", param="models")
-    table = _table(models[name], prefix, source.origin)
-    layer = _checked(table, SETTINGS, f"{prefix}.", source)
+    layer = _checked(_table(value, prefix, source.origin), SETTINGS, f"{prefix}.", source)
     options = layer.pop("options", source._replace(value={})).value
     for key, value in _table(options, f"{prefix}.options", source.origin).items():
         layer[f"options.{key}"] = source._replace(value=value)

@@ -140,6 +140,12 @@ class HttpSettings(_Frozen):
     load_wait_s: float = Field(
         default=30.0, gt=0, description="how long a request waits for its model to load"
     )
+    max_keep_alive_s: float = Field(
+        default=3600.0,
+        ge=0,
+        le=366 * 86400,
+        description="longest keep_alive of a request, once there are keys, without an admin's",
+    )
     unknown_fields: Annotated[Literal["ignore", "warn", "refuse"], BeforeValidator(_lower)] = Field(
         default="warn", description="unknown fields of a request: ignore, warn, refuse"
     )

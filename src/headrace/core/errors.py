@@ -6,6 +6,7 @@ HeadraceError
 │   ├── InvalidRequest
 │   ├── ContextOverflow
 │   ├── Unsupported
+│   ├── Quarantined
 │   ├── NotStarted
 │   ├── Unauthorized
 │   └── Forbidden
@@ -91,6 +92,10 @@ class ContextOverflow(RequestError):
 
 class Unsupported(RequestError):
     """A field that would change the answer is not supported by this engine."""
+
+
+class Quarantined(RequestError):
+    """Requests like it have ended the model's process; refused until `retry_after_s`."""
 
 
 class NotStarted(RequestError):

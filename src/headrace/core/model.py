@@ -45,6 +45,26 @@ def _duration(value: object) -> object:
     return seconds(value) if isinstance(value, str | float | int) else value
 
 
+def check_template(source: str) -> str:
+    """Return a chat template's source.
+
+    Raises:
+        ValueError: it is none, as the name of a template: a model would see the same few words
+            whatever the messages are.
+    """
+    if "{{" in source or "{%" in source:
+        return source
+    raise ValueError(
+        f"{source[:40]!r} is not a Jinja template, as it has neither {{{{ nor {{%. "
+        "Give its source, or @ and the path of a file"
+    )
+
+
+def _template(value: object) -> object:
+    # A path is replaced by the content of its file, and nothing resets the setting.
+    return value if not value or str(value).startswith("@") else check_template(str(value))
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A model as it is configured: its source, its engine and how it is served.
 
@@ -76,7 +96,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     context_length: Annotated[
         int | None, Setting("prompt and answer, in tokens", ge=1, traced=True)
     ] = None
-    chat_template: Annotated[str | None, Setting("Jinja source, or @path of a file")] = None
+    chat_template: Annotated[
+        str | None, Setting("Jinja source, or @path of a file", parse=_template)
+    ] = None
     stop: Annotated[tuple[str, ...], Setting("stop strings of the template")] = ()
     max_running: Annotated[int | None, Setting("requests at once", ge=1, traced=True)] = None
     max_queued: Annotated[int, Setting("requests that may wait", ge=0, live=True, traced=True)] = 64
@@ -158,7 +180,9 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     """A model on disk whose header has been checked.
 
     `path` is a GGUF file or a directory, or the name of a remote model at its upstream, the
-    `provider`. `parameters` counts weights; `size` is in bytes.
+    `provider`. `parameters` counts weights; `size` is in bytes. `tokenizer` is the kind of a GGUF's
+    tokenizer, and `special_ids` are its tokens by their names in templates (`bos_token`). A token
+    is at most `max_token_bytes` of text (None: without a limit, or not known).
     """
 
     path: str
@@ -170,6 +194,9 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str | None = None
     context_length: int | None = None
     chat_template: str | None = None
+    tokenizer: str | None = None
+    max_token_bytes: int | None = None
+    special_ids: dict[str, int] = {}
     size: int = 0
     kv_bytes_per_token: int | None = None
 

@@ -103,6 +103,7 @@ class ModelOptions(TypedDict, total=False):
     dtype: str | None
     eager: bool | None
     engine_args: Mapping[str, Any] | None
+    env: Mapping[str, Any] | None
     fail_after: int | None
     fail_load: str | None
     fault: str | None

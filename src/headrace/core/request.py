@@ -62,7 +62,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     model, `load_wait_s` how long it waits for a load at most; None is without limit.
 
     `client` identifies the caller, for fairness between clients. `keep_alive` in seconds replaces
-    that of the model from the end of this request on.
+    that of the model from the end of this request on; with `lengthens`, only if it is longer.
 
     `traceparent` and `tracestate` are the W3C context of the caller's span; each layer that makes
     a span passes on its own.
@@ -74,6 +74,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     load_wait_s: float | None = None
     client: str = ""
     keep_alive: float | None = None
+    lengthens: bool = False
     traceparent: str = ""
     tracestate: str = ""
     id: str = msgspec.field(default_factory=new_id)

@@ -73,8 +73,9 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One model. `until` and `last_used` are Unix time; `until` None is without limit.
+    """One model. `until`, `last_used` and `retry_at` are Unix time; `until` None is without limit.
 
+    Until `retry_at`, requests are refused as the model has failed; the next one after it is a try.
     `progress` is the stage of a load (`downloading`, `queued`, ...), with `done` of `total`.
     `restarts`, `evictions` and `continuations` count since the service started.
     """
@@ -104,6 +105,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     evictions: int = 0
     continuations: int = 0
     last_error: str | None = None
+    retry_at: float | None = None
     progress: str | None = None
     done: int = 0
     total: int = 0

@@ -1,4 +1,4 @@
-"""Values of settings: durations and paths as text, and secrets that are not shown."""
+"""Durations, sizes and paths as text, and secrets that are not shown."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ _PART = re.compile(f"({_NUMBER})(h|ms|m|s|us|ns)")
 _TEXT = re.compile(f"([+-]?)(?:({_NUMBER})|((?:{_PART.pattern})+))")
 # Longer than any machine runs, and short enough for every timer.
 _LONGEST_S = 1e9
+_YEAR_S = 366 * 86400.0
+_ENDLESS = re.compile(r"-1(?:h|ms|m|s|us|ns)?")
 _SECRETS = frozenset({"key", "keys", "token", "secret", "password"})
 _SECRET_PARTS = _SECRETS | {
     *("tokens", "secrets", "pass", "passwd", "passphrase", "pwd", "auth", "authorization"),
@@ -38,10 +40,28 @@ def seconds(value: str | float) -> float:
     Raises:
         ValueError: `value` is not a duration.
     """
+    amount = _amount(value)
+    return amount if 0 <= amount <= _LONGEST_S else -1.0
+
+
+def keep_alive_seconds(value: str | float) -> float:
+    """Return the seconds of a request's `keep_alive`, at most a year; -1 is without end.
+
+    Raises:
+        ValueError: it is not a duration, is longer, or is negative and not -1 (of any unit).
+    """
+    amount = _amount(value)
+    if 0 <= amount <= _YEAR_S:
+        return amount
+    if amount == -1 or (isinstance(value, str) and _ENDLESS.fullmatch(value.strip())):
+        return -1.0
+    raise ValueError(f"{value!r} is not from 0 to a year, nor -1 for no limit")
+
+
+def _amount(value: str | float) -> float:
     if isinstance(value, bool):
         raise ValueError(_refusal(value))
-    amount = _parse(value) if isinstance(value, str) else float(value)
-    return amount if 0 <= amount <= _LONGEST_S else -1.0
+    return _parse(value) if isinstance(value, str) else float(value)
 
 
 def _parse(text: str) -> float:
@@ -74,6 +94,39 @@ def expanded(text: str | Path, error_type: type[HeadraceError] = InvalidRequest)
         return Path(text).expanduser()
     except RuntimeError as error:
         raise error_type(f"{str(text)!r}: there is no such home directory.") from error
+
+
+def size(count: int | None) -> str | None:
+    """Return bytes in the largest fitting unit: `96.5 MB`; None for None."""
+    if count is None:
+        return None
+    amount, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while amount >= 1000 and unit != "TB":
+        amount, unit = amount / 1000, next(units)
+    return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def amounts(memory: Mapping[str, int]) -> str | None:
+    """Return bytes by device as text; the device is left out if it is only the CPU."""
+    if list(memory) == ["cpu"]:
+        return size(memory["cpu"])
+    return " + ".join(f"{size(count)} {name}" for name, count in memory.items()) or None
+
+
+def span(seconds: float) -> str:
+    """Return a duration in at most two units: `42s`, `3m20s`, `2h05m`."""
+    whole = max(0, round(seconds))
+    minutes, hours = whole // 60, whole // 3600
+    if hours:
+        return f"{hours}h{minutes % 60:02}m"
+    return f"{minutes}m{whole % 60:02}s" if minutes else f"{whole}s"
+
+
+def flat(text: str) -> str:
+    """Return text on one line, without characters that move the cursor or change the direction."""
+    indent = len(text) - len(text.lstrip(" "))
+    return " " * indent + "".join(filter(str.isprintable, " ".join(text.split())))
 
 
 def names_secret(variable: str) -> bool:

@@ -14,11 +14,11 @@ queues, deadlines, processes or HTTP; the worker around it does all that.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 from pydantic import BaseModel, ConfigDict
@@ -219,9 +219,11 @@ class BatchLimits(NamedTuple):
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about a loaded engine. `max_running` is how many requests it batches.
 
-    `context_length` is in tokens for each request, prompt and completion together.
-    `grammar_library` is the file with the llguidance that compiles constraints; empty is the
-    package of that name.
+    `context_length` is in tokens for each request, prompt and completion together. A token is at
+    most `max_token_bytes` of text: longer texts are refused without making tokens of them.
+    `special_tokens` are the texts of those that the model has, by their names in chat templates:
+    `bos_token`, `eos_token`, `unk_token`, ... `grammar_library` is the file with the llguidance
+    that compiles constraints; empty is the package of that name.
     """
 
     device: str
@@ -229,11 +231,21 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int
     capabilities: Capabilities
     chat_template: str | None = None
-    bos_token: str = ""
-    eos_token: str = ""
+    special_tokens: Mapping[str, str] = {}
+    max_token_bytes: int | None = None
     grammar_library: str = ""
     batch: BatchLimits = BatchLimits()
     notes: tuple[str, ...] = ()
+
+    @property
+    def bos_token(self) -> str:
+        """The text of the token that begins a sequence; empty if the model has none."""
+        return self.special_tokens.get("bos_token", "")
+
+    @property
+    def eos_token(self) -> str:
+        """The text of the token that ends a sequence; empty if the model has none."""
+        return self.special_tokens.get("eos_token", "")
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -263,6 +275,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model. Blocking, idempotent."""
+        ...
+
+
+@runtime_checkable
+class Piecewise(Protocol):
+    """An engine whose tokenizer can take long, so that it is asked for a piece at a time."""
+
+    def tokenize_pieces(self, text: str, *, add_special: bool) -> Iterator[Sequence[int]]:
+        """Yield what `tokenize` returns, piece after piece. Each step blocks for a moment."""
         ...
 
 

@@ -48,7 +48,7 @@ _VOCABULARY = 257
 _CHAT_TEMPLATE = "{{ messages[-1].content }}"
 _PREFILL_STEP = 64
 _CONTEXT = 1 << 20
-_PROCESS = 48 << 20
+_PROCESS = 80 << 20  # and the process that renders chat templates
 
 
 class Options(EngineOptions):

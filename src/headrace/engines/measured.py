@@ -179,7 +179,9 @@ def machine_id() -> str:
     """Return the hardware that figures depend on: the processor, its cores and the GPUs."""
     facts = machine.system()
     gpus = [device.name for device in facts.devices if device.kind != "cpu"]
-    return ", ".join([f"{facts.cpu}, {facts.cores} cores", *gpus])
+    usable = machine.usable_cpus()
+    cores = f"{usable} of {facts.cores}" if usable < facts.cores else f"{facts.cores}"
+    return ", ".join([f"{facts.cpu}, {cores} cores", *gpus])
 
 
 def _key(file: ModelFile) -> str:
@@ -194,7 +196,7 @@ def _key(file: ModelFile) -> str:
 def _read(path: Path) -> dict[str, Record]:
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Record])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, msgspec.DecodeError) as error:
         data = {"path": str(path), "error": str(error)}

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import psutil
 
+from headrace import machine
+
 _TASKS = Path("/proc/self/task")
 _LIBRARY = "libgomp.so.1"
 _PERIOD_S = 0.1
@@ -48,7 +50,7 @@ class SpinGuard:
         self._period_s = period_s
         # GNU's OpenMP spins briefly once it has more threads than there are cores. A team of
         # threads that only sleep makes it so, at run time; its settings are read only once.
-        self._team = max(2, logical_cores() - threads + 2)
+        self._team = max(2, machine.allowed_cpus() - threads + 2)
         self._over = threading.Event()
         self._end_team: threading.Event | None = None
         self._thread: threading.Thread | None = None
@@ -103,14 +105,9 @@ def _sleep(library: ctypes.CDLL, team: int, end: threading.Event) -> None:
     end.wait()
 
 
-def logical_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def physical_cores() -> int:
     """Return how many physical cores this process may use: a thread that computes needs one."""
-    return min(logical_cores(), psutil.cpu_count(logical=False) or 1)
+    return min(machine.usable_cpus(), psutil.cpu_count(logical=False) or 1)
 
 
 class _Threads:

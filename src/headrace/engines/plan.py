@@ -51,7 +51,12 @@ def plan_cache(
     A `shared` cache has to hold one request of full length, as each takes only what it needs. A
     `divided` one has a part for each slot, and slots are reduced before the context; the slots of
     a `fixed` one are kept. A context that the request sets is kept. Notes name the `limit`.
+
+    Raises:
+        LoadFailed: the request sets a longer context than the model has.
     """
+    if request.model.context_length is not None:
+        granted_context(request, request.model.context_length)
     context = request.context_length or request.model.context_length or CONTEXT
     notes: list[str] = []
     if fits is None:

@@ -25,6 +25,7 @@ from headrace.engines.base import (
     OpenRequest,
     Pair,
 )
+from headrace.engines.openmp import physical_cores
 from headrace.models.inspect import PICKLES
 
 ABOUT = About(
@@ -66,7 +67,7 @@ class Options(EngineOptions):
         16384, ge=64, le=1 << 24, description="Tokens in one batch with its padding, at most."
     )
     threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads; by default the library's choice."
+        None, ge=1, le=1024, description="CPU threads; by default one for each core it may use."
     )
 
 
@@ -80,8 +81,7 @@ class Engine(base.Embedder):
         folder = Path(request.model.path)
         _refuse_pickles(folder)
         self._torch = torch = importlib.import_module("torch")
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        torch.set_num_threads(options.threads or physical_cores())
         device = plan.torch_device(request.device, torch)
         self._model: Any = _open(folder, request.task, device, options)
         self._tokenizer = self._model.tokenizer

@@ -13,6 +13,10 @@ _BYTE = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 SPACE = "\u2581".encode()
 """SentencePiece writes a space as this character, and a byte as `<0xNN>`."""
 
+_SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# How many bytes of a text can become one after a tokenizer's normalisation; no others are known.
+_SHRINKS = {"Prepend": 1, "Replace": 1, "NFC": 4, "Sequence": 1}
+
 Decode = Callable[[str], bytes]
 
 
@@ -65,11 +69,30 @@ class Vocabulary:
         if not all(0 <= token < self.size for token in token_ids):
             raise InvalidRequest("A token id is outside of the vocabulary.", param=param)
 
+    def max_token_bytes(self) -> int | None:
+        """Return how many bytes of text one token can stand for; None if that has no limit."""
+        if self._backend is None:
+            return None
+        state = json.loads(self._backend.to_str())
+        model, normalizer = state["model"], state.get("normalizer")
+        kinds = set(_kinds(normalizer, "normalizers")) if normalizer else set[str]()
+        lossless = isinstance(self._decode, _ByteLevel) or model.get("byte_fallback")
+        if model["type"] != "BPE" or not lossless or kinds - _SHRINKS.keys():
+            return None
+        longest = max(len(token.encode()) for token in self._backend.get_vocab())
+        return longest * max((_SHRINKS[kind] for kind in kinds), default=1)
+
     def _look_up(self, token: int) -> bytes:
         if self._decode is None:
             return self._tokenizer.decode([token], clean_up_tokenization_spaces=False).encode()
         piece = self._backend.id_to_token(token) if self._backend is not None else None
         return b"" if piece is None else self._decode(piece)
+
+
+def special_tokens(tokenizer: Any) -> dict[str, str]:
+    """Return the texts of the special tokens that a model has, by their names in templates."""
+    texts = {name: getattr(tokenizer, name, None) for name in _SPECIAL}
+    return {name: str(text) for name, text in texts.items() if text}
 
 
 class TokenizerMixin:
@@ -105,10 +128,11 @@ def _decoder(backend: Any) -> Decode | None:
     return _sentencepiece if kinds & {"ByteFallback", "Metaspace"} else None
 
 
-def _kinds(decoder: dict[str, Any]) -> Iterable[str]:
-    yield decoder["type"]
-    for inner in decoder.get("decoders", ()):
-        yield from _kinds(inner)
+def _kinds(part: dict[str, Any], inner: str = "decoders") -> Iterable[str]:
+    """Yield the type of a part of a tokenizer, and of all parts inside of it."""
+    yield part["type"]
+    for each in part.get(inner, ()):
+        yield from _kinds(each, inner)
 
 
 class _ByteLevel:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import msgspec
 
+from headrace import machine
 from headrace.core.model import ModelFile
 from headrace.core.private import private_folder
 from headrace.engines.measured import machine_id
-from headrace.engines.openmp import logical_cores
 from headrace.models.transfer import write_atomically
 
 FILE_NAME = "bandwidth.json"
@@ -38,7 +38,7 @@ def bandwidth(home: Path) -> float:
     except (OSError, msgspec.DecodeError):
         known = None
     before = known.bandwidth if known is not None and known.machine == here else 0.0
-    best = max(before, read_bandwidth(logical_cores()))
+    best = max(before, read_bandwidth(machine.usable_cpus()))
     private_folder(home)
     write_atomically(path, msgspec.json.encode(_Known(here, best)))
     return best

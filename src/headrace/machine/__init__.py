@@ -4,9 +4,11 @@ from headrace.machine.facts import SystemInfo, attributes, system
 from headrace.machine.hardware import (
     HOST,
     Device,
+    allowed_cpus,
     budgets,
     devices,
     host_memory,
+    usable_cpus,
     visibility,
 )
 from headrace.machine.process import (
@@ -28,6 +30,7 @@ __all__ = [
     "Measurement",
     "Sampler",
     "SystemInfo",
+    "allowed_cpus",
     "attributes",
     "budgets",
     "devices",
@@ -40,5 +43,6 @@ __all__ = [
     "shorten_switch_interval",
     "system",
     "tune_garbage_collection",
+    "usable_cpus",
     "visibility",
 ]

@@ -6,6 +6,7 @@ GPUs are read with the library of the driver; without it there are none.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -29,6 +30,8 @@ _UNITS = {
     **{f"{c}{end}": 1 << 10 * n for n, c in enumerate("kmgt", 1) for end in ("", "i", "ib")},
     **{f"{c}b": 1000**n for n, c in enumerate("kmgt", 1)},
 }
+_MEMORY_FILES = ("memory.max", "memory.limit_in_bytes")
+_CPU_FILES = ("cpu.max", "cpu.cfs_quota_us")
 _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -84,7 +87,7 @@ def _host() -> tuple[int, int]:
     """Return the total and the free memory that are available to this process."""
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
-    for folder in _cgroups(_OWN_CGROUP):
+    for folder in _cgroups(_OWN_CGROUP, "memory", _MEMORY_FILES):
         limit = _number(folder, "memory.max", "memory.limit_in_bytes")
         if limit is not None and limit < memory.total:
             used = _number(folder, "memory.current", "memory.usage_in_bytes") or 0
@@ -92,19 +95,43 @@ def _host() -> tuple[int, int]:
     return total, free
 
 
+def usable_cpus() -> int:
+    """Return how many processors this process may use: by its affinity and its quota of time.
+
+    A quota is of the control group or of one above it; half a processor counts as one.
+    """
+    shares = [_quota(folder) for folder in _cgroups(_OWN_CGROUP, "cpu", _CPU_FILES)]
+    share = min((share for share in shares if share is not None), default=math.inf)
+    return max(1, min(allowed_cpus(), int(share + 0.5) if math.isfinite(share) else 1 << 30))
+
+
+def allowed_cpus() -> int:
+    """Return how many processors the affinity of this process allows."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quota(folder: Path) -> float | None:
+    """Return the processors that a control group may use, None without a limit."""
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+        return int(quota) / int(period)
+    quota, period = _number(folder, "cpu.cfs_quota_us"), _number(folder, "cpu.cfs_period_us")
+    return quota / period if quota and period and quota > 0 else None
+
+
 @cache
-def _cgroups(own: Path) -> tuple[Path, ...]:
-    """Return the folders of this process's control groups and of their parents."""
+def _cgroups(own: Path, controller: str, files: tuple[str, ...]) -> tuple[Path, ...]:
+    """Return the folders of this process's control groups and their parents that have `files`."""
     folders: list[Path] = []
     with contextlib.suppress(OSError):
         for line in own.read_text(encoding="utf-8").splitlines():
             _, controllers, group = line.split(":", 2)
-            if controllers in ("", "memory"):
+            if not controllers or controller in controllers.split(","):
                 inner = Path(group.lstrip("/"))
-                roots = (_CGROUPS / "memory",) if controllers else (_CGROUPS, _CGROUPS / "unified")
+                names = (controllers, controller) if controllers else ("", "unified")
+                roots = [_CGROUPS / name for name in dict.fromkeys(names)]
                 folders += [root / part for root in roots for part in (inner, *inner.parents)]
     # In a container the path can be the host's, of which only the top is visible.
-    files = ("memory.max", "memory.limit_in_bytes")
     return tuple(
         folder
         for folder in dict.fromkeys(folders)

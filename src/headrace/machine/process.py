@@ -150,6 +150,23 @@ def resident(processes: Iterable[psutil.Process]) -> int:
     return total
 
 
+def users_of(place: Path) -> list[psutil.Process]:
+    """Return the processes of this user that have a file, or one in a folder, open or mapped."""
+    files = [place, *place.rglob("*")] if place.is_dir() else [place]
+    wanted = {str(file.resolve()) for file in files}
+    return [process for process in psutil.process_iter() if _uses(process, wanted)]
+
+
+def _uses(process: psutil.Process, paths: set[str]) -> bool:
+    used: set[str] = set()
+    with contextlib.suppress(psutil.Error, OSError):
+        used.update(file.path for file in process.open_files())
+    with contextlib.suppress(psutil.Error, OSError, AttributeError):
+        # Not on every system.
+        used.update(part.path for part in process.memory_maps(grouped=True))
+    return not paths.isdisjoint(used)
+
+
 def die_with_parent() -> None:
     """Make the kernel kill this process as soon as its parent has ended (Linux only)."""
     if sys.platform == "linux":

@@ -13,7 +13,7 @@ import msgspec
 import psutil
 
 from headrace.core.metrics import DeviceUse
-from headrace.machine.hardware import Device, gpus, host
+from headrace.machine.hardware import Device, allowed_cpus, gpus, host
 from headrace.machine.process import family, resident
 
 Look = Callable[[], Sequence[Device]]
@@ -35,7 +35,7 @@ class DeviceReader:
         """Return the host and then every GPU."""
         (then, before), now = self._before, (time.monotonic(), self._cpu_s())
         self._before = now
-        whole = (now[0] - then) * _processors()
+        whole = (now[0] - then) * allowed_cpus()
         busy = min(1.0, max(0.0, (now[1] - before) / whole)) if whole else 0.0
         return (host(resident(self._processes), busy), *gpus(self._pids, metered=True))
 
@@ -54,12 +54,6 @@ def _is_own(pid: int) -> bool:
         return os.getsid(pid) == os.getsid(0)
     except OSError:
         return False
-
-
-def _processors() -> int:
-    """Return the number of processors that this process may use."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 class _Reading(NamedTuple):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import msgspec
 
@@ -38,9 +38,13 @@ _CHUNK = 1 << 18
 
 
 class Skipped(msgspec.Struct, frozen=True):
-    """The length of an array or a text that was checked and not kept."""
+    """The length of an array or a text that was checked and not kept.
+
+    `longest` is the length in bytes of the longest text of an array.
+    """
 
     length: int
+    longest: int = 0
 
 
 Value = int | float | bool | str | tuple[int | float, ...] | Skipped
@@ -106,17 +110,23 @@ class _Cursor:
         self._end = self._file.seek(self.place + count)
         self._buffer, self._offset = b"", 0
 
-    def skip_texts(self, count: int) -> None:
-        """Skip texts, each of which follows its length."""
+    def skip_texts(self, count: int) -> int:
+        """Skip texts, each of which follows its length; return the longest length."""
+        longest = 0
         for _ in range(count):
             at = self._offset
             # This runs a million times for a large vocabulary: no calls where the buffer has all.
             if at + 8 <= len(self._buffer):
                 (length,) = _U64.unpack_from(self._buffer, at)
+                if length > longest:
+                    longest = length
                 if at + 8 + length <= len(self._buffer):
                     self._offset = at + 8 + length
                     continue
-            self.skip(self.u64())
+            length = self.u64()
+            longest = max(longest, length)
+            self.skip(length)
+        return longest
 
     def u32(self) -> int:
         """Return the next 4 bytes as a number."""
@@ -141,10 +151,12 @@ _U64 = struct.Struct("<Q")
 
 
 class _Metadata:
-    """Reads the pairs of keys and values."""
+    """Reads the pairs of keys and values; of long arrays those of `wanted` keys are kept."""
 
-    def __init__(self, cursor: _Cursor) -> None:
+    def __init__(self, cursor: _Cursor, wanted: Container[str] = ()) -> None:
         self._cursor = cursor
+        self._wanted = wanted
+        self.kept: dict[str, tuple[Any, ...]] = {}
         self._kept = 0
         self._texts = 0
         self.values: dict[str, Value] = {}
@@ -155,8 +167,20 @@ class _Metadata:
             if key in self.values:
                 self._cursor.fail(f"the key {_shown(key)} is there twice")
             self._keep(len(key))
-            self.values[key] = self._value(self._cursor.u32())
+            kind = self._cursor.u32()
+            if kind == ARRAY and key in self._wanted:
+                self.kept[key] = self._whole_array(self._cursor.u32(), self._cursor.u64())
+                self.values[key] = Skipped(len(self.kept[key]))
+            else:
+                self.values[key] = self._value(kind)
         return self.values
+
+    def _whole_array(self, kind: int, length: int) -> tuple[Any, ...]:
+        if kind != STRING:
+            return self._scalars(kind, length)
+        if length > MAX_TEXTS or length * 8 > self._cursor.left:
+            self._cursor.fail(f"an array of {length} texts")
+        return tuple(self._cursor.take(self._cursor.u64()) for _ in range(length))
 
     def _keep(self, size: int) -> None:
         self._kept += size
@@ -184,8 +208,7 @@ class _Metadata:
             self._texts += length
             if self._texts > MAX_TEXTS or length * 8 > cursor.left:
                 cursor.fail(f"an array of {length} texts")
-            cursor.skip_texts(length)
-            return Skipped(length)
+            return Skipped(length, cursor.skip_texts(length))
         if kind not in SCALARS:
             cursor.fail(f"an array of values of the unknown type {kind}")
         width = struct.calcsize("<" + SCALARS[kind])
@@ -263,6 +286,21 @@ class _Tensors:
         return size
 
 
+def read_vocabulary(path: Path) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
+    """Return the tokens of a file as they are written in it, and their types; empty without.
+
+    Raises:
+        LoadFailed: as `read_header`.
+    """
+    keys = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
+    with open_regular(path) as (file, size):
+        cursor = _Cursor(file, size, path)
+        _version, _tensors, pairs = _counts(cursor)
+        metadata = _Metadata(cursor, keys)
+        metadata.read(pairs)
+    return metadata.kept.get(keys[0], ()), metadata.kept.get(keys[1], ())
+
+
 def read_header(path: Path) -> GgufHeader:
     """Read one file's header.
 
@@ -274,6 +312,17 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def _read(cursor: _Cursor, path: Path) -> GgufHeader:
+    version, tensors, pairs = _counts(cursor)
+    metadata = _Metadata(cursor).read(pairs)
+    listing = _Tensors(cursor, _alignment(cursor, metadata))
+    listing.read(tensors)
+    return GgufHeader(
+        path, cursor.size, version, metadata, tensors, listing.parameters, listing.bytes
+    )
+
+
+def _counts(cursor: _Cursor) -> tuple[int, int, int]:
+    """Return the version, and the numbers of tensors and of pairs of metadata."""
     if cursor.take(4) != MAGIC:
         cursor.fail("it does not begin with GGUF")
     version = cursor.u32()
@@ -284,12 +333,7 @@ def _read(cursor: _Cursor, path: Path) -> GgufHeader:
     # 13 and 33 bytes are the least that a pair and a tensor can have.
     if tensors > MAX_TENSORS or pairs > MAX_PAIRS or 13 * pairs + 33 * tensors > cursor.left:
         cursor.fail(f"{tensors} tensors and {pairs} pairs of metadata")
-    metadata = _Metadata(cursor).read(pairs)
-    listing = _Tensors(cursor, _alignment(cursor, metadata))
-    listing.read(tensors)
-    return GgufHeader(
-        path, cursor.size, version, metadata, tensors, listing.parameters, listing.bytes
-    )
+    return version, tensors, pairs
 
 
 def _alignment(cursor: _Cursor, metadata: Mapping[str, Value]) -> int:

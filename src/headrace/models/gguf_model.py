@@ -10,12 +10,12 @@ from typing import NoReturn
 from headrace.core.errors import LoadFailed
 from headrace.core.model import ModelFile, Task
 from headrace.models.files import scaled_context
-from headrace.models.gguf import GgufHeader, read_header
+from headrace.models.gguf import GgufHeader, Skipped, read_header
 from headrace.models.gguf_types import FILE_TYPES
 
 MAX_PARTS = 1000
 _POOLING_RANK = 4
-_EMBEDDERS = frozenset(
+EMBEDDERS = frozenset(
     {
         "bert",
         "eurobert",
@@ -29,6 +29,19 @@ _EMBEDDERS = frozenset(
         "t5encoder",
     }
 )
+"""Architectures without an output layer."""
+# Their tokens hold all bytes of a text. Others drop accents, or have one token for any word.
+_LOSSLESS = frozenset({"gpt2", "llama"})
+_SPECIAL = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "sep_token": "seperator",
+    "pad_token": "padding",
+    "cls_token": "cls",
+    "mask_token": "mask",
+}
+"""Names in templates, and those of the keys of ids: `seperator` is how GGUF spells it."""
 _PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
 
 
@@ -77,7 +90,10 @@ def describe(path: Path) -> ModelFile:
         parameters=parameters,
         quantization=_quantization(facts, headers),
         context_length=facts.context_length(),
-        chat_template=facts.text("tokenizer.chat_template"),
+        chat_template=facts.chat_template(),
+        tokenizer=facts.tokenizer(),
+        max_token_bytes=facts.max_token_bytes(),
+        special_ids=facts.special_ids(),
         size=sum(header.size for header in headers),
         kv_bytes_per_token=facts.kv_bytes_per_token(),
     )
@@ -149,12 +165,38 @@ class _Facts:
             architecture=self.architecture,
         )
 
+    def chat_template(self) -> str | None:
+        """Return the template, unless it is no text or longer than a template can be."""
+        value = self.metadata.get("tokenizer.chat_template")
+        return value if isinstance(value, str) else None
+
+    def tokenizer(self) -> str | None:
+        """Return the kind of the tokenizer: `gpt2` is BPE, `llama` SentencePiece."""
+        value = self.metadata.get("tokenizer.ggml.model")
+        return value if isinstance(value, str) else None
+
+    def max_token_bytes(self) -> int | None:
+        """Return how many bytes of text one token can stand for, None if without a limit."""
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
+        if self.tokenizer() not in _LOSSLESS:
+            return None
+        return (tokens.longest or None) if isinstance(tokens, Skipped) else None
+
+    def special_ids(self) -> dict[str, int]:
+        """Return the ids of special tokens by their names in templates; only those that it has."""
+        ids = {
+            name: self.metadata.get(f"tokenizer.ggml.{key}_token_id")
+            for name, key in _SPECIAL.items()
+        }
+        # Some files have -1, or its bits, for a token that they do not have.
+        return {name: n for name, n in ids.items() if type(n) is int and 0 <= n < 1 << 31}
+
     def task(self) -> Task:
         """Return the task: a model that pools its tokens does not generate."""
         pooling = self.whole(self._key("pooling_type"), zero=True) or 0
         if pooling == _POOLING_RANK:
             return "rerank"
-        return "embed" if pooling or self.architecture in _EMBEDDERS else "generate"
+        return "embed" if pooling or self.architecture in EMBEDDERS else "generate"
 
     def _heads(self, key: str, layers: int) -> int | None:
         """Return the heads of all layers together; the value may be one for each layer."""

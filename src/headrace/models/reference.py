@@ -29,7 +29,11 @@ _QUANTIZATION = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 _REVISION = re.compile(r"\w[\w./+-]{0,199}", re.ASCII)
 _PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]{0,63}")
-_REMOTE_MODEL = re.compile(r"[A-Za-z0-9~][\w.:/@+~-]{0,254}", re.ASCII)
+_REMOTE_MODEL = re.compile(r"[\w~][\w.:/@+~-]{0,254}")
+
+
+# As a browser shows it, or as other programs write it.
+_HUB_ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/")
 
 
 class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,6 +163,8 @@ def parse(text: str, *, base: Path | None = None) -> Reference:
         raise _invalid(text, "it is empty, too long, not UTF-8, or has control characters")
     if text in CATALOG:
         return parse(CATALOG[text].reference)
+    if (address := _HUB_ADDRESS.match(text)) is not None:
+        return _hub_address(text, text[address.end() :])
     scheme = _SCHEME.match(text)
     if is_remote(text):
         return _remote(text)
@@ -174,7 +180,7 @@ def parse(text: str, *, base: Path | None = None) -> Reference:
 
 def unknown(name: str) -> UnknownModel:
     """Return the error for an unknown name, with the nearest name and those of the catalogue."""
-    nearest = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0.7)
     hint = f" Did you mean {nearest[0]}?" if nearest else ""
     return UnknownModel(
         f"No model is called {name!r}.{hint} "
@@ -205,6 +211,22 @@ def _hub(text: str, rest: str) -> HubReference:
     if not _QUANTIZATION.fullmatch(part):
         raise _invalid(text, "the repository is followed by a file.gguf or a quantisation")
     return HubReference(repo, quantization=part.upper(), revision=revision or None)
+
+
+def _hub_address(text: str, rest: str) -> HubReference:
+    """Read `org/repo[:part][@revision]`, or the address of a repository, a folder or a file."""
+    org, repo, kind, revision, *path = [
+        *re.split("[?#]", rest)[0].strip("/").split("/"),
+        "",
+        "",
+        "",
+    ]
+    path = [part for part in path if part]
+    if kind not in ("", "blob", "resolve", "tree", "raw") or (path and not revision):
+        raise _invalid(text, "it is no address of a repository or a file on the hub")
+    file = f":{'/'.join(path)}" if path and path[-1].lower().endswith(".gguf") else ""
+    pinned = f"@{revision}" if revision not in ("", "main") else ""
+    return _hub(text, f"{org}/{repo}{file}{pinned}")
 
 
 def _index(text: str, rest: str) -> IndexReference:

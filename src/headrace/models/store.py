@@ -7,6 +7,7 @@ progress) and `locks`. A record is written last: a model without one does not ex
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import shutil
@@ -43,6 +44,7 @@ from headrace.models.transfer import (
 )
 
 _POLL_S = 0.2
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR}
 
 
 class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,11 +215,15 @@ class Store:
 
     @contextmanager
     def _writable(self) -> Generator[None]:
+        made = False
         try:
             for name in ("records", "files", "partial", "locks"):
                 private_folder(self._root / name)
+            made = True
             yield
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        except OSError as error:
+            if made and error.errno not in _NOT_WRITABLE:
+                raise
             place = error.filename or self._root
             message = f"Models cannot be kept under {self._root}: {place}: {error.strerror}."
             raise ConfigError(message, param="home") from error
@@ -294,9 +300,11 @@ def _local(path: Path) -> StoredModel | None:
 def _located(path: Path) -> Path:
     if path.exists():
         return path
-    last = "/".join(path.parts[-2:])
-    message = f"There is nothing at {path}. For a repository on the hub write hub:{last}."
-    raise UnknownModel(message, param="model")
+    hint = ""
+    # Written as org/repo, and not the name of a file in a folder that is there.
+    if path.parent.parent == Path.cwd() and not path.parent.exists() and path.suffix != ".gguf":
+        hint = f" For a repository on the hub write hub:{'/'.join(path.parts[-2:])}."
+    raise UnknownModel(f"There is nothing at {path}.{hint}", param="model")
 
 
 def _key(reference: Reference) -> str:

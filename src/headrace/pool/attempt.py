@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
-from headrace.core.errors import QueueTimeout
-from headrace.core.events import Event, Finish
+from headrace.core.errors import WorkerDied
+from headrace.core.events import Delta, Event, Finish
 from headrace.pool.continuation import Continuation
 from headrace.pool.entry import ModelEntry
 from headrace.pool.loader import Loader
 from headrace.pool.observer import AttemptObservation, Observation
 
-_PROGRESS_S = 0.5
-
 
 class Attempt:
-    """A context manager that holds the ticket and the lease, and releases them at exit."""
+    """A context manager that holds the ticket and the lease, and releases them at exit.
+
+    `has_begun` is whether the worker has sent a token or a result; until then a request that is
+    `alone` has a replica of its own.
+    """
 
     def __init__(
         self,
@@ -27,13 +29,15 @@ class Attempt:
         entry: ModelEntry,
         continuation: Continuation,
         observation: Observation,
-        clock: Callable[[], float],
+        *,
+        alone: bool = False,
     ) -> None:
         self._loader = loader
         self._entry = entry
         self._continuation = continuation
         self._observation = observation
-        self._clock = clock
+        self.has_begun = False
+        self._is_alone = alone
         self._tokens: float | None = None
         self._observing: AbstractContextManager[AttemptObservation] | None = None
         self._observed: AttemptObservation | None = None
@@ -45,8 +49,12 @@ class Attempt:
         Raises:
             HeadraceError: the queue is full, or the model is not served.
         """
-        is_second = self._continuation.way is not None
-        self._ticket = self._entry.join(self._continuation.request, priority=is_second)
+        continuation = self._continuation
+        self._ticket = self._entry.join(
+            continuation.request,
+            priority=continuation.way is not None,
+            alone=self._is_alone,
+        )
         try:
             if not self.is_granted:
                 self._loader.ensure_loaded(self._entry)
@@ -62,6 +70,8 @@ class Attempt:
         trace: TracebackType | None,
     ) -> None:
         """Close the stream, and release the ticket or the slots."""
+        if isinstance(error, WorkerDied):
+            self._loader.worker_failed(self._entry, self._ticket.lease.result(), error)
         try:
             if self._stream is not None:
                 await self._stream.aclose()
@@ -83,15 +93,7 @@ class Attempt:
             QueueTimeout: the request's deadline has passed.
             Loading: the load takes longer than the request's `load_wait_s`.
         """
-        if (loading := self._entry.load_wait_error(self._ticket)) is not None:
-            raise loading
-        deadline, wait_s = self._ticket.request.deadline, _PROGRESS_S
-        if deadline is not None:
-            left = deadline - self._clock()
-            if left <= 0:
-                where = "in the queue" if self._entry.is_ready else "for the model to load"
-                raise QueueTimeout(f"The deadline passed while the request waited {where}.")
-            wait_s = min(wait_s, left)
+        wait_s = self._entry.wait_s(self._ticket.request, self._ticket.joined)
         await asyncio.wait({self._ticket.lease}, timeout=wait_s)
 
     def events(self) -> AsyncGenerator[Event, None]:
@@ -106,6 +108,12 @@ class Attempt:
         self._observed = self._observing.__enter__()
         self._stream = worker.ask(self._observed.request)
         return self._stream
+
+    def saw(self, event: Event) -> None:
+        """Note the worker's first token or result; an echoed prompt is none."""
+        if type(event) is not Delta or event.token_ids:
+            self.has_begun = True
+            self._entry.has_begun(self._ticket)
 
     def finished(self, finish: Finish) -> None:
         """Note the worker's Finish."""

@@ -5,27 +5,30 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from headrace.core.errors import (
     Disabled,
-    DoesNotFit,
     Draining,
     HeadraceError,
-    LoadFailed,
     Loading,
     QueueFull,
+    QueueTimeout,
 )
 from headrace.core.events import Progress
 from headrace.core.model import ModelInfo, ModelSpec, State, needs_new_worker
 from headrace.core.request import AnyRequest
-from headrace.pool.policy import Rules, backoff_s, choose_replica
+from headrace.pool.failures import Failures
+from headrace.pool.policy import Rules, choose_replica
 from headrace.pool.queue import Forecast, Queue, Ticket
 from headrace.pool.replica import Lease, Replica, blocks_of
 
 _UNKNOWN_LOAD_S = 5.0
+_PROGRESS_S = 0.5
 _RETIRED = "retired"
+# How long other requests pass one that waits for a replica without any.
+_PASSED_S = 20.0
+_ALL = 1 << 30
 _serials = itertools.count()
 
 
@@ -37,9 +40,7 @@ class ModelEntry:
         self.queue = Queue(clock)
         self.forecast = Forecast()
         self.draining = False
-        self.failure: HeadraceError | None = None
-        self.last_error: str | None = None
-        self.retry_at = 0.0
+        self.failures = Failures(clock)
         self.keep_alive = spec.keep_alive
         self.last_used: float | None = None
         self.restarts = self.evictions = self.continuations = 0
@@ -47,8 +48,6 @@ class ModelEntry:
         self.preload = spec.preload
         self._wanted_until = 0.0
         self._clock = clock
-        self._failures = 0
-        self._crashes: deque[float] = deque(maxlen=64)
         self._unready_since = clock()
         self._load_waits: set[asyncio.Future[None]] = set()
         self.retired: set[Replica] = set()
@@ -65,7 +64,7 @@ class ModelEntry:
         for state in ("ready", "loading", "draining"):
             if state in states:
                 return state
-        if self.failure is not None:
+        if self.failures.error is not None:
             return "failed"
         return "stopped" if "stopped" in states else "created"
 
@@ -93,11 +92,7 @@ class ModelEntry:
     def slots(self) -> int:
         """How many requests run at once; the expected number while nothing is loaded."""
         ready = [replica.max_running for replica in self.replicas if replica.is_ready]
-        return (
-            sum(ready)
-            if ready
-            else max((replica.max_running for replica in self.replicas), default=0)
-        )
+        return sum(ready) or max((replica.max_running for replica in self.replicas), default=0)
 
     @property
     def running(self) -> int:
@@ -113,16 +108,20 @@ class ModelEntry:
         yield from self.replicas
         yield from self.retired
 
-    def join(self, request: AnyRequest, *, priority: bool = False) -> Ticket:
-        """Queue a request. `priority` is for a second attempt: it goes first, and always fits.
+    def join(self, request: AnyRequest, *, priority: bool = False, alone: bool = False) -> Ticket:
+        """Queue a request; see `Ticket`.
 
         Raises:
             Draining, Disabled: the model is not served.
-            LoadFailed: it has failed; with the time until the next attempt, if there is one.
+            LoadFailed: it has failed; with the time until the next attempt.
+            Quarantined: such requests have crashed their workers.
             QueueFull: with the time after which there should be a place.
         """
         self.check()
-        ticket = Ticket(request, self._clock(), priority=priority)
+        now = self._clock()
+        if not priority:
+            alone = self.failures.suspects.admit(request, now)
+        ticket = Ticket(request, now, priority=priority, alone=alone)
         if len(self.replicas) > 1:
             ticket.blocks = blocks_of(request)
         if not priority and len(self.queue) >= self._capacity():
@@ -144,14 +143,8 @@ class ModelEntry:
             raise Draining(f"{self.spec.name} is stopping.")
         if not self.spec.enabled:
             raise Disabled(f"{self.spec.name} is switched off.")
-        wait_s = self.retry_at - self._clock()
-        if self.failure is None or self.is_ready:
-            return
-        if wait_s > 0 or self.has_failed_for_good:
-            raise LoadFailed(
-                f"{self.spec.name} has failed: {self.failure.message}",
-                retry_after_s=None if self.has_failed_for_good else wait_s,
-            )
+        if self.failures.wait_s and not self.is_ready:
+            raise self.failures.refusal(self.spec.name)
 
     def retry_after_s(self) -> float:
         """Return after how many seconds a request that was refused should be sent again."""
@@ -173,35 +166,71 @@ class ModelEntry:
         elapsed = self._clock() - began if began else 0.0
         return max(1.0, sized[0].footprint.load_s - elapsed)
 
-    def load_wait_error(self, ticket: Ticket) -> Loading | None:
-        """Return the error for a request whose `load_wait_s` is less than the load will take."""
-        longest_s = ticket.request.load_wait_s
-        if longest_s is None or self.is_ready:
-            return None
-        remaining, waited = self.remaining_load_s() or 0.0, self._clock() - ticket.joined
-        if waited + remaining <= longest_s:
-            return None
-        # The client will retry: the load is for its next request.
-        wait_s = remaining or _UNKNOWN_LOAD_S
-        self._wanted_until = self._clock() + 2 * wait_s + 60.0
-        return Loading(f"{self.spec.name} is loading.", retry_after_s=wait_s)
+    def crashed(
+        self, error: HeadraceError, rules: Rules, *, up_s: float, victims: Sequence[Lease]
+    ) -> None:
+        """Record that a worker has died after `up_s` seconds, with these requests."""
+        self.restarts += 1
+        self.failures.crashed(error, rules, up_s=up_s, victims=victims)
+        self.queue.review(lambda request: self.failures.suspects.admit(request, self._clock()))
+
+    def wait_s(self, request: AnyRequest, joined: float) -> float:
+        """Return for how many seconds a request may wait until this is called again.
+
+        Raises:
+            QueueTimeout: the request's deadline has passed.
+            Loading: the load takes longer than the request's `load_wait_s`.
+        """
+        now, deadline = self._clock(), request.deadline
+        if not self.is_ready and request.load_wait_s is not None:
+            remaining = self.remaining_load_s() or 0.0
+            if now - joined + remaining > request.load_wait_s:
+                # The client will retry: the load is for its next request.
+                wait_s = remaining or _UNKNOWN_LOAD_S
+                self._wanted_until = now + 2 * wait_s + 60.0
+                raise Loading(f"{self.spec.name} is loading.", retry_after_s=wait_s)
+        if deadline is None:
+            return _PROGRESS_S
+        if deadline <= now:
+            where = "in the queue" if self.is_ready else "for the model to load"
+            raise QueueTimeout(f"The deadline passed while the request waited {where}.")
+        return min(_PROGRESS_S, deadline - now)
 
     def grant(self) -> None:
         """Give free slots to the next requests."""
-        while (ticket := self.queue.next()) is not None:
-            size = ticket.request.slots
-            candidates = [replica.candidate(ticket.blocks) for replica in self.replicas]
-            number = choose_replica(candidates, size)
-            if number is None:
+        while (ticket := self._next()) is not None:
+            replica = self._choose(ticket)
+            if replica is None:
                 return
             self.queue.leave(ticket)
             self.queue.granted(ticket)
-            replica = self.replicas[number]
-            lease = replica.take(ticket.cost, min(size, replica.max_running), ticket.blocks)
+            size = min(_size(ticket), replica.max_running)
+            lease = replica.take(ticket.request, ticket.cost, size, ticket.blocks)
             if ticket.lease.done():
                 replica.give_back(lease)
             else:
                 ticket.lease.set_result(lease)
+
+    def _next(self) -> Ticket | None:
+        """Return the next ticket; the others pass one that has to be alone, for a while."""
+        alone = self.queue.next_alone()
+        if alone is None:
+            return self.queue.next()
+        is_due = self._clock() - alone.joined > _PASSED_S
+        return alone if is_due or self._choose(alone) is not None else self.queue.next()
+
+    def _choose(self, ticket: Ticket) -> Replica | None:
+        candidates = [replica.candidate(ticket.blocks) for replica in self.replicas]
+        number = choose_replica(candidates, _size(ticket))
+        return None if number is None else self.replicas[number]
+
+    def has_begun(self, ticket: Ticket) -> None:
+        """Note the first token of a request; one that was alone makes place for others."""
+        lease, size = ticket.lease.result(), ticket.request.slots
+        lease.has_begun = True
+        if ticket.alone and size < lease.size:
+            lease.size = size
+            self.grant()
 
     def leave(self, ticket: Ticket, tokens: float | None = None) -> None:
         """Take a request out of the queue, or give its slots back. Idempotent.
@@ -220,32 +249,46 @@ class ModelEntry:
             self.forecast.served(now - lease.since)
             self.queue.correct(ticket, ticket.cost if tokens is None else tokens)
         lease.replica.give_back(lease)
+        if tokens is not None:
+            self.failures.answered(request)
         self.last_used = now
-        self.keep_alive = self.spec.keep_alive if request.keep_alive is None else request.keep_alive
+        self._set_keep_alive(request)
         self.grant()
+
+    def _set_keep_alive(self, request: AnyRequest) -> None:
+        wanted = self.spec.keep_alive if request.keep_alive is None else request.keep_alive
+        if request.lengthens and (self.keep_alive < 0 or 0 <= wanted < self.keep_alive):
+            return
+        self.keep_alive = wanted
 
     def progress(self) -> Progress:
         """Return the progress event for a request in the queue."""
         if self.is_ready:
             return Progress("queued", 0, len(self.queue))
-        _, done, total = self.stage
-        return Progress("loading", done, total)
+        return Progress("loading", *self.stage[1:])
 
-    async def ready_replica(self) -> Replica:
-        """Wait for a replica that is loaded and not being unloaded, with or without a free slot.
+    async def ready_replica(self, request: AnyRequest | None = None) -> Replica:
+        """Wait for a loaded replica, free or not, no longer than the `request` may wait.
 
         Raises:
+            Loading, QueueTimeout: the request may not wait longer.
             HeadraceError: the load failed or was refused.
         """
+        began = self._clock()
         while True:
             self.check()
             for replica in self.replicas:
                 if replica.is_ready and replica.unloading is None:
                     return replica
+            wait_s = None if request is None else self.wait_s(request, began)
             ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._load_waits.add(ready)
             try:
-                await ready
+                async with asyncio.timeout(wait_s):
+                    await ready
+            except TimeoutError:
+                # The time has passed, or the forecast has changed: `wait_s` raises, or waits on.
+                continue
             finally:
                 self._load_waits.discard(ready)
 
@@ -267,8 +310,8 @@ class ModelEntry:
         now = self._clock()
         for ticket in self.queue:
             ticket.load_s += now - max(ticket.joined, self._unready_since)
-        if not self.has_failed_for_good:
-            self.failure = None
+        if not self.failures.is_open:
+            self.failures.recovered()
         self.clear_wanted()
         for ready in self._load_waits:
             _settle(ready)
@@ -292,54 +335,10 @@ class ModelEntry:
         for ready in self._load_waits:
             _settle(ready, error)
 
-    @property
-    def has_failed_for_good(self) -> bool:
-        """Whether the model is loaded again only after a reset."""
-        return self.retry_at == float("inf")
-
-    def load_failed(self, error: HeadraceError, rules: Rules, *, counts: bool) -> None:
-        """Record a failed load. A lack of memory is not a failure of the model."""
-        self.clear_wanted()
-        if isinstance(error, DoesNotFit):
-            self.last_error = error.message
-        else:
-            self.failed(error, rules, counts=counts)
-
-    def failed(self, error: HeadraceError, rules: Rules, *, counts: bool = True) -> float:
-        """Record a crash or a failed load; return after how many seconds to try again.
-
-        Infinity means not before a reset: there were too many within the window.
-        """
-        now = self._clock()
-        self.failure, self.last_error = error, error.message
-        if counts:
-            self._failures += 1
-            self._crashes.append(now)
-        recent = sum(1 for at in self._crashes if now - at <= rules.crash_window_s)
-        if recent >= rules.crashes:
-            self.retry_at = float("inf")
-            return self.retry_at
-        wait_s = backoff_s(max(1, self._failures))
-        self.retry_at = now + wait_s
-        return wait_s
-
-    def crashed(self, error: HeadraceError, rules: Rules, *, up_s: float) -> None:
-        """Record that a worker has died after `up_s` seconds."""
-        if up_s > rules.crash_window_s:
-            self._failures = 0
-        self.restarts += 1
-        self.failed(error, rules)
-
-    def restarting(self) -> None:
-        """Clear the failure, as a new worker is started; the count of failures is kept."""
-        self.failure = None
-
     def reset(self) -> None:
         """Clear the failure and its history."""
-        self.failure = None
-        self.retry_at = self._wanted_until = 0.0
-        self._failures = 0
-        self._crashes.clear()
+        self.failures.reset()
+        self.clear_wanted()
 
     def apply(self, spec: ModelSpec) -> list[Replica]:
         """Serve another specification; return the replicas that only finish their requests."""
@@ -383,6 +382,11 @@ class ModelEntry:
             served_at_once = not len(self.queue) and free > 0
             return self.spec.max_queued + (1 if served_at_once else 0)
         return self.spec.max_queued + max(1, self.slots)
+
+
+def _size(ticket: Ticket) -> int:
+    """Return how many slots a request takes to begin; all of a replica's if it has to be alone."""
+    return _ALL if ticket.alone else ticket.request.slots
 
 
 def _settle(ready: asyncio.Future[None], error: HeadraceError | None = None) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any
 
 import msgspec
 
@@ -19,28 +19,20 @@ from headrace.core.errors import (
 )
 from headrace.core.model import ModelSpec
 from headrace.core.status import EventKind, Footprint
+from headrace.machine import HOST
 from headrace.pool.entry import ModelEntry
 from headrace.pool.events import EventBus
-from headrace.pool.memory import Ledger, MemoryQueue, Sizing, Unwanted
+from headrace.pool.ledger import Ledger, named
+from headrace.pool.memory import MemoryQueue, Sizing, Unwanted
 from headrace.pool.observer import NullObserver, Observer
+from headrace.pool.places import KeepWarm, Places
 from headrace.pool.policy import Rules
-from headrace.pool.replica import OpenWorker, PooledWorker, Replica
+from headrace.pool.replica import Lease, OpenWorker, PooledWorker, Replica
 
 log = logging.getLogger("headrace.pool")
 
 _HOUSEKEEPING_S = 0.5
-
-
-class KeepWarm(Protocol):
-    """Keeps a process started ahead of the next load."""
-
-    def keep(self, wanted: bool) -> None:
-        """Start the process or end it, without waiting."""
-        ...
-
-    async def aclose(self) -> None:
-        """End the process, and wait for it."""
-        ...
+_DYING_S, _LAST_S = 10.0, 0.5
 
 
 class Loader:
@@ -68,15 +60,15 @@ class Loader:
         self.sizing = sizing
         self._events = events
         self._clock = clock
-        self._loading = asyncio.Semaphore(rules.max_loading)
+        self._places = Places(rules.max_loading)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._housekeeper: asyncio.Task[None] | None = None
-        self._closing = False
+        self._closing = self._sees_gpus = False
 
     def apply_rules(self, rules: Rules) -> None:
         """Apply changed rules; loads that have started do not count for a new `max_loading`."""
         if rules.max_loading != self.memory.rules.max_loading:
-            self._loading = asyncio.Semaphore(rules.max_loading)
+            self._places = Places(rules.max_loading)
         self.memory.rules = rules
 
     def start(self) -> None:
@@ -91,9 +83,9 @@ class Loader:
         """
         if self._closing or not entry.spec.enabled:
             return
-        if entry.has_failed_for_good:
-            if not entry.is_ready and entry.failure is not None:
-                entry.refuse(LoadFailed(f"{entry.spec.name} has failed: {entry.failure.message}"))
+        if entry.failures.is_open:
+            if not entry.is_ready:
+                entry.refuse(entry.failures.refusal(entry.spec.name))
             return
         self.start()
         # No other model is evicted for a second replica.
@@ -147,13 +139,16 @@ class Loader:
     async def aclose(self) -> None:
         """Cancel all loads and unload everything."""
         self.stop_loading()
-        unloading: list[asyncio.Task[None]] = []
+        unloading: dict[bool, list[asyncio.Task[None]]] = {False: [], True: []}
         for entry in self._entries():
             for replica in entry.all_replicas():
                 replica.stop_draining()
-                unloading.append(self.unload(entry, replica, "unloaded"))
-        if unloading:
-            await asyncio.wait(unloading)
+                has_died = replica.worker is not None and replica.worker.died.is_set()
+                unloading[has_died].append(self.unload(entry, replica, "unloaded"))
+        # The end of the service does not wait for what a dead process still holds.
+        for tasks, timeout_s in ((unloading[False], None), (unloading[True], _LAST_S)):
+            if tasks:
+                await asyncio.wait(tasks, timeout=timeout_s)
         if self._housekeeper is not None:
             self._housekeeper.cancel()
         if self.warm is not None:
@@ -166,7 +161,7 @@ class Loader:
     async def _run_load(self, entry: ModelEntry, replica: Replica, *, may_evict: bool) -> None:
         again = False
         try:
-            await asyncio.sleep(max(0.0, min(entry.retry_at - self._clock(), 60.0)))
+            await asyncio.sleep(max(0.0, min(entry.failures.retry_at - self._clock(), 60.0)))
             await self._load(entry, replica, may_evict=may_evict)
         except Unwanted as error:
             self._not_loaded(entry, replica, str(error))
@@ -198,14 +193,14 @@ class Loader:
         if isinstance(error, Draining):
             entry.refuse(error)
             return False
-        entry.load_failed(error, self.memory.rules, counts=broken)
+        entry.clear_wanted()
+        entry.failures.load_failed(error, self.memory.rules, counts=broken)
         self._publish("load_failed", entry, replica, error=error.message, detail=error.detail)
-        if entry.has_failed_for_good:
-            self._publish("failed", entry, replica, error=error.message)
+        self._publish_failed(entry, replica, error)
         if not entry.is_ready:
             entry.refuse(error)
         # A model that has served is loaded again; one that never has, at the next request.
-        return has_served and not entry.has_failed_for_good
+        return has_served and not entry.failures.is_open
 
     async def _load(self, entry: ModelEntry, replica: Replica, *, may_evict: bool) -> None:
         replica.starting()
@@ -217,11 +212,15 @@ class Loader:
         need = msgspec.structs.replace(need, devices=devices, choices=())
         try:
             replica.place(need, self.memory.ledger.budgets)
-            async with self._loading:
+            async with self._places.hold(need.load_s, lambda: self._overdue(replica)):
                 await self._start(entry, replica, need)
         except BaseException:
             self.memory.ledger.release(replica.key)
             raise
+
+    def _overdue(self, replica: Replica) -> None:
+        replica.overdue()
+        self.memory.notify()
 
     async def _start(self, entry: ModelEntry, replica: Replica, need: Footprint) -> None:
         replica.starting()
@@ -232,18 +231,28 @@ class Loader:
             async with self.observer.loading(worker, replica.spec):
                 await worker.start()
             load_s = self._clock() - began
-            # A worker that has died since has no memory; `_watch` handles its end. A device that
-            # cannot be measured, as in a container, counts as estimated.
-            measured = {**need.devices, **await worker.memory()}
+            measured = self._measured(need.devices, await worker.memory())
         except BaseException:
             await worker.aclose()
             raise
         self.memory.ledger.settle(replica.key, measured)
         replica.loaded(worker, load_s, dict(measured))
         self._task(self._watch(entry, replica, worker), f"watch {replica.key}")
-        self._publish("ready", entry, replica, ms=round(load_s * 1000), memory=dict(measured))
+        ready = {"ms": round(load_s * 1000), "memory": dict(measured), "engine": need.engine}
+        self._publish("ready", entry, replica, **ready)
         entry.became_ready()
         self._task(self._remember(replica.placed_spec, dict(measured), load_s), "remember")
+
+    def _measured(self, planned: Mapping[str, int], held: Mapping[str, int]) -> dict[str, int]:
+        """Return what a load has taken: what was measured, or planned where that is unknown.
+
+        In a container, the driver of a GPU may not know our processes; where it has reported one,
+        it reports all. A worker that has died since holds nothing; `_watch` handles its end.
+        """
+        self._sees_gpus |= any(device != HOST for device in held)
+        if not (self._sees_gpus and held):
+            return {**planned, **held}
+        return {HOST: planned.get(HOST, 0), **held}
 
     async def _remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
         # A full disk must not affect requests.
@@ -281,28 +290,62 @@ class Loader:
         if entry.is_wanted and not entry.draining:
             self.ensure_loaded(entry)
 
+    def worker_failed(self, entry: ModelEntry, lease: Lease, error: WorkerDied) -> None:
+        """Note that a request got `error`: its worker takes no more, and will have ended soon.
+
+        The error of an engine's own process arrives before the worker's end is noticed.
+        """
+        replica, worker = lease.replica, lease.worker
+        if replica.worker is worker and replica.unloading is None:
+            if not replica.lost:
+                self._task(self._bury(entry, replica, worker), f"bury {replica.key}")
+                replica.cause = error
+            replica.lost.append(lease)
+
+    async def _bury(self, entry: ModelEntry, replica: Replica, worker: PooledWorker) -> None:
+        """Unload a worker that reported its death, and lives."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DYING_S):
+                await worker.died.wait()
+                return
+        if replica.worker is worker and replica.unloading is None:
+            await self.unload(entry, replica, "died")
+
     async def _watch(self, entry: ModelEntry, replica: Replica, worker: PooledWorker) -> None:
         await worker.died.wait()
         if replica.worker is not worker or replica.unloading is not None:
             return
         up_s = self._clock() - replica.loaded_at
         reason = worker.models()[0].reason or "it ended"
-        self.memory.ledger.release(replica.key)
-        replica.died()
-        entry.became_unready()
-        entry.crashed(WorkerDied(reason), self.memory.rules, up_s=up_s)
-        self._publish("died", entry, replica, reason=reason)
-        if entry.has_failed_for_good:
-            self._publish("failed", entry, replica, error=reason)
+        # A request may have been given the cause by the engine.
+        error = replica.cause or worker.failure or WorkerDied(reason)
+        leases = [*{*replica.lost, *replica.leases}]
+        entry.crashed(error, self.memory.rules, up_s=up_s, victims=leases)
+        with self.memory.ledger.lingering(replica.key):
+            replica.died()
+            entry.became_unready()
+            self._publish("died", entry, replica, reason=reason)
+            self._restart(entry, replica, error)
+            # Returns when the memory is free, for which a load may wait.
+            await worker.aclose()
+        self.memory.notify()
+
+    def _restart(self, entry: ModelEntry, replica: Replica, error: HeadraceError) -> None:
+        self._publish_failed(entry, replica, error)
+        if entry.failures.is_open:
             if not entry.is_ready:
-                entry.refuse(LoadFailed(f"{entry.spec.name} has failed: {reason}"))
+                entry.refuse(entry.failures.refusal(entry.spec.name))
         elif replica in entry.replicas:
-            entry.restarting()
+            entry.failures.recovered()
             self.ensure_loaded(entry)
-        else:
+        if replica not in entry.replicas:
             entry.retired.discard(replica)
         self.memory.notify()
-        await worker.aclose()
+
+    def _publish_failed(self, entry: ModelEntry, replica: Replica, error: HeadraceError) -> None:
+        if entry.failures.is_open:
+            wait_s = round(entry.failures.wait_s, 1)
+            self._publish("failed", entry, replica, error=error.message, retry_after_s=wait_s)
 
     async def _housekeep(self) -> None:
         while True:
@@ -311,7 +354,8 @@ class Loader:
                 self.unload_idle(entry)
                 for replica in entry.all_replicas():
                     self._update_memory(replica)
-            self._evict_excess()
+            for entry, replica in self.memory.excessive():
+                self._evict(entry, replica, by="the budget")
             self._prepare_warm_process()
 
     def _prepare_warm_process(self) -> None:
@@ -327,16 +371,10 @@ class Loader:
 
     def _update_memory(self, replica: Replica) -> None:
         """Raise the booking of a process that has grown; it is never lowered."""
-        if not replica.is_ready or replica.worker is None:
-            return
-        now = replica.worker.models()[0].memory or 0
-        if now > replica.memory.get("cpu", 0):
-            replica.grown({**replica.memory, "cpu": now})
-            self.memory.ledger.settle(replica.key, replica.memory)
-
-    def _evict_excess(self) -> None:
-        for entry, replica in self.memory.excessive():
-            self._evict(entry, replica, by="the budget")
+        if replica.is_ready and replica.worker is not None and replica.footprint is not None:
+            held = named(replica.worker.held, replica.footprint.devices)
+            if replica.grown(held):
+                self.memory.ledger.settle(replica.key, replica.memory)
 
     def _evict(self, entry: ModelEntry, replica: Replica, *, by: str) -> asyncio.Task[None]:
         if replica.unloading is None:

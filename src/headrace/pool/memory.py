@@ -1,4 +1,4 @@
-"""Memory of the devices: what is booked, and which loads wait for it."""
+"""The loads that wait for memory, in order."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from typing import Protocol
 
 from headrace.core.errors import DoesNotFit
 from headrace.core.model import ModelSpec
-from headrace.core.status import DeviceStatus, Footprint
+from headrace.core.status import Footprint
 from headrace.machine import HOST
 from headrace.pool import policy
 from headrace.pool.entry import ModelEntry
+from headrace.pool.ledger import Ledger
 from headrace.pool.policy import Evict, Fits, Never, Rules, Wait
 from headrace.pool.replica import OnProgress, Replica
 
 _RETRY_S = 1.0
-
-
-ReadDevices = Callable[[], Mapping[str, tuple[int, int]]]
-"""Returns the total and the free bytes of each device now."""
 
 
 class Sizing(Protocol):
@@ -42,88 +39,6 @@ class Sizing(Protocol):
     def largest_context(self, spec: ModelSpec, budgets: dict[str, int]) -> int | None:
         """Return the longest context in tokens that fits into the whole budgets, if known."""
         ...
-
-
-class Ledger:
-    """Books bytes by device under a key. A booking is `pending` until the load has ended."""
-
-    def __init__(self, budgets: dict[str, int], read_devices: ReadDevices) -> None:
-        self.budgets = budgets
-        self._read_devices = read_devices
-        self._booked: dict[str, dict[str, int]] = {}
-        self._pending: set[str] = set()
-
-    def __repr__(self) -> str:
-        """Describe the bookings and the budgets."""
-        return f"<Ledger {dict(self.booked())} of {self.budgets}>"
-
-    def booked(self) -> Mapping[str, int]:
-        """Return how many bytes are booked of each device."""
-        return {device: self._sum(self._booked, device) for device in self.budgets}
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether no booking is pending; otherwise `free` may be too low."""
-        return not self._pending
-
-    def of(self, key: str) -> Mapping[str, int]:
-        """Return what is booked under a key."""
-        return self._booked.get(key, {})
-
-    def free(self) -> dict[str, int]:
-        """Return what can still be booked: the rest of the budget, at most what the machine has.
-
-        Devices without a budget are left out.
-        """
-        machine = self._read_devices()
-        return {
-            device: max(
-                0, min(budget - self._sum(self._booked, device), self._left(device, machine))
-            )
-            for device, budget in self.budgets.items()
-        }
-
-    def excess(self) -> dict[str, int]:
-        """Return by how much bookings exceed the budgets, of devices where they do."""
-        over = {device: booked - self.budgets[device] for device, booked in self.booked().items()}
-        return {device: amount for device, amount in over.items() if amount > 0}
-
-    def book(self, key: str, devices: Mapping[str, int]) -> None:
-        """Book the memory of a load."""
-        self._booked[key] = dict(devices)
-        self._pending.add(key)
-
-    def settle(self, key: str, devices: Mapping[str, int]) -> None:
-        """Replace the booked amounts by the measured ones."""
-        if key in self._booked:
-            self._booked[key] = dict(devices)
-            self._pending.discard(key)
-
-    def release(self, key: str) -> None:
-        """Remove the booking of a key. Idempotent."""
-        self._booked.pop(key, None)
-        self._pending.discard(key)
-
-    def status(self) -> tuple[DeviceStatus, ...]:
-        """Return the status of each device."""
-        machine, booked = self._read_devices(), self.booked()
-        return tuple(
-            DeviceStatus(
-                name=device,
-                total=machine.get(device, (0, 0))[0],
-                budget=budget,
-                booked=booked[device],
-                free=machine.get(device, (0, 0))[1],
-            )
-            for device, budget in self.budgets.items()
-        )
-
-    def _left(self, device: str, machine: Mapping[str, tuple[int, int]]) -> int:
-        # Pending bookings may still be free on the machine.
-        return machine.get(device, (0, 0))[1] - self._sum(self._pending, device)
-
-    def _sum(self, keys: Iterable[str], device: str) -> int:
-        return sum(self._booked[key].get(device, 0) for key in keys)
 
 
 class Unwanted(Exception):
@@ -185,6 +100,10 @@ class MemoryQueue:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    async def changed(self) -> None:
+        """Wait for the next `notify`."""
+        await self._changed.wait()
+
     async def book(
         self, entry: ModelEntry, replica: Replica, need: Footprint, *, may_evict: bool
     ) -> dict[str, int]:
@@ -226,10 +145,14 @@ class MemoryQueue:
         if isinstance(decision, Never):
             message = self.refusal(entry.spec.name, load.need, decision)
             raise DoesNotFit(message + _elsewhere(load.choices))
-        if not may_evict or not entry.is_wanted:
-            raise Unwanted(self._too_little(load) if entry.is_wanted or not may_evict else "")
-        first = self._waiting[0] is load
-        if isinstance(decision, Evict) and self._may_evict(load, now):
+        is_wanted = entry.is_wanted
+        # Another replica may have been loaded meanwhile, which is not evicted for this one.
+        may_evict = may_evict and not entry.is_ready
+        if not (may_evict and is_wanted) and not self.ledger.returning:
+            raise Unwanted(self._too_little(load) if is_wanted or not may_evict else "")
+        may_evict = may_evict and is_wanted
+        first = may_evict and self._waiting[0] is load
+        if may_evict and isinstance(decision, Evict) and self._may_evict(load, now):
             load.is_evicting = True
             await asyncio.gather(*[asyncio.shield(task) for task in self._evict(decision, entry)])
             return False
@@ -311,6 +234,10 @@ class MemoryQueue:
                 return Wait()
         if isinstance(decision, Never) and not self.ledger.is_settled:
             # The memory of a load in progress counts twice: as booked, and as used on the machine.
+            return Wait()
+        returning = self.ledger.returning
+        later = {device: size + returning.get(device, 0) for device, size in free.items()}
+        if isinstance(decision, Evict) and returning and _fits(need, later):
             return Wait()
         return decision
 

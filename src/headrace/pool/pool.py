@@ -9,17 +9,18 @@ from contextlib import aclosing, contextmanager, suppress
 
 import msgspec
 
-from headrace.core.errors import Draining, HeadraceError, UnknownModel
-from headrace.core.events import Event, Finish
+from headrace.core.errors import Draining, HeadraceError, UnknownModel, WorkerDied
+from headrace.core.events import Event, Finish, Progress
 from headrace.core.model import Capabilities, ModelInfo, ModelSpec
 from headrace.core.request import AnyRequest
 from headrace.pool.attempt import Attempt
 from headrace.pool.continuation import Continuation, Diverged, Way
 from headrace.pool.entry import ModelEntry
 from headrace.pool.events import EventBus
-from headrace.pool.loader import KeepWarm, Loader, Sizing
-from headrace.pool.memory import Ledger
+from headrace.pool.ledger import Ledger
+from headrace.pool.loader import Loader, Sizing
 from headrace.pool.observer import Observer
+from headrace.pool.places import KeepWarm
 from headrace.pool.policy import Rules
 from headrace.pool.replica import OpenWorker, PooledWorker
 from headrace.worker.spec import unloaded_info
@@ -67,7 +68,9 @@ class Pool:
         return (
             not self.draining
             and self._started
-            and any(entry.spec.enabled and entry.failure is None for entry in self.entries.values())
+            and any(
+                entry.spec.enabled and not entry.failures.wait_s for entry in self.entries.values()
+            )
         )
 
     def attach_observer(self, observer: Observer) -> None:
@@ -120,36 +123,42 @@ class Pool:
             HeadraceError: of the first that failed, after all have been tried.
         """
         self.loader.start()
-        failed: HeadraceError | None = None
-        for entry in list(self.entries.values()):
-            if not (entry.preload and entry.spec.enabled):
-                continue
+        entries = [e for e in self.entries.values() if e.preload and e.spec.enabled]
+        for entry in entries:
             self.loader.ensure_loaded(entry, may_evict=False)
-            loading = [task for replica in entry.replicas if (task := replica.loading)]
-            if loading:
-                await asyncio.wait(loading)
-            failed = failed or entry.failure
+            # A load that hangs does not keep the next one waiting.
+            while any(r.loading and not r.is_overdue for r in entry.replicas):
+                await self.loader.memory.changed()
         self._started = True
-        if failed is not None:
-            raise failed
+        if late := [r.loading for entry in entries for r in entry.replicas if r.loading]:
+            await asyncio.wait(late)
+        for entry in entries:
+            if entry.failures.error is not None:
+                raise entry.failures.error
 
-    async def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        """Yield the stream of a worker; if the worker dies, another one continues if possible.
+    def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
+        """Return the stream of a worker; if the worker dies, another one continues if possible.
 
         Raises:
-            HeadraceError: of any family, at any time before the Finish.
+            HeadraceError: in the stream, of any family, at any time before the Finish.
         """
-        if not request.queues:
-            async with aclosing((await self._ready_worker(request.model)).ask(request)) as stream:
+        return self._answer(request) if request.queues else self._answer_at_once(request)
+
+    async def _answer_at_once(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
+        with self._count_stream():
+            worker = await self._ready_worker(request)
+            async with aclosing(worker.ask(request)) as stream:
                 async for event in stream:
                     yield event
-            return
+
+    async def _answer(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
         with self.loader.observer.observe(request) as observation, self._count_stream():
             entry = self.entry(request.model)
             policy = entry.spec.continuation
             continuation = Continuation(observation.request, policy, self._clock)
+            suspect = False
             while not continuation.is_whole:
-                attempt = Attempt(self.loader, entry, continuation, observation, self._clock)
+                attempt = Attempt(self.loader, entry, continuation, observation, alone=suspect)
                 try:
                     async with attempt:
                         while not attempt.is_granted:
@@ -160,6 +169,8 @@ class Pool:
                         async for event in attempt.events():
                             if type(event) is Finish:
                                 attempt.finished(event)
+                            elif not attempt.has_begun and type(event) is not Progress:
+                                attempt.saw(event)
                             if (new := continuation.new(event)) is not None:
                                 observation.saw(new)
                                 yield new
@@ -167,6 +178,7 @@ class Pool:
                 except (HeadraceError, Diverged) as error:
                     if not continuation.is_whole:
                         self._retry(entry, continuation, error)
+                    suspect = isinstance(error, WorkerDied) and not attempt.has_begun
 
     def models(self) -> tuple[ModelInfo, ...]:
         """Return the metadata of all models, without waiting."""
@@ -183,7 +195,7 @@ class Pool:
             self.draining = True
             for entry in self._all_entries():
                 entry.draining = True
-            self.events.publish("draining")
+            self.events.publish("draining", running=self._streams, drain_s=drain_s)
             self._closing = asyncio.create_task(self._close(), name="close the pool")
         await asyncio.shield(self._closing)
 
@@ -218,12 +230,17 @@ class Pool:
             self._streams -= 1
             self._changed.set()
 
-    async def _ready_worker(self, name: str) -> PooledWorker:
-        entry = self.entry(name)
+    async def _ready_worker(self, request: AnyRequest) -> PooledWorker:
+        """Return a loaded worker; the load is begun and awaited if there is none.
+
+        Raises:
+            Loading, QueueTimeout: the request may not wait that long.
+        """
+        entry = self.entry(request.model)
         entry.check()
         if not entry.is_ready:
             self.loader.ensure_loaded(entry)
-        worker = (await entry.ready_replica()).worker
+        worker = (await entry.ready_replica(request)).worker
         assert worker is not None, "a ready replica has a worker"
         return worker
 
@@ -251,7 +268,8 @@ def _capabilities(entry: ModelEntry) -> Capabilities:
 
 
 def _info(entry: ModelEntry) -> ModelInfo:
-    reason = entry.last_error if entry.state == "failed" else None
+    failure = entry.failures.error
+    reason = failure.message if failure is not None and entry.state == "failed" else None
     if entry.info is None:
         return unloaded_info(entry.spec, entry.state, reason)
     live = next(

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from headrace.core.errors import HeadraceError
 from headrace.core.request import AnyRequest
 
 if TYPE_CHECKING:
@@ -25,13 +26,17 @@ _GUESSED_SERVICE_S = 2.0
 class Ticket:
     """One request's place in a queue. `lease` becomes its lease, or an error.
 
-    `priority` is for a second attempt: it goes first, and always fits.
+    `priority` is for a second attempt: it goes first, and always fits. `alone` is for a request
+    that may crash its worker: it begins on a replica that serves nothing else.
     """
 
-    def __init__(self, request: AnyRequest, now: float, *, priority: bool = False) -> None:
+    def __init__(
+        self, request: AnyRequest, now: float, *, priority: bool = False, alone: bool = False
+    ) -> None:
         self.request = request
         self.cost = request.cost()
         self.priority = priority
+        self.alone = alone
         self.joined = now
         self.blocks: tuple[int, ...] = ()
         self.load_s = 0.0
@@ -44,6 +49,7 @@ class Queue:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._priority: deque[Ticket] = deque()
+        self._alone: deque[Ticket] = deque()
         self._waiting: dict[str, deque[Ticket]] = {}
         self._served: dict[str, float] = {}
         self._floor = 0.0
@@ -56,14 +62,15 @@ class Queue:
     def __iter__(self) -> Iterator[Ticket]:
         """Iterate over all tickets, in no order."""
         yield from self._priority
+        yield from self._alone
         for tickets in self._waiting.values():
             yield from tickets
 
     def join(self, ticket: Ticket) -> None:
         """Add a ticket to the end of its client's; one with priority goes before all others."""
         self._count += 1
-        if ticket.priority:
-            self._priority.append(ticket)
+        if ticket.alone or ticket.priority:
+            (self._alone if ticket.alone else self._priority).append(ticket)
             return
         client = ticket.request.client
         if len(self._served) > _MANY_CLIENTS:
@@ -73,24 +80,44 @@ class Queue:
         self._waiting.setdefault(client, deque()).append(ticket)
 
     def next(self) -> Ticket | None:
-        """Return the next ticket, which stays in the queue until `leave`."""
+        """Return the next ticket that need not be alone; it stays in the queue until `leave`."""
         if self._priority:
             return self._priority[0]
         if not self._waiting:
             return None
         return self._waiting[min(self._waiting, key=lambda client: self._served[client])][0]
 
+    def next_alone(self) -> Ticket | None:
+        """Return the next ticket that has to be alone, which stays in the queue until `leave`."""
+        return self._alone[0] if self._alone else None
+
     def leave(self, ticket: Ticket) -> bool:
         """Remove a ticket; return whether it was in the queue."""
         client = ticket.request.client
-        tickets = self._priority if ticket.priority else self._waiting.get(client)
+        own = self._alone if ticket.alone else self._priority if ticket.priority else None
+        tickets = self._waiting.get(client) if own is None else own
         if tickets is None or ticket not in tickets:
             return False
         tickets.remove(ticket)
         self._count -= 1
-        if not tickets and not ticket.priority:
+        if not tickets and own is None:
             del self._waiting[client]
         return True
+
+    def review(self, admit: Callable[[AnyRequest], bool]) -> None:
+        """Fail what `admit` refuses with an error; isolate what it returns True for."""
+        for ticket in list(self):
+            try:
+                alone = admit(ticket.request)
+            except HeadraceError as error:
+                self.leave(ticket)
+                if not ticket.lease.done():
+                    ticket.lease.set_exception(error)
+            else:
+                if alone and not ticket.alone:
+                    self.leave(ticket)
+                    ticket.alone = True
+                    self.join(ticket)
 
     def granted(self, ticket: Ticket) -> None:
         """Charge the estimated tokens of a granted request to its client."""

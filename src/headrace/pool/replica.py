@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from headrace.core.backend import Backend
-from headrace.core.errors import Draining
+from headrace.core.errors import Draining, HeadraceError
 from headrace.core.model import ModelInfo, ModelSpec, PlacedSpec, State
 from headrace.core.request import AnyRequest
 from headrace.core.status import Footprint, ReplicaStatus
@@ -26,6 +26,13 @@ class PooledWorker(Backend, Protocol):
     """A Backend that is started and closed. `died` is set when it has ended unexpectedly."""
 
     died: asyncio.Event
+    failure: HeadraceError | None
+    """Why it has ended, once `died` is set."""
+
+    @property
+    def held(self) -> Mapping[str, int]:
+        """The memory that it holds as it was last measured, in bytes by device."""
+        ...
 
     @property
     def state(self) -> State:
@@ -59,13 +66,18 @@ OpenWorker = Callable[[ModelSpec, OnProgress], PooledWorker]
 
 @dataclass(eq=False)
 class Lease:
-    """One request's hold on `size` slots of a replica's worker; `cost` is in tokens."""
+    """One request's hold on `size` slots of a replica's worker; `cost` is in tokens.
+
+    `has_begun` is whether the worker has sent a token or a result.
+    """
 
     replica: Replica
     worker: PooledWorker
+    request: AnyRequest
     cost: float
     size: int
     since: float
+    has_begun: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,9 +129,14 @@ class Replica:
         """Why it is not loaded."""
         self._placed: tuple[str, ...] = ()
         self.leases: set[Lease] = set()
+        self.lost: list[Lease] = []
+        """Leases that ended with the worker, of which the end is not noticed yet."""
+        self.cause: HeadraceError | None = None
+        """The first error of these."""
         self.began = self.loaded_at = self.idle_since = 0.0
         self.load_s = 0.0
         self.memory: dict[str, int] = {}
+        self.is_overdue = False
         self._stage: tuple[str, int, int] = ("", 0, 0)
         self._state: ReplicaState = Empty()
         self._closed: set[object] = set()
@@ -172,7 +189,7 @@ class Replica:
     @property
     def takes_requests(self) -> bool:
         """Whether its slots can be given to requests."""
-        return self.is_ready and self.unloading is None and not self._closed
+        return self.is_ready and self.unloading is None and not (self._closed or self.lost)
 
     @property
     def stage(self) -> tuple[str, int, int]:
@@ -200,7 +217,12 @@ class Replica:
     def begin_loading(self, task: asyncio.Task[None]) -> None:
         """Move from Empty to LoadingState."""
         assert self.is_empty, "only an empty replica is loaded"
+        self.is_overdue = False
         self._state = LoadingState(task)
+
+    def overdue(self) -> None:
+        """Note that the load takes longer than expected."""
+        self.is_overdue = True
 
     def report(self, stage: str, done: int, total: int) -> None:
         """Note the progress of a load; called from any thread.
@@ -249,9 +271,11 @@ class Replica:
         if self.loading is not None:
             self._state = Empty()
 
-    def grown(self, memory: dict[str, int]) -> None:
-        """Set the memory that the worker holds."""
-        self.memory = memory
+    def grown(self, held: Mapping[str, int]) -> bool:
+        """Raise the memory to what the worker holds now; return whether it is more."""
+        before, both = self.memory, {**self.memory, **held}
+        self.memory = {d: max(before.get(d, 0), held.get(d, 0)) for d in both}
+        return self.memory != before
 
     def close(self, reason: object) -> None:
         """Add a reason to take no new requests."""
@@ -281,6 +305,8 @@ class Replica:
         self._state = Empty()
         self.memory = {}
         self.leases.clear()
+        self.lost.clear()
+        self.cause = None
         self._idle.set()
 
     def candidate(self, blocks: Sequence[int]) -> Candidate:
@@ -310,10 +336,10 @@ class Replica:
             loading=not self.is_ready,
         )
 
-    def take(self, cost: float, size: int, blocks: Sequence[int]) -> Lease:
+    def take(self, request: AnyRequest, cost: float, size: int, blocks: Sequence[int]) -> Lease:
         """Give slots to a request."""
         assert self.worker is not None, "only a ready replica is chosen"
-        lease = Lease(self, self.worker, cost, size, self._clock())
+        lease = Lease(self, self.worker, request, cost, size, self._clock())
         self.leases.add(lease)
         self._idle.clear()
         for block in blocks:

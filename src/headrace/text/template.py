@@ -7,15 +7,13 @@ from functools import cached_property
 from typing import Any
 
 import msgspec
-from jinja2.exceptions import TemplateSyntaxError
 
 from headrace.core.errors import ConfigError, GenerationFailed, HeadraceError, InvalidRequest
+from headrace.core.model import check_template
 from headrace.core.request import Message, Role
-from headrace.text.sandbox import LimitExceeded, Refusal, TemplateEnvironment, within
+from headrace.text.renderer import Fault, Rendered, Work, render
 
-_environment = TemplateEnvironment()
 _MAX_SOURCE = 1024 * 1024
-_MAX_REFUSAL = 500
 _RESERVED = frozenset({"messages", "bos_token", "eos_token"})
 _PROBE = "probe"
 _PROBES: dict[Role, tuple[Role, ...]] = {
@@ -27,24 +25,36 @@ _PROBES: dict[Role, tuple[Role, ...]] = {
 
 
 class ChatTemplate:
-    """A compiled template. Rendering blocks for `deadline_s` seconds at most; it is thread-safe.
+    """A template. Rendering blocks for `deadline_s` seconds at most; it is thread-safe.
+
+    `special_tokens` are texts by their names, as `bos_token`; they are variables of the template.
 
     Raises:
         ConfigError: the source is not a template.
     """
 
     def __init__(
-        self, source: str, *, bos_token: str, eos_token: str, deadline_s: float = 2.0
+        self, source: str, special_tokens: Mapping[str, str], *, deadline_s: float = 2.0
     ) -> None:
         self.source = source
         self._deadline_s = deadline_s
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        self._template = self._compile(source)
+        self._tokens = {"bos_token": "", "eos_token": "", **special_tokens}
+        self._check_source()
 
     @cached_property
     def roles(self) -> tuple[Role, ...]:
         """The roles whose content the template renders, determined by trials. Blocking."""
-        return tuple(role for role in _PROBES if self._keeps(role))
+        roles: list[Role] = []
+        for role, others in _PROBES.items():
+            turns = [Message(other, _PROBE if other == role else "x") for other in others]
+            answer = self._answer(turns, {})
+            if isinstance(answer, Rendered):
+                if _PROBE in answer.text:
+                    roles.append(role)
+            elif answer.kind == "limit":
+                # One trial of an endless template takes long enough.
+                break
+        return tuple(roles)
 
     def render(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
         """Return the prompt. Blocking.
@@ -75,22 +85,21 @@ class ChatTemplate:
                 ) from error
             raise
 
-    def _compile(self, source: str) -> Any:
-        if len(source) > _MAX_SOURCE:
+    def _check_source(self) -> None:
+        if len(self.source) > _MAX_SOURCE:
             raise ConfigError(f"The chat template is longer than {_MAX_SOURCE} characters.")
         try:
-            return within(self._deadline_s, lambda: _environment.from_string(source))
-        except TemplateSyntaxError as error:
-            raise ConfigError(
-                f"The chat template is wrong in line {error.lineno}: {error.message}"
-            ) from error
-        except Exception as error:
-            # A hostile source can break the compiler in any way.
-            raise ConfigError(
-                "The chat template cannot be compiled.", detail=f"{type(error).__name__}: {error}"
-            ) from error
+            check_template(self.source)
+        except ValueError as error:
+            raise ConfigError(f"The chat template {error}.") from None
+        answer = render(Work(self.source, None, self._deadline_s))
+        if not isinstance(answer, Fault):
+            return
+        if answer.kind == "syntax":
+            raise ConfigError(f"The chat template is wrong in line {answer.line}: {answer.reason}")
+        raise ConfigError("The chat template cannot be compiled.", detail=answer.reason)
 
-    def _render(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+    def _answer(self, messages: Sequence[Message], options: Mapping[str, Any]) -> Rendered | Fault:
         variables: dict[str, Any] = {
             "tools": None,
             "documents": None,
@@ -99,19 +108,17 @@ class ChatTemplate:
             **self._tokens,
             "messages": [msgspec.to_builtins(message) for message in messages],
         }
-        try:
-            return within(self._deadline_s, lambda: self._template.render(variables))
-        except Refusal as error:
-            raise InvalidRequest(str(error)[:_MAX_REFUSAL], param="messages") from error
-        except LimitExceeded as error:
-            raise GenerationFailed(
-                "The chat template exceeds its limits.", detail=str(error)
-            ) from error
-        except Exception as error:
-            # The template is code: it can raise anything.
-            raise GenerationFailed(
-                "The chat template failed.", detail=f"{type(error).__name__}: {error}"
-            ) from error
+        return render(Work(self.source, variables, self._deadline_s))
+
+    def _render(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+        answer = self._answer(messages, options)
+        if isinstance(answer, Rendered):
+            return answer.text
+        if answer.kind == "refused":
+            raise InvalidRequest(answer.reason, param="messages")
+        if answer.kind == "limit":
+            raise GenerationFailed("The chat template exceeds its limits.", detail=answer.reason)
+        raise GenerationFailed("The chat template failed.", detail=answer.reason)
 
     def _renders(self, messages: Sequence[Message]) -> bool:
         try:
@@ -119,13 +126,6 @@ class ChatTemplate:
         except HeadraceError:
             return False
         return True
-
-    def _keeps(self, role: Role) -> bool:
-        turns = [Message(other, _PROBE if other == role else "x") for other in _PROBES[role]]
-        try:
-            return _PROBE in self._render(turns, {})
-        except HeadraceError:
-            return False
 
     def _adapted(self, messages: Sequence[Message]) -> Sequence[Message]:
         if "'developer'" not in self.source and '"developer"' not in self.source:

@@ -66,7 +66,7 @@ class Child:
         await asyncio.get_running_loop().create_connection(lambda: self._link, sock=connection)
         over = self._task(self._over.wait())
         while not over.done():
-            self._link.send(Alive(_memory(self._worker)))
+            self._link.send(Alive(dict(self._worker.held) if self._worker else {}))
             await asyncio.wait({over}, timeout=_HEARTBEAT_S)
         self._link.close()
 
@@ -172,10 +172,6 @@ async def _failure(work: Coroutine[Any, Any, None]) -> ErrorRecord | None:
         log.exception("headrace.worker.bug")
         return to_record(error)
     return None
-
-
-def _memory(worker: Worker | None) -> int:
-    return (worker.models()[0].memory or 0) if worker else 0
 
 
 def main() -> None:

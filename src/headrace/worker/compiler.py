@@ -77,7 +77,7 @@ class Compiler:
         Raises:
             ConstraintViolated: it does not keep to the constraint.
         """
-        schema = without_formats(constraint.json_schema, strict=False)
+        schema = await asyncio.to_thread(without_formats, constraint.json_schema, strict=False)
         async with self._checking:
             problem = await self._run({"schema": schema, "text": text, "cut": cut})
         if problem is not None:
@@ -104,6 +104,8 @@ class Compiler:
                 process.stdin.write(msgspec.json.encode(job) + b"\n")
                 await process.stdin.drain()
                 line = await process.stdout.readline()
+        except ConnectionError:
+            line = b""
         except TimeoutError:
             return _Reply(reason="takes too much to compile")
         finally:
@@ -117,10 +119,12 @@ class Compiler:
         return reply if reply.reason else None
 
     async def _process(self) -> Process:
-        if self._idle:
+        while self._idle:
             process, timer = self._idle.pop()
             timer.cancel()
-            return process
+            if process.returncode is None:
+                return process
+            self._processes.discard(process)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "headrace.worker.compiling"),
             *([self._library] if self._library else ()),

@@ -23,10 +23,11 @@ from headrace.core.events import (
 )
 from headrace.core.request import EmbedRequest, RerankRequest, ScoreRequest
 from headrace.core.stream import Mailbox
-from headrace.engines.base import Embedder, Engine, Pair, Reranker
+from headrace.engines.base import Embedder, Engine, Pair, Piecewise, Reranker
 from headrace.worker.batching import Batcher
 from headrace.worker.generate import Loaded
-from headrace.worker.turn import Answers, Turn
+from headrace.worker.prompt import Gone, Limit, tokenized
+from headrace.worker.turn import Answers, Turn, until_left
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,7 +46,8 @@ async def embed(loaded: Loaded, request: EmbedRequest) -> AsyncGenerator[Event, 
         turn.require_task()
         dimensions = _dimensions(loaded, request)
         large = sum(map(len, request.inputs)) > _SMALL
-        token_ids = await _run(large, lambda: _token_ids(loaded, request))
+        with until_left() as gone:
+            token_ids = await turn.within(_run(large, lambda: _token_ids(loaded, request, gone)))
         batch = _Batch(turn, loaded.embeddings, token_ids, sum(map(len, token_ids)))
         async with aclosing(batch.steps()) as steps:
             async for progress in steps:
@@ -153,15 +155,15 @@ def _dimensions(loaded: Loaded, request: EmbedRequest) -> int | None:
     return wanted
 
 
-def _token_ids(loaded: Loaded, request: EmbedRequest) -> list[tuple[int, ...]]:
+def _token_ids(loaded: Loaded, request: EmbedRequest, gone: Gone) -> list[tuple[int, ...]]:
     engine = cast("Embedder", loaded.engine)
     most = engine.facts.context_length
     results: list[tuple[int, ...]] = []
     texts = [text for text in request.inputs if isinstance(text, str)]
-    tokenized = iter(engine.tokenize_all(texts))
+    tokens = iter(_tokenized(engine, texts, gone, truncate=request.truncate))
     for place, text in enumerate(request.inputs):
         is_text = isinstance(text, str)
-        ids = tuple(next(tokenized)) if is_text else text
+        ids = tuple(next(tokens)) if is_text else text
         if not ids:
             raise InvalidRequest(f"Input {place} has no tokens.", param="input")
         if len(ids) > most and not request.truncate:
@@ -174,6 +176,22 @@ def _token_ids(loaded: Loaded, request: EmbedRequest) -> list[tuple[int, ...]]:
             ids = _cut(engine, text, ids, most) if is_text else ids[:most]
         results.append(ids)
     return results
+
+
+def _tokenized(
+    engine: Embedder, texts: Sequence[str], gone: Gone, *, truncate: bool
+) -> Sequence[Sequence[int]]:
+    """Return the tokens of each text, and refuse what cannot fit before it has any."""
+    facts = engine.facts
+    limit = Limit(gone, None if truncate else facts.context_length, "input")
+    if truncate and facts.max_token_bytes is not None:
+        # So many bytes have as many tokens as fit, or more.
+        texts = [text[: facts.context_length * facts.max_token_bytes] for text in texts]
+    if isinstance(engine, Piecewise):
+        return [tokenized(engine, text, limit) for text in texts]
+    for text in texts:
+        limit.check_length(text, facts)
+    return engine.tokenize_all(texts)
 
 
 def _cut(engine: Engine, text: str, ids: tuple[int, ...], most: int) -> tuple[int, ...]:
@@ -192,7 +210,8 @@ def _texts(request: ScoreRequest) -> tuple[str, ...]:
 
 async def _embedded(turn: Turn[Loaded, ScoreRequest], request: ScoreRequest) -> _Batch[Any, Any]:
     embedding = EmbedRequest(inputs=_texts(request), truncate=request.truncate)
-    token_ids = await asyncio.to_thread(_token_ids, turn.served, embedding)
+    with until_left() as gone:
+        token_ids = await turn.within(asyncio.to_thread(_token_ids, turn.served, embedding, gone))
     return _Batch(turn, turn.served.embeddings, token_ids, sum(map(len, token_ids)))
 
 

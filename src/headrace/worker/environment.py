@@ -17,7 +17,21 @@ _NAMES = frozenset(
 _PREFIXES = (
     *("LC_", "PYTHON", "COVERAGE_", "MALLOC_", "RUST_", "RAYON_"),
     # Drivers and numeric libraries.
-    *("CUDA_", "NVIDIA_", "NCCL_", "NVTE_", "CUBLAS_", "CUDNN_", "HIP_", "ROCR_", "HSA_", "GPU_"),
+    *(
+        "CUDA_",
+        "NVIDIA_",
+        "NCCL_",
+        "NVSHMEM_",
+        "UCX_",
+        "GLOO_",
+        "NVTE_",
+        "CUBLAS_",
+        "CUDNN_",
+        "HIP_",
+        "ROCR_",
+        "HSA_",
+        "GPU_",
+    ),
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "VECLIB_", "NUMEXPR_", "ONEDNN_"),
     *("DNNL_", "ONEAPI_", "SYCL_", "ZE_"),
     # Engines, and the libraries below them.

@@ -22,7 +22,7 @@ from headrace.engines.base import (
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
 from headrace.worker.prompt import Job, Prompter, check_supported
-from headrace.worker.turn import Answers, Served, Turn, unmeasured
+from headrace.worker.turn import Answers, Served, Turn, unmeasured, until_left
 
 
 class Loaded(Served, frozen=True, kw_only=True):
@@ -46,7 +46,8 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         if request.n > loaded.max_choices:
             raise InvalidRequest(f"n is at most {loaded.max_choices} for this model.", param="n")
         await _compile(turn)
-        job = await asyncio.to_thread(loaded.prompter.job, request)
+        with until_left() as gone:
+            job = await turn.within(asyncio.to_thread(loaded.prompter.job, request, gone))
         for index in range(request.n if job.echo else 0):
             yield Delta(text=job.echo, index=index)
         choices = [_Choice(turn, index, job) for index in range(request.n)]
@@ -172,7 +173,8 @@ async def _compile(turn: Turn[Loaded, GenerateRequest]) -> None:
 
 async def _count(loaded: Loaded, request: CountRequest) -> TokenCount:
     # Off the event loop, and beside any generation.
-    token_ids = await asyncio.to_thread(loaded.prompter.count, request)
+    with until_left() as gone:
+        token_ids = await asyncio.to_thread(loaded.prompter.count, request, gone)
     return TokenCount(count=len(token_ids), token_ids=token_ids)
 
 

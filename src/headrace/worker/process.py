@@ -17,7 +17,7 @@ from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import AnyRequest
 from headrace.log import LogSettings
-from headrace.machine import process_memory, visibility
+from headrace.machine import HOST, process_memory, visibility
 from headrace.models.transfer import silent
 from headrace.worker.spawn import NOTHING, ChildProcess
 from headrace.worker.spec import (
@@ -37,7 +37,7 @@ _CANCEL_S = 30.0
 _LAST_STEP_S = 10.0
 _LAST_WORD_S = 1.0
 _WATCH_S = 0.25
-_FREED_LOOKS, _FREED_STEP_S = 100, 0.05
+_FREED_LOOKS, _FREED_STEP_S = 300, 0.05
 
 
 class _Progress:
@@ -87,6 +87,7 @@ class WorkerProcess:
     ) -> None:
         self.spec = spec
         self.died = asyncio.Event()
+        self.failure: HeadraceError | None = None
         self._resolve = resolve
         self._on_progress = on_progress or silent
         self._log_settings = log_settings
@@ -163,9 +164,14 @@ class WorkerProcess:
         state, child = self._life.state, self._child
         if self._info is None or child is None:
             return (unloaded_info(self.spec, state, self._life.reason, self._resolved),)
-        memory = child.memory or self._info.memory
+        memory = child.memory.get(HOST) or self._info.memory
         reason = self._life.reason
         return (msgspec.structs.replace(self._info, state=state, reason=reason, memory=memory),)
+
+    @property
+    def held(self) -> Mapping[str, int]:
+        """The memory of the child as it last reported it, in bytes by device."""
+        return self._child.memory if self._child else {}
 
     async def memory(self) -> dict[str, int]:
         """Return the memory of the child in bytes by device; empty if there is no child.
@@ -267,6 +273,7 @@ class WorkerProcess:
             data = {"model": self.spec.name, "reason": error.message, "stderr": error.detail}
             log.error("headrace.worker.died", extra={"data": data})
             self._life.fail(error.message)
+        self.failure = error
         self._child = None
         self.died.set()
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import msgspec
 
-from headrace.core.errors import ConfigError, ContextOverflow, InvalidRequest, Unsupported
+from headrace.core.errors import ConfigError, ContextOverflow, Draining, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities, ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.sampling import Sampling
-from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator
+from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator, Piecewise
 from headrace.text.template import ChatTemplate
 
 # Implemented by the worker for all engines.
 _BY_WORKER = {"stop"}
 # Bytes of a UTF-8 character that can be missing at the end of a text.
 _MAX_MISSING_BYTES = 3
+_EXACT = 4096
+
+Gone = threading.Event
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +38,46 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     over: Literal["stop", "length"] | None = None
 
 
+class Limit(NamedTuple):
+    """When to give a text up: `gone` is set, or it has more than `most` tokens."""
+
+    gone: Gone | None = None
+    most: int | None = None
+    param: str = "prompt"
+
+    def check_length(self, text: str, facts: EngineFacts) -> None:
+        """Check that a text can fit, before a tokenizer spends time on it.
+
+        Raises:
+            ContextOverflow: even in the longest tokens of the model it would not.
+        """
+        if self.most is None or facts.max_token_bytes is None:
+            return
+        most = self.most * facts.max_token_bytes
+        # A character has at most 4 bytes.
+        if len(text) * 4 > most and (size := len(text.encode())) > most:
+            raise ContextOverflow(
+                f"The text has {size} bytes. {self.most} tokens, the context length, have at most "
+                f"{most}.",
+                param=self.param,
+            )
+
+    def check(self, tokens: int) -> None:
+        """Check whether the rest of a text that has `tokens` so far is worth computing.
+
+        Raises:
+            ContextOverflow, Draining: it is not.
+        """
+        if self.gone is not None and self.gone.is_set():
+            raise Draining("The request has ended.")
+        # Far beyond it: within a few thousand tokens the error has their exact number.
+        if self.most is not None and tokens > self.most + _EXACT:
+            raise ContextOverflow(
+                f"The text has more than {tokens} tokens and the context length is {self.most}.",
+                param=self.param,
+            )
+
+
 class Prompter:
     """Turns requests into token ids for one loaded engine."""
 
@@ -48,16 +92,17 @@ class Prompter:
         """The roles that the template knows; none without a template."""
         return self.template.roles if self.template else ()
 
-    def job(self, request: GenerateRequest) -> Job:
-        """Return the job of a request.
+    def job(self, request: GenerateRequest, gone: Gone | None = None) -> Job:
+        """Return the job of a request; `gone` is set when nothing waits for it any more.
 
         Raises:
             Unsupported: the engine cannot honour a field.
             InvalidRequest, ContextOverflow: the request is wrong.
         """
         check_supported(request, self._facts.capabilities)
-        token_ids = self._token_ids(request)
-        max_tokens = max_new_tokens(request, len(token_ids), self._context_length(request))
+        context_length = self._context_length(request)
+        token_ids = self._token_ids(request, context_length, gone)
+        max_tokens = max_new_tokens(request, len(token_ids), context_length)
         answered, answered_text, ended = self._answered(request)
         left = max(0, max_tokens - len(answered))
         least = request.sampling.min_tokens or 0
@@ -85,23 +130,30 @@ class Prompter:
             over="stop" if ended else None if left else "length",
         )
 
-    def count(self, request: CountRequest) -> tuple[int, ...]:
+    def count(self, request: CountRequest, gone: Gone | None = None) -> tuple[int, ...]:
         """Return the token ids of a text, or of messages as the template puts them."""
         if request.messages is not None:
-            return self._chat_ids(request.messages, request.template_options)
-        return tuple(self._engine.tokenize(request.text or "", add_special=request.add_special))
+            return self._chat_ids(request.messages, request.template_options, Limit(gone))
+        add_special = request.add_special
+        return tokenized(self._engine, request.text or "", Limit(gone), add_special=add_special)
 
-    def _token_ids(self, request: GenerateRequest) -> tuple[int, ...]:
+    def _token_ids(
+        self, request: GenerateRequest, context_length: int, gone: Gone | None
+    ) -> tuple[int, ...]:
         if request.messages is not None:
-            return self._chat_ids(request.messages, request.template_options)
+            limit = Limit(gone, context_length, "messages")
+            return self._chat_ids(request.messages, request.template_options, limit)
         if isinstance(request.prompt, tuple):
             return request.prompt
-        token_ids = tuple(self._engine.tokenize(request.prompt or "", add_special=True))
+        limit = Limit(gone, context_length, "prompt")
+        token_ids = tokenized(self._engine, request.prompt or "", limit)
         if not token_ids:
             raise InvalidRequest("The prompt is empty.", param="prompt")
         return token_ids
 
-    def _chat_ids(self, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[int, ...]:
+    def _chat_ids(
+        self, messages: Sequence[Message], options: Mapping[str, Any], limit: Limit
+    ) -> tuple[int, ...]:
         if not self.template:
             raise Unsupported(
                 "This model has no chat template; send a prompt, or configure chat_template.",
@@ -111,7 +163,7 @@ class Prompter:
         # Most templates write the BOS token themselves: it must not be added twice.
         bos = self._facts.bos_token
         written = bool(bos) and text.startswith(bos)
-        token_ids = tuple(self._engine.tokenize(text, add_special=not written))
+        token_ids = tokenized(self._engine, text, limit, add_special=not written)
         if not token_ids:
             raise InvalidRequest("The messages are empty.", param="messages")
         return token_ids
@@ -170,12 +222,31 @@ def _template(spec: ModelSpec, facts: EngineFacts) -> tuple[ChatTemplate | None,
     if not source:
         return None, None
     try:
-        return ChatTemplate(source, bos_token=facts.bos_token, eos_token=facts.eos_token), None
+        return ChatTemplate(source, facts.special_tokens), None
     except ConfigError as error:
         # A model with an invalid template can still complete prompts.
         if spec.chat_template:
             raise
         return None, f"no chat: {error.message}"
+
+
+def tokenized(
+    engine: Engine, text: str, limit: Limit, *, add_special: bool = True
+) -> tuple[int, ...]:
+    """Return the token ids of a text. Blocking.
+
+    Raises:
+        ContextOverflow: there are more than `limit.most`; the rest is not computed then.
+        Draining: nothing waits for them any more.
+    """
+    limit.check_length(text, engine.facts)
+    if not isinstance(engine, Piecewise):
+        return tuple(engine.tokenize(text, add_special=add_special))
+    token_ids: list[int] = []
+    for piece in engine.tokenize_pieces(text, add_special=add_special):
+        token_ids += piece
+        limit.check(len(token_ids))
+    return tuple(token_ids)
 
 
 def max_new_tokens(request: GenerateRequest, prompt_tokens: int, context_length: int) -> int:

@@ -211,7 +211,7 @@ class Sizing:
     def _read(self) -> dict[str, Need]:
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=dict[str, Need])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, msgspec.DecodeError) as error:
             data = {"path": str(self._path), "error": str(error)}

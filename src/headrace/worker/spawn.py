@@ -95,7 +95,7 @@ class ChildProcess:
 
     def __init__(self, name: str, on_gone: Callable[[WorkerDied], None]) -> None:
         self.name = name
-        self.memory = 0
+        self.memory: dict[str, int] = {}
         self.gone = asyncio.Event()
         self.loaded: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self.family: Family | None = None

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -319,6 +320,16 @@ def _too_late() -> DeadlineExceeded:
 
 Answers = Mapping[type[Request], Callable[[Any, Any], AsyncGenerator[Event, None]]]
 """By the type of a request: the function that answers it, given what is served and the request."""
+
+
+@contextlib.contextmanager
+def until_left() -> Generator[threading.Event]:
+    """Yield an event that is set on leaving, also by cancellation, for a thread to give up."""
+    left = threading.Event()
+    try:
+        yield left
+    finally:
+        left.set()
 
 
 async def unmeasured(request: Request, event: Awaitable[T]) -> AsyncGenerator[T | Finish, None]:

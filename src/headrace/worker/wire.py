@@ -92,9 +92,9 @@ class Ended(Message, frozen=True, tag="end"):
 
 
 class Alive(Message, frozen=True, tag="alive"):
-    """Child, every second or two: its event loop runs. `memory` is resident bytes."""
+    """Child, every second or two: its event loop runs. `memory` is bytes by device."""
 
-    memory: int
+    memory: dict[str, int]
 
 
 ToChild = Load | Ask | Cancel | Close

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
@@ -22,6 +22,7 @@ from headrace.core.values import masked
 from headrace.engines.base import Embedder, Engine, OpenRequest, Pair, RemoteEngine, Reranker
 from headrace.machine import Sampler, system
 from headrace.models.transfer import silent
+from headrace.text import renderer
 from headrace.worker import encode, generate, remote
 from headrace.worker.batching import Batcher
 from headrace.worker.compiler import Compiler
@@ -153,6 +154,7 @@ class Worker:
     ) -> None:
         self.spec = spec
         self.died = asyncio.Event()
+        self.failure: HeadraceError | None = None
         self._resolve = resolve
         self._on_progress = on_progress or silent
         self._log_content = log_content
@@ -209,6 +211,13 @@ class Worker:
         memory = None if sampler is None else sampler.latest[0].worker_used
         return (msgspec.structs.replace(self._info, state=self._life.state, memory=memory),)
 
+    @property
+    def held(self) -> Mapping[str, int]:
+        """The memory of this process, if a local model is loaded, in bytes by device."""
+        if self._served is None or (sampler := self._served.sampler) is None:
+            return {}
+        return {device.key: used for device in sampler.latest if (used := device.worker_used)}
+
     async def memory(self) -> dict[str, int]:
         """Return nothing: the memory belongs to the calling process, or to another machine."""
         return {}
@@ -257,6 +266,8 @@ class Worker:
 
     def _open(self, worker_spec: WorkerSpec) -> tuple[Loaded | Connected, ModelInfo]:
         """Open the engine. Blocking."""
+        if open_request(worker_spec).task == "generate" and worker_spec.file.format != "remote":
+            renderer.prepare()
         engine = self._open_engine(worker_spec.engine, open_request(worker_spec))
         if worker_spec.file.format == "remote":
             upstream = cast("RemoteEngine", engine)

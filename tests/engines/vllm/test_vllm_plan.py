@@ -9,7 +9,7 @@ from headrace.core.errors import ConfigError, GenerationFailed
 from headrace.core.model import ModelFile
 from headrace.engines import vllm
 from headrace.engines.base import OpenRequest
-from headrace.engines.vllm import footprint
+from headrace.engines.vllm import footprint, memory_arguments
 from headrace.engines.vllm.call import is_out_of_memory
 from headrace.engines.vllm.engine import check
 from headrace.machine import Device
@@ -38,6 +38,7 @@ def test_that_further_arguments_pass() -> None:
     [
         ("blok_size", "nearest is block_size"),
         ("model", "Headrace sets it"),
+        ("structured_outputs_config", "Headrace sets it"),
         ("dtype", "option dtype"),
         ("max_model_len", "context_length"),
         ("_private", "no engine argument"),
@@ -58,9 +59,16 @@ def test_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """M2: vLLM takes its whole share at once, and no more than the budget."""
     monkeypatch.setattr(vllm.machine, "devices", lambda: gpus(1))
     whole = footprint(OpenRequest(model=MODEL))
-    assert whole.devices["cuda:0"] == 90 * GIB
+    # What CUDA takes beside the share is booked too.
+    assert whole.devices["cuda:0"] == 92 * GIB
     part = footprint(OpenRequest(model=MODEL, memory=50 * GIB))
-    assert part.devices["cuda:0"] == 50 * GIB
+    # Issue 11.18: the share leaves room for it within the budget.
+    assert part.devices["cuda:0"] == pytest.approx(50 * GIB)
+    asked = OpenRequest(model=MODEL, memory=50 * GIB)
+    given = memory_arguments(asked, vllm.Options(**asked.options), "cuda:0")[
+        "gpu_memory_utilization"
+    ]
+    assert given == pytest.approx(0.48)
     assert sum(part.parts.values()) == sum(part.devices.values())
     cache = footprint(OpenRequest(model=MODEL, options={"kv_cache_bytes": 4 * GIB}))
     assert 20 * GIB < cache.devices["cuda:0"] < 25 * GIB
@@ -69,7 +77,9 @@ def test_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_memory_of_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm.machine, "devices", lambda: gpus(2))
     found = footprint(OpenRequest(model=MODEL, options={"tensor_parallel": 2, "gpu_memory": 0.5}))
-    assert found.devices["cuda:0"] == found.devices["cuda:1"] == 50 * GIB
+    assert found.devices["cuda:0"] == found.devices["cuda:1"] == 52 * GIB
+    # Issue 11.20: each rank is a process on the host.
+    assert found.devices["cpu"] == 6 * GIB
     assert sum(found.parts.values()) == sum(found.devices.values())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ import msgspec
 from pydantic import Field
 
 from headrace import machine
+from headrace.core.errors import LoadFailed
 from headrace.core.model import ModelFile
 from headrace.core.status import Footprint
 from headrace.engines import plan
@@ -21,6 +21,7 @@ from headrace.engines.base import About, EngineOptions, OpenRequest
 from headrace.engines.openmp import physical_cores
 from headrace.engines.plan import CachePlan
 from headrace.models.gguf import Skipped, read_header
+from headrace.models.gguf_model import EMBEDDERS
 
 ABOUT = About(
     formats=("gguf",),
@@ -37,8 +38,9 @@ _EMBED_CONTEXT = 8192
 _MIB = 1 << 20
 _KV_SHARE = {"f16": 1.0, "bf16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
 
-# Measured with SmolLM2-135M. A process with the library: Python, the code, buffers, warm-up.
-_PROCESS = 64 * _MIB
+# Measured with SmolLM2-135M. A process with the library (Python, the code, buffers, warm-up) and
+# the one that renders chat templates.
+_PROCESS = 96 * _MIB
 _PER_WORD, _PER_SLOT = 400, 2 * _MIB
 # Activations of a token grow with the width, which grows with the root of the size.
 _PER_ACTIVATION = 2.6
@@ -89,17 +91,19 @@ def footprint(request: OpenRequest) -> Footprint:
     device = expected_device(request.device)
     on_cpu = device == "cpu"
     gpus = plan.expected_gpus(request, device)
-    planned = estimate(request.model, plan_slots(request, options, on_cpu=on_cpu), options, gpus)
-    if request.task == "embed":
-        return msgspec.structs.replace(planned, max_running=plan.encoder_requests(request))
-    return planned
+    planned = plan_slots(request, options, on_cpu=on_cpu)
+    if request.task != "embed":
+        return estimate(request.model, planned, options, gpus)
+    whole = max(planned.context_length, 512)
+    need = estimate(request.model, planned, options, gpus, whole=whole)
+    return msgspec.structs.replace(need, max_running=plan.encoder_requests(request))
 
 
 def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
     """Return options worth trying: a smaller cache, larger batches, a slot for each request."""
     slots = {"slots": request.max_running or 1}
     small = {"kv_type": "q8_0", "flash_attention": "on"}
-    logical = os.cpu_count() or 1
+    logical = machine.usable_cpus()
     more = [{**slots, "threads": logical}] if logical > physical_cores() else []
     alone = {**small, "batch_size": 256}
     return [alone, slots, {**slots, **small}, {**slots, "batch_size": 512}, *more]
@@ -122,12 +126,15 @@ def batch_size(options: Options, *, on_cpu: bool) -> int:
 
 def plan_slots(request: OpenRequest, options: Options, *, on_cpu: bool) -> CachePlan:
     """Choose slots and context of a load; embeddings are computed in one batch each."""
-    if request.task == "embed" and request.context_length is None:
-        context = min(request.model.context_length or _EMBED_CONTEXT, _EMBED_CONTEXT)
-        request = msgspec.structs.replace(request, context_length=context)
     memory = request.memory
     if memory is None and on_cpu:
         memory = machine.host_memory()
+    if request.task == "embed" and request.context_length is None:
+        context = min(request.model.context_length or _EMBED_CONTEXT, _EMBED_CONTEXT)
+        # The longest input is one batch, which takes a quarter of the memory at most too.
+        fits = memory and plan.tokens_in(memory / 4, 2 * _output_bytes(request.model))
+        context = min(context, max(512, fits // plan.PAGE * plan.PAGE)) if fits else context
+        request = msgspec.structs.replace(request, context_length=context)
     return plan_context(request, options, memory)
 
 
@@ -144,28 +151,56 @@ def plan_context(request: OpenRequest, options: Options, memory: int | None) -> 
     )
 
 
+def check_memory(model: ModelFile, planned: CachePlan, options: Options, device: str) -> None:
+    """Check that the KV cache could fit the host at all; the library would take what there is.
+
+    Raises:
+        LoadFailed: it could not.
+    """
+    needed, total = planned.tokens * _kv_bytes(model, options), machine.host_memory()
+    if device == "cpu" and needed > total:
+        raise LoadFailed(
+            f"A context of {planned.context_length} tokens for {planned.slots} requests takes "
+            f"{needed / 1e9:.1f} GB of KV cache, and this machine has {total / 1e9:.1f} GB. Set a "
+            "smaller context_length."
+        )
+
+
 def _kv_bytes(model: ModelFile, options: Options) -> float:
     """Return the bytes of a token in the KV cache."""
     return (model.kv_bytes_per_token or 0) * _KV_SHARE[options.kv_type or "f16"]
 
 
+def _output_bytes(model: ModelFile) -> int:
+    """Return the bytes that the output layer makes for a token; 0 for a model without one."""
+    if model.architecture in EMBEDDERS:
+        return 0
+    return 4 * _words_and_layers(Path(model.path), _stamp(model.path))[0]
+
+
 def estimate(
-    model: ModelFile, planned: CachePlan, options: Options, gpus: tuple[str, ...]
+    model: ModelFile, planned: CachePlan, options: Options, gpus: tuple[str, ...], *, whole: int = 0
 ) -> Footprint:
     """Return the memory that the model takes of the host, and of the GPUs that share its layers.
+
+    An embedder computes its longest input, of `whole` tokens, in one batch, and the output layer of
+    each of them, which is kept twice.
 
     Raises:
         LoadFailed: the model's header cannot be read.
     """
     words, layers = _words_and_layers(Path(model.path), _stamp(model.path))
-    batch = min(max(batch_size(options, on_cpu=not gpus), planned.slots), 512)
+    batch = whole or min(max(batch_size(options, on_cpu=not gpus), planned.slots), 512)
     kv_cache = int(planned.tokens * _kv_bytes(model, options))
     activations = _PER_ACTIVATION * math.sqrt(model.parameters or 0) * batch
-    overhead = _PROCESS + words * _PER_WORD + int(activations) + planned.slots * _PER_SLOT
+    outputs = whole * _output_bytes(model)
+    computed = int(activations) + outputs
+    overhead = _PROCESS + words * _PER_WORD + computed + outputs + planned.slots * _PER_SLOT
     devices = {"cpu": model.size + kv_cache + overhead}
     if gpus:
         share = _share(options.gpu_layers, layers)
-        moved = int(share * (model.size + kv_cache)) + int(activations) + words * batch * 4
+        computed = max(computed, int(activations) + words * batch * 4)
+        moved = int(share * (model.size + kv_cache)) + computed
         on_host = int((1 - share) * (model.size + kv_cache))
         devices = {"cpu": on_host + overhead + _CUDA_HOST}
         devices |= plan.divided(moved, gpus, _CUDA_DEVICE)

@@ -18,7 +18,7 @@ from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, R
 from headrace.text.grammar import grammar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import xllamacpp
 
@@ -93,6 +93,8 @@ class _Chunk(msgspec.Struct):
     error: dict[str, Any] | None = None
 
 
+_LIKELY, _ALL, _CERTAIN = 64, 1 << 24, 1e6
+
 _decode = msgspec.json.Decoder(_Chunk).decode
 
 
@@ -106,6 +108,7 @@ class Call:
         self._emit = emit
         self._split = split
         self._ends = frozenset(request.sampling.stop_token_ids)
+        self._lookup: Lookup | None = None
         self._sent = 0
         self._predicted = 0
         self._cached = 0
@@ -114,6 +117,8 @@ class Call:
 
     def run(self, server: xllamacpp.Server) -> None:
         """Block until the request is answered or its stream is closed."""
+        if self._request.sampling.logprobs is not None:
+            self._lookup = Lookup(server, self._request, self._split)
         if self._request.constraint is not None:
             # The library compiles the grammar before it reports progress.
             self._emit(Admitted(0, len(self._request.token_ids)))
@@ -144,7 +149,10 @@ class Call:
         if not self._ends.isdisjoint(token_ids):
             return self._finish("stop", None)
         self._sent += len(token_ids)
-        return self._emit(RawDelta(choice.text.encode(), token_ids, self._logprobs(choice)))
+        data, logprobs = choice.text.encode(), self._logprobs(choice)
+        if self._lookup is not None:
+            logprobs = self._lookup.completed(token_ids, logprobs)
+        return self._emit(RawDelta(data, token_ids, logprobs))
 
     def _token_ids(self, verbose: _Verbose, text: str) -> tuple[int, ...]:
         # A character of several tokens comes with the id of the last one only.
@@ -183,6 +191,66 @@ class Call:
             )
             for token in choice.logprobs.content
         )
+
+
+class Lookup:
+    """The log-probabilities that the library does not report.
+
+    Of a character of several tokens it reports the last one, as if it were the whole character. The
+    others are among the candidates of a request for one more token after those before.
+    """
+
+    def __init__(
+        self,
+        server: xllamacpp.Server,
+        request: EngineRequest,
+        split: Callable[[str], tuple[int, ...]],
+    ) -> None:
+        self._server = server
+        self._limit = request.sampling.logprobs or 0
+        self._text = [*request.token_ids, *request.answered]
+        # Any token that is a whole character: of others the library reports nothing.
+        self._whole = lambda: split("a")[-1]
+
+    def completed(
+        self, token_ids: Sequence[int], logprobs: tuple[TokenLogprob, ...]
+    ) -> tuple[TokenLogprob, ...]:
+        """Return an entry for each of the next tokens; `logprobs` are those of the last ones."""
+        missing = token_ids[: len(token_ids) - len(logprobs)]
+        first = tuple(self._entry(token_ids, place) for place in range(len(missing)))
+        self._text += token_ids
+        if not (first and logprobs):
+            return logprobs
+        before = sum(len(entry.data) for entry in first)
+        last = msgspec.structs.replace(logprobs[0], data=logprobs[0].data[before:])
+        return (*first, last, *logprobs[1:])
+
+    def _entry(self, token_ids: Sequence[int], place: int) -> TokenLogprob:
+        token, text = token_ids[place], [*self._text, *token_ids[:place]]
+        candidates = self._candidates(text, max(_LIKELY, self._limit))
+        if all(candidate.id != token for candidate in candidates):
+            candidates = self._candidates(text, _ALL)
+        chosen = next(candidate for candidate in candidates if candidate.id == token).top()
+        top = tuple(candidate.top() for candidate in candidates[: self._limit])
+        return TokenLogprob(token, chosen.data, chosen.logprob, top)
+
+    def _candidates(self, text: Sequence[int], most: int) -> Sequence[_Candidate]:
+        body = {
+            "prompt": text,
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": most,
+            # It changes what is chosen, and not the probabilities that are reported.
+            "logit_bias": [[self._whole(), _CERTAIN]],
+        }
+        chunks: list[_Chunk] = []
+        self._server.handle_completions(
+            msgspec.json.encode(body), lambda raw: chunks.append(_decode(raw)) or False
+        )
+        logprobs = chunks[-1].choices[0].logprobs if chunks and chunks[-1].choices else None
+        if logprobs is None:
+            raise GenerationFailed("llama.cpp reported no log-probabilities.")
+        return logprobs.content[0].top_logprobs
 
 
 def _body(request: EngineRequest) -> bytes:

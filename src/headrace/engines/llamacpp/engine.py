@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import ctypes
 import gc
-import http.client
-import secrets
-import shutil
-import socket
-import tempfile
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +21,10 @@ from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
 from headrace.core.model import Capabilities
 from headrace.engines import base, plan, threaded
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
-from headrace.engines.llamacpp import ABOUT, Options, batch_size, plan_slots, settled
+from headrace.engines.llamacpp import ABOUT, Options, batch_size, check_memory, plan_slots, settled
 from headrace.engines.llamacpp.call import HONOURED, Call, error_from
+from headrace.engines.llamacpp.pieces import SENTINEL, SIZE, Pieces
+from headrace.engines.llamacpp.server import Server
 from headrace.engines.openmp import SpinGuard, physical_cores
 from headrace.engines.plan import CachePlan
 
@@ -47,10 +45,8 @@ class Engine(base.Embedder):
         self._options = settled(request)
         self._model = request.model
         self._embeds = request.task == "embed"
-        self._private = Path(tempfile.mkdtemp(prefix="llamacpp-"))
-        self._key = secrets.token_urlsafe(24)
         self._inbox: threaded.Inbox | None = None
-        self._server: xllamacpp.Server | None = None
+        self._server: Server | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._guard = SpinGuard(self._options.threads or physical_cores())
         self._vocabulary = 0
@@ -66,25 +62,26 @@ class Engine(base.Embedder):
         """Return the events of a request, which runs on a thread that mostly sleeps."""
         if self._inbox is None:
             self._inbox = threaded.Inbox(asyncio.get_running_loop())
-        server, threads = self._server, self._threads
-        if server is None or threads is None:
+        library, threads = self._opened().library, self._threads
+        if library is None or threads is None:
             raise GenerationFailed("The engine is closed.")
         self._check((*request.token_ids, *request.answered))
         self._check(request.sampling.logit_bias, param="logit_bias")
         return threaded.stream(
-            lambda emit: Call(request, emit, self._split).run(server),
+            lambda emit: Call(request, emit, self._split).run(library),
             inbox=self._inbox,
             executor=threads,
         )
 
     def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
         """Return the pooled vectors, not normalised."""
-        if self._server is None:
+        library = self._opened().library
+        if library is None:
             raise GenerationFailed("The engine is closed.")
         for token_ids in batch:
             self._check(token_ids, param="input")
         body = {"input": [list(token_ids) for token_ids in batch], "encoding_format": "base64"}
-        answer = self._server.handle_embeddings(body)
+        answer = library.handle_embeddings(body)
         if "error" in answer:
             raise error_from(answer["error"])
         rows = sorted(answer["data"], key=lambda row: row["index"])
@@ -92,8 +89,20 @@ class Engine(base.Embedder):
 
     def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
         """Return token ids, markers included."""
-        body = {"content": text, "add_special": add_special, "parse_special": True}
-        return self._ask("/tokenize", body)["tokens"]
+        return [*chain.from_iterable(self.tokenize_pieces(text, add_special=add_special))]
+
+    def tokenize_pieces(self, text: str, *, add_special: bool) -> Iterator[Sequence[int]]:
+        """Yield what `tokenize` returns, piece after piece: of long texts it takes long."""
+        if len(text) <= SIZE:
+            yield self._tokens(text, add_special=add_special)
+            return
+        before, after = self._around if add_special else ((), ())
+        yield before
+        for number, piece in enumerate(self._pieces.cut(text)):
+            ids = self._tokens(piece)
+            continues = number and piece.startswith(SENTINEL)
+            yield ids[len(self._sentinel) :] if continues else ids
+        yield after
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return text.
@@ -119,31 +128,50 @@ class Engine(base.Embedder):
         return self._split(text, markers=True) == (token,) != self._split(text)
 
     def _split(self, text: str, *, markers: bool = False) -> tuple[int, ...]:
-        body = {"content": text, "add_special": False, "parse_special": markers}
+        return self._tokens(text, markers=markers)
+
+    def _tokens(
+        self, text: str, *, add_special: bool = False, markers: bool = True
+    ) -> tuple[int, ...]:
+        body = {"content": text, "add_special": add_special, "parse_special": markers}
         return tuple(self._ask("/tokenize", body)["tokens"])
+
+    @cached_property
+    def _pieces(self) -> Pieces:
+        # Read when the first long text comes: it takes a moment.
+        return Pieces(Path(self._model.path), merges_all=self._model.tokenizer == "llama")
+
+    @cached_property
+    def _sentinel(self) -> tuple[int, ...]:
+        return self._tokens(SENTINEL)
+
+    @cached_property
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens that are put before and after a text."""
+        plain, full = self._tokens("a"), self._tokens("a", add_special=True)
+        size = len(plain)
+        at = next(n for n in range(len(full)) if full[n : n + size] == plain)
+        return full[:at], full[at + size :]
 
     def close(self) -> None:
         """Free the model and remove the private directory."""
-        self._server = None
+        server, self._server = self._server, None
         self._guard.close()
         if self._threads is not None:
             self._threads.shutdown(wait=False)
-        # The traceback of a failed request can hold the server in a cycle.
+        if server is not None:
+            server.close()
+        # The traceback of a failed request can hold the library's server in a cycle.
         gc.collect()
-        shutil.rmtree(self._private, ignore_errors=True)
 
     def _load(self, request: OpenRequest) -> None:
         device = _device(request.device, xllamacpp.get_device_info())
         planned = plan_slots(request, self._options, on_cpu=device == "cpu")
+        check_memory(request.model, planned, self._options, device)
         params = self._params(request, xllamacpp.CommonParams(), planned, device)
         if device == "cpu":
             self._guard.start()
-        try:
-            self._server = xllamacpp.Server(params)
-        except RuntimeError as error:
-            raise LoadFailed(
-                f"llama.cpp could not load {Path(self._model.path).name}.", detail=str(error)
-            ) from error
+        self._server = Server(params, Path(self._model.path).name)
         self._vocabulary = int(self._ask("/v1/models")["data"][0]["meta"]["n_vocab"])
         self.facts = self._facts(request, planned, device)
         if self._embeds:
@@ -174,7 +202,8 @@ class Engine(base.Embedder):
         params.rope_scaling_type = _ROPE[options.rope_scaling]
         params.rope_freq_scale = 1 / options.rope_scale if options.rope_scale else 0.0
         params.verbosity = 0
-        self._restrict_http(params)
+        # It would parse and run the file's own template while it loads. Ours renders.
+        params.chat_template = "chatml"
         return params
 
     def _prepare_embeddings(self, params: Any, context_length: int) -> None:
@@ -189,17 +218,8 @@ class Engine(base.Embedder):
         # The library's own enumeration, of which no name is the same in all its releases.
         params.pooling_type = type(params.pooling_type)(_POOLING[self._options.pooling])
 
-    def _restrict_http(self, params: Any) -> None:
-        # The library always listens, and tokenising needs it. A socket file in a directory that
-        # only this user may enter, with a random key, is the most restricted way that it has.
-        params.hostnames = [str(self._private / "s.sock")]
-        params.api_keys = [self._key]
-        params.ui = params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = False
-        params.n_threads_http = 2
-
     def _facts(self, request: OpenRequest, planned: CachePlan, device: str) -> EngineFacts:
-        props = self._ask("/props")
-        granted = props["default_generation_settings"]["n_ctx"]
+        granted = self._ask("/props")["default_generation_settings"]["n_ctx"]
         plan.granted_context(request, granted)
         grammar_library = _grammar_library()
         return EngineFacts(
@@ -207,8 +227,8 @@ class Engine(base.Embedder):
             context_length=min(granted, planned.context_length),
             max_running=planned.slots,
             chat_template=self._model.chat_template,
-            bos_token=props["bos_token"],
-            eos_token=props["eos_token"],
+            special_tokens=self._special_tokens(),
+            max_token_bytes=self._model.max_token_bytes,
             notes=planned.notes,
             grammar_library=grammar_library,
             capabilities=Capabilities(
@@ -218,6 +238,11 @@ class Engine(base.Embedder):
                 resume=True,
             ),
         )
+
+    def _special_tokens(self) -> dict[str, str]:
+        # The library's own defaults are other tokens where the file names none.
+        ids = self._model.special_ids.items()
+        return {name: self.detokenize((n,)) for name, n in ids if n < self._vocabulary}
 
     def _embedding_facts(self, request: OpenRequest) -> EngineFacts:
         dimensions = len(self.embed([[0]])[0]) // 4
@@ -234,16 +259,12 @@ class Engine(base.Embedder):
             raise InvalidRequest("A token id is outside of the vocabulary.", param=param)
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        connection = _UnixConnection(str(self._private / "s.sock"))
-        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
-        with contextlib.closing(connection):
-            content = None if body is None else msgspec.json.encode(body)
-            connection.request("GET" if body is None else "POST", path, content, headers)
-            response = connection.getresponse()
-            answer = msgspec.json.decode(response.read())
-        if "error" in answer:
-            raise error_from(answer["error"])
-        return answer
+        return self._opened().ask(path, body)
+
+    def _opened(self) -> Server:
+        if self._server is None:
+            raise GenerationFailed("The engine is closed.")
+        return self._server
 
 
 def _grammar_library() -> str:
@@ -274,14 +295,3 @@ def _device(wanted: str, devices: Sequence[dict[str, Any]]) -> str:
     if kind not in available or (number and f"{kind}{number}" not in names):
         raise LoadFailed(f"This build of llama.cpp has no device {wanted}; it has {names}.")
     return kind
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=60)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)

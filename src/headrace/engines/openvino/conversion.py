@@ -46,6 +46,7 @@ _COPIED_FOR_VECTORS = (
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
+_SOURCE = "source.txt"
 _DISK_FULL = ("No space left", "Disk quota exceeded", "File too large")
 
 
@@ -106,6 +107,12 @@ def _target(file: ModelFile, home: Path) -> Path:
     return home / "converted" / f"{re.sub(r'[^A-Za-z0-9]+', '-', path.stem)[:80]}-{digest}"
 
 
+def copies(home: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield each converted copy, and the path of the model that it was made from."""
+    for note in sorted((home / "converted").glob(f"*/{_SOURCE}")):
+        yield note.parent, Path(note.read_text(encoding="utf-8"))
+
+
 def _convert(file: ModelFile, target: Path) -> None:
     partial = target.with_suffix(".making")
     shutil.rmtree(partial, ignore_errors=True)
@@ -114,6 +121,7 @@ def _convert(file: ModelFile, target: Path) -> None:
         _run_conversion(file, partial)
         converted = openvino.describe(partial)
         _check(file, converted)
+        (partial / _SOURCE).write_text(str(Path(file.path).resolve()), encoding="utf-8")
         for path in partial.rglob("*"):
             _flush(path)
         make_private(partial)

@@ -90,8 +90,7 @@ class _TextEngine:
             context_length=self._plan.context_length,
             max_running=self._plan.slots,
             chat_template=self._request.model.chat_template,
-            bos_token=vocabulary.bos_token,
-            eos_token=vocabulary.eos_token,
+            special_tokens=vocabulary.special_tokens,
             notes=(*self._plan.notes, _NOTE),
             capabilities=Capabilities(sampling=HONOURED, resume=True),
         )

@@ -65,8 +65,7 @@ class _GraphEngine:
             context_length=self._context,
             max_running=self._requests,
             batch=_BATCH,
-            bos_token=self._vocabulary.bos_token,
-            eos_token=self._vocabulary.eos_token,
+            special_tokens=self._vocabulary.special_tokens,
             capabilities=capabilities,
         )
 

@@ -34,8 +34,7 @@ class Vocabulary:
         self.eos = tokenizer.get_eos_token_id()
         self.bos = tokenizer.get_bos_token_id()
         self.pad = max(0, tokenizer.get_pad_token_id())
-        self.eos_token = tokenizer.get_eos_token() if self.eos >= 0 else ""
-        self.bos_token = tokenizer.get_bos_token() if self.bos >= 0 else ""
+        self.special_tokens = _special_tokens(tokenizer)
         self.words = _words(tokenizer.get_vocab())
         each = [[token] for token in range(len(self.words))]
         bare = tokenizer.decode(each, skip_special_tokens=True)
@@ -81,6 +80,16 @@ class Vocabulary:
         """
         if not all(0 <= token < len(self.words) for token in token_ids):
             raise InvalidRequest("A token id is outside of the vocabulary.")
+
+
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the texts of the special tokens that the model has, by their names in templates."""
+    ids = {
+        "bos_token": (tokenizer.get_bos_token_id(), tokenizer.get_bos_token()),
+        "eos_token": (tokenizer.get_eos_token_id(), tokenizer.get_eos_token()),
+        "pad_token": (tokenizer.get_pad_token_id(), tokenizer.get_pad_token()),
+    }
+    return {name: text for name, (token, text) in ids.items() if token >= 0 and text}
 
 
 def _is_control(bare: str, full: str) -> bool:

@@ -77,7 +77,7 @@ class Options(EngineOptions):
         {}, description='With `device_map`, the most of each: {"cuda:0": "20GiB", "cpu": "60GiB"}.'
     )
     threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads; by default what torch chooses."
+        None, ge=1, le=1024, description="CPU threads; by default one for each core it may use."
     )
 
 

@@ -24,9 +24,9 @@ from headrace.core.errors import (
 from headrace.core.model import Capabilities
 from headrace.engines import plan
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
-from headrace.engines.openmp import SpinGuard
+from headrace.engines.openmp import SpinGuard, physical_cores
 from headrace.engines.plan import CachePlan
-from headrace.engines.tokenizer import TokenizerMixin, Vocabulary
+from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, special_tokens
 from headrace.engines.transformers import plan_cache, settled, step_tokens
 from headrace.engines.transformers.answer import HONOURED, Answer, Draw, ends_of, failure, rules
 from headrace.engines.transformers.batched import Batched, Unbatched
@@ -81,8 +81,7 @@ class Engine(TokenizerMixin):
 
     def _load(self, request: OpenRequest) -> None:
         options = self._options
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        torch.set_num_threads(options.threads or physical_cores())
         device = plan.torch_device(request.device, torch)
         device = "cuda:0" if device == "cuda" else device
         if device == "cpu":
@@ -133,8 +132,8 @@ class Engine(TokenizerMixin):
             context_length=planned.context_length,
             max_running=self._runner.max_running,
             chat_template=request.model.chat_template,
-            bos_token=tokenizer.bos_token or "",
-            eos_token=tokenizer.eos_token or "",
+            special_tokens=special_tokens(tokenizer),
+            max_token_bytes=self._vocabulary.max_token_bytes(),
             notes=(*planned.notes, *((note,) if note else ())),
             capabilities=Capabilities(
                 sampling=HONOURED,

@@ -24,8 +24,13 @@ ABOUT = About(
 _GIB = 1 << 30
 # Measured: two processes of Python with torch and vLLM; with CUDA, its own memory beside them.
 _HOST, _CUDA_DEVICE = 3 * _GIB, 2 * _GIB
+# Each further GPU has a process of its own, which takes as much: twice the estimate was measured
+# with two.
+_RANK = 3 * _GIB
+# What CUDA's context and graphs take beside the share that vLLM is given: 1.15 GiB was measured.
+_BESIDE = 2 * _GIB
 _CPU_CACHE, _CPU_SHARE = 4 * _GIB, 6
-_DEFAULT_SHARE = 0.9
+_DEFAULT_SHARE, _LEAST_SHARE = 0.9, 0.01
 
 
 class Options(EngineOptions):
@@ -101,11 +106,12 @@ def footprint(request: OpenRequest) -> Footprint:
         kv_cache = options.kv_cache_bytes or _cpu_cache(request.memory)
         devices, known = {"cpu": weights + kv_cache + _HOST}, weights + kv_cache
     else:
-        each = int(total * _share(request, options, total))
+        share = int(total * _share(request, options, total))
+        each = min(total, share + _BESIDE)
         if options.kv_cache_bytes:
             each = weights // spread + options.kv_cache_bytes + _CUDA_DEVICE
-        kv_cache = options.kv_cache_bytes or max(0, each - weights // spread - _CUDA_DEVICE)
-        devices = {"cpu": _HOST, **dict.fromkeys(gpus, each)}
+        kv_cache = options.kv_cache_bytes or max(0, share - weights // spread - _CUDA_DEVICE)
+        devices = {"cpu": _HOST + (spread - 1) * _RANK, **dict.fromkeys(gpus, each)}
         kv_cache, known = kv_cache * spread, weights + kv_cache * spread
     return Footprint(
         devices=devices,
@@ -152,7 +158,9 @@ def _share(request: OpenRequest, options: Options, total: int) -> float:
     if options.gpu_memory is not None:
         return options.gpu_memory
     memory = request.memory and request.memory // (len(request.gpus) or 1)
-    return _DEFAULT_SHARE if not (memory and total) else min(_DEFAULT_SHARE, memory / total)
+    if not (memory and total):
+        return _DEFAULT_SHARE
+    return max(_LEAST_SHARE, min(_DEFAULT_SHARE, (memory - _BESIDE) / total))
 
 
 def _cpu_cache(memory: int | None) -> int:

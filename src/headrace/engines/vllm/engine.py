@@ -28,7 +28,7 @@ from headrace.core.errors import (
 from headrace.core.model import Capabilities
 from headrace.core.request import new_id
 from headrace.engines.base import Admitted, EngineFacts, EngineRequest, OpenRequest, RawEvent
-from headrace.engines.tokenizer import TokenizerMixin, Vocabulary
+from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, special_tokens
 from headrace.engines.vllm import Options, memory_arguments, parallel
 from headrace.engines.vllm.call import HONOURED, Call, failure, is_out_of_memory, parameters
 
@@ -196,8 +196,8 @@ class Engine(TokenizerMixin):
             context_length=int(model.max_model_len),
             max_running=int(config.scheduler_config.max_num_seqs),
             chat_template=request.model.chat_template,
-            bos_token=tokenizer.bos_token or "",
-            eos_token=tokenizer.eos_token or "",
+            special_tokens=special_tokens(tokenizer),
+            max_token_bytes=self._vocabulary.max_token_bytes(),
             capabilities=Capabilities(
                 sampling=HONOURED,
                 json_schema=True,

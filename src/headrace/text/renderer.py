@@ -1,0 +1,230 @@
+"""Renders chat templates in processes of their own, with limits that the kernel enforces.
+
+One step of a template, such as printing a list that contains itself in many places, can take any
+time and memory, and a thread cannot be stopped. Such a process is killed by its own alarm at the
+deadline, gets no more memory than `MEMORY`, and is replaced. It ends with the process that uses it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import msgspec
+
+from headrace.core.errors import GenerationFailed
+
+MEMORY = 512 << 20
+"""Bytes that a rendering may take beside what the process has."""
+MAX_CHARACTERS = 8 << 20
+"""The longest text."""
+
+_PROCESSES = 2
+_GRACE_S = 20.0
+_OUT_OF_MEMORY = 3
+_MAX_REASON = 500
+_LENGTH = 8
+
+FaultKind = Literal["syntax", "refused", "limit", "failed"]
+
+
+class Work(msgspec.Struct, frozen=True, array_like=True):
+    """A template and its variables; without variables it is only compiled."""
+
+    source: str
+    variables: dict[str, Any] | None
+    seconds: float
+
+
+class Rendered(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The text."""
+
+    text: str
+
+
+class Fault(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Why there is no text; `line` is that of a syntax error."""
+
+    kind: FaultKind
+    reason: str
+    line: int | None = None
+
+
+def render(work: Work) -> Rendered | Fault:
+    """Render a template within its limits. Blocking, thread-safe.
+
+    Raises:
+        GenerationFailed: no process could be started.
+    """
+    with _slots:
+        process = _idle.pop() if _idle else _started()
+        answer = process.ask(work)
+        if process.alive:
+            _idle.append(process)
+        return answer
+
+
+def prepare() -> None:
+    """Start a process for the first rendering, without waiting for it. Thread-safe."""
+    with contextlib.suppress(GenerationFailed):
+        if not _idle:
+            _idle.append(_started())
+
+
+class _Process:
+    """A process that renders, one template after another."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-P", "-m", "headrace.text.renderer", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+            )
+        self.alive = True
+
+    def ask(self, work: Work) -> Rendered | Fault:
+        """Return the answer; after some faults the process has ended."""
+        # The alarm of the process itself is first, unless it cannot run at all.
+        self._socket.settimeout(work.seconds + _GRACE_S)
+        try:
+            _send(self._socket, msgspec.json.encode(work))
+            reply = _receive(self._socket)
+        except OSError:
+            reply = None
+        if reply is None:
+            return Fault("limit", _cause(self.end()))
+        return msgspec.json.decode(reply, type=Rendered | Fault)
+
+    def end(self) -> int:
+        """End it, and return its exit status."""
+        self.alive = False
+        self._socket.close()
+        # It ends by itself, but for one that hangs.
+        try:
+            return self._process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+def _started() -> _Process:
+    try:
+        return _Process()
+    except OSError as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise GenerationFailed("The chat template cannot be rendered.", detail=reason) from error
+
+
+_slots = threading.BoundedSemaphore(_PROCESSES)
+_idle: deque[_Process] = deque()
+
+
+@atexit.register
+def _end_all() -> None:
+    while _idle:
+        _idle.pop().end()
+
+
+def _cause(code: int) -> str:
+    if code in {-signal.SIGALRM, -signal.SIGKILL}:
+        return "it took too long"
+    if code == _OUT_OF_MEMORY:
+        return "it took too much memory"
+    return f"it ended the process that renders ({code})"
+
+
+def _send(connection: socket.socket, frame: bytes) -> None:
+    connection.sendall(len(frame).to_bytes(_LENGTH, "little") + frame)
+
+
+def _receive(connection: socket.socket) -> bytes | None:
+    """Return the next frame, None at the end."""
+    head = connection.recv(_LENGTH, socket.MSG_WAITALL)
+    if len(head) < _LENGTH:
+        return None
+    size = int.from_bytes(head, "little")
+    frame = connection.recv(size, socket.MSG_WAITALL)
+    while frame and len(frame) < size:
+        more = connection.recv(size - len(frame))
+        frame = frame + more if more else b""
+    return frame or None
+
+
+def _answer(work: Work) -> Rendered | Fault:
+    # Imported here: what uses this module needs no Jinja.
+    from jinja2.exceptions import TemplateSyntaxError
+
+    from headrace.text import sandbox
+
+    try:
+        text = sandbox.render(work.source, work.variables)
+    except sandbox.Refusal as error:
+        return Fault("refused", str(error)[:_MAX_REASON])
+    except TemplateSyntaxError as error:
+        return Fault("syntax", str(error.message)[:_MAX_REASON], error.lineno)
+    except MemoryError:
+        os._exit(_OUT_OF_MEMORY)
+    except Exception as error:  # noqa: BLE001  # a template is code
+        return Fault("failed", f"{type(error).__name__}: {error}"[:_MAX_REASON])
+    if len(text) > MAX_CHARACTERS:
+        return Fault("limit", "it made too much text")
+    return Rendered(text)
+
+
+def _encoded(answer: Rendered | Fault) -> bytes:
+    try:
+        return msgspec.json.encode(answer)
+    except MemoryError:
+        os._exit(_OUT_OF_MEMORY)
+    except UnicodeEncodeError as error:
+        return msgspec.json.encode(Fault("failed", f"{type(error).__name__}: {error.reason}"))
+
+
+def _frames(connection: socket.socket) -> Iterator[bytes]:
+    while (frame := _receive(connection)) is not None:
+        yield frame
+
+
+def _limit_memory() -> None:
+    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
+        pages = int(file.read().split()[0])
+    most = pages * resource.getpagesize() + MEMORY
+    _, allowed = resource.getrlimit(resource.RLIMIT_AS)
+    most = most if allowed == resource.RLIM_INFINITY else min(most, allowed)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def main() -> None:
+    """Render what comes over the inherited socket, whose file descriptor is the argument."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    decode = msgspec.json.Decoder(Work).decode
+    _answer(Work("", None, 0.0))  # imports what it needs
+    with contextlib.suppress(OSError):
+        _limit_memory()
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    for frame in _frames(connection):
+        work = decode(frame)
+        signal.setitimer(signal.ITIMER_REAL, work.seconds)
+        reply = _encoded(_answer(work))
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        _send(connection, reply)
+
+
+if __name__ == "__main__":
+    main()
