@@ -52,7 +52,7 @@ class Format(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     What NAME and ARGUMENTS are depends on `style`:
 
     - json, generic: an object with the members `name_key`, `arguments_key`, perhaps `id_key`; all
-      calls in one list with `array`. Without `call_open` an answer that begins with it is a call.
+      calls in one list with `array`, between one pair of markers with `joined`. Without `call_open` an answer that begins with it is a call.
     - named: a name, perhaps `id_open` and an id, `name_end`, a JSON object.
     - tagged: a name, `name_end`, and for each argument `key_open KEY key_end value_open VALUE
       value_close`. A `key_open` that ends with a quote is followed by attributes; `typed` is the
@@ -84,6 +84,7 @@ class Format(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     framed: bool = False
     quote: str = ""
     array: bool = False
+    joined: bool = False
     name_key: str = "name"
     arguments_key: str = "arguments"
     id_key: str = ""

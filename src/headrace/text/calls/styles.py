@@ -55,8 +55,8 @@ class Calls:
         self.openers = tuple(
             opener for opener in (self._section[0], self._open, *form.also) if opener
         )
-        self._name_end = _ending(form.call_open, form.name_end)
-        self._key_end = _ending(form.key_open, form.key_end)
+        self._name_end = ending(form.call_open, form.name_end)
+        self._key_end = ending(form.key_open, form.key_end)
         self._parsers: Mapping[str, Callable[[], Need[None]]] = {
             "json": self._json,
             "generic": self._json,
@@ -85,12 +85,11 @@ class Calls:
         try:
             yield from self._parsers[self._format.style]()
         except NotACallError:
-            text = self._cursor.recorded()
             if self._sink.open:
-                self._sink.cut(text)
-                self._made = True
+                self._cursor.rest()
+                self._sink.cut(self._cursor.recorded())
             else:
-                emit(text)
+                emit(self._cursor.recorded())
         self._cursor.recorded()
         return self._made
 
@@ -457,8 +456,8 @@ def _nothing() -> Need[str]:
     return ""
 
 
-def _ending(opener: str, end: str) -> str:
-    """Return the end of a header, without the quote and the attributes before it."""
+def ending(opener: str, end: str) -> str:
+    """Return the end of a header without the quote and the attributes before it."""
     end = end.strip()
     return end.rpartition('"')[2] if opener.rstrip().endswith('"') else end
 
