@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import msgspec
+
 from headrace.text.calls.format import Format
 from headrace.text.calls.parts import CallArguments, CallStart, Content, Cut, Part, Thought
 from headrace.text.calls.splitter import Splitter
@@ -31,8 +33,10 @@ def joined(parts: Iterable[Part]) -> list[Part]:
     result: list[Part] = []
     for part in parts:
         last = result[-1] if result else None
-        if isinstance(part, Thought | Content | CallArguments) and type(last) is type(part):
-            result[-1] = last._replace(text=last.text + part.text)  # type: ignore[union-attr]
+        texts = isinstance(part, Thought | Content | CallArguments) and type(last) is type(part)
+        if texts:
+            text = getattr(last, "text", "") + getattr(part, "text", "")
+            result[-1] = msgspec.structs.replace(part, text=text)
         else:
             result.append(part)
     return result

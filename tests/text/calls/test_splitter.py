@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.text.calls.parse import calls_in, joined, pieces, split, text_in
+from tests.text.calls.writers import WRITERS
 
 from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.format import Format
 from headrace.text.calls.parts import CallArguments, CallStart, Content, Cut, Thought
 from headrace.text.calls.splitter import Splitter
-from tests.text.calls.parse import calls_in, joined, pieces, split, text_in
-from tests.text.calls.writers import WRITERS
 
 BARE = ("llama3", "llama4", "functionary-v3.2")  # an answer with calls has no text before them
+ONE_OF_EACH_STYLE = ("hermes", "mistral-args", "qwen-xml", "lfm2", "gemma-4", "harmony")
 ALONE = (*BARE, "harmony")
 THINKING = [name for name in WRITERS if FAMILIES[name].think_close and name not in ALONE]
 
@@ -40,7 +41,11 @@ def arguments(form: Format) -> dict[str, tuple[str, dict[str, Any]]]:
         "marker in a string": ("get_weather", {"city": inner, "note": inner}),
         "nested": (
             "get_weather",
-            {"city": "a", "where": {"at": [1, {"b": [2.5, None, True]}], "e": {}}, "tags": ["x", "y"]},
+            {
+                "city": "a",
+                "where": {"at": [1, {"b": [2.5, None, True]}], "e": {}},
+                "tags": ["x", "y"],
+            },
         ),
         "unicode": ("get_weather", {"city": "Zürich 東京 🦉", "tags": ["é", "🏔"]}),
         "empty": NOW,
@@ -159,7 +164,17 @@ def test_without_calls_markers_are_text(family: str) -> None:
 def test_plain_text(family: str) -> None:
     """Issue 13.2: text stays as it is."""
     form = FAMILIES[family]
-    for text in ("Hi.", "a < b [0] {x} `y` >>> z\n\n", "1. [x](y) <b>", " \n", "{", "[", "<", "f", ""):
+    for text in (
+        "Hi.",
+        "a < b [0] {x} `y` >>> z\n\n",
+        "1. [x](y) <b>",
+        " \n",
+        "{",
+        "[",
+        "<",
+        "f",
+        "",
+    ):
         parts = split(form, list(text))
         assert text_in(parts, Content) == text
         assert len(parts) <= 1
@@ -173,7 +188,7 @@ def fragments(form: Format) -> list[str]:
     return sorted({*words, "{", "}", '"', "\\", "\n", " ", "[", "]", "(", ")", ",", ":", "=", "'"})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 @families
 def test_random_text_cut_anywhere(family: str, data: st.DataObject) -> None:
@@ -203,7 +218,16 @@ def hostile(form: Format, size: int) -> list[str]:
     start = call[: call.find("Paris") + 2]
     texts = [call, head, start[:-1], form.think_open + "\n", markers(form), "\n ", "<", "[", "{"]
     repeated = [(text or "x") * (size // len(text or "x")) for text in texts]
-    pairs = ('{"a":', "[[", '\\"', "\\", "\n</", form.value_close or "```", "' '", form.quote or "(")
+    pairs = (
+        '{"a":',
+        "[[",
+        '\\"',
+        "\\",
+        "\n</",
+        form.value_close or "```",
+        "' '",
+        form.quote or "(",
+    )
     return repeated + [start + pair * (size // len(pair)) for pair in pairs]
 
 
@@ -216,7 +240,7 @@ def seconds(form: Format, text: str, chunk: int, thinking_open: bool) -> float:
     return time.process_time() - began
 
 
-@families
+@pytest.mark.parametrize("family", ONE_OF_EACH_STYLE)
 def test_time_is_linear(family: str) -> None:
     """Issue 13.2: twice the text takes about twice the time, however hostile."""
     form = FAMILIES[family]
@@ -245,8 +269,12 @@ def test_little_is_held_back(family: str) -> None:
     """Issue 13.2: a string argument comes as it is written; outside of calls a marker is held."""
     form = FAMILIES[family]
     text = WRITERS[family]([("get_weather", {"city": "word " * 400})])
-    splitter = Splitter(form, {"get_weather": {"properties": {"city": {"type": "string"}}}},
-                        thinking_open=False, calls=True)
+    splitter = Splitter(
+        form,
+        {"get_weather": {"properties": {"city": {"type": "string"}}}},
+        thinking_open=False,
+        calls=True,
+    )
     inside = text.find("word ") + 1000
     parts = joined([part for char in text[:inside] for part in splitter.feed(char)])
     got = text_in(parts, CallArguments)
@@ -314,7 +342,7 @@ QUIRKS: dict[str, tuple[str, str, object]] = {
     ),
     "hermes with arguments in a string": (
         "hermes",
-        '<tool_call>{"name": "get_weather", "arguments": "{\\"city\\": \\"Paris\\", \\"days\\": 3}"}'
+        '<tool_call>{"name": "get_weather", "arguments": "{\\"city\\": \\"Paris\\", \\"days\\": 3}"}'  # noqa: E501
         "</tool_call>",
         [PARIS],
     ),
@@ -326,7 +354,7 @@ QUIRKS: dict[str, tuple[str, str, object]] = {
     ),
     "hermes in OpenAI's own form": (
         "hermes",
-        '<tool_call>{"type": "function", "function": {"name": "now", "arguments": null}}</tool_call>',
+        '<tool_call>{"type": "function", "function": {"name": "now", "arguments": null}}</tool_call>',  # noqa: E501
         [NOW],
     ),
     "llama3 after its tag": (
@@ -344,7 +372,7 @@ QUIRKS: dict[str, tuple[str, str, object]] = {
     "a list is no call": ("llama4", "[1, 2] and [f(x)]", "[1, 2] and [f(x)]"),
     "mistral with an id": (
         "mistral-args",
-        '[TOOL_CALLS]now[CALL_ID]abc123def[ARGS]{}',
+        "[TOOL_CALLS]now[CALL_ID]abc123def[ARGS]{}",
         [NOW],
     ),
     "kimi without a section": (
@@ -370,7 +398,7 @@ QUIRKS: dict[str, tuple[str, str, object]] = {
     ),
     "harmony with a preamble": (
         "harmony",
-        "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>final<|message|>"
+        "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>final<|message|>"  # noqa: E501
         "Done.<|return|>",
         "I look.Done.",
     ),
@@ -402,7 +430,9 @@ def test_the_ids_that_models_write() -> None:
 
 def test_analysis_is_thinking() -> None:
     """Issue 13.2: harmony's channels."""
-    text = "<|channel|>analysis<|message|>\n Hm <|end|><|start|>assistant" + WRITERS["harmony"]([PARIS])
+    text = "<|channel|>analysis<|message|>\n Hm <|end|><|start|>assistant" + WRITERS["harmony"](
+        [PARIS]
+    )
     parts = split(FAMILIES["harmony"], list(text))
     assert parts[0] == Thought("Hm")
     assert calls_in(parts) == [PARIS]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from headrace.text.calls.format import Format
-from headrace.text.calls.styles import ending
 from headrace.text.calls.values import kind_of
 
 # With free white space a small model can repeat it up to the limit.
@@ -21,6 +20,8 @@ _SPACING = {
 }
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _SCALARS = frozenset({"integer", "number", "boolean", "null"})
+# Keywords that do not restrict a string.
+_NOTES = frozenset({"type", "description", "title", "default", "examples"})
 
 Schema = Mapping[str, Any]
 
@@ -75,9 +76,7 @@ class _Grammar:
             "harmony": self._message,
         }
 
-    def text(
-        self, tools: Sequence[Callable_], mode: str, *, parallel: bool, thinking: str
-    ) -> str:
+    def text(self, tools: Sequence[Callable_], mode: str, *, parallel: bool, thinking: str) -> str:
         """Return the whole grammar."""
         call = self._rule("call", " | ".join(self._call(tool, mode) for tool in tools))
         harmony = self._format.style == "harmony"
@@ -133,7 +132,11 @@ class _Grammar:
         return thought
 
     def _call(self, tool: Callable_, mode: str) -> str:
-        schema = tool.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
+        schema = tool.parameters or {
+            "type": "object",
+            "properties": {},
+            "additionalProperties": False,
+        }
         if mode == "auto" and not tool.strict:
             schema = _ANY_OBJECT
         return self._rule("tool", self._styles[self._format.style](tool, schema))
@@ -265,7 +268,12 @@ class _Grammar:
         return self._pairs(tool.name + "(", schema, "=", ", ", self._python_value) + ' ")"'
 
     def _python_value(self, schema: Schema) -> str:
-        return '("True" | "False")' if schema.get("type") == "boolean" else self._json(schema)
+        if schema.get("type") == "boolean":
+            return '("True" | "False")'
+        if schema.get("type") == "string" and schema.keys() <= _NOTES:
+            quoted = self._rule("quoted", r"/'([^'\\\n]|\\[\\'\"nrt])*'/")
+            return f"({self._json(schema)} | {quoted})"
+        return self._json(schema)
 
     def _gemma(self, tool: Callable_, schema: Schema) -> str:
         return self._pairs(tool.name + "{", schema, ":", ",", self._gemma_value) + ' "}"'

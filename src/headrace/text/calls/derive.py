@@ -15,6 +15,7 @@ _ENDS = re.compile(
     r"\s*(?:<\|(?:eom_id|eot_id|im_end|end|call|observation|end_of_text|END_OF_TURN_TOKEN)\|>|</s>"
     r"|<｜end▁of▁sentence｜>|<turn\|>|<end_of_turn>)\s*$"
 )
+_DECODER = json.JSONDecoder()
 _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 _TAG = re.compile(r"(?s)(<[^<>=]+>\s*)(<.+)")
 _CLOSING = re.compile(r"(?s)(</[^<>]+>\s*)(</.+)")
@@ -107,13 +108,15 @@ def _role(content: object, sample: Sample) -> str:
 def _object_around(text: str, name: str) -> tuple[int, int, Any] | None:
     """Return where the outermost JSON with the name in it begins and ends, and the value."""
     limit = text.find(f'"{name}"')
+    value: Any
     for match in re.finditer(r"[\[{]", text[: max(limit, 0)]):
         try:
-            value, end = json.JSONDecoder().raw_decode(text, match.start())
-        except ValueError:
+            value, end = _DECODER.raw_decode(text, match.start())
+        except (ValueError, RecursionError):
             continue
-        if end > limit and (isinstance(value, dict) or value and isinstance(value[0], dict)):
-            return match.start(), end, value
+        inner = cast("list[Any]", value)[0] if isinstance(value, list) and value else value
+        if end > limit and isinstance(inner, dict):
+            return match.start(), end, cast("Any", value)
     return None
 
 
@@ -157,8 +160,8 @@ def _arguments_after(text: str, at: int) -> tuple[int, int] | None:
     if start < 0:
         return None
     try:
-        value, end = json.JSONDecoder().raw_decode(text, start)
-    except ValueError:
+        value, end = _DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError):
         return None
     return (start, end) if isinstance(value, dict) and _KEYS[0] in value else None
 

@@ -42,9 +42,7 @@ Tools = Sequence[Mapping[str, Any]] | None
 class Render(Protocol):
     """Renders a conversation in OpenAI's form; raises what the template raises."""
 
-    def __call__(
-        self, messages: Messages, tools: Tools = None, **options: Any
-    ) -> str:
+    def __call__(self, messages: Messages, tools: Tools = None, **options: Any) -> str:
         """Return the prompt."""
         ...
 
@@ -172,7 +170,9 @@ class _Probe:
 
     def _known(self, form: Format) -> Format:
         """Return the family with these markers, which has what a trial cannot show."""
-        families = [family for family in FAMILIES.values() if _signature(family) == _signature(form)]
+        families = [
+            family for family in FAMILIES.values() if _signature(family) == _signature(form)
+        ]
         return max(families, key=lambda family: _likeness(family, form), default=form)
 
     def _by_signature(self) -> Format:
@@ -216,7 +216,9 @@ class _Probe:
         off = self._try([_USER], enable_thinking=False) or ""
         for opening, closing in _PAIRS:
             tail = self._plain.rstrip()
-            if tail.endswith(opening) or re.search(f"{re.escape(opening)}\\s*{re.escape(closing)}", off):
+            if tail.endswith(opening) or re.search(
+                f"{re.escape(opening)}\\s*{re.escape(closing)}", off
+            ):
                 return opening, closing
         opening, closing = _PAIRS[0]
         content = f"{opening}\n{_THOUGHT}\n{closing}\n\n{_ANSWER}"
@@ -263,7 +265,7 @@ class _Probe:
         return "any" if self._calls(call | {"id": _LONG_ID}) or not self._calls(call) else "nine"
 
     def _mentions(self, name: str) -> bool:
-        trials = (self._try([_USER], **{name: value}) for value in _VARIABLES[name])
+        trials = (self._try([_USER], None, **{name: value}) for value in _VARIABLES[name])
         return any(text is not None and text != self._plain for text in trials)
 
 
