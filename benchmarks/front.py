@@ -1,12 +1,11 @@
 """CPU time of the API process for each streamed event, against the limit and a common design.
 
-Three servers run side by side, each in a process of its own, on uvicorn with uvloop, httptools
-and the settings of `headrace serve`:
+Three servers run side by side, each in a process of its own, with uvloop and httptools:
 
-- limit: a bare ASGI app that sends fixed bytes, those of one chunk of Headrace;
+- limit: a bare ASGI app under uvicorn that sends fixed bytes, those of one chunk of Headrace;
 - headrace: `headrace serve echo`, whose engine runs in a child process as any engine does;
-- pydantic: FastAPI with a StreamingResponse that builds a pydantic model for each chunk, of the
-  same fields, and yields `data: {model.model_dump_json()}`.
+- pydantic: FastAPI under uvicorn with a StreamingResponse that builds a pydantic model for each
+  chunk, of the same fields, and yields `data: {model.model_dump_json()}`.
 
 All send one token in each event and one event in each write, at `--rate` events a second in all,
 well below what two cores can do. The two others use the cheapest timing: one timer wakes all

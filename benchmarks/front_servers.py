@@ -142,7 +142,6 @@ def with_pydantic(steps: Steps) -> FastAPI:
 
 
 async def _serve(app: ASGIApp) -> None:
-    # The settings of `headrace serve`.
     config = uvicorn.Config(
         app,
         http="httptools",

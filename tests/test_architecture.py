@@ -22,7 +22,7 @@ SOURCE = ROOT / "src" / "headrace"
 CONTRACT = {*(f"W{number}" for number in range(1, 24)), "W25", "W27", "W28"}
 CONTRACT |= {*(f"M{number}" for number in range(1, 10)), *(f"T{number}" for number in range(1, 7))}
 HEAVY = ("fastapi", "llama_cpp", "prometheus_client", "starlette", "torch", "transformers")
-HEAVY += ("uvicorn", "vllm", "xllamacpp", "accelerate", "anthropic", "gguf", "numpy", "openai")
+HEAVY += ("httptools", "vllm", "xllamacpp", "accelerate", "anthropic", "gguf", "numpy", "openai")
 HEAVY += ("openvino", "openvino_genai", "sentence_transformers")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import msgspec
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from headrace import config
+from headrace import config, engines
 from headrace.config import Settings, load, tree
 from headrace.core import values
 from headrace.core.errors import ConfigError
@@ -134,6 +135,106 @@ def test_lists_from_the_environment(tmp_path: Path, text: str) -> None:
 def test_model_names_in_variables(name: str, variable: str) -> None:
     """W3: model names are sanitised for the environment."""
     assert config.environment_name(name) == variable
+
+
+@pytest.mark.parametrize("name", ["通义千问", "...", "日本", "é", "🙂", "_"])
+def test_a_name_that_reduces_to_nothing_has_no_variables(tmp_path: Path, name: str) -> None:
+    """Issue 12.12: variables for all models and for the program are not taken for its own."""
+    env = {"HEADRACE_PORT": "1", "HEADRACE_THREADS": "2", "HEADRACE_LOG_LEVEL": "debug"}
+    toml = f"[models.\"{name}\"]\nmodel = 'x.gguf'\nengine = 'llamacpp'"
+    settings = read(tmp_path, toml, env)
+    assert settings.config.server.port == 1
+    assert settings.model_spec(name).options == {"threads": 2}
+    assert any(row.key == f"models.{name}.engine" for row in settings.show())
+
+
+@pytest.mark.parametrize("name", ["", " ", "\\u0000", "a\\nb", "\\u007f", "x" * 513])
+def test_names_that_no_model_can_have(tmp_path: Path, name: str) -> None:
+    """Issue 12.12: a request could not name it, or a table not show it."""
+    for toml in (f'[models."{name}"]\nmodel = "x"', f'[models.a]\naliases = ["{name}"]'):
+        with pytest.raises(ConfigError, match="a name has 1 to 512 characters"):
+            read(tmp_path, toml)
+
+
+@pytest.mark.parametrize("variable", ["HEADRACE___PORT", "HEADRACE___THREADS", "HEADRACE__PORT"])
+def test_variables_of_a_model_without_a_name(tmp_path: Path, variable: str) -> None:
+    """Issue 12.12: they are not those of the whole program."""
+    with pytest.raises(ConfigError, match=variable):
+        read(tmp_path, env={variable: "1"})
+
+
+MINE = """
+from headrace.engines.base import About, EngineOptions
+
+ABOUT = About(formats=("none",), automatic=False)
+
+
+class Options(EngineOptions):
+    flavour: str = "plain"
+
+
+class Engine:
+    pass
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The import path of an engine."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "mine_for_config.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    yield "mine_for_config:Engine"
+    sys.modules.pop("mine_for_config", None)
+
+
+def imported(tmp_path: Path, toml: str = "", **sources: Any) -> Settings:
+    (tmp_path / "headrace.toml").write_text(toml)
+    known: Any = {"known_options": OPTIONS, "import_options": engines.options, "cwd": tmp_path}
+    return load(**known | {"environ": {"HOME": str(tmp_path)}} | sources)
+
+
+def test_an_engine_by_import_path_has_its_options_checked(tmp_path: Path, mine: str) -> None:
+    """Issue 12.15: from a file, a variable, a flag or an argument, as those of any engine."""
+    toml = f"[models.a]\nmodel = 'echo'\nengine = '{mine}'\n"
+    settings = imported(tmp_path, toml + "[models.a.options]\nflavour = 'mint'")
+    assert settings.model_spec("a").options == {"flavour": "mint"}
+    environ = {"HOME": str(tmp_path), "HEADRACE_A__FLAVOUR": "salt"}
+    assert imported(tmp_path, toml, environ=environ).model_spec("a").options["flavour"] == "salt"
+    environ = {"HOME": str(tmp_path), "HEADRACE_ENGINE": mine, "HEADRACE_FLAVOUR": "hot"}
+    assert imported(tmp_path, environ=environ).model_spec("echo").options == {"flavour": "hot"}
+    flags = {"engine": mine, "options": {"flavour": "sour"}}
+    assert imported(tmp_path, flags=flags).model_spec("echo").options == {"flavour": "sour"}
+    arguments = {"engine": mine, "flavour": "sweet"}
+    assert imported(tmp_path).model_spec("echo", arguments).options == {"flavour": "sweet"}
+    with pytest.raises(ConfigError, match=r"flavor is no option.*Did you mean flavour\?"):
+        imported(tmp_path, toml + "[models.a.options]\nflavor = 'mint'")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no_such_module_here:Engine", "put its folder on PYTHONPATH"),
+        ("no_such.module:Engine", "put its folder on PYTHONPATH"),
+        ("mine_for_config:Motor", "has no Motor"),
+        ("mine_for_config:", "has no "),
+        (":Engine", "cannot be imported"),
+        ("json:dumps", "has no ABOUT and no Options"),
+        ("a b:c", "no_such|No module"),
+    ],
+)
+def test_an_import_path_that_leads_nowhere(
+    tmp_path: Path, mine: str, name: str, reason: str
+) -> None:
+    """Issue 12.15: the check of the configuration finds it, and says why."""
+    with pytest.raises(ConfigError, match=reason):
+        imported(tmp_path, f"[models.a]\nengine = '{name}'")
+
+
+def test_no_import_path_comes_over_the_network(tmp_path: Path, mine: str) -> None:
+    """Issue 12.15: a client cannot make the service import a module."""
+    with pytest.raises(ConfigError, match="engine is set in the configuration only"):
+        imported(tmp_path).changed("echo", {"engine": mine})
 
 
 @pytest.mark.parametrize(
@@ -482,3 +583,31 @@ def test_a_model_has_no_setting_beside_its_declaration() -> None:
     assert fields.keys() - SETTINGS.keys() == {"name"}
     checked = tree.ModelSettings(model="x").model_dump()
     assert ModelSpec(name="x", **checked) == ModelSpec(name="x", model="x")
+
+
+def test_a_models_variables_come_from_the_file_and_flags_and_are_never_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Issue 11.12: a table, or names to pass on; refused over HTTP; masked wherever it is shown."""
+    file = tmp_path / "headrace.toml"
+    file.write_text(
+        '[models.a]\nmodel = "builtin:echo"\nenv = {TOKEN = "v41ue", N = 1}\n'
+        '[models.b]\nmodel = "builtin:echo"\nenv = ["AWS_REGION", "A=b=c,d"]\n'
+    )
+    settings = load(file=file, environ={}, cwd=tmp_path)
+    assert settings.model_spec("a").env == {"TOKEN": "v41ue", "N": "1"}
+    assert settings.model_spec("b").env == {"AWS_REGION": None, "A": "b=c,d"}
+    assert "v41ue" not in repr([*settings.show()])
+    assert {"TOKEN": "…", "N": "…"} in [row.value for row in settings.show()]
+    for changes in ({"env": {"LD_PRELOAD": "/tmp/x.so"}}, {"env": ["A=b"]}):
+        with pytest.raises(ConfigError, match="env is set in the configuration only"):
+            settings.changed("a", changes)
+    flags = load(file=file, environ={}, cwd=tmp_path, flags={"env": ["X=1,2", "Y"]})
+    assert flags.model_spec("a").env == {"X": "1,2", "Y": None}
+    variable = load(environ={"HEADRACE_ENV": "X=1,Y"}, cwd=tmp_path)
+    assert variable.model_spec("builtin:echo").env == {"X": "1", "Y": None}
+    for wrong in ('{"1X" = "v41ue"}', '{CUDA_VISIBLE_DEVICES = "v41ue"}', '["", "v41ue"]', "3"):
+        file.write_text(f'[models.a]\nmodel = "builtin:echo"\nenv = {wrong}\n')
+        with pytest.raises(ConfigError, match="env") as caught:
+            load(file=file, environ={}, cwd=tmp_path)
+        assert "v41ue" not in str(caught.value)

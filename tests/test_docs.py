@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.conftest import MODEL_HOME, ROOT
-from tests.service.serving import served
+from tests.service.serving import Service, served
+
+from headrace.api.app import ADMIN_ROUTES, ROUTES
 
 PAGES = ("README.md", "docs/getting-started.md", "docs/coming-from.md")
 BLOCKS = [
@@ -42,6 +47,111 @@ def test_the_python_of_a_page_runs(block: str, smollm2_path: Path) -> None:
         return
     with served("smollm2", "--context-length", "512") as service:
         assert run(block.replace("http://127.0.0.1:11511", service.url)).strip()
+
+
+# What the pages call so; the commands are tested, and not what a model answers.
+STAND_INS = """
+[models.smollm2]
+model = "echo"
+[models.all-minilm-l6-v2]
+model = "echo"
+task = "embed"
+[models.reranker]
+model = "echo"
+task = "rerank"
+"""
+SHELL_PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md"] + [
+    str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))
+]
+BLOCK = re.compile(
+    r"^(?P<why><!-- not run: .+ -->\n)?```(?P<kind>\w*)\n(?P<code>.*?)^```",
+    re.DOTALL | re.MULTILINE,
+)
+# A picture of `top` begins with its name, two spaces and the address.
+COMMAND = re.compile(
+    r"^(?!headrace top  )(\$ )?(headrace|curl|pip|export|scripts/\w+|python3?|[A-Z_]+=\S+) ",
+    re.MULTILINE,
+)
+
+
+def shell_blocks() -> Iterator[tuple[str, str]]:
+    """Yield the page and the commands of each block that is to be run."""
+    for page in SHELL_PAGES:
+        for match in BLOCK.finditer((ROOT / page).read_text()):
+            code = match["code"]
+            if match["kind"] == "console":
+                code = "".join(f"{line[2:]}\n" for line in code.splitlines() if line[:2] == "$ ")
+            if match["kind"] in ("sh", "console") and not match["why"]:
+                yield page, code
+
+
+@pytest.fixture(scope="module")
+def shell(
+    tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path
+) -> Iterator[tuple[Path, Service]]:
+    """A folder with the files that the pages name, and a service with their models."""
+    folder = tmp_path_factory.mktemp("shell")
+    (folder / "notes.txt").write_text("Rivers run to the sea.")
+    (folder / "models").mkdir()
+    (folder / "models" / "mine.gguf").symlink_to(smollm2_path)
+    (folder / "headrace.toml").write_text(STAND_INS)
+    with served(environment=_variables(folder)) as service:
+        yield folder, service
+
+
+def _variables(folder: Path) -> dict[str, str]:
+    home, file = str(folder / "home"), str(folder / "headrace.toml")
+    return {"CONFIG": file, "HOME": home, "CONTEXT_LENGTH": "256"}
+
+
+@pytest.mark.parametrize(
+    ("page", "code"),
+    [pytest.param(*block, id=f"{block[0]}-{n}") for n, block in enumerate(shell_blocks())],
+)
+def test_the_commands_of_a_page_run(
+    page: str, code: str, shell: tuple[Path, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 12.33: as they are written, but for the port and the model behind the name."""
+    folder, service = shell
+    monkeypatch.chdir(folder)
+    commands: list[str] = []
+    for line in code.splitlines(keepends=True):
+        if not line.startswith("headrace serve"):
+            commands.append(line)
+            continue
+        arguments = re.sub(r"--port \d+", "", line.partition("#")[0])
+        with served(*shlex.split(arguments)[2:], environment=_variables(folder)):
+            pass
+    script = "".join(commands).replace("http://127.0.0.1:11511", service.url)
+    variables = {f"HEADRACE_{name}": value for name, value in _variables(folder).items()}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script.replace("curl ", "curl -sS --fail-with-body ")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **variables, "PATH": path, "HEADRACE_URL": service.url},
+    )
+    assert done.returncode == 0, f"{page}: {done.stdout}{done.stderr}"
+    assert not script.strip() or done.stdout
+
+
+@pytest.mark.parametrize("page", SHELL_PAGES)
+def test_every_command_of_a_page_is_run_or_says_why_not(page: str) -> None:
+    """Issue 12.33: a block of commands is marked as one."""
+    for match in BLOCK.finditer((ROOT / page).read_text()):
+        if match["kind"] not in ("sh", "console", "python", "toml") and not match["why"]:
+            assert not COMMAND.search(match["code"]), match[0]
+
+
+def test_every_route_is_in_getting_started() -> None:
+    """Issue 12.33: those of other servers' APIs too."""
+    page = (ROOT / "docs" / "getting-started.md").read_text()
+    for route in (*ROUTES, *ADMIN_ROUTES):
+        path = route.path.partition("{")[0].rstrip("/")
+        assert path in page or path.startswith("/admin/"), path
 
 
 def test_links_lead_somewhere() -> None:

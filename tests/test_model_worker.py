@@ -24,10 +24,15 @@ from headrace import AsyncModelWorker, Delta, Finish, Message, ModelSpec, ModelW
 from headrace.core.errors import (
     ConfigError,
     Draining,
+    GenerationFailed,
     HeadraceError,
     InvalidRequest,
+    NotStarted,
     QueueFull,
+    RequestError,
     Unsupported,
+    WorkerDied,
+    kinds,
 )
 from headrace.sync import _Loop
 
@@ -88,7 +93,7 @@ assert threading.active_count() == 1
 def test_a_wrong_argument_is_an_error_with_a_hint() -> None:
     """W2, W3: of the model, of the engine, of the request."""
     with pytest.raises(ConfigError, match="slots"):
-        ModelWorker("echo", slotz=3).start()
+        ModelWorker("echo", slotz=3).start()  # pyright: ignore[reportCallIssue]
     with pytest.raises(HeadraceError, match="smollm2"):
         ModelWorker("smolm2").start()
     with pytest.raises(HeadraceError, match="llamacpp"):
@@ -300,7 +305,7 @@ async def test_the_asynchronous_face(home: Path) -> None:
         await worker.restart()
         assert "ready" in repr(worker)
     assert worker.state == "stopped"
-    with pytest.raises(Draining):
+    with pytest.raises(NotStarted, match=r"echo is stopped: call start\(\)"):
         await worker.generate("x")
 
 
@@ -362,7 +367,7 @@ def test_it_can_be_used_in_one_event_loop_after_another(home: Path) -> None:
         return worker_pid(worker)
 
     async def second() -> None:
-        with pytest.raises(Draining):
+        with pytest.raises(NotStarted):
             await worker.generate("not started here")
         await worker.start()
         assert (await worker.generate("two")).text == "two"
@@ -430,3 +435,132 @@ def test_threads_share_one_loop(home: Path) -> None:
         loops = set(threads.map(lambda _: worker._own_loop(), range(8)))
     assert len(loops) == 1
     worker.stop()
+
+
+@pytest.mark.parametrize("folder", ["x\u3000y", "🙂\u200d e\u0301"])
+def test_a_model_in_a_folder_of_any_name(home: Path, smollm2_path: Path, folder: str) -> None:
+    """Issue 12.13: what exists is loaded."""
+    path = home.parent / folder / "日本 model.gguf"
+    path.parent.mkdir()
+    path.symlink_to(smollm2_path)
+    with ModelWorker(str(path), slots=1, threads=1, context_length=256) as worker:
+        assert worker.metadata.id == "日本 model"
+        assert worker.generate("Hello", max_tokens=2).usage.completion_tokens == 2
+
+
+def test_a_worker_that_is_not_started_says_what_to_do(home: Path) -> None:
+    """Issue 12.22, 12.23: it is no error to try again."""
+    worker = ModelWorker("echo")
+    with pytest.raises(NotStarted, match=r"echo has not been started: call start\(\)") as caught:
+        worker.generate("x")
+    assert isinstance(caught.value, RequestError)
+    worker.start()
+    worker.stop()
+    with pytest.raises(NotStarted, match="echo is stopped"):
+        list(worker.generate_stream("x"))
+    worker.stop()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_is_not_the_process_of_the_model(echo: ModelWorker) -> None:
+    """Issue 12.22: it says so, and does not wait for a thread that it does not have."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            echo.generate("x")
+        except InvalidRequest as error:
+            os.write(writer, error.message.encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        assert "echo was started in another process" in told.read()
+    os.waitpid(pid, 0)
+    assert echo.generate("here").text == "here"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop": None}, {"stop": None, "temperature": None, "n": None, "deadline_s": None},
+        {"logit_bias": None, "stop_token_ids": None, "ignore_eos": None, "json_schema": None},
+    ],
+)  # fmt: skip
+def test_none_is_an_argument_that_is_not_given(options: Any, echo: ModelWorker) -> None:
+    """Issue 12.23: wrappers pass their own defaults on."""
+    assert echo.generate("text", **options).text == "text"
+
+
+def test_messages_take_parts(echo: ModelWorker) -> None:
+    """Issue 12.23: content as over HTTP, refused as over HTTP."""
+    parts: list[dict[str, Any]] = [{"type": "text", "text": "ab"}, {"type": "text", "text": "cd"}]
+    assert "abcd" in echo.generate(messages=[{"role": "user", "content": parts}]).text
+    turn = {"role": "assistant", "content": "b", "refusal": None, "tool_calls": []}
+    assert echo.count_tokens(messages=[Message("user", "a"), turn]).count
+    wrong: list[tuple[Any, str]] = [
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
+        ([Message("user", "a"), {"role": "user"}], "messages[1].content"),
+        ([{"role": "user", "content": "a", "nmae": "b"}], "messages[].nmae"),
+        ([{"role": "user", "content": "a", "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([3], "messages[0]"), ("text", "messages"), ({"role": "user"}, "messages"),
+        ([], "messages"),
+    ]  # fmt: skip
+    for messages, place in wrong:
+        with pytest.raises(RequestError) as caught:
+            echo.generate(messages=messages)
+        assert caught.value.param == place
+        assert "`" not in caught.value.message
+
+
+def test_an_error_has_the_text_so_far(home: Path) -> None:
+    """Issue 12.23: of one choice and of several, and its figures."""
+    with ModelWorker("echo", fail_after=4, continuation="off") as worker:
+        with pytest.raises(GenerationFailed) as caught:
+            worker.generate("abcdefgh")
+        assert caught.value.text == "abcd"
+        assert caught.value.metrics is not None
+        with pytest.raises(GenerationFailed) as caught:
+            worker.generate("abcdefgh", n=2)
+        assert [choice.finish_reason for choice in caught.value.choices] == ["error"] * 2
+        assert all("abcd".startswith(choice.text) for choice in caught.value.choices)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_worker_that_dies_has_figures(home: Path) -> None:
+    """Issue 12.23: counted where the answer arrived, as the process can report nothing."""
+    options: Any = {"crash_after": 3, "continuation": "off", "tokens_per_second": 100}
+    with ModelWorker("echo", **options) as worker, pytest.raises(WorkerDied) as caught:
+        worker.generate("abcdefgh")
+    error = caught.value
+    assert error.text == "abc"
+    assert error.metrics is not None
+    assert (error.metrics.outcome, error.metrics.engine) == ("error", "echo")
+    assert error.metrics.usage.completion_tokens == 3
+    assert error.metrics.time_to_first_token_ms
+    assert error.metrics.total_ms > error.metrics.time_to_first_token_ms
+
+
+def test_parameters_are_described(home: Path) -> None:
+    """W3; issue 12.23: type, choices, bounds, and whether they can change while it runs."""
+    worker = ModelWorker("echo", slots=3, max_queued=5)
+    described = {parameter.name: parameter for parameter in worker.parameters()}
+    slots, queued = described["slots"], described["max_queued"]
+    assert (slots.kind, slots.type, slots.value, slots.minimum) == ("option", "integer", 3, 1)
+    assert (queued.kind, queued.live, queued.value, queued.minimum) == ("setting", True, 5, 0)
+    assert described["continuation"].choices == ("exact", "fast", "off")
+    assert described["fault"].choices == ("raise", "oom", "exit", "crash", "hang")
+    assert (described["hang_s"].above, described["replicas"].maximum) == (0, 64)
+    assert not described["engine"].live
+    assert all(parameter.help and parameter.type for parameter in described.values())
+    assert described.keys() >= {"context_length", "keep_alive", "tokens_per_second"}
+
+
+def test_the_documented_names_are_importable() -> None:
+    """Issue 12.23: errors and results, as the manual names them."""
+    import headrace
+
+    for name in headrace.__all__:
+        assert getattr(headrace, name) is not None
+    for kind in kinds():
+        assert getattr(headrace, kind.__name__) is kind

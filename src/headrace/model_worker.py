@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
-import struct
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, Unpack
 
 import msgspec
 
-from headrace import __version__, runtime
+from headrace import __version__, arguments, runtime
+from headrace.arguments import Messages, Numbers, Prompt
 from headrace.config import Config, Settings
-from headrace.core.errors import Draining, HeadraceError, InvalidRequest, LoadFailed, Loading
+from headrace.core.errors import (
+    Draining,
+    HeadraceError,
+    InvalidRequest,
+    LoadFailed,
+    Loading,
+    NotStarted,
+)
 from headrace.core.events import (
     EmbedResult,
     Event,
@@ -23,16 +29,15 @@ from headrace.core.events import (
     TokenCount,
 )
 from headrace.core.model import ModelInfo, ModelSpec, State
+from headrace.core.options import EmbedOptions, GenerateOptions, ModelOptions, RerankOptions
+from headrace.core.parameters import Parameter
 from headrace.core.request import (
     AnyRequest,
     CountRequest,
     DetokenizeRequest,
     EmbedRequest,
-    GenerateRequest,
-    Message,
     RerankRequest,
 )
-from headrace.core.sampling import Sampling
 from headrace.core.stream import (
     collect,
     collect_count,
@@ -46,15 +51,6 @@ from headrace.telemetry import otel
 from headrace.telemetry.recorder import Recorder
 from headrace.telemetry.spans import Tracing
 from headrace.worker.spec import OnProgress, unloaded_info
-
-Messages = Sequence[Message | Mapping[str, Any]]
-Prompt = str | Sequence[int]
-Numbers = list[list[float]]
-
-T = TypeVar("T", EmbedRequest, RerankRequest)
-
-_SAMPLING = set(Sampling.__struct_fields__)
-_REQUEST = {"n", "echo", "context_length", "json_schema", "template_options", "deadline_s"}
 
 
 class AsyncModelWorker:
@@ -75,10 +71,11 @@ class AsyncModelWorker:
         config: Config | None = None,
         isolate: bool = True,
         on_progress: OnProgress | None = None,
-        **arguments: Any,
+        **arguments: Unpack[ModelOptions],
     ) -> None:
         if isinstance(model, ModelSpec):
-            self.spec = msgspec.structs.replace(model, **arguments)
+            given = {name: value for name, value in arguments.items() if value is not None}
+            self.spec = msgspec.structs.replace(model, **given)
             config = config or _with_library_defaults(runtime.load_settings())
         else:
             settings = runtime.load_settings()
@@ -111,6 +108,20 @@ class AsyncModelWorker:
         if self._pool is None:
             return unloaded_info(self.spec, self._state, self._reason)
         return msgspec.structs.replace(self._pool.models()[0], state=self.state)
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Describe the settings of the model and the options of its engine, with their values.
+
+        Before a start the engine is that which would be chosen; a model that is not on this
+        machine has none yet.
+
+        Raises:
+            HeadraceError: the reference is invalid, or no engine can run the model.
+        """
+        info = self.metadata
+        if info.engine == "auto":
+            info = runtime.describe(self.spec, self._config)
+        return runtime.parameters(self.spec, info.engine)
 
     def __repr__(self) -> str:
         """Describe the name and the state."""
@@ -184,52 +195,67 @@ class AsyncModelWorker:
         await self.aclose()
 
     def generate_stream(
-        self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Any
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> AsyncGenerator[Event, None]:
         """Return the stream of an answer: deltas, then one Finish with usage and metrics.
 
-        `options` are the fields of Sampling (`max_tokens`, `temperature`, `stop`, ...) and of
-        GenerateRequest (`n`, `echo`, `json_schema`, `deadline_s`, ...).
+        `messages` are as over HTTP: their content is a text, or a list of parts; `json_schema` is
+        what the text has to be.
 
         Raises:
             InvalidRequest: an option is unknown or wrong.
         """
-        return self._ask(request(self.spec.name, prompt, messages, options))
+        return self._ask(arguments.request(self.spec.name, prompt, messages, options))
 
     async def generate(
-        self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Any
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> GenerateResult:
-        """Return the whole answer; arguments as for `generate_stream`."""
+        """Return the whole answer; arguments as for `generate_stream`.
+
+        Raises:
+            HeadraceError: its `text` and `choices` are what was written before, its `metrics` what
+                that cost.
+        """
         return await collect(self.generate_stream(prompt, messages=messages, **options))
 
-    async def embed(self, inputs: Sequence[Prompt], **options: Any) -> Numbers:
+    async def embed(self, inputs: Sequence[Prompt], **options: Unpack[EmbedOptions]) -> Numbers:
         """Return a vector for each text, or list of token ids.
-
-        `options` are fields of EmbedRequest: `dimensions`, `normalize`, `truncate`, `deadline_s`.
 
         Raises:
             InvalidRequest: an option is unknown or wrong.
         """
-        return vectors(await self.embed_raw(inputs, **options))
+        return arguments.vectors(await self.embed_raw(inputs, **options))
 
-    async def embed_raw(self, inputs: Sequence[Prompt], **options: Any) -> EmbedResult:
+    async def embed_raw(
+        self, inputs: Sequence[Prompt], **options: Unpack[EmbedOptions]
+    ) -> EmbedResult:
         """Return the vectors as bytes, with usage and metrics; arguments as for `embed`."""
         if isinstance(inputs, str):
             raise InvalidRequest("Give a list of texts.", param="inputs")
         texts = tuple(item if isinstance(item, str) else tuple(item) for item in inputs)
-        body = {"inputs": texts, "model": self.spec.name, **options}
-        return await collect_vectors(self._ask(_built(EmbedRequest, body)))
+        body = {"inputs": texts, "model": self.spec.name}
+        body |= arguments.given(options, EmbedOptions.__annotations__)
+        return await collect_vectors(self._ask(arguments.built(EmbedRequest, body)))
 
-    async def rerank(self, query: str, documents: Sequence[str], **options: Any) -> RerankResult:
+    async def rerank(
+        self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]
+    ) -> RerankResult:
         """Put documents in order: the best first, each with its index and score.
-
-        `options` are fields of RerankRequest: `top_n`, `truncate`, `deadline_s`.
 
         Raises:
             InvalidRequest: an option is unknown or wrong.
         """
-        body = {"query": query, "documents": documents, "model": self.spec.name, **options}
-        return await collect_ranking(self._ask(_built(RerankRequest, body)))
+        body = {"query": query, "documents": documents, "model": self.spec.name}
+        body |= arguments.given(options, RerankOptions.__annotations__)
+        return await collect_ranking(self._ask(arguments.built(RerankRequest, body)))
 
     async def count_tokens(
         self,
@@ -240,7 +266,7 @@ class AsyncModelWorker:
     ) -> TokenCount:
         """Count the tokens of a text, or of messages in the template. Does not wait for a slot."""
         count_request = CountRequest(
-            text=text, messages=_messages(messages), add_special=add_special
+            text=text, messages=arguments.turns(messages), add_special=add_special
         )
         return await collect_count(self._ask(count_request))
 
@@ -275,11 +301,12 @@ class AsyncModelWorker:
         self._leave_closed_loop()
         if self._pool is not None and self._state == "ready":
             return self._in_own_loop(self._pool)
-        if self._state in {"draining", "stopped"}:
-            raise Draining(f"{name} is {self._state}.")
+        if self._state == "loading":
+            raise Loading(f"{name} is loading.")
         if self._state == "failed":
             raise LoadFailed(f"{name} has failed: {self._reason}")
-        raise Loading(f"{name} is not ready: {self._state}.")
+        state = "has not been started" if self._state == "created" else f"is {self._state}"
+        raise NotStarted(f"{name} {state}: call start(), or use it in a `with` statement.")
 
     def _in_own_loop(self, pool: Pool) -> Pool:
         """Check that the caller runs in the event loop in which the model was started."""
@@ -318,55 +345,8 @@ async def _raise(error: HeadraceError) -> AsyncGenerator[Event, None]:
     yield  # pyright: ignore[reportUnreachable]  # makes this a generator
 
 
-def vectors(embedded: EmbedResult) -> Numbers:
-    """Return the vectors as lists of numbers."""
-    form = struct.Struct(f"<{embedded.dimensions}f")
-    return [list(form.unpack(vector)) for vector in embedded.vectors]
-
-
-def _built(kind: type[T], body: Mapping[str, Any]) -> T:
-    for name in body.keys() - {*kind.__struct_fields__}:
-        raise InvalidRequest(f"There is no option {name!r}", param=name)
-    try:
-        return msgspec.convert(body, kind)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(str(error)) from error
-
-
 def _with_library_defaults(settings: Settings) -> Config:
     # A library logs warnings only, unless it is configured.
     if settings.origin("log_level") == "default":
         return settings.config.model_copy(update={"log_level": "warning"})
     return settings.config
-
-
-def request(
-    model: str, prompt: Prompt | None, messages: Messages | None, options: Mapping[str, Any]
-) -> GenerateRequest:
-    """Build a request from keyword arguments.
-
-    Raises:
-        InvalidRequest: an option is unknown, or a value has the wrong type or range.
-    """
-    for name in options.keys() - _SAMPLING - _REQUEST:
-        matches = difflib.get_close_matches(name, _SAMPLING | _REQUEST, 1)
-        hint = f"; did you mean {matches[0]}?" if matches else ""
-        raise InvalidRequest(f"There is no option {name!r}{hint}", param=name)
-    sampling = {name: value for name, value in options.items() if name in _SAMPLING}
-    if isinstance(sampling.get("stop"), str):
-        sampling["stop"] = (sampling["stop"],)
-    fields = {name: value for name, value in options.items() if name in _REQUEST}
-    text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
-    body = {"model": model, "prompt": text, "sampling": sampling, **fields}
-    try:
-        built = msgspec.convert(body | {"messages": _messages(messages)}, GenerateRequest)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(str(error)) from error
-    return built
-
-
-def _messages(messages: Messages | None) -> tuple[Message, ...] | None:
-    try:
-        return msgspec.convert(messages, tuple[Message, ...] | None)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"messages: {error}", param="messages") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,23 @@ from headrace import __version__, machine
 from headrace import config as configuration
 from headrace import engines as engine_registry
 from headrace.config import Config, Settings
-from headrace.core.model import ModelFile, ModelInfo, ModelSpec
+from headrace.core import parameters as core_parameters
+from headrace.core.device import check_device, read_device
+from headrace.core.errors import ConfigError
+from headrace.core.model import ModelFile, ModelInfo, ModelSpec, PlacedSpec
+from headrace.core.parameters import Parameter
 from headrace.core.status import Plan
 from headrace.engines import EngineStatus, measured
+from headrace.engines.base import check_task
 from headrace.log import LogSettings
-from headrace.machine import SystemInfo
+from headrace.machine import SystemInfo, confine
 from headrace.models.inspect import inspect
 from headrace.models.providers import PROVIDERS, Provider
 from headrace.models.reference import HubReference, Reference, is_remote, parse
 from headrace.models.store import Store, without_file
 from headrace.pool.admin import PoolAdmin, Specify, Wanted
-from headrace.pool.memory import Ledger, plan_load
+from headrace.pool.memory import Ledger
+from headrace.pool.plan import plan_load
 from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker
 from headrace.pool.state import StateFile
@@ -57,13 +63,40 @@ def system() -> SystemInfo:
     return machine.system()
 
 
+def confinement() -> dict[str, str]:
+    """Return what this system can take from the process of a model."""
+    return confine.abilities()
+
+
 def load_settings(**sources: Any) -> Settings:
     """Read the configuration; the arguments are those of `headrace.config.load`.
 
     Raises:
         ConfigError: the configuration is invalid.
     """
-    return configuration.load(known_options=engine_options(), **sources)
+    return configuration.load(
+        known_options=engine_options(),
+        import_options=engine_registry.options,
+        verify=_check_task,
+        **sources,
+    )
+
+
+def _check_task(spec: ModelSpec) -> None:
+    """Check that what is to run a model has its task.
+
+    Raises:
+        ConfigError: its provider or its engine has not.
+    """
+    if spec.task is None:
+        return
+    engine = spec.engine
+    if is_remote(spec.model):
+        provider = PROVIDERS[spec.model.partition(":")[0]]
+        engine = engine or provider.engine
+        check_task(spec.task, provider.title, provider.tasks)
+    if engine is not None:
+        check_task(spec.task, f"Engine {engine}", engine_registry.about(engine).tasks)
 
 
 def store(config: Config) -> Store:
@@ -87,6 +120,15 @@ def resolver(config: Config) -> Resolve:
         return _worker_spec(spec, model_file(spec, config, on_progress), config)
 
     return resolve
+
+
+def parameters(spec: ModelSpec, engine: str) -> tuple[Parameter, ...]:
+    """Return the settings of a model and the options of its engine; `auto` has none yet."""
+    settings = core_parameters.settings(spec)
+    if engine == "auto":
+        return tuple(settings)
+    schema = engine_registry.options(engine).model_json_schema()
+    return (*settings, *core_parameters.options(schema, spec.options))
 
 
 def describe(spec: ModelSpec, config: Config) -> ModelInfo:
@@ -118,7 +160,14 @@ def open_worker(
     resolve, logs = resolve or resolver(config), log_settings(config)
     if is_remote(spec.model) or not isolate:
         return Worker(spec, resolve, on_progress=on_progress, log_content=logs.content)
-    return WorkerProcess(spec, resolve, on_progress=on_progress, log_settings=logs, spawn=spawn)
+    return WorkerProcess(
+        spec,
+        resolve,
+        on_progress=on_progress,
+        log_settings=logs,
+        spawn=spawn,
+        confine=config.server.confine == "auto",
+    )
 
 
 def open_pool_of_one(
@@ -152,6 +201,7 @@ def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
         ConfigError: the budget does not fit this machine.
     """
     config = settings.config
+    check_devices(models)
     budgets = _budgets(config)
     sizing = Sizing(resolver(config), config.home / "measured.json", budgets)
     warm = WarmProcess()
@@ -212,6 +262,7 @@ async def plan(settings: Settings, spec: ModelSpec) -> Plan:
 
 
 def _reread(before: Settings, settings: Settings, specs: Sequence[ModelSpec]) -> Wanted:
+    check_devices(specs)
     return Wanted(
         specs=tuple(specs),
         rules=settings.config.server,
@@ -223,7 +274,12 @@ def _reread(before: Settings, settings: Settings, specs: Sequence[ModelSpec]) ->
 
 
 def _specify(settings: Settings, specs: Sequence[ModelSpec]) -> Specify:
-    return lambda name, changes: settings.changed(name, changes, specs)
+    def specify(name: str, changes: Mapping[str, Any]) -> ModelSpec:
+        spec = settings.changed(name, changes, specs)
+        check_devices([spec])
+        return spec
+
+    return specify
 
 
 def _memory() -> dict[str, tuple[int, int]]:
@@ -261,8 +317,58 @@ def _engine(spec: ModelSpec, file: ModelFile, config: Config) -> tuple[str, str]
     return engine, f"{provider.title} speaks its protocol"
 
 
+def check_devices(specs: Iterable[ModelSpec]) -> None:
+    """Check that this machine has the devices of the models.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    known: tuple[str, ...] = ()
+    for spec in specs:
+        setting = read_device(spec.device)
+        if not is_remote(spec.model) and (setting.gpus or setting.kind == "cuda"):
+            known = known or tuple(device.key for device in machine.devices())
+            try:
+                check_device(setting, known)
+            except ConfigError as error:
+                raise ConfigError(f"{spec.name}: {error.message}", param="device") from error
+
+
+def _placement(spec: ModelSpec, engine: str) -> tuple[str, ...]:
+    """Return the devices that were chosen for a worker, or the GPUs that its `device` names.
+
+    Raises:
+        ConfigError: the machine does not have them, or the engine cannot use them.
+    """
+    setting, about = read_device(spec.device), engine_registry.about(engine)
+    placed = spec.placed if isinstance(spec, PlacedSpec) else ()
+    if about.remote or setting.kind == "auto":
+        return placed
+    if setting.kind not in about.devices:
+        raise ConfigError(
+            f"{spec.name}: device: engine {engine} runs on {', '.join(about.devices)}, not on "
+            f"{setting.kind}.",
+            param="device",
+        )
+    check_devices([spec])
+    gpus = setting.gpus or tuple(f"cuda:{number}" for number in range(setting.number or 0))
+    if len(gpus) > 1 and not about.spreads:
+        raise ConfigError(
+            f"{spec.name}: device: engine {engine} runs on one GPU, not on {len(gpus)}.",
+            param="device",
+        )
+    return placed or gpus
+
+
 def _worker_spec(spec: ModelSpec, file: ModelFile, config: Config) -> WorkerSpec:
     engine, reason = _engine(spec, file, config)
     engine_registry.check_options(engine, spec.options)
     file = engine_registry.prepared(engine, file, config.home)
-    return WorkerSpec(model=spec, file=file, engine=engine, engine_reason=reason)
+    return WorkerSpec(
+        model=spec,
+        placed=_placement(spec, engine),
+        file=file,
+        engine=engine,
+        engine_reason=reason,
+        import_from=engine_registry.folder(engine),
+    )

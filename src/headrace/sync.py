@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
+from headrace.arguments import Messages, Numbers, Prompt
+from headrace.config import Config
+from headrace.core.errors import InvalidRequest
 from headrace.core.events import EmbedResult, Event, GenerateResult, RerankResult, TokenCount
 from headrace.core.model import ModelInfo, ModelSpec, State
-from headrace.model_worker import AsyncModelWorker, Messages, Numbers, Prompt
+from headrace.core.options import EmbedOptions, GenerateOptions, ModelOptions, RerankOptions
+from headrace.core.parameters import Parameter
+from headrace.model_worker import AsyncModelWorker
+from headrace.worker.spec import OnProgress
 
 T = TypeVar("T")
 _SETTLE_S = 5.0
@@ -20,6 +27,7 @@ class _Loop:
     """An event loop on a thread of its own."""
 
     def __init__(self) -> None:
+        self.process = os.getpid()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="headrace", daemon=True)
         self._thread.start()
@@ -57,8 +65,18 @@ class ModelWorker:
     It may be used by any number of threads; a stream belongs to the thread that reads it.
     """
 
-    def __init__(self, model: str | ModelSpec, **keywords: Any) -> None:
-        self._worker = AsyncModelWorker(model, **keywords)
+    def __init__(
+        self,
+        model: str | ModelSpec,
+        *,
+        config: Config | None = None,
+        isolate: bool = True,
+        on_progress: OnProgress | None = None,
+        **arguments: Unpack[ModelOptions],
+    ) -> None:
+        self._worker = AsyncModelWorker(
+            model, config=config, isolate=isolate, on_progress=on_progress, **arguments
+        )
         self._loop: _Loop | None = None
         self._lock = threading.Lock()
 
@@ -77,6 +95,10 @@ class ModelWorker:
         """The metadata of the model; complete once it is loaded."""
         return self._worker.metadata
 
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Describe the settings of the model and the options of its engine, with their values."""
+        return self._worker.parameters()
+
     def __repr__(self) -> str:
         """Describe the name and the state."""
         return f"<ModelWorker {self._worker!r}>"
@@ -88,7 +110,7 @@ class ModelWorker:
     def stop(self, drain_s: float = 0.0) -> None:
         """Drain, and release all resources. Idempotent."""
         if self._loop is not None:
-            self._loop.run(self._worker.stop(drain_s))
+            self._own_loop().run(self._worker.stop(drain_s))
             self._loop.close()
             self._loop = None
 
@@ -119,7 +141,11 @@ class ModelWorker:
         self.close()
 
     def generate_stream(
-        self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Any
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Iterator[Event]:
         """Yield deltas, then one Finish. Closing the iterator stops the engine."""
 
@@ -130,20 +156,26 @@ class ModelWorker:
         return self._events(self._run(begin()))
 
     def generate(
-        self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Any
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> GenerateResult:
         """Return the whole answer."""
         return self._run(self._worker.generate(prompt, messages=messages, **options))
 
-    def embed(self, inputs: Sequence[Prompt], **options: Any) -> Numbers:
+    def embed(self, inputs: Sequence[Prompt], **options: Unpack[EmbedOptions]) -> Numbers:
         """Return a vector for each text, or list of token ids."""
         return self._run(self._worker.embed(inputs, **options))
 
-    def embed_raw(self, inputs: Sequence[Prompt], **options: Any) -> EmbedResult:
+    def embed_raw(self, inputs: Sequence[Prompt], **options: Unpack[EmbedOptions]) -> EmbedResult:
         """Return the vectors as bytes, with usage and metrics."""
         return self._run(self._worker.embed_raw(inputs, **options))
 
-    def rerank(self, query: str, documents: Sequence[str], **options: Any) -> RerankResult:
+    def rerank(
+        self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]
+    ) -> RerankResult:
         """Put documents in order: the best first, each with its index and score."""
         return self._run(self._worker.rerank(query, documents, **options))
 
@@ -179,6 +211,11 @@ class ModelWorker:
         with self._lock:
             if self._loop is None:
                 self._loop = _Loop()
+            if self._loop.process != os.getpid():
+                raise InvalidRequest(
+                    f"{self._worker.spec.name} was started in another process, of which this one "
+                    "is a fork; make a ModelWorker in each process."
+                )
             return self._loop
 
 

@@ -54,7 +54,7 @@ class Wire:
             if self.stalls:
                 await asyncio.Event().wait()
         if message["type"] == "http.response.body" and not message.get("more_body"):
-            self.gone.set()  # as uvicorn has it: the end of the answer reads as a disconnect
+            self.gone.set()  # as our server has it: the end of the answer reads as a disconnect
 
     async def leave(self) -> None:
         self.gone.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -178,23 +179,36 @@ async def test_declared_and_real_size_of_a_body() -> None:
     assert backend.requests == []
 
 
-async def test_sizes_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A: 431 and 414."""
-    monkeypatch.setattr(limits, "MAX_HEADER", 1000)
-    monkeypatch.setattr(limits, "MAX_URL", 100)
-    async with client() as http:
-        header = await http.get("/health", headers={"x-big": "a" * 1000})
-        url = await http.get("/health?" + "a" * 100)
-    assert (header.status_code, url.status_code) == (431, 414)
-    assert header.json()["error"]["code"] == "header_too_large"
+FORMS = ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
-async def test_only_json_bodies(kind: str) -> None:
-    """A: 415 for what a plain HTML form could send."""
+@pytest.mark.parametrize("kind", [*FORMS, "application/octet-stream", "nonsense", None])
+async def test_json_under_any_type(kind: str | None) -> None:
+    """Issue 12.3: what `curl -d` sends is read; what is not JSON is refused as such."""
+    headers = {} if kind is None else {"content-type": kind}
     async with client() as http:
-        answer = await http.post(CHAT, content=b"{}", headers={"content-type": kind})
-    assert answer.status_code == 415
+        answer = await http.post(CHAT, content=json.dumps(chat()), headers=headers)
+        form = await http.post(CHAT, content=b"model=m&stream=1", headers=headers)
+    assert answer.status_code == 200
+    assert form.status_code == 400
+    assert "not valid JSON: invalid character (byte 0)" in form.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({"origin": "https://evil.example"}, 403), ({"origin": "null"}, 403),
+     ({"sec-fetch-site": "cross-site"}, 403),
+     ({"sec-fetch-site": "cross-site", "origin": "http://localhost:3000"}, 200),
+     ({"sec-fetch-site": "same-origin"}, 200)],
+)  # fmt: skip
+async def test_forms_of_foreign_pages(kind: str, headers: dict[str, str], status: int) -> None:
+    """Issue 12.3: a foreign page can send a form without a preflight, but with its Origin."""
+    backend = FakeBackend()
+    async with client(backend) as http:
+        headers = {**headers, "content-type": kind}
+        answer = await http.post(CHAT, content=json.dumps(chat()), headers=headers)
+    assert (answer.status_code, len(backend.requests)) == (status, status == 200)
 
 
 async def test_a_body_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ STATUSES = {
     "UnknownModel": 404, "InvalidRequest": 400, "ContextOverflow": 400, "Unsupported": 400,
     "Unauthorized": 401, "Forbidden": 403, "QueueFull": 429, "DoesNotFit": 503, "Loading": 503,
     "Draining": 503, "Disabled": 503, "DeadlineExceeded": 504, "QueueTimeout": 408,
-    "LoadFailed": 503, "GenerationFailed": 500, "OutOfMemory": 503, "WorkerDied": 502,
+    "LoadFailed": 503, "GenerationFailed": 500, "ConstraintViolated": 500,
+    "OutOfMemory": 503, "WorkerDied": 502,
     "UpstreamError": 502, "ConfigError": 500,
 }  # fmt: skip
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import json
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from headrace.api.chat import ChatRequest
 from headrace.api.completions import CompletionRequest
 from headrace.api.exchange import Call
 from headrace.api.limits import ApiSettings
-from headrace.api.wire import ChatMessage
+from headrace.api.messages import ChatMessage
+from headrace.core.constraint import Constraint
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling, SamplingFields, described
 
@@ -130,11 +133,15 @@ async def test_fields_of_completions() -> None:
         ({"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "null"}}},
          {"type": "null"}),
         ({"type": "json_schema", "json_schema": {"name": "n"}}, {}),
+        ({"type": "json_schema", "schema": {"type": "null"}}, {"type": "null"}),
+        ({"type": "json_object", "schema": {"type": "array"}}, {"type": "array"}),
     ],
 )  # fmt: skip
 async def test_response_format(wanted: Any, schema: Any) -> None:
-    """A: the three forms of OpenAI."""
-    assert (await asked(CHAT, chat(response_format=wanted))).json_schema == schema
+    """A: the three forms of OpenAI, and the two of llama.cpp, whose schema counts too."""
+    assert (await asked(CHAT, chat(response_format=wanted))).constraint == (
+        None if schema is None else Constraint(json_schema=schema)
+    )
 
 
 async def test_null_means_absent() -> None:
@@ -201,6 +208,9 @@ WRONG = [
     ("logit_bias", {"1": 101}), ("logit_bias", {str(i): 1 for i in range(1025)}),
     ("stream", "yes"), ("model", 3), ("logprobs", "x"), ("response_format", {"type": "xml"}),
     ("response_format", {"type": "json_schema"}), ("context_length", 0),
+    ("response_format", {"type": "text", "schema": {}}),
+    ("response_format", {"type": "json_object", "json_schema": {"name": "n", "schema": {}}}),
+    ("response_format", {"type": "json_object", "schema": {"minItems": 10**9}}),
     ("stream_options", {"include_usage": True}), ("ignore_eos", 1),
 ]  # fmt: skip
 
@@ -269,6 +279,55 @@ async def test_what_is_not_json_is_refused(body: bytes) -> None:
     assert (await refused(CHAT, body))["code"] == "invalid_value"
 
 
+SENTENCES = {
+    b"": "The body is empty; it must be JSON.",
+    b" \n": "The body is empty; it must be JSON.",
+    b"{": "The body is not valid JSON: it ends too early.",
+    b'{"model": "m",}': "The body is not valid JSON: trailing comma in object (byte 14).",
+    b"{'model': 1}": "The body is not valid JSON: object keys must be strings (byte 1).",
+    b'{"model": "\\x"}': "The body is not valid JSON: invalid escape character",
+    b'{"model": "\\u12"}': "The body is not valid JSON: ",
+    b'{"model": "\xff"}': "The body is not UTF-8: invalid start byte (byte 11).",
+    b'{"model": "\xed\xa0\x80"}': "The body is not UTF-8: invalid continuation byte (byte 11).",
+    b"\xef\xbb\xbf{}": "The body begins with a byte order mark; send UTF-8 without one.",
+    "{}".encode("utf-16"): "The body begins with a byte order mark; send UTF-8 without one.",
+}
+LONE = [
+    b'{"model": "\\ud800"}', b'{"model": "\\udc00"}', b'{"model": "\\uD83Dabcdefghi"}',
+    b'{"model": "\\ud83d\\ud83d and more"}', b'{"nobody": "\\ud800", "knows": "this"}',
+    b'{"\\ud800": 1}', b'{"messages": [{"role": "user", "content": "a\\udfff"}]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "sentence"), SENTENCES.items())
+async def test_each_fault_of_a_body_has_a_sentence(body: bytes, sentence: str) -> None:
+    """Issue 12.3: what is wrong, and where."""
+    assert (await refused(CHAT, body))["message"].startswith(sentence)
+
+
+@pytest.mark.parametrize("body", LONE)
+async def test_lone_surrogates(body: bytes) -> None:
+    """Issue 12.3: with a sentence of their own; a pair is a character."""
+    assert "half of a surrogate pair" in (await refused(CHAT, body))["message"]
+    pair = await asked(CHAT, chat(messages=[{"role": "user", "content": "\U0001f600"}]))
+    assert pair.messages == (Message("user", "\U0001f600"),)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "zstd", "deflate", "GZIP", "gzip, identity"])
+async def test_codings_of_a_body(coding: str) -> None:
+    """Issue 12.3: 415 names the coding, whatever the body is; none, or identity, is read."""
+    body = gzip.compress(json.dumps(chat()).encode())
+    async with client() as http:
+        headers = {"content-encoding": coding}
+        answer = await http.post(CHAT, content=body, headers=headers)
+        unsaid = await http.post(CHAT, content=body)
+        plain = await http.post(CHAT, json=chat(), headers={"content-encoding": "identity"})
+    assert [answer.status_code, unsaid.status_code, plain.status_code] == [415, 415, 200]
+    assert f"encoded with {coding.lower()};" in answer.json()["error"]["message"]
+    assert "encoded with gzip;" in unsaid.json()["error"]["message"]
+    assert answer.headers["accept-encoding"] == "identity"
+
+
 async def test_brackets_in_strings_are_no_depth() -> None:
     """A: only structure counts, and the limit itself is allowed."""
     request = await asked(CHAT, chat(messages=[{"role": "user", "content": '[{"\\' * 99}]))
@@ -295,3 +354,14 @@ async def test_large_bodies_are_decoded_off_the_loop(monkeypatch: pytest.MonkeyP
     request = await asked(CHAT, chat(messages=[{"role": "user", "content": "x" * 70_000}]))
     assert len(seen) == 1
     assert request.messages == (Message("user", "x" * 70_000),)
+
+
+async def test_the_default_of_completions_fits() -> None:
+    """Issue 12.6: 16 tokens, or more if `min_tokens` wants them, or what the context has left."""
+    request = await asked(TEXT, text())
+    assert (request.sampling.max_tokens, request.fit_max_tokens) == (16, True)
+    request = await asked(TEXT, text(min_tokens=20))
+    assert (request.sampling.max_tokens, request.fit_max_tokens) == (20, True)
+    request = await asked(TEXT, text(max_tokens=16))
+    assert (request.sampling.max_tokens, request.fit_max_tokens) == (16, False)
+    assert (await asked(CHAT, chat())).sampling.max_tokens is None

@@ -1,46 +1,27 @@
-"""The application under uvicorn: the openai package, and real sockets."""
+"""The application behind its own server: the openai package, and real sockets."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import socket
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from tests.api.fakes import CHAT, FakeAdmin, FakeBackend, chat, finish, hello
+from tests.api.sockets import serving
 
+from headrace.api import limits
 from headrace.api.app import create_app
 from headrace.api.limits import ApiSettings
-from headrace.config import hash_key
+from headrace.api.server import Server
 from headrace.core.errors import QueueFull, WorkerDied
 from headrace.core.events import Delta
 from headrace.core.status import PoolEvent
-
-SETTINGS = ApiSettings(api_keys=(hash_key("k"),))
-
-
-@contextlib.contextmanager
-def serving(backend: FakeBackend) -> Iterator[int]:
-    """Serve on a free port of the loopback address, in a thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(backend, SETTINGS), log_level="critical", lifespan="off")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
 
 
 def settings(port: int) -> dict[str, Any]:
@@ -155,26 +136,22 @@ def test_one_connection_serves_many_requests() -> None:
 
 
 @pytest.mark.parametrize("pool_ends", [True, False])
-async def test_listeners_do_not_keep_the_server(pool_ends: bool) -> None:
+async def test_listeners_do_not_keep_the_server(
+    pool_ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """M8: the streams of events end with the pool, or at the latest with the server's patience."""
+    monkeypatch.setattr(limits, "CLOSE_TIMEOUT_S", 30 if pool_ends else 0.1)
     admin = FakeAdmin(PoolEvent(time=1, kind="draining"), None)
-    app = create_app(FakeBackend(), ApiSettings(), admin=admin)
-    config = uvicorn.Config(
-        app,
-        log_level="critical",
-        lifespan="off",
-        timeout_graceful_shutdown=None if pool_ends else 1,
-    )
-    server = uvicorn.Server(config)
+    server = Server(create_app(FakeBackend(), ApiSettings(), admin=admin))
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        serve = asyncio.ensure_future(server.serve(sockets=[listener]))
+        serve = asyncio.ensure_future(server.serve(listener))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/admin/events"
         async with httpx.AsyncClient() as http, http.stream("GET", url) as stream:
             lines = stream.aiter_lines()
             async for line in lines:
                 if line == "event: draining":
                     break
-            server.should_exit = True
+            server.stop()
             if pool_ends:
                 admin.closing.set()
             async with asyncio.timeout(3):

@@ -17,7 +17,7 @@ from tests.cli.programs import HELLO, PROGRAM, ask, headrace, serving
 from headrace.cli.app import run
 from headrace.core.sampling import SamplingFields, described
 
-HEAVY = {"torch", "fastapi", "starlette", "uvicorn", "xllamacpp", "huggingface_hub", "numpy"}
+HEAVY = {"torch", "fastapi", "starlette", "httptools", "xllamacpp", "huggingface_hub", "numpy"}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,12 @@ def _config(environ: dict[str, str]) -> Path:
     home = Path(environ["HOME"])
     (home / "headrace.toml").write_text("default_model = 'echo'")
     return home
+
+
+def test_the_load_of_a_one_shot_is_in_its_figures(environ: dict[str, str]) -> None:
+    """Issue 12.24: the model was loaded for this answer."""
+    done = headrace(environ, "--json", "run", "echo", "abc", "-o", "load_s=0.3")
+    assert json.loads(done.stdout)["metrics"]["load_ms"] > 300
 
 
 def test_one_shot_as_json(environ: dict[str, str]) -> None:
@@ -195,7 +201,13 @@ def test_show_tells_engine_reason_and_options(environ: dict[str, str]) -> None:
     assert len(rows["engine_reason"]) > 1
     assert rows["slots"][1:3] == ["3", "1024"]
     shown = json.loads(headrace(environ, "show", "echo", "--json").stdout)
-    assert {one["option"] for one in shown["engine_options"]} >= {"slots", "text"}
+    options = {one["option"]: one for one in shown["engine_options"]}
+    assert options.keys() >= {"slots", "text"}
+    described = {"type": "integer", "minimum": 1, "default": 1024, "choices": [], "live": False}
+    assert described.items() <= options["slots"].items()
+    settings = {one["setting"]: one for one in shown["settings"]}
+    assert settings["keep_alive"]["live"]
+    assert settings["continuation"]["choices"] == ["exact", "fast", "off"]
 
 
 def test_doctor_tells_what_could_run(environ: dict[str, str]) -> None:

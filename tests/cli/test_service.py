@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import time
 import urllib.error
@@ -22,6 +23,8 @@ import pytest
 from tests.cli.programs import HELLO, PROGRAM, ask, headrace, serving
 
 from headrace.cli.app import run
+from headrace.cli.serve import listen, url_of
+from headrace.config import tree
 
 ENDLESS = ("-o", "tokens_per_second=20", "-o", f"text={'x' * 999}")
 SLOW = ("-o", "tokens_per_second=10", "-o", f"text={'x' * 20}")
@@ -99,6 +102,34 @@ def test_a_connection_outlives_the_patience_of_clients(environ: dict[str, str]) 
         connection.request("GET", "/health/live")
         assert connection.getresponse().status == 200
         connection.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "printed", "reached"),
+    [
+        ("::", "[::]", ("127.0.0.1", "::1")),
+        ("[::]", "[::]", ("127.0.0.1", "::1")),
+        ("0:0::0", "[::]", ("127.0.0.1", "::1")),
+        ("[::1]", "[::1]", ("::1",)),
+        ("::1", "[::1]", ("::1",)),
+        ("0.0.0.0", "0.0.0.0", ("127.0.0.1",)),
+    ],
+)
+def test_addresses_to_listen_on(host: str, printed: str, reached: tuple[str, ...]) -> None:
+    """Issue 12.4: `::` is every address, and brackets are those of a URL."""
+    settings = tree.ServerSettings(host=host, port=0, allow_public=True)
+    with listen(settings) as listener:
+        port = listener.getsockname()[1]
+        assert url_of(listener) == f"http://{printed}:{port}"
+        for address in reached:
+            socket.create_connection((address, port), timeout=5).close()
+
+
+def test_a_service_on_ipv6(environ: dict[str, str]) -> None:
+    """Issue 12.4: it answers by the address that it prints."""
+    with serving(environ, "echo", "--host", "[::1]") as (_, url):
+        assert url.startswith("http://[::1]:")
+        assert status(url, "/health/live") == 200
 
 
 AT_EXIT = """

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import (
     ContextOverflow,
     GenerationFailed,
@@ -98,7 +99,10 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 def body(max_tokens: int = 5, schema: dict[str, Any] | None = None, **fields: Any) -> Any:
     request = EngineRequest(
-        token_ids=(1, 2, 3), max_tokens=max_tokens, sampling=Sampling(**fields), json_schema=schema
+        token_ids=(1, 2, 3),
+        max_tokens=max_tokens,
+        sampling=Sampling(**fields),
+        constraint=None if schema is None else Constraint(json_schema=schema),
     )
     return json.loads(_body(request))
 
@@ -143,11 +147,11 @@ def test_every_seed_is_a_fixed_one(seed: int) -> None:
 
 
 def test_a_schema_becomes_a_grammar_or_an_error() -> None:
-    """W11: a schema that the engine would drop in silence is refused."""
+    """W11, Issue 11.4: a format that cannot be enforced is refused; the spacing is ours."""
     assert '"type": "object"' in body(schema={"type": "object"})["grammar"]
     assert body(schema={})["grammar"]
-    with pytest.raises(InvalidRequest, match="schema is not usable") as caught:
-        body(schema={"type": "no such type"})
+    with pytest.raises(InvalidRequest, match="/format in the JSON schema is 'x'") as caught:
+        body(schema={"type": "string", "format": "x"})
     assert caught.value.param == "response_format"
 
 

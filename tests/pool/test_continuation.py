@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import (
     EngineError,
     GenerationFailed,
@@ -92,7 +93,7 @@ def ended(one: Continuation, last: Finish) -> Finish:
         ({"temperature": 1.0, "seed": 7}, Capabilities(), "exact"),
         # Several choices and a grammar have no single beginning to go on from.
         ({"n": 2}, ABLE, "exact"),
-        ({"json_schema": {}}, ABLE, "exact"),
+        ({"constraint": Constraint(json_schema={})}, ABLE, "exact"),
         ({"echo": True}, ABLE, "exact"),
         ({"n": 2, "temperature": 1.0}, ABLE, None),
         # What was drawn by chance does not come again, unless it has a seed.

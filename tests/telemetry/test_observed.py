@@ -14,6 +14,7 @@ from opentelemetry.trace import StatusCode
 from tests.telemetry.watched import STEPS, Observed, Scripted, Told, ask, finish, parent
 
 from headrace.core import errors
+from headrace.core.constraint import Constraint
 from headrace.core.errors import (
     CapacityError,
     GenerationFailed,
@@ -346,16 +347,22 @@ def test_what_was_asked_is_not_copied_for_the_parameters() -> None:
     """T3: nor told; a schema may hold content, and is kept as that is."""
     schema = {"description": "of jo@example.org", "enum": [1, 2, True, None]}
     prompt = tuple(range(300_000))
-    asked = ask(prompt=prompt, json_schema=schema, n=2, template_options={"deep": True})
+    asked = ask(
+        prompt=prompt,
+        constraint=Constraint(json_schema=schema),
+        n=2,
+        template_options={"deep": True},
+    )
     tracemalloc.start()
     try:
         bare = contents.parameters(asked, None)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
-    assert bare == {"n": 2, "json_schema": True, "template_options": True}
+    assert bare == {"n": 2, "constraint": True, "template_options": True}
     kept = contents.parameters(asked, Redactor())
-    assert kept["json_schema"] == {"description": "of [redacted]", "enum": [1, 2, True, None]}
+    redacted = {"description": "of [redacted]", "enum": [1, 2, True, None]}
+    assert kept["constraint"] == {"json_schema": redacted}
     assert kept["template_options"] == {"deep": True}
     embed = EmbedRequest(inputs=("secret",), dimensions=3, client="c")
     rerank = RerankRequest(query="secret", documents=("secret",), top_n=1)

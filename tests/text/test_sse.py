@@ -33,6 +33,7 @@ def read(data: bytes, *cuts: int) -> list[bytes]:
         (b"\xef\xbb\xbfdata: a\n\n", [b"a"]),
         (b"data: a\n\ndata: [DONE]", [b"a", b"[DONE]"]),
         (b"event: ping\n\n\n\n", []),
+        (b"data:\n\ndata: \n\ndata: a\n\n", [b"a"]),
     ],
 )
 def test_events_are_found(sent: bytes, expected: list[bytes]) -> None:

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from tests.worker.rig import ask
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import ConfigError, ContextOverflow, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities, ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest, Message
@@ -54,16 +55,29 @@ def chat(content: str, **fields: Any) -> GenerateRequest:
     return GenerateRequest(messages=(Message("user", content),), **fields)
 
 
+def of(max_tokens: int | None, **fields: Any) -> GenerateRequest:
+    return GenerateRequest(prompt="p", sampling=Sampling(max_tokens=max_tokens), **fields)
+
+
+@pytest.mark.parametrize(("prompt_tokens", "left"), [(4, 16), (5, 15), (19, 1)])
+def test_a_default_gets_what_is_left(prompt_tokens: int, left: int) -> None:
+    """Issue 12.6: 16 tokens that the client did not ask for are no reason to refuse."""
+    assert max_new_tokens(of(16, fit_max_tokens=True), prompt_tokens, 20) == left
+    with pytest.raises(ContextOverflow) as caught:
+        max_new_tokens(of(16, fit_max_tokens=True), 20, 20)
+    assert caught.value.param == "prompt"
+
+
 def test_room_at_the_edges() -> None:
     """W6: exactly at, one over, ten times over."""
-    assert max_new_tokens(5, None, 20) == 15
-    assert max_new_tokens(19, None, 20) == 1
-    assert max_new_tokens(15, 5, 20) == 5
+    assert max_new_tokens(of(None), 5, 20) == 15
+    assert max_new_tokens(of(None), 19, 20) == 1
+    assert max_new_tokens(of(5), 15, 20) == 5
     for prompt_tokens in (20, 21, 200):
         with pytest.raises(ContextOverflow, match=f"{prompt_tokens} tokens.*length is 20"):
-            max_new_tokens(prompt_tokens, None, 20)
+            max_new_tokens(of(None), prompt_tokens, 20)
     with pytest.raises(ContextOverflow, match=r"together 21;.*is 20") as caught:
-        max_new_tokens(15, 6, 20)
+        max_new_tokens(of(6), 15, 20)
     assert caught.value.param == "max_tokens"
 
 
@@ -155,7 +169,7 @@ def test_what_the_engine_cannot_do_is_refused_by_name() -> None:
         check_supported(ask(**{name: value}), Capabilities(sampling=frozenset({name})))
     check_supported(ask(stop=("x",)), nothing)
     with pytest.raises(Unsupported) as caught:
-        check_supported(ask(json_schema={}), nothing)
+        check_supported(ask(constraint=Constraint(json_schema={})), nothing)
     assert caught.value.param == "response_format"
     with pytest.raises(Unsupported) as caught:
         check_supported(ask((1,)), nothing)

@@ -9,6 +9,7 @@ import pytest
 from tests.worker.rig import ask, finish, listed, process, text, until, worker
 from tests.worker.test_prompt import prompter
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import (
     ContextOverflow,
     GenerationFailed,
@@ -22,6 +23,8 @@ from headrace.worker.worker import Worker
 
 SAID = "né🌍 and so on"
 IDS = tuple(SAID.encode())
+
+ANY_JSON = Constraint(json_schema={})
 
 
 def deltas(events: list[Event]) -> list[Delta]:
@@ -149,7 +152,7 @@ async def test_an_error_afterwards_counts_them_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"n": 2}, {"echo": True}, {"json_schema": {}}, {"n": 2, "json_schema": {}}]
+    "given", [{"n": 2}, {"echo": True}, {"constraint": ANY_JSON}, {"n": 2, "constraint": ANY_JSON}]
 )
 def test_what_cannot_go_on_is_refused_by_name(given: dict[str, Any]) -> None:
     """W11: several choices, an echo, a grammar; and an engine that cannot."""

@@ -22,6 +22,7 @@ from headrace.core.model import Capabilities
 from headrace.core.request import EmbedRequest, GenerateRequest
 from headrace.engines.base import EngineFacts
 from headrace.machine import Sampler
+from headrace.worker.compiler import Compiler
 from headrace.worker.turn import Served, Turn, Turns
 
 
@@ -35,6 +36,7 @@ def served(slots: int = 1, *, sampler: Sampler | None = None) -> Served:
         facts=facts,
         turns=Turns(slots),
         max_choices=slots,
+        compiler=Compiler(),
         sampler=sampler,
     )
 

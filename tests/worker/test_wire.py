@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.worker.rig import ask, echo, resolve
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import ErrorRecord
 from headrace.core.events import (
     Delta,
@@ -51,7 +52,14 @@ ERROR = ErrorRecord(kind="QueueFull", message="m", retry_after_s=1.0, metrics=ME
 DOWN: list[Any] = [
     wire.Load(SPEC, LogSettings(level="info", style="json")),
     wire.Ask(1, ask((1, 2), logit_bias={1: 2.0}, stop=("x",), n=2)),
-    wire.Ask(2, ask(None, messages=(Message("user", "é"),), json_schema={"a": [1, None]})),
+    wire.Ask(
+        2,
+        ask(
+            None,
+            messages=(Message("user", "é"),),
+            constraint=Constraint(json_schema={"a": [1, None]}),
+        ),
+    ),
     wire.Ask(5, EmbedRequest(inputs=("a", (1, 2)), dimensions=3, truncate=True)),
     wire.Ask(6, RerankRequest(query="a", documents=("b", "c"), top_n=1)),
     wire.Cancel(1),

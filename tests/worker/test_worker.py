@@ -13,6 +13,7 @@ import pytest
 from tests.worker.rig import ask, echo, finish, first_delta, listed, resolve, text, until, worker
 
 from headrace import engines
+from headrace.core.constraint import Constraint
 from headrace.core.errors import (
     ConfigError,
     ContextOverflow,
@@ -301,7 +302,7 @@ async def test_whatever_a_library_raises_is_typed(
         (ask("a", top_p=0.5), Unsupported),
         (ask("a" * 11), ContextOverflow),
         (ask("a", max_tokens=10), ContextOverflow),
-        (ask("a", json_schema={}), Unsupported),
+        (ask("a", constraint=Constraint(json_schema={})), Unsupported),
     ],
 )
 async def test_a_wrong_request_never_reaches_the_engine(

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
+from headrace.api import fields
 from headrace.api.exchange import Call, Exchange, Service
+from headrace.api.fields import Peers
 from headrace.api.limits import ApiSettings
+from headrace.api.messages import Messages, to_messages
 from headrace.api.stream import ChunkFormat, Reply, answer
 from headrace.api.wire import (
     AnswerHead,
     ChunkHead,
     Count,
     GenerateFields,
-    Messages,
-    Nothing,
-    Unsupported,
     generate_fields,
-    to_messages,
     to_sampling,
 )
 from headrace.core.errors import InvalidRequest
@@ -37,15 +36,12 @@ class ChatRequest(GenerateFields, frozen=True, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    audio: Unsupported[None] = None
-    function_call: Unsupported[Literal["none"]] = None
-    functions: Unsupported[Nothing] = None
-    modalities: Unsupported[list[Literal["text"]]] = None
-    reasoning_effort: Unsupported[None] = None
-    tool_choice: Unsupported[Literal["none"]] = None
-    tools: Unsupported[Nothing] = None
-    verbosity: Unsupported[None] = None
-    web_search_options: Unsupported[None] = None
+    peers: ClassVar[Peers] = fields.CHAT
+
+    def names(self) -> dict[str, str]:
+        """Return the client's names for fields of the core, where they differ."""
+        preferred = self.max_completion_tokens is not None and self.max_tokens is None
+        return super().names() | ({"max_tokens": "max_completion_tokens"} if preferred else {})
 
 
 class ChatTop(msgspec.Struct, frozen=True):
@@ -137,6 +133,7 @@ _FORMAT = ChunkFormat(
 async def chat_completions(service: Service, exchange: Exchange) -> None:
     """Answer a conversation, streamed or whole."""
     wire = await exchange.read(_DECODER)
+    exchange.call.names = wire.names()
     request = to_request(wire, exchange.settings, exchange.call)
     reply = Reply("chatcmpl-", _FORMAT, request.n, _whole)
     await answer(service, exchange, wire, service.backend.ask(request), reply)
@@ -148,7 +145,6 @@ def to_request(wire: ChatRequest, settings: ApiSettings, call: Call) -> Generate
     Raises:
         InvalidRequest: fields contradict each other, or a value is out of its range.
     """
-    fields = generate_fields(wire, settings, call)
     max_tokens, preferred = wire.max_tokens, wire.max_completion_tokens
     if max_tokens is not None and preferred not in {None, max_tokens}:
         raise InvalidRequest("max_tokens and max_completion_tokens differ.", param="max_tokens")
@@ -161,7 +157,7 @@ def to_request(wire: ChatRequest, settings: ApiSettings, call: Call) -> Generate
             wire, max_tokens=max_tokens if preferred is None else preferred, logprobs=logprobs
         ),
         template_options=wire.chat_template_kwargs or {},
-        **fields,
+        **generate_fields(wire, settings, call),
     )
 
 

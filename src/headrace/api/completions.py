@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import codecs
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 from msgspec.structs import replace
 
-from headrace.api import limits
+from headrace.api import fields, limits
 from headrace.api.exchange import Call, Exchange, Service
+from headrace.api.fields import Peers
 from headrace.api.limits import ApiSettings
 from headrace.api.stream import ChunkFormat, Reply, answer
 from headrace.api.wire import (
@@ -20,7 +21,6 @@ from headrace.api.wire import (
     ChunkHead,
     GenerateFields,
     TokenId,
-    Unsupported,
     generate_fields,
     inputs_schema,
     to_inputs,
@@ -43,7 +43,7 @@ _Item = tuple[int, Event | Exception]
 class CompletionRequest(GenerateFields, frozen=True, kw_only=True):
     """OpenAI's completion request, with common extensions. `best_of` is `n` or absent.
 
-    `max_tokens` is 16 when it is absent, as in OpenAI's API.
+    `max_tokens` is 16 when it is absent, as in OpenAI's API, or what the context has left.
     """
 
     prompt: Annotated[
@@ -52,8 +52,9 @@ class CompletionRequest(GenerateFields, frozen=True, kw_only=True):
     ]
     echo: bool | None = None
     logprobs: Logprobs | None = None
-    best_of: Unsupported[Annotated[int, Meta(ge=1, le=128)]] = None
-    suffix: Unsupported[Literal[""]] = None
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
+
+    peers: ClassVar[Peers] = fields.COMPLETIONS
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
@@ -103,6 +104,7 @@ _DECODER = msgspec.json.Decoder(CompletionRequest)
 async def completions(service: Service, exchange: Exchange) -> None:
     """Continue one or several prompts, streamed or whole."""
     wire = await exchange.read(_DECODER)
+    exchange.call.names = wire.names()
     requests = to_requests(wire, exchange.settings, exchange.call)
     if len(requests) == 1:
         stream = service.backend.ask(requests[0])
@@ -123,15 +125,18 @@ def to_requests(
         Unsupported: best_of differs from n.
     """
     prompts = to_inputs("prompt", wire.prompt, limits.MAX_PROMPTS)
-    fields = generate_fields(wire, settings, call, prompts=len(prompts))
+    common = generate_fields(wire, settings, call, prompts=len(prompts))
     if wire.best_of not in {None, wire.n or 1}:
         raise errors.Unsupported("best_of is supported only where it equals n.", param="best_of")
-    max_tokens = _OPENAI_MAX_TOKENS if wire.max_tokens is None else wire.max_tokens
+    max_tokens = wire.max_tokens
+    if max_tokens is None:
+        max_tokens = max(_OPENAI_MAX_TOKENS, wire.min_tokens or 0)
     first = GenerateRequest(
         prompt=prompts[0],
         echo=bool(wire.echo),
         sampling=to_sampling(wire, max_tokens=max_tokens, logprobs=wire.logprobs),
-        **fields,
+        fit_max_tokens=wire.max_tokens is None,
+        **common,
     )
     rest = enumerate(prompts[1:], 1)
     return [first, *(replace(first, prompt=prompt, id=f"{call.id}.{i}") for i, prompt in rest)]

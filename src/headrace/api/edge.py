@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.api import limits
+from headrace.api import fields
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.problems import Headers, Refused, refused
@@ -24,11 +24,14 @@ _HeaderList = Iterable[tuple[bytes, bytes]]
 
 METRICS_PATH = "/metrics"
 
+_log = logging.getLogger("headrace.api")
 _access = logging.getLogger("headrace.access")
 _OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 _CLIENT_DIGITS = 16
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-_EXPOSED = b"x-request-id, server-timing, retry-after, retry-after-ms"
+_WARNING = b"x-headrace-warning"
+_EXPOSED = b"x-request-id, server-timing, retry-after, retry-after-ms, " + _WARNING
+_MAX_LOGGED = 1000
 _FORWARDED = frozenset(
     {b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"}
 )
@@ -44,6 +47,7 @@ class Edge:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
+        self._logged: set[str] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -73,6 +77,9 @@ class Edge:
     ) -> None:
         scope = exchange.scope
         try:
+            if "headrace.refused" in scope:
+                # Taken out of the scope, which the traceback leads to: it would be a cycle.
+                raise scope.pop("headrace.refused")
             _check_head(scope, headers, exchange.settings)
             if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
                 await _answer_preflight(exchange, headers)
@@ -96,8 +103,20 @@ class Edge:
             seconds=time.monotonic() - call.received,
         )
         _write_access_log(call, ended, client_id)
+        if call.unknown:
+            self._log_unknown(ended.route, call)
         if self._service.observer is not None:
             self._service.observer.called(ended)
+
+    def _log_unknown(self, route: str, call: Call) -> None:
+        """Log each unknown field of a route once; a client can invent any number of names."""
+        for unknown in call.unknown:
+            name = f"{route} {unknown}"
+            if name in self._logged or len(self._logged) >= _MAX_LOGGED:
+                continue
+            self._logged.add(name)
+            data = {"request_id": call.id, "route": route, "field": str(unknown)}
+            _log.warning("%s: unknown field %s is ignored", route, unknown, extra={"data": data})
 
 
 def authorise(
@@ -163,20 +182,12 @@ def _key(headers: dict[bytes, bytes]) -> bytes | None:
 
 
 def _check_head(scope: Scope, headers: dict[bytes, bytes], settings: ApiSettings) -> None:
-    path = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogateescape")
-    _check_sizes(path, scope.get("query_string", b""), scope["headers"])
     _check_host(scope["headers"], settings)
     if b"origin" in headers:
         _check_origin(headers[b"origin"].decode("latin-1"), settings)
-
-
-def _check_sizes(path: bytes, query: bytes, headers: _HeaderList) -> None:
-    if len(path) + len(query) > limits.MAX_URL:
-        raise refused(414, f"The URL is longer than {limits.MAX_URL} bytes.", "url_too_long")
-    # 4 bytes a line for what separates name and value.
-    if sum(len(name) + len(value) + 4 for name, value in headers) > limits.MAX_HEADER:
-        message = f"The header is larger than {limits.MAX_HEADER} bytes."
-        raise refused(431, message, "header_too_large")
+    # A form of a foreign page, from a browser that sends no Origin with it.
+    elif headers.get(b"sec-fetch-site") == b"cross-site" and scope["method"] == "POST":
+        _check_origin("null", settings)
 
 
 def _check_host(headers: _HeaderList, settings: ApiSettings) -> None:
@@ -264,7 +275,8 @@ def _with_headers(send: Send, call: Call, cors: Headers) -> Send:
     def sender(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             call.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), *extra]
+            warned = [(_WARNING, fields.warning(call.unknown).encode())] if call.unknown else ()
+            message["headers"] = [*message.get("headers", ()), *extra, *warned]
         return send(message)
 
     return sender

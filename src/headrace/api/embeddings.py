@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
-from headrace.api import limits
+from headrace.api import fields, limits
 from headrace.api.exchange import Call, Exchange, Service, server_timing
+from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
 from headrace.api.wire import (
     Count,
@@ -30,7 +31,7 @@ from headrace.core.stream import result
 _MANY = 1 << 14
 
 
-class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
+class EmbeddingRequest(Body, frozen=True, kw_only=True):
     """OpenAI's request: a text, a list of texts, token ids, or a list of lists of them.
 
     With Jina's `truncate`, inputs longer than the context are cut instead of refused; with its
@@ -48,6 +49,8 @@ class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
     truncate: bool | None = None
     normalized: bool | None = None
     keep_alive: KeepAlive | None = None
+
+    peers: ClassVar[Peers] = fields.EMBED
 
 
 class EmbeddingBody(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -13,14 +13,16 @@ from typing import Any, Literal, TypeVar, get_type_hints
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from headrace.api import limits, problems
+from headrace.api import fields, limits, problems
+from headrace.api.fields import Unknown
 from headrace.api.limits import ApiSettings
-from headrace.api.problems import Headers, Refused, refused
+from headrace.api.problems import Headers, Problem, Refused, refused
 from headrace.core.backend import Admin, Backend
-from headrace.core.errors import InvalidRequest, Unsupported
+from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.record import Monitor, Outcome
 from headrace.core.request import new_id
+from headrace.core.wording import names_unknown_field, refusal
 
 T = TypeVar("T")
 S = TypeVar("S", bound=msgspec.Struct)
@@ -30,8 +32,10 @@ _LARGE_BODY = 64 << 10
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _AS_SQUARE = bytes.maketrans(b"{}", b"[]")
-_PLACE = re.compile(r"(?P<problem>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?", re.DOTALL)
-_NAMED = re.compile(r"Object (?P<how>missing required|contains unknown) field `(?P<name>.*)`")
+_GZIP = b"\x1f\x8b"
+_BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_BYTE = re.compile(r"\(byte (\d+)\)")
 
 
 class ClientGone(Exception):
@@ -63,7 +67,8 @@ class Call:
 
     `received` is monotonic seconds. `status` is 0 until the headers have gone out. `client` is a
     short id of the key, and `is_admin` whether it is an admin's. `traceparent` and `tracestate`
-    are as the client sent them.
+    are as the client sent them. `unknown` are the unknown fields of the body, and
+    `names` the names that the client used for fields of the core.
     """
 
     id: str = field(default_factory=new_id)
@@ -74,6 +79,8 @@ class Call:
     is_admin: bool = False
     traceparent: str = ""
     tracestate: str = ""
+    unknown: tuple[Unknown, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class Exchange:
@@ -100,8 +107,14 @@ class Exchange:
         headers = dict(self.scope["headers"])
         body = await _read_body(self._receive, headers, self.settings.max_body_bytes)
         if len(body) > _LARGE_BODY:
-            return await asyncio.to_thread(decode, body, decoder)
-        return decode(body, decoder)
+            decoded, unknown = await asyncio.to_thread(decode, body, decoder)
+        else:
+            decoded, unknown = decode(body, decoder)
+        if self.settings.unknown_fields == "refuse":
+            fields.check(unknown)
+        if self.settings.unknown_fields == "warn":
+            self.call.unknown = unknown
+        return decoded
 
     async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work`; if the client disconnects first, cancel it and wait for its end.
@@ -152,10 +165,14 @@ class Exchange:
         headers = () if metrics is None else server_timing(metrics)
         await self.reply(msgspec.json.encode(answer), status=status, headers=headers)
 
+    def problem(self, error: Exception) -> Problem:
+        """Log an exception, and return it as a problem of the fields that the client sent."""
+        problems.log(error, self.call.id)
+        return problems.renamed(problems.describe(error, self.call.id), self.call.names)
+
     async def fail(self, error: Exception) -> None:
         """Send the response for an exception, with its figures; no headers have been sent."""
-        problems.log(error, self.call.id)
-        problem = problems.describe(error, self.call.id)
+        problem = self.problem(error)
         timing = () if problem.metrics is None else server_timing(problem.metrics)
         await self.reply(problem.body(), status=problem.status, headers=(*problem.headers, *timing))
 
@@ -207,8 +224,8 @@ def timing_header(durations: dict[str, float | None]) -> Headers:
     return ((b"server-timing", ", ".join(parts).encode()),)
 
 
-def decode(body: bytes, decoder: msgspec.json.Decoder[S]) -> S:
-    """Decode a body.
+def decode(body: bytes, decoder: msgspec.json.Decoder[S]) -> tuple[S, tuple[Unknown, ...]]:
+    """Decode a body, and return it with its unknown fields.
 
     Raises:
         InvalidRequest, Unsupported: see `Exchange.read`.
@@ -216,11 +233,11 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[S]) -> S:
     if _is_deeper(body, limits.MAX_DEPTH):
         raise InvalidRequest(f"The JSON is nested deeper than {limits.MAX_DEPTH} levels.")
     try:
-        return decoder.decode(body)
+        return _decode(body, decoder)
     except msgspec.ValidationError as error:
-        raise _field_error(str(error), decoder.type) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise InvalidRequest("The body is not valid JSON in UTF-8.") from None
+        raise refusal(error, decoder.type) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _not_json(body, str(error)) from None
 
 
 @cache
@@ -235,9 +252,9 @@ def marked(kind: type[msgspec.Struct], mark: str) -> dict[str, Any]:
 
 
 async def _read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
-    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if kind not in {b"", b"application/json"} and not kind.endswith(b"+json"):
-        raise refused(415, "The body must be application/json.", "unsupported_content_type")
+    coding = headers.get(b"content-encoding", b"").strip().lower()
+    if coding not in {b"", b"identity"}:
+        raise _encoded(coding.decode("latin-1"))
     declared = headers.get(b"content-length", b"0")
     if not declared.isdigit() or int(declared[:20]) > limit:
         raise _too_large(limit)
@@ -263,6 +280,37 @@ async def _read_all(receive: Receive, limit: int) -> bytes:
             return b"".join(parts)
 
 
+def _encoded(coding: str) -> Refused:
+    message = f"The body is encoded with {coding}; send it as it is, without a Content-Encoding."
+    return refused(
+        415, message, "unsupported_content_encoding", ((b"accept-encoding", b"identity"),)
+    )
+
+
+def _not_json(body: bytes, problem: str) -> InvalidRequest | Refused:
+    """Return the error for a body that cannot be decoded, with its reason."""
+    if not body.strip():
+        return InvalidRequest("The body is empty; it must be JSON.")
+    if body.startswith(_GZIP):
+        return _encoded("gzip")
+    if body.startswith(_BYTE_ORDER_MARKS):
+        return InvalidRequest("The body begins with a byte order mark; send UTF-8 without one.")
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        return InvalidRequest(f"The body is not UTF-8: {error.reason} (byte {error.start}).")
+    match = _BYTE.search(problem)
+    place = int(match[1]) if match else len(body)
+    # The decoder has just read a surrogate, and what follows it is not the other half.
+    if _SURROGATE.search(body, max(place - 14, 0), place + 1) and "character" not in problem:
+        message = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+        return InvalidRequest(f"The body has {message}, before byte {place}.")
+    reason = problem.removeprefix("JSON is malformed: ")
+    if reason == "Input data was truncated":
+        reason = "it ends too early"
+    return InvalidRequest(f"The body is not valid JSON: {reason}.")
+
+
 def _too_large(limit: int) -> Refused:
     message = f"The body is larger than {limit} bytes."
     return refused(413, message, "body_too_large", ((b"connection", b"close"),))
@@ -282,17 +330,14 @@ def _is_deeper(body: bytes, limit: int) -> bool:
     return bool(left)
 
 
-def _field_error(text: str, kind: type[msgspec.Struct]) -> InvalidRequest | Unsupported:
-    match = _PLACE.fullmatch(text)
-    problem, path = (match["problem"], match["path"] or "") if match else (text, "")
-    if named := _NAMED.fullmatch(problem):
-        path = f"{path}.{named['name']}".lstrip(".")
-        is_missing = named["how"].startswith("missing")
-        problem = "This field is required" if is_missing else "This field is unknown"
-    name = re.split(r"[.\[]", path, maxsplit=1)[0]
-    if name in marked(kind, "unsupported"):
-        return Unsupported(f"{name} is not supported here.", param=name)
-    return InvalidRequest(f"{path}: {problem}." if path else f"{problem}.", param=path or None)
+def _decode(body: bytes, decoder: msgspec.json.Decoder[S]) -> tuple[S, tuple[Unknown, ...]]:
+    try:
+        return decoder.decode(body), ()
+    except msgspec.ValidationError as error:
+        if not (names_unknown_field(error) and issubclass(decoder.type, fields.Body)):
+            raise
+    known, unknown = fields.known(msgspec.json.decode(body), decoder.type)
+    return decoder.decode(msgspec.json.encode(known)), unknown
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -9,11 +9,41 @@ import re
 
 import msgspec
 
+from headrace.api.fields import OnUnknown
 from headrace.core.errors import ConfigError
 
 MAX_URL = 8 << 10
 MAX_HEADER = 32 << 10
+"""All headers of a request together, with 4 bytes a line for what separates name and value."""
+
+MAX_HEADERS = 256
+MAX_FRAMING = 16 << 10
+"""Extensions and trailers of a chunked body, besides 16 bytes for each byte of content."""
+
+MAX_UNREAD = 64 << 10
+"""What a connection holds of a body, or of further requests; then it is not read from."""
+
+MAX_IDLE_CONNECTIONS = 1024
+"""Of one client address, without a running request; the default of `max_idle_connections`."""
+
+MAX_DISCARDED = 16 << 20
+"""What is read and dropped after an answer, so that the client can read it before the end."""
+
+HEAD_TIMEOUT_S = 10.0
+"""For a head, from the opening of the connection or from the first byte of a later head."""
+
 BODY_TIMEOUT_S = 60.0
+DISCARD_TIMEOUT_S = 5.0
+UNREAD_TIMEOUT_S = 60.0
+"""For a client that takes nothing of its answer, while more is to be written."""
+
+IDLE_TIMEOUT_S = 75.0
+"""For the next request: longer than clients keep an idle connection, as a request may be on its way
+when the server closes one. Python's clients keep it for 5 s, most load balancers for 60 s."""
+
+CLOSE_TIMEOUT_S = 2.0
+"""For the last answers when the server stops."""
+
 MAX_DEPTH = 64
 """How deep JSON may be nested."""
 
@@ -44,6 +74,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     models an admin key. `metrics_keys` open /metrics and nothing else; when there is a key of any
     kind, /metrics needs a metrics key or an admin's. `deadline_s` bounds a request from its
     arrival. `load_wait_s` is how long a request that is not streamed waits for its model to load.
+    `unknown_fields` is what becomes of a body's unknown fields.
 
     Raises:
         ConfigError: a key is not hashed, or a limit is not positive.
@@ -59,6 +90,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None = None
     load_wait_s: float = 30.0
     headers_after_s: float = 5.0
+    unknown_fields: OnUnknown = "warn"
 
     def __post_init__(self) -> None:
         """Check the keys and the limits."""

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from headrace.api.exchange import Route, marked
+from headrace.api.fields import bodies
 from headrace.api.limits import ApiSettings
 from headrace.api.problems import ErrorBody
 
@@ -36,6 +37,9 @@ def document(routes: Sequence[Route], settings: ApiSettings) -> dict[str, Any]:
     for kind in named:
         # Schemas that msgspec cannot derive from the types.
         components[kind.__name__].get("properties", {}).update(marked(kind, "schema"))
+    if settings.unknown_fields != "refuse":
+        for kind in bodies():
+            components.get(kind.__name__, {}).pop("additionalProperties", None)
     paths: dict[str, Any] = {}
     for route in routes:
         path = _PATH.sub(r"{\1}", route.path)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+from collections.abc import Mapping
 
 import msgspec
+from msgspec.structs import replace
 from starlette.exceptions import HTTPException
 
 from headrace.core import errors
@@ -37,6 +40,8 @@ KINDS: dict[type[HeadraceError], tuple[int, str, str | None]] = {
     errors.EngineError: (500, _SERVER, "engine_error"),
     errors.LoadFailed: (503, _SERVER, "model_load_failed"),
     errors.GenerationFailed: (500, _SERVER, "generation_failed"),
+    errors.ConstraintViolated: (500, _SERVER, "constraint_violated"),
+    errors.NotStarted: (503, _SERVER, "not_started"),
     errors.OutOfMemory: (503, _SERVER, "out_of_memory"),
     errors.WorkerDied: (502, _SERVER, "worker_died"),
     errors.UpstreamError: (502, _SERVER, "upstream_error"),
@@ -103,6 +108,14 @@ def describe(error: BaseException, request_id: str) -> Problem:
         type=_SERVER,
         code="internal_error",
     )
+
+
+def renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
+    """Return a problem with the client's names for fields of the core."""
+    if (param := problem.param) is None or param not in names:
+        return problem
+    message = re.sub(rf"\b{param}\b", names[param], problem.message)
+    return replace(problem, param=names[param], message=message)
 
 
 def _known(error: HeadraceError) -> Problem:

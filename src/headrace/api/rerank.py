@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
-from headrace.api import limits
+from headrace.api import fields, limits
 from headrace.api.exchange import Call, Exchange, Service
+from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
-from headrace.api.wire import Count, KeepAlive, ModelName, ReadUsage, Unsupported, request_fields
+from headrace.api.wire import Count, KeepAlive, ModelName, ReadUsage, request_fields
 from headrace.core import events
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.request import RerankRequest
@@ -23,7 +24,7 @@ class DocumentText(msgspec.Struct, frozen=True):
     text: str
 
 
-class RankRequest(msgspec.Struct, frozen=True, kw_only=True):
+class RankRequest(Body, frozen=True, kw_only=True):
     """A query, and the documents to be ranked; `top_n` limits the results.
 
     Documents that do not fit into the context are cut; with `truncate` false they are refused.
@@ -39,9 +40,7 @@ class RankRequest(msgspec.Struct, frozen=True, kw_only=True):
     truncate: bool | None = None
     keep_alive: KeepAlive | None = None
 
-    max_chunks_per_doc: Unsupported[None] = None
-    max_tokens_per_doc: Unsupported[None] = None
-    rank_fields: Unsupported[None] = None
+    peers: ClassVar[Peers] = fields.RERANK
 
 
 class RankedDocument(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
-from headrace.api import limits
+from headrace.api import fields, limits
 from headrace.api.exchange import Call, Exchange, Service
+from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
-from headrace.api.wire import KeepAlive, ModelName, ReadUsage, Unsupported, request_fields
+from headrace.api.wire import KeepAlive, ModelName, ReadUsage, request_fields
 from headrace.core import events
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import InferenceMetrics
@@ -22,7 +23,7 @@ _Text = Annotated[str, Meta(min_length=1)]
 _Texts = _Text | Annotated[list[_Text], Meta(min_length=1, max_length=limits.MAX_DOCUMENTS)]
 
 
-class ScoreBody(msgspec.Struct, frozen=True, kw_only=True):
+class ScoreBody(Body, frozen=True, kw_only=True):
     """Two texts, one text and a list, or two lists of equal length, which are scored in pairs.
 
     Texts that do not fit into the context are refused; with `truncate` they are cut.
@@ -34,7 +35,7 @@ class ScoreBody(msgspec.Struct, frozen=True, kw_only=True):
     truncate: bool | None = None
     keep_alive: KeepAlive | None = None
 
-    truncate_prompt_tokens: Unsupported[None] = None
+    peers: ClassVar[Peers] = fields.SCORE
 
 
 class PairScore(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from headrace.api import limits, problems
+from headrace.api import limits
 from headrace.api.exchange import Exchange, Service, timing_header
 from headrace.api.problems import Problem
 from headrace.api.wire import GenerateFields, usage_body
@@ -161,8 +161,7 @@ async def send_stream(exchange: Exchange, stream: Stream, encoder: ChunkEncoder)
         last = await _pump(exchange, primed, encoder)
     except Exception as error:  # noqa: BLE001 - sent to the client as an event
         exchange.call.outcome = "error"
-        problems.log(error, exchange.call.id)
-        last = encoder.failure(problems.describe(error, exchange.call.id))
+        last = encoder.failure(exchange.problem(error))
     finally:
         await primed.aclose()
     # Sent last, so that all is released when a client has read the last byte, and the server's

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
+from headrace.api import fields
 from headrace.api.exchange import Exchange, Service
-from headrace.api.wire import Messages, ModelName, TokenId, Unsupported, to_messages
+from headrace.api.fields import Body, Peers
+from headrace.api.messages import Messages, to_messages
+from headrace.api.wire import ModelName, TokenId
 from headrace.core import events
 from headrace.core import request as core
 from headrace.core.errors import InvalidRequest
 from headrace.core.stream import result
 
 
-class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+class TokenizeRequest(Body, frozen=True, kw_only=True):
     """One of `content` (llama-server), `prompt` or `messages` (vLLM).
 
     Special tokens are added to a `prompt` unless `add_special_tokens` is false, and to `content`
@@ -28,7 +31,8 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     add_special: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Unsupported[None] = None
+
+    peers: ClassVar[Peers] = fields.TOKENIZE
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,11 +43,13 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     estimated: bool = False
 
 
-class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+class DetokenizeRequest(Body, frozen=True, kw_only=True):
     """Token ids to be turned into text."""
 
     model: ModelName | None = None
     tokens: list[TokenId]
+
+    peers: ClassVar[Peers] = fields.DETOKENIZE
 
 
 class Text(msgspec.Struct, frozen=True):

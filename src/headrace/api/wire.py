@@ -6,18 +6,19 @@ The translation is pure: no I/O.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Protocol, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 import msgspec
 from msgspec import Meta
 
-from headrace.api import limits
+from headrace.api import fields, limits
 from headrace.api.exchange import Call
+from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
+from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import InferenceMetrics, Usage
-from headrace.core.request import Message, Role
-from headrace.core.sampling import Sampling, SamplingFields
+from headrace.core.sampling import RepetitionPenalty, Sampling, SamplingFields
 from headrace.core.values import seconds
 
 T = TypeVar("T")
@@ -28,11 +29,7 @@ TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
-Nothing = Annotated[list[Any], Meta(max_length=0)]
 KeepAlive = float | Annotated[str, Meta(max_length=64)]
-
-Unsupported = Annotated[T | None, Meta(extra={"unsupported": True})]
-"""An unsupported field: only the value that has no effect is accepted."""
 
 TOKEN_SCHEMA = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 
@@ -45,29 +42,37 @@ def inputs_schema(limit: int, **text: int) -> dict[str, Any]:
     return {"anyOf": [string, tokens, {**several, "items": string}, {**several, "items": tokens}]}
 
 
-class StreamOptions(msgspec.Struct, frozen=True):
+class StreamOptions(Body, frozen=True):
     """`include_usage` adds a last chunk with the token counts."""
 
     include_usage: bool | None = None
 
+    peers: ClassVar[Peers] = fields.STREAM_OPTIONS
 
-class JsonSchema(msgspec.Struct, frozen=True):
+
+class JsonSchema(Body, frozen=True):
     """A named JSON schema for the answer."""
 
     name: str | None = None
     schema: dict[str, Any] | None = None
     strict: bool | None = None
 
+    peers: ClassVar[Peers] = fields.JSON_SCHEMA
 
-class ResponseFormat(msgspec.Struct, frozen=True):
-    """The required format of the answer."""
+
+class ResponseFormat(Body, frozen=True):
+    """The required format of the answer; `schema` is llama-server's place for a JSON schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema: dict[str, Any] | None = None
 
 
-class GenerateFields(SamplingFields, frozen=True, kw_only=True):
-    """Fields of every request that generates. null means absent; unknown fields are ignored."""
+class GenerateFields(SamplingFields, Body, frozen=True, kw_only=True):
+    """Fields of every request that generates. null means absent.
+
+    `repeat_penalty` and `json_schema` are llama-server's names.
+    """
 
     # OpenAI's seed is a signed 64-bit integer; core also takes unsigned ones.
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
@@ -92,40 +97,22 @@ class GenerateFields(SamplingFields, frozen=True, kw_only=True):
     response_format: ResponseFormat | None = None
     context_length: Count | None = None
     keep_alive: KeepAlive | None = None
-
-    allowed_token_ids: Unsupported[None] = None
-    grammar: Unsupported[None] = None
-    guided_choice: Unsupported[None] = None
-    guided_grammar: Unsupported[None] = None
-    guided_json: Unsupported[None] = None
-    guided_regex: Unsupported[None] = None
-    prediction: Unsupported[None] = None
-    structured_outputs: Unsupported[None] = None
+    repeat_penalty: RepetitionPenalty | None = None
+    json_schema: dict[str, Any] | None = None
 
     @property
     def wants_usage(self) -> bool:
         """Whether the stream ends with a usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-
-class TextPart(msgspec.Struct, frozen=True):
-    """A part of a message; only text is supported."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(msgspec.Struct, frozen=True):
-    """One turn of a conversation."""
-
-    role: Role
-    content: str | list[TextPart]
-    name: str | None = None
-    tool_calls: Nothing | None = None
-    function_call: None = None
-
-
-Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=limits.MAX_MESSAGES)]
+    def names(self) -> dict[str, str]:
+        """Return the client's names for fields of the core, where they differ."""
+        aliases = {"repetition_penalty": "repeat_penalty", "response_format": "json_schema"}
+        return {
+            name: alias
+            for name, alias in aliases.items()
+            if getattr(self, alias) is not None and getattr(self, name) is None
+        }
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -235,16 +222,16 @@ def generate_fields(
         raise InvalidRequest("stream_options needs stream to be true.", param="stream_options")
     if (wire.n or 1) * prompts > limits.MAX_CHOICES:
         raise InvalidRequest(f"At most {limits.MAX_CHOICES} choices are accepted.", param="n")
-    fields = request_fields(wire, settings, call)
-    fields |= {
+    values = request_fields(wire, settings, call)
+    values |= {
         "n": wire.n or 1,
-        "json_schema": _json_schema(wire.response_format),
+        "constraint": _constraint(wire),
         "context_length": wire.context_length,
     }
     if wire.stream:
         # The comments of a stream report the progress of the load, so that it has no time limit.
-        fields["load_wait_s"] = None
-    return fields
+        values["load_wait_s"] = None
+    return values
 
 
 def to_sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int | None) -> Sampling:
@@ -253,25 +240,23 @@ def to_sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int |
     Raises:
         InvalidRequest: a value is out of its range.
     """
-    fields = {name: getattr(wire, name) for name in SamplingFields.__struct_fields__}
-    fields |= {"max_tokens": max_tokens, "logprobs": logprobs}
+    values = {name: getattr(wire, name) for name in SamplingFields.__struct_fields__}
+    values |= {"max_tokens": max_tokens, "logprobs": logprobs}
+    values["repetition_penalty"] = _either(
+        "repeat_penalty", wire.repeat_penalty, "repetition_penalty", wire.repetition_penalty
+    )
     if wire.top_k == -1:
         # In vLLM's API -1 means that all tokens are candidates.
-        fields["top_k"] = 0
+        values["top_k"] = 0
     # 0 has no effect, so that every engine accepts it.
-    fields["min_tokens"] = wire.min_tokens or None
+    values["min_tokens"] = wire.min_tokens or None
     return Sampling(
-        **fields,
+        **values,
         stop=(wire.stop,) if isinstance(wire.stop, str) else tuple(wire.stop or ()),
         stop_token_ids=tuple(wire.stop_token_ids or ()),
         ignore_eos=bool(wire.ignore_eos),
         logit_bias=wire.logit_bias or {},
     )
-
-
-def to_messages(wire: Sequence[ChatMessage]) -> tuple[Message, ...]:
-    """Return the turns of a conversation, each with its parts joined to one text."""
-    return tuple(Message(message.role, _content(message), message.name) for message in wire)
 
 
 def to_inputs(name: str, wire: str | Sequence[str | int | list[int]], limit: int) -> list[Prompt]:
@@ -293,10 +278,11 @@ def to_inputs(name: str, wire: str | Sequence[str | int | list[int]], limit: int
     return [item if isinstance(item, str) else tuple(cast("list[int]", item)) for item in wire]
 
 
-def _content(message: ChatMessage) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    return "".join(part.text for part in message.content)
+def _either(alias: str, given: T | None, name: str, value: T | None) -> T | None:
+    """Return the value of a field that has two names."""
+    if given is not None and value is not None and given != value:
+        raise InvalidRequest(f"{alias} and {name} differ.", param=alias)
+    return value if given is None else given
 
 
 def _keep_alive(value: float | str | None) -> float | None:
@@ -306,11 +292,28 @@ def _keep_alive(value: float | str | None) -> float | None:
         raise InvalidRequest(f"keep_alive: {error}.", param="keep_alive") from error
 
 
-def _json_schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
-    if wanted is None or wanted.type == "text":
+def _constraint(wire: GenerateFields) -> Constraint | None:
+    top, inner = wire.json_schema, _schema(wire.response_format)
+    schema = _either("json_schema", top, "response_format", inner)
+    return None if schema is None else Constraint(json_schema=schema)
+
+
+def _schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
+    if wanted is None:
+        return None
+    named, flat = wanted.json_schema, wanted.schema
+    if wanted.type != "json_schema" and (
+        named is not None or (wanted.type == "text" and flat is not None)
+    ):
+        raise InvalidRequest("A schema needs type json_schema.", param="response_format.type")
+    if wanted.type == "text":
         return None
     if wanted.type == "json_object":
-        return {"type": "object"}
-    if wanted.json_schema is None:
+        return {"type": "object"} if flat is None else flat
+    if named is None and flat is None:
         raise InvalidRequest("json_schema is missing.", param="response_format.json_schema")
-    return wanted.json_schema.schema or {}
+    if named is not None and flat is not None:
+        raise InvalidRequest(
+            "schema and json_schema are both given.", param="response_format.schema"
+        )
+    return (flat if named is None else named.schema) or {}

@@ -17,6 +17,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from headrace.cli import terminal
 from headrace.core.errors import ContextOverflow, HeadraceError, InvalidRequest
+from headrace.core.private import private_folder
 from headrace.core.request import Message
 from headrace.core.sampling import Sampling
 from headrace.core.values import expanded
@@ -303,7 +304,7 @@ def _prompt_session(history: Path) -> PromptSession[str]:
 
 def _history(path: Path) -> History:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent)
         path.touch(mode=0o600)
     except OSError:
         return InMemoryHistory()

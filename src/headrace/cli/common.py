@@ -48,7 +48,7 @@ ModelArgument = Annotated[
     ),
 ]
 Engine = Annotated[str | None, Option(help="Use this engine.")]
-Device = Annotated[str | None, Option(help="cuda, mps or cpu.")]
+Device = Annotated[str | None, Option(help="cpu, cuda, mps, cuda:1, a list, or a number of GPUs.")]
 ContextLength = Annotated[int | None, Option(help="Tokens of prompt and answer.")]
 Options = Annotated[
     list[str] | None,
@@ -57,6 +57,13 @@ Options = Annotated[
         "-o",
         metavar="KEY=VALUE",
         help="Option of the engine; `headrace show MODEL` lists them.",
+    ),
+]
+Env = Annotated[
+    list[str] | None,
+    Option(
+        metavar="NAME[=VALUE]",
+        help="Variable of the model's process; without a value, the one that is set here.",
     ),
 ]
 Url = Annotated[
@@ -126,6 +133,7 @@ class ModelFlags:
     device: Device = None
     context_length: ContextLength = None
     option: Options = None
+    env: Env = None
 
     def settings(self, common: Common, *, service: bool = False, **more: Any) -> Settings:
         """Read the configuration with these flags, and more, on top.

@@ -178,7 +178,8 @@ def _device_lines(devices: Sequence[DeviceStatus]) -> Iterator[str]:
 
 
 def _rows(model: ModelStatus, now: float) -> Iterator[tuple[str | None, ...]]:
-    error = " ".join((model.last_error or "").split())[:_LONGEST_ERROR]
+    reason = model.replicas[0].reason if len(model.replicas) == 1 else None
+    error = " ".join((model.last_error or reason or "").split())[:_LONGEST_ERROR]
     estimated = amounts(model.estimated.devices) if model.estimated else None
     yield (
         model.id,

@@ -115,8 +115,8 @@ def _body(record: RequestRecord, model: str | None) -> dict[str, Any]:
     given = {**record.parameters, **record.parameters.get("sampling", {})}
     sent = {name: value for name, value in given.items() if name in _SAME and value is not None}
     sent |= {"messages" if chat else "prompt": record.content.input}
-    if (schema := given.get("json_schema")) is not None:
-        named = {"name": "answer", "schema": schema}
+    if (constraint := given.get("constraint")) is not None:
+        named = {"name": "answer", "schema": constraint["json_schema"]}
         sent["response_format"] = {"type": "json_schema", "json_schema": named}
     if options := given.get("template_options"):
         sent["chat_template_kwargs"] = options

@@ -85,6 +85,7 @@ def doctor(common: Common) -> None:
         "home": {"path": home, "free": _free(home), "models": len(stored)},
         "configuration": {"file": settings.file, "searched": list(settings.searched)},
         "telemetry": _telemetry(settings.config),
+        "confine": {"setting": settings.config.server.confine, **runtime.confinement()},
     }
     common.show(report, _doctor_lines(msgspec.to_builtins(report, enc_hook=str), system.devices))
 
@@ -108,9 +109,16 @@ def _doctor_lines(report: dict[str, Any], devices: Sequence[Device]) -> Iterator
     yield ""
     yield f"home    {home['path']} ({home['models']} models, {terminal.size(home['free'])} free)"
     yield f"config  {files['file'] or 'none; ' + ' and '.join(files['searched'])}"
+    yield from _confine_lines(report["confine"])
     yield from _telemetry_lines(
         report["telemetry"], has_sdk="opentelemetry-sdk" in machine["libraries"]
     )
+
+
+def _confine_lines(held: dict[str, str]) -> Iterator[str]:
+    setting, *rest = held.items()
+    facts = ", ".join(f"{name}: {state}" for name, state in rest)
+    yield f"confine {setting[1]}" + (f"; {facts}" if setting[1] == "auto" else "")
 
 
 def _provider(name: str, provider: Any) -> dict[str, Any]:

@@ -156,7 +156,10 @@ async def _as_json(
         "reasoning": choice.reasoning,
         "finish_reason": choice.finish_reason,
         "usage": result.usage,
-        "metrics": result.metrics,
+        # The model was loaded for this request, before it was sent.
+        "metrics": msgspec.structs.replace(
+            result.metrics, load_ms=worker.metadata.load_ms or result.metrics.load_ms
+        ),
     }
 
 

@@ -41,7 +41,9 @@ Models = Annotated[
 class _Flags:
     """Settings of the service and of all its models, by their names; None is not given."""
 
-    host: Annotated[str | None, Option(help="Address to listen on.")] = None
+    host: Annotated[
+        str | None, Option(help="Address to listen on; :: is every address, IPv4 too.")
+    ] = None
     port: Annotated[int | None, Option(help="Port; 0 takes a free one.")] = None
     allow_public: Annotated[
         bool | None, Option(help="Listen beyond loopback without an API key.")
@@ -51,6 +53,9 @@ class _Flags:
     ] = None
     allowed_origins: Annotated[
         str | None, Option(help="Allowed web origins, separated by commas.")
+    ] = None
+    max_idle_connections: Annotated[
+        int | None, Option(help="Connections of one address without a running request.")
     ] = None
     drain_s: Annotated[
         float | None, Option(help="Time for running answers to finish at the end.")
@@ -151,8 +156,9 @@ def listen(server: ServerSettings) -> socket.socket:
                 "HEADRACE_API_KEYS, or allow it with --allow-public.",
                 param="host",
             )
-        bound = (str(address[0]), int(address[1]))
-        return socket.create_server(bound, family=family, backlog=_BACKLOG)
+        # `::` is every address of this machine, those of IPv4 too.
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         raise ConfigError(
             f"Cannot listen on {server.host}:{server.port}: {error.strerror or error}."
@@ -172,9 +178,9 @@ def announce(
     as_json: bool,
 ) -> None:
     """Print the address, and an example of a request."""
-    url = _url(listener)
+    url = url_of(listener)
     names = [spec.name for spec in specs]
-    extra = {} if metrics is None else {"metrics": f"{_url(metrics)}/metrics"}
+    extra = {} if metrics is None else {"metrics": f"{url_of(metrics)}/metrics"}
     if as_json:
         print(json.dumps({"url": url, "models": names, **extra}), flush=True)
         return
@@ -190,6 +196,7 @@ def announce(
     )
 
 
-def _url(listener: socket.socket) -> str:
+def url_of(listener: socket.socket) -> str:
+    """Return the URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -13,28 +13,27 @@ from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any
 
 import msgspec
-import uvicorn
 from msgspec.structs import replace
 
 from headrace import runtime
-from headrace.api import limits
 from headrace.api.app import create_app
 from headrace.api.limits import ApiSettings
+from headrace.api.server import Server
 from headrace.cli import terminal
 from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
 from headrace.core.model import ModelSpec
 from headrace.core.status import Reloaded
-from headrace.machine import shorten_switch_interval, tune_garbage_collection
+from headrace.machine import (
+    raise_open_files,
+    shorten_switch_interval,
+    tune_garbage_collection,
+)
 
 Read = Callable[[], tuple[Settings, list[ModelSpec]]]
 """Reads the configuration, with the flags of the command; returns it and the models to serve."""
 
 _log = logging.getLogger("headrace.service")
-_CLOSE_S = 2
-# Longer than clients keep an idle connection, as a request may be on its way when the server closes
-# one. Python's clients keep it for 5 s, most load balancers for 60 s.
-_IDLE_CONNECTION_S = 75
 _HOPELESS = {"failed", "stopped", "created"}
 
 
@@ -54,16 +53,17 @@ async def live(
     Raises:
         HeadraceError: no model could be loaded.
     """
+    raise_open_files()
     service = _Service(settings, specs, reread)
     loading = service.begin(service.load())
     following = service.begin(service.follow())
     watching = service.begin(service.telemetry.watch())
     if metrics is not None:
-        service.begin(service.aside.serve(sockets=[metrics]))
+        service.begin(service.aside.serve(metrics))
     try:
         with service.signals():
             announce()
-            await service.server.serve(sockets=[listener])
+            await service.server.serve(listener)
     finally:
         following.cancel()
         watching.cancel()
@@ -71,13 +71,6 @@ async def live(
         await service.aclose()
     if not loading.cancelled():
         loading.result()
-
-
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None]:
-        # The service has its own handlers; uvicorn would raise the signal again at its end.
-        yield
 
 
 class _Service:
@@ -102,8 +95,9 @@ class _Service:
             observer=self.telemetry,
             metrics=telemetry.metrics and telemetry.metrics_port is None,
         )
-        self.server = _Server(_uvicorn(self._app))
-        self.aside = _Server(_uvicorn(self._app.metrics_alone()))
+        idle = settings.config.server.max_idle_connections
+        self.server = Server(self._app, idle)
+        self.aside = Server(self._app.metrics_alone(), idle)
 
     def ready(self) -> bool:
         """Whether new requests are accepted."""
@@ -137,7 +131,8 @@ class _Service:
         """Wait up to `drain_s` for running answers, and at a second call no longer."""
         wait_s = 0.0 if self._stops else self._settings.config.server.drain_s
         self._stops += 1
-        self.server.force_exit = self._stops > 2
+        if self._stops > 2:
+            self.server.abort()
         self.begin(self._end(wait_s))
 
     def hang_up(self) -> None:
@@ -160,7 +155,7 @@ class _Service:
                 return
             states = {info.state for info in self.backend.models()}
             if states <= _HOPELESS and not self._optional:
-                self.server.should_exit = True
+                self.server.stop()
                 raise
             terminal.note(f"error: {error.message}")
         finally:
@@ -178,7 +173,7 @@ class _Service:
     async def aclose(self) -> None:
         """Close the backend, and wait for all tasks."""
         await self.backend.aclose()
-        self.aside.should_exit = True
+        self.aside.stop()
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self.telemetry.aclose()
@@ -194,7 +189,7 @@ class _Service:
         try:
             await self.backend.aclose(wait_s)
         finally:
-            self.server.should_exit = True
+            self.server.stop()
 
 
 def _log_reload(reloading: asyncio.Task[Reloaded]) -> None:
@@ -214,19 +209,3 @@ def api_settings(config: Config) -> ApiSettings:
     """Return the settings of the API: the fields of the configuration with the same names."""
     settings = msgspec.convert(config.server, ApiSettings, from_attributes=True)
     return replace(settings, metrics_keys=config.telemetry.metrics_keys)
-
-
-def _uvicorn(app: Any) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        h11_max_incomplete_event_size=limits.MAX_HEADER,
-        timeout_graceful_shutdown=_CLOSE_S,
-        timeout_keep_alive=_IDLE_CONNECTION_S,
-    )

@@ -17,10 +17,9 @@ from headrace.core.errors import UnknownModel
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from pydantic import BaseModel
-
     from headrace.config import Config
     from headrace.core.model import ModelFile, ModelInfo, ModelSpec
+    from headrace.core.parameters import Parameter
     from headrace.models.transfer import Progress
 
 
@@ -69,18 +68,25 @@ def show(common: Common, model: ModelArgument, flags: ModelFlags) -> None:
     from headrace import runtime
 
     settings = flags.settings(common)
-    info = runtime.describe(settings.model_spec(model), settings.config)
-    options = list(_options(info, runtime.engine_options()))
-    described = {**msgspec.to_builtins(info), "engine_options": options}
+    spec = settings.model_spec(model)
+    info = runtime.describe(spec, settings.config)
+    parameters = runtime.parameters(spec, info.engine)
+    options = [parameter for parameter in parameters if parameter.kind == "option"]
+    described = {
+        **msgspec.to_builtins(info),
+        "settings": [_plain(item) for item in parameters if item.kind == "setting"],
+        "engine_options": [_plain(item) for item in options],
+    }
     common.show(described, _model_lines(info, options))
 
 
-def _model_lines(info: ModelInfo, options: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _model_lines(info: ModelInfo, options: Sequence[Parameter]) -> Iterator[str]:
     yield from terminal.aligned((), _facts(info))
     if options:
         yield f"\nOptions of {info.engine} (-o KEY=VALUE):"
         heads = ("OPTION", "VALUE", "DEFAULT", "HELP")
-        yield from terminal.aligned(heads, (tuple(option.values()) for option in options))
+        rows = ((option.name, option.value, option.default, option.help) for option in options)
+        yield from terminal.aligned(heads, rows)
 
 
 def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
@@ -99,17 +105,10 @@ def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
             yield name, ", ".join(value) if name in ("aliases", "roles", "notes") else value
 
 
-def _options(info: ModelInfo, engines: dict[str, type[BaseModel]]) -> Iterator[dict[str, Any]]:
-    """Yield each option of the model's engine, with its value if set, and its default."""
-    kind = engines.get(info.engine)
-    schema: dict[str, Any] = kind.model_json_schema() if kind else {}
-    for name, field in schema.get("properties", {}).items():
-        yield {
-            "option": name,
-            "value": info.options.get(name),
-            "default": field.get("default"),
-            "help": field.get("description", ""),
-        }
+def _plain(parameter: Parameter) -> dict[str, Any]:
+    """Return a description for JSON, its name under its kind."""
+    plain: dict[str, Any] = msgspec.to_builtins(parameter, enc_hook=str)
+    return {plain.pop("kind"): plain.pop("name"), **plain}
 
 
 def ls(common: Common) -> None:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,13 @@ __all__ = [
 ]
 
 
+ImportOptions = Callable[[str], type[BaseModel]]
+"""Returns the Options of an engine that is given by its import path."""
+
+Verify = Callable[[ModelSpec], None]
+"""Raises a ConfigError, whose `param` is the setting, for settings that do not go together."""
+
+
 class Row(NamedTuple):
     """A line of `headrace config show`; `value` is plain data, masked if it is a secret."""
 
@@ -59,7 +66,14 @@ class _Sources:
     flags: Layer
     keys: Keys
     engines: Mapping[str, type[BaseModel]]
+    import_options: ImportOptions | None
+    verify: Verify | None
     cwd: Path
+
+    def with_engine(self, name: object) -> _Sources:
+        """Return the sources with the options of an engine given by its import path."""
+        engines = _with_imported(self.engines, [name], self.import_options)
+        return replace(self, engines=engines, keys=Keys.of(engines))
 
     def everywhere(self, default: Layer) -> Layer:
         """Merge the layers of the program's settings."""
@@ -71,7 +85,9 @@ class _Sources:
     def of_model(self, name: str, reference: str, given: Layer) -> Layer:
         """Merge the layers of one model, without options of other engines."""
         layer = {"model": Value(reference, "default", self.cwd)} | self.file.models.get(name, {})
-        variables = self.environment.get(environment_name(name), {})
+        # A name without ASCII letters and digits has no variables of its own.
+        own = environment_name(name)
+        variables = self.environment.get(own, {}) if own else {}
         shared = _for_all(self.environment[""])
         merged = layer | shared | variables | _for_all(self.flags) | given
         able = {key for kind in self.able(merged) for key in kind.model_fields}
@@ -94,7 +110,6 @@ class _Sources:
         engine = named.value if named else str(layer["model"].value).removeprefix("builtin:")
         if engine in self.engines:
             return [self.engines[engine]]
-        # An engine by import path is not in the list, and checks its options when it opens.
         if named and self.engines and ":" not in str(engine):
             raise sources.unknown_key(named.origin, str(engine), self.engines, "engine")
         return [] if named else list(self.engines.values())
@@ -182,8 +197,9 @@ class Settings:
             yield from _model_rows(*_model(self._sources, known, reference, {}))
 
     def _spec(self, name: str, reference: str, arguments: Mapping[str, Any]) -> ModelSpec:
-        given = sources.arguments(arguments, self._sources.keys, self._sources.cwd)
-        return _model(self._sources, name, reference, given)[0]
+        read = self._sources.with_engine(arguments.get("engine"))
+        given = sources.arguments(arguments, read.keys, read.cwd)
+        return _model(read, name, reference, given)[0]
 
 
 def _row(key: str, value: Any, source: Value | None) -> Row:
@@ -206,7 +222,24 @@ def _model(read: _Sources, name: str, reference: str, given: Layer) -> tuple[Mod
         if key.startswith("options."):
             layer[key] = value._replace(value=check.option(kinds, key, value, prefix))
     checked = check.build(ModelSettings, layer, prefix)
-    return ModelSpec(name=name, **checked.model_dump()), layer
+    spec = ModelSpec(name=name, **checked.model_dump())
+    if read.verify is not None:
+        try:
+            read.verify(spec)
+        except ConfigError as error:
+            source = layer.get(error.param or "") or layer["model"]
+            message = f"{source.origin}: {prefix}{error.param}: {error.message}"
+            raise ConfigError(message, param=error.param) from None
+    return spec, layer
+
+
+def _with_imported(
+    known: Mapping[str, type[BaseModel]],
+    names: Iterable[object],
+    import_options: ImportOptions | None,
+) -> Mapping[str, type[BaseModel]]:
+    paths = {name for name in names if isinstance(name, str) and ":" in name} - known.keys()
+    return {**known, **{name: import_options(name) for name in paths}} if import_options else known
 
 
 def load(
@@ -216,27 +249,35 @@ def load(
     cwd: Path | None = None,
     flags: Mapping[str, Any] | None = None,
     known_options: Mapping[str, type[BaseModel]] | None = None,
+    import_options: ImportOptions | None = None,
+    verify: Verify | None = None,
 ) -> Settings:
     """Read and check all sources.
 
     `flags` are flat keys (`port`, `context_length`); None is one that is not given, and `options`
-    holds engine options. `known_options` are the Options of the engines, by engine. The
-    arguments of the host program are never read.
+    holds engine options. `known_options` are the Options of the engines, by engine;
+    `import_options` returns those of an engine given by its import path, and `verify` raises a
+    ConfigError for settings of a model that do not go together. The arguments of the host program
+    are never read.
 
     Raises:
         ConfigError: a file cannot be read, a key is unknown, a value is not accepted.
     """
     variables = os.environ if environ is None else environ
     here = cwd or Path.cwd()
-    engines = known_options or {}
-    keys = Keys.of(engines)
     path, searched = sources.find_file(file, variables, here)
+    parsed = sources.parse(path)
+    named = [*parsed.engines(), *sources.engines(variables), (flags or {}).get("engine")]
+    engines = _with_imported(known_options or {}, named, import_options)
+    keys = Keys.of(engines)
     read = _Sources(
-        file=sources.parse(path),
+        file=parsed,
         environment=sources.environment(variables, keys, here),
         flags=sources.flags(flags or {}, keys, here),
         keys=keys,
         engines=engines,
+        import_options=import_options,
+        verify=verify,
         cwd=here,
     )
     home = Value(str(sources.xdg(variables, "XDG_DATA_HOME", ".local/share")), "default", here)
@@ -250,6 +291,11 @@ def _distinct(models: Mapping[str, ModelSpec], path: Path | None) -> None:
     seen = dict.fromkeys(models, "a model")
     for name, model in models.items():
         for alias in model.aliases:
+            if not sources.is_name(alias):
+                raise ConfigError(
+                    f"file {path}: models.{name}.aliases: {alias!r}: {sources.NAMES}.",
+                    param="aliases",
+                )
             if alias in seen:
                 raise ConfigError(
                     f"file {path}: models.{name}.aliases: {alias} is the name of {seen[alias]}.",

@@ -93,7 +93,7 @@ def is_local_only(key: str, value: object) -> bool:
     text = str(value)
     reads = key == "chat_template" and text.startswith("@")
     runs = key == "engine" and ":" in text
-    return key in ("model", "trust_remote_code") or reads or runs or _selects_upstream(key)
+    return key in ("model", "trust_remote_code", "env") or reads or runs or _selects_upstream(key)
 
 
 def _selects_upstream(key: str) -> bool:

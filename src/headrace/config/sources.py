@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from headrace.config.tree import TABLES, Config
 from headrace.core.errors import ConfigError
 from headrace.core.model import SETTINGS, SINGLE_SETTINGS
-from headrace.core.values import expanded
+from headrace.core.values import expanded, is_text
 
 PREFIX = "HEADRACE_"
 CLIENT_KEYS = ("HEADRACE_ADMIN_KEY", "HEADRACE_API_KEY")
@@ -31,6 +31,8 @@ RESERVED = frozenset(
 """Variables with the prefix that are read elsewhere and are not settings."""
 
 FILE_NAME = "headrace.toml"
+NAMES = "a name has 1 to 512 characters, and no control characters"
+_MAX_NAME = 512
 _UPSTREAM = re.compile(r"[a-z][a-z0-9_-]+")
 
 
@@ -85,6 +87,11 @@ def environment_name(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "_", model).strip("_").upper()
 
 
+def is_name(name: str) -> bool:
+    """Whether a model may have this name: requests, logs and tables have to show it."""
+    return bool(name.strip()) and len(name) <= _MAX_NAME and is_text(name)
+
+
 def short_name(reference: str) -> str:
     """Return a name for a model that is not configured: of the catalogue, file or upstream."""
     scheme, colon, rest = reference.partition(":")
@@ -97,6 +104,13 @@ def short_name(reference: str) -> str:
     return Path(reference).name.removesuffix(".gguf") or reference
 
 
+def engines(environ: Mapping[str, str]) -> Iterator[str]:
+    """Yield the engines that variables name, for all models or for one."""
+    for name, text in environ.items():
+        if name == f"{PREFIX}ENGINE" or (name.startswith(PREFIX) and name.endswith("__ENGINE")):
+            yield text
+
+
 def environment(environ: Mapping[str, str], keys: Keys, cwd: Path) -> dict[str, Layer]:
     """Return a layer for each sanitised model name; the one of all models has an empty name."""
     layers: dict[str, Layer] = {"": {}}
@@ -104,9 +118,10 @@ def environment(environ: Mapping[str, str], keys: Keys, cwd: Path) -> dict[str, 
         # An empty variable is ignored, so that it cannot clear the API keys of the file.
         if not name.startswith(PREFIX) or name in RESERVED or not text:
             continue
-        model, _, key = name.removeprefix(PREFIX).rpartition("__")
+        model, separator, key = name.removeprefix(PREFIX).rpartition("__")
         places = keys.model if model else keys.shared
-        place = places.get(key.lower()) if key.isupper() else None
+        known_form = key.isupper() and bool(model or not separator)
+        place = places.get(key.lower()) if known_form else None
         if place is None:
             start = f"{PREFIX}{model}__" if model else PREFIX
             known = [start + other.upper() for other in places]
@@ -161,6 +176,10 @@ class File(NamedTuple):
     shared: Layer
     models: dict[str, Layer]
 
+    def engines(self) -> Iterator[object]:
+        """Yield the engines that models are configured with."""
+        yield from (layer["engine"].value for layer in self.models.values() if "engine" in layer)
+
 
 def _read(path: Path) -> dict[str, Any]:
     try:
@@ -205,6 +224,8 @@ def parse(path: Path | None) -> File:
 
 def _model_table(models: Mapping[str, Any], name: str, source: Value) -> Layer:
     prefix = f"models.{name}"
+    if not is_name(name):
+        raise ConfigError(f"{source.origin}: [models.{name!r}]: {NAMES}.", param="models")
     table = _table(models[name], prefix, source.origin)
     layer = _checked(table, SETTINGS, f"{prefix}.", source)
     options = layer.pop("options", source._replace(value={})).value

@@ -6,6 +6,7 @@ Those of a model are declared in headrace.core.model, and get their validators h
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args, g
 
 import msgspec
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -81,6 +83,15 @@ def _amounts(value: object) -> object:
     return amounts
 
 
+def _host(value: str) -> str:
+    """Return an address as the system writes it; one of IPv6 may be in the brackets of a URL."""
+    name = value.strip().removeprefix("[").removesuffix("]")
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name
+
+
 T = TypeVar("T")
 _FIXED = "fixed"
 
@@ -101,7 +112,9 @@ class _Frozen(BaseModel):
 class HttpSettings(_Frozen):
     """The address of `headrace serve`, its keys, and what it accepts."""
 
-    host: Fixed[str] = Field(default="127.0.0.1", description="address to listen on")
+    host: Fixed[Annotated[str, AfterValidator(_host)]] = Field(
+        default="127.0.0.1", description="address to listen on; `::` is every one, IPv4 too"
+    )
     port: Fixed[int] = Field(default=11511, ge=0, le=65535, description="port; 0 takes a free one")
     api_keys: Keys = Field(
         default=(), repr=False, description="keys of clients, plain or as sha256:<hex>"
@@ -112,6 +125,9 @@ class HttpSettings(_Frozen):
     allow_public: bool = Field(default=False, description="listen beyond loopback without a key")
     allowed_hosts: Words = Field(default=(), description="further names of this server (Host)")
     allowed_origins: Words = Field(default=(), description="allowed web origins (Origin)")
+    max_idle_connections: Fixed[int] = Field(
+        default=1024, ge=1, description="connections of one address without a running request"
+    )
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="largest request body")
     deadline_s: float | None = Field(
         default=None, gt=0, description="longest time from a request's arrival to its end"
@@ -123,6 +139,9 @@ class HttpSettings(_Frozen):
     )
     load_wait_s: float = Field(
         default=30.0, gt=0, description="how long a request waits for its model to load"
+    )
+    unknown_fields: Annotated[Literal["ignore", "warn", "refuse"], BeforeValidator(_lower)] = Field(
+        default="warn", description="unknown fields of a request: ignore, warn, refuse"
     )
 
 
@@ -155,6 +174,9 @@ class ServerSettings(Rules, HttpSettings):
     drain_s: float = Field(default=30.0, ge=0, description="time for answers to finish at the end")
     memory: Annotated[tuple[str, ...], BeforeValidator(_amounts)] = Field(
         default=(), description="memory for models: 16GiB, 80%, cpu=16GiB, cuda:0=90%"
+    )
+    confine: Fixed[Annotated[Literal["auto", "off"], BeforeValidator(_lower)]] = Field(
+        default="auto", description="take from models' processes what they do not need"
     )
     state: Fixed[Path | None] = Field(
         default=None, description="file of changes at run time; HOME/services/PORT.json"
@@ -239,8 +261,8 @@ def _may_be(hint: Any, kinds: Iterable[object]) -> bool:
 
 
 def _parser(hint: Any, setting: Setting) -> Callable[[object], object]:
-    if (parse := setting.parse) is not None:
-        return lambda value: parse(value) if isinstance(value, str | float | int) else value
+    if setting.parse is not None:
+        return setting.parse
     if _may_be(hint, (tuple,)):
         return words
     return _lower if _may_be(hint, (Literal,)) else lambda value: value

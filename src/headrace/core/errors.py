@@ -6,6 +6,7 @@ HeadraceError
 │   ├── InvalidRequest
 │   ├── ContextOverflow
 │   ├── Unsupported
+│   ├── NotStarted
 │   ├── Unauthorized
 │   └── Forbidden
 ├── CapacityError         try later
@@ -19,6 +20,7 @@ HeadraceError
 ├── EngineError           call an operator
 │   ├── LoadFailed
 │   ├── GenerationFailed
+│   ├── ConstraintViolated
 │   ├── OutOfMemory
 │   ├── WorkerDied
 │   └── UpstreamError
@@ -28,10 +30,14 @@ HeadraceError
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from headrace.core.metrics import InferenceMetrics
+
+if TYPE_CHECKING:
+    from headrace.core.events import Choice
 
 
 class HeadraceError(Exception):
@@ -39,8 +45,11 @@ class HeadraceError(Exception):
 
     `message` is stable and safe to show to a client; `detail` is for the log.
     `param` names the offending field of the request. `retry_after_s` is in seconds.
-    `metrics` holds the figures of a request that failed after it was received.
+    `metrics` holds the figures of a request that failed after it was received. `choices` are the
+    parts of a collected answer (`generate`) that came before it failed.
     """
+
+    choices: tuple[Choice, ...] = ()
 
     def __init__(
         self,
@@ -57,6 +66,11 @@ class HeadraceError(Exception):
         self.detail = detail
         self.retry_after_s = retry_after_s
         self.metrics = metrics
+
+    @property
+    def text(self) -> str:
+        """The text of the first choice before the answer failed."""
+        return self.choices[0].text if self.choices else ""
 
 
 class RequestError(HeadraceError):
@@ -77,6 +91,10 @@ class ContextOverflow(RequestError):
 
 class Unsupported(RequestError):
     """A field that would change the answer is not supported by this engine."""
+
+
+class NotStarted(RequestError):
+    """A worker in Python was not started, or has been stopped: it answers after `start`."""
 
 
 class Unauthorized(RequestError):
@@ -129,6 +147,10 @@ class LoadFailed(EngineError):
 
 class GenerationFailed(EngineError):
     """The engine failed while it generated."""
+
+
+class ConstraintViolated(EngineError):
+    """The finished text is not what its constraint (a JSON schema) demands."""
 
 
 class OutOfMemory(EngineError):

@@ -153,9 +153,16 @@ class InferenceMetrics(Figures, frozen=True, kw_only=True):
     ]
     queue_ms: Annotated[
         float | None,
-        _ms("From arrival until the engine admits it, loading not counted.", max, summarised=True),
+        _ms(
+            "From arrival until the engine admits it, without loading and compiling.",
+            max,
+            summarised=True,
+        ),
     ] = None
     load_ms: Annotated[float, _ms("How long the request waited for its model to load.", max)] = 0.0
+    compile_ms: Annotated[
+        float | None, _ms("Compiling the JSON schema of the answer, before the engine.", max)
+    ] = None
     time_to_first_token_ms: Annotated[
         float | None, _ms("From arrival to the first text of the answer.", min, summarised=True)
     ] = None

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, NamedTuple, get_origin, get_type_hin
 
 import msgspec
 
-from headrace.core.values import seconds
+from headrace.core.device import device_text
+from headrace.core.values import seconds, variables
 
 State = Literal["created", "loading", "ready", "draining", "stopped", "failed"]
 Origin = Literal["default", "file", "environment", "flag", "argument"]
@@ -33,11 +34,15 @@ class Setting(NamedTuple):
     live: bool = False
     traced: bool = False
     single: bool = False
-    parse: Callable[[str | float], object] | None = None
+    parse: Callable[[object], object] | None = None
 
 
-def _engine(value: str | float) -> object:
+def _engine(value: object) -> object:
     return None if value == "auto" else value
+
+
+def _duration(value: object) -> object:
+    return seconds(value) if isinstance(value, str | float | int) else value
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -60,7 +65,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         str | None,
         Setting("engine; auto by format, device and what was measured", parse=_engine),
     ] = None
-    device: Annotated[str | None, Setting("device; else cuda, mps, cpu", traced=True)] = None
+    device: Annotated[
+        str | None,
+        Setting(
+            "cpu, cuda, mps, cuda:1, a list of GPUs, or their number; else the best",
+            traced=True,
+            parse=device_text,
+        ),
+    ] = None
     context_length: Annotated[
         int | None, Setting("prompt and answer, in tokens", ge=1, traced=True)
     ] = None
@@ -82,7 +94,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             "how long it stays idle: 5m, 0; -1 until its memory is needed",
             live=True,
             traced=True,
-            parse=seconds,
+            parse=_duration,
         ),
     ] = -1.0
     preload: Annotated[bool, Setting("load when the service starts", live=True)] = True
@@ -102,7 +114,23 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         Task | None,
         Setting("generate, embed or rerank; else by the model's header", traced=True),
     ] = None
+    env: Annotated[
+        dict[str, str | None],
+        Setting("variables of its process beside those of all: NAME = value", parse=variables),
+    ] = {}
     options: Annotated[dict[str, Any], Setting("the engine's options")] = {}
+
+
+class PlacedSpec(ModelSpec, frozen=True, kw_only=True):
+    """A model on the devices that were chosen for one worker."""
+
+    placed: tuple[str, ...]
+
+    @classmethod
+    def of(cls, spec: ModelSpec, placed: tuple[str, ...]) -> PlacedSpec:
+        """Return the specification with these devices."""
+        values = {name: getattr(spec, name) for name in ModelSpec.__struct_fields__}
+        return cls(**values, placed=placed)
 
 
 SETTINGS: Mapping[str, Setting] = {

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest
 from headrace.core.model import Task
 from headrace.core.sampling import Sampling
@@ -117,8 +118,9 @@ _ENVELOPE = frozenset(Request.__struct_fields__) - {"deadline_s", "keep_alive"}
 class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
     """Messages or a prompt (text or token ids), never both.
 
-    `context_length` is at most that of the model. `json_schema` constrains the text; `{}` means
-    any JSON. `answered` are the tokens of an answer to continue: the stream begins with their
+    `context_length` is at most that of the model. With `fit_max_tokens`, `max_tokens` is cut to
+    what the context has left, which is refused otherwise. `constraint` is what the text has to be.
+    `answered` are the tokens of an answer to continue: the stream begins with their
     text, in one delta.
 
     Raises:
@@ -131,7 +133,8 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     n: int = 1
     echo: bool = False
     context_length: int | None = None
-    json_schema: dict[str, Any] | None = None
+    fit_max_tokens: bool = False
+    constraint: Constraint | None = None
     template_options: dict[str, Any] = {}
     answered: tuple[int, ...] = ()
 

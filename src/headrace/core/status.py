@@ -12,6 +12,7 @@ EventKind = Literal[
     "loading",
     "ready",
     "load_failed",
+    "not_loaded",
     "unloaded",
     "evicted",
     "expired",
@@ -32,6 +33,7 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
 
     `parts` are the terms of an estimate in bytes (`weights`, `kv_cache`, `overhead`). `load_s` is
     the time of a load in seconds. It holds for `context_length`, `max_running` and `engine`.
+    `choices` are the bytes for each set of devices on which the model could be placed.
     """
 
     devices: dict[str, int]
@@ -41,6 +43,7 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
     context_length: int | None = None
     max_running: int | None = None
     engine: str = ""
+    choices: tuple[dict[str, int], ...] = ()
 
 
 class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,13 +7,14 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from typing import Generic, TypeVar
 
-from headrace.core.errors import GenerationFailed
+from headrace.core.errors import GenerationFailed, HeadraceError
 from headrace.core.events import (
     Choice,
     Delta,
     EmbedResult,
     Event,
     Finish,
+    FinishReason,
     GenerateResult,
     Progress,
     Ranking,
@@ -129,7 +130,7 @@ async def collect(stream: Stream) -> GenerateResult:
 
     Raises:
         GenerationFailed: the stream ended without a Finish.
-        HeadraceError: raised by the stream.
+        HeadraceError: raised by the stream; its `choices` are what came before.
     """
     parts: dict[int, list[Delta]] = {}
     try:
@@ -138,9 +139,14 @@ async def collect(stream: Stream) -> GenerateResult:
                 parts.setdefault(event.index, []).append(event)
             elif isinstance(event, Finish):
                 return _result(parts, event)
+        raise GenerationFailed("The stream ended without a Finish.")
+    except HeadraceError as error:
+        # An error without an answer may be shared by the requests that waited.
+        if parts:
+            error.choices = tuple(_choice(index, parts[index], "error") for index in sorted(parts))
+        raise
     finally:
         await stream.aclose()
-    raise GenerationFailed("The stream ended without a Finish.")
 
 
 async def result(stream: Stream, kind: type[E]) -> tuple[E, Finish]:
@@ -191,12 +197,13 @@ async def collect_text(stream: Stream) -> str:
 
 def _result(parts: dict[int, list[Delta]], finish: Finish) -> GenerateResult:
     choices = tuple(
-        _choice(index, parts.get(index, ()), finish) for index in range(len(finish.finish_reasons))
+        _choice(index, parts.get(index, ()), reason)
+        for index, reason in enumerate(finish.finish_reasons)
     )
     return GenerateResult(choices=choices, usage=finish.usage, metrics=finish.metrics)
 
 
-def _choice(index: int, deltas: Sequence[Delta], finish: Finish) -> Choice:
+def _choice(index: int, deltas: Sequence[Delta], reason: FinishReason) -> Choice:
     logprobs: list[TokenLogprob] = []
     token_ids: list[int] = []
     for delta in deltas:
@@ -208,7 +215,7 @@ def _choice(index: int, deltas: Sequence[Delta], finish: Finish) -> Choice:
         reasoning="".join(delta.reasoning for delta in deltas),
         token_ids=tuple(token_ids),
         logprobs=tuple(logprobs),
-        finish_reason=finish.finish_reasons[index],
+        finish_reason=reason,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,11 +13,21 @@ from headrace.core.errors import HeadraceError, InvalidRequest
 
 _UNITS = {"h": 3600, "m": 60, "s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 _NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+_VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+_OWN_VARIABLES = {
+    "CUDA_VISIBLE_DEVICES": "choose GPUs with `device`",
+    "CUDA_DEVICE_ORDER": "GPUs are numbered in the order of the PCI bus",
+    "TMPDIR": "each process has a directory of its own",
+}
 _PART = re.compile(f"({_NUMBER})(h|ms|m|s|us|ns)")
 _TEXT = re.compile(f"([+-]?)(?:({_NUMBER})|((?:{_PART.pattern})+))")
 # Longer than any machine runs, and short enough for every timer.
 _LONGEST_S = 1e9
 _SECRETS = frozenset({"key", "keys", "token", "secret", "password"})
+_SECRET_PARTS = _SECRETS | {
+    *("tokens", "secrets", "pass", "passwd", "passphrase", "pwd", "auth", "authorization"),
+    *("credential", "credentials", "apikey", "accesskey", "privatekey", "cookie", "dsn"),
+}
 
 
 def seconds(value: str | float) -> float:
@@ -47,6 +59,11 @@ def _refusal(value: object) -> str:
     return f"{value!r} is not a duration; write seconds, 5m, 1h30m, 0, or -1 for no limit"
 
 
+def is_text(text: str) -> bool:
+    """Whether a text has no control characters and no lone surrogates: it can be shown and sent."""
+    return all(unicodedata.category(character) not in ("Cc", "Cs") for character in text)
+
+
 def expanded(text: str | Path, error_type: type[HeadraceError] = InvalidRequest) -> Path:
     """Return the path, with `~` or `~name` replaced by the home directory.
 
@@ -59,6 +76,36 @@ def expanded(text: str | Path, error_type: type[HeadraceError] = InvalidRequest)
         raise error_type(f"{str(text)!r}: there is no such home directory.") from error
 
 
+def names_secret(variable: str) -> bool:
+    """Whether a variable of the environment has the name of a secret, as `HF_TOKEN` has."""
+    return not _SECRET_PARTS.isdisjoint(re.split(r"[^a-z]+", variable.lower()))
+
+
+def variables(value: object) -> object:
+    """Return variables of the environment by name; None is the value that the service has.
+
+    `value` is a table, or names and `NAME=value` in a list or separated by commas.
+
+    Raises:
+        ValueError: a name is malformed, or set in another way. It never contains a value.
+    """
+    if isinstance(value, str):
+        as_json = value.lstrip().startswith(("[", "{"))
+        value = json.loads(value) if as_json else [word.strip() for word in value.split(",")]
+    if isinstance(value, list | tuple):
+        pairs = [str(item).partition("=") for item in cast("Iterable[object]", value)]
+        value = {name: text if equals else None for name, equals, text in pairs}
+    if not isinstance(value, Mapping):
+        return value
+    table = cast("Mapping[str, object]", value)
+    for name in table:
+        if not _VARIABLE.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a variable")
+        if name in _OWN_VARIABLES:
+            raise ValueError(f"{name} is set by Headrace; {_OWN_VARIABLES[name]}")
+    return {name: item if item is None else str(item) for name, item in table.items()}
+
+
 def masked(key: str, value: Any) -> Any:
     """Return a value in a form to be printed as JSON.
 
@@ -66,6 +113,9 @@ def masked(key: str, value: Any) -> Any:
     """
     if hasattr(value, "get_secret_value"):  # pydantic's
         return "…"
+    if key.rpartition(".")[2] == "env" and isinstance(value, Mapping):
+        table = cast("Mapping[str, object]", value)
+        return {name: text if text is None else "…" for name, text in table.items()}
     if isinstance(value, list | tuple):
         return [masked(key, item) for item in cast("Iterable[Any]", value)]
     if not value or key.rpartition(".")[2].rpartition("_")[2] not in _SECRETS:

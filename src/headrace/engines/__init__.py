@@ -1,4 +1,8 @@
-"""The engines by name: which exist, which are installed, and which suits a model."""
+"""The engines by name: which exist, which are installed, and which suits a model.
+
+A name with a colon is an import path, `package.module:Engine`. Only configurations, flags and
+programs can name one.
+"""
 
 from __future__ import annotations
 
@@ -173,6 +177,23 @@ def footprint(name: str, request: OpenRequest) -> Footprint:
     return _module(name).footprint(request)
 
 
+def writes(name: str, request: OpenRequest) -> Sequence[Path]:
+    """Return the folders that a confined engine writes to beside that of temporary files."""
+    return _module(name).writes(request)
+
+
+def import_library(name: str) -> None:
+    """Import an engine's library, unless Python has compiled it before.
+
+    A confined process cannot keep what Python compiles, and would compile it at each load.
+    """
+    library = about(name).requires
+    spec = importlib.util.find_spec(library) if library else None
+    source = spec.origin if spec is not None and spec.origin else ""
+    if source.endswith(".py") and not Path(importlib.util.cache_from_source(source)).exists():
+        _engine(name)
+
+
 def open_engine(name: str, request: OpenRequest) -> Engine:
     """Load a model on an engine. Blocking.
 
@@ -200,7 +221,20 @@ def _entry_points() -> metadata.EntryPoints:
     return metadata.entry_points(group=ENTRY_POINTS)
 
 
+def folder(name: str) -> str | None:
+    """Return where an engine given by its import path was found, for the path of a process."""
+    if ":" not in name:
+        return None
+    top = importlib.util.find_spec(name.partition(":")[0].partition(".")[0])
+    file = top and (top.origin or next(iter(top.submodule_search_locations or ()), None))
+    if top is None or file is None:
+        return None
+    return str(Path(file).parents[1 if top.submodule_search_locations is not None else 0])
+
+
 def _imported(name: str) -> ModuleType:
+    if ":" in name:
+        return _from_path(name)
     if name not in names():
         raise ConfigError(f"There is no engine {name!r}; there are {', '.join(names())}.")
     for point in _entry_points():
@@ -209,12 +243,36 @@ def _imported(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def _from_path(name: str) -> ModuleType:
+    path, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        absent = f"{path}.".startswith(f"{error.name}.")
+        hint = "; install it, or put its folder on PYTHONPATH" if absent else ""
+        raise ConfigError(f"Engine {name!r}: {error}{hint}.", param="engine") from error
+    except Exception as error:
+        # The module is code of the user: anything may be wrong with it.
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"Engine {name!r} cannot be imported: {reason}", param="engine"
+        ) from error
+    missing = [word for word in ("ABOUT", "Options", attribute) if not hasattr(module, word or " ")]
+    if missing:
+        raise ConfigError(
+            f"Engine {name!r}: {path} has no {' and no '.join(missing)}.", param="engine"
+        )
+    return module
+
+
 def _module(name: str) -> Module:
     return Module.of(_imported(name))
 
 
 def _engine(name: str) -> Callable[[OpenRequest], Engine]:
     module = _imported(name)
+    if ":" in name:
+        return getattr(module, name.partition(":")[2])
     if not hasattr(module, "Engine"):
         module = importlib.import_module(f"{module.__name__}.engine")
     return module.Engine

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 from pydantic import Field
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import HeadraceError, InvalidRequest, Unsupported, UpstreamError
 from headrace.core.events import Delta, FinishReason, TokenCount
 from headrace.core.metrics import Usage
@@ -184,7 +185,7 @@ class Engine:
             **fields,
             **({"stop_sequences": stops[: self._provider.stops]} if stops else {}),
             **({"extra_body": old} if old else {}),
-            **_format(request.json_schema),
+            **_format(request.constraint),
         }
 
 
@@ -257,9 +258,10 @@ def _conversation(messages: Sequence[Message]) -> dict[str, Any]:
     return {"messages": turns, **({"system": system} if system else {})}
 
 
-def _format(schema: dict[str, Any] | None) -> dict[str, Any]:
-    if schema is None:
+def _format(constraint: Constraint | None) -> dict[str, Any]:
+    if constraint is None:
         return {}
+    schema = constraint.json_schema
     if "properties" not in schema:
         raise Unsupported(
             "Anthropic generates JSON only by a schema with properties.", param="response_format"

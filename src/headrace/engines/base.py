@@ -23,6 +23,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 from pydantic import BaseModel, ConfigDict
 
+from headrace.core.constraint import Constraint
+from headrace.core.errors import ConfigError
 from headrace.core.events import Delta, FinishReason, Progress, TokenCount, TokenLogprob
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities, ModelFile, Task
@@ -43,8 +45,9 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
 
     `requires` is the import name of the library (None: nothing), `extra` the extra of the
     package that brings it (None: the core does). A remote engine takes requests as they are and
-    runs in the process that serves. `automatic` is False for one that is only used when it is
-    configured by name.
+    runs in the process that serves. A `confined` one writes only temporary files, and those that
+    its module's `writes` names, and needs no network. One that `spreads` can put a model on several
+    GPUs. `automatic` is False for one that is only used when it is configured by name.
     """
 
     formats: tuple[str, ...]
@@ -52,22 +55,38 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     requires: str | None = None
     extra: str | None = None
     tasks: tuple[Task, ...] = ("generate",)
+    spreads: bool = False
+    confined: bool = False
     remote: bool = False
     automatic: bool = True
+
+
+def check_task(task: Task, title: str, tasks: Sequence[Task]) -> None:
+    """Check that an engine or a provider has a task.
+
+    Raises:
+        ConfigError: it has not; `title` names it.
+    """
+    if task not in tasks:
+        raise ConfigError(
+            f"{title} has no models for the task {task}; it has {', '.join(tasks)}.", param="task"
+        )
 
 
 class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is opened with.
 
-    `device` is auto, cpu, cuda or mps; None leaves `context_length` and `max_running` to the
-    engine. `memory` is how many bytes of the device models may take (None: all); defaults
-    depend on it, and not on what is free at the moment. `repeatable` requires reproducible greedy
-    and seeded answers, where options leave the choice. `task` is the task of the model.
-    `trust_remote_code` lets code of the model's own folder run.
+    `device` is auto, cpu, cuda, mps, or the first of `gpus`: the GPUs that it may use, by the names
+    that this process has for them; empty leaves them to the library. None leaves `context_length`
+    and `max_running` to the engine. `memory` is how many bytes of the devices models may take
+    (None: all); defaults depend on it, and not on what is free at the moment. `repeatable` requires
+    reproducible greedy and seeded answers, where options leave the choice. `task` is the task of
+    the model. `trust_remote_code` lets code of the model's own folder run.
     """
 
     model: ModelFile
     device: str = "auto"
+    gpus: tuple[str, ...] = ()
     context_length: int | None = None
     max_running: int | None = None
     memory: int | None = None
@@ -81,8 +100,12 @@ def default_footprint(request: OpenRequest) -> Footprint:
     """Return the size of the files and a tenth."""
     size = request.model.size
     overhead = size // 10
+    devices = {"cpu": size + overhead}
+    if request.device.startswith("cuda"):
+        gpus = request.gpus or ("cuda:0",)
+        devices = dict.fromkeys(gpus, (size + overhead) // len(gpus))
     return Footprint(
-        devices={"cuda:0" if request.device.startswith("cuda") else "cpu": size + overhead},
+        devices=devices,
         parts={"weights": size, "overhead": overhead},
         context_length=request.context_length or request.model.context_length,
         max_running=request.max_running,
@@ -90,6 +113,11 @@ def default_footprint(request: OpenRequest) -> Footprint:
 
 
 def _no_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
+    del request
+    return ()
+
+
+def _no_folders(request: OpenRequest) -> Sequence[Path]:
     del request
     return ()
 
@@ -104,7 +132,8 @@ class Module:
 
     `footprint` estimates the memory of a load, `tune_options` returns sets of options that are
     worth trying beside the defaults. An engine that loads a model in another format than it comes
-    in makes it once with `convert` and finds it with `prepared`. All of them may block.
+    in makes it once with `convert` and finds it with `prepared`. `writes` returns the folders that
+    a `confined` engine writes to beside that of temporary files. All of them may block.
     """
 
     ABOUT: About
@@ -113,6 +142,7 @@ class Module:
     tune_options: Callable[[OpenRequest], Sequence[dict[str, Any]]] = _no_options
     prepared: Callable[[ModelFile, Path], ModelFile] = _unchanged
     convert: Callable[[ModelFile, Path, transfer.Progress], ModelFile] = _unchanged
+    writes: Callable[[OpenRequest], Sequence[Path]] = _no_folders
 
     @classmethod
     def of(cls, module: ModuleType) -> Module:
@@ -127,13 +157,16 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     `answered` are the tokens of the answer that exist already, for engines that can `resume`: they
     are computed like those of the prompt, and only what follows them is yielded. The engine may
     count them as tokens of the prompt.
+
+    `constraint` has been compiled by the engine's llguidance before; `text.grammar` has its text.
+    An engine that declares `json_schema` enforces it. The worker checks the answer all the same.
     """
 
     token_ids: tuple[int, ...]
     max_tokens: int
     answered: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
-    json_schema: dict[str, Any] | None = None
+    constraint: Constraint | None = None
 
 
 class Admitted(msgspec.Struct, frozen=True):
@@ -187,6 +220,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about a loaded engine. `max_running` is how many requests it batches.
 
     `context_length` is in tokens for each request, prompt and completion together.
+    `grammar_library` is the file with the llguidance that compiles constraints; empty is the
+    package of that name.
     """
 
     device: str
@@ -196,6 +231,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: str | None = None
     bos_token: str = ""
     eos_token: str = ""
+    grammar_library: str = ""
     batch: BatchLimits = BatchLimits()
     notes: tuple[str, ...] = ()
 

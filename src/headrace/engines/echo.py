@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -36,7 +37,7 @@ from headrace.engines.base import (
     RawFinish,
 )
 
-ABOUT = About(formats=("none",), tasks=("generate", "embed", "rerank"))
+ABOUT = About(formats=("none",), tasks=("generate", "embed", "rerank"), confined=True)
 
 Fault = Literal["raise", "oom", "exit", "crash", "hang"]
 _SAMPLING = frozenset(
@@ -89,6 +90,12 @@ def footprint(request: OpenRequest) -> Footprint:
         context_length=request.context_length or _CONTEXT,
         max_running=_slots(options, request),
     )
+
+
+def writes(request: OpenRequest) -> Sequence[Path]:
+    """Return the folder of the trigger, which is removed."""
+    trigger = Options(**request.options).trigger
+    return (Path(trigger).parent,) if trigger else ()
 
 
 class Engine(base.Embedder):

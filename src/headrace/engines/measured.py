@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from headrace import __version__, engines, machine
 from headrace.core.model import ModelFile
+from headrace.core.private import FILE_MODE, private_folder
 from headrace.engines.choice import Measured
 from headrace.models.transfer import write_atomically
 
@@ -131,8 +132,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 def save(home: Path, file: ModelFile, record: Record) -> None:
     """Store a run, in place of an earlier one of the same file."""
     path = home / FILE_NAME
-    home.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    private_folder(home)
+    with FileLock(path.with_name(f".{path.name}.lock"), mode=FILE_MODE):
         records = _read(path)
         records.pop(_key(file), None)
         records[_key(file)] = record

@@ -6,12 +6,17 @@ what is free at the moment, so that they have the same result.
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from headrace import machine
 from headrace.core.errors import LoadFailed
+from headrace.core.private import private_folder
 from headrace.core.status import Footprint
 from headrace.engines.base import OpenRequest
 
@@ -107,6 +112,35 @@ def expected_device(wanted: str) -> str:
     if wanted in {"auto", "cuda"}:
         return "cuda:0" if wanted == "cuda" or has_cuda() else "cpu"
     return wanted if wanted.startswith("cuda") else "cpu"
+
+
+def expected_gpus(request: OpenRequest, device: str) -> tuple[str, ...]:
+    """Return the GPUs of a load on `device`, which is `expected_device`'s; none on a CPU."""
+    return (request.gpus or (device,)) if device.startswith("cuda") else ()
+
+
+def divided(amount: int, gpus: tuple[str, ...], own: int) -> dict[str, int]:
+    """Return what each GPU takes of an amount in bytes, and `own` for the library beside it."""
+    return dict.fromkeys(gpus, amount // len(gpus) + own)
+
+
+def torch_caches(request: OpenRequest) -> Sequence[Path]:
+    """Return the folders, created if necessary, in which torch's libraries keep what they made.
+
+    Those are code of the model that may run, and compiled kernels of a GPU.
+    """
+    hub = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface")
+    places: list[str | Path] = []
+    if request.trust_remote_code:
+        places.append(os.environ.get("HF_MODULES_CACHE") or hub / "modules")
+    if expected_device(request.device) != "cpu":
+        places.append(os.environ.get("TRITON_CACHE_DIR") or "~/.triton")
+        places.append(os.environ.get("CUDA_CACHE_PATH") or "~/.nv")
+    folders = [Path(place).expanduser() for place in places]
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            private_folder(folder)
+    return folders
 
 
 def torch_device(wanted: str, torch: Any) -> str:

@@ -31,7 +31,7 @@ from headrace.core.events import TokenCount
 from headrace.core.model import Capabilities
 from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
 from headrace.core.status import Footprint
-from headrace.engines.base import EngineFacts, EngineOptions, OpenRequest
+from headrace.engines.base import EngineFacts, EngineOptions, OpenRequest, check_task
 from headrace.models.providers import PROVIDERS, Provider
 
 T = TypeVar("T")
@@ -167,12 +167,7 @@ def facts(request: OpenRequest, provider: Provider, capabilities: Capabilities) 
     Raises:
         ConfigError: the provider has no models for the task.
     """
-    if request.task not in provider.tasks:
-        raise ConfigError(
-            f"{provider.title} has no models for the task {request.task}; "
-            f"it has {', '.join(provider.tasks)}.",
-            param="task",
-        )
+    check_task(request.task, provider.title, provider.tasks)
     notes = () if provider.checked else (f"what is known of {provider.title} was not verified",)
     return EngineFacts(
         device="remote",
@@ -324,6 +319,10 @@ class SilenceTimer:
         self._has_token = self._has_token or token
         if self._has_token:
             self._deadline = self._clock() + self._options.stall_s
+
+    def end_within(self, seconds: float) -> None:
+        """Let the deadline be no later than this, for the rest of a complete answer."""
+        self._deadline = min(self._deadline, self._clock() + seconds)
 
     async def wait(self, step: Awaitable[T]) -> T:
         """Wait for a step of the answer.

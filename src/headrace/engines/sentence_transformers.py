@@ -30,6 +30,7 @@ from headrace.models.inspect import PICKLES
 ABOUT = About(
     formats=("safetensors",),
     devices=("cpu", "cuda", "mps"),
+    confined=True,
     requires="sentence_transformers",
     extra="embeddings",
     tasks=("embed", "rerank"),
@@ -221,6 +222,9 @@ class Engine(base.Embedder):
             raise OutOfMemory("torch ran out of memory.", detail=str(error)) from error
 
 
+writes = plan.torch_caches
+
+
 def footprint(request: OpenRequest) -> Footprint:
     """Estimate the process, the weights, and one full batch of the widest layers."""
     options = Options(**request.options)
@@ -229,8 +233,9 @@ def footprint(request: OpenRequest) -> Footprint:
     weights = (request.model.parameters or size // 4) * 4 if wide else size
     work = options.batch_tokens * 16 << 10
     devices = {"cpu": _PROCESS + weights + work}
-    if request.device.startswith("cuda"):
-        devices = {"cpu": _PROCESS, "cuda:0": weights + work}
+    device = plan.expected_device(request.device)
+    if gpus := plan.expected_gpus(request, device):
+        devices = {"cpu": _PROCESS} | plan.divided(weights + work, gpus, 0)
     return Footprint(
         devices=devices,
         parts={"weights": weights, "overhead": _PROCESS + work},

@@ -1,4 +1,4 @@
-"""Tokenizers of model folders: text, ids and the bytes of each id; and JSON grammars on them."""
+"""Tokenizers of model folders: text, ids and the bytes of each id."""
 
 from __future__ import annotations
 
@@ -12,14 +12,6 @@ from headrace.core.errors import InvalidRequest
 _BYTE = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 SPACE = "\u2581".encode()
 """SentencePiece writes a space as this character, and a byte as `<0xNN>`."""
-# With free white space a small model can repeat it up to the limit.
-_SPACING = {
-    "x-guidance": {
-        "whitespace_flexible": False,
-        "item_separator": ", ",
-        "key_separator": ": ",
-    }
-}
 
 Decode = Callable[[str], bytes]
 
@@ -140,19 +132,3 @@ def sentencepiece(piece: bytes) -> bytes:
 
 def _sentencepiece(piece: str) -> bytes:
     return sentencepiece(piece.encode())
-
-
-def json_grammar(schema: dict[str, Any]) -> str:
-    """Return the llguidance grammar of a JSON schema.
-
-    Raises:
-        InvalidRequest: the schema is not usable.
-    """
-    # Native, and rarely needed. llama.cpp silently drops grammars that it cannot compile.
-    from llguidance import LLMatcher
-
-    text = "%llguidance {}\nstart: %json " + json.dumps(_SPACING | schema)
-    if problem := LLMatcher.validate_grammar(text):
-        reason = problem.partition("\n")[0].partition("JSON schema: ")[2] or problem
-        raise InvalidRequest(f"The JSON schema is not usable: {reason}", param="response_format")
-    return text

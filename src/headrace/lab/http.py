@@ -20,6 +20,8 @@ from headrace.core.errors import ConfigError
 
 Headers = dict[str, str]
 
+_FETCH_S = 30.0
+
 
 class Broken(Exception):
     """There is no complete answer. `kind` is `connect`, `disconnected` or `malformed`."""
@@ -115,10 +117,14 @@ class Http:
         """Return status and body of a short answer; with `body`, as JSON, it is a POST.
 
         Raises:
-            Broken: there is no connection, or it was lost.
+            Broken: there is no connection, it was lost, or there is no answer in time.
         """
         whole = Whole()
-        await self.send(path, b"" if body is None else msgspec.json.encode(body), whole)
+        try:
+            async with asyncio.timeout(_FETCH_S):
+                await self.send(path, b"" if body is None else msgspec.json.encode(body), whole)
+        except TimeoutError:
+            raise Broken("timeout", f"no answer within {_FETCH_S:g} s") from None
         return whole.status, bytes(whole.data)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from headrace.core.model import ModelFile
+from headrace.core.private import private_folder
 from headrace.engines.measured import machine_id
 from headrace.engines.openmp import logical_cores
 from headrace.models.transfer import write_atomically
@@ -38,7 +39,7 @@ def bandwidth(home: Path) -> float:
         known = None
     before = known.bandwidth if known is not None and known.machine == here else 0.0
     best = max(before, read_bandwidth(logical_cores()))
-    home.mkdir(parents=True, exist_ok=True)
+    private_folder(home)
     write_atomically(path, msgspec.json.encode(_Known(here, best)))
     return best
 

@@ -20,7 +20,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 _LIBRARIES = (
     *("xllamacpp", "openvino", "openvino-genai", "transformers", "torch", "accelerate"),
     *("sentence-transformers", "vllm", "openai", "anthropic", "numpy", "gguf", "safetensors"),
-    *("pydantic", "msgspec", "fastapi", "starlette", "uvicorn", "opentelemetry-sdk"),
+    *("pydantic", "msgspec", "fastapi", "starlette", "httptools", "opentelemetry-sdk"),
 )
 _INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_vnni", "amx_tile", "asimd")
 _TYPES = {"win32": "windows"}

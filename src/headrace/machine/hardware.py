@@ -129,7 +129,10 @@ def _cached(folder: Path) -> int:
 
 
 def gpus(pids: Set[int], *, metered: bool = False) -> Iterator[Device]:
-    """Yield each GPU with the memory that the processes hold; with its meters if `metered`."""
+    """Yield each GPU with the memory that the processes hold; with its meters if `metered`.
+
+    CUDA_VISIBLE_DEVICES selects and numbers them, as in CUDA programs.
+    """
     if nvml := _nvml():
         # An error of the driver must not affect anything else.
         with contextlib.suppress(nvml.NVMLError):
@@ -146,9 +149,53 @@ def driver() -> tuple[str, str]:
     return version, f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else ""
 
 
-def _read(nvml: Any, pids: Set[int], *, metered: bool) -> Iterator[Device]:
-    for index in range(nvml.nvmlDeviceGetCount()):
+def visibility(placed: Sequence[str]) -> dict[str, str]:
+    """Return the variables that let a process see only the GPUs in `placed`, in this order.
+
+    They are empty without a placement. Where CUDA_VISIBLE_DEVICES is set, they are entries of it.
+    """
+    if not placed:
+        return {}
+    numbers = [name.partition(":")[2] for name in placed if name != HOST]
+    if (setting := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        entries = [*map(str.strip, setting.split(","))]
+        numbers = [entries[int(number)] for number in numbers]
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(numbers)}
+
+
+def _visible(nvml: Any) -> list[tuple[str, Any]]:
+    """Return name and handle of each GPU that CUDA programs of this process may use.
+
+    As CUDA does, it reads CUDA_VISIBLE_DEVICES up to the first entry that is no GPU; numbers are
+    those of the driver, in the order of the PCI bus.
+    """
+    count = nvml.nvmlDeviceGetCount()
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    entries = map(str, range(count)) if setting is None else setting.split(",")
+    gpus: dict[str, Any] = {}
+    for entry in map(str.strip, entries):
+        handle = _or_none(nvml, lambda entry=entry: _handle(nvml, entry, count))
+        if handle is None or entry in gpus:
+            break
+        gpus[entry] = handle
+    return [*gpus.items()]
+
+
+def _handle(nvml: Any, entry: str, count: int) -> Any:
+    """Return the handle of a GPU by its number, or by its UUID or the beginning of it."""
+    if entry.isdecimal():
+        return nvml.nvmlDeviceGetHandleByIndex(int(entry)) if int(entry) < count else None
+    if entry.startswith("MIG-"):
+        return nvml.nvmlDeviceGetHandleByUUID(entry)
+    for index in range(count if entry.startswith("GPU-") else 0):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        if str(nvml.nvmlDeviceGetUUID(handle)).startswith(entry):
+            return handle
+    return None
+
+
+def _read(nvml: Any, pids: Set[int], *, metered: bool) -> Iterator[Device]:
+    for index, (_, handle) in enumerate(_visible(nvml)):
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
         held = (
             process.usedGpuMemory or 0

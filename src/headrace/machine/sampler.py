@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import msgspec
 import psutil
 
 from headrace.core.metrics import DeviceUse
@@ -149,6 +150,7 @@ class Sampler:
 
     While none runs it samples every `idle_s` seconds. The energy of a GPU is divided between the
     running requests if this process holds memory of it, or if it is the engine's `device`.
+    `name` returns the names by which GPUs are reported.
     """
 
     def __init__(
@@ -156,12 +158,14 @@ class Sampler:
         look: Look | None = None,
         *,
         device: str = "",
+        name: Callable[[str], str] | None = None,
         period_s: float = 0.5,
         idle_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._look = look or DeviceReader()
         self._device = device
+        self._name = name
         self._period_s, self._idle_s = period_s, idle_s
         self._clock = clock
         self._lock = threading.Lock()
@@ -203,6 +207,8 @@ class Sampler:
     def sample(self) -> None:
         """Read the devices once."""
         devices = tuple(self._look())
+        if (name := self._name) is not None:
+            devices = tuple(msgspec.structs.replace(d, name=name(d.name)) for d in devices)
         with self._lock:
             now, before = self._advance(), {device.name: device for device in self.latest}
             seconds = now - self._last.time
@@ -239,7 +245,7 @@ class Sampler:
         if device.worker_used > 0 or self._device.partition(":")[0] != "cuda":
             return device.worker_used > 0
         gpus = [other for other in devices if other.kind == "cuda"]
-        return device.key == self._device or gpus == [device]
+        return device.key in self._device.split(",") or gpus == [device]
 
 
 def _mean_watts(before: Device | None, now: Device, seconds: float) -> float | None:

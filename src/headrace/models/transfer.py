@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from headrace.core.errors import DoesNotFit
+from headrace.core.private import FILE_MODE
 
 Progress = Callable[[str, int, int], None]
 """Called with the activity, bytes done and bytes in all (0: unknown).
@@ -84,12 +85,16 @@ def copy_hashed(source: IO[bytes], target: Path, size: int, progress: Progress) 
     return done, digest.hexdigest()
 
 
-def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Replace a file atomically; it is never half written, not even after a power cut."""
+def write_atomically(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
+    """Replace a file atomically; it is never half written, not even after a power cut.
+
+    It has exactly this mode; by default only its owner may read it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

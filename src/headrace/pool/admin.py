@@ -20,7 +20,7 @@ from headrace.core.model import ModelSpec, needs_new_worker
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
 from headrace.core.values import masked_options
 from headrace.pool.entry import ModelEntry
-from headrace.pool.memory import plan_load
+from headrace.pool.plan import plan_load
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
 from headrace.pool.state import Remembered, StateFile

@@ -194,7 +194,7 @@ class Continuation:
         if not self._has_begun or not isinstance(request, GenerateRequest):
             return "exact"
         # A grammar, or one of several choices, cannot be resumed.
-        simple = request.n == 1 and request.json_schema is None and not request.echo
+        simple = request.n == 1 and request.constraint is None and not request.echo
         if self._policy == "fast" and simple and capabilities.resume:
             return "fast"
         sampling = request.sampling

@@ -14,7 +14,9 @@ from headrace.core.status import EventKind, PoolEvent
 log = logging.getLogger("headrace.pool")
 
 _MAX_UNREAD = 1000
-_WARNINGS: frozenset[EventKind] = frozenset({"load_failed", "died", "failed", "continued"})
+_WARNINGS: frozenset[EventKind] = frozenset(
+    {"load_failed", "not_loaded", "died", "failed", "continued"}
+)
 
 
 class EventBus:

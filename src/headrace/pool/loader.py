@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
+import msgspec
+
 from headrace.core.errors import (
     Draining,
     HeadraceError,
@@ -166,7 +168,8 @@ class Loader:
         try:
             await asyncio.sleep(max(0.0, min(entry.retry_at - self._clock(), 60.0)))
             await self._load(entry, replica, may_evict=may_evict)
-        except Unwanted:
+        except Unwanted as error:
+            self._not_loaded(entry, replica, str(error))
             # A request that has arrived since may evict others.
             again = replica in entry.replicas[:1] and entry.is_wanted and not entry.is_ready
         except HeadraceError as error:
@@ -182,8 +185,14 @@ class Loader:
         if again:
             self.ensure_loaded(entry)
 
+    def _not_loaded(self, entry: ModelEntry, replica: Replica, reason: str) -> None:
+        if reason and reason != replica.reason:
+            self._publish("not_loaded", entry, replica, reason=reason)
+        replica.reason = reason or None
+
     def _load_failed(self, entry: ModelEntry, replica: Replica, error: HeadraceError) -> bool:
         """Record a failed load and fail the requests; return whether to load again at once."""
+        replica.reason = error.message
         broken = isinstance(error, LoadFailed | WorkerDied | OutOfMemory)
         has_served = entry.restarts > 0 and broken and replica.footprint is not None
         if isinstance(error, Draining):
@@ -204,8 +213,10 @@ class Loader:
             self._keep_warm(True)
         need = await asyncio.to_thread(self.sizing.footprint, replica.spec, replica.report)
         replica.estimated(need)
-        await self.memory.book(entry, replica, need.devices, may_evict=may_evict)
+        devices = await self.memory.book(entry, replica, need, may_evict=may_evict)
+        need = msgspec.structs.replace(need, devices=devices, choices=())
         try:
+            replica.place(need, self.memory.ledger.budgets)
             async with self._loading:
                 await self._start(entry, replica, need)
         except BaseException:
@@ -216,7 +227,7 @@ class Loader:
         replica.starting()
         began = self._clock()
         self._publish("loading", entry, replica, need=dict(need.devices), how=need.how)
-        worker = self._open_worker(replica.spec, replica.report)
+        worker = self._open_worker(replica.placed_spec, replica.report)
         try:
             async with self.observer.loading(worker, replica.spec):
                 await worker.start()
@@ -232,7 +243,7 @@ class Loader:
         self._task(self._watch(entry, replica, worker), f"watch {replica.key}")
         self._publish("ready", entry, replica, ms=round(load_s * 1000), memory=dict(measured))
         entry.became_ready()
-        self._task(self._remember(replica.spec, dict(measured), load_s), "remember")
+        self._task(self._remember(replica.placed_spec, dict(measured), load_s), "remember")
 
     async def _remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
         # A full disk must not affect requests.
@@ -265,7 +276,7 @@ class Loader:
             entry.became_unready()
         if was_ready:
             self._publish(why, entry, replica)
-            self._task(self._remember(replica.spec, held, replica.load_s), "remember")
+            self._task(self._remember(replica.placed_spec, held, replica.load_s), "remember")
         self.memory.notify()
         if entry.is_wanted and not entry.draining:
             self.ensure_loaded(entry)

@@ -1,15 +1,17 @@
-"""Memory of the devices: what is booked, which loads wait for it, what a load would need."""
+"""Memory of the devices: what is booked, and which loads wait for it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from headrace.core.errors import DoesNotFit, UnknownModel
+from headrace.core.errors import DoesNotFit
 from headrace.core.model import ModelSpec
-from headrace.core.status import DeviceStatus, Footprint, Plan
+from headrace.core.status import DeviceStatus, Footprint
+from headrace.machine import HOST
 from headrace.pool import policy
 from headrace.pool.entry import ModelEntry
 from headrace.pool.policy import Evict, Fits, Never, Rules, Wait
@@ -125,7 +127,10 @@ class Ledger:
 
 
 class Unwanted(Exception):
-    """No request waits for the load any more, or it would have to evict other models."""
+    """No request waits for the load any more, or it would have to evict other models.
+
+    The message is why there is not enough memory; empty if that is not the reason.
+    """
 
 
 class EvictReplica(Protocol):
@@ -137,12 +142,16 @@ class EvictReplica(Protocol):
 
 
 class _PendingLoad:
-    """A load that waits for memory."""
+    """A load that waits for memory; `need` is the one of its `choices` that is best now."""
 
-    def __init__(self, replica: Replica, since: float, need: Mapping[str, int]) -> None:
+    def __init__(
+        self, entry: ModelEntry, replica: Replica, since: float, choices: Sequence[dict[str, int]]
+    ) -> None:
+        self.entry = entry
         self.replica = replica
         self.since = since
-        self.need = need
+        self.choices = choices
+        self.need = choices[0]
         self.is_evicting = False
         self.closed: set[Replica] = set()
 
@@ -177,16 +186,17 @@ class MemoryQueue:
         self._changed = asyncio.Event()
 
     async def book(
-        self, entry: ModelEntry, replica: Replica, need: Mapping[str, int], *, may_evict: bool
-    ) -> None:
-        """Wait for memory and book it.
+        self, entry: ModelEntry, replica: Replica, need: Footprint, *, may_evict: bool
+    ) -> dict[str, int]:
+        """Wait for memory and book it; return the bytes by device, one of the need's choices.
 
         Raises:
             DoesNotFit: there can never be enough, or there was not within `load_timeout_s`.
             Unwanted: no request waits for the model any more; or `may_evict` is false, and other
                 models would have to be evicted.
         """
-        load = _PendingLoad(replica, self._clock(), need)
+        choices = need.choices or (need.devices,)
+        load = _PendingLoad(entry, replica, self._clock(), choices)
         self._waiting.append(load)
         end = load.since + replica.spec.load_timeout_s
         try:
@@ -194,9 +204,10 @@ class MemoryQueue:
                 if self._clock() > end:
                     raise DoesNotFit(
                         f"{entry.spec.name} has waited {replica.spec.load_timeout_s:g} s for "
-                        f"memory ({describe_bytes(need)}) that others are using.",
+                        f"memory ({describe_bytes(load.need)}) that others are using.",
                         retry_after_s=self.rules.longest_wait_s,
                     )
+            return load.need
         finally:
             self._waiting.remove(load)
             for closed in load.closed:
@@ -213,9 +224,10 @@ class MemoryQueue:
             self.ledger.book(load.replica.key, load.need)
             return True
         if isinstance(decision, Never):
-            raise DoesNotFit(self.refusal(entry.spec.name, load.need, decision))
+            message = self.refusal(entry.spec.name, load.need, decision)
+            raise DoesNotFit(message + _elsewhere(load.choices))
         if not may_evict or not entry.is_wanted:
-            raise Unwanted
+            raise Unwanted(self._too_little(load) if entry.is_wanted or not may_evict else "")
         first = self._waiting[0] is load
         if isinstance(decision, Evict) and self._may_evict(load, now):
             load.is_evicting = True
@@ -258,16 +270,44 @@ class MemoryQueue:
         now, rules = self._clock(), self.rules
         return policy.make_room(need, free, residents, waited_s=waited_s, now=now, rules=rules)
 
+    def _too_little(self, load: _PendingLoad) -> str:
+        free = {device: size for device, size in self.ledger.free().items() if device in load.need}
+        return (
+            f"It needs {describe_bytes(load.need)}, of which {describe_bytes(free)} are free, and "
+            f"no other model is unloaded for it.{_elsewhere(load.choices)}"
+        )
+
     def _decide(self, load: _PendingLoad) -> policy.Decision:
-        free = self.ledger.free()
-        decision = self.decide(load.need, free, self._clock() - load.since)
+        """Choose the devices of a load, and decide how to get their memory."""
+        free, waited_s = self.ledger.free(), self._clock() - load.since
+        decisions = [
+            (need, self._decide_in_turn(load, need, free, waited_s)) for need in load.choices
+        ]
+        load.need, decision = decisions[self.best(decisions, free, load.entry)]
+        return decision
+
+    def best(
+        self,
+        decisions: Sequence[tuple[dict[str, int], policy.Decision]],
+        free: Mapping[str, int],
+        entry: ModelEntry | None,
+    ) -> int:
+        """Return the place of the best decision for a replica of a model."""
+        keys = [replica.key for replica in entry.replicas] if entry else []
+        crowded = Counter(device for key in keys for device in self.ledger.of(key))
+        return policy.choose_devices(decisions, free, crowded)
+
+    def _decide_in_turn(
+        self, load: _PendingLoad, need: dict[str, int], free: Mapping[str, int], waited_s: float
+    ) -> policy.Decision:
+        decision = self.decide(need, free, waited_s)
         if isinstance(decision, Fits):
             # Earlier loads come first if they fit too, or if models are evicted for them.
             left = dict(free)
             for earlier in self._waiting[: self._waiting.index(load)]:
                 if earlier.is_evicting or _fits(earlier.need, free):
                     left = {name: size - earlier.need.get(name, 0) for name, size in left.items()}
-            if not _fits(load.need, left):
+            if not _fits(need, left):
                 return Wait()
         if isinstance(decision, Never) and not self.ledger.is_settled:
             # The memory of a load in progress counts twice: as booked, and as used on the machine.
@@ -305,6 +345,13 @@ class MemoryQueue:
         return next((pair for pair in pairs if pair[1].key == key), None)
 
 
+def _elsewhere(choices: Sequence[Mapping[str, int]]) -> str:
+    if len(choices) == 1:
+        return ""
+    sets = [" and ".join(device for device in need if device != HOST) for need in choices]
+    return f" It fits on none of {', '.join(sets)}."
+
+
 def _fits(need: Mapping[str, int], free: Mapping[str, int]) -> bool:
     return all(amount <= free.get(name, 0) for name, amount in need.items())
 
@@ -316,58 +363,3 @@ def describe_bytes(need: Mapping[str, int]) -> str:
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-async def plan_load(
-    memory: MemoryQueue, sizing: Sizing, spec: ModelSpec, entry: ModelEntry | None = None
-) -> Plan:
-    """Return what a load would need and do; `entry` is that of a model that is served.
-
-    Raises:
-        UnknownModel: the model is not on this machine.
-        HeadraceError: it is damaged, or no engine can run it.
-    """
-
-    def report(stage: str, done: int, total: int) -> None:
-        if stage.startswith("downloading"):
-            raise UnknownModel(f"{spec.model} is not on this machine yet; pull it first.")
-
-    need = await asyncio.to_thread(sizing.footprint, spec, report)
-    budgets = dict(memory.ledger.budgets)
-    largest = await asyncio.to_thread(sizing.largest_context, spec, budgets)
-    is_ready = entry is not None and entry.is_ready
-    evict, reason = ((), "It is loaded.") if is_ready else _consequences(memory, spec, need)
-    return Plan(
-        model=spec.name,
-        engine=need.engine or spec.engine or "auto",
-        need=need,
-        fits=evict is not None,
-        loaded=is_ready,
-        evict=evict or (),
-        largest_context=largest,
-        reason=reason,
-        devices=memory.ledger.status(),
-    )
-
-
-def _consequences(
-    memory: MemoryQueue, spec: ModelSpec, need: Footprint
-) -> tuple[tuple[str, ...] | None, str]:
-    """Return the models to evict, None if the model cannot fit, and an explanation."""
-    if not need.devices:
-        return (), "It takes no memory of this machine."
-    free = memory.ledger.free()
-    has = f"needs {describe_bytes(need.devices)} ({need.how}), {describe_bytes(free)} free"
-    # As after a long wait: busy models finish their requests and are unloaded.
-    decision = memory.decide(need.devices, free, waited_s=float("inf"))
-    match decision:
-        case Fits():
-            return (), f"It fits: {has}."
-        case Evict(keys) | Wait(close=keys) if keys:
-            pairs = [memory.find(key) for key in keys]
-            names = tuple(dict.fromkeys(pair[0].spec.name for pair in pairs if pair))
-            return names, f"It fits once {', '.join(names)} has gone: {has}."
-        case Never():
-            return None, memory.refusal(spec.name, need.devices, decision)
-        case _:
-            return None, f"It does not fit now: {has}."

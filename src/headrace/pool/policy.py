@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from headrace.config.tree import Rules
+from headrace.machine import HOST
 
 _MIN_WAIT_S = 0.001
 
@@ -52,6 +53,7 @@ class Never(msgspec.Struct, frozen=True):
 
 
 Decision = Fits | Evict | Wait | Never
+_ORDER = (Fits, Evict, Wait, Never)
 
 
 def make_room(
@@ -91,6 +93,28 @@ def make_room(
     )
     closing = _select(short, loaded)
     return Wait(close=tuple(resident.key for resident in closing or ()))
+
+
+def choose_devices(
+    decisions: Sequence[tuple[Mapping[str, int], Decision]],
+    free: Mapping[str, int],
+    crowded: Mapping[str, int],
+) -> int:
+    """Return the place of the best decision, each about a need in bytes by device.
+
+    Free memory is better than evicting, and that better than waiting. Then devices are preferred
+    that have fewer replicas of the model, by the counts in `crowded`, and more free memory.
+    """
+
+    def rank(place: int) -> tuple[int, int, int, int]:
+        need, decision = decisions[place]
+        gpus = [device for device in need if device != HOST] or [*need]
+        own = sum(crowded.get(device, 0) for device in gpus)
+        spare = min((free.get(device, 0) - need[device] for device in gpus), default=0)
+        effort = len(decision.keys) if isinstance(decision, Evict) else 0
+        return _ORDER.index(type(decision)), own + effort, -spare, place
+
+    return min(range(len(decisions)), key=rank)
 
 
 def _shortfall(need: Mapping[str, int], free: Mapping[str, int]) -> dict[str, int]:

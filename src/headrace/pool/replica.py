@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from headrace.core.backend import Backend
 from headrace.core.errors import Draining
-from headrace.core.model import ModelInfo, ModelSpec, State
+from headrace.core.model import ModelInfo, ModelSpec, PlacedSpec, State
 from headrace.core.request import AnyRequest
 from headrace.core.status import Footprint, ReplicaStatus
+from headrace.machine import HOST
 from headrace.pool.policy import Candidate, Resident
 from headrace.worker.spec import OnProgress
 
@@ -112,6 +113,9 @@ class Replica:
         self.configure(spec)
         self.info: ModelInfo | None = None
         self.footprint: Footprint | None = None
+        self.reason: str | None = None
+        """Why it is not loaded."""
+        self._placed: tuple[str, ...] = ()
         self.leases: set[Lease] = set()
         self.began = self.loaded_at = self.idle_since = 0.0
         self.load_s = 0.0
@@ -212,6 +216,19 @@ class Replica:
         """Set the estimated footprint of the load."""
         self.footprint = footprint
 
+    def place(self, footprint: Footprint, known: Collection[str]) -> None:
+        """Set the devices of the load, of all those that are `known`."""
+        self.footprint = footprint
+        gpus = tuple(device for device in footprint.devices if device != HOST)
+        # Without a GPU it must not take one by itself.
+        has_gpus = footprint.devices and any(device != HOST for device in known)
+        self._placed = gpus or ((HOST,) if has_gpus else ())
+
+    @property
+    def placed_spec(self) -> ModelSpec:
+        """The specification with the devices of the last load."""
+        return PlacedSpec.of(self.spec, self._placed) if self._placed else self.spec
+
     def starting(self) -> None:
         """Note that the load has started and is no longer queued."""
         self.began = self._clock()
@@ -224,6 +241,7 @@ class Replica:
         self.load_s, self.memory = load_s, memory
         self.loaded_at = self.idle_since = now
         self._stage = ("", 0, 0)
+        self.reason = None
         self._prefixes.clear()
 
     def loading_ended(self) -> None:
@@ -330,6 +348,7 @@ class Replica:
             running=self.running,
             memory=self.memory,
             load_ms=self.load_s * 1000 if self.is_ready else None,
+            reason=self.reason,
         )
 
     def _matched(self, blocks: Sequence[int]) -> int:

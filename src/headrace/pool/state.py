@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from headrace.core.errors import ConfigError
+from headrace.core.private import private_folder
 from headrace.models.transfer import write_atomically
 
 _log = logging.getLogger("headrace.pool")
@@ -68,7 +69,7 @@ class StateFile:
             return
         try:
             data = msgspec.json.encode(_Document(self._models), order="sorted")
-            write_atomically(self.path, data, mode=0o600)
+            write_atomically(self.path, data)
             self._written = self._models
         except OSError as error:
             _log.warning("Changes to models are not kept: %s: %s", self.path, error.strerror)
@@ -86,7 +87,7 @@ def _locked(path: Path) -> int:
     beside = path.with_name(f"{path.name}.lock")
     descriptor = -1
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(path.parent)
         descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -74,7 +74,7 @@ def parameters(request: AnyRequest, capture: Redactor | None) -> dict[str, Any]:
     return kept
 
 
-_LIKE_CONTENT = frozenset({"json_schema", "template_options"})
+_LIKE_CONTENT = frozenset({"constraint", "template_options"})
 
 
 def attributes(

@@ -82,7 +82,7 @@ def request_attributes(request: AnyRequest, provider_name: str) -> Attributes:
         attributes |= _sampling(request.sampling)
         if request.n != 1:
             attributes["gen_ai.request.choice.count"] = request.n
-        attributes["gen_ai.output.type"] = "text" if request.json_schema is None else "json"
+        attributes["gen_ai.output.type"] = "text" if request.constraint is None else "json"
     return attributes
 
 

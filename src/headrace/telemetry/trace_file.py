@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from headrace.core.private import private_folder
 from headrace.core.record import RequestRecord
 
 FOLDER = "traces"
@@ -171,7 +172,7 @@ class TraceFile:
                 if os.path.samestat(path.stat(), os.fstat(self._descriptor)):
                     return self._descriptor
             self._release()
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(self._folder)
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         return self._descriptor
 

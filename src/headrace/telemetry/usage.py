@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from headrace.core.errors import ConfigError
+from headrace.core.private import private_folder
 from headrace.core.record import RequestRecord
 
 log = logging.getLogger("headrace.telemetry")
@@ -173,7 +174,7 @@ def add(path: Path, counted: Mapping[_Key, Amounts]) -> None:
         sqlite3.Error: it cannot be written, or is not a database.
         OSError: it cannot be created.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     # The usage of keys is private to the owner. SQLite creates its other files with the same mode.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     with closing(sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)) as database:

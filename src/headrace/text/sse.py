@@ -59,4 +59,5 @@ class EventReader:
         self._size = 0
         if self._data:
             data, self._data = b"\n".join(self._data), []
-            yield data
+            if data:
+                yield data

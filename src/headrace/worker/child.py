@@ -16,11 +16,18 @@ from typing import Any
 
 import msgspec
 
+from headrace import engines
 from headrace.core.errors import ErrorRecord, HeadraceError, WorkerDied, to_record
 from headrace.core.model import ModelSpec
 from headrace.log import configure
-from headrace.machine import die_with_parent, tune_garbage_collection
-from headrace.worker.spec import OnProgress, WorkerSpec
+from headrace.machine import (
+    Family,
+    confine,
+    die_with_parent,
+    keep_descendants,
+    tune_garbage_collection,
+)
+from headrace.worker.spec import OnProgress, WorkerSpec, localized, open_request
 from headrace.worker.wire import (
     Alive,
     Ask,
@@ -84,18 +91,26 @@ class Child:
 
     async def _load(self, message: Load) -> None:
         configure(message.log.level, message.log.style)
-        worker_spec = message.spec
+        os.environ |= message.environment
+        worker_spec = localized(message.spec)
 
         def resolved(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
             return worker_spec
 
+        if worker_spec.import_from is not None and worker_spec.import_from not in sys.path:
+            sys.path.append(worker_spec.import_from)
         content = message.log.content
         self._worker = worker = Worker(worker_spec.model, resolved, log_content=content)
-        if error := await _failure(worker.start()):
+        if error := await _failure(self._start(worker, worker_spec, message)):
             self._link.send(Failed(error))
         else:
             tune_garbage_collection()
             self._link.send(Ready(worker.models()[0]))
+
+    async def _start(self, worker: Worker, worker_spec: WorkerSpec, message: Load) -> None:
+        if message.confine:
+            _confine(worker_spec, self._scratch, message.memory_limit)
+        await worker.start()
 
     def _begin(self, message: Ask) -> None:
         task = asyncio.ensure_future(_failure(self._answer(message)))
@@ -127,7 +142,23 @@ class Child:
     def _orphaned(self, why: str) -> None:
         # The parent has ended. The engine may be busy or hung: do not wait for it.
         shutil.rmtree(self._scratch, ignore_errors=True)
+        if os.environ.get("TMPDIR") == str(self._scratch):
+            Family(os.getpid(), f"TMPDIR={self._scratch}").kill()
         os._exit(0)
+
+
+def _confine(worker_spec: WorkerSpec, scratch: Path, memory_limit: int | None) -> None:
+    """Give up what the engine does not need, before it reads a file of the model."""
+    confine.give_up_privileges()
+    if memory_limit is not None:
+        confine.limit_memory(memory_limit)
+    name = worker_spec.engine
+    if engines.about(name).confined:
+        engines.import_library(name)
+        try:
+            confine.restrict([scratch, *engines.writes(name, open_request(worker_spec))])
+        except OSError as error:
+            log.warning("headrace.worker.not_confined", extra={"data": {"error": str(error)}})
 
 
 async def _failure(work: Coroutine[Any, Any, None]) -> ErrorRecord | None:
@@ -151,6 +182,7 @@ def main() -> None:
     """Run with the inherited socket's file descriptor and the scratch directory as arguments."""
     # The closed socket ends it too, but only while the event loop runs.
     die_with_parent()
+    keep_descendants()
     connection, scratch = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
     # Python would fall back to another directory if this one were not writable.
     tempfile.tempdir = str(scratch)

@@ -21,7 +21,7 @@ from headrace.engines.base import (
 )
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
-from headrace.worker.prompt import Job, Prompter
+from headrace.worker.prompt import Job, Prompter, check_supported
 from headrace.worker.turn import Answers, Served, Turn, unmeasured
 
 
@@ -45,6 +45,7 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         turn.require_task()
         if request.n > loaded.max_choices:
             raise InvalidRequest(f"n is at most {loaded.max_choices} for this model.", param="n")
+        await _compile(turn)
         job = await asyncio.to_thread(loaded.prompter.job, request)
         for index in range(request.n if job.echo else 0):
             yield Delta(text=job.echo, index=index)
@@ -70,6 +71,7 @@ class _Choice:
         self._request = job.choices[index]
         self._text = TextPipeline(job.stops)
         self._tokens = 0
+        self._whole: list[str] | None = None if turn.request.constraint is None else []
         self._least = self._request.sampling.min_tokens or 0
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -97,10 +99,31 @@ class _Choice:
                     await raw.aclose()
                 self._turn.leave_slot()
         if rest := self._text.flush():
-            self._turn.answered(rest)
+            self._note(rest)
             yield Delta(rest, index=self._index)
         if self._text.stopped:
             self.reason = "stop"
+        await self._check()
+
+    def _note(self, text: str) -> None:
+        self._turn.answered(text)
+        if self._whole is not None:
+            self._whole.append(text)
+
+    async def _check(self) -> None:
+        """Check the text against the constraint of the request.
+
+        Raises:
+            ConstraintViolated: it does not keep to it.
+        """
+        constraint, turn = self._turn.request.constraint, self._turn
+        if constraint is None or self._whole is None:
+            return
+        # The client's own stops can end a text anywhere.
+        cut = self.reason == "length" or self._text.stopped
+        cut = cut or bool(self._request.sampling.stop_token_ids)
+        text = "".join(self._whole)
+        await turn.within(turn.served.compiler.check(constraint, text, cut=cut))
 
     def _opening(self) -> Delta:
         request = self._request
@@ -122,7 +145,7 @@ class _Choice:
             may_stop = self._tokens >= self._least
             text = (self._text.feed if may_stop else self._text.feed_unstopped)(event.data)
             meter.delta(tokens, visible=bool(text))
-            self._turn.answered(text)
+            self._note(text)
             return Delta(text, event.token_ids, self._index, "", event.logprobs)
         if isinstance(event, Admitted):
             meter.admitted(prompt_tokens, event.cached)
@@ -131,6 +154,20 @@ class _Choice:
         missing = event.completion_tokens - self._tokens
         meter.correct(prompt_tokens, missing, event.cached_tokens)
         return None
+
+
+async def _compile(turn: Turn[Loaded, GenerateRequest]) -> None:
+    """Compile the constraint of a request before the engine does, which cannot be stopped.
+
+    Raises:
+        Unsupported, InvalidRequest: the engine cannot enforce it.
+    """
+    request, loaded = turn.request, turn.served
+    if request.constraint is None:
+        return
+    check_supported(request, loaded.facts.capabilities)
+    with turn.meter.compiling():
+        await turn.within(loaded.compiler.compile(request.constraint, request.client))
 
 
 async def _count(loaded: Loaded, request: CountRequest) -> TokenCount:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 import msgspec
 
@@ -20,6 +21,7 @@ class Meter:
         self._received = request.received
         self._started_at = time.time() - (clock() - request.received)
         self._load_ms = request.load_ms
+        self._compile_ms: float | None = None
         self._admitted: float | None = None
         self._visible: float | None = None
         self._token_times: list[float] = []
@@ -34,6 +36,15 @@ class Meter:
         """Note a continued answer: these tokens count as usage, but not for the rates."""
         self._prompt_tokens = prompt_tokens
         self._resumed_tokens = answered_tokens
+
+    @contextmanager
+    def compiling(self) -> Generator[None]:
+        """Measure what is compiled for the request before the engine has it."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._compile_ms = (self._clock() - began) * 1000
 
     def admitted(self, prompt_tokens: int, cached_tokens: int, *, decodes: bool = True) -> None:
         """Note that the engine has started; later calls can only raise the cached count.
@@ -80,10 +91,12 @@ class Meter:
         fresh = usage.prompt_tokens + self._resumed_tokens - self._cached_tokens
         steps = self._completion_tokens - 1
         waited = _ms(self._received, self._admitted)
+        before_ms = self._load_ms + (self._compile_ms or 0.0)
         return InferenceMetrics(
             started_at=self._started_at,
-            queue_ms=None if waited is None else max(0.0, waited - self._load_ms),
+            queue_ms=None if waited is None else max(0.0, waited - before_ms),
             load_ms=self._load_ms,
+            compile_ms=self._compile_ms,
             time_to_first_token_ms=_ms(self._received, self._visible),
             prefill_ms=prefill_ms,
             prefill_tokens_per_second=_rate(fresh, prefill_ms),

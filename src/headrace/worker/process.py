@@ -6,18 +6,20 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Protocol
 
 import msgspec
 
-from headrace.core.errors import Draining, LoadFailed, WorkerDied, from_record
-from headrace.core.events import Event
+from headrace.core.errors import Draining, HeadraceError, LoadFailed, WorkerDied, from_record
+from headrace.core.events import Delta, Event
+from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import AnyRequest
 from headrace.log import LogSettings
-from headrace.machine import process_memory
+from headrace.machine import process_memory, visibility
 from headrace.models.transfer import silent
-from headrace.worker.spawn import ChildProcess
+from headrace.worker.spawn import NOTHING, ChildProcess
 from headrace.worker.spec import (
     OnProgress,
     Resolve,
@@ -38,15 +40,35 @@ _WATCH_S = 0.25
 _FREED_LOOKS, _FREED_STEP_S = 100, 0.05
 
 
+class _Progress:
+    """What a stream has yielded so far."""
+
+    __slots__ = ("chunks", "tokens", "visible_at")
+
+    def __init__(self) -> None:
+        self.chunks = self.tokens = 0
+        self.visible_at: float | None = None
+
+
 OnGone = Callable[[WorkerDied], None]
-Spawn = Callable[[str, OnGone], Awaitable[ChildProcess]]
-"""Returns a running child for the model of that name."""
 
 
-async def spawn(name: str, on_gone: OnGone) -> ChildProcess:
+class Spawn(Protocol):
+    """Returns a running child for the model of that name, with variables of its own."""
+
+    def __call__(
+        self, name: str, on_gone: OnGone, environment: Mapping[str, str | None] = NOTHING
+    ) -> Awaitable[ChildProcess]:
+        """Return a child that is connected."""
+        ...
+
+
+async def spawn(
+    name: str, on_gone: OnGone, environment: Mapping[str, str | None] = NOTHING
+) -> ChildProcess:
     """Start a new child."""
     child = ChildProcess(name, on_gone)
-    await child.spawn()
+    await child.spawn(environment)
     return child
 
 
@@ -61,6 +83,7 @@ class WorkerProcess:
         on_progress: OnProgress | None = None,
         log_settings: LogSettings = _QUIET,
         spawn: Spawn = spawn,
+        confine: bool = True,
     ) -> None:
         self.spec = spec
         self.died = asyncio.Event()
@@ -68,10 +91,12 @@ class WorkerProcess:
         self._on_progress = on_progress or silent
         self._log_settings = log_settings
         self._spawn = spawn
+        self._confine = confine
         self._life = Lifecycle(spec.name)
         self._resolved: WorkerSpec | None = None
         self._info: ModelInfo | None = None
         self._child: ChildProcess | None = None
+        self._last: ChildProcess | None = None
         self._watchdog: asyncio.Task[None] | None = None
 
     @property
@@ -109,7 +134,7 @@ class WorkerProcess:
         """
         child = self._ready()
         listener = child.begin(request)
-        mailbox, over = listener.mailbox, False
+        mailbox, over, progress = listener.mailbox, False, _Progress()
         try:
             while True:
                 while not mailbox:
@@ -118,8 +143,13 @@ class WorkerProcess:
                 if isinstance(event, Ended):
                     over = True
                     if event.error is not None:
-                        raise from_record(event.error)
+                        raise self._failed(from_record(event.error), request, progress)
                     return
+                if type(event) is Delta:
+                    progress.chunks += 1
+                    progress.tokens += len(event.token_ids)
+                    if progress.visible_at is None and (event.text or event.reasoning):
+                        progress.visible_at = time.monotonic()
                 yield event
         finally:
             try:
@@ -138,9 +168,13 @@ class WorkerProcess:
         return (msgspec.structs.replace(self._info, state=state, reason=reason, memory=memory),)
 
     async def memory(self) -> dict[str, int]:
-        """Return the memory of the child in bytes by device; empty if there is no child."""
-        pid = self.pid
-        return await asyncio.to_thread(process_memory, pid) if pid is not None else {}
+        """Return the memory of the child in bytes by device; empty if there is no child.
+
+        After the child has ended, it is what processes that it had started still hold.
+        """
+        if (child := self._child or self._last) is None:
+            return {}
+        return await asyncio.to_thread(_memory, child)
 
     async def aclose(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, let running ones end within `drain_s`, end the rest and the child.
@@ -150,15 +184,18 @@ class WorkerProcess:
         self._life.state = "draining"
         await self._life.abandon_start()
         if (child := self._child) is not None:
-            pid = child.pid
+            if child.family is not None:
+                # While it lives, it is the parent of all that it has started.
+                await asyncio.to_thread(child.family.find)
             child.link.send(Close(drain_s))
             # A hung engine does not end its streams: they fail here.
             if not await _within(drain_s + _LAST_WORD_S, child.gone):
                 child.fail_streams(Draining(f"{self.spec.name} is stopping."))
                 await _within(_LAST_STEP_S, child.gone)
             await child.end()
-            if pid is not None:
-                await _freed(pid)
+        if (last := self._last) is not None:
+            await _freed(last)
+            self._last = None
         if self._watchdog is not None:
             await asyncio.wait({self._watchdog})
         self._child = None
@@ -168,6 +205,26 @@ class WorkerProcess:
         """End the process after its event loop was closed: the lost connection ends it."""
         if self._child is not None:
             self._child.link.shut()
+
+    def _failed(
+        self, error: HeadraceError, request: AnyRequest, progress: _Progress
+    ) -> HeadraceError:
+        """Return an error with figures; a child that has died cannot report its own."""
+        if error.metrics is None:
+            now, visible, info = time.monotonic(), progress.visible_at, self._info
+            error.metrics = InferenceMetrics(
+                started_at=time.time() - (now - request.received),
+                load_ms=request.load_ms,
+                time_to_first_token_ms=visible and (visible - request.received) * 1000,
+                total_ms=(now - request.received) * 1000,
+                chunks=progress.chunks,
+                usage=Usage(completion_tokens=progress.tokens),
+                engine=info.engine if info else "",
+                worker=self.spec.name,
+                model=self.spec.name,
+                outcome="error",
+            )
+        return error
 
     def _ready(self) -> ChildProcess:
         self._life.require_ready()
@@ -179,17 +236,21 @@ class WorkerProcess:
         began = time.monotonic()
         self._resolved = await resolved(self._resolve, self.spec, self._on_progress)
         self._on_progress("loading", 0, 0)
-        child = await self._spawn(self.spec.name, self._on_gone)
+        child = await self._spawn(self.spec.name, self._on_gone, self.spec.env)
         self._watchdog = asyncio.create_task(self._watch(child))
         try:
-            child.link.send(Load(self._resolved, self._log_settings))
+            placed = visibility(self._resolved.placed)
+            limit = self._resolved.memory_limit if self._confine else None
+            child.memory_limit = limit
+            load = Load(self._resolved, self._log_settings, placed, self._confine, limit)
+            child.link.send(load)
             info = await self._loaded(child)
         except BaseException:
             await child.end()
             raise
         load_ms = (time.monotonic() - began) * 1000
         self._info = msgspec.structs.replace(info, load_ms=load_ms)
-        self._child = child
+        self._child = self._last = child
         self.died.clear()
 
     async def _loaded(self, child: ChildProcess) -> ModelInfo:
@@ -225,12 +286,24 @@ async def _within(timeout_s: float, event: asyncio.Event) -> bool:
     return event.is_set()
 
 
-async def _freed(pid: int) -> None:
+async def _freed(child: ChildProcess) -> None:
     # The driver frees the memory of a process some time after its end.
     for _ in range(_FREED_LOOKS):
-        if not await asyncio.to_thread(process_memory, pid):
+        if not await asyncio.to_thread(_memory, child):
             return
         await asyncio.sleep(_FREED_STEP_S)
+
+
+def _memory(child: ChildProcess) -> dict[str, int]:
+    """Return the memory of a child, or after its end that of all that it had started."""
+    held = process_memory(child.number) if child.number is not None else {}
+    if child.family is None:
+        return held
+    if child.pid is not None:
+        child.family.find()
+        return held
+    left = child.family.memory()
+    return {key: held.get(key, 0) + left.get(key, 0) for key in {**held, **left}}
 
 
 class WarmProcess:
@@ -256,8 +329,15 @@ class WarmProcess:
             self._starting = None
             self._discard(starting)
 
-    async def take(self, name: str, on_gone: OnGone) -> ChildProcess:
-        """Return a running child for the model `name`: the warm one, or a new one."""
+    async def take(
+        self, name: str, on_gone: OnGone, environment: Mapping[str, str | None] = NOTHING
+    ) -> ChildProcess:
+        """Return a running child for the model `name`: the warm one, or a new one.
+
+        Libraries read some variables when a process starts, so one with variables is new.
+        """
+        if environment:
+            return await spawn(name, on_gone, environment)
         starting, self._starting = self._starting, None
         if starting is not None:
             try:

@@ -57,9 +57,7 @@ class Prompter:
         """
         check_supported(request, self._facts.capabilities)
         token_ids = self._token_ids(request)
-        max_tokens = max_new_tokens(
-            len(token_ids), request.sampling.max_tokens, self._context_length(request)
-        )
+        max_tokens = max_new_tokens(request, len(token_ids), self._context_length(request))
         answered, answered_text, ended = self._answered(request)
         left = max(0, max_tokens - len(answered))
         least = request.sampling.min_tokens or 0
@@ -77,7 +75,7 @@ class Prompter:
                     max_tokens=left,
                     answered=answered,
                     sampling=_seeded(sampling, index),
-                    json_schema=request.json_schema,
+                    constraint=request.constraint,
                 )
                 for index in range(request.n)
             ),
@@ -180,21 +178,24 @@ def _template(spec: ModelSpec, facts: EngineFacts) -> tuple[ChatTemplate | None,
         return None, f"no chat: {error.message}"
 
 
-def max_new_tokens(prompt_tokens: int, max_tokens: int | None, context_length: int) -> int:
+def max_new_tokens(request: GenerateRequest, prompt_tokens: int, context_length: int) -> int:
     """Return the maximum number of tokens to generate.
 
     Raises:
         ContextOverflow: the prompt, or prompt and `max_tokens`, are too long.
     """
-    if prompt_tokens >= context_length:
+    max_tokens, left = request.sampling.max_tokens, context_length - prompt_tokens
+    if left < 1:
         raise ContextOverflow(
             f"The prompt has {prompt_tokens} tokens and the context length is {context_length}; "
             "at least one must be left for the answer.",
-            param="messages",
+            param="prompt" if request.messages is None else "messages",
         )
     if max_tokens is None:
-        return context_length - prompt_tokens
-    if prompt_tokens + max_tokens > context_length:
+        return left
+    if max_tokens > left and request.fit_max_tokens:
+        return left
+    if max_tokens > left:
         raise ContextOverflow(
             f"The prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, together "
             f"{prompt_tokens + max_tokens}; the context length is {context_length}.",
@@ -212,18 +213,30 @@ def check_supported(request: GenerateRequest, capabilities: Capabilities) -> Non
     given = msgspec.to_builtins(request.sampling)
     for name in given.keys() - _BY_WORKER - capabilities.sampling:
         raise Unsupported(f"This engine does not support {name}.", param=name)
-    if request.json_schema is not None and not capabilities.json_schema:
-        raise Unsupported("This engine does not support JSON schemas.", param="response_format")
+    if request.constraint is not None:
+        _check_constrained(request.sampling, capabilities)
     if isinstance(request.prompt, tuple) and not capabilities.token_prompts:
         raise Unsupported("This engine does not accept token ids.", param="prompt")
     if request.answered:
         _check_resumable(request, capabilities)
 
 
+def _check_constrained(sampling: Sampling, capabilities: Capabilities) -> None:
+    if not capabilities.json_schema:
+        raise Unsupported("This engine does not support JSON schemas.", param="response_format")
+    # Where a schema allows nothing but the end, there would be no token left.
+    for name in ("ignore_eos", "min_tokens"):
+        if getattr(sampling, name):
+            raise InvalidRequest(
+                f"{name} cannot be combined with a JSON schema, which says where the answer ends.",
+                param=name,
+            )
+
+
 def _check_resumable(request: GenerateRequest, capabilities: Capabilities) -> None:
     if not capabilities.resume:
         raise Unsupported("This engine cannot continue an answer.", param="answered")
-    if request.n > 1 or request.echo or request.json_schema is not None:
+    if request.n > 1 or request.echo or request.constraint is not None:
         raise Unsupported(
             "An answer with several choices, an echo or a JSON schema cannot be continued.",
             param="answered",

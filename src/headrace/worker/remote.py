@@ -60,6 +60,7 @@ async def generate(connected: Connected, request: GenerateRequest) -> AsyncGener
                     break
             for delta in answer.rest():
                 yield delta
+            await answer.check()
         finally:
             if stream is not None:
                 await stream.aclose()
@@ -147,6 +148,26 @@ class _Answer:
         self._turn = turn
         self._matchers = [StopMatcher(self.stops) for _ in range(request.n)]
         self._counted = 0
+        self._whole: list[list[str]] = [[] for _ in range(request.n)]
+
+    async def check(self) -> None:
+        """Check each choice that has ended by itself against the constraint of the request.
+
+        Raises:
+            ConstraintViolated: one does not keep to it.
+        """
+        turn = self._turn
+        if (constraint := turn.request.constraint) is None:
+            return
+        for reason, matcher, parts in zip(self.reasons, self._matchers, self._whole, strict=True):
+            if reason == "stop" and matcher.matched is None:
+                checking = turn.served.compiler.check(constraint, "".join(parts), cut=False)
+                await turn.within(checking)
+
+    def _note(self, index: int, text: str) -> None:
+        self._turn.answered(text)
+        if self._turn.request.constraint is not None:
+            self._whole[index].append(text)
 
     @property
     def is_stopped(self) -> bool:
@@ -171,7 +192,7 @@ class _Answer:
         deltas: list[Delta] = []
         for index, matcher in enumerate(self._matchers):
             text = matcher.flush()
-            self._turn.answered(text)
+            self._note(index, text)
             if matcher.matched is not None:
                 self.reasons[index] = "stop"
             if text:
@@ -187,7 +208,7 @@ class _Answer:
         self._counted += tokens
         self._turn.meter.delta(tokens, visible=bool(delta.text or delta.reasoning))
         text = matcher.feed(delta.text)
-        self._turn.answered(text)
+        self._note(delta.index, text)
         shown = Delta(text, delta.token_ids, delta.index, delta.reasoning, delta.logprobs)
         return shown if text or shown.reasoning or shown.logprobs else None
 

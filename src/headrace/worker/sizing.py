@@ -12,8 +12,11 @@ import msgspec
 from filelock import FileLock
 
 from headrace import __version__, engines
-from headrace.core.model import ModelSpec
+from headrace.core.device import placements, read_device
+from headrace.core.model import ModelSpec, PlacedSpec
+from headrace.core.private import FILE_MODE, private_folder
 from headrace.core.status import Footprint
+from headrace.machine import HOST
 from headrace.models.transfer import silent, write_atomically
 from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, open_request
 
@@ -84,13 +87,38 @@ class Sizing:
             return msgspec.structs.replace(known.worker_spec, model=spec)
         worker_spec = self._find(spec, on_progress)
         devices = engines.footprint(worker_spec.engine, open_request(worker_spec)).devices
-        # The KV cache is on the device that holds most of the model.
-        main = max(devices, key=lambda device: devices[device], default="")
-        worker_spec = msgspec.structs.replace(worker_spec, memory=self._budgets.get(main))
+        worker_spec = msgspec.structs.replace(
+            worker_spec,
+            memory=self._memory(worker_spec, devices),
+            booked=devices.get(HOST) if set(devices) <= {HOST} else None,
+        )
         if len(self._resolved) >= _MAX_RESOLVED:
             self._resolved.clear()
         self._resolved[key] = _Resolved(worker_spec, _stamp(worker_spec))
         return worker_spec
+
+    def _memory(self, worker_spec: WorkerSpec, devices: dict[str, int]) -> int | None:
+        """Return the budget of a model, that of the device with most of it and so its KV cache."""
+        main = max(devices, key=lambda device: devices[device], default="")
+        gpus = worker_spec.gpus
+        if main in gpus:
+            return len(gpus) * min(self._budgets.get(gpu, 0) for gpu in gpus) or None
+        return self._budgets.get(main)
+
+    def _placements(self, spec: ModelSpec, on_progress: OnProgress) -> list[ModelSpec]:
+        """Return the specification for each set of devices on which the model can run.
+
+        Raises:
+            HeadraceError: as `resolve`; the machine has too few GPUs.
+        """
+        worker_spec = self.resolve(spec, on_progress)
+        gpus = [device for device in self._budgets if device != HOST]
+        if isinstance(spec, PlacedSpec) or not gpus or worker_spec.file.format == "remote":
+            return [spec]
+        devices = engines.footprint(worker_spec.engine, open_request(worker_spec)).devices
+        count = sum(device != HOST for device in devices)
+        sets = placements(read_device(spec.device), [*self._budgets], count) if count else [(HOST,)]
+        return [PlacedSpec.of(spec, chosen) for chosen in sets]
 
     def _memo_key(self, spec: ModelSpec) -> bytes:
         # Secrets in the options are encoded masked.
@@ -99,9 +127,16 @@ class Sizing:
     def footprint(self, spec: ModelSpec, on_progress: OnProgress) -> Footprint:
         """Return what the model takes: measured by an earlier load of the same kind, or estimated.
 
+        Where it can be placed on different devices, it is that of the first, and has `choices`.
+
         Raises:
-            HeadraceError: as `resolve`.
+            HeadraceError: as `resolve`; the machine has too few GPUs.
         """
+        needs = [self._need(placed, on_progress) for placed in self._placements(spec, on_progress)]
+        choices = tuple(need.devices for need in needs) if len(needs) > 1 else ()
+        return msgspec.structs.replace(needs[0], choices=choices)
+
+    def _need(self, spec: ModelSpec, on_progress: OnProgress) -> Footprint:
         worker_spec = self.resolve(spec, on_progress)
         estimated = engines.footprint(worker_spec.engine, open_request(worker_spec))
         estimated = msgspec.structs.replace(estimated, engine=worker_spec.engine)
@@ -109,8 +144,8 @@ class Sizing:
         if need is None:
             return msgspec.structs.replace(estimated, load_s=_load_s(worker_spec, estimated))
         # A model that once grew beyond the budget may be loaded again.
-        most = _larger(estimated.devices, self._budgets)
-        devices = {name: min(size, most.get(name, size)) for name, size in need.devices.items()}
+        most, held = _larger(estimated.devices, self._budgets), _renamed(need.devices, worker_spec)
+        devices = {name: min(size, most.get(name, size)) for name, size in held.items()}
         return msgspec.structs.replace(
             estimated, devices=devices, how="measured", load_s=need.load_s
         )
@@ -124,11 +159,13 @@ class Sizing:
         known = self._resolved.get(self._memo_key(spec))
         worker_spec = known.worker_spec if known else self.resolve(spec, silent)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._path.with_name(f".{self._path.name}.lock")):
+            private_folder(self._path.parent)
+            lock = self._path.with_name(f".{self._path.name}.lock")
+            with FileLock(lock, mode=FILE_MODE):
                 needs = self._read()
                 old = needs.pop(_key(worker_spec), None)
-                most = _larger(old.devices if old else {}, devices)
+                held = _renamed(devices, worker_spec, local=True)
+                most = _larger(old.devices if old else {}, held)
                 needs[_key(worker_spec)] = Need(devices=most, load_s=load_s, seen=time.time())
                 latest = sorted(needs.items(), key=lambda item: item[1].seen)[-MAX_REMEMBERED:]
                 write_atomically(self._path, msgspec.json.encode(dict(latest)))
@@ -143,13 +180,18 @@ class Sizing:
         Raises:
             HeadraceError: as `resolve`.
         """
+        # On the GPUs with the most memory for models.
+        spec = max(
+            self._placements(spec, silent),
+            key=lambda placed: sum(budgets.get(device, 0) for device in _chosen(placed)),
+        )
         worker_spec = self.resolve(spec, silent)
         request = open_request(worker_spec)
         planned = engines.footprint(worker_spec.engine, request)
         if not planned.parts.get("kv_cache"):
             return None
         need = self._read().get(_key(worker_spec))
-        surplus = _difference(need.devices, planned.devices) if need else {}
+        surplus = _difference(_renamed(need.devices, worker_spec), planned.devices) if need else {}
 
         def fits(context: int) -> bool:
             changed = msgspec.structs.replace(request, context_length=context)
@@ -185,9 +227,28 @@ def _key(worker_spec: WorkerSpec) -> str:
         _stamp(worker_spec),
         (worker_spec.engine, engines.version(worker_spec.engine), __version__),
         sorted(spec.options.items()),
-        (spec.context_length, spec.max_running, spec.device, worker_spec.memory),
+        (spec.context_length, spec.max_running, _kind(worker_spec), worker_spec.memory),
     ]
     return hashlib.sha256(msgspec.json.encode(facts, enc_hook=str)).hexdigest()[:32]
+
+
+def _chosen(spec: ModelSpec) -> tuple[str, ...]:
+    return spec.placed if isinstance(spec, PlacedSpec) else ()
+
+
+def _kind(worker_spec: WorkerSpec) -> tuple[str, int]:
+    """Return what all placements with the same need have in common."""
+    return read_device(worker_spec.model.device).kind, len(worker_spec.gpus)
+
+
+def _renamed(
+    devices: dict[str, int], worker_spec: WorkerSpec, *, local: bool = False
+) -> dict[str, int]:
+    """Return bytes by device with the names of the placement, or with the names in its process."""
+    names = {f"cuda:{number}": gpu for number, gpu in enumerate(worker_spec.gpus)}
+    if local:
+        names = {gpu: name for name, gpu in names.items()}
+    return {names.get(device, device): amount for device, amount in devices.items()}
 
 
 def _stamp(worker_spec: WorkerSpec) -> tuple[int, int]:

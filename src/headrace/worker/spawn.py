@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,8 +16,9 @@ import tempfile
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -34,6 +36,8 @@ from headrace.core.events import Delta, Event, Progress
 from headrace.core.model import ModelInfo
 from headrace.core.request import AnyRequest
 from headrace.core.stream import Mailbox
+from headrace.machine import Family, kill_marked
+from headrace.worker.environment import inherited
 from headrace.worker.wire import (
     Alive,
     Ask,
@@ -52,6 +56,12 @@ log = logging.getLogger("headrace.worker")
 _DYING_S = 0.3
 _TAIL_LINES = 20
 _SCRATCH, _LOCK = "headrace-", ".lock"
+_TMPDIR = "TMPDIR"
+_NO_MEMORY = re.compile(
+    r"bad_alloc|MemoryError|memory allocation of|(?i:cannot allocate memory|out of memory)"
+    r"|(?i:fail(ed|ure) to (re)?allocat|std::length_error)"
+)
+NOTHING: Mapping[str, str | None] = MappingProxyType({})
 _SETTLED_S = 60.0
 
 
@@ -88,6 +98,8 @@ class ChildProcess:
         self.memory = 0
         self.gone = asyncio.Event()
         self.loaded: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
+        self.family: Family | None = None
+        self.memory_limit: int | None = None
         self.link = Link(
             msgspec.msgpack.Decoder(list[ToParent]),
             receive=self._receive,
@@ -109,12 +121,21 @@ class ChildProcess:
         return self._process.pid if self._process and not self.gone.is_set() else None
 
     @property
+    def number(self) -> int | None:
+        """Its process id, also after its end."""
+        return self._process.pid if self._process else None
+
+    @property
     def open_streams(self) -> int:
         """How many streams are open."""
         return len(self._listeners)
 
-    async def spawn(self) -> None:
-        """Start the process and connect to it."""
+    async def spawn(self, environment: Mapping[str, str | None] = NOTHING) -> None:
+        """Start the process and connect to it.
+
+        It gets `environment` beside the variables that all of them inherit; None is the value
+        that this process has.
+        """
         ours, theirs = socket.socketpair()
         # All temporary files of the child are removed with this directory.
         await asyncio.to_thread(sweep, Path(tempfile.gettempdir()))
@@ -129,12 +150,11 @@ class ChildProcess:
                     stdout=DEVNULL,
                     stderr=PIPE,
                     pass_fds=(theirs.fileno(),),
-                    # By default OpenMP's threads spin 30 times longer: while another process needs
-                    # a core, a load of half a second then takes five.
-                    env={"GOMP_SPINCOUNT": "10000", **os.environ, "TMPDIR": str(scratch.path)},
+                    env=inherited(environment) | {_TMPDIR: str(scratch.path)},
                     # Ctrl-C in a terminal goes to the parent alone, which decides what to do.
                     start_new_session=True,
                 )
+            self.family = Family(self._process.pid, _mark(scratch.path))
             await asyncio.get_running_loop().create_connection(lambda: self.link, sock=ours)
         except BaseException:
             ours.close()
@@ -247,6 +267,9 @@ class ChildProcess:
         except TimeoutError:
             self.kill()
             await process.wait()
+        if self.family is not None:
+            # What it has started holds its devices, and nothing else ends it.
+            await asyncio.to_thread(self.family.kill)
         self._scratch.remove()
         self.gone.set()
         error = WorkerDied(
@@ -259,6 +282,8 @@ class ChildProcess:
     def _cause(self, code: int, why: str) -> str:
         if self._verdict:
             return self._verdict
+        if code and self.memory_limit is not None and any(map(_NO_MEMORY.search, self._tail)):
+            return f"ran out of memory: it may allocate {self.memory_limit / 1e9:.1f} GB"
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         return f"ended with exit code {code}" if code else f"ended ({why})"
@@ -308,8 +333,15 @@ class Scratch:
         self._lock.close()
 
 
+def _mark(scratch: Path) -> str:
+    return f"{_TMPDIR}={scratch}"
+
+
 def sweep(folder: Path) -> None:
-    """Remove scratch directories in `folder` that no process locks: their parents were killed."""
+    """Remove scratch directories in `folder` that no process locks: their parents were killed.
+
+    Processes that still use one are killed.
+    """
     for path in folder.glob(f"{_SCRATCH}*"):
         try:
             status = path.lstat()
@@ -321,6 +353,7 @@ def sweep(folder: Path) -> None:
         except OSError:
             # Not a scratch directory, removed already, or in use.
             continue
+        kill_marked(_mark(path))
         shutil.rmtree(path, ignore_errors=True)
 
 

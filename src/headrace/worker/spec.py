@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 
 import msgspec
 
+from headrace.core.device import read_device
 from headrace.core.errors import Draining
 from headrace.core.model import Capabilities, ModelFile, ModelInfo, ModelSpec, State
 from headrace.core.values import masked_options
 from headrace.engines.base import EngineFacts, OpenRequest
+from headrace.machine import HOST, host_memory
 from headrace.worker.prompt import Prompter
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage of a load, and how much of how much is done (0: unknown)."""
 
+_HEADROOM, _PER_CORE = 4 << 30, 16 << 20
 _REMOTE_ROLES = ("system", "developer", "user", "assistant")
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A model whose source has been resolved: everything that a process needs to load it.
 
-    `memory` is the budget of all models on its device in bytes; None is the whole device.
+    `memory` is the budget of all models on its devices in bytes; None is the whole devices.
+    `placed` are the devices that were chosen for it, by the names that this process has for them;
+    empty leaves them to the engine. `devices` are the names that the service has for its GPUs.
+    `booked` is the estimated memory of a model on the host alone.
+    `import_from` is the folder of an engine that is given by its import path.
     """
 
     model: ModelSpec
@@ -31,14 +39,53 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     engine_reason: str = ""
     memory: int | None = None
+    placed: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    booked: int | None = None
+    import_from: str | None = None
+
+    @property
+    def memory_limit(self) -> int | None:
+        """What the process may allocate at most, in bytes; None for no limit.
+
+        A library for GPUs maps much more than it uses.
+        """
+        if self.booked is None:
+            return None
+        stacks = _PER_CORE * (os.cpu_count() or 1)
+        return min(2 * self.booked + _HEADROOM + stacks, max(host_memory(), self.booked))
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        """The GPUs that were chosen for it."""
+        return tuple(device for device in self.placed if device != HOST)
+
+    def service_name(self, device: str) -> str:
+        """Return the name that the service has for a device of this process, `cuda:0` or `cuda`."""
+        key, space, product = device.partition(" ")
+        kind, _, number = key.partition(":")
+        if kind != "cuda" or not self.devices:
+            return device
+        return (self.devices[int(number)] if number else ",".join(self.devices)) + space + product
+
+
+def localized(worker_spec: WorkerSpec) -> WorkerSpec:
+    """Return it for a process that sees the GPUs of its placement and no others."""
+    gpus = worker_spec.gpus
+    local = tuple(f"cuda:{number}" for number in range(len(gpus))) or worker_spec.placed
+    return msgspec.structs.replace(worker_spec, placed=local, devices=gpus)
 
 
 def open_request(worker_spec: WorkerSpec) -> OpenRequest:
     """Return the arguments for opening the engine."""
     spec = worker_spec.model
+    gpus, kind = worker_spec.gpus, read_device(spec.device).kind
+    placed = worker_spec.placed[0] if worker_spec.placed else spec.device or "auto"
     return OpenRequest(
         model=worker_spec.file,
-        device=spec.device or "auto",
+        # An engine whose library is without CUDA takes the CPU of its own accord.
+        device="auto" if kind == "auto" else placed,
+        gpus=gpus,
         context_length=spec.context_length,
         max_running=spec.max_running,
         memory=worker_spec.memory,
@@ -106,7 +153,7 @@ def loaded_info(worker_spec: WorkerSpec, facts: EngineFacts, prompter: Prompter)
     wanted = worker_spec.model.max_running or facts.max_running
     return msgspec.structs.replace(
         unloaded_info(worker_spec.model, "ready", None, worker_spec),
-        device=facts.device,
+        device=worker_spec.service_name(facts.device),
         context_length=facts.context_length,
         max_running=min(wanted, facts.max_running),
         capabilities=msgspec.structs.replace(facts.capabilities, chat=template is not None),

@@ -32,6 +32,7 @@ from headrace.core.model import Task
 from headrace.core.request import Request
 from headrace.engines.base import EngineFacts
 from headrace.machine import Sampler
+from headrace.worker.compiler import Compiler
 from headrace.worker.meter import Meter, figures, trace_of
 
 log = logging.getLogger("headrace.worker")
@@ -105,7 +106,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     """A model that is ready to answer.
 
     `max_choices` is the limit of choices in a request. `sampler` measures this process; it is None
-    if the engine is an upstream.
+    if the engine is an upstream. `compiler` compiles constraints and checks answers.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     facts: EngineFacts
     turns: Turns
     max_choices: int
+    compiler: Compiler
     sampler: Sampler | None = None
     log_content: bool = False
 

@@ -33,10 +33,17 @@ class Message(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Load(Message, frozen=True, tag="load"):
-    """Parent: load this model. `log` is the configuration of the log."""
+    """Parent: load this model. `log` is the configuration of the log.
+
+    `environment` are variables to set before any library of an engine is imported. With `confine`
+    the process gives up what it does not need; `memory_limit` is in bytes.
+    """
 
     spec: WorkerSpec
     log: LogSettings
+    environment: dict[str, str] = {}
+    confine: bool = False
+    memory_limit: int | None = None
 
 
 class Ask(Message, frozen=True, tag="ask"):

@@ -18,11 +18,13 @@ from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import (
     AnyRequest,
 )
+from headrace.core.values import masked
 from headrace.engines.base import Embedder, Engine, OpenRequest, Pair, RemoteEngine, Reranker
 from headrace.machine import Sampler, system
 from headrace.models.transfer import silent
 from headrace.worker import encode, generate, remote
 from headrace.worker.batching import Batcher
+from headrace.worker.compiler import Compiler
 from headrace.worker.generate import Loaded
 from headrace.worker.prompt import Prompter
 from headrace.worker.remote import Connected
@@ -275,6 +277,7 @@ class Worker:
             facts=engine.facts,
             turns=Turns(slots),
             max_choices=slots + self.spec.max_queued,
+            compiler=Compiler(),
             log_content=self._log_content,
             engine=engine,
             stops=self.spec.stop,
@@ -292,7 +295,11 @@ class Worker:
             facts=engine.facts,
             turns=Turns(slots),
             max_choices=slots + self.spec.max_queued,
-            sampler=Sampler(device=engine.facts.device),
+            compiler=Compiler(engine.facts.grammar_library),
+            sampler=Sampler(
+                device=worker_spec.service_name(engine.facts.device),
+                name=worker_spec.service_name,
+            ),
             log_content=self._log_content,
             engine=engine,
             prompter=prompter,
@@ -304,7 +311,8 @@ class Worker:
 
 def _start_facts(worker_spec: WorkerSpec) -> dict[str, object]:
     parameters = msgspec.to_builtins(worker_spec.model) | {
-        "chat_template": bool(worker_spec.model.chat_template)
+        "chat_template": bool(worker_spec.model.chat_template),
+        "env": masked("env", worker_spec.model.env),
     }
     file = msgspec.structs.replace(worker_spec.file, chat_template=None)
     return {
@@ -319,6 +327,7 @@ def _start_facts(worker_spec: WorkerSpec) -> dict[str, object]:
 
 
 async def _free(served: Loaded | Connected) -> None:
+    await served.compiler.aclose()
     if isinstance(served, Connected):
         await served.engine.aclose()
         return

@@ -10,6 +10,7 @@ import pytest
 from tests.engines.remote.rig import KEY, QUICK, ask, started
 from tests.fakes.upstream import Play, Seen, answered, eventually, refused, upstream
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import CapacityError, InvalidRequest, Unsupported, UpstreamError
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.stream import collect, collect_count
@@ -69,13 +70,13 @@ def play(*events: dict[str, Any] | float) -> Play:
 
 
 def good(seen: Seen | None = None) -> Play:
-    return play(START, thought("Hm."), text("Grüß "), text("Gott"), end("end_turn"), STOP)
+    return play(START, thought("Hm."), text('{"a": "Grüß '), text('Gott"}'), end("end_turn"), STOP)
 
 
 async def test_an_answer_comes_with_its_account() -> None:
     """W9, W14, W15: cached tokens are part of the prompt's."""
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
-    asked = ask(max_tokens=9, stop=("X", "\n"), json_schema=schema)
+    asked = ask(max_tokens=9, stop=("X", "\n"), constraint=Constraint(json_schema=schema))
     async with upstream(script=good) as server, started(server.url, "anthropic") as worker:
         result = await collect(worker.ask(asked))
         await collect(
@@ -90,7 +91,7 @@ async def test_an_answer_comes_with_its_account() -> None:
             )
         )
         first, second = server.requests
-    assert (result.choices[0].reasoning, result.text) == ("Hm.", "Grüß Gott")
+    assert (result.choices[0].reasoning, result.text) == ("Hm.", '{"a": "Grüß Gott"}')
     assert result.finish_reason == "stop"
     account = result.usage
     assert (account.prompt_tokens, account.cached_tokens) == (10, 3)
@@ -173,7 +174,7 @@ async def test_what_it_cannot_do_is_refused_by_name() -> None:
         (ask(top_k=1), "top_k"),
         (ask(presence_penalty=1.0), "presence_penalty"),
         (ask(logprobs=1), "logprobs"),
-        (ask(json_schema={}), "response_format"),
+        (ask(constraint=Constraint(json_schema={})), "response_format"),
         (GenerateRequest(messages=(Message("user", "x", "Ann"),)), "messages"),
     ]
     async with upstream() as server, started(server.url, "anthropic") as worker:

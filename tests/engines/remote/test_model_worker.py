@@ -18,8 +18,8 @@ def test_the_blocking_worker_has_remote_models_too(
     monkeypatch.setenv("HEADRACE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with upstream_aside() as far:
-        options = {"base_url": f"{far.url}/v1", "api_key": "sk-of-the-caller"}
-        with ModelWorker("openai:gpt-x", **options) as worker:
+        url, key = f"{far.url}/v1", "sk-of-the-caller"
+        with ModelWorker("openai:gpt-x", base_url=url, api_key=key) as worker:
             assert worker.generate(messages=MESSAGES).text == "Hello there"
             parts = worker.generate_stream(messages=MESSAGES, max_tokens=5)
             text = "".join(one.text for one in parts if isinstance(one, Delta))

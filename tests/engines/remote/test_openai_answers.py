@@ -19,7 +19,9 @@ from tests.fakes.upstream import (
     usage,
 )
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import (
+    ConstraintViolated,
     DeadlineExceeded,
     Draining,
     HeadraceError,
@@ -190,8 +192,8 @@ async def test_other_fields_are_refused_by_name() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     cases: list[tuple[str, GenerateRequest, str]] = [
         ("deepseek", ask(n=2), "n"),
-        ("deepseek", ask(json_schema=schema), "response_format"),
-        ("minimax", ask(json_schema={}), "response_format"),
+        ("deepseek", ask(constraint=Constraint(json_schema=schema)), "response_format"),
+        ("minimax", ask(constraint=Constraint(json_schema={})), "response_format"),
         ("deepseek", GenerateRequest(prompt="p"), "prompt"),
         ("openai", GenerateRequest(prompt=(1, 2)), "prompt"),
         ("openai", ask(context_length=10), "context_length"),
@@ -208,15 +210,42 @@ async def test_other_fields_are_refused_by_name() -> None:
         assert server.requests == []
 
 
+@pytest.mark.parametrize(
+    ("text", "reason", "kept"),
+    [
+        ('{"a": "x"}', "stop", True),
+        ('{"a":\n"x"}', "stop", True),
+        ("Hello there", "stop", False),
+        ('{"a": 1}', "stop", False),
+        ('{"a": "x"', "length", True),
+        ("Hello", "content_filter", True),
+    ],
+)
+async def test_an_answer_is_checked_here_too(text: str, reason: str, kept: bool) -> None:
+    """Issue 11.4: an upstream that does not enforce a schema gives an error, not that answer."""
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    request = ask(constraint=Constraint(json_schema=schema))
+    async with (
+        upstream(said(*text, reason=reason)) as server,
+        started(server.url, "vllm") as worker,
+    ):
+        if kept:
+            assert (await collect(worker.ask(request))).text == text
+        else:
+            with pytest.raises(ConstraintViolated, match="does not keep to its JSON schema"):
+                await collect(worker.ask(request))
+
+
 async def test_what_is_asked_beside_sampling() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     async with (
-        upstream() as server,
+        upstream(script=lambda seen: said('{"a": "x"}')) as server,
         started(server.url, "vllm") as worker,
         started(server.url, "openrouter") as router,
     ):
-        await collect(worker.ask(ask(json_schema=schema, template_options={"think": 1})))
-        await collect(worker.ask(ask(json_schema={"type": "object"})))
+        constraint = Constraint(json_schema=schema)
+        await collect(worker.ask(ask(constraint=constraint, template_options={"think": 1})))
+        await collect(worker.ask(ask(constraint=Constraint(json_schema={"type": "object"}))))
         await collect(router.ask(ask()))
         bodies = [seen.body for seen in server.requests]
     assert bodies[0]["response_format"]["json_schema"]["schema"] == schema

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tests.engines.remote.rig import KEY, QUICK, ask, started, worker
-from tests.fakes.upstream import DONE, Play, chunk, event, refused, said, upstream
+from tests.fakes.upstream import DONE, Play, chunk, event, refused, said, upstream, usage
 
 from headrace.core.errors import (
     CapacityError,
@@ -31,7 +31,6 @@ BROKEN: dict[str, tuple[Play, str]] = {
     "headers and no token": (Play([event(chunk(role="assistant")), 5.0]), "no token"),
     "comments for ever": (Play([b": wait\n\n", 0.2] * 20), "no token"),
     "stall": (Play([A, 5.0]), "silent"),
-    "no end": (Play([A, END]), "truncated"),
     "no reason": (Play([A, DONE]), "truncated"),
     "cut off": (Play([A, 0.02, "drop"]), "broke off"),
     "cut in an event": (Play([A, A[:9]], framing="close"), "malformed|truncated"),
@@ -74,6 +73,70 @@ async def test_a_broken_upstream_is_an_error_and_no_answer(name: str) -> None:
         assert len(server.requests) == 1
         assert (await collect(far.ask(ask()))).text == "Hello there"
         assert far.load == (0, 0)
+
+
+USAGE = event(usage(7, 1))
+LONE = event(r'{"choices": [{"index": 0, "delta": {"content": "\udc00"}}]}')
+FLOATS = {"prompt_tokens": 7.0, "completion_tokens": 2.0, "total_tokens": 9.0}
+DETAILS = {"prompt_tokens_details": {"cached_tokens": 3.0}}
+
+LENIENT: dict[str, tuple[Play, str, int | None]] = {
+    "no mark of the end": (Play([A, END, USAGE]), "a", 1),
+    "nor usage": (Play([A, END]), "a", None),
+    "cut off after the usage": (Play([A, END, USAGE, "drop"]), "a", 1),
+    "cut off after the reason": (Play([A, END, "drop"]), "a", None),
+    "kept open": (Play([A, END, USAGE, 5.0]), "a", 1),
+    "closed, in an event": (Play([A, END, USAGE, b"data: "], framing="close"), "a", 1),
+    "spaces around the mark": (Play([A, END, USAGE, b"data:  [DONE] \n\n"]), "a", 1),
+    "no empty line at the end": (Play([A, END, USAGE, b"data: [DONE]"]), "a", 1),
+    "floats": (Play([A, END, event({"choices": [], "usage": FLOATS}), DONE]), "a", 2),
+    "floats inside": (Play([A, END, event({"usage": FLOATS | DETAILS}), DONE]), "a", 2),
+    "counts as text": (Play([A, END, event({"usage": {"completion_tokens": "2"}}), DONE]), "a", 2),
+    "usage that is none": (Play([A, END, event({"usage": [5]}), DONE]), "a", None),
+    "strange counts": (
+        Play([A, END, event({"usage": {"completion_tokens": {}}}), DONE]),
+        "a",
+        None,
+    ),
+    "half a character": (Play([A, LONE, END, USAGE, DONE]), "a\ufffd", 1),
+    "an index as a float": (Play([event(chunk(0.0, content="a")), END, USAGE, DONE]), "a", 1),  # pyright: ignore[reportArgumentType]
+    "no index": (Play([event({"choices": [{"text": "a", "index": None}]}), END, DONE]), "a", None),
+    "no choices": (Play([event({"choices": None, "usage": None}), A, END, DONE]), "a", None),
+    "fields of other types": (
+        Play([event(chunk(content="a", reasoning={"x": 1}, refusal=[], tool_calls=3)), END, DONE]),
+        "a",
+        None,
+    ),
+    "parts that are no objects": (
+        Play([event(chunk(content=["x", {"text": "a"}])), END, DONE]),
+        "a",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LENIENT)
+async def test_what_does_not_bear_on_the_answer_does_not_cost_it(name: str) -> None:
+    """Issue 12.19: the answer is whole, and the slot is free at once."""
+    play, text, tokens = LENIENT[name]
+    async with upstream(play) as server, started(server.url, max_retries=0, **QUICK) as far:
+        began = time.monotonic()
+        result = await collect(far.ask(ask()))
+        assert time.monotonic() - began < 2
+        assert (result.text, result.finish_reason) == (text, "stop")
+        assert tokens is None or result.usage.completion_tokens == tokens
+        assert far.load == (0, 0)
+
+
+async def test_log_probabilities_without_a_number() -> None:
+    """Issue 12.19: Python servers write -Infinity, which is no JSON."""
+    first = {"token": "a", "logprob": float("-inf"), "top_logprobs": []}
+    body = chunk(content="a")
+    body["choices"][0]["logprobs"] = {"content": [first]}
+    play = Play([event(body), END, DONE])
+    async with upstream(play) as server, started(server.url) as far:
+        result = await collect(far.ask(ask(logprobs=0)))
+    assert [token.logprob for token in result.choices[0].logprobs] == [-9999.0]
 
 
 async def test_what_came_before_the_fault_was_shown() -> None:

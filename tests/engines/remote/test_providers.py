@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 import msgspec
@@ -145,3 +146,37 @@ def test_an_engine_refuses_a_provider_of_another() -> None:
     file = ModelFile(path="c", format="remote", provider="anthropic")
     with pytest.raises(ConfigError, match="speaks to openai"):
         engines.open_engine("openai", OpenRequest(model=file))
+
+
+def _lacking() -> list[tuple[str, Task]]:
+    tasks: tuple[Task, ...] = get_args(Task)
+    return [(name, t) for name, row in PROVIDERS.items() for t in tasks if t not in row.tasks]
+
+
+@pytest.mark.parametrize(("provider", "task"), _lacking())
+def test_a_task_that_the_provider_lacks_is_refused_at_the_check(
+    tmp_path: Path, provider: str, task: Task
+) -> None:
+    """Issue 12.21: of the file, a variable or an argument, before anything is sent out."""
+    file = tmp_path / "headrace.toml"
+    file.write_text(f'[models.a]\nmodel = "{provider}:m"\ntask = "{task}"')
+    where: dict[str, Any] = {"cwd": tmp_path, "environ": {"HOME": str(tmp_path)}}
+    with pytest.raises(ConfigError, match=r"models\.a\.task: .* no models for the task") as caught:
+        runtime.load_settings(**where)
+    assert str(file) in caught.value.message
+    file.unlink()
+    with pytest.raises(ConfigError, match="argument task"):
+        runtime.load_settings(**where).model_spec(f"{provider}:m", {"task": task})
+    where["environ"] = {"HOME": str(tmp_path), "HEADRACE_TASK": task}
+    with pytest.raises(ConfigError, match="environment HEADRACE_TASK"):
+        runtime.load_settings(**where).model_spec(f"{provider}:m")
+
+
+@pytest.mark.parametrize("engine", ["transformers", "sentence_transformers", "llamacpp"])
+def test_a_task_that_the_engine_lacks_is_refused_at_the_check(tmp_path: Path, engine: str) -> None:
+    """Issue 12.21: the same for the engine of a local model."""
+    tasks: tuple[Task, ...] = get_args(Task)
+    for task in {*tasks} - {*engines.about(engine).tasks}:
+        settings = runtime.load_settings(cwd=tmp_path, environ={"HOME": str(tmp_path)})
+        with pytest.raises(ConfigError, match=f"Engine {engine} has no models for the task {task}"):
+            settings.model_spec("./x", {"engine": engine, "task": task})

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from tests.engines.transformers.asking import answered, asked, deltas, events, finish, tokens
 
+from headrace.core.constraint import Constraint
 from headrace.engines.base import Admitted
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ async def test_a_schema_is_kept_to(smol: Engine) -> None:
         "required": ["city", "big"],
         "additionalProperties": False,
     }
-    request = msgspec.structs.replace(asked(smol, QUESTIONS[0], 40), json_schema=schema)
+    request = msgspec.structs.replace(
+        asked(smol, QUESTIONS[0], 40), constraint=Constraint(json_schema=schema)
+    )
     seen = await events(smol, request)
     made = json.loads(b"".join(delta.data for delta in deltas(seen)))
     assert made.keys() == {"city", "big"}

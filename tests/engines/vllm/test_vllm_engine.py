@@ -15,6 +15,7 @@ import psutil
 import pytest
 from tests import models_made
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import ConfigError, InvalidRequest, WorkerDied
 from headrace.core.sampling import Sampling
 from headrace.engines.base import Admitted, EngineRequest, OpenRequest, RawDelta, RawFinish
@@ -81,7 +82,7 @@ async def ask(engine: Engine, text: str = CHAT, most: int = 24, **fields: object
         token_ids=tuple(engine.tokenize(text, add_special=False)),
         max_tokens=most,
         answered=answered,  # type: ignore[arg-type]
-        json_schema=schema,  # type: ignore[arg-type]
+        constraint=None if schema is None else Constraint(json_schema=schema),  # type: ignore[arg-type]
         sampling=Sampling(**{"temperature": 0.0, **fields}),  # type: ignore[arg-type]
     )
     return Answer([event async for event in engine.generate(request)])

@@ -38,6 +38,7 @@ def test_that_further_arguments_pass() -> None:
     [
         ("blok_size", "nearest is block_size"),
         ("model", "Headrace sets it"),
+        ("structured_outputs_config", "Headrace sets it"),
         ("dtype", "option dtype"),
         ("max_model_len", "context_length"),
         ("_private", "no engine argument"),

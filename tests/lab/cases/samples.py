@@ -35,6 +35,8 @@ FEW = frozenset(
 )
 """What changes with the Backend. The rest is the engine's, and echo runs it on every Backend."""
 
+_SCHEMAS = frozenset({"json_schema", "json_schema_fails_closed"})
+
 SOUND = FEW | {
     "greedy_repeats",
     "stop_strings",
@@ -43,6 +45,7 @@ SOUND = FEW | {
     "cancelled_in_prefill",
     "resume",
     "json_schema",
+    "json_schema_fails_closed",
 }
 """What only a real model's text shows."""
 
@@ -167,7 +170,7 @@ SAMPLES = [
         settings=_SHORT,
         # Slow enough to be caught in the middle of an answer.
         options={"tokens_per_second": 200},
-        refused=_NARROW | _PENALTIES | _fields("logit_bias") | {"json_schema"},
+        refused=_NARROW | _PENALTIES | _fields("logit_bias") | _SCHEMAS,
         heavy=False,
     ),
     Sample(
@@ -199,7 +202,7 @@ SAMPLES = [
         "openvino",
         _path(converted),
         settings=_SHORT,
-        refused=_fields("logit_bias", "logprobs") | {"json_schema"},
+        refused=_fields("logit_bias", "logprobs") | _SCHEMAS,
         reported=frozenset({"alone_and_among_sixteen", "resume"}),
     ),
     Sample("llamacpp", _path(str), "embed", ("process",), _SHORT, {"pooling": "mean"}),

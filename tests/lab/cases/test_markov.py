@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import ROOT
 
-from headrace import contract, engines, runtime
+from headrace import ModelWorker, contract, engines, runtime
 from headrace.contract import CASES
 
 PAGE = (ROOT / "docs" / "adding-an-engine.md").read_text()
@@ -46,9 +46,37 @@ def test_the_example_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.Monk
     )
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, summary = done.stdout.splitlines()
-    told = f"{len(lines)} cases: {len(lines) - 9} ok, 9 refused, 0 reported, 0 failed"
+    told = f"{len(lines)} cases: {len(lines) - 10} ok, 10 refused, 0 reported, 0 failed"
     assert summary == told
     assert told in PAGE
+
+
+def test_it_runs_by_its_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W26; issue 12.15: from Python, flags and a file, in a process of its own."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "by_path.py").write_text(CODE)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
+    with ModelWorker("builtin:echo", engine="by_path:Engine", text="abcabc", slots=2) as worker:
+        assert worker.metadata.engine == "by_path:Engine"
+        assert worker.metadata.max_running == 2
+        assert worker.generate("a", max_tokens=4, temperature=0).text == "bcab"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    command = [sys.executable, "-m", "headrace", "run", "--raw", "--no-figures"]
+    flags = ["--engine", "by_path:Engine", "-o", "text=abcabc"]
+    of_run = ["a", "--max-tokens", "4", "--temperature", "0"]
+    (tmp_path / "headrace.toml").write_text(
+        "[models.mine]\nmodel = 'echo'\nengine = 'by_path:Engine'\noptions = { text = 'abcabc' }"
+    )
+    for model, given in (("echo", flags), ("mine", [])):
+        done = subprocess.run(
+            [*command, model, *of_run, *given],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+        assert (done.returncode, done.stdout) == (0, "bcab\n"), done.stderr
 
 
 SPOILED = {
@@ -66,6 +94,7 @@ SPOILED = {
     "figures_are_complete": ("yield Admitted(done=prompt_tokens, total=prompt_tokens)", "pass"),
     "cancelled_in_prefill": ("yield Admitted(done=prompt_tokens, total=prompt_tokens)", "pass"),
     "json_schema": ("batch_invariant=True", "batch_invariant=True, json_schema=True"),
+    "json_schema_fails_closed": ("batch_invariant=True", "batch_invariant=True, json_schema=True"),
     "resume": ("batch_invariant=True", "resume=True"),
     "options_describe_themselves": (', description="What it learns from."', ""),
     "alone_and_among_sixteen": (

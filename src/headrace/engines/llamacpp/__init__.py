@@ -25,6 +25,8 @@ from headrace.models.gguf import Skipped, read_header
 ABOUT = About(
     formats=("gguf",),
     devices=("cpu", "cuda", "mps"),
+    confined=True,
+    spreads=True,
     requires="xllamacpp",
     tasks=("generate", "embed"),
 )
@@ -86,7 +88,8 @@ def footprint(request: OpenRequest) -> Footprint:
     options = settled(request)
     device = expected_device(request.device)
     on_cpu = device == "cpu"
-    planned = estimate(request.model, plan_slots(request, options, on_cpu=on_cpu), options, device)
+    gpus = plan.expected_gpus(request, device)
+    planned = estimate(request.model, plan_slots(request, options, on_cpu=on_cpu), options, gpus)
     if request.task == "embed":
         return msgspec.structs.replace(planned, max_running=plan.encoder_requests(request))
     return planned
@@ -146,23 +149,26 @@ def _kv_bytes(model: ModelFile, options: Options) -> float:
     return (model.kv_bytes_per_token or 0) * _KV_SHARE[options.kv_type or "f16"]
 
 
-def estimate(model: ModelFile, planned: CachePlan, options: Options, device: str) -> Footprint:
-    """Return the memory that the model takes of the host, and of the GPU if `device` is one.
+def estimate(
+    model: ModelFile, planned: CachePlan, options: Options, gpus: tuple[str, ...]
+) -> Footprint:
+    """Return the memory that the model takes of the host, and of the GPUs that share its layers.
 
     Raises:
         LoadFailed: the model's header cannot be read.
     """
     words, layers = _words_and_layers(Path(model.path), _stamp(model.path))
-    batch = min(max(batch_size(options, on_cpu=device == "cpu"), planned.slots), 512)
+    batch = min(max(batch_size(options, on_cpu=not gpus), planned.slots), 512)
     kv_cache = int(planned.tokens * _kv_bytes(model, options))
     activations = _PER_ACTIVATION * math.sqrt(model.parameters or 0) * batch
     overhead = _PROCESS + words * _PER_WORD + int(activations) + planned.slots * _PER_SLOT
     devices = {"cpu": model.size + kv_cache + overhead}
-    if device.startswith("cuda"):
+    if gpus:
         share = _share(options.gpu_layers, layers)
         moved = int(share * (model.size + kv_cache)) + int(activations) + words * batch * 4
         on_host = int((1 - share) * (model.size + kv_cache))
-        devices = {"cpu": on_host + overhead + _CUDA_HOST, device: moved + _CUDA_DEVICE}
+        devices = {"cpu": on_host + overhead + _CUDA_HOST}
+        devices |= plan.divided(moved, gpus, _CUDA_DEVICE)
     return plan.footprint(devices, planned, weights=model.size, kv_cache=kv_cache)
 
 

@@ -15,7 +15,7 @@ from headrace.core.errors import (
 )
 from headrace.core.events import TokenLogprob, TopLogprob
 from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, RawFinish
-from headrace.engines.tokenizer import json_grammar
+from headrace.text.grammar import grammar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,6 +114,9 @@ class Call:
 
     def run(self, server: xllamacpp.Server) -> None:
         """Block until the request is answered or its stream is closed."""
+        if self._request.constraint is not None:
+            # The library compiles the grammar before it reports progress.
+            self._emit(Admitted(0, len(self._request.token_ids)))
         server.handle_completions(_body(self._request), self._on_chunk)
         if self._failure is not None:
             raise self._failure
@@ -207,8 +210,8 @@ def _body(request: EngineRequest) -> bytes:
         body["logprobs"] = max(1, sampling.logprobs)
     if sampling.logit_bias:
         body["logit_bias"] = list(sampling.logit_bias.items())
-    if request.json_schema is not None:
-        body["grammar"] = json_grammar(request.json_schema)
+    if request.constraint is not None:
+        body["grammar"] = grammar(request.constraint)
     return msgspec.json.encode(body)
 
 

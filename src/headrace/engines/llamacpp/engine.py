@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import ctypes
 import gc
 import http.client
 import secrets
@@ -18,6 +19,7 @@ from typing import Any
 
 import msgspec
 import xllamacpp
+import xllamacpp.xllamacpp as library
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
 from headrace.core.model import Capabilities
@@ -34,6 +36,7 @@ _FLASH = {"auto": -1, "off": 0, "on": 1}
 _ROPE = {"model": -1, "none": 0, "linear": 1, "yarn": 2}
 _POOLING = {"model": -1, "mean": 1, "cls": 2, "last": 3}
 _LOAD_MMAP, _LOAD_READ = 1, 0
+_NO_SPLIT = 0
 _UNNORMALISED = -1
 
 
@@ -132,7 +135,7 @@ class Engine(base.Embedder):
     def _load(self, request: OpenRequest) -> None:
         device = _device(request.device, xllamacpp.get_device_info())
         planned = plan_slots(request, self._options, on_cpu=device == "cpu")
-        params = self._params(xllamacpp.CommonParams(), planned, device)
+        params = self._params(request, xllamacpp.CommonParams(), planned, device)
         if device == "cpu":
             self._guard.start()
         try:
@@ -147,7 +150,7 @@ class Engine(base.Embedder):
             self.facts = self._embedding_facts(request)
         self._threads = ThreadPoolExecutor(planned.slots, "llamacpp")
 
-    def _params(self, params: Any, planned: CachePlan, device: str) -> Any:
+    def _params(self, request: OpenRequest, params: Any, planned: CachePlan, device: str) -> Any:
         options, on_cpu = self._options, device == "cpu"
         params.model.path = self._model.path
         params.n_ctx = planned.tokens
@@ -160,6 +163,9 @@ class Engine(base.Embedder):
         if self._embeds:
             self._prepare_embeddings(params, planned.context_length)
         params.n_gpu_layers = 0 if on_cpu else options.gpu_layers
+        if len(request.gpus) == 1:
+            params.main_gpu = int(request.gpus[0].partition(":")[2])
+            params.split_mode = _NO_SPLIT
         params.flash_attn_type = _FLASH[options.flash_attention]
         params.cache_type_k = params.cache_type_v = _KV_TYPES[options.kv_type or "f16"]
         params.cache_prompt = options.prefix_cache
@@ -195,6 +201,7 @@ class Engine(base.Embedder):
         props = self._ask("/props")
         granted = props["default_generation_settings"]["n_ctx"]
         plan.granted_context(request, granted)
+        grammar_library = _grammar_library()
         return EngineFacts(
             device=device,
             context_length=min(granted, planned.context_length),
@@ -203,9 +210,10 @@ class Engine(base.Embedder):
             bos_token=props["bos_token"],
             eos_token=props["eos_token"],
             notes=planned.notes,
+            grammar_library=grammar_library,
             capabilities=Capabilities(
                 sampling=HONOURED,
-                json_schema=True,
+                json_schema=bool(grammar_library),
                 batch_invariant=device == "cpu" and _is_reproducible(self._options),
                 resume=True,
             ),
@@ -238,6 +246,15 @@ class Engine(base.Embedder):
         return answer
 
 
+def _grammar_library() -> str:
+    """Return the file with the llguidance of this build; empty without one.
+
+    Without it a schema could not be enforced: the library drops in silence what it cannot compile.
+    """
+    path = str(library.__file__)
+    return path if hasattr(ctypes.CDLL(path), "llg_new_matcher") else ""
+
+
 def _is_reproducible(options: Options) -> bool:
     # Measured, in 60 of 60 answers: with an f16 cache, rounding in prompts longer than a batch
     # depends on the concurrent requests.
@@ -253,9 +270,10 @@ def _device(wanted: str, devices: Sequence[dict[str, Any]]) -> str:
     ]
     if wanted == "auto":
         return available[0] if available else "cpu"
-    if wanted not in available:
-        raise LoadFailed(f"This build of llama.cpp has no device {wanted}; it has {available}.")
-    return wanted
+    kind, _, number = wanted.partition(":")
+    if kind not in available or (number and f"{kind}{number}" not in names):
+        raise LoadFailed(f"This build of llama.cpp has no device {wanted}; it has {names}.")
+    return kind
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -19,7 +19,6 @@ from headrace.engines.base import OpenRequest, RemoteEvent
 from headrace.engines.openai import Options
 from headrace.engines.openai.protocol import (
     AnswerReader,
-    WireUsage,
     count_body,
     embed_body,
     generate_body,
@@ -28,30 +27,33 @@ from headrace.engines.openai.protocol import (
 from headrace.engines.openai.upstream import Upstream, certificates
 from headrace.engines.remote import Shared, SilenceTimer
 from headrace.models.providers import PROVIDERS, Provider
+from headrace.text import chunks
 
 T = TypeVar("T")
 
+# How long a stream may stay open that has nothing more to say.
+_END_S = 0.5
 _UPSTREAMS: Shared[Upstream] = Shared(lambda upstream: upstream.aclose())
 
 
 class _Vector(msgspec.Struct, frozen=True):
     embedding: str | list[float]
-    index: int | None = None
+    index: float | None = None
 
 
 class _Vectors(msgspec.Struct, frozen=True):
     data: list[_Vector]
-    usage: WireUsage | None = None
+    usage: Any = None
 
 
 class _Score(msgspec.Struct, frozen=True):
-    index: int
+    index: float
     relevance_score: float
 
 
 class _Billed(msgspec.Struct, frozen=True):
-    input_tokens: int | None = None
-    total_tokens: int | None = None
+    input_tokens: float | None = None
+    total_tokens: float | None = None
 
 
 class _Meta(msgspec.Struct, frozen=True):
@@ -61,12 +63,12 @@ class _Meta(msgspec.Struct, frozen=True):
 
 class _Scores(msgspec.Struct, frozen=True):
     results: list[_Score]
-    usage: WireUsage | None = None
+    usage: Any = None
     meta: _Meta | None = None
 
 
 class _Tokens(msgspec.Struct, frozen=True):
-    count: int
+    count: float
     tokens: list[int] | None = None
     estimated: bool = False
 
@@ -110,11 +112,14 @@ class Engine:
         remote.check_supported(request, self._provider, self._provider.sampling)
         path, body = generate_body(request, self._model, self._provider)
         reader, timer = AnswerReader(self._access, request.n), SilenceTimer(self._options)
-        events = self._connected().events(path, body, remote.trace_headers(request), timer)
+        headers = remote.trace_headers(request)
+        events = self._connected().events(path, body, headers, timer)
         try:
-            async for data in events:
+            while (data := await _next(events, reader)) is not None:
                 deltas = list(reader.deltas(data))
                 timer.reset(token=bool(deltas))
+                if reader.is_whole:
+                    timer.end_within(_END_S)
                 for delta in deltas:
                     yield delta
         finally:
@@ -129,8 +134,8 @@ class Engine:
         indexes = [index if row.index is None else row.index for index, row in rows]
         if sorted(indexes) != list(range(len(request.inputs))):
             raise UpstreamError("The upstream gave vectors for other inputs than it was given.")
-        vectors = dict(zip(indexes, map(_packed, answer.data), strict=True))
-        usage = answer.usage.usage() if answer.usage else Usage()
+        vectors = dict(zip(map(int, indexes), map(_packed, answer.data), strict=True))
+        usage = chunks.usage_of(answer.usage) or Usage()
         return [vectors[index] for index in range(len(vectors))], usage
 
     async def rerank(self, request: RerankRequest) -> tuple[Sequence[tuple[int, float]], Usage]:
@@ -140,7 +145,7 @@ class Engine:
         if not {score.index for score in answer.results} <= set(range(len(request.documents))):
             raise UpstreamError("The upstream ranked documents that it was not given.")
         best = sorted(answer.results, key=lambda score: -score.relevance_score)[: request.top_n]
-        return [(score.index, score.relevance_score) for score in best], _billed(answer)
+        return [(int(score.index), score.relevance_score) for score in best], _billed(answer)
 
     async def count_tokens(self, request: CountRequest) -> TokenCount:
         """Return the upstream's count if it has one, or an estimate."""
@@ -149,7 +154,7 @@ class Engine:
         url = f"{self._access.base_url.removesuffix('/v1')}/tokenize"
         count = await self._post("", count_body(request, self._model), _Tokens, url=url)
         ids = None if count.tokens is None else tuple(count.tokens)
-        return TokenCount(count=count.count, token_ids=ids, estimated=count.estimated)
+        return TokenCount(count=int(count.count), token_ids=ids, estimated=count.estimated)
 
     async def aclose(self) -> None:
         """Release the connections."""
@@ -181,6 +186,16 @@ class Engine:
             ) from None
 
 
+async def _next(events: AsyncGenerator[bytes, None], reader: AnswerReader) -> bytes | None:
+    try:
+        return await anext(events, None)
+    except UpstreamError:
+        # All that can be missing is the usage and the mark of the end.
+        if not reader.is_complete:
+            raise
+        return None
+
+
 def _dialect(provider: Provider, options: Options) -> Provider:
     """Return the provider with the options applied."""
     if options.base_url is not None and provider is PROVIDERS["openai"]:
@@ -205,8 +220,8 @@ def _packed(vector: _Vector) -> bytes:
 
 
 def _billed(answer: _Scores) -> Usage:
-    if answer.usage is not None:
-        return answer.usage.usage()
+    if (usage := chunks.usage_of(answer.usage)) is not None:
+        return usage
     meta = answer.meta or _Meta()
     billed = meta.tokens or meta.billed_units or _Billed()
-    return Usage(prompt_tokens=billed.input_tokens or billed.total_tokens or 0)
+    return Usage(prompt_tokens=int(billed.input_tokens or billed.total_tokens or 0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -21,9 +21,12 @@ from headrace.core.request import (
 from headrace.engines.base import RemoteFinish
 from headrace.engines.remote import Access, stream_error
 from headrace.models.providers import Provider
+from headrace.text import chunks
+from headrace.text.chunks import Candidate, Choice, Logprobs
 
 # Id of a token of which the upstream gives only the text.
 _NO_ID = -1
+_LEAST = -9999.0
 _REASONS: dict[str, FinishReason] = {
     "stop": "stop",
     "eos": "stop",
@@ -82,9 +85,9 @@ def _sampling(request: GenerateRequest, provider: Provider, *, chat: bool) -> di
 
 
 def _format(request: GenerateRequest, provider: Provider) -> dict[str, Any]:
-    schema = request.json_schema
-    if schema is None:
+    if request.constraint is None:
         return {}
+    schema = request.constraint.json_schema
     if schema in _ANY_OBJECT:
         return {"response_format": {"type": "json_object"}}
     if provider.json != "schema":
@@ -153,83 +156,6 @@ def count_body(request: CountRequest, model: str) -> bytes:
     return msgspec.json.encode(body)
 
 
-class _Details(msgspec.Struct, frozen=True):
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
-
-
-class WireUsage(msgspec.Struct, frozen=True):
-    """`usage` of an upstream; some have the cached tokens in another field."""
-
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-    completion_tokens_details: _Details | None = None
-    prompt_cache_hit_tokens: int | None = None
-    cached_tokens: int | None = None
-
-    def usage(self) -> Usage:
-        """Return it as Usage."""
-        before, after = self.prompt_tokens_details, self.completion_tokens_details
-        cached = (before and before.cached_tokens) or self.prompt_cache_hit_tokens
-        prompt = self.prompt_tokens
-        return Usage(
-            prompt_tokens=(self.total_tokens or 0) if prompt is None else prompt,
-            cached_tokens=cached or self.cached_tokens or 0,
-            completion_tokens=self.completion_tokens or 0,
-            reasoning_tokens=(after and after.reasoning_tokens) or 0,
-        )
-
-
-class _Message(msgspec.Struct, frozen=True):
-    content: str | list[dict[str, Any]] | None = None
-    refusal: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-
-
-class _Candidate(msgspec.Struct, frozen=True):
-    token: str
-    logprob: float
-    bytes: list[int] | None = None
-
-    @property
-    def data(self) -> bytes:
-        return _bytes(self.token) if self.bytes is None else bytes(self.bytes)
-
-
-class _Token(_Candidate, frozen=True):
-    top_logprobs: list[_Candidate] | None = None
-
-
-class _Logprobs(msgspec.Struct, frozen=True):
-    """Log-probabilities of a chat (`content`) or of a completion."""
-
-    content: list[_Token] | None = None
-    tokens: list[str] | None = None
-    token_logprobs: list[float | None] | None = None
-    top_logprobs: list[dict[str, float] | None] | None = None
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    index: int = 0
-    delta: _Message | None = None
-    text: str | None = None
-    finish_reason: str | None = None
-    logprobs: _Logprobs | None = None
-    usage: WireUsage | None = None
-
-
-class _Chunk(msgspec.Struct, frozen=True):
-    choices: list[_Choice] | None = None
-    usage: WireUsage | None = None
-    error: Any = None
-
-
-_DECODER = msgspec.json.Decoder(_Chunk)
-
-
 class AnswerReader:
     """Reads the chunks of one answer of `n` choices.
 
@@ -242,23 +168,36 @@ class AnswerReader:
         self._reasons: list[FinishReason | None] = [None] * n
         self._usage: Usage | None = None
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every choice has its end: all that can follow is usage."""
+        return None not in self._reasons
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing more is expected."""
+        return self.is_complete and self._usage is not None
+
     def deltas(self, data: bytes) -> Iterator[Delta]:
         """Yield the deltas of a chunk."""
         try:
-            chunk = _DECODER.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            chunk = chunks.read(data)
+        except chunks.Malformed as error:
+            if self.is_complete:
+                return
             raise UpstreamError(
                 "The upstream sent a malformed chunk.", detail=self._access.scrub(str(error))
             ) from None
         if chunk.error:
             raise stream_error(self._access, {"error": chunk.error})
         for choice in chunk.choices or ():
-            if not 0 <= choice.index < len(self._reasons):
+            index = choice.index or 0
+            if index not in range(len(self._reasons)):
                 raise UpstreamError("The upstream sent a choice that was not asked for.")
             self._note(choice.usage)
             if choice.finish_reason:
-                self._reasons[choice.index] = self._reason(choice.finish_reason)
-            delta = _delta(choice)
+                self._reasons[int(index)] = self._reason(choice.finish_reason)
+            delta = _delta(choice, int(index))
             if delta.text or delta.reasoning or delta.logprobs:
                 yield delta
         self._note(chunk.usage)
@@ -270,9 +209,8 @@ class AnswerReader:
             raise UpstreamError("The upstream's stream is truncated: a choice has no end.")
         return RemoteFinish(finish_reasons=tuple(reasons), usage=self._usage)
 
-    def _note(self, usage: WireUsage | None) -> None:
-        if usage is not None and (usage.prompt_tokens or usage.completion_tokens):
-            self._usage = usage.usage()
+    def _note(self, usage: object) -> None:
+        self._usage = chunks.usage_of(usage) or self._usage
 
     def _reason(self, reason: str) -> FinishReason:
         finish_reason = _REASONS.get(reason.lower())
@@ -282,41 +220,18 @@ class AnswerReader:
         return finish_reason
 
 
-def _delta(choice: _Choice) -> Delta:
-    message = choice.delta or _Message()
-    text, thinking = choice.text or "", message.reasoning_content or message.reasoning or ""
-    if isinstance(message.content, list):
-        for part in message.content:
-            text += str(part.get("text") or "")
-            thinking += _thinking(part)
-    else:
-        text += message.content or message.refusal or ""
-    return Delta(
-        text,
-        index=choice.index,
-        reasoning=thinking,
-        logprobs=_tokens(choice.logprobs) if choice.logprobs else (),
-    )
+def _delta(choice: Choice, index: int) -> Delta:
+    logprobs = _tokens(choice.logprobs) if choice.logprobs else ()
+    return Delta(choice.content, index=index, reasoning=choice.thinking, logprobs=logprobs)
 
 
-def _thinking(part: dict[str, Any]) -> str:
-    thinking = part.get("thinking") or ""
-    if isinstance(thinking, list):
-        return "".join(map(_thinking_text, cast("list[Any]", thinking)))
-    return str(thinking)
-
-
-def _thinking_text(part: Any) -> str:
-    return str(cast("dict[str, Any]", part).get("text") or "") if isinstance(part, dict) else ""
-
-
-def _tokens(logprobs: _Logprobs) -> tuple[TokenLogprob, ...]:
+def _tokens(logprobs: Logprobs) -> tuple[TokenLogprob, ...]:
     if logprobs.content is not None:
         return tuple(
             TokenLogprob(
                 _NO_ID,
-                token.data,
-                token.logprob,
+                _data(token),
+                _finite(token.logprob),
                 tuple(map(_top, token.top_logprobs or ())),
             )
             for token in logprobs.content
@@ -332,15 +247,27 @@ def _tokens(logprobs: _Logprobs) -> tuple[TokenLogprob, ...]:
         TokenLogprob(
             _NO_ID,
             _bytes(token),
-            logprob or 0.0,
-            tuple(TopLogprob(_NO_ID, _bytes(name), value) for name, value in (top or {}).items()),
+            _finite(logprob or 0.0),
+            tuple(
+                TopLogprob(_NO_ID, _bytes(name), _finite(value))
+                for name, value in (top or {}).items()
+            ),
         )
         for token, logprob, top in rows
     )
 
 
-def _top(candidate: _Candidate) -> TopLogprob:
-    return TopLogprob(_NO_ID, candidate.data, candidate.logprob)
+def _top(candidate: Candidate) -> TopLogprob:
+    return TopLogprob(_NO_ID, _data(candidate), _finite(candidate.logprob))
+
+
+def _finite(logprob: float) -> float:
+    # Some write -Infinity, which is no JSON.
+    return logprob if logprob >= _LEAST else _LEAST
+
+
+def _data(candidate: Candidate) -> bytes:
+    return _bytes(candidate.token) if candidate.bytes is None else bytes(candidate.bytes)
 
 
 def _bytes(token: str) -> bytes:

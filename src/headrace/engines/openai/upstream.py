@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
-import msgspec
 
 from headrace.core.errors import HeadraceError, UpstreamError
 from headrace.engines import remote
 from headrace.engines.remote import Access, RemoteOptions, SilenceTimer
+from headrace.text.chunks import Malformed, is_end, loads
 from headrace.text.sse import EventReader, EventTooLong
 
-DONE = b"[DONE]"
 _LONGEST_BODY = 64 << 20
 _LONGEST_REFUSAL = 64 << 10
 _FIRST_RETRY_S = 0.25
@@ -82,13 +81,13 @@ class Upstream:
                     await response.aclose()
             if answer is None:
                 raise UpstreamError("The upstream's answer is too long.")
-            return msgspec.json.decode(answer)
+            return loads(answer)
         except TimeoutError:
             if not wait.expired():
                 raise
         except httpx.HTTPError as error:
             raise self._broken(error) from None
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except Malformed:
             raise UpstreamError("The upstream's answer is no JSON.") from None
         raise UpstreamError(f"No answer within {self._options.first_token_s:g} s.")
 
@@ -108,11 +107,11 @@ class Upstream:
             chunks = response.aiter_bytes()
             while not done and (chunk := await timer.wait(anext(chunks, None))) is not None:
                 for data in reader.feed(chunk):
-                    if done := data == DONE:
+                    if done := is_end(data):
                         break
                     yield data
             for data in () if done else reader.rest():
-                if done := data == DONE:
+                if done := is_end(data):
                     break
                 yield data
             if not done:
@@ -165,8 +164,8 @@ class Upstream:
     async def _refused(self, response: httpx.Response, kind: str) -> _Failed:
         content, status = await _read(response, _LONGEST_REFUSAL) or b"", response.status_code
         try:
-            reason = msgspec.json.decode(content)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+            reason = loads(content)
+        except Malformed:
             reason = content.decode(errors="replace")
         if status == 200:
             return _Failed(self._unexpected_type(response, reason, kind), retry=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -18,13 +19,14 @@ from headrace.engines.openmp import physical_cores
 from headrace.engines.openvino.conversion import convert, prepared
 from headrace.engines.plan import CachePlan
 
-__all__ = ["ABOUT", "Options", "convert", "footprint", "prepared", "tune_options"]
+__all__ = ["ABOUT", "Options", "convert", "footprint", "prepared", "tune_options", "writes"]
 
 ABOUT = About(
     formats=("openvino", "gguf"),
     requires="openvino_genai",
     extra="openvino",
     tasks=("generate", "embed", "rerank"),
+    confined=True,
 )
 
 BLOCK = 32
@@ -75,6 +77,12 @@ class Options(EngineOptions):
     properties: dict[str, str | int | float | bool] = Field(
         {}, description="More properties of OpenVINO's CPU device, by their names in capitals."
     )
+
+
+def writes(request: OpenRequest) -> Sequence[Path]:
+    """Return the folder in which the library keeps compiled models, if the options name one."""
+    cache = Options(**request.options).properties.get("CACHE_DIR")
+    return (Path(str(cache)),) if cache else ()
 
 
 def footprint(request: OpenRequest) -> Footprint:

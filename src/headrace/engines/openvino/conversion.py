@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from headrace.core.errors import ConfigError, LoadFailed
 from headrace.core.model import ModelFile
+from headrace.core.private import FILE_MODE, make_private, private_folder
 from headrace.engines.openvino.vocabulary import without_telemetry
 from headrace.models import folder, gguf_model, openvino
 from headrace.models.gguf import read_header
@@ -87,8 +88,9 @@ def convert(file: ModelFile, home: Path, progress: Progress = silent) -> ModelFi
     if not needs_conversion(file):
         return file
     target = _target(file, home)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(target.parent), FileLock(target.with_suffix(".lock")):
+    private_folder(target.parent)
+    lock = FileLock(target.with_suffix(".lock"), mode=FILE_MODE)
+    with disk_errors(target.parent), lock:
         if not target.exists():
             progress("converting for openvino", 0, 0)
             require_free(target.parent, (file.parameters or file.size) * _BYTES_PER_WEIGHT)
@@ -107,13 +109,14 @@ def _target(file: ModelFile, home: Path) -> Path:
 def _convert(file: ModelFile, target: Path) -> None:
     partial = target.with_suffix(".making")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    private_folder(partial)
     try:
         _run_conversion(file, partial)
         converted = openvino.describe(partial)
         _check(file, converted)
         for path in partial.rglob("*"):
             _flush(path)
+        make_private(partial)
         sync_folder(partial)
         partial.rename(target)
         sync_folder(target.parent)

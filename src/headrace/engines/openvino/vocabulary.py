@@ -42,6 +42,10 @@ class Vocabulary:
         full = tokenizer.decode(each, skip_special_tokens=False)
         control = {at for at, pair in enumerate(zip(bare, full, strict=True)) if _is_control(*pair)}
         self.shown = [b"" if at in control else word for at, word in enumerate(self.words)]
+        # The library sets up its table of array types at the first read of a tensor. Two threads
+        # that do this at once wait for each other without end: one has the GIL, the other the
+        # table's lock.
+        self.tokenize("a", add_special=True)
 
     def tokenize(self, text: str, *, add_special: bool) -> list[int]:
         """Return token ids, markers included."""

@@ -17,6 +17,8 @@ from headrace.engines.plan import ELEMENT_BYTES, PAGE, CachePlan, expected_devic
 ABOUT = About(
     formats=("safetensors",),
     devices=("cpu", "cuda", "mps"),
+    confined=True,
+    spreads=True,
     requires="transformers",
     extra="transformers",
 )
@@ -69,7 +71,7 @@ class Options(EngineOptions):
         "none", description="Pack the weights while loading; needs bitsandbytes and CUDA."
     )
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
-        None, description="Spread the layers over devices; by default one device has them all."
+        None, description="How layers are spread over devices; `balanced` if it has several GPUs."
     )
     max_memory: dict[str, str] = Field(
         {}, description='With `device_map`, the most of each: {"cuda:0": "20GiB", "cpu": "60GiB"}.'
@@ -105,6 +107,9 @@ def step_tokens(options: Options, slots: int, device: str) -> int:
     return max(slots, options.step_tokens or _STEP[_kind(device)])
 
 
+writes = plan.torch_caches
+
+
 def footprint(request: OpenRequest) -> Footprint:
     """Estimate what loading takes, from the folder's headers and the options."""
     options, model, device = settled(request), request.model, expected_device(request.device)
@@ -115,8 +120,9 @@ def footprint(request: OpenRequest) -> Footprint:
     mask = step * (planned.tokens + step) * _width(model, options)
     model_bytes = weights + kv_cache + mask
     devices = {"cpu": model_bytes + _PROCESS}
-    if device != "cpu":
-        devices = {"cpu": _PROCESS + _CUDA_HOST, device: model_bytes + _CUDA_DEVICE}
+    if gpus := plan.expected_gpus(request, device):
+        devices = {"cpu": _PROCESS + _CUDA_HOST}
+        devices |= plan.divided(model_bytes, gpus, _CUDA_DEVICE)
     return plan.footprint(devices, planned, weights=weights, kv_cache=kv_cache)
 
 
@@ -129,8 +135,9 @@ def _fitting(request: OpenRequest, options: Options, device: str) -> int | None:
     per_token = _kv_bytes(request.model, options)
     if device == "cpu":
         return plan.tokens_in((request.memory or machine.host_memory()) * _CPU_SHARE, per_token)
-    totals = (item.total for item in machine.devices() if item.key == device)
-    memory = request.memory or next(totals, 0)
+    gpus = plan.expected_gpus(request, device)
+    totals = (item.total for item in machine.devices() if item.key in gpus)
+    memory = request.memory or sum(totals)
     left = memory * _CUDA_SHARE - _weights(request.model, options)
     return plan.tokens_in(max(0.0, left), per_token)
 

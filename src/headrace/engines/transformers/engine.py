@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import (
     ConfigError,
     GenerationFailed,
@@ -25,11 +26,12 @@ from headrace.engines import plan
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
 from headrace.engines.openmp import SpinGuard
 from headrace.engines.plan import CachePlan
-from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, json_grammar
+from headrace.engines.tokenizer import TokenizerMixin, Vocabulary
 from headrace.engines.transformers import plan_cache, settled, step_tokens
 from headrace.engines.transformers.answer import HONOURED, Answer, Draw, ends_of, failure, rules
 from headrace.engines.transformers.batched import Batched, Unbatched
 from headrace.engines.transformers.single import Single
+from headrace.text.grammar import grammar
 
 
 class Engine(TokenizerMixin):
@@ -60,7 +62,7 @@ class Engine(TokenizerMixin):
             (*request.token_ids, *request.answered),
             seed=sampling.seed,
             bias=sampling.logit_bias,
-            matcher=None if request.json_schema is None else self._matcher(request.json_schema),
+            matcher=None if request.constraint is None else self._matcher(request.constraint),
             min_tokens=sampling.min_tokens or 0,
             ends=ends_of(sampling, self._ends),
         )
@@ -89,7 +91,10 @@ class Engine(TokenizerMixin):
         dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
         arguments: dict[str, Any] = {
             "dtype": dtype,
-            **_placement(options.device_map, options.max_memory),
+            **_placement(
+                options.device_map or ("balanced" if len(request.gpus) > 1 else None),
+                options.max_memory,
+            ),
             **_quantization(options.quantization, device, dtype),
         }
         if options.attention != "auto":
@@ -139,14 +144,16 @@ class Engine(TokenizerMixin):
             ),
         )
 
-    def _matcher(self, schema: dict[str, Any]) -> Any:
+    def _matcher(self, constraint: Constraint) -> Any:
         from llguidance import LLMatcher  # native, and rarely needed
         from llguidance.hf import from_tokenizer
 
-        text = json_grammar(schema)
         if self._grammars is None:
             self._grammars = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary.size)
-        return LLMatcher(self._grammars, text)
+        matcher = LLMatcher(self._grammars, grammar(constraint), log_level=0)
+        if matcher.is_error():
+            raise GenerationFailed("The grammar was not compiled.", detail=matcher.get_error())
+        return matcher
 
 
 def _load(path: str, device: str, arguments: dict[str, Any], *, trusted: bool) -> tuple[Any, Any]:

@@ -7,12 +7,19 @@ from typing import Any, Literal
 from pydantic import Field
 
 from headrace import machine
+from headrace.core.errors import ConfigError
 from headrace.core.model import ModelFile
 from headrace.core.status import Footprint
 from headrace.engines.base import About, EngineOptions, OpenRequest
 from headrace.engines.plan import ELEMENT_BYTES
 
-ABOUT = About(formats=("safetensors",), devices=("cpu", "cuda"), requires="vllm", extra="vllm")
+ABOUT = About(
+    formats=("safetensors",),
+    devices=("cpu", "cuda"),
+    requires="vllm",
+    extra="vllm",
+    spreads=True,
+)
 
 _GIB = 1 << 30
 # Measured: two processes of Python with torch and vLLM; with CUDA, its own memory beside them.
@@ -36,7 +43,12 @@ class Options(EngineOptions):
     kv_type: str = Field(
         "auto", max_length=40, description="Type of the KV cache: `auto` or `fp8`, for two."
     )
-    tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs that share each layer.")
+    tensor_parallel: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="GPUs that share each layer; by default all of the model's `device`.",
+    )
     pipeline_parallel: int = Field(1, ge=1, le=64, description="GPUs that share the layers.")
     gpu_memory: float | None = Field(
         None,
@@ -81,18 +93,19 @@ class Options(EngineOptions):
 def footprint(request: OpenRequest) -> Footprint:
     """Estimate what loading takes of the host, and of each GPU that the model is spread over."""
     options = Options(**request.options)
-    total = _gpu_memory()
+    spread = parallel(options, request.gpus) * options.pipeline_parallel
+    gpus = request.gpus or tuple(f"cuda:{number}" for number in range(spread))
+    total = _gpu_memory(gpus)
     weights = _weights(request.model, options)
     if request.device == "cpu" or not total:
         kv_cache = options.kv_cache_bytes or _cpu_cache(request.memory)
         devices, known = {"cpu": weights + kv_cache + _HOST}, weights + kv_cache
     else:
-        spread = options.tensor_parallel * options.pipeline_parallel
-        each = int(total * _share(request.memory, options, total))
+        each = int(total * _share(request, options, total))
         if options.kv_cache_bytes:
             each = weights // spread + options.kv_cache_bytes + _CUDA_DEVICE
         kv_cache = options.kv_cache_bytes or max(0, each - weights // spread - _CUDA_DEVICE)
-        devices = {"cpu": _HOST, **{f"cuda:{number}": each for number in range(spread)}}
+        devices = {"cpu": _HOST, **dict.fromkeys(gpus, each)}
         kv_cache, known = kv_cache * spread, weights + kv_cache * spread
     return Footprint(
         devices=devices,
@@ -115,13 +128,30 @@ def memory_arguments(request: OpenRequest, options: Options, device: str) -> dic
     kv_cache = options.kv_cache_bytes
     if device == "cpu":
         return {"kv_cache_memory_bytes": kv_cache or _cpu_cache(request.memory)}
-    share = {"gpu_memory_utilization": _share(request.memory, options, _gpu_memory())}
+    share = {"gpu_memory_utilization": _share(request, options, _gpu_memory(request.gpus))}
     return share | ({"kv_cache_memory_bytes": kv_cache} if kv_cache else {})
 
 
-def _share(memory: int | None, options: Options, total: int) -> float:
+def parallel(options: Options, gpus: tuple[str, ...]) -> int:
+    """Return how many GPUs share each layer.
+
+    Raises:
+        ConfigError: the options are for another number of GPUs than the model has.
+    """
+    pipeline = options.pipeline_parallel
+    tensor = options.tensor_parallel or max(1, len(gpus) // pipeline)
+    if gpus and tensor * pipeline != len(gpus):
+        raise ConfigError(
+            f"tensor_parallel {tensor} and pipeline_parallel {pipeline} are for "
+            f"{tensor * pipeline} GPUs, and the model's device is {len(gpus)}."
+        )
+    return tensor
+
+
+def _share(request: OpenRequest, options: Options, total: int) -> float:
     if options.gpu_memory is not None:
         return options.gpu_memory
+    memory = request.memory and request.memory // (len(request.gpus) or 1)
     return _DEFAULT_SHARE if not (memory and total) else min(_DEFAULT_SHARE, memory / total)
 
 
@@ -129,6 +159,8 @@ def _cpu_cache(memory: int | None) -> int:
     return min(_CPU_CACHE, (memory or machine.host_memory()) // _CPU_SHARE)
 
 
-def _gpu_memory() -> int:
-    """Return the bytes of the smallest GPU, 0 where there is none."""
-    return min((device.total for device in machine.devices() if device.kind == "cuda"), default=0)
+def _gpu_memory(gpus: tuple[str, ...]) -> int:
+    """Return the bytes of the smallest of these GPUs, or of all; 0 where there is none."""
+    present = [device for device in machine.devices() if device.kind == "cuda"]
+    named = [device for device in present if device.key in gpus] or present
+    return min((device.total for device in named), default=0)

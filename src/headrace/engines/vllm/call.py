@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import (
     EngineError,
     GenerationFailed,
@@ -17,6 +18,7 @@ from headrace.core.errors import (
 from headrace.core.events import TokenLogprob, TopLogprob
 from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, RawFinish
 from headrace.engines.tokenizer import Vocabulary
+from headrace.text.grammar import grammar
 
 _SAME = (
     "temperature",
@@ -81,7 +83,7 @@ def parameters(request: EngineRequest, defaults: Mapping[str, Any]) -> Any:
 
     return SamplingParams(
         **keywords(request, defaults),
-        structured_outputs=_schema(request.json_schema),
+        structured_outputs=_structured(request.constraint),
         output_kind=RequestOutputKind.DELTA,
         # Bytes of tokens are looked up, which is cheaper and keeps incomplete characters.
         detokenize=False,
@@ -89,14 +91,11 @@ def parameters(request: EngineRequest, defaults: Mapping[str, Any]) -> Any:
     )
 
 
-def _schema(schema: dict[str, Any] | None) -> Any:
+def _structured(constraint: Constraint | None) -> Any:
     from vllm.sampling_params import StructuredOutputsParams
 
-    if schema is None:
-        return None
-    if not schema:
-        return StructuredOutputsParams(json_object=True)
-    return StructuredOutputsParams(json=schema)
+    # The backend is llguidance, which takes its own language as a grammar.
+    return None if constraint is None else StructuredOutputsParams(grammar=grammar(constraint))
 
 
 class Call:

@@ -29,7 +29,7 @@ from headrace.core.model import Capabilities
 from headrace.core.request import new_id
 from headrace.engines.base import Admitted, EngineFacts, EngineRequest, OpenRequest, RawEvent
 from headrace.engines.tokenizer import TokenizerMixin, Vocabulary
-from headrace.engines.vllm import Options, memory_arguments
+from headrace.engines.vllm import Options, memory_arguments, parallel
 from headrace.engines.vllm.call import HONOURED, Call, failure, is_out_of_memory, parameters
 
 _POLL_S, _SHUTDOWN_S, _KILLED_S = 0.5, 2.0, 5.0
@@ -59,6 +59,7 @@ _MANAGED = (
     "enable_prompt_embeds",
     "disable_log_stats",
     "enable_log_requests",
+    "structured_outputs_config",
 )
 
 _REFUSED = {theirs: f"it is the option {ours}" for ours, theirs in _TYPED.items()} | {
@@ -161,6 +162,9 @@ class Engine(TokenizerMixin):
         device = str(current_platform.device_type)
         if request.device.partition(":")[0] not in {"auto", device}:
             raise LoadFailed(f"This build of vLLM is for {device}, not for {request.device}.")
+        first = tuple(f"cuda:{number}" for number in range(len(request.gpus)))
+        if request.gpus != first:
+            raise LoadFailed("vLLM takes the first GPUs of its process; run it in one of its own.")
         args = _arguments(request, self._options, device)
         # The batch limits are smaller in vLLM's other contexts.
         config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
@@ -204,8 +208,9 @@ class Engine(TokenizerMixin):
 
     def _core_failure(self) -> str:
         """Return the error of the engine core, empty while it lives."""
-        report = self._private / "failed"
-        return report.read_text(encoding="utf-8") if report.exists() else ""
+        from headrace.engines.vllm.core import reported
+
+        return reported(self._private / "failed")
 
 
 def _prepare(options: Options) -> None:
@@ -236,6 +241,7 @@ def _arguments(request: OpenRequest, options: Options, device: str) -> Any:
     check(options.engine_args, (field.name for field in dataclasses.fields(AsyncEngineArgs)))
     values = {theirs: getattr(options, ours) for ours, theirs in _TYPED.items()}
     values["max_num_seqs"] = options.slots or request.max_running
+    values["tensor_parallel_size"] = parallel(options, request.gpus)
     return AsyncEngineArgs(
         **{
             "model": request.model.path,
@@ -243,6 +249,7 @@ def _arguments(request: OpenRequest, options: Options, device: str) -> Any:
             "max_model_len": request.context_length or -1,
             "trust_remote_code": request.trust_remote_code,
             "disable_log_stats": True,
+            "worker_extension_cls": "headrace.engines.vllm.rank.Rank",
             # vLLM's default gives the same draws after each start.
             "seed": secrets.randbelow(1 << 31),
             # With free white space a small model can repeat it up to the limit.

@@ -5,11 +5,16 @@ from __future__ import annotations
 import itertools
 import time
 from array import array
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
+from headrace.core.metrics import Usage
+from headrace.engines.remote import parse_error
 from headrace.lab.http import Headers
+from headrace.text import chunks
+from headrace.text.chunks import is_end, usage_of
 from headrace.text.sse import EventReader
 
 _LONGEST_EVENT = 16 << 20
@@ -42,51 +47,6 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     metrics: dict[str, Any] = {}
 
 
-class _Delta(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    refusal: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    delta: _Delta | None = None
-    text: str | None = None
-    finish_reason: str | None = None
-
-
-class _Cached(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prompt_tokens_details: _Cached | None = None
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    metrics: dict[str, Any] | None = None
-    error: Any = None
-
-
-class _Message(msgspec.Struct):
-    message: str
-
-
-class _Refusal(msgspec.Struct):
-    error: _Message
-
-
-class _PlainRefusal(msgspec.Struct):
-    error: str
-
-
-_CHUNK = msgspec.json.Decoder(_Chunk)
-
-
 class Answer:
     """Receives a streamed answer in pieces, and returns its row."""
 
@@ -97,7 +57,7 @@ class Answer:
         self._wanted = wanted_tokens
         self._events = EventReader(_LONGEST_EVENT)
         self._texts = array("d")
-        self._usage: _Usage | None = None
+        self._usage: Usage | None = None
         self._metrics: dict[str, Any] = {}
         self._finish_reason: str | None = None
         self._whole = False
@@ -113,11 +73,7 @@ class Answer:
         if self.status != 200:
             self._refusal += data[: 1 << 16]
             return
-        try:
-            for event in self._events.feed(data):
-                self._event(event, at)
-        except ValueError as error:
-            self.fail("malformed", str(error))
+        self._take(self._events.feed(data), at)
 
     def fail(self, kind: str, detail: str) -> None:
         """Record a failure; only the first one counts."""
@@ -126,10 +82,10 @@ class Answer:
     def row(self, zero: float) -> Row:
         """Return the figures of the ended request; `zero` is the start of the load."""
         over = time.perf_counter()
+        self._take(self._events.rest(), over)
         kind, detail = self._verdict()
         texts, usage = self._texts, self._usage
         tokens = len(texts) if usage is None else usage.completion_tokens
-        cached = usage.prompt_tokens_details if usage else None
         spaced = len(texts) > 1 and tokens > 1
         return Row(
             at_s=self._due - zero,
@@ -141,7 +97,7 @@ class Answer:
             inter_token_ms=(texts[-1] - texts[0]) * 1e3 / (tokens - 1) if spaced else None,
             gaps_ms=[(later - before) * 1e3 for before, later in itertools.pairwise(texts)],
             prompt_tokens=usage.prompt_tokens if usage else None,
-            cached_tokens=(cached and cached.cached_tokens) or 0,
+            cached_tokens=usage.cached_tokens if usage else 0,
             completion_tokens=tokens,
             usage=usage is not None,
             wanted_tokens=self._wanted,
@@ -158,34 +114,33 @@ class Answer:
             return "truncated", "the stream ended without a finish_reason or [DONE]"
         return "", ""
 
+    def _take(self, events: Iterator[bytes], at: float) -> None:
+        try:
+            for event in events:
+                self._event(event, at)
+        except ValueError as error:
+            self.fail("malformed", str(error))
+
     def _event(self, data: bytes, at: float) -> None:
-        if data == b"[DONE]":
+        if is_end(data):
             self._whole = True
             return
-        chunk = _CHUNK.decode(data)
-        if chunk.error is not None:
+        chunk = chunks.read(data)
+        if chunk.error:
             self.fail("error in the stream", message_of(data))
-        for choice in chunk.choices:
-            if _has_text(choice):
+        for choice in chunk.choices or ():
+            if choice.content or choice.thinking:
                 self._texts.append(at)
             self._finish_reason = choice.finish_reason or self._finish_reason
-        self._usage = chunk.usage or self._usage
+            self._usage = usage_of(choice.usage) or self._usage
+        self._usage = usage_of(chunk.usage) or self._usage
         self._metrics = chunk.metrics or self._metrics
-
-
-def _has_text(choice: _Choice) -> bool:
-    delta = choice.delta
-    if delta is None:
-        return bool(choice.text)
-    return bool(delta.content or delta.reasoning_content or delta.reasoning or delta.refusal)
 
 
 def message_of(body: bytes) -> str:
     """Return the message of an error response, or its text."""
-    for form in (_Refusal, _PlainRefusal):
-        try:
-            error = msgspec.json.decode(body, type=form).error
-        except msgspec.MsgspecError:
-            continue
-        return error if isinstance(error, str) else error.message
-    return body[:_LONGEST_EXCERPT].decode(errors="replace")
+    try:
+        message = parse_error(chunks.loads(body)).message
+    except chunks.Malformed:
+        message = body[:_LONGEST_EXCERPT].decode(errors="replace")
+    return str(message or "")

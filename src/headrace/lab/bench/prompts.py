@@ -12,7 +12,7 @@ import msgspec
 
 from headrace.core.errors import ConfigError
 from headrace.lab.bench.settings import Settings
-from headrace.lab.http import Http
+from headrace.lab.http import Broken, Http
 from headrace.lab.load import WORDS
 
 Count = Callable[[str], Awaitable[int | None]]
@@ -96,7 +96,11 @@ def counter(http: Http, model: str) -> Count:
             {"model": model, "prompt": text, "add_special_tokens": False},
             {"content": text},
         ):
-            status, answer = await http.fetch(path, body)
+            try:
+                status, answer = await http.fetch(path, body)
+            except Broken:
+                # Some services drop what they do not know, instead of refusing it.
+                continue
             if status == 200 and (length := _counted(answer)):
                 return length
         return None

@@ -245,7 +245,9 @@ async def served_models(http: Http) -> list[str]:
     try:
         status, body = await http.fetch(f"{http.place.base}/models")
     except Broken as error:
-        raise UpstreamError(f"No service at {service}: {error}.", param="url") from None
+        if error.kind == "connect":
+            raise UpstreamError(f"No service at {service}: {error}.", param="url") from None
+        raise UpstreamError(f"{service}/models has no answer ({error}); name a model.") from None
     if status != 200:
         row = Row(at_s=0, total_ms=0, fault=f"http {status}", detail=message_of(body))
         raise _error(status, row, service, "")

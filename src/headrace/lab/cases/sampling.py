@@ -7,12 +7,19 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any
 
+import jsonschema_rs
 import msgspec
 
-from headrace.core.errors import InvalidRequest, Unsupported
+from headrace.core.errors import (
+    ConstraintViolated,
+    InvalidRequest,
+    RequestError,
+    Unsupported,
+    UpstreamError,
+)
 from headrace.core.sampling import Sampling
 from headrace.lab.cases.case import Case, case
-from headrace.lab.cases.subject import TOKENS, Declared, Reply, Subject, check, refusal
+from headrace.lab.cases.subject import TOKENS, Broken, Declared, Reply, Subject, check, refusal
 
 PROBES: dict[str, Any] = {
     "max_tokens": 4,
@@ -219,6 +226,48 @@ async def json_schema(subject: Subject) -> None:
         await refusal(subject.backend.ask(wrong), InvalidRequest)
 
 
+_HARD: tuple[dict[str, Any], ...] = (
+    {"type": "array", "items": {"type": "string", "format": "uri"}, "minItems": 1, "maxItems": 1},
+    {"type": "integer", "multipleOf": 9973, "minimum": 1, "maximum": 10**15},
+    {"type": "array", "items": {"type": "integer"}, "maxItems": 4096},
+    {"type": "string", "not": {"const": "x"}},
+    {"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "uniqueItems": True},
+    {"type": "string", "format": "no-such-format"},
+    {"type": "string", "pattern": "^(?=x)"},
+)
+
+
+@case("W11")
+async def json_schema_fails_closed(subject: Subject) -> None:
+    """An answer to a schema that is hard to enforce keeps to it, or the schema is refused."""
+    if not subject.capabilities.json_schema:
+        raise Declared("JSON schemas are refused.")
+    for schema in _HARD:
+        try:
+            reply = await subject.short(json_schema=schema, **subject.able(max_tokens=24))
+        except RequestError as error:
+            check(error.param == "response_format", f"The error names {error.param}.")
+            continue
+        except (ConstraintViolated, UpstreamError):
+            # Only an upstream may find that out too late.
+            if subject.is_remote:
+                continue
+            raise
+        if reply.reason == "length":
+            check(reply.text[:1] in '["123456789', f"{reply.text!r} is free text.")
+        else:
+            _check_kept(reply.text, schema)
+
+
+def _check_kept(text: str, schema: dict[str, Any]) -> None:
+    try:
+        value = msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise Broken(f"{text!r} is no JSON: {error}.") from error
+    kept = jsonschema_rs.is_valid(schema, value)
+    check(kept, f"{text!r} does not keep to {schema}.")
+
+
 @case("W11")
 async def sampling_is_declared(subject: Subject) -> None:
     """Only fields that exist are declared."""
@@ -228,4 +277,4 @@ async def sampling_is_declared(subject: Subject) -> None:
     check("max_tokens" in subject.capabilities.sampling, "It does not honour max_tokens.")
 
 
-CASES = (sampling_is_declared, *map(_case, PROBES), json_schema)
+CASES = (sampling_is_declared, *map(_case, PROBES), json_schema, json_schema_fails_closed)

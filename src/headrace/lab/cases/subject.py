@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from headrace.config import Settings
 from headrace.core.backend import Backend
+from headrace.core.constraint import Constraint
 from headrace.core.errors import HeadraceError
 from headrace.core.events import Delta, Event, Finish, Progress, TokenLogprob
 from headrace.core.model import Capabilities, ModelInfo, ModelSpec
@@ -112,9 +113,12 @@ class Subject:
     def request(self, prompt: str | Sequence[int] = POEM, **given: Any) -> GenerateRequest:
         """Return a request: a text becomes a message if the model can chat, else a prompt.
 
-        Fields of Sampling are passed there. With `raw`, no chat template is applied.
+        Fields of Sampling are passed there. With `raw`, no chat template is applied. `json_schema`
+        is what the answer has to be.
         """
         raw = given.pop("raw", False)
+        if (schema := given.pop("json_schema", None)) is not None:
+            given["constraint"] = Constraint(json_schema=schema)
         sampling = {name: value for name, value in given.items() if name in _SAMPLING}
         fields = {name: value for name, value in given.items() if name not in _SAMPLING}
         fields["sampling"] = Sampling(**sampling)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from headrace.core.errors import ConfigError
+from headrace.core.private import FILE_MODE, private_folder
 from headrace.models.transfer import write_atomically
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
@@ -48,9 +50,11 @@ def save(path: Path, text: str) -> None:
         ConfigError: it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent)
         # A symbolic link is kept, and its target replaced.
-        write_atomically(path.resolve(), text.encode())
+        target = path.resolve()
+        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else FILE_MODE
+        write_atomically(target, text.encode(), mode)
     except OSError as error:
         raise ConfigError(f"file {path}: {error.strerror or error}") from error
 

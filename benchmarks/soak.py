@@ -1,0 +1,302 @@
+"""One service for an hour: chat, embeddings, disconnects, kills, loads, bad input, in turn.
+
+`headrace serve` has a chat model, an embedding model and two echo models. One task after another
+sends each kind of request; which kind comes next is random, always the same series. Samples
+of the API process (resident memory, threads, open files, children) are taken between them. At
+the end the models are unloaded, then the service is stopped.
+
+Read the slope: least squares over the samples of the second half, in MB an hour; the goal is below
+1. What is left after the stop (processes, files in its TMPDIR) has to be nothing. An answer that is
+neither complete nor one of the errors expected of its kind is `wrong`, and printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+import report
+from headrace.lab import drive
+from headrace.lab.drive import Server
+from headrace.lab.http import Broken
+
+GOAL_MB_PER_H = 1.0
+MINUTES, SAMPLE_S = 60.0, 10.0
+_MB = 1 << 20
+_BOMB = {"type": "array", "minItems": 10**9}
+_CONFIG = """
+[server]
+spare = true
+[models.chat]
+model = "{chat}"
+context_length = 1024
+[models.vectors]
+model = "{vectors}"
+task = "embed"
+[models.echo]
+engine = "echo"
+options = {{ tokens_per_second = 200 }}
+[models.other]
+engine = "echo"
+preload = false
+"""
+
+
+class Sample(NamedTuple):
+    """The API process at `at` seconds; memory in bytes."""
+
+    at: float
+    resident: int
+    threads: int
+    files: int
+    children: int
+
+
+class Soak:
+    """The requests of the run, and the counts of their outcomes."""
+
+    def __init__(self, server: Server, seed: int) -> None:
+        self.counts: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self._server = server
+        self._http = server.http()
+        self._random = random.Random(seed)
+        self._kinds: list[Callable[[], Awaitable[None]]] = [
+            *([self.chat] * 4),
+            *([self.embed] * 4),
+            *([self.disconnect] * 4),
+            *([self.bad] * 4),
+            *([self.swap] * 2),
+            self.kill,
+        ]
+
+    async def step(self) -> None:
+        """Send the requests of one kind."""
+        kind = self._random.choice(self._kinds)
+        try:
+            await kind()
+        except Broken as error:
+            self._count(kind.__name__, 0, (), str(error))
+
+    async def chat(self) -> None:
+        """Four chats at once, two of them streamed."""
+        bodies = [
+            {
+                "model": self._random.choice(("chat", "echo")),
+                "messages": [{"role": "user", "content": f"Tell me about {self._random.random()}"}],
+                "max_tokens": 24,
+                "stream": number % 2 == 0,
+            }
+            for number in range(4)
+        ]
+        await asyncio.gather(*(self._post("chat", "/v1/chat/completions", body) for body in bodies))
+
+    async def embed(self) -> None:
+        """A list of texts of different lengths."""
+        texts = ["word " * self._random.randint(1, 120) for _ in range(self._random.randint(1, 24))]
+        await self._post("embed", "/v1/embeddings", {"model": "vectors", "input": texts})
+
+    async def disconnect(self) -> None:
+        """A stream whose client leaves after its first bytes."""
+        body = {"model": "echo", "prompt": "x" * 500, "stream": True, "max_tokens": 400}
+        reader, writer = await self._open("/v1/completions", json.dumps(body).encode())
+        await asyncio.wait_for(reader.read(600), 60)
+        writer.transport.abort()
+        self.counts["disconnect 200"] += 1
+
+    async def bad(self) -> None:
+        """Input of each kind that is refused."""
+        cases: Sequence[tuple[str, object, tuple[int, ...]]] = (
+            ("/v1/chat/completions", {"model": "nobody", "messages": []}, (400, 404)),
+            ("/v1/completions", {"model": "echo", "prompt": 3}, (400,)),
+            ("/v1/completions", {"model": "chat", "prompt": "a " * 4000}, (400,)),
+            ("/v1/embeddings", {"model": "echo", "input": "a"}, (400,)),
+            ("/v1/unknown", {"a": 1}, (404,)),
+            (
+                "/v1/completions",
+                {
+                    "model": "chat",
+                    "prompt": "a",
+                    "response_format": {
+                        "type": "json_schema",
+                        "json_schema": {
+                            "name": "n",
+                            "schema": {"type": "array", "minItems": 10**9},
+                        },
+                    },
+                },
+                (400,),
+            ),
+        )
+        path, body, expected = self._random.choice(cases)
+        await self._post("bad", path, body, expected)
+        raw = self._random.choice(
+            (b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n")
+        )
+        host, port = self._http.place.host, self._http.place.port
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(raw + b"X: y\r\n" * self._random.randint(1, 20_000))
+        with contextlib.suppress(OSError):
+            await writer.drain()
+            await asyncio.wait_for(reader.read(200), 30)
+        writer.transport.abort()
+        self.counts["raw closed"] += 1
+
+    async def swap(self) -> None:
+        """A load and an unload by an administrator."""
+        await self._post("load", "/admin/models/load", {"model": "other"})
+        await self._post("other", "/v1/completions", {"model": "other", "prompt": "a"})
+        await self._post("unload", "/admin/models/unload", {"model": "other"})
+
+    async def kill(self) -> None:
+        """SIGKILL for a model's process while it answers; answers go on elsewhere."""
+        name = self._random.choice(("chat", "vectors", "echo"))
+        _, data = await self._http.fetch("/admin/models")
+        models = {model["id"]: model for model in json.loads(data)["models"]}
+        pids = [replica["pid"] for replica in models[name]["replicas"] if replica.get("pid")]
+        body = {"model": "echo", "prompt": "y" * 100, "max_tokens": 100}
+        answers = asyncio.gather(*(self._post("killed", "/v1/completions", body) for _ in range(3)))
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await answers
+        self.counts[f"kill {name}"] += len(pids)
+
+    async def _open(
+        self, path: str, body: bytes
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        place = self._http.place
+        reader, writer = await asyncio.open_connection(place.host, place.port)
+        host, size = place.authority, len(body)
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {size}\r\n\r\n"
+        writer.write(head.encode() + body)
+        return reader, writer
+
+    async def _post(
+        self, kind: str, path: str, body: object, expected: Sequence[int] = (200,)
+    ) -> None:
+        status, data = await self._http.fetch(path, body)
+        self._count(kind, status, expected, data[-300:].decode(errors="replace"))
+
+    def _count(self, kind: str, status: int, expected: Sequence[int], text: str) -> None:
+        self.counts[f"{kind} {status}"] += 1
+        # A request that waits for a model which a kill has ended may be refused for a while.
+        if status not in {*expected, 429, 503} or (status == 200 and '"error"' in text):
+            self.wrong.append(f"{kind}: {status} {text}")
+
+
+def sample(process: psutil.Process, began: float) -> Sample:
+    """Read the API process."""
+    return Sample(
+        round(time.monotonic() - began, 1),
+        process.memory_info().rss,
+        process.num_threads(),
+        process.num_fds(),
+        len(process.children(recursive=True)),
+    )
+
+
+def slope(samples: Sequence[Sample]) -> float:
+    """Return MB an hour by least squares, over the second half of the samples."""
+    half = samples[len(samples) // 2 :]
+    if len(half) < 2:
+        return 0.0
+    at = sum(point.at for point in half) / len(half)
+    resident = sum(point.resident for point in half) / len(half)
+    above = sum((point.at - at) * (point.resident - resident) for point in half)
+    below = sum((point.at - at) ** 2 for point in half)
+    return above / below * 3600 / _MB
+
+
+def prepared(folder: Path, options: argparse.Namespace) -> tuple[Path, Path]:
+    """Write the configuration; return its path and that of an empty folder for TMPDIR."""
+    config, scratch = folder / "headrace.toml", folder / "tmp"
+    scratch.mkdir()
+    config.write_text(_CONFIG.format(chat=options.chat, vectors=options.vectors))
+    return config, scratch
+
+
+async def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the service under its load; return the record."""
+    minutes = 0.5 if options.quick else options.minutes
+    with tempfile.TemporaryDirectory(prefix="headrace-soak-") as folder:
+        config, scratch = prepared(Path(folder), options)
+        command = drive.serve("--config", str(config))
+        async with drive.server(
+            command, {"TMPDIR": str(scratch)}, ready="/health", start_s=300
+        ) as server:
+            process, began = server.program.process(), time.monotonic()
+            soak, samples = Soak(server, 1), [sample(process, began)]
+            while (now := time.monotonic() - began) < minutes * 60 and server.program.running:
+                await soak.step()
+                if now - samples[-1].at >= SAMPLE_S:
+                    samples.append(sample(process, began))
+            family = [process, *process.children(recursive=True)]
+            process.send_signal(signal.SIGTERM)
+            await asyncio.wait_for(server.program.wait(), 60)
+        _, alive = psutil.wait_procs(family, 10)
+        left = await asyncio.to_thread(lambda: [str(path) for path in scratch.rglob("*")])
+    return {
+        "samples": samples,
+        "counts": dict(sorted(soak.counts.items())),
+        "wrong": soak.wrong,
+        "strays": [str(stray) for stray in alive],
+        "files": left,
+        "slope": slope(samples),
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """Return the figures as text."""
+    samples: list[Sample] = record["samples"]
+    first, last = samples[len(samples) // 2], samples[-1]
+    peak = max(point.resident for point in samples)
+    lines = [
+        f"{last.at / 60:.0f} minutes, {sum(record['counts'].values())} requests",
+        f"resident    {samples[0].resident / _MB:.1f} MB at the start,"
+        f" {first.resident / _MB:.1f} at half, {last.resident / _MB:.1f} at the end,"
+        f" {peak / _MB:.1f} at most",
+        f"slope       {record['slope']:+.2f} MB/h over the second half"
+        f" (goal: below {GOAL_MB_PER_H:g})",
+        f"threads     {first.threads} at half, {last.threads} at the end",
+        f"open files  {first.files} at half, {last.files} at the end",
+        f"children    {first.children} at half, {last.children} at the end",
+        f"left        {len(record['strays'])} processes, {len(record['files'])} files",
+        f"wrong       {len(record['wrong'])}",
+        *(f"  {text}" for text in record["wrong"][:10]),
+        "",
+        *(f"{kind:<24} {count}" for kind, count in record["counts"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run and report."""
+    parser = report.parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--chat", default="smollm2", help="a GGUF file or a catalogue's name")
+    parser.add_argument("--vectors", default="smollm2", help="a model to embed with")
+    options = parser.parse_args()
+    conditions = report.Conditions()
+    record = asyncio.run(run(options))
+    facts = report.machine()
+    text = f"{report.describe(facts)}\n\n{table(record)}\n\n{conditions}"
+    print(text)
+    report.write("soak", text, {"machine": facts, **record}, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The fields of other servers' APIs that have no meaning here, and unknown fields.
+
+Each struct of a request names its table. A value that changes nothing is accepted; any other is
+refused by the field's name, as it would change the answer. A field of no table is unknown: the
+setting `unknown_fields` says what becomes of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+
+import msgspec
+from msgspec import inspect
+
+from headrace.core.errors import InvalidRequest, Unsupported
+from headrace.core.wording import fields_of, parts_of, struct_of
+
+OnUnknown = Literal["ignore", "warn", "refuse"]
+
+_SHOWN = 8
+_MOST = 64
+_MAX_NAME = 64
+_NEAR = 0.75
+_NOT_PLAIN = re.compile(r"[^\x21-\x2b\x2d-\x7e]")
+
+
+class Peer(NamedTuple):
+    """A field of another API: the values with no effect beside null (`None`: all), and a hint."""
+
+    harmless: tuple[Any, ...] | None = ()
+    instead: str = ""
+
+
+def _ignored(names: str) -> dict[str, Peer]:
+    return dict.fromkeys(names.split(), Peer(None))
+
+
+def _refused(names: str, *harmless: Any, instead: str = "") -> dict[str, Peer]:
+    return dict.fromkeys(names.split(), Peer(harmless, instead))
+
+
+Peers = Mapping[str, Peer]
+
+_OF_ANY: Peers = {
+    # The user, billing, storage, caches and urgency.
+    **_ignored("user metadata store service_tier safety_identifier request_id priority cache_salt"),
+    **_ignored("prompt_cache_key prompt_cache_retention"),
+    **_refused("options", {}, instead="Its entries are fields of the request itself"),
+    **_refused("truncate_prompt_tokens"),
+    **_refused("mm_processor_kwargs lora lora_path", {}, []),
+}
+
+_OF_TEMPLATE: Peers = {
+    **_refused("add_generation_prompt", True),
+    **_refused("continue_final_message", False),
+    **_refused("chat_template", instead="The model's setting chat_template sets one"),
+    **_refused("documents", []),
+    **_refused("tools functions", []),
+}
+
+GENERATE: Peers = {
+    **_OF_ANY,
+    **_OF_TEMPLATE,
+    # llama-server: where and how it computes, and what is reported beside the answer.
+    **_ignored("cache_prompt id_slot n_keep n_discard timings_per_token samplers t_max_predict_ms"),
+    **_ignored("mirostat_tau mirostat_eta dynatemp_exponent xtc_threshold dry_base"),
+    **_ignored("dry_allowed_length dry_penalty_last_n dry_sequence_breakers repeat_last_n"),
+    **_ignored("parallel_tool_calls disable_parallel_tool_use parse_tool_calls"),
+    **_refused("n_predict max_new_tokens num_predict", instead="Use max_tokens"),
+    **_refused("num_ctx", instead="Use context_length"),
+    **_refused("mirostat dynatemp_range xtc_probability dry_multiplier top_a tfs", 0),
+    **_refused("typical_p tfs_z typical epsilon_cutoff", 1),
+    **_refused("top_n_sigma n_probs", 0, -1),
+    **_refused("min_keep", 0, 1),
+    **_refused("grammar regex ebnf stop_regex", ""),
+    **_refused("return_tokens return_progress post_sampling_probs", False),
+    # vLLM and SGLang.
+    **_refused("prompt_logprobs return_token_ids return_tokens_as_token_ids", False),
+    **_refused("return_hidden_states return_meta_info", False),
+    **_refused("use_beam_search early_stopping include_stop_str_in_output no_stop_trim", False),
+    **_refused("skip_special_tokens spaces_between_special_tokens detokenize", True),
+    **_refused("add_special_tokens", True),
+    **_refused("length_penalty", 1),
+    **_refused("allowed_token_ids bad_words logits_processors custom_params", [], {}),
+    **_refused("guided_json guided_regex guided_choice guided_grammar structured_outputs"),
+    **_refused("guided_decoding_backend guided_whitespace_pattern custom_logit_processor"),
+    **_refused("kv_transfer_params vllm_xargs prompt_embeds"),
+    **_refused("separate_reasoning include_reasoning stream_reasoning", True),
+    # OpenAI and those that speak its protocol.
+    **_refused("audio prediction web_search_options verbosity"),
+    **_refused("modalities", ["text"]),
+    **_refused("tool_choice function_call", "none"),
+    **_refused(
+        "reasoning_effort reasoning think thinking enable_thinking thinking_budget",
+        instead="A template's own switches go into chat_template_kwargs",
+    ),
+    **_refused("reasoning_format", "auto"),
+    **_refused("format", "", instead="Use response_format"),
+    **_refused("system template", "", instead="Use a message with the role system"),
+    **_refused("context images", []),
+    **_refused("raw echo safe_prompt", False),
+    **_refused("random_seed", instead="Use seed"),
+    **_refused("suffix", ""),
+    **_refused("provider models route transforms plugins"),
+}
+
+CHAT: Peers = {
+    **GENERATE,
+    **_refused("prompt", instead="Use messages, or /v1/completions"),
+    **_refused("input", instead="Use messages"),
+}
+
+COMPLETIONS: Peers = {
+    **GENERATE,
+    **_refused("messages", instead="Use prompt, or /v1/chat/completions"),
+    **_refused("top_logprobs", instead="Use logprobs with a number"),
+    **_refused("max_completion_tokens", instead="Use max_tokens"),
+    **_ignored("chat_template_kwargs"),
+}
+
+MESSAGE: Peers = {
+    # What clients send back of an earlier answer, and hints for caches.
+    **_ignored("reasoning_content reasoning cache_control id status tool_call_id tool_name"),
+    **_refused("refusal", ""),
+    **_refused("tool_calls images annotations", []),
+    **_refused("prefix partial", False, instead="An answer that is begun cannot be continued"),
+    **_refused("audio function_call"),
+}
+
+PART: Peers = _ignored("cache_control annotations")
+STREAM_OPTIONS: Peers = {
+    **_ignored("include_obfuscation"),
+    **_refused("continuous_usage_stats", False),
+}
+JSON_SCHEMA: Peers = _ignored("description")
+
+_OF_TEXTS: Peers = {
+    **_OF_ANY,
+    **_ignored("use_activation activation"),
+    **_refused("add_special_tokens", True),
+}
+
+EMBED: Peers = {
+    **_OF_TEXTS,
+    **_refused("normalize embed_normalize", True, instead="Use normalized"),
+    **_refused("truncation_direction", "right", "Right"),
+    **_refused("embedding_type", "float", instead="Use encoding_format"),
+    **_refused("embedding_types output_dtype", "float", ["float"], instead="Use encoding_format"),
+    **_refused("output_dimension", instead="Use dimensions"),
+    **_refused("late_chunking return_multivector", False),
+    **_refused("prompt", instead="Use input"),
+    **_refused("texts images inputs messages", [], instead="Use input"),
+    **_refused("task input_type instruction prompt_name query_prefix"),
+}
+
+RERANK: Peers = {
+    **_OF_TEXTS,
+    **_refused("max_chunks_per_doc max_tokens_per_doc rank_fields"),
+    **_refused("texts", instead="Use documents"),
+    **_refused("top_k", instead="Use top_n"),
+    **_refused("instruction instruct"),
+    **_refused("raw_scores", False),
+}
+
+SCORE: Peers = {
+    **_OF_TEXTS,
+    **_refused("queries items documents data_1 data_2", instead="Use text_1 and text_2"),
+    **_refused("instruction"),
+}
+
+TOKENIZE: Peers = {
+    **_OF_ANY,
+    **_OF_TEMPLATE,
+    **_refused("with_pieces return_token_strs", False),
+    **_refused("parse_special", True),
+    **_refused("text", instead="Use content or prompt"),
+}
+
+DETOKENIZE: Peers = {**_OF_ANY, **_refused("skip_special_tokens", False)}
+
+
+class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of the structs of a request, whose `peers` are the fields of other APIs.
+
+    The decoder stops at a field that a struct does not have, and `known` sorts them; a request
+    without such a field costs nothing more.
+    """
+
+    peers: ClassVar[Peers] = {}
+
+
+def bodies(root: type[Body] = Body) -> Iterator[type[Body]]:
+    """Yield `root` and every struct below it."""
+    yield root
+    for child in root.__subclasses__():
+        yield from bodies(child)
+
+
+class Unknown(NamedTuple):
+    """An unknown field: its place (`messages[].nmae`), and the nearest known name."""
+
+    place: str
+    near: str = ""
+
+    def __str__(self) -> str:
+        """Name the field in printable ASCII, without commas."""
+        place = _NOT_PLAIN.sub("?", self.place[:_MAX_NAME])
+        return f"{place} (did you mean {self.near}?)" if self.near else place
+
+
+def known(data: Any, kind: Any, place: str = "") -> tuple[Any, tuple[Unknown, ...]]:
+    """Return decoded JSON without the fields that `kind` does not have, and the unknown ones.
+
+    `place` is that of the data within a request.
+
+    Raises:
+        Unsupported: a field of another API would change the answer.
+    """
+    unknown: dict[str, Unknown] = {}
+    return _known(data, inspect.type_info(kind), place, unknown), tuple(unknown.values())
+
+
+def warning(unknown: Sequence[Unknown]) -> str:
+    """Return one line that names unknown fields, for a header."""
+    more = len(unknown) - _SHOWN
+    names = ", ".join(map(str, unknown[:_SHOWN])) + (f" and {more} more" if more > 0 else "")
+    return f"unknown field{'s' if len(unknown) > 1 else ''}: {names}"
+
+
+def check(unknown: Sequence[Unknown]) -> None:
+    """Refuse unknown fields.
+
+    Raises:
+        InvalidRequest: there is one.
+    """
+    if unknown:
+        place, near = unknown[0].place[:_MAX_NAME], unknown[0].near
+        hint = f" Did you mean {near}?" if near else ""
+        raise InvalidRequest(f"{place}: This field is unknown.{hint}", param=place)
+
+
+def _known(data: Any, kind: inspect.Type, place: str, unknown: dict[str, Unknown]) -> Any:
+    if isinstance(data, dict):
+        struct = struct_of(kind, data)
+        if struct is None or not struct.forbid_unknown_fields:
+            return cast("Any", data)
+        items = cast("dict[str, Any]", data).items()
+        return dict(_fields(items, struct.cls, place, unknown))
+    if isinstance(data, list):
+        arrays = [part for part in parts_of(kind) if isinstance(part, inspect.ListType)]
+        if arrays and struct_of(arrays[0].item_type):
+            items = enumerate(cast("list[Any]", data))
+            inner = arrays[0].item_type
+            return [_known(item, inner, f"{place}[{index}]", unknown) for index, item in items]
+    return cast("Any", data)
+
+
+def _fields(
+    items: Any, struct: type[msgspec.Struct], place: str, unknown: dict[str, Unknown]
+) -> Iterator[tuple[str, Any]]:
+    fields = fields_of(struct)
+    peers: Peers = struct.peers if issubclass(struct, Body) else {}
+    for name, value in items:
+        full = f"{place}.{name}".lstrip(".")
+        if kind := fields.get(name):
+            yield name, _known(value, kind, full, unknown)
+        elif peer := peers.get(name):
+            _check_peer(full, peer, value)
+        elif len(unknown) < _MOST:
+            shown = re.sub(r"\[\d+\]", "[]", full)
+            if shown not in unknown:
+                near = _near(name, fields) if len(unknown) < _SHOWN else ""
+                unknown[shown] = Unknown(shown, near)
+
+
+def _check_peer(place: str, peer: Peer, value: Any) -> None:
+    if value is None or peer.harmless is None or value in peer.harmless:
+        return
+    hint = f" {peer.instead}." if peer.instead else ""
+    raise Unsupported(f"{place} is not supported here.{hint}", param=place)
+
+
+def _near(name: str, fields: Mapping[str, Any]) -> str:
+    matches = difflib.get_close_matches(name[:_MAX_NAME].lower(), fields, 1, _NEAR)
+    return matches[0] if matches else ""

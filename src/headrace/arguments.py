@@ -1,0 +1,106 @@
+"""Requests from the keyword arguments of a worker in Python, and numbers from its results."""
+
+from __future__ import annotations
+
+import difflib
+import struct
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from headrace.api import fields
+from headrace.api.messages import ChatMessage, to_messages
+from headrace.core.constraint import Constraint
+from headrace.core.errors import InvalidRequest
+from headrace.core.events import EmbedResult
+from headrace.core.options import GenerateOptions
+from headrace.core.request import GenerateRequest, Message
+from headrace.core.sampling import Sampling
+from headrace.core.wording import refusal
+
+Messages = Sequence[Message | Mapping[str, Any]]
+Prompt = str | Sequence[int]
+Numbers = list[list[float]]
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_SAMPLING = frozenset(Sampling.__struct_fields__)
+
+
+def request(
+    model: str, prompt: Prompt | None, messages: Messages | None, options: Mapping[str, Any]
+) -> GenerateRequest:
+    """Build a request from keyword arguments.
+
+    Raises:
+        InvalidRequest: an option is unknown, or a value has the wrong type or range.
+    """
+    arguments = given(options, GenerateOptions.__annotations__)
+    sampling = {name: arguments.pop(name) for name in _SAMPLING & arguments.keys()}
+    if isinstance(sampling.get("stop"), str):
+        sampling["stop"] = (sampling["stop"],)
+    if (schema := arguments.pop("json_schema", None)) is not None:
+        arguments["constraint"] = built(Constraint, {"json_schema": schema})
+    text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
+    body = {"model": model, "prompt": text, "messages": turns(messages), **arguments}
+    checked = built(Sampling, sampling)
+    return built(GenerateRequest, {**body, "sampling": checked})
+
+
+def turns(messages: Messages | None) -> tuple[Message, ...] | None:
+    """Return messages as the core has them.
+
+    Raises:
+        InvalidRequest, Unsupported: one is wrong, with its place.
+    """
+    if messages is None:
+        return None
+    if isinstance(messages, str | Mapping):
+        raise InvalidRequest("messages: expected a list of messages.", param="messages")
+    return tuple(_message(item, f"messages[{index}]") for index, item in enumerate(messages))
+
+
+def _message(item: Message | Mapping[str, Any], place: str) -> Message:
+    if isinstance(item, Message):
+        return item
+    if not isinstance(item, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidRequest(f"{place}: expected a mapping or a Message.", param=place)
+    # Checked as in a request over HTTP.
+    known, unknown = fields.known(dict(item), ChatMessage, place)
+    fields.check(unknown)
+    try:
+        return to_messages([msgspec.convert(known, ChatMessage)])[0]
+    except msgspec.ValidationError as error:
+        raise refusal(error, ChatMessage, place) from error
+
+
+def vectors(embedded: EmbedResult) -> Numbers:
+    """Return the vectors as lists of numbers."""
+    form = struct.Struct(f"<{embedded.dimensions}f")
+    return [list(form.unpack(vector)) for vector in embedded.vectors]
+
+
+def given(options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return the options that are given; None is as if one were not.
+
+    Raises:
+        InvalidRequest: an option is unknown.
+    """
+    for name in options.keys() - known:
+        matches = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {matches[0]}?" if matches else ""
+        raise InvalidRequest(f"There is no option {name!r}{hint}", param=name)
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def built(kind: type[T], body: Mapping[str, Any]) -> T:
+    """Return a request, or a part of one, of checked values.
+
+    Raises:
+        InvalidRequest: a value has the wrong type or range.
+    """
+    try:
+        return msgspec.convert(body, kind)
+    except msgspec.ValidationError as error:
+        raise refusal(error, kind) from error

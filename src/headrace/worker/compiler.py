@@ -1,0 +1,160 @@
+"""Compiles the constraints of requests and checks answers, in processes that can be ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections import OrderedDict
+from typing import Any
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from headrace.core.constraint import Constraint
+from headrace.core.errors import ConstraintViolated, GenerationFailed
+from headrace.core.schema import PARAM, refusal
+from headrace.text.grammar import schema_grammar, without_formats
+
+_COMPILING, _CHECKING = 2, 1
+_WALL_S = 20.0
+_IDLE_S = 60.0
+_REMEMBERED = 256
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME")
+
+
+class _Reply(msgspec.Struct, frozen=True):
+    path: tuple[str, ...] = ()
+    reason: str = ""
+
+
+_decode = msgspec.json.Decoder(_Reply).decode
+
+
+class Compiler:
+    """Asks the compiler of an engine, in a few processes that start when they are needed.
+
+    `library` is the file that the engine's llguidance is part of; empty is the package of that
+    name. A client that leaves ends the process that works for it, and one that sends many schemas
+    has one of them compiled at a time.
+    """
+
+    def __init__(self, library: str = "") -> None:
+        self._library = library
+        self._compiling = asyncio.Semaphore(_COMPILING)
+        self._checking = asyncio.Semaphore(_CHECKING)
+        self._clients: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._processes: set[Process] = set()
+        self._idle: list[tuple[Process, asyncio.TimerHandle]] = []
+        self._compiled: OrderedDict[bytes, None] = OrderedDict()
+
+    async def compile(self, constraint: Constraint, client: str = "") -> None:
+        """Compile a constraint, once.
+
+        Raises:
+            InvalidRequest: it cannot be enforced, or takes too much to compile; names the path.
+        """
+        schema, key = await asyncio.to_thread(_prepared, constraint)
+        if key in self._compiled:
+            self._compiled.move_to_end(key)
+            return
+        lock = self._clients.get(client) or self._clients.setdefault(client, asyncio.Lock())
+        async with lock, self._compiling:
+            problem = await self._run({"schema": schema})
+        if problem is not None:
+            raise refusal(problem.path, problem.reason)
+        self._compiled[key] = None
+        if len(self._compiled) > _REMEMBERED:
+            self._compiled.popitem(last=False)
+
+    async def check(self, constraint: Constraint, text: str, *, cut: bool) -> None:
+        """Check an answer; of one that was cut, only that it begins as it should.
+
+        Raises:
+            ConstraintViolated: it does not keep to the constraint.
+        """
+        schema = await asyncio.to_thread(without_formats, constraint.json_schema, strict=False)
+        async with self._checking:
+            problem = await self._run({"schema": schema, "text": text, "cut": cut})
+        if problem is not None:
+            where = refusal(problem.path, problem.reason).message
+            message = "The answer does not keep to its JSON schema."
+            raise ConstraintViolated(message, param=PARAM, detail=where)
+
+    async def aclose(self) -> None:
+        """End the processes."""
+        for _, timer in self._idle:
+            timer.cancel()
+        self._idle.clear()
+        for process in tuple(self._processes):
+            await self._end(process)
+
+    async def _run(self, job: dict[str, Any]) -> _Reply | None:
+        """Return what is wrong, or None."""
+        process = await self._process()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        line = b""
+        try:
+            async with asyncio.timeout(_WALL_S):
+                process.stdin.write(msgspec.json.encode(job) + b"\n")
+                await process.stdin.drain()
+                line = await process.stdout.readline()
+        except ConnectionError:
+            line = b""
+        except TimeoutError:
+            return _Reply(reason="takes too much to compile")
+        finally:
+            if line:
+                self._rest(process)
+            else:
+                await self._end(process)
+        if not line:
+            raise GenerationFailed("The compiler of constraints has ended.")
+        reply = _decode(line)
+        return reply if reply.reason else None
+
+    async def _process(self) -> Process:
+        while self._idle:
+            process, timer = self._idle.pop()
+            timer.cancel()
+            if process.returncode is None:
+                return process
+            self._processes.discard(process)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "headrace.worker.compiling"),
+            *([self._library] if self._library else ()),
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=DEVNULL,
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+            # It is ended together with the process of its job.
+            start_new_session=True,
+        )
+        self._processes.add(process)
+        return process
+
+    def _rest(self, process: Process) -> None:
+        def expire() -> None:
+            self._idle.remove(entry)
+            self._processes.discard(process)
+            if process.stdin is not None:
+                process.stdin.close()
+
+        entry = (process, asyncio.get_running_loop().call_later(_IDLE_S, expire))
+        self._idle.append(entry)
+
+    async def _end(self, process: Process) -> None:
+        self._processes.discard(process)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+def _prepared(constraint: Constraint) -> tuple[dict[str, Any], bytes]:
+    schema = without_formats(constraint.json_schema)
+    return schema, hashlib.blake2b(schema_grammar(schema).encode()).digest()
