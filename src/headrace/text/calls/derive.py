@@ -114,8 +114,8 @@ def _object_around(text: str, name: str) -> tuple[int, int, Any] | None:
             value, end = _DECODER.raw_decode(text, match.start())
         except (ValueError, RecursionError):
             continue
-        inner = cast("list[Any]", value)[0] if isinstance(value, list) and value else value
-        if end > limit and isinstance(inner, dict):
+        entries = cast("list[Any]", value) if isinstance(value, list) else [value]
+        if end > limit and isinstance(entries[0], dict):
             return match.start(), end, cast("Any", value)
     return None
 

@@ -106,11 +106,10 @@ class Format(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """The markers that engines must not hide, where they are tokens of the vocabulary."""
         if self.style == "harmony":
             return HARMONY
-        literals = (
-            self.think_open, self.think_close, self.section_open, self.section_close,
-            self.call_open, self.call_close, self.separator, self.name_end, self.key_open,
-            self.key_end, self.value_open, self.value_close, self.quote, self.id_open, *self.also, *self.hidden,
-        )  # fmt: skip
+        ends = (self.name_end, self.key_open, self.key_end, self.value_open, self.value_close)
+        calls = (self.section_open, self.section_close, self.call_open, self.call_close)
+        others = (self.separator, self.quote, self.id_open, *self.also, *self.hidden)
+        literals = (self.think_open, self.think_close, *calls, *ends, *others)
         return tuple(dict.fromkeys(m for text in literals for m in _CONTROL.findall(text)))
 
     def describe(self) -> dict[str, str]:
