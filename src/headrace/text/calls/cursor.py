@@ -214,6 +214,11 @@ class Cursor:
                 return
             yield
 
+    def rest(self) -> None:
+        """Consume what is there, if no more will come."""
+        if self.ended:
+            self._position = len(self._text)
+
     def skip(self, size: int) -> str:
         """Consume characters that are there."""
         start = self._position

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from headrace.text.calls.format import Format
 
-_THINK = {"think_open": "<think>\n", "think_close": "\n</think>\n\n"}
+_OPEN, _CLOSE = "<think>\n", "\n</think>\n\n"
 _BAR = "<｜DSML｜"
 _END = "</｜DSML｜"
 
@@ -36,7 +36,8 @@ _ALL = (
         call_open="<tool_call>\n",
         call_close="\n</tool_call>",
         separator="\n",
-        **_THINK,
+        think_open=_OPEN,
+        think_close=_CLOSE,
     ),
     Format(
         name="qwen-xml",
@@ -51,7 +52,8 @@ _ALL = (
         call_close="</function>\n",
         section_close="</tool_call>",
         separator="</tool_call>\n<tool_call>\n",
-        **_THINK,
+        think_open=_OPEN,
+        think_close=_CLOSE,
     ),
     Format(
         name="llama3",
@@ -75,7 +77,8 @@ _ALL = (
         call_open="<|tool_call_start|>",
         call_close="<|tool_call_end|>",
         separator=", ",
-        **_THINK,
+        think_open=_OPEN,
+        think_close=_CLOSE,
     ),
     Format(
         name="mistral",
@@ -103,7 +106,8 @@ _ALL = (
         call_close="\n```<｜tool▁call▁end｜>",
         separator="\n",
         section_close="<｜tool▁calls▁end｜>",
-        **_THINK,
+        think_open=_OPEN,
+        think_close=_CLOSE,
     ),
     Format(
         name="deepseek-v3.1",
@@ -190,7 +194,8 @@ _ALL = (
         call_close="</invoke>",
         separator="\n",
         section_close="\n</minimax:tool_call>",
-        **_THINK,
+        think_open=_OPEN,
+        think_close=_CLOSE,
     ),
     Format(
         name="gemma-4",

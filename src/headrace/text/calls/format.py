@@ -52,7 +52,8 @@ class Format(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     What NAME and ARGUMENTS are depends on `style`:
 
     - json, generic: an object with the members `name_key`, `arguments_key`, perhaps `id_key`; all
-      calls in one list with `array`. Without `call_open` an answer that begins with it is a call.
+      calls in one list with `array`, between one pair of markers with `joined`.
+      Without `call_open` an answer that begins with it is a call.
     - named: a name, perhaps `id_open` and an id, `name_end`, a JSON object.
     - tagged: a name, `name_end`, and for each argument `key_open KEY key_end value_open VALUE
       value_close`. A `key_open` that ends with a quote is followed by attributes; `typed` is the
@@ -62,8 +63,8 @@ class Format(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     - recipient: `call_open NAME newline JSON`, `all` in place of a name before content.
     - harmony: messages with a channel and a recipient.
 
-    `also` begins calls too, `hidden` is left out of the content, `ends` are the tokens after which a
-    model that has made its calls stops.
+    `also` begins calls too, `hidden` is left out of the content, `ends` are the tokens after which
+    a model that has made its calls stops.
     """
 
     name: str = "none"
@@ -84,6 +85,7 @@ class Format(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     framed: bool = False
     quote: str = ""
     array: bool = False
+    joined: bool = False
     name_key: str = "name"
     arguments_key: str = "arguments"
     id_key: str = ""
@@ -104,24 +106,21 @@ class Format(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """The markers that engines must not hide, where they are tokens of the vocabulary."""
         if self.style == "harmony":
             return HARMONY
-        literals = (
-            self.think_open, self.think_close, self.section_open, self.section_close, self.call_open,
-            self.call_close, self.separator, self.name_end, self.key_open, self.key_end,
-            self.value_open, self.value_close, self.quote, self.id_open, *self.also, *self.hidden,
-        )  # fmt: skip
+        ends = (self.name_end, self.key_open, self.key_end, self.value_open, self.value_close)
+        calls = (self.section_open, self.section_close, self.call_open, self.call_close)
+        others = (self.separator, self.quote, self.id_open, *self.also, *self.hidden)
+        literals = (self.think_open, self.think_close, *calls, *ends, *others)
         return tuple(dict.fromkeys(m for text in literals for m in _CONTROL.findall(text)))
 
     def describe(self) -> dict[str, str]:
         """Return what `headrace show` prints of it."""
-        facts = self.template
+        facts, thinking = self.template, _WORDS["harmony"] if self.thinks else "none"
+        if self.think_close:
+            thinking = f"{self.think_open.strip()} … {self.think_close.strip()}"
         can = ("tools", "calls", "results", "parallel", "system", "null_content", "reasoning")
         return {
             "tool calls": f"{self.name}: {_WORDS[self.style]}",
-            "thinking": f"{self.think_open.strip()} … {self.think_close.strip()}"
-            if self.think_close
-            else _WORDS["harmony"]
-            if self.thinks
-            else "none",
+            "thinking": thinking,
             "thinking variables": ", ".join(facts.thinking) or "none",
             "template renders": ", ".join(n for n in can if getattr(facts, n)) or "messages only",
             "arguments in the history": facts.arguments,

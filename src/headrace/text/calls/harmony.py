@@ -87,6 +87,7 @@ class Harmony:
             else:
                 sink.arguments("{}")
         except NotACallError:
+            cursor.rest()
             sink.cut(cursor.recorded())
             return
         sink.end()

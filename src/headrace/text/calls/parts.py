@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+
+import msgspec
 
 
-class Thought(NamedTuple):
+class Thought(msgspec.Struct, frozen=True):
     """Text of the thinking."""
 
     text: str
 
 
-class Content(NamedTuple):
+class Content(msgspec.Struct, frozen=True):
     """Text of the answer."""
 
     text: str
 
 
-class CallStart(NamedTuple):
+class CallStart(msgspec.Struct, frozen=True):
     """A call begins. `index` counts the calls of the answer; `id` is that which the model wrote."""
 
     index: int
@@ -26,21 +27,21 @@ class CallStart(NamedTuple):
     id: str | None = None
 
 
-class CallArguments(NamedTuple):
+class CallArguments(msgspec.Struct, frozen=True):
     """A piece of the JSON text of a call's arguments."""
 
     index: int
     text: str
 
 
-class CallEnd(NamedTuple):
+class CallEnd(msgspec.Struct, frozen=True):
     """The arguments of a call are complete."""
 
     index: int
 
 
-class Cut(NamedTuple):
-    """A call that has begun cannot be completed: the text ended, or is not what a call continues as.
+class Cut(msgspec.Struct, frozen=True):
+    """A call that has begun cannot be completed: the text ended or is no longer a call.
 
     `text` is all that the model wrote of the call. No `CallEnd` follows.
     """

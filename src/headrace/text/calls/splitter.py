@@ -7,8 +7,9 @@ from collections.abc import Generator
 from headrace.text.calls.cursor import Cursor, Markers, Need
 from headrace.text.calls.format import Format
 from headrace.text.calls.harmony import Harmony
+from headrace.text.calls.objects import Tools
 from headrace.text.calls.parts import Content, Part, Sink, Thought
-from headrace.text.calls.styles import Calls, Tools
+from headrace.text.calls.styles import Calls
 from headrace.text.calls.trim import Trimmer
 
 

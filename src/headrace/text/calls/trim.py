@@ -13,8 +13,8 @@ class Trimmer:
     __slots__ = ("_begun", "_emit", "held")
 
     def __init__(self, emit: Emit) -> None:
-        self.held = ""
-        self._emit = emit
+        self.held: str = ""
+        self._emit: Emit = emit
         self._begun = False
 
     @property

@@ -17,7 +17,7 @@ _SCALAR = re.compile(r"[-+.\w]*")
 _HEX = re.compile(r"[0-9A-Fa-f]+")
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0"}
-_ESCAPES |= {"\\": "\\", "'": "'", '"': '"', "/": "/", "\n": ""}
+_ESCAPES.update({"\\": "\\", "'": "'", '"': '"', "/": "/", "\n": ""})
 _QUOTES = ('"""', "'''", '"', "'")
 
 
@@ -140,6 +140,19 @@ class Literals:
             self._emit(json.dumps(chr(int(digits, 16)))[1:-1])
 
 
+def _from_python(text: str) -> str | None:
+    """Return a list or object as Python writes it as JSON; None if it is not one."""
+    cursor, parts = Cursor(), list[str]()
+    cursor.push(text)
+    cursor.ended = True
+    try:
+        for _ in Literals(cursor, parts.append).value():
+            pass
+    except NotACallError:
+        return None
+    return "".join(parts) if cursor.exhausted else None
+
+
 class TypedValue:
     """The text of one tagged argument as JSON: a string, or what it says if that is JSON.
 
@@ -176,8 +189,9 @@ class TypedValue:
         is_plain = plain == "null" if self._kind == "nullable" else self._kind == "any"
         if is_plain and is_json(plain):
             self._emit(plain)
-        else:
-            self._emit(json.dumps(text, ensure_ascii=False))
+            return
+        listed = _from_python(plain) if self._kind == "any" and plain[:1] in ("[", "{") else None
+        self._emit(listed or json.dumps(text, ensure_ascii=False))
 
 
 def kind_of(schema: Mapping[str, Any] | None, key: str) -> str:
@@ -209,14 +223,14 @@ def _types(root: Mapping[str, Any], schema: object, depth: int) -> set[str]:
     if isinstance(kinds, list):
         return {str(kind) for kind in cast("list[Any]", kinds)}
     values = node["enum"] if isinstance(node.get("enum"), list) else [node.get("const")]
-    names = {str: "string", type(None): "null"}
+    names: dict[type, str] = {str: "string", type(None): "null"}
     if "enum" in node or "const" in node:
-        return {names.get(type(value), "any") for value in cast("list[Any]", values)}
+        return {names.get(type(value), "any") for value in cast("list[object]", values)}
     return {"any"}
 
 
 def _resolve(root: Mapping[str, Any], reference: str) -> object:
     node: Any = root
     for name in reference.removeprefix("#/").split("/"):
-        node = node.get(name) if isinstance(node, dict) else None  # pyright: ignore[reportUnknownMemberType]
+        node = cast("dict[str, Any]", node).get(name) if isinstance(node, dict) else None
     return node

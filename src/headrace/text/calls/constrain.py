@@ -1,0 +1,380 @@
+"""The grammar of a model's calls, in the language of llguidance."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from headrace.text.calls.format import Format
+from headrace.text.calls.values import kind_of
+
+# With free white space a small model can repeat it up to the limit.
+_SPACING = {
+    "x-guidance": {
+        "whitespace_flexible": False,
+        "item_separator": ", ",
+        "key_separator": ": ",
+    }
+}
+_ANY_OBJECT: dict[str, Any] = {"type": "object"}
+_SCALARS = frozenset({"integer", "number", "boolean", "null"})
+# Keywords that do not restrict a string.
+_NOTES = frozenset({"type", "description", "title", "default", "examples"})
+
+Schema = Mapping[str, Any]
+
+
+class Callable_(Protocol):  # noqa: N801
+    """A tool."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def parameters(self) -> Schema | None: ...  # noqa: D102
+    @property
+    def strict(self) -> bool: ...  # noqa: D102
+
+
+def constraint_for(
+    form: Format,
+    tools: Sequence[Callable_],
+    mode: Literal["auto", "required"],
+    *,
+    parallel: bool = True,
+    thinking: Literal["none", "open", "optional"] = "none",
+    control: Mapping[str, int] | None = None,
+) -> str:
+    """Return the grammar of an answer that calls one of the tools, or several with `parallel`.
+
+    With `auto` the answer is free up to the beginning of a call; the arguments of tools that are
+    not strict are any object there. Thinking comes first: `open` where the prompt has begun it,
+    `optional` where the model may. `control` has the ids of the markers that are control tokens:
+    their text, in quotes, would match nothing. A check of an answer's text is made without it.
+
+    In tags, strings are free unless the schema lists them. The schemas themselves are not checked.
+    """
+    return _Grammar(form, control or {}).text(tools, mode, parallel=parallel, thinking=thinking)
+
+
+class _Grammar:
+    def __init__(self, form: Format, control: Mapping[str, int]) -> None:
+        self._format = form
+        self._control = control
+        self._rules: list[str] = []
+        words = sorted(control, key=len, reverse=True)
+        self._words = re.compile(f"({'|'.join(map(re.escape, words))})") if words else None
+        self._styles: Mapping[str, Callable[[Callable_, Schema], str]] = {
+            "json": self._object,
+            "generic": self._object,
+            "named": self._named,
+            "recipient": self._named,
+            "tagged": self._tagged,
+            "python": self._python,
+            "gemma": self._gemma,
+            "harmony": self._message,
+        }
+
+    def text(self, tools: Sequence[Callable_], mode: str, *, parallel: bool, thinking: str) -> str:
+        """Return the whole grammar."""
+        call = self._rule("call", " | ".join(self._call(tool, mode) for tool in tools))
+        harmony = self._format.style == "harmony"
+        prefix = "" if harmony else self._thinking(thinking)
+        if harmony:
+            body = self._messages(call, mode, thinking)
+        elif mode == "required":
+            body = self._calls(call, parallel=parallel)
+        else:
+            body = self._free(call, parallel=parallel)
+        lines = [f"start: {prefix} {body}", "TEXT: /(.|\\n)*/", *self._rules]
+        return "%llguidance {}\n" + "\n".join(lines) + "\n"
+
+    def _rule(self, name: str, body: str, mark: str = "") -> str:
+        name = f"{name}_{len(self._rules)}"
+        self._rules.append(f"{name}{mark}: {body}")
+        return name
+
+    def _literal(self, text: str) -> str:
+        """Return text in quotes, and control tokens by their ids."""
+        if not text:
+            return ""
+        parts = self._words.split(text) if self._words else [text]
+        return " ".join(
+            f"<[{self._control[part]}]>"
+            if part in self._control
+            else json.dumps(part, ensure_ascii=False)
+            for part in parts
+            if part
+        )
+
+    def _until(self, marker: str) -> str:
+        """Return free text with the marker after it."""
+        if marker in self._control:
+            return f"TEXT {self._literal(marker)}"
+        suffix = json.dumps(marker, ensure_ascii=False)
+        return self._rule("until", "/(.|\\n)*/", f"[suffix={suffix}]")
+
+    def _json(self, schema: Schema) -> str:
+        # Equal keys: the last one counts.
+        return self._rule("json", "%json " + json.dumps({**schema, **_SPACING}))
+
+    # The answer.
+
+    def _thinking(self, thinking: str) -> str:
+        opening, closing = self._format.think_open.strip(), self._format.think_close.strip()
+        if thinking == "none" or not closing:
+            return ""
+        spaces = self._rule("spaces", "/[ \\n]*/")
+        thought = f"{self._until(closing)} {spaces}"
+        if thinking == "optional":
+            return f"({self._literal(opening)} {thought})?"
+        return thought
+
+    def _call(self, tool: Callable_, mode: str) -> str:
+        schema = tool.parameters or {
+            "type": "object",
+            "properties": {},
+            "additionalProperties": False,
+        }
+        if mode == "auto" and not tool.strict:
+            schema = _ANY_OBJECT
+        return self._rule("tool", self._styles[self._format.style](tool, schema))
+
+    def _calls(self, call: str, *, parallel: bool) -> str:
+        opening, more, closing = self._around()
+        repeated = f"({self._literal(more)} {call})*" if parallel else ""
+        return f"{self._literal(opening)} {call} {repeated} {self._literal(closing)}"
+
+    def _around(self) -> tuple[str, str, str]:
+        """Return what comes before the first call, between calls, and after the last one."""
+        form = self._format
+        if form.style in ("json", "generic") and (form.joined or form.array):
+            brackets = ("[", "]") if form.array else ("", "")
+            return form.call_open + brackets[0], form.separator, brackets[1] + form.call_close
+        if form.style == "python":
+            return form.call_open + "[", form.separator, "]" + form.call_close
+        closing = "" if form.style == "recipient" else form.call_close
+        more = closing + form.separator + form.call_open
+        opening = form.section_open + form.call_open
+        if form.style == "recipient" and form.template.turn.endswith(form.call_open):
+            opening = ""
+        return opening, more, closing + form.section_close
+
+    def _free(self, call: str, *, parallel: bool) -> str:
+        """Return free text; where a call begins, what it has to be."""
+        opening, more, closing = self._around()
+        trigger = self._trigger(opening)
+        if not trigger:
+            first = (opening or "{")[0]
+            free = self._rule("free", f"/([^\\{first}](.|\\n)*)?/")
+            return f"({self._calls(call, parallel=parallel)} | {free})"
+        rest = opening[len(trigger) :]
+        repeated = f"({self._literal(more)} {call})*" if parallel else ""
+        body = f"{self._literal(rest)} {call} {repeated} {self._literal(closing)}"
+        if trigger in self._control:
+            head = f"TEXT {self._literal(trigger)}"
+        else:
+            head = self._rule("head", f"TEXT {self._literal(trigger)}", "[lazy]")
+        shown = [self._literal(marker) for marker in self._format.hidden if marker in self._control]
+        also = f"(({' | '.join(shown)}) TEXT)*" if shown else ""
+        return f"({head} {body}){'*' if parallel else '?'} TEXT {also}"
+
+    def _trigger(self, opening: str) -> str:
+        form = self._format
+        if form.style == "recipient":
+            return form.call_open if opening else ""
+        trigger = (form.section_open or form.call_open).strip()
+        first = self._words.match(trigger) if self._words else None
+        return first[0] if first else trigger
+
+    # Calls. What is before and after each is `_around`.
+
+    def _object(self, tool: Callable_, schema: Schema) -> str:
+        form = self._format
+        head = "{" + self._identity() + json.dumps(form.name_key) + ": " + _quoted(tool.name)
+        head += f", {json.dumps(form.arguments_key)}: "
+        written = self._literal(head)
+        if form.id_key and form.ids == "key":
+            left, _, right = head.partition("\0")
+            digits = self._rule("digits", "/[0-9]+/")
+            written = f"{self._literal(left)} {digits} {self._literal(right)}"
+        return f'{written} {self._json(schema)} "}}"'
+
+    def _identity(self) -> str:
+        form = self._format
+        return f'"{form.id_key}": "\0", ' if form.id_key and form.ids == "key" else ""
+
+    def _named(self, tool: Callable_, schema: Schema) -> str:
+        form, name = self._format, self._literal(tool.name)
+        if form.ids == "name":
+            digits = self._rule("digits", "/[0-9]+/")
+            name = f"{self._literal(f'functions.{tool.name}:')} {digits}"
+        return f"{name} {self._literal(form.name_end)} {self._json(schema)}"
+
+    def _tagged(self, tool: Callable_, schema: Schema) -> str:
+        form = self._format
+        name_end = self._attributes(form.name_end)
+        arguments = [
+            f"({self._argument(schema, key)})" + ("" if key in schema.get("required", ()) else "?")
+            for key in schema.get("properties", {})
+        ]
+        if schema is _ANY_OBJECT:
+            arguments = [f"({self._any_argument()})*"]
+        return " ".join([self._literal(tool.name), name_end, *arguments])
+
+    def _attributes(self, end: str) -> str:
+        if 'index="' not in end:
+            return self._literal(end)
+        before, _, after = re.split(r"(\d+)", end, maxsplit=1)
+        digits = self._rule("digits", "/[0-9]+/")
+        return f"{self._literal(before)} {digits} {self._literal(after)}"
+
+    def _argument(self, schema: Schema, key: str) -> str:
+        form, part = self._format, _part(schema, key)
+        kind, options = _kinds(part), _options(part)
+        free = kind_of(schema, key) != "any" or not kind
+        head = form.key_open + key + self._key_end("string" if free else kind)
+        head += form.value_open + ("\n" if form.framed else "")
+        close = form.value_close.strip()
+        frame = "\n" if form.framed else ""
+        after = form.value_close[form.value_close.find(close) + len(close) :]
+        if free and options:
+            value = "(" + " | ".join(map(self._literal, options)) + ")"
+            return f"{self._literal(head)} {value} {self._literal(frame + close + after)}"
+        if free:
+            value = self._until(frame + close)
+            return f"{self._literal(head)} {value} {self._literal(after)}"
+        return f"{self._literal(head)} {self._json(part)} {self._literal(frame + close + after)}"
+
+    def _any_argument(self) -> str:
+        form = self._format
+        close = form.value_close.strip()
+        after = form.value_close[form.value_close.find(close) + len(close) :]
+        key = self._rule("key", '/[^<>"\\n]+/')
+        end = self._literal(self._key_end("string") + form.value_open)
+        if form.typed:
+            end = f"({end} | {self._literal(self._key_end('number') + form.value_open)})"
+        opening = self._literal(form.key_open)
+        return f"{opening} {key} {end} {self._until(close)} {self._literal(after)}"
+
+    def _key_end(self, kind: str) -> str:
+        form = self._format
+        if form.typed == "string":
+            return form.key_end.replace("true", "true" if kind == "string" else "false")
+        return form.key_end.replace('"string"', f'"{kind}"') if form.typed else form.key_end
+
+    def _python(self, tool: Callable_, schema: Schema) -> str:
+        return self._pairs(tool.name + "(", schema, "=", ", ", self._python_value) + ' ")"'
+
+    def _python_value(self, schema: Schema) -> str:
+        if schema.get("type") == "boolean":
+            return '("True" | "False")'
+        if schema.get("type") == "string" and schema.keys() <= _NOTES:
+            quoted = self._rule("quoted", r"/'([^'\\\n]|\\[\\'\"nrt])*'/")
+            return f"({self._json(schema)} | {quoted})"
+        return self._json(schema)
+
+    def _gemma(self, tool: Callable_, schema: Schema) -> str:
+        return self._pairs(tool.name + "{", schema, ":", ",", self._gemma_value) + ' "}"'
+
+    def _gemma_value(self, schema: Schema) -> str:
+        kind, quote = _kinds(schema), self._format.quote
+        if _options(schema):
+            quoted = (self._literal(quote + option + quote) for option in _options(schema))
+            return "(" + " | ".join(quoted) + ")"
+        if kind == "string":
+            return f"{self._literal(quote)} {self._until(quote)}"
+        if kind in _SCALARS:
+            return self._json(schema)
+        if kind == "array":
+            item = self._rule("item", self._gemma_value(_below(schema, schema.get("items"))))
+            return f'"[" ({item} ("," {item})*)? "]"'
+        if kind == "object" and schema.get("properties"):
+            return self._pairs("{", schema, ":", ",", self._gemma_value) + ' "}"'
+        return self._gemma_any()
+
+    def _gemma_any(self) -> str:
+        """Return a value of any type, with the rules that it needs."""
+        if not any(rule.startswith("gany:") for rule in self._rules):
+            quote = self._format.quote
+            text = f"{self._literal(quote)} {self._until(quote)}"
+            number = self._rule("scalar", "/-?[0-9]+(\\.[0-9]+)?|true|false|null/")
+            key = self._rule("key", "/[A-Za-z_][A-Za-z0-9_]*/")
+            pair = f'{key} ":" gany'
+            objects = f'"{{" ({pair} ("," {pair})*)? "}}"'
+            lists = '"[" (gany ("," gany)*)? "]"'
+            self._rules.append(f"gany: {text} | {number} | {objects} | {lists}")
+        return "gany"
+
+    def _pairs(
+        self, opening: str, schema: Schema, equal: str, comma: str, value: Callable[[Schema], str]
+    ) -> str:
+        """Return keys and values: the required ones, and any of the others, in order."""
+        if not schema.get("properties"):
+            if schema is _ANY_OBJECT and self._format.style == "gemma":
+                return self._any_pairs(opening)
+            return self._literal(opening)
+        first = later = ""
+        for key in reversed(list(schema["properties"])):
+            pair = self._rule("pair", f"{self._literal(key + equal)} {value(_part(schema, key))}")
+            here = f"{pair} {later}"
+            there = f"{self._literal(comma)} {here}"
+            if key not in schema.get("required", ()):
+                here = f"({here} | {first})" if first else f"({here})?"
+                there = f"({there} | {later})" if later else f"({there})?"
+            first = self._rule("first", here)
+            later = self._rule("later", there)
+        return f"{self._literal(opening)} {first}"
+
+    def _any_pairs(self, opening: str) -> str:
+        value, key = self._gemma_any(), self._rule("key", "/[A-Za-z_][A-Za-z0-9_]*/")
+        return f'{self._literal(opening)} ({key} ":" {value} ("," {key} ":" {value})*)?'
+
+    # Harmony.
+
+    def _message(self, tool: Callable_, schema: Schema) -> str:
+        kind = f"({self._literal(' <|constrain|>json')} | {self._literal(' json')})?"
+        message = f"{kind} {self._literal('<|message|>')} {self._json(schema)}"
+        to = f" to=functions.{tool.name}"
+        header = self._literal(f"{to}<|channel|>commentary")
+        return f"({header} | {self._literal('<|channel|>commentary' + to)}) {message}"
+
+    def _messages(self, call: str, mode: str, thinking: str) -> str:
+        text, again = self._until("<|end|>"), self._literal("<|start|>assistant")
+        thought = f"{self._literal('<|channel|>analysis<|message|>')} {text} {again}"
+        preamble = f"{self._literal('<|channel|>commentary<|message|>')} {text} {again}"
+        before = f"{text} {again}" if thinking == "open" else ""
+        answer = call
+        if mode == "auto":
+            answer = f"({call} | {self._literal('<|channel|>final<|message|>')} TEXT)"
+        return f"{before} ({thought} | {preamble})* {answer}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _below(root: Schema, schema: object) -> Schema:
+    """Return a part of a schema with the definitions of the whole."""
+    part: dict[str, Any] = dict(schema) if isinstance(schema, dict) else {}  # pyright: ignore[reportUnknownArgumentType]
+    shared = {name: root[name] for name in ("$defs", "definitions") if name in root}
+    return shared | part
+
+
+def _part(schema: Schema, key: str) -> Schema:
+    return _below(schema, schema["properties"][key])
+
+
+def _kinds(schema: Schema) -> str:
+    """Return the type of a schema, "" where it has none or several."""
+    kind = schema.get("type")
+    if isinstance(kind, str):
+        return kind
+    compound = any(name in schema for name in ("$ref", "anyOf", "oneOf", "allOf"))
+    return "object" if compound else ""
+
+
+def _options(schema: Schema) -> list[str]:
+    options = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return options if all(isinstance(option, str) for option in options) else []
