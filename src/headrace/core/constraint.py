@@ -16,11 +16,15 @@ class Constraint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `headrace.core.schema`, are checked here; whether an engine can enforce it is checked when a
     request is answered.
 
+    `lark`: a grammar in the language of llguidance. Only the worker makes it, of the tools in a
+    request.
+
     Raises:
         InvalidRequest: the schema is beyond a limit; names the path in it.
     """
 
-    json_schema: dict[str, Any]
+    json_schema: dict[str, Any] = {}
+    lark: str = ""
 
     def __post_init__(self) -> None:
         """Check the limits."""

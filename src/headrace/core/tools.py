@@ -54,6 +54,13 @@ class ToolChoice(msgspec.Struct, frozen=True, omit_defaults=True):
             return ()
         return tuple(tool for tool in tools if not self.names or tool.name in self.names)
 
+    def enforced(self, tools: tuple[Tool, ...], name: str) -> tuple[dict[str, Any], ...]:
+        """Return the schema that the arguments of a call of `name` have to keep to, if any."""
+        tool = next((tool for tool in tools if tool.name == name), None)
+        if tool is None or not (tool.strict or self.mode == "required"):
+            return ()
+        return (tool.parameters or {"type": "object"},)
+
 
 class Thinking(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a request asks of the thinking before an answer; models that do not think ignore it.

@@ -1,5 +1,7 @@
 """An engine without a model: repeats the prompt at a scripted speed, and fails on demand.
 
+Of a conversation it repeats the last message; one that is written as a call of a tool becomes one.
+
 Its tokens are the bytes of UTF-8, so every character beyond ASCII comes in pieces. As an embedder
 it gives vectors that depend on the tokens only, as a reranker the share of the query's bytes
 that a document has.
@@ -45,7 +47,11 @@ _SAMPLING = frozenset(
 )
 _EOS = 256
 _VOCABULARY = 257
-_CHAT_TEMPLATE = "{{ messages[-1].content }}"
+_SYSTEM_END = 0x1E
+_CHAT_TEMPLATE = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}\x1e{% endif %}"
+    "{{ messages[-1].content }}"
+)
 _PREFILL_STEP = 64
 _CONTEXT = 1 << 20
 _PROCESS = 80 << 20  # and the process that renders chat templates
@@ -185,7 +191,7 @@ class Engine(base.Embedder):
 
     def _script(self, request: EngineRequest) -> Iterator[int]:
         text = self._options.text
-        token_ids = request.token_ids if text is None else tuple(text.encode())
+        token_ids = _spoken(request.token_ids) if text is None else tuple(text.encode())
         while token_ids:
             yield from token_ids
             if not request.sampling.ignore_eos:
@@ -270,6 +276,13 @@ def _hang() -> None:
 def _chunks(tokens: Iterator[int], size: int) -> Iterator[tuple[int, ...]]:
     while chunk := tuple(itertools.islice(tokens, size)):
         yield chunk
+
+
+def _spoken(prompt: tuple[int, ...]) -> tuple[int, ...]:
+    """Return what is repeated of a prompt: without a system message."""
+    if _SYSTEM_END not in prompt:
+        return prompt
+    return prompt[len(prompt) - prompt[::-1].index(_SYSTEM_END) :]
 
 
 def _before_end(token_ids: tuple[int, ...], request: EngineRequest) -> tuple[int, ...]:

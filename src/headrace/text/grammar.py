@@ -25,6 +25,8 @@ def grammar(constraint: Constraint) -> str:
     Raises:
         InvalidRequest: the schema has a format that cannot be enforced; names its path.
     """
+    if constraint.lark:
+        return constraint.lark
     return schema_grammar(without_formats(constraint.json_schema))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -22,6 +23,20 @@ _PROBES: dict[Role, tuple[Role, ...]] = {
     "assistant": ("user", "assistant", "user"),
     "tool": ("user", "assistant", "tool"),
 }
+
+
+_OF_THINKING = ("think", "reason", "analysis")
+
+Turns = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]] | None
+
+
+class Render(Protocol):
+    """Renders a conversation in OpenAI's form."""
+
+    def __call__(self, messages: Turns, tools: Tools = None, **options: Any) -> str:
+        """Return the prompt."""
+        ...
 
 
 class ChatTemplate:
@@ -46,7 +61,9 @@ class ChatTemplate:
         """The roles whose content the template renders, determined by trials. Blocking."""
         roles: list[Role] = []
         for role, others in _PROBES.items():
-            turns = [Message(other, _PROBE if other == role else "x") for other in others]
+            turns = [
+                {"role": other, "content": _PROBE if other == role else "x"} for other in others
+            ]
             answer = self._answer(turns, {})
             if isinstance(answer, Rendered):
                 if _PROBE in answer.text:
@@ -56,8 +73,19 @@ class ChatTemplate:
                 break
         return tuple(roles)
 
-    def render(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        options: Mapping[str, Any] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        text_arguments: bool = False,
+        short_ids: bool = False,
+    ) -> str:
         """Return the prompt. Blocking.
+
+        `tools` are in OpenAI's form. With `text_arguments` the template takes the arguments of
+        calls as text, with `short_ids` it takes only ids of nine letters and digits.
 
         `options` are variables of the template; the generation prompt is added unless
         `add_generation_prompt` is false. If the template has no system role, a system message is
@@ -73,9 +101,12 @@ class ChatTemplate:
                 f"Template options cannot set {', '.join(sorted(reserved))}.",
                 param="template_options",
             )
-        turns = self._adapted(messages)
+        turns = [
+            openai_turn(message, text_arguments=text_arguments, short_ids=short_ids)
+            for message in self._adapted(messages)
+        ]
         try:
-            return self._render(turns, options)
+            return self._render(turns, options, tools or None)
         except GenerationFailed as error:
             if options and self._renders(turns):
                 raise InvalidRequest(
@@ -84,6 +115,30 @@ class ChatTemplate:
                     detail=error.detail,
                 ) from error
             raise
+
+    @cached_property
+    def mentions_thinking(self) -> bool:
+        """Whether the source may be that of a model that thinks."""
+        source = self.source.lower()
+        return any(word in source for word in _OF_THINKING)
+
+    def trial(self) -> Render:
+        """Return a function that renders a conversation in OpenAI's form, or raises.
+
+        Once a rendering has exceeded its limits, it raises at once.
+        """
+        has_failed = False
+
+        def rendered(messages: Turns, tools: Tools = None, **options: Any) -> str:
+            nonlocal has_failed
+            if not has_failed:
+                answer = self._answer(messages, options, tools)
+                if isinstance(answer, Rendered):
+                    return answer.text
+                has_failed = answer.kind == "limit"
+            raise GenerationFailed("The chat template failed.")
+
+        return rendered
 
     def _check_source(self) -> None:
         if len(self.source) > _MAX_SOURCE:
@@ -99,19 +154,21 @@ class ChatTemplate:
             raise ConfigError(f"The chat template is wrong in line {answer.line}: {answer.reason}")
         raise ConfigError("The chat template cannot be compiled.", detail=answer.reason)
 
-    def _answer(self, messages: Sequence[Message], options: Mapping[str, Any]) -> Rendered | Fault:
+    def _answer(
+        self, messages: Turns, options: Mapping[str, Any], tools: Tools = None
+    ) -> Rendered | Fault:
         variables: dict[str, Any] = {
-            "tools": None,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": True,
             **options,
             **self._tokens,
-            "messages": [msgspec.to_builtins(message) for message in messages],
+            "messages": messages,
         }
         return render(Work(self.source, variables, self._deadline_s))
 
-    def _render(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
-        answer = self._answer(messages, options)
+    def _render(self, messages: Turns, options: Mapping[str, Any], tools: Tools = None) -> str:
+        answer = self._answer(messages, options, tools)
         if isinstance(answer, Rendered):
             return answer.text
         if answer.kind == "refused":
@@ -120,7 +177,7 @@ class ChatTemplate:
             raise GenerationFailed("The chat template exceeds its limits.", detail=answer.reason)
         raise GenerationFailed("The chat template failed.", detail=answer.reason)
 
-    def _renders(self, messages: Sequence[Message]) -> bool:
+    def _renders(self, messages: Turns) -> bool:
         try:
             self._render(messages, {})
         except HeadraceError:
@@ -154,3 +211,35 @@ def _without_system(messages: Sequence[Message]) -> list[Message]:
             turns.append(msgspec.structs.replace(message, role="user") if system else message)
         joins = system
     return turns
+
+
+def openai_turn(
+    message: Message, *, text_arguments: bool = False, short_ids: bool = False
+) -> dict[str, Any]:
+    """Return a turn in OpenAI's form, as templates take it; arguments as an object, or as text."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.name is not None:
+        turn["name"] = message.name
+    if message.reasoning:
+        turn["reasoning_content"] = message.reasoning
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = _id(message.tool_call_id, short=short_ids)
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {
+                "id": _id(call.id, short=short_ids),
+                "type": "function",
+                "function": {
+                    "name": call.name,
+                    "arguments": call.arguments
+                    if text_arguments
+                    else msgspec.json.decode(call.arguments),
+                },
+            }
+            for call in message.tool_calls
+        ]
+    return turn
+
+
+def _id(identity: str, *, short: bool) -> str:
+    return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()[:9] if short else identity

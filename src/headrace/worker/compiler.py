@@ -18,7 +18,7 @@ import msgspec
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, GenerationFailed
 from headrace.core.schema import PARAM, refusal
-from headrace.text.grammar import schema_grammar, without_formats
+from headrace.text.grammar import grammar, schema_grammar, without_formats
 
 _COMPILING, _CHECKING = 2, 1
 _WALL_S = 20.0
@@ -64,7 +64,7 @@ class Compiler:
             return
         lock = self._clients.get(client) or self._clients.setdefault(client, asyncio.Lock())
         async with lock, self._compiling:
-            problem = await self._run({"schema": schema})
+            problem = await self._run({"lark": schema} if constraint.lark else {"schema": schema})
         if problem is not None:
             raise refusal(problem.path, problem.reason)
         self._compiled[key] = None
@@ -77,12 +77,17 @@ class Compiler:
         Raises:
             ConstraintViolated: it does not keep to the constraint.
         """
-        schema = await asyncio.to_thread(without_formats, constraint.json_schema, strict=False)
+        if constraint.lark:
+            job: dict[str, Any] = {"lark": grammar(constraint), "text": text, "cut": True}
+        else:
+            schema = await asyncio.to_thread(without_formats, constraint.json_schema, strict=False)
+            job = {"schema": schema, "text": text, "cut": cut}
         async with self._checking:
-            problem = await self._run({"schema": schema, "text": text, "cut": cut})
+            problem = await self._run(job)
         if problem is not None:
             where = refusal(problem.path, problem.reason).message
-            message = "The answer does not keep to its JSON schema."
+            form = "the grammar of its calls" if constraint.lark else "its JSON schema"
+            message = f"The answer does not keep to {form}."
             raise ConstraintViolated(message, param=PARAM, detail=where)
 
     async def aclose(self) -> None:
@@ -155,6 +160,9 @@ class Compiler:
         await process.wait()
 
 
-def _prepared(constraint: Constraint) -> tuple[dict[str, Any], bytes]:
+def _prepared(constraint: Constraint) -> tuple[dict[str, Any] | str, bytes]:
+    if constraint.lark:
+        text = grammar(constraint)
+        return text, hashlib.blake2b(text.encode()).digest()
     schema = without_formats(constraint.json_schema)
     return schema, hashlib.blake2b(schema_grammar(schema).encode()).digest()

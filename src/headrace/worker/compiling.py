@@ -163,6 +163,19 @@ def compiled(schema: Schema, new_matcher: Compile) -> None:
         raise Refused(_located(schema, new_matcher), _reason(problem))
 
 
+def followed(grammar: str, text: str, new_matcher: Compile) -> None:
+    """Compile a grammar, and check that a text is the beginning of one that it allows.
+
+    Raises:
+        Refused: it cannot be enforced, or the text is none of its texts.
+    """
+    matcher, data = new_matcher(grammar), text.encode()
+    if problem := matcher.error:
+        raise Refused((), _reason(problem))
+    if data and matcher.prefix(data) != len(data):
+        raise Refused((), "is not followed")
+
+
 def checked(schema: Schema, text: str, new_matcher: Compile | None) -> None:
     """Check an answer; with a compiler, only that it is the beginning of one that is allowed.
 
@@ -264,7 +277,9 @@ def _reason(problem: str) -> str:
 def _reply(job: Mapping[str, Any], new_matcher: Compile) -> dict[str, Any]:
     """Do a job and return its reply: empty, or what is wrong."""
     try:
-        if "text" not in job:
+        if "lark" in job:
+            followed(job["lark"], job.get("text", ""), new_matcher)
+        elif "text" not in job:
             compiled(job["schema"], new_matcher)
         else:
             checked(job["schema"], job["text"], new_matcher if job["cut"] else None)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
 from typing import cast
 
-from headrace.core.errors import InvalidRequest
+from headrace.core.constraint import Constraint
+from headrace.core.errors import ConstraintViolated, InvalidRequest
 from headrace.core.events import Delta, Event, FinishReason, Progress, Text, TokenCount
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
 from headrace.core.stream import merge
@@ -21,7 +22,8 @@ from headrace.engines.base import (
 )
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
-from headrace.worker.prompt import Job, Prompter, check_supported
+from headrace.worker.parts import Output, PartsPipeline
+from headrace.worker.prompt import Job, Prompter
 from headrace.worker.turn import Answers, Served, Turn, unmeasured, until_left
 
 
@@ -45,9 +47,12 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         turn.require_task()
         if request.n > loaded.max_choices:
             raise InvalidRequest(f"n is at most {loaded.max_choices} for this model.", param="n")
-        await _compile(turn)
         with until_left() as gone:
             job = await turn.within(asyncio.to_thread(loaded.prompter.job, request, gone))
+        if job.constraint is not None:
+            # Before the engine compiles it, which cannot be stopped.
+            with turn.meter.compiling():
+                await turn.within(loaded.compiler.compile(job.constraint, request.client))
         for index in range(request.n if job.echo else 0):
             yield Delta(text=job.echo, index=index)
         choices = [_Choice(turn, index, job) for index in range(request.n)]
@@ -71,40 +76,56 @@ class _Choice:
         self._job = job
         self._request = job.choices[index]
         self._text = TextPipeline(job.stops)
+        self._parts: PartsPipeline | None = None
+        if job.splitter is not None:
+            self._parts = PartsPipeline(job.splitter(), job.stops, turn.request.id, index)
+        self._stops: TextPipeline | PartsPipeline = self._parts or self._text
         self._tokens = 0
-        self._whole: list[str] | None = None if turn.request.constraint is None else []
+        self._whole: list[str] | None = None if job.constraint is None else []
         self._least = self._request.sampling.min_tokens or 0
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Yield the events of the choice: the text of a continued answer, then new text."""
-        opening = self._opening() if self._turn.request.answered else None
-        if self._job.over is not None or self._text.stopped:
+        opening = self._opening() if self._turn.request.answered else ()
+        if self._job.over is not None or self._stops.stopped:
             self.reason = self._job.over or "stop"
-            if opening is not None:
-                yield opening
+            for event in opening:
+                yield event
         else:
             await self._turn.take_slot()
             raw: AsyncGenerator[RawEvent, None] | None = None
             try:
-                if opening is not None:
-                    yield opening
+                for event in opening:
+                    yield event
                 raw = self._engine_events()
                 async for event in raw:
                     self._turn.check()
-                    if (shown := self._shown(event)) is not None:
+                    for shown in self._shown(event):
                         yield shown
-                    if self._text.stopped:
+                    if self._stops.stopped:
                         break
             finally:
                 if raw is not None:
                     await raw.aclose()
                 self._turn.leave_slot()
-        if rest := self._text.flush():
-            self._note(rest)
-            yield Delta(rest, index=self._index)
-        if self._text.stopped:
+        for event in self._rest():
+            yield event
+        await self._end()
+
+    async def _end(self) -> None:
+        if self._stops.stopped:
             self.reason = "stop"
         await self._check()
+        if self._parts is not None and self._parts.calls and self.reason == "stop":
+            self.reason = "tool_calls"
+
+    def _rest(self) -> Sequence[Output]:
+        """Return the events of what was held back."""
+        if self._parts is not None:
+            return self._parts.flush()
+        rest = self._text.flush()
+        self._note(rest)
+        return (Delta(rest, index=self._index),) if rest else ()
 
     def _note(self, text: str) -> None:
         self._turn.answered(text)
@@ -117,58 +138,69 @@ class _Choice:
         Raises:
             ConstraintViolated: it does not keep to it.
         """
-        constraint, turn = self._turn.request.constraint, self._turn
+        constraint, turn = self._job.constraint, self._turn
         if constraint is None or self._whole is None:
             return
         # The client's own stops can end a text anywhere.
-        cut = self.reason == "length" or self._text.stopped
+        cut = self.reason == "length" or self._stops.stopped
         cut = cut or bool(self._request.sampling.stop_token_ids)
-        text = "".join(self._whole)
-        await turn.within(turn.served.compiler.check(constraint, text, cut=cut))
+        text, check = "".join(self._whole), turn.served.compiler.check
+        await turn.within(check(constraint, text, cut=cut))
+        if self._parts is None:
+            return
+        request = turn.request
+        if request.tool_choice.mode == "required" and not (self._parts.calls or cut):
+            raise ConstraintViolated("The answer calls no tool.", param="tool_choice")
+        for name, arguments in self._parts.calls:
+            for schema in request.tool_choice.enforced(request.tools, name):
+                await turn.within(check(Constraint(json_schema=schema), arguments, cut=False))
 
-    def _opening(self) -> Delta:
-        request = self._request
+    def _opening(self) -> Sequence[Output]:
+        request, text = self._request, self._job.answered_text
         self._turn.meter.resumed(len(request.token_ids), len(request.answered))
-        shown = self._text.feed(self._job.answered_text.encode())
+        if self._parts is not None:
+            return [Delta("", request.answered, self._index), *self._parts.feed(text.encode())]
+        shown = self._text.feed(text.encode())
         self._turn.answered(shown)
-        return Delta(shown, request.answered)
+        return (Delta(shown, request.answered),)
+
+    def _split(self, parts: PartsPipeline, raw: RawDelta, *, may_stop: bool) -> Sequence[Output]:
+        """Return the events of new tokens; the first has their ids."""
+        meter, was_thinking = self._turn.meter, parts.is_thinking
+        events = parts.feed(raw.data, may_stop=may_stop)
+        self._note(raw.data.decode(errors="replace"))
+        meter.delta(len(raw.token_ids), visible=bool(events))
+        if was_thinking or parts.is_thinking:
+            meter.thought(len(raw.token_ids))
+        if events and isinstance(first := events[0], Delta):
+            events[0] = Delta(first.text, raw.token_ids, self._index, first.reasoning, raw.logprobs)
+            return events
+        return (Delta("", raw.token_ids, self._index, "", raw.logprobs), *events)
 
     def _engine_events(self) -> AsyncGenerator[RawEvent, None]:
         raw = cast("Generator", self._turn.served.engine).generate(self._request)
         # Only a deadline needs a timer around each step.
         return raw if self._turn.request.deadline is None else self._turn.steps(raw)
 
-    def _shown(self, event: RawEvent) -> Event | None:
+    def _shown(self, event: RawEvent) -> Sequence[Event]:
         meter, prompt_tokens = self._turn.meter, len(self._request.token_ids)
         if isinstance(event, RawDelta):
             tokens = len(event.token_ids)
             self._tokens += tokens
             may_stop = self._tokens >= self._least
+            if self._parts is not None:
+                return self._split(self._parts, event, may_stop=may_stop)
             text = (self._text.feed if may_stop else self._text.feed_unstopped)(event.data)
             meter.delta(tokens, visible=bool(text))
             self._note(text)
-            return Delta(text, event.token_ids, self._index, "", event.logprobs)
+            return (Delta(text, event.token_ids, self._index, "", event.logprobs),)
         if isinstance(event, Admitted):
             meter.admitted(prompt_tokens, event.cached)
-            return Progress("prefill", event.done, event.total)
+            return (Progress("prefill", event.done, event.total),)
         self.reason = event.reason
         missing = event.completion_tokens - self._tokens
         meter.correct(prompt_tokens, missing, event.cached_tokens)
-        return None
-
-
-async def _compile(turn: Turn[Loaded, GenerateRequest]) -> None:
-    """Compile the constraint of a request before the engine does, which cannot be stopped.
-
-    Raises:
-        Unsupported, InvalidRequest: the engine cannot enforce it.
-    """
-    request, loaded = turn.request, turn.served
-    if request.constraint is None:
-        return
-    check_supported(request, loaded.facts.capabilities)
-    with turn.meter.compiling():
-        await turn.within(loaded.compiler.compile(request.constraint, request.client))
+        return ()
 
 
 async def _count(loaded: Loaded, request: CountRequest) -> TokenCount:

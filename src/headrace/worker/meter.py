@@ -29,7 +29,7 @@ class Meter:
         self._chunks = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
-        self._completion_tokens = 0
+        self._completion_tokens = self._reasoning_tokens = 0
         self._resumed_tokens = 0
         self._decodes = True
 
@@ -58,6 +58,10 @@ class Meter:
         self._prompt_tokens = prompt_tokens
         self._cached_tokens = max(self._cached_tokens, cached_tokens)
 
+    def thought(self, tokens: int) -> None:
+        """Note that the tokens of the last delta are thinking."""
+        self._reasoning_tokens += tokens
+
     def delta(self, tokens: int, *, visible: bool) -> None:
         """Note a delta, its number of tokens, and whether it has visible text."""
         now = self._clock()
@@ -81,6 +85,7 @@ class Meter:
             prompt_tokens=self._prompt_tokens,
             cached_tokens=min(self._cached_tokens, self._prompt_tokens),
             completion_tokens=self._resumed_tokens + self._completion_tokens,
+            reasoning_tokens=self._reasoning_tokens,
         )
 
     def finish(self, outcome: str, devices: tuple[DeviceUse, ...] = ()) -> InferenceMetrics:

@@ -6,7 +6,14 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from headrace.core.events import Delta, ToolCallDelta
-from headrace.text.calls.parts import CallArguments, CallStart, Content, Cut, Part, Thought
+from headrace.text.calls.parts import (
+    CallArguments,
+    CallEnd,
+    CallStart,
+    Content,
+    Part,
+    Thought,
+)
 from headrace.text.calls.splitter import Splitter
 from headrace.text.pipeline import StopMatcher, Utf8Decoder
 
@@ -22,18 +29,20 @@ def call_id(request: str, index: int, number: int) -> str:
 class PartsPipeline:
     """Bytes of one choice become events. Stop strings are searched in the content only.
 
-    `request` and `index` make the ids of calls that the model gives none.
+    `request` and `index` make the ids of calls that the model gives none. `calls` are those that
+    are complete: name and arguments.
     """
 
     def __init__(self, splitter: Splitter, stops: Sequence[str], request: str, index: int) -> None:
-        self.calls = 0
+        self.calls: list[tuple[str, str]] = []
         self.is_thinking = False
         self._splitter = splitter
         self._decoder = Utf8Decoder()
         self._matcher = StopMatcher(stops)
         self._request = request
         self._index = index
-        self._ids: dict[int, str] = {}
+        self._name = ""
+        self._arguments: list[str] = []
 
     @property
     def stopped(self) -> bool:
@@ -58,25 +67,16 @@ class PartsPipeline:
     def _event(self, part: Part, *, may_stop: bool) -> Iterator[Output]:
         self.is_thinking = isinstance(part, Thought)
         if isinstance(part, Content):
-            text = self._matcher.feed(part.text) if may_stop else part.text
-            if text:
+            if text := self._matcher.feed(part.text) if may_stop else part.text:
                 yield Delta(text, index=self._index)
         elif isinstance(part, Thought):
             yield Delta(reasoning=part.text, index=self._index)
         elif isinstance(part, CallStart):
-            self.calls += 1
+            self._name, self._arguments = part.name, []
             identity = part.id or call_id(self._request, self._index, part.index)
             yield ToolCallDelta(part.index, identity, part.name, index=self._index)
         elif isinstance(part, CallArguments):
+            self._arguments.append(part.text)
             yield ToolCallDelta(part.index, arguments=part.text, index=self._index)
-        elif isinstance(part, Cut):
-            self.calls -= 1
-
-
-def with_tokens(events: list[Output], raw: Delta) -> list[Output]:
-    """Return the events with the tokens and log probabilities of `raw` on the first delta."""
-    if events and isinstance(events[0], Delta):
-        first = events[0]
-        head = Delta(first.text, raw.token_ids, raw.index, first.reasoning, raw.logprobs)
-        return [head, *events[1:]]
-    return [raw, *events]
+        elif isinstance(part, CallEnd):
+            self.calls.append((self._name, "".join(self._arguments)))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import msgspec
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import ConfigError, ContextOverflow, Draining, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities, ModelSpec
-from headrace.core.request import CountRequest, GenerateRequest, Message
+from headrace.core.request import CountRequest, GenerateRequest
 from headrace.core.sampling import Sampling
 from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator, Piecewise
 from headrace.text.template import ChatTemplate
+from headrace.worker.chat import Chat, NewSplitter
 
 # Implemented by the worker for all engines.
 _BY_WORKER = {"stop"}
@@ -28,13 +29,16 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """The engine requests of a request, one for each choice, and its stop strings.
 
     `answered_text` is the text of the tokens of an answer that is continued. `over` is the finish
-    reason if that answer was complete.
+    reason if that answer was complete. `splitter` makes the parser of an answer that may have
+    thinking or calls. `constraint` is what the whole text has to be, calls included.
     """
 
     choices: tuple[EngineRequest, ...]
     stops: tuple[str, ...]
     echo: str = ""
     answered_text: str = ""
+    constraint: Constraint | None = None
+    splitter: NewSplitter | None = None
     over: Literal["stop", "length"] | None = None
 
 
@@ -86,6 +90,7 @@ class Prompter:
         self._facts = facts = engine.facts
         self._stops = spec.stop
         self.template, self.note = _template(spec, facts)
+        self.chat = Chat(self.template) if self.template else None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -101,7 +106,9 @@ class Prompter:
         """
         check_supported(request, self._facts.capabilities)
         context_length = self._context_length(request)
-        token_ids = self._token_ids(request, context_length, gone)
+        text = None if request.messages is None else self._chat_text(request)
+        token_ids = self._token_ids(request, text, context_length, gone)
+        constraint, splitter = self._parsed(request, text)
         max_tokens = max_new_tokens(request, len(token_ids), context_length)
         answered, answered_text, ended = self._answered(request)
         left = max(0, max_tokens - len(answered))
@@ -120,10 +127,12 @@ class Prompter:
                     max_tokens=left,
                     answered=answered,
                     sampling=_seeded(sampling, index),
-                    constraint=request.constraint,
+                    constraint=constraint,
                 )
                 for index in range(request.n)
             ),
+            constraint=constraint,
+            splitter=splitter,
             stops=(*request.sampling.stop, *self._stops),
             echo=self._echo(request),
             answered_text=answered_text,
@@ -133,16 +142,15 @@ class Prompter:
     def count(self, request: CountRequest, gone: Gone | None = None) -> tuple[int, ...]:
         """Return the token ids of a text, or of messages as the template puts them."""
         if request.messages is not None:
-            return self._chat_ids(request.messages, request.template_options, Limit(gone))
+            return self._chat_ids(self._chat_text(request), Limit(gone))
         add_special = request.add_special
         return tokenized(self._engine, request.text or "", Limit(gone), add_special=add_special)
 
     def _token_ids(
-        self, request: GenerateRequest, context_length: int, gone: Gone | None
+        self, request: GenerateRequest, text: str | None, context_length: int, gone: Gone | None
     ) -> tuple[int, ...]:
-        if request.messages is not None:
-            limit = Limit(gone, context_length, "messages")
-            return self._chat_ids(request.messages, request.template_options, limit)
+        if text is not None:
+            return self._chat_ids(text, Limit(gone, context_length, "messages"))
         if isinstance(request.prompt, tuple):
             return request.prompt
         limit = Limit(gone, context_length, "prompt")
@@ -151,15 +159,28 @@ class Prompter:
             raise InvalidRequest("The prompt is empty.", param="prompt")
         return token_ids
 
-    def _chat_ids(
-        self, messages: Sequence[Message], options: Mapping[str, Any], limit: Limit
-    ) -> tuple[int, ...]:
-        if not self.template:
+    def _chat_text(self, request: GenerateRequest | CountRequest) -> str:
+        if self.chat is None:
             raise Unsupported(
                 "This model has no chat template; send a prompt, or configure chat_template.",
                 param="messages",
             )
-        text = self.template.render(messages, options)
+        return self.chat.render(request)
+
+    def _parsed(
+        self, request: GenerateRequest, text: str | None
+    ) -> tuple[Constraint | None, NewSplitter | None]:
+        """Return what the answer has to be, and what makes its parser."""
+        if text is None or self.chat is None:
+            return request.constraint, None
+        constraint = self.chat.constraint(request, text)
+        if constraint is not None and not self._facts.capabilities.json_schema:
+            raise Unsupported(
+                "This engine does not enforce calls of tools; use auto.", param="tool_choice"
+            )
+        return constraint, self.chat.splitter(request, text)
+
+    def _chat_ids(self, text: str, limit: Limit) -> tuple[int, ...]:
         # Most templates write the BOS token themselves: it must not be added twice.
         bos = self._facts.bos_token
         written = bool(bos) and text.startswith(bos)

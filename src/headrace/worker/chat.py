@@ -1,0 +1,133 @@
+"""Conversations with tools and thinking: their prompt by the model's template, and their parser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import msgspec
+
+from headrace.core.constraint import Constraint
+from headrace.core.errors import InvalidRequest
+from headrace.core.request import CountRequest, GenerateRequest, Message
+from headrace.core.tools import Thinking, Tool
+from headrace.text.calls.constrain import constraint_for
+from headrace.text.calls.format import Format, thinking_open_in
+from headrace.text.calls.generic import generic_messages
+from headrace.text.calls.probe import probe
+from headrace.text.calls.splitter import Splitter
+from headrace.text.grammar import without_formats
+from headrace.text.template import ChatTemplate, openai_turn
+
+_TAIL = 4096
+_SWITCHES = ("enable_thinking", "thinking")
+
+NewSplitter = Callable[[], Splitter]
+
+
+class Chat:
+    """A chat template, and how its model writes thinking and calls. Blocking; thread-safe."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+
+    @cached_property
+    def format(self) -> Format:
+        """How the model writes thinking and calls, determined by trials of its template."""
+        return probe(self.template.trial())
+
+    def render(self, request: GenerateRequest | CountRequest) -> str:
+        """Return the prompt of a conversation.
+
+        Raises:
+            InvalidRequest: the template refuses it.
+            GenerationFailed: the template fails.
+        """
+        tools = request.tools
+        if isinstance(request, GenerateRequest):
+            tools = () if request.tool_choice.mode == "none" else tools
+        messages = request.messages or ()
+        options = {**self._switches(request.thinking), **request.template_options}
+        if not tools and not any(m.tool_calls or m.role == "tool" for m in messages):
+            return self.template.render(messages, options)
+        facts = self.format.template
+        if not (facts.calls and (facts.tools or not tools)):
+            turns = [openai_turn(message) for message in messages]
+            plain = generic_messages(turns, [_openai_tool(tool) for tool in tools])
+            rewritten = [Message(turn["role"], turn["content"]) for turn in plain]
+            return self.template.render(rewritten, options)
+        return self.template.render(
+            messages,
+            options,
+            tools=[_openai_tool(tool) for tool in tools],
+            text_arguments=facts.arguments == "string",
+            short_ids=facts.call_ids == "nine",
+        )
+
+    def splitter(self, request: GenerateRequest, prompt: str) -> NewSplitter | None:
+        """Return what makes the parser of an answer; None if it is content alone."""
+        tools = request.tool_choice.allowed(request.tools)
+        # The grammar of a response format allows no thinking.
+        if not tools and (request.constraint is not None or not self._may_think):
+            return None
+        schemas = {tool.name: tool.parameters for tool in tools}
+        opened = thinking_open_in(prompt[-_TAIL:], self.format)
+        return partial(Splitter, self.format, schemas, thinking_open=opened, calls=bool(tools))
+
+    def constraint(self, request: GenerateRequest, prompt: str) -> Constraint | None:
+        """Return what enforces calls: of a required one, or the arguments of strict tools.
+
+        Raises:
+            InvalidRequest: the schema of a tool cannot be enforced, or the request has another
+                constraint.
+        """
+        tools, choice = request.tool_choice.allowed(request.tools), request.tool_choice
+        if choice.mode != "required" and not any(tool.strict for tool in tools):
+            return request.constraint
+        if request.constraint is not None:
+            raise InvalidRequest(
+                "A response format cannot be combined with required or strict tools.",
+                param="response_format",
+            )
+        mode: Literal["auto", "required"] = "required" if choice.mode == "required" else "auto"
+        thinking: Literal["none", "open", "optional"] = "none"
+        if self.format.thinks:
+            opened = thinking_open_in(prompt[-_TAIL:], self.format)
+            thinking = "open" if opened else "optional"
+        enforced = [_enforceable(tool) for tool in tools]
+        grammar = constraint_for(
+            self.format, enforced, mode, parallel=choice.parallel, thinking=thinking
+        )
+        return Constraint(lark=grammar)
+
+    @property
+    def _may_think(self) -> bool:
+        # Most templates without thinking are told by their text, without trials.
+        return self.template.mentions_thinking and self.format.thinks
+
+    def _switches(self, thinking: Thinking) -> dict[str, Any]:
+        if thinking == Thinking():
+            return {}
+        known = self.format.template.thinking
+        options: dict[str, Any] = {}
+        if thinking.enabled is not None:
+            options |= {name: thinking.enabled for name in _SWITCHES if name in known}
+        if thinking.effort is not None and "reasoning_effort" in known:
+            options["reasoning_effort"] = thinking.effort
+        return options
+
+
+def _openai_tool(tool: Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description is not None:
+        function["description"] = tool.description
+    function["parameters"] = tool.parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": function}
+
+
+def _enforceable(tool: Tool) -> Tool:
+    if tool.parameters is None:
+        return tool
+    Constraint(json_schema=tool.parameters)
+    return msgspec.structs.replace(tool, parameters=without_formats(tool.parameters))
