@@ -323,7 +323,10 @@ def test_what_a_killed_process_left_is_swept(links: Path, home: Path) -> None:
     assert not list((home / "models/partial").iterdir())
 
 
-def test_local_files_and_builtins_are_not_the_stores(tmp_path: Path) -> None:
+def test_local_files_and_builtins_are_not_the_stores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "m.gguf"
     file.write_bytes(MODEL)
     store = Store(tmp_path / "home")
