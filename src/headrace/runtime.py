@@ -313,14 +313,11 @@ def _reference(spec: ModelSpec) -> Reference:
 
 def _engine(spec: ModelSpec, file: ModelFile, config: Config) -> tuple[str, str]:
     if file.provider is None or spec.engine is not None:
-        return engine_registry.choose(
-            file,
-            spec.engine,
-            task=spec.task,
-            device=spec.device,
-            options=spec.options,
-            measured=measured.known(config.home, file) if spec.engine is None else (),
+        name, reason = engine_registry.choose(
+            file, spec.engine, task=spec.task, device=spec.device, options=spec.options
         )
+        is_automatic = spec.engine is None
+        return name, reason + (measured.proposal(config.home, file, name) if is_automatic else "")
     provider = PROVIDERS[file.provider]
     engine, _ = engine_registry.choose(file, provider.engine)
     return engine, f"{provider.title} speaks its protocol"
