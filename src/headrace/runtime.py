@@ -26,6 +26,7 @@ from headrace.machine import SystemInfo, confine
 from headrace.models.inspect import inspect
 from headrace.models.providers import PROVIDERS, Provider
 from headrace.models.reference import (
+    CATALOG,
     HubReference,
     LocalReference,
     Reference,
@@ -151,7 +152,12 @@ def describe(spec: ModelSpec, config: Config) -> ModelInfo:
     else:
         path = Path(stored.path) if (stored := store(config).find(reference)) else None
     if path is None:
-        return unloaded_info(spec, "created", "not downloaded yet")
+        entry = CATALOG.get(spec.model)
+        known = msgspec.structs.replace(spec, task=spec.task or (entry.task if entry else None))
+        name = spec.name if spec.name in config.models else spec.model
+        return unloaded_info(
+            known, "created", f"not downloaded yet; `headrace pull {name}` does it"
+        )
     worker_spec = _worker_spec(spec, inspect(path), config)
     return unloaded_info(spec, "created", None, worker_spec)
 

@@ -20,6 +20,7 @@ import msgspec
 from pydantic import ValidationError
 
 from headrace.core.errors import ConfigError, HeadraceError, LoadFailed, OutOfMemory
+from headrace.core.install import install_command
 from headrace.core.model import ModelFile, Task
 from headrace.core.status import Footprint
 from headrace.engines import choice, plan
@@ -292,5 +293,6 @@ def _formats() -> str:
 
 
 def _install_hint(facts: About) -> str:
-    extra = f"headrace[{facts.extra}]" if facts.extra else facts.requires
-    return f"not installed: pip install '{extra}'"
+    if facts.extra:
+        return f"not installed: {install_command(facts.extra)}"
+    return f"not installed: {install_command(package=facts.requires or '')}"
