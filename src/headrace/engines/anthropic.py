@@ -99,6 +99,8 @@ class Engine:
     async def answer(self, request: GenerateRequest) -> AsyncGenerator[RemoteEvent, None]:
         """Yield the upstream's deltas, then its finish."""
         remote.check_supported(request, self._provider, self._provider.sampling)
+        if request.tools:
+            raise Unsupported("Tools are not supported by Anthropic.", param="tools")
         body = self._body(request)
         timer, reader = SilenceTimer(self._options), _AnswerReader()
         stream: Any = None
@@ -248,8 +250,8 @@ def _conversation(messages: Sequence[Message]) -> dict[str, Any]:
     system = "\n\n".join(first)
     turns: list[dict[str, str]] = []
     for turn in messages:
-        if turn.role == "tool" or turn.name:
-            field = "Messages of tools" if turn.role == "tool" else "Names of participants"
+        if turn.role == "tool" or turn.tool_calls or turn.name:
+            field = "Names of participants" if turn.name else "Messages of tools"
             raise Unsupported(f"{field} are not supported by Anthropic.", param="messages")
         if turn.role in ("user", "assistant"):
             turns.append({"role": turn.role, "content": turn.content})

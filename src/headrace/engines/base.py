@@ -25,7 +25,14 @@ from pydantic import BaseModel, ConfigDict
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConfigError
-from headrace.core.events import Delta, FinishReason, Progress, TokenCount, TokenLogprob
+from headrace.core.events import (
+    Delta,
+    FinishReason,
+    Progress,
+    TokenCount,
+    TokenLogprob,
+    ToolCallDelta,
+)
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities, ModelFile, Task
 from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
@@ -347,7 +354,7 @@ class RemoteFinish(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
 
 
-RemoteEvent = Progress | Delta | RemoteFinish
+RemoteEvent = Progress | Delta | ToolCallDelta | RemoteFinish
 
 
 class RemoteEngine(Protocol):

@@ -28,6 +28,7 @@ class Message(msgspec.Struct, frozen=True):
     refusal: Any = None
     reasoning_content: Any = None
     reasoning: Any = None
+    tool_calls: Any = None
 
 
 class Candidate(msgspec.Struct, frozen=True):

@@ -9,7 +9,17 @@ from functools import partial
 import msgspec
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, Unsupported, UpstreamError
-from headrace.core.events import Delta, Event, FinishReason, Ranked, Ranking, Scores, Text, Vectors
+from headrace.core.events import (
+    Delta,
+    Event,
+    FinishReason,
+    Ranked,
+    Ranking,
+    Scores,
+    Text,
+    ToolCallDelta,
+    Vectors,
+)
 from headrace.core.metrics import Usage
 from headrace.core.request import (
     CountRequest,
@@ -178,6 +188,10 @@ class _Answer:
         """Return the event for the client, or None."""
         if isinstance(event, Delta):
             return self._delta(event)
+        if isinstance(event, ToolCallDelta):
+            self._counted += 1
+            self._turn.meter.delta(1, visible=True)
+            return event
         if isinstance(event, RemoteFinish):
             self.reasons = list(event.finish_reasons)
             if event.usage is not None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from headrace.core.errors import Unsupported, UpstreamError
-from headrace.core.events import Delta, FinishReason, TokenLogprob, TopLogprob
+from headrace.core.events import (
+    Delta,
+    FinishReason,
+    TokenLogprob,
+    ToolCallDelta,
+    TopLogprob,
+)
 from headrace.core.metrics import Usage
 from headrace.core.request import (
     CountRequest,
@@ -23,6 +29,7 @@ from headrace.engines.remote import Access, stream_error
 from headrace.models.providers import Provider
 from headrace.text import chunks
 from headrace.text.chunks import Candidate, Choice, Logprobs
+from headrace.text.template import openai_turn
 
 # Id of a token of which the upstream gives only the text.
 _NO_ID = -1
@@ -62,6 +69,7 @@ def generate_body(request: GenerateRequest, model: str, provider: Provider) -> t
     body |= _sampling(request, provider, chat=chat) | _format(request, provider)
     if chat:
         body["messages"] = _messages(request.messages or (), provider)
+        body |= _tools(request)
         if request.template_options:
             body["chat_template_kwargs"] = request.template_options
         return "/chat/completions", msgspec.json.encode(body)
@@ -98,16 +106,35 @@ def _format(request: GenerateRequest, provider: Provider) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
+def _tools(request: GenerateRequest) -> dict[str, Any]:
+    body: dict[str, Any] = {}
+    if request.thinking.effort is not None:
+        body["reasoning_effort"] = request.thinking.effort
+    if not request.tools:
+        return body
+    choice = request.tool_choice
+    body["tools"] = [
+        {"type": "function", "function": msgspec.to_builtins(tool)}
+        for tool in choice.allowed(request.tools) or request.tools
+    ]
+    named = [{"type": "function", "function": {"name": name}} for name in choice.names]
+    body["tool_choice"] = named[0] if len(named) == 1 and choice.mode == "required" else choice.mode
+    if not choice.parallel:
+        body["parallel_tool_calls"] = False
+    return body
+
+
 def _messages(messages: tuple[Message, ...], provider: Provider) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
     for message in messages:
-        role = message.role
-        if role == "tool":
-            raise Unsupported("Messages of tools are not supported.", param="messages")
-        if role == "developer" and not provider.developer:
-            role = "system"
-        named = {"name": message.name} if message.name else {}
-        turns.append({"role": role, "content": message.content, **named})
+        turn = openai_turn(message, text_arguments=True)
+        if message.role == "developer" and not provider.developer:
+            turn["role"] = "system"
+        if message.role == "tool":
+            turn.pop("name", None)
+        if message.tool_calls and not message.content:
+            turn["content"] = None
+        turns.append(turn)
     return turns
 
 
@@ -156,6 +183,17 @@ def count_body(request: CountRequest, model: str) -> bytes:
     return msgspec.json.encode(body)
 
 
+class _Function(msgspec.Struct, frozen=True):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Call(msgspec.Struct, frozen=True):
+    function: _Function = _Function()
+    index: int | None = None
+    id: str | None = None
+
+
 class AnswerReader:
     """Reads the chunks of one answer of `n` choices.
 
@@ -178,7 +216,7 @@ class AnswerReader:
         """Whether nothing more is expected."""
         return self.is_complete and self._usage is not None
 
-    def deltas(self, data: bytes) -> Iterator[Delta]:
+    def deltas(self, data: bytes) -> Iterator[Delta | ToolCallDelta]:
         """Yield the deltas of a chunk."""
         try:
             chunk = chunks.read(data)
@@ -200,6 +238,7 @@ class AnswerReader:
             delta = _delta(choice, int(index))
             if delta.text or delta.reasoning or delta.logprobs:
                 yield delta
+            yield from _calls(choice, int(index))
         self._note(chunk.usage)
 
     def finish(self) -> RemoteFinish:
@@ -223,6 +262,21 @@ class AnswerReader:
 def _delta(choice: Choice, index: int) -> Delta:
     logprobs = _tokens(choice.logprobs) if choice.logprobs else ()
     return Delta(choice.content, index=index, reasoning=choice.thinking, logprobs=logprobs)
+
+
+def _calls(choice: Choice, index: int) -> Iterator[ToolCallDelta]:
+    parts: Any = choice.delta.tool_calls if choice.delta else None
+    listed = cast("list[Any]", parts) if isinstance(parts, list) else []
+    for place, part in enumerate(listed):
+        try:
+            call = msgspec.convert(part, _Call, strict=False)
+        except msgspec.ValidationError:
+            raise UpstreamError("The upstream sent a malformed tool call.") from None
+        number = place if call.index is None else call.index
+        function = call.function
+        yield ToolCallDelta(
+            number, call.id or "", function.name or "", function.arguments or "", index
+        )
 
 
 def _tokens(logprobs: Logprobs) -> tuple[TokenLogprob, ...]:
