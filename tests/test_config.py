@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from headrace import config, engines
+from headrace import config, engines, runtime
 from headrace.config import Settings, load, tree
 from headrace.core import values
 from headrace.core.errors import ConfigError
@@ -586,8 +586,18 @@ def test_a_model_has_no_setting_beside_its_declaration() -> None:
 
 
 def test_all_errors_of_a_file_at_once_with_their_lines(tmp_path: Path) -> None:
-    """Issue 12.30: unknown keys first, then values; a byte order mark is no error."""
+    """Issue 12.30: keys, values and options by line; a byte order mark is no error."""
     path = tmp_path / "headrace.toml"
+    path.write_text(
+        'log_level = "lod"\n[models.b]\ncontext_length = "x"\nenginee = "echo"\n[server]\n'
+        'port = "q"\nhots = 1\n[models.a]\nengine = "echo"\n[models.a.options]\n'
+        'slots = "no"\nslotz = 3\n'
+    )
+    with pytest.raises(ConfigError) as caught:
+        runtime.load_settings(file=path)
+    numbers = re.findall(r", line (\d+): ", caught.value.message)
+    assert numbers == ["1", "3", "4", "6", "7", "11", "12"]
+    assert caught.value.param == "log_level"
     lines = ["foo = 1", "[server]", "prot = 2", '[models."a b"]', 'model = "echo"', "slot = 3"]
     path.write_text("\n".join(lines), encoding="utf-8-sig")
     with pytest.raises(ConfigError) as caught:

@@ -26,6 +26,7 @@ from headrace.machine import SystemInfo, confine
 from headrace.models.inspect import inspect
 from headrace.models.providers import PROVIDERS, Provider
 from headrace.models.reference import (
+    CATALOG,
     HubReference,
     LocalReference,
     Reference,
@@ -151,7 +152,12 @@ def describe(spec: ModelSpec, config: Config) -> ModelInfo:
     else:
         path = Path(stored.path) if (stored := store(config).find(reference)) else None
     if path is None:
-        return unloaded_info(spec, "created", "not downloaded yet")
+        entry = CATALOG.get(spec.model)
+        known = msgspec.structs.replace(spec, task=spec.task or (entry.task if entry else None))
+        name = spec.name if spec.name in config.models else spec.model
+        return unloaded_info(
+            known, "created", f"not downloaded yet; `headrace pull {name}` does it"
+        )
     worker_spec = _worker_spec(spec, inspect(path), config)
     return unloaded_info(spec, "created", None, worker_spec)
 
@@ -313,14 +319,11 @@ def _reference(spec: ModelSpec) -> Reference:
 
 def _engine(spec: ModelSpec, file: ModelFile, config: Config) -> tuple[str, str]:
     if file.provider is None or spec.engine is not None:
-        return engine_registry.choose(
-            file,
-            spec.engine,
-            task=spec.task,
-            device=spec.device,
-            options=spec.options,
-            measured=measured.known(config.home, file) if spec.engine is None else (),
+        name, reason = engine_registry.choose(
+            file, spec.engine, task=spec.task, device=spec.device, options=spec.options
         )
+        is_automatic = spec.engine is None
+        return name, reason + (measured.proposal(config.home, file, name) if is_automatic else "")
     provider = PROVIDERS[file.provider]
     engine, _ = engine_registry.choose(file, provider.engine)
     return engine, f"{provider.title} speaks its protocol"

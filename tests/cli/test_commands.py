@@ -11,9 +11,11 @@ import time
 import urllib.error
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.cli.programs import HELLO, PROGRAM, ask, headrace, serving
 
+from headrace.api.chat import ChatRequest
 from headrace.cli.app import _GROUPS, _name, app, run
 from headrace.core.sampling import SamplingFields, described
 
@@ -96,6 +98,10 @@ def test_each_sampling_parameter_is_a_flag_with_its_help_and_range(
     assert "Randomness; 0 is greedy. [0 to 2]" in shown
     assert "[above 0 to 100]" in shown
     assert "Most tokens to generate. [1 or more]" in shown
+    # Issue 12.32: openapi.json has the same ranges.
+    (_, schemas) = msgspec.json.schema_components([ChatRequest])
+    temperature = schemas["ChatRequest"]["properties"]["temperature"]["anyOf"][0]
+    assert (temperature["minimum"], temperature["maximum"]) == (0, 2)
 
 
 @pytest.mark.usefixtures("as_environ")
@@ -137,6 +143,11 @@ def test_the_help_has_groups_whole_summaries_and_examples(
         (("rm", "smollm2"), 2, "UnknownModel", "smollm2 is not on this machine"),
         (("serve", "echo", "--host", "0.0.0.0"), 2, "ConfigError", "no API key is set"),
         (("serve", "no-such"), 2, "UnknownModel", "no-such"),
+        # Issue 12.16: it ends before it listens, whatever the other models are.
+        (("serve", "smollm2", "./nope.gguf"), 2, "UnknownModel", "There is nothing at /"),
+        (("serve", "echo", "./nope.gguf", "--port", "0"), 2, "UnknownModel", "nope.gguf."),
+        # Issue 12.32
+        (("run", "echo", "x", "-o", "thread=1"), 2, "ConfigError", "option. Did you mean threads?"),
         (("serve", "echo", "--port", "0", "-o", "fail_load=boo"), 1, "LoadFailed", "boo"),
     ],
 )
@@ -305,8 +316,19 @@ def test_serve_ends_what_does_not_end_with_an_error(environ: dict[str, str]) -> 
         assert 0.4 < time.monotonic() - began < 5
 
 
-def test_serve_says_how_to_ask(environ: dict[str, str]) -> None:
-    command = [*PROGRAM, "serve", "echo", "--port", "0"]
+@pytest.mark.parametrize(
+    ("task", "field", "answer"),
+    [
+        ("generate", "choices", "Name three rivers."),
+        ("embed", "data", '"embedding"'),
+        ("rerank", "results", '"relevance_score"'),
+    ],
+)
+def test_serve_says_how_to_ask(environ: dict[str, str], task: str, field: str, answer: str) -> None:
+    """Issue 12.32: the example is for what the model does, and it works."""
+    file = Path(environ["HOME"]) / "headrace.toml"
+    file.write_text(f'[models.m]\nmodel = "echo"\ntask = "{task}"\n')
+    command = [*PROGRAM, "serve", "m", "--port", "0", "--config", str(file)]
     with subprocess.Popen(
         command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
@@ -317,7 +339,8 @@ def test_serve_says_how_to_ask(environ: dict[str, str]) -> None:
         process.terminate()
         assert process.wait(10) == 0
     assert url in line
-    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "Name three rivers."
+    assert field in json.loads(done.stdout), done.stdout
+    assert answer in done.stdout
 
 
 def test_an_address_in_use_is_said_in_one_line(environ: dict[str, str]) -> None:

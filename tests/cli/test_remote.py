@@ -83,6 +83,21 @@ def test_a_server_of_another_program_can_be_used(monkeypatch: pytest.MonkeyPatch
             remote.served(load(), None, it.url)
 
 
+@pytest.mark.usefixtures("as_environ")
+def test_a_reference_of_several_models_names_none_of_them() -> None:
+    """Issue 12.27: `run echo` is not answered by another model made of echo, as a reranker."""
+    models = [{"id": id, "source": "builtin:echo", "state": "ready"} for id in ("a", "b")]
+    status = {"models": models, "devices": []}
+    with stub({"/admin/models": (200, status)}) as it:
+        assert (
+            remote.served(load(environ={}, flags={"port": int(it.url[17:])}), "echo", None) is None
+        )
+        it.answers["/admin/models"] = (200, {"models": models[:1], "devices": []})
+        spec = remote.served(load(environ={}, flags={"port": int(it.url[17:])}), "echo", None)
+        assert spec is not None
+        assert spec.name == "a"
+
+
 @pytest.mark.parametrize("key", ["ключ", "a b"])
 def test_a_key_that_no_header_can_have(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Issue 12.25: it is named by its variable, and not shown."""

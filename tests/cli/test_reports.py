@@ -12,6 +12,7 @@ from tests.cli.programs import headrace
 
 from headrace import machine
 from headrace.cli.app import run
+from headrace.core.install import install_command
 from headrace.machine import facts
 from headrace.telemetry.usage import Amounts, add
 
@@ -129,5 +130,5 @@ def test_doctor_tells_that_the_exporter_is_missing(
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "otlp")
     assert run(["doctor", "--home", str(tmp_path)]) == 0
     told = capsys.readouterr().out.splitlines()
-    needs = "but not installed: pip install 'headrace[otlp]'"
+    needs = f"but not installed: {install_command('otlp')}"
     assert f"spans   on, by OTEL_TRACES_EXPORTER, {needs}" in told

@@ -1,4 +1,4 @@
-"""What was measured is kept for this file on this machine, and decides the choice."""
+"""What was measured is kept for this file on this machine, and proposes an engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from headrace import runtime
 from headrace.core.model import ModelFile
 from headrace.engines import measured as record
 from headrace.engines import version
-from headrace.engines.measured import Figures, Record, Trial, known, load, save
+from headrace.engines.measured import Figures, Record, Trial, load, proposal, save
 
 
 def figures(streams: int, rate: float) -> Figures:
@@ -69,10 +69,10 @@ def test_what_was_measured_is_found_again_until_the_file_changes(
 ) -> None:
     save(tmp_path / "home", file, run(trial("llamacpp", 100, 180)))
     assert load(tmp_path / "home", file) == run(trial("llamacpp", 100, 180))
-    assert known(tmp_path / "home", file)[0].rates == {1: 100, 32: 180}
+    assert "llamacpp 100.0 tokens/s" in proposal(tmp_path / "home", file, "llamacpp")
     Path(file.path).write_bytes(b"another")
     assert load(tmp_path / "home", file) is None
-    assert known(tmp_path / "nowhere", file) == ()
+    assert proposal(tmp_path / "nowhere", file, "llamacpp") == ""
 
 
 def test_another_machine_knows_nothing(
@@ -83,16 +83,22 @@ def test_another_machine_knows_nothing(
     assert load(tmp_path, file) is None
 
 
-def test_the_choice_is_by_the_defaults_and_another_version_is_forgotten(
+def test_a_proposal_has_speed_and_memory_and_is_for_these_versions(
     tmp_path: Path, file: ModelFile
 ) -> None:
-    """What is not written into the configuration is not what a user gets."""
-    many = trial("llamacpp", 500, 900, options={"slots": 32})
-    save(tmp_path, file, run(trial("llamacpp", 100, 180), many, Trial(engine="gone", version="1")))
-    (found,) = known(tmp_path, file)
-    assert (found.rates, found.best) == ({1: 100, 32: 180}, {1: 500, 32: 900})
+    """Issue 12.18: memory is part of it. An engine that does not agree is named, not proposed."""
+    usual = trial("llamacpp", 100, 180, memory={"cpu": 950_000_000})
+    large = trial("echo", 500, 900, memory={"cpu": 5_900_000_000}, options={"slots": 2})
+    save(tmp_path, file, run(usual, large, trial("echo", 9999, 1, fault="it differs")))
+    assert proposal(tmp_path, file, "llamacpp") == (
+        "; tuned on 2026-11-22: llamacpp 100.0 tokens/s at 1 stream in 950.0 MB, echo slots=2 "
+        "500.0 tokens/s at 1 stream in 5.9 GB (`headrace tune --write latency`)"
+    )
+    assert proposal(tmp_path, file, "openvino").startswith("; tuned on 2026-11-22: echo slots=2")
+    save(tmp_path, file, run(trial("llamacpp", 1, 1, fault="it differs"), large))
+    assert ": llamacpp it differs, echo" in proposal(tmp_path, file, "llamacpp")
     save(tmp_path, file, run(trial("llamacpp", 100, 180, version="0.1")))
-    assert known(tmp_path, file) == ()
+    assert proposal(tmp_path, file, "llamacpp") == ""
 
 
 def test_a_damaged_file_is_as_if_there_were_none(tmp_path: Path, file: ModelFile) -> None:
@@ -103,7 +109,7 @@ def test_a_damaged_file_is_as_if_there_were_none(tmp_path: Path, file: ModelFile
 
 
 def test_show_says_what_was_measured(home: Path, smollm2_path: Path) -> None:
-    """W2: the reason is a sentence that `show` and `ps` tell."""
+    """W2: the reason is a sentence that `show` and `ps` tell. Issue 12.18: nothing else changes."""
     settings = runtime.load_settings()
     spec = settings.model_spec(str(smollm2_path), {"engine": "auto", "device": "cpu"})
     assert spec.engine is None
@@ -111,11 +117,16 @@ def test_show_says_what_was_measured(home: Path, smollm2_path: Path) -> None:
     assert before.engine == "llamacpp"
     assert before.engine_reason.startswith("gguf on cpu: llamacpp")
     file = runtime.resolver(settings.config)(spec, lambda what, done, total: None).file
-    save(settings.config.home, file, run(trial("llamacpp", 100, 180)))
-    reason = runtime.describe(spec, settings.config).engine_reason
-    assert reason == (
-        "gguf on cpu: llamacpp; measured here on 2026-11-22, tokens/s alone: llamacpp 100"
+    usual, faster = trial("llamacpp", 100, 180), trial("echo", 500, 900)
+    save(settings.config.home, file, run(usual, faster))
+    after = runtime.describe(spec, settings.config)
+    assert after.engine == "llamacpp"
+    assert after.engine_reason.removeprefix(before.engine_reason) == (
+        "; tuned on 2026-11-22: llamacpp 100.0 tokens/s at 1 stream, echo 500.0 tokens/s at "
+        "1 stream (`headrace tune --write latency`)"
     )
+    save(settings.config.home, file, run(trial("llamacpp", 1, 1, fault="it differs"), faster))
+    assert runtime.describe(spec, settings.config).engine == "llamacpp"
 
 
 def test_auto_is_as_if_no_engine_were_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from headrace import engines
 from headrace.core.errors import ConfigError, LoadFailed, OutOfMemory
+from headrace.core.install import install_command
 from headrace.core.model import ModelFile
 from headrace.engines import echo
 from headrace.engines.base import About, Module, OpenRequest, default_footprint
@@ -69,7 +71,7 @@ def test_a_missing_library_is_a_hint_and_not_a_traceback(monkeypatch: pytest.Mon
     gone = About(formats=("gguf",), requires="no_such_library", extra="fast")
     for reader in ("llamacpp", "openvino"):
         monkeypatch.setattr(f"headrace.engines.{reader}.ABOUT", gone)
-    hint = r"pip install 'headrace\[fast\]'"
+    hint = re.escape(install_command("fast"))
     assert not engines.status("llamacpp").available
     with pytest.raises(ConfigError, match=hint):
         engines.choose(GGUF, "llamacpp")

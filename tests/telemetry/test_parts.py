@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.core.install import install_command
 from headrace.core.metrics import Gaps, InferenceMetrics
 from headrace.core.request import GenerateRequest
 from headrace.core.sampling import Sampling, SamplingFields, described
@@ -191,7 +192,7 @@ def test_the_sdk_is_missing(
     tracing = otel.configure("1", {"OTEL_TRACES_EXPORTER": "otlp"})
     assert tracing.exporter is None
     (line,) = caplog.records
-    assert "pip install 'headrace[otlp]'" in line.getMessage()
+    assert install_command("otlp") in line.getMessage()
 
 
 def test_the_provider_of_the_host_program_is_used() -> None:

@@ -84,13 +84,15 @@ async def test_dimensions_are_cut_and_scaled_again() -> None:
 
 
 async def test_each_model_does_what_it_is_for() -> None:
-    """W4: what it is not for is refused in a sentence that says what it is."""
+    """W4, issue 12.32: what it is not for is refused with what it is, and the way to it."""
     async with worker(task="embed") as embedder, worker() as speaker:
-        with pytest.raises(Unsupported, match="makes embeddings"):
+        with pytest.raises(
+            Unsupported, match=r"makes embeddings: use /v1/embeddings or embed\(\)\."
+        ):
             await collect(embedder.ask(ask()))
         with pytest.raises(Unsupported, match="makes embeddings"):
             await collect_ranking(embedder.ask(RerankRequest(query="a", documents=("b",))))
-        with pytest.raises(Unsupported, match="generates text"):
+        with pytest.raises(Unsupported, match="generates text: use /v1/chat/completions or"):
             await collect_vectors(speaker.ask(embedding()))
         assert embedder.load == speaker.load == (0, 0)
 

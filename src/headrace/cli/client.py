@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections import Counter
 from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import Any, TypeVar
 
@@ -79,16 +80,21 @@ class Client:
         return await self._ask("GET", "/admin/activity", Activity)
 
     async def names(self) -> dict[str, str]:
-        """Return the id of each model by its id, its aliases and, for an admin, its reference."""
+        """Return the id of each model by its id, its aliases and, for an admin, its reference.
+
+        A reference of several models, which differ in their settings, is left out.
+        """
         try:
             models = (await self.status()).models
         except (errors.RequestError, errors.UpstreamError):
             models = (await self._ask("GET", "/v1/models", _Models)).data
-        return {
-            name: model.id
+        sources = Counter(getattr(model, "source", "") for model in models)
+        references = {
+            source: model.id
             for model in models
-            for name in (getattr(model, "source", ""), *model.aliases, model.id)
+            if sources[source := getattr(model, "source", "")] == 1
         }
+        return references | {name: m.id for m in models for name in (*m.aliases, m.id)}
 
     async def order(self, action: str, model: str, **fields: Any) -> ModelStatus:
         """Request `load`, `unload`, `restart`, `pin` or `update`, and wait for its end."""

@@ -17,6 +17,7 @@ from typer import Argument, Option
 from headrace.cli import terminal
 from headrace.cli.common import Common, with_common
 from headrace.core.errors import ConfigError
+from headrace.core.install import install_command
 
 if TYPE_CHECKING:
     from headrace.config import Config
@@ -171,7 +172,7 @@ def _telemetry_lines(telemetry: dict[str, Any], *, has_sdk: bool) -> Iterator[st
         kept = telemetry[name]
         yield f"{name:7} {kept['path']} ({terminal.size(kept['size']) if kept['on'] else 'off'})"
     yield f"metrics {telemetry['metrics'] or 'off'}"
-    needs = "" if has_sdk else ", but not installed: pip install 'headrace[otlp]'"
+    needs = "" if has_sdk else f", but not installed: {install_command('otlp')}"
     yield f"spans   {'on, by ' + telemetry['spans'] + needs if telemetry['spans'] else 'off'}"
 
 

@@ -12,20 +12,29 @@ import shlex
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from headrace.cli import terminal
 from headrace.cli.common import Common, ModelFlags, given, known_models, loop_factory
-from headrace.core.errors import ConfigError
+from headrace.core.errors import ConfigError, HeadraceError
 
 if TYPE_CHECKING:
     from headrace.cli.service import Read
     from headrace.config import Config, ServerSettings, Settings
-    from headrace.core.model import ModelSpec
+    from headrace.core.model import ModelSpec, Task
 
 _BACKLOG = 2048
+_TEXTS = ["The Danube is a river.", "The Alps are mountains."]
+_EXAMPLES: dict[Task, tuple[str, dict[str, Any]]] = {
+    "generate": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "Name three rivers."}]},
+    ),
+    "embed": ("/v1/embeddings", {"input": _TEXTS}),
+    "rerank": ("/v1/rerank", {"query": "Which are rivers?", "documents": _TEXTS}),
+}
 
 Models = Annotated[
     list[str] | None,
@@ -93,9 +102,22 @@ def _serve(read: Read, *, as_json: bool) -> None:
     with listen(server) as listener, _metrics_socket(settings.config) as metrics:
         from headrace.cli.service import live
 
-        show = functools.partial(announce, listener, specs, server, metrics, as_json=as_json)
+        task = _task(specs[0], settings.config)
+        show = functools.partial(
+            announce, listener, specs, server, metrics, as_json=as_json, task=task
+        )
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(live(settings, specs, listener, reread=read, announce=show, metrics=metrics))
+
+
+def _task(spec: ModelSpec, config: Config) -> Task:
+    """Return what a model is for; generation if only its download would show it."""
+    from headrace import runtime
+
+    with contextlib.suppress(HeadraceError):
+        tasks = runtime.describe(spec, config).capabilities.tasks
+        return next(task for task in _EXAMPLES if task in tasks)
+    return "generate"
 
 
 def _metrics_socket(config: Config) -> contextlib.AbstractContextManager[socket.socket | None]:
@@ -179,9 +201,10 @@ def announce(
     settings: ServerSettings,
     metrics: socket.socket | None = None,
     *,
+    task: Task = "generate",
     as_json: bool,
 ) -> None:
-    """Print the address, and an example of a request."""
+    """Print the address, and an example of a request for the first model, which has this task."""
     url = url_of(listener)
     names = [spec.name for spec in specs]
     extra = {} if metrics is None else {"metrics": f"{url_of(metrics)}/metrics"}
@@ -191,13 +214,10 @@ def announce(
     print(f"Headrace serves {', '.join(names)} on {url}", flush=True)
     for place in extra.values():
         print(f"Metrics are at {place}", flush=True)
-    message = {"role": "user", "content": "Name three rivers."}
-    body = shlex.quote(json.dumps({"model": names[0], "messages": [message]}))
+    route, fields = _EXAMPLES[task]
+    body = shlex.quote(json.dumps({"model": names[0], **fields}))
     key = ' -H "Authorization: Bearer $KEY"' if has_keys(settings) else ""
-    print(
-        f"Try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {body}",
-        flush=True,
-    )
+    print(f"Try: curl {url}{route} -H 'Content-Type: application/json'{key} -d {body}", flush=True)
 
 
 def url_of(listener: socket.socket) -> str:

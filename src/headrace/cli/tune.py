@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from headrace.engines.measured import Record, Trial
 
 Aim = Literal["latency", "throughput"]
+AIMS: tuple[Aim, ...] = ("latency", "throughput")
 
 _HEADS = (
     *("ENGINE", "OPTIONS", "WEIGHTS", "STREAMS", "TOKENS/S", "LEAST-MOST", "FIRST TOKEN", "P99"),
@@ -45,8 +46,10 @@ def tune(
 ) -> None:
     """Measure the engines and options that can run a model on this machine.
 
-    Each is compared with a reference; one that does not agree with it is not chosen.
+    Each is compared with a reference; one that does not agree with it is not proposed. Nothing is
+    changed without --write.
     """
+    from headrace import runtime
     from headrace.lab.tune import tuner
     from headrace.lab.tune.measure import Shape
 
@@ -61,9 +64,11 @@ def tune(
     if common.as_json:
         terminal.print_json(record)
     else:
-        _print(record)
+        _print(record, runtime.describe(spec, settings.config).engine)
     if write is not None:
         _write(settings, spec, record, write)
+    else:
+        terminal.note("Nothing is changed; --write latency or --write throughput writes a winner.")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -76,14 +81,14 @@ def _numbers(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _print(record: Record) -> None:
+def _print(record: Record, engine: str) -> None:
     print(f"{record.model} on {record.machine}, {record.context_length} tokens of context each")
     terminal.columns(_HEADS, [row for trial in record.trials for row in _rows(trial)])
     print()
     for trial in record.trials:
         if trial.fault is not None:
-            print(f"Not {_title(trial)}: {trial.fault}.")
-    for line in _verdicts(record):
+            print(f"Not {trial.title}: {trial.fault}.")
+    for line in _verdicts(record, engine):
         print(line)
 
 
@@ -117,24 +122,18 @@ def _options(trial: Trial) -> str:
     return " ".join(f"{key}={value}" for key, value in trial.options.items())
 
 
-def _title(trial: Trial) -> str:
-    return " ".join(part for part in (trial.engine, _options(trial)) if part)
-
-
-def _verdicts(record: Record) -> Iterator[str]:
+def _verdicts(record: Record, engine: str) -> Iterator[str]:
+    """Yield what is proposed, beside `engine`, which runs the model now."""
     yield f"AGREES is with {record.reference}."
     if record.bandwidth:
         yield f"LIMIT is what {record.bandwidth / 1e9:.1f} GB/s of memory allow."
-    aims: tuple[Aim, ...] = ("latency", "throughput")
-    for aim in aims:
+    now = next((trial for trial in record.trials if trial.engine == engine), None)
+    for aim in AIMS:
         if (best := record.winner(aim)) is not None:
             streams = record.streams_for(aim)
-            rate = f"{best.rate(streams):.1f} tokens/s"
-            yield f"For {aim}: {_title(best)}, {rate} at {_streams(streams)} (--write {aim})."
-
-
-def _streams(count: int) -> str:
-    return "1 stream" if count == 1 else f"{count} streams"
+            usual = "as it is" if best is now else now and f"{now.title}, {now.summary(streams)}"
+            usual = usual or f"{engine}, which was not measured"
+            yield f"For {aim}: {best.title}, {best.summary(streams)} (now: {usual})."
 
 
 def _write(settings: Settings, spec: ModelSpec, record: Record, aim: Aim) -> None:
@@ -147,13 +146,12 @@ def _write(settings: Settings, spec: ModelSpec, record: Record, aim: Aim) -> Non
     path = settings.file or settings.searched[-1]
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     streams = record.streams_for(aim)
-    rate = f"{best.rate(streams):.0f} tokens/s at {_streams(streams)}"
     known = runtime.engine_options()[best.engine].model_fields
     own = {key: value for key, value in spec.options.items() if key in known}
     changes: dict[str, Any] = {"engine": best.engine, "options": {**best.options, **own}}
     if spec.name not in settings.config.models and spec.model != spec.name:
         changes = {"model": spec.model, **changes}
-    remark = f"tuned {record.day} for {aim}: {rate}"
+    remark = f"tuned {record.day} for {aim}: {best.summary(streams)}"
     after = write.edited(before, spec.name, changes, remark)
     texts = before.splitlines(), after.splitlines()
     for line in difflib.unified_diff(*texts, str(path), str(path), lineterm="", n=2):

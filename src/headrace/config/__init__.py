@@ -218,10 +218,16 @@ def _model(read: _Sources, name: str, reference: str, given: Layer) -> tuple[Mod
     layer = read.of_model(name, reference, given)
     prefix = f"models.{name}."
     kinds = read.able(layer)
+    errors: list[ConfigError] = []
+    checked: BaseModel | None = None
     for key, value in layer.items():
-        if key.startswith("options."):
-            layer[key] = value._replace(value=check.option(kinds, key, value, prefix))
-    checked = check.build(ModelSettings, layer, prefix)
+        with sources.kept(errors):
+            if key.startswith("options."):
+                layer[key] = value._replace(value=check.option(kinds, key, value, prefix))
+    with sources.kept(errors):
+        checked = check.build(ModelSettings, layer, prefix)
+    sources.raise_all(errors)
+    assert checked is not None, "or its error was raised"
     spec = ModelSpec(name=name, **checked.model_dump())
     if read.verify is not None:
         try:
@@ -266,7 +272,8 @@ def load(
     variables = os.environ if environ is None else environ
     here = cwd or Path.cwd()
     path, searched = sources.find_file(file, variables, here)
-    parsed = sources.parse(path)
+    errors: list[ConfigError] = []
+    parsed = sources.parse(path, errors)
     named = [*parsed.engines(), *sources.engines(variables), (flags or {}).get("engine")]
     engines = _with_imported(known_options or {}, named, import_options)
     keys = Keys.of(engines)
@@ -281,7 +288,6 @@ def load(
         cwd=here,
     )
     home = Value(str(sources.xdg(variables, "XDG_DATA_HOME", ".local/share")), "default", here)
-    errors: list[ConfigError] = []
     models: dict[str, ModelSpec] = {}
     whole: Config | None = None
     with sources.kept(errors):

@@ -65,7 +65,8 @@ def option(kinds: Sequence[type[BaseModel]], key: str, value: Value, prefix: str
     able = [kind for kind in kinds if name in kind.model_fields]
     if kinds and not able:
         known = {field for kind in kinds for field in kind.model_fields}
-        raise unknown_key(value.origin, name, known, f"option of {prefix.rstrip('.')}")
+        origin = with_line(value.origin, prefix + key)
+        raise unknown_key(origin, name, known, f"option of {prefix.rstrip('.')}")
     fault: ValueError | None = None
     for kind in able:
         try:

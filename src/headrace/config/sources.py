@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -34,6 +34,7 @@ RESERVED = frozenset(
 
 FILE_NAME = "headrace.toml"
 _FEW, _NEAR = 12, 5
+_LINE = re.compile(r"^file .*?, line (\d+): ")
 _HEADER = re.compile(r"\s*\[([^\[].*)\]\s*(?:#.*)?")
 NAMES = "a name has 1 to 512 characters, and no control characters"
 _MAX_NAME = 512
@@ -121,10 +122,11 @@ def _parts(dotted: str) -> tuple[str, ...]:
 
 
 def raise_all(errors: Sequence[ConfigError]) -> None:
-    """Raise one error of several, a line each."""
-    if errors:
-        lines = dict.fromkeys(error.message for error in errors)
-        raise ConfigError("\n".join(lines), param=errors[0].param)
+    """Raise one error of several, a line each, in the order of the file."""
+    faults = [(line, error.param) for error in errors for line in error.message.splitlines()]
+    faults.sort(key=lambda fault: int(match[1]) if (match := _LINE.search(fault[0])) else 0)
+    if faults:
+        raise ConfigError("\n".join(dict.fromkeys(dict(faults))), param=faults[0][1])
 
 
 def environment_name(model: str) -> str:
@@ -241,37 +243,41 @@ def _table(value: object, key: str, origin: str) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
-def _checked(table: Mapping[str, Any], known: Iterable[str], prefix: str, source: Value) -> Layer:
+def _known(
+    table: Mapping[str, Any],
+    known: Collection[str],
+    prefix: str,
+    source: Value,
+    errors: list[ConfigError],
+) -> Layer:
+    """Return the keys of a table that are known; the others become errors."""
     names = [prefix + name for name in known]
     unknown = [prefix + key for key in table if key not in known]
-    raise_all([unknown_key(source.origin, key, names) for key in unknown])
-    return {key: source._replace(value=value) for key, value in table.items()}
+    errors.extend(unknown_key(source.origin, key, names) for key in unknown)
+    return {key: source._replace(value=value) for key, value in table.items() if key in known}
 
 
-def parse(path: Path | None) -> File:
-    """Read a file and check its keys; values are not checked yet.
+def parse(path: Path | None, errors: list[ConfigError]) -> File:
+    """Read a file and append an error for each key that is unknown; values are not checked yet.
 
     Raises:
-        ConfigError: it cannot be read, is not TOML, or has an unknown key.
+        ConfigError: it cannot be read, or is not TOML.
     """
     if path is None:
         return File(None, {}, {})
     source = Value(None, f"file {path}", path.parent)
-    errors: list[ConfigError] = []
     top, models = dict[str, Any](_read(path)), dict[str, Layer]()
     shared: Layer = {}
     with kept(errors):
         for name, value in _table(top.pop("models", {}), "models", source.origin).items():
             with kept(errors):
-                models[name] = _model_table(name, value, source)
+                models[name] = _model_table(name, value, source, errors)
     for name, kind in TABLES.items():
         with kept(errors):
             table = _table(top.pop(name, {}), name, source.origin)
-            checked = _checked(table, kind.model_fields, f"{name}.", source)
+            checked = _known(table, kind.model_fields, f"{name}.", source, errors)
             shared |= {f"{name}.{key}": value for key, value in checked.items()}
-    with kept(errors):
-        shared |= _checked(top, Config.model_fields, "", source)
-    raise_all(errors)
+    shared |= _known(top, Config.model_fields, "", source, errors)
     return File(path, shared, models)
 
 
@@ -284,11 +290,11 @@ def kept(errors: list[ConfigError]) -> Generator[None]:
         errors.append(error)
 
 
-def _model_table(name: str, value: object, source: Value) -> Layer:
+def _model_table(name: str, value: object, source: Value, errors: list[ConfigError]) -> Layer:
     prefix = f"models.{name}"
     if not is_name(name):
         raise ConfigError(f"{source.origin}: [models.{name!r}]: {NAMES}.", param="models")
-    layer = _checked(_table(value, prefix, source.origin), SETTINGS, f"{prefix}.", source)
+    layer = _known(_table(value, prefix, source.origin), SETTINGS, f"{prefix}.", source, errors)
     options = layer.pop("options", source._replace(value={})).value
     for key, value in _table(options, f"{prefix}.options", source.origin).items():
         layer[f"options.{key}"] = source._replace(value=value)

@@ -83,7 +83,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = ()
     engine: Annotated[
         str | None,
-        Setting("engine; auto by format, device and what was measured", parse=_engine),
+        Setting("engine; auto by format, device and what is installed", parse=_engine),
     ] = None
     device: Annotated[
         str | None,

@@ -20,11 +20,12 @@ import msgspec
 from pydantic import ValidationError
 
 from headrace.core.errors import ConfigError, HeadraceError, LoadFailed, OutOfMemory
+from headrace.core.install import install_command
 from headrace.core.model import ModelFile, Task
 from headrace.core.status import Footprint
 from headrace.engines import choice, plan
 from headrace.engines.base import About, Engine, EngineOptions, Module, OpenRequest
-from headrace.engines.choice import Candidate, Measured
+from headrace.engines.choice import Candidate
 from headrace.models.transfer import Progress, silent
 
 ENTRY_POINTS = "headrace.engines"
@@ -89,11 +90,10 @@ def choose(
     task: Task | None = None,
     device: str | None = None,
     options: Iterable[str] = (),
-    measured: Sequence[Measured] = (),
 ) -> tuple[str, str]:
     """Return the engine for a model, and the reason.
 
-    `options` are the names of options that it has to know, `measured` earlier results of `tune`.
+    `options` are the names of options that it has to know.
 
     Raises:
         ConfigError: the engine is unknown, not installed, or does not read the format.
@@ -109,7 +109,7 @@ def choose(
         required_device=required,
         options=frozenset(options),
     )
-    return choice.choose(requirements, map(_candidate, names()), measured)
+    return choice.choose(requirements, map(_candidate, names()))
 
 
 def _candidate(name: str) -> Candidate:
@@ -293,5 +293,6 @@ def _formats() -> str:
 
 
 def _install_hint(facts: About) -> str:
-    extra = f"headrace[{facts.extra}]" if facts.extra else facts.requires
-    return f"not installed: pip install '{extra}'"
+    if facts.extra:
+        return f"not installed: {install_command(facts.extra)}"
+    return f"not installed: {install_command(package=facts.requires or '')}"

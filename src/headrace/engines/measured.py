@@ -1,10 +1,9 @@
-"""Results of `headrace tune`, stored in `tuned.json` of the home for the choice of engine."""
+"""Results of `headrace tune`, kept in `tuned.json` of the home. They decide nothing."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from filelock import FileLock
 from headrace import __version__, engines, machine
 from headrace.core.model import ModelFile
 from headrace.core.private import FILE_MODE, private_folder
-from headrace.engines.choice import Measured
+from headrace.core.values import size
 from headrace.models.transfer import write_atomically
 
 log = logging.getLogger("headrace.tune")
@@ -95,6 +94,17 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         rates = (point.tokens_per_s for point in self.figures if point.streams == streams)
         return next(rates, 0.0)
 
+    @property
+    def title(self) -> str:
+        """The engine and its options."""
+        return " ".join([self.engine, *(f"{key}={value}" for key, value in self.options.items())])
+
+    def summary(self, streams: int) -> str:
+        """Return its speed with so many streams, and the memory that it takes."""
+        memory = size(sum(self.memory.values()) or None)
+        load = "1 stream" if streams == 1 else f"{streams} streams"
+        return f"{self.rate(streams):.1f} tokens/s at {load}" + (f" in {memory}" if memory else "")
+
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One run of `headrace tune`. `bandwidth` is in bytes/s, `context_length` in tokens a request.
@@ -147,31 +157,25 @@ def load(home: Path, file: ModelFile) -> Record | None:
     return records.get(_key(file)) if records else None
 
 
-def known(home: Path, file: ModelFile) -> tuple[Measured, ...]:
-    """Return the rates of each engine with this file, here, in the version that is installed."""
+def proposal(home: Path, file: ModelFile, engine: str) -> str:
+    """Return a clause about what `tune` measured of an engine and proposes; "" if nothing.
+
+    It counts for this file, this machine and the versions of engines that are installed.
+    """
     record = load(home, file)
-    return () if record is None else tuple(_by_engine(record))
+    best = record.winner("latency") if record else None
+    if record is None or best is None or not all(map(_is_current, record.trials)):
+        return ""
+    streams = record.streams_for("latency")
+    now = next((trial for trial in record.trials if trial.engine == engine), None)
+    parts = [f"{engine} {now.fault or now.summary(streams)}"] if now else []
+    if best is not now:
+        parts.append(f"{best.title} {best.summary(streams)} (`headrace tune --write latency`)")
+    return f"; tuned on {record.day}: {', '.join(parts)}"
 
 
-def _by_engine(record: Record) -> Iterator[Measured]:
-    for name in dict.fromkeys(trial.engine for trial in record.trials):
-        trials = [trial for trial in record.trials if trial.engine == name]
-        if name not in engines.names() or trials[0].version != engines.version(name):
-            continue
-        default = next((trial for trial in trials if not trial.options), None)
-        best = [trial for trial in trials if trial.fault is None]
-        yield Measured(
-            engine=name,
-            day=record.day,
-            rates=_rates([default] if default else [], record.streams),
-            best=_rates(best, record.streams),
-            fault=default.fault if default else None,
-        )
-
-
-def _rates(trials: Sequence[Trial], streams: Sequence[int]) -> dict[int, float]:
-    rates = {n: max((trial.rate(n) for trial in trials), default=0.0) for n in streams}
-    return {n: rate for n, rate in rates.items() if rate}
+def _is_current(trial: Trial) -> bool:
+    return trial.engine in engines.names() and trial.version == engines.version(trial.engine)
 
 
 @cache

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import msgspec
 
 from headrace.core.errors import InvalidRequest, UnknownModel
+from headrace.core.model import Task
 from headrace.core.values import expanded, is_text
 from headrace.models.providers import PROVIDERS
 
@@ -43,6 +44,7 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True):
     description: str
     size: int = 0
     sha256: str = ""
+    task: Task = "generate"
 
 
 CATALOG: Mapping[str, CatalogEntry] = MappingProxyType(
@@ -62,6 +64,7 @@ CATALOG: Mapping[str, CatalogEntry] = MappingProxyType(
             description="all-MiniLM-L6-v2: embeddings of 384 dimensions, small and quick",
             size=90_868_376,
             sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            task="embed",
         ),
     }
 )

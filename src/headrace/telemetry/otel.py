@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from headrace.core.install import install_command
 from headrace.core.record import Attribute
 from headrace.telemetry.spans import Exported, Kind, Parent, Tracing
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("headrace.telemetry")
 _exporter_log = logging.getLogger("opentelemetry.exporter")
 _NAME = "headrace"
-_EXTRA = "pip install 'headrace[otlp]'"
 _EXPORTER = "OTEL_TRACES_EXPORTER"
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
@@ -138,7 +138,7 @@ def configure(version: str, environment: Mapping[str, str] = os.environ) -> Trac
     try:
         provider = _provider(version, environment)
     except ImportError:
-        _log.warning("OpenTelemetry is enabled but not installed: %s", _EXTRA)
+        _log.warning("OpenTelemetry is enabled but not installed: %s", install_command("otlp"))
         return Tracing()
     except Exception as error:  # noqa: BLE001  # each library has its own errors
         _log.warning("OpenTelemetry could not be set up: %s", error)

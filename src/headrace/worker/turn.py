@@ -43,11 +43,12 @@ R = TypeVar("R", bound=Request)
 S = TypeVar("S", bound="Served")
 
 _LAST_STEP_S = 5.0
-_TASKS: dict[Task, str] = {
-    "generate": "generates text",
-    "embed": "makes embeddings",
-    "rerank": "ranks documents",
+_TASKS: dict[Task, tuple[str, str]] = {
+    "generate": ("generates text", "/v1/chat/completions or generate()"),
+    "embed": ("makes embeddings", "/v1/embeddings or embed()"),
+    "rerank": ("ranks documents", "/v1/rerank or rerank()"),
 }
+"""What a model of each task does, and how it is requested: over HTTP and in Python."""
 
 
 class Turns:
@@ -176,12 +177,14 @@ class Turn(Generic[S, R]):
         """Check that the model supports this kind of request.
 
         Raises:
-            Unsupported: names the tasks of the model.
+            Unsupported: names the tasks of the model, and how they are requested.
         """
         tasks = self.served.facts.capabilities.tasks
         if self.request.task not in tasks:
-            verbs = " and ".join(_TASKS[task] for task in sorted(tasks))
-            raise Unsupported(f"{self.served.name} {verbs}; it is not for this.", param="model")
+            verbs, ways = zip(*(_TASKS[task] for task in sorted(tasks)), strict=True)
+            raise Unsupported(
+                f"{self.served.name} {' and '.join(verbs)}: use {', '.join(ways)}.", param="model"
+            )
 
     async def take_slot(self) -> None:
         """Wait for one of the engine's slots.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def test_the_real_model_is_measured_and_the_winner_written(
     assert config.read_text().startswith("# Mine.\n[models.small]\n")
     assert '+engine = "llamacpp"  # tuned' in told.err
     assert run(["show", str(smollm2_path), "--json"]) == 0
-    assert "measured here on" in json.loads(capsys.readouterr().out)["engine_reason"]
+    assert "tuned on" in json.loads(capsys.readouterr().out)["engine_reason"]
 
 
 def test_the_table_is_for_people(environ: dict[str, str]) -> None:
@@ -91,7 +92,11 @@ def test_the_table_is_for_people(environ: dict[str, str]) -> None:
     assert lines[1].split()[:4] == ["ENGINE", "OPTIONS", "WEIGHTS", "STREAMS"]
     assert lines[2].split()[:4] == ["echo", "-", "-", "1"]
     assert lines[3].split()[0] == "3"
-    assert any(line.startswith("For throughput: echo") for line in lines)
+    proposal = (
+        r"For throughput: echo, [\d.]+ tokens/s at 3 streams in [\d.]+ .B \(now: as it is\)\."
+    )
+    assert any(re.fullmatch(proposal, line) for line in lines)
+    assert "Nothing is changed; --write" in done.stderr
 
 
 @pytest.mark.parametrize(

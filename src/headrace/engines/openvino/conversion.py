@@ -21,6 +21,7 @@ from typing import Any
 from filelock import FileLock
 
 from headrace.core.errors import ConfigError, LoadFailed
+from headrace.core.install import install_command
 from headrace.core.model import ModelFile
 from headrace.core.private import FILE_MODE, make_private, private_folder
 from headrace.engines.openvino.vocabulary import without_telemetry
@@ -144,7 +145,7 @@ def _run_conversion(file: ModelFile, partial: Path) -> None:
     if "ModuleNotFoundError" in last:
         raise ConfigError(
             "Conversion needs more libraries: "
-            f"pip install 'headrace[openvino,transformers]'. {last}"
+            f"{install_command('openvino', 'transformers')} ({last})"
         )
     raise LoadFailed(f"{file.path} could not be converted for OpenVINO.", detail=last)
 

@@ -21,6 +21,7 @@ from headrace.core.errors import (
     LoadFailed,
     OutOfMemory,
 )
+from headrace.core.install import install_command
 from headrace.core.model import Capabilities
 from headrace.engines import plan
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
@@ -185,7 +186,9 @@ def _quantization(kind: str, device: str, dtype: Any) -> dict[str, Any]:
     if kind == "none":
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"quantization {kind} needs bitsandbytes: pip install bitsandbytes")
+        raise ConfigError(
+            f"quantization {kind} needs bitsandbytes: {install_command(package='bitsandbytes')}"
+        )
     if not device.startswith("cuda"):
         raise ConfigError(f"quantization {kind} needs a CUDA device, and this is {device}.")
     compute = torch.bfloat16 if dtype == "auto" else dtype
@@ -207,7 +210,7 @@ def _placement(device_map: str | None, max_memory: dict[str, str]) -> dict[str, 
     if device_map is None:
         return {}
     if importlib.util.find_spec("accelerate") is None:
-        raise ConfigError("device_map needs accelerate: pip install accelerate")
+        raise ConfigError(f"device_map needs accelerate: {install_command('transformers')}")
     # accelerate has numbers for GPUs.
     limits = {
         int(key.partition(":")[2] or 0) if key.startswith("cuda") else key: value

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.core.errors import ConfigError
+from headrace.core.install import install_command
 from headrace.lab.bench.record import Level, Run
 
 _ENDINGS = (".png", ".svg", ".pdf")
@@ -75,6 +76,6 @@ def _figure() -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError(
-            "flag --plot needs matplotlib; install headrace[bench].", param="plot"
+            f"flag --plot needs matplotlib: {install_command('bench')}", param="plot"
         ) from None
     return Figure
