@@ -307,6 +307,7 @@ def screen(
     environ: dict[str, str],
     *arguments: str,
     program: tuple[str, ...] = PROGRAM,
+    begin: tuple[str, ...] = ("top", "--interval", "200ms"),
     **variables: str,
 ) -> Iterator[Screen]:
     terminal, shell = pty.openpty()
@@ -315,7 +316,7 @@ def screen(
     for unwanted in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "COLORTERM"):
         if unwanted not in variables:
             wanted.pop(unwanted, None)
-    command = [*program, "top", "--interval", "200ms", *arguments]
+    command = [*program, *begin, *arguments]
     try:
         with subprocess.Popen(
             command, env=wanted, cwd=environ["HOME"], stdin=shell, stdout=shell, stderr=shell,

@@ -34,6 +34,23 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+@contextmanager
+def plain() -> Generator[Callable[[str], None]]:
+    """Yield a function that writes the pieces of an answer; at the end its last line is ended."""
+    last = "\n"
+
+    def piece(text: str) -> None:
+        nonlocal last
+        last = text
+        write(text)
+
+    try:
+        yield piece
+    finally:
+        if not last.endswith("\n"):
+            write("\n")
+
+
 def note(text: str) -> None:
     """Write a line to stderr; stdout is for answers."""
     print(text, file=sys.stderr, flush=True)
