@@ -268,10 +268,11 @@ def test_a_worker_counts_processes_of_its_engine(leads: bool, counts: bool) -> N
     """T6: and no other worker, each of which leads a session."""
     command = [sys.executable, "-c", "held = b'x' * (50 << 20); print(flush=True); input()"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # With the processes that other tests have left, which render for workers of this process.
+    before = sampler.DeviceReader()()[0].worker_used
     with subprocess.Popen(command, start_new_session=leads, **pipes) as child:
         assert child.stdout
         child.stdout.readline()
-        before = devices()[0].worker_used
         assert (sampler.DeviceReader()()[0].worker_used - before > 50 << 20) == counts
         child.kill()
 

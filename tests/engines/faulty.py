@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import pytest
@@ -55,6 +55,12 @@ class Engine(engine.Engine):
                 yield event
         finally:
             await raw.aclose()
+
+
+def writes(request: OpenRequest) -> Sequence[Path]:
+    """Return the folder of the trigger, which is removed."""
+    trigger = Options(**request.options).trigger
+    return (Path(trigger).parent,) if trigger else ()
 
 
 def install(folder: Path, patch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,12 @@ def wheel(
     name: str = "tiny_model",
     version: str = "1.0",
     recorded: Mapping[str, bytes] | None = None,
+    links: Container[str] = (),
 ) -> Path:
-    """Write a wheel; `recorded` puts the hash of other contents into its list."""
+    """Write a wheel; `recorded` puts the hash of other contents into its list.
+
+    Members in `links` are marked as symbolic links to the path that they hold.
+    """
     info = f"{name}-{version}.dist-info"
     files = dict(members)
     files[f"{info}/METADATA"] = (
@@ -124,5 +128,7 @@ def wheel(
     target = folder / f"{name}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for path, data in files.items():
-            archive.writestr(path, data)
+            member = zipfile.ZipInfo(path)
+            member.external_attr = (0o120777 if path in links else 0o100644) << 16
+            archive.writestr(member, data, zipfile.ZIP_DEFLATED)
     return target

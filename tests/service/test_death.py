@@ -27,16 +27,23 @@ def worker(service: Service) -> psutil.Process:
     """The process of the model, once it is loaded: the service is ready before."""
     url = f"{service.url}/v1/chat/completions"
     httpx.post(url, json=body(max_tokens=1), timeout=30).raise_for_status()
-    return only_child(service)
+    return only_worker(service)
 
 
-def only_child(service: Service) -> psutil.Process:
+def only_worker(service: Service) -> psutil.Process:
     """The process of the model, when nothing else that the service has started still ends."""
     end = time.monotonic() + 10
-    while len(found := service.children()) != 1 and time.monotonic() < end:
+    while len(workers := service.workers()) != 1 and time.monotonic() < end:
         time.sleep(0.01)
-    [child] = found
-    return child
+    [only] = workers
+    return only
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """A worker, and the process that renders its templates."""
+    children = process.children(recursive=True)
+    assert children
+    return [process, *children]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
@@ -50,7 +57,7 @@ def test_a_killed_worker_is_an_error_event_within_a_second(number: signal.Signal
             lines = response.iter_lines()
             while "content" not in next(lines):
                 pass
-            child = only_child(service)
+            child = only_worker(service)
             killed = time.monotonic()
             child.send_signal(number)
             rest = [line for line in lines if line.startswith("data:")]
@@ -84,7 +91,7 @@ def test_children_go_with_their_parent(state: str) -> None:
     """W8: the API process dies by SIGKILL; within 2 s its children are gone, the port free."""
     options = ("-o", "hang_after=3") if state == "hung" else ()
     with served(*SLOW, *options) as service:
-        child = worker(service)
+        children = family(worker(service))
         if state != "idle":
             with httpx.stream(
                 "POST", f"{service.url}/v1/chat/completions", json=body(stream=True), timeout=30
@@ -95,7 +102,7 @@ def test_children_go_with_their_parent(state: str) -> None:
             died = kill(service)
         port = urlsplit(service.url).port
         assert port
-        assert last_seen(lambda: lives(child) or is_taken(port)) - died < 2
+        assert last_seen(lambda: any(map(lives, children)) or is_taken(port)) - died < 2
 
 
 def lives(process: psutil.Process) -> bool:
@@ -136,7 +143,7 @@ def kill(service: Service) -> float:
 def test_sigterm_drains_and_ends_with_0() -> None:
     """W8: a running answer is completed, the children are gone, the exit code is 0."""
     with served(*SLOW, "-o", "tokens_per_second=200") as service:
-        child = worker(service)
+        children = family(worker(service))
         with httpx.stream(
             "POST",
             f"{service.url}/v1/chat/completions",
@@ -149,4 +156,4 @@ def test_sigterm_drains_and_ends_with_0() -> None:
             rest = [line for line in lines if line.startswith("data:")]
         assert rest[-1] == "data: [DONE]"
         assert service.process.wait(10) == 0
-        assert not child.is_running()
+        assert not any(map(lives, children))

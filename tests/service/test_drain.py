@@ -98,7 +98,7 @@ async def test_sigterm_lets_answers_end_and_ends_with_0(tmp_path: Path) -> None:
             await asyncio.gather(*tasks)
         code = await ended(service, 10)
         took_s = time.monotonic() - stopped
-        gone, alive = psutil.wait_procs(children, timeout=1)
+        _, alive = psutil.wait_procs(children, timeout=1)
     tell(f"refused after {refused_s:.2f} s, ended after {took_s:.2f} s")
     assert (refused.status, refused.error and refused.error["code"]) == (503, "draining")
     assert refused_s < 2
@@ -113,7 +113,7 @@ async def test_sigterm_lets_answers_end_and_ends_with_0(tmp_path: Path) -> None:
     assert not any(got.done for got in long)
     assert code == 0, service.log
     assert DRAIN_S - 0.5 < took_s < DRAIN_S + 4
-    assert len(gone) == 2
+    assert len(children) > 2, "the workers, and what renders for the talker"
     assert not alive
 
 
@@ -168,7 +168,7 @@ async def heard(said: list[str], text: str) -> bool:
 
 
 async def left(service: Service, count: int) -> bool:
-    return len(service.children()) == count
+    return len(service.workers()) == count
 
 
 async def until_told(told: list[dict[str, Any]], kind: str, times: int) -> dict[str, Any]:

@@ -20,7 +20,11 @@ from tests.service.streams import Got, client, events, stream, tell
 
 MIB = 1 << 20
 BUDGET = 480 * MIB
+# The process that is kept for the next load is outside of the budget.
+WARM = 50_000_000
 CLIENTS, MAX_QUEUED = 8, 4
+# Seconds for which a load keeps others waiting, however short it was expected to be.
+PLACE_S = 1.2
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SECONDS = os.environ.get("HEADRACE_TEST_SECONDS")
 
@@ -42,24 +46,14 @@ def configuration(model: Path) -> str:
 
 
 def held(service: Service) -> int:
-    """Bytes that all workers together hold; the pages of a file in each of them that maps it."""
+    """Bytes that all workers and their helpers hold; a mapped file counts in each of them."""
     total = 0
-    for child in children(service.process.pid):
+    for process in service.children():
         try:
-            total += int(Path(f"/proc/{child}/statm").read_text().split()[1]) * PAGE
+            total += int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * PAGE
         except (FileNotFoundError, ProcessLookupError):
             continue
     return total
-
-
-def children(pid: int) -> list[str]:
-    found: list[str] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        try:
-            found += (task / "children").read_text().split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
 
 
 async def hammer(
@@ -93,20 +87,24 @@ async def watch(
 
 
 def check_loads(told: list[dict[str, Any]]) -> Counter[str]:
-    """No model is loaded twice at once, and only one at a time; return how often each was."""
-    loading: set[str] = set()
+    """Check that no model is loaded twice at once, and one at a time, unless a load is overdue.
+
+    Return how often each was loaded.
+    """
+    loading: dict[str, float] = {}
     up: set[str] = set()
     counts: Counter[str] = Counter()
     for event in told:
         kind, model = event["kind"], event["model"]
         assert kind in {"loading", "ready", "evicted", "unloaded"}, event
         if kind == "loading":
-            assert not loading, (event, loading)
+            assert all(event["time"] - began > PLACE_S for began in loading.values()), event
+            assert model not in loading, event
             assert model not in up, event
-            loading.add(model)
+            loading[model] = event["time"]
             counts[model] += 1
         elif kind == "ready":
-            loading.remove(model)
+            del loading[model]
             up.add(model)
         elif kind == "unloaded":
             up.remove(model)
@@ -151,7 +149,7 @@ async def run_it(smollm2: Path, folder: Path, seconds: float, longest_s: float) 
     assert sum(loads.values()) < sum(served_to.values()), figures
     # Those who wait for a load are those of the queue and of the slots to come.
     assert max(queues.values()) <= MAX_QUEUED + 2, figures
-    assert max(peaks) <= BUDGET * 1.05, figures
+    assert max(peaks) <= BUDGET * 1.02 + WARM, figures
     assert max(waits.values()) < longest_s, figures
 
 

@@ -202,6 +202,18 @@ async def test_an_answer_is_checked(compiler: Compiler, answer: str, cut: bool, 
     assert "nope" not in f"{caught.value.message} {caught.value.detail}"
 
 
+@pytest.mark.parametrize("pattern", ["^(a+)+$", "^(a|a)*$", "^(a|aa)+$", "^(a*)*b$"])
+async def test_a_pattern_takes_linear_time(compiler: Compiler, pattern: str) -> None:
+    """Patterns that take exponential time where a search backtracks."""
+    constraint = Constraint(json_schema={"type": "string", "pattern": pattern})
+    before = time.monotonic()
+    await compiler.compile(constraint)
+    for cut in (False, True):
+        with pytest.raises(ConstraintViolated):
+            await compiler.check(constraint, f'"{"a" * 5000}!"', cut=cut)
+    assert time.monotonic() - before < 10
+
+
 def test_a_job_has_limits() -> None:
     """Issue 11.5: the figures that the documentation has."""
     assert (compiling.MEMORY, compiling.CPU_S) == (192 << 20, 2)

@@ -89,7 +89,7 @@ async def test_errors_cross_over_as_they_are() -> None:
             await collect(one.ask(ask("a" * 99)))
         assert (type(refused.value).__name__, refused.value.param) == (
             "ContextOverflow",
-            "messages",
+            "prompt",
         )
         with pytest.raises(HeadraceError, match="vocabulary"):
             await collect_text(one.ask(DetokenizeRequest(token_ids=(999,))))

@@ -265,24 +265,45 @@ async def _read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) 
         raise _too_large(limit)
     try:
         async with asyncio.timeout(limits.BODY_TIMEOUT_S):
-            return await _read_all(receive, limit)
+            return await _BODIES.read(receive, limit)
     except TimeoutError:
         raise refused(408, "The body was not received in time.", "body_timeout") from None
 
 
-async def _read_all(receive: Receive, limit: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limit:
-            raise _too_large(limit)
-        if not message.get("more_body", False):
-            return b"".join(parts)
+class Bodies:
+    """The bytes of all bodies that are being received, bounded in sum."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    async def read(self, receive: Receive, limit: int) -> bytes:
+        """Return a body.
+
+        Raises:
+            Refused: it is too large, or there are too many bytes of others.
+            ClientGone: the client has left.
+        """
+        parts: list[bytes] = []
+        size = 0
+        try:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                self.size += len(parts[-1])
+                if size > limit:
+                    raise _too_large(limit)
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+                if self.size > limits.MAX_BODIES and size > limits.SMALL_BODY:
+                    raise _too_many()
+        finally:
+            self.size -= size
+
+
+_BODIES = Bodies()
 
 
 def _encoded(coding: str) -> Refused:
@@ -319,6 +340,12 @@ def _not_json(body: bytes, problem: str) -> InvalidRequest | Refused:
 def _too_large(limit: int) -> Refused:
     message = f"The body is larger than {limit} bytes."
     return refused(413, message, "body_too_large", ((b"connection", b"close"),))
+
+
+def _too_many() -> Refused:
+    message = "Too many request bodies are being received; try again later."
+    again = ((b"connection", b"close"), (b"retry-after", b"1"))
+    return refused(503, message, "too_many_bodies", again)
 
 
 def _is_deeper(body: bytes, limit: int) -> bool:

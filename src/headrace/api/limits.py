@@ -23,6 +23,12 @@ MAX_FRAMING = 16 << 10
 MAX_UNREAD = 64 << 10
 """What a connection holds of a body, or of further requests; then it is not read from."""
 
+MAX_BODIES = 256 << 20
+"""Of all bodies together that are being received; above it only small ones are."""
+
+SMALL_BODY = 256 << 10
+"""Received also then, so that a client with many large bodies does not shut out the others."""
+
 MAX_IDLE_CONNECTIONS = 1024
 """Of one client address, without a running request; the default of `max_idle_connections`."""
 

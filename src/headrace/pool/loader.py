@@ -10,13 +10,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.core.errors import (
-    Draining,
-    HeadraceError,
-    LoadFailed,
-    OutOfMemory,
-    WorkerDied,
-)
+from headrace.core.errors import Draining, HeadraceError, LoadFailed, OutOfMemory, WorkerDied
 from headrace.core.model import ModelSpec
 from headrace.core.status import EventKind, Footprint
 from headrace.machine import HOST

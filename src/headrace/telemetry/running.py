@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from headrace.core.errors import GenerationFailed, HeadraceError
+from headrace.core.errors import GenerationFailed, HeadraceError, WorkerDied
 from headrace.core.events import Delta, Event, Finish, Progress
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelInfo
@@ -127,7 +127,10 @@ class Running:
         """The figures of the engine, if it has reported any."""
         if self.finish is not None:
             return self.finish.metrics
-        return self.error.metrics if isinstance(self.error, HeadraceError) else None
+        # A worker that has died reports nothing; the events of all attempts are known here.
+        if isinstance(self.error, HeadraceError) and not isinstance(self.error, WorkerDied):
+            return self.error.metrics
+        return None
 
     def metrics(self, ended: float) -> InferenceMetrics:
         """Return the figures of the engine, or else those computed from the events."""

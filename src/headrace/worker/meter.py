@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import msgspec
 
+from headrace.core.events import Delta, Progress
 from headrace.core.metrics import DeviceUse, Gaps, InferenceMetrics, Usage, percentile
 from headrace.core.request import Request
 
@@ -108,6 +109,47 @@ class Meter:
             usage=usage,
             devices=devices,
             outcome=outcome,
+        )
+
+
+class Received:
+    """What has been received of an answer. Times are monotonic seconds."""
+
+    __slots__ = ("admitted_at", "chunks", "first_at", "prompt_tokens", "tokens", "visible_at")
+
+    def __init__(self) -> None:
+        self.chunks = self.tokens = self.prompt_tokens = 0
+        self.admitted_at: float | None = None
+        self.first_at: float | None = None
+        self.visible_at: float | None = None
+
+    def first_output(self, delta: Delta) -> None:
+        """Note a delta that may be the first with tokens or text."""
+        now = time.monotonic()
+        self.first_at = self.first_at or now
+        if delta.text or delta.reasoning:
+            self.visible_at = now
+
+    def admitted(self, event: Progress) -> None:
+        """Note that the engine has begun."""
+        if event.stage == "prefill":
+            self.admitted_at = self.admitted_at or time.monotonic()
+            self.prompt_tokens = event.total
+
+    def metrics(self, request: Request) -> InferenceMetrics:
+        """Return the figures as of now, as the child would have reported them."""
+        now, received = time.monotonic(), request.received
+        queue_ms = _ms(received, self.admitted_at)
+        return InferenceMetrics(
+            started_at=time.time() - (now - received),
+            queue_ms=None if queue_ms is None else max(0.0, queue_ms - request.load_ms),
+            load_ms=request.load_ms,
+            time_to_first_token_ms=_ms(received, self.visible_at),
+            prefill_ms=_ms(self.admitted_at, self.first_at),
+            total_ms=(now - received) * 1000,
+            chunks=self.chunks,
+            usage=Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.tokens),
+            outcome="error",
         )
 
 

@@ -12,13 +12,13 @@ from typing import Protocol
 import msgspec
 
 from headrace.core.errors import Draining, HeadraceError, LoadFailed, WorkerDied, from_record
-from headrace.core.events import Delta, Event
-from headrace.core.metrics import InferenceMetrics, Usage
+from headrace.core.events import Delta, Event, Progress
 from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import AnyRequest
 from headrace.log import LogSettings
 from headrace.machine import HOST, process_memory, visibility
 from headrace.models.transfer import silent
+from headrace.worker.meter import Received
 from headrace.worker.spawn import NOTHING, ChildProcess
 from headrace.worker.spec import (
     OnProgress,
@@ -38,16 +38,6 @@ _LAST_STEP_S = 10.0
 _LAST_WORD_S = 1.0
 _WATCH_S = 0.25
 _FREED_LOOKS, _FREED_STEP_S = 300, 0.05
-
-
-class _Progress:
-    """What a stream has yielded so far."""
-
-    __slots__ = ("chunks", "tokens", "visible_at")
-
-    def __init__(self) -> None:
-        self.chunks = self.tokens = 0
-        self.visible_at: float | None = None
 
 
 OnGone = Callable[[WorkerDied], None]
@@ -135,7 +125,7 @@ class WorkerProcess:
         """
         child = self._ready()
         listener = child.begin(request)
-        mailbox, over, progress = listener.mailbox, False, _Progress()
+        mailbox, over, progress = listener.mailbox, False, Received()
         try:
             while True:
                 while not mailbox:
@@ -149,8 +139,10 @@ class WorkerProcess:
                 if type(event) is Delta:
                     progress.chunks += 1
                     progress.tokens += len(event.token_ids)
-                    if progress.visible_at is None and (event.text or event.reasoning):
-                        progress.visible_at = time.monotonic()
+                    if progress.visible_at is None:
+                        progress.first_output(event)
+                elif isinstance(event, Progress):
+                    progress.admitted(event)
                 yield event
         finally:
             try:
@@ -213,22 +205,15 @@ class WorkerProcess:
             self._child.link.shut()
 
     def _failed(
-        self, error: HeadraceError, request: AnyRequest, progress: _Progress
+        self, error: HeadraceError, request: AnyRequest, progress: Received
     ) -> HeadraceError:
         """Return an error with figures; a child that has died cannot report its own."""
         if error.metrics is None:
-            now, visible, info = time.monotonic(), progress.visible_at, self._info
-            error.metrics = InferenceMetrics(
-                started_at=time.time() - (now - request.received),
-                load_ms=request.load_ms,
-                time_to_first_token_ms=visible and (visible - request.received) * 1000,
-                total_ms=(now - request.received) * 1000,
-                chunks=progress.chunks,
-                usage=Usage(completion_tokens=progress.tokens),
-                engine=info.engine if info else "",
+            error.metrics = msgspec.structs.replace(
+                progress.metrics(request),
+                engine=self._info.engine if self._info else "",
                 worker=self.spec.name,
                 model=self.spec.name,
-                outcome="error",
             )
         return error
 
