@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
+import re
 import signal
 import stat
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prompt_toolkit import PromptSession
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from rich.console import Console
+from tests.cli.test_top import screen as terminal
 
 from headrace.cli import run as command
+from headrace.cli.answer import complete, formatted
 from headrace.cli.chat import COMMANDS, HELP, Conversation, Leave, unfinished, unquoted
 from headrace.config import Settings, load
 from headrace.core.errors import ContextOverflow, InvalidRequest
@@ -32,6 +38,7 @@ class Scripted:
         self.requests: list[dict[str, Any]] = []
         self.closed = 0
         self.ended = False
+        self.during: Callable[[], object] | None = None
 
     async def generate_stream(self, **request: Any) -> AsyncGenerator[Event, None]:
         self.requests.append(request)
@@ -42,6 +49,9 @@ class Scripted:
                 raise ContextOverflow("9 tokens do not fit into 8.")
             for word in text.split():
                 yield Delta(f"{word} ", (1,))
+            if text == "wait" and self.during:
+                self.during()
+                await asyncio.Event().wait()
             if text == "slow":
                 os.kill(os.getpid(), signal.SIGINT)
                 await asyncio.Event().wait()
@@ -119,6 +129,96 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
     assert worker.closed == 2
     assert "(stopped)" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_is_typed_during_an_answer_waits_at_the_prompt(
+    worker: Scripted, keys: PipeInput, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 12.29: a paste of lines is one text at the next prompt, and no question by itself."""
+    defaults: list[str] = []
+    prompt = PromptSession[str].prompt_async
+
+    async def prompted(self: PromptSession[str], message: str, *, default: str) -> str:
+        defaults.append(default)
+        if default:
+            keys.send_text("!\r/bye\r")
+        return await prompt(self, message, default=default)
+
+    monkeypatch.setattr(PromptSession, "prompt_async", prompted)
+    # Ctrl-C is a key during the answer, and stops it.
+    worker.during = lambda: keys.send_text("two\rlinez\x7f\x1b[A\x1b[200~s\r\nand\x1b[201~\r\x03")
+    talk(settings, keys, "wait\r")
+    assert defaults == ["", "two\nlines\nand", ""]
+    questions = [request["messages"][-1].content for request in worker.requests]
+    assert questions == ["wait", "two\nlines\nand!"]
+
+
+def test_typing_during_an_answer_on_a_real_terminal(environ: dict[str, str]) -> None:
+    """Issue 12.29: the program in a terminal; nothing typed is seen before the next prompt."""
+    options = ("-o", "text=Some **bold** words, slowly, and an end.", "-o", "tokens_per_second=20")
+    with terminal(environ, "echo", *options, begin=("run",), PROMPT_TOOLKIT_NO_CPR="1") as shown:
+        shown.until(">>>")
+        shown.press(b"Hi\r")
+        shown.until("Some")
+        assert shown.is_raw
+        shown.press(b"first line\rsecond line\r")
+        answer = shown.until("first token")
+        assert "line" not in answer
+        assert "**" not in answer.rpartition("end.")[0][-40:]
+        prompt = shown.until("second line")
+        assert "first line" in prompt
+        assert "Some" not in prompt, "they were not sent"
+        shown.press(b"\x03\x03\x03")
+        assert shown.program.wait(20) == 0
+
+
+def screen(width: int) -> tuple[Console, io.StringIO]:
+    text = io.StringIO()
+    return Console(
+        file=text, force_terminal=True, width=width, height=8, color_system="standard"
+    ), text
+
+
+def test_an_answer_is_wrapped_at_words_and_its_markdown_formatted() -> None:
+    """Issue 12.29: each block once; line breaks and code stay; the model commands no terminal."""
+    console, text = screen(20)
+    answer = (
+        "Some **bold** words that wrap.\nnext\n\n```\ncode  here\n\nmore\n```\n\n- a\x1b[2J\n- b\n"
+    )
+    with formatted(console) as write:
+        for sign in answer:
+            write(sign)
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text.getvalue())
+    lines = [line.strip() for line in plain.replace("\r", "\n").splitlines()]
+    for line in ("Some bold words that", "wrap.", "next", "code  here", "more", "• a[2J", "• b"):
+        assert line in lines, (line, lines)
+    assert "\x1b[1mbold" in text.getvalue()
+    assert "\x1b[2J" not in text.getvalue()
+    assert max(map(len, lines)) <= 20
+
+
+def test_a_spinner_turns_until_the_first_token() -> None:
+    """Issue 12.29: and an answer without text leaves nothing."""
+    console, text = screen(20)
+    with formatted(console):
+        assert "⠋" in text.getvalue()
+    assert text.getvalue().endswith("\r\x1b[2K\x1b[?25h\r")
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("one\ntwo", "one\ntwo"),
+        ("one\n\n", "one\n\n"),
+        ("one\n\ntwo", "two"),
+        ("- one\n\n  more", "- one\n\n  more"),
+        ("```\none\n\ntwo", "```\none\n\ntwo"),
+        ("```\none\n\ntwo\n```\n\nthree", "three"),
+        ("~~~\n```\n\ntwo", "~~~\n```\n\ntwo"),
+    ],
+)
+def test_blocks_that_are_complete(text: str, kept: str) -> None:
+    assert text[complete(text) :] == kept
 
 
 def test_ctrl_c_twice_at_an_empty_prompt_leaves(

@@ -39,16 +39,21 @@ def test_columns_line_up(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_progress_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """L: progress bars on long work, on stderr."""
+    """L: progress bars on long work, on stderr. Issue 12.32: bytes and percent, one stage."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     screen, pipe = Screen(), io.StringIO()
     for err in (screen, pipe):
         monkeypatch.setattr(sys, "stderr", err)
         with terminal.progress() as report:
+            report("asking", 0, 0)
             report("fetching", 500_000, 2_000_000)
             report("loading", 50, 100)
-    assert "fetching" in screen.getvalue()
-    assert "500.0 kB of 2.0 MB" in screen.getvalue()
+            report("unpacking", 98_000_000, 0)
+    assert "500.0 kB of 2.0 MB 25%" in screen.getvalue()
+    assert "98.0 MB" in screen.getvalue()
+    assert "50%" in screen.getvalue()
+    last = screen.getvalue().rpartition("unpacking")[0].rpartition("\x1b[2K")[2]
+    assert not any(word in last for word in ("asking", "fetching", "loading"))
     assert "50 B" not in screen.getvalue()
     assert pipe.getvalue() == ""

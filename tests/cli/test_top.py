@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.cli.programs import PROGRAM
 from tests.cli.stub import stub
@@ -26,7 +27,7 @@ from wcwidth import wcswidth
 from headrace.cli.app import run
 from headrace.cli.top import Snapshot, Sort, lines
 from headrace.core.record import Activity, Rates, RunningRequest
-from headrace.core.status import DeviceStatus, Footprint, ModelStatus, PoolStatus
+from headrace.core.status import DeviceStatus, Footprint, ModelStatus, PoolStatus, ReplicaStatus
 
 MB = 1_000_000
 NOW = 1_700_000_000.0
@@ -112,6 +113,20 @@ def test_what_a_frame_tells() -> None:
     ]  # fmt: skip
     assert cells(frame, OLD.id)[4:] == ["1m30s", "1m35s", "1", "-"], "its clock is another"
     assert cells(frame, WAITING.id)[3:] == ["queued", "10s", "-", "0", "-"]
+
+
+def test_the_estimate_is_of_all_loaded_replicas() -> None:
+    """Issue 12.32: the memory of two is not compared with the estimate of one."""
+    replicas = [
+        ReplicaStatus(number=n, state="ready" if n < 2 else "stopped", memory=memory)
+        for n, memory in enumerate(({"cpu": 75 * MB}, {"cpu": 75 * MB}, {}))
+    ]
+    model = msgspec.structs.replace(
+        SMALL, replicas=tuple(replicas), estimated=Footprint(devices={"cpu": 80 * MB})
+    )
+    status = PoolStatus(models=(model,), devices=())
+    frame = drawn(Snapshot(time=NOW, status=status, activity=ACTIVITY))
+    assert cells(frame, "small")[-1] == "150.0 MB of ~160.0 MB"
 
 
 def test_the_order_of_rows() -> None:
@@ -292,6 +307,7 @@ def screen(
     environ: dict[str, str],
     *arguments: str,
     program: tuple[str, ...] = PROGRAM,
+    begin: tuple[str, ...] = ("top", "--interval", "200ms"),
     **variables: str,
 ) -> Iterator[Screen]:
     terminal, shell = pty.openpty()
@@ -300,7 +316,7 @@ def screen(
     for unwanted in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "COLORTERM"):
         if unwanted not in variables:
             wanted.pop(unwanted, None)
-    command = [*program, "top", "--interval", "200ms", *arguments]
+    command = [*program, *begin, *arguments]
     try:
         with subprocess.Popen(
             command, env=wanted, cwd=environ["HOME"], stdin=shell, stdout=shell, stderr=shell,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from tests.service.serving import served
 
@@ -98,12 +100,10 @@ def test_copies_that_pass_the_check_kill_only_the_child(smollm2_path: Path, tmp_
     assert len(result.stdout.splitlines()) >= len(passed)
 
 
-@pytest.mark.parametrize("kind", ["directory", "fifo", "unreadable", "empty", "text", "missing"])
-def test_what_is_not_a_model_is_refused_by_the_service(kind: str, tmp_path: Path) -> None:
-    """W5: a clear error, the API process lives and serves its other models."""
-    import httpx
+KINDS = ("directory", "fifo", "unreadable", "empty", "text", "missing")
 
-    path = tmp_path / "model.gguf"
+
+def no_model(kind: str, path: Path) -> Path:
     if kind == "directory":
         path.mkdir()
     elif kind == "fifo":
@@ -113,16 +113,34 @@ def test_what_is_not_a_model_is_refused_by_the_service(kind: str, tmp_path: Path
     elif kind != "missing":
         path.write_bytes(b"GGUF" if kind == "unreadable" else b"")
         path.chmod(0 if kind == "unreadable" else 0o600)
-    with served("builtin:echo", str(path), ready=False) as service:
-        answer = httpx.post(
-            f"{service.url}/v1/completions", json={"model": "model", "prompt": "a"}, timeout=30
-        )
-        assert answer.status_code in {400, 404, 503}, answer.text
-        assert answer.json()["error"]["message"]
-        assert service.process.poll() is None
-        other = httpx.post(
-            f"{service.url}/v1/completions", json={"model": "echo", "prompt": "a"}, timeout=30
-        )
-        assert other.json()["choices"][0]["text"] == "a"
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_a_model_ends_the_start(kind: str, tmp_path: Path) -> None:
+    """Issue 11.16: what can be known at the start, by its name, also beside a model that is one."""
+    path = no_model(kind, tmp_path / "model.gguf")
+    command = [sys.executable, "-m", "headrace", "serve", "builtin:echo", str(path), "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode not in {0, -signal.SIGKILL}
+    assert str(path) in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_what_is_not_a_model_is_refused_by_the_service(tmp_path: Path) -> None:
+    """W5: a clear error, the API process lives and serves its other models."""
+    with served("builtin:echo") as service:
+        for kind in KINDS:
+            path = no_model(kind, tmp_path / f"{kind}.gguf")
+            answer = httpx.post(
+                f"{service.url}/admin/models/load", json={"model": str(path)}, timeout=30
+            )
+            assert answer.status_code in {400, 404, 503}, answer.text
+            assert str(path) in answer.json()["error"]["message"]
+            assert service.process.poll() is None
+            other = httpx.post(
+                f"{service.url}/v1/completions", json={"model": "echo", "prompt": "a"}, timeout=30
+            )
+            assert other.json()["choices"][0]["text"] == "a"
         # M2: one that fails leaves the others serving.
         service.wait_until_ready()

@@ -13,7 +13,8 @@ import msgspec
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.key_binding import KeyBindings, KeyPress, KeyPressEvent
+from prompt_toolkit.keys import Keys
 
 from headrace.cli import terminal
 from headrace.core.errors import ContextOverflow, HeadraceError, InvalidRequest
@@ -34,7 +35,8 @@ HELP = """\
 /retry                answer the last question again
 /bye                  leave
 Alt-Enter, a backslash at the end of a line or \"\"\" around the text write several lines.
-Ctrl-C stops an answer; twice at an empty prompt, or Ctrl-D, leaves."""
+Ctrl-C stops an answer; twice at an empty prompt, or Ctrl-D, leaves. What is typed during an
+answer waits at the next prompt."""
 
 _QUOTES = '"""'
 _LISTS = ("stop", "stop_token_ids")
@@ -214,6 +216,7 @@ class Chat:
         self._answer = answer
         self._figures = figures
         self._session = _prompt_session(history)
+        self._typed = ""
 
     async def run(self) -> None:
         """Read questions and commands, and answer them, until the user leaves."""
@@ -224,7 +227,8 @@ class Chat:
         with contextlib.suppress(Leave, EOFError):
             while interrupts < 2:
                 try:
-                    text = unquoted(await self._session.prompt_async(">>> "))
+                    typed, self._typed = self._typed.rstrip("\n"), ""
+                    text = unquoted(await self._session.prompt_async(">>> ", default=typed))
                 except KeyboardInterrupt:
                     # Drops a line that was begun; only at an empty prompt it counts as leaving.
                     interrupts = 0 if self._session.default_buffer.text else interrupts + 1
@@ -252,7 +256,7 @@ class Chat:
         parts: list[str] = []
         task = asyncio.ensure_future(self._answer(parts))
         try:
-            with _on_interrupt(task.cancel):
+            with _on_interrupt(task.cancel), self._typing(task.cancel):
                 await asyncio.wait({task})
         finally:
             task.cancel()
@@ -271,6 +275,31 @@ class Chat:
             raise error
         elif self._figures:
             terminal.note(f"({task.result()})")
+
+    @contextlib.contextmanager
+    def _typing(self, stop: Callable[[], object]) -> Generator[None]:
+        """Keep what is typed or pasted for the next prompt, unseen; Ctrl-C calls `stop`."""
+        keys = self._session.input
+
+        def read() -> None:
+            for press in keys.read_keys():
+                if press.key == Keys.ControlC:
+                    stop()
+                else:
+                    self._typed = typed(self._typed, press)
+
+        with keys.raw_mode(), keys.attach(read):
+            yield
+
+
+def typed(text: str, press: KeyPress) -> str:
+    """Return a text after a key was pressed; those that move or command leave it as it is."""
+    if press.key in (Keys.ControlM, Keys.ControlJ):
+        return f"{text}\n"
+    if press.key == Keys.ControlH:
+        return text[:-1]
+    is_text = press.key == Keys.BracketedPaste or not isinstance(press.key, Keys)
+    return text + press.data.replace("\r\n", "\n").replace("\r", "\n") if is_text else text
 
 
 def _error_line(error: Exception) -> str:

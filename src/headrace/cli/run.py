@@ -20,6 +20,7 @@ from headrace.core.request import Message
 from headrace.core.sampling import Sampling, SamplingFields
 
 if TYPE_CHECKING:
+    from headrace.cli.answer import Shown
     from headrace.config import Settings
     from headrace.core.model import ModelSpec
     from headrace.model_worker import AsyncModelWorker
@@ -151,14 +152,16 @@ async def chat(
     figures: bool = True,
 ) -> None:
     """Load a model and chat with it until the user leaves."""
+    from headrace.cli.answer import for_chat
     from headrace.cli.chat import Chat, Conversation
 
+    shown = for_chat()
     title = spec.name + _place(spec, " at")
     conversation = Conversation(title, system=system, sampling=sampling)
     async with loaded(settings, spec) as worker:
 
         async def answer(parts: list[str]) -> str:
-            return summary(await written(worker, conversation.request(), parts))
+            return summary(await written(worker, conversation.request(), parts, shown))
 
         history = settings.config.home / "chat_history"
         await Chat(conversation, answer, history, figures=figures).run()
@@ -197,7 +200,10 @@ async def loaded(settings: Settings, spec: ModelSpec) -> AsyncGenerator[AsyncMod
 
 
 async def written(
-    worker: AsyncModelWorker, request: Mapping[str, Any], parts: list[str] | None = None
+    worker: AsyncModelWorker,
+    request: Mapping[str, Any],
+    parts: list[str] | None = None,
+    shown: Shown = terminal.plain,
 ) -> Finish:
     """Write an answer to stdout piece by piece, and append each to `parts`.
 
@@ -206,17 +212,16 @@ async def written(
     """
     stream = worker.generate_stream(**request)
     parts = [] if parts is None else parts
-    try:
-        async for event in stream:
-            if isinstance(event, Delta) and event.text:
-                parts.append(event.text)
-                terminal.write(event.text)
-            elif isinstance(event, Finish):
-                return event
-    finally:
-        await stream.aclose()
-        if parts and not parts[-1].endswith("\n"):
-            terminal.write("\n")
+    with shown() as write:
+        try:
+            async for event in stream:
+                if isinstance(event, Delta) and event.text:
+                    parts.append(event.text)
+                    write(event.text)
+                elif isinstance(event, Finish):
+                    return event
+        finally:
+            await stream.aclose()
     raise GenerationFailed("The stream ended without a Finish.")
 
 

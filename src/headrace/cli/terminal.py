@@ -34,6 +34,23 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+@contextmanager
+def plain() -> Generator[Callable[[str], None]]:
+    """Yield a function that writes the pieces of an answer; at the end its last line is ended."""
+    last = "\n"
+
+    def piece(text: str) -> None:
+        nonlocal last
+        last = text
+        write(text)
+
+    try:
+        yield piece
+    finally:
+        if not last.endswith("\n"):
+            write("\n")
+
+
 def note(text: str) -> None:
     """Write a line to stderr; stdout is for answers."""
     print(text, file=sys.stderr, flush=True)
@@ -149,9 +166,16 @@ def cells(text: str) -> int:
     return cell_len(text)
 
 
+def _amount(done: int, total: int) -> str:
+    """Return what is done: in percent, and in bytes unless the total is 100 or less."""
+    percent = f"{100 * done // total}%" if total else ""
+    in_bytes = [size(done), f"of {size(total)}" if total else ""] if max(done, total) > 100 else []
+    return " ".join(part for part in (*in_bytes, percent) if part)
+
+
 @contextmanager
 def progress() -> Generator[Report]:
-    """Yield a function that shows progress: as bars on a terminal, else not at all."""
+    """Yield a function that shows the current stage as a bar on a terminal, else nothing."""
     if not sys.stderr.isatty():
         yield lambda name, done, total: None
         return
@@ -166,14 +190,14 @@ def progress() -> Generator[Report]:
         console=Console(stderr=True, no_color=not log.colourful()),
         transient=True,
     )
-    tasks: dict[str, Any] = {}
+    task, stage = bars.add_task("", amount="", total=None, visible=False), ""
 
     def report(name: str, done: int, total: int) -> None:
-        if name not in tasks:
-            tasks[name] = bars.add_task(printable(name), amount="")
-        # A total up to 100 is in percent, which the bar shows; others are in bytes.
-        amount = f"{size(done)} of {size(total)}" if total > 100 else ""
-        bars.update(tasks[name], completed=done, total=total or None, amount=amount)
+        nonlocal stage
+        if name != stage:
+            stage = name
+            bars.reset(task, description=printable(name), visible=True)
+        bars.update(task, completed=done, total=total or None, amount=_amount(done, total))
 
     with bars:
         yield report

@@ -350,8 +350,9 @@ def _packed(parts: Iterable[str], width: int) -> list[StyledLine]:
 
 
 def _memory(model: ModelStatus) -> str:
-    """Return the measured memory and the estimate: `1.5 GB of ~1.6 GB`."""
-    estimated = model.estimated and f"~{size(sum(model.estimated.devices.values()))}"
+    """Return the measured memory and the estimate, both of all loaded replicas."""
+    loaded = max(1, sum(bool(replica.memory) for replica in model.replicas))
+    estimated = model.estimated and f"~{size(loaded * sum(model.estimated.devices.values()))}"
     measured = size(sum(model.memory.values())) if model.memory else None
     return " of ".join(part for part in (measured, estimated) if part) or "-"
 

@@ -65,7 +65,7 @@ def download(
         DoesNotFit: the disk is too small.
     """
     require_free(folder, 2 * entry.size if entry else 0)
-    _Pip(reference, folder, progress).run()
+    _Pip(reference, folder, progress, entry.size if entry else 0).run()
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise UpstreamError(f"pip downloaded {len(wheels)} wheels for {reference.requirement}.")
@@ -79,14 +79,20 @@ def download(
 
 
 class _Pip:
-    """A run of pip, polled several times a second."""
+    """A run of pip, polled several times a second.
 
-    def __init__(self, reference: IndexReference, folder: Path, progress: Progress) -> None:
+    `expected` is about the size of the package, for the progress until pip reports it; 0: unknown.
+    """
+
+    def __init__(
+        self, reference: IndexReference, folder: Path, progress: Progress, expected: int
+    ) -> None:
         self._requirement = reference.requirement
         self._folder = folder
         self._progress = progress
         self._log = b""
         self._required = 0
+        self._expected = expected
 
     def run(self) -> None:
         program, version = _find_pip()
@@ -132,7 +138,8 @@ class _Pip:
             # The archive and the extracted model.
             require_free(self._folder, 2 * total - done)
             self._required = total
-        self._progress("downloading", done, total)
+        total = total or self._expected
+        self._progress("downloading", min(done, total or done), total)
 
     def _failure(self) -> Exception:
         log = _PROGRESS.sub(b"", self._log).decode(errors="replace")

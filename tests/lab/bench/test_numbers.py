@@ -7,6 +7,7 @@ import itertools
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from headrace.core.errors import ConfigError
 from headrace.lab import figures
-from headrace.lab.bench import prompts, record, settings
+from headrace.lab.bench import plot, prompts, record, settings
 from headrace.lab.bench.answer import Answer, Row
 from headrace.lab.bench.record import Limit
 from headrace.lab.bench.runner import schedule
@@ -278,3 +279,31 @@ def test_what_can_be_read() -> None:
     assert place("h:8").name == "http://h:8/v1"
     assert place("https://user:secret@h/api/v1/").name == "https://h:443/api/v1"
     assert place("http://[::1]:5/v1").is_loopback
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_no_point_of_a_plot_is_on_the_frame(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 12.32: the last point and its label are inside."""
+    figures: list[Any] = []
+    new = plot._figure()
+
+    def recorded(**arguments: Any) -> Any:
+        figures.append(new(**arguments))
+        return figures[-1]
+
+    monkeypatch.setattr(plot, "_figure", lambda: recorded)
+    time = SimpleNamespace(p50=20, p99=40)
+    levels = [
+        SimpleNamespace(load="256", output_tokens_per_s=100 * n, ttft_ms=time, inter_token_ms=time)
+        for n in range(1, count + 1)
+    ]
+    runs: Any = {"a": SimpleNamespace(levels=levels)}
+    plot.draw(runs, tmp_path / "a.png")
+    for axes in figures[0].axes:
+        frame = axes.get_window_extent()
+        for label in axes.texts:
+            assert frame.x0 < label.get_window_extent().x1 < frame.x1
+        assert axes.get_xlim()[1] > 100 * count * 1.05
+        assert axes.get_ylim()[1] > 40 * 1.05

@@ -43,7 +43,8 @@ def draw(runs: Mapping[str, Run], path: Path) -> None:
             _line(axes, f"C{number}", name, field, run.levels)
         axes.set_xlabel("output tokens/s")
         axes.set_ylabel(label)
-        axes.set_xlim(left=0)
+        # The last point and its label are within the frame.
+        axes.set_xlim(0, axes.get_xlim()[1] * 1.05)
         axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
         axes.grid(visible=True, alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
