@@ -137,7 +137,7 @@ REFUSED: dict[str, tuple[tuple[str, Any], ...]] = {
     CHAT: (
         ("prompt_logprobs", 1), ("truncate_prompt_tokens", 5), ("use_beam_search", True),
         ("continue_final_message", True), ("add_generation_prompt", False), ("echo", True),
-        ("think", True), ("options", {"temperature": 0}), ("n_predict", 3), ("mirostat", 2),
+        ("options", {"temperature": 0}), ("n_predict", 3), ("mirostat", 2),
         ("chat_template", "{{ x }}"), ("top_a", 0.1), ("typical_p", 0.5), ("bad_words", ["x"]),
         ("include_stop_str_in_output", True), ("skip_special_tokens", False), ("format", "json"),
         ("length_penalty", 2), ("system", "be brief"), ("regex", "a+"),
@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[tuple[str, Any], ...]] = {
     ),
     "/v1/rerank": (("truncate_prompt_tokens", 5), ("rank_fields", ["a"]), ("top_k", 1)),
     "/v1/score": (("truncate_prompt_tokens", 5), ("add_special_tokens", False)),
-    "/tokenize": (("add_generation_prompt", False), ("with_pieces", True), ("tools", [{}])),
+    "/tokenize": (("add_generation_prompt", False), ("with_pieces", True)),
 }  # fmt: skip
 
 
@@ -169,7 +169,7 @@ async def test_what_would_change_the_answer_is_refused_by_name(
 
 async def test_fields_of_a_message_are_refused_with_their_place() -> None:
     """Issue 12.5, 12.6: tool calls, and answers that are begun."""
-    for field in ({"tool_calls": [{"id": "x"}]}, {"prefix": True}, {"images": ["aGk="]}):
+    for field in ({"prefix": True}, {"images": ["aGk="]}):
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **field}]
         answer, _ = await post(CHAT, chat(messages=turns))
         error = answer.json()["error"]

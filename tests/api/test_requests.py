@@ -174,10 +174,10 @@ async def test_unsupported_fields_may_say_what_changes_nothing() -> None:
 
 
 UNSUPPORTED = {
-    "tools": [{"type": "function"}], "tool_choice": "auto", "functions": [{}],
+    "functions": [{}],
     "function_call": "auto", "modalities": ["audio"], "audio": {"voice": "x"},
-    "prediction": {"type": "content"}, "web_search_options": {}, "reasoning_effort": "low",
-    "verbosity": "low", "guided_json": {}, "grammar": "x",
+    "prediction": {"type": "content"}, "web_search_options": {},
+    "guided_json": {}, "grammar": "x",
     "structured_outputs": {}, "allowed_token_ids": [1],
 }  # fmt: skip
 
@@ -234,7 +234,7 @@ async def test_wrong_values_are_refused_by_name(path: str, name: str, value: Any
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
          "messages[0].content[0].type"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-         "messages[0].tool_calls"),
+         "messages[0].tool_calls[0].function"),
         ({"messages": [{"role": "user", "content": "x"}] * 3000}, "messages"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),

@@ -129,8 +129,10 @@ async def test_one_choice_that_cannot_be_admitted_frees_the_others() -> None:
 async def test_messages_go_through_the_template() -> None:
     """W9, W25: the model's template with the system turn merged, or the configured one."""
     messages = (Message("system", "be brief"), Message("user", "hello"))
-    async with worker() as one:
+    async with worker(chat_template="{{ messages[-1].content }}") as one:
         assert (await collect(one.ask(ask(None, messages=messages)))).text == "be brief\n\nhello"
+    async with worker() as one:
+        assert (await collect(one.ask(ask(None, messages=messages)))).text == "hello"
         assert one.models()[0].roles
     async with worker(chat_template="{% for m in messages %}[{{ m.content }}]{% endfor %}") as one:
         assert (await collect(one.ask(ask(None, messages=messages)))).text == ("[be brief][hello]")

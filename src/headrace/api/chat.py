@@ -29,11 +29,11 @@ from headrace.core.events import (
     Choice,
     FinishReason,
     TokenLogprob,
+    ToolCall,
     ToolCallDelta,
     TopLogprob,
 )
 from headrace.core.request import GenerateRequest
-from headrace.core.tools import ToolCall
 
 
 class ChatRequest(ThinkingFields, frozen=True, kw_only=True):

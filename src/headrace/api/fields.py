@@ -58,7 +58,7 @@ _OF_TEMPLATE: Peers = {
     **_refused("continue_final_message", False),
     **_refused("chat_template", instead="The model's setting chat_template sets one"),
     **_refused("documents", []),
-    **_refused("tools functions", []),
+    **_refused("functions", []),
 }
 
 GENERATE: Peers = {
@@ -68,7 +68,7 @@ GENERATE: Peers = {
     **_ignored("cache_prompt id_slot n_keep n_discard timings_per_token samplers t_max_predict_ms"),
     **_ignored("mirostat_tau mirostat_eta dynatemp_exponent xtc_threshold dry_base"),
     **_ignored("dry_allowed_length dry_penalty_last_n dry_sequence_breakers repeat_last_n"),
-    **_ignored("parallel_tool_calls disable_parallel_tool_use parse_tool_calls"),
+    **_ignored("disable_parallel_tool_use parse_tool_calls"),
     **_refused("n_predict max_new_tokens num_predict", instead="Use max_tokens"),
     **_refused("num_ctx", instead="Use context_length"),
     **_refused("mirostat dynatemp_range xtc_probability dry_multiplier top_a tfs", 0),
@@ -93,11 +93,8 @@ GENERATE: Peers = {
     **_ignored("verbosity"),
     **_refused("audio prediction web_search_options"),
     **_refused("modalities", ["text"]),
-    **_refused("tool_choice function_call", "none"),
-    **_refused(
-        "reasoning_effort reasoning think thinking enable_thinking thinking_budget",
-        instead="A template's own switches go into chat_template_kwargs",
-    ),
+    **_refused("function_call", "none"),
+    **_refused("thinking_budget", instead="Use thinking_token_budget"),
     **_refused("reasoning_format", "auto"),
     **_refused("format", "", instead="Use response_format"),
     **_refused("system template", "", instead="Use a message with the role system"),
@@ -118,6 +115,11 @@ COMPLETIONS: Peers = {
     **GENERATE,
     **_refused("messages", instead="Use prompt, or /v1/chat/completions"),
     **_refused("top_logprobs", instead="Use logprobs with a number"),
+    **_ignored("parallel_tool_calls"),
+    **_refused("tools", [], instead="Use /v1/chat/completions"),
+    **_refused("tool_choice", "none", "auto"),
+    **_refused("reasoning_effort reasoning think thinking enable_thinking", False, "none"),
+    **_refused("thinking_token_budget"),
     **_refused("max_completion_tokens", instead="Use max_tokens"),
     **_ignored("chat_template_kwargs"),
 }

@@ -12,8 +12,9 @@ from headrace.api import fields, limits
 from headrace.api.fields import Body, Peers
 from headrace.api.wire import GenerateFields
 from headrace.core.errors import InvalidRequest
+from headrace.core.events import ToolCall
 from headrace.core.request import Message, Role
-from headrace.core.tools import Thinking, Tool, ToolCall, ToolChoice
+from headrace.core.tools import Thinking, Tool, ToolChoice
 
 ToolName = Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
 CallId = Annotated[str, Meta(max_length=256)]

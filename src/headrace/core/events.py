@@ -10,7 +10,6 @@ from typing import Literal
 import msgspec
 
 from headrace.core.metrics import InferenceMetrics, Usage
-from headrace.core.tools import ToolCall
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "cancelled", "error"]
 """Why a choice ended. `cancelled` and `error` appear in figures and logs, not on a Finish."""
@@ -146,6 +145,14 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, tag="f"):
 
 Event = Progress | Delta | ToolCallDelta | Vectors | Ranking | Scores | TokenCount | Text | Finish
 """`Progress*`, then deltas or one event with the result, then one Finish."""
+
+
+class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A call that a model has made. `arguments` is the text of a JSON object."""
+
+    id: str
+    name: str
+    arguments: str
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,9 +16,10 @@ import msgspec
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest
+from headrace.core.events import ToolCall
 from headrace.core.model import Task
 from headrace.core.sampling import Sampling
-from headrace.core.tools import Thinking, Tool, ToolCall, ToolChoice
+from headrace.core.tools import Thinking, Tool, ToolChoice
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Operation = Literal[

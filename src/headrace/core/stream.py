@@ -22,10 +22,10 @@ from headrace.core.events import (
     Text,
     TokenCount,
     TokenLogprob,
+    ToolCall,
     ToolCallDelta,
     Vectors,
 )
-from headrace.core.tools import ToolCall
 
 Stream = AsyncGenerator[Event, None]
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""Tools that a model may call, its calls, and what a request asks of its thinking."""
+"""Tools that a model may call, and what a request asks of its thinking."""
 
 from __future__ import annotations
 
@@ -19,14 +19,6 @@ class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool = False
-
-
-class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A call that a model has made. `arguments` is the text of a JSON object."""
-
-    id: str
-    name: str
-    arguments: str
 
 
 class ToolChoice(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -103,7 +103,7 @@ class Chat:
 
     @property
     def _may_think(self) -> bool:
-        # Most templates without thinking are told by their text, without trials.
+        # Most templates without thinking show it by their text, without trials.
         return self.template.mentions_thinking and self.format.thinks
 
     def _switches(self, thinking: Thinking) -> dict[str, Any]:

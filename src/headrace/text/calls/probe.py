@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
+from jinja2.exceptions import TemplateError
 
+from headrace.core.errors import HeadraceError
 from headrace.text.calls.derive import Sample, common, derived
 from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.format import Format, TemplateFacts
@@ -90,7 +92,8 @@ class _Probe:
     def _rendered(self, messages: Messages, tools: Tools, options: dict[str, Any]) -> str | None:
         try:
             return self._render(messages, tools, **options)
-        except Exception:  # noqa: BLE001 - a template refuses in any way; that is the answer
+        except (HeadraceError, TemplateError, ArithmeticError, LookupError, TypeError, ValueError):
+            # A template refuses in any way; that is the answer.
             return None
 
     def _region(self, *turns: Mapping[str, Any]) -> str:
