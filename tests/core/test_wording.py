@@ -105,7 +105,7 @@ def test_no_jargon_is_left(data: dict[str, Any]) -> None:
          "messages[0].role: expected one of assistant, developer, system, tool, user; "
          "got 'robot'."),
         (CHAT, chat(messages=[{"role": "assistant", "content": "", "tool_calls": [{}]}]),
-         "messages[0].tool_calls[0].function is missing."),
+         "messages[0].tool_calls[0].function: This field is required."),
         (TEXT, text({"a": 1}), "prompt: expected a string or an array, got an object."),
     ],
 )  # fmt: skip
