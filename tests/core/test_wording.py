@@ -102,8 +102,8 @@ def test_no_jargon_is_left(data: dict[str, Any]) -> None:
         (CHAT, chat(response_format={"type": "xml"}),
          "response_format.type: expected one of json_object, json_schema, text; got 'xml'."),
         (CHAT, chat(messages=[{"role": "robot", "content": "x"}]),
-         "messages[0].role: expected one of assistant, developer, system, tool, user; "
-         "got 'robot'."),
+         "messages[0].role: expected one of assistant, developer, system, tool, user, "
+         "function; got 'robot'."),
         (CHAT, chat(messages=[{"role": "assistant", "content": "", "tool_calls": [{}]}]),
          "messages[0].tool_calls[0].function: This field is required."),
         (TEXT, text({"a": 1}), "prompt: expected a string or an array, got an object."),
