@@ -248,7 +248,7 @@ class Probe:
         kept = {name: text for name, text in os.environ.items() if not name.startswith("HEADRACE_")}
         return kept | {
             "HOME": str(scratch),
-            "HOUSE_PROBE": str(self._switch),
+            "PYTHON_HOUSE_PROBE": str(self._switch),
             "PYTHONPATH": f"{scratch}{os.pathsep}{directory / 'src'}",
         }
 

@@ -1,7 +1,7 @@
 """Records which source files run and how async generators are stacked; see house.py.
 
 Copied as `sitecustomize.py` into a directory of PYTHONPATH, it is loaded by every Python process
-that a service starts. The file named by HOUSE_PROBE holds one byte: 0 while nothing is recorded,
+that a service starts. The file named by PYTHON_HOUSE_PROBE holds one byte: 0 while nothing is recorded,
 otherwise the number of a window. Each process appends lines to a file of its own beside it.
 """
 
@@ -61,5 +61,5 @@ def install(switch: str) -> None:
     sys.setprofile(profile)
 
 
-if "HOUSE_PROBE" in os.environ:
-    install(os.environ["HOUSE_PROBE"])
+if "PYTHON_HOUSE_PROBE" in os.environ:
+    install(os.environ["PYTHON_HOUSE_PROBE"])
