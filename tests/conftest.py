@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -117,6 +118,17 @@ def anyio_backend() -> str:
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("HEADRACE_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _log() -> Iterator[None]:
+    """Leave the log as it was: a test that configures it would hide the records of later ones."""
+    log = logging.getLogger("headrace")
+    before = log.propagate, log.level, log.disabled, list(log.handlers)
+    yield
+    log.propagate, log.disabled = before[0], before[2]
+    log.setLevel(before[1])
+    log.handlers[:] = before[3]
 
 
 @pytest.fixture

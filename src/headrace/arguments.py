@@ -70,7 +70,7 @@ def _message(item: Message | Mapping[str, Any], place: str) -> Message:
     known, unknown = fields.known(dict(item), ChatMessage, place)
     fields.check(unknown)
     try:
-        return to_messages([msgspec.convert(known, ChatMessage)])[0]
+        return to_messages([msgspec.convert(known, ChatMessage)], int(place[9:-1]))[0]
     except msgspec.ValidationError as error:
         raise refusal(error, ChatMessage, place) from error
 

@@ -152,8 +152,10 @@ class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
     thinking_token_budget: Annotated[int, Meta(ge=0)] | None = None
 
 
-def to_messages(wire: Sequence[ChatMessage]) -> tuple[Message, ...]:
+def to_messages(wire: Sequence[ChatMessage], first: int = 0) -> tuple[Message, ...]:
     """Return the turns of a conversation, each with its parts joined to one text.
+
+    `first` is the number of the first in errors.
 
     Raises:
         InvalidRequest: a turn has no content where its role needs it, or an unknown call is
@@ -161,7 +163,7 @@ def to_messages(wire: Sequence[ChatMessage]) -> tuple[Message, ...]:
     """
     turns: list[Message] = []
     names: dict[str, str] = {}
-    for index, message in enumerate(wire):
+    for index, message in enumerate(wire, first):
         turn = _turn(message, f"messages[{index}]", names)
         names |= {call.id: call.name for call in turn.tool_calls}
         turns.append(turn)
@@ -227,7 +229,7 @@ def _turn(message: ChatMessage, place: str, names: dict[str, str]) -> Message:
         raise InvalidRequest("Only an assistant's turn has calls.", param=f"{place}.tool_calls")
     text = _text(message.content) if message.content is not None else message.refusal or ""
     if message.content is None and role != "assistant":
-        raise InvalidRequest("content is missing.", param=f"{place}.content")
+        raise InvalidRequest(f"{place}.content is missing.", param=f"{place}.content")
     return Message(
         role,
         text,
