@@ -502,7 +502,10 @@ def test_messages_take_parts(echo: ModelWorker) -> None:
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
         ([Message("user", "a"), {"role": "user"}], "messages[1].content"),
         ([{"role": "user", "content": "a", "nmae": "b"}], "messages[].nmae"),
-        ([{"role": "user", "content": "a", "tool_calls": [{}]}], "messages[0].tool_calls[0].function"),
+        (
+            [{"role": "user", "content": "a", "tool_calls": [{}]}],
+            "messages[0].tool_calls[0].function",
+        ),
         ([3], "messages[0]"), ("text", "messages"), ({"role": "user"}, "messages"),
         ([], "messages"),
     ]  # fmt: skip
