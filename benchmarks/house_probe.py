@@ -2,7 +2,8 @@
 
 Copied as `sitecustomize.py` into a directory of PYTHONPATH, it is loaded by every Python process
 that a service starts. The file named by PYTHON_HOUSE_PROBE holds one byte: 0 while nothing is
-recorded, otherwise the number of a window. Each process appends lines to a file of its own beside it.
+recorded, otherwise the number of a window. Each process appends lines to a file of
+its own beside it.
 """
 
 from __future__ import annotations
