@@ -18,12 +18,13 @@ from headrace.core.errors import (
     UpstreamError,
     WorkerDied,
 )
-from headrace.core.events import Delta, Finish, TokenLogprob
+from headrace.core.events import Delta, Finish, TokenLogprob, ToolCallDelta
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import Capabilities
 from headrace.core.model import Continuation as Policy
-from headrace.core.request import GenerateRequest
+from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling
+from headrace.core.tools import Tool, ToolChoice
 from headrace.pool.continuation import Continuation, Diverged
 
 ABLE = Capabilities(batch_invariant=True, resume=True)
@@ -267,3 +268,33 @@ def test_that_an_undisturbed_answer_passes_unchanged() -> None:
     delta = Delta("a", (1,))
     assert one.new(delta) is delta
     assert one.new(last) is last
+
+
+def test_calls_go_on_once() -> None:
+    """Issue 13: the client gets each head and each part of the arguments once."""
+    one = answer()
+    one.new(Delta("a ", (1,)))
+    one.new(ToolCallDelta(0, "call_1", "f", '{"a"'))
+    assert way_on(one, DIED, ABLE) == "fast"
+    assert one.new(Delta("a ", (1,))) is None
+    assert one.new(ToolCallDelta(0, "call_1", "f")) is None
+    assert one.new(ToolCallDelta(0, arguments='{"a": 1')) == ToolCallDelta(0, arguments=": 1")
+    assert one.new(ToolCallDelta(1, "call_2", "g")) == ToolCallDelta(1, "call_2", "g")
+    other = answer()
+    other.new(ToolCallDelta(0, "call_1", "f", "{"))
+    way_on(other, DIED, ABLE)
+    with pytest.raises(Diverged):
+        other.new(ToolCallDelta(0, "call_1", "g", "{"))
+
+
+def test_enforced_calls_are_not_resumed() -> None:
+    """Issue 13: a grammar cannot begin in the middle; a repeatable answer is made again."""
+    tools = (Tool("f"),)
+    messages = (Message("user", "x"),)
+    for choice, way in ((ToolChoice("required"), "exact"), (ToolChoice(), "fast")):
+        request = GenerateRequest(
+            messages=messages, tools=tools, tool_choice=choice, sampling=Sampling(temperature=0)
+        )
+        one = Continuation(request, "fast", Time())
+        one.new(Delta("a ", (1,)))
+        assert way_on(one, DIED, ABLE) == way

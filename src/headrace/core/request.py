@@ -176,6 +176,13 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
         return "text_completion" if self.messages is None else "chat"
 
     @property
+    def enforces_calls(self) -> bool:
+        """Whether a grammar enforces calls of tools, or the arguments of some."""
+        choice = self.tool_choice
+        tools = choice.allowed(self.tools)
+        return bool(tools) and (choice.mode == "required" or any(tool.strict for tool in tools))
+
+    @property
     def slots(self) -> int:
         """One for each choice."""
         return self.n

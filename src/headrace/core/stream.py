@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from typing import Generic, TypeVar
 
+import msgspec
+
 from headrace.core.errors import GenerationFailed, HeadraceError
 from headrace.core.events import (
     Choice,
@@ -216,19 +218,36 @@ def _choice(index: int, parts: Sequence[Delta | ToolCallDelta], reason: FinishRe
         index=index,
         text="".join(delta.text for delta in deltas),
         reasoning="".join(delta.reasoning for delta in deltas),
-        tool_calls=_calls([part for part in parts if isinstance(part, ToolCallDelta)]),
+        tool_calls=_calls([part for part in parts if isinstance(part, ToolCallDelta)], reason),
         token_ids=tuple(token_ids),
         logprobs=tuple(logprobs),
         finish_reason=reason,
     )
 
 
-def _calls(parts: Sequence[ToolCallDelta]) -> tuple[ToolCall, ...]:
-    heads = {part.call: part for part in parts if part.name}
-    return tuple(
-        ToolCall(head.id, head.name, "".join(p.arguments for p in parts if p.call == number))
-        for number, head in sorted(heads.items())
-    )
+def _calls(parts: Sequence[ToolCallDelta], reason: FinishReason) -> tuple[ToolCall, ...]:
+    calls: dict[int, ToolCall] = {}
+    arguments: dict[int, list[str]] = {}
+    for part in parts:
+        if part.name:
+            calls[part.call] = ToolCall(part.id, part.name, "")
+        arguments.setdefault(part.call, []).append(part.arguments)
+    whole = [
+        msgspec.structs.replace(call, arguments="".join(arguments[number]))
+        for number, call in sorted(calls.items())
+    ]
+    # The last one may have been cut.
+    if whole and reason == "length" and not _is_json(whole[-1].arguments):
+        whole.pop()
+    return tuple(whole)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return False
+    return True
 
 
 async def merge(streams: Sequence[Stream]) -> Stream:

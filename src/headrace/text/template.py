@@ -15,7 +15,7 @@ from headrace.core.request import Message, Role
 from headrace.text.renderer import Fault, Rendered, Work, render
 
 _MAX_SOURCE = 1024 * 1024
-_RESERVED = frozenset({"messages", "bos_token", "eos_token"})
+_RESERVED = frozenset({"messages", "tools", "bos_token", "eos_token"})
 _PROBE = "probe"
 _PROBES: dict[Role, tuple[Role, ...]] = {
     "system": ("system", "user"),

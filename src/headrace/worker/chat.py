@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from headrace.core.constraint import Constraint
-from headrace.core.errors import InvalidRequest
+from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.tools import Thinking, Tool
 from headrace.text.calls.constrain import constraint_for
@@ -79,23 +79,25 @@ class Chat:
         """Return what enforces calls: of a required one, or the arguments of strict tools.
 
         Raises:
-            InvalidRequest: the schema of a tool cannot be enforced, or the request has another
-                constraint.
+            InvalidRequest: the schema of a tool cannot be enforced.
+            Unsupported: the request has another constraint.
         """
         tools, choice = request.tool_choice.allowed(request.tools), request.tool_choice
-        if choice.mode != "required" and not any(tool.strict for tool in tools):
-            return request.constraint
-        if request.constraint is not None:
-            raise InvalidRequest(
-                "A response format cannot be combined with required or strict tools.",
-                param="response_format",
+        if tools and request.constraint is not None:
+            # Its grammar begins with the first token, so that the model could call none.
+            raise Unsupported(
+                "A response format cannot be combined with tools here.", param="response_format"
             )
+        if not request.enforces_calls:
+            return request.constraint
         mode: Literal["auto", "required"] = "required" if choice.mode == "required" else "auto"
         thinking: Literal["none", "open", "optional"] = "none"
         if self.format.thinks:
             opened = thinking_open_in(prompt[-_TAIL:], self.format)
             thinking = "open" if opened else "optional"
-        enforced = [_enforceable(tool) for tool in tools]
+        enforced = [
+            _enforceable(tool) if tool.strict or mode == "required" else tool for tool in tools
+        ]
         grammar = constraint_for(
             self.format, enforced, mode, parallel=choice.parallel, thinking=thinking
         )
@@ -109,6 +111,8 @@ class Chat:
     def _switches(self, thinking: Thinking) -> dict[str, Any]:
         if thinking == Thinking():
             return {}
+        if thinking.budget is not None and self._may_think:
+            raise Unsupported("A budget of thinking is not supported.", param="thinking")
         known = self.format.template.thinking
         options: dict[str, Any] = {}
         if thinking.enabled is not None:
@@ -129,5 +133,9 @@ def _openai_tool(tool: Tool) -> dict[str, Any]:
 def _enforceable(tool: Tool) -> Tool:
     if tool.parameters is None:
         return tool
-    Constraint(json_schema=tool.parameters)
-    return msgspec.structs.replace(tool, parameters=without_formats(tool.parameters))
+    try:
+        Constraint(json_schema=tool.parameters)
+        return msgspec.structs.replace(tool, parameters=without_formats(tool.parameters))
+    except InvalidRequest as error:
+        message = f"The tool {tool.name}: {error.message}"
+        raise InvalidRequest(message, param="tools") from error

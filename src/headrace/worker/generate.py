@@ -78,7 +78,14 @@ class _Choice:
         self._text = TextPipeline(job.stops)
         self._parts: PartsPipeline | None = None
         if job.splitter is not None:
-            self._parts = PartsPipeline(job.splitter(), job.stops, turn.request.id, index)
+            request = turn.request
+            self._parts = PartsPipeline(
+                job.splitter(),
+                job.stops,
+                request.id,
+                index,
+                single=not request.tool_choice.parallel,
+            )
         self._stops: TextPipeline | PartsPipeline = self._parts or self._text
         self._tokens = 0
         self._whole: list[str] | None = None if job.constraint is None else []
@@ -122,7 +129,9 @@ class _Choice:
     def _rest(self) -> Sequence[Output]:
         """Return the events of what was held back."""
         if self._parts is not None:
-            return self._parts.flush()
+            if events := self._parts.flush():
+                self._turn.meter.delta(0, visible=True)
+            return events
         rest = self._text.flush()
         self._note(rest)
         return (Delta(rest, index=self._index),) if rest else ()

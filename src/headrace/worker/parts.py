@@ -29,11 +29,13 @@ def call_id(request: str, index: int, number: int) -> str:
 class PartsPipeline:
     """Bytes of one choice become events. Stop strings are searched in the content only.
 
-    `request` and `index` make the ids of calls that the model gives none. `calls` are those that
-    are complete: name and arguments.
+    `request` and `index` make the ids of calls that the model gives none. With `single` the answer
+    ends with its first call. `calls` are those that are complete: name and arguments.
     """
 
-    def __init__(self, splitter: Splitter, stops: Sequence[str], request: str, index: int) -> None:
+    def __init__(
+        self, splitter: Splitter, stops: Sequence[str], request: str, index: int, *, single: bool
+    ) -> None:
         self.calls: list[tuple[str, str]] = []
         self.is_thinking = False
         self._splitter = splitter
@@ -41,13 +43,14 @@ class PartsPipeline:
         self._matcher = StopMatcher(stops)
         self._request = request
         self._index = index
+        self._single = single
         self._name = ""
         self._arguments: list[str] = []
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was found; read it after `flush` too."""
-        return self._matcher.matched is not None
+        """Whether the answer has ended before its model ended it; read it after `flush` too."""
+        return self._matcher.matched is not None or (self._single and bool(self.calls))
 
     def feed(self, data: bytes, *, may_stop: bool = True) -> list[Output]:
         """Return the events of new bytes."""
@@ -65,6 +68,8 @@ class PartsPipeline:
         return [event for part in parts for event in self._event(part, may_stop=may_stop)]
 
     def _event(self, part: Part, *, may_stop: bool) -> Iterator[Output]:
+        if self.stopped:
+            return
         self.is_thinking = isinstance(part, Thought)
         if isinstance(part, Content):
             if text := self._matcher.feed(part.text) if may_stop else part.text:
@@ -72,6 +77,10 @@ class PartsPipeline:
         elif isinstance(part, Thought):
             yield Delta(reasoning=part.text, index=self._index)
         elif isinstance(part, CallStart):
+            if rest := self._matcher.flush():
+                yield Delta(rest, index=self._index)
+            if self.stopped:
+                return
             self._name, self._arguments = part.name, []
             identity = part.id or call_id(self._request, self._index, part.index)
             yield ToolCallDelta(part.index, identity, part.name, index=self._index)

@@ -328,7 +328,8 @@ def _check_constrained(sampling: Sampling, capabilities: Capabilities) -> None:
 def _check_resumable(request: GenerateRequest, capabilities: Capabilities) -> None:
     if not capabilities.resume:
         raise Unsupported("This engine cannot continue an answer.", param="answered")
-    if request.n > 1 or request.echo or request.constraint is not None:
+    constrained = request.constraint is not None or request.enforces_calls
+    if request.n > 1 or request.echo or constrained:
         raise Unsupported(
             "An answer with several choices, an echo or a JSON schema cannot be continued.",
             param="answered",

@@ -28,10 +28,11 @@ from headrace.core.errors import (
     InvalidRequest,
     Unsupported,
 )
-from headrace.core.events import Delta, Finish
-from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
+from headrace.core.events import Delta, Finish, ToolCall
+from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, Message
 from headrace.core.sampling import Sampling
 from headrace.core.stream import collect, collect_count, collect_text
+from headrace.core.tools import Tool, ToolChoice
 
 
 async def test_an_answer_comes_with_its_account() -> None:
@@ -396,3 +397,56 @@ async def test_events_come_as_they_are_said() -> None:
             else:
                 assert isinstance(one, Finish)
     assert times[1] - times[0] > 0.2
+
+
+async def test_tools_are_passed_on_and_calls_come_back() -> None:
+    """Issue 13: the head of each call once, though the upstream repeats it or leaves the id out."""
+
+    def part(index: int, arguments: str, **more: Any) -> Any:
+        function = {"name": "f", "arguments": arguments}
+        return event(chunk(tool_calls=[{"index": index, "function": function, **more}]))
+
+    play = Play(
+        [
+            part(0, '{"a"', id="up_1"),
+            part(0, ": 1}", id="up_1"),
+            part(1, "{}"),
+            event(chunk(reason="tool_calls")),
+            DONE,
+        ]
+    )
+    made = ToolCall("call_9", "f", '{"a": 0}')
+    request = GenerateRequest(
+        messages=(
+            Message("user", "x"),
+            Message("assistant", tool_calls=(made,)),
+            Message("tool", "22", tool_call_id="call_9"),
+        ),
+        tools=(Tool("f", parameters={"type": "object"}),),
+        tool_choice=ToolChoice("required", ("f",), parallel=False),
+    )
+    async with upstream(play) as server, started(server.url) as worker:
+        result = await collect(worker.ask(request))
+        [seen] = server.requests
+    first, second = result.choices[0].tool_calls
+    assert first == ToolCall("up_1", "f", '{"a": 1}')
+    assert (second.name, second.arguments, bool(second.id)) == ("f", "{}", True)
+    assert result.finish_reason == "tool_calls"
+    function = {"name": "f", "parameters": {"type": "object"}}
+    assert seen.body["tools"] == [{"type": "function", "function": function}]
+    assert seen.body["tool_choice"] == {"type": "function", "function": {"name": "f"}}
+    assert seen.body["parallel_tool_calls"] is False
+    assert seen.body["messages"][1:] == [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "call_9",
+                    "type": "function",
+                    "function": {"name": "f", "arguments": '{"a": 0}'},
+                }
+            ],
+        },
+        {"role": "tool", "content": "22", "tool_call_id": "call_9"},
+    ]

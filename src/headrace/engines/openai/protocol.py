@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -23,7 +23,9 @@ from headrace.core.request import (
     GenerateRequest,
     Message,
     RerankRequest,
+    new_id,
 )
+from headrace.core.tools import Tool
 from headrace.engines.base import RemoteFinish
 from headrace.engines.remote import Access, stream_error
 from headrace.models.providers import Provider
@@ -108,20 +110,23 @@ def _format(request: GenerateRequest, provider: Provider) -> dict[str, Any]:
 
 def _tools(request: GenerateRequest) -> dict[str, Any]:
     body: dict[str, Any] = {}
+    if request.thinking.budget is not None:
+        raise Unsupported("A budget of thinking is not supported.", param="thinking")
     if request.thinking.effort is not None:
         body["reasoning_effort"] = request.thinking.effort
     if not request.tools:
         return body
     choice = request.tool_choice
-    body["tools"] = [
-        {"type": "function", "function": msgspec.to_builtins(tool)}
-        for tool in choice.allowed(request.tools) or request.tools
-    ]
+    body["tools"] = _listed(choice.allowed(request.tools) or request.tools)
     named = [{"type": "function", "function": {"name": name}} for name in choice.names]
     body["tool_choice"] = named[0] if len(named) == 1 and choice.mode == "required" else choice.mode
     if not choice.parallel:
         body["parallel_tool_calls"] = False
     return body
+
+
+def _listed(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": msgspec.to_builtins(tool)} for tool in tools]
 
 
 def _messages(messages: tuple[Message, ...], provider: Provider) -> list[dict[str, Any]]:
@@ -177,7 +182,9 @@ def count_body(request: CountRequest, model: str) -> bytes:
     if request.messages is None:
         body |= {"prompt": request.text, "add_special_tokens": request.add_special}
     else:
-        body["messages"] = request.messages
+        body["messages"] = [openai_turn(turn, text_arguments=True) for turn in request.messages]
+    if request.tools:
+        body["tools"] = _listed(request.tools)
     if request.template_options:
         body["chat_template_kwargs"] = request.template_options
     return msgspec.json.encode(body)
@@ -205,6 +212,7 @@ class AnswerReader:
         self._access = access
         self._reasons: list[FinishReason | None] = [None] * n
         self._usage: Usage | None = None
+        self._begun: set[tuple[int, int]] = set()
 
     @property
     def is_complete(self) -> bool:
@@ -238,7 +246,7 @@ class AnswerReader:
             delta = _delta(choice, int(index))
             if delta.text or delta.reasoning or delta.logprobs:
                 yield delta
-            yield from _calls(choice, int(index))
+            yield from self._calls(choice, int(index))
         self._note(chunk.usage)
 
     def finish(self) -> RemoteFinish:
@@ -247,6 +255,25 @@ class AnswerReader:
         if len(reasons) < len(self._reasons):
             raise UpstreamError("The upstream's stream is truncated: a choice has no end.")
         return RemoteFinish(finish_reasons=tuple(reasons), usage=self._usage)
+
+    def _calls(self, choice: Choice, index: int) -> Iterator[ToolCallDelta]:
+        parts: Any = choice.delta.tool_calls if choice.delta else None
+        for place, part in enumerate(cast("list[Any]", parts) if isinstance(parts, list) else []):
+            try:
+                call = msgspec.convert(part, _Call, strict=False)
+            except msgspec.ValidationError:
+                raise UpstreamError("The upstream sent a malformed tool call.") from None
+            number, function = place if call.index is None else call.index, call.function
+            arguments = function.arguments or ""
+            if (index, number) in self._begun:
+                # Some repeat the head with each part.
+                yield ToolCallDelta(number, arguments=arguments, index=index)
+                continue
+            if not function.name:
+                raise UpstreamError("The upstream sent a tool call without a name.")
+            self._begun.add((index, number))
+            identity = call.id or f"call_{new_id()}"
+            yield ToolCallDelta(number, identity, function.name, arguments, index)
 
     def _note(self, usage: object) -> None:
         self._usage = chunks.usage_of(usage) or self._usage
@@ -262,21 +289,6 @@ class AnswerReader:
 def _delta(choice: Choice, index: int) -> Delta:
     logprobs = _tokens(choice.logprobs) if choice.logprobs else ()
     return Delta(choice.content, index=index, reasoning=choice.thinking, logprobs=logprobs)
-
-
-def _calls(choice: Choice, index: int) -> Iterator[ToolCallDelta]:
-    parts: Any = choice.delta.tool_calls if choice.delta else None
-    listed = cast("list[Any]", parts) if isinstance(parts, list) else []
-    for place, part in enumerate(listed):
-        try:
-            call = msgspec.convert(part, _Call, strict=False)
-        except msgspec.ValidationError:
-            raise UpstreamError("The upstream sent a malformed tool call.") from None
-        number = place if call.index is None else call.index
-        function = call.function
-        yield ToolCallDelta(
-            number, call.id or "", function.name or "", function.arguments or "", index
-        )
 
 
 def _tokens(logprobs: Logprobs) -> tuple[TokenLogprob, ...]:
