@@ -6,12 +6,12 @@ The machine is a fake one: a driver with two GPUs. The processes are real.
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.packages import bring_engine
 from tests.worker.rig import until
 
 from headrace import engines, machine, runtime
@@ -90,14 +90,7 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with two GPUs, and an engine for them; the folder in which it tells."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(hardware, "_nvml", driver)
-    folder = tmp_path / "site"
-    about = folder / "gpu_echo-1.dist-info"
-    about.mkdir(parents=True)
-    (folder / "gpu_echo.py").write_text(textwrap.dedent(ENGINE))
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: gpu-echo\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[headrace.engines]\ngpu_echo = gpu_echo\n")
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.syspath_prepend(folder)
+    bring_engine("gpu_echo", ENGINE, tmp_path / "site", monkeypatch)
     told = tmp_path / "told"
     told.mkdir()
     return told

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import resource
 import socket
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import psutil
 import pytest
+from tests.packages import bring_engine
 from tests.worker.rig import ask, echo, resolve
 
 from headrace.core.errors import HeadraceError, LoadFailed
@@ -83,14 +83,7 @@ needs_landlock = pytest.mark.skipif(confine.landlock() < 4, reason="this kernel 
 @pytest.fixture(autouse=True)
 def trying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine of another package."""
-    folder = tmp_path / "site"
-    about = folder / "trying-1.dist-info"
-    about.mkdir(parents=True)
-    (folder / "trying.py").write_text(textwrap.dedent(ENGINE))
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: trying\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[headrace.engines]\ntrying = trying\n")
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.syspath_prepend(folder)
+    bring_engine("trying", ENGINE, tmp_path / "site", monkeypatch)
 
 
 def worker(*, confine: bool = True, booked: int | None = None, **given: Any) -> WorkerProcess:

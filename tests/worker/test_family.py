@@ -6,12 +6,12 @@ import asyncio
 import os
 import signal
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from tests.packages import bring_engine
 from tests.worker.rig import ask, echo, first_delta, resolve, until
 
 from headrace.core.errors import WorkerDied
@@ -65,14 +65,7 @@ class Engine(echo.Engine):
 @pytest.fixture
 def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of an engine that a package on the path brings."""
-    folder = tmp_path / "site"
-    about = folder / "starting-1.dist-info"
-    about.mkdir(parents=True)
-    (folder / "starting.py").write_text(textwrap.dedent(ENGINE))
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: starting\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[headrace.engines]\nstarting = starting\n")
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.syspath_prepend(folder)
+    bring_engine("starting", ENGINE, tmp_path / "site", monkeypatch)
     return "starting"
 
 

@@ -21,6 +21,7 @@ from headrace.engines.base import (
 )
 from headrace.engines.llamacpp.engine import Engine as LlamaCpp
 from headrace.engines.openvino.engine import Engine
+from headrace.engines.openvino.vocabulary import Vocabulary
 
 pytestmark = [pytest.mark.engines, pytest.mark.anyio]
 
@@ -207,3 +208,18 @@ async def test_a_property_that_does_not_exist_is_told(converted: ModelFile) -> N
     with pytest.raises(LoadFailed) as caught:
         Engine(OpenRequest(model=converted, context_length=256, options=options))
     assert "NO_SUCH_PROPERTY" in str(caught.value.detail)
+
+
+def test_a_tensor_is_read_before_there_are_threads(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W20: two threads that read the first tensor at once wait for each other in the library."""
+    texts: list[str] = []
+
+    def tokenize(self: Vocabulary, text: str, *, add_special: bool) -> list[int]:
+        texts.append(text)
+        return []
+
+    monkeypatch.setattr(Vocabulary, "tokenize", tokenize)
+    Vocabulary(engine._tokenizer)
+    assert len(texts) == 1

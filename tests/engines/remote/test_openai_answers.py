@@ -28,7 +28,7 @@ from headrace.core.errors import (
     InvalidRequest,
     Unsupported,
 )
-from headrace.core.events import Delta, Finish, ToolCall
+from headrace.core.events import Delta, Finish, ToolCall, ToolCallDelta
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, Message
 from headrace.core.sampling import Sampling
 from headrace.core.stream import collect, collect_count, collect_text
@@ -426,12 +426,17 @@ async def test_tools_are_passed_on_and_calls_come_back() -> None:
         tool_choice=ToolChoice("required", ("f",), parallel=False),
     )
     async with upstream(play) as server, started(server.url) as worker:
-        result = await collect(worker.ask(request))
+        events = [e async for e in worker.ask(request) if isinstance(e, ToolCallDelta | Finish)]
         [seen] = server.requests
-    first, second = result.choices[0].tool_calls
-    assert first == ToolCall("up_1", "f", '{"a": 1}')
-    assert (second.name, second.arguments, bool(second.id)) == ("f", "{}", True)
-    assert result.finish_reason == "tool_calls"
+    *parts, finish = events
+    assert parts[:2] == [
+        ToolCallDelta(0, "up_1", "f", '{"a"'),
+        ToolCallDelta(0, arguments=": 1}"),
+    ]
+    assert isinstance(parts[2], ToolCallDelta)
+    assert (parts[2].name, parts[2].arguments, bool(parts[2].id)) == ("f", "{}", True)
+    assert isinstance(finish, Finish)
+    assert finish.finish_reason == "tool_calls"
     function = {"name": "f", "parameters": {"type": "object"}}
     assert seen.body["tools"] == [{"type": "function", "function": function}]
     assert seen.body["tool_choice"] == {"type": "function", "function": {"name": "f"}}
