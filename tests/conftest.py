@@ -122,13 +122,16 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _log() -> Iterator[None]:
-    """Leave the log as it was: a test that configures it would hide the records of later ones."""
-    log = logging.getLogger("headrace")
-    before = log.propagate, log.level, log.disabled, list(log.handlers)
+    """Reset the levels of the log: commands set some, which would hide records from later tests."""
+    before = {log: log.level for log in _loggers()}
     yield
-    log.propagate, log.disabled = before[0], before[2]
-    log.setLevel(before[1])
-    log.handlers[:] = before[3]
+    for log in _loggers():
+        log.setLevel(before.get(log, logging.NOTSET))
+
+
+def _loggers() -> list[logging.Logger]:
+    names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "headrace"]
+    return [logging.getLogger(name) for name in names]
 
 
 @pytest.fixture
