@@ -149,7 +149,8 @@ class MemoryQueue:
         # Another replica may have been loaded meanwhile, which is not evicted for this one.
         may_evict = may_evict and not entry.is_ready
         if not (may_evict and is_wanted) and not self.ledger.returning:
-            raise Unwanted(self._too_little(load) if is_wanted or not may_evict else "")
+            has_reason = is_wanted or not may_evict or self._has_others(load)
+            raise Unwanted(self._too_little(load) if has_reason else "")
         may_evict = may_evict and is_wanted
         first = may_evict and self._waiting[0] is load
         if may_evict and isinstance(decision, Evict) and self._may_evict(load, now):
@@ -192,6 +193,11 @@ class MemoryQueue:
         ]
         now, rules = self._clock(), self.rules
         return policy.make_room(need, free, residents, waited_s=waited_s, now=now, rules=rules)
+
+    def _has_others(self, load: _PendingLoad) -> bool:
+        """Whether another replica of the model has memory, which may have come first."""
+        others = (replica for replica in load.entry.replicas if replica is not load.replica)
+        return any(self.ledger.of(replica.key) for replica in others)
 
     def _too_little(self, load: _PendingLoad) -> str:
         free = {device: size for device, size in self.ledger.free().items() if device in load.need}
