@@ -75,12 +75,14 @@ config.command("path")(with_common(path))
 def doctor(common: Common) -> None:
     """Show versions, engines, devices, memory, and where models and settings are."""
     from headrace import runtime
+    from headrace.machine.hardware import usable_cpus
 
     settings = common.settings()
     system, home = runtime.system(), settings.config.home
     stored = list(runtime.store(settings.config).list())
     report: dict[str, Any] = {
         "system": system,
+        "usable_cpus": usable_cpus(),
         "engines": runtime.engines(),
         "providers": [_provider(*item) for item in runtime.providers().items()],
         "home": {"path": home, "free": _free(home), "models": len(stored)},
@@ -93,7 +95,8 @@ def doctor(common: Common) -> None:
 
 def _doctor_lines(report: dict[str, Any], devices: Sequence[Device]) -> Iterator[str]:
     machine, home, files = report["system"], report["home"], report["configuration"]
-    cpu = f"{machine['cpu']}, {machine['cores']} cores; {', '.join(machine['instruction_sets'])}"
+    cores = f"{machine['cores']} cores (usable CPUs: {report['usable_cpus']})"
+    cpu = f"{machine['cpu']}, {cores}; {', '.join(machine['instruction_sets'])}"
     about = [("os", machine["os"]), ("python", machine["python"]), ("cpu", cpu)]
     if machine["driver"]:
         about.append(("gpu", f"driver {machine['driver']}, CUDA {machine['cuda'] or 'unknown'}"))
