@@ -16,7 +16,7 @@ import pytest
 from tests.cli.programs import HELLO, PROGRAM, ask, headrace, serving
 
 from headrace.api.chat import ChatRequest
-from headrace.cli.app import _GROUPS, _name, app, run
+from headrace.cli.app import _EXAMPLES, _GROUPS, _name, app, run
 from headrace.core.sampling import SamplingFields, described
 
 HEAVY = {"torch", "fastapi", "starlette", "httptools", "xllamacpp", "huggingface_hub", "numpy"}
@@ -123,6 +123,14 @@ def test_the_help_has_groups_whole_summaries_and_examples(
         assert run([name, "--help"]) == 0
         shown = capsys.readouterr().out
         assert all(f"\n    headrace {line}\n" in shown for line in lines), name
+        assert "[[" not in shown
+    for group, commands in _EXAMPLES.items():
+        assert run([group, "--help"]) == 0
+        assert "..." not in capsys.readouterr().out.partition("\nCommands:\n")[2]
+        for name, lines in commands.items():
+            assert run([group, name, "--help"]) == 0
+            shown = capsys.readouterr().out
+            assert all(f"\n    headrace {line}\n" in shown for line in lines), name
 
 
 @pytest.mark.usefixtures("as_environ")

@@ -39,7 +39,7 @@ _EXAMPLES: dict[Task, tuple[str, dict[str, Any]]] = {
 Models = Annotated[
     list[str] | None,
     Argument(
-        metavar="[MODEL]...",
+        metavar="MODEL",
         autocompletion=known_models,
         help="Models; by default all of the configuration, or its default_model.",
     ),
