@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.conftest import TEST_ROUNDS
 from tests.service.serving import Service, served
 
-ROUNDS = int(os.environ.get("HEADRACE_TEST_ROUNDS", "8"))
+ROUNDS = TEST_ROUNDS or 8
 
 
 @pytest.fixture(scope="module")
