@@ -35,8 +35,7 @@ FEW = frozenset(
 )
 """What changes with the Backend. The rest is the engine's, and echo runs it on every Backend."""
 
-_ENFORCED = frozenset({"tool_calls_required", "tool_calls_strict"})
-_SCHEMAS = frozenset({"json_schema", "json_schema_fails_closed"}) | _ENFORCED
+_SCHEMAS = frozenset({"json_schema", "json_schema_fails_closed", "tool_calls_required"})
 
 SOUND = FEW | {
     "greedy_repeats",
@@ -174,7 +173,7 @@ SAMPLES = [
         settings=_SHORT,
         # Slow enough to be caught in the middle of an answer.
         options={"tokens_per_second": 200},
-        refused=_NARROW | _PENALTIES | _fields("logit_bias") | _SCHEMAS,
+        refused=_NARROW | _PENALTIES | _fields("logit_bias") | _SCHEMAS | {"tool_calls_strict"},
         heavy=False,
     ),
     Sample(
