@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -64,9 +65,8 @@ LOOK = [
 
 def play(*events: dict[str, Any]) -> Play:
     """Events that the library's own types accept."""
-    from anthropic.types import RawMessageStreamEvent
-
-    types: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
+    library: Any = importlib.import_module("anthropic.types")
+    types: TypeAdapter[Any] = TypeAdapter(library.RawMessageStreamEvent)
     for made in events:
         types.validate_python(made)
     return Play([event(made) for made in events])
