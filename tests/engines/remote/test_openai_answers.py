@@ -434,6 +434,7 @@ async def test_tools_are_passed_on_and_calls_come_back() -> None:
         ToolCallDelta(0, "up_1", "f", '{"a"'),
         ToolCallDelta(0, arguments=": 1}"),
     ]
+    assert isinstance(finish, Finish)
     assert finish.finish_reason == "tool_calls"
     function = {"name": "f", "parameters": {"type": "object"}}
     assert seen.body["tools"] == [{"type": "function", "function": function}]
