@@ -140,7 +140,7 @@ REFUSED: dict[str, tuple[tuple[str, Any], ...]] = {
         ("options", {"temperature": 0}), ("n_predict", 3), ("mirostat", 2),
         ("chat_template", "{{ x }}"), ("top_a", 0.1), ("typical_p", 0.5), ("bad_words", ["x"]),
         ("include_stop_str_in_output", True), ("skip_special_tokens", False), ("format", "json"),
-        ("length_penalty", 2), ("system", "be brief"), ("regex", "a+"),
+        ("length_penalty", 2), ("system", "be brief"), ("structural_tag", {}),
     ),
     TEXT: (("prompt_logprobs", 1), ("use_beam_search", True), ("max_completion_tokens", 4)),
     "/v1/embeddings": (
