@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import random
 import re
 import resource
 import signal
@@ -37,6 +38,8 @@ _NO_TEXT = "allows no text"
 _PR_SET_PDEATHSIG = 1
 _END = 256
 """The token after those of the bytes."""
+_BYTES = (1 << _END) - 1
+_REHEARSED, _REHEARSAL_S = 300, 0.2
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 _CARET = re.compile(r"^    ( *)\^", re.MULTILINE)
 
@@ -55,6 +58,14 @@ class Matcher(Protocol):
 
     def accepts(self, data: bytes) -> bool:
         """Return whether they are a whole text of the grammar."""
+        ...
+
+    def following(self) -> int:
+        """Return which bytes may be the next, as bits."""
+        ...
+
+    def take(self, byte: int) -> None:
+        """Go on after a byte."""
         ...
 
 
@@ -78,6 +89,12 @@ class _Package:
     def accepts(self, data: bytes) -> bool:
         tokens = [*data, self._TOKENIZER.eos_token]
         return self._matcher.validate_tokens(tokens) == len(tokens)
+
+    def following(self) -> int:
+        return int.from_bytes(self._matcher.compute_bitmask(), "little") & _BYTES
+
+    def take(self, byte: int) -> None:
+        self._matcher.consume_token(byte)
 
 
 class _TokenizerInit(ctypes.Structure):
@@ -114,11 +131,12 @@ class Library:
                 "free_matcher",
             )
         }
-        for name in ("get_error", "compute_mask", "validate_tokens"):
+        for name in ("get_error", "compute_mask", "validate_tokens", "consume_token", "get_mask"):
             functions[name] = getattr(library, f"llg_matcher_{name}")
         for name in ("new_tokenizer", "new_matcher"):
             functions[name].restype = ctypes.c_void_p
         functions["get_error"].restype = ctypes.c_char_p
+        functions["get_mask"].restype = ctypes.c_void_p
         self._lengths = (ctypes.c_uint32 * (_END + 1))(*[1] * _END, 4)
         self._init = ctypes.create_string_buffer(1024)
         functions["constraint_init_set_defaults"](self._init, ctypes.c_void_p(self._tokenizer()))
@@ -164,6 +182,14 @@ class _Linked:
     def accepts(self, data: bytes) -> bool:
         return self._valid((*data, _END)) == len(data) + 1
 
+    def following(self) -> int:
+        self._functions["compute_mask"](self._address)
+        mask: int | None = self._functions["get_mask"](self._address)
+        return int.from_bytes(ctypes.string_at(mask, _END // 8), "little") if mask else 0
+
+    def take(self, byte: int) -> None:
+        self._functions["consume_token"](self._address, ctypes.c_uint32(byte))
+
     def _valid(self, tokens: tuple[int, ...]) -> int:
         given = (ctypes.c_uint32 * len(tokens))(*tokens)
         validate = self._functions["validate_tokens"]
@@ -200,6 +226,26 @@ def followed(
     kept = not data or matcher.prefix(data) == len(data) if cut else matcher.accepts(data)
     if not kept:
         raise Refused((), "is not followed")
+
+
+def rehearsed(grammar: str, new_matcher: Compile) -> None:
+    """Write a random text of a grammar, in which each byte has to take a short time.
+
+    An ambiguous grammar takes the longer the more there is, and an engine's other requests wait.
+
+    Raises:
+        Refused: it takes too much.
+    """
+    draw = random.Random(0)  # noqa: S311  # the same for each
+    matcher, began = new_matcher(grammar), time.process_time()
+    for _ in range(_REHEARSED):
+        following = matcher.following()
+        allowed = [byte for byte in range(_END) if following >> byte & 1]
+        if matcher.error or time.process_time() - began > _REHEARSAL_S:
+            raise Refused((), _TOO_MUCH)
+        if not allowed:
+            return
+        matcher.take(draw.choice(allowed))
 
 
 def converted(grammar: str) -> str:
@@ -336,6 +382,8 @@ def _reply(job: Mapping[str, Any], new_matcher: Compile) -> dict[str, Any]:
         if "grammar" in job:
             lark = converted(job["grammar"])
             followed(lark, text, new_matcher, cut=cut)
+            if "text" not in job:
+                rehearsed(lark, new_matcher)
             return {"lark": lark}
         if "lark" in job:
             followed(job["lark"], text, new_matcher, cut=cut, regex=job.get("regex", ""))
