@@ -30,6 +30,8 @@ from headrace.api.exchange import ClientGone, Exchange, Route, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.openapi import document, page
 from headrace.api.rerank import Ranking, RankRequest, rerank
+from headrace.api.responses import InputTokens, ResponsesRequest, input_tokens, responses
+from headrace.api.responses_body import ResponseBody, ResponseEvent
 from headrace.api.score import ScoreBody, ScoreList, score
 from headrace.api.status import (
     Health,
@@ -60,6 +62,16 @@ ROUTES = (
     Route("GET", "/v1/models/{model_id:path}", show_model, ModelCard),
     Route("POST", "/v1/chat/completions", chat_completions, ChatCompletion, ChatRequest, ChatChunk),
     Route("POST", "/v1/completions", completions, Completion, CompletionRequest, CompletionChunk),
+    Route(
+        "POST",
+        "/v1/responses",
+        responses,
+        ResponseBody,
+        ResponsesRequest,
+        ResponseEvent,
+        named=True,
+    ),
+    Route("POST", "/v1/responses/input_tokens", input_tokens, InputTokens, ResponsesRequest),
     Route("POST", "/v1/embeddings", embeddings, EmbeddingList, EmbeddingRequest),
     Route("POST", "/embeddings", embeddings, EmbeddingList, EmbeddingRequest),
     Route("POST", "/v1/rerank", rerank, Ranking, RankRequest),
@@ -200,4 +212,6 @@ async def _routing_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem = problems.routing(error, request.method, request.url.path)
     headers = {name.decode(): value.decode() for name, value in problem.headers}
-    return Response(problem.body(), problem.status, headers, "application/json")
+    exchange: Exchange = request.scope["headrace"]
+    body = exchange.dialect.write(problem, exchange.call.id)
+    return Response(body, problem.status, headers, "application/json")

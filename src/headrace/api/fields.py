@@ -124,6 +124,57 @@ COMPLETIONS: Peers = {
     **_ignored("chat_template_kwargs"),
 }
 
+_STATELESS = "This server keeps no responses: send the earlier items in input"
+
+_OF_RESPONSES = frozenset({"metadata", "safety_identifier", "prompt_cache_key", "store", "user"})
+
+RESPONSES: Peers = {
+    **{name: peer for name, peer in GENERATE.items() if name not in _OF_RESPONSES},
+    **_refused("previous_response_id conversation", instead=_STATELESS),
+    **_refused("background", False),
+    **_refused("prompt moderation"),
+    # What is kept, cached, counted or shortened.
+    **_ignored("context_management background_options prompt_cache_options access_programs image"),
+    **_ignored("personality"),
+    **_refused("messages", instead="Use input, or /v1/chat/completions"),
+    **_refused("max_completion_tokens", instead="Use max_output_tokens"),
+    **_refused("response_format", instead="Use text.format"),
+    **_refused("json_schema", instead="Use text.format"),
+    **_refused("reasoning_effort thinking think enable_thinking", instead="Use reasoning.effort"),
+    **_refused("thinking_token_budget repeat_penalty"),
+    **_refused("n best_of", 1),
+    **_refused("stop stop_token_ids", [], ""),
+    **_refused("logprobs", False, instead="Use include and top_logprobs"),
+    **_refused("logit_bias", {}),
+    **_refused("ignore_eos", False),
+}
+
+INPUT_ITEM: Peers = {
+    # What clients send back of an earlier answer, and the items of tools that a provider runs.
+    **_ignored("id status summary phase namespace caller async created_by internal_chat_message"),
+    **_ignored("action results queries code container_id outputs result error server_label tools"),
+    **_ignored("operation environment max_output_length execution approval_request_id approve"),
+    **_ignored("reason pending_safety_checks acknowledged_safety_checks actions"),
+}
+INPUT_PART: Peers = _ignored(
+    "annotations logprobs image_url file_id detail file_data file_url filename input_audio"
+    " prompt_cache_breakpoint"
+)
+RESPONSE_REASONING: Peers = {
+    **_ignored("generate_summary context mode"),
+    **_refused("enabled", True),
+    **_refused("max_tokens"),
+}
+# Fields of tools that a provider runs, which are left out as a whole; hints.
+RESPONSE_TOOL: Peers = _ignored(
+    "defer_loading allowed_callers output_schema async user_location search_context_size filters"
+    " search_content_types external_web_access vector_store_ids max_num_results ranking_options"
+    " container server_label server_url server_description connector_id authorization headers"
+    " allowed_tools require_approval tunnel_id background input_fidelity input_image_mask model"
+    " moderation output_compression output_format partial_images quality size action svg"
+    " display_height display_width environment execution image_settings return_token_budget"
+)
+
 MESSAGE: Peers = {
     # What clients send back of an earlier answer, and hints for caches.
     **_ignored("cache_control id status tool_name"),

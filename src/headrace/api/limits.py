@@ -54,6 +54,9 @@ MAX_DEPTH = 64
 """How deep JSON may be nested."""
 
 MAX_MESSAGES = 2048
+MAX_ITEMS = 8192
+"""Of a response's input: a turn of an agent has three or more."""
+
 MAX_TOOLS = 128
 MAX_PROMPTS = 128
 MAX_INPUTS = 2048

@@ -226,13 +226,23 @@ def generate_fields(
         raise InvalidRequest("stream_options needs stream to be true.", param="stream_options")
     if (wire.n or 1) * prompts > limits.MAX_CHOICES:
         raise InvalidRequest(f"At most {limits.MAX_CHOICES} choices are accepted.", param="n")
-    values = request_fields(wire, settings, call)
-    values |= {
+    return answer_fields(wire, settings, call, stream=bool(wire.stream)) | {
         "n": wire.n or 1,
         "constraint": _constraint(wire),
         "context_length": wire.context_length,
     }
-    if wire.stream:
+
+
+def answer_fields(
+    wire: Addressed, settings: ApiSettings, call: Call, *, stream: bool
+) -> dict[str, Any]:
+    """Return the fields that every core request has, for an answer that may be streamed.
+
+    Raises:
+        InvalidRequest: keep_alive is not a duration, or longer than a year.
+    """
+    values = request_fields(wire, settings, call)
+    if stream:
         # The comments of a stream report the progress of the load, so that it has no time limit.
         values["load_wait_s"] = None
     return values
@@ -244,16 +254,10 @@ def to_sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int |
     Raises:
         InvalidRequest: a value is out of its range.
     """
-    values = {name: getattr(wire, name) for name in SamplingFields.__struct_fields__}
-    values |= {"max_tokens": max_tokens, "logprobs": logprobs}
+    values = scalars(wire) | {"max_tokens": max_tokens, "logprobs": logprobs}
     values["repetition_penalty"] = _either(
         "repeat_penalty", wire.repeat_penalty, "repetition_penalty", wire.repetition_penalty
     )
-    if wire.top_k == -1:
-        # In vLLM's API -1 means that all tokens are candidates.
-        values["top_k"] = 0
-    # 0 has no effect, so that every engine accepts it.
-    values["min_tokens"] = wire.min_tokens or None
     return Sampling(
         **values,
         stop=(wire.stop,) if isinstance(wire.stop, str) else tuple(wire.stop or ()),
@@ -261,6 +265,17 @@ def to_sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int |
         ignore_eos=bool(wire.ignore_eos),
         logit_bias=wire.logit_bias or {},
     )
+
+
+def scalars(wire: SamplingFields) -> dict[str, Any]:
+    """Return the scalar parameters of a request as the core has them."""
+    values = {name: getattr(wire, name) for name in SamplingFields.__struct_fields__}
+    if wire.top_k == -1:
+        # In vLLM's API -1 means that all tokens are candidates.
+        values["top_k"] = 0
+    # 0 has no effect, so that every engine accepts it.
+    values["min_tokens"] = wire.min_tokens or None
+    return values
 
 
 def to_inputs(name: str, wire: str | Sequence[str | int | list[int]], limit: int) -> list[Prompt]:

@@ -200,14 +200,20 @@ async def collect_text(stream: Stream) -> str:
 
 
 def _result(parts: dict[int, list[Delta | ToolCallDelta]], finish: Finish) -> GenerateResult:
+    stops = finish.stops or (None,) * len(finish.finish_reasons)
     choices = tuple(
-        _choice(index, parts.get(index, ()), reason)
-        for index, reason in enumerate(finish.finish_reasons)
+        _choice(index, parts.get(index, ()), reason, stop)
+        for index, (reason, stop) in enumerate(zip(finish.finish_reasons, stops, strict=True))
     )
     return GenerateResult(choices=choices, usage=finish.usage, metrics=finish.metrics)
 
 
-def _choice(index: int, parts: Sequence[Delta | ToolCallDelta], reason: FinishReason) -> Choice:
+def _choice(
+    index: int,
+    parts: Sequence[Delta | ToolCallDelta],
+    reason: FinishReason,
+    stop: str | None = None,
+) -> Choice:
     deltas = [part for part in parts if isinstance(part, Delta)]
     logprobs: list[TokenLogprob] = []
     token_ids: list[int] = []
@@ -222,6 +228,7 @@ def _choice(index: int, parts: Sequence[Delta | ToolCallDelta], reason: FinishRe
         token_ids=tuple(token_ids),
         logprobs=tuple(logprobs),
         finish_reason=reason,
+        stop=stop,
     )
 
 

@@ -63,7 +63,7 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
                 yield event
         finally:
             await stream.aclose()
-        yield turn.finish([choice.reason for choice in choices])
+        yield turn.finish([c.reason for c in choices], [c.stop for c in choices])
 
 
 class _Choice:
@@ -90,6 +90,11 @@ class _Choice:
         self._tokens = 0
         self._whole: list[str] | None = None if job.constraint is None else []
         self._least = self._request.sampling.min_tokens or 0
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the choice."""
+        return self._stops.matched
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Yield the events of the choice: the text of a continued answer, then new text."""
