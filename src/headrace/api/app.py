@@ -17,6 +17,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.api import admin as manage
 from headrace.api import problems
+from headrace.api.anthropic import (
+    CountTokensRequest,
+    MessagesRequest,
+    MessageTokens,
+    count_tokens,
+    create_message,
+)
+from headrace.api.anthropic_answer import MessageBody, MessageEvent
 from headrace.api.chat import ChatChunk, ChatCompletion, ChatRequest, chat_completions
 from headrace.api.completions import (
     Completion,
@@ -72,6 +80,16 @@ ROUTES = (
         named=True,
     ),
     Route("POST", "/v1/responses/input_tokens", input_tokens, InputTokens, ResponsesRequest),
+    Route(
+        "POST",
+        "/v1/messages",
+        create_message,
+        MessageBody,
+        MessagesRequest,
+        MessageEvent,
+        named=True,
+    ),
+    Route("POST", "/v1/messages/count_tokens", count_tokens, MessageTokens, CountTokensRequest),
     Route("POST", "/v1/embeddings", embeddings, EmbeddingList, EmbeddingRequest),
     Route("POST", "/embeddings", embeddings, EmbeddingList, EmbeddingRequest),
     Route("POST", "/v1/rerank", rerank, Ranking, RankRequest),

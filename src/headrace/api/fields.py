@@ -149,6 +149,38 @@ RESPONSES: Peers = {
     **_refused("ignore_eos", False),
 }
 
+COUNT_TOKENS: Peers = {
+    **{name: peer for name, peer in GENERATE.items() if name != "system"},
+    **_ignored("betas container context_management inference_geo speed diagnostics cache_control"),
+    **_ignored("user_profile_id workspace_id fallbacks stream stop_sequences"),
+    **_ignored("context_length keep_alive"),
+    **_refused("prompt", instead="Use messages"),
+    **_refused("response_format json_schema", instead="Use output_config.format"),
+    **_refused("reasoning_effort reasoning think enable_thinking", instead="Use thinking"),
+    **_refused("max_completion_tokens", instead="Use max_tokens"),
+    **_refused("stop", [], "", instead="Use stop_sequences"),
+    **_refused("n best_of", 1),
+    **_refused("stop_token_ids logit_bias", [], {}),
+    **_refused("logprobs ignore_eos", False),
+    **_refused("top_logprobs repeat_penalty"),
+}
+MESSAGES: Peers = {
+    name: peer
+    for name, peer in COUNT_TOKENS.items()
+    if name not in {"stream", "stop_sequences", "context_length", "keep_alive"}
+}
+BLOCK: Peers = _ignored(
+    "cache_control citations signature data source context caller toolset_name file_id"
+    " server_name encrypted_content"
+)
+MESSAGES_TOOL: Peers = _ignored(
+    "cache_control defer_loading input_examples eager_input_streaming allowed_callers max_uses"
+    " allowed_domains blocked_domains user_location citations max_content_tokens max_characters"
+    " display_width_px display_height_px display_number enable_zoom use_cache model"
+    " mcp_server_name default_config configs response_inclusion max_tokens caching"
+)
+OUTPUT_CONFIG: Peers = _ignored("task_budget")
+
 INPUT_ITEM: Peers = {
     # What clients send back of an earlier answer, and the items of tools that a provider runs.
     **_ignored("id status summary phase namespace caller async created_by internal_chat_message"),
