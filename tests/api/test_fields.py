@@ -17,6 +17,10 @@ WARNING = "x-headrace-warning"
 BODIES: dict[str, dict[str, Any]] = {
     CHAT: chat(),
     TEXT: text(),
+    "/v1/responses": {"model": "m", "input": "hi"},
+    "/v1/responses/input_tokens": {"model": "m", "input": "hi"},
+    "/v1/messages": chat(max_tokens=9),
+    "/v1/messages/count_tokens": chat(),
     "/v1/embeddings": {"model": "m", "input": "hi"},
     "/v1/rerank": {"model": "m", "query": "q", "documents": ["d"]},
     "/v1/score": {"model": "m", "text_1": "a", "text_2": "b"},
@@ -56,8 +60,10 @@ async def test_unknown_fields_as_it_is_set(path: str, caplog: pytest.LogCaptureF
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     answer, backend = await post(path, body, unknown_fields="refuse")
     assert (answer.status_code, backend.requests) == (400, [])
-    assert answer.json()["error"]["param"] == "modell"
-    assert "Did you mean model?" in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert error.get("param", "modell") == "modell", "Anthropic's errors have no param"
+    assert "modell" in error["message"]
+    assert "Did you mean model?" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +149,11 @@ REFUSED: dict[str, tuple[tuple[str, Any], ...]] = {
         ("length_penalty", 2), ("system", "be brief"), ("regex", "a+"),
     ),
     TEXT: (("prompt_logprobs", 1), ("use_beam_search", True), ("max_completion_tokens", 4)),
+    "/v1/responses": (
+        ("previous_response_id", "resp_1"), ("conversation", "c"), ("background", True),
+        ("stop", "x"), ("prompt", {"id": "p"}), ("messages", []), ("response_format", {}),
+        ("json_schema", {"type": "null"}), ("thinking", {"type": "enabled"}), ("n", 2),
+    ),
     "/v1/embeddings": (
         ("truncate_prompt_tokens", 5), ("input_type", "query"), ("options", {"a": 1}),
     ),
