@@ -187,9 +187,11 @@ INPUT_ITEM: Peers = {
     **_ignored("action results queries code container_id outputs result error server_label tools"),
     **_ignored("operation environment max_output_length execution approval_request_id approve"),
     **_ignored("reason pending_safety_checks acknowledged_safety_checks actions"),
+    # Of the openai package's own objects.
+    **_ignored("async_ parsed_arguments"),
 }
 INPUT_PART: Peers = _ignored(
-    "annotations logprobs image_url file_id detail file_data file_url filename input_audio"
+    "annotations logprobs parsed image_url file_id detail file_data file_url filename input_audio"
     " prompt_cache_breakpoint"
 )
 RESPONSE_REASONING: Peers = {
