@@ -141,14 +141,15 @@ async def test_the_log_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
 
 REFUSED: dict[str, tuple[tuple[str, Any], ...]] = {
     CHAT: (
-        ("prompt_logprobs", 1), ("truncate_prompt_tokens", 5), ("use_beam_search", True),
-        ("continue_final_message", True), ("add_generation_prompt", False), ("echo", True),
+        ("truncate_prompt_tokens", 5), ("use_beam_search", True), ("echo", True), ("suffix", "a"),
         ("options", {"temperature": 0}), ("n_predict", 3), ("mirostat", 2),
         ("chat_template", "{{ x }}"), ("top_a", 0.1), ("typical_p", 0.5), ("bad_words", ["x"]),
         ("include_stop_str_in_output", True), ("skip_special_tokens", False), ("format", "json"),
         ("length_penalty", 2), ("system", "be brief"), ("regex", "a+"),
     ),
-    TEXT: (("prompt_logprobs", 1), ("use_beam_search", True), ("max_completion_tokens", 4)),
+    TEXT: (
+        ("add_generation_prompt", False), ("use_beam_search", True), ("max_completion_tokens", 4),
+    ),
     "/v1/responses": (
         ("previous_response_id", "resp_1"), ("conversation", "c"), ("background", True),
         ("stop", "x"), ("prompt", {"id": "p"}), ("messages", []), ("response_format", {}),
@@ -159,7 +160,7 @@ REFUSED: dict[str, tuple[tuple[str, Any], ...]] = {
     ),
     "/v1/rerank": (("truncate_prompt_tokens", 5), ("rank_fields", ["a"]), ("top_k", 1)),
     "/v1/score": (("truncate_prompt_tokens", 5), ("add_special_tokens", False)),
-    "/tokenize": (("add_generation_prompt", False), ("with_pieces", True)),
+    "/tokenize": (("with_pieces", True),),
 }  # fmt: skip
 
 

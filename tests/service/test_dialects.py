@@ -141,7 +141,8 @@ def test_thinking_by_responses(their: openai.OpenAI) -> None:
     first = their.responses.create(
         model="thinker", input=THOUGHT, include=include, reasoning={"effort": "low"}
     )
-    reasoning, message = first.output
+    output: Any = first.output
+    reasoning, message = output
     assert (reasoning.type, message.type, first.output_text) == ("reasoning", "message", "Paris.")
     assert (reasoning.content or [])[0].text.strip() == "Hm, let me see."
     history: Any = [
@@ -270,6 +271,20 @@ def test_models_by_both_clients(their: openai.OpenAI, claude: anthropic.Anthropi
     assert names == [model.id for model in their.models.list()]
     assert names == ["smollm2", "echo", "claude-echo", "thinker"]
     assert claude.models.retrieve("claude-echo").display_name == "echo"
+
+
+def test_a_begun_answer_is_continued(claude: anthropic.Anthropic) -> None:
+    """Issue 14.2: the real model goes on where its turn ends, and does not begin another."""
+    begun: Any = {"role": "assistant", "content": "1, 2, 3, 4,"}
+    answer = claude.messages.create(
+        model="smollm2",
+        max_tokens=6,
+        messages=[*user("Count from 1 to 9."), begun],
+        extra_body={"temperature": 0},
+    )
+    (text,) = answer.content
+    assert text.type == "text"
+    assert text.text.lstrip().startswith("5")
 
 
 def test_the_real_model_by_messages(claude: anthropic.Anthropic) -> None:

@@ -294,8 +294,11 @@ def to_choice(wire: MessagesChoice | None) -> ToolChoice:
 
 def _conversation(wire: CountTokensRequest, call: Call) -> dict[str, Any]:
     """Return the fields of the core that are those of a count too."""
+    messages = to_messages(wire)
+    last = messages[-1] if messages else Message("user")
     return {
-        "messages": to_messages(wire),
+        "messages": messages,
+        "continue_final": last.role == "assistant" and bool(last.content) and not last.tool_calls,
         "tools": to_tools(wire, call),
         "thinking": _thinking(wire),
         "template_options": wire.chat_template_kwargs or {},

@@ -15,6 +15,7 @@ from headrace.core.events import (
     FinishReason,
     GenerateResult,
     Progress,
+    PromptTokens,
     ToolCallDelta,
 )
 from headrace.core.metrics import InferenceMetrics, Usage
@@ -160,8 +161,13 @@ class MessageEncoder:
             data += self._begin(TextBlock(""), "text", "text")
         return data + self._added(delta.text)
 
-    def call(self, delta: ToolCallDelta) -> bytes:
+    def rare(self, event: ToolCallDelta | PromptTokens) -> bytes:
         """Return the events of an addition to a call."""
+        if isinstance(event, PromptTokens):
+            return b""
+        return self._call(event)
+
+    def _call(self, delta: ToolCallDelta) -> bytes:
         data = b""
         if delta.name:
             block = ToolUseBlock(delta.id, delta.name, {})

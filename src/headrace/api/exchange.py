@@ -18,10 +18,10 @@ from headrace.api.fields import Unknown
 from headrace.api.limits import ApiSettings
 from headrace.api.problems import Dialect, Headers, Problem, Refused, refused
 from headrace.core.backend import Admin, Backend
+from headrace.core.envelope import new_id
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.record import Monitor, Outcome
-from headrace.core.request import new_id
 from headrace.core.wording import names_unknown_field, refusal
 
 T = TypeVar("T")

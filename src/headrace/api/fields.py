@@ -54,8 +54,6 @@ _OF_ANY: Peers = {
 }
 
 _OF_TEMPLATE: Peers = {
-    **_refused("add_generation_prompt", True),
-    **_refused("continue_final_message", False),
     **_refused("chat_template", instead="The model's setting chat_template sets one"),
     **_refused("documents", []),
     **_refused("functions", []),
@@ -78,7 +76,7 @@ GENERATE: Peers = {
     **_refused("grammar regex ebnf stop_regex", ""),
     **_refused("return_tokens return_progress post_sampling_probs", False),
     # vLLM and SGLang.
-    **_refused("prompt_logprobs return_token_ids return_tokens_as_token_ids", False),
+    **_refused("return_token_ids return_tokens_as_token_ids", False),
     **_refused("return_hidden_states return_meta_info", False),
     **_refused("use_beam_search early_stopping include_stop_str_in_output no_stop_trim", False),
     **_refused("skip_special_tokens spaces_between_special_tokens detokenize", True),
@@ -99,14 +97,15 @@ GENERATE: Peers = {
     **_refused("format", "", instead="Use response_format"),
     **_refused("system template", "", instead="Use a message with the role system"),
     **_refused("context images", []),
-    **_refused("raw echo safe_prompt", False),
+    **_refused("raw safe_prompt", False),
     **_refused("random_seed", instead="Use seed"),
-    **_refused("suffix", ""),
     **_refused("provider models route transforms plugins"),
 }
 
 CHAT: Peers = {
     **GENERATE,
+    **_refused("echo", False),
+    **_refused("suffix", "", instead="Use /v1/completions"),
     **_refused("prompt", instead="Use messages, or /v1/completions"),
     **_refused("input", instead="Use messages"),
 }
@@ -114,6 +113,8 @@ CHAT: Peers = {
 COMPLETIONS: Peers = {
     **GENERATE,
     **_refused("messages", instead="Use prompt, or /v1/chat/completions"),
+    **_refused("add_generation_prompt", True),
+    **_refused("continue_final_message", False),
     **_refused("top_logprobs", instead="Use logprobs with a number"),
     **_ignored("parallel_tool_calls"),
     **_refused("tools", [], instead="Use /v1/chat/completions"),
@@ -124,12 +125,19 @@ COMPLETIONS: Peers = {
     **_ignored("chat_template_kwargs"),
 }
 
+_OF_PROMPTS: Peers = {
+    **_refused("add_generation_prompt", True),
+    **_refused("continue_final_message echo prompt_logprobs", False),
+    **_refused("suffix", ""),
+}
+
 _STATELESS = "This server keeps no responses: send the earlier items in input"
 
 _OF_RESPONSES = frozenset({"metadata", "safety_identifier", "prompt_cache_key", "store", "user"})
 
 RESPONSES: Peers = {
     **{name: peer for name, peer in GENERATE.items() if name not in _OF_RESPONSES},
+    **_OF_PROMPTS,
     **_refused("previous_response_id conversation", instead=_STATELESS),
     **_refused("background", False),
     **_refused("prompt moderation"),
@@ -151,6 +159,7 @@ RESPONSES: Peers = {
 
 COUNT_TOKENS: Peers = {
     **{name: peer for name, peer in GENERATE.items() if name != "system"},
+    **_OF_PROMPTS,
     **_ignored("betas container context_management inference_geo speed diagnostics cache_control"),
     **_ignored("user_profile_id workspace_id fallbacks stream stop_sequences"),
     **_ignored("context_length keep_alive"),
@@ -213,7 +222,7 @@ MESSAGE: Peers = {
     # What clients send back of an earlier answer, and hints for caches.
     **_ignored("cache_control id status tool_name"),
     **_refused("images annotations", []),
-    **_refused("prefix partial", False, instead="An answer that is begun cannot be continued"),
+    **_refused("prefix partial", False, instead="Use continue_final_message"),
     **_refused("audio function_call"),
 }
 

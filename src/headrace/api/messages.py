@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -20,6 +20,12 @@ from headrace.core.tools import Thinking, Tool, ToolChoice
 ToolName = Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
 CallId = Annotated[str, Meta(max_length=256)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+TEMPLATE_NAMES = {
+    "continue_final": "continue_final_message",
+    "template_options": "chat_template_kwargs",
+}
+"""The client's names for fields of the core."""
 
 _EMPTY_ARGUMENTS = "{}"
 
@@ -142,6 +148,25 @@ class ReasoningSwitch(Body, frozen=True):
     peers: ClassVar[Peers] = fields.REASONING
 
 
+class Templated(Protocol):
+    """A request on the wire whose messages go through a template."""
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any] | None:
+        """Variables of the template."""
+        ...
+
+    @property
+    def add_generation_prompt(self) -> bool | None:
+        """Whether the model's turn is begun after the messages."""
+        ...
+
+    @property
+    def continue_final_message(self) -> bool | None:
+        """Whether the last message, an assistant's, is continued."""
+        ...
+
+
 class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
     """The names under which clients control the thinking; all mean one policy."""
 
@@ -151,6 +176,26 @@ class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
     think: bool | Effort | None = None
     enable_thinking: bool | None = None
     thinking_token_budget: Annotated[int, Meta(ge=0)] | None = None
+
+
+def to_template(wire: Templated) -> dict[str, Any]:
+    """Return the fields of a core request.
+
+    Raises:
+        InvalidRequest: the last message is to be continued, and another to be begun.
+    """
+    options, begins = wire.chat_template_kwargs or {}, wire.add_generation_prompt
+    if wire.continue_final_message and (begins or options.get("add_generation_prompt")):
+        raise InvalidRequest(
+            "continue_final_message needs add_generation_prompt to be false.",
+            param="add_generation_prompt",
+        )
+    if begins is False:
+        options = {**options, "add_generation_prompt": False}
+    return {
+        "template_options": options,
+        "continue_final": bool(wire.continue_final_message),
+    }
 
 
 def to_messages(wire: Sequence[ChatMessage], first: int = 0) -> tuple[Message, ...]:

@@ -35,6 +35,7 @@ from headrace.core.events import (
     FinishReason,
     GenerateResult,
     Progress,
+    PromptTokens,
     ToolCallDelta,
 )
 from headrace.core.metrics import InferenceMetrics
@@ -251,8 +252,13 @@ class ResponseEncoder:
             data += self._within("message")
         return data + self._added(delta.text)
 
-    def call(self, delta: ToolCallDelta) -> bytes:
+    def rare(self, event: ToolCallDelta | PromptTokens) -> bytes:
         """Return the events of an addition to a call."""
+        if isinstance(event, PromptTokens):
+            return b""
+        return self._call(event)
+
+    def _call(self, delta: ToolCallDelta) -> bytes:
         data = b""
         if delta.name:
             custom = delta.name in self._settings.custom

@@ -35,6 +35,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     state: str
     tasks: list[str]
+    capabilities: list[str]
     context_length: int | None
     parameters: int | None
     quantization: str | None
@@ -83,6 +84,7 @@ def _card(info: ModelInfo, name: str) -> ModelCard:
         engine=info.engine,
         state=info.state,
         tasks=sorted(info.capabilities.tasks),
+        capabilities=info.capabilities.names,
         context_length=info.context_length,
         parameters=info.parameters,
         quantization=info.quantization,

@@ -15,7 +15,15 @@ from headrace.api.exchange import Exchange, Service, timing_header
 from headrace.api.problems import Problem
 from headrace.api.wire import GenerateFields, usage_body
 from headrace.core.errors import GenerationFailed
-from headrace.core.events import Choice, Delta, Event, Finish, Progress, ToolCallDelta
+from headrace.core.events import (
+    Choice,
+    Delta,
+    Event,
+    Finish,
+    Progress,
+    PromptTokens,
+    ToolCallDelta,
+)
 from headrace.core.status import PoolEvent
 from headrace.core.stream import Primed, Stream, collect, prime
 
@@ -31,7 +39,7 @@ class ChunkFormat:
     """How a route writes a choice: `role` opens it, `text` and `after` enclose the text.
 
     `empty` is written when a choice has ended. `logprobs` returns the value to encode, `call` the
-    delta of a tool call.
+    delta of a tool call, `prompt` the log probabilities of an echo.
     """
 
     object: str
@@ -42,6 +50,7 @@ class ChunkFormat:
     empty: bytes
     logprobs: Callable[[Delta], Any]
     call: Callable[[ToolCallDelta], Any] | None = None
+    prompt: Callable[[PromptTokens], Any] | None = None
 
 
 class Encoder(Protocol):
@@ -59,8 +68,8 @@ class Encoder(Protocol):
         """Return the addition to the text or the thinking."""
         ...
 
-    def call(self, delta: ToolCallDelta) -> bytes:
-        """Return the addition to a call of a tool."""
+    def rare(self, event: ToolCallDelta | PromptTokens) -> bytes:
+        """Return the addition to a call of a tool, or the tokens of the prompt."""
         ...
 
     def finish(self, finish: Finish) -> bytes:
@@ -111,12 +120,23 @@ class ChunkEncoder:
             return b""
         return self._text[delta.index] + encode(delta.text) + self._plain
 
-    def call(self, delta: ToolCallDelta) -> bytes:
-        """Return the chunk of a tool call's delta; empty if the route has no calls."""
+    def rare(self, event: ToolCallDelta | PromptTokens) -> bytes:
+        """Return the chunk of an event that few answers have; empty if the route has none."""
+        return self._prompt(event) if isinstance(event, PromptTokens) else self._call(event)
+
+    def _call(self, delta: ToolCallDelta) -> bytes:
         if self._form.call is None:
             return b""
         body = b'"delta":' + encode(self._form.call(delta)) + b',"logprobs":null' + self._close
         return self._before(delta.index) + body
+
+    def _prompt(self, event: PromptTokens) -> bytes:
+        form = self._form
+        if form.prompt is None or not event.text:
+            return b""
+        logprobs = form.after + b',"logprobs":' + encode(form.prompt(event))
+        before = self._before(event.index) + form.text + encode(event.text)
+        return before + logprobs + self._close
 
     def finish(self, finish: Finish) -> bytes:
         """Return the reason of each choice, the usage if it was requested, and the end."""
@@ -264,8 +284,8 @@ async def _pump(exchange: Exchange, primed: Primed, encoder: Encoder) -> bytes:
         await primed.settled(limits.COMMENT_EVERY_S)
     event = await primed.first
     chunk = encoder.opening(primed.progress)
-    if isinstance(event, Delta | ToolCallDelta):
-        chunk += encoder.delta(event) if isinstance(event, Delta) else encoder.call(event)
+    if isinstance(event, Delta | ToolCallDelta | PromptTokens):
+        chunk += encoder.delta(event) if isinstance(event, Delta) else encoder.rare(event)
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
         chunk, silence = b"", _Silence()
         async for event in primed.stream:
@@ -301,8 +321,8 @@ class _Silence:
 
 
 def _rare(encoder: Encoder, event: Event) -> bytes:
-    if isinstance(event, ToolCallDelta):
-        return encoder.call(event)
+    if isinstance(event, ToolCallDelta | PromptTokens):
+        return encoder.rare(event)
     return encoder.waiting(event) if isinstance(event, Progress) else b""
 
 

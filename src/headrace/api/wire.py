@@ -16,9 +16,10 @@ from headrace.api.exchange import Call
 from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
 from headrace.core.constraint import Constraint
-from headrace.core.errors import InvalidRequest
+from headrace.core.errors import InvalidRequest, Unsupported
+from headrace.core.events import PromptToken
 from headrace.core.metrics import InferenceMetrics, Usage
-from headrace.core.sampling import RepetitionPenalty, Sampling, SamplingFields
+from headrace.core.sampling import Logprobs, RepetitionPenalty, Sampling, SamplingFields
 from headrace.core.values import keep_alive_seconds
 
 T = TypeVar("T")
@@ -99,6 +100,7 @@ class GenerateFields(SamplingFields, Body, frozen=True, kw_only=True):
     keep_alive: KeepAlive | None = None
     repeat_penalty: RepetitionPenalty | None = None
     json_schema: dict[str, Any] | None = None
+    prompt_logprobs: Logprobs | None = None
 
     @property
     def wants_usage(self) -> bool:
@@ -113,6 +115,18 @@ class GenerateFields(SamplingFields, Body, frozen=True, kw_only=True):
             for name, alias in aliases.items()
             if getattr(self, alias) is not None and getattr(self, name) is None
         }
+
+
+class PromptCandidate(msgspec.Struct, frozen=True):
+    """A token at a place of the prompt; `rank` counts from 1, the likeliest."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptPlace = dict[str, PromptCandidate] | None
+"""By the id of the token: that of the prompt and the likeliest ones. The first place has none."""
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -164,6 +178,22 @@ class ChunkHead(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str
     usage: UsageBody | None = None
     metrics: InferenceMetrics | None = None
+
+
+def prompt_places(tokens: Sequence[PromptToken]) -> list[PromptPlace]:
+    """Return the log probabilities of a prompt as vLLM has them."""
+    return [_place(token) for token in tokens]
+
+
+def _place(token: PromptToken) -> PromptPlace:
+    if token.logprob is None:
+        return None
+    own = PromptCandidate(token.logprob, token.rank or None, token.data.decode(errors="replace"))
+    others = {
+        str(top.token_id): PromptCandidate(top.logprob, rank, top.data.decode(errors="replace"))
+        for rank, top in enumerate(token.top, 1)
+    }
+    return {str(token.token_id): own, **others}
 
 
 def usage_body(usage: Usage) -> UsageBody:
@@ -221,13 +251,17 @@ def generate_fields(
 
     Raises:
         InvalidRequest: fields contradict each other, or there are too many choices.
+        Unsupported: log probabilities of the prompt are requested in a stream.
     """
     if wire.stream_options is not None and not wire.stream:
         raise InvalidRequest("stream_options needs stream to be true.", param="stream_options")
     if (wire.n or 1) * prompts > limits.MAX_CHOICES:
         raise InvalidRequest(f"At most {limits.MAX_CHOICES} choices are accepted.", param="n")
+    if wire.prompt_logprobs is not None and wire.stream:
+        raise Unsupported("prompt_logprobs is not sent in a stream.", param="prompt_logprobs")
     return answer_fields(wire, settings, call, stream=bool(wire.stream)) | {
         "n": wire.n or 1,
+        "prompt_logprobs": wire.prompt_logprobs,
         "constraint": _constraint(wire),
         "context_length": wire.context_length,
     }

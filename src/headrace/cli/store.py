@@ -92,11 +92,15 @@ def _model_lines(info: ModelInfo, options: Sequence[Parameter]) -> Iterator[str]
         yield from terminal.aligned(heads, rows)
 
 
+_LISTED = ("aliases", "roles", "notes", "capabilities")
+
+
 def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
     """Yield the known facts by name, with readable sizes and the length of long texts."""
     plain: dict[str, Any] = msgspec.to_builtins(info)
+    plain["capabilities"] = tuple(info.capabilities.names)
     for name, value in plain.items():
-        if name in ("capabilities", "options", "created") or value in (None, "", ()):
+        if name in ("options", "created") or value in (None, "", ()):
             continue
         if name in ("size", "memory"):
             yield name, terminal.size(value)
@@ -105,7 +109,7 @@ def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
         elif name == "parameters":
             yield name, f"{value / 1e6:.0f} M"
         else:
-            yield name, ", ".join(value) if name in ("aliases", "roles", "notes") else value
+            yield name, ", ".join(value) if name in _LISTED else value
 
 
 def _plain(parameter: Parameter) -> dict[str, Any]:

@@ -34,6 +34,20 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[TopLogprob, ...] = ()
 
 
+class PromptToken(msgspec.Struct, frozen=True, array_like=True):
+    """A token of a prompt, and the best candidates for its place, most likely first.
+
+    `logprob` is None for the first token, which nothing precedes. `rank` is its place among all
+    tokens, from 1; 0 where the engine does not report it.
+    """
+
+    token_id: int
+    data: bytes
+    logprob: float | None = None
+    top: tuple[TopLogprob, ...] = ()
+    rank: int = 0
+
+
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     """An addition to choice `index`; never cumulative.
 
@@ -46,6 +60,17 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     index: int = 0
     reasoning: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class PromptTokens(msgspec.Struct, frozen=True, array_like=True, tag="o"):
+    """The tokens of the prompt of choice `index`, before its first delta.
+
+    `text` is what is put before the answer, empty without an echo.
+    """
+
+    tokens: tuple[PromptToken, ...]
+    text: str = ""
+    index: int = 0
 
 
 class ToolCallDelta(msgspec.Struct, frozen=True, array_like=True, tag="k"):
@@ -150,7 +175,18 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, tag="f"):
         return self.finish_reasons[0]
 
 
-Event = Progress | Delta | ToolCallDelta | Vectors | Ranking | Scores | TokenCount | Text | Finish
+Event = (
+    Progress
+    | PromptTokens
+    | Delta
+    | ToolCallDelta
+    | Vectors
+    | Ranking
+    | Scores
+    | TokenCount
+    | Text
+    | Finish
+)
 """`Progress*`, then deltas or one event with the result, then one Finish."""
 
 
@@ -163,7 +199,10 @@ class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """One complete answer. `stop` is the stop string that ended it."""
+    """One complete answer. `stop` is the stop string that ended it.
+
+    `prompt_tokens` are those of the prompt, if they were asked for.
+    """
 
     text: str
     finish_reason: FinishReason
@@ -173,6 +212,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     tool_calls: tuple[ToolCall, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_tokens: tuple[PromptToken, ...] = ()
 
 
 class GenerateResult(msgspec.Struct, frozen=True, kw_only=True):

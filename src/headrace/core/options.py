@@ -36,6 +36,9 @@ class GenerateOptions(TypedDict, total=False):
     context_length: int | None
     json_schema: Mapping[str, Any] | None
     template_options: Mapping[str, Any] | None
+    suffix: str | None
+    continue_final: bool | None
+    prompt_logprobs: int | None
     deadline_s: float | None
 
 

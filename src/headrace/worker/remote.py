@@ -239,6 +239,8 @@ def _check(connected: Connected, request: GenerateRequest) -> None:
     check_supported(request, connected.facts.capabilities)
     if request.n > connected.max_choices:
         raise InvalidRequest("n is too large for this model.", param="n")
+    if request.suffix is not None:
+        raise Unsupported("A remote model fills no gaps here.", param="suffix")
     if request.echo and (request.sampling.logprobs is not None or request.messages):
         raise Unsupported("Only a plain prompt can be echoed here.", param="echo")
     if request.echo and not isinstance(request.prompt, str):
