@@ -42,7 +42,7 @@ _NAMES = {
 class OllamaChatRequest(GenerateFields, frozen=True, kw_only=True):
     """Ollama's chat request; without messages it loads the model, or unloads it."""
 
-    messages: Messages = []
+    messages: Messages | None = None
     tools: Tools | None = None
 
     peers: ClassVar[Peers] = fields.OLLAMA
@@ -144,9 +144,7 @@ def _generate_fields(text: str, thinking: str, calls: list[CallBody]) -> dict[st
 
 _CHAT = msgspec.json.Decoder(OllamaChatRequest)
 _GENERATE = msgspec.json.Decoder(OllamaGenerateRequest)
-_CHAT_FORM = Form(
-    OllamaChatLine, _chat_fields, b'"message":{"role":"assistant","content":', b"}"
-)
+_CHAT_FORM = Form(OllamaChatLine, _chat_fields, b'"message":{"role":"assistant","content":', b"}")
 _GENERATE_FORM = Form(OllamaGenerateLine, _generate_fields, b'"response":', b"")
 
 
@@ -212,7 +210,7 @@ async def _load(service: Service, exchange: Exchange, wire: GenerateFields, form
     Raises:
         Forbidden: it is to be unloaded, and the request is not an operator's.
     """
-    common = envelope(service, exchange, wire)
+    common: dict[str, Any] = envelope(service, exchange, wire) | {"load_wait_s": None}
     if common.get("keep_alive") == 0 or wire.keep_alive in {0, "0"}:
         check_admin(exchange.scope, exchange.settings, is_admin=exchange.call.is_admin)
         if service.admin is None:
@@ -221,12 +219,16 @@ async def _load(service: Service, exchange: Exchange, wire: GenerateFields, form
         reason = "unload"
     else:
         # Counting needs the model, and nothing else does less.
-        request = CountRequest(text="", **common | {"load_wait_s": None})
+        request = CountRequest(text="", **common)
         await exchange.unless_gone(result(service.backend.ask(request), TokenCount))
         reason = "load"
     model = wire.model or wire.name or ""
     line = form.line(
-        model=model, created_at=timestamp(), done=True, done_reason=reason, **form.fields("", "", [])
+        model=model,
+        created_at=timestamp(),
+        done=True,
+        done_reason=reason,
+        **form.fields("", "", []),
     )
     await exchange.answer(line)
 
@@ -306,10 +308,8 @@ class LineEncoder:
 
 
 def _call(index: int, call: ToolCall) -> CallBody:
-    arguments = msgspec.json.decode(call.arguments or "{}", type=dict[str, Any])
-    return CallBody(
-        id=call.id, function=Function(index=index, name=call.name, arguments=arguments)
-    )
+    arguments = msgspec.json.decode(call.arguments, type=dict[str, Any])
+    return CallBody(id=call.id, function=Function(index=index, name=call.name, arguments=arguments))
 
 
 def _last(
