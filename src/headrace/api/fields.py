@@ -235,19 +235,21 @@ TOKENIZE: Peers = {
     **_refused("text", instead="Use content or prompt"),
 }
 
-_OLLAMA_ALL: Peers = {
-    **_ignored("user insecure shift truncate"),
+OLLAMA: Peers = _ignored("user insecure")
+_OLLAMA_GENERATE: Peers = {
+    **OLLAMA,
+    **_ignored("shift truncate"),
     **_refused("template", "", instead="The model's own template is used"),
     **_refused("images", []),
-    **_refused("dimensions width height steps"),
+    **_refused("width height steps"),
 }
-OLLAMA: Peers = {
-    **_OLLAMA_ALL,
+OLLAMA_CHAT: Peers = {
+    **_OLLAMA_GENERATE,
     **_refused("prompt", "", instead="Use messages, or /api/generate"),
     **_refused("tool_choice", "auto", "none"),
 }
 OLLAMA_GENERATE: Peers = {
-    **_OLLAMA_ALL,
+    **_OLLAMA_GENERATE,
     **_ignored("context"),
     **_refused("suffix", ""),
     **_refused("messages tools", [], instead="Use /api/chat"),

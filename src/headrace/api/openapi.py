@@ -65,7 +65,7 @@ def page(document: dict[str, Any]) -> str:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    operation_id = _PATH.sub("id", route.path).strip("/").replace("/", "_")
+    operation_id = _PATH.sub("id", route.path).strip("/").replace("/", "_") or "root"
     summary = (route.handler.__doc__ or "").partition("\n")[0]
     content = _json(route.answer) if route.answer else {}
     content |= {kind: {} for kind in route.texts}

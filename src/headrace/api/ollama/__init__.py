@@ -61,7 +61,6 @@ OLLAMA_ROUTES = (
     Route("POST", "/api/push", refused, None),
     Route("DELETE", "/api/delete", refused, None),
     Route("POST", "/api/blobs/{digest}", refused, None),
-    Route("HEAD", "/api/blobs/{digest}", refused, None),
 )
 OLLAMA_ADMIN_ROUTES = (
     _lines("POST", "/api/pull", pull, PullLine, PullRequest, PullLine, admin=True),

@@ -45,7 +45,7 @@ class OllamaChatRequest(GenerateFields, frozen=True, kw_only=True):
     messages: Messages | None = None
     tools: Tools | None = None
 
-    peers: ClassVar[Peers] = fields.OLLAMA
+    peers: ClassVar[Peers] = fields.OLLAMA_CHAT
 
 
 class OllamaGenerateRequest(GenerateFields, frozen=True, kw_only=True):
@@ -85,7 +85,7 @@ class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
     tool_calls: list[CallBody] | msgspec.UnsetType = msgspec.UNSET
 
 
-class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class AnswerLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The head of an answer or a line; the figures are on the last line.
 
     `metrics` are all of Headrace's own.
@@ -105,13 +105,13 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     metrics: InferenceMetrics | None = None
 
 
-class OllamaChatLine(Line, frozen=True, kw_only=True, omit_defaults=True):
+class OllamaChatLine(AnswerLine, frozen=True, kw_only=True, omit_defaults=True):
     """A line of a chat, or the whole answer."""
 
     message: AssistantMessage
 
 
-class OllamaGenerateLine(Line, frozen=True, kw_only=True, omit_defaults=True):
+class OllamaGenerateLine(AnswerLine, frozen=True, kw_only=True, omit_defaults=True):
     """A line of one turn, or the whole answer."""
 
     response: str
@@ -119,13 +119,13 @@ class OllamaGenerateLine(Line, frozen=True, kw_only=True, omit_defaults=True):
     context: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
-class Form(NamedTuple):
+class Layout(NamedTuple):
     """How a route writes its lines: `fields` are those of a text, its thinking and its calls.
 
     `text` and `after` enclose the text of a plain line.
     """
 
-    line: type[Line]
+    line: type[AnswerLine]
     fields: Callable[[str, str, list[CallBody]], dict[str, Any]]
     text: bytes
     after: bytes
@@ -144,15 +144,17 @@ def _generate_fields(text: str, thinking: str, calls: list[CallBody]) -> dict[st
 
 _CHAT = msgspec.json.Decoder(OllamaChatRequest)
 _GENERATE = msgspec.json.Decoder(OllamaGenerateRequest)
-_CHAT_FORM = Form(OllamaChatLine, _chat_fields, b'"message":{"role":"assistant","content":', b"}")
-_GENERATE_FORM = Form(OllamaGenerateLine, _generate_fields, b'"response":', b"")
+_CHAT_LAYOUT = Layout(
+    OllamaChatLine, _chat_fields, b'"message":{"role":"assistant","content":', b"}"
+)
+_GENERATE_LAYOUT = Layout(OllamaGenerateLine, _generate_fields, b'"response":', b"")
 
 
 async def chat(service: Service, exchange: Exchange) -> None:
     """Answer a conversation, as Ollama does."""
     wire = await exchange.read(_CHAT)
     if not wire.messages:
-        await _load(service, exchange, wire, _CHAT_FORM)
+        await _load(service, exchange, wire, _CHAT_LAYOUT)
         return
     request = GenerateRequest(
         messages=to_messages(wire.messages),
@@ -160,14 +162,14 @@ async def chat(service: Service, exchange: Exchange) -> None:
         thinking=to_thinking(wire),
         **_common(service, exchange, wire),
     )
-    await _answer(service, exchange, wire, request, _CHAT_FORM)
+    await _answer(service, exchange, wire, request, _CHAT_LAYOUT)
 
 
 async def generate(service: Service, exchange: Exchange) -> None:
     """Answer one prompt, as Ollama does."""
     wire = await exchange.read(_GENERATE)
     if not wire.prompt:
-        await _load(service, exchange, wire, _GENERATE_FORM)
+        await _load(service, exchange, wire, _GENERATE_LAYOUT)
         return
     common = _common(service, exchange, wire)
     if wire.raw:
@@ -176,7 +178,7 @@ async def generate(service: Service, exchange: Exchange) -> None:
         system = (Message("system", wire.system),) if wire.system else ()
         messages = (*system, Message("user", wire.prompt))
         request = GenerateRequest(messages=messages, thinking=to_thinking(wire), **common)
-    await _answer(service, exchange, wire, request, _GENERATE_FORM)
+    await _answer(service, exchange, wire, request, _GENERATE_LAYOUT)
 
 
 def _common(service: Service, exchange: Exchange, wire: GenerateFields) -> dict[str, Any]:
@@ -188,23 +190,27 @@ def _common(service: Service, exchange: Exchange, wire: GenerateFields) -> dict[
 
 
 async def _answer(
-    service: Service, exchange: Exchange, wire: GenerateFields, request: GenerateRequest, form: Form
+    service: Service,
+    exchange: Exchange,
+    wire: GenerateFields,
+    request: GenerateRequest,
+    layout: Layout,
 ) -> None:
     stream, model = service.backend.ask(request), wire.model or wire.name or ""
     if wire.stream is not False:
-        await exchange.unless_gone(send_stream(exchange, stream, LineEncoder(model, form)))
+        await exchange.unless_gone(send_stream(exchange, stream, LineEncoder(model, layout)))
         return
     answer = await exchange.unless_gone(collect(stream))
     choice = answer.choices[0]
     calls = [_call(index, call) for index, call in enumerate(choice.tool_calls)]
-    body = form.fields(choice.text, choice.reasoning, calls)
-    line = _last(form, model, body, choice.finish_reason, answer.metrics)
+    body = layout.fields(choice.text, choice.reasoning, calls)
+    line = _last(layout, model, body, choice.finish_reason, answer.metrics)
     if choice.logprobs:
         line = replace(line, logprobs=token_bodies(choice.logprobs))
     await exchange.answer(line, answer.metrics)
 
 
-async def _load(service: Service, exchange: Exchange, wire: GenerateFields, form: Form) -> None:
+async def _load(service: Service, exchange: Exchange, wire: GenerateFields, layout: Layout) -> None:
     """Load a model and answer when it is ready; with a `keep_alive` of 0, unload it.
 
     Raises:
@@ -223,12 +229,12 @@ async def _load(service: Service, exchange: Exchange, wire: GenerateFields, form
         await exchange.unless_gone(result(service.backend.ask(request), TokenCount))
         reason = "load"
     model = wire.model or wire.name or ""
-    line = form.line(
+    line = layout.line(
         model=model,
         created_at=timestamp(),
         done=True,
         done_reason=reason,
-        **form.fields("", "", []),
+        **layout.fields("", "", []),
     )
     await exchange.answer(line)
 
@@ -238,12 +244,12 @@ class LineEncoder:
 
     start = ((b"content-type", b"application/x-ndjson"), (b"cache-control", b"no-cache"))
 
-    def __init__(self, model: str, form: Form) -> None:
+    def __init__(self, model: str, layout: Layout) -> None:
         self._model = model
-        self._form = form
+        self._layout = layout
         self._head = b'{"model":' + encode(model) + b',"created_at":"'
-        self._text = b'",' + form.text
-        self._after = form.after + b',"done":false}\n'
+        self._text = b'",' + layout.text
+        self._after = layout.after + b',"done":false}\n'
         self._call: ToolCallDelta | None = None
         self._arguments: list[str] = []
         self._calls = 0
@@ -280,8 +286,8 @@ class LineEncoder:
 
     def finish(self, finish: Finish) -> bytes:
         """Return the line of the last call, and the one with the figures."""
-        body = self._form.fields("", "", [])
-        line = _last(self._form, self._model, body, finish.finish_reason, finish.metrics)
+        body = self._layout.fields("", "", [])
+        line = _last(self._layout, self._model, body, finish.finish_reason, finish.metrics)
         return self._complete() + encode(line) + b"\n"
 
     def failure(self, problem: Problem, request_id: str) -> bytes:
@@ -302,9 +308,9 @@ class LineEncoder:
         self._calls += 1
         return encode(self._line("", "", [body])) + b"\n"
 
-    def _line(self, text: str, thinking: str, calls: list[CallBody]) -> Line:
-        fields = self._form.fields(text, thinking, calls)
-        return self._form.line(model=self._model, created_at=timestamp(), done=False, **fields)
+    def _line(self, text: str, thinking: str, calls: list[CallBody]) -> AnswerLine:
+        fields = self._layout.fields(text, thinking, calls)
+        return self._layout.line(model=self._model, created_at=timestamp(), done=False, **fields)
 
 
 def _call(index: int, call: ToolCall) -> CallBody:
@@ -313,12 +319,12 @@ def _call(index: int, call: ToolCall) -> CallBody:
 
 
 def _last(
-    form: Form, model: str, body: dict[str, Any], reason: str, metrics: InferenceMetrics
-) -> Line:
+    layout: Layout, model: str, body: dict[str, Any], reason: str, metrics: InferenceMetrics
+) -> AnswerLine:
     ended = "length" if reason == "length" else "stop"
-    if form is _GENERATE_FORM:
+    if layout is _GENERATE_LAYOUT:
         body = {**body, "context": []}
-    return form.line(
+    return layout.line(
         model=model,
         created_at=timestamp(),
         done=True,

@@ -55,7 +55,7 @@ def to_messages(wire: Sequence[ChatMessage]) -> tuple[Message, ...]:
     """Return the turns of a conversation, with an id for each call.
 
     Raises:
-        InvalidRequest: a tool answers a call that nobody made.
+        InvalidRequest: a tool answers a call that was not made, or twice.
     """
     turns: list[Message] = []
     waiting: list[ToolCall] = []

@@ -196,17 +196,16 @@ async def _progress(service: Service, exchange: Exchange, name: str) -> AsyncGen
     loading = asyncio.ensure_future(service.admin.load(name))
     last = b""
     while not (await asyncio.wait({loading}, timeout=_POLL_S))[0]:
-        found = next((model for model in service.admin.status().models if model.id == name), None)
-        line = _line(_state(name, found)) if found and found.progress else last
+        models = service.admin.status().models
+        model = next((model for model in models if model.id == name), None)
+        line = _line(_state(name, model)) if model and model.progress else last
         if line != last:
             last = line
             yield line
-    try:
-        loading.result()
-    except Exception as error:  # noqa: BLE001 - sent to the client as a line
+    if isinstance(error := loading.exception(), Exception):
         yield OLLAMA.write(exchange.problem(error), exchange.call.id) + b"\n"
-        return
-    yield _line(PullLine(status="success"))
+    else:
+        yield _line(PullLine(status="success"))
 
 
 def _state(name: str, status: ModelStatus) -> PullLine:
@@ -280,7 +279,7 @@ def _shown(info: ModelInfo) -> ShownModel:
 
 
 def _capabilities(info: ModelInfo) -> list[str]:
-    """Return what a model can do, in Ollama's words.
+    """Return what a model can do, as Ollama names it.
 
     A model that is not loaded yet is taken for one with tools: most can, by their own template or
     by a general form.
