@@ -87,3 +87,20 @@ async def test_what_is_wrong_is_named_as_the_client_named_it(
     assert (answer.status_code, backend.requests) == (400, [])
     assert error["param"] == param
     assert problem in error["message"]
+
+
+OTHERS = {
+    "/v1/responses": {"model": "m", "input": "x"},
+    "/v1/messages": {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "x"}]},
+}
+
+
+@pytest.mark.parametrize("path", OTHERS)
+@pytest.mark.parametrize("name", ["structured_outputs", "guided_json", "regex", "ebnf", "grammar"])
+async def test_a_dialect_with_its_own_field_refuses_the_others(path: str, name: str) -> None:
+    """Issue 13, exact form: it is not ignored, which would be free text."""
+    backend = FakeBackend()
+    async with client(backend) as http:
+        answer = await http.post(path, json={**OTHERS[path], name: {"a": 1}})
+    assert (answer.status_code, backend.requests) == (400, [])
+    assert f"{name} is not supported" in answer.text
