@@ -357,3 +357,30 @@ def test_an_address_in_use_is_said_in_one_line(environ: dict[str, str]) -> None:
         done = headrace(environ, "serve", "echo", "--port", port)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: Cannot listen on 127.0.0.1:{port}: Address already")
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--regex", "a+"], "does not support regex"),
+        (["--choice", "a", "--choice", "b"], "does not support choice"),
+        (["--grammar", "x.lark"], "does not support grammar"),
+        (["--json-schema", "x.json"], "does not support JSON schemas"),
+        (["--json-schema", "x.lark"], "x.lark is not a JSON schema"),
+        (["--grammar", "missing"], "missing cannot be read"),
+        (["--regex", "a", "--choice", "a"], "regex and choice are both given"),
+    ],
+)
+def test_the_form_of_an_answer(
+    flags: list[str],
+    problem: str,
+    as_environ: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Issue 13, exact form: flags of run; the engine echo enforces none of them."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    Path("x.lark").write_text('start: "a"')
+    Path("x.json").write_text('{"type": "null"}')
+    assert run(["run", "echo", "hi", "--no-figures", *flags]) != 0
+    assert problem in capsys.readouterr().err

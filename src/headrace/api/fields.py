@@ -144,13 +144,14 @@ COMPLETIONS: Peers = {
 _OF_PROMPTS: Peers = {
     **_refused("add_generation_prompt", True),
     **_refused("continue_final_message echo prompt_logprobs", False),
-    **_refused("suffix", ""),
+    **_refused("suffix grammar regex ebnf", ""),
+    **_refused("structured_outputs guided_json guided_regex guided_choice guided_grammar"),
 }
 
 _STATELESS = "This server keeps no responses: send the earlier items in input"
 
 _OF_RESPONSES = frozenset(
-    ["metadata", "safety_identifier", "prompt_cache_key", "store", "user", "max_output_tokens"]
+    {"metadata", "safety_identifier", "prompt_cache_key", "store", "user", "max_output_tokens"}
 )
 
 RESPONSES: Peers = {
