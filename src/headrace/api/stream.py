@@ -84,7 +84,8 @@ class ChunkEncoder:
         return self._prompt(event) if isinstance(event, PromptTokens) else self._call(event)
 
     def _call(self, delta: ToolCallDelta) -> bytes:
-        if self._form.call is None:
+        # What a call that was cut has sent cannot be taken back.
+        if self._form.call is None or delta.cut:
             return b""
         body = b'"delta":' + encode(self._form.call(delta)) + b',"logprobs":null' + self._close
         return self._before(delta.index) + body
@@ -247,12 +248,10 @@ async def _pump(exchange: Exchange, primed: Primed, encoder: ChunkEncoder) -> by
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
         chunk = b""
         async for event in primed.stream:
-            if isinstance(event, Delta):
-                if data := encoder.delta(event):
+            if isinstance(event, Delta | ToolCallDelta | PromptTokens):
+                data = encoder.delta(event) if isinstance(event, Delta) else encoder.rare(event)
+                if data:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-            elif isinstance(event, ToolCallDelta | PromptTokens):
-                data = encoder.rare(event)
-                await send({"type": "http.response.body", "body": data, "more_body": True})
             elif isinstance(event, Finish):
                 break
             elif isinstance(event, Progress):

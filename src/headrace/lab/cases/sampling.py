@@ -136,7 +136,11 @@ async def _min_tokens(subject: Subject) -> None:
         return
     plain = await subject.greedy()
     ids = plain.ids or await subject.tokens(plain.text)
-    reply = await subject.short(stop_token_ids=ids[:1], min_tokens=3)
+    try:
+        reply = await subject.short(stop_token_ids=ids[:1], min_tokens=3)
+    except (Unsupported, UpstreamError) as error:
+        check(subject.is_remote, f"It is declared, and refused: {error.message}")
+        raise Declared("The engine of the upstream refuses it.") from error
     tokens = reply.finish.usage.completion_tokens
     check(tokens >= 3, f"min_tokens 3 gave {tokens}.")
 
