@@ -12,6 +12,7 @@ from headrace.api import fields
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.fields import Peers
 from headrace.api.limits import ApiSettings
+from headrace.api.logprobs import TokenBody, token_bodies
 from headrace.api.messages import (
     TEMPLATE_NAMES,
     Messages,
@@ -41,7 +42,6 @@ from headrace.core.events import (
     TokenLogprob,
     ToolCall,
     ToolCallDelta,
-    TopLogprob,
 )
 from headrace.core.request import GenerateRequest
 
@@ -73,27 +73,10 @@ class ChatRequest(ThinkingFields, frozen=True, kw_only=True):
         return names | ({"max_tokens": "max_completion_tokens"} if preferred else {})
 
 
-class ChatTop(msgspec.Struct, frozen=True):
-    """A candidate for a position."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatToken(msgspec.Struct, frozen=True):
-    """A chosen token, and the candidates beside it."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[ChatTop]
-
-
 class ChatLogprobs(msgspec.Struct, frozen=True):
     """Log probabilities of an answer's tokens."""
 
-    content: list[ChatToken]
+    content: list[TokenBody]
     refusal: None = None
 
 
@@ -256,17 +239,4 @@ def _call_part(delta: ToolCallDelta) -> ToolCallPart:
 
 
 def _logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
-    return ChatLogprobs(
-        [
-            ChatToken(_text(token.data), token.logprob, list(token.data), [*map(_top, token.top)])
-            for token in tokens
-        ]
-    )
-
-
-def _top(top: TopLogprob) -> ChatTop:
-    return ChatTop(_text(top.data), top.logprob, list(top.data))
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "replace")
+    return ChatLogprobs(token_bodies(tokens))

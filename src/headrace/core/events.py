@@ -91,7 +91,10 @@ class ToolCallDelta(msgspec.Struct, frozen=True, array_like=True, tag="k"):
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="p"):
-    """The request is alive but has no token yet; `done` of `total` in tokens or bytes."""
+    """The request is alive but has no token yet; `done` of `total` in tokens or bytes.
+
+    The total of `prefill` is the number of the prompt's tokens, an estimate with an upstream.
+    """
 
     stage: Stage
     done: int = 0
@@ -159,11 +162,15 @@ class Text(msgspec.Struct, frozen=True, array_like=True, tag="t"):
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True, tag="f"):
-    """The last event of a stream that ended well: one reason for each choice, in order."""
+    """The last event of a stream that ended well: one reason for each choice, in order.
+
+    `stops` are the stop strings that ended the choices, None where none did; () if none did at all.
+    """
 
     finish_reasons: tuple[FinishReason, ...]
     usage: Usage
     metrics: InferenceMetrics
+    stops: tuple[str | None, ...] = ()
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -195,10 +202,14 @@ class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """One complete answer. `prompt_tokens` are those of the prompt, if they were asked for."""
+    """One complete answer. `stop` is the stop string that ended it.
+
+    `prompt_tokens` are those of the prompt, if they were asked for.
+    """
 
     text: str
     finish_reason: FinishReason
+    stop: str | None = None
     index: int = 0
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()

@@ -202,14 +202,17 @@ async def collect_text(stream: Stream) -> str:
 
 
 def _result(parts: dict[int, list[_Part]], finish: Finish) -> GenerateResult:
+    stops = finish.stops or (None,) * len(finish.finish_reasons)
     choices = tuple(
-        _choice(index, parts.get(index, ()), reason)
-        for index, reason in enumerate(finish.finish_reasons)
+        _choice(index, parts.get(index, ()), reason, stop)
+        for index, (reason, stop) in enumerate(zip(finish.finish_reasons, stops, strict=True))
     )
     return GenerateResult(choices=choices, usage=finish.usage, metrics=finish.metrics)
 
 
-def _choice(index: int, parts: Sequence[_Part], reason: FinishReason) -> Choice:
+def _choice(
+    index: int, parts: Sequence[_Part], reason: FinishReason, stop: str | None = None
+) -> Choice:
     deltas = [part for part in parts if isinstance(part, Delta)]
     prompts = [part for part in parts if isinstance(part, PromptTokens)]
     logprobs: list[TokenLogprob] = []
@@ -226,6 +229,7 @@ def _choice(index: int, parts: Sequence[_Part], reason: FinishReason) -> Choice:
         logprobs=tuple(logprobs),
         prompt_tokens=tuple(token for part in prompts for token in part.tokens),
         finish_reason=reason,
+        stop=stop,
     )
 
 

@@ -20,6 +20,7 @@ from headrace.core.events import (
     Delta,
     Event,
     FinishReason,
+    Progress,
     Ranked,
     Ranking,
     Scores,
@@ -64,7 +65,9 @@ async def generate(connected: Connected, request: GenerateRequest) -> AsyncGener
         await turn.take_slot()
         stream: AsyncGenerator[RemoteEvent, None] | None = None
         try:
-            turn.meter.admitted(estimated_count(request).count, 0)
+            prompt = estimated_count(request).count
+            turn.meter.admitted(prompt, 0)
+            yield Progress("prefill", 0, prompt)
             for index in range(request.n if request.echo else 0):
                 yield Delta(str(request.prompt), index=index)
             sampling = msgspec.structs.replace(request.sampling, stop=answer.stops)
@@ -82,7 +85,7 @@ async def generate(connected: Connected, request: GenerateRequest) -> AsyncGener
             if stream is not None:
                 await stream.aclose()
             turn.leave_slot()
-        yield turn.finish(answer.reasons)
+        yield turn.finish(answer.reasons, answer.matched)
 
 
 async def embed(connected: Connected, request: EmbedRequest) -> AsyncGenerator[Event, None]:
@@ -202,6 +205,11 @@ class _Answer:
         self._turn.answered(text)
         if self._turn.request.constraint is not None:
             self._whole[index].append(text)
+
+    @property
+    def matched(self) -> list[str | None]:
+        """The stop string that was found in each choice."""
+        return [matcher.matched for matcher in self._matchers]
 
     @property
     def is_stopped(self) -> bool:
