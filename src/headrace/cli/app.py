@@ -17,7 +17,19 @@ from typing import Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
-from headrace.cli import bench, check_engine, pool, replay, reports, serve, store, top, trace, tune
+from headrace.cli import (
+    bench,
+    check_engine,
+    import_,
+    pool,
+    replay,
+    reports,
+    serve,
+    store,
+    top,
+    trace,
+    tune,
+)
 from headrace.cli import run as run_command
 from headrace.cli.common import Common, with_common
 from headrace.core.errors import ConfigError, HeadraceError, RequestError
@@ -66,6 +78,7 @@ _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
         store.ls: ("ls", "ls --json"),
         store.show: ("show smollm2", "show smollm2 --engine llamacpp"),
         store.rm: ("rm smollm2", "rm --yes smollm2 all-minilm-l6-v2"),
+        import_.import_: ("import Modelfile", "import ./Modelfile --as mario"),
         pool.plan: ("plan smollm2", "plan ./models/large.gguf"),
     },
     "Service": {
@@ -129,7 +142,7 @@ class _Grouped(TyperGroup):
 
 
 def _name(command: Callable[..., None]) -> str:
-    return command.__name__.replace("_", "-")
+    return command.__name__.rstrip("_").replace("_", "-")
 
 
 def _examples(lines: Iterable[str]) -> str:
@@ -140,7 +153,7 @@ def _examples(lines: Iterable[str]) -> str:
 for _commands in _GROUPS.values():
     for _command, _lines in _commands.items():
         if not isinstance(_command, str):
-            app.command(epilog=_examples(_lines))(with_common(_command))
+            app.command(_name(_command), epilog=_examples(_lines))(with_common(_command))
 app.info.cls = _Grouped
 app.info.epilog = _examples(('run smollm2 "Name three rivers."', "serve smollm2"))
 trace.app.command("replay")(with_common(replay.replay))

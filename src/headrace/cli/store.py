@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 # What only a service knows of a model, and what has lines of its own.
-_NOT_SHOWN = ("state", "capabilities", "options", "created")
+_NOT_SHOWN = ("state", "options", "created")
 
 
 def pull(

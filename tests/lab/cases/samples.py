@@ -165,6 +165,7 @@ def _fields(*names: str) -> frozenset[str]:
 _SHORT = {"context_length": 256, "max_running": 4}
 _PENALTIES = _fields("presence_penalty", "frequency_penalty", "repetition_penalty")
 _NARROW = _fields("top_p", "top_k", "min_p")
+_OF_LLAMACPP = _fields("min_tokens") | {"infill", "prompt_logprobs"}
 # Where cores are shared, two threads wait for one another in every layer.
 _ONE_THREAD = {"threads": 1}
 
@@ -177,10 +178,10 @@ SAMPLES = [
         options={"tokens_per_second": 200},
         refused=_NARROW
         | _PENALTIES
-        | _fields("logit_bias")
+        | _fields("logit_bias", "min_tokens")
         | _SCHEMAS
         | _FORMS
-        | {"tool_calls_strict"},
+        | {"tool_calls_strict", "infill"},
         heavy=False,
     ),
     Sample(
@@ -189,6 +190,7 @@ SAMPLES = [
         settings=_SHORT,
         options=_ONE_THREAD,
         kinds=("process",),
+        refused=_OF_LLAMACPP,
         heavy=False,
     ),
     Sample(
@@ -197,6 +199,7 @@ SAMPLES = [
         settings=_SHORT,
         options=_ONE_THREAD,
         kinds=("worker", "pool"),
+        refused=_OF_LLAMACPP,
         first=FEW,
     ),
     Sample(
@@ -204,15 +207,32 @@ SAMPLES = [
         _headrace,
         settings=_SHORT,
         kinds=("worker", "pool"),
-        refused=frozenset({"resume", "echo_comes_first", "thinking"}),
+        refused=_OF_LLAMACPP | {"resume", "echo_comes_first", "thinking", "continued"},
     ),
-    Sample("transformers", _path(_smollm2), kinds=("process",), settings=_SHORT, first=SOUND),
-    Sample("transformers", _path(_tiny), kinds=("worker", "pool"), settings=_SHORT, name="tiny"),
+    Sample(
+        "transformers",
+        _path(_smollm2),
+        kinds=("process",),
+        settings=_SHORT,
+        refused=frozenset({"infill"}),
+        first=SOUND,
+    ),
+    Sample(
+        "transformers",
+        _path(_tiny),
+        kinds=("worker", "pool"),
+        settings=_SHORT,
+        refused=frozenset({"infill"}),
+        name="tiny",
+    ),
     Sample(
         "openvino",
         _path(converted),
         settings=_SHORT,
-        refused=_fields("logit_bias", "logprobs") | _SCHEMAS | _FORMS,
+        refused=_fields("logit_bias", "logprobs")
+        | _SCHEMAS
+        | _FORMS
+        | {"infill", "prompt_logprobs"},
         reported=frozenset({"alone_and_among_sixteen", "resume"}),
     ),
     Sample("llamacpp", _path(str), "embed", ("process",), _SHORT, {"pooling": "mean"}),
@@ -228,6 +248,8 @@ SAMPLES = [
         | _PENALTIES
         | _FORMS
         | _fields("temperature", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
+        | _fields("min_tokens")
+        | {"infill", "prompt_logprobs", "continued"}
         | {"resume", "usage_is_exact", "several_choices", "echo_comes_first", "text_and_tokens"}
         | {"cancelled_in_prefill", "context_at_its_end", "thinking"},
     ),
@@ -238,7 +260,15 @@ if engines.status("vllm").available:
     # It pins a torch of its own, so it is there only in an environment made for it.
     quick = {"eager": True, "kv_cache_bytes": 1 << 28, "dtype": "float32"}
     SAMPLES.append(
-        Sample("vllm", _path(_smollm2), "generate", ("process",), _SHORT, quick, slow=True)
+        Sample(
+            "vllm",
+            _path(_smollm2),
+            kinds=("process",),
+            settings=_SHORT,
+            options=quick,
+            refused=frozenset({"infill"}),
+            slow=True,
+        )
     )
 
 
