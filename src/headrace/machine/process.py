@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Set
 from pathlib import Path
 
@@ -84,7 +85,10 @@ def _kill(find: Callable[[], Collection[psutil.Process]]) -> None:
         for process in members:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(members, _KILLED_S)
+        # psutil.wait_procs leaves a reference cycle for each process that is no child of this one.
+        until = time.monotonic() + _KILLED_S
+        while any(map(_lives, members)) and time.monotonic() < until:
+            time.sleep(_KILLED_S / 100)
 
 
 def _related(leader: int | None, mark: str) -> set[psutil.Process]:
