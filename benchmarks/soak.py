@@ -356,7 +356,7 @@ def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--chat", default="smollm2", help="a GGUF file or a catalogue's name")
-    parser.add_argument("--vectors", default="smollm2", help="a model to embed with")
+    parser.add_argument("--vectors", default="all-minilm-l6-v2", help="a model to embed with")
     parser.add_argument("--echo", action="store_true", help="echo models in place of these two")
     parser.add_argument("--diagnose", action="store_true", help="count objects and malloc's bytes")
     options = parser.parse_args()
