@@ -149,6 +149,9 @@ class HttpSettings(_Frozen):
     unknown_fields: Annotated[Literal["ignore", "warn", "refuse"], BeforeValidator(_lower)] = Field(
         default="warn", description="unknown fields of a request: ignore, warn, refuse"
     )
+    list_aliases: bool = Field(
+        default=False, description="list each alias as a model of its own at /v1/models"
+    )
 
 
 class Rules(_Frozen):
