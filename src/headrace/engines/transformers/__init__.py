@@ -21,6 +21,7 @@ ABOUT = About(
     spreads=True,
     requires="transformers",
     extra="transformers",
+    able=frozenset({"json_schema", "logprobs", "resume"}),
 )
 
 _MIB = 1 << 20

@@ -19,6 +19,7 @@ ABOUT = About(
     requires="vllm",
     extra="vllm",
     spreads=True,
+    able=frozenset({"json_schema", "logprobs", "resume"}),
 )
 
 _GIB = 1 << 30
