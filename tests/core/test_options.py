@@ -12,13 +12,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from tests.conftest import ROOT
 
 from headrace import engines
-from headrace.core.constraint import Constraint
+from headrace.core.constraint import ANY_FORM, Constraint
 from headrace.core.model import SETTINGS, ModelSpec
 from headrace.core.options import EmbedOptions, GenerateOptions, ModelOptions, RerankOptions
 from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
 from headrace.core.sampling import Sampling
 
-_REQUEST = {"n", "echo", "context_length", "template_options", "deadline_s"}
+_REQUEST = {
+    *("n", "echo", "context_length", "template_options", "deadline_s"),
+    *("suffix", "continue_final", "prompt_logprobs"),
+}
 
 
 def plain(hint: Any) -> set[Any]:
@@ -48,7 +51,7 @@ def test_the_arguments_of_generate() -> None:
     typed = get_type_hints(GenerateOptions)
     of_request = get_type_hints(GenerateRequest)
     declared = get_type_hints(Sampling) | {name: of_request[name] for name in _REQUEST}
-    declared["json_schema"] = get_type_hints(Constraint)["json_schema"]
+    declared |= {form: get_type_hints(Constraint)[form] for form in ANY_FORM}
     assert typed.keys() == declared.keys()
     for name, hint in typed.items():
         assert plain(hint) - ({str} if name == "stop" else set()) == plain(declared[name]), name

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_origin, get_type_hin
 
 import msgspec
 
+from headrace.core.constraint import TextForm
 from headrace.core.device import device_text
 from headrace.core.values import seconds, variables
 
@@ -181,8 +182,9 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
 
     `path` is a GGUF file or a directory, or the name of a remote model at its upstream, the
     `provider`. `parameters` counts weights; `size` is in bytes. `tokenizer` is the kind of a GGUF's
-    tokenizer, and `special_ids` are its tokens by their names in templates (`bos_token`). A token
-    is at most `max_token_bytes` of text (None: without a limit, or not known).
+    tokenizer, and `special_ids` are its tokens by their names in templates (`bos_token`), and
+    `infill_ids` those before a prefix, a suffix and the gap between them. A token is at most
+    `max_token_bytes` of text (None: without a limit, or not known).
     """
 
     path: str
@@ -197,6 +199,7 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str | None = None
     max_token_bytes: int | None = None
     special_ids: dict[str, int] = {}
+    infill_ids: tuple[int, ...] = ()
     size: int = 0
     kv_bytes_per_token: int | None = None
 
@@ -204,18 +207,28 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine supports with this model. Sampling fields that are not listed are refused.
 
+    `forms`: constraints that it enforces, beside `json_schema`.
     `batch_invariant`: greedy and seeded answers do not depend on other running requests.
     `resume`: an answer can be continued after given tokens. `dimensions`: of its embeddings.
+    `prompt_logprobs`: of the tokens of a prompt. `infill`: it fills the gap before a suffix.
     """
 
     sampling: frozenset[str] = frozenset()
     chat: bool = False
     json_schema: bool = False
+    forms: frozenset[TextForm] = frozenset()
     token_prompts: bool = True
     batch_invariant: bool = False
     resume: bool = False
+    prompt_logprobs: bool = False
+    infill: bool = False
     tasks: frozenset[Task] = frozenset({"generate"})
     dimensions: int | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of what it can do."""
+        return sorted(name for name in self.__struct_fields__ if getattr(self, name) is True)
 
     @property
     def abilities(self) -> frozenset[str]:
@@ -227,6 +240,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
 ABILITIES: Mapping[str, str] = {
     "json_schema": "JSON schemas, required calls",
+    "forms": "regex, choice, grammar",
     "logprobs": "log probabilities",
     "prompt_logprobs": "those of the prompt",
     "infill": "fill in the middle",

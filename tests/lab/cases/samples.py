@@ -35,6 +35,7 @@ FEW = frozenset(
 )
 """What changes with the Backend. The rest is the engine's, and echo runs it on every Backend."""
 
+_FORMS = frozenset({"regex", "choice", "grammar", "forms_fail_closed"})
 _SCHEMAS = frozenset({"json_schema", "json_schema_fails_closed", "tool_calls_required"})
 
 SOUND = FEW | {
@@ -49,6 +50,7 @@ SOUND = FEW | {
     "tool_calls_required",
     "tool_calls_cut",
     "thinking",
+    *_FORMS,
 }
 """What only a real model's text shows."""
 
@@ -173,7 +175,12 @@ SAMPLES = [
         settings=_SHORT,
         # Slow enough to be caught in the middle of an answer.
         options={"tokens_per_second": 200},
-        refused=_NARROW | _PENALTIES | _fields("logit_bias") | _SCHEMAS | {"tool_calls_strict"},
+        refused=_NARROW
+        | _PENALTIES
+        | _fields("logit_bias")
+        | _SCHEMAS
+        | _FORMS
+        | {"tool_calls_strict"},
         heavy=False,
     ),
     Sample(
@@ -205,7 +212,7 @@ SAMPLES = [
         "openvino",
         _path(converted),
         settings=_SHORT,
-        refused=_fields("logit_bias", "logprobs") | _SCHEMAS,
+        refused=_fields("logit_bias", "logprobs") | _SCHEMAS | _FORMS,
         reported=frozenset({"alone_and_among_sixteen", "resume"}),
     ),
     Sample("llamacpp", _path(str), "embed", ("process",), _SHORT, {"pooling": "mean"}),
@@ -219,6 +226,7 @@ SAMPLES = [
         kinds=("worker", "pool"),
         refused=_NARROW
         | _PENALTIES
+        | _FORMS
         | _fields("temperature", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
         | {"resume", "usage_is_exact", "several_choices", "echo_comes_first", "text_and_tokens"}
         | {"cancelled_in_prefill", "context_at_its_end", "thinking"},

@@ -27,7 +27,7 @@ ABOUT = About(
     extra="openvino",
     tasks=("generate", "embed", "rerank"),
     confined=True,
-    able=frozenset({"logprobs", "resume"}),
+    able=frozenset({"infill", "logprobs", "resume"}),
 )
 
 BLOCK = 32

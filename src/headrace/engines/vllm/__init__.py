@@ -19,7 +19,7 @@ ABOUT = About(
     requires="vllm",
     extra="vllm",
     spreads=True,
-    able=frozenset({"json_schema", "logprobs", "resume"}),
+    able=frozenset({"forms", "infill", "json_schema", "logprobs", "prompt_logprobs", "resume"}),
 )
 
 _GIB = 1 << 30
