@@ -42,7 +42,7 @@ from headrace.engines.base import (
 ABOUT = About(
     formats=("none",),
     tasks=("generate", "embed", "rerank"),
-    able=frozenset({"logprobs", "resume"}),
+    able=frozenset({"logprobs", "prompt_logprobs", "resume"}),
     confined=True,
 )
 
