@@ -29,6 +29,7 @@ class Vocabulary:
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._decode = None if self._backend is None else _decoder(self._backend)
         self._bytes_of: dict[int, bytes] = dict.fromkeys(tokenizer.all_special_ids, b"")
+        self._readers: dict[frozenset[int], Callable[[int], bytes]] = {frozenset(): self.data}
         for token, added in tokenizer.added_tokens_decoder.items():
             self._bytes_of[token] = b"" if added.special else added.content.encode()
         if self._backend is not None:
@@ -59,6 +60,13 @@ class Vocabulary:
         if known is None:
             known = self._bytes_of[token] = self._look_up(token)
         return known
+
+    def reader(self, visible: frozenset[int]) -> Callable[[int], bytes]:
+        """Return a function like `data` that gives the text of `visible` control tokens too."""
+        if visible not in self._readers:
+            texts = {token: self.detokenize((token,)).encode() for token in visible}
+            self._readers[visible] = lambda token: texts.get(token) or self.data(token)
+        return self._readers[visible]
 
     def check(self, token_ids: Iterable[int], *, param: str | None = None) -> None:
         """Refuse ids that the model does not have.
@@ -112,10 +120,11 @@ class TokenizerMixin:
         """
         return self._vocabulary.detokenize(token_ids)
 
-    def shown(self, token_ids: Sequence[int]) -> str:
+    def shown(self, token_ids: Sequence[int], visible: frozenset[int] = frozenset()) -> str:
         """Return the text of token ids without control tokens, which a stream leaves out."""
         self._vocabulary.check(token_ids, param="answered")
-        return b"".join(map(self._vocabulary.data, token_ids)).decode(errors="replace")
+        data = map(self._vocabulary.reader(visible), token_ids)
+        return b"".join(data).decode(errors="replace")
 
 
 def _decoder(backend: Any) -> Decode | None:

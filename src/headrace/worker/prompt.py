@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Literal, NamedTuple, cast
 
 import msgspec
@@ -14,7 +15,8 @@ from headrace.core.request import CountRequest, GenerateRequest
 from headrace.core.sampling import Sampling
 from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator, Piecewise
 from headrace.text.template import ChatTemplate
-from headrace.worker.chat import Chat, NewSplitter
+from headrace.worker.chat import Budget, Chat, NewSplitter, Parsing
+from headrace.worker.parts import thought_tokens
 
 # Implemented by the worker for all engines.
 _BY_WORKER = {"stop"}
@@ -30,7 +32,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     `answered_text` is the text of the tokens of an answer that is continued. `over` is the finish
     reason if that answer was complete. `splitter` makes the parser of an answer that may have
-    thinking or calls. `constraint` is what the whole text has to be, calls included.
+    thinking or calls. `constraint` is what the whole text has to be, calls included. `budget` is
+    that of the thinking; `answered_thought` counts its tokens in `answered`.
     """
 
     choices: tuple[EngineRequest, ...]
@@ -39,6 +42,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     answered_text: str = ""
     constraint: Constraint | None = None
     splitter: NewSplitter | None = None
+    budget: Budget | None = None
+    answered_thought: int = 0
     over: Literal["stop", "length"] | None = None
 
 
@@ -90,7 +95,7 @@ class Prompter:
         self._facts = facts = engine.facts
         self._stops = spec.stop
         self.template, self.note = _template(spec, facts)
-        self.chat = Chat(self.template) if self.template else None
+        self.chat = Chat(self.template, engine) if self.template else None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -108,9 +113,9 @@ class Prompter:
         context_length = self._context_length(request)
         text = None if request.messages is None else self._chat_text(request)
         token_ids = self._token_ids(request, text, context_length, gone)
-        constraint, splitter = self._parsed(request, text)
+        parsing = self._parsing(request, text)
         max_tokens = max_new_tokens(request, len(token_ids), context_length)
-        answered, answered_text, ended = self._answered(request)
+        answered, answered_text, ended = self._answered(request, parsing.visible)
         left = max(0, max_tokens - len(answered))
         least = request.sampling.min_tokens or 0
         if least > max_tokens:
@@ -127,12 +132,15 @@ class Prompter:
                     max_tokens=left,
                     answered=answered,
                     sampling=_seeded(sampling, index),
-                    constraint=constraint,
+                    constraint=parsing.enforced,
+                    visible=parsing.visible,
                 )
                 for index in range(request.n)
             ),
-            constraint=constraint,
-            splitter=splitter,
+            constraint=parsing.constraint,
+            splitter=parsing.splitter,
+            budget=parsing.budget,
+            answered_thought=self._thought(parsing, answered),
             stops=(*request.sampling.stop, *self._stops),
             echo=self._echo(request),
             answered_text=answered_text,
@@ -167,18 +175,15 @@ class Prompter:
             )
         return self.chat.render(request)
 
-    def _parsed(
-        self, request: GenerateRequest, text: str | None
-    ) -> tuple[Constraint | None, NewSplitter | None]:
-        """Return what the answer has to be, and what makes its parser."""
+    def _parsing(self, request: GenerateRequest, text: str | None) -> Parsing:
         if text is None or self.chat is None:
-            return request.constraint, None
-        constraint = self.chat.constraint(request, text)
-        if constraint is not None and not self._facts.capabilities.json_schema:
+            return Parsing(constraint=request.constraint, enforced=request.constraint)
+        parsing = self.chat.parsing(request, text)
+        if parsing.constraint is not None and not self._facts.capabilities.json_schema:
             raise Unsupported(
                 "This engine does not enforce calls of tools; use auto.", param="tool_choice"
             )
-        return constraint, self.chat.splitter(request, text)
+        return parsing
 
     def _chat_ids(self, text: str, limit: Limit) -> tuple[int, ...]:
         # Most templates write the BOS token themselves: it must not be added twice.
@@ -189,7 +194,19 @@ class Prompter:
             raise InvalidRequest("The messages are empty.", param="messages")
         return token_ids
 
-    def _answered(self, request: GenerateRequest) -> tuple[tuple[int, ...], str, bool]:
+    def _thought(self, parsing: Parsing, answered: tuple[int, ...]) -> int:
+        if parsing.splitter is None or not answered:
+            return 0
+        shown = cast("Generator", self._engine).shown
+        tokens = thought_tokens(
+            parsing.splitter, len(answered), lambda n: shown(answered[:n], parsing.visible)
+        )
+        # Those that have closed it at its budget are not counted.
+        return tokens if parsing.budget is None else min(tokens, parsing.budget.tokens)
+
+    def _answered(
+        self, request: GenerateRequest, visible: frozenset[int]
+    ) -> tuple[tuple[int, ...], str, bool]:
         """Return the tokens to continue after, their text, and whether they end the answer.
 
         If an answer was cut within a character, the tokens of that character are dropped: they
@@ -201,7 +218,7 @@ class Prompter:
         ends = self._ends(request.sampling)
         end = next((place for place, token in enumerate(given) if token in ends), None)
         given = given if end is None else given[: end + 1]
-        shown = cast("Generator", self._engine).shown
+        shown = partial(cast("Generator", self._engine).shown, visible=visible)
         text = shown(given)
         for missing in range(_MAX_MISSING_BYTES + 1):
             kept = given[: len(given) - missing]

@@ -220,7 +220,9 @@ class _Answer:
         # One token for each of its log probabilities, otherwise one for the delta.
         tokens = len(delta.logprobs) or 1
         self._counted += tokens
-        self._turn.meter.delta(tokens, visible=bool(delta.text or delta.reasoning))
+        self._turn.meter.delta(
+            tokens, visible=bool(delta.text or delta.reasoning), thinking=not delta.text
+        )
         text = matcher.feed(delta.text)
         self._note(delta.index, text)
         shown = Delta(text, delta.token_ids, delta.index, delta.reasoning, delta.logprobs)

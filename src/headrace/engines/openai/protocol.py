@@ -111,7 +111,7 @@ def _format(request: GenerateRequest, provider: Provider) -> dict[str, Any]:
 def _tools(request: GenerateRequest) -> dict[str, Any]:
     body: dict[str, Any] = {}
     if request.thinking.budget is not None:
-        raise Unsupported("A budget of thinking is not supported.", param="thinking")
+        raise Unsupported("A budget of thinking is not supported.", param="thinking_budget")
     if request.thinking.effort is not None:
         body["reasoning_effort"] = request.thinking.effort
     if not request.tools:
