@@ -15,8 +15,25 @@ from headrace.core.model import ModelInfo, State
 _LOADABLE: frozenset[State] = frozenset({"ready", "created", "stopped"})
 
 
+class Abilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model can do, once it has been loaded.
+
+    `tools` is generic where its chat template has no form for them, `thinking` whether it can be
+    switched; `tool_format` is the family whose calls it writes.
+    """
+
+    chat: bool
+    json_schema: bool
+    tools: str
+    thinking: str
+    tool_format: str | None
+
+
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """A model; requests name it by its `id` or an alias."""
+    """A model; requests name it by its `id` or an alias.
+
+    `base` is the model that answers, if this is a name with a preset of its own.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -29,6 +46,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     context_length: int | None
     parameters: int | None
     quantization: str | None
+    capabilities: Abilities
+    base: str | None
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +83,19 @@ def _card(info: ModelInfo) -> ModelCard:
         context_length=info.context_length,
         parameters=info.parameters,
         quantization=info.quantization,
+        capabilities=_abilities(info),
+        base=info.base,
+    )
+
+
+def _abilities(info: ModelInfo) -> Abilities:
+    able, calls = info.capabilities, info.tool_format.get("tool calls")
+    return Abilities(
+        chat=able.chat,
+        json_schema=able.json_schema,
+        tools=able.tools,
+        thinking=able.thinking,
+        tool_format=calls.partition(":")[0] if calls else None,
     )
 
 

@@ -72,7 +72,7 @@ def show(common: Common, model: ModelArgument, flags: ModelFlags) -> None:
 
     settings = flags.settings(common)
     spec = settings.model_spec(model)
-    info = runtime.describe(spec, settings.config)
+    info = runtime.with_tool_format(runtime.describe(spec, settings.config), spec)
     parameters = runtime.parameters(spec, info.engine)
     options = [parameter for parameter in parameters if parameter.kind == "option"]
     described = {
@@ -96,7 +96,13 @@ def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
     """Yield the known facts by name, with readable sizes and the length of long texts."""
     plain: dict[str, Any] = msgspec.to_builtins(info)
     for name, value in plain.items():
-        if name in ("capabilities", "options", "created") or value in (None, "", ()):
+        if name in ("capabilities", "options", "created") or value in (None, "", (), {}):
+            continue
+        if name == "tool_format":
+            yield from value.items()
+            continue
+        if name == "preset":
+            yield name, ", ".join(f"{key} = {part!r}" for key, part in value.items())
             continue
         if name in ("size", "memory"):
             yield name, terminal.size(value)

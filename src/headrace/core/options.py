@@ -68,6 +68,12 @@ class ModelOptions(TypedDict, total=False):
     context_length: int | None
     chat_template: str | None
     stop: Sequence[str] | None
+    system: str | None
+    defaults: Mapping[str, Any] | None
+    thinking: Literal["on", "off", "minimal", "low", "medium", "high", "xhigh", "max"] | None
+    thinking_budget: int | None
+    tool_format: str | None
+    base: str | None
     max_running: int | None
     max_queued: int | None
     hang_s: float | None

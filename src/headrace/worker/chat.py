@@ -14,6 +14,7 @@ from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.tools import Thinking, Tool
 from headrace.engines.base import Engine, Generator
 from headrace.text.calls.constrain import constraint_for
+from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.format import Format, thinking_open_in
 from headrace.text.calls.generic import generic_messages
 from headrace.text.calls.probe import probe
@@ -54,17 +55,34 @@ class Parsing(msgspec.Struct, frozen=True, kw_only=True):
     budget: Budget | None = None
 
 
+def format_of(template: ChatTemplate, family: str | None = None) -> Format:
+    """Return how a model writes thinking and calls, determined by trials of its template.
+
+    With a `family` it writes calls as that does. Blocking.
+    """
+    form = probe(template.trial())
+    if family is None:
+        return form
+    changes: dict[str, Any] = {"template": form.template}
+    if form.thinks:
+        changes |= {"think_open": form.think_open, "think_close": form.think_close}
+    return msgspec.structs.replace(FAMILIES[family], **changes)
+
+
 class Chat:
     """A chat template, and how its model writes thinking and calls. Blocking; thread-safe."""
 
-    def __init__(self, template: ChatTemplate, engine: Engine) -> None:
+    def __init__(
+        self, template: ChatTemplate, engine: Engine, tool_format: str | None = None
+    ) -> None:
         self.template = template
+        self._family = tool_format
         self._engine = cast("Generator", engine)
 
     @cached_property
     def format(self) -> Format:
-        """How the model writes thinking and calls, determined by trials of its template."""
-        return probe(self.template.trial())
+        """How the model writes thinking and calls."""
+        return format_of(self.template, self._family)
 
     def render(self, request: GenerateRequest | CountRequest) -> str:
         """Return the prompt of a conversation.

@@ -95,7 +95,7 @@ class Prompter:
         self._facts = facts = engine.facts
         self._stops = spec.stop
         self.template, self.note = _template(spec, facts)
-        self.chat = Chat(self.template, engine) if self.template else None
+        self.chat = Chat(self.template, engine, spec.tool_format) if self.template else None
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -127,6 +127,20 @@ class Format(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             return self.think_close
         return "<|end|><|start|>assistant" + ("" if calls else "<|channel|>final<|message|>")
 
+    @property
+    def tools(self) -> Literal["none", "generic", "native"]:
+        """Whether the template has a form for tools; a generic one takes its place."""
+        if self.style in ("none", "generic"):
+            return "generic"
+        return "native" if self.template.tools else "generic"
+
+    @property
+    def thinking(self) -> Literal["none", "always", "switchable"]:
+        """Whether the model thinks, and a variable of its template switches that."""
+        if not self.thinks:
+            return "none"
+        return "switchable" if self.template.thinking else "always"
+
     def describe(self) -> dict[str, str]:
         """Return what `headrace show` prints of it."""
         facts, thinking = self.template, _WORDS["harmony"] if self.thinks else "none"
