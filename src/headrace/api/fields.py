@@ -19,6 +19,7 @@ from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.wording import fields_of, parts_of, struct_of
 
 OnUnknown = Literal["ignore", "warn", "refuse"]
+ReasoningField = Literal["reasoning_content", "reasoning", "both"]
 
 _SHOWN = 8
 _MOST = 64

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+from headrace.core.tools import Thinking, Tool, ToolChoice
+
 
 class GenerateOptions(TypedDict, total=False):
     """Arguments of `generate` and `generate_stream`: sampling, and fields of the request.
@@ -35,6 +37,10 @@ class GenerateOptions(TypedDict, total=False):
     echo: bool | None
     context_length: int | None
     json_schema: Mapping[str, Any] | None
+    tools: Sequence[Tool | Mapping[str, Any]] | None
+    tool_choice: ToolChoice | str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
+    thinking: Thinking | bool | str | int | None
     template_options: Mapping[str, Any] | None
     deadline_s: float | None
 

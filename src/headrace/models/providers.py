@@ -28,7 +28,8 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     names in a chat. `stops` is the number of stop strings that it takes. `json` is whether an
     answer can follow a schema, be any JSON object, or neither. `asks_usage`: usage of a stream has
     to be requested by `stream_options`, a field that others may refuse. `embeddings` and `rerank`
-    are its tasks beside generation; with `base64` it can send vectors in that encoding. `extra` is
+    are its tasks beside generation; with `base64` it can send vectors in that encoding. `switches`
+    is whether it takes Headrace's fields for thinking; others get `reasoning_effort`. `extra` is
     added to each request. `otel_name` is its name in OpenTelemetry's conventions, where it differs.
     `checked` rows rest on the provider's documentation or on several programs that use it; the
     others on a claim of compatibility, taken narrowly.
@@ -53,6 +54,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     base64: bool = False
     rerank: bool = False
     tokenize: bool = False
+    switches: bool = False
     extra: Mapping[str, Any] = {}
     otel_name: str | None = None
     checked: bool = True
@@ -286,6 +288,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             base64=True,
             rerank=True,
             tokenize=True,
+            switches=True,
         ),
         "anthropic": Provider(
             title="Anthropic",

@@ -71,7 +71,7 @@ def generate_body(request: GenerateRequest, model: str, provider: Provider) -> t
     body |= _sampling(request, provider, chat=chat) | _format(request, provider)
     if chat:
         body["messages"] = _messages(request.messages or (), provider)
-        body |= _tools(request)
+        body |= _thinking(request, provider) | _tools(request)
         if request.template_options:
             body["chat_template_kwargs"] = request.template_options
         return "/chat/completions", msgspec.json.encode(body)
@@ -108,12 +108,20 @@ def _format(request: GenerateRequest, provider: Provider) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
+def _thinking(request: GenerateRequest, provider: Provider) -> dict[str, Any]:
+    thinking, body = request.thinking, dict[str, Any]()
+    if thinking.effort is not None:
+        body["reasoning_effort"] = thinking.effort
+    if provider.switches:
+        given = {"enable_thinking": thinking.enabled, "thinking_token_budget": thinking.budget}
+        return body | {name: value for name, value in given.items() if value is not None}
+    if thinking.budget is not None:
+        raise Unsupported(f"{provider.title} has no budget of thinking.", param="thinking_budget")
+    return body
+
+
 def _tools(request: GenerateRequest) -> dict[str, Any]:
     body: dict[str, Any] = {}
-    if request.thinking.budget is not None:
-        raise Unsupported("A budget of thinking is not supported.", param="thinking_budget")
-    if request.thinking.effort is not None:
-        body["reasoning_effort"] = request.thinking.effort
     if not request.tools:
         return body
     choice = request.tool_choice
