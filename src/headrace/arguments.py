@@ -18,7 +18,7 @@ from headrace.api.messages import (
     to_messages,
     to_tools,
 )
-from headrace.core.constraint import Constraint
+from headrace.core.constraint import ANY_FORM, AnyForm, Constraint, constraint_of
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import EmbedResult
 from headrace.core.options import GenerateOptions
@@ -48,8 +48,11 @@ def request(
     sampling = {name: arguments.pop(name) for name in _SAMPLING & arguments.keys()}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = (sampling["stop"],)
-    if (schema := arguments.pop("json_schema", None)) is not None:
-        arguments["constraint"] = built(Constraint, {"json_schema": schema})
+    forms: list[AnyForm] = [form for form in ANY_FORM if arguments.get(form) is not None]
+    if forms:
+        if len(forms) > 1:
+            raise InvalidRequest(f"{forms[0]} and {forms[1]} are both given.", param=forms[1])
+        arguments["constraint"] = _constraint(forms[0], arguments.pop(forms[0]))
     arguments |= _conversation(arguments)
     text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
     body = {"model": model, "prompt": text, "messages": turns(messages), **arguments}
@@ -118,6 +121,11 @@ def _read(data: Any, kind: type[T], place: str) -> T:
         raise refusal(error, kind, place) from error
 
 
+def _constraint(form: AnyForm, value: Any) -> Constraint:
+    checked = built(Constraint, {form: value})
+    return constraint_of(form, getattr(checked, form))
+
+
 def turns(messages: Messages | None) -> tuple[Message, ...] | None:
     """Return messages as the core has them.
 
@@ -153,7 +161,7 @@ def given(options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """
     for name in options.keys() - known:
         matches = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {matches[0]}?" if matches else ""
+        hint = f"; did you mean {matches[0]}?" if matches else "."
         raise InvalidRequest(f"There is no option {name!r}{hint}", param=name)
     return {name: value for name, value in options.items() if value is not None}
 

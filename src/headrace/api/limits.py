@@ -54,6 +54,9 @@ MAX_DEPTH = 64
 """How deep JSON may be nested."""
 
 MAX_MESSAGES = 2048
+MAX_ITEMS = 8192
+"""Of a response's input: a turn of an agent has three or more."""
+
 MAX_TOOLS = 128
 MAX_PROMPTS = 128
 MAX_INPUTS = 2048
@@ -84,7 +87,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     When there are keys, `keep_alive` of a request without an admin key only lengthens the model's,
     to `max_keep_alive_s` at most.
     `unknown_fields` is what becomes of a body's unknown fields. `reasoning_field` is where chat
-    completions have the thinking.
+    completions have the thinking. With `list_aliases`, /v1/models lists each alias as a model.
 
     Raises:
         ConfigError: a key is not hashed, or a limit is not positive.
@@ -103,6 +106,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     headers_after_s: float = 5.0
     unknown_fields: OnUnknown = "warn"
     reasoning_field: ReasoningField = "reasoning_content"
+    list_aliases: bool = False
 
     def __post_init__(self) -> None:
         """Check the keys and the limits."""
@@ -112,7 +116,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
         for name in self.__struct_fields__:
             value = getattr(self, name)
             least = 0 if name in {"load_wait_s", "max_keep_alive_s"} else 1e-9
-            if isinstance(value, int | float) and value < least:
+            if isinstance(value, int | float) and value is not False and value < least:
                 raise ConfigError(f"{name}: must be positive, not {value}.")
 
     @property

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import msgspec
 from msgspec import Meta
 
 from headrace.api import fields, limits
+from headrace.api.exchange import Call
 from headrace.api.fields import Body, Peers
 from headrace.api.wire import GenerateFields
-from headrace.core.errors import InvalidRequest
+from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.events import ToolCall
 from headrace.core.request import Message, Role
 from headrace.core.tools import Thinking, Tool, ToolChoice
@@ -19,6 +20,12 @@ from headrace.core.tools import Thinking, Tool, ToolChoice
 ToolName = Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
 CallId = Annotated[str, Meta(max_length=256)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+TEMPLATE_NAMES = {
+    "continue_final": "continue_final_message",
+    "template_options": "chat_template_kwargs",
+}
+"""The client's names for fields of the core."""
 
 Budget = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 
@@ -146,6 +153,25 @@ class ReasoningSwitch(Body, frozen=True):
     peers: ClassVar[Peers] = fields.REASONING
 
 
+class Templated(Protocol):
+    """A request on the wire whose messages go through a template."""
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any] | None:
+        """Variables of the template."""
+        ...
+
+    @property
+    def add_generation_prompt(self) -> bool | None:
+        """Whether the model's turn is begun after the messages."""
+        ...
+
+    @property
+    def continue_final_message(self) -> bool | None:
+        """Whether the last message, an assistant's, is continued."""
+        ...
+
+
 class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
     """The names under which clients control the thinking; all mean one policy."""
 
@@ -163,6 +189,26 @@ class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
         """Return the client's names for fields of the core, where they differ."""
         budgets = _budgets(self)
         return super().names() | ({"thinking_budget": budgets[0][0]} if budgets else {})
+
+
+def to_template(wire: Templated) -> dict[str, Any]:
+    """Return the fields of a core request.
+
+    Raises:
+        InvalidRequest: the last message is to be continued, and another to be begun.
+    """
+    options, begins = wire.chat_template_kwargs or {}, wire.add_generation_prompt
+    if wire.continue_final_message and (begins or options.get("add_generation_prompt")):
+        raise InvalidRequest(
+            "continue_final_message needs add_generation_prompt to be false.",
+            param="add_generation_prompt",
+        )
+    if begins is False:
+        options = {**options, "add_generation_prompt": False}
+    return {
+        "template_options": options,
+        "continue_final": bool(wire.continue_final_message),
+    }
 
 
 def to_messages(wire: Sequence[ChatMessage], first: int = 0) -> tuple[Message, ...]:
@@ -189,7 +235,12 @@ def to_tools(wire: Sequence[WireTool] | None) -> tuple[Tool, ...]:
     Raises:
         InvalidRequest: two have the same name, or a schema is not that of an object.
     """
-    tools = tuple(_tool(tool.function, f"tools[{i}].function") for i, tool in enumerate(wire or ()))
+    return tools_of((tool.function, f"tools[{i}].function") for i, tool in enumerate(wire or ()))
+
+
+def tools_of(functions: Iterable[tuple[Function, str]]) -> tuple[Tool, ...]:
+    """Return functions, each with its place in the request, as tools; raises as `to_tools`."""
+    tools = tuple(_tool(function, place) for function, place in functions)
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
         raise InvalidRequest("Two tools have the same name.", param="tools")
@@ -242,9 +293,76 @@ def _budgets(wire: ThinkingFields) -> list[tuple[str, int]]:
     return [(name, value) for name, value in budgets.items() if value is not None and value >= 0]
 
 
+class Turns:
+    """Makes turns of the parts of a conversation, those of one answer becoming one turn."""
+
+    def __init__(self) -> None:
+        self._turns: list[Message] = []
+        self._names: dict[str, str] = {}
+        self._texts: list[str] = []
+        self._thoughts: list[str] = []
+        self._calls: list[ToolCall] = []
+
+    def add(self, message: Message) -> None:
+        """Add a turn that is not the model's; system messages at the beginning are joined."""
+        self._end_answer()
+        turns = self._turns
+        systems = {"system", "developer"}
+        if len(turns) == 1 and turns[0].role in systems and message.role in systems:
+            # Many templates know one system message only.
+            message = Message("system", f"{turns.pop().content}\n\n{message.content}")
+        turns.append(message)
+
+    def answer(self, call_id: str, output: str) -> None:
+        """Add what a tool has returned."""
+        self.add(Message("tool", output, self._names.get(call_id), tool_call_id=call_id))
+
+    def say(self, text: str) -> None:
+        """Add text of the model."""
+        self._texts.append(text)
+
+    def think(self, text: str) -> None:
+        """Add thinking of the model."""
+        self._thoughts.append(text)
+
+    def call(self, call: ToolCall) -> None:
+        """Add a call of the model."""
+        self._names[call.id] = call.name
+        self._calls.append(call)
+
+    def end(self) -> tuple[Message, ...]:
+        """Return all turns."""
+        self._end_answer()
+        return tuple(self._turns)
+
+    def _end_answer(self) -> None:
+        text, thought, calls = "".join(self._texts), "".join(self._thoughts), tuple(self._calls)
+        if self._texts or calls:
+            message = Message("assistant", text, tool_calls=calls, reasoning=thought)
+            self._turns.append(message)
+        self._texts, self._thoughts, self._calls = [], [], []
+
+
+def leave_out(call: Call, hosted: Sequence[str], *, kept: bool, forced: bool) -> None:
+    """Note in `call` tools that a provider would run, and that are left out.
+
+    `kept` is whether the model can do without: other tools are left, or none may be called.
+
+    Raises:
+        Unsupported: it cannot, or is `forced` to call a tool, which might be one of them.
+    """
+    if hosted and (forced or not kept):
+        message = f"The tool {hosted[0][:64]} is not run by this server, and the request needs it."
+        raise Unsupported(message, param="tools")
+    call.left_out += tuple(dict.fromkeys(f"tool {name[:64]}" for name in hosted))
+
+
 def _turn(message: ChatMessage, place: str, names: dict[str, str]) -> Message:
     role: Role = "tool" if message.role == "function" else message.role
-    calls = tuple(_call(call, place, i) for i, call in enumerate(message.tool_calls or ()))
+    calls = tuple(
+        to_call(call.id, call.function, f"{place}.tool_calls[{i}].function")
+        for i, call in enumerate(message.tool_calls or ())
+    )
     if calls and role != "assistant":
         raise InvalidRequest("Only an assistant's turn has calls.", param=f"{place}.tool_calls")
     text = _text(message.content) if message.content is not None else message.refusal or ""
@@ -266,8 +384,13 @@ def _text(content: str | list[TextPart]) -> str:
     return "".join(part.text or part.refusal or "" for part in content)
 
 
-def _call(call: WireToolCall, place: str, index: int) -> ToolCall:
-    arguments = call.function.arguments
+def to_call(identity: str, function: CalledFunction, place: str) -> ToolCall:
+    """Return a call of an earlier answer.
+
+    Raises:
+        InvalidRequest: its arguments are not those of a function.
+    """
+    arguments = function.arguments
     text = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
     try:
         is_object = isinstance(msgspec.json.decode(text or _EMPTY_ARGUMENTS), dict)
@@ -275,10 +398,9 @@ def _call(call: WireToolCall, place: str, index: int) -> ToolCall:
         is_object = False
     if not is_object:
         raise InvalidRequest(
-            "arguments is not the text of a JSON object.",
-            param=f"{place}.tool_calls[{index}].function.arguments",
+            "arguments is not the text of a JSON object.", param=f"{place}.arguments"
         )
-    return ToolCall(call.id, call.function.name, text or _EMPTY_ARGUMENTS)
+    return ToolCall(identity, function.name, text or _EMPTY_ARGUMENTS)
 
 
 def _tool(function: Function, place: str) -> Tool:

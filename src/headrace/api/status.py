@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Literal
 
 import msgspec
@@ -15,51 +16,56 @@ from headrace.core.model import ModelInfo, State
 _LOADABLE: frozenset[State] = frozenset({"ready", "created", "stopped"})
 
 
-class Abilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What the model can do, once it has been loaded.
-
-    `tools` is generic where its chat template has no form for them, `thinking` whether it can be
-    switched; `tool_format` is the family whose calls it writes.
-    """
-
-    chat: bool
-    json_schema: bool
-    tools: str
-    thinking: str
-    tool_format: str | None
-
-
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """A model; requests name it by its `id` or an alias.
 
     `base` is the model that answers, if this is a name with a preset of its own.
+    `type`, `display_name`, `created_at`, `max_input_tokens` and `lifecycle` are Anthropic's fields.
     """
 
     id: str
     object: Literal["model"] = "model"
+    type: Literal["model"] = "model"
+    display_name: str
     created: int
+    created_at: str
+    lifecycle: Literal["active"] = "active"
+    max_input_tokens: int | None
     owned_by: str = "headrace"
     aliases: list[str]
     engine: str
     state: str
     tasks: list[str]
+    capabilities: list[str]
     context_length: int | None
     parameters: int | None
     quantization: str | None
-    capabilities: Abilities
+    tools: str
+    thinking: str
+    tool_format: str | None
     base: str | None
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
-    """All models that are served."""
+    """All models that are served, on one page."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+    has_more: Literal[False] = False
+    first_id: str | None
+    last_id: str | None
 
 
 async def list_models(service: Service, exchange: Exchange) -> None:
     """List the models that are served."""
-    await exchange.answer(ModelList(data=[_card(info) for info in service.backend.models()]))
+    more = exchange.settings.list_aliases
+    cards = [
+        _card(info, name)
+        for info in service.backend.models()
+        for name in (info.id, *(info.aliases if more else ()))
+    ]
+    first, last = (cards[0].id, cards[-1].id) if cards else (None, None)
+    await exchange.answer(ModelList(data=cards, first_id=first, last_id=last))
 
 
 async def show_model(service: Service, exchange: Exchange) -> None:
@@ -67,35 +73,30 @@ async def show_model(service: Service, exchange: Exchange) -> None:
     name: str = exchange.scope["path_params"]["model_id"]
     for info in service.backend.models():
         if name == info.id or name in info.aliases:
-            await exchange.answer(_card(info))
+            await exchange.answer(_card(info, info.id))
             return
     raise UnknownModel("No model of this name is served here.")
 
 
-def _card(info: ModelInfo) -> ModelCard:
+def _card(info: ModelInfo, name: str) -> ModelCard:
     return ModelCard(
-        id=info.id,
+        id=name,
+        display_name=name,
         created=info.created,
+        created_at=datetime.fromtimestamp(info.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        max_input_tokens=info.context_length,
         aliases=list(info.aliases),
         engine=info.engine,
         state=info.state,
         tasks=sorted(info.capabilities.tasks),
+        capabilities=info.capabilities.names,
         context_length=info.context_length,
         parameters=info.parameters,
         quantization=info.quantization,
-        capabilities=_abilities(info),
+        tools=info.capabilities.tools,
+        thinking=info.capabilities.thinking,
+        tool_format=info.tool_format.get("tool calls", "").partition(":")[0] or None,
         base=info.base,
-    )
-
-
-def _abilities(info: ModelInfo) -> Abilities:
-    able, calls = info.capabilities, info.tool_format.get("tool calls")
-    return Abilities(
-        chat=able.chat,
-        json_schema=able.json_schema,
-        tools=able.tools,
-        thinking=able.thinking,
-        tool_format=calls.partition(":")[0] if calls else None,
     )
 
 

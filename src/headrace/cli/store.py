@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from headrace.models.transfer import Progress
 
 
+# What only a service knows of a model, and what has lines of its own.
+_NOT_SHOWN = ("state", "capabilities", "options", "created")
+
+
 def pull(
     common: Common,
     model: ModelArgument,
@@ -92,26 +96,29 @@ def _model_lines(info: ModelInfo, options: Sequence[Parameter]) -> Iterator[str]
         yield from terminal.aligned(heads, rows)
 
 
+_LISTED = ("aliases", "roles", "notes", "capabilities")
+
+
 def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
     """Yield the known facts by name, with readable sizes and the length of long texts."""
     plain: dict[str, Any] = msgspec.to_builtins(info)
+    plain["capabilities"] = tuple(info.capabilities.names)
     for name, value in plain.items():
-        if name in ("capabilities", "options", "created") or value in (None, "", (), {}):
+        if name in _NOT_SHOWN or value in (None, "", "none", 0, (), {}):
             continue
-        if name == "tool_format":
-            yield from value.items()
-            continue
-        if name == "preset":
-            yield name, ", ".join(f"{key} = {part!r}" for key, part in value.items())
-            continue
-        if name in ("size", "memory"):
+        name = name.replace("_", " ")
+        if name == "tool format":
+            yield from info.tool_format.items()
+        elif name == "preset":
+            yield name, ", ".join(f"{key} = {part!r}" for key, part in info.preset.items())
+        elif name in ("size", "memory"):
             yield name, terminal.size(value)
-        elif name == "chat_template":
+        elif name == "chat template":
             yield name, f"{len(value)} characters"
         elif name == "parameters":
             yield name, f"{value / 1e6:.0f} M"
         else:
-            yield name, ", ".join(value) if name in ("aliases", "roles", "notes") else value
+            yield name, ", ".join(value) if name in _LISTED else value
 
 
 def _plain(parameter: Parameter) -> dict[str, Any]:

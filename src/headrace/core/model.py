@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_origin, get_type_hin
 
 import msgspec
 
+from headrace.core.constraint import TextForm
 from headrace.core.device import device_text
 from headrace.core.sampling import checked_defaults
 from headrace.core.values import seconds, variables
@@ -231,8 +232,9 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
 
     `path` is a GGUF file or a directory, or the name of a remote model at its upstream, the
     `provider`. `parameters` counts weights; `size` is in bytes. `tokenizer` is the kind of a GGUF's
-    tokenizer, and `special_ids` are its tokens by their names in templates (`bos_token`). A token
-    is at most `max_token_bytes` of text (None: without a limit, or not known).
+    tokenizer, and `special_ids` are its tokens by their names in templates (`bos_token`), and
+    `infill_ids` those before a prefix, a suffix and the gap between them. A token is at most
+    `max_token_bytes` of text (None: without a limit, or not known).
     """
 
     path: str
@@ -247,6 +249,7 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str | None = None
     max_token_bytes: int | None = None
     special_ids: dict[str, int] = {}
+    infill_ids: tuple[int, ...] = ()
     size: int = 0
     kv_bytes_per_token: int | None = None
 
@@ -254,22 +257,32 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine supports with this model. Sampling fields that are not listed are refused.
 
+    `forms`: constraints that it enforces, beside `json_schema`.
     `batch_invariant`: greedy and seeded answers do not depend on other running requests.
     `resume`: an answer can be continued after given tokens. `dimensions`: of its embeddings.
     `tools`: calls of tools, in a `generic` form where the chat template has none of its own.
     `thinking`: whether the model thinks before its answer, and requests can switch that.
+    `prompt_logprobs`: of the tokens of a prompt. `infill`: it fills the gap before a suffix.
     """
 
     sampling: frozenset[str] = frozenset()
     chat: bool = False
     json_schema: bool = False
+    forms: frozenset[TextForm] = frozenset()
     token_prompts: bool = True
     batch_invariant: bool = False
     resume: bool = False
     tools: Literal["none", "generic", "native"] = "none"
     thinking: Literal["none", "always", "switchable"] = "none"
+    prompt_logprobs: bool = False
+    infill: bool = False
     tasks: frozenset[Task] = frozenset({"generate"})
     dimensions: int | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of what it can do."""
+        return sorted(name for name in self.__struct_fields__ if getattr(self, name) is True)
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -41,7 +41,13 @@ class GenerateOptions(TypedDict, total=False):
     tool_choice: ToolChoice | str | Mapping[str, Any] | None
     parallel_tool_calls: bool | None
     thinking: Thinking | bool | str | int | None
+    regex: str | None
+    choice: Sequence[str] | None
+    grammar: str | None
     template_options: Mapping[str, Any] | None
+    suffix: str | None
+    continue_final: bool | None
+    prompt_logprobs: int | None
     deadline_s: float | None
 
 

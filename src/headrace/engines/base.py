@@ -234,7 +234,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     most `max_token_bytes` of text: longer texts are refused without making tokens of them.
     `special_tokens` are the texts of those that the model has, by their names in chat templates:
     `bos_token`, `eos_token`, `unk_token`, ... `grammar_library` is the file with the llguidance
-    that compiles constraints; empty is the package of that name.
+    that compiles constraints; empty is the package of that name. `infill_ids` are the tokens that
+    the model's file names for a prefix, a suffix and the gap between them.
     """
 
     device: str
@@ -245,6 +246,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     special_tokens: Mapping[str, str] = {}
     max_token_bytes: int | None = None
     grammar_library: str = ""
+    infill_ids: tuple[int, ...] = ()
     batch: BatchLimits = BatchLimits()
     notes: tuple[str, ...] = ()
 

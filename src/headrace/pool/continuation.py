@@ -14,7 +14,7 @@ from headrace.core.errors import (
     OutOfMemory,
     WorkerDied,
 )
-from headrace.core.events import Delta, Event, Finish, Progress, ToolCallDelta
+from headrace.core.events import Delta, Event, Finish, Progress, PromptTokens, ToolCallDelta
 from headrace.core.model import Capabilities
 from headrace.core.model import Continuation as Policy
 from headrace.core.request import AnyRequest, GenerateRequest
@@ -36,6 +36,7 @@ class _Sent:
         "_text",
         "_tokens",
         "calls",
+        "has_prompt",
         "reasonings",
         "texts",
         "token_ids",
@@ -46,6 +47,7 @@ class _Sent:
         self.reasonings: list[str] = []
         self.token_ids: list[int] = []
         self.calls: dict[int, list[str]] = {}
+        self.has_prompt = False
         self._text = self._reasoning = ""
         self._calls: dict[int, str] = {}
         self._tokens = 0
@@ -59,7 +61,7 @@ class _Sent:
 
     def note_call(self, delta: ToolCallDelta) -> None:
         # The name comes with the first part, so that the joined parts tell two calls apart.
-        self.calls.setdefault(delta.call, []).append(delta.name + delta.arguments)
+        self.calls.setdefault(delta.call, []).append(delta.name + delta.arguments + delta.cut)
 
     def rewind(self) -> None:
         self._text, self._reasoning = "".join(self.texts), "".join(self.reasonings)
@@ -91,8 +93,10 @@ class _Sent:
         if delta.call not in self._calls:
             return delta
         rest, self._calls[delta.call] = _after(
-            delta.name + delta.arguments, self._calls[delta.call]
+            delta.name + delta.arguments + delta.cut, self._calls[delta.call]
         )
+        if delta.cut:
+            return delta if rest else None
         # Sent calls have their head already: what is new is a part of the arguments.
         return ToolCallDelta(delta.call, arguments=rest, index=delta.index) if rest else None
 
@@ -165,6 +169,8 @@ class Continuation:
             return self._new_delta(event)
         if isinstance(event, ToolCallDelta):
             return self._new_call(event)
+        if isinstance(event, PromptTokens):
+            return self._new_prompt(event)
         if isinstance(event, Finish):
             return self._finish(event)
         if not isinstance(event, Progress):
@@ -185,6 +191,11 @@ class Continuation:
         if self._policy != "off" and self.way is None:
             sent.note(delta)
         return delta
+
+    def _new_prompt(self, prompt: PromptTokens) -> PromptTokens | None:
+        sent = self._sent[prompt.index]
+        was_sent, sent.has_prompt, self._has_begun = sent.has_prompt, True, True
+        return None if was_sent else prompt
 
     def _new_call(self, delta: ToolCallDelta) -> ToolCallDelta | None:
         sent = self._sent[delta.index]
@@ -248,7 +259,7 @@ class Continuation:
             return "exact"
         # A grammar, or one of several choices, cannot be resumed.
         simple = request.n == 1 and request.constraint is None and not request.echo
-        simple = simple and not request.enforces_calls
+        simple = simple and not request.enforces_calls and request.prompt_candidates is None
         if self._policy == "fast" and simple and capabilities.resume:
             return "fast"
         sampling = request.sampling

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal, cast
 
@@ -13,7 +14,7 @@ from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.tools import Thinking, Tool
 from headrace.engines.base import Engine, Generator
-from headrace.text.calls.constrain import constraint_for
+from headrace.text.calls.constrain import constraint_for, thinking_before
 from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.format import Format, thinking_open_in
 from headrace.text.calls.generic import generic_messages
@@ -26,6 +27,8 @@ _TAIL = 4096
 _SWITCHES = ("enable_thinking", "thinking")
 
 NewSplitter = Callable[[], Splitter]
+Mode = Literal["none", "open", "optional"]
+Before = tuple[str, str]
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,14 +91,34 @@ class Chat:
         """Return the prompt of a conversation.
 
         Raises:
-            InvalidRequest: the template refuses it.
+            InvalidRequest: the template refuses it, or leaves out a message to be continued.
             GenerationFailed: the template fails.
         """
+        messages = request.messages or ()
+        options = {**self._switches(request.thinking), **request.template_options}
+        if not request.continue_final:
+            return self._rendered(request, messages, options)
+        # What a template puts after the message is cut off, and it removes no white space within.
+        mark = secrets.token_hex(16)
+        marked = (*messages[:-1], *(_marked(message, mark) for message in messages[-1:]))
+        options |= {"add_generation_prompt": False}
+        text, has_mark, _ = self._rendered(request, marked, options).rpartition(mark)
+        if not has_mark:
+            raise InvalidRequest(
+                "The chat template leaves the last message out; it cannot be continued.",
+                param="continue_final",
+            )
+        return text
+
+    def _rendered(
+        self,
+        request: GenerateRequest | CountRequest,
+        messages: Sequence[Message],
+        options: dict[str, Any],
+    ) -> str:
         tools = request.tools
         if isinstance(request, GenerateRequest):
             tools = () if request.tool_choice.mode == "none" else tools
-        messages = request.messages or ()
-        options = {**self._switches(request.thinking), **request.template_options}
         if not tools and not any(m.tool_calls or m.role == "tool" for m in messages):
             return self.template.render(messages, options)
         facts = self.format.template
@@ -168,8 +191,9 @@ class Chat:
     def splitter(self, request: GenerateRequest, prompt: str) -> NewSplitter | None:
         """Return what makes the parser of an answer; None if it is content alone."""
         tools = request.tool_choice.allowed(request.tools)
-        # The grammar of a response format allows no thinking.
-        if not tools and (request.constraint is not None or not self._may_think):
+        if not tools and not self._may_think:
+            return None
+        if request.constraint is not None and self._thinking(request, prompt) == "none":
             return None
         schemas = {tool.name: tool.parameters for tool in tools}
         opened = thinking_open_in(prompt[-_TAIL:], self.format)
@@ -202,10 +226,7 @@ class Chat:
         if not request.enforces_calls:
             return request.constraint
         mode: Literal["auto", "required"] = "required" if choice.mode == "required" else "auto"
-        thinking: Literal["none", "open", "optional"] = "none"
-        if self.format.thinks and not has_thought:
-            opened = thinking_open_in(prompt[-_TAIL:], self.format)
-            thinking = "open" if opened else "optional"
+        thinking = "none" if has_thought else self._thinking(request, prompt)
         enforced = [
             _enforceable(tool) if tool.strict or mode == "required" else tool for tool in tools
         ]
@@ -218,6 +239,22 @@ class Chat:
             control=control,
         )
         return Constraint(lark=grammar)
+
+    def thinking(self, request: GenerateRequest, prompt: str) -> Before:
+        """Return what comes before an answer that has a constraint: its prefix, and the rules."""
+        if request.constraint is None or not self._may_think:
+            return "", ""
+        return thinking_before(self.format, self._thinking(request, prompt))
+
+    def _thinking(self, request: GenerateRequest, prompt: str) -> Mode:
+        """Return whether thinking comes first: the prompt has begun it, or the model may."""
+        form = self.format
+        if not form.thinks or (request.constraint is not None and form.style == "harmony"):
+            return "none"
+        if thinking_open_in(prompt[-_TAIL:], form):
+            return "open"
+        off = request.constraint is not None and request.thinking.enabled is False
+        return "none" if off else "optional"
 
     @property
     def _may_think(self) -> bool:
@@ -235,6 +272,13 @@ class Chat:
         if thinking.effort is not None and "reasoning_effort" in known:
             options["reasoning_effort"] = thinking.effort
         return options
+
+
+def _marked(message: Message, mark: str) -> Message:
+    """Return a message that is to be continued, with a mark at its end: of thinking or content."""
+    if message.reasoning and not message.content:
+        return msgspec.structs.replace(message, reasoning=message.reasoning + mark)
+    return msgspec.structs.replace(message, content=message.content + mark)
 
 
 def _openai_tool(tool: Tool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
+from contextlib import aclosing
 from typing import cast
 
 import msgspec
@@ -14,6 +15,7 @@ from headrace.core.errors import ConstraintViolated, InvalidRequest
 from headrace.core.events import Delta, Event, FinishReason, Progress, Text, TokenCount
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
 from headrace.core.stream import merge
+from headrace.engines.abilities import PromptScorer
 from headrace.engines.base import (
     Admitted,
     Engine,
@@ -26,6 +28,7 @@ from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
 from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter
+from headrace.worker.scored import prompt_events
 from headrace.worker.turn import Answers, Served, Turn, unmeasured, until_left
 
 
@@ -54,7 +57,14 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         if job.constraint is not None:
             # Before the engine compiles it, which cannot be stopped.
             with turn.meter.compiling():
-                await turn.within(loaded.compiler.compile(job.constraint, request.client))
+                job = await turn.within(_compiled(loaded, job, job.constraint, request.client))
+        if request.prompt_candidates is not None:
+            scorer, token_ids = cast("PromptScorer", loaded.engine), job.choices[0].token_ids
+            async with aclosing(prompt_events(turn, scorer, token_ids)) as prompt:
+                async for event in prompt:
+                    yield event
+        elif job.over is not None and not request.answered:
+            turn.meter.resumed(len(job.choices[0].token_ids), 0)
         for index in range(request.n if job.echo else 0):
             yield Delta(text=job.echo, index=index)
         choices = [_Choice(turn, index, job) for index in range(request.n)]
@@ -65,7 +75,21 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
                 yield event
         finally:
             await stream.aclose()
-        yield turn.finish([choice.reason for choice in choices])
+        yield turn.finish([c.reason for c in choices], [c.stop for c in choices])
+
+
+async def _compiled(loaded: Loaded, job: Job, constraint: Constraint, client: str) -> Job:
+    """Return the job with the constraint that the engine enforces.
+
+    Raises:
+        InvalidRequest: it cannot be enforced.
+    """
+    compiled = await loaded.compiler.compile(constraint, client)
+    enforcing = job.enforcing(compiled)
+    enforced = enforcing.choices[0].constraint
+    if job.before[0] and enforced is not None and enforced is not compiled:
+        await loaded.compiler.compile(enforced, client)
+    return enforcing
 
 
 class _Choice:
@@ -95,6 +119,11 @@ class _Choice:
         self._whole: list[str] | None = None if job.constraint is None else []
         self._least = self._request.sampling.min_tokens or 0
         self._think(0)
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the choice."""
+        return self._stops.matched
 
     def events(self) -> AsyncGenerator[Event, None]:
         """Return the events of the choice: the text of a continued answer, then new text."""
@@ -147,6 +176,7 @@ class _Choice:
         if self._parts is not None:
             if events := self._parts.flush():
                 self._turn.meter.delta(0, visible=True)
+            self._note_parts("", events)
             return events
         rest = self._text.flush()
         self._note(rest)
@@ -156,6 +186,13 @@ class _Choice:
         self._turn.answered(text)
         if self._whole is not None:
             self._whole.append(text)
+
+    def _note_parts(self, raw: str, events: Sequence[Output]) -> None:
+        """Record the text of tokens: with calls it is checked as it is, else without thinking."""
+        self._turn.answered(raw)
+        if self._whole is not None and self._job.constraint is not None:
+            content = "".join(event.text for event in events if isinstance(event, Delta))
+            self._whole.append(raw if self._job.constraint.lark else content)
 
     async def _check(self) -> None:
         """Check the text against the constraint of the request.
@@ -169,11 +206,11 @@ class _Choice:
         # The client's own stops can end a text anywhere.
         cut = self.reason == "length" or self._stops.stopped
         cut = cut or bool(self._request.sampling.stop_token_ids)
-        text, check = "".join(self._whole), turn.served.compiler.check
-        await turn.within(check(constraint, text, cut=cut))
+        text, check, request = "".join(self._whole), turn.served.compiler.check, turn.request
+        # A text with calls ends at a token that has none.
+        await turn.within(check(constraint, text, cut=cut or request.enforces_calls))
         if self._parts is None:
             return
-        request = turn.request
         if request.tool_choice.mode == "required" and not (self._parts.calls or cut):
             raise ConstraintViolated("The answer calls no tool.", param="tool_choice")
         for name, arguments in self._parts.calls:
@@ -195,7 +232,7 @@ class _Choice:
         """Return the events of new tokens; the first has their ids."""
         meter, was_thinking = self._turn.meter, parts.is_thinking
         events = parts.feed(raw.data, may_stop=may_stop)
-        self._note(raw.data.decode(errors="replace"))
+        self._note_parts(raw.data.decode(errors="replace"), events)
         if was_thinking or parts.is_thinking:
             thinks_only = all(isinstance(event, Delta) and not event.text for event in events)
             meter.delta(len(raw.token_ids), visible=bool(events), thinking=thinks_only)
@@ -233,14 +270,20 @@ class _Choice:
             request,
             answered=(*request.answered, *self._made, *budget.token_ids),
             max_tokens=left,
-            constraint=budget.enforced,
+            constraint=budget.enforced if self._turn.request.enforces_calls else self._enforced,
             sampling=msgspec.structs.replace(request.sampling, min_tokens=self._least or None),
         )
         self._tokens, self._made, self._is_spent, self._has_closed = 0, [], False, True
-        self._note(budget.text)
         self._turn.meter.delta(len(budget.token_ids), visible=False)
         events = parts.feed(budget.text.encode())
+        self._note_parts(budget.text, events)
         return (Delta("", budget.token_ids, self._index), *events)
+
+    @property
+    def _enforced(self) -> Constraint | None:
+        """What the engine enforces of the content, without thinking before it."""
+        able = self._turn.served.facts.capabilities.json_schema
+        return self._job.compiled if able else None
 
     def _within_budget(self, raw: RawDelta) -> RawDelta:
         """Return the tokens that the budget of the thinking has left, of a delta with several."""

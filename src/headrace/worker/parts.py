@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from headrace.core.events import Delta, ToolCallDelta
 from headrace.text.calls.parts import (
     CallArguments,
-    CallEnd,
     CallStart,
     Content,
+    Cut,
     Part,
     Thought,
 )
@@ -79,6 +79,11 @@ class PartsPipeline:
         """Whether the answer has ended before its model ended it; read it after `flush` too."""
         return self._matcher.matched is not None or (self._single and bool(self.calls))
 
+    @property
+    def matched(self) -> str | None:
+        """The stop string that was found."""
+        return self._matcher.matched
+
     def feed(self, data: bytes, *, may_stop: bool = True) -> list[Output]:
         """Return the events of new bytes."""
         parts = self._splitter.feed(self._decoder.feed(data))
@@ -116,6 +121,8 @@ class PartsPipeline:
         elif isinstance(part, CallArguments):
             self._arguments.append(part.text)
             yield ToolCallDelta(part.index, arguments=part.text, index=self._index)
-        elif isinstance(part, CallEnd):
+        elif isinstance(part, Cut):
+            yield ToolCallDelta(part.index, index=self._index, cut=part.text)
+        else:
             self.calls.append((self._name, "".join(self._arguments)))
             self._is_calling = False

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import threading
 from functools import partial
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import msgspec
 
-from headrace.core.constraint import Constraint
-from headrace.core.errors import ConfigError, ContextOverflow, Draining, InvalidRequest, Unsupported
+from headrace.core.constraint import FORMS, Constraint
+from headrace.core.errors import ConfigError, ContextOverflow, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities, ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest
 from headrace.core.sampling import Sampling
-from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator, Piecewise
+from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator
+from headrace.text.grammar import after, grammar
 from headrace.text.template import ChatTemplate
-from headrace.worker.chat import Budget, Chat, NewSplitter, Parsing
+from headrace.worker.chat import Before, Budget, Chat, NewSplitter, Parsing
+from headrace.worker.infill import Infill, infill_of
 from headrace.worker.parts import thought_tokens
+from headrace.worker.scored import check_scored, check_size
+from headrace.worker.tokens import Gone, Limit, plain_ids, tokenized
 
 # Implemented by the worker for all engines.
 _BY_WORKER = {"stop"}
 # Bytes of a UTF-8 character that can be missing at the end of a text.
 _MAX_MISSING_BYTES = 3
-_EXACT = 4096
-
-Gone = threading.Event
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,8 +32,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     `answered_text` is the text of the tokens of an answer that is continued. `over` is the finish
     reason if that answer was complete. `splitter` makes the parser of an answer that may have
-    thinking or calls. `constraint` is what the whole text has to be, calls included. `budget` is
-    that of the thinking; `answered_thought` counts its tokens in `answered`.
+    thinking or calls. `constraint` is what the content has to be, or the whole text with its calls.
+    `before` is what the grammar of the content allows before it: thinking. `budget` is that of the
+    thinking; `answered_thought` counts its tokens in `answered`. `compiled` is the constraint of
+    the content without thinking, as the engine has it.
     """
 
     choices: tuple[EngineRequest, ...]
@@ -42,49 +44,23 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     answered_text: str = ""
     constraint: Constraint | None = None
     splitter: NewSplitter | None = None
+    before: Before = ("", "")
     budget: Budget | None = None
     answered_thought: int = 0
+    compiled: Constraint | None = None
     over: Literal["stop", "length"] | None = None
 
-
-class Limit(NamedTuple):
-    """When to give a text up: `gone` is set, or it has more than `most` tokens."""
-
-    gone: Gone | None = None
-    most: int | None = None
-    param: str = "prompt"
-
-    def check_length(self, text: str, facts: EngineFacts) -> None:
-        """Check that a text can fit, before a tokenizer spends time on it.
-
-        Raises:
-            ContextOverflow: even in the longest tokens of the model it would not.
-        """
-        if self.most is None or facts.max_token_bytes is None:
-            return
-        most = self.most * facts.max_token_bytes
-        # A character has at most 4 bytes.
-        if len(text) * 4 > most and (size := len(text.encode())) > most:
-            raise ContextOverflow(
-                f"The text has {size} bytes. {self.most} tokens, the context length, have at most "
-                f"{most}.",
-                param=self.param,
-            )
-
-    def check(self, tokens: int) -> None:
-        """Check whether the rest of a text that has `tokens` so far is worth computing.
-
-        Raises:
-            ContextOverflow, Draining: it is not.
-        """
-        if self.gone is not None and self.gone.is_set():
-            raise Draining("The request has ended.")
-        # Far beyond it: within a few thousand tokens the error has their exact number.
-        if self.most is not None and tokens > self.most + _EXACT:
-            raise ContextOverflow(
-                f"The text has more than {tokens} tokens and the context length is {self.most}.",
-                param=self.param,
-            )
+    def enforcing(self, constraint: Constraint) -> Job:
+        """Return the job with what the engine enforces: this constraint, after the thinking."""
+        compiled = constraint
+        if self.before[0]:
+            constraint = Constraint(lark=after(*self.before, grammar(constraint)))
+        if constraint is self.constraint:
+            return msgspec.structs.replace(self, compiled=compiled)
+        choices = [
+            msgspec.structs.replace(choice, constraint=constraint) for choice in self.choices
+        ]
+        return msgspec.structs.replace(self, choices=tuple(choices), compiled=compiled)
 
 
 class Prompter:
@@ -96,6 +72,8 @@ class Prompter:
         self._stops = spec.stop
         self.template, self.note = _template(spec, facts)
         self.chat = Chat(self.template, engine, spec.tool_format) if self.template else None
+        generates = "generate" in facts.capabilities.tasks
+        self.infill = infill_of(engine, facts.infill_ids) if generates else None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -114,6 +92,7 @@ class Prompter:
         text = None if request.messages is None else self._chat_text(request)
         token_ids = self._token_ids(request, text, context_length, gone)
         parsing = self._parsing(request, text)
+        check_size(request, len(token_ids))
         max_tokens = max_new_tokens(request, len(token_ids), context_length)
         answered, answered_text, ended = self._answered(request, parsing.visible)
         left = max(0, max_tokens - len(answered))
@@ -123,7 +102,9 @@ class Prompter:
                 f"min_tokens is {least}, and there is room for {max_tokens}.", param="min_tokens"
             )
         sampling = msgspec.structs.replace(
-            request.sampling, min_tokens=max(0, least - len(answered)) or None
+            request.sampling,
+            min_tokens=max(0, least - len(answered)) or None,
+            stop_token_ids=self._stop_token_ids(request),
         )
         return Job(
             choices=tuple(
@@ -132,7 +113,7 @@ class Prompter:
                     max_tokens=left,
                     answered=answered,
                     sampling=_seeded(sampling, index),
-                    constraint=parsing.enforced,
+                    constraint=parsing.enforced if self._facts.capabilities.json_schema else None,
                     visible=parsing.visible,
                 )
                 for index in range(request.n)
@@ -141,6 +122,9 @@ class Prompter:
             splitter=parsing.splitter,
             budget=parsing.budget,
             answered_thought=self._thought(parsing, answered),
+            before=self.chat.thinking(request, text)
+            if self.chat and text is not None
+            else ("", ""),
             stops=(*request.sampling.stop, *self._stops),
             echo=self._echo(request),
             answered_text=answered_text,
@@ -159,6 +143,8 @@ class Prompter:
     ) -> tuple[int, ...]:
         if text is not None:
             return self._chat_ids(text, Limit(gone, context_length, "messages"))
+        if request.suffix is not None:
+            return self._infill_ids(request, Limit(gone, context_length, "prompt"))
         if isinstance(request.prompt, tuple):
             return request.prompt
         limit = Limit(gone, context_length, "prompt")
@@ -166,6 +152,28 @@ class Prompter:
         if not token_ids:
             raise InvalidRequest("The prompt is empty.", param="prompt")
         return token_ids
+
+    def _infill_ids(self, request: GenerateRequest, limit: Limit) -> tuple[int, ...]:
+        infill, prompt = self._require_infill(), request.prompt or ""
+        suffix_limit = limit._replace(param="suffix")
+        prefix = prompt if isinstance(prompt, tuple) else plain_ids(infill, prompt, limit)
+        return infill.prompt(prefix, plain_ids(infill, request.suffix or "", suffix_limit))
+
+    def _require_infill(self) -> Infill:
+        if self.infill is None:
+            raise Unsupported(
+                "This model cannot fill in the middle: it has no tokens for that.", param="suffix"
+            )
+        return self.infill
+
+    def _stop_token_ids(self, request: GenerateRequest) -> tuple[int, ...]:
+        """Return the tokens that end the answer: also those that end a gap."""
+        given = request.sampling.stop_token_ids
+        supported = "stop_token_ids" in self._facts.capabilities.sampling
+        if request.suffix is None or request.sampling.ignore_eos or not supported:
+            return given
+        ends = self._require_infill().ends
+        return (*given, *(token for token in ends if token not in given))
 
     def _chat_text(self, request: GenerateRequest | CountRequest) -> str:
         if self.chat is None:
@@ -178,8 +186,10 @@ class Prompter:
     def _parsing(self, request: GenerateRequest, text: str | None) -> Parsing:
         if text is None or self.chat is None:
             return Parsing(constraint=request.constraint, enforced=request.constraint)
-        parsing = self.chat.parsing(request, text)
-        if parsing.constraint is not None and not self._facts.capabilities.json_schema:
+        parsing, choice = self.chat.parsing(request, text), request.tool_choice
+        enforces = "grammar" in self._facts.capabilities.forms
+        # The arguments of strict tools are checked at the end: a wrong call is an error then.
+        if choice.mode == "required" and parsing.constraint is not None and not enforces:
             raise Unsupported(
                 "This engine does not enforce calls of tools; use auto.", param="tool_choice"
             )
@@ -249,7 +259,8 @@ class Prompter:
         if request.prompt is None:
             raise InvalidRequest("echo goes with a prompt, not with messages.", param="echo")
         if request.sampling.logprobs is not None:
-            raise Unsupported("logprobs of an echoed prompt are not available.", param="echo")
+            # It comes with its tokens.
+            return ""
         if isinstance(request.prompt, str):
             return request.prompt
         return self._engine.detokenize(request.prompt)
@@ -268,25 +279,6 @@ def _template(spec: ModelSpec, facts: EngineFacts) -> tuple[ChatTemplate | None,
         return None, f"no chat: {error.message}"
 
 
-def tokenized(
-    engine: Engine, text: str, limit: Limit, *, add_special: bool = True
-) -> tuple[int, ...]:
-    """Return the token ids of a text. Blocking.
-
-    Raises:
-        ContextOverflow: there are more than `limit.most`; the rest is not computed then.
-        Draining: nothing waits for them any more.
-    """
-    limit.check_length(text, engine.facts)
-    if not isinstance(engine, Piecewise):
-        return tuple(engine.tokenize(text, add_special=add_special))
-    token_ids: list[int] = []
-    for piece in engine.tokenize_pieces(text, add_special=add_special):
-        token_ids += piece
-        limit.check(len(token_ids))
-    return tuple(token_ids)
-
-
 def max_new_tokens(request: GenerateRequest, prompt_tokens: int, context_length: int) -> int:
     """Return the maximum number of tokens to generate.
 
@@ -294,6 +286,8 @@ def max_new_tokens(request: GenerateRequest, prompt_tokens: int, context_length:
         ContextOverflow: the prompt, or prompt and `max_tokens`, are too long.
     """
     max_tokens, left = request.sampling.max_tokens, context_length - prompt_tokens
+    if max_tokens == left == 0:
+        return 0
     if left < 1:
         raise ContextOverflow(
             f"The prompt has {prompt_tokens} tokens and the context length is {context_length}; "
@@ -323,21 +317,28 @@ def check_supported(request: GenerateRequest, capabilities: Capabilities) -> Non
     for name in given.keys() - _BY_WORKER - capabilities.sampling:
         raise Unsupported(f"This engine does not support {name}.", param=name)
     if request.constraint is not None:
-        _check_constrained(request.sampling, capabilities)
+        _check_constrained(request.constraint, request.sampling, capabilities)
     if isinstance(request.prompt, tuple) and not capabilities.token_prompts:
         raise Unsupported("This engine does not accept token ids.", param="prompt")
+    check_scored(request, capabilities)
     if request.answered:
         _check_resumable(request, capabilities)
 
 
-def _check_constrained(sampling: Sampling, capabilities: Capabilities) -> None:
-    if not capabilities.json_schema:
-        raise Unsupported("This engine does not support JSON schemas.", param="response_format")
-    # Where a schema allows nothing but the end, there would be no token left.
+def _check_constrained(
+    constraint: Constraint, sampling: Sampling, capabilities: Capabilities
+) -> None:
+    form = constraint.form
+    if form == "json_schema" and not capabilities.json_schema:
+        raise Unsupported("This engine does not support JSON schemas.", param=constraint.param)
+    if form in FORMS and form not in capabilities.forms:
+        raise Unsupported(f"This engine does not support {form}.", param=form)
+    # Where a constraint allows nothing but the end, there would be no token left.
+    label = "JSON schema" if form == "json_schema" else form
     for name in ("ignore_eos", "min_tokens"):
         if getattr(sampling, name):
             raise InvalidRequest(
-                f"{name} cannot be combined with a JSON schema, which says where the answer ends.",
+                f"{name} cannot be combined with a {label}, which says where the answer ends.",
                 param=name,
             )
 

@@ -17,6 +17,7 @@ import msgspec
 import xllamacpp
 import xllamacpp.xllamacpp as library
 
+from headrace.core.constraint import FORMS
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
 from headrace.core.model import Capabilities
 from headrace.engines import base, plan, threaded
@@ -27,6 +28,7 @@ from headrace.engines.llamacpp.pieces import SENTINEL, SIZE, Pieces
 from headrace.engines.llamacpp.server import Server
 from headrace.engines.openmp import SpinGuard, physical_cores
 from headrace.engines.plan import CachePlan
+from headrace.engines.tokenizer import without_markers
 
 # The library's enumerations as numbers: its Python names for them change between releases.
 _KV_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
@@ -100,11 +102,20 @@ class Engine(base.Embedder):
             return
         before, after = self._around if add_special else ((), ())
         yield before
-        for number, piece in enumerate(self._pieces.cut(text)):
-            ids = self._tokens(piece)
+        yield from self._cut(text)
+        yield after
+
+    def _cut(self, text: str, *, markers: bool = True) -> Iterator[Sequence[int]]:
+        pieces = (text,) if len(text) <= SIZE else self._pieces.cut(text)
+        for number, piece in enumerate(pieces):
+            ids = self._tokens(piece, markers=markers)
             continues = number and piece.startswith(SENTINEL)
             yield ids[len(self._sentinel) :] if continues else ids
-        yield after
+
+    def plain_pieces(self, text: str, markers: Sequence[str]) -> Iterator[Sequence[int]]:
+        """Yield the token ids of a text in which markers are text, piece after piece."""
+        for part in without_markers(text, markers):
+            yield from self._cut(part, markers=False)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return text.
@@ -238,9 +249,11 @@ class Engine(base.Embedder):
             max_token_bytes=self._model.max_token_bytes,
             notes=planned.notes,
             grammar_library=grammar_library,
+            infill_ids=tuple(n for n in self._model.infill_ids if n < self._vocabulary),
             capabilities=Capabilities(
                 sampling=HONOURED,
                 json_schema=bool(grammar_library),
+                forms=frozenset(FORMS if grammar_library else ()),
                 batch_invariant=device == "cpu" and _is_reproducible(self._options),
                 resume=True,
             ),

@@ -41,6 +41,7 @@ class Vocabulary:
         full = tokenizer.decode(each, skip_special_tokens=False)
         pairs = enumerate(zip(bare, full, strict=True))
         self.control = frozenset(token for token, pair in pairs if _is_control(*pair))
+        self.control_texts = tuple(full[at] for at in sorted(self.control))
         # The library sets up its table of array types at the first read of a tensor. Two threads
         # that do this at once wait for each other without end: one has the GIL, the other the
         # table's lock.
