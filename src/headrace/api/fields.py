@@ -149,7 +149,9 @@ _OF_PROMPTS: Peers = {
 
 _STATELESS = "This server keeps no responses: send the earlier items in input"
 
-_OF_RESPONSES = frozenset({"metadata", "safety_identifier", "prompt_cache_key", "store", "user"})
+_OF_RESPONSES = frozenset(
+    {"metadata", "safety_identifier", "prompt_cache_key", "store", "user"}
+) | {"max_output_tokens"}
 
 RESPONSES: Peers = {
     **{name: peer for name, peer in GENERATE.items() if name not in _OF_RESPONSES},
