@@ -27,6 +27,11 @@ TEMPLATE_NAMES = {
 }
 """The client's names for fields of the core."""
 
+Budget = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+
+_BUDGETS = (
+    "thinking_token_budget", "thinking_budget_tokens", "thinking_budget", "reasoning_budget",
+)  # fmt: skip
 _EMPTY_ARGUMENTS = "{}"
 
 
@@ -135,7 +140,7 @@ class ThinkingSwitch(Body, frozen=True):
     """Thinking as some APIs have it: on or off, and the most tokens of it."""
 
     type: Literal["enabled", "disabled", "auto", "adaptive"] | None = None
-    budget_tokens: Annotated[int, Meta(ge=0)] | None = None
+    budget_tokens: Budget | None = None
 
 
 class ReasoningSwitch(Body, frozen=True):
@@ -143,7 +148,7 @@ class ReasoningSwitch(Body, frozen=True):
 
     effort: Effort | None = None
     enabled: bool | None = None
-    max_tokens: Annotated[int, Meta(ge=0)] | None = None
+    max_tokens: Budget | None = None
 
     peers: ClassVar[Peers] = fields.REASONING
 
@@ -175,7 +180,15 @@ class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
     thinking: ThinkingSwitch | None = None
     think: bool | Effort | None = None
     enable_thinking: bool | None = None
-    thinking_token_budget: Annotated[int, Meta(ge=0)] | None = None
+    thinking_token_budget: Budget | None = None
+    thinking_budget_tokens: Budget | None = None
+    thinking_budget: Budget | None = None
+    reasoning_budget: Budget | None = None
+
+    def names(self) -> dict[str, str]:
+        """Return the client's names for fields of the core, where they differ."""
+        budgets = _budgets(self)
+        return super().names() | ({"thinking_budget": budgets[0][0]} if budgets else {})
 
 
 def to_template(wire: Templated) -> dict[str, Any]:
@@ -265,12 +278,19 @@ def to_thinking(wire: ThinkingFields) -> Thinking:
         None if effort is None else effort != "none",
     )
     enabled = next((value for value in switches if value is not None), None)
-    budgets = (wire.thinking_token_budget, switch.budget_tokens, routed.max_tokens)
     return Thinking(
         enabled=enabled,
         effort=None if effort == "none" else effort,
-        budget=next((value for value in budgets if value is not None), None),
+        budget=next((tokens for _, tokens in _budgets(wire)), None),
     )
+
+
+def _budgets(wire: ThinkingFields) -> list[tuple[str, int]]:
+    """Return the limits of the thinking by the names of their fields; -1 is none."""
+    budgets = {name: getattr(wire, name) for name in _BUDGETS}
+    budgets["thinking.budget_tokens"] = wire.thinking and wire.thinking.budget_tokens
+    budgets["reasoning.max_tokens"] = wire.reasoning and wire.reasoning.max_tokens
+    return [(name, value) for name, value in budgets.items() if value is not None and value >= 0]
 
 
 class Turns:
