@@ -14,6 +14,7 @@ from headrace.api.messages import ChatMessage, to_messages
 from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import EmbedResult
+from headrace.core.media import Pictures
 from headrace.core.options import GenerateOptions
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling
@@ -43,13 +44,16 @@ def request(
     if (schema := arguments.pop("json_schema", None)) is not None:
         arguments["constraint"] = built(Constraint, {"json_schema": schema})
     text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
-    body = {"model": model, "prompt": text, "messages": turns(messages), **arguments}
+    pictures = Pictures()
+    body = {"model": model, "prompt": text, "messages": turns(messages, pictures), **arguments}
     checked = built(Sampling, sampling)
-    return built(GenerateRequest, {**body, "sampling": checked})
+    return built(GenerateRequest, {**body, "sampling": checked, "media": pictures.data})
 
 
-def turns(messages: Messages | None) -> tuple[Message, ...] | None:
-    """Return messages as the core has them.
+def turns(
+    messages: Messages | None, pictures: Pictures | None = None
+) -> tuple[Message, ...] | None:
+    """Return messages as the core has them; their pictures are added to `pictures`.
 
     Raises:
         InvalidRequest, Unsupported: one is wrong, with its place.
@@ -58,10 +62,12 @@ def turns(messages: Messages | None) -> tuple[Message, ...] | None:
         return None
     if isinstance(messages, str | Mapping):
         raise InvalidRequest("messages: expected a list of messages.", param="messages")
-    return tuple(_message(item, f"messages[{index}]") for index, item in enumerate(messages))
+    pictures = pictures or Pictures()
+    return tuple(_message(item, index, pictures) for index, item in enumerate(messages))
 
 
-def _message(item: Message | Mapping[str, Any], place: str) -> Message:
+def _message(item: Message | Mapping[str, Any], index: int, pictures: Pictures) -> Message:
+    place = f"messages[{index}]"
     if isinstance(item, Message):
         return item
     if not isinstance(item, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -70,7 +76,8 @@ def _message(item: Message | Mapping[str, Any], place: str) -> Message:
     known, unknown = fields.known(dict(item), ChatMessage, place)
     fields.check(unknown)
     try:
-        return to_messages([msgspec.convert(known, ChatMessage)], int(place[9:-1]))[0]
+        wire = msgspec.convert(known, ChatMessage)
+        return to_messages([wire], index, pictures=pictures)[0]
     except msgspec.ValidationError as error:
         raise refusal(error, ChatMessage, place) from error
 

@@ -10,9 +10,11 @@ from msgspec import Meta
 
 from headrace.api import fields, limits
 from headrace.api.fields import Body, Peers
+from headrace.api.images import Fetched, read_image
 from headrace.api.wire import GenerateFields
-from headrace.core.errors import InvalidRequest
+from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.events import ToolCall
+from headrace.core.media import Content, Image, Pictures
 from headrace.core.request import Message, Role
 from headrace.core.tools import Thinking, Tool, ToolChoice
 
@@ -23,12 +25,23 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _EMPTY_ARGUMENTS = "{}"
 
 
-class TextPart(Body, frozen=True):
-    """A part of a message; only text is supported. A refusal is text that a model has written."""
+class ImageUrl(Body, frozen=True):
+    """The URL of a picture: `data:image/png;base64,...`, or of a host that is allowed."""
 
-    type: Literal["text", "refusal"]
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ContentPart(Body, frozen=True):
+    """A part of a message: text, or a picture. A refusal is text that a model has written.
+
+    Parts of the other types are refused by name.
+    """
+
+    type: Literal["text", "refusal", "image_url", "input_audio", "video_url", "file"]
     text: str | None = None
     refusal: str | None = None
+    image_url: ImageUrl | str | None = None
 
     peers: ClassVar[Peers] = fields.PART
 
@@ -58,7 +71,7 @@ class ChatMessage(Body, frozen=True):
     """
 
     role: Role | Literal["function"]
-    content: str | list[TextPart] | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: Annotated[list[WireToolCall], Meta(max_length=limits.MAX_TOOLS)] | None = None
     tool_call_id: CallId | None = None
@@ -152,19 +165,41 @@ class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
     thinking_token_budget: Annotated[int, Meta(ge=0)] | None = None
 
 
-def to_messages(wire: Sequence[ChatMessage], first: int = 0) -> tuple[Message, ...]:
-    """Return the turns of a conversation, each with its parts joined to one text.
+def image_urls(wire: Sequence[ChatMessage]) -> list[tuple[str, str]]:
+    """Return the URLs of the pictures, each with its place."""
+    return [
+        (_url(part.image_url), f"messages[{index}].content[{number}]")
+        for index, message in enumerate(wire)
+        if isinstance(message.content, list)
+        for number, part in enumerate(message.content)
+        if part.type == "image_url" and part.image_url is not None
+    ]
 
-    `first` is the number of the first in errors.
+
+def to_messages(
+    wire: Sequence[ChatMessage],
+    first: int = 0,
+    *,
+    pictures: Pictures | None = None,
+    fetched: Fetched | None = None,
+) -> tuple[Message, ...]:
+    """Return the turns of a conversation, each with its texts joined where there are no pictures.
+
+    `first` is the number of the first in errors. The pictures are added to `pictures`; `fetched`
+    are those of other hosts.
 
     Raises:
-        InvalidRequest: a turn has no content where its role needs it, or an unknown call is
-            answered.
+        InvalidRequest: a turn has no content where its role needs it, an unknown call is
+            answered, or a picture is damaged or beyond a bound.
+        Unsupported: a part is neither text nor a picture.
     """
+    pictures = pictures or Pictures()
     turns: list[Message] = []
     names: dict[str, str] = {}
     for index, message in enumerate(wire, first):
-        turn = _turn(message, f"messages[{index}]", names)
+        place = f"messages[{index}]"
+        content = _content(message, place, pictures, fetched or {})
+        turn = _turn(message, content, place, names)
         names |= {call.id: call.name for call in turn.tool_calls}
         turns.append(turn)
     return tuple(turns)
@@ -222,17 +257,16 @@ def to_thinking(wire: ThinkingFields) -> Thinking:
     )
 
 
-def _turn(message: ChatMessage, place: str, names: dict[str, str]) -> Message:
+def _turn(message: ChatMessage, content: Content, place: str, names: dict[str, str]) -> Message:
     role: Role = "tool" if message.role == "function" else message.role
     calls = tuple(_call(call, place, i) for i, call in enumerate(message.tool_calls or ()))
     if calls and role != "assistant":
         raise InvalidRequest("Only an assistant's turn has calls.", param=f"{place}.tool_calls")
-    text = _text(message.content) if message.content is not None else message.refusal or ""
     if message.content is None and role != "assistant":
         raise InvalidRequest(f"{place}.content is missing.", param=f"{place}.content")
     return Message(
         role,
-        text,
+        content,
         message.name or names.get(message.tool_call_id or ""),
         tool_calls=calls,
         tool_call_id=message.tool_call_id if role == "tool" else None,
@@ -240,10 +274,35 @@ def _turn(message: ChatMessage, place: str, names: dict[str, str]) -> Message:
     )
 
 
-def _text(content: str | list[TextPart]) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part.text or part.refusal or "" for part in content)
+def _content(message: ChatMessage, place: str, pictures: Pictures, fetched: Fetched) -> Content:
+    if message.content is None or isinstance(message.content, str):
+        return message.content or message.refusal or ""
+    parts = [
+        _part(part, f"{place}.content[{number}]", pictures, fetched)
+        for number, part in enumerate(message.content)
+    ]
+    for number, part in enumerate(parts):
+        if isinstance(part, Image) and message.role not in ("user", "tool"):
+            raise Unsupported(
+                f"Only turns of the user and of tools have images, not of {message.role}.",
+                param=f"{place}.content[{number}]",
+            )
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(parts) else tuple(parts)
+
+
+def _part(part: ContentPart, place: str, pictures: Pictures, fetched: Fetched) -> str | Image:
+    if part.type in ("text", "refusal"):
+        return part.text or part.refusal or ""
+    if part.type != "image_url":
+        raise Unsupported(f"{place}: {part.type} is not supported here.", param=place)
+    if part.image_url is None:
+        raise InvalidRequest(f"{place}.image_url is missing.", param=place)
+    return read_image(_url(part.image_url), place, pictures, fetched)
+
+
+def _url(image: ImageUrl | str) -> str:
+    return image if isinstance(image, str) else image.url
 
 
 def _call(call: WireToolCall, place: str, index: int) -> ToolCall:

@@ -26,6 +26,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     state: str
     tasks: list[str]
+    capabilities: list[str]
     context_length: int | None
     parameters: int | None
     quantization: str | None
@@ -61,6 +62,7 @@ def _card(info: ModelInfo) -> ModelCard:
         engine=info.engine,
         state=info.state,
         tasks=sorted(info.capabilities.tasks),
+        capabilities=["vision"] if info.capabilities.images else [],
         context_length=info.context_length,
         parameters=info.parameters,
         quantization=info.quantization,

@@ -106,6 +106,8 @@ def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
             yield name, f"{value / 1e6:.0f} M"
         else:
             yield name, ", ".join(value) if name in ("aliases", "roles", "notes") else value
+    if info.capabilities.images:
+        yield "images", "yes"
 
 
 def _plain(parameter: Parameter) -> dict[str, Any]:

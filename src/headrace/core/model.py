@@ -182,7 +182,8 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     `path` is a GGUF file or a directory, or the name of a remote model at its upstream, the
     `provider`. `parameters` counts weights; `size` is in bytes. `tokenizer` is the kind of a GGUF's
     tokenizer, and `special_ids` are its tokens by their names in templates (`bos_token`). A token
-    is at most `max_token_bytes` of text (None: without a limit, or not known).
+    is at most `max_token_bytes` of text (None: without a limit, or not known). `projector` is the
+    file for images that belongs to it.
     """
 
     path: str
@@ -199,13 +200,15 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     special_ids: dict[str, int] = {}
     size: int = 0
     kv_bytes_per_token: int | None = None
+    projector: str | None = None
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine supports with this model. Sampling fields that are not listed are refused.
 
     `batch_invariant`: greedy and seeded answers do not depend on other running requests.
-    `resume`: an answer can be continued after given tokens. `dimensions`: of its embeddings.
+    `resume`: an answer can be continued after given tokens. `images`: messages may have pictures.
+    `dimensions`: of its embeddings.
     """
 
     sampling: frozenset[str] = frozenset()
@@ -214,6 +217,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     token_prompts: bool = True
     batch_invariant: bool = False
     resume: bool = False
+    images: bool = False
     tasks: frozenset[Task] = frozenset({"generate"})
     dimensions: int | None = None
 

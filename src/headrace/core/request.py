@@ -17,6 +17,7 @@ import msgspec
 from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import ToolCall
+from headrace.core.media import Content, Image, images_of, text_of
 from headrace.core.model import Task
 from headrace.core.sampling import Sampling
 from headrace.core.tools import Thinking, Tool, ToolChoice
@@ -36,14 +37,14 @@ _OPENING_TOKENS = 4096
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One turn of a conversation. Content in parts has been joined to one text.
+    """One turn of a conversation. Content without pictures has been joined to one text.
 
     An assistant's turn can have the calls that it made and its thinking, the turn of a tool has
     the id of the call that it answers.
     """
 
     role: Role
-    content: str = ""
+    content: Content = ""
     name: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
@@ -131,11 +132,12 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     `context_length` is at most that of the model. With `fit_max_tokens`, `max_tokens` is cut to
     what the context has left, which is refused otherwise. `constraint` is what the text has to be.
     `answered` are the tokens of an answer to continue: the stream begins with their text, in one
-    delta. Tools and thinking go with messages only.
+    delta. Tools and thinking go with messages only. `media` are the bytes of the pictures in the
+    messages, by digest.
 
     Raises:
         InvalidRequest: messages and prompt are both given or both missing, or one is empty; the
-            choice of tools contradicts the tools.
+            choice of tools contradicts the tools; the bytes of a picture are missing.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -151,9 +153,10 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     tool_choice: ToolChoice = ToolChoice()
     thinking: Thinking = Thinking()
     answered: tuple[int, ...] = ()
+    media: dict[str, bytes] = {}
 
     content_fields: ClassVar[frozenset[str]] = frozenset(
-        {"messages", "prompt", "tools", "answered"}
+        {"messages", "prompt", "tools", "answered", "media"}
     )
 
     def __post_init__(self) -> None:
@@ -169,6 +172,15 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
         if self.tools and self.messages is None:
             raise InvalidRequest("Tools go with messages, not with a prompt.", param="tools")
         self.tool_choice.allowed(self.tools)
+        if any(image.digest not in self.media for image in self.images):
+            raise InvalidRequest("The bytes of an image are missing.", param="messages")
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The pictures of the messages, in their order."""
+        if self.messages is None:
+            return ()
+        return tuple(image for turn in self.messages for image in images_of(turn.content))
 
     @property
     def operation(self) -> Operation:
@@ -198,7 +210,7 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     def opening(self) -> str:
         """Return the messages or the prompt as one text."""
         if self.messages is not None:
-            return "\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in self.messages)
+            return "\x1e".join(f"{turn.role}\x1f{_opening(turn)}" for turn in self.messages)
         if isinstance(self.prompt, str):
             return self.prompt
         return " ".join(map(str, (self.prompt or ())[:_OPENING_TOKENS]))
@@ -379,7 +391,13 @@ def _tokens(text: str | Sequence[int]) -> float:
 
 def _message_tokens(message: Message) -> float:
     called = sum(_tokens(call.name) + _tokens(call.arguments) for call in message.tool_calls)
-    return _tokens(message.content) + _tokens(message.reasoning) + called
+    seen = sum(image.tokens for image in images_of(message.content))
+    return _tokens(text_of(message.content)) + seen + _tokens(message.reasoning) + called
+
+
+def _opening(message: Message) -> str:
+    parts = (message.content,) if isinstance(message.content, str) else message.content
+    return "".join(part if isinstance(part, str) else part.digest for part in parts)
 
 
 def _tool_tokens(tool: Tool) -> float:

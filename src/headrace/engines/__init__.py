@@ -32,7 +32,17 @@ ENTRY_POINTS = "headrace.engines"
 """The entry point group under which another package registers an engine's module."""
 
 _SHARED = {
-    *("base", "choice", "measured", "openmp", "plan", "remote", "threaded", "tokenizer"),
+    *(
+        "base",
+        "choice",
+        "measured",
+        "openmp",
+        "pictures",
+        "plan",
+        "remote",
+        "threaded",
+        "tokenizer",
+    ),
 }
 
 

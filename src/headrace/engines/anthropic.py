@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+import base64
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -11,6 +12,7 @@ from pydantic import Field
 from headrace.core.constraint import Constraint
 from headrace.core.errors import HeadraceError, InvalidRequest, Unsupported, UpstreamError
 from headrace.core.events import Delta, FinishReason, TokenCount
+from headrace.core.media import Part, images_of, text_of
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities
 from headrace.core.request import (
@@ -88,7 +90,7 @@ class Engine:
             options.api_version,
         )
         capabilities = Capabilities(
-            sampling=provider.sampling, json_schema=True, token_prompts=False
+            sampling=provider.sampling, json_schema=True, token_prompts=False, images=True
         )
         self.facts = remote.facts(request, provider, capabilities)
 
@@ -138,11 +140,12 @@ class Engine:
         A text is counted as a message: the endpoint takes nothing else.
         """
         messages = request.messages or (Message("user", request.text or ""),)
-        if request.messages is None and not (request.text or "").strip():
+        has_images = any(True for turn in messages for _ in images_of(turn.content))
+        if has_images or (request.messages is None and not (request.text or "").strip()):
             return remote.estimated_count(request)
         try:
             count = await self._connected().messages.count_tokens(
-                model=self._model, **_conversation(messages)
+                model=self._model, **_conversation(messages, {})
             )
         except self._errors as error:
             raise _failure(self._access, error) from None
@@ -183,7 +186,7 @@ class Engine:
         return {
             "model": self._model,
             "max_tokens": self._options.max_tokens,
-            **_conversation(request.messages),
+            **_conversation(request.messages, request.media),
             **fields,
             **({"stop_sequences": stops[: self._provider.stops]} if stops else {}),
             **({"extra_body": old} if old else {}),
@@ -244,20 +247,31 @@ async def _next(stream: Any) -> Any:
     return await anext(stream, None)
 
 
-def _conversation(messages: Sequence[Message]) -> dict[str, Any]:
+def _conversation(messages: Sequence[Message], media: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the messages, with those of the system joined in a field of their own."""
-    first = (turn.content for turn in messages if turn.role in ("system", "developer"))
+    first = (text_of(turn.content) for turn in messages if turn.role in ("system", "developer"))
     system = "\n\n".join(first)
-    turns: list[dict[str, str]] = []
+    turns: list[dict[str, Any]] = []
     for turn in messages:
         if turn.role == "tool" or turn.tool_calls or turn.name:
             field = "Names of participants" if turn.name else "Messages of tools"
             raise Unsupported(f"{field} are not supported by Anthropic.", param="messages")
         if turn.role in ("user", "assistant"):
-            turns.append({"role": turn.role, "content": turn.content})
+            content = turn.content
+            if not isinstance(content, str):
+                content = [_part(part, media) for part in content if part]
+            turns.append({"role": turn.role, "content": content})
     if not turns:
         raise InvalidRequest("There is no user message.", param="messages")
     return {"messages": turns, **({"system": system} if system else {})}
+
+
+def _part(part: Part, media: Mapping[str, bytes]) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    data = base64.b64encode(media[part.digest]).decode()
+    source = {"type": "base64", "media_type": f"image/{part.format}", "data": data}
+    return {"type": "image", "source": source}
 
 
 def _format(constraint: Constraint | None) -> dict[str, Any]:

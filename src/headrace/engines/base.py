@@ -167,6 +167,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     `constraint` has been compiled by the engine's llguidance before; `text.grammar` has its text.
     An engine that declares `json_schema` enforces it. The worker checks the answer all the same.
+
+    `media` are the encoded pictures in the order of their markers in `text`, which is the prompt
+    then. `token_ids` are those of the text alone: the engine computes and counts the pictures'.
     """
 
     token_ids: tuple[int, ...]
@@ -174,12 +177,14 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     answered: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
     constraint: Constraint | None = None
+    text: str = ""
+    media: tuple[bytes, ...] = ()
 
 
 class Admitted(msgspec.Struct, frozen=True):
     """The engine has begun with the request; `done` of `total` prompt tokens are computed.
 
-    `cached` of them were taken from a cache.
+    `cached` of them were taken from a cache. With pictures, `total` counts their tokens too.
     """
 
     done: int = 0
@@ -230,7 +235,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     most `max_token_bytes` of text: longer texts are refused without making tokens of them.
     `special_tokens` are the texts of those that the model has, by their names in chat templates:
     `bos_token`, `eos_token`, `unk_token`, ... `grammar_library` is the file with the llguidance
-    that compiles constraints; empty is the package of that name.
+    that compiles constraints; empty is the package of that name. `image_marker` is the text that
+    stands for a picture in a prompt, for engines that take them.
     """
 
     device: str
@@ -241,6 +247,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     special_tokens: Mapping[str, str] = {}
     max_token_bytes: int | None = None
     grammar_library: str = ""
+    image_marker: str = ""
     batch: BatchLimits = BatchLimits()
     notes: tuple[str, ...] = ()
 

@@ -28,6 +28,7 @@ from headrace.core.errors import (
     UpstreamError,
 )
 from headrace.core.events import TokenCount
+from headrace.core.media import images_of, text_of
 from headrace.core.model import Capabilities
 from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
 from headrace.core.status import Footprint
@@ -214,7 +215,10 @@ def estimated_count(request: CountRequest | GenerateRequest) -> TokenCount:
         return TokenCount(count=len(text), token_ids=text)
     messages = request.messages or ()
     count = estimate(text or "") + sum(
-        _TOKENS_PER_MESSAGE + estimate(message.content) for message in messages
+        _TOKENS_PER_MESSAGE
+        + estimate(text_of(message.content))
+        + sum(image.tokens for image in images_of(message.content))
+        for message in messages
     )
     return TokenCount(count=count, estimated=True)
 

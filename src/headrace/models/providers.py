@@ -28,10 +28,11 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     names in a chat. `stops` is the number of stop strings that it takes. `json` is whether an
     answer can follow a schema, be any JSON object, or neither. `asks_usage`: usage of a stream has
     to be requested by `stream_options`, a field that others may refuse. `embeddings` and `rerank`
-    are its tasks beside generation; with `base64` it can send vectors in that encoding. `extra` is
-    added to each request. `otel_name` is its name in OpenTelemetry's conventions, where it differs.
-    `checked` rows rest on the provider's documentation or on several programs that use it; the
-    others on a claim of compatibility, taken narrowly.
+    are its tasks beside generation; with `base64` it can send vectors in that encoding. `images`:
+    messages may have pictures, which some of its models take. `extra` is added to each request.
+    `otel_name` is its name in OpenTelemetry's conventions, where it differs. `checked` rows rest on
+    the provider's documentation or on several programs that use it; the others on a claim of
+    compatibility, taken narrowly.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     base64: bool = False
     rerank: bool = False
     tokenize: bool = False
+    images: bool = False
     extra: Mapping[str, Any] = {}
     otel_name: str | None = None
     checked: bool = True
@@ -79,6 +81,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             completions=True,
             embeddings=True,
             base64=True,
+            images=True,
         ),
         "azure": Provider(
             title="Azure OpenAI",
@@ -93,6 +96,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             embeddings=True,
             base64=True,
             otel_name="azure.ai.openai",
+            images=True,
         ),
         "deepseek": Provider(
             title="DeepSeek",
@@ -108,6 +112,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             sampling=_BASIC | _PENALTIES | {"n"},
             stops=5,
             otel_name="moonshot_ai",
+            images=True,
         ),
         "zhipu": Provider(
             title="Zhipu",
@@ -117,6 +122,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             asks_usage=False,
             embeddings=True,
             rerank=True,
+            images=True,
         ),
         "dashscope": Provider(
             title="DashScope",
@@ -124,6 +130,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             key="DASHSCOPE_API_KEY",
             sampling=_BASIC | {"presence_penalty", "seed", "top_k"},
             embeddings=True,
+            images=True,
         ),
         "siliconflow": Provider(
             title="SiliconFlow",
@@ -132,6 +139,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             sampling=_BASIC | {"frequency_penalty", "top_k", "min_p", "n"},
             embeddings=True,
             rerank=True,
+            images=True,
         ),
         "volcengine": Provider(
             title="Volcengine Ark",
@@ -139,6 +147,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             key="ARK_API_KEY",
             sampling=_BASIC | _PENALTIES | {"logprobs", "logit_bias"},
             embeddings=True,
+            images=True,
         ),
         "minimax": Provider(
             title="MiniMax",
@@ -175,6 +184,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             json="schema",
             embeddings=True,
             otel_name="gcp.gemini",
+            images=True,
         ),
         "mistral": Provider(
             title="Mistral",
@@ -186,6 +196,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             asks_usage=False,
             embeddings=True,
             otel_name="mistral_ai",
+            images=True,
         ),
         "groq": Provider(
             title="Groq",
@@ -194,6 +205,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             sampling=_BASIC | {"seed"},
             renamed=_NEWER_NAME,
             json="schema",
+            images=True,
         ),
         "xai": Provider(
             title="xAI",
@@ -202,6 +214,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             sampling=_OPENAI - {"logit_bias"},
             json="schema",
             otel_name="x_ai",
+            images=True,
         ),
         "openrouter": Provider(
             title="OpenRouter",
@@ -212,6 +225,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             completions=True,
             # Without it, fields that a model does not support are dropped silently.
             extra={"provider": {"require_parameters": True}},
+            images=True,
         ),
         "together": Provider(
             title="Together",
@@ -223,6 +237,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             embeddings=True,
             rerank=True,
             checked=False,
+            images=True,
         ),
         "fireworks": Provider(
             title="Fireworks",
@@ -233,6 +248,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             completions=True,
             embeddings=True,
             checked=False,
+            images=True,
         ),
         "ollama": Provider(
             title="Ollama",
@@ -243,6 +259,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             json="schema",
             completions=True,
             embeddings=True,
+            images=True,
         ),
         "lmstudio": Provider(
             title="LM Studio",
@@ -253,6 +270,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             json="schema",
             completions=True,
             embeddings=True,
+            images=True,
         ),
         "vllm": Provider(
             title="vLLM",
@@ -269,6 +287,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             base64=True,
             rerank=True,
             tokenize=True,
+            images=True,
         ),
         "headrace": Provider(
             title="Headrace",
@@ -286,6 +305,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             base64=True,
             rerank=True,
             tokenize=True,
+            images=True,
         ),
         "anthropic": Provider(
             title="Anthropic",
@@ -296,6 +316,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             stops=16,
             json="schema",
             tokenize=True,
+            images=True,
         ),
     }
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import msgspec
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest, Unsupported
+from headrace.core.media import text_of
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.tools import Thinking, Tool
 from headrace.text.calls.constrain import constraint_for
@@ -27,10 +28,14 @@ NewSplitter = Callable[[], Splitter]
 
 
 class Chat:
-    """A chat template, and how its model writes thinking and calls. Blocking; thread-safe."""
+    """A chat template, and how its model writes thinking and calls. Blocking; thread-safe.
 
-    def __init__(self, template: ChatTemplate) -> None:
+    `image_marker` is what the engine takes for an image in a prompt.
+    """
+
+    def __init__(self, template: ChatTemplate, image_marker: str = "") -> None:
         self.template = template
+        self.image_marker = image_marker
 
     @cached_property
     def format(self) -> Format:
@@ -47,12 +52,13 @@ class Chat:
         tools = request.tools
         if isinstance(request, GenerateRequest):
             tools = () if request.tool_choice.mode == "none" else tools
-        messages = request.messages or ()
+        messages = self._with_markers(request.messages or ())
         options = {**self._switches(request.thinking), **request.template_options}
         if not tools and not any(m.tool_calls or m.role == "tool" for m in messages):
             return self.template.render(messages, options)
         facts = self.format.template
         if not (facts.calls and (facts.tools or not tools)):
+            messages = _flat(messages, self.image_marker)
             turns = [openai_turn(message) for message in messages]
             plain = generic_messages(turns, [_openai_tool(tool) for tool in tools])
             rewritten = [Message(turn["role"], turn["content"]) for turn in plain]
@@ -64,6 +70,16 @@ class Chat:
             text_arguments=facts.arguments == "string",
             short_ids=facts.call_ids == "nine",
         )
+
+    @cached_property
+    def _writes_images(self) -> bool:
+        return self.template.writes_image(self.image_marker)
+
+    def _with_markers(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return the messages with images as the template takes them: as parts, or as text."""
+        if all(isinstance(message.content, str) for message in messages) or self._writes_images:
+            return messages
+        return _flat(messages, self.image_marker)
 
     def splitter(self, request: GenerateRequest, prompt: str) -> NewSplitter | None:
         """Return what makes the parser of an answer; None if it is content alone."""
@@ -120,6 +136,15 @@ class Chat:
         if thinking.effort is not None and "reasoning_effort" in known:
             options["reasoning_effort"] = thinking.effort
         return options
+
+
+def _flat(messages: Sequence[Message], marker: str) -> Sequence[Message]:
+    return [
+        message
+        if isinstance(message.content, str)
+        else msgspec.structs.replace(message, content=text_of(message.content, marker))
+        for message in messages
+    ]
 
 
 def _openai_tool(tool: Tool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, cast
 
 import msgspec
@@ -10,7 +11,7 @@ import msgspec
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConfigError, ContextOverflow, Draining, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities, ModelSpec
-from headrace.core.request import CountRequest, GenerateRequest
+from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.sampling import Sampling
 from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator, Piecewise
 from headrace.text.template import ChatTemplate
@@ -31,6 +32,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     `answered_text` is the text of the tokens of an answer that is continued. `over` is the finish
     reason if that answer was complete. `splitter` makes the parser of an answer that may have
     thinking or calls. `constraint` is what the whole text has to be, calls included.
+    `context_length` bounds the prompt with its pictures, whose tokens the engine counts.
     """
 
     choices: tuple[EngineRequest, ...]
@@ -40,6 +42,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     constraint: Constraint | None = None
     splitter: NewSplitter | None = None
     over: Literal["stop", "length"] | None = None
+    context_length: int = 0
 
 
 class Limit(NamedTuple):
@@ -87,10 +90,11 @@ class Prompter:
 
     def __init__(self, spec: ModelSpec, engine: Engine) -> None:
         self._engine = engine
+        self._name = spec.name
         self._facts = facts = engine.facts
         self._stops = spec.stop
         self.template, self.note = _template(spec, facts)
-        self.chat = Chat(self.template) if self.template else None
+        self.chat = Chat(self.template, facts.image_marker) if self.template else None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -104,12 +108,14 @@ class Prompter:
             Unsupported: the engine cannot honour a field.
             InvalidRequest, ContextOverflow: the request is wrong.
         """
-        check_supported(request, self._facts.capabilities)
+        check_supported(request, self._facts.capabilities, self._name)
         context_length = self._context_length(request)
         text = None if request.messages is None else self._chat_text(request)
         token_ids = self._token_ids(request, text, context_length, gone)
         constraint, splitter = self._parsed(request, text)
-        max_tokens = max_new_tokens(request, len(token_ids), context_length)
+        media = tuple(request.media[image.digest] for image in request.images)
+        known = len(self._without_images(text, token_ids) if media and text else token_ids)
+        max_tokens = max_new_tokens(request, known, context_length)
         answered, answered_text, ended = self._answered(request)
         left = max(0, max_tokens - len(answered))
         least = request.sampling.min_tokens or 0
@@ -128,6 +134,8 @@ class Prompter:
                     answered=answered,
                     sampling=_seeded(sampling, index),
                     constraint=constraint,
+                    text=text if media and text else "",
+                    media=media,
                 )
                 for index in range(request.n)
             ),
@@ -137,12 +145,15 @@ class Prompter:
             echo=self._echo(request),
             answered_text=answered_text,
             over="stop" if ended else None if left else "length",
+            context_length=context_length,
         )
 
     def count(self, request: CountRequest, gone: Gone | None = None) -> tuple[int, ...]:
         """Return the token ids of a text, or of messages as the template puts them."""
         if request.messages is not None:
-            return self._chat_ids(self._chat_text(request), Limit(gone))
+            check_images(request, self._facts.capabilities, self._name)
+            text = self._chat_text(request)
+            return self._without_images(text, self._chat_ids(text, Limit(gone)))
         add_special = request.add_special
         return tokenized(self._engine, request.text or "", Limit(gone), add_special=add_special)
 
@@ -159,13 +170,31 @@ class Prompter:
             raise InvalidRequest("The prompt is empty.", param="prompt")
         return token_ids
 
+    def _without_images(self, text: str, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the tokens of a prompt without those of the markers of images."""
+        marker = self._facts.image_marker
+        return (
+            self._chat_ids(text.replace(marker, ""), Limit())
+            if marker and marker in text
+            else token_ids
+        )
+
     def _chat_text(self, request: GenerateRequest | CountRequest) -> str:
         if self.chat is None:
             raise Unsupported(
                 "This model has no chat template; send a prompt, or configure chat_template.",
                 param="messages",
             )
-        return self.chat.render(request)
+        text = self.chat.render(request)
+        images = len(list(images_in(request.messages or ())))
+        if images and text.count(self._facts.image_marker) != images:
+            # A template can leave them out, and a text can have the marker itself.
+            raise InvalidRequest(
+                "The chat template does not show each image once, or a text has the model's marker "
+                f"of an image, {self._facts.image_marker}.",
+                param="messages",
+            )
+        return text
 
     def _parsed(
         self, request: GenerateRequest, text: str | None
@@ -296,8 +325,8 @@ def max_new_tokens(request: GenerateRequest, prompt_tokens: int, context_length:
     return max_tokens
 
 
-def check_supported(request: GenerateRequest, capabilities: Capabilities) -> None:
-    """Check that the engine supports the request.
+def check_supported(request: GenerateRequest, capabilities: Capabilities, name: str = "") -> None:
+    """Check that the engine supports the request; `name` is that of the model.
 
     Raises:
         Unsupported: names a field that it does not support.
@@ -307,10 +336,32 @@ def check_supported(request: GenerateRequest, capabilities: Capabilities) -> Non
         raise Unsupported(f"This engine does not support {name}.", param=name)
     if request.constraint is not None:
         _check_constrained(request.sampling, capabilities)
+    check_images(request, capabilities, name)
     if isinstance(request.prompt, tuple) and not capabilities.token_prompts:
         raise Unsupported("This engine does not accept token ids.", param="prompt")
     if request.answered:
         _check_resumable(request, capabilities)
+
+
+def check_images(
+    request: GenerateRequest | CountRequest, capabilities: Capabilities, name: str
+) -> None:
+    """Check that the model takes images, if there is one.
+
+    Raises:
+        Unsupported: it takes none; with the place of the first.
+    """
+    if not capabilities.images and (place := next(images_in(request.messages or ()), None)):
+        raise Unsupported(f"{name or 'This model'} takes no images.", param=place)
+
+
+def images_in(messages: Sequence[Message]) -> Iterator[str]:
+    """Yield the place of each image."""
+    for index, message in enumerate(messages):
+        if not isinstance(message.content, str):
+            for number, part in enumerate(message.content):
+                if not isinstance(part, str):
+                    yield f"messages[{index}].content[{number}]"
 
 
 def _check_constrained(sampling: Sampling, capabilities: Capabilities) -> None:
@@ -329,9 +380,9 @@ def _check_resumable(request: GenerateRequest, capabilities: Capabilities) -> No
     if not capabilities.resume:
         raise Unsupported("This engine cannot continue an answer.", param="answered")
     constrained = request.constraint is not None or request.enforces_calls
-    if request.n > 1 or request.echo or constrained:
+    if request.n > 1 or request.echo or constrained or request.media:
         raise Unsupported(
-            "An answer with several choices, an echo or a JSON schema cannot be continued.",
+            "An answer with several choices, an echo, images or a JSON schema cannot be continued.",
             param="answered",
         )
 

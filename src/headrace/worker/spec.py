@@ -142,7 +142,9 @@ def unloaded_info(
         context_length=spec.context_length or file.context_length,
         chat_template=spec.chat_template or file.chat_template,
         max_running=spec.max_running,
-        capabilities=Capabilities(tasks=frozenset({spec.task or file.task})),
+        capabilities=Capabilities(
+            tasks=frozenset({spec.task or file.task}), images=file.projector is not None
+        ),
         options=masked_options(spec.options),
     )
 

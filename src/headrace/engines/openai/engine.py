@@ -100,6 +100,7 @@ class Engine:
                 sampling=provider.sampling - {"n"},
                 json_schema=provider.json != "none",
                 token_prompts=provider.token_prompts,
+                images=provider.images,
             ),
         )
 
@@ -149,7 +150,8 @@ class Engine:
 
     async def count_tokens(self, request: CountRequest) -> TokenCount:
         """Return the upstream's count if it has one, or an estimate."""
-        if not self._provider.tokenize:
+        turns = request.messages or ()
+        if not self._provider.tokenize or any(not isinstance(m.content, str) for m in turns):
             return remote.estimated_count(request)
         url = f"{self._access.base_url.removesuffix('/v1')}/tokenize"
         count = await self._post("", count_body(request, self._model), _Tokens, url=url)
