@@ -122,6 +122,9 @@ def _make_tiny_llava(llama: Path, folder: Path) -> None:
     )
     text = LlamaConfig.from_pretrained(llama)
     text.vocab_size = len(tokenizer)
+    # The smallest heads that vLLM's attention takes everywhere.
+    text.hidden_size, text.num_attention_heads = 128, 2
+    text.num_key_value_heads, text.head_dim = 1, 64
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,

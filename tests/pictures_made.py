@@ -14,6 +14,9 @@ from typing import Any
 from PIL import Image
 from tests.models.builders import ARRAY, BOOL, F32, STRING, U32, Pair, gguf
 
+from headrace.core.media import Pictures
+from headrace.core.request import GenerateRequest, Message
+
 
 def png(width: int = 64, height: int = 48, seed: int = 1) -> bytes:
     """Return a PNG of random colours."""
@@ -71,6 +74,15 @@ def question(*parts: bytes | str, role: str = "user") -> dict[str, Any]:
         for part in parts
     ]
     return {"role": role, "content": content}
+
+
+def asked(*parts: bytes | str, **fields: Any) -> GenerateRequest:
+    """Return a core request with one message of texts and pictures."""
+    pictures = Pictures()
+    content = tuple(
+        part if isinstance(part, str) else pictures.add(part, "messages[0]") for part in parts
+    )
+    return GenerateRequest(messages=(Message("user", content),), media=pictures.data, **fields)
 
 
 def projector(path: Path, *, width: int = 576, image: int = 56, patch: int = 14) -> Path:
