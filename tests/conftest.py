@@ -40,6 +40,8 @@ LONG = (*REAL_PROCESSES, "lab/cases/", "lab/tune/test_tune.py", "pool/test_steps
 """Tests that take seconds each."""
 
 ROOT = Path(__file__).resolve().parents[1]
+TEST_ROUNDS = int(os.environ.pop("HEADRACE_TEST_ROUNDS", "0"))
+"""How often tests of chance try; 0 leaves it to each. The services they start must not see it."""
 MODEL_HOME = Path(os.environ.pop("HEADRACE_TEST_HOME", "") or ROOT / ".cache" / "test-home")
 
 

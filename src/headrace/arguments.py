@@ -11,7 +11,7 @@ import msgspec
 
 from headrace.api import fields
 from headrace.api.messages import ChatMessage, to_messages
-from headrace.core.constraint import Constraint
+from headrace.core.constraint import ANY_FORM, AnyForm, Constraint, constraint_of
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import EmbedResult
 from headrace.core.media import Pictures
@@ -41,13 +41,21 @@ def request(
     sampling = {name: arguments.pop(name) for name in _SAMPLING & arguments.keys()}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = (sampling["stop"],)
-    if (schema := arguments.pop("json_schema", None)) is not None:
-        arguments["constraint"] = built(Constraint, {"json_schema": schema})
+    forms: list[AnyForm] = [form for form in ANY_FORM if arguments.get(form) is not None]
+    if forms:
+        if len(forms) > 1:
+            raise InvalidRequest(f"{forms[0]} and {forms[1]} are both given.", param=forms[1])
+        arguments["constraint"] = _constraint(forms[0], arguments.pop(forms[0]))
     text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
     pictures = Pictures()
     body = {"model": model, "prompt": text, "messages": turns(messages, pictures), **arguments}
     checked = built(Sampling, sampling)
     return built(GenerateRequest, {**body, "sampling": checked, "media": pictures.data})
+
+
+def _constraint(form: AnyForm, value: Any) -> Constraint:
+    checked = built(Constraint, {form: value})
+    return constraint_of(form, getattr(checked, form))
 
 
 def turns(
@@ -96,7 +104,7 @@ def given(options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """
     for name in options.keys() - known:
         matches = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {matches[0]}?" if matches else ""
+        hint = f"; did you mean {matches[0]}?" if matches else "."
         raise InvalidRequest(f"There is no option {name!r}{hint}", param=name)
     return {name: value for name, value in options.items() if value is not None}
 

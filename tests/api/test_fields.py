@@ -140,14 +140,17 @@ REFUSED: dict[str, tuple[tuple[str, Any], ...]] = {
         ("options", {"temperature": 0}), ("n_predict", 3), ("mirostat", 2),
         ("chat_template", "{{ x }}"), ("top_a", 0.1), ("typical_p", 0.5), ("bad_words", ["x"]),
         ("include_stop_str_in_output", True), ("skip_special_tokens", False), ("format", "json"),
-        ("length_penalty", 2), ("system", "be brief"), ("regex", "a+"),
+        ("length_penalty", 2), ("system", "be brief"), ("structural_tag", {}), ("best_of", 2),
+        ("samplers", ["top_k"]), ("t_max_predict_ms", 100), ("repeat_last_n", 8),
+        ("stop_sequences", ["x"]), ("max_output_tokens", 3), ("extra_body", {"top_k": 1}),
+        ("do_sample", False), ("disable_parallel_tool_use", True),
     ),
     TEXT: (("prompt_logprobs", 1), ("use_beam_search", True), ("max_completion_tokens", 4)),
     "/v1/embeddings": (
         ("truncate_prompt_tokens", 5), ("input_type", "query"), ("options", {"a": 1}),
     ),
     "/v1/rerank": (("truncate_prompt_tokens", 5), ("rank_fields", ["a"]), ("top_k", 1)),
-    "/v1/score": (("truncate_prompt_tokens", 5), ("add_special_tokens", False)),
+    "/v1/score": (("truncate_prompt_tokens", 5), ("activation", False)),
     "/tokenize": (("add_generation_prompt", False), ("with_pieces", True)),
 }  # fmt: skip
 
@@ -183,6 +186,8 @@ async def test_what_changes_nothing_is_accepted_in_silence() -> None:
         "use_beam_search": False, "add_generation_prompt": True, "continue_final_message": False,
         "prompt_logprobs": None, "echo": False, "skip_special_tokens": True, "typical_p": 1.0,
         "length_penalty": 1, "cache_prompt": True, "store": False, "tools": [], "options": {},
+        "samplers": ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc",
+                     "temperature"], "repeat_last_n": 64, "do_sample": True, "best_of": 1,
     }  # fmt: skip
     past = {
         "role": "assistant",

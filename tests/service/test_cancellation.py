@@ -11,9 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.conftest import TEST_ROUNDS
 from tests.service.serving import Service, served
 
-ROUNDS = 20
+ROUNDS = TEST_ROUNDS or 8
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def percentile_95(values: list[float]) -> float:
 def test_the_slot_is_free_soon(
     service: Service, words: int, after_s: float, limit_ms: float
 ) -> None:
-    """W18: within 250 ms in decode and 2 s in prefill, p95 of 20; streams and whole answers."""
+    """W18: within 250 ms in decode and 2 s in prefill, p95; streams and whole answers."""
     waits = []
     for number in range(ROUNDS):
         leave(service, number % 2 == 0, words, after_s)

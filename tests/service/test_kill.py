@@ -16,13 +16,13 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.conftest import TEST_ROUNDS
 from tests.engines import faulty
 from tests.service.serving import Service, served
 from tests.service.streams import Got, client, status, stream, until_ready
 
 STREAMS, TOKENS, ASIDE = 20, 60, 40
-# Taken out: to the services that are started it is no setting.
-ROUNDS = int(os.environ.pop("HEADRACE_TEST_ROUNDS", "50"))
+ROUNDS = TEST_ROUNDS or 50
 SIGNALS = {name: getattr(signal, name) for name in ("SIGKILL", "SIGSEGV", "SIGABRT", "SIGSTOP")}
 OWN = ("exit", "raise", "oom")
 FAULTS = (*SIGNALS, *OWN)

@@ -79,8 +79,11 @@ class ChunkEncoder:
         return self._text[delta.index] + encode(delta.text) + self._plain
 
     def call(self, delta: ToolCallDelta) -> bytes:
-        """Return the chunk of a tool call's delta; empty if the route has no calls."""
-        if self._form.call is None:
+        """Return the chunk of a tool call's delta; empty if the route has no calls.
+
+        What a call that was cut has sent cannot be taken back.
+        """
+        if self._form.call is None or delta.cut:
             return b""
         body = b'"delta":' + encode(self._form.call(delta)) + b',"logprobs":null' + self._close
         return self._before(delta.index) + body
@@ -235,12 +238,10 @@ async def _pump(exchange: Exchange, primed: Primed, encoder: ChunkEncoder) -> by
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
         chunk = b""
         async for event in primed.stream:
-            if isinstance(event, Delta):
-                if data := encoder.delta(event):
+            if isinstance(event, Delta | ToolCallDelta):
+                data = encoder.delta(event) if isinstance(event, Delta) else encoder.call(event)
+                if data:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-            elif isinstance(event, ToolCallDelta):
-                data = encoder.call(event)
-                await send({"type": "http.response.body", "body": data, "more_body": True})
             elif isinstance(event, Finish):
                 break
             elif isinstance(event, Progress):

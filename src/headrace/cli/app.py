@@ -137,9 +137,9 @@ def run(arguments: Sequence[str]) -> int:
     flags = _before(arguments, "--")
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="headrace", standalone_mode=False)
+        sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of the pipe has closed it; flushing the buffer must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
@@ -149,11 +149,20 @@ def run(arguments: Sequence[str]) -> int:
         code = 2 if isinstance(error, RequestError | ConfigError) else 1
         return _fail(flags, error, type(error).__name__, _message(error, flags), code, error.param)
     except OSError as error:
+        _drop_output()
         return _fail(flags, error, type(error).__name__, _system_message(error), 1)
     except Exception as error:  # noqa: BLE001 - the last place where it can be reported
         message = f"unexpected {type(error).__name__}: {error}; --debug shows where"
         return _fail(flags, error, "InternalError", message, 1)
     return code if isinstance(code, int) else 0
+
+
+def _drop_output() -> None:
+    """Drop what stdout cannot take, so that no flush fails again at the exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _before(arguments: Sequence[str], end: str) -> Sequence[str]:

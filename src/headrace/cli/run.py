@@ -48,6 +48,45 @@ class SamplingFlags(SamplingFields, frozen=True, kw_only=True):
         return chosen
 
 
+@dataclass(frozen=True)
+class FormFlags:
+    """What the answer has to be; None is not given."""
+
+    json_schema: Annotated[
+        Path | None, Option(metavar="FILE", help="Answer in JSON that this schema accepts.")
+    ] = None
+    regex: Annotated[str | None, Option(help="The whole answer matches this regex.")] = None
+    choice: Annotated[
+        list[str] | None, Option(help="The answer is one of these texts; may be repeated.")
+    ] = None
+    grammar: Annotated[
+        Path | None, Option(metavar="FILE", help="The answer is of this grammar: Lark or GBNF.")
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `AsyncModelWorker.generate`.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        wanted = given(self)
+        if self.json_schema is not None:
+            try:
+                wanted["json_schema"] = msgspec.json.decode(_read(self.json_schema), type=dict)
+            except (msgspec.DecodeError, UnicodeError) as error:
+                raise ConfigError(f"{self.json_schema} is not a JSON schema: {error}") from error
+        if self.grammar is not None:
+            wanted["grammar"] = _read(self.grammar)
+        return wanted
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
 def run(
     common: Common,
     model: Annotated[
@@ -73,6 +112,7 @@ def run(
     url: Url = None,
     *,
     sampling: SamplingFlags,
+    form: FormFlags,
     flags: ModelFlags,
 ) -> None:
     """Answer one prompt, or chat if no prompt is given.
@@ -81,8 +121,9 @@ def run(
     With --url any server with OpenAI's API answers.
     """
     settings = flags.settings(common)
+    parameters = sampling.parameters() | form.arguments()
     images = tuple(map(_image, image or ()))
-    question = _Question(_text(prompt or []), system, sampling.parameters(), raw, images)
+    question = _Question(_text(prompt or []), system, parameters, raw, images)
     named = [f"--{name.replace('_', '-')}" for name in given(flags)]
     if url and (local or named):
         flag = "--local" if local else named[0]
@@ -151,7 +192,7 @@ async def _run(
 ) -> None:
     if question.text is None:
         if common.as_json or question.raw or question.images or not streams.is_terminal():
-            raise InvalidRequest("There is no prompt: give one as argument or on stdin.")
+            raise InvalidRequest("There is no prompt: give one as an argument or on stdin.")
         sampling = question.sampling
         await chat(settings, spec, system=question.system, sampling=sampling, figures=figures)
         return

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from headrace.models.transfer import Progress
 
 
+# What only a service knows of a model, and what has lines of its own.
+_NOT_SHOWN = ("state", "capabilities", "options", "created")
+
+
 def pull(
     common: Common,
     model: ModelArgument,
@@ -96,11 +100,12 @@ def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
     """Yield the known facts by name, with readable sizes and the length of long texts."""
     plain: dict[str, Any] = msgspec.to_builtins(info)
     for name, value in plain.items():
-        if name in ("capabilities", "options", "created") or value in (None, "", ()):
+        if name in _NOT_SHOWN or value in (None, "", "none", 0, ()):
             continue
+        name = name.replace("_", " ")
         if name in ("size", "memory"):
             yield name, terminal.size(value)
-        elif name == "chat_template":
+        elif name == "chat template":
             yield name, f"{len(value)} characters"
         elif name == "parameters":
             yield name, f"{value / 1e6:.0f} M"

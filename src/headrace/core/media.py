@@ -5,8 +5,9 @@ Nothing is decoded here: that is left to the process of the model.
 
 from __future__ import annotations
 
+import base64
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import msgspec
@@ -58,6 +59,18 @@ def text_of(content: Content, marker: str = "") -> str:
     if isinstance(content, str):
         return content
     return "".join(part if isinstance(part, str) else marker for part in content)
+
+
+def as_base64(image: Image, media: Mapping[str, bytes]) -> tuple[str, str]:
+    """Return the media type and the data of a picture, of which `media` has the bytes."""
+    return f"image/{image.format}", base64.b64encode(media[image.digest]).decode()
+
+
+def known_as(content: Content) -> str:
+    """Return a content as one text, with the digest of each picture."""
+    if isinstance(content, str):
+        return content
+    return "".join(part if isinstance(part, str) else part.digest for part in content)
 
 
 def images_of(content: Content) -> Iterator[Image]:

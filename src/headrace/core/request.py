@@ -17,7 +17,7 @@ import msgspec
 from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import ToolCall
-from headrace.core.media import Content, Image, images_of, text_of
+from headrace.core.media import Content, Image, images_of, known_as, text_of
 from headrace.core.model import Task
 from headrace.core.sampling import Sampling
 from headrace.core.tools import Thinking, Tool, ToolChoice
@@ -178,9 +178,7 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     @property
     def images(self) -> tuple[Image, ...]:
         """The pictures of the messages, in their order."""
-        if self.messages is None:
-            return ()
-        return tuple(image for turn in self.messages for image in images_of(turn.content))
+        return tuple(i for turn in self.messages or () for i in images_of(turn.content))
 
     @property
     def operation(self) -> Operation:
@@ -210,7 +208,7 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     def opening(self) -> str:
         """Return the messages or the prompt as one text."""
         if self.messages is not None:
-            return "\x1e".join(f"{turn.role}\x1f{_opening(turn)}" for turn in self.messages)
+            return "\x1e".join(f"{turn.role}\x1f{known_as(turn.content)}" for turn in self.messages)
         if isinstance(self.prompt, str):
             return self.prompt
         return " ".join(map(str, (self.prompt or ())[:_OPENING_TOKENS]))
@@ -393,11 +391,6 @@ def _message_tokens(message: Message) -> float:
     called = sum(_tokens(call.name) + _tokens(call.arguments) for call in message.tool_calls)
     seen = sum(image.tokens for image in images_of(message.content))
     return _tokens(text_of(message.content)) + seen + _tokens(message.reasoning) + called
-
-
-def _opening(message: Message) -> str:
-    parts = (message.content,) if isinstance(message.content, str) else message.content
-    return "".join(part if isinstance(part, str) else part.digest for part in parts)
 
 
 def _tool_tokens(tool: Tool) -> float:

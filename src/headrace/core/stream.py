@@ -216,7 +216,7 @@ def _choice(index: int, parts: Sequence[Delta | ToolCallDelta], reason: FinishRe
         token_ids += delta.token_ids
     return Choice(
         index=index,
-        text="".join(delta.text for delta in deltas),
+        text="".join(part.text if isinstance(part, Delta) else part.cut for part in parts),
         reasoning="".join(delta.reasoning for delta in deltas),
         tool_calls=_calls([part for part in parts if isinstance(part, ToolCallDelta)], reason),
         token_ids=tuple(token_ids),
@@ -231,6 +231,8 @@ def _calls(parts: Sequence[ToolCallDelta], reason: FinishReason) -> tuple[ToolCa
     for part in parts:
         if part.name:
             calls[part.call] = ToolCall(part.id, part.name, "")
+        if part.cut:
+            del calls[part.call]
         arguments.setdefault(part.call, []).append(part.arguments)
     whole = [
         msgspec.structs.replace(call, arguments="".join(arguments[number]))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, cast
 
 import msgspec
 
-from headrace.core.constraint import Constraint
+from headrace.core.constraint import FORMS, Constraint
 from headrace.core.errors import ConfigError, ContextOverflow, Draining, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities, ModelSpec
-from headrace.core.request import CountRequest, GenerateRequest, Message
+from headrace.core.request import CountRequest, GenerateRequest
 from headrace.core.sampling import Sampling
 from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator, Piecewise
+from headrace.text.grammar import after, grammar
 from headrace.text.template import ChatTemplate
-from headrace.worker.chat import Chat, NewSplitter
+from headrace.worker.chat import Before, Chat, NewSplitter
+from headrace.worker.images import check_images, check_markers
 
 # Implemented by the worker for all engines.
 _BY_WORKER = {"stop"}
@@ -31,7 +32,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     `answered_text` is the text of the tokens of an answer that is continued. `over` is the finish
     reason if that answer was complete. `splitter` makes the parser of an answer that may have
-    thinking or calls. `constraint` is what the whole text has to be, calls included.
+    thinking or calls. `constraint` is what the content has to be, or the whole text with its calls.
+    `before` is what the grammar of the content allows before it: thinking.
     `context_length` bounds the prompt with its pictures, whose tokens the engine counts.
     """
 
@@ -41,8 +43,20 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     answered_text: str = ""
     constraint: Constraint | None = None
     splitter: NewSplitter | None = None
+    before: Before = ("", "")
     over: Literal["stop", "length"] | None = None
     context_length: int = 0
+
+    def enforcing(self, constraint: Constraint) -> Job:
+        """Return the job with what the engine enforces: this constraint, after the thinking."""
+        if self.before[0]:
+            constraint = Constraint(lark=after(*self.before, grammar(constraint)))
+        if constraint is self.constraint:
+            return self
+        choices = [
+            msgspec.structs.replace(choice, constraint=constraint) for choice in self.choices
+        ]
+        return msgspec.structs.replace(self, choices=tuple(choices))
 
 
 class Limit(NamedTuple):
@@ -118,29 +132,22 @@ class Prompter:
         max_tokens = max_new_tokens(request, known, context_length)
         answered, answered_text, ended = self._answered(request)
         left = max(0, max_tokens - len(answered))
-        least = request.sampling.min_tokens or 0
-        if least > max_tokens:
-            raise InvalidRequest(
-                f"min_tokens is {least}, and there is room for {max_tokens}.", param="min_tokens"
-            )
-        sampling = msgspec.structs.replace(
-            request.sampling, min_tokens=max(0, least - len(answered)) or None
+        shared = EngineRequest(
+            token_ids=token_ids,
+            max_tokens=left,
+            answered=answered,
+            sampling=_sampling(request, max_tokens, len(answered)),
+            constraint=constraint if self._facts.capabilities.json_schema else None,
+            text=text if media and text else "",
+            media=media,
         )
         return Job(
-            choices=tuple(
-                EngineRequest(
-                    token_ids=token_ids,
-                    max_tokens=left,
-                    answered=answered,
-                    sampling=_seeded(sampling, index),
-                    constraint=constraint,
-                    text=text if media and text else "",
-                    media=media,
-                )
-                for index in range(request.n)
-            ),
+            choices=tuple(_seeded(shared, index) for index in range(request.n)),
             constraint=constraint,
             splitter=splitter,
+            before=self.chat.thinking(request, text)
+            if self.chat and text is not None
+            else ("", ""),
             stops=(*request.sampling.stop, *self._stops),
             echo=self._echo(request),
             answered_text=answered_text,
@@ -186,14 +193,7 @@ class Prompter:
                 param="messages",
             )
         text = self.chat.render(request)
-        images = len(list(images_in(request.messages or ())))
-        if images and text.count(self._facts.image_marker) != images:
-            # A template can leave them out, and a text can have the marker itself.
-            raise InvalidRequest(
-                "The chat template does not show each image once, or a text has the model's marker "
-                f"of an image, {self._facts.image_marker}.",
-                param="messages",
-            )
+        check_markers(text, request, self._facts.image_marker)
         return text
 
     def _parsed(
@@ -203,7 +203,9 @@ class Prompter:
         if text is None or self.chat is None:
             return request.constraint, None
         constraint = self.chat.constraint(request, text)
-        if constraint is not None and not self._facts.capabilities.json_schema:
+        enforces = "grammar" in self._facts.capabilities.forms
+        # The arguments of strict tools are checked at the end: a wrong call is an error then.
+        if request.tool_choice.mode == "required" and constraint is not None and not enforces:
             raise Unsupported(
                 "This engine does not enforce calls of tools; use auto.", param="tool_choice"
             )
@@ -335,7 +337,7 @@ def check_supported(request: GenerateRequest, capabilities: Capabilities, name: 
     for name in given.keys() - _BY_WORKER - capabilities.sampling:
         raise Unsupported(f"This engine does not support {name}.", param=name)
     if request.constraint is not None:
-        _check_constrained(request.sampling, capabilities)
+        _check_constrained(request.constraint, request.sampling, capabilities)
     check_images(request, capabilities, name)
     if isinstance(request.prompt, tuple) and not capabilities.token_prompts:
         raise Unsupported("This engine does not accept token ids.", param="prompt")
@@ -343,35 +345,20 @@ def check_supported(request: GenerateRequest, capabilities: Capabilities, name: 
         _check_resumable(request, capabilities)
 
 
-def check_images(
-    request: GenerateRequest | CountRequest, capabilities: Capabilities, name: str
+def _check_constrained(
+    constraint: Constraint, sampling: Sampling, capabilities: Capabilities
 ) -> None:
-    """Check that the model takes images, if there is one.
-
-    Raises:
-        Unsupported: it takes none; with the place of the first.
-    """
-    if not capabilities.images and (place := next(images_in(request.messages or ()), None)):
-        raise Unsupported(f"{name or 'This model'} takes no images.", param=place)
-
-
-def images_in(messages: Sequence[Message]) -> Iterator[str]:
-    """Yield the place of each image."""
-    for index, message in enumerate(messages):
-        if not isinstance(message.content, str):
-            for number, part in enumerate(message.content):
-                if not isinstance(part, str):
-                    yield f"messages[{index}].content[{number}]"
-
-
-def _check_constrained(sampling: Sampling, capabilities: Capabilities) -> None:
-    if not capabilities.json_schema:
-        raise Unsupported("This engine does not support JSON schemas.", param="response_format")
-    # Where a schema allows nothing but the end, there would be no token left.
+    form = constraint.form
+    if form == "json_schema" and not capabilities.json_schema:
+        raise Unsupported("This engine does not support JSON schemas.", param=constraint.param)
+    if form in FORMS and form not in capabilities.forms:
+        raise Unsupported(f"This engine does not support {form}.", param=form)
+    # Where a constraint allows nothing but the end, there would be no token left.
+    label = "JSON schema" if form == "json_schema" else form
     for name in ("ignore_eos", "min_tokens"):
         if getattr(sampling, name):
             raise InvalidRequest(
-                f"{name} cannot be combined with a JSON schema, which says where the answer ends.",
+                f"{name} cannot be combined with a {label}, which says where the answer ends.",
                 param=name,
             )
 
@@ -387,8 +374,20 @@ def _check_resumable(request: GenerateRequest, capabilities: Capabilities) -> No
         )
 
 
-def _seeded(sampling: Sampling, index: int) -> Sampling:
+def _sampling(request: GenerateRequest, max_tokens: int, answered: int) -> Sampling:
+    """Return the sampling of what follows the tokens that were answered."""
+    least = request.sampling.min_tokens or 0
+    if least > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens is {least}, and there is room for {max_tokens}.", param="min_tokens"
+        )
+    return msgspec.structs.replace(request.sampling, min_tokens=max(0, least - answered) or None)
+
+
+def _seeded(request: EngineRequest, index: int) -> EngineRequest:
     # Each choice of a seeded request has its own seed, the same for every such request.
+    sampling = request.sampling
     if sampling.seed is None or index == 0:
-        return sampling
-    return msgspec.structs.replace(sampling, seed=(sampling.seed + index) % (1 << 64))
+        return request
+    seeded = msgspec.structs.replace(sampling, seed=(sampling.seed + index) % (1 << 64))
+    return msgspec.structs.replace(request, sampling=seeded)

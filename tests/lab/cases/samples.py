@@ -35,7 +35,8 @@ FEW = frozenset(
 )
 """What changes with the Backend. The rest is the engine's, and echo runs it on every Backend."""
 
-_SCHEMAS = frozenset({"json_schema", "json_schema_fails_closed"})
+_FORMS = frozenset({"regex", "choice", "grammar", "forms_fail_closed"})
+_SCHEMAS = frozenset({"json_schema", "json_schema_fails_closed", "tool_calls_required"})
 
 SOUND = FEW | {
     "greedy_repeats",
@@ -46,6 +47,10 @@ SOUND = FEW | {
     "resume",
     "json_schema",
     "json_schema_fails_closed",
+    "tool_calls_required",
+    "tool_calls_cut",
+    "thinking",
+    *_FORMS,
 }
 """What only a real model's text shows."""
 
@@ -140,7 +145,7 @@ async def _headrace(gguf: Path) -> AsyncIterator[Given]:
     """Headrace itself, as somebody else's server."""
     from tests.service.serving import served
 
-    arguments = ("--context-length", "256", "--option", "threads=1", "--option", "slots=4")
+    arguments = ("--context-length", "512", "--option", "threads=1", "--option", "slots=4")
     with served(str(gguf), *arguments) as service:
         yield f"headrace:{gguf.stem}", {"base_url": f"{service.url}/v1"}
 
@@ -170,7 +175,12 @@ SAMPLES = [
         settings=_SHORT,
         # Slow enough to be caught in the middle of an answer.
         options={"tokens_per_second": 200},
-        refused=_NARROW | _PENALTIES | _fields("logit_bias") | _SCHEMAS,
+        refused=_NARROW
+        | _PENALTIES
+        | _fields("logit_bias")
+        | _SCHEMAS
+        | _FORMS
+        | {"tool_calls_strict"},
         heavy=False,
     ),
     Sample(
@@ -194,7 +204,7 @@ SAMPLES = [
         _headrace,
         settings=_SHORT,
         kinds=("worker", "pool"),
-        refused=frozenset({"resume", "echo_comes_first"}),
+        refused=frozenset({"resume", "echo_comes_first", "thinking"}),
     ),
     Sample("transformers", _path(_smollm2), kinds=("process",), settings=_SHORT, first=SOUND),
     Sample("transformers", _path(_tiny), kinds=("worker", "pool"), settings=_SHORT, name="tiny"),
@@ -202,7 +212,7 @@ SAMPLES = [
         "openvino",
         _path(converted),
         settings=_SHORT,
-        refused=_fields("logit_bias", "logprobs") | _SCHEMAS,
+        refused=_fields("logit_bias", "logprobs") | _SCHEMAS | _FORMS,
         reported=frozenset({"alone_and_among_sixteen", "resume"}),
     ),
     Sample("llamacpp", _path(str), "embed", ("process",), _SHORT, {"pooling": "mean"}),
@@ -216,9 +226,10 @@ SAMPLES = [
         kinds=("worker", "pool"),
         refused=_NARROW
         | _PENALTIES
+        | _FORMS
         | _fields("temperature", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
         | {"resume", "usage_is_exact", "several_choices", "echo_comes_first", "text_and_tokens"}
-        | {"cancelled_in_prefill", "context_at_its_end"},
+        | {"cancelled_in_prefill", "context_at_its_end", "thinking"},
     ),
 ]
 """One for each engine, or more where it has several ways."""

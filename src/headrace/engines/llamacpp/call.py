@@ -109,6 +109,8 @@ Counts = tuple[int, int, int]
 _LIKELY, _ALL = 64, 1 << 24
 CERTAIN = 1e6
 """A bias by which a token is chosen."""
+# The most bytes, and so tokens, of a character.
+_CHARACTER = 4
 
 _decode = msgspec.json.Decoder(_Chunk).decode
 
@@ -124,6 +126,7 @@ class Call:
         self._split = split
         self._ends = frozenset(request.sampling.stop_token_ids)
         self._lookup: Lookup | None = None
+        self._prompt = len(request.token_ids)
         self._sent = 0
         self._predicted = 0
         self._cached = 0
@@ -165,17 +168,35 @@ class Call:
         if choice.finish_reason is not None:
             return self._finish(choice.finish_reason, self._counts(chunk.usage))
         token_ids = self._token_ids(chunk.verbose, choice.text)
+        tokens = choice.logprobs.content if choice.logprobs else ()
+        return self._take_tokens(choice.text.encode(), token_ids, tokens)
+
+    def _take_tokens(
+        self, data: bytes, token_ids: tuple[int, ...], tokens: Sequence[Token]
+    ) -> bool:
+        if self._lookup is not None:
+            logprobs = self._lookup.completed(token_ids, self._logprobs(tokens))
+            return self._take_entries(data, token_ids, logprobs)
         if not self._ends.isdisjoint(token_ids):
             return self._finish("stop", self._counts(None))
         self._sent += len(token_ids)
-        logprobs = self._reported(token_ids, choice.logprobs.content if choice.logprobs else ())
-        return self._emit(RawDelta(choice.text.encode(), token_ids, logprobs))
+        return self._emit(RawDelta(data, token_ids))
 
-    def _reported(
-        self, token_ids: Sequence[int], tokens: Sequence[Token]
-    ) -> tuple[TokenLogprob, ...]:
-        logprobs = self._logprobs(tokens) if tokens else ()
-        return logprobs if self._lookup is None else self._lookup.completed(token_ids, logprobs)
+    def _take_entries(
+        self, data: bytes, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]
+    ) -> bool:
+        """Emit tokens with their entries up to the end of the answer, also within a character."""
+        left = self._request.max_tokens - self._sent
+        end = next((at for at, token in enumerate(token_ids[:left]) if token in self._ends), None)
+        kept = left if end is None else end
+        if kept < len(token_ids):
+            token_ids, logprobs = token_ids[:kept], logprobs[:kept]
+            data = b"".join(entry.data for entry in logprobs)
+        self._sent += len(token_ids)
+        stopped = bool(token_ids) and self._emit(RawDelta(data, token_ids, logprobs))
+        if end is None and self._sent < self._request.max_tokens:
+            return stopped
+        return self._finish("length" if end is None else "stop", self._counts(None))
 
     def _token_ids(self, verbose: Tokens, text: str) -> tuple[int, ...]:
         # A character of several tokens comes with the id of the last one only.
@@ -192,7 +213,7 @@ class Call:
 
     def _counts(self, usage: _Usage | None) -> Counts:
         if usage is None:
-            return len(self._request.token_ids), self._sent, self._cached
+            return self._prompt, self._sent, self._cached
         cached = usage.prompt_tokens_details.cached_tokens
         return usage.prompt_tokens, usage.completion_tokens, cached
 
@@ -311,6 +332,8 @@ def fields(request: EngineRequest) -> dict[str, Any]:
         body["ignore_eos"] = True
     if sampling.logprobs is not None:
         body["logprobs"] = max(1, sampling.logprobs)
+        # The tokens of a character are reported with its last one, also if the answer ends before.
+        body["max_tokens"] += _CHARACTER - 1
     if sampling.logit_bias:
         body["logit_bias"] = list(sampling.logit_bias.items())
     if request.constraint is not None:

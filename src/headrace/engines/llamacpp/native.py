@@ -13,7 +13,7 @@ import msgspec
 from headrace.core.errors import HeadraceError, InvalidRequest
 from headrace.core.media import image_header
 from headrace.engines import pictures
-from headrace.engines.base import EngineRequest, RawDelta, RawEvent
+from headrace.engines.base import EngineRequest, RawEvent
 from headrace.engines.llamacpp.call import (
     CERTAIN,
     Call,
@@ -83,12 +83,10 @@ class NativeCall(Call):
             reason = "length" if chunk.stop_type == "limit" else "stop"
             counts = (chunk.tokens_evaluated, chunk.tokens_predicted, self._cached)
             return self._finish(reason, counts)
+        self._prompt = chunk.tokens_evaluated
         token_ids = self._token_ids(Tokens(chunk.tokens, chunk.tokens_predicted), chunk.content)
-        if not self._ends.isdisjoint(token_ids):
-            return self._finish("stop", (chunk.tokens_evaluated, self._sent, self._cached))
-        self._sent += len(token_ids)
-        logprobs = self._reported(token_ids, chunk.completion_probabilities)
-        return self._emit(RawDelta(chunk.content.encode(), token_ids, logprobs))
+        data, tokens = chunk.content.encode(), chunk.completion_probabilities
+        return self._take_tokens(data, token_ids, tokens)
 
     def _candidates(
         self, server: xllamacpp.Server, text: Sequence[int], most: int, whole: int

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from headrace.core.constraint import Constraint
+from headrace.core.constraint import FORMS, Constraint
 from headrace.core.errors import (
     ConfigError,
     GenerationFailed,
@@ -140,6 +140,7 @@ class Engine(TokenizerMixin):
         tokenizer = self._tokenizer
         assert self._runner is not None
         marker = image_marker(self._processor, request.model.chat_template)
+        known = getattr(tokenizer, "backend_tokenizer", None) is not None
         return EngineFacts(
             device=str(self._model.device),
             context_length=planned.context_length,
@@ -151,7 +152,8 @@ class Engine(TokenizerMixin):
             notes=(*planned.notes, *((note,) if note else ())),
             capabilities=Capabilities(
                 sampling=HONOURED,
-                json_schema=getattr(tokenizer, "backend_tokenizer", None) is not None,
+                json_schema=known,
+                forms=frozenset(FORMS if known else ()),
                 batch_invariant=self._runner.max_running == 1,
                 resume=True,
                 images=bool(marker),

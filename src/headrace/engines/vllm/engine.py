@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from headrace.core.constraint import FORMS
 from headrace.core.errors import (
     ConfigError,
     GenerationFailed,
@@ -205,6 +206,7 @@ class Engine(TokenizerMixin):
             capabilities=Capabilities(
                 sampling=HONOURED,
                 json_schema=True,
+                forms=frozenset(FORMS),
                 batch_invariant=self._options.batch_invariant,
                 resume=True,
                 images=bool(marker),

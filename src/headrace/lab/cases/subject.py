@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+)
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
+
+import msgspec
 
 from headrace.config import Settings
 from headrace.core.backend import Backend
-from headrace.core.constraint import Constraint
+from headrace.core.constraint import ANY_FORM, constraint_of
 from headrace.core.errors import HeadraceError
 from headrace.core.events import Delta, Event, Finish, Progress, TokenLogprob
 from headrace.core.model import Capabilities, ModelInfo, ModelSpec
@@ -26,6 +32,24 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 POEM = "Write a short poem about rivers."
 TOKENS = 8
+TEMPLATE = """\
+{%- if tools %}{% for tool in tools %}{{ tool.function.name }} {% endfor %}\x1e{% endif -%}
+{%- for message in messages -%}
+{%- if message.reasoning_content %}<think>
+{{ message.reasoning_content }}
+</think>
+
+{% endif -%}
+{{ message.content }}
+{%- for call in message.tool_calls or [] %}<tool_call>
+{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt and enable_thinking %}<think>
+{% endif -%}
+"""
+"""A chat template with tools and thinking, in which the last message ends the prompt."""
+_TALK = 512
 _SAMPLING = set(Sampling.__struct_fields__)
 _PATIENCE_S = 120.0
 
@@ -59,7 +83,12 @@ class Reply:
     @property
     def text(self) -> str:
         """The text of the first choice."""
-        return "".join(delta.text for delta in self.deltas)
+        return self.choice(0)
+
+    def choice(self, index: int) -> str:
+        """Return the text of a choice."""
+        deltas = (event for event in self.events if isinstance(event, Delta))
+        return "".join(delta.text for delta in deltas if delta.index == index)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -79,12 +108,17 @@ class Reply:
 
 @dataclass
 class Subject:
-    """A model on an engine behind a Backend. `reopen` loads the same model again, beside it."""
+    """A model on an engine behind a Backend.
+
+    `reopen` loads the same model again, beside it, with other settings. What is in `held` is closed
+    with it.
+    """
 
     engine: str
     kind: Kind
     backend: Backend
-    reopen: Callable[[], AbstractAsyncContextManager[Backend]]
+    reopen: Callable[..., AbstractAsyncContextManager[Backend]]
+    held: AsyncExitStack
     known: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
@@ -102,6 +136,20 @@ class Subject:
         """Whether another service runs the model: there are no token ids then."""
         return self.info.format == "remote"
 
+    async def talking(self) -> Subject:
+        """Return the model with a chat template that has tools and thinking, loaded once.
+
+        A remote model is returned as it is: its template is that of the upstream.
+        """
+        if self.is_remote:
+            return self
+        if "talking" not in self.known:
+            length = max(self.info.context_length or 0, _TALK)
+            again = self.reopen(chat_template=TEMPLATE, context_length=length)
+            backend = await self.held.enter_async_context(again)
+            self.known["talking"] = replace(self, backend=backend, known={})
+        return self.known["talking"]
+
     def able(self, **sampling: Any) -> dict[str, Any]:
         """Return the sampling fields that the engine declares."""
         return {
@@ -113,12 +161,13 @@ class Subject:
     def request(self, prompt: str | Sequence[int] = POEM, **given: Any) -> GenerateRequest:
         """Return a request: a text becomes a message if the model can chat, else a prompt.
 
-        Fields of Sampling are passed there. With `raw`, no chat template is applied. `json_schema`
-        is what the answer has to be.
+        Fields of Sampling are passed there. With `raw`, no chat template is applied. `json_schema`,
+        `regex`, `choice` and `grammar` are what the answer has to be.
         """
         raw = given.pop("raw", False)
-        if (schema := given.pop("json_schema", None)) is not None:
-            given["constraint"] = Constraint(json_schema=schema)
+        for form in ANY_FORM:
+            if form in given:
+                given["constraint"] = constraint_of(form, given.pop(form))
         sampling = {name: value for name, value in given.items() if name in _SAMPLING}
         fields = {name: value for name, value in given.items() if name not in _SAMPLING}
         fields["sampling"] = Sampling(**sampling)
@@ -234,6 +283,10 @@ async def opened(
     Raises:
         HeadraceError: it cannot be loaded.
     """
-    again = partial(drive.model, spec, settings, kind)
-    async with again() as backend:
-        yield Subject(engine, kind, backend, again)
+
+    def again(**changes: Any) -> AbstractAsyncContextManager[Backend]:
+        return drive.model(msgspec.structs.replace(spec, **changes), settings, kind)
+
+    async with AsyncExitStack() as held:
+        backend = await held.enter_async_context(again())
+        yield Subject(engine, kind, backend, again, held)
