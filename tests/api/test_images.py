@@ -26,7 +26,7 @@ PLACE = "messages[0].content[1]"
 
 def seeing() -> FakeBackend:
     backend = FakeBackend()
-    backend.served = [replace(model, capabilities=Capabilities(images=True)) for model in MODELS]
+    backend.served = [replace(model, capabilities=Capabilities(vision=True)) for model in MODELS]
     return backend
 
 

@@ -190,9 +190,9 @@ async def test_unsupported_fields_are_refused_by_name(name: str) -> None:
     assert name in error["message"]
 
 
-@pytest.mark.parametrize("fields", [{"suffix": "x"}, {"best_of": 2}, {"n": 2, "best_of": 3}])
+@pytest.mark.parametrize("fields", [{"best_of": 2}, {"n": 2, "best_of": 3}])
 async def test_unsupported_fields_of_completions(fields: Any) -> None:
-    """A: suffix, and best_of that is not n."""
+    """A: best_of that is not n."""
     error = await refused(TEXT, text(**fields))
     assert error["param"] == [*fields][-1]
     assert error["code"] == "unsupported_parameter"

@@ -18,7 +18,10 @@ from headrace.core.options import EmbedOptions, GenerateOptions, ModelOptions, R
 from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
 from headrace.core.sampling import Sampling
 
-_REQUEST = {"n", "echo", "context_length", "template_options", "deadline_s"}
+_REQUEST = {
+    *("n", "echo", "context_length", "template_options", "deadline_s"),
+    *("suffix", "continue_final", "prompt_logprobs"),
+}
 
 
 def plain(hint: Any) -> set[Any]:

@@ -13,7 +13,7 @@ from headrace.core.sampling import Sampling
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", float("inf")),

@@ -46,7 +46,7 @@ async def worker(folder: Path) -> AsyncIterator[AsyncModelWorker]:
 
 async def test_images_are_seen_counted_and_cached(worker: AsyncModelWorker) -> None:
     """Issue 13.5: the projector beside the model is taken, the engine's count is the usage."""
-    assert worker.metadata.capabilities.images
+    assert worker.metadata.capabilities.vision
 
     async def ask(*parts: Any) -> Any:
         return await worker.generate(messages=[question(*parts)], max_tokens=6, **GREEDY)
@@ -70,7 +70,7 @@ async def test_the_same_answers_as_without_a_projector(
     request: Any = {"max_tokens": 24, "logprobs": 3, "seed": 1, **GREEDY}
     spec = replace(worker.spec, options={"mmproj": "off", "batch_size": 512})
     async with AsyncModelWorker(spec) as plain:
-        assert not plain.metadata.capabilities.images
+        assert not plain.metadata.capabilities.vision
         with pytest.raises(Unsupported, match="takes no images") as caught:
             await plain.generate(messages=[question("a", png())])
         assert caught.value.param == "messages[0].content[1]"

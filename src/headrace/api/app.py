@@ -17,6 +17,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.api import admin as manage
 from headrace.api import problems
+from headrace.api.anthropic import (
+    CountTokensRequest,
+    MessagesRequest,
+    MessageTokens,
+    count_tokens,
+    create_message,
+)
+from headrace.api.anthropic_answer import MessageBody, MessageEvent
 from headrace.api.chat import ChatChunk, ChatCompletion, ChatRequest, chat_completions
 from headrace.api.completions import (
     Completion,
@@ -28,8 +36,11 @@ from headrace.api.edge import METRICS_PATH, Edge, check_admin
 from headrace.api.embeddings import EmbeddingList, EmbeddingRequest, embeddings
 from headrace.api.exchange import ClientGone, Exchange, Route, Service
 from headrace.api.limits import ApiSettings
+from headrace.api.ollama import OLLAMA_ADMIN_ROUTES, OLLAMA_ROUTES
 from headrace.api.openapi import document, page
 from headrace.api.rerank import Ranking, RankRequest, rerank
+from headrace.api.responses import InputTokens, ResponsesRequest, input_tokens, responses
+from headrace.api.responses_body import ResponseBody, ResponseEvent
 from headrace.api.score import ScoreBody, ScoreList, score
 from headrace.api.status import (
     Health,
@@ -60,6 +71,26 @@ ROUTES = (
     Route("GET", "/v1/models/{model_id:path}", show_model, ModelCard),
     Route("POST", "/v1/chat/completions", chat_completions, ChatCompletion, ChatRequest, ChatChunk),
     Route("POST", "/v1/completions", completions, Completion, CompletionRequest, CompletionChunk),
+    Route(
+        "POST",
+        "/v1/responses",
+        responses,
+        ResponseBody,
+        ResponsesRequest,
+        ResponseEvent,
+        named=True,
+    ),
+    Route("POST", "/v1/responses/input_tokens", input_tokens, InputTokens, ResponsesRequest),
+    Route(
+        "POST",
+        "/v1/messages",
+        create_message,
+        MessageBody,
+        MessagesRequest,
+        MessageEvent,
+        named=True,
+    ),
+    Route("POST", "/v1/messages/count_tokens", count_tokens, MessageTokens, CountTokensRequest),
     Route("POST", "/v1/embeddings", embeddings, EmbeddingList, EmbeddingRequest),
     Route("POST", "/embeddings", embeddings, EmbeddingList, EmbeddingRequest),
     Route("POST", "/v1/rerank", rerank, Ranking, RankRequest),
@@ -67,6 +98,7 @@ ROUTES = (
     Route("POST", "/rerank", rerank, Ranking, RankRequest),
     Route("POST", "/v1/score", score, ScoreList, ScoreBody),
     Route("POST", "/score", score, ScoreList, ScoreBody),
+    *OLLAMA_ROUTES,
     Route("POST", "/tokenize", tokenize, Tokens, TokenizeRequest),
     Route("POST", "/detokenize", detokenize, Text, DetokenizeRequest),
     _LIVE,
@@ -91,7 +123,7 @@ ADMIN_ROUTES = (
     _admin(
         "POST", "/models/unload", manage.unload_as_llama_server, manage.Success, manage.ModelRequest
     ),
-    _admin("GET", "/api/ps", manage.ps_as_ollama, manage.RunningModels),
+    *OLLAMA_ADMIN_ROUTES,
 )
 
 _METRICS = Route(
@@ -200,4 +232,6 @@ async def _routing_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem = problems.routing(error, request.method, request.url.path)
     headers = {name.decode(): value.decode() for name, value in problem.headers}
-    return Response(problem.body(), problem.status, headers, "application/json")
+    exchange: Exchange = request.scope["headrace"]
+    body = exchange.dialect.write(problem, exchange.call.id)
+    return Response(body, problem.status, headers, "application/json")

@@ -14,7 +14,9 @@ from headrace.api.exchange import Call, Exchange, Service, too_large
 from headrace.api.fields import Peers
 from headrace.api.images import HELD, Fetched, fetch
 from headrace.api.limits import ApiSettings
+from headrace.api.logprobs import TokenBody, token_bodies
 from headrace.api.messages import (
+    TEMPLATE_NAMES,
     Messages,
     ThinkingFields,
     Tools,
@@ -22,11 +24,20 @@ from headrace.api.messages import (
     image_urls,
     to_choice,
     to_messages,
+    to_template,
     to_thinking,
     to_tools,
 )
 from headrace.api.stream import ChunkFormat, Reply, answer
-from headrace.api.wire import AnswerHead, ChunkHead, Count, generate_fields, to_sampling
+from headrace.api.wire import (
+    AnswerHead,
+    ChunkHead,
+    Count,
+    PromptPlace,
+    generate_fields,
+    prompt_places,
+    to_sampling,
+)
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import (
     Choice,
@@ -34,53 +45,42 @@ from headrace.core.events import (
     TokenLogprob,
     ToolCall,
     ToolCallDelta,
-    TopLogprob,
 )
 from headrace.core.media import MAX_IMAGE_BYTES, Pictures
 from headrace.core.request import GenerateRequest
 
 
 class ChatRequest(ThinkingFields, frozen=True, kw_only=True):
-    """OpenAI's chat request, with common extensions."""
+    """OpenAI's chat request, with common extensions.
+
+    With `continue_final_message` the answer continues the last message, an assistant's;
+    `add_generation_prompt` is false or absent then.
+    """
 
     messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     tools: Tools | None = None
     tool_choice: WireChoice | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     peers: ClassVar[Peers] = fields.CHAT
 
     def names(self) -> dict[str, str]:
         """Return the client's names for fields of the core, where they differ."""
         preferred = self.max_completion_tokens is not None and self.max_tokens is None
-        return super().names() | ({"max_tokens": "max_completion_tokens"} if preferred else {})
-
-
-class ChatTop(msgspec.Struct, frozen=True):
-    """A candidate for a position."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatToken(msgspec.Struct, frozen=True):
-    """A chosen token, and the candidates beside it."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[ChatTop]
+        names = super().names() | TEMPLATE_NAMES
+        return names | ({"max_tokens": "max_completion_tokens"} if preferred else {})
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
     """Log probabilities of an answer's tokens."""
 
-    content: list[ChatToken]
+    content: list[TokenBody]
     refusal: None = None
 
 
@@ -132,6 +132,7 @@ class ChatCompletion(AnswerHead, frozen=True, kw_only=True):
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
+    prompt_logprobs: list[PromptPlace] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -211,7 +212,7 @@ def _body_limit(service: Service, settings: ApiSettings) -> int:
     """Return the most bytes of a conversation: more where a model may take images."""
     # What a model can do is known once it is loaded.
     may_see = any(
-        info.capabilities.images or info.state != "ready" for info in service.backend.models()
+        info.capabilities.vision or info.state != "ready" for info in service.backend.models()
     )
     sizes = (settings.max_body_bytes, settings.max_image_body_bytes)
     return max(sizes) if may_see else sizes[0]
@@ -238,16 +239,21 @@ def to_request(
         sampling=to_sampling(
             wire, max_tokens=max_tokens if preferred is None else preferred, logprobs=logprobs
         ),
-        template_options=wire.chat_template_kwargs or {},
         tools=to_tools(wire.tools),
         tool_choice=to_choice(wire.tool_choice, parallel=wire.parallel_tool_calls),
         thinking=to_thinking(wire),
+        **to_template(wire),
         **generate_fields(wire, settings, call),
     )
 
 
 def _whole(head: dict[str, Any], choices: tuple[Choice, ...]) -> ChatCompletion:
-    return ChatCompletion(**head, choices=[_choice(choice) for choice in choices])
+    scored = choices[0].prompt_tokens
+    return ChatCompletion(
+        **head,
+        choices=[_choice(choice) for choice in choices],
+        prompt_logprobs=prompt_places(scored) if scored else msgspec.UNSET,
+    )
 
 
 def _choice(choice: Choice) -> ChatChoice:
@@ -276,17 +282,4 @@ def _call_part(delta: ToolCallDelta) -> ToolCallPart:
 
 
 def _logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
-    return ChatLogprobs(
-        [
-            ChatToken(_text(token.data), token.logprob, list(token.data), [*map(_top, token.top)])
-            for token in tokens
-        ]
-    )
-
-
-def _top(top: TopLogprob) -> ChatTop:
-    return ChatTop(_text(top.data), top.logprob, list(top.data))
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "replace")
+    return ChatLogprobs(token_bodies(tokens))

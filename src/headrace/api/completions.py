@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -20,18 +21,29 @@ from headrace.api.wire import (
     AnswerHead,
     ChunkHead,
     GenerateFields,
+    PromptPlace,
     TokenId,
     generate_fields,
     inputs_schema,
+    prompt_places,
     to_inputs,
     to_sampling,
 )
 from headrace.core import errors
 from headrace.core.backend import Backend
-from headrace.core.errors import GenerationFailed
-from headrace.core.events import Choice, Delta, Event, Finish, FinishReason, TokenLogprob
+from headrace.core.errors import GenerationFailed, InvalidRequest
+from headrace.core.events import (
+    Choice,
+    Delta,
+    Event,
+    Finish,
+    FinishReason,
+    PromptToken,
+    PromptTokens,
+    TokenLogprob,
+)
 from headrace.core.metrics import InferenceMetrics, Usage
-from headrace.core.request import GenerateRequest
+from headrace.core.request import MAX_PROMPT_CANDIDATES, GenerateRequest
 from headrace.core.sampling import Logprobs
 
 _OPENAI_MAX_TOKENS = 16
@@ -43,13 +55,15 @@ _Item = tuple[int, Event | Exception]
 class CompletionRequest(GenerateFields, frozen=True, kw_only=True):
     """OpenAI's completion request, with common extensions. `best_of` is `n` or absent.
 
-    `max_tokens` is 16 when it is absent, as in OpenAI's API, or what the context has left.
+    `max_tokens` is 16 when it is absent, as in OpenAI's API, or what the context has left. With
+    a `suffix` the answer is what comes between the prompt and it.
     """
 
     prompt: Annotated[
         str | list[str | TokenId | list[TokenId]],
         Meta(extra={"schema": inputs_schema(limits.MAX_PROMPTS)}),
     ]
+    suffix: str | None = None
     echo: bool | None = None
     logprobs: Logprobs | None = None
     best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
@@ -58,11 +72,14 @@ class CompletionRequest(GenerateFields, frozen=True, kw_only=True):
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """Log probabilities of an answer's tokens; `text_offset` counts characters."""
+    """Log probabilities of an answer's tokens; `text_offset` counts characters.
+
+    The first token of an echoed prompt has none.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -73,6 +90,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    prompt_logprobs: list[PromptPlace] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(AnswerHead, frozen=True, kw_only=True):
@@ -110,7 +128,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
         stream = service.backend.ask(requests[0])
     else:
         stream = fan_out(service.backend, requests, limits.PARALLEL_PROMPTS)
-    reply = Reply("cmpl-", _format(), len(requests) * requests[0].n, _whole)
+    reply = Reply("cmpl-", _format(wire), len(requests) * requests[0].n, partial(_whole, wire))
     await answer(service, exchange, wire, stream, reply)
 
 
@@ -134,12 +152,28 @@ def to_requests(
     first = GenerateRequest(
         prompt=prompts[0],
         echo=bool(wire.echo),
+        # Empty is absent: in OpenAI's API it has no effect.
+        suffix=wire.suffix or None,
         sampling=to_sampling(wire, max_tokens=max_tokens, logprobs=wire.logprobs),
         fit_max_tokens=wire.max_tokens is None,
         **common,
     )
+    _check_candidates(first, prompts)
     rest = enumerate(prompts[1:], 1)
     return [first, *(replace(first, prompt=prompt, id=f"{call.id}.{i}") for i, prompt in rest)]
+
+
+def _check_candidates(request: GenerateRequest, prompts: Sequence[str | tuple[int, ...]]) -> None:
+    each = request.prompt_candidates
+    if each is None:
+        return
+    size = sum(map(len, prompts)) * (1 + each) * request.n
+    if size > MAX_PROMPT_CANDIDATES:
+        raise InvalidRequest(
+            f"All prompts, with {each} candidates for each token, are more than "
+            f"{MAX_PROMPT_CANDIDATES} log probabilities.",
+            param="prompt",
+        )
 
 
 async def fan_out(
@@ -164,7 +198,7 @@ async def fan_out(
                 raise event
             if isinstance(event, Finish):
                 finishes[index] = event
-            elif isinstance(event, Delta):
+            elif isinstance(event, Delta | PromptTokens):
                 yield replace(event, index=index * requests[index].n + event.index)
             else:
                 yield event
@@ -202,11 +236,15 @@ def _merge(finishes: Sequence[Finish]) -> Finish:
     return Finish(tuple(reasons), usage, replace(metrics, usage=usage))
 
 
-def _format() -> ChunkFormat:
+def _format(wire: CompletionRequest) -> ChunkFormat:
     writers: dict[int, LogprobWriter] = {}
 
     def logprobs(delta: Delta) -> CompletionLogprobs:
         return writers.setdefault(delta.index, LogprobWriter()).write(delta.logprobs)
+
+    def prompt(event: PromptTokens) -> CompletionLogprobs:
+        writer = writers.setdefault(event.index, LogprobWriter())
+        return writer.write(event.tokens, wire.logprobs)
 
     return ChunkFormat(
         object="text_completion",
@@ -217,19 +255,26 @@ def _format() -> ChunkFormat:
         after=b"",
         empty=b'"text":""',
         logprobs=logprobs,
+        prompt=prompt,
     )
 
 
-def _whole(head: dict[str, Any], choices: tuple[Choice, ...]) -> Completion:
-    return Completion(**head, choices=[_choice(choice) for choice in choices])
+def _whole(
+    wire: CompletionRequest, head: dict[str, Any], choices: tuple[Choice, ...]
+) -> Completion:
+    return Completion(**head, choices=[_choice(wire, choice) for choice in choices])
 
 
-def _choice(choice: Choice) -> CompletionChoice:
+def _choice(wire: CompletionRequest, choice: Choice) -> CompletionChoice:
+    echoed = choice.prompt_tokens if wire.echo and wire.logprobs is not None else ()
+    scored = choice.prompt_tokens if wire.prompt_logprobs is not None else ()
+    tokens = (*echoed, *choice.logprobs)
     return CompletionChoice(
         index=choice.index,
         text=choice.reasoning + choice.text,
-        logprobs=LogprobWriter().write(choice.logprobs) if choice.logprobs else None,
+        logprobs=LogprobWriter().write(tokens, wire.logprobs) if tokens else None,
         finish_reason=choice.finish_reason,
+        prompt_logprobs=prompt_places(scored) if scored else msgspec.UNSET,
     )
 
 
@@ -240,12 +285,17 @@ class LogprobWriter:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def write(self, tokens: Sequence[TokenLogprob]) -> CompletionLogprobs:
-        """Return the tokens in OpenAI's format; calls follow the order of the text."""
+    def write(
+        self, tokens: Sequence[TokenLogprob | PromptToken], count: int | None = None
+    ) -> CompletionLogprobs:
+        """Return the tokens in OpenAI's format; calls follow the order of the text.
+
+        Those of a prompt have at most `count` candidates.
+        """
         return CompletionLogprobs(
             [_name(token.data) for token in tokens],
             [token.logprob for token in tokens],
-            [{_name(top.data): top.logprob for top in token.top} for token in tokens],
+            [_candidates(token, count) for token in tokens],
             [self._advance(token.data) for token in tokens],
         )
 
@@ -253,6 +303,15 @@ class LogprobWriter:
         start = self._offset
         self._offset += len(self._decoder.decode(data))
         return start
+
+
+def _candidates(token: TokenLogprob | PromptToken, count: int | None) -> dict[str, float] | None:
+    if token.logprob is None:
+        return None
+    # Of two candidates with one text, such as control tokens, the likelier is kept.
+    kept = token.top[:count] if isinstance(token, PromptToken) else token.top
+    best = {_name(top.data): top.logprob for top in reversed(kept)}
+    return dict(reversed(best.items()))
 
 
 def _name(data: bytes) -> str:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.api import fields
+from headrace.api import fields, problems
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.problems import Headers, Refused, refused
@@ -60,8 +60,11 @@ class Edge:
         call.traceparent = headers.get(b"traceparent", b"").decode("latin-1")
         call.tracestate = headers.get(b"tracestate", b"").decode("latin-1")
         settings = self._service.settings
-        sender = _with_headers(send, call, _cors_headers(headers.get(b"origin"), settings))
-        exchange = scope["headrace"] = Exchange(scope, receive, sender, settings, call)
+        dialect = problems.dialect_of(scope["path"])
+        extra = [(name, call.id.encode()) for name in (b"x-request-id", dialect.id_header) if name]
+        extra += _cors_headers(headers.get(b"origin"), settings)
+        sender = _with_headers(send, call, extra)
+        exchange = scope["headrace"] = Exchange(scope, receive, sender, settings, call, dialect)
         try:
             await self._serve(exchange, receive, headers)
         except Exception:
@@ -104,20 +107,21 @@ class Edge:
             seconds=time.monotonic() - call.received,
         )
         _write_access_log(call, ended, client_id, scope["path"])
-        if call.unknown:
-            self._log_unknown(ended.route, call)
+        self._log_once(ended.route, call)
         if self._service.observer is not None:
             self._service.observer.called(ended)
 
-    def _log_unknown(self, route: str, call: Call) -> None:
-        """Log each unknown field of a route once; a client can invent any number of names."""
-        for unknown in call.unknown:
-            name = f"{route} {unknown}"
-            if name in self._logged or len(self._logged) >= _MAX_LOGGED:
+    def _log_once(self, route: str, call: Call) -> None:
+        """Log each unknown or unsupported part once; a client can invent any number of names."""
+        ignored = [(str(unknown), "unknown field %s is ignored") for unknown in call.unknown]
+        ignored += [(name, "%s is not supported here and left out") for name in call.left_out]
+        for name, text in ignored:
+            logged = f"{route} {name}"
+            if logged in self._logged or len(self._logged) >= _MAX_LOGGED:
                 continue
-            self._logged.add(name)
-            data = {"request_id": call.id, "route": route, "field": str(unknown)}
-            _log.warning("%s: unknown field %s is ignored", route, unknown, extra={"data": data})
+            self._logged.add(logged)
+            data = {"request_id": call.id, "route": route, "field": name}
+            _log.warning("%s: %s", route, text % name, extra={"data": data})
 
 
 def authorise(
@@ -271,15 +275,15 @@ def _cors_headers(origin: bytes | None, settings: ApiSettings) -> Headers:
     )
 
 
-def _with_headers(send: Send, call: Call, cors: Headers) -> Send:
-    extra = ((b"x-request-id", call.id.encode()), *cors)
-
+def _with_headers(send: Send, call: Call, extra: _HeaderList) -> Send:
     # Not a coroutine itself, which would cost one more frame for each chunk of a stream.
     def sender(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             call.status = message["status"]
-            warned = [(_WARNING, fields.warning(call.unknown).encode())] if call.unknown else ()
-            message["headers"] = [*message.get("headers", ()), *extra, *warned]
+            warned = [fields.warning(call.unknown)] if call.unknown else []
+            warned += [f"not supported here, left out: {name}" for name in call.left_out]
+            warnings = ((_WARNING, text.encode()) for text in warned)
+            message["headers"] = [*message.get("headers", ()), *extra, *warnings]
         return send(message)
 
     return sender

@@ -16,12 +16,12 @@ from starlette.types import Receive, Scope, Send
 from headrace.api import fields, limits, problems
 from headrace.api.fields import Unknown
 from headrace.api.limits import ApiSettings
-from headrace.api.problems import Headers, Problem, Refused, refused
+from headrace.api.problems import Dialect, Headers, Problem, Refused, refused
 from headrace.core.backend import Admin, Backend
+from headrace.core.envelope import new_id
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.record import Monitor, Outcome
-from headrace.core.request import new_id
 from headrace.core.wording import names_unknown_field, refusal
 
 T = TypeVar("T")
@@ -67,8 +67,8 @@ class Call:
 
     `received` is monotonic seconds. `status` is 0 until the headers have gone out. `client` is a
     short id of the key, and `is_admin` whether it is an admin's. `traceparent` and `tracestate`
-    are as the client sent them. `unknown` are the unknown fields of the body, and
-    `names` the names that the client used for fields of the core.
+    are as the client sent them. `unknown` are the unknown fields of the body, `left_out` what of
+    the request is not done, and `names` the names that the client used for fields of the core.
     """
 
     id: str = field(default_factory=new_id)
@@ -77,6 +77,7 @@ class Call:
     outcome: Outcome | Literal[""] = ""
     client: str = ""
     is_admin: bool = False
+    left_out: tuple[str, ...] = ()
     traceparent: str = ""
     tracestate: str = ""
     metrics: InferenceMetrics | None = None
@@ -89,13 +90,20 @@ class Exchange:
     """Reads one request, and sends its answer."""
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, settings: ApiSettings, call: Call
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        settings: ApiSettings,
+        call: Call,
+        dialect: Dialect,
     ) -> None:
         self.scope = scope
         self.send = send
         self.settings = settings
         self.call = call
         self.body_size = 0
+        self.dialect = dialect
         self._receive = receive
 
     async def read(self, decoder: msgspec.json.Decoder[S], limit: int | None = None) -> S:
@@ -184,7 +192,8 @@ class Exchange:
         """Send the response for an exception, with its figures; no headers have been sent."""
         problem = self.problem(error)
         timing = () if problem.metrics is None else server_timing(problem.metrics)
-        await self.reply(problem.body(), status=problem.status, headers=(*problem.headers, *timing))
+        body = self.dialect.write(problem, self.call.id)
+        await self.reply(body, status=problem.status, headers=(*problem.headers, *timing))
 
 
 Handler = Callable[[Service, Exchange], Awaitable[None]]
@@ -194,8 +203,9 @@ Handler = Callable[[Service, Exchange], Awaitable[None]]
 class Route:
     """One row of the table of routes; `chunk` is the type of the parts of a streamed answer.
 
-    `answer` is None if there are only streams, or text of the media types `texts`. `query` are
-    required parameters. `unready` is whether a 503 has the same body as a 200.
+    `answer` is None if there are only streams, or text of the media types `texts`. The events of
+    a stream have names if they are `named`, or if there is no `answer`; `lines` are lines of JSON
+    instead. `query` are required parameters. `unready` is whether a 503 has the same body as a 200.
     """
 
     method: str
@@ -204,6 +214,8 @@ class Route:
     answer: type[msgspec.Struct] | None
     request: type[msgspec.Struct] | None = None
     chunk: type[msgspec.Struct] | None = None
+    named: bool = False
+    lines: bool = False
     unready: bool = False
     query: tuple[str, ...] = ()
     admin: bool = False

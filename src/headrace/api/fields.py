@@ -58,8 +58,6 @@ _OF_ANY: Peers = {
 }
 
 _OF_TEMPLATE: Peers = {
-    **_refused("add_generation_prompt", True),
-    **_refused("continue_final_message", False),
     **_refused("chat_template", instead="The model's setting chat_template sets one"),
     **_refused("documents", []),
     **_refused("functions", []),
@@ -91,7 +89,7 @@ GENERATE: Peers = {
     **_refused("stop_regex", ""),
     **_refused("return_tokens return_progress post_sampling_probs", False),
     # vLLM and SGLang.
-    **_refused("prompt_logprobs return_token_ids return_tokens_as_token_ids", False),
+    **_refused("return_token_ids return_tokens_as_token_ids", False),
     **_refused("return_hidden_states return_meta_info", False),
     **_refused("use_beam_search early_stopping include_stop_str_in_output no_stop_trim", False),
     **_refused("skip_special_tokens spaces_between_special_tokens detokenize", True),
@@ -114,15 +112,16 @@ GENERATE: Peers = {
     **_refused("format", "", instead="Use response_format"),
     **_refused("system template", "", instead="Use a message with the role system"),
     **_refused("context images", []),
-    **_refused("raw echo safe_prompt", False),
+    **_refused("raw safe_prompt", False),
     **_refused("random_seed", instead="Use seed"),
-    **_refused("suffix", ""),
     **_refused("provider models route transforms plugins"),
 }
 
 CHAT: Peers = {
     **GENERATE,
     **_refused("best_of", 1),
+    **_refused("echo", False),
+    **_refused("suffix", "", instead="Use /v1/completions"),
     **_refused("prompt", instead="Use messages, or /v1/completions"),
     **_refused("input", instead="Use messages"),
 }
@@ -130,6 +129,8 @@ CHAT: Peers = {
 COMPLETIONS: Peers = {
     **GENERATE,
     **_refused("messages", instead="Use prompt, or /v1/chat/completions"),
+    **_refused("add_generation_prompt", True),
+    **_refused("continue_final_message", False),
     **_refused("top_logprobs", instead="Use logprobs with a number"),
     **_ignored("parallel_tool_calls"),
     **_refused("tools", [], instead="Use /v1/chat/completions"),
@@ -140,11 +141,104 @@ COMPLETIONS: Peers = {
     **_ignored("chat_template_kwargs"),
 }
 
+_OF_PROMPTS: Peers = {
+    **_refused("add_generation_prompt", True),
+    **_refused("continue_final_message echo prompt_logprobs", False),
+    **_refused("suffix", ""),
+}
+
+_STATELESS = "This server keeps no responses: send the earlier items in input"
+
+_OF_RESPONSES = frozenset({"metadata", "safety_identifier", "prompt_cache_key", "store", "user"})
+
+RESPONSES: Peers = {
+    **{name: peer for name, peer in GENERATE.items() if name not in _OF_RESPONSES},
+    **_OF_PROMPTS,
+    **_refused("previous_response_id conversation", instead=_STATELESS),
+    **_refused("background", False),
+    **_refused("prompt moderation"),
+    # What is kept, cached, counted or shortened.
+    **_ignored("context_management background_options prompt_cache_options access_programs image"),
+    **_ignored("personality"),
+    **_refused("messages", instead="Use input, or /v1/chat/completions"),
+    **_refused("max_completion_tokens", instead="Use max_output_tokens"),
+    **_refused("response_format", instead="Use text.format"),
+    **_refused("json_schema", instead="Use text.format"),
+    **_refused("reasoning_effort thinking think enable_thinking", instead="Use reasoning.effort"),
+    **_refused("thinking_token_budget repeat_penalty"),
+    **_refused("n best_of", 1),
+    **_refused("stop stop_token_ids", [], ""),
+    **_refused("logprobs", False, instead="Use include and top_logprobs"),
+    **_refused("logit_bias", {}),
+    **_refused("ignore_eos", False),
+}
+
+COUNT_TOKENS: Peers = {
+    **{name: peer for name, peer in GENERATE.items() if name != "system"},
+    **_OF_PROMPTS,
+    **_ignored("betas container context_management inference_geo speed diagnostics cache_control"),
+    **_ignored("user_profile_id workspace_id fallbacks stream stop_sequences"),
+    **_ignored("context_length keep_alive"),
+    **_refused("prompt", instead="Use messages"),
+    **_refused("response_format json_schema", instead="Use output_config.format"),
+    **_refused("reasoning_effort reasoning think enable_thinking", instead="Use thinking"),
+    **_refused("max_completion_tokens", instead="Use max_tokens"),
+    **_refused("stop", [], "", instead="Use stop_sequences"),
+    **_refused("n best_of", 1),
+    **_refused("stop_token_ids logit_bias", [], {}),
+    **_refused("logprobs ignore_eos", False),
+    **_refused("top_logprobs repeat_penalty"),
+}
+MESSAGES: Peers = {
+    name: peer
+    for name, peer in COUNT_TOKENS.items()
+    if name not in {"stream", "stop_sequences", "context_length", "keep_alive"}
+}
+BLOCK: Peers = _ignored(
+    "cache_control citations signature data source context caller toolset_name file_id"
+    " server_name encrypted_content"
+)
+MESSAGES_TOOL: Peers = _ignored(
+    "cache_control defer_loading input_examples eager_input_streaming allowed_callers max_uses"
+    " allowed_domains blocked_domains user_location citations max_content_tokens max_characters"
+    " display_width_px display_height_px display_number enable_zoom use_cache model"
+    " mcp_server_name default_config configs response_inclusion max_tokens caching"
+)
+OUTPUT_CONFIG: Peers = _ignored("task_budget")
+
+INPUT_ITEM: Peers = {
+    # What clients send back of an earlier answer, and the items of tools that a provider runs.
+    **_ignored("id status summary phase namespace caller async created_by internal_chat_message"),
+    **_ignored("action results queries code container_id outputs result error server_label tools"),
+    **_ignored("operation environment max_output_length execution approval_request_id approve"),
+    **_ignored("reason pending_safety_checks acknowledged_safety_checks actions"),
+    # Of the openai package's own objects.
+    **_ignored("async_ parsed_arguments"),
+}
+INPUT_PART: Peers = _ignored(
+    "annotations logprobs parsed image_url file_id detail file_data file_url filename input_audio"
+    " prompt_cache_breakpoint"
+)
+RESPONSE_REASONING: Peers = {
+    **_ignored("generate_summary context mode"),
+    **_refused("enabled", True),
+    **_refused("max_tokens"),
+}
+# Fields of tools that a provider runs, which are left out as a whole; hints.
+RESPONSE_TOOL: Peers = _ignored(
+    "defer_loading allowed_callers output_schema async user_location search_context_size filters"
+    " search_content_types external_web_access vector_store_ids max_num_results ranking_options"
+    " container server_label server_url server_description connector_id authorization headers"
+    " allowed_tools require_approval tunnel_id background input_fidelity input_image_mask model"
+    " moderation output_compression output_format partial_images quality size action svg"
+    " display_height display_width environment execution image_settings return_token_budget"
+)
+
 MESSAGE: Peers = {
     # What clients send back of an earlier answer, and hints for caches.
     **_ignored("cache_control id status tool_name"),
     **_refused("images annotations", []),
-    **_refused("prefix partial", False, instead="An answer that is begun cannot be continued"),
+    **_refused("prefix partial", False, instead="Use continue_final_message"),
     **_refused("audio function_call"),
 }
 
@@ -206,6 +300,34 @@ TOKENIZE: Peers = {
     **_refused("parse_special", True),
     **_refused("text", instead="Use content or prompt"),
 }
+
+OLLAMA: Peers = _ignored("user insecure")
+_OLLAMA_GENERATE: Peers = {
+    **OLLAMA,
+    **_ignored("shift truncate"),
+    **_refused("template", "", instead="The model's own template is used"),
+    **_refused("images", []),
+    **_refused("width height steps"),
+}
+OLLAMA_CHAT: Peers = {
+    **_OLLAMA_GENERATE,
+    **_refused("prompt", "", instead="Use messages, or /api/generate"),
+    **_refused("tool_choice", "auto", "none"),
+}
+OLLAMA_GENERATE: Peers = {
+    **_OLLAMA_GENERATE,
+    **_ignored("context"),
+    **_refused("messages tools", [], instead="Use /api/chat"),
+}
+# The context and the threads are the server's own; what is not here is unknown.
+OLLAMA_OPTIONS: Peers = _ignored(
+    "num_ctx num_keep num_batch num_gpu main_gpu num_thread numa use_mmap use_mlock low_vram "
+    "f16_kv logits_all vocab_only embedding_only num_gqa rope_frequency_base rope_frequency_scale "
+    "penalize_newline repeat_last_n"
+)
+OLLAMA_MESSAGE: Peers = _refused("images", [])
+OLLAMA_CALL: Peers = _ignored("type index")
+OLLAMA_FUNCTION: Peers = _ignored("index description")
 
 DETOKENIZE: Peers = {**_OF_ANY, **_refused("skip_special_tokens", False)}
 

@@ -54,6 +54,9 @@ MAX_DEPTH = 64
 """How deep JSON may be nested."""
 
 MAX_MESSAGES = 2048
+MAX_ITEMS = 8192
+"""Of a response's input: a turn of an agent has three or more."""
+
 MAX_TOOLS = 128
 MAX_PROMPTS = 128
 MAX_INPUTS = 2048
@@ -86,6 +89,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     `unknown_fields` is what becomes of a body's unknown fields. `max_image_body_bytes` bounds a
     conversation for models that take images; `max_body_bytes` bounds it without the images.
     `media_hosts` are hosts from which images are fetched: names, `*.` and a domain, or `*`.
+    With `list_aliases`, /v1/models lists each alias as a model.
 
     Raises:
         ConfigError: a key is not hashed, or a limit is not positive.
@@ -105,6 +109,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_keep_alive_s: float = 3600.0
     headers_after_s: float = 5.0
     unknown_fields: OnUnknown = "warn"
+    list_aliases: bool = False
 
     def __post_init__(self) -> None:
         """Check the keys and the limits."""
@@ -114,7 +119,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
         for name in self.__struct_fields__:
             value = getattr(self, name)
             least = 0 if name in {"load_wait_s", "max_keep_alive_s"} else 1e-9
-            if isinstance(value, int | float) and value < least:
+            if isinstance(value, int | float) and value is not False and value < least:
                 raise ConfigError(f"{name}: must be positive, not {value}.")
 
     @property

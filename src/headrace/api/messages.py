@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import msgspec
 from msgspec import Meta
 
-from headrace.api import fields, limits
+from headrace.api import fields, limits, parts
+from headrace.api.exchange import Call
 from headrace.api.fields import Body, Peers
-from headrace.api.images import Fetched, read_image
+from headrace.api.images import Fetched
+from headrace.api.parts import ContentPart
 from headrace.api.wire import GenerateFields
 from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.events import ToolCall
-from headrace.core.media import Content, Image, Pictures
+from headrace.core.media import Content, Pictures
 from headrace.core.request import Message, Role
 from headrace.core.tools import Thinking, Tool, ToolChoice
 
@@ -22,28 +24,13 @@ ToolName = Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
 CallId = Annotated[str, Meta(max_length=256)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
+TEMPLATE_NAMES = {
+    "continue_final": "continue_final_message",
+    "template_options": "chat_template_kwargs",
+}
+"""The client's names for fields of the core."""
+
 _EMPTY_ARGUMENTS = "{}"
-
-
-class ImageUrl(Body, frozen=True):
-    """The URL of a picture: `data:image/png;base64,...`, or of a host that is allowed."""
-
-    url: str
-    detail: Literal["auto", "low", "high"] | None = None
-
-
-class ContentPart(Body, frozen=True):
-    """A part of a message: text, or a picture. A refusal is text that a model has written.
-
-    Parts of the other types are refused by name.
-    """
-
-    type: Literal["text", "refusal", "image_url", "input_audio", "video_url", "file"]
-    text: str | None = None
-    refusal: str | None = None
-    image_url: ImageUrl | str | None = None
-
-    peers: ClassVar[Peers] = fields.PART
 
 
 class CalledFunction(Body, frozen=True):
@@ -154,6 +141,25 @@ class ReasoningSwitch(Body, frozen=True):
     peers: ClassVar[Peers] = fields.REASONING
 
 
+class Templated(Protocol):
+    """A request on the wire whose messages go through a template."""
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any] | None:
+        """Variables of the template."""
+        ...
+
+    @property
+    def add_generation_prompt(self) -> bool | None:
+        """Whether the model's turn is begun after the messages."""
+        ...
+
+    @property
+    def continue_final_message(self) -> bool | None:
+        """Whether the last message, an assistant's, is continued."""
+        ...
+
+
 class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
     """The names under which clients control the thinking; all mean one policy."""
 
@@ -166,14 +172,33 @@ class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
 
 
 def image_urls(wire: Sequence[ChatMessage]) -> list[tuple[str, str]]:
-    """Return the URLs of the pictures, each with its place."""
+    """Return the URLs of the images, each with its place."""
     return [
-        (_url(part.image_url), f"messages[{index}].content[{number}]")
+        url
         for index, message in enumerate(wire)
         if isinstance(message.content, list)
-        for number, part in enumerate(message.content)
-        if part.type == "image_url" and part.image_url is not None
+        for url in parts.image_urls(message.content, f"messages[{index}]")
     ]
+
+
+def to_template(wire: Templated) -> dict[str, Any]:
+    """Return the fields of a core request.
+
+    Raises:
+        InvalidRequest: the last message is to be continued, and another to be begun.
+    """
+    options, begins = wire.chat_template_kwargs or {}, wire.add_generation_prompt
+    if wire.continue_final_message and (begins or options.get("add_generation_prompt")):
+        raise InvalidRequest(
+            "continue_final_message needs add_generation_prompt to be false.",
+            param="add_generation_prompt",
+        )
+    if begins is False:
+        options = {**options, "add_generation_prompt": False}
+    return {
+        "template_options": options,
+        "continue_final": bool(wire.continue_final_message),
+    }
 
 
 def to_messages(
@@ -185,20 +210,23 @@ def to_messages(
 ) -> tuple[Message, ...]:
     """Return the turns of a conversation, each with its texts joined where there are no pictures.
 
-    `first` is the number of the first in errors. The pictures are added to `pictures`; `fetched`
-    are those of other hosts.
+    `first` is the number of the first in errors. Images are added to `pictures`.
 
     Raises:
-        InvalidRequest: a turn has no content where its role needs it, an unknown call is
-            answered, or a picture is damaged or beyond a bound.
-        Unsupported: a part is neither text nor a picture.
+        InvalidRequest: a turn has no content where its role needs it, or an image is damaged.
+        Unsupported: a part is neither text nor an image.
     """
     pictures = pictures or Pictures()
     turns: list[Message] = []
     names: dict[str, str] = {}
     for index, message in enumerate(wire, first):
         place = f"messages[{index}]"
-        content = _content(message, place, pictures, fetched or {})
+        content: Content = message.refusal or ""
+        if isinstance(message.content, str):
+            content = message.content or content
+        elif message.content is not None:
+            role = message.role
+            content = parts.to_content(message.content, role, place, pictures, fetched or {})
         turn = _turn(message, content, place, names)
         names |= {call.id: call.name for call in turn.tool_calls}
         turns.append(turn)
@@ -211,7 +239,12 @@ def to_tools(wire: Sequence[WireTool] | None) -> tuple[Tool, ...]:
     Raises:
         InvalidRequest: two have the same name, or a schema is not that of an object.
     """
-    tools = tuple(_tool(tool.function, f"tools[{i}].function") for i, tool in enumerate(wire or ()))
+    return tools_of((tool.function, f"tools[{i}].function") for i, tool in enumerate(wire or ()))
+
+
+def tools_of(functions: Iterable[tuple[Function, str]]) -> tuple[Tool, ...]:
+    """Return functions, each with its place in the request, as tools; raises as `to_tools`."""
+    tools = tuple(_tool(function, place) for function, place in functions)
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
         raise InvalidRequest("Two tools have the same name.", param="tools")
@@ -257,9 +290,76 @@ def to_thinking(wire: ThinkingFields) -> Thinking:
     )
 
 
+class Turns:
+    """Makes turns of the parts of a conversation, those of one answer becoming one turn."""
+
+    def __init__(self) -> None:
+        self._turns: list[Message] = []
+        self._names: dict[str, str] = {}
+        self._texts: list[str] = []
+        self._thoughts: list[str] = []
+        self._calls: list[ToolCall] = []
+
+    def add(self, message: Message) -> None:
+        """Add a turn that is not the model's; system messages at the beginning are joined."""
+        self._end_answer()
+        turns = self._turns
+        systems = {"system", "developer"}
+        if len(turns) == 1 and turns[0].role in systems and message.role in systems:
+            # Many templates know one system message only.
+            message = Message("system", f"{turns.pop().content}\n\n{message.content}")
+        turns.append(message)
+
+    def answer(self, call_id: str, output: str) -> None:
+        """Add what a tool has returned."""
+        self.add(Message("tool", output, self._names.get(call_id), tool_call_id=call_id))
+
+    def say(self, text: str) -> None:
+        """Add text of the model."""
+        self._texts.append(text)
+
+    def think(self, text: str) -> None:
+        """Add thinking of the model."""
+        self._thoughts.append(text)
+
+    def call(self, call: ToolCall) -> None:
+        """Add a call of the model."""
+        self._names[call.id] = call.name
+        self._calls.append(call)
+
+    def end(self) -> tuple[Message, ...]:
+        """Return all turns."""
+        self._end_answer()
+        return tuple(self._turns)
+
+    def _end_answer(self) -> None:
+        text, thought, calls = "".join(self._texts), "".join(self._thoughts), tuple(self._calls)
+        if self._texts or calls:
+            message = Message("assistant", text, tool_calls=calls, reasoning=thought)
+            self._turns.append(message)
+        self._texts, self._thoughts, self._calls = [], [], []
+
+
+def leave_out(call: Call, hosted: Sequence[str], *, kept: bool, forced: bool) -> None:
+    """Note in `call` tools that a provider would run, and that are left out.
+
+    `kept` is whether the model can do without: other tools are left, or none may be called.
+
+    Raises:
+        Unsupported: it cannot, or is `forced` to call a tool, which might be one of them.
+    """
+    if hosted and (forced or not kept):
+        message = f"The tool {hosted[0][:64]} is not run by this server, and the request needs it."
+        raise Unsupported(message, param="tools")
+    call.left_out += tuple(dict.fromkeys(f"tool {name[:64]}" for name in hosted))
+
+
 def _turn(message: ChatMessage, content: Content, place: str, names: dict[str, str]) -> Message:
     role: Role = "tool" if message.role == "function" else message.role
-    calls = tuple(_call(call, place, i) for i, call in enumerate(message.tool_calls or ()))
+    calls = tuple(
+        to_call(call.id, call.function, f"{place}.tool_calls[{i}].function")
+        for i, call in enumerate(message.tool_calls or ())
+    )
     if calls and role != "assistant":
         raise InvalidRequest("Only an assistant's turn has calls.", param=f"{place}.tool_calls")
     if message.content is None and role != "assistant":
@@ -274,39 +374,13 @@ def _turn(message: ChatMessage, content: Content, place: str, names: dict[str, s
     )
 
 
-def _content(message: ChatMessage, place: str, pictures: Pictures, fetched: Fetched) -> Content:
-    if message.content is None or isinstance(message.content, str):
-        return message.content or message.refusal or ""
-    parts = [
-        _part(part, f"{place}.content[{number}]", pictures, fetched)
-        for number, part in enumerate(message.content)
-    ]
-    for number, part in enumerate(parts):
-        if isinstance(part, Image) and message.role not in ("user", "tool"):
-            raise Unsupported(
-                f"Only turns of the user and of tools have images, not of {message.role}.",
-                param=f"{place}.content[{number}]",
-            )
-    texts = [part for part in parts if isinstance(part, str)]
-    return "".join(texts) if len(texts) == len(parts) else tuple(parts)
+def to_call(identity: str, function: CalledFunction, place: str) -> ToolCall:
+    """Return a call of an earlier answer.
 
-
-def _part(part: ContentPart, place: str, pictures: Pictures, fetched: Fetched) -> str | Image:
-    if part.type in ("text", "refusal"):
-        return part.text or part.refusal or ""
-    if part.type != "image_url":
-        raise Unsupported(f"{place}: {part.type} is not supported here.", param=place)
-    if part.image_url is None:
-        raise InvalidRequest(f"{place}.image_url is missing.", param=place)
-    return read_image(_url(part.image_url), place, pictures, fetched)
-
-
-def _url(image: ImageUrl | str) -> str:
-    return image if isinstance(image, str) else image.url
-
-
-def _call(call: WireToolCall, place: str, index: int) -> ToolCall:
-    arguments = call.function.arguments
+    Raises:
+        InvalidRequest: its arguments are not those of a function.
+    """
+    arguments = function.arguments
     text = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
     try:
         is_object = isinstance(msgspec.json.decode(text or _EMPTY_ARGUMENTS), dict)
@@ -314,10 +388,9 @@ def _call(call: WireToolCall, place: str, index: int) -> ToolCall:
         is_object = False
     if not is_object:
         raise InvalidRequest(
-            "arguments is not the text of a JSON object.",
-            param=f"{place}.tool_calls[{index}].function.arguments",
+            "arguments is not the text of a JSON object.", param=f"{place}.arguments"
         )
-    return ToolCall(call.id, call.function.name, text or _EMPTY_ARGUMENTS)
+    return ToolCall(identity, function.name, text or _EMPTY_ARGUMENTS)
 
 
 def _tool(function: Function, place: str) -> Tool:

@@ -15,7 +15,7 @@ import msgspec
 from headrace.api.exchange import Route, marked
 from headrace.api.fields import bodies
 from headrace.api.limits import ApiSettings
-from headrace.api.problems import ErrorBody
+from headrace.api.problems import ErrorBody, dialect_of
 
 _REF = "#/components/schemas/{name}"
 _PATH = re.compile(r"\{(\w+)(?::path)?\}")
@@ -32,8 +32,9 @@ vertical-align: top } summary { cursor: pointer }
 def document(routes: Sequence[Route], settings: ApiSettings) -> dict[str, Any]:
     """Return the OpenAPI document of these routes, under these settings."""
     kinds = {kind for route in routes for kind in (route.request, route.answer, route.chunk)}
+    kinds |= {dialect_of(route.path).error for route in routes}
     named = sorted((kind for kind in kinds if kind), key=lambda kind: kind.__name__)
-    _, components = msgspec.json.schema_components([*named, ErrorBody], ref_template=_REF)
+    _, components = msgspec.json.schema_components(named, ref_template=_REF)
     for kind in named:
         # Schemas that msgspec cannot derive from the types.
         components[kind.__name__].get("properties", {}).update(marked(kind, "schema"))
@@ -64,12 +65,17 @@ def page(document: dict[str, Any]) -> str:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    operation_id = _PATH.sub("id", route.path).strip("/").replace("/", "_")
+    operation_id = _PATH.sub("id", route.path).strip("/").replace("/", "_") or "root"
     summary = (route.handler.__doc__ or "").partition("\n")[0]
     content = _json(route.answer) if route.answer else {}
     content |= {kind: {} for kind in route.texts}
-    if route.chunk is not None:
-        item = _chunk(route.chunk) if route.answer else _event(route.chunk)
+    if route.chunk is not None and route.lines:
+        content["application/x-ndjson"] = {
+            "itemSchema": {"$ref": _REF.format(name=route.chunk.__name__)}
+        }
+    elif route.chunk is not None:
+        has_names = route.named or route.answer is None
+        item = _event(route.chunk) if has_names else _chunk(route.chunk)
         content["text/event-stream"] = {"itemSchema": item}
     success = {"description": "The answer.", "content": content}
     operation: dict[str, Any] = {
@@ -110,9 +116,9 @@ def _chunk(chunk: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 def _failures(route: Route) -> dict[str, Any]:
-    error = _json(ErrorBody)
+    error = _json(dialect_of(route.path).error)
     failures = {
-        "4XX": {"description": "Refused; `error.code` says why.", "content": error},
+        "4XX": {"description": "Refused; the error says why.", "content": error},
         "5XX": {"description": "Failed, or no capacity now (see `retry-after`).", "content": error},
     }
     if route.unready and route.answer:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -19,6 +20,18 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 _log = logging.getLogger("headrace.api")
 _INVALID, _LIMIT, _SERVER = "invalid_request_error", "rate_limit_error", "server_error"
+
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+_SIZES = re.compile(r"(\d+) tokens and the context length is (\d+)")
 
 KINDS: dict[type[HeadraceError], tuple[int, str, str | None]] = {
     errors.HeadraceError: (500, _SERVER, "internal_error"),
@@ -84,6 +97,38 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(ErrorBody(detail, self.metrics))
 
 
+class AnthropicDetail(msgspec.Struct, frozen=True):
+    """Anthropic's `error`."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(
+    msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type", tag="error"
+):
+    """Anthropic's error body; `metrics` are the figures of a stream that failed."""
+
+    error: AnthropicDetail
+    request_id: str
+    metrics: InferenceMetrics | None = None
+
+
+class OllamaError(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Ollama's error body; `metrics` are the figures of a stream that failed."""
+
+    error: str
+    metrics: InferenceMetrics | None = None
+
+
+class Dialect(NamedTuple):
+    """The errors of the routes of an API; `id_header` repeats the id of the request."""
+
+    error: type[msgspec.Struct]
+    write: Callable[[Problem, str], bytes]
+    id_header: bytes = b""
+
+
 class Refused(Exception):
     """A request that is refused before it is decoded: too large, of the wrong type, too slow."""
 
@@ -111,12 +156,49 @@ def describe(error: BaseException, request_id: str) -> Problem:
     )
 
 
+def dialect_of(path: str) -> Dialect:
+    """Return how errors are written for a path, also for one that is not served."""
+    if path.startswith("/api/"):
+        return OLLAMA
+    return ANTHROPIC if f"{path}/".startswith("/v1/messages/") else OPENAI
+
+
 def renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
     """Return a problem with the client's names for fields of the core."""
     if (param := problem.param) is None or param not in names:
         return problem
     message = re.sub(rf"\b{param}\b", names[param], problem.message)
     return replace(problem, param=names[param], message=message)
+
+
+def _openai_body(problem: Problem, _request_id: str) -> bytes:
+    return problem.body()
+
+
+def _anthropic_body(problem: Problem, request_id: str) -> bytes:
+    message, param = problem.message, problem.param
+    if problem.code == "context_length_exceeded":
+        # Clients look for this text, and then shorten the conversation.
+        sizes = _SIZES.search(message)
+        reason = f"{sizes[1]} tokens > {sizes[2]} maximum" if sizes else message
+        message = f"prompt is too long: {reason}"
+    elif param and param not in message:
+        message = f"{param}: {message}"
+    kind = _ANTHROPIC_KINDS.get(problem.status) or (_INVALID, "api_error")[problem.status >= 500]
+    body = AnthropicError(AnthropicDetail(kind, message), request_id, problem.metrics)
+    return msgspec.json.encode(body)
+
+
+def _ollama_body(problem: Problem, _request_id: str) -> bytes:
+    # Clients look for `not found`, and then pull the model.
+    missing = problem.code == "model_not_found"
+    message = f"model not found: {problem.message}" if missing else problem.message
+    return msgspec.json.encode(OllamaError(message, problem.metrics))
+
+
+OPENAI = Dialect(ErrorBody, _openai_body)
+OLLAMA = Dialect(OllamaError, _ollama_body)
+ANTHROPIC = Dialect(AnthropicError, _anthropic_body, b"request-id")
 
 
 def _known(error: HeadraceError) -> Problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Literal
 
 import msgspec
@@ -16,11 +17,19 @@ _LOADABLE: frozenset[State] = frozenset({"ready", "created", "stopped"})
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """A model; requests name it by its `id` or an alias."""
+    """A model; requests name it by its `id` or an alias.
+
+    `type`, `display_name`, `created_at`, `max_input_tokens` and `lifecycle` are Anthropic's fields.
+    """
 
     id: str
     object: Literal["model"] = "model"
+    type: Literal["model"] = "model"
+    display_name: str
     created: int
+    created_at: str
+    lifecycle: Literal["active"] = "active"
+    max_input_tokens: int | None
     owned_by: str = "headrace"
     aliases: list[str]
     engine: str
@@ -33,15 +42,25 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
-    """All models that are served."""
+    """All models that are served, on one page."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+    has_more: Literal[False] = False
+    first_id: str | None
+    last_id: str | None
 
 
 async def list_models(service: Service, exchange: Exchange) -> None:
     """List the models that are served."""
-    await exchange.answer(ModelList(data=[_card(info) for info in service.backend.models()]))
+    more = exchange.settings.list_aliases
+    cards = [
+        _card(info, name)
+        for info in service.backend.models()
+        for name in (info.id, *(info.aliases if more else ()))
+    ]
+    first, last = (cards[0].id, cards[-1].id) if cards else (None, None)
+    await exchange.answer(ModelList(data=cards, first_id=first, last_id=last))
 
 
 async def show_model(service: Service, exchange: Exchange) -> None:
@@ -49,20 +68,23 @@ async def show_model(service: Service, exchange: Exchange) -> None:
     name: str = exchange.scope["path_params"]["model_id"]
     for info in service.backend.models():
         if name == info.id or name in info.aliases:
-            await exchange.answer(_card(info))
+            await exchange.answer(_card(info, info.id))
             return
     raise UnknownModel("No model of this name is served here.")
 
 
-def _card(info: ModelInfo) -> ModelCard:
+def _card(info: ModelInfo, name: str) -> ModelCard:
     return ModelCard(
-        id=info.id,
+        id=name,
+        display_name=name,
         created=info.created,
+        created_at=datetime.fromtimestamp(info.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        max_input_tokens=info.context_length,
         aliases=list(info.aliases),
         engine=info.engine,
         state=info.state,
         tasks=sorted(info.capabilities.tasks),
-        capabilities=["vision"] if info.capabilities.images else [],
+        capabilities=info.capabilities.names,
         context_length=info.context_length,
         parameters=info.parameters,
         quantization=info.quantization,

@@ -6,20 +6,31 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 from headrace.api import limits
 from headrace.api.exchange import Exchange, Service, timing_header
-from headrace.api.problems import Problem
+from headrace.api.problems import Headers, Problem
 from headrace.api.wire import GenerateFields, usage_body
 from headrace.core.errors import GenerationFailed
-from headrace.core.events import Choice, Delta, Finish, Progress, ToolCallDelta
+from headrace.core.events import (
+    Choice,
+    Delta,
+    Event,
+    Finish,
+    Progress,
+    PromptTokens,
+    ToolCallDelta,
+)
 from headrace.core.status import PoolEvent
 from headrace.core.stream import Primed, Stream, collect, prime
 
-START = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
+EVENTS: Headers = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+)
 _DONE = b"data: [DONE]\n\n"
 _SYSTEM_FINGERPRINT = "headrace"
 
@@ -31,7 +42,7 @@ class ChunkFormat:
     """How a route writes a choice: `role` opens it, `text` and `after` enclose the text.
 
     `empty` is written when a choice has ended. `logprobs` returns the value to encode, `call` the
-    delta of a tool call.
+    delta of a tool call, `prompt` the log probabilities of an echo.
     """
 
     object: str
@@ -42,6 +53,40 @@ class ChunkFormat:
     empty: bytes
     logprobs: Callable[[Delta], Any]
     call: Callable[[ToolCallDelta], Any] | None = None
+    prompt: Callable[[PromptTokens], Any] | None = None
+
+
+class Encoder(Protocol):
+    """Writes the events of an answer; empty where there is nothing to send."""
+
+    @property
+    def start(self) -> Headers:
+        """The headers of the answer."""
+        ...
+
+    def waiting(self, progress: Progress | None) -> bytes:
+        """Return what keeps a silent stream alive."""
+        ...
+
+    def opening(self, progress: Progress | None) -> bytes:
+        """Return what comes before the first event; `progress` is the latest before it."""
+        ...
+
+    def delta(self, delta: Delta) -> bytes:
+        """Return the addition to the text or the thinking."""
+        ...
+
+    def rare(self, event: ToolCallDelta | PromptTokens) -> bytes:
+        """Return the addition to a call of a tool, or the tokens of the prompt."""
+        ...
+
+    def finish(self, finish: Finish) -> bytes:
+        """Return the end of an answer."""
+        ...
+
+    def failure(self, problem: Problem, request_id: str) -> bytes:
+        """Return the end of an answer that failed."""
+        ...
 
 
 class ChunkEncoder:
@@ -49,6 +94,8 @@ class ChunkEncoder:
 
     A chunk is `data: {head,"choices":[{"index":0, text ,"finish_reason":null}]}`.
     """
+
+    start = EVENTS
 
     def __init__(
         self, head: dict[str, Any], form: ChunkFormat, choices: int, *, usage: bool
@@ -63,8 +110,13 @@ class ChunkEncoder:
         self._plain = form.after + b',"logprobs":null' + self._close
         self._text = [self._before(index) + form.text for index in range(choices)]
 
-    def opening(self) -> bytes:
+    def waiting(self, progress: Progress | None) -> bytes:
+        """Return a comment."""
+        return comment(progress)
+
+    def opening(self, progress: Progress | None) -> bytes:
         """Return a chunk with the role for each choice, if the route has one."""
+        del progress
         if not self._form.role:
             return b""
         tail = self._form.role + b',"logprobs":null' + self._close
@@ -78,15 +130,24 @@ class ChunkEncoder:
             return b""
         return self._text[delta.index] + encode(delta.text) + self._plain
 
-    def call(self, delta: ToolCallDelta) -> bytes:
-        """Return the chunk of a tool call's delta; empty if the route has no calls.
+    def rare(self, event: ToolCallDelta | PromptTokens) -> bytes:
+        """Return the chunk of an event that few answers have; empty if the route has none."""
+        return self._prompt(event) if isinstance(event, PromptTokens) else self._call(event)
 
-        What a call that was cut has sent cannot be taken back.
-        """
+    def _call(self, delta: ToolCallDelta) -> bytes:
+        # What a call that was cut has sent cannot be taken back.
         if self._form.call is None or delta.cut:
             return b""
         body = b'"delta":' + encode(self._form.call(delta)) + b',"logprobs":null' + self._close
         return self._before(delta.index) + body
+
+    def _prompt(self, event: PromptTokens) -> bytes:
+        form = self._form
+        if form.prompt is None or not event.text:
+            return b""
+        logprobs = form.after + b',"logprobs":' + encode(form.prompt(event))
+        before = self._before(event.index) + form.text + encode(event.text)
+        return before + logprobs + self._close
 
     def finish(self, finish: Finish) -> bytes:
         """Return the reason of each choice, the usage if it was requested, and the end."""
@@ -101,8 +162,9 @@ class ChunkEncoder:
             chunks[-1] += b"]," + encode(last)[1:] + b"\n\n"
         return b"".join(chunks) + _DONE
 
-    def failure(self, problem: Problem) -> bytes:
+    def failure(self, problem: Problem, request_id: str) -> bytes:
         """Return OpenAI's error as an event; `[DONE]` does not follow."""
+        del request_id
         return b"data: " + problem.body() + b"\n\n"
 
     def _rare(self, delta: Delta) -> bytes:
@@ -156,7 +218,7 @@ async def answer(
     await exchange.answer(reply.write(head, result.choices), result.metrics)
 
 
-async def send_stream(exchange: Exchange, stream: Stream, encoder: ChunkEncoder) -> None:
+async def send_stream(exchange: Exchange, stream: Stream, encoder: Encoder) -> None:
     """Send a stream, and close it in any case.
 
     A failure before the first delta is raised, so that it gets its own status; a later one is
@@ -169,11 +231,11 @@ async def send_stream(exchange: Exchange, stream: Stream, encoder: ChunkEncoder)
     try:
         waited = (time.monotonic() - exchange.call.received) * 1000
         timing = timing_header({"ttft" if primed.first.done() else "waiting": waited})
-        await exchange.start(200, (*START, *timing))
+        await exchange.start(200, (*encoder.start, *timing))
         last = await _pump(exchange, primed, encoder)
     except Exception as error:  # noqa: BLE001 - sent to the client as an event
         exchange.call.outcome = "error"
-        last = encoder.failure(exchange.problem(error))
+        last = encoder.failure(exchange.problem(error), exchange.call.id)
     finally:
         await primed.aclose()
     # Sent last, so that all is released when a client has read the last byte, and the server's
@@ -193,7 +255,7 @@ async def send_events(exchange: Exchange, events: AsyncGenerator[PoolEvent, None
         await asyncio.wait({upcoming}, timeout=0)
         if upcoming.done():
             upcoming.result()
-        await exchange.start(200, START)
+        await exchange.start(200, EVENTS)
         data = _comment("listening")
         while data and exchange.scope["method"] != "HEAD":
             await exchange.send({"type": "http.response.body", "body": data, "more_body": True})
@@ -224,33 +286,55 @@ def encode(value: Any) -> bytes:
     return data.replace(b"\xe2\x80\xa9", b"\\u2029")
 
 
-async def _pump(exchange: Exchange, primed: Primed, encoder: ChunkEncoder) -> bytes:
+async def _pump(exchange: Exchange, primed: Primed, encoder: Encoder) -> bytes:
     """Send all chunks but the last, and return that."""
     send = exchange.send
     while not primed.first.done():
-        waiting = _stage(primed.progress)
+        waiting = encoder.waiting(primed.progress)
         await send({"type": "http.response.body", "body": waiting, "more_body": True})
         await primed.settled(limits.COMMENT_EVERY_S)
     event = await primed.first
-    chunk = encoder.opening()
-    if isinstance(event, Delta | ToolCallDelta):
-        chunk += encoder.delta(event) if isinstance(event, Delta) else encoder.call(event)
+    chunk = encoder.opening(primed.progress)
+    if isinstance(event, Delta | ToolCallDelta | PromptTokens):
+        chunk += encoder.delta(event) if isinstance(event, Delta) else encoder.rare(event)
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        chunk = b""
+        chunk, silence = b"", _Silence()
         async for event in primed.stream:
-            if isinstance(event, Delta | ToolCallDelta):
-                data = encoder.delta(event) if isinstance(event, Delta) else encoder.call(event)
-                if data:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            if isinstance(event, Delta):
+                data = encoder.delta(event)
             elif isinstance(event, Finish):
                 break
-            elif isinstance(event, Progress):
-                waiting = _stage(event)
-                await send({"type": "http.response.body", "body": waiting, "more_body": True})
+            else:
+                data = _rare(encoder, event)
+            if data or (data := silence.filled(encoder)):
+                silence.since = 0.0
+                await send({"type": "http.response.body", "body": data, "more_body": True})
     if not isinstance(event, Finish):
         raise GenerationFailed("The stream ended without a Finish.")
     exchange.call.metrics = event.metrics
     return chunk + encoder.finish(event)
+
+
+class _Silence:
+    """The time in which a model writes what is not sent; `since` is 0 when something is."""
+
+    __slots__ = ("since",)
+
+    def __init__(self) -> None:
+        self.since = 0.0
+
+    def filled(self, encoder: Encoder) -> bytes:
+        """Return what keeps the stream alive, if it has been silent for long."""
+        now = time.monotonic()
+        if not self.since:
+            self.since = now
+        return encoder.waiting(None) if now - self.since > limits.COMMENT_EVERY_S else b""
+
+
+def _rare(encoder: Encoder, event: Event) -> bytes:
+    if isinstance(event, ToolCallDelta | PromptTokens):
+        return encoder.rare(event)
+    return encoder.waiting(event) if isinstance(event, Progress) else b""
 
 
 def _comment(text: str) -> bytes:
@@ -258,7 +342,8 @@ def _comment(text: str) -> bytes:
     return f": {text}\n\n".encode()
 
 
-def _stage(progress: Progress | None) -> bytes:
+def comment(progress: Progress | None) -> bytes:
+    """Return a comment with the state of a request that has no token yet."""
     if progress is None:
         return _comment("waiting")
     # In a queue the total is its length, of which no part is ever done.

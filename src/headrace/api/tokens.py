@@ -10,7 +10,14 @@ from headrace.api import fields
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
-from headrace.api.messages import Messages, Tools, to_messages, to_tools
+from headrace.api.messages import (
+    TEMPLATE_NAMES,
+    Messages,
+    Tools,
+    to_messages,
+    to_template,
+    to_tools,
+)
 from headrace.api.wire import ModelName, TokenId, envelope
 from headrace.core import events
 from headrace.core import request as core
@@ -32,6 +39,8 @@ class TokenizeRequest(Body, frozen=True, kw_only=True):
     add_special: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     tools: Tools | None = None
 
     peers: ClassVar[Peers] = fields.TOKENIZE
@@ -67,6 +76,7 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 async def tokenize(service: Service, exchange: Exchange) -> None:
     """Return the tokens of a text or a conversation."""
     wire = await exchange.read(_TOKENIZE)
+    exchange.call.names = TEMPLATE_NAMES
     request = to_request(wire, exchange.settings, exchange.call)
     count, _ = await exchange.unless_gone(result(service.backend.ask(request), events.TokenCount))
     ids = None if count.token_ids is None else list(count.token_ids)
@@ -96,7 +106,7 @@ def to_request(wire: TokenizeRequest, settings: ApiSettings, call: Call) -> core
         text=texts[0] if texts else None,
         messages=None if wire.messages is None else to_messages(wire.messages),
         add_special=wire.prompt is not None if special is None else special,
-        template_options=wire.chat_template_kwargs or {},
+        **to_template(wire),
         tools=to_tools(wire.tools),
         **envelope(wire.model, settings, call),
     )

@@ -16,9 +16,10 @@ from headrace.api.exchange import Call
 from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
 from headrace.core.constraint import AnyForm, Constraint, constraint_of
-from headrace.core.errors import InvalidRequest
+from headrace.core.errors import InvalidRequest, Unsupported
+from headrace.core.events import PromptToken
 from headrace.core.metrics import InferenceMetrics, Usage
-from headrace.core.sampling import RepetitionPenalty, Sampling, SamplingFields
+from headrace.core.sampling import Logprobs, RepetitionPenalty, Sampling, SamplingFields
 from headrace.core.values import keep_alive_seconds
 
 T = TypeVar("T")
@@ -123,6 +124,7 @@ class GenerateFields(SamplingFields, Body, frozen=True, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    prompt_logprobs: Logprobs | None = None
 
     @property
     def wants_usage(self) -> bool:
@@ -135,6 +137,18 @@ class GenerateFields(SamplingFields, Body, frozen=True, kw_only=True):
         if self.repeat_penalty is not None and self.repetition_penalty is None:
             names["repetition_penalty"] = "repeat_penalty"
         return names
+
+
+class PromptCandidate(msgspec.Struct, frozen=True):
+    """A token at a place of the prompt; `rank` counts from 1, the likeliest."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptPlace = dict[str, PromptCandidate] | None
+"""By the id of the token: that of the prompt and the likeliest ones. The first place has none."""
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -186,6 +200,22 @@ class ChunkHead(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str
     usage: UsageBody | None = None
     metrics: InferenceMetrics | None = None
+
+
+def prompt_places(tokens: Sequence[PromptToken]) -> list[PromptPlace]:
+    """Return the log probabilities of a prompt as vLLM has them."""
+    return [_place(token) for token in tokens]
+
+
+def _place(token: PromptToken) -> PromptPlace:
+    if token.logprob is None:
+        return None
+    own = PromptCandidate(token.logprob, token.rank or None, token.data.decode(errors="replace"))
+    others = {
+        str(top.token_id): PromptCandidate(top.logprob, rank, top.data.decode(errors="replace"))
+        for rank, top in enumerate(token.top, 1)
+    }
+    return {str(token.token_id): own, **others}
 
 
 def usage_body(usage: Usage) -> UsageBody:
@@ -243,18 +273,32 @@ def generate_fields(
 
     Raises:
         InvalidRequest: fields contradict each other, or there are too many choices.
+        Unsupported: log probabilities of the prompt are requested in a stream.
     """
     if wire.stream_options is not None and not wire.stream:
         raise InvalidRequest("stream_options needs stream to be true.", param="stream_options")
     if (wire.n or 1) * prompts > limits.MAX_CHOICES:
         raise InvalidRequest(f"At most {limits.MAX_CHOICES} choices are accepted.", param="n")
-    values = request_fields(wire, settings, call)
-    values |= {
+    if wire.prompt_logprobs is not None and wire.stream:
+        raise Unsupported("prompt_logprobs is not sent in a stream.", param="prompt_logprobs")
+    return answer_fields(wire, settings, call, stream=bool(wire.stream)) | {
         "n": wire.n or 1,
+        "prompt_logprobs": wire.prompt_logprobs,
         "constraint": _constraint(wire),
         "context_length": wire.context_length,
     }
-    if wire.stream:
+
+
+def answer_fields(
+    wire: Addressed, settings: ApiSettings, call: Call, *, stream: bool
+) -> dict[str, Any]:
+    """Return the fields that every core request has, for an answer that may be streamed.
+
+    Raises:
+        InvalidRequest: keep_alive is not a duration, or longer than a year.
+    """
+    values = request_fields(wire, settings, call)
+    if stream:
         # The comments of a stream report the progress of the load, so that it has no time limit.
         values["load_wait_s"] = None
     return values
@@ -266,16 +310,10 @@ def to_sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int |
     Raises:
         InvalidRequest: a value is out of its range.
     """
-    values = {name: getattr(wire, name) for name in SamplingFields.__struct_fields__}
-    values |= {"max_tokens": max_tokens, "logprobs": logprobs}
+    values = scalars(wire) | {"max_tokens": max_tokens, "logprobs": logprobs}
     values["repetition_penalty"] = _either(
         "repeat_penalty", wire.repeat_penalty, "repetition_penalty", wire.repetition_penalty
     )
-    if wire.top_k == -1:
-        # In vLLM's API -1 means that all tokens are candidates.
-        values["top_k"] = 0
-    # 0 has no effect, so that every engine accepts it.
-    values["min_tokens"] = wire.min_tokens or None
     return Sampling(
         **values,
         stop=(wire.stop,) if isinstance(wire.stop, str) else tuple(wire.stop or ()),
@@ -283,6 +321,17 @@ def to_sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int |
         ignore_eos=bool(wire.ignore_eos),
         logit_bias=wire.logit_bias or {},
     )
+
+
+def scalars(wire: SamplingFields) -> dict[str, Any]:
+    """Return the scalar parameters of a request as the core has them."""
+    values = {name: getattr(wire, name) for name in SamplingFields.__struct_fields__}
+    if wire.top_k == -1:
+        # In vLLM's API -1 means that all tokens are candidates.
+        values["top_k"] = 0
+    # 0 has no effect, so that every engine accepts it.
+    values["min_tokens"] = wire.min_tokens or None
+    return values
 
 
 def to_inputs(name: str, wire: str | Sequence[str | int | list[int]], limit: int) -> list[Prompt]:

@@ -96,9 +96,13 @@ def _model_lines(info: ModelInfo, options: Sequence[Parameter]) -> Iterator[str]
         yield from terminal.aligned(heads, rows)
 
 
+_LISTED = ("aliases", "roles", "notes", "capabilities")
+
+
 def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
     """Yield the known facts by name, with readable sizes and the length of long texts."""
     plain: dict[str, Any] = msgspec.to_builtins(info)
+    plain["capabilities"] = tuple(info.capabilities.names)
     for name, value in plain.items():
         if name in _NOT_SHOWN or value in (None, "", "none", 0, ()):
             continue
@@ -110,9 +114,7 @@ def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
         elif name == "parameters":
             yield name, f"{value / 1e6:.0f} M"
         else:
-            yield name, ", ".join(value) if name in ("aliases", "roles", "notes") else value
-    if info.capabilities.images:
-        yield "images", "yes"
+            yield name, ", ".join(value) if name in _LISTED else value
 
 
 def _plain(parameter: Parameter) -> dict[str, Any]:

@@ -34,6 +34,20 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[TopLogprob, ...] = ()
 
 
+class PromptToken(msgspec.Struct, frozen=True, array_like=True):
+    """A token of a prompt, and the best candidates for its place, most likely first.
+
+    `logprob` is None for the first token, which nothing precedes. `rank` is its place among all
+    tokens, from 1; 0 where the engine does not report it.
+    """
+
+    token_id: int
+    data: bytes
+    logprob: float | None = None
+    top: tuple[TopLogprob, ...] = ()
+    rank: int = 0
+
+
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     """An addition to choice `index`; never cumulative.
 
@@ -46,6 +60,17 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     index: int = 0
     reasoning: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class PromptTokens(msgspec.Struct, frozen=True, array_like=True, tag="o"):
+    """The tokens of the prompt of choice `index`, before its first delta.
+
+    `text` is what is put before the answer, empty without an echo.
+    """
+
+    tokens: tuple[PromptToken, ...]
+    text: str = ""
+    index: int = 0
 
 
 class ToolCallDelta(msgspec.Struct, frozen=True, array_like=True, tag="k"):
@@ -66,7 +91,10 @@ class ToolCallDelta(msgspec.Struct, frozen=True, array_like=True, tag="k"):
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="p"):
-    """The request is alive but has no token yet; `done` of `total` in tokens or bytes."""
+    """The request is alive but has no token yet; `done` of `total` in tokens or bytes.
+
+    The total of `prefill` is the number of the prompt's tokens, an estimate with an upstream.
+    """
 
     stage: Stage
     done: int = 0
@@ -134,11 +162,15 @@ class Text(msgspec.Struct, frozen=True, array_like=True, tag="t"):
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True, tag="f"):
-    """The last event of a stream that ended well: one reason for each choice, in order."""
+    """The last event of a stream that ended well: one reason for each choice, in order.
+
+    `stops` are the stop strings that ended the choices, None where none did; () if none did at all.
+    """
 
     finish_reasons: tuple[FinishReason, ...]
     usage: Usage
     metrics: InferenceMetrics
+    stops: tuple[str | None, ...] = ()
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -146,7 +178,18 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, tag="f"):
         return self.finish_reasons[0]
 
 
-Event = Progress | Delta | ToolCallDelta | Vectors | Ranking | Scores | TokenCount | Text | Finish
+Event = (
+    Progress
+    | PromptTokens
+    | Delta
+    | ToolCallDelta
+    | Vectors
+    | Ranking
+    | Scores
+    | TokenCount
+    | Text
+    | Finish
+)
 """`Progress*`, then deltas or one event with the result, then one Finish."""
 
 
@@ -159,15 +202,20 @@ class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """One complete answer."""
+    """One complete answer. `stop` is the stop string that ended it.
+
+    `prompt_tokens` are those of the prompt, if they were asked for.
+    """
 
     text: str
     finish_reason: FinishReason
+    stop: str | None = None
     index: int = 0
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_tokens: tuple[PromptToken, ...] = ()
 
 
 class GenerateResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -182,8 +182,9 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
 
     `path` is a GGUF file or a directory, or the name of a remote model at its upstream, the
     `provider`. `parameters` counts weights; `size` is in bytes. `tokenizer` is the kind of a GGUF's
-    tokenizer, and `special_ids` are its tokens by their names in templates (`bos_token`). A token
-    is at most `max_token_bytes` of text (None: without a limit, or not known). `projector` is the
+    tokenizer, and `special_ids` are its tokens by their names in templates (`bos_token`), and
+    `infill_ids` those before a prefix, a suffix and the gap between them. A token is at most
+    `max_token_bytes` of text (None: without a limit, or not known). `projector` is the
     file for images that belongs to it.
     """
 
@@ -199,6 +200,7 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str | None = None
     max_token_bytes: int | None = None
     special_ids: dict[str, int] = {}
+    infill_ids: tuple[int, ...] = ()
     size: int = 0
     kv_bytes_per_token: int | None = None
     projector: str | None = None
@@ -209,8 +211,9 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
     `forms`: constraints that it enforces, beside `json_schema`.
     `batch_invariant`: greedy and seeded answers do not depend on other running requests.
-    `resume`: an answer can be continued after given tokens. `images`: messages may have pictures.
-    `dimensions`: of its embeddings.
+    `resume`: an answer can be continued after given tokens. `dimensions`: of its embeddings.
+    `prompt_logprobs`: of the tokens of a prompt. `infill`: it fills the gap before a suffix.
+    `vision`: messages may have images.
     """
 
     sampling: frozenset[str] = frozenset()
@@ -220,9 +223,16 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     token_prompts: bool = True
     batch_invariant: bool = False
     resume: bool = False
-    images: bool = False
+    prompt_logprobs: bool = False
+    infill: bool = False
+    vision: bool = False
     tasks: frozenset[Task] = frozenset({"generate"})
     dimensions: int | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of what it can do."""
+        return sorted(name for name in self.__struct_fields__ if getattr(self, name) is True)
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

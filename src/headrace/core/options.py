@@ -39,6 +39,9 @@ class GenerateOptions(TypedDict, total=False):
     choice: Sequence[str] | None
     grammar: str | None
     template_options: Mapping[str, Any] | None
+    suffix: str | None
+    continue_final: bool | None
+    prompt_logprobs: int | None
     deadline_s: float | None
 
 

@@ -7,8 +7,8 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from headrace.core.envelope import Operation
 from headrace.core.metrics import InferenceMetrics
-from headrace.core.request import Operation
 
 Outcome = Literal["ok", "refused", "error", "cancelled"]
 """How it ended: `refused` is a RequestError or a CapacityError, `error` any other error."""

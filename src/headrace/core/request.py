@@ -7,29 +7,26 @@ A new kind is a class here, its event in `headrace.core.events`, the worker's an
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import msgspec
 
 from headrace.core.constraint import Constraint
+from headrace.core.envelope import Operation, Request
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import ToolCall
 from headrace.core.media import Content, Image, images_of, known_as, text_of
 from headrace.core.model import Task
-from headrace.core.sampling import Sampling
+from headrace.core.sampling import LOGPROB_RANGE, TOKEN_RANGE, Logprobs, Sampling
 from headrace.core.tools import Thinking, Tool, ToolChoice
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-Operation = Literal[
-    "chat", "text_completion", "embeddings", "rerank", "score", "tokenize", "detokenize"
-]
-"""What was asked for, as traces and metrics name it; OpenTelemetry's names where it has any."""
-
 Text = str | tuple[int, ...]
 """A text, or its token ids."""
+
+MAX_PROMPT_CANDIDATES = 1 << 19
+"""Log probabilities of the prompts of one request: tokens, times what is reported of each."""
 
 _ANSWER_TOKENS = 256
 _CHARACTERS_PER_TOKEN = 4
@@ -51,81 +48,6 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     reasoning: str = ""
 
 
-def new_id() -> str:
-    """Return an unguessable id for a request."""
-    return secrets.token_hex(12)
-
-
-class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The envelope of every request.
-
-    `received` is monotonic seconds, on a clock that all processes of the machine share.
-    `deadline_s` counts from `received`. `load_ms` is how long the request has waited for its
-    model, `load_wait_s` how long it waits for a load at most; None is without limit.
-
-    `client` identifies the caller, for fairness between clients. `keep_alive` in seconds replaces
-    that of the model from the end of this request on; with `lengthens`, only if it is longer.
-
-    `traceparent` and `tracestate` are the W3C context of the caller's span; each layer that makes
-    a span passes on its own.
-    """
-
-    model: str = ""
-    deadline_s: float | None = None
-    load_ms: float = 0.0
-    load_wait_s: float | None = None
-    client: str = ""
-    keep_alive: float | None = None
-    lengthens: bool = False
-    traceparent: str = ""
-    tracestate: str = ""
-    id: str = msgspec.field(default_factory=new_id)
-    received: float = msgspec.field(default_factory=time.monotonic)
-
-    task: ClassVar[Task] = "generate"
-    """The task that the model must support."""
-    queues: ClassVar[bool] = True
-    """Whether it waits for a slot; other requests are answered at once (M9)."""
-    content_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields with content of the client: kept and logged only if that is enabled."""
-
-    @property
-    def deadline(self) -> float | None:
-        """The deadline in monotonic seconds."""
-        return None if self.deadline_s is None else self.received + self.deadline_s
-
-    @property
-    def slots(self) -> int:
-        """How many of the engine's slots it takes."""
-        return 1
-
-    def cost(self) -> float:
-        """Return an estimate of its tokens."""
-        return 0.0
-
-    def opening(self) -> str:
-        """Return the beginning of the prompt; requests with equal ones share a prefix cache."""
-        return ""
-
-    def content(self) -> Any:
-        """Return the content of the client, as builtins. Token ids are left out."""
-        return None
-
-    def settings(self) -> dict[str, Any]:
-        """Return the fields that were set, as builtins, without content and envelope."""
-        given: dict[str, Any] = {}
-        for field in msgspec.structs.fields(self):
-            value = getattr(self, field.name)
-            if field.name in _ENVELOPE | self.content_fields or value in (field.default, {}):
-                continue
-            built = msgspec.to_builtins(value)
-            given |= built if isinstance(value, Sampling) else {field.name: built}
-        return given
-
-
-_ENVELOPE = frozenset(Request.__struct_fields__) - {"deadline_s", "keep_alive"}
-
-
 class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
     """Messages or a prompt (text or token ids), never both.
 
@@ -135,9 +57,16 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     delta. Tools and thinking go with messages only. `media` are the bytes of the pictures in the
     messages, by digest.
 
+    `suffix` is what follows the gap that is filled after a prompt. With `continue_final` the last
+    message is an assistant's, and the answer goes on with it. `prompt_logprobs` is the number of
+    candidates reported for each token of the prompt. `echo` puts the prompt before the answer,
+    with the log probabilities of its tokens if `sampling.logprobs` is given. `max_tokens` may be
+    0 with these two only.
+
     Raises:
         InvalidRequest: messages and prompt are both given or both missing, or one is empty; the
-            choice of tools contradicts the tools; the bytes of a picture are missing.
+            choice of tools contradicts the tools; no message can be continued; the bytes of an
+            image are missing.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -148,15 +77,18 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     context_length: int | None = None
     fit_max_tokens: bool = False
     constraint: Constraint | None = None
-    template_options: dict[str, Any] = {}
+    template_options: dict[str, Any] = {}  # noqa: RUF012 - of a msgspec struct, which copies it
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = ToolChoice()
     thinking: Thinking = Thinking()
     answered: tuple[int, ...] = ()
-    media: dict[str, bytes] = {}
+    suffix: str | None = None
+    continue_final: bool = False
+    prompt_logprobs: Logprobs | None = None
+    media: dict[str, bytes] = {}  # noqa: RUF012 - of a msgspec struct, which copies it
 
     content_fields: ClassVar[frozenset[str]] = frozenset(
-        {"messages", "prompt", "tools", "answered", "media"}
+        {"messages", "prompt", "suffix", "tools", "answered", "media"}
     )
 
     def __post_init__(self) -> None:
@@ -174,11 +106,37 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
         self.tool_choice.allowed(self.tools)
         if any(image.digest not in self.media for image in self.images):
             raise InvalidRequest("The bytes of an image are missing.", param="messages")
+        if self.continue_final:
+            _check_continued(self.messages)
+        self._check_prompt()
+
+    def _check_prompt(self) -> None:
+        if self.suffix is not None and self.messages is not None:
+            raise InvalidRequest("suffix goes with a prompt, not with messages.", param="suffix")
+        count = self.prompt_logprobs
+        if count is not None and not LOGPROB_RANGE.includes(count):
+            raise InvalidRequest(
+                f"prompt_logprobs must be {LOGPROB_RANGE}.", param="prompt_logprobs"
+            )
+        if self.sampling.max_tokens == 0 and count is None and not self.echo:
+            raise InvalidRequest(
+                f"max_tokens must be {TOKEN_RANGE._replace(low=1)}.", param="max_tokens"
+            )
 
     @property
     def images(self) -> tuple[Image, ...]:
         """The pictures of the messages, in their order."""
         return tuple(i for turn in self.messages or () for i in images_of(turn.content))
+
+    @property
+    def prompt_candidates(self) -> int | None:
+        """How many candidates are computed for each token of the prompt; None if none are wanted.
+
+        Those of an echoed prompt are as many as those of the answer.
+        """
+        echoed = self.sampling.logprobs if self.echo else None
+        wanted = [count for count in (echoed, self.prompt_logprobs) if count is not None]
+        return max(wanted, default=None)
 
     @property
     def operation(self) -> Operation:
@@ -200,10 +158,11 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     def cost(self) -> float:
         """Return an estimate of the tokens of the prompt and all choices."""
         if self.messages is None:
-            prompt = _tokens(self.prompt or ())
+            prompt = _tokens(self.prompt or ()) + _tokens(self.suffix or "")
         else:
             prompt = sum(map(_message_tokens, self.messages)) + sum(map(_tool_tokens, self.tools))
-        return prompt + (self.sampling.max_tokens or _ANSWER_TOKENS) * self.n
+        answer = self.sampling.max_tokens
+        return prompt + (_ANSWER_TOKENS if answer is None else answer) * self.n
 
     def opening(self) -> str:
         """Return the messages or the prompt as one text."""
@@ -222,17 +181,20 @@ class CountRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
     """Text, or messages that go through the model's template, to be counted as tokens.
 
     `add_special` adds what the model's tokenizer puts around a text (BOS and the like).
+    `continue_final` is as for a GenerateRequest.
 
     Raises:
-        InvalidRequest: text and messages are both given or both missing, or messages is empty.
+        InvalidRequest: text and messages are both given or both missing, messages is empty, or
+            none can be continued.
     """
 
     messages: tuple[Message, ...] | None = None
     text: str | None = None
     add_special: bool = False
-    template_options: dict[str, Any] = {}
+    template_options: dict[str, Any] = {}  # noqa: RUF012 - of a msgspec struct, which copies it
     tools: tuple[Tool, ...] = ()
     thinking: Thinking = Thinking()
+    continue_final: bool = False
 
     queues: ClassVar[bool] = False
 
@@ -242,6 +204,8 @@ class CountRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
             raise InvalidRequest("Give either messages or a text.", param="messages")
         if self.messages is not None and not self.messages:
             raise InvalidRequest("messages is empty.", param="messages")
+        if self.continue_final:
+            _check_continued(self.messages)
 
     @property
     def operation(self) -> Operation:
@@ -385,6 +349,15 @@ AnyRequest = (
 
 def _tokens(text: str | Sequence[int]) -> float:
     return len(text) / _CHARACTERS_PER_TOKEN if isinstance(text, str) else len(text)
+
+
+def _check_continued(messages: Sequence[Message] | None) -> None:
+    last = messages[-1] if messages else None
+    if last is None or last.role != "assistant" or last.tool_calls:
+        raise InvalidRequest(
+            "The last message is continued only if it is an assistant's, without calls of tools.",
+            param="continue_final",
+        )
 
 
 def _message_tokens(message: Message) -> float:

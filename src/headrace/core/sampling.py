@@ -46,7 +46,9 @@ def _parameter(description: str, low: float, high: float, *, above: bool = False
     )
 
 
-MaxTokens = Annotated[int, _parameter("Most tokens to generate.", 1, _INT32)]
+TOKEN_RANGE = Range(0, _INT32)
+"""How many tokens can be asked for; 0 with an echo or log probabilities of the prompt only."""
+MaxTokens = Annotated[int, _parameter("Most tokens to generate.", *TOKEN_RANGE[:2])]
 MinTokens = Annotated[int, _parameter("No end or stop before this many tokens.", 0, _INT32)]
 Temperature = Annotated[float, _parameter("Randomness; 0 is greedy.", 0, 2)]
 TopP = Annotated[float, _parameter("Sample from the tokens with this total probability.", 0, 1)]
@@ -58,7 +60,9 @@ RepetitionPenalty = Annotated[
     float, _parameter("Above 1 discourages repetition.", 0, 100, above=True)
 ]
 Seed = Annotated[int, _parameter("Same seed, same random choices.", -(2**63), 2**64 - 1)]
-Logprobs = Annotated[int, _parameter("Candidates reported per token.", 0, _TOP_LOGPROBS)]
+LOGPROB_RANGE = Range(0, _TOP_LOGPROBS)
+"""How many candidates can be reported for a token."""
+Logprobs = Annotated[int, _parameter("Candidates reported per token.", *LOGPROB_RANGE[:2])]
 
 
 class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -19,6 +19,7 @@ from headrace.core.events import (
     FinishReason,
     GenerateResult,
     Progress,
+    PromptTokens,
     Ranking,
     RerankResult,
     Text,
@@ -30,6 +31,7 @@ from headrace.core.events import (
 )
 
 Stream = AsyncGenerator[Event, None]
+_Part = PromptTokens | Delta | ToolCallDelta
 T = TypeVar("T")
 E = TypeVar("E", bound=Event)
 
@@ -136,10 +138,10 @@ async def collect(stream: Stream) -> GenerateResult:
         GenerationFailed: the stream ended without a Finish.
         HeadraceError: raised by the stream; its `choices` are what came before.
     """
-    parts: dict[int, list[Delta | ToolCallDelta]] = {}
+    parts: dict[int, list[_Part]] = {}
     try:
         async for event in stream:
-            if isinstance(event, Delta | ToolCallDelta):
+            if isinstance(event, _Part):
                 parts.setdefault(event.index, []).append(event)
             elif isinstance(event, Finish):
                 return _result(parts, event)
@@ -199,16 +201,20 @@ async def collect_text(stream: Stream) -> str:
     return (await result(stream, Text))[0].text
 
 
-def _result(parts: dict[int, list[Delta | ToolCallDelta]], finish: Finish) -> GenerateResult:
+def _result(parts: dict[int, list[_Part]], finish: Finish) -> GenerateResult:
+    stops = finish.stops or (None,) * len(finish.finish_reasons)
     choices = tuple(
-        _choice(index, parts.get(index, ()), reason)
-        for index, reason in enumerate(finish.finish_reasons)
+        _choice(index, parts.get(index, ()), reason, stop)
+        for index, (reason, stop) in enumerate(zip(finish.finish_reasons, stops, strict=True))
     )
     return GenerateResult(choices=choices, usage=finish.usage, metrics=finish.metrics)
 
 
-def _choice(index: int, parts: Sequence[Delta | ToolCallDelta], reason: FinishReason) -> Choice:
+def _choice(
+    index: int, parts: Sequence[_Part], reason: FinishReason, stop: str | None = None
+) -> Choice:
     deltas = [part for part in parts if isinstance(part, Delta)]
+    prompts = [part for part in parts if isinstance(part, PromptTokens)]
     logprobs: list[TokenLogprob] = []
     token_ids: list[int] = []
     for delta in deltas:
@@ -216,12 +222,14 @@ def _choice(index: int, parts: Sequence[Delta | ToolCallDelta], reason: FinishRe
         token_ids += delta.token_ids
     return Choice(
         index=index,
-        text="".join(part.text if isinstance(part, Delta) else part.cut for part in parts),
+        text="".join(part.cut if isinstance(part, ToolCallDelta) else part.text for part in parts),
         reasoning="".join(delta.reasoning for delta in deltas),
         tool_calls=_calls([part for part in parts if isinstance(part, ToolCallDelta)], reason),
         token_ids=tuple(token_ids),
         logprobs=tuple(logprobs),
+        prompt_tokens=tuple(token for part in prompts for token in part.tokens),
         finish_reason=reason,
+        stop=stop,
     )
 
 

@@ -33,17 +33,8 @@ ENTRY_POINTS = "headrace.engines"
 """The entry point group under which another package registers an engine's module."""
 
 _SHARED = {
-    *(
-        "base",
-        "choice",
-        "measured",
-        "openmp",
-        "pictures",
-        "plan",
-        "remote",
-        "threaded",
-        "tokenizer",
-    ),
+    *("abilities", "base", "choice", "measured", "openmp", "pictures", "plan", "remote"),
+    *("threaded", "tokenizer"),
 }
 
 

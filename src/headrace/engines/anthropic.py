@@ -11,7 +11,7 @@ from pydantic import Field
 from headrace.core.constraint import Constraint
 from headrace.core.errors import HeadraceError, InvalidRequest, Unsupported, UpstreamError
 from headrace.core.events import Delta, FinishReason, TokenCount, ToolCallDelta
-from headrace.core.media import Content, Part, as_base64, text_of
+from headrace.core.media import text_of
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities
 from headrace.core.request import (
@@ -93,7 +93,7 @@ class Engine:
             options.api_version,
         )
         capabilities = Capabilities(
-            sampling=provider.sampling, json_schema=True, token_prompts=False, images=True
+            sampling=provider.sampling, json_schema=True, token_prompts=False, vision=True
         )
         self.facts = remote.facts(request, provider, capabilities)
 
@@ -304,17 +304,10 @@ def _conversation(messages: Sequence[Message], media: Mapping[str, bytes]) -> di
     return {"messages": turns, **({"system": system} if system else {})}
 
 
-def _part(part: Part, media: Mapping[str, bytes]) -> dict[str, Any]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    kind, data = as_base64(part, media)
-    return {"type": "image", "source": {"type": "base64", "media_type": kind, "data": data}}
-
-
 def _content(turn: Message, media: Mapping[str, bytes]) -> str | list[dict[str, Any]]:
     # Thinking could only be given back with its signature, which OpenAI's protocol does not have.
     if not turn.tool_calls:
-        return _blocks(turn.content, media)
+        return remote.blocks(turn.content, media)
     # An empty block of text is refused there.
     text = text_of(turn.content)
     blocks: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
@@ -324,13 +317,9 @@ def _content(turn: Message, media: Mapping[str, bytes]) -> str | list[dict[str, 
     return blocks
 
 
-def _blocks(content: Content, media: Mapping[str, bytes]) -> str | list[dict[str, Any]]:
-    return content if isinstance(content, str) else [_part(part, media) for part in content if part]
-
-
 def _add_result(turns: list[dict[str, Any]], turn: Message, media: Mapping[str, bytes]) -> None:
     """Add the result of a call; those of one turn are one message."""
-    content = _blocks(turn.content, media)
+    content = remote.blocks(turn.content, media)
     result = {"type": "tool_result", "tool_use_id": turn.tool_call_id, "content": content}
     before = turns[-1]["content"] if turns and turns[-1]["role"] == "user" else ""
     if isinstance(before, list):

@@ -167,9 +167,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     `constraint` has been compiled by the engine's llguidance before; `text.grammar` has its text.
     An engine that declares `json_schema` enforces it. The worker checks the answer all the same.
-
-    `media` are the encoded pictures in the order of their markers in `text`, which is the prompt
-    then. `token_ids` are those of the text alone: the engine computes and counts the pictures'.
+    `media` are the encoded pictures, in the order of their markers in the prompt, which is `text`
+    then; `token_ids` has the markers only.
     """
 
     token_ids: tuple[int, ...]
@@ -235,8 +234,9 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     most `max_token_bytes` of text: longer texts are refused without making tokens of them.
     `special_tokens` are the texts of those that the model has, by their names in chat templates:
     `bos_token`, `eos_token`, `unk_token`, ... `grammar_library` is the file with the llguidance
-    that compiles constraints; empty is the package of that name. `image_marker` is the text that
-    stands for a picture in a prompt, for engines that take them.
+    that compiles constraints; empty is the package of that name. `infill_ids` are the tokens that
+    the model's file names for a prefix, a suffix and the gap between them. `image_marker` is the
+    text that stands for a picture in a prompt, for engines that take them.
     """
 
     device: str
@@ -247,6 +247,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     special_tokens: Mapping[str, str] = {}
     max_token_bytes: int | None = None
     grammar_library: str = ""
+    infill_ids: tuple[int, ...] = ()
     image_marker: str = ""
     batch: BatchLimits = BatchLimits()
     notes: tuple[str, ...] = ()

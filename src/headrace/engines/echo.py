@@ -22,7 +22,7 @@ from typing import Literal
 from pydantic import Field
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, OutOfMemory
-from headrace.core.events import TokenLogprob, bytes_of
+from headrace.core.events import PromptToken, TokenLogprob, TopLogprob, bytes_of
 from headrace.core.media import image_header
 from headrace.core.model import Capabilities
 from headrace.core.status import Footprint
@@ -127,7 +127,8 @@ class Engine(base.Embedder):
                 sampling=_SAMPLING,
                 batch_invariant=True,
                 resume=request.task == "generate",
-                images=options.images,
+                vision=options.images,
+                prompt_logprobs=request.task == "generate",
                 tasks=frozenset({request.task}),
                 dimensions=options.dimensions if request.task == "embed" else None,
             ),
@@ -158,6 +159,14 @@ class Engine(base.Embedder):
             # `answered` was all of it.
             reason = "stop"
         yield RawFinish(reason=reason, prompt_tokens=total, completion_tokens=sent)
+
+    async def prompt_tokens(
+        self, token_ids: Sequence[int], candidates: int
+    ) -> AsyncGenerator[Sequence[PromptToken], None]:
+        """Yield all tokens of a prompt; each is certain."""
+        if any(not 0 <= token < _VOCABULARY for token in token_ids):
+            raise InvalidRequest("The prompt has a token id that the model does not know.")
+        yield [_scored(token, place, candidates) for place, token in enumerate(token_ids)]
 
     def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
         """Return vectors made of a hash of the tokens."""
@@ -316,6 +325,13 @@ def _vector(token_ids: Sequence[int], dimensions: int) -> bytes:
 
 def _bytes(token_ids: Sequence[int]) -> bytes:
     return bytes(token for token in token_ids if token < _EOS)
+
+
+def _scored(token: int, place: int, candidates: int) -> PromptToken:
+    data = _bytes((token,))
+    if not place:
+        return PromptToken(token, data)
+    return PromptToken(token, data, 0.0, (TopLogprob(token, data, 0.0),)[:candidates], 1)
 
 
 def _delta(token_ids: tuple[int, ...], *, with_logprobs: bool) -> RawDelta:

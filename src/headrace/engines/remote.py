@@ -28,7 +28,7 @@ from headrace.core.errors import (
     UpstreamError,
 )
 from headrace.core.events import TokenCount
-from headrace.core.media import images_of, text_of
+from headrace.core.media import Content, Part, as_base64, images_of, text_of
 from headrace.core.model import Capabilities
 from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
 from headrace.core.status import Footprint
@@ -195,6 +195,20 @@ def check_supported(request: GenerateRequest, provider: Provider, sampling: froz
         raise Unsupported(
             f"{provider.title} takes no options of the chat template.", param="chat_template_kwargs"
         )
+
+
+def blocks(content: Content, media: Mapping[str, bytes]) -> str | list[dict[str, Any]]:
+    """Return a content in the form of Anthropic's API; `media` are the bytes of its images."""
+    if isinstance(content, str):
+        return content
+    return [_block(part, media) for part in content if part]
+
+
+def _block(part: Part, media: Mapping[str, bytes]) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind, data = as_base64(part, media)
+    return {"type": "image", "source": {"type": "base64", "media_type": kind, "data": data}}
 
 
 def trace_headers(request: GenerateRequest | EmbedRequest | RerankRequest) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from headrace.core.errors import InvalidRequest
@@ -28,6 +28,9 @@ class Vocabulary:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._decode = None if self._backend is None else _decoder(self._backend)
+        self.control_texts = tuple(
+            added.content for added in tokenizer.added_tokens_decoder.values() if added.special
+        )
         self._bytes_of: dict[int, bytes] = dict.fromkeys(tokenizer.all_special_ids, b"")
         for token, added in tokenizer.added_tokens_decoder.items():
             self._bytes_of[token] = b"" if added.special else added.content.encode()
@@ -60,6 +63,10 @@ class Vocabulary:
             known = self._bytes_of[token] = self._look_up(token)
         return known
 
+    def full_data(self, token: int) -> bytes:
+        """Return the bytes of a token's text, also for a control token."""
+        return self.data(token) or self.detokenize((token,)).encode()
+
     def check(self, token_ids: Iterable[int], *, param: str | None = None) -> None:
         """Refuse ids that the model does not have.
 
@@ -89,6 +96,21 @@ class Vocabulary:
         return b"" if piece is None else self._decode(piece)
 
 
+def without_markers(text: str, markers: Iterable[str]) -> Iterator[str]:
+    """Yield the pieces of a text, cut within each marker, so that none is whole in a piece."""
+    cuts: set[int] = set()
+    for marker in markers:
+        place = text.find(marker) if len(marker) > 1 else -1
+        while place >= 0:
+            cuts.add(place + 1)
+            place = text.find(marker, place + 1)
+    begin = 0
+    for place in sorted(cuts):
+        yield text[begin:place]
+        begin = place
+    yield text[begin:]
+
+
 def special_tokens(tokenizer: Any) -> dict[str, str]:
     """Return the texts of the special tokens that a model has, by their names in templates."""
     texts = {name: getattr(tokenizer, name, None) for name in _SPECIAL}
@@ -111,6 +133,11 @@ class TokenizerMixin:
             InvalidRequest: an id is outside of the vocabulary.
         """
         return self._vocabulary.detokenize(token_ids)
+
+    def plain_pieces(self, text: str, markers: Sequence[str]) -> Iterator[Sequence[int]]:
+        """Yield the token ids of a text in which markers are text, piece after piece."""
+        for piece in without_markers(text, (*self._vocabulary.control_texts, *markers)):
+            yield self._vocabulary.tokenize(piece, add_special=False)
 
     def shown(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids without control tokens, which a stream leaves out."""

@@ -43,6 +43,7 @@ _SPECIAL = {
     "mask_token": "mask",
 }
 """Names in templates, and those of the keys of ids: `seperator` is how GGUF spells it."""
+_INFILL = (("fim_pre", "prefix"), ("fim_suf", "suffix"), ("fim_mid", "middle"))
 _PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
 
 
@@ -95,6 +96,7 @@ def describe(path: Path) -> ModelFile:
         tokenizer=facts.tokenizer(),
         max_token_bytes=facts.max_token_bytes(),
         special_ids=facts.special_ids(),
+        infill_ids=facts.infill_ids(),
         size=sum(header.size for header in headers),
         kv_bytes_per_token=facts.kv_bytes_per_token(),
         projector=projector.beside(path, facts.width()),
@@ -196,6 +198,21 @@ class _Facts:
         }
         # Some files have -1, or its bits, for a token that they do not have.
         return {name: n for name, n in ids.items() if type(n) is int and 0 <= n < 1 << 31}
+
+    def infill_ids(self) -> tuple[int, ...]:
+        """Return the tokens before a prefix, a suffix and a gap; without the last if it has none.
+
+        Older files have other names for them.
+        """
+        ids: list[int] = []
+        for names in _INFILL:
+            keys = (f"tokenizer.ggml.{name}_token_id" for name in names)
+            values = (value for key in keys if type(value := self.metadata.get(key)) is int)
+            if (token := next(values, -1)) in range(1 << 31):
+                ids.append(token)
+            elif len(ids) < 2:
+                return ()
+        return tuple(ids)
 
     def task(self) -> Task:
         """Return the task: a model that pools its tokens does not generate."""

@@ -14,7 +14,7 @@ from headrace.core.errors import (
     OutOfMemory,
     WorkerDied,
 )
-from headrace.core.events import Delta, Event, Finish, Progress, ToolCallDelta
+from headrace.core.events import Delta, Event, Finish, Progress, PromptTokens, ToolCallDelta
 from headrace.core.model import Capabilities
 from headrace.core.model import Continuation as Policy
 from headrace.core.request import AnyRequest, GenerateRequest
@@ -36,6 +36,7 @@ class _Sent:
         "_text",
         "_tokens",
         "calls",
+        "has_prompt",
         "reasonings",
         "texts",
         "token_ids",
@@ -46,6 +47,7 @@ class _Sent:
         self.reasonings: list[str] = []
         self.token_ids: list[int] = []
         self.calls: dict[int, list[str]] = {}
+        self.has_prompt = False
         self._text = self._reasoning = ""
         self._calls: dict[int, str] = {}
         self._tokens = 0
@@ -166,6 +168,8 @@ class Continuation:
             return self._new_delta(event)
         if isinstance(event, ToolCallDelta):
             return self._new_call(event)
+        if isinstance(event, PromptTokens):
+            return self._new_prompt(event)
         if isinstance(event, Finish):
             return self._finish(event)
         if not isinstance(event, Progress):
@@ -186,6 +190,11 @@ class Continuation:
         if self._policy != "off" and self.way is None:
             sent.note(delta)
         return delta
+
+    def _new_prompt(self, prompt: PromptTokens) -> PromptTokens | None:
+        sent = self._sent[prompt.index]
+        was_sent, sent.has_prompt, self._has_begun = sent.has_prompt, True, True
+        return None if was_sent else prompt
 
     def _new_call(self, delta: ToolCallDelta) -> ToolCallDelta | None:
         sent = self._sent[delta.index]
@@ -241,6 +250,7 @@ class Continuation:
         # A grammar, or one of several choices, cannot be resumed.
         simple = request.n == 1 and request.constraint is None and not request.echo
         simple = simple and not (request.enforces_calls or request.media)
+        simple = simple and request.prompt_candidates is None
         if self._policy == "fast" and simple and capabilities.resume:
             return "fast"
         sampling = request.sampling

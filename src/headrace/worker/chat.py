@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -48,14 +49,34 @@ class Chat:
         """Return the prompt of a conversation.
 
         Raises:
-            InvalidRequest: the template refuses it.
+            InvalidRequest: the template refuses it, or leaves out a message to be continued.
             GenerationFailed: the template fails.
         """
+        messages = self._with_markers(request.messages or ())
+        options = {**self._switches(request.thinking), **request.template_options}
+        if not request.continue_final:
+            return self._rendered(request, messages, options)
+        # What a template puts after the message is cut off, and it removes no white space within.
+        mark = secrets.token_hex(16)
+        marked = (*messages[:-1], *(_marked(message, mark) for message in messages[-1:]))
+        options |= {"add_generation_prompt": False}
+        text, has_mark, _ = self._rendered(request, marked, options).rpartition(mark)
+        if not has_mark:
+            raise InvalidRequest(
+                "The chat template leaves the last message out; it cannot be continued.",
+                param="continue_final",
+            )
+        return text
+
+    def _rendered(
+        self,
+        request: GenerateRequest | CountRequest,
+        messages: Sequence[Message],
+        options: dict[str, Any],
+    ) -> str:
         tools = request.tools
         if isinstance(request, GenerateRequest):
             tools = () if request.tool_choice.mode == "none" else tools
-        messages = self._with_markers(request.messages or ())
-        options = {**self._switches(request.thinking), **request.template_options}
         if not tools and not any(m.tool_calls or m.role == "tool" for m in messages):
             return self.template.render(messages, options)
         facts = self.format.template
@@ -161,6 +182,13 @@ def _flat(messages: Sequence[Message], marker: str) -> Sequence[Message]:
         else msgspec.structs.replace(message, content=text_of(message.content, marker))
         for message in messages
     ]
+
+
+def _marked(message: Message, mark: str) -> Message:
+    """Return a message that is to be continued, with a mark at its end: of thinking or content."""
+    if message.reasoning and not message.content:
+        return msgspec.structs.replace(message, reasoning=message.reasoning + mark)
+    return msgspec.structs.replace(message, content=text_of(message.content) + mark)
 
 
 def _openai_tool(tool: Tool) -> dict[str, Any]:

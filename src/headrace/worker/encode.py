@@ -26,7 +26,7 @@ from headrace.core.stream import Mailbox
 from headrace.engines.base import Embedder, Engine, Pair, Piecewise, Reranker
 from headrace.worker.batching import Batcher
 from headrace.worker.generate import Loaded
-from headrace.worker.prompt import Gone, Limit, tokenized
+from headrace.worker.tokens import Gone, Limit, tokenized
 from headrace.worker.turn import Answers, Turn, until_left
 
 Item = TypeVar("Item")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
+from contextlib import aclosing
 from typing import cast
 
 from headrace.core.constraint import Constraint
@@ -13,6 +14,7 @@ from headrace.core.events import Delta, Event, FinishReason, Progress, Text, Tok
 from headrace.core.media import images_of
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
 from headrace.core.stream import merge
+from headrace.engines.abilities import PromptScorer
 from headrace.engines.base import (
     Admitted,
     Engine,
@@ -25,6 +27,7 @@ from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
 from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
+from headrace.worker.scored import prompt_events
 from headrace.worker.turn import Answers, Served, Turn, unmeasured, until_left
 
 
@@ -54,6 +57,13 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
             # Before the engine compiles it, which cannot be stopped.
             with turn.meter.compiling():
                 job = await turn.within(_compiled(loaded, job, job.constraint, request.client))
+        if request.prompt_candidates is not None:
+            scorer, token_ids = cast("PromptScorer", loaded.engine), job.choices[0].token_ids
+            async with aclosing(prompt_events(turn, scorer, token_ids)) as prompt:
+                async for event in prompt:
+                    yield event
+        elif job.over is not None and not request.answered:
+            turn.meter.resumed(len(job.choices[0].token_ids), 0)
         for index in range(request.n if job.echo else 0):
             yield Delta(text=job.echo, index=index)
         choices = [_Choice(turn, index, job) for index in range(request.n)]
@@ -64,7 +74,7 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
                 yield event
         finally:
             await stream.aclose()
-        yield turn.finish([choice.reason for choice in choices])
+        yield turn.finish([c.reason for c in choices], [c.stop for c in choices])
 
 
 async def _compiled(loaded: Loaded, job: Job, constraint: Constraint, client: str) -> Job:
@@ -107,6 +117,11 @@ class _Choice:
         self._least = self._request.sampling.min_tokens or 0
         self._prompt_tokens = len(self._request.token_ids)
         self._most: int | None = None
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the choice."""
+        return self._stops.matched
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Yield the events of the choice: the text of a continued answer, then new text."""

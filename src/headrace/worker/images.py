@@ -15,10 +15,15 @@ def check_images(
     """Check that the model `name` takes images, if there is one.
 
     Raises:
-        Unsupported: it takes none; with the place of the first.
+        Unsupported: it takes none, with the place of the first; or the prompt is to be scored.
     """
-    if not capabilities.images and (place := next(_places(request.messages or ()), None)):
+    if not capabilities.vision and (place := next(_places(request.messages or ()), None)):
         raise Unsupported(f"{name or 'This model'} takes no images.", param=place)
+    generates = isinstance(request, GenerateRequest)
+    if generates and request.media and request.prompt_candidates is not None:
+        raise Unsupported(
+            "Log-probabilities of a prompt with images are not available.", param="prompt_logprobs"
+        )
 
 
 def check_markers(text: str, request: GenerateRequest | CountRequest, marker: str) -> None:

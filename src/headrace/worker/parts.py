@@ -52,6 +52,11 @@ class PartsPipeline:
         """Whether the answer has ended before its model ended it; read it after `flush` too."""
         return self._matcher.matched is not None or (self._single and bool(self.calls))
 
+    @property
+    def matched(self) -> str | None:
+        """The stop string that was found."""
+        return self._matcher.matched
+
     def feed(self, data: bytes, *, may_stop: bool = True) -> list[Output]:
         """Return the events of new bytes."""
         return self._events(self._splitter.feed(self._decoder.feed(data)), may_stop=may_stop)

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import msgspec
 
 from headrace.core.constraint import FORMS, Constraint
-from headrace.core.errors import ConfigError, ContextOverflow, Draining, InvalidRequest, Unsupported
+from headrace.core.errors import ConfigError, ContextOverflow, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities, ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest
 from headrace.core.sampling import Sampling
-from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator, Piecewise
+from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator
 from headrace.text.grammar import after, grammar
 from headrace.text.template import ChatTemplate
 from headrace.worker.chat import Before, Chat, NewSplitter
 from headrace.worker.images import check_images, check_markers
+from headrace.worker.infill import Infill, infill_of
+from headrace.worker.scored import check_scored, check_size
+from headrace.worker.tokens import Gone, Limit, plain_ids, tokenized
 
 # Implemented by the worker for all engines.
 _BY_WORKER = {"stop"}
 # Bytes of a UTF-8 character that can be missing at the end of a text.
 _MAX_MISSING_BYTES = 3
-_EXACT = 4096
-
-Gone = threading.Event
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,46 +58,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, choices=tuple(choices))
 
 
-class Limit(NamedTuple):
-    """When to give a text up: `gone` is set, or it has more than `most` tokens."""
-
-    gone: Gone | None = None
-    most: int | None = None
-    param: str = "prompt"
-
-    def check_length(self, text: str, facts: EngineFacts) -> None:
-        """Check that a text can fit, before a tokenizer spends time on it.
-
-        Raises:
-            ContextOverflow: even in the longest tokens of the model it would not.
-        """
-        if self.most is None or facts.max_token_bytes is None:
-            return
-        most = self.most * facts.max_token_bytes
-        # A character has at most 4 bytes.
-        if len(text) * 4 > most and (size := len(text.encode())) > most:
-            raise ContextOverflow(
-                f"The text has {size} bytes. {self.most} tokens, the context length, have at most "
-                f"{most}.",
-                param=self.param,
-            )
-
-    def check(self, tokens: int) -> None:
-        """Check whether the rest of a text that has `tokens` so far is worth computing.
-
-        Raises:
-            ContextOverflow, Draining: it is not.
-        """
-        if self.gone is not None and self.gone.is_set():
-            raise Draining("The request has ended.")
-        # Far beyond it: within a few thousand tokens the error has their exact number.
-        if self.most is not None and tokens > self.most + _EXACT:
-            raise ContextOverflow(
-                f"The text has more than {tokens} tokens and the context length is {self.most}.",
-                param=self.param,
-            )
-
-
 class Prompter:
     """Turns requests into token ids for one loaded engine."""
 
@@ -109,6 +68,8 @@ class Prompter:
         self._stops = spec.stop
         self.template, self.note = _template(spec, facts)
         self.chat = Chat(self.template, facts.image_marker) if self.template else None
+        generates = "generate" in facts.capabilities.tasks
+        self.infill = infill_of(engine, facts.infill_ids) if generates else None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -129,6 +90,7 @@ class Prompter:
         constraint, splitter = self._parsed(request, text)
         media = tuple(request.media[image.digest] for image in request.images)
         known = len(self._without_images(text, token_ids) if media and text else token_ids)
+        check_size(request, known)
         max_tokens = max_new_tokens(request, known, context_length)
         answered, answered_text, ended = self._answered(request)
         left = max(0, max_tokens - len(answered))
@@ -136,7 +98,7 @@ class Prompter:
             token_ids=token_ids,
             max_tokens=left,
             answered=answered,
-            sampling=_sampling(request, max_tokens, len(answered)),
+            sampling=self._sampling(request, max_tokens, len(answered)),
             constraint=constraint if self._facts.capabilities.json_schema else None,
             text=text if media and text else "",
             media=media,
@@ -169,6 +131,8 @@ class Prompter:
     ) -> tuple[int, ...]:
         if text is not None:
             return self._chat_ids(text, Limit(gone, context_length, "messages"))
+        if request.suffix is not None:
+            return self._infill_ids(request, Limit(gone, context_length, "prompt"))
         if isinstance(request.prompt, tuple):
             return request.prompt
         limit = Limit(gone, context_length, "prompt")
@@ -185,6 +149,41 @@ class Prompter:
             if marker and marker in text
             else token_ids
         )
+
+    def _sampling(self, request: GenerateRequest, max_tokens: int, answered: int) -> Sampling:
+        """Return the sampling of what follows the tokens that were answered."""
+        least = request.sampling.min_tokens or 0
+        if least > max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {least}, and there is room for {max_tokens}.", param="min_tokens"
+            )
+        return msgspec.structs.replace(
+            request.sampling,
+            min_tokens=max(0, least - answered) or None,
+            stop_token_ids=self._stop_token_ids(request),
+        )
+
+    def _infill_ids(self, request: GenerateRequest, limit: Limit) -> tuple[int, ...]:
+        infill, prompt = self._require_infill(), request.prompt or ""
+        suffix_limit = limit._replace(param="suffix")
+        prefix = prompt if isinstance(prompt, tuple) else plain_ids(infill, prompt, limit)
+        return infill.prompt(prefix, plain_ids(infill, request.suffix or "", suffix_limit))
+
+    def _require_infill(self) -> Infill:
+        if self.infill is None:
+            raise Unsupported(
+                "This model cannot fill in the middle: it has no tokens for that.", param="suffix"
+            )
+        return self.infill
+
+    def _stop_token_ids(self, request: GenerateRequest) -> tuple[int, ...]:
+        """Return the tokens that end the answer: also those that end a gap."""
+        given = request.sampling.stop_token_ids
+        supported = "stop_token_ids" in self._facts.capabilities.sampling
+        if request.suffix is None or request.sampling.ignore_eos or not supported:
+            return given
+        ends = self._require_infill().ends
+        return (*given, *(token for token in ends if token not in given))
 
     def _chat_text(self, request: GenerateRequest | CountRequest) -> str:
         if self.chat is None:
@@ -263,7 +262,8 @@ class Prompter:
         if request.prompt is None:
             raise InvalidRequest("echo goes with a prompt, not with messages.", param="echo")
         if request.sampling.logprobs is not None:
-            raise Unsupported("logprobs of an echoed prompt are not available.", param="echo")
+            # It comes with its tokens.
+            return ""
         if isinstance(request.prompt, str):
             return request.prompt
         return self._engine.detokenize(request.prompt)
@@ -282,25 +282,6 @@ def _template(spec: ModelSpec, facts: EngineFacts) -> tuple[ChatTemplate | None,
         return None, f"no chat: {error.message}"
 
 
-def tokenized(
-    engine: Engine, text: str, limit: Limit, *, add_special: bool = True
-) -> tuple[int, ...]:
-    """Return the token ids of a text. Blocking.
-
-    Raises:
-        ContextOverflow: there are more than `limit.most`; the rest is not computed then.
-        Draining: nothing waits for them any more.
-    """
-    limit.check_length(text, engine.facts)
-    if not isinstance(engine, Piecewise):
-        return tuple(engine.tokenize(text, add_special=add_special))
-    token_ids: list[int] = []
-    for piece in engine.tokenize_pieces(text, add_special=add_special):
-        token_ids += piece
-        limit.check(len(token_ids))
-    return tuple(token_ids)
-
-
 def max_new_tokens(request: GenerateRequest, prompt_tokens: int, context_length: int) -> int:
     """Return the maximum number of tokens to generate.
 
@@ -308,6 +289,8 @@ def max_new_tokens(request: GenerateRequest, prompt_tokens: int, context_length:
         ContextOverflow: the prompt, or prompt and `max_tokens`, are too long.
     """
     max_tokens, left = request.sampling.max_tokens, context_length - prompt_tokens
+    if max_tokens == left == 0:
+        return 0
     if left < 1:
         raise ContextOverflow(
             f"The prompt has {prompt_tokens} tokens and the context length is {context_length}; "
@@ -341,6 +324,7 @@ def check_supported(request: GenerateRequest, capabilities: Capabilities, name: 
     check_images(request, capabilities, name)
     if isinstance(request.prompt, tuple) and not capabilities.token_prompts:
         raise Unsupported("This engine does not accept token ids.", param="prompt")
+    check_scored(request, capabilities)
     if request.answered:
         _check_resumable(request, capabilities)
 
@@ -372,16 +356,6 @@ def _check_resumable(request: GenerateRequest, capabilities: Capabilities) -> No
             "An answer with several choices, an echo, images or a JSON schema cannot be continued.",
             param="answered",
         )
-
-
-def _sampling(request: GenerateRequest, max_tokens: int, answered: int) -> Sampling:
-    """Return the sampling of what follows the tokens that were answered."""
-    least = request.sampling.min_tokens or 0
-    if least > max_tokens:
-        raise InvalidRequest(
-            f"min_tokens is {least}, and there is room for {max_tokens}.", param="min_tokens"
-        )
-    return msgspec.structs.replace(request.sampling, min_tokens=max(0, least - answered) or None)
 
 
 def _seeded(request: EngineRequest, index: int) -> EngineRequest:

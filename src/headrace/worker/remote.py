@@ -20,6 +20,7 @@ from headrace.core.events import (
     Delta,
     Event,
     FinishReason,
+    Progress,
     Ranked,
     Ranking,
     Scores,
@@ -64,7 +65,9 @@ async def generate(connected: Connected, request: GenerateRequest) -> AsyncGener
         await turn.take_slot()
         stream: AsyncGenerator[RemoteEvent, None] | None = None
         try:
-            turn.meter.admitted(estimated_count(request).count, 0)
+            prompt = estimated_count(request).count
+            turn.meter.admitted(prompt, 0)
+            yield Progress("prefill", 0, prompt)
             for index in range(request.n if request.echo else 0):
                 yield Delta(str(request.prompt), index=index)
             sampling = msgspec.structs.replace(request.sampling, stop=answer.stops)
@@ -82,7 +85,7 @@ async def generate(connected: Connected, request: GenerateRequest) -> AsyncGener
             if stream is not None:
                 await stream.aclose()
             turn.leave_slot()
-        yield turn.finish(answer.reasons)
+        yield turn.finish(answer.reasons, answer.matched)
 
 
 async def embed(connected: Connected, request: EmbedRequest) -> AsyncGenerator[Event, None]:
@@ -204,6 +207,11 @@ class _Answer:
             self._whole[index].append(text)
 
     @property
+    def matched(self) -> list[str | None]:
+        """The stop string that was found in each choice."""
+        return [matcher.matched for matcher in self._matchers]
+
+    @property
     def is_stopped(self) -> bool:
         """Whether every choice has reached a stop string."""
         return all(matcher.matched is not None for matcher in self._matchers)
@@ -276,6 +284,8 @@ def _check(connected: Connected, request: GenerateRequest) -> None:
     check_supported(request, connected.facts.capabilities, connected.name)
     if request.n > connected.max_choices:
         raise InvalidRequest("n is too large for this model.", param="n")
+    if request.suffix is not None:
+        raise Unsupported("A remote model fills no gaps here.", param="suffix")
     if request.echo and (request.sampling.logprobs is not None or request.messages):
         raise Unsupported("Only a plain prompt can be echoed here.", param="echo")
     if request.echo and not isinstance(request.prompt, str):

@@ -143,7 +143,9 @@ def unloaded_info(
         chat_template=spec.chat_template or file.chat_template,
         max_running=spec.max_running,
         capabilities=Capabilities(
-            tasks=frozenset({spec.task or file.task}), images=file.projector is not None
+            tasks=frozenset({spec.task or file.task}),
+            infill=bool(file.infill_ids),
+            vision=file.projector is not None,
         ),
         options=masked_options(spec.options),
     )
@@ -158,7 +160,11 @@ def loaded_info(worker_spec: WorkerSpec, facts: EngineFacts, prompter: Prompter)
         device=worker_spec.service_name(facts.device),
         context_length=facts.context_length,
         max_running=min(wanted, facts.max_running),
-        capabilities=msgspec.structs.replace(facts.capabilities, chat=template is not None),
+        capabilities=msgspec.structs.replace(
+            facts.capabilities,
+            chat=template is not None,
+            infill=prompter.infill is not None,
+        ),
         chat_template=template.source if template else None,
         roles=prompter.roles if template else (),
         notes=(*facts.notes, prompter.note) if prompter.note else facts.notes,

@@ -259,11 +259,13 @@ class Turn(Generic[S, R]):
         if self._answer is not None:
             self._answer.append(text)
 
-    def finish(self, reasons: Sequence[FinishReason] = ("stop",)) -> Finish:
-        """Return the last event."""
+    def finish(
+        self, reasons: Sequence[FinishReason] = ("stop",), stops: Sequence[str | None] = ()
+    ) -> Finish:
+        """Return the last event; `stops` are the stop strings that ended the choices."""
         self.outcome = reasons[0]
         metrics = self.metrics()
-        return Finish(tuple(reasons), metrics.usage, metrics)
+        return Finish(tuple(reasons), metrics.usage, metrics, tuple(stops) if any(stops) else ())
 
     def metrics(self) -> InferenceMetrics:
         """Return the figures as of now."""

@@ -40,7 +40,7 @@ async def test_images_are_passed_on() -> None:
     """Issue 13, pictures: as a data: URL with the type of the bytes; or refused by name."""
     request = asked("What is ", png(), "?")
     async with upstream(said("Red.")) as server, started(server.url) as worker:
-        assert worker.models()[0].capabilities.images
+        assert worker.models()[0].capabilities.vision
         result = await collect(worker.ask(request))
         (sent,) = server.requests
         count = await collect_count(worker.ask(CountRequest(messages=request.messages)))

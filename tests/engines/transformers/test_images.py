@@ -51,7 +51,7 @@ def asked(engine: Engine, *media: bytes, text: str = TEXT, max_tokens: int = 6) 
 
 async def test_the_answer_depends_on_the_image(seeing: Engine) -> None:
     """Issue 13.5: one marker becomes the tokens of an image, which are counted."""
-    assert seeing.facts.capabilities.images
+    assert seeing.facts.capabilities.vision
     assert seeing.facts.image_marker == "<image>"
     assert seeing.facts.max_running == 1
     request = asked(seeing, png())
@@ -91,7 +91,7 @@ async def test_broken_images_are_errors(seeing: Engine) -> None:
 async def test_a_conversation(folder: Path, home: Path) -> None:
     """The template has the content in parts, and the text cannot have the marker."""
     async with AsyncModelWorker(str(folder), engine="transformers", context_length=128) as worker:
-        assert worker.metadata.capabilities.images
+        assert worker.metadata.capabilities.vision
         message = question("What is ", png(), "?")
         result = await worker.generate(messages=[message], max_tokens=3, temperature=0)
         assert result.usage.prompt_tokens > PER_IMAGE + 5

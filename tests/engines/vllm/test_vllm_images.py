@@ -61,7 +61,7 @@ def tokens(events: Sequence[RawEvent]) -> list[int]:
 
 async def test_the_answer_depends_on_the_image(engine: Engine) -> None:
     """Issue 13.5: one marker becomes the tokens of an image, which are counted."""
-    assert engine.facts.capabilities.images
+    assert engine.facts.capabilities.vision
     assert engine.facts.image_marker == "<image>"
     first, again = await ask(engine, png()), await ask(engine, png())
     other = await ask(engine, png(200, 90, seed=5))

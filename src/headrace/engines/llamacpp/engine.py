@@ -37,6 +37,7 @@ from headrace.engines.llamacpp.pieces import SENTINEL, SIZE, Pieces
 from headrace.engines.llamacpp.server import Server
 from headrace.engines.openmp import SpinGuard, physical_cores
 from headrace.engines.plan import CachePlan
+from headrace.engines.tokenizer import without_markers
 
 # The library's enumerations as numbers: its Python names for them change between releases.
 _KV_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
@@ -86,7 +87,7 @@ class Engine(base.Embedder):
         )
 
     def _call(self, request: EngineRequest, emit: threaded.Emit[RawEvent]) -> Call:
-        if self.facts.capabilities.images:
+        if self.facts.capabilities.vision:
             return NativeCall(request, emit, self._split, self._opened())
         return Call(request, emit, self._split)
 
@@ -122,11 +123,20 @@ class Engine(base.Embedder):
             return
         before, after = self._around if add_special else ((), ())
         yield before
-        for number, piece in enumerate(self._pieces.cut(text)):
-            ids = self._tokens(piece)
+        yield from self._cut(text)
+        yield after
+
+    def _cut(self, text: str, *, markers: bool = True) -> Iterator[Sequence[int]]:
+        pieces = (text,) if len(text) <= SIZE else self._pieces.cut(text)
+        for number, piece in enumerate(pieces):
+            ids = self._tokens(piece, markers=markers)
             continues = number and piece.startswith(SENTINEL)
             yield ids[len(self._sentinel) :] if continues else ids
-        yield after
+
+    def plain_pieces(self, text: str, markers: Sequence[str]) -> Iterator[Sequence[int]]:
+        """Yield the token ids of a text in which markers are text, piece after piece."""
+        for part in without_markers(text, markers):
+            yield from self._cut(part, markers=False)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return text.
@@ -269,13 +279,14 @@ class Engine(base.Embedder):
             notes=planned.notes,
             grammar_library=grammar_library,
             image_marker=props.get("media_marker", "") if sees else "",
+            infill_ids=tuple(n for n in self._model.infill_ids if n < self._vocabulary),
             capabilities=Capabilities(
                 sampling=HONOURED,
                 json_schema=bool(grammar_library),
                 forms=frozenset(FORMS if grammar_library else ()),
                 batch_invariant=device == "cpu" and _is_reproducible(self._options),
                 resume=True,
-                images=sees,
+                vision=sees,
             ),
         )
 

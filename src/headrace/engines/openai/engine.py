@@ -102,7 +102,7 @@ class Engine:
                 json_schema=provider.json != "none",
                 forms=frozenset(FORMS if provider.structured_outputs else ()),
                 token_prompts=provider.token_prompts,
-                images=provider.images,
+                vision=provider.images,
             ),
         )
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import msgspec
 
+from headrace.core.envelope import new_id
 from headrace.core.errors import Unsupported, UpstreamError
 from headrace.core.events import (
     Delta,
@@ -23,7 +24,6 @@ from headrace.core.request import (
     EmbedRequest,
     GenerateRequest,
     RerankRequest,
-    new_id,
 )
 from headrace.core.tools import Tool
 from headrace.engines.base import RemoteFinish
@@ -74,11 +74,20 @@ def generate_body(request: GenerateRequest, model: str, provider: Provider) -> t
         body |= _tools(request)
         if request.template_options:
             body["chat_template_kwargs"] = request.template_options
+        if request.continue_final:
+            body |= _continued(provider)
         return "/chat/completions", msgspec.json.encode(body)
     if not provider.completions:
         raise Unsupported(f"{provider.title} takes messages, not plain prompts.", param="prompt")
     body["prompt"] = request.prompt
     return "/completions", msgspec.json.encode(body)
+
+
+def _continued(provider: Provider) -> dict[str, Any]:
+    # Servers that take options of a template know these fields too.
+    if not provider.template_options:
+        raise Unsupported(f"{provider.title} does not continue a message.", param="continue_final")
+    return {"continue_final_message": True, "add_generation_prompt": False}
 
 
 def _sampling(request: GenerateRequest, provider: Provider, *, chat: bool) -> dict[str, Any]:

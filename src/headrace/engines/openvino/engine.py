@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from headrace.core.errors import LoadFailed
@@ -22,6 +22,7 @@ from headrace.engines.openvino.call import HONOURED, Stepper
 from headrace.engines.openvino.conversion import needs_conversion, not_converted
 from headrace.engines.openvino.vocabulary import Vocabulary, without_telemetry
 from headrace.engines.plan import CachePlan
+from headrace.engines.tokenizer import without_markers
 
 if TYPE_CHECKING:
     from openvino_genai import ContinuousBatchingPipeline, SchedulerConfig, Tokenizer
@@ -62,6 +63,11 @@ class _TextEngine:
             InvalidRequest: an id is outside of the vocabulary.
         """
         return self.vocabulary.text(token_ids)
+
+    def plain_pieces(self, text: str, markers: Sequence[str]) -> Iterator[Sequence[int]]:
+        """Yield the token ids of a text in which markers are text, piece after piece."""
+        for piece in without_markers(text, (*self.vocabulary.control_texts, *markers)):
+            yield self.vocabulary.tokenize(piece, add_special=False)
 
     def shown(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids without control tokens, which a stream leaves out."""

@@ -40,6 +40,7 @@ class Vocabulary:
         bare = tokenizer.decode(each, skip_special_tokens=True)
         full = tokenizer.decode(each, skip_special_tokens=False)
         control = {at for at, pair in enumerate(zip(bare, full, strict=True)) if _is_control(*pair)}
+        self.control_texts = tuple(full[at] for at in sorted(control))
         self.shown = [b"" if at in control else word for at, word in enumerate(self.words)]
         # The library sets up its table of array types at the first read of a tensor. Two threads
         # that do this at once wait for each other without end: one has the GIL, the other the

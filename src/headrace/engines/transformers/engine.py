@@ -7,7 +7,7 @@ import ctypes
 import gc
 import importlib.util
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from headrace.core.errors import (
     LoadFailed,
     OutOfMemory,
 )
+from headrace.core.events import PromptToken
 from headrace.core.install import install_command
 from headrace.core.model import Capabilities
 from headrace.engines import plan
@@ -33,6 +34,7 @@ from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, special_token
 from headrace.engines.transformers import plan_cache, settled, step_tokens
 from headrace.engines.transformers.answer import HONOURED, Answer, Draw, ends_of, failure, rules
 from headrace.engines.transformers.batched import Batched, Unbatched
+from headrace.engines.transformers.scorer import Scorer
 from headrace.engines.transformers.single import Single
 from headrace.text.grammar import grammar
 
@@ -47,6 +49,7 @@ class Engine(TokenizerMixin):
         self._model: Any = None
         self._tokenizer: Any = None
         self._runner: Batched | Single | None = None
+        self._scorer: Scorer | None = None
         self._guard: SpinGuard | None = None
         self._grammars: Any = None
         self._processor: Any = None
@@ -74,11 +77,23 @@ class Engine(TokenizerMixin):
         )
         return runner.generate(request, Answer(request, draw, self._vocabulary, self._ends))
 
+    def prompt_tokens(
+        self, token_ids: Sequence[int], candidates: int
+    ) -> AsyncGenerator[Sequence[PromptToken], None]:
+        """Return the tokens of a prompt with their log probabilities."""
+        if self._scorer is None:
+            raise GenerationFailed("The engine is closed.")
+        self._vocabulary.check(token_ids)
+        return self._scorer.tokens(token_ids, candidates)
+
     def close(self) -> None:
         """Free the model."""
         if self._guard is not None:
             self._guard.close()
         runner, self._runner = self._runner, None
+        scorer, self._scorer = self._scorer, None
+        if scorer is not None:
+            scorer.close()
         if runner is not None:
             runner.close()
         self._model = None
@@ -118,6 +133,9 @@ class Engine(TokenizerMixin):
         self._defaults = self._model.generation_config
         self._model.generation_config = transformers.GenerationConfig()
         self._runner, note = self._start(planned, step_tokens(options, planned.slots, device))
+        # A request that runs alone has hooks in the model.
+        thread = self._runner.thread if isinstance(self._runner, Single) else None
+        self._scorer = Scorer(self._model, self._vocabulary, thread)
         self.facts = self._facts(request, planned, note)
 
     def _start(self, planned: CachePlan, step: int) -> tuple[Batched | Single, str | None]:
@@ -156,7 +174,8 @@ class Engine(TokenizerMixin):
                 forms=frozenset(FORMS if known else ()),
                 batch_invariant=self._runner.max_running == 1,
                 resume=True,
-                images=bool(marker),
+                vision=bool(marker),
+                prompt_logprobs=True,
             ),
         )
 

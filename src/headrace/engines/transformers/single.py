@@ -64,7 +64,7 @@ class Single:
         self._context_length = context_length
         # A recurrent model takes its prompt whole.
         self._chunk = None if getattr(model, "_is_stateful", False) else step_tokens
-        self._thread = ThreadPoolExecutor(1, "transformers")
+        self.thread = ThreadPoolExecutor(1, "transformers")
         self._inbox: threaded.Inbox | None = None
 
     def generate(self, request: EngineRequest, answer: Answer) -> AsyncGenerator[RawEvent, None]:
@@ -72,12 +72,12 @@ class Single:
         if self._inbox is None:
             self._inbox = threaded.Inbox(asyncio.get_running_loop())
         return threaded.stream(
-            lambda emit: self._run(request, answer, emit), inbox=self._inbox, executor=self._thread
+            lambda emit: self._run(request, answer, emit), inbox=self._inbox, executor=self.thread
         )
 
     def close(self) -> None:
         """End the thread."""
-        self._thread.shutdown(wait=False)
+        self.thread.shutdown(wait=False)
 
     def _run(self, request: EngineRequest, answer: Answer, emit: Emit[RawEvent]) -> None:
         run = _Run(answer, emit)

@@ -15,7 +15,7 @@ from headrace.core.errors import (
     OutOfMemory,
     WorkerDied,
 )
-from headrace.core.events import TokenLogprob, TopLogprob
+from headrace.core.events import PromptToken, TokenLogprob, TopLogprob
 from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, RawFinish
 from headrace.engines.tokenizer import Vocabulary
 from headrace.text.grammar import grammar
@@ -89,6 +89,40 @@ def parameters(request: EngineRequest, defaults: Mapping[str, Any]) -> Any:
         detokenize=False,
         skip_clone=True,
     )
+
+
+def scoring_parameters(candidates: int) -> Any:
+    """Return vLLM's SamplingParams for the log probabilities of a prompt; it makes one token."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        prompt_logprobs=candidates,
+        output_kind=RequestOutputKind.DELTA,
+        detokenize=False,
+    )
+
+
+def prompt_tokens(
+    token_ids: Sequence[int],
+    scored: Sequence[Mapping[int, Any] | None],
+    candidates: int,
+    vocabulary: Vocabulary,
+) -> list[PromptToken]:
+    """Return the tokens of a prompt by vLLM's log probabilities, of which the first is None."""
+    data, tokens = vocabulary.full_data, list[PromptToken]()
+    for token, places in zip(token_ids, scored, strict=False):
+        if places is None:
+            tokens.append(PromptToken(token, data(token)))
+            continue
+        own = places[token]
+        top = tuple(
+            TopLogprob(other, data(other), _finite(at.logprob))
+            for other, at in sorted(places.items(), key=lambda pair: pair[1].rank)[:candidates]
+        )
+        tokens.append(PromptToken(token, data(token), _finite(own.logprob), top, own.rank))
+    return tokens
 
 
 def _structured(constraint: Constraint | None) -> Any:

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from headrace.core.constraint import FORMS
+from headrace.core.envelope import new_id
 from headrace.core.errors import (
     ConfigError,
     GenerationFailed,
@@ -26,13 +27,21 @@ from headrace.core.errors import (
     OutOfMemory,
     WorkerDied,
 )
+from headrace.core.events import PromptToken
 from headrace.core.model import Capabilities
-from headrace.core.request import new_id
 from headrace.engines.base import Admitted, EngineFacts, EngineRequest, OpenRequest, RawEvent
 from headrace.engines.pictures import decoded, image_marker
 from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, special_tokens
 from headrace.engines.vllm import Options, memory_arguments, parallel
-from headrace.engines.vllm.call import HONOURED, Call, failure, is_out_of_memory, parameters
+from headrace.engines.vllm.call import (
+    HONOURED,
+    Call,
+    failure,
+    is_out_of_memory,
+    parameters,
+    prompt_tokens,
+    scoring_parameters,
+)
 
 _POLL_S, _SHUTDOWN_S, _KILLED_S = 0.5, 2.0, 5.0
 
@@ -117,6 +126,27 @@ class Engine(TokenizerMixin):
             raise failure(error, self._core_failure()) from error
         finally:
             await outputs.aclose()
+
+    async def prompt_tokens(
+        self, token_ids: Sequence[int], candidates: int
+    ) -> AsyncGenerator[Sequence[PromptToken], None]:
+        """Yield the tokens of a prompt with their log probabilities; closing this aborts it."""
+        if self._llm is None:
+            raise GenerationFailed("The engine is closed.")
+        self._vocabulary.check(token_ids)
+        await self._wait_for_core()
+        prompt = {"type": "token", "prompt_token_ids": list(token_ids)}
+        outputs = self._llm.generate(prompt, scoring_parameters(candidates), new_id())
+        scored: list[Any] = []
+        try:
+            async for output in outputs:
+                scored += output.prompt_logprobs or ()
+        except Exception as error:
+            # Any exception of the library becomes a HeadraceError.
+            raise failure(error, self._core_failure()) from error
+        finally:
+            await outputs.aclose()
+        yield prompt_tokens(token_ids, scored, candidates, self._vocabulary)
 
     async def _wait_for_core(self) -> None:
         """Wait until the core answers: vLLM would wait without end for one that has died."""
@@ -209,7 +239,8 @@ class Engine(TokenizerMixin):
                 forms=frozenset(FORMS),
                 batch_invariant=self._options.batch_invariant,
                 resume=True,
-                images=bool(marker),
+                vision=bool(marker),
+                prompt_logprobs=True,
             ),
         )
 

@@ -1,0 +1,457 @@
+"""POST /v1/responses and /v1/responses/input_tokens. No response is kept."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+from headrace.api import fields, limits
+from headrace.api.exchange import Call, Exchange, Service
+from headrace.api.fields import Body, Peers
+from headrace.api.limits import ApiSettings
+from headrace.api.messages import (
+    CalledFunction,
+    CallId,
+    Effort,
+    Function,
+    ToolName,
+    Turns,
+    leave_out,
+    to_call,
+    tools_of,
+)
+from headrace.api.responses_answer import ResponseEncoder, Settings, unseal, whole
+from headrace.api.responses_body import ResponseBody
+from headrace.api.stream import send_stream
+from headrace.api.wire import (
+    Count,
+    KeepAlive,
+    ModelName,
+    StreamOptions,
+    answer_fields,
+    envelope,
+    scalars,
+)
+from headrace.core import events
+from headrace.core.constraint import Constraint
+from headrace.core.errors import InvalidRequest, Unsupported
+from headrace.core.request import CountRequest, GenerateRequest, Message, Role
+from headrace.core.sampling import Sampling, SamplingFields
+from headrace.core.stream import collect, result
+from headrace.core.tools import Thinking, Tool, ToolChoice
+
+_OF_OTHERS = re.compile(
+    r"(local_shell|shell|apply_patch|web_search|file_search|computer|code_interpreter"
+    r"|image_generation|mcp|tool_search)_(call|output|call_output|list_tools)"
+)
+_HOSTED = re.compile(
+    r"(web_search|web_search_preview)(_\d{4}_\d\d_\d\d)?|file_search|code_interpreter|computer"
+    r"|computer_use_preview|mcp|image_generation|local_shell|shell|apply_patch|tool_search"
+    r"|programmatic_tool_calling|namespace"
+)
+_FREE_TEXT = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+    "additionalProperties": False,
+}
+
+
+class InputPart(Body, frozen=True):
+    """A part of a message, of thinking or of a tool's output; only text is supported."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+    peers: ClassVar[Peers] = fields.INPUT_PART
+
+
+class InputItem(Body, frozen=True, kw_only=True):
+    """A part of the conversation: a message, thinking, a call of a tool, or its output."""
+
+    type: str = "message"
+    role: Role | None = None
+    content: str | list[InputPart] | None = None
+    call_id: CallId | None = None
+    name: ToolName | None = None
+    arguments: str | None = None
+    input: str | None = None
+    output: str | list[InputPart] | None = None
+    encrypted_content: str | None = None
+
+    peers: ClassVar[Peers] = fields.INPUT_ITEM
+
+
+class FreeFormat(Body, frozen=True):
+    """What a tool takes: any text, or the text of a grammar, which is described to the model."""
+
+    type: Literal["text", "grammar"]
+    syntax: Literal["lark", "regex"] | None = None
+    definition: str | None = None
+
+
+class ResponseTool(Body, frozen=True, omit_defaults=True):
+    """A function, a custom tool (which takes free text), or one that the provider runs."""
+
+    type: str
+    name: ToolName | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    format: FreeFormat | None = None
+
+    peers: ClassVar[Peers] = fields.RESPONSE_TOOL
+
+
+class ToolOfType(Body, frozen=True, omit_defaults=True):
+    """A tool, by name."""
+
+    type: str
+    name: ToolName | None = None
+
+    peers: ClassVar[Peers] = fields.RESPONSE_TOOL
+
+
+class ResponseChoice(Body, frozen=True, omit_defaults=True):
+    """One tool that the model must call, or the tools that it may call."""
+
+    type: str
+    name: ToolName | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: Annotated[list[ToolOfType], Meta(min_length=1, max_length=limits.MAX_TOOLS)] | None = (
+        None
+    )
+
+    peers: ClassVar[Peers] = fields.RESPONSE_TOOL
+
+
+class TextFormat(Body, frozen=True, omit_defaults=True):
+    """The required format of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class TextFields(Body, frozen=True, omit_defaults=True):
+    """The required format of the answer; `verbosity` has no effect."""
+
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class Reasoning(Body, frozen=True):
+    """The control of the thinking. There are no summaries."""
+
+    effort: Effort | None = None
+    summary: str | None = None
+
+    peers: ClassVar[Peers] = fields.RESPONSE_REASONING
+
+
+class ResponsesRequest(SamplingFields, Body, frozen=True, kw_only=True):
+    """OpenAI's request of a response, with common extensions.
+
+    `max_tokens` is another name of `max_output_tokens`, and both are cut to what the context has
+    left. `store` and `truncation` have no effect: no response is kept, and nothing is truncated.
+    """
+
+    # OpenAI's seed is a signed 64-bit integer; core also takes unsigned ones.
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+
+    model: ModelName | None = None
+    input: str | Annotated[list[InputItem], Meta(max_length=limits.MAX_ITEMS)] | None = None
+    instructions: str | None = None
+    max_output_tokens: Count | None = None
+    max_tool_calls: Count | None = None
+    tools: Annotated[list[ResponseTool], Meta(max_length=limits.MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextFields | None = None
+    reasoning: Reasoning | None = None
+    include: list[str] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    store: bool | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    context_length: Count | None = None
+    keep_alive: KeepAlive | None = None
+
+    peers: ClassVar[Peers] = fields.RESPONSES
+
+    def names(self) -> dict[str, str]:
+        """Return the client's names for fields of the core."""
+        names = {
+            "messages": "input",
+            "response_format": "text.format",
+            "template_options": "chat_template_kwargs",
+        }
+        return names | ({} if self.max_tokens is not None else {"max_tokens": "max_output_tokens"})
+
+
+class InputTokens(msgspec.Struct, frozen=True):
+    """The number of tokens of an input."""
+
+    input_tokens: int
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+
+
+_DECODER = msgspec.json.Decoder(ResponsesRequest)
+
+
+async def responses(service: Service, exchange: Exchange) -> None:
+    """Answer a conversation with items, streamed or whole."""
+    wire = await exchange.read(_DECODER)
+    call = exchange.call
+    call.names = wire.names()
+    stream = service.backend.ask(to_request(wire, exchange.settings, call))
+    head = _head(wire, service, call)
+    custom = [tool.name for tool in wire.tools or () if tool.type == "custom" and tool.name]
+    seals = "reasoning.encrypted_content" in (wire.include or ())
+    settings = Settings(frozenset(custom), seals)
+    if wire.stream:
+        encoder = ResponseEncoder(head, call.id, settings)
+        await exchange.unless_gone(send_stream(exchange, stream, encoder))
+        return
+    answer = await exchange.unless_gone(collect(stream))
+    await exchange.answer(whole(head, answer, call.id, settings), answer.metrics)
+
+
+async def input_tokens(service: Service, exchange: Exchange) -> None:
+    """Count the tokens of a conversation with items."""
+    wire = await exchange.read(_DECODER)
+    exchange.call.names = wire.names()
+    request = CountRequest(
+        messages=to_messages(wire),
+        tools=to_tools(wire, exchange.call),
+        thinking=_thinking(wire),
+        template_options=wire.chat_template_kwargs or {},
+        **envelope(wire.model, exchange.settings, exchange.call),
+    )
+    count, _ = await exchange.unless_gone(result(service.backend.ask(request), events.TokenCount))
+    await exchange.answer(InputTokens(count.count))
+
+
+def to_request(wire: ResponsesRequest, settings: ApiSettings, call: Call) -> GenerateRequest:
+    """Build the core request.
+
+    Raises:
+        InvalidRequest: fields contradict each other, or a value is out of its range.
+        Unsupported: the request needs what this server does not have.
+    """
+    most, other = wire.max_output_tokens, wire.max_tokens
+    if most is not None and other not in {None, most}:
+        raise InvalidRequest("max_tokens and max_output_tokens differ.", param="max_tokens")
+    logprobs = wire.top_logprobs
+    if logprobs is None and "message.output_text.logprobs" in (wire.include or ()):
+        logprobs = 0
+    values: dict[str, Any] = scalars(wire) | {"logprobs": logprobs}
+    values["max_tokens"] = other if most is None else most
+    return GenerateRequest(
+        messages=to_messages(wire),
+        sampling=Sampling(**values),
+        fit_max_tokens=True,
+        constraint=_constraint(wire.text and wire.text.format),
+        context_length=wire.context_length,
+        template_options=wire.chat_template_kwargs or {},
+        tools=to_tools(wire, call),
+        tool_choice=to_choice(wire),
+        thinking=_thinking(wire),
+        **answer_fields(wire, settings, call, stream=bool(wire.stream)),
+    )
+
+
+def to_messages(wire: ResponsesRequest) -> tuple[Message, ...]:
+    """Return the turns of a conversation; the instructions come first.
+
+    Raises:
+        InvalidRequest: an item is not complete, or of an unknown type; there is none.
+        Unsupported: an item is kept by OpenAI, or is not text.
+    """
+    turns = Turns()
+    if wire.instructions:
+        turns.add(Message("system", wire.instructions))
+    if isinstance(wire.input, str):
+        turns.add(Message("user", wire.input))
+    for index, item in enumerate(wire.input or () if not isinstance(wire.input, str) else ()):
+        _add(turns, item, f"input[{index}]")
+    if not (messages := turns.end()):
+        raise InvalidRequest("input is missing.", param="input")
+    return messages
+
+
+def to_tools(wire: ResponsesRequest, call: Call) -> tuple[Tool, ...]:
+    """Return the tools that the client runs; the others are left out, which `call` notes.
+
+    Raises:
+        InvalidRequest: a tool is wrong.
+        Unsupported: a tool that is left out would have to be called.
+    """
+    tools = [(tool, f"tools[{index}]") for index, tool in enumerate(wire.tools or ())]
+    own = [(_function(tool, place), place) for tool, place in tools if not _is_hosted(tool, place)]
+    hosted = [tool.type for tool, place in tools if _is_hosted(tool, place)]
+    choice = wire.tool_choice
+    leave_out(call, hosted, kept=bool(own) or choice == "none", forced=choice == "required")
+    return tools_of(own)
+
+
+def to_choice(wire: ResponsesRequest) -> ToolChoice:
+    """Return which tools may be called.
+
+    Raises:
+        InvalidRequest: the choice names no tool.
+        Unsupported: it is a tool of the provider.
+    """
+    choice, several = wire.tool_choice, wire.parallel_tool_calls is not False
+    if choice is None or isinstance(choice, str):
+        return ToolChoice(mode=choice or "auto", parallel=several)
+    if choice.type in {"function", "custom"} and choice.name:
+        return ToolChoice("required", (choice.name,), parallel=False)
+    if choice.type == "allowed_tools" and choice.mode and choice.tools:
+        own = [tool.name for tool in choice.tools if tool.type in {"function", "custom"}]
+        names = [name for name in own if name]
+        if len(names) == len(choice.tools):
+            return ToolChoice(choice.mode, tuple(names), parallel=several)
+    elif not _HOSTED.fullmatch(choice.type):
+        raise InvalidRequest("tool_choice is not complete.", param="tool_choice")
+    raise Unsupported("A tool that the provider runs cannot be chosen here.", param="tool_choice")
+
+
+def _add(turns: Turns, item: InputItem, place: str) -> None:
+    if item.type == "message":
+        _add_message(turns, item, place)
+    elif item.type == "reasoning":
+        sealed = unseal(item.encrypted_content or "")
+        turns.think(_text(item.content, f"{place}.content") or sealed)
+    elif item.type == "function_call":
+        function = CalledFunction(_given(item, "name", place), item.arguments or "")
+        turns.call(to_call(_given(item, "call_id", place), function, place))
+    elif item.type == "custom_tool_call":
+        arguments: dict[str, Any] = {"input": item.input or ""}
+        function = CalledFunction(_given(item, "name", place), arguments)
+        turns.call(to_call(_given(item, "call_id", place), function, place))
+    elif item.type in {"function_call_output", "custom_tool_call_output"}:
+        turns.answer(_given(item, "call_id", place), _text(item.output, f"{place}.output"))
+    elif item.type == "item_reference":
+        message = "This server keeps no items: send the item itself."
+        raise Unsupported(message, param=place)
+    elif not _OF_OTHERS.fullmatch(item.type):
+        raise InvalidRequest(f"{place}.type: {item.type[:64]!r} is unknown.", param=f"{place}.type")
+
+
+def _add_message(turns: Turns, item: InputItem, place: str) -> None:
+    if item.role is None or item.role == "tool":
+        raise InvalidRequest(f"{place}.role is missing or unknown.", param=f"{place}.role")
+    if item.content is None:
+        raise InvalidRequest(f"{place}.content is missing.", param=f"{place}.content")
+    text = _text(item.content, f"{place}.content")
+    if item.role == "assistant":
+        turns.say(text)
+    else:
+        turns.add(Message(item.role, text))
+
+
+def _text(content: str | Sequence[InputPart] | None, place: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(_texts(content, place))
+
+
+def _texts(parts: Sequence[InputPart], place: str) -> Iterator[str]:
+    for index, part in enumerate(parts):
+        if part.text is None and part.refusal is None:
+            where = f"{place}[{index}]"
+            raise Unsupported(f"{where}: {part.type[:64]!r} is not supported here.", param=where)
+        yield part.text or part.refusal or ""
+
+
+def _given(item: InputItem, name: Literal["name", "call_id"], place: str) -> str:
+    value: str | None = getattr(item, name)
+    if not value:
+        raise InvalidRequest(f"{place}.{name} is missing.", param=f"{place}.{name}")
+    return value
+
+
+def _is_hosted(tool: ResponseTool, place: str) -> bool:
+    if tool.type in {"function", "custom"}:
+        return False
+    if _HOSTED.fullmatch(tool.type):
+        return True
+    raise InvalidRequest(f"{place}.type: {tool.type[:64]!r} is unknown.", param=f"{place}.type")
+
+
+def _function(tool: ResponseTool, place: str) -> Function:
+    if not tool.name:
+        raise InvalidRequest(f"{place}.name is missing.", param=f"{place}.name")
+    if tool.type == "function":
+        return Function(tool.name, tool.description, tool.parameters, tool.strict)
+    description = tool.description or ""
+    if tool.format is not None and tool.format.definition:
+        grammar = f"The input is written in this grammar ({tool.format.syntax or 'lark'}):"
+        description = f"{description}\n\n{grammar}\n{tool.format.definition}".strip()
+    return Function(tool.name, description or None, _FREE_TEXT)
+
+
+def _constraint(form: TextFormat | None) -> Constraint | None:
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return Constraint(json_schema={"type": "object"})
+    if form.schema is None:
+        raise InvalidRequest("text.format.schema is missing.", param="text.format.schema")
+    return Constraint(json_schema=form.schema)
+
+
+def _thinking(wire: ResponsesRequest) -> Thinking:
+    effort = wire.reasoning.effort if wire.reasoning else None
+    if effort is None:
+        return Thinking()
+    return Thinking(enabled=effort != "none", effort=None if effort == "none" else effort)
+
+
+def _head(wire: ResponsesRequest, service: Service, call: Call) -> ResponseBody:
+    """Return the response at its beginning, with what it repeats of the request."""
+    text = wire.text or TextFields()
+    form = {"name": "answer", **_plain(text.format)} if text.format else {"type": "text"}
+    choice, effort = wire.tool_choice, wire.reasoning or Reasoning()
+    return ResponseBody(
+        id=f"resp_{call.id}",
+        created_at=int(time.time()),
+        model=service.model_name(wire.model),
+        instructions=wire.instructions,
+        max_output_tokens=wire.max_output_tokens or wire.max_tokens,
+        max_tool_calls=wire.max_tool_calls,
+        parallel_tool_calls=wire.parallel_tool_calls is not False,
+        reasoning={"effort": effort.effort, "summary": effort.summary},
+        temperature=wire.temperature,
+        top_p=wire.top_p,
+        presence_penalty=wire.presence_penalty or 0.0,
+        frequency_penalty=wire.frequency_penalty or 0.0,
+        text=_plain(text) | {"format": form},
+        tool_choice=_plain(choice) if isinstance(choice, ResponseChoice) else choice or "auto",
+        tools=[_plain(tool) for tool in wire.tools or () if not _HOSTED.fullmatch(tool.type)],
+        top_logprobs=wire.top_logprobs or 0,
+        user=wire.user,
+        metadata=wire.metadata or {},
+        safety_identifier=wire.safety_identifier,
+        prompt_cache_key=wire.prompt_cache_key,
+    )
+
+
+def _plain(value: msgspec.Struct) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.to_builtins(value)
+    return plain

@@ -1,0 +1,303 @@
+"""/v1/responses and /v1/messages with the official clients, on echo and on the real model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+from anthropic.types import Message as TheirMessage
+from anthropic.types import RawMessageStreamEvent
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import BaseModel, TypeAdapter
+from tests.service.serving import Service, served
+
+MODELS = """
+[models.smollm2]
+model = "{path}"
+context_length = 1024
+[models.echo]
+model = "echo"
+aliases = ["claude-echo"]
+# Thinks as Qwen does, and repeats the last message with the thinking that is in it.
+[models.thinker]
+model = "echo"
+chat_template = {template}
+[server]
+list_aliases = true
+"""
+TEMPLATE = (
+    "{% for m in messages %}{% if loop.last %}\x1e{% endif %}"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}{% endfor %}"
+)
+SCHEMA: Any = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 20},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+ARGUMENTS = '{"city": "Paris </tool_call>", "days": 3}'
+CALL = f'Let me see. <tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
+PATCH = '<tool_call>\n{"name": "patch", "arguments": {"input": "*** Begin\\n+é"}}\n</tool_call>'
+THOUGHT = "<think>\nHm, let me see.\n</think>\n\nParis."
+WEATHER: Any = {"type": "function", "name": "get_weather", "parameters": SCHEMA, "strict": False}
+TOOL: Any = {"name": "get_weather", "input_schema": SCHEMA}
+
+
+class City(BaseModel):
+    """What the real model has to write."""
+
+    name: str
+
+
+@pytest.fixture(scope="module")
+def service(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    file = tmp_path_factory.mktemp("dialects") / "headrace.toml"
+    file.write_text(MODELS.format(path=smollm2_path, template=json.dumps(TEMPLATE)))
+    with served(environment={"CONFIG": str(file)}, ready=False) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def their(service: Service) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def claude(service: Service) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=service.url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def strict(kind: Any, value: BaseModel) -> None:
+    """Check an answer or an event against the client's own types, which it does not do itself."""
+    TypeAdapter(kind).validate_json(value.to_json(), strict=True)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_responses_of_text(their: openai.OpenAI) -> None:
+    """Issue 14.1: whole, streamed by hand and by the client's own accumulator."""
+    whole = their.responses.create(model="echo", input="Hello", instructions="Be brief.")
+    strict(Response, whole)
+    assert (whole.output_text, whole.status) == ("Hello", "completed")
+    events = list(their.responses.create(model="echo", input="Hello", stream=True))
+    for event in events:
+        strict(ResponseStreamEvent, event)
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == "Hello"
+    with their.responses.stream(model="echo", input="Hello") as stream:
+        last = stream.get_final_response()
+    assert (last.output_text, last.usage and last.usage.output_tokens) == ("Hello", 6)
+    cut = their.responses.create(model="echo", input="Hello", max_output_tokens=2)
+    assert (cut.status, cut.output_text) == ("incomplete", "He")
+    count = their.responses.input_tokens.count(model="echo", input="Hello")
+    assert count.input_tokens == whole.usage.input_tokens - len("Be brief.\x1e")  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_a_loop_of_an_agent_by_responses(their: openai.OpenAI) -> None:
+    """Issue 14.1: a call, its result and the answer, streamed; items go back as they came."""
+    history: list[Any] = [{"role": "user", "content": CALL}]
+    tools: Any = [WEATHER, {"type": "web_search"}]
+    with their.responses.stream(model="echo", input=history, tools=tools) as stream:
+        first = stream.get_final_response()
+    strict(Response, Response.model_validate(first.model_dump()))
+    message, call = first.output
+    assert (message.type, first.output_text) == ("message", "Let me see. ")
+    assert call.type == "function_call"
+    assert (call.name, call.arguments) == ("get_weather", ARGUMENTS)
+    history += [item.model_dump(exclude={"parsed_arguments"}) for item in first.output]
+    history.append(
+        {"type": "function_call_output", "call_id": call.call_id, "output": "22 degrees"}
+    )
+    second = their.responses.create(model="echo", input=history, tools=tools)
+    assert "22 degrees" in second.output_text
+    raw = their.responses.with_raw_response.create(model="echo", input=history, tools=tools)
+    assert raw.headers["x-headrace-warning"] == "not supported here, left out: tool web_search"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_of_free_text(their: openai.OpenAI, stream: bool) -> None:
+    """Issue 14.1: Codex's patches; the model writes JSON, the client reads text."""
+    tools: Any = [{"type": "custom", "name": "patch"}]
+    if stream:
+        with their.responses.stream(model="echo", input=PATCH, tools=tools) as events:
+            (item,) = events.get_final_response().output
+    else:
+        (item,) = their.responses.create(model="echo", input=PATCH, tools=tools).output
+    assert item.type == "custom_tool_call"
+    assert (item.name, item.input) == ("patch", "*** Begin\n+é")
+
+
+def test_thinking_by_responses(their: openai.OpenAI) -> None:
+    """Issue 14.1: an item of its own, which the model sees again when it is sent back."""
+    include: Any = ["reasoning.encrypted_content"]
+    first = their.responses.create(
+        model="thinker", input=THOUGHT, include=include, reasoning={"effort": "low"}
+    )
+    output: Any = first.output
+    reasoning, message = output
+    assert (reasoning.type, message.type, first.output_text) == ("reasoning", "message", "Paris.")
+    assert (reasoning.content or [])[0].text.strip() == "Hm, let me see."
+    history: Any = [
+        {"role": "user", "content": "x"},
+        reasoning.model_dump(exclude={"content", "status"}),
+        message.model_dump(),
+        {"role": "user", "content": "y"},
+    ]
+    with_it = their.responses.input_tokens.count(model="thinker", input=history).input_tokens
+    del history[1]
+    without = their.responses.input_tokens.count(model="thinker", input=history).input_tokens
+    assert with_it - without == len("<think>\nHm, let me see.\n</think>\n\n")
+    kinds = [e.type for e in their.responses.create(model="thinker", input=THOUGHT, stream=True)]
+    assert kinds.index("response.reasoning_text.delta") < kinds.index("response.output_text.delta")
+
+
+def test_errors_of_responses(their: openai.OpenAI) -> None:
+    """Issue 14.1: the client's own, by status and code."""
+    with pytest.raises(openai.NotFoundError):
+        their.responses.create(model="other", input="x")
+    with pytest.raises(openai.BadRequestError, match="send the earlier items") as refused:
+        their.responses.create(model="echo", input="x", previous_response_id="resp_1")
+    assert refused.value.param == "previous_response_id"
+    with pytest.raises(openai.NotFoundError):
+        their.responses.retrieve("resp_1")
+    with pytest.raises(openai.BadRequestError) as long:
+        their.responses.create(model="smollm2", input="river " * 1500)
+    assert long.value.code == "context_length_exceeded"
+
+
+def test_the_real_model_by_responses(their: openai.OpenAI) -> None:
+    """Issue 14.1: a structured answer, and an enforced call of a tool."""
+    parsed = their.responses.parse(
+        model="smollm2", input="Name a city.", text_format=City, max_output_tokens=60
+    )
+    assert parsed.output_parsed is None or parsed.output_parsed.name
+    json.loads(parsed.output_text) if parsed.status == "completed" else None
+    answer = their.responses.create(
+        model="smollm2",
+        input="What is the weather in Paris for the next 3 days?",
+        tools=[WEATHER],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+        max_output_tokens=100,
+    )
+    (call,) = answer.output
+    assert call.type == "function_call"
+    assert json.loads(call.arguments).keys() == {"city", "days"}
+
+
+def user(text: Any) -> Any:
+    return [{"role": "user", "content": text}]
+
+
+def test_messages_of_text(claude: anthropic.Anthropic) -> None:
+    """Issue 14.2: whole, streamed by hand and by the client's own accumulator, and counted."""
+    given: Any = {"model": "claude-echo", "messages": user("Hello"), "system": "Be brief."}
+    whole = claude.messages.create(max_tokens=9, **given)
+    strict(TheirMessage, whole)
+    assert [block.to_dict() for block in whole.content] == [{"type": "text", "text": "Hello"}]
+    assert (whole.stop_reason, whole.usage.output_tokens) == ("end_turn", 6)
+    for event in claude.messages.create(max_tokens=9, stream=True, **given):
+        strict(RawMessageStreamEvent, event)
+        if event.type == "message_start":
+            assert event.message.usage.input_tokens == whole.usage.input_tokens == 15
+    with claude.messages.stream(max_tokens=9, **given) as stream:
+        assert stream.get_final_text() == "Hello"
+        assert stream.get_final_message().usage.output_tokens == 6
+    assert claude.messages.count_tokens(**given).input_tokens == 15
+    stopped = claude.messages.create(max_tokens=9, stop_sequences=["lo", "zz"], **given)
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "lo")
+    cut = claude.messages.create(max_tokens=2, **given)
+    assert cut.stop_reason == "max_tokens"
+
+
+def test_a_loop_of_an_agent_by_messages(claude: anthropic.Anthropic) -> None:
+    """Issue 14.2: a call, its result and the answer; the beta client sends its own headers."""
+    history = user(CALL)
+    with claude.messages.stream(
+        model="echo", max_tokens=200, messages=history, tools=[TOOL]
+    ) as stream:
+        first = stream.get_final_message()
+    assert first.stop_reason == "tool_use"
+    text, call = first.content
+    assert (text.type, call.type) == ("text", "tool_use")
+    assert call.type == "tool_use"
+    assert (call.name, call.input) == ("get_weather", json.loads(ARGUMENTS))
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "22 degrees"}
+    history += [{"role": "assistant", "content": first.content}, *user([result])]
+    second = claude.beta.messages.create(
+        model="echo", max_tokens=200, messages=history, tools=[TOOL], betas=["some-beta"]
+    )
+    assert second.content[0].type == "text"
+    assert "22 degrees" in second.content[0].text
+
+
+def test_thinking_by_messages(claude: anthropic.Anthropic) -> None:
+    """Issue 14.2: blocks only where they are requested."""
+    given: Any = {"model": "thinker", "max_tokens": 99, "messages": user(THOUGHT)}
+    assert [b.type for b in claude.messages.create(**given).content] == ["text"]
+    thinking: Any = {"type": "adaptive"}
+    with claude.messages.stream(thinking=thinking, **given) as stream:
+        thought, text = stream.get_final_message().content
+    assert thought.type == "thinking"
+    assert (thought.thinking.strip(), thought.signature) == ("Hm, let me see.", "headrace")
+    assert text.type == "text"
+    assert text.text == "Paris."
+
+
+def test_errors_of_messages(claude: anthropic.Anthropic) -> None:
+    """Issue 14.2: the client's own; Claude Code looks for the text of the last."""
+    with pytest.raises(anthropic.NotFoundError) as unknown:
+        claude.messages.create(model="other", max_tokens=1, messages=user("x"))
+    assert unknown.value.request_id
+    with pytest.raises(anthropic.BadRequestError, match="image"):
+        claude.messages.create(model="echo", max_tokens=1, messages=user([
+            {"type": "image", "source": {"type": "url", "url": "http://x"}}]))  # fmt: skip
+    with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > 1024 m"):
+        claude.messages.create(model="smollm2", max_tokens=9, messages=user("river " * 1500))
+
+
+def test_models_by_both_clients(their: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    """Issue 14.2: one list in both forms, with aliases."""
+    names = [model.id for model in claude.models.list(limit=1000)]
+    assert names == [model.id for model in their.models.list()]
+    assert names == ["smollm2", "echo", "claude-echo", "thinker"]
+    assert claude.models.retrieve("claude-echo").display_name == "echo"
+
+
+def test_a_begun_answer_is_continued(claude: anthropic.Anthropic) -> None:
+    """Issue 14.2: the real model goes on where its turn ends, and does not begin another."""
+    begun: Any = {"role": "assistant", "content": "1, 2, 3, 4,"}
+    answer = claude.messages.create(
+        model="smollm2",
+        max_tokens=6,
+        messages=[*user("Count from 1 to 9."), begun],
+        extra_body={"temperature": 0},
+    )
+    (text,) = answer.content
+    assert text.type == "text"
+    assert text.text.lstrip().startswith("5")
+
+
+def test_the_real_model_by_messages(claude: anthropic.Anthropic) -> None:
+    """Issue 14.2: a forced call; max_tokens beyond the context is cut to its room."""
+    answer = claude.messages.create(
+        model="smollm2",
+        max_tokens=16_000,
+        extra_body={"temperature": 0},
+        messages=user("What is the weather in Paris for the next 3 days?"),
+        tools=[TOOL],
+        tool_choice={"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True},
+    )
+    (call,) = answer.content
+    assert call.type == "tool_use"
+    assert call.input.keys() == {"city", "days"}
+    assert answer.stop_reason == "tool_use"
