@@ -28,6 +28,11 @@ def tiny_llama(gguf: Path) -> Path:
     return _made("tiny_llama_2", smollm2(gguf))
 
 
+def tiny_llava(gguf: Path) -> Path:
+    """Return the folder of a LLaVA with random weights; an image has 5 tokens."""
+    return _made("tiny_llava", tiny_llama(gguf))
+
+
 def _made(name: str, source: Path) -> Path:
     folder = MADE / name
     MADE.mkdir(parents=True, exist_ok=True)
@@ -90,6 +95,66 @@ def _make_tiny_llama(smollm2: Path, folder: Path) -> None:
         shutil.copy(smollm2 / name, folder / name)
 
 
+def _make_tiny_llava(llama: Path, folder: Path) -> None:
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    torch.manual_seed(2)
+    tokenizer: Any = AutoTokenizer.from_pretrained(llama, local_files_only=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.image_token = "<image>"
+    image, patch = 28, 14
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=image,
+        patch_size=patch,
+    )
+    text = LlamaConfig.from_pretrained(llama)
+    text.vocab_size = len(tokenizer)
+    # The smallest heads that vLLM's attention takes everywhere.
+    text.hidden_size, text.num_attention_heads = 128, 2
+    text.num_key_value_heads, text.head_dim = 1, 64
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    size = {"height": image, "width": image}
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": image}, crop_size=size),
+        tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=1,
+    )
+    processor.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}"
+        "{{ m.content }}{% else %}{% for part in m.content %}{% if part.type == 'image' %}"
+        "<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
 if __name__ == "__main__":
-    makers = {"smollm2": _make_smollm2, "tiny_llama_2": _make_tiny_llama}
+    makers = {
+        "smollm2": _make_smollm2,
+        "tiny_llama_2": _make_tiny_llama,
+        "tiny_llava": _make_tiny_llava,
+    }
     makers[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

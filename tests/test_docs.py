@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import MODEL_HOME, ROOT
+from tests.pictures_made import png
 from tests.service.serving import Service, served
 
 from headrace.api.app import ADMIN_ROUTES, ROUTES
@@ -59,6 +60,9 @@ task = "embed"
 [models.reranker]
 model = "echo"
 task = "rerank"
+[models.smolvlm]
+model = "echo"
+options = { images = true }
 """
 SHELL_PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md"] + [
     str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))
@@ -92,6 +96,7 @@ def shell(
     """A folder with the files that the pages name, and a service with their models."""
     folder = tmp_path_factory.mktemp("shell")
     (folder / "notes.txt").write_text("Rivers run to the sea.")
+    (folder / "photo.png").write_bytes(png())
     (folder / "models").mkdir()
     (folder / "models" / "mine.gguf").symlink_to(smollm2_path)
     (folder / "headrace.toml").write_text(STAND_INS)

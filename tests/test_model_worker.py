@@ -499,7 +499,7 @@ def test_messages_take_parts(echo: ModelWorker) -> None:
     turn = {"role": "assistant", "content": "b", "refusal": None, "tool_calls": []}
     assert echo.count_tokens(messages=[Message("user", "a"), turn]).count
     wrong: list[tuple[Any, str]] = [
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0]"),
         ([Message("user", "a"), {"role": "user"}], "messages[1].content"),
         ([{"role": "user", "content": "a", "nmae": "b"}], "messages[].nmae"),
         (

@@ -21,6 +21,7 @@ from headrace.api.messages import (
 from headrace.core.constraint import ANY_FORM, AnyForm, Constraint, constraint_of
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import EmbedResult
+from headrace.core.media import Pictures
 from headrace.core.options import GenerateOptions
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling
@@ -55,9 +56,10 @@ def request(
         arguments["constraint"] = _constraint(forms[0], arguments.pop(forms[0]))
     arguments |= _conversation(arguments)
     text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
-    body = {"model": model, "prompt": text, "messages": turns(messages), **arguments}
+    pictures = Pictures()
+    body = {"model": model, "prompt": text, "messages": turns(messages, pictures), **arguments}
     checked = built(Sampling, sampling)
-    return built(GenerateRequest, {**body, "sampling": checked})
+    return built(GenerateRequest, {**body, "sampling": checked, "media": pictures.data})
 
 
 def _conversation(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -126,8 +128,10 @@ def _constraint(form: AnyForm, value: Any) -> Constraint:
     return constraint_of(form, getattr(checked, form))
 
 
-def turns(messages: Messages | None) -> tuple[Message, ...] | None:
-    """Return messages as the core has them.
+def turns(
+    messages: Messages | None, pictures: Pictures | None = None
+) -> tuple[Message, ...] | None:
+    """Return messages as the core has them; their pictures are added to `pictures`.
 
     Raises:
         InvalidRequest, Unsupported: one is wrong, with its place.
@@ -136,15 +140,18 @@ def turns(messages: Messages | None) -> tuple[Message, ...] | None:
         return None
     if isinstance(messages, str | Mapping):
         raise InvalidRequest("messages: expected a list of messages.", param="messages")
-    return tuple(_message(item, f"messages[{index}]") for index, item in enumerate(messages))
+    pictures = pictures or Pictures()
+    return tuple(_message(item, index, pictures) for index, item in enumerate(messages))
 
 
-def _message(item: Message | Mapping[str, Any], place: str) -> Message:
+def _message(item: Message | Mapping[str, Any], index: int, pictures: Pictures) -> Message:
+    place = f"messages[{index}]"
     if isinstance(item, Message):
         return item
     if not isinstance(item, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidRequest(f"{place}: expected a mapping or a Message.", param=place)
-    return to_messages([_read(dict(item), ChatMessage, place)], int(place[9:-1]))[0]
+    wire = _read(dict(item), ChatMessage, place)
+    return to_messages([wire], int(place[9:-1]), pictures=pictures)[0]
 
 
 def vectors(embedded: EmbedResult) -> Numbers:

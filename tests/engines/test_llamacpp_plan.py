@@ -26,7 +26,8 @@ from headrace.engines.base import (
     RawFinish,
 )
 from headrace.engines.llamacpp import Options, plan_context, settled
-from headrace.engines.llamacpp.call import Call, _body, error_from
+from headrace.engines.llamacpp.call import Call, error_from
+from headrace.engines.llamacpp.call import fields as body_fields
 from headrace.engines.llamacpp.engine import _device
 
 FILE = ModelFile(path="x.gguf", format="gguf", context_length=8192, kv_bytes_per_token=1000)
@@ -104,7 +105,7 @@ def body(max_tokens: int = 5, schema: dict[str, Any] | None = None, **fields: An
         sampling=Sampling(**fields),
         constraint=None if schema is None else Constraint(json_schema=schema),
     )
-    return json.loads(_body(request))
+    return json.loads(msgspec.json.encode(body_fields(request)))
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def openvino_settings(given: EngineRequest) -> object:
 
 
 LIBRARIES: list[tuple[str, Iterable[str], Callable[[EngineRequest], object]]] = [
-    ("llamacpp", llamacpp.HONOURED - ENDED_HERE, llamacpp._body),
+    ("llamacpp", llamacpp.HONOURED - ENDED_HERE, llamacpp.fields),
     ("openvino", openvino.HONOURED, openvino_settings),
     ("vllm", vllm.HONOURED, lambda given: vllm.keywords(given, {})),
 ]

@@ -87,9 +87,12 @@ def test_a_model_comes_from_the_hub_once(run: Run, hub: FakeHub) -> None:
     first = run("hub:org/model")
     assert Path(first["path"]).name == "model-Q8_0.gguf"
     assert Path(first["path"]).read_bytes() == MODEL
-    assert first["models"] == [["hub:org/model", len(MODEL), COMMIT]]
+    # With its projector of images.
+    size = len(MODEL) + len(hub.files["mmproj-F16.gguf"])
+    assert (Path(first["path"]).parent / "mmproj-F16.gguf").exists()
+    assert first["models"] == [["hub:org/model", size, COMMIT]]
     downloads = [report for report in first["said"] if report[0] == "downloading"]
-    assert downloads[-1] == ["downloading", len(MODEL), len(MODEL)]
+    assert downloads[-1] == ["downloading", size, size]
     hub.requests.clear()
     assert run("hub:org/model")["path"] == first["path"]
     assert not hub.requests
@@ -132,7 +135,7 @@ def test_a_broken_download_goes_on_where_it_was(run: Run, hub: FakeHub) -> None:
     answer = run("hub:org/model:Q8_0")
     assert Path(answer["path"]).read_bytes() == large
     assert hub.ranges == ["bytes=10485760-"]  # the client writes 10 MiB at a time
-    assert hub.downloads() == ["model-Q8_0.gguf"] * 2
+    assert hub.downloads() == ["model-Q8_0.gguf"] * 2 + ["mmproj-F16.gguf"]
 
 
 @pytest.mark.parametrize("stop", ["asking the hub", "downloading", "verifying"])

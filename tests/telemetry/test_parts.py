@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import subprocess
 import sys
 import time
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.pictures_made import asked, png
 
+from headrace.cli import trace
 from headrace.core.install import install_command
 from headrace.core.metrics import Gaps, InferenceMetrics
 from headrace.core.request import GenerateRequest
 from headrace.core.sampling import Sampling, SamplingFields, described
 from headrace.telemetry import names, otel
-from headrace.telemetry.content import REDACTED, Redactor
+from headrace.telemetry.content import REDACTED, Redactor, attributes, content, parameters
 from headrace.telemetry.spans import Parent
 
 GOOD = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -84,6 +89,26 @@ def test_what_is_redacted(text: str, left: str) -> None:
 
 def test_ones_own_patterns_are_redacted_too() -> None:
     assert Redactor([r"project \w+"]).redact("In project Falcon.") == f"In {REDACTED}."
+
+
+def test_of_an_image_only_its_size_and_digest_are_kept() -> None:
+    """Issue 13, pictures: neither the record nor the spans have the bytes."""
+    request = asked("My key is sk-0123456789abcdef0123", png(), "?")
+    kept = content(request, {0: ["Red."]}, Redactor())
+    (turn,) = kept.input
+    assert turn["content"][0] == f"My key is {REDACTED}"
+    assert turn["content"][1] == {
+        "type": "image",
+        "digest": hashlib.sha256(png()).hexdigest(),
+        "format": "png",
+        "size": len(png()),
+        "width": 64,
+        "height": 48,
+    }
+    sent = json.loads(str(attributes(request, kept, ["stop"])[names.INPUT_MESSAGES]))
+    assert [part["type"] for part in sent[0]["parts"]] == ["text", "image", "text"]
+    assert "media" not in parameters(request, Redactor())
+    assert "[png 64x48, 9." in trace.content(msgspec.to_builtins(kept.input))
 
 
 def test_redaction_takes_no_longer_than_the_text_is_long() -> None:

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.pictures_made import asked, png
 from tests.worker.rig import ask, echo, resolve
 
 from headrace.core.constraint import Constraint
@@ -171,6 +172,22 @@ def test_no_bytes_break_the_reader(data: bytes) -> None:
     taken = Taken()
     taken.link.connection_made(Transport())
     taken.link.data_received(struct.pack(">I", len(data)) + data)
+
+
+async def test_large_messages_leave_in_frames_of_their_own() -> None:
+    """Issue 13, pictures: many requests with images at once are no frame beyond its limit."""
+    sent: list[bytes] = []
+    taken, transport = Taken(), Transport()
+    transport.write = sent.append  # type: ignore[method-assign]
+    taken.link.connection_made(transport)
+    large = wire.Ask(1, asked("a", png() + bytes(2 << 20)))
+    for message in (wire.Cancel(1), large, large, wire.Cancel(2)):
+        taken.link.send(message)
+    await asyncio.sleep(0)
+    assert [len(frame) > 1 << 20 for frame in sent] == [True, True, False]
+    frames = [msgspec.msgpack.decode(frame[4:], type=list[Any]) for frame in sent]
+    assert [len(messages) for messages in frames] == [2, 1, 1]
+    assert png() + bytes(2 << 20) in frames[1][0][2]["media"].values()
 
 
 async def test_what_is_said_in_one_turn_leaves_in_one_frame() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,8 +12,9 @@ import msgspec
 from msgspec import Meta
 
 from headrace.api import fields
-from headrace.api.exchange import Call, Exchange, Service
+from headrace.api.exchange import Call, Exchange, Service, too_large
 from headrace.api.fields import Peers, ReasoningField
+from headrace.api.images import HELD, Fetched, fetch
 from headrace.api.limits import ApiSettings
 from headrace.api.logprobs import TokenBody, token_bodies
 from headrace.api.messages import (
@@ -21,6 +23,7 @@ from headrace.api.messages import (
     ThinkingFields,
     Tools,
     WireChoice,
+    image_urls,
     to_choice,
     to_messages,
     to_template,
@@ -45,6 +48,7 @@ from headrace.core.events import (
     ToolCall,
     ToolCallDelta,
 )
+from headrace.core.media import MAX_IMAGE_BYTES, Pictures
 from headrace.core.request import GenerateRequest
 
 
@@ -186,16 +190,53 @@ _FORMATS: dict[ReasoningField, ChunkFormat] = {
 
 async def chat_completions(service: Service, exchange: Exchange) -> None:
     """Answer a conversation, streamed or whole."""
-    wire = await exchange.read(_DECODER)
+    wire = await exchange.read(_DECODER, _body_limit(service, exchange.settings))
     exchange.call.names = wire.names()
-    request = to_request(wire, exchange.settings, exchange.call)
+    urls = image_urls(wire.messages)
+    sent = sum(len(url) for url, _ in urls)
+    if exchange.body_size - sent > exchange.settings.max_body_bytes:
+        raise too_large(exchange.settings.max_body_bytes)
+    if not urls:
+        request = to_request(wire, exchange.settings, exchange.call)
+        await _answer(service, exchange, wire, request)
+        return
+    remote = {url: place for url, place in reversed(urls) if url[:4].lower() == "http"}
+    del urls
+    with HELD.hold(sent + (MAX_IMAGE_BYTES if remote else 0)):
+        fetched: Fetched = {}
+        if remote and exchange.settings.media_hosts:
+            hosts = exchange.settings.media_hosts
+            fetched = await exchange.unless_gone(fetch(remote, hosts))
+        # Decoding takes long, and the texts are not kept while the answer runs.
+        request = await asyncio.to_thread(
+            to_request, wire, exchange.settings, exchange.call, fetched
+        )
+        wire = msgspec.structs.replace(wire, messages=[])
+        await _answer(service, exchange, wire, request)
+
+
+async def _answer(
+    service: Service, exchange: Exchange, wire: ChatRequest, request: GenerateRequest
+) -> None:
     field = exchange.settings.reasoning_field
     reply = Reply("chatcmpl-", _FORMATS[field], request.n, partial(_whole, field))
     await answer(service, exchange, wire, service.backend.ask(request), reply)
 
 
-def to_request(wire: ChatRequest, settings: ApiSettings, call: Call) -> GenerateRequest:
-    """Build the core request.
+def _body_limit(service: Service, settings: ApiSettings) -> int:
+    """Return the most bytes of a conversation: more where a model may take images."""
+    # What a model can do is known once it is loaded.
+    may_see = any(
+        info.capabilities.vision or info.state != "ready" for info in service.backend.models()
+    )
+    sizes = (settings.max_body_bytes, settings.max_image_body_bytes)
+    return max(sizes) if may_see else sizes[0]
+
+
+def to_request(
+    wire: ChatRequest, settings: ApiSettings, call: Call, fetched: Fetched | None = None
+) -> GenerateRequest:
+    """Build the core request; `fetched` are the images of other hosts.
 
     Raises:
         InvalidRequest: fields contradict each other, or a value is out of its range.
@@ -206,8 +247,10 @@ def to_request(wire: ChatRequest, settings: ApiSettings, call: Call) -> Generate
     if wire.top_logprobs is not None and not wire.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
     logprobs = (wire.top_logprobs or 0) if wire.logprobs else None
+    pictures = Pictures()
     return GenerateRequest(
-        messages=to_messages(wire.messages),
+        messages=to_messages(wire.messages, pictures=pictures, fetched=fetched),
+        media=pictures.data,
         sampling=to_sampling(
             wire, max_tokens=max_tokens if preferred is None else preferred, logprobs=logprobs
         ),

@@ -102,11 +102,14 @@ class Exchange:
         self.send = send
         self.settings = settings
         self.call = call
+        self.body_size = 0
         self.dialect = dialect
         self._receive = receive
 
-    async def read(self, decoder: msgspec.json.Decoder[S]) -> S:
+    async def read(self, decoder: msgspec.json.Decoder[S], limit: int | None = None) -> S:
         """Read the body and decode it; a large one in a thread, so that the loop stays free.
+
+        `limit` replaces `max_body_bytes` of the settings.
 
         Raises:
             Refused: 408, 413 or 415.
@@ -115,7 +118,9 @@ class Exchange:
             ClientGone: the client left before its end.
         """
         headers = dict(self.scope["headers"])
-        body = await _read_body(self._receive, headers, self.settings.max_body_bytes)
+        limit = limit or self.settings.max_body_bytes
+        body = await _read_body(self._receive, headers, limit)
+        self.body_size = len(body)
         if len(body) > _LARGE_BODY:
             decoded, unknown = await asyncio.to_thread(decode, body, decoder)
         else:
@@ -274,7 +279,7 @@ async def _read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) 
         raise _encoded(coding.decode("latin-1"))
     declared = headers.get(b"content-length", b"0")
     if not declared.isdigit() or int(declared[:20]) > limit:
-        raise _too_large(limit)
+        raise too_large(limit)
     try:
         async with asyncio.timeout(limits.BODY_TIMEOUT_S):
             return await _BODIES.read(receive, limit)
@@ -306,7 +311,7 @@ class Bodies:
                 size += len(parts[-1])
                 self.size += len(parts[-1])
                 if size > limit:
-                    raise _too_large(limit)
+                    raise too_large(limit)
                 if not message.get("more_body", False):
                     return b"".join(parts)
                 if self.size > limits.MAX_BODIES and size > limits.SMALL_BODY:
@@ -349,7 +354,8 @@ def _not_json(body: bytes, problem: str) -> InvalidRequest | Refused:
     return InvalidRequest(f"The body is not valid JSON: {reason}.")
 
 
-def _too_large(limit: int) -> Refused:
+def too_large(limit: int) -> Refused:
+    """Return the error for a body of more than `limit` bytes."""
     message = f"The body is larger than {limit} bytes."
     return refused(413, message, "body_too_large", ((b"connection", b"close"),))
 

@@ -248,7 +248,10 @@ MESSAGE: Peers = {
 TOOL_CALL: Peers = _ignored("index cache_control")
 TOOL: Peers = _ignored("cache_control defer_loading")
 REASONING: Peers = {**_ignored("summary generate_summary"), **_refused("exclude", False)}
-PART: Peers = _ignored("cache_control annotations")
+PART: Peers = {
+    **_ignored("cache_control annotations"),
+    **_refused("input_audio video_url file input_image", instead="Parts are text or image_url"),
+}
 STREAM_OPTIONS: Peers = {
     **_ignored("include_obfuscation"),
     **_refused("continuous_usage_stats", False),

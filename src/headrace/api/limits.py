@@ -86,8 +86,11 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     arrival. `load_wait_s` is how long a request that is not streamed waits for its model to load.
     When there are keys, `keep_alive` of a request without an admin key only lengthens the model's,
     to `max_keep_alive_s` at most.
-    `unknown_fields` is what becomes of a body's unknown fields. `reasoning_field` is where chat
-    completions have the thinking. With `list_aliases`, /v1/models lists each alias as a model.
+    `unknown_fields` is what becomes of a body's unknown fields. `max_image_body_bytes` bounds a
+    conversation for models that take images; `max_body_bytes` bounds it without the images.
+    `media_hosts` are hosts from which images are fetched: names, `*.` and a domain, or `*`.
+    `reasoning_field` is where chat completions have the thinking. With `list_aliases`, /v1/models
+    lists each alias as a model.
 
     Raises:
         ConfigError: a key is not hashed, or a limit is not positive.
@@ -100,6 +103,8 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     admin_keys: tuple[str, ...] = ()
     metrics_keys: tuple[str, ...] = ()
     max_body_bytes: int = 8 << 20
+    max_image_body_bytes: int = 32 << 20
+    media_hosts: tuple[str, ...] = ()
     deadline_s: float | None = None
     load_wait_s: float = 30.0
     max_keep_alive_s: float = 3600.0

@@ -8,12 +8,15 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 import msgspec
 from msgspec import Meta
 
-from headrace.api import fields, limits
+from headrace.api import fields, limits, parts
 from headrace.api.exchange import Call
 from headrace.api.fields import Body, Peers
+from headrace.api.images import Fetched
+from headrace.api.parts import ContentPart
 from headrace.api.wire import GenerateFields
 from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.events import ToolCall
+from headrace.core.media import Content, Pictures
 from headrace.core.request import Message, Role
 from headrace.core.tools import Thinking, Tool, ToolChoice
 
@@ -33,16 +36,6 @@ _BUDGETS = (
     "thinking_token_budget", "thinking_budget_tokens", "thinking_budget", "reasoning_budget",
 )  # fmt: skip
 _EMPTY_ARGUMENTS = "{}"
-
-
-class TextPart(Body, frozen=True):
-    """A part of a message; only text is supported. A refusal is text that a model has written."""
-
-    type: Literal["text", "refusal"]
-    text: str | None = None
-    refusal: str | None = None
-
-    peers: ClassVar[Peers] = fields.PART
 
 
 class CalledFunction(Body, frozen=True):
@@ -70,7 +63,7 @@ class ChatMessage(Body, frozen=True):
     """
 
     role: Role | Literal["function"]
-    content: str | list[TextPart] | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: Annotated[list[WireToolCall], Meta(max_length=limits.MAX_TOOLS)] | None = None
     tool_call_id: CallId | None = None
@@ -191,6 +184,16 @@ class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
         return super().names() | ({"thinking_budget": budgets[0][0]} if budgets else {})
 
 
+def image_urls(wire: Sequence[ChatMessage]) -> list[tuple[str, str]]:
+    """Return the URLs of the images, each with its place."""
+    return [
+        url
+        for index, message in enumerate(wire)
+        if isinstance(message.content, list)
+        for url in parts.image_urls(message.content, f"messages[{index}]")
+    ]
+
+
 def to_template(wire: Templated) -> dict[str, Any]:
     """Return the fields of a core request.
 
@@ -211,19 +214,33 @@ def to_template(wire: Templated) -> dict[str, Any]:
     }
 
 
-def to_messages(wire: Sequence[ChatMessage], first: int = 0) -> tuple[Message, ...]:
-    """Return the turns of a conversation, each with its parts joined to one text.
+def to_messages(
+    wire: Sequence[ChatMessage],
+    first: int = 0,
+    *,
+    pictures: Pictures | None = None,
+    fetched: Fetched | None = None,
+) -> tuple[Message, ...]:
+    """Return the turns of a conversation, each with its texts joined where there are no pictures.
 
-    `first` is the number of the first in errors.
+    `first` is the number of the first in errors. Images are added to `pictures`.
 
     Raises:
-        InvalidRequest: a turn has no content where its role needs it, or an unknown call is
-            answered.
+        InvalidRequest: a turn has no content where its role needs it, or an image is damaged.
+        Unsupported: a part is neither text nor an image.
     """
+    pictures = pictures or Pictures()
     turns: list[Message] = []
     names: dict[str, str] = {}
     for index, message in enumerate(wire, first):
-        turn = _turn(message, f"messages[{index}]", names)
+        place = f"messages[{index}]"
+        content: Content = message.refusal or ""
+        if isinstance(message.content, str):
+            content = message.content or content
+        elif message.content is not None:
+            role = message.role
+            content = parts.to_content(message.content, role, place, pictures, fetched or {})
+        turn = _turn(message, content, place, names)
         names |= {call.id: call.name for call in turn.tool_calls}
         turns.append(turn)
     return tuple(turns)
@@ -357,7 +374,7 @@ def leave_out(call: Call, hosted: Sequence[str], *, kept: bool, forced: bool) ->
     call.left_out += tuple(dict.fromkeys(f"tool {name[:64]}" for name in hosted))
 
 
-def _turn(message: ChatMessage, place: str, names: dict[str, str]) -> Message:
+def _turn(message: ChatMessage, content: Content, place: str, names: dict[str, str]) -> Message:
     role: Role = "tool" if message.role == "function" else message.role
     calls = tuple(
         to_call(call.id, call.function, f"{place}.tool_calls[{i}].function")
@@ -365,23 +382,16 @@ def _turn(message: ChatMessage, place: str, names: dict[str, str]) -> Message:
     )
     if calls and role != "assistant":
         raise InvalidRequest("Only an assistant's turn has calls.", param=f"{place}.tool_calls")
-    text = _text(message.content) if message.content is not None else message.refusal or ""
     if message.content is None and role != "assistant":
         raise InvalidRequest(f"{place}.content is missing.", param=f"{place}.content")
     return Message(
         role,
-        text,
+        content,
         message.name or names.get(message.tool_call_id or ""),
         tool_calls=calls,
         tool_call_id=message.tool_call_id if role == "tool" else None,
         reasoning=message.reasoning_content or message.reasoning or "",
     )
-
-
-def _text(content: str | list[TextPart]) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part.text or part.refusal or "" for part in content)
 
 
 def to_call(identity: str, function: CalledFunction, place: str) -> ToolCall:

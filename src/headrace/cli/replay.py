@@ -92,6 +92,8 @@ def _body(record: RequestRecord, model: str | None) -> dict[str, Any]:
             param="telemetry.trace_content",
         )
     chat = record.operation == "chat"
+    if chat and any(isinstance(turn.get("content"), list) for turn in record.content.input):
+        raise InvalidRequest(f"{record.id} has images, which are not kept: it is not replayed.")
     given = {**record.parameters, **record.parameters.get("sampling", {})}
     sent = {name: value for name, value in given.items() if name in _SAME and value is not None}
     sent |= {"messages" if chat else "prompt": record.content.input}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from headrace.cli import remote, streams, terminal
 from headrace.cli.common import Common, ModelFlags, Url, given, known_models
 from headrace.core.errors import ConfigError, GenerationFailed, InvalidRequest
 from headrace.core.events import Delta, Finish
+from headrace.core.media import MAX_IMAGE_BYTES
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.request import Message
 from headrace.core.sampling import Sampling, SamplingFields
@@ -103,6 +105,10 @@ def run(
     think: Annotated[
         str | None, Option(help="Thinking: on, off, or how much: low, medium, high.")
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        Option(help="Image file that goes with the prompt; may be repeated."),
+    ] = None,
     raw: Annotated[bool, Option(help="Send the prompt without chat template.")] = False,
     figures: Annotated[bool, Option(help="Print the figures of the answer.")] = True,
     local: Annotated[bool, Option("--local", help="Load the model in this process.")] = False,
@@ -119,7 +125,8 @@ def run(
     """
     settings = flags.settings(common)
     parameters = sampling.parameters() | form.arguments() | ({"thinking": think} if think else {})
-    question = _Question(_text(prompt or []), system, parameters, raw)
+    images = tuple(map(_image, image or ()))
+    question = _Question(_text(prompt or []), system, parameters, raw, images)
     named = [f"--{name.replace('_', '-')}" for name in given(flags)]
     if url and (local or named):
         flag = "--local" if local else named[0]
@@ -137,15 +144,37 @@ class _Question:
     system: str | None
     sampling: dict[str, Any]
     raw: bool
+    images: tuple[str, ...] = ()
 
     def request(self) -> dict[str, Any]:
         """Return the arguments of `AsyncModelWorker.generate`."""
         if self.raw:
-            if self.system:
-                raise InvalidRequest("--system needs the chat template that --raw leaves out.")
+            if self.system or self.images:
+                flag = "--system" if self.system else "--image"
+                raise InvalidRequest(f"{flag} needs the chat template that --raw leaves out.")
             return {"prompt": self.text, **self.sampling}
         messages = [Message("system", self.system)] if self.system else []
-        return {"messages": [*messages, Message("user", self.text or "")], **self.sampling}
+        parts = [{"type": "image_url", "image_url": url} for url in self.images]
+        user: Message | dict[str, Any] = Message("user", self.text or "")
+        if parts:
+            user = {"role": "user", "content": [*parts, {"type": "text", "text": self.text}]}
+        return {"messages": [*messages, user], **self.sampling}
+
+
+def _image(path: Path) -> str:
+    """Return a file as a data: URL.
+
+    Raises:
+        InvalidRequest: it cannot be read, or is too large.
+    """
+    try:
+        with path.expanduser().open("rb") as file:
+            data = file.read(MAX_IMAGE_BYTES + 1)
+    except (OSError, RuntimeError) as error:
+        raise InvalidRequest(f"--image {path}: {error}.") from None
+    if len(data) > MAX_IMAGE_BYTES:
+        raise InvalidRequest(f"--image {path}: more than {MAX_IMAGE_BYTES} bytes.")
+    return f"data:;base64,{base64.b64encode(data).decode()}"
 
 
 def _text(words: Sequence[str]) -> str | None:
@@ -165,7 +194,7 @@ async def _run(
     common: Common, settings: Settings, spec: ModelSpec, question: _Question, *, figures: bool
 ) -> None:
     if question.text is None:
-        if common.as_json or question.raw or not streams.is_terminal():
+        if common.as_json or question.raw or question.images or not streams.is_terminal():
             raise InvalidRequest("There is no prompt: give one as an argument or on stdin.")
         sampling = question.sampling
         await chat(settings, spec, system=question.system, sampling=sampling, figures=figures)

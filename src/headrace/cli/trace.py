@@ -256,10 +256,22 @@ def content(request: Any) -> str:
     return terminal.printable("\n".join(map(_turn, turns)))
 
 
+def _content_text(content: Any) -> str:
+    if not isinstance(content, list):
+        return str(content)
+    parts = cast("list[Any]", content)
+    return "".join(part if isinstance(part, str) else _picture(part) for part in parts)
+
+
+def _picture(image: dict[str, Any]) -> str:
+    size = f"{image['width']}x{image['height']}, {terminal.size(image['size'])}"
+    return f"[{image['format']} {size}, sha256 {image['digest'][:12]}]"
+
+
 def _turn(turn: Any) -> str:
     if isinstance(turn, dict) and "role" in turn:
         message = cast("dict[str, Any]", turn)
-        return f"{message['role']}: {message.get('content', '')}"
+        return f"{message['role']}: {_content_text(message.get('content') or '')}"
     return _plain(turn)
 
 

@@ -100,12 +100,12 @@ def is_local_only(key: str, value: object) -> bool:
     text = str(value)
     reads = key == "chat_template" and text.startswith("@")
     runs = key == "engine" and ":" in text
-    return key in ("model", "trust_remote_code", "env") or reads or runs or _selects_upstream(key)
+    return key in ("model", "trust_remote_code", "env") or reads or runs or _is_local(key)
 
 
-def _selects_upstream(key: str) -> bool:
-    """Whether an option determines which secret is sent to which address."""
-    return key.removeprefix("options.") in ("api_key", "api_key_env", "base_url")
+def _is_local(key: str) -> bool:
+    """Whether an option names a file, or determines which secret is sent to which address."""
+    return key.removeprefix("options.") in ("api_key", "api_key_env", "base_url", "mmproj")
 
 
 def located(layer: Layer) -> Layer:

@@ -234,7 +234,8 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     `provider`. `parameters` counts weights; `size` is in bytes. `tokenizer` is the kind of a GGUF's
     tokenizer, and `special_ids` are its tokens by their names in templates (`bos_token`), and
     `infill_ids` those before a prefix, a suffix and the gap between them. A token is at most
-    `max_token_bytes` of text (None: without a limit, or not known).
+    `max_token_bytes` of text (None: without a limit, or not known). `projector` is the
+    file for images that belongs to it.
     """
 
     path: str
@@ -252,6 +253,7 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     infill_ids: tuple[int, ...] = ()
     size: int = 0
     kv_bytes_per_token: int | None = None
+    projector: str | None = None
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
@@ -263,6 +265,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     `tools`: calls of tools, in a `generic` form where the chat template has none of its own.
     `thinking`: whether the model thinks before its answer, and requests can switch that.
     `prompt_logprobs`: of the tokens of a prompt. `infill`: it fills the gap before a suffix.
+    `vision`: messages may have images.
     """
 
     sampling: frozenset[str] = frozenset()
@@ -276,6 +279,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     thinking: Literal["none", "always", "switchable"] = "none"
     prompt_logprobs: bool = False
     infill: bool = False
+    vision: bool = False
     tasks: frozenset[Task] = frozenset({"generate"})
     dimensions: int | None = None
 
@@ -298,6 +302,7 @@ ABILITIES: Mapping[str, str] = {
     "logprobs": "log probabilities",
     "prompt_logprobs": "those of the prompt",
     "infill": "fill in the middle",
+    "vision": "images",
     "resume": "continues an answer",
 }
 """What some engines can do and others cannot: flags of Capabilities and fields of Sampling."""

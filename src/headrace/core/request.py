@@ -16,6 +16,7 @@ from headrace.core.constraint import Constraint
 from headrace.core.envelope import Operation, Request
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import ToolCall
+from headrace.core.media import Content, Image, images_of, known_as, text_of
 from headrace.core.model import Task
 from headrace.core.sampling import LOGPROB_RANGE, TOKEN_RANGE, Logprobs, Sampling
 from headrace.core.tools import Thinking, Tool, ToolChoice
@@ -33,14 +34,14 @@ _OPENING_TOKENS = 4096
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One turn of a conversation. Content in parts has been joined to one text.
+    """One turn of a conversation. Content without pictures has been joined to one text.
 
     An assistant's turn can have the calls that it made and its thinking, the turn of a tool has
     the id of the call that it answers.
     """
 
     role: Role
-    content: str = ""
+    content: Content = ""
     name: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
@@ -53,7 +54,8 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     `context_length` is at most that of the model. With `fit_max_tokens`, `max_tokens` is cut to
     what the context has left, which is refused otherwise. `constraint` is what the text has to be.
     `answered` are the tokens of an answer to continue: the stream begins with their text, in one
-    delta. Tools and thinking go with messages only.
+    delta. Tools and thinking go with messages only. `media` are the bytes of the pictures in the
+    messages, by digest.
 
     `suffix` is what follows the gap that is filled after a prompt. With `continue_final` the last
     message is an assistant's, and the answer goes on with it. `prompt_logprobs` is the number of
@@ -63,7 +65,8 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
 
     Raises:
         InvalidRequest: messages and prompt are both given or both missing, or one is empty; the
-            choice of tools contradicts the tools; no message can be continued.
+            choice of tools contradicts the tools; no message can be continued; the bytes of an
+            image are missing.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -82,9 +85,10 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     suffix: str | None = None
     continue_final: bool = False
     prompt_logprobs: Logprobs | None = None
+    media: dict[str, bytes] = {}  # noqa: RUF012 - of a msgspec struct, which copies it
 
     content_fields: ClassVar[frozenset[str]] = frozenset(
-        {"messages", "prompt", "suffix", "tools", "answered"}
+        {"messages", "prompt", "suffix", "tools", "answered", "media"}
     )
 
     def __post_init__(self) -> None:
@@ -100,6 +104,8 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
         if self.tools and self.messages is None:
             raise InvalidRequest("Tools go with messages, not with a prompt.", param="tools")
         self.tool_choice.allowed(self.tools)
+        if any(image.digest not in self.media for image in self.images):
+            raise InvalidRequest("The bytes of an image are missing.", param="messages")
         if self.continue_final:
             _check_continued(self.messages)
         self._check_prompt()
@@ -116,6 +122,11 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
             raise InvalidRequest(
                 f"max_tokens must be {TOKEN_RANGE._replace(low=1)}.", param="max_tokens"
             )
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The pictures of the messages, in their order."""
+        return tuple(i for turn in self.messages or () for i in images_of(turn.content))
 
     @property
     def prompt_candidates(self) -> int | None:
@@ -156,7 +167,7 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     def opening(self) -> str:
         """Return the messages or the prompt as one text."""
         if self.messages is not None:
-            return "\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in self.messages)
+            return "\x1e".join(f"{turn.role}\x1f{known_as(turn.content)}" for turn in self.messages)
         if isinstance(self.prompt, str):
             return self.prompt
         return " ".join(map(str, (self.prompt or ())[:_OPENING_TOKENS]))
@@ -351,7 +362,8 @@ def _check_continued(messages: Sequence[Message] | None) -> None:
 
 def _message_tokens(message: Message) -> float:
     called = sum(_tokens(call.name) + _tokens(call.arguments) for call in message.tool_calls)
-    return _tokens(message.content) + _tokens(message.reasoning) + called
+    seen = sum(image.tokens for image in images_of(message.content))
+    return _tokens(text_of(message.content)) + seen + _tokens(message.reasoning) + called
 
 
 def _tool_tokens(tool: Tool) -> float:

@@ -35,8 +35,8 @@ ENTRY_POINTS = "headrace.engines"
 """The entry point group under which another package registers an engine's module."""
 
 _SHARED = {
-    *("abilities", "base", "choice", "measured", "openmp", "plan", "remote", "threaded"),
-    "tokenizer",
+    *("abilities", "base", "choice", "measured", "openmp", "pictures", "plan", "remote"),
+    *("threaded", "tokenizer"),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -11,6 +11,7 @@ from pydantic import Field
 from headrace.core.constraint import Constraint
 from headrace.core.errors import HeadraceError, InvalidRequest, Unsupported, UpstreamError
 from headrace.core.events import Delta, FinishReason, TokenCount, ToolCallDelta
+from headrace.core.media import text_of
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities
 from headrace.core.request import (
@@ -31,7 +32,7 @@ ABOUT = About(
     requires="anthropic",
     extra="anthropic",
     remote=True,
-    able=frozenset({"json_schema"}),
+    able=frozenset({"json_schema", "vision"}),
 )
 
 _REASONS: dict[str, FinishReason] = {
@@ -93,7 +94,7 @@ class Engine:
             options.api_version,
         )
         capabilities = Capabilities(
-            sampling=provider.sampling, json_schema=True, token_prompts=False
+            sampling=provider.sampling, json_schema=True, token_prompts=False, vision=True
         )
         self.facts = remote.facts(request, provider, capabilities)
 
@@ -141,12 +142,13 @@ class Engine:
         A text is counted as a message: the endpoint takes nothing else.
         """
         messages = request.messages or (Message("user", request.text or ""),)
-        if request.messages is None and not (request.text or "").strip():
+        is_plain = all(isinstance(turn.content, str) for turn in messages)
+        if not is_plain or (request.messages is None and not (request.text or "").strip()):
             return remote.estimated_count(request)
         try:
             count = await self._connected().messages.count_tokens(
                 model=self._model,
-                **_conversation(messages),
+                **_conversation(messages, {}),
                 **_tools(request.tools, ToolChoice()),
             )
         except self._errors as error:
@@ -192,7 +194,7 @@ class Engine:
             "model": self._model,
             # A budget is a part of it, and has to be less.
             "max_tokens": self._options.max_tokens + budget,
-            **_conversation(request.messages),
+            **_conversation(request.messages, request.media),
             **fields,
             **_tools(request.tools, request.tool_choice),
             **({"stop_sequences": stops[: self._provider.stops]} if stops else {}),
@@ -283,41 +285,43 @@ async def _next(stream: Any) -> Any:
     return await anext(stream, None)
 
 
-def _conversation(messages: Sequence[Message]) -> dict[str, Any]:
+def _conversation(messages: Sequence[Message], media: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the messages, with those of the system joined in a field of their own."""
-    first = (turn.content for turn in messages if turn.role in ("system", "developer"))
+    first = (text_of(turn.content) for turn in messages if turn.role in ("system", "developer"))
     system = "\n\n".join(first)
     turns: list[dict[str, Any]] = []
     for turn in messages:
         if turn.role == "tool":
-            _add_result(turns, turn)
+            _add_result(turns, turn, media)
             continue
         if turn.name:
             raise Unsupported(
                 "Names of participants are not supported by Anthropic.", param="messages"
             )
         if turn.role in ("user", "assistant"):
-            turns.append({"role": turn.role, "content": _content(turn)})
+            turns.append({"role": turn.role, "content": _content(turn, media)})
     if not turns:
         raise InvalidRequest("There is no user message.", param="messages")
     return {"messages": turns, **({"system": system} if system else {})}
 
 
-def _content(turn: Message) -> str | list[dict[str, Any]]:
+def _content(turn: Message, media: Mapping[str, bytes]) -> str | list[dict[str, Any]]:
     # Thinking could only be given back with its signature, which OpenAI's protocol does not have.
     if not turn.tool_calls:
-        return turn.content
+        return remote.blocks(turn.content, media)
     # An empty block of text is refused there.
-    blocks: list[dict[str, Any]] = [{"type": "text", "text": turn.content}] if turn.content else []
+    text = text_of(turn.content)
+    blocks: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
     for call in turn.tool_calls:
         arguments = msgspec.json.decode(call.arguments)
         blocks.append({"type": "tool_use", "id": call.id, "name": call.name, "input": arguments})
     return blocks
 
 
-def _add_result(turns: list[dict[str, Any]], turn: Message) -> None:
+def _add_result(turns: list[dict[str, Any]], turn: Message, media: Mapping[str, bytes]) -> None:
     """Add the result of a call; those of one turn are one message."""
-    result = {"type": "tool_result", "tool_use_id": turn.tool_call_id, "content": turn.content}
+    content = remote.blocks(turn.content, media)
+    result = {"type": "tool_result", "tool_use_id": turn.tool_call_id, "content": content}
     before = turns[-1]["content"] if turns and turns[-1]["role"] == "user" else ""
     if isinstance(before, list):
         turns[-1]["content"] = [*before, result]

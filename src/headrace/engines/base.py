@@ -172,6 +172,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     `visible` are control tokens whose text is part of the answer, as a parser reads them; the text
     of all others is left out.
+
+    `media` are the encoded pictures, in the order of their markers in the prompt, which is `text`
+    then; `token_ids` has the markers only.
     """
 
     token_ids: tuple[int, ...]
@@ -180,12 +183,14 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling = Sampling()
     constraint: Constraint | None = None
     visible: frozenset[int] = frozenset()
+    text: str = ""
+    media: tuple[bytes, ...] = ()
 
 
 class Admitted(msgspec.Struct, frozen=True):
     """The engine has begun with the request; `done` of `total` prompt tokens are computed.
 
-    `cached` of them were taken from a cache.
+    `cached` of them were taken from a cache. With pictures, `total` counts their tokens too.
     """
 
     done: int = 0
@@ -237,7 +242,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     `special_tokens` are the texts of those that the model has, by their names in chat templates:
     `bos_token`, `eos_token`, `unk_token`, ... `grammar_library` is the file with the llguidance
     that compiles constraints; empty is the package of that name. `infill_ids` are the tokens that
-    the model's file names for a prefix, a suffix and the gap between them.
+    the model's file names for a prefix, a suffix and the gap between them. `image_marker` is the
+    text that stands for a picture in a prompt, for engines that take them.
     """
 
     device: str
@@ -249,6 +255,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     max_token_bytes: int | None = None
     grammar_library: str = ""
     infill_ids: tuple[int, ...] = ()
+    image_marker: str = ""
     batch: BatchLimits = BatchLimits()
     notes: tuple[str, ...] = ()
 

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, OutOfMemory
 from headrace.core.events import PromptToken, TokenLogprob, TopLogprob, bytes_of
+from headrace.core.media import image_header
 from headrace.core.model import Capabilities
 from headrace.core.status import Footprint
 from headrace.engines import base
@@ -42,7 +43,7 @@ from headrace.engines.base import (
 ABOUT = About(
     formats=("none",),
     tasks=("generate", "embed", "rerank"),
-    able=frozenset({"logprobs", "prompt_logprobs", "resume"}),
+    able=frozenset({"logprobs", "prompt_logprobs", "resume", "vision"}),
     confined=True,
 )
 
@@ -58,6 +59,7 @@ _CHAT_TEMPLATE = (
     "{{ messages[-1].content }}"
 )
 _PREFILL_STEP = 64
+_IMAGE, _PER_IMAGE = "<image>", 100
 _CONTEXT = 1 << 20
 _PROCESS = 80 << 20  # and the process that renders chat templates
 
@@ -77,6 +79,7 @@ class Options(EngineOptions):
     load_s: float = Field(0, ge=0, description="Seconds that loading takes.")
     memory: int = Field(0, ge=0, description="Additional bytes to hold while it is loaded.")
     tokens_per_delta: int = Field(1, ge=1, description="Tokens in each delta.")
+    images: bool = Field(False, description="Take images, and repeat of each its size and digest.")
     dimensions: int = Field(8, ge=1, le=65536, description="Length of the vectors it embeds to.")
     fail_load: str | None = Field(None, description="Loading fails with this message.")
     fail_after: int = Field(-1, ge=-1, description="Raise after so many tokens.")
@@ -124,10 +127,12 @@ class Engine(base.Embedder):
             context_length=request.context_length or _CONTEXT,
             max_running=_slots(options, request),
             chat_template=_CHAT_TEMPLATE,
+            image_marker=_IMAGE if options.images else "",
             capabilities=Capabilities(
                 sampling=_SAMPLING,
                 batch_invariant=True,
                 resume=request.task == "generate",
+                vision=options.images,
                 prompt_logprobs=request.task == "generate",
                 tasks=frozenset({request.task}),
                 dimensions=options.dimensions if request.task == "embed" else None,
@@ -138,7 +143,7 @@ class Engine(base.Embedder):
         """Yield the script, one token (a byte) after another."""
         if any(not 0 <= token < _VOCABULARY for token in request.token_ids):
             raise InvalidRequest("The prompt has a token id that the model does not know.")
-        total = len(request.token_ids) + len(request.answered)
+        total = len(request.token_ids) + len(request.answered) + _PER_IMAGE * len(request.media)
         async for done in self._prefill(total):
             yield Admitted(done=done, total=total)
         started, sent, reason = time.monotonic(), 0, "length"
@@ -206,7 +211,8 @@ class Engine(base.Embedder):
 
     def _script(self, request: EngineRequest) -> Iterator[int]:
         text = self._options.text
-        token_ids = _spoken(request.token_ids) if text is None else tuple(text.encode())
+        prompt = _with_images(request) if request.media else request.token_ids
+        token_ids = _spoken(prompt) if text is None else tuple(text.encode())
         while token_ids:
             yield from token_ids
             if not request.sampling.ignore_eos:
@@ -291,6 +297,15 @@ def _hang() -> None:
 def _chunks(tokens: Iterator[int], size: int) -> Iterator[tuple[int, ...]]:
     while chunk := tuple(itertools.islice(tokens, size)):
         yield chunk
+
+
+def _with_images(request: EngineRequest) -> tuple[int, ...]:
+    text = request.text
+    for data in request.media:
+        kind, width, height = image_header(data)
+        digest = hashlib.sha256(data).hexdigest()
+        text = text.replace(_IMAGE, f"[{kind} {width}x{height} {digest}]", 1)
+    return tuple(text.encode())
 
 
 def _spoken(prompt: tuple[int, ...]) -> tuple[int, ...]:

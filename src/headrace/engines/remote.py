@@ -28,6 +28,7 @@ from headrace.core.errors import (
     UpstreamError,
 )
 from headrace.core.events import TokenCount
+from headrace.core.media import Content, Part, as_base64, images_of, text_of
 from headrace.core.model import Capabilities
 from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
 from headrace.core.status import Footprint
@@ -196,6 +197,20 @@ def check_supported(request: GenerateRequest, provider: Provider, sampling: froz
         )
 
 
+def blocks(content: Content, media: Mapping[str, bytes]) -> str | list[dict[str, Any]]:
+    """Return a content in the form of Anthropic's API; `media` are the bytes of its images."""
+    if isinstance(content, str):
+        return content
+    return [_block(part, media) for part in content if part]
+
+
+def _block(part: Part, media: Mapping[str, bytes]) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind, data = as_base64(part, media)
+    return {"type": "image", "source": {"type": "base64", "media_type": kind, "data": data}}
+
+
 def trace_headers(request: GenerateRequest | EmbedRequest | RerankRequest) -> dict[str, str]:
     """Return the headers by which an upstream joins the trace of a request."""
     headers = {"traceparent": request.traceparent, "tracestate": request.tracestate}
@@ -214,7 +229,10 @@ def estimated_count(request: CountRequest | GenerateRequest) -> TokenCount:
         return TokenCount(count=len(text), token_ids=text)
     messages = request.messages or ()
     count = estimate(text or "") + sum(
-        _TOKENS_PER_MESSAGE + estimate(message.content) for message in messages
+        _TOKENS_PER_MESSAGE
+        + estimate(text_of(message.content))
+        + sum(image.tokens for image in images_of(message.content))
+        for message in messages
     )
     return TokenCount(count=count, estimated=True)
 

@@ -202,6 +202,9 @@ def _chat_template(folder: Path, tokenizer: Mapping[str, Any]) -> str | None:
     if file.exists():
         return read_bounded(file, MAX_TEMPLATE).decode(errors="replace")
     template = tokenizer.get("chat_template")
+    # Older models with images have it in a file of its own.
+    if template is None and (folder / "chat_template.json").exists():
+        template = read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # several, each with a name
         named = [t for t in cast("list[Any]", template) if _is_table(t)]
         template = next((t.get("template") for t in named if t.get("name") == "default"), None)

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from headrace.core.errors import LoadFailed
 from headrace.core.model import ModelFile, Task
+from headrace.models import projector
 from headrace.models.files import scaled_context
 from headrace.models.gguf import GgufHeader, Skipped, read_header
 from headrace.models.gguf_types import FILE_TYPES
@@ -98,6 +99,7 @@ def describe(path: Path) -> ModelFile:
         infill_ids=facts.infill_ids(),
         size=sum(header.size for header in headers),
         kv_bytes_per_token=facts.kv_bytes_per_token(),
+        projector=projector.beside(path, facts.width()),
     )
 
 
@@ -166,6 +168,10 @@ class _Facts:
             original=self.number(self._key("rope.scaling.original_context_length")),
             architecture=self.architecture,
         )
+
+    def width(self) -> int | None:
+        """Return the length of an embedding."""
+        return self.whole(self._key("embedding_length"))
 
     def chat_template(self) -> str | None:
         """Return the template, unless it is no text or longer than a template can be."""

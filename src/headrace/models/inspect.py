@@ -9,6 +9,7 @@ from headrace.core.model import ModelFile
 from headrace.models import folder, gguf_model, openvino
 from headrace.models.files import open_regular
 from headrace.models.gguf import MAGIC
+from headrace.models.projector import is_projector
 
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 MAX_ENTRIES = 100_000
@@ -75,5 +76,5 @@ def _inspect_folder(path: Path) -> ModelFile:
 
 def _gguf_models(names: list[str]) -> list[str]:
     """Return a name for each model, without projectors and later parts."""
-    files = [n for n in names if n.endswith(".gguf") and not n.lower().startswith("mmproj")]
+    files = [n for n in names if n.endswith(".gguf") and not is_projector(n)]
     return [n for n in files if not gguf_model.is_later_part(n)]

@@ -31,10 +31,10 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     of a stream has to be requested by `stream_options`, a field that others may refuse.
     `embeddings` and `rerank` are its tasks beside generation; `switch` is the field that
     switches thinking, and `thinking_budget` whether it takes `thinking_token_budget`; with
-    `base64` it can send vectors in that encoding. `extra` is added to each request. `otel_name`
-    is its name in OpenTelemetry's conventions, where it differs. `checked` rows rest on the
-    provider's documentation or on several programs that use it; the others on a claim of
-    compatibility, taken narrowly.
+    `base64` it can send vectors in that encoding. `images`: messages may have pictures. `extra`
+    is added to each request. `otel_name` is its name in OpenTelemetry's conventions, where it
+    differs. `checked` rows rest on the provider's documentation or on several programs that use
+    it; the others on a claim of compatibility, taken narrowly.
     """
 
     title: str
@@ -59,6 +59,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     rerank: bool = False
     tokenize: bool = False
     thinking_budget: bool = False
+    images: bool = False
     extra: Mapping[str, Any] = {}
     otel_name: str | None = None
     checked: bool = True
@@ -85,6 +86,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             completions=True,
             embeddings=True,
             base64=True,
+            images=True,
         ),
         "azure": Provider(
             title="Azure OpenAI",
@@ -99,6 +101,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             embeddings=True,
             base64=True,
             otel_name="azure.ai.openai",
+            images=True,
         ),
         "deepseek": Provider(
             title="DeepSeek",
@@ -116,6 +119,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             stops=5,
             otel_name="moonshot_ai",
             switch="type",
+            images=True,
         ),
         "zhipu": Provider(
             title="Zhipu",
@@ -126,6 +130,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             embeddings=True,
             rerank=True,
             switch="type",
+            images=True,
         ),
         "dashscope": Provider(
             title="DashScope",
@@ -134,6 +139,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             sampling=_BASIC | {"presence_penalty", "seed", "top_k"},
             embeddings=True,
             switch="flag",
+            images=True,
         ),
         "siliconflow": Provider(
             title="SiliconFlow",
@@ -143,6 +149,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             embeddings=True,
             rerank=True,
             switch="flag",
+            images=True,
         ),
         "volcengine": Provider(
             title="Volcengine Ark",
@@ -151,6 +158,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             sampling=_BASIC | _PENALTIES | {"logprobs", "logit_bias"},
             embeddings=True,
             switch="type",
+            images=True,
         ),
         "minimax": Provider(
             title="MiniMax",
@@ -187,6 +195,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             json="schema",
             embeddings=True,
             otel_name="gcp.gemini",
+            images=True,
         ),
         "mistral": Provider(
             title="Mistral",
@@ -198,6 +207,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             asks_usage=False,
             embeddings=True,
             otel_name="mistral_ai",
+            images=True,
         ),
         "groq": Provider(
             title="Groq",
@@ -206,6 +216,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             sampling=_BASIC | {"seed"},
             renamed=_NEWER_NAME,
             json="schema",
+            images=True,
         ),
         "xai": Provider(
             title="xAI",
@@ -214,6 +225,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             sampling=_OPENAI - {"logit_bias"},
             json="schema",
             otel_name="x_ai",
+            images=True,
         ),
         "openrouter": Provider(
             title="OpenRouter",
@@ -225,6 +237,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             # Without it, fields that a model does not support are dropped silently.
             extra={"provider": {"require_parameters": True}},
             switch="router",
+            images=True,
         ),
         "together": Provider(
             title="Together",
@@ -236,6 +249,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             embeddings=True,
             rerank=True,
             checked=False,
+            images=True,
         ),
         "fireworks": Provider(
             title="Fireworks",
@@ -246,6 +260,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             completions=True,
             embeddings=True,
             checked=False,
+            images=True,
         ),
         "ollama": Provider(
             title="Ollama",
@@ -256,6 +271,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             json="schema",
             completions=True,
             embeddings=True,
+            images=True,
         ),
         "lmstudio": Provider(
             title="LM Studio",
@@ -266,6 +282,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             json="schema",
             completions=True,
             embeddings=True,
+            images=True,
         ),
         "vllm": Provider(
             title="vLLM",
@@ -284,6 +301,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             rerank=True,
             tokenize=True,
             switch="template",
+            images=True,
         ),
         "headrace": Provider(
             title="Headrace",
@@ -304,6 +322,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             tokenize=True,
             switch="template",
             thinking_budget=True,
+            images=True,
         ),
         "anthropic": Provider(
             title="Anthropic",
@@ -314,6 +333,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             stops=16,
             json="schema",
             tokenize=True,
+            images=True,
         ),
     }
 )

@@ -25,7 +25,7 @@ from headrace.core.errors import (
     UnknownModel,
     UpstreamError,
 )
-from headrace.models import gguf_model
+from headrace.models import gguf_model, projector
 from headrace.models.reference import HubReference
 from headrace.models.transfer import CHUNK, Progress
 
@@ -142,13 +142,23 @@ def choose(reference: HubReference, files: Sequence[HubFile]) -> list[HubFile]:
     if reference.file is not None:
         if reference.file not in models:
             raise _no_such_file(reference, models)
-        return models[reference.file]
+        return _seeing(models[reference.file], files)
     if reference.quantization is not None:
         matches = [name for name in models if _has(name, reference.quantization)]
         if not matches:
             raise _no_such_file(reference, models)
-        return models[min(matches, key=len)]
-    return models[_preferred(models)] if models else _safetensors(reference, files)
+        return _seeing(models[min(matches, key=len)], files)
+    if not models:
+        return _safetensors(reference, files)
+    return _seeing(models[_preferred(models)], files)
+
+
+def _seeing(chosen: list[HubFile], files: Sequence[HubFile]) -> list[HubFile]:
+    """Return the files of a model, with the projector for images in the same folder."""
+    folder = PurePosixPath(chosen[0].name).parent
+    near = {file.name: file for file in files if PurePosixPath(file.name).parent == folder}
+    name = projector.choose(chosen[0].name, near)
+    return chosen if name is None else [*chosen, near[name]]
 
 
 def _download(reference: HubReference, tracker: _Tracker) -> HubModel:
@@ -231,9 +241,9 @@ def _gguf_models(files: Sequence[HubFile]) -> dict[str, list[HubFile]]:
     models: dict[str, list[HubFile]] = {}
     for name in sorted(present):
         file_name = PurePosixPath(name).name
-        if gguf_model.is_later_part(file_name) or re.search(
-            r"mmproj|imatrix", file_name, re.IGNORECASE
-        ):
+        if gguf_model.is_later_part(file_name) or projector.is_projector(file_name):
+            continue
+        if "imatrix" in file_name.lower():
             continue
         parts = [path.as_posix() for path in gguf_model.parts(Path(name))]
         if all(part in present for part in parts):

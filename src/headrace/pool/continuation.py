@@ -267,7 +267,8 @@ class Continuation:
             return "exact"
         # A grammar, or one of several choices, cannot be resumed.
         simple = request.n == 1 and request.constraint is None and not request.echo
-        simple = simple and not request.enforces_calls and request.prompt_candidates is None
+        simple = simple and not (request.enforces_calls or request.media)
+        simple = simple and request.prompt_candidates is None
         if self._policy == "fast" and simple and capabilities.resume:
             return "fast"
         sampling = request.sampling

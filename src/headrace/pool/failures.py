@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from headrace.core.errors import DoesNotFit, HeadraceError, LoadFailed, Quarantined
-from headrace.core.request import AnyRequest, Request
+from headrace.core.request import AnyRequest, GenerateRequest, Request
 from headrace.pool.policy import Rules, backoff_s
 from headrace.pool.replica import Lease
 
@@ -171,6 +171,9 @@ def fingerprint(request: AnyRequest) -> str:
     bare: dict[str, Any] = dict(_ENVELOPE)
     if hasattr(request, "answered"):
         bare["answered"] = ()
+    if isinstance(request, GenerateRequest):
+        # The messages have their digests.
+        bare["media"] = dict.fromkeys(request.media, b"")
     text = repr(msgspec.structs.replace(request, **bare))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 

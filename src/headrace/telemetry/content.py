@@ -95,8 +95,14 @@ def attributes(
     return {names.INPUT_MESSAGES: _json(prompts), names.OUTPUT_MESSAGES: _json(answers)}
 
 
-def _message(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "parts": [{"type": "text", "content": text}]}
+def _message(role: str, content: Any) -> dict[str, Any]:
+    parts = cast("list[Any]", content if isinstance(content, list | tuple) else [content])
+    return {"role": role, "parts": [*map(_part, parts)]}
+
+
+def _part(part: Any) -> dict[str, Any]:
+    # Of an image there are its format, size and digest.
+    return {"type": "text", "content": part} if isinstance(part, str) else part
 
 
 def _json(value: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import msgspec
 
 from headrace.core.errors import ConfigError, GenerationFailed, HeadraceError, InvalidRequest
+from headrace.core.media import Content, joined
 from headrace.core.model import check_template
 from headrace.core.request import Message, Role
 from headrace.text.renderer import Fault, Rendered, Work, render
@@ -122,6 +123,14 @@ class ChatTemplate:
         source = self.source.lower()
         return any(word in source for word in _OF_THINKING)
 
+    def writes_image(self, marker: str) -> bool:
+        """Whether it writes this text for an image of a message, determined by a trial."""
+        if "image" not in self.source:
+            return False
+        parts = [{"type": "image"}, {"type": "text", "text": _PROBE}]
+        answer = self._answer([{"role": "user", "content": parts}], {})
+        return isinstance(answer, Rendered) and answer.text.count(marker) == 1
+
     def trial(self) -> Render:
         """Return a function that renders a conversation in OpenAI's form, or raises.
 
@@ -205,7 +214,7 @@ def _without_system(messages: Sequence[Message]) -> list[Message]:
         system = message.role == "system"
         if turns and turns[-1].role == "user" and (system or (joins and message.role == "user")):
             before = turns.pop()
-            content = f"{before.content}\n\n{message.content}"
+            content = joined(before.content, message.content)
             turns.append(msgspec.structs.replace(before, content=content))
         else:
             turns.append(msgspec.structs.replace(message, role="user") if system else message)
@@ -217,7 +226,7 @@ def openai_turn(
     message: Message, *, text_arguments: bool = False, short_ids: bool = False
 ) -> dict[str, Any]:
     """Return a turn in OpenAI's form, as templates take it; arguments as an object, or as text."""
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    turn: dict[str, Any] = {"role": message.role, "content": _typed(message.content)}
     if message.name is not None:
         turn["name"] = message.name
     if message.reasoning:
@@ -239,6 +248,15 @@ def openai_turn(
             for call in message.tool_calls
         ]
     return turn
+
+
+def _typed(content: Content) -> Any:
+    if isinstance(content, str):
+        return content
+    return [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+        for part in content
+    ]
 
 
 def _id(identity: str, *, short: bool) -> str:

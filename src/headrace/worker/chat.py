@@ -11,6 +11,7 @@ import msgspec
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest, Unsupported
+from headrace.core.media import text_of
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.tools import Thinking, Tool
 from headrace.engines.base import Engine, Generator
@@ -73,12 +74,16 @@ def format_of(template: ChatTemplate, family: str | None = None) -> Format:
 
 
 class Chat:
-    """A chat template, and how its model writes thinking and calls. Blocking; thread-safe."""
+    """A chat template, and how its model writes thinking and calls. Blocking; thread-safe.
+
+    `image_marker` is what the engine takes for an image in a prompt.
+    """
 
     def __init__(
         self, template: ChatTemplate, engine: Engine, tool_format: str | None = None
     ) -> None:
         self.template = template
+        self.image_marker = engine.facts.image_marker
         self._family = tool_format
         self._engine = cast("Generator", engine)
 
@@ -94,7 +99,7 @@ class Chat:
             InvalidRequest: the template refuses it, or leaves out a message to be continued.
             GenerationFailed: the template fails.
         """
-        messages = request.messages or ()
+        messages = self._with_markers(request.messages or ())
         options = {**self._switches(request.thinking), **request.template_options}
         if not request.continue_final:
             return self._rendered(request, messages, options)
@@ -123,6 +128,7 @@ class Chat:
             return self.template.render(messages, options)
         facts = self.format.template
         if not (facts.calls and (facts.tools or not tools)):
+            messages = _flat(messages, self.image_marker)
             turns = [openai_turn(message) for message in messages]
             plain = generic_messages(turns, [_openai_tool(tool) for tool in tools])
             rewritten = [Message(turn["role"], turn["content"]) for turn in plain]
@@ -180,6 +186,9 @@ class Chat:
                 "This engine cannot close the thinking, as it cannot continue an answer.",
                 param="thinking_budget",
             )
+        if request.media:
+            message = "A budget of thinking does not go with images."
+            raise Unsupported(message, param="thinking_budget")
         text = self.format.closing(calls=bool(request.tool_choice.allowed(request.tools)))
         return Budget(
             tokens=tokens,
@@ -187,6 +196,16 @@ class Chat:
             token_ids=tuple(self._engine.tokenize(text, add_special=False)),
             enforced=self.constraint(request, prompt, self._control, has_thought=True),
         )
+
+    @cached_property
+    def _writes_images(self) -> bool:
+        return self.template.writes_image(self.image_marker)
+
+    def _with_markers(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return the messages with images as the template takes them: as parts, or as text."""
+        if all(isinstance(message.content, str) for message in messages) or self._writes_images:
+            return messages
+        return _flat(messages, self.image_marker)
 
     def splitter(self, request: GenerateRequest, prompt: str) -> NewSplitter | None:
         """Return what makes the parser of an answer; None if it is content alone."""
@@ -274,11 +293,20 @@ class Chat:
         return options
 
 
+def _flat(messages: Sequence[Message], marker: str) -> Sequence[Message]:
+    return [
+        message
+        if isinstance(message.content, str)
+        else msgspec.structs.replace(message, content=text_of(message.content, marker))
+        for message in messages
+    ]
+
+
 def _marked(message: Message, mark: str) -> Message:
     """Return a message that is to be continued, with a mark at its end: of thinking or content."""
     if message.reasoning and not message.content:
         return msgspec.structs.replace(message, reasoning=message.reasoning + mark)
-    return msgspec.structs.replace(message, content=message.content + mark)
+    return msgspec.structs.replace(message, content=text_of(message.content) + mark)
 
 
 def _openai_tool(tool: Tool) -> dict[str, Any]:

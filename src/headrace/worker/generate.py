@@ -13,6 +13,7 @@ import msgspec
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, InvalidRequest
 from headrace.core.events import Delta, Event, FinishReason, Progress, Text, TokenCount
+from headrace.core.media import images_of
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
 from headrace.core.stream import merge
 from headrace.engines.abilities import PromptScorer
@@ -27,7 +28,7 @@ from headrace.engines.base import (
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
 from headrace.worker.parts import Output, PartsPipeline
-from headrace.worker.prompt import Job, Prompter
+from headrace.worker.prompt import Job, Prompter, max_new_tokens
 from headrace.worker.scored import prompt_events
 from headrace.worker.turn import Answers, Served, Turn, unmeasured, until_left
 
@@ -118,6 +119,8 @@ class _Choice:
         self._is_spent = self._has_closed = False
         self._whole: list[str] | None = None if job.constraint is None else []
         self._least = self._request.sampling.min_tokens or 0
+        self._prompt_tokens = len(self._request.token_ids)
+        self._most: int | None = None
         self._think(0)
 
     @property
@@ -146,7 +149,7 @@ class _Choice:
                     self._turn.check()
                     for shown in self._shown(event):
                         yield shown
-                    if self._stops.stopped or self._is_spent:
+                    if self._stops.stopped or self._is_spent or self._is_full():
                         break
                 await raw.aclose()
                 events = self._close_thinking()
@@ -163,6 +166,23 @@ class _Choice:
         for event in (*opening, *self._rest()):
             yield event
         await self._end()
+
+    def _seen(self, prompt_tokens: int) -> None:
+        """Take the tokens of a prompt with images, which only the engine can count.
+
+        Raises:
+            ContextOverflow: it is too long.
+        """
+        self._prompt_tokens = prompt_tokens
+        left = max_new_tokens(self._turn.request, prompt_tokens, self._job.context_length)
+        # The engine was given what the text alone leaves.
+        self._most = left if left < self._request.max_tokens else None
+
+    def _is_full(self) -> bool:
+        is_full = self._most is not None and self._tokens >= self._most
+        if is_full:
+            self.reason = "length"
+        return is_full
 
     async def _end(self) -> None:
         if self._stops.stopped:
@@ -305,7 +325,7 @@ class _Choice:
         return raw if self._turn.request.deadline is None else self._turn.steps(raw)
 
     def _shown(self, event: RawEvent) -> Sequence[Event]:
-        meter, prompt_tokens = self._turn.meter, len(self._request.token_ids)
+        meter = self._turn.meter
         if isinstance(event, RawDelta):
             tokens = len(event.token_ids)
             if tokens > 1:
@@ -320,12 +340,17 @@ class _Choice:
             self._note(text)
             return (Delta(text, event.token_ids, self._index, "", event.logprobs),)
         if isinstance(event, Admitted):
+            if self._request.media and event.total:
+                self._seen(event.total)
             if not self._has_closed:
-                meter.admitted(prompt_tokens, event.cached)
+                meter.admitted(self._prompt_tokens, event.cached)
             return (Progress("prefill", event.done, event.total),)
         self.reason = event.reason
         missing = event.completion_tokens - self._tokens
-        meter.correct(prompt_tokens, missing, 0 if self._has_closed else event.cached_tokens)
+        if self._request.media:
+            self._prompt_tokens = event.prompt_tokens
+        cached = 0 if self._has_closed else event.cached_tokens
+        meter.correct(self._prompt_tokens, missing, cached)
         return ()
 
 
@@ -333,6 +358,10 @@ async def _count(loaded: Loaded, request: CountRequest) -> TokenCount:
     # Off the event loop, and beside any generation.
     with until_left() as gone:
         token_ids = await asyncio.to_thread(loaded.prompter.count, request, gone)
+    seen = sum(image.tokens for turn in request.messages or () for image in images_of(turn.content))
+    if seen:
+        # The tokens of an image are known to the engine that has computed them.
+        return TokenCount(count=len(token_ids) + seen, estimated=True)
     return TokenCount(count=len(token_ids), token_ids=token_ids)
 
 

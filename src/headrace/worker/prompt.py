@@ -16,6 +16,7 @@ from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator
 from headrace.text.grammar import after, grammar
 from headrace.text.template import ChatTemplate
 from headrace.worker.chat import Before, Budget, Chat, NewSplitter, Parsing
+from headrace.worker.images import check_images, check_markers
 from headrace.worker.infill import Infill, infill_of
 from headrace.worker.parts import thought_tokens
 from headrace.worker.scored import check_scored, check_size
@@ -36,6 +37,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     `before` is what the grammar of the content allows before it: thinking. `budget` is that of the
     thinking; `answered_thought` counts its tokens in `answered`. `compiled` is the constraint of
     the content without thinking, as the engine has it.
+    `context_length` bounds the prompt with its pictures, whose tokens the engine counts.
     """
 
     choices: tuple[EngineRequest, ...]
@@ -49,6 +51,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     answered_thought: int = 0
     compiled: Constraint | None = None
     over: Literal["stop", "length"] | None = None
+    context_length: int = 0
 
     def enforcing(self, constraint: Constraint) -> Job:
         """Return the job with what the engine enforces: this constraint, after the thinking."""
@@ -68,6 +71,7 @@ class Prompter:
 
     def __init__(self, spec: ModelSpec, engine: Engine) -> None:
         self._engine = engine
+        self._name = spec.name
         self._facts = facts = engine.facts
         self._stops = spec.stop
         self.template, self.note = _template(spec, facts)
@@ -87,37 +91,29 @@ class Prompter:
             Unsupported: the engine cannot honour a field.
             InvalidRequest, ContextOverflow: the request is wrong.
         """
-        check_supported(request, self._facts.capabilities)
+        check_supported(request, self._facts.capabilities, self._name)
         context_length = self._context_length(request)
         text = None if request.messages is None else self._chat_text(request)
         token_ids = self._token_ids(request, text, context_length, gone)
         parsing = self._parsing(request, text)
-        check_size(request, len(token_ids))
-        max_tokens = max_new_tokens(request, len(token_ids), context_length)
+        media = tuple(request.media[image.digest] for image in request.images)
+        known = len(self._without_images(text, token_ids) if media and text else token_ids)
+        check_size(request, known)
+        max_tokens = max_new_tokens(request, known, context_length)
         answered, answered_text, ended = self._answered(request, parsing.visible)
         left = max(0, max_tokens - len(answered))
-        least = request.sampling.min_tokens or 0
-        if least > max_tokens:
-            raise InvalidRequest(
-                f"min_tokens is {least}, and there is room for {max_tokens}.", param="min_tokens"
-            )
-        sampling = msgspec.structs.replace(
-            request.sampling,
-            min_tokens=max(0, least - len(answered)) or None,
-            stop_token_ids=self._stop_token_ids(request),
+        shared = EngineRequest(
+            token_ids=token_ids,
+            max_tokens=left,
+            answered=answered,
+            sampling=self._sampling(request, max_tokens, len(answered)),
+            constraint=self._enforced(parsing.enforced),
+            visible=parsing.visible,
+            text=text if media and text else "",
+            media=media,
         )
         return Job(
-            choices=tuple(
-                EngineRequest(
-                    token_ids=token_ids,
-                    max_tokens=left,
-                    answered=answered,
-                    sampling=_seeded(sampling, index),
-                    constraint=self._enforced(parsing.enforced),
-                    visible=parsing.visible,
-                )
-                for index in range(request.n)
-            ),
+            choices=tuple(_seeded(shared, index) for index in range(request.n)),
             constraint=parsing.constraint,
             splitter=parsing.splitter,
             budget=parsing.budget,
@@ -129,12 +125,15 @@ class Prompter:
             echo=self._echo(request),
             answered_text=answered_text,
             over="stop" if ended else None if left else "length",
+            context_length=context_length,
         )
 
     def count(self, request: CountRequest, gone: Gone | None = None) -> tuple[int, ...]:
         """Return the token ids of a text, or of messages as the template puts them."""
         if request.messages is not None:
-            return self._chat_ids(self._chat_text(request), Limit(gone))
+            check_images(request, self._facts.capabilities, self._name)
+            text = self._chat_text(request)
+            return self._without_images(text, self._chat_ids(text, Limit(gone)))
         add_special = request.add_special
         return tokenized(self._engine, request.text or "", Limit(gone), add_special=add_special)
 
@@ -152,6 +151,28 @@ class Prompter:
         if not token_ids:
             raise InvalidRequest("The prompt is empty.", param="prompt")
         return token_ids
+
+    def _without_images(self, text: str, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the tokens of a prompt without those of the markers of images."""
+        marker = self._facts.image_marker
+        return (
+            self._chat_ids(text.replace(marker, ""), Limit())
+            if marker and marker in text
+            else token_ids
+        )
+
+    def _sampling(self, request: GenerateRequest, max_tokens: int, answered: int) -> Sampling:
+        """Return the sampling of what follows the tokens that were answered."""
+        least = request.sampling.min_tokens or 0
+        if least > max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {least}, and there is room for {max_tokens}.", param="min_tokens"
+            )
+        return msgspec.structs.replace(
+            request.sampling,
+            min_tokens=max(0, least - answered) or None,
+            stop_token_ids=self._stop_token_ids(request),
+        )
 
     def _infill_ids(self, request: GenerateRequest, limit: Limit) -> tuple[int, ...]:
         infill, prompt = self._require_infill(), request.prompt or ""
@@ -181,7 +202,9 @@ class Prompter:
                 "This model has no chat template; send a prompt, or configure chat_template.",
                 param="messages",
             )
-        return self.chat.render(request)
+        text = self.chat.render(request)
+        check_markers(text, request, self._facts.image_marker)
+        return text
 
     def _parsing(self, request: GenerateRequest, text: str | None) -> Parsing:
         if text is None or self.chat is None:
@@ -312,8 +335,8 @@ def max_new_tokens(request: GenerateRequest, prompt_tokens: int, context_length:
     return max_tokens
 
 
-def check_supported(request: GenerateRequest, capabilities: Capabilities) -> None:
-    """Check that the engine supports the request.
+def check_supported(request: GenerateRequest, capabilities: Capabilities, name: str = "") -> None:
+    """Check that the engine supports the request; `name` is that of the model.
 
     Raises:
         Unsupported: names a field that it does not support.
@@ -323,6 +346,7 @@ def check_supported(request: GenerateRequest, capabilities: Capabilities) -> Non
         raise Unsupported(f"This engine does not support {name}.", param=name)
     if request.constraint is not None:
         _check_constrained(request.constraint, request.sampling, capabilities)
+    check_images(request, capabilities, name)
     if isinstance(request.prompt, tuple) and not capabilities.token_prompts:
         raise Unsupported("This engine does not accept token ids.", param="prompt")
     check_scored(request, capabilities)
@@ -352,15 +376,17 @@ def _check_resumable(request: GenerateRequest, capabilities: Capabilities) -> No
     if not capabilities.resume:
         raise Unsupported("This engine cannot continue an answer.", param="answered")
     constrained = request.constraint is not None or request.enforces_calls
-    if request.n > 1 or request.echo or constrained:
+    if request.n > 1 or request.echo or constrained or request.media:
         raise Unsupported(
-            "An answer with several choices, an echo or a JSON schema cannot be continued.",
+            "An answer with several choices, an echo, images or a JSON schema cannot be continued.",
             param="answered",
         )
 
 
-def _seeded(sampling: Sampling, index: int) -> Sampling:
+def _seeded(request: EngineRequest, index: int) -> EngineRequest:
     # Each choice of a seeded request has its own seed, the same for every such request.
+    sampling = request.sampling
     if sampling.seed is None or index == 0:
-        return sampling
-    return msgspec.structs.replace(sampling, seed=(sampling.seed + index) % (1 << 64))
+        return request
+    seeded = msgspec.structs.replace(sampling, seed=(sampling.seed + index) % (1 << 64))
+    return msgspec.structs.replace(request, sampling=seeded)

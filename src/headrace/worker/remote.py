@@ -281,7 +281,7 @@ class _Answer:
 
 
 def _check(connected: Connected, request: GenerateRequest) -> None:
-    check_supported(request, connected.facts.capabilities)
+    check_supported(request, connected.facts.capabilities, connected.name)
     if request.n > connected.max_choices:
         raise InvalidRequest("n is too large for this model.", param="n")
     if request.suffix is not None:

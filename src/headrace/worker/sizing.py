@@ -228,6 +228,7 @@ def _key(worker_spec: WorkerSpec) -> str:
         worker_spec.file.path or spec.model,
         worker_spec.file.size,
         _stamp(worker_spec),
+        *filter(None, (worker_spec.file.projector,)),
         (worker_spec.engine, engines.version(worker_spec.engine), __version__),
         sorted(spec.options.items()),
         (spec.context_length, spec.max_running, _kind(worker_spec), worker_spec.memory),

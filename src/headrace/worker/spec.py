@@ -145,7 +145,9 @@ def unloaded_info(
         chat_template=spec.chat_template or file.chat_template,
         max_running=spec.max_running,
         capabilities=Capabilities(
-            tasks=frozenset({spec.task or file.task}), infill=bool(file.infill_ids)
+            tasks=frozenset({spec.task or file.task}),
+            infill=bool(file.infill_ids),
+            vision=file.projector is not None,
         ),
         options=masked_options(spec.options),
         preset=plain(spec),

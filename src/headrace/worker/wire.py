@@ -26,6 +26,7 @@ _HEADER = struct.Struct(">I")
 _ARRAY = struct.Struct(">BI")
 MAX_FRAME = 256 << 20
 """Bytes; a longer frame is an error of the other side."""
+_LARGE = 1 << 20
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
@@ -127,8 +128,12 @@ class Link(asyncio.Protocol, Generic[In]):
             OverflowError, TypeError, ValueError: msgpack cannot carry the message.
         """
         # Encoded here, so that a message that cannot be encoded fails for its sender alone.
-        self._outbox.append(self._encode(message))
-        if len(self._outbox) == 1:
+        encoded = self._encode(message)
+        self._outbox.append(encoded)
+        if len(encoded) > _LARGE:
+            # Several of them could be longer than a frame may be.
+            self.flush()
+        elif len(self._outbox) == 1:
             asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from typing import Any
 
 import pytest
 from tests.engines.remote.rig import KEY, QUICK, ask, started
 from tests.fakes.upstream import Play, Seen, answered, eventually, refused, upstream
+from tests.pictures_made import asked as picture_request
+from tests.pictures_made import png
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import CapacityError, InvalidRequest, Unsupported, UpstreamError
@@ -71,6 +74,18 @@ def play(*events: dict[str, Any] | float) -> Play:
 
 def good(seen: Seen | None = None) -> Play:
     return play(START, thought("Hm."), text('{"a": "Grüß '), text('Gott"}'), end("end_turn"), STOP)
+
+
+async def test_images_are_passed_on() -> None:
+    """Issue 13, pictures."""
+    async with upstream(script=good) as server, started(server.url, "anthropic") as worker:
+        await collect(worker.ask(picture_request("a", png())))
+        (sent,) = server.requests
+    text, image = sent.body["messages"][0]["content"]
+    assert text == {"type": "text", "text": "a"}
+    assert (image["type"], image["source"]["type"]) == ("image", "base64")
+    assert image["source"]["media_type"] == "image/png"
+    assert base64.b64decode(image["source"]["data"]) == png()
 
 
 async def test_an_answer_comes_with_its_account() -> None:

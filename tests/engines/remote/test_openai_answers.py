@@ -18,6 +18,7 @@ from tests.fakes.upstream import (
     upstream,
     usage,
 )
+from tests.pictures_made import asked, png, question
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import (
@@ -33,6 +34,24 @@ from headrace.core.request import CountRequest, DetokenizeRequest, GenerateReque
 from headrace.core.sampling import Sampling
 from headrace.core.stream import collect, collect_count, collect_text
 from headrace.core.tools import Tool, ToolChoice
+
+
+async def test_images_are_passed_on() -> None:
+    """Issue 13, pictures: as a data: URL with the type of the bytes; or refused by name."""
+    request = asked("What is ", png(), "?")
+    async with upstream(said("Red.")) as server, started(server.url) as worker:
+        assert worker.models()[0].capabilities.vision
+        result = await collect(worker.ask(request))
+        (sent,) = server.requests
+        count = await collect_count(worker.ask(CountRequest(messages=request.messages)))
+    assert result.text == "Red."
+    assert sent.body["messages"][0]["content"] == question("What is ", png(), "?")["content"]
+    assert count.estimated
+    assert count.count > 64
+    async with upstream(said("")) as server, started(server.url, "deepseek") as worker:
+        with pytest.raises(Unsupported, match="takes no images") as caught:
+            await collect(worker.ask(request))
+        assert (caught.value.param, server.requests) == ("messages[0].content[1]", [])
 
 
 async def test_an_answer_comes_with_its_account() -> None:

@@ -16,12 +16,15 @@ from headrace import machine
 from headrace.core.errors import LoadFailed
 from headrace.core.model import ModelFile
 from headrace.core.status import Footprint
+from headrace.core.values import expanded
 from headrace.engines import plan
 from headrace.engines.base import About, EngineOptions, OpenRequest
 from headrace.engines.openmp import physical_cores
 from headrace.engines.plan import CachePlan
+from headrace.models import projector
 from headrace.models.gguf import Skipped, read_header
 from headrace.models.gguf_model import EMBEDDERS
+from headrace.models.projector import Projector
 
 ABOUT = About(
     formats=("gguf",),
@@ -30,11 +33,11 @@ ABOUT = About(
     spreads=True,
     requires="xllamacpp",
     tasks=("generate", "embed"),
-    able=frozenset({"forms", "infill", "json_schema", "logprobs", "resume"}),
+    able=frozenset({"forms", "infill", "json_schema", "logprobs", "resume", "vision"}),
 )
 
 _DEFAULT_SLOTS = 4
-_CPU_BATCH, _GPU_BATCH = 128, 2048
+_CPU_BATCH, _GPU_BATCH, _IMAGE_BATCH = 128, 2048, 512
 _EMBED_CONTEXT = 8192
 _MIB = 1 << 20
 _KV_SHARE = {"f16": 1.0, "bf16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
@@ -79,6 +82,11 @@ class Options(EngineOptions):
     pooling: Literal["model", "mean", "cls", "last"] = Field(
         "model", description="How the embeddings of the tokens are pooled into one."
     )
+    mmproj: str | None = Field(
+        None,
+        description="Projector file for images; by default the mmproj*.gguf beside the model, "
+        "`off` for none.",
+    )
     rope_scale: float = Field(0, ge=0, description="Factor by which the context is stretched.")
 
 
@@ -120,9 +128,22 @@ def settled(request: OpenRequest) -> Options:
     return options.model_copy(update={"flash_attention": flash, "kv_type": kv_type})
 
 
-def batch_size(options: Options, *, on_cpu: bool) -> int:
-    """Return how many prompt tokens are computed at once."""
-    return options.batch_size or (_CPU_BATCH if on_cpu else _GPU_BATCH)
+def batch_size(options: Options, *, on_cpu: bool, sees: bool = False) -> int:
+    """Return how many prompt tokens are computed at once; all of an image have to fit in."""
+    default = _CPU_BATCH if on_cpu else _GPU_BATCH
+    return options.batch_size or (max(default, _IMAGE_BATCH) if sees else default)
+
+
+def projector_of(model: ModelFile, options: Options) -> Projector | None:
+    """Return the projector that the options name, or that belongs to the model.
+
+    Raises:
+        LoadFailed: the file is damaged, or is none.
+    """
+    if options.mmproj == "off":
+        return None
+    path = options.mmproj or model.projector
+    return None if path is None else _projector(expanded(path), _stamp(path))
 
 
 def plan_slots(request: OpenRequest, options: Options, *, on_cpu: bool) -> CachePlan:
@@ -191,21 +212,25 @@ def estimate(
         LoadFailed: the model's header cannot be read.
     """
     words, layers = _words_and_layers(Path(model.path), _stamp(model.path))
-    batch = whole or min(max(batch_size(options, on_cpu=not gpus), planned.slots), 512)
+    seen = None if whole else projector_of(model, options)
+    sees = seen is not None
+    batch = whole or max(batch_size(options, on_cpu=not gpus, sees=sees), planned.slots)
+    batch = batch if sees or whole else min(batch, 512)
+    size, seeing = model.size + (seen.size if seen else 0), seen.computed if seen else 0
     kv_cache = int(planned.tokens * _kv_bytes(model, options))
     activations = _PER_ACTIVATION * math.sqrt(model.parameters or 0) * batch
     outputs = whole * _output_bytes(model)
-    computed = int(activations) + outputs
+    computed = int(activations) + outputs + seeing
     overhead = _PROCESS + words * _PER_WORD + computed + outputs + planned.slots * _PER_SLOT
-    devices = {"cpu": model.size + kv_cache + overhead}
+    devices = {"cpu": size + kv_cache + overhead}
     if gpus:
         share = _share(options.gpu_layers, layers)
-        computed = max(computed, int(activations) + words * batch * 4)
-        moved = int(share * (model.size + kv_cache)) + computed
-        on_host = int((1 - share) * (model.size + kv_cache))
+        computed = max(computed, int(activations) + seeing + words * batch * 4)
+        moved = int(share * (size + kv_cache)) + computed
+        on_host = int((1 - share) * (size + kv_cache))
         devices = {"cpu": on_host + overhead + _CUDA_HOST}
         devices |= plan.divided(moved, gpus, _CUDA_DEVICE)
-    return plan.footprint(devices, planned, weights=model.size, kv_cache=kv_cache)
+    return plan.footprint(devices, planned, weights=size, kv_cache=kv_cache)
 
 
 def expected_device(wanted: str) -> str:
@@ -226,6 +251,12 @@ def _stamp(path: str) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _projector(path: Path, stamp: tuple[int, int]) -> Projector:
+    del stamp
+    return projector.read(path)
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -41,32 +42,41 @@ HONOURED = _BY_NAME | _NAMES.keys()
 """The sampling parameters that a request translates."""
 
 
-class _Progress(msgspec.Struct):
+class Progressed(msgspec.Struct):
+    """How much of a prompt is computed."""
+
     total: int
     cache: int
     processed: int
 
 
-class _Verbose(msgspec.Struct):
+class Tokens(msgspec.Struct):
+    """New tokens, and how many there are in all."""
+
     tokens: tuple[int, ...] = ()
     tokens_predicted: int = 0
 
 
-class _Candidate(msgspec.Struct):
+class Candidate(msgspec.Struct):
+    """A token that could have been chosen."""
+
     id: int
     bytes: list[int]
     logprob: float | None = None
 
     def top(self) -> TopLogprob:
+        """Return it as an event has it."""
         return TopLogprob(self.id, bytes(self.bytes), _finite(self.logprob))
 
 
-class _Token(_Candidate):
-    top_logprobs: list[_Candidate] = []
+class Token(Candidate):
+    """A chosen token, with the likeliest."""
+
+    top_logprobs: list[Candidate] = []
 
 
 class _Logprobs(msgspec.Struct):
-    content: list[_Token]
+    content: list[Token]
 
 
 class _Choice(msgspec.Struct):
@@ -87,13 +97,18 @@ class _Usage(msgspec.Struct):
 
 class _Chunk(msgspec.Struct):
     choices: tuple[_Choice, ...] = ()
-    verbose: _Verbose = msgspec.field(default_factory=_Verbose, name="__verbose")
-    prompt_progress: _Progress | None = None
+    verbose: Tokens = msgspec.field(default_factory=Tokens, name="__verbose")
+    prompt_progress: Progressed | None = None
     usage: _Usage | None = None
     error: dict[str, Any] | None = None
 
 
-_LIKELY, _ALL, _CERTAIN = 64, 1 << 24, 1e6
+Counts = tuple[int, int, int]
+"""Tokens of the prompt, of the answer, and of the prompt from a cache."""
+
+_LIKELY, _ALL = 64, 1 << 24
+CERTAIN = 1e6
+"""A bias by which a token is chosen."""
 # The most bytes, and so tokens, of a character.
 _CHARACTER = 4
 
@@ -116,6 +131,7 @@ class Call:
         self._split = split
         self._ends = frozenset(request.sampling.stop_token_ids)
         self._lookup: Lookup | None = None
+        self._prompt = len(request.token_ids)
         self._sent = 0
         self._predicted = 0
         self._cached = 0
@@ -125,15 +141,21 @@ class Call:
     def run(self, server: xllamacpp.Server) -> None:
         """Block until the request is answered or its stream is closed."""
         if self._request.sampling.logprobs is not None:
-            self._lookup = Lookup(server, self._request, self._split)
+            candidates = partial(self._candidates, server)
+            self._lookup = Lookup(candidates, self._request, self._split)
         if self._request.constraint is not None:
             # The library compiles the grammar before it reports progress.
             self._emit(Admitted(0, len(self._request.token_ids)))
-        server.handle_completions(_body(self._request, self._visible), self._on_chunk)
+        self._send(server)
         if self._failure is not None:
             raise self._failure
         if not self._ended:
             raise GenerationFailed("llama.cpp ended the stream without a reason.")
+
+    def _send(self, server: xllamacpp.Server) -> None:
+        server.handle_completions(
+            msgspec.json.encode(fields(self._request, self._visible)), self._on_chunk
+        )
 
     def _on_chunk(self, raw: bytes) -> bool:
         # The library swallows exceptions of the callback: keep it for `run`.
@@ -151,15 +173,21 @@ class Call:
             return self._progress(chunk.prompt_progress)
         choice = chunk.choices[0]
         if choice.finish_reason is not None:
-            return self._finish(choice.finish_reason, chunk.usage)
+            return self._finish(choice.finish_reason, self._counts(chunk.usage))
         token_ids = self._token_ids(chunk.verbose, choice.text)
+        tokens = choice.logprobs.content if choice.logprobs else ()
+        return self._take_tokens(choice.text.encode(), token_ids, tokens)
+
+    def _take_tokens(
+        self, data: bytes, token_ids: tuple[int, ...], tokens: Sequence[Token]
+    ) -> bool:
         if self._lookup is not None:
-            logprobs = self._lookup.completed(token_ids, self._logprobs(choice))
-            return self._take_entries(choice.text.encode(), token_ids, logprobs)
+            logprobs = self._lookup.completed(token_ids, self._logprobs(tokens))
+            return self._take_entries(data, token_ids, logprobs)
         if not self._ends.isdisjoint(token_ids):
-            return self._finish("stop", None)
+            return self._finish("stop", self._counts(None))
         self._sent += len(token_ids)
-        return self._emit(RawDelta(choice.text.encode(), token_ids))
+        return self._emit(RawDelta(data, token_ids))
 
     def _take_entries(
         self, data: bytes, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]
@@ -175,9 +203,9 @@ class Call:
         stopped = bool(token_ids) and self._emit(RawDelta(data, token_ids, logprobs))
         if end is None and self._sent < self._request.max_tokens:
             return stopped
-        return self._finish("length" if end is None else "stop", None)
+        return self._finish("length" if end is None else "stop", self._counts(None))
 
-    def _token_ids(self, verbose: _Verbose, text: str) -> tuple[int, ...]:
+    def _token_ids(self, verbose: Tokens, text: str) -> tuple[int, ...]:
         # A character of several tokens comes with the id of the last one only.
         tokens, missing = verbose.tokens, verbose.tokens_predicted - self._predicted
         self._predicted = max(self._predicted, verbose.tokens_predicted)
@@ -186,24 +214,29 @@ class Call:
         all_ids = self._split(text)[-missing:]
         return all_ids if len(all_ids) == missing and all_ids[-len(tokens) :] == tokens else tokens
 
-    def _progress(self, progress: _Progress) -> bool:
+    def _progress(self, progress: Progressed) -> bool:
         self._cached = progress.cache
         return self._emit(Admitted(progress.processed, progress.total, progress.cache))
 
-    def _finish(self, reason: Literal["stop", "length"], usage: _Usage | None) -> bool:
+    def _counts(self, usage: _Usage | None) -> Counts:
+        if usage is None:
+            return self._prompt, self._sent, self._cached
+        cached = usage.prompt_tokens_details.cached_tokens
+        return usage.prompt_tokens, usage.completion_tokens, cached
+
+    def _finish(self, reason: Literal["stop", "length"], counts: Counts) -> bool:
+        prompt, completion, cached = counts
         self._emit(
             RawFinish(
                 reason=reason,
-                prompt_tokens=usage.prompt_tokens if usage else len(self._request.token_ids),
-                completion_tokens=usage.completion_tokens if usage else self._sent,
-                cached_tokens=usage.prompt_tokens_details.cached_tokens if usage else self._cached,
+                prompt_tokens=prompt,
+                completion_tokens=completion,
+                cached_tokens=cached,
             )
         )
         return True
 
-    def _logprobs(self, choice: _Choice) -> tuple[TokenLogprob, ...]:
-        if choice.logprobs is None:
-            return ()
+    def _logprobs(self, tokens: Sequence[Token]) -> tuple[TokenLogprob, ...]:
         limit = self._request.sampling.logprobs or 0
         return tuple(
             TokenLogprob(
@@ -212,8 +245,29 @@ class Call:
                 _finite(token.logprob),
                 tuple(candidate.top() for candidate in token.top_logprobs[:limit]),
             )
-            for token in choice.logprobs.content
+            for token in tokens
         )
+
+    def _candidates(
+        self, server: xllamacpp.Server, text: Sequence[int], most: int, whole: int
+    ) -> Sequence[Candidate]:
+        """Return the likeliest tokens after a text; `whole` is chosen, and not reported."""
+        body = {
+            "prompt": text,
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": most,
+            # It changes what is chosen, and not the probabilities that are reported.
+            "logit_bias": [[whole, CERTAIN]],
+        }
+        chunks: list[_Chunk] = []
+        server.handle_completions(
+            msgspec.json.encode(body), lambda raw: chunks.append(_decode(raw)) or False
+        )
+        logprobs = chunks[-1].choices[0].logprobs if chunks and chunks[-1].choices else None
+        if logprobs is None:
+            raise GenerationFailed("llama.cpp reported no log-probabilities.")
+        return logprobs.content[0].top_logprobs
 
 
 class Lookup:
@@ -225,11 +279,11 @@ class Lookup:
 
     def __init__(
         self,
-        server: xllamacpp.Server,
+        candidates: Callable[[Sequence[int], int, int], Sequence[Candidate]],
         request: EngineRequest,
         split: Callable[[str], tuple[int, ...]],
     ) -> None:
-        self._server = server
+        self._after = candidates
         self._limit = request.sampling.logprobs or 0
         self._text = [*request.token_ids, *request.answered]
         # Any token that is a whole character: of others the library reports nothing.
@@ -257,26 +311,12 @@ class Lookup:
         top = tuple(candidate.top() for candidate in candidates[: self._limit])
         return TokenLogprob(token, chosen.data, chosen.logprob, top)
 
-    def _candidates(self, text: Sequence[int], most: int) -> Sequence[_Candidate]:
-        body = {
-            "prompt": text,
-            "max_tokens": 1,
-            "temperature": 0,
-            "logprobs": most,
-            # It changes what is chosen, and not the probabilities that are reported.
-            "logit_bias": [[self._whole(), _CERTAIN]],
-        }
-        chunks: list[_Chunk] = []
-        self._server.handle_completions(
-            msgspec.json.encode(body), lambda raw: chunks.append(_decode(raw)) or False
-        )
-        logprobs = chunks[-1].choices[0].logprobs if chunks and chunks[-1].choices else None
-        if logprobs is None:
-            raise GenerationFailed("llama.cpp reported no log-probabilities.")
-        return logprobs.content[0].top_logprobs
+    def _candidates(self, text: Sequence[int], most: int) -> Sequence[Candidate]:
+        return self._after(text, most, self._whole())
 
 
-def _body(request: EngineRequest, visible: Sequence[str] = ()) -> bytes:
+def fields(request: EngineRequest, visible: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the body of a request; `visible` are control tokens whose text is shown."""
     sampling, prompt = request.sampling, (*request.token_ids, *request.answered)
     body: dict[str, Any] = {
         "prompt": prompt,
@@ -307,7 +347,7 @@ def _body(request: EngineRequest, visible: Sequence[str] = ()) -> bytes:
         body["preserved_tokens"] = visible
     if request.constraint is not None:
         body["grammar"] = grammar(request.constraint)
-    return msgspec.json.encode(body)
+    return body
 
 
 def error_from(error: dict[str, Any]) -> HeadraceError:

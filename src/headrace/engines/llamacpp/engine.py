@@ -18,12 +18,21 @@ import xllamacpp
 import xllamacpp.xllamacpp as library
 
 from headrace.core.constraint import FORMS
-from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
+from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, Unsupported
 from headrace.core.model import Capabilities
 from headrace.engines import base, plan, threaded
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
-from headrace.engines.llamacpp import ABOUT, Options, batch_size, check_memory, plan_slots, settled
+from headrace.engines.llamacpp import (
+    ABOUT,
+    Options,
+    batch_size,
+    check_memory,
+    plan_slots,
+    projector_of,
+    settled,
+)
 from headrace.engines.llamacpp.call import HONOURED, Call, error_from
+from headrace.engines.llamacpp.native import NativeCall
 from headrace.engines.llamacpp.pieces import SENTINEL, SIZE, Pieces
 from headrace.engines.llamacpp.server import Server
 from headrace.engines.openmp import SpinGuard, physical_cores
@@ -71,11 +80,27 @@ class Engine(base.Embedder):
         self._check((*request.token_ids, *request.answered))
         self._check(request.sampling.logit_bias, param="logit_bias")
         visible = [self._text(token) for token in request.visible]
+        if request.media:
+            request = self._with_text(request)
         return threaded.stream(
-            lambda emit: Call(request, emit, self._split, visible).run(library),
+            lambda emit: self._call(request, emit, visible).run(library),
             inbox=self._inbox,
             executor=threads,
         )
+
+    def _call(
+        self, request: EngineRequest, emit: threaded.Emit[RawEvent], visible: Sequence[str]
+    ) -> Call:
+        if self.facts.capabilities.vision:
+            return NativeCall(request, emit, self._split, self._opened(), visible)
+        return Call(request, emit, self._split, visible)
+
+    def _with_text(self, request: EngineRequest) -> EngineRequest:
+        if request.sampling.logprobs is not None:
+            raise Unsupported("Log-probabilities do not go with images here.", param="logprobs")
+        # The library puts it before each text.
+        bos = self.facts.bos_token
+        return msgspec.structs.replace(request, text=request.text.removeprefix(bos))
 
     def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
         """Return the pooled vectors, not normalised."""
@@ -186,10 +211,14 @@ class Engine(base.Embedder):
         device = _device(request.device, xllamacpp.get_device_info())
         planned = plan_slots(request, self._options, on_cpu=device == "cpu")
         check_memory(request.model, planned, self._options, device)
+        seen = None if self._embeds else projector_of(request.model, self._options)
         params = self._params(request, xllamacpp.CommonParams(), planned, device)
+        if seen is not None:
+            self._prepare_images(params, seen.path, planned, on_cpu=device == "cpu")
         if device == "cpu":
             self._guard.start()
-        self._server = Server(params, Path(self._model.path).name)
+        streams = planned.slots if seen else 0
+        self._server = Server(params, Path(self._model.path).name, streams)
         self._vocabulary = int(self._ask("/v1/models")["data"][0]["meta"]["n_vocab"])
         self.facts = self._facts(request, planned, device)
         if self._embeds:
@@ -224,6 +253,13 @@ class Engine(base.Embedder):
         params.chat_template = "chatml"
         return params
 
+    def _prepare_images(self, params: Any, path: str, planned: CachePlan, *, on_cpu: bool) -> None:
+        params.mmproj.path = path
+        params.mmproj_use_gpu = not on_cpu
+        # An image that looks at all of itself has to fit in one batch.
+        size = max(batch_size(self._options, on_cpu=on_cpu, sees=True), planned.slots)
+        params.n_batch = params.n_ubatch = size
+
     def _prepare_embeddings(self, params: Any, context_length: int) -> None:
         params.embedding = True
         params.embd_normalize = _UNNORMALISED
@@ -237,7 +273,9 @@ class Engine(base.Embedder):
         params.pooling_type = type(params.pooling_type)(_POOLING[self._options.pooling])
 
     def _facts(self, request: OpenRequest, planned: CachePlan, device: str) -> EngineFacts:
-        granted = self._ask("/props")["default_generation_settings"]["n_ctx"]
+        props = self._ask("/props")
+        granted = props["default_generation_settings"]["n_ctx"]
+        sees = bool(props.get("modalities", {}).get("vision"))
         plan.granted_context(request, granted)
         grammar_library = _grammar_library()
         return EngineFacts(
@@ -249,6 +287,7 @@ class Engine(base.Embedder):
             max_token_bytes=self._model.max_token_bytes,
             notes=planned.notes,
             grammar_library=grammar_library,
+            image_marker=props.get("media_marker", "") if sees else "",
             infill_ids=tuple(n for n in self._model.infill_ids if n < self._vocabulary),
             capabilities=Capabilities(
                 sampling=HONOURED,
@@ -256,6 +295,7 @@ class Engine(base.Embedder):
                 forms=frozenset(FORMS if grammar_library else ()),
                 batch_invariant=device == "cpu" and _is_reproducible(self._options),
                 resume=True,
+                vision=sees,
             ),
         )
 

@@ -11,7 +11,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ _SOCKET = "s.sock"
 _MAX_ADDRESS = 107 if sys.platform == "linux" else 103
 _MAX_LOG = 1 << 16
 _TIMEOUT_S = 60.0
+_DATA = b"data: "
 _ERRORS_ONLY = 1
 # Time, level, function: "0.00.019 E llama_model_load: error loading model: ...".
 _LOG_LINE = re.compile(r"^[\d.]+ E +(?:srv +|cmn +)?(?:[\w~]+(?:\(\))?: +)*(?P<text>.+)$")
@@ -35,19 +36,20 @@ _NO_MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "unable to all
 class Server:
     """A running server, whose HTTP side only this process can use.
 
-    `library` is the library's own object; `ask` calls what it offers over HTTP only.
+    `library` is the library's own object; `ask` and `stream` call what it offers over HTTP only, of
+    which `streams` may be open at a time.
 
     Raises:
         LoadFailed, OutOfMemory: with the library's reason.
     """
 
-    def __init__(self, params: Any, name: str) -> None:
+    def __init__(self, params: Any, name: str, streams: int = 0) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="llamacpp-"))
         self.key = secrets.token_urlsafe(24)
         self._folder_fd: int | None = None
         try:
             self._address = self._short_address()
-            self._restrict_http(params)
+            self._restrict_http(params, streams)
             self.library: xllamacpp.Server | None = self._start(params, name)
         except BaseException:
             self.close()
@@ -59,19 +61,51 @@ class Server:
         Raises:
             HeadraceError: the server refuses, or does not answer.
         """
-        connection = _UnixConnection(self._address)
-        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         content = None if body is None else msgspec.json.encode(body)
-        try:
-            with contextlib.closing(connection):
-                connection.request("GET" if body is None else "POST", path, content, headers)
-                answer = msgspec.json.decode(connection.getresponse().read())
-        except (OSError, http.client.HTTPException) as error:
-            reason = f"{path}: {type(error).__name__}: {error}"
-            raise GenerationFailed("llama.cpp does not answer.", detail=reason) from error
+        with self._connected(path, _TIMEOUT_S) as connection:
+            connection.request("GET" if body is None else "POST", path, content, self._headers)
+            answer = msgspec.json.decode(connection.getresponse().read())
         if "error" in answer:
             raise error_from(answer["error"])
         return answer
+
+    def stream(self, path: str, body: bytes, on_event: Callable[[bytes], bool]) -> None:
+        """Call `on_event` with each event of an answer until it returns True. Blocking.
+
+        When this returns, the server has ended the request.
+
+        Raises:
+            HeadraceError: the server refuses, or does not answer; what `on_event` raises.
+        """
+        with self._connected(path, None) as connection:
+            connection.request("POST", path, body, self._headers)
+            answer, sock = connection.getresponse(), connection.sock
+            if answer.status != http.client.OK:
+                on_event(answer.read())
+                return
+            try:
+                for line in answer:
+                    if line.startswith(_DATA) and on_event(line[len(_DATA) :]):
+                        break
+            finally:
+                # It looks once a second whether its client is there, and closes at its own end.
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    sock.shutdown(socket.SHUT_WR)
+                    while answer.read1():
+                        pass
+
+    @contextlib.contextmanager
+    def _connected(self, path: str, timeout_s: float | None) -> Generator[_UnixConnection]:
+        try:
+            with contextlib.closing(_UnixConnection(self._address, timeout_s)) as connection:
+                yield connection
+        except (OSError, http.client.HTTPException) as error:
+            reason = f"{path}: {type(error).__name__}: {error}"
+            raise GenerationFailed("llama.cpp does not answer.", detail=reason) from error
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
 
     def close(self) -> None:
         """Free the model and remove the private directory. Idempotent."""
@@ -94,13 +128,13 @@ class Server:
         self._folder_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return f"/proc/self/fd/{self._folder_fd}/{_SOCKET}"
 
-    def _restrict_http(self, params: Any) -> None:
+    def _restrict_http(self, params: Any, streams: int) -> None:
         # The library always listens, and tokenising needs it. A socket file in a directory that
         # only this user may enter, with a random key, is the most restricted way that it has.
         params.hostnames = [self._address]
         params.api_keys = [self.key]
         params.ui = params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = False
-        params.n_threads_http = 2
+        params.n_threads_http = 2 + streams
 
     def _start(self, params: Any, name: str) -> xllamacpp.Server:
         # At first with stderr as it is, so that what the library writes before it aborts is seen.
@@ -149,8 +183,8 @@ def _stderr_to(path: Path) -> Generator[None]:
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, address: str) -> None:
-        super().__init__("localhost", timeout=_TIMEOUT_S)
+    def __init__(self, address: str, timeout_s: float | None) -> None:
+        super().__init__("localhost", timeout=timeout_s)
         self._address = address
 
     def connect(self) -> None:

@@ -102,6 +102,7 @@ class Engine:
                 json_schema=provider.json != "none",
                 forms=frozenset(FORMS if provider.structured_outputs else ()),
                 token_prompts=provider.token_prompts,
+                vision=provider.images,
             ),
         )
 
@@ -151,7 +152,8 @@ class Engine:
 
     async def count_tokens(self, request: CountRequest) -> TokenCount:
         """Return the upstream's count if it has one, or an estimate."""
-        if not self._provider.tokenize:
+        turns = request.messages or ()
+        if not self._provider.tokenize or any(not isinstance(m.content, str) for m in turns):
             return remote.estimated_count(request)
         url = f"{self._access.base_url.removesuffix('/v1')}/tokenize"
         count = await self._post("", count_body(request, self._model), _Tokens, url=url)

@@ -17,12 +17,12 @@ from headrace.core.events import (
     ToolCallDelta,
     TopLogprob,
 )
+from headrace.core.media import Part, as_base64
 from headrace.core.metrics import Usage
 from headrace.core.request import (
     CountRequest,
     EmbedRequest,
     GenerateRequest,
-    Message,
     RerankRequest,
 )
 from headrace.core.tools import Tool
@@ -77,7 +77,7 @@ def generate_body(request: GenerateRequest, model: str, provider: Provider) -> t
         body["stop"] = stops
     body |= _sampling(request, provider, chat=chat) | _format(request, provider)
     if chat:
-        body["messages"] = _messages(request.messages or (), provider)
+        body["messages"] = _messages(request, provider)
         body |= _tools(request) | _thinking(request, provider)
         if options := body.get("chat_template_kwargs", {}) | request.template_options:
             body["chat_template_kwargs"] = options
@@ -159,10 +159,12 @@ def _listed(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     return [{"type": "function", "function": msgspec.to_builtins(tool)} for tool in tools]
 
 
-def _messages(messages: tuple[Message, ...], provider: Provider) -> list[dict[str, Any]]:
+def _messages(request: GenerateRequest, provider: Provider) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
-    for message in messages:
+    for message in request.messages or ():
         turn = openai_turn(message, text_arguments=True)
+        if not isinstance(message.content, str):
+            turn["content"] = [_part(part, request.media) for part in message.content]
         if message.role == "developer" and not provider.developer:
             turn["role"] = "system"
         if message.role == "tool":
@@ -171,6 +173,13 @@ def _messages(messages: tuple[Message, ...], provider: Provider) -> list[dict[st
             turn["content"] = None
         turns.append(turn)
     return turns
+
+
+def _part(part: Part, media: Mapping[str, bytes]) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind, data = as_base64(part, media)
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
 
 
 def embed_body(request: EmbedRequest, model: str, provider: Provider) -> bytes:

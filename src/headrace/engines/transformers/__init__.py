@@ -21,7 +21,9 @@ ABOUT = About(
     spreads=True,
     requires="transformers",
     extra="transformers",
-    able=frozenset({"forms", "infill", "json_schema", "logprobs", "prompt_logprobs", "resume"}),
+    able=frozenset(
+        {"forms", "infill", "json_schema", "logprobs", "prompt_logprobs", "resume", "vision"}
+    ),
 )
 
 _MIB = 1 << 20
@@ -68,6 +70,9 @@ class Options(EngineOptions):
         "default 256, 2048 on a GPU.",
     )
     prefix_cache: bool = Field(True, description="Share the KV cache of equal beginnings.")
+    images: bool = Field(
+        True, description="Take images where the model does; then one request runs at a time."
+    )
     quantization: Literal["none", "int8", "int4"] = Field(
         "none", description="Pack the weights while loading; needs bitsandbytes and CUDA."
     )

@@ -8,6 +8,7 @@ import gc
 import importlib.util
 import sys
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from headrace.core.model import Capabilities
 from headrace.engines import plan
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
 from headrace.engines.openmp import SpinGuard, physical_cores
+from headrace.engines.pictures import image_marker, is_installed
 from headrace.engines.plan import CachePlan
 from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, special_tokens
 from headrace.engines.transformers import plan_cache, settled, step_tokens
@@ -35,6 +37,8 @@ from headrace.engines.transformers.batched import Batched, Unbatched
 from headrace.engines.transformers.scorer import Scorer
 from headrace.engines.transformers.single import Single
 from headrace.text.grammar import grammar
+
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 class Engine(TokenizerMixin):
@@ -48,6 +52,7 @@ class Engine(TokenizerMixin):
         self._scorer: Scorer | None = None
         self._guard: SpinGuard | None = None
         self._grammars: Any = None
+        self._processor: Any = None
         try:
             self._load(request)
         except BaseException:
@@ -114,9 +119,11 @@ class Engine(TokenizerMixin):
         }
         if options.attention != "auto":
             arguments["attn_implementation"] = options.attention
-        self._model, self._tokenizer = _load(
-            request.model.path, device, arguments, trusted=request.trust_remote_code
-        )
+        path, trusted = request.model.path, request.trust_remote_code
+        if options.images:
+            self._processor = _processor(path, trusted=trusted)
+        sees = self._processor is not None
+        self._model, self._tokenizer = _load(path, device, arguments, trusted=trusted, sees=sees)
         planned = plan_cache(request, options, device)
         self._vocabulary = Vocabulary(
             self._tokenizer, self._model.get_input_embeddings().num_embeddings
@@ -135,17 +142,22 @@ class Engine(TokenizerMixin):
         try:
             if planned.slots == 1:
                 raise Unbatched("as configured")
+            if self._processor is not None:
+                raise Unbatched("the model takes images")
             if len(set(getattr(self._model, "hf_device_map", {}).values())) > 1:
                 raise Unbatched("the model is on several devices")
             return Batched(self._model, planned, step, self._options), None
         except Unbatched as error:
-            return Single(self._model, step), f"one request at a time: {error}"
+            return Single(
+                self._model, step, self._processor, planned.context_length
+            ), f"one request at a time: {error}"
 
     def _facts(self, request: OpenRequest, planned: CachePlan, note: str | None) -> EngineFacts:
         if request.model.context_length:
             plan.granted_context(request, request.model.context_length)
         tokenizer = self._tokenizer
         assert self._runner is not None
+        marker = image_marker(self._processor, request.model.chat_template)
         known = getattr(tokenizer, "backend_tokenizer", None) is not None
         return EngineFacts(
             device=str(self._model.device),
@@ -154,6 +166,7 @@ class Engine(TokenizerMixin):
             chat_template=request.model.chat_template,
             special_tokens=special_tokens(tokenizer),
             max_token_bytes=self._vocabulary.max_token_bytes(),
+            image_marker=marker,
             notes=(*planned.notes, *((note,) if note else ())),
             capabilities=Capabilities(
                 sampling=HONOURED,
@@ -161,6 +174,7 @@ class Engine(TokenizerMixin):
                 forms=frozenset(FORMS if known else ()),
                 batch_invariant=self._runner.max_running == 1,
                 resume=True,
+                vision=bool(marker),
                 prompt_logprobs=True,
             ),
         )
@@ -177,7 +191,23 @@ class Engine(TokenizerMixin):
         return matcher
 
 
-def _load(path: str, device: str, arguments: dict[str, Any], *, trusted: bool) -> tuple[Any, Any]:
+def _processor(path: str, *, trusted: bool) -> Any:
+    """Return what prepares images for a model; None if it takes none, or Pillow is missing."""
+    if not (is_installed() and any((Path(path) / name).exists() for name in _PROCESSORS)):
+        return None
+    common = {"local_files_only": True, "trust_remote_code": trusted}
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **common)
+        if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return None
+        return transformers.AutoProcessor.from_pretrained(path, **common)
+    except (RuntimeError, OSError, ValueError, ImportError) as error:
+        raise _refusal(error) from error
+
+
+def _load(
+    path: str, device: str, arguments: dict[str, Any], *, trusted: bool, sees: bool
+) -> tuple[Any, Any]:
     """Return model and tokenizer of a folder. `arguments` are those of `from_pretrained`.
 
     Raises:
@@ -188,9 +218,10 @@ def _load(path: str, device: str, arguments: dict[str, Any], *, trusted: bool) -
     common = {"local_files_only": True, "trust_remote_code": trusted}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **common)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, **arguments, **common
+        kind = (
+            transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
         )
+        model = kind.from_pretrained(path, use_safetensors=True, **arguments, **common)
         if "device_map" not in arguments:
             model = model.to(device)
     except (RuntimeError, OSError, ValueError) as error:

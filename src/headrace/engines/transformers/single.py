@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from headrace.core.errors import ContextOverflow, InvalidRequest
 from headrace.engines import threaded
 from headrace.engines.base import Admitted, EngineRequest, RawEvent
+from headrace.engines.pictures import decoded
 from headrace.engines.threaded import Emit
 from headrace.engines.transformers.answer import Answer, failure, settle
 
@@ -50,12 +52,16 @@ class _Run:
 
 
 class Single:
-    """The model on a thread of its own."""
+    """The model on a thread of its own; `processor` prepares images, if the model takes them."""
 
     max_running = 1
 
-    def __init__(self, model: Any, step_tokens: int) -> None:
+    def __init__(
+        self, model: Any, step_tokens: int, processor: Any = None, context_length: int = 0
+    ) -> None:
         self._model = model
+        self._processor = processor
+        self._context_length = context_length
         # A recurrent model takes its prompt whole.
         self._chunk = None if getattr(model, "_is_stateful", False) else step_tokens
         self.thread = ThreadPoolExecutor(1, "transformers")
@@ -88,20 +94,49 @@ class Single:
             hook.remove()
 
     def _generate(self, request: EngineRequest, run: _Run) -> None:
+        inputs = self._prepared(request) if request.media else None
+        if inputs is not None:
+            run.answer.prompt = inputs["input_ids"][0].tolist()
         token_ids = torch.tensor([run.answer.prompt], device=self._model.device)
+        inputs = inputs or {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
+        left = self._context_length - len(run.answer.prompt)
         config = GenerationConfig(
-            max_new_tokens=request.max_tokens,
+            max_new_tokens=min(request.max_tokens, left) if request.media else request.max_tokens,
             do_sample=False,
             eos_token_id=run.answer.ends or None,
             pad_token_id=0,
-            prefill_chunk_size=self._chunk,
+            # Images are computed with the whole prompt.
+            prefill_chunk_size=None if request.media else self._chunk,
         )
-        self._model.generate(
-            inputs=token_ids,
-            attention_mask=torch.ones_like(token_ids),
-            generation_config=config,
-            logits_processor=[run],
-        )
+        self._model.generate(**inputs, generation_config=config, logits_processor=[run])
+
+    def _prepared(self, request: EngineRequest) -> Any:
+        """Return the arguments of `generate` for a prompt with images.
+
+        Raises:
+            InvalidRequest, ContextOverflow: an image cannot be decoded, or is too large.
+        """
+        images = [decoded(data) for data in request.media]
+        bos = self._processor.tokenizer.bos_token
+        has_bos = bool(bos) and request.text.startswith(bos)
+        try:
+            inputs = self._processor(
+                text=[request.text],
+                images=[images],
+                add_special_tokens=not has_bos,
+                return_tensors="pt",
+            )
+        except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+            raise InvalidRequest(
+                "The model cannot take these images.", param="messages", detail=str(error)
+            ) from error
+        if (size := inputs["input_ids"].shape[-1]) >= self._context_length:
+            raise ContextOverflow(
+                f"The prompt has {size} tokens with its images, and the context length is "
+                f"{self._context_length}.",
+                param="messages",
+            )
+        return inputs.to(self._model.device, dtype=self._model.dtype)
 
     def _empty(self) -> None:
         if self._model.device.type == "cuda":

@@ -19,7 +19,9 @@ ABOUT = About(
     requires="vllm",
     extra="vllm",
     spreads=True,
-    able=frozenset({"forms", "infill", "json_schema", "logprobs", "prompt_logprobs", "resume"}),
+    able=frozenset(
+        {"forms", "infill", "json_schema", "logprobs", "prompt_logprobs", "resume", "vision"}
+    ),
 )
 
 _GIB = 1 << 30

@@ -137,6 +137,7 @@ class Call:
 
     def __init__(self, request: EngineRequest, vocabulary: Vocabulary) -> None:
         self._prompt = len(request.token_ids) + len(request.answered)
+        self._has_images = bool(request.media)
         self._top_logprobs = request.sampling.logprobs or 0
         self._data = vocabulary.reader(request.visible)
         self._admitted = False
@@ -150,6 +151,9 @@ class Call:
         """
         events: list[RawEvent] = []
         cached = output.num_cached_tokens or 0
+        if self._has_images and output.prompt_token_ids is not None:
+            # With the tokens of its images.
+            self._prompt = len(output.prompt_token_ids)
         if not self._admitted:
             self._admitted = True
             events.append(Admitted(self._prompt, self._prompt, cached))

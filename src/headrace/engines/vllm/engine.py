@@ -30,6 +30,7 @@ from headrace.core.errors import (
 from headrace.core.events import PromptToken
 from headrace.core.model import Capabilities
 from headrace.engines.base import Admitted, EngineFacts, EngineRequest, OpenRequest, RawEvent
+from headrace.engines.pictures import decoded, image_marker
 from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, special_tokens
 from headrace.engines.vllm import Options, memory_arguments, parallel
 from headrace.engines.vllm.call import (
@@ -109,13 +110,14 @@ class Engine(TokenizerMixin):
         self._vocabulary.check(request.sampling.logit_bias, param="logit_bias")
         call = Call(request, self._vocabulary)
         await self._wait_for_core()
-        outputs = self._llm.generate(
-            {"type": "token", "prompt_token_ids": prompt},
-            self._parameters(request),
-            new_id(),
-        )
+        sent: dict[str, Any] = {"type": "token", "prompt_token_ids": prompt}
+        if request.media:
+            images = await asyncio.to_thread(lambda: [*map(decoded, request.media)])
+            sent = {"prompt_token_ids": prompt, "multi_modal_data": {"image": images}}
+        outputs = self._llm.generate(sent, self._parameters(request), new_id())
         try:
-            yield Admitted(0, len(prompt))
+            if not request.media:
+                yield Admitted(0, len(prompt))
             async for output in outputs:
                 for event in call.events(output):
                     yield event
@@ -220,6 +222,7 @@ class Engine(TokenizerMixin):
             trust_remote_code=request.trust_remote_code,
         )
         model = config.model_config
+        marker = _image_marker(request) if model.is_multimodal_model else ""
         self._vocabulary = Vocabulary(tokenizer, int(model.get_vocab_size()))
         self._defaults: dict[str, Any] = dict(model.get_diff_sampling_param())
         self.facts = EngineFacts(
@@ -229,12 +232,14 @@ class Engine(TokenizerMixin):
             chat_template=request.model.chat_template,
             special_tokens=special_tokens(tokenizer),
             max_token_bytes=self._vocabulary.max_token_bytes(),
+            image_marker=marker,
             capabilities=Capabilities(
                 sampling=HONOURED,
                 json_schema=True,
                 forms=frozenset(FORMS),
                 batch_invariant=self._options.batch_invariant,
                 resume=True,
+                vision=bool(marker),
                 prompt_logprobs=True,
             ),
         )
@@ -244,6 +249,20 @@ class Engine(TokenizerMixin):
         from headrace.engines.vllm.core import reported
 
         return reported(self._private / "failed")
+
+
+def _image_marker(request: OpenRequest) -> str:
+    """Return the text that stands for an image; empty for a model without images."""
+    from transformers import AutoProcessor
+
+    path, trusted = request.model.path, request.trust_remote_code
+    with contextlib.suppress(OSError, ValueError):
+        processor: Any = AutoProcessor.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trusted
+        )
+        if getattr(processor, "image_processor", None) is not None:
+            return image_marker(processor, request.model.chat_template)
+    return ""
 
 
 def _prepare(options: Options) -> None:

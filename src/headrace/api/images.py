@@ -1,0 +1,192 @@
+"""Pictures in requests: `data:` URLs, and URLs of hosts that are allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import ipaddress
+import re
+import socket
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from urllib.parse import SplitResult, urlsplit
+
+import httpx2
+
+from headrace.api.problems import refused
+from headrace.core.errors import InvalidRequest
+from headrace.core.media import Image, Pictures, too_many_bytes
+
+MAX_HELD = 512 << 20
+"""Bytes of the pictures of all requests that run or wait."""
+FETCH_TIMEOUT_S = 10.0
+"""For one picture, from the look-up of its host to its last byte."""
+
+_SPACES = re.compile(r"[\t\n\r ]+")
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+Fetched = Mapping[str, bytes]
+"""Pictures of other hosts, by URL."""
+
+
+class Held:
+    """The pictures of all requests together, bounded."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    @contextmanager
+    def hold(self, size: int) -> Generator[None]:
+        """Count so many bytes while the context is open.
+
+        Raises:
+            Refused: there would be more than `MAX_HELD`.
+        """
+        if self.size + size > MAX_HELD:
+            message = "The images of other requests take all room; try again later."
+            raise refused(503, message, "too_many_images", ((b"retry-after", b"1"),))
+        self.size += size
+        try:
+            yield
+        finally:
+            self.size -= size
+
+
+HELD = Held()
+
+
+def read_image(url: str, place: str, pictures: Pictures, fetched: Fetched) -> Image:
+    """Return the picture of a URL: the data in it, or what was fetched from it.
+
+    Raises:
+        InvalidRequest: it is no picture, beyond a bound, or its URL is not allowed; `place` is its
+            name in errors.
+    """
+    if (image := pictures.by_url.get(url)) is not None:
+        pictures.again(image, place)
+        return image
+    scheme = url.partition(":")[0].lower()
+    if scheme == "data":
+        data = _decoded(url, place, pictures.room(place))
+    elif url in fetched:
+        data = fetched[url]
+    else:
+        is_web = scheme in ("http", "https")
+        reason = "images of this host are not fetched; send" if is_web else "send"
+        raise InvalidRequest(f"{place}: {reason} the image in a data: URL.", param=place)
+    image = pictures.by_url[url] = pictures.add(data, place)
+    return image
+
+
+def _decoded(url: str, place: str, room: int) -> bytes:
+    head, comma, text = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise InvalidRequest(f"{place}: a data: URL of an image has ;base64,.", param=place)
+    if len(text) > room * 2:
+        raise too_many_bytes(place)
+    text = _SPACES.sub("", text)
+    if len(text) // 4 * 3 - 2 > room:
+        raise too_many_bytes(place)
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError as error:
+        raise InvalidRequest(f"{place}: not base64: {error}.", param=place) from None
+
+
+async def fetch(urls: Mapping[str, str], hosts: Sequence[str]) -> Fetched:
+    """Return the pictures of URLs with a host that is allowed; `urls` have their place in errors.
+
+    Raises:
+        InvalidRequest: one cannot be fetched, or leads to an address that is not public.
+    """
+    fetched: dict[str, bytes] = {}
+    room = Pictures().room("")
+    for url, place in urls.items():
+        parts = _split(url, place)
+        if not _is_allowed(parts.hostname or "", hosts):
+            continue
+        try:
+            async with asyncio.timeout(FETCH_TIMEOUT_S):
+                fetched[url] = await _fetch(parts, place, room)
+        except TimeoutError:
+            raise _unfetched(place, f"it took more than {FETCH_TIMEOUT_S:g} s") from None
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+            raise _unfetched(place, type(error).__name__) from None
+        room -= len(fetched[url])
+    return fetched
+
+
+def _split(url: str, place: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  # raises for a port that is none
+    except ValueError as error:
+        raise InvalidRequest(f"{place}: {error}.", param=place) from None
+    if parts.username is not None or parts.password is not None:
+        raise InvalidRequest(f"{place}: a URL with a user is not fetched.", param=place)
+    return parts
+
+
+def _is_allowed(host: str, hosts: Sequence[str]) -> bool:
+    host = host.rstrip(".").lower()
+    return any(
+        pattern == "*" or host == pattern or (pattern[:2] == "*." and host.endswith(pattern[1:]))
+        for pattern in map(str.lower, hosts)
+    )
+
+
+async def _fetch(parts: SplitResult, place: str, room: int) -> bytes:
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    address = await _address(host, port, place)
+    shown = f"[{address}]" if ":" in address else address
+    # To the address that was checked: a second look-up could have another answer.
+    url = parts._replace(netloc=f"{shown}:{port}", fragment="").geturl()
+    headers = {"Host": parts.netloc, "Accept": "image/*", "Accept-Encoding": "identity"}
+    async with (
+        httpx2.AsyncClient(trust_env=False, follow_redirects=False) as client,
+        client.stream("GET", url, headers=headers, extensions={"sni_hostname": host}) as response,
+    ):
+        if response.status_code != 200:
+            raise _unfetched(place, f"its host answered {response.status_code}")
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise _unfetched(place, "it is compressed")
+        data = bytearray()
+        async for chunk in response.aiter_raw():
+            data += chunk
+            if len(data) > room:
+                raise too_many_bytes(place)
+        return bytes(data)
+
+
+async def _address(host: str, port: int, place: str) -> str:
+    """Return an address of a host, all of whose addresses are public."""
+    loop = asyncio.get_running_loop()
+    try:
+        answers = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise _unfetched(place, "its host has no address") from None
+    addresses = [str(answer[4][0]) for answer in answers]
+    if not addresses or not all(map(is_public, addresses)):
+        raise _unfetched(place, "its host has an address that is not public")
+    return addresses[0]
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is one of the public internet, also by an IPv4 address within it."""
+    try:
+        number = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(number, ipaddress.IPv6Address):
+        inner = number.ipv4_mapped or number.sixtofour
+        if number in _NAT64:
+            inner = ipaddress.IPv4Address(int(number) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+        if number.teredo is not None or number.is_site_local or number.scope_id is not None:
+            return False
+    return number.is_global and not number.is_multicast and not number.is_reserved
+
+
+def _unfetched(place: str, reason: str) -> InvalidRequest:
+    return InvalidRequest(f"{place}: the image was not fetched: {reason}.", param=place)

@@ -1,0 +1,125 @@
+"""Requests to a model with a projector, over the socket.
+
+In process the library takes only texts of such a model: neither token ids nor pictures.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from headrace.core.errors import HeadraceError, InvalidRequest
+from headrace.core.media import image_header
+from headrace.engines import pictures
+from headrace.engines.base import EngineRequest, RawEvent
+from headrace.engines.llamacpp.call import (
+    CERTAIN,
+    Call,
+    Candidate,
+    Progressed,
+    Token,
+    Tokens,
+    error_from,
+    fields,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import xllamacpp
+
+    from headrace.engines.llamacpp.server import Server
+    from headrace.engines.threaded import Emit
+
+_PATH = "/completion"
+# The formats of its decoder.
+_KNOWN = ("png", "jpeg", "gif")
+
+
+class _Chunk(msgspec.Struct):
+    content: str = ""
+    tokens: tuple[int, ...] = ()
+    tokens_predicted: int = 0
+    tokens_evaluated: int = 0
+    stop: bool = False
+    stop_type: str = ""
+    prompt_progress: Progressed | None = None
+    completion_probabilities: tuple[Token, ...] = ()
+    error: dict[str, Any] | None = None
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
+
+
+class NativeCall(Call):
+    """A request to a model with a projector."""
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        emit: Emit[RawEvent],
+        split: Callable[[str], tuple[int, ...]],
+        server: Server,
+        visible: Sequence[str] = (),
+    ) -> None:
+        super().__init__(request, emit, split, visible)
+        self._socket = server
+
+    def _send(self, server: xllamacpp.Server) -> None:
+        del server
+        self._socket.stream(_PATH, _body(self._request, self._visible), self._on_event)
+
+    def _on_event(self, line: bytes) -> bool:
+        self._ended = self._take_event(_decode(line)) or self._ended
+        return self._ended
+
+    def _take_event(self, chunk: _Chunk) -> bool:
+        if chunk.error is not None:
+            raise _refusal(chunk.error)
+        if chunk.prompt_progress is not None:
+            return self._progress(chunk.prompt_progress)
+        if chunk.stop:
+            reason = "length" if chunk.stop_type == "limit" else "stop"
+            counts = (chunk.tokens_evaluated, chunk.tokens_predicted, self._cached)
+            return self._finish(reason, counts)
+        self._prompt = chunk.tokens_evaluated
+        token_ids = self._token_ids(Tokens(chunk.tokens, chunk.tokens_predicted), chunk.content)
+        data, tokens = chunk.content.encode(), chunk.completion_probabilities
+        return self._take_tokens(data, token_ids, tokens)
+
+    def _candidates(
+        self, server: xllamacpp.Server, text: Sequence[int], most: int, whole: int
+    ) -> Sequence[Candidate]:
+        del server
+        body = {
+            "prompt": text,
+            "n_predict": 1,
+            "temperature": 0,
+            "n_probs": most,
+            "logit_bias": [[whole, CERTAIN]],
+        }
+        answer = msgspec.convert(self._socket.ask(_PATH, body), _Chunk)
+        return answer.completion_probabilities[0].top_logprobs
+
+
+def _refusal(error: dict[str, Any]) -> HeadraceError:
+    if "image" in str(error.get("message", "")):
+        return InvalidRequest("An image cannot be decoded.", param="messages")
+    return error_from(error)
+
+
+def _body(request: EngineRequest, visible: Sequence[str]) -> bytes:
+    body = fields(request, visible)
+    if "logprobs" in body:
+        body["n_probs"] = body.pop("logprobs")
+    if request.media:
+        media = [base64.b64encode(_known(data)).decode() for data in request.media]
+        body["prompt"] = {"prompt_string": request.text, "multimodal_data": media}
+    return msgspec.json.encode(body)
+
+
+def _known(data: bytes) -> bytes:
+    """Return a picture in a format that the library decodes."""
+    return data if image_header(data)[0] in _KNOWN else pictures.as_png(data)

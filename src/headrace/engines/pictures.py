@@ -1,0 +1,70 @@
+"""Decoding of pictures by Pillow, in the process of a model."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import struct
+import zlib
+from typing import Any
+
+from headrace.core.errors import InvalidRequest, Unsupported
+from headrace.core.install import install_command
+from headrace.core.media import image_header
+
+_DEFAULT_MARKER = "<image>"
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, zlib.error)
+
+
+def decoded(data: bytes) -> Any:
+    """Return a picture as a PIL image in RGB; of an animation its first frame. Blocking.
+
+    Raises:
+        InvalidRequest: it cannot be decoded.
+        Unsupported: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        command = install_command("images")
+        kind = image_header(data)[0]
+        raise Unsupported(f"Images in {kind} need Pillow: {command}", param="messages") from None
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return image.convert("RGB")
+    except (*_DAMAGED, Image.DecompressionBombError) as error:
+        reason = type(error).__name__
+        raise InvalidRequest(
+            "An image cannot be decoded.", param="messages", detail=f"{reason}: {error}"
+        ) from error
+
+
+def image_marker(processor: Any, template: str | None) -> str:
+    """Return the text that a processor of transformers replaces by an image; empty if none.
+
+    It has several markers; the one in the text is that which the chat template writes.
+    """
+    names = ("image_token", "boi_token", "fake_image_token")
+    known = (getattr(processor, name, None) for name in names)
+    markers = [str(marker) for marker in known if isinstance(marker, str) and marker]
+    if not markers:
+        return ""
+    written = (marker for marker in (*markers, _DEFAULT_MARKER) if marker in (template or ""))
+    return next(written, markers[0])
+
+
+def is_installed() -> bool:
+    """Whether Pillow is installed."""
+    return importlib.util.find_spec("PIL") is not None
+
+
+def as_png(data: bytes) -> bytes:
+    """Return a picture as a PNG. Blocking.
+
+    Raises:
+        InvalidRequest, Unsupported: as `decoded`.
+    """
+    out = io.BytesIO()
+    decoded(data).save(out, "PNG", compress_level=1)
+    return out.getvalue()
