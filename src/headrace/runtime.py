@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,13 @@ from headrace import config as configuration
 from headrace import engines as engine_registry
 from headrace.config import Config, Settings
 from headrace.core import parameters as core_parameters
-from headrace.core.device import check_device, read_device
 from headrace.core.errors import ConfigError
-from headrace.core.model import ModelFile, ModelInfo, ModelSpec, PlacedSpec
+from headrace.core.model import ModelFile, ModelInfo, ModelSpec
 from headrace.core.parameters import Parameter
 from headrace.core.status import Plan
 from headrace.engines import EngineStatus, measured
 from headrace.engines.base import check_task
+from headrace.engines.placement import check_devices, placement
 from headrace.log import LogSettings
 from headrace.machine import SystemInfo, confine
 from headrace.models.inspect import inspect
@@ -351,56 +351,13 @@ def _engine(spec: ModelSpec, file: ModelFile, config: Config) -> tuple[str, str]
     return engine, f"{provider.title} speaks its protocol"
 
 
-def check_devices(specs: Iterable[ModelSpec]) -> None:
-    """Check that this machine has the devices of the models.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    known: tuple[str, ...] = ()
-    for spec in specs:
-        setting = read_device(spec.device)
-        if not is_remote(spec.model) and (setting.gpus or setting.kind == "cuda"):
-            known = known or tuple(device.key for device in machine.devices())
-            try:
-                check_device(setting, known)
-            except ConfigError as error:
-                raise ConfigError(f"{spec.name}: {error.message}", param="device") from error
-
-
-def _placement(spec: ModelSpec, engine: str) -> tuple[str, ...]:
-    """Return the devices that were chosen for a worker, or the GPUs that its `device` names.
-
-    Raises:
-        ConfigError: the machine does not have them, or the engine cannot use them.
-    """
-    setting, about = read_device(spec.device), engine_registry.about(engine)
-    placed = spec.placed if isinstance(spec, PlacedSpec) else ()
-    if about.remote or setting.kind == "auto":
-        return placed
-    if setting.kind not in about.devices:
-        raise ConfigError(
-            f"{spec.name}: device: engine {engine} runs on {', '.join(about.devices)}, not on "
-            f"{setting.kind}.",
-            param="device",
-        )
-    check_devices([spec])
-    gpus = setting.gpus or tuple(f"cuda:{number}" for number in range(setting.number or 0))
-    if len(gpus) > 1 and not about.spreads:
-        raise ConfigError(
-            f"{spec.name}: device: engine {engine} runs on one GPU, not on {len(gpus)}.",
-            param="device",
-        )
-    return placed or gpus
-
-
 def _worker_spec(spec: ModelSpec, file: ModelFile, config: Config) -> WorkerSpec:
     engine, reason = _engine(spec, file, config)
     engine_registry.check_options(engine, spec.options)
     file = engine_registry.prepared(engine, file, config.home)
     return WorkerSpec(
         model=spec,
-        placed=_placement(spec, engine),
+        placed=placement(spec, engine),
         file=file,
         engine=engine,
         engine_reason=reason,

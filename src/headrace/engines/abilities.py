@@ -10,6 +10,15 @@ from headrace.engines.base import Engine
 
 
 @runtime_checkable
+class Piecewise(Protocol):
+    """An engine whose tokenizer can take long, so that it is asked for a piece at a time."""
+
+    def tokenize_pieces(self, text: str, *, add_special: bool) -> Iterator[Sequence[int]]:
+        """Yield what `tokenize` returns, piece after piece. Each step blocks for a moment."""
+        ...
+
+
+@runtime_checkable
 class PlainText(Engine, Protocol):
     """An engine that can take markers in a text as text, which `tokenize` does not."""
 

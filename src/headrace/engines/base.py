@@ -14,11 +14,11 @@ queues, deadlines, processes or HTTP; the worker around it does all that.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 from pydantic import BaseModel, ConfigDict
@@ -297,15 +297,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model. Blocking, idempotent."""
-        ...
-
-
-@runtime_checkable
-class Piecewise(Protocol):
-    """An engine whose tokenizer can take long, so that it is asked for a piece at a time."""
-
-    def tokenize_pieces(self, text: str, *, add_special: bool) -> Iterator[Sequence[int]]:
-        """Yield what `tokenize` returns, piece after piece. Each step blocks for a moment."""
         ...
 
 

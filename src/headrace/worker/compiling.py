@@ -16,16 +16,16 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path as File
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import jsonschema_rs
-import llguidance
 
 from headrace.core.schema import Path, Schema, children, pointer
 from headrace.text.grammar import regex_position, schema_grammar
 from headrace.text.lark import Unenforceable, normalised
+from headrace.worker.matchers import END, Compile, Library
 
 MEMORY = 192 << 20
 """Bytes that a job may take, beside what the libraries take."""
@@ -36,167 +36,9 @@ _LONGEST = 300
 _TOO_MUCH = "takes too much to compile"
 _NO_TEXT = "allows no text"
 _PR_SET_PDEATHSIG = 1
-_END = 256
-"""The token after those of the bytes."""
-_BYTES = (1 << _END) - 1
 _REHEARSED, _REHEARSAL_S = 300, 0.2
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 _CARET = re.compile(r"^    ( *)\^", re.MULTILINE)
-
-
-class Matcher(Protocol):
-    """What a compiler makes of a grammar, over the 256 bytes as tokens."""
-
-    @property
-    def error(self) -> str:
-        """Why it cannot be used; empty if it can."""
-        ...
-
-    def prefix(self, data: bytes) -> int:
-        """Return how many bytes from the first one a text of the grammar can begin with."""
-        ...
-
-    def accepts(self, data: bytes) -> bool:
-        """Return whether they are a whole text of the grammar."""
-        ...
-
-    def following(self) -> int:
-        """Return which bytes may be the next, as bits."""
-        ...
-
-    def take(self, byte: int) -> None:
-        """Go on after a byte."""
-        ...
-
-
-class _Package:
-    """A matcher of the package llguidance."""
-
-    _TOKENIZER = llguidance.LLTokenizer("byte")
-
-    def __init__(self, grammar: str) -> None:
-        self._matcher = llguidance.LLMatcher(self._TOKENIZER, grammar, log_level=0)
-        if not self._matcher.is_error():
-            self._matcher.compute_bitmask()
-
-    @property
-    def error(self) -> str:
-        return self._matcher.get_error()
-
-    def prefix(self, data: bytes) -> int:
-        return self._matcher.try_consume_tokens(list(data))
-
-    def accepts(self, data: bytes) -> bool:
-        tokens = [*data, self._TOKENIZER.eos_token]
-        return self._matcher.validate_tokens(tokens) == len(tokens)
-
-    def following(self) -> int:
-        return int.from_bytes(self._matcher.compute_bitmask(), "little") & _BYTES
-
-    def take(self, byte: int) -> None:
-        self._matcher.consume_token(byte)
-
-
-class _TokenizerInit(ctypes.Structure):
-    """llguidance's LlgTokenizerInit, with room for the fields of later releases."""
-
-    _fields_ = (
-        ("vocab_size", ctypes.c_uint32),
-        ("tok_eos", ctypes.c_uint32),
-        ("token_lens", ctypes.POINTER(ctypes.c_uint32)),
-        ("token_bytes", ctypes.c_char_p),
-        ("tokenizer_json", ctypes.c_char_p),
-        ("tokenize_assumes_string", ctypes.c_bool),
-        ("tokenize_fn", ctypes.c_void_p),
-        ("use_approximate_greedy_tokenize_fn", ctypes.c_bool),
-        ("tokenize_user_data", ctypes.c_void_p),
-        ("slices", ctypes.c_void_p),
-        ("later", ctypes.c_char * 256),
-    )
-
-
-class Library:
-    """The llguidance that is linked into a library of an engine, by its C interface.
-
-    Raises:
-        OSError, AttributeError: the library cannot be loaded, or has no such interface.
-    """
-
-    def __init__(self, path: str) -> None:
-        library = ctypes.CDLL(path)
-        self._functions = functions = {
-            name: getattr(library, f"llg_{name}")
-            for name in (
-                *("constraint_init_set_defaults", "new_tokenizer", "new_matcher"),
-                "free_matcher",
-            )
-        }
-        for name in ("get_error", "compute_mask", "validate_tokens", "consume_token", "get_mask"):
-            functions[name] = getattr(library, f"llg_matcher_{name}")
-        for name in ("new_tokenizer", "new_matcher"):
-            functions[name].restype = ctypes.c_void_p
-        functions["get_error"].restype = ctypes.c_char_p
-        functions["get_mask"].restype = ctypes.c_void_p
-        self._lengths = (ctypes.c_uint32 * (_END + 1))(*[1] * _END, 4)
-        self._init = ctypes.create_string_buffer(1024)
-        functions["constraint_init_set_defaults"](self._init, ctypes.c_void_p(self._tokenizer()))
-
-    def __call__(self, grammar: str) -> Matcher:
-        """Compile a grammar, as llama.cpp does."""
-        new = self._functions["new_matcher"]
-        return _Linked(self._functions, new(self._init, b"lark", grammar.encode()))
-
-    def _tokenizer(self) -> int:
-        # The bytes, and the end: tokens that begin with 0xFF are no text.
-        init = _TokenizerInit(_END + 1, _END, self._lengths, bytes(range(256)) + b"\xffEOS")
-        init.use_approximate_greedy_tokenize_fn = True
-        error = ctypes.create_string_buffer(256)
-        tokenizer = self._functions["new_tokenizer"](
-            ctypes.byref(init), error, ctypes.c_size_t(len(error))
-        )
-        if not tokenizer:
-            raise OSError(error.value.decode(errors="replace"))
-        return tokenizer
-
-
-class _Linked:
-    """A matcher of a linked llguidance."""
-
-    def __init__(self, functions: Mapping[str, Any], address: int) -> None:
-        self._functions = functions
-        self._address = ctypes.c_void_p(address)
-        if not self.error:
-            functions["compute_mask"](self._address)
-
-    def __del__(self) -> None:
-        self._functions["free_matcher"](self._address)
-
-    @property
-    def error(self) -> str:
-        error: bytes | None = self._functions["get_error"](self._address)
-        return (error or b"").decode(errors="replace")
-
-    def prefix(self, data: bytes) -> int:
-        return self._valid(tuple(data))
-
-    def accepts(self, data: bytes) -> bool:
-        return self._valid((*data, _END)) == len(data) + 1
-
-    def following(self) -> int:
-        self._functions["compute_mask"](self._address)
-        mask: int | None = self._functions["get_mask"](self._address)
-        return int.from_bytes(ctypes.string_at(mask, _END // 8), "little") if mask else 0
-
-    def take(self, byte: int) -> None:
-        self._functions["consume_token"](self._address, ctypes.c_uint32(byte))
-
-    def _valid(self, tokens: tuple[int, ...]) -> int:
-        given = (ctypes.c_uint32 * len(tokens))(*tokens)
-        validate = self._functions["validate_tokens"]
-        return validate(self._address, given, ctypes.c_size_t(len(tokens)))
-
-
-Compile = Callable[[str], Matcher]
 
 
 def compiled(schema: Schema, new_matcher: Compile) -> None:
@@ -240,7 +82,7 @@ def rehearsed(grammar: str, new_matcher: Compile) -> None:
     matcher, began = new_matcher(grammar), time.process_time()
     for _ in range(_REHEARSED):
         following = matcher.following()
-        allowed = [byte for byte in range(_END) if following >> byte & 1]
+        allowed = [byte for byte in range(END) if following >> byte & 1]
         if matcher.error or time.process_time() - began > _REHEARSAL_S:
             raise Refused((), _TOO_MUCH)
         if not allowed:
@@ -427,7 +269,7 @@ def limit_job() -> None:
 
 def main() -> None:
     """Do jobs until stdin ends. The argument is the library that compiles, if it is not ours."""
-    new_matcher: Compile = Library(sys.argv[1]) if sys.argv[1:] else _Package
+    new_matcher: Compile = Library(sys.argv[1]) if sys.argv[1:] else from_package
     # What libraries prepare at first use is shared by all jobs.
     compiled({}, new_matcher)
     for line in sys.stdin.buffer:

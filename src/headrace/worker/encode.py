@@ -23,7 +23,8 @@ from headrace.core.events import (
 )
 from headrace.core.request import EmbedRequest, RerankRequest, ScoreRequest
 from headrace.core.stream import Mailbox
-from headrace.engines.base import Embedder, Engine, Pair, Piecewise, Reranker
+from headrace.engines.abilities import Piecewise
+from headrace.engines.base import Embedder, Engine, Pair, Reranker
 from headrace.worker.batching import Batcher
 from headrace.worker.generate import Loaded
 from headrace.worker.tokens import Gone, Limit, tokenized

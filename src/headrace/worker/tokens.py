@@ -6,7 +6,8 @@ import threading
 from typing import NamedTuple
 
 from headrace.core.errors import ContextOverflow, Draining
-from headrace.engines.base import Engine, EngineFacts, Piecewise
+from headrace.engines.abilities import Piecewise
+from headrace.engines.base import Engine, EngineFacts
 from headrace.worker.infill import Infill
 
 _EXACT = 4096
