@@ -146,6 +146,26 @@ def test_every_command_of_a_page_is_run_or_says_why_not(page: str) -> None:
             assert not COMMAND.search(match["code"]), match[0]
 
 
+def test_the_first_screen_of_the_readme() -> None:
+    """Issue 12.34: what, how, for whom, against whom, a picture, and what is sent to others."""
+    page = (ROOT / "README.md").read_text()
+    screen = page.partition("\n## ")[0]
+    parts = (
+        "headrace run smollm2",
+        "**Who it is for.**",
+        "| | Headrace | [Ollama]",
+        "[llama-swap]",
+        "[vLLM]",
+        "**not yet**",
+        "headrace top  http",
+        "**Headrace sends nothing to anyone.**",
+    )
+    assert [part for part in parts if part not in screen] == []
+    assert [screen.index(part) for part in parts[:4]] == sorted(map(screen.index, parts[:4]))
+    assert len(screen.splitlines()) < 70
+    assert "](docs/benchmarks.md)" in page
+
+
 def test_every_route_is_in_getting_started() -> None:
     """Issue 12.33: those of other servers' APIs too."""
     page = (ROOT / "docs" / "getting-started.md").read_text()

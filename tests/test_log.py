@@ -105,6 +105,7 @@ SPENT = {"model": "smollm2", "prompt": 31, "completion": 8, "speed": 53.2}
             {"model": "m", "changes": {"keep_alive": 5, "options.slots": None}},
             "m changed: keep_alive=5, options.slots=default",
         ),
+        ("pool.updated", {"model": "m", "changes": {"pinned": True}}, "m changed: pinned=true"),
         ("service.ready", {}, "Ready"),
     ],
 )
@@ -276,3 +277,8 @@ async def test_a_start_is_logged_with_what_it_runs_on(
     figures = lines[2]
     assert figures["message"] == "headrace.request"
     assert (figures["completion_tokens"], figures["outcome"]) == (2, "stop")
+
+
+def test_the_library_prints_nothing_of_its_own_accord() -> None:
+    """Issue 12.28: a program that has set up no logging would get the bare names of records."""
+    assert any(isinstance(h, logging.NullHandler) for h in logging.getLogger("headrace").handlers)

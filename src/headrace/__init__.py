@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -104,6 +105,9 @@ __all__ = [
     "WorkerDied",
     "__version__",
 ]
+
+# The records are for programs that set up logging; Python would print their names to stderr.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _HOMES = {
     "AsyncModelWorker": "headrace.model_worker",

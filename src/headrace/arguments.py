@@ -89,7 +89,7 @@ def given(options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """
     for name in options.keys() - known:
         matches = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {matches[0]}?" if matches else ""
+        hint = f"; did you mean {matches[0]}?" if matches else "."
         raise InvalidRequest(f"There is no option {name!r}{hint}", param=name)
     return {name: value for name, value in options.items() if value is not None}
 

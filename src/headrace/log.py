@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from headrace.core.values import amounts, flat, span
+from headrace.core.values import amounts, as_text, flat, span
 
 Format = Literal["text", "json"]
 
@@ -202,7 +202,7 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 def _settings(changes: Mapping[str, Any]) -> str:
     return ", ".join(
-        f"{key}={'default' if value is None else value}" for key, value in changes.items()
+        f"{key}={'default' if value is None else as_text(value)}" for key, value in changes.items()
     )
 
 

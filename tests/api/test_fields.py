@@ -9,7 +9,10 @@ import pytest
 from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, client, text
 
 from headrace.api import fields
+from headrace.api.anthropic import CountTokensRequest, MessagesRequest
+from headrace.api.chat import ChatRequest
 from headrace.api.fields import Body, Peers, bodies
+from headrace.api.responses import ResponsesRequest
 from headrace.core.constraint import Constraint
 from headrace.core.request import GenerateRequest
 
@@ -145,7 +148,10 @@ REFUSED: dict[str, tuple[tuple[str, Any], ...]] = {
         ("options", {"temperature": 0}), ("n_predict", 3), ("mirostat", 2),
         ("chat_template", "{{ x }}"), ("top_a", 0.1), ("typical_p", 0.5), ("bad_words", ["x"]),
         ("include_stop_str_in_output", True), ("skip_special_tokens", False), ("format", "json"),
-        ("length_penalty", 2), ("system", "be brief"), ("regex", "a+"),
+        ("length_penalty", 2), ("system", "be brief"), ("regex", "a+"), ("best_of", 2),
+        ("samplers", ["top_k"]), ("t_max_predict_ms", 100), ("repeat_last_n", 8),
+        ("stop_sequences", ["x"]), ("max_output_tokens", 3), ("extra_body", {"top_k": 1}),
+        ("do_sample", False), ("disable_parallel_tool_use", True),
     ),
     TEXT: (
         ("add_generation_prompt", False), ("use_beam_search", True), ("max_completion_tokens", 4),
@@ -159,7 +165,7 @@ REFUSED: dict[str, tuple[tuple[str, Any], ...]] = {
         ("truncate_prompt_tokens", 5), ("input_type", "query"), ("options", {"a": 1}),
     ),
     "/v1/rerank": (("truncate_prompt_tokens", 5), ("rank_fields", ["a"]), ("top_k", 1)),
-    "/v1/score": (("truncate_prompt_tokens", 5), ("add_special_tokens", False)),
+    "/v1/score": (("truncate_prompt_tokens", 5), ("activation", False)),
     "/tokenize": (("with_pieces", True),),
 }  # fmt: skip
 
@@ -195,6 +201,8 @@ async def test_what_changes_nothing_is_accepted_in_silence() -> None:
         "use_beam_search": False, "add_generation_prompt": True, "continue_final_message": False,
         "prompt_logprobs": None, "echo": False, "skip_special_tokens": True, "typical_p": 1.0,
         "length_penalty": 1, "cache_prompt": True, "store": False, "tools": [], "options": {},
+        "samplers": ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc",
+                     "temperature"], "repeat_last_n": 64, "do_sample": True, "best_of": 1,
     }  # fmt: skip
     past = {
         "role": "assistant",
@@ -251,6 +259,13 @@ async def test_two_schemas_are_refused() -> None:
     two = {"json_schema": SCHEMA, "response_format": {"type": "json_object"}}
     answer, _ = await post(CHAT, chat(**two))
     assert answer.json()["error"]["param"] == "json_schema"
+
+
+@pytest.mark.parametrize("kind", [ResponsesRequest, CountTokensRequest, MessagesRequest])
+def test_other_dialects_know_the_fields_of_chat_completions(kind: type[Body]) -> None:
+    """Issue 14.1, 14.2: a field of chats that another dialect has not is refused or harmless."""
+    unknown = {*ChatRequest.__struct_fields__} - {*kind.__struct_fields__} - {*kind.peers}
+    assert unknown == set()
 
 
 def test_each_struct_of_a_body_has_a_table() -> None:

@@ -228,9 +228,9 @@ def test_config_show_names_each_origin(environ: dict[str, str]) -> None:
 def test_show_tells_engine_reason_and_options(environ: dict[str, str]) -> None:
     """W2, W22: which engine, why, and what can be set."""
     text = headrace(environ, "show", "echo", "-o", "slots=3").stdout
-    rows = {line.split()[0]: line.split() for line in text.splitlines() if line}
+    rows = {line.split("  ")[0]: line.split() for line in text.splitlines() if line}
     assert rows["engine"][1] == "echo"
-    assert len(rows["engine_reason"]) > 1
+    assert len(rows["engine reason"]) > 2
     assert rows["slots"][1:3] == ["3", "1024"]
     shown = json.loads(headrace(environ, "show", "echo", "--json").stdout)
     options = {one["option"]: one for one in shown["engine_options"]}

@@ -71,6 +71,14 @@ def test_closed_streams(environ: dict[str, str], closed: str) -> None:
     assert program(environ, f"H show no-such {closed}", {})[0] == 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["run echo hi", "ls"])
+def test_a_full_disk_behind_stdout(environ: dict[str, str], command: str) -> None:
+    """Issue 12.25: it is named once, whether a line or the end of the program writes to it."""
+    code, _, err = program(environ, f"H {command} >/dev/full", {"PYTHONUNBUFFERED": ""})
+    assert (code, err) == (1, b"error: The system reports: No space left on device.\n")
+
+
 @pytest.mark.usefixtures("as_environ")
 @pytest.mark.parametrize(
     ("arguments", "code", "part"),

@@ -117,9 +117,9 @@ def test_doctor_tells_what_is_kept_and_who_is_told(environ: dict[str, str], home
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317",
     }
     lines = headrace(changed, *flags).stdout.splitlines()
-    assert f"traces  {home}/traces (off)" in lines
-    assert "metrics http://127.0.0.1:9000/metrics" in lines
-    assert "spans   on, by OTEL_EXPORTER_OTLP_ENDPOINT" in lines
+    assert f"traces   {home}/traces (off)" in lines
+    assert "metrics  http://127.0.0.1:9000/metrics" in lines
+    assert "spans    on, by OTEL_EXPORTER_OTLP_ENDPOINT" in lines
 
 
 def test_doctor_tells_that_the_exporter_is_missing(
@@ -131,4 +131,4 @@ def test_doctor_tells_that_the_exporter_is_missing(
     assert run(["doctor", "--home", str(tmp_path)]) == 0
     told = capsys.readouterr().out.splitlines()
     needs = f"but not installed: {install_command('otlp')}"
-    assert f"spans   on, by OTEL_TRACES_EXPORTER, {needs}" in told
+    assert f"spans    on, by OTEL_TRACES_EXPORTER, {needs}" in told

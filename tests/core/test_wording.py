@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec import Meta
 from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, client, text
 
-from headrace.core.wording import refusal
+from headrace.core.wording import fault_of, refusal
 
 
 class Part(msgspec.Struct, forbid_unknown_fields=True):
@@ -114,3 +114,25 @@ async def test_over_http(path: str, body: Any, message: str) -> None:
     async with client(FakeBackend()) as http:
         answer = await http.post(path, json=body)
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("Value error, a name has 1 to 512 characters", "a name has 1 to 512 characters"),
+        ("Input should be less than or equal to 8192", "must be at most 8192"),
+        ("Input should be greater than 0", "must be above 0"),
+        ("Input should be 'f16' or 'bf16'", "must be 'f16' or 'bf16'"),
+        (
+            "Input should be a valid integer, unable to parse string as an integer",
+            "must be an integer",
+        ),
+        ("Input should be a valid boolean, unable to interpret input", "must be true or false"),
+        ("Input should be a valid string", "must be a string"),
+        ("List should have at most 3 items after validation, not 4",
+         "must have at most 3 items after validation, not 4"),
+    ],
+)  # fmt: skip
+def test_a_setting_is_refused_in_plain_words(message: str, words: str) -> None:
+    """Issue 12.6: not in those of pydantic."""
+    assert fault_of(message) == words

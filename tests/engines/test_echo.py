@@ -86,6 +86,18 @@ async def test_logprobs_come_for_each_token_when_asked() -> None:
     assert not any(delta.logprobs for delta in deltas)
 
 
+@pytest.mark.parametrize("size", [1, 4])
+async def test_each_token_of_a_character_has_its_entry(size: int) -> None:
+    """Issue 12.9: also where the answer is cut within one."""
+    request = asked("é🌍", 4, logprobs=0)
+    deltas, finish = await answered(opened(tokens_per_delta=size), request)
+    entries = [entry for delta in deltas for entry in delta.logprobs]
+    assert [(entry.token_id, entry.data) for entry in entries] == [
+        (token, bytes([token])) for token in "é🌍".encode()[:4]
+    ]
+    assert (finish.reason, finish.completion_tokens) == ("length", 4)
+
+
 async def test_it_keeps_the_scripted_speed() -> None:
     began = time.monotonic()
     await answered(opened(tokens_per_second=100), asked("a" * 20, 20))

@@ -195,6 +195,23 @@ async def test_a_character_of_several_tokens_has_an_entry_for_each(llama: Engine
         assert entry.logprob > entry.top[1].logprob
 
 
+async def test_an_answer_that_is_cut_within_a_character_has_all_its_entries(llama: Engine) -> None:
+    """Issue 12.9: wherever max_tokens or a stop token ends it; none is added behind it."""
+    emoji = "Repeat: 😀😃😄😁 😀😃😄😁 😀😃😄😁 😀😃😄😁"
+    whole = await say(llama, emoji, 12, temperature=0, logprobs=1)
+    data = b"".join(entry.data for entry in whole.logprobs)
+    for most in (1, 2, 3, 6):
+        cut = await say(llama, emoji, most, temperature=0, logprobs=1)
+        assert [entry.token_id for entry in cut.logprobs] == [*whole.token_ids[:most]]
+        assert (cut.finish.reason, cut.finish.completion_tokens) == ("length", most)
+        assert data.startswith(b"".join(entry.data for entry in cut.logprobs))
+    stops = (whole.token_ids[6],)
+    place = whole.token_ids.index(*stops)
+    stopped = await say(llama, emoji, 12, temperature=0, logprobs=0, stop_token_ids=stops)
+    assert [entry.token_id for entry in stopped.logprobs] == [*whole.token_ids[:place]]
+    assert (stopped.finish.reason, stopped.finish.completion_tokens) == ("stop", place)
+
+
 async def test_a_json_schema_is_kept(llama: Engine) -> None:
     """W11: json_schema gives JSON of that shape."""
     schema = {

@@ -137,10 +137,38 @@ def test_a_required_call_of_the_real_model(
 
 
 def test_strict_arguments_are_checked(client: openai.OpenAI) -> None:
-    """Issue 13: an engine without grammars refuses what it could not enforce."""
-    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
-    with pytest.raises(openai.BadRequestError, match="auto"):
-        client.chat.completions.create(model="echo", messages=user(CALL), tools=[strict])  # pyright: ignore[reportArgumentType]
+    """Issue 13: also of an engine without grammars, where a wrong call is an error."""
+    strict: Any = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    request: Any = {"model": "echo", "tools": [strict]}
+    good = client.chat.completions.create(messages=user(CALL), **request).choices[0]
+    assert good.message.tool_calls
+    wrong = user(CALL.replace('"days": 3', '"days": "three"'))
+    with pytest.raises(openai.InternalServerError) as failed:
+        client.chat.completions.create(messages=wrong, **request)
+    assert failed.value.status_code == 500
+    with pytest.raises(openai.APIError):
+        list(client.chat.completions.create(messages=wrong, stream=True, **request))
+
+
+def test_strict_and_parallel_calls_of_the_real_model(client: openai.OpenAI) -> None:
+    """Issue 13, shown 1: each of several calls keeps to its schema, and has its own id."""
+    strict: Any = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    choice = client.chat.completions.create(
+        model="smollm2",
+        messages=user("What is the weather in Paris and in Rome for the next 3 days?"),
+        tools=[strict, TIME],
+        tool_choice="required",
+        parallel_tool_calls=True,
+        temperature=0,
+        max_tokens=120,
+    ).choices[0]
+    calls: Any = choice.message.tool_calls
+    assert len(calls) > 1
+    assert len({call.id for call in calls}) == len(calls)
+    for call in calls:
+        arguments = json.loads(call.function.arguments)
+        expected = {"city", "days"} if call.function.name == "get_weather" else arguments.keys()
+        assert arguments.keys() == expected
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,15 @@ async def test_an_answer_from_start_to_end() -> None:
         assert one.load == (0, 0)
 
 
+async def test_an_answer_that_ends_within_a_character_has_all_its_entries() -> None:
+    """Issue 12.9: those of half a character too, whose text is left out."""
+    async with worker() as one:
+        result = await collect(one.ask(ask("é🌍", max_tokens=4, logprobs=0)))
+        assert result.text == "é"
+        assert [entry.data[0] for entry in result.choices[0].logprobs] == [*"é🌍".encode()[:4]]
+        assert result.usage.completion_tokens == 4
+
+
 async def test_no_delta_shows_half_a_character() -> None:
     """W13: the text of the deltas is the text of the result, and no U+FFFD is in it."""
     async with worker() as one:

@@ -198,7 +198,9 @@ def _check_head(scope: Scope, headers: dict[bytes, bytes], settings: ApiSettings
 def _check_host(headers: _HeaderList, settings: ApiSettings) -> None:
     # Against DNS rebinding: a foreign page may have bound its name to this address.
     hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
-    if not hosts or not all(_is_served(_hostname(host), settings) for host in hosts):
+    if not hosts:
+        raise refused(403, "The request has no Host header.", "host_not_allowed")
+    if not all(_is_served(_hostname(host), settings) for host in hosts):
         message = "This Host is not served here; `allowed_hosts` can add it."
         raise refused(403, message, "host_not_allowed")
 

@@ -44,11 +44,15 @@ def _refused(names: str, *harmless: Any, instead: str = "") -> dict[str, Peer]:
 
 Peers = Mapping[str, Peer]
 
+_NESTED = "Its entries are fields of the request itself"
+# llama-server's own order of samplers, which its page sends.
+_SAMPLERS = ["dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]
+
 _OF_ANY: Peers = {
     # The user, billing, storage, caches and urgency.
     **_ignored("user metadata store service_tier safety_identifier request_id priority cache_salt"),
     **_ignored("prompt_cache_key prompt_cache_retention"),
-    **_refused("options", {}, instead="Its entries are fields of the request itself"),
+    **_refused("options extra_body parameters", {}, instead=_NESTED),
     **_refused("truncate_prompt_tokens"),
     **_refused("mm_processor_kwargs lora lora_path", {}, []),
 }
@@ -63,11 +67,20 @@ GENERATE: Peers = {
     **_OF_ANY,
     **_OF_TEMPLATE,
     # llama-server: where and how it computes, and what is reported beside the answer.
-    **_ignored("cache_prompt id_slot n_keep n_discard timings_per_token samplers t_max_predict_ms"),
+    **_ignored("cache_prompt id_slot n_keep n_discard timings_per_token"),
     **_ignored("mirostat_tau mirostat_eta dynatemp_exponent xtc_threshold dry_base"),
-    **_ignored("dry_allowed_length dry_penalty_last_n dry_sequence_breakers repeat_last_n"),
-    **_ignored("disable_parallel_tool_use parse_tool_calls"),
+    **_ignored("dry_allowed_length dry_penalty_last_n dry_sequence_breakers"),
+    **_refused("samplers", [], "", _SAMPLERS, ["penalties", *_SAMPLERS]),
+    **_refused("t_max_predict_ms", 0, -1),
+    # Penalties count the whole text; 64 is the default of llama-server and Ollama.
+    **_refused("repeat_last_n", 64, -1),
+    **_refused("parse_tool_calls", True),
+    **_refused("disable_parallel_tool_use", False, instead="Use parallel_tool_calls"),
     **_refused("n_predict max_new_tokens num_predict", instead="Use max_tokens"),
+    **_refused("max_output_tokens max_tokens_to_sample max_length", instead="Use max_tokens"),
+    **_refused("stop_sequences stopping_strings stop_words", [], instead="Use stop"),
+    **_refused("do_sample", True, instead="Use temperature 0"),
+    **_refused("num_beams", 1),
     **_refused("num_ctx", instead="Use context_length"),
     **_refused("mirostat dynatemp_range xtc_probability dry_multiplier top_a tfs", 0),
     **_refused("typical_p tfs_z typical epsilon_cutoff", 1),
@@ -106,6 +119,7 @@ CHAT: Peers = {
     **GENERATE,
     **_refused("echo", False),
     **_refused("suffix", "", instead="Use /v1/completions"),
+    **_refused("best_of", 1),
     **_refused("prompt", instead="Use messages, or /v1/completions"),
     **_refused("input", instead="Use messages"),
 }
@@ -165,7 +179,9 @@ COUNT_TOKENS: Peers = {
     **_ignored("context_length keep_alive"),
     **_refused("prompt", instead="Use messages"),
     **_refused("response_format json_schema", instead="Use output_config.format"),
+    **_ignored("parallel_tool_calls stream_options"),
     **_refused("reasoning_effort reasoning think enable_thinking", instead="Use thinking"),
+    **_refused("thinking_token_budget", instead="Use thinking"),
     **_refused("max_completion_tokens", instead="Use max_tokens"),
     **_refused("stop", [], "", instead="Use stop_sequences"),
     **_refused("n best_of", 1),
@@ -238,8 +254,7 @@ JSON_SCHEMA: Peers = _ignored("description")
 
 _OF_TEXTS: Peers = {
     **_OF_ANY,
-    **_ignored("use_activation activation"),
-    **_refused("add_special_tokens", True),
+    **_refused("use_activation activation add_special_tokens", True),
 }
 
 EMBED: Peers = {

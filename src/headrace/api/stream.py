@@ -125,7 +125,8 @@ class ChunkEncoder:
         return self._prompt(event) if isinstance(event, PromptTokens) else self._call(event)
 
     def _call(self, delta: ToolCallDelta) -> bytes:
-        if self._form.call is None:
+        # What a call that was cut has sent cannot be taken back.
+        if self._form.call is None or delta.cut:
             return b""
         body = b'"delta":' + encode(self._form.call(delta)) + b',"logprobs":null' + self._close
         return self._before(delta.index) + body

@@ -17,7 +17,19 @@ from typing import Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
-from headrace.cli import bench, check_engine, pool, replay, reports, serve, store, top, trace, tune
+from headrace.cli import (
+    bench,
+    check_engine,
+    import_,
+    pool,
+    replay,
+    reports,
+    serve,
+    store,
+    top,
+    trace,
+    tune,
+)
 from headrace.cli import run as run_command
 from headrace.cli.common import Common, with_common
 from headrace.core.errors import ConfigError, HeadraceError, RequestError
@@ -66,6 +78,7 @@ _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
         store.ls: ("ls", "ls --json"),
         store.show: ("show smollm2", "show smollm2 --engine llamacpp"),
         store.rm: ("rm smollm2", "rm --yes smollm2 all-minilm-l6-v2"),
+        import_.import_: ("import Modelfile", "import ./Modelfile --as mario"),
         pool.plan: ("plan smollm2", "plan ./models/large.gguf"),
     },
     "Service": {
@@ -113,7 +126,7 @@ class _Grouped(TyperGroup):
 
 
 def _name(command: Callable[..., None]) -> str:
-    return command.__name__.replace("_", "-")
+    return command.__name__.rstrip("_").replace("_", "-")
 
 
 def _examples(lines: Iterable[str]) -> str:
@@ -124,7 +137,7 @@ def _examples(lines: Iterable[str]) -> str:
 for _commands in _GROUPS.values():
     for _command, _lines in _commands.items():
         if not isinstance(_command, str):
-            app.command(epilog=_examples(_lines))(with_common(_command))
+            app.command(_name(_command), epilog=_examples(_lines))(with_common(_command))
 app.info.cls = _Grouped
 app.info.epilog = _examples(('run smollm2 "Name three rivers."', "serve smollm2"))
 app.add_typer(reports.config, name="config", epilog=_examples(_GROUPS["Set up"]["config"]))
@@ -137,9 +150,9 @@ def run(arguments: Sequence[str]) -> int:
     flags = _before(arguments, "--")
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="headrace", standalone_mode=False)
+        sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of the pipe has closed it; flushing the buffer must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
@@ -149,11 +162,20 @@ def run(arguments: Sequence[str]) -> int:
         code = 2 if isinstance(error, RequestError | ConfigError) else 1
         return _fail(flags, error, type(error).__name__, _message(error, flags), code, error.param)
     except OSError as error:
+        _drop_output()
         return _fail(flags, error, type(error).__name__, _system_message(error), 1)
     except Exception as error:  # noqa: BLE001 - the last place where it can be reported
         message = f"unexpected {type(error).__name__}: {error}; --debug shows where"
         return _fail(flags, error, "InternalError", message, 1)
     return code if isinstance(code, int) else 0
+
+
+def _drop_output() -> None:
+    """Drop what stdout cannot take, so that no flush fails again at the exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _before(arguments: Sequence[str], end: str) -> Sequence[str]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import AsyncGenerator, Generator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from typing import Any, TypeVar
 
 import httpx2 as httpx
@@ -17,6 +17,7 @@ from headrace.core import errors
 from headrace.core.errors import ConfigError, HeadraceError
 from headrace.core.record import Activity
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
+from headrace.text.chunks import Malformed, is_end
 from headrace.text.sse import EventReader, EventTooLong
 
 T = TypeVar("T")
@@ -111,10 +112,10 @@ class Client:
 
     def events(self) -> AsyncGenerator[PoolEvent]:
         """Yield the events of the service as they happen, until it ends."""
-        return self.stream("GET", "/admin/events", PoolEvent)
+        return self.stream("GET", "/admin/events", msgspec.json.Decoder(PoolEvent).decode)
 
     async def stream(
-        self, method: str, path: str, kind: type[T], body: object = None
+        self, method: str, path: str, decode: Callable[[bytes], T], body: object = None
     ) -> AsyncGenerator[T]:
         """Yield the data of server-sent events, decoded, until the stream ends."""
         reader = EventReader()
@@ -125,8 +126,8 @@ class Client:
                     raise _refusal(response)
                 async for chunk in response.aiter_bytes():
                     for data in reader.feed(chunk):
-                        if data != b"[DONE]":
-                            yield self._decoded(data, kind)
+                        if not is_end(data):
+                            yield self._decoded(data, decode)
 
     async def _ask(
         self,
@@ -140,12 +141,12 @@ class Client:
             response = await self._http.request(method, path, json=body, params=query)
         if response.is_error:
             raise _refusal(response)
-        return self._decoded(response.content, kind)
+        return self._decoded(response.content, msgspec.json.Decoder(kind).decode)
 
-    def _decoded(self, content: bytes, kind: type[T]) -> T:
+    def _decoded(self, content: bytes, decode: Callable[[bytes], T]) -> T:
         try:
-            return msgspec.json.decode(content, type=kind)
-        except msgspec.MsgspecError as error:
+            return decode(content)
+        except (msgspec.MsgspecError, Malformed) as error:
             raise errors.UpstreamError(
                 f"The service at {self.url} is no Headrace, or another version of it.",
                 detail=str(error),

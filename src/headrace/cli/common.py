@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import functools
 import inspect
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
@@ -267,3 +268,19 @@ def _bounds(allowed: Range) -> str:
     if allowed.high < _WIDE:
         return f"  [{low} to {allowed.high}]"
     return f"  [{low} or more]" if allowed.low > -_WIDE else ""
+
+
+def write_model(path: Path, name: str, settings: Mapping[str, Any], remark: str) -> None:
+    """Write settings of a model into a configuration file, and show the lines that change.
+
+    Raises:
+        ConfigError: the file cannot be edited or written.
+    """
+    from headrace.lab.tune import write
+
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    after = write.edited(before, name, settings, remark)
+    texts = before.splitlines(), after.splitlines()
+    for line in difflib.unified_diff(*texts, str(path), str(path), lineterm="", n=2):
+        terminal.note(line)
+    write.save(path, after)

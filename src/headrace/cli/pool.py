@@ -293,14 +293,13 @@ def _planned(common: Common, model: str, url: str | None) -> Plan:
 def _plan_lines(plan: Plan) -> Iterator[str]:
     need = plan.need
     tokens = f"{need.context_length} tokens of context" if need.context_length else None
-    running = f"{need.max_running} at once" if need.max_running else None
+    running = f"{need.max_running} requests at once" if need.max_running else None
     facts = {
         "model": plan.model,
         "engine": plan.engine,
-        "needs": amounts(need.devices),
-        "of that": ", ".join(f"{name} {terminal.size(size)}" for name, size in need.parts.items()),
-        "known": need.how,
-        "for": ", ".join(filter(None, (tokens, running))),
+        "needs": f"{amounts(need.devices)} ({need.how})",
+        "made up of": ", ".join(f"{name} {terminal.size(n)}" for name, n in need.parts.items()),
+        "enough for": ", ".join(filter(None, (tokens, running))),
         "loads in": None if need.load_s is None else terminal.span(need.load_s),
         "fits": _verdict(plan),
         "largest context": plan.largest_context,

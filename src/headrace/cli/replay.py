@@ -19,6 +19,7 @@ from headrace.core.metrics import InferenceMetrics
 from headrace.core.record import RequestRecord
 from headrace.core.sampling import SamplingFields
 from headrace.telemetry.content import REDACTED
+from headrace.text import chunks
 
 if TYPE_CHECKING:
     from headrace.cli.client import Client
@@ -43,27 +44,6 @@ class Replayed(msgspec.Struct, frozen=True, kw_only=True):
     differs_at: int | None
 
 
-class _Delta(msgspec.Struct, frozen=True):
-    content: str | None = None
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    index: int = 0
-    text: str = ""
-    delta: _Delta = _Delta()
-    finish_reason: str | None = None
-
-
-class _Problem(msgspec.Struct, frozen=True):
-    message: str
-
-
-class _Chunk(msgspec.Struct, frozen=True):
-    choices: tuple[_Choice, ...] = ()
-    metrics: InferenceMetrics | None = None
-    error: _Problem | None = None
-
-
 def replay(
     common: Common,
     id: Id,
@@ -81,9 +61,9 @@ def replay(
     answer = _Answer(write=not common.as_json)
 
     async def read(client: Client) -> None:
-        stream = client.stream("POST", _PATHS[record.operation], _Chunk, body)
-        async with contextlib.aclosing(stream) as chunks:
-            async for chunk in chunks:
+        stream = client.stream("POST", _PATHS[record.operation], chunks.read, body)
+        async with contextlib.aclosing(stream):
+            async for chunk in stream:
                 answer.take(chunk)
 
     common.ask(url, read)
@@ -132,26 +112,28 @@ class _Answer:
 
     def __init__(self, *, write: bool) -> None:
         self._writes = write
-        self._metrics: InferenceMetrics | None = None
+        self._metrics: dict[str, Any] | None = None
         self._texts: dict[int, str] = defaultdict(str)
         self._reasons: dict[int, str] = {}
 
-    def take(self, chunk: _Chunk) -> None:
+    def take(self, chunk: chunks.Chunk) -> None:
         """Add a chunk.
 
         Raises:
             UpstreamError: it is the error of an answer that failed.
         """
-        if chunk.error is not None:
-            raise UpstreamError(chunk.error.message)
+        if chunk.error:
+            from headrace.engines.remote import parse_error
+
+            raise UpstreamError(parse_error({"error": chunk.error}).message)
         self._metrics = chunk.metrics or self._metrics
-        for choice in chunk.choices:
-            text = choice.delta.content or choice.text
-            self._texts[choice.index] += text
+        for choice in chunk.choices or ():
+            index = int(choice.index or 0)
+            self._texts[index] += choice.content
             if choice.finish_reason:
-                self._reasons[choice.index] = choice.finish_reason
-            if choice.index == 0:
-                self._write(text)
+                self._reasons[index] = choice.finish_reason
+            if index == 0:
+                self._write(choice.content)
 
     def _write(self, text: str) -> None:
         if self._writes:
@@ -167,15 +149,17 @@ class _Answer:
         for number, text in enumerate(texts[1:], 2):
             self._write(f"\n\n{number}: {text}")
         self._write("\n")
-        if self._metrics is None:
-            raise UpstreamError("The answer ended without its figures.")
+        try:
+            metrics = msgspec.convert(self._metrics, InferenceMetrics)
+        except msgspec.ValidationError:
+            raise UpstreamError("The answer ended without its figures.") from None
         before = record.content.answered if record.content else ()
         return Replayed(
             id=record.id,
             model=model,
             answered=texts,
             finish_reasons=tuple(reason for _, reason in sorted(self._reasons.items())),
-            metrics=self._metrics,
+            metrics=metrics,
             equal=before == texts,
             differs_at=_difference(before, texts),
         )

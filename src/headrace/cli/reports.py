@@ -75,12 +75,14 @@ config.command("path")(with_common(path))
 def doctor(common: Common) -> None:
     """Show versions, engines, devices, memory, and where models and settings are."""
     from headrace import runtime
+    from headrace.machine.hardware import usable_cpus
 
     settings = common.settings()
     system, home = runtime.system(), settings.config.home
     stored = list(runtime.store(settings.config).list())
     report: dict[str, Any] = {
         "system": system,
+        "usable_cpus": usable_cpus(),
         "engines": runtime.engines(),
         "providers": [_provider(*item) for item in runtime.providers().items()],
         "home": {"path": home, "free": _free(home), "models": len(stored)},
@@ -93,33 +95,37 @@ def doctor(common: Common) -> None:
 
 def _doctor_lines(report: dict[str, Any], devices: Sequence[Device]) -> Iterator[str]:
     machine, home, files = report["system"], report["home"], report["configuration"]
-    cpu = f"{machine['cpu']}, {machine['cores']} cores; {', '.join(machine['instruction_sets'])}"
+    cores = f"{machine['cores']} cores (usable CPUs: {report['usable_cpus']})"
+    cpu = f"{machine['cpu']}, {cores}; {', '.join(machine['instruction_sets'])}"
     about = [("os", machine["os"]), ("python", machine["python"]), ("cpu", cpu)]
-    yield from terminal.aligned((), about)
-    yield from terminal.aligned((), [("library", *pair) for pair in machine["libraries"].items()])
     if machine["driver"]:
-        yield f"gpu driver {machine['driver']}, for CUDA {machine['cuda'] or 'unknown'}"
+        about.append(("gpu", f"driver {machine['driver']}, CUDA {machine['cuda'] or 'unknown'}"))
+    libraries = (f"{name} {version}" for name, version in machine["libraries"].items())
+    yield from terminal.aligned((), [*about, ("libraries", ", ".join(libraries))])
     yield ""
     yield from terminal.aligned(
         ("ENGINE", "RUNS", "FORMATS", "WHY"), map(_engine, report["engines"])
     )
     names = ", ".join(provider["name"] for provider in report["providers"])
     with_key = ", ".join(item["name"] for item in report["providers"] if item["key_is_set"])
-    yield f"\nremote  {names}; keys are set for: {with_key or 'none'}\n"
+    yield ""
     yield from terminal.aligned(("DEVICE", "MEMORY", "FREE", "ENERGY"), map(_device, devices))
     yield ""
-    yield f"home    {home['path']} ({home['models']} models, {terminal.size(home['free'])} free)"
-    yield f"config  {files['file'] or 'none; ' + ' and '.join(files['searched'])}"
-    yield from _confine_lines(report["confine"])
-    yield from _telemetry_lines(
-        report["telemetry"], has_sdk="opentelemetry-sdk" in machine["libraries"]
-    )
+    telemetry, has_sdk = report["telemetry"], "opentelemetry-sdk" in machine["libraries"]
+    places = [
+        ("remote", f"{names}; keys are set for: {with_key or 'none'}"),
+        ("home", f"{home['path']} ({home['models']} models, {terminal.size(home['free'])} free)"),
+        ("config", files["file"] or f"none; looked for {' and '.join(files['searched'])}"),
+        ("confine", _confinement(report["confine"])),
+        *_telemetry_facts(telemetry, has_sdk=has_sdk),
+    ]
+    yield from terminal.aligned((), places)
 
 
-def _confine_lines(held: dict[str, str]) -> Iterator[str]:
+def _confinement(held: dict[str, str]) -> str:
     setting, *rest = held.items()
     facts = ", ".join(f"{name}: {state}" for name, state in rest)
-    yield f"confine {setting[1]}" + (f"; {facts}" if setting[1] == "auto" else "")
+    return setting[1] + (f"; {facts}" if setting[1] == "auto" else "")
 
 
 def _provider(name: str, provider: Any) -> dict[str, Any]:
@@ -167,13 +173,13 @@ def _size(place: Path) -> dict[str, Any]:
     return {"path": place, "size": sum(file.stat().st_size for file in files)}
 
 
-def _telemetry_lines(telemetry: dict[str, Any], *, has_sdk: bool) -> Iterator[str]:
+def _telemetry_facts(telemetry: dict[str, Any], *, has_sdk: bool) -> Iterator[tuple[str, str]]:
     for name in ("traces", "usage"):
         kept = telemetry[name]
-        yield f"{name:7} {kept['path']} ({terminal.size(kept['size']) if kept['on'] else 'off'})"
-    yield f"metrics {telemetry['metrics'] or 'off'}"
+        yield name, f"{kept['path']} ({terminal.size(kept['size']) if kept['on'] else 'off'})"
+    yield "metrics", telemetry["metrics"] or "off"
     needs = "" if has_sdk else f", but not installed: {install_command('otlp')}"
-    yield f"spans   {'on, by ' + telemetry['spans'] + needs if telemetry['spans'] else 'off'}"
+    yield "spans", f"on, by {telemetry['spans']}{needs}" if telemetry["spans"] else "off"
 
 
 def usage(

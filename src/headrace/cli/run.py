@@ -121,7 +121,7 @@ async def _run(
 ) -> None:
     if question.text is None:
         if common.as_json or question.raw or not streams.is_terminal():
-            raise InvalidRequest("There is no prompt: give one as argument or on stdin.")
+            raise InvalidRequest("There is no prompt: give one as an argument or on stdin.")
         sampling = question.sampling
         await chat(settings, spec, system=question.system, sampling=sampling, figures=figures)
         return

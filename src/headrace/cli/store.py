@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from headrace.models.transfer import Progress
 
 
+# What only a service knows of a model, and what has lines of its own.
+_NOT_SHOWN = ("state", "options", "created")
+
+
 def pull(
     common: Common,
     model: ModelArgument,
@@ -100,11 +104,12 @@ def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
     plain: dict[str, Any] = msgspec.to_builtins(info)
     plain["capabilities"] = tuple(info.capabilities.names)
     for name, value in plain.items():
-        if name in ("options", "created") or value in (None, "", ()):
+        if name in _NOT_SHOWN or value in (None, "", "none", 0, ()):
             continue
+        name = name.replace("_", " ")
         if name in ("size", "memory"):
             yield name, terminal.size(value)
-        elif name == "chat_template":
+        elif name == "chat template":
             yield name, f"{len(value)} characters"
         elif name == "parameters":
             yield name, f"{value / 1e6:.0f} M"

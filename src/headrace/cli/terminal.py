@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from headrace import log
+from headrace.core.values import as_text
 from headrace.core.values import flat as flat
 from headrace.core.values import size as size
 from headrace.core.values import span as span
@@ -80,7 +81,9 @@ def aligned(
     names = heads or [""] * len(by_column)
     laid_out = table(
         [
-            Column(head, ["-" if cell is None else str(cell) for cell in column], head in numbers)
+            Column(
+                head, ["-" if cell is None else as_text(cell) for cell in column], head in numbers
+            )
             for head, column in zip(names, by_column, strict=True)
         ]
     )

@@ -259,6 +259,10 @@ def lines(
     return [_shortened(line, max(1, width)) for line in [*above, *first, [], *second][:height]]
 
 
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
 def _totals(status: PoolStatus, rates: Sequence[Rates]) -> list[str]:
     failed = sum(model.failed for model in rates)
     return [
@@ -266,7 +270,8 @@ def _totals(status: PoolStatus, rates: Sequence[Rates]) -> list[str]:
         f"{_number(sum(model.prompt_tokens_per_second for model in rates))} in",
         f"{sum(model.running for model in status.models)} running",
         f"{sum(model.queued for model in status.models)} queued",
-        f"{sum(model.requests for model in rates)} requests and {failed} errors in a minute",
+        f"{_counted(sum(model.requests for model in rates), 'request')}"
+        f" and {_counted(failed, 'error')} in a minute",
     ]
 
 

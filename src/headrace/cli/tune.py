@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from headrace.cli import terminal
-from headrace.cli.common import Common, ContextLength, Device, ModelArgument, Options, parse_options
+from headrace.cli.common import (
+    Common,
+    ContextLength,
+    Device,
+    ModelArgument,
+    Options,
+    parse_options,
+    write_model,
+)
 from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -138,13 +145,11 @@ def _verdicts(record: Record, engine: str) -> Iterator[str]:
 
 def _write(settings: Settings, spec: ModelSpec, record: Record, aim: Aim) -> None:
     from headrace import runtime
-    from headrace.lab.tune import write
 
     best = record.winner(aim)
     if best is None:
         raise ConfigError(f"No measured engine can be written for {aim}.")
     path = settings.file or settings.searched[-1]
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
     streams = record.streams_for(aim)
     known = runtime.engine_options()[best.engine].model_fields
     own = {key: value for key, value in spec.options.items() if key in known}
@@ -152,8 +157,4 @@ def _write(settings: Settings, spec: ModelSpec, record: Record, aim: Aim) -> Non
     if spec.name not in settings.config.models and spec.model != spec.name:
         changes = {"model": spec.model, **changes}
     remark = f"tuned {record.day} for {aim}: {best.summary(streams)}"
-    after = write.edited(before, spec.name, changes, remark)
-    texts = before.splitlines(), after.splitlines()
-    for line in difflib.unified_diff(*texts, str(path), str(path), lineterm="", n=2):
-        terminal.note(line)
-    write.save(path, after)
+    write_model(path, spec.name, changes, remark)

@@ -12,6 +12,7 @@ from headrace.config.sources import Layer, Value, unknown_key, with_line
 from headrace.config.tree import is_collection, words
 from headrace.core.errors import ConfigError
 from headrace.core.values import expanded
+from headrace.core.wording import fault_of
 
 _PLAIN = (str, int, float, bool, list, dict, type(None))
 
@@ -42,7 +43,7 @@ def _refuse(error: ValidationError, layer: Layer, prefix: str = "") -> ConfigErr
         near = next((key for key in layer if place == key or place.startswith(f"{key}.")), None)
         key = (prefix + place).rstrip(".")
         origin = with_line(layer[near].origin, prefix + near) if near else "configuration"
-        lines.append(f"{origin}: {key}: {fault['msg'].removeprefix('Value error, ')}.")
+        lines.append(f"{origin}: {key}: {fault_of(fault['msg'])}.")
         params.append(place)
     return ConfigError("\n".join(lines), param=params[0])
 
@@ -85,7 +86,7 @@ def _validated(kind: type[BaseModel], name: str, given: Any) -> Any:
         checked: Any = getattr(kind.model_validate({name: raw}), name)
     except ValidationError as error:
         # Errors of other fields, and between fields, are reported when the engine opens.
-        mine = [fault["msg"] for fault in error.errors() if fault["loc"][:1] == (name,)]
+        mine = [fault_of(fault["msg"]) for fault in error.errors() if fault["loc"][:1] == (name,)]
         if mine:
             raise ValueError(mine[0]) from None
         return raw

@@ -78,6 +78,8 @@ class ToolCallDelta(msgspec.Struct, frozen=True, array_like=True, tag="k"):
 
     The first of a call has its id and name, and each a further part of the text of its arguments,
     which is a JSON object when the call is complete. Its tokens are those of the Delta before it.
+    With `cut` the call ended before it was complete, and is none: `cut` is its text, which is
+    content of a whole answer.
     """
 
     call: int = 0
@@ -85,6 +87,7 @@ class ToolCallDelta(msgspec.Struct, frozen=True, array_like=True, tag="k"):
     name: str = ""
     arguments: str = ""
     index: int = 0
+    cut: str = ""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="p"):

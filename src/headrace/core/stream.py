@@ -222,7 +222,7 @@ def _choice(
         token_ids += delta.token_ids
     return Choice(
         index=index,
-        text="".join(part.text for part in (*prompts, *deltas)),
+        text="".join(part.cut if isinstance(part, ToolCallDelta) else part.text for part in parts),
         reasoning="".join(delta.reasoning for delta in deltas),
         tool_calls=_calls([part for part in parts if isinstance(part, ToolCallDelta)], reason),
         token_ids=tuple(token_ids),
@@ -239,6 +239,8 @@ def _calls(parts: Sequence[ToolCallDelta], reason: FinishReason) -> tuple[ToolCa
     for part in parts:
         if part.name:
             calls[part.call] = ToolCall(part.id, part.name, "")
+        if part.cut:
+            del calls[part.call]
         arguments.setdefault(part.call, []).append(part.arguments)
     whole = [
         msgspec.structs.replace(call, arguments="".join(arguments[number]))

@@ -123,6 +123,11 @@ def span(seconds: float) -> str:
     return f"{minutes}m{whole % 60:02}s" if minutes else f"{whole}s"
 
 
+def as_text(value: object) -> str:
+    """Return a value as people read it; true and false as in a configuration file."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def flat(text: str) -> str:
     """Return text on one line, without characters that move the cursor or change the direction."""
     indent = len(text) - len(text.lstrip(" "))

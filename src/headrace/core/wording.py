@@ -1,4 +1,4 @@
-"""The decoder's messages in words for people: `expected a number, got a string`."""
+"""The messages of the decoders in words for people: `expected a number, got a string`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,27 @@ _GOT = _KINDS | {"bool": "a boolean"}
 _SIGNS = {">=": "of at least", "<=": "of at most", ">": "above", "<": "below", "==": "of"}
 _PARTS = {"str": "characters", "array": "items", "object": "entries"}
 _MAX_VALUE = 40
+
+
+_OF_PYDANTIC = (
+    (r"Value error, ", ""),
+    (r"Input should be a valid (integer|number|boolean), unable to .*", r"Input should be a \1"),
+    (r"Input should be (a )?(valid )?", r"must be \1"),
+    (r"(String|List|Tuple|Dictionary) should have", "must have"),
+    (r"must be a (boolean|bool)$", "must be true or false"),
+    (r"must be a (?=[aeiou])", "must be an "),
+    (r"greater than or equal to", "at least"),
+    (r"less than or equal to", "at most"),
+    (r"greater than", "above"),
+    (r"less than", "below"),
+)
+
+
+def fault_of(message: str) -> str:
+    """Return a message of pydantic as this program writes its own: `must be at least 1`."""
+    for pattern, words in _OF_PYDANTIC:
+        message = re.sub(pattern, words, message)
+    return message
 
 
 def refusal(error: msgspec.ValidationError, kind: Any, prefix: str = "") -> InvalidRequest:

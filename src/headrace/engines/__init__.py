@@ -23,6 +23,7 @@ from headrace.core.errors import ConfigError, HeadraceError, LoadFailed, OutOfMe
 from headrace.core.install import install_command
 from headrace.core.model import ModelFile, Task
 from headrace.core.status import Footprint
+from headrace.core.wording import fault_of
 from headrace.engines import choice, plan
 from headrace.engines.base import About, Engine, EngineOptions, Module, OpenRequest
 from headrace.engines.choice import Candidate
@@ -162,7 +163,7 @@ def check_options(name: str, values: dict[str, object]) -> EngineOptions:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(
-            f"Option {key!r} of engine {name}: {first['msg']}. "
+            f"Option {key!r} of engine {name}: {fault_of(first['msg'])}. "
             f"It accepts {', '.join(sorted(model.model_fields))}."
         ) from error
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import HeadraceError, InvalidRequest, Unsupported, UpstreamError
-from headrace.core.events import Delta, FinishReason, TokenCount
+from headrace.core.events import Delta, FinishReason, TokenCount, ToolCallDelta
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities
 from headrace.core.request import (
@@ -20,6 +20,7 @@ from headrace.core.request import (
     Message,
     RerankRequest,
 )
+from headrace.core.tools import Thinking, Tool, ToolChoice
 from headrace.engines import remote
 from headrace.engines.base import About, OpenRequest, RemoteEvent, RemoteFinish
 from headrace.engines.remote import Access, RemoteOptions, Shared, SilenceTimer
@@ -40,6 +41,9 @@ _REASONS: dict[str, FinishReason] = {
     "refusal": "content_filter",
     "tool_use": "tool_calls",
 }
+_CHOICES = {"none": "none", "auto": "auto", "required": "any"}
+_EFFORTS = {"minimal": "low"}
+_LEAST_BUDGET = 1024
 _OLD_VERSION = "2023-06-01"
 _OLD_SAMPLING = frozenset({"temperature", "top_p", "top_k"})
 _CLIENTS: Shared[Any] = Shared(lambda client: client.close())
@@ -99,8 +103,6 @@ class Engine:
     async def answer(self, request: GenerateRequest) -> AsyncGenerator[RemoteEvent, None]:
         """Yield the upstream's deltas, then its finish."""
         remote.check_supported(request, self._provider, self._provider.sampling)
-        if request.tools:
-            raise Unsupported("Tools are not supported by Anthropic.", param="tools")
         body = self._body(request)
         timer, reader = SilenceTimer(self._options), _AnswerReader()
         stream: Any = None
@@ -142,7 +144,9 @@ class Engine:
             return remote.estimated_count(request)
         try:
             count = await self._connected().messages.count_tokens(
-                model=self._model, **_conversation(messages)
+                model=self._model,
+                **_conversation(messages),
+                **_tools(request.tools, ToolChoice()),
             )
         except self._errors as error:
             raise _failure(self._access, error) from None
@@ -180,14 +184,20 @@ class Engine:
         old = {name: fields.pop(name) for name in _OLD_SAMPLING & fields.keys()}
         # Blank stop strings are refused there; the worker applies those that are not sent.
         stops = [stop for stop in request.sampling.stop if stop.strip()]
+        thinking = _thinking(request)
+        budget = thinking.get("budget_tokens", 0)
+        output = _effort(request.thinking) | _format(request.constraint)
         return {
             "model": self._model,
-            "max_tokens": self._options.max_tokens,
+            # A budget is a part of it, and has to be less.
+            "max_tokens": self._options.max_tokens + budget,
             **_conversation(request.messages),
             **fields,
+            **_tools(request.tools, request.tool_choice),
             **({"stop_sequences": stops[: self._provider.stops]} if stops else {}),
             **({"extra_body": old} if old else {}),
-            **_format(request.constraint),
+            **({"thinking": thinking} if thinking else {}),
+            **({"output_config": output} if output else {}),
         }
 
 
@@ -199,9 +209,18 @@ class _AnswerReader:
         self._input: Any = None
         self._output_tokens = self._thinking_tokens = 0
         self._ended = False
+        self._calls = 0
+        # The input of the open call as it came with its start, until a part of it follows.
+        self._whole: str | None = None
 
-    def take(self, event: Any) -> Delta | None:
+    def take(self, event: Any) -> Delta | ToolCallDelta | None:
         """Return what an event adds to the answer, if anything."""
+        if event.type == "content_block_delta":
+            return self._delta(event.delta)
+        if event.type == "content_block_start":
+            return self._block(event.content_block)
+        if event.type == "content_block_stop":
+            return self._arguments(self._whole)
         if event.type == "message_start":
             self._input = event.message.usage
         elif event.type == "message_delta":
@@ -211,12 +230,31 @@ class _AnswerReader:
             self._thinking_tokens = details.thinking_tokens if details else self._thinking_tokens
         elif event.type == "message_stop":
             self._ended = True
-        elif event.type == "content_block_delta":
-            if event.delta.type == "text_delta":
-                return Delta(event.delta.text) if event.delta.text else None
-            if event.delta.type == "thinking_delta":
-                return Delta(reasoning=event.delta.thinking) if event.delta.thinking else None
         return None
+
+    def _block(self, block: Any) -> Delta | ToolCallDelta | None:
+        if block.type == "text":
+            return Delta(block.text) if block.text else None
+        if block.type != "tool_use":
+            return None
+        self._calls += 1
+        self._whole = msgspec.json.encode(block.input or {}).decode()
+        return ToolCallDelta(self._calls - 1, block.id, block.name)
+
+    def _delta(self, delta: Any) -> Delta | ToolCallDelta | None:
+        if delta.type == "text_delta":
+            return Delta(delta.text) if delta.text else None
+        if delta.type == "thinking_delta":
+            return Delta(reasoning=delta.thinking) if delta.thinking else None
+        if delta.type == "input_json_delta" and self._calls:
+            return self._arguments(delta.partial_json)
+        return None
+
+    def _arguments(self, text: str | None) -> ToolCallDelta | None:
+        if not text:
+            return None
+        self._whole = None
+        return ToolCallDelta(self._calls - 1, arguments=text)
 
     def finish(self) -> RemoteFinish:
         """Return the finish of an answer whose stream has ended."""
@@ -248,16 +286,88 @@ def _conversation(messages: Sequence[Message]) -> dict[str, Any]:
     """Return the messages, with those of the system joined in a field of their own."""
     first = (turn.content for turn in messages if turn.role in ("system", "developer"))
     system = "\n\n".join(first)
-    turns: list[dict[str, str]] = []
+    turns: list[dict[str, Any]] = []
     for turn in messages:
-        if turn.role == "tool" or turn.tool_calls or turn.name:
-            field = "Names of participants" if turn.name else "Messages of tools"
-            raise Unsupported(f"{field} are not supported by Anthropic.", param="messages")
+        if turn.role == "tool":
+            _add_result(turns, turn)
+            continue
+        if turn.name:
+            raise Unsupported(
+                "Names of participants are not supported by Anthropic.", param="messages"
+            )
         if turn.role in ("user", "assistant"):
-            turns.append({"role": turn.role, "content": turn.content})
+            turns.append({"role": turn.role, "content": _content(turn)})
     if not turns:
         raise InvalidRequest("There is no user message.", param="messages")
     return {"messages": turns, **({"system": system} if system else {})}
+
+
+def _content(turn: Message) -> str | list[dict[str, Any]]:
+    # Thinking could only be given back with its signature, which OpenAI's protocol does not have.
+    if not turn.tool_calls:
+        return turn.content
+    # An empty block of text is refused there.
+    blocks: list[dict[str, Any]] = [{"type": "text", "text": turn.content}] if turn.content else []
+    for call in turn.tool_calls:
+        arguments = msgspec.json.decode(call.arguments)
+        blocks.append({"type": "tool_use", "id": call.id, "name": call.name, "input": arguments})
+    return blocks
+
+
+def _add_result(turns: list[dict[str, Any]], turn: Message) -> None:
+    """Add the result of a call; those of one turn are one message."""
+    result = {"type": "tool_result", "tool_use_id": turn.tool_call_id, "content": turn.content}
+    before = turns[-1]["content"] if turns and turns[-1]["role"] == "user" else ""
+    if isinstance(before, list):
+        turns[-1]["content"] = [*before, result]
+    else:
+        turns.append({"role": "user", "content": [result]})
+
+
+def _tools(tools: Sequence[Tool], choice: ToolChoice) -> dict[str, Any]:
+    if not tools:
+        return {}
+    offered = choice.allowed(tuple(tools)) or tools
+    chosen: dict[str, Any] = {"type": _CHOICES[choice.mode]}
+    if choice.mode == "required" and len(choice.names) == 1:
+        chosen = {"type": "tool", "name": choice.names[0]}
+    if choice.mode != "none" and not choice.parallel:
+        chosen["disable_parallel_tool_use"] = True
+    return {"tools": [_tool(tool) for tool in offered], "tool_choice": chosen}
+
+
+def _tool(tool: Tool) -> dict[str, Any]:
+    return {
+        "name": tool.name,
+        **({"description": tool.description} if tool.description else {}),
+        "input_schema": {"type": "object", **(tool.parameters or {})},
+        **({"strict": True} if tool.strict else {}),
+    }
+
+
+def _thinking(request: GenerateRequest) -> dict[str, Any]:
+    """Return how the model thinks; nothing where the request leaves that to it."""
+    thinking = request.thinking
+    if thinking.enabled is False or thinking.budget == 0:
+        return {"type": "disabled"}
+    # It cannot think before a call that it has to make.
+    if request.tool_choice.mode == "required" or thinking == Thinking():
+        return {}
+    if thinking.budget is None:
+        return {"type": "adaptive"}
+    if thinking.budget < _LEAST_BUDGET:
+        raise InvalidRequest(
+            f"Anthropic's least budget of thinking is {_LEAST_BUDGET} tokens.", param="thinking"
+        )
+    # Within a turn, each of its answers would need the thinking of the one before.
+    if request.messages and request.messages[-1].role == "tool":
+        return {}
+    return {"type": "enabled", "budget_tokens": thinking.budget}
+
+
+def _effort(thinking: Thinking) -> dict[str, Any]:
+    effort = thinking.effort
+    return {} if effort is None else {"effort": _EFFORTS.get(effort, effort)}
 
 
 def _format(constraint: Constraint | None) -> dict[str, Any]:
@@ -268,7 +378,7 @@ def _format(constraint: Constraint | None) -> dict[str, Any]:
         raise Unsupported(
             "Anthropic generates JSON only by a schema with properties.", param="response_format"
         )
-    return {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    return {"format": {"type": "json_schema", "schema": schema}}
 
 
 def _failure(access: Access, error: Any) -> HeadraceError:

@@ -184,11 +184,10 @@ def parse(text: str, *, base: Path | None = None) -> Reference:
 def unknown(name: str) -> UnknownModel:
     """Return the error for an unknown name, with the nearest name and those of the catalogue."""
     nearest = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0.7)
-    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    hint = f"Did you mean {nearest[0]}?" if nearest else f"Accepted are {ACCEPTED}."
+    catalog = ", ".join(sorted(CATALOG))
     return UnknownModel(
-        f"No model is called {name!r}.{hint} "
-        f"The catalogue has: {', '.join(sorted(CATALOG))}. Accepted are {ACCEPTED}.",
-        param="model",
+        f"No model is called {name!r}. The catalogue has: {catalog}. {hint}", param="model"
     )
 
 

@@ -307,6 +307,4 @@ def _translate(reference: HubReference, error: Exception) -> NoReturn:
     if isinstance(error, OSError) and error.errno is not None and not status:
         raise error
     reason = f"the hub answered {status}" if status else "the hub cannot be reached"
-    raise UpstreamError(
-        f"{reference}: {reason} ({type(error).__name__}).", detail=detail
-    ) from error
+    raise UpstreamError(f"{reference}: {reason}.", detail=detail) from error

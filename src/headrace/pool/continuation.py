@@ -61,7 +61,7 @@ class _Sent:
 
     def note_call(self, delta: ToolCallDelta) -> None:
         # The name comes with the first part, so that the joined parts tell two calls apart.
-        self.calls.setdefault(delta.call, []).append(delta.name + delta.arguments)
+        self.calls.setdefault(delta.call, []).append(delta.name + delta.arguments + delta.cut)
 
     def rewind(self) -> None:
         self._text, self._reasoning = "".join(self.texts), "".join(self.reasonings)
@@ -93,8 +93,10 @@ class _Sent:
         if delta.call not in self._calls:
             return delta
         rest, self._calls[delta.call] = _after(
-            delta.name + delta.arguments, self._calls[delta.call]
+            delta.name + delta.arguments + delta.cut, self._calls[delta.call]
         )
+        if delta.cut:
+            return delta if rest else None
         # Sent calls have their head already: what is new is a part of the arguments.
         return ToolCallDelta(delta.call, arguments=rest, index=delta.index) if rest else None
 

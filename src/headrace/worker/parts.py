@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from headrace.core.events import Delta, ToolCallDelta
 from headrace.text.calls.parts import (
     CallArguments,
-    CallEnd,
     CallStart,
     Content,
+    Cut,
     Part,
     Thought,
 )
@@ -92,5 +92,7 @@ class PartsPipeline:
         elif isinstance(part, CallArguments):
             self._arguments.append(part.text)
             yield ToolCallDelta(part.index, arguments=part.text, index=self._index)
-        elif isinstance(part, CallEnd):
+        elif isinstance(part, Cut):
+            yield ToolCallDelta(part.index, index=self._index, cut=part.text)
+        else:
             self.calls.append((self._name, "".join(self._arguments)))

@@ -91,7 +91,7 @@ class Prompter:
                     max_tokens=left,
                     answered=answered,
                     sampling=_seeded(sampling, index),
-                    constraint=constraint,
+                    constraint=constraint if self._facts.capabilities.json_schema else None,
                 )
                 for index in range(request.n)
             ),
@@ -162,7 +162,9 @@ class Prompter:
         if text is None or self.chat is None:
             return request.constraint, None
         constraint = self.chat.constraint(request, text)
-        if constraint is not None and not self._facts.capabilities.json_schema:
+        enforces = self._facts.capabilities.json_schema
+        # The arguments of strict tools are checked at the end: a wrong call is an error then.
+        if request.tool_choice.mode == "required" and constraint is not None and not enforces:
             raise Unsupported(
                 "This engine does not enforce calls of tools; use auto.", param="tool_choice"
             )

@@ -8,7 +8,14 @@ from functools import partial
 
 import msgspec
 
-from headrace.core.errors import GenerationFailed, InvalidRequest, Unsupported, UpstreamError
+from headrace.core.constraint import Constraint
+from headrace.core.errors import (
+    ConstraintViolated,
+    GenerationFailed,
+    InvalidRequest,
+    Unsupported,
+    UpstreamError,
+)
 from headrace.core.events import (
     Delta,
     Event,
@@ -67,7 +74,7 @@ async def generate(connected: Connected, request: GenerateRequest) -> AsyncGener
             sent = msgspec.structs.replace(request, sampling=sampling)
             stream = turn.steps(connected.engine.answer(sent))
             async for event in stream:
-                if (shown := answer.shown(event)) is not None:
+                for shown in answer.shown(event):
                     yield shown
                 if answer.is_stopped:
                     break
@@ -152,7 +159,7 @@ async def score(connected: Connected, request: ScoreRequest) -> AsyncGenerator[E
 
 
 class _Answer:
-    """The choices of one answer: stop strings, counts and finish reasons."""
+    """The choices of one answer: stop strings, calls, counts and finish reasons."""
 
     def __init__(self, turn: Turn[Connected, GenerateRequest]) -> None:
         request = turn.request
@@ -162,20 +169,37 @@ class _Answer:
         self._matchers = [StopMatcher(self.stops) for _ in range(request.n)]
         self._counted = 0
         self._whole: list[list[str]] = [[] for _ in range(request.n)]
+        self._calls: list[dict[int, tuple[str, list[str]]]] = [{} for _ in range(request.n)]
 
     async def check(self) -> None:
-        """Check each choice that has ended by itself against the constraint of the request.
+        """Check each choice that has ended by itself against what the request enforces.
 
         Raises:
             ConstraintViolated: one does not keep to it.
         """
-        turn = self._turn
-        if (constraint := turn.request.constraint) is None:
+        request = self._turn.request
+        if request.constraint is None and not request.enforces_calls:
             return
-        for reason, matcher, parts in zip(self.reasons, self._matchers, self._whole, strict=True):
-            if reason == "stop" and matcher.matched is None:
-                checking = turn.served.compiler.check(constraint, "".join(parts), cut=False)
-                await turn.within(checking)
+        for index, (reason, matcher) in enumerate(zip(self.reasons, self._matchers, strict=True)):
+            if reason == "tool_calls" or (reason == "stop" and matcher.matched is None):
+                await self._check_choice(index)
+
+    async def _check_choice(self, index: int) -> None:
+        request, calls = self._turn.request, self._calls[index]
+        if request.constraint is not None and not calls:
+            await self._check_text(request.constraint, "".join(self._whole[index]))
+        if request.tool_choice.mode == "required" and not calls:
+            raise ConstraintViolated("The upstream calls no tool.", param="tool_choice")
+        allowed = {tool.name for tool in request.tool_choice.allowed(request.tools)}
+        for name, arguments in calls.values() if request.enforces_calls else ():
+            if name not in allowed:
+                raise ConstraintViolated("The upstream calls another tool.", param="tool_choice")
+            for schema in request.tool_choice.enforced(request.tools, name):
+                await self._check_text(Constraint(json_schema=schema), "".join(arguments))
+
+    async def _check_text(self, constraint: Constraint, text: str) -> None:
+        turn = self._turn
+        await turn.within(turn.served.compiler.check(constraint, text, cut=False))
 
     def _note(self, index: int, text: str) -> None:
         self._turn.answered(text)
@@ -192,47 +216,68 @@ class _Answer:
         """Whether every choice has reached a stop string."""
         return all(matcher.matched is not None for matcher in self._matchers)
 
-    def shown(self, event: RemoteEvent) -> Event | None:
-        """Return the event for the client, or None."""
+    def shown(self, event: RemoteEvent) -> Sequence[Event]:
+        """Return the events for the client."""
         if isinstance(event, Delta):
             return self._delta(event)
         if isinstance(event, ToolCallDelta):
-            self._counted += 1
-            self._turn.meter.delta(1, visible=True)
-            return event
+            return self._call(event)
         if isinstance(event, RemoteFinish):
-            self.reasons = list(event.finish_reasons)
-            if event.usage is not None:
-                usage = self._turn.usage = event.usage
-                missing = usage.completion_tokens - self._counted
-                self._turn.meter.correct(usage.prompt_tokens, missing, usage.cached_tokens)
-            return None
-        return event
+            self._finish(event)
+            return ()
+        return (event,)
 
     def rest(self) -> list[Delta]:
         """Return the text that was held back as the possible beginning of a stop string."""
-        deltas: list[Delta] = []
+        deltas = [delta for index in range(len(self._matchers)) for delta in self._released(index)]
         for index, matcher in enumerate(self._matchers):
-            text = matcher.flush()
-            self._note(index, text)
             if matcher.matched is not None:
                 self.reasons[index] = "stop"
-            if text:
-                deltas.append(Delta(text, index=index))
+            if self.reasons[index] == "stop" and self._calls[index]:
+                # Of a call that a request names, some say that the answer has ended.
+                self.reasons[index] = "tool_calls"
         return deltas
 
-    def _delta(self, delta: Delta) -> Delta | None:
-        matcher = self._matchers[delta.index]
+    def _finish(self, event: RemoteFinish) -> None:
+        self.reasons = list(event.finish_reasons)
+        if event.usage is not None:
+            usage = self._turn.usage = event.usage
+            missing = usage.completion_tokens - self._counted
+            self._turn.meter.correct(usage.prompt_tokens, missing, usage.cached_tokens)
+
+    def _released(self, index: int) -> list[Delta]:
+        text = self._matchers[index].flush()
+        self._note(index, text)
+        return [Delta(text, index=index)] if text else []
+
+    def _call(self, delta: ToolCallDelta) -> Sequence[Event]:
+        calls, index = self._calls[delta.index], delta.index
+        self._counted += 1
+        self._turn.meter.delta(1, visible=True)
+        released = self._released(index) if delta.name else []
+        if self._matchers[index].matched is not None:
+            return released
+        if delta.call and not self._turn.request.tool_choice.parallel:
+            return released
+        if delta.name:
+            calls[delta.call] = (delta.name, [])
+        calls[delta.call][1].append(delta.arguments)
+        return (*released, delta)
+
+    def _delta(self, delta: Delta) -> Sequence[Event]:
+        matcher, meter = self._matchers[delta.index], self._turn.meter
         if matcher.matched is not None:
-            return None
+            return ()
         # One token for each of its log probabilities, otherwise one for the delta.
         tokens = len(delta.logprobs) or 1
         self._counted += tokens
-        self._turn.meter.delta(tokens, visible=bool(delta.text or delta.reasoning))
+        meter.delta(tokens, visible=bool(delta.text or delta.reasoning))
+        if delta.reasoning and not delta.text:
+            meter.thought(tokens)
         text = matcher.feed(delta.text)
         self._note(delta.index, text)
         shown = Delta(text, delta.token_ids, delta.index, delta.reasoning, delta.logprobs)
-        return shown if text or shown.reasoning or shown.logprobs else None
+        return (shown,) if text or shown.reasoning or shown.logprobs else ()
 
 
 def _check(connected: Connected, request: GenerateRequest) -> None:

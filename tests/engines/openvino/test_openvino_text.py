@@ -157,6 +157,20 @@ async def test_logprobs_are_those_of_the_chosen(engine: Generator) -> None:
     assert caught.value.param == "logprobs"
 
 
+async def test_each_token_of_a_character_has_its_entry(engine: Generator) -> None:
+    """Issue 12.9: with its own bytes; also where the answer is cut within a character."""
+    emoji = "Repeat: 😀😃😄😁 😀😃😄😁 😀😃😄😁 😀😃😄😁"
+    ids = await tokens(engine, emoji, 12)
+    for most in (1, 2, 3, 12):
+        deltas = [
+            e for e in await events(engine, emoji, most, logprobs=0) if isinstance(e, RawDelta)
+        ]
+        entries = [entry for delta in deltas for entry in delta.logprobs]
+        assert [entry.token_id for entry in entries] == ids[:most]
+        assert b"".join(e.data for e in entries) == b"".join(delta.data for delta in deltas)
+    assert len(b"".join(e.data for e in entries).decode(errors="ignore")) < 12
+
+
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 async def test_a_closed_stream_leaves_the_batch(engine: Generator, phase: str) -> None:
     """W18: closing stops the engine within a step."""

@@ -71,6 +71,18 @@ async def test_half_characters_are_bytes_and_never_marks_of_damage(smol: Engine)
         pieces[0].decode()
 
 
+async def test_each_token_of_a_character_has_its_entry(smol: Engine) -> None:
+    """Issue 12.9: with its own bytes, also where the answer is cut within a character."""
+    half = smol.tokenize("🌍", add_special=False)[0]
+    request = asked(smol, QUESTIONS[1], 3, logprobs=1, logit_bias={half: 100.0})
+    seen = await events(smol, request)
+    entries = [entry for delta in deltas(seen) for entry in delta.logprobs]
+    assert [(entry.token_id, entry.data) for entry in entries] == [
+        (half, smol._vocabulary.data(half))
+    ] * 3
+    assert finish(seen).completion_tokens == 3
+
+
 async def test_it_goes_on_after_tokens_that_were_answered(smol: Engine) -> None:
     """W19: from any token of a greedy answer on comes the rest of it."""
     request = asked(smol, QUESTIONS[1], 12)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 
 from headrace import engines
 from headrace.core.errors import ConfigError, GenerationFailed
 from headrace.core.model import ModelFile
+from headrace.core.sampling import Sampling
 from headrace.engines import vllm
-from headrace.engines.base import OpenRequest
+from headrace.engines.base import EngineRequest, OpenRequest, RawDelta
 from headrace.engines.vllm import footprint, memory_arguments
-from headrace.engines.vllm.call import is_out_of_memory
+from headrace.engines.vllm.call import Call, is_out_of_memory
 from headrace.engines.vllm.engine import check
 from headrace.machine import Device
 
@@ -95,3 +99,17 @@ def test_what_counts_as_out_of_memory() -> None:
     assert is_out_of_memory("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
     assert is_out_of_memory("ValueError: No available memory for the cache blocks.")
     assert not is_out_of_memory(str(GenerationFailed("vLLM failed.")))
+
+
+def test_each_token_of_a_character_has_its_entry() -> None:
+    """Issue 12.9: with its own bytes, also where the answer is cut within a character."""
+    request = EngineRequest(token_ids=(1,), max_tokens=3, sampling=Sampling(logprobs=0))
+    call = Call(request, cast("Any", SimpleNamespace(data=lambda token: bytes([token]))))
+    token_ids = list("🌍".encode()[:3])
+    candidates = [{token: SimpleNamespace(rank=1, logprob=-0.5)} for token in token_ids]
+    step = SimpleNamespace(token_ids=token_ids, logprobs=candidates, finish_reason="length")
+    events = call.events(SimpleNamespace(outputs=[step], num_cached_tokens=0))
+    [delta] = [event for event in events if isinstance(event, RawDelta)]
+    assert [(entry.token_id, entry.data) for entry in delta.logprobs] == [
+        (token, bytes([token])) for token in token_ids
+    ]

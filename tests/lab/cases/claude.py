@@ -1,4 +1,7 @@
-"""A stand-in for Anthropic that answers by rule: a text by the prompt, as long as is asked for."""
+"""A stand-in for Anthropic that answers by rule: a text by the prompt, as long as is asked for.
+
+It calls a tool where it has to: with the arguments that all tools of the contract accept.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,27 @@ def _pieces(body: dict[str, Any]) -> list[str]:
     return [said[at : at + _PIECE] for at in range(0, len(said), _PIECE)]
 
 
+def _calls(body: dict[str, Any]) -> list[str]:
+    """The names of the tools that it calls: all, or the one that is named."""
+    choice = body.get("tool_choice", {})
+    if choice.get("type") == "tool":
+        return [choice["name"]]
+    names = [tool["name"] for tool in body["tools"]] if choice.get("type") == "any" else []
+    return names[:1] if choice.get("disable_parallel_tool_use") else names
+
+
+def _called(number: int, name: str) -> list[bytes | float | str]:
+    block = {"type": "tool_use", "id": f"toolu_{number}", "name": name, "input": {}}
+    whole = '{"city": "Rome", "days": 2}' if name == "rain" else "{}"
+    pieces = [whole[at : at + _PIECE] for at in range(0, len(whole), _PIECE)]
+    deltas = ({"type": "input_json_delta", "partial_json": piece} for piece in pieces)
+    return [
+        _event("content_block_start", index=number, content_block=block),
+        *(_event("content_block_delta", index=number, delta=delta) for delta in deltas),
+        _event("content_block_stop", index=number),
+    ]
+
+
 def _event(kind: str, **data: Any) -> bytes:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode()
 
@@ -58,19 +82,26 @@ def _answer(seen: Seen) -> Play:
         told = f"prompt is too long: {tokens} tokens > {_LIMIT} maximum"
         return refused(400, {"type": "invalid_request_error", "message": told})
     most = body["max_tokens"]
+    steps: list[bytes | float | str] = [_start(tokens)]
+    if calls := _calls(body):
+        for number, name in enumerate(calls):
+            steps += _called(number, name)
+        return Play([*steps, *_end("tool_use", 20)])
     pieces = _pieces(body)
     reason = "max_tokens" if len(pieces) > most else "end_turn"
-    steps: list[bytes | float | str] = [_start(tokens)]
     block = {"type": "text", "text": ""}
     steps.append(_event("content_block_start", index=0, content_block=block))
     for piece in pieces[:most]:
         delta = {"type": "text_delta", "text": piece}
         steps += [_STEP_S, _event("content_block_delta", index=0, delta=delta)]
     steps.append(_event("content_block_stop", index=0))
+    return Play([*steps, *_end(reason, len(pieces[:most]))])
+
+
+def _end(reason: str, tokens: int) -> list[bytes]:
     ended = {"stop_reason": reason, "stop_sequence": None}
-    usage = {"output_tokens": len(pieces[:most])}
-    steps += [_event("message_delta", delta=ended, usage=usage), _event("message_stop")]
-    return Play(steps)
+    delta = _event("message_delta", delta=ended, usage={"output_tokens": tokens})
+    return [delta, _event("message_stop")]
 
 
 @asynccontextmanager

@@ -35,7 +35,7 @@ FEW = frozenset(
 )
 """What changes with the Backend. The rest is the engine's, and echo runs it on every Backend."""
 
-_SCHEMAS = frozenset({"json_schema", "json_schema_fails_closed"})
+_SCHEMAS = frozenset({"json_schema", "json_schema_fails_closed", "tool_calls_required"})
 
 SOUND = FEW | {
     "greedy_repeats",
@@ -46,6 +46,9 @@ SOUND = FEW | {
     "resume",
     "json_schema",
     "json_schema_fails_closed",
+    "tool_calls_required",
+    "tool_calls_cut",
+    "thinking",
 }
 """What only a real model's text shows."""
 
@@ -140,7 +143,7 @@ async def _headrace(gguf: Path) -> AsyncIterator[Given]:
     """Headrace itself, as somebody else's server."""
     from tests.service.serving import served
 
-    arguments = ("--context-length", "256", "--option", "threads=1", "--option", "slots=4")
+    arguments = ("--context-length", "512", "--option", "threads=1", "--option", "slots=4")
     with served(str(gguf), *arguments) as service:
         yield f"headrace:{gguf.stem}", {"base_url": f"{service.url}/v1"}
 
@@ -160,6 +163,7 @@ def _fields(*names: str) -> frozenset[str]:
 _SHORT = {"context_length": 256, "max_running": 4}
 _PENALTIES = _fields("presence_penalty", "frequency_penalty", "repetition_penalty")
 _NARROW = _fields("top_p", "top_k", "min_p")
+_OF_LLAMACPP = _fields("min_tokens") | {"infill", "prompt_logprobs"}
 # Where cores are shared, two threads wait for one another in every layer.
 _ONE_THREAD = {"threads": 1}
 
@@ -170,7 +174,11 @@ SAMPLES = [
         settings=_SHORT,
         # Slow enough to be caught in the middle of an answer.
         options={"tokens_per_second": 200},
-        refused=_NARROW | _PENALTIES | _fields("logit_bias") | _SCHEMAS,
+        refused=_NARROW
+        | _PENALTIES
+        | _fields("logit_bias", "min_tokens")
+        | _SCHEMAS
+        | {"tool_calls_strict", "infill"},
         heavy=False,
     ),
     Sample(
@@ -179,6 +187,7 @@ SAMPLES = [
         settings=_SHORT,
         options=_ONE_THREAD,
         kinds=("process",),
+        refused=_OF_LLAMACPP,
         heavy=False,
     ),
     Sample(
@@ -187,6 +196,7 @@ SAMPLES = [
         settings=_SHORT,
         options=_ONE_THREAD,
         kinds=("worker", "pool"),
+        refused=_OF_LLAMACPP,
         first=FEW,
     ),
     Sample(
@@ -194,15 +204,29 @@ SAMPLES = [
         _headrace,
         settings=_SHORT,
         kinds=("worker", "pool"),
-        refused=frozenset({"resume", "echo_comes_first"}),
+        refused=_OF_LLAMACPP | {"resume", "echo_comes_first", "thinking", "continued"},
     ),
-    Sample("transformers", _path(_smollm2), kinds=("process",), settings=_SHORT, first=SOUND),
-    Sample("transformers", _path(_tiny), kinds=("worker", "pool"), settings=_SHORT, name="tiny"),
+    Sample(
+        "transformers",
+        _path(_smollm2),
+        kinds=("process",),
+        settings=_SHORT,
+        refused=frozenset({"infill"}),
+        first=SOUND,
+    ),
+    Sample(
+        "transformers",
+        _path(_tiny),
+        kinds=("worker", "pool"),
+        settings=_SHORT,
+        refused=frozenset({"infill"}),
+        name="tiny",
+    ),
     Sample(
         "openvino",
         _path(converted),
         settings=_SHORT,
-        refused=_fields("logit_bias", "logprobs") | _SCHEMAS,
+        refused=_fields("logit_bias", "logprobs") | _SCHEMAS | {"infill", "prompt_logprobs"},
         reported=frozenset({"alone_and_among_sixteen", "resume"}),
     ),
     Sample("llamacpp", _path(str), "embed", ("process",), _SHORT, {"pooling": "mean"}),
@@ -217,8 +241,10 @@ SAMPLES = [
         refused=_NARROW
         | _PENALTIES
         | _fields("temperature", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
+        | _fields("min_tokens")
+        | {"infill", "prompt_logprobs", "continued"}
         | {"resume", "usage_is_exact", "several_choices", "echo_comes_first", "text_and_tokens"}
-        | {"cancelled_in_prefill", "context_at_its_end"},
+        | {"cancelled_in_prefill", "context_at_its_end", "thinking"},
     ),
 ]
 """One for each engine, or more where it has several ways."""
@@ -227,7 +253,15 @@ if engines.status("vllm").available:
     # It pins a torch of its own, so it is there only in an environment made for it.
     quick = {"eager": True, "kv_cache_bytes": 1 << 28, "dtype": "float32"}
     SAMPLES.append(
-        Sample("vllm", _path(_smollm2), "generate", ("process",), _SHORT, quick, slow=True)
+        Sample(
+            "vllm",
+            _path(_smollm2),
+            kinds=("process",),
+            settings=_SHORT,
+            options=quick,
+            refused=frozenset({"infill"}),
+            slow=True,
+        )
     )
 
 

@@ -46,7 +46,7 @@ def test_the_example_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.Monk
     )
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, summary = done.stdout.splitlines()
-    told = f"{len(lines)} cases: {len(lines) - 10} ok, 10 refused, 0 reported, 0 failed"
+    told = f"{len(lines)} cases: {len(lines) - 14} ok, 14 refused, 0 reported, 0 failed"
     assert summary == told
     assert told in PAGE
 
@@ -79,13 +79,35 @@ def test_it_runs_by_its_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert (done.returncode, done.stdout) == (0, "bcab\n"), done.stderr
 
 
-SPOILED = {
+NEXT = """\
+            last = self._next(last, request, draw)
+            if last in request.sampling.stop_token_ids:
+                reason = "stop"
+                break
+            made += 1
+            yield RawDelta(_bytes([last]), (last,))
+"""
+assert NEXT in CODE
+
+
+def repeats(shown: str) -> tuple[str, str]:
+    """The engine repeats the last message, and shows `shown` of each token."""
+    prompt = '[*bytes(request.token_ids).rpartition(b"\\x1e")[2], END][made]'
+    after = NEXT.replace("self._next(last, request, draw)", prompt)
+    return NEXT, after.replace("_bytes([last])", shown)
+
+
+CLAIMS_GRAMMARS = ("batch_invariant=True", "batch_invariant=True, json_schema=True")
+SPOILED: dict[str, tuple[str, ...]] = {
     "sampling_seed": ("random.Random(request.sampling.seed)", "random.Random()"),
     "sampling_top_k": ("most_common(sampling.top_k or None)", "most_common()"),
     "sampling_max_tokens": ("made < request.max_tokens", "made <= request.max_tokens"),
     "sampling_ignore_eos": ("counts.pop(END, None)", "return END"),
     "sampling_stop_token_ids": ("in request.sampling.stop_token_ids", "in ()"),
     "sampling_min_p": ('"top_k", "seed"', '"top_k", "min_p", "seed"'),
+    "sampling_min_tokens": ('"top_k", "seed"', '"top_k", "min_tokens", "seed"'),
+    "prompt_logprobs": ("batch_invariant=True", "batch_invariant=True, prompt_logprobs=True"),
+    "continued": ("messages[-1].content", "messages[0].content"),
     "sampling_temperature": ("if temperature == 0", "if temperature >= 0"),
     "greedy_repeats": ("return best[0][0]", "return random.choice(list(self._all))"),
     "usage_is_exact": ("completion_tokens=made", "completion_tokens=made + 1"),
@@ -93,8 +115,14 @@ SPOILED = {
     "text_and_tokens": ("if not all(0 <= token <= END for token in request.token_ids)", "if 0"),
     "figures_are_complete": ("yield Admitted(done=prompt_tokens, total=prompt_tokens)", "pass"),
     "cancelled_in_prefill": ("yield Admitted(done=prompt_tokens, total=prompt_tokens)", "pass"),
-    "json_schema": ("batch_invariant=True", "batch_invariant=True, json_schema=True"),
-    "json_schema_fails_closed": ("batch_invariant=True", "batch_invariant=True, json_schema=True"),
+    "json_schema": CLAIMS_GRAMMARS,
+    "json_schema_fails_closed": CLAIMS_GRAMMARS,
+    "tool_calls": repeats('_bytes([last]).replace(b"<", b"")'),
+    "tool_calls_required": CLAIMS_GRAMMARS,
+    "tool_calls_parallel": CLAIMS_GRAMMARS,
+    "tool_calls_strict": (*CLAIMS_GRAMMARS, *repeats("_bytes([last])")),
+    "tool_calls_cut": repeats('_bytes([last]).replace(b"a", b"")'),
+    "thinking": ("RawDelta(_bytes([last])", "RawDelta(_bytes([last]).upper()"),
     "resume": ("batch_invariant=True", "resume=True"),
     "options_describe_themselves": (', description="What it learns from."', ""),
     "alone_and_among_sixteen": (
@@ -107,7 +135,7 @@ SPOILED = {
         "        self._options = options",
     ),
 }
-"""What is taken out of the example, by the case that must notice it."""
+"""What is replaced in the example, text and new text in turn, by the case that must notice it."""
 
 
 @pytest.mark.parametrize("name", SPOILED)
@@ -116,10 +144,12 @@ async def test_a_fault_is_caught(
 ) -> None:
     """Issue 4: each case fails when what it holds is taken out of an engine."""
     case = next(case for case in CASES if case.name == name)
-    before, after = SPOILED[name]
-    assert before in CODE
+    code, pairs = CODE, SPOILED[name]
+    for before, after in zip(pairs[::2], pairs[1::2], strict=True):
+        assert before in code
+        code = code.replace(before, after, 1)
     engine = f"spoiled_{name}"
-    install(engine, CODE.replace(before, after, 1), tmp_path / "site", monkeypatch)
+    install(engine, code, tmp_path / "site", monkeypatch)
     assert engines.about(engine).formats == ("none",)
     settings = runtime.load_settings()
     spec = settings.model_spec("builtin:echo", {"engine": engine, **SETTINGS})

@@ -94,6 +94,8 @@ class _Chunk(msgspec.Struct):
 
 
 _LIKELY, _ALL, _CERTAIN = 64, 1 << 24, 1e6
+# The most bytes, and so tokens, of a character.
+_CHARACTER = 4
 
 _decode = msgspec.json.Decoder(_Chunk).decode
 
@@ -146,13 +148,29 @@ class Call:
         if choice.finish_reason is not None:
             return self._finish(choice.finish_reason, chunk.usage)
         token_ids = self._token_ids(chunk.verbose, choice.text)
+        if self._lookup is not None:
+            logprobs = self._lookup.completed(token_ids, self._logprobs(choice))
+            return self._take_entries(choice.text.encode(), token_ids, logprobs)
         if not self._ends.isdisjoint(token_ids):
             return self._finish("stop", None)
         self._sent += len(token_ids)
-        data, logprobs = choice.text.encode(), self._logprobs(choice)
-        if self._lookup is not None:
-            logprobs = self._lookup.completed(token_ids, logprobs)
-        return self._emit(RawDelta(data, token_ids, logprobs))
+        return self._emit(RawDelta(choice.text.encode(), token_ids))
+
+    def _take_entries(
+        self, data: bytes, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]
+    ) -> bool:
+        """Emit tokens with their entries up to the end of the answer, also within a character."""
+        left = self._request.max_tokens - self._sent
+        end = next((at for at, token in enumerate(token_ids[:left]) if token in self._ends), None)
+        kept = left if end is None else end
+        if kept < len(token_ids):
+            token_ids, logprobs = token_ids[:kept], logprobs[:kept]
+            data = b"".join(entry.data for entry in logprobs)
+        self._sent += len(token_ids)
+        stopped = bool(token_ids) and self._emit(RawDelta(data, token_ids, logprobs))
+        if end is None and self._sent < self._request.max_tokens:
+            return stopped
+        return self._finish("length" if end is None else "stop", None)
 
     def _token_ids(self, verbose: _Verbose, text: str) -> tuple[int, ...]:
         # A character of several tokens comes with the id of the last one only.
@@ -276,6 +294,8 @@ def _body(request: EngineRequest) -> bytes:
         body["ignore_eos"] = True
     if sampling.logprobs is not None:
         body["logprobs"] = max(1, sampling.logprobs)
+        # The tokens of a character are reported with its last one, also if the answer ends before.
+        body["max_tokens"] += _CHARACTER - 1
     if sampling.logit_bias:
         body["logit_bias"] = list(sampling.logit_bias.items())
     if request.constraint is not None:

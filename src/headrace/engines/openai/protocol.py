@@ -210,6 +210,14 @@ class _Call(msgspec.Struct, frozen=True):
     id: str | None = None
 
 
+class _Calls:
+    """The calls of a choice: how many, and the number and id of each by the upstream's index."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.places: dict[int, tuple[int, str]] = {}
+
+
 class AnswerReader:
     """Reads the chunks of one answer of `n` choices.
 
@@ -221,7 +229,7 @@ class AnswerReader:
         self._access = access
         self._reasons: list[FinishReason | None] = [None] * n
         self._usage: Usage | None = None
-        self._begun: set[tuple[int, int]] = set()
+        self._calls = [_Calls() for _ in range(n)]
 
     @property
     def is_complete(self) -> bool:
@@ -255,7 +263,7 @@ class AnswerReader:
             delta = _delta(choice, int(index))
             if delta.text or delta.reasoning or delta.logprobs:
                 yield delta
-            yield from self._calls(choice, int(index))
+            yield from self._calls_of(choice, int(index))
         self._note(chunk.usage)
 
     def finish(self) -> RemoteFinish:
@@ -265,24 +273,28 @@ class AnswerReader:
             raise UpstreamError("The upstream's stream is truncated: a choice has no end.")
         return RemoteFinish(finish_reasons=tuple(reasons), usage=self._usage)
 
-    def _calls(self, choice: Choice, index: int) -> Iterator[ToolCallDelta]:
+    def _calls_of(self, choice: Choice, index: int) -> Iterator[ToolCallDelta]:
         parts: Any = choice.delta.tool_calls if choice.delta else None
         for place, part in enumerate(cast("list[Any]", parts) if isinstance(parts, list) else []):
             try:
                 call = msgspec.convert(part, _Call, strict=False)
             except msgspec.ValidationError:
                 raise UpstreamError("The upstream sent a malformed tool call.") from None
-            number, function = place if call.index is None else call.index, call.function
-            arguments = function.arguments or ""
-            if (index, number) in self._begun:
-                # Some repeat the head with each part.
-                yield ToolCallDelta(number, arguments=arguments, index=index)
-                continue
-            if not function.name:
-                raise UpstreamError("The upstream sent a tool call without a name.")
-            self._begun.add((index, number))
-            identity = call.id or f"call_{new_id()}"
-            yield ToolCallDelta(number, identity, function.name, arguments, index)
+            yield self._call(call, index, place if call.index is None else call.index)
+
+    def _call(self, call: _Call, index: int, place: int) -> ToolCallDelta:
+        calls, function = self._calls[index], call.function
+        arguments = function.arguments or ""
+        number, identity = calls.places.get(place, (-1, ""))
+        # Some repeat the head with each part; some give all calls one index.
+        if number >= 0 and (not function.name or call.id in (None, "", identity)):
+            return ToolCallDelta(number, arguments=arguments, index=index)
+        if not function.name:
+            raise UpstreamError("The upstream sent a tool call without a name.")
+        number, identity = calls.count, call.id or f"call_{new_id()}"
+        calls.places[place] = (number, identity)
+        calls.count += 1
+        return ToolCallDelta(number, identity, function.name, arguments, index)
 
     def _note(self, usage: object) -> None:
         self._usage = chunks.usage_of(usage) or self._usage

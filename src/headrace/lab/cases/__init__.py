@@ -6,7 +6,7 @@ loaded on the engine behind one kind of Backend; `examine` runs a case and retur
 
 from __future__ import annotations
 
-from headrace.lab.cases import answers, facts, limits, sampling, turns, vectors
+from headrace.lab.cases import answers, facts, limits, prompts, sampling, tools, turns, vectors
 from headrace.lab.cases.case import Case, Outcome, Result, concerns, examine
 from headrace.lab.cases.subject import KINDS, Kind, Subject, opened
 
@@ -14,7 +14,9 @@ CASES: tuple[Case, ...] = (
     *facts.CASES,
     *answers.CASES,
     *sampling.CASES,
+    *prompts.CASES,
     *limits.CASES,
+    *tools.CASES,
     *turns.CASES,
     *vectors.CASES,
 )

@@ -23,6 +23,7 @@ from headrace.lab.cases.subject import TOKENS, Broken, Declared, Reply, Subject,
 
 PROBES: dict[str, Any] = {
     "max_tokens": 4,
+    "min_tokens": 1,
     "temperature": 0.5,
     "top_p": 0.5,
     "top_k": 5,
@@ -130,6 +131,20 @@ async def _stopped_at(
     check(tokens == place, f"Usage counts {tokens} tokens of {place}.")
 
 
+async def _min_tokens(subject: Subject) -> None:
+    if "stop_token_ids" not in subject.capabilities.sampling:
+        return
+    plain = await subject.greedy()
+    ids = plain.ids or await subject.tokens(plain.text)
+    try:
+        reply = await subject.short(stop_token_ids=ids[:1], min_tokens=3)
+    except (Unsupported, UpstreamError) as error:
+        check(subject.is_remote, f"It is declared, and refused: {error.message}")
+        raise Declared("The engine of the upstream refuses it.") from error
+    tokens = reply.finish.usage.completion_tokens
+    check(tokens >= 3, f"min_tokens 3 gave {tokens}.")
+
+
 async def _ignore_eos(subject: Subject) -> None:
     plain = await subject.short("Say hi.", **subject.able(max_tokens=_LONGEST))
     tokens = plain.finish.usage.completion_tokens
@@ -179,6 +194,7 @@ async def _logit_bias(subject: Subject) -> None:
 
 _EFFECTS: dict[str, Callable[[Subject], Awaitable[None]]] = {
     "max_tokens": _max_tokens,
+    "min_tokens": _min_tokens,
     "temperature": _temperature,
     "seed": _seed,
     **{name: partial(_narrow, name=name) for name in _NARROW},

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+)
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
+
+import msgspec
 
 from headrace.config import Settings
 from headrace.core.backend import Backend
@@ -26,6 +32,24 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 POEM = "Write a short poem about rivers."
 TOKENS = 8
+TEMPLATE = """\
+{%- if tools %}{% for tool in tools %}{{ tool.function.name }} {% endfor %}\x1e{% endif -%}
+{%- for message in messages -%}
+{%- if message.reasoning_content %}<think>
+{{ message.reasoning_content }}
+</think>
+
+{% endif -%}
+{{ message.content }}
+{%- for call in message.tool_calls or [] %}<tool_call>
+{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt and enable_thinking %}<think>
+{% endif -%}
+"""
+"""A chat template with tools and thinking, in which the last message ends the prompt."""
+_TALK = 512
 _SAMPLING = set(Sampling.__struct_fields__)
 _PATIENCE_S = 120.0
 
@@ -79,12 +103,17 @@ class Reply:
 
 @dataclass
 class Subject:
-    """A model on an engine behind a Backend. `reopen` loads the same model again, beside it."""
+    """A model on an engine behind a Backend.
+
+    `reopen` loads the same model again, beside it, with other settings. What is in `held` is closed
+    with it.
+    """
 
     engine: str
     kind: Kind
     backend: Backend
-    reopen: Callable[[], AbstractAsyncContextManager[Backend]]
+    reopen: Callable[..., AbstractAsyncContextManager[Backend]]
+    held: AsyncExitStack
     known: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
@@ -101,6 +130,20 @@ class Subject:
     def is_remote(self) -> bool:
         """Whether another service runs the model: there are no token ids then."""
         return self.info.format == "remote"
+
+    async def talking(self) -> Subject:
+        """Return the model with a chat template that has tools and thinking, loaded once.
+
+        A remote model is returned as it is: its template is that of the upstream.
+        """
+        if self.is_remote:
+            return self
+        if "talking" not in self.known:
+            length = max(self.info.context_length or 0, _TALK)
+            again = self.reopen(chat_template=TEMPLATE, context_length=length)
+            backend = await self.held.enter_async_context(again)
+            self.known["talking"] = replace(self, backend=backend, known={})
+        return self.known["talking"]
 
     def able(self, **sampling: Any) -> dict[str, Any]:
         """Return the sampling fields that the engine declares."""
@@ -234,6 +277,10 @@ async def opened(
     Raises:
         HeadraceError: it cannot be loaded.
     """
-    again = partial(drive.model, spec, settings, kind)
-    async with again() as backend:
-        yield Subject(engine, kind, backend, again)
+
+    def again(**changes: Any) -> AbstractAsyncContextManager[Backend]:
+        return drive.model(msgspec.structs.replace(spec, **changes), settings, kind)
+
+    async with AsyncExitStack() as held:
+        backend = await held.enter_async_context(again())
+        yield Subject(engine, kind, backend, again, held)

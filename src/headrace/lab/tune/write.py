@@ -8,7 +8,7 @@ import stat
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from headrace.core.errors import ConfigError
 from headrace.core.private import FILE_MODE, private_folder
@@ -138,8 +138,15 @@ def _name(line: str) -> str:
 def _pairs(values: Mapping[str, Any]) -> Iterator[str]:
     for key, value in values.items():
         if value is not None:
-            # Strings, numbers, lists and booleans are written in TOML as in JSON.
-            yield f"{_key(key)} = {json.dumps(value, ensure_ascii=False)}"
+            yield f"{_key(key)} = {_value(value)}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        pairs = _pairs(cast("dict[str, Any]", value))
+        return f"{{ {', '.join(pairs)} }}"
+    # Strings, numbers, lists and booleans are written in TOML as in JSON.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _key(name: str) -> str:

@@ -1,0 +1,260 @@
+"""Ollama's Modelfile: what it has, and the settings of a model that mean the same here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
+from headrace.core.sampling import Sampling
+from headrace.models.reference import LocalReference, parse
+
+MAX_MODELFILE = 1 << 20
+_COMMANDS = ("FROM", "PARAMETER", "SYSTEM", "TEMPLATE", "ADAPTER", "LICENSE", "MESSAGE")
+_FENCE = '"""'
+_NAME_PART = re.compile(r"\w[\w.-]*")
+_WEIGHTS = "application/vnd.ollama.image.model"
+_STORES = ("~/.ollama/models", "/usr/share/ollama/.ollama/models")
+_GO = "it is a Go template; the model's own chat template is used"
+_LEFT = {
+    "TEMPLATE": _GO,
+    "LICENSE": "a configuration has no place for it",
+    "MESSAGE": "messages are sent with each request",
+}
+
+Number = Callable[[str], int | float]
+_SAMPLING: Mapping[str, tuple[str, Number]] = {
+    "temperature": ("temperature", float),
+    "top_p": ("top_p", float),
+    "top_k": ("top_k", int),
+    "min_p": ("min_p", float),
+    "seed": ("seed", int),
+    "repeat_penalty": ("repetition_penalty", float),
+    "presence_penalty": ("presence_penalty", float),
+    "frequency_penalty": ("frequency_penalty", float),
+    "num_predict": ("max_tokens", int),
+}
+_OPTIONS = {"num_gpu": "gpu_layers", "num_thread": "threads", "num_batch": "batch_size"}
+"""Parameters that are options of llama.cpp."""
+
+
+class Instruction(msgspec.Struct, frozen=True):
+    """One instruction; `line` is that of its beginning, from 1."""
+
+    name: str
+    value: str
+    line: int
+
+
+class Imported(msgspec.Struct, frozen=True, kw_only=True):
+    """The keys of `[models.NAME]`, and what of the Modelfile is in none, with the reason."""
+
+    name: str
+    settings: dict[str, Any]
+    left_out: dict[str, str]
+
+
+def read(text: str) -> list[Instruction]:
+    """Return the instructions of a Modelfile.
+
+    Raises:
+        ConfigError: a line is none, a text has no end, or there is not one FROM.
+    """
+    instructions = [*_instructions(text.removeprefix("\ufeff"))]
+    if sum(item.name == "FROM" for item in instructions) != 1:
+        raise ConfigError("A Modelfile has one FROM.")
+    return instructions
+
+
+def _instructions(text: str) -> Iterator[Instruction]:
+    lines = enumerate(text.splitlines(), 1)
+    for number, line in lines:
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        word, _, rest = line.strip().partition(" ")
+        if (name := word.upper()) not in _COMMANDS or not rest.strip():
+            raise ConfigError(f"line {number}: {word[:40]!r} is no instruction with a value.")
+        value = rest.strip()
+        # Of a parameter and a message, the text follows another word.
+        head, fence, begun = value.partition(_FENCE)
+        if fence and len(head.split()) <= (name in {"PARAMETER", "MESSAGE"}):
+            parts = [begun]
+            while _FENCE not in parts[-1]:
+                if (following := next(lines, None)) is None:
+                    raise ConfigError(f"line {number}: the text has no closing {_FENCE}.")
+                parts.append(following[1])
+            value = head + "\n".join(parts).partition(_FENCE)[0]
+        yield Instruction(name, _unquoted(value), number)
+
+
+def _unquoted(value: str) -> str:
+    quoted = len(value) > 1 and value[0] == value[-1] == '"'
+    return value[1:-1] if quoted else value
+
+
+class _Target(NamedTuple):
+    """The settings that are made, what is left out of them, and the settings that there are."""
+
+    settings: dict[str, Any]
+    left: dict[str, str]
+    known: set[str]
+
+    def put(self, label: str, key: str, value: Any) -> None:
+        """Store a setting, if there is one of this name."""
+        if key in self.known:
+            self.settings[key] = value
+        else:
+            self.left[label] = f"there is no setting {key}; send it with each request"
+
+
+def imported(text: str, folder: Path, models: Mapping[str, str], known: set[str]) -> Imported:
+    """Return the settings of a Modelfile in `folder`.
+
+    `models` are the references of the configured models, by name; `known` are the settings that
+    a model can have.
+
+    Raises:
+        ConfigError: it is damaged, has an adapter, a value of the wrong kind, or no model.
+    """
+    instructions = read(text)
+    source = next(item for item in instructions if item.name == "FROM")
+    if adapter := next((item for item in instructions if item.name == "ADAPTER"), None):
+        raise ConfigError(f"line {adapter.line}: ADAPTER: adapters are not supported.")
+    left = {item.name: _LEFT[item.name] for item in instructions if item.name in _LEFT}
+    target = _Target({}, left, known)
+    name = _put_model(target, source, folder, models)
+    if systems := [item.value for item in instructions if item.name == "SYSTEM"]:
+        target.put("SYSTEM", "system", systems[-1])
+    _put_parameters(target, [item for item in instructions if item.name == "PARAMETER"])
+    return Imported(name=name, settings=target.settings, left_out=left)
+
+
+def _put_model(
+    target: _Target, source: Instruction, folder: Path, models: Mapping[str, str]
+) -> str:
+    """Store the setting that has the model, and return a name for it, or none."""
+    value, settings = source.value, target.settings
+    if value in models:
+        has_base = "base" in target.known
+        settings["base" if has_base else "model"] = value if has_base else models[value]
+        return ""
+    path = folder / Path(value).expanduser()
+    if path.exists():
+        settings["model"] = str(path.resolve())
+        return "" if path.name.startswith("sha256") else path.stem
+    if value.startswith((".", "/", "~")):
+        raise ConfigError(f"line {source.line}: FROM: there is no {path}.")
+    settings["model"] = _reference(target, source)
+    return value.rpartition("/")[2].partition(":")[0]
+
+
+def _reference(target: _Target, source: Instruction) -> str:
+    value = source.value
+    with contextlib.suppress(InvalidRequest, UnknownModel):
+        # What reads like a path, and is none, is a name of Ollama.
+        if not isinstance(reference := parse(value), LocalReference):
+            return str(reference)
+    if (weights := _of_ollama(value)) is not None:
+        return str(weights)
+    try:
+        reference = str(parse(f"ollama:{value}"))
+    except InvalidRequest as error:
+        raise ConfigError(f"line {source.line}: FROM: {error.message}") from error
+    target.left["FROM"] = f"no file of {value} is on this machine: a running Ollama will answer"
+    return reference
+
+
+def _of_ollama(name: str) -> Path | None:
+    """Return the file of weights that Ollama has for a name."""
+    path, _, tag = name.partition(":")
+    parts = path.split("/")
+    parts = ["registry.ollama.ai", *(["library"] if len(parts) == 1 else []), *parts][-3:]
+    if not all(map(_NAME_PART.fullmatch, (*parts, tag or "latest"))):
+        return None
+    for store in (os.environ.get("OLLAMA_MODELS"), *_STORES):
+        if store is None:
+            continue
+        root = Path(store).expanduser()
+        blob = _blob(root.joinpath("manifests", *parts, tag or "latest"))
+        if blob is not None and (weights := root / "blobs" / blob).is_file():
+            return weights
+    return None
+
+
+def _blob(manifest: Path) -> str | None:
+    try:
+        layers = json.loads(manifest.read_bytes())["layers"]
+        digest = next(layer["digest"] for layer in layers if layer["mediaType"] == _WEIGHTS)
+    except (OSError, ValueError, LookupError, TypeError, StopIteration):
+        return None
+    text = str(digest)
+    return text.replace(":", "-") if re.fullmatch(r"sha256:[0-9a-f]{64}", text) else None
+
+
+def _put_parameters(target: _Target, parameters: list[Instruction]) -> None:
+    sampling: dict[str, Any] = {}
+    stops: list[str] = []
+    for item in parameters:
+        name, _, text = item.value.partition(" ")
+        # The white space of a text in three quotes is its own.
+        value = _unquoted(text.strip(" "))
+        if not value:
+            raise ConfigError(f"line {item.line}: {name[:80]!r} has no value.")
+        if name == "stop":
+            stops.append(value)
+        elif name in _SAMPLING and not (name == "num_predict" and value.startswith("-")):
+            key, kind = _SAMPLING[name]
+            sampling[key] = _number(item, kind, value)
+        else:
+            _put_setting(target, item, name, value)
+    if stops and "sampling" in target.known:
+        sampling["stop"] = stops
+    elif stops:
+        target.settings["stop"] = stops
+    if sampling:
+        _check(sampling)
+        target.put(f"PARAMETER {', '.join(sampling)}", "sampling", sampling)
+
+
+def _put_setting(target: _Target, item: Instruction, name: str, value: str) -> None:
+    settings = target.settings
+    if name == "num_ctx":
+        settings["context_length"] = _number(item, int, value, least=1)
+    elif name == "num_predict":
+        target.left[f"PARAMETER {name}"] = "without a limit is the default"
+    elif name in _OPTIONS and _is_gguf(settings.get("model", "")) and not value.startswith("-"):
+        options = settings.setdefault("options", {})
+        options[_OPTIONS[name]] = _number(item, int, value, least=0)
+    else:
+        target.left[f"PARAMETER {name}"] = "it has no setting here"
+
+
+def _number(
+    item: Instruction, kind: Number, text: str, *, least: float | None = None
+) -> int | float:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ConfigError(f"line {item.line}: {item.value[:80]!r} has no number.") from None
+    if least is not None and value < least:
+        raise ConfigError(f"line {item.line}: {item.value[:80]!r} is less than {least}.")
+    return value
+
+
+def _check(sampling: dict[str, Any]) -> None:
+    values: dict[str, Any] = {**sampling, "stop": tuple(sampling.get("stop", ()))}
+    try:
+        Sampling(**values)
+    except InvalidRequest as error:
+        raise ConfigError(f"PARAMETER {error.param}: {error.message}") from error
+
+
+def _is_gguf(reference: str) -> bool:
+    return reference.lower().endswith(".gguf") or "/blobs/sha256-" in reference

@@ -1,0 +1,34 @@
+"""Issue 13: `headrace import` writes a model into the configuration."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+from tests.cli.programs import headrace
+
+
+def test_a_modelfile_becomes_a_model(environ: dict[str, str], tmp_path: Path) -> None:
+    """Issue 13: what was there stays, what is left out is printed, and the model answers."""
+    file = tmp_path / "headrace.toml"
+    file.write_text("# mine\n[models.other]\nmodel = 'echo'\n")
+    (tmp_path / "Modelfile").write_text(
+        'FROM echo\nPARAMETER num_ctx 64\nPARAMETER stop "###"\nTEMPLATE """{{ .Prompt }}"""\n'
+        "PARAMETER mirostat 1\n"
+    )
+    given = ("import", str(tmp_path / "Modelfile"), "--config", str(file))
+    done = headrace(environ, *given, "--as", "mine")
+    assert done.returncode == 0, done.stderr
+    assert "Left out: TEMPLATE: it is a Go template" in done.stdout
+    assert "Left out: PARAMETER mirostat" in done.stdout
+    assert "+[models.mine]" in done.stderr
+    text = file.read_text()
+    assert text.startswith("# mine\n[models.other]\nmodel = 'echo'\n")
+    mine = tomllib.loads(text)["models"]["mine"]
+    assert (mine["model"], mine["context_length"]) == ("builtin:echo", 64)
+    done = headrace(environ, "show", "mine", "--config", str(file), "--json")
+    assert json.loads(done.stdout)["context_length"] == 64, done.stderr
+    done = headrace(environ, *given, "--as", "mine")
+    assert (done.returncode, file.read_text()) == (2, text)
+    assert "has a model mine already" in done.stderr

@@ -1,0 +1,260 @@
+"""Agents and structured output of other clients, each a whole loop: call, result, answer.
+
+The echo engine repeats the last message: written as a call, it becomes one, and the result of a
+tool becomes the answer. SmolLM2 calls what it has to call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, Field
+
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
+
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+LATER = f"Let me see. {CALL}"
+QUESTION = "Which city is the capital of France, and how many rivers run through it?"
+
+
+class City(BaseModel):
+    """A city and its rivers."""
+
+    name: str = Field(max_length=12)
+    rivers: int = Field(ge=0, le=9)
+
+
+def get_weather(city: str) -> str:
+    """Return the weather of a city."""
+    return f"It rains in {city}."
+
+
+def library(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+# LangChain.
+
+
+def langchain(url: str, model: str) -> Any:
+    return library("langchain_openai").ChatOpenAI(
+        model=model, base_url=url, api_key="none", temperature=0, max_retries=0, max_tokens=200
+    )
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_langchain_calls_tools(url: str, streamed: bool) -> None:
+    """Issue 13, shown 1: bind_tools."""
+    core, messages = library("langchain_core.messages"), list[Any]()
+    weather = library("langchain_core.tools").tool(get_weather)
+    model = langchain(url, "echo").bind_tools([weather])
+
+    def answer() -> Any:
+        if not streamed:
+            return model.invoke(messages)
+        first, *rest = model.stream(messages)
+        for chunk in rest:
+            first += chunk
+        return first
+
+    messages.append(core.HumanMessage(LATER))
+    called = answer()
+    assert called.content == "Let me see. "
+    [call] = called.tool_calls
+    assert (call["name"], call["args"]) == ("get_weather", {"city": "Paris"})
+    messages += [called, weather.invoke(call)]
+    final = answer()
+    assert "It rains in Paris." in final.content
+    assert not final.tool_calls
+
+
+@pytest.mark.parametrize("method", ["function_calling", "json_schema"])
+@pytest.mark.parametrize("strict", [None, True])
+def test_langchain_structured_output(url: str, method: str, strict: bool | None) -> None:
+    """Issue 13, shown 1: with_structured_output gives an object."""
+    model = langchain(url, "smollm2").with_structured_output(City, method=method, strict=strict)
+    assert isinstance(model.invoke(QUESTION), City)
+
+
+def test_langchain_json_mode(url: str) -> None:
+    """Issue 13, shown 1: any JSON object."""
+    model = langchain(url, "smollm2").with_structured_output(
+        None, method="json_mode", include_raw=True
+    )
+    answer = model.invoke('Answer in JSON, as {"name": "Paris"}. The capital of France?')
+    assert isinstance(answer["parsed"], dict), answer["raw"].content
+
+
+@pytest.mark.parametrize("choice", ["any", "get_weather"])
+def test_langchain_forces_a_call(url: str, choice: str) -> None:
+    """Issue 13, shown 1: a required call and a named one, of the real model."""
+    model = langchain(url, "smollm2").bind_tools([get_weather], tool_choice=choice)
+    assert {call["name"] for call in model.invoke(QUESTION).tool_calls} == {"get_weather"}
+
+
+# Pydantic AI.
+
+
+def pydantic_agent(url: str, model: str, **given: Any) -> Any:
+    openai = library("pydantic_ai.models.openai")
+    provider = library("pydantic_ai.providers.openai").OpenAIProvider(base_url=url, api_key="none")
+    settings = {"temperature": 0.0, "max_tokens": 200}
+    chat = openai.OpenAIChatModel(model, provider=provider)
+    return library("pydantic_ai").Agent(chat, model_settings=settings, **given)
+
+
+async def test_pydantic_ai_calls_tools(url: str) -> None:
+    """Issue 13, shown 1: a loop of an agent, whole and streamed."""
+    agent = pydantic_agent(url, "echo", tools=[get_weather])
+    assert "It rains in Paris." in (await agent.run(LATER)).output
+    async with agent.run_stream(CALL) as stream:
+        assert "It rains in Paris." in await stream.get_output()
+
+
+async def test_pydantic_ai_output_by_a_tool(url: str) -> None:
+    """Issue 13, shown 1: tool output, which has to be called; and output by a schema."""
+    agent = pydantic_agent(url, "smollm2", output_type=City)
+    assert isinstance((await agent.run(QUESTION)).output, City)
+    async with agent.run_stream(QUESTION) as stream:
+        assert isinstance(await stream.get_output(), City)
+    native = library("pydantic_ai").NativeOutput(City)
+    agent = pydantic_agent(url, "smollm2", output_type=native)
+    assert isinstance((await agent.run(QUESTION)).output, City)
+
+
+# Instructor.
+
+
+@pytest.mark.parametrize("mode", ["TOOLS", "JSON_SCHEMA"])
+def test_instructor(url: str, mode: str) -> None:
+    """Issue 13, shown 1: an object by a tool that has to be called, whole and in parts."""
+    instructor = library("instructor")
+    client = instructor.from_openai(
+        library("openai").OpenAI(base_url=url, api_key="none", max_retries=0),
+        mode=getattr(instructor.Mode, mode),
+    )
+    request: Any = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": QUESTION}],
+        "response_model": City,
+        "max_retries": 0,
+        "temperature": 0,
+        "max_tokens": 200,
+    }
+    city = client.chat.completions.create(**request)
+    assert isinstance(city, City)
+    *_, last = client.chat.completions.create_partial(**request)
+    assert City.model_validate(last.model_dump())
+
+
+# OpenAI's Agents SDK.
+
+
+def agent_of(url: str, model: str, **given: Any) -> Any:
+    agents = library("agents")
+    agents.set_tracing_disabled(True)
+    client = library("openai").AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
+    chat = agents.OpenAIChatCompletionsModel(model=model, openai_client=client)
+    return agents.Agent(name="Helper", instructions="Help.", model=chat, **given)
+
+
+async def test_the_agents_sdk_calls_tools(url: str) -> None:
+    """Issue 13, shown 1: with its chat model, whole and streamed."""
+    agents = library("agents")
+    weather = agents.function_tool(get_weather)
+    agent = agent_of(url, "echo", tools=[weather])
+    assert "It rains in Paris." in (await agents.Runner.run(agent, LATER)).final_output
+    streamed = agents.Runner.run_streamed(agent, CALL)
+    kinds = [event.type async for event in streamed.stream_events()]
+    assert "run_item_stream_event" in kinds
+    assert "It rains in Paris." in streamed.final_output
+
+
+async def test_the_agents_sdk_on_a_real_model(url: str) -> None:
+    """Issue 13, shown 1: a strict tool that has to be called, then an answer; an object."""
+    agents, seen = library("agents"), list[str]()
+
+    def look(city: str) -> str:
+        """Look at a city."""
+        seen.append(city)
+        return "There is the Seine."
+
+    settings = agents.ModelSettings(tool_choice="required", temperature=0, max_tokens=200)
+    agent = agent_of(url, "smollm2", tools=[agents.function_tool(look)], model_settings=settings)
+    assert (await agents.Runner.run(agent, "Look at Paris.", max_turns=8)).final_output
+    assert seen
+    settings = agents.ModelSettings(temperature=0, max_tokens=200)
+    agent = agent_of(url, "smollm2", output_type=City, model_settings=settings)
+    assert isinstance((await agents.Runner.run(agent, QUESTION)).final_output, City)
+
+
+# LiteLLM.
+
+
+@pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
+def test_litellm(url: str, provider: str) -> None:
+    """Issue 13, shown 1: a loop, streamed and whole, and a schema."""
+    litellm = library("litellm")
+    litellm.suppress_debug_info = True
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    function = {"name": "get_weather", "description": "Weather.", "parameters": parameters}
+    access: Any = {"api_base": url, "api_key": "none", "temperature": 0, "max_tokens": 200}
+    tools = [{"type": "function", "function": function}]
+    messages: list[Any] = [{"role": "user", "content": LATER}]
+    for streamed in (False, True):
+        request: Any = {"model": f"{provider}/echo", "tools": tools, **access}
+        answer = litellm.completion(messages=messages, stream=streamed, **request)
+        if streamed:
+            answer = litellm.stream_chunk_builder([*answer], messages=messages)
+        message = answer.choices[0].message
+        [call] = message.tool_calls
+        assert json.loads(call.function.arguments) == {"city": "Paris"}
+        assert answer.choices[0].finish_reason == "tool_calls"
+        result = {"role": "tool", "tool_call_id": call.id, "content": get_weather("Paris")}
+        turns = [*messages, message.model_dump(exclude_none=True), result]
+        final = litellm.completion(messages=turns, **request).choices[0].message
+        assert "It rains in Paris." in final.content
+    answer = litellm.completion(
+        model=f"{provider}/smollm2",
+        messages=[{"role": "user", "content": QUESTION}],
+        response_format=City,
+        **access,
+    )
+    assert City.model_validate_json(answer.choices[0].message.content)
+    answer = litellm.completion(
+        model=f"{provider}/smollm2",
+        messages=[{"role": "user", "content": QUESTION}],
+        tools=tools,
+        tool_choice="required",
+        **access,
+    )
+    assert answer.choices[0].message.tool_calls[0].function.name == "get_weather"
+
+
+# The openai package, whose other loops are in tests/service/test_tools.py.
+
+
+def test_openai_parses_tools(url: str) -> None:
+    """Issue 13, shown 1: tools of pydantic models, strict, whole and streamed."""
+    openai = library("openai")
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    request: Any = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": QUESTION}],
+        "tools": [openai.pydantic_function_tool(City)],
+        "tool_choice": "required",
+        "temperature": 0,
+        "max_tokens": 200,
+        "parallel_tool_calls": False,
+    }
+    message = client.chat.completions.parse(**request).choices[0].message
+    city = message.tool_calls[0].function.parsed_arguments
+    assert isinstance(city, City)
+    with client.chat.completions.stream(**request) as stream:
+        kinds = {event.type for event in stream}
+        last = stream.get_final_completion().choices[0].message
+    assert "tool_calls.function.arguments.delta" in kinds
+    assert last.tool_calls[0].function.parsed_arguments == city
