@@ -12,7 +12,7 @@ from headrace.api import fields
 from headrace.api.anthropic import CountTokensRequest, MessagesRequest
 from headrace.api.chat import ChatRequest
 from headrace.api.fields import Body, Peers, bodies
-from headrace.api.responses import ResponsesRequest
+from headrace.api.responses_request import ResponsesRequest
 from headrace.core.constraint import Constraint
 from headrace.core.request import GenerateRequest
 

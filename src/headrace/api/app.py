@@ -38,8 +38,9 @@ from headrace.api.exchange import ClientGone, Exchange, Route, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.openapi import document, page
 from headrace.api.rerank import Ranking, RankRequest, rerank
-from headrace.api.responses import InputTokens, ResponsesRequest, input_tokens, responses
+from headrace.api.responses import InputTokens, input_tokens, responses
 from headrace.api.responses_body import ResponseBody, ResponseEvent
+from headrace.api.responses_request import ResponsesRequest
 from headrace.api.score import ScoreBody, ScoreList, score
 from headrace.api.status import (
     Health,
