@@ -11,7 +11,7 @@ import msgspec
 
 from headrace.api import fields
 from headrace.api.messages import ChatMessage, to_messages
-from headrace.core.constraint import Constraint
+from headrace.core.constraint import ANY_FORM, AnyForm, Constraint, constraint_of
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import EmbedResult
 from headrace.core.options import GenerateOptions
@@ -40,12 +40,20 @@ def request(
     sampling = {name: arguments.pop(name) for name in _SAMPLING & arguments.keys()}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = (sampling["stop"],)
-    if (schema := arguments.pop("json_schema", None)) is not None:
-        arguments["constraint"] = built(Constraint, {"json_schema": schema})
+    forms: list[AnyForm] = [form for form in ANY_FORM if arguments.get(form) is not None]
+    if forms:
+        if len(forms) > 1:
+            raise InvalidRequest(f"{forms[0]} and {forms[1]} are both given.", param=forms[1])
+        arguments["constraint"] = _constraint(forms[0], arguments.pop(forms[0]))
     text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
     body = {"model": model, "prompt": text, "messages": turns(messages), **arguments}
     checked = built(Sampling, sampling)
     return built(GenerateRequest, {**body, "sampling": checked})
+
+
+def _constraint(form: AnyForm, value: Any) -> Constraint:
+    checked = built(Constraint, {form: value})
+    return constraint_of(form, getattr(checked, form))
 
 
 def turns(messages: Messages | None) -> tuple[Message, ...] | None:

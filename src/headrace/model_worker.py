@@ -203,8 +203,8 @@ class AsyncModelWorker:
     ) -> AsyncGenerator[Event, None]:
         """Return the stream of an answer: deltas, then one Finish with usage and metrics.
 
-        `messages` are as over HTTP: their content is a text, or a list of parts; `json_schema` is
-        what the text has to be.
+        `messages` are as over HTTP: their content is a text, or a list of parts; `json_schema`,
+        `regex`, `choice` or `grammar` is what the text has to be.
 
         Raises:
             InvalidRequest: an option is unknown or wrong.

@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[tuple[str, Any], ...]] = {
         ("options", {"temperature": 0}), ("n_predict", 3), ("mirostat", 2),
         ("chat_template", "{{ x }}"), ("top_a", 0.1), ("typical_p", 0.5), ("bad_words", ["x"]),
         ("include_stop_str_in_output", True), ("skip_special_tokens", False), ("format", "json"),
-        ("length_penalty", 2), ("system", "be brief"), ("regex", "a+"), ("best_of", 2),
+        ("length_penalty", 2), ("system", "be brief"), ("structural_tag", {}), ("best_of", 2),
         ("samplers", ["top_k"]), ("t_max_predict_ms", 100), ("repeat_last_n", 8),
         ("stop_sequences", ["x"]), ("max_output_tokens", 3), ("extra_body", {"top_k": 1}),
         ("do_sample", False), ("disable_parallel_tool_use", True),
@@ -165,7 +165,9 @@ REFUSED: dict[str, tuple[tuple[str, Any], ...]] = {
         ("truncate_prompt_tokens", 5), ("input_type", "query"), ("options", {"a": 1}),
     ),
     "/v1/rerank": (("truncate_prompt_tokens", 5), ("rank_fields", ["a"]), ("top_k", 1)),
-    "/v1/score": (("truncate_prompt_tokens", 5), ("activation", False)),
+    "/v1/score": (
+        ("truncate_prompt_tokens", 5), ("activation", False), ("add_special_tokens", False),
+    ),
     "/tokenize": (("with_pieces", True),),
 }  # fmt: skip
 

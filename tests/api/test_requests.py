@@ -177,8 +177,8 @@ UNSUPPORTED = {
     "functions": [{}],
     "function_call": "auto", "modalities": ["audio"], "audio": {"voice": "x"},
     "prediction": {"type": "content"}, "web_search_options": {},
-    "guided_json": {}, "grammar": "x",
-    "structured_outputs": {}, "allowed_token_ids": [1],
+    "guided_whitespace_pattern": " ", "structural_tag": {},
+    "allowed_token_ids": [1],
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from tests.conftest import ROOT
 
 from headrace import engines
-from headrace.core.constraint import Constraint
+from headrace.core.constraint import ANY_FORM, Constraint
 from headrace.core.model import SETTINGS, ModelSpec
 from headrace.core.options import EmbedOptions, GenerateOptions, ModelOptions, RerankOptions
 from headrace.core.request import EmbedRequest, GenerateRequest, RerankRequest
@@ -51,7 +51,7 @@ def test_the_arguments_of_generate() -> None:
     typed = get_type_hints(GenerateOptions)
     of_request = get_type_hints(GenerateRequest)
     declared = get_type_hints(Sampling) | {name: of_request[name] for name in _REQUEST}
-    declared["json_schema"] = get_type_hints(Constraint)["json_schema"]
+    declared |= {form: get_type_hints(Constraint)[form] for form in ANY_FORM}
     assert typed.keys() == declared.keys()
     for name, hint in typed.items():
         assert plain(hint) - ({str} if name == "stop" else set()) == plain(declared[name]), name

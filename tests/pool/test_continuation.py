@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,14 @@ from headrace.core.errors import (
     UpstreamError,
     WorkerDied,
 )
-from headrace.core.events import Delta, Finish, TokenLogprob, ToolCallDelta
+from headrace.core.events import (
+    Delta,
+    Finish,
+    PromptToken,
+    PromptTokens,
+    TokenLogprob,
+    ToolCallDelta,
+)
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import Capabilities
 from headrace.core.model import Continuation as Policy
@@ -298,3 +306,15 @@ def test_enforced_calls_are_not_resumed() -> None:
         one = Continuation(request, "fast", Time())
         one.new(Delta("a ", (1,)))
         assert way_on(one, DIED, ABLE) == way
+
+
+def test_the_tokens_of_a_prompt_are_sent_once() -> None:
+    """Issue 13: a second worker computes them again, and the client has them."""
+    prompt = PromptTokens((PromptToken(1, b"x"),), "x")
+    for sent in (False, True):
+        one = answer(prompt_logprobs=0, n=2)
+        if sent:
+            assert one.new(prompt) == prompt
+        assert one.retry(DIED, ABLE) == "exact"
+        assert one.new(prompt) == (None if sent else prompt)
+        assert one.new(msgspec.structs.replace(prompt, index=1)) is not None

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
+from tests.api.fakes import client
+from tests.evaluating import loglikelihoods
 from tests.worker.rig import ask, finish, listed, worker
 
 from headrace.core.errors import (
@@ -161,3 +163,12 @@ def test_engines_that_cannot(given: dict[str, Any], able: bool, param: str) -> N
         check_supported(ask("a", **given), capabilities)
     assert isinstance(caught.value, HeadraceError)
     assert caught.value.param == param
+
+
+async def test_what_an_evaluation_sends() -> None:
+    """Issue 13: lm-eval's local-completions: token ids in batches, one token, echo and logprobs."""
+    async with worker() as opened:
+        backend: Any = opened
+        async with client(backend) as http:
+            pairs = [([97, 98], [99]), ([97], [98, 99, 100]), ([195], [169])]
+            assert await loglikelihoods(http, "echo", pairs) == [(0.0, True)] * 3

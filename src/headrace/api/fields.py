@@ -90,7 +90,7 @@ GENERATE: Peers = {
     **_refused("typical_p tfs_z typical epsilon_cutoff", 1),
     **_refused("top_n_sigma n_probs", 0, -1),
     **_refused("min_keep", 0, 1),
-    **_refused("grammar regex ebnf stop_regex", ""),
+    **_refused("stop_regex", ""),
     **_refused("return_tokens return_progress post_sampling_probs", False),
     # vLLM and SGLang.
     **_refused("return_token_ids return_tokens_as_token_ids", False),
@@ -100,8 +100,10 @@ GENERATE: Peers = {
     **_refused("add_special_tokens", True),
     **_refused("length_penalty", 1),
     **_refused("allowed_token_ids bad_words logits_processors custom_params", [], {}),
-    **_refused("guided_json guided_regex guided_choice guided_grammar structured_outputs"),
-    **_refused("guided_decoding_backend guided_whitespace_pattern custom_logit_processor"),
+    **_ignored("guided_decoding_backend"),
+    **_refused("guided_whitespace_pattern custom_logit_processor structural_tag"),
+    **_refused("grammar_lazy", False),
+    **_refused("grammar_triggers", []),
     **_refused("kv_transfer_params vllm_xargs prompt_embeds"),
     **_refused("separate_reasoning include_reasoning stream_reasoning", True),
     # OpenAI and those that speak its protocol.
@@ -121,9 +123,9 @@ GENERATE: Peers = {
 
 CHAT: Peers = {
     **GENERATE,
+    **_refused("best_of", 1),
     **_refused("echo", False),
     **_refused("suffix", "", instead="Use /v1/completions"),
-    **_refused("best_of", 1),
     **_refused("prompt", instead="Use messages, or /v1/completions"),
     **_refused("input", instead="Use messages"),
 }
@@ -160,6 +162,11 @@ STREAM_OPTIONS: Peers = {
     **_refused("continuous_usage_stats", False),
 }
 JSON_SCHEMA: Peers = _ignored("description")
+STRUCTURED_OUTPUTS: Peers = {
+    **_ignored("disable_fallback disable_any_whitespace"),
+    **_refused("whitespace_pattern structural_tag"),
+    **_refused("disable_additional_properties", False),
+}
 
 _OF_TEXTS: Peers = {
     **_OF_ANY,

@@ -5,7 +5,7 @@ The translation is pure: no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 import msgspec
@@ -15,7 +15,7 @@ from headrace.api import fields, limits
 from headrace.api.exchange import Call
 from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
-from headrace.core.constraint import Constraint
+from headrace.core.constraint import AnyForm, Constraint, constraint_of
 from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.events import PromptToken
 from headrace.core.metrics import InferenceMetrics, Usage
@@ -31,6 +31,9 @@ Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 KeepAlive = float | Annotated[str, Meta(max_length=64)]
+
+JsonText = dict[str, Any] | str
+"""A JSON schema, or its text."""
 
 TOKEN_SCHEMA = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 
@@ -61,6 +64,18 @@ class JsonSchema(Body, frozen=True):
     peers: ClassVar[Peers] = fields.JSON_SCHEMA
 
 
+class StructuredOutputs(Body, frozen=True):
+    """vLLM's place for what the answer has to be: one of these."""
+
+    json: JsonText | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    peers: ClassVar[Peers] = fields.STRUCTURED_OUTPUTS
+
+
 class ResponseFormat(Body, frozen=True):
     """The required format of the answer; `schema` is llama-server's place for a JSON schema."""
 
@@ -72,7 +87,8 @@ class ResponseFormat(Body, frozen=True):
 class GenerateFields(SamplingFields, Body, frozen=True, kw_only=True):
     """Fields of every request that generates. null means absent.
 
-    `repeat_penalty` and `json_schema` are llama-server's names.
+    `repeat_penalty`, `json_schema` and `grammar` are llama-server's names, `regex` and `ebnf` those
+    of SGLang, `structured_outputs` and `guided_*` those of vLLM.
     """
 
     # OpenAI's seed is a signed 64-bit integer; core also takes unsigned ones.
@@ -99,7 +115,15 @@ class GenerateFields(SamplingFields, Body, frozen=True, kw_only=True):
     context_length: Count | None = None
     keep_alive: KeepAlive | None = None
     repeat_penalty: RepetitionPenalty | None = None
-    json_schema: dict[str, Any] | None = None
+    json_schema: JsonText | None = None
+    grammar: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonText | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     prompt_logprobs: Logprobs | None = None
 
     @property
@@ -109,12 +133,10 @@ class GenerateFields(SamplingFields, Body, frozen=True, kw_only=True):
 
     def names(self) -> dict[str, str]:
         """Return the client's names for fields of the core, where they differ."""
-        aliases = {"repetition_penalty": "repeat_penalty", "response_format": "json_schema"}
-        return {
-            name: alias
-            for name, alias in aliases.items()
-            if getattr(self, alias) is not None and getattr(self, name) is None
-        }
+        names = {_PARAMS[form]: place for place, form, _ in wanted_forms(self)}
+        if self.repeat_penalty is not None and self.repetition_penalty is None:
+            names["repetition_penalty"] = "repeat_penalty"
+        return names
 
 
 class PromptCandidate(msgspec.Struct, frozen=True):
@@ -351,10 +373,60 @@ def _keep_alive(value: float | str | None, settings: ApiSettings, call: Call) ->
     return {"keep_alive": most if wanted < 0 else min(wanted, most), "lengthens": True}
 
 
+_PARAMS = {"json_schema": "response_format", "regex": "regex", "choice": "choice"}
+_PARAMS["grammar"] = "grammar"
+_PLACES: tuple[tuple[str, AnyForm], ...] = (
+    ("json_schema", "json_schema"),
+    ("guided_json", "json_schema"),
+    ("structured_outputs.json", "json_schema"),
+    ("regex", "regex"),
+    ("guided_regex", "regex"),
+    ("structured_outputs.regex", "regex"),
+    ("guided_choice", "choice"),
+    ("structured_outputs.choice", "choice"),
+    ("grammar", "grammar"),
+    ("ebnf", "grammar"),
+    ("guided_grammar", "grammar"),
+    ("structured_outputs.grammar", "grammar"),
+)
+
+
+def wanted_forms(wire: GenerateFields) -> Iterator[tuple[str, AnyForm, Any]]:
+    """Yield what the answer has to be: the place in the request, the form, and its value.
+
+    Raises:
+        InvalidRequest: a response format has a part too many or too few.
+    """
+    for place, form in _PLACES:
+        outer, _, name = place.rpartition(".")
+        value = getattr(getattr(wire, outer) if outer else wire, name, None)
+        # An empty text is no grammar in llama-server.
+        if value is not None and value != "":
+            yield place, form, value
+    if wire.structured_outputs is not None and wire.structured_outputs.json_object:
+        yield "structured_outputs.json_object", "json_schema", {"type": "object"}
+    if (schema := _schema(wire.response_format)) is not None:
+        yield "response_format", "json_schema", schema
+
+
 def _constraint(wire: GenerateFields) -> Constraint | None:
-    top, inner = wire.json_schema, _schema(wire.response_format)
-    schema = _either("json_schema", top, "response_format", inner)
-    return None if schema is None else Constraint(json_schema=schema)
+    wanted = list(wanted_forms(wire))
+    built = [(place, _built(place, form, value)) for place, form, value in wanted]
+    for place, constraint in built[1:]:
+        if constraint != built[0][1]:
+            raise InvalidRequest(f"{built[0][0]} and {place} are both given.", param=built[0][0])
+    return built[0][1] if built else None
+
+
+def _built(place: str, form: AnyForm, value: Any) -> Constraint:
+    if form == "json_schema" and isinstance(value, str):
+        try:
+            value = msgspec.json.decode(value, type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeError) as error:
+            raise InvalidRequest(
+                f"{place} is not the text of a JSON schema.", param=place
+            ) from error
+    return constraint_of(form, value)
 
 
 def _schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:

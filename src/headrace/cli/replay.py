@@ -96,8 +96,11 @@ def _body(record: RequestRecord, model: str | None) -> dict[str, Any]:
     sent = {name: value for name, value in given.items() if name in _SAME and value is not None}
     sent |= {"messages" if chat else "prompt": record.content.input}
     if (constraint := given.get("constraint")) is not None:
-        named = {"name": "answer", "schema": constraint["json_schema"]}
-        sent["response_format"] = {"type": "json_schema", "json_schema": named}
+        if constraint.keys() <= {"json_schema"}:
+            named = {"name": "answer", "schema": constraint.get("json_schema", {})}
+            sent["response_format"] = {"type": "json_schema", "json_schema": named}
+        else:
+            sent["structured_outputs"] = constraint
     if options := given.get("template_options"):
         sent["chat_template_kwargs"] = options
     if (count := given.get("logprobs")) is not None:

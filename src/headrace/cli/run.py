@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
@@ -45,6 +46,45 @@ class SamplingFlags(SamplingFields, frozen=True, kw_only=True):
         return chosen
 
 
+@dataclass(frozen=True)
+class FormFlags:
+    """What the answer has to be; None is not given."""
+
+    json_schema: Annotated[
+        Path | None, Option(metavar="FILE", help="Answer in JSON that this schema accepts.")
+    ] = None
+    regex: Annotated[str | None, Option(help="The whole answer matches this regex.")] = None
+    choice: Annotated[
+        list[str] | None, Option(help="The answer is one of these texts; may be repeated.")
+    ] = None
+    grammar: Annotated[
+        Path | None, Option(metavar="FILE", help="The answer is of this grammar: Lark or GBNF.")
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `AsyncModelWorker.generate`.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        wanted = given(self)
+        if self.json_schema is not None:
+            try:
+                wanted["json_schema"] = msgspec.json.decode(_read(self.json_schema), type=dict)
+            except (msgspec.DecodeError, UnicodeError) as error:
+                raise ConfigError(f"{self.json_schema} is not a JSON schema: {error}") from error
+        if self.grammar is not None:
+            wanted["grammar"] = _read(self.grammar)
+        return wanted
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
 def run(
     common: Common,
     model: Annotated[
@@ -66,6 +106,7 @@ def run(
     url: Url = None,
     *,
     sampling: SamplingFlags,
+    form: FormFlags,
     flags: ModelFlags,
 ) -> None:
     """Answer one prompt, or chat if no prompt is given.
@@ -74,7 +115,8 @@ def run(
     With --url any server with OpenAI's API answers.
     """
     settings = flags.settings(common)
-    question = _Question(_text(prompt or []), system, sampling.parameters(), raw)
+    parameters = sampling.parameters() | form.arguments()
+    question = _Question(_text(prompt or []), system, parameters, raw)
     named = [f"--{name.replace('_', '-')}" for name in given(flags)]
     if url and (local or named):
         flag = "--local" if local else named[0]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_origin, get_type_hin
 
 import msgspec
 
+from headrace.core.constraint import TextForm
 from headrace.core.device import device_text
 from headrace.core.values import seconds, variables
 
@@ -206,6 +207,7 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine supports with this model. Sampling fields that are not listed are refused.
 
+    `forms`: constraints that it enforces, beside `json_schema`.
     `batch_invariant`: greedy and seeded answers do not depend on other running requests.
     `resume`: an answer can be continued after given tokens. `dimensions`: of its embeddings.
     `prompt_logprobs`: of the tokens of a prompt. `infill`: it fills the gap before a suffix.
@@ -214,6 +216,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     sampling: frozenset[str] = frozenset()
     chat: bool = False
     json_schema: bool = False
+    forms: frozenset[TextForm] = frozenset()
     token_prompts: bool = True
     batch_invariant: bool = False
     resume: bool = False

@@ -35,6 +35,9 @@ class GenerateOptions(TypedDict, total=False):
     echo: bool | None
     context_length: int | None
     json_schema: Mapping[str, Any] | None
+    regex: str | None
+    choice: Sequence[str] | None
+    grammar: str | None
     template_options: Mapping[str, Any] | None
     suffix: str | None
     continue_final: bool | None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import msgspec
@@ -185,11 +185,17 @@ def _check_keywords(path: Path, schema: Schema) -> None:
     values = schema.get("enum")
     if isinstance(values, list) and len(cast("list[Any]", values)) > MAX_ENUM:
         raise refusal((*path, "enum"), f"has more than {MAX_ENUM} entries")
+    for place, pattern in _patterns(schema):
+        if problem := _problem_of(pattern, MAX_PATTERN):
+            raise refusal((*path, *place), problem)
+
+
+def _patterns(schema: Schema) -> Iterator[tuple[Path, str]]:
     if isinstance(pattern := schema.get("pattern"), str):
-        _check_pattern((*path, "pattern"), pattern)
+        yield ("pattern",), pattern
     patterns = schema.get("patternProperties")
-    for pattern in cast("Schema", patterns) if isinstance(patterns, Mapping) else ():
-        _check_pattern((*path, "patternProperties", pattern), pattern)
+    for name in cast("Schema", patterns) if isinstance(patterns, Mapping) else ():
+        yield ("patternProperties", name), name
 
 
 def _number(schema: Schema, keyword: str) -> float | None:
@@ -204,24 +210,52 @@ _TOKENS = re.compile(
 )
 
 
-def _check_pattern(path: Path, pattern: str) -> None:
-    """Check the length of a regular expression, and the length that it has written out."""
-    if len(pattern) > MAX_PATTERN:
-        raise refusal(path, f"has more than {MAX_PATTERN} characters")
+def check_regex(regex: str, most: int) -> None:
+    """Check the length of a regular expression, as it is and with its repetitions written out.
+
+    Raises:
+        InvalidRequest: it has more than `most` characters, or too many elements.
+    """
+    if problem := _problem_of(regex, most):
+        raise InvalidRequest(f"The regex {problem}.", param="regex")
+
+
+def _problem_of(regex: str, most: int) -> str:
+    if len(regex) > most:
+        return f"has more than {most} characters"
+    if regex_elements(regex) > MAX_REPETITIONS:
+        return f"repeats to more than {MAX_REPETITIONS} elements"
+    return ""
+
+
+def regex_elements(regex: str) -> int:
+    """Return how many elements a regular expression has with its repetitions written out."""
+    return elements(_TOKENS.finditer(regex))
+
+
+def elements(tokens: Iterable[re.Match[str]], sizes: Callable[[str], int] = lambda _: 1) -> int:
+    """Return how many elements an expression has with its repetitions written out.
+
+    The groups of a token say what it does: it opens or closes a group, or repeats the element
+    before it `low` to `high` times. Any other is an element, of which `sizes` knows the size. More
+    than `MAX_REPETITIONS` are not counted any further.
+    """
     # For each open group: what it has before its last element, and that element.
     groups = [[0, 0]]
-    for token in _TOKENS.finditer(pattern):
+    for token in tokens:
         if token["open"]:
             groups.append([0, 0])
             continue
-        if token["low"]:
-            # Of numbers with many digits, so many are enough.
-            groups[-1][1] *= max(1, int(token["high"][:9] if token["high"] else token["low"][:9]))
+        if times := token["high"] or token["low"]:
+            # Of a number with many digits, so many are enough.
+            groups[-1][1] *= max(1, int(times[:9]))
         else:
-            before, last = groups.pop() if token["close"] and len(groups) > 1 else (0, 1)
+            size = 0 if token["close"] else sizes(token[0])
+            before, last = groups.pop() if token["close"] and len(groups) > 1 else (0, size)
             groups[-1] = [sum(groups[-1]), before + last]
         if sum(map(sum, groups)) > MAX_REPETITIONS:
-            raise refusal(path, f"repeats to more than {MAX_REPETITIONS} elements")
+            break
+    return sum(map(sum, groups))
 
 
 class _Extent(NamedTuple):

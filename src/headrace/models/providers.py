@@ -26,12 +26,13 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     `base_url` is None where each customer has one. `key` is the variable with the key, optional
     with `open`. `sampling` has fields of Sampling, and `n`; `renamed` maps them to the upstream's
     names in a chat. `stops` is the number of stop strings that it takes. `json` is whether an
-    answer can follow a schema, be any JSON object, or neither. `asks_usage`: usage of a stream has
-    to be requested by `stream_options`, a field that others may refuse. `embeddings` and `rerank`
-    are its tasks beside generation; with `base64` it can send vectors in that encoding. `extra` is
-    added to each request. `otel_name` is its name in OpenTelemetry's conventions, where it differs.
-    `checked` rows rest on the provider's documentation or on several programs that use it; the
-    others on a claim of compatibility, taken narrowly.
+    answer can follow a schema, be any JSON object, or neither; `structured_outputs` whether it can
+    follow a regex, a choice or a grammar, in vLLM's field of that name. `asks_usage`: usage of a
+    stream has to be requested by `stream_options`, a field that others may refuse. `embeddings` and
+    `rerank` are its tasks beside generation; with `base64` it can send vectors in that encoding.
+    `extra` is added to each request. `otel_name` is its name in OpenTelemetry's conventions, where
+    it differs. `checked` rows rest on the provider's documentation or on several programs that use
+    it; the others on a claim of compatibility, taken narrowly.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     renamed: Mapping[str, str] = {}
     stops: int = 4
     json: Literal["schema", "object", "none"] = "object"
+    structured_outputs: bool = False
     developer: bool = False
     asks_usage: bool = True
     completions: bool = False
@@ -262,6 +264,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             sampling=_ALL,
             stops=64,
             json="schema",
+            structured_outputs=True,
             completions=True,
             token_prompts=True,
             template_options=True,
@@ -278,6 +281,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             sampling=_ALL,
             stops=16,
             json="schema",
+            structured_outputs=True,
             developer=True,
             completions=True,
             token_prompts=True,

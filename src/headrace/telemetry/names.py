@@ -82,7 +82,8 @@ def request_attributes(request: AnyRequest, provider_name: str) -> Attributes:
         attributes |= _sampling(request.sampling)
         if request.n != 1:
             attributes["gen_ai.request.choice.count"] = request.n
-        attributes["gen_ai.output.type"] = "text" if request.constraint is None else "json"
+        is_json = request.constraint is not None and request.constraint.form == "json_schema"
+        attributes["gen_ai.output.type"] = "json" if is_json else "text"
     return attributes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, cast
 
 from headrace.core.constraint import Constraint
@@ -19,21 +20,66 @@ _SPACING = {
 }
 
 
+HEADER = '%llguidance {"no_forcing": true}'
+"""Of grammars whose terminals are a client's: to look for forced text can take without end."""
+
+_START = "\nstart: "
+_ANSWER = "headrace_answer"
+_SLASHES = re.compile(r"\\.|/|\n", re.DOTALL)
+
+
 def grammar(constraint: Constraint) -> str:
     """Return the grammar of a constraint, for every engine that takes llguidance's.
+
+    That of a client has to be made a `lark` before.
 
     Raises:
         InvalidRequest: the schema has a format that cannot be enforced; names its path.
     """
-    if constraint.lark:
-        return constraint.lark
-    return schema_grammar(without_formats(constraint.json_schema))
+    match constraint.form:
+        case "lark":
+            return constraint.lark
+        case "regex":
+            return f"{HEADER}{_START}/{_SLASHES.sub(_escaped, constraint.regex)}/\n"
+        case "choice":
+            texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in constraint.choice)
+            # As a terminal they are one automaton, and no limit of alternatives counts.
+            return f"{HEADER}{_START}CHOICE\nCHOICE: {texts}\n"
+        case "grammar":
+            raise AssertionError("compiled to Lark before")
+        case "json_schema":
+            return schema_grammar(without_formats(constraint.json_schema))
 
 
 def schema_grammar(schema: Schema) -> str:
     """Return the grammar of a schema as it is."""
+    return f"%llguidance {{}}{_START}{json_rule(schema)}"
+
+
+def json_rule(schema: Schema) -> str:
+    """Return the body of a rule for JSON that a schema accepts."""
     # The last of equal keys counts: what the schema itself says is not heard.
-    return "%llguidance {}\nstart: %json " + json.dumps({**schema, **_SPACING})
+    return "%json " + json.dumps({**schema, **_SPACING})
+
+
+def after(prefix: str, rules: str, lark: str) -> str:
+    """Return a grammar with `prefix` before it, whose rules are `rules`."""
+    before, _, body = lark.rpartition(_START)
+    return f"{before}\n{_ANSWER}: {body}{_START}{prefix} {_ANSWER}\n{rules}\n"
+
+
+def regex_position(regex: str, at: int) -> int:
+    """Return which character of a regex is at a position of it in a grammar."""
+    added = 0
+    for match in _SLASHES.finditer(regex):
+        if match.start() + added >= at:
+            break
+        added += len(_escaped(match)) - len(match[0])
+    return at - added
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return {"/": "\\/", "\n": "\\n", "\\\n": "\\n"}.get(match[0], match[0])
 
 
 def without_formats(schema: Schema, *, strict: bool = True) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.tools import Thinking, Tool
-from headrace.text.calls.constrain import constraint_for
+from headrace.text.calls.constrain import constraint_for, thinking_before
 from headrace.text.calls.format import Format, thinking_open_in
 from headrace.text.calls.generic import generic_messages
 from headrace.text.calls.probe import probe
@@ -25,6 +25,8 @@ _TAIL = 4096
 _SWITCHES = ("enable_thinking", "thinking")
 
 NewSplitter = Callable[[], Splitter]
+Mode = Literal["none", "open", "optional"]
+Before = tuple[str, str]
 
 
 class Chat:
@@ -89,8 +91,9 @@ class Chat:
     def splitter(self, request: GenerateRequest, prompt: str) -> NewSplitter | None:
         """Return what makes the parser of an answer; None if it is content alone."""
         tools = request.tool_choice.allowed(request.tools)
-        # The grammar of a response format allows no thinking.
-        if not tools and (request.constraint is not None or not self._may_think):
+        if not tools and not self._may_think:
+            return None
+        if request.constraint is not None and self._thinking(request, prompt) == "none":
             return None
         schemas = {tool.name: tool.parameters for tool in tools}
         opened = thinking_open_in(prompt[-_TAIL:], self.format)
@@ -112,10 +115,7 @@ class Chat:
         if not request.enforces_calls:
             return request.constraint
         mode: Literal["auto", "required"] = "required" if choice.mode == "required" else "auto"
-        thinking: Literal["none", "open", "optional"] = "none"
-        if self.format.thinks:
-            opened = thinking_open_in(prompt[-_TAIL:], self.format)
-            thinking = "open" if opened else "optional"
+        thinking = self._thinking(request, prompt)
         enforced = [
             _enforceable(tool) if tool.strict or mode == "required" else tool for tool in tools
         ]
@@ -123,6 +123,22 @@ class Chat:
             self.format, enforced, mode, parallel=choice.parallel, thinking=thinking
         )
         return Constraint(lark=grammar)
+
+    def thinking(self, request: GenerateRequest, prompt: str) -> Before:
+        """Return what comes before an answer that has a constraint: its prefix, and the rules."""
+        if request.constraint is None or not self._may_think:
+            return "", ""
+        return thinking_before(self.format, self._thinking(request, prompt))
+
+    def _thinking(self, request: GenerateRequest, prompt: str) -> Mode:
+        """Return whether thinking comes first: the prompt has begun it, or the model may."""
+        form = self.format
+        if not form.thinks or (request.constraint is not None and form.style == "harmony"):
+            return "none"
+        if thinking_open_in(prompt[-_TAIL:], form):
+            return "open"
+        off = request.constraint is not None and request.thinking.enabled is False
+        return "none" if off else "optional"
 
     @property
     def _may_think(self) -> bool:

@@ -17,9 +17,9 @@ import msgspec
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, GenerationFailed
-from headrace.core.schema import PARAM, refusal
-from headrace.text.grammar import grammar, schema_grammar, without_formats
+from headrace.text.grammar import grammar, without_formats
 
+_NAMES = {"json_schema": "JSON schema", "lark": "grammar"}
 _COMPILING, _CHECKING = 2, 1
 _WALL_S = 20.0
 _IDLE_S = 60.0
@@ -30,6 +30,7 @@ _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME")
 class _Reply(msgspec.Struct, frozen=True):
     path: tuple[str, ...] = ()
     reason: str = ""
+    lark: str = ""
 
 
 _decode = msgspec.json.Decoder(_Reply).decode
@@ -50,26 +51,29 @@ class Compiler:
         self._clients: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._processes: set[Process] = set()
         self._idle: list[tuple[Process, asyncio.TimerHandle]] = []
-        self._compiled: OrderedDict[bytes, None] = OrderedDict()
+        self._compiled: OrderedDict[bytes, Constraint | None] = OrderedDict()
 
-    async def compile(self, constraint: Constraint, client: str = "") -> None:
-        """Compile a constraint, once.
+    async def compile(self, constraint: Constraint, client: str = "") -> Constraint:
+        """Compile a constraint, once; return it as engines take it.
 
         Raises:
-            InvalidRequest: it cannot be enforced, or takes too much to compile; names the path.
+            InvalidRequest: it cannot be enforced, or takes too much to compile; names the place.
         """
-        schema, key = await asyncio.to_thread(_prepared, constraint)
+        job = await asyncio.to_thread(_job, constraint)
+        key = hashlib.blake2b(msgspec.json.encode(job)).digest()
         if key in self._compiled:
             self._compiled.move_to_end(key)
-            return
+            return self._compiled[key] or constraint
         lock = self._clients.get(client) or self._clients.setdefault(client, asyncio.Lock())
         async with lock, self._compiling:
-            problem = await self._run({"lark": schema} if constraint.lark else {"schema": schema})
-        if problem is not None:
-            raise refusal(problem.path, problem.reason)
-        self._compiled[key] = None
+            reply = await self._run(job)
+        if reply.reason:
+            raise constraint.refusal(reply.reason, reply.path)
+        converted = Constraint(lark=reply.lark) if reply.lark else None
+        self._compiled[key] = converted
         if len(self._compiled) > _REMEMBERED:
             self._compiled.popitem(last=False)
+        return converted or constraint
 
     async def check(self, constraint: Constraint, text: str, *, cut: bool) -> None:
         """Check an answer; of one that was cut, only that it begins as it should.
@@ -77,18 +81,19 @@ class Compiler:
         Raises:
             ConstraintViolated: it does not keep to the constraint.
         """
-        if constraint.lark:
-            job: dict[str, Any] = {"lark": grammar(constraint), "text": text, "cut": True}
+        if constraint.choice:
+            begins = any(choice.startswith(text) for choice in constraint.choice)
+            kept = begins if cut else text in constraint.choice
+            reply = _Reply() if kept else _Reply(reason="does not have it")
         else:
-            schema = await asyncio.to_thread(without_formats, constraint.json_schema, strict=False)
-            job = {"schema": schema, "text": text, "cut": cut}
-        async with self._checking:
-            problem = await self._run(job)
-        if problem is not None:
-            where = refusal(problem.path, problem.reason).message
-            form = "the grammar of its calls" if constraint.lark else "its JSON schema"
-            message = f"The answer does not keep to {form}."
-            raise ConstraintViolated(message, param=PARAM, detail=where)
+            job = await asyncio.to_thread(_job, constraint, strict=False)
+            async with self._checking:
+                reply = await self._run(job | {"text": text, "cut": cut})
+        if reply.reason:
+            where = constraint.refusal(reply.reason, reply.path).message
+            form = _NAMES.get(constraint.form, constraint.form)
+            message = f"The answer does not keep to its {form}."
+            raise ConstraintViolated(message, param=constraint.param, detail=where)
 
     async def aclose(self) -> None:
         """End the processes."""
@@ -98,8 +103,8 @@ class Compiler:
         for process in tuple(self._processes):
             await self._end(process)
 
-    async def _run(self, job: dict[str, Any]) -> _Reply | None:
-        """Return what is wrong, or None."""
+    async def _run(self, job: dict[str, Any]) -> _Reply:
+        """Return the reply to a job."""
         process = await self._process()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -120,8 +125,7 @@ class Compiler:
                 await self._end(process)
         if not line:
             raise GenerationFailed("The compiler of constraints has ended.")
-        reply = _decode(line)
-        return reply if reply.reason else None
+        return _decode(line)
 
     async def _process(self) -> Process:
         while self._idle:
@@ -160,9 +164,13 @@ class Compiler:
         await process.wait()
 
 
-def _prepared(constraint: Constraint) -> tuple[dict[str, Any] | str, bytes]:
-    if constraint.lark:
-        text = grammar(constraint)
-        return text, hashlib.blake2b(text.encode()).digest()
-    schema = without_formats(constraint.json_schema)
-    return schema, hashlib.blake2b(schema_grammar(schema).encode()).digest()
+def _job(constraint: Constraint, *, strict: bool = True) -> dict[str, Any]:
+    match constraint.form:
+        case "json_schema":
+            return {"schema": without_formats(constraint.json_schema, strict=strict)}
+        case "grammar":
+            return {"grammar": constraint.grammar}
+        case "regex":
+            return {"lark": grammar(constraint), "regex": constraint.regex}
+        case "choice" | "lark":
+            return {"lark": grammar(constraint)}

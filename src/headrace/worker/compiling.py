@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import random
+import re
 import resource
 import signal
 import sys
@@ -22,7 +24,8 @@ import jsonschema_rs
 import llguidance
 
 from headrace.core.schema import Path, Schema, children, pointer
-from headrace.text.grammar import schema_grammar
+from headrace.text.grammar import regex_position, schema_grammar
+from headrace.text.lark import Unenforceable, normalised
 
 MEMORY = 192 << 20
 """Bytes that a job may take, beside what the libraries take."""
@@ -31,7 +34,14 @@ CPU_S = 2
 _LOCATING_S = 1.0
 _LONGEST = 300
 _TOO_MUCH = "takes too much to compile"
+_NO_TEXT = "allows no text"
 _PR_SET_PDEATHSIG = 1
+_END = 256
+"""The token after those of the bytes."""
+_BYTES = (1 << _END) - 1
+_REHEARSED, _REHEARSAL_S = 300, 0.2
+_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
+_CARET = re.compile(r"^    ( *)\^", re.MULTILINE)
 
 
 class Matcher(Protocol):
@@ -44,6 +54,18 @@ class Matcher(Protocol):
 
     def prefix(self, data: bytes) -> int:
         """Return how many bytes from the first one a text of the grammar can begin with."""
+        ...
+
+    def accepts(self, data: bytes) -> bool:
+        """Return whether they are a whole text of the grammar."""
+        ...
+
+    def following(self) -> int:
+        """Return which bytes may be the next, as bits."""
+        ...
+
+    def take(self, byte: int) -> None:
+        """Go on after a byte."""
         ...
 
 
@@ -63,6 +85,16 @@ class _Package:
 
     def prefix(self, data: bytes) -> int:
         return self._matcher.try_consume_tokens(list(data))
+
+    def accepts(self, data: bytes) -> bool:
+        tokens = [*data, self._TOKENIZER.eos_token]
+        return self._matcher.validate_tokens(tokens) == len(tokens)
+
+    def following(self) -> int:
+        return int.from_bytes(self._matcher.compute_bitmask(), "little") & _BYTES
+
+    def take(self, byte: int) -> None:
+        self._matcher.consume_token(byte)
 
 
 class _TokenizerInit(ctypes.Structure):
@@ -99,12 +131,13 @@ class Library:
                 "free_matcher",
             )
         }
-        for name in ("get_error", "compute_mask", "validate_tokens"):
+        for name in ("get_error", "compute_mask", "validate_tokens", "consume_token", "get_mask"):
             functions[name] = getattr(library, f"llg_matcher_{name}")
         for name in ("new_tokenizer", "new_matcher"):
             functions[name].restype = ctypes.c_void_p
         functions["get_error"].restype = ctypes.c_char_p
-        self._lengths = (ctypes.c_uint32 * 257)(*[1] * 256, 4)
+        functions["get_mask"].restype = ctypes.c_void_p
+        self._lengths = (ctypes.c_uint32 * (_END + 1))(*[1] * _END, 4)
         self._init = ctypes.create_string_buffer(1024)
         functions["constraint_init_set_defaults"](self._init, ctypes.c_void_p(self._tokenizer()))
 
@@ -115,7 +148,7 @@ class Library:
 
     def _tokenizer(self) -> int:
         # The bytes, and the end: tokens that begin with 0xFF are no text.
-        init = _TokenizerInit(257, 256, self._lengths, bytes(range(256)) + b"\xffEOS")
+        init = _TokenizerInit(_END + 1, _END, self._lengths, bytes(range(256)) + b"\xffEOS")
         init.use_approximate_greedy_tokenize_fn = True
         error = ctypes.create_string_buffer(256)
         tokenizer = self._functions["new_tokenizer"](
@@ -144,9 +177,23 @@ class _Linked:
         return (error or b"").decode(errors="replace")
 
     def prefix(self, data: bytes) -> int:
-        tokens = (ctypes.c_uint32 * len(data))(*data)
+        return self._valid(tuple(data))
+
+    def accepts(self, data: bytes) -> bool:
+        return self._valid((*data, _END)) == len(data) + 1
+
+    def following(self) -> int:
+        self._functions["compute_mask"](self._address)
+        mask: int | None = self._functions["get_mask"](self._address)
+        return int.from_bytes(ctypes.string_at(mask, _END // 8), "little") if mask else 0
+
+    def take(self, byte: int) -> None:
+        self._functions["consume_token"](self._address, ctypes.c_uint32(byte))
+
+    def _valid(self, tokens: tuple[int, ...]) -> int:
+        given = (ctypes.c_uint32 * len(tokens))(*tokens)
         validate = self._functions["validate_tokens"]
-        return validate(self._address, tokens, ctypes.c_size_t(len(data)))
+        return validate(self._address, given, ctypes.c_size_t(len(tokens)))
 
 
 Compile = Callable[[str], Matcher]
@@ -163,17 +210,54 @@ def compiled(schema: Schema, new_matcher: Compile) -> None:
         raise Refused(_located(schema, new_matcher), _reason(problem))
 
 
-def followed(grammar: str, text: str, new_matcher: Compile) -> None:
-    """Compile a grammar, and check that a text is the beginning of one that it allows.
+def followed(
+    grammar: str, text: str, new_matcher: Compile, *, cut: bool = True, regex: str = ""
+) -> None:
+    """Compile a grammar, and check a text of it; of one that was `cut`, only its beginning.
+
+    `regex` is what the grammar was made of, for errors.
 
     Raises:
         Refused: it cannot be enforced, or the text is none of its texts.
     """
     matcher, data = new_matcher(grammar), text.encode()
     if problem := matcher.error:
-        raise Refused((), _reason(problem))
-    if data and matcher.prefix(data) != len(data):
+        raise Refused((), _reason_of_grammar(problem, regex))
+    kept = not data or matcher.prefix(data) == len(data) if cut else matcher.accepts(data)
+    if not kept:
         raise Refused((), "is not followed")
+
+
+def rehearsed(grammar: str, new_matcher: Compile) -> None:
+    """Write a random text of a grammar, in which each byte has to take a short time.
+
+    An ambiguous grammar takes the longer the more there is, and an engine's other requests wait.
+
+    Raises:
+        Refused: it takes too much.
+    """
+    draw = random.Random(0)  # noqa: S311  # the same for each
+    matcher, began = new_matcher(grammar), time.process_time()
+    for _ in range(_REHEARSED):
+        following = matcher.following()
+        allowed = [byte for byte in range(_END) if following >> byte & 1]
+        if matcher.error or time.process_time() - began > _REHEARSAL_S:
+            raise Refused((), _TOO_MUCH)
+        if not allowed:
+            return
+        matcher.take(draw.choice(allowed))
+
+
+def converted(grammar: str) -> str:
+    """Return a client's grammar in Lark.
+
+    Raises:
+        Refused: it is none, is beyond a limit, or has something that is not supported.
+    """
+    try:
+        return normalised(grammar)
+    except Unenforceable as error:
+        raise Refused((), str(error)[:_LONGEST]) from None
 
 
 def checked(schema: Schema, text: str, new_matcher: Compile | None) -> None:
@@ -266,7 +350,7 @@ def _reason(problem: str) -> str:
     """Return what a client can make use of in an error of llguidance."""
     head, _, rest = problem.partition("\n")
     if head.startswith("NoExtension"):
-        return "allows no text"
+        return _NO_TEXT
     if "fuel" in head or "panic" in head or "too big" in head or "too complex" in head:
         return _TOO_MUCH
     details = [line for line in rest.splitlines() if line.startswith("error: ")]
@@ -274,15 +358,39 @@ def _reason(problem: str) -> str:
     return f"cannot be enforced: {reason.partition('. ')[0].strip().rstrip('.')}"[:_LONGEST]
 
 
+def _reason_of_grammar(problem: str, regex: str) -> str:
+    """Return what is wrong in a grammar, and where."""
+    if (reason := _reason(problem)) in {_NO_TEXT, _TOO_MUCH}:
+        return reason
+    place = _PLACE.match(problem)
+    if place is None:
+        return reason
+    details = [line[7:] for line in problem.splitlines() if line.startswith("error: ")]
+    detail = details[0] if details else place[3].rpartition(" (in regex): ")[2].split("; ")[0]
+    caret = _CARET.search(problem) if details else None
+    if not regex:
+        where = f" at line {int(place[1]) - 1}, column {place[2]}"
+    else:
+        where = f" at character {regex_position(regex, len(caret[1])) + 1}" if caret else ""
+    return f"cannot be enforced: {detail}{where}"[:_LONGEST]
+
+
 def _reply(job: Mapping[str, Any], new_matcher: Compile) -> dict[str, Any]:
-    """Do a job and return its reply: empty, or what is wrong."""
+    """Do a job and return its reply: empty, the converted grammar, or what is wrong."""
+    cut, text = job.get("cut", True), job.get("text", "")
     try:
+        if "grammar" in job:
+            lark = converted(job["grammar"])
+            followed(lark, text, new_matcher, cut=cut)
+            if "text" not in job:
+                rehearsed(lark, new_matcher)
+            return {"lark": lark}
         if "lark" in job:
-            followed(job["lark"], job.get("text", ""), new_matcher)
+            followed(job["lark"], text, new_matcher, cut=cut, regex=job.get("regex", ""))
         elif "text" not in job:
             compiled(job["schema"], new_matcher)
         else:
-            checked(job["schema"], job["text"], new_matcher if job["cut"] else None)
+            checked(job["schema"], text, new_matcher if cut else None)
     except Refused as refused:
         return {"path": refused.path, "reason": refused.reason}
     except MemoryError:
@@ -324,8 +432,8 @@ def main() -> None:
     compiled({}, new_matcher)
     for line in sys.stdin.buffer:
         job = json.loads(line)
-        # The check of a whole answer compiles nothing.
-        do = _apart if job.get("cut", True) else _reply
+        # The check of a whole answer by its schema compiles nothing.
+        do = _reply if "schema" in job and not job.get("cut", True) else _apart
         reply = do(job, new_matcher)
         os.write(1, json.dumps(reply).encode() + b"\n")
 

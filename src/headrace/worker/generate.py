@@ -55,7 +55,7 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         if job.constraint is not None:
             # Before the engine compiles it, which cannot be stopped.
             with turn.meter.compiling():
-                await turn.within(loaded.compiler.compile(job.constraint, request.client))
+                job = await turn.within(_compiled(loaded, job, job.constraint, request.client))
         if request.prompt_candidates is not None:
             scorer, token_ids = cast("PromptScorer", loaded.engine), job.choices[0].token_ids
             async with aclosing(prompt_events(turn, scorer, token_ids)) as prompt:
@@ -74,6 +74,20 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         finally:
             await stream.aclose()
         yield turn.finish([c.reason for c in choices], [c.stop for c in choices])
+
+
+async def _compiled(loaded: Loaded, job: Job, constraint: Constraint, client: str) -> Job:
+    """Return the job with the constraint that the engine enforces.
+
+    Raises:
+        InvalidRequest: it cannot be enforced.
+    """
+    compiled = await loaded.compiler.compile(constraint, client)
+    enforcing = job.enforcing(compiled)
+    enforced = enforcing.choices[0].constraint
+    if enforced is not None and enforced is not compiled:
+        await loaded.compiler.compile(enforced, client)
+    return enforcing
 
 
 class _Choice:
@@ -146,6 +160,7 @@ class _Choice:
         if self._parts is not None:
             if events := self._parts.flush():
                 self._turn.meter.delta(0, visible=True)
+            self._note_parts("", events)
             return events
         rest = self._text.flush()
         self._note(rest)
@@ -155,6 +170,13 @@ class _Choice:
         self._turn.answered(text)
         if self._whole is not None:
             self._whole.append(text)
+
+    def _note_parts(self, raw: str, events: Sequence[Output]) -> None:
+        """Record the text of tokens: with calls it is checked as it is, else without thinking."""
+        self._turn.answered(raw)
+        if self._whole is not None and self._job.constraint is not None:
+            content = "".join(event.text for event in events if isinstance(event, Delta))
+            self._whole.append(raw if self._job.constraint.lark else content)
 
     async def _check(self) -> None:
         """Check the text against the constraint of the request.
@@ -168,11 +190,11 @@ class _Choice:
         # The client's own stops can end a text anywhere.
         cut = self.reason == "length" or self._stops.stopped
         cut = cut or bool(self._request.sampling.stop_token_ids)
-        text, check = "".join(self._whole), turn.served.compiler.check
-        await turn.within(check(constraint, text, cut=cut))
+        text, check, request = "".join(self._whole), turn.served.compiler.check, turn.request
+        # A text with calls ends at a token that has none.
+        await turn.within(check(constraint, text, cut=cut or request.enforces_calls))
         if self._parts is None:
             return
-        request = turn.request
         if request.tool_choice.mode == "required" and not (self._parts.calls or cut):
             raise ConstraintViolated("The answer calls no tool.", param="tool_choice")
         for name, arguments in self._parts.calls:
@@ -192,7 +214,7 @@ class _Choice:
         """Return the events of new tokens; the first has their ids."""
         meter, was_thinking = self._turn.meter, parts.is_thinking
         events = parts.feed(raw.data, may_stop=may_stop)
-        self._note(raw.data.decode(errors="replace"))
+        self._note_parts(raw.data.decode(errors="replace"), events)
         meter.delta(len(raw.token_ids), visible=bool(events))
         if was_thinking or parts.is_thinking:
             meter.thought(len(raw.token_ids))

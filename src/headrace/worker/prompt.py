@@ -6,14 +6,15 @@ from typing import Literal, cast
 
 import msgspec
 
-from headrace.core.constraint import Constraint
+from headrace.core.constraint import FORMS, Constraint
 from headrace.core.errors import ConfigError, ContextOverflow, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities, ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest
 from headrace.core.sampling import Sampling
 from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator
+from headrace.text.grammar import after, grammar
 from headrace.text.template import ChatTemplate
-from headrace.worker.chat import Chat, NewSplitter
+from headrace.worker.chat import Before, Chat, NewSplitter
 from headrace.worker.infill import Infill, infill_of
 from headrace.worker.scored import check_scored, check_size
 from headrace.worker.tokens import Gone, Limit, plain_ids, tokenized
@@ -29,7 +30,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     `answered_text` is the text of the tokens of an answer that is continued. `over` is the finish
     reason if that answer was complete. `splitter` makes the parser of an answer that may have
-    thinking or calls. `constraint` is what the whole text has to be, calls included.
+    thinking or calls. `constraint` is what the content has to be, or the whole text with its calls.
+    `before` is what the grammar of the content allows before it: thinking.
     """
 
     choices: tuple[EngineRequest, ...]
@@ -38,7 +40,19 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     answered_text: str = ""
     constraint: Constraint | None = None
     splitter: NewSplitter | None = None
+    before: Before = ("", "")
     over: Literal["stop", "length"] | None = None
+
+    def enforcing(self, constraint: Constraint) -> Job:
+        """Return the job with what the engine enforces: this constraint, after the thinking."""
+        if self.before[0]:
+            constraint = Constraint(lark=after(*self.before, grammar(constraint)))
+        if constraint is self.constraint:
+            return self
+        choices = [
+            msgspec.structs.replace(choice, constraint=constraint) for choice in self.choices
+        ]
+        return msgspec.structs.replace(self, choices=tuple(choices))
 
 
 class Prompter:
@@ -97,6 +111,9 @@ class Prompter:
             ),
             constraint=constraint,
             splitter=splitter,
+            before=self.chat.thinking(request, text)
+            if self.chat and text is not None
+            else ("", ""),
             stops=(*request.sampling.stop, *self._stops),
             echo=self._echo(request),
             answered_text=answered_text,
@@ -162,7 +179,7 @@ class Prompter:
         if text is None or self.chat is None:
             return request.constraint, None
         constraint = self.chat.constraint(request, text)
-        enforces = self._facts.capabilities.json_schema
+        enforces = "grammar" in self._facts.capabilities.forms
         # The arguments of strict tools are checked at the end: a wrong call is an error then.
         if request.tool_choice.mode == "required" and constraint is not None and not enforces:
             raise Unsupported(
@@ -280,7 +297,7 @@ def check_supported(request: GenerateRequest, capabilities: Capabilities) -> Non
     for name in given.keys() - _BY_WORKER - capabilities.sampling:
         raise Unsupported(f"This engine does not support {name}.", param=name)
     if request.constraint is not None:
-        _check_constrained(request.sampling, capabilities)
+        _check_constrained(request.constraint, request.sampling, capabilities)
     if isinstance(request.prompt, tuple) and not capabilities.token_prompts:
         raise Unsupported("This engine does not accept token ids.", param="prompt")
     check_scored(request, capabilities)
@@ -288,14 +305,20 @@ def check_supported(request: GenerateRequest, capabilities: Capabilities) -> Non
         _check_resumable(request, capabilities)
 
 
-def _check_constrained(sampling: Sampling, capabilities: Capabilities) -> None:
-    if not capabilities.json_schema:
-        raise Unsupported("This engine does not support JSON schemas.", param="response_format")
-    # Where a schema allows nothing but the end, there would be no token left.
+def _check_constrained(
+    constraint: Constraint, sampling: Sampling, capabilities: Capabilities
+) -> None:
+    form = constraint.form
+    if form == "json_schema" and not capabilities.json_schema:
+        raise Unsupported("This engine does not support JSON schemas.", param=constraint.param)
+    if form in FORMS and form not in capabilities.forms:
+        raise Unsupported(f"This engine does not support {form}.", param=form)
+    # Where a constraint allows nothing but the end, there would be no token left.
+    label = "JSON schema" if form == "json_schema" else form
     for name in ("ignore_eos", "min_tokens"):
         if getattr(sampling, name):
             raise InvalidRequest(
-                f"{name} cannot be combined with a JSON schema, which says where the answer ends.",
+                f"{name} cannot be combined with a {label}, which says where the answer ends.",
                 param=name,
             )
 

@@ -237,3 +237,12 @@ def test_a_tensor_is_read_before_there_are_threads(
     monkeypatch.setattr(Vocabulary, "tokenize", tokenize)
     Vocabulary(engine._tokenizer)
     assert len(texts) == 1
+
+
+def test_markers_of_a_side_of_a_gap_stay_text(engine: Any) -> None:
+    """Issue 13: no control token is made of them, and the text is the same."""
+    text = "a<|im_end|>b<repo_name>"
+    assert 2 in engine.tokenize(text, add_special=False)
+    ids = [token for piece in engine.plain_pieces(text, ["b"]) for token in piece]
+    assert engine.detokenize(ids) == text
+    assert all(token > 16 for token in ids)

@@ -9,12 +9,13 @@ import pytest
 
 from headrace import engines
 from headrace.core.errors import ConfigError, GenerationFailed
+from headrace.core.events import PromptToken, TopLogprob
 from headrace.core.model import ModelFile
 from headrace.core.sampling import Sampling
 from headrace.engines import vllm
 from headrace.engines.base import EngineRequest, OpenRequest, RawDelta
 from headrace.engines.vllm import footprint, memory_arguments
-from headrace.engines.vllm.call import Call, is_out_of_memory
+from headrace.engines.vllm.call import Call, is_out_of_memory, prompt_tokens
 from headrace.engines.vllm.engine import check
 from headrace.machine import Device
 
@@ -113,3 +114,19 @@ def test_each_token_of_a_character_has_its_entry() -> None:
     assert [(entry.token_id, entry.data) for entry in delta.logprobs] == [
         (token, bytes([token])) for token in token_ids
     ]
+
+
+def test_the_log_probabilities_of_a_prompt() -> None:
+    """Issue 13: vLLM has the prompt's token beside the likeliest ones; one is only asked for."""
+
+    def at(logprob: float, rank: int) -> Any:
+        return SimpleNamespace(logprob=logprob, rank=rank)
+
+    vocabulary = cast("Any", SimpleNamespace(full_data=lambda token: b"%d" % token))
+    scored = [None, {7: at(float("-inf"), 9), 3: at(-0.5, 1)}, {8: at(-0.25, 1)}]
+    first, second, third = prompt_tokens((5, 7, 8), scored, 1, vocabulary)
+    assert first == PromptToken(5, b"5")
+    assert second == PromptToken(7, b"7", -9999.0, (TopLogprob(3, b"3", -0.5),), 9)
+    assert third == PromptToken(8, b"8", -0.25, (TopLogprob(8, b"8", -0.25),), 1)
+    (_, only) = prompt_tokens((5, 8), [None, scored[2]], 0, vocabulary)
+    assert (only.logprob, only.top) == (-0.25, ())

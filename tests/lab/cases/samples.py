@@ -35,6 +35,7 @@ FEW = frozenset(
 )
 """What changes with the Backend. The rest is the engine's, and echo runs it on every Backend."""
 
+_FORMS = frozenset({"regex", "choice", "grammar", "forms_fail_closed"})
 _SCHEMAS = frozenset({"json_schema", "json_schema_fails_closed", "tool_calls_required"})
 
 SOUND = FEW | {
@@ -49,6 +50,7 @@ SOUND = FEW | {
     "tool_calls_required",
     "tool_calls_cut",
     "thinking",
+    *_FORMS,
 }
 """What only a real model's text shows."""
 
@@ -178,6 +180,7 @@ SAMPLES = [
         | _PENALTIES
         | _fields("logit_bias", "min_tokens")
         | _SCHEMAS
+        | _FORMS
         | {"tool_calls_strict", "infill"},
         heavy=False,
     ),
@@ -226,7 +229,10 @@ SAMPLES = [
         "openvino",
         _path(converted),
         settings=_SHORT,
-        refused=_fields("logit_bias", "logprobs") | _SCHEMAS | {"infill", "prompt_logprobs"},
+        refused=_fields("logit_bias", "logprobs")
+        | _SCHEMAS
+        | _FORMS
+        | {"infill", "prompt_logprobs"},
         reported=frozenset({"alone_and_among_sixteen", "resume"}),
     ),
     Sample("llamacpp", _path(str), "embed", ("process",), _SHORT, {"pooling": "mean"}),
@@ -240,6 +246,7 @@ SAMPLES = [
         kinds=("worker", "pool"),
         refused=_NARROW
         | _PENALTIES
+        | _FORMS
         | _fields("temperature", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
         | _fields("min_tokens")
         | {"infill", "prompt_logprobs", "continued"}

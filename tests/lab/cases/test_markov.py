@@ -46,7 +46,7 @@ def test_the_example_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.Monk
     )
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, summary = done.stdout.splitlines()
-    told = f"{len(lines)} cases: {len(lines) - 14} ok, 14 refused, 0 reported, 0 failed"
+    told = f"{len(lines)} cases: {len(lines) - 18} ok, 18 refused, 0 reported, 0 failed"
     assert summary == told
     assert told in PAGE
 
@@ -123,6 +123,14 @@ SPOILED: dict[str, tuple[str, ...]] = {
     "tool_calls_strict": (*CLAIMS_GRAMMARS, *repeats("_bytes([last])")),
     "tool_calls_cut": repeats('_bytes([last]).replace(b"a", b"")'),
     "thinking": ("RawDelta(_bytes([last])", "RawDelta(_bytes([last]).upper()"),
+    **{
+        form: ("batch_invariant=True", f"batch_invariant=True, forms=frozenset({{{form!r}}})")
+        for form in ("regex", "choice", "grammar")
+    },
+    "forms_fail_closed": (
+        "batch_invariant=True",
+        "batch_invariant=True, forms=frozenset({'regex', 'grammar'})",
+    ),
     "resume": ("batch_invariant=True", "resume=True"),
     "options_describe_themselves": (', description="What it learns from."', ""),
     "alone_and_among_sixteen": (

@@ -17,6 +17,7 @@ import msgspec
 import xllamacpp
 import xllamacpp.xllamacpp as library
 
+from headrace.core.constraint import FORMS
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
 from headrace.core.model import Capabilities
 from headrace.engines import base, plan, threaded
@@ -245,6 +246,7 @@ class Engine(base.Embedder):
             capabilities=Capabilities(
                 sampling=HONOURED,
                 json_schema=bool(grammar_library),
+                forms=frozenset(FORMS if grammar_library else ()),
                 batch_invariant=device == "cpu" and _is_reproducible(self._options),
                 resume=True,
             ),

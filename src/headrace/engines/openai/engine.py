@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from headrace.core.constraint import FORMS
 from headrace.core.errors import UpstreamError
 from headrace.core.events import TokenCount, bytes_of
 from headrace.core.metrics import Usage
@@ -99,6 +100,7 @@ class Engine:
             Capabilities(
                 sampling=provider.sampling - {"n"},
                 json_schema=provider.json != "none",
+                forms=frozenset(FORMS if provider.structured_outputs else ()),
                 token_prompts=provider.token_prompts,
             ),
         )

@@ -104,9 +104,11 @@ def _sampling(request: GenerateRequest, provider: Provider, *, chat: bool) -> di
 
 
 def _format(request: GenerateRequest, provider: Provider) -> dict[str, Any]:
-    if request.constraint is None:
+    if (constraint := request.constraint) is None:
         return {}
-    schema = request.constraint.json_schema
+    if constraint.form != "json_schema":
+        return {"structured_outputs": {constraint.form: getattr(constraint, constraint.form)}}
+    schema = constraint.json_schema
     if schema in _ANY_OBJECT:
         return {"response_format": {"type": "json_object"}}
     if provider.json != "schema":

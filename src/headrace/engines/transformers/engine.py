@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from headrace.core.constraint import Constraint
+from headrace.core.constraint import FORMS, Constraint
 from headrace.core.errors import (
     ConfigError,
     GenerationFailed,
@@ -146,6 +146,7 @@ class Engine(TokenizerMixin):
             plan.granted_context(request, request.model.context_length)
         tokenizer = self._tokenizer
         assert self._runner is not None
+        known = getattr(tokenizer, "backend_tokenizer", None) is not None
         return EngineFacts(
             device=str(self._model.device),
             context_length=planned.context_length,
@@ -156,7 +157,8 @@ class Engine(TokenizerMixin):
             notes=(*planned.notes, *((note,) if note else ())),
             capabilities=Capabilities(
                 sampling=HONOURED,
-                json_schema=getattr(tokenizer, "backend_tokenizer", None) is not None,
+                json_schema=known,
+                forms=frozenset(FORMS if known else ()),
                 batch_invariant=self._runner.max_running == 1,
                 resume=True,
                 prompt_logprobs=True,

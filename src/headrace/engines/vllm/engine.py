@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from headrace.core.constraint import FORMS
 from headrace.core.envelope import new_id
 from headrace.core.errors import (
     ConfigError,
@@ -231,6 +232,7 @@ class Engine(TokenizerMixin):
             capabilities=Capabilities(
                 sampling=HONOURED,
                 json_schema=True,
+                forms=frozenset(FORMS),
                 batch_invariant=self._options.batch_invariant,
                 resume=True,
                 prompt_logprobs=True,

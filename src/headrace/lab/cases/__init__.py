@@ -6,7 +6,17 @@ loaded on the engine behind one kind of Backend; `examine` runs a case and retur
 
 from __future__ import annotations
 
-from headrace.lab.cases import answers, facts, limits, prompts, sampling, tools, turns, vectors
+from headrace.lab.cases import (
+    answers,
+    facts,
+    forms,
+    limits,
+    prompts,
+    sampling,
+    tools,
+    turns,
+    vectors,
+)
 from headrace.lab.cases.case import Case, Outcome, Result, concerns, examine
 from headrace.lab.cases.subject import KINDS, Kind, Subject, opened
 
@@ -15,6 +25,7 @@ CASES: tuple[Case, ...] = (
     *answers.CASES,
     *sampling.CASES,
     *prompts.CASES,
+    *forms.CASES,
     *limits.CASES,
     *tools.CASES,
     *turns.CASES,

@@ -17,7 +17,7 @@ import msgspec
 
 from headrace.config import Settings
 from headrace.core.backend import Backend
-from headrace.core.constraint import Constraint
+from headrace.core.constraint import ANY_FORM, constraint_of
 from headrace.core.errors import HeadraceError
 from headrace.core.events import Delta, Event, Finish, Progress, TokenLogprob
 from headrace.core.model import Capabilities, ModelInfo, ModelSpec
@@ -83,7 +83,12 @@ class Reply:
     @property
     def text(self) -> str:
         """The text of the first choice."""
-        return "".join(delta.text for delta in self.deltas)
+        return self.choice(0)
+
+    def choice(self, index: int) -> str:
+        """Return the text of a choice."""
+        deltas = (event for event in self.events if isinstance(event, Delta))
+        return "".join(delta.text for delta in deltas if delta.index == index)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -156,12 +161,13 @@ class Subject:
     def request(self, prompt: str | Sequence[int] = POEM, **given: Any) -> GenerateRequest:
         """Return a request: a text becomes a message if the model can chat, else a prompt.
 
-        Fields of Sampling are passed there. With `raw`, no chat template is applied. `json_schema`
-        is what the answer has to be.
+        Fields of Sampling are passed there. With `raw`, no chat template is applied. `json_schema`,
+        `regex`, `choice` and `grammar` are what the answer has to be.
         """
         raw = given.pop("raw", False)
-        if (schema := given.pop("json_schema", None)) is not None:
-            given["constraint"] = Constraint(json_schema=schema)
+        for form in ANY_FORM:
+            if form in given:
+                given["constraint"] = constraint_of(form, given.pop(form))
         sampling = {name: value for name, value in given.items() if name in _SAMPLING}
         fields = {name: value for name, value in given.items() if name not in _SAMPLING}
         fields["sampling"] = Sampling(**sampling)

@@ -58,11 +58,21 @@ def constraint_for(
     return _Grammar(form, control or {}).text(tools, mode, parallel=parallel, thinking=thinking)
 
 
+def thinking_before(form: Format, thinking: Literal["none", "open", "optional"]) -> tuple[str, str]:
+    """Return what comes before an answer in its grammar, and the rules of that; empty if nothing.
+
+    The modes of thinking are those of `constraint_for`.
+    """
+    made = _Grammar(form, {})
+    prefix = made.thinking(thinking)
+    return prefix, "\n".join(made.rules)
+
+
 class _Grammar:
     def __init__(self, form: Format, control: Mapping[str, int]) -> None:
         self._format = form
         self._control = control
-        self._rules: list[str] = []
+        self.rules: list[str] = []
         words = sorted(control, key=len, reverse=True)
         self._words = re.compile(f"({'|'.join(map(re.escape, words))})") if words else None
         self._styles: Mapping[str, Callable[[Callable_, Schema], str]] = {
@@ -80,19 +90,19 @@ class _Grammar:
         """Return the whole grammar."""
         call = self._rule("call", " | ".join(self._call(tool, mode) for tool in tools))
         harmony = self._format.style == "harmony"
-        prefix = "" if harmony else self._thinking(thinking)
+        prefix = "" if harmony else self.thinking(thinking)
         if harmony:
             body = self._messages(call, mode, thinking)
         elif mode == "required":
             body = self._calls(call, parallel=parallel)
         else:
             body = self._free(call, parallel=parallel)
-        lines = [f"start: {prefix} {body}", "TEXT: /(.|\\n)*/", *self._rules]
+        lines = [f"start: {prefix} {body}", "TEXT: /(.|\\n)*/", *self.rules]
         return "%llguidance {}\n" + "\n".join(lines) + "\n"
 
     def _rule(self, name: str, body: str, mark: str = "") -> str:
-        name = f"{name}_{len(self._rules)}"
-        self._rules.append(f"{name}{mark}: {body}")
+        name = f"{name}_{len(self.rules)}"
+        self.rules.append(f"{name}{mark}: {body}")
         return name
 
     def _literal(self, text: str) -> str:
@@ -121,7 +131,8 @@ class _Grammar:
 
     # The answer.
 
-    def _thinking(self, thinking: str) -> str:
+    def thinking(self, thinking: str) -> str:
+        """Return what the thinking before an answer is; empty if there is none."""
         opening, closing = self._format.think_open.strip(), self._format.think_close.strip()
         if thinking == "none" or not closing:
             return ""
@@ -296,7 +307,7 @@ class _Grammar:
 
     def _gemma_any(self) -> str:
         """Return a value of any type, with the rules that it needs."""
-        if not any(rule.startswith("gany:") for rule in self._rules):
+        if not any(rule.startswith("gany:") for rule in self.rules):
             quote = self._format.quote
             text = f"{self._literal(quote)} {self._until(quote)}"
             number = self._rule("scalar", "/-?[0-9]+(\\.[0-9]+)?|true|false|null/")
@@ -304,7 +315,7 @@ class _Grammar:
             pair = f'{key} ":" gany'
             objects = f'"{{" ({pair} ("," {pair})*)? "}}"'
             lists = '"[" (gany ("," gany)*)? "]"'
-            self._rules.append(f"gany: {text} | {number} | {objects} | {lists}")
+            self.rules.append(f"gany: {text} | {number} | {objects} | {lists}")
         return "gany"
 
     def _pairs(
