@@ -1,11 +1,10 @@
-"""/admin: what is loaded, and changes to it; also llama-server's and Ollama's routes for the same.
+"""/admin: what is loaded, and changes to it; also llama-server's routes for the same.
 
 The answers are those of headrace.core.status.
 """
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Annotated, Any
 from urllib.parse import parse_qs
 
@@ -51,23 +50,6 @@ class Success(msgspec.Struct, frozen=True):
     """llama-server's answer."""
 
     success: bool = True
-
-
-class RunningModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A loaded model in Ollama's form; sizes are bytes. `expires_at` null is never."""
-
-    name: str
-    model: str
-    size: int
-    size_vram: int
-    expires_at: str | None
-    context_length: int | None
-
-
-class RunningModels(msgspec.Struct, frozen=True):
-    """Ollama's answer."""
-
-    models: list[RunningModel]
 
 
 _MODEL = msgspec.json.Decoder(ModelRequest)
@@ -159,13 +141,6 @@ async def unload_as_llama_server(service: Service, exchange: Exchange) -> None:
     await exchange.answer(Success())
 
 
-async def ps_as_ollama(service: Service, exchange: Exchange) -> None:
-    """List the loaded models, as Ollama does."""
-    models = _admin(service).status().models
-    running = [_running(model) for model in models if model.memory or model.state == "ready"]
-    await exchange.answer(RunningModels(running))
-
-
 def _admin(service: Service) -> Admin:
     assert service.admin is not None
     return service.admin
@@ -179,15 +154,3 @@ async def _load(service: Service, exchange: Exchange) -> ModelStatus:
 async def _unload(service: Service, exchange: Exchange) -> ModelStatus:
     wire = await exchange.read(_MODEL)
     return await _admin(service).unload(wire.model)
-
-
-def _running(status: ModelStatus) -> RunningModel:
-    size, until = sum(status.memory.values()), status.until
-    return RunningModel(
-        name=status.id,
-        model=status.id,
-        size=size,
-        size_vram=size - status.memory.get("cpu", 0),
-        expires_at=None if until is None else datetime.fromtimestamp(until, UTC).isoformat(),
-        context_length=status.context_length,
-    )

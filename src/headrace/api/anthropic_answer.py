@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from headrace.api.problems import ANTHROPIC, Problem
-from headrace.api.stream import comment, encode
+from headrace.api.stream import EVENTS, comment, encode
 from headrace.core.events import (
     Delta,
     Finish,
@@ -125,6 +125,8 @@ def whole(head: MessageHead, result: GenerateResult) -> MessageBody:
 
 class MessageEncoder:
     """Writes the events of a message. Only the text of a delta is encoded; the rest once."""
+
+    start = EVENTS
 
     def __init__(self, head: MessageHead) -> None:
         self._head = head

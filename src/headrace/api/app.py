@@ -36,6 +36,7 @@ from headrace.api.edge import METRICS_PATH, Edge, check_admin
 from headrace.api.embeddings import EmbeddingList, EmbeddingRequest, embeddings
 from headrace.api.exchange import ClientGone, Exchange, Route, Service
 from headrace.api.limits import ApiSettings
+from headrace.api.ollama import OLLAMA_ADMIN_ROUTES, OLLAMA_ROUTES
 from headrace.api.openapi import document, page
 from headrace.api.rerank import Ranking, RankRequest, rerank
 from headrace.api.responses import InputTokens, input_tokens, responses
@@ -98,6 +99,7 @@ ROUTES = (
     Route("POST", "/rerank", rerank, Ranking, RankRequest),
     Route("POST", "/v1/score", score, ScoreList, ScoreBody),
     Route("POST", "/score", score, ScoreList, ScoreBody),
+    *OLLAMA_ROUTES,
     Route("POST", "/tokenize", tokenize, Tokens, TokenizeRequest),
     Route("POST", "/detokenize", detokenize, Text, DetokenizeRequest),
     _LIVE,
@@ -122,7 +124,7 @@ ADMIN_ROUTES = (
     _admin(
         "POST", "/models/unload", manage.unload_as_llama_server, manage.Success, manage.ModelRequest
     ),
-    _admin("GET", "/api/ps", manage.ps_as_ollama, manage.RunningModels),
+    *OLLAMA_ADMIN_ROUTES,
 )
 
 _METRICS = Route(

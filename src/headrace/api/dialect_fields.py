@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from headrace.api.fields import GENERATE, Peers, ignored, refused
 
-_OF_PROMPTS: Peers = {
+_OF_CHATS: Peers = {
+    **refused("grammar regex ebnf", ""),
+    **refused("structured_outputs guided_json guided_regex guided_choice guided_grammar"),
     **refused("add_generation_prompt", True),
     **refused("continue_final_message echo prompt_logprobs", False),
     **refused("suffix", ""),
@@ -18,7 +20,7 @@ _OF_RESPONSES = frozenset(
 
 RESPONSES: Peers = {
     **{name: peer for name, peer in GENERATE.items() if name not in _OF_RESPONSES},
-    **_OF_PROMPTS,
+    **_OF_CHATS,
     **refused("previous_response_id conversation", instead=_STATELESS),
     **refused("background", False),
     **refused("prompt moderation"),
@@ -40,7 +42,7 @@ RESPONSES: Peers = {
 
 COUNT_TOKENS: Peers = {
     **{name: peer for name, peer in GENERATE.items() if name != "system"},
-    **_OF_PROMPTS,
+    **_OF_CHATS,
     **ignored("betas container context_management inference_geo speed diagnostics cache_control"),
     **ignored("user_profile_id workspace_id fallbacks stream stop_sequences"),
     **ignored("context_length keep_alive"),

@@ -199,8 +199,8 @@ class Route:
     """One row of the table of routes; `chunk` is the type of the parts of a streamed answer.
 
     `answer` is None if there are only streams, or text of the media types `texts`. The events of
-    a stream have names if they are `named`, or if there is no `answer`. `query` are required
-    parameters. `unready` is whether a 503 has the same body as a 200.
+    a stream have names if they are `named`, or if there is no `answer`; `lines` are lines of JSON
+    instead. `query` are required parameters. `unready` is whether a 503 has the same body as a 200.
     """
 
     method: str
@@ -210,6 +210,7 @@ class Route:
     request: type[msgspec.Struct] | None = None
     chunk: type[msgspec.Struct] | None = None
     named: bool = False
+    lines: bool = False
     unready: bool = False
     query: tuple[str, ...] = ()
     admin: bool = False

@@ -209,6 +209,34 @@ TOKENIZE: Peers = {
     **_refused("text", instead="Use content or prompt"),
 }
 
+OLLAMA: Peers = _ignored("user insecure")
+_OLLAMA_GENERATE: Peers = {
+    **OLLAMA,
+    **_ignored("shift truncate"),
+    **_refused("template", "", instead="The model's own template is used"),
+    **_refused("images", []),
+    **_refused("width height steps"),
+}
+OLLAMA_CHAT: Peers = {
+    **_OLLAMA_GENERATE,
+    **_refused("prompt", "", instead="Use messages, or /api/generate"),
+    **_refused("tool_choice", "auto", "none"),
+}
+OLLAMA_GENERATE: Peers = {
+    **_OLLAMA_GENERATE,
+    **_ignored("context"),
+    **_refused("messages tools", [], instead="Use /api/chat"),
+}
+# The context and the threads are the server's own; what is not here is unknown.
+OLLAMA_OPTIONS: Peers = _ignored(
+    "num_ctx num_keep num_batch num_gpu main_gpu num_thread numa use_mmap use_mlock low_vram "
+    "f16_kv logits_all vocab_only embedding_only num_gqa rope_frequency_base rope_frequency_scale "
+    "penalize_newline repeat_last_n"
+)
+OLLAMA_MESSAGE: Peers = _refused("images", [])
+OLLAMA_CALL: Peers = _ignored("type index")
+OLLAMA_FUNCTION: Peers = _ignored("index description")
+
 DETOKENIZE: Peers = {**_OF_ANY, **_refused("skip_special_tokens", False)}
 
 

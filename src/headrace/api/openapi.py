@@ -65,11 +65,15 @@ def page(document: dict[str, Any]) -> str:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    operation_id = _PATH.sub("id", route.path).strip("/").replace("/", "_")
+    operation_id = _PATH.sub("id", route.path).strip("/").replace("/", "_") or "root"
     summary = (route.handler.__doc__ or "").partition("\n")[0]
     content = _json(route.answer) if route.answer else {}
     content |= {kind: {} for kind in route.texts}
-    if route.chunk is not None:
+    if route.chunk is not None and route.lines:
+        content["application/x-ndjson"] = {
+            "itemSchema": {"$ref": _REF.format(name=route.chunk.__name__)}
+        }
+    elif route.chunk is not None:
         has_names = route.named or route.answer is None
         item = _event(route.chunk) if has_names else _chunk(route.chunk)
         content["text/event-stream"] = {"itemSchema": item}

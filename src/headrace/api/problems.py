@@ -114,6 +114,13 @@ class AnthropicError(
     metrics: InferenceMetrics | None = None
 
 
+class OllamaError(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Ollama's error body; `metrics` are the figures of a stream that failed."""
+
+    error: str
+    metrics: InferenceMetrics | None = None
+
+
 class Dialect(NamedTuple):
     """The errors of the routes of an API; `id_header` repeats the id of the request."""
 
@@ -151,6 +158,8 @@ def describe(error: BaseException, request_id: str) -> Problem:
 
 def dialect_of(path: str) -> Dialect:
     """Return how errors are written for a path, also for one that is not served."""
+    if path.startswith("/api/"):
+        return OLLAMA
     return ANTHROPIC if f"{path}/".startswith("/v1/messages/") else OPENAI
 
 
@@ -180,7 +189,15 @@ def _anthropic_body(problem: Problem, request_id: str) -> bytes:
     return msgspec.json.encode(body)
 
 
+def _ollama_body(problem: Problem, _request_id: str) -> bytes:
+    # Clients look for `not found`, and then pull the model.
+    missing = problem.code == "model_not_found"
+    message = f"model not found: {problem.message}" if missing else problem.message
+    return msgspec.json.encode(OllamaError(message, problem.metrics))
+
+
 OPENAI = Dialect(ErrorBody, _openai_body)
+OLLAMA = Dialect(OllamaError, _ollama_body)
 ANTHROPIC = Dialect(AnthropicError, _anthropic_body, b"request-id")
 
 

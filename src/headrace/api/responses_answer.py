@@ -28,7 +28,7 @@ from headrace.api.responses_body import (
     Status,
     usage_of,
 )
-from headrace.api.stream import comment, encode
+from headrace.api.stream import EVENTS, comment, encode
 from headrace.core.events import (
     Delta,
     Finish,
@@ -217,6 +217,8 @@ def whole(
 
 class ResponseEncoder:
     """Writes the events of a response. Only the text of a delta is encoded; the rest once."""
+
+    start = EVENTS
 
     def __init__(self, head: ResponseBody, request_id: str, settings: Settings) -> None:
         self._head = head

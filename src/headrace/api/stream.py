@@ -12,7 +12,7 @@ import msgspec
 
 from headrace.api import limits
 from headrace.api.exchange import Exchange, Service, timing_header
-from headrace.api.problems import Problem
+from headrace.api.problems import Headers, Problem
 from headrace.api.wire import GenerateFields, usage_body
 from headrace.core.errors import GenerationFailed
 from headrace.core.events import (
@@ -27,7 +27,10 @@ from headrace.core.events import (
 from headrace.core.status import PoolEvent
 from headrace.core.stream import Primed, Stream, collect, prime
 
-START = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
+EVENTS: Headers = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+)
 _DONE = b"data: [DONE]\n\n"
 _SYSTEM_FINGERPRINT = "headrace"
 
@@ -54,7 +57,12 @@ class ChunkFormat:
 
 
 class Encoder(Protocol):
-    """Writes the events of an answer for the client; empty where there is nothing to send."""
+    """Writes the events of an answer; empty where there is nothing to send."""
+
+    @property
+    def start(self) -> Headers:
+        """The headers of the answer."""
+        ...
 
     def waiting(self, progress: Progress | None) -> bytes:
         """Return what keeps a silent stream alive."""
@@ -86,6 +94,8 @@ class ChunkEncoder:
 
     A chunk is `data: {head,"choices":[{"index":0, text ,"finish_reason":null}]}`.
     """
+
+    start = EVENTS
 
     def __init__(
         self, head: dict[str, Any], form: ChunkFormat, choices: int, *, usage: bool
@@ -221,7 +231,7 @@ async def send_stream(exchange: Exchange, stream: Stream, encoder: Encoder) -> N
     try:
         waited = (time.monotonic() - exchange.call.received) * 1000
         timing = timing_header({"ttft" if primed.first.done() else "waiting": waited})
-        await exchange.start(200, (*START, *timing))
+        await exchange.start(200, (*encoder.start, *timing))
         last = await _pump(exchange, primed, encoder)
     except Exception as error:  # noqa: BLE001 - sent to the client as an event
         exchange.call.outcome = "error"
@@ -245,7 +255,7 @@ async def send_events(exchange: Exchange, events: AsyncGenerator[PoolEvent, None
         await asyncio.wait({upcoming}, timeout=0)
         if upcoming.done():
             upcoming.result()
-        await exchange.start(200, START)
+        await exchange.start(200, EVENTS)
         data = _comment("listening")
         while data and exchange.scope["method"] != "HEAD":
             await exchange.send({"type": "http.response.body", "body": data, "more_body": True})

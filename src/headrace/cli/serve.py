@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +36,8 @@ _EXAMPLES: dict[Task, tuple[str, dict[str, Any]]] = {
     "rerank": ("/v1/rerank", {"query": "Which are rivers?", "documents": _TEXTS}),
 }
 
+_PLACES = {"metrics": "Metrics are at {}", "ollama": "Ollama's clients find it on {}"}
+
 Models = Annotated[
     list[str] | None,
     Argument(
@@ -54,6 +56,9 @@ class _Flags:
         str | None, Option(help="Address to listen on; :: is every address, IPv4 too.")
     ] = None
     port: Annotated[int | None, Option(help="Port; 0 takes a free one.")] = None
+    ollama_port: Annotated[
+        int | None, Option(help="Second port, for clients that look for Ollama on 11434.")
+    ] = None
     allow_public: Annotated[
         bool | None, Option(help="Listen beyond loopback without an API key.")
     ] = None
@@ -99,15 +104,20 @@ def _serve(read: Read, *, as_json: bool) -> None:
     settings, specs = read()
     server = settings.config.server
     _warn_of_keys(server)
-    with listen(server) as listener, _metrics_socket(settings.config) as metrics:
+    with (
+        listen(server) as listener,
+        _second(server, server.ollama_port) as ollama,
+        _second(server, _metrics_port(settings.config)) as metrics,
+    ):
         from headrace.cli.service import live
 
         task = _task(specs[0], settings.config)
+        others = {"metrics": metrics, "ollama": ollama}
         show = functools.partial(
-            announce, listener, specs, server, metrics, as_json=as_json, task=task
+            announce, listener, specs, server, others, as_json=as_json, task=task
         )
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            runner.run(live(settings, specs, listener, reread=read, announce=show, metrics=metrics))
+            runner.run(live(settings, specs, listener, reread=read, announce=show, **others))
 
 
 def _task(spec: ModelSpec, config: Config) -> Task:
@@ -120,11 +130,17 @@ def _task(spec: ModelSpec, config: Config) -> Task:
     return "generate"
 
 
-def _metrics_socket(config: Config) -> contextlib.AbstractContextManager[socket.socket | None]:
-    port = config.telemetry.metrics_port if config.telemetry.metrics else None
+def _metrics_port(config: Config) -> int | None:
+    return config.telemetry.metrics_port if config.telemetry.metrics else None
+
+
+def _second(
+    server: ServerSettings, port: int | None
+) -> contextlib.AbstractContextManager[socket.socket | None]:
+    """Return a socket on another port of the server's address."""
     if port is None:
         return contextlib.nullcontext()
-    return listen(config.server.model_copy(update={"port": port}))
+    return listen(server.model_copy(update={"port": port}))
 
 
 def _warn_of_keys(server: ServerSettings) -> None:
@@ -199,7 +215,7 @@ def announce(
     listener: socket.socket,
     specs: Sequence[ModelSpec],
     settings: ServerSettings,
-    metrics: socket.socket | None = None,
+    others: Mapping[str, socket.socket | None] | None = None,
     *,
     task: Task = "generate",
     as_json: bool,
@@ -207,13 +223,18 @@ def announce(
     """Print the address, and an example of a request for the first model, which has this task."""
     url = url_of(listener)
     names = [spec.name for spec in specs]
-    extra = {} if metrics is None else {"metrics": f"{url_of(metrics)}/metrics"}
+    paths = {"metrics": "/metrics"}
+    extra = {
+        name: url_of(other) + paths.get(name, "")
+        for name, other in (others or {}).items()
+        if other is not None
+    }
     if as_json:
         print(json.dumps({"url": url, "models": names, **extra}), flush=True)
         return
     print(f"Headrace serves {', '.join(names)} on {url}", flush=True)
-    for place in extra.values():
-        print(f"Metrics are at {place}", flush=True)
+    for name, place in extra.items():
+        print(_PLACES[name].format(place), flush=True)
     route, fields = _EXAMPLES[task]
     body = shlex.quote(json.dumps({"model": names[0], **fields}))
     key = ' -H "Authorization: Bearer $KEY"' if has_keys(settings) else ""

@@ -44,10 +44,11 @@ async def live(
     reread: Read,
     announce: Callable[[], None],
     metrics: socket.socket | None = None,
+    ollama: socket.socket | None = None,
 ) -> None:
     """Serve on a socket until a signal; `announce` is called when requests are accepted.
 
-    `metrics` is a socket for the metrics only.
+    `metrics` is a socket for the metrics only, `ollama` one more for everything.
 
     Raises:
         HeadraceError: no model could be loaded.
@@ -59,6 +60,8 @@ async def live(
     watching = service.begin(service.telemetry.watch())
     if metrics is not None:
         service.begin(service.aside.serve(metrics))
+    if ollama is not None:
+        service.begin(service.second.serve(ollama))
     try:
         with service.signals():
             announce()
@@ -95,7 +98,7 @@ class _Service:
             metrics=telemetry.metrics and telemetry.metrics_port is None,
         )
         idle = settings.config.server.max_idle_connections
-        self.server = Server(self._app, idle)
+        self.server, self.second = Server(self._app, idle), Server(self._app, idle)
         self.aside = Server(self._app.metrics_alone(), idle)
 
     def ready(self) -> bool:
@@ -134,6 +137,7 @@ class _Service:
         self._stops += 1
         if self._stops > 2:
             self.server.abort()
+            self.second.abort()
         self.begin(self._end(wait_s))
 
     def hang_up(self) -> None:
@@ -177,6 +181,7 @@ class _Service:
         """Close the backend, and wait for all tasks."""
         await self.backend.aclose()
         self.aside.stop()
+        self.second.stop()
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self.telemetry.aclose()
@@ -194,6 +199,7 @@ class _Service:
             await self.backend.aclose(wait_s)
         finally:
             self.server.stop()
+            self.second.stop()
 
 
 def _log_reload(reloading: asyncio.Task[Reloaded]) -> None:

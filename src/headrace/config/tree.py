@@ -116,6 +116,12 @@ class HttpSettings(_Frozen):
         default="127.0.0.1", description="address to listen on; `::` is every one, IPv4 too"
     )
     port: Fixed[int] = Field(default=11511, ge=0, le=65535, description="port; 0 takes a free one")
+    ollama_port: Fixed[int | None] = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="a second port, for clients that look for Ollama on 11434",
+    )
     api_keys: Keys = Field(
         default=(), repr=False, description="keys of clients, plain or as sha256:<hex>"
     )
