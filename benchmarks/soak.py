@@ -8,6 +8,10 @@ the end the models are unloaded, then the service is stopped.
 Read the slope: least squares over the samples of the second half, in MB an hour; the goal is below
 1. What is left after the stop (processes, files in its TMPDIR) has to be nothing. An answer that is
 neither complete nor one of the errors expected of its kind is `wrong`, and printed.
+
+`--echo` has no real model, so that a minute has more requests. `--diagnose` counts the objects of
+the API process and what malloc holds, at the beginning of the second half and at the end: what has
+grown is either in use or free and not given back to the system.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -63,6 +68,7 @@ class Sample(NamedTuple):
     threads: int
     files: int
     children: int
+    requests: int
 
 
 class Soak:
@@ -198,7 +204,7 @@ class Soak:
             self.wrong.append(f"{kind}: {status} {text}")
 
 
-def sample(process: psutil.Process, began: float) -> Sample:
+def sample(process: psutil.Process, began: float, requests: int) -> Sample:
     """Read the API process."""
     return Sample(
         round(time.monotonic() - began, 1),
@@ -206,57 +212,117 @@ def sample(process: psutil.Process, began: float) -> Sample:
         process.num_threads(),
         process.num_fds(),
         len(process.children(recursive=True)),
+        requests,
     )
 
 
-def slope(samples: Sequence[Sample]) -> float:
-    """Return MB an hour by least squares, over the second half of the samples."""
+def slope(samples: Sequence[Sample], unit: str) -> float:
+    """Return bytes for each second (`at`) or request, by least squares, over the second half."""
     half = samples[len(samples) // 2 :]
     if len(half) < 2:
         return 0.0
-    at = sum(point.at for point in half) / len(half)
-    resident = sum(point.resident for point in half) / len(half)
-    above = sum((point.at - at) * (point.resident - resident) for point in half)
-    below = sum((point.at - at) ** 2 for point in half)
-    return above / below * 3600 / _MB
+    xs = [float(getattr(point, unit)) for point in half]
+    return statistics.linear_regression(xs, [point.resident for point in half]).slope
 
 
 def prepared(folder: Path, options: argparse.Namespace) -> tuple[Path, Path]:
     """Write the configuration; return its path and that of an empty folder for TMPDIR."""
     config, scratch = folder / "headrace.toml", folder / "tmp"
     scratch.mkdir()
-    config.write_text(_CONFIG.format(chat=options.chat, vectors=options.vectors))
+    names = ("echo", "echo") if options.echo else (options.chat, options.vectors)
+    config.write_text(_CONFIG.format(chat=names[0], vectors=names[1]))
     return config, scratch
+
+
+def command(config: Path, *, diagnose: bool) -> list[str]:
+    """Return the command of the service."""
+    serve = drive.serve("--config", str(config))
+    return report.script("soak_serve.py", *serve[serve.index("serve") :]) if diagnose else serve
+
+
+class Watch:
+    """The samples of the API process, and its `facts` at half of the time and at the end."""
+
+    def __init__(self, server: Server, soak: Soak, options: argparse.Namespace) -> None:
+        self.samples: list[Sample] = []
+        self.facts: list[dict[str, Any]] = []
+        self.seconds = (0.5 if options.quick else options.minutes) * 60
+        self._server = server
+        self._soak = soak
+        self._diagnoses = options.diagnose
+        self._process, self._began = server.program.process(), time.monotonic()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is over, or the service has ended."""
+        return time.monotonic() - self._began > self.seconds or not self._server.program.running
+
+    async def look(self) -> None:
+        """Take a sample if one is due."""
+        now = time.monotonic() - self._began
+        if self.samples and now - self.samples[-1].at < SAMPLE_S:
+            return
+        requests = sum(self._soak.counts.values())
+        self.samples.append(sample(self._process, self._began, requests))
+        if now > self.seconds / 2 and not self.facts:
+            await self.diagnose()
+
+    async def diagnose(self) -> None:
+        """Add the facts of the API process, if they are wanted."""
+        if self._diagnoses:
+            self.facts.append(await self._server.program.ask({}))
 
 
 async def run(options: argparse.Namespace) -> dict[str, Any]:
     """Run the service under its load; return the record."""
-    minutes = 0.5 if options.quick else options.minutes
     with tempfile.TemporaryDirectory(prefix="headrace-soak-") as folder:
         config, scratch = prepared(Path(folder), options)
-        command = drive.serve("--config", str(config))
         async with drive.server(
-            command, {"TMPDIR": str(scratch)}, ready="/health", start_s=300
+            command(config, diagnose=options.diagnose),
+            {"TMPDIR": str(scratch)},
+            ready="/health",
+            start_s=300,
         ) as server:
-            process, began = server.program.process(), time.monotonic()
-            soak, samples = Soak(server, 1), [sample(process, began)]
-            while (now := time.monotonic() - began) < minutes * 60 and server.program.running:
+            soak = Soak(server, 1)
+            watch, process = Watch(server, soak, options), server.program.process()
+            while not watch.is_over:
+                await watch.look()
                 await soak.step()
-                if now - samples[-1].at >= SAMPLE_S:
-                    samples.append(sample(process, began))
+            await watch.diagnose()
             family = [process, *process.children(recursive=True)]
             process.send_signal(signal.SIGTERM)
             await asyncio.wait_for(server.program.wait(), 60)
         _, alive = psutil.wait_procs(family, 10)
         left = await asyncio.to_thread(lambda: [str(path) for path in scratch.rglob("*")])
     return {
-        "samples": samples,
+        "samples": watch.samples,
+        "facts": watch.facts,
         "counts": dict(sorted(soak.counts.items())),
         "wrong": soak.wrong,
         "strays": [str(stray) for stray in alive],
         "files": left,
-        "slope": slope(samples),
+        "slope": slope(watch.samples, "at") * 3600 / _MB,
+        "bytes_per_request": slope(watch.samples, "requests"),
     }
+
+
+def growth(facts: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what the API process had more of at the end than at half, as lines."""
+    if len(facts) < 2:
+        return []
+    first, last = facts[0], facts[-1]
+    types = Counter(last["types"])
+    types.subtract(first["types"])
+    garbage = Counter(last["garbage"])
+    return [
+        "",
+        f"objects     {sum(types.values()):+} in Python's collector,"
+        f" and {sum(garbage.values())} in cycles; blocks {last['blocks'] - first['blocks']:+}",
+        f"malloc      {(last['used'] - first['used']) / _MB:+.2f} MB in use,"
+        f" {(last['free'] - first['free']) / _MB:+.2f} MB free",
+        *(f"  alive   {name:<42} {count:+}" for name, count in types.most_common(12) if count > 0),
+        *(f"  cycles  {name:<42} {count}" for name, count in garbage.most_common(20)),
+    ]
 
 
 def table(record: dict[str, Any]) -> str:
@@ -270,7 +336,8 @@ def table(record: dict[str, Any]) -> str:
         f" {first.resident / _MB:.1f} at half, {last.resident / _MB:.1f} at the end,"
         f" {peak / _MB:.1f} at most",
         f"slope       {record['slope']:+.2f} MB/h over the second half"
-        f" (goal: below {GOAL_MB_PER_H:g})",
+        f" (goal: below {GOAL_MB_PER_H:g}), {record['bytes_per_request'] * 1000 / 1024:+.1f} kB"
+        f" for 1,000 requests",
         f"threads     {first.threads} at half, {last.threads} at the end",
         f"open files  {first.files} at half, {last.files} at the end",
         f"children    {first.children} at half, {last.children} at the end",
@@ -279,6 +346,7 @@ def table(record: dict[str, Any]) -> str:
         *(f"  {text}" for text in record["wrong"][:10]),
         "",
         *(f"{kind:<24} {count}" for kind, count in record["counts"].items()),
+        *growth(record["facts"]),
     ]
     return "\n".join(lines)
 
@@ -288,7 +356,9 @@ def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--chat", default="smollm2", help="a GGUF file or a catalogue's name")
-    parser.add_argument("--vectors", default="smollm2", help="a model to embed with")
+    parser.add_argument("--vectors", default="all-minilm-l6-v2", help="a model to embed with")
+    parser.add_argument("--echo", action="store_true", help="echo models in place of these two")
+    parser.add_argument("--diagnose", action="store_true", help="count objects and malloc's bytes")
     options = parser.parse_args()
     conditions = report.Conditions()
     record = asyncio.run(run(options))

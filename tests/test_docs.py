@@ -16,7 +16,7 @@ from tests.service.serving import Service, served
 
 from headrace.api.app import ADMIN_ROUTES, ROUTES
 
-PAGES = ("README.md", "docs/getting-started.md", "docs/coming-from.md")
+PAGES = ("README.md", "docs/getting-started.md", "docs/coming-from.md", "docs/structured-output.md")
 BLOCKS = [
     pytest.param(block, id=f"{page}-{number}")
     for page in PAGES

@@ -16,7 +16,7 @@ import pytest
 from tests.cli.programs import HELLO, PROGRAM, ask, headrace, serving
 
 from headrace.api.chat import ChatRequest
-from headrace.cli.app import _GROUPS, _name, app, run
+from headrace.cli.app import _EXAMPLES, _GROUPS, _name, app, run
 from headrace.core.sampling import SamplingFields, described
 
 HEAVY = {"torch", "fastapi", "starlette", "httptools", "xllamacpp", "huggingface_hub", "numpy"}
@@ -123,6 +123,14 @@ def test_the_help_has_groups_whole_summaries_and_examples(
         assert run([name, "--help"]) == 0
         shown = capsys.readouterr().out
         assert all(f"\n    headrace {line}\n" in shown for line in lines), name
+        assert "[[" not in shown
+    for group, commands in _EXAMPLES.items():
+        assert run([group, "--help"]) == 0
+        assert "..." not in capsys.readouterr().out.partition("\nCommands:\n")[2]
+        for name, lines in commands.items():
+            assert run([group, name, "--help"]) == 0
+            shown = capsys.readouterr().out
+            assert all(f"\n    headrace {line}\n" in shown for line in lines), name
 
 
 @pytest.mark.usefixtures("as_environ")
@@ -349,3 +357,30 @@ def test_an_address_in_use_is_said_in_one_line(environ: dict[str, str]) -> None:
         done = headrace(environ, "serve", "echo", "--port", port)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: Cannot listen on 127.0.0.1:{port}: Address already")
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--regex", "a+"], "does not support regex"),
+        (["--choice", "a", "--choice", "b"], "does not support choice"),
+        (["--grammar", "x.lark"], "does not support grammar"),
+        (["--json-schema", "x.json"], "does not support JSON schemas"),
+        (["--json-schema", "x.lark"], "x.lark is not a JSON schema"),
+        (["--grammar", "missing"], "missing cannot be read"),
+        (["--regex", "a", "--choice", "a"], "regex and choice are both given"),
+    ],
+)
+def test_the_form_of_an_answer(
+    flags: list[str],
+    problem: str,
+    as_environ: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Issue 13, exact form: flags of run; the engine echo enforces none of them."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    Path("x.lark").write_text('start: "a"')
+    Path("x.json").write_text('{"type": "null"}')
+    assert run(["run", "echo", "hi", "--no-figures", *flags]) != 0
+    assert problem in capsys.readouterr().err

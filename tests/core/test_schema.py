@@ -101,6 +101,16 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "4^8": ({"allOf": [{"anyOf": [INTEGER] * 4}] * 8}, "alternatives"),
     "2^11": ({"allOf": [{"oneOf": [INTEGER] * 2}] * 11}, "alternatives"),
     "any of 2000": ({"anyOf": [{"const": number} for number in range(2000)]}, "alternatives"),
+    "optional 600": (
+        {"properties": {f"p{number}": INTEGER for number in range(600)}}, "can come next",
+    ),
+    "any of optional 200": (
+        {"anyOf": [{"properties": {f"p{n}": True, "q": True, "r": True}} for n in range(200)]},
+        "can come next",
+    ),
+    "any of arrays 400": (
+        {"anyOf": [{"type": "array", "items": {"const": n}} for n in range(400)]}, "can come next",
+    ),
     "chain": (chain(500), "levels deep"),
     "depth": (nested(100, lambda below: {"items": below}), "levels deep"),
     "depth 5000": (nested(5000, lambda below: {"items": below}), "levels deep"),
@@ -193,7 +203,10 @@ ORDINARY = {
         "maximum": 2**64,
     },
     "braces": {"pattern": r"^\{a\}\p{L}{3}[{]9999[}]$"},
-    "many properties": {"properties": {f"p{number}": INTEGER for number in range(3000)}},
+    "many properties": {
+        "properties": {f"p{number}": INTEGER for number in range(3000)},
+        "required": [f"p{number}" for number in range(2600)],
+    },
 }
 
 
@@ -223,7 +236,8 @@ def test_checking_is_linear() -> None:
     """Issue 11.5: twice the schema takes some twice the time, never four times."""
 
     def seconds(count: int) -> float:
-        given = {"properties": {f"p{number}": inside(pattern="a{9}b") for number in range(count)}}
+        names = [f"p{number}" for number in range(count)]
+        given = {"properties": {n: inside(pattern="a{9}b") for n in names}, "required": names}
         assert len(json.dumps(given)) < schema.MAX_BYTES
         times: list[float] = []
         for _ in range(5):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
+import os
 import re
 import time
 import uuid
@@ -124,7 +125,9 @@ async def test_random_schemas(smol: AsyncModelWorker) -> None:
 
 @pytest.mark.slow
 async def test_many_random_schemas(smol: AsyncModelWorker) -> None:
-    """Issue 11.4: 200 of them."""
-    tally = await tried(smol, range(20, 220))
-    assert tally.finished >= 100
-    assert tally.refused <= 50
+    """Issue 11.4, issue 13, shown 3: 200 of them, or as many as SCHEMAS says."""
+    number = int(os.environ.get("SCHEMAS", "200"))
+    tally = await tried(smol, range(20, 20 + number))
+    print(tally)  # noqa: T201
+    assert tally.finished >= number / 2
+    assert tally.refused <= number / 4

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+import msgspec
 import pytest
 from tests.pool.rig import (
     FakeWorker,
@@ -32,12 +33,14 @@ from headrace.core.errors import (
 from headrace.core.events import Event
 from headrace.core.model import ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest
+from headrace.core.status import Footprint
 from headrace.core.stream import collect_count
 from headrace.pool.admin import status_of
 from headrace.pool.failures import Breaker
 from headrace.pool.ledger import Ledger, named
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
+from headrace.worker.spec import OnProgress
 
 RULES = Rules()
 KNOWN_HELD = FakeWorker.held
@@ -522,6 +525,32 @@ def test_that_the_ledger_follows_a_model_that_grows_on_any_device() -> None:
             assert served.entry("a").replicas[0].memory == {"cpu": 15, "cuda:0": 30}
         finally:
             type(worker).held = KNOWN_HELD  # type: ignore[assignment]
+        await served.aclose()
+
+    run(main())
+
+
+class Encoder(Machine):
+    """A machine whose models take 8 at their load, and 18 with their largest batch."""
+
+    def footprint(self, spec: ModelSpec, on_progress: OnProgress) -> Footprint:
+        need = super().footprint(spec, on_progress)
+        return msgspec.structs.replace(need, devices={"cpu": 18}, parts={"batch": 10})
+
+
+def test_that_what_requests_take_stays_booked_after_the_load() -> None:
+    """Issue 11.8: a load of 8 does not show the batch, into which another model could be loaded."""
+
+    async def main() -> None:
+        machine = Encoder()
+        machine.sizes = {"a": 8, "b": 8}
+        served = pool(machine, spec("a"), spec("b", preload=False), budget=30)
+        await served.start()
+        assert served.entry("a").replicas[0].memory == {"cpu": 8}
+        assert served.ledger.booked()["cpu"] == 18
+        await answer(served, ask("b"))
+        assert not served.entry("a").is_ready
+        assert served.ledger.booked()["cpu"] == 18
         await served.aclose()
 
     run(main())

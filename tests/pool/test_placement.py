@@ -376,6 +376,7 @@ def test_every_engine_counts_the_gpus_that_it_was_given(tmp_path: Path) -> None:
     """Issue 11.17: the estimate is for those devices, whatever the engine."""
     folder = tmp_path / "model"
     folder.mkdir()
+    (folder / "config.json").write_text("{}")
     file = ModelFile(
         path=str(folder),
         format="safetensors",

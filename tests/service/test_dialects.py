@@ -215,6 +215,8 @@ def test_messages_of_text(claude: anthropic.Anthropic) -> None:
     assert claude.messages.count_tokens(**given).input_tokens == 15
     stopped = claude.messages.create(max_tokens=9, stop_sequences=["lo", "zz"], **given)
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "lo")
+    stopped = claude.messages.create(max_tokens=9, stop_sequences=["l"], tools=[TOOL], **given)
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "l")
     cut = claude.messages.create(max_tokens=2, **given)
     assert cut.stop_reason == "max_tokens"
 

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import xllamacpp.xllamacpp
+from msgspec.structs import replace
+from tests.worker.rig import ask, echo, resolve
 
-from headrace.core.constraint import Constraint, constraint_of
-from headrace.core.errors import ConstraintViolated, InvalidRequest
+from headrace.core.constraint import FORMS, Constraint, constraint_of
+from headrace.core.errors import ConstraintViolated, InvalidRequest, Unsupported
+from headrace.core.model import Capabilities
+from headrace.core.request import GenerateRequest, Message
+from headrace.core.stream import collect
+from headrace.core.tools import Thinking
+from headrace.engines import base, open_engine
+from headrace.engines.base import OpenRequest
+from headrace.text.calls.constrain import thinking_before
+from headrace.text.calls.format import Format
+from headrace.text.grammar import after, grammar
 from headrace.worker.compiler import Compiler
+from headrace.worker.prompt import check_supported
+from headrace.worker.worker import Worker
 
 
 @pytest.fixture(scope="module", params=["", str(xllamacpp.xllamacpp.__file__)], ids=["own", "cpp"])
@@ -135,3 +149,99 @@ def test_an_empty_one_is_no_mistake_for_any_json(form: Any) -> None:
         constraint_of(form, "")
     with pytest.raises(InvalidRequest, match="both given"):
         Constraint(regex="a", grammar="b")
+
+
+THINKS = Format(think_open="<think>", think_close="</think>")
+
+
+@pytest.mark.parametrize("mode", ["open", "optional"])
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ({"choice": ("yes", "no")}, "yes"),
+        ({"regex": "[a-z]+\n/"}, "ab\n/"),
+        ({"grammar": 'start: "start: " /[a-z]+/'}, "start: x"),
+        ({"grammar": 'root ::= "a" root?'}, "aa"),
+        ({"json_schema": {"type": "integer"}}, "12"),
+    ],
+)
+async def test_it_begins_after_the_thinking(
+    compiler: Compiler, mode: Any, given: Any, answer: str
+) -> None:
+    """Issue 13, exact form: the thinking is free, and what follows it is not."""
+    constraint = await compiler.compile(Constraint(**given))
+    prefix, rules = thinking_before(THINKS, mode)
+    whole = Constraint(lark=after(prefix, rules, grammar(constraint)))
+    await compiler.compile(whole)
+    opening = "" if mode == "open" else "<think>"
+    await compiler.check(whole, f"{opening}a < b: {answer}\n</think>\n\n{answer}", cut=False)
+    if mode == "optional":
+        await compiler.check(whole, answer, cut=False)
+    for wrong in (f"{opening}a</think>~", f"{opening}a</think>", "~"):
+        with pytest.raises(ConstraintViolated):
+            await compiler.check(whole, wrong, cut=False)
+
+
+TEMPLATE = """\
+{%- for m in messages -%}
+<|{{ m.role }}|>{% if m.reasoning_content %}<think>
+{{ m.reasoning_content }}
+</think>
+
+{% endif %}{{ m.content }}<|end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|assistant|>
+{%- if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif -%}
+"""
+
+
+@asynccontextmanager
+async def lying(**options: Any) -> AsyncIterator[Worker]:
+    """A worker whose engine declares every form, and does not care."""
+
+    def opened(name: str, request: OpenRequest) -> base.Engine:
+        engine = open_engine(name, request)
+        facts = engine.facts
+        able = replace(facts.capabilities, json_schema=True, forms=frozenset(FORMS))
+        engine.facts = replace(facts, capabilities=able)
+        return engine
+
+    worker = Worker(echo(**options), resolve, open_engine=opened)
+    try:
+        await worker.start()
+        yield worker
+    finally:
+        await worker.aclose()
+
+
+async def test_the_content_is_checked_without_the_thinking() -> None:
+    """Issue 13, exact form: the thinking is apart, and of a model that may not think is none."""
+    thought = "<think>\nno: maybe\n</think>\n\n"
+    ask: dict[str, Any] = {"messages": (Message("user", "x"),)}
+    yes = GenerateRequest(**ask, constraint=Constraint(choice=("yes", "no")))
+    async with lying(text=f"{thought}yes", chat_template=TEMPLATE) as worker:
+        choice = (await collect(worker.ask(yes))).choices[0]
+        assert (choice.text, choice.reasoning) == ("yes", "no: maybe")
+        several = await collect(worker.ask(replace(yes, n=2)))
+        assert [choice.text for choice in several.choices] == ["yes", "yes"]
+        with pytest.raises(ConstraintViolated):
+            await collect(worker.ask(replace(yes, constraint=Constraint(regex="no"))))
+        with pytest.raises(ConstraintViolated):
+            await collect(worker.ask(replace(yes, thinking=Thinking(enabled=False))))
+
+
+@pytest.mark.parametrize("form", ["regex", "choice", "grammar"])
+async def test_an_engine_without_it_refuses_it_by_name(form: Any) -> None:
+    """Issue 13, exact form: and with fields that forbid the end of an answer it is refused."""
+    value: Any = ("a",) if form == "choice" else "a"
+    request = ask("x", constraint=constraint_of(form, value))
+    with pytest.raises(Unsupported, match=f"^This engine does not support {form}") as caught:
+        check_supported(request, Capabilities(json_schema=True))
+    assert caught.value.param == form
+    able = Capabilities(forms=frozenset({form}), sampling=frozenset({"ignore_eos"}))
+    with pytest.raises(InvalidRequest, match=f"cannot be combined with a {form}"):
+        check_supported(ask("x", constraint=request.constraint, ignore_eos=True), able)

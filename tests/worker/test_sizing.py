@@ -13,6 +13,8 @@ from tests.models.builders import gguf
 from tests.worker.rig import echo, resolve
 
 from headrace.core.model import ModelSpec
+from headrace.core.status import Footprint
+from headrace.engines import echo as echo_engine
 from headrace.engines import llamacpp
 from headrace.models.inspect import inspect
 from headrace.worker import sizing
@@ -75,6 +77,19 @@ def test_the_most_memory_and_the_last_time_are_kept(needs: Path) -> None:
     known.remember(echo(), {"cpu": 40, "cuda:0": 2}, 3.0)
     after = known.footprint(echo(), silent)
     assert (after.devices, after.load_s) == ({"cpu": 50, "cuda:0": 2}, 3.0)
+
+
+def test_what_a_batch_takes_counts_after_a_load_without_one(
+    needs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 11.8: the estimate of the largest batch is the least that is booked."""
+    estimated = Footprint(devices={"cpu": 90}, parts={"batch": 60, "overhead": 30})
+    monkeypatch.setattr(echo_engine, "footprint", lambda _: estimated)
+    known = Sizing(resolve, needs, PLENTY)
+    known.remember(echo(), {"cpu": 40}, 1.0)
+    assert known.footprint(echo(), silent).devices == {"cpu": 90}
+    known.remember(echo(), {"cpu": 95}, 1.0)
+    assert known.footprint(echo(), silent).devices == {"cpu": 95}
 
 
 @pytest.mark.parametrize(

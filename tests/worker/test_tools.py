@@ -114,6 +114,21 @@ async def test_a_call_that_is_cut_is_no_call() -> None:
         result = await collect(one.ask(asked(two, sampling=sampling)))
     assert [made.name for made in result.choices[0].tool_calls] == ["one"]
     assert result.finish_reason == "length"
+    # What was cut is not lost.
+    assert result.text.strip() == two[len(call("one", '{"a": 1}')) : -24].strip()
+
+
+async def test_a_broken_call_is_text() -> None:
+    """Issue 13: of a whole answer; a stream has its beginning, which cannot be taken back."""
+    broken = call("one", '{"a": maybe}')
+    async with worker() as one:
+        result = await collect(one.ask(asked(f"Hm. {broken} Yes.")))
+        events = [event async for event in one.ask(asked(broken))]
+    assert (result.text, result.choices[0].tool_calls) == (f"Hm. {broken} Yes.", ())
+    assert result.finish_reason == "stop"
+    parts = [event for event in events if isinstance(event, ToolCallDelta)]
+    assert [part.cut for part in parts if part.cut]
+    assert parts[0].name == "one"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import inspect
 
 from headrace.core.errors import InvalidRequest, Unsupported
-from headrace.core.wording import fields_of, parts_of, struct_of
+from headrace.core.wording import described, fields_of, parts_of, struct_of
 
 OnUnknown = Literal["ignore", "warn", "refuse"]
 
@@ -278,7 +278,7 @@ def known(data: Any, kind: Any, place: str = "") -> tuple[Any, tuple[Unknown, ..
         Unsupported: a field of another API would change the answer.
     """
     unknown: dict[str, Unknown] = {}
-    return _known(data, inspect.type_info(kind), place, unknown), tuple(unknown.values())
+    return _known(data, described(kind), place, unknown), tuple(unknown.values())
 
 
 def warning(unknown: Sequence[Unknown]) -> str:

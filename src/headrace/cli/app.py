@@ -112,12 +112,28 @@ _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
 }
 
 
+_EXAMPLES = {
+    "trace": {
+        "ls": ("trace ls --since 1h", "trace ls --status error --json"),
+        "show": ("trace show ID", "trace show ID --json"),
+        "tree": ("trace tree ID", "trace tree -v ID"),
+        "stats": ("trace stats --since 1h", "trace stats --model smollm2"),
+        "replay": ("trace replay ID", "trace replay ID --model other"),
+    },
+    "config": {
+        "show": ("config show", "config show hub:org/repo"),
+        "path": ("config path", "config path --json"),
+    },
+}
+
+
 class _Grouped(TyperGroup):
     """The help with commands in groups, each with its whole summary."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write a section for each group."""
-        for title, commands in _GROUPS.items():
+        groups = {"Commands": self.commands} if ctx.parent else _GROUPS
+        for title, commands in groups.items():
             names = [name if isinstance(name, str) else _name(name) for name in commands]
             with formatter.section(title):
                 formatter.write_dl(
@@ -140,9 +156,14 @@ for _commands in _GROUPS.values():
             app.command(_name(_command), epilog=_examples(_lines))(with_common(_command))
 app.info.cls = _Grouped
 app.info.epilog = _examples(('run smollm2 "Name three rivers."', "serve smollm2"))
-app.add_typer(reports.config, name="config", epilog=_examples(_GROUPS["Set up"]["config"]))
-app.add_typer(trace.app, name="trace", epilog=_examples(_GROUPS["Observe"]["trace"]))
 trace.app.command("replay")(with_common(replay.replay))
+for _title, _group, _part in (
+    ("Set up", "config", reports.config),
+    ("Observe", "trace", trace.app),
+):
+    for _info in _part.registered_commands:
+        _info.epilog = _examples(_EXAMPLES[_group][_info.name or ""])
+    app.add_typer(_part, name=_group, cls=_Grouped, epilog=_examples(_GROUPS[_title][_group]))
 
 
 def run(arguments: Sequence[str]) -> int:

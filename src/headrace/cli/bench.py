@@ -42,7 +42,7 @@ class _Given:
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL] | compare FILE...",
+            metavar="MODEL | compare FILE...",
             help="Model for a server of its own, by default default_model; or records of "
             "earlier runs to compare.",
             autocompletion=known_models,

@@ -108,7 +108,7 @@ def update(
     changes: Annotated[
         list[str],
         Argument(
-            metavar="KEY=VALUE...",
+            metavar="KEY=VALUE",
             help="Such as keep_alive=5m, enabled=false, options.threads=4; "
             "`KEY=` restores the configured value.",
         ),

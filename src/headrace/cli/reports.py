@@ -43,7 +43,7 @@ config = typer.Typer(help="Show the configuration.", no_args_is_help=True)
 def show(
     common: Common,
     models: Annotated[
-        list[str] | None, Argument(metavar="[MODEL]...", help="Further models to show.")
+        list[str] | None, Argument(metavar="MODEL", help="Further models to show.")
     ] = None,
 ) -> None:
     """Print each value with its origin; secrets are masked."""

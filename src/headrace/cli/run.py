@@ -90,14 +90,14 @@ def run(
     model: Annotated[
         str | None,
         Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="Model; by default the configuration's default_model.",
             autocompletion=known_models,
         ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        Argument(metavar="[PROMPT]...", help="The prompt; a piped stdin is added."),
+        Argument(metavar="PROMPT", help="The prompt; a piped stdin is added."),
     ] = None,
     system: Annotated[str | None, Option(help="System message.")] = None,
     raw: Annotated[bool, Option(help="Send the prompt without chat template.")] = False,

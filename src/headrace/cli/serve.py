@@ -41,7 +41,7 @@ _PLACES = {"metrics": "Metrics are at {}", "ollama": "Ollama's clients find it o
 Models = Annotated[
     list[str] | None,
     Argument(
-        metavar="[MODEL]...",
+        metavar="MODEL",
         autocompletion=known_models,
         help="Models; by default all of the configuration, or its default_model.",
     ),

@@ -25,6 +25,7 @@ from headrace.core.model import ModelSpec
 from headrace.core.status import Reloaded
 from headrace.machine import (
     raise_open_files,
+    share_malloc_arena,
     shorten_switch_interval,
     tune_garbage_collection,
 )
@@ -54,6 +55,7 @@ async def live(
         HeadraceError: no model could be loaded.
     """
     raise_open_files()
+    share_malloc_arena()
     service = _Service(settings, specs, reread)
     loading = service.begin(service.load())
     following = service.begin(service.follow())

@@ -168,7 +168,7 @@ def _day(second: int) -> str:
 
 def rm(
     common: Common,
-    models: Annotated[list[str], Argument(metavar="MODEL...", autocompletion=known_models)],
+    models: Annotated[list[str], Argument(metavar="MODEL", autocompletion=known_models)],
     yes: Annotated[bool, Option("--yes/--no-yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete models from this machine; a file that was there before Headrace stays."""

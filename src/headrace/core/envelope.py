@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -80,13 +81,21 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def settings(self) -> dict[str, Any]:
         """Return the fields that were set, as builtins, without content and envelope."""
         given: dict[str, Any] = {}
-        for field in msgspec.structs.fields(self):
-            value = getattr(self, field.name)
-            if field.name in _ENVELOPE | self.content_fields or value in (field.default, {}):
+        for name, default in _settings(type(self)):
+            value = getattr(self, name)
+            if value in (default, {}):
                 continue
             built = msgspec.to_builtins(value)
-            given |= built if isinstance(value, Sampling) else {field.name: built}
+            given |= built if isinstance(value, Sampling) else {name: built}
         return given
+
+
+@cache
+def _settings(kind: type[Request]) -> tuple[tuple[str, Any], ...]:
+    """Return name and default of the fields that are neither content nor envelope."""
+    left_out = _ENVELOPE | kind.content_fields
+    fields = msgspec.structs.fields(kind)
+    return tuple((field.name, field.default) for field in fields if field.name not in left_out)
 
 
 _ENVELOPE = frozenset(Request.__struct_fields__) - {"deadline_s", "keep_alive"}

@@ -230,6 +230,24 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         """The names of what it can do."""
         return sorted(name for name in self.__struct_fields__ if getattr(self, name) is True)
 
+    @property
+    def abilities(self) -> frozenset[str]:
+        """Those of `ABILITIES` that it has."""
+        return frozenset(
+            name for name in ABILITIES if name in self.sampling or getattr(self, name, False)
+        )
+
+
+ABILITIES: Mapping[str, str] = {
+    "json_schema": "JSON schemas, required calls",
+    "forms": "regex, choice, grammar",
+    "logprobs": "log probabilities",
+    "prompt_logprobs": "those of the prompt",
+    "infill": "fill in the middle",
+    "resume": "continues an answer",
+}
+"""What some engines can do and others cannot: flags of Capabilities and fields of Sampling."""
+
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The metadata of a served model (contract W22). Sizes are bytes; `memory` is resident."""

@@ -36,6 +36,8 @@ MAX_ALTERNATIVES = 1024
 MAX_APPLIED = 16_384
 MAX_SMALLEST = 65_536
 MAX_LEVELS = 128
+MAX_OPEN = 1900
+"""Of what can come next in an answer, in items of llguidance's parser, which follows 2,000."""
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
@@ -262,12 +264,15 @@ class _Extent(NamedTuple):
     """How large a schema is when its references and combinations are written out.
 
     `alternatives`: into which `anyOf` inside of `allOf` can be multiplied out. `applied`: schemas
-    that apply to the same value. `smallest`: values and characters of the smallest answer.
+    that apply to the same value. `smallest`: values and characters of the smallest answer. `open`:
+    what the parser has to follow when a value has begun: 4 for each property that may be left out,
+    6 for an array.
     """
 
     alternatives: float = 1
     applied: float = 1
     smallest: float = 1
+    open: float = 0
 
 
 class _Measure:
@@ -301,6 +306,9 @@ class _Measure:
             raise refusal(path, f"applies more than {MAX_APPLIED} schemas to one value")
         if extent.smallest > MAX_SMALLEST:
             raise refusal(path, f"has no answer of less than {MAX_SMALLEST} values and characters")
+        if extent.open > MAX_OPEN:
+            problem = "has too much that can come next; make more properties required"
+            raise refusal(path, f"{problem} (it takes {extent.open:.0f} of {MAX_OPEN})")
         return extent
 
     def _computed(self, schema: Schema, path: Path) -> _Extent:
@@ -311,16 +319,27 @@ class _Measure:
         alternatives = math.prod(extent.alternatives for extent in together)
         applied = 1 + sum(extent.applied for extent in together)
         smallest = max([_least(schema, below), *(extent.smallest for extent in together)])
+        opened = _open(schema) + sum(extent.open for extent in together)
         for keyword in ("anyOf", "oneOf"):
             if choices := [extent for part, extent in below.items() if part[0] == keyword]:
                 alternatives *= sum(extent.alternatives for extent in choices)
                 applied += sum(extent.applied for extent in choices)
                 smallest = max(smallest, min(extent.smallest for extent in choices))
-        return _Extent(alternatives, applied, smallest)
+                opened += sum(extent.open for extent in choices)
+        return _Extent(alternatives, applied, smallest, opened)
 
     def _referred(self, reference: str, path: Path) -> _Extent:
         target, schema = resolved(self._root, reference, path)
         return self.of(schema, target)
+
+
+def _open(schema: Schema) -> int:
+    """Return what the parser has to follow of one schema when a value has begun."""
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, Mapping):
+        return 6 if schema.get("type") == "array" else 0
+    needed = {*map(str, cast("list[Any]", required))} if isinstance(required, list) else set[str]()
+    return 4 * sum(name not in needed for name in cast("Schema", properties))
 
 
 def _least(schema: Schema, below: Mapping[Path, _Extent]) -> float:

@@ -31,8 +31,9 @@ EventKind = Literal[
 class Footprint(msgspec.Struct, frozen=True, kw_only=True):
     """The memory of a model: bytes by device (`cpu`, `cuda:0`), estimated or measured.
 
-    `parts` are the terms of an estimate in bytes (`weights`, `kv_cache`, `overhead`). `load_s` is
-    the time of a load in seconds. It holds for `context_length`, `max_running` and `engine`.
+    `parts` are the terms of an estimate in bytes (`weights`, `kv_cache`, `batch`, `overhead`); a
+    `batch` is taken by requests, so that a load does not show it. `load_s` is the time of a load in
+    seconds. It holds for `context_length`, `max_running` and `engine`.
     `choices` are the bytes for each set of devices on which the model could be placed.
     """
 

@@ -10,7 +10,9 @@ import contextlib
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -220,7 +222,20 @@ def open_engine(name: str, request: OpenRequest) -> Engine:
 
 
 def _entry_points() -> metadata.EntryPoints:
+    return _read_entry_points(tuple((folder, _changed(folder)) for folder in sys.path))
+
+
+@lru_cache(maxsize=1)
+def _read_entry_points(_folders: tuple[tuple[str, float], ...]) -> metadata.EntryPoints:
+    """Read the files of all packages in the folders, again after one has changed."""
     return metadata.entry_points(group=ENTRY_POINTS)
+
+
+def _changed(folder: str) -> float:
+    try:
+        return Path(folder).stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def folder(name: str) -> str | None:

@@ -31,6 +31,7 @@ ABOUT = About(
     requires="anthropic",
     extra="anthropic",
     remote=True,
+    able=frozenset({"json_schema"}),
 )
 
 _REASONS: dict[str, FinishReason] = {

@@ -54,7 +54,8 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     package that brings it (None: the core does). A remote engine takes requests as they are and
     runs in the process that serves. A `confined` one writes only temporary files, and those that
     its module's `writes` names, and needs no network. One that `spreads` can put a model on several
-    GPUs. `automatic` is False for one that is only used when it is configured by name.
+    GPUs. `automatic` is False for one that is only used when it is configured by name. `able` are
+    those of `core.model.ABILITIES` that a model can have on it.
     """
 
     formats: tuple[str, ...]
@@ -62,6 +63,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     requires: str | None = None
     extra: str | None = None
     tasks: tuple[Task, ...] = ("generate",)
+    able: frozenset[str] = frozenset()
     spreads: bool = False
     confined: bool = False
     remote: bool = False

@@ -39,7 +39,12 @@ from headrace.engines.base import (
     RawFinish,
 )
 
-ABOUT = About(formats=("none",), tasks=("generate", "embed", "rerank"), confined=True)
+ABOUT = About(
+    formats=("none",),
+    tasks=("generate", "embed", "rerank"),
+    able=frozenset({"logprobs", "prompt_logprobs", "resume"}),
+    confined=True,
+)
 
 Fault = Literal["raise", "oom", "exit", "crash", "hang"]
 _SAMPLING = frozenset(

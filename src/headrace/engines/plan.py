@@ -19,6 +19,7 @@ from headrace.core.errors import LoadFailed
 from headrace.core.private import private_folder
 from headrace.core.status import Footprint
 from headrace.engines.base import OpenRequest
+from headrace.models.folder import LayerSizes
 
 PAGE = 256
 """Lengths of contexts and caches that are chosen here are multiples of this."""
@@ -27,6 +28,7 @@ ENCODER_REQUESTS = 256
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
 """Bytes of an element, by torch's names of types and by those of safetensors."""
 CONTEXT = 4096
+_BATCH = 64 << 20  # of the libraries, beside the values of layers
 
 
 class CachePlan(msgspec.Struct, frozen=True):
@@ -105,6 +107,21 @@ def granted_context(request: OpenRequest, limit: int) -> int:
 def encoder_requests(request: OpenRequest) -> int:
     """Return how many requests an embedder or reranker takes at once."""
     return min(ENCODER_REQUESTS, request.max_running or ENCODER_REQUESTS)
+
+
+def encoder_batch(
+    sizes: LayerSizes, batch_tokens: int, context: int, *, attention: bool = False
+) -> int:
+    """Return how many bytes the largest batch of an encoder takes while it is computed.
+
+    Its elements have 4 bytes. `attention` is whether the attention of all heads is kept whole.
+    """
+    # One text can be longer than a batch of several.
+    tokens = max(batch_tokens, context)
+    layers = 4 * tokens * (3 * sizes.inner + 6 * sizes.hidden)
+    # Two texts of different lengths have a mask for each pair of tokens.
+    masks = 5 * batch_tokens * min(context, batch_tokens // 2)
+    return _BATCH + layers + masks + 8 * sizes.heads * tokens * context * attention
 
 
 def has_cuda() -> bool:

@@ -26,6 +26,7 @@ from headrace.engines.base import (
     Pair,
 )
 from headrace.engines.openmp import physical_cores
+from headrace.models.folder import layer_sizes
 from headrace.models.inspect import PICKLES
 
 ABOUT = About(
@@ -226,19 +227,25 @@ writes = plan.torch_caches
 
 
 def footprint(request: OpenRequest) -> Footprint:
-    """Estimate the process, the weights, and one full batch of the widest layers."""
+    """Estimate the process, the weights, and the largest batch.
+
+    Raises:
+        LoadFailed: the model's configuration is damaged.
+    """
     options = Options(**request.options)
     wide = options.dtype in {None, "auto", "float32"}
     size = request.model.size
     weights = (request.model.parameters or size // 4) * 4 if wide else size
-    work = options.batch_tokens * 16 << 10
-    devices = {"cpu": _PROCESS + weights + work}
+    context = request.context_length or request.model.context_length or _CONTEXT
+    sizes, eager = layer_sizes(Path(request.model.path)), options.attention == "eager"
+    batch = plan.encoder_batch(sizes, options.batch_tokens, context, attention=eager)
+    devices = {"cpu": _PROCESS + weights + batch}
     device = plan.expected_device(request.device)
     if gpus := plan.expected_gpus(request, device):
-        devices = {"cpu": _PROCESS} | plan.divided(weights + work, gpus, 0)
+        devices = {"cpu": _PROCESS} | plan.divided(weights + batch, gpus, 0)
     return Footprint(
         devices=devices,
-        parts={"weights": weights, "overhead": _PROCESS + work},
+        parts={"weights": weights, "batch": batch, "overhead": _PROCESS},
         context_length=request.context_length or request.model.context_length,
         max_running=plan.encoder_requests(request),
     )

@@ -18,6 +18,7 @@ from headrace.machine.process import (
     kill_marked,
     process_memory,
     raise_open_files,
+    share_malloc_arena,
     shorten_switch_interval,
     tune_garbage_collection,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "kill_marked",
     "process_memory",
     "raise_open_files",
+    "share_malloc_arena",
     "shorten_switch_interval",
     "system",
     "tune_garbage_collection",

@@ -35,6 +35,14 @@ class ConfigFacts(NamedTuple):
     kv_bytes_per_token: int | None
 
 
+class LayerSizes(NamedTuple):
+    """How wide the layers of a model are: their output, their inner part, and their heads."""
+
+    hidden: int
+    inner: int
+    heads: int
+
+
 def describe(folder: Path) -> ModelFile:
     """Check the headers of a folder's safetensors files and describe the model.
 
@@ -174,6 +182,19 @@ def _context_length(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> 
         architecture=str(config.get("model_type", "")),
     )
     return length or scaled_context(_number(tokenizer, "model_max_length"))
+
+
+def layer_sizes(folder: Path) -> LayerSizes:
+    """Return the sizes in a folder's config.json; those that it does not have are large ones.
+
+    Raises:
+        LoadFailed: it is missing or damaged.
+    """
+    config = read_json(folder / "config.json")
+    hidden = _count(config, "hidden_size", "d_model", "n_embd", "dim") or 1024
+    inner = _count(config, "intermediate_size", "d_ff", "n_inner", "hidden_dim", "ffn_dim")
+    heads = _count(config, "num_attention_heads", "num_heads", "n_head", "n_heads")
+    return LayerSizes(hidden, inner or 4 * hidden, heads or max(1, hidden // 64))
 
 
 def _chat_template(folder: Path, tokenizer: Mapping[str, Any]) -> str | None:

@@ -29,10 +29,11 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     answer can follow a schema, be any JSON object, or neither; `structured_outputs` whether it can
     follow a regex, a choice or a grammar, in vLLM's field of that name. `asks_usage`: usage of a
     stream has to be requested by `stream_options`, a field that others may refuse. `embeddings` and
-    `rerank` are its tasks beside generation; with `base64` it can send vectors in that encoding.
-    `extra` is added to each request. `otel_name` is its name in OpenTelemetry's conventions, where
-    it differs. `checked` rows rest on the provider's documentation or on several programs that use
-    it; the others on a claim of compatibility, taken narrowly.
+    `rerank` are its tasks beside generation; `switch` is the field that switches thinking; with
+    `base64` it can send vectors in that encoding. `extra` is added to each request. `otel_name` is
+    its name in OpenTelemetry's conventions, where it differs. `checked` rows rest on the provider's
+    documentation or on several programs that use it; the others on a claim of compatibility, taken
+    narrowly.
     """
 
     title: str
@@ -45,6 +46,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     renamed: Mapping[str, str] = {}
     stops: int = 4
     json: Literal["schema", "object", "none"] = "object"
+    switch: Literal["effort", "template", "type", "flag", "router"] = "effort"
     structured_outputs: bool = False
     developer: bool = False
     asks_usage: bool = True
@@ -102,6 +104,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             key="DEEPSEEK_API_KEY",
             sampling=_BASIC | _PENALTIES | {"logprobs"},
             stops=16,
+            switch="type",
         ),
         "moonshot": Provider(
             title="Moonshot",
@@ -110,6 +113,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             sampling=_BASIC | _PENALTIES | {"n"},
             stops=5,
             otel_name="moonshot_ai",
+            switch="type",
         ),
         "zhipu": Provider(
             title="Zhipu",
@@ -119,6 +123,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             asks_usage=False,
             embeddings=True,
             rerank=True,
+            switch="type",
         ),
         "dashscope": Provider(
             title="DashScope",
@@ -126,6 +131,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             key="DASHSCOPE_API_KEY",
             sampling=_BASIC | {"presence_penalty", "seed", "top_k"},
             embeddings=True,
+            switch="flag",
         ),
         "siliconflow": Provider(
             title="SiliconFlow",
@@ -134,6 +140,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             sampling=_BASIC | {"frequency_penalty", "top_k", "min_p", "n"},
             embeddings=True,
             rerank=True,
+            switch="flag",
         ),
         "volcengine": Provider(
             title="Volcengine Ark",
@@ -141,6 +148,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             key="ARK_API_KEY",
             sampling=_BASIC | _PENALTIES | {"logprobs", "logit_bias"},
             embeddings=True,
+            switch="type",
         ),
         "minimax": Provider(
             title="MiniMax",
@@ -214,6 +222,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             completions=True,
             # Without it, fields that a model does not support are dropped silently.
             extra={"provider": {"require_parameters": True}},
+            switch="router",
         ),
         "together": Provider(
             title="Together",
@@ -272,6 +281,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             base64=True,
             rerank=True,
             tokenize=True,
+            switch="template",
         ),
         "headrace": Provider(
             title="Headrace",
@@ -290,6 +300,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             base64=True,
             rerank=True,
             tokenize=True,
+            switch="template",
         ),
         "anthropic": Provider(
             title="Anthropic",

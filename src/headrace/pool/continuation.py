@@ -143,20 +143,28 @@ class Continuation:
         Raises:
             HeadraceError: the first error, if the answer cannot be continued.
         """
-        if self._first_error is not None:
-            first, self._first_error = self._first_error, None
-            raise first from error
-        assert isinstance(error, HeadraceError), "only a second answer can diverge"
-        way = self._choose_way(error, capabilities) if isinstance(error, EngineError) else None
-        if way is None or not isinstance(error, EngineError):
-            raise error
-        self._first_error, self.way = error, way
+        try:
+            if self._first_error is not None:
+                raise self._take_first_error() from error
+            assert isinstance(error, HeadraceError), "only a second answer can diverge"
+            way = self._choose_way(error, capabilities) if isinstance(error, EngineError) else None
+            if way is None or not isinstance(error, EngineError):
+                raise error
+            self._first_error, self.way = error, way
+        finally:
+            # A traceback has this frame: with the error in it, that would be a reference cycle.
+            del error
         for sent in self._sent:
             sent.rewind()
         if way == "fast":
             answered = tuple(self._sent[0].token_ids)
             self.request = msgspec.structs.replace(self._original, answered=answered)
         return way
+
+    def _take_first_error(self) -> EngineError:
+        assert self._first_error is not None, "there has been a first attempt"
+        first, self._first_error = self._first_error, None
+        return first
 
     def new(self, event: Event) -> Event | None:
         """Return the part of an event that was not sent yet, and record it as sent.

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from headrace.core.status import DeviceStatus
+from headrace.core.status import DeviceStatus, Footprint
 from headrace.machine import HOST
 
 ReadDevices = Callable[[], Mapping[str, tuple[int, int]]]
@@ -37,6 +37,17 @@ def named(held: Mapping[str, int], placed: Iterable[str]) -> dict[str, int]:
     gpus = [device for device in placed if device != HOST]
     names = {f"cuda:{number}": device for number, device in enumerate(gpus)}
     return {names.get(device, device): amount for device, amount in held.items()}
+
+
+def to_book(need: Footprint | None, held: Mapping[str, int]) -> dict[str, int]:
+    """Return what to book for a load that holds so much, in bytes by device.
+
+    That is no less than it needs if its requests take memory that it does not hold yet.
+    """
+    if need is None or (held and "batch" not in need.parts):
+        return dict(held)
+    both = {**need.devices, **held}
+    return {name: max(need.devices.get(name, 0), held.get(name, 0)) for name in both}
 
 
 class Ledger:

@@ -16,7 +16,7 @@ from headrace.core.status import EventKind, Footprint
 from headrace.machine import HOST
 from headrace.pool.entry import ModelEntry
 from headrace.pool.events import EventBus
-from headrace.pool.ledger import Ledger, named
+from headrace.pool.ledger import Ledger, named, to_book
 from headrace.pool.memory import MemoryQueue, Sizing, Unwanted
 from headrace.pool.observer import NullObserver, Observer
 from headrace.pool.places import KeepWarm, Places
@@ -229,7 +229,7 @@ class Loader:
         except BaseException:
             await worker.aclose()
             raise
-        self.memory.ledger.settle(replica.key, measured)
+        self.memory.ledger.settle(replica.key, to_book(need, measured))
         replica.loaded(worker, load_s, dict(measured))
         self._task(self._watch(entry, replica, worker), f"watch {replica.key}")
         ready = {"ms": round(load_s * 1000), "memory": dict(measured), "engine": need.engine}
@@ -368,7 +368,8 @@ class Loader:
         if replica.is_ready and replica.worker is not None and replica.footprint is not None:
             held = named(replica.worker.held, replica.footprint.devices)
             if replica.grown(held):
-                self.memory.ledger.settle(replica.key, replica.memory)
+                booking = to_book(replica.footprint, replica.memory)
+                self.memory.ledger.settle(replica.key, booking)
 
     def _evict(self, entry: ModelEntry, replica: Replica, *, by: str) -> asyncio.Task[None]:
         if replica.unloading is None:

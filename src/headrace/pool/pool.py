@@ -252,11 +252,15 @@ class Pool:
         Raises:
             HeadraceError: the answer cannot be continued.
         """
-        if self.draining and continuation.way is None and isinstance(error, HeadraceError):
-            raise error
-        way: Way = continuation.retry(error, _capabilities(entry))
+        why = str(error)
+        try:
+            if self.draining and continuation.way is None and isinstance(error, HeadraceError):
+                raise error
+            way: Way = continuation.retry(error, _capabilities(entry))
+        finally:
+            del error  # as in `retry`
         entry.continuations += 1
-        id, why = continuation.request.id, str(error)
+        id = continuation.request.id
         self.events.publish("continued", entry.spec.name, id=id, way=way, why=why)
 
     def _all_entries(self) -> list[ModelEntry]:

@@ -14,6 +14,7 @@ from headrace.core.model import ModelInfo, ModelSpec, PlacedSpec, State
 from headrace.core.request import AnyRequest
 from headrace.core.status import Footprint, ReplicaStatus
 from headrace.machine import HOST
+from headrace.pool.ledger import to_book
 from headrace.pool.policy import Candidate, Resident
 from headrace.worker.spec import OnProgress
 
@@ -327,7 +328,7 @@ class Replica:
         """Return the facts for `make_room`."""
         return Resident(
             key=self.key,
-            devices=self.memory or (self.footprint.devices if self.footprint else {}),
+            devices=to_book(self.footprint, self.memory),
             busy=bool(self.leases) or not self.is_ready,
             pinned=pinned,
             loaded_at=self.loaded_at,

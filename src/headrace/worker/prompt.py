@@ -105,7 +105,7 @@ class Prompter:
                     max_tokens=left,
                     answered=answered,
                     sampling=_seeded(sampling, index),
-                    constraint=constraint if self._facts.capabilities.json_schema else None,
+                    constraint=self._enforced(constraint),
                 )
                 for index in range(request.n)
             ),
@@ -186,6 +186,11 @@ class Prompter:
                 "This engine does not enforce calls of tools; use auto.", param="tool_choice"
             )
         return constraint, self.chat.splitter(request, text)
+
+    def _enforced(self, constraint: Constraint | None) -> Constraint | None:
+        """Return the constraint for the engine; of calls it may only be checked at the end."""
+        is_lark = constraint is not None and constraint.form == "lark"
+        return None if is_lark and "grammar" not in self._facts.capabilities.forms else constraint
 
     def _chat_ids(self, text: str, limit: Limit) -> tuple[int, ...]:
         # Most templates write the BOS token themselves: it must not be added twice.

@@ -146,6 +146,9 @@ class Sizing:
         # A model that once grew beyond the budget may be loaded again.
         most, held = _larger(estimated.devices, self._budgets), _renamed(need.devices, worker_spec)
         devices = {name: min(size, most.get(name, size)) for name, size in held.items()}
+        if "batch" in estimated.parts:
+            # No request of earlier loads may have been the largest.
+            devices = _larger(devices, estimated.devices)
         return msgspec.structs.replace(
             estimated, devices=devices, how="measured", load_s=need.load_s
         )

@@ -53,6 +53,9 @@ from headrace.worker.wire import (
 
 log = logging.getLogger("headrace.worker")
 
+# Made once: it takes milliseconds, and leaves hundreds of reference cycles.
+_DECODER = msgspec.msgpack.Decoder(list[ToParent])
+
 _DYING_S = 0.3
 _TAIL_LINES = 20
 _SCRATCH, _LOCK = "headrace-", ".lock"
@@ -101,7 +104,7 @@ class ChildProcess:
         self.family: Family | None = None
         self.memory_limit: int | None = None
         self.link = Link(
-            msgspec.msgpack.Decoder(list[ToParent]),
+            _DECODER,
             receive=self._receive,
             closed=self._connection_lost,
         )

@@ -175,7 +175,14 @@ class Link(asyncio.Protocol, Generic[In]):
     def connection_lost(self, exc: Exception | None) -> None:
         """Report why the connection was lost (called by asyncio)."""
         self._transport = None
-        self._closed(str(exc) if exc else self._why)
+        closed = self._closed
+        # The owner has the link and the link its owner, which would be a cycle.
+        self._receive = self._closed = _ignore
+        closed(str(exc) if exc else self._why)
+
+
+def _ignore(_event: object) -> None:
+    """Do nothing."""
 
 
 def _frame_end(buffer: bytearray, start: int) -> int | None:

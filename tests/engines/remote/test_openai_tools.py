@@ -13,7 +13,7 @@ from headrace.core.events import Delta, GenerateResult, ToolCallDelta
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling
 from headrace.core.stream import collect
-from headrace.core.tools import Tool, ToolChoice
+from headrace.core.tools import Thinking, Tool, ToolChoice
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -115,6 +115,39 @@ async def test_thinking_and_its_tokens(field: str) -> None:
     uncounted = [chunk(**thought), chunk(**thought), chunk(content="Yes."), chunk(reason="stop")]
     result = await answer(Play([*map(event, uncounted), DONE]))
     assert (result.choices[0].reasoning, result.usage.reasoning_tokens) == ("Hm. Hm. ", 2)
+
+
+@pytest.mark.parametrize(
+    ("provider", "off", "on"),
+    [
+        ("openai", {"reasoning_effort": "none"}, {}),
+        ("deepseek", {"thinking": {"type": "disabled"}}, {"thinking": {"type": "enabled"}}),
+        ("dashscope", {"enable_thinking": False}, {"enable_thinking": True}),
+        ("openrouter", {"reasoning": {"enabled": False}}, {"reasoning": {"enabled": True}}),
+        (
+            "vllm",
+            {"chat_template_kwargs": {"enable_thinking": False, "thinking": False, "a": 1}},
+            {"chat_template_kwargs": {"enable_thinking": True, "thinking": True, "a": 1}},
+        ),
+    ],
+)
+async def test_the_policy_of_thinking(provider: str, off: Any, on: Any) -> None:
+    """Issue 13, thinking: in the field that the upstream has for it."""
+    options: dict[str, Any] = {"a": 1} if provider == "vllm" else {}
+    effort = {"reasoning_effort": "low"} | ({"chat_template_kwargs": options} if options else {})
+    policies = {
+        Thinking(enabled=False): off,
+        Thinking(enabled=True): on,
+        Thinking(enabled=True, effort="low"): effort,
+    }
+    fields = {"reasoning_effort", "thinking", "enable_thinking", "reasoning"}
+    fields |= {"chat_template_kwargs"}
+    for policy, expected in policies.items():
+        async with upstream(TEXT) as server, started(server.url, provider) as worker:
+            request = loop(tools=(), thinking=policy, template_options=options)
+            await collect(worker.ask(request))
+            body = server.requests[0].body
+        assert {name: body[name] for name in fields & body.keys()} == expected
 
 
 async def test_a_named_call_has_the_reason_of_calls() -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 
 import httpx
 import pytest
 from tests.engines.sentence_transformers.test_engine import TEXTS
 
-from headrace import ModelWorker, runtime
+from headrace import ModelWorker, engines, runtime
 from headrace.api.app import create_app
 from headrace.api.limits import ApiSettings
 from headrace.core.errors import ContextOverflow
 from headrace.core.model import ModelSpec
+from headrace.core.request import EmbedRequest
+from headrace.models.inspect import inspect
+from headrace.worker.process import WorkerProcess
+from headrace.worker.spec import WorkerSpec, open_request
 
 pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("default")]
 
@@ -44,6 +49,25 @@ async def test_it_serves_many_clients(minilm_path: Path, home: Path) -> None:
             assert card["tasks"] == ["embed"]
     finally:
         await pool.aclose()
+
+
+async def test_its_estimate_counts_the_largest_batch(minilm_path: Path) -> None:
+    """Issue 11.8: 831 MB were estimated, and 64 texts of 256 tokens took 1,050."""
+    spec = ModelSpec(name="m", model="m", task="embed", device="cpu")
+    model = inspect(minilm_path)
+    resolved = WorkerSpec(model=spec, file=model, engine="sentence_transformers")
+    need = engines.footprint("sentence_transformers", open_request(resolved)).devices["cpu"]
+    worker = WorkerProcess(spec, lambda spec, report: resolved)
+    await worker.start()
+    try:
+        inputs = [(100,) * (256 - place % 2) for place in range(64)]
+        async for _ in worker.ask(EmbedRequest(inputs=tuple(inputs))):
+            pass
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+    finally:
+        await worker.aclose()
+    peak = int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) << 10
+    assert peak <= need <= 1.3 * peak
 
 
 def test_the_python_face(minilm_path: Path, ranker_path: Path, home: Path) -> None:

@@ -204,6 +204,7 @@ def test_random_text_cut_anywhere(family: str, data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(0, 10_000), max_size=8))
     assert split(form, pieces(text, cuts), thinking_open=opened, calls=calls) == whole
     assert split(form, list(text), thinking_open=opened, calls=calls) == whole
+    calls_in(whole)
     plain = not opened and form.style not in ("harmony", "recipient") and not form.hidden
     if plain and all(isinstance(part, Content) for part in whole):
         kept = text_in(whole, Content)
@@ -352,6 +353,16 @@ QUIRKS: dict[str, tuple[str, str, object]] = {
         f"{json.dumps({'name': 'now'})}\n</tool_call>",
         [NOW, NOW],
     ),
+    "hermes with characters that it forgets to escape": (
+        "hermes",
+        '<tool_call>{"name": "f", "arguments": {"a": "\\d+\\\n\t", "b": "\\"}"}}</tool_call>',
+        [("f", {"a": "\\d+\\\n\t", "b": '"}'})],
+    ),
+    "hermes with another name for the arguments": (
+        "hermes",
+        '<tool_call>{"name": "f", "input": {"a": 1}}</tool_call>',
+        '<tool_call>{"name": "f", "input": {"a": 1}}</tool_call>',
+    ),
     "hermes in OpenAI's own form": (
         "hermes",
         '<tool_call>{"type": "function", "function": {"name": "now", "arguments": null}}</tool_call>',  # noqa: E501
@@ -419,6 +430,24 @@ def test_a_quirk(quirk: str) -> None:
         assert parts == [Content(expected)]
     else:
         assert calls_in(parts) == expected
+
+
+BROKEN = (
+    '<tool_call>{"name": "f", "arguments": {"a": yes}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": 1,}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a" 1}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": "no"}</tool_call>',
+)
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_call_is_none(text: str) -> None:
+    """Issue 13.2: a call that ends has an object as its arguments, and what is none is not lost."""
+    parts = split(FAMILIES["hermes"], list(f"Hi. {text} Bye."))
+    assert split(FAMILIES["hermes"], [f"Hi. {text} Bye."]) == parts
+    assert calls_in(parts) == []
+    shown = "".join(part.text for part in parts if isinstance(part, Content | Cut))
+    assert shown == f"Hi. {text} Bye."
 
 
 def test_the_ids_that_models_write() -> None:

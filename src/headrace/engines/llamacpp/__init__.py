@@ -30,6 +30,7 @@ ABOUT = About(
     spreads=True,
     requires="xllamacpp",
     tasks=("generate", "embed"),
+    able=frozenset({"forms", "infill", "json_schema", "logprobs", "resume"}),
 )
 
 _DEFAULT_SLOTS = 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -25,7 +25,7 @@ from headrace.core.request import (
     Message,
     RerankRequest,
 )
-from headrace.core.tools import Tool
+from headrace.core.tools import Thinking, Tool
 from headrace.engines.base import RemoteFinish
 from headrace.engines.remote import Access, stream_error
 from headrace.models.providers import Provider
@@ -50,6 +50,13 @@ _REASONS: dict[str, FinishReason] = {
     "tool_calls": "tool_calls",
     "function_call": "tool_calls",
 }
+_SWITCHES: Mapping[str, Callable[[bool], dict[str, Any]]] = {
+    "effort": lambda on: {} if on else {"reasoning_effort": "none"},
+    "template": lambda on: {"chat_template_kwargs": {"enable_thinking": on, "thinking": on}},
+    "type": lambda on: {"thinking": {"type": "enabled" if on else "disabled"}},
+    "flag": lambda on: {"enable_thinking": on},
+    "router": lambda on: {"reasoning": {"enabled": on}},
+}
 _ANY_OBJECT: tuple[dict[str, Any], ...] = ({}, {"type": "object"})
 
 
@@ -71,9 +78,9 @@ def generate_body(request: GenerateRequest, model: str, provider: Provider) -> t
     body |= _sampling(request, provider, chat=chat) | _format(request, provider)
     if chat:
         body["messages"] = _messages(request.messages or (), provider)
-        body |= _tools(request)
-        if request.template_options:
-            body["chat_template_kwargs"] = request.template_options
+        body |= _tools(request) | _thinking(request.thinking, provider)
+        if options := body.get("chat_template_kwargs", {}) | request.template_options:
+            body["chat_template_kwargs"] = options
         if request.continue_final:
             body |= _continued(provider)
         return "/chat/completions", msgspec.json.encode(body)
@@ -119,14 +126,19 @@ def _format(request: GenerateRequest, provider: Provider) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
-def _tools(request: GenerateRequest) -> dict[str, Any]:
-    body: dict[str, Any] = {}
-    if request.thinking.budget is not None:
+def _thinking(thinking: Thinking, provider: Provider) -> dict[str, Any]:
+    if thinking.budget is not None:
         raise Unsupported("A budget of thinking is not supported.", param="thinking")
-    if request.thinking.effort is not None:
-        body["reasoning_effort"] = request.thinking.effort
+    # An effort switches it on.
+    if thinking.effort is not None and thinking.enabled is not False:
+        return {"reasoning_effort": thinking.effort}
+    return {} if thinking.enabled is None else _SWITCHES[provider.switch](thinking.enabled)
+
+
+def _tools(request: GenerateRequest) -> dict[str, Any]:
     if not request.tools:
-        return body
+        return {}
+    body: dict[str, Any] = {}
     choice = request.tool_choice
     body["tools"] = _listed(choice.allowed(request.tools) or request.tools)
     named = [{"type": "function", "function": {"name": name}} for name in choice.names]

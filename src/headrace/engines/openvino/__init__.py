@@ -27,6 +27,7 @@ ABOUT = About(
     extra="openvino",
     tasks=("generate", "embed", "rerank"),
     confined=True,
+    able=frozenset({"infill", "logprobs", "resume"}),
 )
 
 BLOCK = 32

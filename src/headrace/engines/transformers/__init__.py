@@ -21,6 +21,7 @@ ABOUT = About(
     spreads=True,
     requires="transformers",
     extra="transformers",
+    able=frozenset({"forms", "infill", "json_schema", "logprobs", "prompt_logprobs", "resume"}),
 )
 
 _MIB = 1 << 20

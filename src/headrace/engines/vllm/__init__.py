@@ -19,6 +19,7 @@ ABOUT = About(
     requires="vllm",
     extra="vllm",
     spreads=True,
+    able=frozenset({"forms", "infill", "json_schema", "logprobs", "prompt_logprobs", "resume"}),
 )
 
 _GIB = 1 << 30

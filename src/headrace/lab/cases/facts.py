@@ -33,6 +33,8 @@ async def is_known(subject: Subject) -> None:
     tasks = subject.capabilities.tasks
     check(tasks, "The model has no task.")
     check(tasks <= {*about.tasks}, f"It declares {sorted(tasks)}, and ABOUT {about.tasks}.")
+    able = subject.capabilities.abilities
+    check(able <= about.able, f"It declares {sorted(able)}, and ABOUT {sorted(about.able)}.")
 
 
 @case("W1", task=None)

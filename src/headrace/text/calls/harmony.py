@@ -86,10 +86,10 @@ class Harmony:
                 yield from cursor.json(sink.arguments)
             else:
                 sink.arguments("{}")
+            sink.end()
         except NotACallError:
             cursor.rest()
             sink.cut(cursor.recorded())
             return
-        sink.end()
         cursor.recorded()
         yield from cursor.accept(*_ENDS)

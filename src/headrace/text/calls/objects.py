@@ -30,6 +30,7 @@ class _Member:
         self.name: str | None = None
         self.id: str | None = None
         self.early: str | None = None
+        self.strange = False
         self.done = False
 
 
@@ -81,7 +82,9 @@ class Objects:
             self._without_arguments(member, bare=bare)
 
     def _without_arguments(self, member: _Member, *, bare: bool) -> None:
-        if not member.name or member.depth or (bare and not self._plausible(member)):
+        # A member with another name may be the arguments, which would be lost.
+        strange = member.strange and member.early is None
+        if not member.name or member.depth or strange or (bare and not self._plausible(member)):
             raise NotACallError
         self._start(member.name, member.id)
         self._sink.arguments(_unwrapped(member.early or "{}"))
@@ -108,6 +111,7 @@ class Objects:
         elif text and (key in _IDS or key == form.id_key):
             member.id = yield from self._text()
         else:
+            member.strange = member.strange or key not in _BARE_KEYS
             yield from self._any()
 
     def _member_arguments(self, member: _Member, *, bare: bool) -> Need[None]:

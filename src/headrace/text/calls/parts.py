@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
+
+from headrace.text.calls.cursor import NotACallError
 
 
 class Thought(msgspec.Struct, frozen=True):
@@ -59,12 +62,13 @@ class Sink:
     `open` is whether a call has begun and not ended.
     """
 
-    __slots__ = ("_index", "_kind", "_parts", "_texts", "open")
+    __slots__ = ("_arguments", "_index", "_kind", "_parts", "_texts", "open")
 
     def __init__(self) -> None:
         self.open = False
         self._index = -1
         self._parts: list[Part] = []
+        self._arguments: list[str] = []
         self._texts: list[str] = []
         self._kind: Callable[[str], Part] = Content
 
@@ -86,16 +90,25 @@ class Sink:
         """Begin the next call."""
         self._release()
         self._index += 1
+        self._arguments = []
         self.open = True
         self._parts.append(CallStart(self._index, name, identity))
 
     def arguments(self, text: str) -> None:
         """Add to the arguments of the open call."""
-        self._add(self._arguments, text)
+        self._add(self._argument, text)
 
     def end(self) -> None:
-        """Complete the open call."""
+        """Complete the open call.
+
+        Raises:
+            NotACallError: its arguments are no object of JSON.
+        """
         self._release()
+        try:
+            msgspec.json.decode("".join(self._arguments), type=dict[str, Any])
+        except (ValueError, RecursionError):
+            raise NotACallError from None
         self.open = False
         self._parts.append(CallEnd(self._index))
 
@@ -105,7 +118,7 @@ class Sink:
         self.open = False
         self._parts.append(Cut(self._index, text))
 
-    def _arguments(self, text: str) -> CallArguments:
+    def _argument(self, text: str) -> CallArguments:
         return CallArguments(self._index, text)
 
     def _add(self, kind: Callable[[str], Part], text: str) -> None:
@@ -117,5 +130,7 @@ class Sink:
 
     def _release(self) -> None:
         if self._texts:
-            self._parts.append(self._kind("".join(self._texts)))
-            self._texts = []
+            text, self._texts = "".join(self._texts), []
+            self._parts.append(self._kind(text))
+            if self.open:
+                self._arguments.append(text)

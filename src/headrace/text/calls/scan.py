@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from enum import IntEnum
 
 MAX_DEPTH = 128
-_PLAIN = re.compile(r'[^"\\]*')
+_PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
+_ESCAPES = frozenset('"\\/bfnrtu')
 _SPACES = re.compile(r"[ \t\r\n]*")
 _SCALAR = re.compile(r"[-+.0-9A-Za-z]*")
 
@@ -27,12 +29,14 @@ class JsonScanner:
     """Finds the end of one object, list or string.
 
     Numbers and words are not checked and a comma may come before a closing bracket: they do not
-    move the end. A value nested deeper than `MAX_DEPTH` is broken.
+    move the end. A value nested deeper than `MAX_DEPTH` is broken. What models forget to escape in
+    strings is no fault: `mended` returns the text with it escaped.
     """
 
-    __slots__ = ("_key", "_stack", "_state")
+    __slots__ = ("_faults", "_key", "_stack", "_state")
 
     def __init__(self) -> None:
+        self._faults: list[tuple[int, str]] = []
         self._stack: list[str] = []
         self._state = _State.VALUE
         self._key = False
@@ -49,12 +53,16 @@ class JsonScanner:
 
     def feed(self, text: str, start: int, end: int) -> int:
         """Follow `text[start:end]`; return where the value ends or is broken, else `end`."""
-        at = start
+        at, self._faults = start, []
         while at < end and self._state < _State.COMPLETE:
             if self._state is _State.STRING:
                 at = self._string(text, at, end)
             elif self._state is _State.ESCAPE:
                 self._state = _State.STRING
+                if text[at] not in _ESCAPES:
+                    # The backslash before it is one itself.
+                    escaped = json.dumps(text[at])[1:-1] if text[at] < " " else text[at]
+                    self._faults.append((at, "\\" + escaped))
                 at += 1
             elif self._state is _State.SCALAR:
                 at = _end(_SCALAR, text, at, end)
@@ -63,12 +71,24 @@ class JsonScanner:
                 at = self._structure(text, _end(_SPACES, text, at, end), end)
         return at
 
+    def mended(self, text: str, start: int, end: int) -> str:
+        """Return what was followed last, with backslashes and control characters escaped."""
+        if not self._faults:
+            return text[start:end]
+        pieces: list[str] = []
+        for at, escaped in self._faults:
+            pieces += [text[start:at], escaped]
+            start = at + 1
+        return "".join(pieces) + text[start:end]
+
     def _string(self, text: str, at: int, end: int) -> int:
         at = _end(_PLAIN, text, at, end)
         if at == end:
             return at
         if text[at] == "\\":
             self._state = _State.ESCAPE
+        elif text[at] != '"':
+            self._faults.append((at, json.dumps(text[at])[1:-1]))
         elif self._key:
             self._state = _State.COLON
         else:
