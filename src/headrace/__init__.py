@@ -45,12 +45,15 @@ if TYPE_CHECKING:
         Progress,
         RerankResult,
         TokenCount,
+        ToolCall,
+        ToolCallDelta,
     )
     from headrace.core.metrics import InferenceMetrics, Usage
     from headrace.core.model import ModelInfo, ModelSpec
     from headrace.core.parameters import Parameter
     from headrace.core.request import EmbedRequest, GenerateRequest, Message, RerankRequest
     from headrace.core.sampling import Sampling
+    from headrace.core.tools import Thinking, Tool, ToolChoice
     from headrace.model_worker import AsyncModelWorker
     from headrace.sync import ModelWorker
 
@@ -96,7 +99,12 @@ __all__ = [
     "RerankRequest",
     "RerankResult",
     "Sampling",
+    "Thinking",
     "TokenCount",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolChoice",
     "Unauthorized",
     "UnknownModel",
     "Unsupported",
@@ -151,7 +159,12 @@ _HOMES = {
     "RerankRequest": "headrace.core.request",
     "RerankResult": "headrace.core.events",
     "Sampling": "headrace.core.sampling",
+    "Thinking": "headrace.core.tools",
     "TokenCount": "headrace.core.events",
+    "Tool": "headrace.core.tools",
+    "ToolCall": "headrace.core.events",
+    "ToolCallDelta": "headrace.core.events",
+    "ToolChoice": "headrace.core.tools",
     "Unauthorized": "headrace.core.errors",
     "UnknownModel": "headrace.core.errors",
     "Unsupported": "headrace.core.errors",

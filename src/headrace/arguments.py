@@ -10,13 +10,21 @@ from typing import Any, TypeVar
 import msgspec
 
 from headrace.api import fields
-from headrace.api.messages import ChatMessage, to_messages
+from headrace.api.messages import (
+    ChatMessage,
+    WireChoice,
+    WireTool,
+    to_choice,
+    to_messages,
+    to_tools,
+)
 from headrace.core.constraint import ANY_FORM, AnyForm, Constraint, constraint_of
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import EmbedResult
 from headrace.core.options import GenerateOptions
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling
+from headrace.core.tools import Thinking, Tool, ToolChoice
 from headrace.core.wording import refusal
 
 Messages = Sequence[Message | Mapping[str, Any]]
@@ -45,10 +53,72 @@ def request(
         if len(forms) > 1:
             raise InvalidRequest(f"{forms[0]} and {forms[1]} are both given.", param=forms[1])
         arguments["constraint"] = _constraint(forms[0], arguments.pop(forms[0]))
+    arguments |= _conversation(arguments)
     text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
     body = {"model": model, "prompt": text, "messages": turns(messages), **arguments}
     checked = built(Sampling, sampling)
     return built(GenerateRequest, {**body, "sampling": checked})
+
+
+def _conversation(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return tools, their choice and thinking as the core has them."""
+    values: dict[str, Any] = {}
+    if "tools" in arguments:
+        tools = enumerate(arguments["tools"])
+        values["tools"] = tuple(_tool(tool, f"tools[{index}]") for index, tool in tools)
+    parallel = arguments.pop("parallel_tool_calls", None)
+    if "tool_choice" in arguments or parallel is not None:
+        values["tool_choice"] = _choice(arguments.get("tool_choice"), parallel=parallel)
+    if "thinking" in arguments:
+        values["thinking"] = _thinking(arguments["thinking"])
+    return values
+
+
+def _tool(item: Tool | Mapping[str, Any], place: str) -> Tool:
+    """Return a tool; a mapping is the function, or as over HTTP."""
+    if isinstance(item, Tool):
+        return item
+    body = dict(item) if "function" in item else {"type": "function", "function": dict(item)}
+    return to_tools([_read(body, WireTool, place)])[0]
+
+
+def _choice(
+    item: ToolChoice | str | Mapping[str, Any] | None, *, parallel: bool | None
+) -> ToolChoice:
+    if isinstance(item, ToolChoice):
+        return item if parallel is None else msgspec.structs.replace(item, parallel=parallel)
+    wire = _read({"tool_choice": item}, _Choice, "")
+    return to_choice(wire.tool_choice, parallel=parallel)
+
+
+def _thinking(item: Thinking | bool | str | int) -> Thinking:
+    if isinstance(item, Thinking):
+        return item
+    if isinstance(item, bool):
+        return Thinking(enabled=item)
+    if isinstance(item, int):
+        return built(Thinking, {"budget": item})
+    if item in ("on", "off"):
+        return Thinking(enabled=item == "on")
+    return built(Thinking, {"effort": item, "enabled": True})
+
+
+class _Choice(fields.Body, frozen=True):
+    tool_choice: WireChoice | None
+
+
+def _read(data: Any, kind: type[T], place: str) -> T:
+    """Return a part of a request, checked as over HTTP.
+
+    Raises:
+        InvalidRequest, Unsupported: it is wrong, with its place.
+    """
+    known, unknown = fields.known(data, kind, place)
+    fields.check(unknown)
+    try:
+        return msgspec.convert(known, kind)
+    except msgspec.ValidationError as error:
+        raise refusal(error, kind, place) from error
 
 
 def _constraint(form: AnyForm, value: Any) -> Constraint:
@@ -74,13 +144,7 @@ def _message(item: Message | Mapping[str, Any], place: str) -> Message:
         return item
     if not isinstance(item, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidRequest(f"{place}: expected a mapping or a Message.", param=place)
-    # Checked as in a request over HTTP.
-    known, unknown = fields.known(dict(item), ChatMessage, place)
-    fields.check(unknown)
-    try:
-        return to_messages([msgspec.convert(known, ChatMessage)], int(place[9:-1]))[0]
-    except msgspec.ValidationError as error:
-        raise refusal(error, ChatMessage, place) from error
+    return to_messages([_read(dict(item), ChatMessage, place)], int(place[9:-1]))[0]
 
 
 def vectors(embedded: EmbedResult) -> Numbers:

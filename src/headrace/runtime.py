@@ -41,9 +41,12 @@ from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker
 from headrace.pool.state import StateFile
 from headrace.telemetry import otel
+from headrace.text.calls.families import FAMILIES
+from headrace.text.template import ChatTemplate
+from headrace.worker.chat import format_of
 from headrace.worker.process import Spawn, WarmProcess, WorkerProcess, spawn
 from headrace.worker.sizing import Sizing, Unsized
-from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, unloaded_info
+from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, described, unloaded_info
 from headrace.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -84,9 +87,17 @@ def load_settings(**sources: Any) -> Settings:
     return configuration.load(
         known_options=engine_options(),
         import_options=engine_registry.options,
-        verify=_check_task,
+        verify=_verify,
         **sources,
     )
+
+
+def _verify(spec: ModelSpec) -> None:
+    if spec.tool_format is not None and spec.tool_format not in FAMILIES:
+        raise ConfigError(
+            f"{spec.tool_format} is none of {', '.join(FAMILIES)}.", param="tool_format"
+        )
+    _check_task(spec)
 
 
 def _check_task(spec: ModelSpec) -> None:
@@ -160,6 +171,17 @@ def describe(spec: ModelSpec, config: Config) -> ModelInfo:
         )
     worker_spec = _worker_spec(spec, inspect(path), config)
     return unloaded_info(spec, "created", None, worker_spec)
+
+
+def with_tool_format(info: ModelInfo, spec: ModelSpec) -> ModelInfo:
+    """Return metadata with how the model writes thinking and calls, by its template. Blocking."""
+    if info.chat_template is None or "generate" not in info.capabilities.tasks:
+        return info
+    try:
+        template = ChatTemplate(info.chat_template, {})
+    except ConfigError:
+        return info
+    return described(info, format_of(template, spec.tool_format))
 
 
 def open_worker(

@@ -324,3 +324,28 @@ async def test_everything_is_given_back_before_the_last_byte() -> None:
     async with client(backend) as http:
         await http.post(CHAT, json=chat(stream=True))
         assert (backend.running, len(backend.ended)) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "names"),
+    [
+        ("reasoning_content", ["reasoning_content"]),
+        ("reasoning", ["reasoning"]),
+        ("both", ["reasoning_content", "reasoning"]),
+    ],
+)
+async def test_the_field_of_the_thinking_is_a_setting(field: str, names: list[str]) -> None:
+    """Issue 13, thinking: streamed and whole."""
+
+    def script(_request: Any) -> Iterable[Any]:
+        yield Delta("", (1,), reasoning="hm")
+        yield Delta("Hi", (2,))
+        yield finish()
+
+    answer = await stream(script, chat(), reasoning_field=field)
+    delta = events(answer.text)[1]["choices"][0]["delta"]
+    assert delta == dict.fromkeys(names, "hm")
+    async with client(FakeBackend(script), reasoning_field=field) as http:
+        message = (await http.post(CHAT, json=chat())).json()["choices"][0]["message"]
+    assert [name for name in message if name.startswith("reasoning")] == names
+    assert {message[name] for name in names} == {"hm"}

@@ -24,6 +24,7 @@ from tests.cli.test_top import screen as terminal
 from headrace.cli import run as command
 from headrace.cli.answer import complete, formatted
 from headrace.cli.chat import COMMANDS, HELP, Conversation, Leave, unfinished, unquoted
+from headrace.cli.terminal import plain
 from headrace.config import Settings, load
 from headrace.core.errors import ContextOverflow, InvalidRequest
 from headrace.core.events import Delta, Event, Finish, Progress
@@ -195,6 +196,33 @@ def test_an_answer_is_wrapped_at_words_and_its_markdown_formatted() -> None:
     assert "\x1b[1mbold" in text.getvalue()
     assert "\x1b[2J" not in text.getvalue()
     assert max(map(len, lines)) <= 20
+
+
+def test_thinking_is_dimmed_before_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    """Issue 13, thinking: by whole lines; it is left out where the answer is piped."""
+    console, text = screen(40)
+    with formatted(console) as write:
+        for piece in ("Let me ", "see.\nYes", "."):
+            write(piece, thinking=True)
+        write("Done.")
+    assert re.search(r"\x1b\[2m *Let me see\.", text.getvalue())
+    assert text.getvalue().index("Yes.") < text.getvalue().index("Done.")
+    with plain() as write:
+        write("Let me see.", thinking=True)
+        write("Done.")
+    assert capsys.readouterr().out == "Done.\n"
+
+
+def test_the_chat_switches_thinking() -> None:
+    """Issue 13, thinking: `/think` alone leaves it to the model."""
+    conversation = Conversation("m", thinking="low")
+    assert conversation.request()["thinking"] == "low"
+    conversation.command("/think off")
+    assert conversation.request()["thinking"] == "off"
+    with pytest.raises(InvalidRequest, match="on, off"):
+        conversation.command("/think perhaps")
+    conversation.command("/think")
+    assert "thinking" not in conversation.request()
 
 
 def test_a_spinner_turns_until_the_first_token() -> None:

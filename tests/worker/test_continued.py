@@ -10,7 +10,10 @@ import pytest
 from headrace import ModelWorker
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import ToolCall
+from headrace.core.model import ModelFile
 from headrace.core.request import CountRequest, GenerateRequest, Message
+from headrace.engines.base import OpenRequest
+from headrace.engines.echo import Engine
 from headrace.text.calls.parts import Thought
 from headrace.text.template import ChatTemplate
 from headrace.worker.chat import Chat
@@ -21,12 +24,15 @@ STRIPS = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+ENGINE = Engine(OpenRequest(model=ModelFile(path="", format="none")))
 ASKING = Message("user", "Continue.")
 
 
 def rendered(source: str, *messages: Message, **fields: Any) -> str:
     template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
-    return Chat(template).render(GenerateRequest(messages=messages, continue_final=True, **fields))
+    return Chat(template, ENGINE).render(
+        GenerateRequest(messages=messages, continue_final=True, **fields)
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -51,7 +57,7 @@ def test_thinking_is_continued_where_there_is_no_content() -> None:
     request = GenerateRequest(
         messages=(ASKING, Message("assistant", reasoning="First, I")), continue_final=True
     )
-    chat = Chat(ChatTemplate(TEMPLATES["qwen3"], {}))
+    chat = Chat(ChatTemplate(TEMPLATES["qwen3"], {}), ENGINE)
     prompt = chat.render(request)
     assert prompt.endswith("<think>\nFirst, I")
     splitter = chat.splitter(request, prompt)

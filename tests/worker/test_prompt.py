@@ -43,7 +43,8 @@ class Tokenizer:
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return "".join(map(chr, token_ids))
 
-    shown = detokenize
+    def shown(self, token_ids: Sequence[int], visible: frozenset[int] = frozenset()) -> str:
+        return self.detokenize(token_ids)
 
 
 def prompter(spec: ModelSpec | None = None, **facts: Any) -> Prompter:

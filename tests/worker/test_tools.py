@@ -10,10 +10,13 @@ from tests.worker.rig import worker
 from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.events import Delta, ToolCall, ToolCallDelta
+from headrace.core.model import ModelFile
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling
 from headrace.core.stream import collect
 from headrace.core.tools import Thinking, Tool, ToolChoice
+from headrace.engines.base import OpenRequest
+from headrace.engines.echo import Engine
 from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.splitter import Splitter
 from headrace.text.template import ChatTemplate
@@ -67,7 +70,8 @@ def asked(content: str, **given: Any) -> GenerateRequest:
 
 
 def chat(source: str = HERMES) -> Chat:
-    return Chat(ChatTemplate(source, {}))
+    engine = Engine(OpenRequest(model=ModelFile(path="", format="none")))
+    return Chat(ChatTemplate(source, {}), engine)
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
@@ -189,12 +193,12 @@ def test_the_history_is_rendered_by_the_model() -> None:
 
 
 def test_thinking_is_switched_by_what_the_template_knows() -> None:
-    """Issue 13, thinking: one policy; a budget that would be ignored is refused."""
+    """Issue 13, thinking: one policy; a budget of 0 is none."""
     off = chat().render(asked("x", thinking=Thinking(enabled=False)))
     assert off.endswith("<think>\n\n</think>\n\n")
     assert "<think>" not in chat().render(asked("x", thinking=Thinking(enabled=True)))
-    with pytest.raises(Unsupported, match="budget"):
-        chat().render(asked("x", thinking=Thinking(budget=5)))
+    assert chat().render(asked("x", thinking=Thinking(budget=0))) == off
+    assert chat().render(asked("x", thinking=Thinking(budget=5))) == chat().render(asked("x"))
     plain = "{{ messages[-1].content }}"
     assert chat(plain).render(
         GenerateRequest(messages=(Message("user", "x"),), thinking=Thinking(budget=5))

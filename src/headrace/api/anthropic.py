@@ -19,12 +19,11 @@ from headrace.api.messages import (
     CallId,
     Function,
     ToolName,
-    Turns,
-    leave_out,
     to_call,
     tools_of,
 )
 from headrace.api.stream import send_stream
+from headrace.api.turns import Turns, leave_out
 from headrace.api.wire import (
     Count,
     KeepAlive,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -10,7 +12,7 @@ from msgspec import Meta
 
 from headrace.api import fields
 from headrace.api.exchange import Call, Exchange, Service
-from headrace.api.fields import Peers
+from headrace.api.fields import Peers, ReasoningField
 from headrace.api.limits import ApiSettings
 from headrace.api.logprobs import TokenBody, token_bodies
 from headrace.api.messages import (
@@ -105,12 +107,16 @@ class ToolCallPart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer. `reasoning_content` is the model's thinking; content is null beside calls."""
+    """The answer; content is null beside calls.
+
+    `reasoning_content` is the model's thinking, or `reasoning`, as the service is configured.
+    """
 
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
     reasoning_content: str | msgspec.UnsetType | None = msgspec.UNSET
+    reasoning: str | msgspec.UnsetType | None = msgspec.UNSET
     tool_calls: list[ToolCallBody] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -138,6 +144,7 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
     content: str | None = None
     refusal: None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[ToolCallPart] | None = None
 
 
@@ -170,12 +177,20 @@ _FORMAT = ChunkFormat(
 )
 
 
+_FORMATS: dict[ReasoningField, ChunkFormat] = {
+    "reasoning_content": _FORMAT,
+    "reasoning": replace(_FORMAT, reasoning=b'"delta":{"reasoning":'),
+    "both": replace(_FORMAT, reasoning_too=b',"reasoning":'),
+}
+
+
 async def chat_completions(service: Service, exchange: Exchange) -> None:
     """Answer a conversation, streamed or whole."""
     wire = await exchange.read(_DECODER)
     exchange.call.names = wire.names()
     request = to_request(wire, exchange.settings, exchange.call)
-    reply = Reply("chatcmpl-", _FORMAT, request.n, _whole)
+    field = exchange.settings.reasoning_field
+    reply = Reply("chatcmpl-", _FORMATS[field], request.n, partial(_whole, field))
     await answer(service, exchange, wire, service.backend.ask(request), reply)
 
 
@@ -204,19 +219,23 @@ def to_request(wire: ChatRequest, settings: ApiSettings, call: Call) -> Generate
     )
 
 
-def _whole(head: dict[str, Any], choices: tuple[Choice, ...]) -> ChatCompletion:
+def _whole(
+    field: ReasoningField, head: dict[str, Any], choices: tuple[Choice, ...]
+) -> ChatCompletion:
     scored = choices[0].prompt_tokens
     return ChatCompletion(
         **head,
-        choices=[_choice(choice) for choice in choices],
+        choices=[_choice(field, choice) for choice in choices],
         prompt_logprobs=prompt_places(scored) if scored else msgspec.UNSET,
     )
 
 
-def _choice(choice: Choice) -> ChatChoice:
+def _choice(field: ReasoningField, choice: Choice) -> ChatChoice:
+    thinking = choice.reasoning or msgspec.UNSET
     message = AssistantMessage(
         content=choice.text or (None if choice.tool_calls else ""),
-        reasoning_content=choice.reasoning or msgspec.UNSET,
+        reasoning_content=msgspec.UNSET if field == "reasoning" else thinking,
+        reasoning=msgspec.UNSET if field == "reasoning_content" else thinking,
         tool_calls=[*map(_call, choice.tool_calls)] or msgspec.UNSET,
     )
     return ChatChoice(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from headrace.api.fields import GENERATE, Peers, ignored, refused
 
 _OF_CHATS: Peers = {
+    **refused("reasoning_budget thinking_budget thinking_budget_tokens"),
     **refused("grammar regex ebnf", ""),
     **refused("structured_outputs guided_json guided_regex guided_choice guided_grammar"),
     **refused("add_generation_prompt", True),

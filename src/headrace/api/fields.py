@@ -19,6 +19,7 @@ from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.wording import described, fields_of, parts_of, struct_of
 
 OnUnknown = Literal["ignore", "warn", "refuse"]
+ReasoningField = Literal["reasoning_content", "reasoning", "both"]
 
 _SHOWN = 8
 _MOST = 64
@@ -111,7 +112,6 @@ GENERATE: Peers = {
     **_refused("audio prediction web_search_options"),
     **_refused("modalities", ["text"]),
     **_refused("function_call", "none"),
-    **_refused("thinking_budget", instead="Use thinking_token_budget"),
     **_refused("reasoning_format", "auto"),
     **_refused("format", "", instead="Use response_format"),
     **_refused("system template", "", instead="Use a message with the role system"),
@@ -140,7 +140,7 @@ COMPLETIONS: Peers = {
     **_refused("tools", [], instead="Use /v1/chat/completions"),
     **_refused("tool_choice", "none", "auto"),
     **_refused("reasoning_effort reasoning think thinking enable_thinking", False, "none"),
-    **_refused("thinking_token_budget"),
+    **_refused("thinking_token_budget thinking_budget_tokens thinking_budget reasoning_budget"),
     **_refused("max_completion_tokens", instead="Use max_tokens"),
     **_ignored("chat_template_kwargs"),
 }

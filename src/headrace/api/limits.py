@@ -9,7 +9,7 @@ import re
 
 import msgspec
 
-from headrace.api.fields import OnUnknown
+from headrace.api.fields import OnUnknown, ReasoningField
 from headrace.core.errors import ConfigError
 
 MAX_URL = 8 << 10
@@ -86,8 +86,8 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     arrival. `load_wait_s` is how long a request that is not streamed waits for its model to load.
     When there are keys, `keep_alive` of a request without an admin key only lengthens the model's,
     to `max_keep_alive_s` at most.
-    `unknown_fields` is what becomes of a body's unknown fields. With `list_aliases`, /v1/models
-    lists each alias as a model.
+    `unknown_fields` is what becomes of a body's unknown fields. `reasoning_field` is where chat
+    completions have the thinking. With `list_aliases`, /v1/models lists each alias as a model.
 
     Raises:
         ConfigError: a key is not hashed, or a limit is not positive.
@@ -105,6 +105,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_keep_alive_s: float = 3600.0
     headers_after_s: float = 5.0
     unknown_fields: OnUnknown = "warn"
+    reasoning_field: ReasoningField = "reasoning_content"
     list_aliases: bool = False
 
     def __post_init__(self) -> None:

@@ -9,10 +9,9 @@ import msgspec
 from msgspec import Meta
 
 from headrace.api import fields, limits
-from headrace.api.exchange import Call
 from headrace.api.fields import Body, Peers
 from headrace.api.wire import GenerateFields
-from headrace.core.errors import InvalidRequest, Unsupported
+from headrace.core.errors import InvalidRequest
 from headrace.core.events import ToolCall
 from headrace.core.request import Message, Role
 from headrace.core.tools import Thinking, Tool, ToolChoice
@@ -27,6 +26,11 @@ TEMPLATE_NAMES = {
 }
 """The client's names for fields of the core."""
 
+Budget = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+
+_BUDGETS = (
+    "thinking_token_budget", "thinking_budget_tokens", "thinking_budget", "reasoning_budget",
+)  # fmt: skip
 _EMPTY_ARGUMENTS = "{}"
 
 
@@ -135,7 +139,7 @@ class ThinkingSwitch(Body, frozen=True):
     """Thinking as some APIs have it: on or off, and the most tokens of it."""
 
     type: Literal["enabled", "disabled", "auto", "adaptive"] | None = None
-    budget_tokens: Annotated[int, Meta(ge=0)] | None = None
+    budget_tokens: Budget | None = None
 
 
 class ReasoningSwitch(Body, frozen=True):
@@ -143,7 +147,7 @@ class ReasoningSwitch(Body, frozen=True):
 
     effort: Effort | None = None
     enabled: bool | None = None
-    max_tokens: Annotated[int, Meta(ge=0)] | None = None
+    max_tokens: Budget | None = None
 
     peers: ClassVar[Peers] = fields.REASONING
 
@@ -175,7 +179,15 @@ class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
     thinking: ThinkingSwitch | None = None
     think: bool | Effort | None = None
     enable_thinking: bool | None = None
-    thinking_token_budget: Annotated[int, Meta(ge=0)] | None = None
+    thinking_token_budget: Budget | None = None
+    thinking_budget_tokens: Budget | None = None
+    thinking_budget: Budget | None = None
+    reasoning_budget: Budget | None = None
+
+    def names(self) -> dict[str, str]:
+        """Return the client's names for fields of the core, where they differ."""
+        budgets = _budgets(self)
+        return super().names() | ({"thinking_budget": budgets[0][0]} if budgets else {})
 
 
 def to_template(wire: Templated) -> dict[str, Any]:
@@ -265,76 +277,19 @@ def to_thinking(wire: ThinkingFields) -> Thinking:
         None if effort is None else effort != "none",
     )
     enabled = next((value for value in switches if value is not None), None)
-    budgets = (wire.thinking_token_budget, switch.budget_tokens, routed.max_tokens)
     return Thinking(
         enabled=enabled,
         effort=None if effort == "none" else effort,
-        budget=next((value for value in budgets if value is not None), None),
+        budget=next((tokens for _, tokens in _budgets(wire)), None),
     )
 
 
-class Turns:
-    """Makes turns of the parts of a conversation, those of one answer becoming one turn."""
-
-    def __init__(self) -> None:
-        self._turns: list[Message] = []
-        self._names: dict[str, str] = {}
-        self._texts: list[str] = []
-        self._thoughts: list[str] = []
-        self._calls: list[ToolCall] = []
-
-    def add(self, message: Message) -> None:
-        """Add a turn that is not the model's; system messages at the beginning are joined."""
-        self._end_answer()
-        turns = self._turns
-        systems = {"system", "developer"}
-        if len(turns) == 1 and turns[0].role in systems and message.role in systems:
-            # Many templates know one system message only.
-            message = Message("system", f"{turns.pop().content}\n\n{message.content}")
-        turns.append(message)
-
-    def answer(self, call_id: str, output: str) -> None:
-        """Add what a tool has returned."""
-        self.add(Message("tool", output, self._names.get(call_id), tool_call_id=call_id))
-
-    def say(self, text: str) -> None:
-        """Add text of the model."""
-        self._texts.append(text)
-
-    def think(self, text: str) -> None:
-        """Add thinking of the model."""
-        self._thoughts.append(text)
-
-    def call(self, call: ToolCall) -> None:
-        """Add a call of the model."""
-        self._names[call.id] = call.name
-        self._calls.append(call)
-
-    def end(self) -> tuple[Message, ...]:
-        """Return all turns."""
-        self._end_answer()
-        return tuple(self._turns)
-
-    def _end_answer(self) -> None:
-        text, thought, calls = "".join(self._texts), "".join(self._thoughts), tuple(self._calls)
-        if self._texts or calls:
-            message = Message("assistant", text, tool_calls=calls, reasoning=thought)
-            self._turns.append(message)
-        self._texts, self._thoughts, self._calls = [], [], []
-
-
-def leave_out(call: Call, hosted: Sequence[str], *, kept: bool, forced: bool) -> None:
-    """Note in `call` tools that a provider would run, and that are left out.
-
-    `kept` is whether the model can do without: other tools are left, or none may be called.
-
-    Raises:
-        Unsupported: it cannot, or is `forced` to call a tool, which might be one of them.
-    """
-    if hosted and (forced or not kept):
-        message = f"The tool {hosted[0][:64]} is not run by this server, and the request needs it."
-        raise Unsupported(message, param="tools")
-    call.left_out += tuple(dict.fromkeys(f"tool {name[:64]}" for name in hosted))
+def _budgets(wire: ThinkingFields) -> list[tuple[str, int]]:
+    """Return the limits of the thinking by the names of their fields; -1 is none."""
+    budgets = {name: getattr(wire, name) for name in _BUDGETS}
+    budgets["thinking.budget_tokens"] = wire.thinking and wire.thinking.budget_tokens
+    budgets["reasoning.max_tokens"] = wire.reasoning and wire.reasoning.max_tokens
+    return [(name, value) for name, value in budgets.items() if value is not None and value >= 0]
 
 
 def _turn(message: ChatMessage, place: str, names: dict[str, str]) -> Message:

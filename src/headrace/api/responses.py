@@ -14,8 +14,6 @@ from headrace.api.limits import ApiSettings
 from headrace.api.messages import (
     CalledFunction,
     Function,
-    Turns,
-    leave_out,
     to_call,
     tools_of,
 )
@@ -32,6 +30,7 @@ from headrace.api.responses_request import (
     TextFormat,
 )
 from headrace.api.stream import send_stream
+from headrace.api.turns import Turns, leave_out
 from headrace.api.wire import (
     answer_fields,
     envelope,

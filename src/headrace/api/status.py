@@ -19,6 +19,7 @@ _LOADABLE: frozenset[State] = frozenset({"ready", "created", "stopped"})
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """A model; requests name it by its `id` or an alias.
 
+    `base` is the model that answers, if this is a name with a preset of its own.
     `type`, `display_name`, `created_at`, `max_input_tokens` and `lifecycle` are Anthropic's fields.
     """
 
@@ -39,6 +40,10 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     context_length: int | None
     parameters: int | None
     quantization: str | None
+    tools: str
+    thinking: str
+    tool_format: str | None
+    base: str | None
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +93,10 @@ def _card(info: ModelInfo, name: str) -> ModelCard:
         context_length=info.context_length,
         parameters=info.parameters,
         quantization=info.quantization,
+        tools=info.capabilities.tools,
+        thinking=info.capabilities.thinking,
+        tool_format=info.tool_format.get("tool calls", "").partition(":")[0] or None,
+        base=info.base,
     )
 
 

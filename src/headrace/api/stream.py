@@ -41,8 +41,9 @@ _encode = msgspec.json.Encoder().encode
 class ChunkFormat:
     """How a route writes a choice: `role` opens it, `text` and `after` enclose the text.
 
-    `empty` is written when a choice has ended. `logprobs` returns the value to encode, `call` the
-    delta of a tool call, `prompt` the log probabilities of an echo.
+    `reasoning_too` is a second place for thinking. `empty` is written when a choice has ended.
+    `logprobs` returns the value to encode, `call` the delta of a tool call, `prompt` the log
+    probabilities of an echo.
     """
 
     object: str
@@ -52,6 +53,7 @@ class ChunkFormat:
     after: bytes
     empty: bytes
     logprobs: Callable[[Delta], Any]
+    reasoning_too: bytes = b""
     call: Callable[[ToolCallDelta], Any] | None = None
     prompt: Callable[[PromptTokens], Any] | None = None
 
@@ -170,7 +172,9 @@ class ChunkEncoder:
     def _rare(self, delta: Delta) -> bytes:
         form, before, chunk = self._form, self._before(delta.index), b""
         if delta.reasoning:
-            chunk = before + form.reasoning + encode(delta.reasoning) + self._plain
+            text = encode(delta.reasoning)
+            again = form.reasoning_too + text if form.reasoning_too else b""
+            chunk = before + form.reasoning + text + again + self._plain
         if delta.logprobs:
             logprobs = form.after + b',"logprobs":' + encode(form.logprobs(delta))
             chunk += before + form.text + encode(delta.text) + logprobs + self._close

@@ -12,12 +12,12 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 from rich.spinner import Spinner
+from rich.text import Text
 
 from headrace import log
 from headrace.cli import terminal
 
-Write = Callable[[str], None]
-Shown = Callable[[], AbstractContextManager[Write]]
+Shown = Callable[[], AbstractContextManager[terminal.Write]]
 """Yields a function that shows the next piece of an answer."""
 
 _FENCES = ("```", "~~~")
@@ -30,7 +30,7 @@ def for_chat() -> Shown:
 
 
 @contextmanager
-def formatted(console: Console | None = None) -> Generator[Write]:
+def formatted(console: Console | None = None) -> Generator[terminal.Write]:
     """Yield a function that shows Markdown, wrapped at words; a spinner until the first text."""
     console = console or Console(no_color=not log.colourful(), highlight=False)
     blocks = _Blocks(console)
@@ -47,6 +47,7 @@ class _Blocks:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._text: str | None = None
+        self._thought = ""
         self._printed = False
         self._spinner = Spinner("dots")
 
@@ -60,8 +61,12 @@ class _Blocks:
             yield from line
             yield Segment.line()
 
-    def write(self, text: str) -> None:
-        """Add text."""
+    def write(self, text: str, *, thinking: bool = False) -> None:
+        """Add text. Thinking is printed as it comes, dimmed, by lines."""
+        if thinking:
+            self._think(terminal.printable(text))
+            return
+        self._think("\n" if self._thought else "")
         self._text = (self._text or "") + terminal.printable(text)
         end = complete(self._text)
         block, self._text = self._text[:end], self._text[end:]
@@ -69,8 +74,15 @@ class _Blocks:
 
     def end(self) -> None:
         """Print what is left."""
+        self._think("\n" if self._thought else "")
         block, self._text = self._text or "", ""
         self._print(block)
+
+    def _think(self, text: str) -> None:
+        *lines, self._thought = (self._thought + text).split("\n")
+        for line in lines:
+            self._console.print(Text(line), style="dim")
+            self._printed = True
 
     def _print(self, block: str) -> None:
         if block.strip():

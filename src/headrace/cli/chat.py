@@ -29,6 +29,8 @@ HELP = """\
 /system [TEXT]        set the system message; without text, drop it
 /set [NAME VALUE]     set how tokens are chosen; without a value, back to the default;
                       separate several values by commas, or write JSON: ["\\n\\n"]
+/think [on|off|...]   switch thinking, or say how much: low, medium, high; without a value,
+                      back to the model's own
 /show                 model, settings and messages
 /save FILE            write the conversation as JSON
 /load FILE            read one that was saved
@@ -38,6 +40,7 @@ Alt-Enter, a backslash at the end of a line or \"\"\" around the text write seve
 Ctrl-C stops an answer; twice at an empty prompt, or Ctrl-D, leaves. What is typed during an
 answer waits at the next prompt."""
 
+_THINKING = ("on", "off", "minimal", "low", "medium", "high")
 _QUOTES = '"""'
 _LISTS = ("stop", "stop_token_ids")
 _SETTABLE = {
@@ -64,9 +67,15 @@ class Conversation:
     """The messages of a chat, and how the next answer is sampled."""
 
     def __init__(
-        self, model: str, *, system: str | None = None, sampling: Mapping[str, Any] | None = None
+        self,
+        model: str,
+        *,
+        system: str | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        thinking: str | None = None,
     ) -> None:
         self.model = model
+        self.thinking = thinking
         self.system = system
         self.sampling = dict(sampling or {})
         self.messages: list[Message] = []
@@ -77,7 +86,8 @@ class Conversation:
     def request(self) -> dict[str, Any]:
         """Return the arguments for the next answer."""
         system = [Message("system", self.system)] if self.system else []
-        return {"messages": [*system, *self.messages], **self.sampling}
+        thinking = {"thinking": self.thinking} if self.thinking else {}
+        return {"messages": [*system, *self.messages], **self.sampling, **thinking}
 
     def ask(self, text: str) -> None:
         """Add a question."""
@@ -112,6 +122,13 @@ class Conversation:
         """Replace the system message."""
         self.system = text or None
         return "The system message is set." if text else "There is no system message."
+
+    def set_thinking(self, text: str) -> str:
+        """Switch thinking, or leave it to the model."""
+        if text not in ("", *_THINKING):
+            raise InvalidRequest(f"/think takes {', '.join(_THINKING)}.")
+        self.thinking = text or None
+        return f"Thinking is {text or 'as the model has it'}."
 
     def set_sampling(self, text: str) -> str:
         """Set a sampling parameter, or show them."""
@@ -192,6 +209,7 @@ _COMMANDS: dict[str, Callable[[Conversation, str], str | None]] = {
     "clear": Conversation.clear,
     "system": Conversation.set_system,
     "set": Conversation.set_sampling,
+    "think": Conversation.set_thinking,
     "show": Conversation.show,
     "save": Conversation.save,
     "load": Conversation.load,

@@ -100,6 +100,9 @@ def run(
         Argument(metavar="PROMPT", help="The prompt; a piped stdin is added."),
     ] = None,
     system: Annotated[str | None, Option(help="System message.")] = None,
+    think: Annotated[
+        str | None, Option(help="Thinking: on, off, or how much: low, medium, high.")
+    ] = None,
     raw: Annotated[bool, Option(help="Send the prompt without chat template.")] = False,
     figures: Annotated[bool, Option(help="Print the figures of the answer.")] = True,
     local: Annotated[bool, Option("--local", help="Load the model in this process.")] = False,
@@ -115,7 +118,7 @@ def run(
     With --url any server with OpenAI's API answers.
     """
     settings = flags.settings(common)
-    parameters = sampling.parameters() | form.arguments()
+    parameters = sampling.parameters() | form.arguments() | ({"thinking": think} if think else {})
     question = _Question(_text(prompt or []), system, parameters, raw)
     named = [f"--{name.replace('_', '-')}" for name in given(flags)]
     if url and (local or named):
@@ -199,7 +202,9 @@ async def chat(
 
     shown = for_chat()
     title = spec.name + _place(spec, " at")
-    conversation = Conversation(title, system=system, sampling=sampling)
+    options = dict(sampling or {})
+    thinking = options.pop("thinking", None)
+    conversation = Conversation(title, system=system, sampling=options, thinking=thinking)
     async with loaded(settings, spec) as worker:
 
         async def answer(parts: list[str]) -> str:
@@ -257,9 +262,12 @@ async def written(
     with shown() as write:
         try:
             async for event in stream:
-                if isinstance(event, Delta) and event.text:
-                    parts.append(event.text)
-                    write(event.text)
+                if isinstance(event, Delta):
+                    if event.reasoning:
+                        write(event.reasoning, thinking=True)
+                    if event.text:
+                        parts.append(event.text)
+                        write(event.text)
                 elif isinstance(event, Finish):
                     return event
         finally:

@@ -76,7 +76,7 @@ def show(common: Common, model: ModelArgument, flags: ModelFlags) -> None:
 
     settings = flags.settings(common)
     spec = settings.model_spec(model)
-    info = runtime.describe(spec, settings.config)
+    info = runtime.with_tool_format(runtime.describe(spec, settings.config), spec)
     parameters = runtime.parameters(spec, info.engine)
     options = [parameter for parameter in parameters if parameter.kind == "option"]
     described = {
@@ -104,10 +104,14 @@ def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
     plain: dict[str, Any] = msgspec.to_builtins(info)
     plain["capabilities"] = tuple(info.capabilities.names)
     for name, value in plain.items():
-        if name in _NOT_SHOWN or value in (None, "", "none", 0, ()):
+        if name in _NOT_SHOWN or value in (None, "", "none", 0, (), {}):
             continue
         name = name.replace("_", " ")
-        if name in ("size", "memory"):
+        if name == "tool format":
+            yield from info.tool_format.items()
+        elif name == "preset":
+            yield name, ", ".join(f"{key} = {part!r}" for key, part in info.preset.items())
+        elif name in ("size", "memory"):
             yield name, terminal.size(value)
         elif name == "chat template":
             yield name, f"{len(value)} characters"

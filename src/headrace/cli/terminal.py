@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -20,6 +20,7 @@ Report = Callable[[str, int, int], None]
 
 # The text of a model could move the cursor, rename the window or write to the clipboard.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_DIM = "\x1b[2m{}\x1b[0m"
 GAP = "  "
 _WIDEST = 48
 
@@ -29,21 +30,36 @@ def printable(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
-def write(text: str) -> None:
+class Write(Protocol):
+    """Writes the next piece of an answer, or of the thinking before it."""
+
+    def __call__(self, text: str, *, thinking: bool = False) -> None:
+        """Write a piece."""
+        ...
+
+
+def write(text: str, style: str = "{}") -> None:
     """Write text to stdout and flush it; without control characters on a terminal."""
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.write(style.format(printable(text)) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 @contextmanager
-def plain() -> Generator[Callable[[str], None]]:
-    """Yield a function that writes the pieces of an answer; at the end its last line is ended."""
-    last = "\n"
+def plain() -> Generator[Write]:
+    """Yield a function that writes the pieces of an answer; at the end its last line is ended.
 
-    def piece(text: str) -> None:
-        nonlocal last
-        last = text
-        write(text)
+    Thinking is dimmed on a terminal, and left out elsewhere.
+    """
+    last, has_thought = "\n", False
+
+    def piece(text: str, *, thinking: bool = False) -> None:
+        nonlocal last, has_thought
+        if thinking and not sys.stdout.isatty():
+            return
+        if has_thought and not thinking:
+            write("\n\n")
+        last, has_thought = text, thinking
+        write(text, _DIM if thinking and log.colourful() else "{}")
 
     try:
         yield piece

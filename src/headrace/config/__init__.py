@@ -12,6 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from pydantic import BaseModel
 
 from headrace.config import check, sources
@@ -26,7 +27,7 @@ from headrace.config.tree import (
     hash_key,
 )
 from headrace.core.errors import ConfigError
-from headrace.core.model import SETTINGS, ModelSpec
+from headrace.core.model import PRESET_SETTINGS, SETTINGS, ModelSpec, Preset
 from headrace.core.values import masked
 
 __all__ = [
@@ -142,7 +143,7 @@ class Settings:
     def resolve(self, name: str) -> tuple[str, str]:
         """Return name and reference of a configured model, an alias, or a bare reference."""
         for key, model in self.config.models.items():
-            if name == key or name in model.aliases:
+            if name == key or name in model.aliases or name in model.presets:
                 return key, key
         return short_name(name), name
 
@@ -194,7 +195,10 @@ class Settings:
                 yield _row(key, getattr(getattr(config, table), name), layer.get(key))
         for name in dict.fromkeys([*config.models, *names]):
             known, reference = self.resolve(name)
-            yield from _model_rows(*_model(self._sources, known, reference, {}))
+            spec, layer = _model(self._sources, known, reference, {})
+            yield from _model_rows(spec, layer)
+            for other in spec.presets:
+                yield from _preset_rows(other, self._sources.file.models[other])
 
     def _spec(self, name: str, reference: str, arguments: Mapping[str, Any]) -> ModelSpec:
         read = self._sources.with_engine(arguments.get("engine"))
@@ -214,6 +218,11 @@ def _model_rows(spec: ModelSpec, layer: Layer) -> Iterator[Row]:
         yield _row(f"{prefix}options.{key}", value, layer.get(f"options.{key}"))
 
 
+def _preset_rows(name: str, layer: Layer) -> Iterator[Row]:
+    for key, value in layer.items():
+        yield _row(f"models.{name}.{key}", value.value, value)
+
+
 def _model(read: _Sources, name: str, reference: str, given: Layer) -> tuple[ModelSpec, Layer]:
     layer = read.of_model(name, reference, given)
     prefix = f"models.{name}."
@@ -229,6 +238,12 @@ def _model(read: _Sources, name: str, reference: str, given: Layer) -> tuple[Mod
     sources.raise_all(errors)
     assert checked is not None, "or its error was raised"
     spec = ModelSpec(name=name, **checked.model_dump())
+    if spec.base is not None:
+        origin = layer["base"].origin
+        raise ConfigError(f"{origin}: base is the key of a table of a file.", param="base")
+    presets = _presets(read, spec)
+    if presets:
+        spec = msgspec.structs.replace(spec, presets=presets)
     if read.verify is not None:
         try:
             read.verify(spec)
@@ -237,6 +252,47 @@ def _model(read: _Sources, name: str, reference: str, given: Layer) -> tuple[Mod
             message = f"{source.origin}: {prefix}{error.param}: {error.message}"
             raise ConfigError(message, param=error.param) from None
     return spec, layer
+
+
+def _base_of(layer: Layer) -> str | None:
+    return str(layer["base"].value) if "base" in layer else None
+
+
+def _presets(read: _Sources, base: ModelSpec) -> dict[str, Preset]:
+    """Return the presets of the tables with this base."""
+    tables = read.file.models.items()
+    return {
+        name: _preset(read, name).over(base)
+        for name, layer in tables
+        if _base_of(layer) == base.name
+    }
+
+
+def _preset(read: _Sources, name: str) -> Preset:
+    """Return the preset of a table with a base.
+
+    Raises:
+        ConfigError: the table has another key, or its base is no table with a model.
+    """
+    table, base = read.file.models[name], _base_of(read.file.models[name])
+    prefix = f"models.{name}."
+    others = [key for key in table if key not in (*PRESET_SETTINGS, "base")]
+    if others:
+        origin = sources.with_line(table[others[0]].origin, prefix + others[0])
+        raise ConfigError(
+            f"{origin}: {prefix}{others[0]}: a table with a base has only "
+            f"{', '.join(PRESET_SETTINGS)}; the rest is that of {base}.",
+            param=others[0],
+        )
+    if base not in read.file.models or _base_of(read.file.models[base]) is not None:
+        origin = sources.with_line(table["base"].origin, f"{prefix}base")
+        raise ConfigError(
+            f"{origin}: {prefix}base: {base} is no table of a model, [models.{base}].", param="base"
+        )
+    layer = read.of_model(name, name, {})
+    kept = {key: value for key, value in layer.items() if key in (*PRESET_SETTINGS, "model")}
+    checked = check.build(ModelSettings, kept, prefix)
+    return Preset(**{key: getattr(checked, key) for key in PRESET_SETTINGS})
 
 
 def _with_imported(
@@ -292,9 +348,12 @@ def load(
     whole: Config | None = None
     with sources.kept(errors):
         whole = check.build(Config, read.everywhere({"home": home}))
-    for name in read.file.models:
+    for name, layer in read.file.models.items():
         with sources.kept(errors):
-            models[name] = _model(read, name, name, {})[0]
+            if "base" in layer:
+                _preset(read, name)
+            else:
+                models[name] = _model(read, name, name, {})[0]
     sources.raise_all(errors)
     assert whole is not None, "or its error was raised"
     _distinct(models, read.file.path)
@@ -304,7 +363,7 @@ def load(
 def _distinct(models: Mapping[str, ModelSpec], path: Path | None) -> None:
     seen = dict.fromkeys(models, "a model")
     for name, model in models.items():
-        for alias in model.aliases:
+        for alias in (*model.presets, *model.aliases):
             if not sources.is_name(alias):
                 raise ConfigError(
                     f"file {path}: models.{name}.aliases: {alias!r}: {sources.NAMES}.",

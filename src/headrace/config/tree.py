@@ -152,6 +152,12 @@ class HttpSettings(_Frozen):
         le=366 * 86400,
         description="longest keep_alive of a request, once there are keys, without an admin's",
     )
+    reasoning_field: Annotated[
+        Literal["reasoning_content", "reasoning", "both"], BeforeValidator(_lower)
+    ] = Field(
+        default="reasoning_content",
+        description="field of the thinking in chat answers: reasoning_content, reasoning, both",
+    )
     unknown_fields: Annotated[Literal["ignore", "warn", "refuse"], BeforeValidator(_lower)] = Field(
         default="warn", description="unknown fields of a request: ignore, warn, refuse"
     )

@@ -231,6 +231,16 @@ class GenerateResult(msgspec.Struct, frozen=True, kw_only=True):
         return self.choices[0].text
 
     @property
+    def reasoning(self) -> str:
+        """The thinking before the first choice."""
+        return self.choices[0].reasoning
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls of tools of the first choice."""
+        return self.choices[0].tool_calls
+
+    @property
     def finish_reason(self) -> FinishReason:
         """Why the first choice ended."""
         return self.choices[0].finish_reason

@@ -166,6 +166,10 @@ class InferenceMetrics(Figures, frozen=True, kw_only=True):
     time_to_first_token_ms: Annotated[
         float | None, _ms("From arrival to the first text of the answer.", min, summarised=True)
     ] = None
+    time_to_first_content_ms: Annotated[
+        float | None,
+        _ms("From arrival to the first text or call, after any thinking.", min, summarised=True),
+    ] = None
     prefill_ms: Annotated[float | None, _ms("From admission to the first token.", _undefined)] = (
         None
     )

@@ -9,6 +9,7 @@ import msgspec
 
 from headrace.core.constraint import TextForm
 from headrace.core.device import device_text
+from headrace.core.sampling import checked_defaults
 from headrace.core.values import seconds, variables
 
 State = Literal["created", "loading", "ready", "draining", "stopped", "failed"]
@@ -66,19 +67,64 @@ def _template(value: object) -> object:
     return value if not value or str(value).startswith("@") else check_template(str(value))
 
 
-class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+def _switch(value: object) -> object:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return value.lower() if isinstance(value, str) else value
+
+
+class Preset(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What requests to a name have that they do not set themselves."""
+
+    system: Annotated[
+        str | None, Setting("system message of conversations without one", live=True, single=True)
+    ] = None
+    defaults: Annotated[
+        dict[str, Any],
+        Setting(
+            "sampling parameters: {temperature = 0.2, stop = [...]}",
+            live=True,
+            parse=checked_defaults,
+        ),
+    ] = {}
+    thinking: Annotated[
+        Literal["on", "off", "minimal", "low", "medium", "high", "xhigh", "max"] | None,
+        Setting("on, off, or how much: minimal to max", live=True, parse=_switch),
+    ] = None
+    thinking_budget: Annotated[int | None, Setting("most tokens of thinking", ge=0, live=True)] = (
+        None
+    )
+
+    def over(self, base: Preset) -> Preset:
+        """Return the preset with what it does not set taken from another."""
+        return Preset(
+            system=base.system if self.system is None else self.system,
+            defaults={**base.defaults, **self.defaults},
+            thinking=self.thinking or base.thinking,
+            thinking_budget=(
+                base.thinking_budget if self.thinking_budget is None else self.thinking_budget
+            ),
+        )
+
+
+class ModelSpec(Preset, frozen=True, kw_only=True, omit_defaults=True):
     """A model as it is configured: its source, its engine and how it is served.
 
     `name` is the name in requests. The other fields are the keys of `[models.NAME]`: the
     configuration, the pool and the traces read their `Setting`. None leaves a value to the model's
-    header, the engine or the device. The engine's own Options check `options`.
+    header, the engine or the device. The engine's own Options check `options`. `presets` are
+    further names with presets of their own: the tables whose `base` is this one.
     """
 
     name: str
+    presets: dict[str, Preset] = {}
     model: Annotated[
         str,
         Setting("reference: path, hub:, index:, or short name", min_length=1, single=True),
     ]
+    base: Annotated[
+        str | None, Setting("another table whose loaded model answers", single=True)
+    ] = None
     aliases: Annotated[
         tuple[str, ...], Setting("further names requests may use", live=True, single=True)
     ] = ()
@@ -101,6 +147,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         str | None, Setting("Jinja source, or @path of a file", parse=_template)
     ] = None
     stop: Annotated[tuple[str, ...], Setting("stop strings of the template")] = ()
+    tool_format: Annotated[
+        str | None, Setting("how the model writes calls of tools; else found in its template")
+    ] = None
     max_running: Annotated[int | None, Setting("requests at once", ge=1, traced=True)] = None
     max_queued: Annotated[int, Setting("requests that may wait", ge=0, live=True, traced=True)] = 64
     hang_s: Annotated[float, Setting("silence that means it hangs", gt=0)] = 120.0
@@ -165,6 +214,7 @@ SETTINGS: Mapping[str, Setting] = {
 
 LIVE_SETTINGS = tuple(name for name, setting in SETTINGS.items() if setting.live)
 TRACED_SETTINGS = tuple(name for name, setting in SETTINGS.items() if setting.traced)
+PRESET_SETTINGS = tuple(Preset.__struct_fields__)
 SINGLE_SETTINGS = tuple(name for name, setting in SETTINGS.items() if setting.single)
 
 
@@ -173,7 +223,7 @@ def needs_new_worker(old: ModelSpec, new: ModelSpec) -> bool:
     return any(
         getattr(old, name) != getattr(new, name)
         for name in ModelSpec.__struct_fields__
-        if name not in LIVE_SETTINGS
+        if name not in LIVE_SETTINGS and name != "presets"
     )
 
 
@@ -210,6 +260,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     `forms`: constraints that it enforces, beside `json_schema`.
     `batch_invariant`: greedy and seeded answers do not depend on other running requests.
     `resume`: an answer can be continued after given tokens. `dimensions`: of its embeddings.
+    `tools`: calls of tools, in a `generic` form where the chat template has none of its own.
+    `thinking`: whether the model thinks before its answer, and requests can switch that.
     `prompt_logprobs`: of the tokens of a prompt. `infill`: it fills the gap before a suffix.
     """
 
@@ -220,6 +272,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     token_prompts: bool = True
     batch_invariant: bool = False
     resume: bool = False
+    tools: Literal["none", "generic", "native"] = "none"
+    thinking: Literal["none", "always", "switchable"] = "none"
     prompt_logprobs: bool = False
     infill: bool = False
     tasks: frozenset[Task] = frozenset({"generate"})
@@ -250,7 +304,11 @@ ABILITIES: Mapping[str, str] = {
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """The metadata of a served model (contract W22). Sizes are bytes; `memory` is resident."""
+    """The metadata of a served model (contract W22). Sizes are bytes; `memory` is resident.
+
+    `tool_format` describes how the model writes calls and thinking, once it is loaded. `base` is
+    the model that answers for a name with a preset of its own.
+    """
 
     id: str
     source: str
@@ -270,8 +328,11 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int | None = None
     roles: tuple[str, ...] = ()
     chat_template: str | None = None
+    tool_format: dict[str, str] = {}
     capabilities: Capabilities = Capabilities()
     options: dict[str, Any] = {}
     notes: tuple[str, ...] = ()
     load_ms: float | None = None
     created: int = 0
+    base: str | None = None
+    preset: dict[str, Any] = {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+from headrace.core.tools import Thinking, Tool, ToolChoice
+
 
 class GenerateOptions(TypedDict, total=False):
     """Arguments of `generate` and `generate_stream`: sampling, and fields of the request.
@@ -35,6 +37,10 @@ class GenerateOptions(TypedDict, total=False):
     echo: bool | None
     context_length: int | None
     json_schema: Mapping[str, Any] | None
+    tools: Sequence[Tool | Mapping[str, Any]] | None
+    tool_choice: ToolChoice | str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
+    thinking: Thinking | bool | str | int | None
     regex: str | None
     choice: Sequence[str] | None
     grammar: str | None
@@ -74,6 +80,12 @@ class ModelOptions(TypedDict, total=False):
     context_length: int | None
     chat_template: str | None
     stop: Sequence[str] | None
+    system: str | None
+    defaults: Mapping[str, Any] | None
+    thinking: Literal["on", "off", "minimal", "low", "medium", "high", "xhigh", "max"] | None
+    thinking_budget: int | None
+    tool_format: str | None
+    base: str | None
     max_running: int | None
     max_queued: int | None
     hang_s: float | None

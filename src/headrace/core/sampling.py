@@ -7,7 +7,8 @@ The structs of the HTTP API inherit `SamplingFields` and the command line makes 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+import json
+from typing import Annotated, Any, NamedTuple, cast, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -109,6 +110,29 @@ class Sampling(SamplingFields, frozen=True, kw_only=True, omit_defaults=True):
             raise InvalidRequest("A stop string is empty.", param="stop")
         if not all(-_BIAS <= bias <= _BIAS for bias in self.logit_bias.values()):
             raise InvalidRequest(f"logit_bias goes from -{_BIAS} to {_BIAS}.", param="logit_bias")
+
+
+def checked_defaults(value: object) -> object:
+    """Return parameters by their names, checked; text is JSON.
+
+    Raises:
+        ValueError: a name or a value is not accepted.
+    """
+    given: Any = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(given, dict):
+        return given
+    names = cast("dict[str, Any]", given)
+    known = (*SamplingFields.__struct_fields__, "stop")
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{unknown[0]} is none of {', '.join(known)}")
+    stop = names.get("stop", ())
+    fields = {**names, "stop": [stop] if isinstance(stop, str) else stop}
+    try:
+        built = msgspec.convert(fields, Sampling)
+    except (msgspec.ValidationError, InvalidRequest) as error:
+        raise ValueError(str(error).removesuffix(".")) from None
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(built))
+    return {name: plain[name] for name in names if name in plain}
 
 
 def described(fields: type[msgspec.Struct]) -> dict[str, tuple[type, Meta]]:

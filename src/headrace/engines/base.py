@@ -169,6 +169,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     `constraint` has been compiled by the engine's llguidance before; `text.grammar` has its text.
     An engine that declares `json_schema` enforces it. The worker checks the answer all the same.
+
+    `visible` are control tokens whose text is part of the answer, as a parser reads them; the text
+    of all others is left out.
     """
 
     token_ids: tuple[int, ...]
@@ -176,6 +179,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     answered: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
     constraint: Constraint | None = None
+    visible: frozenset[int] = frozenset()
 
 
 class Admitted(msgspec.Struct, frozen=True):
@@ -309,10 +313,11 @@ class Generator(Engine, Protocol):
         """
         ...
 
-    def shown(self, token_ids: Sequence[int]) -> str:
+    def shown(self, token_ids: Sequence[int], visible: frozenset[int] = frozenset()) -> str:
         """Return the text that a stream shows for tokens of an answer. Blocking.
 
-        Bytes that are no whole character are U+FFFD. Only called for engines that can `resume`.
+        `visible` is that of the request. Bytes that are no whole character are U+FFFD. Only called
+        for engines that can `resume`.
         """
         ...
 

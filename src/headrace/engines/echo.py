@@ -195,8 +195,9 @@ class Engine(base.Embedder):
             raise InvalidRequest("A token id is outside of the vocabulary.", param="tokens")
         return _bytes(token_ids).decode(errors="replace")
 
-    def shown(self, token_ids: Sequence[int]) -> str:
+    def shown(self, token_ids: Sequence[int], visible: frozenset[int] = frozenset()) -> str:
         """Return the text of the bytes; all of them are shown."""
+        del visible
         return self.detokenize(token_ids)
 
     def close(self) -> None:

@@ -32,6 +32,7 @@ class Vocabulary:
             added.content for added in tokenizer.added_tokens_decoder.values() if added.special
         )
         self._bytes_of: dict[int, bytes] = dict.fromkeys(tokenizer.all_special_ids, b"")
+        self._readers: dict[frozenset[int], Callable[[int], bytes]] = {frozenset(): self.data}
         for token, added in tokenizer.added_tokens_decoder.items():
             self._bytes_of[token] = b"" if added.special else added.content.encode()
         if self._backend is not None:
@@ -62,6 +63,13 @@ class Vocabulary:
         if known is None:
             known = self._bytes_of[token] = self._look_up(token)
         return known
+
+    def reader(self, visible: frozenset[int]) -> Callable[[int], bytes]:
+        """Return a function like `data` that gives the text of `visible` control tokens too."""
+        if visible not in self._readers:
+            texts = {token: self.detokenize((token,)).encode() for token in visible}
+            self._readers[visible] = lambda token: texts.get(token) or self.data(token)
+        return self._readers[visible]
 
     def full_data(self, token: int) -> bytes:
         """Return the bytes of a token's text, also for a control token."""
@@ -139,10 +147,11 @@ class TokenizerMixin:
         for piece in without_markers(text, (*self._vocabulary.control_texts, *markers)):
             yield self._vocabulary.tokenize(piece, add_special=False)
 
-    def shown(self, token_ids: Sequence[int]) -> str:
+    def shown(self, token_ids: Sequence[int], visible: frozenset[int] = frozenset()) -> str:
         """Return the text of token ids without control tokens, which a stream leaves out."""
         self._vocabulary.check(token_ids, param="answered")
-        return b"".join(map(self._vocabulary.data, token_ids)).decode(errors="replace")
+        data = map(self._vocabulary.reader(visible), token_ids)
+        return b"".join(data).decode(errors="replace")
 
 
 def _decoder(backend: Any) -> Decode | None:

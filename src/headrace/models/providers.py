@@ -26,14 +26,15 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     `base_url` is None where each customer has one. `key` is the variable with the key, optional
     with `open`. `sampling` has fields of Sampling, and `n`; `renamed` maps them to the upstream's
     names in a chat. `stops` is the number of stop strings that it takes. `json` is whether an
-    answer can follow a schema, be any JSON object, or neither; `structured_outputs` whether it can
-    follow a regex, a choice or a grammar, in vLLM's field of that name. `asks_usage`: usage of a
-    stream has to be requested by `stream_options`, a field that others may refuse. `embeddings` and
-    `rerank` are its tasks beside generation; `switch` is the field that switches thinking; with
-    `base64` it can send vectors in that encoding. `extra` is added to each request. `otel_name` is
-    its name in OpenTelemetry's conventions, where it differs. `checked` rows rest on the provider's
-    documentation or on several programs that use it; the others on a claim of compatibility, taken
-    narrowly.
+    answer can follow a schema, be any JSON object, or neither; `structured_outputs` whether it
+    can follow a regex, a choice or a grammar, in vLLM's field of that name. `asks_usage`: usage
+    of a stream has to be requested by `stream_options`, a field that others may refuse.
+    `embeddings` and `rerank` are its tasks beside generation; `switch` is the field that
+    switches thinking, and `thinking_budget` whether it takes `thinking_token_budget`; with
+    `base64` it can send vectors in that encoding. `extra` is added to each request. `otel_name`
+    is its name in OpenTelemetry's conventions, where it differs. `checked` rows rest on the
+    provider's documentation or on several programs that use it; the others on a claim of
+    compatibility, taken narrowly.
     """
 
     title: str
@@ -57,6 +58,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     base64: bool = False
     rerank: bool = False
     tokenize: bool = False
+    thinking_budget: bool = False
     extra: Mapping[str, Any] = {}
     otel_name: str | None = None
     checked: bool = True
@@ -301,6 +303,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             rerank=True,
             tokenize=True,
             switch="template",
+            thinking_budget=True,
         ),
         "anthropic": Provider(
             title="Anthropic",

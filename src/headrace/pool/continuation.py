@@ -124,6 +124,7 @@ class Continuation:
         self._load_s: float | None = None
         self._turn_at = 0.0
         self._visible_at: float | None = None
+        self._content_at: float | None = None
         self._sent = [_Sent() for _ in range(request.slots)]
         self._has_begun = False
         self._first_error: EngineError | None = None
@@ -193,8 +194,8 @@ class Continuation:
             if not (delta.text or delta.token_ids or delta.reasoning):
                 return None
         self._has_begun = True
-        if self._visible_at is None and (delta.text or delta.reasoning):
-            self._visible_at = self._clock()
+        if self._content_at is None and (delta.text or delta.reasoning):
+            self._note_first(thinking=not delta.text)
         if self._policy != "off" and self.way is None:
             sent.note(delta)
         return delta
@@ -209,11 +210,16 @@ class Continuation:
         if self.way is not None:
             return sent.rest_of_call(delta)
         self._has_begun = True
-        if self._visible_at is None:
-            self._visible_at = self._clock()
+        if self._content_at is None:
+            self._note_first(thinking=False)
         if self._policy != "off":
             sent.note_call(delta)
         return delta
+
+    def _note_first(self, *, thinking: bool) -> None:
+        now = self._clock()
+        self._visible_at = now if self._visible_at is None else self._visible_at
+        self._content_at = None if thinking else now
 
     def _finish(self, finish: Finish) -> Finish:
         """Return the Finish with the figures of the continuation.
@@ -239,9 +245,13 @@ class Continuation:
         visible = finish.metrics.time_to_first_token_ms
         if self._visible_at is not None:
             visible = (self._visible_at - received) * 1000
+        content = finish.metrics.time_to_first_content_ms
+        if self._content_at is not None:
+            content = (self._content_at - received) * 1000
         return {
             "queue_ms": max(0.0, self._turn_at - received - load_s) * 1000,
             "time_to_first_token_ms": visible,
+            "time_to_first_content_ms": content,
         }
 
     def _choose_way(self, error: EngineError, capabilities: Capabilities) -> Way | None:

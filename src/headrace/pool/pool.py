@@ -12,6 +12,7 @@ import msgspec
 from headrace.core.errors import Draining, HeadraceError, UnknownModel, WorkerDied
 from headrace.core.events import Event, Finish, Progress
 from headrace.core.model import Capabilities, ModelInfo, ModelSpec
+from headrace.core.preset import applied, plain, preset_of
 from headrace.core.request import AnyRequest
 from headrace.pool.attempt import Attempt
 from headrace.pool.continuation import Continuation, Diverged, Way
@@ -98,7 +99,7 @@ class Pool:
         self._names = {
             name: entry.spec.name
             for entry in self.entries.values()
-            for name in (entry.spec.name, *entry.spec.aliases)
+            for name in (entry.spec.name, *entry.spec.aliases, *entry.spec.presets)
         }
 
     def entry(self, name: str) -> ModelEntry:
@@ -147,6 +148,8 @@ class Pool:
     async def _answer_at_once(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
         with self._count_stream():
             worker = await self._ready_worker(request)
+            spec = self.entry(request.model).spec
+            request = applied(preset_of(spec, request.model), request)
             async with aclosing(worker.ask(request)) as stream:
                 async for event in stream:
                     yield event
@@ -155,7 +158,9 @@ class Pool:
         with self.loader.observer.observe(request) as observation, self._count_stream():
             entry = self.entry(request.model)
             policy = entry.spec.continuation
-            continuation = Continuation(observation.request, policy, self._clock)
+            preset = preset_of(entry.spec, request.model)
+            given = applied(preset, observation.request)
+            continuation = Continuation(given, policy, self._clock)
             suspect = False
             while not continuation.is_whole:
                 attempt = Attempt(self.loader, entry, continuation, observation, alone=suspect)
@@ -182,7 +187,7 @@ class Pool:
 
     def models(self) -> tuple[ModelInfo, ...]:
         """Return the metadata of all models, without waiting."""
-        return tuple(_info(entry) for entry in self.entries.values())
+        return tuple(info for entry in self.entries.values() for info in _infos(entry))
 
     async def aclose(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, let running ones end within `drain_s`, end the rest. Idempotent.
@@ -271,6 +276,15 @@ def _capabilities(entry: ModelEntry) -> Capabilities:
     return entry.info.capabilities if entry.info else Capabilities()
 
 
+def _infos(entry: ModelEntry) -> Sequence[ModelInfo]:
+    info = _info(entry)
+    presets = (
+        msgspec.structs.replace(info, id=name, aliases=(), base=info.id, preset=plain(preset))
+        for name, preset in entry.spec.presets.items()
+    )
+    return (info, *presets)
+
+
 def _info(entry: ModelEntry) -> ModelInfo:
     failure = entry.failures.error
     reason = failure.message if failure is not None and entry.state == "failed" else None
@@ -281,5 +295,9 @@ def _info(entry: ModelEntry) -> ModelInfo:
     )
     info = live.models()[0] if live else msgspec.structs.replace(entry.info, memory=None)
     return msgspec.structs.replace(
-        info, state=entry.state, reason=reason, aliases=entry.spec.aliases
+        info,
+        state=entry.state,
+        reason=reason,
+        aliases=entry.spec.aliases,
+        preset=plain(entry.spec),
     )

@@ -84,6 +84,11 @@ _MIRRORS = (
         *(_FIRST_TOKEN_S, _GEN_AI, _OK),
     ),
     _Mirror(
+        "headrace_request_time_to_first_content_seconds",
+        "time_to_first_content_ms",
+        *(_FIRST_TOKEN_S, _MODEL, _OK),
+    ),
+    _Mirror(
         "gen_ai_server_time_per_output_token_seconds",
         "time_per_output_token_ms",
         *(_PER_TOKEN_S, _GEN_AI, _OK),

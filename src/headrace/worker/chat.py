@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -13,7 +13,9 @@ from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.tools import Thinking, Tool
+from headrace.engines.base import Engine, Generator
 from headrace.text.calls.constrain import constraint_for, thinking_before
+from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.format import Format, thinking_open_in
 from headrace.text.calls.generic import generic_messages
 from headrace.text.calls.probe import probe
@@ -29,16 +31,61 @@ Mode = Literal["none", "open", "optional"]
 Before = tuple[str, str]
 
 
+class Budget(msgspec.Struct, frozen=True, kw_only=True):
+    """The most tokens of thinking, and how it is closed: by a text of these tokens.
+
+    `enforced` is what the engine enforces after it.
+    """
+
+    tokens: int
+    text: str
+    token_ids: tuple[int, ...]
+    enforced: Constraint | None = None
+
+
+class Parsing(msgspec.Struct, frozen=True, kw_only=True):
+    """What an answer has to be, and how it is read.
+
+    `constraint` is what its whole text has to be, calls included, and `enforced` is the same for
+    the engine. Without a `splitter` it is content alone. `visible` are the control tokens that the
+    splitter reads.
+    """
+
+    constraint: Constraint | None = None
+    enforced: Constraint | None = None
+    splitter: NewSplitter | None = None
+    visible: frozenset[int] = frozenset()
+    budget: Budget | None = None
+
+
+def format_of(template: ChatTemplate, family: str | None = None) -> Format:
+    """Return how a model writes thinking and calls, determined by trials of its template.
+
+    With a `family` it writes calls as that does. Blocking.
+    """
+    form = probe(template.trial())
+    if family is None:
+        return form
+    changes: dict[str, Any] = {"template": form.template}
+    if form.thinks:
+        changes |= {"think_open": form.think_open, "think_close": form.think_close}
+    return msgspec.structs.replace(FAMILIES[family], **changes)
+
+
 class Chat:
     """A chat template, and how its model writes thinking and calls. Blocking; thread-safe."""
 
-    def __init__(self, template: ChatTemplate) -> None:
+    def __init__(
+        self, template: ChatTemplate, engine: Engine, tool_format: str | None = None
+    ) -> None:
         self.template = template
+        self._family = tool_format
+        self._engine = cast("Generator", engine)
 
     @cached_property
     def format(self) -> Format:
-        """How the model writes thinking and calls, determined by trials of its template."""
-        return probe(self.template.trial())
+        """How the model writes thinking and calls."""
+        return format_of(self.template, self._family)
 
     def render(self, request: GenerateRequest | CountRequest) -> str:
         """Return the prompt of a conversation.
@@ -88,6 +135,59 @@ class Chat:
             short_ids=facts.call_ids == "nine",
         )
 
+    def parsing(self, request: GenerateRequest, prompt: str) -> Parsing:
+        """Return how the answer to a prompt is read, and what it has to be.
+
+        Raises:
+            InvalidRequest, Unsupported: it cannot be enforced, or its thinking not be limited.
+        """
+        constraint = self.constraint(request, prompt)
+        enforced = constraint
+        if request.enforces_calls and self._control:
+            enforced = self.constraint(request, prompt, self._control)
+        splitter = self.splitter(request, prompt)
+        if splitter is None:
+            return Parsing(constraint=constraint, enforced=enforced)
+        return Parsing(
+            constraint=constraint,
+            enforced=enforced,
+            splitter=splitter,
+            visible=self._visible(request),
+            budget=self._budget(request, prompt),
+        )
+
+    @cached_property
+    def _control(self) -> Mapping[str, int]:
+        """The markers of the format that are control tokens, with their ids."""
+        engine, ids = self._engine, dict[str, int]()
+        for marker in self.format.visible if engine.facts.capabilities.resume else ():
+            for token in engine.tokenize(marker, add_special=False):
+                if engine.detokenize((token,)).strip() == marker and not engine.shown((token,)):
+                    ids[marker] = token
+        return ids
+
+    def _visible(self, request: GenerateRequest) -> frozenset[int]:
+        calls, form = request.tool_choice.allowed(request.tools), self.format
+        markers = form.visible if calls else form.visible_without_calls
+        return frozenset(self._control[marker] for marker in markers if marker in self._control)
+
+    def _budget(self, request: GenerateRequest, prompt: str) -> Budget | None:
+        tokens = request.thinking.budget
+        if tokens is None or not self.format.thinks:
+            return None
+        if not self._engine.facts.capabilities.resume:
+            raise Unsupported(
+                "This engine cannot close the thinking, as it cannot continue an answer.",
+                param="thinking_budget",
+            )
+        text = self.format.closing(calls=bool(request.tool_choice.allowed(request.tools)))
+        return Budget(
+            tokens=tokens,
+            text=text,
+            token_ids=tuple(self._engine.tokenize(text, add_special=False)),
+            enforced=self.constraint(request, prompt, self._control, has_thought=True),
+        )
+
     def splitter(self, request: GenerateRequest, prompt: str) -> NewSplitter | None:
         """Return what makes the parser of an answer; None if it is content alone."""
         tools = request.tool_choice.allowed(request.tools)
@@ -99,8 +199,19 @@ class Chat:
         opened = thinking_open_in(prompt[-_TAIL:], self.format)
         return partial(Splitter, self.format, schemas, thinking_open=opened, calls=bool(tools))
 
-    def constraint(self, request: GenerateRequest, prompt: str) -> Constraint | None:
+    def constraint(
+        self,
+        request: GenerateRequest,
+        prompt: str,
+        control: Mapping[str, int] | None = None,
+        *,
+        has_thought: bool = False,
+    ) -> Constraint | None:
         """Return what enforces calls: of a required one, or the arguments of strict tools.
+
+        `control` has the ids of the markers that are control tokens, for the grammar of an engine;
+        the text of an answer is checked by the one without. With `has_thought` it is that of what
+        follows the thinking.
 
         Raises:
             InvalidRequest: the schema of a tool cannot be enforced.
@@ -115,12 +226,17 @@ class Chat:
         if not request.enforces_calls:
             return request.constraint
         mode: Literal["auto", "required"] = "required" if choice.mode == "required" else "auto"
-        thinking = self._thinking(request, prompt)
+        thinking = "none" if has_thought else self._thinking(request, prompt)
         enforced = [
             _enforceable(tool) if tool.strict or mode == "required" else tool for tool in tools
         ]
         grammar = constraint_for(
-            self.format, enforced, mode, parallel=choice.parallel, thinking=thinking
+            self.format,
+            enforced,
+            mode,
+            parallel=choice.parallel,
+            thinking=thinking,
+            control=control,
         )
         return Constraint(lark=grammar)
 
@@ -148,12 +264,11 @@ class Chat:
     def _switches(self, thinking: Thinking) -> dict[str, Any]:
         if thinking == Thinking():
             return {}
-        if thinking.budget is not None and self._may_think:
-            raise Unsupported("A budget of thinking is not supported.", param="thinking")
         known = self.format.template.thinking
         options: dict[str, Any] = {}
-        if thinking.enabled is not None:
-            options |= {name: thinking.enabled for name in _SWITCHES if name in known}
+        enabled = False if thinking.budget == 0 else thinking.enabled
+        if enabled is not None:
+            options |= {name: enabled for name in _SWITCHES if name in known}
         if thinking.effort is not None and "reasoning_effort" in known:
             options["reasoning_effort"] = thinking.effort
         return options

@@ -8,6 +8,8 @@ from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import cast
 
+import msgspec
+
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, InvalidRequest
 from headrace.core.events import Delta, Event, FinishReason, Progress, Text, TokenCount
@@ -85,7 +87,7 @@ async def _compiled(loaded: Loaded, job: Job, constraint: Constraint, client: st
     compiled = await loaded.compiler.compile(constraint, client)
     enforcing = job.enforcing(compiled)
     enforced = enforcing.choices[0].constraint
-    if enforced is not None and enforced is not compiled:
+    if job.before[0] and enforced is not None and enforced is not compiled:
         await loaded.compiler.compile(enforced, client)
     return enforcing
 
@@ -111,40 +113,54 @@ class _Choice:
                 single=not request.tool_choice.parallel,
             )
         self._stops: TextPipeline | PartsPipeline = self._parts or self._text
-        self._tokens = 0
+        self._tokens = self._thought = 0
+        self._made: list[int] = []
+        self._is_spent = self._has_closed = False
         self._whole: list[str] | None = None if job.constraint is None else []
         self._least = self._request.sampling.min_tokens or 0
+        self._think(0)
 
     @property
     def stop(self) -> str | None:
         """The stop string that ended the choice."""
         return self._stops.matched
 
-    async def events(self) -> AsyncGenerator[Event, None]:
-        """Yield the events of the choice: the text of a continued answer, then new text."""
+    def events(self) -> AsyncGenerator[Event, None]:
+        """Return the events of the choice: the text of a continued answer, then new text."""
         opening = self._opening() if self._turn.request.answered else ()
-        if self._job.over is not None or self._stops.stopped:
-            self.reason = self._job.over or "stop"
-            for event in opening:
-                yield event
-        else:
-            await self._turn.take_slot()
-            raw: AsyncGenerator[RawEvent, None] | None = None
-            try:
-                for event in opening:
+        if self._job.over is None and not self._stops.stopped:
+            return self._generated(opening)
+        self.reason = self._job.over or "stop"
+        return self._ended(opening)
+
+    async def _generated(self, opening: Sequence[Output]) -> AsyncGenerator[Event, None]:
+        await self._turn.take_slot()
+        raw: AsyncGenerator[RawEvent, None] | None = None
+        try:
+            events: Sequence[Output] | None = (*opening, *(self._close_thinking() or ()))
+            while events is not None:
+                for event in events:
                     yield event
                 raw = self._engine_events()
                 async for event in raw:
                     self._turn.check()
                     for shown in self._shown(event):
                         yield shown
-                    if self._stops.stopped:
+                    if self._stops.stopped or self._is_spent:
                         break
-            finally:
-                if raw is not None:
-                    await raw.aclose()
-                self._turn.leave_slot()
+                await raw.aclose()
+                events = self._close_thinking()
+        finally:
+            if raw is not None:
+                await raw.aclose()
+            self._turn.leave_slot()
         for event in self._rest():
+            yield event
+        await self._end()
+
+    async def _ended(self, opening: Sequence[Output]) -> AsyncGenerator[Event, None]:
+        """Yield the events of an answer that was complete already."""
+        for event in (*opening, *self._rest()):
             yield event
         await self._end()
 
@@ -205,7 +221,9 @@ class _Choice:
         request, text = self._request, self._job.answered_text
         self._turn.meter.resumed(len(request.token_ids), len(request.answered))
         if self._parts is not None:
-            return [Delta("", request.answered, self._index), *self._parts.feed(text.encode())]
+            events = self._parts.feed(text.encode())
+            self._think(self._job.answered_thought)
+            return [Delta("", request.answered, self._index), *events]
         shown = self._text.feed(text.encode())
         self._turn.answered(shown)
         return (Delta(shown, request.answered),)
@@ -215,13 +233,71 @@ class _Choice:
         meter, was_thinking = self._turn.meter, parts.is_thinking
         events = parts.feed(raw.data, may_stop=may_stop)
         self._note_parts(raw.data.decode(errors="replace"), events)
-        meter.delta(len(raw.token_ids), visible=bool(events))
         if was_thinking or parts.is_thinking:
-            meter.thought(len(raw.token_ids))
+            thinks_only = all(isinstance(event, Delta) and not event.text for event in events)
+            meter.delta(len(raw.token_ids), visible=bool(events), thinking=thinks_only)
+            self._think(len(raw.token_ids))
+        else:
+            meter.delta(len(raw.token_ids), visible=bool(events))
+        if self._job.budget is not None:
+            self._made += raw.token_ids
         if events and isinstance(first := events[0], Delta):
             events[0] = Delta(first.text, raw.token_ids, self._index, first.reasoning, raw.logprobs)
             return events
         return (Delta("", raw.token_ids, self._index, "", raw.logprobs), *events)
+
+    def _think(self, tokens: int) -> None:
+        """Count tokens of thinking, and note whether its budget is spent."""
+        self._turn.meter.thought(tokens)
+        self._thought += tokens
+        if (budget := self._job.budget) is not None and self._parts is not None:
+            self._is_spent = self._parts.is_thinking and self._thought >= budget.tokens
+
+    def _close_thinking(self) -> Sequence[Output] | None:
+        """Return the events of the text that closes the thinking, once its budget is spent.
+
+        The engine's next request goes on after it. None if the answer is over.
+        """
+        budget, request, parts = self._job.budget, self._request, self._parts
+        if not self._is_spent or budget is None or parts is None or parts.stopped:
+            return None
+        left = request.max_tokens - self._tokens - len(budget.token_ids)
+        if left < 1:
+            self.reason = "length"
+            return None
+        self._least = max(0, self._least - self._tokens)
+        self._request = msgspec.structs.replace(
+            request,
+            answered=(*request.answered, *self._made, *budget.token_ids),
+            max_tokens=left,
+            constraint=budget.enforced if self._turn.request.enforces_calls else self._enforced,
+            sampling=msgspec.structs.replace(request.sampling, min_tokens=self._least or None),
+        )
+        self._tokens, self._made, self._is_spent, self._has_closed = 0, [], False, True
+        self._turn.meter.delta(len(budget.token_ids), visible=False)
+        events = parts.feed(budget.text.encode())
+        self._note_parts(budget.text, events)
+        return (Delta("", budget.token_ids, self._index), *events)
+
+    @property
+    def _enforced(self) -> Constraint | None:
+        """What the engine enforces of the content, without thinking before it."""
+        able = self._turn.served.facts.capabilities.json_schema
+        return self._job.compiled if able else None
+
+    def _within_budget(self, raw: RawDelta) -> RawDelta:
+        """Return the tokens that the budget of the thinking has left, of a delta with several."""
+        budget, parts = self._job.budget, self._parts
+        if budget is None or parts is None or not parts.is_thinking:
+            return raw
+        left = budget.tokens - self._thought
+        if len(raw.token_ids) <= left or budget.text.strip() in raw.data.decode(errors="replace"):
+            return raw
+        engine = cast("Generator", self._turn.served.engine)
+        kept = raw.token_ids[:left]
+        while (text := engine.shown(kept, self._request.visible)).endswith("\ufffd"):
+            kept = kept[:-1]
+        return RawDelta(text.encode(), kept, raw.logprobs[: len(kept)])
 
     def _engine_events(self) -> AsyncGenerator[RawEvent, None]:
         raw = cast("Generator", self._turn.served.engine).generate(self._request)
@@ -232,6 +308,9 @@ class _Choice:
         meter, prompt_tokens = self._turn.meter, len(self._request.token_ids)
         if isinstance(event, RawDelta):
             tokens = len(event.token_ids)
+            if tokens > 1:
+                event = self._within_budget(event)
+                tokens = len(event.token_ids)
             self._tokens += tokens
             may_stop = self._tokens >= self._least
             if self._parts is not None:
@@ -241,11 +320,12 @@ class _Choice:
             self._note(text)
             return (Delta(text, event.token_ids, self._index, "", event.logprobs),)
         if isinstance(event, Admitted):
-            meter.admitted(prompt_tokens, event.cached)
+            if not self._has_closed:
+                meter.admitted(prompt_tokens, event.cached)
             return (Progress("prefill", event.done, event.total),)
         self.reason = event.reason
         missing = event.completion_tokens - self._tokens
-        meter.correct(prompt_tokens, missing, event.cached_tokens)
+        meter.correct(prompt_tokens, missing, 0 if self._has_closed else event.cached_tokens)
         return ()
 
 

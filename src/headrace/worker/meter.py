@@ -25,6 +25,7 @@ class Meter:
         self._compile_ms: float | None = None
         self._admitted: float | None = None
         self._visible: float | None = None
+        self._content: float | None = None
         self._token_times: list[float] = []
         self._chunks = 0
         self._prompt_tokens = 0
@@ -62,15 +63,19 @@ class Meter:
         """Note that the tokens of the last delta are thinking."""
         self._reasoning_tokens += tokens
 
-    def delta(self, tokens: int, *, visible: bool) -> None:
-        """Note a delta, its number of tokens, and whether it has visible text."""
+    def delta(self, tokens: int, *, visible: bool, thinking: bool = False) -> None:
+        """Note a delta, its number of tokens, and whether it has visible text.
+
+        `thinking` is whether that is thinking alone.
+        """
         now = self._clock()
         self._chunks += 1
         self._completion_tokens += tokens
         if tokens:
             self._token_times.append(now)
-        if visible and self._visible is None:
-            self._visible = now
+        if visible and self._content is None:
+            self._visible = self._visible or now
+            self._content = None if thinking else now
 
     def correct(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> None:
         """Take the counts of the engine; `completion_tokens` are those that no delta carried."""
@@ -104,6 +109,7 @@ class Meter:
             load_ms=self._load_ms,
             compile_ms=self._compile_ms,
             time_to_first_token_ms=_ms(self._received, self._visible),
+            time_to_first_content_ms=_ms(self._received, self._content),
             prefill_ms=prefill_ms,
             prefill_tokens_per_second=_rate(fresh, prefill_ms),
             decode_tokens_per_second=_rate(steps, decode_ms),

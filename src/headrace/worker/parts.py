@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 
 from headrace.core.events import Delta, ToolCallDelta
 from headrace.text.calls.parts import (
@@ -26,18 +27,44 @@ def call_id(request: str, index: int, number: int) -> str:
     return f"call_{digest.hexdigest()}"
 
 
+def thought_tokens(splitter: Callable[[], Splitter], size: int, shown: Callable[[int], str]) -> int:
+    """Return how many of the `size` tokens of an answer are thinking, which comes first.
+
+    `shown` gives the text of the first tokens.
+    """
+
+    def thinking(count: int) -> tuple[bool, bool]:
+        """Whether there has been any in so many tokens, and whether they end within it."""
+        parser = splitter()
+        parts = parser.feed("") + parser.feed(shown(count))
+        return any(isinstance(part, Thought) for part in parts), parser.is_thinking
+
+    has_thought, is_open = thinking(size)
+    if not (has_thought or is_open):
+        return 0
+    counts = range(size + 1)
+    first = bisect_left(counts, True, key=lambda count: any(thinking(count)))
+    last = size
+    if not is_open:
+        last = bisect_left(counts, True, key=lambda count: thinking(count) == (True, False))
+    return last - max(0, first - 1)
+
+
 class PartsPipeline:
     """Bytes of one choice become events. Stop strings are searched in the content only.
 
     `request` and `index` make the ids of calls that the model gives none. With `single` the answer
     ends with its first call. `calls` are those that are complete: name and arguments.
+    `is_thinking` is whether the bytes so far end within thinking.
     """
 
     def __init__(
         self, splitter: Splitter, stops: Sequence[str], request: str, index: int, *, single: bool
     ) -> None:
         self.calls: list[tuple[str, str]] = []
-        self.is_thinking = False
+        splitter.feed("")
+        self.is_thinking = splitter.is_thinking
+        self._is_calling = False
         self._splitter = splitter
         self._decoder = Utf8Decoder()
         self._matcher = StopMatcher(stops)
@@ -59,7 +86,10 @@ class PartsPipeline:
 
     def feed(self, data: bytes, *, may_stop: bool = True) -> list[Output]:
         """Return the events of new bytes."""
-        return self._events(self._splitter.feed(self._decoder.feed(data)), may_stop=may_stop)
+        parts = self._splitter.feed(self._decoder.feed(data))
+        events = self._events(parts, may_stop=may_stop)
+        self.is_thinking = self._splitter.is_thinking and not self._is_calling
+        return events
 
     def flush(self) -> list[Output]:
         """End the answer and return the events of what was held back."""
@@ -75,7 +105,6 @@ class PartsPipeline:
     def _event(self, part: Part, *, may_stop: bool) -> Iterator[Output]:
         if self.stopped:
             return
-        self.is_thinking = isinstance(part, Thought)
         if isinstance(part, Content):
             if text := self._matcher.feed(part.text) if may_stop else part.text:
                 yield Delta(text, index=self._index)
@@ -86,7 +115,7 @@ class PartsPipeline:
                 yield Delta(rest, index=self._index)
             if self.stopped:
                 return
-            self._name, self._arguments = part.name, []
+            self._name, self._arguments, self._is_calling = part.name, [], True
             identity = part.id or call_id(self._request, self._index, part.index)
             yield ToolCallDelta(part.index, identity, part.name, index=self._index)
         elif isinstance(part, CallArguments):
@@ -96,3 +125,4 @@ class PartsPipeline:
             yield ToolCallDelta(part.index, index=self._index, cut=part.text)
         else:
             self.calls.append((self._name, "".join(self._arguments)))
+            self._is_calling = False

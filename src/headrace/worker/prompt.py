@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, cast
 
 import msgspec
@@ -14,8 +15,9 @@ from headrace.core.sampling import Sampling
 from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator
 from headrace.text.grammar import after, grammar
 from headrace.text.template import ChatTemplate
-from headrace.worker.chat import Before, Chat, NewSplitter
+from headrace.worker.chat import Before, Budget, Chat, NewSplitter, Parsing
 from headrace.worker.infill import Infill, infill_of
+from headrace.worker.parts import thought_tokens
 from headrace.worker.scored import check_scored, check_size
 from headrace.worker.tokens import Gone, Limit, plain_ids, tokenized
 
@@ -31,7 +33,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     `answered_text` is the text of the tokens of an answer that is continued. `over` is the finish
     reason if that answer was complete. `splitter` makes the parser of an answer that may have
     thinking or calls. `constraint` is what the content has to be, or the whole text with its calls.
-    `before` is what the grammar of the content allows before it: thinking.
+    `before` is what the grammar of the content allows before it: thinking. `budget` is that of the
+    thinking; `answered_thought` counts its tokens in `answered`. `compiled` is the constraint of
+    the content without thinking, as the engine has it.
     """
 
     choices: tuple[EngineRequest, ...]
@@ -41,18 +45,22 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     constraint: Constraint | None = None
     splitter: NewSplitter | None = None
     before: Before = ("", "")
+    budget: Budget | None = None
+    answered_thought: int = 0
+    compiled: Constraint | None = None
     over: Literal["stop", "length"] | None = None
 
     def enforcing(self, constraint: Constraint) -> Job:
         """Return the job with what the engine enforces: this constraint, after the thinking."""
+        compiled = constraint
         if self.before[0]:
             constraint = Constraint(lark=after(*self.before, grammar(constraint)))
         if constraint is self.constraint:
-            return self
+            return msgspec.structs.replace(self, compiled=compiled)
         choices = [
             msgspec.structs.replace(choice, constraint=constraint) for choice in self.choices
         ]
-        return msgspec.structs.replace(self, choices=tuple(choices))
+        return msgspec.structs.replace(self, choices=tuple(choices), compiled=compiled)
 
 
 class Prompter:
@@ -63,7 +71,7 @@ class Prompter:
         self._facts = facts = engine.facts
         self._stops = spec.stop
         self.template, self.note = _template(spec, facts)
-        self.chat = Chat(self.template) if self.template else None
+        self.chat = Chat(self.template, engine, spec.tool_format) if self.template else None
         generates = "generate" in facts.capabilities.tasks
         self.infill = infill_of(engine, facts.infill_ids) if generates else None
 
@@ -83,10 +91,10 @@ class Prompter:
         context_length = self._context_length(request)
         text = None if request.messages is None else self._chat_text(request)
         token_ids = self._token_ids(request, text, context_length, gone)
-        constraint, splitter = self._parsed(request, text)
+        parsing = self._parsing(request, text)
         check_size(request, len(token_ids))
         max_tokens = max_new_tokens(request, len(token_ids), context_length)
-        answered, answered_text, ended = self._answered(request)
+        answered, answered_text, ended = self._answered(request, parsing.visible)
         left = max(0, max_tokens - len(answered))
         least = request.sampling.min_tokens or 0
         if least > max_tokens:
@@ -105,12 +113,15 @@ class Prompter:
                     max_tokens=left,
                     answered=answered,
                     sampling=_seeded(sampling, index),
-                    constraint=self._enforced(constraint),
+                    constraint=self._enforced(parsing.enforced),
+                    visible=parsing.visible,
                 )
                 for index in range(request.n)
             ),
-            constraint=constraint,
-            splitter=splitter,
+            constraint=parsing.constraint,
+            splitter=parsing.splitter,
+            budget=parsing.budget,
+            answered_thought=self._thought(parsing, answered),
             before=self.chat.thinking(request, text)
             if self.chat and text is not None
             else ("", ""),
@@ -172,20 +183,17 @@ class Prompter:
             )
         return self.chat.render(request)
 
-    def _parsed(
-        self, request: GenerateRequest, text: str | None
-    ) -> tuple[Constraint | None, NewSplitter | None]:
-        """Return what the answer has to be, and what makes its parser."""
+    def _parsing(self, request: GenerateRequest, text: str | None) -> Parsing:
         if text is None or self.chat is None:
-            return request.constraint, None
-        constraint = self.chat.constraint(request, text)
+            return Parsing(constraint=request.constraint, enforced=request.constraint)
+        parsing, choice = self.chat.parsing(request, text), request.tool_choice
         enforces = "grammar" in self._facts.capabilities.forms
         # The arguments of strict tools are checked at the end: a wrong call is an error then.
-        if request.tool_choice.mode == "required" and constraint is not None and not enforces:
+        if choice.mode == "required" and parsing.constraint is not None and not enforces:
             raise Unsupported(
                 "This engine does not enforce calls of tools; use auto.", param="tool_choice"
             )
-        return constraint, self.chat.splitter(request, text)
+        return parsing
 
     def _enforced(self, constraint: Constraint | None) -> Constraint | None:
         """Return the constraint for the engine; of calls it may only be checked at the end."""
@@ -201,7 +209,19 @@ class Prompter:
             raise InvalidRequest("The messages are empty.", param="messages")
         return token_ids
 
-    def _answered(self, request: GenerateRequest) -> tuple[tuple[int, ...], str, bool]:
+    def _thought(self, parsing: Parsing, answered: tuple[int, ...]) -> int:
+        if parsing.splitter is None or not answered:
+            return 0
+        shown = cast("Generator", self._engine).shown
+        tokens = thought_tokens(
+            parsing.splitter, len(answered), lambda n: shown(answered[:n], parsing.visible)
+        )
+        # Those that have closed it at its budget are not counted.
+        return tokens if parsing.budget is None else min(tokens, parsing.budget.tokens)
+
+    def _answered(
+        self, request: GenerateRequest, visible: frozenset[int]
+    ) -> tuple[tuple[int, ...], str, bool]:
         """Return the tokens to continue after, their text, and whether they end the answer.
 
         If an answer was cut within a character, the tokens of that character are dropped: they
@@ -213,7 +233,7 @@ class Prompter:
         ends = self._ends(request.sampling)
         end = next((place for place, token in enumerate(given) if token in ends), None)
         given = given if end is None else given[: end + 1]
-        shown = cast("Generator", self._engine).shown
+        shown = partial(cast("Generator", self._engine).shown, visible=visible)
         text = shown(given)
         for missing in range(_MAX_MISSING_BYTES + 1):
             kept = given[: len(given) - missing]

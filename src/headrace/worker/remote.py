@@ -271,7 +271,7 @@ class _Answer:
         # One token for each of its log probabilities, otherwise one for the delta.
         tokens = len(delta.logprobs) or 1
         self._counted += tokens
-        meter.delta(tokens, visible=bool(delta.text or delta.reasoning))
+        meter.delta(tokens, visible=bool(delta.text or delta.reasoning), thinking=not delta.text)
         if delta.reasoning and not delta.text:
             meter.thought(tokens)
         text = matcher.feed(delta.text)

@@ -12,9 +12,11 @@ import msgspec
 from headrace.core.device import read_device
 from headrace.core.errors import Draining
 from headrace.core.model import Capabilities, ModelFile, ModelInfo, ModelSpec, State
+from headrace.core.preset import plain
 from headrace.core.values import masked_options
 from headrace.engines.base import EngineFacts, OpenRequest
 from headrace.machine import HOST, host_memory
+from headrace.text.calls.format import Format
 from headrace.worker.prompt import Prompter
 
 OnProgress = Callable[[str, int, int], None]
@@ -146,6 +148,7 @@ def unloaded_info(
             tasks=frozenset({spec.task or file.task}), infill=bool(file.infill_ids)
         ),
         options=masked_options(spec.options),
+        preset=plain(spec),
     )
 
 
@@ -153,7 +156,7 @@ def loaded_info(worker_spec: WorkerSpec, facts: EngineFacts, prompter: Prompter)
     """Return the metadata of a model that an engine has loaded."""
     template = prompter.template if "generate" in facts.capabilities.tasks else None
     wanted = worker_spec.model.max_running or facts.max_running
-    return msgspec.structs.replace(
+    info = msgspec.structs.replace(
         unloaded_info(worker_spec.model, "ready", None, worker_spec),
         device=worker_spec.service_name(facts.device),
         context_length=facts.context_length,
@@ -167,6 +170,15 @@ def loaded_info(worker_spec: WorkerSpec, facts: EngineFacts, prompter: Prompter)
         roles=prompter.roles if template else (),
         notes=(*facts.notes, prompter.note) if prompter.note else facts.notes,
     )
+    return (
+        info if prompter.chat is None or template is None else described(info, prompter.chat.format)
+    )
+
+
+def described(info: ModelInfo, form: Format) -> ModelInfo:
+    """Return the metadata with how the model writes thinking and calls."""
+    able = msgspec.structs.replace(info.capabilities, tools=form.tools, thinking=form.thinking)
+    return msgspec.structs.replace(info, capabilities=able, tool_format=form.describe())
 
 
 def remote_info(worker_spec: WorkerSpec, facts: EngineFacts) -> ModelInfo:

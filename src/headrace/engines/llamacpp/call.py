@@ -104,9 +104,14 @@ class Call:
     """A request on its own thread: llama.cpp calls back for every chunk."""
 
     def __init__(
-        self, request: EngineRequest, emit: Emit[RawEvent], split: Callable[[str], tuple[int, ...]]
+        self,
+        request: EngineRequest,
+        emit: Emit[RawEvent],
+        split: Callable[[str], tuple[int, ...]],
+        visible: Sequence[str] = (),
     ) -> None:
         self._request = request
+        self._visible = visible
         self._emit = emit
         self._split = split
         self._ends = frozenset(request.sampling.stop_token_ids)
@@ -124,7 +129,7 @@ class Call:
         if self._request.constraint is not None:
             # The library compiles the grammar before it reports progress.
             self._emit(Admitted(0, len(self._request.token_ids)))
-        server.handle_completions(_body(self._request), self._on_chunk)
+        server.handle_completions(_body(self._request, self._visible), self._on_chunk)
         if self._failure is not None:
             raise self._failure
         if not self._ended:
@@ -271,7 +276,7 @@ class Lookup:
         return logprobs.content[0].top_logprobs
 
 
-def _body(request: EngineRequest) -> bytes:
+def _body(request: EngineRequest, visible: Sequence[str] = ()) -> bytes:
     sampling, prompt = request.sampling, (*request.token_ids, *request.answered)
     body: dict[str, Any] = {
         "prompt": prompt,
@@ -298,6 +303,8 @@ def _body(request: EngineRequest) -> bytes:
         body["max_tokens"] += _CHARACTER - 1
     if sampling.logit_bias:
         body["logit_bias"] = list(sampling.logit_bias.items())
+    if visible:
+        body["preserved_tokens"] = visible
     if request.constraint is not None:
         body["grammar"] = grammar(request.constraint)
     return msgspec.json.encode(body)

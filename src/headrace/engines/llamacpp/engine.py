@@ -52,6 +52,7 @@ class Engine(base.Embedder):
         self._threads: ThreadPoolExecutor | None = None
         self._guard = SpinGuard(self._options.threads or physical_cores())
         self._vocabulary = 0
+        self._texts: dict[int, str] = {}
         if request.task not in ABOUT.tasks:
             raise LoadFailed("This engine ranks nothing; sentence_transformers does.")
         try:
@@ -69,8 +70,9 @@ class Engine(base.Embedder):
             raise GenerationFailed("The engine is closed.")
         self._check((*request.token_ids, *request.answered))
         self._check(request.sampling.logit_bias, param="logit_bias")
+        visible = [self._text(token) for token in request.visible]
         return threaded.stream(
-            lambda emit: Call(request, emit, self._split).run(library),
+            lambda emit: Call(request, emit, self._split, visible).run(library),
             inbox=self._inbox,
             executor=threads,
         )
@@ -124,15 +126,20 @@ class Engine(base.Embedder):
         self._check(token_ids)
         return self._ask("/detokenize", {"tokens": list(token_ids)})["content"]
 
-    def shown(self, token_ids: Sequence[int]) -> str:
+    def shown(self, token_ids: Sequence[int], visible: frozenset[int] = frozenset()) -> str:
         """Return the text of token ids without control tokens, which a stream leaves out."""
         text = self.detokenize(token_ids)
         # Only the text of a control token has other ids when markers are parsed.
-        differing = {*self._split(text, markers=True)}.difference(self._split(text))
+        differing = {*self._split(text, markers=True)}.difference(self._split(text), visible)
         control = set(filter(self._is_control, differing.intersection(token_ids)))
         if not control:
             return text
         return self.detokenize([token for token in token_ids if token not in control])
+
+    def _text(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = self.detokenize((token,))
+        return self._texts[token]
 
     def _is_control(self, token: int) -> bool:
         text = self.detokenize((token,))

@@ -25,7 +25,7 @@ from headrace.core.request import (
     Message,
     RerankRequest,
 )
-from headrace.core.tools import Thinking, Tool
+from headrace.core.tools import Tool
 from headrace.engines.base import RemoteFinish
 from headrace.engines.remote import Access, stream_error
 from headrace.models.providers import Provider
@@ -78,7 +78,7 @@ def generate_body(request: GenerateRequest, model: str, provider: Provider) -> t
     body |= _sampling(request, provider, chat=chat) | _format(request, provider)
     if chat:
         body["messages"] = _messages(request.messages or (), provider)
-        body |= _tools(request) | _thinking(request.thinking, provider)
+        body |= _tools(request) | _thinking(request, provider)
         if options := body.get("chat_template_kwargs", {}) | request.template_options:
             body["chat_template_kwargs"] = options
         if request.continue_final:
@@ -126,13 +126,20 @@ def _format(request: GenerateRequest, provider: Provider) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
-def _thinking(thinking: Thinking, provider: Provider) -> dict[str, Any]:
+def _thinking(request: GenerateRequest, provider: Provider) -> dict[str, Any]:
+    thinking, body = request.thinking, dict[str, Any]()
     if thinking.budget is not None:
-        raise Unsupported("A budget of thinking is not supported.", param="thinking")
+        if not provider.thinking_budget:
+            raise Unsupported(
+                f"{provider.title} has no budget of thinking.", param="thinking_budget"
+            )
+        body["thinking_token_budget"] = thinking.budget
     # An effort switches it on.
     if thinking.effort is not None and thinking.enabled is not False:
-        return {"reasoning_effort": thinking.effort}
-    return {} if thinking.enabled is None else _SWITCHES[provider.switch](thinking.enabled)
+        return body | {"reasoning_effort": thinking.effort}
+    if thinking.enabled is None:
+        return body
+    return body | _SWITCHES[provider.switch](thinking.enabled)
 
 
 def _tools(request: GenerateRequest) -> dict[str, Any]:

@@ -144,6 +144,7 @@ class _Call:
         self._request = request
         self._ends = ends
         self._vocabulary = vocabulary
+        self._hidden = vocabulary.control - request.visible
         self._total = len(request.token_ids) + len(request.answered)
         self._generated = 0
         self.mailbox.put(Admitted(0, self._total))
@@ -187,7 +188,7 @@ class _Call:
 
     def _delta(self, token_ids: list[int], logprobs: list[float]) -> RawDelta:
         vocabulary = self._vocabulary
-        data = b"".join(vocabulary.shown[token] for token in token_ids)
+        data = vocabulary.data(token_ids, self._hidden)
         if self._request.sampling.logprobs is None:
             return RawDelta(data, tuple(token_ids))
         pairs = zip(token_ids, logprobs, strict=False)

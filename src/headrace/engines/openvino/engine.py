@@ -69,9 +69,9 @@ class _TextEngine:
         for piece in without_markers(text, (*self.vocabulary.control_texts, *markers)):
             yield self.vocabulary.tokenize(piece, add_special=False)
 
-    def shown(self, token_ids: Sequence[int]) -> str:
+    def shown(self, token_ids: Sequence[int], visible: frozenset[int] = frozenset()) -> str:
         """Return the text of token ids without control tokens, which a stream leaves out."""
-        return self.vocabulary.text(token_ids, shown=True)
+        return self.vocabulary.text(token_ids, hidden=self.vocabulary.control - visible)
 
     def close(self) -> None:
         """Free the model."""

@@ -25,8 +25,8 @@ def without_telemetry() -> None:
 class Vocabulary:
     """Text to token ids and back. `words` are the bytes of each token.
 
-    `shown` has them without control tokens, as in a stream. `eos` and `bos`
-    are -1 where the model has none.
+    `control` are the tokens that a stream leaves out. `eos` and `bos` are -1 where the model has
+    none.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -39,9 +39,9 @@ class Vocabulary:
         each = [[token] for token in range(len(self.words))]
         bare = tokenizer.decode(each, skip_special_tokens=True)
         full = tokenizer.decode(each, skip_special_tokens=False)
-        control = {at for at, pair in enumerate(zip(bare, full, strict=True)) if _is_control(*pair)}
-        self.control_texts = tuple(full[at] for at in sorted(control))
-        self.shown = [b"" if at in control else word for at, word in enumerate(self.words)]
+        pairs = enumerate(zip(bare, full, strict=True))
+        self.control = frozenset(token for token, pair in pairs if _is_control(*pair))
+        self.control_texts = tuple(full[at] for at in sorted(self.control))
         # The library sets up its table of array types at the first read of a tensor. Two threads
         # that do this at once wait for each other without end: one has the GIL, the other the
         # table's lock.
@@ -54,15 +54,18 @@ class Vocabulary:
         ids = self._tokenizer.encode(text, add_special_tokens=add_special).input_ids.data
         return [int(token) for token in ids.reshape(-1)]
 
-    def text(self, token_ids: Sequence[int], *, shown: bool = False) -> str:
+    def data(self, token_ids: Sequence[int], hidden: frozenset[int] = frozenset()) -> bytes:
+        """Return the bytes of token ids, without those that are hidden."""
+        return b"".join([self.words[token] for token in token_ids if token not in hidden])
+
+    def text(self, token_ids: Sequence[int], hidden: frozenset[int] = frozenset()) -> str:
         """Return the text of token ids; what is no whole character is U+FFFD.
 
         Raises:
             InvalidRequest: an id is outside of the vocabulary.
         """
         self.check(token_ids)
-        words = self.shown if shown else self.words
-        return b"".join(words[token] for token in token_ids).decode(errors="replace")
+        return self.data(token_ids, hidden).decode(errors="replace")
 
     def decoded(self, token_ids: Sequence[int]) -> str:
         """Return the text as the tokenizer joins it, for tokens that are words and not bytes.

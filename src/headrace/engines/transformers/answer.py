@@ -256,7 +256,7 @@ class Answer:
         self._stops = frozenset(request.sampling.stop_token_ids)
         self.ends = ends_of(request.sampling, ends)
         self._own = frozenset(self.ends) - self._stops
-        self._vocabulary = vocabulary
+        self._data = vocabulary.reader(request.visible)
         self._sent = 0
 
     def delta(self, token_ids: Sequence[int]) -> RawDelta | None:
@@ -268,7 +268,7 @@ class Answer:
         if not kept:
             return None
         shown = kept[:-1] if kept[-1] in self._own else kept
-        data = b"".join([self._vocabulary.data(token) for token in shown])
+        data = b"".join(map(self._data, shown))
         logprobs = tuple(map(self._logprob, chosen[: len(kept)]))
         return RawDelta(data, kept, logprobs)
 
@@ -288,7 +288,7 @@ class Answer:
         return [*events, self.finish(token_ids[-1] if token_ids else None)] if over else events
 
     def _logprob(self, chosen: Chosen) -> TokenLogprob:
-        data = self._vocabulary.data
+        data = self._data
         top = tuple(TopLogprob(token, data(token), logprob) for token, logprob in chosen.top)
         return TokenLogprob(chosen.token, data(chosen.token), chosen.logprob, top)
 

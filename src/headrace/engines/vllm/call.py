@@ -138,7 +138,7 @@ class Call:
     def __init__(self, request: EngineRequest, vocabulary: Vocabulary) -> None:
         self._prompt = len(request.token_ids) + len(request.answered)
         self._top_logprobs = request.sampling.logprobs or 0
-        self._data = vocabulary.data
+        self._data = vocabulary.reader(request.visible)
         self._admitted = False
         self._sent = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -108,9 +109,37 @@ class Format(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             return HARMONY
         ends = (self.name_end, self.key_open, self.key_end, self.value_open, self.value_close)
         calls = (self.section_open, self.section_close, self.call_open, self.call_close)
-        others = (self.separator, self.quote, self.id_open, *self.also, *self.hidden)
-        literals = (self.think_open, self.think_close, *calls, *ends, *others)
-        return tuple(dict.fromkeys(m for text in literals for m in _CONTROL.findall(text)))
+        others = (self.separator, self.quote, self.id_open, *self.also)
+        return _markers((*self._around, *calls, *ends, *others))
+
+    @property
+    def visible_without_calls(self) -> tuple[str, ...]:
+        """Those of an answer that calls no tools."""
+        return HARMONY if self.style == "harmony" else _markers(self._around)
+
+    @property
+    def _around(self) -> tuple[str, ...]:
+        return (self.think_open, self.think_close, *self.hidden)
+
+    def closing(self, *, calls: bool) -> str:
+        """Return what ends the thinking and begins the answer, which may have calls."""
+        if self.style != "harmony":
+            return self.think_close
+        return "<|end|><|start|>assistant" + ("" if calls else "<|channel|>final<|message|>")
+
+    @property
+    def tools(self) -> Literal["none", "generic", "native"]:
+        """Whether the template has a form for tools; a generic one takes its place."""
+        if self.style in ("none", "generic"):
+            return "generic"
+        return "native" if self.template.tools else "generic"
+
+    @property
+    def thinking(self) -> Literal["none", "always", "switchable"]:
+        """Whether the model thinks, and a variable of its template switches that."""
+        if not self.thinks:
+            return "none"
+        return "switchable" if self.template.thinking else "always"
 
     def describe(self) -> dict[str, str]:
         """Return what `headrace show` prints of it."""
@@ -137,6 +166,10 @@ HARMONY = (
     "<|return|>",
 )
 _TURN_MARKS = re.compile(r"<[|｜/]|[|｜]>|\[/?INST\]|</s>|<(?:start|end)_of_turn>")
+
+
+def _markers(literals: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(m for text in literals for m in _CONTROL.findall(text)))
 
 
 def thinking_open_in(prompt_tail: str, format: Format) -> bool:

@@ -43,6 +43,7 @@ class Harmony:
         yield from self._cursor.find(self.body, emit)
 
     def _thinking(self) -> Need[None]:
+        self._trimmer.begin()
         yield from self._cursor.spaces()
         marker = yield from self._cursor.find(self.thought, self._trimmer.feed)
         self._trimmer.finish(whole=not marker)

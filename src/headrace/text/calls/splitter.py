@@ -52,6 +52,11 @@ class Splitter:
         self._thought = Markers([self._think[1], *openers])
         self._run = self._answer(thinking_open=thinking_open)
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the text so far ends within thinking."""
+        return self._trimmer.is_open
+
     def feed(self, text: str) -> list[Part]:
         """Return the parts that the text completes; adjacent ones of one kind belong together."""
         fast = self._fast
@@ -118,6 +123,7 @@ class Splitter:
 
     def _thinking(self, *, opened: bool) -> Need[None]:
         cursor, trimmer = self._cursor, self._trimmer
+        trimmer.begin()
         if opened:
             yield from cursor.accept(self._think[0])
         yield from cursor.spaces()

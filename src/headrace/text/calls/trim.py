@@ -10,10 +10,11 @@ _MAX_HELD = 64
 class Trimmer:
     """Holds back white space until more text comes; of a long run, the last characters only."""
 
-    __slots__ = ("_begun", "_emit", "held")
+    __slots__ = ("_begun", "_emit", "held", "is_open")
 
     def __init__(self, emit: Emit) -> None:
         self.held: str = ""
+        self.is_open = False
         self._emit: Emit = emit
         self._begun = False
 
@@ -26,6 +27,10 @@ class Trimmer:
     def at_line_start(self) -> bool:
         """Whether a line begins here."""
         return self.held.endswith("\n") or not (self._begun or self.held)
+
+    def begin(self) -> None:
+        """Begin a text."""
+        self.is_open = True
 
     def feed(self, text: str) -> None:
         """Add text."""
@@ -42,4 +47,4 @@ class Trimmer:
         if whole:
             self._emit(self.held)
         self.held = ""
-        self._begun = False
+        self._begun = self.is_open = False
