@@ -18,6 +18,10 @@ outside of it. The CPU of Headrace's child is reported too, but is not part of t
 the engine's, and the two others have no engine. The servers are measured in turn, round after
 round; the ratio is that of the same round, and the table shows the median of the rounds.
 
+With `--routes`, `headrace serve echo` answers by chat completions, `/v1/responses` and
+`/v1/messages` at the same time, a process for each, with a third of the rate; the ratios are those
+to chat completions.
+
 With `--against DIR`, only `headrace serve echo` of this checkout and that of another are measured,
 both at the same time, with new processes in each round: the CPU of an event changes by a third from
 one second to the next, and from process to process. Each has half of the rate.
@@ -37,9 +41,15 @@ from headrace.lab import drive, figures, load
 from headrace.lab.drive import Program, Server
 
 GOAL = 2.5
+ROUTE_GOAL = 1.3
 STREAMS = (32, 512)
 SERVERS = ("limit", "headrace", "pydantic")
 CHECKOUTS = ("headrace", "other")
+ROUTES = {
+    "chat": "/v1/chat/completions",
+    "responses": "/v1/responses",
+    "messages": "/v1/messages",
+}
 _SETTLE_S = 0.5
 
 Start = Callable[[], contextlib.AbstractAsyncContextManager[Server]]
@@ -70,6 +80,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--window", type=float, default=7.0, help="seconds of one measurement")
     parser.add_argument("--streams", type=int, nargs="+", default=STREAMS)
+    parser.add_argument("--routes", action="store_true", help="compare the APIs of chats")
     report.against(parser)
     options = parser.parse_args(argv)
     if options.quick:
@@ -83,9 +94,21 @@ def body_of(speed: float, seconds: float) -> dict[str, Any]:
     return {"prompt": "abcdefgh" * 8, "max_tokens": tokens, "stream": True, "ignore_eos": True}
 
 
-async def begin(server: Server, client: Program, body: dict[str, Any], streams: int) -> None:
+def body_by(route: str, speed: float, seconds: float) -> dict[str, Any]:
+    """Return a request to a route of `ROUTES`, of which the engine repeats the message."""
+    tokens = int(speed * seconds)
+    text = "abcdefgh" * (tokens // 8 + 1)
+    if route == "responses":
+        return {"input": text, "max_output_tokens": tokens, "stream": True}
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": True}
+
+
+async def begin(
+    server: Server, client: Program, body: dict[str, Any], streams: int, path: str = load.PATH
+) -> None:
     """Open the streams, and wait until all run."""
-    await client.ask({"do": "open", "url": server.url, "bodies": [body] * streams})
+    bodies = [body] * streams
+    await client.ask({"do": "open", "url": server.url, "bodies": bodies, "path": path})
     await asyncio.sleep(_SETTLE_S)
 
 
@@ -147,8 +170,12 @@ async def rounds(options: argparse.Namespace, streams: int) -> list[Cell]:
 async def beside(
     starts: Mapping[str, Start], rounds: int, speed: float, window: float, streams: int
 ) -> list[Cell]:
-    """Measure two servers at the same time, new ones in each round; `speed` is of one stream."""
-    body, cells, names = body_of(speed, window + 60), list[Cell](), list(starts)
+    """Measure servers at the same time, new ones in each round; `speed` is of one stream."""
+    cells, names, seconds = list[Cell](), list(starts), window + 60
+    bodies = {
+        name: body_by(name, speed, seconds) if name in ROUTES else body_of(speed, seconds)
+        for name in names
+    }
     async with contextlib.AsyncExitStack() as whole:
         clients = {
             name: await whole.enter_async_context(drive.program(load.command())) for name in names
@@ -158,7 +185,8 @@ async def beside(
             async with contextlib.AsyncExitStack() as stack:
                 servers = {name: await stack.enter_async_context(starts[name]()) for name in order}
                 for name, server in servers.items():
-                    await begin(server, clients[name], body, streams)
+                    path = ROUTES.get(name, load.PATH)
+                    await begin(server, clients[name], bodies[name], streams, path)
                 counts = (count(n, servers[n], clients[n], streams, window) for n in names)
                 cells += await asyncio.gather(*counts)
             shown = "  ".join(f"{cell.server} {cell.each:5.2f}" for cell in cells[-len(names) :])
@@ -184,6 +212,17 @@ async def checkouts(options: argparse.Namespace, streams: int) -> list[Cell]:
     return await beside(starts, options.rounds, speed, options.window, streams)
 
 
+async def routes(options: argparse.Namespace, streams: int) -> list[Cell]:
+    """Measure the routes of this checkout beside one another."""
+    speed = options.rate / len(ROUTES) / streams
+
+    def start() -> contextlib.AbstractAsyncContextManager[Server]:
+        return drive.server(in_step(speed), ready="/health/ready")
+
+    starts: dict[str, Start] = dict.fromkeys(ROUTES, start)
+    return await beside(starts, options.rounds, speed, options.window, streams)
+
+
 def of(cells: Sequence[Cell], server: str, streams: int) -> list[float]:
     """Return the microseconds for each event of one server, round by round."""
     return [cell.each for cell in cells if (cell.server, cell.streams) == (server, streams)]
@@ -202,8 +241,7 @@ def table(
         "CPU of the API process for each streamed event, in one interleaved run",
         report.describe(facts),
         "",
-        "streams  server     events   ev/s  reads/ev  us/event (least-most)      times the "
-        + ("limit" if base == "limit" else "other"),
+        "streams  server     events   ev/s  reads/ev  us/event (least-most)      times the " + base,
     ]
     for streams in sorted({cell.streams for cell in cells}):
         for server in servers:
@@ -226,7 +264,9 @@ def table(
 
 async def run(options: argparse.Namespace) -> list[Cell]:
     """Measure everything."""
-    measure, cells = checkouts if options.against else rounds, list[Cell]()
+    measure, cells = rounds, list[Cell]()
+    if options.against or options.routes:
+        measure = checkouts if options.against else routes
     for streams in options.streams:
         cells += await measure(options, streams)
     return cells
@@ -236,9 +276,13 @@ def main() -> None:
     """Measure, print and keep the figures."""
     options, conditions = arguments(), report.Conditions()
     servers, base = (CHECKOUTS, "other") if options.against else (SERVERS, "limit")
+    if options.routes and not options.against:
+        servers, base = tuple(ROUTES), "chat"
     cells, facts = asyncio.run(run(options)), report.machine()
     lines = table(cells, facts, servers, base)
-    goal = "" if options.against else f"Goal: headrace at most {GOAL} times the limit."
+    goal = f"Goal: headrace at most {GOAL} times the limit." if base == "limit" else ""
+    if base == "chat":
+        goal = f"Goal: each at most {ROUTE_GOAL} times chat completions."
     text = "\n".join([*lines, f"{goal}{conditions}".strip()])
     print(f"\n{text}")
     record = {
@@ -253,7 +297,7 @@ def main() -> None:
         },
         "cells": [cell._asdict() for cell in cells],
     }
-    name = "front-against" if options.against else "front"
+    name = {"other": "front-against", "chat": "front-routes"}.get(base, "front")
     report.write(name, text, record, options)
 
 

@@ -9,7 +9,10 @@ import pytest
 from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, client, text
 
 from headrace.api import fields
+from headrace.api.anthropic import CountTokensRequest, MessagesRequest
+from headrace.api.chat import ChatRequest
 from headrace.api.fields import Body, Peers, bodies
+from headrace.api.responses_request import ResponsesRequest
 from headrace.core.constraint import Constraint
 from headrace.core.request import GenerateRequest
 
@@ -258,6 +261,13 @@ async def test_two_schemas_are_refused() -> None:
     two = {"json_schema": SCHEMA, "response_format": {"type": "json_object"}}
     answer, _ = await post(CHAT, chat(**two))
     assert answer.json()["error"]["param"] == "json_schema"
+
+
+@pytest.mark.parametrize("kind", [ResponsesRequest, CountTokensRequest, MessagesRequest])
+def test_other_dialects_know_the_fields_of_chat_completions(kind: type[Body]) -> None:
+    """Issue 14.1, 14.2: a field of chats that another dialect has not is refused or harmless."""
+    unknown = {*ChatRequest.__struct_fields__} - {*kind.__struct_fields__} - {*kind.peers}
+    assert unknown == set()
 
 
 def test_each_struct_of_a_body_has_a_table() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
@@ -378,6 +378,7 @@ async def test_no_response_is_kept(method: str) -> None:
         assert (await http.post(f"{PATH}/compact", json={})).status_code == 404
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=20), st.lists(st.integers(0, 99), max_size=5), st.booleans())
 def test_free_text_is_read_from_any_pieces(text: str, cuts: list[int], plain: bool) -> None:
     """Issue 14.1: JSON's escapes may be cut anywhere."""

@@ -13,7 +13,7 @@ import pytest
 from anthropic.types import Message as TheirMessage
 from anthropic.types import RawMessageStreamEvent
 from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 from tests.service.serving import Service, served
 
 MODELS = """
@@ -55,7 +55,7 @@ TOOL: Any = {"name": "get_weather", "input_schema": SCHEMA}
 class City(BaseModel):
     """What the real model has to write."""
 
-    name: str
+    name: str = Field(min_length=1, max_length=12)
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +176,14 @@ def test_errors_of_responses(their: openai.OpenAI) -> None:
 def test_the_real_model_by_responses(their: openai.OpenAI) -> None:
     """Issue 14.1: a structured answer, and an enforced call of a tool."""
     parsed = their.responses.parse(
-        model="smollm2", input="Name a city.", text_format=City, max_output_tokens=60
+        model="smollm2",
+        input="Name a city.",
+        text_format=City,
+        max_output_tokens=60,
+        temperature=0,
     )
-    assert parsed.output_parsed is None or parsed.output_parsed.name
-    json.loads(parsed.output_text) if parsed.status == "completed" else None
+    assert parsed.output_parsed is not None
+    assert parsed.output_parsed.name
     answer = their.responses.create(
         model="smollm2",
         input="What is the weather in Paris for the next 3 days?",
@@ -215,6 +219,8 @@ def test_messages_of_text(claude: anthropic.Anthropic) -> None:
     assert claude.messages.count_tokens(**given).input_tokens == 15
     stopped = claude.messages.create(max_tokens=9, stop_sequences=["lo", "zz"], **given)
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "lo")
+    stopped = claude.messages.create(max_tokens=9, stop_sequences=["l"], tools=[TOOL], **given)
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "l")
     cut = claude.messages.create(max_tokens=2, **given)
     assert cut.stop_reason == "max_tokens"
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-from headrace.api import fields, limits
+from headrace.api import dialect_fields, fields, limits
 from headrace.api.anthropic_answer import MessageEncoder, MessageHead, whole
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.fields import Body, Peers
@@ -19,12 +19,11 @@ from headrace.api.messages import (
     CallId,
     Function,
     ToolName,
-    Turns,
-    leave_out,
     to_call,
     tools_of,
 )
 from headrace.api.stream import send_stream
+from headrace.api.turns import Turns, leave_out
 from headrace.api.wire import (
     Count,
     KeepAlive,
@@ -69,7 +68,7 @@ class Block(Body, frozen=True):
     is_error: bool | None = None
     title: str | None = None
 
-    peers: ClassVar[Peers] = fields.BLOCK
+    peers: ClassVar[Peers] = dialect_fields.BLOCK
 
 
 class MessagesTurn(Body, frozen=True):
@@ -90,7 +89,7 @@ class MessagesTool(Body, frozen=True):
     type: str | None = None
     strict: bool | None = None
 
-    peers: ClassVar[Peers] = fields.MESSAGES_TOOL
+    peers: ClassVar[Peers] = dialect_fields.MESSAGES_TOOL
 
 
 class MessagesChoice(Body, frozen=True):
@@ -122,7 +121,7 @@ class OutputConfig(Body, frozen=True):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None
 
-    peers: ClassVar[Peers] = fields.OUTPUT_CONFIG
+    peers: ClassVar[Peers] = dialect_fields.OUTPUT_CONFIG
 
 
 class CountTokensRequest(SamplingFields, Body, frozen=True, kw_only=True):
@@ -145,7 +144,7 @@ class CountTokensRequest(SamplingFields, Body, frozen=True, kw_only=True):
     mcp_servers: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    peers: ClassVar[Peers] = fields.COUNT_TOKENS
+    peers: ClassVar[Peers] = dialect_fields.COUNT_TOKENS
 
 
 class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
@@ -160,7 +159,7 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     context_length: Count | None = None
     keep_alive: KeepAlive | None = None
 
-    peers: ClassVar[Peers] = fields.MESSAGES
+    peers: ClassVar[Peers] = dialect_fields.MESSAGES
 
 
 class MessageTokens(msgspec.Struct, frozen=True):

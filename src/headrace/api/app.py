@@ -39,8 +39,9 @@ from headrace.api.limits import ApiSettings
 from headrace.api.ollama import OLLAMA_ADMIN_ROUTES, OLLAMA_ROUTES
 from headrace.api.openapi import document, page
 from headrace.api.rerank import Ranking, RankRequest, rerank
-from headrace.api.responses import InputTokens, ResponsesRequest, input_tokens, responses
+from headrace.api.responses import InputTokens, input_tokens, responses
 from headrace.api.responses_body import ResponseBody, ResponseEvent
+from headrace.api.responses_request import ResponsesRequest
 from headrace.api.score import ScoreBody, ScoreList, score
 from headrace.api.status import (
     Health,

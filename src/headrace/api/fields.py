@@ -35,13 +35,17 @@ class Peer(NamedTuple):
     instead: str = ""
 
 
-def _ignored(names: str) -> dict[str, Peer]:
+def ignored(names: str) -> dict[str, Peer]:
+    """Return fields that are accepted with any value."""
     return dict.fromkeys(names.split(), Peer(None))
 
 
-def _refused(names: str, *harmless: Any, instead: str = "") -> dict[str, Peer]:
+def refused(names: str, *harmless: Any, instead: str = "") -> dict[str, Peer]:
+    """Return fields that are accepted with null and the `harmless` values only."""
     return dict.fromkeys(names.split(), Peer(harmless, instead))
 
+
+_ignored, _refused = ignored, refused
 
 Peers = Mapping[str, Peer]
 
@@ -140,102 +144,6 @@ COMPLETIONS: Peers = {
     **_refused("max_completion_tokens", instead="Use max_tokens"),
     **_ignored("chat_template_kwargs"),
 }
-
-_OF_PROMPTS: Peers = {
-    **_refused("add_generation_prompt", True),
-    **_refused("continue_final_message echo prompt_logprobs", False),
-    **_refused("suffix grammar regex ebnf", ""),
-    **_refused("structured_outputs guided_json guided_regex guided_choice guided_grammar"),
-}
-
-_STATELESS = "This server keeps no responses: send the earlier items in input"
-
-_OF_RESPONSES = frozenset(
-    {"metadata", "safety_identifier", "prompt_cache_key", "store", "user", "max_output_tokens"}
-)
-
-RESPONSES: Peers = {
-    **{name: peer for name, peer in GENERATE.items() if name not in _OF_RESPONSES},
-    **_OF_PROMPTS,
-    **_refused("previous_response_id conversation", instead=_STATELESS),
-    **_refused("background", False),
-    **_refused("prompt moderation"),
-    # What is kept, cached, counted or shortened.
-    **_ignored("context_management background_options prompt_cache_options access_programs image"),
-    **_ignored("personality"),
-    **_refused("messages", instead="Use input, or /v1/chat/completions"),
-    **_refused("max_completion_tokens", instead="Use max_output_tokens"),
-    **_refused("response_format", instead="Use text.format"),
-    **_refused("json_schema", instead="Use text.format"),
-    **_refused("reasoning_effort thinking think enable_thinking", instead="Use reasoning.effort"),
-    **_refused("thinking_token_budget repeat_penalty"),
-    **_refused("n best_of", 1),
-    **_refused("stop stop_token_ids", [], ""),
-    **_refused("logprobs", False, instead="Use include and top_logprobs"),
-    **_refused("logit_bias", {}),
-    **_refused("ignore_eos", False),
-}
-
-COUNT_TOKENS: Peers = {
-    **{name: peer for name, peer in GENERATE.items() if name != "system"},
-    **_OF_PROMPTS,
-    **_ignored("betas container context_management inference_geo speed diagnostics cache_control"),
-    **_ignored("user_profile_id workspace_id fallbacks stream stop_sequences"),
-    **_ignored("context_length keep_alive"),
-    **_refused("prompt", instead="Use messages"),
-    **_refused("response_format json_schema", instead="Use output_config.format"),
-    **_refused("reasoning_effort reasoning think enable_thinking", instead="Use thinking"),
-    **_refused("max_completion_tokens", instead="Use max_tokens"),
-    **_refused("stop", [], "", instead="Use stop_sequences"),
-    **_refused("n best_of", 1),
-    **_refused("stop_token_ids logit_bias", [], {}),
-    **_refused("logprobs ignore_eos", False),
-    **_refused("top_logprobs repeat_penalty"),
-}
-MESSAGES: Peers = {
-    name: peer
-    for name, peer in COUNT_TOKENS.items()
-    if name not in {"stream", "stop_sequences", "context_length", "keep_alive"}
-}
-BLOCK: Peers = _ignored(
-    "cache_control citations signature data source context caller toolset_name file_id"
-    " server_name encrypted_content"
-)
-MESSAGES_TOOL: Peers = _ignored(
-    "cache_control defer_loading input_examples eager_input_streaming allowed_callers max_uses"
-    " allowed_domains blocked_domains user_location citations max_content_tokens max_characters"
-    " display_width_px display_height_px display_number enable_zoom use_cache model"
-    " mcp_server_name default_config configs response_inclusion max_tokens caching"
-)
-OUTPUT_CONFIG: Peers = _ignored("task_budget")
-
-INPUT_ITEM: Peers = {
-    # What clients send back of an earlier answer, and the items of tools that a provider runs.
-    **_ignored("id status summary phase namespace caller async created_by internal_chat_message"),
-    **_ignored("action results queries code container_id outputs result error server_label tools"),
-    **_ignored("operation environment max_output_length execution approval_request_id approve"),
-    **_ignored("reason pending_safety_checks acknowledged_safety_checks actions"),
-    # Of the openai package's own objects.
-    **_ignored("async_ parsed_arguments"),
-}
-INPUT_PART: Peers = _ignored(
-    "annotations logprobs parsed image_url file_id detail file_data file_url filename input_audio"
-    " prompt_cache_breakpoint"
-)
-RESPONSE_REASONING: Peers = {
-    **_ignored("generate_summary context mode"),
-    **_refused("enabled", True),
-    **_refused("max_tokens"),
-}
-# Fields of tools that a provider runs, which are left out as a whole; hints.
-RESPONSE_TOOL: Peers = _ignored(
-    "defer_loading allowed_callers output_schema async user_location search_context_size filters"
-    " search_content_types external_web_access vector_store_ids max_num_results ranking_options"
-    " container server_label server_url server_description connector_id authorization headers"
-    " allowed_tools require_approval tunnel_id background input_fidelity input_image_mask model"
-    " moderation output_compression output_format partial_images quality size action svg"
-    " display_height display_width environment execution image_settings return_token_budget"
-)
 
 MESSAGE: Peers = {
     # What clients send back of an earlier answer, and hints for caches.

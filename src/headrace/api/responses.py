@@ -5,34 +5,33 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import msgspec
-from msgspec import Meta
 
-from headrace.api import fields, limits
 from headrace.api.exchange import Call, Exchange, Service
-from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
 from headrace.api.messages import (
     CalledFunction,
-    CallId,
-    Effort,
     Function,
-    ToolName,
-    Turns,
-    leave_out,
     to_call,
     tools_of,
 )
 from headrace.api.responses_answer import ResponseEncoder, Settings, unseal, whole
 from headrace.api.responses_body import ResponseBody
+from headrace.api.responses_request import (
+    InputItem,
+    InputPart,
+    Reasoning,
+    ResponseChoice,
+    ResponsesRequest,
+    ResponseTool,
+    TextFields,
+    TextFormat,
+)
 from headrace.api.stream import send_stream
+from headrace.api.turns import Turns, leave_out
 from headrace.api.wire import (
-    Count,
-    KeepAlive,
-    ModelName,
-    StreamOptions,
     answer_fields,
     envelope,
     scalars,
@@ -40,8 +39,8 @@ from headrace.api.wire import (
 from headrace.core import events
 from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest, Unsupported
-from headrace.core.request import CountRequest, GenerateRequest, Message, Role
-from headrace.core.sampling import Sampling, SamplingFields
+from headrace.core.request import CountRequest, GenerateRequest, Message
+from headrace.core.sampling import Sampling
 from headrace.core.stream import collect, result
 from headrace.core.tools import Thinking, Tool, ToolChoice
 
@@ -60,147 +59,6 @@ _FREE_TEXT = {
     "required": ["input"],
     "additionalProperties": False,
 }
-
-
-class InputPart(Body, frozen=True):
-    """A part of a message, of thinking or of a tool's output; only text is supported."""
-
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
-    peers: ClassVar[Peers] = fields.INPUT_PART
-
-
-class InputItem(Body, frozen=True, kw_only=True):
-    """A part of the conversation: a message, thinking, a call of a tool, or its output."""
-
-    type: str = "message"
-    role: Role | None = None
-    content: str | list[InputPart] | None = None
-    call_id: CallId | None = None
-    name: ToolName | None = None
-    arguments: str | None = None
-    input: str | None = None
-    output: str | list[InputPart] | None = None
-    encrypted_content: str | None = None
-
-    peers: ClassVar[Peers] = fields.INPUT_ITEM
-
-
-class FreeFormat(Body, frozen=True):
-    """What a tool takes: any text, or the text of a grammar, which is described to the model."""
-
-    type: Literal["text", "grammar"]
-    syntax: Literal["lark", "regex"] | None = None
-    definition: str | None = None
-
-
-class ResponseTool(Body, frozen=True, omit_defaults=True):
-    """A function, a custom tool (which takes free text), or one that the provider runs."""
-
-    type: str
-    name: ToolName | None = None
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-    format: FreeFormat | None = None
-
-    peers: ClassVar[Peers] = fields.RESPONSE_TOOL
-
-
-class ToolOfType(Body, frozen=True, omit_defaults=True):
-    """A tool, by name."""
-
-    type: str
-    name: ToolName | None = None
-
-    peers: ClassVar[Peers] = fields.RESPONSE_TOOL
-
-
-class ResponseChoice(Body, frozen=True, omit_defaults=True):
-    """One tool that the model must call, or the tools that it may call."""
-
-    type: str
-    name: ToolName | None = None
-    mode: Literal["auto", "required"] | None = None
-    tools: Annotated[list[ToolOfType], Meta(min_length=1, max_length=limits.MAX_TOOLS)] | None = (
-        None
-    )
-
-    peers: ClassVar[Peers] = fields.RESPONSE_TOOL
-
-
-class TextFormat(Body, frozen=True, omit_defaults=True):
-    """The required format of the answer."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
-    schema: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class TextFields(Body, frozen=True, omit_defaults=True):
-    """The required format of the answer; `verbosity` has no effect."""
-
-    format: TextFormat | None = None
-    verbosity: str | None = None
-
-
-class Reasoning(Body, frozen=True):
-    """The control of the thinking. There are no summaries."""
-
-    effort: Effort | None = None
-    summary: str | None = None
-
-    peers: ClassVar[Peers] = fields.RESPONSE_REASONING
-
-
-class ResponsesRequest(SamplingFields, Body, frozen=True, kw_only=True):
-    """OpenAI's request of a response, with common extensions.
-
-    `max_tokens` is another name of `max_output_tokens`, and both are cut to what the context has
-    left. `store` and `truncation` have no effect: no response is kept, and nothing is truncated.
-    """
-
-    # OpenAI's seed is a signed 64-bit integer; core also takes unsigned ones.
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-
-    model: ModelName | None = None
-    input: str | Annotated[list[InputItem], Meta(max_length=limits.MAX_ITEMS)] | None = None
-    instructions: str | None = None
-    max_output_tokens: Count | None = None
-    max_tool_calls: Count | None = None
-    tools: Annotated[list[ResponseTool], Meta(max_length=limits.MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ResponseChoice | None = None
-    parallel_tool_calls: bool | None = None
-    text: TextFields | None = None
-    reasoning: Reasoning | None = None
-    include: list[str] | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    truncation: Literal["auto", "disabled"] | None = None
-    store: bool | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    context_length: Count | None = None
-    keep_alive: KeepAlive | None = None
-
-    peers: ClassVar[Peers] = fields.RESPONSES
-
-    def names(self) -> dict[str, str]:
-        """Return the client's names for fields of the core."""
-        names = {
-            "messages": "input",
-            "response_format": "text.format",
-            "template_options": "chat_template_kwargs",
-        }
-        return names | ({} if self.max_tokens is not None else {"max_tokens": "max_output_tokens"})
 
 
 class InputTokens(msgspec.Struct, frozen=True):

@@ -25,7 +25,7 @@ import jsonschema_rs
 from headrace.core.schema import Path, Schema, children, pointer
 from headrace.text.grammar import regex_position, schema_grammar
 from headrace.text.lark import Unenforceable, normalised
-from headrace.worker.matchers import END, Compile, Library
+from headrace.worker.matchers import END, Compile, Library, from_package
 
 MEMORY = 192 << 20
 """Bytes that a job may take, beside what the libraries take."""
