@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from headrace.api import fields
+from headrace.api.answers import AnswerHead, ChunkHead, PromptPlace, prompt_places
 from headrace.api.exchange import Call, Exchange, Service, too_large
 from headrace.api.fields import Peers, ReasoningField
 from headrace.api.images import HELD, Fetched, fetch
@@ -31,15 +32,7 @@ from headrace.api.messages import (
     to_tools,
 )
 from headrace.api.stream import ChunkFormat, Reply, answer
-from headrace.api.wire import (
-    AnswerHead,
-    ChunkHead,
-    Count,
-    PromptPlace,
-    generate_fields,
-    prompt_places,
-    to_sampling,
-)
+from headrace.api.wire import Count, generate_fields, to_sampling
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import (
     Choice,

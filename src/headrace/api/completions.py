@@ -13,19 +13,16 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from headrace.api import fields, limits
+from headrace.api.answers import AnswerHead, ChunkHead, PromptPlace, prompt_places
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.fields import Peers
 from headrace.api.limits import ApiSettings
 from headrace.api.stream import ChunkFormat, Reply, answer
 from headrace.api.wire import (
-    AnswerHead,
-    ChunkHead,
     GenerateFields,
-    PromptPlace,
     TokenId,
     generate_fields,
     inputs_schema,
-    prompt_places,
     to_inputs,
     to_sampling,
 )

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from headrace.api import fields, limits
+from headrace.api.answers import ReadUsage
 from headrace.api.exchange import Call, Exchange, Service, server_timing
 from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
@@ -16,7 +17,6 @@ from headrace.api.wire import (
     Count,
     KeepAlive,
     ModelName,
-    ReadUsage,
     TokenId,
     inputs_schema,
     request_fields,

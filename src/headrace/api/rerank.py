@@ -8,10 +8,11 @@ import msgspec
 from msgspec import Meta
 
 from headrace.api import fields, limits
+from headrace.api.answers import ReadUsage
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
-from headrace.api.wire import Count, KeepAlive, ModelName, ReadUsage, request_fields
+from headrace.api.wire import Count, KeepAlive, ModelName, request_fields
 from headrace.core import events
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.request import RerankRequest

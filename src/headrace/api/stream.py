@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from headrace.api import limits
+from headrace.api.answers import usage_body
 from headrace.api.exchange import Exchange, Service, timing_header
 from headrace.api.problems import Headers, Problem
-from headrace.api.wire import GenerateFields, usage_body
+from headrace.api.wire import GenerateFields
 from headrace.core.errors import GenerationFailed
 from headrace.core.events import (
     Choice,
