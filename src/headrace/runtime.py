@@ -20,7 +20,6 @@ from headrace.core.parameters import Parameter
 from headrace.core.status import Plan
 from headrace.engines import EngineStatus, measured
 from headrace.engines.base import check_task
-from headrace.engines.placement import check_devices, placement
 from headrace.log import LogSettings
 from headrace.machine import SystemInfo, confine
 from headrace.models.inspect import inspect
@@ -34,6 +33,7 @@ from headrace.models.reference import (
     parse,
 )
 from headrace.models.store import Store, without_file
+from headrace.placement import check_devices, placement
 from headrace.pool.admin import PoolAdmin, Specify, Wanted
 from headrace.pool.ledger import Ledger
 from headrace.pool.plan import plan_load

@@ -91,6 +91,10 @@ def _kill(find: Callable[[], Collection[psutil.Process]]) -> None:
         until = time.monotonic() + _KILLED_S
         while any(map(_lives, members)) and time.monotonic() < until:
             time.sleep(_KILLED_S / 100)
+        for process in members:
+            # Orphans are children of this process, as a subreaper: no other process collects them.
+            with contextlib.suppress(OSError):
+                os.waitpid(process.pid, os.WNOHANG)
 
 
 def _related(leader: int | None, mark: str) -> set[psutil.Process]:
