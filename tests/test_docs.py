@@ -173,7 +173,8 @@ def test_the_first_screen_of_the_readme() -> None:
 
 def test_every_route_is_in_getting_started() -> None:
     """Issue 12.33: those of other servers' APIs too."""
-    page = (ROOT / "docs" / "getting-started.md").read_text()
+    pages = [ROOT / "docs" / f"{name}.md" for name in ("getting-started", "ollama")]
+    page = "".join(page.read_text() for page in pages)
     for route in (*ROUTES, *ADMIN_ROUTES):
         path = route.path.partition("{")[0].rstrip("/")
         assert path in page or path.startswith("/admin/"), path

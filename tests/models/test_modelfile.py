@@ -12,7 +12,7 @@ from headrace.core.errors import ConfigError
 from headrace.core.model import SETTINGS
 from headrace.models.modelfile import Imported, imported, read
 
-KNOWN = {*SETTINGS, "system", "sampling", "base"}
+KNOWN = {*SETTINGS, "base"}
 MARIO = '''\ufeff# A comment
 FROM ./models/mario.gguf
 parameter temperature 1.5
@@ -50,7 +50,7 @@ def test_a_modelfile(tmp_path: Path) -> None:
         "system": '\nYou are "Mario" from Super Mario Bros.\nAnswer briefly.',
         "context_length": 4096,
         "options": {"gpu_layers": 0},
-        "sampling": {"temperature": 1.5, "stop": ["<|im_end|>", "\ntwo lines"]},
+        "defaults": {"temperature": 1.5, "stop": ["<|im_end|>", "\ntwo lines"]},
     }
     assert set(made.left_out) == {
         *("TEMPLATE", "LICENSE", "MESSAGE", "PARAMETER num_predict", "PARAMETER mirostat")
@@ -87,6 +87,9 @@ def test_a_configured_model_is_a_base(tmp_path: Path) -> None:
     text = "FROM mine\nSYSTEM a"
     made = read_in(tmp_path, text, mine="hub:a/b")
     assert (made.name, made.settings) == ("", {"base": "mine", "system": "a"})
+    made = read_in(tmp_path, text + "\nPARAMETER num_ctx 64\nPARAMETER top_k 3", mine="hub:a/b")
+    assert made.settings == {"base": "mine", "system": "a", "defaults": {"top_k": 3}}
+    assert "mine" in made.left_out["PARAMETER num_ctx"]
     assert read_in(tmp_path, text, {"system"}, mine="hub:a/b").settings["model"] == "hub:a/b"
 
 

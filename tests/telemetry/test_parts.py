@@ -146,7 +146,14 @@ def test_scalar_figures_are_attributes() -> None:
     assert names.figures(metrics).keys() == {
         f"headrace.{name}"
         for name in (
-            *("queue_ms", "load_ms", "compile_ms", "time_to_first_content_ms", "prefill_ms", "prefill_tokens_per_second"),
+            *(
+                "queue_ms",
+                "load_ms",
+                "compile_ms",
+                "time_to_first_content_ms",
+                "prefill_ms",
+                "prefill_tokens_per_second",
+            ),
             *("time_per_output_token_ms", "decode_tokens_per_second", "chunks"),
             *("continuations", "continued", "inter_token_p50_ms", "inter_token_p99_ms"),
         )

@@ -130,6 +130,7 @@ class ModelOptions(TypedDict, total=False):
     gpu_layers: int | None
     gpu_memory: float | None
     hang_after: int | None
+    images: bool | None
     in_step: bool | None
     kv_cache_bytes: int | None
     kv_type: str | None
@@ -140,6 +141,7 @@ class ModelOptions(TypedDict, total=False):
     max_tokens: int | None
     memory: int | None
     mmap: bool | None
+    mmproj: str | None
     oom_after: int | None
     pipeline_parallel: int | None
     pooling: str | None

@@ -214,18 +214,20 @@ def _put_parameters(target: _Target, parameters: list[Instruction]) -> None:
             sampling[key] = _number(item, kind, value)
         else:
             _put_setting(target, item, name, value)
-    if stops and "sampling" in target.known:
+    if stops and "defaults" in target.known:
         sampling["stop"] = stops
     elif stops:
         target.settings["stop"] = stops
     if sampling:
         _check(sampling)
-        target.put(f"PARAMETER {', '.join(sampling)}", "sampling", sampling)
+        target.put(f"PARAMETER {', '.join(sampling)}", "defaults", sampling)
 
 
 def _put_setting(target: _Target, item: Instruction, name: str, value: str) -> None:
     settings = target.settings
-    if name == "num_ctx":
+    if "base" in settings and (name == "num_ctx" or name in _OPTIONS):
+        target.left[f"PARAMETER {name}"] = f"the loaded model is that of {settings['base']}"
+    elif name == "num_ctx":
         settings["context_length"] = _number(item, int, value, least=1)
     elif name == "num_predict":
         target.left[f"PARAMETER {name}"] = "without a limit is the default"

@@ -105,7 +105,9 @@ def test_what_counts_as_out_of_memory() -> None:
 def test_each_token_of_a_character_has_its_entry() -> None:
     """Issue 12.9: with its own bytes, also where the answer is cut within a character."""
     request = EngineRequest(token_ids=(1,), max_tokens=3, sampling=Sampling(logprobs=0))
-    call = Call(request, cast("Any", SimpleNamespace(reader=lambda _: lambda token: bytes([token]))))
+    call = Call(
+        request, cast("Any", SimpleNamespace(reader=lambda _: lambda token: bytes([token])))
+    )
     token_ids = list("🌍".encode()[:3])
     candidates = [{token: SimpleNamespace(rank=1, logprob=-0.5)} for token in token_ids]
     step = SimpleNamespace(token_ids=token_ids, logprobs=candidates, finish_reason="length")
