@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from typing import Any
 import httpx
 import ollama
 import pytest
+from tests.pictures_made import png
 from tests.service.serving import Service, served
 
 WEATHER: Any = {
@@ -37,6 +40,10 @@ aliases = ["small:135m"]
 
 [models.echo]
 model = "builtin:echo"
+
+[models.seer]
+model = "builtin:echo"
+options = {images = true}
 
 [models.thinker]
 model = "builtin:echo"
@@ -134,6 +141,27 @@ def test_thinking_has_a_field(client: ollama.Client) -> None:
     assert answer.message.thinking == "Rivers flow."
 
 
+def test_images(client: ollama.Client, service: Service) -> None:
+    """Issue 14.3: in base64, in a message or beside a prompt; what is none is refused."""
+    picture = png()
+    images = [base64.b64encode(picture).decode()]
+    message = {"role": "user", "content": "What is it? ", "images": images}
+    answer = client.chat("seer", [message])
+    assert hashlib.sha256(picture).hexdigest()[:8] in (answer.message.content or "")
+    generated = client.generate("seer", "What is it? ", images=images)
+    assert generated.response == answer.message.content
+    assert "vision" in (client.show("seer").capabilities or ())
+    for body in (
+        {"model": "seer", "messages": [{**message, "images": ["AAAA"]}]},
+        {"model": "seer", "messages": [{**message, "images": ["x!"]}]},
+        {"model": "seer", "messages": [{**message, "role": "system"}]},
+        {"model": "echo", "messages": [message]},
+    ):
+        refused = httpx.post(f"{service.url}/api/chat", json=body)
+        assert refused.status_code == 400, body
+        assert "image" in refused.json()["error"]
+
+
 def test_a_form_is_enforced(client: ollama.Client) -> None:
     """Issue 14.3: `format` is a schema or `json`."""
     schema = {
@@ -154,6 +182,7 @@ def test_models_are_listed_and_shown(client: ollama.Client, service: Service) ->
         "smollm2:latest",
         "small:135m",
         "echo:latest",
+        "seer:latest",
         "thinker:latest",
         "vectors:latest",
     ]

@@ -13,9 +13,9 @@ from msgspec import Meta
 
 from headrace.api import fields
 from headrace.api.answers import AnswerHead, ChunkHead, PromptPlace, prompt_places
-from headrace.api.exchange import Call, Exchange, Service, too_large
+from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.fields import Peers, ReasoningField
-from headrace.api.images import HELD, Fetched, fetch
+from headrace.api.images import HELD, Fetched, body_limit, check_text, fetch
 from headrace.api.limits import ApiSettings
 from headrace.api.logprobs import TokenBody, token_bodies
 from headrace.api.messages import (
@@ -183,12 +183,11 @@ _FORMATS: dict[ReasoningField, ChunkFormat] = {
 
 async def chat_completions(service: Service, exchange: Exchange) -> None:
     """Answer a conversation, streamed or whole."""
-    wire = await exchange.read(_DECODER, _body_limit(service, exchange.settings))
+    wire = await exchange.read(_DECODER, body_limit(service, exchange.settings))
     exchange.call.names = wire.names()
     urls = image_urls(wire.messages)
     sent = sum(len(url) for url, _ in urls)
-    if exchange.body_size - sent > exchange.settings.max_body_bytes:
-        raise too_large(exchange.settings.max_body_bytes)
+    check_text(exchange, sent)
     if not urls:
         request = to_request(wire, exchange.settings, exchange.call)
         await _answer(service, exchange, wire, request)
@@ -214,16 +213,6 @@ async def _answer(
     field = exchange.settings.reasoning_field
     reply = Reply("chatcmpl-", _FORMATS[field], request.n, partial(_whole, field))
     await answer(service, exchange, wire, service.backend.ask(request), reply)
-
-
-def _body_limit(service: Service, settings: ApiSettings) -> int:
-    """Return the most bytes of a conversation: more where a model may take images."""
-    # What a model can do is known once it is loaded.
-    may_see = any(
-        info.capabilities.vision or info.state != "ready" for info in service.backend.models()
-    )
-    sizes = (settings.max_body_bytes, settings.max_image_body_bytes)
-    return max(sizes) if may_see else sizes[0]
 
 
 def to_request(

@@ -217,12 +217,12 @@ _OLLAMA_GENERATE: Peers = {
     **OLLAMA,
     **_ignored("shift truncate"),
     **_refused("template", "", instead="The model's own template is used"),
-    **_refused("images", []),
     **_refused("width height steps"),
 }
 OLLAMA_CHAT: Peers = {
     **_OLLAMA_GENERATE,
     **_refused("prompt", "", instead="Use messages, or /api/generate"),
+    **_refused("images", [], instead="They are part of a message"),
     **_refused("tool_choice", "auto", "none"),
 }
 OLLAMA_GENERATE: Peers = {
@@ -236,7 +236,7 @@ OLLAMA_OPTIONS: Peers = _ignored(
     "f16_kv logits_all vocab_only embedding_only num_gqa rope_frequency_base rope_frequency_scale "
     "penalize_newline repeat_last_n"
 )
-OLLAMA_MESSAGE: Peers = _refused("images", [])
+OLLAMA_MESSAGE: Peers = {}
 OLLAMA_CALL: Peers = _ignored("type index")
 OLLAMA_FUNCTION: Peers = _ignored("index description")
 

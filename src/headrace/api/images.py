@@ -13,6 +13,8 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpx2
 
+from headrace.api.exchange import Exchange, Service, too_large
+from headrace.api.limits import ApiSettings
 from headrace.api.problems import refused
 from headrace.core.errors import InvalidRequest
 from headrace.core.media import Image, Pictures, too_many_bytes
@@ -53,6 +55,26 @@ class Held:
 
 
 HELD = Held()
+
+
+def body_limit(service: Service, settings: ApiSettings) -> int:
+    """Return the most bytes of a conversation: more where a model may take images."""
+    # What a model can do is known once it is loaded.
+    may_see = any(
+        info.capabilities.vision or info.state != "ready" for info in service.backend.models()
+    )
+    sizes = (settings.max_body_bytes, settings.max_image_body_bytes)
+    return max(sizes) if may_see else sizes[0]
+
+
+def check_text(exchange: Exchange, images: int) -> None:
+    """Check the size of a body without so many bytes of images.
+
+    Raises:
+        Refused: it is too large.
+    """
+    if exchange.body_size - images > exchange.settings.max_body_bytes:
+        raise too_large(exchange.settings.max_body_bytes)
 
 
 def read_image(url: str, place: str, pictures: Pictures, fetched: Fetched) -> Image:

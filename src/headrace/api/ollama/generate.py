@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import msgspec
@@ -12,9 +13,10 @@ from headrace.api import fields
 from headrace.api.edge import check_admin
 from headrace.api.exchange import Exchange, Service
 from headrace.api.fields import Peers
+from headrace.api.images import HELD, body_limit, check_text
 from headrace.api.logprobs import TokenBody, token_bodies
 from headrace.api.messages import Tools, to_tools
-from headrace.api.ollama.messages import Messages, to_messages
+from headrace.api.ollama.messages import Images, Messages, to_content, to_messages
 from headrace.api.ollama.wire import (
     GenerateFields,
     envelope,
@@ -36,6 +38,7 @@ from headrace.core.events import (
     ToolCall,
     ToolCallDelta,
 )
+from headrace.core.media import Pictures
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.stream import collect, result
@@ -64,6 +67,7 @@ class OllamaGenerateRequest(GenerateFields, frozen=True, kw_only=True):
     """
 
     prompt: str | None = None
+    images: Images | None = None
     suffix: str | None = None
     system: str | None = None
     raw: bool | None = None
@@ -152,6 +156,14 @@ def _generate_fields(text: str, thinking: str, calls: list[CallBody]) -> dict[st
     return {"response": text, "thinking": thinking}
 
 
+class _Asked(NamedTuple):
+    """What makes the core request, the images in base64, and how it is answered."""
+
+    request: Callable[[Any, dict[str, Any]], GenerateRequest]
+    images: Sequence[str]
+    layout: Layout
+
+
 _CHAT = msgspec.json.Decoder(OllamaChatRequest)
 _GENERATE = msgspec.json.Decoder(OllamaGenerateRequest)
 _CHAT_LAYOUT = Layout(
@@ -162,33 +174,49 @@ _GENERATE_LAYOUT = Layout(OllamaGenerateLine, _generate_fields, b'"response":', 
 
 async def chat(service: Service, exchange: Exchange) -> None:
     """Answer a conversation, as Ollama does."""
-    wire = await exchange.read(_CHAT)
+    wire = await exchange.read(_CHAT, body_limit(service, exchange.settings))
     if not wire.messages:
         await _load(service, exchange, wire, _CHAT_LAYOUT)
         return
-    request = GenerateRequest(
-        messages=to_messages(wire.messages),
-        tools=to_tools(wire.tools),
-        thinking=to_thinking(wire),
-        **_common(service, exchange, wire),
-    )
-    await _answer(service, exchange, wire, request, _CHAT_LAYOUT)
+    images = [image for message in wire.messages for image in message.images or ()]
+    await _answer(service, exchange, wire, _Asked(_chat_request, images, _CHAT_LAYOUT))
 
 
 async def generate(service: Service, exchange: Exchange) -> None:
     """Answer one prompt, as Ollama does."""
-    wire = await exchange.read(_GENERATE)
+    wire = await exchange.read(_GENERATE, body_limit(service, exchange.settings))
     if not wire.prompt:
         await _load(service, exchange, wire, _GENERATE_LAYOUT)
         return
-    common = _common(service, exchange, wire)
+    images = wire.images or ()
+    await _answer(service, exchange, wire, _Asked(_generate_request, images, _GENERATE_LAYOUT))
+
+
+def _chat_request(wire: OllamaChatRequest, common: dict[str, Any]) -> GenerateRequest:
+    pictures = Pictures()
+    return GenerateRequest(
+        messages=to_messages(wire.messages or (), pictures),
+        media=pictures.data,
+        tools=to_tools(wire.tools),
+        thinking=to_thinking(wire),
+        **common,
+    )
+
+
+def _generate_request(wire: OllamaGenerateRequest, common: dict[str, Any]) -> GenerateRequest:
+    prompt, pictures = wire.prompt or "", Pictures()
     if wire.raw or wire.suffix:
-        request = GenerateRequest(prompt=wire.prompt, suffix=wire.suffix or None, **common)
-    else:
-        system = (Message("system", wire.system),) if wire.system else ()
-        messages = (*system, Message("user", wire.prompt))
-        request = GenerateRequest(messages=messages, thinking=to_thinking(wire), **common)
-    await _answer(service, exchange, wire, request, _GENERATE_LAYOUT)
+        if wire.images:
+            raise Unsupported("Images go without raw and suffix.", param="images")
+        return GenerateRequest(prompt=prompt, suffix=wire.suffix or None, **common)
+    system = (Message("system", wire.system),) if wire.system else ()
+    content = to_content(prompt, wire.images, "", pictures)
+    return GenerateRequest(
+        messages=(*system, Message("user", content)),
+        media=pictures.data,
+        thinking=to_thinking(wire),
+        **common,
+    )
 
 
 def _common(service: Service, exchange: Exchange, wire: GenerateFields) -> dict[str, Any]:
@@ -200,6 +228,21 @@ def _common(service: Service, exchange: Exchange, wire: GenerateFields) -> dict[
 
 
 async def _answer(
+    service: Service, exchange: Exchange, wire: GenerateFields, asked: _Asked
+) -> None:
+    sent = sum(map(len, asked.images))
+    check_text(exchange, sent)
+    common = _common(service, exchange, wire)
+    with HELD.hold(sent):
+        if sent:
+            # Decoding takes long.
+            request = await asyncio.to_thread(asked.request, wire, common)
+        else:
+            request = asked.request(wire, common)
+        await _reply(service, exchange, wire, request, asked.layout)
+
+
+async def _reply(
     service: Service,
     exchange: Exchange,
     wire: GenerateFields,

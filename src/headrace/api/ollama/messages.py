@@ -10,10 +10,14 @@ from msgspec import Meta
 
 from headrace.api import fields, limits
 from headrace.api.fields import Body, Peers
+from headrace.api.images import read_image
 from headrace.api.messages import CallId, ToolName
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import ToolCall
+from headrace.core.media import MAX_IMAGES, Content, Pictures
 from headrace.core.request import Message
+
+Images = Annotated[list[str], Meta(max_length=MAX_IMAGES)]
 
 
 class CalledFunction(Body, frozen=True, kw_only=True):
@@ -35,10 +39,14 @@ class WireCall(Body, frozen=True, kw_only=True):
 
 
 class ChatMessage(Body, frozen=True, kw_only=True):
-    """One turn. A tool's turn answers the last call of `tool_name` that has no answer yet."""
+    """One turn. A tool's turn answers the last call of `tool_name` that has no answer yet.
+
+    `images` are in base64.
+    """
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
+    images: Images | None = None
     thinking: str | None = None
     tool_calls: Annotated[list[WireCall], Meta(max_length=limits.MAX_TOOLS)] | None = None
     tool_name: str | None = None
@@ -51,25 +59,42 @@ class ChatMessage(Body, frozen=True, kw_only=True):
 Messages = Annotated[list[ChatMessage], Meta(max_length=limits.MAX_MESSAGES)]
 
 
-def to_messages(wire: Sequence[ChatMessage]) -> tuple[Message, ...]:
+def to_content(text: str, images: Images | None, place: str, pictures: Pictures) -> Content:
+    """Return a text with the images after it.
+
+    Raises:
+        InvalidRequest: an image is damaged or beyond a bound.
+    """
+    if not images:
+        return text
+    urls = enumerate(f"data:;base64,{image}" for image in images)
+    seen = (read_image(url, f"{place}images[{n}]", pictures, {}) for n, url in urls)
+    return (text, *seen)
+
+
+def to_messages(wire: Sequence[ChatMessage], pictures: Pictures) -> tuple[Message, ...]:
     """Return the turns of a conversation, with an id for each call.
 
     Raises:
-        InvalidRequest: a tool answers a call that was not made, or twice.
+        InvalidRequest: a tool answers a call that was not made, or twice; an image is damaged, or
+            not in a turn of the user or a tool.
     """
     turns: list[Message] = []
     waiting: list[ToolCall] = []
     for index, message in enumerate(wire):
         if message.role == "tool":
-            turns.append(_answer(message, index, waiting))
+            turns.append(_answer(message, index, waiting, pictures))
             continue
+        place = f"messages[{index}]"
+        if message.images and message.role != "user":
+            raise InvalidRequest(f"{place}: images go with the user.", param=f"{place}.images")
         calls = tuple(_call(call, f"call_{index}_{n}") for n, call in enumerate(_calls(message)))
         if message.role == "assistant":
             waiting = list(calls)
         turns.append(
             Message(
                 message.role,
-                message.content or "",
+                to_content(message.content or "", message.images, f"{place}.", pictures),
                 tool_calls=calls,
                 reasoning=message.thinking or "",
             )
@@ -86,13 +111,17 @@ def _call(call: WireCall, id: str) -> ToolCall:
     return ToolCall(call.id or id, call.function.name, arguments)
 
 
-def _answer(message: ChatMessage, index: int, waiting: list[ToolCall]) -> Message:
+def _answer(
+    message: ChatMessage, index: int, waiting: list[ToolCall], pictures: Pictures
+) -> Message:
     """Return a tool's turn, and take the call that it answers from those that wait."""
     name = message.tool_name or message.name
     for call in waiting:
         given = message.tool_call_id
         if call.id == given if given else name in {None, call.name}:
             waiting.remove(call)
-            return Message("tool", message.content or "", call.name, tool_call_id=call.id)
+            text = message.content or ""
+            content = to_content(text, message.images, f"messages[{index}].", pictures)
+            return Message("tool", content, call.name, tool_call_id=call.id)
     place = f"messages[{index}]"
     raise InvalidRequest(f"{place}: no call before it waits for this answer.", param=place)

@@ -291,6 +291,8 @@ def _capabilities(info: ModelInfo) -> list[str]:
             names.append("tools")
         if info.capabilities.infill:
             names.append("insert")
+        if info.capabilities.vision:
+            names.append("vision")
     return names
 
 
