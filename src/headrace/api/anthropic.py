@@ -199,6 +199,8 @@ async def count_tokens(service: Service, exchange: Exchange) -> None:
     """Count the tokens of a conversation with blocks."""
     wire = await exchange.read(_COUNT_DECODER)
     exchange.call.names = _NAMES
+    # Checked as for an answer, which takes the same body.
+    Sampling(**scalars(wire))
     request = CountRequest(
         **_conversation(wire, exchange.call),
         **envelope(wire.model, exchange.settings, exchange.call),

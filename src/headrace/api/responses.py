@@ -93,6 +93,8 @@ async def input_tokens(service: Service, exchange: Exchange) -> None:
     """Count the tokens of a conversation with items."""
     wire = await exchange.read(_DECODER)
     exchange.call.names = wire.names()
+    # Checked as for an answer, which takes the same body.
+    Sampling(**scalars(wire))
     request = CountRequest(
         messages=to_messages(wire),
         tools=to_tools(wire, exchange.call),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ ENCODER_REQUESTS = 256
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
 """Bytes of an element, by torch's names of types and by those of safetensors."""
 CONTEXT = 4096
+_CUDA_BUILD = 400 << 20  # of torch's libraries for CUDA, which take memory on any machine
 _BATCH = 64 << 20  # of the libraries, beside the values of layers
 
 
@@ -122,6 +124,15 @@ def encoder_batch(
     # Two texts of different lengths have a mask for each pair of tokens.
     masks = 5 * batch_tokens * min(context, batch_tokens // 2)
     return _BATCH + layers + masks + 8 * sizes.heads * tokens * context * attention
+
+
+def torch_libraries() -> int:
+    """Return the bytes that torch takes beside those of a build for CPUs alone."""
+    with contextlib.suppress(PackageNotFoundError):
+        library = distribution("torch").locate_file("torch/lib/libtorch_cuda.so")
+        if Path(str(library)).exists():
+            return _CUDA_BUILD
+    return 0
 
 
 def has_cuda() -> bool:

@@ -287,7 +287,8 @@ def status_error(
 
 
 def _request_error(error: _ErrorBody, message: str) -> HeadraceError:
-    param = error.param if isinstance(error.param, str) else None
+    # vLLM's place for forms of an answer.
+    param = str(error.param).removeprefix("structured_outputs.") if error.param else None
     if error.code in _TOO_LONG or error.type in _TOO_LONG:
         return ContextOverflow(message, param=param or "messages")
     if error.code in _UNKNOWN_FIELD:

@@ -239,13 +239,14 @@ def footprint(request: OpenRequest) -> Footprint:
     context = request.context_length or request.model.context_length or _CONTEXT
     sizes, eager = layer_sizes(Path(request.model.path)), options.attention == "eager"
     batch = plan.encoder_batch(sizes, options.batch_tokens, context, attention=eager)
-    devices = {"cpu": _PROCESS + weights + batch}
+    process = _PROCESS + plan.torch_libraries()
+    devices = {"cpu": process + weights + batch}
     device = plan.expected_device(request.device)
     if gpus := plan.expected_gpus(request, device):
-        devices = {"cpu": _PROCESS} | plan.divided(weights + batch, gpus, 0)
+        devices = {"cpu": process} | plan.divided(weights + batch, gpus, 0)
     return Footprint(
         devices=devices,
-        parts={"weights": weights, "batch": batch, "overhead": _PROCESS},
+        parts={"weights": weights, "batch": batch, "overhead": process},
         context_length=request.context_length or request.model.context_length,
         max_running=plan.encoder_requests(request),
     )

@@ -14,6 +14,7 @@ import pytest
 from tests.engines.sentence_transformers.conftest import make_ranker, opening
 
 from headrace.core.errors import ConfigError, InvalidRequest, LoadFailed, OutOfMemory
+from headrace.engines import plan
 from headrace.engines.sentence_transformers import Engine, footprint
 from headrace.worker.encode import _shaped
 
@@ -189,5 +190,5 @@ class _Full:
 def test_its_footprint_is_of_the_right_size(minilm_path: Path) -> None:
     expected = footprint(opening(minilm_path))
     assert expected.parts["weights"] == pytest.approx(90.9e6, rel=0.01)
-    assert 500e6 < expected.devices["cpu"] < 1.2e9
+    assert 500e6 < expected.devices["cpu"] - plan.torch_libraries() < 1.2e9
     assert expected.max_running == 256

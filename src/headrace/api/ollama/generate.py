@@ -156,7 +156,7 @@ def _generate_fields(text: str, thinking: str, calls: list[CallBody]) -> dict[st
     return {"response": text, "thinking": thinking}
 
 
-class _Asked(NamedTuple):
+class _Job(NamedTuple):
     """What makes the core request, the images in base64, and how it is answered."""
 
     request: Callable[[Any, dict[str, Any]], GenerateRequest]
@@ -179,7 +179,7 @@ async def chat(service: Service, exchange: Exchange) -> None:
         await _load(service, exchange, wire, _CHAT_LAYOUT)
         return
     images = [image for message in wire.messages for image in message.images or ()]
-    await _answer(service, exchange, wire, _Asked(_chat_request, images, _CHAT_LAYOUT))
+    await _answer(service, exchange, wire, _Job(_chat_request, images, _CHAT_LAYOUT))
 
 
 async def generate(service: Service, exchange: Exchange) -> None:
@@ -189,7 +189,7 @@ async def generate(service: Service, exchange: Exchange) -> None:
         await _load(service, exchange, wire, _GENERATE_LAYOUT)
         return
     images = wire.images or ()
-    await _answer(service, exchange, wire, _Asked(_generate_request, images, _GENERATE_LAYOUT))
+    await _answer(service, exchange, wire, _Job(_generate_request, images, _GENERATE_LAYOUT))
 
 
 def _chat_request(wire: OllamaChatRequest, common: dict[str, Any]) -> GenerateRequest:
@@ -227,19 +227,17 @@ def _common(service: Service, exchange: Exchange, wire: GenerateFields) -> dict[
     return common | {"sampling": to_sampling(wire), "constraint": to_constraint(wire)}
 
 
-async def _answer(
-    service: Service, exchange: Exchange, wire: GenerateFields, asked: _Asked
-) -> None:
-    sent = sum(map(len, asked.images))
+async def _answer(service: Service, exchange: Exchange, wire: GenerateFields, job: _Job) -> None:
+    sent = sum(map(len, job.images))
     check_text(exchange, sent)
     common = _common(service, exchange, wire)
     with HELD.hold(sent):
         if sent:
             # Decoding takes long.
-            request = await asyncio.to_thread(asked.request, wire, common)
+            request = await asyncio.to_thread(job.request, wire, common)
         else:
-            request = asked.request(wire, common)
-        await _reply(service, exchange, wire, request, asked.layout)
+            request = job.request(wire, common)
+        await _reply(service, exchange, wire, request, job.layout)
 
 
 async def _reply(

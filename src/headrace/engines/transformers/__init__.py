@@ -125,7 +125,7 @@ def footprint(request: OpenRequest) -> Footprint:
     kv_cache = planned.tokens * _kv_bytes(model, options)
     mask = step * (planned.tokens + step) * _width(model, options)
     model_bytes = weights + kv_cache + mask
-    devices = {"cpu": model_bytes + _PROCESS}
+    devices = {"cpu": model_bytes + _PROCESS + plan.torch_libraries()}
     if gpus := plan.expected_gpus(request, device):
         devices = {"cpu": _PROCESS + _CUDA_HOST}
         devices |= plan.divided(model_bytes, gpus, _CUDA_DEVICE)
