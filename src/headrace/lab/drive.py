@@ -184,7 +184,7 @@ def serve(*arguments: str, options: Mapping[str, object] | None = None) -> list[
     """Return the command of a `headrace serve` on a free port; it ends with this process."""
     pairs = [word for key, value in (options or {}).items() for word in ("-o", f"{key}={value}")]
     fixed = ("--host", "127.0.0.1", "--port", "0", "--json")
-    return [sys.executable, "-c", _SERVE, "serve", *arguments, *pairs, *fixed]
+    return [sys.executable, "-P", "-c", _SERVE, "serve", *arguments, *pairs, *fixed]
 
 
 def checkout(folder: Path) -> dict[str, str]:

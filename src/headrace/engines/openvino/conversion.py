@@ -135,7 +135,7 @@ def _convert(file: ModelFile, target: Path) -> None:
 
 def _run_conversion(file: ModelFile, partial: Path) -> None:
     # Native code reads the weights, and needs much memory.
-    command = [sys.executable, "-W", "ignore", "-m", __name__, file.path, str(partial)]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, file.path, str(partial)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode == 0:
         return

@@ -43,7 +43,7 @@ async def is_read_without_its_library(subject: Subject) -> None:
     library = engines.about(subject.engine).requires
     if library is None:
         return
-    command = [sys.executable, "-c", _LOOK, subject.engine, library]
+    command = [sys.executable, "-P", "-c", _LOOK, subject.engine, library]
     done = await asyncio.to_thread(subprocess.run, command, check=False, capture_output=True)
     errors = done.stderr.decode(errors="replace")[-300:]
     check(done.returncode == 0, f"Reading its options imports {library}. {errors}")
