@@ -182,3 +182,10 @@ def test_that_the_contract_is_cited() -> None:
     )
     cited = set(re.findall(r"\b[WTM]\d+\b", " ".join(docstrings)))
     assert CONTRACT - cited == set()
+
+
+def test_that_no_process_imports_from_the_current_folder() -> None:
+    """A file there with the name of a library would be run: Python's -P leaves the folder out."""
+    commands = re.compile(r'sys\.executable, (?!"-P")"-')
+    found = [path.name for path in SOURCE.rglob("*.py") if commands.search(path.read_text())]
+    assert found == []

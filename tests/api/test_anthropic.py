@@ -403,3 +403,12 @@ async def test_models_are_listed_for_both_apis() -> None:
     async with client(backend, list_aliases=True) as http:
         listed = (await http.get("/v1/models")).json()
     assert [card["id"] for card in listed["data"]] == ["m", "claude-x", "gpt-x", "org/big"]
+
+
+async def test_a_count_checks_the_sampling_too() -> None:
+    """Issue 14.2: the body is that of an answer, and is refused alike."""
+    given = {"model": "m", "messages": [{"role": "user", "content": "x"}], "top_p": 9}
+    answer, backend = await post(given, path="/v1/messages/count_tokens")
+    assert answer.status_code == 400
+    assert "top_p" in answer.json()["error"]["message"]
+    assert backend.requests == []

@@ -395,3 +395,11 @@ def test_what_is_no_such_object_is_not_lost() -> None:
     reader = FreeText()
     assert reader.feed('{"input": "a\nb"}') + reader.flush() == "a\nb"
     assert unseal("gAAAA of another server") == ""
+
+
+async def test_a_count_checks_the_sampling_too() -> None:
+    """Issue 14.1: the body is that of an answer, and is refused alike."""
+    given = {"model": "m", "input": "x", "temperature": 9}
+    answer, backend = await post(given, path=f"{PATH}/input_tokens")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "temperature")
+    assert backend.requests == []
