@@ -164,15 +164,15 @@ class Loader:
         except HeadraceError as error:
             again = self._load_failed(entry, replica, error)
         except Exception as error:
-            # A source or a library can raise anything: the waiting requests must not wait for ever.
+            # A source or a library can raise anything: the waiting requests must have an end.
             wrapped = LoadFailed(f"{entry.spec.name} could not be loaded.", detail=repr(error))
             again = self._load_failed(entry, replica, wrapped)
-            log.error("headrace.pool.task", exc_info=error)
+            raise
         finally:
             replica.loading_ended()
             self.memory.notify()
-        if again:
-            self.ensure_loaded(entry)
+            if again:
+                self.ensure_loaded(entry)
 
     def _not_loaded(self, entry: ModelEntry, replica: Replica, reason: str) -> None:
         if reason and reason != replica.reason:
