@@ -18,13 +18,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from headrace.api import admin as manage
 from headrace.api import problems
 from headrace.api.anthropic import (
-    CountTokensRequest,
-    MessagesRequest,
     MessageTokens,
     count_tokens,
     create_message,
 )
 from headrace.api.anthropic_answer import MessageBody, MessageEvent
+from headrace.api.anthropic_request import CountTokensRequest, MessagesRequest
 from headrace.api.chat import ChatChunk, ChatCompletion, ChatRequest, chat_completions
 from headrace.api.completions import (
     Completion,
