@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache, partial
 
 import msgspec
@@ -175,17 +175,19 @@ def create_app(
     admin: Admin | None = None,
     observer: Monitor | None = None,
     metrics: bool = True,
+    describe: Callable[[str], Awaitable[None]] | None = None,
 ) -> Application:
     """Build the ASGI application; the backend is not closed here.
 
     `ready` returns whether requests would be served now. Without it, the service is ready if all
     models are; with `admin`, by which models can be managed, if one is or can be loaded. `observer`
-    records every request and answers at /metrics, unless `metrics` is false.
+    records every request and answers at /metrics, unless `metrics` is false. `describe` lets the
+    backend read the file of a model that is not loaded.
     """
     routes = (*ROUTES, *ADMIN_ROUTES) if admin else ROUTES
     if observer is not None and metrics:
         routes = (*routes, _METRICS)
-    service = Service(backend, settings, ready, admin, observer)
+    service = Service(backend, settings, ready, admin, observer, describe)
     return Application(service, routes, _descriptions(routes, service))
 
 

@@ -46,7 +46,8 @@ class ClientGone(Exception):
 class Service:
     """The backend, the settings and the observer that every handler uses.
 
-    `settings` may be replaced; a request that has begun keeps its own.
+    `settings` may be replaced; a request that has begun keeps its own. `describe` lets the backend
+    read the file of a model that is not loaded.
     """
 
     backend: Backend
@@ -54,6 +55,7 @@ class Service:
     ready: Callable[[], bool] | None = None
     admin: Admin | None = None
     observer: Monitor | None = None
+    describe: Callable[[str], Awaitable[None]] | None = None
 
     def model_name(self, requested: str | None) -> str:
         """Return the model's name for an answer: as requested, or that of the only model."""

@@ -13,6 +13,7 @@ from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
 from headrace.api.llama_server.answer import CompletionEncoder, CompletionHead, selected, whole
+from headrace.api.status import described
 from headrace.api.stream import send_stream
 from headrace.api.wire import (
     GenerateFields,
@@ -139,7 +140,7 @@ async def _answer(
     exchange.call.names = wire.names() | _NAMES
     request = to_request(wire, exchange.settings, exchange.call, given)
     if not wire.model and "gap" in given:
-        request = msgspec.structs.replace(request, model=_filling(service))
+        request = msgspec.structs.replace(request, model=await _filling(service))
     stream, head = service.backend.ask(request), _head(wire, service, request)
     if wire.stream:
         await exchange.unless_gone(send_stream(exchange, stream, CompletionEncoder(head)))
@@ -223,9 +224,10 @@ def _one_bias(token: Any, value: Any) -> tuple[int, float]:
     return number, float(bias)
 
 
-def _filling(service: Service) -> str:
+async def _filling(service: Service) -> str:
     """Return the only model that is known to fill gaps; empty if there are none or several."""
-    able = [info.id for info in service.backend.models() if info.capabilities.infill]
+    models = [info for info in await described(service) if info.base is None]
+    able = [info.id for info in models if info.capabilities.infill]
     return able[0] if len(able) == 1 else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 from urllib.parse import parse_qs
 
@@ -20,6 +21,7 @@ from headrace.api.messages import (
     to_template,
     to_tools,
 )
+from headrace.api.status import described
 from headrace.api.wire import ModelName, envelope
 from headrace.core import events
 from headrace.core.errors import UnknownModel
@@ -81,7 +83,7 @@ async def props(service: Service, exchange: Exchange) -> None:
     """Describe a model, as llama-server does; `?model=` names it if there are several."""
     query = parse_qs(exchange.scope["query_string"].decode("latin-1"))
     name = query.get("model", [""])[0]
-    await exchange.answer(_props(_model(service, name)))
+    await exchange.answer(_props(_model(await described(service, name), name)))
 
 
 async def apply_template(service: Service, exchange: Exchange) -> None:
@@ -101,9 +103,8 @@ async def apply_template(service: Service, exchange: Exchange) -> None:
     await exchange.answer(Rendered(text.text))
 
 
-def _model(service: Service, name: str) -> ModelInfo:
+def _model(models: Sequence[ModelInfo], name: str) -> ModelInfo:
     """Return a model by name; without one, the first that is loaded, or the first at all."""
-    models = service.backend.models()
     if name:
         models = [info for info in models if name == info.id or name in info.aliases]
     if not models:
