@@ -44,6 +44,7 @@ from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker
 from headrace.pool.state import StateFile
 from headrace.telemetry import otel
+from headrace.text import renderer
 from headrace.text.calls.families import FAMILIES
 from headrace.text.template import ChatTemplate
 from headrace.worker.chat import format_of
@@ -201,6 +202,14 @@ def with_tool_format(info: ModelInfo, spec: ModelSpec) -> ModelInfo:
     return described(info, format_of(template, spec.tool_format))
 
 
+def _described(spec: ModelSpec, config: Config) -> ModelInfo:
+    try:
+        return with_tool_format(describe(spec, config), spec)
+    finally:
+        # Each model has a process that renders; the service has none of its own.
+        renderer.end_idle()
+
+
 def open_worker(
     spec: ModelSpec,
     config: Config,
@@ -299,6 +308,7 @@ def open_service(
         state=StateFile(config.state_file),
         reread=lambda: _reread(settings, *reread()),
         drain_s=config.server.drain_s,
+        describe=lambda spec: _described(spec, config),
     )
     admin.restore()
     return admin, Telemetry(admin, tracing, config.telemetry, config.home)

@@ -45,6 +45,7 @@ class ModelEntry:
         self.last_used: float | None = None
         self.restarts = self.evictions = self.continuations = 0
         self.reference: str | None = None
+        self.header: tuple[ModelSpec, ModelInfo] | None = None
         self.preload = spec.preload
         self._wanted_until = 0.0
         self._clock = clock
