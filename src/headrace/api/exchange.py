@@ -66,7 +66,8 @@ class Call:
     """The state of a request while it runs; the access log is written from it.
 
     `received` is monotonic seconds. `status` is 0 until the headers have gone out. `client` is a
-    short id of the key, and `is_admin` whether it is an admin's. `traceparent` and `tracestate`
+    short id of the key, and `is_admin` whether it is an admin's. A request of a `batch` gives way to
+    others. `traceparent` and `tracestate`
     are as the client sent them. `unknown` are the unknown fields of the body, `left_out` what of
     the request is not done, and `names` the names that the client used for fields of the core.
     """
@@ -77,6 +78,7 @@ class Call:
     outcome: Outcome | Literal[""] = ""
     client: str = ""
     is_admin: bool = False
+    batch: bool = False
     left_out: tuple[str, ...] = ()
     traceparent: str = ""
     tracestate: str = ""
