@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 
 import pytest
 from tests.pool.rig import Machine, answer, ask, clock, pool, run, spec
@@ -74,9 +75,7 @@ def test_that_a_batch_is_not_starved() -> None:
         requests = [*(ask() for _ in range(60)), *(batch() for _ in range(5))]
         await asyncio.gather(*map(note, requests))
         places = [place for place, kind in enumerate(ended) if kind == "batch"]
-        assert [after - before for before, after in zip(places, places[1:], strict=False)] == [
-            11
-        ] * 4
+        assert [after - before for before, after in itertools.pairwise(places)] == [11] * 4
         await served.aclose()
 
     run(main())

@@ -297,7 +297,7 @@ async def _answer_preflight(exchange: Exchange, headers: dict[bytes, bytes]) -> 
     await exchange.start(
         204,
         (
-            (b"access-control-allow-methods", b"GET, POST"),
+            (b"access-control-allow-methods", b"GET, POST, DELETE"),
             (b"access-control-allow-headers", allowed),
             (b"access-control-max-age", b"600"),
         ),
