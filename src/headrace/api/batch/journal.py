@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ class Journal:
 
     Raises:
         NotAnswers: it has other lines, and is left as it is; without `strict`, it is cut off there.
+        BlockingIOError: another process writes answers to it.
         OSError: it cannot be opened, read or changed.
     """
 
@@ -33,6 +36,7 @@ class Journal:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._file = os.open(path, flags, FILE_MODE)
         try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.size = self._read(take, strict=strict)
             os.ftruncate(self._file, self.size)
         except BaseException:
@@ -69,7 +73,7 @@ class Journal:
             written = 0
             while written < len(data):
                 written += os.write(self._file, data[written:])
-            os.fsync(self._file)
+            _sync(self._file)
         except OSError:
             os.ftruncate(self._file, self.size)
             raise
@@ -80,3 +84,12 @@ class Journal:
         if self._file >= 0:
             os.close(self._file)
         self._file = -1
+
+
+def _sync(file: int) -> None:
+    try:
+        os.fsync(file)
+    except OSError as error:
+        # A pipe or a device has no disk.
+        if error.errno not in (errno.EINVAL, errno.EROFS):
+            raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -29,7 +30,7 @@ from headrace.api.batch.objects import (
     new_id,
 )
 from headrace.api.batch.store import MAX_ACTIVE, MAX_FILES
-from headrace.api.batch.upload import MAX_FILE, Form, save
+from headrace.api.batch.upload import MAX_FILE, Upload, save
 from headrace.api.batch.work import finished
 from headrace.api.bodies import too_large
 from headrace.api.exchange import Call, Exchange, Route, Service
@@ -191,7 +192,7 @@ class BatchRoutes:
         await exchange.answer(batches.store.batches[kept.batch.id].batch)
 
 
-def _file(id: str, form: Form, size: int) -> FileObject:
+def _file(id: str, form: Upload, size: int) -> FileObject:
     """Return the file of a form.
 
     Raises:
@@ -305,12 +306,12 @@ def _disk_errors() -> Generator[None]:
 
 
 async def _send(exchange: Exchange, path: Path, size: int) -> None:
-    file = await finished(path.open, "rb")
+    file = await finished(asyncio.to_thread(path.open, "rb"))
     try:
         length = (b"content-length", b"%d" % size)
         await exchange.start(200, ((b"content-type", b"application/octet-stream"), length))
         while size > 0:
-            data = await finished(file.read, min(_PIECE, size))
+            data = await finished(asyncio.to_thread(file.read, min(_PIECE, size)))
             size -= len(data)
             if not data:
                 # It has been cut off: the connection is closed, so that the client sees it.

@@ -79,12 +79,8 @@ class Run:
         try:
             if self._kept.batch.status == "validating" and not await self._validate():
                 return
-            await finished(self._open)
-            try:
-                await self._finish(await self._work())
-            finally:
-                for journal in self._journals.values():
-                    journal.close()
+            await finished(asyncio.to_thread(self._open))
+            await self._finish(await self._work())
         except NoRoom as error:
             await self.fail(Fault("storage_full", str(error)))
         except Revoked as error:
@@ -93,9 +89,12 @@ class Run:
             _log.error("%s cannot go on: %s", self._id, error)
             message = f"A file of the batch cannot be read or written: {error.strerror}."
             await self.fail(Fault("disk_error", message))
+        finally:
+            for journal in self._journals.values():
+                journal.close()
 
     async def _validate(self) -> bool:
-        faults, total, model = await finished(self._check)
+        faults, total, model = await asyncio.to_thread(self._check)
         if faults:
             await self.fail(*faults)
         elif self._kept.batch.status == "validating":
@@ -173,7 +172,7 @@ class Run:
             raise NoRoom("There is no room for the answers: delete files, or raise the limit.")
         for has_failed, journal in self._journals.items():
             if kind := [answer for answer in answers if answer.has_failed is has_failed]:
-                await finished(journal.commit, kind)
+                await asyncio.to_thread(journal.commit, kind)
                 for answer in kind:
                     self._take(answer)
         self._grown()
@@ -195,10 +194,10 @@ class Run:
 
     async def _finish(self, status: State) -> None:
         if (error := _UNANSWERED.get(status)) is not None:
-            ids = await finished(lambda: [item.custom_id for item in self._items()])
+            ids = await asyncio.to_thread(lambda: [item.custom_id for item in self._items()])
             left = [Answer(custom_id=id, error=error) for id in ids]
             for start in range(0, len(left), _COMMITTED):
-                await self._commit(left[start : start + _COMMITTED])
+                await finished(self._commit(left[start : start + _COMMITTED]))
         if status == "completed":
             await self._store.save_batch(self._kept.change("finalizing"))
         named = {

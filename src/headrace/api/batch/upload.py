@@ -33,7 +33,7 @@ _AT_ONCE = 1 << 20
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
-class Form:
+class Upload:
     """The fields of a form so far; `data` is what has arrived of its file and is not written."""
 
     def __init__(self, boundary: bytes) -> None:
@@ -116,7 +116,7 @@ class Form:
 
 async def save(
     receive: Receive, headers: dict[bytes, bytes], path: Path, grow: Callable[[int], None]
-) -> tuple[Form, int]:
+) -> tuple[Upload, int]:
     """Write the file of a form to `path`; return the form and the size of the file.
 
     `grow` is called with the size before that much is written, and may refuse it by raising.
@@ -134,7 +134,7 @@ async def save(
     if not declared.isdigit() or int(declared[:20]) > MAX_FILE + _MAX_OTHERS:
         raise too_large(MAX_FILE)
     try:
-        form = Form(options[b"boundary"])
+        form = Upload(options[b"boundary"])
     except FormParserError as error:
         raise InvalidRequest(f"The form is malformed: {error}.") from None
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
@@ -147,22 +147,22 @@ async def save(
         os.close(file)
 
 
-async def _write(receive: Receive, form: Form, file: int, grow: Callable[[int], None]) -> int:
+async def _write(receive: Receive, form: Upload, file: int, grow: Callable[[int], None]) -> int:
     size = 0
     async with aclosing(_parts(receive, form)) as parts:
         async for data in parts:
             size += len(data)
             grow(size)
-            await finished(_write_all, file, data)
+            await finished(asyncio.to_thread(_write_all, file, data))
     if form.filename is None:
         raise InvalidRequest("The form has no file.", param="file")
     if not form.ended:
         raise InvalidRequest("The form ends too early.")
-    await finished(os.fsync, file)
+    await finished(asyncio.to_thread(os.fsync, file))
     return size
 
 
-async def _parts(receive: Receive, form: Form) -> AsyncGenerator[bytes]:
+async def _parts(receive: Receive, form: Upload) -> AsyncGenerator[bytes]:
     """Yield the data of the file, as it arrives."""
     received, more = 0, True
     while more:

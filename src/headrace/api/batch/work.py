@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from headrace.api.batch.lines import Answer, Item, Response, plain
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_AT_A_TIME = 256
@@ -44,17 +43,23 @@ class Reply(NamedTuple):
 
 
 Send = Callable[[Item], Awaitable[Reply]]
-Commit = Callable[[Sequence[Answer]], Awaitable[None]]
-"""Writes answers; when it is cancelled, it ends before that is raised."""
+Commit = Callable[[Sequence[Answer]], Coroutine[Any, Any, None]]
+"""Writes answers, and counts them; it is not cancelled."""
 
 
-async def finished(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run a function in a thread, and wait for its end also when this is cancelled."""
-    task = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+async def finished(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`, and wait for its end also when this is cancelled.
+
+    Raises:
+        Exception: raised by `work`, whether this is cancelled or not.
+    """
+    task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait({task})
+        if (error := task.exception()) is not None:
+            raise error from None
         raise
 
 
@@ -104,6 +109,8 @@ class Work:
             await asyncio.wait(ending)
             if not self._failures:
                 await self._flush()
+        if self._failures:
+            raise self._failures[0]
 
     async def _until(self, reached: Callable[[], bool]) -> None:
         while not (self._failures or reached()):
@@ -131,26 +138,27 @@ class Work:
         self._changed.set()
 
     async def _answer(self, item: Item) -> None:
-        tries = 0
+        refusals = failures = 0
         while True:
             reply = await self._send(item)
-            wait_s = self._wait_s(reply, tries)
-            if wait_s is None:
+            if reply.status < 500 and reply.status != 429:
+                self._good_at = time.monotonic()
                 break
-            tries += 1
-            await asyncio.sleep(wait_s)
+            if reply.status == 429 or (reply.status == 503 and _code(reply.body) in _LATER):
+                wait_s = reply.retry_after_s or _backoff_s(refusals)
+                refusals += 1
+            elif failures < self._tries - 1:
+                wait_s = _backoff_s(failures)
+                failures += 1
+            else:
+                break
+            await asyncio.sleep(min(wait_s, 2 * _LONGEST_WAIT_S))
         self._answers.append(reply.answer(item))
 
-    def _wait_s(self, reply: Reply, tries: int) -> float | None:
-        """Return after how long a request is sent again; None if the reply stands."""
-        if reply.status < 500 and reply.status != 429:
-            self._good_at = time.monotonic()
-            return None
-        backoff_s = min(2.0 ** min(tries, 8), _LONGEST_WAIT_S)
-        if reply.status == 429 or (reply.status == 503 and _code(reply.body) in _LATER):
-            return min(reply.retry_after_s or backoff_s, 2 * _LONGEST_WAIT_S)
-        is_patient = time.monotonic() - self._good_at < _PATIENCE_S
-        return backoff_s if is_patient and tries < _TRIES - 1 else None
+    @property
+    def _tries(self) -> int:
+        """How often a request is sent that fails: once, if all have failed for some time."""
+        return _TRIES if time.monotonic() - self._good_at < _PATIENCE_S else 1
 
     async def _keep_committing(self) -> None:
         while True:
@@ -160,7 +168,11 @@ class Work:
     async def _flush(self) -> None:
         answers, self._answers = self._answers, []
         if answers:
-            await self._commit(answers)
+            await finished(self._commit(answers))
+
+
+def _backoff_s(tries: int) -> float:
+    return min(2.0 ** min(tries - 1, 8), _LONGEST_WAIT_S)
 
 
 def _code(body: bytes) -> Any:
