@@ -12,14 +12,13 @@ from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
 from headrace import runtime
 from headrace.api.app import create_app
-from headrace.api.limits import ApiSettings
 from headrace.api.server import Server
 from headrace.cli import streams
-from headrace.config import Config, Settings
+from headrace.cli.dbgpt import DbgptWorker, api_settings
+from headrace.config import Settings
 from headrace.core.errors import HeadraceError
 from headrace.core.model import ModelSpec
 from headrace.core.status import Reloaded
@@ -46,10 +45,12 @@ async def live(
     announce: Callable[[], None],
     metrics: socket.socket | None = None,
     ollama: socket.socket | None = None,
+    dbgpt: socket.socket | None = None,
 ) -> None:
     """Serve on a socket until a signal; `announce` is called when requests are accepted.
 
-    `metrics` is a socket for the metrics only, `ollama` one more for everything.
+    `metrics` is a socket for the metrics only, `ollama` one more for everything, and `dbgpt` one
+    for a DB-GPT cluster.
 
     Raises:
         HeadraceError: no model could be loaded.
@@ -65,6 +66,8 @@ async def live(
     if ollama is not None:
         service.begin(service.second.serve(ollama))
     try:
+        if dbgpt is not None:
+            service.join(dbgpt)
         with service.signals():
             announce()
             await service.server.serve(listener)
@@ -102,6 +105,7 @@ class _Service:
         idle = settings.config.server.max_idle_connections
         self.server, self.second = Server(self._app, idle), Server(self._app, idle)
         self.aside = Server(self._app.metrics_alone(), idle)
+        self._worker: DbgptWorker | None = None
 
     def ready(self) -> bool:
         """Whether new requests are accepted."""
@@ -113,6 +117,12 @@ class _Service:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def join(self, listener: socket.socket) -> None:
+        """Serve a DB-GPT cluster on a socket, and register there."""
+        self._worker = DbgptWorker(self._app, self.backend, self.admin, self._settings, listener)
+        self.begin(self._worker.server.serve(listener))
+        self.begin(self._worker.cluster.run())
 
     @contextlib.contextmanager
     def signals(self) -> Generator[None]:
@@ -140,6 +150,8 @@ class _Service:
         if self._stops > 2:
             self.server.abort()
             self.second.abort()
+            if self._worker is not None:
+                self._worker.server.abort()
         self.begin(self._end(wait_s))
 
     def hang_up(self) -> None:
@@ -178,10 +190,12 @@ class _Service:
             if event.kind == "reloaded":
                 self._settings = self._latest
                 self._app.replace_settings(api_settings(self._latest.config))
+                if self._worker is not None:
+                    self._worker.apply(self._latest)
 
     async def aclose(self) -> None:
         """Close the backend, and wait for all tasks."""
-        await self.backend.aclose()
+        await self._close_backend(0.0)
         self.aside.stop()
         self.second.stop()
         if self._tasks:
@@ -198,10 +212,20 @@ class _Service:
         # New requests are refused with a 503; those that still run at the end get an error event,
         # and each connection is closed after its last answer.
         try:
-            await self.backend.aclose(wait_s)
+            await self._close_backend(wait_s)
         finally:
             self.server.stop()
             self.second.stop()
+
+    async def _close_backend(self, wait_s: float) -> None:
+        """Close it, and let a cluster know first that no more requests are accepted."""
+        if self._worker is None:
+            await self.backend.aclose(wait_s)
+            return
+        try:
+            await asyncio.gather(self._worker.cluster.leave(), self.backend.aclose(wait_s))
+        finally:
+            self._worker.server.stop()
 
 
 def _log_reload(reloading: asyncio.Task[Reloaded]) -> None:
@@ -215,9 +239,3 @@ def _log_reload(reloading: asyncio.Task[Reloaded]) -> None:
         _log.error("The configuration stays as it was: %s", error.message)
     else:
         _log.error("The configuration could not be read again.", exc_info=error)
-
-
-def api_settings(config: Config) -> ApiSettings:
-    """Return the settings of the API: the fields of the configuration with the same names."""
-    settings = msgspec.convert(config.server, ApiSettings, from_attributes=True)
-    return replace(settings, metrics_keys=config.telemetry.metrics_keys)
