@@ -117,7 +117,7 @@ async def test_frames_have_all_of_the_text() -> None:
     assert request.fit_max_tokens
     assert request.load_wait_s is None
     assert request.sampling.max_tokens == 9
-    assert request.sampling.top_k == 0
+    assert request.sampling.top_k is None
     assert request.sampling.stop == ("x",)
     assert request.traceparent == f"00-{SPAN.replace(':', '-')}-01"
 
@@ -135,6 +135,19 @@ async def test_one_output_and_a_text_to_go_on_with() -> None:
     assert isinstance(second, GenerateRequest)
     assert (first.prompt, first.echo, second.echo) == ("Once", True, False)
     assert (first.sampling.temperature, first.sampling.stop) == (0.0, ("y",))
+
+
+async def test_values_without_effect_are_left_to_the_model() -> None:
+    """DB-GPT's API server sends top_p 1 and penalties of 0 with every request."""
+    backend, client = worker()
+    neutral = {"top_p": 1.0, "top_k": -1, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    given = {"top_p": 0.5, "top_k": 7, "presence_penalty": 0.1, "frequency_penalty": 0.2}
+    async with client:
+        for values in (neutral, given):
+            await client.post(WHOLE, json=prompt(("human", "a"), **values))
+    first, second = (request.settings() for request in backend.requests)
+    assert not neutral.keys() & first.keys()
+    assert given.items() <= second.items()
 
 
 async def test_thinking_goes_with_a_text_always() -> None:

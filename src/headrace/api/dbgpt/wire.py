@@ -145,6 +145,9 @@ def to_request(wire: PromptRequest, common: dict[str, Any]) -> GenerateRequest:
 def to_sampling(wire: PromptRequest) -> Sampling:
     """Build the core's parameters.
 
+    DB-GPT's API server sends every one, if only with the value that has no effect: those are left
+    to the model and its engine.
+
     Raises:
         InvalidRequest: a value is out of its range.
     """
@@ -152,11 +155,10 @@ def to_sampling(wire: PromptRequest) -> Sampling:
     return Sampling(
         max_tokens=wire.max_new_tokens,
         temperature=wire.temperature,
-        top_p=wire.top_p,
-        # -1 is off.
-        top_k=None if wire.top_k is None else max(wire.top_k, 0),
-        presence_penalty=wire.presence_penalty,
-        frequency_penalty=wire.frequency_penalty,
+        top_p=None if wire.top_p == 1 else wire.top_p,
+        top_k=None if wire.top_k == -1 else wire.top_k,
+        presence_penalty=wire.presence_penalty or None,
+        frequency_penalty=wire.frequency_penalty or None,
         stop=tuple(stop for stop in stops if stop),
         stop_token_ids=tuple(wire.stop_token_ids or ()),
     )
