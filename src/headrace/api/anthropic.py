@@ -231,6 +231,9 @@ def to_request(wire: MessagesRequest, settings: ApiSettings, call: Call) -> Gene
 def to_messages(wire: CountTokensRequest) -> tuple[Message, ...]:
     """Return the turns of a conversation, the system message first.
 
+    System turns before the first answer belong to the system message: templates know one, and a
+    model answers what comes last.
+
     Raises:
         InvalidRequest: a block is not complete, or of an unknown type.
         Unsupported: a block is not text.
@@ -242,8 +245,11 @@ def to_messages(wire: CountTokensRequest) -> tuple[Message, ...]:
         system = _content(kept, "system")
     if system:
         turns.add(Message("system", system))
-    for index, turn in enumerate(wire.messages):
-        place = f"messages[{index}].content"
+    roles = [turn.role for turn in wire.messages]
+    answered = roles.index("assistant") if "assistant" in roles else len(roles)
+    early = [index for index in range(answered) if roles[index] == "system"]
+    for index in (*early, *(index for index in range(len(roles)) if index not in early)):
+        turn, place = wire.messages[index], f"messages[{index}].content"
         content = [Block("text", turn.content)] if isinstance(turn.content, str) else turn.content
         if turn.role == "assistant":
             _add_answer(turns, content, place)
