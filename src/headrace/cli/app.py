@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from headrace.cli import (
     bench,
     check_engine,
+    connect,
     import_,
     pool,
     replay,
@@ -106,6 +107,7 @@ _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
         ),
     },
     "Set up": {
+        connect.connect: ("connect codex", 'connect codex --run -- exec "Explain this folder."'),
         "config": ("config show", "config path"),
         reports.doctor: ("doctor", "doctor --json"),
     },

@@ -1,0 +1,60 @@
+"""One service for the programs of others: the echo engine, and a real model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.conftest import ROOT
+from tests.programs import record
+from tests.service.serving import served
+
+PREFIX = ROOT / ".venv-programs"
+# They report to their makers and look for updates, which there is no network for.
+QUIET = {
+    "AIDER_ANALYTICS": "false",
+    "ANONYMIZED_TELEMETRY": "false",
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    "CONTINUE_TELEMETRY_ENABLED": "0",
+    "DO_NOT_TRACK": "true",
+    "OPENCODE_DISABLE_AUTOUPDATE": "1",
+    "QWEN_CODE_SUPPRESS_YOLO_WARNING": "1",
+    "SCARF_NO_ANALYTICS": "true",
+}
+
+
+@pytest.fixture(scope="session")
+def url(smollm2_path: Path) -> Iterator[str]:
+    with served("builtin:echo", "smollm2", "--context-length", "1048576") as service:
+        yield service.url
+
+
+@pytest.fixture
+def environ(tmp_path: Path, url: str) -> dict[str, str]:
+    """The variables of a program: a home of its own, and nothing of this process."""
+    folders = [str(PREFIX / "node" / "node_modules" / ".bin")]
+    folders += [str(PREFIX / name / "bin") for name in ("aider", "llm", "open-webui")]
+    path = ":".join([*folders, os.environ["PATH"]])
+    home = tmp_path / "home"
+    home.mkdir()
+    fixed = {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", "TERM": "dumb"}
+    return {**QUIET, **fixed, "HEADRACE_URL": url}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder that a program works in: its file has the secret that it is to read."""
+    path = tmp_path / "work"
+    path.mkdir()
+    (path / "notes.txt").write_text("The secret word is heron.\n")
+    return path
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note what was tried, by the properties of the test."""
+    properties = dict(report.user_properties)
+    if report.when == "call" and "client" in properties:
+        works = {str(properties["tried"]): report.passed}
+        record.note(str(properties["client"]), str(properties["version"]), works)
