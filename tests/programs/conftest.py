@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ QUIET = {
 
 @pytest.fixture(scope="session")
 def url(smollm2_path: Path) -> Iterator[str]:
-    with served("builtin:echo", "smollm2", "--context-length", "1048576") as service:
+    with served("builtin:echo", "smollm2") as service:
         yield service.url
 
 
@@ -50,6 +51,12 @@ def folder(tmp_path: Path) -> Path:
     path.mkdir()
     (path / "notes.txt").write_text("The secret word is heron.\n")
     return path
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
