@@ -38,9 +38,7 @@ class Tools:
 
 
 @pytest.fixture
-def webui(
-    environ: dict[str, str], folder: Path, record_property: Noted
-) -> Iterator[httpx.Client]:
+def webui(environ: dict[str, str], folder: Path, record_property: Noted) -> Iterator[httpx.Client]:
     """A server as `headrace connect` sets it up, and a client that has logged in."""
     done = headrace(environ, "connect", "open-webui", "--model", "echo", "--yes", "--json")
     made = json.loads(done.stdout)

@@ -35,9 +35,7 @@ class Program(NamedTuple):
 
 
 PROGRAMS = {
-    "codex": Program(
-        ("exec", "--skip-git-repo-check"), ("exec_command", "cmd", "cat {}")
-    ),
+    "codex": Program(("exec", "--skip-git-repo-check"), ("exec_command", "cmd", "cat {}")),
     "claude-code": Program(("-p",), ("Read", "file_path", "{}")),
     "opencode": Program(("run",), ("read", "filePath", "{}")),
     "qwen-code": Program(("-p",), ("read_file", "file_path", "{}"), ("-y",)),
@@ -88,9 +86,7 @@ def with_arguments(command: tuple[str, ...], client: str, *more: str) -> tuple[s
 
 
 @pytest.fixture
-def noted(
-    request: pytest.FixtureRequest, environ: dict[str, str], record_property: Noted
-) -> None:
+def noted(request: pytest.FixtureRequest, environ: dict[str, str], record_property: Noted) -> None:
     client = request.node.callspec.params["client"]
     record_property("client", client)
     record_property("version", version_of(client, environ))

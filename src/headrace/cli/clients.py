@@ -254,9 +254,10 @@ def _llm(target: Target, home: Path) -> Setup:
 def _langchain(target: Target, home: Path) -> Setup:
     del home
     key = f'os.environ["{KEY}"]' if target.needs_key else '"none"'
+    name = json.dumps(target.main.id, ensure_ascii=False)
     lines = (
         "from langchain_openai import ChatOpenAI",
-        f'model = ChatOpenAI(model="{target.main.id}", base_url="{target.v1}", api_key={key})',
+        f'model = ChatOpenAI(model={name}, base_url="{target.v1}", api_key={key})',
     )
     return Setup(steps=(("import os", *lines) if target.needs_key else lines))
 

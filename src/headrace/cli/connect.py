@@ -17,6 +17,7 @@ from typer import Argument, Option
 from headrace.cli import streams, terminal
 from headrace.cli.common import Common, Url
 from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
+from headrace.core.values import is_text
 
 if TYPE_CHECKING:
     from headrace.cli.client import Client
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from headrace.cli.setups import File, Setup, Target
 
 _ANSWER_TOKENS = 2048
+_TASKS = ("generate",)
 
 
 def _names(incomplete: str) -> list[str]:
@@ -100,7 +102,11 @@ async def _target(client: Client, name: str | None) -> Target:
 
     cards = await client.cards()
     aliases = {alias for card in cards for alias in card.aliases}
-    models = [card for card in cards if "generate" in card.tasks and card.id not in aliases]
+    models = [
+        card
+        for card in cards
+        if card.id not in aliases and is_text(card.id) and "generate" in (card.tasks or _TASKS)
+    ]
     listed = ", ".join(card.id for card in models) or "none"
     if name is None and len(models) != 1:
         raise ConfigError(f"Name a model of the service with --model: {listed}.", param="model")
@@ -192,4 +198,6 @@ def _file_lines(file: File) -> Iterable[str]:
 
 
 def _for_shell(value: str) -> str:
-    return f'"{value}"' if value.startswith("$") else shlex.quote(value)
+    from headrace.cli.setups import KEY
+
+    return f'"${KEY}"' if value == f"${KEY}" else shlex.quote(value)
