@@ -63,5 +63,5 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note what was tried, by the properties of the test."""
     properties = dict(report.user_properties)
     if report.when == "call" and "client" in properties:
-        works = {str(properties["tried"]): report.passed}
-        record.note(str(properties["client"]), str(properties["version"]), works)
+        client, version, tried = (str(properties[k]) for k in ("client", "version", "tried"))
+        record.note(client, version, tried, works=report.passed)

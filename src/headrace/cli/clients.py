@@ -309,27 +309,27 @@ def _vscode(target: Target, home: Path) -> Setup:
 CLIENTS: dict[str, Connection] = {
     "codex": Connection(
         *("Codex CLI", "/v1/responses", "a profile of its own"),
-        *(_codex, _codex_run, True, 7_000),
+        *(_codex, _codex_run, True, 6_100),
     ),
     "claude-code": Connection(
         *("Claude Code", "/v1/messages", "a file of settings of its own"),
-        *(_claude, _claude_run, True, 13_000),
+        *(_claude, _claude_run, True, 12_400),
     ),
     "opencode": Connection(
         *("opencode", "/v1/chat/completions", "a provider in its configuration"),
-        *(_opencode, _opencode_run, True, 8_000),
+        *(_opencode, _opencode_run, True, 7_600),
     ),
     "qwen-code": Connection(
         *("Qwen Code", "/v1/chat/completions", "a provider in its settings"),
-        *(_qwen, _qwen_run, True, 12_000),
+        *(_qwen, _qwen_run, True, 12_300),
     ),
     "continue": Connection(
         *("Continue", "/v1/chat/completions", "a configuration of its own"),
-        *(_continue, _continue_run, True, 3_000),
+        *(_continue, _continue_run, True, 1_400),
     ),
     "aider": Connection(
         *("aider", "/v1/chat/completions", "a configuration of its own"),
-        *(_aider, _aider_run, False, 1_000),
+        *(_aider, _aider_run, False, 700),
     ),
     "open-webui": Connection(
         *("Open WebUI", "/v1/chat/completions", "variables of its server"),
