@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from tests.conftest import ROOT
 from tests.programs import record
@@ -57,6 +62,38 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def until(happened: Callable[[], bool], log: Path, within_s: float = 240) -> None:
+    end = time.monotonic() + within_s
+    while not happened():
+        assert time.monotonic() < end, log.read_text()[-4000:]
+        time.sleep(0.3)
+
+
+@contextmanager
+def running(
+    command: Sequence[str], environ: dict[str, str], folder: Path, health: str
+) -> Iterator[httpx.Client]:
+    """Run a server that takes `--host` and `--port`, until the end; yield a client of it."""
+    port, log = free_port(), folder / "log"
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environ, cwd=folder, stdout=file, stderr=file)
+
+    def has_started() -> bool:
+        assert process.poll() is None, log.read_text()[-4000:]
+        with contextlib.suppress(httpx.TransportError):
+            return client.get(health).status_code == 200
+        return False
+
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            until(has_started, log)
+            yield client
+    finally:
+        process.kill()
+        process.wait()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

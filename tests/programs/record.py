@@ -50,9 +50,9 @@ LOCKED = {
     "ollama": ("Ollama's package", "Ollama's", "`OLLAMA_HOST`"),
 }
 NOT_RUN = {
-    "home-assistant": "not run: it is no package of its own; the `ollama` package that it uses is",
+    "home-assistant": "not run: a whole system; the `ollama` package that it uses is below",
+    "litellm": "its router with these models, below; its package `litellm-proxy` was not to be had",
     "vscode": "not run: an editor, in no package index",
-    "litellm": "its router; the proxy was not run",
     "langchain": "as below",
 }
 _APIS = {
@@ -76,7 +76,7 @@ def table() -> str:
     lock = (ROOT / "requirements" / "dev.txt").read_text(encoding="utf-8")
     for name, (title, api, how) in LOCKED.items():
         version = re.search(rf"^{name}==(\S+)", lock, re.MULTILINE)
-        rows.append((title, version[1] if version else "-", "all of it", api, how))
+        rows.append((title, version[1] if version else "-", "all that is served", api, how))
     for name, (title, api, how) in PACKAGES.items():
         ran = entries.get(name, {})
         rows.append((title, ran.get("version", "-"), _works(ran) or "not run", api, how))

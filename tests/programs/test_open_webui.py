@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.cli.programs import headrace
-from tests.programs.conftest import free_port
+from tests.programs.conftest import running, until
 from tests.programs.test_programs import PROMPT, Noted
 
 pytestmark = [pytest.mark.programs, pytest.mark.timeout(400)]
@@ -42,38 +40,14 @@ def webui(environ: dict[str, str], folder: Path, record_property: Noted) -> Iter
     """A server as `headrace connect` sets it up, and a client that has logged in."""
     done = headrace(environ, "connect", "open-webui", "--model", "echo", "--yes", "--json")
     made = json.loads(done.stdout)
-    port = free_port()
-    command = [*made["command"], "--host", "127.0.0.1", "--port", str(port)]
     variables = {**environ, **SETTINGS, **made["env"], "DATA_DIR": str(folder / "data")}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=variables, cwd=folder, stdout=log, stderr=log)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            until(lambda: has_started(client, process), folder / "log")
-            empty = {"email": "", "password": ""}
-            token = client.post("/api/v1/auths/signin", json=empty).raise_for_status().json()
-            client.headers["Authorization"] = f"Bearer {token['token']}"
-            record_property("client", "open-webui")
-            record_property("version", client.get("/api/version").json()["version"])
-            yield client
-    finally:
-        process.kill()
-        process.wait()
-
-
-def has_started(client: httpx.Client, process: subprocess.Popen[bytes]) -> bool:
-    assert process.poll() is None, "it has ended"
-    try:
-        return client.get("/health").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def until(happened: Any, log: Path, within_s: float = 180) -> None:
-    end = time.monotonic() + within_s
-    while not happened():
-        assert time.monotonic() < end, log.read_text()[-4000:]
-        time.sleep(0.3)
+    with running(made["command"], variables, folder, "/health") as client:
+        empty = {"email": "", "password": ""}
+        token = client.post("/api/v1/auths/signin", json=empty).raise_for_status().json()
+        client.headers["Authorization"] = f"Bearer {token['token']}"
+        record_property("client", "open-webui")
+        record_property("version", client.get("/api/version").json()["version"])
+        yield client
 
 
 def answer_to(webui: httpx.Client, prompt: str, log: Path, **fields: Any) -> str:
@@ -103,7 +77,7 @@ def answer_to(webui: httpx.Client, prompt: str, log: Path, **fields: Any) -> str
 
 def test_a_chat(webui: httpx.Client, folder: Path, record_property: Noted) -> None:
     """Issue 14, shown 2: models, a chat of its own API, and a tool that it runs."""
-    record_property("tried", "tools")
+    record_property("tried", "answer, tools")
     models = webui.get("/api/models").raise_for_status().json()["data"]
     assert {"echo", "smollm2"} <= {model["id"] for model in models}
     assert answer_to(webui, PROMPT, folder / "log") == PROMPT
