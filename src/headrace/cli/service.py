@@ -98,6 +98,7 @@ class _Service:
             admin=self.admin,
             observer=self.telemetry,
             metrics=telemetry.metrics and telemetry.metrics_port is None,
+            describe=self.admin.describe,
         )
         idle = settings.config.server.max_idle_connections
         self.server, self.second = Server(self._app, idle), Server(self._app, idle)
