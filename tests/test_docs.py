@@ -96,7 +96,6 @@ def shell(
     """A folder with the files that the pages name, and a service with their models."""
     folder = tmp_path_factory.mktemp("shell")
     (folder / "notes.txt").write_text("Rivers run to the sea.")
-    (folder / "Modelfile").write_text("FROM ./models/mine.gguf\nPARAMETER temperature 0\n")
     (folder / "photo.png").write_bytes(png())
     (folder / "models").mkdir()
     (folder / "models" / "mine.gguf").symlink_to(smollm2_path)

@@ -184,6 +184,23 @@ def test_a_list_of_others_gets_a_block(tmp_path: Path, monkeypatch: pytest.Monke
         write(MODEL)
 
 
+def test_folders_are_those_that_the_client_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables move the files of a client."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/x")
+    monkeypatch.setenv("CODEX_HOME", "/c")
+    monkeypatch.setattr(sys, "platform", "linux")
+    clients = ("codex", "opencode", "llm", "vscode")
+    assert [str(made(client)[0].files[0].path) for client in clients] == [
+        "/c/headrace.config.toml",
+        "/x/opencode/opencode.json",
+        "/x/io.datasette.llm/extra-openai-models.yaml",
+        "/x/Code/User/chatLanguageModels.json",
+    ]
+    monkeypatch.setattr(sys, "platform", "darwin")
+    path = made("vscode")[0].files[0].path
+    assert path.parent == Path("/home/me/Library/Application Support/Code/User")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [

@@ -65,8 +65,12 @@ def _codex_settings(target: Target) -> dict[str, Any]:
 def _codex(target: Target, home: Path) -> Setup:
     lines = [f"# {MARK}", *as_toml(_codex_settings(target)), ""]
     lines += ["[model_providers.headrace]", *as_toml(_codex_provider(target))]
-    path = home / ".codex" / "headrace.config.toml"
-    return Setup([File(path, as_lines(lines))], {}, ("codex", "--profile", "headrace"))
+    folder = Path(os.environ.get("CODEX_HOME") or home / ".codex")
+    return Setup(
+        [File(folder / "headrace.config.toml", as_lines(lines))],
+        {},
+        ("codex", "--profile", "headrace"),
+    )
 
 
 def _codex_run(target: Target, folder: Path) -> Setup:
@@ -118,7 +122,7 @@ def _opencode_config(target: Target) -> dict[str, Any]:
 
 
 def _opencode(target: Target, home: Path) -> Setup:
-    path = home / ".config" / "opencode" / "opencode.json"
+    path = _config(home) / "opencode" / "opencode.json"
     file = File(path, as_json(_opencode_config(target)), "json")
     return Setup([file], {}, ("opencode", "--model", f"headrace/{target.main.id}"))
 
@@ -231,11 +235,7 @@ def _home_assistant(target: Target, home: Path) -> Setup:
 
 
 def _llm(target: Target, home: Path) -> Setup:
-    folder = home / ".config" / "io.datasette.llm"
-    if sys.platform == "darwin":
-        folder = home / "Library" / "Application Support" / "io.datasette.llm"
-    if place := os.environ.get("LLM_USER_PATH"):
-        folder = Path(place)
+    folder = Path(os.environ.get("LLM_USER_PATH") or _support(home) / "io.datasette.llm")
     models = [
         {
             "model_id": f"headrace/{card.id}",
@@ -274,7 +274,7 @@ def _litellm_in(target: Target, path: Path) -> Setup:
 
 
 def _litellm(target: Target, home: Path) -> Setup:
-    return _litellm_in(target, home / ".config" / "litellm" / "headrace.yaml")
+    return _litellm_in(target, _config(home) / "litellm" / "headrace.yaml")
 
 
 def _litellm_run(target: Target, folder: Path) -> Setup:
@@ -282,10 +282,6 @@ def _litellm_run(target: Target, folder: Path) -> Setup:
 
 
 def _vscode(target: Target, home: Path) -> Setup:
-    folder = home / ".config"
-    if sys.platform == "darwin":
-        folder = home / "Library" / "Application Support"
-
     def described(card: Card) -> dict[str, Any]:
         output = max(1, (card.context_length or 32_768) // 4)
         return {
@@ -301,14 +297,25 @@ def _vscode(target: Target, home: Path) -> Setup:
     provider = {"name": "Headrace", "vendor": "customendpoint", "apiType": "chat-completions"}
     models = [described(card) for card in target.models]
     key = {} if target.needs_key else {"apiKey": "none"}
-    path = folder / "Code" / "User" / "chatLanguageModels.json"
+    path = _support(home) / "Code" / "User" / "chatLanguageModels.json"
     steps = ["Chat: Manage Language Models > Headrace > Update API key"] if target.needs_key else []
     return Setup([File(path, as_json([provider | key | {"models": models}]), "json")], steps=steps)
 
 
+def _config(home: Path) -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
+
+
+def _support(home: Path) -> Path:
+    """Return the folder of programs that follow the system they run on."""
+    if sys.platform == "darwin":
+        return home / "Library" / "Application Support"
+    return _config(home)
+
+
 CLIENTS: dict[str, Connection] = {
     "codex": Connection(
-        *("Codex CLI", "/v1/responses", "a profile of its own"),
+        *("Codex CLI", "/v1/responses", "a profile of its own (from 0.134)"),
         *(_codex, _codex_run, True, 6_100),
     ),
     "claude-code": Connection(
