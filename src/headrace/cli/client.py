@@ -46,6 +46,7 @@ class Card(msgspec.Struct, frozen=True):
     tools: str = "none"
     capabilities: tuple[str, ...] = ()
     context_length: int | None = None
+    slots: int | None = None
 
     @property
     def calls_tools(self) -> bool:
@@ -112,6 +113,27 @@ class Client:
     async def cards(self) -> tuple[Card, ...]:
         """Return what the service lists of its models."""
         return (await self._ask("GET", "/v1/models", _Cards)).data
+
+    async def slots(self) -> dict[str, int | None]:
+        """Return how many requests each model runs at a time, by its id and its aliases.
+
+        None is not known, as before its first load.
+        """
+        models = await self.cards()
+        return {name: model.slots for model in models for name in (model.id, *model.aliases)}
+
+    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> httpx.Response:
+        """Send a body of JSON, and return the answer, also if it is an error.
+
+        Raises:
+            RequestError: the key is missing, unknown, or not for this.
+        """
+        kind = {"Content-Type": "application/json"}
+        with self._named_errors():
+            response = await self._http.post(path, content=body, headers=kind | dict(headers))
+        if response.status_code in (401, 403):
+            raise _refusal(response)
+        return response
 
     async def order(self, action: str, model: str, **fields: Any) -> ModelStatus:
         """Request `load`, `unload`, `restart`, `pin` or `update`, and wait for its end."""
