@@ -188,8 +188,9 @@ class _Choice:
         if self._stops.stopped:
             self.reason = "stop"
         await self._check()
-        if self._parts is not None and self._parts.calls and self.reason == "stop":
-            self.reason = "tool_calls"
+        if self._parts is not None and self._parts.calls:
+            self._turn.meter.called(len(self._parts.calls))
+            self.reason = "tool_calls" if self.reason == "stop" else self.reason
 
     def _rest(self) -> Sequence[Output]:
         """Return the events of what was held back."""
