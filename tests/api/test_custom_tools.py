@@ -164,7 +164,8 @@ def test_a_regex_on_the_real_model(service: Service) -> None:
         answer = http.chat.completions.create(
             messages=messages, tools=tools, tool_choice=choice, **fixed
         )
-        (call,) = answer.choices[0].message.tool_calls or ()
+        made: Any = answer.choices[0].message.tool_calls
+        (call,) = made
         assert call.type == "custom"
         assert re.fullmatch(REGEX, call.custom.input)
         flat: Any = {"type": "custom", "name": "plate", "description": "Runs."}
