@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
-from typing import cast
+from functools import partial
+from typing import TypeVar, cast
 
 import msgspec
 
@@ -31,6 +32,8 @@ from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
 from headrace.worker.scored import prompt_events
 from headrace.worker.turn import Answers, Served, Turn, unmeasured, until_left
+
+T = TypeVar("T")
 
 
 class Loaded(Served, frozen=True, kw_only=True):
@@ -355,9 +358,9 @@ class _Choice:
 
 
 async def _count(loaded: Loaded, request: CountRequest) -> TokenCount:
-    # Off the event loop, and beside any generation.
     with until_left() as gone:
-        token_ids = await asyncio.to_thread(loaded.prompter.count, request, gone)
+        count = partial(loaded.prompter.count, request, gone)
+        token_ids = await _in_few_threads(loaded.turns.counting, count)
     seen = sum(image.tokens for turn in request.messages or () for image in images_of(turn.content))
     if seen:
         # The tokens of an image are known to the engine that has computed them.
@@ -366,7 +369,25 @@ async def _count(loaded: Loaded, request: CountRequest) -> TokenCount:
 
 
 async def _text(loaded: Loaded, request: DetokenizeRequest) -> Text:
-    return Text(await asyncio.to_thread(loaded.engine.detokenize, request.token_ids))
+    detokenize = partial(loaded.engine.detokenize, request.token_ids)
+    return Text(await _in_few_threads(loaded.turns.counting, detokenize))
+
+
+async def _in_few_threads(places: asyncio.Semaphore, work: Callable[[], T]) -> T:
+    """Run off the event loop and beside any generation; its place is free when it has ended.
+
+    A thread goes on when nothing waits for it any more.
+    """
+    await places.acquire()
+    running = asyncio.get_running_loop().run_in_executor(None, work)
+
+    def ended(future: asyncio.Future[T]) -> None:
+        places.release()
+        if not future.cancelled():
+            future.exception()
+
+    running.add_done_callback(ended)
+    return await asyncio.shield(running)
 
 
 ANSWERS: Answers = {

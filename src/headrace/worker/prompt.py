@@ -133,7 +133,7 @@ class Prompter:
         if request.messages is not None:
             check_images(request, self._facts.capabilities, self._name)
             text = self._chat_text(request)
-            return self._without_images(text, self._chat_ids(text, Limit(gone)))
+            return self._without_images(text, self._chat_ids(text, Limit(gone, param="messages")))
         add_special = request.add_special
         return tokenized(self._engine, request.text or "", Limit(gone), add_special=add_special)
 
