@@ -3,7 +3,7 @@
 Two loops of llama.cpp take time with the square of a text's length: the search for markers (control
 and user-defined tokens such as `<|im_start|>`), and SentencePiece's tokens for single bytes. In
 pieces of a few thousand characters neither takes long, and the tokens are the same. Between two of
-them a text that nobody waits for any more can be given up.
+them a text whose request has gone can be given up.
 """
 
 from __future__ import annotations
