@@ -61,7 +61,7 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         if job.constraint is not None:
             # Before the engine compiles it, which cannot be stopped.
             with turn.meter.compiling():
-                job = await turn.within(_compiled(loaded, job, job.constraint, request.client))
+                job = await turn.within(_compiled(loaded, job, job.constraint, request))
         if request.prompt_candidates is not None:
             scorer, token_ids = cast("PromptScorer", loaded.engine), job.choices[0].token_ids
             async with aclosing(prompt_events(turn, scorer, token_ids)) as prompt:
@@ -82,13 +82,16 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         yield turn.finish([c.reason for c in choices], [c.stop for c in choices])
 
 
-async def _compiled(loaded: Loaded, job: Job, constraint: Constraint, client: str) -> Job:
+async def _compiled(
+    loaded: Loaded, job: Job, constraint: Constraint, request: GenerateRequest
+) -> Job:
     """Return the job with the constraint that the engine enforces.
 
     Raises:
         InvalidRequest: it cannot be enforced.
     """
-    compiled = await loaded.compiler.compile(constraint, client)
+    client, tools = request.client, request.enforced_tools
+    compiled = await loaded.compiler.compile(constraint, client, tools)
     enforcing = job.enforcing(compiled)
     enforced = enforcing.choices[0].constraint
     if job.before[0] and enforced is not None and enforced is not compiled:
