@@ -334,6 +334,7 @@ def _constraint(wire: GenerateFields) -> Constraint | None:
 
 def _built(place: str, form: AnyForm, value: Any) -> Constraint:
     if form == "json_schema" and isinstance(value, str):
+        limits.check_depth(value.encode(), place)
         try:
             value = msgspec.json.decode(value, type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeError) as error:
