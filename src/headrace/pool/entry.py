@@ -311,8 +311,7 @@ class ModelEntry:
         now = self._clock()
         for ticket in self.queue:
             ticket.load_s += now - max(ticket.joined, self._unready_since)
-        if not self.failures.is_open:
-            self.failures.recovered()
+        self.failures.loaded()
         self.clear_wanted()
         for ready in self._load_waits:
             _settle(ready)
