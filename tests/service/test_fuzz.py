@@ -81,7 +81,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.mark.slow
 @every.parametrize()
-@settings(relaxed, max_examples=150)
+@settings(relaxed, max_examples=120)
 def test_any_request_to_any_route(case: schemathesis.Case, services: Service) -> None:
     """Issue 14.4: no 5xx on any route, also for what the document does not allow."""
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
