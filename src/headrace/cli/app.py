@@ -18,8 +18,10 @@ import typer
 from typer.core import TyperGroup
 
 from headrace.cli import (
+    batch,
     bench,
     check_engine,
+    connect,
     import_,
     library,
     pool,
@@ -73,6 +75,10 @@ def start(
 _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
     "Ask": {
         run_command.run: ('run smollm2 "Name three rivers."', "run smollm2"),
+        batch.batch: (
+            "batch requests.jsonl -o answers.jsonl",
+            "batch requests.jsonl -o answers.jsonl --model smollm2",
+        ),
     },
     "Models": {
         library.search: ("search coder", "search vision 7b"),
@@ -109,6 +115,7 @@ _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
         ),
     },
     "Set up": {
+        connect.connect: ("connect codex", 'connect codex --run -- exec "Explain this folder."'),
         "config": ("config show", "config path"),
         reports.doctor: ("doctor", "doctor --json"),
     },
