@@ -201,6 +201,39 @@ def generate_fields(
     }
 
 
+class Truncated(Protocol):
+    """A request on the wire whose texts may be cut."""
+
+    @property
+    def truncate(self) -> bool | None:
+        """Whether a text that is too long is cut."""
+        ...
+
+    @property
+    def truncate_prompt_tokens(self) -> int | None:
+        """VLLM's field: -1 cuts to the model's context."""
+        ...
+
+
+def truncates(wire: Truncated) -> bool | None:
+    """Return whether texts are cut to the context; None leaves it to the route.
+
+    Raises:
+        InvalidRequest: two fields contradict each other.
+        Unsupported: they are to be cut to a number of tokens.
+    """
+    if (most := wire.truncate_prompt_tokens) is None:
+        return wire.truncate
+    if most != -1:
+        raise Unsupported(
+            "truncate_prompt_tokens is not supported here. Use -1, for the context of the model.",
+            param="truncate_prompt_tokens",
+        )
+    if wire.truncate is False:
+        raise InvalidRequest("truncate and truncate_prompt_tokens differ.", param="truncate")
+    return True
+
+
 def answer_fields(
     wire: Addressed, settings: ApiSettings, call: Call, *, stream: bool
 ) -> dict[str, Any]:
