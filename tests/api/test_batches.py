@@ -94,6 +94,7 @@ class Client:
             while completed < count:
                 batch = await self.until(id, "validating", "in_progress")
                 completed = batch["request_counts"]["completed"]
+                await asyncio.sleep(0.01)
 
     async def lines(self, file_id: str) -> list[Any]:
         content = await self.call("GET", f"/v1/files/{file_id}/content")
