@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache, partial
 
 import msgspec
@@ -18,13 +18,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from headrace.api import admin as manage
 from headrace.api import problems
 from headrace.api.anthropic import (
-    CountTokensRequest,
-    MessagesRequest,
     MessageTokens,
     count_tokens,
     create_message,
 )
 from headrace.api.anthropic_answer import MessageBody, MessageEvent
+from headrace.api.anthropic_request import CountTokensRequest, MessagesRequest
 from headrace.api.batch.keeper import Batches
 from headrace.api.batch.routes import BatchRoutes
 from headrace.api.batch.store import Store
@@ -40,6 +39,7 @@ from headrace.api.edge import METRICS_PATH, Edge, check_admin
 from headrace.api.embeddings import EmbeddingList, EmbeddingRequest, embeddings
 from headrace.api.exchange import Exchange, Route, Service
 from headrace.api.limits import ApiSettings
+from headrace.api.llama_server import LLAMA_ROUTES
 from headrace.api.ollama import OLLAMA_ADMIN_ROUTES, OLLAMA_ROUTES
 from headrace.api.openapi import document, page
 from headrace.api.rerank import Ranking, RankRequest, rerank
@@ -104,6 +104,7 @@ ROUTES = (
     Route("POST", "/v1/score", score, ScoreList, ScoreBody),
     Route("POST", "/score", score, ScoreList, ScoreBody),
     *OLLAMA_ROUTES,
+    *LLAMA_ROUTES,
     Route("POST", "/tokenize", tokenize, Tokens, TokenizeRequest),
     Route("POST", "/detokenize", detokenize, Text, DetokenizeRequest),
     _LIVE,
@@ -172,7 +173,7 @@ class Application(Starlette):
         return Application(self._service, (_METRICS, _LIVE))
 
 
-def create_app(
+def create_app(  # noqa: PLR0913 - what a service may have
     backend: Backend,
     settings: ApiSettings,
     *,
@@ -181,19 +182,20 @@ def create_app(
     observer: Monitor | None = None,
     metrics: bool = True,
     batches: Store | str | None = None,
+    describe: Callable[[str], Awaitable[None]] | None = None,
 ) -> Application:
     """Build the ASGI application; the backend is not closed here.
 
     `ready` returns whether requests would be served now. Without it, the service is ready if all
     models are; with `admin`, by which models can be managed, if one is or can be loaded. `observer`
-    records every request and answers at /metrics, unless `metrics` is false. `batches` are the
-    files and batches, which run while `Application.batches.run()` does, or the reason why there are
-    none.
+    records every request and answers at /metrics, unless `metrics` is false. `describe` lets the
+    backend read the file of a model that is not loaded. `batches` are the files and batches, which
+    run while `Application.batches.run()` does, or the reason why there are none.
     """
     routes = (*ROUTES, *ADMIN_ROUTES) if admin else ROUTES
     if observer is not None and metrics:
         routes = (*routes, _METRICS)
-    service = Service(backend, settings, ready, admin, observer)
+    service = Service(backend, settings, ready, admin, observer, describe)
     keeper = Batches(batches, service) if isinstance(batches, Store) else None
     if batches is not None:
         routes = (*routes, *BatchRoutes(keeper, "" if keeper else str(batches)).routes())
