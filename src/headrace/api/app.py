@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 import msgspec
@@ -173,7 +173,7 @@ class Application(Starlette):
         return Application(self._service, (_METRICS, _LIVE))
 
 
-def create_app(  # noqa: PLR0913 - what a service may have
+def create_app(
     backend: Backend,
     settings: ApiSettings,
     *,
@@ -182,19 +182,19 @@ def create_app(  # noqa: PLR0913 - what a service may have
     observer: Monitor | None = None,
     metrics: bool = True,
     batches: Store | str | None = None,
-    describe: Callable[[str], Awaitable[None]] | None = None,
 ) -> Application:
     """Build the ASGI application; the backend is not closed here.
 
     `ready` returns whether requests would be served now. Without it, the service is ready if all
     models are; with `admin`, by which models can be managed, if one is or can be loaded. `observer`
-    records every request and answers at /metrics, unless `metrics` is false. `describe` lets the
-    backend read the file of a model that is not loaded. `batches` are the files and batches, which
-    run while `Application.batches.run()` does, or the reason why there are none.
+    records every request and answers at /metrics, unless `metrics` is false. `batches` are the
+    files and batches, which run while `Application.batches.run()` does, or the reason why there are
+    none.
     """
     routes = (*ROUTES, *ADMIN_ROUTES) if admin else ROUTES
     if observer is not None and metrics:
         routes = (*routes, _METRICS)
+    describe = admin.describe if admin is not None else None
     service = Service(backend, settings, ready, admin, observer, describe)
     keeper = Batches(batches, service) if isinstance(batches, Store) else None
     if batches is not None:

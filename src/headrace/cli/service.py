@@ -102,7 +102,6 @@ class _Service:
             observer=self.telemetry,
             metrics=telemetry.metrics and telemetry.metrics_port is None,
             batches=_batches(settings.config),
-            describe=self.admin.describe,
         )
         self._batching: asyncio.Task[None] | None = None
         idle = settings.config.server.max_idle_connections
