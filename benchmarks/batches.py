@@ -33,7 +33,9 @@ import httpx2 as httpx
 
 CHAT = "/v1/chat/completions"
 HEADRACE = (sys.executable, "-P", "-m", "headrace")
-SPEED = ("-o", "tokens_per_second=200", "-o", "slots=16", "-o", "text=Twenty bytes of text")
+# As a batching engine: all streams get a token in each step.
+SPEED = ("-o", "tokens_per_second=100", "-o", "in_step=true", "-o", "slots=16")
+SPEED += ("-o", "text=Twenty bytes of text")
 SLICE_S = 5.0
 ALONE_S = 30.0
 LIVE: Any = {"model": "echo", "messages": [{"role": "user", "content": "How long does this take?"}]}
