@@ -34,8 +34,7 @@ import httpx2 as httpx
 CHAT = "/v1/chat/completions"
 HEADRACE = (sys.executable, "-P", "-m", "headrace")
 # As a batching engine: all streams get a token in each step.
-SPEED = ("-o", "tokens_per_second=100", "-o", "in_step=true", "-o", "slots=16")
-SPEED += ("-o", "text=Twenty bytes of text")
+SPEED = ("-o", "tokens_per_second=100", "-o", "in_step=true", "-o", "slots=64")
 SLICE_S = 5.0
 ALONE_S = 30.0
 LIVE: Any = {"model": "echo", "messages": [{"role": "user", "content": "How long does this take?"}]}
@@ -67,9 +66,11 @@ def quantile(values: list[float], share: float) -> float:
 
 def write_requests(path: Path, lines: int) -> None:
     """Write the requests of the batch."""
+    chance = random.Random(2)  # answers of different lengths, as real ones
     with path.open("w") as file:
         for number in range(lines):
-            body = {"model": "echo", "messages": [{"role": "user", "content": f"Line {number}"}]}
+            text = f"Line {number} ".ljust(chance.randint(12, 36), "x")
+            body = {"model": "echo", "messages": [{"role": "user", "content": text}]}
             line = {"custom_id": f"line-{number}", "method": "POST", "url": CHAT, "body": body}
             file.write(json.dumps(line) + "\n")
 

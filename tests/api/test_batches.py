@@ -257,7 +257,7 @@ async def test_requests_have_the_client_and_give_way(tmp_path: Path) -> None:
         await client.http.post(CHAT, json=body, headers=headers)
         await client.call("POST", CHAT, json=body)
     seen = [(each.batch, each.deadline_s, each.load_wait_s) for each in requests]
-    assert seen == [(True, None, None), (True, None, None), (False, 5.0, 30.0)]
+    assert seen == [(True, None, 1e9), (True, 5.0, 30.0), (False, 5.0, 30.0)]
     assert [f"sha256:{each.client}" for each in requests] == [
         KEYS[name][: 7 + 16] for name in "aba"
     ]
