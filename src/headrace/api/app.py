@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -19,13 +19,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from headrace.api import admin as manage
 from headrace.api import problems
 from headrace.api.anthropic import (
-    CountTokensRequest,
-    MessagesRequest,
     MessageTokens,
     count_tokens,
     create_message,
 )
 from headrace.api.anthropic_answer import MessageBody, MessageEvent
+from headrace.api.anthropic_request import CountTokensRequest, MessagesRequest
 from headrace.api.chat import ChatChunk, ChatCompletion, ChatRequest, chat_completions
 from headrace.api.completions import (
     Completion,
@@ -39,6 +38,7 @@ from headrace.api.edge import METRICS_PATH, Edge, check_admin
 from headrace.api.embeddings import EmbeddingList, EmbeddingRequest, embeddings
 from headrace.api.exchange import ClientGone, Exchange, Route, Service
 from headrace.api.limits import ApiSettings
+from headrace.api.llama_server import LLAMA_ROUTES
 from headrace.api.ollama import OLLAMA_ADMIN_ROUTES, OLLAMA_ROUTES
 from headrace.api.openapi import document, page
 from headrace.api.rerank import Ranking, RankRequest, rerank
@@ -103,6 +103,7 @@ ROUTES = (
     Route("POST", "/v1/score", score, ScoreList, ScoreBody),
     Route("POST", "/score", score, ScoreList, ScoreBody),
     *OLLAMA_ROUTES,
+    *LLAMA_ROUTES,
     Route("POST", "/tokenize", tokenize, Tokens, TokenizeRequest),
     Route("POST", "/detokenize", detokenize, Text, DetokenizeRequest),
     _LIVE,
@@ -183,17 +184,19 @@ def create_app(
     admin: Admin | None = None,
     observer: Monitor | None = None,
     metrics: bool = True,
+    describe: Callable[[str], Awaitable[None]] | None = None,
 ) -> Application:
     """Build the ASGI application; the backend is not closed here.
 
     `ready` returns whether requests would be served now. Without it, the service is ready if all
     models are; with `admin`, by which models can be managed, if one is or can be loaded. `observer`
-    records every request and answers at /metrics, unless `metrics` is false.
+    records every request and answers at /metrics, unless `metrics` is false. `describe` lets the
+    backend read the file of a model that is not loaded.
     """
     routes = (*ROUTES, *ADMIN_ROUTES) if admin else ROUTES
     if observer is not None and metrics:
         routes = (*routes, _METRICS)
-    service = Service(backend, settings, ready, admin, observer)
+    service = Service(backend, settings, ready, admin, observer, describe)
     return Application(service, routes, _descriptions(routes, service))
 
 

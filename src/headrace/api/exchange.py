@@ -46,7 +46,8 @@ class ClientGone(Exception):
 class Service:
     """The backend, the settings and the observer that every handler uses.
 
-    `settings` may be replaced; a request that has begun keeps its own.
+    `settings` may be replaced; a request that has begun keeps its own. `describe` lets the backend
+    read the file of a model that is not loaded.
     """
 
     backend: Backend
@@ -54,6 +55,7 @@ class Service:
     ready: Callable[[], bool] | None = None
     admin: Admin | None = None
     observer: Monitor | None = None
+    describe: Callable[[str], Awaitable[None]] | None = None
 
     def model_name(self, requested: str | None) -> str:
         """Return the model's name for an answer: as requested, or that of the only model."""
@@ -174,9 +176,9 @@ class Exchange:
         await self.send({"type": "http.response.body", "body": body})
 
     async def answer(
-        self, answer: msgspec.Struct, metrics: InferenceMetrics | None = None, *, status: int = 200
+        self, answer: Any, metrics: InferenceMetrics | None = None, *, status: int = 200
     ) -> None:
-        """Send a struct as JSON, with its figures as a header."""
+        """Send a value as JSON, with its figures as a header."""
         self.call.metrics = metrics
         headers = () if metrics is None else server_timing(metrics)
         await self.reply(msgspec.json.encode(answer), status=status, headers=headers)
@@ -203,15 +205,16 @@ Handler = Callable[[Service, Exchange], Awaitable[None]]
 class Route:
     """One row of the table of routes; `chunk` is the type of the parts of a streamed answer.
 
-    `answer` is None if there are only streams, or text of the media types `texts`. The events of
-    a stream have names if they are `named`, or if there is no `answer`; `lines` are lines of JSON
-    instead. `query` are required parameters. `unready` is whether a 503 has the same body as a 200.
+    `answer` is a struct or another type, such as a union of them; it is None if there are only
+    streams, or text of the media types `texts`. The events of a stream have names if they are
+    `named`, or if there is no `answer`; `lines` are lines of JSON instead. `query` are required
+    parameters. `unready` is whether a 503 has the same body as a 200.
     """
 
     method: str
     path: str
     handler: Handler
-    answer: type[msgspec.Struct] | None
+    answer: Any
     request: type[msgspec.Struct] | None = None
     chunk: type[msgspec.Struct] | None = None
     named: bool = False

@@ -218,7 +218,9 @@ def to_sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int |
     Raises:
         InvalidRequest: a value is out of its range.
     """
-    values = scalars(wire) | {"max_tokens": max_tokens, "logprobs": logprobs}
+    # -1 is without limit, as llama-server has it.
+    most = None if max_tokens == -1 else max_tokens
+    values = scalars(wire) | {"max_tokens": most, "logprobs": logprobs}
     values["repetition_penalty"] = _either(
         "repeat_penalty", wire.repeat_penalty, "repetition_penalty", wire.repetition_penalty
     )

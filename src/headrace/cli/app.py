@@ -21,6 +21,7 @@ from headrace.cli import (
     bench,
     check_engine,
     import_,
+    library,
     pool,
     replay,
     reports,
@@ -74,6 +75,8 @@ _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
         run_command.run: ('run smollm2 "Name three rivers."', "run smollm2"),
     },
     "Models": {
+        library.search: ("search coder", "search vision 7b"),
+        library.library: ("library --fits", "library --task embed"),
         store.pull: ("pull smollm2", "pull hub:org/repo:Q4_K_M"),
         store.ls: ("ls", "ls --json"),
         store.show: ("show smollm2", "show smollm2 --engine llamacpp"),

@@ -101,6 +101,7 @@ class _Service:
             admin=self.admin,
             observer=self.telemetry,
             metrics=telemetry.metrics and telemetry.metrics_port is None,
+            describe=self.admin.describe,
         )
         idle = settings.config.server.max_idle_connections
         self.server, self.second = Server(self._app, idle), Server(self._app, idle)
@@ -123,6 +124,8 @@ class _Service:
         self._worker = DbgptWorker(self._app, self.backend, self.admin, self._settings, listener)
         self.begin(self._worker.server.serve(listener))
         self.begin(self._worker.cluster.run())
+        for controller in self._worker.cluster.controllers:
+            self.telemetry.watch_controller(controller.url, controller.count)
 
     @contextlib.contextmanager
     def signals(self) -> Generator[None]:

@@ -45,6 +45,7 @@ class ModelEntry:
         self.last_used: float | None = None
         self.restarts = self.evictions = self.continuations = 0
         self.reference: str | None = None
+        self.header: tuple[ModelSpec, ModelInfo] | None = None
         self.preload = spec.preload
         self._wanted_until = 0.0
         self._clock = clock
@@ -310,8 +311,7 @@ class ModelEntry:
         now = self._clock()
         for ticket in self.queue:
             ticket.load_s += now - max(ticket.joined, self._unready_since)
-        if not self.failures.is_open:
-            self.failures.recovered()
+        self.failures.loaded()
         self.clear_wanted()
         for ready in self._load_waits:
             _settle(ready)

@@ -32,6 +32,10 @@ class Sizing(Protocol):
         """
         ...
 
+    def without_file(self, spec: ModelSpec) -> Sizing:
+        """Return estimates of a model that is known but not on this machine, else itself."""
+        ...
+
     def remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
         """Store what a load took."""
         ...
