@@ -146,7 +146,7 @@ def resolver(config: Config) -> Resolve:
     return resolve
 
 
-def _described(config: Config) -> Callable[[ModelSpec], WorkerSpec | None]:
+def _library_spec(config: Config) -> Callable[[ModelSpec], WorkerSpec | None]:
     """Return a function that describes a model of the library that was not downloaded."""
 
     def describe(spec: ModelSpec) -> WorkerSpec | None:
@@ -266,7 +266,7 @@ def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
     config = settings.config
     check_devices(models)
     budgets = _budgets(config)
-    sizing = Sizing(resolver(config), config.home / "measured.json", budgets, _described(config))
+    sizing = Sizing(resolver(config), config.home / "measured.json", budgets, _library_spec(config))
     warm = WarmProcess()
 
     def make_worker(spec: ModelSpec, report: OnProgress) -> PooledWorker:

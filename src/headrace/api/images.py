@@ -14,7 +14,8 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpx2
 
-from headrace.api.exchange import Exchange, Service, too_large
+from headrace.api.bodies import too_large
+from headrace.api.exchange import Exchange, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.problems import refused
 from headrace.core.errors import InvalidRequest

@@ -50,7 +50,10 @@ def document(routes: Sequence[Route], settings: ApiSettings) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for route in routes:
         path = _PATH.sub(r"{\1}", route.path)
-        paths.setdefault(path, {})[route.method.lower()] = _operation(route, written)
+        operation, method = _operation(route, written), route.method.lower()
+        if path in paths:
+            operation["operationId"] = f"{method}_{operation['operationId']}"
+        paths.setdefault(path, {})[method] = operation
     return {
         "openapi": "3.1.0",
         "info": {"title": "Headrace", "version": "1"},
@@ -90,17 +93,20 @@ def _operation(route: Route, written: Schemas) -> dict[str, Any]:
         "responses": {"200": success, **_failures(route, written)},
     }
     if route.request is not None:
-        operation["requestBody"] = {"required": True, "content": _json(written[route.request])}
-    places = [*((name, "path") for name in _PATH.findall(route.path))]
-    places += [(name, "query") for name in route.query]
-    if places:
-        operation["parameters"] = [_parameter(name, place) for name, place in places]
+        content = _json(written[route.request])
+        content = {"multipart/form-data": content["application/json"]} if route.form else content
+        operation["requestBody"] = {"required": True, "content": content}
+    parameters = [_parameter(name, "path") for name in _PATH.findall(route.path)]
+    parameters += [_parameter(name, "query") for name in route.query]
+    parameters += [_parameter(name, "query", required=False) for name in route.optional]
+    if parameters:
+        operation["parameters"] = parameters
     return operation
 
 
-def _parameter(name: str, place: str) -> dict[str, Any]:
+def _parameter(name: str, place: str, *, required: bool = True) -> dict[str, Any]:
     schema = {"type": "string", "minLength": 1, "maxLength": 512}
-    return {"name": name, "in": place, "required": True, "schema": schema}
+    return {"name": name, "in": place, "required": required, "schema": schema}
 
 
 def _event(kind: type[msgspec.Struct]) -> dict[str, Any]:

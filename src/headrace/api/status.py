@@ -23,6 +23,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """A model; requests name it by its `id` or an alias.
 
     `base` is the model that answers, if this is a name with a preset of its own.
+    `slots` is how many requests it runs at a time, once that is known.
     `type`, `display_name`, `created_at`, `max_input_tokens` and `lifecycle` are Anthropic's fields;
     to a request with the header `anthropic-version`, `capabilities` are in its form too.
     """
@@ -42,6 +43,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     tasks: list[str]
     capabilities: list[str] | ModelAbilities
     context_length: int | None
+    slots: int | None
     parameters: int | None
     quantization: str | None
     tools: str
@@ -119,6 +121,7 @@ def _card(info: ModelInfo, name: str) -> ModelCard:
         tasks=sorted(info.capabilities.tasks),
         capabilities=info.capabilities.names,
         context_length=info.context_length,
+        slots=info.max_running,
         parameters=info.parameters,
         quantization=info.quantization,
         tools=info.capabilities.tools,

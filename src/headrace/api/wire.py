@@ -161,14 +161,18 @@ def request_fields(wire: Addressed, settings: ApiSettings, call: Call) -> dict[s
 
 
 def envelope(model: str | None, settings: ApiSettings, call: Call) -> dict[str, Any]:
-    """Return the fields of a core request that do not depend on its kind."""
+    """Return the fields of a core request that do not depend on its kind.
+
+    One of a batch may wait for long.
+    """
     return {
         "id": call.id,
         "received": call.received,
-        "deadline_s": settings.deadline_s,
-        "load_wait_s": settings.load_wait_s,
+        "deadline_s": None if call.batch else settings.deadline_s,
+        "load_wait_s": None if call.batch else settings.load_wait_s,
         "model": model or "",
         "client": call.client,
+        "batch": call.batch,
         "traceparent": call.traceparent,
         "tracestate": call.tracestate,
     }

@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from headrace.cli import (
+    batch,
     bench,
     check_engine,
     import_,
@@ -73,6 +74,10 @@ def start(
 _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
     "Ask": {
         run_command.run: ('run smollm2 "Name three rivers."', "run smollm2"),
+        batch.batch: (
+            "batch requests.jsonl -o answers.jsonl",
+            "batch requests.jsonl -o answers.jsonl --model smollm2",
+        ),
     },
     "Models": {
         library.search: ("search coder", "search vision 7b"),

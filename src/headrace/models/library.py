@@ -18,9 +18,8 @@ from msgspec import Meta
 
 from headrace.core.errors import ConfigError, UpstreamError
 from headrace.core.model import ModelFile, Task
-from headrace.core.private import private_folder
+from headrace.core.private import private_folder, write_atomically
 from headrace.models.providers import PROVIDERS
-from headrace.models.transfer import write_atomically
 
 FILE_NAME = "library.toml"
 MAX_LIBRARY = 4 << 20

@@ -22,7 +22,13 @@ from filelock import FileLock, Timeout
 
 from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
 from headrace.core.model import ModelFile
-from headrace.core.private import FILE_MODE, make_private, private_folder
+from headrace.core.private import (
+    FILE_MODE,
+    make_private,
+    private_folder,
+    sync_folder,
+    write_atomically,
+)
 from headrace.models.inspect import inspect
 from headrace.models.projector import is_projector
 from headrace.models.reference import (
@@ -36,13 +42,7 @@ from headrace.models.reference import (
     pinned,
     short_name,
 )
-from headrace.models.transfer import (
-    Progress,
-    disk_errors,
-    silent,
-    sync_folder,
-    write_atomically,
-)
+from headrace.models.transfer import Progress, disk_errors, silent
 
 _POLL_S = 0.2
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR}

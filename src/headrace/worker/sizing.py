@@ -15,10 +15,10 @@ from filelock import FileLock
 from headrace import __version__, engines
 from headrace.core.device import placements, read_device
 from headrace.core.model import ModelSpec, PlacedSpec
-from headrace.core.private import FILE_MODE, private_folder
+from headrace.core.private import FILE_MODE, private_folder, write_atomically
 from headrace.core.status import Footprint
 from headrace.machine import HOST
-from headrace.models.transfer import silent, write_atomically
+from headrace.models.transfer import silent
 from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, open_request
 
 log = logging.getLogger("headrace.worker")

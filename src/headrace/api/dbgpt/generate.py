@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from headrace.api.dbgpt.figures import figures, usage_body
-from headrace.api.dbgpt.wire import NAMES, PromptRequest, core_fields, image_bytes, to_request
+from headrace.api.dbgpt.wire import NAMES, PromptRequest, core_fields, image_urls, to_request
 from headrace.api.exchange import ClientGone, Exchange, Service
-from headrace.api.images import HELD, body_limit, check_text
+from headrace.api.images import body_limit, held
 from headrace.core.errors import GenerationFailed
 from headrace.core.events import Delta, Event, Finish, PromptTokens
 from headrace.core.metrics import InferenceMetrics
@@ -45,14 +45,8 @@ async def _answer(service: Service, exchange: Exchange, send: _Send) -> None:
     wire = await exchange.read(_DECODER, body_limit(service, exchange.settings))
     exchange.call.names = NAMES
     common = core_fields(service, exchange, wire, "generate")
-    sent = image_bytes(wire)
-    check_text(exchange, sent)
-    with HELD.hold(sent):
-        if sent:
-            # Decoding takes long.
-            request = await asyncio.to_thread(to_request, wire, common)
-        else:
-            request = to_request(wire, common)
+    async with held(exchange, image_urls(wire)) as translation:
+        request = await translation.run(lambda reader: to_request(wire, common, reader))
         await exchange.unless_gone(send(exchange, service.backend.ask(request)))
 
 

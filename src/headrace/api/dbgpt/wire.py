@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -11,10 +11,10 @@ from msgspec import Meta
 from headrace.api import limits
 from headrace.api.edge import dbgpt_traceparent
 from headrace.api.exchange import Exchange, Service
-from headrace.api.images import read_image
+from headrace.api.images import ImageReader
 from headrace.api.wire import ModelName, TokenId, envelope
 from headrace.core.errors import InvalidRequest, Unsupported
-from headrace.core.media import Content, Image, Pictures
+from headrace.core.media import Content, Image
 from headrace.core.model import Task
 from headrace.core.request import GenerateRequest, Message, Role
 from headrace.core.sampling import Sampling
@@ -114,16 +114,16 @@ def core_fields(
     return envelope(model, exchange.settings, exchange.call) | {"load_wait_s": None}
 
 
-def image_bytes(wire: PromptRequest) -> int:
-    """Return the size of the images as they were sent."""
-    contents = [message.content for message in wire.messages or ()]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return sum(
-        len((part.object and part.object.data) or "") for part in parts if part.type == "image"
-    )
+def image_urls(wire: PromptRequest) -> Iterator[tuple[str, str]]:
+    """Yield the URL of each image, with its place."""
+    for index, message in enumerate(wire.messages or ()):
+        parts = message.content if isinstance(message.content, list) else ()
+        for number, part in enumerate(parts):
+            if part.type == "image":
+                yield _image_url(part), f"messages[{index}].content[{number}]"
 
 
-def to_request(wire: PromptRequest, common: dict[str, Any]) -> GenerateRequest:
+def to_request(wire: PromptRequest, common: dict[str, Any], reader: ImageReader) -> GenerateRequest:
     """Build the core request. Its tokens are cut to what the context has left.
 
     Raises:
@@ -132,9 +132,8 @@ def to_request(wire: PromptRequest, common: dict[str, Any]) -> GenerateRequest:
     """
     common = common | {"sampling": to_sampling(wire), "fit_max_tokens": True}
     if wire.messages and wire.chat_model is not False:
-        pictures = Pictures()
-        messages = to_messages(wire.messages, pictures)
-        return GenerateRequest(messages=messages, media=pictures.data, **common)
+        messages = to_messages(wire.messages, reader)
+        return GenerateRequest(messages=messages, media=reader.pictures.data, **common)
     if not wire.prompt:
         raise InvalidRequest("There are neither messages nor a prompt.", param="messages")
     return GenerateRequest(
@@ -164,7 +163,7 @@ def to_sampling(wire: PromptRequest) -> Sampling:
     )
 
 
-def to_messages(wire: Sequence[ModelMessage], pictures: Pictures) -> tuple[Message, ...]:
+def to_messages(wire: Sequence[ModelMessage], reader: ImageReader) -> tuple[Message, ...]:
     """Return the turns that are for the model.
 
     Raises:
@@ -179,12 +178,12 @@ def to_messages(wire: Sequence[ModelMessage], pictures: Pictures) -> tuple[Messa
         if (role := _ROLES.get(message.role)) is None:
             known = ", ".join((*_ROLES, *_UNSENT))
             raise InvalidRequest(f"{place}.role is none of {known}.", param=f"{place}.role")
-        turns.append(Message(role, _to_content(message.content, role, place, pictures)))
+        turns.append(Message(role, _to_content(message.content, role, place, reader)))
     return tuple(turns)
 
 
 def _to_content(
-    wire: str | Sequence[MediaContent] | None, role: Role, place: str, pictures: Pictures
+    wire: str | Sequence[MediaContent] | None, role: Role, place: str, reader: ImageReader
 ) -> Content:
     if wire is None or isinstance(wire, str):
         return wire or ""
@@ -195,7 +194,7 @@ def _to_content(
         if kind == "text":
             parts.append(data)
         elif kind == "image" and role == "user":
-            parts.append(read_image(_image_url(part, data), inner, pictures, {}))
+            parts.append(reader.read(_image_url(part), inner))
         elif kind != "thinking":
             reason = "images go with the user" if kind == "image" else f"{kind} is not supported"
             raise Unsupported(f"{inner}: {reason}.", param=inner)
@@ -203,7 +202,9 @@ def _to_content(
     return "".join(texts) if len(texts) == len(parts) else tuple(parts)
 
 
-def _image_url(part: MediaContent, data: str) -> str:
+def _image_url(part: MediaContent) -> str:
     """Return the URL of an image, whose data is one or base64 of a media type."""
-    form, _, media_type = ((part.object and part.object.format) or "url").partition("@")
+    media = part.object or MediaObject()
+    form, _, media_type = (media.format or "url").partition("@")
+    data = media.data or ""
     return f"data:{media_type};base64,{data}" if form == "base64" else data
