@@ -54,9 +54,9 @@ async def _or_failure(exchange: Exchange, work: Awaitable[None]) -> None:
     """Send an exception as an output: clients do not read the status of a stream."""
     try:
         await work
-    except ClientGone:
-        raise
-    except Exception as error:  # noqa: BLE001 - sent to the client
+    except Exception as error:
+        if isinstance(error, ClientGone):
+            raise
         problem = exchange.problem(error)
         exchange.call.outcome = "error" if problem.status >= 500 else "refused"
         body = exchange.dialect.write(problem, exchange.call.id)
