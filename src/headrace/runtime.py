@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from headrace import __version__, machine
 from headrace import config as configuration
 from headrace import engines as engine_registry
+from headrace.cluster.local import NodePool, NodePoolAdmin
 from headrace.config import Config, Settings
 from headrace.core import parameters as core_parameters
 from headrace.core.errors import ConfigError
@@ -51,6 +52,10 @@ from headrace.worker.worker import Worker
 
 if TYPE_CHECKING:
     from headrace.telemetry.telemetry import Telemetry
+
+
+Reread = Callable[[], tuple[Settings, Sequence[ModelSpec]]]
+"""Reads the configuration again; returns it and the models to serve."""
 
 
 def engine_options() -> dict[str, type[BaseModel]]:
@@ -231,7 +236,7 @@ def open_pool_of_one(
     return Pool([kept], make_worker, sizing=Unsized(), ledger=Ledger({}, dict))
 
 
-def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
+def open_pool(settings: Settings, models: Sequence[ModelSpec], *, is_node: bool = False) -> Pool:
     """Return a pool of models with one memory budget; nothing is loaded yet.
 
     Raises:
@@ -248,7 +253,7 @@ def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
             spec, config, resolve=sizing.resolve, on_progress=report, spawn=warm.take
         )
 
-    return Pool(
+    return (NodePool if is_node else Pool)(
         models,
         make_worker,
         sizing=sizing,
@@ -262,9 +267,10 @@ def open_service(
     settings: Settings,
     models: Sequence[ModelSpec],
     *,
-    reread: Callable[[], tuple[Settings, Sequence[ModelSpec]]],
+    reread: Reread,
+    is_node: bool = False,
 ) -> tuple[PoolAdmin, Telemetry]:
-    """Return a pool with its Admin, and its telemetry.
+    """Return a pool with its Admin, and its telemetry; of a node, the Admin is a NodePoolAdmin.
 
     Changes in the state file are applied. `reread` reads the configuration for a reload.
 
@@ -276,8 +282,8 @@ def open_service(
 
     config = settings.config
     tracing = otel.configure(__version__)
-    admin = PoolAdmin(
-        open_pool(settings, models),
+    admin = (NodePoolAdmin if is_node else PoolAdmin)(
+        open_pool(settings, models, is_node=is_node),
         specify=_specify(settings, models),
         state=StateFile(config.state_file),
         reread=lambda: _reread(settings, *reread()),

@@ -64,7 +64,7 @@ from headrace.api.tokens import (
 from headrace.core.backend import Admin, Backend
 from headrace.core.errors import ConfigError, InvalidRequest
 from headrace.core.record import Activity, Monitor
-from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
+from headrace.core.status import ModelStatus, NodeStatus, Plan, PoolEvent, PoolStatus, Reloaded
 
 _LIVE = Route("GET", "/health/live", live, Health)
 ROUTES = (
@@ -127,6 +127,10 @@ ADMIN_ROUTES = (
     *OLLAMA_ADMIN_ROUTES,
 )
 
+CLUSTER_ROUTES = (
+    _admin("POST", "/admin/nodes/drain", manage.drain, NodeStatus, manage.DrainRequest),
+)
+
 _METRICS = Route(
     "GET", METRICS_PATH, metrics, None, texts=("text/plain", "application/openmetrics-text")
 )
@@ -174,14 +178,18 @@ def create_app(
     admin: Admin | None = None,
     observer: Monitor | None = None,
     metrics: bool = True,
+    is_front: bool = False,
 ) -> Application:
     """Build the ASGI application; the backend is not closed here.
 
     `ready` returns whether requests would be served now. Without it, the service is ready if all
     models are; with `admin`, by which models can be managed, if one is or can be loaded. `observer`
-    records every request and answers at /metrics, unless `metrics` is false.
+    records every request and answers at /metrics, unless `metrics` is false. `is_front` is whether
+    `admin` is a ClusterAdmin.
     """
     routes = (*ROUTES, *ADMIN_ROUTES) if admin else ROUTES
+    if is_front:
+        routes = (*routes, *CLUSTER_ROUTES)
     if observer is not None and metrics:
         routes = (*routes, _METRICS)
     service = Service(backend, settings, ready, admin, observer)

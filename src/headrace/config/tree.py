@@ -6,12 +6,10 @@ Those of a model are declared in headrace.core.model, and get their validators h
 from __future__ import annotations
 
 import hashlib
-import ipaddress
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args, get_origin
 
 import msgspec
 from pydantic import (
@@ -25,21 +23,14 @@ from pydantic import (
     field_validator,
 )
 
+from headrace.config.cluster import ClusterSettings
+from headrace.config.fields import FIXED, Fixed, Frozen, Words, host_text, words
 from headrace.core.model import SETTINGS, ModelSpec, Setting
 
 # A device and its amount, which headrace.machine turns into bytes.
 _AMOUNT = re.compile(
     r"(?:([a-z]+(?::\d+)?)=)?(?:\d+(?:\.\d+)? ?(?i:[kmgt]i?b?|b)|(?:100|\d{1,2}(?:\.\d+)?) ?%)"
 )
-
-
-def words(value: object) -> object:
-    """Read text as JSON or as words separated by commas; the environment has no lists."""
-    if not isinstance(value, str):
-        return value
-    if value.lstrip().startswith(("[", "{")):
-        return json.loads(value)
-    return [word.strip() for word in value.split(",") if word.strip()]
 
 
 def _lower(value: object) -> object:
@@ -83,36 +74,13 @@ def _amounts(value: object) -> object:
     return amounts
 
 
-def _host(value: str) -> str:
-    """Return an address as the system writes it; one of IPv6 may be in the brackets of a URL."""
-    name = value.strip().removeprefix("[").removesuffix("]")
-    try:
-        return str(ipaddress.ip_address(name))
-    except ValueError:
-        return name
-
-
-T = TypeVar("T")
-_FIXED = "fixed"
-
-Fixed = Annotated[T, _FIXED]
-"""A setting that a running service cannot change; it needs a restart."""
-
-Words = Annotated[tuple[str, ...], BeforeValidator(words)]
 Keys = Annotated[tuple[str, ...], BeforeValidator(_hash_keys)]
 
 
-class _Frozen(BaseModel):
-    # Inputs are kept out of errors: one may be a secret.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
-    )
-
-
-class HttpSettings(_Frozen):
+class HttpSettings(Frozen):
     """The address of `headrace serve`, its keys, and what it accepts."""
 
-    host: Fixed[Annotated[str, AfterValidator(_host)]] = Field(
+    host: Fixed[Annotated[str, AfterValidator(host_text)]] = Field(
         default="127.0.0.1", description="address to listen on; `::` is every one, IPv4 too"
     )
     port: Fixed[int] = Field(default=11511, ge=0, le=65535, description="port; 0 takes a free one")
@@ -172,7 +140,7 @@ class HttpSettings(_Frozen):
     )
 
 
-class Rules(_Frozen):
+class Rules(Frozen):
     """The rules that the pool of models applies.
 
     A loaded model stays for `min_residence_s`, or as long as its load took if that is longer,
@@ -210,7 +178,7 @@ class ServerSettings(Rules, HttpSettings):
     )
 
 
-class TelemetrySettings(_Frozen):
+class TelemetrySettings(Frozen):
     """The records of requests; OpenTelemetry is configured by its own OTEL_ variables."""
 
     metrics: Fixed[bool] = Field(
@@ -255,7 +223,7 @@ class TelemetrySettings(_Frozen):
         return patterns
 
 
-class _ModelRules(_Frozen):
+class _ModelRules(Frozen):
     """Rules between the settings of a model."""
 
     @field_validator("weights", check_fields=False)
@@ -316,7 +284,7 @@ ModelSettings: type[BaseModel] = create_model("ModelSettings", __base__=_ModelRu
 """Checks the settings of a model, which are those of `ModelSpec`."""
 
 
-class Config(_Frozen):
+class Config(Frozen):
     """All settings of one run."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -334,7 +302,8 @@ class Config(_Frozen):
     log_content: bool = Field(default=False, description="log prompts and answers too")
     server: ServerSettings = ServerSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
-    models: dict[str, ModelSpec] = {}
+    cluster: ClusterSettings = ClusterSettings()
+    models: dict[str, ModelSpec] = Field(default={})
 
     @property
     def state_file(self) -> Path | None:
@@ -344,7 +313,11 @@ class Config(_Frozen):
         return self.home / "services" / f"{self.server.port}.json"
 
 
-TABLES: dict[str, type[BaseModel]] = {"server": ServerSettings, "telemetry": TelemetrySettings}
+TABLES: dict[str, type[BaseModel]] = {
+    "server": ServerSettings,
+    "telemetry": TelemetrySettings,
+    "cluster": ClusterSettings,
+}
 """The tables of the file other than the models."""
 
 
@@ -352,4 +325,4 @@ def fixed_keys() -> Iterator[str]:
     """Yield the keys that a running service cannot change."""
     for prefix, table in [("", Config), *((f"{name}.", kind) for name, kind in TABLES.items())]:
         fields = table.model_fields.items()
-        yield from (prefix + name for name, field in fields if _FIXED in field.metadata)
+        yield from (prefix + name for name, field in fields if FIXED in field.metadata)

@@ -8,7 +8,14 @@ from typing import Any, Protocol
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo
 from headrace.core.request import AnyRequest
-from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
+from headrace.core.status import (
+    ModelStatus,
+    NodeStatus,
+    Plan,
+    PoolEvent,
+    PoolStatus,
+    Reloaded,
+)
 
 
 class Backend(Protocol):
@@ -92,4 +99,16 @@ class Admin(Protocol):
 
     def events(self) -> AsyncGenerator[PoolEvent, None]:
         """Yield events of the models from now on."""
+        ...
+
+
+class ClusterAdmin(Admin, Protocol):
+    """Operations on a cluster: those of an Admin, and on its nodes."""
+
+    async def drain(self, node: str, on: bool) -> NodeStatus:
+        """Send nothing new to a node, or send requests to it again.
+
+        Raises:
+            UnknownModel: there is no such node.
+        """
         ...

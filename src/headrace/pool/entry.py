@@ -35,8 +35,8 @@ _serials = itertools.count()
 class ModelEntry:
     """A served model. Requests join its queue; `grant` gives free slots to the next of them."""
 
-    def __init__(self, spec: ModelSpec, clock: Callable[[], float]) -> None:
-        self.spec = spec
+    def __init__(self, spec: ModelSpec, clock: Callable[[], float], copies: int = 0) -> None:
+        self.spec, self.copies = spec, copies
         self.queue = Queue(clock)
         self.forecast = Forecast()
         self.draining = False
@@ -357,8 +357,9 @@ class ModelEntry:
         self._retire(retiring)
 
     def _resize(self, spec: ModelSpec) -> None:
-        self._retire(self.replicas[spec.replicas :])
-        self.replicas = self.replicas[: spec.replicas]
+        count = self.copies or spec.replicas
+        self._retire(self.replicas[count:])
+        self.replicas = self.replicas[:count]
         for replica in self.replicas:
             replica.configure(spec)
         self.replicas += self._new_replicas(spec)[len(self.replicas) :]
@@ -372,7 +373,8 @@ class ModelEntry:
 
     def _new_replicas(self, spec: ModelSpec) -> list[Replica]:
         return [
-            Replica(spec, number, next(_serials), self._clock) for number in range(spec.replicas)
+            Replica(spec, number, next(_serials), self._clock)
+            for number in range(self.copies or spec.replicas)
         ]
 
     def _capacity(self) -> int:

@@ -22,7 +22,7 @@ from headrace.core.errors import kinds
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import State
 from headrace.core.record import Call, RequestRecord
-from headrace.core.status import PoolEvent, PoolStatus
+from headrace.core.status import NodeState, PoolEvent, PoolStatus
 from headrace.telemetry import names
 
 OTHER = "_other"
@@ -333,6 +333,11 @@ def _memory(status: PoolStatus) -> _Series:
             yield (model.id, device), amount
 
 
+def _nodes(status: PoolStatus) -> _Series:
+    for state in get_args(NodeState):
+        yield (state,), float(sum(node.state == state for node in status.nodes))
+
+
 class _State(NamedTuple):
     """A metric that is read from the pool: a counter if its name ends in `_total`, or a gauge."""
 
@@ -373,9 +378,12 @@ _STATES = (
 )
 
 
+_NODES = _State("headrace_cluster_nodes", "Nodes of the cluster by state.", _nodes, ("state",))
+
+
 def gauges(status: PoolStatus) -> Iterator[Metric]:
     """Yield the metrics of a pool, with a series for each model, state and device."""
-    for state in _STATES:
+    for state in (*_STATES, _NODES) if status.nodes else _STATES:
         family = CounterMetricFamily if state.name.endswith("_total") else GaugeMetricFamily
         metric = family(state.name, state.help, labels=state.labels)
         for labels, value in state.read(status):
