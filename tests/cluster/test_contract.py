@@ -33,7 +33,7 @@ def admin_of(pool: Pool) -> NodePoolAdmin:
     def refuse(*_: object) -> Any:
         raise AssertionError("no test changes settings")
 
-    return NodePoolAdmin(pool, specify=refuse, state=StateFile(None), reread=lambda: Wanted())
+    return NodePoolAdmin(pool, specify=refuse, state=StateFile(None), reread=refuse)
 
 
 @asynccontextmanager
