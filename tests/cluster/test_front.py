@@ -27,6 +27,7 @@ from headrace.core.errors import (
 )
 from headrace.core.events import Delta, Finish
 from headrace.core.request import GenerateRequest
+from headrace.core.stream import collect
 
 
 class Listing:
@@ -314,6 +315,27 @@ def test_a_lost_replica_is_placed_anew() -> None:
             loaded[0].kill()
             await asyncio.sleep(5.0)
             assert len(cluster.front.view.ready("m")) == 2
+
+    run(main())
+
+
+def test_the_streams_of_a_front_that_is_gone() -> None:
+    """Issue 15, shown 3: they end at the nodes; those of the other front go on."""
+
+    async def main() -> None:
+        async with opened() as cluster:
+            other = ClusterPool([cluster.listing], me_of("other"), cluster.network.connect, clock)
+            await other.start()
+            await asyncio.sleep(5.0)
+            mine = [asyncio.ensure_future(answer(cluster, ask("m", 40))) for _ in range(4)]
+            theirs = [asyncio.ensure_future(collect(other.ask(ask("m", 40)))) for _ in range(4)]
+            await asyncio.sleep(1.0)
+            assert sum(host.node.running for host in cluster.hosts if host.node) == 8
+            await other.aclose()
+            assert len(await asyncio.gather(*theirs, return_exceptions=True)) == 4
+            await asyncio.sleep(0.5)
+            assert sum(host.node.running for host in cluster.hosts if host.node) == 4
+            assert [reply.text for reply in await asyncio.gather(*mine)] == [counted(40)] * 4
 
     run(main())
 

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tests.conftest import TEST_ROUNDS
 from tests.service.serving import Service, served
 
 from headrace.cli.app import run
@@ -259,6 +260,36 @@ def test_a_roll_under_load(cluster: Cluster) -> None:
         thread.join(60)
     assert len(ended) > 8
     check_whole(ended, gap_s=10.0)
+
+
+def kill(node: Node) -> None:
+    node.send(signal.SIGKILL)
+
+
+def stop(node: Node) -> None:
+    node.send(signal.SIGSTOP)
+
+
+def end(node: Node) -> None:
+    node.send(signal.SIGTERM)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("fault", [kill, stop, end], ids=lambda fault: fault.__name__)
+def test_faults(cluster: Cluster, fault: Callable[[Node], None]) -> None:
+    """Issue 15, shown 3: 20 streams, 20 rounds; none fails, and each is whole."""
+    for number in range(TEST_ROUNDS or 20):
+        begun = streams(cluster, 20)
+        node = cluster.nodes["ab"[number % 2]]
+        fault(node)
+        check_whole(begun, gap_s=15.0)
+        if fault is stop:
+            node.send(signal.SIGCONT)
+            continue
+        node.service.process.wait(60)
+        node.close()
+        node.start()
 
 
 def test_a_killed_node(cluster: Cluster) -> None:
