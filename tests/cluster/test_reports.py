@@ -17,7 +17,7 @@ from headrace.core.status import PoolStatus
 
 
 class Changing(FakeNode):
-    """Of its models the first `loaded` are, `busy` of these answer, and the memory of some changes."""
+    """The first `loaded` of its models are loaded, `busy` of these answer, and memory changes."""
 
     loaded = 0
     busy = 0
