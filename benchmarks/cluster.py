@@ -121,7 +121,7 @@ async def _load(front: Server, nodes: int) -> None:
         for number in range(nodes):
             body = {"model": f"n{number}:echo"}
             # Not every node is connected yet.
-            while (await http.fetch("/admin/models/load", body))[0] != 200:
+            while (await http.fetch("/admin/models/load", body))[0] != 200:  # noqa: ASYNC110
                 await asyncio.sleep(_SETTLE_S)
     finally:
         http.close()

@@ -48,8 +48,8 @@ class Wire(asyncio.Transport):
         self.ended = False
         self.is_due = False
 
-    def get_write_buffer_size(self) -> int:
-        return 0
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
 
     def write(self, data: Any) -> None:
         if not self.ended:
@@ -142,6 +142,7 @@ class FakeNode:
         self.requests: list[GenerateRequest] = []
         self.slots = 8
         self.ahead_s = 0.0
+        self.full = False
         self.refusal: HeadraceError | None = None
         self.broken: HeadraceError | None = None
 
@@ -212,6 +213,8 @@ class FakeNode:
 
     def place(self, model: str, copies: int) -> ModelStatus:
         self.placed.append((model, copies))
+        if self.full:
+            return next(status for status in self.status().models if status.id == model)
         if self.states[model] == "created":
             self.states[model] = "loading"
             asyncio.get_running_loop().call_later(1.0, self._loaded, model)

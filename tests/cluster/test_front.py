@@ -319,6 +319,26 @@ def test_a_lost_replica_is_placed_anew() -> None:
     run(main())
 
 
+def test_a_load_that_did_not_succeed_is_ordered_again() -> None:
+    """For a while there may be too little memory for a model that evicts no other."""
+
+    async def main() -> None:
+        async with opened(3, copies=2) as cluster:
+            lost, other = [h for h in cluster.hosts if h.node and h.node.states["m"] == "ready"]
+            spare = next(h for h in cluster.hosts if h not in (lost, other)).node
+            assert spare is not None
+            spare.full = True
+            lost.kill()
+            await asyncio.sleep(10.0)
+            assert spare.placed
+            assert [node.name for node in cluster.front.view.ready("m")] == [other.name]
+            spare.full = False
+            await asyncio.sleep(40.0)
+            assert len(cluster.front.view.ready("m")) == 2
+
+    run(main())
+
+
 def test_the_streams_of_a_front_that_is_gone() -> None:
     """Issue 15, shown 3: they end at the nodes; those of the other front go on."""
 

@@ -77,7 +77,11 @@ class NodeServer:
     async def serve(self, listener: socket.socket) -> None:
         """Accept fronts on a socket until cancelled."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(self.accept, sock=listener, ssl=self.access.server)
+        tls = self.access.server
+        limit_s = GREETING_TIMEOUT_S if tls else None
+        server = await loop.create_server(
+            self.accept, sock=listener, ssl=tls, ssl_handshake_timeout=limit_s
+        )
         try:
             await self.run()
         finally:
@@ -239,9 +243,11 @@ class FrontConnection:
         self.link.send(Ended(number, None if task.cancelled() else task.result()))
 
     async def _answer(self, number: int, request: Any) -> None:
-        send = self.link.send
+        send, room = self.link.send, self.link.room
         async with aclosing(self._server.backend.ask(request)) as stream:
             async for event in stream:
+                if not room.is_set():
+                    await room.wait()
                 send(Emitted(number, event))
 
     async def _order(self, order: Order) -> None:

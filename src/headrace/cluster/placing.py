@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from headrace.cluster.link import NodeLink
 from headrace.cluster.policy import choose_node, copies_of
@@ -20,11 +21,21 @@ _PATIENCE_S = 30.0
 """How long a node is waited for that was ordered to load a model."""
 
 
+@dataclass(slots=True)
+class _Placed:
+    """A model at a node: in how many workers, since when, and whether it was loaded there."""
+
+    copies: int
+    at: float
+    was_loaded: bool = False
+
+
 class Placing:
     """Loads each model that is preloaded, or in use, at as many distinct nodes as it has replicas.
 
-    If there are fewer nodes, they get several workers. A model that a node has unloaded since, for
-    lack of memory or as it was idle, is not loaded again: requests do that.
+    If there are fewer nodes, they get several workers. A load that has not succeeded within 30 s
+    is ordered again, there or elsewhere. A model that a node has unloaded since, for lack of memory
+    or as it was idle, is not loaded again: requests do that.
     """
 
     def __init__(
@@ -33,7 +44,7 @@ class Placing:
         self._view = view
         self._links = links
         self._clock = clock
-        self._placed: dict[str, dict[str, int]] = {}
+        self._placed: dict[str, dict[str, _Placed]] = {}
         self._busy: dict[str, tuple[str, float]] = {}
         self._quiet_until = 0.0
         self._orders: set[asyncio.Task[None]] = set()
@@ -61,7 +72,8 @@ class Placing:
     def _note_loads(self, now: float) -> None:
         for node in self._view.nodes.values():
             for name in node.loaded:
-                self._placed.setdefault(name, {}).setdefault(node.name, 1)
+                placed = self._placed.setdefault(name, {})
+                placed.setdefault(node.name, _Placed(1, now)).was_loaded = True
             model, until = self._busy.get(node.name, ("", 0.0))
             there = node.models.get(model)
             if until < now or there is None or there.status.state in ("ready", "failed"):
@@ -70,6 +82,7 @@ class Placing:
     def _place(self, model: ModelStatus) -> None:
         nodes = {node.name: node for node in self._view.serving(model.id)}
         placed = self._placed.setdefault(model.id, {})
+        self._forget_failed(placed)
         there = [name for name in placed if name in nodes]
         wanted = any(node.models[model.id].status.preload for node in nodes.values())
         if not nodes or not (there or wanted):
@@ -77,19 +90,27 @@ class Placing:
         copies = copies_of(model.copies, len(nodes))
         missing = min(model.copies, len(nodes)) - len(there)
         for name in there:
-            if placed[name] != copies:
+            if placed[name].copies != copies:
                 self._order(name, model.id, copies)
         while missing > 0 and (name := self._next(model.id, there)) is not None:
             self._order(name, model.id, copies)
             there.append(name)
             missing -= 1
 
+    def _forget_failed(self, placed: dict[str, _Placed]) -> None:
+        limit = self._clock() - _PATIENCE_S
+        for name, place in [*placed.items()]:
+            if not place.was_loaded and place.at < limit:
+                del placed[name]
+
     def _next(self, model: str, there: list[str]) -> str | None:
         return choose_node([*self._view.unloaded(model, {*there, *self._busy})])
 
     def _order(self, node: str, model: str, copies: int) -> None:
-        self._placed[model][node] = copies
-        self._busy[node] = (model, self._clock() + _PATIENCE_S)
+        now = self._clock()
+        placed = self._placed[model].setdefault(node, _Placed(copies, now))
+        placed.copies = copies
+        self._busy[node] = (model, now + _PATIENCE_S)
         order = asyncio.ensure_future(self._ordered(self._links[node], model, copies))
         self._orders.add(order)
         order.add_done_callback(self._orders.discard)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from headrace.cluster.policy import (
@@ -19,7 +19,7 @@ from headrace.cluster.wire import ModelReport, Pulse, Status
 from headrace.core.model import ModelInfo, State
 from headrace.core.status import DeviceStatus, ModelStatus
 
-_MAX_CANDIDATES = 24
+_MAX_CANDIDATES = 16
 """Nodes that are compared for one request; with more, others are compared for the next one."""
 _MAX_BLOCKS = 4096
 """Beginnings of prompts that are remembered for each model."""
@@ -73,6 +73,7 @@ class View:
         self._names: dict[str, str] = {}
         self._serving: dict[str, dict[str, Node]] = {}
         self._ready: dict[str, dict[str, Node]] = {}
+        self._around: dict[str, list[str]] = {}
         self._seen: dict[str, OrderedDict[int, str]] = {}
         self._turn = itertools.count()
 
@@ -86,7 +87,7 @@ class View:
         node = self.nodes.pop(name)
         for model in node.models:
             self._serving[model].pop(name, None)
-            self._ready[model].pop(name, None)
+            self._is_ready(node, model, ready=False)
 
     def apply(self, name: str, status: Status) -> None:
         """Apply the report of a node."""
@@ -119,10 +120,18 @@ class View:
         if report.infos is not None:
             there.infos = report.infos
         self._known_as(status, there.infos)
-        if status.state == "ready" and status.enabled:
-            self._ready[model][node.name] = node
+        self._is_ready(node, model, ready=status.state == "ready" and status.enabled)
+
+    def _is_ready(self, node: Node, model: str, *, ready: bool) -> None:
+        nodes = self._ready.setdefault(model, {})
+        if ready == (node.name in nodes):
+            return
+        if ready:
+            nodes[node.name] = node
         else:
-            self._ready[model].pop(node.name, None)
+            del nodes[node.name]
+        # Twice, so that a part of it can go over the end.
+        self._around[model] = [*nodes, *nodes]
 
     def _known_as(self, status: ModelStatus, infos: Iterable[ModelInfo]) -> None:
         self.known[status.id] = status
@@ -131,7 +140,7 @@ class View:
 
     def _remove(self, node: Node, model: str) -> None:
         node.models.pop(model, None)
-        self._ready.get(model, {}).pop(node.name, None)
+        self._is_ready(node, model, ready=False)
         serving = self._serving.get(model, {})
         serving.pop(node.name, None)
         if not serving:
@@ -168,7 +177,7 @@ class View:
     ) -> Node | None:
         """Return the node for a request, or None; `blocks` are of the prompt's beginning."""
         ready = self._ready.get(model, {})
-        names = self._window(ready, excluded)
+        names = self._window(model, excluded)
         matched = self._matched(model, blocks)
         for name in matched:
             usable = name in ready and name not in names and name not in excluded
@@ -224,15 +233,13 @@ class View:
         if (there := node.models.get(model)) is not None:
             there.open -= 1
 
-    def _window(self, nodes: Mapping[str, Node], excluded: Collection[str]) -> list[str]:
+    def _window(self, model: str, excluded: Collection[str]) -> list[str]:
         """Return the names of some usable nodes, of others for each request if there are many."""
-        if len(nodes) <= _MAX_CANDIDATES:
-            chosen = nodes.items()
-        else:
-            start = (next(self._turn) * _MAX_CANDIDATES) % len(nodes)
-            around = itertools.chain(nodes.items(), nodes.items())
-            chosen = itertools.islice(around, start, start + _MAX_CANDIDATES)
-        return [n for n, node in chosen if not node.draining and n not in excluded]
+        nodes, names = self._ready.get(model, {}), self._around.get(model, [])
+        count = len(nodes)
+        start = next(self._turn) * _MAX_CANDIDATES % count if count > _MAX_CANDIDATES else 0
+        chosen = names[start : start + min(count, _MAX_CANDIDATES)]
+        return [name for name in chosen if not nodes[name].draining and name not in excluded]
 
     def _matched(self, model: str, blocks: Sequence[int]) -> dict[str, int]:
         """Return for nodes how many blocks of a prompt they have had last."""

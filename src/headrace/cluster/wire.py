@@ -26,8 +26,8 @@ MAX_GREETING = 4096
 """Bytes of a frame before both sides have proved who they are."""
 GREETING_TIMEOUT_S = 5.0
 """How long the greeting may take."""
-MAX_UNSENT = 64 << 20
-"""Bytes that wait for the other side to read them."""
+MAX_UNSENT = 16 << 20
+"""Bytes that wait for a front to read them; beyond that the streams to it wait."""
 
 Side = Literal["front", "node"]
 Action = Literal["load", "unload", "restart", "update", "plan", "reload", "place", "drain"]

@@ -104,7 +104,10 @@ In = TypeVar("In")
 
 
 class Link(asyncio.Protocol, Generic[In]):
-    """One end of the socket pair. Messages of one event loop iteration are sent as one frame."""
+    """One end of the socket pair. Messages of one event loop iteration are sent as one frame.
+
+    `room` is set unless the other side is behind with reading (`limit_unsent`).
+    """
 
     def __init__(
         self,
@@ -117,7 +120,8 @@ class Link(asyncio.Protocol, Generic[In]):
     ) -> None:
         self._connected = connected
         self._limit = limit
-        self._unsent: int | None = None
+        self.room = asyncio.Event()
+        self.room.set()
         self._decode = decoder.decode
         self._receive = receive
         self._closed = closed
@@ -132,8 +136,17 @@ class Link(asyncio.Protocol, Generic[In]):
         self._decode, self._limit = decoder.decode, limit
 
     def limit_unsent(self, limit: int) -> None:
-        """End the connection once more than `limit` bytes wait for the other side to read."""
-        self._unsent = limit
+        """Clear `room` while more than `limit` bytes wait for the other side to read them."""
+        if self._transport is not None:
+            self._transport.set_write_buffer_limits(high=limit)
+
+    def pause_writing(self) -> None:
+        """Note that too much waits (called by asyncio)."""
+        self.room.clear()
+
+    def resume_writing(self) -> None:
+        """Note that most has been read (called by asyncio)."""
+        self.room.set()
 
     def send(self, message: Message) -> None:
         """Send a message; it is dropped if the connection is lost.
@@ -157,12 +170,6 @@ class Link(asyncio.Protocol, Generic[In]):
             payload = b"".join(outbox)
             length = _ARRAY.size + len(payload)
             self._transport.write(_HEADER.pack(length) + _ARRAY.pack(0xDD, len(outbox)) + payload)
-            if self._unsent is not None:
-                self._check_unsent(self._transport, self._unsent)
-
-    def _check_unsent(self, transport: asyncio.Transport, limit: int) -> None:
-        if transport.get_write_buffer_size() > limit:
-            self.fail("it does not read what is sent")
 
     def fail(self, why: str) -> None:
         """End the connection at once, for a reason of this side."""
@@ -206,6 +213,7 @@ class Link(asyncio.Protocol, Generic[In]):
     def connection_lost(self, exc: Exception | None) -> None:
         """Report why the connection was lost (called by asyncio)."""
         self._transport = None
+        self.room.set()
         closed = self._closed
         # The owner has the link and the link its owner, which would be a cycle.
         self._receive = self._closed = _ignore
