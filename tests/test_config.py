@@ -559,6 +559,7 @@ def declared(table: type[BaseModel]) -> dict[str, object]:
         ("`[server]`", declared(tree.ServerSettings)),
         ("`[telemetry]`", declared(tree.TelemetrySettings)),
         ("`[dbgpt]`", declared(tree.DbgptSettings)),
+        ("`[cluster]`", declared(tree.ClusterSettings)),
         ("`[models.NAME]`", declared(tree.ModelSettings)),
     ],
 )

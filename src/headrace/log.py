@@ -187,6 +187,8 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "pool.removed": "{0[model]} removed".format,
     "pool.draining": _draining,
     "pool.reloaded": _reloaded,
+    "pool.node_joined": "The node {0[node]} has joined ({0[address]})".format,
+    "pool.node_left": "The node {0[node]} has gone: {0[why]}".format,
     "pool.task": lambda data: "A task of the pool failed",
     "worker.bug": lambda data: "A worker failed unexpectedly",
     "worker.not_confined": "The process of a model is not confined: {0[error]}".format,

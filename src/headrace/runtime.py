@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from headrace import __version__, machine
 from headrace import config as configuration
 from headrace import engines as engine_registry
+from headrace.cluster.local import NodePool, NodePoolAdmin
 from headrace.config import Config, Settings
 from headrace.core import parameters as core_parameters
 from headrace.core.errors import ConfigError
@@ -24,7 +25,6 @@ from headrace.log import LogSettings
 from headrace.machine import SystemInfo, confine
 from headrace.models import library
 from headrace.models.inspect import inspect
-from headrace.models.library import LibraryModel
 from headrace.models.providers import PROVIDERS, Provider
 from headrace.models.reference import (
     CATALOG,
@@ -55,6 +55,10 @@ from headrace.worker.worker import Worker
 
 if TYPE_CHECKING:
     from headrace.telemetry.telemetry import Telemetry
+
+
+Reread = Callable[[], tuple[Settings, Sequence[ModelSpec]]]
+"""Reads the configuration again; returns it and the models to serve."""
 
 
 def engine_options() -> dict[str, type[BaseModel]]:
@@ -252,7 +256,7 @@ def open_pool_of_one(
     return Pool([kept], make_worker, sizing=Unsized(), ledger=Ledger({}, dict))
 
 
-def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
+def open_pool(settings: Settings, models: Sequence[ModelSpec], *, is_node: bool = False) -> Pool:
     """Return a pool of models with one memory budget; nothing is loaded yet.
 
     Raises:
@@ -269,7 +273,7 @@ def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
             spec, config, resolve=sizing.resolve, on_progress=report, spawn=warm.take
         )
 
-    return Pool(
+    return (NodePool if is_node else Pool)(
         models,
         make_worker,
         sizing=sizing,
@@ -283,9 +287,10 @@ def open_service(
     settings: Settings,
     models: Sequence[ModelSpec],
     *,
-    reread: Callable[[], tuple[Settings, Sequence[ModelSpec]]],
+    reread: Reread,
+    is_node: bool = False,
 ) -> tuple[PoolAdmin, Telemetry]:
-    """Return a pool with its Admin, and its telemetry.
+    """Return a pool with its Admin, and its telemetry; of a node, the Admin is a NodePoolAdmin.
 
     Changes in the state file are applied. `reread` reads the configuration for a reload.
 
@@ -297,8 +302,8 @@ def open_service(
 
     config = settings.config
     tracing = otel.configure(__version__)
-    admin = PoolAdmin(
-        open_pool(settings, models),
+    admin = (NodePoolAdmin if is_node else PoolAdmin)(
+        open_pool(settings, models, is_node=is_node),
         specify=_specify(settings, models),
         state=StateFile(config.state_file),
         reread=lambda: _reread(settings, *reread()),
@@ -320,17 +325,6 @@ async def plan(settings: Settings, spec: ModelSpec) -> Plan:
     """
     loader = open_pool(settings, [spec]).loader
     return await plan_load(loader.memory, loader.sizing, spec)
-
-
-async def library_plans(settings: Settings, models: Sequence[LibraryModel]) -> list[Plan]:
-    """Return what loads of models of the library would need on this machine.
-
-    Raises:
-        HeadraceError: no engine can run a GGUF file.
-    """
-    loader = open_pool(settings, []).loader
-    specs = [settings.model_spec(model.name) for model in models]
-    return [await plan_load(loader.memory, loader.sizing, spec) for spec in specs]
 
 
 def _reread(before: Settings, settings: Settings, specs: Sequence[ModelSpec]) -> Wanted:

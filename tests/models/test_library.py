@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 from tests.models.fake_hub import COMMIT, FakeHub
 
 from headrace import runtime
+from headrace.cli.library import library_plans
 from headrace.core.errors import ConfigError, UnknownModel, UpstreamError
 from headrace.engines import footprint
 from headrace.engines.base import OpenRequest
@@ -142,7 +143,7 @@ async def test_plans(tmp_path: Path) -> None:
         environ={"HOME": str(tmp_path)}, flags={"home": str(tmp_path), "memory": ("cpu=8GB",)}
     )
     models = [m for m in OWN if m.name in ("qwen2.5:0.5b", "llama3.3:70b")]
-    small, large = await runtime.library_plans(settings, models)
+    small, large = await library_plans(settings, models)
     assert (small.fits, large.fits) == (True, False)
     assert small.need.how == "estimated"
     assert large.need.devices["cpu"] > models[1].size

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import httpx
@@ -77,6 +77,7 @@ def served(
     ready: bool = True,
     environment: dict[str, str] | None = None,
     port: int = 0,
+    command: Sequence[str] = ("serve",),
 ) -> Iterator[Service]:
     """Serve on a free port unless told otherwise; the models are those of the test home.
 
@@ -84,7 +85,7 @@ def served(
     """
     more = {"HOME": str(MODEL_HOME)} | (environment or {})
     process = subprocess.Popen(
-        [sys.executable, "-m", "headrace", "serve", *arguments, "--port", str(port)],
+        [sys.executable, "-m", "headrace", *command, *arguments, "--port", str(port)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,

@@ -5,7 +5,7 @@ The answers are those of headrace.core.status.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 from urllib.parse import parse_qs
 
 import msgspec
@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from headrace.api.exchange import Exchange, Service
 from headrace.api.stream import send_events
-from headrace.core.backend import Admin
+from headrace.core.backend import Admin, ClusterAdmin
 from headrace.core.errors import InvalidRequest, UnknownModel, Unsupported
 from headrace.core.status import ModelStatus
 
@@ -46,6 +46,13 @@ class UpdateRequest(ModelRequest, frozen=True, kw_only=True, forbid_unknown_fiel
     settings: dict[str, Any]
 
 
+class DrainRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A node that gets nothing new; or, with `on` false, that gets requests again."""
+
+    node: Reference
+    on: bool = True
+
+
 class Success(msgspec.Struct, frozen=True):
     """llama-server's answer."""
 
@@ -55,6 +62,7 @@ class Success(msgspec.Struct, frozen=True):
 _MODEL = msgspec.json.Decoder(ModelRequest)
 _LOAD = msgspec.json.Decoder(LoadRequest)
 _PIN = msgspec.json.Decoder(PinRequest)
+_DRAIN = msgspec.json.Decoder(DrainRequest)
 _UPDATE = msgspec.json.Decoder(UpdateRequest)
 
 
@@ -127,6 +135,13 @@ async def activity(service: Service, exchange: Exchange) -> None:
     if service.observer is None:
         raise Unsupported("This service does not observe its requests.")
     await exchange.answer(service.observer.activity())
+
+
+async def drain(service: Service, exchange: Exchange) -> None:
+    """Send nothing new to a node of the cluster, or send requests to it again."""
+    wire = await exchange.read(_DRAIN)
+    admin = cast("ClusterAdmin", _admin(service))
+    await exchange.answer(await admin.drain(wire.node, wire.on))
 
 
 async def load_as_llama_server(service: Service, exchange: Exchange) -> None:

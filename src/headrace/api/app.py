@@ -76,10 +76,10 @@ from headrace.api.tokens import (
     detokenize,
     tokenize,
 )
-from headrace.core.backend import Admin, Backend
+from headrace.core.backend import Admin, Backend, ClusterAdmin
 from headrace.core.errors import ConfigError, InvalidRequest
 from headrace.core.record import Activity, Monitor
-from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
+from headrace.core.status import ModelStatus, NodeStatus, Plan, PoolEvent, PoolStatus, Reloaded
 
 _LIVE = Route("GET", "/health/live", live, Health)
 ROUTES = (
@@ -143,6 +143,10 @@ ADMIN_ROUTES = (
         "POST", "/models/unload", manage.unload_as_llama_server, manage.Success, manage.ModelRequest
     ),
     *OLLAMA_ADMIN_ROUTES,
+)
+
+CLUSTER_ROUTES = (
+    _admin("POST", "/admin/nodes/drain", manage.drain, NodeStatus, manage.DrainRequest),
 )
 
 _METRICS = Route(
@@ -211,6 +215,8 @@ def create_app(
     none.
     """
     routes = (*ROUTES, *ADMIN_ROUTES) if admin else ROUTES
+    if isinstance(admin, ClusterAdmin):
+        routes = (*routes, *CLUSTER_ROUTES)
     if observer is not None and metrics:
         routes = (*routes, _METRICS)
     describe = admin.describe if admin is not None else None

@@ -59,6 +59,7 @@ KINDS: dict[type[HeadraceError], tuple[int, str, str | None]] = {
     errors.Loading: (503, _SERVER, "model_loading"),
     errors.Draining: (503, _SERVER, "draining"),
     errors.Disabled: (503, _SERVER, "model_disabled"),
+    errors.NoNode: (503, _SERVER, "no_node"),
     errors.DeadlineExceeded: (504, _SERVER, "deadline_exceeded"),
     errors.QueueTimeout: (408, _LIMIT, "queue_timeout"),
     errors.EngineError: (500, _SERVER, "engine_error"),
@@ -68,6 +69,7 @@ KINDS: dict[type[HeadraceError], tuple[int, str, str | None]] = {
     errors.NotStarted: (503, _SERVER, "not_started"),
     errors.OutOfMemory: (503, _SERVER, "out_of_memory"),
     errors.WorkerDied: (502, _SERVER, "worker_died"),
+    errors.NodeGone: (502, _SERVER, "node_gone"),
     errors.UpstreamError: (502, _SERVER, "upstream_error"),
     errors.ConfigError: (500, _SERVER, "misconfigured"),
 }

@@ -21,6 +21,7 @@ from headrace.cli import (
     batch,
     bench,
     check_engine,
+    cluster,
     connect,
     import_,
     library,
@@ -97,6 +98,7 @@ _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
         pool.restart: ("restart smollm2", "restart smollm2 --json"),
         pool.pin: ("pin smollm2", "pin smollm2 --off"),
         pool.update: ("update smollm2 keep_alive=5m", "update smollm2 keep_alive="),
+        "cluster": ("cluster node", "cluster front --nodes 10.0.0.2:11512"),
         pool.reload: ("reload", "reload --url http://gpu.example:11511"),
     },
     "Observe": {
@@ -123,6 +125,12 @@ _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
 
 
 _EXAMPLES = {
+    "cluster": {
+        "node": ("cluster node", "cluster node smollm2 --wire-host 0.0.0.0 --labels gpu"),
+        "front": ("cluster front", "cluster front --nodes 10.0.0.2:11512,10.0.0.3:11512"),
+        "status": ("cluster status", "cluster status --json"),
+        "drain": ("cluster drain node-1", "cluster drain node-1 --off"),
+    },
     "trace": {
         "ls": ("trace ls --since 1h", "trace ls --status error --json"),
         "show": ("trace show ID", "trace show ID --json"),
@@ -168,6 +176,7 @@ app.info.cls = _Grouped
 app.info.epilog = _examples(('run smollm2 "Name three rivers."', "serve smollm2"))
 trace.app.command("replay")(with_common(replay.replay))
 for _title, _group, _part in (
+    ("Service", "cluster", cluster.app),
     ("Set up", "config", reports.config),
     ("Observe", "trace", trace.app),
 ):

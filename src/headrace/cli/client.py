@@ -16,7 +16,7 @@ from headrace.config.sources import CLIENT_KEYS
 from headrace.core import errors
 from headrace.core.errors import ConfigError, HeadraceError
 from headrace.core.record import Activity
-from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
+from headrace.core.status import ModelStatus, NodeStatus, Plan, PoolEvent, PoolStatus, Reloaded
 from headrace.text.chunks import Malformed, is_end
 from headrace.text.sse import EventReader, EventTooLong
 
@@ -139,6 +139,10 @@ class Client:
         """Request `load`, `unload`, `restart`, `pin` or `update`, and wait for its end."""
         body = {"model": model, **fields}
         return await self._ask("POST", f"/admin/models/{action}", ModelStatus, body)
+
+    async def drain(self, node: str, *, on: bool) -> NodeStatus:
+        """Let a front send nothing new to a node, or send requests to it again."""
+        return await self._ask("POST", "/admin/nodes/drain", NodeStatus, {"node": node, "on": on})
 
     async def plan(self, model: str) -> Plan:
         """Return what loading a model would need."""

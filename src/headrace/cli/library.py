@@ -90,15 +90,28 @@ def _show(
 
 
 def _entries(settings: Settings, models: Sequence[LibraryModel]) -> list[Entry]:
-    from headrace import runtime
     from headrace.lab import limits
 
     rate = limits.bandwidth(settings.config.home)
-    plans = asyncio.run(runtime.library_plans(settings, models))
+    plans = asyncio.run(library_plans(settings, models))
     return [
         Entry(model, plan, _speed(model, plan, rate))
         for model, plan in zip(models, plans, strict=True)
     ]
+
+
+async def library_plans(settings: Settings, models: Sequence[LibraryModel]) -> list[Plan]:
+    """Return what loads of models of the library would need on this machine.
+
+    Raises:
+        HeadraceError: no engine can run a GGUF file.
+    """
+    from headrace import runtime
+    from headrace.pool.plan import plan_load
+
+    loader = runtime.open_pool(settings, []).loader
+    specs = [settings.model_spec(model.name) for model in models]
+    return [await plan_load(loader.memory, loader.sizing, spec) for spec in specs]
 
 
 def _speed(model: LibraryModel, plan: Plan, rate: float) -> float | None:

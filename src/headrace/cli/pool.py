@@ -204,12 +204,13 @@ def _rows(model: ModelStatus, now: float) -> Iterator[tuple[str | None, ...]]:
         str(model.restarts),
         error or None,
     )
-    if len(model.replicas) > 1:
+    if len(model.replicas) > 1 or any(replica.node for replica in model.replicas):
         yield from map(_replica, model.replicas)
 
 
 def _replica(replica: ReplicaStatus) -> tuple[str | None, ...]:
-    name, memory = f"  #{replica.number}", amounts(replica.memory)
+    node = f"{replica.node} " if replica.node else ""
+    name, memory = f"  {node}#{replica.number}", amounts(replica.memory)
     return name, replica.state, None, memory, str(replica.running), *[None] * 3, replica.reason
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +21,7 @@ from headrace.cli.common import Common, ModelFlags, given, known_models, loop_fa
 from headrace.core.errors import ConfigError, HeadraceError
 
 if TYPE_CHECKING:
-    from headrace.cli.service import Read
+    from headrace.cli.service import Open, Read
     from headrace.config import Config, ServerSettings, Settings
     from headrace.core.model import ModelSpec, Task
 
@@ -40,6 +40,7 @@ _PLACES = {
     "metrics": "Metrics are at {}",
     "ollama": "Ollama's clients find it on {}",
     "dbgpt": "DB-GPT's cluster finds its worker on {}",
+    "wire": "Fronts of the cluster connect to {}",
 }
 
 Models = Annotated[
@@ -53,7 +54,7 @@ Models = Annotated[
 
 
 @dataclass(frozen=True)
-class _Flags:
+class ServiceFlags:
     """Settings of the service and of all its models, by their names; None is not given."""
 
     host: Annotated[
@@ -93,7 +94,9 @@ class _Flags:
     max_loading: Annotated[int | None, Option(help="Models that load at a time.")] = None
 
 
-def serve(common: Common, models: Models = None, *, service: _Flags, flags: ModelFlags) -> None:
+def serve(
+    common: Common, models: Models = None, *, service: ServiceFlags, flags: ModelFlags
+) -> None:
     """Serve models over HTTP, as OpenAI's API does.
 
     API keys come from the configuration or HEADRACE_API_KEYS: a flag would be visible to all users
@@ -104,10 +107,17 @@ def serve(common: Common, models: Models = None, *, service: _Flags, flags: Mode
         settings = flags.settings(common, service=True, **given(service))
         return settings, wanted(settings, models or [])
 
-    _serve(read, as_json=bool(common.as_json))
+    run(read, as_json=bool(common.as_json))
 
 
-def _serve(read: Read, *, as_json: bool) -> None:
+def run(
+    read: Read,
+    *,
+    as_json: bool,
+    open: Open | None = None,
+    wire: Callable[[Settings], socket.socket] | None = None,
+) -> None:
+    """Serve what `read` returns until a signal; `open` and `wire` are as for `service.live`."""
     settings, specs = read()
     server = settings.config.server
     _warn_of_keys(server)
@@ -116,16 +126,21 @@ def _serve(read: Read, *, as_json: bool) -> None:
         _second(server, server.ollama_port) as ollama,
         _second(server, _metrics_port(settings.config)) as metrics,
         listen_for_dbgpt(settings.config) as dbgpt,
+        wire(settings) if wire is not None else contextlib.nullcontext() as fronts,
     ):
         from headrace.cli.service import live
 
-        task = _task(specs[0], settings.config)
-        others = {"metrics": metrics, "ollama": ollama, "dbgpt": dbgpt}
+        task = _task(specs[0], settings.config) if specs else "generate"
+        others = {"metrics": metrics, "ollama": ollama, "dbgpt": dbgpt, "wire": fronts}
         show = functools.partial(
             announce, listener, specs, server, others, as_json=as_json, task=task
         )
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            runner.run(live(settings, specs, listener, reread=read, announce=show, **others))
+            runner.run(
+                live(
+                    settings, specs, listener, reread=read, announce=show, open=open, others=others
+                )
+            )
 
 
 def _task(spec: ModelSpec, config: Config) -> Task:
@@ -253,22 +268,28 @@ def announce(
     """Print the address, and an example of a request for the first model, which has this task."""
     url = url_of(listener)
     names = [spec.name for spec in specs]
-    paths = {"metrics": "/metrics"}
     extra = {
-        name: url_of(other) + paths.get(name, "")
-        for name, other in (others or {}).items()
-        if other is not None
+        name: _place_of(name, other) for name, other in (others or {}).items() if other is not None
     }
     if as_json:
         print(json.dumps({"url": url, "models": names, **extra}), flush=True)
         return
-    print(f"Headrace serves {', '.join(names)} on {url}", flush=True)
+    print(f"Headrace serves {', '.join(names) or 'its cluster'} on {url}", flush=True)
     for name, place in extra.items():
         print(_PLACES[name].format(place), flush=True)
+    if not names:
+        return
     route, fields = _EXAMPLES[task]
     body = shlex.quote(json.dumps({"model": names[0], **fields}))
     key = ' -H "Authorization: Bearer $KEY"' if has_keys(settings) else ""
     print(f"Try: curl {url}{route} -H 'Content-Type: application/json'{key} -d {body}", flush=True)
+
+
+def _place_of(name: str, listener: socket.socket) -> str:
+    url = url_of(listener)
+    if name == "wire":
+        return url.removeprefix("http://")
+    return f"{url}/metrics" if name == "metrics" else url
 
 
 def url_of(listener: socket.socket) -> str:

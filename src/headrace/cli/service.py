@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -19,6 +19,10 @@ from headrace.api.batch.store import Store
 from headrace.api.server import Server
 from headrace.cli import streams
 from headrace.cli.dbgpt import DbgptWorker, api_settings
+from headrace.cluster.admin import ClusterAdmin
+from headrace.cluster.node import NodeServer
+from headrace.cluster.pool import ClusterPool
+from headrace.cluster_runtime import open_node
 from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
 from headrace.core.model import ModelSpec
@@ -29,9 +33,15 @@ from headrace.machine import (
     shorten_switch_interval,
     tune_garbage_collection,
 )
+from headrace.pool.admin import PoolAdmin
+from headrace.pool.pool import Pool
+from headrace.telemetry.telemetry import Telemetry
 
 Read = Callable[[], tuple[Settings, list[ModelSpec]]]
 """Reads the configuration, with the flags of the command; returns it and the models to serve."""
+
+Open = Callable[[Read], tuple[PoolAdmin | ClusterAdmin, Telemetry]]
+"""Opens what is served; it gets a function that reads the configuration again."""
 
 _log = logging.getLogger("headrace.service")
 _FOLDERS = 64
@@ -45,21 +55,22 @@ async def live(
     *,
     reread: Read,
     announce: Callable[[], None],
-    metrics: socket.socket | None = None,
-    ollama: socket.socket | None = None,
-    dbgpt: socket.socket | None = None,
+    open: Open | None = None,
+    others: Mapping[str, socket.socket | None],
 ) -> None:
     """Serve on a socket until a signal; `announce` is called when requests are accepted.
 
-    `metrics` is a socket for the metrics only, `ollama` one more for everything, and `dbgpt` one
-    for a DB-GPT cluster.
+    `open` opens what is served, by default the models `specs`. Of the `others`, `metrics` is a
+    socket for the metrics only, `ollama` one more for everything, `dbgpt` one for a DB-GPT cluster,
+    `wire` one for the fronts of a cluster.
 
     Raises:
         HeadraceError: no model could be loaded.
     """
     raise_open_files()
     share_malloc_arena()
-    service = _Service(settings, specs, reread)
+    metrics, ollama, dbgpt, wire = map(others.get, ("metrics", "ollama", "dbgpt", "wire"))
+    service = _Service(settings, specs, reread, open or _opener(settings, specs, wire))
     loading = service.begin(service.load())
     following = service.begin(service.follow())
     watching = service.begin(service.telemetry.watch())
@@ -68,6 +79,9 @@ async def live(
         service.begin(service.aside.serve(metrics))
     if ollama is not None:
         service.begin(service.second.serve(ollama))
+    ending = [following, watching, loading]
+    if wire is not None:
+        ending.append(service.begin(_node(settings, service.admin).serve(wire)))
     try:
         if dbgpt is not None:
             service.join(dbgpt)
@@ -75,18 +89,29 @@ async def live(
             announce()
             await service.server.serve(listener)
     finally:
-        following.cancel()
-        watching.cancel()
-        loading.cancel()
+        for task in ending:
+            task.cancel()
         await service.aclose()
     if not loading.cancelled():
         loading.result()
 
 
+def _opener(settings: Settings, specs: Sequence[ModelSpec], wire: object) -> Open:
+    is_node = wire is not None
+    return lambda reread: runtime.open_service(settings, specs, reread=reread, is_node=is_node)
+
+
+def _node(settings: Settings, admin: PoolAdmin | ClusterAdmin) -> NodeServer:
+    assert isinstance(admin, PoolAdmin), "a front is no node"
+    return open_node(settings, admin)
+
+
 class _Service:
     """The backend, its server, and the handlers of signals."""
 
-    def __init__(self, settings: Settings, specs: Sequence[ModelSpec], reread: Read) -> None:
+    def __init__(
+        self, settings: Settings, specs: Sequence[ModelSpec], reread: Read, open: Open
+    ) -> None:
         self._read = reread
         self._settings = self._latest = settings
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -94,8 +119,9 @@ class _Service:
         # A service that was started from a terminal ends with it.
         self._terminal = streams.is_terminal()
         self._optional = not all(spec.preload and spec.enabled for spec in specs)
-        self.admin, self.telemetry = runtime.open_service(settings, specs, reread=self._reread)
-        self.backend = self.admin.pool
+        self.admin, self.telemetry = open(self._reread)
+        self.backend: Pool | ClusterPool = self.admin.pool
+        self._optional = self._optional or isinstance(self.admin, ClusterAdmin)
         telemetry = settings.config.telemetry
         self._app = create_app(
             self.backend,

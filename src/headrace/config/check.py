@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, SecretStr, ValidationError
 
@@ -113,16 +113,26 @@ def located(layer: Layer) -> Layer:
     """Resolve relative paths against the folder of the file or the working directory."""
     resolved = dict(layer)
     for key, value in layer.items():
+        if key == "cluster.tls" and isinstance(value.value, dict):
+            resolved[key] = value._replace(value=_files(value))
+            continue
         if not isinstance(value.value, str | Path):
             continue
         text = str(value.value)
-        if key in ("home", "server.state") or (
+        if key in ("home", "server.state", "cluster.token_file") or (
             key == "model" and text.startswith(("./", "../", "~"))
         ):
             resolved[key] = value._replace(value=str(value.base / expanded(text, ConfigError)))
         elif key == "chat_template" and text.startswith("@"):
             resolved[key] = value._replace(value=_template(value, text[1:]))
     return resolved
+
+
+def _files(value: Value) -> dict[str, str]:
+    files = cast("dict[str, object]", value.value)
+    return {
+        name: str(value.base / expanded(str(file), ConfigError)) for name, file in files.items()
+    }
 
 
 def _template(value: Value, name: str) -> str:

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from headrace.config.fields import Fixed, Frozen, Words, lower, plain_host
+from headrace.config.fields import Fixed, Frozen, Words, host_text, lower
 
 
 def _urls(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ class DbgptSettings(Frozen):
     controller: Fixed[Annotated[Words, AfterValidator(_urls)]] = Field(
         default=(), description="controllers to register at: http://HOST:PORT, ..."
     )
-    host: Fixed[Annotated[str, AfterValidator(plain_host)]] = Field(
+    host: Fixed[Annotated[str, AfterValidator(host_text)]] = Field(
         default="127.0.0.1", description="address of the routes for the cluster"
     )
     port: Fixed[int] = Field(

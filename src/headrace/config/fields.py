@@ -1,4 +1,4 @@
-"""Types of settings, and what reads them from text."""
+"""Types of settings, what reads them from text, and settings that need a restart."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
-def plain_host(value: str) -> str:
+def host_text(value: str) -> str:
     """Return an address as the system writes it; one of IPv6 may be in the brackets of a URL."""
     name = value.strip().removeprefix("[").removesuffix("]")
     try:

@@ -23,8 +23,9 @@ from pydantic import (
     field_validator,
 )
 
+from headrace.config.cluster import ClusterSettings
 from headrace.config.dbgpt import DbgptSettings
-from headrace.config.fields import FIXED, Fixed, Frozen, Words, lower, plain_host, words
+from headrace.config.fields import FIXED, Fixed, Frozen, Words, host_text, lower, words
 from headrace.core.model import SETTINGS, ModelSpec, Setting
 
 # A device and its amount, which headrace.machine turns into bytes.
@@ -76,7 +77,7 @@ Keys = Annotated[tuple[str, ...], BeforeValidator(_hash_keys)]
 class HttpSettings(Frozen):
     """The address of `headrace serve`, its keys, and what it accepts."""
 
-    host: Fixed[Annotated[str, AfterValidator(plain_host)]] = Field(
+    host: Fixed[Annotated[str, AfterValidator(host_text)]] = Field(
         default="127.0.0.1", description="address to listen on; `::` is every one, IPv4 too"
     )
     port: Fixed[int] = Field(default=11511, ge=0, le=65535, description="port; 0 takes a free one")
@@ -302,6 +303,7 @@ class Config(Frozen):
     server: ServerSettings = ServerSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     dbgpt: DbgptSettings = DbgptSettings()
+    cluster: ClusterSettings = ClusterSettings()
     models: dict[str, ModelSpec] = Field(default={})
 
     @property
@@ -321,6 +323,7 @@ TABLES: dict[str, type[Frozen]] = {
     "server": ServerSettings,
     "telemetry": TelemetrySettings,
     "dbgpt": DbgptSettings,
+    "cluster": ClusterSettings,
 }
 """The tables of the file other than the models."""
 

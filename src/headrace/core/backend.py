@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo
 from headrace.core.request import AnyRequest
-from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
+from headrace.core.status import (
+    ModelStatus,
+    NodeStatus,
+    Plan,
+    PoolEvent,
+    PoolStatus,
+    Reloaded,
+)
 
 
 class Backend(Protocol):
@@ -100,4 +107,17 @@ class Admin(Protocol):
 
     def events(self) -> AsyncGenerator[PoolEvent, None]:
         """Yield events of the models from now on."""
+        ...
+
+
+@runtime_checkable
+class ClusterAdmin(Admin, Protocol):
+    """Operations on a cluster: those of an Admin, and on its nodes."""
+
+    async def drain(self, node: str, on: bool) -> NodeStatus:
+        """Send nothing new to a node, or send requests to it again.
+
+        Raises:
+            UnknownModel: there is no such node.
+        """
         ...

@@ -16,6 +16,7 @@ HeadraceError
 │   ├── Loading
 │   ├── Draining
 │   ├── Disabled
+│   ├── NoNode
 │   └── DeadlineExceeded
 │       └── QueueTimeout
 ├── EngineError           call an operator
@@ -24,6 +25,7 @@ HeadraceError
 │   ├── ConstraintViolated
 │   ├── OutOfMemory
 │   ├── WorkerDied
+│   │   └── NodeGone
 │   └── UpstreamError
 └── ConfigError           before serving
 """
@@ -134,6 +136,10 @@ class Disabled(CapacityError):
     """An operator has switched the model off."""
 
 
+class NoNode(CapacityError):
+    """No node of the cluster can take the request now."""
+
+
 class DeadlineExceeded(CapacityError):
     """The deadline passed while the request was running."""
 
@@ -164,6 +170,12 @@ class OutOfMemory(EngineError):
 
 class WorkerDied(EngineError):
     """The process of the worker ended, or hung and was killed."""
+
+
+class NodeGone(WorkerDied):
+    """A node of the cluster is not connected any more; `was_sent` is whether it had the request."""
+
+    was_sent = True
 
 
 class UpstreamError(EngineError):

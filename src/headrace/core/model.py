@@ -179,6 +179,9 @@ class ModelSpec(Preset, frozen=True, kw_only=True, omit_defaults=True):
     replicas: Annotated[
         int, Setting("workers of this model", ge=1, le=64, live=True, traced=True)
     ] = 1
+    nodes: Annotated[
+        tuple[str, ...], Setting("labels of nodes in a cluster that may run it", single=True)
+    ] = ()
     weights: Annotated[
         tuple[float, ...], Setting("share of work of each replica, 1 if not set", live=True)
     ] = ()

@@ -97,6 +97,7 @@ class ModelOptions(TypedDict, total=False):
     pinned: bool | None
     enabled: bool | None
     continuation: Literal["exact", "fast", "off"] | None
+    nodes: Sequence[str] | None
     replicas: int | None
     weights: Sequence[float] | None
     task: Literal["generate", "embed", "rerank"] | None

@@ -25,7 +25,11 @@ EventKind = Literal[
     "removed",
     "draining",
     "reloaded",
+    "node_joined",
+    "node_left",
 ]
+
+NodeState = Literal["connected", "draining", "gone"]
 
 
 class Footprint(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,10 +65,14 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker of a model. `memory` is measured, in bytes by device; empty when not loaded."""
+    """One worker of a model. `memory` is measured, in bytes by device; empty when not loaded.
+
+    `node` is the node of the cluster that it runs on.
+    """
 
     number: int
     state: State
+    node: str = ""
     pid: int | None = None
     weight: float = 1.0
     running: int = 0
@@ -78,7 +86,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     Until `retry_at`, requests are refused as the model has failed; the next one after it is a try.
     `progress` is the stage of a load (`downloading`, `queued`, ...), with `done` of `total`.
-    `restarts`, `evictions` and `continuations` count since the service started.
+    `restarts`, `evictions` and `continuations` count since the service started. `copies` is how
+    many workers are configured, `nodes` the labels of the nodes that may run them.
     """
 
     id: str
@@ -112,13 +121,36 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     total: int = 0
     replicas: tuple[ReplicaStatus, ...] = ()
     options: dict[str, Any] = {}
+    preload: bool = True
+    copies: int = 1
+    nodes: tuple[str, ...] = ()
+
+
+class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A node of a cluster. `since` is Unix time of the state, `reason` why the node has gone.
+
+    `models` are those that are loaded there. `clock_s` is how many seconds its clock is ahead.
+    """
+
+    name: str
+    address: str
+    state: NodeState
+    since: float
+    version: str = ""
+    labels: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    running: int = 0
+    queued: int = 0
+    clock_s: float = 0.0
+    reason: str | None = None
 
 
 class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """All models and all devices."""
+    """All models and all devices; `nodes` of a cluster."""
 
     models: tuple[ModelStatus, ...]
     devices: tuple[DeviceStatus, ...]
+    nodes: tuple[NodeStatus, ...] = ()
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

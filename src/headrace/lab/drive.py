@@ -180,11 +180,18 @@ async def server(
             yield Server(url, running, key)
 
 
-def serve(*arguments: str, options: Mapping[str, object] | None = None) -> list[str]:
-    """Return the command of a `headrace serve` on a free port; it ends with this process."""
+def serve(
+    *arguments: str,
+    options: Mapping[str, object] | None = None,
+    command: Sequence[str] = ("serve",),
+) -> list[str]:
+    """Return the command of a `headrace serve` on a free port; it ends with this process.
+
+    `command` may be another one that serves: `("cluster", "front")`.
+    """
     pairs = [word for key, value in (options or {}).items() for word in ("-o", f"{key}={value}")]
     fixed = ("--host", "127.0.0.1", "--port", "0", "--json")
-    return [sys.executable, "-P", "-c", _SERVE, "serve", *arguments, *pairs, *fixed]
+    return [sys.executable, "-P", "-c", _SERVE, *command, *arguments, *pairs, *fixed]
 
 
 def checkout(folder: Path) -> dict[str, str]:

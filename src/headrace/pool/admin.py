@@ -346,6 +346,9 @@ def status_of(entry: ModelEntry) -> ModelStatus:
         total=stage[2],
         replicas=tuple(replica.status() for replica in entry.all_replicas()),
         options=masked_options(spec.options),
+        preload=entry.preload,
+        copies=spec.replicas,
+        nodes=spec.nodes,
     )
 
 

@@ -7,14 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from headrace.core.errors import (
-    Disabled,
-    Draining,
-    HeadraceError,
-    Loading,
-    QueueFull,
-    QueueTimeout,
-)
+from headrace.core.errors import Disabled, Draining, HeadraceError, Loading, QueueFull, QueueTimeout
 from headrace.core.events import Progress
 from headrace.core.model import ModelInfo, ModelSpec, State, needs_new_worker
 from headrace.core.request import AnyRequest
@@ -23,9 +16,7 @@ from headrace.pool.policy import Candidate, Rules, choose_replica, left_for_batc
 from headrace.pool.queue import Forecast, Queue, Ticket
 from headrace.pool.replica import Lease, Replica, blocks_of
 
-_UNKNOWN_LOAD_S = 5.0
-_BATCH_RETRY_S = 2.0
-_PROGRESS_S = 0.5
+_UNKNOWN_LOAD_S, _BATCH_RETRY_S, _PROGRESS_S = 5.0, 2.0, 0.5
 _RETIRED = "retired"
 # How long other requests pass one that waits for a replica without any.
 _PASSED_S = 20.0
@@ -36,8 +27,8 @@ _serials = itertools.count()
 class ModelEntry:
     """A served model. Requests join its queue; `grant` gives free slots to the next of them."""
 
-    def __init__(self, spec: ModelSpec, clock: Callable[[], float]) -> None:
-        self.spec = spec
+    def __init__(self, spec: ModelSpec, clock: Callable[[], float], copies: int = 0) -> None:
+        self.spec, self.copies = spec, copies
         self.queue = Queue(clock)
         self.forecast = Forecast()
         self.draining = False
@@ -359,8 +350,9 @@ class ModelEntry:
         self._retire(retiring)
 
     def _resize(self, spec: ModelSpec) -> None:
-        self._retire(self.replicas[spec.replicas :])
-        self.replicas = self.replicas[: spec.replicas]
+        count = self.copies or spec.replicas
+        self._retire(self.replicas[count:])
+        self.replicas = self.replicas[:count]
         for replica in self.replicas:
             replica.configure(spec)
         self.replicas += self._new_replicas(spec)[len(self.replicas) :]
@@ -374,7 +366,8 @@ class ModelEntry:
 
     def _new_replicas(self, spec: ModelSpec) -> list[Replica]:
         return [
-            Replica(spec, number, next(_serials), self._clock) for number in range(spec.replicas)
+            Replica(spec, number, next(_serials), self._clock)
+            for number in range(self.copies or spec.replicas)
         ]
 
     def _capacity(self, ticket: Ticket, waiting: int) -> int:

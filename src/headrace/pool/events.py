@@ -30,7 +30,12 @@ class EventBus:
         """Log an event and pass it to the subscribers."""
         level = logging.WARNING if kind in _WARNINGS else logging.INFO
         log.log(level, "headrace.pool.%s", kind, extra={"data": {"model": model, **data}})
-        event = PoolEvent(time=time.time(), kind=kind, model=model, replica=replica, data=data)
+        self.forward(
+            PoolEvent(time=time.time(), kind=kind, model=model, replica=replica, data=data)
+        )
+
+    def forward(self, event: PoolEvent) -> None:
+        """Pass an event to the subscribers alone."""
         for subscriber in self._subscribers:
             subscriber.put(event)
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing, contextmanager, suppress
+from typing import ClassVar
 
 import msgspec
 
@@ -28,7 +29,12 @@ from headrace.worker.spec import unloaded_info
 
 
 class Pool:
-    """A Backend over many models, each in as many processes as it has replicas."""
+    """A Backend over many models, each in as many processes as it has replicas.
+
+    If it `is_node`, fronts of a cluster order how many replicas there are, and what is preloaded.
+    """
+
+    is_node: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -80,7 +86,7 @@ class Pool:
 
     def add(self, spec: ModelSpec) -> ModelEntry:
         """Add a model; nothing is loaded yet."""
-        entry = self.entries[spec.name] = ModelEntry(spec, self._clock)
+        entry = self.entries[spec.name] = ModelEntry(spec, self._clock, copies=int(self.is_node))
         entry.draining = self.draining
         self.rebuild_names()
         return entry
@@ -124,7 +130,8 @@ class Pool:
             HeadraceError: of the first that failed, after all have been tried.
         """
         self.loader.start()
-        entries = [e for e in self.entries.values() if e.preload and e.spec.enabled]
+        preloaded = () if self.is_node else self.entries.values()
+        entries = [e for e in preloaded if e.preload and e.spec.enabled]
         for entry in entries:
             self.loader.ensure_loaded(entry, may_evict=False)
             # A load that hangs does not keep the next one waiting.

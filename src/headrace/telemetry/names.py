@@ -37,6 +37,7 @@ CLIENT = "headrace.client"
 OUTCOME = "headrace.outcome"
 ENGINE = "headrace.engine"
 WORKER_PID = "headrace.worker.pid"
+NODE = "headrace.node"
 
 HERE = "headrace"
 """The provider of models on this machine."""

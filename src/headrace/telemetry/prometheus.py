@@ -22,12 +22,11 @@ from headrace.core.errors import kinds
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import State
 from headrace.core.record import Call, RequestRecord
-from headrace.core.status import PoolEvent, PoolStatus
+from headrace.core.status import NodeState, PoolEvent, PoolStatus
 from headrace.telemetry import names
 
 OTHER = "_other"
 """The model of all requests for models that are not served."""
-
 # As in OpenTelemetry's conventions for GenAI, like the names of the three histograms.
 _DURATION_S = tuple(0.01 * 2**step for step in range(14))
 _FIRST_TOKEN_S = (
@@ -343,6 +342,11 @@ def _memory(status: PoolStatus) -> _Series:
             yield (model.id, device), amount
 
 
+def _nodes(status: PoolStatus) -> _Series:
+    for state in get_args(NodeState):
+        yield (state,), float(sum(node.state == state for node in status.nodes))
+
+
 class _State(NamedTuple):
     """A metric that is read from the pool: a counter if its name ends in `_total`, or a gauge."""
 
@@ -383,9 +387,12 @@ _STATES = (
 )
 
 
+_NODES = _State("headrace_cluster_nodes", "Nodes of the cluster by state.", _nodes, ("state",))
+
+
 def gauges(status: PoolStatus) -> Iterator[Metric]:
     """Yield the metrics of a pool, with a series for each model, state and device."""
-    for state in _STATES:
+    for state in (*_STATES, _NODES) if status.nodes else _STATES:
         family = CounterMetricFamily if state.name.endswith("_total") else GaugeMetricFamily
         metric = family(state.name, state.help, labels=state.labels)
         for labels, value in state.read(status):

@@ -280,7 +280,8 @@ def _step(
 ) -> tuple[Kind, str, dict[str, Attribute]]:
     """Return kind, name and attributes of an attempt's span; for an upstream, a client span."""
     pid = _pid(worker)
-    if pid is None and (upstream := _upstream(spec)) is not None:
+    is_local = getattr(worker, "node", None) is None
+    if is_local and pid is None and (upstream := _upstream(spec)) is not None:
         attributes = (
             names.request_attributes(request, names.provider(worker.models()[0])) | upstream
         )
@@ -290,6 +291,9 @@ def _step(
             attributes,
         )
     about: dict[str, Attribute] = {"headrace.model": spec.name}
+    if node := getattr(worker, "node", None):
+        # The node makes spans of its own below this one.
+        return "client", names.ATTEMPT, about | {names.NODE: node}
     return "internal", names.ATTEMPT, about if pid is None else about | {names.WORKER_PID: pid}
 
 

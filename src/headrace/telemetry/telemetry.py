@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from headrace.config import TelemetrySettings
+from headrace.core.model import ModelInfo
 from headrace.core.record import Activity, Call, Sink
-from headrace.core.status import PoolEvent
-from headrace.pool.admin import PoolAdmin
+from headrace.core.status import PoolEvent, PoolStatus
+from headrace.pool.observer import Observer
 from headrace.telemetry import trace_file, usage
 from headrace.telemetry.content import Redactor
 from headrace.telemetry.prometheus import Instruments
@@ -20,11 +22,41 @@ from headrace.telemetry.trace_file import TraceFile
 from headrace.telemetry.usage import Usage
 
 
+class ObservedPool(Protocol):
+    """A pool of this machine, or the front of a cluster."""
+
+    @property
+    def entries(self) -> Container[str]:
+        """The names of the served models."""
+        ...
+
+    def models(self) -> Sequence[ModelInfo]:
+        """Return the metadata of the served models."""
+        ...
+
+    def attach_observer(self, observer: Observer) -> None:
+        """Attach an observer."""
+        ...
+
+
+class ObservedAdmin(Protocol):
+    """The Admin of such a pool."""
+
+    @property
+    def pool(self) -> ObservedPool:
+        """The pool."""
+        ...
+
+    def status(self) -> PoolStatus:
+        """Return the status of all models and devices."""
+        ...
+
+
 class Telemetry:
     """A Monitor. If everything is switched off, the pool has no observer."""
 
     def __init__(
-        self, admin: PoolAdmin, tracing: Tracing, settings: TelemetrySettings, home: Path
+        self, admin: ObservedAdmin, tracing: Tracing, settings: TelemetrySettings, home: Path
     ) -> None:
         pool = admin.pool
         self._tracing = tracing

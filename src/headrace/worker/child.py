@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from headrace import engines
-from headrace.core.errors import ErrorRecord, HeadraceError, WorkerDied, to_record
+from headrace.core.errors import ErrorRecord, WorkerDied
 from headrace.core.model import ModelSpec
 from headrace.log import configure
 from headrace.machine import (
@@ -27,6 +27,7 @@ from headrace.machine import (
     keep_descendants,
     tune_garbage_collection,
 )
+from headrace.worker.outcome import failure
 from headrace.worker.spec import OnProgress, WorkerSpec, localized, open_request
 from headrace.worker.wire import (
     Alive,
@@ -101,7 +102,7 @@ class Child:
             sys.path.append(worker_spec.import_from)
         content = message.log.content
         self._worker = worker = Worker(worker_spec.model, resolved, log_content=content)
-        if error := await _failure(self._start(worker, worker_spec, message)):
+        if error := await failure(self._start(worker, worker_spec, message), log):
             self._link.send(Failed(error))
         else:
             tune_garbage_collection()
@@ -113,7 +114,7 @@ class Child:
         await worker.start()
 
     def _begin(self, message: Ask) -> None:
-        task = asyncio.ensure_future(_failure(self._answer(message)))
+        task = asyncio.ensure_future(failure(self._answer(message), log))
         self._streams[message.id] = task
         # Not in the task itself: a task that is cancelled before it starts runs no code.
         task.add_done_callback(lambda task: self._end(message.id, task))
@@ -159,19 +160,6 @@ def _confine(worker_spec: WorkerSpec, scratch: Path, memory_limit: int | None) -
             confine.restrict([scratch, *engines.writes(name, open_request(worker_spec))])
         except OSError as error:
             log.warning("headrace.worker.not_confined", extra={"data": {"error": str(error)}})
-
-
-async def _failure(work: Coroutine[Any, Any, None]) -> ErrorRecord | None:
-    """Await `work` and return its error, of any kind, for the parent."""
-    try:
-        await work
-    except HeadraceError as error:
-        return to_record(error)
-    except Exception as error:
-        # A bug here or in a library: the other streams go on.
-        log.exception("headrace.worker.bug")
-        return to_record(error)
-    return None
 
 
 def main() -> None:

@@ -104,14 +104,24 @@ In = TypeVar("In")
 
 
 class Link(asyncio.Protocol, Generic[In]):
-    """One end of the socket pair. Messages of one event loop iteration are sent as one frame."""
+    """One end of the socket pair. Messages of one event loop iteration are sent as one frame.
+
+    `room` is set unless the other side is behind with reading (`limit_unsent`).
+    """
 
     def __init__(
         self,
         decoder: msgspec.msgpack.Decoder[list[In]],
         receive: Callable[[Sequence[In]], None],
         closed: Callable[[str], None],
+        *,
+        limit: int = MAX_FRAME,
+        connected: Callable[[], None] | None = None,
     ) -> None:
+        self._connected = connected
+        self._limit = limit
+        self.room = asyncio.Event()
+        self.room.set()
         self._decode = decoder.decode
         self._receive = receive
         self._closed = closed
@@ -120,6 +130,23 @@ class Link(asyncio.Protocol, Generic[In]):
         self._encode = msgspec.msgpack.Encoder().encode
         self._why = "the socket was closed"
         self._transport: asyncio.Transport | None = None
+
+    def expect(self, decoder: msgspec.msgpack.Decoder[list[In]], *, limit: int) -> None:
+        """Decode the next frames with another decoder, each of up to `limit` bytes."""
+        self._decode, self._limit = decoder.decode, limit
+
+    def limit_unsent(self, limit: int) -> None:
+        """Clear `room` while more than `limit` bytes wait for the other side to read them."""
+        if self._transport is not None:
+            self._transport.set_write_buffer_limits(high=limit)
+
+    def pause_writing(self) -> None:
+        """Note that too much waits (called by asyncio)."""
+        self.room.clear()
+
+    def resume_writing(self) -> None:
+        """Note that most has been read (called by asyncio)."""
+        self.room.set()
 
     def send(self, message: Message) -> None:
         """Send a message; it is dropped if the connection is lost.
@@ -144,6 +171,12 @@ class Link(asyncio.Protocol, Generic[In]):
             length = _ARRAY.size + len(payload)
             self._transport.write(_HEADER.pack(length) + _ARRAY.pack(0xDD, len(outbox)) + payload)
 
+    def fail(self, why: str) -> None:
+        """End the connection at once, for a reason of this side."""
+        self._why = why
+        if self._transport is not None:
+            self._transport.abort()
+
     def close(self) -> None:
         """Close the connection after all messages are written."""
         self.flush()
@@ -160,6 +193,8 @@ class Link(asyncio.Protocol, Generic[In]):
         """Keep the transport (called by asyncio)."""
         # uvloop's transports do not derive from asyncio's.
         self._transport = cast("asyncio.Transport", transport)
+        if self._connected is not None:
+            self._connected()
 
     def data_received(self, data: bytes) -> None:
         """Split frames; an invalid one closes the connection (called by asyncio)."""
@@ -167,22 +202,22 @@ class Link(asyncio.Protocol, Generic[In]):
         buffer += data
         start = 0
         try:
-            while (end := _frame_end(buffer, start)) is not None:
+            while (end := _frame_end(buffer, start, self._limit)) is not None:
                 self._receive(self._decode(buffer[start + _HEADER.size : end]))
                 start = end
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
-            self._why = f"a frame was not valid: {error}"
+        except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
             start = len(buffer)
-            if self._transport is not None:
-                self._transport.abort()
+            self.fail(f"a frame was not valid: {error}")
         del buffer[:start]
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Report why the connection was lost (called by asyncio)."""
         self._transport = None
+        self.room.set()
         closed = self._closed
         # The owner has the link and the link its owner, which would be a cycle.
         self._receive = self._closed = _ignore
+        self._connected = None
         closed(str(exc) if exc else self._why)
 
 
@@ -190,11 +225,11 @@ def _ignore(_event: object) -> None:
     """Do nothing."""
 
 
-def _frame_end(buffer: bytearray, start: int) -> int | None:
+def _frame_end(buffer: bytearray, start: int, limit: int) -> int | None:
     if len(buffer) - start < _HEADER.size:
         return None
     (length,) = _HEADER.unpack_from(buffer, start)
-    if length > MAX_FRAME:
+    if length > limit:
         raise msgspec.DecodeError(f"a frame of {length} bytes")
     end = start + _HEADER.size + length
     return end if end <= len(buffer) else None

@@ -1,0 +1,1 @@
+"""Several machines as one service: nodes that hold pools, and fronts that route to them."""

@@ -1,0 +1,299 @@
+"""NodeServer: one Backend and its Admin, for any number of fronts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+
+from headrace.cluster.reports import NodeAdmin, Reporter
+from headrace.cluster.secure import Member, Refusal, check, proof, verify
+from headrace.cluster.wire import (
+    FROM_FRONT,
+    GREETING_TIMEOUT_S,
+    GREETINGS,
+    MAX_GREETING,
+    MAX_UNSENT,
+    Begin,
+    Done,
+    Greeting,
+    Happened,
+    Hello,
+    Order,
+    Proof,
+    Pulse,
+    Refused,
+    Status,
+    ToNode,
+)
+from headrace.core.backend import Backend
+from headrace.core.errors import ErrorRecord
+from headrace.worker.outcome import failure
+from headrace.worker.wire import MAX_FRAME, Cancel, Emitted, Ended, Link
+
+log = logging.getLogger("headrace.cluster")
+
+_MAX_FRONTS = 256
+_MAX_GREETING_AT_ONCE = 64
+_PATIENCE = 2.0
+"""How many times `silence_s` a front may be silent, as it notices a broken connection first."""
+
+
+class NodeServer:
+    """Serves fronts. A front that is gone or silent has its streams cancelled.
+
+    `backend` answers the requests, and `admin` carries out orders; neither is closed here.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        admin: NodeAdmin,
+        member: Member,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.backend = backend
+        self.admin = admin
+        self.identity = member.identity
+        self.access = member.access
+        self.clock = clock
+        self.fronts: set[FrontConnection] = set()
+        self.greeting: set[FrontConnection] = set()
+        self.reporter = Reporter(backend, admin, member.labels)
+        self._heartbeat_s = member.heartbeat_s
+        self._silence_s = member.silence_s * _PATIENCE
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def __repr__(self) -> str:
+        """Describe the name and the number of fronts."""
+        return f"<NodeServer {self.identity.name}, {len(self.fronts)} fronts>"
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Accept fronts on a socket until cancelled."""
+        loop = asyncio.get_running_loop()
+        tls = self.access.server
+        limit_s = GREETING_TIMEOUT_S if tls else None
+        server = await loop.create_server(
+            self.accept, sock=listener, ssl=tls, ssl_handshake_timeout=limit_s
+        )
+        try:
+            await self.run()
+        finally:
+            server.close()
+            for front in [*self.fronts, *self.greeting]:
+                front.link.close()
+
+    async def run(self) -> None:
+        """Report to the fronts, and look for silent ones, until cancelled."""
+        following = self.begin(self._follow())
+        checked = self.clock()
+        try:
+            while True:
+                await asyncio.sleep(self._heartbeat_s)
+                now = self.clock()
+                if now - checked < 2 * self._heartbeat_s:
+                    # Otherwise this process stood still, and what was sent is not read yet.
+                    self._check(now)
+                checked = now
+                self.beat()
+        finally:
+            following.cancel()
+
+    def accept(self) -> asyncio.Protocol:
+        """Return the protocol of a new connection."""
+        return FrontConnection(self).link
+
+    def begin(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run a coroutine as a task."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def beat(self) -> None:
+        """Send a pulse to all fronts, and what has changed."""
+        loads, status = self.reporter.beat()
+        self.report(Pulse(loads))
+        if status is not None:
+            self.report(status)
+
+    def report(self, message: Pulse | Status | Happened) -> None:
+        """Send a message to all fronts."""
+        for front in self.fronts:
+            front.link.send(message)
+
+    def is_full(self) -> bool:
+        """Whether no further connection is taken."""
+        fronts, greeting = len(self.fronts), len(self.greeting)
+        return fronts >= _MAX_FRONTS or greeting >= _MAX_GREETING_AT_ONCE
+
+    def _check(self, now: float) -> None:
+        for front in [*self.fronts]:
+            if now - front.heard > self._silence_s:
+                front.link.fail("the front was silent")
+        for front in [*self.greeting]:
+            if now - front.heard > GREETING_TIMEOUT_S:
+                front.link.fail("the greeting took too long")
+
+    async def _follow(self) -> None:
+        """Report events of the pool, and what they have changed, at once."""
+        async with aclosing(self.admin.events()) as events:
+            async for event in events:
+                self.beat()
+                self.report(Happened(event))
+
+
+class FrontConnection:
+    """A front's connection. Until it has proved itself, only its greeting is decoded."""
+
+    def __init__(self, server: NodeServer) -> None:
+        self.heard = server.clock()
+        self.name = ""
+        self.link: Link[Any] = Link(
+            GREETINGS, self._receive, self._closed, limit=MAX_GREETING, connected=self._connected
+        )
+        self._server = server
+        self._hello = server.identity.hello()
+        self._other: Hello | None = None
+        self._is_known = False
+        self._streams: dict[int, asyncio.Task[ErrorRecord | None]] = {}
+
+    def _connected(self) -> None:
+        if self._server.is_full():
+            self._refuse(Refusal("This node has too many connections."))
+        else:
+            self._server.greeting.add(self)
+
+    def _receive(self, messages: Sequence[Any]) -> None:
+        self.heard = self._server.clock()
+        try:
+            for message in messages:
+                if self._is_known:
+                    self._take(message)
+                else:
+                    self._greet(message)
+        except Refusal as refusal:
+            self._refuse(refusal)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        data = {"front": self._other.name if self._other else "", "error": str(refusal)}
+        log.warning("headrace.cluster.refused", extra={"data": data})
+        self.link.send(Refused(str(refusal)))
+        self.link.close()
+
+    def _greet(self, message: Greeting) -> None:
+        server = self._server
+        match message:
+            case Hello() if self._other is None:
+                check(message, "front")
+                self._other = message
+                self.link.send(self._hello)
+            case Proof(mac) if self._other is not None and self in server.greeting:
+                verify(mac, server.access.token, "front", self._other, self._hello)
+                self._welcome(self._other)
+            case Refused(reason):
+                log.warning("headrace.cluster.refused", extra={"data": {"error": reason}})
+                self.link.close()
+            case _:
+                raise Refusal("The greeting is malformed.")
+
+    def _welcome(self, other: Hello) -> None:
+        server, link = self._server, self.link
+        self.name, self._is_known = other.name, True
+        link.expect(FROM_FRONT, limit=MAX_FRAME)
+        link.limit_unsent(MAX_UNSENT)
+        link.send(Proof(proof(server.access.token, "node", other, self._hello)))
+        # The other side decodes what follows with another decoder.
+        link.flush()
+        server.beat()
+        link.send(server.reporter.whole())
+        server.greeting.discard(self)
+        server.fronts.add(self)
+        log.info("headrace.cluster.front_joined", extra={"data": {"front": self.name}})
+
+    def _take(self, message: ToNode) -> None:
+        match message:
+            case Begin():
+                self._begin(message)
+            case Cancel(id=number):
+                if (running := self._streams.get(number)) is not None:
+                    running.cancel()
+            case Order():
+                self._server.begin(self._order(message))
+            case Pulse():
+                pass
+
+    def _begin(self, message: Begin) -> None:
+        # Times of the front are of another clock.
+        received = self._server.clock() - max(0.0, message.age_s)
+        request = msgspec.structs.replace(message.request, received=received)
+        task = asyncio.ensure_future(failure(self._answer(message.id, request), log))
+        self._streams[message.id] = task
+        # Not in the task itself: a task that is cancelled before it starts runs no code.
+        task.add_done_callback(lambda task: self._end(message.id, task))
+
+    def _end(self, number: int, task: asyncio.Task[ErrorRecord | None]) -> None:
+        del self._streams[number]
+        self.link.send(Ended(number, None if task.cancelled() else task.result()))
+
+    async def _answer(self, number: int, request: Any) -> None:
+        send, room = self.link.send, self.link.room
+        async with aclosing(self._server.backend.ask(request)) as stream:
+            async for event in stream:
+                if not room.is_set():
+                    await room.wait()
+                send(Emitted(number, event))
+
+    async def _order(self, order: Order) -> None:
+        results: list[Done] = []
+
+        async def carry_out() -> None:
+            results.append(await carried_out(self._server.admin, order))
+
+        error = await failure(carry_out(), log)
+        # The front has the new state before the result.
+        self._server.beat()
+        self.link.send(Done(order.id, error) if error is not None else results[0])
+
+    def _closed(self, why: str) -> None:
+        server = self._server
+        server.greeting.discard(self)
+        if self in server.fronts:
+            server.fronts.discard(self)
+            data = {"front": self.name, "reason": why}
+            log.info("headrace.cluster.front_left", extra={"data": data})
+        for task in self._streams.values():
+            task.cancel()
+
+
+async def carried_out(admin: NodeAdmin, order: Order) -> Done:
+    """Carry out an order, and return its result.
+
+    Raises:
+        HeadraceError: as the Admin raises it.
+    """
+    model, changes = order.model, order.changes
+    match order.action:
+        case "load":
+            return Done(order.id, status=await admin.load(model, changes or None))
+        case "unload":
+            return Done(order.id, status=await admin.unload(model))
+        case "restart":
+            return Done(order.id, status=await admin.restart(model))
+        case "update":
+            return Done(order.id, status=await admin.update(model, changes))
+        case "plan":
+            return Done(order.id, plan=await admin.plan(model))
+        case "reload":
+            return Done(order.id, reloaded=await admin.reload())
+        case "place":
+            return Done(order.id, status=admin.place(model, int(changes.get("copies", 1))))
+        case "drain":
+            admin.drain(bool(changes.get("on", True)))
+            return Done(order.id)

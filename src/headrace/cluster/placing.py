@@ -1,0 +1,123 @@
+"""Placing: which nodes preload which models."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from headrace.cluster.link import NodeLink
+from headrace.cluster.policy import choose_node, copies_of
+from headrace.cluster.view import View
+from headrace.core.errors import HeadraceError
+from headrace.core.status import ModelStatus
+
+log = logging.getLogger("headrace.cluster")
+
+_SETTLED_S = 1.0
+"""How long after a node has joined models are placed: others may join too."""
+_PATIENCE_S = 30.0
+"""How long a node is waited for that was ordered to load a model."""
+
+
+@dataclass(slots=True)
+class _Placed:
+    """A model at a node: in how many workers, since when, and whether it was loaded there."""
+
+    copies: int
+    at: float
+    was_loaded: bool = False
+
+
+class Placing:
+    """Loads each model that is preloaded, or in use, at as many distinct nodes as it has replicas.
+
+    If there are fewer nodes, they get several workers. A load that has not succeeded within 30 s
+    is ordered again, there or elsewhere. A model that a node has unloaded since, for lack of memory
+    or as it was idle, is not loaded again: requests do that.
+    """
+
+    def __init__(
+        self, view: View, links: Mapping[str, NodeLink], clock: Callable[[], float]
+    ) -> None:
+        self._view = view
+        self._links = links
+        self._clock = clock
+        self._placed: dict[str, dict[str, _Placed]] = {}
+        self._busy: dict[str, tuple[str, float]] = {}
+        self._quiet_until = 0.0
+        self._orders: set[asyncio.Task[None]] = set()
+
+    def joined(self) -> None:
+        """Wait until further nodes have joined."""
+        self._quiet_until = self._clock() + _SETTLED_S
+
+    def left(self, node: str) -> None:
+        """Forget what was placed at a node."""
+        self._busy.pop(node, None)
+        for nodes in self._placed.values():
+            nodes.pop(node, None)
+
+    def step(self) -> None:
+        """Place what is missing: one load at a time for each node."""
+        now = self._clock()
+        if now < self._quiet_until:
+            return
+        self._note_loads(now)
+        for model in [*self._view.known.values()]:
+            if model.enabled:
+                self._place(model)
+
+    def _note_loads(self, now: float) -> None:
+        for node in self._view.nodes.values():
+            for name in node.loaded:
+                placed = self._placed.setdefault(name, {})
+                placed.setdefault(node.name, _Placed(1, now)).was_loaded = True
+            model, until = self._busy.get(node.name, ("", 0.0))
+            there = node.models.get(model)
+            if until < now or there is None or there.status.state in ("ready", "failed"):
+                self._busy.pop(node.name, None)
+
+    def _place(self, model: ModelStatus) -> None:
+        nodes = {node.name: node for node in self._view.serving(model.id)}
+        placed = self._placed.setdefault(model.id, {})
+        self._forget_failed(placed)
+        there = [name for name in placed if name in nodes]
+        wanted = any(node.models[model.id].status.preload for node in nodes.values())
+        if not nodes or not (there or wanted):
+            return
+        copies = copies_of(model.copies, len(nodes))
+        missing = min(model.copies, len(nodes)) - len(there)
+        for name in there:
+            if placed[name].copies != copies:
+                self._order(name, model.id, copies)
+        while missing > 0 and (name := self._next(model.id, there)) is not None:
+            self._order(name, model.id, copies)
+            there.append(name)
+            missing -= 1
+
+    def _forget_failed(self, placed: dict[str, _Placed]) -> None:
+        limit = self._clock() - _PATIENCE_S
+        for name, place in [*placed.items()]:
+            if not place.was_loaded and place.at < limit:
+                del placed[name]
+
+    def _next(self, model: str, there: list[str]) -> str | None:
+        return choose_node([*self._view.unloaded(model, {*there, *self._busy})])
+
+    def _order(self, node: str, model: str, copies: int) -> None:
+        now = self._clock()
+        placed = self._placed[model].setdefault(node, _Placed(copies, now))
+        placed.copies = copies
+        self._busy[node] = (model, now + _PATIENCE_S)
+        order = asyncio.ensure_future(self._ordered(self._links[node], model, copies))
+        self._orders.add(order)
+        order.add_done_callback(self._orders.discard)
+
+    async def _ordered(self, link: NodeLink, model: str, copies: int) -> None:
+        try:
+            await link.order("place", model, {"copies": copies})
+        except HeadraceError as error:
+            data = {"node": link.name, "model": model, "error": error.message}
+            log.warning("headrace.cluster.not_placed", extra={"data": data})

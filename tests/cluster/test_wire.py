@@ -1,0 +1,238 @@
+"""Who may connect to a node or a front, and what bytes of strangers can do."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import struct
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+from tests.cluster.network import FakeNode
+from tests.cluster.rig import front, member, node, until
+
+from headrace import config
+from headrace.cluster import secure
+from headrace.cluster.node import NodeServer
+from headrace.cluster.pool import ClusterPool
+from headrace.cluster.secure import Credentials, Identity, Member, Refusal
+from headrace.cluster.wire import (
+    GREETINGS,
+    MAX_GREETING,
+    Address,
+    Begin,
+    Hello,
+    Proof,
+    Refused,
+)
+from headrace.config.cluster import ClusterSettings
+from headrace.core.errors import ConfigError
+from headrace.core.request import GenerateRequest
+
+Opened = tuple[NodeServer, Address, FakeNode]
+
+
+@pytest.fixture
+async def opened() -> AsyncIterator[Opened]:
+    fake = FakeNode("a", ["m"])
+    async with node("a", fake, fake) as (server, address):
+        yield server, address, fake
+
+
+NEW = "not connected yet"
+
+
+def failure(pool: ClusterPool, address: Address) -> str:
+    """Why an address is not connected; empty before the front has it from its directory."""
+    return pool.links[address].failure if address in pool.links else ""
+
+
+class Stranger:
+    """A connection that a test writes by hand."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, *messages: msgspec.Struct) -> None:
+        payload = msgspec.msgpack.encode(messages)
+        self.writer.write(struct.pack(">I", len(payload)) + payload)
+
+    async def read(self) -> list[object]:
+        (length,) = struct.unpack(">I", await self.reader.readexactly(4))
+        return list(GREETINGS.decode(await self.reader.readexactly(length)))
+
+    async def rest(self) -> bytes:
+        """Everything until the node closes."""
+        async with asyncio.timeout(20):
+            try:
+                return await self.reader.read()
+            except ConnectionError:
+                return b""
+
+
+@asynccontextmanager
+async def stranger(address: Address) -> AsyncIterator[Stranger]:
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        yield Stranger(reader, writer)
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def test_a_front_with_another_token_is_refused(opened: Opened) -> None:
+    """Issue 15.1: and it says why; its requests are never decoded."""
+    server, address, fake = opened
+    for token in (b"", b"another token of a test"):
+        async with front([address], member("f", token)) as pool:
+            await until(lambda pool=pool: "token" in failure(pool, address))
+            assert not pool.connected
+    assert not server.fronts
+    assert not fake.requests
+
+
+async def test_a_node_with_another_token_is_refused(opened: Opened) -> None:
+    """The proof is demanded in both directions: a node cannot collect the requests of others."""
+    _, address, _ = opened
+    async with stranger(address) as connection:
+        hello = member("f").identity.hello()
+        connection.send(hello)
+        (answer,) = await connection.read()
+        assert isinstance(answer, Hello)
+        # What the node gets is its own proof of another connection, or that of the wrong side.
+        connection.send(Proof(secure.proof(b"", "front", hello, answer)))
+        (refused,) = await connection.read()
+        assert isinstance(refused, Refused)
+        assert "token" in refused.reason
+        assert await connection.rest() == b""
+
+
+def test_a_proof_is_of_one_side_and_one_connection() -> None:
+    me, other = member("f").identity.hello(), member("a").identity.hello()
+    mac = secure.proof(b"token", "front", me, other)
+    secure.verify(mac, b"token", "front", me, other)
+    again = member("a").identity.hello()
+    for token, side, hello in (
+        (b"token", "node", other),
+        (b"other", "front", other),
+        (b"token", "front", again),
+    ):
+        with pytest.raises(Refusal):
+            secure.verify(mac, token, side, me, hello)  # type: ignore[arg-type]
+
+
+async def test_a_request_before_the_proof_ends_the_connection(opened: Opened) -> None:
+    _, address, fake = opened
+    async with stranger(address) as connection:
+        connection.send(member("f").identity.hello())
+        await connection.read()
+        connection.send(Begin(1, GenerateRequest(model="m", prompt="x")))
+        await connection.rest()
+        assert not fake.requests
+
+
+async def test_a_greeting_is_short(opened: Opened) -> None:
+    """A limit holds while bytes come in: the length is refused before what it announces."""
+    _, address, _ = opened
+    async with stranger(address) as connection:
+        connection.writer.write(struct.pack(">I", MAX_GREETING + 1))
+        assert await connection.rest() == b""
+
+
+async def test_another_protocol_is_refused_by_name(opened: Opened) -> None:
+    _, address, _ = opened
+    async with stranger(address) as connection:
+        hello = member("f").identity.hello()
+        connection.send(msgspec.structs.replace(hello, protocol=99, version="9.9"))
+        (refused,) = await connection.read()
+        assert isinstance(refused, Refused)
+        assert "protocol 99" in refused.reason
+        assert "9.9" in refused.reason
+
+
+async def test_two_nodes_of_one_name(opened: Opened) -> None:
+    """The second one is not taken, and the front shows why."""
+    _, address, _ = opened
+    fake = FakeNode("a", ["m"])
+    async with node("a", fake, fake) as (_, other), front([address, other]) as pool:
+        await until(lambda: any("already" in link.failure for link in pool.links.values()))
+        assert [*pool.connected] == ["a"]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_public_address_needs_a_token_or_certificates(host: str) -> None:
+    """Issue 15.1: never beyond loopback without one of the two."""
+    settings = ClusterSettings(wire_host=host, wire_port=0)
+    with pytest.raises(ConfigError, match=r"token_file or cluster\.tls"):
+        secure.listen(settings, Credentials())
+    secure.listen(settings, Credentials(b"a token of this test")).close()
+    secure.listen(ClusterSettings(wire_port=0), Credentials()).close()
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"), [("", "16"), ("short", "16"), (None, "No such file")], ids=str
+)
+def test_a_token_is_checked(tmp_path: Path, text: str | None, fault: str) -> None:
+    path = tmp_path / "token"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=fault):
+        secure.credentials(ClusterSettings(token_file=path))
+
+
+def test_files_are_relative_to_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "headrace.toml").write_text(
+        '[cluster]\ntoken_file = "t"\ntls = { cert = "c", key = "k", ca = "../ca" }\n'
+    )
+    cluster = config.load(environ={}, cwd=tmp_path).config.cluster
+    assert cluster.token_file == tmp_path / "t"
+    assert cluster.tls is not None
+    assert cluster.tls["cert"] == tmp_path / "c"
+    (tmp_path / "headrace.toml").write_text('[cluster]\ntls = { cert = "c" }\nsilence_s = 0.1\n')
+    with pytest.raises(ConfigError, match=r"(?s)cert, key and ca.*twice heartbeat_s"):
+        config.load(environ={}, cwd=tmp_path)
+
+
+def certificates(folder: Path, *names: str) -> dict[str, dict[str, Path]]:
+    """Authorities of their own, each with one certificate, as docs/cluster.md makes them."""
+    made = {}
+    for name in names:
+        files = {part: folder / f"{name}.{part}" for part in ("cert", "key", "ca")}
+        new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        request, authority = folder / f"{name}.csr", folder / f"{name}.ca.key"
+        for command in (
+            ["req", "-x509", *new, "-keyout", authority, "-out", files["ca"], "-subj", "/CN=ca"],
+            ["req", *new, "-keyout", files["key"], "-out", request, "-subj", "/CN=node"],
+            [
+                *("x509", "-req", "-in", request, "-CA", files["ca"], "-CAkey", authority),
+                *("-CAcreateserial", "-out", files["cert"]),
+            ],
+        ):
+            subprocess.run(["openssl", *map(str, command)], check=True, capture_output=True)
+        made[name] = files
+    return made
+
+
+async def test_tls_in_both_directions(tmp_path: Path) -> None:
+    """Issue 15.1: a certificate of the cluster's authority is needed on both sides."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificates")
+    files = certificates(tmp_path, "ours", "others")
+    access = {name: secure.credentials(ClusterSettings(tls=files[name])) for name in files}
+    assert not access["ours"].is_open
+    fake = FakeNode("a", ["m"])
+    us = Member(Identity("a", "1"), access["ours"])
+    async with node("a", fake, fake, member=us) as (server, address):
+        async with front([address], Member(Identity("f", "1"), access["ours"])) as pool:
+            await until(lambda: pool.connected)
+        for wrong in (access["others"], Credentials()):
+            async with front([address], Member(Identity("f", "2"), wrong)) as pool:
+                await until(lambda pool=pool: failure(pool, address) not in ("", NEW))
+                assert not pool.connected
+                assert not server.fronts
