@@ -186,6 +186,8 @@ def _lines(setup: Setup, *, with_files: bool) -> Iterator[str]:
     for file in setup.files if with_files else ():
         yield from _file_lines(file)
     yield from setup.steps
+    if setup.command:
+        yield "# Start it with:"
     for variable, value in setup.env.items():
         yield f"export {variable}={_for_shell(value)}"
     if setup.command:
