@@ -12,8 +12,7 @@ import msgspec
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, InvalidRequest
-from headrace.core.events import Delta, Event, FinishReason, Progress, Text, TokenCount
-from headrace.core.media import images_of
+from headrace.core.events import Delta, Event, FinishReason, Progress, Text
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
 from headrace.core.stream import merge
 from headrace.core.tools import Tool
@@ -28,6 +27,7 @@ from headrace.engines.base import (
 )
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
+from headrace.worker.counts import counted
 from headrace.worker.lines import LineLimiter
 from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
@@ -384,25 +384,12 @@ class _Choice:
         return ()
 
 
-async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
-    # Off the event loop, and beside any generation.
-    if request.as_text:
-        return Text(await asyncio.to_thread(loaded.prompter.rendered, request))
-    with until_left() as gone:
-        token_ids = await asyncio.to_thread(loaded.prompter.count, request, gone)
-    seen = sum(image.tokens for turn in request.messages or () for image in images_of(turn.content))
-    if seen:
-        # The tokens of an image are known to the engine that has computed them.
-        return TokenCount(count=len(token_ids) + seen, estimated=True)
-    return TokenCount(count=len(token_ids), token_ids=token_ids)
-
-
 async def _text(loaded: Loaded, request: DetokenizeRequest) -> Text:
     return Text(await asyncio.to_thread(loaded.engine.detokenize, request.token_ids))
 
 
 ANSWERS: Answers = {
     GenerateRequest: generate,
-    CountRequest: lambda loaded, request: unmeasured(request, _count(loaded, request)),
+    CountRequest: lambda loaded, request: unmeasured(request, counted(loaded.prompter, request)),
     DetokenizeRequest: lambda loaded, request: unmeasured(request, _text(loaded, request)),
 }
