@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
-from functools import partial
 from typing import TypeVar, cast
 
 import msgspec
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, InvalidRequest
-from headrace.core.events import Delta, Event, FinishReason, Progress, Text, TokenCount
-from headrace.core.media import images_of
+from headrace.core.events import Delta, Event, FinishReason, Progress
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
 from headrace.core.stream import merge
 from headrace.core.tools import Tool
@@ -29,6 +27,7 @@ from headrace.engines.base import (
 )
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
+from headrace.worker.counts import counted, text_of
 from headrace.worker.lines import LineLimiter
 from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
@@ -387,45 +386,12 @@ class _Choice:
         return ()
 
 
-async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
-    # Off the event loop, and beside any generation.
-    if request.as_text:
-        rendered = partial(loaded.prompter.rendered, request)
-        return Text(await _in_few_threads(loaded.turns.counting, rendered))
-    with until_left() as gone:
-        count = partial(loaded.prompter.count, request, gone)
-        token_ids = await _in_few_threads(loaded.turns.counting, count)
-    seen = sum(image.tokens for turn in request.messages or () for image in images_of(turn.content))
-    if seen:
-        # The tokens of an image are known to the engine that has computed them.
-        return TokenCount(count=len(token_ids) + seen, estimated=True)
-    return TokenCount(count=len(token_ids), token_ids=token_ids)
-
-
-async def _text(loaded: Loaded, request: DetokenizeRequest) -> Text:
-    detokenize = partial(loaded.engine.detokenize, request.token_ids)
-    return Text(await _in_few_threads(loaded.turns.counting, detokenize))
-
-
-async def _in_few_threads(places: asyncio.Semaphore, work: Callable[[], T]) -> T:
-    """Run off the event loop and beside any generation; its place is free when it has ended.
-
-    A thread goes on when nothing waits for it any more.
-    """
-    await places.acquire()
-    running = asyncio.get_running_loop().run_in_executor(None, work)
-
-    def ended(future: asyncio.Future[T]) -> None:
-        places.release()
-        if not future.cancelled():
-            future.exception()
-
-    running.add_done_callback(ended)
-    return await asyncio.shield(running)
-
-
 ANSWERS: Answers = {
     GenerateRequest: generate,
-    CountRequest: lambda loaded, request: unmeasured(request, _count(loaded, request)),
-    DetokenizeRequest: lambda loaded, request: unmeasured(request, _text(loaded, request)),
+    CountRequest: lambda loaded, request: unmeasured(
+        request, counted(loaded.prompter, loaded.turns.counting, request)
+    ),
+    DetokenizeRequest: lambda loaded, request: unmeasured(
+        request, text_of(loaded.engine, loaded.turns.counting, request)
+    ),
 }
