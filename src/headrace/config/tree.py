@@ -170,6 +170,9 @@ class HttpSettings(_Frozen):
     list_aliases: bool = Field(
         default=False, description="list each alias as a model of its own at /v1/models"
     )
+    max_batch_bytes: int = Field(
+        default=4 * 2**30, ge=0, description="files of batches in all; 0 switches batches off"
+    )
 
 
 class Rules(_Frozen):
@@ -342,6 +345,11 @@ class Config(_Frozen):
         if self.server.state is not None or self.server.port == 0:
             return self.server.state
         return self.home / "services" / f"{self.server.port}.json"
+
+    @property
+    def batch_folder(self) -> Path:
+        """Folder of the batches of this service."""
+        return self.home / "batches" / str(self.server.port)
 
 
 TABLES: dict[str, type[BaseModel]] = {"server": ServerSettings, "telemetry": TelemetrySettings}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import cast
@@ -16,7 +16,6 @@ from headrace.core.events import Delta, Event, FinishReason, Progress, Text, Tok
 from headrace.core.media import images_of
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
 from headrace.core.stream import merge
-from headrace.core.tools import Tool
 from headrace.engines.abilities import PromptScorer
 from headrace.engines.base import (
     Admitted,
@@ -28,6 +27,7 @@ from headrace.engines.base import (
 )
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
+from headrace.worker.lines import LineLimiter
 from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
 from headrace.worker.scored import prompt_events
@@ -88,29 +88,12 @@ async def _compiled(
     Raises:
         InvalidRequest: it cannot be enforced; names the tool, if it is made of tools.
     """
-    compiler, client = loaded.compiler, request.client
-    try:
-        compiled = await compiler.compile(constraint, client)
-    except InvalidRequest as error:
-        if request.constraint is not None:
-            raise
-        for tool in request.tool_choice.allowed(request.tools):
-            alone = Constraint(json_schema=tool.parameters or {})
-            await _check_tool(compiler.compile(alone, client), tool)
-        raise InvalidRequest(error.message, param="tools") from None
+    compiled = await loaded.compiler.compile_for(request, constraint)
     enforcing = job.enforcing(compiled)
     enforced = enforcing.choices[0].constraint
     if job.before[0] and enforced is not None and enforced is not compiled:
-        await compiler.compile(enforced, client)
+        await loaded.compiler.compile(enforced, request.client)
     return enforcing
-
-
-async def _check_tool(compiling: Awaitable[Constraint], tool: Tool) -> None:
-    try:
-        await compiling
-    except InvalidRequest as error:
-        message = f"The parameters of the tool {tool.name}: {error.message}"
-        raise InvalidRequest(message, param="tools") from None
 
 
 class _Choice:
@@ -123,6 +106,8 @@ class _Choice:
         self._job = job
         self._request = job.choices[index]
         self._text = TextPipeline(job.stops)
+        limits = turn.request.line_limits
+        self._lines = LineLimiter(limits) if limits else None
         self._parts: PartsPipeline | None = None
         if job.splitter is not None:
             request = turn.request
@@ -200,8 +185,8 @@ class _Choice:
 
     def _is_full(self) -> bool:
         is_full = self._most is not None and self._tokens >= self._most
-        if is_full:
-            self.reason = "length"
+        if is_full or (self._lines is not None and self._lines.is_over):
+            self.reason, is_full = "length", True
         return is_full
 
     async def _end(self) -> None:
@@ -220,6 +205,8 @@ class _Choice:
             self._note_parts("", events)
             return events
         rest = self._text.flush()
+        if self._lines is not None:
+            rest = self._lines.feed(rest) + self._lines.flush()
         self._note(rest)
         return (Delta(rest, index=self._index),) if rest else ()
 
@@ -266,6 +253,8 @@ class _Choice:
             self._think(self._job.answered_thought)
             return [Delta("", request.answered, self._index), *events]
         shown = self._text.feed(text.encode())
+        if self._lines is not None:
+            shown = self._lines.feed(shown)
         self._turn.answered(shown)
         return (Delta(shown, request.answered),)
 
@@ -357,6 +346,8 @@ class _Choice:
             if self._parts is not None:
                 return self._split(self._parts, event, may_stop=may_stop)
             text = (self._text.feed if may_stop else self._text.feed_unstopped)(event.data)
+            if self._lines is not None:
+                text = self._lines.feed(text)
             meter.delta(tokens, visible=bool(text))
             self._note(text)
             return (Delta(text, event.token_ids, self._index, "", event.logprobs),)
@@ -375,8 +366,10 @@ class _Choice:
         return ()
 
 
-async def _count(loaded: Loaded, request: CountRequest) -> TokenCount:
+async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
     # Off the event loop, and beside any generation.
+    if request.as_text:
+        return Text(await asyncio.to_thread(loaded.prompter.rendered, request))
     with until_left() as gone:
         token_ids = await asyncio.to_thread(loaded.prompter.count, request, gone)
     seen = sum(image.tokens for turn in request.messages or () for image in images_of(turn.content))
