@@ -10,7 +10,8 @@ import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -18,10 +19,15 @@ import msgspec
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, GenerationFailed, InvalidRequest
 from headrace.core.request import GenerateRequest
+from headrace.core.schema import Schema
 from headrace.core.tools import Tool
 from headrace.text.grammar import grammar, without_formats
 
+if TYPE_CHECKING:
+    from headrace.worker.prompt import Job
+
 _NAMES = {"json_schema": "JSON schema", "lark": "grammar"}
+_NO_TOOLS: Mapping[str, Schema] = {}
 _COMPILING, _CHECKING = 2, 1
 _WALL_S = 20.0
 _IDLE_S = 60.0
@@ -55,13 +61,19 @@ class Compiler:
         self._idle: list[tuple[Process, asyncio.TimerHandle]] = []
         self._compiled: OrderedDict[bytes, Constraint | None] = OrderedDict()
 
-    async def compile(self, constraint: Constraint, client: str = "") -> Constraint:
+    async def compile(
+        self, constraint: Constraint, client: str = "", tools: Mapping[str, Schema] = _NO_TOOLS
+    ) -> Constraint:
         """Compile a constraint, once; return it as engines take it.
+
+        `tools` are the schemas of the tools that it is made of, by name.
 
         Raises:
             InvalidRequest: it cannot be enforced, or takes too much to compile; names the place.
         """
         job = await asyncio.to_thread(_job, constraint)
+        if tools:
+            job["tools"] = {name: without_formats(tools[name], strict=False) for name in tools}
         key = hashlib.blake2b(msgspec.json.encode(job)).digest()
         if key in self._compiled:
             self._compiled.move_to_end(key)
@@ -69,6 +81,9 @@ class Compiler:
         lock = self._clients.get(client) or self._clients.setdefault(client, asyncio.Lock())
         async with lock, self._compiling:
             reply = await self._run(job)
+        if reply.reason and tools and reply.path:
+            problem = f"The JSON schema of the tool {reply.path[0]} {reply.reason}."
+            raise InvalidRequest(problem, param="tools")
         if reply.reason:
             raise constraint.refusal(reply.reason, reply.path)
         converted = Constraint(lark=reply.lark) if reply.lark else None
@@ -77,6 +92,20 @@ class Compiler:
             self._compiled.popitem(last=False)
         return converted or constraint
 
+    async def enforced(self, job: Job, request: GenerateRequest) -> Job:
+        """Return the job of a request with the constraint that the engine enforces.
+
+        Raises:
+            InvalidRequest: as `compile_for`.
+        """
+        assert job.constraint is not None
+        compiled = await self.compile_for(request, job.constraint)
+        enforcing = job.enforcing(compiled)
+        enforced = enforcing.choices[0].constraint
+        if job.before[0] and enforced is not None and enforced is not compiled:
+            await self.compile(enforced, request.client)
+        return enforcing
+
     async def compile_for(self, request: GenerateRequest, constraint: Constraint) -> Constraint:
         """Compile the constraint of a request, or the one that was made of its tools.
 
@@ -84,7 +113,7 @@ class Compiler:
             InvalidRequest: as `compile`; names the tool whose schema cannot be enforced.
         """
         try:
-            return await self.compile(constraint, request.client)
+            return await self.compile(constraint, request.client, request.enforced_tools)
         except InvalidRequest as error:
             if request.constraint is not None:
                 raise

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
-from typing import cast
+from functools import partial
+from typing import TypeVar, cast
 
 import msgspec
 
@@ -32,6 +33,8 @@ from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
 from headrace.worker.scored import prompt_events
 from headrace.worker.turn import Answers, Served, Turn, unmeasured, until_left
+
+T = TypeVar("T")
 
 
 class Loaded(Served, frozen=True, kw_only=True):
@@ -59,7 +62,7 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         if job.constraint is not None:
             # Before the engine compiles it, which cannot be stopped.
             with turn.meter.compiling():
-                job = await turn.within(_compiled(loaded, job, job.constraint, request))
+                job = await turn.within(loaded.compiler.enforced(job, request))
         if request.prompt_candidates is not None:
             scorer, token_ids = cast("PromptScorer", loaded.engine), job.choices[0].token_ids
             async with aclosing(prompt_events(turn, scorer, token_ids)) as prompt:
@@ -78,22 +81,6 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         finally:
             await stream.aclose()
         yield turn.finish([c.reason for c in choices], [c.stop for c in choices])
-
-
-async def _compiled(
-    loaded: Loaded, job: Job, constraint: Constraint, request: GenerateRequest
-) -> Job:
-    """Return the job with the constraint that the engine enforces.
-
-    Raises:
-        InvalidRequest: it cannot be enforced; names the tool, if it is made of tools.
-    """
-    compiled = await loaded.compiler.compile_for(request, constraint)
-    enforcing = job.enforcing(compiled)
-    enforced = enforcing.choices[0].constraint
-    if job.before[0] and enforced is not None and enforced is not compiled:
-        await loaded.compiler.compile(enforced, request.client)
-    return enforcing
 
 
 class _Choice:
@@ -369,9 +356,11 @@ class _Choice:
 async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
     # Off the event loop, and beside any generation.
     if request.as_text:
-        return Text(await asyncio.to_thread(loaded.prompter.rendered, request))
+        rendered = partial(loaded.prompter.rendered, request)
+        return Text(await _in_few_threads(loaded.turns.counting, rendered))
     with until_left() as gone:
-        token_ids = await asyncio.to_thread(loaded.prompter.count, request, gone)
+        count = partial(loaded.prompter.count, request, gone)
+        token_ids = await _in_few_threads(loaded.turns.counting, count)
     seen = sum(image.tokens for turn in request.messages or () for image in images_of(turn.content))
     if seen:
         # The tokens of an image are known to the engine that has computed them.
@@ -380,7 +369,25 @@ async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
 
 
 async def _text(loaded: Loaded, request: DetokenizeRequest) -> Text:
-    return Text(await asyncio.to_thread(loaded.engine.detokenize, request.token_ids))
+    detokenize = partial(loaded.engine.detokenize, request.token_ids)
+    return Text(await _in_few_threads(loaded.turns.counting, detokenize))
+
+
+async def _in_few_threads(places: asyncio.Semaphore, work: Callable[[], T]) -> T:
+    """Run off the event loop and beside any generation; its place is free when it has ended.
+
+    A thread goes on when nothing waits for it any more.
+    """
+    await places.acquire()
+    running = asyncio.get_running_loop().run_in_executor(None, work)
+
+    def ended(future: asyncio.Future[T]) -> None:
+        places.release()
+        if not future.cancelled():
+            future.exception()
+
+    running.add_done_callback(ended)
+    return await asyncio.shield(running)
 
 
 ANSWERS: Answers = {
