@@ -157,7 +157,8 @@ async def test_many_random_schemas(smol: AsyncModelWorker) -> None:
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("number", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [4, pytest.param(50, marks=pytest.mark.slow)])
 async def test_random_schemas_by_transformers(smollm2_path: Path, number: int) -> None:
     """Issue 13, shown 3: the same on another engine, whose sampler asks llguidance itself."""
     from tests import models_made

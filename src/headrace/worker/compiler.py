@@ -11,15 +11,20 @@ import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import msgspec
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, GenerationFailed, InvalidRequest
+from headrace.core.request import GenerateRequest
 from headrace.core.schema import Schema
+from headrace.core.tools import Tool
 from headrace.text.grammar import grammar, without_formats
+
+if TYPE_CHECKING:
+    from headrace.worker.prompt import Job
 
 _NAMES = {"json_schema": "JSON schema", "lark": "grammar"}
 _NO_TOOLS: Mapping[str, Schema] = {}
@@ -86,6 +91,42 @@ class Compiler:
         if len(self._compiled) > _REMEMBERED:
             self._compiled.popitem(last=False)
         return converted or constraint
+
+    async def enforced(self, job: Job, request: GenerateRequest) -> Job:
+        """Return the job of a request with the constraint that the engine enforces.
+
+        Raises:
+            InvalidRequest: as `compile_for`.
+        """
+        assert job.constraint is not None
+        compiled = await self.compile_for(request, job.constraint)
+        enforcing = job.enforcing(compiled)
+        enforced = enforcing.choices[0].constraint
+        if job.before[0] and enforced is not None and enforced is not compiled:
+            await self.compile(enforced, request.client)
+        return enforcing
+
+    async def compile_for(self, request: GenerateRequest, constraint: Constraint) -> Constraint:
+        """Compile the constraint of a request, or the one that was made of its tools.
+
+        Raises:
+            InvalidRequest: as `compile`; names the tool whose schema cannot be enforced.
+        """
+        try:
+            return await self.compile(constraint, request.client, request.enforced_tools)
+        except InvalidRequest as error:
+            if request.constraint is not None:
+                raise
+            for tool in request.tool_choice.allowed(request.tools):
+                await self._check_tool(tool, request.client)
+            raise InvalidRequest(error.message, param="tools") from None
+
+    async def _check_tool(self, tool: Tool, client: str) -> None:
+        try:
+            await self.compile(Constraint(json_schema=tool.parameters or {}), client)
+        except InvalidRequest as error:
+            message = f"The parameters of the tool {tool.name}: {error.message}"
+            raise InvalidRequest(message, param="tools") from None
 
     async def check(self, constraint: Constraint, text: str, *, cut: bool) -> None:
         """Check an answer; of one that was cut, only that it begins as it should.

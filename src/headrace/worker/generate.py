@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import TypeVar, cast
@@ -15,7 +15,6 @@ from headrace.core.errors import ConstraintViolated, InvalidRequest
 from headrace.core.events import Delta, Event, FinishReason, Progress
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
 from headrace.core.stream import merge
-from headrace.core.tools import Tool
 from headrace.engines.abilities import PromptScorer
 from headrace.engines.base import (
     Admitted,
@@ -62,7 +61,7 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         if job.constraint is not None:
             # Before the engine compiles it, which cannot be stopped.
             with turn.meter.compiling():
-                job = await turn.within(_compiled(loaded, job, job.constraint, request))
+                job = await turn.within(loaded.compiler.enforced(job, request))
         if request.prompt_candidates is not None:
             scorer, token_ids = cast("PromptScorer", loaded.engine), job.choices[0].token_ids
             async with aclosing(prompt_events(turn, scorer, token_ids)) as prompt:
@@ -81,39 +80,6 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         finally:
             await stream.aclose()
         yield turn.finish([c.reason for c in choices], [c.stop for c in choices])
-
-
-async def _compiled(
-    loaded: Loaded, job: Job, constraint: Constraint, request: GenerateRequest
-) -> Job:
-    """Return the job with the constraint that the engine enforces.
-
-    Raises:
-        InvalidRequest: it cannot be enforced; names the tool, if it is made of tools.
-    """
-    compiler, client, tools = loaded.compiler, request.client, request.enforced_tools
-    try:
-        compiled = await compiler.compile(constraint, client, tools)
-    except InvalidRequest as error:
-        if request.constraint is not None:
-            raise
-        for tool in request.tool_choice.allowed(request.tools):
-            alone = Constraint(json_schema=tool.parameters or {})
-            await _check_tool(compiler.compile(alone, client), tool)
-        raise InvalidRequest(error.message, param="tools") from None
-    enforcing = job.enforcing(compiled)
-    enforced = enforcing.choices[0].constraint
-    if job.before[0] and enforced is not None and enforced is not compiled:
-        await compiler.compile(enforced, client)
-    return enforcing
-
-
-async def _check_tool(compiling: Awaitable[Constraint], tool: Tool) -> None:
-    try:
-        await compiling
-    except InvalidRequest as error:
-        message = f"The parameters of the tool {tool.name}: {error.message}"
-        raise InvalidRequest(message, param="tools") from None
 
 
 class _Choice:

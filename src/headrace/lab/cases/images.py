@@ -49,7 +49,8 @@ def _request(subject: Subject, *parts: bytes | str, **fields: Any) -> GenerateRe
     """Return a greedy request with a message of texts and images."""
     pictures = Pictures()
     content = tuple(
-        part if isinstance(part, str) else pictures.add(part, "messages[0]") for part in parts
+        part if isinstance(part, str) else pictures.add(part, f"messages[0].content[{place}]")
+        for place, part in enumerate(parts)
     )
     given = {"max_tokens": TOKENS, "temperature": 0.0} | fields.pop("sampling", {})
     return GenerateRequest(
