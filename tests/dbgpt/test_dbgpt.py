@@ -350,7 +350,7 @@ def test_the_provider_as_a_client(cluster: Cluster) -> None:
     assert got["count"] == 3
     assert got["context"] == 1024
     assert got["failed"][0] == 1
-    assert "No model" in got["failed"][1]
+    assert "nothing" in got["failed"][1]
 
 
 def test_a_controller_that_restarts(cluster: Cluster) -> None:
