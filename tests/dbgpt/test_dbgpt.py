@@ -16,8 +16,10 @@ import httpx
 import openai
 import pytest
 from benchmarks import dbgpt_parts as parts
-from tests.conftest import MODEL_HOME
+from tests.conftest import MODEL_HOME, ROOT
 from tests.service.serving import Service, served
+
+from headrace import config
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(400)]
 
@@ -264,16 +266,42 @@ def test_its_traces_go_on_here(cluster: Cluster) -> None:
     until(lambda: any(trace.encode() in file.read_bytes() for file in files), 20)
 
 
+PAGE = (ROOT / "docs" / "coming-from-dbgpt.md").read_text(encoding="utf-8")
+RECIPES = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+
+
+def recipe(text: str, cluster: Cluster, name: str) -> str:
+    """Return a recipe of the page with the addresses of the test, and a name of its own."""
+    text = text.replace("http://127.0.0.1:11511", cluster.service.url)
+    text = text.replace("http://127.0.0.1:8000", cluster.controller.url)
+    return text.replace('name = "smollm2"', f'name = "{name}"')
+
+
+def test_the_recipes_of_a_worker_are_settings(tmp_path: Path) -> None:
+    """Issue 14.5: the first recipe, which the cluster of these tests follows."""
+    joined = [text for text in RECIPES if text.startswith("[dbgpt]")]
+    assert len(joined) == 2
+    for text in joined:
+        file = tmp_path / "headrace.toml"
+        file.write_text(text)
+        settings = config.load(file=file, environ={"HEADRACE_HOME": str(tmp_path)}).config.dbgpt
+        assert settings.controller
+
+
 @pytest.mark.parametrize("provider", ["proxy/openai", "proxy/headrace"])
 def test_its_own_worker_with_a_model_of_a_service(cluster: Cluster, provider: str) -> None:
-    """Issue 14.5: the other way; the package gives exact usage and reasons."""
-    name = provider.partition("/")[2] + "-model"
-    hooks = '[[service.model.worker.hooks]]\npath = "headrace_dbgpt.hook"\n'
-    base = f"{cluster.service.url}/v1"
-    ours = provider == "proxy/headrace"
-    with parts.own_worker(
-        cluster.folder, cluster.controller.url, name, provider, base, hooks if ours else ""
-    ):
+    """Issue 14.5: the second and the third recipe, as the page has them."""
+    name, ours = provider.partition("/")[2] + "-model", provider == "proxy/headrace"
+    (text,) = [text for text in RECIPES if f'provider = "{provider}"' in text]
+    text = recipe(text, cluster, name)
+    port = parts.free_port()
+    section = "[service.model.worker]\n"
+    place = f'host = "127.0.0.1"\nport = {port}\n'
+    if section not in text:
+        place += f'worker_type = "llm"\ncontroller_addr = "{cluster.controller.url}"\n'
+        text = f"{section}\n{text}"
+    text = text.replace(section, section + place)
+    with parts.part(cluster.folder, "worker", text, port, "/api/worker/models/supports"):
         until(lambda: cluster.rows().get(f"{name}@llm"))
         body: dict[str, Any] = {"messages": user("Name a river."), "max_tokens": 3}
         answer = cluster.post("chat/completions", model=name, **body).json()
@@ -284,6 +312,45 @@ def test_its_own_worker_with_a_model_of_a_service(cluster: Cluster, provider: st
         assert answer["choices"][0]["finish_reason"] == "length"
         assert answer["usage"]["completion_tokens"] == 3
         assert re.search(r'"completion_tokens": ?3\b', stream)
+
+
+PROVIDER = """
+import asyncio, json
+from dbgpt.core import ModelMessage, ModelRequest
+from headrace_dbgpt import HeadraceLLMClient
+
+async def main():
+    client = HeadraceLLMClient(api_base={base!r}, api_key="none", model="smollm2",
+                               model_alias="smollm2", context_length=7)
+    request = ModelRequest.build_request(
+        "smollm2", messages=[ModelMessage.build_human_message("Name a river.")],
+        temperature=0.0, max_new_tokens=4)
+    whole = await client.generate(request)
+    parts = [output async for output in client.generate_stream(request)]
+    bad = ModelRequest.build_request("nothing", messages=request.messages)
+    failed = [output async for output in client.generate_stream(bad)]
+    print("RESULT", json.dumps({{
+        "reasons": [whole.finish_reason, parts[-1].finish_reason],
+        "usages": [whole.usage, parts[-1].usage],
+        "count": await client.count_token("smollm2", "one two three"),
+        "context": (await client.models())[0].context_length,
+        "failed": [failed[-1].error_code, failed[-1].text],
+    }}))
+
+asyncio.run(main())
+"""
+
+
+def test_the_provider_as_a_client(cluster: Cluster) -> None:
+    """Issue 14.5: `headrace-dbgpt` in a program."""
+    code = PROVIDER.format(base=f"{cluster.service.url}/v1")
+    got = result(parts.python(cluster.folder, code))
+    assert got["reasons"] == ["length", "length"]
+    assert [usage["completion_tokens"] for usage in got["usages"]] == [4, 4]
+    assert got["count"] == 3
+    assert got["context"] == 1024
+    assert got["failed"][0] == 1
+    assert "nothing" in got["failed"][1]
 
 
 def test_a_controller_that_restarts(cluster: Cluster) -> None:

@@ -55,6 +55,7 @@ async def _or_failure(exchange: Exchange, work: Awaitable[None]) -> None:
     try:
         await work
     except Exception as error:
+        # Any exception becomes an output, but that of a client that has left.
         if isinstance(error, ClientGone):
             raise
         problem = exchange.problem(error)
