@@ -60,6 +60,12 @@ class ClusterAdmin:
             nodes=tuple(map(self._node, self.pool.links.values())),
         )
 
+    async def describe(self, model: str) -> None:
+        """Let a node read the header of a model that was not loaded yet; see `Admin`."""
+        nodes, name = self._served(model)
+        if nodes:
+            await self._order("describe", nodes[:1], name, {})
+
     async def load(self, model: str, changes: Mapping[str, Any] | None = None) -> ModelStatus:
         """Load a model at the node where it fits best, or at all that have it; see `Admin`."""
         nodes, name = self._named(model)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
-from headrace.config.fields import Fixed, Frozen, Words, host_text, words
+from headrace.config.fields import Fixed, Frozen, Words, plain_host, words
 
 
 class ClusterSettings(Frozen):
@@ -23,7 +23,7 @@ class ClusterSettings(Frozen):
     labels: Fixed[Words] = Field(
         default=(), description="labels of this node, that models name in `nodes`"
     )
-    wire_host: Fixed[Annotated[str, AfterValidator(host_text)]] = Field(
+    wire_host: Fixed[Annotated[str, AfterValidator(plain_host)]] = Field(
         default="127.0.0.1", description="address on which a node listens for fronts"
     )
     wire_port: Fixed[int] = Field(

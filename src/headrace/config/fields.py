@@ -1,10 +1,10 @@
-"""Types of the settings: words, addresses, and settings that need a restart."""
+"""Types of settings, and what reads them from text."""
 
 from __future__ import annotations
 
 import ipaddress
 import json
-from typing import Annotated, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
@@ -18,7 +18,12 @@ def words(value: object) -> object:
     return [word.strip() for word in value.split(",") if word.strip()]
 
 
-def host_text(value: str) -> str:
+def lower(value: object) -> object:
+    """Return text in lower case."""
+    return value.lower() if isinstance(value, str) else value
+
+
+def plain_host(value: str) -> str:
     """Return an address as the system writes it; one of IPv6 may be in the brackets of a URL."""
     name = value.strip().removeprefix("[").removesuffix("]")
     try:
@@ -37,9 +42,11 @@ Words = Annotated[tuple[str, ...], BeforeValidator(words)]
 
 
 class Frozen(BaseModel):
-    """A table of settings."""
+    """A table of settings; outside of it, its keys begin with `prefix`."""
 
     # Inputs are kept out of errors: one may be a secret.
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
     )
+
+    prefix: ClassVar[str] = ""

@@ -24,17 +24,14 @@ from pydantic import (
 )
 
 from headrace.config.cluster import ClusterSettings
-from headrace.config.fields import FIXED, Fixed, Frozen, Words, host_text, words
+from headrace.config.dbgpt import DbgptSettings
+from headrace.config.fields import FIXED, Fixed, Frozen, Words, lower, plain_host, words
 from headrace.core.model import SETTINGS, ModelSpec, Setting
 
 # A device and its amount, which headrace.machine turns into bytes.
 _AMOUNT = re.compile(
     r"(?:([a-z]+(?::\d+)?)=)?(?:\d+(?:\.\d+)? ?(?i:[kmgt]i?b?|b)|(?:100|\d{1,2}(?:\.\d+)?) ?%)"
 )
-
-
-def _lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
 
 
 def hash_key(key: str) -> str:
@@ -80,7 +77,7 @@ Keys = Annotated[tuple[str, ...], BeforeValidator(_hash_keys)]
 class HttpSettings(Frozen):
     """The address of `headrace serve`, its keys, and what it accepts."""
 
-    host: Fixed[Annotated[str, AfterValidator(host_text)]] = Field(
+    host: Fixed[Annotated[str, AfterValidator(plain_host)]] = Field(
         default="127.0.0.1", description="address to listen on; `::` is every one, IPv4 too"
     )
     port: Fixed[int] = Field(default=11511, ge=0, le=65535, description="port; 0 takes a free one")
@@ -127,16 +124,19 @@ class HttpSettings(Frozen):
         description="longest keep_alive of a request, once there are keys, without an admin's",
     )
     reasoning_field: Annotated[
-        Literal["reasoning_content", "reasoning", "both"], BeforeValidator(_lower)
+        Literal["reasoning_content", "reasoning", "both"], BeforeValidator(lower)
     ] = Field(
         default="reasoning_content",
         description="field of the thinking in chat answers: reasoning_content, reasoning, both",
     )
-    unknown_fields: Annotated[Literal["ignore", "warn", "refuse"], BeforeValidator(_lower)] = Field(
+    unknown_fields: Annotated[Literal["ignore", "warn", "refuse"], BeforeValidator(lower)] = Field(
         default="warn", description="unknown fields of a request: ignore, warn, refuse"
     )
     list_aliases: bool = Field(
         default=False, description="list each alias as a model of its own at /v1/models"
+    )
+    max_batch_bytes: int = Field(
+        default=4 * 2**30, ge=0, description="files of batches in all; 0 switches batches off"
     )
 
 
@@ -170,7 +170,7 @@ class ServerSettings(Rules, HttpSettings):
     memory: Annotated[tuple[str, ...], BeforeValidator(_amounts)] = Field(
         default=(), description="memory for models: 16GiB, 80%, cpu=16GiB, cuda:0=90%"
     )
-    confine: Fixed[Annotated[Literal["auto", "off"], BeforeValidator(_lower)]] = Field(
+    confine: Fixed[Annotated[Literal["auto", "off"], BeforeValidator(lower)]] = Field(
         default="auto", description="take from models' processes what they do not need"
     )
     state: Fixed[Path | None] = Field(
@@ -260,7 +260,7 @@ def _parser(hint: Any, setting: Setting) -> Callable[[object], object]:
         return setting.parse
     if _may_be(hint, (tuple,)):
         return words
-    return _lower if _may_be(hint, (Literal,)) else lambda value: value
+    return lower if _may_be(hint, (Literal,)) else lambda value: value
 
 
 def _field(field: msgspec.structs.FieldInfo) -> tuple[Any, Any]:
@@ -293,16 +293,17 @@ class Config(Frozen):
     default_model: str = Field(
         default="smollm2", min_length=1, description="model when none is named"
     )
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = (
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(lower)] = (
         Field(default="info", description="lowest level that is logged, to stderr")
     )
-    log_format: Annotated[Literal["text", "json"], BeforeValidator(_lower)] = Field(
+    log_format: Annotated[Literal["text", "json"], BeforeValidator(lower)] = Field(
         default="text", description="one line of text or of JSON for each record"
     )
     log_content: bool = Field(default=False, description="log prompts and answers too")
     server: ServerSettings = ServerSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     cluster: ClusterSettings = ClusterSettings()
+    dbgpt: DbgptSettings = DbgptSettings()
     models: dict[str, ModelSpec] = Field(default={})
 
     @property
@@ -312,10 +313,16 @@ class Config(Frozen):
             return self.server.state
         return self.home / "services" / f"{self.server.port}.json"
 
+    @property
+    def batch_folder(self) -> Path:
+        """Folder of the batches of this service."""
+        return self.home / "batches" / str(self.server.port)
 
-TABLES: dict[str, type[BaseModel]] = {
+
+TABLES: dict[str, type[Frozen]] = {
     "server": ServerSettings,
     "telemetry": TelemetrySettings,
+    "dbgpt": DbgptSettings,
     "cluster": ClusterSettings,
 }
 """The tables of the file other than the models."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo
@@ -55,6 +55,14 @@ class Admin(Protocol):
         """Return the status of all models and devices, without waiting."""
         ...
 
+    async def describe(self, model: str) -> None:
+        """Read the header of a model that was not loaded yet, which `models()` have then.
+
+        Raises:
+            HeadraceError: its file cannot be read.
+        """
+        ...
+
     async def load(self, model: str, changes: Mapping[str, Any] | None = None) -> ModelStatus:
         """Load a model that is not ready, and wait for it.
 
@@ -102,6 +110,7 @@ class Admin(Protocol):
         ...
 
 
+@runtime_checkable
 class ClusterAdmin(Admin, Protocol):
     """Operations on a cluster: those of an Admin, and on its nodes."""
 
