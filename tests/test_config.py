@@ -559,6 +559,7 @@ def declared(table: type[BaseModel]) -> dict[str, object]:
         ("`[server]`", declared(tree.ServerSettings)),
         ("`[telemetry]`", declared(tree.TelemetrySettings)),
         ("`[cluster]`", declared(tree.ClusterSettings)),
+        ("`[dbgpt]`", declared(tree.DbgptSettings)),
         ("`[models.NAME]`", declared(tree.ModelSettings)),
     ],
 )

@@ -175,16 +175,11 @@ def with_tool_format(info: ModelInfo, spec: ModelSpec) -> ModelInfo:
         return info
     try:
         template = ChatTemplate(info.chat_template, {})
+        return described(info, format_of(template, spec.tool_format))
     except ConfigError:
         return info
-    return described(info, format_of(template, spec.tool_format))
-
-
-def _described(spec: ModelSpec, config: Config) -> ModelInfo:
-    try:
-        return with_tool_format(describe(spec, config), spec)
     finally:
-        # Each model has a process that renders; the service has none of its own.
+        # Each model has a process that renders; this one needs none any more.
         renderer.end_idle()
 
 
@@ -287,7 +282,7 @@ def open_service(
         state=StateFile(config.state_file),
         reread=lambda: _reread(settings, *reread()),
         drain_s=config.server.drain_s,
-        describe=lambda spec: _described(spec, config),
+        describe=lambda spec: with_tool_format(describe(spec, config), spec),
     )
     admin.restore()
     return admin, Telemetry(admin, tracing, config.telemetry, config.home)

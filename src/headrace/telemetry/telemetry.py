@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -90,6 +90,10 @@ class Telemetry:
     def happened(self, event: PoolEvent) -> None:
         """Count an event of the pool."""
         self._instruments.happened(event)
+
+    def watch_controller(self, url: str, count: Callable[[], float]) -> None:
+        """Show the rows that a DB-GPT controller has of this worker."""
+        self._instruments.watch_controller(url, count)
 
     async def watch(self) -> None:
         """Measure the lag of the event loop, until cancelled."""

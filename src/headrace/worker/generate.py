@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
-from typing import cast
+from functools import partial
+from typing import TypeVar, cast
 
 import msgspec
 
@@ -16,6 +17,7 @@ from headrace.core.events import Delta, Event, FinishReason, Progress, Text, Tok
 from headrace.core.media import images_of
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
 from headrace.core.stream import merge
+from headrace.core.tools import Tool
 from headrace.engines.abilities import PromptScorer
 from headrace.engines.base import (
     Admitted,
@@ -32,6 +34,8 @@ from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
 from headrace.worker.scored import prompt_events
 from headrace.worker.turn import Answers, Served, Turn, unmeasured, until_left
+
+T = TypeVar("T")
 
 
 class Loaded(Served, frozen=True, kw_only=True):
@@ -59,7 +63,7 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         if job.constraint is not None:
             # Before the engine compiles it, which cannot be stopped.
             with turn.meter.compiling():
-                job = await turn.within(_compiled(loaded, job, job.constraint, request.client))
+                job = await turn.within(_compiled(loaded, job, job.constraint, request))
         if request.prompt_candidates is not None:
             scorer, token_ids = cast("PromptScorer", loaded.engine), job.choices[0].token_ids
             async with aclosing(prompt_events(turn, scorer, token_ids)) as prompt:
@@ -80,18 +84,37 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         yield turn.finish([c.reason for c in choices], [c.stop for c in choices])
 
 
-async def _compiled(loaded: Loaded, job: Job, constraint: Constraint, client: str) -> Job:
+async def _compiled(
+    loaded: Loaded, job: Job, constraint: Constraint, request: GenerateRequest
+) -> Job:
     """Return the job with the constraint that the engine enforces.
 
     Raises:
-        InvalidRequest: it cannot be enforced.
+        InvalidRequest: it cannot be enforced; names the tool, if it is made of tools.
     """
-    compiled = await loaded.compiler.compile(constraint, client)
+    compiler, client, tools = loaded.compiler, request.client, request.enforced_tools
+    try:
+        compiled = await compiler.compile(constraint, client, tools)
+    except InvalidRequest as error:
+        if request.constraint is not None:
+            raise
+        for tool in request.tool_choice.allowed(request.tools):
+            alone = Constraint(json_schema=tool.parameters or {})
+            await _check_tool(compiler.compile(alone, client), tool)
+        raise InvalidRequest(error.message, param="tools") from None
     enforcing = job.enforcing(compiled)
     enforced = enforcing.choices[0].constraint
     if job.before[0] and enforced is not None and enforced is not compiled:
-        await loaded.compiler.compile(enforced, client)
+        await compiler.compile(enforced, client)
     return enforcing
+
+
+async def _check_tool(compiling: Awaitable[Constraint], tool: Tool) -> None:
+    try:
+        await compiling
+    except InvalidRequest as error:
+        message = f"The parameters of the tool {tool.name}: {error.message}"
+        raise InvalidRequest(message, param="tools") from None
 
 
 class _Choice:
@@ -191,8 +214,9 @@ class _Choice:
         if self._stops.stopped:
             self.reason = "stop"
         await self._check()
-        if self._parts is not None and self._parts.calls and self.reason == "stop":
-            self.reason = "tool_calls"
+        if self._parts is not None and self._parts.calls:
+            self._turn.meter.called(len(self._parts.calls))
+            self.reason = "tool_calls" if self.reason == "stop" else self.reason
 
     def _rest(self) -> Sequence[Output]:
         """Return the events of what was held back."""
@@ -366,9 +390,11 @@ class _Choice:
 async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
     # Off the event loop, and beside any generation.
     if request.as_text:
-        return Text(await asyncio.to_thread(loaded.prompter.rendered, request))
+        rendered = partial(loaded.prompter.rendered, request)
+        return Text(await _in_few_threads(loaded.turns.counting, rendered))
     with until_left() as gone:
-        token_ids = await asyncio.to_thread(loaded.prompter.count, request, gone)
+        count = partial(loaded.prompter.count, request, gone)
+        token_ids = await _in_few_threads(loaded.turns.counting, count)
     seen = sum(image.tokens for turn in request.messages or () for image in images_of(turn.content))
     if seen:
         # The tokens of an image are known to the engine that has computed them.
@@ -377,7 +403,25 @@ async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
 
 
 async def _text(loaded: Loaded, request: DetokenizeRequest) -> Text:
-    return Text(await asyncio.to_thread(loaded.engine.detokenize, request.token_ids))
+    detokenize = partial(loaded.engine.detokenize, request.token_ids)
+    return Text(await _in_few_threads(loaded.turns.counting, detokenize))
+
+
+async def _in_few_threads(places: asyncio.Semaphore, work: Callable[[], T]) -> T:
+    """Run off the event loop and beside any generation; its place is free when it has ended.
+
+    A thread goes on when nothing waits for it any more.
+    """
+    await places.acquire()
+    running = asyncio.get_running_loop().run_in_executor(None, work)
+
+    def ended(future: asyncio.Future[T]) -> None:
+        places.release()
+        if not future.cancelled():
+            future.exception()
+
+    running.add_done_callback(ended)
+    return await asyncio.shield(running)
 
 
 ANSWERS: Answers = {
