@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from pydantic import BaseModel
 
-from headrace import __version__, machine
+from headrace import __version__, checks, machine
 from headrace import config as configuration
 from headrace import engines as engine_registry
 from headrace.cluster.local import NodePool, NodePoolAdmin
@@ -20,7 +20,6 @@ from headrace.core.model import ModelFile, ModelInfo, ModelSpec
 from headrace.core.parameters import Parameter
 from headrace.core.status import Plan
 from headrace.engines import EngineStatus, measured
-from headrace.engines.base import check_task
 from headrace.log import LogSettings
 from headrace.machine import SystemInfo, confine
 from headrace.models import library
@@ -45,7 +44,6 @@ from headrace.pool.replica import PooledWorker
 from headrace.pool.state import StateFile
 from headrace.telemetry import otel
 from headrace.text import renderer
-from headrace.text.calls.families import FAMILIES
 from headrace.text.template import ChatTemplate
 from headrace.worker.chat import format_of
 from headrace.worker.process import Spawn, WarmProcess, WorkerProcess, spawn
@@ -95,36 +93,11 @@ def load_settings(**sources: Any) -> Settings:
     settings = configuration.load(
         known_options=engine_options(),
         import_options=engine_registry.options,
-        verify=_verify,
+        verify=checks.verify,
         **sources,
     )
     library.use(settings.config.home)
     return settings.with_upstreams(PROVIDERS)
-
-
-def _verify(spec: ModelSpec) -> None:
-    if spec.tool_format is not None and spec.tool_format not in FAMILIES:
-        raise ConfigError(
-            f"{spec.tool_format} is none of {', '.join(FAMILIES)}.", param="tool_format"
-        )
-    _check_task(spec)
-
-
-def _check_task(spec: ModelSpec) -> None:
-    """Check that what is to run a model has its task.
-
-    Raises:
-        ConfigError: its provider or its engine has not.
-    """
-    if spec.task is None:
-        return
-    engine = spec.engine
-    if is_remote(spec.model):
-        provider = PROVIDERS[spec.model.partition(":")[0]]
-        engine = engine or provider.engine
-        check_task(spec.task, provider.title, provider.tasks)
-    if engine is not None:
-        check_task(spec.task, f"Engine {engine}", engine_registry.about(engine).tasks)
 
 
 def store(config: Config) -> Store:

@@ -146,9 +146,6 @@ class FakeNode:
         self.refusal: HeadraceError | None = None
         self.broken: HeadraceError | None = None
 
-    async def describe(self, model: str) -> None:
-        """Know all from the beginning."""
-
     async def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
         assert isinstance(request, GenerateRequest)
         self.requests.append(request)
@@ -209,7 +206,7 @@ class FakeNode:
         device = DeviceStatus(name="cpu", total=9, budget=9, booked=0, free=9)
         return PoolStatus(models=models, devices=(device,))
 
-    def drain(self, on: bool) -> None:
+    def set_draining(self, on: bool) -> None:
         if on != self.draining:
             self.draining = on
             self.drained_at = clock() if on else float("inf")
@@ -240,6 +237,9 @@ class FakeNode:
 
     async def plan(self, model: str) -> Plan:
         raise Draining("no test plans")
+
+    async def describe(self, model: str) -> None:
+        raise Draining("no test describes")
 
     async def reload(self) -> Reloaded:
         return Reloaded()

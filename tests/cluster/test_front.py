@@ -167,7 +167,7 @@ def test_a_drained_node_ends_its_answers_and_gets_no_more() -> None:
             def drain(name: str) -> None:
                 node = cluster.host(name).node
                 assert node is not None
-                node.drain(on=True)
+                node.set_draining(on=True)
 
             reply = await answer(cluster, request, drain)
             assert reply.text == counted(30)

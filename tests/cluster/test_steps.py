@@ -139,7 +139,7 @@ class World:
         elif host.node is None:
             host.start()
         elif host.node.draining:
-            host.node.drain(on=False)
+            host.node.set_draining(on=False)
 
     def silence(self, host: Host) -> None:
         if host.node is not None and host.address not in self.network.held:
@@ -148,7 +148,7 @@ class World:
 
     def drain(self, host: Host) -> None:
         if host.node is not None:
-            host.node.drain(on=self.random.random() < 0.5)
+            host.node.set_draining(on=self.random.random() < 0.5)
 
     def forget(self, _host: Host) -> None:
         """The directory restarts, and knows none for a while."""
@@ -188,7 +188,7 @@ class World:
             self.network.release(host.address)
             if host.node is None:
                 host.start()
-            host.node.drain(on=False) if host.node else None
+            host.node.set_draining(on=False) if host.node else None
         await asyncio.sleep(60.0)
         self.check()
         assert not self.asked, "a request waits without end"

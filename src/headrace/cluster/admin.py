@@ -61,7 +61,10 @@ class ClusterAdmin:
         )
 
     async def describe(self, model: str) -> None:
-        """Do nothing: nodes describe their models."""
+        """Let a node read the header of a model that was not loaded yet; see `Admin`."""
+        nodes, name = self._served(model)
+        if nodes:
+            await self._order("describe", nodes[:1], name, {})
 
     async def load(self, model: str, changes: Mapping[str, Any] | None = None) -> ModelStatus:
         """Load a model at the node where it fits best, or at all that have it; see `Admin`."""

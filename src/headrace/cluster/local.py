@@ -23,7 +23,7 @@ class NodePoolAdmin(PoolAdmin):
         """Whether the node takes no new requests: by an order, or as it ends."""
         return self._is_drained or self.pool.draining
 
-    def drain(self, on: bool) -> None:
+    def set_draining(self, on: bool) -> None:
         """Take no new requests from fronts, or take them again."""
         self._is_drained = on
 

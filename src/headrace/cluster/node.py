@@ -294,6 +294,9 @@ async def carried_out(admin: NodeAdmin, order: Order) -> Done:
             return Done(order.id, reloaded=await admin.reload())
         case "place":
             return Done(order.id, status=admin.place(model, int(changes.get("copies", 1))))
+        case "describe":
+            await admin.describe(model)
+            return Done(order.id)
         case "drain":
-            admin.drain(bool(changes.get("on", True)))
+            admin.set_draining(bool(changes.get("on", True)))
             return Done(order.id)

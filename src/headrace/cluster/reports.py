@@ -24,7 +24,7 @@ class NodeAdmin(Admin, Protocol):
         """Whether the node takes no new requests."""
         ...
 
-    def drain(self, on: bool) -> None:
+    def set_draining(self, on: bool) -> None:
         """Take no new requests from fronts, or take them again."""
         ...
 

@@ -30,7 +30,9 @@ MAX_UNSENT = 16 << 20
 """Bytes that wait for a front to read them; beyond that the streams to it wait."""
 
 Side = Literal["front", "node"]
-Action = Literal["load", "unload", "restart", "update", "plan", "reload", "place", "drain"]
+Action = Literal[
+    "load", "unload", "restart", "update", "plan", "reload", "place", "drain", "describe"
+]
 
 
 class Address(NamedTuple):

@@ -365,10 +365,8 @@ class ModelEntry:
         return retiring
 
     def _new_replicas(self, spec: ModelSpec) -> list[Replica]:
-        return [
-            Replica(spec, number, next(_serials), self._clock)
-            for number in range(self.copies or spec.replicas)
-        ]
+        count = self.copies or spec.replicas
+        return [Replica(spec, number, next(_serials), self._clock) for number in range(count)]
 
     def _capacity(self, ticket: Ticket, waiting: int) -> int:
         """Return how many requests of its class may wait, with a ticket that is about to join."""

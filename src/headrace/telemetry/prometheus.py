@@ -357,6 +357,7 @@ class _State(NamedTuple):
 
 
 _STATES = (
+    _State("headrace_cluster_nodes", "Nodes of the cluster by state.", _nodes, ("state",)),
     _State("headrace_requests_running", "Requests that hold a slot.", _by_model("running")),
     _State("headrace_requests_queued", "Requests that wait for a slot.", _by_model("queued")),
     _State("headrace_slots", "Requests that can run at once.", _by_model("max_running")),
@@ -387,12 +388,9 @@ _STATES = (
 )
 
 
-_NODES = _State("headrace_cluster_nodes", "Nodes of the cluster by state.", _nodes, ("state",))
-
-
 def gauges(status: PoolStatus) -> Iterator[Metric]:
     """Yield the metrics of a pool, with a series for each model, state and device."""
-    for state in (*_STATES, _NODES) if status.nodes else _STATES:
+    for state in _STATES if status.nodes else _STATES[1:]:
         family = CounterMetricFamily if state.name.endswith("_total") else GaugeMetricFamily
         metric = family(state.name, state.help, labels=state.labels)
         for labels, value in state.read(status):
