@@ -7,7 +7,7 @@ import contextlib
 import selectors
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
@@ -115,6 +115,9 @@ class Machine:
     def remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
         assert devices
         assert load_s >= 0
+
+    def without_file(self, spec: ModelSpec) -> Self:
+        return self
 
     def largest_context(self, spec: ModelSpec, budgets: dict[str, int]) -> int | None:
         return 4096

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,9 +12,10 @@ from msgspec import Meta
 
 from headrace.api import fields
 from headrace.api.answers import AnswerHead, ChunkHead, PromptPlace, prompt_places
+from headrace.api.custom_tools import FreeText, free_text
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.fields import Peers, ReasoningField
-from headrace.api.images import HELD, Fetched, body_limit, check_text, fetch
+from headrace.api.images import ImageReader, body_limit, held
 from headrace.api.limits import ApiSettings
 from headrace.api.logprobs import TokenBody, token_bodies
 from headrace.api.messages import (
@@ -24,6 +24,7 @@ from headrace.api.messages import (
     ThinkingFields,
     Tools,
     WireChoice,
+    custom_names,
     image_urls,
     to_choice,
     to_messages,
@@ -41,7 +42,6 @@ from headrace.core.events import (
     ToolCall,
     ToolCallDelta,
 )
-from headrace.core.media import MAX_IMAGE_BYTES, Pictures
 from headrace.core.request import GenerateRequest
 
 
@@ -86,12 +86,20 @@ class FunctionBody(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str | None = None
 
 
+class CustomBody(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The text of a call of a custom tool. In a stream only the first part has the name."""
+
+    input: str
+    name: str | None = None
+
+
 class ToolCallBody(msgspec.Struct, frozen=True, kw_only=True):
-    """A call of a tool."""
+    """A call of a tool: of a function, or of a custom tool."""
 
     id: str
-    type: Literal["function"] = "function"
-    function: FunctionBody
+    type: Literal["function", "custom"] = "function"
+    function: FunctionBody | msgspec.UnsetType = msgspec.UNSET
+    custom: CustomBody | msgspec.UnsetType = msgspec.UNSET
 
 
 class ToolCallPart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -99,8 +107,9 @@ class ToolCallPart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
     index: int
     id: str | None = None
-    type: Literal["function"] | None = None
-    function: FunctionBody
+    type: Literal["function", "custom"] | None = None
+    function: FunctionBody | None = None
+    custom: CustomBody | None = None
 
 
 class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
@@ -185,24 +194,9 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
     """Answer a conversation, streamed or whole."""
     wire = await exchange.read(_DECODER, body_limit(service, exchange.settings))
     exchange.call.names = wire.names()
-    urls = image_urls(wire.messages)
-    sent = sum(len(url) for url, _ in urls)
-    check_text(exchange, sent)
-    if not urls:
-        request = to_request(wire, exchange.settings, exchange.call)
-        await _answer(service, exchange, wire, request)
-        return
-    remote = {url: place for url, place in reversed(urls) if url[:4].lower() == "http"}
-    del urls
-    with HELD.hold(sent + (MAX_IMAGE_BYTES if remote else 0)):
-        fetched: Fetched = {}
-        if remote and exchange.settings.media_hosts:
-            hosts = exchange.settings.media_hosts
-            fetched = await exchange.unless_gone(fetch(remote, hosts))
-        # Decoding takes long, and the texts are not kept while the answer runs.
-        request = await asyncio.to_thread(
-            to_request, wire, exchange.settings, exchange.call, fetched
-        )
+    async with held(exchange, image_urls(wire.messages)) as translation:
+        request = await translation.run(partial(to_request, wire, exchange.settings, exchange.call))
+        # The texts are not kept while the answer runs.
         wire = msgspec.structs.replace(wire, messages=[])
         await _answer(service, exchange, wire, request)
 
@@ -210,15 +204,19 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
 async def _answer(
     service: Service, exchange: Exchange, wire: ChatRequest, request: GenerateRequest
 ) -> None:
-    field = exchange.settings.reasoning_field
-    reply = Reply("chatcmpl-", _FORMATS[field], request.n, partial(_whole, field))
+    field, custom = exchange.settings.reasoning_field, custom_names(wire.tools)
+    form = _FORMATS[field]
+    if custom:
+        parts = _CustomParts(custom)
+        form = replace(form, call=parts.part, rest=parts.rest)
+    reply = Reply("chatcmpl-", form, request.n, partial(_whole, field, custom))
     await answer(service, exchange, wire, service.backend.ask(request), reply)
 
 
 def to_request(
-    wire: ChatRequest, settings: ApiSettings, call: Call, fetched: Fetched | None = None
+    wire: ChatRequest, settings: ApiSettings, call: Call, reader: ImageReader | None = None
 ) -> GenerateRequest:
-    """Build the core request; `fetched` are the images of other hosts.
+    """Build the core request; `reader` has its images afterwards.
 
     Raises:
         InvalidRequest: fields contradict each other, or a value is out of its range.
@@ -229,10 +227,10 @@ def to_request(
     if wire.top_logprobs is not None and not wire.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
     logprobs = (wire.top_logprobs or 0) if wire.logprobs else None
-    pictures = Pictures()
+    reader = reader or ImageReader()
     return GenerateRequest(
-        messages=to_messages(wire.messages, pictures=pictures, fetched=fetched),
-        media=pictures.data,
+        messages=to_messages(wire.messages, reader=reader),
+        media=reader.pictures.data,
         sampling=to_sampling(
             wire, max_tokens=max_tokens if preferred is None else preferred, logprobs=logprobs
         ),
@@ -244,24 +242,52 @@ def to_request(
     )
 
 
+class _CustomParts:
+    """Writes the parts of calls in a stream where some of the tools take text."""
+
+    def __init__(self, custom: frozenset[str]) -> None:
+        self._custom = custom
+        self._texts: dict[tuple[int, int], FreeText] = {}
+
+    def part(self, delta: ToolCallDelta) -> dict[str, Any]:
+        """Return the delta of a part."""
+        place = (delta.index, delta.call)
+        if delta.name in self._custom:
+            self._texts[place] = FreeText()
+        if (text := self._texts.get(place)) is None:
+            return {"tool_calls": [_call_part(delta)]}
+        body = CustomBody(text.feed(delta.arguments), delta.name or None)
+        head: Any = {"id": delta.id, "type": "custom"} if delta.name else {}
+        return {"tool_calls": [ToolCallPart(index=delta.call, custom=body, **head)]}
+
+    def rest(self, index: int) -> Iterator[dict[str, Any]]:
+        """Yield what calls of a choice have left at its end."""
+        for (choice, call), text in self._texts.items():
+            if choice == index and (left := text.flush()):
+                yield {"tool_calls": [ToolCallPart(index=call, custom=CustomBody(left))]}
+
+
 def _whole(
-    field: ReasoningField, head: dict[str, Any], choices: tuple[Choice, ...]
+    field: ReasoningField,
+    custom: frozenset[str],
+    head: dict[str, Any],
+    choices: tuple[Choice, ...],
 ) -> ChatCompletion:
     scored = choices[0].prompt_tokens
     return ChatCompletion(
         **head,
-        choices=[_choice(field, choice) for choice in choices],
+        choices=[_choice(field, custom, choice) for choice in choices],
         prompt_logprobs=prompt_places(scored) if scored else msgspec.UNSET,
     )
 
 
-def _choice(field: ReasoningField, choice: Choice) -> ChatChoice:
+def _choice(field: ReasoningField, custom: frozenset[str], choice: Choice) -> ChatChoice:
     thinking = choice.reasoning or msgspec.UNSET
     message = AssistantMessage(
         content=choice.text or (None if choice.tool_calls else ""),
         reasoning_content=msgspec.UNSET if field == "reasoning" else thinking,
         reasoning=msgspec.UNSET if field == "reasoning_content" else thinking,
-        tool_calls=[*map(_call, choice.tool_calls)] or msgspec.UNSET,
+        tool_calls=[_call(call, custom) for call in choice.tool_calls] or msgspec.UNSET,
     )
     return ChatChoice(
         index=choice.index,
@@ -271,7 +297,10 @@ def _choice(field: ReasoningField, choice: Choice) -> ChatChoice:
     )
 
 
-def _call(call: ToolCall) -> ToolCallBody:
+def _call(call: ToolCall, custom: frozenset[str]) -> ToolCallBody:
+    if call.name in custom:
+        text = CustomBody(free_text(call.arguments), call.name)
+        return ToolCallBody(id=call.id, type="custom", custom=text)
     return ToolCallBody(id=call.id, function=FunctionBody(call.arguments, call.name))
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta
 
 from headrace.api import dialect_fields, limits
+from headrace.api.custom_tools import Syntax
 from headrace.api.fields import Body, Peers
 from headrace.api.messages import CallId, Effort, ToolName
 from headrace.api.wire import Count, KeepAlive, ModelName, StreamOptions
@@ -15,11 +16,13 @@ from headrace.core.sampling import SamplingFields
 
 
 class InputPart(Body, frozen=True):
-    """A part of a message, of thinking or of a tool's output; only text is supported."""
+    """A part of a message, of thinking or of a tool's output: text, or a picture by its URL."""
 
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: str | None = None
+    file_id: str | None = None
 
     peers: ClassVar[Peers] = dialect_fields.INPUT_PART
 
@@ -41,10 +44,10 @@ class InputItem(Body, frozen=True, kw_only=True):
 
 
 class FreeFormat(Body, frozen=True):
-    """What a tool takes: any text, or the text of a grammar, which is described to the model."""
+    """What a tool takes: any text, or that of a grammar; a regex is enforced."""
 
     type: Literal["text", "grammar"]
-    syntax: Literal["lark", "regex"] | None = None
+    syntax: Syntax | None = None
     definition: str | None = None
 
 

@@ -18,9 +18,12 @@ import typer
 from typer.core import TyperGroup
 
 from headrace.cli import (
+    batch,
     bench,
     check_engine,
+    connect,
     import_,
+    library,
     pool,
     replay,
     reports,
@@ -72,8 +75,14 @@ def start(
 _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
     "Ask": {
         run_command.run: ('run smollm2 "Name three rivers."', "run smollm2"),
+        batch.batch: (
+            "batch requests.jsonl -o answers.jsonl",
+            "batch requests.jsonl -o answers.jsonl --model smollm2",
+        ),
     },
     "Models": {
+        library.search: ("search coder", "search vision 7b"),
+        library.library: ("library --fits", "library --task embed"),
         store.pull: ("pull smollm2", "pull hub:org/repo:Q4_K_M"),
         store.ls: ("ls", "ls --json"),
         store.show: ("show smollm2", "show smollm2 --engine llamacpp"),
@@ -106,6 +115,7 @@ _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
         ),
     },
     "Set up": {
+        connect.connect: ("connect codex", 'connect codex --run -- exec "Explain this folder."'),
         "config": ("config show", "config path"),
         reports.doctor: ("doctor", "doctor --json"),
     },

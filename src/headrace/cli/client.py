@@ -36,13 +36,26 @@ class _Body(msgspec.Struct, frozen=True):
     error: _Detail
 
 
-class _Model(msgspec.Struct, frozen=True):
+class Card(msgspec.Struct, frozen=True):
+    """What a service lists of a model."""
+
     id: str
     aliases: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    state: str = ""
+    tools: str = "none"
+    capabilities: tuple[str, ...] = ()
+    context_length: int | None = None
+    slots: int | None = None
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether it calls tools, as far as is known: until it is loaded, it is not."""
+        return self.tools != "none" or self.state != "ready"
 
 
-class _Models(msgspec.Struct, frozen=True):
-    data: tuple[_Model, ...]
+class _Cards(msgspec.Struct, frozen=True):
+    data: tuple[Card, ...]
 
 
 class Client:
@@ -88,7 +101,7 @@ class Client:
         try:
             models = (await self.status()).models
         except (errors.RequestError, errors.UpstreamError):
-            models = (await self._ask("GET", "/v1/models", _Models)).data
+            models = await self.cards()
         sources = Counter(getattr(model, "source", "") for model in models)
         references = {
             source: model.id
@@ -96,6 +109,31 @@ class Client:
             if sources[source := getattr(model, "source", "")] == 1
         }
         return references | {name: m.id for m in models for name in (*m.aliases, m.id)}
+
+    async def cards(self) -> tuple[Card, ...]:
+        """Return what the service lists of its models."""
+        return (await self._ask("GET", "/v1/models", _Cards)).data
+
+    async def slots(self) -> dict[str, int | None]:
+        """Return how many requests each model runs at a time, by its id and its aliases.
+
+        None is not known, as before its first load.
+        """
+        models = await self.cards()
+        return {name: model.slots for model in models for name in (model.id, *model.aliases)}
+
+    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> httpx.Response:
+        """Send a body of JSON, and return the answer, also if it is an error.
+
+        Raises:
+            RequestError: the key is missing, unknown, or not for this.
+        """
+        kind = {"Content-Type": "application/json"}
+        with self._named_errors():
+            response = await self._http.post(path, content=body, headers=kind | dict(headers))
+        if response.status_code in (401, 403):
+            raise _refusal(response)
+        return response
 
     async def order(self, action: str, model: str, **fields: Any) -> ModelStatus:
         """Request `load`, `unload`, `restart`, `pin` or `update`, and wait for its end."""

@@ -12,13 +12,13 @@ from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
 from headrace import runtime
 from headrace.api.app import create_app
-from headrace.api.limits import ApiSettings
+from headrace.api.batch.store import Store
 from headrace.api.server import Server
 from headrace.cli import streams
+from headrace.cli.dbgpt import DbgptWorker, api_settings
 from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
 from headrace.core.model import ModelSpec
@@ -34,6 +34,7 @@ Read = Callable[[], tuple[Settings, list[ModelSpec]]]
 """Reads the configuration, with the flags of the command; returns it and the models to serve."""
 
 _log = logging.getLogger("headrace.service")
+_FOLDERS = 64
 _HOPELESS = {"failed", "stopped", "created"}
 
 
@@ -46,10 +47,12 @@ async def live(
     announce: Callable[[], None],
     metrics: socket.socket | None = None,
     ollama: socket.socket | None = None,
+    dbgpt: socket.socket | None = None,
 ) -> None:
     """Serve on a socket until a signal; `announce` is called when requests are accepted.
 
-    `metrics` is a socket for the metrics only, `ollama` one more for everything.
+    `metrics` is a socket for the metrics only, `ollama` one more for everything, and `dbgpt` one
+    for a DB-GPT cluster.
 
     Raises:
         HeadraceError: no model could be loaded.
@@ -60,11 +63,14 @@ async def live(
     loading = service.begin(service.load())
     following = service.begin(service.follow())
     watching = service.begin(service.telemetry.watch())
+    service.run_batches()
     if metrics is not None:
         service.begin(service.aside.serve(metrics))
     if ollama is not None:
         service.begin(service.second.serve(ollama))
     try:
+        if dbgpt is not None:
+            service.join(dbgpt)
         with service.signals():
             announce()
             await service.server.serve(listener)
@@ -98,10 +104,13 @@ class _Service:
             admin=self.admin,
             observer=self.telemetry,
             metrics=telemetry.metrics and telemetry.metrics_port is None,
+            batches=_batches(settings.config),
         )
+        self._batching: asyncio.Task[None] | None = None
         idle = settings.config.server.max_idle_connections
         self.server, self.second = Server(self._app, idle), Server(self._app, idle)
         self.aside = Server(self._app.metrics_alone(), idle)
+        self._worker: DbgptWorker | None = None
 
     def ready(self) -> bool:
         """Whether new requests are accepted."""
@@ -113,6 +122,12 @@ class _Service:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def join(self, listener: socket.socket) -> None:
+        """Serve a DB-GPT cluster on a socket, and register there."""
+        self._worker = DbgptWorker(self._app, self.backend, self.admin, self._settings, listener)
+        self.begin(self._worker.server.serve(listener))
+        self.begin(self._worker.cluster.run())
 
     @contextlib.contextmanager
     def signals(self) -> Generator[None]:
@@ -131,8 +146,18 @@ class _Service:
             for number in actions:
                 loop.remove_signal_handler(number)
 
+    def run_batches(self) -> None:
+        """Run the batches that are kept, from where they are, until the service stops."""
+        if self._app.batches is not None:
+            self._batching = self.begin(self._app.batches.run())
+
     def stop(self) -> None:
-        """Wait up to `drain_s` for running answers, and at a second call no longer."""
+        """Wait up to `drain_s` for running answers, and at a second call no longer.
+
+        Batches stop at once, as they go on with the next service.
+        """
+        if self._batching is not None:
+            self._batching.cancel()
         wait_s = 0.0 if self._stops else self._settings.config.server.drain_s
         if self._stops == 1:
             _log.info("headrace.service.cut")
@@ -140,6 +165,8 @@ class _Service:
         if self._stops > 2:
             self.server.abort()
             self.second.abort()
+            if self._worker is not None:
+                self._worker.server.abort()
         self.begin(self._end(wait_s))
 
     def hang_up(self) -> None:
@@ -178,14 +205,20 @@ class _Service:
             if event.kind == "reloaded":
                 self._settings = self._latest
                 self._app.replace_settings(api_settings(self._latest.config))
+                if self._worker is not None:
+                    self._worker.apply(self._latest)
 
     async def aclose(self) -> None:
         """Close the backend, and wait for all tasks."""
-        await self.backend.aclose()
+        if self._batching is not None:
+            self._batching.cancel()
+        await self._close_backend(0.0)
         self.aside.stop()
         self.second.stop()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        if self._app.batches is not None:
+            self._app.batches.store.close()
         await self.telemetry.aclose()
         _log.info("headrace.service.stopped")
 
@@ -198,10 +231,20 @@ class _Service:
         # New requests are refused with a 503; those that still run at the end get an error event,
         # and each connection is closed after its last answer.
         try:
-            await self.backend.aclose(wait_s)
+            await self._close_backend(wait_s)
         finally:
             self.server.stop()
             self.second.stop()
+
+    async def _close_backend(self, wait_s: float) -> None:
+        """Close it, and let a cluster know first that no more requests are accepted."""
+        if self._worker is None:
+            await self.backend.aclose(wait_s)
+            return
+        try:
+            await asyncio.gather(self._worker.cluster.leave(), self.backend.aclose(wait_s))
+        finally:
+            self._worker.server.stop()
 
 
 def _log_reload(reloading: asyncio.Task[Reloaded]) -> None:
@@ -217,7 +260,20 @@ def _log_reload(reloading: asyncio.Task[Reloaded]) -> None:
         _log.error("The configuration could not be read again.", exc_info=error)
 
 
-def api_settings(config: Config) -> ApiSettings:
-    """Return the settings of the API: the fields of the configuration with the same names."""
-    settings = msgspec.convert(config.server, ApiSettings, from_attributes=True)
-    return replace(settings, metrics_keys=config.telemetry.metrics_keys)
+def _batches(config: Config) -> Store | str:
+    """Return the batches of the service, or why there are none.
+
+    Services on any free port have the first folder that none of the others uses.
+    """
+    folders = [config.batch_folder]
+    if not config.server.port:
+        folders += [folders[0].with_name(f"0-{number}") for number in range(1, _FOLDERS)]
+    for folder in folders:
+        try:
+            return Store(folder)
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            _log.warning("Batches cannot be kept in %s: %s", folder, error.strerror)
+            break
+    return "Batches cannot be kept here: their folder is used by another service, or not usable."

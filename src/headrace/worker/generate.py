@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
-from functools import partial
-from typing import TypeVar, cast
+from typing import cast
 
 import msgspec
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, InvalidRequest
-from headrace.core.events import Delta, Event, FinishReason, Progress, Text, TokenCount
-from headrace.core.media import images_of
-from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
+from headrace.core.events import Delta, Event, FinishReason, Progress
+from headrace.core.request import GenerateRequest
 from headrace.core.stream import merge
+from headrace.core.tools import Tool
 from headrace.engines.abilities import PromptScorer
 from headrace.engines.base import (
     Admitted,
@@ -28,12 +27,11 @@ from headrace.engines.base import (
 )
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
+from headrace.worker.lines import LineLimiter
 from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
 from headrace.worker.scored import prompt_events
-from headrace.worker.turn import Answers, Served, Turn, unmeasured, until_left
-
-T = TypeVar("T")
+from headrace.worker.turn import Answers, Served, Turn, until_left
 
 
 class Loaded(Served, frozen=True, kw_only=True):
@@ -88,15 +86,31 @@ async def _compiled(
     """Return the job with the constraint that the engine enforces.
 
     Raises:
-        InvalidRequest: it cannot be enforced.
+        InvalidRequest: it cannot be enforced; names the tool, if it is made of tools.
     """
-    client, tools = request.client, request.enforced_tools
-    compiled = await loaded.compiler.compile(constraint, client, tools)
+    compiler, client = loaded.compiler, request.client
+    try:
+        compiled = await compiler.compile(constraint, client, request.enforced_tools)
+    except InvalidRequest as error:
+        if request.constraint is not None or error.param == "tools":
+            raise
+        for tool in request.tool_choice.allowed(request.tools):
+            alone = Constraint(json_schema=tool.parameters or {})
+            await _check_tool(compiler.compile(alone, client), tool)
+        raise InvalidRequest(error.message, param="tools") from None
     enforcing = job.enforcing(compiled)
     enforced = enforcing.choices[0].constraint
     if job.before[0] and enforced is not None and enforced is not compiled:
-        await loaded.compiler.compile(enforced, client)
+        await compiler.compile(enforced, client)
     return enforcing
+
+
+async def _check_tool(compiling: Awaitable[Constraint], tool: Tool) -> None:
+    try:
+        await compiling
+    except InvalidRequest as error:
+        message = f"The parameters of the tool {tool.name}: {error.message}"
+        raise InvalidRequest(message, param="tools") from None
 
 
 class _Choice:
@@ -109,6 +123,8 @@ class _Choice:
         self._job = job
         self._request = job.choices[index]
         self._text = TextPipeline(job.stops)
+        limits = turn.request.line_limits
+        self._lines = LineLimiter(limits) if limits else None
         self._parts: PartsPipeline | None = None
         if job.splitter is not None:
             request = turn.request
@@ -186,16 +202,17 @@ class _Choice:
 
     def _is_full(self) -> bool:
         is_full = self._most is not None and self._tokens >= self._most
-        if is_full:
-            self.reason = "length"
+        if is_full or (self._lines is not None and self._lines.is_over):
+            self.reason, is_full = "length", True
         return is_full
 
     async def _end(self) -> None:
         if self._stops.stopped:
             self.reason = "stop"
         await self._check()
-        if self._parts is not None and self._parts.calls and self.reason == "stop":
-            self.reason = "tool_calls"
+        if self._parts is not None and self._parts.calls:
+            self._turn.meter.called(len(self._parts.calls))
+            self.reason = "tool_calls" if self.reason == "stop" else self.reason
 
     def _rest(self) -> Sequence[Output]:
         """Return the events of what was held back."""
@@ -205,6 +222,8 @@ class _Choice:
             self._note_parts("", events)
             return events
         rest = self._text.flush()
+        if self._lines is not None:
+            rest = self._lines.feed(rest) + self._lines.flush()
         self._note(rest)
         return (Delta(rest, index=self._index),) if rest else ()
 
@@ -251,6 +270,8 @@ class _Choice:
             self._think(self._job.answered_thought)
             return [Delta("", request.answered, self._index), *events]
         shown = self._text.feed(text.encode())
+        if self._lines is not None:
+            shown = self._lines.feed(shown)
         self._turn.answered(shown)
         return (Delta(shown, request.answered),)
 
@@ -342,6 +363,8 @@ class _Choice:
             if self._parts is not None:
                 return self._split(self._parts, event, may_stop=may_stop)
             text = (self._text.feed if may_stop else self._text.feed_unstopped)(event.data)
+            if self._lines is not None:
+                text = self._lines.feed(text)
             meter.delta(tokens, visible=bool(text))
             self._note(text)
             return (Delta(text, event.token_ids, self._index, "", event.logprobs),)
@@ -360,41 +383,4 @@ class _Choice:
         return ()
 
 
-async def _count(loaded: Loaded, request: CountRequest) -> TokenCount:
-    with until_left() as gone:
-        count = partial(loaded.prompter.count, request, gone)
-        token_ids = await _in_few_threads(loaded.turns.counting, count)
-    seen = sum(image.tokens for turn in request.messages or () for image in images_of(turn.content))
-    if seen:
-        # The tokens of an image are known to the engine that has computed them.
-        return TokenCount(count=len(token_ids) + seen, estimated=True)
-    return TokenCount(count=len(token_ids), token_ids=token_ids)
-
-
-async def _text(loaded: Loaded, request: DetokenizeRequest) -> Text:
-    detokenize = partial(loaded.engine.detokenize, request.token_ids)
-    return Text(await _in_few_threads(loaded.turns.counting, detokenize))
-
-
-async def _in_few_threads(places: asyncio.Semaphore, work: Callable[[], T]) -> T:
-    """Run off the event loop and beside any generation; its place is free when it has ended.
-
-    A thread goes on when nothing waits for it any more.
-    """
-    await places.acquire()
-    running = asyncio.get_running_loop().run_in_executor(None, work)
-
-    def ended(future: asyncio.Future[T]) -> None:
-        places.release()
-        if not future.cancelled():
-            future.exception()
-
-    running.add_done_callback(ended)
-    return await asyncio.shield(running)
-
-
-ANSWERS: Answers = {
-    GenerateRequest: generate,
-    CountRequest: lambda loaded, request: unmeasured(request, _count(loaded, request)),
-    DetokenizeRequest: lambda loaded, request: unmeasured(request, _text(loaded, request)),
-}
+ANSWERS: Answers = {GenerateRequest: generate}
