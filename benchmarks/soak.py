@@ -175,7 +175,9 @@ class Soak:
         _, data = await self._http.fetch("/admin/models", within_s=WITHIN_S)
         models = {model["id"]: model for model in json.loads(data)["models"]}
         pids = [replica["pid"] for replica in models[name]["replicas"] if replica.get("pid")]
-        body = {"model": "echo", "prompt": "y" * 100, "max_tokens": 100}
+        # Another prompt each time: what was in two crashes is taken for their cause, and refused.
+        prompt = f"{self._random.random()} {'y' * 100}"
+        body = {"model": "echo", "prompt": prompt, "max_tokens": 100}
         answers = asyncio.gather(*(self._post("killed", "/v1/completions", body) for _ in range(3)))
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):

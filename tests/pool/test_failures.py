@@ -366,6 +366,25 @@ def test_that_an_answer_of_a_model_that_has_failed_says_when() -> None:
     run(main())
 
 
+def test_that_an_answer_whose_model_takes_long_to_load_again_says_when() -> None:
+    """Issue 11.6: a request without a stream waits for `load_wait_s` alone, after a crash too."""
+
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine, spec(max_running=4))
+        await served.start()
+        machine.load_s["a"] = 60.0
+        asked = [asyncio.create_task(failed(served, load_wait_s=30.0)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        machine.workers[-1].die()
+        for error in await asyncio.gather(*asked):
+            assert isinstance(error, Loading)
+            assert error.retry_after_s
+        await served.aclose()
+
+    run(main())
+
+
 def test_that_an_answer_does_not_go_on_at_a_worker_that_is_about_to_end() -> None:
     """Issue 11.19: the error of a rank comes before the end of its worker is noticed."""
 

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from headrace.core.errors import (
+    CapacityError,
     EngineError,
     GenerationFailed,
     HeadraceError,
@@ -21,6 +22,7 @@ from headrace.core.model import Continuation as Policy
 from headrace.core.request import AnyRequest, GenerateRequest
 
 Way = Literal["exact", "fast"]
+_LATER = (CapacityError, LoadFailed)
 _SURVIVED = (WorkerDied, GenerationFailed, OutOfMemory)
 
 
@@ -144,12 +146,12 @@ class Continuation:
 
         Raises:
             HeadraceError: the first error, if the answer cannot be continued. Before anything has
-                been sent it is the second, if that says when a model that has failed is loaded.
+                been sent it is the second, if that says when the model can be asked again.
         """
         try:
             if self._first_error is not None:
                 first = self._take_first_error()
-                if isinstance(error, LoadFailed) and error.retry_after_s and not self._has_begun:
+                if isinstance(error, _LATER) and error.retry_after_s and not self._has_begun:
                     raise error
                 raise first from error
             assert isinstance(error, HeadraceError), "only a second answer can diverge"

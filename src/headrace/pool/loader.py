@@ -195,7 +195,8 @@ class Loader:
             return True
         entry.clear_wanted()
         if not entry.is_ready:
-            entry.refuse(error)
+            is_open = entry.failures.is_open
+            entry.refuse(entry.failures.refusal(entry.spec.name) if is_open else error)
         return False
 
     async def _load(self, entry: ModelEntry, replica: Replica, *, may_evict: bool) -> None:

@@ -115,7 +115,7 @@ class Compiler:
         try:
             return await self.compile(constraint, request.client, request.enforced_tools)
         except InvalidRequest as error:
-            if request.constraint is not None:
+            if request.constraint is not None or error.param == "tools":
                 raise
             for tool in request.tool_choice.allowed(request.tools):
                 await self._check_tool(tool, request.client)

@@ -1,4 +1,4 @@
-"""Generation, counts and texts of tokens at a local engine."""
+"""Generation at a local engine."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
-from typing import TypeVar, cast
+from typing import cast
 
 import msgspec
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, InvalidRequest
 from headrace.core.events import Delta, Event, FinishReason, Progress
-from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
+from headrace.core.request import GenerateRequest
 from headrace.core.stream import merge
 from headrace.engines.abilities import PromptScorer
 from headrace.engines.base import (
@@ -26,14 +26,11 @@ from headrace.engines.base import (
 )
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
-from headrace.worker.counts import counted, text_of
 from headrace.worker.lines import LineLimiter
 from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
 from headrace.worker.scored import prompt_events
-from headrace.worker.turn import Answers, Served, Turn, unmeasured, until_left
-
-T = TypeVar("T")
+from headrace.worker.turn import Answers, Served, Turn, until_left
 
 
 class Loaded(Served, frozen=True, kw_only=True):
@@ -352,12 +349,4 @@ class _Choice:
         return ()
 
 
-ANSWERS: Answers = {
-    GenerateRequest: generate,
-    CountRequest: lambda loaded, request: unmeasured(
-        request, counted(loaded.prompter, loaded.turns.counting, request)
-    ),
-    DetokenizeRequest: lambda loaded, request: unmeasured(
-        request, text_of(loaded.engine, loaded.turns.counting, request)
-    ),
-}
+ANSWERS: Answers = {GenerateRequest: generate}

@@ -23,7 +23,7 @@ from headrace.engines.base import Embedder, Engine, OpenRequest, Pair, RemoteEng
 from headrace.machine import Sampler, system
 from headrace.models.transfer import silent
 from headrace.text import renderer
-from headrace.worker import encode, generate, remote
+from headrace.worker import count, encode, generate, remote
 from headrace.worker.batching import Batcher
 from headrace.worker.compiler import Compiler
 from headrace.worker.generate import Loaded
@@ -46,7 +46,7 @@ log = logging.getLogger("headrace.worker")
 OpenEngine = Callable[[str, OpenRequest], Engine]
 
 
-_ANSWERS: Answers = {**generate.ANSWERS, **encode.ANSWERS}
+_ANSWERS: Answers = {**generate.ANSWERS, **count.ANSWERS, **encode.ANSWERS}
 
 
 class Lifecycle:

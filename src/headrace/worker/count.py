@@ -1,4 +1,4 @@
-"""Counts of tokens, and their texts, at a local engine; `places` bounds the threads of all."""
+"""Counts and texts of tokens at a local engine."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from typing import TypeVar
 from headrace.core.events import Text, TokenCount
 from headrace.core.media import images_of
 from headrace.core.request import CountRequest, DetokenizeRequest
-from headrace.engines.base import Engine
-from headrace.worker.prompt import Prompter
-from headrace.worker.turn import until_left
+from headrace.worker.generate import Loaded
+from headrace.worker.turn import Answers, unmeasured, until_left
 
 T = TypeVar("T")
 
 
-async def counted(
-    prompter: Prompter, places: asyncio.Semaphore, request: CountRequest
-) -> TokenCount | Text:
-    """Return the tokens of a text or of messages, or what the template makes of these."""
+async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
+    counting, prompter = loaded.turns.counting, loaded.prompter
     if request.as_text:
-        return Text(await _in_few_threads(places, partial(prompter.rendered, request)))
+        return Text(await _in_few_threads(counting, partial(prompter.rendered, request)))
     with until_left() as gone:
-        token_ids = await _in_few_threads(places, partial(prompter.count, request, gone))
+        token_ids = await _in_few_threads(counting, partial(prompter.count, request, gone))
     seen = sum(image.tokens for turn in request.messages or () for image in images_of(turn.content))
     if seen:
         # The tokens of an image are known to the engine that has computed them.
@@ -32,9 +29,9 @@ async def counted(
     return TokenCount(count=len(token_ids), token_ids=token_ids)
 
 
-async def text_of(engine: Engine, places: asyncio.Semaphore, request: DetokenizeRequest) -> Text:
-    """Return the text of tokens."""
-    return Text(await _in_few_threads(places, partial(engine.detokenize, request.token_ids)))
+async def _text(loaded: Loaded, request: DetokenizeRequest) -> Text:
+    detokenize = partial(loaded.engine.detokenize, request.token_ids)
+    return Text(await _in_few_threads(loaded.turns.counting, detokenize))
 
 
 async def _in_few_threads(places: asyncio.Semaphore, work: Callable[[], T]) -> T:
@@ -52,3 +49,9 @@ async def _in_few_threads(places: asyncio.Semaphore, work: Callable[[], T]) -> T
 
     running.add_done_callback(ended)
     return await asyncio.shield(running)
+
+
+ANSWERS: Answers = {
+    CountRequest: lambda loaded, request: unmeasured(request, _count(loaded, request)),
+    DetokenizeRequest: lambda loaded, request: unmeasured(request, _text(loaded, request)),
+}
