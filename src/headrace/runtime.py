@@ -17,7 +17,7 @@ from headrace.core import parameters as core_parameters
 from headrace.core.errors import ConfigError
 from headrace.core.model import ModelFile, ModelInfo, ModelSpec
 from headrace.core.parameters import Parameter
-from headrace.core.status import Plan
+from headrace.core.status import Plan, StoredModel
 from headrace.engines import EngineStatus, measured
 from headrace.engines.base import check_task
 from headrace.log import LogSettings
@@ -282,6 +282,7 @@ def open_service(
         state=StateFile(config.state_file),
         reread=lambda: _reread(settings, *reread()),
         drain_s=config.server.drain_s,
+        stored=lambda: _stored(config),
     )
     admin.restore()
     return admin, Telemetry(admin, tracing, config.telemetry, config.home)
@@ -296,6 +297,10 @@ async def plan(settings: Settings, spec: ModelSpec) -> Plan:
     """
     loader = open_pool(settings, [spec]).loader
     return await plan_load(loader.memory, loader.sizing, spec)
+
+
+def _stored(config: Config) -> list[StoredModel]:
+    return [msgspec.convert(m, StoredModel, from_attributes=True) for m in store(config).list()]
 
 
 def _reread(before: Settings, settings: Settings, specs: Sequence[ModelSpec]) -> Wanted:

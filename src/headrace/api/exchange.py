@@ -46,7 +46,8 @@ class ClientGone(Exception):
 class Service:
     """The backend, the settings and the observer that every handler uses.
 
-    `settings` may be replaced; a request that has begun keeps its own.
+    `settings` may be replaced; a request that has begun keeps its own. `kept` is an answer that is
+    used again for a moment.
     """
 
     backend: Backend
@@ -54,6 +55,7 @@ class Service:
     ready: Callable[[], bool] | None = None
     admin: Admin | None = None
     observer: Monitor | None = None
+    kept: object = None
 
     def model_name(self, requested: str | None) -> str:
         """Return the model's name for an answer: as requested, or that of the only model."""
@@ -205,7 +207,8 @@ class Route:
 
     `answer` is None if there are only streams, or text of the media types `texts`. The events of
     a stream have names if they are `named`, or if there is no `answer`; `lines` are lines of JSON
-    instead. `query` are required parameters. `unready` is whether a 503 has the same body as a 200.
+    instead. `query` has the parameters of the URL. `unready` is whether a 503 has the same body as
+    a 200.
     """
 
     method: str
@@ -217,7 +220,7 @@ class Route:
     named: bool = False
     lines: bool = False
     unready: bool = False
-    query: tuple[str, ...] = ()
+    query: type[msgspec.Struct] | None = None
     admin: bool = False
     texts: tuple[str, ...] = ()
 

@@ -90,7 +90,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     conversation for models that take images; `max_body_bytes` bounds it without the images.
     `media_hosts` are hosts from which images are fetched: names, `*.` and a domain, or `*`.
     `reasoning_field` is where chat completions have the thinking. With `list_aliases`, /v1/models
-    lists each alias as a model.
+    lists each alias as a model. `console` is whether browsers get the console and /docs.
 
     Raises:
         ConfigError: a key is not hashed, or a limit is not positive.
@@ -112,6 +112,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     unknown_fields: OnUnknown = "warn"
     reasoning_field: ReasoningField = "reasoning_content"
     list_aliases: bool = False
+    console: bool = True
 
     def __post_init__(self) -> None:
         """Check the keys and the limits."""

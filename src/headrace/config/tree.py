@@ -170,6 +170,7 @@ class HttpSettings(_Frozen):
     list_aliases: bool = Field(
         default=False, description="list each alias as a model of its own at /v1/models"
     )
+    console: bool = Field(default=True, description="serve the console at / and the page /docs")
 
 
 class Rules(_Frozen):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo
 from headrace.core.request import AnyRequest
-from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
+from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded, StoredModel
 
 
 class Backend(Protocol):
@@ -80,6 +80,10 @@ class Admin(Protocol):
 
     async def plan(self, model: str) -> Plan:
         """Return what a load would need and do. A reference that is not served is accepted."""
+        ...
+
+    def stored(self) -> Sequence[StoredModel]:
+        """Return the models that were downloaded, by name. Blocking."""
         ...
 
     async def reload(self) -> Reloaded:
