@@ -105,6 +105,11 @@ class Browser:
         """Type into a field; `\\ue007` is Enter, `\\ue00c` Escape."""
         self.call(f"/element/{self.find(css)}/value", {"text": text})
 
+    def tab(self) -> None:
+        """Press the Tab key."""
+        keys = [{"type": kind, "value": "\ue004"} for kind in ("keyDown", "keyUp")]
+        self.call("/actions", {"actions": [{"type": "key", "id": "keys", "actions": keys}]})
+
     def choose(self, css: str, value: str) -> None:
         """Choose an option of a select."""
         self.find(css)

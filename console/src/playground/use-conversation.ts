@@ -35,7 +35,10 @@ export function useConversations(firstModel: string): Control {
   const current = all.find((conversation) => conversation.id === id) ?? draft;
   latest.current = current;
 
-  useEffect(() => void load().then(setAll), [id]);
+  useEffect(() => {
+    // Those that were changed while the others were read are newer than what was read.
+    void load().then((read) => setAll((last) => [...last, ...read.filter((one) => !last.some((other) => other.id === one.id))]));
+  }, []);
   useEffect(() => () => stop(), []);
 
   const stop = () => {
