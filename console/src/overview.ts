@@ -81,7 +81,9 @@ async function poll(): Promise<void> {
     if (isAbort(error)) return;
     const forbidden = error instanceof ApiError && error.status === 403;
     state.set({ ...state.get(), problem: messageOf(error), forbidden });
-    pause = forbidden ? SLOWEST_MS : Math.min(pause * 2, SLOWEST_MS);
+    // Another key may read it, and begins anew.
+    if (forbidden) return;
+    pause = Math.min(pause * 2, SLOWEST_MS);
   }
   if (running === call) timer = setTimeout(() => void poll(), pause);
 }

@@ -72,9 +72,9 @@ export function LoadProgress({ model }: { model: ModelStatus }) {
     <span class="sub progress">
       <span>
         {model.progress}
-        {known && ` ${bytes(model.done)} of ${bytes(model.total)}`}
+        {known ? ` ${bytes(model.done)} of ${bytes(model.total)}` : " …"}
       </span>
-      <progress aria-label={`${model.progress} ${model.id}`} {...(known ? { value: model.done, max: model.total } : {})} />
+      {known && <progress aria-label={`${model.progress} ${model.id}`} value={model.done} max={model.total} />}
     </span>
   );
 }

@@ -169,7 +169,7 @@ function ModelRow({ model, rates, plan }: { model: ModelStatus; rates: Rates | u
       </td>
       <td data-label="Engine">
         {model.engine || "–"}
-        <span class="sub">{[model.device, model.quantization].filter(Boolean).join(" · ")}</span>
+        <span class="sub">{[model.device, model.quantization].filter((part) => part && part !== "auto").join(" · ")}</span>
       </td>
       <td data-label="Memory" class="number">
         {memoryText(model.memory) || (model.estimated ? <span class="faint">about {memoryText(model.estimated.devices)}</span> : "–")}

@@ -4,6 +4,7 @@ import { useEffect, useRef, useState } from "preact/hooks";
 
 import { currentKey, isAbort, messageOf } from "../api";
 import { ms } from "../format";
+import { Code } from "../markdown";
 import type { Operation } from "../openapi";
 import { session } from "../session";
 import { useStore } from "../store";
@@ -88,6 +89,7 @@ function Form({ operation, sample }: { operation: Operation; sample: Record<stri
           <textarea class="mono" rows={Math.min(14, body.split("\n").length + 1)} spellcheck={false} value={body} onInput={(event) => setBody(event.currentTarget.value)} />
         </Field>
       )}
+      <Code text={curlOf(operation, sample ? body : null, values, currentKey() !== null)} language="sh" />
       <div class="buttons">
         <Button type="submit" kind="primary" label="Send" disabled={running} />
         {running && <Button icon="stop" label="Stop" onClick={() => call.current?.abort()} />}

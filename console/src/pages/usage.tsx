@@ -90,7 +90,7 @@ function Days({ report, days }: { report: UsageReport; days: string }) {
   const { times, tokens, requests } = useMemo(() => {
     const known = new Map(report.rows.map((row) => [Date.parse(`${row.group.day}T00:00:00Z`) / 1000, row.amounts]));
     const times = everyDay(days ? Date.parse(firstDay(days)) / 1000 : Math.min(...known.keys()));
-    const of = (value: (amounts: Amounts) => number) => times.map((time) => (known.has(time) ? value(known.get(time)!) : 0));
+    const of = (value: (amounts: Amounts) => number) => times.map((time) => (known.has(time) ? value(known.get(time)!) : null));
     return {
       times,
       tokens: [{ name: "tokens", colour: "accent", bars: true, values: of((a) => a.prompt_tokens + a.completion_tokens) }],
