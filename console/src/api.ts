@@ -1,7 +1,15 @@
 /** Calls of the service's API, with the key of this tab. */
 
 const STORED = "headrace.key";
-let key: string | null = sessionStorage.getItem(STORED);
+let key: string | null = stored();
+
+function stored(): string | null {
+  try {
+    return sessionStorage.getItem(STORED);
+  } catch {
+    return null;
+  }
+}
 
 export function currentKey(): string | null {
   return key;
@@ -10,8 +18,12 @@ export function currentKey(): string | null {
 /** Keep a key for this tab, until it is closed; null forgets it. */
 export function setKey(next: string | null): void {
   key = next;
-  if (next === null) sessionStorage.removeItem(STORED);
-  else sessionStorage.setItem(STORED, next);
+  try {
+    if (next === null) sessionStorage.removeItem(STORED);
+    else sessionStorage.setItem(STORED, next);
+  } catch {
+    // Without a storage it lasts as long as the page.
+  }
 }
 
 /** A refused or failed request, with the message of the service. */

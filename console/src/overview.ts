@@ -16,6 +16,8 @@ export interface State {
   problem: string | null;
   /** Whether the key may not read it. */
   forbidden: boolean;
+  /** The time of the service, Unix seconds: this machine's clock may differ. */
+  now: number;
 }
 
 export const state = new Store<State>({
@@ -23,6 +25,7 @@ export const state = new Store<State>({
   samples: [],
   problem: null,
   forbidden: false,
+  now: Date.now() / 1000,
 });
 
 let users = 0;
@@ -54,7 +57,7 @@ export function refresh(): void {
 export function reset(): void {
   tag = null;
   newest = 0;
-  state.set({ overview: null, samples: [], problem: null, forbidden: false });
+  state.set({ ...state.get(), overview: null, samples: [], problem: null, forbidden: false });
   refresh();
 }
 
@@ -90,7 +93,6 @@ async function poll(): Promise<void> {
 
 async function fill(signal: AbortSignal): Promise<void> {
   const history = await getJson<{ samples: Sample[] }>("/admin/history", signal);
-  newest = history.samples.at(-1)?.time ?? 0;
   state.set({ ...state.get(), samples: history.samples });
 }
 
@@ -101,16 +103,18 @@ async function read(signal: AbortSignal): Promise<void> {
   const overview: Overview =
     response.status === 304 && last.overview ? last.overview : await response.json();
   tag = response.headers.get("etag") ?? tag;
-  const samples = [...last.samples, sample(overview)].slice(-SAMPLES);
   newest = Date.now() / 1000;
-  state.set({ overview, samples, problem: null, forbidden: false });
+  const served = Date.parse(response.headers.get("date") ?? "") / 1000 || newest;
+  const now = Math.max(served, (last.samples.at(-1)?.time ?? 0) + 0.1);
+  const samples = [...last.samples, sample(overview, now)].slice(-SAMPLES);
+  state.set({ overview, samples, problem: null, forbidden: false, now });
 }
 
-function sample(overview: Overview): Sample {
+function sample(overview: Overview, time: number): Sample {
   const { rates, models, devices } = overview;
   const first = rates.map((r) => r.time_to_first_token_p50_ms ?? 0);
   return {
-    time: Date.now() / 1000,
+    time,
     running: overview.running_count,
     queued: models.reduce((sum, model) => sum + model.queued, 0),
     prompt_tokens_per_second: rates.reduce((sum, r) => sum + r.prompt_tokens_per_second, 0),

@@ -30,6 +30,11 @@ export async function check(): Promise<void> {
 
 /** Use a key from now on; null asks for one again. */
 export async function enter(key: string | null): Promise<void> {
+  if (key !== null && !/^[\x21-\x7e]+$/.test(key)) {
+    const problem = "A key has no spaces, and no characters beyond ASCII.";
+    session.set({ phase: "locked", models: [], problem });
+    return;
+  }
   setKey(key);
   reset();
   await check();

@@ -4,7 +4,7 @@ import { useMemo, useState } from "preact/hooks";
 
 import { Chart, type Series } from "../chart";
 import { bytes, count, ms, rate, span } from "../format";
-import { useOverview } from "../overview";
+import { state, useOverview } from "../overview";
 import { link } from "../route";
 import type { Device, ModelStatus, Overview, Rates, Running, Sample } from "../types";
 import { Badge, Bar, Empty, Loading, memoryText, PageHead, Problem } from "../ui";
@@ -199,7 +199,7 @@ function until(model: ModelStatus): string {
   if (model.pinned) return "pinned";
   if (model.state !== "ready") return "–";
   if (model.until === null) return "never";
-  return `in ${span(model.until - Date.now() / 1000)}`;
+  return `in ${span(model.until - state.get().now)}`;
 }
 
 function RunningTable({ running, total }: { running: Running[]; total: number }) {
@@ -239,7 +239,7 @@ function RunningTable({ running, total }: { running: Running[]; total: number })
                   {count(request.prompt_tokens)} + {count(request.completion_tokens)}
                 </td>
                 <td data-label="Time" class="number">
-                  {ms(Math.max(0, Date.now() - request.since * 1000))}
+                  {ms(Math.max(0, 1000 * (state.get().now - request.since)))}
                 </td>
               </tr>
             ))}

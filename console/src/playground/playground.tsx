@@ -4,7 +4,7 @@ import { useEffect, useRef, useState } from "preact/hooks";
 
 import { currentKey } from "../api";
 import { moment } from "../format";
-import { session } from "../session";
+import { check, session } from "../session";
 import { useStore } from "../store";
 import type { ModelCard } from "../types";
 import { Button, download, Empty } from "../ui";
@@ -18,6 +18,8 @@ import { type Control, useConversations } from "./use-conversation";
 export function Playground() {
   const { models } = useStore(session);
   const chats = models.filter((model) => model.tasks.includes("generate"));
+  // Models may have been added since the page was loaded.
+  useEffect(() => void check(), []);
   if (chats.length === 0) {
     return <Empty title="No model that answers chats is served">Add one to headrace.toml, or load one on the page Models.</Empty>;
   }
