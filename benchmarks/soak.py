@@ -40,6 +40,8 @@ from headrace.lab.http import Broken
 
 GOAL_MB_PER_H = 1.0
 MINUTES, SAMPLE_S = 60.0, 10.0
+# Longer than the service lets a request wait for a load.
+WITHIN_S = 120.0
 _MB = 1 << 20
 _BOMB = {"type": "array", "minItems": 10**9}
 _CONFIG = """
@@ -119,7 +121,7 @@ class Soak:
         """A stream whose client leaves after its first bytes."""
         body = {"model": "echo", "prompt": "x" * 500, "stream": True, "max_tokens": 400}
         reader, writer = await self._open("/v1/completions", json.dumps(body).encode())
-        await asyncio.wait_for(reader.read(600), 60)
+        await asyncio.wait_for(reader.read(600), WITHIN_S)
         writer.transport.abort()
         self.counts["disconnect 200"] += 1
 
@@ -170,7 +172,7 @@ class Soak:
     async def kill(self) -> None:
         """SIGKILL for a model's process while it answers; answers go on elsewhere."""
         name = self._random.choice(("chat", "vectors", "echo"))
-        _, data = await self._http.fetch("/admin/models")
+        _, data = await self._http.fetch("/admin/models", within_s=WITHIN_S)
         models = {model["id"]: model for model in json.loads(data)["models"]}
         pids = [replica["pid"] for replica in models[name]["replicas"] if replica.get("pid")]
         body = {"model": "echo", "prompt": "y" * 100, "max_tokens": 100}
@@ -194,7 +196,7 @@ class Soak:
     async def _post(
         self, kind: str, path: str, body: object, expected: Sequence[int] = (200,)
     ) -> None:
-        status, data = await self._http.fetch(path, body)
+        status, data = await self._http.fetch(path, body, within_s=WITHIN_S)
         self._count(kind, status, expected, data[-300:].decode(errors="replace"))
 
     def _count(self, kind: str, status: int, expected: Sequence[int], text: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from headrace.api import fields
+from headrace.api.images import ImageReader
 from headrace.api.messages import (
     ChatMessage,
     WireChoice,
@@ -21,7 +22,6 @@ from headrace.api.messages import (
 from headrace.core.constraint import ANY_FORM, AnyForm, Constraint, constraint_of
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import EmbedResult
-from headrace.core.media import Pictures
 from headrace.core.options import GenerateOptions
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling
@@ -56,10 +56,10 @@ def request(
         arguments["constraint"] = _constraint(forms[0], arguments.pop(forms[0]))
     arguments |= _conversation(arguments)
     text = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
-    pictures = Pictures()
-    body = {"model": model, "prompt": text, "messages": turns(messages, pictures), **arguments}
+    reader = ImageReader()
+    body = {"model": model, "prompt": text, "messages": turns(messages, reader), **arguments}
     checked = built(Sampling, sampling)
-    return built(GenerateRequest, {**body, "sampling": checked, "media": pictures.data})
+    return built(GenerateRequest, {**body, "sampling": checked, "media": reader.pictures.data})
 
 
 def _conversation(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -129,9 +129,9 @@ def _constraint(form: AnyForm, value: Any) -> Constraint:
 
 
 def turns(
-    messages: Messages | None, pictures: Pictures | None = None
+    messages: Messages | None, reader: ImageReader | None = None
 ) -> tuple[Message, ...] | None:
-    """Return messages as the core has them; their pictures are added to `pictures`.
+    """Return messages as the core has them; `reader` has their pictures afterwards.
 
     Raises:
         InvalidRequest, Unsupported: one is wrong, with its place.
@@ -140,18 +140,18 @@ def turns(
         return None
     if isinstance(messages, str | Mapping):
         raise InvalidRequest("messages: expected a list of messages.", param="messages")
-    pictures = pictures or Pictures()
-    return tuple(_message(item, index, pictures) for index, item in enumerate(messages))
+    reader = reader or ImageReader()
+    return tuple(_message(item, index, reader) for index, item in enumerate(messages))
 
 
-def _message(item: Message | Mapping[str, Any], index: int, pictures: Pictures) -> Message:
+def _message(item: Message | Mapping[str, Any], index: int, reader: ImageReader) -> Message:
     place = f"messages[{index}]"
     if isinstance(item, Message):
         return item
     if not isinstance(item, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidRequest(f"{place}: expected a mapping or a Message.", param=place)
     wire = _read(dict(item), ChatMessage, place)
-    return to_messages([wire], int(place[9:-1]), pictures=pictures)[0]
+    return to_messages([wire], int(place[9:-1]), reader=reader)[0]
 
 
 def vectors(embedded: EmbedResult) -> Numbers:

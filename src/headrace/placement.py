@@ -1,4 +1,7 @@
-"""The devices of a worker: those that were chosen for it, or that its `device` names."""
+"""What a model's settings say of engines and devices, and the devices of a worker.
+
+They are those that were chosen for it, or that its `device` names.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ from headrace import engines, machine
 from headrace.core.device import check_device, read_device
 from headrace.core.errors import ConfigError
 from headrace.core.model import ModelSpec, PlacedSpec
+from headrace.engines.base import check_task
+from headrace.models.providers import PROVIDERS
 from headrace.models.reference import is_remote
+from headrace.text.calls.families import FAMILIES
 
 
 def check_devices(specs: Iterable[ModelSpec]) -> None:
@@ -26,6 +32,27 @@ def check_devices(specs: Iterable[ModelSpec]) -> None:
                 check_device(setting, known)
             except ConfigError as error:
                 raise ConfigError(f"{spec.name}: {error.message}", param="device") from error
+
+
+def check_spec(spec: ModelSpec) -> None:
+    """Check what the settings of a model name.
+
+    Raises:
+        ConfigError: there is no such format of calls, or what is to run the model has not its task.
+    """
+    if spec.tool_format is not None and spec.tool_format not in FAMILIES:
+        raise ConfigError(
+            f"{spec.tool_format} is none of {', '.join(FAMILIES)}.", param="tool_format"
+        )
+    if spec.task is None:
+        return
+    engine = spec.engine
+    if is_remote(spec.model):
+        provider = PROVIDERS[spec.model.partition(":")[0]]
+        engine = engine or provider.engine
+        check_task(spec.task, provider.title, provider.tasks)
+    if engine is not None:
+        check_task(spec.task, f"Engine {engine}", engines.about(engine).tasks)
 
 
 def placement(spec: ModelSpec, engine: str) -> tuple[str, ...]:

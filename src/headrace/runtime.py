@@ -17,23 +17,25 @@ from headrace.core import parameters as core_parameters
 from headrace.core.errors import ConfigError
 from headrace.core.model import ModelFile, ModelInfo, ModelSpec
 from headrace.core.parameters import Parameter
-from headrace.core.status import Plan, StoredModel
+from headrace.core.status import Plan
 from headrace.engines import EngineStatus, measured
-from headrace.engines.base import check_task
 from headrace.log import LogSettings
 from headrace.machine import SystemInfo, confine
+from headrace.models import library
 from headrace.models.inspect import inspect
+from headrace.models.library import LibraryModel
 from headrace.models.providers import PROVIDERS, Provider
 from headrace.models.reference import (
     CATALOG,
     HubReference,
     LocalReference,
     Reference,
+    in_library,
     is_remote,
     parse,
 )
 from headrace.models.store import Store, without_file
-from headrace.placement import check_devices, placement
+from headrace.placement import check_devices, check_spec, placement
 from headrace.pool.admin import PoolAdmin, Specify, Wanted
 from headrace.pool.ledger import Ledger
 from headrace.pool.plan import plan_load
@@ -41,7 +43,7 @@ from headrace.pool.pool import Pool
 from headrace.pool.replica import PooledWorker
 from headrace.pool.state import StateFile
 from headrace.telemetry import otel
-from headrace.text.calls.families import FAMILIES
+from headrace.text import renderer
 from headrace.text.template import ChatTemplate
 from headrace.worker.chat import format_of
 from headrace.worker.process import Spawn, WarmProcess, WorkerProcess, spawn
@@ -84,37 +86,14 @@ def load_settings(**sources: Any) -> Settings:
     Raises:
         ConfigError: the configuration is invalid.
     """
-    return configuration.load(
+    settings = configuration.load(
         known_options=engine_options(),
         import_options=engine_registry.options,
-        verify=_verify,
+        verify=check_spec,
         **sources,
     )
-
-
-def _verify(spec: ModelSpec) -> None:
-    if spec.tool_format is not None and spec.tool_format not in FAMILIES:
-        raise ConfigError(
-            f"{spec.tool_format} is none of {', '.join(FAMILIES)}.", param="tool_format"
-        )
-    _check_task(spec)
-
-
-def _check_task(spec: ModelSpec) -> None:
-    """Check that what is to run a model has its task.
-
-    Raises:
-        ConfigError: its provider or its engine has not.
-    """
-    if spec.task is None:
-        return
-    engine = spec.engine
-    if is_remote(spec.model):
-        provider = PROVIDERS[spec.model.partition(":")[0]]
-        engine = engine or provider.engine
-        check_task(spec.task, provider.title, provider.tasks)
-    if engine is not None:
-        check_task(spec.task, f"Engine {engine}", engine_registry.about(engine).tasks)
+    library.use(settings.config.home)
+    return settings.with_upstreams(PROVIDERS)
 
 
 def store(config: Config) -> Store:
@@ -138,6 +117,18 @@ def resolver(config: Config) -> Resolve:
         return _worker_spec(spec, model_file(spec, config, on_progress), config)
 
     return resolve
+
+
+def _library_spec(config: Config) -> Callable[[ModelSpec], WorkerSpec | None]:
+    """Return a function that describes a model of the library that was not downloaded."""
+
+    def describe(spec: ModelSpec) -> WorkerSpec | None:
+        model = in_library(spec.model)
+        if model is None or store(config).find(_reference(spec)) is not None:
+            return None
+        return _worker_spec(spec, model.file, config)
+
+    return describe
 
 
 def parameters(spec: ModelSpec, engine: str) -> tuple[Parameter, ...]:
@@ -182,6 +173,14 @@ def with_tool_format(info: ModelInfo, spec: ModelSpec) -> ModelInfo:
     except ConfigError:
         return info
     return described(info, format_of(template, spec.tool_format))
+
+
+def _described(spec: ModelSpec, config: Config) -> ModelInfo:
+    try:
+        return with_tool_format(describe(spec, config), spec)
+    finally:
+        # Each model has a process that renders; the service has none of its own.
+        renderer.end_idle()
 
 
 def open_worker(
@@ -240,7 +239,7 @@ def open_pool(settings: Settings, models: Sequence[ModelSpec]) -> Pool:
     config = settings.config
     check_devices(models)
     budgets = _budgets(config)
-    sizing = Sizing(resolver(config), config.home / "measured.json", budgets)
+    sizing = Sizing(resolver(config), config.home / "measured.json", budgets, _library_spec(config))
     warm = WarmProcess()
 
     def make_worker(spec: ModelSpec, report: OnProgress) -> PooledWorker:
@@ -282,7 +281,8 @@ def open_service(
         state=StateFile(config.state_file),
         reread=lambda: _reread(settings, *reread()),
         drain_s=config.server.drain_s,
-        stored=lambda: _stored(config),
+        stored=store(config).summaries,
+        describe=lambda spec: _described(spec, config),
     )
     admin.restore()
     return admin, Telemetry(admin, tracing, config.telemetry, config.home)
@@ -291,16 +291,25 @@ def open_service(
 async def plan(settings: Settings, spec: ModelSpec) -> Plan:
     """Return what a load would need on this machine if nothing were loaded.
 
+    A model of the library that was not downloaded is estimated from what the library knows.
+
     Raises:
-        UnknownModel: the model is not on this machine.
+        UnknownModel: the model is not on this machine, and not in the library.
         HeadraceError: it is damaged, or no engine can run it.
     """
     loader = open_pool(settings, [spec]).loader
     return await plan_load(loader.memory, loader.sizing, spec)
 
 
-def _stored(config: Config) -> list[StoredModel]:
-    return [msgspec.convert(m, StoredModel, from_attributes=True) for m in store(config).list()]
+async def library_plans(settings: Settings, models: Sequence[LibraryModel]) -> list[Plan]:
+    """Return what loads of models of the library would need on this machine.
+
+    Raises:
+        HeadraceError: no engine can run a GGUF file.
+    """
+    loader = open_pool(settings, []).loader
+    specs = [settings.model_spec(model.name) for model in models]
+    return [await plan_load(loader.memory, loader.sizing, spec) for spec in specs]
 
 
 def _reread(before: Settings, settings: Settings, specs: Sequence[ModelSpec]) -> Wanted:

@@ -107,6 +107,8 @@ def default_script(request: AnyRequest) -> Iterator[Step]:
             yield Ranking(tuple(best[: request.top_n]))
         case ScoreRequest():
             yield Scores(tuple(place / 8 for place in range(len(request.pairs))))
+        case CountRequest(as_text=True):
+            yield Text("A conversation.")
         case CountRequest():
             ids = tuple(range(len(request.text or "")))
             yield TokenCount(count=len(ids), token_ids=ids)

@@ -154,6 +154,9 @@ class FakeAdmin:
     def status(self) -> PoolStatus:
         return PoolStatus(models=tuple(self.models), devices=DEVICES)
 
+    async def describe(self, model: str) -> None:
+        self.calls.append(("describe", model))
+
     async def load(self, model: str, changes: Mapping[str, Any] | None = None) -> ModelStatus:
         return await self._change("load", model, changes)
 

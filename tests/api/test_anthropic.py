@@ -293,7 +293,9 @@ async def test_choices(choice: Any, expected: ToolChoice) -> None:
         ({"messages": []}, "messages: expected an array of at least 1 item"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
-         "messages[0].content[0]: 'image' is not supported"),
+         "messages[0].content[0].source is base64 with its data"),
+        ({"messages": [{"role": "user", "content": [{"type": "document", "source": {}}]}]},
+         "messages[0].content[0]: 'document' is not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "tool_use_id"),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "c"}]}]},
          "messages[0].content[0].name is missing"),
@@ -390,11 +392,16 @@ async def test_models_are_listed_for_both_apis() -> None:
     """Issue 14.2: aliases as models of their own, where that is set."""
     async with client() as http:
         plain = (await http.get("/v1/models?limit=1000")).json()
+        theirs = (await http.get("/v1/models", headers={"anthropic-version": "2023-06-01"})).text
+        one = await http.get("/v1/models/m", headers={"anthropic-version": "2023-06-01"})
     assert [card["id"] for card in plain["data"]] == ["m", "org/big"]
     assert (plain["has_more"], plain["first_id"], plain["last_id"]) == (False, "m", "org/big")
-    for card in plain["data"]:
-        # Anthropic's has an object for `capabilities`, which no client needs.
-        TheirModel.model_validate(card | {"capabilities": None})
+    TheirModel.model_validate_json(one.text, strict=True)
+    for card, their in zip(plain["data"], json.loads(theirs)["data"], strict=True):
+        # OpenAI's clients get a list of names, Anthropic's an object with all of its keys.
+        TheirModel.model_validate_json(json.dumps(their), strict=True)
+        assert card == their | {"capabilities": card["capabilities"]}
+        assert isinstance(card["capabilities"], list)
         assert (card["type"], card["object"], card["display_name"]) == ("model",) * 2 + (
             card["id"],
         )

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from headrace.api import exchange, limits
-from headrace.api.exchange import ClientGone
+from headrace.api import limits
+from headrace.api.bodies import Bodies, ClientGone
 from headrace.api.problems import Refused
 
 LIMIT = 8 << 20
@@ -30,7 +30,7 @@ class Client:
 async def test_bodies_are_bounded_in_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Issue 11.1: many unfinished bodies do not fill the memory, and small ones still pass."""
     monkeypatch.setattr(limits, "MAX_BODIES", 3 << 20)
-    bodies = exchange.Bodies()
+    bodies = Bodies()
     clients = [Client() for _ in range(4)]
     reads = [asyncio.ensure_future(bodies.read(client.receive, LIMIT)) for client in clients]
     for client in clients:

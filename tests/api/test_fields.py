@@ -9,7 +9,7 @@ import pytest
 from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, client, text
 
 from headrace.api import fields
-from headrace.api.anthropic import CountTokensRequest, MessagesRequest
+from headrace.api.anthropic_request import CountTokensRequest, MessagesRequest
 from headrace.api.chat import ChatRequest
 from headrace.api.fields import Body, Peers, bodies
 from headrace.api.responses_request import ResponsesRequest

@@ -17,6 +17,15 @@ _REFUSED: tuple[Schema, ...] = (
     {"if": {"type": "string"}, "then": {"minLength": 2}},
 )
 
+# The names of SmolLM2's special tokens, as text.
+SPECIAL: tuple[Schema, ...] = (
+    {"enum": ["<|im_start|>", "a<|im_end|>b"]},
+    {"const": {"<|endoftext|>": ["<|im_end|>", "<|im_start|>"]}},
+    {"type": "string", "pattern": r"^<\|im_start\|>[a-z]{2}\x3c\|im_end\|>$"},
+    {"type": "object", "required": ["<|im_end|>"], "additionalProperties": False}
+    | {"properties": {"<|im_end|>": {"type": "boolean"}}},
+)
+
 
 class Maker:
     """Makes one schema; the same seed makes the same one."""

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import jsonschema_rs
 import psutil
 import pytest
-from tests.engines.schemas import Maker
+from tests.engines.schemas import SPECIAL, Maker
 
 from headrace import AsyncModelWorker
 from headrace.core.errors import InvalidRequest
@@ -80,6 +80,29 @@ async def test_the_bombs_of_the_issue(smol: AsyncModelWorker, schema: Any, where
     after = sum(process.memory_info().rss for process in processes if process.is_running())
     assert took_s / 20 < 0.1
     assert after - before < 8 << 20
+
+
+async def test_names_of_special_tokens_are_text(smol: AsyncModelWorker) -> None:
+    """Issue 11.4: text that had to follow was taken for the token, and the answer was a 500."""
+
+    async def ask(schema: Any, prompt: str) -> None:
+        reply = await smol.generate(prompt, json_schema=schema, max_tokens=60, seed=1)
+        assert jsonschema_rs.validator_for(schema).is_valid(json.loads(reply.text))
+        assert "<|im_" in reply.text
+
+    prompts = ("An example in JSON:\n", "<|im_start|>user\n<|im_start|>")
+    await asyncio.gather(*(ask(schema, prompt) for schema in SPECIAL for prompt in prompts))
+    # So in the arguments of a tool.
+    parameters = {"type": "object", "properties": {"a": SPECIAL[0]}, "required": ["a"]}
+    reply = await smol.generate(
+        messages=[{"role": "user", "content": "Call f."}],
+        tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=100,
+        seed=1,
+    )
+    assert json.loads(reply.tool_calls[0].arguments)["a"] in SPECIAL[0]["enum"]
 
 
 class Tally(NamedTuple):

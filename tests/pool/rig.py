@@ -7,7 +7,7 @@ import contextlib
 import selectors
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
@@ -116,6 +116,9 @@ class Machine:
         assert devices
         assert load_s >= 0
 
+    def without_file(self, spec: ModelSpec) -> Self:
+        return self
+
     def largest_context(self, spec: ModelSpec, budgets: dict[str, int]) -> int | None:
         return 4096
 
@@ -132,6 +135,8 @@ class FakeWorker:
         self.machine = machine
         self.died = asyncio.Event()
         self.freed = asyncio.Event()
+        self.killed = asyncio.Event()
+        """Set it to end the process while it loads."""
         self.state: State = "created"
         self.pid = 1
         self.running = 0
@@ -154,7 +159,9 @@ class FakeWorker:
         machine.take(self, machine.sizes.get(name, 10))
         self.state = "loading"
         try:
-            await asyncio.sleep(machine.load_s.get(name, 1.0))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.killed.wait(), machine.load_s.get(name, 1.0))
+                raise LoadFailed(f"The worker of {name} was killed by SIGKILL while loading.")
             if name in machine.fail_load:
                 raise machine.fail_load[name]
         except BaseException:

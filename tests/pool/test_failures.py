@@ -289,6 +289,83 @@ def test_the_breaker_by_itself() -> None:
     assert breaker.until == 30.0
 
 
+@pytest.mark.parametrize("crashed", [True, False])
+def test_that_requests_wait_while_a_load_is_tried_again(crashed: bool) -> None:
+    """Issue 11.6: a process that is killed while it loads fails nobody, if it has served before."""
+
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine, spec(max_running=4))
+        await served.start()
+        if crashed:
+            machine.workers[-1].die()
+        else:
+            # Counting waits as well.
+            await served.loader.unload(served.entry("a"), served.entry("a").replicas[0], "unloaded")
+        await asyncio.sleep(0.05)
+        waiting = [asyncio.create_task(answer(served, ask(prompt=f"{n}"))) for n in range(3)]
+        counting = asyncio.create_task(collect_count(served.ask(CountRequest(text="abc"))))
+        late = asyncio.create_task(failed(served, deadline_s=0.8))
+        await asyncio.sleep(0.5)
+        machine.workers[-1].killed.set()
+        # Those that come in the meantime wait too.
+        await asyncio.sleep(0.1)
+        waiting.append(asyncio.create_task(answer(served, ask())))
+        assert served.entry("a").state == "loading"
+        assert isinstance(await late, QueueTimeout)
+        assert [text for text, _ in await asyncio.gather(*waiting)] == [counted(5)] * 4
+        assert (await counting).count == 3
+        assert "while loading" in (served.entry("a").failures.last_error or "")
+        await served.aclose()
+
+    run(main())
+
+
+@pytest.mark.parametrize("load_s", [1.0, 100.0])
+def test_that_a_load_that_always_fails_ends(load_s: float) -> None:
+    """Issue 11.6: three tries, whether or not they are within the window of the breaker."""
+
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine)
+        await served.start()
+        machine.load_s["a"], machine.fail_load["a"] = load_s, LoadFailed("no such file")
+        machine.workers[-1].die()
+        await asyncio.sleep(0.01)
+        errors = await asyncio.gather(*(failed(served, prompt=f"{n}") for n in range(3)))
+        assert {type(error) for error in errors} == {LoadFailed}
+        assert machine.loads == 1 + (3 if load_s > 60 else 2)
+        await asyncio.sleep(1000)
+        assert machine.loads <= 4
+        # The next request is the next try.
+        machine.fail_load.clear()
+        assert (await answer(served, ask()))[0] == counted(5)
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_an_answer_of_a_model_that_has_failed_says_when() -> None:
+    """Issue 11.6: not the crash that its first attempt met, but when to try again."""
+
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine, spec(max_running=4))
+        await served.start()
+        for _ in range(2):
+            machine.workers[-1].die()
+            await asyncio.sleep(2.5)
+        asked = [asyncio.create_task(failed(served, prompt=f"{n}")) for n in range(3)]
+        await asyncio.sleep(0.05)
+        machine.workers[-1].die()
+        for error in await asyncio.gather(*asked):
+            assert isinstance(error, LoadFailed)
+            assert error.retry_after_s == pytest.approx(30, abs=1)
+        await served.aclose()
+
+    run(main())
+
+
 def test_that_an_answer_does_not_go_on_at_a_worker_that_is_about_to_end() -> None:
     """Issue 11.19: the error of a rank comes before the end of its worker is noticed."""
 

@@ -576,6 +576,15 @@ class Steps(RuleBasedStateMachine):
         if idle:
             self.world.kill(idle[which % len(idle)], linger_s)
 
+    @rule(which=st.integers(0, 30))
+    def kill_a_load(self, which: int) -> None:
+        loading = [one for one in self.world.machine.held if one.state == "loading"]
+        if loading:
+            worker = loading[which % len(loading)]
+            self.world.note(worker.spec.name, "load fault")
+            worker.killed.set()
+            self.world.pass_time(0)
+
     @rule(name=names, fails=st.sampled_from([False, False, True]))
     def break_loads(self, name: str, fails: bool) -> None:
         if fails:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from anthropic.types import Message as TheirMessage
 from anthropic.types import RawMessageStreamEvent
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, Field, TypeAdapter
+from tests.pictures_made import data_url, png
 from tests.service.serving import Service, served
 
 MODELS = """
@@ -27,6 +30,9 @@ aliases = ["claude-echo"]
 [models.thinker]
 model = "echo"
 chat_template = {template}
+[models.seer]
+model = "echo"
+options = {{ images = true }}
 [server]
 list_aliases = true
 """
@@ -173,6 +179,29 @@ def test_errors_of_responses(their: openai.OpenAI) -> None:
     assert long.value.code == "context_length_exceeded"
 
 
+def test_images_by_responses(their: openai.OpenAI) -> None:
+    """Issue 14.1: in a message and in the output of a tool; a model without images refuses them."""
+    picture = png()
+    image: Any = {"type": "input_image", "image_url": data_url(picture), "detail": "auto"}
+    message: Any = {"role": "user", "content": [{"type": "input_text", "text": "a "}, image]}
+    answer = their.responses.create(model="seer", input=[message])
+    digest = hashlib.sha256(picture).hexdigest()[:8]
+    assert digest in answer.output_text
+    assert answer.usage is not None
+    assert answer.usage.input_tokens > 100
+    # The echo engine's template shows the last turn alone.
+    given: list[Any] = [
+        *user("Look."), {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": [image]},
+    ]  # fmt: skip
+    answer = their.responses.create(model="seer", input=given)
+    assert digest in answer.output_text
+    assert their.responses.input_tokens.count(model="seer", input=given).input_tokens > 64
+    with pytest.raises(openai.BadRequestError, match="echo takes no images") as refused:
+        their.responses.create(model="echo", instructions="Be brief.", input=[message])
+    assert refused.value.param == "input[0].content[1]"
+
+
 def test_the_real_model_by_responses(their: openai.OpenAI) -> None:
     """Issue 14.1: a structured answer, and an enforced call of a tool."""
     parsed = their.responses.parse(
@@ -259,6 +288,28 @@ def test_thinking_by_messages(claude: anthropic.Anthropic) -> None:
     assert text.text == "Paris."
 
 
+def test_images_by_messages(claude: anthropic.Anthropic) -> None:
+    """Issue 14.2: in a message and in the result of a tool; a model without images refuses them."""
+    picture = png()
+    data = base64.b64encode(picture).decode()
+    image: Any = {
+        "type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}
+    }  # fmt: skip
+    given: list[Any] = user([{"type": "text", "text": "a "}, image])
+    answer = claude.messages.create(model="seer", max_tokens=400, messages=given)
+    digest = hashlib.sha256(picture).hexdigest()[:8]
+    assert digest in str(answer.content)
+    call: Any = {"type": "tool_use", "id": "c", "name": "f", "input": {}}
+    result: Any = {"type": "tool_result", "tool_use_id": "c", "content": [image]}
+    turns: list[Any] = [*user("Look."), {"role": "assistant", "content": [call]}, *user([result])]
+    answer = claude.messages.create(model="seer", max_tokens=400, messages=turns)
+    assert digest in str(answer.content)
+    assert claude.messages.count_tokens(model="seer", messages=turns).input_tokens > 64
+    refused = r"messages\[0\].content\[1\]: echo takes no images"
+    with pytest.raises(anthropic.BadRequestError, match=refused):
+        claude.messages.create(model="echo", max_tokens=9, system="Be brief.", messages=given)
+
+
 def test_errors_of_messages(claude: anthropic.Anthropic) -> None:
     """Issue 14.2: the client's own; Claude Code looks for the text of the last."""
     with pytest.raises(anthropic.NotFoundError) as unknown:
@@ -275,7 +326,7 @@ def test_models_by_both_clients(their: openai.OpenAI, claude: anthropic.Anthropi
     """Issue 14.2: one list in both forms, with aliases."""
     names = [model.id for model in claude.models.list(limit=1000)]
     assert names == [model.id for model in their.models.list()]
-    assert names == ["smollm2", "echo", "claude-echo", "thinker"]
+    assert names == ["smollm2", "echo", "claude-echo", "thinker", "seer"]
     assert claude.models.retrieve("claude-echo").display_name == "echo"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import ollama
 import pytest
+from tests.api.published import OLLAMA, hold
 from tests.pictures_made import png
 from tests.service.serving import Service, served
 
@@ -58,6 +59,23 @@ chat_template = """
 {%- endif %}
 {{- m.content }}
 {%- endfor %}"""
+
+# Never loaded.
+[models.asleep]
+model = "smollm2"
+preload = false
+[models.dreamer]
+model = "smollm2"
+preload = false
+context_length = 300
+chat_template = """
+{%- for m in messages %}{{ m.role }}: {% if m.reasoning_content %}<think>
+{{ m.reasoning_content }}
+</think>
+
+{% endif %}{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}assistant: <think>
+{% endif %}"""
 
 [models.vectors]
 model = "builtin:echo"
@@ -184,6 +202,8 @@ def test_models_are_listed_and_shown(client: ollama.Client, service: Service) ->
         "echo:latest",
         "seer:latest",
         "thinker:latest",
+        "asleep:latest",
+        "dreamer:latest",
         "vectors:latest",
     ]
     shown = client.show("smollm2")
@@ -199,6 +219,32 @@ def test_models_are_listed_and_shown(client: ollama.Client, service: Service) ->
     assert httpx.get(f"{service.url}/api/version").json()["version"].count(".") == 2
     assert httpx.get(service.url).text == "Ollama is running"
     assert httpx.head(service.url).status_code == 200
+
+
+def test_models_that_are_not_loaded_are_shown(client: ollama.Client, service: Service) -> None:
+    """Issue 14.3: what the header of the file says, and nothing is loaded for it."""
+    shown = client.show("asleep")
+    assert shown.details is not None
+    assert (shown.details.format, shown.details.family) == ("gguf", "llama")
+    assert (shown.details.parameter_size, shown.details.quantization_level) == ("134.5M", "Q4_1")
+    assert shown.modelinfo is not None
+    assert shown.modelinfo["llama.context_length"] == 8192
+    assert shown.capabilities == ["completion", "tools"]
+    thinking = client.show("dreamer")
+    assert thinking.capabilities == ["completion", "tools", "thinking"]
+    assert thinking.modelinfo is not None
+    assert thinking.modelinfo["llama.context_length"] == 300
+    assert client.show("thinker").capabilities == ["completion", "tools", "thinking"]
+    listed = {model.model: model.details for model in client.list().models}
+    details = listed["asleep:latest"]
+    assert details is not None
+    assert details.quantization_level == "Q4_1"
+    assert not {"asleep:latest", "dreamer:latest"} & {model.name for model in client.ps().models}
+    for name in ("show", "tags", "ps", "version"):
+        method = "POST" if name == "show" else "GET"
+        body = {"model": "asleep"} if name == "show" else None
+        answer = httpx.request(method, f"{service.url}/api/{name}", json=body).json()
+        hold(OLLAMA, name, answer)
 
 
 def test_vectors(client: ollama.Client) -> None:

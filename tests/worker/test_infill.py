@@ -27,11 +27,13 @@ BOS = 1
 class Vocabulary:
     """A tokenizer of letters, in which some texts are tokens; it puts BOS before a text."""
 
-    def __init__(self, names: Sequence[str], declared: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, names: Sequence[str], declared: tuple[int, ...] = (), context_length: int = 30
+    ) -> None:
         self.ids = {name: 0x110000 + place for place, name in enumerate(names)}
         self.facts = EngineFacts(
             device="cpu",
-            context_length=30,
+            context_length=context_length,
             max_running=1,
             capabilities=Capabilities(sampling=frozenset({"max_tokens", "stop_token_ids"})),
             infill_ids=declared,
@@ -55,8 +57,10 @@ class Vocabulary:
     def close(self) -> None: ...
 
 
-def prompter(names: Sequence[str], declared: tuple[int, ...] = ()) -> Prompter:
-    engine: Any = Vocabulary(names, declared)
+def prompter(
+    names: Sequence[str], declared: tuple[int, ...] = (), context_length: int = 30
+) -> Prompter:
+    engine: Any = Vocabulary(names, declared, context_length)
     return Prompter(ModelSpec(name="m", model="m"), engine)
 
 

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec.structs import replace
 
-from headrace.api import dialect_fields, fields, limits
 from headrace.api.anthropic_answer import MessageEncoder, MessageHead, whole
+from headrace.api.anthropic_request import (
+    Block,
+    CountTokensRequest,
+    ImageSource,
+    MessagesChoice,
+    MessagesRequest,
+    MessagesTurn,
+)
 from headrace.api.exchange import Call, Exchange, Service
-from headrace.api.fields import Body, Peers
+from headrace.api.images import ImageReader, body_limit, held
 from headrace.api.limits import ApiSettings
 from headrace.api.messages import (
     CalledFunction,
-    CallId,
     Function,
-    ToolName,
     to_call,
     tools_of,
 )
+from headrace.api.parts import check_role
 from headrace.api.stream import send_stream
 from headrace.api.turns import Turns, leave_out
 from headrace.api.wire import (
-    Count,
-    KeepAlive,
-    ModelName,
-    StopText,
     answer_fields,
     envelope,
     scalars,
@@ -36,8 +39,9 @@ from headrace.api.wire import (
 from headrace.core import events
 from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest, Unsupported
-from headrace.core.request import CountRequest, GenerateRequest, Message
-from headrace.core.sampling import MaxTokens, Sampling, SamplingFields
+from headrace.core.media import Content, Part, content_of
+from headrace.core.request import CountRequest, GenerateRequest, Message, Role
+from headrace.core.sampling import Sampling
 from headrace.core.stream import collect, result
 from headrace.core.tools import Thinking, Tool, ToolChoice
 
@@ -51,115 +55,6 @@ _HOSTED = re.compile(
     r"(web_search|web_fetch|bash|text_editor|computer|code_execution|memory|tool_search_tool\w*"
     r"|advisor)_\d{8}|mcp_toolset|tool_search_tool_(bm25|regex)"
 )
-
-
-class Block(Body, frozen=True):
-    """A part of a message: text, thinking, a call of a tool, or its result."""
-
-    type: str
-    text: str | None = None
-    thinking: str | None = None
-    id: CallId | None = None
-    name: ToolName | None = None
-    input: dict[str, Any] | None = None
-    tool_use_id: CallId | None = None
-    tool_name: str | None = None
-    content: str | list[Block] | None = None
-    is_error: bool | None = None
-    title: str | None = None
-
-    peers: ClassVar[Peers] = dialect_fields.BLOCK
-
-
-class MessagesTurn(Body, frozen=True):
-    """One turn of a conversation. If the last one is the assistant's, the answer continues it."""
-
-    role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
-
-    peers: ClassVar[Peers] = fields.MESSAGE
-
-
-class MessagesTool(Body, frozen=True):
-    """A tool of the client; one with another `type` than custom is run by Anthropic."""
-
-    name: ToolName | None = None
-    description: str | None = None
-    input_schema: dict[str, Any] | None = None
-    type: str | None = None
-    strict: bool | None = None
-
-    peers: ClassVar[Peers] = dialect_fields.MESSAGES_TOOL
-
-
-class MessagesChoice(Body, frozen=True):
-    """Whether the model calls tools, and which."""
-
-    type: Literal["auto", "any", "tool", "none"]
-    name: ToolName | None = None
-    disable_parallel_tool_use: bool | None = None
-
-
-class MessagesThinking(Body, frozen=True):
-    """Thinking, which is off if this is absent; `omitted` does not send it."""
-
-    type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Count | None = None
-    display: Literal["summarized", "omitted"] | None = None
-
-
-class OutputFormat(Body, frozen=True):
-    """The JSON schema of the answer."""
-
-    type: Literal["json_schema"]
-    schema: dict[str, Any]
-
-
-class OutputConfig(Body, frozen=True):
-    """How much is thought, and the format of the answer."""
-
-    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-    format: OutputFormat | None = None
-
-    peers: ClassVar[Peers] = dialect_fields.OUTPUT_CONFIG
-
-
-class CountTokensRequest(SamplingFields, Body, frozen=True, kw_only=True):
-    """Anthropic's request to count the tokens of a conversation.
-
-    Sampling parameters are accepted, as in the request of a message, and have no effect.
-    """
-
-    # OpenAI's seed is a signed 64-bit integer; core also takes unsigned ones.
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-
-    model: ModelName | None = None
-    messages: Annotated[list[MessagesTurn], Meta(min_length=1, max_length=limits.MAX_MESSAGES)]
-    system: str | list[Block] | None = None
-    tools: Annotated[list[MessagesTool], Meta(max_length=limits.MAX_TOOLS)] | None = None
-    tool_choice: MessagesChoice | None = None
-    thinking: MessagesThinking | None = None
-    output_config: OutputConfig | None = None
-    output_format: OutputFormat | None = None
-    mcp_servers: list[Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    peers: ClassVar[Peers] = dialect_fields.COUNT_TOKENS
-
-
-class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
-    """Anthropic's request of a message, with common extensions.
-
-    `max_tokens` is cut to what the context has left.
-    """
-
-    max_tokens: MaxTokens  # pyright: ignore[reportGeneralTypeIssues]  # required here
-    stop_sequences: Annotated[list[StopText], Meta(max_length=limits.MAX_STOP)] | None = None
-    stream: bool | None = None
-    context_length: Count | None = None
-    keep_alive: KeepAlive | None = None
-
-    peers: ClassVar[Peers] = dialect_fields.MESSAGES
 
 
 class MessageTokens(msgspec.Struct, frozen=True):
@@ -179,14 +74,23 @@ _NAMES = {
 
 async def create_message(service: Service, exchange: Exchange) -> None:
     """Answer a conversation with blocks, streamed or whole."""
-    wire = await exchange.read(_DECODER)
+    wire = await exchange.read(_DECODER, body_limit(service, exchange.settings))
     call = exchange.call
     call.names = _NAMES
-    stream = service.backend.ask(to_request(wire, exchange.settings, call))
+    async with held(exchange, image_urls(wire.messages), _encoded(wire.messages)) as translation:
+        request = await translation.run(partial(to_request, wire, exchange.settings, call))
+        # The texts are not kept while the answer runs.
+        await _answer(service, exchange, replace(wire, messages=[]), request)
+
+
+async def _answer(
+    service: Service, exchange: Exchange, wire: MessagesRequest, request: GenerateRequest
+) -> None:
+    stream = service.backend.ask(request)
     thinking = wire.thinking
     shows = thinking is not None and thinking.type != "disabled" and thinking.display != "omitted"
     head = MessageHead(
-        f"msg_{call.id}", service.model_name(wire.model), wire.stop_sequences or (), shows
+        f"msg_{exchange.call.id}", service.model_name(wire.model), wire.stop_sequences or (), shows
     )
     if wire.stream:
         await exchange.unless_gone(send_stream(exchange, stream, MessageEncoder(head)))
@@ -197,19 +101,23 @@ async def create_message(service: Service, exchange: Exchange) -> None:
 
 async def count_tokens(service: Service, exchange: Exchange) -> None:
     """Count the tokens of a conversation with blocks."""
-    wire = await exchange.read(_COUNT_DECODER)
+    wire = await exchange.read(_COUNT_DECODER, body_limit(service, exchange.settings))
     exchange.call.names = _NAMES
     # Checked as for an answer, which takes the same body.
     Sampling(**scalars(wire))
+    async with held(exchange, image_urls(wire.messages), _encoded(wire.messages)) as translation:
+        conversation = await translation.run(partial(_conversation, wire, exchange.call))
     request = CountRequest(
-        **_conversation(wire, exchange.call),
+        **conversation,
         **envelope(wire.model, exchange.settings, exchange.call),
     )
     count, _ = await exchange.unless_gone(result(service.backend.ask(request), events.TokenCount))
     await exchange.answer(MessageTokens(count.count))
 
 
-def to_request(wire: MessagesRequest, settings: ApiSettings, call: Call) -> GenerateRequest:
+def to_request(
+    wire: MessagesRequest, settings: ApiSettings, call: Call, reader: ImageReader
+) -> GenerateRequest:
     """Build the core request.
 
     Raises:
@@ -223,23 +131,31 @@ def to_request(wire: MessagesRequest, settings: ApiSettings, call: Call) -> Gene
         constraint=_constraint(wire),
         context_length=wire.context_length,
         tool_choice=to_choice(wire.tool_choice),
-        **_conversation(wire, call),
+        **_conversation(wire, call, reader),
+        media=reader.pictures.data,
         **answer_fields(wire, settings, call, stream=bool(wire.stream)),
     )
 
 
-def to_messages(wire: CountTokensRequest) -> tuple[Message, ...]:
+def image_urls(turns: Sequence[MessagesTurn]) -> Iterator[tuple[str, str]]:
+    """Yield the URL of each image that is sent by one, with its place."""
+    for source, place in _sources(turns):
+        if source.type == "url" and source.url:
+            yield source.url, place
+
+
+def to_messages(wire: CountTokensRequest, reader: ImageReader) -> tuple[Message, ...]:
     """Return the turns of a conversation, the system message first.
 
     Raises:
-        InvalidRequest: a block is not complete, or of an unknown type.
-        Unsupported: a block is not text.
+        InvalidRequest: a block is not complete, or of an unknown type; an image is damaged.
+        Unsupported: a block is neither text nor an image.
     """
     turns = Turns()
     system = wire.system or ""
     if not isinstance(system, str):
         kept = [block for block in system if not (block.text or "").startswith(_BILLING)]
-        system = _content(kept, "system")
+        system = _content(kept, "system", "system", reader)
     if system:
         turns.add(Message("system", system))
     for index, turn in enumerate(wire.messages):
@@ -248,7 +164,7 @@ def to_messages(wire: CountTokensRequest) -> tuple[Message, ...]:
         if turn.role == "assistant":
             _add_answer(turns, content, place)
         else:
-            _add_turn(turns, turn.role, content, place)
+            _add_turn(turns, Message(turn.role), content, place, reader)
     return turns.end()
 
 
@@ -293,9 +209,29 @@ def to_choice(wire: MessagesChoice | None) -> ToolChoice:
     return ToolChoice(modes.get(wire.type, "auto"), parallel=several)
 
 
-def _conversation(wire: CountTokensRequest, call: Call) -> dict[str, Any]:
+def _encoded(turns: Sequence[MessagesTurn]) -> int:
+    """Return the size of the images that are sent in base64."""
+    return sum(len(source.data or "") for source, _ in _sources(turns))
+
+
+def _sources(turns: Sequence[MessagesTurn]) -> Iterator[tuple[ImageSource, str]]:
+    """Yield the source of each image, with its place."""
+    blocks = [
+        (block, f"messages[{index}].content[{number}]")
+        for index, turn in enumerate(turns)
+        for number, block in enumerate(turn.content if isinstance(turn.content, list) else ())
+    ]
+    for block, place in blocks:
+        inner = block.content if isinstance(block.content, list) else ()
+        within = ((part, f"{place}.content[{number}]") for number, part in enumerate(inner))
+        for part, where in ((block, place), *within):
+            if part.type == "image" and isinstance(part.source, ImageSource):
+                yield part.source, where
+
+
+def _conversation(wire: CountTokensRequest, call: Call, reader: ImageReader) -> dict[str, Any]:
     """Return the fields of the core that are those of a count too."""
-    messages = to_messages(wire)
+    messages = to_messages(wire, reader)
     last = messages[-1] if messages else Message("user")
     return {
         "messages": messages,
@@ -319,43 +255,68 @@ def _add_answer(turns: Turns, content: Sequence[Block], place: str) -> None:
 
 
 def _add_turn(
-    turns: Turns, role: Literal["user", "system"], content: Sequence[Block], place: str
+    turns: Turns, turn: Message, content: Sequence[Block], place: str, reader: ImageReader
 ) -> None:
-    """Add the results of tools, each a turn of its own, and the text after them."""
-    texts: list[str] = []
+    """Add the results of tools, each a turn of its own, and after them `turn` with the others."""
+    parts: list[Part] = []
     results = False
     for index, block in enumerate(content):
         where = f"{place}[{index}]"
         if block.type == "tool_result":
-            text = _content(block.content, f"{where}.content")
+            output = _content(block.content, "tool", f"{where}.content", reader)
             call_id = _given(block.tool_use_id, where, "tool_use_id")
-            turns.answer(call_id, f"Error: {text}" if block.is_error else text)
+            turns.answer(call_id, _failed(output) if block.is_error else output)
             results = True
         elif not _OF_OTHERS.fullmatch(block.type):
-            texts.append(_text(block, where))
-    if texts or not results:
-        turns.add(Message(role, "".join(texts)))
+            parts.append(_part(block, turn.role, where, reader))
+    if parts or not results:
+        turns.add(replace(turn, content=content_of(parts)))
 
 
-def _content(content: str | Sequence[Block] | None, place: str) -> str:
+def _failed(output: Content) -> Content:
+    return f"Error: {output}" if isinstance(output, str) else ("Error: ", *output)
+
+
+def _content(
+    content: str | Sequence[Block] | None, role: Role, place: str, reader: ImageReader
+) -> Content:
     if content is None or isinstance(content, str):
         return content or ""
-    return "".join(_text(block, f"{place}[{index}]") for index, block in enumerate(content))
+    places = ((block, f"{place}[{index}]") for index, block in enumerate(content))
+    return content_of([_part(block, role, where, reader) for block, where in places])
+
+
+def _part(block: Block, role: Role, place: str, reader: ImageReader) -> Part:
+    if block.type != "image":
+        return _text(block, place)
+    check_role(role, place)
+    source = block.source if isinstance(block.source, ImageSource) else ImageSource()
+    if source.type == "base64" and source.data:
+        return reader.read(f"data:;base64,{source.data}", place)
+    if source.type == "url" and source.url:
+        return reader.read(source.url, place)
+    if source.type == "file":
+        message = f"{place}: This server keeps no files: send the image in base64."
+        raise Unsupported(message, param=place)
+    raise InvalidRequest(
+        f"{place}.source is base64 with its data, or url with its url.", param=f"{place}.source"
+    )
 
 
 def _text(block: Block, place: str) -> str:
     """Return the text of a block.
 
     Raises:
-        Unsupported: it is a picture or a document, or unknown.
+        Unsupported: it is a document, or unknown.
     """
     if block.type == "text":
         return block.text or ""
     if block.type == "tool_reference":
         return block.tool_name or ""
     if block.type == "search_result":
-        text = _content(block.content, f"{place}.content")
-        return f"{block.title or ''}\n{text}\n"
+        inner = [] if isinstance(block.content, str) else block.content or []
+        texts = [_text(part, f"{place}.content[{index}]") for index, part in enumerate(inner)]
+        return f"{block.title or ''}\n{''.join(texts) or block.content or ''}\n"
     raise Unsupported(f"{place}: {block.type[:64]!r} is not supported here.", param=place)
 
 

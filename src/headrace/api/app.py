@@ -20,13 +20,16 @@ from headrace.api import admin as manage
 from headrace.api import overview as current
 from headrace.api import pages, problems, records
 from headrace.api.anthropic import (
-    CountTokensRequest,
-    MessagesRequest,
     MessageTokens,
     count_tokens,
     create_message,
 )
 from headrace.api.anthropic_answer import MessageBody, MessageEvent
+from headrace.api.anthropic_request import CountTokensRequest, MessagesRequest
+from headrace.api.batch.keeper import Batches
+from headrace.api.batch.routes import BatchRoutes
+from headrace.api.batch.store import Store
+from headrace.api.bodies import ClientGone
 from headrace.api.chat import ChatChunk, ChatCompletion, ChatRequest, chat_completions
 from headrace.api.completions import (
     Completion,
@@ -36,8 +39,9 @@ from headrace.api.completions import (
 )
 from headrace.api.edge import METRICS_PATH, Edge, check_admin
 from headrace.api.embeddings import EmbeddingList, EmbeddingRequest, embeddings
-from headrace.api.exchange import ClientGone, Exchange, Route, Service
+from headrace.api.exchange import Exchange, Route, Service
 from headrace.api.limits import ApiSettings
+from headrace.api.llama_server import LLAMA_ROUTES
 from headrace.api.ollama import OLLAMA_ADMIN_ROUTES, OLLAMA_ROUTES
 from headrace.api.openapi import document
 from headrace.api.rerank import Ranking, RankRequest, rerank
@@ -104,6 +108,7 @@ ROUTES = (
     Route("POST", "/score", score, ScoreList, ScoreBody),
     _HOME,
     *OLLAMA_ROUTES,
+    *LLAMA_ROUTES,
     Route("POST", "/tokenize", tokenize, Tokens, TokenizeRequest),
     Route("POST", "/detokenize", detokenize, Text, DetokenizeRequest),
     _LIVE,
@@ -147,7 +152,9 @@ _METRICS = Route(
 
 
 class Application(Starlette):
-    """The ASGI application of one service."""
+    """The ASGI application of one service; `batches` are those that it keeps, if it does."""
+
+    batches: Batches | None = None
 
     def __init__(
         self, service: Service, routes: Sequence[Route], more: Sequence[BaseRoute] = ()
@@ -188,19 +195,28 @@ def create_app(
     admin: Admin | None = None,
     observer: Monitor | None = None,
     metrics: bool = True,
+    batches: Store | str | None = None,
 ) -> Application:
     """Build the ASGI application; the backend is not closed here.
 
     `ready` returns whether requests would be served now. Without it, the service is ready if all
     models are; with `admin`, by which models can be managed, if one is or can be loaded. `observer`
-    records every request and answers at /metrics, unless `metrics` is false.
+    records every request and answers at /metrics, unless `metrics` is false. `batches` are the
+    files and batches, which run while `Application.batches.run()` does, or the reason why there are
+    none.
     """
     routes = (*ROUTES, *ADMIN_ROUTES) if admin else ROUTES
     if observer is not None and metrics:
         routes = (*routes, _METRICS)
-    service = Service(backend, settings, ready, admin, observer)
+    describe = admin.describe if admin is not None else None
+    service = Service(backend, settings, ready, admin, observer, describe)
+    keeper = Batches(batches, service) if isinstance(batches, Store) else None
+    if batches is not None:
+        routes = (*routes, *BatchRoutes(keeper, "" if keeper else str(batches)).routes())
     described = Path("/openapi.json", _description(routes, service))
-    return Application(service, (*routes, *_PAGES), [described])
+    app = Application(service, (*routes, *_PAGES), [described])
+    app.batches = keeper
+    return app
 
 
 class _Endpoint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ from headrace.api import fields
 from headrace.api.answers import AnswerHead, ChunkHead, PromptPlace, prompt_places
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.fields import Peers, ReasoningField
-from headrace.api.images import HELD, Fetched, body_limit, check_text, fetch
+from headrace.api.images import ImageReader, body_limit, held
 from headrace.api.limits import ApiSettings
 from headrace.api.logprobs import TokenBody, token_bodies
 from headrace.api.messages import (
@@ -41,7 +40,6 @@ from headrace.core.events import (
     ToolCall,
     ToolCallDelta,
 )
-from headrace.core.media import MAX_IMAGE_BYTES, Pictures
 from headrace.core.request import GenerateRequest
 
 
@@ -185,24 +183,9 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
     """Answer a conversation, streamed or whole."""
     wire = await exchange.read(_DECODER, body_limit(service, exchange.settings))
     exchange.call.names = wire.names()
-    urls = image_urls(wire.messages)
-    sent = sum(len(url) for url, _ in urls)
-    check_text(exchange, sent)
-    if not urls:
-        request = to_request(wire, exchange.settings, exchange.call)
-        await _answer(service, exchange, wire, request)
-        return
-    remote = {url: place for url, place in reversed(urls) if url[:4].lower() == "http"}
-    del urls
-    with HELD.hold(sent + (MAX_IMAGE_BYTES if remote else 0)):
-        fetched: Fetched = {}
-        if remote and exchange.settings.media_hosts:
-            hosts = exchange.settings.media_hosts
-            fetched = await exchange.unless_gone(fetch(remote, hosts))
-        # Decoding takes long, and the texts are not kept while the answer runs.
-        request = await asyncio.to_thread(
-            to_request, wire, exchange.settings, exchange.call, fetched
-        )
+    async with held(exchange, image_urls(wire.messages)) as translation:
+        request = await translation.run(partial(to_request, wire, exchange.settings, exchange.call))
+        # The texts are not kept while the answer runs.
         wire = msgspec.structs.replace(wire, messages=[])
         await _answer(service, exchange, wire, request)
 
@@ -216,9 +199,9 @@ async def _answer(
 
 
 def to_request(
-    wire: ChatRequest, settings: ApiSettings, call: Call, fetched: Fetched | None = None
+    wire: ChatRequest, settings: ApiSettings, call: Call, reader: ImageReader | None = None
 ) -> GenerateRequest:
-    """Build the core request; `fetched` are the images of other hosts.
+    """Build the core request; `reader` has its images afterwards.
 
     Raises:
         InvalidRequest: fields contradict each other, or a value is out of its range.
@@ -229,10 +212,10 @@ def to_request(
     if wire.top_logprobs is not None and not wire.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
     logprobs = (wire.top_logprobs or 0) if wire.logprobs else None
-    pictures = Pictures()
+    reader = reader or ImageReader()
     return GenerateRequest(
-        messages=to_messages(wire.messages, pictures=pictures, fetched=fetched),
-        media=pictures.data,
+        messages=to_messages(wire.messages, reader=reader),
+        media=reader.pictures.data,
         sampling=to_sampling(
             wire, max_tokens=max_tokens if preferred is None else preferred, logprobs=logprobs
         ),

@@ -65,9 +65,10 @@ MESSAGES: Peers = {
     if name not in {"stream", "stop_sequences", "context_length", "keep_alive"}
 }
 BLOCK: Peers = ignored(
-    "cache_control citations signature data source context caller toolset_name file_id"
-    " server_name encrypted_content"
+    "cache_control citations signature data context caller toolset_name file_id server_name"
+    " encrypted_content transformations"
 )
+SOURCE: Peers = ignored("content")
 MESSAGES_TOOL: Peers = ignored(
     "cache_control defer_loading input_examples eager_input_streaming allowed_callers max_uses"
     " allowed_domains blocked_domains user_location citations max_content_tokens max_characters"
@@ -86,7 +87,7 @@ INPUT_ITEM: Peers = {
     **ignored("async_ parsed_arguments"),
 }
 INPUT_PART: Peers = ignored(
-    "annotations logprobs parsed image_url file_id detail file_data file_url filename input_audio"
+    "annotations logprobs parsed detail file_data file_url filename input_audio"
     " prompt_cache_breakpoint"
 )
 RESPONSE_REASONING: Peers = {

@@ -24,6 +24,8 @@ from headrace.core.errors import Forbidden, Unauthorized
 _HeaderList = Iterable[tuple[bytes, bytes]]
 
 METRICS_PATH = "/metrics"
+PRIORITY = b"x-headrace-priority"
+"""The header of a request that gives way to others: `batch`."""
 
 _log = logging.getLogger("headrace.api")
 _access = logging.getLogger("headrace.access")
@@ -60,6 +62,7 @@ class Edge:
         headers = dict(scope["headers"])
         call.traceparent = headers.get(b"traceparent", b"").decode("latin-1")
         call.tracestate = headers.get(b"tracestate", b"").decode("latin-1")
+        call.batch = headers.get(PRIORITY, b"").lower() == b"batch"
         settings = self._service.settings
         dialect = problems.dialect_of(scope["path"])
         extra = [(name, call.id.encode()) for name in (b"x-request-id", dialect.id_header) if name]
@@ -295,7 +298,7 @@ async def _answer_preflight(exchange: Exchange, headers: dict[bytes, bytes]) -> 
     await exchange.start(
         204,
         (
-            (b"access-control-allow-methods", b"GET, POST"),
+            (b"access-control-allow-methods", b"GET, POST, DELETE"),
             (b"access-control-allow-headers", allowed),
             (b"access-control-max-age", b"600"),
         ),

@@ -14,9 +14,10 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from headrace.api import fields, limits, problems
+from headrace.api.bodies import ClientGone, encoded, read_body
 from headrace.api.fields import Unknown
 from headrace.api.limits import ApiSettings
-from headrace.api.problems import Dialect, Headers, Problem, Refused, refused
+from headrace.api.problems import Dialect, Headers, Problem, Refused
 from headrace.core.backend import Admin, Backend
 from headrace.core.envelope import new_id
 from headrace.core.errors import InvalidRequest
@@ -38,16 +39,12 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 _BYTE = re.compile(r"\(byte (\d+)\)")
 
 
-class ClientGone(Exception):
-    """The client closed the connection before it was answered."""
-
-
 @dataclass(eq=False)
 class Service:
     """The backend, the settings and the observer that every handler uses.
 
-    `settings` may be replaced; a request that has begun keeps its own. `kept` is an answer that is
-    used again for a moment.
+    `settings` may be replaced; a request that has begun keeps its own. `describe` lets the backend
+    read the file of a model that is not loaded. `kept` is an answer to be used again for a moment.
     """
 
     backend: Backend
@@ -55,6 +52,7 @@ class Service:
     ready: Callable[[], bool] | None = None
     admin: Admin | None = None
     observer: Monitor | None = None
+    describe: Callable[[str], Awaitable[None]] | None = None
     kept: object = None
 
     def model_name(self, requested: str | None) -> str:
@@ -68,9 +66,10 @@ class Call:
     """The state of a request while it runs; the access log is written from it.
 
     `received` is monotonic seconds. `status` is 0 until the headers have gone out. `client` is a
-    short id of the key, and `is_admin` whether it is an admin's. `traceparent` and `tracestate`
-    are as the client sent them. `unknown` are the unknown fields of the body, `left_out` what of
-    the request is not done, and `names` the names that the client used for fields of the core.
+    short id of the key, and `is_admin` whether it is an admin's. A request of a `batch` gives way
+    to others. `traceparent` and `tracestate` are as the client sent them. `unknown` are the unknown
+    fields of the body, `left_out` what of the request is not done, and `names` the names that the
+    client used for fields of the core.
     """
 
     id: str = field(default_factory=new_id)
@@ -79,6 +78,7 @@ class Call:
     outcome: Outcome | Literal[""] = ""
     client: str = ""
     is_admin: bool = False
+    batch: bool = False
     left_out: tuple[str, ...] = ()
     traceparent: str = ""
     tracestate: str = ""
@@ -106,7 +106,12 @@ class Exchange:
         self.call = call
         self.body_size = 0
         self.dialect = dialect
-        self._receive = receive
+        self.receive = receive
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        """The headers of the request, by their names in lower case."""
+        return dict(self.scope["headers"])
 
     async def read(self, decoder: msgspec.json.Decoder[S], limit: int | None = None) -> S:
         """Read the body and decode it; a large one in a thread, so that the loop stays free.
@@ -119,9 +124,8 @@ class Exchange:
             Unsupported: a field is understood but cannot be honoured.
             ClientGone: the client left before its end.
         """
-        headers = dict(self.scope["headers"])
         limit = limit or self.settings.max_body_bytes
-        body = await _read_body(self._receive, headers, limit)
+        body = await read_body(self.receive, self.headers, limit)
         self.body_size = len(body)
         if len(body) > _LARGE_BODY:
             decoded, unknown = await asyncio.to_thread(decode, body, decoder)
@@ -140,7 +144,7 @@ class Exchange:
             ClientGone: the client closed the connection.
         """
         task = asyncio.create_task(work)
-        disconnect = asyncio.create_task(_disconnected(self._receive))
+        disconnect = asyncio.create_task(_disconnected(self.receive))
         try:
             await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
@@ -176,9 +180,9 @@ class Exchange:
         await self.send({"type": "http.response.body", "body": body})
 
     async def answer(
-        self, answer: msgspec.Struct, metrics: InferenceMetrics | None = None, *, status: int = 200
+        self, answer: Any, metrics: InferenceMetrics | None = None, *, status: int = 200
     ) -> None:
-        """Send a struct as JSON, with its figures as a header."""
+        """Send a value as JSON, with its figures as a header."""
         self.call.metrics = metrics
         headers = () if metrics is None else server_timing(metrics)
         await self.reply(msgspec.json.encode(answer), status=status, headers=headers)
@@ -205,22 +209,25 @@ Handler = Callable[[Service, Exchange], Awaitable[None]]
 class Route:
     """One row of the table of routes; `chunk` is the type of the parts of a streamed answer.
 
-    `answer` is None if there are only streams, or text of the media types `texts`. The events of
-    a stream have names if they are `named`, or if there is no `answer`; `lines` are lines of JSON
-    instead. `query` has the parameters of the URL. `unready` is whether a 503 has the same body as
-    a 200.
+    `answer` is a struct or another type, such as a union of them; it is None if there are only
+    streams, or text of the media types `texts`. The events of a stream have names if they are
+    `named`, or if there is no `answer`; `lines` are lines of JSON instead. `query` has the
+    parameters of the URL, `optional` are names of others. `unready` is whether a 503 has the same
+    body as a 200. The request is a `form` with a file, or JSON.
     """
 
     method: str
     path: str
     handler: Handler
-    answer: type[msgspec.Struct] | None
+    answer: Any
     request: type[msgspec.Struct] | None = None
     chunk: type[msgspec.Struct] | None = None
     named: bool = False
     lines: bool = False
     unready: bool = False
     query: type[msgspec.Struct] | None = None
+    optional: tuple[str, ...] = ()
+    form: bool = False
     admin: bool = False
     texts: tuple[str, ...] = ()
 
@@ -276,69 +283,12 @@ def marked(kind: type[msgspec.Struct], mark: str) -> dict[str, Any]:
     }
 
 
-async def _read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
-    coding = headers.get(b"content-encoding", b"").strip().lower()
-    if coding not in {b"", b"identity"}:
-        raise _encoded(coding.decode("latin-1"))
-    declared = headers.get(b"content-length", b"0")
-    if not declared.isdigit() or int(declared[:20]) > limit:
-        raise too_large(limit)
-    try:
-        async with asyncio.timeout(limits.BODY_TIMEOUT_S):
-            return await _BODIES.read(receive, limit)
-    except TimeoutError:
-        raise refused(408, "The body was not received in time.", "body_timeout") from None
-
-
-class Bodies:
-    """The bytes of all bodies that are being received, bounded in sum."""
-
-    def __init__(self) -> None:
-        self.size = 0
-
-    async def read(self, receive: Receive, limit: int) -> bytes:
-        """Return a body.
-
-        Raises:
-            Refused: it is too large, or there are too many bytes of others.
-            ClientGone: the client has left.
-        """
-        parts: list[bytes] = []
-        size = 0
-        try:
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                self.size += len(parts[-1])
-                if size > limit:
-                    raise too_large(limit)
-                if not message.get("more_body", False):
-                    return b"".join(parts)
-                if self.size > limits.MAX_BODIES and size > limits.SMALL_BODY:
-                    raise _too_many()
-        finally:
-            self.size -= size
-
-
-_BODIES = Bodies()
-
-
-def _encoded(coding: str) -> Refused:
-    message = f"The body is encoded with {coding}; send it as it is, without a Content-Encoding."
-    return refused(
-        415, message, "unsupported_content_encoding", ((b"accept-encoding", b"identity"),)
-    )
-
-
 def _not_json(body: bytes, problem: str) -> InvalidRequest | Refused:
     """Return the error for a body that cannot be decoded, with its reason."""
     if not body.strip():
         return InvalidRequest("The body is empty; it must be JSON.")
     if body.startswith(_GZIP):
-        return _encoded("gzip")
+        return encoded("gzip")
     if body.startswith(_BYTE_ORDER_MARKS):
         return InvalidRequest("The body begins with a byte order mark; send UTF-8 without one.")
     try:
@@ -355,18 +305,6 @@ def _not_json(body: bytes, problem: str) -> InvalidRequest | Refused:
     if reason == "Input data was truncated":
         reason = "it ends too early"
     return InvalidRequest(f"The body is not valid JSON: {reason}.")
-
-
-def too_large(limit: int) -> Refused:
-    """Return the error for a body of more than `limit` bytes."""
-    message = f"The body is larger than {limit} bytes."
-    return refused(413, message, "body_too_large", ((b"connection", b"close"),))
-
-
-def _too_many() -> Refused:
-    message = "Too many request bodies are being received; try again later."
-    again = ((b"connection", b"close"), (b"retry-after", b"1"))
-    return refused(503, message, "too_many_bodies", again)
 
 
 def _is_deeper(body: bytes, limit: int) -> bool:

@@ -50,8 +50,9 @@ _ignored, _refused = ignored, refused
 Peers = Mapping[str, Peer]
 
 _NESTED = "Its entries are fields of the request itself"
-# llama-server's own order of samplers, which its page sends.
+# llama-server's own order of samplers, which its page sends, and that of its editors.
 _SAMPLERS = ["dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]
+_LETTERS = ("edskypmxt", "dskypmxt", "edkypmxt", "dkypmxt")
 
 _OF_ANY: Peers = {
     # The user, billing, storage, caches and urgency.
@@ -75,7 +76,7 @@ GENERATE: Peers = {
     **_ignored("cache_prompt id_slot n_keep n_discard timings_per_token"),
     **_ignored("mirostat_tau mirostat_eta dynatemp_exponent xtc_threshold dry_base"),
     **_ignored("dry_allowed_length dry_penalty_last_n dry_sequence_breakers"),
-    **_refused("samplers", [], "", _SAMPLERS, ["penalties", *_SAMPLERS]),
+    **_refused("samplers", [], "", _SAMPLERS, ["penalties", *_SAMPLERS], *_LETTERS),
     **_refused("t_max_predict_ms", 0, -1),
     # Penalties count the whole text; 64 is the default of llama-server and Ollama.
     **_refused("repeat_last_n", 64, -1),
@@ -144,6 +145,20 @@ COMPLETIONS: Peers = {
     **_refused("max_completion_tokens", instead="Use max_tokens"),
     **_ignored("chat_template_kwargs"),
 }
+
+_OF_LLAMA = frozenset(["n_predict", "n_probs", "samplers", "t_max_predict_ms", "return_tokens"])
+LLAMA: Peers = {
+    **{name: peer for name, peer in COMPLETIONS.items() if name not in _OF_LLAMA},
+    # Nothing is limited before the first token.
+    **_ignored("t_max_prompt_ms n_cache_reuse sse_ping_interval return_tokens"),
+    **_refused("n_cmpl", 1),
+    **_refused("image_data multimodal_data", []),
+    **_refused("suffix", "", instead="Use /infill"),
+    **_refused("echo", False),
+    **_refused("logprobs", instead="Use n_probs"),
+}
+EXTRA: Peers = _ignored("time")
+TEMPLATE: Peers = {**_OF_ANY, **_OF_TEMPLATE}
 
 MESSAGE: Peers = {
     # What clients send back of an earlier answer, and hints for caches.

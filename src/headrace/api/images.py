@@ -7,17 +7,19 @@ import binascii
 import ipaddress
 import re
 import socket
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import NamedTuple, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 import httpx2
 
-from headrace.api.exchange import Exchange, Service, too_large
+from headrace.api.bodies import too_large
+from headrace.api.exchange import Exchange, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.problems import refused
 from headrace.core.errors import InvalidRequest
-from headrace.core.media import Image, Pictures, too_many_bytes
+from headrace.core.media import MAX_IMAGE_BYTES, Image, Pictures, too_many_bytes
 
 MAX_HELD = 512 << 20
 """Bytes of the pictures of all requests that run or wait."""
@@ -27,8 +29,12 @@ FETCH_TIMEOUT_S = 10.0
 _SPACES = re.compile(r"[\t\n\r ]+")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
+T = TypeVar("T")
+
 Fetched = Mapping[str, bytes]
 """Pictures of other hosts, by URL."""
+Urls = Iterable[tuple[str, str]]
+"""URLs of pictures, each with its place in errors."""
 
 
 class Held:
@@ -67,37 +73,75 @@ def body_limit(service: Service, settings: ApiSettings) -> int:
     return max(sizes) if may_see else sizes[0]
 
 
-def check_text(exchange: Exchange, images: int) -> None:
-    """Check the size of a body without so many bytes of images.
+class Translation(NamedTuple):
+    """Makes core requests of bodies that may have images; `fetched` are those of other hosts."""
+
+    fetched: Fetched
+    has_images: bool
+
+    async def run(self, make: Callable[[ImageReader], T]) -> T:
+        """Return what `make` returns, which gets the reader of the images.
+
+        With images it runs in a thread, as decoding them takes long.
+        """
+        reader = ImageReader(self.fetched)
+        return await asyncio.to_thread(make, reader) if self.has_images else make(reader)
+
+
+@asynccontextmanager
+async def held(exchange: Exchange, urls: Urls, others: int = 0) -> AsyncGenerator[Translation]:
+    """Count the images of a request while the context is open, and fetch those of allowed hosts.
+
+    `others` is the size of images that have no URL, as base64.
 
     Raises:
-        Refused: it is too large.
+        Refused: the body is too large without its images, or there are too many of all requests.
+        InvalidRequest: one cannot be fetched.
     """
-    if exchange.body_size - images > exchange.settings.max_body_bytes:
+    places = [*urls]
+    sent = others + sum(len(url) for url, _ in places)
+    if exchange.body_size - sent > exchange.settings.max_body_bytes:
         raise too_large(exchange.settings.max_body_bytes)
+    remote = {url: place for url, place in reversed(places) if url[:4].lower() == "http"}
+    has_images = sent > 0
+    del urls, places
+    with HELD.hold(sent + (MAX_IMAGE_BYTES if remote else 0)):
+        fetched: Fetched = {}
+        if remote and exchange.settings.media_hosts:
+            work = fetch(remote, exchange.settings.media_hosts)
+            fetched = await exchange.unless_gone(work)
+        yield Translation(fetched, has_images)
 
 
-def read_image(url: str, place: str, pictures: Pictures, fetched: Fetched) -> Image:
-    """Return the picture of a URL: the data in it, or what was fetched from it.
+class ImageReader:
+    """Reads the pictures of one request; `pictures` has their bytes."""
 
-    Raises:
-        InvalidRequest: it is no picture, beyond a bound, or its URL is not allowed; `place` is its
-            name in errors.
-    """
-    if (image := pictures.by_url.get(url)) is not None:
-        pictures.again(image, place)
+    def __init__(self, fetched: Fetched | None = None) -> None:
+        self.pictures = Pictures()
+        self._fetched = fetched or {}
+
+    def read(self, url: str, place: str) -> Image:
+        """Return the picture of a URL: the data in it, or what was fetched from it.
+
+        Raises:
+            InvalidRequest: it is no picture, beyond a bound, or its URL is not allowed; `place` is
+                its name in errors.
+        """
+        pictures = self.pictures
+        if (image := pictures.by_url.get(url)) is not None:
+            pictures.again(image, place)
+            return image
+        scheme = url.partition(":")[0].lower()
+        if scheme == "data":
+            data = _decoded(url, place, pictures.room(place))
+        elif url in self._fetched:
+            data = self._fetched[url]
+        else:
+            is_web = scheme in ("http", "https")
+            reason = "images of this host are not fetched; send" if is_web else "send"
+            raise InvalidRequest(f"{place}: {reason} the image in a data: URL.", param=place)
+        image = pictures.by_url[url] = pictures.add(data, place)
         return image
-    scheme = url.partition(":")[0].lower()
-    if scheme == "data":
-        data = _decoded(url, place, pictures.room(place))
-    elif url in fetched:
-        data = fetched[url]
-    else:
-        is_web = scheme in ("http", "https")
-        reason = "images of this host are not fetched; send" if is_web else "send"
-        raise InvalidRequest(f"{place}: {reason} the image in a data: URL.", param=place)
-    image = pictures.by_url[url] = pictures.add(data, place)
-    return image
 
 
 def _decoded(url: str, place: str, room: int) -> bytes:

@@ -72,6 +72,7 @@ PARALLEL_PROMPTS = 8
 COMMENT_EVERY_S = 5.0
 """The time between two comments that keep a silent stream alive."""
 
+_MAY_BE_ZERO = frozenset({"load_wait_s", "max_keep_alive_s", "max_batch_bytes"})
 _KEY_HASH = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -91,6 +92,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     `media_hosts` are hosts from which images are fetched: names, `*.` and a domain, or `*`.
     `reasoning_field` is where chat completions have the thinking. With `list_aliases`, /v1/models
     lists each alias as a model. `console` is whether browsers get the console and /docs.
+    `max_batch_bytes` bounds the files of batches, 0 switches them off.
 
     Raises:
         ConfigError: a key is not hashed, or a limit is not positive.
@@ -113,6 +115,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_field: ReasoningField = "reasoning_content"
     list_aliases: bool = False
     console: bool = True
+    max_batch_bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
         """Check the keys and the limits."""
@@ -121,7 +124,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"{name}: each is sha256: and 64 lower-case hex digits.")
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            least = 0 if name in {"load_wait_s", "max_keep_alive_s"} else 1e-9
+            least = 0 if name in _MAY_BE_ZERO else 1e-9
             if isinstance(value, int | float) and value is not False and value < least:
                 raise ConfigError(f"{name}: must be positive, not {value}.")
 

@@ -10,12 +10,12 @@ from msgspec import Meta
 
 from headrace.api import fields, limits, parts
 from headrace.api.fields import Body, Peers
-from headrace.api.images import Fetched
+from headrace.api.images import ImageReader
 from headrace.api.parts import ContentPart
 from headrace.api.wire import GenerateFields
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import ToolCall
-from headrace.core.media import Content, Pictures
+from headrace.core.media import Content
 from headrace.core.request import Message, Role
 from headrace.core.tools import Thinking, Tool, ToolChoice
 
@@ -214,21 +214,17 @@ def to_template(wire: Templated) -> dict[str, Any]:
 
 
 def to_messages(
-    wire: Sequence[ChatMessage],
-    first: int = 0,
-    *,
-    pictures: Pictures | None = None,
-    fetched: Fetched | None = None,
+    wire: Sequence[ChatMessage], first: int = 0, *, reader: ImageReader | None = None
 ) -> tuple[Message, ...]:
     """Return the turns of a conversation, each with its texts joined where there are no pictures.
 
-    `first` is the number of the first in errors. Images are added to `pictures`.
+    `first` is the number of the first in errors. `reader` has the images afterwards.
 
     Raises:
         InvalidRequest: a turn has no content where its role needs it, or an image is damaged.
         Unsupported: a part is neither text nor an image.
     """
-    pictures = pictures or Pictures()
+    reader = reader or ImageReader()
     turns: list[Message] = []
     names: dict[str, str] = {}
     for index, message in enumerate(wire, first):
@@ -238,7 +234,7 @@ def to_messages(
             content = message.content or content
         elif message.content is not None:
             role = message.role
-            content = parts.to_content(message.content, role, place, pictures, fetched or {})
+            content = parts.to_content(message.content, role, place, reader)
         turn = _turn(message, content, place, names)
         names |= {call.id: call.name for call in turn.tool_calls}
         turns.append(turn)

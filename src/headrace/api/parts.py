@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 
 from headrace.api import fields
 from headrace.api.fields import Body, Peers
-from headrace.api.images import Fetched, read_image
+from headrace.api.images import ImageReader
 from headrace.core.errors import InvalidRequest, Unsupported
-from headrace.core.media import Content, Image, Pictures
+from headrace.core.media import Content, Image, content_of
 
 
 class ImageUrl(Body, frozen=True):
@@ -40,37 +40,37 @@ def image_urls(wire: Sequence[ContentPart], place: str) -> Iterator[tuple[str, s
             yield _url(part.image_url), f"{place}.content[{number}]"
 
 
-def to_content(
-    wire: Sequence[ContentPart], role: str, place: str, pictures: Pictures, fetched: Fetched
-) -> Content:
+def check_role(role: str, place: str) -> None:
+    """Check that turns of a role have images.
+
+    Raises:
+        Unsupported: they have none.
+    """
+    if role not in ("user", "tool"):
+        message = f"Only turns of the user and of tools have images, not of {role}."
+        raise Unsupported(message, param=place)
+
+
+def to_content(wire: Sequence[ContentPart], role: str, place: str, reader: ImageReader) -> Content:
     """Return the content of a message with this role; its texts are joined if it has no images.
 
     Raises:
         InvalidRequest: an image is damaged or beyond a bound.
         Unsupported: a part is neither text nor an image, or the role has no images.
     """
-    parts = [
-        _part(part, f"{place}.content[{number}]", pictures, fetched)
-        for number, part in enumerate(wire)
-    ]
-    for number, part in enumerate(parts):
-        if isinstance(part, Image) and role not in ("user", "tool"):
-            raise Unsupported(
-                f"Only turns of the user and of tools have images, not of {role}.",
-                param=f"{place}.content[{number}]",
-            )
-    texts = [part for part in parts if isinstance(part, str)]
-    return "".join(texts) if len(texts) == len(parts) else tuple(parts)
+    places = ((part, f"{place}.content[{number}]") for number, part in enumerate(wire))
+    return content_of([_part(part, role, where, reader) for part, where in places])
 
 
-def _part(part: ContentPart, place: str, pictures: Pictures, fetched: Fetched) -> str | Image:
+def _part(part: ContentPart, role: str, place: str, reader: ImageReader) -> str | Image:
     if part.type in ("text", "refusal"):
         return part.text or part.refusal or ""
     if part.type != "image_url":
         raise Unsupported(f"{place}: {part.type} is not supported here.", param=place)
     if part.image_url is None:
         raise InvalidRequest(f"{place}.image_url is missing.", param=place)
-    return read_image(_url(part.image_url), place, pictures, fetched)
+    check_role(role, place)
+    return reader.read(_url(part.image_url), place)
 
 
 def _url(image: ImageUrl | str) -> str:

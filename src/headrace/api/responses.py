@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from headrace.api.exchange import Call, Exchange, Service
+from headrace.api.images import ImageReader, body_limit, held
 from headrace.api.limits import ApiSettings
 from headrace.api.messages import (
     CalledFunction,
@@ -17,6 +20,7 @@ from headrace.api.messages import (
     to_call,
     tools_of,
 )
+from headrace.api.parts import check_role
 from headrace.api.responses_answer import ResponseEncoder, Settings, unseal, whole
 from headrace.api.responses_body import ResponseBody
 from headrace.api.responses_request import (
@@ -39,7 +43,8 @@ from headrace.api.wire import (
 from headrace.core import events
 from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest, Unsupported
-from headrace.core.request import CountRequest, GenerateRequest, Message
+from headrace.core.media import Content, Part, content_of, text_of
+from headrace.core.request import CountRequest, GenerateRequest, Message, Role
 from headrace.core.sampling import Sampling
 from headrace.core.stream import collect, result
 from headrace.core.tools import Thinking, Tool, ToolChoice
@@ -73,10 +78,19 @@ _DECODER = msgspec.json.Decoder(ResponsesRequest)
 
 async def responses(service: Service, exchange: Exchange) -> None:
     """Answer a conversation with items, streamed or whole."""
-    wire = await exchange.read(_DECODER)
+    wire = await exchange.read(_DECODER, body_limit(service, exchange.settings))
     call = exchange.call
     call.names = wire.names()
-    stream = service.backend.ask(to_request(wire, exchange.settings, call))
+    async with held(exchange, image_urls(wire)) as translation:
+        request = await translation.run(partial(to_request, wire, exchange.settings, call))
+        # The texts are not kept while the answer runs.
+        await _answer(service, exchange, replace(wire, input=None), request)
+
+
+async def _answer(
+    service: Service, exchange: Exchange, wire: ResponsesRequest, request: GenerateRequest
+) -> None:
+    stream, call = service.backend.ask(request), exchange.call
     head = _head(wire, service, call)
     custom = [tool.name for tool in wire.tools or () if tool.type == "custom" and tool.name]
     seals = "reasoning.encrypted_content" in (wire.include or ())
@@ -91,12 +105,14 @@ async def responses(service: Service, exchange: Exchange) -> None:
 
 async def input_tokens(service: Service, exchange: Exchange) -> None:
     """Count the tokens of a conversation with items."""
-    wire = await exchange.read(_DECODER)
+    wire = await exchange.read(_DECODER, body_limit(service, exchange.settings))
     exchange.call.names = wire.names()
     # Checked as for an answer, which takes the same body.
     Sampling(**scalars(wire))
+    async with held(exchange, image_urls(wire)) as translation:
+        messages = await translation.run(partial(to_messages, wire))
     request = CountRequest(
-        messages=to_messages(wire),
+        messages=messages,
         tools=to_tools(wire, exchange.call),
         thinking=_thinking(wire),
         template_options=wire.chat_template_kwargs or {},
@@ -106,7 +122,9 @@ async def input_tokens(service: Service, exchange: Exchange) -> None:
     await exchange.answer(InputTokens(count.count))
 
 
-def to_request(wire: ResponsesRequest, settings: ApiSettings, call: Call) -> GenerateRequest:
+def to_request(
+    wire: ResponsesRequest, settings: ApiSettings, call: Call, reader: ImageReader
+) -> GenerateRequest:
     """Build the core request.
 
     Raises:
@@ -122,7 +140,8 @@ def to_request(wire: ResponsesRequest, settings: ApiSettings, call: Call) -> Gen
     values: dict[str, Any] = scalars(wire) | {"logprobs": logprobs}
     values["max_tokens"] = other if most is None else most
     return GenerateRequest(
-        messages=to_messages(wire),
+        messages=to_messages(wire, reader),
+        media=reader.pictures.data,
         sampling=Sampling(**values),
         fit_max_tokens=True,
         constraint=_constraint(wire.text and wire.text.format),
@@ -135,12 +154,22 @@ def to_request(wire: ResponsesRequest, settings: ApiSettings, call: Call) -> Gen
     )
 
 
-def to_messages(wire: ResponsesRequest) -> tuple[Message, ...]:
+def image_urls(wire: ResponsesRequest) -> Iterator[tuple[str, str]]:
+    """Yield the URL of each image, with its place."""
+    for index, item in enumerate(wire.input if isinstance(wire.input, list) else ()):
+        for name, parts in (("content", item.content), ("output", item.output)):
+            for number, part in enumerate(parts if isinstance(parts, list) else ()):
+                if part.type == "input_image" and part.image_url:
+                    yield part.image_url, f"input[{index}].{name}[{number}]"
+
+
+def to_messages(wire: ResponsesRequest, reader: ImageReader) -> tuple[Message, ...]:
     """Return the turns of a conversation; the instructions come first.
 
     Raises:
-        InvalidRequest: an item is not complete, or of an unknown type; there is none.
-        Unsupported: an item is kept by OpenAI, or is not text.
+        InvalidRequest: an item is not complete, or of an unknown type; there is none; an image is
+            damaged.
+        Unsupported: an item is kept by OpenAI, or is neither text nor an image.
     """
     turns = Turns()
     if wire.instructions:
@@ -148,7 +177,7 @@ def to_messages(wire: ResponsesRequest) -> tuple[Message, ...]:
     if isinstance(wire.input, str):
         turns.add(Message("user", wire.input))
     for index, item in enumerate(wire.input or () if not isinstance(wire.input, str) else ()):
-        _add(turns, item, f"input[{index}]")
+        _add(turns, item, f"input[{index}]", reader)
     if not (messages := turns.end()):
         raise InvalidRequest("input is missing.", param="input")
     return messages
@@ -191,12 +220,13 @@ def to_choice(wire: ResponsesRequest) -> ToolChoice:
     raise Unsupported("A tool that the provider runs cannot be chosen here.", param="tool_choice")
 
 
-def _add(turns: Turns, item: InputItem, place: str) -> None:
+def _add(turns: Turns, item: InputItem, place: str, reader: ImageReader) -> None:
     if item.type == "message":
-        _add_message(turns, item, place)
+        _add_message(turns, item, place, reader)
     elif item.type == "reasoning":
         sealed = unseal(item.encrypted_content or "")
-        turns.think(_text(item.content, f"{place}.content") or sealed)
+        thought = text_of(_content(item.content, "assistant", f"{place}.content", reader))
+        turns.think(thought or sealed)
     elif item.type == "function_call":
         function = CalledFunction(_given(item, "name", place), item.arguments or "")
         turns.call(to_call(_given(item, "call_id", place), function, place))
@@ -205,7 +235,8 @@ def _add(turns: Turns, item: InputItem, place: str) -> None:
         function = CalledFunction(_given(item, "name", place), arguments)
         turns.call(to_call(_given(item, "call_id", place), function, place))
     elif item.type in {"function_call_output", "custom_tool_call_output"}:
-        turns.answer(_given(item, "call_id", place), _text(item.output, f"{place}.output"))
+        call_id, where = _given(item, "call_id", place), f"{place}.output"
+        turns.answer(call_id, _content(item.output, "tool", where, reader))
     elif item.type == "item_reference":
         message = "This server keeps no items: send the item itself."
         raise Unsupported(message, param=place)
@@ -213,30 +244,43 @@ def _add(turns: Turns, item: InputItem, place: str) -> None:
         raise InvalidRequest(f"{place}.type: {item.type[:64]!r} is unknown.", param=f"{place}.type")
 
 
-def _add_message(turns: Turns, item: InputItem, place: str) -> None:
+def _add_message(turns: Turns, item: InputItem, place: str, reader: ImageReader) -> None:
     if item.role is None or item.role == "tool":
         raise InvalidRequest(f"{place}.role is missing or unknown.", param=f"{place}.role")
     if item.content is None:
         raise InvalidRequest(f"{place}.content is missing.", param=f"{place}.content")
-    text = _text(item.content, f"{place}.content")
+    content = _content(item.content, item.role, f"{place}.content", reader)
     if item.role == "assistant":
-        turns.say(text)
+        turns.say(text_of(content))
     else:
-        turns.add(Message(item.role, text))
+        turns.add(Message(item.role, content))
 
 
-def _text(content: str | Sequence[InputPart] | None, place: str) -> str:
+def _content(
+    content: str | Sequence[InputPart] | None, role: Role, place: str, reader: ImageReader
+) -> Content:
     if content is None or isinstance(content, str):
         return content or ""
-    return "".join(_texts(content, place))
+    places = ((part, f"{place}[{index}]") for index, part in enumerate(content))
+    return content_of([_part(part, role, where, reader) for part, where in places])
 
 
-def _texts(parts: Sequence[InputPart], place: str) -> Iterator[str]:
-    for index, part in enumerate(parts):
-        if part.text is None and part.refusal is None:
-            where = f"{place}[{index}]"
-            raise Unsupported(f"{where}: {part.type[:64]!r} is not supported here.", param=where)
-        yield part.text or part.refusal or ""
+def _part(part: InputPart, role: Role, place: str, reader: ImageReader) -> Part:
+    if part.type != "input_image":
+        return _text(part, place)
+    check_role(role, place)
+    if part.image_url is None and part.file_id is not None:
+        message = f"{place}: This server keeps no files: send the image in image_url."
+        raise Unsupported(message, param=place)
+    if not part.image_url:
+        raise InvalidRequest(f"{place}.image_url is missing.", param=place)
+    return reader.read(part.image_url, place)
+
+
+def _text(part: InputPart, place: str) -> str:
+    if part.text is None and part.refusal is None:
+        raise Unsupported(f"{place}: {part.type[:64]!r} is not supported here.", param=place)
+    return part.text or part.refusal or ""
 
 
 def _given(item: InputItem, name: Literal["name", "call_id"], place: str) -> str:

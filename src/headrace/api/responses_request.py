@@ -15,11 +15,13 @@ from headrace.core.sampling import SamplingFields
 
 
 class InputPart(Body, frozen=True):
-    """A part of a message, of thinking or of a tool's output; only text is supported."""
+    """A part of a message, of thinking or of a tool's output: text, or a picture by its URL."""
 
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: str | None = None
+    file_id: str | None = None
 
     peers: ClassVar[Peers] = dialect_fields.INPUT_PART
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Literal
 
 import msgspec
+from msgspec.structs import replace
 
+from headrace.api.anthropic_models import ModelAbilities, abilities
 from headrace.api.exchange import Exchange, Service
-from headrace.core.errors import UnknownModel
+from headrace.core.errors import HeadraceError, UnknownModel
 from headrace.core.model import ModelInfo, State
 
 _LOADABLE: frozenset[State] = frozenset({"ready", "created", "stopped"})
@@ -20,7 +23,9 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """A model; requests name it by its `id` or an alias.
 
     `base` is the model that answers, if this is a name with a preset of its own.
-    `type`, `display_name`, `created_at`, `max_input_tokens` and `lifecycle` are Anthropic's fields.
+    `slots` is how many requests it runs at a time, once that is known.
+    `type`, `display_name`, `created_at`, `max_input_tokens` and `lifecycle` are Anthropic's fields;
+    to a request with the header `anthropic-version`, `capabilities` are in its form too.
     """
 
     id: str
@@ -36,8 +41,9 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     state: str
     tasks: list[str]
-    capabilities: list[str]
+    capabilities: list[str] | ModelAbilities
     context_length: int | None
+    slots: int | None
     parameters: int | None
     quantization: str | None
     tools: str
@@ -56,11 +62,26 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     last_id: str | None
 
 
+async def described(service: Service, name: str = "") -> Sequence[ModelInfo]:
+    """Return all models, those that are not loaded with what their files say.
+
+    With a name only the file of that model is read; one that cannot be read says nothing.
+    """
+    read, models = service.describe, service.backend.models()
+    for info in models if read is not None else ():
+        is_wanted = not name or name == info.id or name in info.aliases
+        if read is not None and is_wanted and info.format == "none" and info.state != "ready":
+            with suppress(HeadraceError):
+                await read(info.id)
+    return service.backend.models()
+
+
 async def list_models(service: Service, exchange: Exchange) -> None:
     """List the models that are served."""
     more = exchange.settings.list_aliases
+    card = _anthropic_card if _is_anthropic(exchange) else _card
     cards = [
-        _card(info, name)
+        card(info, name)
         for info in service.backend.models()
         for name in (info.id, *(info.aliases if more else ()))
     ]
@@ -73,9 +94,18 @@ async def show_model(service: Service, exchange: Exchange) -> None:
     name: str = exchange.scope["path_params"]["model_id"]
     for info in service.backend.models():
         if name == info.id or name in info.aliases:
-            await exchange.answer(_card(info, info.id))
+            card = _anthropic_card if _is_anthropic(exchange) else _card
+            await exchange.answer(card(info, info.id))
             return
     raise UnknownModel("No model of this name is served here.")
+
+
+def _is_anthropic(exchange: Exchange) -> bool:
+    return any(name == b"anthropic-version" for name, _ in exchange.scope["headers"])
+
+
+def _anthropic_card(info: ModelInfo, name: str) -> ModelCard:
+    return replace(_card(info, name), capabilities=abilities(info.capabilities))
 
 
 def _card(info: ModelInfo, name: str) -> ModelCard:
@@ -91,6 +121,7 @@ def _card(info: ModelInfo, name: str) -> ModelCard:
         tasks=sorted(info.capabilities.tasks),
         capabilities=info.capabilities.names,
         context_length=info.context_length,
+        slots=info.max_running,
         parameters=info.parameters,
         quantization=info.quantization,
         tools=info.capabilities.tools,

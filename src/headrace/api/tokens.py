@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import msgspec
@@ -9,11 +10,13 @@ import msgspec
 from headrace.api import fields
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.fields import Body, Peers
+from headrace.api.images import ImageReader, body_limit, held
 from headrace.api.limits import ApiSettings
 from headrace.api.messages import (
     TEMPLATE_NAMES,
     Messages,
     Tools,
+    image_urls,
     to_messages,
     to_template,
     to_tools,
@@ -75,9 +78,10 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 async def tokenize(service: Service, exchange: Exchange) -> None:
     """Return the tokens of a text or a conversation."""
-    wire = await exchange.read(_TOKENIZE)
+    wire = await exchange.read(_TOKENIZE, body_limit(service, exchange.settings))
     exchange.call.names = TEMPLATE_NAMES
-    request = to_request(wire, exchange.settings, exchange.call)
+    async with held(exchange, image_urls(wire.messages or ())) as translation:
+        request = await translation.run(partial(to_request, wire, exchange.settings, exchange.call))
     count, _ = await exchange.unless_gone(result(service.backend.ask(request), events.TokenCount))
     ids = None if count.token_ids is None else list(count.token_ids)
     await exchange.answer(Tokens(tokens=ids, count=count.count, estimated=count.estimated))
@@ -92,7 +96,9 @@ async def detokenize(service: Service, exchange: Exchange) -> None:
     await exchange.answer(Text(text.text))
 
 
-def to_request(wire: TokenizeRequest, settings: ApiSettings, call: Call) -> core.CountRequest:
+def to_request(
+    wire: TokenizeRequest, settings: ApiSettings, call: Call, reader: ImageReader
+) -> core.CountRequest:
     """Build the core request.
 
     Raises:
@@ -104,7 +110,7 @@ def to_request(wire: TokenizeRequest, settings: ApiSettings, call: Call) -> core
     special = wire.add_special if wire.add_special_tokens is None else wire.add_special_tokens
     return core.CountRequest(
         text=texts[0] if texts else None,
-        messages=None if wire.messages is None else to_messages(wire.messages),
+        messages=None if wire.messages is None else to_messages(wire.messages, reader=reader),
         add_special=wire.prompt is not None if special is None else special,
         **to_template(wire),
         tools=to_tools(wire.tools),

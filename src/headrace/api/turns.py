@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from headrace.api.exchange import Call
 from headrace.core.errors import Unsupported
 from headrace.core.events import ToolCall
+from headrace.core.media import Content, joined
 from headrace.core.request import Message
 
 
@@ -27,10 +28,10 @@ class Turns:
         systems = {"system", "developer"}
         if len(turns) == 1 and turns[0].role in systems and message.role in systems:
             # Many templates know one system message only.
-            message = Message("system", f"{turns.pop().content}\n\n{message.content}")
+            message = Message("system", joined(turns.pop().content, message.content))
         turns.append(message)
 
-    def answer(self, call_id: str, output: str) -> None:
+    def answer(self, call_id: str, output: Content) -> None:
         """Add what a tool has returned."""
         self.add(Message("tool", output, self._names.get(call_id), tool_call_id=call_id))
 

@@ -161,14 +161,18 @@ def request_fields(wire: Addressed, settings: ApiSettings, call: Call) -> dict[s
 
 
 def envelope(model: str | None, settings: ApiSettings, call: Call) -> dict[str, Any]:
-    """Return the fields of a core request that do not depend on its kind."""
+    """Return the fields of a core request that do not depend on its kind.
+
+    One of a batch may wait for long.
+    """
     return {
         "id": call.id,
         "received": call.received,
-        "deadline_s": settings.deadline_s,
-        "load_wait_s": settings.load_wait_s,
+        "deadline_s": None if call.batch else settings.deadline_s,
+        "load_wait_s": None if call.batch else settings.load_wait_s,
         "model": model or "",
         "client": call.client,
+        "batch": call.batch,
         "traceparent": call.traceparent,
         "tracestate": call.tracestate,
     }
@@ -218,7 +222,9 @@ def to_sampling(wire: GenerateFields, *, max_tokens: int | None, logprobs: int |
     Raises:
         InvalidRequest: a value is out of its range.
     """
-    values = scalars(wire) | {"max_tokens": max_tokens, "logprobs": logprobs}
+    # -1 is without limit, as llama-server has it.
+    most = None if max_tokens == -1 else max_tokens
+    values = scalars(wire) | {"max_tokens": most, "logprobs": logprobs}
     values["repetition_penalty"] = _either(
         "repeat_penalty", wire.repeat_penalty, "repetition_penalty", wire.repetition_penalty
     )

@@ -18,9 +18,11 @@ import typer
 from typer.core import TyperGroup
 
 from headrace.cli import (
+    batch,
     bench,
     check_engine,
     import_,
+    library,
     pool,
     replay,
     reports,
@@ -72,8 +74,14 @@ def start(
 _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
     "Ask": {
         run_command.run: ('run smollm2 "Name three rivers."', "run smollm2"),
+        batch.batch: (
+            "batch requests.jsonl -o answers.jsonl",
+            "batch requests.jsonl -o answers.jsonl --model smollm2",
+        ),
     },
     "Models": {
+        library.search: ("search coder", "search vision 7b"),
+        library.library: ("library --fits", "library --task embed"),
         store.pull: ("pull smollm2", "pull hub:org/repo:Q4_K_M"),
         store.ls: ("ls", "ls --json"),
         store.show: ("show smollm2", "show smollm2 --engine llamacpp"),

@@ -39,6 +39,7 @@ class _Body(msgspec.Struct, frozen=True):
 class _Model(msgspec.Struct, frozen=True):
     id: str
     aliases: tuple[str, ...] = ()
+    slots: int | None = None
 
 
 class _Models(msgspec.Struct, frozen=True):
@@ -96,6 +97,27 @@ class Client:
             if sources[source := getattr(model, "source", "")] == 1
         }
         return references | {name: m.id for m in models for name in (*m.aliases, m.id)}
+
+    async def slots(self) -> dict[str, int | None]:
+        """Return how many requests each model runs at a time, by its id and its aliases.
+
+        None is not known, as before its first load.
+        """
+        models = (await self._ask("GET", "/v1/models", _Models)).data
+        return {name: model.slots for model in models for name in (model.id, *model.aliases)}
+
+    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> httpx.Response:
+        """Send a body of JSON, and return the answer, also if it is an error.
+
+        Raises:
+            RequestError: the key is missing, unknown, or not for this.
+        """
+        kind = {"Content-Type": "application/json"}
+        with self._named_errors():
+            response = await self._http.post(path, content=body, headers=kind | dict(headers))
+        if response.status_code in (401, 403):
+            raise _refusal(response)
+        return response
 
     async def order(self, action: str, model: str, **fields: Any) -> ModelStatus:
         """Request `load`, `unload`, `restart`, `pin` or `update`, and wait for its end."""

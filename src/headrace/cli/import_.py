@@ -1,35 +1,129 @@
-"""`headrace import`: a Modelfile of Ollama becomes a model of the configuration."""
+"""`headrace import`: models of other programs and Modelfiles go into the configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headrace.cli import terminal
 from headrace.cli.common import Common, write_model
-from headrace.core.errors import ConfigError
+from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
 
 if TYPE_CHECKING:
+    from headrace.config import Settings
+    from headrace.models.caches import CachedModel
     from headrace.models.modelfile import Imported
+
+PROGRAMS = ("ollama", "lmstudio", "llama.cpp", "hub")
 
 
 def import_(
     common: Common,
-    modelfile: Annotated[Path, typer.Argument(metavar="MODELFILE", help="Ollama's Modelfile.")],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL|MODELFILE", help="Models of the list, or a Modelfile."),
+    ] = None,
+    program: Annotated[
+        str | None, typer.Option("--from", metavar="PROGRAM", help=", ".join(PROGRAMS))
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all/--named", help="Import the whole list.")
+    ] = False,
     name: Annotated[
         str | None, typer.Option("--as", metavar="NAME", help="Name of the model here.")
     ] = None,
 ) -> None:
-    """Read a Modelfile of Ollama and write its model into the configuration.
+    """Import models that Ollama, LM Studio, llama.cpp or the hub's cache have, or a Modelfile.
 
-    What has no meaning here is left out, and listed with the reason.
+    Without a name, list them. Files are linked, not copied, and checked first. What a Modelfile
+    has without a meaning here is left out, and listed with the reason.
     """
+    settings = common.settings()
+    if program not in (None, *PROGRAMS):
+        raise InvalidRequest(f"--from is one of {', '.join(PROGRAMS)}.")
+    if names and len(names) == 1 and program is None and Path(names[0]).is_file():
+        _import_modelfile(common, settings, Path(names[0]), name)
+        return
+    models = _models(program)
+    if not names and not everything:
+        common.show(models, _listed(models))
+        return
+    chosen = models if everything else [_find(models, wanted) for wanted in names or ()]
+    if name is not None and len(chosen) != 1:
+        raise InvalidRequest("--as names one model.")
+    imported = [_import_cached(settings, model, name or model.name) for model in chosen]
+    common.show(imported, (line for row in imported for line in _written(row)))
+
+
+def _models(program: str | None) -> list[CachedModel]:
+    from headrace.models.caches import cached_models
+
+    return [model for model in cached_models(os.environ) if program in (None, model.program)]
+
+
+def _listed(models: Sequence[CachedModel]) -> Iterator[str]:
+    if not models:
+        yield "Ollama, LM Studio, llama.cpp and the hub's cache have no models on this machine."
+        return
+    rows = [(m.name, m.program, terminal.size(m.size), m.path) for m in models]
+    yield from terminal.aligned(("NAME", "PROGRAM", "SIZE", "PATH"), rows, {"SIZE"})
+
+
+def _find(models: Sequence[CachedModel], wanted: str) -> CachedModel:
+    matching = [model for model in models if wanted in (model.name, model.path)]
+    if not matching and ":" not in wanted:
+        matching = [model for model in models if model.name == f"{wanted}:latest"]
+    if not matching:
+        raise UnknownModel(
+            f"{wanted} is neither a Modelfile nor a model of another program; `headrace import` "
+            "lists these.",
+            param="model",
+        )
+    if len({model.path for model in matching}) > 1:
+        programs = ", ".join(model.program for model in matching)
+        raise InvalidRequest(f"{wanted} is a model of {programs}; --from or its path names one.")
+    return matching[0]
+
+
+def _import_cached(settings: Settings, model: CachedModel, name: str) -> dict[str, Any]:
+    from headrace import runtime
+    from headrace.core.model import SETTINGS
+    from headrace.models import gguf_model
+    from headrace.models import modelfile as reader
+
+    _check_name(settings, name)
+    path = Path(model.path)
+    files = gguf_model.parts(path) if path.is_file() else [path]
+    if model.projector is not None:
+        files.append(Path(model.projector))
+    linked = runtime.store(settings.config).import_links(name, files)
+    text = f"FROM {linked}\n{model.modelfile}"
+    made = reader.imported(text, linked.parent, {}, {*SETTINGS})
+    return _write(settings, name, made, f"from {model.program}")
+
+
+def _check_name(settings: Settings, name: str) -> None:
+    if name in settings.config.models:
+        raise ConfigError(f"The configuration has a model {name} already; --as names another.")
+
+
+def _write(settings: Settings, name: str, made: Imported, remark: str) -> dict[str, Any]:
+    path = settings.file or settings.searched[-1]
+    write_model(path, name, made.settings, remark)
+    plain = {"settings": made.settings, "left_out": made.left_out}
+    return {"name": name, "file": str(path), **plain}
+
+
+def _import_modelfile(
+    common: Common, settings: Settings, modelfile: Path, name: str | None
+) -> None:
     from headrace.core.model import SETTINGS
     from headrace.models import modelfile as reader
 
-    settings = common.settings()
     models = {key: settings.model_spec(key).model for key in settings.config.models}
     try:
         text = _text(modelfile)
@@ -39,12 +133,9 @@ def import_(
     wanted = name or made.name
     if not wanted:
         raise ConfigError("FROM gives the model no name of its own; --as gives it one.")
-    if wanted in models:
-        raise ConfigError(f"The configuration has a model {wanted} already; --as names another.")
-    path = settings.file or settings.searched[-1]
-    write_model(path, wanted, made.settings, f"from {modelfile.name}")
-    shown = {"name": wanted, "file": str(path), **_plain(made)}
-    common.show(shown, _lines(wanted, path, made))
+    _check_name(settings, wanted)
+    row = _write(settings, wanted, made, f"from {modelfile.name}")
+    common.show(row, _written(row))
 
 
 def _text(path: Path) -> str:
@@ -63,11 +154,7 @@ def _text(path: Path) -> str:
         raise ConfigError("it is not UTF-8.") from None
 
 
-def _plain(made: Imported) -> dict[str, object]:
-    return {"settings": made.settings, "left_out": made.left_out}
-
-
-def _lines(name: str, path: Path, made: Imported) -> Iterator[str]:
-    yield f"Wrote {', '.join(made.settings)} of {name} into {path}."
-    for instruction, reason in made.left_out.items():
+def _written(row: dict[str, Any]) -> Iterator[str]:
+    yield f"Wrote {', '.join(row['settings'])} of {row['name']} into {row['file']}."
+    for instruction, reason in row["left_out"].items():
         yield f"{'Note' if instruction == 'FROM' else 'Left out'}: {instruction}: {reason}."

@@ -32,12 +32,12 @@ def served(settings: Settings, name: str | None, url: str | None) -> ModelSpec |
         HeadraceError: there is no service at the given address, or no single model to choose.
     """
     explicit = bool(url or os.environ.get("HEADRACE_URL"))
-    if not explicit and not (settings.config.server.port and _listens(settings)):
+    if not explicit and not (settings.config.server.port and listens(settings)):
         return None
     return asyncio.run(_served(settings, name, url, explicit=explicit))
 
 
-def _listens(settings: Settings) -> bool:
+def listens(settings: Settings) -> bool:
     """Whether a program listens where `headrace serve` would; without a library for HTTP."""
     place = urlsplit(address(settings, None))
     try:

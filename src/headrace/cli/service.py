@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from headrace import runtime
 from headrace.api.app import create_app
+from headrace.api.batch.store import Store
 from headrace.api.limits import ApiSettings
 from headrace.api.server import Server
 from headrace.cli import streams
@@ -34,6 +35,7 @@ Read = Callable[[], tuple[Settings, list[ModelSpec]]]
 """Reads the configuration, with the flags of the command; returns it and the models to serve."""
 
 _log = logging.getLogger("headrace.service")
+_FOLDERS = 64
 _HOPELESS = {"failed", "stopped", "created"}
 
 
@@ -60,6 +62,7 @@ async def live(
     loading = service.begin(service.load())
     following = service.begin(service.follow())
     watching = service.begin(service.telemetry.watch())
+    service.run_batches()
     if metrics is not None:
         service.begin(service.aside.serve(metrics))
     if ollama is not None:
@@ -98,7 +101,9 @@ class _Service:
             admin=self.admin,
             observer=self.telemetry,
             metrics=telemetry.metrics and telemetry.metrics_port is None,
+            batches=_batches(settings.config),
         )
+        self._batching: asyncio.Task[None] | None = None
         idle = settings.config.server.max_idle_connections
         self.server, self.second = Server(self._app, idle), Server(self._app, idle)
         self.aside = Server(self._app.metrics_alone(), idle)
@@ -131,8 +136,18 @@ class _Service:
             for number in actions:
                 loop.remove_signal_handler(number)
 
+    def run_batches(self) -> None:
+        """Run the batches that are kept, from where they are, until the service stops."""
+        if self._app.batches is not None:
+            self._batching = self.begin(self._app.batches.run())
+
     def stop(self) -> None:
-        """Wait up to `drain_s` for running answers, and at a second call no longer."""
+        """Wait up to `drain_s` for running answers, and at a second call no longer.
+
+        Batches stop at once, as they go on with the next service.
+        """
+        if self._batching is not None:
+            self._batching.cancel()
         wait_s = 0.0 if self._stops else self._settings.config.server.drain_s
         if self._stops == 1:
             _log.info("headrace.service.cut")
@@ -181,11 +196,15 @@ class _Service:
 
     async def aclose(self) -> None:
         """Close the backend, and wait for all tasks."""
+        if self._batching is not None:
+            self._batching.cancel()
         await self.backend.aclose()
         self.aside.stop()
         self.second.stop()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        if self._app.batches is not None:
+            self._app.batches.store.close()
         await self.telemetry.aclose()
         _log.info("headrace.service.stopped")
 
@@ -215,6 +234,25 @@ def _log_reload(reloading: asyncio.Task[Reloaded]) -> None:
         _log.error("The configuration stays as it was: %s", error.message)
     else:
         _log.error("The configuration could not be read again.", exc_info=error)
+
+
+def _batches(config: Config) -> Store | str:
+    """Return the batches of the service, or why there are none.
+
+    Services on any free port have the first folder that none of the others uses.
+    """
+    folders = [config.batch_folder]
+    if not config.server.port:
+        folders += [folders[0].with_name(f"0-{number}") for number in range(1, _FOLDERS)]
+    for folder in folders:
+        try:
+            return Store(folder)
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            _log.warning("Batches cannot be kept in %s: %s", folder, error.strerror)
+            break
+    return "Batches cannot be kept here: their folder is used by another service, or not usable."
 
 
 def api_settings(config: Config) -> ApiSettings:

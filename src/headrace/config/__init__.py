@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
@@ -70,6 +70,7 @@ class _Sources:
     import_options: ImportOptions | None
     verify: Verify | None
     cwd: Path
+    upstreams: Collection[str] | None = None
 
     def with_engine(self, name: object) -> _Sources:
         """Return the sources with the options of an engine given by its import path."""
@@ -140,12 +141,16 @@ class Settings:
         """
         return next((row.origin for row in self.show() if row.key == key), "default")
 
+    def with_upstreams(self, schemes: Collection[str]) -> Settings:
+        """Return the settings with the only schemes that references to upstreams have."""
+        return replace(self, _sources=replace(self._sources, upstreams=schemes))
+
     def resolve(self, name: str) -> tuple[str, str]:
         """Return name and reference of a configured model, an alias, or a bare reference."""
         for key, model in self.config.models.items():
             if name == key or name in model.aliases or name in model.presets:
                 return key, key
-        return short_name(name), name
+        return short_name(name, self._sources.upstreams), name
 
     def model_spec(self, name: str, arguments: Mapping[str, Any] | None = None) -> ModelSpec:
         """Return the specification of a model.

@@ -139,14 +139,18 @@ def is_name(name: str) -> bool:
     return bool(name.strip()) and len(name) <= _MAX_NAME and is_text(name)
 
 
-def short_name(reference: str) -> str:
-    """Return a name for a model that is not configured: of the catalogue, file or upstream."""
+def short_name(reference: str, upstreams: Collection[str] | None = None) -> str:
+    """Return a name for a model that is not configured: of the catalogue, file or upstream.
+
+    `upstreams` are the schemes of upstreams; by default any word may be one.
+    """
     scheme, colon, rest = reference.partition(":")
     if colon and scheme == "hub":
         return re.split("[:@]", rest, maxsplit=1)[0].rpartition("/")[2]
     if colon and scheme in ("index", "builtin"):
         return re.split("[=<>!~@]", rest, maxsplit=1)[0]
-    if _UPSTREAM.fullmatch(scheme) and rest and rest[0] not in "/\\":
+    is_upstream = _UPSTREAM.fullmatch(scheme) if upstreams is None else scheme in upstreams
+    if is_upstream and rest and rest[0] not in "/\\":
         return rest.rpartition("/")[2] or reference
     return Path(reference).name.removesuffix(".gguf") or reference
 

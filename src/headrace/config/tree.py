@@ -171,6 +171,9 @@ class HttpSettings(_Frozen):
         default=False, description="list each alias as a model of its own at /v1/models"
     )
     console: bool = Field(default=True, description="serve the console at / and the page /docs")
+    max_batch_bytes: int = Field(
+        default=4 * 2**30, ge=0, description="files of batches in all; 0 switches batches off"
+    )
 
 
 class Rules(_Frozen):
@@ -343,6 +346,11 @@ class Config(_Frozen):
         if self.server.state is not None or self.server.port == 0:
             return self.server.state
         return self.home / "services" / f"{self.server.port}.json"
+
+    @property
+    def batch_folder(self) -> Path:
+        """Folder of the batches of this service."""
+        return self.home / "batches" / str(self.server.port)
 
 
 TABLES: dict[str, type[BaseModel]] = {"server": ServerSettings, "telemetry": TelemetrySettings}

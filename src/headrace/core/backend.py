@@ -48,6 +48,14 @@ class Admin(Protocol):
         """Return the status of all models and devices, without waiting."""
         ...
 
+    async def describe(self, model: str) -> None:
+        """Read the header of a model that was not loaded yet, which `models()` have then.
+
+        Raises:
+            HeadraceError: its file cannot be read.
+        """
+        ...
+
     async def load(self, model: str, changes: Mapping[str, Any] | None = None) -> ModelStatus:
         """Load a model that is not ready, and wait for it.
 

@@ -30,7 +30,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `deadline_s` counts from `received`. `load_ms` is how long the request has waited for its
     model, `load_wait_s` how long it waits for a load at most; None is without limit.
 
-    `client` identifies the caller, for fairness between clients. `keep_alive` in seconds replaces
+    `client` identifies the caller, for fairness between clients. A request of a `batch` gives way
+    to others, and its tokens are charged at half their number. `keep_alive` in seconds replaces
     that of the model from the end of this request on; with `lengthens`, only if it is longer.
 
     `traceparent` and `tracestate` are the W3C context of the caller's span; each layer that makes
@@ -42,6 +43,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     load_ms: float = 0.0
     load_wait_s: float | None = None
     client: str = ""
+    batch: bool = False
     keep_alive: float | None = None
     lengthens: bool = False
     traceparent: str = ""

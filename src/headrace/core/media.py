@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -33,7 +33,8 @@ ImageFormat = Literal["png", "jpeg", "webp", "gif"]
 class Image(msgspec.Struct, frozen=True, tag_field="type", tag="image"):
     """A picture in a message. `digest` is the SHA-256 of its bytes, which the request has once.
 
-    `size` is in bytes, `width` and `height` are pixels by its header.
+    `size` is in bytes, `width` and `height` are pixels by its header. `place` is where the request
+    of the client has it first, for errors.
     """
 
     digest: str
@@ -41,6 +42,7 @@ class Image(msgspec.Struct, frozen=True, tag_field="type", tag="image"):
     size: int
     width: int
     height: int
+    place: str = ""
 
     @property
     def tokens(self) -> int:
@@ -64,6 +66,12 @@ def text_of(content: Content, marker: str = "") -> str:
 def as_base64(image: Image, media: Mapping[str, bytes]) -> tuple[str, str]:
     """Return the media type and the data of a picture, of which `media` has the bytes."""
     return f"image/{image.format}", base64.b64encode(media[image.digest]).decode()
+
+
+def content_of(parts: Sequence[Part]) -> Content:
+    """Return parts as a content: texts are joined where there are no pictures."""
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(parts) else tuple(parts)
 
 
 def known_as(content: Content) -> str:
@@ -124,7 +132,7 @@ class Pictures:
         except ValueError as error:
             raise InvalidRequest(f"{place}: {error}.", param=place) from None
         digest = hashlib.sha256(data).hexdigest()
-        image = Image(digest, kind, len(data), width, height)
+        image = Image(digest, kind, len(data), width, height, place)
         self.again(image, place)
         self._bytes += len(data)
         self.data.setdefault(digest, data)

@@ -234,8 +234,9 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     `provider`. `parameters` counts weights; `size` is in bytes. `tokenizer` is the kind of a GGUF's
     tokenizer, and `special_ids` are its tokens by their names in templates (`bos_token`), and
     `infill_ids` those before a prefix, a suffix and the gap between them. A token is at most
-    `max_token_bytes` of text (None: without a limit, or not known). `projector` is the
-    file for images that belongs to it.
+    `max_token_bytes` of text (None: without a limit, or not known). `vocabulary` is how many tokens
+    there are; 0 is not known, as it is of `layers`. `projector` is the file for images that belongs
+    to it.
     """
 
     path: str
@@ -252,6 +253,8 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     special_ids: dict[str, int] = {}
     infill_ids: tuple[int, ...] = ()
     size: int = 0
+    layers: int = 0
+    vocabulary: int = 0
     kv_bytes_per_token: int | None = None
     projector: str | None = None
 

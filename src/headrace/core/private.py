@@ -1,7 +1,8 @@
-"""Files and folders that belong to the user alone, whatever the umask."""
+"""Files and folders that belong to the user alone, whatever the umask; writes that last."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 FILE_MODE = 0o600
@@ -32,3 +33,31 @@ def make_private(path: Path) -> None:
     for item in (path, *path.rglob("*")):
         if not item.is_symlink():
             item.chmod(_FOLDER_MODE if item.is_dir() else FILE_MODE)
+
+
+def write_atomically(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
+    """Replace a file atomically; it is never half written, not even after a power cut.
+
+    It has exactly this mode; by default only its owner may read it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

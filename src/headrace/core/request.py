@@ -16,6 +16,7 @@ from headrace.core.constraint import Constraint
 from headrace.core.envelope import Operation, Request
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import ToolCall
+from headrace.core.gap import Gap, LineLimits
 from headrace.core.media import Content, Image, images_of, known_as, text_of
 from headrace.core.model import Task
 from headrace.core.sampling import LOGPROB_RANGE, TOKEN_RANGE, Logprobs, Sampling
@@ -57,11 +58,12 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     delta. Tools and thinking go with messages only. `media` are the bytes of the pictures in the
     messages, by digest.
 
-    `suffix` is what follows the gap that is filled after a prompt. With `continue_final` the last
-    message is an assistant's, and the answer goes on with it. `prompt_logprobs` is the number of
-    candidates reported for each token of the prompt. `echo` puts the prompt before the answer,
-    with the log probabilities of its tokens if `sampling.logprobs` is given. `max_tokens` may be
-    0 with these two only.
+    `suffix` is what follows the gap that is filled after a prompt, and `gap` what else is known of
+    it. `line_limits` end the answer to a prompt by its lines, as `length`. With `continue_final`
+    the last message is an assistant's, and the answer goes on with it. `prompt_logprobs` is the
+    number of candidates reported for each token of the prompt. `echo` puts the prompt before the
+    answer, with the log probabilities of its tokens if `sampling.logprobs` is given. `max_tokens`
+    may be 0 with these two only.
 
     Raises:
         InvalidRequest: messages and prompt are both given or both missing, or one is empty; the
@@ -86,9 +88,11 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     continue_final: bool = False
     prompt_logprobs: Logprobs | None = None
     media: dict[str, bytes] = {}  # noqa: RUF012 - of a msgspec struct, which copies it
+    gap: Gap | None = None
+    line_limits: LineLimits | None = None
 
     content_fields: ClassVar[frozenset[str]] = frozenset(
-        {"messages", "prompt", "suffix", "tools", "answered", "media"}
+        {"messages", "prompt", "suffix", "gap", "tools", "answered", "media"}
     )
 
     def __post_init__(self) -> None:
@@ -113,6 +117,10 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     def _check_prompt(self) -> None:
         if self.suffix is not None and self.messages is not None:
             raise InvalidRequest("suffix goes with a prompt, not with messages.", param="suffix")
+        if self.gap is not None and self.suffix is None:
+            raise InvalidRequest("gap needs a suffix.", param="suffix")
+        if self.line_limits is not None and self.messages is not None:
+            raise InvalidRequest("line_limits go with a prompt.", param="line_limits")
         count = self.prompt_logprobs
         if count is not None and not LOGPROB_RANGE.includes(count):
             raise InvalidRequest(
@@ -158,7 +166,9 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
     def cost(self) -> float:
         """Return an estimate of the tokens of the prompt and all choices."""
         if self.messages is None:
-            prompt = _tokens(self.prompt or ()) + _tokens(self.suffix or "")
+            gap = self.gap or Gap()
+            texts = (self.suffix or "", gap.begun, *(other.text for other in gap.others))
+            prompt = _tokens(self.prompt or ()) + sum(map(_tokens, texts))
         else:
             prompt = sum(map(_message_tokens, self.messages)) + sum(map(_tool_tokens, self.tools))
         answer = self.sampling.max_tokens
@@ -181,7 +191,8 @@ class CountRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
     """Text, or messages that go through the model's template, to be counted as tokens.
 
     `add_special` adds what the model's tokenizer puts around a text (BOS and the like).
-    `continue_final` is as for a GenerateRequest.
+    `continue_final` is as for a GenerateRequest. With `as_text` the answer is the Text that the
+    template makes of the messages.
 
     Raises:
         InvalidRequest: text and messages are both given or both missing, messages is empty, or
@@ -195,6 +206,7 @@ class CountRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
     tools: tuple[Tool, ...] = ()
     thinking: Thinking = Thinking()
     continue_final: bool = False
+    as_text: bool = False
 
     queues: ClassVar[bool] = False
 
@@ -204,6 +216,8 @@ class CountRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
             raise InvalidRequest("Give either messages or a text.", param="messages")
         if self.messages is not None and not self.messages:
             raise InvalidRequest("messages is empty.", param="messages")
+        if self.as_text and self.messages is None:
+            raise InvalidRequest("A template needs messages.", param="messages")
         if self.continue_final:
             _check_continued(self.messages)
 

@@ -13,9 +13,8 @@ from filelock import FileLock
 
 from headrace import __version__, engines, machine
 from headrace.core.model import ModelFile
-from headrace.core.private import FILE_MODE, private_folder
+from headrace.core.private import FILE_MODE, private_folder, write_atomically
 from headrace.core.values import size
-from headrace.models.transfer import write_atomically
 
 log = logging.getLogger("headrace.tune")
 

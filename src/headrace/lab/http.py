@@ -113,18 +113,20 @@ class Http:
         if not await self._ask(await self._connect(), request, sink):
             raise Broken("disconnected", "the connection was closed before the answer began")
 
-    async def fetch(self, path: str, body: object = None) -> tuple[int, bytes]:
+    async def fetch(
+        self, path: str, body: object = None, *, within_s: float = _FETCH_S
+    ) -> tuple[int, bytes]:
         """Return status and body of a short answer; with `body`, as JSON, it is a POST.
 
         Raises:
-            Broken: there is no connection, it was lost, or there is no answer in time.
+            Broken: there is no connection, it was lost, or there is no answer `within_s`.
         """
         whole = Whole()
         try:
-            async with asyncio.timeout(_FETCH_S):
+            async with asyncio.timeout(within_s):
                 await self.send(path, b"" if body is None else msgspec.json.encode(body), whole)
         except TimeoutError:
-            raise Broken("timeout", f"no answer within {_FETCH_S:g} s") from None
+            raise Broken("timeout", f"no answer within {within_s:g} s") from None
         return whole.status, bytes(whole.data)
 
     def close(self) -> None:

@@ -13,9 +13,8 @@ import msgspec
 
 from headrace import machine
 from headrace.core.model import ModelFile
-from headrace.core.private import private_folder
+from headrace.core.private import private_folder, write_atomically
 from headrace.engines.measured import machine_id
-from headrace.models.transfer import write_atomically
 
 FILE_NAME = "bandwidth.json"
 _SIZE = 256 << 20

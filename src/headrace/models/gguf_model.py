@@ -98,6 +98,8 @@ def describe(path: Path) -> ModelFile:
         special_ids=facts.special_ids(),
         infill_ids=facts.infill_ids(),
         size=sum(header.size for header in headers),
+        layers=facts.whole(f"{facts.architecture}.block_count") or 0,
+        vocabulary=facts.vocabulary(),
         kv_bytes_per_token=facts.kv_bytes_per_token(),
         projector=projector.beside(path, facts.width()),
     )
@@ -189,6 +191,11 @@ class _Facts:
         if self.tokenizer() not in _LOSSLESS:
             return None
         return (tokens.longest or None) if isinstance(tokens, Skipped) else None
+
+    def vocabulary(self) -> int:
+        """Return how many tokens there are, 0 if none are listed."""
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
+        return tokens.length if isinstance(tokens, Skipped) else 0
 
     def special_ids(self) -> dict[str, int]:
         """Return the ids of special tokens by their names in templates; only those that it has."""

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +11,12 @@ import msgspec
 
 from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
 from headrace.core.sampling import Sampling
+from headrace.models.caches import ollama_weights
 from headrace.models.reference import LocalReference, parse
 
 MAX_MODELFILE = 1 << 20
 _COMMANDS = ("FROM", "PARAMETER", "SYSTEM", "TEMPLATE", "ADAPTER", "LICENSE", "MESSAGE")
 _FENCE = '"""'
-_NAME_PART = re.compile(r"\w[\w.-]*")
-_WEIGHTS = "application/vnd.ollama.image.model"
-_STORES = ("~/.ollama/models", "/usr/share/ollama/.ollama/models")
 _GO = "it is a Go template; the model's own chat template is used"
 _LEFT = {
     "TEMPLATE": _GO,
@@ -157,45 +152,18 @@ def _put_model(
 
 def _reference(target: _Target, source: Instruction) -> str:
     value = source.value
+    if (weights := ollama_weights(value)) is not None:
+        return str(weights)
     with contextlib.suppress(InvalidRequest, UnknownModel):
         # What reads like a path, and is none, is a name of Ollama.
         if not isinstance(reference := parse(value), LocalReference):
             return str(reference)
-    if (weights := _of_ollama(value)) is not None:
-        return str(weights)
     try:
         reference = str(parse(f"ollama:{value}"))
     except InvalidRequest as error:
         raise ConfigError(f"line {source.line}: FROM: {error.message}") from error
     target.left["FROM"] = f"no file of {value} is on this machine: a running Ollama will answer"
     return reference
-
-
-def _of_ollama(name: str) -> Path | None:
-    """Return the file of weights that Ollama has for a name."""
-    path, _, tag = name.partition(":")
-    parts = path.split("/")
-    parts = ["registry.ollama.ai", *(["library"] if len(parts) == 1 else []), *parts][-3:]
-    if not all(map(_NAME_PART.fullmatch, (*parts, tag or "latest"))):
-        return None
-    for store in (os.environ.get("OLLAMA_MODELS"), *_STORES):
-        if store is None:
-            continue
-        root = Path(store).expanduser()
-        blob = _blob(root.joinpath("manifests", *parts, tag or "latest"))
-        if blob is not None and (weights := root / "blobs" / blob).is_file():
-            return weights
-    return None
-
-
-def _blob(manifest: Path) -> str | None:
-    try:
-        layers = json.loads(manifest.read_bytes())["layers"]
-        digest = next(layer["digest"] for layer in layers if layer["mediaType"] == _WEIGHTS)
-    except (OSError, ValueError, LookupError, TypeError, StopIteration):
-        return None
-    text = str(digest)
-    return text.replace(":", "-") if re.fullmatch(r"sha256:[0-9a-f]{64}", text) else None
 
 
 def _put_parameters(target: _Target, parameters: list[Instruction]) -> None:

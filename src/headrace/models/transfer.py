@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO
 
 from headrace.core.errors import DoesNotFit
-from headrace.core.private import FILE_MODE
 
 Progress = Callable[[str, int, int], None]
 """Called with the activity, bytes done and bytes in all (0: unknown).
@@ -83,31 +82,3 @@ def copy_hashed(source: IO[bytes], target: Path, size: int, progress: Progress) 
         file.flush()
         os.fsync(file.fileno())
     return done, digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
-    """Replace a file atomically; it is never half written, not even after a power cut.
-
-    It has exactly this mode; by default only its owner may read it.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, mode)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

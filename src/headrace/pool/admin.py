@@ -16,13 +16,13 @@ from headrace.core.errors import (
     RequestError,
     UnknownModel,
 )
-from headrace.core.model import ModelSpec, needs_new_worker
+from headrace.core.model import ModelInfo, ModelSpec, needs_new_worker
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded, StoredModel
 from headrace.core.values import masked_options
 from headrace.pool.entry import ModelEntry
 from headrace.pool.plan import plan_load
 from headrace.pool.policy import Rules
-from headrace.pool.pool import Pool
+from headrace.pool.pool import Pool, header_of
 from headrace.pool.state import Remembered, StateFile
 
 Specify = Callable[[str, Mapping[str, Any]], ModelSpec]
@@ -52,6 +52,7 @@ class PoolAdmin:
         reread: Callable[[], Wanted],
         drain_s: float = 30.0,
         stored: Callable[[], Sequence[StoredModel]] = tuple,
+        describe: Callable[[ModelSpec], ModelInfo] | None = None,
     ) -> None:
         self.pool = pool
         self._specify = specify
@@ -59,8 +60,10 @@ class PoolAdmin:
         self._reread = reread
         self._drain_s = drain_s
         self.stored = stored
+        self._describe = describe
         self._kept: dict[str, Remembered] = {}
         self._lock = asyncio.Lock()
+        self._reading = asyncio.Lock()
 
     def restore(self) -> None:
         """Apply the changes in the state file.
@@ -85,6 +88,23 @@ class PoolAdmin:
             models=tuple(status_of(entry) for entry in self.pool.entries.values()),
             devices=self.pool.ledger.status(),
         )
+
+    async def describe(self, model: str) -> None:
+        """Read the header of a model that was not loaded yet, which `Pool.models` has then.
+
+        Raises:
+            UnknownModel: it is not served.
+            HeadraceError: its file cannot be read.
+        """
+        entry = self.pool.entry(model)
+        async with self._reading:
+            if self._describe is None or entry.info is not None or header_of(entry) is not None:
+                return
+            spec = entry.spec
+            info = await asyncio.to_thread(self._describe, spec)
+            # One that is not downloaded may be later.
+            if info.format != "none":
+                entry.header = (spec, info)
 
     async def load(self, model: str, changes: Mapping[str, Any] | None = None) -> ModelStatus:
         """Load a model, and wait for it; see `Admin`."""

@@ -11,6 +11,7 @@ from headrace.core.errors import (
     EngineError,
     GenerationFailed,
     HeadraceError,
+    LoadFailed,
     OutOfMemory,
     WorkerDied,
 )
@@ -142,11 +143,15 @@ class Continuation:
         """Prepare the second attempt after the first has failed; return how it continues.
 
         Raises:
-            HeadraceError: the first error, if the answer cannot be continued.
+            HeadraceError: the first error, if the answer cannot be continued. Before anything has
+                been sent it is the second, if that says when a model that has failed is loaded.
         """
         try:
             if self._first_error is not None:
-                raise self._take_first_error() from error
+                first = self._take_first_error()
+                if isinstance(error, LoadFailed) and error.retry_after_s and not self._has_begun:
+                    raise error
+                raise first from error
             assert isinstance(error, HeadraceError), "only a second answer can diverge"
             way = self._choose_way(error, capabilities) if isinstance(error, EngineError) else None
             if way is None or not isinstance(error, EngineError):

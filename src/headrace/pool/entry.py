@@ -19,11 +19,12 @@ from headrace.core.events import Progress
 from headrace.core.model import ModelInfo, ModelSpec, State, needs_new_worker
 from headrace.core.request import AnyRequest
 from headrace.pool.failures import Failures
-from headrace.pool.policy import Rules, choose_replica
+from headrace.pool.policy import Candidate, Rules, choose_replica, left_for_batch
 from headrace.pool.queue import Forecast, Queue, Ticket
 from headrace.pool.replica import Lease, Replica, blocks_of
 
 _UNKNOWN_LOAD_S = 5.0
+_BATCH_RETRY_S = 2.0
 _PROGRESS_S = 0.5
 _RETIRED = "retired"
 # How long other requests pass one that waits for a replica without any.
@@ -45,6 +46,7 @@ class ModelEntry:
         self.last_used: float | None = None
         self.restarts = self.evictions = self.continuations = 0
         self.reference: str | None = None
+        self.header: tuple[ModelSpec, ModelInfo] | None = None
         self.preload = spec.preload
         self._wanted_until = 0.0
         self._clock = clock
@@ -124,10 +126,11 @@ class ModelEntry:
         ticket = Ticket(request, now, priority=priority, alone=alone)
         if len(self.replicas) > 1:
             ticket.blocks = blocks_of(request)
-        if not priority and len(self.queue) >= self._capacity():
+        waiting = self.queue.count(batch=request.batch)
+        if not priority and waiting >= self._capacity(ticket, waiting):
             raise QueueFull(
-                f"{len(self.queue)} requests wait for {self.spec.name} already.",
-                retry_after_s=self.retry_after_s(),
+                f"{waiting} requests wait for {self.spec.name} already.",
+                retry_after_s=_BATCH_RETRY_S if request.batch else self.retry_after_s(),
             )
         self.queue.join(ticket)
         self.grant()
@@ -155,16 +158,11 @@ class ModelEntry:
 
     def remaining_load_s(self) -> float | None:
         """Return how long the load will still take; None if unknown."""
-        sized = [
-            replica
-            for replica in self.replicas
-            if replica.footprint and replica.footprint.load_s is not None
-        ]
-        if not sized or sized[0].footprint is None or sized[0].footprint.load_s is None:
-            return None
-        began = sized[0].began if sized[0].loading else 0.0
-        elapsed = self._clock() - began if began else 0.0
-        return max(1.0, sized[0].footprint.load_s - elapsed)
+        for replica in self.replicas:
+            if replica.footprint and (load_s := replica.footprint.load_s) is not None:
+                began = replica.began if replica.loading else 0.0
+                return max(1.0, load_s - (self._clock() - began if began else 0.0))
+        return None
 
     def crashed(
         self, error: HeadraceError, rules: Rules, *, up_s: float, victims: Sequence[Lease]
@@ -220,9 +218,14 @@ class ModelEntry:
         return alone if is_due or self._choose(alone) is not None else self.queue.next()
 
     def _choose(self, ticket: Ticket) -> Replica | None:
-        candidates = [replica.candidate(ticket.blocks) for replica in self.replicas]
-        number = choose_replica(candidates, _size(ticket))
+        number = choose_replica(self._candidates(ticket), _size(ticket))
         return None if number is None else self.replicas[number]
+
+    def _candidates(self, ticket: Ticket) -> list[Candidate]:
+        candidates = [replica.candidate(ticket.blocks) for replica in self.replicas]
+        if not ticket.request.batch or ticket.priority or self.queue.is_due(ticket):
+            return candidates
+        return [left_for_batch(each, quiet=self.queue.is_quiet) for each in candidates]
 
     def has_begun(self, ticket: Ticket) -> None:
         """Note the first token of a request; one that was alone makes place for others."""
@@ -310,8 +313,7 @@ class ModelEntry:
         now = self._clock()
         for ticket in self.queue:
             ticket.load_s += now - max(ticket.joined, self._unready_since)
-        if not self.failures.is_open:
-            self.failures.recovered()
+        self.failures.loaded()
         self.clear_wanted()
         for ready in self._load_waits:
             _settle(ready)
@@ -375,11 +377,11 @@ class ModelEntry:
             Replica(spec, number, next(_serials), self._clock) for number in range(spec.replicas)
         ]
 
-    def _capacity(self) -> int:
-        """Return how many requests may wait, including the one that is about to join."""
+    def _capacity(self, ticket: Ticket, waiting: int) -> int:
+        """Return how many requests of its class may wait, with a ticket that is about to join."""
         if self.is_ready:
-            free = max((replica.candidate(()).free for replica in self.replicas), default=0)
-            served_at_once = not len(self.queue) and free > 0
+            free = max((candidate.free for candidate in self._candidates(ticket)), default=0)
+            served_at_once = not waiting and free > 0
             return self.spec.max_queued + (1 if served_at_once else 0)
         return self.spec.max_queued + max(1, self.slots)
 

@@ -193,7 +193,7 @@ class Failures:
         self._clear()
 
     def _clear(self) -> None:
-        self._count = 0
+        self._count = self._failed_loads = 0
         self.breaker = Breaker()
         self.suspects = Suspects()
 
@@ -216,7 +216,18 @@ class Failures:
         """Record a failed load. A lack of memory is not a failure of the model."""
         self.last_error = _described(error)
         if not isinstance(error, DoesNotFit):
+            self._failed_loads += 1
             self._failed(error, rules, counts=counts)
+
+    def loads_again(self, rules: Rules) -> bool:
+        """Whether a load that has failed is tried again at once, after `retry_at`."""
+        return not self.is_open and self._failed_loads < rules.crashes
+
+    def loaded(self) -> None:
+        """Note that a load has succeeded."""
+        self._failed_loads = 0
+        if not self.is_open:
+            self.recovered()
 
     def crashed(
         self, error: HeadraceError, rules: Rules, *, up_s: float, victims: Sequence[Lease]
@@ -253,7 +264,7 @@ class Failures:
         self.breaker.answered(self._clock())
 
     def recovered(self) -> None:
-        """Clear the failure, as a worker is loaded or started; the history is kept."""
+        """Clear the failure, as a worker is loaded or is about to be; the history is kept."""
         self.error = None
 
     def reset(self) -> None:

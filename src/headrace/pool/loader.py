@@ -164,15 +164,15 @@ class Loader:
         except HeadraceError as error:
             again = self._load_failed(entry, replica, error)
         except Exception as error:
-            # A source or a library can raise anything: the waiting requests must fail.
+            # A source or a library can raise anything: the waiting requests must have an end.
             wrapped = LoadFailed(f"{entry.spec.name} could not be loaded.", detail=repr(error))
-            self._load_failed(entry, replica, wrapped)
+            again = self._load_failed(entry, replica, wrapped)
             raise
         finally:
             replica.loading_ended()
             self.memory.notify()
-        if again:
-            self.ensure_loaded(entry)
+            if again:
+                self.ensure_loaded(entry)
 
     def _not_loaded(self, entry: ModelEntry, replica: Replica, reason: str) -> None:
         if reason and reason != replica.reason:
@@ -180,21 +180,23 @@ class Loader:
         replica.reason = reason or None
 
     def _load_failed(self, entry: ModelEntry, replica: Replica, error: HeadraceError) -> bool:
-        """Record a failed load and fail the requests; return whether to load again at once."""
+        """Record a failed load; return whether to load again, for which the requests wait."""
         replica.reason = error.message
-        broken = isinstance(error, LoadFailed | WorkerDied | OutOfMemory)
-        has_served = entry.restarts > 0 and broken and replica.footprint is not None
         if isinstance(error, Draining):
             entry.refuse(error)
             return False
-        entry.clear_wanted()
+        broken = isinstance(error, LoadFailed | WorkerDied | OutOfMemory)
         entry.failures.load_failed(error, self.memory.rules, counts=broken)
         self._publish("load_failed", entry, replica, error=error.message, detail=error.detail)
         self._publish_failed(entry, replica, error)
+        # A model that has served is loaded again; one that never has, at the next request.
+        if broken and replica.info is not None and entry.failures.loads_again(self.memory.rules):
+            entry.failures.recovered()
+            return True
+        entry.clear_wanted()
         if not entry.is_ready:
             entry.refuse(error)
-        # A model that has served is loaded again; one that never has, at the next request.
-        return has_served and not entry.failures.is_open
+        return False
 
     async def _load(self, entry: ModelEntry, replica: Replica, *, may_evict: bool) -> None:
         replica.starting()

@@ -32,6 +32,10 @@ class Sizing(Protocol):
         """
         ...
 
+    def without_file(self, spec: ModelSpec) -> Sizing:
+        """Return estimates of a model that is known but not on this machine, else itself."""
+        ...
+
     def remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
         """Store what a load took."""
         ...
@@ -179,9 +183,17 @@ class MemoryQueue:
         )
 
     def decide(
-        self, need: Mapping[str, int], free: Mapping[str, int], waited_s: float
+        self,
+        need: Mapping[str, int],
+        free: Mapping[str, int],
+        waited_s: float,
+        *,
+        yields: bool = False,
     ) -> policy.Decision:
-        """Decide how to get `need` bytes by device, for a load that has waited `waited_s`."""
+        """Decide how to get `need` bytes by device, for a load that has waited `waited_s`.
+
+        One that `yields` is for requests of batches only: it waits for models that are in use.
+        """
         residents = [
             # A replica that is being unloaded does not keep its memory.
             replica.resident(
@@ -192,6 +204,8 @@ class MemoryQueue:
             if self.ledger.of(replica.key)
         ]
         now, rules = self._clock(), self.rules
+        if yields:
+            waited_s, residents = 0.0, [policy.in_use(each, now) for each in residents]
         return policy.make_room(need, free, residents, waited_s=waited_s, now=now, rules=rules)
 
     def _has_others(self, load: _PendingLoad) -> bool:
@@ -229,7 +243,9 @@ class MemoryQueue:
     def _decide_in_turn(
         self, load: _PendingLoad, need: dict[str, int], free: Mapping[str, int], waited_s: float
     ) -> policy.Decision:
-        decision = self.decide(need, free, waited_s)
+        queue = load.entry.queue
+        yields = bool(queue.count(batch=True)) and not queue.count(batch=False)
+        decision = self.decide(need, free, waited_s, yields=yields)
         if isinstance(decision, Fits):
             # Earlier loads come first if they fit too, or if models are evicted for them.
             left = dict(free)

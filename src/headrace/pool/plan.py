@@ -28,6 +28,7 @@ async def plan_load(
         if stage.startswith("downloading"):
             raise UnknownModel(f"{spec.model} is not on this machine yet; pull it first.")
 
+    sizing = await asyncio.to_thread(sizing.without_file, spec)
     need = await asyncio.to_thread(sizing.footprint, spec, report)
     budgets = dict(memory.ledger.budgets)
     largest = await asyncio.to_thread(sizing.largest_context, spec, budgets)

@@ -9,6 +9,7 @@ import msgspec
 from headrace.config.tree import Rules
 from headrace.machine import HOST
 
+_IN_USE_S = 60.0
 _MIN_WAIT_S = 0.001
 
 
@@ -95,6 +96,12 @@ def make_room(
     return Wait(close=tuple(resident.key for resident in closing or ()))
 
 
+def in_use(resident: Resident, now: float) -> Resident:
+    """Return a resident that counts as busy until it has been idle for some time."""
+    busy = resident.busy or now - resident.idle_since < _IN_USE_S
+    return msgspec.structs.replace(resident, busy=busy)
+
+
 def choose_devices(
     decisions: Sequence[tuple[Mapping[str, int], Decision]],
     free: Mapping[str, int],
@@ -173,6 +180,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
     `work` is the tokens of its `running` requests, `matched` how many blocks of the prompt's
     beginning it has seen. `weight` is its share of the work, which is halved while `unhealthy`.
+    `batch` is how many of its slots requests of batches have.
     """
 
     number: int
@@ -183,6 +191,20 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     weight: float = 1.0
     unhealthy: bool = False
     matched: int = 0
+    batch: int = 0
+
+
+def left_for_batch(candidate: Candidate, *, quiet: bool) -> Candidate:
+    """Return a candidate with the slots that requests of batches may take.
+
+    One slot stays free, so that no other request waits for the end of one of a batch; and half of
+    them, unless it has been `quiet`. An only slot is taken.
+    """
+    total = candidate.max_running
+    most = max(1, total - 1 if quiet else total // 2)
+    spare = 1 if total > 1 else 0
+    free = max(0, min(candidate.free - spare, most - candidate.batch))
+    return msgspec.structs.replace(candidate, free=free, max_running=most)
 
 
 def choose_replica(candidates: Sequence[Candidate], size: int = 1) -> int | None:

@@ -276,6 +276,11 @@ def _capabilities(entry: ModelEntry) -> Capabilities:
     return entry.info.capabilities if entry.info else Capabilities()
 
 
+def header_of(entry: ModelEntry) -> ModelInfo | None:
+    """Return the metadata from the header of a model's file, if it was read for its settings."""
+    return entry.header[1] if entry.header and entry.header[0] is entry.spec else None
+
+
 def _infos(entry: ModelEntry) -> Sequence[ModelInfo]:
     info = _info(entry)
     presets = (
@@ -289,7 +294,9 @@ def _info(entry: ModelEntry) -> ModelInfo:
     failure = entry.failures.error
     reason = failure.message if failure is not None and entry.state == "failed" else None
     if entry.info is None:
-        return unloaded_info(entry.spec, entry.state, reason)
+        if (described := header_of(entry)) is None:
+            return unloaded_info(entry.spec, entry.state, reason)
+        return msgspec.structs.replace(described, state=entry.state, reason=reason)
     live = next(
         (replica.worker for replica in entry.replicas if replica.worker and replica.is_ready), None
     )

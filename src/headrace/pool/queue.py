@@ -1,4 +1,8 @@
-"""The bounded queue in front of one model, fair between clients, and the Retry-After forecast."""
+"""The bounded queue in front of one model, fair between clients, and the Retry-After forecast.
+
+Requests of batches are a second class: they go when no other request waits, or when others have
+had many times their tokens.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,10 @@ _MARGIN = 1.05
 _FARTHEST_S = 55.0
 _MANY_CLIENTS = 1024
 _GUESSED_SERVICE_S = 2.0
+_BATCH_PRICE = 0.5
+# A request of a batch waits while others get so many times its tokens, and no longer.
+_BATCH_TURN = 10
+_QUIET_S = 60.0
 
 
 class Ticket:
@@ -43,32 +51,54 @@ class Ticket:
         self.lease: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
 
 
+Waiting = dict[str, deque[Ticket]]
+"""Tickets by client, in the order in which they have joined."""
+
+
 class Queue:
-    """Tickets by client. The client with the fewest tokens so far is next; FIFO within a client."""
+    """Tickets by client. The client with the fewest tokens so far is next; FIFO within a client.
+
+    Those of batches are next when there are no others, or when one `is_due`.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._priority: deque[Ticket] = deque()
         self._alone: deque[Ticket] = deque()
-        self._waiting: dict[str, deque[Ticket]] = {}
+        self._waiting: Waiting = {}
+        self._batch: Waiting = {}
         self._served: dict[str, float] = {}
         self._floor = 0.0
-        self._count = 0
+        self._passed = 0.0
+        self._latest = float("-inf")
+        self._counts = {False: 0, True: 0}
 
     def __len__(self) -> int:
         """Return the number of tickets."""
-        return self._count
+        return sum(self._counts.values())
 
     def __iter__(self) -> Iterator[Ticket]:
         """Iterate over all tickets, in no order."""
         yield from self._priority
         yield from self._alone
-        for tickets in self._waiting.values():
-            yield from tickets
+        for waiting in (self._waiting, self._batch):
+            for tickets in waiting.values():
+                yield from tickets
+
+    def count(self, *, batch: bool) -> int:
+        """Return the number of tickets of batches, or of the others."""
+        return self._counts[batch]
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether there have been requests of batches only, for some time."""
+        return not self._counts[False] and self._clock() - self._latest > _QUIET_S
 
     def join(self, ticket: Ticket) -> None:
         """Add a ticket to the end of its client's; one with priority goes before all others."""
-        self._count += 1
+        self._counts[ticket.request.batch] += 1
+        if not ticket.request.batch:
+            self._latest = self._clock()
         if ticket.alone or ticket.priority:
             (self._alone if ticket.alone else self._priority).append(ticket)
             return
@@ -77,15 +107,27 @@ class Queue:
             self._forget()
         # An idle client does not accumulate credit.
         self._served[client] = max(self._served.get(client, 0.0), self._floor)
-        self._waiting.setdefault(client, deque()).append(ticket)
+        self._class_of(ticket).setdefault(client, deque()).append(ticket)
 
     def next(self) -> Ticket | None:
         """Return the next ticket that need not be alone; it stays in the queue until `leave`."""
         if self._priority:
             return self._priority[0]
-        if not self._waiting:
-            return None
-        return self._waiting[min(self._waiting, key=lambda client: self._served[client])][0]
+        if self._batch:
+            ticket = self._first(self._batch)
+            if not self._waiting or self.is_due(ticket):
+                return ticket
+        return self._first(self._waiting) if self._waiting else None
+
+    def is_due(self, ticket: Ticket) -> bool:
+        """Whether a ticket of a batch has let enough others pass."""
+        return self._passed >= _BATCH_TURN * ticket.cost
+
+    def _class_of(self, ticket: Ticket) -> Waiting:
+        return self._batch if ticket.request.batch else self._waiting
+
+    def _first(self, waiting: Waiting) -> Ticket:
+        return waiting[min(waiting, key=lambda client: self._served[client])][0]
 
     def next_alone(self) -> Ticket | None:
         """Return the next ticket that has to be alone, which stays in the queue until `leave`."""
@@ -95,13 +137,14 @@ class Queue:
         """Remove a ticket; return whether it was in the queue."""
         client = ticket.request.client
         own = self._alone if ticket.alone else self._priority if ticket.priority else None
-        tickets = self._waiting.get(client) if own is None else own
+        waiting = self._class_of(ticket)
+        tickets = waiting.get(client) if own is None else own
         if tickets is None or ticket not in tickets:
             return False
         tickets.remove(ticket)
-        self._count -= 1
+        self._counts[ticket.request.batch] -= 1
         if not tickets and own is None:
-            del self._waiting[client]
+            del waiting[client]
         return True
 
     def review(self, admit: Callable[[AnyRequest], bool]) -> None:
@@ -121,21 +164,27 @@ class Queue:
 
     def granted(self, ticket: Ticket) -> None:
         """Charge the estimated tokens of a granted request to its client."""
-        client = ticket.request.client
+        client, is_batch = ticket.request.client, ticket.request.batch
         served = self._served.get(client, self._floor)
-        self._floor = max(self._floor, served)
-        self._served[client] = served + ticket.cost
+        if not is_batch:
+            self._floor = max(self._floor, served)
+        self._served[client] = served + ticket.cost * _price(ticket)
+        self._passed = self._passed + ticket.cost if self._batch and not is_batch else 0.0
 
     def correct(self, ticket: Ticket, tokens: float) -> None:
         """Replace the charged estimate by the real tokens."""
         client = ticket.request.client
         if client in self._served:
-            self._served[client] += tokens - ticket.cost
+            self._served[client] += (tokens - ticket.cost) * _price(ticket)
 
     def _forget(self) -> None:
         # Of too many clients, those without waiting requests are forgotten.
-        waiting = self._waiting
+        waiting = {*self._waiting, *self._batch}
         self._served = {name: used for name, used in self._served.items() if name in waiting}
+
+
+def _price(ticket: Ticket) -> float:
+    return _BATCH_PRICE if ticket.request.batch else 1.0
 
 
 class Forecast:

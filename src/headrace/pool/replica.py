@@ -322,6 +322,7 @@ class Replica:
             weight=self.weight,
             unhealthy=self._clock() < self._unhealthy_until,
             matched=self._matched(blocks),
+            batch=sum(lease.size for lease in self.leases if lease.request.batch),
         )
 
     def resident(self, *, pinned: bool) -> Resident:

@@ -12,8 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from headrace.core.errors import ConfigError
-from headrace.core.private import private_folder
-from headrace.models.transfer import write_atomically
+from headrace.core.private import private_folder, write_atomically
 
 _log = logging.getLogger("headrace.pool")
 

@@ -21,7 +21,8 @@ _SPACING = {
 
 
 HEADER = '%llguidance {"no_forcing": true}'
-"""Of grammars whose terminals are a client's: to look for forced text can take without end."""
+"""Of all grammars. The search for text that has to follow can take without end, and that text can
+be the name of a special token, which is not text: engines then answered freely."""
 
 _START = "\nstart: "
 _ANSWER = "headrace_answer"
@@ -53,7 +54,7 @@ def grammar(constraint: Constraint) -> str:
 
 def schema_grammar(schema: Schema) -> str:
     """Return the grammar of a schema as it is."""
-    return f"%llguidance {{}}{_START}{json_rule(schema)}"
+    return f"{HEADER}{_START}{json_rule(schema)}"
 
 
 def json_rule(schema: Schema) -> str:

@@ -134,9 +134,11 @@ _idle: deque[_Process] = deque()
 
 
 @atexit.register
-def _end_all() -> None:
-    while _idle:
-        _idle.pop().end()
+def end_idle() -> None:
+    """End the processes that render nothing now. Thread-safe."""
+    with contextlib.suppress(IndexError):
+        while True:
+            _idle.pop().end()
 
 
 def _cause(code: int) -> str:

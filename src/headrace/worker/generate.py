@@ -27,6 +27,7 @@ from headrace.engines.base import (
 )
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
+from headrace.worker.lines import LineLimiter
 from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
 from headrace.worker.scored import prompt_events
@@ -103,6 +104,8 @@ class _Choice:
         self._job = job
         self._request = job.choices[index]
         self._text = TextPipeline(job.stops)
+        limits = turn.request.line_limits
+        self._lines = LineLimiter(limits) if limits else None
         self._parts: PartsPipeline | None = None
         if job.splitter is not None:
             request = turn.request
@@ -180,8 +183,8 @@ class _Choice:
 
     def _is_full(self) -> bool:
         is_full = self._most is not None and self._tokens >= self._most
-        if is_full:
-            self.reason = "length"
+        if is_full or (self._lines is not None and self._lines.is_over):
+            self.reason, is_full = "length", True
         return is_full
 
     async def _end(self) -> None:
@@ -199,6 +202,8 @@ class _Choice:
             self._note_parts("", events)
             return events
         rest = self._text.flush()
+        if self._lines is not None:
+            rest = self._lines.feed(rest) + self._lines.flush()
         self._note(rest)
         return (Delta(rest, index=self._index),) if rest else ()
 
@@ -245,6 +250,8 @@ class _Choice:
             self._think(self._job.answered_thought)
             return [Delta("", request.answered, self._index), *events]
         shown = self._text.feed(text.encode())
+        if self._lines is not None:
+            shown = self._lines.feed(shown)
         self._turn.answered(shown)
         return (Delta(shown, request.answered),)
 
@@ -336,6 +343,8 @@ class _Choice:
             if self._parts is not None:
                 return self._split(self._parts, event, may_stop=may_stop)
             text = (self._text.feed if may_stop else self._text.feed_unstopped)(event.data)
+            if self._lines is not None:
+                text = self._lines.feed(text)
             meter.delta(tokens, visible=bool(text))
             self._note(text)
             return (Delta(text, event.token_ids, self._index, "", event.logprobs),)
@@ -354,8 +363,10 @@ class _Choice:
         return ()
 
 
-async def _count(loaded: Loaded, request: CountRequest) -> TokenCount:
+async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
     # Off the event loop, and beside any generation.
+    if request.as_text:
+        return Text(await asyncio.to_thread(loaded.prompter.rendered, request))
     with until_left() as gone:
         token_ids = await asyncio.to_thread(loaded.prompter.count, request, gone)
     seen = sum(image.tokens for turn in request.messages or () for image in images_of(turn.content))

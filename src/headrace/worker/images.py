@@ -46,4 +46,4 @@ def _places(messages: Sequence[Message]) -> Iterator[str]:
         if not isinstance(message.content, str):
             for number, part in enumerate(message.content):
                 if not isinstance(part, str):
-                    yield f"messages[{index}].content[{number}]"
+                    yield part.place or f"messages[{index}].content[{number}]"

@@ -50,8 +50,23 @@ ENDS = (
 """What ends the text of a gap, beside the model's own end token."""
 
 
+class FileTokens(NamedTuple):
+    """The tokens before the name of a project, and before the name of each of its files."""
+
+    project: int
+    file: int
+
+
+_FILES = (
+    ("<|repo_name|>", "<|file_sep|>"), ("<repo_name>", "<file_sep>"), ("<reponame>", "<filename>"),
+)  # fmt: skip
+
+
 class Infill(NamedTuple):
-    """The tokens of a loaded model. `ends` end an answer; `names` are the texts of all of them."""
+    """The tokens of a loaded model. `ends` end an answer; `names` are the texts of all of them.
+
+    `files` are those before parts of other files, if it was trained with them.
+    """
 
     engine: PlainText
     opening: tuple[int, ...]
@@ -61,12 +76,24 @@ class Infill(NamedTuple):
     suffix_first: bool
     ends: tuple[int, ...]
     names: tuple[str, ...]
+    files: FileTokens | None = None
 
-    def prompt(self, prefix: Iterable[int], suffix: Iterable[int]) -> tuple[int, ...]:
-        """Return the prompt of token ids of both sides."""
+    def prompt(
+        self,
+        prefix: Iterable[int],
+        suffix: Iterable[int],
+        *,
+        begun: Iterable[int] = (),
+        others: Iterable[int] = (),
+    ) -> tuple[int, ...]:
+        """Return the prompt of token ids of both sides.
+
+        `begun` is the beginning of the gap's text, `others` are parts of other files.
+        """
         first, second = (self.prefix, *prefix), (self.suffix, *suffix)
         sides = (*second, *first) if self.suffix_first else (*first, *second)
-        return (*self.opening, *sides, *(() if self.middle is None else (self.middle,)))
+        middle = () if self.middle is None else (self.middle,)
+        return (*self.opening, *others, *sides, *middle, *begun)
 
     def check(self, token_ids: Iterable[int], param: str) -> None:
         """Refuse a text that has become one of the tokens itself.
@@ -74,7 +101,7 @@ class Infill(NamedTuple):
         Raises:
             InvalidRequest: it has; the sides of the gap would be others.
         """
-        own = {self.prefix, self.suffix, self.middle}
+        own = {self.prefix, self.suffix, self.middle, *(self.files or ())}
         if not own.isdisjoint(token_ids):
             raise InvalidRequest("A side of the gap has a token that marks one.", param=param)
 
@@ -90,7 +117,8 @@ def infill_of(engine: Engine, declared: Sequence[int] = ()) -> Infill | None:
     if markers is None:
         return None
     ends = [token for name in ENDS if (token := _token(engine, name)) is not None]
-    texts = (engine.detokenize((token,)) for token in (*ids, *ends))
+    files = _file_tokens(engine)
+    texts = (engine.detokenize((token,)) for token in (*ids, *ends, *(files or ())))
     return Infill(
         engine=engine,
         opening=_opening(engine),
@@ -100,7 +128,16 @@ def infill_of(engine: Engine, declared: Sequence[int] = ()) -> Infill | None:
         suffix_first=markers.suffix_first,
         ends=(*ids, *(token for token in ends if token not in ids)),
         names=tuple(name for text in texts if (name := text.strip(f" {_SPACE}"))),
+        files=files,
     )
+
+
+def _file_tokens(engine: Engine) -> FileTokens | None:
+    for names in _FILES:
+        project, file = (_token(engine, name) for name in names)
+        if project is not None and file is not None:
+            return FileTokens(project, file)
+    return None
 
 
 def _declared(engine: Engine, ids: Sequence[int]) -> tuple[Markers, list[int]] | None:

@@ -16,11 +16,12 @@ from headrace.engines.base import Engine, EngineFacts, EngineRequest, Generator
 from headrace.text.grammar import after, grammar
 from headrace.text.template import ChatTemplate
 from headrace.worker.chat import Before, Budget, Chat, NewSplitter, Parsing
+from headrace.worker.gaps import gap_ids
 from headrace.worker.images import check_images, check_markers
 from headrace.worker.infill import Infill, infill_of
 from headrace.worker.parts import thought_tokens
 from headrace.worker.scored import check_scored, check_size
-from headrace.worker.tokens import Gone, Limit, plain_ids, tokenized
+from headrace.worker.tokens import Gone, Limit, tokenized
 
 # Implemented by the worker for all engines.
 _BY_WORKER = {"stop"}
@@ -131,11 +132,15 @@ class Prompter:
     def count(self, request: CountRequest, gone: Gone | None = None) -> tuple[int, ...]:
         """Return the token ids of a text, or of messages as the template puts them."""
         if request.messages is not None:
-            check_images(request, self._facts.capabilities, self._name)
-            text = self._chat_text(request)
+            text = self.rendered(request)
             return self._without_images(text, self._chat_ids(text, Limit(gone)))
         add_special = request.add_special
         return tokenized(self._engine, request.text or "", Limit(gone), add_special=add_special)
+
+    def rendered(self, request: CountRequest) -> str:
+        """Return messages as the template puts them."""
+        check_images(request, self._facts.capabilities, self._name)
+        return self._chat_text(request)
 
     def _token_ids(
         self, request: GenerateRequest, text: str | None, context_length: int, gone: Gone | None
@@ -143,7 +148,7 @@ class Prompter:
         if text is not None:
             return self._chat_ids(text, Limit(gone, context_length, "messages"))
         if request.suffix is not None:
-            return self._infill_ids(request, Limit(gone, context_length, "prompt"))
+            return gap_ids(self._require_infill(), request, Limit(gone, context_length, "prompt"))
         if isinstance(request.prompt, tuple):
             return request.prompt
         limit = Limit(gone, context_length, "prompt")
@@ -173,12 +178,6 @@ class Prompter:
             min_tokens=max(0, least - answered) or None,
             stop_token_ids=self._stop_token_ids(request),
         )
-
-    def _infill_ids(self, request: GenerateRequest, limit: Limit) -> tuple[int, ...]:
-        infill, prompt = self._require_infill(), request.prompt or ""
-        suffix_limit = limit._replace(param="suffix")
-        prefix = prompt if isinstance(prompt, tuple) else plain_ids(infill, prompt, limit)
-        return infill.prompt(prefix, plain_ids(infill, request.suffix or "", suffix_limit))
 
     def _require_infill(self) -> Infill:
         if self.infill is None:

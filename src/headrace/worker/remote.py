@@ -25,6 +25,7 @@ from headrace.core.events import (
     Ranking,
     Scores,
     Text,
+    TokenCount,
     ToolCallDelta,
     Vectors,
 )
@@ -286,6 +287,8 @@ def _check(connected: Connected, request: GenerateRequest) -> None:
         raise InvalidRequest("n is too large for this model.", param="n")
     if request.suffix is not None:
         raise Unsupported("A remote model fills no gaps here.", param="suffix")
+    if request.line_limits is not None:
+        raise Unsupported("A remote model has no limits of lines.", param="line_limits")
     if request.echo and (request.sampling.logprobs is not None or request.messages):
         raise Unsupported("Only a plain prompt can be echoed here.", param="echo")
     if request.echo and not isinstance(request.prompt, str):
@@ -313,6 +316,12 @@ def _unit(vector: bytes) -> bytes:
         raise UpstreamError("The upstream gave a vector that is not made of numbers.") from None
 
 
+async def _count(connected: Connected, request: CountRequest) -> TokenCount:
+    if request.as_text:
+        raise Unsupported("The template of a remote model is not known here.", param="messages")
+    return await connected.engine.count_tokens(request)
+
+
 async def _text(connected: Connected, request: DetokenizeRequest) -> Text:
     raise Unsupported("The tokens of a remote model cannot be read here.", param="tokens")
 
@@ -322,8 +331,6 @@ ANSWERS: Answers = {
     EmbedRequest: embed,
     RerankRequest: rerank,
     ScoreRequest: score,
-    CountRequest: lambda connected, request: unmeasured(
-        request, connected.engine.count_tokens(request)
-    ),
+    CountRequest: lambda connected, request: unmeasured(request, _count(connected, request)),
     DetokenizeRequest: lambda connected, request: unmeasured(request, _text(connected, request)),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from filelock import FileLock
 from headrace import __version__, engines
 from headrace.core.device import placements, read_device
 from headrace.core.model import ModelSpec, PlacedSpec
-from headrace.core.private import FILE_MODE, private_folder
+from headrace.core.private import FILE_MODE, private_folder, write_atomically
 from headrace.core.status import Footprint
 from headrace.machine import HOST
-from headrace.models.transfer import silent, write_atomically
+from headrace.models.transfer import silent
 from headrace.worker.spec import OnProgress, Resolve, WorkerSpec, open_request
 
 log = logging.getLogger("headrace.worker")
@@ -49,6 +50,10 @@ class Unsized:
         """Return an empty footprint."""
         return Footprint(devices={})
 
+    def without_file(self, spec: ModelSpec) -> Unsized:
+        """Return itself."""
+        return self
+
     def remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
         """Do nothing."""
 
@@ -61,11 +66,19 @@ class Sizing:
     """Estimates and remembers what models need. Methods block, and may be called on any thread.
 
     `path` is the file of measurements, shared by all services of this home. `budgets` is how many
-    bytes models may take of each device.
+    bytes models may take of each device. `describe` returns what is known of a model that is not on
+    this machine, None if nothing is.
     """
 
-    def __init__(self, resolve: Resolve, path: Path, budgets: dict[str, int]) -> None:
+    def __init__(
+        self,
+        resolve: Resolve,
+        path: Path,
+        budgets: dict[str, int],
+        describe: Callable[[ModelSpec], WorkerSpec | None] | None = None,
+    ) -> None:
         self._find = resolve
+        self._describe = describe
         self._path = path
         self._budgets = budgets
         self._resolved: dict[bytes, _Resolved] = {}
@@ -73,6 +86,22 @@ class Sizing:
     def __repr__(self) -> str:
         """Describe the file and the budgets."""
         return f"Sizing({str(self._path)!r}, budgets={self._budgets})"
+
+    def without_file(self, spec: ModelSpec) -> Sizing:
+        """Return estimates of a model that is not on this machine; of any other, itself.
+
+        Raises:
+            HeadraceError: no engine can run it.
+        """
+        known = self._describe(spec) if self._describe is not None else None
+        if known is None:
+            return self
+
+        def describe(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
+            del on_progress  # nothing is downloaded
+            return msgspec.structs.replace(known, model=spec)
+
+        return Sizing(describe, self._path, self._budgets)
 
     def resolve(self, spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
         """Resolve the model, with the budget of its device; cached until its file changes.

@@ -6,8 +6,10 @@ import asyncio
 import json
 from typing import TYPE_CHECKING
 
+import jsonschema_rs
 import msgspec
 import pytest
+from tests.engines.schemas import SPECIAL
 from tests.engines.transformers.asking import answered, asked, deltas, events, finish, tokens
 
 from headrace.core.constraint import Constraint
@@ -107,6 +109,15 @@ async def test_a_schema_is_kept_to(smol: Engine) -> None:
     made = json.loads(b"".join(delta.data for delta in deltas(seen)))
     assert made.keys() == {"city", "big"}
     assert finish(seen).reason == "stop"
+
+
+async def test_names_of_special_tokens_are_text(smol: Engine) -> None:
+    """Issue 11.4: text that had to follow was taken for the token."""
+    for schema in SPECIAL:
+        request = asked(smol, "<|im_start|>", 60)
+        request = msgspec.structs.replace(request, constraint=Constraint(json_schema=schema))
+        text = b"".join(delta.data for delta in deltas(await events(smol, request)))
+        assert jsonschema_rs.validator_for(schema).is_valid(json.loads(text))
 
 
 async def test_a_long_beginning_is_shared(smol: Engine) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import msgspec
@@ -13,7 +13,7 @@ from headrace.api import fields
 from headrace.api.edge import check_admin
 from headrace.api.exchange import Exchange, Service
 from headrace.api.fields import Peers
-from headrace.api.images import HELD, body_limit, check_text
+from headrace.api.images import ImageReader, body_limit, held
 from headrace.api.logprobs import TokenBody, token_bodies
 from headrace.api.messages import Tools, to_tools
 from headrace.api.ollama.messages import Images, Messages, to_content, to_messages
@@ -38,7 +38,6 @@ from headrace.core.events import (
     ToolCall,
     ToolCallDelta,
 )
-from headrace.core.media import Pictures
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.stream import collect, result
@@ -157,10 +156,10 @@ def _generate_fields(text: str, thinking: str, calls: list[CallBody]) -> dict[st
 
 
 class _Job(NamedTuple):
-    """What makes the core request, the images in base64, and how it is answered."""
+    """What makes the core request, the size of the images in base64, and how it is answered."""
 
-    request: Callable[[Any, dict[str, Any]], GenerateRequest]
-    images: Sequence[str]
+    request: Callable[[Any, dict[str, Any], ImageReader], GenerateRequest]
+    images: int
     layout: Layout
 
 
@@ -178,7 +177,7 @@ async def chat(service: Service, exchange: Exchange) -> None:
     if not wire.messages:
         await _load(service, exchange, wire, _CHAT_LAYOUT)
         return
-    images = [image for message in wire.messages for image in message.images or ()]
+    images = sum(len(image) for message in wire.messages for image in message.images or ())
     await _answer(service, exchange, wire, _Job(_chat_request, images, _CHAT_LAYOUT))
 
 
@@ -188,32 +187,35 @@ async def generate(service: Service, exchange: Exchange) -> None:
     if not wire.prompt:
         await _load(service, exchange, wire, _GENERATE_LAYOUT)
         return
-    images = wire.images or ()
+    images = sum(map(len, wire.images or ()))
     await _answer(service, exchange, wire, _Job(_generate_request, images, _GENERATE_LAYOUT))
 
 
-def _chat_request(wire: OllamaChatRequest, common: dict[str, Any]) -> GenerateRequest:
-    pictures = Pictures()
+def _chat_request(
+    wire: OllamaChatRequest, common: dict[str, Any], reader: ImageReader
+) -> GenerateRequest:
     return GenerateRequest(
-        messages=to_messages(wire.messages or (), pictures),
-        media=pictures.data,
+        messages=to_messages(wire.messages or (), reader),
+        media=reader.pictures.data,
         tools=to_tools(wire.tools),
         thinking=to_thinking(wire),
         **common,
     )
 
 
-def _generate_request(wire: OllamaGenerateRequest, common: dict[str, Any]) -> GenerateRequest:
-    prompt, pictures = wire.prompt or "", Pictures()
+def _generate_request(
+    wire: OllamaGenerateRequest, common: dict[str, Any], reader: ImageReader
+) -> GenerateRequest:
+    prompt = wire.prompt or ""
     if wire.raw or wire.suffix:
         if wire.images:
             raise Unsupported("Images go without raw and suffix.", param="images")
         return GenerateRequest(prompt=prompt, suffix=wire.suffix or None, **common)
     system = (Message("system", wire.system),) if wire.system else ()
-    content = to_content(prompt, wire.images, "", pictures)
+    content = to_content(prompt, wire.images, "", reader)
     return GenerateRequest(
         messages=(*system, Message("user", content)),
-        media=pictures.data,
+        media=reader.pictures.data,
         thinking=to_thinking(wire),
         **common,
     )
@@ -228,15 +230,9 @@ def _common(service: Service, exchange: Exchange, wire: GenerateFields) -> dict[
 
 
 async def _answer(service: Service, exchange: Exchange, wire: GenerateFields, job: _Job) -> None:
-    sent = sum(map(len, job.images))
-    check_text(exchange, sent)
     common = _common(service, exchange, wire)
-    with HELD.hold(sent):
-        if sent:
-            # Decoding takes long.
-            request = await asyncio.to_thread(job.request, wire, common)
-        else:
-            request = job.request(wire, common)
+    async with held(exchange, (), job.images) as translation:
+        request = await translation.run(partial(job.request, wire, common))
         await _reply(service, exchange, wire, request, job.layout)
 
 

@@ -10,11 +10,11 @@ from msgspec import Meta
 
 from headrace.api import fields, limits
 from headrace.api.fields import Body, Peers
-from headrace.api.images import read_image
+from headrace.api.images import ImageReader
 from headrace.api.messages import CallId, ToolName
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import ToolCall
-from headrace.core.media import MAX_IMAGES, Content, Pictures
+from headrace.core.media import MAX_IMAGES, Content
 from headrace.core.request import Message
 
 Images = Annotated[list[str], Meta(max_length=MAX_IMAGES)]
@@ -59,7 +59,7 @@ class ChatMessage(Body, frozen=True, kw_only=True):
 Messages = Annotated[list[ChatMessage], Meta(max_length=limits.MAX_MESSAGES)]
 
 
-def to_content(text: str, images: Images | None, place: str, pictures: Pictures) -> Content:
+def to_content(text: str, images: Images | None, place: str, reader: ImageReader) -> Content:
     """Return a text with the images after it.
 
     Raises:
@@ -68,11 +68,11 @@ def to_content(text: str, images: Images | None, place: str, pictures: Pictures)
     if not images:
         return text
     urls = enumerate(f"data:;base64,{image}" for image in images)
-    seen = (read_image(url, f"{place}images[{n}]", pictures, {}) for n, url in urls)
+    seen = (reader.read(url, f"{place}images[{n}]") for n, url in urls)
     return (text, *seen)
 
 
-def to_messages(wire: Sequence[ChatMessage], pictures: Pictures) -> tuple[Message, ...]:
+def to_messages(wire: Sequence[ChatMessage], reader: ImageReader) -> tuple[Message, ...]:
     """Return the turns of a conversation, with an id for each call.
 
     Raises:
@@ -83,7 +83,7 @@ def to_messages(wire: Sequence[ChatMessage], pictures: Pictures) -> tuple[Messag
     waiting: list[ToolCall] = []
     for index, message in enumerate(wire):
         if message.role == "tool":
-            turns.append(_answer(message, index, waiting, pictures))
+            turns.append(_answer(message, index, waiting, reader))
             continue
         place = f"messages[{index}]"
         if message.images and message.role != "user":
@@ -94,7 +94,7 @@ def to_messages(wire: Sequence[ChatMessage], pictures: Pictures) -> tuple[Messag
         turns.append(
             Message(
                 message.role,
-                to_content(message.content or "", message.images, f"{place}.", pictures),
+                to_content(message.content or "", message.images, f"{place}.", reader),
                 tool_calls=calls,
                 reasoning=message.thinking or "",
             )
@@ -112,7 +112,7 @@ def _call(call: WireCall, id: str) -> ToolCall:
 
 
 def _answer(
-    message: ChatMessage, index: int, waiting: list[ToolCall], pictures: Pictures
+    message: ChatMessage, index: int, waiting: list[ToolCall], reader: ImageReader
 ) -> Message:
     """Return a tool's turn, and take the call that it answers from those that wait."""
     name = message.tool_name or message.name
@@ -121,7 +121,7 @@ def _answer(
         if call.id == given if given else name in {None, call.name}:
             waiting.remove(call)
             text = message.content or ""
-            content = to_content(text, message.images, f"messages[{index}].", pictures)
+            content = to_content(text, message.images, f"messages[{index}].", reader)
             return Message("tool", content, call.name, tool_call_id=call.id)
     place = f"messages[{index}]"
     raise InvalidRequest(f"{place}: no call before it waits for this answer.", param=place)

@@ -13,6 +13,7 @@ from headrace.api.exchange import Exchange, Service
 from headrace.api.fields import Peers
 from headrace.api.ollama.wire import Addressed, core_name, digest, tagged, timestamp
 from headrace.api.problems import OLLAMA
+from headrace.api.status import described
 from headrace.api.stream import encode
 from headrace.core.errors import UnknownModel, Unsupported
 from headrace.core.model import ModelInfo
@@ -126,7 +127,7 @@ async def tags(service: Service, exchange: Exchange) -> None:
     """List the models that are served, as Ollama does."""
     models = [
         _tagged(name, info)
-        for info in service.backend.models()
+        for info in await described(service)
         for name in (info.id, *info.aliases)
     ]
     await exchange.answer(TaggedModels(models))
@@ -136,7 +137,7 @@ async def show(service: Service, exchange: Exchange) -> None:
     """Describe one model, as Ollama does."""
     wire = await exchange.read(_SHOW)
     name = core_name(service, wire)
-    for info in service.backend.models():
+    for info in await described(service, name):
         if name == info.id or name in info.aliases:
             await exchange.answer(_shown(info))
             return
@@ -276,18 +277,21 @@ def _shown(info: ModelInfo) -> ShownModel:
 def _capabilities(info: ModelInfo) -> list[str]:
     """Return what a model can do, as Ollama names it.
 
-    A model that is not loaded yet is taken for one with tools: most can, by their own template or
-    by a general form.
+    One of which nothing is known yet is taken for one with tools: most can, by their own template
+    or by a general form.
     """
     names = ["embedding"] if "embed" in info.capabilities.tasks else []
     if "generate" in info.capabilities.tasks:
         names.append("completion")
-        if info.capabilities.chat or info.state != "ready":
+        is_unknown = info.state != "ready" and info.format == "none"
+        if info.capabilities.chat or info.chat_template or is_unknown:
             names.append("tools")
         if info.capabilities.infill:
             names.append("insert")
         if info.capabilities.vision:
             names.append("vision")
+        if info.capabilities.thinking != "none":
+            names.append("thinking")
     return names
 
 

@@ -22,7 +22,8 @@ from headrace.engines.base import About, EngineOptions, OpenRequest
 from headrace.engines.openmp import physical_cores
 from headrace.engines.plan import CachePlan
 from headrace.models import projector
-from headrace.models.gguf import Skipped, read_header
+from headrace.models.gguf import Skipped as Skipped
+from headrace.models.gguf import read_header as read_header
 from headrace.models.gguf_model import EMBEDDERS
 from headrace.models.projector import Projector
 
@@ -197,7 +198,7 @@ def _output_bytes(model: ModelFile) -> int:
     """Return the bytes that the output layer makes for a token; 0 for a model without one."""
     if model.architecture in EMBEDDERS:
         return 0
-    return 4 * _words_and_layers(Path(model.path), _stamp(model.path))[0]
+    return 4 * model.vocabulary
 
 
 def estimate(
@@ -209,9 +210,9 @@ def estimate(
     each of them, which is kept twice.
 
     Raises:
-        LoadFailed: the model's header cannot be read.
+        LoadFailed: the header of its projector cannot be read.
     """
-    words, layers = _words_and_layers(Path(model.path), _stamp(model.path))
+    words = model.vocabulary
     seen = None if whole else projector_of(model, options)
     sees = seen is not None
     batch = whole or max(batch_size(options, on_cpu=not gpus, sees=sees), planned.slots)
@@ -224,7 +225,7 @@ def estimate(
     overhead = _PROCESS + words * _PER_WORD + computed + outputs + planned.slots * _PER_SLOT
     devices = {"cpu": size + kv_cache + overhead}
     if gpus:
-        share = _share(options.gpu_layers, layers)
+        share = _share(options.gpu_layers, model.layers)
         computed = max(computed, int(activations) + seeing + words * batch * 4)
         moved = int(share * (size + kv_cache)) + computed
         on_host = int((1 - share) * (size + kv_cache))
@@ -257,16 +258,6 @@ def _stamp(path: str) -> tuple[int, int]:
 def _projector(path: Path, stamp: tuple[int, int]) -> Projector:
     del stamp
     return projector.read(path)
-
-
-@lru_cache(maxsize=64)
-def _words_and_layers(path: Path, stamp: tuple[int, int]) -> tuple[int, int]:
-    del stamp  # part of the key: another file under the same name is read again
-    metadata = read_header(path).metadata
-    words = metadata.get("tokenizer.ggml.tokens")
-    layers = metadata.get(f"{metadata.get('general.architecture')}.block_count")
-    known = words.length if isinstance(words, Skipped) else 0
-    return known, layers if isinstance(layers, int) else 0
 
 
 @lru_cache(maxsize=1)

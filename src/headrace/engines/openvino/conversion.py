@@ -23,18 +23,11 @@ from filelock import FileLock
 from headrace.core.errors import ConfigError, LoadFailed
 from headrace.core.install import install_command
 from headrace.core.model import ModelFile
-from headrace.core.private import FILE_MODE, make_private, private_folder
+from headrace.core.private import FILE_MODE, make_private, private_folder, sync_folder
 from headrace.engines.openvino.vocabulary import without_telemetry
 from headrace.models import folder, gguf_model, openvino
 from headrace.models.gguf import read_header
-from headrace.models.transfer import (
-    Progress,
-    disk_errors,
-    disk_full,
-    require_free,
-    silent,
-    sync_folder,
-)
+from headrace.models.transfer import Progress, disk_errors, disk_full, require_free, silent
 
 EXACT = frozenset({"F16", "Q8_0"})
 """Quantisations of GGUF that the library reads exactly; it rounds others."""

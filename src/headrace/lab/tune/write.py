@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from headrace.core.errors import ConfigError
-from headrace.core.private import FILE_MODE, private_folder
-from headrace.models.transfer import write_atomically
+from headrace.core.private import FILE_MODE, private_folder, write_atomically
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _HEADER = re.compile(r"\s*\[")

@@ -9,15 +9,8 @@ from typing import Any, Literal, Protocol
 
 from headrace.text.calls.format import Format
 from headrace.text.calls.values import kind_of
+from headrace.text.grammar import HEADER, json_rule
 
-# With free white space a small model can repeat it up to the limit.
-_SPACING = {
-    "x-guidance": {
-        "whitespace_flexible": False,
-        "item_separator": ", ",
-        "key_separator": ": ",
-    }
-}
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _SCALARS = frozenset({"integer", "number", "boolean", "null"})
 # Keywords that do not restrict a string.
@@ -98,7 +91,7 @@ class _Grammar:
         else:
             body = self._free(call, parallel=parallel)
         lines = [f"start: {prefix} {body}", "TEXT: /(.|\\n)*/", *self.rules]
-        return "%llguidance {}\n" + "\n".join(lines) + "\n"
+        return "\n".join((HEADER, *lines, ""))
 
     def _rule(self, name: str, body: str, mark: str = "") -> str:
         name = f"{name}_{len(self.rules)}"
@@ -127,7 +120,7 @@ class _Grammar:
 
     def _json(self, schema: Schema) -> str:
         # Equal keys: the last one counts.
-        return self._rule("json", "%json " + json.dumps({**schema, **_SPACING}))
+        return self._rule("json", json_rule(schema))
 
     # The answer.
 

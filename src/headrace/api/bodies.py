@@ -1,0 +1,90 @@
+"""The body of a request, read under its limits."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.types import Receive
+
+from headrace.api import limits
+from headrace.api.problems import Refused, refused
+
+
+class ClientGone(Exception):
+    """The client closed the connection before it was answered."""
+
+
+async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
+    """Return a body of at most `limit` bytes.
+
+    Raises:
+        Refused: it is encoded, too large or too slow, or there are too many bytes of others.
+        ClientGone: the client has left.
+    """
+    coding = headers.get(b"content-encoding", b"").strip().lower()
+    if coding not in {b"", b"identity"}:
+        raise encoded(coding.decode("latin-1"))
+    declared = headers.get(b"content-length", b"0")
+    if not declared.isdigit() or int(declared[:20]) > limit:
+        raise too_large(limit)
+    try:
+        async with asyncio.timeout(limits.BODY_TIMEOUT_S):
+            return await _BODIES.read(receive, limit)
+    except TimeoutError:
+        raise refused(408, "The body was not received in time.", "body_timeout") from None
+
+
+class Bodies:
+    """The bytes of all bodies that are being received, bounded in sum."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    async def read(self, receive: Receive, limit: int) -> bytes:
+        """Return a body.
+
+        Raises:
+            Refused: it is too large, or there are too many bytes of others.
+            ClientGone: the client has left.
+        """
+        parts: list[bytes] = []
+        size = 0
+        try:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                self.size += len(parts[-1])
+                if size > limit:
+                    raise too_large(limit)
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+                if self.size > limits.MAX_BODIES and size > limits.SMALL_BODY:
+                    raise _too_many()
+        finally:
+            self.size -= size
+
+
+_BODIES = Bodies()
+
+
+def encoded(coding: str) -> Refused:
+    """Return the error for a body with a content coding."""
+    message = f"The body is encoded with {coding}; send it as it is, without a Content-Encoding."
+    return refused(
+        415, message, "unsupported_content_encoding", ((b"accept-encoding", b"identity"),)
+    )
+
+
+def too_large(limit: int) -> Refused:
+    """Return the error for a body of more than `limit` bytes."""
+    message = f"The body is larger than {limit} bytes."
+    return refused(413, message, "body_too_large", ((b"connection", b"close"),))
+
+
+def _too_many() -> Refused:
+    message = "Too many request bodies are being received; try again later."
+    again = ((b"connection", b"close"), (b"retry-after", b"1"))
+    return refused(503, message, "too_many_bodies", again)
