@@ -230,6 +230,25 @@ async def test_blocks_become_turns() -> None:
     )
 
 
+async def test_system_turns_before_the_first_answer_belong_to_the_system_message() -> None:
+    """Issue 14.7: Claude Code describes the machine in one, after the prompt."""
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "system", "content": [{"type": "text", "text": "On Linux."}]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "system", "content": "d"},
+    ]
+    request = await core(body(messages=turns, system="Be terse."))
+    assert request.messages == (
+        Message("system", "Be terse.\n\nOn Linux."),
+        Message("user", "a"),
+        Message("assistant", "b"),
+        Message("user", "c"),
+        Message("system", "d"),
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "continued"),
     [("Sure:", True), ([{"type": "text", "text": "Su"}, {"type": "text", "text": "re:"}], True),

@@ -12,7 +12,7 @@ import pytest
 from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, text
 
 from headrace.api import limits
-from headrace.api.app import create_app
+from headrace.api.app import Application, create_app
 from headrace.api.limits import ApiSettings
 from headrace.core.backend import Backend
 from headrace.core.events import Delta, Progress
@@ -24,7 +24,14 @@ class Wire:
     """One raw ASGI connection whose client can leave."""
 
     def __init__(
-        self, backend: Backend, path: str, body: Any, *, stalls: bool = False, **settings: Any
+        self,
+        backend: Backend,
+        path: str,
+        body: Any,
+        *,
+        stalls: bool = False,
+        app: Application | None = None,
+        **settings: Any,
     ) -> None:
         self.sent: list[dict[str, Any]] = []
         self.stalls = stalls
@@ -38,7 +45,7 @@ class Wire:
             "query_string": b"",
             "headers": [(b"host", b"localhost")],
         }
-        app = create_app(backend, ApiSettings(**settings))
+        app = app or create_app(backend, ApiSettings(**settings))
         self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
 
     async def _receive(self) -> Any:

@@ -16,7 +16,8 @@ from pydantic import TypeAdapter
 from tests.api.fakes import FakeBackend, client, finish
 
 from headrace.api import limits
-from headrace.api.responses_answer import FreeText, seal, unseal
+from headrace.api.custom_tools import FreeText
+from headrace.api.responses_answer import seal, unseal
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ContextOverflow, GenerationFailed, QueueFull
 from headrace.core.events import Delta, Progress, TokenLogprob, ToolCall, ToolCallDelta

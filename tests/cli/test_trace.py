@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from tests.pictures_made import data_url, png
 from tests.service.serving import Service, served
 from tests.telemetry.traced import metrics, record, spans
 
 from headrace.cli.app import run
 from headrace.core.metrics import Usage
 from headrace.core.record import Content, RequestRecord
+from headrace.telemetry import trace_read
 from headrace.telemetry.trace_file import TraceFile
 
 HOUR = 3600
 QUESTION = [{"role": "user", "content": "good morning"}]
 MODELS = """
+[telemetry]
+trace_content = true
 [models.small]
 model = "builtin:echo"
+[models.seeing]
+model = "builtin:echo"
+options = {images = true}
 [models.other]
 model = "builtin:echo"
 options = {text = "good evening"}
@@ -214,10 +223,15 @@ def test_that_nothing_is_no_mistake(home: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    home = tmp_path_factory.mktemp("home")
-    (home / "headrace.toml").write_text(MODELS)
-    with served("--config", str(home / "headrace.toml"), environment={"HOME": str(home)}) as it:
+def served_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def service(served_home: Path) -> Iterator[Service]:
+    config = served_home / "headrace.toml"
+    config.write_text(MODELS)
+    with served("--config", str(config), environment={"HOME": str(served_home)}) as it:
         yield it
 
 
@@ -279,6 +293,121 @@ def test_that_parameters_and_choices_are_sent_again(
     body = json.loads(capsys.readouterr().out)
     assert (body["answered"], body["finish_reasons"]) == (["one two th"], ["stop"])
     assert body["equal"] is True
+
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Of a city; write to me@example.org.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+TURNS = [
+    {"role": "user", "content": "And tomorrow?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "Hm.",
+        "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+]
+
+
+@pytest.fixture
+def answered(
+    service: Service, served_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[dict[str, Any], str], RequestRecord]:
+    """Makes a request of the service, and returns its record."""
+    monkeypatch.setenv("HEADRACE_HOME", str(served_home))
+
+    def ask(body: dict[str, Any], path: str = "/v1/chat/completions") -> RequestRecord:
+        reply = httpx.post(service.url + path, json={"model": "small", **body}, timeout=20)
+        assert reply.status_code == 200, reply.text
+        name, end = reply.json()["id"].rpartition("-")[2], time.monotonic() + 20
+        while True:
+            kept = list(trace_read.records(served_home / "traces"))
+            if matching := [it for it in kept if it.id == name]:
+                return matching[0]
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    return ask
+
+
+def test_that_tools_thinking_and_forms_are_sent_again(
+    service: Service,
+    answered: Callable[..., RequestRecord],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Issue 13: a request with tools, calls, their results and thinking is replayed as it was."""
+    body = {
+        "messages": [*TURNS, {"role": "user", "content": CALL}],
+        "tools": [WEATHER, {"type": "function", "function": {"name": "time", "strict": True}}],
+        "tool_choice": {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "auto", "tools": [WEATHER]},
+        },
+        "parallel_tool_calls": False,
+        "reasoning_effort": "low",
+        "thinking_token_budget": 7,
+        "chat_template_kwargs": {"greeting": "hi"},
+    }
+    first = answered(body)
+    assert first.metrics.tool_calls == 1
+    assert first.spans[0].attributes["headrace.tool_calls"] == 1
+    assert first.content is not None
+    assert first.content.answered == ('\nweather {"city": "Paris"}',)
+    assert first.content.tools[0]["description"] == "Of a city; write to [redacted]."
+    assert run(["trace", "replay", first.id, "--url", service.url, "--json"]) == 0
+    replayed = json.loads(capsys.readouterr().out)
+    assert (replayed["equal"], replayed["finish_reasons"]) == (True, ["tool_calls"])
+    assert replayed["metrics"]["tool_calls"] == 1
+    second = answered({"messages": QUESTION})  # to have the record of the replay before it
+    again = next(
+        it
+        for it in trace_read.records(Path(os.environ["HEADRACE_HOME"]) / "traces")
+        if it.id not in (first.id, second.id) and it.content and it.content.tools
+    )
+    assert again.content is not None
+    assert again.content == first.content
+    assert again.parameters == first.parameters
+    assert again.parameters["tool_choice"] == {"names": ["weather"], "parallel": False}
+    shown = told(capsys, "show", first.id)
+    assert ["calls", "1"] in [line.split() for line in shown]
+    assert 'weather {"city": "Paris"}' in shown
+    assert "assistant: " in shown
+    assert "weather {}" in shown
+    assert run(["trace", "replay", first.id, "--url", service.url]) == 0
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "The text is equal.",
+        "The request is not quite the same: parts of the record are redacted.",
+    ]
+
+
+def test_that_images_and_gaps_are_sent_again(
+    service: Service,
+    answered: Callable[..., RequestRecord],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Issue 13: the bytes of an image are not kept; with its file the request can be replayed."""
+    data = png(20, 10)
+    url = data_url(data)
+    parts = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url}}]
+    first = answered({"model": "seeing", "messages": [{"role": "user", "content": parts}]})
+    replay = ["trace", "replay", first.id, "--url", service.url]
+    assert run(replay) == 2
+    assert "give its file with --image" in capsys.readouterr().err
+    (tmp_path / "a.png").write_bytes(data)
+    assert run([*replay, "--json", "--image", str(tmp_path / "a.png")]) == 0
+    assert json.loads(capsys.readouterr().out)["equal"] is True
+    assert run([*replay, "--image", str(tmp_path / "none.png")]) == 2
+    assert "No such file" in capsys.readouterr().err
 
 
 def test_that_what_cannot_be_asked_again_is_told(

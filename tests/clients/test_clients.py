@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import importlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel, Field
+
+from headrace.cli.client import Card
+from headrace.cli.clients import CLIENTS
+from headrace.cli.setups import Target
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
 
@@ -39,18 +45,28 @@ def library(name: str) -> Any:
 # LangChain.
 
 
-def langchain(url: str, model: str) -> Any:
-    return library("langchain_openai").ChatOpenAI(
-        model=model, base_url=url, api_key="none", temperature=0, max_retries=0, max_tokens=200
-    )
+APIS = ("openai", "anthropic", "ollama")
+
+
+def langchain(url: str, model: str, api: str = "openai") -> Any:
+    settings: dict[str, Any] = {"model": model, "temperature": 0}
+    root = url.removesuffix("/v1")
+    if api == "ollama":
+        chat = library("langchain_ollama").ChatOllama
+        return chat(base_url=root, num_predict=200, **settings)
+    settings |= {"api_key": "none", "max_retries": 0, "max_tokens": 200}
+    if api == "anthropic":
+        return library("langchain_anthropic").ChatAnthropic(base_url=root, **settings)
+    return library("langchain_openai").ChatOpenAI(base_url=url, **settings)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_langchain_calls_tools(url: str, streamed: bool) -> None:
-    """Issue 13, shown 1: bind_tools."""
+@pytest.mark.parametrize("api", APIS)
+def test_langchain_calls_tools(url: str, streamed: bool, api: str) -> None:
+    """Issue 13, shown 1; issue 14, shown 1: bind_tools."""
     core, messages = library("langchain_core.messages"), list[Any]()
     weather = library("langchain_core.tools").tool(get_weather)
-    model = langchain(url, "echo").bind_tools([weather])
+    model = langchain(url, "echo", api).bind_tools([weather])
 
     def answer() -> Any:
         if not streamed:
@@ -62,12 +78,12 @@ def test_langchain_calls_tools(url: str, streamed: bool) -> None:
 
     messages.append(core.HumanMessage(LATER))
     called = answer()
-    assert called.content == "Let me see. "
+    assert called.text == "Let me see. "
     [call] = called.tool_calls
     assert (call["name"], call["args"]) == ("get_weather", {"city": "Paris"})
     messages += [called, weather.invoke(call)]
     final = answer()
-    assert "It rains in Paris." in final.content
+    assert "It rains in Paris." in final.text
     assert not final.tool_calls
 
 
@@ -153,19 +169,23 @@ def test_instructor(url: str, mode: str) -> None:
 # OpenAI's Agents SDK.
 
 
-def agent_of(url: str, model: str, **given: Any) -> Any:
+def agent_of(url: str, model: str, api: str = "chat", **given: Any) -> Any:
     agents = library("agents")
     agents.set_tracing_disabled(True)
     client = library("openai").AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
     chat = agents.OpenAIChatCompletionsModel(model=model, openai_client=client)
+    if api == "default":
+        agents.set_default_openai_client(client, use_for_tracing=False)
+        chat = model
     return agents.Agent(name="Helper", instructions="Help.", model=chat, **given)
 
 
-async def test_the_agents_sdk_calls_tools(url: str) -> None:
-    """Issue 13, shown 1: with its chat model, whole and streamed."""
+@pytest.mark.parametrize("api", ["chat", "default"])
+async def test_the_agents_sdk_calls_tools(url: str, api: str) -> None:
+    """Issue 13, shown 1; issue 14, shown 1: chat and its default, responses; whole and streamed."""
     agents = library("agents")
     weather = agents.function_tool(get_weather)
-    agent = agent_of(url, "echo", tools=[weather])
+    agent = agent_of(url, "echo", api, tools=[weather])
     assert "It rains in Paris." in (await agents.Runner.run(agent, LATER)).final_output
     streamed = agents.Runner.run_streamed(agent, CALL)
     kinds = [event.type async for event in streamed.stream_events()]
@@ -194,15 +214,22 @@ async def test_the_agents_sdk_on_a_real_model(url: str) -> None:
 # LiteLLM.
 
 
-@pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
-def test_litellm(url: str, provider: str) -> None:
-    """Issue 13, shown 1: a loop, streamed and whole, and a schema."""
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+FUNCTION = {"name": "get_weather", "description": "Weather.", "parameters": PARAMETERS}
+
+
+def litellm_of(url: str, provider: str) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
     litellm = library("litellm")
     litellm.suppress_debug_info = True
-    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
-    function = {"name": "get_weather", "description": "Weather.", "parameters": parameters}
-    access: Any = {"api_base": url, "api_key": "none", "temperature": 0, "max_tokens": 200}
-    tools = [{"type": "function", "function": function}]
+    base = url if provider in ("openai", "hosted_vllm") else url.removesuffix("/v1")
+    access: Any = {"api_base": base, "api_key": "none", "temperature": 0, "max_tokens": 200}
+    return litellm, access, [{"type": "function", "function": FUNCTION}]
+
+
+@pytest.mark.parametrize("provider", ["openai", "hosted_vllm", "anthropic", "ollama_chat"])
+def test_litellm_calls_tools(url: str, provider: str) -> None:
+    """Issue 13, shown 1; issue 14, shown 1: a loop, streamed and whole."""
+    litellm, access, tools = litellm_of(url, provider)
     messages: list[Any] = [{"role": "user", "content": LATER}]
     for streamed in (False, True):
         request: Any = {"model": f"{provider}/echo", "tools": tools, **access}
@@ -217,6 +244,12 @@ def test_litellm(url: str, provider: str) -> None:
         turns = [*messages, message.model_dump(exclude_none=True), result]
         final = litellm.completion(messages=turns, **request).choices[0].message
         assert "It rains in Paris." in final.content
+
+
+@pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
+def test_litellm_structured_output(url: str, provider: str) -> None:
+    """Issue 13, shown 1: a schema, and a tool that has to be called."""
+    litellm, access, tools = litellm_of(url, provider)
     answer = litellm.completion(
         model=f"{provider}/smollm2",
         messages=[{"role": "user", "content": QUESTION}],
@@ -232,6 +265,42 @@ def test_litellm(url: str, provider: str) -> None:
         **access,
     )
     assert answer.choices[0].message.tool_calls[0].function.name == "get_weather"
+
+
+def test_litellm_responses(url: str) -> None:
+    """Issue 14, shown 1: its fourth route."""
+    litellm, access, _ = litellm_of(url, "openai")
+    access["max_output_tokens"] = access.pop("max_tokens")
+    tools = [{"type": "function", **FUNCTION}]
+    answer = litellm.responses(model="openai/echo", input=CALL, tools=tools, **access)
+    [call] = [item for item in answer.output if item.type == "function_call"]
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "It rains."}
+    turns = [{"role": "user", "content": CALL}, call.model_dump(exclude_none=True), output]
+    final = litellm.responses(model="openai/echo", input=turns, tools=tools, **access)
+    assert "It rains." in final.output_text
+
+
+# What `headrace connect` writes.
+
+
+def target_of(url: str) -> Target:
+    return Target(url.removesuffix("/v1"), (Card("echo", tools="generic"),))
+
+
+def test_langchain_as_connected(url: str) -> None:
+    """Issue 14.7: the lines that are printed are a program."""
+    code = "\n".join(CLIENTS["langchain"].build(target_of(url), Path()).steps)
+    variables: dict[str, Any] = {}
+    exec(code, variables)
+    assert variables["model"].invoke("Hello.").content == "Hello."
+
+
+def test_litellm_as_connected(url: str) -> None:
+    """Issue 14.7: the models of its configuration."""
+    [file] = CLIENTS["litellm"].build(target_of(url), Path()).files
+    router = library("litellm").Router(**yaml.safe_load(file.text))
+    answer = router.completion(model="echo", messages=[{"role": "user", "content": "Hello."}])
+    assert answer.choices[0].message.content == "Hello."
 
 
 # The openai package, whose other loops are in tests/service/test_tools.py.

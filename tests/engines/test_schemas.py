@@ -154,3 +154,16 @@ async def test_many_random_schemas(smol: AsyncModelWorker) -> None:
     print(tally)  # noqa: T201
     assert tally.finished >= number / 2
     assert tally.refused <= number / 4
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("number", [6, pytest.param(50, marks=pytest.mark.slow)])
+async def test_random_schemas_by_transformers(smollm2_path: Path, number: int) -> None:
+    """Issue 13, shown 3: the same on another engine, whose sampler asks llguidance itself."""
+    from tests import models_made
+
+    folder = str(models_made.smollm2(smollm2_path))
+    async with AsyncModelWorker(folder, engine="transformers", context_length=512) as model:
+        tally = await tried(model, range(number))
+    assert tally.finished >= number / 2
+    assert tally.refused <= number / 4

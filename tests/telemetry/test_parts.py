@@ -155,11 +155,18 @@ def test_scalar_figures_are_attributes() -> None:
                 "prefill_tokens_per_second",
             ),
             *("time_per_output_token_ms", "decode_tokens_per_second", "chunks"),
-            *("continuations", "continued", "inter_token_p50_ms", "inter_token_p99_ms"),
+            *(
+                "tool_calls",
+                "continuations",
+                "continued",
+                "inter_token_p50_ms",
+                "inter_token_p99_ms",
+            ),
         )
     }
     bare = names.figures(InferenceMetrics(started_at=1.0))
-    assert bare == {"headrace.load_ms": 0.0, "headrace.chunks": 0, "headrace.continuations": 0}
+    counts = ("chunks", "tool_calls", "continuations")
+    assert bare == {"headrace.load_ms": 0.0} | {f"headrace.{name}": 0 for name in counts}
 
 
 def test_nothing_is_imported_where_nothing_is_asked_for() -> None:

@@ -110,6 +110,45 @@ def test_system_joins_the_first_user_turn(source: str) -> None:
     assert merged == prompt(source, ("user", "Be brief.\n\nHi"), ("assistant", "Yo"))
 
 
+def test_users_that_follow_one_another_join_where_turns_have_to_alternate() -> None:
+    """Issue 14.7: Codex sends what it knows of the machine and the prompt as two user turns."""
+    first = [("user", "a"), ("user", "b"), ("assistant", "c"), ("user", "d")]
+    assert prompt(ALTERNATING, *first) == "<s>[INST] a\n\nb [/INST] c</s>[INST] d [/INST]"
+    assert prompt(SILENT, *first) == "a;b;c;d;"
+
+
+# Written after the manner of Qwen: one system message, at the beginning.
+FIRST_ONLY = """
+{%- for message in messages %}
+    {%- if message.role == 'system' and not loop.first %}
+        {{- raise_exception('System message must be at the beginning.') }}
+    {%- endif %}
+    {{- message.role[0] ~ ':' ~ message.content ~ ';' }}
+{%- endfor %}
+"""
+
+
+# Drops all but the first.
+FIRST = "{% if messages[0].role == 'system' %}s:{{ messages[0].content }};{% endif %}"
+
+
+def test_late_system_messages_join_the_users() -> None:
+    """Issue 14.7: Claude Code sends system messages between the turns."""
+    turns = [("system", "a"), ("user", "b"), ("system", "c"), ("assistant", "d"), ("user", "e")]
+    assert prompt(FIRST_ONLY, *turns) == "s:a;u:b\n\nc;a:d;u:e;"
+    assert prompt(FIRST + SILENT, *turns).split() == ["s:a;b", "c;d;e;"]
+    assert prompt(FIRST_ONLY, ("system", "a"), ("system", "b"), ("user", "c")) == "s:a\n\nb;u:c;"
+
+
+def test_text_after_the_result_of_a_tool_joins_it_where_turns_have_to_alternate() -> None:
+    """Issue 14.7: Claude Code sends reminders with the results of tools."""
+    source = ALTERNATING.replace("message.role == 'user') !=", "message.role != 'assistant') !=")
+    source = source.replace("elif message.role == 'user'", "elif message.role != 'assistant'")
+    turns = [("user", "a"), ("assistant", "b"), ("tool", "c"), ("user", "d"), ("system", "e")]
+    expected = "<s>[INST] a [/INST] b</s>[INST] c\n\nd\n\ne [/INST]"
+    assert prompt(source, *turns) == expected
+
+
 def test_several_system_messages_join_the_users_beside_them() -> None:
     """W25: user and assistant go on alternating wherever the system speaks."""
     first = [("system", "a"), ("developer", "b"), ("user", "c"), ("assistant", "d")]
@@ -135,7 +174,7 @@ def test_developer_is_system_unless_the_template_knows_it() -> None:
 def test_the_templates_own_refusal_is_the_clients_to_read() -> None:
     """W25: raise_exception is a 400 with the template's words."""
     with pytest.raises(InvalidRequest) as error:
-        prompt(ALTERNATING, ("user", "a"), ("user", "b"))
+        prompt(ALTERNATING, ("assistant", "a"), ("user", "b"))
     assert error.value.message == "Roles must alternate user/assistant/user/..."
     assert error.value.param == "messages"
 

@@ -147,6 +147,9 @@ def image_urls(turns: Sequence[MessagesTurn]) -> Iterator[tuple[str, str]]:
 def to_messages(wire: CountTokensRequest, reader: ImageReader) -> tuple[Message, ...]:
     """Return the turns of a conversation, the system message first.
 
+    System turns before the first answer belong to the system message: templates know one, and a
+    model answers what comes last.
+
     Raises:
         InvalidRequest: a block is not complete, or of an unknown type; an image is damaged.
         Unsupported: a block is neither text nor an image.
@@ -158,8 +161,11 @@ def to_messages(wire: CountTokensRequest, reader: ImageReader) -> tuple[Message,
         system = _content(kept, "system", "system", reader)
     if system:
         turns.add(Message("system", system))
-    for index, turn in enumerate(wire.messages):
-        place = f"messages[{index}].content"
+    roles = [turn.role for turn in wire.messages]
+    answered = roles.index("assistant") if "assistant" in roles else len(roles)
+    early = [index for index in range(answered) if roles[index] == "system"]
+    for index in (*early, *(index for index in range(len(roles)) if index not in early)):
+        turn, place = wire.messages[index], f"messages[{index}].content"
         content = [Block("text", turn.content)] if isinstance(turn.content, str) else turn.content
         if turn.role == "assistant":
             _add_answer(turns, content, place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -37,6 +38,8 @@ from headrace.api.completions import (
     CompletionRequest,
     completions,
 )
+from headrace.api.dbgpt import dbgpt_routes
+from headrace.api.dbgpt.cluster import Cluster
 from headrace.api.edge import METRICS_PATH, Edge, check_admin
 from headrace.api.embeddings import EmbeddingList, EmbeddingRequest, embeddings
 from headrace.api.exchange import Exchange, Route, Service
@@ -181,6 +184,12 @@ class Application(Starlette):
     def replace_settings(self, settings: ApiSettings) -> None:
         """Use other settings for later requests; those that have begun keep theirs."""
         self._service.settings = settings
+
+    def dbgpt_worker(self, cluster: Cluster, settings: ApiSettings) -> Application:
+        """Return an application of the routes for a DB-GPT cluster, with settings of its own."""
+        return Application(
+            replace(self._service, settings=settings), (*dbgpt_routes(cluster), _LIVE)
+        )
 
     def metrics_alone(self) -> Application:
         """Return an application of /metrics and /health/live, of the same service and settings."""

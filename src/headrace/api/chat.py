@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from headrace.api import fields
 from headrace.api.answers import AnswerHead, ChunkHead, PromptPlace, prompt_places
+from headrace.api.custom_tools import FreeText, free_text
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.fields import Peers, ReasoningField
 from headrace.api.images import ImageReader, body_limit, held
@@ -23,6 +24,7 @@ from headrace.api.messages import (
     ThinkingFields,
     Tools,
     WireChoice,
+    custom_names,
     image_urls,
     to_choice,
     to_messages,
@@ -84,12 +86,20 @@ class FunctionBody(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str | None = None
 
 
+class CustomBody(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The text of a call of a custom tool. In a stream only the first part has the name."""
+
+    input: str
+    name: str | None = None
+
+
 class ToolCallBody(msgspec.Struct, frozen=True, kw_only=True):
-    """A call of a tool."""
+    """A call of a tool: of a function, or of a custom tool."""
 
     id: str
-    type: Literal["function"] = "function"
-    function: FunctionBody
+    type: Literal["function", "custom"] = "function"
+    function: FunctionBody | msgspec.UnsetType = msgspec.UNSET
+    custom: CustomBody | msgspec.UnsetType = msgspec.UNSET
 
 
 class ToolCallPart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -97,8 +107,9 @@ class ToolCallPart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
     index: int
     id: str | None = None
-    type: Literal["function"] | None = None
-    function: FunctionBody
+    type: Literal["function", "custom"] | None = None
+    function: FunctionBody | None = None
+    custom: CustomBody | None = None
 
 
 class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,8 +204,12 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
 async def _answer(
     service: Service, exchange: Exchange, wire: ChatRequest, request: GenerateRequest
 ) -> None:
-    field = exchange.settings.reasoning_field
-    reply = Reply("chatcmpl-", _FORMATS[field], request.n, partial(_whole, field))
+    field, custom = exchange.settings.reasoning_field, custom_names(wire.tools)
+    form = _FORMATS[field]
+    if custom:
+        parts = _CustomParts(custom)
+        form = replace(form, call=parts.part, rest=parts.rest)
+    reply = Reply("chatcmpl-", form, request.n, partial(_whole, field, custom))
     await answer(service, exchange, wire, service.backend.ask(request), reply)
 
 
@@ -227,24 +242,52 @@ def to_request(
     )
 
 
+class _CustomParts:
+    """Writes the parts of calls in a stream where some of the tools take text."""
+
+    def __init__(self, custom: frozenset[str]) -> None:
+        self._custom = custom
+        self._texts: dict[tuple[int, int], FreeText] = {}
+
+    def part(self, delta: ToolCallDelta) -> dict[str, Any]:
+        """Return the delta of a part."""
+        place = (delta.index, delta.call)
+        if delta.name in self._custom:
+            self._texts[place] = FreeText()
+        if (text := self._texts.get(place)) is None:
+            return {"tool_calls": [_call_part(delta)]}
+        body = CustomBody(text.feed(delta.arguments), delta.name or None)
+        head: Any = {"id": delta.id, "type": "custom"} if delta.name else {}
+        return {"tool_calls": [ToolCallPart(index=delta.call, custom=body, **head)]}
+
+    def rest(self, index: int) -> Iterator[dict[str, Any]]:
+        """Yield what calls of a choice have left at its end."""
+        for (choice, call), text in self._texts.items():
+            if choice == index and (left := text.flush()):
+                yield {"tool_calls": [ToolCallPart(index=call, custom=CustomBody(left))]}
+
+
 def _whole(
-    field: ReasoningField, head: dict[str, Any], choices: tuple[Choice, ...]
+    field: ReasoningField,
+    custom: frozenset[str],
+    head: dict[str, Any],
+    choices: tuple[Choice, ...],
 ) -> ChatCompletion:
     scored = choices[0].prompt_tokens
     return ChatCompletion(
         **head,
-        choices=[_choice(field, choice) for choice in choices],
+        choices=[_choice(field, custom, choice) for choice in choices],
         prompt_logprobs=prompt_places(scored) if scored else msgspec.UNSET,
     )
 
 
-def _choice(field: ReasoningField, choice: Choice) -> ChatChoice:
+def _choice(field: ReasoningField, custom: frozenset[str], choice: Choice) -> ChatChoice:
     thinking = choice.reasoning or msgspec.UNSET
     message = AssistantMessage(
         content=choice.text or (None if choice.tool_calls else ""),
         reasoning_content=msgspec.UNSET if field == "reasoning" else thinking,
         reasoning=msgspec.UNSET if field == "reasoning_content" else thinking,
-        tool_calls=[*map(_call, choice.tool_calls)] or msgspec.UNSET,
+        tool_calls=[_call(call, custom) for call in choice.tool_calls] or msgspec.UNSET,
     )
     return ChatChoice(
         index=choice.index,
@@ -254,7 +297,10 @@ def _choice(field: ReasoningField, choice: Choice) -> ChatChoice:
     )
 
 
-def _call(call: ToolCall) -> ToolCallBody:
+def _call(call: ToolCall, custom: frozenset[str]) -> ToolCallBody:
+    if call.name in custom:
+        text = CustomBody(free_text(call.arguments), call.name)
+        return ToolCallBody(id=call.id, type="custom", custom=text)
     return ToolCallBody(id=call.id, function=FunctionBody(call.arguments, call.name))
 
 

@@ -33,6 +33,7 @@ _OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 _CLIENT_DIGITS = 16
 _LONGEST_LOGGED = 200
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_DBGPT_SPAN = re.compile(r"([0-9a-f]{32}):([0-9a-f]{16})")
 _WARNING = b"x-headrace-warning"
 _EXPOSED = b"x-request-id, server-timing, retry-after, retry-after-ms, " + _WARNING
 _MAX_LOGGED = 1000
@@ -60,7 +61,7 @@ class Edge:
             return
         call = Call()
         headers = dict(scope["headers"])
-        call.traceparent = headers.get(b"traceparent", b"").decode("latin-1")
+        call.traceparent = _traceparent(headers)
         call.tracestate = headers.get(b"tracestate", b"").decode("latin-1")
         call.batch = headers.get(PRIORITY, b"").lower() == b"batch"
         settings = self._service.settings
@@ -177,6 +178,20 @@ def check_admin(scope: Scope, settings: ApiSettings, *, is_admin: bool) -> None:
     # Images and links of a foreign page send GETs without an Origin.
     if headers.get(b"sec-fetch-site") == b"cross-site" and b"origin" not in headers:
         raise _foreign_origin()
+
+
+def _traceparent(headers: dict[bytes, bytes]) -> str:
+    """Return the context of the caller's span; DB-GPT has a header of its own."""
+    if (context := headers.get(b"traceparent")) is None and (
+        span := headers.get(b"db-gpt-trace-span-id")
+    ) is not None:
+        return dbgpt_traceparent(span.decode("latin-1"))
+    return (context or b"").decode("latin-1")
+
+
+def dbgpt_traceparent(span: str) -> str:
+    """Return a span of DB-GPT (`trace:span`, in hex) as W3C's traceparent; empty if it is none."""
+    return f"00-{match[1]}-{match[2]}-01" if (match := _DBGPT_SPAN.fullmatch(span)) else ""
 
 
 def _is_among(offered: str, hashes: Sequence[str]) -> bool:

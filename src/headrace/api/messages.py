@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from headrace.api import fields, limits, parts
+from headrace.api.custom_tools import CustomCall, CustomTool, ToolName, to_tool
 from headrace.api.fields import Body, Peers
 from headrace.api.images import ImageReader
 from headrace.api.parts import ContentPart
@@ -19,7 +20,6 @@ from headrace.core.media import Content
 from headrace.core.request import Message, Role
 from headrace.core.tools import Thinking, Tool, ToolChoice
 
-ToolName = Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
 CallId = Annotated[str, Meta(max_length=256)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -47,9 +47,10 @@ class CalledFunction(Body, frozen=True):
 class WireToolCall(Body, frozen=True):
     """A call in an assistant's turn."""
 
-    function: CalledFunction
+    function: CalledFunction | None = None
+    custom: CustomCall | None = None
     id: CallId = ""
-    type: Literal["function"] = "function"
+    type: Literal["function", "custom"] = "function"
 
     peers: ClassVar[Peers] = fields.TOOL_CALL
 
@@ -86,10 +87,11 @@ class Function(Body, frozen=True):
 
 
 class WireTool(Body, frozen=True):
-    """A tool."""
+    """A function, or a custom tool."""
 
-    type: Literal["function"]
-    function: Function
+    type: Literal["function", "custom"]
+    function: Function | None = None
+    custom: CustomTool | None = None
 
     peers: ClassVar[Peers] = fields.TOOL
 
@@ -106,8 +108,9 @@ class FunctionName(Body, frozen=True):
 class ToolReference(Body, frozen=True):
     """A tool, by name."""
 
-    function: FunctionName
-    type: Literal["function"] = "function"
+    function: FunctionName | None = None
+    custom: FunctionName | None = None
+    type: Literal["function", "custom"] = "function"
 
 
 class AllowedTools(Body, frozen=True):
@@ -120,8 +123,9 @@ class AllowedTools(Body, frozen=True):
 class NamedChoice(Body, frozen=True):
     """One tool that the model must call, or the tools that it may call."""
 
-    type: Literal["function", "allowed_tools"]
+    type: Literal["function", "custom", "allowed_tools"]
     function: FunctionName | None = None
+    custom: FunctionName | None = None
     allowed_tools: AllowedTools | None = None
 
 
@@ -247,10 +251,15 @@ def to_tools(wire: Sequence[WireTool] | None) -> tuple[Tool, ...]:
     Raises:
         InvalidRequest: two have the same name, or a schema is not that of an object.
     """
-    return tools_of((tool.function, f"tools[{i}].function") for i, tool in enumerate(wire or ()))
+    return tools_of(_wired(tool, f"tools[{index}]") for index, tool in enumerate(wire or ()))
 
 
-def tools_of(functions: Iterable[tuple[Function, str]]) -> tuple[Tool, ...]:
+def custom_names(wire: Sequence[WireTool] | None) -> frozenset[str]:
+    """Return the names of the custom tools."""
+    return frozenset(tool.custom.name for tool in wire or () if tool.custom is not None)
+
+
+def tools_of(functions: Iterable[tuple[Function | Tool, str]]) -> tuple[Tool, ...]:
     """Return functions, each with its place in the request, as tools; raises as `to_tools`."""
     tools = tuple(_tool(function, place) for function, place in functions)
     names = [tool.name for tool in tools]
@@ -268,11 +277,14 @@ def to_choice(wire: WireChoice | None, *, parallel: bool | None) -> ToolChoice:
     several = parallel is not False
     if wire is None or isinstance(wire, str):
         return ToolChoice(mode=wire or "auto", parallel=several)
-    if wire.type == "function" and wire.function is not None:
-        return ToolChoice("required", (wire.function.name,), parallel=False)
+    if (named := wire.custom if wire.type == "custom" else wire.function) is not None:
+        return ToolChoice("required", (named.name,), parallel=False)
     if wire.type == "allowed_tools" and (allowed := wire.allowed_tools) is not None:
-        names = tuple(tool.function.name for tool in allowed.tools)
-        return ToolChoice(allowed.mode, names, parallel=several)
+        names = tuple(
+            named.name for tool in allowed.tools if (named := tool.function or tool.custom)
+        )
+        if len(names) == len(allowed.tools):
+            return ToolChoice(allowed.mode, names, parallel=several)
     raise InvalidRequest(f"{wire.type} is missing.", param=f"tool_choice.{wire.type}")
 
 
@@ -308,8 +320,7 @@ def _budgets(wire: ThinkingFields) -> list[tuple[str, int]]:
 def _turn(message: ChatMessage, content: Content, place: str, names: dict[str, str]) -> Message:
     role: Role = "tool" if message.role == "function" else message.role
     calls = tuple(
-        to_call(call.id, call.function, f"{place}.tool_calls[{i}].function")
-        for i, call in enumerate(message.tool_calls or ())
+        _called(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls or ())
     )
     if calls and role != "assistant":
         raise InvalidRequest("Only an assistant's turn has calls.", param=f"{place}.tool_calls")
@@ -323,6 +334,15 @@ def _turn(message: ChatMessage, content: Content, place: str, names: dict[str, s
         tool_call_id=message.tool_call_id if role == "tool" else None,
         reasoning=message.reasoning_content or message.reasoning or "",
     )
+
+
+def _called(call: WireToolCall, place: str) -> ToolCall:
+    if call.custom is not None:
+        arguments: dict[str, Any] = {"input": call.custom.input}
+        return to_call(call.id, CalledFunction(call.custom.name, arguments), f"{place}.custom")
+    if call.function is None:
+        raise InvalidRequest(f"{place}.{call.type} is missing.", param=f"{place}.{call.type}")
+    return to_call(call.id, call.function, f"{place}.function")
 
 
 def to_call(identity: str, function: CalledFunction, place: str) -> ToolCall:
@@ -344,7 +364,19 @@ def to_call(identity: str, function: CalledFunction, place: str) -> ToolCall:
     return ToolCall(identity, function.name, text or _EMPTY_ARGUMENTS)
 
 
-def _tool(function: Function, place: str) -> Tool:
+def _wired(tool: WireTool, place: str) -> tuple[Function | Tool, str]:
+    """Return a tool of chat completions, with its place."""
+    where = f"{place}.{tool.type}"
+    if tool.type == "function" and tool.function is not None:
+        return tool.function, where
+    if tool.type == "function" or (custom := tool.custom) is None:
+        raise InvalidRequest(f"{where} is missing.", param=where)
+    return to_tool(custom, where), where
+
+
+def _tool(function: Function | Tool, place: str) -> Tool:
+    if isinstance(function, Tool):
+        return function
     schema = function.parameters
     if schema and schema.get("type", "object") != "object":
         raise InvalidRequest("parameters is the schema of an object.", param=f"{place}.parameters")

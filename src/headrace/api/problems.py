@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from headrace.core import errors
 from headrace.core.errors import HeadraceError
 from headrace.core.metrics import InferenceMetrics
+from headrace.core.sampling import SamplingFields
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -31,6 +32,15 @@ _ANTHROPIC_KINDS = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+_DBGPT_CODES = {
+    "model_not_found": 40301,
+    "context_length_exceeded": 40303,
+    "out_of_memory": 50002,
+    "invalid_api_key": 40102,
+    "insufficient_permissions": 40103,
+}
+_DBGPT_STATUSES = {408: 42903, 429: 42901, 503: 42903, 504: 42903}
+_DBGPT_RANGES = frozenset({"max_new_tokens", *SamplingFields.__struct_fields__})
 _SIZES = re.compile(r"(\d+) tokens and the context length is (\d+)")
 
 KINDS: dict[type[HeadraceError], tuple[int, str, str | None]] = {
@@ -122,6 +132,28 @@ class OllamaError(msgspec.Struct, frozen=True, omit_defaults=True):
     metrics: InferenceMetrics | None = None
 
 
+class DbgptText(msgspec.Struct, frozen=True, kw_only=True):
+    """The text of an output, as DB-GPT has it."""
+
+    data: str
+    format: str = "text"
+
+
+class DbgptContent(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of an output: the answer (`text`) or what was thought before it (`thinking`)."""
+
+    object: DbgptText
+    type: Literal["text", "thinking"] = "text"
+
+
+class DbgptError(msgspec.Struct, frozen=True, kw_only=True):
+    """DB-GPT's output of a request that failed; `detail` is where its other routes have it."""
+
+    content: DbgptContent
+    error_code: int
+    detail: str
+
+
 class Dialect(NamedTuple):
     """The errors of the routes of an API; `id_header` repeats the id of the request."""
 
@@ -159,6 +191,8 @@ def describe(error: BaseException, request_id: str) -> Problem:
 
 def dialect_of(path: str) -> Dialect:
     """Return how errors are written for a path, also for one that is not served."""
+    if path.startswith("/api/worker/"):
+        return DBGPT_FRAMES if path.endswith("/generate_stream") else DBGPT
     if path.startswith("/api/"):
         return OLLAMA
     return ANTHROPIC if f"{path}/".startswith("/v1/messages/") else OPENAI
@@ -197,7 +231,31 @@ def _ollama_body(problem: Problem, _request_id: str) -> bytes:
     return msgspec.json.encode(OllamaError(message, problem.metrics))
 
 
+def _dbgpt_body(problem: Problem, _request_id: str) -> bytes:
+    content = DbgptContent(object=DbgptText(data=problem.message))
+    code = _dbgpt_code(problem)
+    return msgspec.json.encode(DbgptError(content=content, error_code=code, detail=problem.message))
+
+
+def _dbgpt_frame(problem: Problem, request_id: str) -> bytes:
+    # A client of frames does not read the status.
+    return _dbgpt_body(problem, request_id) + b"\0"
+
+
+def _dbgpt_code(problem: Problem) -> int:
+    """Return the number that DB-GPT's API server hands on."""
+    if problem.code in _DBGPT_CODES:
+        return _DBGPT_CODES[problem.code]
+    if problem.status in _DBGPT_STATUSES:
+        return _DBGPT_STATUSES[problem.status]
+    if problem.status >= 500:
+        return 50001
+    return 40302 if problem.param in _DBGPT_RANGES else 40001
+
+
 OPENAI = Dialect(ErrorBody, _openai_body)
+DBGPT = Dialect(DbgptError, _dbgpt_body)
+DBGPT_FRAMES = Dialect(DbgptError, _dbgpt_frame)
 OLLAMA = Dialect(OllamaError, _ollama_body)
 ANTHROPIC = Dialect(AnthropicError, _anthropic_body, b"request-id")
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec.structs import replace
 
+from headrace.api.custom_tools import custom_tool
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.images import ImageReader, body_limit, held
 from headrace.api.limits import ApiSettings
@@ -24,6 +25,7 @@ from headrace.api.parts import check_role
 from headrace.api.responses_answer import ResponseEncoder, Settings, unseal, whole
 from headrace.api.responses_body import ResponseBody
 from headrace.api.responses_request import (
+    FreeFormat,
     InputItem,
     InputPart,
     Reasoning,
@@ -58,12 +60,6 @@ _HOSTED = re.compile(
     r"|computer_use_preview|mcp|image_generation|local_shell|shell|apply_patch|tool_search"
     r"|programmatic_tool_calling|namespace"
 )
-_FREE_TEXT = {
-    "type": "object",
-    "properties": {"input": {"type": "string"}},
-    "required": ["input"],
-    "additionalProperties": False,
-}
 
 
 class InputTokens(msgspec.Struct, frozen=True):
@@ -298,16 +294,14 @@ def _is_hosted(tool: ResponseTool, place: str) -> bool:
     raise InvalidRequest(f"{place}.type: {tool.type[:64]!r} is unknown.", param=f"{place}.type")
 
 
-def _function(tool: ResponseTool, place: str) -> Function:
+def _function(tool: ResponseTool, place: str) -> Function | Tool:
     if not tool.name:
         raise InvalidRequest(f"{place}.name is missing.", param=f"{place}.name")
     if tool.type == "function":
         return Function(tool.name, tool.description, tool.parameters, tool.strict)
-    description = tool.description or ""
-    if tool.format is not None and tool.format.definition:
-        grammar = f"The input is written in this grammar ({tool.format.syntax or 'lark'}):"
-        description = f"{description}\n\n{grammar}\n{tool.format.definition}".strip()
-    return Function(tool.name, description or None, _FREE_TEXT)
+    form = tool.format or FreeFormat("text")
+    where = f"{place}.format.definition"
+    return custom_tool(tool.name, tool.description, form.syntax, form.definition, where)
 
 
 def _constraint(form: TextFormat | None) -> Constraint | None:

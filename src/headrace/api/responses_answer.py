@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import json
-import re
 import time
 from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 from msgspec.structs import replace
 
+from headrace.api.custom_tools import FreeText, free_text
 from headrace.api.logprobs import TokenBody, token_bodies
 from headrace.api.problems import Problem
 from headrace.api.responses_body import (
@@ -41,11 +40,6 @@ from headrace.core.events import (
 from headrace.core.metrics import InferenceMetrics
 
 _SEALED = "headrace:"
-# The text of a string's value so far, without an escape that is not whole.
-_OPENING = re.compile(r'\s*\{\s*"input"\s*:\s*"')
-_HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-_PLAIN = r'[^"\\]|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\["\\/bfnrt]'
-_WHOLE = re.compile(f"(?:{_PLAIN}|{_HIGH}{_LOW})*")
 
 
 class _Kind(NamedTuple):
@@ -125,33 +119,6 @@ class _Item:
         return FunctionCallItem(**head, arguments=self.text, status=status)
 
 
-class FreeText:
-    """Takes the text of a free tool out of `{"input": "..."}`, while it is written."""
-
-    def __init__(self) -> None:
-        self._rest = ""
-        self._begun = False
-
-    def feed(self, arguments: str) -> str:
-        """Return the new text."""
-        self._rest += arguments
-        if not self._begun:
-            match = _OPENING.match(self._rest)
-            if match is None:
-                return ""
-            self._rest, self._begun = self._rest[match.end() :], True
-        match = _WHOLE.match(self._rest)
-        assert match is not None
-        self._rest = self._rest[match.end() :]
-        # Models write line feeds in strings as they are.
-        text: str = json.loads(f'"{match[0]}"', strict=False)
-        return text
-
-    def flush(self) -> str:
-        """Return what is left if the model has written something else than such an object."""
-        return "" if self._begun and self._rest.startswith('"') else self._rest
-
-
 def seal(thinking: str) -> str:
     """Return thinking as a text that clients send back as it is; it is not secret."""
     return _SEALED + base64.b64encode(thinking.encode()).decode()
@@ -202,9 +169,7 @@ def whole(
         begin("message", choice.text).logprobs += token_bodies(choice.logprobs)
     for call in choice.tool_calls:
         if call.name in settings.custom:
-            free = FreeText()
-            text = free.feed(call.arguments) + free.flush()
-            begin("custom_tool_call", text, call.id, call.name)
+            begin("custom_tool_call", free_text(call.arguments), call.id, call.name)
         else:
             begin("function_call", call.arguments, call.id, call.name)
     status = _status(choice.finish_reason)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta
 
 from headrace.api import dialect_fields, limits
+from headrace.api.custom_tools import Syntax
 from headrace.api.fields import Body, Peers
 from headrace.api.messages import CallId, Effort, ToolName
 from headrace.api.wire import Count, KeepAlive, ModelName, StreamOptions
@@ -43,10 +44,10 @@ class InputItem(Body, frozen=True, kw_only=True):
 
 
 class FreeFormat(Body, frozen=True):
-    """What a tool takes: any text, or the text of a grammar, which is described to the model."""
+    """What a tool takes: any text, or that of a grammar; a regex is enforced."""
 
     type: Literal["text", "grammar"]
-    syntax: Literal["lark", "regex"] | None = None
+    syntax: Syntax | None = None
     definition: str | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -43,8 +43,8 @@ class ChunkFormat:
     """How a route writes a choice: `role` opens it, `text` and `after` enclose the text.
 
     `reasoning_too` is a second place for thinking. `empty` is written when a choice has ended.
-    `logprobs` returns the value to encode, `call` the delta of a tool call, `prompt` the log
-    probabilities of an echo.
+    `logprobs` returns the value to encode, `call` the delta of a tool call, `rest` what the calls
+    of a choice have left at its end, `prompt` the log probabilities of an echo.
     """
 
     object: str
@@ -56,6 +56,7 @@ class ChunkFormat:
     logprobs: Callable[[Delta], Any]
     reasoning_too: bytes = b""
     call: Callable[[ToolCallDelta], Any] | None = None
+    rest: Callable[[int], Iterable[Any]] | None = None
     prompt: Callable[[PromptTokens], Any] | None = None
 
 
@@ -141,8 +142,11 @@ class ChunkEncoder:
         # What a call that was cut has sent cannot be taken back.
         if self._form.call is None or delta.cut:
             return b""
-        body = b'"delta":' + encode(self._form.call(delta)) + b',"logprobs":null' + self._close
-        return self._before(delta.index) + body
+        return self._addition(delta.index, self._form.call(delta))
+
+    def _addition(self, index: int, delta: Any) -> bytes:
+        body = b'"delta":' + encode(delta) + b',"logprobs":null' + self._close
+        return self._before(index) + body
 
     def _prompt(self, event: PromptTokens) -> bytes:
         form = self._form
@@ -163,6 +167,10 @@ class ChunkEncoder:
         else:
             chunks[:-1] = [chunk + self._end for chunk in chunks[:-1]]
             chunks[-1] += b"]," + encode(last)[1:] + b"\n\n"
+        if (rest := self._form.rest) is not None:
+            indices = range(self._choices)
+            left = [self._addition(index, delta) for index in indices for delta in rest(index)]
+            chunks = [*left, *chunks]
         return b"".join(chunks) + _DONE
 
     def failure(self, problem: Problem, request_id: str) -> bytes:

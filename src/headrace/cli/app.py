@@ -21,6 +21,7 @@ from headrace.cli import (
     batch,
     bench,
     check_engine,
+    connect,
     import_,
     library,
     pool,
@@ -114,6 +115,7 @@ _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
         ),
     },
     "Set up": {
+        connect.connect: ("connect codex", 'connect codex --run -- exec "Explain this folder."'),
         "config": ("config show", "config path"),
         reports.doctor: ("doctor", "doctor --json"),
     },

@@ -36,14 +36,26 @@ class _Body(msgspec.Struct, frozen=True):
     error: _Detail
 
 
-class _Model(msgspec.Struct, frozen=True):
+class Card(msgspec.Struct, frozen=True):
+    """What a service lists of a model."""
+
     id: str
     aliases: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    state: str = ""
+    tools: str = "none"
+    capabilities: tuple[str, ...] = ()
+    context_length: int | None = None
     slots: int | None = None
 
+    @property
+    def calls_tools(self) -> bool:
+        """Whether it calls tools, as far as is known: until it is loaded, it is not."""
+        return self.tools != "none" or self.state != "ready"
 
-class _Models(msgspec.Struct, frozen=True):
-    data: tuple[_Model, ...]
+
+class _Cards(msgspec.Struct, frozen=True):
+    data: tuple[Card, ...]
 
 
 class Client:
@@ -89,7 +101,7 @@ class Client:
         try:
             models = (await self.status()).models
         except (errors.RequestError, errors.UpstreamError):
-            models = (await self._ask("GET", "/v1/models", _Models)).data
+            models = await self.cards()
         sources = Counter(getattr(model, "source", "") for model in models)
         references = {
             source: model.id
@@ -98,12 +110,16 @@ class Client:
         }
         return references | {name: m.id for m in models for name in (*m.aliases, m.id)}
 
+    async def cards(self) -> tuple[Card, ...]:
+        """Return what the service lists of its models."""
+        return (await self._ask("GET", "/v1/models", _Cards)).data
+
     async def slots(self) -> dict[str, int | None]:
         """Return how many requests each model runs at a time, by its id and its aliases.
 
         None is not known, as before its first load.
         """
-        models = (await self._ask("GET", "/v1/models", _Models)).data
+        models = await self.cards()
         return {name: model.slots for model in models for name in (model.id, *model.aliases)}
 
     async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> httpx.Response:

@@ -6,6 +6,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -13,27 +14,23 @@ from typer import Option
 
 from headrace.cli import terminal
 from headrace.cli.common import Common, Url, known_models
-from headrace.cli.trace import Id, content, find, rate, tokens, took
+from headrace.cli.replay_body import PATHS, replay_body
+from headrace.cli.trace import Id, find, rate, tokens, took
 from headrace.core.errors import InvalidRequest, UpstreamError
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.record import RequestRecord
-from headrace.core.sampling import SamplingFields
 from headrace.telemetry.content import REDACTED
 from headrace.text import chunks
 
 if TYPE_CHECKING:
     from headrace.cli.client import Client
 
-_PATHS = {"chat": "/v1/chat/completions", "text_completion": "/v1/completions"}
-# The parameters that have the same name in a record and on the wire.
-_SAME = {
-    *("n", "echo", "context_length", "stop", "stop_token_ids", "ignore_eos", "logit_bias"),
-    *SamplingFields.__struct_fields__,
-}
-
 
 class Replayed(msgspec.Struct, frozen=True, kw_only=True):
-    """The new answer, by choice. `differs_at` is the first character that differs."""
+    """The new answer, by choice, as records have it.
+
+    `differs_at` is the first character that differs.
+    """
 
     id: str
     model: str
@@ -50,18 +47,23 @@ def replay(
     model: Annotated[
         str | None, Option(help="Send it to this model.", autocompletion=known_models)
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        Option(metavar="FILE", help="An image of the request, which records do not keep."),
+    ] = None,
     url: Url = None,
 ) -> None:
     """Send a recorded request again, print the answer, and compare the figures.
 
-    It needs a record with content: the service keeps it with telemetry.trace_content.
+    It needs a record with content: the service keeps it with telemetry.trace_content. Tools,
+    thinking and the form of the answer are sent too.
     """
     record = find(common, id)
-    body = _body(record, model)
+    body = replay_body(record, model, [*map(_read, image or ())])
     answer = _Answer(write=not common.as_json)
 
     async def read(client: Client) -> None:
-        stream = client.stream("POST", _PATHS[record.operation], chunks.read, body)
+        stream = client.stream("POST", PATHS[record.operation], chunks.read, body)
         async with contextlib.aclosing(stream):
             async for chunk in stream:
                 answer.take(chunk)
@@ -73,43 +75,15 @@ def replay(
         return
     for line in _lines(record, replayed):
         terminal.note(line)
-    if REDACTED in content(body["messages" if "messages" in body else "prompt"]):
+    if REDACTED in msgspec.json.encode(body).decode():
         terminal.note("The request is not quite the same: parts of the record are redacted.")
 
 
-def _body(record: RequestRecord, model: str | None) -> dict[str, Any]:
-    """Return the body of the request to send.
-
-    Raises:
-        InvalidRequest: its content was not kept, or the operation is not one of text.
-    """
-    if record.operation not in _PATHS:
-        raise InvalidRequest(f"{record.id} is of {record.operation}; only texts are replayed.")
-    if record.content is None or record.content.input is None:
-        raise InvalidRequest(
-            f"No content of {record.id} was kept. The service keeps it where"
-            " telemetry.trace_content is true, from then on.",
-            param="telemetry.trace_content",
-        )
-    chat = record.operation == "chat"
-    if chat and any(isinstance(turn.get("content"), list) for turn in record.content.input):
-        raise InvalidRequest(f"{record.id} has images, which are not kept: it is not replayed.")
-    given = {**record.parameters, **record.parameters.get("sampling", {})}
-    sent = {name: value for name, value in given.items() if name in _SAME and value is not None}
-    sent |= {"messages" if chat else "prompt": record.content.input}
-    if (constraint := given.get("constraint")) is not None:
-        if constraint.keys() <= {"json_schema"}:
-            named = {"name": "answer", "schema": constraint.get("json_schema", {})}
-            sent["response_format"] = {"type": "json_schema", "json_schema": named}
-        else:
-            sent["structured_outputs"] = constraint
-    if options := given.get("template_options"):
-        sent["chat_template_kwargs"] = options
-    if (count := given.get("logprobs")) is not None:
-        sent |= {"logprobs": True, "top_logprobs": count} if chat else {"logprobs": count}
-    if name := model or record.model:
-        sent["model"] = name
-    return sent | {"stream": True}
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"--image {path}: {error.strerror}.", param="image") from None
 
 
 class _Answer:
@@ -134,11 +108,12 @@ class _Answer:
         self._metrics = chunk.metrics or self._metrics
         for choice in chunk.choices or ():
             index = int(choice.index or 0)
-            self._texts[index] += choice.content
+            text = choice.content + "".join(choice.calls)
+            self._texts[index] += text
             if choice.finish_reason:
                 self._reasons[index] = choice.finish_reason
             if index == 0:
-                self._write(choice.content)
+                self._write(text)
 
     def _write(self, text: str) -> None:
         if self._writes:

@@ -36,7 +36,11 @@ _EXAMPLES: dict[Task, tuple[str, dict[str, Any]]] = {
     "rerank": ("/v1/rerank", {"query": "Which are rivers?", "documents": _TEXTS}),
 }
 
-_PLACES = {"metrics": "Metrics are at {}", "ollama": "Ollama's clients find it on {}"}
+_PLACES = {
+    "metrics": "Metrics are at {}",
+    "ollama": "Ollama's clients find it on {}",
+    "dbgpt": "DB-GPT's cluster finds its worker on {}",
+}
 
 Models = Annotated[
     list[str] | None,
@@ -58,6 +62,9 @@ class _Flags:
     port: Annotated[int | None, Option(help="Port; 0 takes a free one.")] = None
     ollama_port: Annotated[
         int | None, Option(help="Second port, for clients that look for Ollama on 11434.")
+    ] = None
+    dbgpt_controller: Annotated[
+        str | None, Option(help="Be a worker of the DB-GPT cluster with this controller's URL.")
     ] = None
     allow_public: Annotated[
         bool | None, Option(help="Listen beyond loopback without an API key.")
@@ -108,11 +115,12 @@ def _serve(read: Read, *, as_json: bool) -> None:
         listen(server) as listener,
         _second(server, server.ollama_port) as ollama,
         _second(server, _metrics_port(settings.config)) as metrics,
+        listen_for_dbgpt(settings.config) as dbgpt,
     ):
         from headrace.cli.service import live
 
         task = _task(specs[0], settings.config)
-        others = {"metrics": metrics, "ollama": ollama}
+        others = {"metrics": metrics, "ollama": ollama, "dbgpt": dbgpt}
         show = functools.partial(
             announce, listener, specs, server, others, as_json=as_json, task=task
         )
@@ -141,6 +149,26 @@ def _second(
     if port is None:
         return contextlib.nullcontext()
     return listen(server.model_copy(update={"port": port}))
+
+
+def listen_for_dbgpt(config: Config) -> contextlib.AbstractContextManager[socket.socket | None]:
+    """Return a socket for a DB-GPT cluster.
+
+    Raises:
+        ConfigError: requests without a key are not allowed there, or it cannot be bound.
+    """
+    settings = config.dbgpt
+    if not settings.controller:
+        return contextlib.nullcontext()
+    allow = 'Allow it with [dbgpt] without_key = "use" (or "manage", to start and stop models too).'
+    is_refused = settings.without_key == "refuse"
+    if is_refused and has_keys(config.server):
+        raise ConfigError(
+            f"DB-GPT sends no key, and requests to this service need one. {allow}",
+            param="dbgpt.without_key",
+        )
+    public = f"{settings.host} is reachable from other machines, and DB-GPT sends no key. {allow}"
+    return _bound(settings.host, settings.port, public if is_refused else "", "dbgpt.without_key")
 
 
 def _warn_of_keys(server: ServerSettings) -> None:
@@ -188,23 +216,25 @@ def listen(server: ServerSettings) -> socket.socket:
     Raises:
         ConfigError: the address is public and no key is set, or it cannot be bound.
     """
+    public = (
+        f"{server.host} is reachable from other machines and no API key is set: set "
+        "HEADRACE_API_KEYS, or allow it with --allow-public."
+    )
+    is_allowed = has_keys(server) or server.allow_public
+    return _bound(server.host, server.port, "" if is_allowed else public, "host")
+
+
+def _bound(host: str, port: int, public: str, param: str) -> socket.socket:
+    """Return a socket that listens; `public` is the error for an address beyond loopback."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            server.host, server.port, type=socket.SOCK_STREAM
-        )[0]
-        if not (_is_loopback(str(address[0])) or has_keys(server) or server.allow_public):
-            raise ConfigError(
-                f"{server.host} is reachable from other machines and no API key is set: set "
-                "HEADRACE_API_KEYS, or allow it with --allow-public.",
-                param="host",
-            )
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if public and not _is_loopback(str(address[0])):
+            raise ConfigError(public, param=param)
         # `::` is every address of this machine, those of IPv4 too.
         both = address[0] == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=both)
     except OSError as error:
-        raise ConfigError(
-            f"Cannot listen on {server.host}:{server.port}: {error.strerror or error}."
-        ) from error
+        raise ConfigError(f"Cannot listen on {host}:{port}: {error.strerror or error}.") from error
 
 
 def _is_loopback(address: str) -> bool:

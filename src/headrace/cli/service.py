@@ -12,14 +12,13 @@ from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
 from headrace import runtime
 from headrace.api.app import create_app
 from headrace.api.batch.store import Store
-from headrace.api.limits import ApiSettings
 from headrace.api.server import Server
 from headrace.cli import streams
+from headrace.cli.dbgpt import DbgptWorker, api_settings
 from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
 from headrace.core.model import ModelSpec
@@ -48,10 +47,12 @@ async def live(
     announce: Callable[[], None],
     metrics: socket.socket | None = None,
     ollama: socket.socket | None = None,
+    dbgpt: socket.socket | None = None,
 ) -> None:
     """Serve on a socket until a signal; `announce` is called when requests are accepted.
 
-    `metrics` is a socket for the metrics only, `ollama` one more for everything.
+    `metrics` is a socket for the metrics only, `ollama` one more for everything, and `dbgpt` one
+    for a DB-GPT cluster.
 
     Raises:
         HeadraceError: no model could be loaded.
@@ -68,6 +69,8 @@ async def live(
     if ollama is not None:
         service.begin(service.second.serve(ollama))
     try:
+        if dbgpt is not None:
+            service.join(dbgpt)
         with service.signals():
             announce()
             await service.server.serve(listener)
@@ -107,6 +110,7 @@ class _Service:
         idle = settings.config.server.max_idle_connections
         self.server, self.second = Server(self._app, idle), Server(self._app, idle)
         self.aside = Server(self._app.metrics_alone(), idle)
+        self._worker: DbgptWorker | None = None
 
     def ready(self) -> bool:
         """Whether new requests are accepted."""
@@ -118,6 +122,12 @@ class _Service:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def join(self, listener: socket.socket) -> None:
+        """Serve a DB-GPT cluster on a socket, and register there."""
+        self._worker = DbgptWorker(self._app, self.backend, self.admin, self._settings, listener)
+        self.begin(self._worker.server.serve(listener))
+        self.begin(self._worker.cluster.run())
 
     @contextlib.contextmanager
     def signals(self) -> Generator[None]:
@@ -155,6 +165,8 @@ class _Service:
         if self._stops > 2:
             self.server.abort()
             self.second.abort()
+            if self._worker is not None:
+                self._worker.server.abort()
         self.begin(self._end(wait_s))
 
     def hang_up(self) -> None:
@@ -193,12 +205,14 @@ class _Service:
             if event.kind == "reloaded":
                 self._settings = self._latest
                 self._app.replace_settings(api_settings(self._latest.config))
+                if self._worker is not None:
+                    self._worker.apply(self._latest)
 
     async def aclose(self) -> None:
         """Close the backend, and wait for all tasks."""
         if self._batching is not None:
             self._batching.cancel()
-        await self.backend.aclose()
+        await self._close_backend(0.0)
         self.aside.stop()
         self.second.stop()
         if self._tasks:
@@ -217,10 +231,20 @@ class _Service:
         # New requests are refused with a 503; those that still run at the end get an error event,
         # and each connection is closed after its last answer.
         try:
-            await self.backend.aclose(wait_s)
+            await self._close_backend(wait_s)
         finally:
             self.server.stop()
             self.second.stop()
+
+    async def _close_backend(self, wait_s: float) -> None:
+        """Close it, and let a cluster know first that no more requests are accepted."""
+        if self._worker is None:
+            await self.backend.aclose(wait_s)
+            return
+        try:
+            await asyncio.gather(self._worker.cluster.leave(), self.backend.aclose(wait_s))
+        finally:
+            self._worker.server.stop()
 
 
 def _log_reload(reloading: asyncio.Task[Reloaded]) -> None:
@@ -253,9 +277,3 @@ def _batches(config: Config) -> Store | str:
             _log.warning("Batches cannot be kept in %s: %s", folder, error.strerror)
             break
     return "Batches cannot be kept here: their folder is used by another service, or not usable."
-
-
-def api_settings(config: Config) -> ApiSettings:
-    """Return the settings of the API: the fields of the configuration with the same names."""
-    settings = msgspec.convert(config.server, ApiSettings, from_attributes=True)
-    return replace(settings, metrics_keys=config.telemetry.metrics_keys)

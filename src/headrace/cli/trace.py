@@ -199,6 +199,9 @@ def _record_lines(record: RequestRecord) -> Iterator[str]:
     yield from terminal.aligned((), _facts(record))
     if record.content is not None:
         yield f"\nasked\n{content(record.content.input)}"
+        for name, given in (("suffix", record.content.suffix), ("tools", record.content.tools)):
+            if given:
+                yield f"\n{name}\n{content(given)}"
         for answer in record.content.answered:
             yield f"\nanswered\n{terminal.printable(answer)}"
 
@@ -221,6 +224,7 @@ def _facts(record: RequestRecord) -> list[tuple[str, Any]]:
         "prompt": f"{usage.prompt_tokens} tokens, {usage.cached_tokens} cached",
         "completion": f"{usage.completion_tokens} tokens",
         "reasoning": usage.reasoning_tokens and f"{usage.reasoning_tokens} tokens of it",
+        "calls": metrics.tool_calls,
         **_durations(metrics),
         "continued": metrics.continuations and f"{metrics.continuations}, {metrics.continued}",
         **{use.name: _use(use) for use in metrics.devices},
@@ -271,7 +275,9 @@ def _picture(image: dict[str, Any]) -> str:
 def _turn(turn: Any) -> str:
     if isinstance(turn, dict) and "role" in turn:
         message = cast("dict[str, Any]", turn)
-        return f"{message['role']}: {_content_text(message.get('content') or '')}"
+        calls = (f"\n{call['name']} {call['arguments']}" for call in message.get("tool_calls", ()))
+        text = _content_text(message.get("content") or "")
+        return f"{message['role']}: {text}{''.join(calls)}"
     return _plain(turn)
 
 

@@ -20,6 +20,7 @@ from headrace.config.sources import File, Keys, Layer, Value, environment_name, 
 from headrace.config.tree import (
     TABLES,
     Config,
+    DbgptSettings,
     ModelSettings,
     ServerSettings,
     TelemetrySettings,
@@ -32,6 +33,7 @@ from headrace.core.values import masked
 
 __all__ = [
     "Config",
+    "DbgptSettings",
     "Row",
     "ServerSettings",
     "Settings",

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, SecretStr, ValidationError
 
+from headrace.config.fields import words
 from headrace.config.sources import Layer, Value, unknown_key, with_line
-from headrace.config.tree import is_collection, words
+from headrace.config.tree import is_collection
 from headrace.core.errors import ConfigError
 from headrace.core.values import expanded
 from headrace.core.wording import fault_of

@@ -68,7 +68,7 @@ class Keys:
         model = {name: f"options.{name}" for name in options} | {name: name for name in own}
         shared = {key: f"*.{place}" for key, place in model.items() if key not in SINGLE_SETTINGS}
         for table, kind in TABLES.items():
-            shared |= {key: f"{table}.{key}" for key in kind.model_fields}
+            shared |= {kind.prefix + key: f"{table}.{key}" for key in kind.model_fields}
         return cls(options, model, shared | {key: key for key in top_keys()})
 
 

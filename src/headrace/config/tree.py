@@ -6,12 +6,10 @@ Those of a model are declared in headrace.core.model, and get their validators h
 from __future__ import annotations
 
 import hashlib
-import ipaddress
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args, get_origin
 
 import msgspec
 from pydantic import (
@@ -25,25 +23,14 @@ from pydantic import (
     field_validator,
 )
 
+from headrace.config.dbgpt import DbgptSettings
+from headrace.config.fields import FIXED, Fixed, Frozen, Words, lower, plain_host, words
 from headrace.core.model import SETTINGS, ModelSpec, Setting
 
 # A device and its amount, which headrace.machine turns into bytes.
 _AMOUNT = re.compile(
     r"(?:([a-z]+(?::\d+)?)=)?(?:\d+(?:\.\d+)? ?(?i:[kmgt]i?b?|b)|(?:100|\d{1,2}(?:\.\d+)?) ?%)"
 )
-
-
-def words(value: object) -> object:
-    """Read text as JSON or as words separated by commas; the environment has no lists."""
-    if not isinstance(value, str):
-        return value
-    if value.lstrip().startswith(("[", "{")):
-        return json.loads(value)
-    return [word.strip() for word in value.split(",") if word.strip()]
-
-
-def _lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
 
 
 def hash_key(key: str) -> str:
@@ -83,36 +70,13 @@ def _amounts(value: object) -> object:
     return amounts
 
 
-def _host(value: str) -> str:
-    """Return an address as the system writes it; one of IPv6 may be in the brackets of a URL."""
-    name = value.strip().removeprefix("[").removesuffix("]")
-    try:
-        return str(ipaddress.ip_address(name))
-    except ValueError:
-        return name
-
-
-T = TypeVar("T")
-_FIXED = "fixed"
-
-Fixed = Annotated[T, _FIXED]
-"""A setting that a running service cannot change; it needs a restart."""
-
-Words = Annotated[tuple[str, ...], BeforeValidator(words)]
 Keys = Annotated[tuple[str, ...], BeforeValidator(_hash_keys)]
 
 
-class _Frozen(BaseModel):
-    # Inputs are kept out of errors: one may be a secret.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
-    )
-
-
-class HttpSettings(_Frozen):
+class HttpSettings(Frozen):
     """The address of `headrace serve`, its keys, and what it accepts."""
 
-    host: Fixed[Annotated[str, AfterValidator(_host)]] = Field(
+    host: Fixed[Annotated[str, AfterValidator(plain_host)]] = Field(
         default="127.0.0.1", description="address to listen on; `::` is every one, IPv4 too"
     )
     port: Fixed[int] = Field(default=11511, ge=0, le=65535, description="port; 0 takes a free one")
@@ -159,12 +123,12 @@ class HttpSettings(_Frozen):
         description="longest keep_alive of a request, once there are keys, without an admin's",
     )
     reasoning_field: Annotated[
-        Literal["reasoning_content", "reasoning", "both"], BeforeValidator(_lower)
+        Literal["reasoning_content", "reasoning", "both"], BeforeValidator(lower)
     ] = Field(
         default="reasoning_content",
         description="field of the thinking in chat answers: reasoning_content, reasoning, both",
     )
-    unknown_fields: Annotated[Literal["ignore", "warn", "refuse"], BeforeValidator(_lower)] = Field(
+    unknown_fields: Annotated[Literal["ignore", "warn", "refuse"], BeforeValidator(lower)] = Field(
         default="warn", description="unknown fields of a request: ignore, warn, refuse"
     )
     list_aliases: bool = Field(
@@ -176,7 +140,7 @@ class HttpSettings(_Frozen):
     )
 
 
-class Rules(_Frozen):
+class Rules(Frozen):
     """The rules that the pool of models applies.
 
     A loaded model stays for `min_residence_s`, or as long as its load took if that is longer,
@@ -206,7 +170,7 @@ class ServerSettings(Rules, HttpSettings):
     memory: Annotated[tuple[str, ...], BeforeValidator(_amounts)] = Field(
         default=(), description="memory for models: 16GiB, 80%, cpu=16GiB, cuda:0=90%"
     )
-    confine: Fixed[Annotated[Literal["auto", "off"], BeforeValidator(_lower)]] = Field(
+    confine: Fixed[Annotated[Literal["auto", "off"], BeforeValidator(lower)]] = Field(
         default="auto", description="take from models' processes what they do not need"
     )
     state: Fixed[Path | None] = Field(
@@ -214,7 +178,7 @@ class ServerSettings(Rules, HttpSettings):
     )
 
 
-class TelemetrySettings(_Frozen):
+class TelemetrySettings(Frozen):
     """The records of requests; OpenTelemetry is configured by its own OTEL_ variables."""
 
     metrics: Fixed[bool] = Field(
@@ -259,7 +223,7 @@ class TelemetrySettings(_Frozen):
         return patterns
 
 
-class _ModelRules(_Frozen):
+class _ModelRules(Frozen):
     """Rules between the settings of a model."""
 
     @field_validator("weights", check_fields=False)
@@ -296,7 +260,7 @@ def _parser(hint: Any, setting: Setting) -> Callable[[object], object]:
         return setting.parse
     if _may_be(hint, (tuple,)):
         return words
-    return _lower if _may_be(hint, (Literal,)) else lambda value: value
+    return lower if _may_be(hint, (Literal,)) else lambda value: value
 
 
 def _field(field: msgspec.structs.FieldInfo) -> tuple[Any, Any]:
@@ -320,7 +284,7 @@ ModelSettings: type[BaseModel] = create_model("ModelSettings", __base__=_ModelRu
 """Checks the settings of a model, which are those of `ModelSpec`."""
 
 
-class Config(_Frozen):
+class Config(Frozen):
     """All settings of one run."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -329,16 +293,17 @@ class Config(_Frozen):
     default_model: str = Field(
         default="smollm2", min_length=1, description="model when none is named"
     )
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = (
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(lower)] = (
         Field(default="info", description="lowest level that is logged, to stderr")
     )
-    log_format: Annotated[Literal["text", "json"], BeforeValidator(_lower)] = Field(
+    log_format: Annotated[Literal["text", "json"], BeforeValidator(lower)] = Field(
         default="text", description="one line of text or of JSON for each record"
     )
     log_content: bool = Field(default=False, description="log prompts and answers too")
     server: ServerSettings = ServerSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
-    models: dict[str, ModelSpec] = {}
+    dbgpt: DbgptSettings = DbgptSettings()
+    models: dict[str, ModelSpec] = Field(default={})
 
     @property
     def state_file(self) -> Path | None:
@@ -353,7 +318,11 @@ class Config(_Frozen):
         return self.home / "batches" / str(self.server.port)
 
 
-TABLES: dict[str, type[BaseModel]] = {"server": ServerSettings, "telemetry": TelemetrySettings}
+TABLES: dict[str, type[Frozen]] = {
+    "server": ServerSettings,
+    "telemetry": TelemetrySettings,
+    "dbgpt": DbgptSettings,
+}
 """The tables of the file other than the models."""
 
 
@@ -361,4 +330,4 @@ def fixed_keys() -> Iterator[str]:
     """Yield the keys that a running service cannot change."""
     for prefix, table in [("", Config), *((f"{name}.", kind) for name, kind in TABLES.items())]:
         fields = table.model_fields.items()
-        yield from (prefix + name for name, field in fields if _FIXED in field.metadata)
+        yield from (prefix + name for name, field in fields if FIXED in field.metadata)

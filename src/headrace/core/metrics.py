@@ -193,6 +193,7 @@ class InferenceMetrics(Figures, frozen=True, kw_only=True):
         float, _ms("From arrival to the end, however it ended.", max, summarised=True)
     ] = 0.0
     chunks: Annotated[int, _count("Deltas, those without visible text included.", sum)] = 0
+    tool_calls: Annotated[int, _count("Calls of tools, over all choices.", sum)] = 0
     usage: Annotated[Usage, _tokens("Token counts.", Usage.merged)] = Usage()
     devices: Annotated[tuple[DeviceUse, ...], _text("The use of each device.", _by_device)] = ()
     engine: Annotated[str, _text("The engine that answered.", _first)] = ""

@@ -38,11 +38,14 @@ class Content(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The content of a request and its answer, redacted; kept only if that is enabled.
 
     `input` (`asked` in JSON) is the messages or prompt of the request (or its inputs, or query and
-    documents) as builtins, `answered` is one text for each choice.
+    documents) as builtins, `answered` is one text for each choice, with a line for each of its
+    calls. `tools` are those of the request, `suffix` is what follows its gap.
     """
 
     input: Any = msgspec.field(default=None, name="asked")
     answered: tuple[str, ...] = ()
+    tools: Any = None
+    suffix: str | None = None
 
 
 class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -26,7 +26,7 @@ from headrace.core.events import PromptToken, TokenLogprob, TopLogprob, bytes_of
 from headrace.core.media import image_header
 from headrace.core.model import Capabilities
 from headrace.core.status import Footprint
-from headrace.engines import base
+from headrace.engines import base, pictures
 from headrace.engines.base import (
     About,
     Admitted,
@@ -143,6 +143,7 @@ class Engine(base.Embedder):
         """Yield the script, one token (a byte) after another."""
         if any(not 0 <= token < _VOCABULARY for token in request.token_ids):
             raise InvalidRequest("The prompt has a token id that the model does not know.")
+        await _decode(request.media)
         total = len(request.token_ids) + len(request.answered) + _PER_IMAGE * len(request.media)
         async for done in self._prefill(total):
             yield Admitted(done=done, total=total)
@@ -297,6 +298,12 @@ def _hang() -> None:
 def _chunks(tokens: Iterator[int], size: int) -> Iterator[tuple[int, ...]]:
     while chunk := tuple(itertools.islice(tokens, size)):
         yield chunk
+
+
+async def _decode(media: Sequence[bytes]) -> None:
+    # As engines of real models do; without Pillow, the headers are enough.
+    for data in media if pictures.is_installed() else ():
+        await asyncio.to_thread(pictures.decoded, data)
 
 
 def _with_images(request: EngineRequest) -> tuple[int, ...]:

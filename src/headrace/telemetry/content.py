@@ -59,7 +59,13 @@ def content(
 ) -> Content:
     """Return the content of a request. Token ids are left out: they cannot be redacted."""
     answered = tuple(capture.redact("".join(parts)) for _, parts in sorted(answers.items()))
-    return Content(input=_redacted(request.content(), capture), answered=answered)
+    kept = Content(input=_redacted(request.content(), capture), answered=answered)
+    if not isinstance(request, GenerateRequest):
+        return kept
+    tools, suffix = msgspec.to_builtins((request.tools or None, request.suffix))
+    return msgspec.structs.replace(
+        kept, tools=_redacted(tools, capture), suffix=_redacted(suffix, capture)
+    )
 
 
 def parameters(request: AnyRequest, capture: Redactor | None) -> dict[str, Any]:
@@ -86,13 +92,31 @@ def attributes(
     messages: list[dict[str, Any]] = (
         kept.input if request.messages is not None else [{"role": "user", "content": kept.input}]
     )
-    prompts = [_message(message["role"], message.get("content") or "") for message in messages]
+    prompts = [*map(_turn, messages)]
     reasons = [*finish_reasons, *["error"] * len(kept.answered)]
     answers = [
         _message("assistant", text) | {"finish_reason": reason}
         for text, reason in zip(kept.answered, reasons, strict=False)
     ]
-    return {names.INPUT_MESSAGES: _json(prompts), names.OUTPUT_MESSAGES: _json(answers)}
+    given: dict[str, Attribute] = {
+        names.INPUT_MESSAGES: _json(prompts),
+        names.OUTPUT_MESSAGES: _json(answers),
+    }
+    if kept.tools:
+        given[names.TOOL_DEFINITIONS] = _json([{"type": "function", **t} for t in kept.tools])
+    return given
+
+
+def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a turn in the form of the conventions."""
+    if turn["role"] == "tool":
+        answer = {"type": "tool_call_response", "response": turn.get("content") or ""}
+        return {"role": "tool", "parts": [answer | {"id": turn.get("tool_call_id")}]}
+    message = _message(turn["role"], turn.get("content") or "")
+    if thinking := turn.get("reasoning"):
+        message["parts"].insert(0, {"type": "reasoning", "content": thinking})
+    message["parts"] += [{"type": "tool_call", **call} for call in turn.get("tool_calls", ())]
+    return message
 
 
 def _message(role: str, content: Any) -> dict[str, Any]:

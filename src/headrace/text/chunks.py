@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import msgspec
@@ -82,6 +83,15 @@ class Choice(msgspec.Struct, frozen=True):
         if isinstance(delta.content, list):
             thinking += "".join(_text(part, "thinking") for part in delta.content)
         return thinking
+
+    @property
+    def calls(self) -> Iterator[str]:
+        """The text that it adds to calls, each of which begins with a line feed and its name."""
+        calls = self.delta.tool_calls if self.delta else None
+        for call in cast("list[Any]", calls) if isinstance(calls, list) else ():
+            parts = _dict(_dict(call).get("function"))
+            name = _string(parts.get("name"))
+            yield (f"\n{name} " if name else "") + _string(parts.get("arguments"))
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -179,15 +189,17 @@ def _whole(value: Any) -> Any:
     return value
 
 
+def _dict(value: object) -> dict[str, Any]:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
 def _string(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
 def _text(part: object, name: str) -> str:
     """Return the text of a part of a message, which may have parts itself."""
-    if not isinstance(part, dict):
-        return ""
-    value = cast("dict[str, Any]", part).get(name)
+    value = _dict(part).get(name)
     if isinstance(value, list):
         return "".join(_text(inner, "text") for inner in cast("list[Any]", value))
     return _string(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -26,6 +27,8 @@ _PROBES: dict[Role, tuple[Role, ...]] = {
 }
 
 
+_JOINED = {("system", "system"), ("user", "user"), ("tool", "user")}
+"""Turns that become one if a template refuses them one after the other."""
 _OF_THINKING = ("think", "reason", "analysis")
 
 Turns = Sequence[Mapping[str, Any]]
@@ -89,8 +92,9 @@ class ChatTemplate:
         calls as text, with `short_ids` it takes only ids of nine letters and digits.
 
         `options` are variables of the template; the generation prompt is added unless
-        `add_generation_prompt` is false. If the template has no system role, a system message is
-        prepended to the user turn next to it.
+        `add_generation_prompt` is false. If the template has no system role, or none after the
+        beginning, a system message joins the user turn next to it. If it refuses turns that do not
+        alternate, the user's turns that follow one another are joined.
 
         Raises:
             InvalidRequest: the template refuses the conversation or the options.
@@ -102,12 +106,29 @@ class ChatTemplate:
                 f"Template options cannot set {', '.join(sorted(reserved))}.",
                 param="template_options",
             )
-        turns = [
-            openai_turn(message, text_arguments=text_arguments, short_ids=short_ids)
-            for message in self._adapted(messages)
-        ]
+
+        def rendered(messages: Sequence[Message]) -> str:
+            turns = [
+                openai_turn(message, text_arguments=text_arguments, short_ids=short_ids)
+                for message in messages
+            ]
+            return self._rendered(turns, options, tools or None)
+
+        adapted = self._adapted(messages)
         try:
-            return self._render(turns, options, tools or None)
+            return rendered(adapted)
+        except InvalidRequest:
+            alternating = _alternating(adapted)
+            if len(alternating) == len(adapted):
+                raise
+            with contextlib.suppress(HeadraceError):
+                return rendered(alternating)
+            raise
+
+    def _rendered(self, turns: Turns, options: Mapping[str, Any], tools: Tools) -> str:
+        """Return the prompt; if the template fails because of the options, they are wrong."""
+        try:
+            return self._render(turns, options, tools)
         except GenerationFailed as error:
             if options and self._renders(turns):
                 raise InvalidRequest(
@@ -201,9 +222,38 @@ class ChatTemplate:
                 else message
                 for message in messages
             ]
-        if all(message.role != "system" for message in messages) or "system" in self.roles:
+        if all(message.role != "system" for message in messages):
             return messages
-        return _without_system(messages)
+        if "system" not in self.roles:
+            return _without_system(messages)
+        first = _leading(messages)
+        rest = messages[first:]
+        if all(message.role != "system" for message in rest) or self._takes_late_system:
+            return messages
+        return [*messages[:first], *_without_system(rest)]
+
+    @cached_property
+    def _takes_late_system(self) -> bool:
+        turns = [{"role": "user", "content": "x"}, {"role": "system", "content": _PROBE}]
+        answer = self._answer(turns, {})
+        return isinstance(answer, Rendered) and _PROBE in answer.text
+
+
+def _leading(messages: Sequence[Message]) -> int:
+    """Return how many system messages are at the beginning."""
+    return next((i for i, message in enumerate(messages) if message.role != "system"), 0)
+
+
+def _alternating(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with one system message, and user turns joined to what they follow."""
+    first = _leading(messages)
+    turns: list[Message] = []
+    for message in (*messages[:first], *_without_system(messages[first:])):
+        if turns and (turns[-1].role, message.role) in _JOINED:
+            turns[-1] = _with(turns[-1], message)
+        else:
+            turns.append(message)
+    return turns
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:
@@ -213,13 +263,15 @@ def _without_system(messages: Sequence[Message]) -> list[Message]:
     for message in messages:
         system = message.role == "system"
         if turns and turns[-1].role == "user" and (system or (joins and message.role == "user")):
-            before = turns.pop()
-            content = joined(before.content, message.content)
-            turns.append(msgspec.structs.replace(before, content=content))
+            turns[-1] = _with(turns[-1], message)
         else:
             turns.append(msgspec.structs.replace(message, role="user") if system else message)
         joins = system
     return turns
+
+
+def _with(turn: Message, later: Message) -> Message:
+    return msgspec.structs.replace(turn, content=joined(turn.content, later.content))
 
 
 def openai_turn(

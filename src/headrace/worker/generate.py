@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import cast
@@ -16,6 +16,7 @@ from headrace.core.events import Delta, Event, FinishReason, Progress, Text, Tok
 from headrace.core.media import images_of
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
 from headrace.core.stream import merge
+from headrace.core.tools import Tool
 from headrace.engines.abilities import PromptScorer
 from headrace.engines.base import (
     Admitted,
@@ -59,7 +60,7 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         if job.constraint is not None:
             # Before the engine compiles it, which cannot be stopped.
             with turn.meter.compiling():
-                job = await turn.within(_compiled(loaded, job, job.constraint, request.client))
+                job = await turn.within(_compiled(loaded, job, job.constraint, request))
         if request.prompt_candidates is not None:
             scorer, token_ids = cast("PromptScorer", loaded.engine), job.choices[0].token_ids
             async with aclosing(prompt_events(turn, scorer, token_ids)) as prompt:
@@ -80,18 +81,37 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         yield turn.finish([c.reason for c in choices], [c.stop for c in choices])
 
 
-async def _compiled(loaded: Loaded, job: Job, constraint: Constraint, client: str) -> Job:
+async def _compiled(
+    loaded: Loaded, job: Job, constraint: Constraint, request: GenerateRequest
+) -> Job:
     """Return the job with the constraint that the engine enforces.
 
     Raises:
-        InvalidRequest: it cannot be enforced.
+        InvalidRequest: it cannot be enforced; names the tool, if it is made of tools.
     """
-    compiled = await loaded.compiler.compile(constraint, client)
+    compiler, client = loaded.compiler, request.client
+    try:
+        compiled = await compiler.compile(constraint, client)
+    except InvalidRequest as error:
+        if request.constraint is not None:
+            raise
+        for tool in request.tool_choice.allowed(request.tools):
+            alone = Constraint(json_schema=tool.parameters or {})
+            await _check_tool(compiler.compile(alone, client), tool)
+        raise InvalidRequest(error.message, param="tools") from None
     enforcing = job.enforcing(compiled)
     enforced = enforcing.choices[0].constraint
     if job.before[0] and enforced is not None and enforced is not compiled:
-        await loaded.compiler.compile(enforced, client)
+        await compiler.compile(enforced, client)
     return enforcing
+
+
+async def _check_tool(compiling: Awaitable[Constraint], tool: Tool) -> None:
+    try:
+        await compiling
+    except InvalidRequest as error:
+        message = f"The parameters of the tool {tool.name}: {error.message}"
+        raise InvalidRequest(message, param="tools") from None
 
 
 class _Choice:
@@ -191,8 +211,9 @@ class _Choice:
         if self._stops.stopped:
             self.reason = "stop"
         await self._check()
-        if self._parts is not None and self._parts.calls and self.reason == "stop":
-            self.reason = "tool_calls"
+        if self._parts is not None and self._parts.calls:
+            self._turn.meter.called(len(self._parts.calls))
+            self.reason = "tool_calls" if self.reason == "stop" else self.reason
 
     def _rest(self) -> Sequence[Output]:
         """Return the events of what was held back."""

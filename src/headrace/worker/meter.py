@@ -27,7 +27,7 @@ class Meter:
         self._visible: float | None = None
         self._content: float | None = None
         self._token_times: list[float] = []
-        self._chunks = 0
+        self._chunks = self._calls = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._completion_tokens = self._reasoning_tokens = 0
@@ -62,6 +62,10 @@ class Meter:
     def thought(self, tokens: int) -> None:
         """Note that the tokens of the last delta are thinking."""
         self._reasoning_tokens += tokens
+
+    def called(self, calls: int) -> None:
+        """Note the calls of tools in a choice that is over."""
+        self._calls += calls
 
     def delta(self, tokens: int, *, visible: bool, thinking: bool = False) -> None:
         """Note a delta, its number of tokens, and whether it has visible text.
@@ -117,6 +121,7 @@ class Meter:
             inter_token_ms=_gaps(times),
             total_ms=(now - self._received) * 1000,
             chunks=self._chunks,
+            tool_calls=self._calls,
             usage=usage,
             devices=devices,
             outcome=outcome,

@@ -231,6 +231,7 @@ class _Answer:
     def rest(self) -> list[Delta]:
         """Return the text that was held back as the possible beginning of a stop string."""
         deltas = [delta for index in range(len(self._matchers)) for delta in self._released(index)]
+        self._turn.meter.called(sum(map(len, self._calls)))
         for index, matcher in enumerate(self._matchers):
             if matcher.matched is not None:
                 self.reasons[index] = "stop"

@@ -35,6 +35,7 @@ FEW = frozenset(
 )
 """What changes with the Backend. The rest is the engine's, and echo runs it on every Backend."""
 
+IMAGES = frozenset({"images", "images_damaged", "images_cancelled", "images_fill_the_context"})
 _FORMS = frozenset({"regex", "choice", "grammar", "forms_fail_closed"})
 _SCHEMAS = frozenset({"json_schema", "json_schema_fails_closed", "tool_calls_required"})
 
@@ -78,7 +79,7 @@ class Sample:
     name: str = ""
 
     def is_quick(self, kind: Kind, case: str) -> bool:
-        if not self.heavy:
+        if not self.heavy and self.first is None:
             return True
         if kind != "worker" and case == "close_gives_everything_back":
             # What a process held is gone with it, whoever is in it: echo and llamacpp show that.
@@ -110,6 +111,24 @@ def _tiny(gguf: Path) -> Path:
     from tests import models_made
 
     return models_made.tiny_llama(gguf)
+
+
+def _llava(gguf: Path) -> Path:
+    from tests import models_made
+
+    return models_made.tiny_llava(gguf)
+
+
+@asynccontextmanager
+async def _seeing(gguf: Path) -> AsyncIterator[Given]:
+    """A model of one layer with a projector of random weights beside it."""
+    from tests.pictures_made import projector
+    from tests.tiny_gguf import WIDTH, tiny_gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_gguf(Path(folder) / "tiny.gguf", gguf)
+        projector(Path(folder) / "mmproj-tiny-f16.gguf", width=WIDTH)
+        yield folder, {}
 
 
 def converted(gguf: Path) -> str:
@@ -181,8 +200,20 @@ SAMPLES = [
         | _fields("logit_bias", "min_tokens")
         | _SCHEMAS
         | _FORMS
+        | IMAGES
         | {"tool_calls_strict", "infill"},
         heavy=False,
+    ),
+    Sample(
+        "echo",
+        _path(lambda gguf: "builtin:echo"),
+        kinds=("process", "pool"),
+        settings={"context_length": 4096, "max_running": 4},
+        options={"images": True},
+        heavy=False,
+        first=IMAGES,
+        further=IMAGES,
+        name="echo-images",
     ),
     Sample(
         "llamacpp",
@@ -190,8 +221,18 @@ SAMPLES = [
         settings=_SHORT,
         options=_ONE_THREAD,
         kinds=("process",),
-        refused=_OF_LLAMACPP,
+        refused=_OF_LLAMACPP | IMAGES,
         heavy=False,
+    ),
+    Sample(
+        "llamacpp",
+        _seeing,
+        kinds=("process",),
+        settings={"context_length": 512, "max_running": 2},
+        options=_ONE_THREAD,
+        heavy=False,
+        first=IMAGES,
+        name="llamacpp-images",
     ),
     Sample(
         "llamacpp",
@@ -199,7 +240,7 @@ SAMPLES = [
         settings=_SHORT,
         options=_ONE_THREAD,
         kinds=("worker", "pool"),
-        refused=_OF_LLAMACPP,
+        refused=_OF_LLAMACPP | IMAGES,
         first=FEW,
     ),
     Sample(
@@ -207,14 +248,14 @@ SAMPLES = [
         _headrace,
         settings=_SHORT,
         kinds=("worker", "pool"),
-        refused=_OF_LLAMACPP | {"resume", "echo_comes_first", "thinking", "continued"},
+        refused=_OF_LLAMACPP | IMAGES | {"resume", "echo_comes_first", "thinking", "continued"},
     ),
     Sample(
         "transformers",
         _path(_smollm2),
         kinds=("process",),
         settings=_SHORT,
-        refused=frozenset({"infill"}),
+        refused=IMAGES | {"infill"},
         first=SOUND,
     ),
     Sample(
@@ -222,8 +263,17 @@ SAMPLES = [
         _path(_tiny),
         kinds=("worker", "pool"),
         settings=_SHORT,
-        refused=frozenset({"infill"}),
+        refused=IMAGES | {"infill"},
         name="tiny",
+    ),
+    Sample(
+        "transformers",
+        _path(_llava),
+        kinds=("process", "pool"),
+        settings=_SHORT,
+        first=IMAGES,
+        further=frozenset({"images"}),
+        name="transformers-images",
     ),
     Sample(
         "openvino",
@@ -232,6 +282,7 @@ SAMPLES = [
         refused=_fields("logit_bias", "logprobs")
         | _SCHEMAS
         | _FORMS
+        | IMAGES
         | {"infill", "prompt_logprobs"},
         reported=frozenset({"alone_and_among_sixteen", "resume"}),
     ),
@@ -266,8 +317,20 @@ if engines.status("vllm").available:
             kinds=("process",),
             settings=_SHORT,
             options=quick,
-            refused=frozenset({"infill"}),
+            refused=IMAGES | {"infill"},
             slow=True,
+        )
+    )
+    SAMPLES.append(
+        Sample(
+            "vllm",
+            _path(_llava),
+            kinds=("process",),
+            settings=_SHORT,
+            options={**quick, "kv_cache_bytes": 64 << 20},
+            slow=True,
+            first=IMAGES,
+            name="vllm-images",
         )
     )
 

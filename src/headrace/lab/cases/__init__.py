@@ -10,6 +10,7 @@ from headrace.lab.cases import (
     answers,
     facts,
     forms,
+    images,
     limits,
     prompts,
     sampling,
@@ -28,6 +29,7 @@ CASES: tuple[Case, ...] = (
     *forms.CASES,
     *limits.CASES,
     *tools.CASES,
+    *images.CASES,
     *turns.CASES,
     *vectors.CASES,
 )

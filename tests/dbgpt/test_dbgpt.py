@@ -1,0 +1,298 @@
+"""DB-GPT 0.8.2's own controller, API server, command line and client, with Headrace as worker.
+
+scripts/test-dbgpt installs them and runs this.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import openai
+import pytest
+from benchmarks import dbgpt_parts as parts
+from tests.conftest import MODEL_HOME
+from tests.service.serving import Service, served
+
+pytestmark = [pytest.mark.clients, pytest.mark.timeout(400)]
+
+CONFIGURATION = """
+[models.smollm2]
+model = "smollm2"
+context_length = 1024
+aliases = ["openai-model", "headrace-model"]
+
+[models.slow]
+model = "builtin:echo"
+options = {{tokens_per_second = 40}}
+
+[models.thinker]
+model = "builtin:echo"
+chat_template = '''
+{{%- for m in messages %}}
+{{%- if m.reasoning_content %}}<think>
+{{{{ m.reasoning_content }}}}
+</think>
+
+{{% endif %}}
+{{{{- m.content }}}}
+{{%- endfor %}}'''
+
+[models.vectors]
+model = "builtin:echo"
+task = "embed"
+options = {{dimensions = 16}}
+
+[models.ranks]
+model = "builtin:echo"
+task = "rerank"
+
+[dbgpt]
+controller = "{controller}"
+port = {port}
+heartbeat_s = 1
+"""
+
+
+class Cluster(NamedTuple):
+    """The URLs of the parts; `host` and `port` are those of the worker."""
+
+    folder: Path
+    controller: parts.Part
+    api: str
+    service: Service
+    port: int
+
+    def rows(self) -> dict[str, bool]:
+        url = f"{self.controller.url}/api/controller/models"
+        found = httpx.get(url, timeout=10).json()
+        return {row["model_name"]: row["healthy"] for row in found}
+
+    def model(self, *arguments: str, typed: str = "") -> str:
+        return parts.command(self.folder, self.controller.url, *arguments, typed=typed)
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.api}/{path}", json=body, timeout=120)
+
+
+def until(true: Callable[[], object], within_s: float = 60) -> None:
+    end = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def configured(folder: Path, controller: str, port: int) -> str:
+    file = folder / "headrace.toml"
+    file.write_text(CONFIGURATION.format(controller=controller, port=port))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
+    folder, port = tmp_path_factory.mktemp("dbgpt"), parts.free_port()
+    with (
+        parts.controller(folder) as controller,
+        parts.api_server(folder, controller.url) as api,
+        served("--config", configured(folder, controller.url, port)) as service,
+    ):
+        made = Cluster(folder, controller, f"{api.url}/api/v1", service, port)
+        until(lambda: all(made.rows().values()) and len(made.rows()) == 6)
+        yield made
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=cluster.api, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def user(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
+
+
+def test_the_models_are_listed(cluster: Cluster, client: openai.OpenAI) -> None:
+    """Issue 14, what it must show 3: list."""
+    names = {"smollm2", "slow", "thinker", "vectors", "ranks"}
+    assert {model.id for model in client.models.list()} == names
+    table = cluster.model("list")
+    for name, kind in (("smollm2", "llm"), ("vectors", "text2vec"), ("ranks", "reranker")):
+        assert re.search(rf"{name} +\| +{kind} +\| +127.0.0.1 \| +{cluster.port} +\| +True", table)
+
+
+def test_chats(client: openai.OpenAI) -> None:
+    """Issue 14, what it must show 3: chat, stream, n; usage and reasons are right."""
+    given: Any = {"model": "smollm2", "max_tokens": 12, "temperature": 0.01}
+    messages = user("Name a river in Africa.")
+    whole = client.chat.completions.create(messages=messages, **given)
+    assert whole.choices[0].message.content
+    assert whole.usage
+    assert 0 < whole.usage.completion_tokens <= 12
+    chunks = list(client.chat.completions.create(messages=messages, stream=True, **given))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+    several = client.chat.completions.create(messages=messages, n=2, **given)
+    assert [choice.index for choice in several.choices] == [0, 1]
+    assert several.usage
+    assert several.usage.prompt_tokens == 2 * whole.usage.prompt_tokens
+    raw = client.completions.create(prompt="The capital of France is", **given)
+    assert "Paris" in raw.choices[0].text
+    assert raw.choices[0].finish_reason == "length"
+
+
+def test_thinking(client: openai.OpenAI) -> None:
+    text = "<think>\nhm\n</think>\n\nyes"
+    answer: Any = client.chat.completions.create(model="thinker", messages=user(text))
+    message = answer.choices[0].message
+    assert (message.reasoning_content.strip(), message.content.strip()) == ("hm", "yes")
+
+
+def test_errors_have_their_code_and_reason(cluster: Cluster) -> None:
+    too_long = cluster.post("chat/completions", model="smollm2", messages=user("word " * 3000))
+    assert too_long.status_code == 400
+    assert too_long.json()["code"] == 40303
+    assert "context length is 1024" in too_long.json()["message"]
+
+
+def test_embeddings_and_rerank(cluster: Cluster) -> None:
+    """Issue 14, what it must show 3."""
+    texts = ["a", "b", "c", "d", "e"]
+    vectors = cluster.post("embeddings", model="vectors", input=texts).json()["data"]
+    assert [len(row["embedding"]) for row in vectors] == [16] * 5
+    ranked = cluster.post("beta/relevance", model="ranks", query="a b", documents=["x", "a b"])
+    first, second = ranked.json()["data"]
+    assert second > first
+
+
+def test_stop_start_and_restart(cluster: Cluster) -> None:
+    """Issue 14, what it must show 3: what DB-GPT's own worker cannot."""
+    worker = ("--host", "127.0.0.1", "--port", str(cluster.port))
+    cluster.model("stop", "--model_name", "slow", *worker)
+    assert cluster.rows()["slow@llm"] is False
+    refused = cluster.post("chat/completions", model="slow", messages=user("x"))
+    assert "slow" in refused.text
+    assert refused.status_code >= 400
+    cluster.model("start", "--model_name", "slow", *worker)
+    assert cluster.rows()["slow@llm"] is True
+    answer = cluster.post("chat/completions", model="slow", messages=user("x"))
+    assert answer.json()["choices"][0]["message"]["content"] == "x"
+    assert "success=True" in cluster.model("restart", "--model_name", "slow")
+
+
+def test_the_chat_of_the_command_line(cluster: Cluster) -> None:
+    printed = cluster.model("chat", "--model_name", "slow", typed="Hello there\n/exit\n")
+    assert "Bot: Hello there" in printed
+
+
+CLIENT = """
+import asyncio, json
+from dbgpt.core import ModelMessage, ModelRequest
+from dbgpt.model.cluster.client import RemoteLLMClient
+
+async def main():
+    client = RemoteLLMClient({controller!r})
+    request = ModelRequest.build_request(
+        "smollm2", messages=[ModelMessage.build_human_message("Name a river.")],
+        temperature=0.0, max_new_tokens=9)
+    whole = await client.generate(request)
+    parts = [output async for output in client.generate_stream(request)]
+    models = await client.models()
+    print("RESULT", json.dumps({{
+        "text": whole.text, "last": parts[-1].text, "reason": parts[-1].finish_reason,
+        "grows": all(b.text.startswith(a.text) for a, b in zip(parts, parts[1:])),
+        "metrics": whole.metrics, "usage": whole.usage,
+        "count": await client.count_token("smollm2", "one two three"),
+        "context": {{model.model: model.context_length for model in models}},
+    }}))
+
+asyncio.run(main())
+"""
+
+
+def result(printed: str) -> dict[str, Any]:
+    (line,) = [line for line in printed.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def test_its_client(cluster: Cluster) -> None:
+    """Issue 14, what it must show 3: count too, which its own worker refuses."""
+    code = CLIENT.format(controller=cluster.controller.url)
+    got = result(parts.python(cluster.folder, code))
+    assert got["text"] == got["last"]
+    assert got["grows"]
+    assert got["reason"] == "length"
+    assert got["count"] == 3
+    assert got["context"]["smollm2"] == 1024
+    assert got["usage"]["completion_tokens"] == got["metrics"]["completion_tokens"] == 9
+    metrics = got["metrics"]
+    assert metrics["start_time_ms"] <= metrics["first_token_time_ms"] <= metrics["end_time_ms"]
+
+
+def test_a_worker_that_dies_while_it_streams(cluster: Cluster, client: openai.OpenAI) -> None:
+    """Issue 14, what it must show 3: the answer goes on at a new process, without a repetition."""
+    text = "The quick brown fox jumps over the lazy dog. " * 3
+    stream = client.chat.completions.create(model="slow", messages=user(text), stream=True)
+    got = ""
+    killed = False
+    for chunk in stream:
+        got += chunk.choices[0].delta.content or ""
+        if len(got) > 20 and not killed:
+            killed = True
+            status = httpx.get(f"{cluster.service.url}/admin/models/slow").json()
+            for worker in cluster.service.workers():
+                if worker.pid == status["replicas"][0]["pid"]:
+                    worker.kill()
+    assert killed
+    assert got == text
+    status = httpx.get(f"{cluster.service.url}/admin/models/slow").json()
+    assert status["continuations"] == 1
+
+
+def test_its_traces_go_on_here(cluster: Cluster) -> None:
+    """Issue 14.5: the span of DB-GPT is the parent of Headrace's."""
+    trace, span = "ab" * 16, "cd" * 8
+    url = f"http://127.0.0.1:{cluster.port}/api/worker/generate"
+    body = {"model": "slow", "prompt": "x"}
+    answer = httpx.post(url, json=body, headers={"DB-GPT-Trace-Span-Id": f"{trace}:{span}"})
+    assert answer.json()["error_code"] == 0
+    files = list((MODEL_HOME / "traces").glob("*"))
+    until(lambda: any(trace.encode() in file.read_bytes() for file in files), 20)
+
+
+@pytest.mark.parametrize("provider", ["proxy/openai", "proxy/headrace"])
+def test_its_own_worker_with_a_model_of_a_service(cluster: Cluster, provider: str) -> None:
+    """Issue 14.5: the other way; the package gives exact usage and reasons."""
+    name = provider.partition("/")[2] + "-model"
+    hooks = '[[service.model.worker.hooks]]\npath = "headrace_dbgpt.hook"\n'
+    base = f"{cluster.service.url}/v1"
+    ours = provider == "proxy/headrace"
+    with parts.own_worker(
+        cluster.folder, cluster.controller.url, name, provider, base, hooks if ours else ""
+    ):
+        until(lambda: cluster.rows().get(f"{name}@llm"))
+        body: dict[str, Any] = {"messages": user("Name a river."), "max_tokens": 3}
+        answer = cluster.post("chat/completions", model=name, **body).json()
+        stream = cluster.post("chat/completions", model=name, stream=True, **body).text
+    assert answer["choices"][0]["message"]["content"]
+    assert "data: [DONE]" in stream
+    if ours:
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["completion_tokens"] == 3
+        assert re.search(r'"completion_tokens": ?3\b', stream)
+
+
+def test_a_controller_that_restarts(cluster: Cluster) -> None:
+    """Issue 14, what it must show 3: it has forgotten all, and knows them again by itself."""
+    rows, port = cluster.rows(), int(cluster.controller.url.rpartition(":")[2])
+    cluster.controller.process.kill()
+    cluster.controller.process.wait()
+    with parts.controller(cluster.folder, port):
+        ours = {name for name in rows if not name.endswith("-model@llm")}
+        until(lambda: ours <= {name for name, healthy in cluster.rows().items() if healthy})
+        answer = cluster.post("chat/completions", model="slow", messages=user("x"))
+        assert answer.json()["choices"][0]["message"]["content"] == "x"
