@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import msgspec
+from msgspec.structs import replace
 
 from headrace import __version__
 from headrace.api.exchange import Exchange, Service
@@ -15,12 +16,14 @@ from headrace.core.status import DeviceStatus, ModelStatus
 
 MAX_RUNNING = 200
 _KEPT_S = 0.9
+_STEP = 128 << 20
 
 
 class Overview(msgspec.Struct, frozen=True, kw_only=True):
     """The models, the devices, the running requests and the rates of each model, at one time.
 
-    `running` are the oldest 200 of `running_count` requests.
+    `running` are the oldest 200 of `running_count` requests. The free memory of a device is in
+    steps of 128 MiB.
     """
 
     version: str
@@ -73,6 +76,11 @@ def _snapshot(service: Service) -> Snapshot:
     return snapshot
 
 
+def _steady(device: DeviceStatus) -> DeviceStatus:
+    """Return a device with its free memory in steps, so that the tag of an idle service stays."""
+    return replace(device, free=device.free // _STEP * _STEP)
+
+
 def _overview(service: Service) -> Overview:
     assert service.admin is not None
     status = service.admin.status()
@@ -80,7 +88,7 @@ def _overview(service: Service) -> Overview:
     return Overview(
         version=__version__,
         models=status.models,
-        devices=status.devices,
+        devices=tuple(map(_steady, status.devices)),
         running=activity.running[:MAX_RUNNING],
         running_count=len(activity.running),
         rates=activity.rates,
