@@ -1,10 +1,13 @@
 """A batch beside live requests: killed and resumed twice, each line answered once.
 
-python benchmarks/batches.py [--lines 10000] [--rate 20] [--seconds 30] [--through cli|service]
+python benchmarks/batches.py [--lines 10000] [--rate 20] [--through cli|service]
 
-Live requests come at a steady rate, first alone and then beside the batch; their latencies are
-compared. The command, or the service, is killed with SIGKILL at a third and at two thirds of the
-lines. The model is the echo engine, at a real engine's speed.
+Live requests come at a steady rate, and the latencies of those beside the batch are compared with
+those of the others. Through the command, which is stopped every second slice of 5 s, both are of
+the same minutes, so that what else the machine does is in both; through the service, which cannot
+be stopped, the others come before. The command, or the service, is killed with SIGKILL at a third
+and at two thirds of the lines; what comes while the service is not there is left out. The model is
+the echo engine, at a real engine's speed.
 """
 
 from __future__ import annotations
@@ -30,8 +33,11 @@ import httpx2 as httpx
 
 CHAT = "/v1/chat/completions"
 HEADRACE = (sys.executable, "-P", "-m", "headrace")
-SPEED = ("-o", "tokens_per_second=100", "-o", "slots=64")
-LIVE = {"model": "echo", "messages": [{"role": "user", "content": "How long does this take?"}]}
+# As a batching engine: all streams get a token in each step.
+SPEED = ("-o", "tokens_per_second=100", "-o", "in_step=true", "-o", "slots=64")
+SLICE_S = 5.0
+ALONE_S = 30.0
+LIVE: Any = {"model": "echo", "messages": [{"role": "user", "content": "How long does this take?"}]}
 
 
 class Setup(NamedTuple):
@@ -39,7 +45,6 @@ class Setup(NamedTuple):
 
     lines: int
     rate: float
-    seconds: float
     through: str
 
 
@@ -61,9 +66,11 @@ def quantile(values: list[float], share: float) -> float:
 
 def write_requests(path: Path, lines: int) -> None:
     """Write the requests of the batch."""
+    chance = random.Random(2)  # answers of different lengths, as real ones
     with path.open("w") as file:
         for number in range(lines):
-            body = {"model": "echo", "messages": [{"role": "user", "content": f"Line {number}"}]}
+            text = f"Line {number} ".ljust(chance.randint(12, 36), "x")
+            body = {"model": "echo", "messages": [{"role": "user", "content": text}]}
             line = {"custom_id": f"line-{number}", "method": "POST", "url": CHAT, "body": body}
             file.write(json.dumps(line) + "\n")
 
@@ -118,64 +125,98 @@ def service(home: Path) -> Iterator[Service]:
         running.kill()
 
 
-async def live(url: str, setup: Setup, latencies: list[float], ended: asyncio.Event) -> None:
-    """Send live requests at random times until `ended`; those that a kill cuts are left out."""
-    chance = random.Random(1)  # the same arrivals in each run
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+class Live:
+    """Sends live requests at random times, and notes their latencies.
 
-        async def send() -> None:
-            started = time.perf_counter()
-            try:
-                response = await client.post(CHAT, json=LIVE)
-            except httpx.HTTPError:
-                return
-            if response.status_code == 200:
-                latencies.append(time.perf_counter() - started)
+    Those that are sent while it is not `up` are left out, as are those that see a change of
+    `beside`: whether the batch runs.
+    """
 
-        async with asyncio.TaskGroup() as group:
-            while not ended.is_set():
-                group.create_task(send())
-                await asyncio.sleep(chance.expovariate(setup.rate))
+    def __init__(self, url: str, rate: float) -> None:
+        self.beside = False
+        self.up = True
+        self.latencies: dict[bool, list[float]] = {False: [], True: []}
+        self._url = url
+        self._rate = rate
+        self._changes = 0
+
+    def change(self, *, beside: bool, up: bool = True) -> None:
+        """Note that the batch, or the service, runs from now on or not."""
+        self.beside, self.up = beside, up
+        self._changes += 1
+
+    async def run(self) -> None:
+        """Send requests until this is cancelled."""
+        chance = random.Random(1)  # the same arrivals in each run
+        async with (
+            httpx.AsyncClient(base_url=self._url, timeout=60) as client,
+            asyncio.TaskGroup() as group,
+        ):
+            while True:
+                if self.up:
+                    group.create_task(self._send(client))
+                await asyncio.sleep(chance.expovariate(self._rate))
+
+    async def _send(self, client: httpx.AsyncClient) -> None:
+        started, beside, changes = time.perf_counter(), self.beside, self._changes
+        try:
+            response = await client.post(CHAT, json=LIVE)
+        except httpx.HTTPError:
+            return
+        if response.status_code == 200 and changes == self._changes:
+            self.latencies[beside].append(time.perf_counter() - started)
 
 
 class Command:
-    """The batch by `headrace batch` on the service; the command is killed."""
+    """The batch by `headrace batch` on the service; the command is stopped, and killed."""
 
-    def __init__(self, running: Service, folder: Path) -> None:
+    def __init__(self, running: Service, folder: Path, live: Live) -> None:
+        self._live = live
         self._out = folder / "answers.jsonl"
         command = [*HEADRACE, "batch", str(folder / "in.jsonl"), "-o", str(self._out)]
         self._command = [*command, "--url", running.url]
-        self._start()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
+        self._until = time.monotonic() + SLICE_S
+        self._live.change(beside=True)
 
     async def done(self) -> int:
-        """Return how many lines are answered."""
+        """Return how many lines are answered; stop or continue the command when it is time."""
+        if time.monotonic() > self._until:
+            stops = self._live.beside
+            self._process.send_signal(signal.SIGSTOP if stops else signal.SIGCONT)
+            self._until = time.monotonic() + SLICE_S
+            self._live.change(beside=not stops)
         return self._out.read_bytes().count(b"\n") if self._out.exists() else 0
 
     async def kill(self) -> None:
         """Kill it, and begin again."""
-        self._process.send_signal(signal.SIGKILL)
+        self._process.kill()
         await asyncio.to_thread(self._process.wait)
-        self._start()
-
-    def _start(self) -> None:
-        self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
+        self._begin()
 
     async def answers(self) -> bytes:
         """Return all answers."""
-        await asyncio.to_thread(self._process.wait)
+        while self._process.poll() is None:
+            await self.done()
+            await asyncio.sleep(0.1)
         return self._out.read_bytes()
 
 
 class Kept:
     """The batch by /v1/batches; the service is killed."""
 
-    def __init__(self, running: Service, folder: Path) -> None:
+    def __init__(self, running: Service, folder: Path, live: Live) -> None:
         self._service = running
+        self._live = live
         files = {"file": ("in.jsonl", (folder / "in.jsonl").read_bytes())}
         form = {"purpose": "batch"}
         file = self._ask("POST", "/v1/files", files=files, data=form)
         fields = {"input_file_id": file["id"], "endpoint": CHAT, "completion_window": "24h"}
         self._id = self._ask("POST", "/v1/batches", json=fields)["id"]
+        live.change(beside=True)
 
     def _ask(self, method: str, path: str, **given: Any) -> Any:
         return httpx.request(method, f"{self._service.url}{path}", timeout=60, **given).json()
@@ -187,8 +228,10 @@ class Kept:
 
     async def kill(self) -> None:
         """Kill the service, and start it again."""
+        self._live.change(beside=True, up=False)
         await asyncio.to_thread(self._service.kill)
         await asyncio.to_thread(self._service.start)
+        self._live.change(beside=True)
 
     async def answers(self) -> bytes:
         """Return all answers."""
@@ -202,18 +245,15 @@ class Kept:
 
 
 async def measure(setup: Setup, folder: Path) -> Result:
-    """Measure live requests alone, and then beside the batch."""
+    """Run the batch beside live requests."""
     write_requests(folder / "in.jsonl", setup.lines)
     with service(folder) as running:
-        alone, beside = list[float](), list[float]()
-        ended = asyncio.Event()
-        asyncio.get_running_loop().call_later(setup.seconds, ended.set)
-        await live(running.url, setup, alone, ended)
-        ended = asyncio.Event()
-        started = time.monotonic()
-        batch = (Command if setup.through == "cli" else Kept)(running, folder)
-        sending = asyncio.create_task(live(running.url, setup, beside, ended))
-        kills = 0
+        live = Live(running.url, setup.rate)
+        sending = asyncio.create_task(live.run())
+        if setup.through == "service":
+            await asyncio.sleep(ALONE_S)
+        started, kills = time.monotonic(), 0
+        batch = (Command if setup.through == "cli" else Kept)(running, folder, live)
         while kills < 2:
             await asyncio.sleep(0.1)
             if await batch.done() > (kills + 1) * setup.lines // 3:
@@ -221,10 +261,10 @@ async def measure(setup: Setup, folder: Path) -> Result:
                 kills += 1
         answers = await batch.answers()
         batch_s = time.monotonic() - started
-        ended.set()
-        await sending
+        sending.cancel()
+        await asyncio.wait([sending])
     ids = Counter(json.loads(line)["custom_id"] for line in answers.splitlines())
-    return Result(alone, beside, ids, kills, batch_s)
+    return Result(live.latencies[False], live.latencies[True], ids, kills, batch_s)
 
 
 def report(setup: Setup, result: Result) -> Iterator[str]:
@@ -249,7 +289,6 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     flags.add_argument("--lines", type=int, default=10_000)
     flags.add_argument("--rate", type=float, default=20.0)
-    flags.add_argument("--seconds", type=float, default=30.0)
     flags.add_argument("--through", choices=("cli", "service"), default="service")
     setup = Setup(**vars(flags.parse_args()))
     with tempfile.TemporaryDirectory() as folder:

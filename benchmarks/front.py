@@ -18,9 +18,9 @@ outside of it. The CPU of Headrace's child is reported too, but is not part of t
 the engine's, and the two others have no engine. The servers are measured in turn, round after
 round; the ratio is that of the same round, and the table shows the median of the rounds.
 
-With `--routes`, `headrace serve echo` answers by chat completions, `/v1/responses` and
-`/v1/messages` at the same time, a process for each, with a third of the rate; the ratios are those
-to chat completions.
+With `--routes`, `headrace serve echo` answers by chat completions, `/v1/responses`,
+`/v1/messages`, Ollama's `/api/chat` and llama-server's `/completion` at the same time, a process
+for each, with a fifth of the rate; the ratios are those to chat completions.
 
 With `--against DIR`, only `headrace serve echo` of this checkout and that of another are measured,
 both at the same time, with new processes in each round: the CPU of an event changes by a third from
@@ -49,6 +49,8 @@ ROUTES = {
     "chat": "/v1/chat/completions",
     "responses": "/v1/responses",
     "messages": "/v1/messages",
+    "ollama": "/api/chat",
+    "llama": "/completion",
 }
 _SETTLE_S = 0.5
 
@@ -100,6 +102,11 @@ def body_by(route: str, speed: float, seconds: float) -> dict[str, Any]:
     text = "abcdefgh" * (tokens // 8 + 1)
     if route == "responses":
         return {"input": text, "max_output_tokens": tokens, "stream": True}
+    if route == "llama":
+        return {"prompt": text, "n_predict": tokens, "stream": True}
+    if route == "ollama":
+        messages = [{"role": "user", "content": text}]
+        return {"model": "echo", "messages": messages, "options": {"num_predict": tokens}}
     return {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": True}
 
 

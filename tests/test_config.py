@@ -558,6 +558,7 @@ def declared(table: type[BaseModel]) -> dict[str, object]:
         ("Top level", declared(tree.Config)),
         ("`[server]`", declared(tree.ServerSettings)),
         ("`[telemetry]`", declared(tree.TelemetrySettings)),
+        ("`[dbgpt]`", declared(tree.DbgptSettings)),
         ("`[models.NAME]`", declared(tree.ModelSettings)),
     ],
 )

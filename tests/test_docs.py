@@ -16,8 +16,10 @@ from tests.pictures_made import png
 from tests.service.serving import Service, served
 
 from headrace.api.app import ADMIN_ROUTES, ROUTES
+from headrace.api.batch.routes import BatchRoutes
 
 PAGES = ("README.md", "docs/getting-started.md", "docs/coming-from.md", "docs/structured-output.md")
+PAGES += ("docs/batches.md",)
 BLOCKS = [
     pytest.param(block, id=f"{page}-{number}")
     for page in PAGES
@@ -175,7 +177,7 @@ def test_every_route_is_in_getting_started() -> None:
     """Issue 12.33: those of other servers' APIs too."""
     pages = [ROOT / "docs" / f"{name}.md" for name in ("getting-started", "ollama")]
     page = "".join(page.read_text() for page in pages)
-    for route in (*ROUTES, *ADMIN_ROUTES):
+    for route in (*ROUTES, *ADMIN_ROUTES, *BatchRoutes(None).routes()):
         path = route.path.partition("{")[0].rstrip("/")
         assert path in page or path.startswith("/admin/"), path
 

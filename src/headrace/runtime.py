@@ -170,16 +170,11 @@ def with_tool_format(info: ModelInfo, spec: ModelSpec) -> ModelInfo:
         return info
     try:
         template = ChatTemplate(info.chat_template, {})
+        return described(info, format_of(template, spec.tool_format))
     except ConfigError:
         return info
-    return described(info, format_of(template, spec.tool_format))
-
-
-def _described(spec: ModelSpec, config: Config) -> ModelInfo:
-    try:
-        return with_tool_format(describe(spec, config), spec)
     finally:
-        # Each model has a process that renders; the service has none of its own.
+        # Each model has a process that renders; this one needs none any more.
         renderer.end_idle()
 
 
@@ -282,7 +277,7 @@ def open_service(
         reread=lambda: _reread(settings, *reread()),
         drain_s=config.server.drain_s,
         stored=store(config).summaries,
-        describe=lambda spec: _described(spec, config),
+        describe=lambda spec: with_tool_format(describe(spec, config), spec),
     )
     admin.restore()
     return admin, Telemetry(admin, tracing, config.telemetry, config.home)

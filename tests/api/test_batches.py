@@ -94,6 +94,7 @@ class Client:
             while completed < count:
                 batch = await self.until(id, "validating", "in_progress")
                 completed = batch["request_counts"]["completed"]
+                await asyncio.sleep(0.01)
 
     async def lines(self, file_id: str) -> list[Any]:
         content = await self.call("GET", f"/v1/files/{file_id}/content")
@@ -256,7 +257,7 @@ async def test_requests_have_the_client_and_give_way(tmp_path: Path) -> None:
         await client.http.post(CHAT, json=body, headers=headers)
         await client.call("POST", CHAT, json=body)
     seen = [(each.batch, each.deadline_s, each.load_wait_s) for each in requests]
-    assert seen == [(True, None, None), (True, None, None), (False, 5.0, 30.0)]
+    assert seen == [(True, None, 1e9), (True, 5.0, 30.0), (False, 5.0, 30.0)]
     assert [f"sha256:{each.client}" for each in requests] == [
         KEYS[name][: 7 + 16] for name in "aba"
     ]
@@ -283,19 +284,22 @@ async def test_cancelling_keeps_what_is_answered(tmp_path: Path) -> None:
     async with kept(tmp_path, held) as client:
         first = await client.begin(jsonl(*(line(str(n)) for n in range(20))))
         second = await client.begin(jsonl(line("z")))
+        faulty = await client.begin(b"nonsense")
         await client.until(first["id"], "in_progress")
         path = f"/v1/files/{first['input_file_id']}"
         refusal = await client.call("DELETE", path)
         assert (refusal.status_code, refusal.json()["error"]["code"]) == (409, "file_in_use")
-        for batch in (second, first):
+        for batch in (second, faulty, first):
             answer = await client.call("POST", f"/v1/batches/{batch['id']}/cancel")
-            assert answer.json()["status"] in ("cancelling", "cancelled")
+            assert answer.json()["status"] in ("cancelling", "cancelled", "failed")
         ended = await client.until(first["id"])
         assert (ended["status"], ended["request_counts"]["failed"]) == ("cancelled", 20)
         errors = await client.lines(ended["error_file_id"])
         assert {each["error"]["code"] for each in errors} == {"batch_cancelled"}
         assert sorted(int(each["custom_id"]) for each in errors) == [*range(20)]
-        assert (await client.until(second["id"]))["status"] == "cancelled"
+        waiting = await client.until(second["id"])
+        assert (waiting["status"], waiting["request_counts"]["total"]) == ("cancelled", 1)
+        assert (await client.until(faulty["id"]))["status"] == "failed"
         again = await client.call("POST", f"/v1/batches/{first['id']}/cancel")
         assert again.status_code == 409
         assert (await client.call("DELETE", path)).json()["deleted"]

@@ -341,6 +341,21 @@ async def test_brackets_in_strings_are_no_depth() -> None:
     await refused(CHAT, chat(deep=[inner]))
 
 
+@pytest.mark.parametrize("depth", [65, 900, 100_000])
+async def test_json_in_strings_has_the_same_depth(depth: int) -> None:
+    """Issue 11.5: arguments of a call and schemas as text; decoders failed, which was a 500."""
+    deep = '{"a":' * depth + "1" + "}" * depth
+    called = {"id": "c", "type": "function", "function": {"name": "f", "arguments": deep}}
+    turns = [{"role": "assistant", "tool_calls": [called]}]
+    error = await refused(CHAT, chat(messages=turns))
+    assert "nested deeper than 64 levels" in error["message"]
+    assert error["param"] == "messages[0].tool_calls[0].function.arguments"
+    item = {"type": "function_call", "call_id": "c", "name": "f", "arguments": deep}
+    error = await refused("/v1/responses", {"model": "m", "input": [item]})
+    assert error["param"] == "input[0].arguments"
+    assert (await refused(TEXT, text(guided_json=deep)))["param"] == "guided_json"
+
+
 async def test_large_bodies_are_decoded_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """A: over 64 KiB, a thread decodes."""
     seen: list[int] = []

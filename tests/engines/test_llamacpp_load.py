@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,31 @@ def test_markers_are_counted_in_time_that_grows_with_them(
     began = time.monotonic()
     assert len(prompter.count(CountRequest(text="<|im_start|>" * 300_000))) == 300_000
     assert time.monotonic() - began < 20
+
+
+def test_words_of_a_real_vocabulary_are_cut_apart(
+    load: Callable[..., Engine], smollm2_path: Path
+) -> None:
+    """Issue 11.7: BPE has places for cuts too, so that a long text can be given up."""
+    engine, chance = load(smollm2_path), random.Random(1)
+    parts = ["water ", "is wet", ". ", "\n\n", "don't ", "x = 1;", "  ", "Größe ", "100 ", "水 "]
+    text = "".join(chance.choice(parts) for _ in range(12_000))
+    pieces = [*engine.tokenize_pieces(text, add_special=False)]
+    assert len(pieces) > 5
+    assert tuple(chain.from_iterable(pieces)) == engine._tokens(text)
+
+
+@pytest.mark.parametrize(("kind", "sign"), [("bpe", " "), ("sentencepiece", "a")])
+def test_what_cannot_be_cut_is_refused_before_it_is_counted(
+    make: Make, load: Callable[..., Engine], kind: str, sign: str
+) -> None:
+    """Issue 11.7: a count of 7 MB of spaces took a core for a minute."""
+    prompter = Prompter(ModelSpec(name="m", model="m"), load(make(**VOCABULARIES[kind])))
+    began = time.monotonic()
+    with pytest.raises(InvalidRequest, match="More than 1048576 bytes"):
+        prompter.count(CountRequest(text=sign * 7_000_000))
+    assert time.monotonic() - began < 10
+    assert len(prompter.count(CountRequest(text="hello world, " * 50_000))) > 100_000
 
 
 def test_a_server_that_does_not_answer_is_an_error_of_the_engine(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from tests.service.serving import Service, served
 
-from headrace.api.app import ROUTES
+from headrace.api.app import ADMIN_ROUTES, ROUTES
 from headrace.api.limits import ApiSettings
 from headrace.api.openapi import document
 
@@ -46,6 +46,48 @@ def test_requests_made_from_the_document(case: schemathesis.Case, service: Servi
     if isinstance(case.body, dict):
         case.body["model"] = "echo"
     answer = case.call(base_url=service.url, timeout=60)
+    case.validate_response(answer, checks=[not_a_server_error])
+
+
+# Of each task, so that no request ends at the first check.
+MODELS = """
+[models.echo]
+model = "echo"
+options = { images = true }
+context_length = 4096
+[models.vectors]
+model = "echo"
+task = "embed"
+[models.ranks]
+model = "echo"
+task = "rerank"
+"""
+BY_TASK = {"embed": "vectors", "rank": "ranks", "relevance": "ranks", "score": "ranks"}
+every = schemathesis.openapi.from_dict(document((*ROUTES, *ADMIN_ROUTES), ApiSettings()))
+every.config.generation.update(modes=list(schemathesis.GenerationMode))
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / "headrace.toml").write_text(MODELS)
+    variables = {"CONFIG": str(folder / "headrace.toml"), "HOME": str(folder / "home")}
+    with pytest.MonkeyPatch.context() as patch:
+        # A name that is to be loaded would be looked for at the hub.
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        with served(environment=variables) as running:
+            yield running
+
+
+@pytest.mark.slow
+@every.parametrize()
+@settings(relaxed, max_examples=120)
+def test_any_request_to_any_route(case: schemathesis.Case, services: Service) -> None:
+    """Issue 14.4: no 5xx on any route, also for what the document does not allow."""
+    if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+        names = [name for part, name in BY_TASK.items() if part in case.operation.path]
+        case.body["model"] = (names or ["echo"])[0]
+    answer = case.call(base_url=services.url, timeout=60)
     case.validate_response(answer, checks=[not_a_server_error])
 
 

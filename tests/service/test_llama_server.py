@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,15 @@ def service(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     values = {"path": json.dumps(str(path)), "smollm2": json.dumps(str(smollm2_path))}
     file.write_text(CONFIGURATION.format(**values))
     with served(environment={"CONFIG": str(file)}) as running:
+        end = time.monotonic() + 120
+        while {model["state"] for model in models(running)} != {"ready"}:
+            assert time.monotonic() < end, running.log
+            time.sleep(0.05)
         yield running
+
+
+def models(service: Service) -> list[dict[str, Any]]:
+    return httpx.get(f"{service.url}/v1/models", timeout=30).json()["data"]
 
 
 def post(service: Service, path: str, body: dict[str, Any]) -> httpx.Response:

@@ -129,6 +129,7 @@ def filled() -> Stand:
     stand.instruments.record(ended(load_ms=5.0))
     stand.instruments.record(ended(outcome="refused", error="QueueFull"))
     stand.instruments.called(called())
+    stand.instruments.watch_controller("http://127.0.0.1:8000", lambda: 2)
     return stand
 
 
@@ -372,8 +373,8 @@ def test_the_dashboard_asks_for_what_there_is() -> None:
         assert len(grouped) == query.count("histogram_quantile")
         assert all(by.startswith("le") and name.endswith("_bucket") for by, name in grouped)
     ours = {name for name in types if not name.startswith("process_")}
-    # All that is told is shown; this one only names the instances.
-    assert ours - asked <= {"headrace_build_info"}
+    # All that is told is shown; the first only names the instances, the other is of clusters.
+    assert ours - asked <= {"headrace_build_info", "headrace_dbgpt_registered"}
 
 
 def test_the_dashboard_can_be_imported() -> None:

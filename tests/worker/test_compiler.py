@@ -299,3 +299,13 @@ def _family(compiler: Compiler) -> list[psutil.Process]:
     """Its processes, with those of their jobs."""
     own = [psutil.Process(process.pid) for process in compiler._processes]
     return [*own, *(child for process in own for child in process.children())]
+
+
+async def test_a_tool_that_cannot_be_called_is_refused(compiler: Compiler) -> None:
+    """Issue 11.4: its part of the grammar is compiled when it is reached: the answer was a 500."""
+    grammar = Constraint(lark='start: "x"')
+    tools = {"good": {"type": "object"}}
+    with pytest.raises(InvalidRequest, match="tool bad allows no text") as caught:
+        await compiler.compile(grammar, tools=tools | {"bad": {"$ref": "#"}})
+    assert caught.value.param == "tools"
+    assert await compiler.compile(grammar, tools=tools) == grammar

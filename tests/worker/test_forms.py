@@ -77,6 +77,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("grammar", "root ::= " + "(" * 3000, "nested too deeply"),
     ("grammar", 'a ::= "x"', "No 'root' rule found"),
     ("grammar", 'root ::= root "a"', "allows no text"),
+    ("regex", "(a|a|b)*" * 500, "takes too much to compile"),
 ]
 
 

@@ -238,5 +238,5 @@ def _usage(usage: Usage) -> MessageUsage:
 def _object(arguments: str) -> dict[str, Any]:
     try:
         return msgspec.json.decode(arguments, type=dict[str, Any])
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return {}

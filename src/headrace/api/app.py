@@ -47,7 +47,15 @@ from headrace.api.limits import ApiSettings
 from headrace.api.llama_server import LLAMA_ROUTES
 from headrace.api.ollama import OLLAMA_ADMIN_ROUTES, OLLAMA_ROUTES
 from headrace.api.openapi import document
-from headrace.api.rerank import Ranking, RankRequest, rerank
+from headrace.api.rerank import (
+    RankedText,
+    Ranking,
+    RankRequest,
+    Relevance,
+    RelevanceRequest,
+    relevance,
+    rerank,
+)
 from headrace.api.responses import InputTokens, input_tokens, responses
 from headrace.api.responses_body import ResponseBody, ResponseEvent
 from headrace.api.responses_request import ResponsesRequest
@@ -104,9 +112,11 @@ ROUTES = (
     Route("POST", "/v1/messages/count_tokens", count_tokens, MessageTokens, CountTokensRequest),
     Route("POST", "/v1/embeddings", embeddings, EmbeddingList, EmbeddingRequest),
     Route("POST", "/embeddings", embeddings, EmbeddingList, EmbeddingRequest),
-    Route("POST", "/v1/rerank", rerank, Ranking, RankRequest),
-    Route("POST", "/v2/rerank", rerank, Ranking, RankRequest),
-    Route("POST", "/rerank", rerank, Ranking, RankRequest),
+    *(
+        Route("POST", path, rerank, Ranking | list[RankedText], RankRequest)
+        for path in ("/v1/rerank", "/v2/rerank", "/rerank", "/v1/reranking", "/reranking")
+    ),
+    Route("POST", "/v1/beta/relevance", relevance, Relevance, RelevanceRequest),
     Route("POST", "/v1/score", score, ScoreList, ScoreBody),
     Route("POST", "/score", score, ScoreList, ScoreBody),
     _HOME,

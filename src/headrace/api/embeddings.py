@@ -21,6 +21,7 @@ from headrace.api.wire import (
     inputs_schema,
     request_fields,
     to_inputs,
+    truncates,
 )
 from headrace.core.events import Finish, Vectors, floats_of
 from headrace.core.metrics import InferenceMetrics
@@ -34,8 +35,9 @@ _MANY = 1 << 14
 class EmbeddingRequest(Body, frozen=True, kw_only=True):
     """OpenAI's request: a text, a list of texts, token ids, or a list of lists of them.
 
-    With Jina's `truncate`, inputs longer than the context are cut instead of refused; with its
-    `normalized` false, the vectors keep the length that the model gives them.
+    With Jina's `truncate`, or vLLM's `truncate_prompt_tokens` of -1, inputs longer than the context
+    are cut instead of refused; with `normalized` false, the vectors keep the length that the model
+    gives them.
     """
 
     input: Annotated[
@@ -47,6 +49,7 @@ class EmbeddingRequest(Body, frozen=True, kw_only=True):
     dimensions: Count | None = None
     user: Annotated[str, Meta(max_length=512)] | None = None
     truncate: bool | None = None
+    truncate_prompt_tokens: int | None = None
     normalized: bool | None = None
     keep_alive: KeepAlive | None = None
 
@@ -93,11 +96,12 @@ def to_request(wire: EmbeddingRequest, settings: ApiSettings, call: Call) -> Emb
 
     Raises:
         InvalidRequest: the list of inputs is mixed, too long, or has an empty one.
+        Unsupported: inputs are to be cut to a number of tokens.
     """
     return EmbedRequest(
         inputs=tuple(to_inputs("input", wire.input, limits.MAX_INPUTS)),
         dimensions=wire.dimensions,
-        truncate=bool(wire.truncate),
+        truncate=bool(truncates(wire)),
         normalize=wire.normalized is not False,
         **request_fields(wire, settings, call),
     )

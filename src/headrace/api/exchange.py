@@ -30,9 +30,6 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 _LARGE_BODY = 64 << 10
 # An unterminated string runs to the end, so that the scan never looks at a byte twice.
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
-_NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
-_AS_SQUARE = bytes.maketrans(b"{}", b"[]")
 _GZIP = b"\x1f\x8b"
 _BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
@@ -262,8 +259,7 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[S]) -> tuple[S, tuple[Unkn
     Raises:
         InvalidRequest, Unsupported: see `Exchange.read`.
     """
-    if _is_deeper(body, limits.MAX_DEPTH):
-        raise InvalidRequest(f"The JSON is nested deeper than {limits.MAX_DEPTH} levels.")
+    limits.check_depth(body)
     try:
         return _decode(body, decoder)
     except msgspec.ValidationError as error:
@@ -305,20 +301,6 @@ def _not_json(body: bytes, problem: str) -> InvalidRequest | Refused:
     if reason == "Input data was truncated":
         reason = "it ends too early"
     return InvalidRequest(f"The body is not valid JSON: {reason}.")
-
-
-def _is_deeper(body: bytes, limit: int) -> bool:
-    """Whether the brackets of a JSON text nest deeper than `limit`; linear, no recursion."""
-    if body.count(b"[") + body.count(b"{") <= limit:
-        return False
-    left = _STRING.sub(b"", body).translate(_AS_SQUARE, _NOT_BRACKETS)
-    for _ in range(limit):
-        # Each pass removes the innermost level. A rest that no pass can shorten is not JSON.
-        shorter = left.replace(b"[]", b"")
-        if len(shorter) == len(left):
-            return len(left) > limit
-        left = shorter
-    return bool(left)
 
 
 def _decode(body: bytes, decoder: msgspec.json.Decoder[S]) -> tuple[S, tuple[Unknown, ...]]:

@@ -187,7 +187,7 @@ STRUCTURED_OUTPUTS: Peers = {
 }
 
 _OF_TEXTS: Peers = {
-    **_OF_ANY,
+    **{name: peer for name, peer in _OF_ANY.items() if name != "truncate_prompt_tokens"},
     **_refused("use_activation activation add_special_tokens", True),
 }
 
@@ -207,11 +207,12 @@ EMBED: Peers = {
 RERANK: Peers = {
     **_OF_TEXTS,
     **_refused("max_chunks_per_doc max_tokens_per_doc rank_fields"),
-    **_refused("texts", instead="Use documents"),
     **_refused("top_k", instead="Use top_n"),
     **_refused("instruction instruct"),
     **_refused("raw_scores", False),
+    **_refused("truncation_direction", "right", "Right"),
 }
+RELEVANCE: Peers = {**RERANK, **_refused("truncate_prompt_tokens"), **_refused("truncate", True)}
 
 SCORE: Peers = {
     **_OF_TEXTS,

@@ -10,7 +10,11 @@ import re
 import msgspec
 
 from headrace.api.fields import OnUnknown, ReasoningField
-from headrace.core.errors import ConfigError
+from headrace.core.errors import ConfigError, InvalidRequest
+
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+_AS_SQUARE = bytes.maketrans(b"{}", b"[]")
 
 MAX_URL = 8 << 10
 MAX_HEADER = 32 << 10
@@ -132,3 +136,28 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     def has_keys(self) -> bool:
         """Whether requests for models need a key."""
         return bool(self.api_keys or self.admin_keys)
+
+
+def check_depth(body: bytes, param: str | None = None) -> None:
+    """Check how deep the brackets of a JSON text nest.
+
+    Raises:
+        InvalidRequest: deeper than MAX_DEPTH, at which decoders fail in their own ways.
+    """
+    if _is_deeper(body, MAX_DEPTH):
+        where = "The JSON" if param is None else f"The JSON in {param}"
+        raise InvalidRequest(f"{where} is nested deeper than {MAX_DEPTH} levels.", param=param)
+
+
+def _is_deeper(body: bytes, limit: int) -> bool:
+    """Whether the brackets of a JSON text nest deeper than `limit`; linear, no recursion."""
+    if body.count(b"[") + body.count(b"{") <= limit:
+        return False
+    left = _STRING.sub(b"", body).translate(_AS_SQUARE, _NOT_BRACKETS)
+    for _ in range(limit):
+        # Each pass removes the innermost level. A rest that no pass can shorten is not JSON.
+        shorter = left.replace(b"[]", b"")
+        if len(shorter) == len(left):
+            return len(left) > limit
+        left = shorter
+    return bool(left)

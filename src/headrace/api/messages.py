@@ -353,6 +353,7 @@ def to_call(identity: str, function: CalledFunction, place: str) -> ToolCall:
     """
     arguments = function.arguments
     text = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
+    limits.check_depth(text.encode(), f"{place}.arguments")
     try:
         is_object = isinstance(msgspec.json.decode(text or _EMPTY_ARGUMENTS), dict)
     except msgspec.DecodeError:

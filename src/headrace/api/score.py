@@ -13,7 +13,7 @@ from headrace.api.answers import ReadUsage
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
-from headrace.api.wire import KeepAlive, ModelName, request_fields
+from headrace.api.wire import KeepAlive, ModelName, request_fields, truncates
 from headrace.core import events
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import InferenceMetrics
@@ -27,13 +27,15 @@ _Texts = _Text | Annotated[list[_Text], Meta(min_length=1, max_length=limits.MAX
 class ScoreBody(Body, frozen=True, kw_only=True):
     """Two texts, one text and a list, or two lists of equal length, which are scored in pairs.
 
-    Texts that do not fit into the context are refused; with `truncate` they are cut.
+    Texts that do not fit into the context are refused; with `truncate` they are cut, or with vLLM's
+    `truncate_prompt_tokens` of -1.
     """
 
     text_1: _Texts
     text_2: _Texts
     model: ModelName | None = None
     truncate: bool | None = None
+    truncate_prompt_tokens: int | None = None
     keep_alive: KeepAlive | None = None
 
     peers: ClassVar[Peers] = fields.SCORE
@@ -95,6 +97,6 @@ def to_request(wire: ScoreBody, settings: ApiSettings, call: Call) -> ScoreReque
         )
     return ScoreRequest(
         pairs=tuple(zip(first, second, strict=True)),
-        truncate=bool(wire.truncate),
+        truncate=bool(truncates(wire)),
         **request_fields(wire, settings, call),
     )

@@ -161,15 +161,12 @@ def request_fields(wire: Addressed, settings: ApiSettings, call: Call) -> dict[s
 
 
 def envelope(model: str | None, settings: ApiSettings, call: Call) -> dict[str, Any]:
-    """Return the fields of a core request that do not depend on its kind.
-
-    One of a batch may wait for long.
-    """
+    """Return the fields of a core request that do not depend on its kind."""
     return {
         "id": call.id,
         "received": call.received,
-        "deadline_s": None if call.batch else settings.deadline_s,
-        "load_wait_s": None if call.batch else settings.load_wait_s,
+        "deadline_s": settings.deadline_s,
+        "load_wait_s": settings.load_wait_s,
         "model": model or "",
         "client": call.client,
         "batch": call.batch,
@@ -199,6 +196,39 @@ def generate_fields(
         "constraint": _constraint(wire),
         "context_length": wire.context_length,
     }
+
+
+class Truncated(Protocol):
+    """A request on the wire whose texts may be cut."""
+
+    @property
+    def truncate(self) -> bool | None:
+        """Whether a text that is too long is cut."""
+        ...
+
+    @property
+    def truncate_prompt_tokens(self) -> int | None:
+        """VLLM's field: -1 cuts to the model's context."""
+        ...
+
+
+def truncates(wire: Truncated) -> bool | None:
+    """Return whether texts are cut to the context; None leaves it to the route.
+
+    Raises:
+        InvalidRequest: two fields contradict each other.
+        Unsupported: they are to be cut to a number of tokens.
+    """
+    if (most := wire.truncate_prompt_tokens) is None:
+        return wire.truncate
+    if most != -1:
+        raise Unsupported(
+            "truncate_prompt_tokens is not supported here. Use -1, for the context of the model.",
+            param="truncate_prompt_tokens",
+        )
+    if wire.truncate is False:
+        raise InvalidRequest("truncate and truncate_prompt_tokens differ.", param="truncate")
+    return True
 
 
 def answer_fields(
@@ -334,6 +364,7 @@ def _constraint(wire: GenerateFields) -> Constraint | None:
 
 def _built(place: str, form: AnyForm, value: Any) -> Constraint:
     if form == "json_schema" and isinstance(value, str):
+        limits.check_depth(value.encode(), place)
         try:
             value = msgspec.json.decode(value, type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeError) as error:

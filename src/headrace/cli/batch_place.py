@@ -35,7 +35,6 @@ _GONE_S = 60.0
 _AGAIN_S = 1.0
 _GUESSED_SLOTS = 8
 _LOOK_EVERY_S = 2.0
-_FOREVER_S = 1e9
 _GIVES_WAY = {"X-Headrace-Priority": "batch"}
 
 
@@ -172,7 +171,7 @@ async def _here(
     from headrace.api.limits import ApiSettings
 
     pool = runtime.open_pool(settings, specs)
-    service = Service(pool, ApiSettings(load_wait_s=_FOREVER_S))
+    service = Service(pool, ApiSettings())
 
     async def send(item: Item) -> Reply:
         return await ask(service, item.url, item.body, Call(is_admin=True))

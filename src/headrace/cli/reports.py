@@ -88,6 +88,7 @@ def doctor(common: Common) -> None:
         "home": {"path": home, "free": _free(home), "models": len(stored)},
         "configuration": {"file": settings.file, "searched": list(settings.searched)},
         "telemetry": _telemetry(settings.config),
+        "dbgpt": _cluster(settings.config),
         "confine": {"setting": settings.config.server.confine, **runtime.confinement()},
     }
     common.show(report, _doctor_lines(msgspec.to_builtins(report, enc_hook=str), system.devices))
@@ -116,10 +117,38 @@ def _doctor_lines(report: dict[str, Any], devices: Sequence[Device]) -> Iterator
         ("remote", f"{names}; keys are set for: {with_key or 'none'}"),
         ("home", f"{home['path']} ({home['models']} models, {terminal.size(home['free'])} free)"),
         ("config", files["file"] or f"none; looked for {' and '.join(files['searched'])}"),
+        ("dbgpt", _cluster_facts(report["dbgpt"])),
         ("confine", _confinement(report["confine"])),
         *_telemetry_facts(telemetry, has_sdk=has_sdk),
     ]
     yield from terminal.aligned((), places)
+
+
+def _cluster(config: Config) -> dict[str, Any]:
+    """Return the DB-GPT controllers, and whether each can be reached from here."""
+    dbgpt = config.dbgpt
+    place = dbgpt.advertise or f"{dbgpt.host}:{dbgpt.port}"
+    answering = {url: _answers(url) for url in dbgpt.controller}
+    return {"controllers": answering, "worker": place, "without_key": dbgpt.without_key}
+
+
+def _answers(url: str) -> bool:
+    import httpx2
+
+    try:
+        return httpx2.get(f"{url}/api/health", timeout=2, trust_env=False).status_code == 200
+    except httpx2.HTTPError:
+        return False
+
+
+def _cluster_facts(cluster: dict[str, Any]) -> str:
+    states = [
+        f"{url} ({'answers' if answers else 'cannot be reached'})"
+        for url, answers in cluster["controllers"].items()
+    ]
+    if not states:
+        return "no worker of a cluster"
+    return f"worker on {cluster['worker']} of {', '.join(states)}"
 
 
 def _confinement(held: dict[str, str]) -> str:

@@ -128,6 +128,8 @@ class _Service:
         self._worker = DbgptWorker(self._app, self.backend, self.admin, self._settings, listener)
         self.begin(self._worker.server.serve(listener))
         self.begin(self._worker.cluster.run())
+        for controller in self._worker.cluster.controllers:
+            self.telemetry.watch_controller(controller.url, controller.count)
 
     @contextlib.contextmanager
     def signals(self) -> Generator[None]:

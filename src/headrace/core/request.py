@@ -159,6 +159,16 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
         return bool(tools) and (choice.mode == "required" or any(tool.strict for tool in tools))
 
     @property
+    def enforced_tools(self) -> dict[str, dict[str, Any]]:
+        """The schemas, by name, of the tools whose arguments a grammar enforces."""
+        choice = self.tool_choice
+        return {
+            tool.name: schema
+            for tool in choice.allowed(self.tools)
+            for schema in choice.enforced((tool,), tool.name)
+        }
+
+    @property
     def slots(self) -> int:
         """One for each choice."""
         return self.n

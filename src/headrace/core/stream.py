@@ -255,7 +255,7 @@ def _calls(parts: Sequence[ToolCallDelta], reason: FinishReason) -> tuple[ToolCa
 def _is_json(text: str) -> bool:
     try:
         msgspec.json.decode(text)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return False
     return True
 

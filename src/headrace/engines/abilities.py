@@ -6,7 +6,19 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from headrace.core.events import PromptToken
-from headrace.engines.base import Engine
+from headrace.engines.base import Engine, EngineFacts
+
+MAX_TEXT = 1 << 20
+"""Bytes of a text that a tokenizer gets at once; for long contexts it is `_TOKEN` for each token.
+
+It takes a minute for a few MB of white space, and cannot be stopped.
+"""
+_TOKEN = 8
+
+
+def longest_text(facts: EngineFacts) -> int:
+    """Return how many bytes of text a tokenizer gets at once at most."""
+    return max(MAX_TEXT, _TOKEN * facts.context_length)
 
 
 @runtime_checkable
@@ -14,7 +26,11 @@ class Piecewise(Protocol):
     """An engine whose tokenizer can take long, so that it is asked for a piece at a time."""
 
     def tokenize_pieces(self, text: str, *, add_special: bool) -> Iterator[Sequence[int]]:
-        """Yield what `tokenize` returns, piece after piece. Each step blocks for a moment."""
+        """Yield what `tokenize` returns, piece after piece. Each step blocks for a moment.
+
+        Raises:
+            InvalidRequest: there is no place for a cut in `longest_text` bytes.
+        """
         ...
 
 

@@ -32,7 +32,8 @@ _LONGEST_LINE = 1 << 28
 class Stream:
     """One streamed answer: its times, in seconds of `perf_counter`, and its number of events.
 
-    An event ends with an empty line; comments count too, but a stream begins with its first data.
+    An event ends with an empty line, or is a line of JSON; comments count too, but a stream begins
+    with its first data.
     `times` are those of reads with data.
     """
 
@@ -47,19 +48,24 @@ class Stream:
         self.began = asyncio.Event()
         self.over = asyncio.Event()
         self._read_at = 0.0
+        self._is_lines = False
 
     def head(self, status: int, headers: Headers) -> None:
-        """Keep the status."""
+        """Keep the status, and whether events are lines of JSON."""
         self.status = status
+        self._is_lines = headers.get("content-type") == "application/x-ndjson"
 
     def body(self, data: bytes, at: float) -> None:
         """Count events; the end of one may be split over two pieces."""
-        split = self.tail[-1:] == b"\n" and data[:1] == b"\n"
-        self.events += data.count(b"\n\n") + split
+        if self._is_lines:
+            self.events += data.count(b"\n")
+        else:
+            split = self.tail[-1:] == b"\n" and data[:1] == b"\n"
+            self.events += data.count(b"\n\n") + split
         if at != self._read_at:
             self._read_at = at
             self.reads += 1
-        if b"data: " in data and at not in self.times[-1:]:
+        if (self._is_lines or b"data: " in data) and at not in self.times[-1:]:
             self.times.append(at)
         self.tail = data if len(data) > _TAIL // 2 else (self.tail + data)[-_TAIL:]
         if self.times and not self.began.is_set():

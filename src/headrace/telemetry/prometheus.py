@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple, cast, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.openmetrics import exposition as openmetrics
@@ -168,6 +168,12 @@ class Instruments:
             buckets=_LAG_S,
             registry=self._registry,
         )
+        self._registered = Gauge(
+            "headrace_dbgpt_registered",
+            "Rows that a DB-GPT controller has of this worker; 0 while it cannot be reached.",
+            ("controller",),
+            registry=self._registry,
+        )
         build = Info("headrace_build", "What is running.", registry=self._registry)
         build.info({"version": __version__, "python": platform.python_version()})
         ProcessCollector(registry=self._registry)
@@ -193,6 +199,10 @@ class Instruments:
         status = f"{call.status // 100}xx" if call.status else "none"
         self._calls.labels(call.route, method, status).inc()
         self._call_seconds.labels(call.route).observe(call.seconds)
+
+    def watch_controller(self, url: str, count: Callable[[], float]) -> None:
+        """Show the rows that a DB-GPT controller has of this worker."""
+        self._registered.labels(url).set_function(count)
 
     def happened(self, event: PoolEvent) -> None:
         """Count an event of a kind that the pool does not count itself."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -93,6 +93,10 @@ class Telemetry:
     def usage(self, by: Sequence[UsageGroup], wanted: UsageFilter) -> Sequence[UsageRow]:
         """Return the usage of each group, in order. Blocking."""
         return usage.read(self._home / usage.FILE, by, **msgspec.structs.asdict(wanted))
+
+    def watch_controller(self, url: str, count: Callable[[], float]) -> None:
+        """Show the rows that a DB-GPT controller has of this worker."""
+        self._instruments.watch_controller(url, count)
 
     async def watch(self) -> None:
         """Measure the lag of the event loop and take samples, until cancelled."""

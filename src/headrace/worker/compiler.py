@@ -10,16 +10,19 @@ import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
 import msgspec
 
 from headrace.core.constraint import Constraint
-from headrace.core.errors import ConstraintViolated, GenerationFailed
+from headrace.core.errors import ConstraintViolated, GenerationFailed, InvalidRequest
+from headrace.core.schema import Schema
 from headrace.text.grammar import grammar, without_formats
 
 _NAMES = {"json_schema": "JSON schema", "lark": "grammar"}
+_NO_TOOLS: Mapping[str, Schema] = {}
 _COMPILING, _CHECKING = 2, 1
 _WALL_S = 20.0
 _IDLE_S = 60.0
@@ -53,13 +56,19 @@ class Compiler:
         self._idle: list[tuple[Process, asyncio.TimerHandle]] = []
         self._compiled: OrderedDict[bytes, Constraint | None] = OrderedDict()
 
-    async def compile(self, constraint: Constraint, client: str = "") -> Constraint:
+    async def compile(
+        self, constraint: Constraint, client: str = "", tools: Mapping[str, Schema] = _NO_TOOLS
+    ) -> Constraint:
         """Compile a constraint, once; return it as engines take it.
+
+        `tools` are the schemas of the tools that it is made of, by name.
 
         Raises:
             InvalidRequest: it cannot be enforced, or takes too much to compile; names the place.
         """
         job = await asyncio.to_thread(_job, constraint)
+        if tools:
+            job["tools"] = {name: without_formats(tools[name], strict=False) for name in tools}
         key = hashlib.blake2b(msgspec.json.encode(job)).digest()
         if key in self._compiled:
             self._compiled.move_to_end(key)
@@ -67,6 +76,9 @@ class Compiler:
         lock = self._clients.get(client) or self._clients.setdefault(client, asyncio.Lock())
         async with lock, self._compiling:
             reply = await self._run(job)
+        if reply.reason and tools and reply.path:
+            problem = f"The JSON schema of the tool {reply.path[0]} {reply.reason}."
+            raise InvalidRequest(problem, param="tools")
         if reply.reason:
             raise constraint.refusal(reply.reason, reply.path)
         converted = Constraint(lark=reply.lark) if reply.lark else None

@@ -90,6 +90,18 @@ def rehearsed(grammar: str, new_matcher: Compile) -> None:
         matcher.take(draw.choice(allowed))
 
 
+def callable_(tools: Mapping[str, Schema], new_matcher: Compile) -> None:
+    """Check that each tool has arguments that its schema allows, which their grammar does not show.
+
+    Raises:
+        Refused: one has none.
+    """
+    for name, schema in tools.items():
+        problem = new_matcher(schema_grammar(schema)).error
+        if problem and _reason(problem) == _NO_TEXT:
+            raise Refused((name,), _NO_TEXT)
+
+
 def converted(grammar: str) -> str:
     """Return a client's grammar in Lark.
 
@@ -229,6 +241,10 @@ def _reply(job: Mapping[str, Any], new_matcher: Compile) -> dict[str, Any]:
             return {"lark": lark}
         if "lark" in job:
             followed(job["lark"], text, new_matcher, cut=cut, regex=job.get("regex", ""))
+            if "text" not in job:
+                if "regex" in job:
+                    rehearsed(job["lark"], new_matcher)
+                callable_(job.get("tools", {}), new_matcher)
         elif "text" not in job:
             compiled(job["schema"], new_matcher)
         else:

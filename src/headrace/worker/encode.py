@@ -6,7 +6,7 @@ import asyncio
 import math
 import operator
 import sys
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, Generic, TypeVar, cast
 
@@ -23,8 +23,8 @@ from headrace.core.events import (
 )
 from headrace.core.request import EmbedRequest, RerankRequest, ScoreRequest
 from headrace.core.stream import Mailbox
-from headrace.engines.abilities import Piecewise
-from headrace.engines.base import Embedder, Engine, Pair, Reranker
+from headrace.engines.abilities import Piecewise, longest_text
+from headrace.engines.base import Embedder, Engine, EngineFacts, Pair, Reranker
 from headrace.worker.batching import Batcher
 from headrace.worker.generate import Loaded
 from headrace.worker.tokens import Gone, Limit, tokenized
@@ -35,6 +35,8 @@ Result = TypeVar("Result")
 
 # Characters or bytes up to which a thread costs more than the work.
 _SMALL = 4096
+# Characters of the texts that a tokenizer gets at a time.
+_GROUP = 1 << 18
 
 
 async def embed(loaded: Loaded, request: EmbedRequest) -> AsyncGenerator[Event, None]:
@@ -174,7 +176,8 @@ def _token_ids(loaded: Loaded, request: EmbedRequest, gone: Gone) -> list[tuple[
                 param="input",
             )
         if len(ids) > most:
-            ids = _cut(engine, text, ids, most) if is_text else ids[:most]
+            short = _shortened(text, engine.facts) if is_text else ""
+            ids = _cut(engine, short, ids, most) if is_text else ids[:most]
         results.append(ids)
     return results
 
@@ -183,16 +186,37 @@ def _tokenized(
     engine: Embedder, texts: Sequence[str], gone: Gone, *, truncate: bool
 ) -> Sequence[Sequence[int]]:
     """Return the tokens of each text, and refuse what cannot fit before it has any."""
-    facts = engine.facts
-    limit = Limit(gone, None if truncate else facts.context_length, "input")
-    if truncate and facts.max_token_bytes is not None:
-        # So many bytes have as many tokens as fit, or more.
-        texts = [text[: facts.context_length * facts.max_token_bytes] for text in texts]
+    limit = Limit(gone, None if truncate else engine.facts.context_length, "input")
+    if truncate:
+        texts = [_shortened(text, engine.facts) for text in texts]
     if isinstance(engine, Piecewise):
         return [tokenized(engine, text, limit) for text in texts]
     for text in texts:
-        limit.check_length(text, facts)
-    return engine.tokenize_all(texts)
+        limit.check_length(text, engine)
+    token_ids: list[Sequence[int]] = []
+    for some in _groups(texts):
+        limit.check(0)
+        token_ids += engine.tokenize_all(some)
+    return token_ids
+
+
+def _shortened(text: str, facts: EngineFacts) -> str:
+    """Return as much of a text as has all tokens that fit, and often more."""
+    most = longest_text(facts) // 4
+    if facts.max_token_bytes is not None:
+        most = min(most, facts.context_length * facts.max_token_bytes)
+    return text[:most]
+
+
+def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield the texts in order, so many at a time as take a tokenizer a short time."""
+    start = size = 0
+    for place, text in enumerate(texts):
+        if size > _GROUP:
+            yield texts[start:place]
+            start, size = place, 0
+        size += len(text)
+    yield texts[start:]
 
 
 def _cut(engine: Engine, text: str, ids: tuple[int, ...], most: int) -> tuple[int, ...]:
@@ -219,14 +243,23 @@ async def _embedded(turn: Turn[Loaded, ScoreRequest], request: ScoreRequest) -> 
 async def _paired(
     turn: Turn[Loaded, Any], texts: Sequence[tuple[str, str]], *, truncate: bool
 ) -> _Batch[Any, Any]:
-    pairs = await asyncio.to_thread(_pairs, turn.served, texts, truncate=truncate)
+    with until_left() as gone:
+        work = asyncio.to_thread(_pairs, turn.served, texts, gone, truncate=truncate)
+        pairs = await turn.within(work)
     return _Batch(turn, turn.served.scores, pairs, sum(len(pair.token_ids) for pair in pairs))
 
 
-def _pairs(loaded: Loaded, texts: Sequence[tuple[str, str]], *, truncate: bool) -> list[Pair]:
+def _pairs(
+    loaded: Loaded, texts: Sequence[tuple[str, str]], gone: Gone, *, truncate: bool
+) -> list[Pair]:
     engine, most = cast("Reranker", loaded.engine), loaded.engine.facts.context_length
     pairs: list[Pair] = []
-    for place, (query, document) in enumerate(texts):
+    _check_queries(engine, {query for query, _ in texts}, gone)
+    limit = Limit(gone, None if truncate else most, "documents")
+    for place, (query, whole) in enumerate(texts):
+        limit.check(0)
+        document = _shortened(whole, engine.facts) if truncate else whole
+        limit.check_length(document, engine)
         pair = engine.pair(query, document)
         if len(pair.token_ids) > most:
             # The last token closes the sequence, and is kept.
@@ -240,6 +273,23 @@ def _pairs(loaded: Loaded, texts: Sequence[tuple[str, str]], *, truncate: bool) 
             pair = Pair(short, pair.second)
         pairs.append(pair)
     return pairs
+
+
+def _check_queries(engine: Reranker, queries: Collection[str], gone: Gone) -> None:
+    """Check that each query leaves place for a document, before it is joined with all of them.
+
+    Raises:
+        ContextOverflow, InvalidRequest, Draining: as `tokenized`.
+    """
+    limit = Limit(gone, engine.facts.context_length, "query")
+    for query in queries:
+        tokens = len(tokenized(engine, query, limit, add_special=False))
+        if tokens >= engine.facts.context_length - 1:
+            raise ContextOverflow(
+                f"The query has {tokens} tokens, and the context length for it and a document is "
+                f"{engine.facts.context_length}.",
+                param="query",
+            )
 
 
 def _finite(scores: Sequence[float]) -> Sequence[float]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
-from typing import cast
+from functools import partial
+from typing import TypeVar, cast
 
 import msgspec
 
@@ -33,6 +34,8 @@ from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
 from headrace.worker.scored import prompt_events
 from headrace.worker.turn import Answers, Served, Turn, unmeasured, until_left
+
+T = TypeVar("T")
 
 
 class Loaded(Served, frozen=True, kw_only=True):
@@ -89,9 +92,9 @@ async def _compiled(
     Raises:
         InvalidRequest: it cannot be enforced; names the tool, if it is made of tools.
     """
-    compiler, client = loaded.compiler, request.client
+    compiler, client, tools = loaded.compiler, request.client, request.enforced_tools
     try:
-        compiled = await compiler.compile(constraint, client)
+        compiled = await compiler.compile(constraint, client, tools)
     except InvalidRequest as error:
         if request.constraint is not None:
             raise
@@ -387,9 +390,11 @@ class _Choice:
 async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
     # Off the event loop, and beside any generation.
     if request.as_text:
-        return Text(await asyncio.to_thread(loaded.prompter.rendered, request))
+        rendered = partial(loaded.prompter.rendered, request)
+        return Text(await _in_few_threads(loaded.turns.counting, rendered))
     with until_left() as gone:
-        token_ids = await asyncio.to_thread(loaded.prompter.count, request, gone)
+        count = partial(loaded.prompter.count, request, gone)
+        token_ids = await _in_few_threads(loaded.turns.counting, count)
     seen = sum(image.tokens for turn in request.messages or () for image in images_of(turn.content))
     if seen:
         # The tokens of an image are known to the engine that has computed them.
@@ -398,7 +403,25 @@ async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
 
 
 async def _text(loaded: Loaded, request: DetokenizeRequest) -> Text:
-    return Text(await asyncio.to_thread(loaded.engine.detokenize, request.token_ids))
+    detokenize = partial(loaded.engine.detokenize, request.token_ids)
+    return Text(await _in_few_threads(loaded.turns.counting, detokenize))
+
+
+async def _in_few_threads(places: asyncio.Semaphore, work: Callable[[], T]) -> T:
+    """Run off the event loop and beside any generation; its place is free when it has ended.
+
+    A thread goes on when nothing waits for it any more.
+    """
+    await places.acquire()
+    running = asyncio.get_running_loop().run_in_executor(None, work)
+
+    def ended(future: asyncio.Future[T]) -> None:
+        places.release()
+        if not future.cancelled():
+            future.exception()
+
+    running.add_done_callback(ended)
+    return await asyncio.shield(running)
 
 
 ANSWERS: Answers = {

@@ -133,7 +133,7 @@ class Prompter:
         """Return the token ids of a text, or of messages as the template puts them."""
         if request.messages is not None:
             text = self.rendered(request)
-            return self._without_images(text, self._chat_ids(text, Limit(gone)))
+            return self._without_images(text, self._chat_ids(text, Limit(gone, param="messages")))
         add_special = request.add_special
         return tokenized(self._engine, request.text or "", Limit(gone), add_special=add_special)
 

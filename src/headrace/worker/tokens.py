@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from typing import NamedTuple
 
-from headrace.core.errors import ContextOverflow, Draining
-from headrace.engines.abilities import Piecewise
-from headrace.engines.base import Engine, EngineFacts
+from headrace.core.errors import ContextOverflow, Draining, InvalidRequest
+from headrace.engines.abilities import Piecewise, longest_text
+from headrace.engines.base import Engine
 from headrace.worker.infill import Infill
 
 _EXACT = 4096
@@ -22,20 +22,28 @@ class Limit(NamedTuple):
     most: int | None = None
     param: str = "prompt"
 
-    def check_length(self, text: str, facts: EngineFacts) -> None:
-        """Check that a text can fit, before a tokenizer spends time on it.
+    def check_length(self, text: str, engine: Engine) -> None:
+        """Check the bytes of a text, before a tokenizer spends time on it.
 
         Raises:
-            ContextOverflow: even in the longest tokens of the model it would not.
+            ContextOverflow: even in the longest tokens of the model it would not fit.
+            InvalidRequest: it is too long for a tokenizer that takes it at once.
         """
-        if self.most is None or facts.max_token_bytes is None:
-            return
-        most = self.most * facts.max_token_bytes
+        facts = engine.facts
         # A character has at most 4 bytes.
-        if len(text) * 4 > most and (size := len(text.encode())) > most:
-            raise ContextOverflow(
-                f"The text has {size} bytes. {self.most} tokens, the context length, have at most "
-                f"{most}.",
+        size = len(text) * 4
+        if self.most is not None and facts.max_token_bytes is not None:
+            most = self.most * facts.max_token_bytes
+            if size > most and (size := len(text.encode())) > most:
+                raise ContextOverflow(
+                    f"The text has {size} bytes. {self.most} tokens, the context length, have at "
+                    f"most {most}.",
+                    param=self.param,
+                )
+        most = longest_text(facts)
+        if size > most and not isinstance(engine, Piecewise) and len(text.encode()) > most:
+            raise InvalidRequest(
+                f"The text has more than {most} bytes, which are accepted at most.",
                 param=self.param,
             )
 
@@ -62,9 +70,10 @@ def tokenized(
 
     Raises:
         ContextOverflow: there are more than `limit.most`; the rest is not computed then.
+        InvalidRequest: it is too long for the tokenizer.
         Draining: nothing waits for them any more.
     """
-    limit.check_length(text, engine.facts)
+    limit.check_length(text, engine)
     if not isinstance(engine, Piecewise):
         return tuple(engine.tokenize(text, add_special=add_special))
     token_ids: list[int] = []
@@ -79,9 +88,9 @@ def plain_ids(infill: Infill, text: str, limit: Limit) -> tuple[int, ...]:
 
     Raises:
         ContextOverflow, Draining: as `tokenized`.
-        InvalidRequest: a marker of the gap cannot be taken as text.
+        InvalidRequest: as `tokenized`, or a marker of the gap cannot be taken as text.
     """
-    limit.check_length(text, infill.engine.facts)
+    limit.check_length(text, infill.engine)
     token_ids: list[int] = []
     for piece in infill.engine.plain_pieces(text, infill.names):
         token_ids += piece

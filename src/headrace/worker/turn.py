@@ -43,6 +43,7 @@ R = TypeVar("R", bound=Request)
 S = TypeVar("S", bound="Served")
 
 _LAST_STEP_S = 5.0
+_COUNTING = 2
 _TASKS: dict[Task, tuple[str, str]] = {
     "generate": ("generates text", "/v1/chat/completions or generate()"),
     "embed": ("makes embeddings", "/v1/embeddings or embed()"),
@@ -55,11 +56,12 @@ class Turns:
     """The open requests at one engine, and the slots that they share.
 
     Requests queue in the pool. Here only the choices of a request wait that needs more slots than
-    there are.
+    there are, and requests that count tokens for one of the few places in `counting`.
     """
 
     def __init__(self, slots: int) -> None:
         self.slots = asyncio.Semaphore(slots)
+        self.counting = asyncio.Semaphore(_COUNTING)
         self.running = self.waiting = 0
         self._open: set[Turn[Served, Request]] = set()
         self._closed: HeadraceError | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from msgspec.structs import replace
 from starlette.types import Message, Scope
 
 from headrace.api.batch.work import Reply
@@ -17,6 +18,7 @@ from headrace.api.rerank import rerank
 from headrace.api.responses import responses
 from headrace.api.score import score
 
+_FOREVER_S = 1e9
 _HANDLERS: dict[str, Handler] = {
     "/v1/chat/completions": chat_completions,
     "/v1/completions": completions,
@@ -28,7 +30,10 @@ _HANDLERS: dict[str, Handler] = {
 
 
 async def ask(service: Service, url: str, body: bytes, call: Call) -> Reply:
-    """Return the answer of the route at `url`, one of the endpoints of batches."""
+    """Return the answer of the route at `url`, one of the endpoints of batches.
+
+    It may wait for long, and has no deadline.
+    """
     parts: list[bytes] = []
     headers: dict[bytes, bytes] = {}
 
@@ -40,8 +45,8 @@ async def ask(service: Service, url: str, body: bytes, call: Call) -> Reply:
             parts.append(message["body"])
 
     scope: Scope = {"type": "http", "method": "POST", "path": url, "headers": []}
-    receive = _Body(body)
-    exchange = Exchange(scope, receive, send, service.settings, call, OPENAI)
+    settings = replace(service.settings, deadline_s=None, load_wait_s=_FOREVER_S)
+    exchange = Exchange(scope, _Body(body), send, settings, call, OPENAI)
     try:
         await _HANDLERS[url](service, exchange)
     except Exception as error:

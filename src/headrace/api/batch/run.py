@@ -77,7 +77,7 @@ class Run:
     async def run(self) -> None:
         """Bring the batch to its end, and keep that."""
         try:
-            if self._kept.batch.status == "validating" and not await self._validate():
+            if self._kept.batch.in_progress_at is None and not await self._validate():
                 return
             await finished(asyncio.to_thread(self._open))
             await self._finish(await self._work())
@@ -97,9 +97,10 @@ class Run:
         faults, total, model = await asyncio.to_thread(self._check)
         if faults:
             await self.fail(*faults)
-        elif self._kept.batch.status == "validating":
-            counts = RequestCounts(total)
-            kept = self._kept.change("in_progress", request_counts=counts, model=model)
+        else:
+            counts, is_cancelled = RequestCounts(total), self._kept.batch.status == "cancelling"
+            status: State = "cancelling" if is_cancelled else "in_progress"
+            kept = self._kept.change(status, request_counts=counts, model=model)
             await self._store.save_batch(kept)
         return not faults
 

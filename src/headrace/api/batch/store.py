@@ -20,6 +20,7 @@ from typing import TypeVar
 import msgspec
 
 from headrace.api.batch.objects import ACTIVE, KeptBatch, KeptFile
+from headrace.api.batch.work import finished
 from headrace.core.private import private_folder, write_atomically
 
 T = TypeVar("T", KeptFile, KeptBatch)
@@ -118,14 +119,14 @@ class Store:
     async def save_file(self, kept: KeptFile) -> None:
         """Keep the record of a file that has been written."""
         path = self.folder / f"{kept.file.id}.json"
-        await asyncio.to_thread(write_atomically, path, msgspec.json.encode(kept))
+        await finished(asyncio.to_thread(write_atomically, path, msgspec.json.encode(kept)))
         self.files[kept.file.id] = kept
         self.growing.pop(kept.file.id, None)
 
     async def add_batch(self, kept: KeptBatch) -> None:
         """Keep the record of a new batch."""
         path = self.folder / f"{kept.batch.id}.json"
-        await asyncio.to_thread(write_atomically, path, msgspec.json.encode(kept))
+        await finished(asyncio.to_thread(write_atomically, path, msgspec.json.encode(kept)))
         self.batches[kept.batch.id] = kept
 
     async def save_batch(self, kept: KeptBatch) -> None:
@@ -135,7 +136,7 @@ class Store:
         async with self._writing:
             # The latest: another change may have come before.
             data = msgspec.json.encode(self.batches[id])
-            await asyncio.to_thread(write_atomically, self.folder / f"{id}.json", data)
+            await finished(asyncio.to_thread(write_atomically, self.folder / f"{id}.json", data))
 
     async def delete_file(self, file_id: str) -> None:
         """Delete a file and its record."""

@@ -61,6 +61,10 @@ class Controller:
         self._lock = asyncio.Lock()
         self._http = httpx2.AsyncClient(timeout=TIMEOUT_S, trust_env=False, follow_redirects=False)
 
+    def count(self) -> float:
+        """Return how many rows it has; none while it cannot be reached."""
+        return 0 if self.failures else len(self.registered)
+
     def changed(self) -> None:
         """Look at the rows again soon."""
         self._changed.set()
@@ -96,7 +100,7 @@ class Controller:
                 return False
             self.failures = 0
             if before:
-                _log.info("The DB-GPT controller %s answers again.", self.url)
+                _log.info("The DB-GPT controller %s answers.", self.url)
             return True
 
     async def leave(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from headrace.api.dbgpt.figures import figures, usage_body
-from headrace.api.dbgpt.wire import NAMES, PromptRequest, core_fields, image_bytes, to_request
+from headrace.api.dbgpt.wire import NAMES, PromptRequest, core_fields, image_urls, to_request
 from headrace.api.exchange import ClientGone, Exchange, Service
 from headrace.api.images import body_limit, held
 from headrace.core.errors import GenerationFailed
@@ -45,8 +45,7 @@ async def _answer(service: Service, exchange: Exchange, send: _Send) -> None:
     wire = await exchange.read(_DECODER, body_limit(service, exchange.settings))
     exchange.call.names = NAMES
     common = core_fields(service, exchange, wire, "generate")
-    sent = image_bytes(wire)
-    async with held(exchange, (), sent) as translation:
+    async with held(exchange, image_urls(wire)) as translation:
         request = await translation.run(lambda reader: to_request(wire, common, reader))
         await exchange.unless_gone(send(exchange, service.backend.ask(request)))
 
@@ -55,9 +54,9 @@ async def _or_failure(exchange: Exchange, work: Awaitable[None]) -> None:
     """Send an exception as an output: clients do not read the status of a stream."""
     try:
         await work
-    except ClientGone:
-        raise
-    except Exception as error:  # noqa: BLE001 - sent to the client
+    except Exception as error:
+        if isinstance(error, ClientGone):
+            raise
         problem = exchange.problem(error)
         exchange.call.outcome = "error" if problem.status >= 500 else "refused"
         body = exchange.dialect.write(problem, exchange.call.id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -114,13 +114,13 @@ def core_fields(
     return envelope(model, exchange.settings, exchange.call) | {"load_wait_s": None}
 
 
-def image_bytes(wire: PromptRequest) -> int:
-    """Return the size of the images as they were sent."""
-    contents = [message.content for message in wire.messages or ()]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return sum(
-        len((part.object and part.object.data) or "") for part in parts if part.type == "image"
-    )
+def image_urls(wire: PromptRequest) -> Iterator[tuple[str, str]]:
+    """Yield the URL of each image, with its place."""
+    for index, message in enumerate(wire.messages or ()):
+        parts = message.content if isinstance(message.content, list) else ()
+        for number, part in enumerate(parts):
+            if part.type == "image":
+                yield _image_url(part), f"messages[{index}].content[{number}]"
 
 
 def to_request(wire: PromptRequest, common: dict[str, Any], reader: ImageReader) -> GenerateRequest:
@@ -194,7 +194,7 @@ def _to_content(
         if kind == "text":
             parts.append(data)
         elif kind == "image" and role == "user":
-            parts.append(reader.read(_image_url(part, data), inner))
+            parts.append(reader.read(_image_url(part), inner))
         elif kind != "thinking":
             reason = "images go with the user" if kind == "image" else f"{kind} is not supported"
             raise Unsupported(f"{inner}: {reason}.", param=inner)
@@ -202,7 +202,9 @@ def _to_content(
     return "".join(texts) if len(texts) == len(parts) else tuple(parts)
 
 
-def _image_url(part: MediaContent, data: str) -> str:
+def _image_url(part: MediaContent) -> str:
     """Return the URL of an image, whose data is one or base64 of a media type."""
-    form, _, media_type = ((part.object and part.object.format) or "url").partition("@")
+    media = part.object or MediaObject()
+    form, _, media_type = (media.format or "url").partition("@")
+    data = media.data or ""
     return f"data:{media_type};base64,{data}" if form == "base64" else data

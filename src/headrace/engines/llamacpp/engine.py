@@ -21,6 +21,7 @@ from headrace.core.constraint import FORMS
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, Unsupported
 from headrace.core.model import Capabilities
 from headrace.engines import base, plan, threaded
+from headrace.engines.abilities import longest_text
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
 from headrace.engines.llamacpp import (
     ABOUT,
@@ -133,9 +134,18 @@ class Engine(base.Embedder):
     def _cut(self, text: str, *, markers: bool = True) -> Iterator[Sequence[int]]:
         pieces = (text,) if len(text) <= SIZE else self._pieces.cut(text)
         for number, piece in enumerate(pieces):
+            self._check_length(piece)
             ids = self._tokens(piece, markers=markers)
             continues = number and piece.startswith(SENTINEL)
             yield ids[len(self._sentinel) :] if continues else ids
+
+    def _check_length(self, piece: str) -> None:
+        most = longest_text(self.facts)
+        if len(piece) * 4 > most and len(piece.encode()) > most:
+            raise InvalidRequest(
+                f"More than {most} bytes of the text have no place where it can be cut into words.",
+                param="prompt",
+            )
 
     def plain_pieces(self, text: str, markers: Sequence[str]) -> Iterator[Sequence[int]]:
         """Yield the token ids of a text in which markers are text, piece after piece."""
@@ -182,7 +192,8 @@ class Engine(base.Embedder):
     @cached_property
     def _pieces(self) -> Pieces:
         # Read when the first long text comes: it takes a moment.
-        return Pieces(Path(self._model.path), merges_all=self._model.tokenizer == "llama")
+        longest = longest_text(self.facts)
+        return Pieces(Path(self._model.path), self._model.tokenizer or "", longest)
 
     @cached_property
     def _sentinel(self) -> tuple[int, ...]:

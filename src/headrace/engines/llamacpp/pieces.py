@@ -2,7 +2,8 @@
 
 Two loops of llama.cpp take time with the square of a text's length: the search for markers (control
 and user-defined tokens such as `<|im_start|>`), and SentencePiece's tokens for single bytes. In
-pieces of a few thousand characters neither takes long, and the tokens are the same.
+pieces of a few thousand characters neither takes long, and the tokens are the same. Between two of
+them a text whose request has gone can be given up.
 """
 
 from __future__ import annotations
@@ -24,17 +25,27 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _MARKERS = {_UNKNOWN, _CONTROL, _USER_DEFINED}
 _MAX_MARKER = 128
 _SPACE = "\u2581"
+# BPE makes tokens of the words alone: one ends before a space with a letter on each side of it.
+_BETWEEN_WORDS = re.compile("(?<=[A-Za-z])(?= [A-Za-z])")
+_ACROSS_WORDS = re.compile("[A-Za-z]\u0120[A-Za-z]")
 
 
 class Pieces:
-    """The places for cuts, by the vocabulary of a GGUF. Reading it blocks."""
+    """The places for cuts, by the vocabulary of a GGUF. Reading it blocks.
 
-    def __init__(self, path: Path, *, merges_all: bool) -> None:
+    `tokenizer` is the kind of it that the file names. After `longest` characters without a place
+    none is looked for.
+    """
+
+    def __init__(self, path: Path, tokenizer: str, longest: int) -> None:
         tokens, types = read_vocabulary(path)
         texts = [token.decode(errors="replace") for token in tokens]
         markers = {text for text, kind in zip(texts, types, strict=False) if kind in _MARKERS}
+        self._longest = longest
+        self._has_words = tokenizer == "gpt2" and not any(map(_ACROSS_WORDS.search, texts))
         self._markers = re.compile(_any_of(m for m in markers if 0 < len(m) <= _MAX_MARKER))
         # Within words and across them: two characters of no common token are never merged.
+        merges_all = tokenizer == "llama"
         self._pairs = {pair for text in texts for pair in pairwise(text)} if merges_all else None
         if self._pairs is not None and any(SENTINEL in text for text in texts):
             self._pairs = None
@@ -65,11 +76,19 @@ class Pieces:
 
     def _within(self, text: str, last: int, end: int) -> Iterator[int]:
         """Yield places for cuts between `last` and `end`, in text without markers."""
-        while self._pairs is not None and end - last >= 2 * SIZE:
-            place = next(filter(lambda at: self._is_free(text, at), range(last + SIZE, end)), None)
+        while end - last >= 2 * SIZE:
+            place = self._place(text, last + SIZE, min(end, last + self._longest))
             if place is None:
                 return
             yield (last := place)
+
+    def _place(self, text: str, start: int, end: int) -> int | None:
+        if self._has_words:
+            match = _BETWEEN_WORDS.search(text, start, end)
+            return None if match is None else match.start()
+        if self._pairs is None:
+            return None
+        return next(filter(lambda at: self._is_free(text, at), range(start, end)), None)
 
     def _is_free(self, text: str, at: int) -> bool:
         pair = text[at - 1 : at + 1].replace(" ", _SPACE)
