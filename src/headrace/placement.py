@@ -1,4 +1,7 @@
-"""The devices of a worker: those that were chosen for it, or that its `device` names."""
+"""What a model's settings say of engines and devices, and the devices of a worker.
+
+They are those that were chosen for it, or that its `device` names.
+"""
 
 from __future__ import annotations
 

@@ -281,6 +281,7 @@ def open_service(
         state=StateFile(config.state_file),
         reread=lambda: _reread(settings, *reread()),
         drain_s=config.server.drain_s,
+        stored=store(config).summaries,
         describe=lambda spec: with_tool_format(describe(spec, config), spec),
     )
     admin.restore()

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from headrace.api.app import create_app
 from headrace.api.limits import ApiSettings
-from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
+from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel, UnknownRequest
 from headrace.core.events import (
     Delta,
     Finish,
@@ -27,6 +27,17 @@ from headrace.core.events import (
 )
 from headrace.core.metrics import Gaps, InferenceMetrics, Usage
 from headrace.core.model import ModelInfo
+from headrace.core.record import (
+    Activity,
+    Call,
+    History,
+    RequestRecord,
+    Sample,
+    TraceFilter,
+    UsageFilter,
+    UsageGroup,
+    UsageRow,
+)
 from headrace.core.request import (
     AnyRequest,
     CountRequest,
@@ -44,6 +55,7 @@ from headrace.core.status import (
     PoolEvent,
     PoolStatus,
     Reloaded,
+    StoredModel,
 )
 from headrace.testing import Script, ScriptedBackend, Step
 
@@ -165,6 +177,9 @@ class FakeAdmin:
         need = Footprint(devices={"cpu": 10})
         return Plan(model=model, engine="fake", need=need, fits=True, devices=DEVICES)
 
+    def stored(self) -> Sequence[StoredModel]:
+        return [StoredModel(name="smol", reference="index:smol", size=7, added=3)]
+
     async def reload(self) -> Reloaded:
         await self._change("reload", "m")
         return Reloaded(added=("new",), needs_restart=("server.port",))
@@ -193,6 +208,41 @@ class FakeAdmin:
         if found is None:
             raise UnknownModel("No such model.")
         return found
+
+
+class FakeMonitor:
+    """A Monitor with nothing to show but `kept` records and `used` amounts; notes its calls."""
+
+    def __init__(self, *kept: RequestRecord, used: Sequence[UsageRow] = ()) -> None:
+        self.kept = kept
+        self.used = used
+        self.noted: list[tuple[Any, ...]] = []
+
+    def activity(self) -> Activity:
+        return Activity()
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        return b"", accept
+
+    def called(self, call: Call) -> None:
+        pass
+
+    def history(self) -> History:
+        return History(every_s=5, samples=(Sample(time=1.5, running=2, memory={"cpu": 3}),))
+
+    def traces(self, wanted: TraceFilter, skip: int, limit: int) -> list[RequestRecord]:
+        self.noted.append((wanted, skip, limit))
+        return [record for record in self.kept if wanted.takes(record)][skip : skip + limit]
+
+    def trace(self, name: str) -> RequestRecord:
+        for record in self.kept:
+            if record.id == name:
+                return record
+        raise UnknownRequest("No such request.", param="id")
+
+    def usage(self, by: Sequence[UsageGroup], wanted: UsageFilter) -> Sequence[UsageRow]:
+        self.noted.append((tuple(by), wanted))
+        return self.used
 
 
 def client(

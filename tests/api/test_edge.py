@@ -49,10 +49,10 @@ async def test_an_unknown_key_does_not(headers: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/docs", "/openapi.json", "/nope", "/v1/models/m", "/health/other", "/health/live/"]
+    "path", ["/openapi.json", "/nope", "/v1/models/m", "/health/other", "/health/live/"]
 )
 async def test_every_route_but_health_needs_the_key(path: str) -> None:
-    """A: also documentation, and what does not exist."""
+    """A: also the description of the API, and what does not exist."""
     async with client(**KEYS) as http:
         assert (await http.get(path)).status_code == 401
         for open_path in ("/health", "/health/live", "/health/ready"):

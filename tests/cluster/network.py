@@ -24,6 +24,7 @@ from headrace.core.status import (
     PoolEvent,
     PoolStatus,
     Reloaded,
+    StoredModel,
 )
 from headrace.pool.events import EventBus
 
@@ -145,6 +146,9 @@ class FakeNode:
         self.full = False
         self.refusal: HeadraceError | None = None
         self.broken: HeadraceError | None = None
+
+    def stored(self) -> Sequence[StoredModel]:
+        return ()
 
     async def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
         assert isinstance(request, GenerateRequest)

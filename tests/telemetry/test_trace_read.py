@@ -10,12 +10,12 @@ from tests.telemetry.test_trace_file import write
 from tests.telemetry.traced import NOW, metrics, record
 
 from headrace.core.errors import ConfigError, InvalidRequest
+from headrace.core.record import TraceFilter
 from headrace.telemetry import trace_read
 from headrace.telemetry.trace_file import renamed_files
 from headrace.telemetry.trace_read import (
     ModelStats,
     Percentiles,
-    Wanted,
     find,
     records,
     stats,
@@ -58,21 +58,21 @@ OTHERS = {"model": "big", "outcome": "error", "client": "77aa"}
 @pytest.mark.parametrize(
     ("wanted", "found"),
     [
-        (Wanted(), {1, 2, 3, 4, 5}),
-        (Wanted(since=NOW + 4), {4, 5}),
-        (Wanted(until=NOW + 2), {1, 2}),
-        (Wanted(since=NOW + 2, until=NOW + 4), {2, 3, 4}),
-        (Wanted(model="big"), {2}),
-        (Wanted(model="bi"), set()),
-        (Wanted(outcome="error"), {2}),
-        (Wanted(outcome="cancelled"), set()),
-        (Wanted(slower_than_ms=300), {4, 5}),
-        (Wanted(client="77"), {2}),
-        (Wanted(client="aa"), set()),
-        (Wanted(client="5e", since=NOW + 3, slower_than_ms=450), {5}),
+        (TraceFilter(), {1, 2, 3, 4, 5}),
+        (TraceFilter(since=NOW + 4), {4, 5}),
+        (TraceFilter(until=NOW + 2), {1, 2}),
+        (TraceFilter(since=NOW + 2, until=NOW + 4), {2, 3, 4}),
+        (TraceFilter(model="big"), {2}),
+        (TraceFilter(model="bi"), set()),
+        (TraceFilter(outcome="error"), {2}),
+        (TraceFilter(outcome="cancelled"), set()),
+        (TraceFilter(slower_than_ms=300), {4, 5}),
+        (TraceFilter(client="77"), {2}),
+        (TraceFilter(client="aa"), set()),
+        (TraceFilter(client="5e", since=NOW + 3, slower_than_ms=450), {5}),
     ],
 )
-def test_that_filters_choose(tmp_path: Path, wanted: Wanted, found: set[int]) -> None:
+def test_that_filters_choose(tmp_path: Path, wanted: TraceFilter, found: set[int]) -> None:
     """T4: by time, model, status, slowness and key."""
     write(tmp_path, *(record(n, **OTHERS if n == 2 else {}) for n in range(1, 6)))
     assert {round(one.time - NOW) for one in records(tmp_path, wanted)} == found

@@ -5,17 +5,19 @@ The answers are those of headrace.core.status.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, cast
-from urllib.parse import parse_qs
 
 import msgspec
 from msgspec import Meta
 
 from headrace.api.exchange import Exchange, Service
+from headrace.api.overview import observer
+from headrace.api.query import query
 from headrace.api.stream import send_events
 from headrace.core.backend import Admin, ClusterAdmin
-from headrace.core.errors import InvalidRequest, UnknownModel, Unsupported
-from headrace.core.status import ModelStatus
+from headrace.core.errors import UnknownModel
+from headrace.core.status import ModelStatus, StoredModel
 
 _MAX_REFERENCE = 512
 
@@ -51,6 +53,12 @@ class DrainRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     node: Reference
     on: bool = True
+
+
+class StoredModels(msgspec.Struct, frozen=True):
+    """The downloaded models, by name."""
+
+    data: list[StoredModel]
 
 
 class Success(msgspec.Struct, frozen=True):
@@ -114,10 +122,13 @@ async def update(service: Service, exchange: Exchange) -> None:
 
 async def plan(service: Service, exchange: Exchange) -> None:
     """Show what loading a model would need and do."""
-    names = parse_qs(exchange.scope.get("query_string", b"").decode("latin-1")).get("model", [])
-    if len(names) != 1 or len(names[0]) > _MAX_REFERENCE:
-        raise InvalidRequest("Name one model: ?model=NAME.", param="model")
-    await exchange.answer(await exchange.unless_gone(_admin(service).plan(names[0])))
+    wanted = query(exchange.scope, ModelRequest)
+    await exchange.answer(await exchange.unless_gone(_admin(service).plan(wanted.model)))
+
+
+async def stored(service: Service, exchange: Exchange) -> None:
+    """List the models that were downloaded to this machine, with their sizes on the disk."""
+    await exchange.answer(StoredModels([*await asyncio.to_thread(_admin(service).stored)]))
 
 
 async def reload(service: Service, exchange: Exchange) -> None:
@@ -132,9 +143,7 @@ async def events(service: Service, exchange: Exchange) -> None:
 
 async def activity(service: Service, exchange: Exchange) -> None:
     """Show the running requests, and the figures of each model over the last minute."""
-    if service.observer is None:
-        raise Unsupported("This service does not observe its requests.")
-    await exchange.answer(service.observer.activity())
+    await exchange.answer(observer(service).activity())
 
 
 async def drain(service: Service, exchange: Exchange) -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute
 from starlette.routing import Route as Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.api import admin as manage
-from headrace.api import problems
+from headrace.api import overview as current
+from headrace.api import pages, problems, records
 from headrace.api.anthropic import (
     MessageTokens,
     count_tokens,
@@ -44,7 +46,7 @@ from headrace.api.exchange import Exchange, Route, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.llama_server import LLAMA_ROUTES
 from headrace.api.ollama import OLLAMA_ADMIN_ROUTES, OLLAMA_ROUTES
-from headrace.api.openapi import document, page
+from headrace.api.openapi import document
 from headrace.api.rerank import (
     RankedText,
     Ranking,
@@ -78,9 +80,10 @@ from headrace.api.tokens import (
 )
 from headrace.core.backend import Admin, Backend, ClusterAdmin
 from headrace.core.errors import ConfigError, InvalidRequest
-from headrace.core.record import Activity, Monitor
+from headrace.core.record import Activity, History, Monitor, RequestRecord
 from headrace.core.status import ModelStatus, NodeStatus, Plan, PoolEvent, PoolStatus, Reloaded
 
+_HOME = Route("GET", "/", pages.home, None, texts=("text/html", "text/plain"))
 _LIVE = Route("GET", "/health/live", live, Health)
 ROUTES = (
     Route("GET", "/v1/models", list_models, ModelList),
@@ -116,6 +119,7 @@ ROUTES = (
     Route("POST", "/v1/beta/relevance", relevance, Relevance, RelevanceRequest),
     Route("POST", "/v1/score", score, ScoreList, ScoreBody),
     Route("POST", "/score", score, ScoreList, ScoreBody),
+    _HOME,
     *OLLAMA_ROUTES,
     *LLAMA_ROUTES,
     Route("POST", "/tokenize", tokenize, Tokens, TokenizeRequest),
@@ -134,10 +138,16 @@ ADMIN_ROUTES = (
     _admin("POST", "/admin/models/pin", manage.pin, ModelStatus, manage.PinRequest),
     _admin("POST", "/admin/models/update", manage.update, ModelStatus, manage.UpdateRequest),
     _admin("GET", "/admin/models/{name:path}", manage.show_one, ModelStatus),
-    _admin("GET", "/admin/plan", manage.plan, Plan, query=("model",)),
+    _admin("GET", "/admin/plan", manage.plan, Plan, query=manage.ModelRequest),
+    _admin("GET", "/admin/store", manage.stored, manage.StoredModels),
     _admin("POST", "/admin/reload", manage.reload, Reloaded),
     _admin("GET", "/admin/events", manage.events, None, chunk=PoolEvent),
     _admin("GET", "/admin/activity", manage.activity, Activity),
+    _admin("GET", "/admin/overview", current.overview, current.Overview),
+    _admin("GET", "/admin/history", current.history, History),
+    _admin("GET", "/admin/traces", records.traces, records.TraceList, query=records.TraceQuery),
+    _admin("GET", "/admin/traces/{id}", records.trace, RequestRecord),
+    _admin("GET", "/admin/usage", records.usage, records.UsageReport, query=records.UsageQuery),
     _admin("POST", "/models/load", manage.load_as_llama_server, manage.Success, manage.LoadRequest),
     _admin(
         "POST", "/models/unload", manage.unload_as_llama_server, manage.Success, manage.ModelRequest
@@ -149,6 +159,10 @@ CLUSTER_ROUTES = (
     _admin("POST", "/admin/nodes/drain", manage.drain, NodeStatus, manage.DrainRequest),
 )
 
+_PAGES = (
+    Route("GET", "/docs", pages.docs, None),
+    Route("GET", "/console/{name}", pages.file, None),
+)
 _METRICS = Route(
     "GET", METRICS_PATH, metrics, None, texts=("text/plain", "application/openmetrics-text")
 )
@@ -224,7 +238,8 @@ def create_app(
     keeper = Batches(batches, service) if isinstance(batches, Store) else None
     if batches is not None:
         routes = (*routes, *BatchRoutes(keeper, "" if keeper else str(batches)).routes())
-    app = Application(service, routes, _descriptions(routes, service))
+    described = Path("/openapi.json", _description(routes, service))
+    app = Application(service, (*routes, *_PAGES), [described])
     app.batches = keeper
     return app
 
@@ -255,19 +270,15 @@ class _Endpoint:
             await exchange.fail(error)
 
 
-def _descriptions(routes: Sequence[Route], service: Service) -> list[BaseRoute]:
+def _description(routes: Sequence[Route], service: Service) -> Callable[[Request], Any]:
     @lru_cache(maxsize=1)
-    def rendered(settings: ApiSettings) -> tuple[bytes, str]:
-        schema = document(routes, settings)
-        return msgspec.json.encode(schema), page(schema)
+    def rendered(settings: ApiSettings) -> bytes:
+        return msgspec.json.encode(document(routes, settings))
 
     async def openapi(request: Request) -> Response:
-        return Response(rendered(service.settings)[0], media_type="application/json")
+        return Response(rendered(service.settings), media_type="application/json")
 
-    async def docs(request: Request) -> Response:
-        return HTMLResponse(rendered(service.settings)[1])
-
-    return [Path("/openapi.json", openapi), Path("/docs", docs)]
+    return openapi
 
 
 async def _routing_problem(request: Request, error: Exception) -> Response:

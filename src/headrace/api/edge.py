@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from headrace.api import fields, problems
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.limits import ApiSettings
+from headrace.api.pages import is_page
 from headrace.api.problems import Headers, Refused, refused
 from headrace.core import record
 from headrace.core.errors import Forbidden, Unauthorized
@@ -92,7 +93,7 @@ class Edge:
             if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
                 await _answer_preflight(exchange, headers)
                 return
-            if scope["path"] not in _OPEN_PATHS:
+            if scope["path"] not in _OPEN_PATHS and not is_page(scope["path"]):
                 call = exchange.call
                 call.client, call.is_admin = authorise(headers, exchange.settings, scope["path"])
             await self._app(scope, receive, exchange.send)

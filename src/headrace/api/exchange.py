@@ -41,7 +41,7 @@ class Service:
     """The backend, the settings and the observer that every handler uses.
 
     `settings` may be replaced; a request that has begun keeps its own. `describe` lets the backend
-    read the file of a model that is not loaded.
+    read the file of a model that is not loaded. `kept` is an answer to be used again for a moment.
     """
 
     backend: Backend
@@ -50,6 +50,7 @@ class Service:
     admin: Admin | None = None
     observer: Monitor | None = None
     describe: Callable[[str], Awaitable[None]] | None = None
+    kept: object = None
 
     def model_name(self, requested: str | None) -> str:
         """Return the model's name for an answer: as requested, or that of the only model."""
@@ -207,9 +208,9 @@ class Route:
 
     `answer` is a struct or another type, such as a union of them; it is None if there are only
     streams, or text of the media types `texts`. The events of a stream have names if they are
-    `named`, or if there is no `answer`; `lines` are lines of JSON instead. `query` are required
-    parameters, `optional` others. `unready` is whether a 503 has the same body as a 200. The
-    request is a `form` with a file, or JSON.
+    `named`, or if there is no `answer`; `lines` are lines of JSON instead. `query` has the
+    parameters of the URL, `optional` are names of others. `unready` is whether a 503 has the same
+    body as a 200. The request is a `form` with a file, or JSON.
     """
 
     method: str
@@ -221,7 +222,7 @@ class Route:
     named: bool = False
     lines: bool = False
     unready: bool = False
-    query: tuple[str, ...] = ()
+    query: type[msgspec.Struct] | None = None
     optional: tuple[str, ...] = ()
     form: bool = False
     admin: bool = False

@@ -95,7 +95,8 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     conversation for models that take images; `max_body_bytes` bounds it without the images.
     `media_hosts` are hosts from which images are fetched: names, `*.` and a domain, or `*`.
     `reasoning_field` is where chat completions have the thinking. With `list_aliases`, /v1/models
-    lists each alias as a model. `max_batch_bytes` bounds the files of batches, 0 switches them off.
+    lists each alias as a model. `console` is whether browsers get the console and /docs.
+    `max_batch_bytes` bounds the files of batches, 0 switches them off.
 
     Raises:
         ConfigError: a key is not hashed, or a limit is not positive.
@@ -117,6 +118,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     unknown_fields: OnUnknown = "warn"
     reasoning_field: ReasoningField = "reasoning_content"
     list_aliases: bool = False
+    console: bool = True
     max_batch_bytes: int = 4 << 30
 
     def __post_init__(self) -> None:

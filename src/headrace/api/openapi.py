@@ -1,13 +1,9 @@
-"""/openapi.json, generated from the structs of the routes, and /docs, a page made of it.
-
-The page has no scripts, and needs no other host.
-"""
+"""/openapi.json, generated from the structs of the routes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from typing import Any
 
 import msgspec
@@ -23,13 +19,6 @@ Schemas = Mapping[Any, dict[str, Any]]
 _REF = "#/components/schemas/{name}"
 _PATH = re.compile(r"\{(\w+)(?::path)?\}")
 _KEY = {"type": "http", "scheme": "bearer", "description": "Needed when the server has keys."}
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
-code, pre { font: 14px/1.4 ui-monospace, monospace } pre { overflow-x: auto }
-table { border-collapse: collapse } td, th { text-align: left; padding: .2rem 1rem .2rem 0;
-vertical-align: top } summary { cursor: pointer }
-@media (prefers-color-scheme: dark) { body { background: #111; color: #ddd } a { color: #8bf } }
-"""
 
 
 def document(routes: Sequence[Route], settings: ApiSettings) -> dict[str, Any]:
@@ -63,16 +52,6 @@ def document(routes: Sequence[Route], settings: ApiSettings) -> dict[str, Any]:
     }
 
 
-def page(document: dict[str, Any]) -> str:
-    """Return the document as HTML."""
-    body = "".join([*_operations(document), *_schemas(document["components"]["schemas"])])
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Headrace</title>'
-        f"<style>{_STYLE}</style><h1>Headrace</h1>"
-        f'<p>The API of this server, also as <a href="/openapi.json">openapi.json</a>.</p>{body}'
-    )
-
-
 def _operation(route: Route, written: Schemas) -> dict[str, Any]:
     operation_id = _PATH.sub("id", route.path).strip("/").replace("/", "_") or "root"
     summary = (route.handler.__doc__ or "").partition("\n")[0]
@@ -96,17 +75,24 @@ def _operation(route: Route, written: Schemas) -> dict[str, Any]:
         content = _json(written[route.request])
         content = {"multipart/form-data": content["application/json"]} if route.form else content
         operation["requestBody"] = {"required": True, "content": content}
-    parameters = [_parameter(name, "path") for name in _PATH.findall(route.path)]
-    parameters += [_parameter(name, "query") for name in route.query]
-    parameters += [_parameter(name, "query", required=False) for name in route.optional]
-    if parameters:
+    if parameters := [*_parameters(route)]:
         operation["parameters"] = parameters
     return operation
 
 
-def _parameter(name: str, place: str, *, required: bool = True) -> dict[str, Any]:
-    schema = {"type": "string", "minLength": 1, "maxLength": 512}
-    return {"name": name, "in": place, "required": required, "schema": schema}
+def _parameters(route: Route) -> Iterator[dict[str, Any]]:
+    text = {"type": "string", "minLength": 1, "maxLength": 512}
+    for name in _PATH.findall(route.path):
+        yield {"name": name, "in": "path", "required": True, "schema": text}
+    for name in route.optional:
+        yield {"name": name, "in": "query", "required": False, "schema": text}
+    if route.query is None:
+        return
+    _, schemas = msgspec.json.schema_components([route.query])
+    described = schemas[route.query.__name__]
+    for name, schema in described["properties"].items():
+        is_required = name in described.get("required", ())
+        yield {"name": name, "in": "query", "required": is_required, "schema": schema}
 
 
 def _event(kind: type[msgspec.Struct]) -> dict[str, Any]:
@@ -140,41 +126,3 @@ def _failures(route: Route, written: Schemas) -> dict[str, Any]:
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
-
-
-def _operations(document: dict[str, Any]) -> Iterator[str]:
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            yield f"<h2>{method.upper()} <code>{escape(path)}</code></h2>"
-            yield f"<p>{escape(operation['summary'])}</p><ul>"
-            if "requestBody" in operation:
-                yield f"<li>takes {_links(operation['requestBody']['content'])}</li>"
-            for status, answer in operation["responses"].items():
-                text, links = escape(answer["description"]), _links(answer["content"])
-                yield f"<li>{status}: {text} {links}</li>"
-            yield "</ul>"
-
-
-def _links(content: dict[str, Any]) -> str:
-    return ", ".join(
-        _link(media["schema"]) if "schema" in media else f"<code>{escape(kind)}</code>"
-        for kind, media in content.items()
-    )
-
-
-def _link(schema: dict[str, Any]) -> str:
-    if "$ref" not in schema:
-        inner: list[dict[str, Any]] = schema.get("anyOf") or [schema.get("items") or {}]
-        return " or ".join(filter(None, map(_link, inner)))
-    name = escape(schema["$ref"].rpartition("/")[2])
-    return f'<a href="#{name}">{name}</a>'
-
-
-def _schemas(schemas: dict[str, Any]) -> Iterator[str]:
-    yield "<h2>Types</h2>"
-    for name, schema in schemas.items():
-        yield f'<details id="{escape(name)}" open><summary><b>{escape(name)}</b></summary><table>'
-        for field, kind in schema.get("properties", {}).items():
-            text = msgspec.json.format(msgspec.json.encode(kind), indent=0).decode()
-            yield f"<tr><td><code>{escape(field)}</code><td><code>{escape(text)}</code>"
-        yield "</table></details>"

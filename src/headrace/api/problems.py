@@ -47,6 +47,7 @@ KINDS: dict[type[HeadraceError], tuple[int, str, str | None]] = {
     errors.HeadraceError: (500, _SERVER, "internal_error"),
     errors.RequestError: (400, _INVALID, None),
     errors.UnknownModel: (404, _INVALID, "model_not_found"),
+    errors.UnknownRequest: (404, _INVALID, "request_not_found"),
     errors.InvalidRequest: (400, _INVALID, "invalid_value"),
     errors.ContextOverflow: (400, _INVALID, "context_length_exceeded"),
     errors.Unsupported: (400, _INVALID, "unsupported_parameter"),

@@ -20,10 +20,10 @@ from headrace.cli import terminal
 from headrace.cli.common import Common, known_models, with_common
 from headrace.core.errors import InvalidRequest
 from headrace.core.metrics import DeviceUse, InferenceMetrics
-from headrace.core.record import Outcome, RequestRecord, SpanRecord
+from headrace.core.record import Outcome, RequestRecord, SpanRecord, TraceFilter
 from headrace.core.values import seconds
 from headrace.telemetry import trace_file, trace_read
-from headrace.telemetry.trace_read import ModelStats, Wanted
+from headrace.telemetry.trace_read import ModelStats
 
 Row = Sequence[Any]
 
@@ -68,7 +68,7 @@ class Filters:
         Raises:
             InvalidRequest: a time or a duration cannot be read.
         """
-        wanted = Wanted(
+        wanted = TraceFilter(
             since=_moment("--since", self.since),
             until=_moment("--until", self.until),
             model=self.model,

@@ -23,6 +23,7 @@ from headrace.core.status import (
     PoolEvent,
     PoolStatus,
     Reloaded,
+    StoredModel,
 )
 
 _RETRY_AFTER_S = 2.0
@@ -59,6 +60,10 @@ class ClusterAdmin:
             devices=tuple(_named(node, device) for node in nodes for device in node.devices),
             nodes=tuple(map(self._node, self.pool.links.values())),
         )
+
+    def stored(self) -> Sequence[StoredModel]:
+        """Return nothing: a front does not know what its nodes have on their disks."""
+        return ()
 
     async def describe(self, model: str) -> None:
         """Let a node read the header of a model that was not loaded yet; see `Admin`."""

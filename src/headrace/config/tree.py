@@ -135,6 +135,7 @@ class HttpSettings(Frozen):
     list_aliases: bool = Field(
         default=False, description="list each alias as a model of its own at /v1/models"
     )
+    console: bool = Field(default=True, description="serve the console at / and the page /docs")
     max_batch_bytes: int = Field(
         default=4 * 2**30, ge=0, description="files of batches in all; 0 switches batches off"
     )

@@ -15,6 +15,7 @@ from headrace.core.status import (
     PoolEvent,
     PoolStatus,
     Reloaded,
+    StoredModel,
 )
 
 
@@ -95,6 +96,10 @@ class Admin(Protocol):
 
     async def plan(self, model: str) -> Plan:
         """Return what a load would need and do. A reference that is not served is accepted."""
+        ...
+
+    def stored(self) -> Sequence[StoredModel]:
+        """Return the models that were downloaded, by name. Blocking."""
         ...
 
     async def reload(self) -> Reloaded:

@@ -88,6 +88,10 @@ class InvalidRequest(RequestError):
     """A field has a wrong type, a wrong value, or contradicts another."""
 
 
+class UnknownRequest(InvalidRequest):
+    """No request of that id is kept."""
+
+
 class ContextOverflow(RequestError):
     """The prompt, or the prompt and max_tokens together, exceed the context length."""
 

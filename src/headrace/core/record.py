@@ -125,6 +125,97 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
+class TraceFilter(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """A filter of records; None matches all. Times are Unix seconds of the reception.
+
+    `slower_than_ms` is compared with the whole duration; `client` is a prefix of a key's id.
+    """
+
+    since: float | None = None
+    until: float | None = None
+    model: str | None = None
+    outcome: Outcome | None = None
+    slower_than_ms: float | None = None
+    client: str = ""
+
+    def takes(self, record: RequestRecord) -> bool:
+        """Whether a record matches."""
+        return (
+            (self.since is None or record.time >= self.since)
+            and (self.until is None or record.time <= self.until)
+            and self.model in (None, record.model)
+            and self.outcome in (None, record.outcome)
+            and (self.slower_than_ms is None or record.metrics.total_ms > self.slower_than_ms)
+            and record.client.startswith(self.client)
+        )
+
+
+class Amounts(msgspec.Struct, kw_only=True):
+    """How much was used. `seconds` are of engines, `joules` of GPUs; None where not known."""
+
+    requests: int = 0
+    failed: int = 0
+    refused: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    seconds: float = 0.0
+    joules: float | None = None
+
+    def add(self, other: Amounts) -> None:
+        """Add other amounts."""
+        for name in self.__struct_fields__[:-1]:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        if other.joules is not None:
+            self.joules = (self.joules or 0.0) + other.joules
+
+
+class UsageRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The usage of one group; `group` has the values it was grouped by."""
+
+    group: dict[str, str]
+    amounts: Amounts
+
+
+UsageGroup = Literal["day", "model", "key", "operation"]
+
+
+class UsageFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Days (YYYY-MM-DD, UTC, both included), model and key of usage; None is all."""
+
+    since: str = ""
+    until: str = ""
+    model: str | None = None
+    key: str | None = None
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """The service at one time (Unix seconds): requests, rates of all models, booked memory.
+
+    Tokens per second are those of the last 5 s. The time to the first token is the median of the
+    last minute, of the model where it is longest. `memory` is in bytes by device.
+    """
+
+    time: float
+    running: int = 0
+    queued: int = 0
+    prompt_tokens_per_second: float = 0.0
+    completion_tokens_per_second: float = 0.0
+    time_to_first_token_p50_ms: float | None = None
+    memory: dict[str, int] = {}
+
+
+class History(msgspec.Struct, frozen=True, kw_only=True):
+    """The samples of the last minutes, oldest first, one every `every_s` seconds."""
+
+    every_s: float
+    samples: tuple[Sample, ...] = ()
+
+
 class Sink(Protocol):
     """Receives the record of each finished request, on the event loop."""
 
@@ -146,6 +237,36 @@ class Monitor(Protocol):
 
     def called(self, call: Call) -> None:
         """Count an HTTP request that has ended, without waiting."""
+        ...
+
+    def history(self) -> History:
+        """Return the samples of the last minutes, without waiting."""
+        ...
+
+    def traces(self, wanted: TraceFilter, skip: int, limit: int) -> list[RequestRecord]:
+        """Return kept records, newest first, without the first `skip`. Blocking.
+
+        Raises:
+            ConfigError: the files cannot be read.
+        """
+        ...
+
+    def trace(self, name: str) -> RequestRecord:
+        """Return the kept record with an id, or a prefix of one. Blocking.
+
+        Raises:
+            UnknownRequest: there is none.
+            InvalidRequest: there is more than one.
+            ConfigError: the files cannot be read.
+        """
+        ...
+
+    def usage(self, by: Sequence[UsageGroup], wanted: UsageFilter) -> Sequence[UsageRow]:
+        """Return the usage of each group, in order. Blocking.
+
+        Raises:
+            ConfigError: the database cannot be read.
+        """
         ...
 
 

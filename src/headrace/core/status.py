@@ -153,6 +153,16 @@ class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
     nodes: tuple[NodeStatus, ...] = ()
 
 
+class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that was downloaded: bytes on the disk, and when it was added (Unix time)."""
+
+    name: str
+    reference: str
+    size: int
+    added: int = 0
+    revision: str | None = None
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What loading a model would need and do.
 

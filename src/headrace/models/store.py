@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock, Timeout
 
+from headrace.core import status
 from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
 from headrace.core.model import ModelFile
 from headrace.core.private import (
@@ -124,6 +125,10 @@ class Store:
                     size=sum(map(_size, paths)),
                     added=int(folder.stat().st_mtime),
                 )
+
+    def summaries(self) -> list[status.StoredModel]:
+        """Return the same models, without where they are."""
+        return [msgspec.convert(m, status.StoredModel, from_attributes=True) for m in self.list()]
 
     def fetch(self, reference: Reference, progress: Progress | None = None) -> Path:
         """Return the model's file or folder, after fetching it if it is not stored. Blocking.

@@ -17,7 +17,7 @@ from headrace.core.errors import (
     UnknownModel,
 )
 from headrace.core.model import ModelInfo, ModelSpec, needs_new_worker
-from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded
+from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded, StoredModel
 from headrace.core.values import masked_options
 from headrace.pool.entry import ModelEntry
 from headrace.pool.plan import plan_load
@@ -51,6 +51,7 @@ class PoolAdmin:
         state: StateFile,
         reread: Callable[[], Wanted],
         drain_s: float = 30.0,
+        stored: Callable[[], Sequence[StoredModel]] = tuple,
         describe: Callable[[ModelSpec], ModelInfo] | None = None,
     ) -> None:
         self.pool = pool
@@ -58,6 +59,7 @@ class PoolAdmin:
         self._state = state
         self._reread = reread
         self._drain_s = drain_s
+        self.stored = stored
         self._describe = describe
         self._kept: dict[str, Remembered] = {}
         self._lock = asyncio.Lock()

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from headrace.config import TelemetrySettings
 from headrace.core.model import ModelInfo
-from headrace.core.record import Activity, Call, Sink
+from headrace.core.record import (
+    Activity,
+    Call,
+    History,
+    RequestRecord,
+    Sink,
+    TraceFilter,
+    UsageFilter,
+    UsageGroup,
+    UsageRow,
+)
 from headrace.core.status import PoolEvent, PoolStatus
 from headrace.pool.observer import Observer
-from headrace.telemetry import trace_file, usage
+from headrace.telemetry import trace_file, trace_read, usage
 from headrace.telemetry.content import Redactor
+from headrace.telemetry.history import HistoryRecorder
 from headrace.telemetry.prometheus import Instruments
 from headrace.telemetry.recent import Recent
 from headrace.telemetry.recorder import Recorder
@@ -62,6 +77,8 @@ class Telemetry:
         self._tracing = tracing
         self._instruments = Instruments(admin.status, lambda: pool.entries)
         self._recent = Recent(lambda: recorder.running())
+        self._history = HistoryRecorder(admin.status, self.activity)
+        self._home = home
         self._files: list[TraceFile | Usage] = []
         if settings.traces:
             self._files.append(TraceFile(home / trace_file.FOLDER, settings.trace_bytes))
@@ -91,13 +108,31 @@ class Telemetry:
         """Count an event of the pool."""
         self._instruments.happened(event)
 
+    def history(self) -> History:
+        """Return the samples of the last minutes, without waiting."""
+        return self._history.history()
+
+    def traces(self, wanted: TraceFilter, skip: int, limit: int) -> list[RequestRecord]:
+        """Return kept records, newest first, without the first `skip`. Blocking."""
+        records = trace_read.records(self._home / trace_file.FOLDER, wanted)
+        with contextlib.closing(records):
+            return list(itertools.islice(records, skip, skip + limit))
+
+    def trace(self, name: str) -> RequestRecord:
+        """Return the kept record with an id, or a prefix of one. Blocking."""
+        return trace_read.find(self._home / trace_file.FOLDER, name)
+
+    def usage(self, by: Sequence[UsageGroup], wanted: UsageFilter) -> Sequence[UsageRow]:
+        """Return the usage of each group, in order. Blocking."""
+        return usage.read(self._home / usage.FILE, by, **msgspec.structs.asdict(wanted))
+
     def watch_controller(self, url: str, count: Callable[[], float]) -> None:
         """Show the rows that a DB-GPT controller has of this worker."""
         self._instruments.watch_controller(url, count)
 
     async def watch(self) -> None:
-        """Measure the lag of the event loop, until cancelled."""
-        await self._instruments.watch_loop()
+        """Measure the lag of the event loop and take samples, until cancelled."""
+        await asyncio.gather(self._instruments.watch_loop(), self._history.run())
 
     async def aclose(self) -> None:
         """Write and export the rest; takes some seconds at most."""

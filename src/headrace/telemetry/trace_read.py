@@ -12,38 +12,13 @@ from typing import BinaryIO
 
 import msgspec
 
-from headrace.core.errors import ConfigError, InvalidRequest
+from headrace.core.errors import ConfigError, InvalidRequest, UnknownRequest
 from headrace.core.metrics import InferenceMetrics, percentile
-from headrace.core.record import Outcome, RequestRecord
+from headrace.core.record import RequestRecord, TraceFilter
 from headrace.telemetry.trace_file import CURRENT, renamed_files
 
 _decode = msgspec.json.Decoder(RequestRecord).decode
 _NAMED_IN_AN_ERROR = 4
-
-
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """A filter of records; None matches all. Times are Unix seconds of the reception.
-
-    `slower_than_ms` is compared with the whole duration; `client` is a prefix of a key's id.
-    """
-
-    since: float | None = None
-    until: float | None = None
-    model: str | None = None
-    outcome: Outcome | None = None
-    slower_than_ms: float | None = None
-    client: str = ""
-
-    def takes(self, record: RequestRecord) -> bool:
-        """Whether a record matches."""
-        return (
-            (self.since is None or record.time >= self.since)
-            and (self.until is None or record.time <= self.until)
-            and self.model in (None, record.model)
-            and self.outcome in (None, record.outcome)
-            and (self.slower_than_ms is None or record.metrics.total_ms > self.slower_than_ms)
-            and record.client.startswith(self.client)
-        )
 
 
 class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,13 +53,13 @@ _SUMMARISED = {
 }
 
 
-def records(folder: Path, wanted: Wanted | None = None) -> Generator[RequestRecord]:
+def records(folder: Path, wanted: TraceFilter | None = None) -> Generator[RequestRecord]:
     """Yield the matching records in the order of their end, newest first, one at a time.
 
     Raises:
         ConfigError: a file cannot be read, for example of another user.
     """
-    wanted = wanted or Wanted()
+    wanted = wanted or TraceFilter()
     for line in _lines(folder, wanted.since or 0):
         record = _record(line)
         if record is not None and wanted.takes(record):
@@ -95,7 +70,8 @@ def find(folder: Path, name: str) -> RequestRecord:
     """Return the record with an id, as in an answer (`chatcmpl-...`), or a prefix of an id.
 
     Raises:
-        InvalidRequest: there is none, or more than one.
+        UnknownRequest: there is none.
+        InvalidRequest: there is more than one.
         ConfigError: as `records`.
     """
     # Ids in answers have a prefix such as `chatcmpl-`.
@@ -112,7 +88,7 @@ def find(folder: Path, name: str) -> RequestRecord:
     if len(matches) == 1:
         return matches[0]
     if not matches:
-        raise InvalidRequest(f"No trace of {name!r} is kept in {folder}.", param="id")
+        raise UnknownRequest(f"No trace of {name!r} is kept in {folder}.", param="id")
     ids = [record.id for record in matches[:_NAMED_IN_AN_ERROR]]
     more = " ..." if len(matches) > len(ids) else ""
     raise InvalidRequest(

@@ -16,7 +16,7 @@ import msgspec
 
 from headrace.core.errors import ConfigError
 from headrace.core.private import private_folder
-from headrace.core.record import RequestRecord
+from headrace.core.record import Amounts, RequestRecord, UsageRow
 
 log = logging.getLogger("headrace.telemetry")
 
@@ -55,35 +55,6 @@ _DAY_S = 86400
 _FIRST_DAY = date(1970, 1, 1).toordinal()
 
 _Key = tuple[int, str, str, str]  # the day is a number, since 1970
-
-
-class Amounts(msgspec.Struct, kw_only=True):
-    """How much was used. `seconds` are of engines, `joules` of GPUs; None where not known."""
-
-    requests: int = 0
-    failed: int = 0
-    refused: int = 0
-    cancelled: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0
-    seconds: float = 0.0
-    joules: float | None = None
-
-    def add(self, other: Amounts) -> None:
-        """Add other amounts."""
-        for name in (*COUNTS, "seconds"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        if other.joules is not None:
-            self.joules = (self.joules or 0.0) + other.joules
-
-
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """The usage of one group; `group` has the values it was grouped by."""
-
-    group: dict[str, str]
-    amounts: Amounts
 
 
 class Usage:
@@ -192,7 +163,7 @@ def read(
     until: str = "",
     model: str | None = None,
     key: str | None = None,
-) -> tuple[Row, ...]:
+) -> tuple[UsageRow, ...]:
     """Return the usage of each group, in order, without a lock. Days are YYYY-MM-DD, UTC.
 
     Raises:
@@ -216,7 +187,7 @@ def read(
     return tuple(_parse_row(by, row) for row in rows)
 
 
-def total(rows: Sequence[Row]) -> Amounts:
+def total(rows: Sequence[UsageRow]) -> Amounts:
     """Return the sum of all rows."""
     amounts = Amounts()
     for row in rows:
@@ -224,10 +195,10 @@ def total(rows: Sequence[Row]) -> Amounts:
     return amounts
 
 
-def _parse_row(by: Sequence[str], row: Sequence[Any]) -> Row:
+def _parse_row(by: Sequence[str], row: Sequence[Any]) -> UsageRow:
     names = (*COUNTS, "seconds", "joules")
     amounts = Amounts(**dict(zip(names, row[len(by) :], strict=True)))
-    return Row(group=dict(zip(by, row, strict=False)), amounts=amounts)
+    return UsageRow(group=dict(zip(by, row, strict=False)), amounts=amounts)
 
 
 @contextmanager

@@ -29,7 +29,6 @@ from headrace.api.ollama.models import (
     ShowRequest,
     TaggedModels,
     Version,
-    alive,
     ps,
     pull,
     refused,
@@ -40,7 +39,6 @@ from headrace.api.ollama.models import (
 
 _lines = partial(Route, lines=True)
 OLLAMA_ROUTES = (
-    Route("GET", "/", alive, None, texts=("text/plain",)),
     _lines("POST", "/api/chat", chat, OllamaChatLine, OllamaChatRequest, OllamaChatLine),
     _lines(
         "POST",

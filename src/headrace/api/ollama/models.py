@@ -157,11 +157,6 @@ async def version(_service: Service, exchange: Exchange) -> None:
     await exchange.answer(Version(VERSION))
 
 
-async def alive(_service: Service, exchange: Exchange) -> None:
-    """Confirm that there is a server; clients of Ollama look for this very text."""
-    await exchange.reply(b"Ollama is running", kind=b"text/plain; charset=utf-8")
-
-
 async def pull(service: Service, exchange: Exchange) -> None:
     """Fetch and load a model, and serve it from then on."""
     wire = await exchange.read(_PULL)

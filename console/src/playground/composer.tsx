@@ -1,0 +1,124 @@
+/** Where a message is written, with its pictures. */
+
+import { useEffect, useRef, useState } from "preact/hooks";
+
+import { Button } from "../ui";
+
+const TYPES = ["image/png", "image/jpeg", "image/gif", "image/webp"];
+const MOST = 16;
+const LARGEST = 20 * 2 ** 20;
+
+interface Props {
+  busy: boolean;
+  /** Why pictures cannot be sent; null if they can. */
+  blind: string | null;
+  send: (text: string, images: string[]) => void;
+  stop: () => void;
+}
+
+export function Composer({ busy, blind, send, stop }: Props) {
+  const [text, setText] = useState("");
+  const [images, setImages] = useState<string[]>([]);
+  const [problem, setProblem] = useState<string | null>(null);
+  const [over, setOver] = useState(false);
+  const area = useRef<HTMLTextAreaElement>(null);
+  const picker = useRef<HTMLInputElement>(null);
+
+  useEffect(() => {
+    const field = area.current!;
+    field.style.height = "auto";
+    field.style.height = `${Math.min(field.scrollHeight, 240)}px`;
+  }, [text]);
+
+  const attach = async (files: Iterable<File>) => {
+    setProblem(null);
+    for (const file of files) {
+      if (!TYPES.includes(file.type)) setProblem(`${file.name || "This file"} is not a PNG, JPEG, GIF or WebP picture.`);
+      else if (file.size > LARGEST) setProblem(`${file.name} is larger than 20 MB.`);
+      else {
+        const url = await dataUrl(file);
+        setImages((last) => (last.length < MOST ? [...last, url] : last));
+      }
+    }
+  };
+  const submit = () => {
+    if (busy || (!text.trim() && images.length === 0)) return;
+    send(text, images);
+    setText("");
+    setImages([]);
+    area.current?.focus();
+  };
+  const press = (event: KeyboardEvent) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      submit();
+    } else if (event.key === "Escape" && busy) stop();
+  };
+  const drop = (event: DragEvent) => {
+    event.preventDefault();
+    setOver(false);
+    void attach(event.dataTransfer?.files ?? []);
+  };
+  const paste = (event: ClipboardEvent) => {
+    const files = [...(event.clipboardData?.files ?? [])];
+    if (files.length === 0) return;
+    event.preventDefault();
+    void attach(files);
+  };
+
+  return (
+    <form
+      class={`composer${over ? " over" : ""}`}
+      onSubmit={(event) => (event.preventDefault(), submit())}
+      onDragOver={(event) => (event.preventDefault(), setOver(true))}
+      onDragLeave={() => setOver(false)}
+      onDrop={drop}
+    >
+      {images.length > 0 && (
+        <ul class="attached">
+          {images.map((url, index) => (
+            <li key={index}>
+              <img src={url} alt={`Picture ${index + 1}`} />
+              <Button icon="close" bare kind="quiet" label={`Remove picture ${index + 1}`} onClick={() => setImages(images.filter((_, place) => place !== index))} />
+            </li>
+          ))}
+        </ul>
+      )}
+      {images.length > 0 && blind && <p class="note">{blind}</p>}
+      {problem && (
+        <p class="error" role="alert">
+          {problem}
+        </p>
+      )}
+      <div class="row">
+        <input ref={picker} type="file" class="hidden" tabIndex={-1} aria-hidden="true" accept={TYPES.join()} multiple onChange={(event) => (void attach(event.currentTarget.files ?? []), (event.currentTarget.value = ""))} />
+        <Button icon="image" bare kind="quiet" label="Add a picture" onClick={() => picker.current?.click()} />
+        <textarea
+          ref={area}
+          rows={1}
+          aria-label="Message"
+          placeholder="Write a message"
+          title="Enter sends it, Shift+Enter begins a line"
+          value={text}
+          onInput={(event) => setText(event.currentTarget.value)}
+          onKeyDown={press}
+          onPaste={paste}
+        />
+        {busy ? (
+          <Button icon="stop" kind="primary" label="Stop" onClick={stop} />
+        ) : (
+          <Button type="submit" icon="send" kind="primary" label="Send" disabled={!text.trim() && images.length === 0} />
+        )}
+      </div>
+    </form>
+  );
+}
+
+function dataUrl(file: File): Promise<string> {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(String(reader.result));
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
+}

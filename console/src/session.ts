@@ -1,0 +1,41 @@
+/** Whether a key is needed, and which models there are. */
+
+import { ApiError, currentKey, getJson, messageOf, setKey } from "./api";
+import { reset } from "./overview";
+import { Store } from "./store";
+import type { ModelCard } from "./types";
+
+export interface Session {
+  /** `checking` until the service has answered; `locked` while a key is needed. */
+  phase: "checking" | "locked" | "open" | "unreachable";
+  models: ModelCard[];
+  problem: string | null;
+}
+
+export const session = new Store<Session>({ phase: "checking", models: [], problem: null });
+
+/** Ask for the models, which also shows whether the key is right. */
+export async function check(): Promise<void> {
+  try {
+    const { data } = await getJson<{ data: ModelCard[] }>("/v1/models");
+    session.set({ phase: "open", models: data, problem: null });
+  } catch (error) {
+    const locked = error instanceof ApiError && (error.status === 401 || error.status === 403);
+    const wrong = locked && currentKey() !== null;
+    const problem = !locked || wrong ? messageOf(error) : null;
+    if (wrong) setKey(null);
+    session.set({ phase: locked ? "locked" : "unreachable", models: [], problem });
+  }
+}
+
+/** Use a key from now on; null asks for one again. */
+export async function enter(key: string | null): Promise<void> {
+  if (key !== null && !/^[\x21-\x7e]+$/.test(key)) {
+    const problem = "A key has no spaces, and no characters beyond ASCII.";
+    session.set({ phase: "locked", models: [], problem });
+    return;
+  }
+  setKey(key);
+  reset();
+  await check();
+}
