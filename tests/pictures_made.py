@@ -80,7 +80,8 @@ def asked(*parts: bytes | str, **fields: Any) -> GenerateRequest:
     """Return a core request with one message of texts and pictures."""
     pictures = Pictures()
     content = tuple(
-        part if isinstance(part, str) else pictures.add(part, "messages[0]") for part in parts
+        part if isinstance(part, str) else pictures.add(part, f"messages[0].content[{number}]")
+        for number, part in enumerate(parts)
     )
     return GenerateRequest(messages=(Message("user", content),), media=pictures.data, **fields)
 

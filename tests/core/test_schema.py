@@ -176,7 +176,7 @@ def test_a_schema_beyond_the_limits_is_refused_at_once(name: str) -> None:
     assert caught.value.param == "response_format"
     assert len(caught.value.message) < 400
     # tracemalloc makes it some ten times slower.
-    assert took_s < 1.0
+    assert took_s < 3.0
     assert peak < 16 << 20
 
 

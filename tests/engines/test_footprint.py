@@ -166,9 +166,9 @@ def test_auto_is_the_gpu_where_the_library_is_built_for_one(
 def test_wrong_options_and_lost_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="slots"):
         small(tmp_path / "x.gguf", options={"slots": 0})
-    gone = ModelFile(path=str(tmp_path / "gone.gguf"), format="gguf")
+    gone = str(tmp_path / "gone.gguf")
     with pytest.raises(LoadFailed, match=r"gone\.gguf"):
-        engines.footprint("llamacpp", OpenRequest(model=gone))
+        small(tmp_path / "x.gguf", options={"mmproj": gone})
 
 
 def test_an_engine_that_says_nothing_is_estimated_from_the_file(

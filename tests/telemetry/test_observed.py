@@ -404,5 +404,5 @@ def test_devices_are_told_by_their_keys() -> None:
 
 
 def test_the_tree_of_errors_is_whole() -> None:
-    assert {one.__name__ for one in LEAVES} >= {"QueueFull", "WorkerDied", "UpstreamError"}
+    assert {one.__name__ for one in LEAVES} >= {"QueueFull", "NodeGone", "UpstreamError"}
     assert all(issubclass(one, errors.HeadraceError) for one in LEAVES)

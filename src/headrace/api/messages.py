@@ -341,7 +341,8 @@ def _called(call: WireToolCall, place: str) -> ToolCall:
         arguments: dict[str, Any] = {"input": call.custom.input}
         return to_call(call.id, CalledFunction(call.custom.name, arguments), f"{place}.custom")
     if call.function is None:
-        raise InvalidRequest(f"{place}.{call.type} is missing.", param=f"{place}.{call.type}")
+        where = f"{place}.{call.type}"
+        raise InvalidRequest(f"{where}: This field is required.", param=where)
     return to_call(call.id, call.function, f"{place}.function")
 
 

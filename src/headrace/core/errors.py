@@ -4,6 +4,7 @@ HeadraceError
 ├── RequestError          fix the request
 │   ├── UnknownModel
 │   ├── InvalidRequest
+│   │   └── UnknownRequest
 │   ├── ContextOverflow
 │   ├── Unsupported
 │   ├── Quarantined

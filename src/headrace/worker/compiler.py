@@ -24,7 +24,7 @@ from headrace.core.tools import Tool
 from headrace.text.grammar import grammar, without_formats
 
 if TYPE_CHECKING:
-    from headrace.worker.prompt import Job
+    pass
 
 _NAMES = {"json_schema": "JSON schema", "lark": "grammar"}
 _NO_TOOLS: Mapping[str, Schema] = {}
@@ -91,20 +91,6 @@ class Compiler:
         if len(self._compiled) > _REMEMBERED:
             self._compiled.popitem(last=False)
         return converted or constraint
-
-    async def enforced(self, job: Job, request: GenerateRequest) -> Job:
-        """Return the job of a request with the constraint that the engine enforces.
-
-        Raises:
-            InvalidRequest: as `compile_for`.
-        """
-        assert job.constraint is not None
-        compiled = await self.compile_for(request, job.constraint)
-        enforcing = job.enforcing(compiled)
-        enforced = enforcing.choices[0].constraint
-        if job.before[0] and enforced is not None and enforced is not compiled:
-            await self.compile(enforced, request.client)
-        return enforcing
 
     async def compile_for(self, request: GenerateRequest, constraint: Constraint) -> Constraint:
         """Compile the constraint of a request, or the one that was made of its tools.

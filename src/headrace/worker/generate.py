@@ -26,6 +26,7 @@ from headrace.engines.base import (
 )
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
+from headrace.worker.compiler import Compiler
 from headrace.worker.lines import LineLimiter
 from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
@@ -58,7 +59,7 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         if job.constraint is not None:
             # Before the engine compiles it, which cannot be stopped.
             with turn.meter.compiling():
-                job = await turn.within(loaded.compiler.enforced(job, request))
+                job = await turn.within(_enforced(loaded.compiler, job, request))
         if request.prompt_candidates is not None:
             scorer, token_ids = cast("PromptScorer", loaded.engine), job.choices[0].token_ids
             async with aclosing(prompt_events(turn, scorer, token_ids)) as prompt:
@@ -77,6 +78,21 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         finally:
             await stream.aclose()
         yield turn.finish([c.reason for c in choices], [c.stop for c in choices])
+
+
+async def _enforced(compiler: Compiler, job: Job, request: GenerateRequest) -> Job:
+    """Return the job of a request with the constraint that the engine enforces.
+
+    Raises:
+        InvalidRequest: as `Compiler.compile_for`.
+    """
+    assert job.constraint is not None
+    compiled = await compiler.compile_for(request, job.constraint)
+    enforcing = job.enforcing(compiled)
+    enforced = enforcing.choices[0].constraint
+    if job.before[0] and enforced is not None and enforced is not compiled:
+        await compiler.compile(enforced, request.client)
+    return enforcing
 
 
 class _Choice:
