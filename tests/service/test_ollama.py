@@ -313,10 +313,10 @@ async def test_a_second_port(free_port: Callable[[], int]) -> None:
     port = free_port()
     with served("builtin:echo", "--ollama-port", str(port)) as running:
         assert f"http://127.0.0.1:{port}" in running.log
-        client = ollama.AsyncClient(host=f"http://127.0.0.1:{port}")
         text, chunks = "one two three", []
-        async for line in await client.chat("echo", user(text), stream=True):
-            chunks.append(line.message.content or "")
+        async with ollama.AsyncClient(host=f"http://127.0.0.1:{port}") as client:
+            async for line in await client.chat("echo", user(text), stream=True):
+                chunks.append(line.message.content or "")
         assert "".join(chunks) == text
         await asyncio.to_thread(running.process.terminate)
         assert await asyncio.to_thread(running.process.wait, 10) == 0

@@ -104,7 +104,7 @@ def test_of_an_image_only_its_size_and_digest_are_kept() -> None:
         "size": len(png()),
         "width": 64,
         "height": 48,
-        "place": "messages[0]",
+        "place": "messages[0].content[1]",
     }
     sent = json.loads(str(attributes(request, kept, ["stop"])[names.INPUT_MESSAGES]))
     assert [part["type"] for part in sent[0]["parts"]] == ["text", "image", "text"]

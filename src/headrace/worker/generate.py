@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
@@ -122,6 +123,8 @@ class _Choice:
         self._made: list[int] = []
         self._is_spent = self._has_closed = False
         self._whole: list[str] | None = None if job.constraint is None else []
+        # A character can be split over tokens.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._least = self._request.sampling.min_tokens or 0
         self._prompt_tokens = len(self._request.token_ids)
         self._most: int | None = None
@@ -201,7 +204,7 @@ class _Choice:
         if self._parts is not None:
             if events := self._parts.flush():
                 self._turn.meter.delta(0, visible=True)
-            self._note_parts("", events)
+            self._note_parts(self._decoder.decode(b"", final=True), events)
             return events
         rest = self._text.flush()
         if self._lines is not None:
@@ -261,7 +264,7 @@ class _Choice:
         """Return the events of new tokens; the first has their ids."""
         meter, was_thinking = self._turn.meter, parts.is_thinking
         events = parts.feed(raw.data, may_stop=may_stop)
-        self._note_parts(raw.data.decode(errors="replace"), events)
+        self._note_parts(self._decoder.decode(raw.data), events)
         if was_thinking or parts.is_thinking:
             thinks_only = all(isinstance(event, Delta) and not event.text for event in events)
             meter.delta(len(raw.token_ids), visible=bool(events), thinking=thinks_only)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
 
 import msgspec
@@ -228,9 +228,14 @@ class _Answer:
             return ()
         return (event,)
 
-    def rest(self) -> list[Delta]:
-        """Return the text that was held back as the possible beginning of a stop string."""
-        deltas = [delta for index in range(len(self._matchers)) for delta in self._released(index)]
+    def rest(self) -> list[Event]:
+        """Return the text that was held back as the possible beginning of a stop string.
+
+        A call that the limit of tokens has ended within its arguments is none.
+        """
+        choices = range(len(self._matchers))
+        deltas: list[Event] = [delta for index in choices for delta in self._released(index)]
+        deltas += [delta for index in choices for delta in self._cut(index)]
         self._turn.meter.called(sum(map(len, self._calls)))
         for index, matcher in enumerate(self._matchers):
             if matcher.matched is not None:
@@ -239,6 +244,18 @@ class _Answer:
                 # Of a call that a request names, some say that the answer has ended.
                 self.reasons[index] = "tool_calls"
         return deltas
+
+    def _cut(self, index: int) -> Iterator[ToolCallDelta]:
+        calls = self._calls[index]
+        if self.reasons[index] != "length" or not calls:
+            return
+        last = max(calls)
+        text = "".join(calls[last][1])
+        try:
+            msgspec.json.decode(text)
+        except msgspec.DecodeError:
+            name, _ = calls.pop(last)
+            yield ToolCallDelta(last, index=index, cut=text or name)
 
     def _finish(self, event: RemoteFinish) -> None:
         self.reasons = list(event.finish_reasons)

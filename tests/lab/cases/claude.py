@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from zlib import crc32
 
 from tests.fakes.upstream import Play, Seen, answered, refused, upstream
 
@@ -18,15 +19,26 @@ _STEP_S = 0.005
 _LIMIT = 256
 
 
+def _text(content: str | list[dict[str, Any]]) -> str:
+    """The text of a message, with a word for each image that depends on its bytes."""
+    if isinstance(content, str):
+        return content
+    words = (
+        block.get("text") or "x" * (crc32(block["source"]["data"].encode()) % 50 + 1)
+        for block in content
+    )
+    return " ".join(words)
+
+
 def _tokens(body: dict[str, Any]) -> int:
-    return sum(len(one["content"].split()) + 4 for one in body["messages"])
+    return sum(len(_text(one["content"]).split()) + 4 for one in body["messages"])
 
 
 def _pieces(body: dict[str, Any]) -> list[str]:
     """The answer up to its first stop string, in pieces of some characters."""
     said = '{"age": 7}'
     if "output_config" not in body:
-        start = len(body["messages"][-1]["content"]) % len(_TEXT)
+        start = len(_text(body["messages"][-1]["content"])) % len(_TEXT)
         times = body["max_tokens"] * _PIECE // len(_TEXT) + 2
         said = (_TEXT * times)[start:]
     found = [said.index(stop) for stop in body.get("stop_sequences", []) if stop in said]

@@ -296,6 +296,7 @@ SAMPLES = [
         settings=_SHORT,
         kinds=("worker", "pool"),
         refused=_NARROW
+        | {"images_damaged", "images_fill_the_context"}
         | _PENALTIES
         | _FORMS
         | _fields("temperature", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
