@@ -151,13 +151,17 @@ def short_name(reference: str) -> str:
     return names.get(reference, reference)
 
 
-def in_library(text: str) -> LibraryModel | None:
-    """Return the model of the library that has this name; a file of the same name has precedence.
+def in_library(text: str, base: Path | None = None) -> LibraryModel | None:
+    """Return the model of the library that has this name; a file at `base` of that name is first.
 
     Raises:
         ConfigError: the library file is damaged.
     """
-    if not _LIBRARY_NAME.fullmatch(text) or text in CATALOG or Path(text).exists():
+    if (
+        not _LIBRARY_NAME.fullmatch(text)
+        or text in CATALOG
+        or ((base or Path.cwd()) / text).exists()
+    ):
         return None
     return library.current().find(text)
 
@@ -181,7 +185,7 @@ def parse(text: str, *, base: Path | None = None) -> Reference:
         raise _invalid(text, "it is empty, too long, not UTF-8, or has control characters")
     if text in CATALOG:
         return parse(CATALOG[text].reference)
-    if (model := in_library(text)) is not None:
+    if (model := in_library(text, base)) is not None:
         return parse(model.reference)
     if (address := _HUB_ADDRESS.match(text)) is not None:
         return _hub_address(text, text[address.end() :])

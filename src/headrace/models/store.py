@@ -103,11 +103,11 @@ class Store:
             ConfigError: the directory cannot be written.
         """
         with self._writable():
-            folder = self._root / "imported" / file_name(name)
+            folder = self._root / "imported" / _file_name(name)
             shutil.rmtree(folder, ignore_errors=True)
             private_folder(folder)
             try:
-                links = [_linked(path, folder, name) for path in files]
+                links = [_linked(path, folder) for path in files]
                 inspect(links[0])
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -330,11 +330,11 @@ def _size(path: Path) -> int:
     return path.stat().st_size
 
 
-def _linked(path: Path, folder: Path, name: str) -> Path:
+def _linked(path: Path, folder: Path) -> Path:
     """Link a file, or a folder, into a folder; a file of Ollama, named by its hash, gets a name."""
     own = path.name
     if own.startswith("sha256-"):
-        own = f"{'mmproj-' if any(folder.iterdir()) else ''}{file_name(name)}.gguf"
+        own = f"{'mmproj-' if any(folder.iterdir()) else ''}{folder.name}.gguf"
     link = folder / own
     source = path.resolve()
     try:
@@ -350,11 +350,6 @@ def _linked(path: Path, folder: Path, name: str) -> Path:
 
 def _is_last_link(path: Path) -> bool:
     return not path.is_symlink() and path.stat().st_nlink == 1
-
-
-def file_name(text: str) -> str:
-    """Return a readable file name for any text."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")[:80] or "model"
 
 
 def without_file(reference: Reference) -> ModelFile | None:
@@ -384,7 +379,10 @@ def _located(path: Path) -> Path:
 
 
 def _key(reference: Reference) -> str:
-    """Return a readable and unique file name for a reference."""
-    text = str(reference)
+    return _file_name(str(reference))
+
+
+def _file_name(text: str) -> str:
+    """Return a readable and unique file name for a text."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', text)[:80]}-{digest}"

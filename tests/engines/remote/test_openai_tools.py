@@ -221,3 +221,15 @@ async def test_an_error_within_a_call() -> None:
         with pytest.raises(UpstreamError, match=match) as raised:
             await answer(Play([*half, *rest]))
         assert raised.value.choices
+
+
+@pytest.mark.parametrize("arguments", ["", PARIS[:7]])
+async def test_a_call_that_the_limit_has_cut_is_none(arguments: str) -> None:
+    """Issue 13: the stream says so; a call that was whole before stays one."""
+    parts = part(0, ROME, "get_weather", "a"), part(1, arguments, "get_weather", "b")
+    play, whole = calling(*parts, reason="length"), calling(parts[0], reason="length")
+    for steps, cut in ((play, [(1, arguments or "get_weather")]), (whole, [])):
+        async with upstream(steps) as server, started(server.url) as worker:
+            events = [event async for event in worker.ask(loop())]
+        deltas = [event for event in events if isinstance(event, ToolCallDelta)]
+        assert [(delta.call, delta.cut) for delta in deltas if delta.cut] == cut
