@@ -105,6 +105,8 @@ def hello(request: AnyRequest) -> Iterator[Step]:
             yield Ranking(ranking[: request.top_n])
         case ScoreRequest():
             yield Scores(tuple(place / 8 for place in range(len(request.pairs))))
+        case CountRequest(as_text=True):
+            yield Text("A conversation.")
         case CountRequest():
             yield TokenCount(count=3, token_ids=(7, 8, 9))
         case DetokenizeRequest():

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 import schemathesis
-from hypothesis import HealthCheck
-from hypothesis import settings as relaxed
+from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tests.api.fakes import FakeAdmin, FakeBackend, client
+from tests.operations import check, each
 
 from headrace.api import limits
 from headrace.api.app import ADMIN_ROUTES, ROUTES, create_app
@@ -20,7 +20,14 @@ from headrace.api.limits import ApiSettings
 from headrace.api.openapi import document as describe
 
 APP = create_app(FakeBackend(), ApiSettings(allowed_hosts=("*",)), admin=FakeAdmin())
-schema = schemathesis.openapi.from_asgi("/openapi.json", APP)
+SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
+LIMITS = settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    derandomize=True,
+    database=None,
+)
 
 
 async def document(**fields: Any) -> dict[str, Any]:
@@ -73,20 +80,17 @@ async def test_it_names_every_field_and_limit() -> None:
 async def test_keys_are_told() -> None:
     """A: with keys, the document says that one is needed."""
     keys = ("sha256:" + "0" * 64,)
-    for settings in (ApiSettings(api_keys=keys), ApiSettings(admin_keys=keys)):
-        assert describe(ROUTES, settings)["security"] == [{"key": []}]
+    for limited in (ApiSettings(api_keys=keys), ApiSettings(admin_keys=keys)):
+        assert describe(ROUTES, limited)["security"] == [{"key": []}]
     assert (await document())["security"] == []
 
 
-@schema.parametrize()
-@relaxed(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-    derandomize=True,
-    database=None,
-)
-def test_fuzz(case: schemathesis.Case) -> None:
+@each(ROUTES)
+def test_fuzz(route: Route) -> None:
     """A: whatever the document allows is answered as it says; nothing is a 5xx."""
-    # What the document allows may still be refused: some fields exclude or need one another.
-    case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+    def test(case: schemathesis.Case) -> None:
+        # Some fields exclude or need one another, which the document does not say.
+        case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+    check(SCHEMA, route, LIMITS, test)

@@ -10,12 +10,13 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
+from tests.operations import check, described, each
 from tests.service.serving import Service, served
 
 from headrace.api.app import ADMIN_ROUTES, ROUTES
-from headrace.api.limits import ApiSettings
-from headrace.api.openapi import document
+from headrace.api.exchange import Route
 
 relaxed = settings(
     max_examples=40,
@@ -36,17 +37,20 @@ def service() -> Iterator[Service]:
         yield running
 
 
-schema = schemathesis.openapi.from_dict(document(ROUTES, ApiSettings()))
+ALLOWED = described(ROUTES)
 
 
-@schema.parametrize()
-@relaxed
-def test_requests_made_from_the_document(case: schemathesis.Case, service: Service) -> None:
+@each(ROUTES)
+def test_requests_made_from_the_document(route: Route, service: Service) -> None:
     """A: no 500 and no hang, down to the engine in its process."""
-    if isinstance(case.body, dict):
-        case.body["model"] = "echo"
-    answer = case.call(base_url=service.url, timeout=60)
-    case.validate_response(answer, checks=[not_a_server_error])
+
+    def test(case: schemathesis.Case) -> None:
+        if isinstance(case.body, dict):
+            case.body["model"] = "echo"
+        answer = case.call(base_url=service.url, timeout=60)
+        case.validate_response(answer, checks=[not_a_server_error])
+
+    check(ALLOWED, route, settings(relaxed, max_examples=6), test)
 
 
 # Of each task, so that no request ends at the first check.
@@ -63,8 +67,9 @@ model = "echo"
 task = "rerank"
 """
 BY_TASK = {"embed": "vectors", "rank": "ranks", "relevance": "ranks", "score": "ranks"}
-every = schemathesis.openapi.from_dict(document((*ROUTES, *ADMIN_ROUTES), ApiSettings()))
-every.config.generation.update(modes=list(schemathesis.GenerationMode))
+EVERY = (*ROUTES, *ADMIN_ROUTES)
+ANY = described(EVERY)
+ANY.config.generation.update(modes=list(GenerationMode))
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +85,19 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.mark.slow
-@every.parametrize()
-@settings(relaxed, max_examples=120)
-def test_any_request_to_any_route(case: schemathesis.Case, services: Service) -> None:
+@pytest.mark.parametrize("mode", GenerationMode)
+@each(EVERY)
+def test_any_request_to_any_route(route: Route, mode: GenerationMode, services: Service) -> None:
     """Issue 14.4: no 5xx on any route, also for what the document does not allow."""
-    if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
-        names = [name for part, name in BY_TASK.items() if part in case.operation.path]
-        case.body["model"] = (names or ["echo"])[0]
-    answer = case.call(base_url=services.url, timeout=60)
-    case.validate_response(answer, checks=[not_a_server_error])
+
+    def test(case: schemathesis.Case) -> None:
+        if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+            names = [name for part, name in BY_TASK.items() if part in case.operation.path]
+            case.body["model"] = (names or ["echo"])[0]
+        answer = case.call(base_url=services.url, timeout=60)
+        case.validate_response(answer, checks=[not_a_server_error])
+
+    check(ANY, route, settings(relaxed, max_examples=60), test, mode)
 
 
 @given(text=st.text(min_size=1, max_size=60), per_delta=st.integers(1, 5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import subprocess
 import sys
@@ -237,6 +238,7 @@ async def test_a_fault_is_caught(
     for number, (code, pairs) in enumerate(blind or [(CODE, SPOILED.get(name, ()))]):
         folder = tmp_path / str(number)
         with monkeypatch.context() as patch:
+            patch.setattr(random, "held", [], raising=False)
             await is_caught(name, f"spoiled_{name}_{number}", code, pairs, folder, patch)
 
 
