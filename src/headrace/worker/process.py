@@ -37,6 +37,8 @@ _CANCEL_S = 30.0
 _LAST_STEP_S = 10.0
 _LAST_WORD_S = 1.0
 _WATCH_S = 0.25
+# Of an embedder or reranker that computes, in `hang_s`.
+_LONGEST_BATCH = 15
 _FREED_LOOKS, _FREED_STEP_S = 300, 0.05
 
 
@@ -264,11 +266,20 @@ class WorkerProcess:
 
     async def _watch(self, child: ChildProcess) -> None:
         while not child.gone.is_set():
-            if child.is_hung(self.spec.hang_s):
+            if self._is_hung(child):
                 child.kill("hung and was killed")
             if child.is_stopped():
                 child.kill("was stopped from outside and killed")
             await _within(_WATCH_S, child.gone)
+
+    def _is_hung(self, child: ChildProcess) -> bool:
+        limit_s, info = self.spec.hang_s, self._info
+        if not child.is_hung(limit_s):
+            return False
+        # An embedder or reranker is silent while it computes a batch, however long its texts are.
+        encodes = info is not None and "generate" not in info.capabilities.tasks
+        silent = not encodes or child.is_hung(_LONGEST_BATCH * limit_s)
+        return silent or not child.is_computing(limit_s)
 
 
 async def _within(timeout_s: float, event: asyncio.Event) -> bool:
