@@ -167,6 +167,7 @@ class Instruments:
             buckets=_LAG_S,
             registry=self._registry,
         )
+        self.lagged: Callable[[float], None] = self._lag.observe
         self._registered = Gauge(
             "headrace_dbgpt_registered",
             "Rows that a DB-GPT controller has of this worker; 0 while it cannot be reached.",
@@ -216,7 +217,7 @@ class Instruments:
         while True:
             due = loop.time() + _LAG_EVERY_S
             await asyncio.sleep(_LAG_EVERY_S)
-            self._lag.observe(max(0.0, loop.time() - due))
+            self.lagged(max(0.0, loop.time() - due))
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """Return all metrics and the content type: OpenMetrics for clients that accept it.
