@@ -106,7 +106,7 @@ class Telemetry:
 
     def lagged(self, seconds: float) -> None:
         """Count how late the event loop of a front was."""
-        self._instruments.lagged(seconds)
+        self._instruments.lag.observe(seconds)
 
     def happened(self, event: PoolEvent) -> None:
         """Count an event of the pool."""
