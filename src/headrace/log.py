@@ -203,6 +203,7 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "engine.failed": "The engine failed in request {0[id]}".format,
     "sizing.damaged": "{0[path]} is damaged ({0[error]}); sizes are measured again".format,
     "lab.tune.damaged": "{0[path]} is damaged ({0[error]}); its measurements are ignored".format,
+    "lab.bench.damaged": "{0[path]} is damaged ({0[error]}); its runs are ignored".format,
     "usage.not_written": "Usage is not written to {0[path]}: {0[reason]}".format,
     "usage.writes_again": "Usage is written to {0[path]} again; {0[lost]} counts were lost".format,
     "sizing.not_kept": "Measured sizes are not kept: {0[error]}".format,

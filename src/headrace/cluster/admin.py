@@ -13,7 +13,9 @@ from headrace.cluster.link import NodeLink
 from headrace.cluster.pool import ClusterPool
 from headrace.cluster.view import Node
 from headrace.cluster.wire import Done, Placed
-from headrace.core.errors import HeadraceError, NoNode, UnknownModel
+from headrace.core.errors import HeadraceError, NoNode, UnknownModel, Unsupported
+from headrace.core.library import LibraryEntry, LibraryFilter
+from headrace.core.measurement import Curve
 from headrace.core.model import State
 from headrace.core.status import (
     DeviceStatus,
@@ -64,6 +66,14 @@ class ClusterAdmin:
     def stored(self) -> Sequence[StoredModel]:
         """Return nothing: a front does not know what its nodes have on their disks."""
         return ()
+
+    def measurements(self) -> Sequence[Curve]:
+        """Return nothing: each node measures itself."""
+        return ()
+
+    async def library(self, wanted: LibraryFilter) -> Sequence[LibraryEntry]:
+        """Refuse: what fits differs between nodes."""
+        raise Unsupported("A front has no library; each node has one, by its own `/admin/library`.")
 
     async def describe(self, model: str) -> None:
         """Let a node read the header of a model that was not loaded yet; see `Admin`."""
