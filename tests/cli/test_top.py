@@ -167,6 +167,32 @@ def test_what_remains_on_a_narrow_terminal() -> None:
     assert cells(at_40, FAST.id) == [FAST.id, "decode", "20s"]
 
 
+@pytest.mark.parametrize(
+    ("values", "width", "bars"),
+    [
+        ([0, 50, 100], 80, "▁▅█"),
+        ([0, 0], 80, "▁▁"),
+        ([100, 1, 2, 4], 3, "▃▅█"),
+        ([7], 80, ""),
+        ([], 80, ""),
+        ([1, 2], 0, ""),
+    ],
+)
+def test_the_history_is_a_line_of_bars(values: list[float], width: int, bars: str) -> None:
+    """Issue 16.5: from zero to the largest, the latest last, no wider than the terminal."""
+    assert top.sparkline(values, width) == bars
+
+
+def test_the_history_is_below_the_totals_and_coloured() -> None:
+    """Issue 16.5: sparklines and colours, on a terminal only: `--once` has no history."""
+    seen = Snapshot(time=5.0, status=PoolStatus(models=(), devices=()), activity=Activity())
+    with_history = top.lines(seen, URL, 60, history=[1, 2, 3])
+    without = top.lines(seen, URL, 60)
+    added = [line for line in with_history if line not in without]
+    assert added == [[("▃▅█", "cyan")]]
+    assert len(with_history) == len(without) + 1
+
+
 def test_names_cannot_command_the_terminal() -> None:
     frame = "\n".join(drawn())
     assert [one for one in frame if not (one.isprintable() or one == "\n")] == []
