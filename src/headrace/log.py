@@ -193,6 +193,7 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "cluster.front_left": "The front {0[front]} has gone: {0[reason]}".format,
     "cluster.refused": "A front was refused: {0[error]}".format,
     "cluster.lookup_failed": "The addresses of {0[name]} are not known: {0[error]}".format,
+    "cluster.not_reconciled": "The number of agents is not changed: {0[error]}".format,
     "cluster.not_placed": "{0[model]} is not loaded at {0[node]}: {0[error]}".format,
     "cluster.cancel_slow": "The node {0[node]} is slow to cancel an answer".format,
     "pool.task": lambda data: "A task of the pool failed",

@@ -12,7 +12,7 @@ import msgspec
 from headrace.cluster.link import NodeLink
 from headrace.cluster.pool import ClusterPool
 from headrace.cluster.view import Node
-from headrace.cluster.wire import Done
+from headrace.cluster.wire import Done, Placed
 from headrace.core.errors import HeadraceError, NoNode, UnknownModel, Unsupported
 from headrace.core.library import LibraryEntry, LibraryFilter
 from headrace.core.measurement import Curve
@@ -256,13 +256,15 @@ class ClusterAdmin:
     def _node(self, link: NodeLink) -> NodeStatus:
         node = self.pool.view.nodes.get(link.name) if link.is_up else None
         since = self.pool.since.get(link.address, 0.0)
+        placed = self.pool.placed(link.address)
         if node is None:
             return NodeStatus(
-                name=link.name,
+                name=link.name or (placed.node if placed else ""),
                 address=str(link.address),
                 state="gone",
                 since=since,
                 reason=link.failure,
+                placed=_text(placed),
             )
         models = node.models.values()
         return NodeStatus(
@@ -276,7 +278,14 @@ class ClusterAdmin:
             running=sum(max(0, model.busy - model.status.queued) for model in models),
             queued=sum(model.status.queued for model in models),
             clock_s=round(link.clock_s, 3),
+            placed=_text(placed),
         )
+
+
+def _text(placed: Placed | None) -> str | None:
+    if placed is None:
+        return None
+    return f"{placed.state}: {placed.reason}" if placed.reason else placed.state
 
 
 def _named(node: Node, device: DeviceStatus) -> DeviceStatus:
