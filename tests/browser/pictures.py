@@ -170,6 +170,7 @@ def playground(page: Browser, service: Service) -> None:
 def session(service: Service, words: list[str]) -> None:
     """Run a command on a terminal, and draw what came as an animation of its real pace."""
     pieces = recorded([sys.executable, "-m", *words, "--url", service.url, "--max-tokens", "60"])
+    pieces = [(at, text.replace(service.url, ADDRESS)) for at, text in pieces]
     text = animated(" ".join(words[:-1]) + f' "{words[-1]}"', pieces)
     (PICTURES / "session.svg").write_text(text, encoding="utf-8")
 
@@ -213,6 +214,8 @@ def animated(command: str, pieces: list[tuple[float, str]]) -> str:
                 row, column = row + 1, 0
             while line:
                 room = WIDTH - column
+                if room < len(line) <= WIDTH:  # a token is not broken
+                    row, column, room, line = row + 1, 0, WIDTH, line.lstrip()
                 drawn.append(_piece(row, column, at, line[:room]))
                 column += len(line[:room])
                 line = line[room:]

@@ -25,7 +25,7 @@ from tests.cli.stub import stub
 from wcwidth import wcswidth
 
 from headrace.cli.app import run
-from headrace.cli.top import Snapshot, Sort, lines
+from headrace.cli.top import Snapshot, Sort, lines, sparkline
 from headrace.core.record import Activity, Rates, RunningRequest
 from headrace.core.status import DeviceStatus, Footprint, ModelStatus, PoolStatus, ReplicaStatus
 
@@ -180,14 +180,14 @@ def test_what_remains_on_a_narrow_terminal() -> None:
 )
 def test_the_history_is_a_line_of_bars(values: list[float], width: int, bars: str) -> None:
     """Issue 16.5: from zero to the largest, the latest last, no wider than the terminal."""
-    assert top.sparkline(values, width) == bars
+    assert sparkline(values, width) == bars
 
 
 def test_the_history_is_below_the_totals_and_coloured() -> None:
     """Issue 16.5: sparklines and colours, on a terminal only: `--once` has no history."""
     seen = Snapshot(time=5.0, status=PoolStatus(models=(), devices=()), activity=Activity())
-    with_history = top.lines(seen, URL, 60, history=[1, 2, 3])
-    without = top.lines(seen, URL, 60)
+    with_history = lines(seen, URL, 60, history=[1, 2, 3])
+    without = lines(seen, URL, 60)
     added = [line for line in with_history if line not in without]
     assert added == [[("▃▅█", "cyan")]]
     assert len(with_history) == len(without) + 1
