@@ -468,3 +468,44 @@ def test_the_real_model_by_messages(claude: anthropic.Anthropic) -> None:
     assert call.type == "tool_use"
     assert call.input.keys() == {"city", "days"}
     assert answer.stop_reason == "tool_use"
+
+
+VERDICT: Any = {
+    "type": "object",
+    "properties": {"rain": {"enum": ["yes", "no"]}},
+    "required": ["rain"],
+    "additionalProperties": False,
+}
+
+
+def test_tools_with_a_form(their: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    """Issue 13: calls, or content that keeps to the form, whole and streamed, in three dialects."""
+    question = "Will it rain? Answer yes or no."
+    tool: Any = {**WEATHER, "strict": True}
+    function: Any = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+    named: Any = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": VERDICT}}
+    texts, calls = list[str | None](), list[str]()
+    for seed in (1, 2):
+        message = their.chat.completions.create(
+            model="smollm2", messages=user(question), tools=[function], response_format=named,
+            parallel_tool_calls=False, seed=seed,
+        ).choices[0].message  # fmt: skip
+        calls += [call.function.arguments for call in message.tool_calls or ()]  # pyright: ignore[reportAttributeAccessIssue]
+        texts.append(message.content)
+    text: Any = {"format": {"type": "json_schema", "name": "verdict", "schema": VERDICT}}
+    with their.responses.stream(
+        model="smollm2", input=question, tools=[tool], text=text, parallel_tool_calls=False
+    ) as stream:
+        output = stream.get_final_response().output
+    calls += [item.arguments for item in output if item.type == "function_call"]
+    texts += [item.content[0].text for item in output if item.type == "message"]  # pyright: ignore[reportAttributeAccessIssue]
+    answer = claude.messages.create(
+        model="smollm2", max_tokens=600, messages=user(question), tools=[TOOL],
+        tool_choice={"type": "auto", "disable_parallel_tool_use": True},
+        extra_body={"output_config": {"format": {"type": "json_schema", "schema": VERDICT}}},
+    )  # fmt: skip
+    texts += [block.text for block in answer.content if block.type == "text"]
+    assert answer.stop_reason in {"end_turn", "tool_use"}
+    assert all(json.loads(call).keys() == {"city", "days"} for call in calls)
+    assert {content for content in texts if content} <= {'{"rain": "yes"}', '{"rain": "no"}'}
+    assert calls or any(texts)

@@ -216,6 +216,9 @@ class Prompter:
             raise Unsupported(
                 "This engine does not enforce calls of tools; use auto.", param="tool_choice"
             )
+        if request.constraint is not None and request.enforces_calls and not enforces:
+            message = "This engine does not enforce a response format beside tools."
+            raise Unsupported(message, param=request.constraint.param)
         return parsing
 
     def _enforced(self, constraint: Constraint | None) -> Constraint | None:
