@@ -17,7 +17,7 @@ from headrace.engines.base import OpenRequest
 from headrace.engines.llamacpp import footprint
 from headrace.engines.llamacpp.engine import Engine
 from headrace.models.inspect import inspect
-from headrace.worker import process
+from headrace.worker import computing
 from headrace.worker.process import WorkerProcess
 from headrace.worker.spec import WorkerSpec
 
@@ -78,7 +78,7 @@ async def test_a_long_text_may_take_longer_than_hang_s(
     request_: OpenRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Issue 11.6: a text whose batch took two minutes had its worker killed, for all others."""
-    monkeypatch.setattr(process, "_LONGEST_BATCH", 1000)
+    monkeypatch.setattr(computing, "_LONGEST_BATCH", 1000)
     spec = ModelSpec(
         name="m", model="m", task="embed", device="cpu", hang_s=0.5, options=request_.options
     )

@@ -18,6 +18,7 @@ from headrace.core.request import AnyRequest
 from headrace.log import LogSettings
 from headrace.machine import HOST, process_memory, visibility
 from headrace.models.transfer import silent
+from headrace.worker.computing import Hangs
 from headrace.worker.meter import Received
 from headrace.worker.spawn import NOTHING, ChildProcess, Relay
 from headrace.worker.spec import (
@@ -37,8 +38,6 @@ _CANCEL_S = 30.0
 _LAST_STEP_S = 10.0
 _LAST_WORD_S = 1.0
 _WATCH_S = 0.25
-# Of an embedder or reranker that computes, in `hang_s`.
-_LONGEST_BATCH = 15
 _FREED_LOOKS, _FREED_STEP_S = 300, 0.05
 
 
@@ -282,21 +281,14 @@ class WorkerProcess:
         self.died.set()
 
     async def _watch(self, child: ChildProcess) -> None:
+        hangs = Hangs(child)
         while not child.gone.is_set():
-            if self._is_hung(child):
+            tasks = self._info.capabilities.tasks if self._info else ("generate",)
+            if hangs.is_hung(self.spec.hang_s, encodes="generate" not in tasks):
                 child.kill("hung and was killed")
             if child.is_stopped():
                 child.kill("was stopped from outside and killed")
             await _within(_WATCH_S, child.gone)
-
-    def _is_hung(self, child: ChildProcess) -> bool:
-        limit_s, info = self.spec.hang_s, self._info
-        if not child.is_hung(limit_s):
-            return False
-        # An embedder or reranker is silent while it computes a batch, however long its texts are.
-        encodes = info is not None and "generate" not in info.capabilities.tasks
-        silent = not encodes or child.is_hung(_LONGEST_BATCH * limit_s)
-        return silent or not child.is_computing(limit_s)
 
 
 async def _within(timeout_s: float, event: asyncio.Event) -> bool:

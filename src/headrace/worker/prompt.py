@@ -216,9 +216,8 @@ class Prompter:
             raise Unsupported(
                 "This engine does not enforce calls of tools; use auto.", param="tool_choice"
             )
-        if request.constraint is not None and request.enforces_calls and not enforces:
-            message = "This engine does not enforce a response format beside tools."
-            raise Unsupported(message, param=request.constraint.param)
+        if (form := request.constraint) and request.enforces_calls and not enforces:
+            raise Unsupported("This engine does not enforce a form beside tools.", param=form.param)
         return parsing
 
     def _enforced(self, constraint: Constraint | None) -> Constraint | None:

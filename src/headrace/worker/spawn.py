@@ -141,7 +141,6 @@ class ChildProcess:
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._alive = time.monotonic()
         self._stopped = False
-        self._used_s, self._used_at = 0.0, self._alive
         self._verdict: str | None = None
         self._process: Process | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -250,17 +249,6 @@ class ChildProcess:
         streams = self._listeners.values()
         silent = any(stream.admitted and now - stream.received_at > limit_s for stream in streams)
         return silent or (bool(self._listeners) and now - self._alive > limit_s)
-
-    def is_computing(self, limit_s: float) -> bool:
-        """Whether the process has used a core for a fiftieth of the last `limit_s` seconds."""
-        now = time.monotonic()
-        try:
-            used = sum(psutil.Process(self.pid).cpu_times()[:2])
-        except psutil.Error:
-            return False
-        if used - self._used_s >= limit_s / 50:
-            self._used_s, self._used_at = used, now
-        return now - self._used_at <= limit_s
 
     def is_stopped(self) -> bool:
         """Whether a signal has stopped the process, now and at the previous call."""
