@@ -11,12 +11,18 @@ import httpx
 import openai
 import pytest
 from tests.cli.programs import headrace
-from tests.programs.conftest import running
-from tests.programs.test_programs import PROMPT
+from tests.programs.conftest import PREFIX, running
+from tests.programs.test_programs import PROMPT, Noted, run
 
 pytestmark = [pytest.mark.programs, pytest.mark.timeout(400)]
 
-SETTINGS = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False"}
+# It does not start without a key for its own clients.
+KEY = "sk-of-the-proxy"
+SETTINGS = {
+    "LITELLM_MASTER_KEY": KEY,
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_TELEMETRY": "False",
+}
 READ: Any = {
     "type": "function",
     "function": {
@@ -34,13 +40,20 @@ def proxy(environ: dict[str, str], folder: Path) -> Iterator[openai.OpenAI]:
     variables = {**environ, **SETTINGS, **made["env"]}
     with (
         running(made["command"], variables, folder, "/health/liveliness") as client,
-        openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0) as their,
+        openai.OpenAI(base_url=f"{client.base_url}/v1", api_key=KEY, max_retries=0) as their,
     ):
         yield their
 
 
-def test_litellms_proxy(proxy: openai.OpenAI, folder: Path) -> None:
+def test_litellms_proxy(
+    proxy: openai.OpenAI, environ: dict[str, str], folder: Path, record_property: Noted
+) -> None:
     """Issue 14, shown 2: models, an answer, a stream, a loop with a tool, an error."""
+    python = PREFIX / "litellm" / "bin" / "python"
+    version = "from importlib.metadata import version; print(version('litellm'))"
+    record_property("client", "litellm-proxy")
+    record_property("version", run((python, "-c", version), environ, folder).strip())
+    record_property("tried", "answer, tools")
     assert {"echo", "smollm2"} <= {model.id for model in proxy.models.list()}
     messages: list[Any] = [{"role": "user", "content": PROMPT}]
     answer = proxy.chat.completions.create(model="echo", messages=messages, top_p=1)
@@ -52,8 +65,10 @@ def test_litellms_proxy(proxy: openai.OpenAI, folder: Path) -> None:
     call = f'<tool_call>{{"name": "read_file", "arguments": {arguments}}}</tool_call>'
     messages = [{"role": "user", "content": call}]
     first = proxy.chat.completions.create(model="echo", messages=messages, tools=[READ])
-    (made,) = first.choices[0].message.tool_calls or ()
-    assert json.loads(made.function.arguments) == json.loads(arguments)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownArgumentType]
+    calls = first.choices[0].message.tool_calls
+    assert calls, first
+    made: Any = calls[0]
+    assert json.loads(made.function.arguments) == json.loads(arguments)
     text = (folder / "notes.txt").read_text()
     messages += [
         first.choices[0].message,
@@ -69,6 +84,6 @@ def test_anthropics_api_of_the_proxy(proxy: openai.OpenAI) -> None:
     """Claude Code can use the service through the proxy."""
     body = {"model": "echo", "max_tokens": 64, "messages": [{"role": "user", "content": PROMPT}]}
     url = str(proxy.base_url).rstrip("/") + "/messages"
-    answer = httpx.post(url, json=body, headers={"x-api-key": "none"}, timeout=120)
+    answer = httpx.post(url, json=body, headers={"x-api-key": KEY}, timeout=120)
     assert answer.status_code == 200, answer.text
     assert answer.json()["content"][0]["text"] == PROMPT
