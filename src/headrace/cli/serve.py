@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from headrace.cli import supervised, terminal
-from headrace.cli.common import Common, ModelFlags, given, known_models, loop_factory
+from headrace.cli.common import Common, ModelFlags, given, known_models
 from headrace.core.errors import ConfigError, HeadraceError
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ class ServiceFlags:
     ] = None
     dbgpt_controller: Annotated[
         str | None, Option(help="Be a worker of the DB-GPT cluster with this controller's URL.")
+    ] = None
+    fronts: Annotated[
+        str | None, Option(help="Processes for connections: a number, or auto by cores.")
     ] = None
     allow_public: Annotated[
         bool | None, Option(help="Listen beyond loopback without an API key.")
@@ -133,6 +136,7 @@ def run(
         wire(settings) if wire is not None else contextlib.nullcontext() as fronts,
     ):
         from headrace.cli.service import live
+        from headrace.machine import loop_factory
 
         task = _task(specs[0], settings.config) if specs else "generate"
         others = {"metrics": metrics, "ollama": ollama, "dbgpt": dbgpt, "wire": fronts}

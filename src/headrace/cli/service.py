@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -28,11 +28,15 @@ from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
 from headrace.core.model import ModelSpec
 from headrace.core.status import Reloaded
+from headrace.fronts.fronts import Fronts
+from headrace.fronts.process import Home
+from headrace.fronts.wire import Begin
 from headrace.machine import (
     raise_open_files,
     share_malloc_arena,
     shorten_switch_interval,
     tune_garbage_collection,
+    usable_cpus,
 )
 from headrace.pool.admin import PoolAdmin
 from headrace.pool.pool import Pool
@@ -46,6 +50,7 @@ Open = Callable[[Read], tuple[PoolAdmin | ClusterAdmin, Telemetry]]
 
 _log = logging.getLogger("headrace.service")
 _FOLDERS = 64
+_MOST_FRONTS, _CORES_EACH = 4, 8
 _HOPELESS = {"failed", "stopped", "created"}
 
 
@@ -72,6 +77,8 @@ async def live(
     share_malloc_arena()
     metrics, ollama, dbgpt, wire = map(others.get, ("metrics", "ollama", "dbgpt", "wire"))
     service = _Service(settings, specs, reread, open or _opener(settings, specs, wire))
+    if service.fronts is not None:
+        service.begin(service.fronts.run())
     loading = service.begin(service.load())
     following = service.begin(service.follow())
     watching = service.begin(service.telemetry.watch())
@@ -138,9 +145,25 @@ class _Service:
         )
         self._batching: asyncio.Task[None] | None = None
         idle = settings.config.server.max_idle_connections
-        self.server, self.second = Server(self._app, idle), Server(self._app, idle)
+        self.fronts = self._open_fronts(idle)
+        self.server = self.fronts or Server(self._app, idle)
+        self.second = self.fronts or Server(self._app, idle)
         self.aside = Server(self._app.metrics_alone(), idle)
         self._worker: DbgptWorker | None = None
+
+    def _open_fronts(self, max_idle: int) -> Fronts | None:
+        """Return the processes for connections; None if this one has them itself."""
+        config = self._settings.config
+        if (count := _fronts(config.server.fronts)) == 1:
+            return None
+        home = Home(self.backend, self.admin, self._app, self.telemetry, self._changed)
+        share = max(1, max_idle // count)
+        log, settings = runtime.log_settings(config), api_settings(config)
+        return Fronts(home, Begin(log, settings, share, count))
+
+    def _changed(self) -> None:
+        if self.fronts is not None:
+            self.fronts.changed()
 
     def ready(self) -> bool:
         """Whether new requests are accepted."""
@@ -236,9 +259,13 @@ class _Service:
         """Apply the changes of a reload to the server, after the models."""
         async for event in self.admin.events():
             self.telemetry.happened(event)
+            self._changed()
             if event.kind == "reloaded":
                 self._settings = self._latest
-                self._app.replace_settings(api_settings(self._latest.config))
+                applied = api_settings(self._latest.config)
+                self._app.replace_settings(applied)
+                if self.fronts is not None:
+                    self.fronts.replace_settings(applied)
                 if self._worker is not None:
                     self._worker.apply(self._latest)
 
@@ -279,6 +306,12 @@ class _Service:
             await asyncio.gather(self._worker.cluster.leave(), self.backend.aclose(wait_s))
         finally:
             self._worker.server.stop()
+
+
+def _fronts(setting: int | Literal["auto"]) -> int:
+    if setting == "auto":
+        return min(_MOST_FRONTS, max(1, usable_cpus() // _CORES_EACH))
+    return setting
 
 
 def _log_reload(reloading: asyncio.Task[Reloaded]) -> None:

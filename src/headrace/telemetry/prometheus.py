@@ -168,7 +168,7 @@ class Instruments:
             buckets=_WAIT_S,
             registry=self._registry,
         )
-        self._lag = Histogram(
+        self.lag = Histogram(
             "headrace_event_loop_lag_seconds",
             "How much later than it should the service's event loop came to its next task.",
             buckets=_LAG_S,
@@ -223,7 +223,7 @@ class Instruments:
         while True:
             due = loop.time() + _LAG_EVERY_S
             await asyncio.sleep(_LAG_EVERY_S)
-            self._lag.observe(max(0.0, loop.time() - due))
+            self.lag.observe(max(0.0, loop.time() - due))
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """Return all metrics and the content type: OpenMetrics for clients that accept it.

@@ -106,6 +106,10 @@ class Telemetry:
         """Count an HTTP request that has ended."""
         self._instruments.called(call)
 
+    def lagged(self, seconds: float) -> None:
+        """Count how late the event loop of a front was."""
+        self._instruments.lag.observe(seconds)
+
     def happened(self, event: PoolEvent) -> None:
         """Count an event of the pool."""
         self._instruments.happened(event)
