@@ -26,7 +26,7 @@ from headrace.cluster.listing import fetch
 from headrace.cluster.wire import Address
 from headrace.config.cluster import ClusterSettings
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 HEAD, NET = "10.77.0.1", "10.77.0"
 HERE = "10.77.0.254"
@@ -53,7 +53,7 @@ _CLONE_NEWNET = 0x40000000
 _numbers = itertools.count()
 
 
-def until(condition: Callable[[], object], within_s: float = 60.0) -> None:
+def until(condition: Callable[[], object], within_s: float = 150.0) -> None:
     end = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < end, "it did not come"
@@ -183,12 +183,12 @@ class Cluster:
             env=self.environment | variables,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=300,
             check=False,
         )
 
     def up(self) -> None:
-        done = self.command("up", str(self.file), "--wait-s", "120")
+        done = self.command("up", str(self.file), "--wait-s", "200")
         assert done.returncode == 0, done.stdout + done.stderr
 
     def nodes(self) -> dict[str, dict[str, Any]]:
