@@ -319,9 +319,9 @@ def test_up(cluster: Cluster) -> None:
     check(begin(cluster), gap_s=5.0)
     shown = cluster.command("status", "--url", cluster.url, HEADRACE_API_KEY=KEY)
     assert "PLACED BY RAY" in shown.stdout, shown.stderr
-    before = [cluster.record(number) for number in MACHINES]
+    before = [(cluster.record(number), cluster.agent(number)) for number in MACHINES]
     cluster.up()
-    assert [cluster.record(number) for number in MACHINES] == before
+    assert [(cluster.record(number), cluster.agent(number)) for number in MACHINES] == before
 
 
 def test_a_killed_agent(cluster: Cluster) -> None:
