@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import itertools
 import json
@@ -20,7 +21,12 @@ import httpx
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+from headrace.cluster import secure
+from headrace.cluster.listing import fetch
+from headrace.cluster.wire import Address
+from headrace.config.cluster import ClusterSettings
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 HEAD, NET = "10.77.0.1", "10.77.0"
 HERE = "10.77.0.254"
@@ -41,11 +47,13 @@ model = "echo"
 replicas = 2
 options = { tokens_per_second = 40 }
 """
+# As systemd does with Restart=always. On a busy machine Ray may not be up by its own deadline.
+AGAIN = 'until "$@"; do sleep 1; done'
 _CLONE_NEWNET = 0x40000000
 _numbers = itertools.count()
 
 
-def until(condition: Callable[[], object], within_s: float = 60.0) -> None:
+def until(condition: Callable[[], object], within_s: float = 150.0) -> None:
     end = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < end, "it did not come"
@@ -130,6 +138,8 @@ class Cluster:
         """Start a command on a machine; its output goes to a file."""
         log = (self.folder / f"{number}.log").open("ab")
         enter = ["ip", "netns", "exec", self.network.name(number)]
+        if words[0] == "ray":
+            enter += ["sh", "-c", AGAIN, "ray start"]
         if number == 1 and words[0] == "ray":
             # Else the head finds the other machines by their command lines.
             enter += ["unshare", "--pid", "--fork", "--mount-proc"]
@@ -173,12 +183,12 @@ class Cluster:
             env=self.environment | variables,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=300,
             check=False,
         )
 
     def up(self) -> None:
-        done = self.command("up", str(self.file), "--wait-s", "120")
+        done = self.command("up", str(self.file), "--wait-s", "200")
         assert done.returncode == 0, done.stdout + done.stderr
 
     def nodes(self) -> dict[str, dict[str, Any]]:
@@ -193,6 +203,14 @@ class Cluster:
             return False
         states = [(node["state"], node["models"], node["placed"]) for node in nodes]
         return states == [("connected", ["m"], "running")] * 2
+
+    def listed(self) -> list[str]:
+        """The states that the manager lists now."""
+        member = secure.member(ClusterSettings(token_file=self.folder / "cluster.token"))
+        try:
+            return [node.state for node in asyncio.run(fetch(Address(HEAD, 11513), member))]
+        except (OSError, secure.Refusal):
+            return []
 
     def record(self, number: int) -> dict[str, Any]:
         folder = self.folder / f"home{number}" / "nodes" / f"n{number}"
@@ -301,9 +319,9 @@ def test_up(cluster: Cluster) -> None:
     check(begin(cluster), gap_s=5.0)
     shown = cluster.command("status", "--url", cluster.url, HEADRACE_API_KEY=KEY)
     assert "PLACED BY RAY" in shown.stdout, shown.stderr
-    before = [cluster.record(number) for number in MACHINES]
+    before = [(cluster.record(number), cluster.agent(number)) for number in MACHINES]
     cluster.up()
-    assert [cluster.record(number) for number in MACHINES] == before
+    assert [(cluster.record(number), cluster.agent(number)) for number in MACHINES] == before
 
 
 def test_a_killed_agent(cluster: Cluster) -> None:
@@ -333,10 +351,8 @@ def test_a_killed_raylet(cluster: Cluster) -> None:
     streams = begin(cluster)
     cluster.network.kill(2, "raylet/raylet")
     check(streams, gap_s=1.0)
-    cluster.network.kill(2, "ray start", "ray::")
     assert psutil.pid_exists(before["pid"])
-    cluster.start_ray(2)
-    until(lambda: cluster.agent(2) != agent)
+    until(lambda: cluster.agent(2) != agent, 120)
     until(cluster.ready)
     assert cluster.record(2) == before
 
@@ -375,17 +391,10 @@ def test_a_head_that_begins_anew(cluster: Cluster) -> None:
     cluster.network.kill(1)
     check(streams, gap_s=1.0)
     check([Stream(cluster, 20) for _ in range(4)], gap_s=1.0)
-    agents = [cluster.agent(number) for number in MACHINES]
     cluster.start_ray(1)
-
-    def listed() -> bool:
-        done = cluster.command("up", str(cluster.file), "--wait-s", "20")
-        return done.returncode == 0
-
-    until(listed, 120)
+    until(lambda: cluster.listed() == ["running", "running"], 240)
     until(cluster.ready)
     assert [cluster.record(number) for number in MACHINES] == before
-    assert [cluster.agent(number) for number in MACHINES] == agents
 
 
 @pytest.mark.slow
@@ -398,11 +407,8 @@ def test_a_head_that_is_gone_for_a_minute(cluster: Cluster) -> None:
     while time.monotonic() - gone < 75:
         check([Stream(cluster, 40) for _ in range(20)], gap_s=2.0)
     assert {node["state"] for node in cluster.nodes().values()} == {"connected"}
-    for number in MACHINES:
-        cluster.network.kill(number, "ray start", "raylet", "ray::")
-    for number in (1, *MACHINES):
-        cluster.start_ray(number)
-    until(cluster.ready, 150)
+    cluster.start_ray(1)
+    until(cluster.ready, 200)
     assert [cluster.record(number) for number in MACHINES] == before
 
 

@@ -23,8 +23,10 @@ from tests.conftest import TEST_ROUNDS
 from tests.service.serving import Service, served
 
 from headrace.cli.app import run
+from headrace.cluster.detached import Folder, digest_of
+from headrace.core.errors import ConfigError
 
-WORDS = 60
+WORDS, MANY_WORDS = 60, 200
 _numbers = itertools.count()
 CONFIG = """
 [cluster]
@@ -139,12 +141,12 @@ def _free_port() -> int:
 class Stream(threading.Thread):
     """A streamed answer, and the longest time without a part of it."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, words: int = WORDS) -> None:
         super().__init__(daemon=True)
         self.client = cluster.client
         # A prompt that a node had before would go there again.
         number = next(_numbers)
-        self.prompt = " ".join(f"{number}.{word}" for word in range(WORDS))
+        self.prompt = " ".join(f"{number}.{word}" for word in range(words))
         self.text, self.gap_s = "", 0.0
         self.begun = threading.Event()
         self.error: Exception | None = None
@@ -171,7 +173,7 @@ class Stream(threading.Thread):
                     self.begun.set()
 
 
-def streams(cluster: Cluster, count: int = 4) -> list[Stream]:
+def streams(cluster: Cluster, count: int = 4, words: int = WORDS) -> list[Stream]:
     """Answers that run at both nodes."""
     until(cluster.ready)
     begun: list[Stream] = []
@@ -179,7 +181,7 @@ def streams(cluster: Cluster, count: int = 4) -> list[Stream]:
     def run_at_both() -> bool:
         # On a busy machine the first ones may have ended before the last has begun.
         check_whole(begun, gap_s=60.0)
-        begun[:] = [Stream(cluster) for _ in range(count)]
+        begun[:] = [Stream(cluster, words) for _ in range(count)]
         for stream in begun:
             assert stream.begun.wait(30)
         return all(cluster.running().values())
@@ -286,7 +288,7 @@ def end(node: Node) -> None:
 def check_rounds(cluster: Cluster, fault: Callable[[Node], None]) -> None:
     gaps: list[float] = []
     for number in range(TEST_ROUNDS or 20):
-        begun = streams(cluster, 20)
+        begun = streams(cluster, 20, MANY_WORDS)
         node = cluster.nodes["ab"[number % 2]]
         fault(node)
         check_whole(begun, gap_s=15.0)
@@ -314,7 +316,7 @@ def test_faults(cluster: Cluster, fault: Callable[[Node], None]) -> None:
 def test_drains(cluster: Cluster) -> None:
     """Issue 15, shown 3: 20 streams, 20 rounds; each ends where it is."""
     for number in range(TEST_ROUNDS or 20):
-        begun, name = streams(cluster, 20), "ab"[number % 2]
+        begun, name = streams(cluster, 20, MANY_WORDS), "ab"[number % 2]
         cluster.command("cluster", "drain", name)
         check_whole(begun, gap_s=15.0)
         cluster.command("cluster", "drain", name, "--off")
@@ -331,7 +333,7 @@ def test_killed_fronts(cluster: Cluster) -> None:
     for _ in range(TEST_ROUNDS or 20):
         with served(environment=environment, command=("cluster", "front")) as service:
             other = Cluster(service, cluster.nodes, cluster.folder)
-            lost, begun = streams(other, 10), streams(cluster, 10)
+            lost, begun = streams(other, 10, MANY_WORDS), streams(cluster, 10, MANY_WORDS)
             service.process.kill()
             check_whole(begun, gap_s=15.0)
             for stream in lost:
@@ -359,3 +361,23 @@ def test_a_killed_node(cluster: Cluster) -> None:
     assert int(response.headers["retry-after"]) >= 1
     assert response.json()["error"]["code"] == "no_node"
     cluster.nodes["b"].close()
+
+
+def test_a_node_of_ray(tmp_path: Path) -> None:
+    """Issue 15.3: its record for the next agent; no second one; without an agent it ends itself."""
+    (tmp_path / "headrace.toml").write_text('[models.m]\nmodel = "echo"\n[cluster]\norphan_s = 3\n')
+    home = {"HOME": str(tmp_path / "home"), "CONFIG": str(tmp_path / "headrace.toml")}
+    place = ("--wire-port", "0", "--record", str(tmp_path / "record"))
+    with served(*place, environment=home, command=("cluster", "node"), ready=False) as service:
+        folder = Folder(tmp_path / "record")
+        until(folder.record)
+        record = folder.record()
+        assert record is not None
+        assert (record.pid, record.url) == (service.process.pid, service.url)
+        assert record.wire in service.log
+        assert record.digest == digest_of(tmp_path / "headrace.toml")
+        with pytest.raises(ConfigError, match=f"already, process {record.pid}"):
+            folder.begin()
+        assert service.process.wait(60) == 0
+        assert "this node ends" in service.log
+        assert not folder.is_locked()

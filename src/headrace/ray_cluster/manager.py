@@ -144,6 +144,8 @@ def _deploy(plan: Plan, agents: int) -> None:
             health_check_period_s=5,
             graceful_shutdown_timeout_s=1,
         )
+        # Else each call is a new version for Serve, and all agents are replaced for nothing.
+        vars(deployment)["_version"] = f"{plan.version}-{plan.digest}"
         serve.start(proxy_location="Disabled")
         serve.run_many(
             [serve.RunTarget(deployment.bind(plan), name=APPLICATION, route_prefix=None)],
