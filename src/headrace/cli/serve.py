@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from headrace.cli import terminal
+from headrace.cli import supervised, terminal
 from headrace.cli.common import Common, ModelFlags, given, known_models
 from headrace.core.errors import ConfigError, HeadraceError
 
@@ -129,7 +129,7 @@ def run(
     server = settings.config.server
     _warn_of_keys(server)
     with (
-        listen(server) as listener,
+        _main_socket(server) as listener,
         _second(server, server.ollama_port) as ollama,
         _second(server, _metrics_port(settings.config)) as metrics,
         listen_for_dbgpt(settings.config) as dbgpt,
@@ -245,12 +245,29 @@ def listen(server: ServerSettings) -> socket.socket:
     Raises:
         ConfigError: the address is public and no key is set, or it cannot be bound.
     """
-    public = (
-        f"{server.host} is reachable from other machines and no API key is set: set "
+    return _bound(server.host, server.port, _public(server, server.host), "host")
+
+
+def _main_socket(server: ServerSettings) -> socket.socket:
+    """Return the socket that a supervisor has opened, or one on the configured address."""
+    passed = supervised.passed_socket(os.environ)
+    if passed is None:
+        return listen(server)
+    host = str(passed.getsockname()[0])
+    if not _is_loopback(host) and (public := _public(server, host)):
+        passed.close()
+        raise ConfigError(public, param="host")
+    return passed
+
+
+def _public(server: ServerSettings, host: str) -> str:
+    """Return the error for an address beyond loopback; empty if it is allowed."""
+    if has_keys(server) or server.allow_public:
+        return ""
+    return (
+        f"{host} is reachable from other machines and no API key is set: set "
         "HEADRACE_API_KEYS, or allow it with --allow-public."
     )
-    is_allowed = has_keys(server) or server.allow_public
-    return _bound(server.host, server.port, "" if is_allowed else public, "host")
 
 
 def _bound(host: str, port: int, public: str, param: str) -> socket.socket:

@@ -19,6 +19,7 @@ from headrace.api.batch.store import Store
 from headrace.api.server import Server
 from headrace.cli import streams
 from headrace.cli.dbgpt import DbgptWorker, api_settings
+from headrace.cli.supervised import Supervisor
 from headrace.cluster.admin import ClusterAdmin
 from headrace.cluster.node import NodeServer
 from headrace.cluster.pool import ClusterPool
@@ -81,12 +82,13 @@ async def live(
     loading = service.begin(service.load())
     following = service.begin(service.follow())
     watching = service.begin(service.telemetry.watch())
+    alive = service.begin(service.supervisor.watch())
     service.run_batches()
     if metrics is not None:
         service.begin(service.aside.serve(metrics))
     if ollama is not None:
         service.begin(service.second.serve(ollama))
-    ending = [following, watching, loading]
+    ending = [following, watching, loading, alive]
     if wire is not None:
         ending.append(service.begin(_node(settings, service.admin).serve(wire)))
     try:
@@ -94,6 +96,7 @@ async def live(
             service.join(dbgpt)
         with service.signals():
             announce()
+            service.supervisor.send("READY=1")
             await service.server.serve(listener)
     finally:
         for task in ending:
@@ -125,6 +128,7 @@ class _Service:
         self._stops = 0
         # A service that was started from a terminal ends with it.
         self._terminal = streams.is_terminal()
+        self.supervisor = Supervisor(os.environ)
         self._optional = not all(spec.preload and spec.enabled for spec in specs)
         self.admin, self.telemetry = open(self._reread)
         self.backend: Pool | ClusterPool = self.admin.pool
@@ -207,6 +211,7 @@ class _Service:
 
         Batches stop at once, as they go on with the next service.
         """
+        self.supervisor.send("STOPPING=1")
         if self._batching is not None:
             self._batching.cancel()
         wait_s = 0.0 if self._stops else self._settings.config.server.drain_s
@@ -237,6 +242,7 @@ class _Service:
             await self.backend.start()
             if not self._stops:
                 _log.info("headrace.service.ready")
+                self.supervisor.send("STATUS=Ready")
         except HeadraceError:
             if self._stops:
                 return

@@ -75,7 +75,9 @@ class Telemetry:
     ) -> None:
         pool = admin.pool
         self._tracing = tracing
-        self._instruments = Instruments(admin.status, lambda: pool.entries)
+        self._instruments = Instruments(
+            admin.status, lambda: pool.entries, lambda: recorder.running()
+        )
         self._recent = Recent(lambda: recorder.running())
         self._history = HistoryRecorder(admin.status, self.activity)
         self._home = home
