@@ -74,7 +74,14 @@ def _amounts(value: object) -> object:
 Keys = Annotated[tuple[str, ...], BeforeValidator(_hash_keys)]
 
 
-Count = Annotated[int, Field(ge=1, le=64)]
+_MOST_FRONTS = 8
+
+
+def _fronts(value: object) -> object:
+    text = str(value).lower()
+    if text == "auto" or (text.isdecimal() and 1 <= int(text) <= _MOST_FRONTS):
+        return text if text == "auto" else int(text)
+    raise ValueError(f"must be a number from 1 to {_MOST_FRONTS}, or auto")
 
 
 class HttpSettings(Frozen):
@@ -90,7 +97,7 @@ class HttpSettings(Frozen):
         le=65535,
         description="a second port, for clients that look for Ollama on 11434",
     )
-    fronts: Fixed[Annotated[Count | Literal["auto"], BeforeValidator(lower)]] = Field(
+    fronts: Fixed[Annotated[int | Literal["auto"], BeforeValidator(_fronts)]] = Field(
         default="auto", description="processes for connections; auto: 1 below 16 cores, at most 4"
     )
     api_keys: Keys = Field(
