@@ -106,8 +106,8 @@ def _placed(
     request: OpenRequest, options: Options, program: Program, *, on_cpu: bool
 ) -> Iterator[str]:
     if on_cpu:
-        yield from ("--device", "none") if program.devices else ()
-        yield from ("--n-gpu-layers", "0")
+        if program.devices:
+            yield from ("--device", "none", "--n-gpu-layers", "0")
         return
     layers = _ALL_LAYERS if options.gpu_layers < 0 else options.gpu_layers
     yield from ("--n-gpu-layers", str(layers))
