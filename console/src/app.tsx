@@ -8,6 +8,7 @@ import { Docs } from "./pages/docs";
 import { Models } from "./pages/models";
 import { Now } from "./pages/now";
 import { Requests } from "./pages/requests";
+import { Speed } from "./pages/speed";
 import { Usage } from "./pages/usage";
 import { Playground } from "./playground/playground";
 import { route } from "./route";
@@ -28,6 +29,7 @@ const PAGES: Page[] = [
   { name: "playground", title: "Playground", icon: "chat", view: Playground },
   { name: "requests", title: "Requests", icon: "requests", view: Requests },
   { name: "usage", title: "Usage", icon: "usage", view: Usage },
+  { name: "speed", title: "Speed", icon: "speed", view: Speed },
   { name: "models", title: "Models", icon: "models", view: Models },
 ];
 const DOCS: Page = { name: "docs", title: "API", icon: "docs", view: Docs };

@@ -195,6 +195,50 @@ export interface UsageReport {
   total: Amounts;
 }
 
+export interface LibraryEntry {
+  name: string;
+  family: string;
+  title: string;
+  about: string;
+  quantization: string;
+  size: number;
+  context_length: number;
+  license: string;
+  abilities: string[];
+  task: "generate" | "embed" | "rerank";
+  needs: Record<string, number>;
+  fits: boolean;
+  reason: string;
+  tokens_per_second: number | null;
+  stored: boolean;
+}
+
+export interface PullState {
+  status: string;
+  total?: number;
+  completed?: number;
+}
+
+export interface Point {
+  load: string;
+  tokens_per_s: number;
+  first_token_p50_ms: number | null;
+  first_token_p99_ms: number | null;
+  between_p50_ms: number | null;
+  between_p99_ms: number | null;
+}
+
+export interface Curve {
+  kind: "bench" | "tune";
+  model: string;
+  title: string;
+  time: string;
+  machine: string;
+  fault: string | null;
+  memory: number | null;
+  points: Point[];
+}
+
 export interface StoredModel {
   name: string;
   reference: string;

@@ -21,7 +21,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--disable-dev-shm-usage", "--force-color-profile=srgb", "--hide-scrollbars", "--lang=en"),
 )
-WAIT_S = 20.0
+WAIT_S = 60.0
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
@@ -169,12 +169,13 @@ def browser(profile: Path) -> Iterator[Browser]:
         stderr=subprocess.DEVNULL,
         env=environment,
     )
-    http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False)
+    http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=3 * WAIT_S, trust_env=False)
     try:
         _retried(lambda: http.get("/status").raise_for_status())
         arguments = [*FLAGS, f"--user-data-dir={profile / 'profile'}"]
         wanted = {
             "goog:chromeOptions": {"args": arguments},
+            "timeouts": {"script": round(2000 * WAIT_S)},
             "goog:loggingPrefs": {"browser": "WARNING", "performance": "ALL"},
         }
         answer = http.post("/session", json={"capabilities": {"alwaysMatch": wanted}}).json()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -80,6 +80,7 @@ from headrace.api.tokens import (
 )
 from headrace.core.backend import Admin, Backend, ClusterAdmin
 from headrace.core.errors import ConfigError, InvalidRequest
+from headrace.core.library import LibraryFilter
 from headrace.core.record import Activity, History, Monitor, RequestRecord
 from headrace.core.status import ModelStatus, NodeStatus, Plan, PoolEvent, PoolStatus, Reloaded
 
@@ -140,6 +141,8 @@ ADMIN_ROUTES = (
     _admin("GET", "/admin/models/{name:path}", manage.show_one, ModelStatus),
     _admin("GET", "/admin/plan", manage.plan, Plan, query=manage.ModelRequest),
     _admin("GET", "/admin/store", manage.stored, manage.StoredModels),
+    _admin("GET", "/admin/measurements", manage.measurements, manage.Measurements),
+    _admin("GET", "/admin/library", manage.library, manage.Library, query=LibraryFilter),
     _admin("POST", "/admin/reload", manage.reload, Reloaded),
     _admin("GET", "/admin/events", manage.events, None, chunk=PoolEvent),
     _admin("GET", "/admin/activity", manage.activity, Activity),
@@ -210,6 +213,27 @@ class Application(Starlette):
         return Application(self._service, (_METRICS, _LIVE))
 
 
+class FrontApplication:
+    """The ASGI application of a process that has connections and no models.
+
+    It answers what a Backend answers, and what is refused before it is read; all other requests go
+    to `rest`.
+    """
+
+    def __init__(self, service: Service, rest: ASGIApp) -> None:
+        routes = [route for route in ROUTES if route.request is not None]
+        self._paths = frozenset(route.path for route in routes)
+        self._own = Application(service, routes)
+        self._rest = rest
+        self.replace_settings = self._own.replace_settings
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Serve a request."""
+        is_own = scope["method"] == "POST" and scope["path"] in self._paths
+        app = self._own if is_own or "headrace.refused" in scope else self._rest
+        return app(scope, receive, send)
+
+
 def create_app(
     backend: Backend,
     settings: ApiSettings,
@@ -234,7 +258,9 @@ def create_app(
     if observer is not None and metrics:
         routes = (*routes, _METRICS)
     describe = admin.describe if admin is not None else None
-    service = Service(backend, settings, ready, admin, observer, describe)
+    unload = admin.unload if admin is not None else None
+    called = observer.called if observer is not None else None
+    service = Service(backend, settings, ready, admin, observer, describe, unload, called)
     keeper = Batches(batches, service) if isinstance(batches, Store) else None
     if batches is not None:
         routes = (*routes, *BatchRoutes(keeper, "" if keeper else str(batches)).routes())

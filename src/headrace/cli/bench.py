@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from headrace.cli import bench_text, terminal
-from headrace.cli.common import Common, ModelFlags, known_models, loop_factory
+from headrace.cli.common import Common, ModelFlags, known_models
 from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -129,8 +129,21 @@ def _bench(common: Common, given: _Given, flags: ModelFlags) -> None:
         own = given.names[0] if given.names else configured.config.default_model
     run = _measured(plan, configured, own, _of_server(common, flags), given)
     _show(common, run, given)
+    _keep(run, configured.config.home)
     if run.interrupted:
         raise typer.Exit(_INTERRUPTED)
+
+
+def _keep(run: Run, home: Path) -> None:
+    """Keep the figures of a run, which the console shows."""
+    from headrace import measurements
+    from headrace.lab.bench.record import curve
+
+    if any(level.ok for level in run.levels):
+        try:
+            measurements.keep(home, curve(run))
+        except (OSError, ConfigError) as error:
+            terminal.note(f"The run is not kept for the console: {error}")
 
 
 def _plan(given: _Given) -> Settings:
@@ -191,6 +204,7 @@ def _measured(
 
     from headrace import runtime
     from headrace.lab.bench.run import Source
+    from headrace.machine import loop_factory
 
     source = Source(
         url=given.url or "",

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -19,6 +19,7 @@ from headrace.api.batch.store import Store
 from headrace.api.server import Server
 from headrace.cli import streams
 from headrace.cli.dbgpt import DbgptWorker, api_settings
+from headrace.cli.supervised import Supervisor
 from headrace.cluster.admin import ClusterAdmin
 from headrace.cluster.node import NodeServer
 from headrace.cluster.pool import ClusterPool
@@ -27,11 +28,15 @@ from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
 from headrace.core.model import ModelSpec
 from headrace.core.status import Reloaded
+from headrace.fronts.fronts import Fronts
+from headrace.fronts.process import Home
+from headrace.fronts.wire import Begin
 from headrace.machine import (
     raise_open_files,
     share_malloc_arena,
     shorten_switch_interval,
     tune_garbage_collection,
+    usable_cpus,
 )
 from headrace.pool.admin import PoolAdmin
 from headrace.pool.pool import Pool
@@ -45,6 +50,7 @@ Open = Callable[[Read], tuple[PoolAdmin | ClusterAdmin, Telemetry]]
 
 _log = logging.getLogger("headrace.service")
 _FOLDERS = 64
+_MOST_FRONTS, _CORES_EACH = 4, 8
 _HOPELESS = {"failed", "stopped", "created"}
 
 
@@ -71,15 +77,18 @@ async def live(
     share_malloc_arena()
     metrics, ollama, dbgpt, wire = map(others.get, ("metrics", "ollama", "dbgpt", "wire"))
     service = _Service(settings, specs, reread, open or _opener(settings, specs, wire))
+    if service.fronts is not None:
+        service.begin(service.fronts.run())
     loading = service.begin(service.load())
     following = service.begin(service.follow())
     watching = service.begin(service.telemetry.watch())
+    alive = service.begin(service.supervisor.watch())
     service.run_batches()
     if metrics is not None:
         service.begin(service.aside.serve(metrics))
     if ollama is not None:
         service.begin(service.second.serve(ollama))
-    ending = [following, watching, loading]
+    ending = [following, watching, loading, alive]
     if wire is not None:
         ending.append(service.begin(_node(settings, service.admin).serve(wire)))
     try:
@@ -87,6 +96,7 @@ async def live(
             service.join(dbgpt)
         with service.signals():
             announce()
+            service.supervisor.send("READY=1")
             await service.server.serve(listener)
     finally:
         for task in ending:
@@ -118,6 +128,7 @@ class _Service:
         self._stops = 0
         # A service that was started from a terminal ends with it.
         self._terminal = streams.is_terminal()
+        self.supervisor = Supervisor(os.environ)
         self._optional = not all(spec.preload and spec.enabled for spec in specs)
         self.admin, self.telemetry = open(self._reread)
         self.backend: Pool | ClusterPool = self.admin.pool
@@ -134,9 +145,25 @@ class _Service:
         )
         self._batching: asyncio.Task[None] | None = None
         idle = settings.config.server.max_idle_connections
-        self.server, self.second = Server(self._app, idle), Server(self._app, idle)
+        self.fronts = self._open_fronts(idle)
+        self.server = self.fronts or Server(self._app, idle)
+        self.second = self.fronts or Server(self._app, idle)
         self.aside = Server(self._app.metrics_alone(), idle)
         self._worker: DbgptWorker | None = None
+
+    def _open_fronts(self, max_idle: int) -> Fronts | None:
+        """Return the processes for connections; None if this one has them itself."""
+        config = self._settings.config
+        if (count := _fronts(config.server.fronts)) == 1:
+            return None
+        home = Home(self.backend, self.admin, self._app, self.telemetry, self._changed)
+        share = max(1, max_idle // count)
+        log, settings = runtime.log_settings(config), api_settings(config)
+        return Fronts(home, Begin(log, settings, share, count))
+
+    def _changed(self) -> None:
+        if self.fronts is not None:
+            self.fronts.changed()
 
     def ready(self) -> bool:
         """Whether new requests are accepted."""
@@ -184,6 +211,7 @@ class _Service:
 
         Batches stop at once, as they go on with the next service.
         """
+        self.supervisor.send("STOPPING=1")
         if self._batching is not None:
             self._batching.cancel()
         wait_s = 0.0 if self._stops else self._settings.config.server.drain_s
@@ -214,6 +242,7 @@ class _Service:
             await self.backend.start()
             if not self._stops:
                 _log.info("headrace.service.ready")
+                self.supervisor.send("STATUS=Ready")
         except HeadraceError:
             if self._stops:
                 return
@@ -230,9 +259,13 @@ class _Service:
         """Apply the changes of a reload to the server, after the models."""
         async for event in self.admin.events():
             self.telemetry.happened(event)
+            self._changed()
             if event.kind == "reloaded":
                 self._settings = self._latest
-                self._app.replace_settings(api_settings(self._latest.config))
+                applied = api_settings(self._latest.config)
+                self._app.replace_settings(applied)
+                if self.fronts is not None:
+                    self.fronts.replace_settings(applied)
                 if self._worker is not None:
                     self._worker.apply(self._latest)
 
@@ -273,6 +306,12 @@ class _Service:
             await asyncio.gather(self._worker.cluster.leave(), self.backend.aclose(wait_s))
         finally:
             self._worker.server.stop()
+
+
+def _fronts(setting: int | Literal["auto"]) -> int:
+    if setting == "auto":
+        return min(_MOST_FRONTS, max(1, usable_cpus() // _CORES_EACH))
+    return setting
 
 
 def _log_reload(reloading: asyncio.Task[Reloaded]) -> None:
