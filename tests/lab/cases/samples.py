@@ -351,7 +351,9 @@ if engines.status("llama_server").available:
             kinds=("process",),
             settings=_SHORT,
             options=_ONE_THREAD,
-            refused=_OF_LLAMACPP | IMAGES | {"regex", "grammar", "tool_calls_required"},
+            refused=_OF_LLAMACPP
+            | IMAGES
+            | {"regex", "grammar", "tool_calls_required", "tool_calls_or_form"},
             slow=True,
         )
     )
