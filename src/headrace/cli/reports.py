@@ -108,9 +108,8 @@ def _doctor_lines(report: dict[str, Any], devices: Sequence[Device]) -> Iterator
     yield from terminal.aligned(
         ("ENGINE", "RUNS", "FORMATS", "WHY"), map(_engine, report["engines"])
     )
-    for name, lines in report["programs"].items():
-        yield ""
-        yield from terminal.aligned((), [(name, line) for line in lines])
+    programs = [(name, line) for name, lines in report["programs"].items() for line in lines]
+    yield from ("", *terminal.aligned((), programs)) if programs else ()
     names = ", ".join(provider["name"] for provider in report["providers"])
     with_key = ", ".join(item["name"] for item in report["providers"] if item["key_is_set"])
     yield ""
