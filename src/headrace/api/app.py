@@ -18,6 +18,7 @@ from starlette.routing import Route as Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.api import admin as manage
+from headrace.api import keys as keys_admin
 from headrace.api import overview as current
 from headrace.api import pages, problems, records
 from headrace.api.anthropic import (
@@ -45,6 +46,7 @@ from headrace.api.embeddings import EmbeddingList, EmbeddingRequest, embeddings
 from headrace.api.exchange import Exchange, Route, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.llama_server import LLAMA_ROUTES
+from headrace.api.metered import Metered
 from headrace.api.ollama import OLLAMA_ADMIN_ROUTES, OLLAMA_ROUTES
 from headrace.api.openapi import document
 from headrace.api.rerank import (
@@ -80,6 +82,7 @@ from headrace.api.tokens import (
 )
 from headrace.core.backend import Admin, Backend, ClusterAdmin
 from headrace.core.errors import ConfigError, InvalidRequest
+from headrace.core.keys import Key, KeyChange, KeyStore, NewKey
 from headrace.core.record import Activity, History, Monitor, RequestRecord
 from headrace.core.status import ModelStatus, NodeStatus, Plan, PoolEvent, PoolStatus, Reloaded
 
@@ -155,6 +158,13 @@ ADMIN_ROUTES = (
     *OLLAMA_ADMIN_ROUTES,
 )
 
+KEY_ROUTES = (
+    _admin("GET", "/admin/keys", keys_admin.show_all, keys_admin.KeyList),
+    _admin("POST", "/admin/keys", keys_admin.create, keys_admin.CreatedKey, NewKey),
+    _admin("POST", "/admin/keys/{id}", keys_admin.change, Key, KeyChange),
+    _admin("DELETE", "/admin/keys/{id}", keys_admin.revoke, Key),
+)
+
 CLUSTER_ROUTES = (
     _admin("POST", "/admin/nodes/drain", manage.drain, NodeStatus, manage.DrainRequest),
 )
@@ -210,7 +220,7 @@ class Application(Starlette):
         return Application(self._service, (_METRICS, _LIVE))
 
 
-def create_app(
+def create_app(  # noqa: PLR0913 - one for each part of a service
     backend: Backend,
     settings: ApiSettings,
     *,
@@ -219,6 +229,7 @@ def create_app(
     observer: Monitor | None = None,
     metrics: bool = True,
     batches: Store | str | None = None,
+    keys: KeyStore | None = None,
 ) -> Application:
     """Build the ASGI application; the backend is not closed here.
 
@@ -226,15 +237,17 @@ def create_app(
     models are; with `admin`, by which models can be managed, if one is or can be loaded. `observer`
     records every request and answers at /metrics, unless `metrics` is false. `batches` are the
     files and batches, which run while `Application.batches.run()` does, or the reason why there are
-    none.
+    none. `keys` are those of a database, with their limits.
     """
     routes = (*ROUTES, *ADMIN_ROUTES) if admin else ROUTES
+    if keys is not None:
+        backend, routes = Metered(backend, keys), (*routes, *KEY_ROUTES)
     if isinstance(admin, ClusterAdmin):
         routes = (*routes, *CLUSTER_ROUTES)
     if observer is not None and metrics:
         routes = (*routes, _METRICS)
     describe = admin.describe if admin is not None else None
-    service = Service(backend, settings, ready, admin, observer, describe)
+    service = Service(backend, settings, ready, admin, observer, describe, keys=keys)
     keeper = Batches(batches, service) if isinstance(batches, Store) else None
     if batches is not None:
         routes = (*routes, *BatchRoutes(keeper, "" if keeper else str(batches)).routes())

@@ -71,7 +71,9 @@ async def live(
     share_malloc_arena()
     metrics, ollama, dbgpt, wire = map(others.get, ("metrics", "ollama", "dbgpt", "wire"))
     service = _Service(settings, specs, reread, open or _opener(settings, specs, wire))
+    await service.keys.start()
     loading = service.begin(service.load())
+    following_keys = service.begin(service.keys.run())
     following = service.begin(service.follow())
     watching = service.begin(service.telemetry.watch())
     service.run_batches()
@@ -79,7 +81,7 @@ async def live(
         service.begin(service.aside.serve(metrics))
     if ollama is not None:
         service.begin(service.second.serve(ollama))
-    ending = [following, watching, loading]
+    ending = [following, watching, loading, following_keys]
     if wire is not None:
         ending.append(service.begin(_node(settings, service.admin).serve(wire)))
     try:
@@ -122,6 +124,8 @@ class _Service:
         self.admin, self.telemetry = open(self._reread)
         self.backend: Pool | ClusterPool = self.admin.pool
         self._optional = self._optional or isinstance(self.admin, ClusterAdmin)
+        self.keys = runtime.open_keys(settings.config)
+        self.telemetry.add(self.keys)
         telemetry = settings.config.telemetry
         self._app = create_app(
             self.backend,
@@ -131,6 +135,7 @@ class _Service:
             observer=self.telemetry,
             metrics=telemetry.metrics and telemetry.metrics_port is None,
             batches=_batches(settings.config),
+            keys=self.keys,
         )
         self._batching: asyncio.Task[None] | None = None
         idle = settings.config.server.max_idle_connections
@@ -247,6 +252,7 @@ class _Service:
             await asyncio.wait(self._tasks)
         if self._app.batches is not None:
             self._app.batches.store.close()
+        await self.keys.aclose()
         await self.telemetry.aclose()
         _log.info("headrace.service.stopped")
 
