@@ -51,14 +51,7 @@ def _place(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests of real processes one second chance, and begin with what takes long.
-
-    On a machine that others use too, a process may get no time for seconds, and a wait runs out. A
-    real fault fails twice. The summary names every second try (R); none is silent.
-    """
-    for item in items:
-        if _place(item).startswith(REAL_PROCESSES):
-            item.add_marker(pytest.mark.flaky(reruns=1))
+    """Begin with what takes long."""
     sizes = Counter(map(_place, items))
 
     def turn(item: pytest.Item) -> tuple[bool, bool, int, str]:

@@ -93,7 +93,8 @@ export async function* events(response: Response): AsyncGenerator<Event> {
   }
 }
 
-async function* lines(response: Response): AsyncGenerator<string> {
+/** Yield the lines of a response as they come. */
+export async function* lines(response: Response): AsyncGenerator<string> {
   const reader = response.body!.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {

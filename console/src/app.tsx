@@ -5,9 +5,11 @@ import { useEffect, useRef, useState } from "preact/hooks";
 
 import { currentKey } from "./api";
 import { Docs } from "./pages/docs";
+import { Keys } from "./pages/keys";
 import { Models } from "./pages/models";
 import { Now } from "./pages/now";
 import { Requests } from "./pages/requests";
+import { Speed } from "./pages/speed";
 import { Usage } from "./pages/usage";
 import { Playground } from "./playground/playground";
 import { route } from "./route";
@@ -28,7 +30,9 @@ const PAGES: Page[] = [
   { name: "playground", title: "Playground", icon: "chat", view: Playground },
   { name: "requests", title: "Requests", icon: "requests", view: Requests },
   { name: "usage", title: "Usage", icon: "usage", view: Usage },
+  { name: "speed", title: "Speed", icon: "speed", view: Speed },
   { name: "models", title: "Models", icon: "models", view: Models },
+  { name: "keys", title: "Keys", icon: "key", view: Keys },
 ];
 const DOCS: Page = { name: "docs", title: "API", icon: "docs", view: Docs };
 const isDocs = location.pathname === "/docs";

@@ -195,10 +195,81 @@ export interface UsageReport {
   total: Amounts;
 }
 
+export interface LibraryEntry {
+  name: string;
+  family: string;
+  title: string;
+  about: string;
+  quantization: string;
+  size: number;
+  context_length: number;
+  license: string;
+  abilities: string[];
+  task: "generate" | "embed" | "rerank";
+  needs: Record<string, number>;
+  fits: boolean;
+  reason: string;
+  tokens_per_second: number | null;
+  stored: boolean;
+}
+
+export interface PullState {
+  status: string;
+  total?: number;
+  completed?: number;
+}
+
+export interface Point {
+  load: string;
+  tokens_per_s: number;
+  first_token_p50_ms: number | null;
+  first_token_p99_ms: number | null;
+  between_p50_ms: number | null;
+  between_p99_ms: number | null;
+}
+
+export interface Curve {
+  kind: "bench" | "tune";
+  model: string;
+  title: string;
+  time: string;
+  machine: string;
+  fault: string | null;
+  memory: number | null;
+  points: Point[];
+}
+
 export interface StoredModel {
   name: string;
   reference: string;
   size: number;
   added: number;
   revision: string | null;
+}
+
+export interface KeyLimits {
+  requests_per_minute?: number;
+  requests_per_day?: number;
+  tokens_per_minute?: number;
+  tokens_per_day?: number;
+  concurrent?: number;
+}
+
+/** A key of the database, without the key itself; times are Unix seconds. */
+export interface ApiKey {
+  id: string;
+  name: string;
+  scope: "inference" | "admin";
+  limits: KeyLimits;
+  models: string[];
+  created: number;
+  last_used: number | null;
+  revoked: number | null;
+  used: {
+    minute_requests: number;
+    minute_tokens: number;
+    day_requests: number;
+    day_tokens: number;
+    running: number;
+  };
 }

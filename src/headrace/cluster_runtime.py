@@ -38,7 +38,7 @@ def open_front(
     """
     config = settings.config
     member = secure.member(config.cluster)
-    pool = ClusterPool(directories(config.cluster), member, connector(member.access))
+    pool = ClusterPool(directories(config.cluster, member), member, connector(member.access))
     admin = ClusterAdmin(pool, reread=lambda: settings.needs_restart(reread()))
     tracing = otel.configure(__version__)
     return admin, Telemetry(

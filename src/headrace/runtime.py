@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from pydantic import BaseModel
 
-from headrace import __version__, checks, machine
+from headrace import __version__, checks, machine, measurements
 from headrace import config as configuration
 from headrace import engines as engine_registry
 from headrace.cluster.local import NodePool, NodePoolAdmin
@@ -21,6 +21,7 @@ from headrace.core.parameters import Parameter
 from headrace.core.status import Plan
 from headrace.engines import EngineStatus, measured
 from headrace.keys.keeper import Keeper
+from headrace.listing import list_library
 from headrace.log import LogSettings
 from headrace.machine import SystemInfo, confine
 from headrace.models import library
@@ -37,7 +38,7 @@ from headrace.models.reference import (
 )
 from headrace.models.store import Store, without_file
 from headrace.placement import check_devices, placement
-from headrace.pool.admin import PoolAdmin, Specify, Wanted
+from headrace.pool.admin import PoolAdmin, Shown, Specify, Wanted
 from headrace.pool.ledger import Ledger
 from headrace.pool.plan import plan_load
 from headrace.pool.pool import Pool
@@ -282,8 +283,14 @@ def open_service(
         state=StateFile(config.state_file),
         reread=lambda: _reread(settings, *reread()),
         drain_s=config.server.drain_s,
-        stored=store(config).summaries,
-        describe=lambda spec: with_tool_format(describe(spec, config), spec),
+        shown=Shown(
+            stored=store(config).summaries,
+            measurements=lambda: measurements.read(config.home),
+            describe=lambda spec: with_tool_format(describe(spec, config), spec),
+            library=lambda loader, specify, wanted: list_library(
+                loader, config.home, lambda name: specify(name, {}), wanted
+            ),
+        ),
     )
     admin.restore()
     return admin, Telemetry(

@@ -25,6 +25,8 @@ from headrace.core.events import (
     Vectors,
     bytes_of,
 )
+from headrace.core.library import LibraryEntry, LibraryFilter
+from headrace.core.measurement import Curve
 from headrace.core.metrics import Gaps, InferenceMetrics, Usage
 from headrace.core.model import ModelInfo
 from headrace.core.record import (
@@ -137,6 +139,12 @@ LOADED = ModelStatus(
 )  # fmt: skip
 ASLEEP = ModelStatus(id="org/big", source="hub:org/big", state="stopped")
 
+LIBRARY_ENTRY = LibraryEntry(
+    name="tiny:1m", family="tiny", title="Tiny", about="of a test", reference="hub:org/tiny:Q8_0",
+    quantization="Q8_0", quantizations=("Q8_0",), parameters=1, active=1, size=2, context_length=3,
+    layers=4, vocabulary=5, kv_bytes_per_token=6, license="MIT", needs={"cpu": 90}, fits=False,
+)  # fmt: skip
+
 
 class FakeAdmin:
     """Notes what it is told to do. `wait` is awaited before each change, as a load would take."""
@@ -181,6 +189,13 @@ class FakeAdmin:
 
     def stored(self) -> Sequence[StoredModel]:
         return [StoredModel(name="smol", reference="index:smol", size=7, added=3)]
+
+    def measurements(self) -> Sequence[Curve]:
+        return ()
+
+    async def library(self, wanted: LibraryFilter) -> Sequence[LibraryEntry]:
+        self.calls.append(("library", wanted))
+        return [LIBRARY_ENTRY] if LIBRARY_ENTRY.fits or not wanted.fits else []
 
     async def reload(self) -> Reloaded:
         await self._change("reload", "m")

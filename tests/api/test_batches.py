@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from headrace.api import openapi
 from headrace.api.app import Application, create_app
 from headrace.api.batch import run, store, upload
 from headrace.api.batch.journal import Journal, NotAnswers
-from headrace.api.batch.lines import Answer, Response
+from headrace.api.batch.lines import Answer, Item, Response
 from headrace.api.batch.routes import BatchRoutes
 from headrace.api.batch.store import Store
+from headrace.api.batch.work import Reply, Work
 from headrace.api.limits import ApiSettings
 from headrace.core.errors import Draining, QueueFull, WorkerDied
 from headrace.testing import Step
@@ -548,6 +549,40 @@ async def test_damaged_records_are_left_out(tmp_path: Path) -> None:
         "damaged-file-x.json",
         "damaged-batch_x.json",
     }
+
+
+async def test_that_a_batch_begins_slowly() -> None:
+    """Issue 14, must show 6: one more is sent with each answer, never many at one moment."""
+    running, rounds = list[asyncio.Event](), list[int]()
+
+    async def send(item: Item) -> Reply:
+        ended = asyncio.Event()
+        running.append(ended)
+        await ended.wait()
+        return Reply(200, item.custom_id, b"{}")
+
+    async def commit(answers: Sequence[Answer]) -> None:
+        rounds.append(len(answers))
+
+    async def items() -> AsyncGenerator[Item]:
+        for number in range(23):
+            yield Item(number, f"line-{number}", "/v1/chat/completions", b"{}", "")
+
+    work = asyncio.create_task(Work(send, commit, lambda: 8).run(items()))
+    started = list[int]()
+    while not work.done():
+        before = -1
+        while before != len(running):
+            before = len(running)
+            for _ in range(20):
+                await asyncio.sleep(0)
+        started.append(len(running))
+        for ended in running:
+            ended.set()
+        running.clear()
+        await asyncio.sleep(0)
+    assert [count for count in started if count] == [1, 2, 4, 8, 8]
+    assert sum(rounds) == 23
 
 
 def answer(id: str) -> Answer:

@@ -21,7 +21,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--disable-dev-shm-usage", "--force-color-profile=srgb", "--hide-scrollbars", "--lang=en"),
 )
-WAIT_S = 20.0
+WAIT_S = 60.0
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 

@@ -23,7 +23,8 @@ PAGES = {
     "playground": ("/#/playground", ".composer textarea"),
     "requests": ("/#/requests", ".grid tbody tr"),
     "usage": ("/#/usage", ".plain-grid"),
-    "models": ("/#/models", ".cards .buttons"),
+    "speed": ("/#/speed", ".xy polyline"),
+    "models": ("/#/models", ".library .buttons"),
     "docs": ("/docs", ".route"),
 }
 SIZES = {1440: 900, 390: 844}
@@ -107,6 +108,8 @@ def test_a_streamed_answer_is_stopped_in_the_middle(page: Browser, service: Serv
     page.press("Stop")
     page.see("Stopped.")
     assert 10 < len(answer(page)) < len(text) / 2
+    page.wait("/first token .* out.*total/s.test(document.querySelector('.figures').innerText)")
+    assert "figures are those of this browser" not in page.text()
     until = time.monotonic() + 20
     while activity(service):
         assert time.monotonic() < until
@@ -244,6 +247,37 @@ def test_a_model_is_loaded_pinned_and_unloaded(page: Browser, service: Service) 
     page.wait("!document.body.innerText.includes('pinned')")
     page.press("Unload lazy")
     page.wait(f"{state} === 'not loaded'", within_s=60)
+
+
+def test_a_model_of_the_library_is_found_and_downloaded(page: Browser, service: Service) -> None:
+    """Issue 16.1, 16.3: search, what fits, a guess that is marked, a pull by name, the disk."""
+    rows = "[...document.querySelectorAll('.library tbody tr')]"
+    page.open(f"{service.url}/#/models")
+    page.type("[type=search]", "of a test")
+    page.wait(f"{rows}.length === 1")
+    text = page.js(f"return {rows}[0].innerText")
+    assert "tiny:1m" in text
+    assert "fits" in text
+    assert "~" in text
+    assert "(guess)" in page.js("return document.querySelector('.library thead').innerText")
+    page.press("What loading tiny:1m needs")
+    page.see("It fits")
+    page.press("Close")
+    page.press("Download and load tiny:1m")
+    page.wait(f"{rows}[0].innerText.includes('on the disk')", within_s=60)
+    page.wait("document.querySelector('.cards').innerText.includes('tiny:1m')")
+    page.see("hub:org/model:Q8_0")
+
+
+def test_the_plots_of_bench_and_tune(page: Browser, service: Service) -> None:
+    """Issue 16.1: both as plots with their figures; runs are chosen."""
+    lines = "document.querySelectorAll('[aria-label=Bench] .xy:first-child g.line').length"
+    page.open(f"{service.url}/#/speed")
+    page.wait(f"{lines} === 2")
+    page.see("openvino")
+    page.see("only 90% of its tokens are the same")
+    page.click("[aria-label=Bench] input")
+    page.wait(f"{lines} === 1")
 
 
 def test_requests_are_listed_shown_compared_and_replayed(page: Browser, service: Service) -> None:
@@ -402,7 +436,7 @@ def test_the_keyboard_alone_is_enough(page: Browser, service: Service) -> None:
         )
         assert focus[1] in ("solid", "body"), f"{focus[0]} shows no focus"
         reached.append(focus[0])
-    names = ["Skip to the content", "Headrace", "Now", "Playground", "Requests", "Usage", "Models"]
+    names = ["Skip to the content", "Headrace", "Now", "Playground", "Requests", "Usage"]
     assert reached[: len(names)] == names
     assert "Unload echo" in reached
 

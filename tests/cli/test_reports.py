@@ -27,7 +27,7 @@ def home(tmp_path: Path) -> Path:
     add(
         tmp_path / "kept" / "usage.sqlite3",
         {
-            (day, key, model, "chat"): Amounts(**used, seconds=1.5, joules=joules)
+            (day, key, model, "chat", "live"): Amounts(**used, seconds=1.5, joules=joules)
             for day in (today, today - 1, today - 40)
             for key in ("-", "0123456789abcdef")
             for model, joules in (("small", 0.5), ("large", None))

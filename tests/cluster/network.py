@@ -14,6 +14,8 @@ from headrace.cluster.secure import Member
 from headrace.cluster.wire import Address
 from headrace.core.errors import Draining, HeadraceError, UnknownModel
 from headrace.core.events import Delta, Event, Finish
+from headrace.core.library import LibraryEntry, LibraryFilter
+from headrace.core.measurement import Curve
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import Capabilities, ModelInfo
 from headrace.core.request import AnyRequest, GenerateRequest
@@ -148,6 +150,12 @@ class FakeNode:
         self.broken: HeadraceError | None = None
 
     def stored(self) -> Sequence[StoredModel]:
+        return ()
+
+    def measurements(self) -> Sequence[Curve]:
+        return ()
+
+    async def library(self, wanted: LibraryFilter) -> Sequence[LibraryEntry]:
         return ()
 
     async def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:

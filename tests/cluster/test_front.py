@@ -13,7 +13,7 @@ from tests.pool.rig import ask, run
 from headrace.cluster.directory import DnsDirectory, parse_address
 from headrace.cluster.policy import Candidate, allows, choose_node, copies_of, fits
 from headrace.cluster.pool import ClusterPool
-from headrace.cluster.wire import Address
+from headrace.cluster.wire import Address, Placed
 from headrace.core.errors import (
     ConfigError,
     DoesNotFit,
@@ -33,6 +33,10 @@ from headrace.core.stream import collect
 class Listing:
     def __init__(self, content: Collection[Address]) -> None:
         self.content = content
+
+    @property
+    def placed(self) -> dict[Address, Placed]:
+        return {}
 
     async def addresses(self) -> AsyncGenerator[Collection[Address], None]:
         while True:

@@ -12,7 +12,7 @@ from tests.conftest import TEST_ROUNDS
 from tests.pool.rig import TimeLoop, ask
 
 from headrace.cluster.pool import ClusterPool
-from headrace.cluster.wire import Address
+from headrace.cluster.wire import Address, Placed
 from headrace.core.errors import HeadraceError, NodeGone, NoNode
 from headrace.core.events import Delta, Finish
 
@@ -25,6 +25,10 @@ class Listing:
 
     def __init__(self, addresses: Collection[Address]) -> None:
         self.content = addresses
+
+    @property
+    def placed(self) -> dict[Address, Placed]:
+        return {}
 
     async def addresses(self) -> AsyncGenerator[Collection[Address], None]:
         while True:

@@ -16,10 +16,11 @@ from tests.conftest import ROOT
 from tests.models.fake_hub import COMMIT, FakeHub
 
 from headrace import runtime
-from headrace.cli.library import library_plans
 from headrace.core.errors import ConfigError, UnknownModel, UpstreamError
+from headrace.core.library import LibraryEntry, LibraryFilter
 from headrace.engines import footprint
 from headrace.engines.base import OpenRequest
+from headrace.listing import list_library
 from headrace.models import library
 from headrace.models.inspect import inspect
 from headrace.models.library import Library, read
@@ -137,18 +138,37 @@ def test_an_estimate_is_that_of_the_real_header(smollm2_path: Path) -> None:
     assert known.devices["cpu"] == pytest.approx(real.devices["cpu"], rel=0.1)
 
 
+async def listed(home: Path, wanted: LibraryFilter) -> list[LibraryEntry]:
+    settings = runtime.load_settings(
+        environ={"HOME": str(home)}, flags={"home": str(home), "memory": ("cpu=8GB",)}
+    )
+    loader = runtime.open_pool(settings, []).loader
+    return await list_library(loader, home, settings.model_spec, wanted, lambda _: 10e9)
+
+
 async def test_plans(tmp_path: Path) -> None:
     """Issue 16: the estimate is that of `plan`, without a file."""
+    (small,) = await listed(tmp_path, LibraryFilter(q="qwen2.5:0.5b"))
+    (large,) = await listed(tmp_path, LibraryFilter(q="llama3.3:70b"))
+    assert (small.fits, large.fits) == (True, False)
+    assert large.needs["cpu"] > large.size
+    assert "needs" in large.reason
+    # One token of the cache is 12 kB; a guess is below what the weights alone would allow.
+    assert small.tokens_per_second is not None
+    assert 0.9 < small.tokens_per_second / (10e9 / small.size) < 1
+    assert large.tokens_per_second is None
     settings = runtime.load_settings(
         environ={"HOME": str(tmp_path)}, flags={"home": str(tmp_path), "memory": ("cpu=8GB",)}
     )
-    models = [m for m in OWN if m.name in ("qwen2.5:0.5b", "llama3.3:70b")]
-    small, large = await library_plans(settings, models)
-    assert (small.fits, large.fits) == (True, False)
-    assert small.need.how == "estimated"
-    assert large.need.devices["cpu"] > models[1].size
     alone = await runtime.plan(settings, settings.model_spec("qwen2.5:0.5b"))
-    assert alone.need.devices == small.need.devices
+    assert alone.need.devices == small.needs
+
+
+async def test_filters(tmp_path: Path) -> None:
+    """Issue 16: words, tasks, what fits."""
+    assert {e.task for e in await listed(tmp_path, LibraryFilter(task="embed"))} == {"embed"}
+    assert all(e.fits for e in await listed(tmp_path, LibraryFilter(q="qwen3 tools", fits=True)))
+    assert await listed(tmp_path, LibraryFilter(q="qwen3 nonsense")) == []
 
 
 def test_a_newer_list_is_downloaded_and_kept(tmp_path: Path, own_library: None) -> None:

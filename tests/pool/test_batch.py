@@ -38,6 +38,46 @@ def test_the_slots_of_a_batch(slots: int, quiet: bool, free: int) -> None:
     assert left_for_batch(candidate, quiet=quiet).free == free
 
 
+@pytest.mark.parametrize(
+    ("slots", "starting", "quiet", "free"),
+    [(4, 0, False, 2), (4, 1, False, 0), (64, 3, False, 29), (64, 4, False, 0), (64, 4, True, 59)],
+)
+def test_few_requests_of_a_batch_start_at_a_time(
+    slots: int, starting: int, quiet: bool, free: int
+) -> None:
+    """Issue 14, must show 6: their prompts are in the way of other requests' prompts."""
+    candidate = Candidate(
+        number=0,
+        free=slots - starting,
+        running=starting,
+        max_running=slots,
+        work=0.0,
+        batch=starting,
+        starting=starting,
+    )
+    assert left_for_batch(candidate, quiet=quiet).free == free
+
+
+def test_that_the_next_of_a_batch_starts_with_the_first_token_of_another() -> None:
+    """Issue 14, must show 6: of 32 slots, two are for prompts of batches until those are read."""
+
+    async def main() -> None:
+        served = pool(Machine(), spec(max_running=32))
+        await answer(served, ask())
+        waiting = begin(served, *(batch(tokens=100) for _ in range(20)))
+        entry, running = served.entries["a"], list[int]()
+        for _ in range(12):
+            await asyncio.sleep(0.11)
+            running.append(entry.running)
+        assert running == sorted(running)
+        assert max(after - before for before, after in itertools.pairwise(running)) == 2
+        assert (running[0], running[-1]) == (4, 16)
+        await asyncio.gather(*waiting)
+        await served.aclose()
+
+    run(main())
+
+
 def test_that_a_slot_stays_free_for_others() -> None:
     """Issue 14.6: a request that is no batch's begins at once, however many of a batch wait."""
 

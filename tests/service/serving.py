@@ -38,7 +38,7 @@ class Service:
     def log(self) -> str:
         return "".join(self.lines)
 
-    def wait_until_it_listens(self, within_s: float = 30) -> None:
+    def wait_until_it_listens(self, within_s: float = 120) -> None:
         end = time.monotonic() + within_s
         while time.monotonic() < end and self.process.poll() is None:
             if found := re.search(r"on (http://\S+)", self.log):
@@ -47,7 +47,7 @@ class Service:
             time.sleep(0.05)
         raise AssertionError(f"it does not listen:\n{self.log}")
 
-    def wait_until_ready(self, within_s: float = 60) -> None:
+    def wait_until_ready(self, within_s: float = 120) -> None:
         end = time.monotonic() + within_s
         while time.monotonic() < end:
             if httpx.get(f"{self.url}/health/ready", timeout=5).status_code == 200:

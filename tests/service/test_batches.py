@@ -81,8 +81,12 @@ def test_a_batch_of_a_service_that_is_killed_and_stopped(tmp_path: Path) -> None
         assert client.files.delete(file.id).deleted
         with pytest.raises(openai.NotFoundError):
             client.files.retrieve(file.id)
-        usage = httpx.get(f"{service.url}/metrics", timeout=20).text
-        assert "headrace" in usage
+        metrics = httpx.get(f"{service.url}/metrics", timeout=20).text
+        name = "headrace_batch_request_duration_seconds_count"
+        (count,) = (line for line in metrics.splitlines() if line.startswith(name))
+        assert float(count.split()[-1]) > 0
+        (record, *_) = httpx.get(f"{service.url}/admin/traces", timeout=20).json()["data"]
+        assert record["batch"] is True
     ids = Counter(json.loads(line)["custom_id"] for line in text.splitlines())
     assert ids == dict.fromkeys(map(str, range(120)), 1)
 
@@ -119,7 +123,7 @@ def test_ten_thousand_lines_beside_live_requests(tmp_path: Path, through: str) -
 
     The live requests' p99 is for a quiet machine: `benchmarks/batches.py` prints it.
     """
-    setup = Setup(lines=10_000, rate=20.0, through=through)
+    setup = Setup(lines=10_000, rate=20.0, rounds=6, through=through)
     result = asyncio.run(measure(setup, tmp_path))
     assert result.kills == 2, "\n".join(report(setup, result))
     assert len(result.answers) == 10_000

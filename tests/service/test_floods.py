@@ -49,7 +49,7 @@ FLOODS = {
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    with served("builtin:echo", ready=False, environment={"LOG_LEVEL": "error"}) as running:
+    with served("builtin:echo", environment={"LOG_LEVEL": "error"}) as running:
         yield running
 
 

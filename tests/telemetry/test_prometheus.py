@@ -88,6 +88,7 @@ class Stand:
 
 def ended(model: str = "m", outcome: Any = "ok", error: str = "", **given: Any) -> RequestRecord:
     operation: Operation = given.pop("operation", "chat")
+    batch: bool = given.pop("batch", False)
     root = SpanRecord(
         name="r",
         span_id="s",
@@ -116,6 +117,7 @@ def ended(model: str = "m", outcome: Any = "ok", error: str = "", **given: Any) 
         error=error,
         metrics=InferenceMetrics(**figures),
         spans=(root,),
+        batch=batch,
     )
 
 
@@ -127,6 +129,7 @@ def filled() -> Stand:
     """Each metric has a series."""
     stand = Stand()
     stand.instruments.record(ended(load_ms=5.0))
+    stand.instruments.record(ended(batch=True, usage=Usage()))
     stand.instruments.record(ended(outcome="refused", error="QueueFull"))
     stand.instruments.called(called())
     stand.instruments.watch_controller("http://127.0.0.1:8000", lambda: 2)
@@ -172,6 +175,19 @@ def test_what_is_counted_is_what_was_recorded() -> None:
     assert value("headrace_reasoning_tokens_total") == 7
     assert value("headrace_prefix_cache_queries_total") == 7
     assert value("headrace_prefix_cache_hits_total") == 7
+
+
+def test_requests_of_batches_are_no_latencies() -> None:
+    """Issue 14.6: they wait for others, so their times are in a histogram of their own."""
+    stand = Stand()
+    stand.instruments.record(ended())
+    stand.instruments.record(ended(batch=True, total_ms=90_000.0, queue_ms=89_000.0))
+    value = stand.value
+    assert value("headrace_batch_request_duration_seconds_count", model="m") == 1
+    assert value("headrace_batch_request_duration_seconds_sum") == 90
+    assert value("gen_ai_server_request_duration_seconds_count") == 1
+    assert value("headrace_request_queue_seconds_sum") == pytest.approx(0.03)
+    assert value("headrace_prompt_tokens_total") == 20
 
 
 def test_buckets_are_those_of_the_conventions() -> None:

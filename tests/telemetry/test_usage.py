@@ -301,7 +301,7 @@ from headrace.telemetry import usage
 path = Path(sys.argv[1])
 usage.add(path, {})
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-many = {(day, "k" * 100, "m", "chat"): usage.Amounts(requests=1) for day in range(5000)}
+many = {(day, "k" * 100, "m", "chat", "live"): usage.Amounts(requests=1) for day in range(5000)}
 try:
     usage.add(path, many)
 except Exception as error:
@@ -325,9 +325,53 @@ def test_a_file_of_a_newer_version_is_left_alone(path: Path) -> None:
     with closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA user_version = 99")
     with pytest.raises(ConfigError, match="newer Headrace"):
-        usage.add(path, {(1, "-", "m", "chat"): Amounts(requests=1)})
+        usage.add(path, {(1, "-", "m", "chat", "live"): Amounts(requests=1)})
     with pytest.raises(ConfigError, match="newer Headrace"):
         read(path, ["day"])
+
+
+def test_requests_of_batches_are_counted_apart(path: Path) -> None:
+    """Issue 14.6: by priority."""
+    with counting(path) as sink:
+        for is_batch in (True, False, True):
+            sink.record(record(batch=is_batch))
+    rows = {row.group["priority"]: row.amounts for row in read(path, ["priority"])}
+    assert {name: amounts.requests for name, amounts in rows.items()} == {"batch": 2, "live": 1}
+    assert written(path) == 3
+
+
+OLD = """
+CREATE TABLE usage (day TEXT NOT NULL, client TEXT NOT NULL, model TEXT NOT NULL,
+operation TEXT NOT NULL, requests INTEGER NOT NULL, failed INTEGER NOT NULL,
+refused INTEGER NOT NULL, cancelled INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL,
+cached_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+reasoning_tokens INTEGER NOT NULL, seconds REAL NOT NULL, joules REAL,
+PRIMARY KEY (day, client, model, operation)) WITHOUT ROWID;
+INSERT INTO usage VALUES ('2026-03-01', '-', 'echo', 'chat', 3, 1, 0, 0, 9, 0, 8, 0, 1.5, 2.5);
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_file_of_the_first_version(path: Path) -> None:
+    """It is read as it is, and gets the priority when something is added; nothing is lost."""
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(OLD)
+    (row,) = read(path, ["day", "priority"])
+    assert row.group == {"day": "2026-03-01", "priority": "live"}
+    assert (row.amounts.requests, row.amounts.joules) == (3, 2.5)
+    with counting(path) as sink:
+        sink.record(record(batch=True))
+        sink.record(record())
+    live, batch = sorted(
+        read(path, ["priority"]), key=lambda row: row.amounts.requests, reverse=True
+    )
+    assert (live.group, live.amounts.requests, live.amounts.joules) == (
+        {"priority": "live"},
+        4,
+        2.5,
+    )
+    assert (batch.group, batch.amounts.requests) == ({"priority": "batch"}, 1)
 
 
 def test_nothing_is_there_yet(path: Path) -> None:

@@ -10,6 +10,7 @@ import { useStore } from "../store";
 import type { ModelCard, ModelStatus, Plan, StoredModel } from "../types";
 import { Badge, Button, Empty, Facts, Field, Loading, memoryText, PageHead, Problem } from "../ui";
 import { Actions, LoadProgress, named, stateOf } from "./actions";
+import { Library } from "./library";
 import { PlanDialog, planOf, PlanView } from "./plan";
 
 export function Models() {
@@ -23,7 +24,7 @@ export function Models() {
   }, [names]);
   return (
     <>
-      <PageHead title="Models" note="What is served here, what is on the disk, and what would fit." />
+      <PageHead title="Models" note="What is served here, what would fit, and what is on the disk." />
       <section>
         <h2>Served</h2>
         {models.length === 0 && <Empty title="No model is served" />}
@@ -35,6 +36,7 @@ export function Models() {
           ))}
         </ul>
       </section>
+      {!forbidden && <Library plan={setPlanned} />}
       {!forbidden && <TryFit />}
       {!forbidden && <Disk served={overview?.models ?? []} plan={setPlanned} />}
       {planned && <PlanDialog model={planned} close={() => setPlanned(null)} />}
@@ -97,7 +99,7 @@ function TryFit() {
   };
   return (
     <section>
-      <h2>What would fit</h2>
+      <h2>Any other model</h2>
       <form class="line-form" onSubmit={submit}>
         <Field label="Model" hint="A short name, a path, or a reference such as hub:org/name:Q4_K_M">
           <input type="text" spellcheck={false} autocomplete="off" value={reference} onInput={(event) => setReference(event.currentTarget.value)} />

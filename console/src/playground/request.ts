@@ -1,6 +1,6 @@
 /** The body of a chat request, the stream of its answer, and the same request for other programs. */
 
-import { ApiError, events, isAbort, messageOf, send } from "../api";
+import { ApiError, events, getJson, isAbort, messageOf, send } from "../api";
 import type { Metrics } from "../types";
 import type { AnswerTurn, Lane, Settings, Turn } from "./conversation";
 
@@ -104,6 +104,8 @@ export async function stream(
   report: (answer: AnswerTurn, stage: string) => void,
 ): Promise<AnswerTurn> {
   const answer = emptyAnswer();
+  const seen = new Seen();
+  let id: string | null = null;
   try {
     const options = { stream: true, stream_options: { include_usage: true } };
     const response = await send("/v1/chat/completions", {
@@ -111,19 +113,78 @@ export async function stream(
       signal,
       body: JSON.stringify({ ...body, ...options }),
     });
+    id = response.headers.get("x-request-id");
     for await (const { data, comment } of events(response)) {
       if (comment !== null) report(answer, comment);
       else if (data !== null && data !== "[DONE]") {
         add(answer, JSON.parse(data));
+        seen.chunk();
         report(answer, "");
       }
     }
     if (!answer.finish && !answer.error) answer.error = "The answer ended too early.";
   } catch (error) {
-    if (isAbort(error)) answer.finish = "stopped";
-    else answer.error = error instanceof ApiError ? error.message : `The answer was cut off: ${messageOf(error)}`;
+    if (isAbort(error)) {
+      answer.finish = "stopped";
+      answer.metrics = (await tracedMetrics(id)) ?? seen.metrics();
+    } else answer.error = error instanceof ApiError ? error.message : `The answer was cut off: ${messageOf(error)}`;
   }
   return answer;
+}
+
+/** What this browser sees of an answer: a chunk counts as a token. */
+class Seen {
+  private readonly began = performance.now();
+  private first: number | null = null;
+  private last = 0;
+  private chunks = 0;
+
+  chunk(): void {
+    this.last = performance.now() - this.began;
+    this.first ??= this.last;
+    this.chunks += 1;
+  }
+
+  /** Null before the first chunk. */
+  metrics(): Metrics | null {
+    if (this.first === null) return null;
+    const decode = this.last - this.first;
+    return {
+      started_at: 0,
+      queue_ms: null,
+      load_ms: 0,
+      time_to_first_token_ms: this.first,
+      prefill_ms: this.first,
+      prefill_tokens_per_second: null,
+      time_per_output_token_ms: null,
+      decode_tokens_per_second: decode > 0 ? ((this.chunks - 1) * 1000) / decode : null,
+      inter_token_ms: null,
+      total_ms: performance.now() - this.began,
+      usage: { prompt_tokens: 0, cached_tokens: 0, completion_tokens: this.chunks, reasoning_tokens: 0 },
+      devices: [],
+      engine: "",
+      worker: "",
+      continuations: 0,
+    };
+  }
+}
+
+const TRIES = 5;
+const PAUSE_MS = 200;
+
+/** The service's figures of a request that was stopped, null where this key may not read them. */
+async function tracedMetrics(id: string | null): Promise<Metrics | null> {
+  if (id === null) return null;
+  for (let tries = 0; tries < TRIES; tries += 1) {
+    // It is written once the service has seen that the connection is gone.
+    await new Promise((done) => setTimeout(done, PAUSE_MS));
+    try {
+      return (await getJson<{ metrics: Metrics }>(`/admin/traces/${id}`)).metrics;
+    } catch (error) {
+      if (!(error instanceof ApiError) || error.status !== 404) return null;
+    }
+  }
+  return null;
 }
 
 const PLACEHOLDER = "$HEADRACE_API_KEY";

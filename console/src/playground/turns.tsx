@@ -136,7 +136,7 @@ interface FootProps {
 function Foot({ turn, last, again, curl, python }: FootProps) {
   return (
     <footer>
-      {turn.finish === "stopped" && <p class="note">Stopped. An answer that is stopped has no figures.</p>}
+      {turn.finish === "stopped" && <p class="note">Stopped.{turn.metrics?.engine === "" && " The figures are those of this browser; a chunk counts as a token."}</p>}
       {turn.finish === "length" && <p class="note">The limit of tokens was reached.</p>}
       {turn.metrics && <Figures metrics={turn.metrics} />}
       <div class="buttons">
@@ -187,7 +187,9 @@ export function Figures({ metrics }: { metrics: Metrics }) {
         <span>first token {ms(metrics.time_to_first_token_ms)}</span>
         <span>{rate(metrics.decode_tokens_per_second)} tokens/s</span>
         <span>
-          {count(usage.prompt_tokens)} in{usage.cached_tokens > 0 ? ` (${count(usage.cached_tokens)} cached)` : ""}, {count(usage.completion_tokens)} out
+          {usage.prompt_tokens > 0 && `${count(usage.prompt_tokens)} in`}{usage.cached_tokens > 0 ? ` (${count(usage.cached_tokens)} cached)` : ""}
+          {usage.prompt_tokens > 0 && ", "}
+          {count(usage.completion_tokens)} out
         </span>
         <span>total {ms(metrics.total_ms)}</span>
       </p>

@@ -17,9 +17,13 @@ from headrace.api.query import query
 from headrace.api.stream import send_events
 from headrace.core.backend import Admin, ClusterAdmin
 from headrace.core.errors import UnknownModel
+from headrace.core.library import LibraryEntry, LibraryFilter
+from headrace.core.measurement import Curve
 from headrace.core.status import ModelStatus, StoredModel
 
 _MAX_REFERENCE = 512
+# Some sixty plans take a second of a thread: one client at a time gets them.
+_LISTING = asyncio.Semaphore(1)
 
 Reference = Annotated[str, Meta(min_length=1, max_length=_MAX_REFERENCE)]
 
@@ -59,6 +63,18 @@ class StoredModels(msgspec.Struct, frozen=True):
     """The downloaded models, by name."""
 
     data: list[StoredModel]
+
+
+class Library(msgspec.Struct, frozen=True):
+    """Well-known models, by family, each with what it would need on this machine."""
+
+    data: list[LibraryEntry]
+
+
+class Measurements(msgspec.Struct, frozen=True):
+    """Runs of `headrace bench` and `tune` on this machine, of each the newest first."""
+
+    data: list[Curve]
 
 
 class Success(msgspec.Struct, frozen=True):
@@ -129,6 +145,23 @@ async def plan(service: Service, exchange: Exchange) -> None:
 async def stored(service: Service, exchange: Exchange) -> None:
     """List the models that were downloaded to this machine, with their sizes on the disk."""
     await exchange.answer(StoredModels([*await asyncio.to_thread(_admin(service).stored)]))
+
+
+async def measurements(service: Service, exchange: Exchange) -> None:
+    """List what `headrace bench` and `tune` have measured on this machine."""
+    curves = await asyncio.to_thread(_admin(service).measurements)
+    await exchange.answer(Measurements([*curves]))
+
+
+async def library(service: Service, exchange: Exchange) -> None:
+    """List well-known models with what each would need here, as `headrace library` does."""
+    wanted = query(exchange.scope, LibraryFilter)
+
+    async def listed() -> Library:
+        async with _LISTING:
+            return Library([*await _admin(service).library(wanted)])
+
+    await exchange.answer(await exchange.unless_gone(listed()))
 
 
 async def reload(service: Service, exchange: Exchange) -> None:

@@ -83,6 +83,7 @@ from headrace.api.tokens import (
 from headrace.core.backend import Admin, Backend, ClusterAdmin
 from headrace.core.errors import ConfigError, InvalidRequest
 from headrace.core.keys import Key, KeyChange, KeyStore, NewKey
+from headrace.core.library import LibraryFilter
 from headrace.core.record import Activity, History, Monitor, RequestRecord
 from headrace.core.status import ModelStatus, NodeStatus, Plan, PoolEvent, PoolStatus, Reloaded
 
@@ -143,6 +144,8 @@ ADMIN_ROUTES = (
     _admin("GET", "/admin/models/{name:path}", manage.show_one, ModelStatus),
     _admin("GET", "/admin/plan", manage.plan, Plan, query=manage.ModelRequest),
     _admin("GET", "/admin/store", manage.stored, manage.StoredModels),
+    _admin("GET", "/admin/measurements", manage.measurements, manage.Measurements),
+    _admin("GET", "/admin/library", manage.library, manage.Library, query=LibraryFilter),
     _admin("POST", "/admin/reload", manage.reload, Reloaded),
     _admin("GET", "/admin/events", manage.events, None, chunk=PoolEvent),
     _admin("GET", "/admin/activity", manage.activity, Activity),

@@ -45,7 +45,7 @@ class TraceList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UsageQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`by` is day, model, key and operation, separated by commas; days are YYYY-MM-DD, UTC."""
+    """`by` is some of day, model, key, operation and priority; days are YYYY-MM-DD, UTC."""
 
     by: str = "day,model"
     since: Annotated[str, Meta(pattern=_DAY)] = ""
@@ -84,7 +84,7 @@ async def trace(service: Service, exchange: Exchange) -> None:
 
 
 async def usage(service: Service, exchange: Exchange) -> None:
-    """Show requests, tokens, seconds and joules by day, model, key or operation."""
+    """Show requests, tokens, seconds and joules by day, model, key, operation or priority."""
     given = query(exchange.scope, UsageQuery)
     by = _groups(given.by)
     wanted = UsageFilter(since=given.since, until=given.until, model=given.model, key=given.key)

@@ -130,6 +130,8 @@ _EXAMPLES = {
     "cluster": {
         "node": ("cluster node", "cluster node smollm2 --wire-host 0.0.0.0 --labels gpu"),
         "front": ("cluster front", "cluster front --nodes 10.0.0.2:11512,10.0.0.3:11512"),
+        "up": ("cluster up headrace.toml", "cluster up /etc/headrace.toml --wait-s 60"),
+        "down": ("cluster down", "cluster down --json"),
         "status": ("cluster status", "cluster status --json"),
         "drain": ("cluster drain node-1", "cluster drain node-1 --off"),
     },

@@ -129,8 +129,21 @@ def _bench(common: Common, given: _Given, flags: ModelFlags) -> None:
         own = given.names[0] if given.names else configured.config.default_model
     run = _measured(plan, configured, own, _of_server(common, flags), given)
     _show(common, run, given)
+    _keep(run, configured.config.home)
     if run.interrupted:
         raise typer.Exit(_INTERRUPTED)
+
+
+def _keep(run: Run, home: Path) -> None:
+    """Keep the figures of a run, which the console shows."""
+    from headrace import measurements
+    from headrace.lab.bench.record import curve
+
+    if any(level.ok for level in run.levels):
+        try:
+            measurements.keep(home, curve(run))
+        except (OSError, ConfigError) as error:
+            terminal.note(f"The run is not kept for the console: {error}")
 
 
 def _plan(given: _Given) -> Settings:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,12 +20,14 @@ from headrace.core.errors import ConfigError
 from headrace.core.status import NodeStatus
 
 if TYPE_CHECKING:
+    from headrace.cluster.wire import Placed
     from headrace.config import Settings
     from headrace.core.model import ModelSpec
 
 app = typer.Typer(help="Serve with several machines.", no_args_is_help=True)
 
 _HEADS = ("NODE", "STATE", "ADDRESS", "LABELS", "LOADED", "RUNNING", "QUEUED", "FOR", "REASON")
+_PLACED = ("NODE", "ADDRESS", "STATE", "REASON")
 
 TokenFile = Annotated[
     Path | None, Option(metavar="FILE", help="Secret that nodes and fronts share.")
@@ -52,6 +55,9 @@ class _FrontFlags:
         str | None, Option(help="Addresses of nodes, HOST:PORT, separated by commas.")
     ] = None
     dns: Annotated[str | None, Option(help="NAME:PORT whose addresses are nodes.")] = None
+    ray: Annotated[
+        str | None, Option(help="HOST:PORT of Ray's head, where `cluster up` was run.")
+    ] = None
     token_file: TokenFile = None
 
 
@@ -62,6 +68,7 @@ def node(
     service: ServiceFlags,
     flags: ModelFlags,
     cluster: _NodeFlags,
+    record: Annotated[Path | None, Option(hidden=True)] = None,
 ) -> None:
     """Serve models of this machine to the fronts of a cluster, and over HTTP as `serve` does.
 
@@ -74,7 +81,18 @@ def node(
         settings = flags.settings(common, service=True, **more)
         return settings, _allowed(settings, wanted(settings, models or []))
 
-    run(read, as_json=bool(common.as_json), wire=_listen)
+    if record is None:
+        run(read, as_json=bool(common.as_json), wire=_listen)
+        return
+    from headrace.cli.detached import Detached
+
+    with Detached(record) as detached:
+        run(
+            read,
+            as_json=bool(common.as_json),
+            wire=lambda settings: detached.listen(settings, _listen(settings)),
+            listening=detached.publish,
+        )
 
 
 def front(common: Common, *, service: ServiceFlags, cluster: _FrontFlags) -> None:
@@ -107,7 +125,12 @@ def status(common: Common, url: Url = None) -> None:
     if not nodes and not common.as_json:
         terminal.note("This service has no nodes: it is no front of a cluster.")
     now = time.time()
-    common.show(nodes, terminal.aligned(_HEADS, (_row(each, now) for each in nodes)))
+    rows = [_row(each, now) for each in nodes]
+    heads = _HEADS
+    if any(node.placed for node in nodes):
+        heads = (*heads, "PLACED BY RAY")
+        rows = [(*row, node.placed) for row, node in zip(rows, nodes, strict=True)]
+    common.show(nodes, terminal.aligned(heads, rows))
 
 
 def drain(
@@ -124,7 +147,66 @@ def drain(
     common.show(drained, _lines(drained, off=off))
 
 
-for _command in (node, front, status, drain):
+Insecure = Annotated[
+    bool, Option("--insecure", help="Allow a Ray cluster that needs no token: for tests alone.")
+]
+Within = Annotated[float, Option(help="Seconds to wait for the nodes.")]
+
+
+def up(
+    common: Common,
+    path: Annotated[
+        Path, Argument(metavar="FILE", help="Configuration, at the same path on all machines.")
+    ],
+    wait_s: Within = 300.0,
+    insecure: Insecure = False,
+) -> None:
+    """Place a node on each machine of a Ray cluster that has the resource headrace_node.
+
+    Nodes that run as the file configures them are left alone; others are replaced one after the
+    other. Run it again after changes of the file, which has to be copied to all machines first.
+    """
+    from headrace.ray_cluster.up import up
+
+    config = replace(common, file=path).settings().config
+    nodes = up(config, path, insecure=insecure, within_s=wait_s, show=_progress(common))
+    _show_placed(common, nodes)
+    if not nodes or any(node.state != "running" for node in nodes):
+        raise ConfigError(
+            f"Not all nodes run after {wait_s:g} s; Ray goes on to place them."
+            if nodes
+            else "No machine of the Ray cluster has the resource headrace_node."
+        )
+
+
+def down(common: Common, wait_s: Within = 300.0, insecure: Insecure = False) -> None:
+    """End the nodes that `up` has placed, after their running answers."""
+    from headrace.ray_cluster.up import down
+
+    config = common.settings().config
+    nodes = down(config, insecure=insecure, within_s=wait_s, show=_progress(common))
+    _show_placed(common, nodes)
+
+
+def _progress(common: Common) -> Callable[[Sequence[Placed]], None]:
+    """Return what notes the states of nodes while they are placed."""
+
+    def show(nodes: Sequence[Placed]) -> None:
+        counts = Counter(node.state for node in nodes)
+        if not common.as_json:
+            texts = [f"{count} {state}" for state, count in sorted(counts.items())]
+            terminal.note(", ".join(texts) or "waiting for Ray")
+
+    return show
+
+
+def _show_placed(common: Common, nodes: Sequence[Placed]) -> None:
+    rows = [(node.node, node.address, node.state, node.reason or None) for node in nodes]
+    value = [dict(zip(("node", "address", "state", "reason"), row, strict=True)) for row in rows]
+    common.show(value, terminal.aligned(_PLACED, rows))
+
+
+for _command in (node, front, up, down, status, drain):
     app.command(_command.__name__)(with_common(_command))
 
 

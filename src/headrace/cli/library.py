@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
 from headrace.cli import terminal
 from headrace.cli.common import Common
 from headrace.core.errors import InvalidRequest, UnknownModel
+from headrace.core.library import LibraryEntry, LibraryFilter
 from headrace.core.model import Task
 
 if TYPE_CHECKING:
     from headrace.config import Settings
-    from headrace.core.status import Plan
-    from headrace.models.library import LibraryModel
 
 _HEADS = ("NAME", "SIZE", "NEEDS", "FITS", "TOKENS/S", "CONTEXT", "ABILITIES", "LICENSE", "ABOUT")
-_TOKENS = 1000  # of prompt and answer, for the guess of a speed
-
-
-class Entry(NamedTuple):
-    """A model with its plan for this machine; `speed` is a guess of tokens/s, from its bytes."""
-
-    model: LibraryModel
-    plan: Plan
-    speed: float | None
 
 
 def library(
@@ -55,12 +44,11 @@ def library(
     settings = common.settings()
     if update is not None:
         models.update(update, settings.config.home)
-    chosen = [
-        model
-        for model in models.current()
-        if model.matches(text or ()) and task in (None, model.task)
-    ]
-    _show(common, settings, chosen, fits=fits)
+    entries = _entries(settings, LibraryFilter(q=" ".join(text or ()), task=task, fits=fits))
+    if not entries:
+        verb = "fits" if fits else "matches"
+        raise InvalidRequest(f"No model of the library {verb}; `headrace library` lists all.")
+    common.show(entries, _lines(entries))
 
 
 def search(
@@ -68,85 +56,36 @@ def search(
     text: Annotated[list[str], typer.Argument(metavar="TEXT", help="Words that must all occur.")],
 ) -> None:
     """Search the library by name, ability, license and description."""
-    from headrace.models import library as models
-
-    settings = common.settings()
-    chosen = [model for model in models.current() if model.matches(text)]
-    if not chosen:
+    entries = _entries(common.settings(), LibraryFilter(q=" ".join(text)))
+    if not entries:
         raise UnknownModel(
             f"The library has no model with {' and '.join(text)}; `headrace library` lists all. "
             "Any repository on the hub can be pulled as hub:org/repo."
         )
-    _show(common, settings, chosen, fits=False)
+    common.show(entries, _lines(entries))
 
 
-def _show(
-    common: Common, settings: Settings, models: Sequence[LibraryModel], *, fits: bool
-) -> None:
-    entries = [entry for entry in _entries(settings, models) if entry.plan.fits or not fits]
-    if not entries:
-        raise InvalidRequest("No model of the library fits; `headrace library` lists all.")
-    common.show([_plain(entry) for entry in entries], _lines(entries))
-
-
-def _entries(settings: Settings, models: Sequence[LibraryModel]) -> list[Entry]:
-    from headrace.lab import limits
-
-    rate = limits.bandwidth(settings.config.home)
-    plans = asyncio.run(library_plans(settings, models))
-    return [
-        Entry(model, plan, _speed(model, plan, rate))
-        for model, plan in zip(models, plans, strict=True)
-    ]
-
-
-async def library_plans(settings: Settings, models: Sequence[LibraryModel]) -> list[Plan]:
-    """Return what loads of models of the library would need on this machine.
-
-    Raises:
-        HeadraceError: no engine can run a GGUF file.
-    """
-    from headrace import runtime
-    from headrace.pool.plan import plan_load
+def _entries(settings: Settings, wanted: LibraryFilter) -> list[LibraryEntry]:
+    from headrace import limits, runtime
+    from headrace.listing import list_library
 
     loader = runtime.open_pool(settings, []).loader
-    specs = [settings.model_spec(model.name) for model in models]
-    return [await plan_load(loader.memory, loader.sizing, spec) for spec in specs]
+    home = settings.config.home
+    return asyncio.run(list_library(loader, home, settings.model_spec, wanted, limits.bandwidth))
 
 
-def _speed(model: LibraryModel, plan: Plan, rate: float) -> float | None:
-    """Return the most tokens/s of one stream on the CPU; the rate of a GPU is not measured."""
-    from headrace.lab import limits
-
-    if model.task != "generate" or set(plan.need.devices) != {"cpu"} or not plan.fits:
-        return None
-    read = model.size * model.active // model.parameters
-    return limits.limit(msgspec.structs.replace(model.file, size=read), 1, _TOKENS, rate)
-
-
-def _plain(entry: Entry) -> dict[str, Any]:
-    plan = entry.plan
-    return {
-        **msgspec.to_builtins(entry.model),
-        "needs": plan.need.devices,
-        "fits": plan.fits,
-        "largest_context": plan.largest_context,
-        "tokens_per_second": entry.speed,
-    }
-
-
-def _lines(entries: Sequence[Entry]) -> Iterator[str]:
+def _lines(entries: Sequence[LibraryEntry]) -> Iterator[str]:
     rows = [
         (
-            entry.model.name,
-            terminal.size(entry.model.size),
-            terminal.size(sum(entry.plan.need.devices.values())),
-            "yes" if entry.plan.fits else "no",
-            None if entry.speed is None else f"~{entry.speed:.2g}",
-            str(entry.model.context_length),
-            ", ".join(entry.model.abilities) or None,
-            entry.model.license,
-            entry.model.about,
+            entry.name,
+            terminal.size(entry.size),
+            terminal.size(sum(entry.needs.values())),
+            "yes" if entry.fits else "no",
+            None if entry.tokens_per_second is None else f"~{entry.tokens_per_second:.2g}",
+            str(entry.context_length),
+            ", ".join(entry.abilities) or None,
+            entry.license,
+            entry.about,
         )
         for entry in entries
     ]
@@ -154,5 +93,5 @@ def _lines(entries: Sequence[Entry]) -> Iterator[str]:
     yield ""
     yield "SIZE and NEEDS are estimates; TOKENS/S is a guess for one stream. `headrace pull NAME`"
     yield "downloads a model; NAME-q8_0 is one of its other quantizations (--json lists them)."
-    if unchecked := sum(entry.model.checked is None for entry in entries):
+    if unchecked := sum(entry.checked is None for entry in entries):
         yield f"{unchecked} of {len(entries)} entries were never compared with the hub."

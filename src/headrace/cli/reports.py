@@ -214,7 +214,7 @@ def _telemetry_facts(telemetry: dict[str, Any], *, has_sdk: bool) -> Iterator[tu
 def usage(
     common: Common,
     by: Annotated[
-        str, Option(metavar="WHAT,...", help="Any of day, model, key, operation.")
+        str, Option(metavar="WHAT,...", help="Any of day, model, key, operation, priority.")
     ] = "day,model",
     since: Annotated[
         str, Option(metavar="DAY", help="From 2026-01-31 on, or 7d: a week with today.")

@@ -116,8 +116,12 @@ def run(
     as_json: bool,
     open: Open | None = None,
     wire: Callable[[Settings], socket.socket] | None = None,
+    listening: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve what `read` returns until a signal; `open` and `wire` are as for `service.live`."""
+    """Serve what `read` returns until a signal; `open` and `wire` are as for `service.live`.
+
+    `listening` is called with the URL, when requests are accepted.
+    """
     settings, specs = read()
     config = _with_database(settings.config)
     server = config.server
@@ -136,10 +140,16 @@ def run(
         show = functools.partial(
             announce, listener, specs, server, others, as_json=as_json, task=task
         )
+
+        def begun() -> None:
+            show()
+            if listening is not None:
+                listening(url_of(listener))
+
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(
                 live(
-                    settings, specs, listener, reread=read, announce=show, open=open, others=others
+                    settings, specs, listener, reread=read, announce=begun, open=open, others=others
                 )
             )
 

@@ -12,8 +12,10 @@ import msgspec
 from headrace.cluster.link import NodeLink
 from headrace.cluster.pool import ClusterPool
 from headrace.cluster.view import Node
-from headrace.cluster.wire import Done
-from headrace.core.errors import HeadraceError, NoNode, UnknownModel
+from headrace.cluster.wire import Done, Placed
+from headrace.core.errors import HeadraceError, NoNode, UnknownModel, Unsupported
+from headrace.core.library import LibraryEntry, LibraryFilter
+from headrace.core.measurement import Curve
 from headrace.core.model import State
 from headrace.core.status import (
     DeviceStatus,
@@ -64,6 +66,14 @@ class ClusterAdmin:
     def stored(self) -> Sequence[StoredModel]:
         """Return nothing: a front does not know what its nodes have on their disks."""
         return ()
+
+    def measurements(self) -> Sequence[Curve]:
+        """Return nothing: each node measures itself."""
+        return ()
+
+    async def library(self, wanted: LibraryFilter) -> Sequence[LibraryEntry]:
+        """Refuse: what fits differs between nodes."""
+        raise Unsupported("A front has no library; each node has one, by its own `/admin/library`.")
 
     async def describe(self, model: str) -> None:
         """Let a node read the header of a model that was not loaded yet; see `Admin`."""
@@ -246,13 +256,15 @@ class ClusterAdmin:
     def _node(self, link: NodeLink) -> NodeStatus:
         node = self.pool.view.nodes.get(link.name) if link.is_up else None
         since = self.pool.since.get(link.address, 0.0)
+        placed = self.pool.placed(link.address)
         if node is None:
             return NodeStatus(
-                name=link.name,
+                name=link.name or (placed.node if placed else ""),
                 address=str(link.address),
                 state="gone",
                 since=since,
                 reason=link.failure,
+                placed=_text(placed),
             )
         models = node.models.values()
         return NodeStatus(
@@ -266,7 +278,14 @@ class ClusterAdmin:
             running=sum(max(0, model.busy - model.status.queued) for model in models),
             queued=sum(model.status.queued for model in models),
             clock_s=round(link.clock_s, 3),
+            placed=_text(placed),
         )
+
+
+def _text(placed: Placed | None) -> str | None:
+    if placed is None:
+        return None
+    return f"{placed.state}: {placed.reason}" if placed.reason else placed.state
 
 
 def _named(node: Node, device: DeviceStatus) -> DeviceStatus:

@@ -25,7 +25,7 @@ from headrace.cluster.placing import Placing
 from headrace.cluster.route import Route
 from headrace.cluster.secure import Member
 from headrace.cluster.view import Node, View, best_info
-from headrace.cluster.wire import Address, Happened, Pulse, Status
+from headrace.cluster.wire import Address, Happened, Placed, Pulse, Status
 from headrace.core.errors import (
     Draining,
     HeadraceError,
@@ -93,6 +93,13 @@ class ClusterPool:
     def entries(self) -> Mapping[str, ModelStatus]:
         """The models that are known, by name."""
         return self.view.known
+
+    def placed(self, address: Address) -> Placed | None:
+        """Return what places the nodes reports of the one at an address."""
+        for directory in self._directories:
+            if (placed := directory.placed.get(address)) is not None:
+                return placed
+        return None
 
     def attach_observer(self, observer: Observer) -> None:
         """Attach an observer. Call before the first request."""

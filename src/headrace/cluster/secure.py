@@ -93,16 +93,26 @@ def listen(settings: ClusterSettings, access: Credentials) -> socket.socket:
     host, port = settings.wire_host, settings.wire_port
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        if access.is_open and not is_loopback(str(address[0])):
-            raise ConfigError(
-                f"{host} is reachable from other machines: set cluster.token_file or cluster.tls.",
-                param="wire_host",
-            )
+        demand(access, str(address[0]), host)
         both = address[0] == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         message = f"Cannot listen on {host}:{port}: {error.strerror or error}."
         raise ConfigError(message, param="wire_port") from error
+
+
+def demand(access: Credentials, address: str, host: str = "") -> None:
+    """Demand a token or TLS for an address beyond loopback, which `host` has named.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if access.is_open and not is_loopback(address):
+        raise ConfigError(
+            f"{host or address} is reachable from other machines: set cluster.token_file or "
+            "cluster.tls.",
+            param="wire_host",
+        )
 
 
 def is_loopback(address: str) -> bool:

@@ -29,6 +29,9 @@ GREETING_TIMEOUT_S = 5.0
 MAX_UNSENT = 16 << 20
 """Bytes that wait for a front to read them; beyond that the streams to it wait."""
 
+MAX_LISTING = 1 << 20
+"""Bytes of the list of nodes."""
+
 Side = Literal["front", "node"]
 Action = Literal[
     "load", "unload", "restart", "update", "plan", "reload", "place", "drain", "describe"
@@ -128,6 +131,21 @@ class Done(Message, frozen=True, tag="done"):
     reloaded: Reloaded | None = None
 
 
+class Placed(msgspec.Struct, frozen=True, array_like=True):
+    """What places nodes reports of one: `state` and `reason` are for people."""
+
+    node: str
+    address: str
+    state: str
+    reason: str = ""
+
+
+class Listing(Message, frozen=True, tag="listing"):
+    """Directory, after the greeting: all nodes that are placed."""
+
+    nodes: tuple[Placed, ...]
+
+
 Greeting = Hello | Proof | Refused
 ToNode = Begin | Cancel | Order | Pulse
 ToFront = Emitted | Ended | Pulse | Status | Done | Happened
@@ -135,3 +153,4 @@ ToFront = Emitted | Ended | Pulse | Status | Done | Happened
 GREETINGS = msgspec.msgpack.Decoder(list[Greeting])
 FROM_FRONT = msgspec.msgpack.Decoder(list[ToNode])
 FROM_NODE = msgspec.msgpack.Decoder(list[ToFront])
+FROM_DIRECTORY = msgspec.msgpack.Decoder(list[Listing])

@@ -17,6 +17,15 @@ class ClusterSettings(Frozen):
     dns: Fixed[str | None] = Field(
         default=None, description="name whose addresses are nodes, as headrace-nodes:11512"
     )
+    ray: Fixed[str | None] = Field(
+        default=None, description="address of the head of a Ray cluster that places nodes"
+    )
+    ray_port: Fixed[int] = Field(
+        default=11513, gt=0, le=65535, description="port beside Ray's head that lists the nodes"
+    )
+    orphan_s: Fixed[float] = Field(
+        default=600.0, gt=0, description="time after which a node ends that Ray has left alone"
+    )
     node_name: Fixed[str | None] = Field(
         default=None, min_length=1, max_length=64, description="name of this node; the host's name"
     )

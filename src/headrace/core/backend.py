@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from headrace.core.events import Event
+from headrace.core.library import LibraryEntry, LibraryFilter
+from headrace.core.measurement import Curve
 from headrace.core.model import ModelInfo
 from headrace.core.request import AnyRequest
 from headrace.core.status import (
@@ -100,6 +102,19 @@ class Admin(Protocol):
 
     def stored(self) -> Sequence[StoredModel]:
         """Return the models that were downloaded, by name. Blocking."""
+        ...
+
+    def measurements(self) -> Sequence[Curve]:
+        """Return what `bench` and `tune` have measured here, the newest first. Blocking."""
+        ...
+
+    async def library(self, wanted: LibraryFilter) -> Sequence[LibraryEntry]:
+        """Return the models of the library that match, with what each would need here.
+
+        Raises:
+            Unsupported: there is no library.
+            HeadraceError: it is damaged, or no engine can run its models.
+        """
         ...
 
     async def reload(self) -> Reloaded:

@@ -54,7 +54,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     `time` is Unix seconds when it was received. `model` is the name of the served model, or the
     requested name if there is none. `client` is a short id of the key. `error` is the class name
     of the error, `message` its message to the client. `parameters` are the settings in the
-    request. `spans` has the root first.
+    request. `spans` has the root first. `batch` is whether it is of a batch.
     """
 
     id: str
@@ -71,6 +71,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     parameters: dict[str, Any] = {}
     spans: tuple[SpanRecord, ...] = ()
     content: Content | None = None
+    batch: bool = False
 
 
 class RunningRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -181,7 +182,7 @@ class UsageRow(msgspec.Struct, frozen=True, kw_only=True):
     amounts: Amounts
 
 
-UsageGroup = Literal["day", "model", "key", "operation"]
+UsageGroup = Literal["day", "model", "key", "operation", "priority"]
 
 
 class UsageFilter(msgspec.Struct, frozen=True, kw_only=True):

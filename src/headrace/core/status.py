@@ -130,6 +130,7 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A node of a cluster. `since` is Unix time of the state, `reason` why the node has gone.
 
     `models` are those that are loaded there. `clock_s` is how many seconds its clock is ahead.
+    `placed` is what Ray, if it places the nodes, reports of this one.
     """
 
     name: str
@@ -143,6 +144,7 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     queued: int = 0
     clock_s: float = 0.0
     reason: str | None = None
+    placed: str | None = None
 
 
 class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -150,6 +150,11 @@ def save(home: Path, file: ModelFile, record: Record) -> None:
         write_atomically(path, msgspec.json.format(msgspec.json.encode(latest), indent=1))
 
 
+def records(home: Path) -> list[Record]:
+    """Return all runs, the newest first. Blocking."""
+    return [*reversed(_read(home / FILE_NAME).values())]
+
+
 def load(home: Path, file: ModelFile) -> Record | None:
     """Return the latest run of this file on this machine."""
     records = _read(home / FILE_NAME)

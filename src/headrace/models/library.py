@@ -7,7 +7,7 @@ Sizes of files are computed from parameters and quantization, within a few per c
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,8 @@ import msgspec
 from msgspec import Meta
 
 from headrace.core.errors import ConfigError, UpstreamError
-from headrace.core.model import ModelFile, Task
+from headrace.core.library import LibraryModel
+from headrace.core.model import Task
 from headrace.core.private import private_folder, write_atomically
 from headrace.models.providers import PROVIDERS
 
@@ -69,55 +70,6 @@ class _Family(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     abilities: tuple[str, ...] = ()
     task: Task = "generate"
     default: str | None = None
-
-
-class LibraryModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model of the library in one quantization.
-
-    `size` is that of its file in bytes, computed; `active` counts the parameters that are read for
-    a token. `checked` is the day on which the hub was compared, None if it never was.
-    """
-
-    name: str
-    family: str
-    title: str
-    about: str
-    reference: str
-    quantization: str
-    quantizations: tuple[str, ...]
-    parameters: int
-    active: int
-    size: int
-    context_length: int
-    layers: int
-    vocabulary: int
-    kv_bytes_per_token: int
-    license: str
-    abilities: tuple[str, ...] = ()
-    task: Task = "generate"
-    checked: date | None = None
-
-    @property
-    def file(self) -> ModelFile:
-        """Return what its file will be, as far as an estimate needs it."""
-        return ModelFile(
-            path="",
-            format="gguf",
-            task=self.task,
-            parameters=self.parameters,
-            quantization=self.quantization,
-            context_length=self.context_length,
-            size=self.size,
-            layers=self.layers,
-            vocabulary=self.vocabulary,
-            kv_bytes_per_token=self.kv_bytes_per_token,
-        )
-
-    def matches(self, words: Sequence[str]) -> bool:
-        """Whether each word is in its name, its description, its abilities or its license."""
-        texts = (self.name, self.title, self.about, self.license, self.task, *self.abilities)
-        text = " ".join(texts).lower()
-        return all(word.lower() in text for word in words)
 
 
 class Library:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -15,11 +16,15 @@ from headrace.core.errors import (
     LoadFailed,
     RequestError,
     UnknownModel,
+    Unsupported,
 )
+from headrace.core.library import LibraryEntry, LibraryFilter
+from headrace.core.measurement import Curve
 from headrace.core.model import ModelInfo, ModelSpec, needs_new_worker
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded, StoredModel
 from headrace.core.values import masked_options
 from headrace.pool.entry import ModelEntry
+from headrace.pool.loader import Loader
 from headrace.pool.plan import plan_load
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool, header_of
@@ -27,6 +32,18 @@ from headrace.pool.state import Remembered, StateFile
 
 Specify = Callable[[str, Mapping[str, Any]], ModelSpec]
 """Returns the specification of a name or reference with changed settings. Raises ConfigError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What an Admin shows beside its pool; all but `library` block."""
+
+    stored: Callable[[], Sequence[StoredModel]] = tuple
+    measurements: Callable[[], Sequence[Curve]] = tuple
+    describe: Callable[[ModelSpec], ModelInfo] | None = None
+    library: (
+        Callable[[Loader, Specify, LibraryFilter], Awaitable[Sequence[LibraryEntry]]] | None
+    ) = None
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,16 +68,14 @@ class PoolAdmin:
         state: StateFile,
         reread: Callable[[], Wanted],
         drain_s: float = 30.0,
-        stored: Callable[[], Sequence[StoredModel]] = tuple,
-        describe: Callable[[ModelSpec], ModelInfo] | None = None,
+        shown: Shown | None = None,
     ) -> None:
         self.pool = pool
         self._specify = specify
         self._state = state
         self._reread = reread
         self._drain_s = drain_s
-        self.stored = stored
-        self._describe = describe
+        self._shown = shown or Shown()
         self._kept: dict[str, Remembered] = {}
         self._lock = asyncio.Lock()
         self._reading = asyncio.Lock()
@@ -89,6 +104,10 @@ class PoolAdmin:
             devices=self.pool.ledger.status(),
         )
 
+    def stored(self) -> Sequence[StoredModel]:
+        """Return the models that were downloaded; see `Admin`."""
+        return self._shown.stored()
+
     async def describe(self, model: str) -> None:
         """Read the header of a model that was not loaded yet, which `Pool.models` has then.
 
@@ -98,10 +117,14 @@ class PoolAdmin:
         """
         entry = self.pool.entry(model)
         async with self._reading:
-            if self._describe is None or entry.info is not None or header_of(entry) is not None:
+            if (
+                self._shown.describe is None
+                or entry.info is not None
+                or header_of(entry) is not None
+            ):
                 return
             spec = entry.spec
-            info = await asyncio.to_thread(self._describe, spec)
+            info = await asyncio.to_thread(self._shown.describe, spec)
             # One that is not downloaded may be later.
             if info.format != "none":
                 entry.header = (spec, info)
@@ -153,6 +176,16 @@ class PoolAdmin:
         except UnknownModel:
             return await plan_load(loader.memory, loader.sizing, self._specify(model, {}))
         return await plan_load(loader.memory, loader.sizing, entry.spec, entry)
+
+    def measurements(self) -> Sequence[Curve]:
+        """Return what was measured here; see `Admin`."""
+        return self._shown.measurements()
+
+    async def library(self, wanted: LibraryFilter) -> Sequence[LibraryEntry]:
+        """Return the models of the library that match; see `Admin`."""
+        if self._shown.library is None:
+            raise Unsupported("This service has no library.")
+        return await self._shown.library(self.pool.loader, self._specify, wanted)
 
     async def reload(self) -> Reloaded:
         """Apply a changed configuration; see `Admin`."""

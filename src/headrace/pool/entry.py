@@ -225,6 +225,9 @@ class ModelEntry:
         if ticket.alone and size < lease.size:
             lease.size = size
             self.grant()
+        elif ticket.request.batch:
+            # Another one may start.
+            self.grant()
 
     def leave(self, ticket: Ticket, tokens: float | None = None) -> None:
         """Take a request out of the queue, or give its slots back. Idempotent.

@@ -11,6 +11,8 @@ from headrace.machine import HOST
 
 _IN_USE_S = 60.0
 _MIN_WAIT_S = 0.001
+# Of so many slots, one is for a request of a batch that has no token yet.
+_STARTING = 16
 
 
 class Resident(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,7 +182,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
     `work` is the tokens of its `running` requests, `matched` how many blocks of the prompt's
     beginning it has seen. `weight` is its share of the work, which is halved while `unhealthy`.
-    `batch` is how many of its slots requests of batches have.
+    `batch` is how many of its slots requests of batches have, and `starting` how many of these
+    requests have no token yet.
     """
 
     number: int
@@ -192,15 +195,19 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     unhealthy: bool = False
     matched: int = 0
     batch: int = 0
+    starting: int = 0
 
 
 def left_for_batch(candidate: Candidate, *, quiet: bool) -> Candidate:
     """Return a candidate with the slots that requests of batches may take.
 
-    One slot stays free, so that no other request waits for the end of one of a batch; and half of
-    them, unless it has been `quiet`. An only slot is taken.
+    One slot stays free, so that no other request waits for the end of one of a batch. Unless it has
+    been `quiet`, half of them do, and few requests start at a time: their prompts are in the way
+    of the next one's. An only slot is taken.
     """
     total = candidate.max_running
+    if not quiet and candidate.starting >= max(1, total // _STARTING):
+        return msgspec.structs.replace(candidate, free=0)
     most = max(1, total - 1 if quiet else total // 2)
     spare = 1 if total > 1 else 0
     free = max(0, min(candidate.free - spare, most - candidate.batch))

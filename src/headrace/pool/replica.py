@@ -312,7 +312,7 @@ class Replica:
 
     def candidate(self, blocks: Sequence[int]) -> Candidate:
         """Return the facts for `choose_replica`; `blocks` are hashes of the prompt's beginning."""
-        running = self.running
+        running, batch = self.running, [each for each in self.leases if each.request.batch]
         return Candidate(
             number=self.number,
             free=self.max_running - running if self.takes_requests else 0,
@@ -322,7 +322,8 @@ class Replica:
             weight=self.weight,
             unhealthy=self._clock() < self._unhealthy_until,
             matched=self._matched(blocks),
-            batch=sum(lease.size for lease in self.leases if lease.request.batch),
+            batch=sum(lease.size for lease in batch),
+            starting=sum(not lease.has_begun for lease in batch),
         )
 
     def resident(self, *, pinned: bool) -> Resident:

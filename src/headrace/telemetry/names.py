@@ -34,6 +34,7 @@ START = "headrace.worker.start"
 
 REQUEST_ID = "headrace.request.id"
 CLIENT = "headrace.client"
+BATCH = "headrace.batch"
 OUTCOME = "headrace.outcome"
 ENGINE = "headrace.engine"
 WORKER_PID = "headrace.worker.pid"

@@ -48,6 +48,7 @@ _LAG_EVERY_S = 0.25
 _READ_WITHIN_S = 5
 
 _ALL, _OK, _WAITED = "", "successful requests only", "requests that waited only"
+_BATCH = "requests of batches, which no other histogram of requests has"
 
 
 class _Mirror(NamedTuple):
@@ -68,9 +69,9 @@ class _Mirror(NamedTuple):
     def milliseconds(self, record: RequestRecord) -> float | None:
         """Return the value of a request, or None if it does not count."""
         value = getattr(record.metrics, self.figure)
-        if (self.scope == _OK and record.outcome != "ok") or (self.scope == _WAITED and not value):
-            return None
-        return value
+        is_elsewhere = record.batch is not (self.scope == _BATCH)
+        fails = self.scope == _OK and record.outcome != "ok"
+        return None if is_elsewhere or fails or (self.scope == _WAITED and not value) else value
 
 
 _MIRRORS = (
@@ -94,6 +95,7 @@ _MIRRORS = (
     ),
     _Mirror("headrace_request_queue_seconds", "queue_ms", _WAIT_S),
     _Mirror("headrace_request_load_wait_seconds", "load_ms", _WAIT_S, scope=_WAITED),
+    _Mirror("headrace_batch_request_duration_seconds", "total_ms", _DURATION_S, scope=_BATCH),
 )
 _TOKENS = {"cached_tokens": "prompt_cached_tokens"}
 """Counters of tokens whose names differ from the figure's."""

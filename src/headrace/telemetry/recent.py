@@ -119,7 +119,9 @@ class Recent:
         # Clients can send any number of names of models that are not served.
         model = self._model(_NO_MODEL if record.error == "UnknownModel" else record.model, now)
         failed = record.outcome == "error"
-        model.ended.append(_Ended(now, failed, first_ms, metrics.time_per_output_token_ms))
+        # Requests of batches wait for others: their times are no latencies.
+        shown = (None, None) if record.batch else (first_ms, metrics.time_per_output_token_ms)
+        model.ended.append(_Ended(now, failed, *shown))
         # The prompt of a request that was refused in the queue was not processed.
         was_read = record.outcome == "ok" or waited_ms is not None or first_ms is not None
         admitted = began + (metrics.load_ms + (waited_ms or 0.0)) / 1000

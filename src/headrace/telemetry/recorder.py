@@ -140,6 +140,8 @@ class Recorder:
         attributes[names.REQUEST_ID] = request.id
         if request.client:
             attributes[names.CLIENT] = request.client
+        if request.batch:
+            attributes[names.BATCH] = True
         operation, trace = request.operation, Trace(request.received, parent)
         root = self.tracing.span(
             trace,
@@ -221,6 +223,7 @@ class Recorder:
             parameters=contents.parameters(run.request, capture),
             spans=(first, *sorted(others, key=lambda span: (span.start_ms, -span.ms))),
             content=kept,
+            batch=run.request.batch,
         )
 
     def _deliver(self, record: RequestRecord, sink: Sink) -> None:

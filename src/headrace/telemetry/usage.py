@@ -1,4 +1,4 @@
-"""Usage by day, key, model and operation, in a database that services share."""
+"""Usage by day, key, model, operation and priority, in a database that services share."""
 
 from __future__ import annotations
 
@@ -33,19 +33,34 @@ COUNTS = (
     *("requests", "failed", "refused", "cancelled"),
     *("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens"),
 )
-GROUPS = {"day": "day", "model": "model", "key": "client", "operation": "operation"}
+_COLUMNS = {"key": "client"}
+GROUPS = {
+    name: _COLUMNS.get(name, name) for name in ("day", "model", "key", "operation", "priority")
+}
 """What usage can be grouped by, and the columns for it."""
 
-_VERSION = 1
-_KEY = ("day", "client", "model", "operation")
-_TABLE = f"""CREATE TABLE usage ({", ".join(f"{name} TEXT NOT NULL" for name in _KEY)},
+_LIVE, _BATCH = "live", "batch"
+_VERSION = 2
+_OLD_KEY = ("day", "client", "model", "operation")
+KEY = (*_OLD_KEY, "priority")
+"""The columns whose values together are unique."""
+
+_TABLE = f"""CREATE TABLE usage ({", ".join(f"{name} TEXT NOT NULL" for name in KEY)},
 {", ".join(f"{name} INTEGER NOT NULL" for name in COUNTS)}, seconds REAL NOT NULL, joules REAL,
-PRIMARY KEY ({", ".join(_KEY)})) WITHOUT ROWID"""
+PRIMARY KEY ({", ".join(KEY)})) WITHOUT ROWID"""
 _ADDED = ", ".join(f"{name} = {name} + excluded.{name}" for name in (*COUNTS, "seconds"))
-_MARKS = ", ".join("?" * (len(_KEY) + len(COUNTS) + 2))
+_MARKS = ", ".join("?" * (len(KEY) + len(COUNTS) + 2))
 # A sum of unknown values is unknown; otherwise unknown values add nothing.
 _ADD = f"""INSERT INTO usage VALUES ({_MARKS}) ON CONFLICT DO UPDATE SET {_ADDED}, joules =
 CASE WHEN excluded.joules IS NULL THEN joules ELSE coalesce(joules, 0) + excluded.joules END"""  # noqa: S608 - of constants
+# The first version did not have the priority.
+_UPDATE = (
+    "ALTER TABLE usage RENAME TO old",
+    _TABLE,
+    f"INSERT INTO usage SELECT {', '.join(_OLD_KEY)}, '{_LIVE}', "  # noqa: S608 - of constants
+    f"{', '.join(COUNTS)}, seconds, joules FROM old",
+    "DROP TABLE old",
+)
 _SUMS = ", ".join(f"sum({name})" for name in (*COUNTS, "seconds", "joules"))
 _BUSY_S = 1.0
 _LONGEST_PAUSE_S = 30.0
@@ -54,8 +69,8 @@ _MOST_ROWS = 10_000
 _DAY_S = 86400
 _FIRST_DAY = date(1970, 1, 1).toordinal()
 
-Key = tuple[int, str, str, str]
-"""Day as a number since 1970, id of the key, model, operation."""
+Key = tuple[int, str, str, str, str]
+"""Day as a number since 1970, id of the key, model, operation, priority."""
 
 
 class Usage:
@@ -175,17 +190,17 @@ def read(
     """
     if not path.exists():
         return ()
-    columns = ", ".join(GROUPS[group] for group in by)
     tests: dict[str, Any] = {"day >= ?": since, "day <= ?": until or "9", "model = ?": model}
     tests["client = ?"] = key
     conditions = {test: value for test, value in tests.items() if value is not None}
-    # Names come from this module; values are parameters.
-    query = f"SELECT {columns}, {_SUMS} FROM usage WHERE {' AND '.join(conditions)}"  # noqa: S608
-    query += f" GROUP BY {columns} ORDER BY {columns}"
     try:
         with _reading(path) as database:
-            is_made = _check(database, path)
-            rows = database.execute(query, tuple(conditions.values())).fetchall() if is_made else []
+            version = _check(database, path)
+            columns = ", ".join(_column(group, version) for group in by)
+            # Names come from this module; values are parameters.
+            query = f"SELECT {columns}, {_SUMS} FROM usage WHERE {' AND '.join(conditions)}"  # noqa: S608
+            query += f" GROUP BY {columns} ORDER BY {columns}"
+            rows = database.execute(query, tuple(conditions.values())).fetchall() if version else []
     except sqlite3.Error as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from error
     return rows_of(by, rows)
@@ -202,6 +217,10 @@ def total(rows: Sequence[UsageRow]) -> Amounts:
 def rows_of(by: Sequence[str], rows: Sequence[Sequence[Any]]) -> tuple[UsageRow, ...]:
     """Return rows of a database: the groups, and the sums in the order of Amounts."""
     return tuple(_parse_row(by, row) for row in rows)
+
+
+def _column(group: str, version: int) -> str:
+    return f"'{_LIVE}'" if group == "priority" and version == 1 else GROUPS[group]
 
 
 def _parse_row(by: Sequence[str], row: Sequence[Any]) -> UsageRow:
@@ -222,14 +241,15 @@ def _reading(path: Path) -> Generator[sqlite3.Connection]:
 
 def _open(database: sqlite3.Connection, path: Path) -> None:
     database.execute("PRAGMA synchronous = NORMAL")
-    if _check(database, path):
+    if _check(database, path) == _VERSION:
         return
     # Readers and the writer do not wait for each other.
     database.execute("PRAGMA journal_mode = WAL")
     with _transaction(database):
-        if not _check(database, path):  # another process may have been first
-            database.execute(_TABLE)
-            database.execute(f"PRAGMA user_version = {_VERSION}")
+        version = _check(database, path)  # another process may have been first
+        for statement in (_TABLE,) if not version else _UPDATE if version < _VERSION else ():
+            database.execute(statement)
+        database.execute(f"PRAGMA user_version = {_VERSION}")
 
 
 def _check(database: sqlite3.Connection, path: Path) -> int:
@@ -254,7 +274,8 @@ def _transaction(database: sqlite3.Connection) -> Generator[None]:
 def _key_of(record: RequestRecord) -> Key:
     # Clients can send any name: unknown models share one row.
     model = OTHER if record.error == "UnknownModel" else record.model
-    return int(record.time // _DAY_S), record.client or NO_KEY, model, record.operation
+    priority = _BATCH if record.batch else _LIVE
+    return int(record.time // _DAY_S), record.client or NO_KEY, model, record.operation, priority
 
 
 def row_of(key: Key, amounts: Amounts) -> tuple[Any, ...]:

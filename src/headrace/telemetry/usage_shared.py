@@ -16,7 +16,7 @@ from headrace.core.private import private_folder, write_atomically
 from headrace.core.record import Amounts, UsageRow
 from headrace.keys.book import KeyBook
 from headrace.keys.database import is_postgres, open_database
-from headrace.telemetry.usage import COUNTS, FILE, GROUPS, Key, Usage, read, row_of, rows_of
+from headrace.telemetry.usage import COUNTS, FILE, GROUPS, KEY, Key, Usage, read, row_of, rows_of
 
 _log = logging.getLogger("headrace.telemetry")
 
@@ -24,13 +24,13 @@ FOLDER = "usage-spool"
 """Its name in the home directory: what the database does not have yet, a file for each write."""
 
 _REMEMBERED_S = 30 * 86400
-_COLUMNS = ("day", "client", "model", "operation", *COUNTS, "seconds", "joules")
+_COLUMNS = (*KEY, *COUNTS, "seconds", "joules")
 _ADDED = ", ".join(
     f"{name} = headrace_usage.{name} + excluded.{name}" for name in (*COUNTS, "seconds")
 )
 _ADD = f"""INSERT INTO headrace_usage ({", ".join(_COLUMNS)})
 VALUES ({", ".join(f":{name}" for name in _COLUMNS)})
-ON CONFLICT (day, client, model, operation) DO UPDATE SET {_ADDED}, joules =
+ON CONFLICT ({", ".join(KEY)}) DO UPDATE SET {_ADDED}, joules =
 CASE WHEN excluded.joules IS NULL THEN headrace_usage.joules
 ELSE coalesce(headrace_usage.joules, 0) + excluded.joules END"""  # noqa: S608 - of constants
 _NEW = "INSERT INTO headrace_batches VALUES (:id, :now) ON CONFLICT DO NOTHING RETURNING id"

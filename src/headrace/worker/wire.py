@@ -22,7 +22,8 @@ from headrace.core.request import AnyRequest
 from headrace.log import LogSettings
 from headrace.worker.spec import WorkerSpec
 
-_HEADER = struct.Struct(">I")
+HEADER = struct.Struct(">I")
+"""What precedes a frame: its length."""
 _ARRAY = struct.Struct(">BI")
 MAX_FRAME = 256 << 20
 """Bytes; a longer frame is an error of the other side."""
@@ -169,7 +170,7 @@ class Link(asyncio.Protocol, Generic[In]):
         if outbox and self._transport is not None:
             payload = b"".join(outbox)
             length = _ARRAY.size + len(payload)
-            self._transport.write(_HEADER.pack(length) + _ARRAY.pack(0xDD, len(outbox)) + payload)
+            self._transport.write(HEADER.pack(length) + _ARRAY.pack(0xDD, len(outbox)) + payload)
 
     def fail(self, why: str) -> None:
         """End the connection at once, for a reason of this side."""
@@ -203,7 +204,7 @@ class Link(asyncio.Protocol, Generic[In]):
         start = 0
         try:
             while (end := _frame_end(buffer, start, self._limit)) is not None:
-                self._receive(self._decode(buffer[start + _HEADER.size : end]))
+                self._receive(self._decode(buffer[start + HEADER.size : end]))
                 start = end
         except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
             start = len(buffer)
@@ -226,10 +227,10 @@ def _ignore(_event: object) -> None:
 
 
 def _frame_end(buffer: bytearray, start: int, limit: int) -> int | None:
-    if len(buffer) - start < _HEADER.size:
+    if len(buffer) - start < HEADER.size:
         return None
-    (length,) = _HEADER.unpack_from(buffer, start)
+    (length,) = HEADER.unpack_from(buffer, start)
     if length > limit:
         raise msgspec.DecodeError(f"a frame of {length} bytes")
-    end = start + _HEADER.size + length
+    end = start + HEADER.size + length
     return end if end <= len(buffer) else None

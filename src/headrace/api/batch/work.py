@@ -74,6 +74,8 @@ class _Body(msgspec.Struct, frozen=True):
 class Work:
     """Sends requests, as many at a time as `limit` returns, and commits their answers.
 
+    It begins with one at a time, and sends one more with each answer: many that begin at one moment
+    delay whatever else is being answered.
     A request that is refused for lack of capacity is sent again after the time that the refusal
     names, and one that failed some times more; other answers stand, also errors.
     """
@@ -84,6 +86,7 @@ class Work:
         self._limit = limit
         self._answers: list[Answer] = []
         self._running: dict[asyncio.Task[None], int] = {}
+        self._most = 1
         self._bytes = 0
         self._changed = asyncio.Event()
         self._failures: list[BaseException] = []
@@ -101,6 +104,8 @@ class Work:
             async for item in items:
                 await self._until(partial(self._has_room, item))
                 self._begin(item)
+                # One in each turn of the event loop.
+                await asyncio.sleep(0)
             await self._until(lambda: not self._running)
         finally:
             ending = [committing, *self._running]
@@ -121,9 +126,9 @@ class Work:
             raise self._failures[0]
 
     def _has_room(self, item: Item) -> bool:
-        most = max(1, min(self._limit(), MAX_AT_A_TIME))
+        self._most = min(self._most, max(1, min(self._limit(), MAX_AT_A_TIME)))
         fits = not self._running or self._bytes + len(item.body) <= MAX_BYTES
-        return len(self._running) < most and fits
+        return len(self._running) < self._most and fits
 
     def _begin(self, item: Item) -> None:
         task = asyncio.create_task(self._answer(item))
@@ -154,6 +159,7 @@ class Work:
                 break
             await asyncio.sleep(min(wait_s, 2 * _LONGEST_WAIT_S))
         self._answers.append(reply.answer(item))
+        self._most += 1
 
     @property
     def _tries(self) -> int:

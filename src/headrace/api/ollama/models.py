@@ -189,11 +189,14 @@ async def _progress(service: Service, exchange: Exchange, name: str) -> AsyncGen
     """Yield the states of a load; it goes on if the client leaves."""
     assert service.admin is not None
     yield _line(PullLine(status="pulling manifest"))
+    before = {model.id for model in service.admin.status().models}
     loading = asyncio.ensure_future(service.admin.load(name))
     last = b""
     while not (await asyncio.wait({loading}, timeout=_POLL_S))[0]:
         models = service.admin.status().models
-        model = next((model for model in models if model.id == name), None)
+        # A reference is added under a name of its own.
+        here = (m for m in models if name in (m.id, m.source, *m.aliases) or m.id not in before)
+        model = next(here, None)
         line = _line(_state(name, model)) if model and model.progress else last
         if line != last:
             last = line

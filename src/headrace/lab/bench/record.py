@@ -9,9 +9,11 @@ from typing import Any
 
 import msgspec
 
+from headrace import limits
 from headrace.core.errors import ConfigError
+from headrace.core.measurement import Curve, Point
 from headrace.core.model import ModelFile
-from headrace.lab import limits
+from headrace.engines.measured import machine_id
 from headrace.lab.bench.answer import Row
 from headrace.lab.bench.settings import Load, Settings
 from headrace.lab.figures import Summary, ratio, summary
@@ -145,6 +147,32 @@ def of_limit(level: Level, limit: Limit) -> Level:
     tokens = (level.prompt_tokens or 0) + level.completion_tokens / 2
     allowed = limit.tokens_per_s(level.running, tokens)
     return msgspec.structs.replace(level, of_limit=ratio(level.output_tokens_per_s, allowed))
+
+
+def curve(run: Run) -> Curve:
+    """Return the figures of a run as points to be plotted."""
+    own = f"{run.settings.model}, a server of its own" if run.own_server else run.url
+    return Curve(
+        kind="bench",
+        model=run.settings.model,
+        title=own,
+        time=run.began,
+        machine=machine_id(),
+        points=tuple(map(_point, run.levels)),
+    )
+
+
+def _point(level: Level) -> Point:
+    load, first, between = level.load, level.ttft_ms, level.inter_token_ms
+    unit = "requests/s" if load.loop == "open" else "client" if load.value == 1 else "clients"
+    return Point(
+        load=f"{load.value:g} {unit}",
+        tokens_per_s=level.output_tokens_per_s,
+        first_token_p50_ms=first and first.p50,
+        first_token_p99_ms=first and first.p99,
+        between_p50_ms=between and between.p50,
+        between_p99_ms=between and between.p99,
+    )
 
 
 def without_rows(run: Run) -> Run:

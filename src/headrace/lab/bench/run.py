@@ -13,10 +13,10 @@ from typing import Any
 
 import msgspec
 
-from headrace import __version__, machine, runtime
+from headrace import __version__, limits, machine, runtime
 from headrace.config import Settings as Configuration
 from headrace.core.errors import ConfigError
-from headrace.lab import drive, limits
+from headrace.lab import drive
 from headrace.lab.bench import prompts, record
 from headrace.lab.bench.prompts import PromptRequest, Vocabulary
 from headrace.lab.bench.record import Level, Limit, Run

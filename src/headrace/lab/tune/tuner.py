@@ -13,14 +13,13 @@ from typing import Any
 
 import msgspec
 
-from headrace import engines, machine, runtime
+from headrace import engines, limits, machine, runtime
 from headrace.config import Settings
 from headrace.core.errors import ConfigError, LoadFailed, Unsupported
 from headrace.core.model import ModelFile, ModelSpec
 from headrace.engines import measured
 from headrace.engines.base import OpenRequest
 from headrace.engines.measured import Record
-from headrace.lab import limits
 from headrace.lab.tune.agreement import Reference
 from headrace.lab.tune.contender import Contender, make_contender
 from headrace.lab.tune.measure import Shape

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from headrace import limits
 from headrace.core.model import ModelFile
-from headrace.lab import limits
 
 MODEL = ModelFile(path="x", format="gguf", size=100_000_000, kv_bytes_per_token=20_000)
 

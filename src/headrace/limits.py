@@ -19,6 +19,8 @@ from headrace.engines.measured import machine_id
 FILE_NAME = "bandwidth.json"
 _SIZE = 256 << 20
 _PASSES = 6
+_SPARE = 8
+"""How many times the memory of a measurement has to be free beside a service."""
 
 
 class _Known(msgspec.Struct, frozen=True):
@@ -31,16 +33,31 @@ def bandwidth(home: Path) -> float:
 
     It is measured again each time, as other programs may have used the memory before.
     """
-    path, here = home / FILE_NAME, machine_id()
-    try:
-        known = msgspec.json.decode(path.read_bytes(), type=_Known)
-    except (OSError, msgspec.DecodeError):
-        known = None
-    before = known.bandwidth if known is not None and known.machine == here else 0.0
-    best = max(before, read_bandwidth(machine.usable_cpus()))
+    best = max(_measured(home) or 0.0, read_bandwidth(machine.usable_cpus()))
     private_folder(home)
-    write_atomically(path, msgspec.json.encode(_Known(here, best)))
+    write_atomically(home / FILE_NAME, msgspec.json.encode(_Known(machine_id(), best)))
     return best
+
+
+def known_bandwidth(home: Path) -> float | None:
+    """Return the highest bytes/s that were ever read, for a service. Blocking.
+
+    It is measured only if it never was on this machine, and if that takes little of the memory that
+    is free; else it is None.
+    """
+    if (known := _measured(home)) is not None:
+        return known
+    host = next(device for device in machine.devices() if device.key == machine.HOST)
+    taken = _SIZE * machine.usable_cpus()
+    return bandwidth(home) if taken * _SPARE < host.total - host.used else None
+
+
+def _measured(home: Path) -> float | None:
+    try:
+        known = msgspec.json.decode((home / FILE_NAME).read_bytes(), type=_Known)
+    except (OSError, msgspec.DecodeError):
+        return None
+    return known.bandwidth if known.machine == machine_id() else None
 
 
 def read_bandwidth(threads: int, size: int = _SIZE, passes: int = _PASSES) -> float:
