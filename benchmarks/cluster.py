@@ -1,10 +1,9 @@
 """A front with nodes beside plain `headrace serve`: first token, speed, CPU for each event.
 
-Three services run side by side, all with the engine `echo` in step, 200 tokens/s for each stream:
+Services run side by side, all with the engine `echo` in step, 200 tokens/s for each stream:
 
 - plain: `headrace serve echo`;
 - front: `headrace cluster front` with one node, all on loopback, with a shared token;
-- two: the same with two nodes.
 
 They are measured in turn, round after round, at 1, 8 and 32 streams; a ratio is that of the same
 round, and the table shows the median. CPU is user and system time of the processes of the API: of
@@ -13,8 +12,8 @@ own, and do not count. The first token is the median of all streams that were op
 
 With `--unpaced`, the engine writes as fast as it can: it shows what the processes can pass on.
 
-`two` over `front` is how much more an engine with 8 slots answers on two nodes than on one: 32
-answers of 50 tokens at a time, by the time until all have ended.
+At last, how much more engines with 8 slots answer on two and on three nodes than on one: 48 answers
+of 50 tokens at a time, by the time until all have ended.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import asyncio
 import contextlib
 import statistics
 import tempfile
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +32,12 @@ from front import body_of
 from headrace.lab import drive, figures, load
 from headrace.lab.drive import Program, Server
 
-GOALS = {"first": 5.0, "speed": 0.98, "cpu": 1.5, "cpu of one": 2.1, "two": 0.95}
+GOALS = {"first": 5.0, "speed": 0.98, "cpu": 1.5, "cpu of one": 2.1, "nodes": 0.95}
 STREAMS = (1, 8, 32)
 NAMES = ("plain", "front")
 SPEED = 200.0
-SLOTS, ANSWERS, TOKENS = 8, 32, 50
+SLOTS, ANSWERS, TOKENS = 8, 48, 50
+NODES = (1, 2, 3)
 _SETTLE_S = 0.4
 _FASTEST = 30_000.0
 
@@ -192,29 +192,29 @@ async def compare(options: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-async def scale(options: argparse.Namespace) -> list[float]:
-    """Return how many times faster two nodes are than one, in each round."""
+async def scale(options: argparse.Namespace) -> dict[int, list[float]]:
+    """Return how many times faster several nodes are than one, in each round."""
     engine = {"tokens_per_second": SPEED, "slots": SLOTS}
     body = {"prompt": "x", "max_tokens": TOKENS, "stream": True, "ignore_eos": True}
-    ratios: list[float] = []
+    ratios: dict[int, list[float]] = {nodes: [] for nodes in NODES[1:]}
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         client = await stack.enter_async_context(drive.program(load.command()))
-        (folder / "1").mkdir()
-        (folder / "2").mkdir()
-        both = [
-            await stack.enter_async_context(cluster(folder / str(nodes), nodes, engine))
-            for nodes in (1, 2)
-        ]
+        services: dict[int, Service] = {}
+        for nodes in NODES:
+            (folder / str(nodes)).mkdir()
+            opened = cluster(folder / str(nodes), nodes, engine)
+            services[nodes] = await stack.enter_async_context(opened)
         for _ in range(options.rounds):
-            seconds: list[float] = []
-            for service in both:
+            seconds: dict[int, float] = {}
+            for nodes, service in services.items():
                 # Prompts of their own: equal ones would go to one node.
                 bodies = [{**body, "prompt": f"{number} x"} for number in range(ANSWERS)]
                 await client.ask({"do": "open", "url": service.url, "bodies": bodies})
-                seconds.append((await client.ask({"do": "drain"}))["seconds"])
-            ratios.append(seconds[0] / seconds[1])
-            print(f"  two nodes: {ratios[-1]:.2f} times one", flush=True)
+                seconds[nodes] = (await client.ask({"do": "drain"}))["seconds"]
+            for nodes, each in ratios.items():
+                each.append(seconds[1] / seconds[nodes])
+                print(f"  {nodes} nodes: {each[-1]:.2f} times one", flush=True)
     return ratios
 
 
@@ -237,7 +237,9 @@ def compared(cells: Sequence[Cell], streams: int) -> dict[str, list[float]]:
     }
 
 
-def table(cells: Sequence[Cell], scaled: Sequence[float], facts: dict[str, Any]) -> list[str]:
+def table(
+    cells: Sequence[Cell], scaled: Mapping[int, Sequence[float]], facts: dict[str, Any]
+) -> list[str]:
     """Return the figures as lines of text."""
     lines = [
         "A front with one node beside plain `headrace serve`, in one interleaved run",
@@ -256,7 +258,8 @@ def table(cells: Sequence[Cell], scaled: Sequence[float], facts: dict[str, Any])
         lines.append(
             f"{streams:7}  plain {each['plain']:.1f} us/event, front and node {each['front']:.1f}"
         )
-    lines += ["", f"Two nodes over one, of 2: {figures.spread(list(scaled))}"]
+    for nodes, ratios in scaled.items():
+        lines += ["", f"{nodes} nodes over one, of {nodes}: {figures.spread(list(ratios))}"]
     return lines
 
 
@@ -272,7 +275,7 @@ def main() -> None:
         "machine": facts,
         "goals": GOALS,
         "compared": {str(n): compared(cells, n) for n in options.streams},
-        "two": scaled,
+        "nodes": scaled,
         "cells": [cell._asdict() for cell in cells],
     }
     report.write("cluster-unpaced" if options.unpaced else "cluster", text, record, options)

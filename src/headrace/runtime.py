@@ -71,6 +71,11 @@ def engines() -> list[EngineStatus]:
     return [engine_registry.status(name) for name in engine_registry.names()]
 
 
+def programs() -> dict[str, Sequence[str]]:
+    """Return what the programs of engines tell of themselves, as lines, by engine. Runs them."""
+    return engine_registry.describe()
+
+
 def providers() -> Mapping[str, Provider]:
     """Return the named upstreams."""
     return PROVIDERS

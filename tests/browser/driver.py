@@ -169,12 +169,13 @@ def browser(profile: Path) -> Iterator[Browser]:
         stderr=subprocess.DEVNULL,
         env=environment,
     )
-    http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False)
+    http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=3 * WAIT_S, trust_env=False)
     try:
         _retried(lambda: http.get("/status").raise_for_status())
         arguments = [*FLAGS, f"--user-data-dir={profile / 'profile'}"]
         wanted = {
             "goog:chromeOptions": {"args": arguments},
+            "timeouts": {"script": round(2000 * WAIT_S)},
             "goog:loggingPrefs": {"browser": "WARNING", "performance": "ALL"},
         }
         answer = http.post("/session", json={"capabilities": {"alwaysMatch": wanted}}).json()

@@ -25,7 +25,7 @@ from tests.cli.stub import stub
 from wcwidth import wcswidth
 
 from headrace.cli.app import run
-from headrace.cli.top import Snapshot, Sort, lines
+from headrace.cli.top import Snapshot, Sort, lines, sparkline
 from headrace.core.record import Activity, Rates, RunningRequest
 from headrace.core.status import DeviceStatus, Footprint, ModelStatus, PoolStatus, ReplicaStatus
 
@@ -165,6 +165,32 @@ def test_what_remains_on_a_narrow_terminal() -> None:
     assert "150.0 MB of ~160.0 MB" in "\n".join(at_80)
     assert cells(at_40, "MODEL") == ["MODEL", "STATE", "RUN", "QUEUE", "OUT/S"]
     assert cells(at_40, FAST.id) == [FAST.id, "decode", "20s"]
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "bars"),
+    [
+        ([0, 50, 100], 80, "▁▅█"),
+        ([0, 0], 80, "▁▁"),
+        ([100, 1, 2, 4], 3, "▃▅█"),
+        ([7], 80, ""),
+        ([], 80, ""),
+        ([1, 2], 0, ""),
+    ],
+)
+def test_the_history_is_a_line_of_bars(values: list[float], width: int, bars: str) -> None:
+    """Issue 16.5: from zero to the largest, the latest last, no wider than the terminal."""
+    assert sparkline(values, width) == bars
+
+
+def test_the_history_is_below_the_totals_and_coloured() -> None:
+    """Issue 16.5: sparklines and colours, on a terminal only: `--once` has no history."""
+    seen = Snapshot(time=5.0, status=PoolStatus(models=(), devices=()), activity=Activity())
+    with_history = lines(seen, URL, 60, history=[1, 2, 3])
+    without = lines(seen, URL, 60)
+    added = [line for line in with_history if line not in without]
+    assert added == [[("▃▅█", "cyan")]]
+    assert len(with_history) == len(without) + 1
 
 
 def test_names_cannot_command_the_terminal() -> None:

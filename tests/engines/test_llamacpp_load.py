@@ -28,7 +28,7 @@ from headrace.core.errors import (
 from headrace.core.model import ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.engines.base import OpenRequest
-from headrace.engines.llamacpp import server
+from headrace.engines.llamacpp import link
 from headrace.engines.llamacpp.engine import Engine
 from headrace.models.inspect import inspect
 from headrace.worker.prompt import Prompter
@@ -203,7 +203,7 @@ def test_where_no_address_is_short_enough_the_error_says_so(
     """Issue 12.8: on systems without /proc."""
     folder = tmp_path / ("d" * 100)
     folder.mkdir()
-    monkeypatch.setattr(server.sys, "platform", "darwin")
+    monkeypatch.setattr(link.sys, "platform", "darwin")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     with pytest.raises(LoadFailed, match="Set TMPDIR to a shorter one"):
         load(make())
@@ -329,7 +329,7 @@ def test_a_server_that_does_not_answer_is_an_error_of_the_engine(
 ) -> None:
     """Issue 11.7: and no bug."""
     engine = load(make())
-    assert engine._server is not None
-    (engine._server.folder / "s.sock").unlink()
+    assert engine._link is not None
+    (engine._link.folder / "s.sock").unlink()
     with pytest.raises(GenerationFailed, match="does not answer"):
         engine.tokenize("a", add_special=False)

@@ -281,9 +281,7 @@ def direct(llama: Engine, prompt: str, max_tokens: int) -> str:
         chunks.append(bytes(raw))
         return False
 
-    assert llama._server is not None
-    assert llama._server.library is not None
-    llama._server.library.handle_completions(json.dumps(body).encode(), take)
+    llama._library().handle_completions(json.dumps(body).encode(), take)
     return json.loads(chunks[-1])["choices"][0]["text"]
 
 
@@ -300,7 +298,7 @@ async def test_greedy_text_is_the_librarys_own_alone_and_in_a_crowd(
 
 async def test_the_listener_is_locked_away(llama: Engine, listening_before: set[int]) -> None:
     """W1: a socket file for this user alone, behind a key, and no port."""
-    server = llama._server
+    server = llama._link
     assert server is not None
     mode = stat.S_IMODE(server.folder.stat().st_mode)
     assert mode == 0o700

@@ -14,7 +14,8 @@ from headrace.core.errors import ConfigError, LoadFailed, OutOfMemory
 from headrace.core.install import install_command
 from headrace.core.model import ModelFile
 from headrace.engines import echo
-from headrace.engines.base import About, Module, OpenRequest, default_footprint
+from headrace.engines.base import About, OpenRequest
+from headrace.engines.module import Module, default_footprint
 from headrace.models.transfer import silent
 
 GGUF = ModelFile(path="x.gguf", format="gguf")
@@ -145,7 +146,7 @@ def test_a_module_is_an_engine_by_three_names() -> None:
 
 
 def test_what_a_module_leaves_out_has_defaults() -> None:
-    """W26: all that is asked of a module stands in base.Module."""
+    """W26: all that is asked of a module stands in module.Module."""
     module = ModuleType("bare")
     module.ABOUT, module.Options = echo.ABOUT, echo.Options  # pyright: ignore[reportAttributeAccessIssue]
     bare = Module.of(module)

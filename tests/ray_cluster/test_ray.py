@@ -26,6 +26,8 @@ HEAD, NET = "10.77.0.1", "10.77.0"
 HERE = "10.77.0.254"
 MACHINES = (2, 3)
 SILENCE_S = 1.5
+KEY = "a-key-of-this-test"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
 CONFIG = """
 [server]
 drain_s = 10
@@ -107,6 +109,7 @@ class Cluster:
         self.network = network
         self.file = folder / "headrace.toml"
         self.url = ""
+        self.started: list[subprocess.Popen[bytes]] = []
         self.file.write_text(CONFIG)
         (folder / "cluster.token").write_text("a token of this test")
         ray_token = folder / "ray.token"
@@ -123,7 +126,7 @@ class Cluster:
             "RAY_health_check_timeout_ms": "2000",
         }
 
-    def start(self, number: int, *words: str, **variables: str) -> subprocess.Popen[bytes]:
+    def start(self, number: int, *words: str, **variables: str) -> None:
         """Start a command on a machine; its output goes to a file."""
         log = (self.folder / f"{number}.log").open("ab")
         enter = ["ip", "netns", "exec", self.network.name(number)]
@@ -132,7 +135,7 @@ class Cluster:
             enter += ["unshare", "--pid", "--fork", "--mount-proc"]
         command = [str(Path(sys.executable).parent / words[0]), *words[1:]]
         with log:
-            return subprocess.Popen(
+            started = subprocess.Popen(
                 [*enter, *command],
                 env=self.environment | {f"HEADRACE_{key}": text for key, text in variables.items()},
                 stdin=subprocess.DEVNULL,
@@ -140,6 +143,7 @@ class Cluster:
                 stderr=log,
                 start_new_session=True,
             )
+        self.started.append(started)
 
     def start_ray(self, number: int) -> None:
         place = (f"--address={HEAD}:6379", '--resources={"headrace_node": 1}')
@@ -157,7 +161,7 @@ class Cluster:
         home = str(self.folder / "front")
         words = ("headrace", "--config", str(self.file), "cluster", "front")
         # Not on the machine of the head, whose processes end together in one of the tests.
-        self.start(3, *words, "--host", f"{NET}.3", "--port", "8000", "--allow-public", HOME=home)
+        self.start(3, *words, "--host", f"{NET}.3", "--port", "8000", HOME=home, ADMIN_KEYS=KEY)
         self.url = f"http://{NET}.3:8000"
 
     def command(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -178,7 +182,7 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def nodes(self) -> dict[str, dict[str, Any]]:
-        nodes = httpx.get(f"{self.url}/admin/models", timeout=10).json()["nodes"]
+        nodes = httpx.get(f"{self.url}/admin/models", headers=HEADERS, timeout=10).json()["nodes"]
         return {node["name"]: node for node in nodes}
 
     def ready(self) -> bool:
@@ -226,7 +230,8 @@ class Stream(threading.Thread):
 
     def _read(self, body: dict[str, Any]) -> None:
         last = 0.0
-        with httpx.stream("POST", f"{self.url}/v1/chat/completions", json=body, timeout=60) as got:
+        url = f"{self.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, headers=HEADERS, timeout=60) as got:
             if got.status_code != 200:
                 self.error = got.read().decode()
             for line in got.iter_lines():
@@ -270,14 +275,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     # Sockets of Ray have paths of 107 characters at most.
     folder = Path("/tmp") / network.prefix
     folder.mkdir(mode=0o700)
+    made = Cluster(folder, network)
     try:
-        made = Cluster(folder, network)
         made.start_ray(1)
         for number in MACHINES:
             made.start_ray(number)
         yield made
     finally:
         network.close()
+        for process in made.started:
+            process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -292,7 +299,7 @@ def test_up(cluster: Cluster) -> None:
     cluster.up()
     cluster.start_front()
     check(begin(cluster), gap_s=5.0)
-    shown = cluster.command("status", "--url", cluster.url)
+    shown = cluster.command("status", "--url", cluster.url, HEADRACE_API_KEY=KEY)
     assert "PLACED BY RAY" in shown.stdout, shown.stderr
     before = [cluster.record(number) for number in MACHINES]
     cluster.up()
@@ -379,6 +386,24 @@ def test_a_head_that_begins_anew(cluster: Cluster) -> None:
     until(cluster.ready)
     assert [cluster.record(number) for number in MACHINES] == before
     assert [cluster.agent(number) for number in MACHINES] == agents
+
+
+@pytest.mark.slow
+def test_a_head_that_is_gone_for_a_minute(cluster: Cluster) -> None:
+    """Issue 15, shown 3: raylets end by themselves then; nodes and answers go on."""
+    before = [cluster.record(number) for number in MACHINES]
+    until(cluster.ready)
+    gone = time.monotonic()
+    cluster.network.kill(1)
+    while time.monotonic() - gone < 75:
+        check([Stream(cluster, 40) for _ in range(20)], gap_s=2.0)
+    assert {node["state"] for node in cluster.nodes().values()} == {"connected"}
+    for number in MACHINES:
+        cluster.network.kill(number, "ray start", "raylet", "ray::")
+    for number in (1, *MACHINES):
+        cluster.start_ray(number)
+    until(cluster.ready, 150)
+    assert [cluster.record(number) for number in MACHINES] == before
 
 
 def test_a_link_that_is_down(cluster: Cluster) -> None:

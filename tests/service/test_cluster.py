@@ -7,6 +7,8 @@ import io
 import itertools
 import os
 import signal
+import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -170,12 +172,19 @@ class Stream(threading.Thread):
 
 
 def streams(cluster: Cluster, count: int = 4) -> list[Stream]:
-    """Answers that have begun at both nodes."""
+    """Answers that run at both nodes."""
     until(cluster.ready)
-    begun = [Stream(cluster) for _ in range(count)]
-    for stream in begun:
-        assert stream.begun.wait(30)
-    until(lambda: all(cluster.running().values()))
+    begun: list[Stream] = []
+
+    def run_at_both() -> bool:
+        # On a busy machine the first ones may have ended before the last has begun.
+        check_whole(begun, gap_s=60.0)
+        begun[:] = [Stream(cluster) for _ in range(count)]
+        for stream in begun:
+            assert stream.begun.wait(30)
+        return all(cluster.running().values())
+
+    until(run_at_both)
     return begun
 
 
@@ -184,7 +193,7 @@ def check_whole(begun: list[Stream], gap_s: float) -> None:
         stream.join(60)
         assert stream.error is None
         assert stream.text == stream.prompt
-        assert stream.gap_s < gap_s
+    assert max((stream.gap_s for stream in begun), default=0.0) < gap_s
 
 
 def test_the_openai_package(cluster: Cluster) -> None:
@@ -274,22 +283,60 @@ def end(node: Node) -> None:
     node.send(signal.SIGTERM)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("fault", [kill, stop, end], ids=lambda fault: fault.__name__)
-def test_faults(cluster: Cluster, fault: Callable[[Node], None]) -> None:
-    """Issue 15, shown 3: 20 streams, 20 rounds; none fails, and each is whole."""
+def check_rounds(cluster: Cluster, fault: Callable[[Node], None]) -> None:
+    gaps: list[float] = []
     for number in range(TEST_ROUNDS or 20):
         begun = streams(cluster, 20)
         node = cluster.nodes["ab"[number % 2]]
         fault(node)
         check_whole(begun, gap_s=15.0)
+        gaps.append(max(stream.gap_s for stream in begun))
         if fault is stop:
             node.send(signal.SIGCONT)
-            continue
-        node.service.process.wait(60)
-        node.close()
-        node.start()
+        else:
+            node.service.process.wait(60)
+            node.close()
+            node.start()
+    median, most = statistics.median(gaps), max(gaps)
+    sys.stderr.write(f"\n{fault.__name__}: longest gap {median:.2f} s, at most {most:.2f} s\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("fault", [kill, stop, end], ids=lambda fault: fault.__name__)
+def test_faults(cluster: Cluster, fault: Callable[[Node], None]) -> None:
+    """Issue 15, shown 3: 20 streams, 20 rounds; none fails, and each is whole."""
+    check_rounds(cluster, fault)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_drains(cluster: Cluster) -> None:
+    """Issue 15, shown 3: 20 streams, 20 rounds; each ends where it is."""
+    for number in range(TEST_ROUNDS or 20):
+        begun, name = streams(cluster, 20), "ab"[number % 2]
+        cluster.command("cluster", "drain", name)
+        check_whole(begun, gap_s=15.0)
+        cluster.command("cluster", "drain", name, "--off")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_fronts(cluster: Cluster) -> None:
+    """Issue 15, shown 3: its own streams end, and are cancelled; those of another go on."""
+    environment = {
+        "HOME": str(cluster.folder / "f"),
+        "CONFIG": str(cluster.folder / "headrace.toml"),
+    }
+    for _ in range(TEST_ROUNDS or 20):
+        with served(environment=environment, command=("cluster", "front")) as service:
+            other = Cluster(service, cluster.nodes, cluster.folder)
+            lost, begun = streams(other, 10), streams(cluster, 10)
+            service.process.kill()
+            check_whole(begun, gap_s=15.0)
+            for stream in lost:
+                stream.join(60)
+        until(lambda: not any(cluster.running().values()))
 
 
 def test_a_killed_node(cluster: Cluster) -> None:

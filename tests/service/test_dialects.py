@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import httpx
 import openai
 import pytest
 from anthropic.types import Message as TheirMessage
@@ -322,6 +323,115 @@ def test_errors_of_messages(claude: anthropic.Anthropic) -> None:
         claude.messages.create(model="smollm2", max_tokens=9, messages=user("river " * 1500))
 
 
+NEUTRAL: dict[str, Any] = {
+    "temperature": 1,
+    "top_p": 1,
+    "top_k": -1,
+    "min_p": 0,
+    "seed": None,
+    "n": 1,
+    "stop": [],
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1,
+    "min_tokens": 0,
+    "logit_bias": {},
+    "stop_token_ids": [],
+    "ignore_eos": False,
+    "logprobs": None,
+    "user": None,
+    "stream_options": None,
+}
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
+CHAT_NEUTRAL: dict[str, Any] = {
+    "logprobs": False,
+    "top_logprobs": None,
+    "tools": [],
+    "tool_choice": None,
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "functions": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/chat/completions", CHAT | NEUTRAL | CHAT_NEUTRAL),
+        ("/v1/chat/completions", CHAT | {"logit_bias": {"7": 0}, "top_k": 0, "stop": None}),
+        ("/v1/completions", {"prompt": "Hello"} | NEUTRAL | {"echo": False, "best_of": 1}),
+        ("/v1/completions", {"prompt": "Hello", "suffix": None, "logit_bias": {"7": 0}}),
+        (
+            "/v1/responses",
+            {
+                "input": "Hello",
+                "temperature": 1,
+                "top_p": 1,
+                "tools": [],
+                "top_logprobs": 0,
+                "text": {"format": {"type": "text"}},
+                "tool_choice": "auto",
+                "include": [],
+                "truncation": "disabled",
+                "reasoning": None,
+                "previous_response_id": None,
+            },
+        ),
+        (
+            "/v1/messages",
+            CHAT
+            | {"max_tokens": 9, "temperature": 1, "top_p": 1, "top_k": 0, "stop_sequences": []}
+            | {"tools": [], "thinking": {"type": "disabled"}, "metadata": {}},
+        ),
+        (
+            "/api/chat",
+            CHAT
+            | {"stream": False, "tools": [], "format": ""}
+            | {"options": {"top_p": 1.0, "top_k": 0, "repeat_penalty": 1.0, "min_p": 0.0}},
+        ),
+        (
+            "/api/generate",
+            {"prompt": "Hello", "stream": False, "system": "", "suffix": "", "images": []}
+            | {"options": {"temperature": 1, "presence_penalty": 0, "frequency_penalty": 0}}
+            | {"template": "", "context": [], "raw": False},
+        ),
+        (
+            "/completion",
+            {"prompt": "Hello", "top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0}
+            | {"repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+            | {"logit_bias": [], "stop": [], "n_probs": 0, "mirostat": 0, "typical_p": 1.0}
+            | {"dry_multiplier": 0.0, "xtc_probability": 0.0, "dynatemp_range": 0.0}
+            | {"grammar": "", "ignore_eos": False, "min_keep": 0, "n_indent": 0, "n_keep": 0},
+        ),
+    ],
+)
+def test_what_changes_nothing_is_accepted(
+    service: Service, route: str, body: dict[str, Any]
+) -> None:
+    """Issue 14: by each dialect, on an engine that has few of the fields."""
+    answer = httpx.post(f"{service.url}{route}", json={"model": "echo"} | body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert "Hello" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("route", "name", "given"),
+    [
+        ("/v1/chat/completions", "top_p", {"top_p": 0.9}),
+        ("/v1/messages", "top_k", {"max_tokens": 9, "top_k": 3}),
+        ("/v1/responses", "top_p", {"top_p": 0.9, "input": "Hello", "messages": None}),
+        ("/api/chat", "min_p", {"options": {"min_p": 0.1}}),
+    ],
+)
+def test_what_changes_something_is_refused_by_its_name(
+    service: Service, route: str, name: str, given: dict[str, Any]
+) -> None:
+    body = {key: value for key, value in (CHAT | given).items() if value is not None}
+    answer = httpx.post(f"{service.url}{route}", json={"model": "echo"} | body, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert name in answer.text
+
+
 def test_models_by_both_clients(their: openai.OpenAI, claude: anthropic.Anthropic) -> None:
     """Issue 14.2: one list in both forms, with aliases."""
     names = [model.id for model in claude.models.list(limit=1000)]
@@ -358,3 +468,44 @@ def test_the_real_model_by_messages(claude: anthropic.Anthropic) -> None:
     assert call.type == "tool_use"
     assert call.input.keys() == {"city", "days"}
     assert answer.stop_reason == "tool_use"
+
+
+VERDICT: Any = {
+    "type": "object",
+    "properties": {"rain": {"enum": ["yes", "no"]}},
+    "required": ["rain"],
+    "additionalProperties": False,
+}
+
+
+def test_tools_with_a_form(their: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    """Issue 13: calls, or content that keeps to the form, whole and streamed, in three dialects."""
+    question = "Will it rain? Answer yes or no."
+    tool: Any = {**WEATHER, "strict": True}
+    function: Any = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+    named: Any = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": VERDICT}}
+    texts, calls = list[str | None](), list[str]()
+    for seed in (1, 2):
+        message = their.chat.completions.create(
+            model="smollm2", messages=user(question), tools=[function], response_format=named,
+            parallel_tool_calls=False, seed=seed,
+        ).choices[0].message  # fmt: skip
+        calls += [call.function.arguments for call in message.tool_calls or ()]  # pyright: ignore[reportAttributeAccessIssue]
+        texts.append(message.content)
+    text: Any = {"format": {"type": "json_schema", "name": "verdict", "schema": VERDICT}}
+    with their.responses.stream(
+        model="smollm2", input=question, tools=[tool], text=text, parallel_tool_calls=False
+    ) as stream:
+        output = stream.get_final_response().output
+    calls += [item.arguments for item in output if item.type == "function_call"]
+    texts += [item.content[0].text for item in output if item.type == "message"]  # pyright: ignore[reportAttributeAccessIssue]
+    answer = claude.messages.create(
+        model="smollm2", max_tokens=600, messages=user(question), tools=[TOOL],
+        tool_choice={"type": "auto", "disable_parallel_tool_use": True},
+        extra_body={"output_config": {"format": {"type": "json_schema", "schema": VERDICT}}},
+    )  # fmt: skip
+    texts += [block.text for block in answer.content if block.type == "text"]
+    assert answer.stop_reason in {"end_turn", "tool_use"}
+    assert all(json.loads(call).keys() == {"city", "days"} for call in calls)
+    assert {content for content in texts if content} <= {'{"rain": "yes"}', '{"rain": "no"}'}
+    assert calls or any(texts)

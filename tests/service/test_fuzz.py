@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
-from tests.operations import check, described, each
+from tests.operations import check, described, each, takes_something
 from tests.service.serving import Service, served
 
 from headrace.api.app import ADMIN_ROUTES, ROUTES
@@ -89,6 +89,8 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 @each(EVERY)
 def test_any_request_to_any_route(route: Route, mode: GenerationMode, services: Service) -> None:
     """Issue 14.4: no 5xx on any route, also for what the document does not allow."""
+    if mode is GenerationMode.NEGATIVE and not takes_something(ANY, route):
+        pytest.skip("A request without parameters and body cannot be wrong.")
 
     def test(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):

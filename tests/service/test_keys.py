@@ -225,3 +225,22 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     command(tmp_path, "list", "--all", "--json")
     (key,) = json.loads(capsys.readouterr().out.rpartition("revoked\n")[2])
     assert key["revoked"]
+
+
+def test_processes_for_connections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Issue 16.1 Keys: with `fronts`, a first key that is made while the service runs counts."""
+    environment = {"HOME": str(tmp_path), "FRONTS": "2"}
+    with served("builtin:echo", environment=environment) as service:
+        url = f"{service.url}/v1/chat/completions"
+        assert httpx.post(url, json=CHAT, timeout=60).status_code == 200
+        made = httpx.post(f"{service.url}/admin/keys", json={"name": "me", "scope": "admin"})
+        refused = httpx.post(f"{service.url}/admin/keys", json={"name": "x"})
+        assert (made.status_code, refused.status_code) == (200, 401)
+        assert httpx.post(url, json=CHAT, timeout=60).status_code == 401
+        command(tmp_path, "create", "laptop", "--requests-per-day", "3")
+        key = capsys.readouterr().out.strip()
+        headers = {"authorization": f"Bearer {key}"}
+        statuses = [
+            httpx.post(url, json=CHAT, headers=headers, timeout=60).status_code for _ in range(5)
+        ]
+        assert statuses == [200, 200, 200, 429, 429]

@@ -13,7 +13,7 @@ from headrace.core.model import Capabilities, ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.sampling import Sampling
 from headrace.engines.base import EngineFacts
-from headrace.worker.prompt import Prompter, check_supported, max_new_tokens
+from headrace.worker.prompt import Prompter, check_supported, max_new_tokens, without_neutral
 
 BOS = 1
 
@@ -175,6 +175,36 @@ def test_what_the_engine_cannot_do_is_refused_by_name() -> None:
     with pytest.raises(Unsupported) as caught:
         check_supported(ask((1,)), nothing)
     assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("min_tokens", (0,)),
+        ("temperature", (1, 1.0)),
+        ("top_p", (1, 1.0)),
+        ("top_k", (0, -1)),
+        ("min_p", (0, 0.0)),
+        ("presence_penalty", (0, 0.0, -0.0)),
+        ("frequency_penalty", (0, 0.0)),
+        ("repetition_penalty", (1, 1.0)),
+        ("logit_bias", ({}, {5: 0.0})),
+    ],
+)
+def test_what_changes_nothing_needs_no_support(name: str, values: tuple[Any, ...]) -> None:
+    """Issue 14: it is left out for an engine without the field, and passed to one that has it."""
+    for value in values:
+        request = ask(**{name: value})
+        without = without_neutral(request, Capabilities())
+        check_supported(without, Capabilities())
+        assert without.sampling == Sampling()
+        able = Capabilities(sampling=frozenset({name}))
+        assert without_neutral(request, able) == request
+
+
+def test_what_changes_something_stays() -> None:
+    request = ask(top_p=0.99, logit_bias={5: 0.0, 6: 1.0})
+    assert without_neutral(request, Capabilities()) == request
 
 
 def test_stop_strings_of_the_request_come_before_the_models() -> None:

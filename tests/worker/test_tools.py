@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -149,13 +150,38 @@ async def test_what_cannot_be_enforced_is_refused(given: Any) -> None:
             await collect(one.ask(asked("x", **given)))
 
 
-def test_a_response_format_beside_tools_is_refused() -> None:
-    """Issue 13: its grammar begins at once, so that no tool could ever be called."""
-    request = asked("x", constraint=Constraint(json_schema={}))
-    with pytest.raises(Unsupported, match="tools"):
-        chat().constraint(request, "")
-    none = asked("x", constraint=Constraint(json_schema={}), tool_choice=ToolChoice("none"))
-    assert chat().constraint(none, "") == none.constraint
+@pytest.mark.parametrize("cities", [["Zürich"], ["Ł", "€", "😀"]])
+async def test_a_character_of_several_tokens_is_one(cities: list[str]) -> None:
+    """Issue 13, strict: echo's tokens are bytes; what was checked had U+FFFD for each of them."""
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {"city": {"enum": cities}},
+        "required": ["city"],
+    }
+    tool = Tool("one", parameters=schema, strict=True)
+    for city in cities:
+        content = call("one", json.dumps({"city": city}, ensure_ascii=False))
+        request = GenerateRequest(messages=(Message("user", content),), tools=(tool,))
+        async with worker(context_length=1024) as echo:
+            (made,) = (await collect(echo.ask(request))).choices[0].tool_calls
+        assert json.loads(made.arguments) == {"city": city}
+
+
+def test_a_response_format_beside_tools() -> None:
+    """Issue 13: one grammar of calls and of the form; without tools it is the form alone."""
+    form = Constraint(json_schema=SCHEMA)
+    both = chat().constraint(asked("x", constraint=form), "")
+    assert both is not None
+    assert "headrace_answer" in both.lark
+    forced = asked("x", constraint=form, tool_choice=ToolChoice("required"))
+    required = chat().constraint(forced, "")
+    assert required is not None
+    assert "headrace_answer" not in required.lark
+    none = asked("x", constraint=form, tool_choice=ToolChoice("none"))
+    assert chat().constraint(none, "") == form
+    grammar = asked("x", constraint=Constraint(grammar='start: "a"'))
+    with pytest.raises(Unsupported, match="cannot be combined with tools"):
+        chat().constraint(grammar, "")
 
 
 def test_only_enforced_schemas_are_limited() -> None:

@@ -31,6 +31,7 @@ from headrace.core.errors import (
 from headrace.core.events import Delta, Progress
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, Message
 from headrace.core.stream import collect, collect_count, collect_text
+from headrace.engines import echo as echo_engine
 from headrace.engines.base import EngineRequest, Generator, OpenRequest, RawEvent
 from headrace.worker.worker import Worker
 
@@ -505,3 +506,33 @@ async def test_an_engine_that_refuses_in_the_call_itself_keeps_no_slot() -> None
         engine.generate = generate
         assert one.load == (0, 0)
         assert (await collect(one.ask(ask("abc")))).text == "abc"
+
+
+async def test_few_texts_are_counted_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue 11.7: two, also of clients that have left, as their threads go on."""
+    running, most, ended = 0, 0, 0
+    places, lock = threading.Semaphore(0), threading.Lock()
+
+    def slow(*_: object, **__: object) -> tuple[int, ...]:
+        nonlocal running, most, ended
+        with lock:
+            running, most = running + 1, max(most, running + 1)
+        places.acquire()
+        with lock:
+            running, ended = running - 1, ended + 1
+        return (1,)
+
+    async with worker() as counter:
+        monkeypatch.setattr(echo_engine.Engine, "tokenize", slow)
+        monkeypatch.setattr(echo_engine.Engine, "detokenize", lambda *_: str(slow()))
+        requests = [CountRequest(text="a"), DetokenizeRequest(token_ids=(1,))] * 4
+        tasks = [asyncio.create_task(listed(counter.ask(request))) for request in requests]
+        await until(lambda: running == 2)
+        tasks[0].cancel()
+        for count in range(len(tasks) - 1):
+            places.release()
+            await until(lambda count=count: ended > count)
+        places.release()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert most == 2
+    assert sum(isinstance(result, BaseException) for result in results) == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -223,6 +223,29 @@ class Application(Starlette):
         return Application(self._service, (_METRICS, _LIVE))
 
 
+class FrontApplication:
+    """The ASGI application of a process that has connections and no models.
+
+    It answers what a Backend answers, and what is refused before it is read; all other requests go
+    to `rest`. Where keys are in a database, which the other process has, those for models do too.
+    """
+
+    def __init__(self, service: Service, rest: ASGIApp) -> None:
+        routes = [route for route in ROUTES if route.request is not None]
+        self._paths = frozenset(route.path for route in routes)
+        self._service = service
+        self._own = Application(service, routes)
+        self._rest = rest
+        self.replace_settings = self._own.replace_settings
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Serve a request."""
+        is_own = scope["method"] == "POST" and scope["path"] in self._paths
+        is_own = is_own and not self._service.settings.needs_key
+        app = self._own if is_own or "headrace.refused" in scope else self._rest
+        return app(scope, receive, send)
+
+
 def create_app(  # noqa: PLR0913 - one for each part of a service
     backend: Backend,
     settings: ApiSettings,
@@ -250,7 +273,11 @@ def create_app(  # noqa: PLR0913 - one for each part of a service
     if observer is not None and metrics:
         routes = (*routes, _METRICS)
     describe = admin.describe if admin is not None else None
-    service = Service(backend, settings, ready, admin, observer, describe, keys=keys)
+    unload = admin.unload if admin is not None else None
+    called = observer.called if observer is not None else None
+    service = Service(
+        *(backend, settings, ready, admin, observer, describe, unload, called), keys=keys
+    )
     keeper = Batches(batches, service) if isinstance(batches, Store) else None
     if batches is not None:
         routes = (*routes, *BatchRoutes(keeper, "" if keeper else str(batches)).routes())

@@ -29,16 +29,20 @@ async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -
         raise too_large(limit)
     try:
         async with asyncio.timeout(limits.BODY_TIMEOUT_S):
-            return await _BODIES.read(receive, limit)
+            return await BODIES.read(receive, limit)
     except TimeoutError:
         raise refused(408, "The body was not received in time.", "body_timeout") from None
 
 
 class Bodies:
-    """The bytes of all bodies that are being received, bounded in sum."""
+    """The bytes of all bodies that are being received, bounded in sum.
+
+    `shares` is how many processes share the bound.
+    """
 
     def __init__(self) -> None:
         self.size = 0
+        self.shares = 1
 
     async def read(self, receive: Receive, limit: int) -> bytes:
         """Return a body.
@@ -61,13 +65,13 @@ class Bodies:
                     raise too_large(limit)
                 if not message.get("more_body", False):
                     return b"".join(parts)
-                if self.size > limits.MAX_BODIES and size > limits.SMALL_BODY:
+                if self.size > limits.MAX_BODIES // self.shares and size > limits.SMALL_BODY:
                     raise _too_many()
         finally:
             self.size -= size
 
 
-_BODIES = Bodies()
+BODIES = Bodies()
 
 
 def encoded(coding: str) -> Refused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import Callable
 from email.utils import formatdate
 from typing import cast
 
@@ -29,11 +30,15 @@ class Connections:
 
     An address may have `max_idle` of them; the one that has waited longest is closed for a new one.
     `is_open` is whether more requests are accepted, `date` the header of that name, `done` a future
-    that is, and `empty` an event that is set while there are no connections.
+    that is, and `empty` an event that is set while there are no connections. `closed` is called for
+    each that has ended.
     """
 
-    def __init__(self, app: ASGIApp, max_idle: int) -> None:
+    def __init__(
+        self, app: ASGIApp, max_idle: int, closed: Callable[[], None] | None = None
+    ) -> None:
         self.app = app
+        self._closed = closed
         self.is_open = True
         self.date = b""
         self.empty = asyncio.Event()
@@ -71,6 +76,8 @@ class Connections:
         """Forget a connection that is closed, and whose request has ended."""
         self.remove_idle(connection)
         self._all.discard(connection)
+        if self._closed is not None:
+            self._closed()
         if not self._all:
             self.empty.set()
 

@@ -116,8 +116,8 @@ class Edge:
         )
         _write_access_log(call, ended, client_id, scope["path"])
         self._log_once(ended.route, call)
-        if self._service.observer is not None:
-            self._service.observer.called(ended)
+        if self._service.called is not None:
+            self._service.called(ended)
 
     def _log_once(self, route: str, call: Call) -> None:
         """Log each unknown or unsupported part once; a client can invent any number of names."""

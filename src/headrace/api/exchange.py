@@ -19,6 +19,7 @@ from headrace.api.bodies import ClientGone, encoded, read_body
 from headrace.api.fields import Unknown
 from headrace.api.limits import ApiSettings
 from headrace.api.problems import Dialect, Headers, Problem, Refused
+from headrace.core import record
 from headrace.core.backend import Admin, Backend
 from headrace.core.envelope import new_id
 from headrace.core.errors import InvalidRequest
@@ -44,7 +45,8 @@ class Service:
     """The backend, the settings and the observer that every handler uses.
 
     `settings` may be replaced; a request that has begun keeps its own. `describe` lets the backend
-    read the file of a model that is not loaded. `kept` is an answer to be used again for a moment.
+    read the file of a model that is not loaded, `unload` ends a model, and `called` counts an HTTP
+    request that has ended. `kept` is an answer to be used again for a moment.
     `keys` are those of a database.
     """
 
@@ -53,7 +55,9 @@ class Service:
     ready: Callable[[], bool] | None = None
     admin: Admin | None = None
     observer: Monitor | None = None
-    describe: Callable[[str], Awaitable[None]] | None = None
+    describe: Callable[[str], Awaitable[object]] | None = None
+    unload: Callable[[str], Awaitable[object]] | None = None
+    called: Callable[[record.Call], None] | None = None
     kept: object = None
     keys: KeyStore | None = None
 

@@ -38,10 +38,14 @@ Urls = Iterable[tuple[str, str]]
 
 
 class Held:
-    """The pictures of all requests together, bounded."""
+    """The pictures of all requests together, bounded.
+
+    `shares` is how many processes share the bound.
+    """
 
     def __init__(self) -> None:
         self.size = 0
+        self.shares = 1
 
     @contextmanager
     def hold(self, size: int) -> Generator[None]:
@@ -50,7 +54,7 @@ class Held:
         Raises:
             Refused: there would be more than `MAX_HELD`.
         """
-        if self.size + size > MAX_HELD:
+        if self.size + size > MAX_HELD // self.shares:
             message = "The images of other requests take all room; try again later."
             raise refused(503, message, "too_many_images", ((b"retry-after", b"1"),))
         self.size += size

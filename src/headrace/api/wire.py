@@ -17,7 +17,7 @@ from headrace.api.fields import Body, Peers
 from headrace.api.limits import ApiSettings
 from headrace.core.constraint import AnyForm, Constraint, constraint_of
 from headrace.core.errors import InvalidRequest, Unsupported
-from headrace.core.sampling import Logprobs, RepetitionPenalty, Sampling, SamplingFields
+from headrace.core.sampling import AnyTokens, Logprobs, RepetitionPenalty, Sampling, SamplingFields
 from headrace.core.values import keep_alive_seconds
 
 T = TypeVar("T")
@@ -89,6 +89,7 @@ class GenerateFields(SamplingFields, Body, frozen=True, kw_only=True):
     of SGLang, `structured_outputs` and `guided_*` those of vLLM.
     """
 
+    max_tokens: AnyTokens | None = None
     # OpenAI's seed is a signed 64-bit integer; core also takes unsigned ones.
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
 

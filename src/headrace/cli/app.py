@@ -24,6 +24,7 @@ from headrace.cli import (
     cluster,
     connect,
     import_,
+    installed,
     keys,
     library,
     pool,
@@ -101,6 +102,7 @@ _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
         pool.update: ("update smollm2 keep_alive=5m", "update smollm2 keep_alive="),
         "cluster": ("cluster node", "cluster front --nodes 10.0.0.2:11512"),
         pool.reload: ("reload", "reload --url http://gpu.example:11511"),
+        "service": ("service install", "service status"),
     },
     "Observe": {
         pool.ps: ("ps", "ps --watch"),
@@ -134,6 +136,11 @@ _EXAMPLES = {
         "down": ("cluster down", "cluster down --json"),
         "status": ("cluster status", "cluster status --json"),
         "drain": ("cluster drain node-1", "cluster drain node-1 --off"),
+    },
+    "service": {
+        "install": ("service install smollm2", "service install --config headrace.toml"),
+        "uninstall": ("service uninstall", "service uninstall --json"),
+        "status": ("service status", "service status --json"),
     },
     "trace": {
         "ls": ("trace ls --since 1h", "trace ls --status error --json"),
@@ -190,6 +197,7 @@ app.info.epilog = _examples(('run smollm2 "Name three rivers."', "serve smollm2"
 trace.app.command("replay")(with_common(replay.replay))
 for _title, _group, _part in (
     ("Service", "cluster", cluster.app),
+    ("Service", "service", installed.app),
     ("Set up", "config", reports.config),
     ("Set up", "keys", keys.app),
     ("Observe", "trace", trace.app),

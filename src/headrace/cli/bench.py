@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from headrace.cli import bench_text, terminal
-from headrace.cli.common import Common, ModelFlags, known_models, loop_factory
+from headrace.cli.common import Common, ModelFlags, known_models
 from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -204,6 +204,7 @@ def _measured(
 
     from headrace import runtime
     from headrace.lab.bench.run import Source
+    from headrace.machine import loop_factory
 
     source = Source(
         url=given.url or "",

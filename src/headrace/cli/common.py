@@ -182,15 +182,6 @@ def parse_options(pairs: list[str] | None, where: str = "flag -o") -> dict[str, 
     return {key.strip().replace("-", "_"): value for key, _, value in parted}
 
 
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return a factory of uvloop's event loops, or None for asyncio's own."""
-    try:
-        from uvloop import new_event_loop
-    except ImportError:
-        return None
-    return new_event_loop
-
-
 def given(flags: Any) -> dict[str, Any]:
     """Return the flags of a group that are not None, by name."""
     values = {name: getattr(flags, name) for name, _ in _defaults(type(flags))}

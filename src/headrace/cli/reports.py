@@ -84,6 +84,7 @@ def doctor(common: Common) -> None:
         "system": system,
         "usable_cpus": usable_cpus(),
         "engines": runtime.engines(),
+        "programs": runtime.programs(),
         "providers": [_provider(*item) for item in runtime.providers().items()],
         "home": {"path": home, "free": _free(home), "models": len(stored)},
         "configuration": {"file": settings.file, "searched": list(settings.searched)},
@@ -107,6 +108,9 @@ def _doctor_lines(report: dict[str, Any], devices: Sequence[Device]) -> Iterator
     yield from terminal.aligned(
         ("ENGINE", "RUNS", "FORMATS", "WHY"), map(_engine, report["engines"])
     )
+    for name, lines in report["programs"].items():
+        yield ""
+        yield from terminal.aligned((), [(name, line) for line in lines])
     names = ", ".join(provider["name"] for provider in report["providers"])
     with_key = ", ".join(item["name"] for item in report["providers"] if item["key_is_set"])
     yield ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import sys
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,11 +205,20 @@ async def _run(
         if common.as_json:
             terminal.print_json(await _as_json(worker, spec, request))
             return
-        finish = await written(worker, request)
+        finish = await written(worker, request, shown=_shown(question))
     if common.verbose:
         terminal.note("\n".join(all_figures(finish.metrics)))
     elif figures:
         terminal.note(summary(finish) + _place(spec))
+
+
+def _shown(question: _Question) -> Shown:
+    """Return how one answer is shown: formatted on a terminal, unless it continues a raw text."""
+    if question.raw or not sys.stdout.isatty():
+        return terminal.plain
+    from headrace.cli.answer import for_chat
+
+    return for_chat()
 
 
 def _place(spec: ModelSpec, word: str = ", from") -> str:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from headrace.cli import terminal
-from headrace.cli.common import Common, ModelFlags, given, known_models, loop_factory
+from headrace.cli import supervised, terminal
+from headrace.cli.common import Common, ModelFlags, given, known_models
 from headrace.core.errors import ConfigError, HeadraceError
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ class ServiceFlags:
     ] = None
     dbgpt_controller: Annotated[
         str | None, Option(help="Be a worker of the DB-GPT cluster with this controller's URL.")
+    ] = None
+    fronts: Annotated[
+        str | None, Option(help="Processes for connections: a number, or auto by cores.")
     ] = None
     allow_public: Annotated[
         bool | None, Option(help="Listen beyond loopback without an API key.")
@@ -127,13 +130,14 @@ def run(
     server = config.server
     _warn_of_keys(server)
     with (
-        listen(server) as listener,
+        _main_socket(server) as listener,
         _second(server, server.ollama_port) as ollama,
         _second(server, _metrics_port(config)) as metrics,
         listen_for_dbgpt(config) as dbgpt,
         wire(settings) if wire is not None else contextlib.nullcontext() as fronts,
     ):
         from headrace.cli.service import live
+        from headrace.machine import loop_factory
 
         task = _task(specs[0], settings.config) if specs else "generate"
         others = {"metrics": metrics, "ollama": ollama, "dbgpt": dbgpt, "wire": fronts}
@@ -255,12 +259,29 @@ def listen(server: ServerSettings) -> socket.socket:
     Raises:
         ConfigError: the address is public and no key is set, or it cannot be bound.
     """
-    public = (
-        f"{server.host} is reachable from other machines and no API key is set: set "
+    return _bound(server.host, server.port, _public(server, server.host), "host")
+
+
+def _main_socket(server: ServerSettings) -> socket.socket:
+    """Return the socket that a supervisor has opened, or one on the configured address."""
+    passed = supervised.passed_socket(os.environ)
+    if passed is None:
+        return listen(server)
+    host = str(passed.getsockname()[0])
+    if not _is_loopback(host) and (public := _public(server, host)):
+        passed.close()
+        raise ConfigError(public, param="host")
+    return passed
+
+
+def _public(server: ServerSettings, host: str) -> str:
+    """Return the error for an address beyond loopback; empty if it is allowed."""
+    if has_keys(server) or server.allow_public:
+        return ""
+    return (
+        f"{host} is reachable from other machines and no API key is set: set "
         "HEADRACE_API_KEYS or `headrace keys create` one, or allow it with --allow-public."
     )
-    is_allowed = has_keys(server) or server.allow_public
-    return _bound(server.host, server.port, "" if is_allowed else public, "host")
 
 
 def _bound(host: str, port: int, public: str, param: str) -> socket.socket:

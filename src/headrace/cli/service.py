@@ -9,16 +9,18 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from headrace import runtime
 from headrace.api.app import create_app
 from headrace.api.batch.store import Store
+from headrace.api.limits import ApiSettings
 from headrace.api.server import Server
 from headrace.cli import streams
 from headrace.cli.dbgpt import DbgptWorker, api_settings
+from headrace.cli.supervised import Supervisor
 from headrace.cluster.admin import ClusterAdmin
 from headrace.cluster.node import NodeServer
 from headrace.cluster.pool import ClusterPool
@@ -27,11 +29,15 @@ from headrace.config import Config, Settings
 from headrace.core.errors import HeadraceError
 from headrace.core.model import ModelSpec
 from headrace.core.status import Reloaded
+from headrace.fronts.fronts import Fronts
+from headrace.fronts.process import Home
+from headrace.fronts.wire import Begin
 from headrace.machine import (
     raise_open_files,
     share_malloc_arena,
     shorten_switch_interval,
     tune_garbage_collection,
+    usable_cpus,
 )
 from headrace.pool.admin import PoolAdmin
 from headrace.pool.pool import Pool
@@ -45,6 +51,7 @@ Open = Callable[[Read], tuple[PoolAdmin | ClusterAdmin, Telemetry]]
 
 _log = logging.getLogger("headrace.service")
 _FOLDERS = 64
+_MOST_FRONTS, _CORES_EACH = 4, 8
 _HOPELESS = {"failed", "stopped", "created"}
 
 
@@ -72,16 +79,19 @@ async def live(
     metrics, ollama, dbgpt, wire = map(others.get, ("metrics", "ollama", "dbgpt", "wire"))
     service = _Service(settings, specs, reread, open or _opener(settings, specs, wire))
     await service.keys.start()
+    if service.fronts is not None:
+        service.begin(service.fronts.run())
     loading = service.begin(service.load())
     following_keys = service.begin(service.keys.run())
     following = service.begin(service.follow())
     watching = service.begin(service.telemetry.watch())
+    alive = service.begin(service.supervisor.watch())
     service.run_batches()
     if metrics is not None:
         service.begin(service.aside.serve(metrics))
     if ollama is not None:
         service.begin(service.second.serve(ollama))
-    ending = [following, watching, loading, following_keys]
+    ending = [following, watching, loading, alive, following_keys]
     if wire is not None:
         ending.append(service.begin(_node(settings, service.admin).serve(wire)))
     try:
@@ -89,6 +99,7 @@ async def live(
             service.join(dbgpt)
         with service.signals():
             announce()
+            service.supervisor.send("READY=1")
             await service.server.serve(listener)
     finally:
         for task in ending:
@@ -120,11 +131,13 @@ class _Service:
         self._stops = 0
         # A service that was started from a terminal ends with it.
         self._terminal = streams.is_terminal()
+        self.supervisor = Supervisor(os.environ)
         self._optional = not all(spec.preload and spec.enabled for spec in specs)
         self.admin, self.telemetry = open(self._reread)
         self.backend: Pool | ClusterPool = self.admin.pool
         self._optional = self._optional or isinstance(self.admin, ClusterAdmin)
         self.keys = runtime.open_keys(settings.config)
+        self.keys.on_read = self.pass_on
         self.telemetry.add(self.keys)
         telemetry = settings.config.telemetry
         self._app = create_app(
@@ -139,13 +152,37 @@ class _Service:
         )
         self._batching: asyncio.Task[None] | None = None
         idle = settings.config.server.max_idle_connections
-        self.server, self.second = Server(self._app, idle), Server(self._app, idle)
+        self.fronts = self._open_fronts(idle)
+        self.server = self.fronts or Server(self._app, idle)
+        self.second = self.fronts or Server(self._app, idle)
         self.aside = Server(self._app.metrics_alone(), idle)
         self._worker: DbgptWorker | None = None
+
+    def _open_fronts(self, max_idle: int) -> Fronts | None:
+        """Return the processes for connections; None if this one has them itself."""
+        config = self._settings.config
+        if (count := _fronts(config.server.fronts)) == 1:
+            return None
+        home = Home(self.backend, self.admin, self._app, self.telemetry, self._changed)
+        share = max(1, max_idle // count)
+        log, settings = runtime.log_settings(config), self._applied(config)
+        return Fronts(home, Begin(log, settings, share, count))
+
+    def _changed(self) -> None:
+        if self.fronts is not None:
+            self.fronts.changed()
 
     def ready(self) -> bool:
         """Whether new requests are accepted."""
         return self.backend.ready
+
+    def _applied(self, config: Config) -> ApiSettings:
+        return msgspec.structs.replace(api_settings(config), needs_key=self.keys.required)
+
+    def pass_on(self) -> None:
+        """Let the processes for connections know that the database has keys."""
+        if self.fronts is not None and self.keys.required:
+            self.fronts.replace_settings(self._applied(self._settings.config))
 
     def begin(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run a coroutine as a task beside the server."""
@@ -189,6 +226,7 @@ class _Service:
 
         Batches stop at once, as they go on with the next service.
         """
+        self.supervisor.send("STOPPING=1")
         if self._batching is not None:
             self._batching.cancel()
         wait_s = 0.0 if self._stops else self._settings.config.server.drain_s
@@ -219,6 +257,7 @@ class _Service:
             await self.backend.start()
             if not self._stops:
                 _log.info("headrace.service.ready")
+                self.supervisor.send("STATUS=Ready")
         except HeadraceError:
             if self._stops:
                 return
@@ -235,9 +274,13 @@ class _Service:
         """Apply the changes of a reload to the server, after the models."""
         async for event in self.admin.events():
             self.telemetry.happened(event)
+            self._changed()
             if event.kind == "reloaded":
                 self._settings = self._latest
-                self._app.replace_settings(api_settings(self._latest.config))
+                applied = self._applied(self._latest.config)
+                self._app.replace_settings(applied)
+                if self.fronts is not None:
+                    self.fronts.replace_settings(applied)
                 if self._worker is not None:
                     self._worker.apply(self._latest)
 
@@ -279,6 +322,12 @@ class _Service:
             await asyncio.gather(self._worker.cluster.leave(), self.backend.aclose(wait_s))
         finally:
             self._worker.server.stop()
+
+
+def _fronts(setting: int | Literal["auto"]) -> int:
+    if setting == "auto":
+        return min(_MOST_FRONTS, max(1, usable_cpus() // _CORES_EACH))
+    return setting
 
 
 def _log_reload(reloading: asyncio.Task[Reloaded]) -> None:

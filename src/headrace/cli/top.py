@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -38,6 +39,8 @@ _PATIENCE_S = 5.0
 _PIPE_WIDTH = 160
 _TERMINATED = 128 + signal.SIGTERM
 _BAR = 20
+_HISTORY = 60
+_HEIGHTS = "▁▂▃▄▅▆▇█"
 _UNKNOWN = "This service does not report its requests."
 _STYLES = {
     "ready": "green",
@@ -45,6 +48,7 @@ _STYLES = {
     "draining": "yellow",
     "failed": "red",
     "queued": "yellow",
+    "decode": "green",
 }
 
 
@@ -107,6 +111,7 @@ class _Monitor:
     def __init__(self, client: Client, every: float) -> None:
         self.url = client.url
         self.snapshot = Snapshot(time=time.time())
+        self.history = deque[float](maxlen=_HISTORY)
         self._client = client
         self._every = every
         self._answered = time.monotonic()
@@ -124,6 +129,8 @@ class _Monitor:
         except TimeoutError:
             raise UpstreamError(f"The service at {self.url} does not answer.") from None
         self.snapshot = Snapshot(time=time.time(), status=status, activity=activity)
+        rates = activity.rates if activity else ()
+        self.history.append(sum(model.completion_tokens_per_second for model in rates))
         self._answered, self._error = time.monotonic(), ""
 
     async def follow(self, changed: Callable[[], object]) -> None:
@@ -180,7 +187,8 @@ async def _live(monitor: _Monitor, sort: Sort) -> int:
 
     def drawn() -> Group:
         width, height = console.size
-        frame = lines(monitor.now(), monitor.url, width, height, sort=sort)
+        history = monitor.history
+        frame = lines(monitor.now(), monitor.url, width, height, sort=sort, history=history)
         return Group(*(Text.assemble(*line) for line in frame))
 
     with ExitStack() as before:
@@ -234,9 +242,18 @@ def _keys(end: Callable[[], None]) -> Generator[None]:
 
 
 def lines(
-    snapshot: Snapshot, title: str, width: int, height: int | None = None, *, sort: Sort = "slowest"
+    snapshot: Snapshot,
+    title: str,
+    width: int,
+    height: int | None = None,
+    *,
+    sort: Sort = "slowest",
+    history: Iterable[float] = (),
 ) -> list[StyledLine]:
-    """Draw a snapshot; with a `height`, rows that do not fit are only counted."""
+    """Draw a snapshot; with a `height`, rows that do not fit are only counted.
+
+    `history` are earlier tokens/s of all models, the latest last.
+    """
     status = snapshot.status or PoolStatus(models=(), devices=())
     activity = snapshot.activity or Activity()
     # Loaded models come first; otherwise the order is stable.
@@ -246,7 +263,8 @@ def lines(
     )
     above: list[StyledLine] = [[(f"headrace top  {flat(title)}", "bold")]]
     above += [[(flat(snapshot.error), "red")]] if snapshot.error else []
-    above += [*_packed(_totals(status, activity.rates), width), []]
+    above += _packed(_totals(status, activity.rates), width)
+    above += [*([(part, "cyan")] for part in [sparkline(history, width)] if part), []]
     above += [*_drawn(_devices(status.devices), width), []]
     first = _drawn(_models(models, {rates.model: rates for rates in activity.rates}), width)
     second: list[StyledLine] = [[(_UNKNOWN, "")]]
@@ -257,6 +275,15 @@ def lines(
         first = _cut(first, max(left - len(second), left // 2))
         second = _cut(second, left - len(first))
     return [_shortened(line, max(1, width)) for line in [*above, *first, [], *second][:height]]
+
+
+def sparkline(values: Iterable[float], width: int) -> str:
+    """Return the last values as bars from zero to the largest; "" if there are fewer than two."""
+    kept = [*values][-max(1, width) :]
+    if len(kept) < 2:
+        return ""
+    top = max(kept) or 1.0
+    return "".join(_HEIGHTS[round((len(_HEIGHTS) - 1) * value / top)] for value in kept)
 
 
 def _counted(number: int, name: str) -> str:
@@ -323,9 +350,13 @@ def _drawn(columns: Sequence[Column], width: int) -> list[StyledLine]:
     heads, *rows = terminal.table(columns, width)
     frame: list[StyledLine] = [[(terminal.GAP.join(heads), "bold")]]
     for row in rows:
-        cells = [(cell, _STYLES.get(cell.partition(" ")[0], "")) for cell in row]
+        cells = [(cell, _style(cell)) for cell in row]
         frame.append([part for cell in cells for part in (cell, (terminal.GAP, ""))][:-1])
     return frame
+
+
+def _style(cell: str) -> str:
+    return "cyan" if cell[:1] in "█░" and cell else _STYLES.get(cell.partition(" ")[0], "")
 
 
 def _shortened(line: StyledLine, width: int) -> StyledLine:

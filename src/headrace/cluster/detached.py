@@ -161,7 +161,9 @@ class Folder:
     def log_tail(self) -> str:
         """Return the last line that the service has written."""
         try:
-            lines = self.log.read_bytes()[-_LOG_TAIL:].decode(errors="replace").splitlines()
+            with self.log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL))
+                lines = log.read(_LOG_TAIL).decode(errors="replace").splitlines()
         except OSError:
             return ""
         return lines[-1] if lines else ""

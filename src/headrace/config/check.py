@@ -96,6 +96,9 @@ def _validated(kind: type[BaseModel], name: str, given: Any) -> Any:
     return checked if type(checked) in _PLAIN or isinstance(checked, SecretStr) else raw
 
 
+_LOCAL = ("api_key", "api_key_env", "base_url", "mmproj", "executable", "arguments")
+
+
 def is_local_only(key: str, value: object) -> bool:
     """Whether a change over the network would read a local file or run other code."""
     text = str(value)
@@ -105,8 +108,8 @@ def is_local_only(key: str, value: object) -> bool:
 
 
 def _is_local(key: str) -> bool:
-    """Whether an option names a file, or determines which secret is sent to which address."""
-    return key.removeprefix("options.") in ("api_key", "api_key_env", "base_url", "mmproj")
+    """Whether an option names a file or a program, or which secret is sent to which address."""
+    return key.removeprefix("options.") in _LOCAL
 
 
 def located(layer: Layer) -> Layer:

@@ -81,6 +81,9 @@ def _database(address: str | None) -> str | None:
 Keys = Annotated[tuple[str, ...], BeforeValidator(_hash_keys)]
 
 
+Count = Annotated[int, Field(ge=1, le=64)]
+
+
 class HttpSettings(Frozen):
     """The address of `headrace serve`, its keys, and what it accepts."""
 
@@ -93,6 +96,9 @@ class HttpSettings(Frozen):
         ge=0,
         le=65535,
         description="a second port, for clients that look for Ollama on 11434",
+    )
+    fronts: Fixed[Annotated[Count | Literal["auto"], BeforeValidator(lower)]] = Field(
+        default="auto", description="processes for connections; auto: 1 below 16 cores, at most 4"
     )
     api_keys: Keys = Field(
         default=(), repr=False, description="keys of clients, plain or as sha256:<hex>"

@@ -153,10 +153,11 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
 
     @property
     def enforces_calls(self) -> bool:
-        """Whether a grammar enforces calls of tools, or the arguments of some."""
+        """Whether a grammar says what calls may be in the answer: beside a constraint, always."""
         choice = self.tool_choice
         tools = choice.allowed(self.tools)
-        return bool(tools) and (choice.mode == "required" or any(tool.strict for tool in tools))
+        always = choice.mode == "required" or self.constraint is not None
+        return bool(tools) and (always or any(tool.strict for tool in tools))
 
     @property
     def enforced_tools(self) -> dict[str, dict[str, Any]]:

@@ -2,12 +2,13 @@
 
 The structs of the HTTP API inherit `SamplingFields` and the command line makes its flags of it;
 `Sampling` checks the ranges. An engine supports the fields that it lists in
-`Capabilities.sampling`.
+`Capabilities.sampling`; a value that changes nothing needs no support.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from typing import Annotated, Any, NamedTuple, cast, get_args, get_type_hints
 
 import msgspec
@@ -38,11 +39,18 @@ class Range(NamedTuple):
         return f"between {self.low} and {self.high}"
 
 
-def _parameter(description: str, low: float, high: float, *, above: bool = False) -> Meta:
+def _parameter(
+    description: str,
+    low: float,
+    high: float,
+    *,
+    above: bool = False,
+    neutral: tuple[float, ...] = (),
+) -> Meta:
     # Not Meta's own bounds: the errors of msgspec do not name the field.
     return Meta(
         description=description,
-        extra={"range": Range(low, high, above)},
+        extra={"range": Range(low, high, above), "neutral": neutral},
         extra_json_schema={"exclusiveMinimum" if above else "minimum": low, "maximum": high},
     )
 
@@ -50,15 +58,29 @@ def _parameter(description: str, low: float, high: float, *, above: bool = False
 TOKEN_RANGE = Range(0, _INT32)
 """How many tokens can be asked for; 0 with an echo or log probabilities of the prompt only."""
 MaxTokens = Annotated[int, _parameter("Most tokens to generate.", *TOKEN_RANGE[:2])]
-MinTokens = Annotated[int, _parameter("No end or stop before this many tokens.", 0, _INT32)]
-Temperature = Annotated[float, _parameter("Randomness; 0 is greedy.", 0, 2)]
-TopP = Annotated[float, _parameter("Sample from the tokens with this total probability.", 0, 1)]
-TopK = Annotated[int, _parameter("Sample from this many tokens; 0 and -1 mean all.", -1, _INT32)]
-MinP = Annotated[float, _parameter("Least probability relative to the likeliest token.", 0, 1)]
-PresencePenalty = Annotated[float, _parameter("Penalty for tokens already used.", -2, 2)]
-FrequencyPenalty = Annotated[float, _parameter("Penalty for each use of a token.", -2, 2)]
+AnyTokens = Annotated[int, _parameter("Most tokens to generate; -1 is no limit.", -1, _INT32)]
+MinTokens = Annotated[
+    int, _parameter("No end or stop before this many tokens.", 0, _INT32, neutral=(0,))
+]
+Temperature = Annotated[float, _parameter("Randomness; 0 is greedy.", 0, 2, neutral=(1,))]
+TopP = Annotated[
+    float, _parameter("Sample from the tokens with this total probability.", 0, 1, neutral=(1,))
+]
+TopK = Annotated[
+    int,
+    _parameter("Sample from this many tokens; 0 and -1 mean all.", -1, _INT32, neutral=(0, -1)),
+]
+MinP = Annotated[
+    float, _parameter("Least probability relative to the likeliest token.", 0, 1, neutral=(0,))
+]
+PresencePenalty = Annotated[
+    float, _parameter("Penalty for tokens already used.", -2, 2, neutral=(0,))
+]
+FrequencyPenalty = Annotated[
+    float, _parameter("Penalty for each use of a token.", -2, 2, neutral=(0,))
+]
 RepetitionPenalty = Annotated[
-    float, _parameter("Above 1 discourages repetition.", 0, 100, above=True)
+    float, _parameter("Above 1 discourages repetition.", 0, 100, above=True, neutral=(1,))
 ]
 Seed = Annotated[int, _parameter("Same seed, same random choices.", -(2**63), 2**64 - 1)]
 LOGPROB_RANGE = Range(0, _TOP_LOGPROBS)
@@ -111,6 +133,19 @@ class Sampling(SamplingFields, frozen=True, kw_only=True, omit_defaults=True):
         if not all(-_BIAS <= bias <= _BIAS for bias in self.logit_bias.values()):
             raise InvalidRequest(f"logit_bias goes from -{_BIAS} to {_BIAS}.", param="logit_bias")
 
+    def without_neutral(self, supported: Set[str]) -> Sampling:
+        """Return it without values that change nothing, of fields that are not `supported`."""
+        left_out = {
+            name: None
+            for name, values in _NEUTRAL.items()
+            if name not in supported and getattr(self, name) in values
+        }
+        has_bias = "logit_bias" in supported or any(self.logit_bias.values())
+        if not left_out and (has_bias or not self.logit_bias):
+            return self
+        bias = self.logit_bias if has_bias else {}
+        return msgspec.structs.replace(self, logit_bias=bias, **left_out)
+
 
 def checked_defaults(value: object) -> object:
     """Return parameters by their names, checked; text is JSON.
@@ -151,6 +186,6 @@ def _parts(annotated: Any) -> tuple[type, Meta | None]:
     return plain, next((meta for meta in metas if isinstance(meta, Meta)), None)
 
 
-_RANGES: dict[str, Range] = {
-    name: (meta.extra or {})["range"] for name, (_, meta) in described(Sampling).items()
-}
+_EXTRA = {name: meta.extra or {} for name, (_, meta) in described(Sampling).items()}
+_RANGES: dict[str, Range] = {name: extra["range"] for name, extra in _EXTRA.items()}
+_NEUTRAL: dict[str, tuple[float, ...]] = {name: extra["neutral"] for name, extra in _EXTRA.items()}

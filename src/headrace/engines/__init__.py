@@ -27,17 +27,22 @@ from headrace.core.model import ModelFile, Task
 from headrace.core.status import Footprint
 from headrace.core.wording import fault_of
 from headrace.engines import choice, plan
-from headrace.engines.base import About, Engine, EngineOptions, Module, OpenRequest
+from headrace.engines.base import About, Engine, EngineOptions, OpenRequest
 from headrace.engines.choice import Candidate
+from headrace.engines.module import Module
 from headrace.models.transfer import Progress, silent
 
 ENTRY_POINTS = "headrace.engines"
 """The entry point group under which another package registers an engine's module."""
 
 _SHARED = {
-    *("abilities", "base", "choice", "measured", "openmp", "pictures", "plan", "remote"),
+    *("abilities", "base", "choice", "measured", "module", "openmp", "pictures", "plan", "remote"),
     *("threaded", "tokenizer"),
 }
+
+
+PROGRAM = "executable"
+"""The option that names the program of an engine that is none of Python's libraries."""
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,13 +72,18 @@ def options(name: str) -> type[EngineOptions]:
 
 
 def status(name: str) -> EngineStatus:
-    """Return whether the engine's library is installed."""
-    facts = about(name)
-    missing = facts.requires is not None and importlib.util.find_spec(facts.requires) is None
+    """Return whether the engine's library or its program is installed."""
+    facts, program = about(name), _module(name).installed
+    if program is not None:
+        state = program()
+        missing, reason = state.version is None, state.reason
+    else:
+        missing = facts.requires is not None and importlib.util.find_spec(facts.requires) is None
+        reason = _install_hint(facts) if missing else "installed"
     return EngineStatus(
         name=name,
         available=not missing,
-        reason=_install_hint(facts) if missing else "installed",
+        reason=reason,
         formats=facts.formats,
         devices=facts.devices,
     )
@@ -81,6 +91,8 @@ def status(name: str) -> EngineStatus:
 
 def version(name: str) -> str | None:
     """Return the version of the engine's library, None where it has none or is not installed."""
+    if (program := _module(name).installed) is not None:
+        return program().version
     library = about(name).requires
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(library) if library else None
@@ -103,7 +115,7 @@ def choose(
         ConfigError: the engine is unknown, not installed, or does not read the format.
     """
     if wanted is not None:
-        _check_choice(file, wanted)
+        _check_choice(file, wanted, options)
         return wanted, "asked for by name"
     required = None if device in (None, "auto") else device.partition(":")[0]
     requirements = choice.Requirements(
@@ -113,14 +125,23 @@ def choose(
         required_device=required,
         options=frozenset(options),
     )
-    return choice.choose(requirements, map(_candidate, names()))
+    on_cpu = requirements.device == "cpu"
+    return choice.choose(requirements, (_candidate(name, on_cpu=on_cpu) for name in names()))
 
 
-def _candidate(name: str) -> Candidate:
-    state = status(name)
+def describe() -> dict[str, Sequence[str]]:
+    """Return lines about the engines that are programs, by name. Runs the programs."""
+    described = ((name, _module(name).describe) for name in names())
+    return {name: describe() for name, describe in described if describe is not None}
+
+
+def _candidate(name: str, *, on_cpu: bool) -> Candidate:
+    state, facts, devices = status(name), about(name), _module(name).devices
+    if devices is not None and state.available and not on_cpu:
+        facts = msgspec.structs.replace(facts, devices=devices())
     return Candidate(
         name=name,
-        about=about(name),
+        about=facts,
         options=frozenset(_module(name).Options.model_fields),
         missing=None if state.available else state.reason,
     )
@@ -295,9 +316,9 @@ def _engine(name: str) -> Callable[[OpenRequest], Engine]:
     return module.Engine
 
 
-def _check_choice(file: ModelFile, wanted: str) -> None:
+def _check_choice(file: ModelFile, wanted: str, options: Iterable[str]) -> None:
     state = status(wanted)
-    if not state.available:
+    if not state.available and PROGRAM not in options:
         raise ConfigError(f"Engine {wanted}: {state.reason}")
     if file.format not in state.formats:
         raise ConfigError(

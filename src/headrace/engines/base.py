@@ -1,7 +1,7 @@
 """The contract of an engine: a module with `ABOUT`, `Options` and `Engine`.
 
 `Engine` is a Generator, an Embedder or a Reranker, by the tasks of `facts.capabilities`; it may be
-several. One whose models are served elsewhere (`ABOUT.remote`) is a RemoteEngine. `Module` lists
+several. One whose models are served elsewhere (`ABOUT.remote`) is a RemoteEngine. `module.py` lists
 what else the module may have.
 
 All but `Engine` is read without the engine's library (by `doctor`, `config show`, the docs), so
@@ -14,10 +14,7 @@ queues, deadlines, processes or HTTP; the worker around it does all that.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from types import ModuleType
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
@@ -37,8 +34,6 @@ from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities, ModelFile, Task
 from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
 from headrace.core.sampling import Sampling
-from headrace.core.status import Footprint
-from headrace.models import transfer
 
 
 class EngineOptions(BaseModel):
@@ -103,61 +98,6 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: bool = False
     task: Task = "generate"
     options: dict[str, Any] = {}
-
-
-def default_footprint(request: OpenRequest) -> Footprint:
-    """Return the size of the files and a tenth."""
-    size = request.model.size
-    overhead = size // 10
-    devices = {"cpu": size + overhead}
-    if request.device.startswith("cuda"):
-        gpus = request.gpus or ("cuda:0",)
-        devices = dict.fromkeys(gpus, (size + overhead) // len(gpus))
-    return Footprint(
-        devices=devices,
-        parts={"weights": size, "overhead": overhead},
-        context_length=request.context_length or request.model.context_length,
-        max_running=request.max_running,
-    )
-
-
-def _no_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
-    del request
-    return ()
-
-
-def _no_folders(request: OpenRequest) -> Sequence[Path]:
-    del request
-    return ()
-
-
-def _unchanged(file: ModelFile, *_: object) -> ModelFile:
-    return file
-
-
-@dataclass(frozen=True, kw_only=True)
-class Module:
-    """The names in an engine's module; only the first two have no default.
-
-    `footprint` estimates the memory of a load, `tune_options` returns sets of options that are
-    worth trying beside the defaults. An engine that loads a model in another format than it comes
-    in makes it once with `convert` and finds it with `prepared`. `writes` returns the folders that
-    a `confined` engine writes to beside that of temporary files. All of them may block.
-    """
-
-    ABOUT: About
-    Options: type[EngineOptions]
-    footprint: Callable[[OpenRequest], Footprint] = default_footprint
-    tune_options: Callable[[OpenRequest], Sequence[dict[str, Any]]] = _no_options
-    prepared: Callable[[ModelFile, Path], ModelFile] = _unchanged
-    convert: Callable[[ModelFile, Path, transfer.Progress], ModelFile] = _unchanged
-    writes: Callable[[OpenRequest], Sequence[Path]] = _no_folders
-
-    @classmethod
-    def of(cls, module: ModuleType) -> Module:
-        """Read a module."""
-        names = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in vars(module).items() if name in names})
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,9 +11,12 @@ from headrace.core.model import Task
 from headrace.engines.base import About
 
 _ORDER = {
-    "cpu": ("llamacpp", "transformers", "openvino", "vllm"),
-    "cuda": ("vllm", "llamacpp", "transformers", "openvino"),
-    "vectors": ("sentence_transformers", "llamacpp", "openvino", "transformers", "vllm"),
+    "cpu": ("llamacpp", "llama_server", "transformers", "openvino", "vllm"),
+    "cuda": ("vllm", "llama_server", "llamacpp", "transformers", "openvino"),
+    "vectors": (
+        *("sentence_transformers", "llamacpp", "llama_server", "openvino"),
+        *("transformers", "vllm"),
+    ),
 }
 """The order of engines. Few of them read the same format."""
 
@@ -48,7 +51,7 @@ def choose(requirements: Requirements, candidates: Iterable[Candidate]) -> tuple
     """
     all_candidates = list(candidates)
     suitable = [candidate for candidate in all_candidates if _suits(candidate, requirements)]
-    suitable.sort(key=lambda candidate: _rank(candidate.name, requirements))
+    suitable.sort(key=lambda candidate: _rank(candidate, requirements))
     # An option that none of them knows is refused by name, by the engine that is chosen.
     suitable = [
         candidate for candidate in suitable if requirements.options <= candidate.options
@@ -69,9 +72,11 @@ def _suits(candidate: Candidate, requirements: Requirements) -> bool:
     )
 
 
-def _rank(name: str, requirements: Requirements) -> tuple[int, str]:
-    order = _ORDER["vectors" if requirements.task != "generate" else requirements.device]
-    return (order.index(name) if name in order else len(order)), name
+def _rank(candidate: Candidate, requirements: Requirements) -> tuple[bool, int, str]:
+    name, lacks = candidate.name, requirements.device not in candidate.about.devices
+    device = "cpu" if lacks else requirements.device
+    order = _ORDER["vectors" if requirements.task != "generate" else device]
+    return lacks, (order.index(name) if name in order else len(order)), name
 
 
 def _reason(requirements: Requirements, first: Candidate, installed: Sequence[str]) -> str:

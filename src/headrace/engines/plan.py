@@ -19,7 +19,7 @@ from headrace import machine
 from headrace.core.errors import LoadFailed
 from headrace.core.private import private_folder
 from headrace.core.status import Footprint
-from headrace.engines.base import OpenRequest
+from headrace.engines.base import BatchLimits, OpenRequest
 from headrace.models.folder import LayerSizes
 
 PAGE = 256
@@ -111,19 +111,20 @@ def encoder_requests(request: OpenRequest) -> int:
     return min(ENCODER_REQUESTS, request.max_running or ENCODER_REQUESTS)
 
 
-def encoder_batch(
-    sizes: LayerSizes, batch_tokens: int, context: int, *, attention: bool = False
-) -> int:
+def encoder_batch(sizes: LayerSizes, limits: BatchLimits, context: int) -> int:
     """Return how many bytes the largest batch of an encoder takes while it is computed.
 
-    Its elements have 4 bytes. `attention` is whether the attention of all heads is kept whole.
+    Its elements have 4 bytes.
     """
+    several = min(limits.tokens, limits.items * context)
     # One text can be longer than a batch of several.
-    tokens = max(batch_tokens, context)
+    tokens = max(several, context)
     layers = 4 * tokens * (3 * sizes.inner + 6 * sizes.hidden)
     # Two texts of different lengths have a mask for each pair of tokens.
-    masks = 5 * batch_tokens * min(context, batch_tokens // 2)
-    return _BATCH + layers + masks + 8 * sizes.heads * tokens * context * attention
+    masks = 5 * several * min(context, several // 2)
+    # Four copies of each, at most: DeBERTa adds up three kinds of attention.
+    scores = 16 * sizes.heads * tokens * context if sizes.eager else 0
+    return _BATCH + layers + masks + scores
 
 
 def torch_libraries() -> int:

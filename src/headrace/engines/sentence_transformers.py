@@ -98,8 +98,7 @@ class Engine(base.Embedder):
         self._vocabulary = len(self._tokenizer)
         self._typed = "token_type_ids" in self._tokenizer.model_input_names
         self.facts = _facts(request, self._model, device)
-        items = options.batch_items or (_ITEMS_CPU if device == "cpu" else _ITEMS_GPU)
-        batch = BatchLimits(items, options.batch_tokens, self._forward_cost())
+        batch = _batch_limits(options, device)._replace(padding=self._forward_cost())
         self.facts = msgspec.structs.replace(self.facts, batch=batch)
 
     def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
@@ -237,11 +236,12 @@ def footprint(request: OpenRequest) -> Footprint:
     size = request.model.size
     weights = (request.model.parameters or size // 4) * 4 if wide else size
     context = request.context_length or request.model.context_length or _CONTEXT
-    sizes, eager = layer_sizes(Path(request.model.path)), options.attention == "eager"
-    batch = plan.encoder_batch(sizes, options.batch_tokens, context, attention=eager)
+    sizes = layer_sizes(Path(request.model.path))
+    sizes = sizes._replace(eager=sizes.eager or options.attention == "eager")
+    device = plan.expected_device(request.device)
+    batch = plan.encoder_batch(sizes, _batch_limits(options, device), context)
     process = _PROCESS + plan.torch_libraries()
     devices = {"cpu": process + weights + batch}
-    device = plan.expected_device(request.device)
     if gpus := plan.expected_gpus(request, device):
         devices = {"cpu": process} | plan.divided(weights + batch, gpus, 0)
     return Footprint(
@@ -250,6 +250,11 @@ def footprint(request: OpenRequest) -> Footprint:
         context_length=request.context_length or request.model.context_length,
         max_running=plan.encoder_requests(request),
     )
+
+
+def _batch_limits(options: Options, device: str) -> BatchLimits:
+    items = options.batch_items or (_ITEMS_CPU if device == "cpu" else _ITEMS_GPU)
+    return BatchLimits(items, options.batch_tokens)
 
 
 def _open(folder: Path, task: str, device: str, options: Options) -> Any:

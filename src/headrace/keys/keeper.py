@@ -45,7 +45,8 @@ class Keeper:
 
     All statements run in one thread, in their order. If the database does not answer, requests
     are refused, or go by what is known here (`cached`), and what they use is written later.
-    `url` is empty for the default file, which is created with the first key.
+    `url` is empty for the default file, which is created with the first key. `on_read` is called
+    when the keys have been read.
     """
 
     def __init__(self, url: str, home: Path, when_down: WhenDown = "refuse") -> None:
@@ -64,6 +65,7 @@ class Keeper:
         self._pending: deque[Settlement] = deque()
         self._flushing: asyncio.Task[None] | None = None
         self._used: dict[str, float] = {}
+        self.on_read: Callable[[], object] = lambda: None
 
     def __repr__(self) -> str:
         """Describe how many keys there are, and whether the database answers."""
@@ -258,6 +260,7 @@ class Keeper:
         self._by_id = {account.key.id: account for account in accounts.values()}
         if self._changes >= 0 or by != "another process":
             _audit(before, self._by_id, by)
+        self.on_read()
 
     # Reservations.
 

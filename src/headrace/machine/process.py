@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import gc
@@ -175,6 +176,15 @@ def _uses(process: psutil.Process, paths: set[str]) -> bool:
         # Not on every system.
         used.update(part.path for part in process.memory_maps(grouped=True))
     return not paths.isdisjoint(used)
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return a factory of uvloop's event loops, or None for asyncio's own."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return None
+    return new_event_loop
 
 
 def die_with_parent() -> None:

@@ -24,6 +24,14 @@ _LENGTHS = (
     "n_positions",
     "n_ctx",
 )
+# Encoders for which transformers has no attention in blocks (SDPA, flash).
+_EAGER = frozenset(
+    {
+        *("big_bird", "canine", "convbert", "deberta", "deberta-v2", "flaubert", "fnet", "funnel"),
+        *("ibert", "lilt", "longformer", "luke", "markuplm", "megatron-bert", "mpnet", "mra"),
+        *("nystromformer", "rembert", "roformer", "squeezebert", "tapas", "xlm", "xlnet", "yoso"),
+    }
+)
 
 
 class ConfigFacts(NamedTuple):
@@ -36,11 +44,15 @@ class ConfigFacts(NamedTuple):
 
 
 class LayerSizes(NamedTuple):
-    """How wide the layers of a model are: their output, their inner part, and their heads."""
+    """How wide the layers of a model are: their output, their inner part, and their heads.
+
+    `eager` is whether the attention between all pairs of tokens is kept in memory.
+    """
 
     hidden: int
     inner: int
     heads: int
+    eager: bool = False
 
 
 def describe(folder: Path) -> ModelFile:
@@ -194,7 +206,8 @@ def layer_sizes(folder: Path) -> LayerSizes:
     hidden = _count(config, "hidden_size", "d_model", "n_embd", "dim") or 1024
     inner = _count(config, "intermediate_size", "d_ff", "n_inner", "hidden_dim", "ffn_dim")
     heads = _count(config, "num_attention_heads", "num_heads", "n_head", "n_heads")
-    return LayerSizes(hidden, inner or 4 * hidden, heads or max(1, hidden // 64))
+    eager = config.get("model_type") in _EAGER
+    return LayerSizes(hidden, inner or 4 * hidden, heads or max(1, hidden // 64), eager)
 
 
 def _chat_template(folder: Path, tokenizer: Mapping[str, Any]) -> str | None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, aclosing
 from types import TracebackType
 from typing import Self
 
 from headrace.core.errors import WorkerDied
 from headrace.core.events import Delta, Event, Finish
+from headrace.core.request import AnyRequest
 from headrace.pool.continuation import Continuation
 from headrace.pool.entry import ModelEntry
 from headrace.pool.loader import Loader
 from headrace.pool.observer import AttemptObservation, Observation
+from headrace.pool.replica import PooledWorker
+from headrace.worker.process import WorkerProcess
 
 
 class Attempt:
@@ -102,12 +105,30 @@ class Attempt:
         Raises:
             HeadraceError: the request has failed in the queue.
         """
+        worker, request = self._begin()
+        self._stream = worker.ask(request)
+        return self._stream
+
+    async def relay(self, deliver: Callable[[Event], None]) -> None:
+        """Deliver the events of the worker's stream by calls, and return at its end; see `events`.
+
+        An exception of `deliver` ends the stream, and is raised.
+        """
+        worker, request = self._begin()
+        if isinstance(worker, WorkerProcess):
+            await worker.relay(request, deliver)
+            return
+        async with aclosing(worker.ask(request)) as stream:
+            async for event in stream:
+                deliver(event)
+
+    def _begin(self) -> tuple[PooledWorker, AnyRequest]:
+        """Return the worker, and the request for it."""
         worker = self._ticket.lease.result().worker
         request = self._continuation.start(self._ticket.load_s)
         self._observing = self._observation.attempt(request, worker, self._entry.spec)
         self._observed = self._observing.__enter__()
-        self._stream = worker.ask(self._observed.request)
-        return self._stream
+        return worker, self._observed.request
 
     def saw(self, event: Event) -> None:
         """Note the worker's first token or result; an echoed prompt is none."""

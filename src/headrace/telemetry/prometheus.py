@@ -9,21 +9,21 @@ import asyncio
 import platform
 from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple, cast, get_args
+from typing import NamedTuple, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from headrace import __version__
 from headrace.core.errors import kinds
 from headrace.core.metrics import InferenceMetrics, Usage
-from headrace.core.model import State
-from headrace.core.record import Call, RequestRecord
-from headrace.core.status import NodeState, PoolEvent, PoolStatus
+from headrace.core.record import Call, RequestRecord, RunningRequest
+from headrace.core.status import PoolEvent, PoolStatus
 from headrace.telemetry import names
+from headrace.telemetry.gauges import gauges
 
 OTHER = "_other"
 """The model of all requests for models that are not served."""
@@ -42,7 +42,7 @@ _LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS"})
 _REASONS = frozenset(kind.__name__ for kind in kinds())
 _GEN_AI = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
-_MODEL, _DEVICE = ("model",), ("device",)
+_MODEL = ("model",)
 _open_metrics = cast("Callable[[Collector], bytes]", openmetrics.generate_latest)  # pyright: ignore[reportUnknownMemberType] - it has no types
 _LAG_EVERY_S = 0.25
 _READ_WITHIN_S = 5
@@ -105,13 +105,18 @@ class Instruments:
     """A Sink that counts; the state of the pool is read at each scrape.
 
     `models` returns the served names: other names share one series, and the series of removed
-    models are removed. All methods but `exposition` are called on the event loop.
+    models are removed. `running` returns the running requests. All methods but `exposition` are
+    called on the event loop.
     """
 
     def __init__(
-        self, status: Callable[[], PoolStatus], models: Callable[[], Container[str]]
+        self,
+        status: Callable[[], PoolStatus],
+        models: Callable[[], Container[str]],
+        running: Callable[[], Sequence[RunningRequest]] = tuple,
     ) -> None:
         self._status = status
+        self._running = running
         self._models = models
         self._named: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -163,7 +168,7 @@ class Instruments:
             buckets=_WAIT_S,
             registry=self._registry,
         )
-        self._lag = Histogram(
+        self.lag = Histogram(
             "headrace_event_loop_lag_seconds",
             "How much later than it should the service's event loop came to its next task.",
             buckets=_LAG_S,
@@ -218,29 +223,29 @@ class Instruments:
         while True:
             due = loop.time() + _LAG_EVERY_S
             await asyncio.sleep(_LAG_EVERY_S)
-            self._lag.observe(max(0.0, loop.time() - due))
+            self.lag.observe(max(0.0, loop.time() - due))
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """Return all metrics and the content type: OpenMetrics for clients that accept it.
 
         May be called on any thread; while `watch_loop` runs, the pool is read on its loop.
         """
-        exposed = _Exposed(self._registry, self._read_on_loop())
+        exposed = _Exposed(self._registry, *self._read_on_loop())
         if "application/openmetrics-text" in accept:
             return _open_metrics(exposed), openmetrics.CONTENT_TYPE_LATEST
         return generate_latest(exposed), CONTENT_TYPE_PLAIN_0_0_4
 
-    def _read_on_loop(self) -> PoolStatus:
+    def _read_on_loop(self) -> tuple[PoolStatus, Sequence[RunningRequest]]:
         loop = self._loop
         if loop is None or loop.is_closed() or loop is _running_loop():
             return self._read()
 
-        async def read() -> PoolStatus:
+        async def read() -> tuple[PoolStatus, Sequence[RunningRequest]]:
             return self._read()
 
         return asyncio.run_coroutine_threadsafe(read(), loop).result(_READ_WITHIN_S)
 
-    def _read(self) -> PoolStatus:
+    def _read(self) -> tuple[PoolStatus, Sequence[RunningRequest]]:
         """Read the pool; add the series of new models and remove those of removed models."""
         status = self._status()
         served = {model.id for model in status.models}
@@ -253,7 +258,7 @@ class Instruments:
                 for model in served:
                     metric.labels(model)
         self._named = served
-        return status
+        return status, self._running()
 
     def _label(self, model: str) -> str:
         if model not in self._models():
@@ -277,12 +282,18 @@ class Instruments:
 class _Exposed:
     """Counters and gauges, without the `_created` samples."""
 
-    def __init__(self, registry: CollectorRegistry, status: PoolStatus) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        status: PoolStatus,
+        running: Sequence[RunningRequest],
+    ) -> None:
         self._registry = registry
         self._status = status
+        self._running = running
 
     def collect(self) -> Iterator[Metric]:
-        for metric in chain(self._registry.collect(), gauges(self._status)):
+        for metric in chain(self._registry.collect(), gauges(self._status, self._running)):
             metric.samples = [
                 sample for sample in metric.samples if not sample.name.endswith("_created")
             ]
@@ -315,86 +326,3 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
-
-
-_Series = Iterator[tuple[tuple[str, ...], float]]
-
-
-def _by_model(field: str) -> Callable[[PoolStatus], _Series]:
-    return lambda status: (
-        ((model.id,), float(getattr(model, field) or 0)) for model in status.models
-    )
-
-
-def _by_device(field: str) -> Callable[[PoolStatus], _Series]:
-    return lambda status: (
-        ((device.name,), float(getattr(device, field))) for device in status.devices
-    )
-
-
-def _states(status: PoolStatus) -> _Series:
-    for model in status.models:
-        for state in get_args(State):
-            yield (model.id, state), float(model.state == state)
-
-
-def _memory(status: PoolStatus) -> _Series:
-    for model in status.models:
-        for device, amount in model.memory.items():
-            yield (model.id, device), amount
-
-
-def _nodes(status: PoolStatus) -> _Series:
-    for state in get_args(NodeState):
-        yield (state,), float(sum(node.state == state for node in status.nodes))
-
-
-class _State(NamedTuple):
-    """A metric that is read from the pool: a counter if its name ends in `_total`, or a gauge."""
-
-    name: str
-    help: str
-    read: Callable[[PoolStatus], _Series]
-    labels: tuple[str, ...] = _MODEL
-
-
-_STATES = (
-    _State("headrace_cluster_nodes", "Nodes of the cluster by state.", _nodes, ("state",)),
-    _State("headrace_requests_running", "Requests that hold a slot.", _by_model("running")),
-    _State("headrace_requests_queued", "Requests that wait for a slot.", _by_model("queued")),
-    _State("headrace_slots", "Requests that can run at once.", _by_model("max_running")),
-    _State("headrace_queue_places", "Requests that may wait.", _by_model("max_queued")),
-    *(
-        _State(f"headrace_model_{field}_total", help, _by_model(field))
-        for field, help in (
-            ("restarts", "Workers that died."),
-            ("evictions", "How often a worker had to make room for another model."),
-            ("continuations", "Answers that went on after their worker had died."),
-        )
-    ),
-    _State(
-        "headrace_model_state", "1 for the state that a model is in.", _states, ("model", "state")
-    ),
-    _State(
-        "headrace_model_memory_bytes", "Memory that a model holds.", _memory, ("model", "device")
-    ),
-    *(
-        _State(f"headrace_device_memory_{part}bytes", help, _by_device(field), _DEVICE)
-        for part, field, help in (
-            ("", "total", "Memory that a device has."),
-            ("budget_", "budget", "Memory that models may take."),
-            ("booked_", "booked", "Memory that models have booked."),
-            ("free_", "free", "Memory that no process uses, as the machine reports it."),
-        )
-    ),
-)
-
-
-def gauges(status: PoolStatus) -> Iterator[Metric]:
-    """Yield the metrics of a pool, with a series for each model, state and device."""
-    for state in _STATES if status.nodes else _STATES[1:]:
-        family = CounterMetricFamily if state.name.endswith("_total") else GaugeMetricFamily
-        metric = family(state.name, state.help, labels=state.labels)
-        for labels, value in state.read(status):
-            metric.add_metric(labels, value)
-        yield metric

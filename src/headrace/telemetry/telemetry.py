@@ -82,7 +82,9 @@ class Telemetry:
     ) -> None:
         pool = admin.pool
         self._tracing = tracing
-        self._instruments = Instruments(admin.status, lambda: pool.entries)
+        self._instruments = Instruments(
+            admin.status, lambda: pool.entries, lambda: recorder.running()
+        )
         self._recent = Recent(lambda: recorder.running())
         self._history = HistoryRecorder(admin.status, self.activity)
         self._home, self._database = home, database
@@ -121,6 +123,10 @@ class Telemetry:
     def called(self, call: Call) -> None:
         """Count an HTTP request that has ended."""
         self._instruments.called(call)
+
+    def lagged(self, seconds: float) -> None:
+        """Count how late the event loop of a front was."""
+        self._instruments.lag.observe(seconds)
 
     def happened(self, event: PoolEvent) -> None:
         """Count an event of the pool."""

@@ -7,6 +7,7 @@ import re
 from typing import Any, cast
 
 from headrace.core.constraint import Constraint
+from headrace.core.errors import Unsupported
 from headrace.core.schema import Path, Schema, children, refusal
 from headrace.text import formats
 
@@ -25,7 +26,8 @@ HEADER = '%llguidance {"no_forcing": true}'
 be the name of a special token, which is not text: engines then answered freely."""
 
 _START = "\nstart: "
-_ANSWER = "headrace_answer"
+ANSWER = "headrace_answer"
+"""The rule of an answer within a larger grammar."""
 _SLASHES = re.compile(r"\\.|/|\n", re.DOTALL)
 
 
@@ -65,8 +67,26 @@ def json_rule(schema: Schema) -> str:
 
 def after(prefix: str, rules: str, lark: str) -> str:
     """Return a grammar with `prefix` before it, whose rules are `rules`."""
-    before, _, body = lark.rpartition(_START)
-    return f"{before}\n{_ANSWER}: {body}{_START}{prefix} {_ANSWER}\n{rules}\n"
+    return f"{HEADER}\n{_as_rules(lark)}{_START}{prefix} {ANSWER}\n{rules}\n"
+
+
+def answer_rules(constraint: Constraint) -> str:
+    """Return the rules of a constraint, in which `ANSWER` is the answer, for a larger grammar.
+
+    Raises:
+        InvalidRequest: as `grammar`.
+        Unsupported: it is a client's grammar, which has names of its own.
+    """
+    if constraint.form == "grammar":
+        message = "A grammar cannot be combined with tools; a JSON schema, regex or choice can."
+        raise Unsupported(message, param=constraint.param)
+    return _as_rules(grammar(constraint))
+
+
+def _as_rules(lark: str) -> str:
+    before, _, body = lark.removeprefix(HEADER).rpartition(_START)
+    # What comes after the first rule are other rules.
+    return f"{before}\n{ANSWER}: {body}"
 
 
 def regex_position(regex: str, at: int) -> int:

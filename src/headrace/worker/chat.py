@@ -21,7 +21,7 @@ from headrace.text.calls.format import Format, thinking_open_in
 from headrace.text.calls.generic import generic_messages
 from headrace.text.calls.probe import probe
 from headrace.text.calls.splitter import Splitter
-from headrace.text.grammar import without_formats
+from headrace.text.grammar import answer_rules, without_formats
 from headrace.text.template import ChatTemplate, openai_turn
 
 _TAIL = 4096
@@ -212,11 +212,17 @@ class Chat:
         tools = request.tool_choice.allowed(request.tools)
         if not tools and not self._may_think:
             return None
-        if request.constraint is not None and self._thinking(request, prompt) == "none":
+        has_form = request.constraint is not None
+        if has_form and not tools and self._thinking(request, prompt) == "none":
             return None
-        schemas = {tool.name: tool.parameters for tool in tools}
-        opened = thinking_open_in(prompt[-_TAIL:], self.format)
-        return partial(Splitter, self.format, schemas, thinking_open=opened, calls=bool(tools))
+        return partial(
+            Splitter,
+            self.format,
+            {tool.name: tool.parameters for tool in tools},
+            thinking_open=thinking_open_in(prompt[-_TAIL:], self.format),
+            calls=bool(tools),
+            apart=has_form,
+        )
 
     def constraint(
         self,
@@ -228,23 +234,21 @@ class Chat:
     ) -> Constraint | None:
         """Return what enforces calls: of a required one, or the arguments of strict tools.
 
+        Beside a constraint of the request the answer is calls, or keeps to that.
+
         `control` has the ids of the markers that are control tokens, for the grammar of an engine;
         the text of an answer is checked by the one without. With `has_thought` it is that of what
         follows the thinking.
 
         Raises:
             InvalidRequest: the schema of a tool cannot be enforced.
-            Unsupported: the request has another constraint.
+            Unsupported: the constraint of the request is a grammar.
         """
         tools, choice = request.tool_choice.allowed(request.tools), request.tool_choice
-        if tools and request.constraint is not None:
-            # Its grammar begins with the first token, so that the model could call none.
-            raise Unsupported(
-                "A response format cannot be combined with tools here.", param="response_format"
-            )
         if not request.enforces_calls:
             return request.constraint
         mode: Literal["auto", "required"] = "required" if choice.mode == "required" else "auto"
+        form = request.constraint
         thinking = "none" if has_thought else self._thinking(request, prompt)
         enforced = [
             _enforceable(tool) if tool.strict or mode == "required" else tool for tool in tools
@@ -256,19 +260,24 @@ class Chat:
             parallel=choice.parallel,
             thinking=thinking,
             control=control,
+            content=answer_rules(form) if form is not None and mode == "auto" else "",
         )
         return Constraint(lark=grammar)
 
     def thinking(self, request: GenerateRequest, prompt: str) -> Before:
-        """Return what comes before an answer that has a constraint: its prefix, and the rules."""
-        if request.constraint is None or not self._may_think:
+        """Return what comes before an answer that has a constraint: its prefix, and the rules.
+
+        Beside tools their grammar has it.
+        """
+        if request.constraint is None or request.enforces_calls or not self._may_think:
             return "", ""
         return thinking_before(self.format, self._thinking(request, prompt))
 
     def _thinking(self, request: GenerateRequest, prompt: str) -> Mode:
         """Return whether thinking comes first: the prompt has begun it, or the model may."""
         form = self.format
-        if not form.thinks or (request.constraint is not None and form.style == "harmony"):
+        content_alone = request.constraint is not None and not request.enforces_calls
+        if not form.thinks or (content_alone and form.style == "harmony"):
             return "none"
         if thinking_open_in(prompt[-_TAIL:], form):
             return "open"

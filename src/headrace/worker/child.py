@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from headrace.machine import (
     confine,
     die_with_parent,
     keep_descendants,
+    loop_factory,
     tune_garbage_collection,
 )
 from headrace.worker.outcome import failure
@@ -171,16 +172,8 @@ def main() -> None:
     # Python would fall back to another directory if this one were not writable.
     tempfile.tempdir = str(scratch)
     # Wake-ups of uvloop are cheaper, and each takes time on a core from the engine.
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(Child(scratch).serve(connection))
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 if __name__ == "__main__":

@@ -93,15 +93,19 @@ class Compiler:
         return converted or constraint
 
     async def compile_for(self, request: GenerateRequest, constraint: Constraint) -> Constraint:
-        """Compile the constraint of a request, or the one that was made of its tools.
+        """Compile the constraint of a request, and the one that was made of its tools.
 
         Raises:
             InvalidRequest: as `compile`; names the tool whose schema cannot be enforced.
         """
+        if request.constraint is not None:
+            compiled = await self.compile(request.constraint, request.client)
+            if constraint is request.constraint:
+                return compiled
         try:
             return await self.compile(constraint, request.client, request.enforced_tools)
         except InvalidRequest as error:
-            if request.constraint is not None or error.param == "tools":
+            if error.param == "tools":
                 raise
             for tool in request.tool_choice.allowed(request.tools):
                 await self._check_tool(tool, request.client)

@@ -123,6 +123,7 @@ class _Choice:
         self._made: list[int] = []
         self._is_spent = self._has_closed = False
         self._whole: list[str] | None = None if job.constraint is None else []
+        self._content: list[str] = []
         # A character can be split over tokens.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._least = self._request.sampling.min_tokens or 0
@@ -222,6 +223,7 @@ class _Choice:
         self._turn.answered(raw)
         if self._whole is not None and self._job.constraint is not None:
             content = "".join(event.text for event in events if isinstance(event, Delta))
+            self._content.append(content)
             self._whole.append(raw if self._job.constraint.lark else content)
 
     async def _check(self) -> None:
@@ -241,11 +243,21 @@ class _Choice:
         await turn.within(check(constraint, text, cut=cut or request.enforces_calls))
         if self._parts is None:
             return
-        if request.tool_choice.mode == "required" and not (self._parts.calls or cut):
-            raise ConstraintViolated("The answer calls no tool.", param="tool_choice")
+        if not self._parts.calls:
+            await self._check_without_calls(cut=cut)
         for name, arguments in self._parts.calls:
             for schema in request.tool_choice.enforced(request.tools, name):
                 await turn.within(check(Constraint(json_schema=schema), arguments, cut=False))
+
+    async def _check_without_calls(self, *, cut: bool) -> None:
+        turn = self._turn
+        request, form = turn.request, turn.request.constraint
+        if request.tool_choice.mode == "required":
+            if not cut:
+                raise ConstraintViolated("The answer calls no tool.", param="tool_choice")
+        elif form is not None and request.enforces_calls and not cut:
+            content = "".join(self._content)
+            await turn.within(turn.served.compiler.check(form, content, cut=False))
 
     def _opening(self) -> Sequence[Output]:
         request, text = self._request, self._job.answered_text

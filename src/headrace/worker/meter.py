@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import msgspec
 
-from headrace.core.events import Delta, Progress
+from headrace.core.events import Delta, Event, Progress
 from headrace.core.metrics import DeviceUse, Gaps, InferenceMetrics, Usage, percentile
 from headrace.core.request import Request
 
@@ -139,15 +139,23 @@ class Received:
         self.first_at: float | None = None
         self.visible_at: float | None = None
 
-    def first_output(self, delta: Delta) -> None:
-        """Note a delta that may be the first with tokens or text."""
+    def saw(self, event: Event) -> None:
+        """Note an event; called for every token."""
+        if type(event) is Delta:
+            self.chunks += 1
+            self.tokens += len(event.token_ids)
+            if self.visible_at is None:
+                self._first_output(event)
+        elif isinstance(event, Progress):
+            self._admitted(event)
+
+    def _first_output(self, delta: Delta) -> None:
         now = time.monotonic()
         self.first_at = self.first_at or now
         if delta.text or delta.reasoning:
             self.visible_at = now
 
-    def admitted(self, event: Progress) -> None:
-        """Note that the engine has begun."""
+    def _admitted(self, event: Progress) -> None:
         if event.stage == "prefill":
             self.admitted_at = self.admitted_at or time.monotonic()
             self.prompt_tokens = event.total

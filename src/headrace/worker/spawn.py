@@ -68,15 +68,42 @@ NOTHING: Mapping[str, str | None] = MappingProxyType({})
 _SETTLED_S = 60.0
 
 
+class Relay:
+    """Takes the events of a stream, and delivers each by a call; `over` is its end.
+
+    An exception of the call is that of `over`. `has_ended` is whether the child is done with it.
+    """
+
+    __slots__ = ("_deliver", "has_ended", "over")
+
+    def __init__(self, deliver: Callable[[Event], None]) -> None:
+        self.over: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self.has_ended = False
+        self._deliver = deliver
+
+    def put(self, item: Event | Ended) -> None:
+        """Deliver an event, unless the stream is over."""
+        if isinstance(item, Ended):
+            self.has_ended = True
+            if not self.over.done():
+                self.over.set_result(item)
+        elif not self.over.done():
+            try:
+                self._deliver(item)
+            except Exception as error:  # noqa: BLE001 - raised where the stream is awaited
+                self.over.set_exception(error)
+
+
 class Listener:
-    """The parent's end of a stream: its events, and when the last of them arrived."""
+    """The parent's end of a stream: where its events go, and when the last of them arrived."""
 
-    __slots__ = ("_choices", "admitted", "mailbox", "number", "received_at")
+    __slots__ = ("_choices", "admitted", "mailbox", "number", "received_at", "relay")
 
-    def __init__(self, number: int, choices: int) -> None:
+    def __init__(self, number: int, choices: int, relay: Relay | None = None) -> None:
         self.number = number
         self._choices = choices
         self.mailbox: Mailbox[Event | Ended] = Mailbox()
+        self.relay = relay
         self.received_at = time.monotonic()
         self.admitted = False
 
@@ -85,7 +112,7 @@ class Listener:
         self.received_at = now
         # Of several choices, one can have ended while the next still waits for its slot.
         self.admitted = self._choices == 1 and _is_running(event)
-        self.mailbox.put(event)
+        (self.relay or self.mailbox).put(event)
 
 
 def _is_running(event: Event | Ended) -> bool:
@@ -179,15 +206,15 @@ class ChildProcess:
         if not self.loaded.cancelled():
             self.loaded.exception()
 
-    def begin(self, request: AnyRequest) -> Listener:
-        """Open a stream; its last event is an Ended.
+    def begin(self, request: AnyRequest, relay: Relay | None = None) -> Listener:
+        """Open a stream; its last event is an Ended. A `relay` gets the events.
 
         Raises:
             InvalidRequest: the request cannot be encoded.
         """
         number = next(self._numbers)
         self.send(Ask(number, request))
-        listener = self._listeners[number] = Listener(number, request.slots)
+        listener = self._listeners[number] = Listener(number, request.slots, relay)
         return listener
 
     def send(self, message: Message) -> None:
@@ -203,6 +230,7 @@ class ChildProcess:
 
     async def leave(self, listener: Listener, *, timeout_s: float) -> None:
         """Cancel a stream and wait until the child reports that its slot is free."""
+        listener.relay = None
         self.link.send(Cancel(listener.number))
         try:
             async with asyncio.timeout(timeout_s):

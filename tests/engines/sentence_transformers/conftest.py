@@ -29,16 +29,20 @@ def ranker_path(minilm_path: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return make_ranker(tmp_path_factory.mktemp("ranker"), minilm_path)
 
 
-def make_ranker(path: Path, tokenizer: Path, scores: int = 1) -> Path:
-    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, set_seed
+def make_ranker(
+    path: Path, tokenizer: Path, scores: int = 1, *, kind: str = "bert", length: int = 128
+) -> Path:
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
     set_seed(7)
-    config = BertConfig(
-        vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=128, num_labels=scores, initializer_range=0.5,
+    heads = 2 if kind == "bert" else 12
+    config = AutoConfig.for_model(
+        kind, vocab_size=30522, hidden_size=16 * heads, num_hidden_layers=2,
+        num_attention_heads=heads, intermediate_size=64, max_position_embeddings=length,
+        num_labels=scores, initializer_range=0.5,
     )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(path)
-    AutoTokenizer.from_pretrained(tokenizer, model_max_length=128).save_pretrained(path)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tokenizer, model_max_length=length - 2).save_pretrained(path)
     return path
 
 

@@ -37,7 +37,12 @@ FEW = frozenset(
 
 IMAGES = frozenset({"images", "images_damaged", "images_cancelled", "images_fill_the_context"})
 _FORMS = frozenset({"regex", "choice", "grammar", "forms_fail_closed"})
-_SCHEMAS = frozenset({"json_schema", "json_schema_fails_closed", "tool_calls_required"})
+_SCHEMAS = frozenset(
+    {
+        *("json_schema", "json_schema_fails_closed"),
+        *("tool_calls_required", "tool_calls_or_form"),
+    }
+)
 
 SOUND = FEW | {
     "greedy_repeats",
@@ -49,6 +54,7 @@ SOUND = FEW | {
     "json_schema",
     "json_schema_fails_closed",
     "tool_calls_required",
+    "tool_calls_or_form",
     "tool_calls_cut",
     "thinking",
     *_FORMS,

@@ -122,6 +122,7 @@ SPOILED: dict[str, tuple[str, ...]] = {
     "json_schema_fails_closed": CLAIMS_GRAMMARS,
     "tool_calls": repeats('_bytes([last]).replace(b"<", b"")'),
     "tool_calls_required": CLAIMS_GRAMMARS,
+    "tool_calls_or_form": CLAIMS_GRAMMARS,
     "tool_calls_parallel": CLAIMS_GRAMMARS,
     "tool_calls_strict": (*CLAIMS_GRAMMARS, *repeats("_bytes([last])")),
     "tool_calls_cut": repeats('_bytes([last]).replace(b"a", b"")'),

@@ -48,9 +48,10 @@ def split(
     *,
     thinking_open: bool = False,
     calls: bool = True,
+    apart: bool = False,
     tools: dict[str, dict[str, Any] | None] = TOOLS,
 ) -> list[Part]:
-    splitter = Splitter(form, tools, thinking_open=thinking_open, calls=calls)
+    splitter = Splitter(form, tools, thinking_open=thinking_open, calls=calls, apart=apart)
     parts = [part for chunk in chunks for part in splitter.feed(chunk)]
     return joined([*parts, *splitter.flush()])
 

@@ -10,10 +10,12 @@ from llguidance import LLMatcher, LLTokenizer
 from tests.text.calls.parse import SCHEMA, calls_in, split, text_in
 from tests.text.calls.writers import WRITERS
 
+from headrace.core.constraint import Constraint
 from headrace.text.calls.constrain import constraint_for
 from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.format import Format
 from headrace.text.calls.parts import Content, Thought
+from headrace.text.grammar import answer_rules
 
 
 class Tool:
@@ -217,3 +219,43 @@ def test_the_generic_form_of_a_probed_format() -> None:
     form = Format(style="named", call_open="<do:", name_end="|", call_close="</do>")
     grammar = constraint_for(form, TOOLS, "required")
     assert accepts(grammar, '<do:get_weather|{"city": "x"}</do><do:now|{}</do>')
+
+
+FORMS = {
+    '{"name": "now", "age": 3}': Constraint(
+        json_schema={
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+            "required": ["name", "age"],
+            "additionalProperties": False,
+        }
+    ),
+    '["<tool_call>[now()]", "a"]': Constraint(
+        json_schema={"type": "array", "items": {"type": "string"}}
+    ),
+    "AB-12": Constraint(regex="[A-Z]{2}-[0-9]{2}"),
+    "nein": Constraint(choice=("ja", "nein")),
+}
+
+
+@pytest.mark.parametrize("family", EXACT)
+@pytest.mark.parametrize("text", FORMS)
+def test_calls_or_a_form(family: str, text: str) -> None:
+    """Issue 13, tools with `response_format`: calls alone, or content that keeps to the form."""
+    form = FAMILIES[family]
+    rules = answer_rules(FORMS[text])
+    grammar = constraint_for(form, TOOLS, "auto", content=rules)
+    call = written(family, [PARIS])
+    assert accepts(grammar, call)
+    assert calls_in(split(form, [call])) == [PARIS]
+    answer = {"harmony": "<|channel|>final<|message|>"}.get(form.style, "") + text
+    if form.style == "recipient":
+        opened = form.template.turn.endswith(form.call_open)
+        answer = f"{'' if opened else form.call_open}all\n{text}"
+    assert accepts(grammar, answer)
+    for pieces in ([answer], list(answer)):
+        parts = split(form, pieces, apart=True)
+        assert (text_in(parts, Content), calls_in(parts)) == (text, [])
+    assert not accepts(grammar, "Sure!" + call)
+    assert not accepts(grammar, answer + "!")
+    assert not accepts(grammar, "Sure!")

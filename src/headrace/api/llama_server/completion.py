@@ -48,6 +48,8 @@ _NAMES = {
 }
 
 _MOST_BIAS = 100
+_Predicted = Annotated[int, Meta(ge=-2, le=2**31 - 1)]
+_Temperature = Annotated[float, Meta(le=2, description="Randomness; 0 and below are greedy.")]
 BiasPair = Annotated[list[int | float | bool | str], Meta(min_length=2, max_length=2)]
 
 
@@ -60,7 +62,9 @@ class LlamaFields(GenerateFields, frozen=True, kw_only=True):
     object.
     """
 
-    n_predict: Annotated[int, Meta(ge=-2, le=2**31 - 1)] | None = None
+    n_predict: _Predicted | None = None
+    max_tokens: _Predicted | None = None
+    temperature: _Temperature | None = None
     n_indent: Annotated[int, Meta(ge=0, le=1024)] | None = None
     n_probs: Annotated[int, Meta(ge=0, le=20)] | None = None
     t_max_predict_ms: Annotated[float, Meta(le=2**31)] | None = None

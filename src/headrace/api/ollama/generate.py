@@ -266,9 +266,9 @@ async def _load(service: Service, exchange: Exchange, wire: GenerateFields, layo
     common: dict[str, Any] = envelope(service, exchange, wire) | {"load_wait_s": None}
     if common.get("keep_alive") == 0 or wire.keep_alive in {0, "0"}:
         check_admin(exchange.scope, exchange.settings, is_admin=exchange.call.is_admin)
-        if service.admin is None:
+        if service.unload is None:
             raise Unsupported("Models cannot be unloaded here.", param="keep_alive")
-        await service.admin.unload(common["model"])
+        await service.unload(common["model"])
         reason = "unload"
     else:
         # Counting needs the model, and nothing else does less.

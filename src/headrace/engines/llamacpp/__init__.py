@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from pydantic import Field
@@ -91,17 +91,31 @@ class Options(EngineOptions):
     rope_scale: float = Field(0, ge=0, description="Factor by which the context is stretched.")
 
 
+def devices() -> tuple[str, ...]:
+    """Return the kinds of devices that the installed library was built for."""
+    return tuple(kind for kind in ABOUT.devices if kind != "cuda" or _is_built_for_cuda())
+
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
 def footprint(request: OpenRequest) -> Footprint:
     """Estimate what loading takes, from the file's header and the options.
 
     Raises:
         LoadFailed: the header cannot be read.
     """
-    options = settled(request)
-    device = expected_device(request.device)
-    on_cpu = device == "cpu"
+    return footprint_on(request, settled(request), expected_device(request.device))
+
+
+def footprint_on(request: OpenRequest, options: Options, device: str) -> Footprint:
+    """Estimate what loading takes on a device: `cpu` or `cuda:N`.
+
+    Raises:
+        LoadFailed: the header cannot be read.
+    """
     gpus = plan.expected_gpus(request, device)
-    planned = plan_slots(request, options, on_cpu=on_cpu)
+    planned = plan_slots(request, options, on_cpu=device == "cpu")
     if request.task != "embed":
         return estimate(request.model, planned, options, gpus)
     whole = max(planned.context_length, 512)
@@ -119,9 +133,9 @@ def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
     return [alone, slots, {**slots, **small}, {**slots, "batch_size": 512}, *more]
 
 
-def settled(request: OpenRequest) -> Options:
+def settled(request: OpenRequest, kind: type[AnyOptions] = Options) -> AnyOptions:
     """Return the options, with defaults for reproducible answers where the request needs them."""
-    options = Options(**request.options)
+    options = kind(**request.options)
     if not request.repeatable:
         return options
     flash = "on" if options.flash_attention == "auto" else options.flash_attention

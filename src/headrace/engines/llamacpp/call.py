@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import (
     ContextOverflow,
     GenerationFailed,
@@ -19,9 +21,7 @@ from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, R
 from headrace.text.grammar import grammar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    import xllamacpp
+    from collections.abc import Sequence
 
     from headrace.engines.threaded import Emit
 
@@ -103,6 +103,9 @@ class _Chunk(msgspec.Struct):
     error: dict[str, Any] | None = None
 
 
+Constrained = Callable[[Constraint], dict[str, Any]]
+"""Returns the fields of a request's body that enforce a constraint."""
+
 Counts = tuple[int, int, int]
 """Tokens of the prompt, of the answer, and of the prompt from a cache."""
 
@@ -138,7 +141,7 @@ class Call:
         self._ended = False
         self._failure: BaseException | None = None
 
-    def run(self, server: xllamacpp.Server) -> None:
+    def run(self, server: Any) -> None:
         """Block until the request is answered or its stream is closed."""
         if self._request.sampling.logprobs is not None:
             candidates = partial(self._candidates, server)
@@ -152,7 +155,7 @@ class Call:
         if not self._ended:
             raise GenerationFailed("llama.cpp ended the stream without a reason.")
 
-    def _send(self, server: xllamacpp.Server) -> None:
+    def _send(self, server: Any) -> None:
         server.handle_completions(
             msgspec.json.encode(fields(self._request, self._visible)), self._on_chunk
         )
@@ -249,7 +252,7 @@ class Call:
         )
 
     def _candidates(
-        self, server: xllamacpp.Server, text: Sequence[int], most: int, whole: int
+        self, server: Any, text: Sequence[int], most: int, whole: int
     ) -> Sequence[Candidate]:
         """Return the likeliest tokens after a text; `whole` is chosen, and not reported."""
         body = {
@@ -261,9 +264,12 @@ class Call:
             "logit_bias": [[whole, CERTAIN]],
         }
         chunks: list[_Chunk] = []
-        server.handle_completions(
-            msgspec.json.encode(body), lambda raw: chunks.append(_decode(raw)) or False
-        )
+
+        def take(raw: bytes) -> bool:
+            chunks.append(_decode(raw))
+            return False
+
+        server.handle_completions(msgspec.json.encode(body), take)
         logprobs = chunks[-1].choices[0].logprobs if chunks and chunks[-1].choices else None
         if logprobs is None:
             raise GenerationFailed("llama.cpp reported no log-probabilities.")
@@ -315,7 +321,14 @@ class Lookup:
         return self._after(text, most, self._whole())
 
 
-def fields(request: EngineRequest, visible: Sequence[str] = ()) -> dict[str, Any]:
+def in_lark(constraint: Constraint) -> dict[str, Any]:
+    """Return the fields of a constraint for a build with llguidance."""
+    return {"grammar": grammar(constraint)}
+
+
+def fields(
+    request: EngineRequest, visible: Sequence[str] = (), constrained: Constrained = in_lark
+) -> dict[str, Any]:
     """Return the body of a request; `visible` are control tokens whose text is shown."""
     sampling, prompt = request.sampling, (*request.token_ids, *request.answered)
     body: dict[str, Any] = {
@@ -346,7 +359,7 @@ def fields(request: EngineRequest, visible: Sequence[str] = ()) -> dict[str, Any
     if visible:
         body["preserved_tokens"] = visible
     if request.constraint is not None:
-        body["grammar"] = grammar(request.constraint)
+        body |= constrained(request.constraint)
     return body
 
 

@@ -1,4 +1,4 @@
-"""Requests to a model with a projector, over the socket.
+"""Requests over the socket: of a server of its own, and of models with a projector.
 
 In process the library takes only texts of such a model: neither token ids nor pictures.
 """
@@ -13,25 +13,24 @@ import msgspec
 from headrace.core.errors import HeadraceError, InvalidRequest
 from headrace.core.media import image_header
 from headrace.engines import pictures
-from headrace.engines.base import EngineRequest, RawEvent
+from headrace.engines.base import EngineRequest
 from headrace.engines.llamacpp.call import (
     CERTAIN,
     Call,
     Candidate,
+    Constrained,
     Progressed,
     Token,
     Tokens,
     error_from,
     fields,
+    in_lark,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    import xllamacpp
-
-    from headrace.engines.llamacpp.server import Server
-    from headrace.engines.threaded import Emit
+    from headrace.engines.llamacpp.link import Link
 
 _PATH = "/completion"
 # The formats of its decoder.
@@ -54,22 +53,13 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class NativeCall(Call):
-    """A request to a model with a projector."""
+    """A request by llama.cpp's own route, which takes token ids and pictures."""
 
-    def __init__(
-        self,
-        request: EngineRequest,
-        emit: Emit[RawEvent],
-        split: Callable[[str], tuple[int, ...]],
-        server: Server,
-        visible: Sequence[str] = (),
-    ) -> None:
-        super().__init__(request, emit, split, visible)
-        self._socket = server
+    constrained: Constrained = staticmethod(in_lark)
 
-    def _send(self, server: xllamacpp.Server) -> None:
-        del server
-        self._socket.stream(_PATH, _body(self._request, self._visible), self._on_event)
+    def _send(self, server: Link) -> None:
+        body = _body(self._request, self._visible, self.constrained)
+        server.stream(_PATH, body, self._on_event)
 
     def _on_event(self, line: bytes) -> bool:
         self._ended = self._take_event(_decode(line)) or self._ended
@@ -90,9 +80,8 @@ class NativeCall(Call):
         return self._take_tokens(data, token_ids, tokens)
 
     def _candidates(
-        self, server: xllamacpp.Server, text: Sequence[int], most: int, whole: int
+        self, server: Link, text: Sequence[int], most: int, whole: int
     ) -> Sequence[Candidate]:
-        del server
         body = {
             "prompt": text,
             "n_predict": 1,
@@ -100,7 +89,7 @@ class NativeCall(Call):
             "n_probs": most,
             "logit_bias": [[whole, CERTAIN]],
         }
-        answer = msgspec.convert(self._socket.ask(_PATH, body), _Chunk)
+        answer = msgspec.convert(server.ask(_PATH, body), _Chunk)
         return answer.completion_probabilities[0].top_logprobs
 
 
@@ -110,8 +99,8 @@ def _refusal(error: dict[str, Any]) -> HeadraceError:
     return error_from(error)
 
 
-def _body(request: EngineRequest, visible: Sequence[str]) -> bytes:
-    body = fields(request, visible)
+def _body(request: EngineRequest, visible: Sequence[str], constrained: Constrained) -> bytes:
+    body = fields(request, visible, constrained)
     if "logprobs" in body:
         body["n_probs"] = body.pop("logprobs")
     if request.media:

@@ -14,10 +14,11 @@ from headrace.core.errors import ConfigError
 from headrace.core.model import ModelFile
 from headrace.core.status import Footprint
 from headrace.engines import plan
-from headrace.engines.base import About, EngineOptions, OpenRequest
+from headrace.engines.base import About, BatchLimits, EngineOptions, OpenRequest
 from headrace.engines.openmp import physical_cores
 from headrace.engines.openvino.conversion import convert, prepared
 from headrace.engines.plan import CachePlan
+from headrace.models.folder import layer_sizes
 
 __all__ = ["ABOUT", "Options", "convert", "footprint", "prepared", "tune_options", "writes"]
 
@@ -37,8 +38,13 @@ _DEFAULT_RUNNING = 32
 # Relative to two bytes for a value. With 8 bits, each row of a head has a scale and a zero.
 _KV_SHARE = {"auto": 1.0, "u8": 0.6}
 
-# Measured with SmolLM2-135M: the process with the library and the vocabulary.
-_PROCESS = 260 << 20
+ENCODER_BATCH = BatchLimits(items=32, tokens=16384)
+"""The largest batch of an embedder or reranker."""
+ENCODER_CONTEXT = 512
+"""Tokens of a text for an embedder or reranker that does not name its limit."""
+
+# Measured with SmolLM2-135M and all-MiniLM-L6-v2: the process with the library and the vocabulary.
+_PROCESS, _ENCODER_PROCESS = 260 << 20, 180 << 20
 # The weights in memory, beside the file's pages; a GGUF is converted to a graph first.
 _COPIES = {"gguf": 3.4, "openvino": 2.0}
 
@@ -87,13 +93,32 @@ def writes(request: OpenRequest) -> Sequence[Path]:
 
 
 def footprint(request: OpenRequest) -> Footprint:
-    """Estimate what loading takes of the host, from the file's header and the options."""
+    """Estimate what loading takes of the host, from the file's header and the options.
+
+    Raises:
+        LoadFailed: the configuration of an embedder or reranker is missing or damaged.
+    """
     options, model = settled(request), request.model
+    if request.task != "generate":
+        return _encoder_footprint(request)
     planned = plan_cache(request, options)
     weights = int(model.size * _COPIES.get(model.format, 2.0))
     kv_cache = int(planned.tokens * _kv_bytes(model, options))
     devices = {"cpu": weights + kv_cache + _PROCESS}
     return plan.footprint(devices, planned, weights=weights, kv_cache=kv_cache)
+
+
+def _encoder_footprint(request: OpenRequest) -> Footprint:
+    model = request.model
+    weights = int(model.size * _COPIES["openvino"])
+    context = request.context_length or model.context_length or ENCODER_CONTEXT
+    batch = plan.encoder_batch(layer_sizes(Path(model.path)), ENCODER_BATCH, context)
+    return Footprint(
+        devices={"cpu": weights + batch + _ENCODER_PROCESS},
+        parts={"weights": weights, "batch": batch, "overhead": _ENCODER_PROCESS},
+        context_length=request.context_length or model.context_length,
+        max_running=plan.encoder_requests(request),
+    )
 
 
 def plan_cache(request: OpenRequest, options: Options) -> CachePlan:

@@ -10,14 +10,13 @@ from typing import Any, cast
 from headrace.core.errors import InvalidRequest, LoadFailed, OutOfMemory
 from headrace.core.model import Capabilities
 from headrace.engines import plan
-from headrace.engines.base import BatchLimits, Embedder, EngineFacts, OpenRequest, Pair
+from headrace.engines.base import Embedder, EngineFacts, OpenRequest, Pair
+from headrace.engines.openvino import ENCODER_BATCH, ENCODER_CONTEXT
 from headrace.engines.openvino.vocabulary import Vocabulary
 from headrace.models import folder, openvino
 
 Array = Any  # of numpy
 _POOLINGS = ("mean", "cls", "max", "lasttoken")
-_BATCH = BatchLimits(items=32, tokens=16384)
-_CONTEXT = 512
 # Models like RoBERTa have two separators between the texts of a pair.
 _TWO_SEPARATORS = ("roberta", "camembert")
 
@@ -40,7 +39,9 @@ class _GraphEngine:
             raise LoadFailed("OpenVINO could not load the model.", detail=str(error)) from error
         self._inputs = {tensor.get_any_name() for tensor in self._graph.inputs}
         self._vocabulary = Vocabulary(genai.Tokenizer(str(path)))
-        self._context = plan.granted_context(request, request.model.context_length or _CONTEXT)
+        self._context = plan.granted_context(
+            request, request.model.context_length or ENCODER_CONTEXT
+        )
         self._requests = plan.encoder_requests(request)
 
     def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
@@ -64,7 +65,7 @@ class _GraphEngine:
             device="cpu",
             context_length=self._context,
             max_running=self._requests,
-            batch=_BATCH,
+            batch=ENCODER_BATCH,
             special_tokens=self._vocabulary.special_tokens,
             capabilities=capabilities,
         )

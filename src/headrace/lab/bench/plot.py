@@ -38,9 +38,13 @@ def draw(runs: Mapping[str, Run], path: Path) -> None:
     """
     check(path)
     figure = _figure()(figsize=(11, 4.6), layout="constrained")
+    figure.suptitle(
+        "headrace bench: " + ", ".join(sorted({r.settings.model for r in runs.values()}))
+    )
     for axes, (field, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         for number, (name, run) in enumerate(runs.items()):
             _line(axes, f"C{number}", name, field, run.levels)
+        axes.set_title(label.partition(",")[0].capitalize(), fontsize="medium")
         axes.set_xlabel("output tokens/s")
         axes.set_ylabel(label)
         # The last point and its label are within the frame.

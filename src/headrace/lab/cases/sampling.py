@@ -39,6 +39,19 @@ PROBES: dict[str, Any] = {
 }
 """A value for each field, to test its refusal."""
 
+NEUTRAL: dict[str, Any] = {
+    "min_tokens": 0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": {5: 0.0},
+}
+"""Values that change nothing."""
+
 LOOPS = (
     "one two three one two three one two three one two",
     "la la la la la la la la",
@@ -285,6 +298,15 @@ def _check_kept(text: str, schema: dict[str, Any]) -> None:
 
 
 @case("W11")
+async def sampling_neutral(subject: Subject) -> None:
+    """Values that change nothing are accepted, also of fields that it does not have."""
+    neutral = {k: v for k, v in NEUTRAL.items() if k not in subject.capabilities.sampling}
+    for given in (neutral, neutral | {"top_k": -1} if "top_k" in neutral else neutral):
+        reply = await subject.short(**given, **subject.able(max_tokens=4))
+        check(bool(reply.finish.usage.completion_tokens), "There is no answer.")
+
+
+@case("W11")
 async def sampling_is_declared(subject: Subject) -> None:
     """Only fields that exist are declared."""
     known = {*Sampling.__struct_fields__}
@@ -293,4 +315,10 @@ async def sampling_is_declared(subject: Subject) -> None:
     check("max_tokens" in subject.capabilities.sampling, "It does not honour max_tokens.")
 
 
-CASES = (sampling_is_declared, *map(_case, PROBES), json_schema, json_schema_fails_closed)
+CASES = (
+    sampling_is_declared,
+    sampling_neutral,
+    *map(_case, PROBES),
+    json_schema,
+    json_schema_fails_closed,
+)

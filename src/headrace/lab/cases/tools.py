@@ -7,6 +7,7 @@ from typing import Any
 import jsonschema_rs
 import msgspec
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, Unsupported
 from headrace.core.events import ToolCall, ToolCallDelta
 from headrace.core.request import DetokenizeRequest, GenerateRequest
@@ -32,6 +33,12 @@ SCHEMA: dict[str, Any] = {
         "days": {"type": "integer", "minimum": 1, "maximum": 9},
     },
     "required": ["city", "days"],
+    "additionalProperties": False,
+}
+_VERDICT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"rain": {"type": "boolean"}},
+    "required": ["rain"],
     "additionalProperties": False,
 }
 RAIN, TIME = Tool("rain", "Whether it will rain.", SCHEMA), Tool("time")
@@ -174,6 +181,21 @@ async def tool_calls_strict(subject: Subject) -> None:
 
 
 @case("W29 W14")
+async def tool_calls_or_form(subject: Subject) -> None:
+    """With tools and a JSON schema an answer is calls, or keeps to the schema, or is refused."""
+    talking, form = await subject.talking(), Constraint(json_schema=_VERDICT)
+    if not talking.capabilities.json_schema:
+        request = talking.request(CALL, tools=_TOOLS, constraint=form)
+        error = await refusal(talking.backend.ask(request), Unsupported)
+        check(error.param == "response_format", f"The error names {error.param}.")
+        raise Declared("Refused by its name.")
+    reply = await _answer(talking, "Will it rain in Rome?", constraint=form)
+    if not called(reply) and reply.reason == "stop":
+        kept = reply.text in ('{"rain": true}', '{"rain": false}')
+        check(kept, f"The answer {reply.text!r} does not keep to its schema.")
+
+
+@case("W29 W14")
 async def tool_calls_cut(subject: Subject) -> None:
     """An answer that is cut within a call ends with `length`, and nothing of it is lost."""
     talking = await subject.talking()
@@ -246,6 +268,7 @@ CASES = (
     tool_calls_required,
     tool_calls_parallel,
     tool_calls_strict,
+    tool_calls_or_form,
     tool_calls_cut,
     thinking,
 )

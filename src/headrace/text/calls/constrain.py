@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from headrace.text.calls.format import Format
-from headrace.text.calls.values import kind_of
-from headrace.text.grammar import HEADER, json_rule
+from headrace.text.calls.values import declared_kind, kind_of, options_in
+from headrace.text.grammar import ANSWER, HEADER, json_rule
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _SCALARS = frozenset({"integer", "number", "boolean", "null"})
@@ -38,17 +38,20 @@ def constraint_for(
     parallel: bool = True,
     thinking: Literal["none", "open", "optional"] = "none",
     control: Mapping[str, int] | None = None,
+    content: str = "",
 ) -> str:
     """Return the grammar of an answer that calls one of the tools, or several with `parallel`.
 
     With `auto` the answer is free up to the beginning of a call; the arguments of tools that are
-    not strict are any object there. Thinking comes first: `open` where the prompt has begun it,
-    `optional` where the model may. `control` has the ids of the markers that are control tokens:
-    their text, in quotes, would match nothing. A check of an answer's text is made without it.
+    not strict are any object there. With `content`, the rules of `text.grammar.answer_rules`, it is
+    either calls alone or what those describe. Thinking comes first: `open` where the prompt has
+    begun it, `optional` where the model may. `control` has the ids of the markers that are control
+    tokens: their text, in quotes, would match nothing. A check of an answer is made without it.
 
     In tags, strings are free unless the schema lists them. The schemas themselves are not checked.
     """
-    return _Grammar(form, control or {}).text(tools, mode, parallel=parallel, thinking=thinking)
+    made = _Grammar(form, control or {}, content)
+    return made.text(tools, mode, parallel=parallel, thinking=thinking)
 
 
 def thinking_before(form: Format, thinking: Literal["none", "open", "optional"]) -> tuple[str, str]:
@@ -62,10 +65,10 @@ def thinking_before(form: Format, thinking: Literal["none", "open", "optional"])
 
 
 class _Grammar:
-    def __init__(self, form: Format, control: Mapping[str, int]) -> None:
-        self._format = form
+    def __init__(self, form: Format, control: Mapping[str, int], content: str = "") -> None:
+        self._format, self._content = form, ANSWER if content else ""
         self._control = control
-        self.rules: list[str] = []
+        self.rules: list[str] = [content] if content else []
         words = sorted(control, key=len, reverse=True)
         self._words = re.compile(f"({'|'.join(map(re.escape, words))})") if words else None
         self._styles: Mapping[str, Callable[[Callable_, Schema], str]] = {
@@ -88,6 +91,8 @@ class _Grammar:
             body = self._messages(call, mode, thinking)
         elif mode == "required":
             body = self._calls(call, parallel=parallel)
+        elif self._content:
+            body = f"({self._calls(call, parallel=parallel)} | {self._recipient()} {self._content})"
         else:
             body = self._free(call, parallel=parallel)
         lines = [f"start: {prefix} {body}", "TEXT: /(.|\\n)*/", *self.rules]
@@ -165,6 +170,12 @@ class _Grammar:
             opening = ""
         return opening, more, closing + form.section_close
 
+    def _recipient(self) -> str:
+        """Return what comes before content."""
+        if self._format.style != "recipient":
+            return ""
+        return self._literal(f"{self._around()[0]}all\n")
+
     def _free(self, call: str, *, parallel: bool) -> str:
         """Return free text; where a call begins, what it has to be."""
         opening, more, closing = self._around()
@@ -196,7 +207,15 @@ class _Grammar:
 
     def _object(self, tool: Callable_, schema: Schema) -> str:
         form = self._format
-        head = "{" + self._identity() + json.dumps(form.name_key) + ": " + _quoted(tool.name)
+        if self._content and not self._around()[0]:
+            return self._json(_whole_call(form, tool, schema))
+        head = (
+            "{"
+            + self._identity()
+            + json.dumps(form.name_key)
+            + ": "
+            + json.dumps(tool.name, ensure_ascii=False)
+        )
         head += f", {json.dumps(form.arguments_key)}: "
         written = self._literal(head)
         if form.id_key and form.ids == "key":
@@ -236,7 +255,7 @@ class _Grammar:
 
     def _argument(self, schema: Schema, key: str) -> str:
         form, part = self._format, _part(schema, key)
-        kind, options = _kinds(part), _options(part)
+        kind, options = declared_kind(part), options_in(part)
         free = kind_of(schema, key) != "any" or not kind
         head = form.key_open + key + self._key_end("string" if free else kind)
         head += form.value_open + ("\n" if form.framed else "")
@@ -283,9 +302,9 @@ class _Grammar:
         return self._pairs(tool.name + "{", schema, ":", ",", self._gemma_value) + ' "}"'
 
     def _gemma_value(self, schema: Schema) -> str:
-        kind, quote = _kinds(schema), self._format.quote
-        if _options(schema):
-            quoted = (self._literal(quote + option + quote) for option in _options(schema))
+        kind, quote = declared_kind(schema), self._format.quote
+        if options_in(schema):
+            quoted = (self._literal(quote + option + quote) for option in options_in(schema))
             return "(" + " | ".join(quoted) + ")"
         if kind == "string":
             return f"{self._literal(quote)} {self._until(quote)}"
@@ -351,12 +370,19 @@ class _Grammar:
         before = f"{text} {again}" if thinking == "open" else ""
         answer = call
         if mode == "auto":
-            answer = f"({call} | {self._literal('<|channel|>final<|message|>')} TEXT)"
+            final = self._literal("<|channel|>final<|message|>")
+            answer = f"({call} | {final} {self._content or 'TEXT'})"
         return f"{before} ({thought} | {preamble})* {answer}"
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _whole_call(form: Format, tool: Callable_, schema: Schema) -> Schema:
+    """Return the schema of a call that JSON of another kind can take the place of.
+
+    The lexer takes the longest text, so that a call's beginning would hide that of other JSON.
+    """
+    keys = {form.name_key: {"const": tool.name}, form.arguments_key: schema}
+    call = {"properties": keys, "required": list(keys), "additionalProperties": False}
+    return _below(schema, {"type": "object", **call})
 
 
 def _below(root: Schema, schema: object) -> Schema:
@@ -368,17 +394,3 @@ def _below(root: Schema, schema: object) -> Schema:
 
 def _part(schema: Schema, key: str) -> Schema:
     return _below(schema, schema["properties"][key])
-
-
-def _kinds(schema: Schema) -> str:
-    """Return the type of a schema, "" where it has none or several."""
-    kind = schema.get("type")
-    if isinstance(kind, str):
-        return kind
-    compound = any(name in schema for name in ("$ref", "anyOf", "oneOf", "allOf"))
-    return "object" if compound else ""
-
-
-def _options(schema: Schema) -> list[str]:
-    options = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    return options if all(isinstance(option, str) for option in options) else []

@@ -17,8 +17,9 @@ class Splitter:
     """Parses one answer. The parts, joined, do not depend on how the text is cut.
 
     `tools` maps the name of each tool to the schema of its arguments. `thinking_open` is whether
-    the prompt leaves the thinking open. Without `calls`, what looks like a call is text. A format
-    without thinking and calls needs no splitter.
+    the prompt leaves the thinking open. Without `calls`, what looks like a call is text; with
+    `apart` it is text after the beginning of content too. A format without thinking and calls needs
+    no splitter.
 
     What is held back: the beginning of a marker; the white space around markers; a call up to its
     name; in tags, a value that the schema does not declare a string.
@@ -29,7 +30,9 @@ class Splitter:
         "_sink", "_start", "_think", "_thought", "_trimmer",
     )  # fmt: skip
 
-    def __init__(self, form: Format, tools: Tools, *, thinking_open: bool, calls: bool) -> None:
+    def __init__(
+        self, form: Format, tools: Tools, *, thinking_open: bool, calls: bool, apart: bool = False
+    ) -> None:
         self._cursor = Cursor()
         self._sink = Sink()
         self._trimmer = Trimmer(self._sink.thought)
@@ -48,7 +51,7 @@ class Splitter:
         openers = self._calls.openers if calls or self._recipient else ()
         bare = (self._calls.bare,) if calls else ()
         self._start = (*self._think, *form.hidden, *openers, *bare)
-        self._content = Markers([*openers, *form.hidden])
+        self._content = Markers([*(() if apart else openers), *form.hidden])
         self._thought = Markers([self._think[1], *openers])
         self._run = self._answer(thinking_open=thinking_open)
 

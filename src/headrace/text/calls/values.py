@@ -234,3 +234,18 @@ def _resolve(root: Mapping[str, Any], reference: str) -> object:
     for name in reference.removeprefix("#/").split("/"):
         node = cast("dict[str, Any]", node).get(name) if isinstance(node, dict) else None
     return node
+
+
+def options_in(schema: Mapping[str, Any]) -> list[str]:
+    """Return the texts that a schema lists; none if it lists other values too."""
+    options = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return options if all(isinstance(option, str) for option in options) else []
+
+
+def declared_kind(schema: Mapping[str, Any]) -> str:
+    """Return the type of a schema, "" where it has none or several."""
+    kind = schema.get("type")
+    if isinstance(kind, str):
+        return kind
+    compound = any(name in schema for name in ("$ref", "anyOf", "oneOf", "allOf"))
+    return "object" if compound else ""
