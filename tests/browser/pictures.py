@@ -28,7 +28,7 @@ from tests.browser.driver import Browser, browser
 from tests.conftest import MODEL_HOME, ROOT
 from tests.service.serving import Service, served
 
-from headrace.cli import top
+from headrace.cli import top_frame
 
 PICTURES = ROOT / "docs" / "pictures"
 MODELS = """
@@ -128,11 +128,11 @@ def terminal(service: Service) -> None:
     """Draw `headrace top` in its colours."""
     command = [sys.executable, "-m", "headrace", "top", "--once", "--json", "--url", service.url]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    snapshot = msgspec.json.decode(output, type=top.Snapshot)
+    snapshot = msgspec.json.decode(output, type=top_frame.Snapshot)
     samples = httpx.get(f"{service.url}/admin/history").json()["samples"]
     history = [sample["completion_tokens_per_second"] for sample in samples]
     console = Console(record=True, width=WIDTH, file=Path(os.devnull).open("w"))  # noqa: SIM115
-    for line in top.lines(snapshot, service.url, WIDTH, history=history):
+    for line in top_frame.lines(snapshot, service.url, WIDTH, history=history):
         console.print(Text.assemble(*line))
     picture = console.export_svg(title="headrace top")
     # The fonts of the machine will do: nothing is loaded from elsewhere.

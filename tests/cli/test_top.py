@@ -25,7 +25,7 @@ from tests.cli.stub import stub
 from wcwidth import wcswidth
 
 from headrace.cli.app import run
-from headrace.cli.top import Snapshot, Sort, lines, sparkline
+from headrace.cli.top_frame import Snapshot, Sort, lines, sparkline
 from headrace.core.record import Activity, Rates, RunningRequest
 from headrace.core.status import DeviceStatus, Footprint, ModelStatus, PoolStatus, ReplicaStatus
 
@@ -189,7 +189,7 @@ def test_the_history_is_below_the_totals_and_coloured() -> None:
     with_history = lines(seen, URL, 60, history=[1, 2, 3])
     without = lines(seen, URL, 60)
     added = [line for line in with_history if line not in without]
-    assert added == [[("▃▅█", "cyan")]]
+    assert added == [[("▃▆█", "cyan")]]
     assert len(with_history) == len(without) + 1
 
 

@@ -30,12 +30,13 @@ class Sample(msgspec.Struct, forbid_unknown_fields=True):
     flag: bool | None = None
     short: Annotated[str, Meta(max_length=2)] | None = None
     nothing: None = None
+    code: Annotated[str, Meta(pattern="^[a-z]+$")] | None = None
 
 
 CASES = [
     ('{"number": "x"}', "number", "number: expected a number, got a string."),
     ('{"number": true}', "number", "number: expected a number, got a boolean."),
-    ('{"number": 1e999}', "number", "number: Number out of range."),
+    ('{"number": 1e999}', "number", "number: number out of range."),
     ('{"count": 0}', "count", "count: expected an integer of at least 1."),
     ('{"count": 9}', "count", "count: expected an integer of at most 5."),
     ('{"count": 1.5}', "count", "count: expected an integer, got a number."),
@@ -51,6 +52,7 @@ CASES = [
     ('{"flag": "yes"}', "flag", "flag: expected true or false, got a string."),
     ('{"short": "abc"}', "short", "short: expected a string of at most 2 characters."),
     ('{"nothing": 3}', "nothing", "nothing: expected null, got an integer."),
+    ('{"code": "A"}', "code", "code: expected a string that matches ^[a-z]+$."),
     ("[]", None, "Expected an object, got an array."),
 ]  # fmt: skip
 

@@ -133,6 +133,16 @@ async def test_races_at_the_limit(
         await settled(first, id, running=10, day_tokens=10 * tokens)
 
 
+async def test_many_first_uses_at_another_service(url: str) -> None:
+    """A key that was just created elsewhere is known to all requests that race with it."""
+    async with keeper(url) as first, keeper(url) as second:
+        plain, _ = await first.create(NewKey(name="k"))
+        digest = digest_of(plain.encode())
+        accounts = await asyncio.gather(*(second.find(digest) for _ in range(20)))
+        assert None not in accounts
+        assert await second.find(digest_of(b"wrong")) is None
+
+
 async def test_a_hundred_keys(url: str) -> None:
     """Issue 16, shown 5: 100 keys, each with three requests and a limit of two."""
     async with keeper(url) as made:

@@ -135,7 +135,7 @@ function Row({ entry, plan, pulled }: { entry: LibraryEntry; plan: (model: strin
         {compact(entry.context_length)}
       </td>
       <td data-label="Abilities">{entry.abilities.join(", ") || (entry.task === "generate" ? "–" : TASKS[entry.task])}</td>
-      <td data-label="Licence">{entry.license}</td>
+      <td data-label="Licence">{entry.license.replaceAll("-", "\u2011")}</td>
       <td class="actions">
         <Pull entry={entry} plan={plan} pulled={pulled} />
       </td>

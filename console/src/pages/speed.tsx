@@ -76,7 +76,7 @@ function Runs({ title, about, curves, first }: RunsProps) {
         </div>
       )}
       <div class="scroll" tabIndex={0} role="region" aria-label={`Figures of ${title}`}>
-        <table class="plain-grid">
+        <table class="plain-grid runs">
           <thead>
             <tr>
               <th>

@@ -17,6 +17,7 @@ _FIELD = re.compile(r"Object (?P<how>missing required|contains unknown) field `(
 _TYPE = re.compile(r"Expected `(?P<expected>[^`]+)`, got `(?P<got>[^`]+)`")
 _LENGTH = re.compile(r"Expected `(?P<kind>\w+)` of length (?P<sign>[<>=]+) (?P<bound>\d+)")
 _BOUND = re.compile(r"Expected `(?P<kind>\w+)` (?P<sign>[<>=]+) (?P<bound>\S+)")
+_PATTERN = re.compile(r"Expected `str` matching regex '(?P<pattern>.*)'", re.DOTALL)
 _VALUE = re.compile(r"Invalid (?:enum )?value (?P<value>.+)", re.DOTALL)
 _STEP = re.compile(r"[^.\[\]]+|\[\d+\]|\[\.\.\.\]")
 
@@ -124,12 +125,15 @@ def _words(problem: str, kind: inspect.Type | None) -> str:
     if match := _BOUND.fullmatch(problem):
         bound = f"{_SIGNS[match['sign']]} {match['bound']}"
         return f"expected {_KINDS.get(match['kind'], match['kind'])} {bound}"
+    if match := _PATTERN.fullmatch(problem):
+        return f"expected a string that matches {match['pattern']}"
     if match := _VALUE.fullmatch(problem):
         value = match["value"]
         shown = value if len(value) <= _MAX_VALUE else f"{value[:_MAX_VALUE]}…"
         accepted = ", ".join(map(str, _literals(kind)))
         return f"expected one of {accepted}; got {shown}" if accepted else f"unexpected {shown}"
-    return problem.replace("`", "")
+    plain = problem.replace("`", "")
+    return plain[:1].lower() + plain[1:]
 
 
 def _either(expected: str) -> str:

@@ -61,6 +61,7 @@ class Keeper:
         self._by_id: dict[str, Account] = {}
         self._changes = -1
         self._looked = float("-inf")
+        self._looking: asyncio.Task[None] | None = None
         self._reserved: dict[str, deque[_Reservation]] = {}
         self._pending: deque[Settlement] = deque()
         self._flushing: asyncio.Task[None] | None = None
@@ -127,7 +128,7 @@ class Keeper:
         if self._down is not None and self._when_down == "refuse":
             raise self._down_now()
         account = self._by_digest.get(digest)
-        if account is None:
+        if account is None and self._is_there():
             await self._look_for_new()
             account = self._by_digest.get(digest)
         if account is None or account.key.revoked is not None:
@@ -246,12 +247,14 @@ class Keeper:
 
     async def _look_for_new(self) -> None:
         """Read the keys again for one that is not known, but not for each of many wrong ones."""
-        if not self._is_there() or time.monotonic() < self._looked + _LOOK_AGAIN_S:
-            if self._down is not None:
-                raise self._down_now()
-            return
-        self._looked = time.monotonic()
-        await self._read()
+        if self._down is not None:
+            raise self._down_now()
+        looking, now = self._looking, time.monotonic()
+        if looking is None or (looking.done() and now >= self._looked + _LOOK_AGAIN_S):
+            self._looked = now
+            looking = self._looking = asyncio.ensure_future(self._read())
+        if not looking.done():
+            await asyncio.shield(looking)
 
     async def _read(self, by: str = "another process") -> None:
         accounts = await self._call(lambda book: book.accounts())
