@@ -71,6 +71,13 @@ def _amounts(value: object) -> object:
     return amounts
 
 
+def _database(address: str | None) -> str | None:
+    scheme, colon, _ = (address or "").partition("://")
+    if colon and scheme not in {"postgresql", "postgres", "sqlite"}:
+        raise ValueError("it is the path of an SQLite file, or postgresql://HOST/NAME")
+    return address
+
+
 Keys = Annotated[tuple[str, ...], BeforeValidator(_hash_keys)]
 
 
@@ -189,6 +196,15 @@ class ServerSettings(Rules, HttpSettings):
     )
     state: Fixed[Path | None] = Field(
         default=None, description="file of changes at run time; HOME/services/PORT.json"
+    )
+    database: Fixed[Annotated[str | None, AfterValidator(_database)]] = Field(
+        default=None,
+        repr=False,
+        description="keys with limits: an SQLite file (HOME/keys.sqlite3), or postgresql://...",
+    )
+    database_down: Fixed[Annotated[Literal["refuse", "cached"], BeforeValidator(lower)]] = Field(
+        default="refuse",
+        description="requests with its keys while the database is down: refuse, cached",
     )
 
 
