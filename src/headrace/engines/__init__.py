@@ -22,7 +22,7 @@ import msgspec
 from pydantic import ValidationError
 
 from headrace.core.errors import ConfigError, HeadraceError, LoadFailed, OutOfMemory
-from headrace.core.install import install_command, unfit
+from headrace.core.install import install_command
 from headrace.core.model import ModelFile, Task
 from headrace.core.status import Footprint
 from headrace.core.wording import fault_of
@@ -30,6 +30,7 @@ from headrace.engines import choice, plan
 from headrace.engines.base import About, Engine, EngineOptions, OpenRequest
 from headrace.engines.choice import Candidate
 from headrace.engines.module import Module
+from headrace.engines.versions import unfit
 from headrace.models.transfer import Progress, silent
 
 ENTRY_POINTS = "headrace.engines"
@@ -37,7 +38,7 @@ ENTRY_POINTS = "headrace.engines"
 
 _SHARED = {
     *("abilities", "base", "choice", "measured", "module", "openmp", "pictures", "plan", "remote"),
-    *("threaded", "tokenizer"),
+    *("threaded", "tokenizer", "versions"),
 }
 
 

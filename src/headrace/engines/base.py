@@ -48,7 +48,8 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     `requires` is the import name of the library (None: nothing), `extra` the extra of the
     package that brings it (None: the core does). A remote engine takes requests as they are and
     runs in the process that serves. A `confined` one writes only temporary files, and those that
-    its module's `writes` names, and needs no network. One that `spreads` can put a model on several
+    its module's `writes` names, and needs no network; one with a `program` of its own starts that
+    confined, and is not confined itself. One that `spreads` can put a model on several
     GPUs. `automatic` is False for one that is only used when it is configured by name. `able` are
     those of `core.model.ABILITIES` that a model can have on it.
     """
@@ -61,6 +62,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     able: frozenset[str] = frozenset()
     spreads: bool = False
     confined: bool = False
+    program: bool = False
     remote: bool = False
     automatic: bool = True
 

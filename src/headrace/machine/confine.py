@@ -26,6 +26,14 @@ _TCP, _SCOPED = 0b11, 0b11
 _FILES_ABI, _TCP_ABI, _SCOPED_ABI = 3, 4, 6
 _DEVICES = ("/dev", "/proc/self")
 
+program_folders: list[str] = []
+"""Folders that a program may write to which an engine starts; empty: it is not confined.
+
+Rules hold for what a confined process starts, too, but /proc/self is another folder there, and CUDA
+does not start without writing to its own. So the program's process takes the rules, and not its
+parent.
+"""
+
 
 def give_up_privileges() -> None:
     """Rule out core dumps, and new privileges by programs that this process starts."""

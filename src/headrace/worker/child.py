@@ -155,10 +155,15 @@ def _confine(worker_spec: WorkerSpec, scratch: Path, memory_limit: int | None) -
     if memory_limit is not None:
         confine.limit_memory(memory_limit)
     name = worker_spec.engine
-    if engines.about(name).confined:
+    about = engines.about(name)
+    if about.confined:
         engines.import_library(name)
+        folders = [scratch, *engines.writes(name, open_request(worker_spec))]
+        if about.program:
+            confine.program_folders[:] = map(str, folders)
+            return
         try:
-            confine.restrict([scratch, *engines.writes(name, open_request(worker_spec))])
+            confine.restrict(folders)
         except OSError as error:
             log.warning("headrace.worker.not_confined", extra={"data": {"error": str(error)}})
 

@@ -21,6 +21,7 @@ ABOUT = About(
     formats=("gguf",),
     devices=("cpu", "cuda", "mps"),
     confined=True,
+    program=True,
     spreads=True,
     tasks=("generate", "embed"),
     able=llamacpp.ABOUT.able,

@@ -11,19 +11,9 @@ from collections.abc import Sequence
 
 from headrace.core.errors import GenerationFailed, HeadraceError, WorkerDied
 from headrace.engines.llamacpp.link import Link, failure
+from headrace.machine import confine
 
-# The server ends with the thread that started it, and so with its process (Linux).
-_TETHER = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit()
-try:
-    os.execv(sys.argv[2], sys.argv[2:])
-except OSError as error:
-    sys.exit(f"{sys.argv[2]}: {error.strerror}")
-"""
+_TETHER = "headrace.engines.llama_server.tether"
 _LINES = 200
 _POLL_S, _DYING_S = 0.02, 1.0
 
@@ -70,7 +60,7 @@ class Server(Link):
         inherited = () if self.folder_fd is None else (self.folder_fd,)
         try:
             with subprocess.Popen(  # noqa: S603 - an executable of the user
-                [sys.executable, "-P", "-ISc", _TETHER, str(os.getpid()), *arguments],
+                [sys.executable, "-P", "-m", _TETHER, *self._limits(), "--", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -85,6 +75,10 @@ class Server(Link):
             self._tail.append(str(error))
         finally:
             self._ended.set()
+
+    @staticmethod
+    def _limits() -> list[str]:
+        return [str(os.getpid()), *confine.program_folders]
 
     def _take(self, line: str) -> None:
         self._tail.append(line.rstrip())
