@@ -182,6 +182,13 @@ def test_every_route_is_in_getting_started() -> None:
         assert path in page or path.startswith("/admin/"), path
 
 
+def test_each_page_has_its_place_in_the_site() -> None:
+    """Issue 16.4: a new page is a line of `nav` in website/mkdocs.yml."""
+    named = set(re.findall(r": (\S+\.md)$", (ROOT / "website" / "mkdocs.yml").read_text(), re.M))
+    docs = ROOT / "docs"
+    assert {str(path.relative_to(docs)) for path in docs.rglob("*.md")} - named == set()
+
+
 def test_links_lead_somewhere() -> None:
     pages = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
     for page in pages:

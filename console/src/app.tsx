@@ -5,6 +5,7 @@ import { useEffect, useRef, useState } from "preact/hooks";
 
 import { currentKey } from "./api";
 import { Docs } from "./pages/docs";
+import { Keys } from "./pages/keys";
 import { Models } from "./pages/models";
 import { Now } from "./pages/now";
 import { Requests } from "./pages/requests";
@@ -31,6 +32,7 @@ const PAGES: Page[] = [
   { name: "usage", title: "Usage", icon: "usage", view: Usage },
   { name: "speed", title: "Speed", icon: "speed", view: Speed },
   { name: "models", title: "Models", icon: "models", view: Models },
+  { name: "keys", title: "Keys", icon: "key", view: Keys },
 ];
 const DOCS: Page = { name: "docs", title: "API", icon: "docs", view: Docs };
 const isDocs = location.pathname === "/docs";

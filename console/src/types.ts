@@ -246,3 +246,30 @@ export interface StoredModel {
   added: number;
   revision: string | null;
 }
+
+export interface KeyLimits {
+  requests_per_minute?: number;
+  requests_per_day?: number;
+  tokens_per_minute?: number;
+  tokens_per_day?: number;
+  concurrent?: number;
+}
+
+/** A key of the database, without the key itself; times are Unix seconds. */
+export interface ApiKey {
+  id: string;
+  name: string;
+  scope: "inference" | "admin";
+  limits: KeyLimits;
+  models: string[];
+  created: number;
+  last_used: number | null;
+  revoked: number | null;
+  used: {
+    minute_requests: number;
+    minute_tokens: number;
+    day_requests: number;
+    day_tokens: number;
+    running: number;
+  };
+}

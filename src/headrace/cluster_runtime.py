@@ -41,4 +41,6 @@ def open_front(
     pool = ClusterPool(directories(config.cluster, member), member, connector(member.access))
     admin = ClusterAdmin(pool, reread=lambda: settings.needs_restart(reread()))
     tracing = otel.configure(__version__)
-    return admin, Telemetry(admin, tracing, config.telemetry, config.home)
+    return admin, Telemetry(
+        admin, tracing, config.telemetry, config.home, config.server.database or ""
+    )

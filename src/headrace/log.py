@@ -209,6 +209,13 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "lab.bench.damaged": "{0[path]} is damaged ({0[error]}); its runs are ignored".format,
     "usage.not_written": "Usage is not written to {0[path]}: {0[reason]}".format,
     "usage.writes_again": "Usage is written to {0[path]} again; {0[lost]} counts were lost".format,
+    "keys.created": "The key {0[name]} ({0[key]}) was created by {0[by]}".format,
+    "keys.changed": "The key {0[name]} ({0[key]}) was changed by {0[by]}".format,
+    "keys.revoked": "The key {0[name]} ({0[key]}) was revoked by {0[by]}".format,
+    "keys.down": "The database of the keys does not answer ({0[way]}): {0[reason]}".format,
+    "keys.back": "The database of the keys answers again; {0[unsettled]} counts are written".format,
+    "usage.not_sent": "Usage waits in {0[path]} for the database: {0[reason]}".format,
+    "usage.sent": "Usage that waited in {0[path]} is in the database".format,
     "sizing.not_kept": "Measured sizes are not kept: {0[error]}".format,
 }
 

@@ -20,6 +20,7 @@ from headrace.core.model import ModelFile, ModelInfo, ModelSpec
 from headrace.core.parameters import Parameter
 from headrace.core.status import Plan
 from headrace.engines import EngineStatus, measured
+from headrace.keys.keeper import Keeper
 from headrace.listing import list_library
 from headrace.log import LogSettings
 from headrace.machine import SystemInfo, confine
@@ -297,7 +298,15 @@ def open_service(
         ),
     )
     admin.restore()
-    return admin, Telemetry(admin, tracing, config.telemetry, config.home)
+    return admin, Telemetry(
+        admin, tracing, config.telemetry, config.home, config.server.database or ""
+    )
+
+
+def open_keys(config: Config) -> Keeper:
+    """Return the keys of a service in their database; nothing is read yet."""
+    server = config.server
+    return Keeper(server.database or "", config.home, server.database_down)
 
 
 async def plan(settings: Settings, spec: ModelSpec) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -19,7 +20,7 @@ from tests.tiny_gguf import tiny_gguf
 
 from headrace import engines
 from headrace.core.constraint import Constraint
-from headrace.core.errors import ConfigError, LoadFailed, WorkerDied
+from headrace.core.errors import ConfigError, InvalidRequest, LoadFailed, WorkerDied
 from headrace.core.sampling import Sampling
 from headrace.engines import llama_server, llamacpp, plan
 from headrace.engines.base import EngineRequest, OpenRequest, RawDelta, RawEvent
@@ -229,5 +230,29 @@ def test_constraints_without_llguidance() -> None:
     """Issue 17.1: most builds have none."""
     choice = in_gbnf(Constraint(choice=('a "b"', "c\\\n\x00é")))
     assert choice == {"grammar": 'root ::= "a \\"b\\"" | "c\\\\\\n\\U00000000é"\n'}
-    schema: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    integer = {"type": "integer", "minimum": 1}
+    schema = {"type": "object", "properties": {"a": integer}, "required": ["a"], "title": "A"}
     assert in_gbnf(Constraint(json_schema=schema)) == {"json_schema": schema}
+    assert in_gbnf(Constraint()) == {"json_schema": {}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": "^a+$"},
+        {"type": "string", "format": "email"},
+        {"type": "number", "minimum": 3},
+        {"type": "integer", "multipleOf": 3},
+        {"type": "array", "items": {"not": {"type": "null"}}},
+        {"type": "array", "minItems": 2},
+        {"type": "object", "required": ["a"]},
+        {"anyOf": [{"type": "null"}], "type": "object", "properties": {}},
+        {"allOf": [{"type": "string"}]},
+    ],
+    ids=json.dumps,
+)
+def test_what_would_not_be_enforced_is_refused(schema: dict[str, Any]) -> None:
+    """Issue 17.1: llama.cpp would drop it in silence, and the answer come out wrong."""
+    with pytest.raises(InvalidRequest, match="needs a build of llama") as caught:
+        in_gbnf(Constraint(json_schema=schema))
+    assert caught.value.param == "response_format"

@@ -10,10 +10,16 @@ from pathlib import Path
 import pytest
 
 from headrace.core.errors import InvalidRequest, LoadFailed
+from headrace.core.model import ModelSpec
+from headrace.core.request import EmbedRequest
+from headrace.core.stream import collect_vectors
 from headrace.engines.base import OpenRequest
 from headrace.engines.llamacpp import footprint
 from headrace.engines.llamacpp.engine import Engine
 from headrace.models.inspect import inspect
+from headrace.worker import computing
+from headrace.worker.process import WorkerProcess
+from headrace.worker.spec import WorkerSpec
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +72,22 @@ def test_it_ranks_nothing(request_: OpenRequest, smollm2_path: Path) -> None:
     wrong = OpenRequest(model=inspect(smollm2_path), device="cpu", task="rerank")
     with pytest.raises(LoadFailed, match="ranks nothing"):
         Engine(wrong)
+
+
+async def test_a_long_text_may_take_longer_than_hang_s(
+    request_: OpenRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 11.6: a text whose batch took two minutes had its worker killed, for all others."""
+    monkeypatch.setattr(computing, "_LONGEST_BATCH", 1000)
+    spec = ModelSpec(
+        name="m", model="m", task="embed", device="cpu", hang_s=0.5, options=request_.options
+    )
+    resolved = WorkerSpec(model=spec, file=request_.model, engine="llamacpp")
+    worker = WorkerProcess(spec, lambda spec, report: resolved)
+    await worker.start()
+    try:
+        pid, vectors = worker.pid, EmbedRequest(inputs=((7,) * 256,) * 2)
+        assert len((await collect_vectors(worker.ask(vectors))).vectors) == 2
+        assert worker.pid == pid
+    finally:
+        await worker.aclose()

@@ -88,6 +88,42 @@ def test_a_missing_library_is_a_hint_and_not_a_traceback(monkeypatch: pytest.Mon
         engines.open_engine("llamacpp", OpenRequest(model=GGUF))
 
 
+def test_a_library_that_is_too_old_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 17.7: its version is compared with what the extra asks for; a newer one is used."""
+    needs = ["fastlib>=2.4; extra == 'fast'", "helper>=1; extra == 'fast'", "other>=9"]
+    distribution(tmp_path, "headrace", "0.1", *needs)
+    old = distribution(tmp_path, "fastlib", "2.3.9")
+    distribution(tmp_path, "helper", "1.0")
+    (tmp_path / "fastlib.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    about = About(formats=("gguf",), requires="fastlib", extra="fast")
+    monkeypatch.setattr("headrace.engines.llamacpp.ABOUT", about)
+    state = engines.status("llamacpp")
+    assert not state.available
+    assert state.reason.startswith("installed is fastlib 2.3.9, where >=2.4 is needed: ")
+    assert state.reason.endswith(install_command("fast"))
+    with pytest.raises(ConfigError, match=r"llamacpp: installed is fastlib 2\.3\.9"):
+        engines.choose(GGUF, "llamacpp")
+    with pytest.raises(ConfigError, match=r"fastlib 2\.3\.9"):
+        engines.choose(GGUF)
+    old.unlink()
+    old.parent.rmdir()
+    distribution(tmp_path, "fastlib", "2.10")
+    assert engines.status("llamacpp").available
+    assert engines.choose(GGUF, "llamacpp")[0] == "llamacpp"
+
+
+def distribution(folder: Path, name: str, version: str, *needs: str) -> Path:
+    """Write what an installer notes about a package; return its file."""
+    path = folder / f"{name}-{version}.dist-info" / "METADATA"
+    path.parent.mkdir()
+    lines = ["Metadata-Version: 2.4", f"Name: {name}", f"Version: {version}"]
+    path.write_text("\n".join([*lines, *(f"Requires-Dist: {need}" for need in needs)]))
+    return path
+
+
 @pytest.mark.parametrize(
     ("raised", "kind"),
     [(MemoryError(), OutOfMemory), (RuntimeError("native"), LoadFailed)],

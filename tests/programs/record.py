@@ -51,10 +51,11 @@ LOCKED = {
 }
 NOT_RUN = {
     "home-assistant": "not run: a whole system; the `ollama` package that it uses is below",
-    "litellm": "its router with these models, below; its package `litellm-proxy` was not to be had",
     "vscode": "not run: an editor, in no package index",
     "langchain": "as below",
 }
+# The proxy is a client of `headrace connect`, the package another.
+_NOTED = {"litellm": "litellm-proxy"}
 _APIS = {
     "/v1/responses": "responses",
     "/v1/messages": "messages",
@@ -69,7 +70,7 @@ def table() -> str:
     rows: list[tuple[str, ...]] = [("client", "version", "works", "API", "set up by")]
     rows.append(("---",) * 5)
     for name, entry in CLIENTS.items():
-        ran = entries.get(name, {}) if name not in NOT_RUN else {}
+        ran = entries.get(_NOTED.get(name, name), {}) if name not in NOT_RUN else {}
         works = _works(ran) or NOT_RUN.get(name, "not run")
         how = f"`headrace connect {name}`: {entry.how}"
         rows.append((entry.title, ran.get("version", "-"), works, _APIS[entry.api], how))

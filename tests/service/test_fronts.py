@@ -51,14 +51,25 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(config: Path) -> Iterator[Service]:
-    with served("--config", str(config)) as service:
+    # Traces and files of its own, which no other service writes.
+    home = {"HOME": str(config.parent / "home")}
+    with served("--config", str(config), environment=home) as service:
         yield service
 
 
 @pytest.fixture
 async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    await until(partial(all_serve, service))
     async with keyed(service, BOSS) as http:
         yield http
+
+
+async def all_serve(service: Service) -> bool:
+    """Whether each front has one of two connections: the first request needs only one of them."""
+    async with client(service.url) as first, client(service.url) as second:
+        for each in (first, second):
+            await each.get("/health/live")
+        return all(connections(front, service) for front in fronts(service))
 
 
 def keyed(service: Service, key: str) -> httpx.AsyncClient:
@@ -334,7 +345,8 @@ async def test_sigterm_lets_the_answers_of_all_fronts_end(tmp_path: Path) -> Non
     """Issue 17.5: new requests are refused, answers end, then all processes; exit code 0."""
     path = tmp_path / "headrace.toml"
     path.write_text(CONFIG.format(ann=ANN, bob=BOB, boss=BOSS))
-    with served("--config", str(path)) as service:
+    home = {"HOME": str(tmp_path / "home")}
+    with served("--config", str(path), environment=home) as service:
         async with keyed(service, ANN) as http:
             gots = [Got() for _ in range(6)]
             tasks = [

@@ -13,7 +13,7 @@ from headrace.core.model import Capabilities, ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.sampling import Sampling
 from headrace.engines.base import EngineFacts
-from headrace.worker.prompt import Prompter, check_supported, max_new_tokens, without_neutral
+from headrace.worker.prompt import Prompter, check_supported, max_new_tokens
 
 BOS = 1
 
@@ -194,17 +194,14 @@ def test_what_the_engine_cannot_do_is_refused_by_name() -> None:
 def test_what_changes_nothing_needs_no_support(name: str, values: tuple[Any, ...]) -> None:
     """Issue 14: it is left out for an engine without the field, and passed to one that has it."""
     for value in values:
-        request = ask(**{name: value})
-        without = without_neutral(request, Capabilities())
-        check_supported(without, Capabilities())
-        assert without.sampling == Sampling()
-        able = Capabilities(sampling=frozenset({name}))
-        assert without_neutral(request, able) == request
+        sampling = Sampling(**{name: value})
+        assert sampling.without_neutral(frozenset()) == Sampling()
+        assert sampling.without_neutral({name}) == sampling
 
 
 def test_what_changes_something_stays() -> None:
-    request = ask(top_p=0.99, logit_bias={5: 0.0, 6: 1.0})
-    assert without_neutral(request, Capabilities()) == request
+    sampling = Sampling(top_p=0.99, logit_bias={5: 0.0, 6: 1.0})
+    assert sampling.without_neutral(frozenset()) == sampling
 
 
 def test_stop_strings_of_the_request_come_before_the_models() -> None:

@@ -18,6 +18,7 @@ from starlette.routing import Route as Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.api import admin as manage
+from headrace.api import keys as keys_admin
 from headrace.api import overview as current
 from headrace.api import pages, problems, records
 from headrace.api.anthropic import (
@@ -45,6 +46,7 @@ from headrace.api.embeddings import EmbeddingList, EmbeddingRequest, embeddings
 from headrace.api.exchange import Exchange, Route, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.llama_server import LLAMA_ROUTES
+from headrace.api.metered import Metered
 from headrace.api.ollama import OLLAMA_ADMIN_ROUTES, OLLAMA_ROUTES
 from headrace.api.openapi import document
 from headrace.api.rerank import (
@@ -80,6 +82,7 @@ from headrace.api.tokens import (
 )
 from headrace.core.backend import Admin, Backend, ClusterAdmin
 from headrace.core.errors import ConfigError, InvalidRequest
+from headrace.core.keys import Key, KeyChange, KeyStore, NewKey
 from headrace.core.library import LibraryFilter
 from headrace.core.record import Activity, History, Monitor, RequestRecord
 from headrace.core.status import ModelStatus, NodeStatus, Plan, PoolEvent, PoolStatus, Reloaded
@@ -158,6 +161,13 @@ ADMIN_ROUTES = (
     *OLLAMA_ADMIN_ROUTES,
 )
 
+KEY_ROUTES = (
+    _admin("GET", "/admin/keys", keys_admin.show_all, keys_admin.KeyList),
+    _admin("POST", "/admin/keys", keys_admin.create, keys_admin.CreatedKey, NewKey),
+    _admin("POST", "/admin/keys/{id}", keys_admin.change, Key, KeyChange),
+    _admin("DELETE", "/admin/keys/{id}", keys_admin.revoke, Key),
+)
+
 CLUSTER_ROUTES = (
     _admin("POST", "/admin/nodes/drain", manage.drain, NodeStatus, manage.DrainRequest),
 )
@@ -217,12 +227,13 @@ class FrontApplication:
     """The ASGI application of a process that has connections and no models.
 
     It answers what a Backend answers, and what is refused before it is read; all other requests go
-    to `rest`.
+    to `rest`. Where keys are in a database, which the other process has, those for models do too.
     """
 
     def __init__(self, service: Service, rest: ASGIApp) -> None:
         routes = [route for route in ROUTES if route.request is not None]
         self._paths = frozenset(route.path for route in routes)
+        self._service = service
         self._own = Application(service, routes)
         self._rest = rest
         self.replace_settings = self._own.replace_settings
@@ -230,11 +241,12 @@ class FrontApplication:
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve a request."""
         is_own = scope["method"] == "POST" and scope["path"] in self._paths
+        is_own = is_own and not self._service.settings.needs_key
         app = self._own if is_own or "headrace.refused" in scope else self._rest
         return app(scope, receive, send)
 
 
-def create_app(
+def create_app(  # noqa: PLR0913 - one for each part of a service
     backend: Backend,
     settings: ApiSettings,
     *,
@@ -243,6 +255,7 @@ def create_app(
     observer: Monitor | None = None,
     metrics: bool = True,
     batches: Store | str | None = None,
+    keys: KeyStore | None = None,
 ) -> Application:
     """Build the ASGI application; the backend is not closed here.
 
@@ -250,9 +263,11 @@ def create_app(
     models are; with `admin`, by which models can be managed, if one is or can be loaded. `observer`
     records every request and answers at /metrics, unless `metrics` is false. `batches` are the
     files and batches, which run while `Application.batches.run()` does, or the reason why there are
-    none.
+    none. `keys` are those of a database, with their limits.
     """
     routes = (*ROUTES, *ADMIN_ROUTES) if admin else ROUTES
+    if keys is not None:
+        backend, routes = Metered(backend, keys), (*routes, *KEY_ROUTES)
     if isinstance(admin, ClusterAdmin):
         routes = (*routes, *CLUSTER_ROUTES)
     if observer is not None and metrics:
@@ -260,7 +275,9 @@ def create_app(
     describe = admin.describe if admin is not None else None
     unload = admin.unload if admin is not None else None
     called = observer.called if observer is not None else None
-    service = Service(backend, settings, ready, admin, observer, describe, unload, called)
+    service = Service(
+        *(backend, settings, ready, admin, observer, describe, unload, called), keys=keys
+    )
     keeper = Batches(batches, service) if isinstance(batches, Store) else None
     if batches is not None:
         routes = (*routes, *BatchRoutes(keeper, "" if keeper else str(batches)).routes())

@@ -65,10 +65,15 @@ class Bodies:
                     raise too_large(limit)
                 if not message.get("more_body", False):
                     return b"".join(parts)
-                if self.size > limits.MAX_BODIES // self.shares and size > limits.SMALL_BODY:
+                if self._is_full(size) and size > limits.SMALL_BODY:
                     raise _too_many()
         finally:
             self.size -= size
+
+    def _is_full(self, size: int) -> bool:
+        """Whether a body of so many bytes is too much; one that is alone never is for a share."""
+        is_alone = self.shares > 1 and self.size == size
+        return self.size > limits.MAX_BODIES // self.shares and not is_alone
 
 
 BODIES = Bodies()

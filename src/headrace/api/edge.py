@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import ipaddress
 import logging
 import re
 import time
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.api import fields, problems
+from headrace.api import fields, problems, rate_limits
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.pages import is_page
 from headrace.api.problems import Headers, Refused, refused
 from headrace.core import record
 from headrace.core.errors import Forbidden, Unauthorized
+from headrace.core.keys import KeyStore, digest_of, id_of
 
 _HeaderList = Iterable[tuple[bytes, bytes]]
 
@@ -30,12 +30,13 @@ PRIORITY = b"x-headrace-priority"
 _log = logging.getLogger("headrace.api")
 _access = logging.getLogger("headrace.access")
 _OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
-_CLIENT_DIGITS = 16
 _LONGEST_LOGGED = 200
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _DBGPT_SPAN = re.compile(r"([0-9a-f]{32}):([0-9a-f]{16})")
 _WARNING = b"x-headrace-warning"
-_EXPOSED = b"x-request-id, server-timing, retry-after, retry-after-ms, " + _WARNING
+_EXPOSED = b"x-request-id, server-timing, retry-after, retry-after-ms, " + b", ".join(
+    (_WARNING, *rate_limits.NAMES)
+)
 _MAX_LOGGED = 1000
 _FORWARDED = frozenset(
     {b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"}
@@ -64,11 +65,11 @@ class Edge:
         call.traceparent = _traceparent(headers)
         call.tracestate = headers.get(b"tracestate", b"").decode("latin-1")
         call.batch = headers.get(PRIORITY, b"").lower() == b"batch"
-        settings = self._service.settings
+        settings, keys = self._service.current()
         dialect = problems.dialect_of(scope["path"])
         extra = [(name, call.id.encode()) for name in (b"x-request-id", dialect.id_header) if name]
         extra += _cors_headers(headers.get(b"origin"), settings)
-        sender = _with_headers(send, call, extra)
+        sender = _with_headers(send, call, extra, rate_limits.writer(keys, call, dialect))
         exchange = scope["headrace"] = Exchange(scope, receive, sender, settings, call, dialect)
         try:
             await self._serve(exchange, receive, headers)
@@ -95,7 +96,9 @@ class Edge:
                 return
             if scope["path"] not in _OPEN_PATHS and not is_page(scope["path"]):
                 call = exchange.call
-                call.client, call.is_admin = authorise(headers, exchange.settings, scope["path"])
+                call.client, call.is_admin = await authorise(
+                    headers, exchange.settings, scope["path"], self._service.keys
+                )
             await self._app(scope, receive, exchange.send)
         except Exception as error:
             # Any exception becomes a response, unless the headers have been sent.
@@ -129,8 +132,11 @@ class Edge:
             _log.warning("%s: %s", route, text % name, extra={"data": data})
 
 
-def authorise(
-    headers: dict[bytes, bytes], settings: ApiSettings, path: str = ""
+async def authorise(
+    headers: dict[bytes, bytes],
+    settings: ApiSettings,
+    path: str = "",
+    keys: KeyStore | None = None,
 ) -> tuple[str, bool]:
     """Return a short id of the request's key, and whether it is an admin's.
 
@@ -140,6 +146,7 @@ def authorise(
     Raises:
         Unauthorized: there is no key, or an unknown one.
         Forbidden: the key is for the metrics and the path is not, or the other way round.
+        DatabaseDown: it may be one of the database, which does not answer.
     """
     metrics = path == METRICS_PATH
     if not (settings.has_keys or (metrics and settings.metrics_keys)):
@@ -147,17 +154,23 @@ def authorise(
     key = _key(headers)
     if key is None:
         raise Unauthorized("An API key is needed: send it as `Authorization: Bearer <key>`.")
-    offered = f"sha256:{hashlib.sha256(key).hexdigest()}"
+    digest = digest_of(key)
+    offered = f"sha256:{digest}"
     is_admin = _is_among(offered, settings.admin_keys)
     is_client = _is_among(offered, settings.api_keys)
     is_scraper = _is_among(offered, settings.metrics_keys)
     # Not `or`: all are compared, so that the time does not depend on the kind of the key.
+    if not is_admin | is_client | is_scraper and keys is not None and settings.uses_database:
+        # Only the SHA-256 of an unguessable key is looked up, so the time tells nothing of it.
+        account = await keys.find(digest)
+        is_client = account is not None
+        is_admin = account is not None and account.key.scope == "admin"
     if not is_admin | is_client | is_scraper:
         raise Unauthorized("This API key is not known here.")
     if not is_admin | (is_scraper if metrics else is_client):
         right = "may use models, but not read /metrics" if metrics else "may only read /metrics"
         raise Forbidden(f"This API key {right}.")
-    return offered.removeprefix("sha256:")[:_CLIENT_DIGITS], is_admin
+    return id_of(digest), is_admin
 
 
 def check_admin(scope: Scope, settings: ApiSettings, *, is_admin: bool) -> None:
@@ -294,7 +307,9 @@ def _cors_headers(origin: bytes | None, settings: ApiSettings) -> Headers:
     )
 
 
-def _with_headers(send: Send, call: Call, extra: _HeaderList) -> Send:
+def _with_headers(
+    send: Send, call: Call, extra: _HeaderList, limits: Callable[[], Headers]
+) -> Send:
     # Not a coroutine itself, which would cost one more frame for each chunk of a stream.
     def sender(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
@@ -302,7 +317,7 @@ def _with_headers(send: Send, call: Call, extra: _HeaderList) -> Send:
             warned = [fields.warning(call.unknown)] if call.unknown else []
             warned += [f"not supported here, left out: {name}" for name in call.left_out]
             warnings = ((_WARNING, text.encode()) for text in warned)
-            message["headers"] = [*message.get("headers", ()), *extra, *warnings]
+            message["headers"] = [*message.get("headers", ()), *extra, *warnings, *limits()]
         return send(message)
 
     return sender

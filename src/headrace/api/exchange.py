@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Literal, TypeVar, get_type_hints
 
 import msgspec
+from msgspec.structs import replace
 from starlette.types import Receive, Scope, Send
 
 from headrace.api import fields, limits, problems
@@ -22,7 +23,9 @@ from headrace.core import record
 from headrace.core.backend import Admin, Backend
 from headrace.core.envelope import new_id
 from headrace.core.errors import InvalidRequest
+from headrace.core.keys import KeyStore
 from headrace.core.metrics import InferenceMetrics
+from headrace.core.model import ModelInfo
 from headrace.core.record import Monitor, Outcome
 from headrace.core.wording import names_unknown_field, refusal
 
@@ -44,6 +47,7 @@ class Service:
     `settings` may be replaced; a request that has begun keeps its own. `describe` lets the backend
     read the file of a model that is not loaded, `unload` ends a model, and `called` counts an HTTP
     request that has ended. `kept` is an answer to be used again for a moment.
+    `keys` are those of a database.
     """
 
     backend: Backend
@@ -55,6 +59,19 @@ class Service:
     unload: Callable[[str], Awaitable[object]] | None = None
     called: Callable[[record.Call], None] | None = None
     kept: object = None
+    keys: KeyStore | None = None
+
+    def current(self) -> tuple[ApiSettings, KeyStore | None]:
+        """Return the settings of a request that begins now, and the keys that count for it."""
+        keys = self.keys if self.settings.uses_database else None
+        if keys is not None and keys.required and not self.settings.needs_key:
+            self.settings = replace(self.settings, needs_key=True)
+        return self.settings, keys
+
+    def may_use(self, call: Call, info: ModelInfo) -> bool:
+        """Whether the key of a call may use a model."""
+        account = self.keys.account(call.client) if self.keys is not None else None
+        return account is None or account.allows((info.id, *info.aliases))
 
     def model_name(self, requested: str | None) -> str:
         """Return the model's name for an answer: as requested, or that of the only model."""

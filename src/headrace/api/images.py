@@ -54,7 +54,8 @@ class Held:
         Raises:
             Refused: there would be more than `MAX_HELD`.
         """
-        if self.size + size > MAX_HELD // self.shares:
+        is_alone = self.shares > 1 and not self.size
+        if self.size + size > MAX_HELD // self.shares and not is_alone:
             message = "The images of other requests take all room; try again later."
             raise refused(503, message, "too_many_images", ((b"retry-after", b"1"),))
         self.size += size

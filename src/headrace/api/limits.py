@@ -96,7 +96,8 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     `media_hosts` are hosts from which images are fetched: names, `*.` and a domain, or `*`.
     `reasoning_field` is where chat completions have the thinking. With `list_aliases`, /v1/models
     lists each alias as a model. `console` is whether browsers get the console and /docs.
-    `max_batch_bytes` bounds the files of batches, 0 switches them off.
+    `max_batch_bytes` bounds the files of batches, 0 switches them off. `uses_database` is whether
+    the keys of a database count too, and `needs_key` whether it has some.
 
     Raises:
         ConfigError: a key is not hashed, or a limit is not positive.
@@ -120,6 +121,8 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     list_aliases: bool = False
     console: bool = True
     max_batch_bytes: int = 4 << 30
+    uses_database: bool = True
+    needs_key: bool = False
 
     def __post_init__(self) -> None:
         """Check the keys and the limits."""
@@ -135,7 +138,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def has_keys(self) -> bool:
         """Whether requests for models need a key."""
-        return bool(self.api_keys or self.admin_keys)
+        return bool(self.api_keys or self.admin_keys or self.needs_key)
 
 
 def check_depth(body: bytes, param: str | None = None) -> None:

@@ -83,6 +83,7 @@ async def list_models(service: Service, exchange: Exchange) -> None:
     cards = [
         card(info, name)
         for info in service.backend.models()
+        if service.may_use(exchange.call, info)
         for name in (info.id, *(info.aliases if more else ()))
     ]
     first, last = (cards[0].id, cards[-1].id) if cards else (None, None)
@@ -93,7 +94,7 @@ async def show_model(service: Service, exchange: Exchange) -> None:
     """Show one model, by its id or an alias."""
     name: str = exchange.scope["path_params"]["model_id"]
     for info in service.backend.models():
-        if name == info.id or name in info.aliases:
+        if name in (info.id, *info.aliases) and service.may_use(exchange.call, info):
             card = _anthropic_card if _is_anthropic(exchange) else _card
             await exchange.answer(card(info, info.id))
             return

@@ -25,6 +25,7 @@ from headrace.cli import (
     connect,
     import_,
     installed,
+    keys,
     library,
     pool,
     replay,
@@ -120,6 +121,7 @@ _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
     },
     "Set up": {
         connect.connect: ("connect codex", 'connect codex --run -- exec "Explain this folder."'),
+        "keys": ("keys create laptop --requests-per-day 1000", "keys list"),
         "config": ("config show", "config path"),
         reports.doctor: ("doctor", "doctor --json"),
     },
@@ -146,6 +148,15 @@ _EXAMPLES = {
         "tree": ("trace tree ID", "trace tree -v ID"),
         "stats": ("trace stats --since 1h", "trace stats --model smollm2"),
         "replay": ("trace replay ID", "trace replay ID --model other"),
+    },
+    "keys": {
+        "list": ("keys list", "keys list --all --json"),
+        "create": (
+            "keys create laptop --requests-per-minute 60 --tokens-per-day 200000",
+            "keys create me --scope admin",
+        ),
+        "limit": ("keys limit laptop --concurrent 2", "keys limit laptop --models smollm2"),
+        "revoke": ("keys revoke laptop", "keys revoke 0123456789abcdef"),
     },
     "config": {
         "show": ("config show", "config show hub:org/repo"),
@@ -188,6 +199,7 @@ for _title, _group, _part in (
     ("Service", "cluster", cluster.app),
     ("Service", "service", installed.app),
     ("Set up", "config", reports.config),
+    ("Set up", "keys", keys.app),
     ("Observe", "trace", trace.app),
 ):
     for _info in _part.registered_commands:

@@ -71,7 +71,7 @@ def worker_settings(config: Config, address: Address) -> ApiSettings:
     settings = replace(settings, host=config.dbgpt.host, allowed_hosts=hosts)
     if config.dbgpt.without_key == "refuse":
         return settings
-    return replace(settings, api_keys=(), admin_keys=(), metrics_keys=())
+    return replace(settings, api_keys=(), admin_keys=(), metrics_keys=(), uses_database=False)
 
 
 def advertised(settings: DbgptSettings, listener: socket.socket) -> Address:

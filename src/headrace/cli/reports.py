@@ -108,9 +108,8 @@ def _doctor_lines(report: dict[str, Any], devices: Sequence[Device]) -> Iterator
     yield from terminal.aligned(
         ("ENGINE", "RUNS", "FORMATS", "WHY"), map(_engine, report["engines"])
     )
-    for name, lines in report["programs"].items():
-        yield ""
-        yield from terminal.aligned((), [(name, line) for line in lines])
+    programs = [(name, line) for name, lines in report["programs"].items() for line in lines]
+    yield from ("", *terminal.aligned((), programs)) if programs else ()
     names = ", ".join(provider["name"] for provider in report["providers"])
     with_key = ", ".join(item["name"] for item in report["providers"] if item["key_is_set"])
     yield ""
@@ -232,11 +231,18 @@ def usage(
     It needs no running service; the counts of its last seconds may be missing.
     """
     from headrace.telemetry import usage as counted
+    from headrace.telemetry.usage_shared import read_usage
 
     groups = _groups(by, counted.GROUPS)
     first, last = _day(since, "--since"), _day(until, "--until")
-    file = common.settings().config.home / counted.FILE
-    entries = counted.read(file, groups, since=first, until=last, model=model, key=key)
+    config = common.settings(service=True).config
+    entries = read_usage(
+        *(config.server.database or "", config.home, groups),
+        since=first,
+        until=last,
+        model=model,
+        key=key,
+    )
     total = _named(counted.total(entries))
     report = {
         "since": first or None,

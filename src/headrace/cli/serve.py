@@ -126,13 +126,14 @@ def run(
     `listening` is called with the URL, when requests are accepted.
     """
     settings, specs = read()
-    server = settings.config.server
+    config = _with_database(settings.config)
+    server = config.server
     _warn_of_keys(server)
     with (
         _main_socket(server) as listener,
         _second(server, server.ollama_port) as ollama,
-        _second(server, _metrics_port(settings.config)) as metrics,
-        listen_for_dbgpt(settings.config) as dbgpt,
+        _second(server, _metrics_port(config)) as metrics,
+        listen_for_dbgpt(config) as dbgpt,
         wire(settings) if wire is not None else contextlib.nullcontext() as fronts,
     ):
         from headrace.cli.service import live
@@ -207,13 +208,26 @@ def _warn_of_keys(server: ServerSettings) -> None:
     if named and not has_keys(server):
         terminal.note(
             f"warning: {named[0]} is the key that commands send; this service needs no key. "
-            "HEADRACE_API_KEYS and HEADRACE_ADMIN_KEYS set those."
+            "HEADRACE_API_KEYS, HEADRACE_ADMIN_KEYS and `headrace keys` set those."
         )
 
 
 def has_keys(server: ServerSettings) -> bool:
     """Whether requests need a key."""
-    return bool(server.api_keys or server.admin_keys)
+    return bool(server.api_keys or server.admin_keys or server.database)
+
+
+def _with_database(config: Config) -> Config:
+    """Return the configuration with the address of the default database, if that has keys."""
+    from headrace.keys.book import has_keys as has_rows
+    from headrace.keys.database import FILE
+
+    path = config.home / FILE
+    if config.server.database or not path.exists() or not has_rows(path):
+        return config
+    return config.model_copy(
+        update={"server": config.server.model_copy(update={"database": str(path)})}
+    )
 
 
 def wanted(settings: Settings, names: Sequence[str]) -> list[ModelSpec]:
@@ -266,7 +280,7 @@ def _public(server: ServerSettings, host: str) -> str:
         return ""
     return (
         f"{host} is reachable from other machines and no API key is set: set "
-        "HEADRACE_API_KEYS, or allow it with --allow-public."
+        "HEADRACE_API_KEYS or `headrace keys create` one, or allow it with --allow-public."
     )
 
 

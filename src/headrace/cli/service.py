@@ -16,6 +16,7 @@ import msgspec
 from headrace import runtime
 from headrace.api.app import create_app
 from headrace.api.batch.store import Store
+from headrace.api.limits import ApiSettings
 from headrace.api.server import Server
 from headrace.cli import streams
 from headrace.cli.dbgpt import DbgptWorker, api_settings
@@ -77,9 +78,11 @@ async def live(
     share_malloc_arena()
     metrics, ollama, dbgpt, wire = map(others.get, ("metrics", "ollama", "dbgpt", "wire"))
     service = _Service(settings, specs, reread, open or _opener(settings, specs, wire))
+    await service.keys.start()
     if service.fronts is not None:
         service.begin(service.fronts.run())
     loading = service.begin(service.load())
+    following_keys = service.begin(service.keys.run())
     following = service.begin(service.follow())
     watching = service.begin(service.telemetry.watch())
     alive = service.begin(service.supervisor.watch())
@@ -88,7 +91,7 @@ async def live(
         service.begin(service.aside.serve(metrics))
     if ollama is not None:
         service.begin(service.second.serve(ollama))
-    ending = [following, watching, loading, alive]
+    ending = [following, watching, loading, alive, following_keys]
     if wire is not None:
         ending.append(service.begin(_node(settings, service.admin).serve(wire)))
     try:
@@ -133,6 +136,9 @@ class _Service:
         self.admin, self.telemetry = open(self._reread)
         self.backend: Pool | ClusterPool = self.admin.pool
         self._optional = self._optional or isinstance(self.admin, ClusterAdmin)
+        self.keys = runtime.open_keys(settings.config)
+        self.keys.on_read = self.pass_on
+        self.telemetry.add(self.keys)
         telemetry = settings.config.telemetry
         self._app = create_app(
             self.backend,
@@ -142,6 +148,7 @@ class _Service:
             observer=self.telemetry,
             metrics=telemetry.metrics and telemetry.metrics_port is None,
             batches=_batches(settings.config),
+            keys=self.keys,
         )
         self._batching: asyncio.Task[None] | None = None
         idle = settings.config.server.max_idle_connections
@@ -158,7 +165,7 @@ class _Service:
             return None
         home = Home(self.backend, self.admin, self._app, self.telemetry, self._changed)
         share = max(1, max_idle // count)
-        log, settings = runtime.log_settings(config), api_settings(config)
+        log, settings = runtime.log_settings(config), self._applied(config)
         return Fronts(home, Begin(log, settings, share, count))
 
     def _changed(self) -> None:
@@ -168,6 +175,14 @@ class _Service:
     def ready(self) -> bool:
         """Whether new requests are accepted."""
         return self.backend.ready
+
+    def _applied(self, config: Config) -> ApiSettings:
+        return msgspec.structs.replace(api_settings(config), needs_key=self.keys.required)
+
+    def pass_on(self) -> None:
+        """Let the processes for connections know that the database has keys."""
+        if self.fronts is not None and self.keys.required:
+            self.fronts.replace_settings(self._applied(self._settings.config))
 
     def begin(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run a coroutine as a task beside the server."""
@@ -262,7 +277,7 @@ class _Service:
             self._changed()
             if event.kind == "reloaded":
                 self._settings = self._latest
-                applied = api_settings(self._latest.config)
+                applied = self._applied(self._latest.config)
                 self._app.replace_settings(applied)
                 if self.fronts is not None:
                     self.fronts.replace_settings(applied)
@@ -280,6 +295,7 @@ class _Service:
             await asyncio.wait(self._tasks)
         if self._app.batches is not None:
             self._app.batches.store.close()
+        await self.keys.aclose()
         await self.telemetry.aclose()
         _log.info("headrace.service.stopped")
 

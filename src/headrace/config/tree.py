@@ -71,10 +71,24 @@ def _amounts(value: object) -> object:
     return amounts
 
 
+def _database(address: str | None) -> str | None:
+    scheme, colon, _ = (address or "").partition("://")
+    if colon and scheme not in {"postgresql", "postgres", "sqlite"}:
+        raise ValueError("it is the path of an SQLite file, or postgresql://HOST/NAME")
+    return address
+
+
 Keys = Annotated[tuple[str, ...], BeforeValidator(_hash_keys)]
 
 
-Count = Annotated[int, Field(ge=1, le=64)]
+_MOST_FRONTS = 8
+
+
+def _fronts(value: object) -> object:
+    text = str(value).lower()
+    if text == "auto" or (text.isdecimal() and 1 <= int(text) <= _MOST_FRONTS):
+        return text if text == "auto" else int(text)
+    raise ValueError(f"must be a number from 1 to {_MOST_FRONTS}, or auto")
 
 
 class HttpSettings(Frozen):
@@ -90,7 +104,7 @@ class HttpSettings(Frozen):
         le=65535,
         description="a second port, for clients that look for Ollama on 11434",
     )
-    fronts: Fixed[Annotated[Count | Literal["auto"], BeforeValidator(lower)]] = Field(
+    fronts: Fixed[Annotated[int | Literal["auto"], BeforeValidator(_fronts)]] = Field(
         default="auto", description="processes for connections; auto: 1 below 16 cores, at most 4"
     )
     api_keys: Keys = Field(
@@ -182,6 +196,15 @@ class ServerSettings(Rules, HttpSettings):
     )
     state: Fixed[Path | None] = Field(
         default=None, description="file of changes at run time; HOME/services/PORT.json"
+    )
+    database: Fixed[Annotated[str | None, AfterValidator(_database)]] = Field(
+        default=None,
+        repr=False,
+        description="keys with limits: an SQLite file (HOME/keys.sqlite3), or postgresql://...",
+    )
+    database_down: Fixed[Annotated[Literal["refuse", "cached"], BeforeValidator(lower)]] = Field(
+        default="refuse",
+        description="requests with its keys while the database is down: refuse, cached",
     )
 
 

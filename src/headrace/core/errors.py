@@ -4,7 +4,8 @@ HeadraceError
 ├── RequestError          fix the request
 │   ├── UnknownModel
 │   ├── InvalidRequest
-│   │   └── UnknownRequest
+│   │   ├── UnknownRequest
+│   │   └── UnknownKey
 │   ├── ContextOverflow
 │   ├── Unsupported
 │   ├── Quarantined
@@ -13,6 +14,8 @@ HeadraceError
 │   └── Forbidden
 ├── CapacityError         try later
 │   ├── QueueFull
+│   ├── RateLimited
+│   ├── DatabaseDown
 │   ├── DoesNotFit
 │   ├── Loading
 │   ├── Draining
@@ -93,6 +96,10 @@ class UnknownRequest(InvalidRequest):
     """No request of that id is kept."""
 
 
+class UnknownKey(InvalidRequest):
+    """There is no key with that id, or it was revoked."""
+
+
 class ContextOverflow(RequestError):
     """The prompt, or the prompt and max_tokens together, exceed the context length."""
 
@@ -123,6 +130,14 @@ class CapacityError(HeadraceError):
 
 class QueueFull(CapacityError):
     """The bounded queue in front of the model is full."""
+
+
+class RateLimited(CapacityError):
+    """A limit of the key is reached: of requests, tokens or concurrent requests."""
+
+
+class DatabaseDown(CapacityError):
+    """The database of the keys cannot be reached."""
 
 
 class DoesNotFit(CapacityError):

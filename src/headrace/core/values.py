@@ -25,6 +25,7 @@ _TEXT = re.compile(f"([+-]?)(?:({_NUMBER})|((?:{_PART.pattern})+))")
 _LONGEST_S = 1e9
 _YEAR_S = 366 * 86400.0
 _ENDLESS = re.compile(r"-1(?:h|ms|m|s|us|ns)?")
+_PASSWORD = re.compile(r"(://[^/@:\s]*:)[^@/\s]+(?=@)|([?&]password=)[^&\s]+")
 _SECRETS = frozenset({"key", "keys", "token", "secret", "password"})
 _SECRET_PARTS = _SECRETS | {
     *("tokens", "secrets", "pass", "passwd", "passphrase", "pwd", "auth", "authorization"),
@@ -177,9 +178,14 @@ def masked(key: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [masked(key, item) for item in cast("Iterable[Any]", value)]
     if not value or key.rpartition(".")[2].rpartition("_")[2] not in _SECRETS:
-        return str(value) if isinstance(value, Path) else value
+        return _without_password(value) if isinstance(value, Path | str) else value
     text = str(value)
     return f"{text[:11]}…" if text.startswith("sha256:") else "…"
+
+
+def _without_password(value: Path | str) -> str:
+    """Return a path as a text, and an address without its password."""
+    return _PASSWORD.sub(r"\1\2…", str(value))
 
 
 def masked_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import msgspec
 from pydantic import ValidationError
 
 from headrace.core.errors import ConfigError, HeadraceError, LoadFailed, OutOfMemory
-from headrace.core.install import install_command
+from headrace.core.install import install_command, unfit
 from headrace.core.model import ModelFile, Task
 from headrace.core.status import Footprint
 from headrace.core.wording import fault_of
@@ -46,7 +46,7 @@ PROGRAM = "executable"
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether an engine is installed, and if not, how to install it."""
+    """Whether an engine can be used, and if not, why and how to install it."""
 
     name: str
     available: bool
@@ -72,14 +72,14 @@ def options(name: str) -> type[EngineOptions]:
 
 
 def status(name: str) -> EngineStatus:
-    """Return whether the engine's library or its program is installed."""
+    """Return whether the engine's program or library is installed, in a version that is allowed."""
     facts, program = about(name), _module(name).installed
     if program is not None:
         state = program()
         missing, reason = state.version is None, state.reason
     else:
-        missing = facts.requires is not None and importlib.util.find_spec(facts.requires) is None
-        reason = _install_hint(facts) if missing else "installed"
+        problem = _problem(facts)
+        missing, reason = bool(problem), problem or "installed"
     return EngineStatus(
         name=name,
         available=not missing,
@@ -87,6 +87,23 @@ def status(name: str) -> EngineStatus:
         formats=facts.formats,
         devices=facts.devices,
     )
+
+
+def _problem(facts: About) -> str:
+    """Return why an engine's library cannot be used; "" if it can."""
+    if facts.requires is None:
+        return ""
+    if importlib.util.find_spec(facts.requires) is None:
+        return f"not installed: {_install(facts)}"
+    if problem := _unfit(facts.extra, facts.requires, _folders()):
+        return f"installed is {problem}: {_install(facts)}"
+    return ""
+
+
+@lru_cache(maxsize=64)
+def _unfit(extra: str | None, library: str, _folders: tuple[tuple[str, float], ...]) -> str:
+    """Read the versions of packages in the folders, again after one has changed."""
+    return unfit(extra, library)
 
 
 def version(name: str) -> str | None:
@@ -232,7 +249,8 @@ def open_engine(name: str, request: OpenRequest) -> Engine:
     except HeadraceError:
         raise
     except ImportError as error:
-        raise ConfigError(f"Engine {name}: {_install_hint(about(name))} ({error})") from error
+        hint = f"not installed: {_install(about(name))}"
+        raise ConfigError(f"Engine {name}: {hint} ({error})") from error
     except MemoryError as error:
         raise OutOfMemory(f"Engine {name} ran out of memory while loading.") from error
     except Exception as error:
@@ -243,7 +261,11 @@ def open_engine(name: str, request: OpenRequest) -> Engine:
 
 
 def _entry_points() -> metadata.EntryPoints:
-    return _read_entry_points(tuple((folder, _changed(folder)) for folder in sys.path))
+    return _read_entry_points(_folders())
+
+
+def _folders() -> tuple[tuple[str, float], ...]:
+    return tuple((folder, _changed(folder)) for folder in sys.path)
 
 
 @lru_cache(maxsize=1)
@@ -330,7 +352,7 @@ def _formats() -> str:
     return "Formats: " + "; ".join(f"{name} {'/'.join(about(name).formats)}" for name in names())
 
 
-def _install_hint(facts: About) -> str:
+def _install(facts: About) -> str:
     if facts.extra:
-        return f"not installed: {install_command(facts.extra)}"
-    return f"not installed: {install_command(package=facts.requires or '')}"
+        return install_command(facts.extra)
+    return install_command(package=facts.requires or "")

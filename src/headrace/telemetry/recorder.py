@@ -57,6 +57,10 @@ class Recorder:
         """Describe how many requests run."""
         return f"<Recorder, {len(self._running)} running>"
 
+    def add(self, sink: Sink) -> None:
+        """Add a sink. Call before the first request."""
+        self._sinks = (*self._sinks, sink)
+
     def running(self) -> tuple[RunningRequest, ...]:
         """Return the running requests, oldest first, without waiting."""
         return tuple(run.snapshot() for run in self._running.values())

@@ -25,6 +25,7 @@ from headrace.core.record import (
     UsageRow,
 )
 from headrace.core.status import PoolEvent, PoolStatus
+from headrace.keys.database import is_postgres
 from headrace.pool.observer import Observer
 from headrace.telemetry import trace_file, trace_read, usage
 from headrace.telemetry.content import Redactor
@@ -35,6 +36,7 @@ from headrace.telemetry.recorder import Recorder
 from headrace.telemetry.spans import Tracing
 from headrace.telemetry.trace_file import TraceFile
 from headrace.telemetry.usage import Usage
+from headrace.telemetry.usage_shared import SharedUsage, read_usage
 
 
 class ObservedPool(Protocol):
@@ -71,7 +73,12 @@ class Telemetry:
     """A Monitor. If everything is switched off, the pool has no observer."""
 
     def __init__(
-        self, admin: ObservedAdmin, tracing: Tracing, settings: TelemetrySettings, home: Path
+        self,
+        admin: ObservedAdmin,
+        tracing: Tracing,
+        settings: TelemetrySettings,
+        home: Path,
+        database: str = "",
     ) -> None:
         pool = admin.pool
         self._tracing = tracing
@@ -80,19 +87,30 @@ class Telemetry:
         )
         self._recent = Recent(lambda: recorder.running())
         self._history = HistoryRecorder(admin.status, self.activity)
-        self._home = home
+        self._home, self._database = home, database
         self._files: list[TraceFile | Usage] = []
         if settings.traces:
             self._files.append(TraceFile(home / trace_file.FOLDER, settings.trace_bytes))
         if settings.usage:
-            self._files.append(Usage(home / usage.FILE))
+            is_shared = is_postgres(database)
+            self._files.append(
+                SharedUsage(database, home) if is_shared else Usage(home / usage.FILE)
+            )
         sinks: list[Sink] = [self._recent, *self._files]
         if settings.metrics:
             sinks.append(self._instruments)
         capture = Redactor(settings.redact) if settings.trace_content else None
-        recorder = Recorder(pool.models, tracing=tracing, sinks=sinks, capture=capture)
+        self._pool = pool
+        self._recorder = recorder = Recorder(
+            pool.models, tracing=tracing, sinks=sinks, capture=capture
+        )
         if settings.is_on or tracing.exporter is not None:
             pool.attach_observer(recorder)
+
+    def add(self, sink: Sink) -> None:
+        """Pass the records of requests to one more sink. Call before the first request."""
+        self._recorder.add(sink)
+        self._pool.attach_observer(self._recorder)
 
     def activity(self) -> Activity:
         """Return running requests and rates, without waiting."""
@@ -130,7 +148,7 @@ class Telemetry:
 
     def usage(self, by: Sequence[UsageGroup], wanted: UsageFilter) -> Sequence[UsageRow]:
         """Return the usage of each group, in order. Blocking."""
-        return usage.read(self._home / usage.FILE, by, **msgspec.structs.asdict(wanted))
+        return read_usage(self._database, self._home, by, **msgspec.structs.asdict(wanted))
 
     def watch_controller(self, url: str, count: Callable[[], float]) -> None:
         """Show the rows that a DB-GPT controller has of this worker."""

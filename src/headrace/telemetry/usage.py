@@ -42,12 +42,14 @@ GROUPS = {
 _LIVE, _BATCH = "live", "batch"
 _VERSION = 2
 _OLD_KEY = ("day", "client", "model", "operation")
-_KEY = (*_OLD_KEY, "priority")
-_TABLE = f"""CREATE TABLE usage ({", ".join(f"{name} TEXT NOT NULL" for name in _KEY)},
+KEY = (*_OLD_KEY, "priority")
+"""The columns whose values together are unique."""
+
+_TABLE = f"""CREATE TABLE usage ({", ".join(f"{name} TEXT NOT NULL" for name in KEY)},
 {", ".join(f"{name} INTEGER NOT NULL" for name in COUNTS)}, seconds REAL NOT NULL, joules REAL,
-PRIMARY KEY ({", ".join(_KEY)})) WITHOUT ROWID"""
+PRIMARY KEY ({", ".join(KEY)})) WITHOUT ROWID"""
 _ADDED = ", ".join(f"{name} = {name} + excluded.{name}" for name in (*COUNTS, "seconds"))
-_MARKS = ", ".join("?" * (len(_KEY) + len(COUNTS) + 2))
+_MARKS = ", ".join("?" * (len(KEY) + len(COUNTS) + 2))
 # A sum of unknown values is unknown; otherwise unknown values add nothing.
 _ADD = f"""INSERT INTO usage VALUES ({_MARKS}) ON CONFLICT DO UPDATE SET {_ADDED}, joules =
 CASE WHEN excluded.joules IS NULL THEN joules ELSE coalesce(joules, 0) + excluded.joules END"""  # noqa: S608 - of constants
@@ -67,7 +69,8 @@ _MOST_ROWS = 10_000
 _DAY_S = 86400
 _FIRST_DAY = date(1970, 1, 1).toordinal()
 
-_Key = tuple[int, str, str, str, str]  # the day is a number, since 1970
+Key = tuple[int, str, str, str, str]
+"""Day as a number since 1970, id of the key, model, operation, priority."""
 
 
 class Usage:
@@ -81,7 +84,7 @@ class Usage:
         self._path = path
         self._every_s = every_s
         self._lock = threading.Lock()
-        self._counted: dict[_Key, Amounts] = {}
+        self._counted: dict[Key, Amounts] = {}
         self._counted_event, self._stop = threading.Event(), threading.Event()
         self._failing = False
         self._lost = 0
@@ -95,7 +98,7 @@ class Usage:
 
     def record(self, record: RequestRecord) -> None:
         """Count a request that has ended, without waiting."""
-        key, amounts = _key(record), _amounts(record)
+        key, amounts = _key_of(record), _amounts(record)
         with self._lock:
             self._count(key, amounts)
         self._counted_event.set()
@@ -106,7 +109,7 @@ class Usage:
         self._counted_event.set()
         self._thread.join()
 
-    def _count(self, key: _Key, amounts: Amounts) -> None:
+    def _count(self, key: Key, amounts: Amounts) -> None:
         if (known := self._counted.get(key)) is not None:
             known.add(amounts)
         elif len(self._counted) < _MOST_ROWS:
@@ -128,7 +131,7 @@ class Usage:
             taken, self._counted = self._counted, {}
         try:
             if taken:
-                add(self._path, taken)
+                self._add(taken)
         except (sqlite3.Error, OSError, ConfigError) as error:
             self._put_back(taken, error)
             return False
@@ -138,7 +141,10 @@ class Usage:
             self._failing, self._lost = False, 0
         return True
 
-    def _put_back(self, taken: Mapping[_Key, Amounts], error: Exception) -> None:
+    def _add(self, counted: Mapping[Key, Amounts]) -> None:
+        add(self._path, counted)
+
+    def _put_back(self, taken: Mapping[Key, Amounts], error: Exception) -> None:
         with self._lock:
             newer, self._counted = self._counted, dict(taken)
             for key, amounts in newer.items():
@@ -150,7 +156,7 @@ class Usage:
             log.warning("headrace.usage.not_written", extra={"data": data})
 
 
-def add(path: Path, counted: Mapping[_Key, Amounts]) -> None:
+def add(path: Path, counted: Mapping[Key, Amounts]) -> None:
     """Add counts to the file, in one transaction.
 
     Raises:
@@ -163,7 +169,7 @@ def add(path: Path, counted: Mapping[_Key, Amounts]) -> None:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     with closing(sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)) as database:
         _open(database, path)
-        rows = [_row(key, amounts) for key, amounts in counted.items()]
+        rows = [row_of(key, amounts) for key, amounts in counted.items()]
         with _transaction(database):
             database.executemany(_ADD, rows)
 
@@ -197,7 +203,7 @@ def read(
             rows = database.execute(query, tuple(conditions.values())).fetchall() if version else []
     except sqlite3.Error as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from error
-    return tuple(_parse_row(by, row) for row in rows)
+    return rows_of(by, rows)
 
 
 def total(rows: Sequence[UsageRow]) -> Amounts:
@@ -206,6 +212,11 @@ def total(rows: Sequence[UsageRow]) -> Amounts:
     for row in rows:
         amounts.add(row.amounts)
     return amounts
+
+
+def rows_of(by: Sequence[str], rows: Sequence[Sequence[Any]]) -> tuple[UsageRow, ...]:
+    """Return rows of a database: the groups, and the sums in the order of Amounts."""
+    return tuple(_parse_row(by, row) for row in rows)
 
 
 def _column(group: str, version: int) -> str:
@@ -260,14 +271,15 @@ def _transaction(database: sqlite3.Connection) -> Generator[None]:
         raise
 
 
-def _key(record: RequestRecord) -> _Key:
+def _key_of(record: RequestRecord) -> Key:
     # Clients can send any name: unknown models share one row.
     model = OTHER if record.error == "UnknownModel" else record.model
     priority = _BATCH if record.batch else _LIVE
     return int(record.time // _DAY_S), record.client or NO_KEY, model, record.operation, priority
 
 
-def _row(key: _Key, amounts: Amounts) -> tuple[Any, ...]:
+def row_of(key: Key, amounts: Amounts) -> tuple[Any, ...]:
+    """Return the values of a row, in the order of the columns."""
     day, *rest = key
     return str(date.fromordinal(_FIRST_DAY + day)), *rest, *msgspec.structs.astuple(amounts)
 
@@ -280,9 +292,9 @@ def _amounts(record: RequestRecord) -> Amounts:
         engine_ms = max(0.0, metrics.total_ms - metrics.queue_ms - metrics.load_ms)
     return Amounts(
         requests=1,
-        failed=record.outcome == "error",
-        refused=record.outcome == "refused",
-        cancelled=record.outcome == "cancelled",
+        failed=int(record.outcome == "error"),
+        refused=int(record.outcome == "refused"),
+        cancelled=int(record.outcome == "cancelled"),
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.cached_tokens,
         completion_tokens=usage.completion_tokens,

@@ -18,6 +18,7 @@ from headrace.core.request import AnyRequest
 from headrace.log import LogSettings
 from headrace.machine import HOST, process_memory, visibility
 from headrace.models.transfer import silent
+from headrace.worker.computing import Hangs
 from headrace.worker.meter import Received
 from headrace.worker.spawn import NOTHING, ChildProcess, Relay
 from headrace.worker.spec import (
@@ -280,8 +281,10 @@ class WorkerProcess:
         self.died.set()
 
     async def _watch(self, child: ChildProcess) -> None:
+        hangs = Hangs(child)
         while not child.gone.is_set():
-            if child.is_hung(self.spec.hang_s):
+            tasks = self._info.capabilities.tasks if self._info else ("generate",)
+            if hangs.is_hung(self.spec.hang_s, encodes="generate" not in tasks):
                 child.kill("hung and was killed")
             if child.is_stopped():
                 child.kill("was stopped from outside and killed")

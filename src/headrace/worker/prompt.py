@@ -92,8 +92,10 @@ class Prompter:
             Unsupported: the engine cannot honour a field.
             InvalidRequest, ContextOverflow: the request is wrong.
         """
-        request = without_neutral(request, self._facts.capabilities)
-        check_supported(request, self._facts.capabilities, self._name)
+        able = self._facts.capabilities
+        sampling = request.sampling.without_neutral(able.sampling)
+        request = msgspec.structs.replace(request, sampling=sampling)
+        check_supported(request, able, self._name)
         context_length = self._context_length(request)
         text = None if request.messages is None else self._chat_text(request)
         token_ids = self._token_ids(request, text, context_length, gone)
@@ -216,9 +218,8 @@ class Prompter:
             raise Unsupported(
                 "This engine does not enforce calls of tools; use auto.", param="tool_choice"
             )
-        if request.constraint is not None and request.enforces_calls and not enforces:
-            message = "This engine does not enforce a response format beside tools."
-            raise Unsupported(message, param=request.constraint.param)
+        if (form := request.constraint) and request.enforces_calls and not enforces:
+            raise Unsupported("This engine does not enforce a form beside tools.", param=form.param)
         return parsing
 
     def _enforced(self, constraint: Constraint | None) -> Constraint | None:
@@ -336,12 +337,6 @@ def max_new_tokens(request: GenerateRequest, prompt_tokens: int, context_length:
             param="max_tokens",
         )
     return max_tokens
-
-
-def without_neutral(request: GenerateRequest, capabilities: Capabilities) -> GenerateRequest:
-    """Return the request without values that change nothing, of fields that the engine lacks."""
-    sampling = request.sampling.without_neutral(capabilities.sampling)
-    return msgspec.structs.replace(request, sampling=sampling)
 
 
 def check_supported(request: GenerateRequest, capabilities: Capabilities, name: str = "") -> None:

@@ -42,7 +42,7 @@ from headrace.engines.base import RemoteEngine, RemoteEvent, RemoteFinish
 from headrace.engines.remote import estimate, estimated_count
 from headrace.text.pipeline import StopMatcher
 from headrace.worker.encode import normalized
-from headrace.worker.prompt import check_supported, without_neutral
+from headrace.worker.prompt import check_supported
 from headrace.worker.turn import Answers, R, Served, T, Turn, unmeasured
 
 
@@ -61,7 +61,9 @@ async def generate(connected: Connected, request: GenerateRequest) -> AsyncGener
     """
     with Turn(connected, request) as turn:
         turn.require_task()
-        request = without_neutral(request, connected.facts.capabilities)
+        able = connected.facts.capabilities.sampling
+        sampling = request.sampling.without_neutral(able)
+        request = msgspec.structs.replace(request, sampling=sampling)
         _check(connected, request)
         answer = _Answer(turn)
         await turn.take_slot()

@@ -8,6 +8,7 @@ import pytest
 from tests.engines.remote.rig import started
 from tests.fakes.upstream import DONE, Play, chunk, event, upstream, usage
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, UpstreamError
 from headrace.core.events import Delta, GenerateResult, ToolCallDelta
 from headrace.core.request import GenerateRequest, Message
@@ -233,3 +234,20 @@ async def test_a_call_that_the_limit_has_cut_is_none(arguments: str) -> None:
             events = [event async for event in worker.ask(loop())]
         deltas = [event for event in events if isinstance(event, ToolCallDelta)]
         assert [(delta.call, delta.cut) for delta in deltas if delta.cut] == cut
+
+
+async def test_tools_with_a_form() -> None:
+    """Issue 13: both are passed on; calls, or content that keeps to the form, are the answer."""
+    request = loop(constraint=Constraint(json_schema=SCHEMA))
+    called = calling(part(0, PARIS, "get_weather", "a"))
+    whole = Play([event(chunk(content=PARIS)), event(chunk(reason="stop")), DONE])
+    free = Play([event(chunk(content="Sunny.")), event(chunk(reason="stop")), DONE])
+    async with upstream(called) as server, started(server.url) as worker:
+        result = await collect(worker.ask(request))
+        assert calls_of(result) == BOTH[:1]
+        body = server.requests[0].body
+        assert body["response_format"]["json_schema"]["schema"] == SCHEMA
+        assert len(body["tools"]) == 2
+    assert (await answer(whole, request)).text == PARIS
+    with pytest.raises(ConstraintViolated, match="JSON schema"):
+        await answer(free, request)

@@ -342,6 +342,46 @@ if engines.status("vllm").available:
     )
 
 
+if engines.status("llama_server").available:
+    # scripts/test-llama-server builds one; most builds have no llguidance.
+    SAMPLES.append(
+        Sample(
+            "llama_server",
+            _path(str),
+            kinds=("process",),
+            settings=_SHORT,
+            options=_ONE_THREAD,
+            refused=_OF_LLAMACPP
+            | IMAGES
+            | {"regex", "grammar", "tool_calls_required", "tool_calls_or_form"},
+            slow=True,
+        )
+    )
+    SAMPLES.append(
+        Sample(
+            "llama_server",
+            _seeing,
+            kinds=("process",),
+            settings={"context_length": 512, "max_running": 2},
+            options=_ONE_THREAD,
+            slow=True,
+            first=IMAGES,
+            name="llama_server-images",
+        )
+    )
+    SAMPLES.append(
+        Sample(
+            "llama_server",
+            _path(str),
+            "embed",
+            ("process",),
+            _SHORT,
+            {"pooling": "mean"},
+            slow=True,
+        )
+    )
+
+
 def without_a_sample() -> set[str]:
     """The engines that could run here and have no sample."""
     able = {name for name in engines.names() if engines.status(name).available}

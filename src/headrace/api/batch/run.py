@@ -40,6 +40,7 @@ MAX_LINES = 50_000
 _GUESSED_SLOTS = 8
 _LOOK_EVERY_S = 1.0
 _COMMITTED = 256
+_DATABASE_S = 2.0
 _log = logging.getLogger("headrace.api")
 
 _UNANSWERED: dict[State, LineError] = {
@@ -50,6 +51,15 @@ _UNANSWERED: dict[State, LineError] = {
 
 class Revoked(Exception):
     """The key of a batch is not known any more."""
+
+
+def _is_known(owner: str, service: Service) -> bool:
+    settings, keys = service.settings, service.keys
+    hashes = (*settings.api_keys, *settings.admin_keys)
+    if any(key.startswith(f"sha256:{owner}") for key in hashes):
+        return True
+    account = keys.account(owner) if keys is not None else None
+    return account is not None and account.key.revoked is None
 
 
 class Run:
@@ -158,9 +168,10 @@ class Run:
             await asyncio.wait({self._working})
 
     async def _send(self, item: Item) -> Reply:
-        kept, settings = self._kept, self._service.settings
-        keys = (*settings.api_keys, *settings.admin_keys)
-        if kept.owner and not any(key.startswith(f"sha256:{kept.owner}") for key in keys):
+        kept = self._kept
+        if kept.owner and not _is_known(kept.owner, self._service):
+            if (keys := self._service.keys) is not None and not keys.known:
+                return Reply(503, "", b"", _DATABASE_S)
             raise Revoked("The key of this batch is not known any more.")
         call = Call(client=kept.owner, is_admin=kept.is_admin, batch=True)
         return await ask(self._service, item.url, item.body, call)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from headrace.core.constraint import FORMS, Constraint, TextForm
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
-from headrace.engines.base import OpenRequest
+from headrace.engines.base import EngineRequest, OpenRequest, RawEvent
 from headrace.engines.llama_server import ABOUT, Options, executables, gbnf
 from headrace.engines.llama_server.executables import Program
 from headrace.engines.llama_server.server import Server
@@ -45,6 +45,12 @@ class Engine(Served):
         self._link = server = Server(command, Path(self._model.path).name)
         self._settle(request, planned, device)
         server.shows_log = True
+
+    def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
+        """Return the events of a request; what the build cannot enforce is refused before."""
+        if request.constraint is not None:
+            self._constrained(request.constraint)
+        return super().generate(request)
 
     def _forms(self) -> frozenset[TextForm]:
         return frozenset(FORMS if self._has_llguidance else gbnf.FORMS)
@@ -106,8 +112,8 @@ def _placed(
     request: OpenRequest, options: Options, program: Program, *, on_cpu: bool
 ) -> Iterator[str]:
     if on_cpu:
-        yield from ("--device", "none") if program.devices else ()
-        yield from ("--n-gpu-layers", "0")
+        if program.devices:
+            yield from ("--device", "none", "--n-gpu-layers", "0")
         return
     layers = _ALL_LAYERS if options.gpu_layers < 0 else options.gpu_layers
     yield from ("--n-gpu-layers", str(layers))

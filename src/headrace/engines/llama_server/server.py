@@ -38,7 +38,7 @@ class Server(Link):
     """
 
     def __init__(self, command: Sequence[str], name: str) -> None:
-        super().__init__()
+        super().__init__("llama-server-")
         self._tail: deque[str] = deque(maxlen=_LINES)
         self._process: subprocess.Popen[bytes] | None = None
         self._is_ready = self.shows_log = False

@@ -37,8 +37,8 @@ class Link:
     where the folder's own path is too long for a socket.
     """
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="llamacpp-"))
+    def __init__(self, prefix: str = "llamacpp-") -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix=prefix))
         self.key = secrets.token_urlsafe(24)
         self.folder_fd: int | None = None
         try:

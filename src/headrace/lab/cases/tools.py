@@ -130,13 +130,18 @@ async def tool_calls(subject: Subject) -> None:
     check(not called(none), "With tool_choice none it calls.")
 
 
+def _enforces_calls(subject: Subject) -> bool:
+    able = subject.capabilities
+    return able.json_schema and (subject.is_remote or "grammar" in able.forms)
+
+
 @case("W29")
 async def tool_calls_required(subject: Subject) -> None:
     """A required call, or one of a named tool, is made and keeps to its schema, or is refused."""
     talking = await subject.talking()
     for names in ((), (RAIN.name,), (TIME.name,)):
         choice = ToolChoice("required", names, parallel=False)
-        if not talking.capabilities.json_schema:
+        if not _enforces_calls(talking):
             request = talking.request(CALL, tools=_TOOLS, tool_choice=choice)
             error = await refusal(talking.backend.ask(request), Unsupported)
             check(error.param == "tool_choice", f"The error names {error.param}.")
@@ -153,7 +158,7 @@ async def tool_calls_required(subject: Subject) -> None:
 async def tool_calls_parallel(subject: Subject) -> None:
     """Several calls in one answer have their own ids; without `parallel` there is one."""
     talking = await subject.talking()
-    mode = "required" if talking.capabilities.json_schema else "auto"
+    mode = "required" if _enforces_calls(talking) else "auto"
     both = f"{CALL}\n{CALL}"
     several = called(await _answer(talking, both, tool_choice=ToolChoice(mode)))
     if mode == "auto" and await _repeats(talking):
@@ -173,7 +178,7 @@ async def tool_calls_strict(subject: Subject) -> None:
         try:
             reply = await _answer(talking, prompt, tools=strict)
         except ConstraintViolated as error:
-            if talking.capabilities.json_schema or prompt == CALL:
+            if _enforces_calls(talking) or prompt == CALL:
                 raise
             raise Declared("A call that does not keep to it is an error.") from error
         for call in called(reply):
@@ -184,7 +189,7 @@ async def tool_calls_strict(subject: Subject) -> None:
 async def tool_calls_or_form(subject: Subject) -> None:
     """With tools and a JSON schema an answer is calls, or keeps to the schema, or is refused."""
     talking, form = await subject.talking(), Constraint(json_schema=_VERDICT)
-    if not talking.capabilities.json_schema:
+    if not _enforces_calls(talking):
         request = talking.request(CALL, tools=_TOOLS, constraint=form)
         error = await refusal(talking.backend.ask(request), Unsupported)
         check(error.param == "response_format", f"The error names {error.param}.")
@@ -199,7 +204,7 @@ async def tool_calls_or_form(subject: Subject) -> None:
 async def tool_calls_cut(subject: Subject) -> None:
     """An answer that is cut within a call ends with `length`, and nothing of it is lost."""
     talking = await subject.talking()
-    mode = "required" if talking.capabilities.json_schema else "auto"
+    mode = "required" if _enforces_calls(talking) else "auto"
     for most in _CUTS:
         request = await _request(talking, tool_choice=ToolChoice(mode))
         sampling = msgspec.structs.replace(request.sampling, max_tokens=most)
