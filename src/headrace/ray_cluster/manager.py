@@ -1,4 +1,4 @@
-"""The manager: an actor beside Ray's head that lists the nodes, and adds agents as machines join."""
+"""The manager: an actor beside the head of Ray that lists nodes, and adds agents for machines."""
 
 from __future__ import annotations
 
