@@ -1,4 +1,4 @@
-"""The manager: an actor beside Ray's head that lists the nodes, and keeps the number of agents."""
+"""The manager: an actor beside the head of Ray that lists nodes, and adds agents for machines."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ class Manager:
         while True:
             try:
                 self._machines = await asyncio.to_thread(_machines)
-                agents = max(1, len(self._machines))
+                # Not fewer when a machine is gone: its agent waits for it. Serve would end an agent
+                # that waits, and Ray then may not give its resource to another.
+                agents = max(1, self._agents, len(self._machines))
                 if agents != self._agents and self._is_wanted:
                     await asyncio.to_thread(_deploy, self._plan, agents)
                     self._agents = agents
