@@ -106,6 +106,7 @@ class ModelOptions(TypedDict, total=False):
     api_key: str | None
     api_key_env: str | None
     api_version: str | None
+    arguments: Sequence[str] | None
     attention: str | None
     base_url: str | None
     batch_invariant: bool | None
@@ -123,6 +124,7 @@ class ModelOptions(TypedDict, total=False):
     eager: bool | None
     engine_args: Mapping[str, Any] | None
     env: Mapping[str, Any] | None
+    executable: str | None
     fail_after: int | None
     fail_load: str | None
     fault: str | None

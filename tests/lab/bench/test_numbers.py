@@ -299,7 +299,7 @@ def test_no_point_of_a_plot_is_on_the_frame(
         SimpleNamespace(load="256", output_tokens_per_s=100 * n, ttft_ms=time, inter_token_ms=time)
         for n in range(1, count + 1)
     ]
-    runs: Any = {"a": SimpleNamespace(levels=levels)}
+    runs: Any = {"a": SimpleNamespace(levels=levels, settings=SimpleNamespace(model="m"))}
     plot.draw(runs, tmp_path / "a.png")
     for axes in figures[0].axes:
         frame = axes.get_window_extent()
