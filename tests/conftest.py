@@ -63,7 +63,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Take what collecting has made, 700 MB, out of every later garbage collection."""
+    """Take what collecting has made, 500 MB, out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def light_collections() -> None:
+    """Take what earlier tests have left out of the garbage collections of a file's tests."""
     gc.collect()
     gc.freeze()
 

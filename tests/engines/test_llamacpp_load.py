@@ -33,6 +33,8 @@ from headrace.engines.llamacpp.engine import Engine
 from headrace.models.inspect import inspect
 from headrace.worker.prompt import Prompter
 
+pytestmark = pytest.mark.usefixtures("light_collections")
+
 Make = Callable[..., Path]
 I32 = 5
 HI = (Message("user", "hi"),)

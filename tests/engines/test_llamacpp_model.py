@@ -26,6 +26,8 @@ from headrace.engines.base import Admitted, EngineRequest, OpenRequest, RawDelta
 from headrace.engines.llamacpp.engine import Engine
 from headrace.models.inspect import inspect
 
+pytestmark = pytest.mark.usefixtures("light_collections")
+
 POEM = "<|im_start|>user\nWrite a short poem about rivers.<|im_end|>\n<|im_start|>assistant\n"
 HI = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
 

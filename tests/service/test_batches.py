@@ -49,7 +49,8 @@ def until(client: openai.OpenAI, id: str, completed: int) -> Any:
     while time.monotonic() < end:
         batch = client.batches.retrieve(id)
         assert batch.request_counts is not None
-        if batch.request_counts.completed >= completed and batch.status != "finalizing":
+        counts, is_over = batch.request_counts, batch.status == "completed"
+        if counts.completed >= completed and (is_over or counts.completed < counts.total):
             return batch
         time.sleep(0.02)
     raise AssertionError("it does not get that far")

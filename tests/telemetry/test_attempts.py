@@ -30,6 +30,8 @@ from headrace.telemetry.spans import Parent, Span
 from headrace.worker.spec import OnProgress, WorkerSpec
 from headrace.worker.worker import Worker
 
+pytestmark = pytest.mark.usefixtures("light_collections")
+
 
 @asynccontextmanager
 async def running(told: Told, **given: Any) -> AsyncIterator[Pool]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tests.telemetry.collector import collector
 
+pytestmark = pytest.mark.usefixtures("light_collections")
+
 ASK = """
 from headrace import ModelWorker
 worker = ModelWorker("echo")

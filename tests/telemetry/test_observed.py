@@ -38,6 +38,8 @@ from headrace.telemetry import content as contents
 from headrace.telemetry import names
 from headrace.telemetry.content import Redactor
 
+pytestmark = pytest.mark.usefixtures("light_collections")
+
 LEAVES = [kind for kind in kinds() if not kind.__subclasses__()]
 
 

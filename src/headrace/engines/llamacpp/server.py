@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from headrace.engines.llamacpp.link import SOCKET, Link, failure
 
 _MAX_LOG = 1 << 16
 _ERRORS_ONLY = 1
+_LOGGED_S, _POLL_S = 1.0, 0.02
 
 
 class Server(Link):
@@ -58,9 +60,21 @@ class Server(Link):
         log = self.folder / "log"
         try:
             with _stderr_to(log):
-                return xllamacpp.Server(params)
+                return _started(params, log)
         except RuntimeError as error:
             raise failure(name, _tail(log) or str(error)) from error
+
+
+def _started(params: Any, log: Path) -> xllamacpp.Server:
+    try:
+        return xllamacpp.Server(params)
+    except RuntimeError:
+        # A thread of the library writes the log, and may not have come to it.
+        end, size = time.monotonic() + _LOGGED_S, 0
+        while time.monotonic() < end and (size == 0 or size != log.stat().st_size):
+            size = log.stat().st_size
+            time.sleep(_POLL_S)
+        raise
 
 
 def _tail(log: Path) -> str:
