@@ -6,7 +6,8 @@ import contextlib
 import re
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,3 +117,10 @@ def request(path: str, body: bytes = b"", *lines: str, method: str = "POST") -> 
     length = () if framed else (f"content-length: {len(body)}",)
     head = [f"{method} {path} HTTP/1.1", "host: localhost", *length, *lines]
     return "\r\n".join([*head, "", ""]).encode() + body
+
+
+def wait_until(true: Callable[[], bool], within_s: float = 10) -> None:
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.api.fakes import FakeBackend, hello
+from tests.api.sockets import wait_until
 
 from headrace.api import openapi
 from headrace.api.app import Application, create_app
@@ -415,7 +416,7 @@ async def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ended = await client.until(batch["id"])
         assert (ended["status"], ended["errors"]["data"][0]["code"]) == ("failed", "disk_error")
         assert ended["output_file_id"] is None
-        assert len([*tmp_path.glob("*.jsonl")]) == 1
+        await asyncio.to_thread(wait_until, lambda: len([*tmp_path.glob("*.jsonl")]) == 1)
 
 
 async def test_an_upload_is_bounded_while_it_arrives(
