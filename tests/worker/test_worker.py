@@ -527,7 +527,7 @@ async def test_few_texts_are_counted_at_a_time(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(echo_engine.Engine, "detokenize", lambda *_: str(slow()))
         requests = [CountRequest(text="a"), DetokenizeRequest(token_ids=(1,))] * 4
         tasks = [asyncio.create_task(listed(counter.ask(request))) for request in requests]
-        await until(lambda: running == 2)
+        await until(lambda: running >= 2)
         tasks[0].cancel()
         for count in range(len(tasks) - 1):
             places.release()
