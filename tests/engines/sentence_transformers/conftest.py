@@ -42,7 +42,9 @@ def make_ranker(
         num_labels=scores, initializer_range=0.5,
     )  # fmt: skip
     AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
-    AutoTokenizer.from_pretrained(tokenizer, model_max_length=length - 2).save_pretrained(path)
+    AutoTokenizer.from_pretrained(
+        tokenizer, model_max_length=length - (0 if kind == "bert" else 2)
+    ).save_pretrained(path)
     return path
 
 

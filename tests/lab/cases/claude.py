@@ -36,7 +36,7 @@ def _tokens(body: dict[str, Any]) -> int:
 
 def _pieces(body: dict[str, Any]) -> list[str]:
     """The answer up to its first stop string, in pieces of some characters."""
-    said = '{"age": 7}'
+    said = '{"rain": true}' if "rain" in json.dumps(body.get("output_config")) else '{"age": 7}'
     if "output_config" not in body:
         start = len(_text(body["messages"][-1]["content"])) % len(_TEXT)
         times = body["max_tokens"] * _PIECE // len(_TEXT) + 2
