@@ -29,7 +29,7 @@ from headrace.engines.llama_server.engine import Engine
 from headrace.engines.llama_server.gbnf import in_gbnf
 from headrace.engines.llama_server.server import Server
 from headrace.engines.llamacpp.engine import Engine as InProcess
-from headrace.machine import graphics
+from headrace.machine import confine, graphics
 from headrace.models.inspect import inspect
 
 GPU = "  CUDA0: NVIDIA H100 80GB HBM3 (81079 MiB, 80000 MiB free)"
@@ -256,3 +256,27 @@ def test_what_would_not_be_enforced_is_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match="needs a build of llama") as caught:
         in_gbnf(Constraint(json_schema=schema))
     assert caught.value.param == "response_format"
+
+
+@pytest.mark.skipif(confine.landlock() < 4, reason="no Landlock for files and TCP here")
+def test_the_server_is_confined_and_can_name_its_threads(tmp_path: Path) -> None:
+    """Issue 17.1, 11.14: CUDA does not start without writing to its own /proc/self."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    program = f"""
+import socket
+from pathlib import Path
+Path("/proc/self/comm").write_text("cuda")
+Path({str(inside / "file")!r}).write_text("x")
+for change in (lambda: Path({str(outside)!r}).write_text("x"),
+               lambda: socket.create_connection(("127.0.0.1", 9))):
+    try:
+        change()
+    except PermissionError:
+        print("refused")
+"""
+    tether = [sys.executable, "-P", "-m", "headrace.engines.llama_server.tether", str(os.getpid())]
+    command = [*tether, str(inside), "--", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["refused"] * 2
+    assert engines.about("llama_server").program

@@ -237,10 +237,6 @@ class KeyStore(Protocol):
         """
         ...
 
-    def release(self, request: str) -> None:
-        """Take back what was reserved for a request that did not begin."""
-        ...
-
     def now(self) -> float:
         """Return Unix seconds by the clock that counts."""
         ...

@@ -151,11 +151,6 @@ class Keeper:
         self._reserved.setdefault(request, deque()).append(reservation)
         return reservation.tokens
 
-    def release(self, request: str) -> None:
-        """Take back what was reserved for a request that did not begin."""
-        if (reservation := self._taken(request)) is not None:
-            self._settle(reservation, 0, requests=-1)
-
     def record(self, record: RequestRecord) -> None:
         """Settle what a request has used."""
         if (reservation := self._taken(record.id)) is not None:
