@@ -19,7 +19,7 @@ from headrace.core.errors import ConfigError
 from headrace.core.model import ModelFile, ModelInfo, ModelSpec
 from headrace.core.parameters import Parameter
 from headrace.core.status import Plan
-from headrace.engines import EngineStatus, measured
+from headrace.engines import EngineStatus, measured, speculation
 from headrace.keys.keeper import Keeper
 from headrace.listing import list_library
 from headrace.log import LogSettings
@@ -125,7 +125,14 @@ def resolver(config: Config) -> Resolve:
     """Return a function that finds a model's file and engine; it downloads, and blocks."""
 
     def resolve(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
-        return _worker_spec(spec, model_file(spec, config, on_progress), config)
+        file = model_file(spec, config, on_progress)
+        worker_spec = _worker_spec(spec, file, config)
+        if not (reference := spec.options.get(speculation.DRAFT_MODEL)):
+            return worker_spec
+        draft = store(config).model_file(parse(reference), on_progress)
+        speculation.check_draft(file, draft)
+        draft = engine_registry.prepared(worker_spec.engine, draft, config.home)
+        return msgspec.structs.replace(worker_spec, draft=draft)
 
     return resolve
 

@@ -11,12 +11,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 DEVICES_VARIABLE = "FAKE_LLAMA_DEVICES"
 VERSION = "version: 4242 (abc1234)"
 _TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _ROPE = {"none": 0, "linear": 1, "yarn": 2}
+_DRAFTS = {"draft-simple": 1, "ngram-simple": 6}
 _POOLING = {"mean": 1, "cls": 2, "last": 3}
 
 
@@ -39,6 +41,10 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=int)
     for name in ("rope-scaling", "chat-template", "pooling", "load-mode", "mmproj", "fit"):
         parser.add_argument(f"--{name}")
+    for name in ("spec-type", "spec-draft-model", "spec-draft-type-k", "spec-draft-type-v"):
+        parser.add_argument(f"--{name}")
+    for name in ("draft-n-max", "ngram-simple-size-m", "ngram-simple-size-n"):
+        parser.add_argument(f"--spec-{name}", type=int)
     parser.add_argument("--rope-scale", type=float)
     parser.add_argument("--embd-normalize", type=int)
     for name in ("embedding", "kv-unified", "no-cache-prompt", "no-slots", "no-ui"):
@@ -74,9 +80,23 @@ def _serve(given: argparse.Namespace) -> None:
         params.rope_freq_scale = 1 / given.rope_scale
     if given.mmproj:
         params.mmproj.path, params.mmproj_use_gpu = given.mmproj, False
+    if given.spec_type:
+        _draft(params.speculative, given)
     server = xllamacpp.Server(params)
     signal.sigwait({signal.SIGTERM})
     del server
+
+
+def _draft(drafts: Any, given: argparse.Namespace) -> None:
+    drafts.types = [type(drafts.types[0])(_DRAFTS[given.spec_type])]
+    if given.spec_draft_model:
+        drafts.draft.mparams.path = given.spec_draft_model
+        drafts.draft.n_max = given.spec_draft_n_max
+        drafts.draft.cache_type_k = _TYPES[given.spec_draft_type_k]
+        drafts.draft.cache_type_v = _TYPES[given.spec_draft_type_v]
+        return
+    drafts.ngram_simple.size_m = given.spec_ngram_simple_size_m
+    drafts.ngram_simple.size_n = given.spec_ngram_simple_size_n
 
 
 def main(arguments: Sequence[str]) -> None:

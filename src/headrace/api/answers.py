@@ -28,10 +28,12 @@ class PromptDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
-class CompletionDetails(msgspec.Struct, frozen=True):
-    """Tokens of the completion that were thinking."""
+class CompletionDetails(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Tokens of the completion that were thinking, and those of drafts."""
 
     reasoning_tokens: int
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
 
 class UsageBody(msgspec.Struct, frozen=True):
@@ -96,5 +98,9 @@ def usage_body(usage: Usage) -> UsageBody:
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.total_tokens,
         prompt_tokens_details=PromptDetails(usage.cached_tokens),
-        completion_tokens_details=CompletionDetails(usage.reasoning_tokens),
+        completion_tokens_details=CompletionDetails(
+            usage.reasoning_tokens,
+            usage.accepted_tokens,
+            max(0, usage.drafted_tokens - usage.accepted_tokens),
+        ),
     )

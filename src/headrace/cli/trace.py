@@ -224,6 +224,8 @@ def _facts(record: RequestRecord) -> list[tuple[str, Any]]:
         "prompt": f"{usage.prompt_tokens} tokens, {usage.cached_tokens} cached",
         "completion": f"{usage.completion_tokens} tokens",
         "reasoning": usage.reasoning_tokens and f"{usage.reasoning_tokens} tokens of it",
+        "drafted": usage.drafted_tokens
+        and f"{usage.drafted_tokens} tokens, {usage.accepted_tokens} accepted",
         "calls": metrics.tool_calls,
         **_durations(metrics),
         "continued": metrics.continuations and f"{metrics.continuations}, {metrics.continued}",

@@ -106,6 +106,12 @@ class Usage(Figures, frozen=True, kw_only=True):
     reasoning_tokens: Annotated[
         int, _tokens("Tokens written while thinking, of the completion.", sum)
     ] = 0
+    drafted_tokens: Annotated[
+        int, _tokens("Tokens that speculation drafted and the model checked.", sum)
+    ] = 0
+    accepted_tokens: Annotated[
+        int, _tokens("Tokens of the completion that a draft had and the model accepted.", sum)
+    ] = 0
 
     @property
     def total_tokens(self) -> int:

@@ -271,7 +271,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     `tools`: calls of tools, in a `generic` form where the chat template has none of its own.
     `thinking`: whether the model thinks before its answer, and requests can switch that.
     `prompt_logprobs`: of the tokens of a prompt. `infill`: it fills the gap before a suffix.
-    `vision`: messages may have images.
+    `vision`: messages may have images. `speculation`: how tokens are drafted; empty if none are.
     """
 
     sampling: frozenset[str] = frozenset()
@@ -286,6 +286,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: bool = False
     infill: bool = False
     vision: bool = False
+    speculation: str = ""
     tasks: frozenset[Task] = frozenset({"generate"})
     dimensions: int | None = None
 
@@ -310,6 +311,7 @@ ABILITIES: Mapping[str, str] = {
     "infill": "fill in the middle",
     "vision": "images",
     "resume": "continues an answer",
+    "speculation": "drafts tokens",
 }
 """What some engines can do and others cannot: flags of Capabilities and fields of Sampling."""
 

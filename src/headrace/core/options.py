@@ -120,6 +120,8 @@ class ModelOptions(TypedDict, total=False):
     crash_signal: int | None
     device_map: str | None
     dimensions: int | None
+    draft_model: str | None
+    draft_tokens: int | None
     dtype: str | None
     eager: bool | None
     engine_args: Mapping[str, Any] | None
@@ -158,6 +160,7 @@ class ModelOptions(TypedDict, total=False):
     rope_scaling: str | None
     sampling: Sequence[str] | None
     slots: int | None
+    speculation: str | None
     stall_s: float | None
     step_tokens: int | None
     tensor_parallel: int | None

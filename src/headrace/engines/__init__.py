@@ -38,7 +38,7 @@ ENTRY_POINTS = "headrace.engines"
 
 _SHARED = {
     *("abilities", "base", "choice", "measured", "module", "openmp", "pictures", "plan", "remote"),
-    *("threaded", "tokenizer", "versions"),
+    *("speculation", "threaded", "tokenizer", "versions"),
 }
 
 

@@ -87,12 +87,14 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     and `max_running` to the engine. `memory` is how many bytes of the devices models may take
     (None: all); defaults depend on it, and not on what is free at the moment. `repeatable` requires
     reproducible greedy and seeded answers, where options leave the choice. `task` is the task of
-    the model. `trust_remote_code` lets code of the model's own folder run.
+    the model. `trust_remote_code` lets code of the model's own folder run. `draft` is the model of
+    the option `draft_model`, whose vocabulary is that of `model`.
     """
 
     model: ModelFile
     device: str = "auto"
     gpus: tuple[str, ...] = ()
+    draft: ModelFile | None = None
     context_length: int | None = None
     max_running: int | None = None
     memory: int | None = None
@@ -152,6 +154,16 @@ class RawDelta(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
+class RawDraft(msgspec.Struct, frozen=True):
+    """Tokens of a draft that the model has checked, and how many of them it accepted.
+
+    It comes before the accepted tokens, or with the first of them.
+    """
+
+    drafted: int
+    accepted: int
+
+
 class RawFinish(msgspec.Struct, frozen=True, kw_only=True):
     """The end of an answer and the engine's counts. `stop` is an end token, `length` the limit."""
 
@@ -161,7 +173,7 @@ class RawFinish(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
 
 
-RawEvent = Admitted | RawDelta | RawFinish
+RawEvent = Admitted | RawDelta | RawDraft | RawFinish
 
 
 class BatchLimits(NamedTuple):

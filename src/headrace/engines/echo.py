@@ -17,7 +17,7 @@ import signal
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -31,19 +31,20 @@ from headrace.engines.base import (
     About,
     Admitted,
     EngineFacts,
-    EngineOptions,
     EngineRequest,
     OpenRequest,
     Pair,
     RawDelta,
+    RawDraft,
     RawEvent,
     RawFinish,
 )
+from headrace.engines.speculation import SpeculationOptions, Way
 
 ABOUT = About(
     formats=("none",),
     tasks=("generate", "embed", "rerank"),
-    able=frozenset({"logprobs", "prompt_logprobs", "resume", "vision"}),
+    able=frozenset({"logprobs", "prompt_logprobs", "resume", "speculation", "vision"}),
     confined=True,
 )
 
@@ -64,8 +65,13 @@ _CONTEXT = 1 << 20
 _PROCESS = 80 << 20  # and the process that renders chat templates
 
 
-class Options(EngineOptions):
-    """Options of the script. `*_after` count tokens of one request; -1 is never."""
+class Options(SpeculationOptions):
+    """Options of the script. `*_after` count tokens of one request; -1 is never.
+
+    All tokens of its drafts are accepted, but those after the end.
+    """
+
+    ways: ClassVar[tuple[Way, ...]] = ("off", "auto", "ngram")
 
     tokens_per_second: float = Field(0, ge=0, description="Speed of decoding; 0 is unlimited.")
     in_step: bool = Field(
@@ -133,6 +139,7 @@ class Engine(base.Embedder):
                 batch_invariant=True,
                 resume=request.task == "generate",
                 vision=options.images,
+                speculation=options.way if options.drafts else "",
                 prompt_logprobs=request.task == "generate",
                 tasks=frozenset({request.task}),
                 dimensions=options.dimensions if request.task == "embed" else None,
@@ -149,12 +156,15 @@ class Engine(base.Embedder):
             yield Admitted(done=done, total=total)
         started, sent, reason = time.monotonic(), 0, "length"
         script = itertools.islice(self._script(request), len(request.answered), None)
-        for chunk in _chunks(script, self._options.tokens_per_delta):
+        drafted = self._options.most_drafted
+        for chunk in _chunks(script, max(self._options.tokens_per_delta, 1 + drafted)):
             token_ids = chunk[: request.max_tokens - sent]
             await self._pace(started, sent)
             self._misbehave(sent)
             kept = _before_end(token_ids, request)
             sent += len(kept)
+            if drafted:
+                yield RawDraft(drafted, max(0, len(kept) - 1))
             yield _delta(kept, with_logprobs=request.sampling.logprobs is not None)
             if len(kept) < len(token_ids) or (kept and kept[-1] == _EOS):
                 reason = "stop"

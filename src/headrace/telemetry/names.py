@@ -114,6 +114,9 @@ def usage(metrics: InferenceMetrics) -> Attributes:
         attributes[CACHED_TOKENS] = used.cached_tokens
     if used.reasoning_tokens:
         attributes[REASONING_TOKENS] = used.reasoning_tokens
+    if used.drafted_tokens:
+        attributes["headrace.drafted_tokens"] = used.drafted_tokens
+        attributes["headrace.accepted_tokens"] = used.accepted_tokens
     if metrics.time_to_first_token_ms is not None:
         attributes[FIRST_CHUNK] = metrics.time_to_first_token_ms / 1000
     return attributes

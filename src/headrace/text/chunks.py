@@ -158,11 +158,15 @@ def usage_of(data: object) -> Usage | None:
         or _count(fields, "prompt_cache_hit_tokens")
         or _count(fields, "cached_tokens")
     )
+    details = fields.get("completion_tokens_details")
+    accepted = _count(details, "accepted_prediction_tokens") or 0
     return Usage(
         prompt_tokens=(total or 0) if prompt is None else prompt,
         cached_tokens=cached or 0,
         completion_tokens=completion or 0,
-        reasoning_tokens=_count(fields.get("completion_tokens_details"), "reasoning_tokens") or 0,
+        reasoning_tokens=_count(details, "reasoning_tokens") or 0,
+        drafted_tokens=accepted + (_count(details, "rejected_prediction_tokens") or 0),
+        accepted_tokens=accepted,
     )
 
 

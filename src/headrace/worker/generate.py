@@ -23,6 +23,7 @@ from headrace.engines.base import (
     Generator,
     Pair,
     RawDelta,
+    RawDraft,
     RawEvent,
 )
 from headrace.text.pipeline import TextPipeline
@@ -371,6 +372,9 @@ class _Choice:
             if not self._has_closed:
                 meter.admitted(self._prompt_tokens, event.cached)
             return (Progress("prefill", event.done, event.total),)
+        if isinstance(event, RawDraft):
+            meter.drafted(event.drafted, event.accepted)
+            return ()
         self.reason = event.reason
         missing = event.completion_tokens - self._tokens
         if self._request.media:

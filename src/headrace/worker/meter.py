@@ -31,6 +31,7 @@ class Meter:
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._completion_tokens = self._reasoning_tokens = 0
+        self._drafted_tokens = self._accepted_tokens = 0
         self._resumed_tokens = 0
         self._decodes = True
 
@@ -62,6 +63,11 @@ class Meter:
     def thought(self, tokens: int) -> None:
         """Note that the tokens of the last delta are thinking."""
         self._reasoning_tokens += tokens
+
+    def drafted(self, drafted: int, accepted: int) -> None:
+        """Note a draft that was checked, and how many of its tokens were accepted."""
+        self._drafted_tokens += drafted
+        self._accepted_tokens += accepted
 
     def called(self, calls: int) -> None:
         """Note the calls of tools in a choice that is over."""
@@ -95,6 +101,9 @@ class Meter:
             cached_tokens=min(self._cached_tokens, self._prompt_tokens),
             completion_tokens=self._resumed_tokens + self._completion_tokens,
             reasoning_tokens=self._reasoning_tokens,
+            drafted_tokens=self._drafted_tokens,
+            # The answer may end within the accepted ones.
+            accepted_tokens=min(self._accepted_tokens, self._completion_tokens),
         )
 
     def finish(self, outcome: str, devices: tuple[DeviceUse, ...] = ()) -> InferenceMetrics:

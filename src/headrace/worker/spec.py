@@ -33,11 +33,13 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     `placed` are the devices that were chosen for it, by the names that this process has for them;
     empty leaves them to the engine. `devices` are the names that the service has for its GPUs.
     `booked` is the estimated memory of a model on the host alone.
-    `import_from` is the folder of an engine that is given by its import path.
+    `import_from` is the folder of an engine that is given by its import path. `draft` is the model
+    of the option `draft_model`.
     """
 
     model: ModelSpec
     file: ModelFile
+    draft: ModelFile | None = None
     engine: str
     engine_reason: str = ""
     memory: int | None = None
@@ -85,6 +87,7 @@ def open_request(worker_spec: WorkerSpec) -> OpenRequest:
     placed = worker_spec.placed[0] if worker_spec.placed else spec.device or "auto"
     return OpenRequest(
         model=worker_spec.file,
+        draft=worker_spec.draft,
         # An engine whose library is without CUDA takes the CPU of its own accord.
         device="auto" if kind == "auto" else placed,
         gpus=gpus,

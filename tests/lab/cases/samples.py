@@ -14,7 +14,7 @@ from tests.conftest import MODEL_HOME
 
 from headrace import engines
 from headrace.core.model import Task
-from headrace.lab.cases import KINDS, Kind
+from headrace.lab.cases import KINDS, Kind, drafts
 
 Given = tuple[str, dict[str, Any]]
 """The reference of a model, and options that only its opening knows."""
@@ -187,6 +187,7 @@ def _fields(*names: str) -> frozenset[str]:
     return frozenset(f"sampling_{name}" for name in names)
 
 
+_DRAFTS = frozenset(case.name for case in drafts.CASES)
 _SHORT = {"context_length": 256, "max_running": 4}
 _PENALTIES = _fields("presence_penalty", "frequency_penalty", "repetition_penalty")
 _NARROW = _fields("top_p", "top_k", "min_p")
@@ -254,14 +255,17 @@ SAMPLES = [
         _headrace,
         settings=_SHORT,
         kinds=("worker", "pool"),
-        refused=_OF_LLAMACPP | IMAGES | {"resume", "echo_comes_first", "thinking", "continued"},
+        refused=_OF_LLAMACPP
+        | IMAGES
+        | _DRAFTS
+        | {"resume", "echo_comes_first", "thinking", "continued"},
     ),
     Sample(
         "transformers",
         _path(_smollm2),
         kinds=("process",),
         settings=_SHORT,
-        refused=IMAGES | {"infill"},
+        refused=IMAGES | _DRAFTS | {"infill"},
         first=SOUND,
     ),
     Sample(
@@ -269,7 +273,7 @@ SAMPLES = [
         _path(_tiny),
         kinds=("worker", "pool"),
         settings=_SHORT,
-        refused=IMAGES | {"infill"},
+        refused=IMAGES | _DRAFTS | {"infill"},
         name="tiny",
     ),
     Sample(
@@ -289,6 +293,7 @@ SAMPLES = [
         | _SCHEMAS
         | _FORMS
         | IMAGES
+        | _DRAFTS
         | {"infill", "prompt_logprobs"},
         reported=frozenset({"alone_and_among_sixteen", "resume"}),
     ),
@@ -305,6 +310,7 @@ SAMPLES = [
         | {"images_damaged", "images_fill_the_context"}
         | _PENALTIES
         | _FORMS
+        | _DRAFTS
         | _fields("temperature", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
         | _fields("min_tokens")
         | {"infill", "prompt_logprobs", "continued"}

@@ -29,7 +29,7 @@ ABOUT = About(
 
 _MANAGED = re.compile(
     r"--?(?:h|m|mu|hf\w*|c|np|b|ub|ngl|host|port|path|api-\S+|ssl-\S+|cors-\S+|tools\S*|mcp-\S+|agent"
-    r"|ag|models?\S*|hf-\S+|docker-repo|dr|ctx-size|parallel|\S*batch-size|\S*webui\S*|\S*ui\S*|slots"
+    r"|ag|spec-type|spec-draft-(?:model|hf|n-max)|md|model-draft|hfd|hfrd|hf-repo-draft|models?\S*|hf-\S+|docker-repo|dr|ctx-size|parallel|\S*batch-size|\S*webui\S*|\S*ui\S*|slots"
     r"|slot-save-path|media-path|log-\S+|lv|v|verbose|verbosity|props|metrics|rpc|embeddings?"
     r"|rerank\S*|pooling|version|help|usage|list-devices|cache-list|cl)(?:=.*)?"
 )

@@ -14,7 +14,14 @@ from headrace.engines.base import EngineRequest, OpenRequest, RawEvent
 from headrace.engines.llama_server import ABOUT, Options, executables, gbnf
 from headrace.engines.llama_server.executables import Program
 from headrace.engines.llama_server.server import Server
-from headrace.engines.llamacpp import batch_size, check_memory, plan_slots, projector_of, settled
+from headrace.engines.llamacpp import (
+    batch_size,
+    check_memory,
+    looked_up,
+    plan_slots,
+    projector_of,
+    settled,
+)
 from headrace.engines.llamacpp.call import in_lark
 from headrace.engines.llamacpp.served import Served
 from headrace.engines.openmp import physical_cores
@@ -40,6 +47,8 @@ class Engine(Served):
         device = _device(request.device, program)
         planned = plan_slots(request, self._options, on_cpu=device == "cpu")
         check_memory(request.model, planned, self._options, device)
+        if not self._embeds and projector_of(self._model, self._options) is not None:
+            planned = self._undrafted(planned)
         arguments = [*self._arguments(request, planned, program, device)]
         command = [str(program.path), *arguments, *self._options.arguments]
         self._link = server = Server(command, Path(self._model.path).name)
@@ -89,11 +98,13 @@ class Engine(Served):
             yield "--no-cache-prompt"
         if not options.mmap:
             yield from ("--load-mode", "none") if program.knows("--load-mode") else ("--no-mmap",)
+        if self._drafts:
+            yield from _drafting(request, options, program)
         yield from _quiet(program)
 
     def _batches(self, planned: CachePlan, *, on_cpu: bool) -> Iterator[str]:
         seen = None if self._embeds else projector_of(self._model, self._options)
-        size = max(batch_size(self._options, on_cpu=on_cpu, sees=seen is not None), planned.slots)
+        size = batch_size(self._options, planned.slots, on_cpu=on_cpu, sees=seen is not None)
         part = size if seen else min(size, 512)
         if seen is not None:
             yield from ("--mmproj", seen.path)
@@ -120,6 +131,20 @@ def _placed(
     names = [f"CUDA{gpu.partition(':')[2]}" for gpu in request.gpus]
     if names and "cuda" in program.kinds:
         yield from ("--device", ",".join(names))
+
+
+def _drafting(request: OpenRequest, options: Options, program: Program) -> Iterator[str]:
+    if not program.knows("--spec-type"):
+        raise LoadFailed(f"{program.path} has no --spec-type: speculation needs a newer build.")
+    most = str(options.most_drafted)
+    if request.draft is None:
+        yield from ("--spec-type", "ngram-simple", "--spec-ngram-simple-size-m", most)
+        yield from ("--spec-ngram-simple-size-n", str(looked_up(options)))
+        return
+    yield from ("--spec-type", "draft-simple", "--spec-draft-model", request.draft.path)
+    yield from ("--spec-draft-n-max", most)
+    for name in ("--spec-draft-type-k", "--spec-draft-type-v"):
+        yield from (name, options.kv_type or "f16")
 
 
 def _quiet(program: Program) -> Iterator[str]:

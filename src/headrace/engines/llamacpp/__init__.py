@@ -18,9 +18,10 @@ from headrace.core.model import ModelFile
 from headrace.core.status import Footprint
 from headrace.core.values import expanded
 from headrace.engines import plan
-from headrace.engines.base import About, EngineOptions, OpenRequest
+from headrace.engines.base import About, OpenRequest
 from headrace.engines.openmp import physical_cores
 from headrace.engines.plan import CachePlan
+from headrace.engines.speculation import SpeculationOptions
 from headrace.models import projector
 from headrace.models.gguf import Skipped as Skipped
 from headrace.models.gguf import read_header as read_header
@@ -34,13 +35,16 @@ ABOUT = About(
     spreads=True,
     requires="xllamacpp",
     tasks=("generate", "embed"),
-    able=frozenset({"forms", "infill", "json_schema", "logprobs", "resume", "vision"}),
+    able=frozenset(
+        {"forms", "infill", "json_schema", "logprobs", "resume", "speculation", "vision"}
+    ),
 )
 
 _DEFAULT_SLOTS = 4
 _CPU_BATCH, _GPU_BATCH, _IMAGE_BATCH = 128, 2048, 512
 _EMBED_CONTEXT = 8192
 _MIB = 1 << 20
+_NGRAM = 4
 _KV_SHARE = {"f16": 1.0, "bf16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
 
 # Measured with SmolLM2-135M. A process with the library (Python, the code, buffers, warm-up) and
@@ -53,7 +57,7 @@ _PER_ACTIVATION = 2.6
 _CUDA_HOST, _CUDA_DEVICE = 400 * _MIB, 500 * _MIB
 
 
-class Options(EngineOptions):
+class Options(SpeculationOptions):
     """Settings of llama.cpp. All are fixed once the model is loaded."""
 
     slots: int | None = Field(
@@ -96,6 +100,14 @@ def devices() -> tuple[str, ...]:
     return tuple(kind for kind in ABOUT.devices if kind != "cuda" or _is_built_for_cuda())
 
 
+def looked_up(options: Options) -> int:
+    """Return how many tokens at the end of a text are looked up in it, for an n-gram's draft.
+
+    The library drafts at least as many.
+    """
+    return min(_NGRAM, options.most_drafted)
+
+
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
@@ -117,10 +129,28 @@ def footprint_on(request: OpenRequest, options: Options, device: str) -> Footpri
     gpus = plan.expected_gpus(request, device)
     planned = plan_slots(request, options, on_cpu=device == "cpu")
     if request.task != "embed":
-        return estimate(request.model, planned, options, gpus)
+        need = estimate(request.model, planned, options, gpus)
+        batch = batch_size(options, planned.slots, on_cpu=not gpus)
+        if request.draft is None:
+            return need
+        return _with_draft(need, request.draft, planned, options, batch)
     whole = max(planned.context_length, 512)
     need = estimate(request.model, planned, options, gpus, whole=whole)
     return msgspec.structs.replace(need, max_running=plan.encoder_requests(request))
+
+
+def _with_draft(
+    need: Footprint, draft: ModelFile, planned: CachePlan, options: Options, batch: int
+) -> Footprint:
+    """Return an estimate with the draft model, on the same devices, and a cache of its own."""
+    cache = planned.tokens * _kv_bytes(draft, options)
+    activations = _PER_ACTIVATION * math.sqrt(draft.parameters or 0) * batch
+    more = int(draft.size + cache + activations + draft.vocabulary * _PER_WORD)
+    gpus = [name for name in need.devices if name != "cpu"] or ["cpu"]
+    devices = {name: need.devices[name] + more // len(gpus) for name in gpus}
+    return msgspec.structs.replace(
+        need, devices=need.devices | devices, parts=need.parts | {"draft": more}
+    )
 
 
 def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
@@ -130,7 +160,8 @@ def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
     logical = machine.usable_cpus()
     more = [{**slots, "threads": logical}] if logical > physical_cores() else []
     alone = {**small, "batch_size": 256}
-    return [alone, slots, {**slots, **small}, {**slots, "batch_size": 512}, *more]
+    ahead = [{"speculation": "ngram"}, {**slots, "speculation": "ngram"}]
+    return [alone, slots, {**slots, **small}, {**slots, "batch_size": 512}, *more, *ahead]
 
 
 def settled(request: OpenRequest, kind: type[AnyOptions] = Options) -> AnyOptions:
@@ -143,10 +174,14 @@ def settled(request: OpenRequest, kind: type[AnyOptions] = Options) -> AnyOption
     return options.model_copy(update={"flash_attention": flash, "kv_type": kv_type})
 
 
-def batch_size(options: Options, *, on_cpu: bool, sees: bool = False) -> int:
-    """Return how many prompt tokens are computed at once; all of an image have to fit in."""
+def batch_size(options: Options, slots: int, *, on_cpu: bool, sees: bool = False) -> int:
+    """Return how many tokens are computed at once; all of an image have to fit in.
+
+    So have the next tokens of all slots with their drafts: the library would end the process.
+    """
     default = _CPU_BATCH if on_cpu else _GPU_BATCH
-    return options.batch_size or (max(default, _IMAGE_BATCH) if sees else default)
+    size = options.batch_size or (max(default, _IMAGE_BATCH) if sees else default)
+    return max(size, slots * (1 + options.most_drafted))
 
 
 def projector_of(model: ModelFile, options: Options) -> Projector | None:
@@ -229,7 +264,7 @@ def estimate(
     words = model.vocabulary
     seen = None if whole else projector_of(model, options)
     sees = seen is not None
-    batch = whole or max(batch_size(options, on_cpu=not gpus, sees=sees), planned.slots)
+    batch = whole or batch_size(options, planned.slots, on_cpu=not gpus, sees=sees)
     batch = batch if sees or whole else min(batch, 512)
     size, seeing = model.size + (seen.size if seen else 0), seen.computed if seen else 0
     kv_cache = int(planned.tokens * _kv_bytes(model, options))

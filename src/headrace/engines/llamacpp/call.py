@@ -17,7 +17,14 @@ from headrace.core.errors import (
     OutOfMemory,
 )
 from headrace.core.events import TokenLogprob, TopLogprob
-from headrace.engines.base import Admitted, EngineRequest, RawDelta, RawEvent, RawFinish
+from headrace.engines.base import (
+    Admitted,
+    EngineRequest,
+    RawDelta,
+    RawDraft,
+    RawEvent,
+    RawFinish,
+)
 from headrace.text.grammar import grammar
 
 if TYPE_CHECKING:
@@ -55,6 +62,13 @@ class Tokens(msgspec.Struct):
 
     tokens: tuple[int, ...] = ()
     tokens_predicted: int = 0
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """How many tokens of drafts have been checked, and accepted."""
+
+    draft_n: int = 0
+    draft_n_accepted: int = 0
 
 
 class Candidate(msgspec.Struct):
@@ -100,6 +114,7 @@ class _Chunk(msgspec.Struct):
     verbose: Tokens = msgspec.field(default_factory=Tokens, name="__verbose")
     prompt_progress: Progressed | None = None
     usage: _Usage | None = None
+    timings: Timings | None = None
     error: dict[str, Any] | None = None
 
 
@@ -127,8 +142,11 @@ class Call:
         emit: Emit[RawEvent],
         split: Callable[[str], tuple[int, ...]],
         visible: Sequence[str] = (),
+        *,
+        drafts: bool = False,
     ) -> None:
         self._request = request
+        self._timings = Timings() if drafts else None
         self._visible = visible
         self._emit = emit
         self._split = split
@@ -156,9 +174,13 @@ class Call:
             raise GenerationFailed("llama.cpp ended the stream without a reason.")
 
     def _send(self, server: Any) -> None:
-        server.handle_completions(
-            msgspec.json.encode(fields(self._request, self._visible)), self._on_chunk
-        )
+        server.handle_completions(msgspec.json.encode(self._fields()), self._on_chunk)
+
+    def _fields(self, constrained: Constrained | None = None) -> dict[str, Any]:
+        body = fields(self._request, self._visible, constrained or in_lark)
+        if self._timings is not None:
+            body["timings_per_token"] = True
+        return body
 
     def _on_chunk(self, raw: bytes) -> bool:
         # The library swallows exceptions of the callback: keep it for `run`.
@@ -174,6 +196,8 @@ class Call:
             raise error_from(chunk.error)
         if chunk.prompt_progress is not None:
             return self._progress(chunk.prompt_progress)
+        if chunk.timings is not None:
+            self._draft(chunk.timings)
         choice = chunk.choices[0]
         if choice.finish_reason is not None:
             return self._finish(choice.finish_reason, self._counts(chunk.usage))
@@ -217,6 +241,14 @@ class Call:
         all_ids = self._split(text)[-missing:]
         return all_ids if len(all_ids) == missing and all_ids[-len(tokens) :] == tokens else tokens
 
+    def _draft(self, timings: Timings) -> None:
+        """Report what was drafted since the last chunk."""
+        before, self._timings = self._timings, timings
+        if before is not None and timings != before:
+            drafted = timings.draft_n - before.draft_n
+            accepted = timings.draft_n_accepted - before.draft_n_accepted
+            self._emit(RawDraft(drafted, accepted))
+
     def _progress(self, progress: Progressed) -> bool:
         self._cached = progress.cache
         return self._emit(Admitted(progress.processed, progress.total, progress.cache))
@@ -249,6 +281,8 @@ class Call:
                 tuple(candidate.top() for candidate in token.top_logprobs[:limit]),
             )
             for token in tokens
+            # Of the accepted tokens of a draft it has no candidates, and 0 for their own.
+            if token.top_logprobs
         )
 
     def _candidates(
@@ -303,7 +337,7 @@ class Lookup:
         first = tuple(self._entry(token_ids, place) for place in range(len(missing)))
         self._text += token_ids
         if not (first and logprobs):
-            return logprobs
+            return first or logprobs
         before = sum(len(entry.data) for entry in first)
         last = msgspec.structs.replace(logprobs[0], data=logprobs[0].data[before:])
         return (*first, last, *logprobs[1:])

@@ -21,6 +21,7 @@ from headrace.engines.llamacpp import (
     Options,
     batch_size,
     check_memory,
+    looked_up,
     plan_slots,
     projector_of,
 )
@@ -37,6 +38,7 @@ _ROPE = {"model": -1, "none": 0, "linear": 1, "yarn": 2}
 _POOLING = {"model": -1, "mean": 1, "cls": 2, "last": 3}
 _LOAD_MMAP, _LOAD_READ = 1, 0
 _NO_SPLIT = 0
+_DRAFTS = {"draft": 1, "ngram": 6}
 _UNNORMALISED = -1
 
 
@@ -55,7 +57,8 @@ class Engine(Served):
         if self.facts.capabilities.vision:
             super()._answer(request, emit, visible)
         else:
-            Call(request, emit, self._split, visible).run(self._library())
+            call = Call(request, emit, self._split, visible, drafts=self._drafts)
+            call.run(self._library())
 
     def _vectors(self, body: dict[str, Any]) -> dict[str, Any]:
         answer = self._library().handle_embeddings(body)
@@ -92,7 +95,10 @@ class Engine(Served):
         seen = None if self._embeds else projector_of(request.model, self._options)
         params = self._params(request, xllamacpp.CommonParams(), planned, device)
         if seen is not None:
+            planned = self._undrafted(planned)
             self._prepare_images(params, seen.path, planned, on_cpu=device == "cpu")
+        elif self._drafts:
+            self._prepare_drafts(params, request)
         if device == "cpu":
             self._guard.start()
         streams = planned.slots if seen else 0
@@ -107,7 +113,7 @@ class Engine(Served):
         params.kv_unified = params.fit_params = False
         threads = options.threads or physical_cores()
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.n_batch = max(batch_size(options, on_cpu=on_cpu), planned.slots)
+        params.n_batch = batch_size(options, planned.slots, on_cpu=on_cpu)
         params.n_ubatch = min(params.n_batch, 512)
         if self._embeds:
             self._prepare_embeddings(params, planned.context_length)
@@ -131,8 +137,23 @@ class Engine(Served):
         params.mmproj.path = path
         params.mmproj_use_gpu = not on_cpu
         # An image that looks at all of itself has to fit in one batch.
-        size = max(batch_size(self._options, on_cpu=on_cpu, sees=True), planned.slots)
+        size = batch_size(self._options, planned.slots, on_cpu=on_cpu, sees=True)
         params.n_batch = params.n_ubatch = size
+
+    def _prepare_drafts(self, params: Any, request: OpenRequest) -> None:
+        options, drafts = self._options, params.speculative
+        drafts.types = [type(drafts.types[0])(_DRAFTS[options.way])]
+        if request.draft is None:
+            # It reads the slot's own text alone; others keep what was written for other clients.
+            ngrams = drafts.ngram_simple
+            ngrams.size_m, ngrams.size_n = options.most_drafted, looked_up(options)
+            return
+        draft = drafts.draft
+        draft.mparams.path, draft.n_max = request.draft.path, options.most_drafted
+        draft.n_gpu_layers = params.n_gpu_layers
+        draft.cache_type_k = draft.cache_type_v = params.cache_type_k
+        for threads in (draft.cpuparams, draft.cpuparams_batch):
+            threads.n_threads = params.cpuparams.n_threads
 
     def _prepare_embeddings(self, params: Any, context_length: int) -> None:
         params.embedding = True

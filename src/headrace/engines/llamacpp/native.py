@@ -20,10 +20,10 @@ from headrace.engines.llamacpp.call import (
     Candidate,
     Constrained,
     Progressed,
+    Timings,
     Token,
     Tokens,
     error_from,
-    fields,
     in_lark,
 )
 
@@ -45,6 +45,7 @@ class _Chunk(msgspec.Struct):
     stop: bool = False
     stop_type: str = ""
     prompt_progress: Progressed | None = None
+    timings: Timings | None = None
     completion_probabilities: tuple[Token, ...] = ()
     error: dict[str, Any] | None = None
 
@@ -58,7 +59,7 @@ class NativeCall(Call):
     constrained: Constrained = staticmethod(in_lark)
 
     def _send(self, server: Link) -> None:
-        body = _body(self._request, self._visible, self.constrained)
+        body = _body(self._request, self._fields(self.constrained))
         server.stream(_PATH, body, self._on_event)
 
     def _on_event(self, line: bytes) -> bool:
@@ -70,6 +71,8 @@ class NativeCall(Call):
             raise _refusal(chunk.error)
         if chunk.prompt_progress is not None:
             return self._progress(chunk.prompt_progress)
+        if chunk.timings is not None:
+            self._draft(chunk.timings)
         if chunk.stop:
             reason = "length" if chunk.stop_type == "limit" else "stop"
             counts = (chunk.tokens_evaluated, chunk.tokens_predicted, self._cached)
@@ -99,8 +102,7 @@ def _refusal(error: dict[str, Any]) -> HeadraceError:
     return error_from(error)
 
 
-def _body(request: EngineRequest, visible: Sequence[str], constrained: Constrained) -> bytes:
-    body = fields(request, visible, constrained)
+def _body(request: EngineRequest, body: dict[str, Any]) -> bytes:
     if "logprobs" in body:
         body["n_probs"] = body.pop("logprobs")
     if request.media:

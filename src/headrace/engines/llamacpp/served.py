@@ -27,6 +27,8 @@ from headrace.engines.llamacpp.pieces import SENTINEL, SIZE, Pieces
 from headrace.engines.plan import CachePlan
 from headrace.engines.tokenizer import without_markers
 
+_NO_DRAFTS = "speculation is off, as the model takes images"
+
 
 class Served(base.Embedder):
     """What is the same wherever the server runs: token ids, requests, facts.
@@ -38,6 +40,7 @@ class Served(base.Embedder):
         self._options = self._settled(request)
         self._model = request.model
         self._embeds = request.task == "embed"
+        self._drafts = self._options.drafts and not self._embeds
         self._inbox: threaded.Inbox | None = None
         self._link: Link | None = None
         self._threads: ThreadPoolExecutor | None = None
@@ -75,7 +78,7 @@ class Served(base.Embedder):
     def _answer(
         self, request: EngineRequest, emit: threaded.Emit[RawEvent], visible: Sequence[str]
     ) -> None:
-        call = NativeCall(request, emit, self._split, visible)
+        call = NativeCall(request, emit, self._split, visible, drafts=self._drafts)
         call.constrained = self._constrained
         call.run(self._opened())
 
@@ -206,6 +209,13 @@ class Served(base.Embedder):
             self.facts = self._embedding_facts(request)
         self._threads = ThreadPoolExecutor(planned.slots, "llamacpp")
 
+    def _undrafted(self, planned: CachePlan) -> CachePlan:
+        """Draft nothing, as the server drafts none for models with a projector; return the plan."""
+        if not self._drafts:
+            return planned
+        self._drafts = False
+        return msgspec.structs.replace(planned, notes=(*planned.notes, _NO_DRAFTS))
+
     def _facts(self, request: OpenRequest, planned: CachePlan, device: str) -> EngineFacts:
         props = self._ask("/props")
         granted = props["default_generation_settings"]["n_ctx"]
@@ -229,6 +239,7 @@ class Served(base.Embedder):
                 batch_invariant=device == "cpu" and _is_reproducible(self._options),
                 resume=True,
                 vision=sees,
+                speculation=self._options.way if self._drafts else "",
             ),
         )
 

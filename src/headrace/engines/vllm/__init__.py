@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,8 +10,9 @@ from headrace import machine
 from headrace.core.errors import ConfigError
 from headrace.core.model import ModelFile
 from headrace.core.status import Footprint
-from headrace.engines.base import About, EngineOptions, OpenRequest
+from headrace.engines.base import About, OpenRequest
 from headrace.engines.plan import ELEMENT_BYTES
+from headrace.engines.speculation import SpeculationOptions, Way
 
 ABOUT = About(
     formats=("safetensors",),
@@ -20,7 +21,8 @@ ABOUT = About(
     extra="vllm",
     spreads=True,
     able=frozenset(
-        {"forms", "infill", "json_schema", "logprobs", "prompt_logprobs", "resume", "vision"}
+        {"forms", "infill", "json_schema", "logprobs", "prompt_logprobs", "resume", "speculation"}
+        | {"vision"}
     ),
 )
 
@@ -36,8 +38,15 @@ _CPU_CACHE, _CPU_SHARE = 4 * _GIB, 6
 _DEFAULT_SHARE, _LEAST_SHARE = 0.9, 0.01
 
 
-class Options(EngineOptions):
+_METHODS = {"draft": "draft_model"}
+_NGRAM = 4
+"""Tokens at the end of a text that are looked up in it."""
+
+
+class Options(SpeculationOptions):
     """Settings of vLLM. All are fixed once the model is loaded."""
+
+    ways: ClassVar[tuple[Way, ...]] = ("off", "auto", "ngram", "draft", "mtp", "eagle3")
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the weights; `auto` is the one they are stored in, 16 bits."
@@ -104,7 +113,7 @@ def footprint(request: OpenRequest) -> Footprint:
     spread = parallel(options, request.gpus) * options.pipeline_parallel
     gpus = request.gpus or tuple(f"cuda:{number}" for number in range(spread))
     total = _gpu_memory(gpus)
-    weights = _weights(request.model, options)
+    weights = _weights(request.model, options) + (request.draft.size if request.draft else 0)
     if request.device == "cpu" or not total:
         kv_cache = options.kv_cache_bytes or _cpu_cache(request.memory)
         devices, known = {"cpu": weights + kv_cache + _HOST}, weights + kv_cache
@@ -139,6 +148,22 @@ def memory_arguments(request: OpenRequest, options: Options, device: str) -> dic
         return {"kv_cache_memory_bytes": kv_cache or _cpu_cache(request.memory)}
     share = {"gpu_memory_utilization": _share(request, options, _gpu_memory(request.gpus))}
     return share | ({"kv_cache_memory_bytes": kv_cache} if kv_cache else {})
+
+
+def speculative_config(request: OpenRequest, options: Options) -> dict[str, Any]:
+    """Return vLLM's engine argument for drafts; empty without."""
+    if not options.drafts:
+        return {}
+    config: dict[str, Any] = {
+        "method": _METHODS.get(options.way, options.way),
+        "num_speculative_tokens": options.most_drafted,
+    }
+    if options.way == "ngram":
+        # vLLM takes the longest of these lengths that it has seen before.
+        config |= {"prompt_lookup_min": 2, "prompt_lookup_max": _NGRAM}
+    if request.draft is not None:
+        config["model"] = request.draft.path
+    return {"speculative_config": config}
 
 
 def parallel(options: Options, gpus: tuple[str, ...]) -> int:

@@ -32,7 +32,7 @@ from headrace.core.model import Capabilities
 from headrace.engines.base import Admitted, EngineFacts, EngineRequest, OpenRequest, RawEvent
 from headrace.engines.pictures import decoded, image_marker
 from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, special_tokens
-from headrace.engines.vllm import Options, memory_arguments, parallel
+from headrace.engines.vllm import Options, memory_arguments, parallel, speculative_config
 from headrace.engines.vllm.call import (
     HONOURED,
     Call,
@@ -44,6 +44,8 @@ from headrace.engines.vllm.call import (
 )
 
 _POLL_S, _SHUTDOWN_S, _KILLED_S = 0.5, 2.0, 5.0
+
+_UNCOUNTED = "the library does not report the drafted tokens of a request: they are 0"
 
 _TYPED = {
     "dtype": "dtype",
@@ -241,7 +243,9 @@ class Engine(TokenizerMixin):
                 resume=True,
                 vision=bool(marker),
                 prompt_logprobs=True,
+                speculation=self._options.way if self._options.drafts else "",
             ),
+            notes=(_UNCOUNTED,) if self._options.drafts else (),
         )
 
     def _core_failure(self) -> str:
@@ -308,6 +312,7 @@ def _arguments(request: OpenRequest, options: Options, device: str) -> Any:
             "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
             **values,
             **memory_arguments(request, options, device),
+            **speculative_config(request, options),
             **options.engine_args,
         }
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from headrace.lab.cases import (
     answers,
+    drafts,
     facts,
     forms,
     images,
@@ -31,6 +32,7 @@ CASES: tuple[Case, ...] = (
     *tools.CASES,
     *images.CASES,
     *turns.CASES,
+    *drafts.CASES,
     *vectors.CASES,
 )
 

@@ -82,8 +82,11 @@ async def _end(clients: Sequence[asyncio.Future[None]]) -> None:
 
 
 async def _ask(backend: Backend, prompt: str, tokens: int, done: Turn) -> None:
-    able = "ignore_eos" in backend.models()[0].capabilities.sampling
-    sampling = Sampling(max_tokens=tokens, temperature=0, ignore_eos=able)
+    capabilities = backend.models()[0].capabilities
+    able = "ignore_eos" in capabilities.sampling
+    # A greedy answer past its end repeats itself, which drafts would gain from.
+    temperature = 1.0 if capabilities.speculation else 0.0
+    sampling = Sampling(max_tokens=tokens, temperature=temperature, ignore_eos=able)
     began, streamed = time.monotonic(), 0
     async with aclosing(backend.ask(GenerateRequest(prompt=prompt, sampling=sampling))) as stream:
         async for event in stream:
