@@ -161,10 +161,11 @@ def _dimensions(loaded: Loaded, request: EmbedRequest) -> int | None:
 def _token_ids(loaded: Loaded, request: EmbedRequest, gone: Gone) -> list[tuple[int, ...]]:
     engine = cast("Embedder", loaded.engine)
     most = engine.facts.context_length
+    inputs = loaded.prompts.applied(request).inputs
     results: list[tuple[int, ...]] = []
-    texts = [text for text in request.inputs if isinstance(text, str)]
+    texts = [text for text in inputs if isinstance(text, str)]
     tokens = iter(_tokenized(engine, texts, gone, truncate=request.truncate))
-    for place, text in enumerate(request.inputs):
+    for place, text in enumerate(inputs):
         is_text = isinstance(text, str)
         ids = tuple(next(tokens)) if is_text else text
         if not ids:
