@@ -127,7 +127,7 @@ async def test_prompts_of_the_model_come_before_the_text(minilm_path: Path, tmp_
 
     path = with_prompts(minilm_path, tmp_path / "model")
     model = SentenceTransformer(str(path), device="cpu", local_files_only=True)
-    texts = list(TEXTS[:2])
+    texts = [*map(str, TEXTS[:2])]
     async with AsyncModelWorker(str(path), device="cpu") as worker:
         cases: list[tuple[EmbedOptions, Any]] = [
             ({"prompt_name": "query"}, model.encode(texts, prompt_name="query")),
