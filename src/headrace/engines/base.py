@@ -217,10 +217,14 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pair(msgspec.Struct, frozen=True):
-    """A query and a document as one sequence, of which the document begins at `second`."""
+    """A query and a document as one sequence, of which the document begins at `second`.
+
+    `texts` are both, for an engine that scores texts; its token ids are as many as it computes.
+    """
 
     token_ids: tuple[int, ...]
     second: int
+    texts: tuple[str, str] | None = None
 
 
 class Engine(Protocol):
