@@ -165,7 +165,7 @@ def ranker_gguf(folder: Path, path: Path) -> Path:
     """Write the weights of a BERT cross-encoder, with one score, as a GGUF."""
     import gguf
     import numpy as np
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load_file  # pyright: ignore[reportMissingImports]
 
     config: Any = json.loads((folder / "config.json").read_text())
     tokenizer: Any = json.loads((folder / "tokenizer.json").read_text())
