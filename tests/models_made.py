@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,10 @@ def ranker_gguf(folder: Path, path: Path) -> Path:
     """Write the weights of a BERT cross-encoder, with one score, as a GGUF."""
     import gguf
     import numpy as np
-    from safetensors.numpy import load_file  # pyright: ignore[reportMissingImports]
+
+    tensors: dict[str, Any] = import_module("safetensors.numpy").load_file(
+        folder / "model.safetensors"
+    )
 
     config: Any = json.loads((folder / "config.json").read_text())
     tokenizer: Any = json.loads((folder / "tokenizer.json").read_text())
@@ -196,7 +200,7 @@ def ranker_gguf(folder: Path, path: Path) -> Path:
         add(ids[word])
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(True)
-    for name, values in load_file(folder / "model.safetensors").items():
+    for name, values in tensors.items():
         writer.add_tensor(_bert_tensor(name), np.ascontiguousarray(values, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
