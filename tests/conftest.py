@@ -26,18 +26,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
-REAL_PROCESSES = (
-    *("lab/bench/test_bench.py", "cli/", "service/", "telemetry/test_export.py"),
-    *("telemetry/test_attempts.py", "test_docs.py", "worker/test_process.py"),
-)
-"""Tests that start processes and wait for them, by their place in this folder."""
 ALONE = (
     "service/test_cancellation.py",
     "service/test_true_figures.py",
     "worker/test_real.py",
 )
 """Tests that measure milliseconds: no other test of this home runs beside them."""
-LONG = (*REAL_PROCESSES, "lab/cases/", "lab/tune/test_tune.py", "pool/test_steps.py")
+LONG = (
+    *("lab/bench/test_bench.py", "cli/", "service/", "telemetry/test_export.py"),
+    *("telemetry/test_attempts.py", "test_docs.py", "worker/test_process.py"),
+    *("lab/cases/", "lab/tune/test_tune.py", "pool/test_steps.py"),
+)
 """Tests that take seconds each."""
 
 ROOT = Path(__file__).resolve().parents[1]
