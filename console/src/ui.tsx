@@ -121,6 +121,17 @@ export function PageHead({ title, note, children }: { title: string; note?: Comp
   );
 }
 
+/** Content that is made when it is opened: a page of it all would be slow. */
+export function Folded({ title, children }: { title: string; children: ComponentChildren }) {
+  const [open, setOpen] = useState(false);
+  return (
+    <details onToggle={(event) => setOpen(event.currentTarget.open)}>
+      <summary>{title}</summary>
+      {open && children}
+    </details>
+  );
+}
+
 /** A text with a button that copies it. */
 export function CopyButton({ text, label = "Copy", bare = false }: { text: () => string; label?: string; bare?: boolean }) {
   const [done, setDone] = useState(false);

@@ -5,7 +5,7 @@ import { useEffect, useMemo, useState } from "preact/hooks";
 import { currentKey, getJson, messageOf } from "../api";
 import { Markdown } from "../markdown";
 import { type Operation, operations, type Schema, type Spec, sampleOf, typeText } from "../openapi";
-import { Badge, CopyButton, Empty, Field, Loading, PageHead, Problem } from "../ui";
+import { Badge, CopyButton, Empty, Field, Folded, Loading, PageHead, Problem } from "../ui";
 import { curlOf, TryIt } from "./try-it";
 
 export function Docs() {
@@ -89,13 +89,11 @@ function Route({ operation, spec }: { operation: Operation; spec: Spec }) {
         </>
       )}
       {operation.body && (
-        <details>
-          <summary>Body</summary>
+        <Folded title="Body">
           <Type schema={operation.body} spec={spec} depth={0} />
-        </details>
+        </Folded>
       )}
-      <details>
-        <summary>Answers</summary>
+      <Folded title="Answers">
         {operation.answers.map((answer) => (
           <div key={`${answer.status} ${answer.kind}`} class="answer-kind">
             <p>
@@ -104,8 +102,10 @@ function Route({ operation, spec }: { operation: Operation; spec: Spec }) {
             {answer.schema && <Type schema={answer.schema} spec={spec} depth={0} />}
           </div>
         ))}
-      </details>
-      <TryIt operation={operation} sample={sample} />
+      </Folded>
+      <Folded title="Try it">
+        <TryIt operation={operation} sample={sample} />
+      </Folded>
     </article>
   );
 }

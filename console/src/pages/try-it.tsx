@@ -43,16 +43,6 @@ interface Result {
 }
 
 export function TryIt({ operation, sample }: { operation: Operation; sample: Record<string, unknown> | null }) {
-  const [open, setOpen] = useState(false);
-  return (
-    <details onToggle={(event) => setOpen(event.currentTarget.open)}>
-      <summary>Try it</summary>
-      {open && <Form operation={operation} sample={sample} />}
-    </details>
-  );
-}
-
-function Form({ operation, sample }: { operation: Operation; sample: Record<string, unknown> | null }) {
   const { models } = useStore(session);
   const filled = sample && "model" in sample ? { ...sample, model: models[0]?.id ?? "" } : sample;
   const [body, setBody] = useState(filled ? JSON.stringify(filled, null, 2) : "");
