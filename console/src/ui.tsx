@@ -197,7 +197,11 @@ export function Bar({ parts, whole, mark, label }: { parts: Part[]; whole: numbe
           </rect>
         );
       })}
-      {mark !== undefined && mark < whole && <rect class="mark" x={percent(mark)} width="0.5" height="8" />}
+      {mark !== undefined && mark < whole && (
+        <rect class="mark" x={percent(mark)} width="0.5" height="8">
+          <title>the most that models may use</title>
+        </rect>
+      )}
     </svg>
   );
 }
