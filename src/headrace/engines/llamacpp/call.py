@@ -16,7 +16,7 @@ from headrace.core.errors import (
     InvalidRequest,
     OutOfMemory,
 )
-from headrace.core.events import TokenLogprob, TopLogprob
+from headrace.core.events import TokenLogprob
 from headrace.engines.base import (
     Admitted,
     EngineRequest,
@@ -25,6 +25,7 @@ from headrace.engines.base import (
     RawEvent,
     RawFinish,
 )
+from headrace.engines.llamacpp.logprobs import Candidate, Lookup, Token, finite
 from headrace.text.grammar import grammar
 
 if TYPE_CHECKING:
@@ -71,24 +72,6 @@ class Timings(msgspec.Struct, frozen=True):
     draft_n_accepted: int = 0
 
 
-class Candidate(msgspec.Struct):
-    """A token that could have been chosen."""
-
-    id: int
-    bytes: list[int]
-    logprob: float | None = None
-
-    def top(self) -> TopLogprob:
-        """Return it as an event has it."""
-        return TopLogprob(self.id, bytes(self.bytes), _finite(self.logprob))
-
-
-class Token(Candidate):
-    """A chosen token, with the likeliest."""
-
-    top_logprobs: list[Candidate] = []
-
-
 class _Logprobs(msgspec.Struct):
     content: list[Token]
 
@@ -124,7 +107,6 @@ Constrained = Callable[[Constraint], dict[str, Any]]
 Counts = tuple[int, int, int]
 """Tokens of the prompt, of the answer, and of the prompt from a cache."""
 
-_LIKELY, _ALL = 64, 1 << 24
 CERTAIN = 1e6
 """A bias by which a token is chosen."""
 # The most bytes, and so tokens, of a character.
@@ -277,7 +259,7 @@ class Call:
             TokenLogprob(
                 token.id,
                 bytes(token.bytes),
-                _finite(token.logprob),
+                finite(token.logprob),
                 tuple(candidate.top() for candidate in token.top_logprobs[:limit]),
             )
             for token in tokens
@@ -308,51 +290,6 @@ class Call:
         if logprobs is None:
             raise GenerationFailed("llama.cpp reported no log-probabilities.")
         return logprobs.content[0].top_logprobs
-
-
-class Lookup:
-    """The log-probabilities that the library does not report.
-
-    Of a character of several tokens it reports the last one, as if it were the whole character. The
-    others are among the candidates of a request for one more token after those before.
-    """
-
-    def __init__(
-        self,
-        candidates: Callable[[Sequence[int], int, int], Sequence[Candidate]],
-        request: EngineRequest,
-        split: Callable[[str], tuple[int, ...]],
-    ) -> None:
-        self._after = candidates
-        self._limit = request.sampling.logprobs or 0
-        self._text = [*request.token_ids, *request.answered]
-        # Any token that is a whole character: of others the library reports nothing.
-        self._whole = lambda: split("a")[-1]
-
-    def completed(
-        self, token_ids: Sequence[int], logprobs: tuple[TokenLogprob, ...]
-    ) -> tuple[TokenLogprob, ...]:
-        """Return an entry for each of the next tokens; `logprobs` are those of the last ones."""
-        missing = token_ids[: len(token_ids) - len(logprobs)]
-        first = tuple(self._entry(token_ids, place) for place in range(len(missing)))
-        self._text += token_ids
-        if not (first and logprobs):
-            return first or logprobs
-        before = sum(len(entry.data) for entry in first)
-        last = msgspec.structs.replace(logprobs[0], data=logprobs[0].data[before:])
-        return (*first, last, *logprobs[1:])
-
-    def _entry(self, token_ids: Sequence[int], place: int) -> TokenLogprob:
-        token, text = token_ids[place], [*self._text, *token_ids[:place]]
-        candidates = self._candidates(text, max(_LIKELY, self._limit))
-        if all(candidate.id != token for candidate in candidates):
-            candidates = self._candidates(text, _ALL)
-        chosen = next(candidate for candidate in candidates if candidate.id == token).top()
-        top = tuple(candidate.top() for candidate in candidates[: self._limit])
-        return TokenLogprob(token, chosen.data, chosen.logprob, top)
-
-    def _candidates(self, text: Sequence[int], most: int) -> Sequence[Candidate]:
-        return self._after(text, most, self._whole())
 
 
 def in_lark(constraint: Constraint) -> dict[str, Any]:
@@ -407,8 +344,3 @@ def error_from(error: dict[str, Any]) -> HeadraceError:
     if "memory" in message.lower():
         return OutOfMemory("llama.cpp ran out of memory.", detail=message)
     return GenerationFailed("llama.cpp failed.", detail=message)
-
-
-def _finite(logprob: float | None) -> float:
-    # JSON has no infinity: the library writes null for an impossible token.
-    return -9999.0 if logprob is None else logprob

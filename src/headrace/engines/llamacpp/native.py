@@ -17,15 +17,14 @@ from headrace.engines.base import EngineRequest
 from headrace.engines.llamacpp.call import (
     CERTAIN,
     Call,
-    Candidate,
     Constrained,
     Progressed,
     Timings,
-    Token,
     Tokens,
     error_from,
     in_lark,
 )
+from headrace.engines.llamacpp.logprobs import Candidate, Token
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
