@@ -157,13 +157,24 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    """SmolLM2-135M-Instruct as GGUF; fetched once and kept for later runs."""
+    """SmolLM2-135M-Instruct as GGUF."""
+    return _fetched("smollm2")
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """all-MiniLM-L6-v2 as safetensors."""
+    return _fetched("all-minilm-l6-v2")
+
+
+def _fetched(name: str) -> Path:
+    """Return a real model, which is fetched once and kept for later runs."""
     from headrace.models.reference import parse
     from headrace.models.store import Store
 
     MODEL_HOME.mkdir(parents=True, exist_ok=True)
     with FileLock(MODEL_HOME / "fetch.lock"):
-        return Store(MODEL_HOME).fetch(parse("smollm2"))
+        return Store(MODEL_HOME).fetch(parse(name))
 
 
 @pytest.fixture
