@@ -72,7 +72,7 @@ def engines() -> list[EngineStatus]:
 
 
 def programs() -> dict[str, Sequence[str]]:
-    """Return what the programs of engines tell of themselves, as lines, by engine. Runs them."""
+    """Return what the programs of engines report of themselves, as lines, by engine. Runs them."""
     return engine_registry.describe()
 
 
