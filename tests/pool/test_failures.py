@@ -547,23 +547,26 @@ def test_that_a_model_over_its_budget_stays() -> None:
     run(main())
 
 
+class SlowMachine(Machine):
+    """Loads `a` in 600 seconds, of which 2 are expected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.load_s = {"a": 600.0, "b": 1.0}
+
+    def footprint(self, spec: ModelSpec, on_progress: Callable[..., Any]) -> Any:
+        self.load_s["a"] = 2.0
+        try:
+            return super().footprint(spec, on_progress)
+        finally:
+            self.load_s["a"] = 600.0
+
+
 def test_that_a_load_that_hangs_keeps_no_place() -> None:
     """Issue 11.10: others load after the time that it was expected to take."""
 
     async def main() -> None:
-        machine = Machine()
-        machine.load_s = {"a": 600.0, "b": 1.0}
-        forecast = machine.footprint
-
-        def footprint(one: ModelSpec, report: Callable[..., Any]) -> Any:
-            machine.load_s["a"] = 2.0
-            try:
-                return forecast(one, report)
-            finally:
-                machine.load_s["a"] = 600.0
-
-        machine.footprint = footprint  # type: ignore[method-assign]
-        served = pool(machine, spec("a"), spec("b", preload=True))
+        served = pool(SlowMachine(), spec("a"), spec("b", preload=True))
         began = clock()
         starting = asyncio.create_task(served.start())
         await asyncio.sleep(0.1)
@@ -573,6 +576,22 @@ def test_that_a_load_that_hangs_keeps_no_place() -> None:
         assert served.ready
         await served.aclose()
         await asyncio.wait({starting})
+
+    run(main())
+
+
+def test_that_a_service_is_not_ready_while_its_only_model_loads() -> None:
+    """Nor when the load takes longer than expected: no request could be answered yet."""
+
+    async def main() -> None:
+        served = pool(SlowMachine(), spec("a", preload=True))
+        starting = asyncio.create_task(served.start())
+        await asyncio.sleep(100)
+        assert not served.ready
+        await asyncio.sleep(600)
+        assert served.ready
+        await starting
+        await served.aclose()
 
     run(main())
 
