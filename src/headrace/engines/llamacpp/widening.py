@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from headrace.core.environment import inherited
 from headrace.core.errors import ConfigError, LoadFailed
 from headrace.core.model import ModelFile
 from headrace.models import converted, gguf_model
@@ -62,7 +63,9 @@ def widened(file: ModelFile, home: Path, progress: Progress | None) -> ModelFile
 def _run(file: ModelFile, folder: Path) -> None:
     # Native code reads the weights.
     command = [sys.executable, "-P", "-m", __name__, file.path, str(folder / _FILE)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(  # noqa: S603
+        command, capture_output=True, text=True, check=False, env=inherited()
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it died"])[-1]
         raise LoadFailed(f"{file.path} could not be widened.", detail=last)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from headrace.core.environment import inherited
 from headrace.core.errors import ConfigError, LoadFailed
 from headrace.core.install import install_command
 from headrace.core.model import ModelFile
@@ -83,7 +84,9 @@ def convert(file: ModelFile, home: Path, progress: Progress = silent) -> ModelFi
 def _run_conversion(file: ModelFile, partial: Path) -> None:
     # Native code reads the weights, and needs much memory.
     command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, file.path, str(partial)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(  # noqa: S603
+        command, capture_output=True, text=True, check=False, env=inherited()
+    )
     if done.returncode == 0:
         return
     last = (done.stderr.strip().splitlines() or ["it died"])[-1]
