@@ -6,9 +6,10 @@ import asyncio
 import shutil
 import struct
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -31,7 +32,9 @@ from headrace.cluster.wire import (
 )
 from headrace.config.cluster import ClusterSettings
 from headrace.core.errors import ConfigError
-from headrace.core.request import GenerateRequest
+from headrace.core.events import Delta, Event
+from headrace.core.request import AnyRequest, GenerateRequest
+from headrace.pool.pool import Pool
 
 Opened = tuple[NodeServer, Address, FakeNode]
 
@@ -236,3 +239,41 @@ async def test_tls_in_both_directions(tmp_path: Path) -> None:
                 await until(lambda pool=pool: failure(pool, address) not in ("", NEW))
                 assert not pool.connected
                 assert not server.fronts
+
+
+class Flood(Pool):
+    """A pool with one answer, which has no end."""
+
+    def __init__(self, fake: FakeNode) -> None:
+        self.fake = fake
+
+    def models(self) -> Any:
+        return self.fake.models()
+
+    async def relay(self, request: AnyRequest, deliver: Callable[[Event], None]) -> None:
+        self.fake.running += 1
+        try:
+            while True:
+                deliver(Delta("x" * 10_000, (1,)))
+                await asyncio.sleep(0)
+        finally:
+            self.fake.running -= 1
+
+
+async def test_a_front_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue 15.1: what waits for it is bounded, and its answers end."""
+    monkeypatch.setattr("headrace.cluster.node.MAX_UNSENT", 1 << 16)
+    monkeypatch.setattr("headrace.cluster.node.MAX_UNSENT_EVENTS", 100)
+    fake = FakeNode("a", ["m"])
+    me = member("a", silence_s=60.0)
+    async with node("a", Flood(fake), fake, member=me) as (server, address):
+        async with stranger(address) as connection:
+            hello = member("f").identity.hello()
+            connection.send(hello)
+            (other,) = await connection.read()
+            assert isinstance(other, Hello)
+            connection.send(Proof(secure.proof(me.access.token, "front", hello, other)))
+            connection.send(Begin(1, GenerateRequest(model="m", prompt="x")))
+            await until(lambda: fake.running)
+            await until(lambda: not server.fronts)
+        await until(lambda: not fake.running)

@@ -41,6 +41,7 @@ log = logging.getLogger("headrace.cluster")
 
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 5.0
 _CANCEL_S = 30.0
+_SHORTEST_WAIT_S = 0.01
 
 Connect = Callable[[Address, Callable[[], asyncio.Protocol]], Awaitable[object]]
 """Makes a connection for a protocol. Raises OSError."""
@@ -192,22 +193,26 @@ class NodeLink:
 
     async def _watch(self, over: asyncio.Future[str]) -> str:
         """Send pulses until the connection ends or is silent; return why."""
+        wait_s = self._heartbeat_s
         while True:
             self._send(Pulse())
-            await asyncio.wait({over}, timeout=self._heartbeat_s)
+            await asyncio.wait({over}, timeout=wait_s)
             if over.done():
                 return over.result()
             now = self._clock()
-            late_s = now - self._checked - self._heartbeat_s
+            late_s = now - self._checked - wait_s
             self._checked = now
             if late_s > self._heartbeat_s:
                 # It was this process that stood still: what the node has sent is not read yet.
                 self._heard = max(self._heard, now - self._heartbeat_s)
-            if now - self._heard > self._silence_s:
+            left_s = self._heard + self._silence_s - now
+            if left_s <= 0:
                 why = f"it was silent for {now - self._heard:.1f} s"
                 if self._link is not None:
                     self._link.fail(why)
                 return why
+            # Running answers wait for the end of the silence, and not for the next pulse.
+            wait_s = min(self._heartbeat_s, max(_SHORTEST_WAIT_S, left_s))
 
     def _send(self, message: Message) -> None:
         if self._link is not None:

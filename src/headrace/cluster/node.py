@@ -20,6 +20,7 @@ from headrace.cluster.wire import (
     GREETINGS,
     MAX_GREETING,
     MAX_UNSENT,
+    MAX_UNSENT_EVENTS,
     Begin,
     Done,
     Greeting,
@@ -34,6 +35,8 @@ from headrace.cluster.wire import (
 )
 from headrace.core.backend import Backend
 from headrace.core.errors import ErrorRecord
+from headrace.core.request import AnyRequest, GenerateRequest
+from headrace.pool.pool import Pool
 from headrace.worker.outcome import failure
 from headrace.worker.wire import MAX_FRAME, Cancel, Emitted, Ended, Link
 
@@ -162,6 +165,7 @@ class FrontConnection:
         self._hello = server.identity.hello()
         self._other: Hello | None = None
         self._is_known = False
+        self._unsent = 0
         self._streams: dict[int, asyncio.Task[ErrorRecord | None]] = {}
 
     def _connected(self) -> None:
@@ -242,13 +246,26 @@ class FrontConnection:
         del self._streams[number]
         self.link.send(Ended(number, None if task.cancelled() else task.result()))
 
-    async def _answer(self, number: int, request: Any) -> None:
-        send, room = self.link.send, self.link.room
-        async with aclosing(self._server.backend.ask(request)) as stream:
+    async def _answer(self, number: int, request: AnyRequest) -> None:
+        send, room, backend = self.link.send, self.link.room, self._server.backend
+        if isinstance(backend, Pool) and isinstance(request, GenerateRequest):
+            await backend.relay(request, lambda event: self._pass_on(Emitted(number, event)))
+            return
+        async with aclosing(backend.ask(request)) as stream:
             async for event in stream:
                 if not room.is_set():
                     await room.wait()
                 send(Emitted(number, event))
+
+    def _pass_on(self, emitted: Emitted) -> None:
+        """Send a small event without waiting for room, unless too many wait already."""
+        self.link.send(emitted)
+        if self.link.room.is_set():
+            self._unsent = 0
+            return
+        self._unsent += 1
+        if self._unsent > MAX_UNSENT_EVENTS:
+            self.link.fail("the front does not read")
 
     async def _order(self, order: Order) -> None:
         results: list[Done] = []

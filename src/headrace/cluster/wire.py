@@ -28,6 +28,8 @@ GREETING_TIMEOUT_S = 5.0
 """How long the greeting may take."""
 MAX_UNSENT = 16 << 20
 """Bytes that wait for a front to read them; beyond that the streams to it wait."""
+MAX_UNSENT_EVENTS = 100_000
+"""Events of generated text beyond those bytes; then its connection is ended."""
 
 MAX_LISTING = 1 << 20
 """Bytes of the list of nodes."""
