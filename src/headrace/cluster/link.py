@@ -128,9 +128,16 @@ class NodeLink:
                 await self._visit()
                 delay = _FIRST_DELAY_S
             except (OSError, ssl.SSLError, TimeoutError, Refusal) as error:
-                self.failure = str(error) or type(error).__name__
+                self._note(error)
             await asyncio.sleep(delay)
             delay = min(_LONGEST_DELAY_S, delay * 2)
+
+    def _note(self, error: Exception) -> None:
+        before, self.failure = self.failure, str(error) or type(error).__name__
+        # A node that is not there yet is no error; one that does not fit together with this is.
+        if isinstance(error, (ssl.SSLError, Refusal)) and self.failure != before:
+            data = {"address": str(self.address), "error": self.failure}
+            log.warning("headrace.cluster.node_refused", extra={"data": data})
 
     async def _visit(self) -> None:
         """Make one connection, and return when a node that had joined is gone.

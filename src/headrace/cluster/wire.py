@@ -149,7 +149,7 @@ class Listing(Message, frozen=True, tag="listing"):
 
 
 Greeting = Hello | Proof | Refused
-ToNode = Begin | Cancel | Order | Pulse
+ToNode = Begin | Cancel | Order | Pulse | Refused
 ToFront = Emitted | Ended | Pulse | Status | Done | Happened
 
 GREETINGS = msgspec.msgpack.Decoder(list[Greeting])
