@@ -220,7 +220,7 @@ def test_drain(cluster: Cluster) -> None:
     assert "a is draining" in cluster.command("cluster", "drain", "a")
     check_whole(begun, gap_s=5.0)
     until(lambda: cluster.running()["a"] == 0)
-    later = [Stream(cluster) for _ in range(2)]
+    later = [Stream(cluster, words=15) for _ in range(2)]
     for stream in later:
         assert stream.begun.wait(30)
     assert cluster.running()["a"] == 0
