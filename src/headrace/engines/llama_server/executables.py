@@ -120,7 +120,7 @@ def preferred() -> Program | None:
 
 
 def examined(path: Path) -> Program:
-    """Return what an executable tells of itself; remembered until its file changes."""
+    """Return what an executable reports of itself; remembered until its file changes."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return _examined(path, _stamp(path), visible)
 
