@@ -104,8 +104,12 @@ def wait_for(started: Part, probe: str) -> None:
         RuntimeError: it has ended, or takes too long.
     """
     end = time.monotonic() + _STARTED_S
-    while time.monotonic() < end and started.process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(started.url + probe, timeout=5):
+    while (left := end - time.monotonic()) > 0 and started.process.poll() is None:
+        # Without a short limit: an answer can take long, and longer beside that to another probe.
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(started.url + probe, timeout=left),
+        ):
             return
         time.sleep(0.1)
     raise RuntimeError(f"{started.url} does not answer:\n{started.log.read_text()[-2000:]}")

@@ -237,7 +237,8 @@ def test_its_client(cluster: Cluster) -> None:
 
 def test_a_worker_that_dies_while_it_streams(cluster: Cluster, client: openai.OpenAI) -> None:
     """Issue 14, what it must show 3: the answer goes on at a new process, without a repetition."""
-    text = "The quick brown fox jumps over the lazy dog. " * 3
+    # 40 characters a second: it runs long enough to be killed on a busy machine too.
+    text = "The quick brown fox jumps over the lazy dog. " * 10
     stream = client.chat.completions.create(model="slow", messages=user(text), stream=True)
     got = ""
     killed = False

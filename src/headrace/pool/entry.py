@@ -373,11 +373,15 @@ class ModelEntry:
 
     def _capacity(self, ticket: Ticket, waiting: int) -> int:
         """Return how many requests of its class may wait, with a ticket that is about to join."""
-        if self.is_ready:
-            free = max((candidate.free for candidate in self._candidates(ticket)), default=0)
-            served_at_once = not waiting and free > 0
-            return self.spec.max_queued + (1 if served_at_once else 0)
-        return self.spec.max_queued + max(1, self.slots)
+        if waiting or not self.is_ready:
+            return self.room
+        free = max((candidate.free for candidate in self._candidates(ticket)), default=0)
+        return self.room + (1 if free > 0 else 0)
+
+    @property
+    def room(self) -> int:
+        """How many requests of a class may wait; while nothing is loaded, also for the slots."""
+        return self.spec.max_queued + (0 if self.is_ready else max(1, self.slots))
 
 
 def _size(ticket: Ticket) -> int:
