@@ -285,7 +285,7 @@ def test_errors_have_ollamas_form(client: ollama.Client, service: Service) -> No
     for path, body in (
         ("/api/chat", {"model": "echo", "messages": user("x"), "options": {"top_p": 9}}),
         ("/api/chat", {"messages": user("x")}),
-        ("/api/chat", {"model": "echo", "messages": [{"role": "tool", "content": "x"}]}),
+        ("/api/chat", {"model": "echo", "messages": [{"role": "tools", "content": "x"}]}),
         ("/api/generate", {"model": "echo", "prompt": "x", "template": "{{ .Prompt }}"}),
         ("/api/create", {"model": "x"}),
         ("/api/nothing", {}),
