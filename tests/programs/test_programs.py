@@ -37,6 +37,7 @@ class Program(NamedTuple):
 PROGRAMS = {
     "codex": Program(("exec", "--skip-git-repo-check"), ("exec_command", "cmd", "cat {}")),
     "claude-code": Program(("-p",), ("Read", "file_path", "{}")),
+    "copilot": Program(("-p",), ("view", "path", "{}"), ("--allow-all-tools",)),
     "opencode": Program(("run",), ("read", "filePath", "{}")),
     "qwen-code": Program(("-p",), ("read_file", "file_path", "{}"), ("-y",)),
     "continue": Program(("-p",), ("Read", "filepath", "{}")),
