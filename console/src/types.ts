@@ -85,7 +85,6 @@ export interface ModelStatus {
   running: number;
   max_running: number | null;
   queued: number;
-  max_queued: number;
   until: number | null;
   restarts: number;
   evictions: number;

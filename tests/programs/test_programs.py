@@ -49,7 +49,7 @@ EXECUTABLES = {"claude-code": "claude", "continue": "cn", "qwen-code": "qwen"}
 
 def version_of(client: str, environ: dict[str, str]) -> str:
     done = run((EXECUTABLES.get(client, client), "--version"), environ, PREFIX)
-    match = re.search(r"\d+\.\d+[\w.]*", done)
+    match = re.search(r"\d+(?:\.\w+)+", done)
     assert match, done
     return match[0]
 

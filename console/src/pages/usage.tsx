@@ -1,4 +1,4 @@
-/** Tokens, requests, seconds and joules by day, key, model and kind. */
+/** Tokens, requests, seconds and joules by day, key, model, kind and priority. */
 
 import { useEffect, useMemo, useState } from "preact/hooks";
 
@@ -9,8 +9,8 @@ import type { Amounts, UsageReport } from "../types";
 import { Button, download, Empty, Field, Loading, PageHead, Problem } from "../ui";
 import { Limited } from "./now";
 
-const GROUPS = ["day", "model", "key", "operation"] as const;
-const TITLES: Record<string, string> = { day: "Day", model: "Model", key: "Key", operation: "Kind" };
+const GROUPS = ["day", "model", "key", "operation", "priority"] as const;
+const TITLES: Record<string, string> = { day: "Day", model: "Model", key: "Key", operation: "Kind", priority: "Priority" };
 const RANGES: Record<string, string> = { "7": "last 7 days", "30": "last 30 days", "90": "last 90 days", "": "all" };
 
 function firstDay(days: string): string {
