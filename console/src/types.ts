@@ -85,6 +85,7 @@ export interface ModelStatus {
   running: number;
   max_running: number | null;
   queued: number;
+  max_queued: number;
   until: number | null;
   restarts: number;
   evictions: number;

@@ -1,10 +1,10 @@
-/** Tokens, requests, seconds and joules by day, key, model, kind and priority. */
+/** Tokens, requests, seconds and joules by day, key, model and kind. */
 
 import { useEffect, useMemo, useState } from "preact/hooks";
 
 import { ApiError, getJson, isAbort, messageOf } from "../api";
 import { Chart } from "../chart";
-import { compact, count, span } from "../format";
+import { compact, count, ms, span } from "../format";
 import type { Amounts, UsageReport } from "../types";
 import { Button, download, Empty, Field, Loading, PageHead, Problem } from "../ui";
 import { Limited } from "./now";
@@ -115,7 +115,7 @@ const COLUMNS: [title: string, name: keyof Amounts, text: (value: number) => str
   ["Cached", "cached_tokens", count],
   ["Answer", "completion_tokens", count],
   ["Thinking", "reasoning_tokens", count],
-  ["Engine time", "seconds", span],
+  ["Engine time", "seconds", (value) => (value < 60 ? ms(1000 * value) : span(value))],
   ["Joules", "joules", (value) => count(Math.round(value))],
 ];
 
