@@ -369,6 +369,7 @@ def status_of(entry: ModelEntry) -> ModelStatus:
         max_running=entry.slots or None,
         queued=len(entry.queue),
         max_queued=spec.max_queued,
+        places=max(0, entry.room - entry.queue.count(batch=False)),
         until=_until(entry),
         last_used=entry.wall(entry.last_used) if entry.last_used is not None else None,
         restarts=entry.restarts,

@@ -62,7 +62,11 @@ _STATES = (
     _State("headrace_requests_running", "Requests that hold a slot.", _by_model("running")),
     _State("headrace_requests_queued", "Requests that wait for a slot.", _by_model("queued")),
     _State("headrace_slots", "Requests that can run at once.", _by_model("max_running")),
-    _State("headrace_queue_places", "Requests that may wait.", _by_model("max_queued")),
+    _State(
+        "headrace_queue_places",
+        "More requests that may wait, without those of batches.",
+        _by_model("places"),
+    ),
     *(
         _State(f"headrace_model_{field}_total", help, _by_model(field))
         for field, help in (
