@@ -22,7 +22,9 @@ _LOADABLE: frozenset[State] = frozenset({"ready", "created", "stopped"})
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """A model; requests name it by its `id` or an alias.
 
-    `base` is the model that answers, if this is a name with a preset of its own.
+    `base` is the model that answers, if this is a name with a preset or an adapter of its own, and
+    `adapter` whether it has one. `root` and `parent` are vLLM's fields: where the model or the
+    adapter is from, of a file its name, and the model that the adapter changes.
     `slots` is how many requests it runs at a time, once that is known.
     `type`, `display_name`, `created_at`, `max_input_tokens` and `lifecycle` are Anthropic's fields;
     to a request with the header `anthropic-version`, `capabilities` are in its form too.
@@ -50,6 +52,9 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     thinking: str
     tool_format: str | None
     base: str | None
+    adapter: bool
+    root: str
+    parent: str | None
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,7 +134,15 @@ def _card(info: ModelInfo, name: str) -> ModelCard:
         thinking=info.capabilities.thinking,
         tool_format=info.tool_format.get("tool calls", "").partition(":")[0] or None,
         base=info.base,
+        adapter=info.adapter is not None,
+        root=_root(info.adapter or info.source),
+        parent=info.base if info.adapter else None,
     )
+
+
+def _root(reference: str) -> str:
+    """Return a reference without the folders of this machine."""
+    return reference.rpartition("/")[2] if reference.startswith(("/", ".", "~")) else reference
 
 
 class Health(msgspec.Struct, frozen=True):

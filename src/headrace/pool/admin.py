@@ -274,6 +274,7 @@ class PoolAdmin:
         kept = self._kept.get(name, Remembered())
         merged = {**kept.changes, **changes}
         spec = self._specify(entry.reference or name, merged)
+        self.pool.check_names(msgspec.structs.replace(spec, name=name))
         self._kept[name] = msgspec.structs.replace(kept, changes=merged)
         self._apply(entry, msgspec.structs.replace(spec, name=name))
         self.pool.events.publish("updated", name, changes=dict(changes))

@@ -34,7 +34,7 @@ ABOUT = About(
     spreads=True,
     requires="xllamacpp",
     tasks=("generate", "embed"),
-    able=frozenset({"forms", "infill", "json_schema", "logprobs", "resume", "vision"}),
+    able=frozenset({"adapters", "forms", "infill", "json_schema", "logprobs", "resume", "vision"}),
 )
 
 _DEFAULT_SLOTS = 4
