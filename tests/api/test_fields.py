@@ -162,7 +162,7 @@ REFUSED: dict[str, tuple[tuple[str, Any], ...]] = {
         ("json_schema", {"type": "null"}), ("thinking", {"type": "enabled"}), ("n", 2),
     ),
     "/v1/embeddings": (
-        ("truncate_prompt_tokens", 5), ("input_type", "query"), ("options", {"a": 1}),
+        ("truncate_prompt_tokens", 5), ("instruction", "query"), ("options", {"a": 1}),
     ),
     "/v1/rerank": (("truncate_prompt_tokens", 5), ("rank_fields", ["a"]), ("top_k", 1)),
     "/v1/score": (

@@ -125,8 +125,8 @@ def test_figures_name_the_adapter(http: httpx.Client) -> None:
     for name in ("tiny:one", "second"):
         assert any(f'"{name}"' in line for line in series), series
     assert not any('"tiny:two"' in line for line in series)
-    report = http.get("/admin/usage").json()
-    assert {"tiny:one", "second"} <= {row["model"] for row in report["rows"]}, report
+    rates = {row["model"] for row in http.get("/admin/activity").json()["rates"]}
+    assert {"tiny:one", "second"} <= rates
 
 
 def test_an_adapter_is_in_the_estimate(http: httpx.Client, folder: Path) -> None:
@@ -134,3 +134,28 @@ def test_an_adapter_is_in_the_estimate(http: httpx.Client, folder: Path) -> None
     parts = http.get("/admin/plan", params={"model": "tiny"}).json()["need"]["parts"]
     sizes = [(folder / f"{name}.gguf").stat().st_size for name in ("one", "two")]
     assert parts["adapters"] == sum(sizes)
+
+
+def test_adapters_change_while_it_serves(http: httpx.Client, folder: Path) -> None:
+    """Issue 17.4: added and removed by admin; one that does not fit changes nothing."""
+    before = completed(http, "tiny:one")
+
+    def update(**adapters: Any) -> httpx.Response:
+        settings = {"adapters": adapters}
+        return http.post("/admin/models/update", json={"model": "tiny", "settings": settings})
+
+    one, three = (str(folder / f"{name}.gguf") for name in ("one", "three"))
+    gguf_adapter(folder / "other.gguf", 9, architecture="qwen2")
+    refused = update(one=one, other=str(folder / "other.gguf"))
+    assert refused.status_code == 400
+    assert "Adapter other" in refused.text
+    assert "made for qwen2, and the model is llama" in refused.text
+    taken = update(one={"source": one, "name": "brief"})
+    assert (taken.status_code, "already a name of tiny" in taken.text) == (400, True)
+    assert "second" in listed(http)
+    assert update(one=one, three={"source": three, "name": "third"}).status_code == 200
+    assert list(listed(http)) == ["tiny", "brief", "tiny:one", "third"]
+    assert completed(http, "tiny:one") == before
+    assert completed(http, "third") not in {before, completed(http, "tiny")}
+    gone = http.post("/v1/completions", json={"model": "second", "prompt": "x"})
+    assert gone.status_code == 404

@@ -25,7 +25,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     `base` is the model that answers, if this is a name with a preset or an adapter of its own, and
     `adapter` whether it has one. `root` and `parent` are vLLM's fields: where the model or the
     adapter is from, of a file its name, and the model that the adapter changes.
-    `slots` is how many requests it runs at a time, once that is known.
+    `slots` is how many requests it runs at a time, once that is known. `prompts` are the names that
+    `prompt_name` takes, of models that make embeddings.
     `type`, `display_name`, `created_at`, `max_input_tokens` and `lifecycle` are Anthropic's fields;
     to a request with the header `anthropic-version`, `capabilities` are in its form too.
     """
@@ -51,6 +52,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     tools: str
     thinking: str
     tool_format: str | None
+    prompts: list[str]
     base: str | None
     adapter: bool
     root: str
@@ -133,6 +135,7 @@ def _card(info: ModelInfo, name: str) -> ModelCard:
         tools=info.capabilities.tools,
         thinking=info.capabilities.thinking,
         tool_format=info.tool_format.get("tool calls", "").partition(":")[0] or None,
+        prompts=sorted(info.prompts),
         base=info.base,
         adapter=info.adapter is not None,
         root=_root(info.adapter or info.source),

@@ -109,8 +109,8 @@ def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
         name = name.replace("_", " ")
         if name == "tool format":
             yield from info.tool_format.items()
-        elif name == "preset":
-            yield name, ", ".join(f"{key} = {part!r}" for key, part in info.preset.items())
+        elif name in ("preset", "prompts"):
+            yield name, ", ".join(f"{key} = {part!r}" for key, part in value.items())
         elif name in ("size", "memory"):
             yield name, terminal.size(value)
         elif name == "chat template":

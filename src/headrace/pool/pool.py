@@ -54,6 +54,8 @@ class Pool:
         self.entries: dict[str, ModelEntry] = {}
         self.leaving: list[ModelEntry] = []
         self.draining = self._started = False
+        # Models whose load at the start takes longer than its forecast.
+        self._late: list[ModelEntry] = []
         self._names: dict[str, str] = {}
         self._clock = clock
         self.loader = Loader(
@@ -78,7 +80,8 @@ class Pool:
             not self.draining
             and self._started
             and any(
-                entry.spec.enabled and not entry.failures.wait_s for entry in self.entries.values()
+                entry.spec.enabled and not entry.failures.wait_s and entry not in self._late
+                for entry in self.entries.values()
             )
         )
 
@@ -149,8 +152,11 @@ class Pool:
             while any(r.loading and not r.is_overdue for r in entry.replicas):
                 await self.loader.memory.changed()
         self._started = True
-        if late := [r.loading for entry in entries for r in entry.replicas if r.loading]:
+        late = {r.loading: e for e in entries for r in e.replicas if r.loading}
+        if late:
+            self._late = [*late.values()]
             await asyncio.wait(late)
+            self._late = []
         for entry in entries:
             if entry.failures.error is not None:
                 raise entry.failures.error

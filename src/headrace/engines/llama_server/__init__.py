@@ -23,7 +23,7 @@ ABOUT = About(
     confined=True,
     program=True,
     spreads=True,
-    tasks=("generate", "embed"),
+    tasks=("generate", "embed", "rerank"),
     able=llamacpp.ABOUT.able,
 )
 

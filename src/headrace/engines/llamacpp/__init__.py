@@ -33,7 +33,7 @@ ABOUT = About(
     confined=True,
     spreads=True,
     requires="xllamacpp",
-    tasks=("generate", "embed"),
+    tasks=("generate", "embed", "rerank"),
     able=frozenset({"adapters", "forms", "infill", "json_schema", "logprobs", "resume", "vision"}),
 )
 
@@ -116,7 +116,7 @@ def footprint_on(request: OpenRequest, options: Options, device: str) -> Footpri
     """
     gpus = plan.expected_gpus(request, device)
     planned = plan_slots(request, options, on_cpu=device == "cpu")
-    if request.task != "embed":
+    if request.task == "generate":
         return estimate(request.model, planned, options, gpus)
     whole = max(planned.context_length, 512)
     need = estimate(request.model, planned, options, gpus, whole=whole)
@@ -162,11 +162,11 @@ def projector_of(model: ModelFile, options: Options) -> Projector | None:
 
 
 def plan_slots(request: OpenRequest, options: Options, *, on_cpu: bool) -> CachePlan:
-    """Choose slots and context of a load; embeddings are computed in one batch each."""
+    """Choose slots and context of a load; what is embedded or ranked is computed in one batch."""
     memory = request.memory
     if memory is None and on_cpu:
         memory = machine.host_memory()
-    if request.task == "embed" and request.context_length is None:
+    if request.task != "generate" and request.context_length is None:
         context = min(request.model.context_length or _EMBED_CONTEXT, _EMBED_CONTEXT)
         # The longest input is one batch, which takes a quarter of the memory at most too.
         fits = memory and plan.tokens_in(memory / 4, 2 * _output_bytes(request.model))
