@@ -151,8 +151,8 @@ def _read_gguf(path: Path) -> tuple[AdapterFile, Mapping[str, _Pair], str | None
     alpha = header.metadata.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         _refuse(path, "its alpha is no number")
-    found = _halves(path, header.shapes, ".lora_a", ".lora_b")
-    pairs = dict(_gguf_pairs(found))
+    halves = _halves(path, header.shapes, ".lora_a", ".lora_b")
+    pairs = dict(_gguf_pairs(halves))
     file = AdapterFile(
         path=str(path),
         format="gguf",

@@ -24,7 +24,7 @@ async def check_adapters(loader: Loader, old: ModelSpec, new: ModelSpec) -> None
     """
 
     def report(stage: str, done: int, total: int) -> None:
-        del stage, done, total  # nobody watches it
+        del stage, done, total  # no client waits for it
 
     if new.adapters and new.adapters != old.adapters:
         try:
