@@ -72,7 +72,7 @@ def engines() -> list[EngineStatus]:
 
 
 def programs() -> dict[str, Sequence[str]]:
-    """Return what the programs of engines tell of themselves, as lines, by engine. Runs them."""
+    """Return what the programs of engines report of themselves, as lines, by engine. Runs them."""
     return engine_registry.describe()
 
 
@@ -126,7 +126,7 @@ def resolver(config: Config) -> Resolve:
 
     def resolve(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
         file = model_file(spec, config, on_progress)
-        worker_spec = _worker_spec(spec, file, config)
+        worker_spec = _worker_spec(spec, file, config, on_progress)
         adapters = adapter.fetched(spec.adapters, file, store(config), on_progress)
         return msgspec.structs.replace(worker_spec, adapters=tuple(adapters))
 
@@ -383,10 +383,12 @@ def _engine(spec: ModelSpec, file: ModelFile, config: Config) -> tuple[str, str]
     return engine, f"{provider.title} speaks its protocol"
 
 
-def _worker_spec(spec: ModelSpec, file: ModelFile, config: Config) -> WorkerSpec:
+def _worker_spec(
+    spec: ModelSpec, file: ModelFile, config: Config, progress: OnProgress | None = None
+) -> WorkerSpec:
     engine, reason = _engine(spec, file, config)
     engine_registry.check_options(engine, spec.options)
-    file = engine_registry.prepared(engine, file, config.home)
+    file = engine_registry.prepared(engine, file, config.home, spec.options, progress)
     return WorkerSpec(
         model=spec,
         placed=placement(spec, engine),

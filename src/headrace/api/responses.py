@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec.structs import replace
 
-from headrace.api.custom_tools import custom_tool
+from headrace.api.custom_tools import CustomGrammar, check_format, custom_tool
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.images import ImageReader, body_limit, held
 from headrace.api.limits import ApiSettings
@@ -299,9 +299,11 @@ def _function(tool: ResponseTool, place: str) -> Function | Tool:
         raise InvalidRequest(f"{place}.name is missing.", param=f"{place}.name")
     if tool.type == "function":
         return Function(tool.name, tool.description, tool.parameters, tool.strict)
-    form = tool.format or FreeFormat("text")
-    where = f"{place}.format.definition"
-    return custom_tool(tool.name, tool.description, form.syntax, form.definition, where)
+    form, where, grammar = tool.format or FreeFormat("text"), f"{place}.format.definition", None
+    if form.syntax is not None and form.definition is not None:
+        grammar = CustomGrammar(form.syntax, form.definition)
+    check_format(form.type, where, has_grammar=grammar is not None)
+    return custom_tool(tool.name, tool.description, grammar, where)
 
 
 def _constraint(form: TextFormat | None) -> Constraint | None:

@@ -44,7 +44,7 @@ class InputItem(Body, frozen=True, kw_only=True):
 
 
 class FreeFormat(Body, frozen=True):
-    """What a tool takes: any text, or that of a grammar; a regex is enforced."""
+    """What a tool takes: any text, or that of a grammar, which is enforced."""
 
     type: Literal["text", "grammar"]
     syntax: Syntax | None = None

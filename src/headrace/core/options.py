@@ -103,6 +103,7 @@ class ModelOptions(TypedDict, total=False):
     continuation: Literal["exact", "fast", "off"] | None
     nodes: Sequence[str] | None
     replicas: int | None
+    weight_type: str | None
     weights: Sequence[float] | None
     task: Literal["generate", "embed", "rerank"] | None
     options: Mapping[str, Any] | None

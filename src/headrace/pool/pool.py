@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from typing import ClassVar
 
 import msgspec
@@ -27,6 +27,7 @@ from headrace.pool.observer import Observer
 from headrace.pool.places import KeepWarm
 from headrace.pool.policy import Rules
 from headrace.pool.replica import OpenWorker, PooledWorker
+from headrace.pool.requests import OpenRequests
 from headrace.worker.spec import unloaded_info
 
 
@@ -62,9 +63,7 @@ class Pool:
             self._all_entries, open_worker, sizing, ledger, rules or Rules(), self.events, clock
         )
         self.loader.warm = warm
-        self._changed = asyncio.Event()
-        self._drain_until = float("inf")
-        self._streams = 0
+        self._requests = OpenRequests(clock)
         self._closing: asyncio.Task[None] | None = None
         for spec in specs:
             self.add(spec)
@@ -170,7 +169,7 @@ class Pool:
         return self._answer(request) if request.queues else self._answer_at_once(request)
 
     async def _answer_at_once(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        with self._count_stream():
+        with self._requests.counted():
             worker = await self._ready_worker(request)
             spec = self.entry(request.model).spec
             request = addressed(spec, request)
@@ -179,7 +178,7 @@ class Pool:
                     yield event
 
     async def _answer(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        with self.loader.observer.observe(request) as observation, self._count_stream():
+        with self.loader.observer.observe(request) as observation, self._requests.counted():
             entry = self.entry(request.model)
             given = addressed(entry.spec, observation.request)
             continuation = Continuation(given, entry.spec.continuation, self._clock)
@@ -220,7 +219,7 @@ class Pool:
                 deliver(event)
 
     async def _relay(self, request: AnyRequest, deliver: Callable[[Event], None]) -> None:
-        with self.loader.observer.observe(request) as observation, self._count_stream():
+        with self.loader.observer.observe(request) as observation, self._requests.counted():
             entry = self.entry(request.model)
             given = addressed(entry.spec, observation.request)
             continuation = Continuation(given, entry.spec.continuation, self._clock)
@@ -259,13 +258,12 @@ class Pool:
 
         A second call can shorten the wait. When it returns, all processes have ended.
         """
-        self._drain_until = min(self._drain_until, self._clock() + drain_s)
-        self._changed.set()
+        self._requests.limit_wait(drain_s)
         if self._closing is None:
             self.draining = True
             for entry in self._all_entries():
                 entry.draining = True
-            self.events.publish("draining", running=self._streams, drain_s=drain_s)
+            self.events.publish("draining", running=len(self._requests), drain_s=drain_s)
             self._closing = asyncio.create_task(self._close(), name="close the pool")
         await asyncio.shield(self._closing)
 
@@ -282,23 +280,9 @@ class Pool:
             entry.refuse(error)
         self.loader.stop_loading()
         self.events.close()
-        while self._streams and (left := self._drain_until - self._clock()) > 0:
-            self._changed.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._changed.wait()
+        await self._requests.wait()
         await self.loader.aclose()
         self.loader.observer.closed()
-
-    @contextmanager
-    def _count_stream(self) -> Generator[None]:
-        """Make the close of the pool wait for a request."""
-        self._streams += 1
-        try:
-            yield
-        finally:
-            self._streams -= 1
-            self._changed.set()
 
     async def _ready_worker(self, request: AnyRequest) -> PooledWorker:
         """Return a loaded worker; the load is begun and awaited if there is none.
