@@ -22,7 +22,9 @@ _LOADABLE: frozenset[State] = frozenset({"ready", "created", "stopped"})
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """A model; requests name it by its `id` or an alias.
 
-    `base` is the model that answers, if this is a name with a preset of its own.
+    `base` is the model that answers, if this is a name with a preset or an adapter of its own, and
+    `adapter` whether it has one. `root` and `parent` are vLLM's fields: where the model or the
+    adapter is from, of a file its name, and the model that the adapter changes.
     `slots` is how many requests it runs at a time, once that is known. `prompts` are the names that
     `prompt_name` takes, of models that make embeddings.
     `type`, `display_name`, `created_at`, `max_input_tokens` and `lifecycle` are Anthropic's fields;
@@ -52,6 +54,9 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     tool_format: str | None
     prompts: list[str]
     base: str | None
+    adapter: bool
+    root: str
+    parent: str | None
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,7 +136,15 @@ def _card(info: ModelInfo, name: str) -> ModelCard:
         tool_format=info.tool_format.get("tool calls", "").partition(":")[0] or None,
         prompts=sorted(info.prompts),
         base=info.base,
+        adapter=info.adapter is not None,
+        root=_root(info.adapter or info.source),
+        parent=info.base if info.adapter else None,
     )
+
+
+def _root(reference: str) -> str:
+    """Return a reference without the folders of this machine."""
+    return reference.rpartition("/")[2] if reference.startswith(("/", ".", "~")) else reference
 
 
 class Health(msgspec.Struct, frozen=True):

@@ -112,7 +112,7 @@ def _cache_usage(status: PoolStatus, running: Iterable[RunningRequest]) -> Metri
     held = Counter[str]()
     for request in running:
         if request.phase in _HOLDING:
-            held[request.model] += request.prompt_tokens + request.completion_tokens
+            held[request.base or request.model] += request.prompt_tokens + request.completion_tokens
     metric = GaugeMetricFamily(
         "headrace_kv_cache_usage_ratio",
         "Tokens of running requests, by those that all slots have room for: 0 to 1.",
