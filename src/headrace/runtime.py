@@ -24,7 +24,7 @@ from headrace.keys.keeper import Keeper
 from headrace.listing import list_library
 from headrace.log import LogSettings
 from headrace.machine import SystemInfo, confine
-from headrace.models import library
+from headrace.models import adapter, library
 from headrace.models.inspect import inspect
 from headrace.models.providers import PROVIDERS, Provider
 from headrace.models.reference import (
@@ -127,12 +127,9 @@ def resolver(config: Config) -> Resolve:
     def resolve(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
         file = model_file(spec, config, on_progress)
         worker_spec = _worker_spec(spec, file, config, on_progress)
-        if not (reference := spec.options.get(speculation.DRAFT_MODEL)):
-            return worker_spec
-        draft = store(config).model_file(parse(reference), on_progress)
-        speculation.check_draft(file, draft)
-        draft = engine_registry.prepared(worker_spec.engine, draft, config.home, {}, on_progress)
-        return msgspec.structs.replace(worker_spec, draft=draft)
+        adapters = adapter.fetched(spec.adapters, file, store(config), on_progress)
+        draft = speculation.fetched(spec.options, file, store(config), on_progress)
+        return msgspec.structs.replace(worker_spec, adapters=tuple(adapters), draft=draft)
 
     return resolve
 
@@ -373,7 +370,12 @@ def _reference(spec: ModelSpec) -> Reference:
 def _engine(spec: ModelSpec, file: ModelFile, config: Config) -> tuple[str, str]:
     if file.provider is None or spec.engine is not None:
         name, reason = engine_registry.choose(
-            file, spec.engine, task=spec.task, device=spec.device, options=spec.options
+            file,
+            spec.engine,
+            task=spec.task,
+            device=spec.device,
+            options=spec.options,
+            able=frozenset({"adapters"} if spec.adapters else ()),
         )
         is_automatic = spec.engine is None
         return name, reason + (measured.proposal(config.home, file, name) if is_automatic else "")

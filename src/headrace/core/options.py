@@ -35,6 +35,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int | None
     logit_bias: Mapping[int, float] | None
     n: int | None
+    adapter: str | None
     echo: bool | None
     context_length: int | None
     json_schema: Mapping[str, Any] | None

@@ -19,6 +19,9 @@ from headrace.engines.base import EngineOptions
 from headrace.models.files import read_bounded
 from headrace.models.folder import MAX_JSON
 from headrace.models.gguf import read_vocabulary
+from headrace.models.reference import parse
+from headrace.models.store import Store
+from headrace.models.transfer import Progress
 
 Way = Literal["off", "auto", "ngram", "draft", "mtp", "eagle3"]
 DRAFT_MODEL = "draft_model"
@@ -85,6 +88,21 @@ class SpeculationOptions(EngineOptions):
         """The most tokens of a draft; 0 if none are drafted."""
         default = {"off": 0, "ngram": 8}.get(self.way, 4)
         return (self.draft_tokens or default) if self.drafts else 0
+
+
+def fetched(
+    options: Mapping[str, Any], model: ModelFile, store: Store, progress: Progress
+) -> ModelFile | None:
+    """Return the file of the option `draft_model`, downloaded if needed; None without. Blocking.
+
+    Raises:
+        HeadraceError: it cannot be obtained, or as `check_draft`.
+    """
+    if not (reference := options.get(DRAFT_MODEL)):
+        return None
+    draft = store.model_file(parse(reference), progress)
+    check_draft(model, draft)
+    return draft
 
 
 def check_draft(model: ModelFile, draft: ModelFile) -> None:

@@ -38,7 +38,8 @@ ABOUT = About(
     requires="xllamacpp",
     tasks=("generate", "embed", "rerank"),
     able=frozenset(
-        {"forms", "infill", "json_schema", "logprobs", "resume", "speculation", "vision"}
+        {"adapters", "forms", "infill", "json_schema", "logprobs", "resume", "speculation"}
+        | {"vision"}
     ),
 )
 

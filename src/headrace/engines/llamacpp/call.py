@@ -116,7 +116,13 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class Call:
-    """A request on its own thread: llama.cpp calls back for every chunk."""
+    """A request on its own thread: llama.cpp calls back for every chunk.
+
+    `lora` has the scale of each adapter of the server, 0 for those that are left out: only then
+    does it forget a prompt that it has computed with others.
+    """
+
+    lora: Sequence[dict[str, float]] = ()
 
     def __init__(
         self,
@@ -159,10 +165,13 @@ class Call:
         server.handle_completions(msgspec.json.encode(self._fields()), self._on_chunk)
 
     def _fields(self, constrained: Constrained | None = None) -> dict[str, Any]:
-        body = fields(self._request, self._visible, constrained or in_lark)
+        body = fields(self._request, self._visible, constrained or in_lark) | self._adapted()
         if self._timings is not None:
             body["timings_per_token"] = True
         return body
+
+    def _adapted(self) -> dict[str, Any]:
+        return {"lora": self.lora} if self.lora else {}
 
     def _on_chunk(self, raw: bytes) -> bool:
         # The library swallows exceptions of the callback: keep it for `run`.
@@ -278,6 +287,7 @@ class Call:
             "logprobs": most,
             # It changes what is chosen, and not the probabilities that are reported.
             "logit_bias": [[whole, CERTAIN]],
+            **self._adapted(),
         }
         chunks: list[_Chunk] = []
 

@@ -90,6 +90,7 @@ class NativeCall(Call):
             "temperature": 0,
             "n_probs": most,
             "logit_bias": [[whole, CERTAIN]],
+            **self._adapted(),
         }
         answer = msgspec.convert(server.ask(_PATH, body), _Chunk)
         return answer.completion_probabilities[0].top_logprobs

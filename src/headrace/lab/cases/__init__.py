@@ -7,6 +7,7 @@ loaded on the engine behind one kind of Backend; `examine` runs a case and retur
 from __future__ import annotations
 
 from headrace.lab.cases import (
+    adapters,
     answers,
     drafts,
     facts,
@@ -34,6 +35,7 @@ CASES: tuple[Case, ...] = (
     *turns.CASES,
     *drafts.CASES,
     *vectors.CASES,
+    *adapters.CASES,
 )
 
 __all__ = [
