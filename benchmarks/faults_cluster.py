@@ -180,9 +180,13 @@ class Cluster:
 
     async def until(self, condition: Callable[[], Awaitable[bool]]) -> None:
         """Wait until a condition holds."""
-        async with asyncio.timeout(_WITHIN_S):
-            while not await condition():  # noqa: ASYNC110 - of other processes
-                await asyncio.sleep(_STEP_S)
+        try:
+            async with asyncio.timeout(_WITHIN_S):
+                while not await condition():  # noqa: ASYNC110 - of other processes
+                    await asyncio.sleep(_STEP_S)
+        except TimeoutError:
+            states = {name: await self.states(name) for name in self.fronts}
+            raise SystemExit(f"It did not come within {_WITHIN_S:g} s: {states}") from None
 
     async def drain(self, node: str, *, on: bool) -> None:
         """Drain a node, or end that."""
