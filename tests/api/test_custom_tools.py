@@ -14,6 +14,7 @@ from openai.types.chat import ChatCompletion
 from tests.api.fakes import FakeBackend, client, finish
 from tests.service.serving import Service, served
 
+from headrace.core.constraint import Constraint
 from headrace.core.events import Delta, ToolCall, ToolCallDelta
 from headrace.core.request import Message
 from headrace.core.tools import ToolChoice
@@ -21,7 +22,11 @@ from headrace.core.tools import ToolChoice
 PATH = "/v1/chat/completions"
 FUNCTION: Any = {"type": "function", "function": {"name": "f"}}
 REGEX = r'[A-Z]{2}-[0-9]{3}( "ok")?'
-LARK = 'start: "a"+'
+LARK = r"""start: "run " WORD (" and " WORD)? LF /["\\]{2}/ ";"
+WORD: "a" | "b\"c"i
+%import common.LF
+"""
+LARK_TEXT = r'run (a|[bB]"[cC])( and (a|[bB]"[cC]))?\n["\\]{2};'
 
 
 def custom(name: str = "code", **form: Any) -> Any:
@@ -107,15 +112,16 @@ async def test_histories_and_choices() -> None:
 
 
 async def test_grammars() -> None:
-    """Issue 13: a regex is enforced, another grammar is described."""
+    """Issue 13: each is enforced, and described."""
     tools = [custom(**of("regex", REGEX)), custom("b", **of("lark", LARK))]
     _, backend = await post(tools=tools)
     regex, lark = backend.requests[0].tools
     assert regex.strict
-    assert regex.parameters["properties"]["input"]["pattern"] == f"^(?:{REGEX})$"
+    assert regex.input == Constraint(regex=REGEX)
     assert REGEX in regex.description
-    assert not lark.strict
-    assert LARK in lark.description
+    assert lark.strict
+    assert lark.input == Constraint(grammar=LARK)
+    assert LARK.strip() in lark.description
 
 
 @pytest.mark.parametrize(
@@ -129,10 +135,20 @@ async def test_grammars() -> None:
             "tools[0].custom.format.grammar.definition",
         ),
         (
-            {"tools": [custom(**of("regex", "a" * 1100))]},
+            {"tools": [custom(**of("regex", "a" * 8200))]},
             "tools[0].custom.format.grammar.definition",
         ),
+        (
+            {"tools": [custom(**of("lark", "a" * 66_000))]},
+            "tools[0].custom.format.grammar.definition",
+        ),
+        ({"tools": [custom(**of("lark", ""))]}, "tools[0].custom.format.grammar.definition"),
         ({"tools": [custom(**of("ebnf", "a"))]}, "tools[0].custom.format.grammar.syntax"),
+        ({"tools": [custom(format={"type": "grammar"})]}, "tools[0].custom.format.grammar"),
+        (
+            {"tools": [custom(format=of("regex", "a")["format"] | {"type": "text"})]},
+            "tools[0].custom.format.grammar",
+        ),
         ({"tools": [custom(), custom()]}, "tools"),
         ({"tools": [custom()], "tool_choice": {"type": "custom"}}, "tool_choice.custom"),
         (
@@ -183,4 +199,25 @@ def test_a_regex_on_the_real_model(service: Service) -> None:
                 messages=messages, tools=[custom("a", **of("regex", "(?=a)b"))], **fixed
             )
         assert refused.value.param == "tools"
-        assert "The parameters of the tool a: /properties/input/pattern" in str(refused.value)
+        assert "The input of the tool a: The regex cannot be enforced" in str(refused.value)
+
+
+def test_a_lark_grammar_on_the_real_model(service: Service) -> None:
+    """Issue 13: enforced in chat completions and responses, streamed and not; else a 400."""
+    form = {"type": "grammar", "syntax": "lark", "definition": LARK}
+    tools: Any = [{"type": "custom", "name": "code", "format": form}]
+    choice: Any = {"type": "custom", "name": "code"}
+    fixed: Any = {"model": "smollm2", "temperature": 0}
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as http:
+        with http.responses.stream(
+            input="Call code.", tools=tools, tool_choice=choice, **fixed
+        ) as stream:
+            (item,) = stream.get_final_response().output
+        assert item.type == "custom_tool_call"
+        assert re.fullmatch(LARK_TEXT, item.input)
+        bad: Any = [{**tools[0], "format": {**form, "definition": "start: a\na: b\n"}}]
+        with pytest.raises(openai.BadRequestError) as refused:
+            http.responses.create(input="x", tools=bad, tool_choice=choice, **fixed)
+        assert refused.value.param == "tools"
+        assert "The input of the tool code: The grammar cannot be enforced" in str(refused.value)
+        assert "line 2, column 4" in str(refused.value)

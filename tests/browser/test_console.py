@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 
 import httpx
@@ -50,10 +49,8 @@ def test_every_page_in_both_themes_and_both_widths(
     """Issue 16, must show 1: nothing on the console, no sideways scrolling, no finding of axe."""
     chat = {"model": "echo", "messages": [{"role": "user", "content": "Hello"}]}
     httpx.post(f"{service.url}/v1/chat/completions", json=chat).raise_for_status()
-    until = time.monotonic() + 60
-    while name == "usage" and not httpx.get(f"{service.url}/admin/usage").json()["rows"]:
-        assert time.monotonic() < until
-        time.sleep(0.1)  # what has ended is counted within some seconds
+    if name == "usage":
+        counted(service)
     path, css = PAGES[name]
     for width, height in SIZES.items():
         page.size(width, height)
@@ -65,6 +62,25 @@ def test_every_page_in_both_themes_and_both_widths(
             wide = page.js("return document.documentElement.scrollWidth - innerWidth")
             assert wide <= 0, f"{name} scrolls sideways at {width}"
             assert findings(page) == []
+
+
+def counted(service: Service) -> None:
+    """Wait until usage has rows, which it has within some seconds of the first request."""
+    until = time.monotonic() + 60
+    while not httpx.get(f"{service.url}/admin/usage").json()["rows"]:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_usage_by_priority(page: Browser, service: Service) -> None:
+    """Issue 16.1: usage by day, key, model; and by priority."""
+    chat = {"model": "echo", "messages": [{"role": "user", "content": "Hello"}]}
+    httpx.post(f"{service.url}/v1/chat/completions", json=chat).raise_for_status()
+    counted(service)
+    page.open(f"{service.url}/#/usage")
+    page.find(".plain-grid")
+    page.click(".choices label:last-child input")
+    page.wait("document.querySelector('.plain-grid tbody').innerText.includes('live')")
 
 
 def findings(page: Browser) -> list[str]:
@@ -183,24 +199,6 @@ def test_requests_are_listed_shown_compared_and_replayed(page: Browser, service:
     assert page.wait(seed) == "7"
 
 
-def test_the_api_page_tries_a_route(page: Browser, service: Service) -> None:
-    """Issue 16.2: an index, the fields of a route, and a form that sends it."""
-    page.open(f"{service.url}/docs")
-    page.type(".index input", "chat/completions")
-    page.wait("document.querySelectorAll('.route').length === 1")
-    page.press("Body", ".route")
-    page.see("max_completion_tokens")
-    page.press("Try it", ".route")
-    page.press("Send", ".route")
-    page.wait("document.querySelector('.result')?.innerText.includes('Name three rivers.')")
-    assert "200" in page.js("return document.querySelector('.result p').innerText")
-    spec = httpx.get(f"{service.url}/openapi.json").json()
-    page.js("const f = document.querySelector('.index input'); f.value = ''; "
-            "f.dispatchEvent(new Event('input', { bubbles: true }))")  # fmt: skip
-    routes = sum(map(len, spec["paths"].values()))
-    page.wait("document.querySelectorAll('.route').length === arguments[0]", routes)
-
-
 def test_a_key_is_asked_for_and_kept_in_the_tab(page: Browser, locked: Service) -> None:
     """Issue 16.1: a wrong key is refused; a client's chats; an admin's manages; it is forgotten."""
     page.open(locked.url)
@@ -236,64 +234,6 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page: Browser, locked: Service) 
     page.press("Forget the key")
     page.see("This service needs a key")
     page.console()
-
-
-CANNOT = (
-    *("is not offered by Headrace", "generates text: use", "cannot fill in the middle"),
-    *("There is no", "No file of requests", "No trace of"),
-)
-"""What this service answers to examples: without an embedder, and to ids in capitals."""
-
-
-def send(command: str, key: str) -> tuple[int, str]:
-    """Send what a command for curl would send; of a stream, the status alone."""
-    command = command.replace("\\\n", "").replace("$HEADRACE_API_KEY", key)
-    words = iter(shlex.split(command)[1:])
-    method, url, headers, content, form = "GET", "", dict[str, str](), None, dict[str, str]()
-    for word in words:
-        if word == "-X":
-            method = next(words)
-        elif word == "-H":
-            name, _, value = next(words).partition(": ")
-            headers[name] = value
-        elif word == "-d":
-            content = next(words)
-        elif word == "-F":
-            name, _, value = next(words).partition("=")
-            form[name] = value
-        else:
-            url = word
-    files = {"file": ("a.jsonl", b"{}")} if form.pop("file", None) else None
-    with httpx.stream(
-        method, url, headers=headers, content=content, data=form or None, files=files, timeout=60
-    ) as reply:
-        if reply.status_code < 400:
-            return reply.status_code, ""
-        return reply.status_code, reply.read().decode()
-
-
-def test_the_curl_of_each_route_is_right(page: Browser, locked: Service) -> None:
-    """Issue 16.2: as it is copied, with a key; it is refused only for what is not here."""
-    page.open(f"{locked.url}/docs")
-    page.type(".key-form input", "admin-key" + ENTER)
-    page.find(".route")
-    page.js(
-        """window.copied = []; Object.defineProperty(navigator, 'clipboard', { value:
-        { writeText: (text) => (window.copied.push(text), Promise.resolve()) } });
-        document.querySelectorAll('.route > header button').forEach((button) => button.click());"""
-    )
-    copied = page.wait("window.copied.length === document.querySelectorAll('.route').length && "
-                       "window.copied")  # fmt: skip
-    failures: list[str] = []
-    for command in copied:
-        status, text = send(command, "admin-key")
-        if status >= 400 and not any(reason in text for reason in CANNOT):
-            failures.append(f"{command}\n{status} {text[:300]}")
-    page.press("Forget the key")
-    page.see("This service needs a key")
-    page.console()
-    assert len(copied) > 60
-    assert failures == []
 
 
 def test_nothing_that_is_sent_becomes_html(page: Browser, service: Service) -> None:

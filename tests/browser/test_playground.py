@@ -150,3 +150,22 @@ def test_two_models_side_by_side_and_kept_conversations(page: Browser, service: 
     count = page.js("return document.querySelectorAll('.conversation').length")
     page.press("Delete For both")
     page.wait("document.querySelectorAll('.conversation').length === arguments[0]", count - 1)
+
+
+def test_a_service_that_cannot_be_reached_for_a_moment(page: Browser, service: Service) -> None:
+    """Issue 16.1: the pages stay, what was asked too, and it can be asked again."""
+    page.open(f"{service.url}/#/playground")
+    page.choose(".toolbar select", "echo")
+    page.find(COMPOSER)
+    page.offline(True)
+    try:
+        page.js("location.hash = '#/now'")
+        page.js("location.hash = '#/playground'")
+        page.type(COMPOSER, "Still here" + ENTER)
+        page.see("The service cannot be reached.")
+    finally:
+        page.offline(False)
+    page.press("Regenerate")
+    page.see("total")
+    assert answer(page) == "Still here"
+    page.console()  # the requests that failed

@@ -67,7 +67,8 @@ def answered(events: list[Output]) -> tuple[str, list[str]]:
 
 
 def asked(content: str, **given: Any) -> GenerateRequest:
-    return GenerateRequest(messages=(Message("user", content),), tools=TOOLS, **given)
+    given = {"tools": TOOLS} | given
+    return GenerateRequest(messages=(Message("user", content),), **given)
 
 
 def chat(source: str = HERMES) -> Chat:
@@ -141,6 +142,7 @@ async def test_a_broken_call_is_text() -> None:
     [
         {"tool_choice": ToolChoice("required")},
         {"constraint": Constraint(json_schema={})},
+        {"tools": (Tool("code", None, SCHEMA, strict=True, input=Constraint(regex="a")),)},
     ],
 )
 async def test_what_cannot_be_enforced_is_refused(given: Any) -> None:

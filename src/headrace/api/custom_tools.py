@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 from headrace.api.fields import Body
-from headrace.core import schema
+from headrace.core.constraint import AnyForm, constraint_of
 from headrace.core.errors import InvalidRequest
 from headrace.core.tools import Tool
 
 Syntax = Literal["lark", "regex"]
+_FORMS: Mapping[Syntax, AnyForm] = {"lark": "grammar", "regex": "regex"}
 
 ToolName = Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
 
@@ -39,7 +41,7 @@ class CustomGrammar(Body, frozen=True):
 
 
 class CustomFormat(Body, frozen=True):
-    """What a custom tool takes: any text, or that of a grammar; a regex is enforced."""
+    """What a custom tool takes: any text, or that of a grammar, which is enforced."""
 
     type: Literal["text", "grammar"]
     grammar: CustomGrammar | None = None
@@ -54,40 +56,51 @@ class CustomTool(Body, frozen=True):
 
 
 def to_tool(custom: CustomTool, place: str) -> Tool:
-    """Return a custom tool of chat completions; raises as `custom_tool`."""
-    grammar = custom.format.grammar if custom.format else None
-    syntax, definition = (grammar.syntax, grammar.definition) if grammar else (None, None)
-    where = f"{place}.format.grammar.definition"
-    return custom_tool(custom.name, custom.description, syntax, definition, where)
+    """Return a custom tool of chat completions.
+
+    Raises:
+        InvalidRequest: as `custom_tool`, or its format and its grammar do not go together.
+    """
+    form, where = custom.format or CustomFormat("text"), f"{place}.format.grammar"
+    check_format(form.type, where, has_grammar=form.grammar is not None)
+    return custom_tool(custom.name, custom.description, form.grammar, f"{where}.definition")
+
+
+def check_format(kind: Literal["text", "grammar"], place: str, *, has_grammar: bool) -> None:
+    """Check that a format of the type grammar has one, and that of text has none.
+
+    Raises:
+        InvalidRequest: it is not so; names the place of the grammar.
+    """
+    if has_grammar != (kind == "grammar"):
+        problem = "goes with the type grammar" if has_grammar else "is missing"
+        raise InvalidRequest(f"{place} {problem}.", param=place)
 
 
 def custom_tool(
-    name: str, description: str | None, syntax: Syntax | None, definition: str | None, place: str
+    name: str, description: str | None, grammar: CustomGrammar | None, place: str
 ) -> Tool:
-    """Return a tool that takes text; a grammar is described, and a regex is enforced too.
+    """Return a tool that takes text, of a grammar if it has one, which its description names too.
 
     Raises:
-        InvalidRequest: the regex is beyond a limit; names its place.
+        InvalidRequest: the grammar is empty or beyond a limit; names its place.
     """
-    text: dict[str, Any] = {"type": "string"}
-    if definition:
-        kind = "regular expression" if syntax == "regex" else "grammar (lark)"
-        how = f"The input is written by this {kind}:\n{definition}"
-        description = f"{description or ''}\n\n{how}".strip()
-    if definition and syntax == "regex":
-        text["pattern"] = f"^(?:{definition})$"
-        try:
-            schema.check(text)
-        except InvalidRequest as error:
-            reason = error.message.partition(" in the JSON schema ")[2]
-            raise InvalidRequest(f"{place} {reason}", param=place) from None
-    parameters = {
+    parameters: dict[str, Any] = {
         "type": "object",
-        "properties": {"input": text},
+        "properties": {"input": {"type": "string"}},
         "required": ["input"],
         "additionalProperties": False,
     }
-    return Tool(name, description, parameters, strict="pattern" in text)
+    if grammar is None:
+        return Tool(name, description, parameters)
+    try:
+        constraint = constraint_of(_FORMS[grammar.syntax], grammar.definition)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{place}: {error.message}", param=place) from None
+    kind = "regular expression" if grammar.syntax == "regex" else "grammar (lark)"
+    how = f"The input is written by this {kind}:\n{grammar.definition}"
+    description = f"{description or ''}\n\n{how}".strip()
+    return Tool(name, description, parameters, strict=True, input=constraint)
 
 
 class FreeText:

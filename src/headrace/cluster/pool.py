@@ -43,8 +43,8 @@ _HOUSEKEEPING_S = 0.5
 class ClusterPool:
     """A Backend over the nodes of a cluster.
 
-    An answer whose node is gone goes on at another, once. A request that a node refuses before it
-    has begun is sent to another.
+    An answer whose node is gone goes on at another, once; one whose node stops as often as that
+    happens. A request that a node refuses before it has begun is sent to another.
     """
 
     def __init__(
@@ -197,7 +197,8 @@ class ClusterPool:
         """
         why = str(error)
         try:
-            if isinstance(error, Draining) and attempt.has_begun:
+            planned = isinstance(error, Draining) and attempt.has_begun
+            if planned:
                 error = NodeGone(f"The node {node.name} is stopping.")
             if self.draining and continuation.way is None and isinstance(error, HeadraceError):
                 raise error
@@ -206,8 +207,8 @@ class ClusterPool:
                 assert isinstance(error, HeadraceError), "Diverged is no refusal"
                 route.failed(node, error, has_begun=attempt.has_begun)
                 return
-            way = continuation.retry(error, route.capabilities)
-            route.excluded.add(node.name)
+            way = continuation.retry(error, route.capabilities, planned=planned)
+            route.excluded.add(node)
         finally:
             del error  # its traceback has this frame: that would be a reference cycle
         model = route.model

@@ -35,6 +35,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int | None
     logit_bias: Mapping[int, float] | None
     n: int | None
+    adapter: str | None
     echo: bool | None
     context_length: int | None
     json_schema: Mapping[str, Any] | None
@@ -102,6 +103,7 @@ class ModelOptions(TypedDict, total=False):
     continuation: Literal["exact", "fast", "off"] | None
     nodes: Sequence[str] | None
     replicas: int | None
+    weight_type: str | None
     weights: Sequence[float] | None
     task: Literal["generate", "embed", "rerank"] | None
     options: Mapping[str, Any] | None

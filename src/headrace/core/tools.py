@@ -6,19 +6,22 @@ from typing import Any, Literal
 
 import msgspec
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest
 
 
 class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
     """A function that the model may call. `parameters` is a JSON schema; None takes no arguments.
 
-    `strict` enforces the schema also where the model is free to call or not.
+    `strict` enforces the schema also where the model is free to call or not. `input` is what the
+    text of the one argument of that name has to be, for a tool that takes text of a grammar.
     """
 
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool = False
+    input: Constraint | None = None
 
 
 class ToolChoice(msgspec.Struct, frozen=True, omit_defaults=True):

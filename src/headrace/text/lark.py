@@ -23,8 +23,8 @@ MAX_ELEMENTS = 16_384
 _TEXT = 16
 _START = "hr__s"
 """The name of a client's first rule, as long as `start`: places in errors are the client's."""
-_REFERENCE = re.compile(r"_*[A-Z][A-Z0-9_]*")
-_TOKENS = re.compile(
+TERMINAL = re.compile(r"_*[A-Z][A-Z0-9_]*")
+TOKENS = re.compile(
     r"""(?P<space>\s+|//[^\n]*|\#[^\n]*)
     | (?P<text>"(?:\\.|[^"\\\n])*"i?)
     | (?P<regex>/(?:\\.|[^/\\])+/[a-z]*)
@@ -41,6 +41,7 @@ _RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 _SEEN_BY_ENGINES = frozenset({"max_tokens", "temperature"})
 
 Token = re.Match[str]
+"""A token of a grammar, by the groups of `TOKENS`."""
 
 
 class Unenforceable(ValueError):
@@ -53,13 +54,9 @@ def normalised(grammar: str) -> str:
     Raises:
         Unenforceable: it is beyond a limit, or has something that is not supported.
     """
-    if not _HEADER.match(grammar) and _RULE.search(grammar):
-        grammar = _converted(grammar)
-    if header := _HEADER.match(grammar):
-        grammar = grammar[: header.start()] + " " * len(header[0]) + grammar[header.end() :]
     pieces: list[str] = []
     tokens: list[Token] = []
-    for part in _parts(grammar):
+    for part in _parts(plain(grammar)):
         if isinstance(part, str):
             pieces.append(part)
             continue
@@ -68,6 +65,19 @@ def normalised(grammar: str) -> str:
             tokens.append(part)
     _Definitions(tokens).check()
     return f"{HEADER}\n{''.join(pieces)}\nstart: {_START}\n"
+
+
+def plain(grammar: str) -> str:
+    """Return a client's grammar in Lark, as it is and without its header.
+
+    Raises:
+        Unenforceable: it is GBNF that is not valid.
+    """
+    if not _HEADER.match(grammar) and _RULE.search(grammar):
+        grammar = _converted(grammar)
+    if header := _HEADER.match(grammar):
+        grammar = grammar[: header.start()] + " " * len(header[0]) + grammar[header.end() :]
+    return grammar
 
 
 def place(text: str, at: int) -> str:
@@ -117,7 +127,7 @@ def _parts(grammar: str) -> Iterator[Token | str]:
     """Yield the tokens of a grammar; of a JSON schema in it, its text as engines get it."""
     at = 0
     while at < len(grammar):
-        token = _TOKENS.match(grammar, at)
+        token = TOKENS.match(grammar, at)
         if token is None:
             where = place(grammar, at)
             raise Unenforceable(f"has an unexpected {grammar[at]!r} at {where}")
@@ -156,7 +166,7 @@ class _Definitions:
     """The rules and terminals of a grammar, and how large they are."""
 
     def __init__(self, tokens: Sequence[Token]) -> None:
-        self._bodies = dict(_definitions(tokens))
+        self._bodies = dict(definitions(tokens))
         self._sizes: dict[str, int] = {}
 
     def check(self) -> None:
@@ -191,14 +201,15 @@ class _Definitions:
             if text.startswith("/"):
                 return schema.regex_elements(text)
             # Terminals are written out where they are used, rules are not.
-            if _REFERENCE.fullmatch(text):
+            if TERMINAL.fullmatch(text):
                 return self._size(text, depth + 1)
             return 1 + len(text) // _TEXT
 
         return size
 
 
-def _definitions(tokens: Sequence[Token]) -> Iterator[tuple[str, list[Token]]]:
+def definitions(tokens: Sequence[Token]) -> Iterator[tuple[str, list[Token]]]:
+    """Yield the name and the body of each rule and terminal; a body begins with its head."""
     body: list[Token] = []
     for at, token in enumerate(tokens):
         if token["name"] and (end := _head_end(tokens, at)):

@@ -218,7 +218,8 @@ class Chat:
         return partial(
             Splitter,
             self.format,
-            {tool.name: tool.parameters for tool in tools},
+            # A text of a grammar is a JSON string in all forms of calls.
+            {tool.name: None if tool.input else tool.parameters for tool in tools},
             thinking_open=thinking_open_in(prompt[-_TAIL:], self.format),
             calls=bool(tools),
             apart=has_form,

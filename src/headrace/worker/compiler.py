@@ -29,6 +29,7 @@ _COMPILING, _CHECKING = 2, 1
 _WALL_S = 20.0
 _IDLE_S = 60.0
 _REMEMBERED = 256
+_LONGEST_REPLY = 16 << 20
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME")
 
 
@@ -59,11 +60,16 @@ class Compiler:
         self._compiled: OrderedDict[bytes, Constraint | None] = OrderedDict()
 
     async def compile(
-        self, constraint: Constraint, client: str = "", tools: Mapping[str, Schema] = _NO_TOOLS
+        self,
+        constraint: Constraint,
+        client: str = "",
+        tools: Mapping[str, Schema] = _NO_TOOLS,
+        quoted: str | None = None,
     ) -> Constraint:
         """Compile a constraint, once; return it as engines take it.
 
-        `tools` are the schemas of the tools that it is made of, by name.
+        `tools` are the schemas of the tools that it is made of, by name. With `quoted` the grammar
+        is returned as the body of one of text inside a JSON string, where those are escaped too.
 
         Raises:
             InvalidRequest: it cannot be enforced, or takes too much to compile; names the place.
@@ -71,6 +77,8 @@ class Compiler:
         job = await asyncio.to_thread(_job, constraint)
         if tools:
             job["tools"] = {name: without_formats(tools[name], strict=False) for name in tools}
+        if quoted is not None:
+            job["quoted"] = quoted
         key = hashlib.blake2b(msgspec.json.encode(job)).digest()
         if key in self._compiled:
             self._compiled.move_to_end(key)
@@ -182,6 +190,7 @@ class Compiler:
             stdin=PIPE,
             stdout=PIPE,
             stderr=DEVNULL,
+            limit=_LONGEST_REPLY,
             env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
             # It is ended together with the process of its job.
             start_new_session=True,

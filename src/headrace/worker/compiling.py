@@ -16,7 +16,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path as File
 from typing import Any, cast
 
@@ -24,14 +24,17 @@ import jsonschema_rs
 
 from headrace.core.endless import endless
 from headrace.core.schema import BOUNDS, Path, Schema, children, number, pointer
-from headrace.text.grammar import regex_position, schema_grammar
+from headrace.text.grammar import HEADER, regex_position, schema_grammar
 from headrace.text.lark import Unenforceable, normalised
+from headrace.text.quoted import quoted
 from headrace.worker.matchers import END, Compile, Library, from_package
 
 MEMORY = 192 << 20
 """Bytes that a job may take, beside what the libraries take."""
 CPU_S = 2
 """Seconds of a core that a job may take."""
+MAX_QUOTED = 1 << 20
+"""Characters of a grammar of text inside a JSON string."""
 _LOCATING_S = 1.0
 _LONGEST = 300
 _TOO_MUCH = "takes too much to compile"
@@ -122,6 +125,32 @@ def converted(grammar: str) -> str:
         return normalised(grammar)
     except Unenforceable as error:
         raise Refused((), str(error)[:_LONGEST]) from None
+
+
+def in_string(grammar: str, also: str, new_matcher: Compile) -> str:
+    """Return the body of a grammar of text inside a JSON string, for one that compiles.
+
+    The characters of `also` are escaped too.
+
+    Raises:
+        Refused: it has something that cannot be inside a string, or takes too much.
+    """
+
+    def matched(regex: str, signs: Set[str]) -> Set[str]:
+        matcher = new_matcher(f"{HEADER}\nstart: /{regex}/\n")
+        following = 0 if matcher.error else matcher.following()
+        return {sign for sign in signs if following >> ord(sign) & 1}
+
+    try:
+        body = quoted(grammar, matched, also)
+    except Unenforceable as error:
+        raise Refused((), str(error)[:_LONGEST]) from None
+    if len(body) > MAX_QUOTED:
+        raise Refused((), _TOO_MUCH)
+    if problem := new_matcher(f"{HEADER}\n{body}\n").error:
+        raise Refused((), _reason(problem))
+    rehearsed(f"{HEADER}\n{body}\n", new_matcher)
+    return body
 
 
 def checked(schema: Schema, text: str, new_matcher: Compile | None) -> None:
@@ -269,29 +298,33 @@ def _reason_of_grammar(problem: str, regex: str) -> str:
 
 def _reply(job: Mapping[str, Any], new_matcher: Compile) -> dict[str, Any]:
     """Do a job and return its reply: empty, the converted grammar, or what is wrong."""
-    cut, text = job.get("cut", True), job.get("text", "")
     try:
-        if "grammar" in job:
-            lark = converted(job["grammar"])
-            followed(lark, text, new_matcher, cut=cut)
-            if "text" not in job:
-                rehearsed(lark, new_matcher)
-            return {"lark": lark}
-        if "lark" in job:
-            followed(job["lark"], text, new_matcher, cut=cut, regex=job.get("regex", ""))
-            if "text" not in job:
-                if "regex" in job:
-                    rehearsed(job["lark"], new_matcher)
-                callable_(job.get("tools", {}), new_matcher)
-        elif "text" not in job:
+        if "grammar" in job or "lark" in job:
+            return _reply_of_grammar(job, new_matcher)
+        if "text" not in job:
             compiled(job["schema"], new_matcher)
         else:
-            checked(job["schema"], text, new_matcher if cut else None)
+            checked(job["schema"], job["text"], new_matcher if job.get("cut", True) else None)
     except Refused as refused:
         return {"path": refused.path, "reason": refused.reason}
     except MemoryError:
         return {"path": (), "reason": _TOO_MUCH}
     return {}
+
+
+def _reply_of_grammar(job: Mapping[str, Any], new_matcher: Compile) -> dict[str, Any]:
+    """Do a job with a client's grammar, or with one that the worker has made."""
+    text, regex = job.get("text", ""), job.get("regex", "")
+    is_clients = "grammar" in job
+    lark = converted(job["grammar"]) if is_clients else job["lark"]
+    followed(lark, text, new_matcher, cut=job.get("cut", True), regex=regex)
+    if "quoted" in job:
+        return {"lark": in_string(job.get("grammar", lark), job["quoted"], new_matcher)}
+    if "text" not in job:
+        if is_clients or regex:
+            rehearsed(lark, new_matcher)
+        callable_(job.get("tools", {}), new_matcher)
+    return {"lark": lark} if is_clients else {}
 
 
 def _apart(job: Mapping[str, Any], new_matcher: Compile) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from headrace.engines.base import (
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
 from headrace.worker.compiler import Compiler
+from headrace.worker.inputs import has_inputs, with_inputs
 from headrace.worker.lines import LineLimiter
 from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
@@ -55,6 +56,9 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         turn.require_task()
         if request.n > loaded.max_choices:
             raise InvalidRequest(f"n is at most {loaded.max_choices} for this model.", param="n")
+        if has_inputs(request):
+            with turn.meter.compiling():
+                request = await turn.within(with_inputs(request, loaded.prompter, loaded.compiler))
         with until_left() as gone:
             job = await turn.within(asyncio.to_thread(loaded.prompter.job, request, gone))
         if job.constraint is not None:

@@ -46,7 +46,7 @@ class Meter:
         try:
             yield
         finally:
-            self._compile_ms = (self._clock() - began) * 1000
+            self._compile_ms = (self._compile_ms or 0.0) + (self._clock() - began) * 1000
 
     def admitted(self, prompt_tokens: int, cached_tokens: int, *, decodes: bool = True) -> None:
         """Note that the engine has started; later calls can only raise the cached count.

@@ -7,6 +7,7 @@ from typing import Literal, cast
 
 import msgspec
 
+from headrace.core.adapter import check_known
 from headrace.core.constraint import FORMS, Constraint
 from headrace.core.errors import ConfigError, ContextOverflow, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities, ModelSpec
@@ -72,13 +73,14 @@ class Prompter:
 
     def __init__(self, spec: ModelSpec, engine: Engine) -> None:
         self._engine = engine
-        self._name = spec.name
+        self._name, self._adapters = spec.name, spec.adapters
         self._facts = facts = engine.facts
         self._stops = spec.stop
         self.template, self.note = _template(spec, facts)
         self.chat = Chat(self.template, engine, spec.tool_format) if self.template else None
         generates = "generate" in facts.capabilities.tasks
         self.infill = infill_of(engine, facts.infill_ids) if generates else None
+        self.enforces_grammars = "grammar" in facts.capabilities.forms
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -96,6 +98,7 @@ class Prompter:
         sampling = request.sampling.without_neutral(able.sampling)
         request = msgspec.structs.replace(request, sampling=sampling)
         check_supported(request, able, self._name)
+        check_known(request.adapter, self._adapters)
         context_length = self._context_length(request)
         text = None if request.messages is None else self._chat_text(request)
         token_ids = self._token_ids(request, text, context_length, gone)
@@ -115,6 +118,7 @@ class Prompter:
             visible=parsing.visible,
             text=text if media and text else "",
             media=media,
+            adapter=request.adapter,
         )
         return Job(
             choices=tuple(_seeded(shared, index) for index in range(request.n)),
@@ -212,7 +216,7 @@ class Prompter:
         if text is None or self.chat is None:
             return Parsing(constraint=request.constraint, enforced=request.constraint)
         parsing, choice = self.chat.parsing(request, text), request.tool_choice
-        enforces = "grammar" in self._facts.capabilities.forms
+        enforces = self.enforces_grammars
         # The arguments of strict tools are checked at the end: a wrong call is an error then.
         if choice.mode == "required" and parsing.constraint is not None and not enforces:
             raise Unsupported(
@@ -225,7 +229,7 @@ class Prompter:
     def _enforced(self, constraint: Constraint | None) -> Constraint | None:
         """Return the constraint for the engine; of calls it may only be checked at the end."""
         is_lark = constraint is not None and constraint.form == "lark"
-        return None if is_lark and "grammar" not in self._facts.capabilities.forms else constraint
+        return None if is_lark and not self.enforces_grammars else constraint
 
     def _chat_ids(self, text: str, limit: Limit) -> tuple[int, ...]:
         # Most templates write the BOS token themselves: it must not be added twice.

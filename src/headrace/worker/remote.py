@@ -201,6 +201,10 @@ class _Answer:
                 raise ConstraintViolated("The upstream calls another tool.", param="tool_choice")
             for schema in request.tool_choice.enforced(request.tools, name):
                 await self._check_text(Constraint(json_schema=schema), "".join(arguments))
+            for tool in request.tools:
+                if tool.name == name and tool.input is not None:
+                    text = msgspec.json.decode("".join(arguments)).get("input")
+                    await self._check_text(tool.input, str(text))
 
     async def _check_text(self, constraint: Constraint, text: str) -> None:
         turn = self._turn

@@ -166,6 +166,7 @@ async def test_one_call_at_a_time() -> None:
 
 TEXT = Play([event(chunk(content="No.")), event(chunk(reason="stop")), DONE])
 STRICT = (Tool("get_weather", None, SCHEMA, strict=True),)
+CUSTOM = Tool("code", None, {"type": "object"}, strict=True, input=Constraint(grammar='start: "y"'))
 
 
 @pytest.mark.parametrize(
@@ -179,8 +180,9 @@ STRICT = (Tool("get_weather", None, SCHEMA, strict=True),)
         (calling(part(0, "{}", "get_weather", "a")), {"tool_choice": ToolChoice("required")}),
         (calling(part(0, "{}", "get_weather", "a")), {"tools": STRICT}),
         (calling(part(0, '{"city": ', "get_weather", "a")), {"tools": STRICT}),
+        (calling(part(0, '{"input": "no"}', "code", "a")), {"tools": (CUSTOM,)}),
     ],
-    ids=["no call", "another", "required arguments", "strict arguments", "no object"],
+    ids=["no call", "another", "required arguments", "strict arguments", "no object", "input"],
 )
 async def test_what_an_upstream_does_not_enforce(play: Play, given: Any) -> None:
     """Issue 13: an upstream that ignores `required` or `strict` gives no answer that passes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any, Literal
 
 import pytest
@@ -16,15 +17,24 @@ from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.format import Format
 from headrace.text.calls.parts import Content, Thought
 from headrace.text.grammar import answer_rules
+from headrace.worker import compiling
+from headrace.worker.matchers import from_package
 
 
 class Tool:
-    """A function with a schema."""
+    """A function with a schema, or what takes text of a grammar."""
 
-    def __init__(self, name: str, parameters: dict[str, Any] | None, strict: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameters: dict[str, Any] | None,
+        strict: bool = True,
+        input: Constraint | None = None,
+    ) -> None:
         self.name = name
         self.parameters = parameters
         self.strict = strict
+        self.input = input
 
 
 STRICT = SCHEMA | {"additionalProperties": False}
@@ -199,6 +209,36 @@ def test_the_splitter_reads_what_the_grammar_allows(family: str) -> None:
                 assert 0 <= arguments["size"] <= 20
                 assert arguments.get("where", "here") in SMALL["properties"]["where"]["enum"]
                 assert isinstance(arguments.get("sure", True), bool)
+
+
+CODE = r"""start: "say " /[^"\n-,]{0,4}/ "\"" LF WORD{1,5}
+WORD: /[<\\&-z]/
+%import common.LF
+"""
+CODE_TEXT = re.compile(r'say [^"\n-,]{0,4}"\n[<\\&-z]{1,5}')
+
+
+@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("control", [False, True])
+def test_the_text_of_a_grammar(family: str, control: bool) -> None:
+    """Issue 13, custom tools: in each form of calls the parser reads a text of the grammar."""
+    form, dice = FAMILIES[family], random.Random(3)
+    made = compiling.in_string(CODE, form.escaped, from_package)
+    tool = Tool(
+        "code", {"type": "object", "properties": {"input": {}}}, input=Constraint(lark=made)
+    )
+    if control or family == "harmony":
+        ids = {marker: 1000 + number for number, marker in enumerate(form.visible)}
+        grammar = constraint_for(form, [tool], "auto", control=ids)
+        assert LLMatcher.validate_grammar(grammar) == ""
+        return
+    grammar = constraint_for(form, [tool], "required", parallel=False)
+    for _ in range(6):
+        text = answer(grammar, dice)
+        parts = split(form, [text], tools={"code": None})
+        ((name, arguments),) = calls_in(parts)
+        assert (name, arguments.keys()) == ("code", {"input"})
+        assert CODE_TEXT.fullmatch(arguments["input"]), text
 
 
 def test_definitions_reach_the_parts() -> None:

@@ -60,6 +60,9 @@ class Options(llamacpp.Options):
         return arguments
 
 
+prepared = llamacpp.prepared
+
+
 def installed() -> Installed:
     """Return which executable is there, or how to get one."""
     paths = executables.search()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from headrace.core.environment import inherited
 from headrace.core.errors import ConfigError
 from headrace.core.install import install_command
 from headrace.core.values import expanded
@@ -180,6 +181,7 @@ def _output(path: Path, argument: str) -> str:
             stderr=subprocess.STDOUT,
             timeout=_TIMEOUT_S,
             check=False,
+            env=inherited(),
         )
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -7,9 +7,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from headrace.core.constraint import Constraint
+from headrace.core.errors import Unsupported
 from headrace.text.calls.format import Format
+from headrace.text.calls.rules import Rules
 from headrace.text.calls.values import declared_kind, kind_of, options_in
-from headrace.text.grammar import ANSWER, HEADER, json_rule
+from headrace.text.grammar import ANSWER, HEADER
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _SCALARS = frozenset({"integer", "number", "boolean", "null"})
@@ -28,6 +31,8 @@ class Callable_(Protocol):  # noqa: N801
     def parameters(self) -> Schema | None: ...  # noqa: D102
     @property
     def strict(self) -> bool: ...  # noqa: D102
+    @property
+    def input(self) -> Constraint | None: ...  # noqa: D102
 
 
 def constraint_for(
@@ -49,6 +54,10 @@ def constraint_for(
     tokens: their text, in quotes, would match nothing. A check of an answer is made without it.
 
     In tags, strings are free unless the schema lists them. The schemas themselves are not checked.
+    The text of a tool's grammar, its `input`, is a JSON string in all forms of calls.
+
+    Raises:
+        Unsupported: a tool has a grammar, which this form of calls does not take beside `content`.
     """
     made = _Grammar(form, control or {}, content)
     return made.text(tools, mode, parallel=parallel, thinking=thinking)
@@ -64,13 +73,11 @@ def thinking_before(form: Format, thinking: Literal["none", "open", "optional"])
     return prefix, "\n".join(made.rules)
 
 
-class _Grammar:
+class _Grammar(Rules):
     def __init__(self, form: Format, control: Mapping[str, int], content: str = "") -> None:
+        super().__init__(control)
         self._format, self._content = form, ANSWER if content else ""
-        self._control = control
-        self.rules: list[str] = [content] if content else []
-        words = sorted(control, key=len, reverse=True)
-        self._words = re.compile(f"({'|'.join(map(re.escape, words))})") if words else None
+        self.rules += [content] if content else []
         self._styles: Mapping[str, Callable[[Callable_, Schema], str]] = {
             "json": self._object,
             "generic": self._object,
@@ -97,35 +104,6 @@ class _Grammar:
             body = self._free(call, parallel=parallel)
         lines = [f"start: {prefix} {body}", "TEXT: /(.|\\n)*/", *self.rules]
         return "\n".join((HEADER, *lines, ""))
-
-    def _rule(self, name: str, body: str, mark: str = "") -> str:
-        name = f"{name}_{len(self.rules)}"
-        self.rules.append(f"{name}{mark}: {body}")
-        return name
-
-    def _literal(self, text: str) -> str:
-        """Return text in quotes, and control tokens by their ids."""
-        if not text:
-            return ""
-        parts = self._words.split(text) if self._words else [text]
-        return " ".join(
-            f"<[{self._control[part]}]>"
-            if part in self._control
-            else json.dumps(part, ensure_ascii=False)
-            for part in parts
-            if part
-        )
-
-    def _until(self, marker: str) -> str:
-        """Return free text with the marker after it."""
-        if marker in self._control:
-            return f"TEXT {self._literal(marker)}"
-        suffix = json.dumps(marker, ensure_ascii=False)
-        return self._rule("until", "/(.|\\n)*/", f"[suffix={suffix}]")
-
-    def _json(self, schema: Schema) -> str:
-        # Equal keys: the last one counts.
-        return self._rule("json", json_rule(schema))
 
     # The answer.
 
@@ -205,9 +183,18 @@ class _Grammar:
 
     # Calls. What is before and after each is `_around`.
 
+    def _arguments(self, tool: Callable_, schema: Schema) -> str:
+        """Return an object of JSON."""
+        if tool.input is None:
+            return self._json(schema)
+        return f'"{{\\"input\\": " {self._text(tool.input)} "}}"'
+
     def _object(self, tool: Callable_, schema: Schema) -> str:
         form = self._format
         if self._content and not self._around()[0]:
+            if tool.input is not None:
+                problem = f"The input of the tool {tool.name} cannot be enforced beside a format."
+                raise Unsupported(problem, param="tools")
             return self._json(_whole_call(form, tool, schema))
         head = (
             "{"
@@ -222,7 +209,7 @@ class _Grammar:
             left, _, right = head.partition("\0")
             digits = self._rule("digits", "/[0-9]+/")
             written = f"{self._literal(left)} {digits} {self._literal(right)}"
-        return f'{written} {self._json(schema)} "}}"'
+        return f'{written} {self._arguments(tool, schema)} "}}"'
 
     def _identity(self) -> str:
         form = self._format
@@ -233,7 +220,7 @@ class _Grammar:
         if form.ids == "name":
             digits = self._rule("digits", "/[0-9]+/")
             name = f"{self._literal(f'functions.{tool.name}:')} {digits}"
-        return f"{name} {self._literal(form.name_end)} {self._json(schema)}"
+        return f"{name} {self._literal(form.name_end)} {self._arguments(tool, schema)}"
 
     def _tagged(self, tool: Callable_, schema: Schema) -> str:
         form = self._format
@@ -242,6 +229,8 @@ class _Grammar:
             f"({self._argument(schema, key)})" + ("" if key in schema.get("required", ()) else "?")
             for key in schema.get("properties", {})
         ]
+        if tool.input is not None:
+            arguments = [self._value("input", "object", self._text(tool.input))]
         if schema is _ANY_OBJECT:
             arguments = [f"({self._any_argument()})*"]
         return " ".join([self._literal(tool.name), name_end, *arguments])
@@ -254,21 +243,27 @@ class _Grammar:
         return f"{self._literal(before)} {digits} {self._literal(after)}"
 
     def _argument(self, schema: Schema, key: str) -> str:
-        form, part = self._format, _part(schema, key)
+        part = _part(schema, key)
         kind, options = declared_kind(part), options_in(part)
         free = kind_of(schema, key) != "any" or not kind
-        head = form.key_open + key + self._key_end("string" if free else kind)
-        head += form.value_open + ("\n" if form.framed else "")
-        close = form.value_close.strip()
-        frame = "\n" if form.framed else ""
+        if not free:
+            return self._value(key, kind, self._json(part))
+        if options:
+            return self._value(key, "string", f"({' | '.join(map(self._literal, options))})")
+        head, close, after = self._value_marks(key, "string")
+        return f"{self._literal(head)} {self._until(close)} {self._literal(after)}"
+
+    def _value(self, key: str, kind: str, value: str) -> str:
+        head, close, after = self._value_marks(key, kind)
+        return f"{self._literal(head)} {value} {self._literal(close + after)}"
+
+    def _value_marks(self, key: str, kind: str) -> tuple[str, str, str]:
+        """Return what comes before the value of an argument, its end, and what follows that."""
+        form = self._format
+        frame, close = "\n" if form.framed else "", form.value_close.strip()
+        head = form.key_open + key + self._key_end(kind) + form.value_open + frame
         after = form.value_close[form.value_close.find(close) + len(close) :]
-        if free and options:
-            value = "(" + " | ".join(map(self._literal, options)) + ")"
-            return f"{self._literal(head)} {value} {self._literal(frame + close + after)}"
-        if free:
-            value = self._until(frame + close)
-            return f"{self._literal(head)} {value} {self._literal(after)}"
-        return f"{self._literal(head)} {self._json(part)} {self._literal(frame + close + after)}"
+        return head, frame + close, after
 
     def _any_argument(self) -> str:
         form = self._format
@@ -288,6 +283,8 @@ class _Grammar:
         return form.key_end.replace('"string"', f'"{kind}"') if form.typed else form.key_end
 
     def _python(self, tool: Callable_, schema: Schema) -> str:
+        if tool.input is not None:
+            return f'{self._literal(f"{tool.name}(input=")} {self._text(tool.input)} ")"'
         return self._pairs(tool.name + "(", schema, "=", ", ", self._python_value) + ' ")"'
 
     def _python_value(self, schema: Schema) -> str:
@@ -299,6 +296,8 @@ class _Grammar:
         return self._json(schema)
 
     def _gemma(self, tool: Callable_, schema: Schema) -> str:
+        if tool.input is not None:
+            return f'{self._literal(f"{tool.name}{{input:")} {self._text(tool.input)} "}}"'
         return self._pairs(tool.name + "{", schema, ":", ",", self._gemma_value) + ' "}"'
 
     def _gemma_value(self, schema: Schema) -> str:
@@ -358,7 +357,7 @@ class _Grammar:
 
     def _message(self, tool: Callable_, schema: Schema) -> str:
         kind = f"({self._literal(' <|constrain|>json')} | {self._literal(' json')})?"
-        message = f"{kind} {self._literal('<|message|>')} {self._json(schema)}"
+        message = f"{kind} {self._literal('<|message|>')} {self._arguments(tool, schema)}"
         to = f" to=functions.{tool.name}"
         header = self._literal(f"{to}<|channel|>commentary")
         return f"({header} | {self._literal('<|channel|>commentary' + to)}) {message}"

@@ -121,6 +121,11 @@ class Format(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def _around(self) -> tuple[str, ...]:
         return (self.think_open, self.think_close, *self.hidden)
 
+    @property
+    def escaped(self) -> str:
+        """What a text has to be without, to be part of a call in which it is a JSON string."""
+        return self.value_close.strip()[:1] if self.style == "tagged" else ""
+
     def closing(self, *, calls: bool) -> str:
         """Return what ends the thinking and begins the answer, which may have calls."""
         if self.style != "harmony":

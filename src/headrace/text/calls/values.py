@@ -42,7 +42,7 @@ class Literals:
         self._cursor = cursor
         self._emit = emit
         self._quote = quote
-        self._quotes = (quote,) if quote else _QUOTES
+        self._quotes = (quote, '"') if quote else _QUOTES
 
     def key(self, end: str) -> Need[str]:
         """Consume the name of an argument and `end`."""
@@ -115,7 +115,7 @@ class Literals:
 
     def _string(self, quote: str) -> Need[None]:
         cursor = self._cursor
-        markers = markers_of((quote,) if self._quote else (quote, "\\"))
+        markers = markers_of((quote,) if quote == self._quote else (quote, "\\"))
         while True:
             marker = yield from cursor.find(markers, lambda text: self._emit(escaped(text)))
             if not marker:
@@ -138,6 +138,14 @@ class Literals:
             self._emit(f"\\u{digits:0>4}")
         else:
             self._emit(json.dumps(chr(int(digits, 16)))[1:-1])
+
+
+def _mended(text: str) -> str:
+    """Return a JSON string, in which control characters may be as they are; "" if it is none."""
+    try:
+        return json.dumps(json.loads(text, strict=False), ensure_ascii=False)
+    except ValueError:
+        return ""
 
 
 def _from_python(text: str) -> str | None:
@@ -186,6 +194,8 @@ class TypedValue:
             return
         text = "".join(self._texts)
         plain = _WORDS.get(text.strip(), text.strip())
+        if self._kind == "any" and plain.startswith('"') and (string := _mended(plain)):
+            plain = string
         is_plain = plain == "null" if self._kind == "nullable" else self._kind == "any"
         if is_plain and is_json(plain):
             self._emit(plain)
