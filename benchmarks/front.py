@@ -22,6 +22,9 @@ With `--routes`, `headrace serve echo` answers by chat completions, `/v1/respons
 `/v1/messages`, Ollama's `/api/chat` and llama-server's `/completion` at the same time, a process
 for each, with a fifth of the rate; the ratios are those to chat completions.
 
+With `--keys`, `headrace serve echo` has no keys, a key of the file, a key of a database, and such a
+key with limits, at the same time, each with a fourth of the rate; the ratios are those to no keys.
+
 With `--against DIR`, only `headrace serve echo` of this checkout and that of another are measured,
 both at the same time, with new processes in each round: the CPU of an event changes by a third from
 one second to the next, and from process to process. Each has half of the rate.
@@ -33,7 +36,10 @@ import argparse
 import asyncio
 import contextlib
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import report
@@ -42,6 +48,7 @@ from headrace.lab.drive import Program, Server
 
 GOAL = 2.5
 ROUTE_GOAL = 1.3
+KEY_GOAL = 1.03
 STREAMS = (32, 512)
 SERVERS = ("limit", "headrace", "pydantic")
 CHECKOUTS = ("headrace", "other")
@@ -52,6 +59,13 @@ ROUTES = {
     "ollama": "/api/chat",
     "llama": "/completion",
 }
+KEYS: dict[str, Sequence[str]] = {
+    "none": (),
+    "file": (),
+    "database": (),
+    "limits": ("--concurrent", "100000", "--tokens-per-minute", "1000000000"),
+}
+"""The arguments of `headrace keys create` by the kind of key."""
 _SETTLE_S = 0.5
 
 Start = Callable[[], contextlib.AbstractAsyncContextManager[Server]]
@@ -83,6 +97,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--window", type=float, default=7.0, help="seconds of one measurement")
     parser.add_argument("--streams", type=int, nargs="+", default=STREAMS)
     parser.add_argument("--routes", action="store_true", help="compare the APIs of chats")
+    parser.add_argument("--keys", action="store_true", help="compare kinds of API keys")
     report.against(parser)
     options = parser.parse_args(argv)
     if options.quick:
@@ -114,8 +129,8 @@ async def begin(
     server: Server, client: Program, body: dict[str, Any], streams: int, path: str = load.PATH
 ) -> None:
     """Open the streams, and wait until all run."""
-    bodies = [body] * streams
-    await client.ask({"do": "open", "url": server.url, "bodies": bodies, "path": path})
+    bodies, key = [body] * streams, server.key
+    await client.ask({"do": "open", "url": server.url, "bodies": bodies, "path": path, "key": key})
     await asyncio.sleep(_SETTLE_S)
 
 
@@ -230,6 +245,30 @@ async def routes(options: argparse.Namespace, streams: int) -> list[Cell]:
     return await beside(starts, options.rounds, speed, options.window, streams)
 
 
+@contextlib.asynccontextmanager
+async def with_key(kind: str, speed: float) -> AsyncGenerator[Server]:
+    """Run an echo service with a kind of key of `KEYS`, in a home of its own."""
+    with tempfile.TemporaryDirectory() as home:
+        environment, key = {"HEADRACE_HOME": home}, None if kind == "none" else "benchmark"
+        if kind == "file":
+            environment["HEADRACE_API_KEYS"] = "benchmark"
+        if kind in ("database", "limits"):
+            command = [sys.executable, "-m", "headrace", "keys", "create", "benchmark"]
+            async with drive.program([*command, *KEYS[kind]], environment) as created:
+                key = (await created.line()).decode().strip()
+        async with drive.server(
+            in_step(speed), environment, ready="/health/ready", key=key
+        ) as server:
+            yield server
+
+
+async def keys(options: argparse.Namespace, streams: int) -> list[Cell]:
+    """Measure kinds of keys beside one another."""
+    speed = options.rate / len(KEYS) / streams
+    starts: dict[str, Start] = {kind: partial(with_key, kind, speed) for kind in KEYS}
+    return await beside(starts, options.rounds, speed, options.window, streams)
+
+
 def of(cells: Sequence[Cell], server: str, streams: int) -> list[float]:
     """Return the microseconds for each event of one server, round by round."""
     return [cell.each for cell in cells if (cell.server, cell.streams) == (server, streams)]
@@ -274,6 +313,8 @@ async def run(options: argparse.Namespace) -> list[Cell]:
     measure, cells = rounds, list[Cell]()
     if options.against or options.routes:
         measure = checkouts if options.against else routes
+    elif options.keys:
+        measure = keys
     for streams in options.streams:
         cells += await measure(options, streams)
     return cells
@@ -285,11 +326,15 @@ def main() -> None:
     servers, base = (CHECKOUTS, "other") if options.against else (SERVERS, "limit")
     if options.routes and not options.against:
         servers, base = tuple(ROUTES), "chat"
+    elif options.keys and not options.against:
+        servers, base = tuple(KEYS), "none"
     cells, facts = asyncio.run(run(options)), report.machine()
     lines = table(cells, facts, servers, base)
     goal = f"Goal: headrace at most {GOAL} times the limit." if base == "limit" else ""
     if base == "chat":
         goal = f"Goal: each at most {ROUTE_GOAL} times chat completions."
+    if base == "none":
+        goal = f"Goal: each at most {KEY_GOAL} times the service without keys."
     text = "\n".join([*lines, f"{goal}{conditions}".strip()])
     print(f"\n{text}")
     record = {
@@ -304,8 +349,8 @@ def main() -> None:
         },
         "cells": [cell._asdict() for cell in cells],
     }
-    name = {"other": "front-against", "chat": "front-routes"}.get(base, "front")
-    report.write(name, text, record, options)
+    names = {"other": "front-against", "chat": "front-routes", "none": "front-keys"}
+    report.write(names.get(base, "front"), text, record, options)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -42,12 +43,18 @@ def record(folder: Path) -> dict[str, object]:
 
 
 def build() -> None:
-    """Build into `console/dist`, with the packages of the lock."""
+    """Build into `console/dist`, with the packages of the lock.
+
+    Without npm, or without the packages, the exit status is 75, for which it may be tried again.
+    """
     npm = shutil.which("npm")
     if npm is None:
-        raise SystemExit("npm is needed to build the console; users of Headrace do not need it.")
-    for command in (["ci"], ["run", "build"]):
-        subprocess.run([npm, *command], cwd=HERE, check=True)
+        print("npm is needed to build the console; users of Headrace do not need it.")
+        raise SystemExit(os.EX_TEMPFAIL)
+    if subprocess.run([npm, "ci"], cwd=HERE, check=False, timeout=120).returncode:
+        print("npm could not install the packages that build the console.")
+        raise SystemExit(os.EX_TEMPFAIL)
+    subprocess.run([npm, "run", "build"], cwd=HERE, check=True)
 
 
 def main(arguments: list[str]) -> None:

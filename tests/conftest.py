@@ -26,18 +26,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
-REAL_PROCESSES = (
-    *("lab/bench/test_bench.py", "cli/", "service/", "telemetry/test_export.py"),
-    *("telemetry/test_attempts.py", "test_docs.py", "worker/test_process.py"),
-)
-"""Tests that start processes and wait for them, by their place in this folder."""
 ALONE = (
     "service/test_cancellation.py",
     "service/test_true_figures.py",
     "worker/test_real.py",
 )
 """Tests that measure milliseconds: no other test of this home runs beside them."""
-LONG = (*REAL_PROCESSES, "lab/cases/", "lab/tune/test_tune.py", "pool/test_steps.py")
+LONG = (
+    *("lab/bench/test_bench.py", "cli/", "service/", "telemetry/test_export.py"),
+    *("telemetry/test_attempts.py", "test_docs.py", "worker/test_process.py"),
+    *("lab/cases/", "lab/tune/test_tune.py", "pool/test_steps.py"),
+)
 """Tests that take seconds each."""
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,13 +157,24 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    """SmolLM2-135M-Instruct as GGUF; fetched once and kept for later runs."""
+    """SmolLM2-135M-Instruct as GGUF."""
+    return _fetched("smollm2")
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """all-MiniLM-L6-v2 as safetensors."""
+    return _fetched("all-minilm-l6-v2")
+
+
+def _fetched(name: str) -> Path:
+    """Return a real model, which is fetched once and kept for later runs."""
     from headrace.models.reference import parse
     from headrace.models.store import Store
 
     MODEL_HOME.mkdir(parents=True, exist_ok=True)
     with FileLock(MODEL_HOME / "fetch.lock"):
-        return Store(MODEL_HOME).fetch(parse("smollm2"))
+        return Store(MODEL_HOME).fetch(parse(name))
 
 
 @pytest.fixture

@@ -6,10 +6,12 @@ own, so that the memory of the one that tests is not the making's.
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,82 @@ if __name__ == "__main__":
         "tiny_llava": _make_tiny_llava,
     }
     makers[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+
+
+def ranker_gguf(folder: Path, path: Path) -> Path:
+    """Write the weights of a BERT cross-encoder, with one score, as a GGUF."""
+    import gguf
+    import numpy as np
+
+    tensors: dict[str, Any] = import_module("safetensors.numpy").load_file(
+        folder / "model.safetensors"
+    )
+
+    config: Any = json.loads((folder / "config.json").read_text())
+    tokenizer: Any = json.loads((folder / "tokenizer.json").read_text())
+    ids: dict[str, int] = tokenizer["model"]["vocab"]
+    writer = gguf.GGUFWriter(str(path), "bert")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType.RANK)
+    writer.add_token_type_count(config["type_vocab_size"])
+    writer.add_tokenizer_model("bert")
+    words = sorted(ids, key=lambda word: ids[word])
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_pre("jina-v2-en")
+    writer.add_token_list([_in_bert(word) for word in words])
+    writer.add_token_types([control if _in_bert(word) == word else normal for word in words])
+    for add, word in (
+        (writer.add_bos_token_id, "[CLS]"),
+        (writer.add_eos_token_id, "[SEP]"),
+        (writer.add_sep_token_id, "[SEP]"),
+        (writer.add_pad_token_id, "[PAD]"),
+        (writer.add_unk_token_id, "[UNK]"),
+    ):
+        add(ids[word])
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(True)
+    for name, values in tensors.items():
+        writer.add_tensor(_bert_tensor(name), np.ascontiguousarray(values, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _in_bert(word: str) -> str:
+    """Return a word of WordPiece as llama.cpp has it: the beginning of a word is marked."""
+    if word.startswith("[") and word.endswith("]"):
+        return word
+    return word.removeprefix("##") if word.startswith("##") else f"\u2581{word}"
+
+
+_BERT = {
+    "bert.embeddings.word_embeddings.": "token_embd.",
+    "bert.embeddings.position_embeddings.": "position_embd.",
+    "bert.embeddings.token_type_embeddings.": "token_types.",
+    "bert.embeddings.LayerNorm.": "token_embd_norm.",
+    "bert.pooler.dense.": "cls.",
+    "classifier.": "cls.output.",
+    "bert.encoder.layer.": "blk.",
+    "attention.self.query.": "attn_q.",
+    "attention.self.key.": "attn_k.",
+    "attention.self.value.": "attn_v.",
+    "attention.output.dense.": "attn_output.",
+    "attention.output.LayerNorm.": "attn_output_norm.",
+    "intermediate.dense.": "ffn_up.",
+    "output.dense.": "ffn_down.",
+    "output.LayerNorm.": "layer_output_norm.",
+}
+
+
+def _bert_tensor(name: str) -> str:
+    for theirs, ours in _BERT.items():
+        name = name.replace(theirs, ours)
+    return name

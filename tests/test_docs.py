@@ -59,6 +59,7 @@ model = "echo"
 [models.all-minilm-l6-v2]
 model = "echo"
 task = "embed"
+prompts = { query = "", document = "" }
 [models.reranker]
 model = "echo"
 task = "rerank"

@@ -138,3 +138,18 @@ def test_nothing_is_unpickled() -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 names.append(node.func.id)
             assert not {"pickle", "marshal", "shelve", "dill", "eval", "exec"} & {*names}, path
+
+
+def test_programs_that_are_started_get_a_list_of_variables() -> None:
+    """Issue 11.12: not the environment of the service, with its secrets."""
+    folders = ("api", "engines", "fronts", "machine", "models", "pool", "text", "worker")
+    files = [path for folder in folders for path in (SOURCE / folder).rglob("*.py")]
+    started = re.compile(r"(?:subprocess\.(?:run|Popen)|create_subprocess_\w+)\(")
+    calls = [
+        (path.name, ast.unparse(node))
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and started.search(ast.unparse(node.func) + "(")
+    ]
+    assert len(calls) >= 8
+    assert [name for name, call in calls if "env=" not in call] == []

@@ -115,9 +115,11 @@ function options(
         size: 22,
         space: days ? 60 : 76,
         ...(days ? { incrs: [1, 2, 7, 14, 30, 90, 365].map((count) => count * DAY) } : {}),
-        values: (_plot, ticks) => {
+        values: (plot, ticks) => {
           const short = (ticks[1] ?? 0) - (ticks[0] ?? 0) < 60;
-          return ticks.map((tick) => (days ? day(tick) : clock(tick, short)));
+          // A label that does not fit at the right edge is left out, as it would be cut.
+          const last = plot.over.clientWidth - 24;
+          return ticks.map((tick) => (plot.valToPos(tick, "x") > last ? "" : days ? day(tick) : clock(tick, short)));
         },
       },
       {
@@ -133,13 +135,19 @@ function options(
     series: [
       {},
       ...series.map((line) => {
-        const base = { label: line.name, stroke: stroke(line.colour), width: 1.5, points: { show: false }, spanGaps: false };
+        const base = { label: line.name, stroke: stroke(line.colour), width: 1.5, points: { show: true, size: 4, filter: isolated }, spanGaps: false };
         return line.bars
-          ? { ...base, fill: stroke(line.colour), paths: uPlot.paths.bars!({ size: [0.6, 40] }) }
+          ? { ...base, points: { show: false }, fill: stroke(line.colour), paths: uPlot.paths.bars!({ size: [0.6, 40] }) }
           : base;
       }),
     ],
   };
+}
+
+/** The values without a neighbour, of which no line can be drawn. */
+function isolated(plot: uPlot, index: number): number[] {
+  const values = plot.data[index]!;
+  return [...values.keys()].filter((i) => values[i] != null && values[i - 1] == null && values[i + 1] == null);
 }
 
 function clock(unix: number, seconds: boolean): string {

@@ -37,7 +37,7 @@ function join(large: number, unit: string, small: number, rest: string): string 
 
 export function rate(value: number | null | undefined): string {
   if (value == null) return "–";
-  return value >= 99.5 ? value.toFixed(0) : value.toFixed(1);
+  return value >= 99.5 ? whole.format(Math.round(value)) : value.toFixed(1);
 }
 
 const whole = new Intl.NumberFormat("en");

@@ -1,5 +1,7 @@
 /** openapi.json, as far as the page of the API reads it. */
 
+import type { ModelCard } from "./types";
+
 export interface Schema {
   $ref?: string;
   title?: string;
@@ -64,6 +66,8 @@ export interface Operation {
   summary: string;
   parameters: Parameter[];
   body: Schema | null;
+  /** Whether the body is a form with a file, not JSON. */
+  form: boolean;
   answers: Answer[];
 }
 
@@ -82,7 +86,9 @@ const ORDER = ["OpenAI's API", "Anthropic's API", "Ollama's API", "Embeddings, r
 export function operations(spec: Spec): Operation[] {
   const all = Object.entries(spec.paths).flatMap(([path, methods]) =>
     Object.entries(methods).map(([method, operation]): Operation => {
-      const body = operation.requestBody?.content["application/json"]?.schema ?? null;
+      const content = operation.requestBody?.content ?? {};
+      const form = content["multipart/form-data"]?.schema;
+      const body = content["application/json"]?.schema ?? form ?? null;
       return {
         id: `${method}-${path.replace(/\W+/g, "-").replace(/^-|-$/g, "")}`,
         method: method.toUpperCase(),
@@ -91,6 +97,7 @@ export function operations(spec: Spec): Operation[] {
         summary: operation.summary,
         parameters: operation.parameters ?? [],
         body,
+        form: form !== undefined,
         answers: Object.entries(operation.responses).flatMap(([status, { description, content }]) =>
           Object.entries(content).map(([kind, { schema, itemSchema }]) => ({
             status,
@@ -127,14 +134,24 @@ function bounds(low: number | undefined, high: number | undefined): string {
   return high !== undefined ? ` up to ${high}` : "";
 }
 
+const CHAT = { messages: [{ role: "user", content: "Name three rivers." }] };
+const RANKING = { query: "Which are rivers?", documents: ["The Danube is a river.", "The Alps are mountains."] };
 const KNOWN: [path: RegExp, body: object][] = [
-  [/\/chat(\/completions)?$/, { messages: [{ role: "user", content: "Name three rivers." }] }],
-  [/^\/v1\/messages/, { max_tokens: 200, messages: [{ role: "user", content: "Name three rivers." }] }],
+  [/\/chat(\/completions)?$|apply-template$/, CHAT],
+  [/^\/v1\/messages/, { max_tokens: 200, ...CHAT }],
   [/^\/v1\/completions$/, { prompt: "The Danube is", max_tokens: 32 }],
   [/^\/api\/generate$/, { prompt: "Name three rivers." }],
   [/^\/v1\/responses/, { input: "Name three rivers." }],
+  [/^\/api\/embeddings$/, { prompt: "The Danube is a river." }],
   [/embed/, { input: ["The Danube is a river."] }],
-  [/rerank$/, { query: "Which are rivers?", documents: ["The Danube is a river.", "The Alps are mountains."] }],
+  [/rerank(ing)?$|relevance$/, RANKING],
+  [/^\/completions?$/, { prompt: "The Danube is", n_predict: 32 }],
+  [/infill$/, { input_prefix: "def add(a, b):\n    return ", input_suffix: "\n" }],
+  [/batches$/, { input_file_id: "FILE_ID", endpoint: "/v1/chat/completions", completion_window: "24h" }],
+  [/files$/, { purpose: "batch", file: "@requests.jsonl" }],
+  [/keys$/, { name: "laptop", limits: { requests_per_minute: 60 } }],
+  [/keys\/\{id\}$/, { limits: { requests_per_minute: 60 } }],
+  [/drain$/, { node: "NODE", on: true }],
   [/score$/, { text_1: "Which are rivers?", text_2: ["The Danube is a river."] }],
   [/^\/tokenize$/, { content: "Hello" }],
   [/^\/detokenize$/, { tokens: [72, 101] }],
@@ -142,13 +159,26 @@ const KNOWN: [path: RegExp, body: object][] = [
   [/^\/admin\/models\/update$/, { settings: { keep_alive: "5m" } }],
 ];
 
+/** A served model for a route: one of its task, or else any. */
+function modelFor(path: string, models: ModelCard[]): string {
+  const task = /embed/.test(path) ? "embed" : /rerank|score|relevance/.test(path) ? "rerank" : "generate";
+  return (models.find((model) => model.tasks.includes(task)) ?? models[0])?.id ?? "MODEL";
+}
+
 /** An example of a body, or null if the route has none. */
-export function sampleOf(operation: Operation, spec: Spec): Record<string, unknown> | null {
+export function sampleOf(operation: Operation, spec: Spec, models: ModelCard[]): Record<string, unknown> | null {
   if (!operation.body) return null;
   const kind = operation.body.$ref ? spec.components.schemas[operation.body.$ref.split("/").at(-1)!] : operation.body;
   const known = KNOWN.find(([path]) => path.test(operation.path))?.[1] ?? {};
-  const sample: Record<string, unknown> = kind?.properties?.model ? { model: "" } : {};
-  for (const name of kind?.required ?? []) sample[name] ??= name === "model" ? "" : null;
+  const sample: Record<string, unknown> = kind?.properties?.model ? { model: modelFor(operation.path, models) } : {};
+  for (const name of kind?.required ?? []) sample[name] ??= null;
   for (const [name, value] of Object.entries(known)) if (kind?.properties?.[name]) sample[name] = value;
   return sample;
+}
+
+/** Examples of the parameters that a route needs; what has to be looked up is in capitals. */
+export function valuesOf(operation: Operation, models: ModelCard[]): Record<string, string> {
+  const needed = operation.parameters.filter((parameter) => parameter.required);
+  const value = (name: string) => (/^model|^name$/.test(name) ? modelFor(operation.path, models) : name.toUpperCase());
+  return Object.fromEntries(needed.map(({ name }) => [name, value(name)]));
 }

@@ -21,6 +21,8 @@ export async function check(): Promise<void> {
     session.set({ phase: "open", models: data, problem: null });
   } catch (error) {
     const locked = error instanceof ApiError && (error.status === 401 || error.status === 403);
+    // A page that is open stays so, with what is written in it, and shows what it could not reach.
+    if (!locked && session.get().phase === "open") return;
     const wrong = locked && currentKey() !== null;
     const problem = !locked || wrong ? messageOf(error) : null;
     if (wrong) setKey(null);

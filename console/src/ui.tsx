@@ -121,6 +121,17 @@ export function PageHead({ title, note, children }: { title: string; note?: Comp
   );
 }
 
+/** Content that is made when it is opened: a page of it all would be slow. */
+export function Folded({ title, children }: { title: string; children: ComponentChildren }) {
+  const [open, setOpen] = useState(false);
+  return (
+    <details onToggle={(event) => setOpen(event.currentTarget.open)}>
+      <summary>{title}</summary>
+      {open && children}
+    </details>
+  );
+}
+
 /** A text with a button that copies it. */
 export function CopyButton({ text, label = "Copy", bare = false }: { text: () => string; label?: string; bare?: boolean }) {
   const [done, setDone] = useState(false);
@@ -186,7 +197,11 @@ export function Bar({ parts, whole, mark, label }: { parts: Part[]; whole: numbe
           </rect>
         );
       })}
-      {mark !== undefined && mark < whole && <rect class="mark" x={percent(mark)} width="0.5" height="8" />}
+      {mark !== undefined && mark < whole && (
+        <rect class="mark" x={percent(mark)} width="0.5" height="8">
+          <title>the most that models may use</title>
+        </rect>
+      )}
     </svg>
   );
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from headrace import limits
+from headrace import roofline
 from headrace.core.errors import LoadFailed
 from headrace.core.library import LibraryEntry, LibraryFilter, LibraryModel
 from headrace.core.model import ModelSpec
@@ -28,7 +28,7 @@ async def list_library(
     home: Path,
     specify: Callable[[str], ModelSpec],
     wanted: LibraryFilter,
-    rate: Callable[[Path], float | None] = limits.known_bandwidth,
+    rate: Callable[[Path], float | None] = roofline.known_bandwidth,
 ) -> list[LibraryEntry]:
     """Return the models of the library that match, each with its plan beside what is loaded now.
 
@@ -86,4 +86,4 @@ def _speed(model: LibraryModel, plan: Plan, rate: float | None) -> float | None:
     if rate is None or not is_on_cpu or not plan.fits:
         return None
     read = model.size * model.active // model.parameters
-    return limits.limit(msgspec.structs.replace(model.file, size=read), 1, _TOKENS, rate)
+    return roofline.limit(msgspec.structs.replace(model.file, size=read), 1, _TOKENS, rate)

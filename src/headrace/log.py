@@ -195,6 +195,8 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "cluster.front_joined": "The front {0[front]} has joined".format,
     "cluster.front_left": "The front {0[front]} has gone: {0[reason]}".format,
     "cluster.refused": "A front was refused: {0[error]}".format,
+    "cluster.not_accepted": "A front does not accept this node: {0[error]}".format,
+    "cluster.node_refused": "There is no connection to the node at {0[address]}: {0[error]}".format,
     "cluster.lookup_failed": "The addresses of {0[name]} are not known: {0[error]}".format,
     "cluster.not_reconciled": "The number of agents is not changed: {0[error]}".format,
     "cluster.not_placed": "{0[model]} is not loaded at {0[node]}: {0[error]}".format,

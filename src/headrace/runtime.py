@@ -72,7 +72,7 @@ def engines() -> list[EngineStatus]:
 
 
 def programs() -> dict[str, Sequence[str]]:
-    """Return what the programs of engines tell of themselves, as lines, by engine. Runs them."""
+    """Return what the programs of engines report of themselves, as lines, by engine. Runs them."""
     return engine_registry.describe()
 
 
@@ -125,7 +125,7 @@ def resolver(config: Config) -> Resolve:
     """Return a function that finds a model's file and engine; it downloads, and blocks."""
 
     def resolve(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
-        return _worker_spec(spec, model_file(spec, config, on_progress), config)
+        return _worker_spec(spec, model_file(spec, config, on_progress), config, on_progress)
 
     return resolve
 
@@ -375,10 +375,12 @@ def _engine(spec: ModelSpec, file: ModelFile, config: Config) -> tuple[str, str]
     return engine, f"{provider.title} speaks its protocol"
 
 
-def _worker_spec(spec: ModelSpec, file: ModelFile, config: Config) -> WorkerSpec:
+def _worker_spec(
+    spec: ModelSpec, file: ModelFile, config: Config, progress: OnProgress | None = None
+) -> WorkerSpec:
     engine, reason = _engine(spec, file, config)
     engine_registry.check_options(engine, spec.options)
-    file = engine_registry.prepared(engine, file, config.home)
+    file = engine_registry.prepared(engine, file, config.home, spec.options, progress)
     return WorkerSpec(
         model=spec,
         placed=placement(spec, engine),

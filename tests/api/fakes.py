@@ -17,11 +17,13 @@ from headrace.core.events import (
     Delta,
     Finish,
     FinishReason,
+    Progress,
     Ranked,
     Ranking,
     Scores,
     Text,
     TokenCount,
+    ToolCallDelta,
     Vectors,
     bytes_of,
 )
@@ -291,3 +293,44 @@ def events(body: str) -> list[Any]:
     lines = [block for block in body.split("\n\n") if block.startswith("data: ")]
     payloads = [line.removeprefix("data: ") for line in lines]
     return [one if one == "[DONE]" else json.loads(one) for one in payloads]
+
+
+async def sent(
+    path: str, body: Any, script: Script | None = None, **settings: Any
+) -> tuple[Any, Any]:
+    """Post a body; return the response, and the backend, which has got the request."""
+    backend = FakeBackend(script) if script else FakeBackend()
+    async with client(backend, **settings) as http:
+        return await http.post(path, json=body), backend
+
+
+async def accepted(path: str, body: Any, **settings: Any) -> Any:
+    """Post a body that is answered; return the request that it became."""
+    answer, backend = await sent(path, body, **settings)
+    assert answer.status_code == 200, answer.text
+    return backend.requests[0]
+
+
+def thinking_text_and_calls(*last: ToolCallDelta) -> Iterator[Step]:
+    """An answer in pieces, whose second call is `last`."""
+    yield Progress("prefill", 0, 5)
+    yield Delta(reasoning="Let me ", token_ids=(1,))
+    yield Delta(reasoning="think.", token_ids=(2,))
+    yield Delta("Hel", (3,))
+    yield Delta("", (4,))
+    yield Delta("lo\u2028", (5,))
+    yield ToolCallDelta(0, "call_1", "f")
+    yield ToolCallDelta(0, arguments='{"a"')
+    yield ToolCallDelta(0, arguments=": 1}")
+    yield from last
+    yield finish("tool_calls")
+
+
+def typed_events(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the events of a stream, each of which has its type twice; comments are left out."""
+    for block in text.split("\n\n"):
+        if block and not block.startswith(":"):
+            kind, data = block.split("\n")
+            event = json.loads(data.removeprefix("data: "))
+            assert kind == f"event: {event['type']}"
+            yield event

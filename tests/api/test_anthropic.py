@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,16 @@ from anthropic.types import ModelInfo as TheirModel
 from anthropic.types import RawMessageStreamEvent
 from msgspec.structs import replace
 from pydantic import TypeAdapter
-from tests.api.fakes import MODELS, FakeBackend, client, finish
+from tests.api.fakes import (
+    MODELS,
+    FakeBackend,
+    accepted,
+    client,
+    finish,
+    sent,
+    thinking_text_and_calls,
+    typed_events,
+)
 
 from headrace.api import limits
 from headrace.core.constraint import Constraint
@@ -25,8 +35,8 @@ from headrace.core.errors import (
     QueueFull,
     UnknownModel,
 )
-from headrace.core.events import Delta, Progress, ToolCall, ToolCallDelta
-from headrace.core.request import CountRequest, GenerateRequest, Message
+from headrace.core.events import Delta, ToolCall, ToolCallDelta
+from headrace.core.request import CountRequest, Message
 from headrace.core.sampling import Sampling
 from headrace.core.tools import Thinking, ToolChoice
 
@@ -45,43 +55,18 @@ def body(content: Any = "hi", **fields: Any) -> dict[str, Any]:
 
 def everything(_request: Any) -> Iterator[Any]:
     """Thinking, text and two calls, in pieces."""
-    yield Progress("prefill", 0, 5)
-    yield Delta(reasoning="Let me ", token_ids=(1,))
-    yield Delta(reasoning="think.", token_ids=(2,))
-    yield Delta("Hel", (3,))
-    yield Delta("", (4,))
-    yield Delta("lo\u2028", (5,))
-    yield ToolCallDelta(0, "call_1", "f")
-    yield ToolCallDelta(0, arguments='{"a"')
-    yield ToolCallDelta(0, arguments=": 1}")
-    yield ToolCallDelta(1, "call_2", "f", "{}")
-    yield finish("tool_calls")
+    return thinking_text_and_calls(ToolCallDelta(1, "call_2", "f", "{}"))
 
 
-async def post(given: dict[str, Any], script: Any = None, path: str = PATH, **settings: Any) -> Any:
-    backend = FakeBackend(script) if script else FakeBackend()
-    async with client(backend, **settings) as http:
-        answer = await http.post(f"{path}?beta=true", json=given)
-    return answer, backend
-
-
-async def core(given: dict[str, Any]) -> GenerateRequest:
-    answer, backend = await post(given)
-    assert answer.status_code == 200, answer.text
-    return backend.requests[0]
+post, core = partial(sent, f"{PATH}?beta=true"), partial(accepted, f"{PATH}?beta=true")
 
 
 def read(text: str) -> list[dict[str, Any]]:
-    """Return the events of a stream without pings; each has its type twice."""
-    events: list[dict[str, Any]] = []
-    for block in text.split("\n\n"):
-        if block and not block.startswith(":"):
-            kind, data = block.split("\n")
-            event = json.loads(data.removeprefix("data: "))
-            assert kind == f"event: {event['type']}"
-            if event["type"] not in ("ping", "error"):
-                EVENTS.validate_json(json.dumps(event), strict=True)
-            events += [event] if event["type"] != "ping" else []
+    """Return the events of a stream without pings."""
+    events = [event for event in typed_events(text) if event["type"] != "ping"]
+    for event in events:
+        if event["type"] != "error":
+            EVENTS.validate_json(json.dumps(event), strict=True)
     return events
 
 
@@ -262,7 +247,7 @@ async def test_a_begun_answer_is_continued(content: Any, continued: bool) -> Non
     assert request.continue_final == continued
     assert request.messages is not None
     assert request.messages[-1].content == ("Sure:" if continued else "")
-    _, backend = await post(given, path=COUNT)
+    _, backend = await sent(COUNT, given)
     assert backend.requests[0].continue_final == continued
 
 
@@ -398,7 +383,7 @@ async def test_a_key_is_taken_from_either_header() -> None:
 async def test_tokens_are_counted() -> None:
     """Issue 14.2: the same conversation as for an answer."""
     given = body(system="s", tools=[TOOL, SEARCH], thinking=THINKING)
-    answer, backend = await post(given, path=COUNT)
+    answer, backend = await sent(COUNT, given)
     assert answer.json() == {"input_tokens": 3}
     request = backend.requests[0]
     assert isinstance(request, CountRequest)
@@ -434,7 +419,7 @@ async def test_models_are_listed_for_both_apis() -> None:
 async def test_a_count_checks_the_sampling_too() -> None:
     """Issue 14.2: the body is that of an answer, and is refused alike."""
     given = {"model": "m", "messages": [{"role": "user", "content": "x"}], "top_p": 9}
-    answer, backend = await post(given, path="/v1/messages/count_tokens")
+    answer, backend = await sent(COUNT, given)
     assert answer.status_code == 400
     assert "top_p" in answer.json()["error"]["message"]
     assert backend.requests == []

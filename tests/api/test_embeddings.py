@@ -57,6 +57,41 @@ async def test_all_forms_of_input(given: Any, inputs: Any) -> None:
     assert request.load_wait_s == 30.0
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"prompt_name": "query"}, ("query", None)),
+        ({"input_type": "search_document"}, (None, "document")),
+        ({"input_type": "QUERY"}, (None, "query")),
+        ({"task": "retrieval.passage"}, (None, "document")),
+        ({"task": "text-matching"}, (None, "similarity")),
+        ({}, (None, None)),
+    ],
+)
+async def test_what_the_texts_are_for(given: dict[str, str], expected: Any) -> None:
+    """Issue 17.6: in the words of sentence-transformers, Cohere, Voyage and Jina."""
+    backend = FakeBackend()
+    assert (await post(backend, **given)).status_code == 200
+    request = backend.requests[0]
+    assert isinstance(request, EmbedRequest)
+    assert (request.prompt_name, request.input_type) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "words"),
+    [
+        ({"input_type": "image"}, "input_type", "known are query,"),
+        ({"task": "retrieval.query", "prompt_name": "q"}, "task", "both given"),
+        ({"prompt_name": 1}, "prompt_name", "string"),
+    ],
+)
+async def test_what_they_are_for_is_clear(given: Any, param: str, words: str) -> None:
+    answer = await post(FakeBackend(), **given)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert words in error["message"]
+
+
 async def test_extensions() -> None:
     backend = FakeBackend()
     await post(

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import pytest
-from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, client, text
+from tests.api.fakes import CHAT, TEXT, FakeBackend, chat, client, sent, text
 
 from headrace.api import fields
 from headrace.api.anthropic_request import CountTokensRequest, MessagesRequest
@@ -32,12 +32,6 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
-async def post(path: str, body: dict[str, Any], **settings: Any) -> tuple[Any, FakeBackend]:
-    backend = FakeBackend()
-    async with client(backend, **settings) as http:
-        return await http.post(path, json=body), backend
-
-
 @pytest.mark.parametrize("path", BODIES)
 async def test_an_unknown_field_is_a_warning(path: str, caplog: pytest.LogCaptureFixture) -> None:
     """Issue 12.5: the client sees its name, and the log has it once."""
@@ -58,10 +52,10 @@ async def test_an_unknown_field_is_a_warning(path: str, caplog: pytest.LogCaptur
 async def test_unknown_fields_as_it_is_set(path: str, caplog: pytest.LogCaptureFixture) -> None:
     """Issue 12.5: `unknown_fields` ignores or refuses them."""
     body = {**BODIES[path], "modell": "x"}
-    answer, _ = await post(path, body, unknown_fields="ignore")
+    answer, _ = await sent(path, body, unknown_fields="ignore")
     assert (answer.status_code, WARNING in answer.headers) == (200, False)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    answer, backend = await post(path, body, unknown_fields="refuse")
+    answer, backend = await sent(path, body, unknown_fields="refuse")
     assert (answer.status_code, backend.requests) == (400, [])
     error = answer.json()["error"]
     assert error.get("param", "modell") == "modell", "Anthropic's errors have no param"
@@ -76,7 +70,7 @@ async def test_unknown_fields_as_it_is_set(path: str, caplog: pytest.LogCaptureF
 )  # fmt: skip
 async def test_misspelt_fields(field: str, value: Any, near: str) -> None:
     """Issue 12.5: the nearest name, where one is near."""
-    answer, _ = await post(CHAT, chat(**{field: value}))
+    answer, _ = await sent(CHAT, chat(**{field: value}))
     hint = f" (did you mean {near}?)" if near else ""
     assert answer.headers[WARNING] == f"unknown field: {field}{hint}"
 
@@ -99,7 +93,7 @@ NESTED = {
 @pytest.mark.parametrize("place", NESTED)
 async def test_unknown_fields_of_nested_objects(place: str) -> None:
     """Issue 12.5: with their place, once for all items of a list; streams have the header too."""
-    answer, _ = await post(CHAT, chat(**NESTED[place]))
+    answer, _ = await sent(CHAT, chat(**NESTED[place]))
     assert answer.status_code == 200, answer.text
     assert answer.headers[WARNING].removeprefix("unknown field: ").split(" ")[0] == place
 
@@ -107,7 +101,7 @@ async def test_unknown_fields_of_nested_objects(place: str) -> None:
 async def test_free_objects_have_no_unknown_fields() -> None:
     """Issue 12.5: what is the client's own stays whole."""
     schema = {"type": "object", "properties": {"modell": {"type": "null"}}}
-    answer, backend = await post(
+    answer, backend = await sent(
         CHAT,
         chat(
             user="u",
@@ -125,7 +119,7 @@ async def test_free_objects_have_no_unknown_fields() -> None:
 async def test_a_name_cannot_break_the_header() -> None:
     """Issue 12.5: a client may write anything, of any length and number."""
     names = ["a\r\nx-evil: 1", "é,日", "n" * 10_000, *(f"f{i}" for i in range(100_000))]
-    answer, _ = await post(CHAT, chat(**dict.fromkeys(names, 1)))
+    answer, _ = await sent(CHAT, chat(**dict.fromkeys(names, 1)))
     assert answer.status_code == 200
     assert "x-evil" not in answer.headers
     warning = answer.headers[WARNING]
@@ -162,7 +156,7 @@ REFUSED: dict[str, tuple[tuple[str, Any], ...]] = {
         ("json_schema", {"type": "null"}), ("thinking", {"type": "enabled"}), ("n", 2),
     ),
     "/v1/embeddings": (
-        ("truncate_prompt_tokens", 5), ("input_type", "query"), ("options", {"a": 1}),
+        ("truncate_prompt_tokens", 5), ("instruction", "query"), ("options", {"a": 1}),
     ),
     "/v1/rerank": (("truncate_prompt_tokens", 5), ("rank_fields", ["a"]), ("top_k", 1)),
     "/v1/score": (
@@ -180,7 +174,7 @@ async def test_what_would_change_the_answer_is_refused_by_name(
 ) -> None:
     """Issue 12.5: whatever is set for unknown fields."""
     for setting in ("ignore", "refuse"):
-        answer, backend = await post(path, {**BODIES[path], name: value}, unknown_fields=setting)
+        answer, backend = await sent(path, {**BODIES[path], name: value}, unknown_fields=setting)
         error = answer.json()["error"]
         assert (answer.status_code, backend.requests) == (400, [])
         assert (error["param"], error["code"]) == (name, "unsupported_parameter")
@@ -191,7 +185,7 @@ async def test_fields_of_a_message_are_refused_with_their_place() -> None:
     """Issue 12.5, 12.6: tool calls, and answers that are begun."""
     for field in ({"prefix": True}, {"images": ["aGk="]}):
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **field}]
-        answer, _ = await post(CHAT, chat(messages=turns))
+        answer, _ = await sent(CHAT, chat(messages=turns))
         error = answer.json()["error"]
         assert (answer.status_code, error["param"]) == (400, f"messages[1].{next(iter(field))}")
         assert error["code"] == "unsupported_parameter"
@@ -214,7 +208,7 @@ async def test_what_changes_nothing_is_accepted_in_silence() -> None:
         "tool_calls": None,
     }
     messages = [*chat()["messages"], past]
-    answer, _ = await post(
+    answer, _ = await sent(
         CHAT, chat(**{**harmless, "messages": messages}), unknown_fields="refuse"
     )
     assert (answer.status_code, WARNING in answer.headers) == (200, False), answer.text
@@ -223,13 +217,13 @@ async def test_what_changes_nothing_is_accepted_in_silence() -> None:
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 async def test_the_alias_of_a_penalty_is_honoured(path: str) -> None:
     """Issue 12.5: llama.cpp's and Ollama's name for it."""
-    _, backend = await post(path, {**BODIES[path], "repeat_penalty": 1.3})
+    _, backend = await sent(path, {**BODIES[path], "repeat_penalty": 1.3})
     request = backend.requests[0]
     assert isinstance(request, GenerateRequest)
     assert request.sampling.repetition_penalty == 1.3
-    answer, _ = await post(path, {**BODIES[path], "repeat_penalty": 1.3, "repetition_penalty": 1.2})
+    answer, _ = await sent(path, {**BODIES[path], "repeat_penalty": 1.3, "repetition_penalty": 1.2})
     assert answer.json()["error"]["param"] == "repeat_penalty"
-    answer, _ = await post(path, {**BODIES[path], "repeat_penalty": 0})
+    answer, _ = await sent(path, {**BODIES[path], "repeat_penalty": 0})
     error = answer.json()["error"]
     assert error["param"] == "repeat_penalty"
     assert error["message"] == "repeat_penalty must be above 0 and at most 100."
@@ -249,7 +243,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 )
 async def test_schemas_in_other_places_are_honoured(given: Any) -> None:
     """Issue 12.5: llama-server's places for a schema."""
-    answer, backend = await post(CHAT, chat(**given))
+    answer, backend = await sent(CHAT, chat(**given))
     assert (answer.status_code, WARNING in answer.headers) == (200, False)
     request = backend.requests[0]
     assert isinstance(request, GenerateRequest)
@@ -259,7 +253,7 @@ async def test_schemas_in_other_places_are_honoured(given: Any) -> None:
 async def test_two_schemas_are_refused() -> None:
     """Issue 12.5: which of them is meant is not guessed."""
     two = {"json_schema": SCHEMA, "response_format": {"type": "json_object"}}
-    answer, _ = await post(CHAT, chat(**two))
+    answer, _ = await sent(CHAT, chat(**two))
     assert answer.json()["error"]["param"] == "json_schema"
 
 

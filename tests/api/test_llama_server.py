@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from tests.api import published
-from tests.api.fakes import MODELS, FakeBackend, client, events, finish
+from tests.api.fakes import MODELS, FakeBackend, accepted, client, events, finish, sent
 from tests.api.published import LLAMA_SERVER, hold
 
 from headrace.core.constraint import Constraint
@@ -50,21 +50,13 @@ EDIT: dict[str, Any] = {
 }  # fmt: skip
 
 
-async def post(path: str, body: Any, script: Any = None, **settings: Any) -> tuple[Any, Any]:
-    backend = FakeBackend(script) if script else FakeBackend()
-    async with client(backend, **settings) as http:
-        return await http.post(path, json=body), backend
-
-
 async def core(path: str, **body: Any) -> GenerateRequest:
-    answer, backend = await post(path, {"model": "m", **body}, unknown_fields="refuse")
-    assert answer.status_code == 200, answer.text
-    return backend.requests[0]
+    return await accepted(path, {"model": "m", **body}, unknown_fields="refuse")
 
 
 async def test_an_editor_fills_a_gap() -> None:
     """Issue 14.4: every field that llama.vim sends, and the answer that it reads."""
-    answer, backend = await post("/infill", VIM, unknown_fields="refuse")
+    answer, backend = await sent("/infill", VIM, unknown_fields="refuse")
     assert answer.status_code == 200
     request = backend.requests[0]
     assert (request.prompt, request.suffix) == ("def f():\n", "\nf()\n")
@@ -83,19 +75,19 @@ async def test_an_editor_fills_a_gap() -> None:
 
 async def test_an_editor_warms_the_cache() -> None:
     """Issue 14.4: `n_predict` 0 computes the prompt; nothing of the answer is sent."""
-    answer, backend = await post("/infill", WARM, unknown_fields="refuse")
+    answer, backend = await sent("/infill", WARM, unknown_fields="refuse")
     assert (answer.status_code, answer.json()) == (200, {})
     assert backend.requests[0].sampling.max_tokens == 1
     everything = {name: value for name, value in WARM.items() if name != "response_fields"}
-    whole = (await post("/infill", everything))[0].json()
+    whole = (await sent("/infill", everything))[0].json()
     assert (whole["content"], whole["tokens"]) == ("", [])
-    streamed = events((await post("/infill", {**everything, "stream": True}))[0].text)
+    streamed = events((await sent("/infill", {**everything, "stream": True}))[0].text)
     assert [(event["content"], event["stop"]) for event in streamed] == [("", True)]
 
 
 async def test_an_editor_rewrites_a_text() -> None:
     """Issue 14.4: the chat of llama.vscode, with its samplers as letters."""
-    answer, _ = await post("/v1/chat/completions", EDIT, unknown_fields="refuse")
+    answer, _ = await sent("/v1/chat/completions", EDIT, unknown_fields="refuse")
     assert answer.status_code == 200, answer.text
 
 
@@ -116,7 +108,7 @@ async def test_a_completion(path: str) -> None:
             "repeat_penalty": 1.1, "json_schema": {"type": "object"}, "id_slot": -1,
             "logit_bias": [[5, 1.5], [6, False], ["7", -2]], "return_tokens": True,
             "n_keep": 0, "typical_p": 1.0, "mirostat": 0}  # fmt: skip
-    answer, backend = await post(path, {"model": "m", **body}, unknown_fields="refuse")
+    answer, backend = await sent(path, {"model": "m", **body}, unknown_fields="refuse")
     hold(LLAMA_SERVER, "completion", answer.json())
     request = backend.requests[0]
     assert request.prompt == "hi"
@@ -167,7 +159,7 @@ def told(_request: Any) -> Iterator[Any]:
 async def test_a_stream() -> None:
     """Issue 14.4: parts with text and tokens, and one with the figures; no `[DONE]`."""
     body = {"prompt": "hi", "stream": True, "n_probs": 2, "stop": ["x"]}
-    answer, backend = await post("/completion", body, told)
+    answer, backend = await sent("/completion", body, told)
     assert backend.requests[0].sampling.logprobs == 2
     parts = events(answer.text)
     for part in parts:
@@ -181,24 +173,24 @@ async def test_a_stream() -> None:
     assert (last["stop_type"], last["stopping_word"], last["has_new_line"]) == ("word", "x", True)
     assert "\u2028" not in answer.text
     body |= {"response_fields": ["content", "timings/predicted_n", "none"]}
-    assert events((await post("/completion", body, told))[0].text)[-1] == {
+    assert events((await sent("/completion", body, told))[0].text)[-1] == {
         "content": "", "timings/predicted_n": 3,
     }  # fmt: skip
 
 
 async def test_an_answer_that_is_cut() -> None:
-    answer, _ = await post("/completion", {"prompt": "a"}, lambda _: [Delta("b"), finish("length")])
+    answer, _ = await sent("/completion", {"prompt": "a"}, lambda _: [Delta("b"), finish("length")])
     assert answer.json()["stop_type"] == "limit"
 
 
 async def test_errors() -> None:
     """Issue 14.4: with their status before the first part, as an event after it."""
     long = ContextOverflow("Too long.", param="prompt")
-    answer, _ = await post("/completion", {"prompt": "a", "stream": True}, lambda _: [long])
+    answer, _ = await sent("/completion", {"prompt": "a", "stream": True}, lambda _: [long])
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
     hold(LLAMA_SERVER, "error", answer.json())
     script: Any = [Delta("a", (1,)), GenerationFailed("Broken.")]
-    answer, _ = await post("/infill", {**WARM, "n_predict": 5, "stream": True}, lambda _: script)
+    answer, _ = await sent("/infill", {**WARM, "n_predict": 5, "stream": True}, lambda _: script)
     last = events(answer.text)[-1]
     hold(LLAMA_SERVER, "error", last)
     assert last["error"]["message"] == "Broken."
@@ -232,7 +224,7 @@ async def test_errors() -> None:
 )  # fmt: skip
 async def test_wrong_requests_are_refused_by_name(path: str, fields: Any, part: str) -> None:
     base = {"prompt": "a"} if path == "/completion" and fields else {}
-    answer, backend = await post(path, base | fields)
+    answer, backend = await sent(path, base | fields)
     assert (answer.status_code, backend.requests) == (400, []), answer.text
     assert part in answer.json()["error"]["message"]
 
@@ -268,7 +260,7 @@ async def test_a_template_is_applied() -> None:
         yield finish()
 
     body = {"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": False}
-    answer, backend = await post("/apply-template", body, script)
+    answer, backend = await sent("/apply-template", body, script)
     hold(LLAMA_SERVER, "apply-template", answer.json())
     assert answer.json() == {"prompt": "<|user|>hi"}
     request = backend.requests[0]

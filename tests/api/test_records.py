@@ -102,6 +102,24 @@ async def test_a_poll_costs_nothing_while_nothing_changes(monkeypatch: pytest.Mo
     assert (other.status_code, len(other.json()["models"])) == (200, 1)
 
 
+@pytest.mark.parametrize("change", ["load", "unload", "restart", "pin", "update"])
+async def test_the_overview_after_a_change_is_new(
+    monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Issue 16.1: what was changed is shown at once, though an overview is kept for a second."""
+    admin = FakeAdmin()
+    monkeypatch.setattr(module.time, "monotonic", lambda: 100.0)
+    body: dict[str, Any] = {"model": "m"}
+    if change == "update":
+        body["settings"] = {"keep_alive": "5m"}
+    async with to(FakeMonitor(), admin) as http:
+        before = (await http.get("/admin/overview")).json()
+        admin.models = [replace(model, pinned=not model.pinned) for model in admin.models]
+        (await http.post(f"/admin/models/{change}", json=body)).raise_for_status()
+        after = (await http.get("/admin/overview")).json()
+    assert [m["pinned"] for m in after["models"]] != [m["pinned"] for m in before["models"]]
+
+
 async def test_history_and_store() -> None:
     """Issue 16.1: samples for charts, and the models on the disk."""
     async with to(FakeMonitor()) as http:

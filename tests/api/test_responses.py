@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
-from tests.api.fakes import FakeBackend, client, finish
+from tests.api.fakes import (
+    accepted,
+    client,
+    finish,
+    sent,
+    thinking_text_and_calls,
+    typed_events,
+)
 
 from headrace.api import limits
 from headrace.api.custom_tools import FreeText
@@ -21,7 +29,7 @@ from headrace.api.responses_answer import seal, unseal
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ContextOverflow, GenerationFailed, QueueFull
 from headrace.core.events import Delta, Progress, TokenLogprob, ToolCall, ToolCallDelta
-from headrace.core.request import CountRequest, GenerateRequest, Message
+from headrace.core.request import CountRequest, Message
 from headrace.core.sampling import Sampling
 from headrace.core.tools import Thinking, ToolChoice
 
@@ -39,41 +47,18 @@ def body(given: Any = "hi", **fields: Any) -> dict[str, Any]:
 
 def everything(_request: Any) -> Iterator[Any]:
     """Thinking, text, a call of a function and one of a custom tool, in pieces."""
-    yield Progress("prefill", 0, 5)
-    yield Delta(reasoning="Let me ", token_ids=(1,))
-    yield Delta(reasoning="think.", token_ids=(2,))
-    yield Delta("Hel", (3,))
-    yield Delta("", (4,))
-    yield Delta("lo\u2028", (5,))
-    yield ToolCallDelta(0, "call_1", "f")
-    yield ToolCallDelta(0, arguments='{"a"')
-    yield ToolCallDelta(0, arguments=": 1}")
-    yield ToolCallDelta(1, "call_2", "patch", '{"input": "x\\n')
-    yield ToolCallDelta(1, arguments='y\\u00e9"}')
-    yield finish("tool_calls")
+    return thinking_text_and_calls(
+        ToolCallDelta(1, "call_2", "patch", '{"input": "x\\n'),
+        ToolCallDelta(1, arguments='y\\u00e9"}'),
+    )
 
 
-async def post(given: dict[str, Any], script: Any = None, path: str = PATH, **settings: Any) -> Any:
-    backend = FakeBackend(script) if script else FakeBackend()
-    async with client(backend, **settings) as http:
-        answer = await http.post(path, json=given)
-    return answer, backend
-
-
-async def core(given: dict[str, Any]) -> GenerateRequest:
-    answer, backend = await post(given)
-    assert answer.status_code == 200, answer.text
-    return backend.requests[0]
+post, core = partial(sent, PATH), partial(accepted, PATH)
 
 
 def read(text: str) -> list[dict[str, Any]]:
-    """Return the events of a stream; each has its type twice, and its number."""
-    events: list[dict[str, Any]] = []
-    for block in text.split("\n\n"):
-        if block and not block.startswith(":"):
-            kind, data = block.split("\n")
-            events.append(json.loads(data.removeprefix("data: ")))
-            assert kind == f"event: {events[-1]['type']}"
+    """Return the events of a stream, each with its number."""
+    events = [*typed_events(text)]
     assert [event["sequence_number"] for event in events] == [*range(len(events))]
     for event in events:
         error = (event.get("response") or {}).get("error")
@@ -348,7 +333,7 @@ async def test_wrong_requests_are_refused_by_name(fields: Any, param: str, path:
     """Issue 14.1: with the place in the client's own request."""
     if path != PATH and not (fields.keys() & {"input"} or "tools" in param):
         return
-    answer, backend = await post(body() | fields, path=path)
+    answer, backend = await sent(path, body() | fields)
     assert (answer.status_code, backend.requests) == (400, [])
     assert answer.json()["error"]["param"] == param
 
@@ -363,7 +348,7 @@ async def test_errors_of_the_core_have_the_clients_names() -> None:
 async def test_tokens_are_counted() -> None:
     """Issue 14.1: the same conversation as for an answer."""
     given = body(instructions="sys", tools=[FUNCTION, SEARCH])
-    answer, backend = await post(given, path=f"{PATH}/input_tokens")
+    answer, backend = await sent(f"{PATH}/input_tokens", given)
     assert answer.json() == {"object": "response.input_tokens", "input_tokens": 3}
     request = backend.requests[0]
     assert isinstance(request, CountRequest)
@@ -401,6 +386,6 @@ def test_what_is_no_such_object_is_not_lost() -> None:
 async def test_a_count_checks_the_sampling_too() -> None:
     """Issue 14.1: the body is that of an answer, and is refused alike."""
     given = {"model": "m", "input": "x", "temperature": 9}
-    answer, backend = await post(given, path=f"{PATH}/input_tokens")
+    answer, backend = await sent(f"{PATH}/input_tokens", given)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "temperature")
     assert backend.requests == []

@@ -135,6 +135,17 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": name}]
         self.cdp("Emulation.setEmulatedMedia", features=features)
 
+    def offline(self, on: bool) -> None:
+        """Cut the connection of the page, or restore it."""
+        self.cdp("Network.enable")
+        self.cdp(
+            "Network.emulateNetworkConditions",
+            offline=on,
+            latency=0,
+            downloadThroughput=-1,
+            uploadThroughput=-1,
+        )
+
     def picture(self, path: Path) -> None:
         """Keep a picture of the window."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def test_a_key_is_made_used_limited_and_revoked(page: Browser, keyless: Service)
     key = create(page, f"laptop {XSS}", requests_per_day="2")
     page.see("0 of 2")
     assert [status(keyless, key) for _ in range(3)] == [200, 200, 429]
-    page.press("Change", within=".key-list li:nth-child(2)")
+    page.press(f"Change laptop {XSS}")
     page.type("dialog input[name=tokens_per_day]", "5000")
     page.js("document.querySelector('dialog input[name=requests_per_day]').select()")
     page.type("dialog input[name=requests_per_day]", "3")
@@ -72,12 +72,12 @@ def test_a_key_is_made_used_limited_and_revoked(page: Browser, keyless: Service)
             wide = page.js("return document.documentElement.scrollWidth - innerWidth")
             assert wide <= 0, f"it scrolls sideways at {width}"
             assert findings(page) == []
-            page.press("Change", within=".key-list li:nth-child(2)")
+            page.press(f"Change laptop {XSS}")
             page.find("dialog[open]")
             page.picture(SCREENSHOTS / f"keys-form-{scheme}-{width}.png")
             assert findings(page) == []
             page.press("Close", within="dialog")
-    page.press("Revoke", within=".key-list li:nth-child(2)")
+    page.press(f"Revoke laptop {XSS}")
     page.press("Revoke for good", within="dialog")
     page.wait("document.querySelectorAll('.key-list li').length === 1")
     assert status(keyless, key) == 401

@@ -101,6 +101,7 @@ async def test_what_is_no_greeting(sent: bytes) -> None:
         answer = await reader.read()
         assert b"listing" not in answer
         writer.close()
+        await writer.wait_closed()
         assert await fetch(address, member("front")) == NODES
 
 
@@ -112,14 +113,19 @@ async def test_a_list_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_a_directory_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = asyncio.Event()
+
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
+        over.set()
 
     monkeypatch.setattr(listing, "GREETING_TIMEOUT_S", 0.05)
     async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
         with pytest.raises(TimeoutError):
             await fetch(Address(*server.sockets[0].getsockname()), member("front"))
+        # Its end of the connection is closed before the event loop.
+        await over.wait()
 
 
 def test_the_setting() -> None:

@@ -6,9 +6,10 @@ import asyncio
 import shutil
 import struct
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,6 +18,8 @@ from tests.cluster.rig import front, member, node, until
 
 from headrace import config
 from headrace.cluster import secure
+from headrace.cluster.directory import parse_address
+from headrace.cluster.link import NodeLink
 from headrace.cluster.node import NodeServer
 from headrace.cluster.pool import ClusterPool
 from headrace.cluster.secure import Credentials, Identity, Member, Refusal
@@ -31,7 +34,9 @@ from headrace.cluster.wire import (
 )
 from headrace.config.cluster import ClusterSettings
 from headrace.core.errors import ConfigError
-from headrace.core.request import GenerateRequest
+from headrace.core.events import Delta, Event
+from headrace.core.request import AnyRequest, GenerateRequest
+from headrace.pool.pool import Pool
 
 Opened = tuple[NodeServer, Address, FakeNode]
 
@@ -236,3 +241,76 @@ async def test_tls_in_both_directions(tmp_path: Path) -> None:
                 await until(lambda pool=pool: failure(pool, address) not in ("", NEW))
                 assert not pool.connected
                 assert not server.fronts
+
+
+async def test_a_second_node_of_a_name(caplog: pytest.LogCaptureFixture) -> None:
+    """Issue 15.1: the first is kept; both sides report why the other is not, once."""
+    first, second = FakeNode("a", ["m"]), FakeNode("a", ["m"])
+    async with (
+        node("a", first, first) as (_, address),
+        node("a", second, second) as (_, other),
+        front([address, other]) as pool,
+    ):
+        why = "The node a is connected at"
+        await until(lambda: why in failure(pool, address) + failure(pool, other))
+        await until(lambda: "not_accepted" in caplog.text)
+        await asyncio.gather(*(refused_again(pool.links[place]) for place in (address, other)))
+        assert sorted(link.is_up for link in pool.links.values()) == [False, True]
+        names = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        assert sorted(names) == ["headrace.cluster.node_refused", "headrace.cluster.not_accepted"]
+
+
+async def refused_again(link: NodeLink) -> None:
+    """Wait for a further attempt, unless it is the connection that is kept."""
+    before = link.node
+    if not link.is_up:
+        await until(lambda: link.node is not before)
+
+
+@pytest.mark.parametrize("name", ["a..b", "." * 3, "x" * 64])
+def test_a_name_that_no_resolver_takes(name: str) -> None:
+    """Issue 15.1: it was an error in a task, and the front had no directory."""
+    with pytest.raises(ConfigError, match="no HOST:PORT"):
+        parse_address(f"{name}:11512")
+    assert parse_address("[::1]:11512") == Address("::1", 11512)
+
+
+class Flood(Pool):
+    """A pool with one answer, which has no end."""
+
+    def __init__(self, fake: FakeNode) -> None:
+        self.fake = fake
+        self.begun = asyncio.Event()
+
+    def models(self) -> Any:
+        return self.fake.models()
+
+    async def relay(self, request: AnyRequest, deliver: Callable[[Event], None]) -> None:
+        self.fake.running += 1
+        self.begun.set()
+        try:
+            while True:
+                deliver(Delta("x" * 10_000, (1,)))
+                await asyncio.sleep(0)
+        finally:
+            self.fake.running -= 1
+
+
+async def test_a_front_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue 15.1: what waits for it is bounded, and its answers end."""
+    monkeypatch.setattr("headrace.cluster.node.MAX_UNSENT", 1 << 16)
+    monkeypatch.setattr("headrace.cluster.node.MAX_UNSENT_EVENTS", 100)
+    fake = FakeNode("a", ["m"])
+    me = member("a", silence_s=60.0)
+    flood = Flood(fake)
+    async with node("a", flood, fake, member=me) as (server, address):
+        async with stranger(address) as connection:
+            hello = member("f").identity.hello()
+            connection.send(hello)
+            (other,) = await connection.read()
+            assert isinstance(other, Hello)
+            connection.send(Proof(secure.proof(me.access.token, "front", hello, other)))
+            connection.send(Begin(1, GenerateRequest(model="m", prompt="x")))
+            await asyncio.wait_for(flood.begun.wait(), 20)
+            await until(lambda: not server.fronts)
+        await until(lambda: not fake.running)

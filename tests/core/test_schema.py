@@ -200,7 +200,7 @@ ORDINARY = {
         "minItems": schema.MAX_COUNT,
         "maxLength": schema.MAX_LENGTH,
         "pattern": "^(a{60}){60}$",
-        "maximum": 2**64,
+        "maximum": 2**64 - 1,
     },
     "braces": {"pattern": r"^\{a\}\p{L}{3}[{]9999[}]$"},
     "many properties": {

@@ -19,7 +19,7 @@ def listening() -> set[int]:
 
 @pytest.fixture(scope="session")
 def listening_before() -> set[int]:
-    """Those of pytest's own: its plugin for reruns has one where nothing is spread by xdist."""
+    """The ports of pytest and its plugins, before an engine has run."""
     return listening()
 
 

@@ -211,6 +211,34 @@ def test_that_fast_gives_what_was_held_back_too(first: list[int], broken: int, h
     assert ended(one, finish()).metrics.continued == "fast"
 
 
+@given(ends=st.lists(st.integers(0, 13), max_size=4), way=st.sampled_from(["exact", "fast"]))
+@settings(max_examples=200, derandomize=True, deadline=None, database=None)
+def test_that_planned_ends_are_survived_as_often_as_they_come(ends: list[int], way: Policy) -> None:
+    """Issue 15, shown 3: a roll of nodes may move an answer several times; a failure once more."""
+    one, got = answer(way), list[Delta]()
+
+    def attempt(end: int) -> None:
+        request = one.request
+        assert isinstance(request, GenerateRequest)
+        start = len(request.answered)
+        known = [Delta("".join(WORDS[:start]), request.answered)] if start else []
+        rest = [Delta(word, (start + n,)) for n, word in enumerate(WORDS[start:])]
+        new = map(one.new, [*known, *rest[:end]])
+        got.extend(delta for delta in new if isinstance(delta, Delta))
+
+    for end in ends:
+        attempt(end)
+        one.retry(DIED, ABLE, planned=True)
+    attempt(3)
+    assert one.retry(DIED, ABLE) in (way, "exact")
+    attempt(13)
+    assert "".join(delta.text for delta in got) == TEXT
+    assert [n for delta in got for n in delta.token_ids] == list(range(len(WORDS)))
+    assert ended(one, finish()).metrics.continuations == len(ends) + 1
+    with pytest.raises(WorkerDied):
+        one.retry(DIED, ABLE)
+
+
 def test_that_choices_and_reasoning_are_kept_apart() -> None:
     one = answer("exact", n=2)
     one.new(Delta("left", (1,), 0))

@@ -27,6 +27,7 @@ from headrace.core.errors import (
     LoadFailed,
     Loading,
     Quarantined,
+    QueueFull,
     QueueTimeout,
     WorkerDied,
 )
@@ -223,6 +224,65 @@ def test_that_one_that_runs_alone_makes_place_after_its_first_token() -> None:
         assert clock() - began < 1
         assert not suspect.done()
         assert (await suspect)[0] == counted(100)
+        await served.aclose()
+
+    run(main())
+
+
+@pytest.mark.parametrize(("client", "prompts"), [("", ["same"] * 4), ("key", "abcd")])
+def test_that_after_a_death_requests_run_beside_one_that_has_no_end(
+    client: str, prompts: list[str]
+) -> None:
+    """Issue 11.6: they ran one after the other, and the first had no end.
+
+    The same request has passed its beginning then, and a client is kept apart from others only.
+    """
+
+    async def main() -> None:
+        machine = Machine()
+        served = pool(machine, spec(max_running=4))
+        await served.start()
+        endless = ask(tokens=5000, prompt=prompts[0], client=client)
+        running = asyncio.create_task(answer(served, endless))
+        await asyncio.sleep(0.05)
+        machine.workers[-1].die()
+        await asyncio.sleep(2)
+        began = clock()
+        for prompt in prompts[1:]:
+            assert (await answer(served, ask(prompt=prompt, client=client)))[0] == counted(5)
+        assert clock() - began < 3
+        assert not running.done()
+        running.cancel()
+        await asyncio.wait({running})
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_one_that_has_to_be_alone_does_not_hold_up_the_others_for_long() -> None:
+    """Issue 11.6: what runs may have no end; they waited for it together, without an end."""
+
+    async def main() -> None:
+        machine = Machine()
+        served = brittle(machine, spec(max_running=4))
+        await served.start()
+        assert isinstance(await failed(served, prompt="poison", client="bad"), WorkerDied)
+        running = asyncio.create_task(answer(served, ask(tokens=5000, client="good")))
+        await asyncio.sleep(3)
+        began, waits = clock(), list[float]()
+        refused = asyncio.create_task(failed(served, prompt="x", client="bad"))
+        while clock() - began < 60:
+            asked = clock()
+            assert (await answer(served, ask(client="good")))[0] == counted(5)
+            waits.append(clock() - asked)
+        assert max(waits) < 12
+        assert sum(wait > 2 for wait in waits) == 1
+        error = await refused
+        assert isinstance(error, QueueFull)
+        assert error.retry_after_s
+        assert not running.done()
+        running.cancel()
+        await asyncio.wait({running})
         await served.aclose()
 
     run(main())
@@ -487,23 +547,26 @@ def test_that_a_model_over_its_budget_stays() -> None:
     run(main())
 
 
+class SlowMachine(Machine):
+    """Loads `a` in 600 seconds, of which 2 are expected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.load_s = {"a": 600.0, "b": 1.0}
+
+    def footprint(self, spec: ModelSpec, on_progress: Callable[..., Any]) -> Any:
+        self.load_s["a"] = 2.0
+        try:
+            return super().footprint(spec, on_progress)
+        finally:
+            self.load_s["a"] = 600.0
+
+
 def test_that_a_load_that_hangs_keeps_no_place() -> None:
     """Issue 11.10: others load after the time that it was expected to take."""
 
     async def main() -> None:
-        machine = Machine()
-        machine.load_s = {"a": 600.0, "b": 1.0}
-        forecast = machine.footprint
-
-        def footprint(one: ModelSpec, report: Callable[..., Any]) -> Any:
-            machine.load_s["a"] = 2.0
-            try:
-                return forecast(one, report)
-            finally:
-                machine.load_s["a"] = 600.0
-
-        machine.footprint = footprint  # type: ignore[method-assign]
-        served = pool(machine, spec("a"), spec("b", preload=True))
+        served = pool(SlowMachine(), spec("a"), spec("b", preload=True))
         began = clock()
         starting = asyncio.create_task(served.start())
         await asyncio.sleep(0.1)
@@ -513,6 +576,22 @@ def test_that_a_load_that_hangs_keeps_no_place() -> None:
         assert served.ready
         await served.aclose()
         await asyncio.wait({starting})
+
+    run(main())
+
+
+def test_that_a_service_is_not_ready_while_its_only_model_loads() -> None:
+    """Nor when the load takes longer than expected: no request could be answered yet."""
+
+    async def main() -> None:
+        served = pool(SlowMachine(), spec("a", preload=True))
+        starting = asyncio.create_task(served.start())
+        await asyncio.sleep(100)
+        assert not served.ready
+        await asyncio.sleep(600)
+        assert served.ready
+        await starting
+        await served.aclose()
 
     run(main())
 

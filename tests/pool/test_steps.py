@@ -341,7 +341,7 @@ class World:
         busy = [one for one in self.asked if not one.task.done()]
         assert waiting + leases <= len(busy)
         counting = [task for task in self.counts if not task.done()]
-        assert pool._streams <= len(busy) + len(counting)
+        assert len(pool._requests) <= len(busy) + len(counting)
         for one in [one for one in self.asked if one.task.done()]:
             one.check()
             self.asked.remove(one)
@@ -369,7 +369,7 @@ class World:
             assert entry.running == 0
             assert not entry.retired
         assert self.pool.loader.memory._waiting == []
-        assert self.pool._streams == 0
+        assert len(self.pool._requests) == 0
         assert sum(self.machine.held.values()) == self.ledger.booked()["cpu"]
         assert {task.get_name().split()[0] for task in asyncio.all_tasks(self.loop)} <= {
             "pool",

@@ -133,7 +133,7 @@ async def compare(folder: Path, warm_up: int, count: int) -> None:
 
 async def test_nothing_is_left_of_models_that_come_and_go(tmp_path: Path) -> None:
     """W8, M2: memory, descriptors, threads and processes are what they were."""
-    await compare(tmp_path, 6, 12)
+    await compare(tmp_path, 6, 6)
 
 
 @pytest.mark.slow

@@ -53,8 +53,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(config: Path) -> Iterator[Service]:
     # Traces and files of its own, which no other service writes.
     home = {"HOME": str(config.parent / "home")}
-    with served("--config", str(config), environment=home) as service:
-        yield service
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", "a-secret")
+        with served("--config", str(config), environment=home) as service:
+            yield service
 
 
 @pytest.fixture
@@ -62,6 +64,14 @@ async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
     await until(partial(all_serve, service))
     async with keyed(service, BOSS) as http:
         yield http
+
+
+def test_a_front_gets_no_secret(service: Service) -> None:
+    """Issue 11.12: it reads what clients send, and needs no key of the service's environment."""
+    for process in psutil.Process(service.process.pid).children():
+        if "headrace.fronts.front" in process.cmdline():
+            assert "OPENAI_API_KEY" not in process.environ()
+            assert "HOME" in process.environ()
 
 
 async def all_serve(service: Service) -> bool:

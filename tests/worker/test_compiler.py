@@ -62,6 +62,12 @@ ENFORCED: list[dict[str, Any]] = [
     {"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"a": {"type": "null"}},
      "properties": {"x": {"$ref": "#/definitions/a"}}},
     {"type": "array", "items": {"$ref": "#"}},
+    {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+     "required": ["next"]},
+    {"$defs": {"a": {"$ref": "#/$defs/b"},
+               "b": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}]}}, "$ref": "#/$defs/a"},
+    {"type": "integer", "minimum": -(2**53) + 1, "maximum": 2**53 - 1},
+    {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
     {"oneOf": [{"type": "object", "properties": {"k": {"const": name}}, "required": ["k"]}
                for name in "ab"]},
 ]  # fmt: skip
@@ -80,6 +86,14 @@ NOT_ENFORCED: list[tuple[dict[str, Any], str]] = [
     ({"type": "integer", "minimum": 5, "maximum": 3}, "The JSON schema"),
     ({"enum": []}, "The JSON schema"),
     ({"$ref": "#"}, "The JSON schema allows no text"),
+    ({"properties": {"a": {"$ref": "#/properties/a"}}}, "/properties/a in the JSON schema has no"),
+    ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "no answer that"),
+    ({"type": "array", "minItems": 1, "items": {"allOf": [{"$ref": "#"}]}}, "no answer that ends"),
+    ({"type": "array", "prefixItems": [{}, {"$ref": "#"}], "minItems": 2}, "no answer that ends"),
+    ({"items": {"anyOf": [{"$ref": "#/items/anyOf/1"}, {"$ref": "#/items/anyOf/0"}]}}, "/items in"),
+    ({"type": "integer", "minimum": 2**63, "maximum": 2**63 + 5}, "/minimum"),
+    ({"items": {"type": "integer", "exclusiveMinimum": 2**53, "maximum": 2**55}}, "/items/excl"),
+    ({"type": "integer", "minimum": 0, "maximum": 2**62 - 1}, "/maximum"),
     ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, "oneOf"),
     ({"items": {"type": "string", "format": "regex"}}, "/items/format"),
     ({"type": "object", "properties": {"a": True}, "minProperties": 3}, "maxProperties"),
@@ -308,4 +322,7 @@ async def test_a_tool_that_cannot_be_called_is_refused(compiler: Compiler) -> No
     with pytest.raises(InvalidRequest, match="tool bad allows no text") as caught:
         await compiler.compile(grammar, tools=tools | {"bad": {"$ref": "#"}})
     assert caught.value.param == "tools"
+    part = {"type": "object", "properties": {"a": {"exclusiveMinimum": True}}}
+    with pytest.raises(InvalidRequest, match=r"^/properties/a/.* of the tool bad is no JSON"):
+        await compiler.compile(grammar, tools={"bad": part})
     assert await compiler.compile(grammar, tools=tools) == grammar

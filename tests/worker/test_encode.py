@@ -56,6 +56,31 @@ async def test_embeddings(place: Any) -> None:
 
 
 @pytest.mark.parametrize("place", [worker, process])
+async def test_prompts_come_before_the_texts(place: Any) -> None:
+    """Issue 17.6: by name, by what the texts are for, or by the model's setting."""
+    prompts = {"query": "query: ", "passage": "passage: "}
+    async with place(task="embed") as plain:
+        texts = ("query: hi", "passage: hi", "hi", "query: query: hi")
+        query, passage, bare, _ = (await collect_vectors(plain.ask(embedding(*texts)))).vectors
+        with pytest.raises(InvalidRequest, match="has no prompt for query; it has none"):
+            await collect_vectors(plain.ask(embedding("hi", input_type="query")))
+    async with place(task="embed", prompts=prompts) as one:
+        named = await collect_vectors(one.ask(embedding("hi", prompt_name="query")))
+        assert named.vectors == (query,)
+        assert named.usage.prompt_tokens == len("query: hi")
+        meant = await collect_vectors(one.ask(embedding("hi", "hi", input_type="document")))
+        assert meant.vectors == (passage, passage)
+        ids = await collect_vectors(one.ask(embedding(tuple(b"hi"), "hi", prompt_name="query")))
+        assert ids.vectors == (bare, query), "token ids are left as they are"
+        assert (await collect_vectors(one.ask(embedding("hi")))).vectors == (bare,)
+        with pytest.raises(InvalidRequest, match=r"no prompt 'q'; it has passage, query\."):
+            await collect_vectors(one.ask(embedding("hi", prompt_name="q")))
+        assert one.models()[0].prompts == prompts
+    async with place(task="embed", prompts=prompts, prompt_name="query") as one:
+        assert (await collect_vectors(one.ask(embedding("hi")))).vectors == (query,)
+
+
+@pytest.mark.parametrize("place", [worker, process])
 async def test_rankings(place: Any) -> None:
     async with place(task="rerank") as one:
         documents = ("xyz", "abx", "abc", "")

@@ -4,8 +4,10 @@ import { useEffect, useMemo, useState } from "preact/hooks";
 
 import { currentKey, getJson, messageOf } from "../api";
 import { Markdown } from "../markdown";
-import { type Operation, operations, type Schema, type Spec, sampleOf, typeText } from "../openapi";
-import { Badge, CopyButton, Empty, Field, Loading, PageHead, Problem } from "../ui";
+import { type Operation, operations, type Schema, type Spec, sampleOf, typeText, valuesOf } from "../openapi";
+import { session } from "../session";
+import { useStore } from "../store";
+import { Badge, CopyButton, Empty, Field, Folded, Loading, PageHead, Problem } from "../ui";
 import { curlOf, TryIt } from "./try-it";
 
 export function Docs() {
@@ -69,14 +71,16 @@ export function Docs() {
 }
 
 function Route({ operation, spec }: { operation: Operation; spec: Spec }) {
-  const sample = useMemo(() => sampleOf(operation, spec), [operation, spec]);
+  const { models } = useStore(session);
+  const sample = useMemo(() => sampleOf(operation, spec, models), [operation, spec, models]);
+  const values = useMemo(() => valuesOf(operation, models), [operation, models]);
   return (
     <article class="panel route" id={operation.id}>
       <header>
         <h3>
           <span class={`method ${operation.method}`}>{operation.method}</span> <code>{operation.path}</code>
         </h3>
-        <CopyButton label="curl" text={() => curlOf(operation, sample, {}, currentKey() !== null)} />
+        <CopyButton label="curl" text={() => curlOf(operation, sample, values, currentKey() !== null)} />
       </header>
       <Markdown text={operation.summary} />
       {operation.parameters.length > 0 && (
@@ -89,13 +93,11 @@ function Route({ operation, spec }: { operation: Operation; spec: Spec }) {
         </>
       )}
       {operation.body && (
-        <details>
-          <summary>Body</summary>
+        <Folded title="Body">
           <Type schema={operation.body} spec={spec} depth={0} />
-        </details>
+        </Folded>
       )}
-      <details>
-        <summary>Answers</summary>
+      <Folded title="Answers">
         {operation.answers.map((answer) => (
           <div key={`${answer.status} ${answer.kind}`} class="answer-kind">
             <p>
@@ -104,8 +106,10 @@ function Route({ operation, spec }: { operation: Operation; spec: Spec }) {
             {answer.schema && <Type schema={answer.schema} spec={spec} depth={0} />}
           </div>
         ))}
-      </details>
-      <TryIt operation={operation} sample={sample} />
+      </Folded>
+      <Folded title="Try it">
+        <TryIt operation={operation} sample={sample} examples={values} />
+      </Folded>
     </article>
   );
 }

@@ -68,8 +68,8 @@ export function Keys() {
           <li key={key.id} class="panel">
             <KeyView value={key} />
             <div class="buttons">
-              <Button icon="tune" label="Change" onClick={() => setChanged(key)} />
-              <Button kind="danger" icon="trash" label="Revoke" onClick={() => setRevoked(key)} />
+              <Button icon="tune" label="Change" aria-label={`Change ${key.name}`} onClick={() => setChanged(key)} />
+              <Button kind="danger" icon="trash" label="Revoke" aria-label={`Revoke ${key.name}`} onClick={() => setRevoked(key)} />
             </div>
           </li>
         ))}
@@ -106,7 +106,7 @@ function KeyView({ value }: { value: ApiKey }) {
     <>
       <header>
         <h3>{value.name}</h3>
-        <Badge state={value.revoked !== null ? "revoked" : value.scope} />
+        {value.revoked !== null ? <Badge state="revoked" /> : <span class="note">{value.scope}</span>}
       </header>
       <Facts
         facts={[

@@ -81,7 +81,7 @@ function Filtered({ entries, plan, pulled }: ListProps) {
               <th class="number">Tokens/s (guess)</th>
               <th class="number">Context</th>
               <th>Abilities</th>
-              <th>Licence</th>
+              <th>License</th>
               <th>
                 <span class="hidden">Actions</span>
               </th>
@@ -135,7 +135,7 @@ function Row({ entry, plan, pulled }: { entry: LibraryEntry; plan: (model: strin
         {compact(entry.context_length)}
       </td>
       <td data-label="Abilities">{entry.abilities.join(", ") || (entry.task === "generate" ? "–" : TASKS[entry.task])}</td>
-      <td data-label="Licence">{entry.license.replaceAll("-", "\u2011")}</td>
+      <td data-label="License">{entry.license.replaceAll("-", "\u2011")}</td>
       <td class="actions">
         <Pull entry={entry} plan={plan} pulled={pulled} />
       </td>

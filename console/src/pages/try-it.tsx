@@ -6,8 +6,6 @@ import { currentKey, isAbort, messageOf } from "../api";
 import { ms } from "../format";
 import { Code } from "../markdown";
 import type { Operation } from "../openapi";
-import { session } from "../session";
-import { useStore } from "../store";
 import { Badge, Button, Field } from "../ui";
 
 type Values = Record<string, string>;
@@ -30,7 +28,8 @@ export function curlOf(operation: Operation, body: unknown, values: Values, need
   const quoted = (text: string) => `'${text.replaceAll("'", "'\\''")}'`;
   const lines = [`curl ${operation.method === "GET" ? "" : `-X ${operation.method} `}${quoted(location.origin + addressOf(operation, values))}`];
   if (needsKey) lines.push('-H "Authorization: Bearer $HEADRACE_API_KEY"');
-  if (body !== null) lines.push("-H 'Content-Type: application/json'", `-d ${quoted(typeof body === "string" ? body : JSON.stringify(body))}`);
+  if (operation.form) lines.push(...Object.entries(body as object).map(([name, value]) => `-F ${quoted(`${name}=${value}`)}`));
+  else if (body !== null) lines.push("-H 'Content-Type: application/json'", `-d ${quoted(typeof body === "string" ? body : JSON.stringify(body))}`);
   return lines.join(" \\\n  ");
 }
 
@@ -42,21 +41,16 @@ interface Result {
   done: boolean;
 }
 
-export function TryIt({ operation, sample }: { operation: Operation; sample: Record<string, unknown> | null }) {
-  const [open, setOpen] = useState(false);
-  return (
-    <details onToggle={(event) => setOpen(event.currentTarget.open)}>
-      <summary>Try it</summary>
-      {open && <Form operation={operation} sample={sample} />}
-    </details>
-  );
+interface Props {
+  operation: Operation;
+  sample: Record<string, unknown> | null;
+  examples: Values;
 }
 
-function Form({ operation, sample }: { operation: Operation; sample: Record<string, unknown> | null }) {
-  const { models } = useStore(session);
-  const filled = sample && "model" in sample ? { ...sample, model: models[0]?.id ?? "" } : sample;
-  const [body, setBody] = useState(filled ? JSON.stringify(filled, null, 2) : "");
-  const [values, setValues] = useState<Values>({});
+export function TryIt({ operation, sample, examples }: Props) {
+  const [body, setBody] = useState(sample ? JSON.stringify(sample, null, 2) : "");
+  const [values, setValues] = useState<Values>(examples);
+  const [file, setFile] = useState<File | null>(null);
   const [result, setResult] = useState<Result | null>(null);
   const [problem, setProblem] = useState<string | null>(null);
   const call = useRef<AbortController | null>(null);
@@ -70,7 +64,7 @@ function Form({ operation, sample }: { operation: Operation; sample: Record<stri
     setProblem(null);
     setResult({ status: 0, took: 0, kind: "", text: "", done: false });
     try {
-      await run(operation, addressOf(operation, values), sample ? body : null, current.signal, setResult);
+      await run(operation, addressOf(operation, values), operation.form ? formOf(sample, file) : sample ? body : null, current.signal, setResult);
     } catch (error) {
       setResult((last) => (last && last.status > 0 ? { ...last, done: true } : null));
       if (!isAbort(error)) setProblem(messageOf(error));
@@ -84,12 +78,17 @@ function Form({ operation, sample }: { operation: Operation; sample: Record<stri
           <input type="text" spellcheck={false} required={required} value={values[name] ?? ""} onInput={(event) => setValues({ ...values, [name]: event.currentTarget.value })} />
         </Field>
       ))}
-      {sample && (
+      {operation.form && (
+        <Field label="file">
+          <input type="file" required onChange={(event) => setFile(event.currentTarget.files?.[0] ?? null)} />
+        </Field>
+      )}
+      {sample && !operation.form && (
         <Field label="Body">
           <textarea class="mono" rows={Math.min(14, body.split("\n").length + 1)} spellcheck={false} value={body} onInput={(event) => setBody(event.currentTarget.value)} />
         </Field>
       )}
-      <Code text={curlOf(operation, sample ? body : null, values, currentKey() !== null)} language="sh" />
+      <Code text={curlOf(operation, operation.form ? sample : sample ? body : null, values, currentKey() !== null)} language="sh" />
       <div class="buttons">
         <Button type="submit" kind="primary" label="Send" disabled={running} />
         {running && <Button icon="stop" label="Stop" onClick={() => call.current?.abort()} />}
@@ -114,11 +113,18 @@ function Form({ operation, sample }: { operation: Operation; sample: Record<stri
   );
 }
 
-async function run(operation: Operation, address: string, body: string | null, signal: AbortSignal, show: (result: Result) => void): Promise<void> {
+function formOf(sample: Record<string, unknown> | null, file: File | null): FormData {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(sample ?? {})) if (name !== "file") form.set(name, String(value));
+  if (file) form.set("file", file);
+  return form;
+}
+
+async function run(operation: Operation, address: string, body: string | FormData | null, signal: AbortSignal, show: (result: Result) => void): Promise<void> {
   const headers = new Headers();
   const key = currentKey();
   if (key !== null) headers.set("authorization", `Bearer ${key}`);
-  if (body !== null) headers.set("content-type", "application/json");
+  if (typeof body === "string") headers.set("content-type", "application/json");
   const started = performance.now();
   const response = await fetch(address, { method: operation.method, headers, body, signal, cache: "no-store" });
   const kind = response.headers.get("content-type") ?? "";

@@ -4,13 +4,13 @@ import { useEffect, useMemo, useState } from "preact/hooks";
 
 import { ApiError, getJson, isAbort, messageOf } from "../api";
 import { Chart } from "../chart";
-import { compact, count, span } from "../format";
+import { compact, count, ms, span } from "../format";
 import type { Amounts, UsageReport } from "../types";
 import { Button, download, Empty, Field, Loading, PageHead, Problem } from "../ui";
 import { Limited } from "./now";
 
-const GROUPS = ["day", "model", "key", "operation"] as const;
-const TITLES: Record<string, string> = { day: "Day", model: "Model", key: "Key", operation: "Kind" };
+const GROUPS = ["day", "model", "key", "operation", "priority"] as const;
+const TITLES: Record<string, string> = { day: "Day", model: "Model", key: "Key", operation: "Kind", priority: "Priority" };
 const RANGES: Record<string, string> = { "7": "last 7 days", "30": "last 30 days", "90": "last 90 days", "": "all" };
 
 function firstDay(days: string): string {
@@ -115,7 +115,7 @@ const COLUMNS: [title: string, name: keyof Amounts, text: (value: number) => str
   ["Cached", "cached_tokens", count],
   ["Answer", "completion_tokens", count],
   ["Thinking", "reasoning_tokens", count],
-  ["Engine time", "seconds", span],
+  ["Engine time", "seconds", (value) => (value < 60 ? ms(1000 * value) : span(value))],
   ["Joules", "joules", (value) => count(Math.round(value))],
 ];
 

@@ -36,7 +36,7 @@ export function SettingsPanel({ settings, change }: { settings: Settings; change
       <div class="two-fields">
         {number("temperature", "Temperature", "0.1", "2")}
         {number("top_p", "Top p", "0.05", "1")}
-        {number("max_tokens", "Most tokens", "1")}
+        {number("max_tokens", "Max tokens", "1")}
         {number("seed", "Seed", "1")}
       </div>
       {text("stop", "Stop strings", 2, "One on each line")}

@@ -6,6 +6,7 @@ The answers are those of headrace.core.status.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Annotated, Any, cast
 
 import msgspec
@@ -121,19 +122,23 @@ async def unload(service: Service, exchange: Exchange) -> None:
 async def restart(service: Service, exchange: Exchange) -> None:
     """Unload a model and load it again; also resets one that has failed."""
     wire = await exchange.read(_MODEL)
-    await exchange.answer(await _admin(service).restart(wire.model))
+    await exchange.answer(await _changed(service, _admin(service).restart(wire.model)))
 
 
 async def pin(service: Service, exchange: Exchange) -> None:
     """Pin a model, so that it is never evicted, or unpin it."""
     wire = await exchange.read(_PIN)
-    await exchange.answer(await _admin(service).update(wire.model, {"pinned": wire.pinned}))
+    await exchange.answer(
+        await _changed(service, _admin(service).update(wire.model, {"pinned": wire.pinned}))
+    )
 
 
 async def update(service: Service, exchange: Exchange) -> None:
     """Change settings of a model; no request fails because of it."""
     wire = await exchange.read(_UPDATE)
-    await exchange.answer(await _admin(service).update(wire.model, wire.settings))
+    await exchange.answer(
+        await _changed(service, _admin(service).update(wire.model, wire.settings))
+    )
 
 
 async def plan(service: Service, exchange: Exchange) -> None:
@@ -205,9 +210,17 @@ def _admin(service: Service) -> Admin:
 
 async def _load(service: Service, exchange: Exchange) -> ModelStatus:
     wire = await exchange.read(_LOAD)
-    return await _admin(service).load(wire.model, wire.settings)
+    return await _changed(service, _admin(service).load(wire.model, wire.settings))
 
 
 async def _unload(service: Service, exchange: Exchange) -> ModelStatus:
     wire = await exchange.read(_MODEL)
-    return await _admin(service).unload(wire.model)
+    return await _changed(service, _admin(service).unload(wire.model))
+
+
+async def _changed(service: Service, change: Awaitable[ModelStatus]) -> ModelStatus:
+    """Await a change; the next overview shows it, however new the last one is."""
+    try:
+        return await change
+    finally:
+        service.kept = None

@@ -80,7 +80,7 @@ def check_format(kind: Literal["text", "grammar"], place: str, *, has_grammar: b
 def custom_tool(
     name: str, description: str | None, grammar: CustomGrammar | None, place: str
 ) -> Tool:
-    """Return a tool that takes text, of a grammar if it has one, which the model is told too.
+    """Return a tool that takes text, of a grammar if it has one, which its description names too.
 
     Raises:
         InvalidRequest: the grammar is empty or beyond a limit; names its place.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -23,10 +24,24 @@ from headrace.api.wire import (
     to_inputs,
     truncates,
 )
+from headrace.core.errors import InvalidRequest
 from headrace.core.events import Finish, Vectors, floats_of
 from headrace.core.metrics import InferenceMetrics
+from headrace.core.model import InputType
 from headrace.core.request import EmbedRequest
 from headrace.core.stream import result
+
+Purpose = Annotated[str, Meta(max_length=64)]
+
+# What the texts are for, in the words of other APIs in lower case.
+_PURPOSES: Mapping[str, InputType] = {
+    **dict.fromkeys(("query", "search_query", "retrieval.query", "retrieval_query"), "query"),
+    **dict.fromkeys(("document", "passage", "search_document"), "document"),
+    **dict.fromkeys(("retrieval.passage", "retrieval_document"), "document"),
+    "classification": "classification",
+    **dict.fromkeys(("clustering", "separation"), "clustering"),
+    **dict.fromkeys(("text-matching", "semantic_similarity", "similarity"), "similarity"),
+}
 
 # With more numbers than this, a response is encoded in a thread.
 _MANY = 1 << 14
@@ -37,7 +52,8 @@ class EmbeddingRequest(Body, frozen=True, kw_only=True):
 
     With Jina's `truncate`, or vLLM's `truncate_prompt_tokens` of -1, inputs longer than the context
     are cut instead of refused; with `normalized` false, the vectors keep the length that the model
-    gives them.
+    gives them. `prompt_name` is one of the model's prompts, as in sentence-transformers and TEI;
+    `input_type` (Cohere, Voyage, NIM) or `task` (Jina) say what the texts are for.
     """
 
     input: Annotated[
@@ -51,6 +67,9 @@ class EmbeddingRequest(Body, frozen=True, kw_only=True):
     truncate: bool | None = None
     truncate_prompt_tokens: int | None = None
     normalized: bool | None = None
+    prompt_name: Annotated[str, Meta(max_length=256)] | None = None
+    input_type: Purpose | None = None
+    task: Purpose | None = None
     keep_alive: KeepAlive | None = None
 
     peers: ClassVar[Peers] = fields.EMBED
@@ -95,7 +114,8 @@ def to_request(wire: EmbeddingRequest, settings: ApiSettings, call: Call) -> Emb
     """Build the core request.
 
     Raises:
-        InvalidRequest: the list of inputs is mixed, too long, or has an empty one.
+        InvalidRequest: the list of inputs is mixed, too long, or has an empty one; what they are
+            for is unknown, or said twice.
         Unsupported: inputs are to be cut to a number of tokens.
     """
     return EmbedRequest(
@@ -103,8 +123,28 @@ def to_request(wire: EmbeddingRequest, settings: ApiSettings, call: Call) -> Emb
         dimensions=wire.dimensions,
         truncate=bool(truncates(wire)),
         normalize=wire.normalized is not False,
+        prompt_name=wire.prompt_name,
+        input_type=_purpose(wire),
         **request_fields(wire, settings, call),
     )
+
+
+def _purpose(wire: EmbeddingRequest) -> InputType | None:
+    given = {
+        name: value
+        for name in ("prompt_name", "input_type", "task")
+        if (value := getattr(wire, name)) is not None
+    }
+    if len(given) > 1:
+        first, second = list(given)[:2]
+        raise InvalidRequest(f"{first} and {second} are both given.", param=second)
+    for name, value in given.items():
+        if name != "prompt_name":
+            if (purpose := _PURPOSES.get(value.lower())) is None:
+                known = ", ".join(_PURPOSES)
+                raise InvalidRequest(f"{name} is {value!r}; known are {known}.", param=name)
+            return purpose
+    return None
 
 
 def _body(vectors: Vectors, finish: Finish, model: str, *, as_text: bool) -> bytes:

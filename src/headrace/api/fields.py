@@ -201,7 +201,7 @@ EMBED: Peers = {
     **_refused("late_chunking return_multivector", False),
     **_refused("prompt", instead="Use input"),
     **_refused("texts images inputs messages", [], instead="Use input"),
-    **_refused("task input_type instruction prompt_name query_prefix"),
+    **_refused("instruction query_prefix", instead="Use prompt_name"),
 }
 
 RERANK: Peers = {

@@ -23,7 +23,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """A model; requests name it by its `id` or an alias.
 
     `base` is the model that answers, if this is a name with a preset of its own.
-    `slots` is how many requests it runs at a time, once that is known.
+    `slots` is how many requests it runs at a time, once that is known. `prompts` are the names that
+    `prompt_name` takes, of models that make embeddings.
     `type`, `display_name`, `created_at`, `max_input_tokens` and `lifecycle` are Anthropic's fields;
     to a request with the header `anthropic-version`, `capabilities` are in its form too.
     """
@@ -49,6 +50,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     tools: str
     thinking: str
     tool_format: str | None
+    prompts: list[str]
     base: str | None
 
 
@@ -128,6 +130,7 @@ def _card(info: ModelInfo, name: str) -> ModelCard:
         tools=info.capabilities.tools,
         thinking=info.capabilities.thinking,
         tool_format=info.tool_format.get("tool calls", "").partition(":")[0] or None,
+        prompts=sorted(info.prompts),
         base=info.base,
     )
 

@@ -66,12 +66,12 @@ def search(
 
 
 def _entries(settings: Settings, wanted: LibraryFilter) -> list[LibraryEntry]:
-    from headrace import limits, runtime
+    from headrace import roofline, runtime
     from headrace.listing import list_library
 
     loader = runtime.open_pool(settings, []).loader
     home = settings.config.home
-    return asyncio.run(list_library(loader, home, settings.model_spec, wanted, limits.bandwidth))
+    return asyncio.run(list_library(loader, home, settings.model_spec, wanted, roofline.bandwidth))
 
 
 def _lines(entries: Sequence[LibraryEntry]) -> Iterator[str]:

@@ -129,6 +129,7 @@ class _Service:
         self._settings = self._latest = settings
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stops = 0
+        self._failed = False
         # A service that was started from a terminal ends with it.
         self._terminal = streams.is_terminal()
         self.supervisor = Supervisor(os.environ)
@@ -174,7 +175,7 @@ class _Service:
 
     def ready(self) -> bool:
         """Whether new requests are accepted."""
-        return self.backend.ready
+        return self.backend.ready and not self._failed
 
     def _applied(self, config: Config) -> ApiSettings:
         return msgspec.structs.replace(api_settings(config), needs_key=self.keys.required)
@@ -263,6 +264,7 @@ class _Service:
                 return
             states = {info.state for info in self.backend.models()}
             if states <= _HOPELESS and not self._optional:
+                self._failed = True
                 self.server.stop()
                 raise
             # The other models are served; the pool has logged which is not.

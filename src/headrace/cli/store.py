@@ -109,8 +109,8 @@ def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
         name = name.replace("_", " ")
         if name == "tool format":
             yield from info.tool_format.items()
-        elif name == "preset":
-            yield name, ", ".join(f"{key} = {part!r}" for key, part in info.preset.items())
+        elif name in ("preset", "prompts"):
+            yield name, ", ".join(f"{key} = {part!r}" for key, part in value.items())
         elif name in ("size", "memory"):
             yield name, terminal.size(value)
         elif name == "chat template":
@@ -130,7 +130,7 @@ def _plain(parameter: Parameter) -> dict[str, Any]:
 def ls(common: Common) -> None:
     """List the models on this machine."""
     from headrace import runtime
-    from headrace.engines.openvino.conversion import copies
+    from headrace.models.converted import copies
 
     config = common.settings().config
     stored = list(runtime.store(config).list())
@@ -209,7 +209,7 @@ def _check_unused(name: str, path: Path) -> None:
 
 def _remove_copies(home: Path) -> int:
     """Delete the converted copies whose model is gone; return their size."""
-    from headrace.engines.openvino.conversion import copies
+    from headrace.models.converted import copies
 
     freed = 0
     for copy, source in copies(home):

@@ -71,7 +71,7 @@ class _Polled:
             error = ""
             try:
                 addresses = await self._lookup()
-            except (OSError, Refusal) as failure:
+            except (OSError, Refusal, ConfigError) as failure:
                 text = getattr(failure, "strerror", None) or str(failure)
                 error = text or type(failure).__name__
             self._note(error)
@@ -119,7 +119,8 @@ def parse_address(text: str) -> Address:
     host, _, port = text.strip().rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     with contextlib.suppress(ValueError):
-        if host and 0 < int(port) <= _LARGEST_PORT:
+        # What a resolver would not take is an error of the configuration.
+        if host and host.encode("idna") and 0 < int(port) <= _LARGEST_PORT:
             return Address(host, int(port))
     raise ConfigError(f"{text!r} is no HOST:PORT of a node.", param="nodes")
 

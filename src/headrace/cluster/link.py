@@ -41,6 +41,7 @@ log = logging.getLogger("headrace.cluster")
 
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 5.0
 _CANCEL_S = 30.0
+_SHORTEST_WAIT_S = 0.01
 
 Connect = Callable[[Address, Callable[[], asyncio.Protocol]], Awaitable[object]]
 """Makes a connection for a protocol. Raises OSError."""
@@ -127,9 +128,16 @@ class NodeLink:
                 await self._visit()
                 delay = _FIRST_DELAY_S
             except (OSError, ssl.SSLError, TimeoutError, Refusal) as error:
-                self.failure = str(error) or type(error).__name__
+                self._note(error)
             await asyncio.sleep(delay)
             delay = min(_LONGEST_DELAY_S, delay * 2)
+
+    def _note(self, error: Exception) -> None:
+        before, self.failure = self.failure, str(error) or type(error).__name__
+        # A node that is not there yet is no error; one that does not fit together with this is.
+        if isinstance(error, (ssl.SSLError, Refusal)) and self.failure != before:
+            data = {"address": str(self.address), "error": self.failure}
+            log.warning("headrace.cluster.node_refused", extra={"data": data})
 
     async def _visit(self) -> None:
         """Make one connection, and return when a node that had joined is gone.
@@ -192,22 +200,26 @@ class NodeLink:
 
     async def _watch(self, over: asyncio.Future[str]) -> str:
         """Send pulses until the connection ends or is silent; return why."""
+        wait_s = self._heartbeat_s
         while True:
             self._send(Pulse())
-            await asyncio.wait({over}, timeout=self._heartbeat_s)
+            await asyncio.wait({over}, timeout=wait_s)
             if over.done():
                 return over.result()
             now = self._clock()
-            late_s = now - self._checked - self._heartbeat_s
+            late_s = now - self._checked - wait_s
             self._checked = now
             if late_s > self._heartbeat_s:
                 # It was this process that stood still: what the node has sent is not read yet.
                 self._heard = max(self._heard, now - self._heartbeat_s)
-            if now - self._heard > self._silence_s:
+            left_s = self._heard + self._silence_s - now
+            if left_s <= 0:
                 why = f"it was silent for {now - self._heard:.1f} s"
                 if self._link is not None:
                     self._link.fail(why)
                 return why
+            # Running answers wait for the end of the silence, and not for the next pulse.
+            wait_s = min(self._heartbeat_s, max(_SHORTEST_WAIT_S, left_s))
 
     def _send(self, message: Message) -> None:
         if self._link is not None:

@@ -20,6 +20,7 @@ from headrace.cluster.wire import (
     GREETINGS,
     MAX_GREETING,
     MAX_UNSENT,
+    MAX_UNSENT_EVENTS,
     Begin,
     Done,
     Greeting,
@@ -34,6 +35,8 @@ from headrace.cluster.wire import (
 )
 from headrace.core.backend import Backend
 from headrace.core.errors import ErrorRecord
+from headrace.core.request import AnyRequest, GenerateRequest
+from headrace.pool.pool import Pool
 from headrace.worker.outcome import failure
 from headrace.worker.wire import MAX_FRAME, Cancel, Emitted, Ended, Link
 
@@ -41,6 +44,7 @@ log = logging.getLogger("headrace.cluster")
 
 _MAX_FRONTS = 256
 _MAX_GREETING_AT_ONCE = 64
+_NOTED_S = 60.0
 _PATIENCE = 2.0
 """How many times `silence_s` a front may be silent, as it notices a broken connection first."""
 
@@ -69,6 +73,7 @@ class NodeServer:
         self._heartbeat_s = member.heartbeat_s
         self._silence_s = member.silence_s * _PATIENCE
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._noted, self._noted_at = ("", "", ""), 0.0
 
     def __repr__(self) -> str:
         """Describe the name and the number of fronts."""
@@ -128,6 +133,14 @@ class NodeServer:
         for front in self.fronts:
             front.link.send(message)
 
+    def note(self, record: str, front: str, error: str) -> None:
+        """Log why a connection is not kept; as a front tries again, the same once a minute."""
+        note, now = (record, front, error), self.clock()
+        if note != self._noted or now - self._noted_at >= _NOTED_S:
+            self._noted, self._noted_at = note, now
+            data = {"front": front, "error": error}
+            log.warning(record, extra={"data": data})
+
     def is_full(self) -> bool:
         """Whether no further connection is taken."""
         fronts, greeting = len(self.fronts), len(self.greeting)
@@ -162,6 +175,7 @@ class FrontConnection:
         self._hello = server.identity.hello()
         self._other: Hello | None = None
         self._is_known = False
+        self._unsent = 0
         self._streams: dict[int, asyncio.Task[ErrorRecord | None]] = {}
 
     def _connected(self) -> None:
@@ -182,8 +196,9 @@ class FrontConnection:
             self._refuse(refusal)
 
     def _refuse(self, refusal: Refusal) -> None:
-        data = {"front": self._other.name if self._other else "", "error": str(refusal)}
-        log.warning("headrace.cluster.refused", extra={"data": data})
+        self._server.note(
+            "headrace.cluster.refused", self._other.name if self._other else "", str(refusal)
+        )
         self.link.send(Refused(str(refusal)))
         self.link.close()
 
@@ -198,8 +213,7 @@ class FrontConnection:
                 verify(mac, server.access.token, "front", self._other, self._hello)
                 self._welcome(self._other)
             case Refused(reason):
-                log.warning("headrace.cluster.refused", extra={"data": {"error": reason}})
-                self.link.close()
+                self._refused(reason)
             case _:
                 raise Refusal("The greeting is malformed.")
 
@@ -226,8 +240,16 @@ class FrontConnection:
                     running.cancel()
             case Order():
                 self._server.begin(self._order(message))
+            case Refused(reason):
+                self._refused(reason)
             case Pulse():
                 pass
+
+    def _refused(self, reason: str) -> None:
+        self._server.note(
+            "headrace.cluster.not_accepted", self._other.name if self._other else "", reason
+        )
+        self.link.close()
 
     def _begin(self, message: Begin) -> None:
         # Times of the front are of another clock.
@@ -242,13 +264,26 @@ class FrontConnection:
         del self._streams[number]
         self.link.send(Ended(number, None if task.cancelled() else task.result()))
 
-    async def _answer(self, number: int, request: Any) -> None:
-        send, room = self.link.send, self.link.room
-        async with aclosing(self._server.backend.ask(request)) as stream:
+    async def _answer(self, number: int, request: AnyRequest) -> None:
+        send, room, backend = self.link.send, self.link.room, self._server.backend
+        if isinstance(backend, Pool) and isinstance(request, GenerateRequest):
+            await backend.relay(request, lambda event: self._pass_on(Emitted(number, event)))
+            return
+        async with aclosing(backend.ask(request)) as stream:
             async for event in stream:
                 if not room.is_set():
                     await room.wait()
                 send(Emitted(number, event))
+
+    def _pass_on(self, emitted: Emitted) -> None:
+        """Send a small event without waiting for room, unless too many wait already."""
+        self.link.send(emitted)
+        if self.link.room.is_set():
+            self._unsent = 0
+            return
+        self._unsent += 1
+        if self._unsent > MAX_UNSENT_EVENTS:
+            self.link.fail("the front does not read")
 
     async def _order(self, order: Order) -> None:
         results: list[Done] = []

@@ -104,7 +104,9 @@ class Placing:
                 del placed[name]
 
     def _next(self, model: str, there: list[str]) -> str | None:
-        return choose_node([*self._view.unloaded(model, {*there, *self._busy})])
+        nodes = self._view.nodes
+        left_out = [nodes[name] for name in {*there, *self._busy} if name in nodes]
+        return choose_node([*self._view.unloaded(model, left_out)])
 
     def _order(self, node: str, model: str, copies: int) -> None:
         now = self._clock()

@@ -5,15 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import (
-    AsyncGenerator,
-    Callable,
-    Coroutine,
-    Generator,
-    Mapping,
-    Sequence,
-)
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -38,6 +31,7 @@ from headrace.core.status import ModelStatus
 from headrace.pool.continuation import Continuation, Diverged
 from headrace.pool.events import EventBus
 from headrace.pool.observer import NullObserver, Observer
+from headrace.pool.requests import OpenRequests
 
 log = logging.getLogger("headrace.cluster")
 
@@ -49,8 +43,8 @@ _HOUSEKEEPING_S = 0.5
 class ClusterPool:
     """A Backend over the nodes of a cluster.
 
-    An answer whose node is gone goes on at another, once. A request that a node refuses before it
-    has begun is sent to another.
+    An answer whose node is gone goes on at another, once; one whose node stops as often as that
+    happens. A request that a node refuses before it has begun is sent to another.
     """
 
     def __init__(
@@ -76,8 +70,7 @@ class ClusterPool:
         self._listed: dict[int, frozenset[Address]] = {}
         self._visits: dict[Address, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._streams = 0
-        self._changed = asyncio.Event()
+        self._requests = OpenRequests(clock)
         self._infos: tuple[ModelInfo, ...] | None = None
 
     def __repr__(self) -> str:
@@ -126,14 +119,10 @@ class ClusterPool:
         """Refuse new requests, let running ones end within `drain_s`, end the rest. Idempotent."""
         if not self.draining:
             self.draining = True
-            self.events.publish("draining", running=self._streams, drain_s=drain_s)
+            self.events.publish("draining", running=len(self._requests), drain_s=drain_s)
             self.events.close()
-        until = self._clock() + drain_s
-        while self._streams and (left := until - self._clock()) > 0:
-            self._changed.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._changed.wait()
+        self._requests.limit_wait(drain_s)
+        await self._requests.wait()
         running = [*self._tasks, *self._visits.values()]
         for task in running:
             task.cancel()
@@ -151,7 +140,7 @@ class ClusterPool:
         return self._answer(request) if request.queues else self._answer_at_once(request)
 
     async def _answer_at_once(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        with self._count_stream():
+        with self._requests.counted():
             route, has_begun = self._route(request), False
             while True:
                 node = route.next()
@@ -165,7 +154,7 @@ class ClusterPool:
                     route.failed(node, error, has_begun=has_begun)
 
     async def _answer(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        with self.observer.observe(request) as observation, self._count_stream():
+        with self.observer.observe(request) as observation, self._requests.counted():
             given = observation.request
             route = self._route(given)
             continuation = Continuation(given, route.status.continuation, self._clock)
@@ -208,7 +197,8 @@ class ClusterPool:
         """
         why = str(error)
         try:
-            if isinstance(error, Draining) and attempt.has_begun:
+            planned = isinstance(error, Draining) and attempt.has_begun
+            if planned:
                 error = NodeGone(f"The node {node.name} is stopping.")
             if self.draining and continuation.way is None and isinstance(error, HeadraceError):
                 raise error
@@ -217,23 +207,13 @@ class ClusterPool:
                 assert isinstance(error, HeadraceError), "Diverged is no refusal"
                 route.failed(node, error, has_begun=attempt.has_begun)
                 return
-            way = continuation.retry(error, route.capabilities)
-            route.excluded.add(node.name)
+            way = continuation.retry(error, route.capabilities, planned=planned)
+            route.excluded.add(node)
         finally:
             del error  # its traceback has this frame: that would be a reference cycle
         model = route.model
         self.continuations[model] = self.continuations.get(model, 0) + 1
         self.events.publish("continued", model, id=continuation.request.id, way=way, why=why)
-
-    @contextmanager
-    def _count_stream(self) -> Generator[None]:
-        """Make the close of the pool wait for a request."""
-        self._streams += 1
-        try:
-            yield
-        finally:
-            self._streams -= 1
-            self._changed.set()
 
     def joined(self, link: NodeLink) -> str | None:
         """Take a node; or return why not."""

@@ -36,7 +36,7 @@ class Route:
         self._view = view
         self.model = self._model(request.model)
         self.status = self._view.known[self.model]
-        self.excluded: set[str] = set()
+        self.excluded: set[Node] = set()
         self.blocks = blocks_of(request) if request.queues else ()
         self._first_error: HeadraceError | None = None
         self._refusals = 0
@@ -70,7 +70,7 @@ class Route:
         Raises:
             HeadraceError: the error, if no other node may be tried.
         """
-        self.excluded.add(node.name)
+        self.excluded.add(node)
         try:
             if isinstance(error, NodeGone) and not has_begun:
                 return
@@ -85,7 +85,7 @@ class Route:
 
     def _others(self) -> bool:
         """Whether another node has loaded the model."""
-        return any(node.name not in self.excluded for node in self._view.ready(self.model))
+        return any(node not in self.excluded for node in self._view.ready(self.model))
 
     def _take_error(self) -> HeadraceError | None:
         error, self._first_error = self._first_error, None

@@ -173,16 +173,16 @@ class View:
         return [node for node in self._ready.get(model, {}).values() if not node.draining]
 
     def choose(
-        self, model: str, blocks: Sequence[int] = (), excluded: Collection[str] = ()
+        self, model: str, blocks: Sequence[int] = (), excluded: Collection[Node] = ()
     ) -> Node | None:
         """Return the node for a request, or None; `blocks` are of the prompt's beginning."""
         ready = self._ready.get(model, {})
         names = self._window(model, excluded)
         matched = self._matched(model, blocks)
         for name in matched:
-            usable = name in ready and name not in names and name not in excluded
-            if usable and not ready[name].draining:
-                names.append(name)
+            there = ready.get(name)
+            if there is not None and name not in names and there not in excluded:
+                names += [] if there.draining else [name]
         if names:
             candidates = [
                 Candidate(
@@ -199,12 +199,12 @@ class View:
         chosen = choose_node(candidates)
         return None if chosen is None else self.nodes[chosen]
 
-    def unloaded(self, model: str, excluded: Collection[str] = ()) -> Iterator[Candidate]:
+    def unloaded(self, model: str, excluded: Collection[Node] = ()) -> Iterator[Candidate]:
         """Yield the nodes that could load a model."""
         need = next((node.models[model].status.estimated for node in self.serving(model)), None)
         for node in self.serving(model):
             there = node.models[model].status
-            if node.name in excluded or not there.enabled:
+            if node in excluded or not there.enabled:
                 continue
             estimated = there.estimated or need
             yield Candidate(
@@ -233,13 +233,14 @@ class View:
         if (there := node.models.get(model)) is not None:
             there.open -= 1
 
-    def _window(self, model: str, excluded: Collection[str]) -> list[str]:
+    def _window(self, model: str, excluded: Collection[Node]) -> list[str]:
         """Return the names of some usable nodes, of others for each request if there are many."""
         nodes, names = self._ready.get(model, {}), self._around.get(model, [])
         count = len(nodes)
         start = next(self._turn) * _MAX_CANDIDATES % count if count > _MAX_CANDIDATES else 0
         chosen = names[start : start + min(count, _MAX_CANDIDATES)]
-        return [name for name in chosen if not nodes[name].draining and name not in excluded]
+        usable = (name for name in chosen if nodes[name] not in excluded)
+        return [name for name in usable if not nodes[name].draining]
 
     def _matched(self, model: str, blocks: Sequence[int]) -> dict[str, int]:
         """Return for nodes how many blocks of a prompt they have had last."""

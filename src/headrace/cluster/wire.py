@@ -28,6 +28,8 @@ GREETING_TIMEOUT_S = 5.0
 """How long the greeting may take."""
 MAX_UNSENT = 16 << 20
 """Bytes that wait for a front to read them; beyond that the streams to it wait."""
+MAX_UNSENT_EVENTS = 100_000
+"""Events of generated text beyond those bytes; then its connection is ended."""
 
 MAX_LISTING = 1 << 20
 """Bytes of the list of nodes."""
@@ -147,7 +149,7 @@ class Listing(Message, frozen=True, tag="listing"):
 
 
 Greeting = Hello | Proof | Refused
-ToNode = Begin | Cancel | Order | Pulse
+ToNode = Begin | Cancel | Order | Pulse | Refused
 ToFront = Emitted | Ended | Pulse | Status | Done | Happened
 
 GREETINGS = msgspec.msgpack.Decoder(list[Greeting])

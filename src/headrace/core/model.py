@@ -16,6 +16,7 @@ State = Literal["created", "loading", "ready", "draining", "stopped", "failed"]
 Origin = Literal["default", "file", "environment", "flag", "argument"]
 Continuation = Literal["exact", "fast", "off"]
 Task = Literal["generate", "embed", "rerank"]
+InputType = Literal["query", "document", "classification", "clustering", "similarity"]
 Format = Literal["gguf", "safetensors", "openvino", "remote", "none"]
 
 
@@ -94,6 +95,9 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     thinking_budget: Annotated[int | None, Setting("most tokens of thinking", ge=0, live=True)] = (
         None
     )
+    prompt_name: Annotated[
+        str | None, Setting("which of the model's prompts precedes texts to embed", min_length=1)
+    ] = None
 
     def over(self, base: Preset) -> Preset:
         """Return the preset with what it does not set taken from another."""
@@ -104,6 +108,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             thinking_budget=(
                 base.thinking_budget if self.thinking_budget is None else self.thinking_budget
             ),
+            prompt_name=self.prompt_name or base.prompt_name,
         )
 
 
@@ -189,6 +194,10 @@ class ModelSpec(Preset, frozen=True, kw_only=True, omit_defaults=True):
         Task | None,
         Setting("generate, embed or rerank; else by the model's header", traced=True),
     ] = None
+    prompts: Annotated[
+        dict[str, str],
+        Setting('prompts before texts to embed, by name: {query = "query: "}'),
+    ] = {}
     env: Annotated[
         dict[str, str | None],
         Setting("variables of its process beside those of all: NAME = value", parse=variables),
@@ -239,7 +248,7 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     `infill_ids` those before a prefix, a suffix and the gap between them. A token is at most
     `max_token_bytes` of text (None: without a limit, or not known). `vocabulary` is how many tokens
     there are; 0 is not known, as it is of `layers`. `projector` is the file for images that belongs
-    to it.
+    to it. `prompts` precede texts to embed, by name; `default_prompt` is that of requests without.
     """
 
     path: str
@@ -260,6 +269,8 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     vocabulary: int = 0
     kv_bytes_per_token: int | None = None
     projector: str | None = None
+    prompts: dict[str, str] = {}
+    default_prompt: str | None = None
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
@@ -318,7 +329,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The metadata of a served model (contract W22). Sizes are bytes; `memory` is resident.
 
     `tool_format` describes how the model writes calls and thinking, once it is loaded. `base` is
-    the model that answers for a name with a preset of its own.
+    the model that answers for a name with a preset of its own. `prompts` precede texts to embed.
     """
 
     id: str
@@ -347,3 +358,4 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     created: int = 0
     base: str | None = None
     preset: dict[str, Any] = {}
+    prompts: dict[str, str] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+from headrace.core.model import InputType
 from headrace.core.tools import Thinking, Tool, ToolChoice
 
 
@@ -57,6 +58,8 @@ class EmbedOptions(TypedDict, total=False):
     dimensions: int | None
     normalize: bool | None
     truncate: bool | None
+    prompt_name: str | None
+    input_type: InputType | None
     deadline_s: float | None
 
 
@@ -99,6 +102,7 @@ class ModelOptions(TypedDict, total=False):
     continuation: Literal["exact", "fast", "off"] | None
     nodes: Sequence[str] | None
     replicas: int | None
+    weight_type: str | None
     weights: Sequence[float] | None
     task: Literal["generate", "embed", "rerank"] | None
     options: Mapping[str, Any] | None
@@ -152,6 +156,7 @@ class ModelOptions(TypedDict, total=False):
     prefill_tokens_per_second: float | None
     prefix_cache: bool | None
     prompt_name: str | None
+    prompts: Mapping[str, str] | None
     properties: Mapping[str, Any] | None
     quantization: str | None
     rope_scale: float | None

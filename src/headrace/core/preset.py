@@ -7,7 +7,13 @@ from typing import Any
 import msgspec
 
 from headrace.core.model import PRESET_SETTINGS, ModelSpec, Preset
-from headrace.core.request import AnyRequest, CountRequest, GenerateRequest, Message
+from headrace.core.request import (
+    AnyRequest,
+    CountRequest,
+    EmbedRequest,
+    GenerateRequest,
+    Message,
+)
 from headrace.core.tools import Thinking
 
 _SYSTEM = ("system", "developer")
@@ -34,6 +40,8 @@ def applied(preset: Preset, request: AnyRequest) -> AnyRequest:
         return _generate(preset, request)
     if isinstance(request, CountRequest):
         return _changed(request, _conversation(preset, request))
+    if isinstance(request, EmbedRequest) and preset.prompt_name and not request.input_type:
+        return _changed(request, {"prompt_name": request.prompt_name or preset.prompt_name})
     return request
 
 

@@ -18,7 +18,7 @@ from headrace.core.errors import InvalidRequest
 from headrace.core.events import ToolCall
 from headrace.core.gap import Gap, LineLimits
 from headrace.core.media import Content, Image, images_of, known_as, text_of
-from headrace.core.model import Task
+from headrace.core.model import InputType, Task
 from headrace.core.sampling import LOGPROB_RANGE, TOKEN_RANGE, Logprobs, Sampling
 from headrace.core.tools import Thinking, Tool, ToolChoice
 
@@ -254,8 +254,8 @@ class DetokenizeRequest(Request, frozen=True, kw_only=True, omit_defaults=True, 
 class EmbedRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="embed"):
     """Texts, or lists of token ids, each to become one vector.
 
-    `dimensions` keeps only the first ones, for models that support it. `normalize` scales each
-    vector to length 1. `truncate` cuts inputs longer than the context, which are refused otherwise.
+    `dimensions` keeps only the first ones, `normalize` scales vectors to length 1, and `truncate`
+    cuts inputs to the context. `prompt_name`, or the purpose, chooses the prompt before each text.
 
     Raises:
         InvalidRequest: there is no input, or one is empty.
@@ -265,6 +265,8 @@ class EmbedRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
     dimensions: int | None = None
     normalize: bool = True
     truncate: bool = False
+    prompt_name: str | None = None
+    input_type: InputType | None = None
 
     task: ClassVar[Task] = "embed"
     content_fields: ClassVar[frozenset[str]] = frozenset({"inputs"})
@@ -335,7 +337,7 @@ class ScoreRequest(Request, frozen=True, kw_only=True, omit_defaults=True, tag="
     """Pairs of texts, each to get a score of how well they go together.
 
     A model for rerank gives its own score; one for embeddings the cosine of the two vectors.
-    `truncate` cuts what does not fit into the context; it is refused without.
+    `truncate` cuts what does not fit into the context.
 
     Raises:
         InvalidRequest: there is no pair, or a text is empty.
@@ -379,10 +381,8 @@ def _tokens(text: str | Sequence[int]) -> float:
 def _check_continued(messages: Sequence[Message] | None) -> None:
     last = messages[-1] if messages else None
     if last is None or last.role != "assistant" or last.tool_calls:
-        raise InvalidRequest(
-            "The last message is continued only if it is an assistant's, without calls of tools.",
-            param="continue_final",
-        )
+        reason = "The last message is continued only if it is an assistant's, without tool calls."
+        raise InvalidRequest(reason, param="continue_final")
 
 
 def _message_tokens(message: Message) -> float:

@@ -39,6 +39,9 @@ MAX_LEVELS = 128
 MAX_OPEN = 1900
 """Of what can come next in an answer, in items of llguidance's parser, which follows 2,000."""
 
+BOUNDS = {"minimum": -1, "exclusiveMinimum": 0, "maximum": 1, "exclusiveMaximum": 0}
+"""How far from each bound of a number is the nearest integer that it excludes."""
+
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SINGLE = (
@@ -49,7 +52,7 @@ _LIMITS = {
     **dict.fromkeys(("minItems", "maxItems", "minProperties", "maxProperties"), MAX_COUNT),
     **dict.fromkeys(("minContains", "maxContains"), MAX_COUNT),
     **dict.fromkeys(("minLength", "maxLength"), MAX_LENGTH),
-    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), MAX_NUMBER),
+    **dict.fromkeys(BOUNDS, MAX_NUMBER),
     "multipleOf": MAX_MULTIPLE,
 }
 _REFERENCES = {"$dynamicRef", "$recursiveRef"}
@@ -149,8 +152,8 @@ def _check_scalar(path: Path, value: object) -> None:
         _check_text(path, value)
     elif isinstance(value, float) and not math.isfinite(value):
         raise refusal(path, "is not a finite number")
-    elif isinstance(value, int) and abs(value) > MAX_NUMBER:
-        raise refusal(path, "is beyond 2^64, the largest number that is accepted")
+    elif isinstance(value, int) and not -MAX_NUMBER // 2 <= value < MAX_NUMBER:
+        raise refusal(path, "is not between -2^63 and 2^64, which integers have to be")
 
 
 def _check_text(path: Path, text: object) -> None:
@@ -179,9 +182,9 @@ def _check_schemas(root: Schema) -> None:
 
 def _check_keywords(path: Path, schema: Schema) -> None:
     for keyword in schema.keys() & _LIMITS.keys():
-        number, limit = _number(schema, keyword), _LIMITS[keyword]
-        if number is not None and abs(number) > limit:
-            raise refusal((*path, keyword), f"is {number}, and at most {limit} is accepted")
+        value, limit = number(schema, keyword), _LIMITS[keyword]
+        if value is not None and abs(value) > limit:
+            raise refusal((*path, keyword), f"is {value}, and at most {limit} is accepted")
     for keyword in schema.keys() & _REFERENCES:
         raise refusal((*path, keyword), "is not supported")
     values = schema.get("enum")
@@ -200,7 +203,8 @@ def _patterns(schema: Schema) -> Iterator[tuple[Path, str]]:
         yield ("patternProperties", name), name
 
 
-def _number(schema: Schema, keyword: str) -> float | None:
+def number(schema: Schema, keyword: str) -> float | None:
+    """Return the number that a keyword has; None if it has none."""
     value = schema.get(keyword)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
@@ -346,17 +350,17 @@ def _least(schema: Schema, below: Mapping[Path, _Extent]) -> float:
     """Return the values and characters that the keywords of one schema demand at least."""
     kinds = schema.get("type")
     if kinds == "string":
-        return max(1, _number(schema, "minLength") or 0)
+        return max(1, number(schema, "minLength") or 0)
     if kinds == "array":
         first = [extent.smallest for part, extent in below.items() if part[0] == "prefixItems"]
-        count = int(_number(schema, "minItems") or 0)
+        count = int(number(schema, "minItems") or 0)
         each = below.get(("items",), _Extent()).smallest
         return 1 + sum(first[:count]) + max(0, count - len(first)) * each
     if kinds == "object":
         required = schema.get("required")
         names = cast("list[Any]", required) if isinstance(required, list) else []
         keys = [("properties", name) for name in names if isinstance(name, str)]
-        least = max(0, (_number(schema, "minProperties") or 0) - len(keys))
+        least = max(0, (number(schema, "minProperties") or 0) - len(keys))
         each = below.get(("additionalProperties",), _Extent()).smallest
         return 1 + sum(below.get(key, _Extent()).smallest for key in keys) + least * each
     return 1

@@ -184,13 +184,22 @@ def tune_options(name: str, request: OpenRequest) -> Sequence[dict[str, Any]]:
     return _module(name).tune_options(request)
 
 
-def prepared(name: str, file: ModelFile, home: Path) -> ModelFile:
-    """Return the file that the engine loads for a model: its own, or the converted one.
+def prepared(
+    name: str,
+    file: ModelFile,
+    home: Path,
+    options: dict[str, Any],
+    progress: Progress | None = None,
+) -> ModelFile:
+    """Return the file that the engine loads for a model: its own, or the converted one. Blocking.
+
+    What the options ask for is made with `progress`; without it the file may be another.
 
     Raises:
         LoadFailed: it needs a conversion and was not converted.
+        HeadraceError: it cannot be converted as an option asks for.
     """
-    return _module(name).prepared(file, home)
+    return _module(name).prepared(file, home, options, progress)
 
 
 def convert(name: str, file: ModelFile, home: Path, progress: Progress = silent) -> ModelFile:

@@ -87,7 +87,8 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     and `max_running` to the engine. `memory` is how many bytes of the devices models may take
     (None: all); defaults depend on it, and not on what is free at the moment. `repeatable` requires
     reproducible greedy and seeded answers, where options leave the choice. `task` is the task of
-    the model. `trust_remote_code` lets code of the model's own folder run.
+    the model. `trust_remote_code` lets code of the model's own folder run. `prompt` precedes texts
+    to embed, unless their request has another; it is part of what is tokenized already.
     """
 
     model: ModelFile
@@ -99,6 +100,7 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     repeatable: bool = False
     trust_remote_code: bool = False
     task: Task = "generate"
+    prompt: str = ""
     options: dict[str, Any] = {}
 
 
@@ -185,7 +187,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     `bos_token`, `eos_token`, `unk_token`, ... `grammar_library` is the file with the llguidance
     that compiles constraints; empty is the package of that name. `infill_ids` are the tokens that
     the model's file names for a prefix, a suffix and the gap between them. `image_marker` is the
-    text that stands for a picture in a prompt, for engines that take them.
+    text that stands for a picture in a prompt, for engines that take them. With `fixed_prompt`,
+    all texts to embed have the prompt that the engine was opened with.
     """
 
     device: str
@@ -199,6 +202,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     infill_ids: tuple[int, ...] = ()
     image_marker: str = ""
     batch: BatchLimits = BatchLimits()
+    fixed_prompt: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -213,10 +217,14 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pair(msgspec.Struct, frozen=True):
-    """A query and a document as one sequence, of which the document begins at `second`."""
+    """A query and a document as one sequence, of which the document begins at `second`.
+
+    `texts` are both, for an engine that scores texts; its token ids are as many as it computes.
+    """
 
     token_ids: tuple[int, ...]
     second: int
+    texts: tuple[str, str] | None = None
 
 
 class Engine(Protocol):

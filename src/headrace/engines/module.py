@@ -62,7 +62,8 @@ class Module:
 
     `footprint` estimates the memory of a load, `tune_options` returns sets of options that are
     worth trying beside the defaults. An engine that loads a model in another format than it comes
-    in makes it once with `convert` and finds it with `prepared`. `writes` returns the folders that
+    in makes it once with `convert` and finds it with `prepared(file, home, options, progress)`,
+    which makes what an option asks for, unless progress is None. `writes` returns the folders that
     a `confined` engine writes to beside that of temporary files. One that is no Python library
     has `installed` in place of `ABOUT.requires`, `devices` with the kinds that it has here, and
     `describe` with lines about it for `doctor`. All of them may block.
@@ -72,7 +73,7 @@ class Module:
     Options: type[EngineOptions]
     footprint: Callable[[OpenRequest], Footprint] = default_footprint
     tune_options: Callable[[OpenRequest], Sequence[dict[str, Any]]] = _no_options
-    prepared: Callable[[ModelFile, Path], ModelFile] = _unchanged
+    prepared: Callable[..., ModelFile] = _unchanged
     convert: Callable[[ModelFile, Path, transfer.Progress], ModelFile] = _unchanged
     writes: Callable[[OpenRequest], Sequence[Path]] = _no_folders
     installed: Callable[[], Installed] | None = None

@@ -53,11 +53,6 @@ class Options(EngineOptions):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = Field(
         None, description="Type of the weights; `auto` is the file's, by default float32 on a CPU."
     )
-    prompt_name: str | None = Field(
-        None,
-        max_length=256,
-        description="The model's own prompt (`query`, `document`) that is put before each text.",
-    )
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
         None, description="Implementation of attention; by default the library's choice."
     )
@@ -86,9 +81,8 @@ class Engine(base.Embedder):
         device = plan.torch_device(request.device, torch)
         self._model: Any = _open(folder, request.task, device, options)
         self._tokenizer = self._model.tokenizer
-        self._prompt = _prompt(self._model, request.task, options.prompt_name)
         # Tokens that a pooling without the prompt leaves out, as in the library's `encode`.
-        self._prompt_length = self._prompt and self._model[0]._get_prompt_length(self._prompt)  # noqa: SLF001
+        self._left_out = _left_out(self._model, request.prompt)
         # Nothing is truncated here, as the worker counts. The tokenizer's file and the call above
         # set a truncation.
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -99,14 +93,15 @@ class Engine(base.Embedder):
         self._typed = "token_type_ids" in self._tokenizer.model_input_names
         self.facts = _facts(request, self._model, device)
         batch = _batch_limits(options, device)._replace(padding=self._forward_cost())
-        self.facts = msgspec.structs.replace(self.facts, batch=batch)
+        fixed = self._left_out is not None
+        self.facts = msgspec.structs.replace(self.facts, batch=batch, fixed_prompt=fixed)
 
     def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
         """Return the vectors of the model's own modules."""
         with self._computing():
             features = self._features(batch)
-            if self._prompt:
-                features["prompt_length"] = self._prompt_length
+            if self._left_out:
+                features["prompt_length"] = self._left_out
             vectors = self._model(features)["sentence_embedding"]
             rows = vectors.to(self._torch.float32).cpu().numpy().astype("<f4", copy=False)
         return [row.tobytes() for row in rows]
@@ -134,9 +129,7 @@ class Engine(base.Embedder):
             return self._model.activation_fn(scores).reshape(len(batch)).tolist()
 
     def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
-        """Return token ids; the prompt comes before a text that gets special tokens."""
-        if add_special:
-            text = self._prompt + text
+        """Return token ids."""
         if self._backend is not None:
             return self._backend.encode(text, add_special_tokens=add_special).ids
         return self._tokenizer(text, add_special_tokens=add_special)["input_ids"]
@@ -145,8 +138,7 @@ class Engine(base.Embedder):
         """Return the ids of each text with special tokens, computed on all cores."""
         if self._backend is None or len(texts) == 1:
             return [self.tokenize(text, add_special=True) for text in texts]
-        whole = [self._prompt + text for text in texts] if self._prompt else list(texts)
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(whole)]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))]
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text, as the tokenizer has it: often in lower case.
@@ -307,21 +299,11 @@ def _facts(request: OpenRequest, model: Any, device: str) -> EngineFacts:
     )
 
 
-def _prompt(model: Any, task: str, wanted: str | None) -> str:
-    """Return the text of the prompt `wanted`, or of the model's default.
-
-    Raises:
-        ConfigError: the model has no such prompt.
-    """
-    name = wanted or model.default_prompt_name
-    if name is None:
-        return ""
-    if task != "embed":
-        raise ConfigError("Prompts of a model that ranks are not supported.")
-    if name not in model.prompts:
-        names = ", ".join(sorted(model.prompts)) or "none"
-        raise ConfigError(f"prompt_name: the model has no prompt {name!r}; it has {names}.")
-    return model.prompts[name]
+def _left_out(model: Any, prompt: str) -> int | None:
+    """Return how many tokens of a prompt the model's pooling leaves out; None if it never does."""
+    if all(getattr(module, "include_prompt", True) for module in model):
+        return None
+    return model[0]._get_prompt_length(prompt) if prompt else 0  # noqa: SLF001
 
 
 def _refuse_pickles(folder: Path) -> None:

@@ -38,6 +38,7 @@ from headrace.machine import (
     shorten_switch_interval,
     tune_garbage_collection,
 )
+from headrace.machine.confine import give_up_privileges
 from headrace.worker.wire import Emitted, Ended, Link
 
 _BEAT_S, _LOOK_S = 1.0, 0.25
@@ -154,6 +155,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Sent to all processes of a service; the one with the models says when to end.
         signal.signal(number, signal.SIG_IGN)
+    give_up_privileges()
     raise_open_files()
     share_malloc_arena()
     shorten_switch_interval()

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from starlette.types import ASGIApp
 
 from headrace.core.backend import Admin, Backend
+from headrace.core.environment import inherited
 from headrace.core.errors import ErrorRecord
 from headrace.core.events import Event
 from headrace.core.record import Call
@@ -100,6 +101,8 @@ class FrontProcess:
                     *(sys.executable, "-P", "-m", "headrace.fronts.front", *map(str, numbers)),
                     stdin=DEVNULL,
                     pass_fds=numbers,
+                    # Images are fetched there, by what TLS trusts here.
+                    env=inherited({"SSL_CERT_FILE": None, "SSL_CERT_DIR": None}),
                     # Ctrl-C in a terminal goes to this process alone.
                     start_new_session=True,
                 )

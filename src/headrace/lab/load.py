@@ -104,15 +104,21 @@ class Load:
         self._began_at = 0.0
 
     async def open(
-        self, url: str, bodies: Sequence[dict[str, Any]], path: str = PATH
+        self,
+        url: str,
+        bodies: Sequence[dict[str, Any]],
+        path: str = PATH,
+        key: str | None = None,
     ) -> dict[str, Any]:
         """Start a stream for each body, on a new connection, and wait for the first event of all.
+
+        `key` is the API key, if one is needed.
 
         Returns:
             As `count`.
         """
         await self.close()
-        self._http = http = Http(place(url))
+        self._http = http = Http(place(url), key)
         self._streams = [Stream() for _ in bodies]
         payloads = [msgspec.json.encode(body) for body in bodies]
         self._began_at = time.perf_counter()

@@ -80,7 +80,25 @@ def describe(folder: Path) -> ModelFile:
         chat_template=facts.chat_template,
         size=sum(header.size for header in headers),
         kv_bytes_per_token=facts.kv_bytes_per_token,
+        **prompts_of(folder),
     )
+
+
+def prompts_of(folder: Path) -> dict[str, Any]:
+    """Return the prompts of an embedding model by name, and the name of the default one.
+
+    Raises:
+        LoadFailed: the file of sentence-transformers is damaged.
+    """
+    file = folder / "config_sentence_transformers.json"
+    if not (folder / "modules.json").exists():
+        return {}
+    config = read_json(file) if file.exists() else {}
+    table, default = config.get("prompts"), config.get("default_prompt_name")
+    items = cast("dict[str, object]", table).items() if _is_table(table) else ()
+    # As in the library: a model without prompts reads queries and documents alike.
+    prompts = {"query": "", "document": ""} | {name: str(text or "") for name, text in items}
+    return {"prompts": prompts, "default_prompt": None if default is None else str(default)}
 
 
 def task_of(folder: Path, config: Mapping[str, Any]) -> Task:

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import msgspec
 
@@ -61,6 +61,26 @@ class GgufHeader:
     tensors: int
     parameters: int
     tensor_bytes: Mapping[str, int]
+
+
+class Tensor(NamedTuple):
+    """One tensor: its shape, the number of its type, and its place in the file and size, bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    place: int
+    size: int
+
+
+class Layout(NamedTuple):
+    """Where the parts of a file are; `metadata` has the first byte of its `pairs`, and the end."""
+
+    version: int
+    pairs: int
+    metadata: tuple[int, int]
+    alignment: int
+    tensors: tuple[Tensor, ...]
 
 
 class _Cursor:
@@ -241,6 +261,7 @@ class _Tensors:
         self._last_end = 0
         self.parameters = 0
         self.bytes: dict[str, int] = {}
+        self.listed: list[Tensor] = []
 
     def read(self, count: int) -> None:
         for _ in range(count):
@@ -258,8 +279,9 @@ class _Tensors:
         if name in self._names:
             cursor.fail(f"the tensor {_shown(name)} is there twice")
         self._names.add(name)
-        size = self._size(name)
+        shape, kind, size = self._size(name)
         offset = cursor.u64()
+        self.listed.append(Tensor(name, shape, kind, offset, size))
         if offset != self._next:
             cursor.fail(f"tensor {_shown(name)} starts at {offset} instead of {self._next}")
         self._last_end = offset + size
@@ -267,7 +289,7 @@ class _Tensors:
         if self._last_end > cursor.size:
             cursor.fail(f"tensor {_shown(name)} has {size} bytes, more than the file")
 
-    def _size(self, name: str) -> int:
+    def _size(self, name: str) -> tuple[tuple[int, ...], int, int]:
         cursor = self._cursor
         rank = cursor.u32()
         if not 1 <= rank <= 4:
@@ -283,7 +305,7 @@ class _Tensors:
         size = weights // kind.block * kind.size
         self.parameters += weights
         self.bytes[kind.name] = self.bytes.get(kind.name, 0) + size
-        return size
+        return shape, number, size
 
 
 def read_vocabulary(path: Path) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
@@ -309,6 +331,25 @@ def read_header(path: Path) -> GgufHeader:
     """
     with open_regular(path) as (file, size):
         return _read(_Cursor(file, size, path), path)
+
+
+def read_layout(path: Path) -> Layout:
+    """Return where the metadata and the tensors of one file are.
+
+    Raises:
+        LoadFailed: as `read_header`.
+    """
+    with open_regular(path) as (file, size):
+        cursor = _Cursor(file, size, path)
+        version, tensors, pairs = _counts(cursor)
+        begin = cursor.place
+        alignment = _alignment(cursor, _Metadata(cursor).read(pairs))
+        end = cursor.place
+        listing = _Tensors(cursor, alignment)
+        listing.read(tensors)
+        data = _aligned(cursor.place, alignment)
+    moved = tuple(item._replace(place=data + item.place) for item in listing.listed)
+    return Layout(version, pairs, (begin, end), alignment, moved)
 
 
 def _read(cursor: _Cursor, path: Path) -> GgufHeader:

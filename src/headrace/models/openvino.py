@@ -67,6 +67,7 @@ def describe(path: Path) -> ModelFile:
         chat_template=facts.chat_template,
         size=graph.size,
         kv_bytes_per_token=facts.kv_bytes_per_token if task == "generate" else None,
+        **folder.prompts_of(path),
     )
 
 

@@ -112,7 +112,7 @@ def _after(new: str, sent: str) -> tuple[str, str]:
 
 
 class Continuation:
-    """One answer as the client receives it, from one worker or from two.
+    """One answer as the client receives it, from one worker or from several.
 
     `request` is the request of the next attempt. `way` is how the answer was continued, or None.
     """
@@ -130,6 +130,8 @@ class Continuation:
         self._content_at: float | None = None
         self._sent = [_Sent() for _ in range(request.slots)]
         self._has_begun = False
+        self._has_failed = False
+        self._times = 0
         self._first_error: EngineError | None = None
 
     def start(self, load_s: float) -> AnyRequest:
@@ -141,27 +143,30 @@ class Continuation:
         load_ms = self.request.load_ms + self._load_s * 1000
         return msgspec.structs.replace(self.request, load_ms=load_ms)
 
-    def retry(self, error: HeadraceError | Diverged, capabilities: Capabilities) -> Way:
-        """Prepare the second attempt after the first has failed; return how it continues.
+    def retry(
+        self, error: HeadraceError | Diverged, capabilities: Capabilities, *, planned: bool = False
+    ) -> Way:
+        """Prepare another attempt after one has failed; return how it continues.
+
+        An answer survives one failure, and any number of ends that were `planned` by an operator.
 
         Raises:
             HeadraceError: the first error, if the answer cannot be continued. Before anything has
                 been sent it is the second, if that says when the model can be asked again.
         """
         try:
-            if self._first_error is not None:
-                first = self._take_first_error()
-                if isinstance(error, _LATER) and error.retry_after_s and not self._has_begun:
-                    raise error
-                raise first from error
-            assert isinstance(error, HeadraceError), "only a second answer can diverge"
-            way = self._choose_way(error, capabilities) if isinstance(error, EngineError) else None
-            if way is None or not isinstance(error, EngineError):
-                raise error
-            self._first_error, self.way = error, way
+            way = self._next_way(error, capabilities, planned=planned)
+            if way is None:
+                raise self._last_word(error)
+            if self._first_error is None:
+                assert isinstance(error, EngineError), "no other error has a way"
+                self._first_error = error
         finally:
             # A traceback has this frame: with the error in it, that would be a reference cycle.
             del error
+        self.way = way
+        self._times += 1
+        self._has_failed = self._has_failed or not planned
         for sent in self._sent:
             sent.rewind()
         if way == "fast":
@@ -169,9 +174,15 @@ class Continuation:
             self.request = msgspec.structs.replace(self._original, answered=answered)
         return way
 
-    def _take_first_error(self) -> EngineError:
-        assert self._first_error is not None, "there has been a first attempt"
+    def _last_word(self, error: HeadraceError | Diverged) -> HeadraceError:
+        """Return the error that the client gets."""
         first, self._first_error = self._first_error, None
+        if isinstance(error, _LATER) and error.retry_after_s and not self._has_begun:
+            return error
+        if first is None:
+            assert isinstance(error, HeadraceError), "only a second answer can diverge"
+            return error
+        first.__cause__ = error
         return first
 
     def new(self, event: Event) -> Event | None:
@@ -203,7 +214,7 @@ class Continuation:
         self._has_begun = True
         if self._content_at is None and (delta.text or delta.reasoning):
             self._note_first(thinking=not delta.text)
-        if self._policy != "off" and self.way is None:
+        if self._policy != "off":
             sent.note(delta)
         return delta
 
@@ -215,7 +226,10 @@ class Continuation:
     def _new_call(self, delta: ToolCallDelta) -> ToolCallDelta | None:
         sent = self._sent[delta.index]
         if self.way is not None:
-            return sent.rest_of_call(delta)
+            new = sent.rest_of_call(delta)
+            if new is None:
+                return None
+            delta = new
         self._has_begun = True
         if self._content_at is None:
             self._note_first(thinking=False)
@@ -240,7 +254,7 @@ class Continuation:
         if not all(sent.is_repeated for sent in self._sent):
             raise Diverged
         self.is_whole, self._first_error = True, None
-        changes = {"continuations": 1, "continued": self.way}
+        changes = {"continuations": self._times, "continued": self.way}
         if self._original.task == "generate":
             changes |= self._client_figures(finish)
         metrics = msgspec.structs.replace(finish.metrics, **changes)
@@ -261,13 +275,17 @@ class Continuation:
             "time_to_first_content_ms": content,
         }
 
-    def _choose_way(self, error: EngineError, capabilities: Capabilities) -> Way | None:
+    def _next_way(
+        self, error: HeadraceError | Diverged, capabilities: Capabilities, *, planned: bool
+    ) -> Way | None:
         """Return how the answer can be continued after its worker has failed, or None.
 
         If nothing has been sent, or the engine repeats its answers, the request is repeated;
         otherwise the second attempt continues after the tokens that were sent.
         """
         if self._policy == "off" or not isinstance(error, _SURVIVED):
+            return None
+        if self._has_failed and not planned:
             return None
         request = self._original
         if not self._has_begun or not isinstance(request, GenerateRequest):

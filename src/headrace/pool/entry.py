@@ -18,9 +18,6 @@ from headrace.pool.replica import Lease, Replica, blocks_of
 
 _UNKNOWN_LOAD_S, _BATCH_RETRY_S, _PROGRESS_S = 5.0, 2.0, 0.5
 _RETIRED = "retired"
-# How long other requests pass one that waits for a replica without any.
-_PASSED_S = 20.0
-_ALL = 1 << 30
 _serials = itertools.count()
 
 
@@ -171,6 +168,8 @@ class ModelEntry:
             Loading: the load takes longer than the request's `load_wait_s`.
         """
         now, deadline = self._clock(), request.deadline
+        if self.queue.next_alone() is not None:
+            self.grant()  # Whose turn it is changes with the time.
         if not self.is_ready and request.load_wait_s is not None:
             remaining = self.remaining_load_s() or 0.0
             if now - joined + remaining > request.load_wait_s:
@@ -193,7 +192,9 @@ class ModelEntry:
                 return
             self.queue.leave(ticket)
             self.queue.granted(ticket)
-            size = min(_size(ticket), replica.max_running)
+            # All that is left, if it has to be alone.
+            left, most = replica.max_running - replica.running, replica.max_running
+            size = left if ticket.alone else min(ticket.request.slots, most)
             lease = replica.take(ticket.request, ticket.cost, size, ticket.blocks)
             if ticket.lease.done():
                 replica.give_back(lease)
@@ -201,19 +202,20 @@ class ModelEntry:
                 ticket.lease.set_result(lease)
 
     def _next(self) -> Ticket | None:
-        """Return the next ticket; the others pass one that has to be alone, for a while."""
-        alone = self.queue.next_alone()
-        if alone is None:
+        if self.queue.next_alone() is None or not self.is_ready:
             return self.queue.next()
-        is_due = self._clock() - alone.joined > _PASSED_S
-        return alone if is_due or self._choose(alone) is not None else self.queue.next()
+        problem = f"{self.spec.name} is too busy for a request that has to run alone at first."
+        return self.queue.turn(lambda ticket: self._choose(ticket) is not None, problem)
 
     def _choose(self, ticket: Ticket) -> Replica | None:
-        number = choose_replica(self._candidates(ticket), _size(ticket))
+        number = choose_replica(self._candidates(ticket), ticket.request.slots)
         return None if number is None else self.replicas[number]
 
     def _candidates(self, ticket: Ticket) -> list[Candidate]:
         candidates = [replica.candidate(ticket.blocks) for replica in self.replicas]
+        if ticket.alone:
+            others = [_has_others(self.replicas[each.number], ticket) for each in candidates]
+            return [each for each, busy in zip(candidates, others, strict=True) if not busy]
         if not ticket.request.batch or ticket.priority or self.queue.is_due(ticket):
             return candidates
         return [left_for_batch(each, quiet=self.queue.is_quiet) for each in candidates]
@@ -222,8 +224,10 @@ class ModelEntry:
         """Note the first token of a request; one that was alone makes place for others."""
         lease, size = ticket.lease.result(), ticket.request.slots
         lease.has_begun = True
-        if ticket.alone and size < lease.size:
-            lease.size = size
+        if ticket.alone:
+            lease.size = min(size, lease.size)
+            if self.failures.suspects.has_begun(ticket.request):
+                self.queue.release(ticket.request)
             self.grant()
         elif ticket.request.batch:
             # Another one may start.
@@ -307,6 +311,7 @@ class ModelEntry:
         now = self._clock()
         for ticket in self.queue:
             ticket.load_s += now - max(ticket.joined, self._unready_since)
+        self.queue.pass_alone()
         self.failures.loaded()
         self.clear_wanted()
         for ready in self._load_waits:
@@ -380,9 +385,9 @@ class ModelEntry:
         return self.spec.max_queued + max(1, self.slots)
 
 
-def _size(ticket: Ticket) -> int:
-    """Return how many slots a request takes to begin; all of a replica's if it has to be alone."""
-    return _ALL if ticket.alone else ticket.request.slots
+def _has_others(replica: Replica, ticket: Ticket) -> bool:
+    client = ticket.request.client
+    return any(not client or lease.request.client != client for lease in replica.leases)
 
 
 def _settle(ready: asyncio.Future[None], error: HeadraceError | None = None) -> None:

@@ -140,6 +140,17 @@ class Suspects:
             self._blame(name, now, rules, was_alone=len(victims) == 1)
         return frozenset(lease.request.client or fingerprint(lease.request) for lease in suspects)
 
+    def has_begun(self, request: AnyRequest) -> bool:
+        """Note the first token of a request that ran alone; return whether others need not.
+
+        It has passed what it was suspected of, if it had no token yet when a worker ended.
+        """
+        suspect = self._requests.get(fingerprint(request)) if self._requests else None
+        if suspect is None or suspect.crashes > 1:
+            return False
+        suspect.runs_alone = False
+        return True
+
     def answered(self, request: AnyRequest) -> None:
         """Clear a request that has been answered."""
         if self._requests:

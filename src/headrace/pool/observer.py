@@ -38,7 +38,10 @@ class Observation(Protocol):
     def attempt(
         self, request: AnyRequest, worker: Backend, spec: ModelSpec
     ) -> AbstractContextManager[AttemptObservation]:
-        """Observe one worker's attempt. An exception within the context is its failure."""
+        """Observe one worker's attempt. An exception within the context is its failure.
+
+        A worker may have a `pid`, that of its process, and a `node`, the name of its machine.
+        """
         ...
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import ClassVar
 
 import msgspec
@@ -25,6 +25,7 @@ from headrace.pool.observer import Observer
 from headrace.pool.places import KeepWarm
 from headrace.pool.policy import Rules
 from headrace.pool.replica import OpenWorker, PooledWorker
+from headrace.pool.requests import OpenRequests
 from headrace.worker.spec import unloaded_info
 
 
@@ -52,15 +53,15 @@ class Pool:
         self.entries: dict[str, ModelEntry] = {}
         self.leaving: list[ModelEntry] = []
         self.draining = self._started = False
+        # Models whose load at the start takes longer than its forecast.
+        self._late: list[ModelEntry] = []
         self._names: dict[str, str] = {}
         self._clock = clock
         self.loader = Loader(
             self._all_entries, open_worker, sizing, ledger, rules or Rules(), self.events, clock
         )
         self.loader.warm = warm
-        self._changed = asyncio.Event()
-        self._drain_until = float("inf")
-        self._streams = 0
+        self._requests = OpenRequests(clock)
         self._closing: asyncio.Task[None] | None = None
         for spec in specs:
             self.add(spec)
@@ -76,7 +77,8 @@ class Pool:
             not self.draining
             and self._started
             and any(
-                entry.spec.enabled and not entry.failures.wait_s for entry in self.entries.values()
+                entry.spec.enabled and not entry.failures.wait_s and entry not in self._late
+                for entry in self.entries.values()
             )
         )
 
@@ -138,8 +140,11 @@ class Pool:
             while any(r.loading and not r.is_overdue for r in entry.replicas):
                 await self.loader.memory.changed()
         self._started = True
-        if late := [r.loading for entry in entries for r in entry.replicas if r.loading]:
+        late = {r.loading: e for e in entries for r in e.replicas if r.loading}
+        if late:
+            self._late = [*late.values()]
             await asyncio.wait(late)
+            self._late = []
         for entry in entries:
             if entry.failures.error is not None:
                 raise entry.failures.error
@@ -153,7 +158,7 @@ class Pool:
         return self._answer(request) if request.queues else self._answer_at_once(request)
 
     async def _answer_at_once(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        with self._count_stream():
+        with self._requests.counted():
             worker = await self._ready_worker(request)
             spec = self.entry(request.model).spec
             request = applied(preset_of(spec, request.model), request)
@@ -162,7 +167,7 @@ class Pool:
                     yield event
 
     async def _answer(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        with self.loader.observer.observe(request) as observation, self._count_stream():
+        with self.loader.observer.observe(request) as observation, self._requests.counted():
             entry = self.entry(request.model)
             policy = entry.spec.continuation
             preset = preset_of(entry.spec, request.model)
@@ -205,7 +210,7 @@ class Pool:
                 deliver(event)
 
     async def _relay(self, request: AnyRequest, deliver: Callable[[Event], None]) -> None:
-        with self.loader.observer.observe(request) as observation, self._count_stream():
+        with self.loader.observer.observe(request) as observation, self._requests.counted():
             entry = self.entry(request.model)
             given = applied(preset_of(entry.spec, request.model), observation.request)
             continuation = Continuation(given, entry.spec.continuation, self._clock)
@@ -244,13 +249,12 @@ class Pool:
 
         A second call can shorten the wait. When it returns, all processes have ended.
         """
-        self._drain_until = min(self._drain_until, self._clock() + drain_s)
-        self._changed.set()
+        self._requests.limit_wait(drain_s)
         if self._closing is None:
             self.draining = True
             for entry in self._all_entries():
                 entry.draining = True
-            self.events.publish("draining", running=self._streams, drain_s=drain_s)
+            self.events.publish("draining", running=len(self._requests), drain_s=drain_s)
             self._closing = asyncio.create_task(self._close(), name="close the pool")
         await asyncio.shield(self._closing)
 
@@ -267,23 +271,9 @@ class Pool:
             entry.refuse(error)
         self.loader.stop_loading()
         self.events.close()
-        while self._streams and (left := self._drain_until - self._clock()) > 0:
-            self._changed.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._changed.wait()
+        await self._requests.wait()
         await self.loader.aclose()
         self.loader.observer.closed()
-
-    @contextmanager
-    def _count_stream(self) -> Generator[None]:
-        """Make the close of the pool wait for a request."""
-        self._streams += 1
-        try:
-            yield
-        finally:
-            self._streams -= 1
-            self._changed.set()
 
     async def _ready_worker(self, request: AnyRequest) -> PooledWorker:
         """Return a loaded worker; the load is begun and awaited if there is none.

@@ -12,8 +12,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from headrace.core.errors import HeadraceError
+from headrace.core.errors import HeadraceError, QueueFull
 from headrace.core.request import AnyRequest
+from headrace.pool.failures import fingerprint
 
 if TYPE_CHECKING:
     from headrace.pool.replica import Lease
@@ -29,6 +30,8 @@ _BATCH_PRICE = 0.5
 # A request of a batch waits while others get so many times its tokens, and no longer.
 _BATCH_TURN = 10
 _QUIET_S = 60.0
+# How long others pass a request that has to be alone, and how long they wait for it then.
+_PASSED_S, _HELD_S = 20.0, 10.0
 
 
 class Ticket:
@@ -69,7 +72,7 @@ class Queue:
         self._batch: Waiting = {}
         self._served: dict[str, float] = {}
         self._floor = 0.0
-        self._passed = 0.0
+        self._passed = self._passing_since = 0.0
         self._latest = float("-inf")
         self._counts = {False: 0, True: 0}
 
@@ -133,6 +136,40 @@ class Queue:
         """Return the next ticket that has to be alone, which stays in the queue until `leave`."""
         return self._alone[0] if self._alone else None
 
+    def turn(self, fits: Callable[[Ticket], bool], problem: str) -> Ticket | None:
+        """Return the next ticket, or None if one that has to be alone is waited for.
+
+        The others pass such a ticket until it `fits`, and then wait for a while. After that it is
+        refused with `problem`, as what runs can be without an end, and others may pass again.
+        """
+        for ticket in self._alone:
+            if fits(ticket):
+                return ticket
+        if not self._alone:
+            return self.next()
+        waited_s = self._clock() - max(self._alone[0].joined, self._passing_since)
+        if waited_s <= _PASSED_S:
+            return self.next()
+        if waited_s <= _PASSED_S + _HELD_S:
+            return None
+        latest = self._clock() - _PASSED_S - _HELD_S
+        for ticket in [ticket for ticket in self._alone if ticket.joined <= latest]:
+            self._refuse(ticket, QueueFull(problem, retry_after_s=_PASSED_S))
+        self.pass_alone()
+        return self.turn(fits, problem)
+
+    def pass_alone(self) -> None:
+        """Let the others pass what has to be alone from now on, for the whole time."""
+        self._passing_since = self._clock()
+
+    def release(self, request: AnyRequest) -> None:
+        """Let requests for the same as this one run beside others."""
+        same = fingerprint(request)
+        for ticket in [ticket for ticket in self._alone if fingerprint(ticket.request) == same]:
+            self.leave(ticket)
+            ticket.alone = False
+            self.join(ticket)
+
     def leave(self, ticket: Ticket) -> bool:
         """Remove a ticket; return whether it was in the queue."""
         client = ticket.request.client
@@ -153,14 +190,17 @@ class Queue:
             try:
                 alone = admit(ticket.request)
             except HeadraceError as error:
-                self.leave(ticket)
-                if not ticket.lease.done():
-                    ticket.lease.set_exception(error)
+                self._refuse(ticket, error)
             else:
                 if alone and not ticket.alone:
                     self.leave(ticket)
                     ticket.alone = True
                     self.join(ticket)
+
+    def _refuse(self, ticket: Ticket, error: HeadraceError) -> None:
+        self.leave(ticket)
+        if not ticket.lease.done():
+            ticket.lease.set_exception(error)
 
     def granted(self, ticket: Ticket) -> None:
         """Charge the estimated tokens of a granted request to its client."""

@@ -218,9 +218,9 @@ def _text(match: Token, inner: str) -> str:
     return text
 
 
-def _impossible(match: Token, what: str) -> Unenforceable:
+def _impossible(match: Token, part: str) -> Unenforceable:
     where = place(match.string, match.start())
-    return Unenforceable(f"has {what} at {where}, which a tool's text cannot have")
+    return Unenforceable(f"has {part} at {where}, which a tool's text cannot have")
 
 
 def _dotall(flags: str, *, dotall: bool) -> bool:

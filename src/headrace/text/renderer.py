@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from headrace.core.environment import inherited
 from headrace.core.errors import GenerationFailed
 
 MEMORY = 512 << 20
@@ -93,6 +94,7 @@ class _Process:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
+                env=inherited(),
             )
         self.alive = True
 

@@ -11,7 +11,7 @@ import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -19,12 +19,9 @@ import msgspec
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, GenerationFailed, InvalidRequest
 from headrace.core.request import GenerateRequest
-from headrace.core.schema import Schema
+from headrace.core.schema import Schema, pointer
 from headrace.core.tools import Tool
 from headrace.text.grammar import grammar, without_formats
-
-if TYPE_CHECKING:
-    pass
 
 _NAMES = {"json_schema": "JSON schema", "lark": "grammar"}
 _NO_TOOLS: Mapping[str, Schema] = {}
@@ -90,7 +87,9 @@ class Compiler:
         async with lock, self._compiling:
             reply = await self._run(job)
         if reply.reason and tools and reply.path:
-            problem = f"The JSON schema of the tool {reply.path[0]} {reply.reason}."
+            name, *path = reply.path
+            where = f"{pointer(tuple(path))} in the" if path else "The"
+            problem = f"{where} JSON schema of the tool {name} {reply.reason}."
             raise InvalidRequest(problem, param="tools")
         if reply.reason:
             raise constraint.refusal(reply.reason, reply.path)

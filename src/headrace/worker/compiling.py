@@ -22,7 +22,8 @@ from typing import Any, cast
 
 import jsonschema_rs
 
-from headrace.core.schema import Path, Schema, children, pointer
+from headrace.core.endless import endless
+from headrace.core.schema import BOUNDS, Path, Schema, children, number, pointer
 from headrace.text.grammar import HEADER, regex_position, schema_grammar
 from headrace.text.lark import Unenforceable, normalised
 from headrace.text.quoted import quoted
@@ -38,6 +39,9 @@ _LOCATING_S = 1.0
 _LONGEST = 300
 _TOO_MUCH = "takes too much to compile"
 _NO_TEXT = "allows no text"
+_ENDLESS = "has no answer that ends"
+_EXACT = 2**53 - 1
+_INTEGERS = ("integer", ["integer"], ["integer", "null"], ["null", "integer"])
 _PR_SET_PDEATHSIG = 1
 _REHEARSED, _REHEARSAL_S = 300, 0.2
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
@@ -53,6 +57,7 @@ def compiled(schema: Schema, new_matcher: Compile) -> None:
     _validator(schema)
     if problem := new_matcher(schema_grammar(schema)).error:
         raise Refused(_located(schema, new_matcher), _reason(problem))
+    _check_parts(schema, new_matcher)
 
 
 def followed(
@@ -94,15 +99,20 @@ def rehearsed(grammar: str, new_matcher: Compile) -> None:
 
 
 def callable_(tools: Mapping[str, Schema], new_matcher: Compile) -> None:
-    """Check that each tool has arguments that its schema allows, which their grammar does not show.
+    """Check of the schema of each tool what the grammar of their calls does not show.
 
     Raises:
-        Refused: one has none.
+        Refused: one is no schema, allows no arguments, or cannot be enforced; begins with its name.
     """
     for name, schema in tools.items():
-        problem = new_matcher(schema_grammar(schema)).error
-        if problem and _reason(problem) == _NO_TEXT:
-            raise Refused((name,), _NO_TEXT)
+        try:
+            _validator(schema)
+            problem = new_matcher(schema_grammar(schema)).error
+            if problem and _reason(problem) == _NO_TEXT:
+                raise Refused((), _NO_TEXT)
+            _check_parts(schema, new_matcher)
+        except Refused as refused:
+            raise Refused((name, *refused.path), refused.reason) from None
 
 
 def converted(grammar: str) -> str:
@@ -185,6 +195,34 @@ def _validator(schema: Schema) -> Any:
         path = tuple(map(str, getattr(error, "instance_path", ())))
         reason = getattr(error, "message", str(error)).partition("\n")[0]
         raise Refused(path, f"is no JSON schema: {reason}"[:_LONGEST]) from None
+
+
+def _check_parts(schema: Schema, new_matcher: Compile) -> None:
+    """Check what compilers find out when an answer reaches it, or not at all.
+
+    Raises:
+        Refused: a part has no finite answer, or a bound that is not enforced.
+    """
+    if (path := endless(schema)) is not None:
+        raise Refused(path, _ENDLESS)
+    pending: list[tuple[Path, Any]] = [((), schema)]
+    while pending:
+        path, part = pending.pop()
+        if isinstance(part, Mapping):
+            _check_bounds(path, cast("Schema", part), new_matcher)
+            below = children(cast("Schema", part))
+            pending += [((*path, *place), child) for place, child in below]
+
+
+def _check_bounds(path: Path, schema: Schema, new_matcher: Compile) -> None:
+    """Check that the numbers next to large bounds are refused, as compilers round those."""
+    bounds = {word: value for word in BOUNDS if (value := number(schema, word)) is not None}
+    kind = "integer" if schema.get("type") in _INTEGERS else "number"
+    for word, bound in bounds.items():
+        if abs(bound) > _EXACT:
+            outside = str(int(bound) + BOUNDS[word]).encode()
+            if new_matcher(schema_grammar({**bounds, "type": kind})).accepts(outside):
+                raise Refused((*path, word), f"is {bound}, which cannot be enforced exactly")
 
 
 def _retrieved(uri: str) -> Any:

@@ -161,10 +161,11 @@ def _dimensions(loaded: Loaded, request: EmbedRequest) -> int | None:
 def _token_ids(loaded: Loaded, request: EmbedRequest, gone: Gone) -> list[tuple[int, ...]]:
     engine = cast("Embedder", loaded.engine)
     most = engine.facts.context_length
+    inputs = loaded.prompts.applied(request).inputs
     results: list[tuple[int, ...]] = []
-    texts = [text for text in request.inputs if isinstance(text, str)]
+    texts = [text for text in inputs if isinstance(text, str)]
     tokens = iter(_tokenized(engine, texts, gone, truncate=request.truncate))
-    for place, text in enumerate(request.inputs):
+    for place, text in enumerate(inputs):
         is_text = isinstance(text, str)
         ids = tuple(next(tokens)) if is_text else text
         if not ids:
@@ -262,17 +263,32 @@ def _pairs(
         limit.check_length(document, engine)
         pair = engine.pair(query, document)
         if len(pair.token_ids) > most:
-            # The last token closes the sequence, and is kept.
-            short = pair.token_ids[: most - 1] + pair.token_ids[-1:]
             if not truncate or pair.second >= most - 1:
                 raise ContextOverflow(
                     f"The query and document {place} have {len(pair.token_ids)} tokens and the "
                     f"context length of {loaded.name} is {most}.",
                     param="documents" if pair.second < most - 1 else "query",
                 )
-            pair = Pair(short, pair.second)
+            pair = _cut_pair(engine, pair)
         pairs.append(pair)
     return pairs
+
+
+def _cut_pair(engine: Reranker, pair: Pair) -> Pair:
+    """Return a pair with as much of its document as fits; the query does.
+
+    The last token closes the sequence, and is kept.
+    """
+    most = engine.facts.context_length
+    if pair.texts is None:
+        return Pair(pair.token_ids[: most - 1] + pair.token_ids[-1:], pair.second)
+    # The text of token ids can become more tokens than these were.
+    for spare in (1, 8, 64, most - pair.second):
+        document = engine.detokenize(pair.token_ids[pair.second : most - spare])
+        short = engine.pair(pair.texts[0], document)
+        if len(short.token_ids) <= most:
+            break
+    return short
 
 
 def _check_queries(engine: Reranker, queries: Collection[str], gone: Gone) -> None:

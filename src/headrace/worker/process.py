@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from headrace.core.environment import NOTHING
 from headrace.core.errors import Draining, HeadraceError, LoadFailed, WorkerDied, from_record
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo, ModelSpec, State
@@ -20,7 +21,7 @@ from headrace.machine import HOST, process_memory, visibility
 from headrace.models.transfer import silent
 from headrace.worker.computing import Hangs
 from headrace.worker.meter import Received
-from headrace.worker.spawn import NOTHING, ChildProcess, Relay
+from headrace.worker.spawn import ChildProcess, Relay
 from headrace.worker.spec import (
     OnProgress,
     Resolve,

@@ -101,7 +101,8 @@ async def embed(connected: Connected, request: EmbedRequest) -> AsyncGenerator[E
     guess = sum(estimate(text) if isinstance(text, str) else len(text) for text in request.inputs)
     with Turn(connected, request) as turn:
         turn.require_task()
-        raw, usage = await _in_slot(turn, lambda: connected.engine.embed(request))
+        prompted = connected.prompts.applied(request)
+        raw, usage = await _in_slot(turn, lambda: connected.engine.embed(prompted))
         vectors: Sequence[bytes] = raw
         size = len(vectors[0]) // 4
         if any(len(vector) != 4 * size for vector in vectors):

@@ -18,12 +18,12 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import msgspec
 import psutil
 
+from headrace.core.environment import NOTHING, inherited
 from headrace.core.errors import (
     HeadraceError,
     InvalidRequest,
@@ -37,7 +37,6 @@ from headrace.core.model import ModelInfo
 from headrace.core.request import AnyRequest
 from headrace.core.stream import Mailbox
 from headrace.machine import Family, kill_marked
-from headrace.worker.environment import inherited
 from headrace.worker.wire import (
     Alive,
     Ask,
@@ -64,7 +63,6 @@ _NO_MEMORY = re.compile(
     r"bad_alloc|MemoryError|memory allocation of|(?i:cannot allocate memory|out of memory)"
     r"|(?i:fail(ed|ure) to (re)?allocat|std::length_error)"
 )
-NOTHING: Mapping[str, str | None] = MappingProxyType({})
 _SETTLED_S = 60.0
 
 

@@ -17,6 +17,7 @@ from headrace.core.values import masked_options
 from headrace.engines.base import EngineFacts, OpenRequest
 from headrace.machine import HOST, host_memory
 from headrace.text.calls.format import Format
+from headrace.worker.embed_prompts import embed_prompts
 from headrace.worker.prompt import Prompter
 
 OnProgress = Callable[[str, int, int], None]
@@ -81,6 +82,7 @@ def localized(worker_spec: WorkerSpec) -> WorkerSpec:
 def open_request(worker_spec: WorkerSpec) -> OpenRequest:
     """Return the arguments for opening the engine."""
     spec = worker_spec.model
+    prompts = embed_prompts(spec, worker_spec.file)
     gpus, kind = worker_spec.gpus, read_device(spec.device).kind
     placed = worker_spec.placed[0] if worker_spec.placed else spec.device or "auto"
     return OpenRequest(
@@ -94,6 +96,7 @@ def open_request(worker_spec: WorkerSpec) -> OpenRequest:
         repeatable=spec.continuation == "exact",
         trust_remote_code=spec.trust_remote_code,
         task=spec.task or worker_spec.file.task,
+        prompt=prompts.text(None, None),
         options=spec.options,
     )
 
@@ -151,6 +154,7 @@ def unloaded_info(
         ),
         options=masked_options(spec.options),
         preset=plain(spec),
+        prompts={**file.prompts, **spec.prompts},
     )
 
 

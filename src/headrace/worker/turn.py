@@ -34,6 +34,7 @@ from headrace.core.request import Request
 from headrace.engines.base import EngineFacts
 from headrace.machine import Sampler
 from headrace.worker.compiler import Compiler
+from headrace.worker.embed_prompts import EmbedPrompts
 from headrace.worker.meter import Meter, figures, trace_of
 
 log = logging.getLogger("headrace.worker")
@@ -121,6 +122,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     compiler: Compiler
     sampler: Sampler | None = None
     log_content: bool = False
+    prompts: EmbedPrompts = EmbedPrompts()
 
     @property
     def is_remote(self) -> bool:

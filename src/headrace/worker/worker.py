@@ -26,6 +26,7 @@ from headrace.text import renderer
 from headrace.worker import count, encode, generate, remote
 from headrace.worker.batching import Batcher
 from headrace.worker.compiler import Compiler
+from headrace.worker.embed_prompts import embed_prompts
 from headrace.worker.generate import Loaded
 from headrace.worker.prompt import Prompter
 from headrace.worker.remote import Connected
@@ -290,6 +291,7 @@ class Worker:
             max_choices=slots + self.spec.max_queued,
             compiler=Compiler(),
             log_content=self._log_content,
+            prompts=embed_prompts(worker_spec.model, worker_spec.file),
             engine=engine,
             stops=self.spec.stop,
         )
@@ -316,6 +318,9 @@ class Worker:
             prompter=prompter,
             embeddings=Batcher(lambda ids: embedder.embed(ids), len, limits, thread),
             scores=Batcher(lambda pairs: reranker.score(pairs), _length, limits, thread),
+            prompts=embed_prompts(worker_spec.model, worker_spec.file)._replace(
+                are_fixed=engine.facts.fixed_prompt
+            ),
             thread=thread,
         )
 

@@ -6,21 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
-from tests.conftest import MODEL_HOME
 
 from headrace.engines.base import OpenRequest
 from headrace.models.inspect import inspect
-from headrace.models.reference import parse
-from headrace.models.store import Store
-
-
-@pytest.fixture(scope="session")
-def minilm_path() -> Path:
-    """all-MiniLM-L6-v2; fetched once and kept for later runs."""
-    MODEL_HOME.mkdir(parents=True, exist_ok=True)
-    with FileLock(MODEL_HOME / "fetch.lock"):
-        return Store(MODEL_HOME).fetch(parse("all-minilm-l6-v2"))
 
 
 @pytest.fixture(scope="session")

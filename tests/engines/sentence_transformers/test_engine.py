@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 from tests.engines.sentence_transformers.conftest import make_ranker, opening
 
-from headrace.core.errors import ConfigError, InvalidRequest, LoadFailed, OutOfMemory
+from headrace import AsyncModelWorker
+from headrace.core.errors import (
+    ConfigError,
+    InvalidRequest,
+    LoadFailed,
+    OutOfMemory,
+    Unsupported,
+)
+from headrace.core.options import EmbedOptions
 from headrace.engines import plan
 from headrace.engines.sentence_transformers import Engine, footprint
 from headrace.worker.encode import _shaped
@@ -99,24 +107,53 @@ def test_scores_are_those_of_the_library(ranker_path: Path) -> None:
     engine.close()
 
 
-def test_prompts_of_the_model_come_before_the_text(minilm_path: Path, tmp_path: Path) -> None:
-    """E: as the library's own encode puts them."""
+def with_prompts(model: Path, path: Path, default: str | None = None, **pooling: Any) -> Path:
+    """Copy a model to a folder, with prompts of its own."""
+    shutil.copytree(model, path)
+    changed = {"prompts": {"query": "query: "}, "default_prompt_name": default}
+    for name, values in (
+        ("config_sentence_transformers.json", changed),
+        ("1_Pooling/config.json", pooling),
+    ):
+        file = path / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    return path
+
+
+async def test_prompts_of_the_model_come_before_the_text(minilm_path: Path, tmp_path: Path) -> None:
+    """Issue 17.6: vectors are those of the library's encode, encode_query and encode_document."""
     import numpy as np
     from sentence_transformers import SentenceTransformer
 
-    path = tmp_path / "model"
-    shutil.copytree(minilm_path, path)
-    config = path / "config_sentence_transformers.json"
-    written = json.loads(config.read_text()) | {"prompts": {"query": "query: "}}
-    config.write_text(json.dumps(written))
+    path = with_prompts(minilm_path, tmp_path / "model")
     model = SentenceTransformer(str(path), device="cpu", local_files_only=True)
-    expected = model.encode(list(TEXTS[:2]), prompt_name="query")
-    engine = Engine(opening(path, prompt_name="query"))
-    assert np.abs(vectors(engine, TEXTS[:2]) - expected).max() < 1e-5
-    assert engine.tokenize_all(TEXTS) == [engine.tokenize(one, add_special=True) for one in TEXTS]
-    assert len(engine.tokenize("long " * 600, add_special=True)) > 600, "cut without a word"
-    with pytest.raises(ConfigError, match="it has"):
-        Engine(opening(path, prompt_name="nobody"))
+    texts = [*map(str, TEXTS[:2])]
+    async with AsyncModelWorker(str(path), device="cpu") as worker:
+        cases: list[tuple[EmbedOptions, Any]] = [
+            ({"prompt_name": "query"}, model.encode(texts, prompt_name="query")),
+            ({"input_type": "query"}, model.encode_query(texts)),
+            ({"input_type": "document"}, model.encode_document(texts)),
+            ({}, model.encode(texts)),
+        ]
+        for options, expected in cases:
+            assert np.abs(np.array(await worker.embed(texts, **options)) - expected).max() < 1e-5
+        with pytest.raises(InvalidRequest, match="it has document, query"):
+            await worker.embed(texts, prompt_name="nobody")
+    with pytest.raises(ConfigError, match="it has document, query"):
+        await AsyncModelWorker(str(path), device="cpu", prompt_name="nobody").start()
+
+
+async def test_a_pooling_without_the_prompt(minilm_path: Path, tmp_path: Path) -> None:
+    """E: the model's default prompt is read, and left out of the mean, as `encode` has it."""
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+
+    path = with_prompts(minilm_path, tmp_path / "model", "query", include_prompt=False)
+    expected = SentenceTransformer(str(path), device="cpu", local_files_only=True).encode(["a b"])
+    async with AsyncModelWorker(str(path), device="cpu") as worker:
+        assert np.abs(np.array(await worker.embed(["a b"])) - expected).max() < 1e-5
+        with pytest.raises(Unsupported, match="setting prompt_name"):
+            await worker.embed(["a b"], prompt_name="document")
 
 
 def test_what_beginning_a_forward_costs_is_measured(engine: Engine, ranker_path: Path) -> None:

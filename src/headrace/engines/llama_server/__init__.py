@@ -23,7 +23,7 @@ ABOUT = About(
     confined=True,
     program=True,
     spreads=True,
-    tasks=("generate", "embed"),
+    tasks=("generate", "embed", "rerank"),
     able=llamacpp.ABOUT.able,
 )
 
@@ -58,6 +58,9 @@ class Options(llamacpp.Options):
         if managed := next(filter(_MANAGED.fullmatch, arguments), None):
             raise ValueError(f"{managed} may not be given: Headrace sets it, or keeps it off")
         return arguments
+
+
+prepared = llamacpp.prepared
 
 
 def installed() -> Installed:

@@ -11,7 +11,7 @@ from typing import Any
 from headrace.core.constraint import FORMS, Constraint, TextForm
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed
 from headrace.engines.base import EngineRequest, OpenRequest, RawEvent
-from headrace.engines.llama_server import ABOUT, Options, executables, gbnf
+from headrace.engines.llama_server import Options, executables, gbnf
 from headrace.engines.llama_server.executables import Program
 from headrace.engines.llama_server.server import Server
 from headrace.engines.llamacpp import batch_size, check_memory, plan_slots, projector_of, settled
@@ -34,8 +34,6 @@ class Engine(Served):
         return settled(request, Options)
 
     def _load(self, request: OpenRequest) -> None:
-        if request.task not in ABOUT.tasks:
-            raise LoadFailed("This engine ranks nothing; sentence_transformers does.")
         program = executables.chosen(self._options.executable)
         device = _device(request.device, program)
         planned = plan_slots(request, self._options, on_cpu=device == "cpu")
@@ -85,24 +83,25 @@ class Engine(Served):
             yield from ("--rope-scaling", options.rope_scaling)
         if options.rope_scale:
             yield from ("--rope-scale", str(options.rope_scale))
-        if not options.prefix_cache and not self._embeds:
+        if not options.prefix_cache and self._task == "generate":
             yield "--no-cache-prompt"
         if not options.mmap:
             yield from ("--load-mode", "none") if program.knows("--load-mode") else ("--no-mmap",)
         yield from _quiet(program)
 
     def _batches(self, planned: CachePlan, *, on_cpu: bool) -> Iterator[str]:
-        seen = None if self._embeds else projector_of(self._model, self._options)
+        seen = None if self._task != "generate" else projector_of(self._model, self._options)
         size = max(batch_size(self._options, on_cpu=on_cpu, sees=seen is not None), planned.slots)
         part = size if seen else min(size, 512)
         if seen is not None:
             yield from ("--mmproj", seen.path)
             if on_cpu:
                 yield "--no-mmproj-offload"
-        if self._embeds:
+        if self._task != "generate":
             # An input has to fit in one batch.
             size = part = max(planned.context_length, 512)
-            yield from ("--embedding", "--kv-unified", "--embd-normalize", "-1")
+            yield from ("--kv-unified", "--embd-normalize", "-1")
+            yield "--embedding" if self._task == "embed" else "--reranking"
             if self._options.pooling != "model":
                 yield from ("--pooling", self._options.pooling)
         yield from ("--batch-size", str(size), "--ubatch-size", str(part))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from headrace.core.environment import inherited
 from headrace.core.errors import ConfigError
 from headrace.core.install import install_command
 from headrace.core.values import expanded
@@ -119,7 +120,7 @@ def preferred() -> Program | None:
 
 
 def examined(path: Path) -> Program:
-    """Return what an executable tells of itself; remembered until its file changes."""
+    """Return what an executable reports of itself; remembered until its file changes."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return _examined(path, _stamp(path), visible)
 
@@ -180,6 +181,7 @@ def _output(path: Path, argument: str) -> str:
             stderr=subprocess.STDOUT,
             timeout=_TIMEOUT_S,
             check=False,
+            env=inherited(),
         )
     except (OSError, subprocess.SubprocessError):
         return ""

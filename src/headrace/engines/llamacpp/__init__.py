@@ -19,6 +19,7 @@ from headrace.core.status import Footprint
 from headrace.core.values import expanded
 from headrace.engines import plan
 from headrace.engines.base import About, EngineOptions, OpenRequest
+from headrace.engines.llamacpp import widening
 from headrace.engines.openmp import physical_cores
 from headrace.engines.plan import CachePlan
 from headrace.models import projector
@@ -26,6 +27,7 @@ from headrace.models.gguf import Skipped as Skipped
 from headrace.models.gguf import read_header as read_header
 from headrace.models.gguf_model import EMBEDDERS
 from headrace.models.projector import Projector
+from headrace.models.transfer import Progress
 
 ABOUT = About(
     formats=("gguf",),
@@ -33,7 +35,7 @@ ABOUT = About(
     confined=True,
     spreads=True,
     requires="xllamacpp",
-    tasks=("generate", "embed"),
+    tasks=("generate", "embed", "rerank"),
     able=frozenset({"forms", "infill", "json_schema", "logprobs", "resume", "vision"}),
 )
 
@@ -41,6 +43,8 @@ _DEFAULT_SLOTS = 4
 _CPU_BATCH, _GPU_BATCH, _IMAGE_BATCH = 128, 2048, 512
 _EMBED_CONTEXT = 8192
 _MIB = 1 << 20
+# Of models with fewer weights, wider ones are worth measuring.
+_WIDE_WEIGHTS = 4_000_000_000
 _KV_SHARE = {"f16": 1.0, "bf16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
 
 # Measured with SmolLM2-135M. A process with the library (Python, the code, buffers, warm-up) and
@@ -88,6 +92,11 @@ class Options(EngineOptions):
         description="Projector file for images; by default the mmproj*.gguf beside the model, "
         "`off` for none.",
     )
+    weight_type: Literal["file", "q8_0"] = Field(
+        "file",
+        description="Type of the weights: that of the file, or 8 bits in a copy that is made once, "
+        "which some CPUs compute faster. `headrace tune` measures both.",
+    )
     rope_scale: float = Field(0, ge=0, description="Factor by which the context is stretched.")
 
 
@@ -116,7 +125,7 @@ def footprint_on(request: OpenRequest, options: Options, device: str) -> Footpri
     """
     gpus = plan.expected_gpus(request, device)
     planned = plan_slots(request, options, on_cpu=device == "cpu")
-    if request.task != "embed":
+    if request.task == "generate":
         return estimate(request.model, planned, options, gpus)
     whole = max(planned.context_length, 512)
     need = estimate(request.model, planned, options, gpus, whole=whole)
@@ -130,7 +139,22 @@ def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
     logical = machine.usable_cpus()
     more = [{**slots, "threads": logical}] if logical > physical_cores() else []
     alone = {**small, "batch_size": 256}
-    return [alone, slots, {**slots, **small}, {**slots, "batch_size": 512}, *more]
+    # Where memory is the limit, twice the bytes take twice the time.
+    is_small = (request.model.parameters or _WIDE_WEIGHTS) < _WIDE_WEIGHTS
+    wide = [{"weight_type": "q8_0"}] if is_small and widening.is_narrow(request.model) else []
+    return [alone, slots, {**slots, **small}, {**slots, "batch_size": 512}, *more, *wide]
+
+
+def prepared(
+    file: ModelFile, home: Path, options: dict[str, Any], progress: Progress | None
+) -> ModelFile:
+    """Return the file to load: the model's own, or its copy with wider weights.
+
+    Raises:
+        HeadraceError: as `widening.widened`.
+    """
+    wide = options.get("weight_type") == "q8_0"
+    return widening.widened(file, home, progress) if wide else file
 
 
 def settled(request: OpenRequest, kind: type[AnyOptions] = Options) -> AnyOptions:
@@ -162,11 +186,11 @@ def projector_of(model: ModelFile, options: Options) -> Projector | None:
 
 
 def plan_slots(request: OpenRequest, options: Options, *, on_cpu: bool) -> CachePlan:
-    """Choose slots and context of a load; embeddings are computed in one batch each."""
+    """Choose slots and context of a load; what is embedded or ranked is computed in one batch."""
     memory = request.memory
     if memory is None and on_cpu:
         memory = machine.host_memory()
-    if request.task == "embed" and request.context_length is None:
+    if request.task != "generate" and request.context_length is None:
         context = min(request.model.context_length or _EMBED_CONTEXT, _EMBED_CONTEXT)
         # The longest input is one batch, which takes a quarter of the memory at most too.
         fits = memory and plan.tokens_in(memory / 4, 2 * _output_bytes(request.model))

@@ -17,7 +17,6 @@ from headrace.core.errors import GenerationFailed, LoadFailed
 from headrace.engines import threaded
 from headrace.engines.base import EngineRequest, OpenRequest, RawEvent
 from headrace.engines.llamacpp import (
-    ABOUT,
     Options,
     batch_size,
     check_memory,
@@ -34,7 +33,7 @@ from headrace.engines.plan import CachePlan
 _KV_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _ROPE = {"model": -1, "none": 0, "linear": 1, "yarn": 2}
-_POOLING = {"model": -1, "mean": 1, "cls": 2, "last": 3}
+_POOLING, _RANK = {"model": -1, "mean": 1, "cls": 2, "last": 3}, 4
 _LOAD_MMAP, _LOAD_READ = 1, 0
 _NO_SPLIT = 0
 _UNNORMALISED = -1
@@ -44,8 +43,6 @@ class Engine(Served):
     """One GGUF in one llama.cpp server, called in process, with its HTTP side restricted."""
 
     def __init__(self, request: OpenRequest) -> None:
-        if request.task not in ABOUT.tasks:
-            raise LoadFailed("This engine ranks nothing; sentence_transformers does.")
         self._guard = SpinGuard(Options(**request.options).threads or physical_cores())
         super().__init__(request)
 
@@ -59,6 +56,12 @@ class Engine(Served):
 
     def _vectors(self, body: dict[str, Any]) -> dict[str, Any]:
         answer = self._library().handle_embeddings(body)
+        if "error" in answer:
+            raise error_from(answer["error"])
+        return answer
+
+    def _ranking(self, body: dict[str, Any]) -> dict[str, Any]:
+        answer = self._library().handle_rerank(body)
         if "error" in answer:
             raise error_from(answer["error"])
         return answer
@@ -89,7 +92,8 @@ class Engine(Served):
         device = _device(request.device, xllamacpp.get_device_info())
         planned = plan_slots(request, self._options, on_cpu=device == "cpu")
         check_memory(request.model, planned, self._options, device)
-        seen = None if self._embeds else projector_of(request.model, self._options)
+        is_generator = self._task == "generate"
+        seen = projector_of(request.model, self._options) if is_generator else None
         params = self._params(request, xllamacpp.CommonParams(), planned, device)
         if seen is not None:
             self._prepare_images(params, seen.path, planned, on_cpu=device == "cpu")
@@ -109,7 +113,7 @@ class Engine(Served):
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.n_batch = max(batch_size(options, on_cpu=on_cpu), planned.slots)
         params.n_ubatch = min(params.n_batch, 512)
-        if self._embeds:
+        if self._task != "generate":
             self._prepare_embeddings(params, planned.context_length)
         params.n_gpu_layers = 0 if on_cpu else options.gpu_layers
         if len(request.gpus) == 1:
@@ -144,7 +148,8 @@ class Engine(Served):
         # An input has to fit in one batch.
         params.n_batch = params.n_ubatch = max(context_length, 512)
         # The library's own enumeration, of which no name is the same in all its releases.
-        params.pooling_type = type(params.pooling_type)(_POOLING[self._options.pooling])
+        pooling = _RANK if self._task == "rerank" else _POOLING[self._options.pooling]
+        params.pooling_type = type(params.pooling_type)(pooling)
 
 
 @cache

@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 
 from headrace.core.constraint import Constraint, TextForm
-from headrace.core.errors import GenerationFailed, InvalidRequest, Unsupported
-from headrace.core.model import Capabilities
+from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, Unsupported
+from headrace.core.model import Capabilities, Task
 from headrace.engines import base, plan, threaded
 from headrace.engines.abilities import longest_text
-from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
+from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, Pair, RawEvent
 from headrace.engines.llamacpp import Options, settled
 from headrace.engines.llamacpp.call import HONOURED, in_lark
 from headrace.engines.llamacpp.link import Link
@@ -37,7 +37,9 @@ class Served(base.Embedder):
     def __init__(self, request: OpenRequest) -> None:
         self._options = self._settled(request)
         self._model = request.model
-        self._embeds = request.task == "embed"
+        self._task: Task = request.task
+        if self._task == "rerank" and request.model.task != "rerank":
+            raise LoadFailed("This model ranks nothing: its file has no head that does.")
         self._inbox: threaded.Inbox | None = None
         self._link: Link | None = None
         self._threads: ThreadPoolExecutor | None = None
@@ -99,6 +101,36 @@ class Served(base.Embedder):
 
     def _vectors(self, body: dict[str, Any]) -> dict[str, Any]:
         return self._opened().ask("/v1/embeddings", body, timeout_s=None)
+
+    def pair(self, query: str, document: str) -> Pair:
+        """Return both texts, with as many token ids as the server makes of them."""
+        before, after = self._around
+        first = (*before, *self.tokenize(query, add_special=False), *self._between)
+        rest = (*self.tokenize(document, add_special=False), *after)
+        return Pair((*first, *rest), len(first), (query, document))
+
+    def score(self, batch: Sequence[Pair]) -> Sequence[float]:
+        """Return the scores that the server reports: what the model's head gives."""
+        places: dict[str, list[int]] = {}
+        for place, pair in enumerate(batch):
+            places.setdefault(_texts(pair)[0], []).append(place)
+        scores = [0.0] * len(batch)
+        for query, mine in places.items():
+            body = {"query": query, "documents": [_texts(batch[place])[1] for place in mine]}
+            for row in self._ranking(body)["results"]:
+                scores[mine[row["index"]]] = float(row["relevance_score"])
+        return scores
+
+    def _ranking(self, body: dict[str, Any]) -> dict[str, Any]:
+        return self._opened().ask("/v1/rerank", body, timeout_s=None)
+
+    @cached_property
+    def _between(self) -> tuple[int, ...]:
+        """Stand for the tokens that the server puts between two texts, whatever they are."""
+        used = self._ranking({"query": "a", "documents": ["a"]})["usage"]["prompt_tokens"]
+        before, after = self._around
+        missing = used - 2 * len(self._tokens("a")) - len(before) - len(after)
+        return (after or before or (0,))[-1:] * max(0, missing)
 
     def tokenize(self, text: str, *, add_special: bool) -> Sequence[int]:
         """Return token ids, markers included."""
@@ -202,8 +234,8 @@ class Served(base.Embedder):
         """Read the facts from the server, and be ready for requests."""
         self._vocabulary = int(self._ask("/v1/models")["data"][0]["meta"]["n_vocab"])
         self.facts = self._facts(request, planned, device)
-        if self._embeds:
-            self.facts = self._embedding_facts(request)
+        if self._task != "generate":
+            self.facts = self._encoding_facts(request)
         self._threads = ThreadPoolExecutor(planned.slots, "llamacpp")
 
     def _facts(self, request: OpenRequest, planned: CachePlan, device: str) -> EngineFacts:
@@ -237,12 +269,12 @@ class Served(base.Embedder):
         ids = self._model.special_ids.items()
         return {name: self.detokenize((n,)) for name, n in ids if n < self._vocabulary}
 
-    def _embedding_facts(self, request: OpenRequest) -> EngineFacts:
-        dimensions = len(self.embed([[0]])[0]) // 4
+    def _encoding_facts(self, request: OpenRequest) -> EngineFacts:
+        dimensions = len(self.embed([[0]])[0]) // 4 if self._task == "embed" else None
         return msgspec.structs.replace(
             self.facts,
             max_running=plan.encoder_requests(request),
-            capabilities=Capabilities(tasks=frozenset({"embed"}), dimensions=dimensions),
+            capabilities=Capabilities(tasks=frozenset({self._task}), dimensions=dimensions),
             chat_template=None,
         )
 
@@ -269,6 +301,12 @@ class Served(base.Embedder):
         if self._link is None:
             raise GenerationFailed("The engine is closed.")
         return self._link
+
+
+def _texts(pair: Pair) -> tuple[str, str]:
+    if pair.texts is None:
+        raise GenerationFailed("llama.cpp ranks texts, not token ids.")
+    return pair.texts
 
 
 def _is_reproducible(options: Options) -> bool:

@@ -1,16 +1,8 @@
-"""Converts models in other formats to OpenVINO IR, once, and stores the result.
-
-Under `<home>/converted` each model has a folder, named by its source: another file at the same
-path is another model. A process of its own does the work, in a folder that is renamed when it is
-complete.
-"""
+"""Converts models in other formats to OpenVINO IR, once, in a process of its own."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 import shutil
 import subprocess
 import sys
@@ -18,16 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from headrace.core.environment import inherited
 from headrace.core.errors import ConfigError, LoadFailed
 from headrace.core.install import install_command
 from headrace.core.model import ModelFile
-from headrace.core.private import FILE_MODE, make_private, private_folder, sync_folder
 from headrace.engines.openvino.vocabulary import without_telemetry
-from headrace.models import folder, gguf_model, openvino
+from headrace.models import converted, folder, gguf_model, openvino
 from headrace.models.gguf import read_header
-from headrace.models.transfer import Progress, disk_errors, disk_full, require_free, silent
+from headrace.models.transfer import Progress, disk_full, silent
 
 EXACT = frozenset({"F16", "Q8_0"})
 """Quantisations of GGUF that the library reads exactly; it rounds others."""
@@ -40,7 +30,6 @@ _COPIED_FOR_VECTORS = (
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
-_SOURCE = "source.txt"
 _DISK_FULL = ("No space left", "Disk quota exceeded", "File too large")
 
 
@@ -50,7 +39,7 @@ def needs_conversion(file: ModelFile) -> bool:
     return file.format != "openvino" and not exact
 
 
-def prepared(file: ModelFile, home: Path) -> ModelFile:
+def prepared(file: ModelFile, home: Path, *_: object) -> ModelFile:
     """Return the model that OpenVINO loads: the same, or the converted one.
 
     Raises:
@@ -58,7 +47,7 @@ def prepared(file: ModelFile, home: Path) -> ModelFile:
     """
     if not needs_conversion(file):
         return file
-    target = _target(file, home)
+    target = converted.place(file, home)
     if not target.exists():
         raise not_converted(file)
     return openvino.describe(target)
@@ -82,54 +71,22 @@ def convert(file: ModelFile, home: Path, progress: Progress = silent) -> ModelFi
     """
     if not needs_conversion(file):
         return file
-    target = _target(file, home)
-    private_folder(target.parent)
-    lock = FileLock(target.with_suffix(".lock"), mode=FILE_MODE)
-    with disk_errors(target.parent), lock:
-        if not target.exists():
-            progress("converting for openvino", 0, 0)
-            require_free(target.parent, (file.parameters or file.size) * _BYTES_PER_WEIGHT)
-            _convert(file, target)
-    return openvino.describe(target)
 
-
-def _target(file: ModelFile, home: Path) -> Path:
-    path = Path(file.path).resolve()
-    facts = (path / "config.json" if path.is_dir() else path).stat()
-    text = f"{path} {file.size} {facts.st_mtime_ns}"
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return home / "converted" / f"{re.sub(r'[^A-Za-z0-9]+', '-', path.stem)[:80]}-{digest}"
-
-
-def copies(home: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield each converted copy, and the path of the model that it was made from."""
-    for note in sorted((home / "converted").glob(f"*/{_SOURCE}")):
-        yield note.parent, Path(note.read_text(encoding="utf-8"))
-
-
-def _convert(file: ModelFile, target: Path) -> None:
-    partial = target.with_suffix(".making")
-    shutil.rmtree(partial, ignore_errors=True)
-    private_folder(partial)
-    try:
+    def make(partial: Path) -> None:
+        progress("converting for openvino", 0, 0)
         _run_conversion(file, partial)
-        converted = openvino.describe(partial)
-        _check(file, converted)
-        (partial / _SOURCE).write_text(str(Path(file.path).resolve()), encoding="utf-8")
-        for path in partial.rglob("*"):
-            _flush(path)
-        make_private(partial)
-        sync_folder(partial)
-        partial.rename(target)
-        sync_folder(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _check(file, openvino.describe(partial))
+
+    size = (file.parameters or file.size) * _BYTES_PER_WEIGHT
+    return openvino.describe(converted.made(file, converted.place(file, home), size, make))
 
 
 def _run_conversion(file: ModelFile, partial: Path) -> None:
     # Native code reads the weights, and needs much memory.
     command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, file.path, str(partial)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(  # noqa: S603
+        command, capture_output=True, text=True, check=False, env=inherited()
+    )
     if done.returncode == 0:
         return
     last = (done.stderr.strip().splitlines() or ["it died"])[-1]
@@ -143,17 +100,11 @@ def _run_conversion(file: ModelFile, partial: Path) -> None:
     raise LoadFailed(f"{file.path} could not be converted for OpenVINO.", detail=last)
 
 
-def _check(file: ModelFile, converted: ModelFile) -> None:
+def _check(file: ModelFile, result: ModelFile) -> None:
     # The counts may differ by constants computed from weights, never by a layer.
-    before, after = file.parameters or 0, converted.parameters or 0
+    before, after = file.parameters or 0, result.parameters or 0
     if before and abs(after - before) > before // 20:
         raise LoadFailed(f"The conversion has {after} weights instead of {before}.")
-
-
-def _flush(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from headrace import limits
+from headrace import roofline
 from headrace.core.errors import ConfigError
 from headrace.core.measurement import Curve, Point
 from headrace.core.model import ModelFile
@@ -93,7 +93,7 @@ class Limit(msgspec.Struct, frozen=True, kw_only=True):
         file = ModelFile(
             path="", format="none", size=self.weights, kv_bytes_per_token=self.cache_per_token
         )
-        return limits.limit(file, max(1, round(streams)), tokens, self.bandwidth) or 0.0
+        return roofline.limit(file, max(1, round(streams)), tokens, self.bandwidth) or 0.0
 
 
 def level(

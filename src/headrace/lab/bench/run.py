@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from headrace import __version__, limits, machine, runtime
+from headrace import __version__, machine, roofline, runtime
 from headrace.config import Settings as Configuration
 from headrace.core.errors import ConfigError
 from headrace.lab import drive
@@ -78,7 +78,7 @@ def memory_limit(
         here = url is None or place(url).is_loopback
         if not here or any(device.key != "cpu" for device in machine.devices()):
             return None
-        rate = limits.bandwidth(configured.config.home)
+        rate = roofline.bandwidth(configured.config.home)
     return Limit(weights=weights, cache_per_token=cache, bandwidth=rate)
 
 

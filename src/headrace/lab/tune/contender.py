@@ -18,7 +18,7 @@ from headrace.engines.measured import Agreement, Figures, Trial
 from headrace.lab.figures import percentile
 from headrace.lab.tune.agreement import Reference
 from headrace.lab.tune.measure import Shape, Turn, turn
-from headrace.limits import limit
+from headrace.roofline import limit
 from headrace.worker.process import WorkerProcess
 from headrace.worker.spec import OnProgress, Resolve, open_request, resolved
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from headrace import engines, limits, machine, runtime
+from headrace import engines, machine, roofline, runtime
 from headrace.config import Settings
 from headrace.core.errors import ConfigError, LoadFailed, Unsupported
 from headrace.core.model import ModelFile, ModelSpec
@@ -72,7 +72,7 @@ class Tuner:
             raise Unsupported(f"tune measures generation; {self._spec.name} is to {task}.")
         field = list(self._field(wanted or self._engines()))
         report("measuring the memory", 0, 0)
-        bandwidth = await asyncio.to_thread(limits.bandwidth, self._home)
+        bandwidth = await asyncio.to_thread(roofline.bandwidth, self._home)
         try:
             reference, name = await self._reference(field, report)
             await self._judge(field, reference, report)

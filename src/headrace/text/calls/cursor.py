@@ -238,7 +238,7 @@ class Cursor:
         return self.skip(size)
 
     def json(self, emit: Emit, limit: int | None = None) -> Need[None]:
-        """Consume an object, list or string of JSON and emit it as it comes, its strings mended.
+        """Consume an object, list or string of JSON and emit it as it comes, its strings repaired.
 
         Raises:
             NotACallError: it is broken, does not end, or is longer than `limit`.
@@ -251,7 +251,7 @@ class Cursor:
             self._position = scanner.feed(self._text, start, end)
             left -= self._position - start
             if self._position > start:
-                emit(scanner.mended(self._text, start, self._position))
+                emit(scanner.repaired(self._text, start, self._position))
             if scanner.broken or (not scanner.complete and (self.ended or not left)):
                 raise NotACallError
             if not scanner.complete:

@@ -30,7 +30,7 @@ class JsonScanner:
 
     Numbers and words are not checked and a comma may come before a closing bracket: they do not
     move the end. A value nested deeper than `MAX_DEPTH` is broken. What models forget to escape in
-    strings is no fault: `mended` returns the text with it escaped.
+    strings is no fault: `repaired` returns the text with it escaped.
     """
 
     __slots__ = ("_faults", "_key", "_stack", "_state")
@@ -71,7 +71,7 @@ class JsonScanner:
                 at = self._structure(text, _end(_SPACES, text, at, end), end)
         return at
 
-    def mended(self, text: str, start: int, end: int) -> str:
+    def repaired(self, text: str, start: int, end: int) -> str:
         """Return what was followed last, with backslashes and control characters escaped."""
         if not self._faults:
             return text[start:end]

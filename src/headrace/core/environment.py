@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from headrace.core.values import names_secret
 
@@ -39,12 +40,13 @@ _PREFIXES = (
     *("VLLM_", "FLASHINFER_", "SAFETENSORS_", "TOKENIZERS_", "TIKTOKEN_", "ACCELERATE_"),
     *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "SENTENCE_TRANSFORMERS_", "LLGUIDANCE_"),
 )
+NOTHING: Mapping[str, str | None] = MappingProxyType({})
 # By default OpenMP's threads spin 30 times longer: while another process needs a core, a load of
 # half a second then takes five.
 _DEFAULTS = {"GOMP_SPINCOUNT": "10000"}
 
 
-def inherited(more: Mapping[str, str | None]) -> dict[str, str]:
+def inherited(more: Mapping[str, str | None] = NOTHING) -> dict[str, str]:
     """Return the environment of a child, with a model's own variables in `more`.
 
     Of this process it has what engines and their libraries read, and nothing whose name is that
