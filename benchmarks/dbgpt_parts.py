@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 BIN = Path(__file__).resolve().parents[1] / ".venv-dbgpt" / "bin"
-_STARTED_S = 180.0
+_STARTED_S = 600.0
 _COMMAND_S = 120.0
 
 CONTROLLER = """
@@ -24,7 +24,7 @@ CONTROLLER = """
 host = "127.0.0.1"
 port = {port}
 heartbeat_interval_secs = 1
-heartbeat_timeout_secs = 5
+heartbeat_timeout_secs = 60
 """
 API_SERVER = """
 [service.model.api]
@@ -46,6 +46,30 @@ name = "{name}"
 provider = "{provider}"
 api_base = "{api_base}"
 api_key = "none"
+"""
+
+WEB_SERVER = """
+[system]
+language = "en"
+[service.web]
+host = "127.0.0.1"
+port = {port}
+light = true
+controller_addr = "{controller}"
+remote_embedding = true
+remote_rerank = true
+[service.web.database]
+type = "sqlite"
+path = "{folder}/pilot/meta_data/dbgpt.db"
+[rag.storage.vector]
+type = "chroma"
+persist_path = "{folder}/pilot/data"
+[[models.embeddings]]
+name = "vectors"
+provider = "proxy/openai"
+[[models.rerankers]]
+name = "ranks"
+provider = "proxy/openapi"
 """
 
 
@@ -104,8 +128,12 @@ def wait_for(started: Part, probe: str) -> None:
         RuntimeError: it has ended, or takes too long.
     """
     end = time.monotonic() + _STARTED_S
-    while time.monotonic() < end and started.process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(started.url + probe, timeout=5):
+    while (left := end - time.monotonic()) > 0 and started.process.poll() is None:
+        # Without a short limit: an answer can take long, and longer beside that to another probe.
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(started.url + probe, timeout=left),
+        ):
             return
         time.sleep(0.1)
     raise RuntimeError(f"{started.url} does not answer:\n{started.log.read_text()[-2000:]}")
@@ -122,6 +150,13 @@ def api_server(folder: Path, controller: str) -> contextlib.AbstractContextManag
     port = free_port()
     text = API_SERVER.format(port=port, controller=controller)
     return part(folder, "apiserver", text, port, "/api/v1/models")
+
+
+def web_server(folder: Path, controller: str) -> contextlib.AbstractContextManager[Part]:
+    """Run the web server, whose models are those of the cluster with this controller."""
+    port = free_port()
+    text = WEB_SERVER.format(port=port, controller=controller, folder=folder)
+    return part(folder, "webserver", text, port, "/api/v1/model/types")
 
 
 def own_worker(

@@ -116,7 +116,9 @@ def choices(options: argparse.Namespace, settings: Settings) -> Tuned:
     # The last one of an engine is its fastest.
     alone = {
         trial.engine: Choice(
-            trial.engine, trial.options, engines.prepared(trial.engine, file, home).path
+            trial.engine,
+            trial.options,
+            engines.prepared(trial.engine, file, home, trial.options).path,
         )
         for trial in sound
         if trial.engine in OWN and trial.rate(1)

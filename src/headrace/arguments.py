@@ -19,6 +19,7 @@ from headrace.api.messages import (
     to_messages,
     to_tools,
 )
+from headrace.core.adapter import SEPARATOR
 from headrace.core.constraint import ANY_FORM, AnyForm, Constraint, constraint_of
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import EmbedResult
@@ -46,6 +47,8 @@ def request(
         InvalidRequest: an option is unknown, or a value has the wrong type or range.
     """
     arguments = given(options, GenerateOptions.__annotations__)
+    if adapter := arguments.pop("adapter", None):
+        model = f"{model}{SEPARATOR}{adapter}"
     sampling = {name: arguments.pop(name) for name in _SAMPLING & arguments.keys()}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = (sampling["stop"],)

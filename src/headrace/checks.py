@@ -22,6 +22,23 @@ def verify(spec: ModelSpec) -> None:
             f"{spec.tool_format} is none of {', '.join(FAMILIES)}.", param="tool_format"
         )
     _check_task(spec)
+    _check_adapters(spec)
+
+
+def _check_adapters(spec: ModelSpec) -> None:
+    """Check that what is to run a model can have adapters.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not spec.adapters:
+        return
+    if is_remote(spec.model):
+        raise ConfigError("A model at another service has its adapters there.", param="adapters")
+    if spec.task not in {None, "generate"}:
+        raise ConfigError("Adapters go with the task generate.", param="adapters")
+    if spec.engine is not None:
+        engine_registry.check_able(spec.engine, "adapters")
 
 
 def _check_task(spec: ModelSpec) -> None:

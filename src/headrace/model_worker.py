@@ -59,6 +59,7 @@ class AsyncModelWorker:
     `model` is a configured name, an alias, a reference or a whole specification. `arguments`
     are settings of the model (`engine`, `device`, `context_length`, ...) and options of its
     engine; they override the environment and the file. With `isolate=False` no process is made.
+    `name` is that of the model's names which requests use, if it is not `model`.
 
     Raises:
         ConfigError: a setting is unknown or wrong.
@@ -71,6 +72,7 @@ class AsyncModelWorker:
         config: Config | None = None,
         isolate: bool = True,
         on_progress: OnProgress | None = None,
+        name: str = "",
         **arguments: Unpack[ModelOptions],
     ) -> None:
         if isinstance(model, ModelSpec):
@@ -80,7 +82,9 @@ class AsyncModelWorker:
         else:
             settings = runtime.load_settings()
             self.spec = settings.model_spec(model, arguments)
+            name = model
             config = config or _with_library_defaults(settings)
+        self._name = name if name in self.spec.names else self.spec.name
         self._config = config
         self._isolate = isolate
         self._on_progress = on_progress
@@ -209,7 +213,11 @@ class AsyncModelWorker:
         Raises:
             InvalidRequest: an option is unknown or wrong.
         """
-        return self._ask(arguments.request(self.spec.name, prompt, messages, options))
+        return self._ask(arguments.request(self._named(options), prompt, messages, options))
+
+    def _named(self, options: GenerateOptions) -> str:
+        # The name of an adapter follows that of the model, and no alias.
+        return self.spec.name if options.get("adapter") else self._name
 
     async def generate(
         self,
@@ -241,7 +249,7 @@ class AsyncModelWorker:
         if isinstance(inputs, str):
             raise InvalidRequest("Give a list of texts.", param="inputs")
         texts = tuple(item if isinstance(item, str) else tuple(item) for item in inputs)
-        body = {"inputs": texts, "model": self.spec.name}
+        body = {"inputs": texts, "model": self._name}
         body |= arguments.given(options, EmbedOptions.__annotations__)
         return await collect_vectors(self._ask(arguments.built(EmbedRequest, body)))
 
@@ -253,7 +261,7 @@ class AsyncModelWorker:
         Raises:
             InvalidRequest: an option is unknown or wrong.
         """
-        body = {"query": query, "documents": documents, "model": self.spec.name}
+        body = {"query": query, "documents": documents, "model": self._name}
         body |= arguments.given(options, RerankOptions.__annotations__)
         return await collect_ranking(self._ask(arguments.built(RerankRequest, body)))
 
@@ -266,7 +274,7 @@ class AsyncModelWorker:
     ) -> TokenCount:
         """Count the tokens of a text, or of messages in the template. Does not wait for a slot."""
         count_request = CountRequest(
-            text=text, messages=arguments.turns(messages), add_special=add_special
+            model=self._name, text=text, messages=arguments.turns(messages), add_special=add_special
         )
         return await collect_count(self._ask(count_request))
 

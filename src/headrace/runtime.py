@@ -24,7 +24,7 @@ from headrace.keys.keeper import Keeper
 from headrace.listing import list_library
 from headrace.log import LogSettings
 from headrace.machine import SystemInfo, confine
-from headrace.models import library
+from headrace.models import adapter, library
 from headrace.models.inspect import inspect
 from headrace.models.providers import PROVIDERS, Provider
 from headrace.models.reference import (
@@ -125,7 +125,10 @@ def resolver(config: Config) -> Resolve:
     """Return a function that finds a model's file and engine; it downloads, and blocks."""
 
     def resolve(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
-        return _worker_spec(spec, model_file(spec, config, on_progress), config, on_progress)
+        file = model_file(spec, config, on_progress)
+        worker_spec = _worker_spec(spec, file, config, on_progress)
+        adapters = adapter.fetched(spec.adapters, file, store(config), on_progress)
+        return msgspec.structs.replace(worker_spec, adapters=tuple(adapters))
 
     return resolve
 
@@ -366,7 +369,12 @@ def _reference(spec: ModelSpec) -> Reference:
 def _engine(spec: ModelSpec, file: ModelFile, config: Config) -> tuple[str, str]:
     if file.provider is None or spec.engine is not None:
         name, reason = engine_registry.choose(
-            file, spec.engine, task=spec.task, device=spec.device, options=spec.options
+            file,
+            spec.engine,
+            task=spec.task,
+            device=spec.device,
+            options=spec.options,
+            able=frozenset({"adapters"} if spec.adapters else ()),
         )
         is_automatic = spec.engine is None
         return name, reason + (measured.proposal(config.home, file, name) if is_automatic else "")

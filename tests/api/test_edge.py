@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 from tests.api.fakes import CHAT, FakeAdmin, FakeBackend, chat, client, hello
 
 from headrace.api import limits
-from headrace.api.app import create_app
+from headrace.api.app import ADMIN_ROUTES, ROUTES, create_app
+from headrace.api.batch.routes import BatchRoutes
 from headrace.api.limits import ApiSettings
 from headrace.config import hash_key
 from headrace.core.errors import ConfigError
@@ -57,6 +59,26 @@ async def test_every_route_but_health_needs_the_key(path: str) -> None:
         assert (await http.get(path)).status_code == 401
         for open_path in ("/health", "/health/live", "/health/ready"):
             assert (await http.get(open_path)).status_code == 200
+
+
+async def test_no_route_passes_without_a_key() -> None:
+    """Issue 14: in whatever dialect, each refuses in its form, and before the body is read."""
+    backend = FakeBackend()
+    open_paths = {"/", "/health", "/health/live", "/health/ready"}
+    routes = (*ROUTES, *ADMIN_ROUTES, *BatchRoutes(None).routes())
+    closed = [route for route in routes if route.path not in open_paths]
+    app = create_app(backend, ApiSettings(**KEYS), admin=FakeAdmin(), batches="off")
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+        for route in closed:
+            path = re.sub(r"\{\w+(:path)?\}", "m", route.path)
+            answer = await http.request(route.method, path, content=b"{")
+            body = answer.json()
+            assert answer.status_code == 401, path
+            error = body["error"]
+            assert "key" in (error if path.startswith("/api/") else error["message"]), path
+            assert ("request_id" in body) == path.startswith("/v1/messages"), path
+    assert backend.requests == []
 
 
 async def test_all_keys_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

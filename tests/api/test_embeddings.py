@@ -68,7 +68,7 @@ async def test_all_forms_of_input(given: Any, inputs: Any) -> None:
         ({}, (None, None)),
     ],
 )
-async def test_what_the_texts_are_for(given: dict[str, str], expected: Any) -> None:
+async def test_what_the_texts_are_for(given: dict[str, Any], expected: Any) -> None:
     """Issue 17.6: in the words of sentence-transformers, Cohere, Voyage and Jina."""
     backend = FakeBackend()
     assert (await post(backend, **given)).status_code == 200

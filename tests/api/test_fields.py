@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[tuple[str, Any], ...]] = {
         ("add_generation_prompt", False), ("use_beam_search", True), ("max_completion_tokens", 4),
     ),
     "/v1/responses": (
-        ("previous_response_id", "resp_1"), ("conversation", "c"), ("background", True),
+        ("conversation", "c"), ("background", True),
         ("stop", "x"), ("prompt", {"id": "p"}), ("messages", []), ("response_format", {}),
         ("json_schema", {"type": "null"}), ("thinking", {"type": "enabled"}), ("n", 2),
     ),

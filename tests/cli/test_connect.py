@@ -84,6 +84,9 @@ def test_what_files_have() -> None:
     env = made("claude-code")[2]["env"]
     assert env["ANTHROPIC_BASE_URL"] == URL
     assert env["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "65536"
+    env = made("copilot", needs_key=True)[0].env
+    assert env["COPILOT_PROVIDER_API_KEY"] == "$HEADRACE_API_KEY"
+    assert env["COPILOT_PROVIDER_MAX_PROMPT_TOKENS"] == "49152"
     models = made("continue")[2]["models"]
     assert [model["capabilities"] for model in models] == [["tool_use"], ["image_input"]]
     assert models[0]["defaultCompletionOptions"] == {"contextLength": 65_536}

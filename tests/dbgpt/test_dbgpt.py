@@ -21,7 +21,7 @@ from tests.service.serving import Service, served
 
 from headrace import config
 
-pytestmark = [pytest.mark.clients, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.clients, pytest.mark.timeout(900)]
 
 CONFIGURATION = """
 [models.smollm2]
@@ -235,9 +235,35 @@ def test_its_client(cluster: Cluster) -> None:
     assert metrics["start_time_ms"] <= metrics["first_token_time_ms"] <= metrics["end_time_ms"]
 
 
+def test_its_web_server(cluster: Cluster) -> None:
+    """Issue 14.5: its pages list the models, chat with them, and stop and start them."""
+    order = {"host": "127.0.0.1", "port": cluster.port, "model": "slow", "worker_type": "llm"}
+    asked = {"model": "smollm2", "messages": "Name a river in Africa.", "chat_mode": "chat_normal"}
+    with (
+        parts.web_server(cluster.folder, cluster.controller.url) as web,
+        httpx.Client(base_url=web.url, timeout=120) as page,
+    ):
+
+        def is_healthy() -> bool:
+            rows = page.get("/api/v2/serve/model/models").json()["data"]
+            return next(row["healthy"] for row in rows if row["model_name"] == "slow")
+
+        listed = page.get("/api/v1/model/types").json()["data"]
+        assert {"smollm2", "slow", "thinker"} <= {*listed}
+        body = {**asked, "stream": True, "max_new_tokens": 12}
+        lines = page.post("/api/v2/chat/completions", json=body).text.split("\n")
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert "".join(chunk["choices"][0]["delta"]["content"] or "" for chunk in chunks)
+        for path, healthy in (("models/stop", False), ("models", True)):
+            done = page.post(f"/api/v2/serve/model/{path}", json={**order, "params": {}})
+            assert done.json()["success"], done.text
+            until(lambda wanted=healthy: is_healthy() is wanted)
+
+
 def test_a_worker_that_dies_while_it_streams(cluster: Cluster, client: openai.OpenAI) -> None:
     """Issue 14, what it must show 3: the answer goes on at a new process, without a repetition."""
-    text = "The quick brown fox jumps over the lazy dog. " * 3
+    # 40 characters a second: it runs long enough to be killed on a busy machine too.
+    text = "The quick brown fox jumps over the lazy dog. " * 10
     stream = client.chat.completions.create(model="slow", messages=user(text), stream=True)
     got = ""
     killed = False

@@ -11,6 +11,7 @@ from tests.pool.rig import Machine, answer, ask, clock, pool, run, spec
 
 from headrace.core.errors import QueueFull
 from headrace.core.request import GenerateRequest
+from headrace.pool.admin import status_of
 from headrace.pool.policy import Candidate, left_for_batch
 from headrace.pool.pool import Pool
 from headrace.pool.queue import Queue, Ticket
@@ -122,13 +123,18 @@ def test_that_a_batch_is_not_starved() -> None:
 
 
 def test_that_a_batch_does_not_fill_the_queue() -> None:
-    """Issue 14.6: each class has its own places."""
+    """Issue 14.6: each class has its own places, and the places that are left are never below 0."""
 
     async def main() -> None:
         served = pool(Machine(), spec(max_running=1, max_queued=2))
-        await loaded(served)
+        entry = served.entries["a"]
+        loading = begin(served, *(ask() for _ in range(3)))
+        await asyncio.sleep(0)
+        assert (len(entry.queue), status_of(entry).places) == (3, 0)
+        await asyncio.gather(*loading)
         waiting = begin(served, *(batch() for _ in range(3)))
         await asyncio.sleep(0)
+        assert (len(entry.queue), status_of(entry).places) == (2, 2)
         with pytest.raises(QueueFull, match="2 requests wait") as caught:
             await answer(served, batch())
         assert caught.value.retry_after_s

@@ -51,7 +51,7 @@ LOCKED = {
 }
 NOT_RUN = {
     "home-assistant": "not run: a whole system; the `ollama` package that it uses is below",
-    "vscode": "not run: an editor, in no package index",
+    "vscode": "not run: an editor, in no package index; the Copilot CLI is above",
     "langchain": "as below",
 }
 # The proxy is a client of `headrace connect`, the package another.

@@ -37,6 +37,7 @@ class Program(NamedTuple):
 PROGRAMS = {
     "codex": Program(("exec", "--skip-git-repo-check"), ("exec_command", "cmd", "cat {}")),
     "claude-code": Program(("-p",), ("Read", "file_path", "{}")),
+    "copilot": Program(("-p",), ("view", "path", "{}"), ("--allow-all-tools",)),
     "opencode": Program(("run",), ("read", "filePath", "{}")),
     "qwen-code": Program(("-p",), ("read_file", "file_path", "{}"), ("-y",)),
     "continue": Program(("-p",), ("Read", "filepath", "{}")),
@@ -48,7 +49,7 @@ EXECUTABLES = {"claude-code": "claude", "continue": "cn", "qwen-code": "qwen"}
 
 def version_of(client: str, environ: dict[str, str]) -> str:
     done = run((EXECUTABLES.get(client, client), "--version"), environ, PREFIX)
-    match = re.search(r"\d+\.\d+[\w.]*", done)
+    match = re.search(r"\d+(?:\.\w+)+", done)
     assert match, done
     return match[0]
 

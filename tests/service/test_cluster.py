@@ -138,12 +138,12 @@ def _free_port() -> int:
 class Stream(threading.Thread):
     """A streamed answer, and the longest time without a part of it."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, words: int = WORDS) -> None:
         super().__init__(daemon=True)
         self.client = cluster.client
         # A prompt that a node had before would go there again.
         number = next(_numbers)
-        self.prompt = " ".join(f"{number}.{word}" for word in range(WORDS))
+        self.prompt = " ".join(f"{number}.{word}" for word in range(words))
         self.text, self.gap_s = "", 0.0
         self.begun = threading.Event()
         self.error: Exception | None = None

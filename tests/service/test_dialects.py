@@ -173,6 +173,8 @@ def test_errors_of_responses(their: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="send the earlier items") as refused:
         their.responses.create(model="echo", input="x", previous_response_id="resp_1")
     assert refused.value.param == "previous_response_id"
+    # By this code, clients such as VS Code's send the whole conversation.
+    assert refused.value.code == "previous_response_not_found"
     with pytest.raises(openai.NotFoundError):
         their.responses.retrieve("resp_1")
     with pytest.raises(openai.BadRequestError) as long:

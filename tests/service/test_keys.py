@@ -152,6 +152,31 @@ def test_all_dialects_keep_to_the_limits(
         assert client.get("/v1/models/other").status_code == 404
 
 
+def test_only_the_models_of_a_key_are_shown(keys: Keys) -> None:
+    """Issue 14.3 and 16.1 Keys: other models are not there, in whatever form they are listed."""
+    with keys.client(keys.create(("echo",))) as client:
+        theirs = {"anthropic-version": "2023-06-01"}
+        for headers in ({}, theirs):
+            listed = client.get("/v1/models", headers=headers).json()
+            assert [card["id"] for card in listed["data"]] == [listed["last_id"]] == ["echo"]
+            for name, status in (("echo", 200), ("other", 404), ("none", 404)):
+                assert client.get(f"/v1/models/{name}", headers=headers).status_code == status
+        for path in ("/api/tags", "/api/ps"):
+            assert [model["name"] for model in client.get(path).json()["models"]] == ["echo:latest"]
+        hidden = client.post("/api/show", json={"model": "other"})
+        absent = client.post("/api/show", json={"model": "none"})
+        assert client.post("/api/show", json={"model": "echo:latest"}).status_code == 200
+        assert (hidden.status_code, absent.status_code) == (404, 404)
+        assert hidden.json() == absent.json()
+        assert client.get("/props").json()["model_alias"] == "echo"
+        assert client.get("/props?model=other").status_code == 404
+    with keys.client(keys.create(("other",))) as client:
+        assert client.get("/api/ps").json()["models"] == []
+        assert client.get("/props").json()["model_alias"] == "other"
+    names = {model["name"] for model in keys.admin.get("/api/tags").json()["models"]}
+    assert names == {"echo:latest", "other:latest", "vectors:latest"}
+
+
 def test_the_anthropic_package(keys: Keys) -> None:
     """Issue 16.1 Keys: Anthropic's names in /v1/messages."""
     key = keys.create(requests_per_day=1)

@@ -142,6 +142,16 @@ def test_a_call_its_result_and_the_answer(client: ollama.Client) -> None:
     assert "22 degrees" in (second.message.content or "")
 
 
+def test_a_result_whose_call_is_not_there(client: ollama.Client) -> None:
+    """Issue 14.3: Home Assistant keeps the last turns, which may begin with a tool's."""
+    call = {"function": {"name": "get_weather", "arguments": {}}}
+    result = {"role": "tool", "tool_name": "get_weather", "content": "22 degrees"}
+    asked: list[Any] = [*user("Hello"), {"role": "assistant", "tool_calls": [call]}]
+    for messages in ([result], [*asked, result, result], [*asked, {**result, "tool_name": "x"}]):
+        answer = client.chat("echo", messages, tools=[WEATHER])
+        assert "22 degrees" in (answer.message.content or "")
+
+
 def test_a_cut_call_is_none(service: Service, client: ollama.Client) -> None:
     lines = client.chat(
         "echo", user(CALL), tools=[WEATHER], stream=True, options={"num_predict": 60}
@@ -275,7 +285,7 @@ def test_errors_have_ollamas_form(client: ollama.Client, service: Service) -> No
     for path, body in (
         ("/api/chat", {"model": "echo", "messages": user("x"), "options": {"top_p": 9}}),
         ("/api/chat", {"messages": user("x")}),
-        ("/api/chat", {"model": "echo", "messages": [{"role": "tool", "content": "x"}]}),
+        ("/api/chat", {"model": "echo", "messages": [{"role": "tools", "content": "x"}]}),
         ("/api/generate", {"model": "echo", "prompt": "x", "template": "{{ .Prompt }}"}),
         ("/api/create", {"model": "x"}),
         ("/api/nothing", {}),

@@ -41,7 +41,7 @@ BUSY = ModelStatus(
     running=2,
     max_running=4,
     queued=3,
-    max_queued=64,
+    places=61,
     restarts=5,
     evictions=6,
     continuations=7,
@@ -218,7 +218,7 @@ def test_the_pool_is_read_when_it_is_asked_for() -> None:
     assert value("headrace_requests_running", model="m") == 2
     assert value("headrace_requests_queued", model="m") == 3
     assert value("headrace_slots", model="m") == 4
-    assert value("headrace_queue_places", model="m") == 64
+    assert value("headrace_queue_places", model="m") == 61
     assert value("headrace_model_restarts_total", model="m") == 5
     assert value("headrace_model_evictions_total", model="m") == 6
     assert value("headrace_model_continuations_total", model="m") == 7

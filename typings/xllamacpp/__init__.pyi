@@ -9,6 +9,11 @@ class CommonParams:
     def __getattr__(self, name: str) -> Any: ...
     def __setattr__(self, name: str, value: Any) -> None: ...
 
+class CommonAdapterLoraInfo:
+    """A LoRA adapter: its file, and its scale where a request names none."""
+
+    def __init__(self, path: str = "", scale: float = 1.0) -> None: ...
+
 class Server:
     """One loaded model and its slots."""
 

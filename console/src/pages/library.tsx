@@ -2,7 +2,7 @@
 
 import { useEffect, useMemo, useState } from "preact/hooks";
 
-import { getJson, isAbort, lines, messageOf, send } from "../api";
+import { ApiError, getJson, isAbort, lines, messageOf, send } from "../api";
 import { bytes, compact, count } from "../format";
 import { refresh } from "../overview";
 import { check } from "../session";
@@ -14,20 +14,22 @@ const FIRST = 12;
 
 export function Library({ plan }: { plan: (model: string) => void }) {
   const [entries, setEntries] = useState<LibraryEntry[] | null>(null);
-  const [problem, setProblem] = useState<string | null>(null);
+  const [problem, setProblem] = useState<Error | null>(null);
   const [round, setRound] = useState(0);
   useEffect(() => {
     const call = new AbortController();
     getJson<{ data: LibraryEntry[] }>("/admin/library", call.signal).then(
       ({ data }) => (setEntries(data), setProblem(null)),
-      (error) => isAbort(error) || setProblem(messageOf(error)),
+      (error) => isAbort(error) || setProblem(error),
     );
     return () => call.abort();
   }, [round]);
   return (
     <section aria-label="Library">
       <h2>Library {entries && <span class="faint">{entries.length} models</span>}</h2>
-      {problem && <Problem text={problem} again={() => setRound(round + 1)} />}
+      {/* The front of a cluster has none, which is no failure. */}
+      {problem instanceof ApiError && problem.status === 400 && <Empty title="There is no library here">{problem.message}</Empty>}
+      {problem && !(problem instanceof ApiError && problem.status === 400) && <Problem text={messageOf(problem)} again={() => setRound(round + 1)} />}
       {!entries && !problem && <Loading />}
       {entries && <Filtered entries={entries} plan={plan} pulled={() => setRound(round + 1)} />}
     </section>

@@ -13,7 +13,7 @@ _OF_CHATS: Peers = {
     **refused("suffix", ""),
 }
 
-_STATELESS = "This server keeps no responses: send the earlier items in input"
+STATELESS = "This server keeps no responses: send the earlier items in input"
 
 _OF_RESPONSES = frozenset(
     ["metadata", "safety_identifier", "prompt_cache_key", "store", "user", "max_output_tokens"]
@@ -22,7 +22,7 @@ _OF_RESPONSES = frozenset(
 RESPONSES: Peers = {
     **{name: peer for name, peer in GENERATE.items() if name not in _OF_RESPONSES},
     **_OF_CHATS,
-    **refused("previous_response_id conversation", instead=_STATELESS),
+    **refused("conversation", instead=STATELESS),
     **refused("background", False),
     **refused("prompt moderation"),
     # What is kept, cached, counted or shortened.

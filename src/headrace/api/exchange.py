@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -68,10 +68,13 @@ class Service:
             self.settings = replace(self.settings, needs_key=True)
         return self.settings, keys
 
-    def may_use(self, call: Call, info: ModelInfo) -> bool:
-        """Whether the key of a call may use a model."""
+    def models(self, call: Call) -> Sequence[ModelInfo]:
+        """Return the models that the key of a call may use."""
+        infos = self.backend.models()
         account = self.keys.account(call.client) if self.keys is not None else None
-        return account is None or account.allows((info.id, *info.aliases))
+        if account is None:
+            return infos
+        return [info for info in infos if account.allows((info.id, *info.aliases))]
 
     def model_name(self, requested: str | None) -> str:
         """Return the model's name for an answer: as requested, or that of the only model."""

@@ -61,13 +61,17 @@ class Metered:
 
 
 class _Reserved(AsyncGenerator[Event, None]):
-    """A stream that reserves before it begins. An event costs no coroutine more than without."""
+    """A stream that reserves before it begins. Later events do not pass through it in a loop."""
 
     def __init__(self, metered: Metered, account: Account, request: AnyRequest) -> None:
         self._metered = metered
         self._account = account
         self._request = request
         self._stream: AsyncGenerator[Event, None] | None = None
+
+    def __aiter__(self) -> AsyncGenerator[Event, None]:
+        """Return the stream of the backend once it has begun, whose events cost nothing more."""
+        return self if self._stream is None else self._stream
 
     def __anext__(self) -> Any:
         stream = self._stream

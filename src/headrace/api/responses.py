@@ -12,6 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from headrace.api.custom_tools import CustomGrammar, check_format, custom_tool
+from headrace.api.dialect_fields import STATELESS
 from headrace.api.exchange import Call, Exchange, Service
 from headrace.api.images import ImageReader, body_limit, held
 from headrace.api.limits import ApiSettings
@@ -22,6 +23,7 @@ from headrace.api.messages import (
     tools_of,
 )
 from headrace.api.parts import check_role
+from headrace.api.problems import Problem, Refused
 from headrace.api.responses_answer import ResponseEncoder, Settings, unseal, whole
 from headrace.api.responses_body import ResponseBody
 from headrace.api.responses_request import (
@@ -74,13 +76,27 @@ _DECODER = msgspec.json.Decoder(ResponsesRequest)
 
 async def responses(service: Service, exchange: Exchange) -> None:
     """Answer a conversation with items, streamed or whole."""
-    wire = await exchange.read(_DECODER, body_limit(service, exchange.settings))
-    call = exchange.call
-    call.names = wire.names()
+    wire, call = await _read(service, exchange), exchange.call
     async with held(exchange, image_urls(wire)) as translation:
         request = await translation.run(partial(to_request, wire, exchange.settings, call))
         # The texts are not kept while the answer runs.
         await _answer(service, exchange, replace(wire, input=None), request)
+
+
+async def _read(service: Service, exchange: Exchange) -> ResponsesRequest:
+    """Read a request. One that continues a response gets OpenAI's error for one that is not kept.
+
+    Clients that know this error send all items then.
+    """
+    wire = await exchange.read(_DECODER, body_limit(service, exchange.settings))
+    exchange.call.names = wire.names()
+    if wire.previous_response_id is None:
+        return wire
+    name = "previous_response_id"
+    message = f"{name}: no such response is kept. {STATELESS}."
+    raise Refused(
+        Problem(status=400, message=message, param=name, code="previous_response_not_found")
+    )
 
 
 async def _answer(
@@ -101,8 +117,7 @@ async def _answer(
 
 async def input_tokens(service: Service, exchange: Exchange) -> None:
     """Count the tokens of a conversation with items."""
-    wire = await exchange.read(_DECODER, body_limit(service, exchange.settings))
-    exchange.call.names = wire.names()
+    wire = await _read(service, exchange)
     # Checked as for an answer, which takes the same body.
     Sampling(**scalars(wire))
     async with held(exchange, image_urls(wire)) as translation:

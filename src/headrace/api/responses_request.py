@@ -117,6 +117,7 @@ class ResponsesRequest(SamplingFields, Body, frozen=True, kw_only=True):
 
     `max_tokens` is another name of `max_output_tokens`, and both are cut to what the context has
     left. `store` and `truncation` have no effect: no response is kept, and nothing is truncated.
+    So no `previous_response_id` is known.
     """
 
     # OpenAI's seed is a signed 64-bit integer; core also takes unsigned ones.
@@ -138,6 +139,7 @@ class ResponsesRequest(SamplingFields, Body, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
     store: bool | None = None
+    previous_response_id: str | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None

@@ -12,7 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from headrace.api.anthropic_models import ModelAbilities, abilities
-from headrace.api.exchange import Exchange, Service
+from headrace.api.exchange import Call, Exchange, Service
 from headrace.core.errors import HeadraceError, UnknownModel
 from headrace.core.model import ModelInfo, State
 
@@ -22,7 +22,9 @@ _LOADABLE: frozenset[State] = frozenset({"ready", "created", "stopped"})
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """A model; requests name it by its `id` or an alias.
 
-    `base` is the model that answers, if this is a name with a preset of its own.
+    `base` is the model that answers, if this is a name with a preset or an adapter of its own, and
+    `adapter` whether it has one. `root` and `parent` are vLLM's fields: where the model or the
+    adapter is from, of a file its name, and the model that the adapter changes.
     `slots` is how many requests it runs at a time, once that is known. `prompts` are the names that
     `prompt_name` takes, of models that make embeddings.
     `type`, `display_name`, `created_at`, `max_input_tokens` and `lifecycle` are Anthropic's fields;
@@ -52,6 +54,9 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     tool_format: str | None
     prompts: list[str]
     base: str | None
+    adapter: bool
+    root: str
+    parent: str | None
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,18 +69,18 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     last_id: str | None
 
 
-async def described(service: Service, name: str = "") -> Sequence[ModelInfo]:
-    """Return all models, those that are not loaded with what their files say.
+async def described(service: Service, call: Call, name: str = "") -> Sequence[ModelInfo]:
+    """Return the models of a call, those that are not loaded with what their files say.
 
     With a name only the file of that model is read; one that cannot be read says nothing.
     """
-    read, models = service.describe, service.backend.models()
+    read, models = service.describe, service.models(call)
     for info in models if read is not None else ():
         is_wanted = not name or name == info.id or name in info.aliases
         if read is not None and is_wanted and info.format == "none" and info.state != "ready":
             with suppress(HeadraceError):
                 await read(info.id)
-    return service.backend.models()
+    return service.models(call)
 
 
 async def list_models(service: Service, exchange: Exchange) -> None:
@@ -84,8 +89,7 @@ async def list_models(service: Service, exchange: Exchange) -> None:
     card = _anthropic_card if _is_anthropic(exchange) else _card
     cards = [
         card(info, name)
-        for info in service.backend.models()
-        if service.may_use(exchange.call, info)
+        for info in service.models(exchange.call)
         for name in (info.id, *(info.aliases if more else ()))
     ]
     first, last = (cards[0].id, cards[-1].id) if cards else (None, None)
@@ -95,8 +99,8 @@ async def list_models(service: Service, exchange: Exchange) -> None:
 async def show_model(service: Service, exchange: Exchange) -> None:
     """Show one model, by its id or an alias."""
     name: str = exchange.scope["path_params"]["model_id"]
-    for info in service.backend.models():
-        if name in (info.id, *info.aliases) and service.may_use(exchange.call, info):
+    for info in service.models(exchange.call):
+        if name in (info.id, *info.aliases):
             card = _anthropic_card if _is_anthropic(exchange) else _card
             await exchange.answer(card(info, info.id))
             return
@@ -132,7 +136,15 @@ def _card(info: ModelInfo, name: str) -> ModelCard:
         tool_format=info.tool_format.get("tool calls", "").partition(":")[0] or None,
         prompts=sorted(info.prompts),
         base=info.base,
+        adapter=info.adapter is not None,
+        root=_root(info.adapter or info.source),
+        parent=info.base if info.adapter else None,
     )
+
+
+def _root(reference: str) -> str:
+    """Return a reference without the folders of this machine."""
+    return reference.rpartition("/")[2] if reference.startswith(("/", ".", "~")) else reference
 
 
 class Health(msgspec.Struct, frozen=True):

@@ -155,7 +155,7 @@ def _specs(settings: Settings, models: Collection[str]) -> list[ModelSpec]:
     specs = {spec.name: spec for spec in wanted(settings, names)}
     for name in names:
         spec = specs[settings.model_spec(name).name]
-        known = (spec.name, *spec.aliases, *spec.presets)
+        known = spec.names
         more = () if name in known else (name,)
         specs[spec.name] = msgspec.structs.replace(spec, aliases=(*spec.aliases, *more))
     return [*specs.values()]

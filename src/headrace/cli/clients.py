@@ -104,6 +104,23 @@ def _claude_run(target: Target, folder: Path) -> Setup:
     return Setup((), {**_claude_env(target), "ANTHROPIC_AUTH_TOKEN": target.secret}, ("claude",))
 
 
+def _copilot(target: Target, home: Path) -> Setup:
+    del home
+    env = {
+        "COPILOT_PROVIDER_BASE_URL": target.v1,
+        "COPILOT_PROVIDER_API_KEY": target.secret,
+        # In chats it sends parameters of its own, over those of the model.
+        "COPILOT_PROVIDER_WIRE_API": "responses",
+        "COPILOT_MODEL": target.main.id,
+        "COPILOT_OFFLINE": "true",
+    }
+    if size := target.main.context_length:
+        output = max(1, size // 4)
+        env["COPILOT_PROVIDER_MAX_PROMPT_TOKENS"] = str(max(1, size - output))
+        env["COPILOT_PROVIDER_MAX_OUTPUT_TOKENS"] = str(output)
+    return Setup((), env, ("copilot",))
+
+
 def _opencode_config(target: Target) -> dict[str, Any]:
     def described(card: Card) -> dict[str, Any]:
         about: dict[str, Any] = {"name": card.id, "tool_call": card.calls_tools}
@@ -321,6 +338,10 @@ CLIENTS: dict[str, Connection] = {
     "claude-code": Connection(
         *("Claude Code", "/v1/messages", "a file of settings of its own"),
         *(_claude, _claude_run, True, 12_400),
+    ),
+    "copilot": Connection(
+        *("GitHub Copilot CLI", "/v1/responses", "variables"),
+        *(_copilot, _copilot, True, 11_000),
     ),
     "opencode": Connection(
         *("opencode", "/v1/chat/completions", "a provider in its configuration"),

@@ -154,7 +154,10 @@ def _text(path: Path) -> str:
         raise ConfigError("it is not UTF-8.") from None
 
 
+_NOTES = ("FROM", "ADAPTER")
+
+
 def _written(row: dict[str, Any]) -> Iterator[str]:
     yield f"Wrote {', '.join(row['settings'])} of {row['name']} into {row['file']}."
     for instruction, reason in row["left_out"].items():
-        yield f"{'Note' if instruction == 'FROM' else 'Left out'}: {instruction}: {reason}."
+        yield f"{'Note' if instruction in _NOTES else 'Left out'}: {instruction}: {reason}."

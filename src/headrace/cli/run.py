@@ -133,8 +133,9 @@ def run(
         flag = "--local" if local else named[0]
         raise ConfigError(f"flag {flag} is for a model that is loaded here, not at --url.")
     spec = None if local or named else remote.served(settings, model, url)
-    spec = spec or settings.model_spec(model or settings.config.default_model)
-    asyncio.run(_run(common, settings, spec, question, figures=figures))
+    name = model or settings.config.default_model
+    spec = spec or settings.model_spec(name)
+    asyncio.run(_run(common, settings, spec, question, name=name, figures=figures))
 
 
 @dataclass(frozen=True)
@@ -192,16 +193,24 @@ def _text(words: Sequence[str]) -> str | None:
 
 
 async def _run(
-    common: Common, settings: Settings, spec: ModelSpec, question: _Question, *, figures: bool
+    common: Common,
+    settings: Settings,
+    spec: ModelSpec,
+    question: _Question,
+    *,
+    name: str,
+    figures: bool,
 ) -> None:
     if question.text is None:
         if common.as_json or question.raw or question.images or not streams.is_terminal():
             raise InvalidRequest("There is no prompt: give one as an argument or on stdin.")
         sampling = question.sampling
-        await chat(settings, spec, system=question.system, sampling=sampling, figures=figures)
+        await chat(
+            settings, spec, name=name, system=question.system, sampling=sampling, figures=figures
+        )
         return
     request = question.request()
-    async with loaded(settings, spec) as worker:
+    async with loaded(settings, spec, name) as worker:
         if common.as_json:
             terminal.print_json(await _as_json(worker, spec, request))
             return
@@ -231,6 +240,7 @@ async def chat(
     settings: Settings,
     spec: ModelSpec,
     *,
+    name: str = "",
     system: str | None = None,
     sampling: Mapping[str, Any] | None = None,
     figures: bool = True,
@@ -240,11 +250,11 @@ async def chat(
     from headrace.cli.chat import Chat, Conversation
 
     shown = for_chat()
-    title = spec.name + _place(spec, " at")
+    title = (name if name in spec.names else spec.name) + _place(spec, " at")
     options = dict(sampling or {})
     thinking = options.pop("thinking", None)
     conversation = Conversation(title, system=system, sampling=options, thinking=thinking)
-    async with loaded(settings, spec) as worker:
+    async with loaded(settings, spec, name) as worker:
 
         async def answer(parts: list[str]) -> str:
             return summary(await written(worker, conversation.request(), parts, shown))
@@ -272,13 +282,20 @@ async def _as_json(
 
 
 @contextlib.asynccontextmanager
-async def loaded(settings: Settings, spec: ModelSpec) -> AsyncGenerator[AsyncModelWorker]:
-    """Yield a worker that is ready; on a terminal, show the progress of download and load."""
+async def loaded(
+    settings: Settings, spec: ModelSpec, name: str = ""
+) -> AsyncGenerator[AsyncModelWorker]:
+    """Yield a worker that is ready, for one of the names of its model.
+
+    On a terminal the progress of download and load is shown.
+    """
     from headrace.model_worker import AsyncModelWorker
 
     with contextlib.ExitStack() as bar:
         report = bar.enter_context(terminal.progress())
-        worker = AsyncModelWorker.from_spec(spec, config=settings.config, on_progress=report)
+        worker = AsyncModelWorker.from_spec(
+            spec, name=name, config=settings.config, on_progress=report
+        )
         async with contextlib.aclosing(worker):
             await worker.start()
             bar.close()

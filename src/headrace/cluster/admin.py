@@ -245,6 +245,7 @@ class ClusterAdmin:
             memory=dict(memory),
             running=sum(status.running for status in statuses),
             queued=sum(status.queued for status in statuses),
+            places=sum(status.places for status in statuses),
             max_running=sum(status.max_running or 0 for _, status in loaded) or best.max_running,
             restarts=sum(status.restarts for status in statuses),
             evictions=sum(status.evictions for status in statuses),

@@ -96,8 +96,9 @@ class Reporter:
 
 def _steady(model: ModelStatus) -> ModelStatus:
     replicas = tuple(map(_steady_replica, model.replicas))
+    moving = {"running": 0, "queued": 0, "places": 0, "done": 0}
     return msgspec.structs.replace(
-        model, replicas=replicas, memory={}, running=0, queued=0, until=None, last_used=None, done=0
+        model, replicas=replicas, memory={}, until=None, last_used=None, **moving
     )
 
 

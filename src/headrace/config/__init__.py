@@ -150,7 +150,7 @@ class Settings:
     def resolve(self, name: str) -> tuple[str, str]:
         """Return name and reference of a configured model, an alias, or a bare reference."""
         for key, model in self.config.models.items():
-            if name == key or name in model.aliases or name in model.presets:
+            if name in model.names:
                 return key, key
         return short_name(name, self._sources.upstreams), name
 
@@ -244,7 +244,7 @@ def _model(read: _Sources, name: str, reference: str, given: Layer) -> tuple[Mod
         checked = check.build(ModelSettings, layer, prefix)
     sources.raise_all(errors)
     assert checked is not None, "or its error was raised"
-    spec = ModelSpec(name=name, **checked.model_dump())
+    spec = ModelSpec(name=name, **{key: getattr(checked, key) for key in SETTINGS})
     if spec.base is not None:
         origin = layer["base"].origin
         raise ConfigError(f"{origin}: base is the key of a table of a file.", param="base")
@@ -370,7 +370,7 @@ def load(
 def _distinct(models: Mapping[str, ModelSpec], path: Path | None) -> None:
     seen = dict.fromkeys(models, "a model")
     for name, model in models.items():
-        for alias in (*model.presets, *model.aliases):
+        for alias in model.names[1:]:
             if not sources.is_name(alias):
                 raise ConfigError(
                     f"file {path}: models.{name}.aliases: {alias!r}: {sources.NAMES}.",

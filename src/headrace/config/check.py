@@ -96,6 +96,7 @@ def _validated(kind: type[BaseModel], name: str, given: Any) -> Any:
     return checked if type(checked) in _PLAIN or isinstance(checked, SecretStr) else raw
 
 
+_RELATIVE = ("./", "../", "~")
 _LOCAL = ("api_key", "api_key_env", "base_url", "mmproj", "executable", "arguments")
 
 
@@ -119,16 +120,34 @@ def located(layer: Layer) -> Layer:
         if key == "cluster.tls" and isinstance(value.value, dict):
             resolved[key] = value._replace(value=_files(value))
             continue
+        if key == "adapters" and isinstance(value.value, dict):
+            resolved[key] = value._replace(value=_sources(value))
+            continue
         if not isinstance(value.value, str | Path):
             continue
         text = str(value.value)
         if key in ("home", "server.state", "cluster.token_file") or (
-            key == "model" and text.startswith(("./", "../", "~"))
+            key == "model" and text.startswith(_RELATIVE)
         ):
             resolved[key] = value._replace(value=str(value.base / expanded(text, ConfigError)))
         elif key == "chat_template" and text.startswith("@"):
             resolved[key] = value._replace(value=_template(value, text[1:]))
     return resolved
+
+
+def _sources(value: Value) -> dict[str, object]:
+    """Return adapters with the relative paths among their sources resolved."""
+    adapters = cast("dict[str, Any]", value.value)
+    return {name: _with_source(value.base, adapter) for name, adapter in adapters.items()}
+
+
+def _with_source(base: Path, adapter: Any) -> Any:
+    if isinstance(adapter, dict):
+        table = cast("dict[str, Any]", adapter)
+        return {**table, "source": _with_source(base, table.get("source"))}
+    if isinstance(adapter, str) and adapter.startswith(_RELATIVE):
+        return str(base / expanded(adapter, ConfigError))
+    return adapter
 
 
 def _files(value: Value) -> dict[str, str]:

@@ -36,6 +36,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `traceparent` and `tracestate` are the W3C context of the caller's span; each layer that makes
     a span passes on its own.
+
+    `adapter` is that of the model which `model` names, set where the name is looked up.
     """
 
     model: str = ""
@@ -48,6 +50,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     lengthens: bool = False
     traceparent: str = ""
     tracestate: str = ""
+    adapter: str = ""
     id: str = msgspec.field(default_factory=new_id)
     received: float = msgspec.field(default_factory=time.monotonic)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_origin, get_type_hin
 
 import msgspec
 
+from headrace.core.adapter import Adapter, adapters_by_name, checked_adapters, names_of
 from headrace.core.constraint import TextForm
 from headrace.core.device import device_text
 from headrace.core.sampling import checked_defaults
@@ -194,6 +195,14 @@ class ModelSpec(Preset, frozen=True, kw_only=True, omit_defaults=True):
         Task | None,
         Setting("generate, embed or rerank; else by the model's header", traced=True),
     ] = None
+    adapters: Annotated[
+        dict[str, Adapter],
+        Setting(
+            "LoRA adapters: NAME = reference, or {source, scale, name}",
+            single=True,
+            parse=checked_adapters,
+        ),
+    ] = {}
     prompts: Annotated[
         dict[str, str],
         Setting('prompts before texts to embed, by name: {query = "query: "}'),
@@ -203,6 +212,18 @@ class ModelSpec(Preset, frozen=True, kw_only=True, omit_defaults=True):
         Setting("variables of its process beside those of all: NAME = value", parse=variables),
     ] = {}
     options: Annotated[dict[str, Any], Setting("the engine's options")] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that requests may use; one that is there twice is refused."""
+        adapters = self.adapters.items()
+        more = (name for each in adapters for name in names_of(self.name, *each))
+        return (self.name, *self.aliases, *self.presets, *more)
+
+    @property
+    def adapter_names(self) -> dict[str, str]:
+        """The adapters by each name that requests may use for them."""
+        return adapters_by_name(self.name, self.adapters)
 
 
 class PlacedSpec(ModelSpec, frozen=True, kw_only=True):
@@ -282,7 +303,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     `tools`: calls of tools, in a `generic` form where the chat template has none of its own.
     `thinking`: whether the model thinks before its answer, and requests can switch that.
     `prompt_logprobs`: of the tokens of a prompt. `infill`: it fills the gap before a suffix.
-    `vision`: messages may have images.
+    `vision`: messages may have images. `adapters`: it can be loaded with LoRA adapters.
     """
 
     sampling: frozenset[str] = frozenset()
@@ -297,6 +318,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: bool = False
     infill: bool = False
     vision: bool = False
+    adapters: bool = False
     tasks: frozenset[Task] = frozenset({"generate"})
     dimensions: int | None = None
 
@@ -321,6 +343,7 @@ ABILITIES: Mapping[str, str] = {
     "infill": "fill in the middle",
     "vision": "images",
     "resume": "continues an answer",
+    "adapters": "LoRA adapters",
 }
 """What some engines can do and others cannot: flags of Capabilities and fields of Sampling."""
 
@@ -329,7 +352,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The metadata of a served model (contract W22). Sizes are bytes; `memory` is resident.
 
     `tool_format` describes how the model writes calls and thinking, once it is loaded. `base` is
-    the model that answers for a name with a preset of its own. `prompts` precede texts to embed.
+    the model that answers for a name with a preset or an adapter of its own; `adapter` is where
+    the adapter is from. `prompts` precede texts to embed.
     """
 
     id: str
@@ -357,5 +381,6 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_ms: float | None = None
     created: int = 0
     base: str | None = None
+    adapter: str | None = None
     preset: dict[str, Any] = {}
     prompts: dict[str, str] = {}

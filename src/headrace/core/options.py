@@ -35,6 +35,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int | None
     logit_bias: Mapping[int, float] | None
     n: int | None
+    adapter: str | None
     echo: bool | None
     context_length: int | None
     json_schema: Mapping[str, Any] | None
@@ -100,9 +101,9 @@ class ModelOptions(TypedDict, total=False):
     pinned: bool | None
     enabled: bool | None
     continuation: Literal["exact", "fast", "off"] | None
+    adapters: Mapping[str, Any] | None
     nodes: Sequence[str] | None
     replicas: int | None
-    weight_type: str | None
     weights: Sequence[float] | None
     task: Literal["generate", "embed", "rerank"] | None
     options: Mapping[str, Any] | None
@@ -171,3 +172,4 @@ class ModelOptions(TypedDict, total=False):
     tokens_per_delta: int | None
     tokens_per_second: float | None
     trigger: str | None
+    weight_type: str | None

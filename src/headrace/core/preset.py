@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from headrace.core.adapter import names_of
 from headrace.core.model import PRESET_SETTINGS, ModelSpec, Preset
 from headrace.core.request import (
     AnyRequest,
@@ -28,6 +29,18 @@ def plain(preset: Preset) -> dict[str, Any]:
     """Return what a preset sets, by the names of the settings."""
     values = {name: getattr(preset, name) for name in PRESET_SETTINGS}
     return {name: value for name, value in values.items() if value not in (None, {})}
+
+
+def addressed(spec: ModelSpec, request: AnyRequest) -> AnyRequest:
+    """Return a request with what its name stands for: an adapter, and the preset of the name.
+
+    Raises:
+        InvalidRequest: as `applied`.
+    """
+    if spec.adapters and (adapter := spec.adapter_names.get(request.model)) is not None:
+        name = names_of(spec.name, adapter, spec.adapters[adapter])[0]
+        request = msgspec.structs.replace(request, adapter=adapter, model=name)
+    return applied(preset_of(spec, request.model), request)
 
 
 def applied(preset: Preset, request: AnyRequest) -> AnyRequest:

@@ -75,7 +75,10 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class RunningRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One running request. `since` is Unix time; tokens are those of all choices so far."""
+    """One running request. `since` is Unix time; tokens are those of all choices so far.
+
+    `base` is the model that answers, of a name with a preset or an adapter of its own.
+    """
 
     id: str
     model: str
@@ -86,6 +89,7 @@ class RunningRequest(msgspec.Struct, frozen=True, kw_only=True):
     time_to_first_token_ms: float | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    base: str | None = None
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):

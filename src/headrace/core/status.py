@@ -87,7 +87,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     Until `retry_at`, requests are refused as the model has failed; the next one after it is a try.
     `progress` is the stage of a load (`downloading`, `queued`, ...), with `done` of `total`.
     `restarts`, `evictions` and `continuations` count since the service started. `copies` is how
-    many workers are configured, `nodes` the labels of the nodes that may run them.
+    many workers are configured, `nodes` the labels of the nodes that may run them. `places` is how
+    many more requests may wait, without those of batches.
     """
 
     id: str
@@ -109,6 +110,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int | None = None
     queued: int = 0
     max_queued: int = 0
+    places: int = 0
     until: float | None = None
     last_used: float | None = None
     restarts: int = 0

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from headrace.core.errors import ConfigError, HeadraceError, LoadFailed, OutOfMemory
 from headrace.core.install import install_command
-from headrace.core.model import ModelFile, Task
+from headrace.core.model import ABILITIES, ModelFile, Task
 from headrace.core.status import Footprint
 from headrace.core.wording import fault_of
 from headrace.engines import choice, plan
@@ -135,10 +135,11 @@ def choose(
     task: Task | None = None,
     device: str | None = None,
     options: Iterable[str] = (),
+    able: frozenset[str] = frozenset(),
 ) -> tuple[str, str]:
     """Return the engine for a model, and the reason.
 
-    `options` are the names of options that it has to know.
+    `options` are the names of options that it has to know, `able` its necessary abilities.
 
     Raises:
         ConfigError: the engine is unknown, not installed, or does not read the format.
@@ -153,6 +154,7 @@ def choose(
         device=required or ("cuda" if plan.has_cuda() else "cpu"),
         required_device=required,
         options=frozenset(options),
+        able=able,
     )
     on_cpu = requirements.device == "cpu"
     return choice.choose(requirements, (_candidate(name, on_cpu=on_cpu) for name in names()))
@@ -211,6 +213,18 @@ def convert(name: str, file: ModelFile, home: Path, progress: Progress = silent)
     return _module(name).convert(file, home, progress)
 
 
+def check_able(name: str, ability: str) -> None:
+    """Check that an engine has one of `core.model.ABILITIES`.
+
+    Raises:
+        ConfigError: it has not; with the engines that have it.
+    """
+    if ability not in about(name).able:
+        having = ", ".join(other for other in names() if ability in about(other).able)
+        title = ABILITIES[ability]
+        raise ConfigError(f"Engine {name} has no {title}; {having} have.", param=ability)
+
+
 def check_options(name: str, values: dict[str, object]) -> EngineOptions:
     """Validate options of an engine.
 
@@ -237,7 +251,7 @@ def footprint(name: str, request: OpenRequest) -> Footprint:
         LoadFailed: the model's header cannot be read.
     """
     check_options(name, request.options)
-    return _module(name).footprint(request)
+    return plan.with_adapters(_module(name).footprint(request), request.adapters)
 
 
 def writes(name: str, request: OpenRequest) -> Sequence[Path]:

@@ -34,6 +34,7 @@ from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities, ModelFile, Task
 from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
 from headrace.core.sampling import Sampling
+from headrace.models.adapter import AdapterFile
 
 
 class EngineOptions(BaseModel):
@@ -88,7 +89,8 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     (None: all); defaults depend on it, and not on what is free at the moment. `repeatable` requires
     reproducible greedy and seeded answers, where options leave the choice. `task` is the task of
     the model. `trust_remote_code` lets code of the model's own folder run. `prompt` precedes texts
-    to embed, unless their request has another; it is part of what is tokenized already.
+    to embed, unless their request has another; it is part of what is tokenized already. `adapters`
+    are loaded beside the model, by an engine that is `able` to.
     """
 
     model: ModelFile
@@ -102,6 +104,7 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     task: Task = "generate"
     prompt: str = ""
     options: dict[str, Any] = {}
+    adapters: tuple[AdapterFile, ...] = ()
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,6 +122,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     `media` are the encoded pictures, in the order of their markers in the prompt, which is `text`
     then; `token_ids` has the markers only.
+
+    `adapter` is the name of one of those that were loaded, and empty for the model alone. What is
+    cached of a prompt is never that of another adapter.
     """
 
     token_ids: tuple[int, ...]
@@ -129,6 +135,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     visible: frozenset[int] = frozenset()
     text: str = ""
     media: tuple[bytes, ...] = ()
+    adapter: str = ""
 
 
 class Admitted(msgspec.Struct, frozen=True):

@@ -24,7 +24,8 @@ _ORDER = {
 class Requirements(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine has to run. `device` is the likely device, `required_device` None for any.
 
-    `options` are the names of the options that are set; an engine without one is not chosen.
+    `options` are the names of the options that are set; an engine without one is not chosen. `able`
+    are those of `core.model.ABILITIES` that it has to have.
     """
 
     format: str
@@ -32,6 +33,7 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cpu"
     required_device: str | None = None
     options: frozenset[str] = frozenset()
+    able: frozenset[str] = frozenset()
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +71,7 @@ def _suits(candidate: Candidate, requirements: Requirements) -> bool:
         and requirements.format in about.formats
         and requirements.task in about.tasks
         and requirements.required_device in (None, *about.devices)
+        and requirements.able <= about.able
     )
 
 
@@ -100,6 +103,7 @@ def _subject(requirements: Requirements) -> str:
 def _no_engine(requirements: Requirements, candidates: Sequence[Candidate]) -> str:
     task = "run" if requirements.task == "generate" else requirements.task
     where = f" on {requirements.required_device}" if requirements.required_device else ""
+    where += f" with {', '.join(sorted(requirements.able))}" if requirements.able else ""
     known = "; ".join(
         f"{candidate.name} reads {'/'.join(candidate.about.formats)}, "
         f"{candidate.missing or 'installed'}"

@@ -20,6 +20,7 @@ from headrace.core.errors import LoadFailed
 from headrace.core.private import private_folder
 from headrace.core.status import Footprint
 from headrace.engines.base import BatchLimits, OpenRequest
+from headrace.models.adapter import AdapterFile
 from headrace.models.folder import LayerSizes
 
 PAGE = 256
@@ -125,6 +126,18 @@ def encoder_batch(sizes: LayerSizes, limits: BatchLimits, context: int) -> int:
     # Four copies of each, at most: DeBERTa adds up three kinds of attention.
     scores = 16 * sizes.heads * tokens * context if sizes.eager else 0
     return _BATCH + layers + masks + scores
+
+
+def with_adapters(need: Footprint, adapters: Sequence[AdapterFile]) -> Footprint:
+    """Return a footprint with the adapters, which are where the layers of the model are."""
+    size = sum(adapter.size for adapter in adapters)
+    if not size:
+        return need
+    gpus = tuple(device for device in need.devices if device != machine.HOST)
+    places = gpus or tuple(need.devices)
+    more = {device: need.devices[device] + size // len(places) for device in places}
+    parts = {**need.parts, "adapters": size}
+    return msgspec.structs.replace(need, devices=need.devices | more, parts=parts)
 
 
 def torch_libraries() -> int:

@@ -52,7 +52,10 @@ Value = int | float | bool | str | tuple[int | float, ...] | Skipped
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """A consistent header. `tensor_bytes` is by type; `size` is that of the file."""
+    """A consistent header. `tensor_bytes` is by type; `size` is that of the file.
+
+    `shapes` are those of the tensors by name, the fastest dimension first.
+    """
 
     path: Path
     size: int
@@ -61,6 +64,7 @@ class GgufHeader:
     tensors: int
     parameters: int
     tensor_bytes: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 class Tensor(NamedTuple):
@@ -256,7 +260,7 @@ class _Tensors:
 
     def __init__(self, cursor: _Cursor, alignment: int) -> None:
         self._cursor, self._alignment = cursor, alignment
-        self._names: set[str] = set()
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self._next = 0
         self._last_end = 0
         self.parameters = 0
@@ -276,9 +280,8 @@ class _Tensors:
     def _tensor(self) -> None:
         cursor = self._cursor
         name = cursor.name(63)
-        if name in self._names:
+        if name in self.shapes:
             cursor.fail(f"the tensor {_shown(name)} is there twice")
-        self._names.add(name)
         shape, kind, size = self._size(name)
         offset = cursor.u64()
         self.listed.append(Tensor(name, shape, kind, offset, size))
@@ -294,7 +297,7 @@ class _Tensors:
         rank = cursor.u32()
         if not 1 <= rank <= 4:
             cursor.fail(f"tensor {_shown(name)} has {rank} dimensions")
-        shape = struct.unpack(f"<{rank}Q", cursor.take(8 * rank))
+        shape = self.shapes[name] = struct.unpack(f"<{rank}Q", cursor.take(8 * rank))
         number = cursor.u32()
         kind = TENSOR_TYPES.get(number)
         if kind is None:
@@ -358,7 +361,8 @@ def _read(cursor: _Cursor, path: Path) -> GgufHeader:
     listing = _Tensors(cursor, _alignment(cursor, metadata))
     listing.read(tensors)
     return GgufHeader(
-        path, cursor.size, version, metadata, tensors, listing.parameters, listing.bytes
+        *(path, cursor.size, version, metadata, tensors),
+        *(listing.parameters, listing.bytes, listing.shapes),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,17 +116,17 @@ def imported(text: str, folder: Path, models: Mapping[str, str], known: set[str]
     a model can have.
 
     Raises:
-        ConfigError: it is damaged, has an adapter, a value of the wrong kind, or no model.
+        ConfigError: it is damaged, has a value of the wrong kind, no model, or an adapter that is
+            not there or for a model of the configuration.
     """
     instructions = read(text)
     source = next(item for item in instructions if item.name == "FROM")
-    if adapter := next((item for item in instructions if item.name == "ADAPTER"), None):
-        raise ConfigError(f"line {adapter.line}: ADAPTER: adapters are not supported.")
     left = {item.name: _LEFT[item.name] for item in instructions if item.name in _LEFT}
     target = _Target({}, left, known)
     name = _put_model(target, source, folder, models)
     if systems := [item.value for item in instructions if item.name == "SYSTEM"]:
         target.put("SYSTEM", "system", systems[-1])
+    _put_adapters(target, [item for item in instructions if item.name == "ADAPTER"], folder)
     _put_parameters(target, [item for item in instructions if item.name == "PARAMETER"])
     return Imported(name=name, settings=target.settings, left_out=left)
 
@@ -148,6 +148,22 @@ def _put_model(
         raise ConfigError(f"line {source.line}: FROM: there is no {path}.")
     settings["model"] = _reference(target, source)
     return value.rpartition("/")[2].partition(":")[0]
+
+
+def _put_adapters(target: _Target, adapters: Sequence[Instruction], folder: Path) -> None:
+    made: dict[str, str] = {}
+    for item in adapters:
+        path = folder / Path(item.value).expanduser()
+        if not path.exists():
+            raise ConfigError(f"line {item.line}: ADAPTER: there is no {path}.")
+        if "base" in target.settings:
+            table = f"[models.{target.settings['base']}.adapters]"
+            raise ConfigError(f"line {item.line}: ADAPTER: its place is {table}.")
+        made[path.stem] = str(path.resolve())
+    if made:
+        target.put("ADAPTER", "adapters", made)
+        names = " and ".join(f"NAME:{name}" for name in made)
+        target.left.setdefault("ADAPTER", f"requests name it {names}; NAME is without it")
 
 
 def _reference(target: _Target, source: Instruction) -> str:

@@ -56,12 +56,16 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """A consistent header; `weights` counts by type, `size` is that of the file in bytes."""
+    """A consistent header; `weights` counts by type, `size` is that of the file in bytes.
+
+    `shapes` are those of the tensors by name, the slowest dimension first.
+    """
 
     path: Path
     size: int
     tensors: int
     weights: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 def read_header(path: Path) -> SafetensorsHeader:
@@ -83,7 +87,8 @@ def read_header(path: Path) -> SafetensorsHeader:
     weights: Counter[str] = Counter()
     for entry in entries.values():
         weights[entry.dtype] += math.prod(entry.shape)
-    return SafetensorsHeader(path, size, len(entries), weights)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    return SafetensorsHeader(path, size, len(entries), weights, shapes)
 
 
 def _damaged(path: Path, reason: str) -> LoadFailed:

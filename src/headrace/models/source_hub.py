@@ -36,6 +36,7 @@ PREFERRED = (
     *("Q5_1", "Q4_1", "MXFP4", "Q3_K_L", "Q3_K_M", "BF16", "F16", "F32"),
 )
 """Q4_K_M first: the smallest with little loss; then better ones, then others that run anywhere."""
+_CONFIGS = frozenset({"config.json", "adapter_config.json"})
 _TOKENIZER = frozenset({".json", ".jinja", ".txt", ".tiktoken", ".model"})
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -274,7 +275,7 @@ def _safetensors(reference: HubReference, files: Sequence[HubFile]) -> list[HubF
     weights = [file for file in top if file.name.endswith(".safetensors")]
     # Mistral's repositories have all weights twice, once under this name.
     weights = [w for w in weights if not w.name.startswith("consolidated")] or weights
-    if not weights or not any(file.name == "config.json" for file in top):
+    if not weights or not any(file.name in _CONFIGS for file in top):
         raise _no_such_file(reference, {})
     return weights + [file for file in top if PurePosixPath(file.name).suffix in _TOKENIZER]
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -45,6 +45,7 @@ from headrace.models.reference import (
 )
 from headrace.models.transfer import Progress, disk_errors, silent
 
+Check = Callable[[Path], object]
 _POLL_S = 0.2
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR}
 
@@ -130,10 +131,13 @@ class Store:
         """Return the same models, without where they are."""
         return [msgspec.convert(m, status.StoredModel, from_attributes=True) for m in self.list()]
 
-    def fetch(self, reference: Reference, progress: Progress | None = None) -> Path:
+    def fetch(
+        self, reference: Reference, progress: Progress | None = None, check: Check = inspect
+    ) -> Path:
         """Return the model's file or folder, after fetching it if it is not stored. Blocking.
 
-        `progress` may raise to cancel: nothing is left behind, and its exception is raised.
+        `progress` may raise to cancel: nothing is left behind, and its exception is raised. `check`
+        raises if the download is not what is wanted.
 
         Raises:
             UnknownModel: there is no such model.
@@ -157,7 +161,7 @@ class Store:
         with self._writable(), disk_errors(self._root), self._locked(_key(reference), report):
             self._sweep(_key(reference))
             # Another process may have fetched it while this one waited.
-            model = self.find(reference) or self._fetch(reference, report)
+            model = self.find(reference) or self._fetch(reference, report, check)
         return Path(model.path)
 
     def model_file(self, reference: Reference, progress: Progress | None = None) -> ModelFile:
@@ -215,20 +219,22 @@ class Store:
 
         return source_hub.remove(reference.repo, model.revision)
 
-    def _fetch(self, reference: HubReference | IndexReference, progress: Progress) -> StoredModel:
+    def _fetch(
+        self, reference: HubReference | IndexReference, progress: Progress, check: Check
+    ) -> StoredModel:
         if isinstance(reference, HubReference):
-            model = self._fetch_hub(reference, progress)
+            model = self._fetch_hub(reference, progress, check)
         else:
             model = self._fetch_index(reference, progress)
         kept = msgspec.structs.replace(model, path=self._relative(model.path))
         write_atomically(self._record_path(reference), msgspec.json.encode(kept))
         return model
 
-    def _fetch_hub(self, reference: HubReference, progress: Progress) -> StoredModel:
+    def _fetch_hub(self, reference: HubReference, progress: Progress, check: Check) -> StoredModel:
         from headrace.models import source_hub  # its client is slow to import
 
         download = source_hub.download(reference, progress)
-        inspect(download.path)
+        check(download.path)
         return StoredModel(
             reference=str(reference),
             path=str(download.path),

@@ -25,7 +25,7 @@ from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloa
 from headrace.core.values import masked_options
 from headrace.pool.entry import ModelEntry
 from headrace.pool.loader import Loader
-from headrace.pool.plan import plan_load
+from headrace.pool.plan import check_adapters, plan_load
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool, header_of
 from headrace.pool.state import Remembered, StateFile
@@ -81,10 +81,7 @@ class PoolAdmin:
         self._reading = asyncio.Lock()
 
     def restore(self) -> None:
-        """Apply the changes in the state file.
-
-        Settings that are not accepted any more are dropped and logged.
-        """
+        """Apply the changes in the state file; what is refused now is dropped and logged."""
         self._kept = dict(self._state.read())
         for name, kept in tuple(self._kept.items()):
             try:
@@ -270,12 +267,13 @@ class PoolAdmin:
         return entry
 
     async def _change(self, entry: ModelEntry, changes: Mapping[str, Any]) -> None:
-        name = entry.spec.name
-        kept = self._kept.get(name, Remembered())
+        kept = self._kept.get(name := entry.spec.name, Remembered())
         merged = {**kept.changes, **changes}
-        spec = self._specify(entry.reference or name, merged)
+        spec = msgspec.structs.replace(self._specify(entry.reference or name, merged), name=name)
+        self.pool.check_names(spec)
+        await check_adapters(self.pool.loader, entry.spec, spec)
         self._kept[name] = msgspec.structs.replace(kept, changes=merged)
-        self._apply(entry, msgspec.structs.replace(spec, name=name))
+        self._apply(entry, spec)
         self.pool.events.publish("updated", name, changes=dict(changes))
         await self._store(entry)
 
@@ -369,6 +367,7 @@ def status_of(entry: ModelEntry) -> ModelStatus:
         max_running=entry.slots or None,
         queued=len(entry.queue),
         max_queued=spec.max_queued,
+        places=max(0, entry.room - entry.queue.count(batch=False)),
         until=_until(entry),
         last_used=entry.wall(entry.last_used) if entry.last_used is not None else None,
         restarts=entry.restarts,

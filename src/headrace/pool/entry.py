@@ -115,7 +115,7 @@ class ModelEntry:
         if len(self.replicas) > 1:
             ticket.blocks = blocks_of(request)
         waiting = self.queue.count(batch=request.batch)
-        if not priority and waiting >= self._capacity(ticket, waiting):
+        if not priority and waiting >= self.room and (waiting or not self._is_free(ticket)):
             raise QueueFull(
                 f"{waiting} requests wait for {self.spec.name} already.",
                 retry_after_s=_BATCH_RETRY_S if request.batch else self.retry_after_s(),
@@ -376,13 +376,14 @@ class ModelEntry:
         count = self.copies or spec.replicas
         return [Replica(spec, number, next(_serials), self._clock) for number in range(count)]
 
-    def _capacity(self, ticket: Ticket, waiting: int) -> int:
-        """Return how many requests of its class may wait, with a ticket that is about to join."""
-        if self.is_ready:
-            free = max((candidate.free for candidate in self._candidates(ticket)), default=0)
-            served_at_once = not waiting and free > 0
-            return self.spec.max_queued + (1 if served_at_once else 0)
-        return self.spec.max_queued + max(1, self.slots)
+    def _is_free(self, ticket: Ticket) -> bool:
+        """Whether a slot is free for a request."""
+        return any(candidate.free > 0 for candidate in self._candidates(ticket))
+
+    @property
+    def room(self) -> int:
+        """How many requests of a class may wait; while nothing is loaded, also for the slots."""
+        return self.spec.max_queued + (0 if self.is_ready else max(1, self.slots))
 
 
 def _has_others(replica: Replica, ticket: Ticket) -> bool:

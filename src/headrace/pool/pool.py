@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import ClassVar
 
 import msgspec
 
-from headrace.core.errors import Draining, HeadraceError, UnknownModel, WorkerDied
+from headrace.core.adapter import names_of
+from headrace.core.errors import ConfigError, Draining, HeadraceError, UnknownModel, WorkerDied
 from headrace.core.events import Event, Finish, Progress
 from headrace.core.model import Capabilities, ModelInfo, ModelSpec
-from headrace.core.preset import applied, plain, preset_of
+from headrace.core.preset import addressed, plain
 from headrace.core.request import AnyRequest
 from headrace.pool.attempt import Attempt
 from headrace.pool.continuation import Continuation, Diverged, Way
@@ -105,10 +107,19 @@ class Pool:
     def rebuild_names(self) -> None:
         """Rebuild the index of names and aliases."""
         self._names = {
-            name: entry.spec.name
-            for entry in self.entries.values()
-            for name in (entry.spec.name, *entry.spec.aliases, *entry.spec.presets)
+            name: entry.spec.name for entry in self.entries.values() for name in entry.spec.names
         }
+
+    def check_names(self, spec: ModelSpec) -> None:
+        """Check that no other model has a name of this one, and that it has none twice.
+
+        Raises:
+            ConfigError: one is taken.
+        """
+        for name, count in Counter(spec.names).items():
+            owner = self._names.get(name, spec.name)
+            if count > 1 or owner != spec.name:
+                raise ConfigError(f"{name} is already a name of {owner}.", param="aliases")
 
     def entry(self, name: str) -> ModelEntry:
         """Find a model by name or alias; an only model is found without a name.
@@ -161,7 +172,7 @@ class Pool:
         with self._requests.counted():
             worker = await self._ready_worker(request)
             spec = self.entry(request.model).spec
-            request = applied(preset_of(spec, request.model), request)
+            request = addressed(spec, request)
             async with aclosing(worker.ask(request)) as stream:
                 async for event in stream:
                     yield event
@@ -169,10 +180,8 @@ class Pool:
     async def _answer(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
         with self.loader.observer.observe(request) as observation, self._requests.counted():
             entry = self.entry(request.model)
-            policy = entry.spec.continuation
-            preset = preset_of(entry.spec, request.model)
-            given = applied(preset, observation.request)
-            continuation = Continuation(given, policy, self._clock)
+            given = addressed(entry.spec, observation.request)
+            continuation = Continuation(given, entry.spec.continuation, self._clock)
             suspect = False
             while not continuation.is_whole:
                 attempt = Attempt(self.loader, entry, continuation, observation, alone=suspect)
@@ -212,7 +221,7 @@ class Pool:
     async def _relay(self, request: AnyRequest, deliver: Callable[[Event], None]) -> None:
         with self.loader.observer.observe(request) as observation, self._requests.counted():
             entry = self.entry(request.model)
-            given = applied(preset_of(entry.spec, request.model), observation.request)
+            given = addressed(entry.spec, observation.request)
             continuation = Continuation(given, entry.spec.continuation, self._clock)
             suspect = False
 
@@ -327,7 +336,15 @@ def _infos(entry: ModelEntry) -> Sequence[ModelInfo]:
         msgspec.structs.replace(info, id=name, aliases=(), base=info.id, preset=plain(preset))
         for name, preset in entry.spec.presets.items()
     )
-    return (info, *presets)
+    return (info, *presets, *_adapted(entry.spec, info))
+
+
+def _adapted(spec: ModelSpec, info: ModelInfo) -> Iterator[ModelInfo]:
+    for adapter, settings in spec.adapters.items():
+        name, *aliases = names_of(spec.name, adapter, settings)
+        yield msgspec.structs.replace(
+            info, id=name, aliases=tuple(aliases), base=info.id, adapter=settings.source
+        )
 
 
 def _info(entry: ModelEntry) -> ModelInfo:

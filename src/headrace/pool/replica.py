@@ -389,7 +389,8 @@ class Replica:
 
 def blocks_of(request: AnyRequest) -> tuple[int, ...]:
     """Return hashes of growing prefixes of a prompt; equal prefixes share a cache."""
-    text = request.opening()
+    # The cache of a prompt is that of one adapter.
+    text = request.adapter + request.opening()
     hashes: list[int] = []
     end = min(len(text), _BLOCK_CHARACTERS * _MAX_REQUEST_BLOCKS)
     for start in range(0, end, _BLOCK_CHARACTERS):

@@ -62,7 +62,11 @@ _STATES = (
     _State("headrace_requests_running", "Requests that hold a slot.", _by_model("running")),
     _State("headrace_requests_queued", "Requests that wait for a slot.", _by_model("queued")),
     _State("headrace_slots", "Requests that can run at once.", _by_model("max_running")),
-    _State("headrace_queue_places", "Requests that may wait.", _by_model("max_queued")),
+    _State(
+        "headrace_queue_places",
+        "More requests that may wait, without those of batches.",
+        _by_model("places"),
+    ),
     *(
         _State(f"headrace_model_{field}_total", help, _by_model(field))
         for field, help in (
@@ -108,7 +112,7 @@ def _cache_usage(status: PoolStatus, running: Iterable[RunningRequest]) -> Metri
     held = Counter[str]()
     for request in running:
         if request.phase in _HOLDING:
-            held[request.model] += request.prompt_tokens + request.completion_tokens
+            held[request.base or request.model] += request.prompt_tokens + request.completion_tokens
     metric = GaugeMetricFamily(
         "headrace_kv_cache_usage_ratio",
         "Tokens of running requests, by those that all slots have room for: 0 to 1.",

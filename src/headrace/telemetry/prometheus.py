@@ -248,7 +248,8 @@ class Instruments:
     def _read(self) -> tuple[PoolStatus, Sequence[RunningRequest]]:
         """Read the pool; add the series of new models and remove those of removed models."""
         status = self._status()
-        served = {model.id for model in status.models}
+        names = self._models()
+        served = {model.id for model in status.models} | {n for n in self._named if n in names}
         for metric, labels in self._of_model:
             name = "model" if "model" in labels else "gen_ai_request_model"
             for removed in self._named - served:

@@ -113,6 +113,7 @@ class Running:
         return RunningRequest(
             id=self.request.id,
             model=self.model,
+            base=self.info.base if self.info else None,
             operation=self.request.operation,
             client=self.request.client,
             since=self.trace.unix_ns(self.trace.began) / 1e9,

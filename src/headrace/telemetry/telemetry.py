@@ -7,7 +7,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -56,6 +56,17 @@ class ObservedPool(Protocol):
         ...
 
 
+class _Labels(NamedTuple):
+    """The names that figures are counted by: those of the models, and of their adapters."""
+
+    pool: ObservedPool
+
+    def __contains__(self, name: Any) -> bool:
+        return name in self.pool.entries or any(
+            info.adapter is not None and info.id == name for info in self.pool.models()
+        )
+
+
 class ObservedAdmin(Protocol):
     """The Admin of such a pool."""
 
@@ -83,7 +94,7 @@ class Telemetry:
         pool = admin.pool
         self._tracing = tracing
         self._instruments = Instruments(
-            admin.status, lambda: pool.entries, lambda: recorder.running()
+            admin.status, lambda: _Labels(pool), lambda: recorder.running()
         )
         self._recent = Recent(lambda: recorder.running())
         self._history = HistoryRecorder(admin.status, self.activity)

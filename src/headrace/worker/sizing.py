@@ -38,9 +38,12 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
     seen: float
 
 
+_Stamp = tuple[int, ...]
+
+
 class _Resolved(msgspec.Struct, frozen=True):
     worker_spec: WorkerSpec
-    stamp: tuple[int, int]
+    stamp: _Stamp
 
 
 class Unsized:
@@ -261,6 +264,7 @@ def _key(worker_spec: WorkerSpec) -> str:
         (worker_spec.engine, engines.version(worker_spec.engine), __version__),
         sorted(spec.options.items()),
         (spec.context_length, spec.max_running, _kind(worker_spec), worker_spec.memory),
+        *(adapter.path for adapter in worker_spec.adapters),
     ]
     return hashlib.sha256(msgspec.json.encode(facts, enc_hook=str)).hexdigest()[:32]
 
@@ -284,11 +288,15 @@ def _renamed(
     return {names.get(device, device): amount for device, amount in devices.items()}
 
 
-def _stamp(worker_spec: WorkerSpec) -> tuple[int, int]:
-    """Return size and modification time of the model's file; zeros if there is none."""
+def _stamp(worker_spec: WorkerSpec) -> _Stamp:
+    """Return size and modification time of the files; zeros for one that there is not."""
+    model = worker_spec.file.path if worker_spec.file.format != "remote" else ""
+    return (*_status(model), *(n for file in worker_spec.adapters for n in _status(file.path)))
+
+
+def _status(path: str) -> tuple[int, int]:
     try:
-        here = worker_spec.file.path if worker_spec.file.format != "remote" else ""
-        status = Path(here).stat() if here else None
+        status = Path(path).stat() if path else None
     except OSError:
         status = None
     return (status.st_size, status.st_mtime_ns) if status else (0, 0)

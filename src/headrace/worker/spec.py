@@ -16,6 +16,7 @@ from headrace.core.preset import plain
 from headrace.core.values import masked_options
 from headrace.engines.base import EngineFacts, OpenRequest
 from headrace.machine import HOST, host_memory
+from headrace.models.adapter import AdapterFile
 from headrace.text.calls.format import Format
 from headrace.worker.embed_prompts import embed_prompts
 from headrace.worker.prompt import Prompter
@@ -34,7 +35,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     `placed` are the devices that were chosen for it, by the names that this process has for them;
     empty leaves them to the engine. `devices` are the names that the service has for its GPUs.
     `booked` is the estimated memory of a model on the host alone.
-    `import_from` is the folder of an engine that is given by its import path.
+    `import_from` is the folder of an engine that is given by its import path. `adapters` are
+    loaded beside the model.
     """
 
     model: ModelSpec
@@ -46,6 +48,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ()
     booked: int | None = None
     import_from: str | None = None
+    adapters: tuple[AdapterFile, ...] = ()
 
     @property
     def memory_limit(self) -> int | None:
@@ -98,6 +101,7 @@ def open_request(worker_spec: WorkerSpec) -> OpenRequest:
         task=spec.task or worker_spec.file.task,
         prompt=prompts.text(None, None),
         options=spec.options,
+        adapters=worker_spec.adapters,
     )
 
 

@@ -279,7 +279,8 @@ class Turn(Generic[S, R]):
             metrics,
             usage=self.usage or metrics.usage,
             engine=served.engine_name,
-            model=served.name,
+            # The name of an adapter is that which the request was found by.
+            model=self.request.model if self.request.adapter else served.name,
             worker=served.name,
         )
 

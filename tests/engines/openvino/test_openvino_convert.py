@@ -21,6 +21,7 @@ from headrace.engines.openvino import (
 )
 from headrace.engines.openvino.engine import Engine
 from headrace.engines.openvino.vocabulary import without_telemetry
+from headrace.models import converted
 from headrace.models.inspect import inspect
 
 KV = 23040
@@ -69,7 +70,7 @@ def test_another_file_under_the_same_name_is_another_model(tmp_path: Path) -> No
     for size in (1, 2):
         source.write_bytes(b"x" * size)
         file = model(path=str(source), format="gguf", quantization="Q4_0", size=size)
-        names.add(conversion._target(file, tmp_path))
+        names.add(converted.place(file, tmp_path))
     assert len(names) == 2
 
 

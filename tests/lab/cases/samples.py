@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from tests.adapters_made import SMOLLM2, gguf_adapter
 from tests.conftest import MODEL_HOME
+from tests.tiny_gguf import WIDTH, tiny_gguf
 
 from headrace import engines
 from headrace.core.model import Task
 from headrace.lab.cases import KINDS, Kind
 
 Given = tuple[str, dict[str, Any]]
-"""The reference of a model, and options that only its opening knows."""
+"""The reference of a model, and options that only its opening knows; `adapters` is a setting."""
 
 At = Callable[[Path], AbstractAsyncContextManager[Given]]
 """Opens a model; it gets the path of SmolLM2's GGUF, which others are made of."""
@@ -35,6 +37,9 @@ FEW = frozenset(
 )
 """What changes with the Backend. The rest is the engine's, and echo runs it on every Backend."""
 
+WITH_ADAPTERS = frozenset({"adapters", "adapters_together"})
+"""What is refused by each sample that has none."""
+ADAPTERS = WITH_ADAPTERS | {"adapter_unknown"}
 IMAGES = frozenset({"images", "images_damaged", "images_cancelled", "images_fill_the_context"})
 _FORMS = frozenset({"regex", "choice", "grammar", "forms_fail_closed"})
 _SCHEMAS = frozenset(
@@ -99,6 +104,16 @@ class Sample:
         return self.name or self.engine
 
 
+@asynccontextmanager
+async def _adapted(gguf: Path) -> AsyncIterator[Given]:
+    with tempfile.TemporaryDirectory() as folder:
+        made = {
+            name: str(gguf_adapter(Path(folder) / name, seed, layers=SMOLLM2))
+            for seed, name in enumerate("ab")
+        }
+        yield str(gguf), {"adapters": made}
+
+
 def _path(make: Callable[[Path], str | Path]) -> At:
     @asynccontextmanager
     async def at(gguf: Path) -> AsyncIterator[Given]:
@@ -129,7 +144,6 @@ def _llava(gguf: Path) -> Path:
 async def _seeing(gguf: Path) -> AsyncIterator[Given]:
     """A model of one layer with a projector of random weights beside it."""
     from tests.pictures_made import projector
-    from tests.tiny_gguf import WIDTH, tiny_gguf
 
     with tempfile.TemporaryDirectory() as folder:
         tiny_gguf(Path(folder) / "tiny.gguf", gguf)
@@ -229,6 +243,17 @@ SAMPLES = [
         kinds=("process",),
         refused=_OF_LLAMACPP | IMAGES,
         heavy=False,
+    ),
+    Sample(
+        "llamacpp",
+        _adapted,
+        kinds=("process", "pool"),
+        settings=_SHORT,
+        options=_ONE_THREAD,
+        refused=_OF_LLAMACPP | IMAGES,
+        first=ADAPTERS,
+        further=frozenset(),
+        name="llamacpp-adapters",
     ),
     Sample(
         "llamacpp",

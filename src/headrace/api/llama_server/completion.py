@@ -144,7 +144,7 @@ async def _answer(
     exchange.call.names = wire.names() | _NAMES
     request = to_request(wire, exchange.settings, exchange.call, given)
     if not wire.model and "gap" in given:
-        request = msgspec.structs.replace(request, model=await _filling(service))
+        request = msgspec.structs.replace(request, model=await _filling(service, exchange.call))
     stream, head = service.backend.ask(request), _head(wire, service, request)
     if wire.stream:
         await exchange.unless_gone(send_stream(exchange, stream, CompletionEncoder(head)))
@@ -228,9 +228,9 @@ def _one_bias(token: Any, value: Any) -> tuple[int, float]:
     return number, float(bias)
 
 
-async def _filling(service: Service) -> str:
+async def _filling(service: Service, call: Call) -> str:
     """Return the only model that is known to fill gaps; empty if there are none or several."""
-    models = [info for info in await described(service) if info.base is None]
+    models = [info for info in await described(service, call) if info.base is None]
     able = [info.id for info in models if info.capabilities.infill]
     return able[0] if len(able) == 1 else ""
 

@@ -83,7 +83,7 @@ async def props(service: Service, exchange: Exchange) -> None:
     """Describe a model, as llama-server does; `?model=` names it if there are several."""
     query = parse_qs(exchange.scope["query_string"].decode("latin-1"))
     name = query.get("model", [""])[0]
-    await exchange.answer(_props(_model(await described(service, name), name)))
+    await exchange.answer(_props(_model(await described(service, exchange.call, name), name)))
 
 
 async def apply_template(service: Service, exchange: Exchange) -> None:

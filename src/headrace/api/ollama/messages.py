@@ -76,8 +76,7 @@ def to_messages(wire: Sequence[ChatMessage], reader: ImageReader) -> tuple[Messa
     """Return the turns of a conversation, with an id for each call.
 
     Raises:
-        InvalidRequest: a tool answers a call that was not made, or twice; an image is damaged, or
-            not in a turn of the user or a tool.
+        InvalidRequest: an image is damaged, or not in a turn of the user or a tool.
     """
     turns: list[Message] = []
     waiting: list[ToolCall] = []
@@ -114,14 +113,17 @@ def _call(call: WireCall, id: str) -> ToolCall:
 def _answer(
     message: ChatMessage, index: int, waiting: list[ToolCall], reader: ImageReader
 ) -> Message:
-    """Return a tool's turn, and take the call that it answers from those that wait."""
-    name = message.tool_name or message.name
-    for call in waiting:
-        given = message.tool_call_id
-        if call.id == given if given else name in {None, call.name}:
-            waiting.remove(call)
-            text = message.content or ""
-            content = to_content(text, message.images, f"messages[{index}].", reader)
-            return Message("tool", content, call.name, tool_call_id=call.id)
-    place = f"messages[{index}]"
-    raise InvalidRequest(f"{place}: no call before it waits for this answer.", param=place)
+    """Return a tool's turn, and take the call that it answers from those that wait.
+
+    Clients that shorten a conversation may cut off the call, but not what the tool has returned.
+    """
+    name, given = message.tool_name or message.name, message.tool_call_id
+    answered = (
+        call for call in waiting if (call.id == given if given else name in {None, call.name})
+    )
+    call = next(answered, None)
+    if call is not None:
+        waiting.remove(call)
+        name, given = call.name, call.id
+    content = to_content(message.content or "", message.images, f"messages[{index}].", reader)
+    return Message("tool", content, name, tool_call_id=given or f"call_{index}")

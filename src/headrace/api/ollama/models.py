@@ -127,7 +127,7 @@ async def tags(service: Service, exchange: Exchange) -> None:
     """List the models that are served, as Ollama does."""
     models = [
         _tagged(name, info)
-        for info in await described(service)
+        for info in await described(service, exchange.call)
         for name in (info.id, *info.aliases)
     ]
     await exchange.answer(TaggedModels(models))
@@ -137,7 +137,7 @@ async def show(service: Service, exchange: Exchange) -> None:
     """Describe one model, as Ollama does."""
     wire = await exchange.read(_SHOW)
     name = core_name(service, wire)
-    for info in await described(service, name):
+    for info in await described(service, exchange.call, name):
         if name == info.id or name in info.aliases:
             await exchange.answer(_shown(info))
             return
@@ -146,10 +146,14 @@ async def show(service: Service, exchange: Exchange) -> None:
 
 async def ps(service: Service, exchange: Exchange) -> None:
     """List the loaded models, as Ollama does."""
-    infos = {info.id: info for info in service.backend.models()}
+    infos = {info.id: info for info in service.models(exchange.call)}
     statuses = service.admin.status().models if service.admin else ()
-    running = [model for model in statuses if model.memory or model.state == "ready"]
-    await exchange.answer(RunningModels([_running(model, infos[model.id]) for model in running]))
+    running = [
+        _running(model, infos[model.id])
+        for model in statuses
+        if model.id in infos and (model.memory or model.state == "ready")
+    ]
+    await exchange.answer(RunningModels(running))
 
 
 async def version(_service: Service, exchange: Exchange) -> None:

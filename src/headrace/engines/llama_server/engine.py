@@ -79,6 +79,10 @@ class Engine(Served):
             yield from (name, options.kv_type or "f16")
         yield from _placed(request, options, program, on_cpu=on_cpu)
         yield from self._batches(planned, on_cpu=on_cpu)
+        for file in self._adapters:
+            yield from ("--lora", _plain_path(file.path))
+        if self._adapters:
+            yield "--lora-init-without-apply"
         if options.rope_scaling != "model":
             yield from ("--rope-scaling", options.rope_scaling)
         if options.rope_scale:
@@ -105,6 +109,17 @@ class Engine(Served):
             if self._options.pooling != "model":
                 yield from ("--pooling", self._options.pooling)
         yield from ("--batch-size", str(size), "--ubatch-size", str(part))
+
+
+def _plain_path(path: str) -> str:
+    """Return the path of an adapter, of which the executable takes a list.
+
+    Raises:
+        LoadFailed: it would be taken for several.
+    """
+    if "," in path or '"' in path:
+        raise LoadFailed(f"{path}: llama-server takes no path with a comma or a quote.")
+    return path
 
 
 def _placed(

@@ -36,7 +36,7 @@ ABOUT = About(
     spreads=True,
     requires="xllamacpp",
     tasks=("generate", "embed", "rerank"),
-    able=frozenset({"forms", "infill", "json_schema", "logprobs", "resume", "vision"}),
+    able=frozenset({"adapters", "forms", "infill", "json_schema", "logprobs", "resume", "vision"}),
 )
 
 _DEFAULT_SLOTS = 4

@@ -119,7 +119,13 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class Call:
-    """A request on its own thread: llama.cpp calls back for every chunk."""
+    """A request on its own thread: llama.cpp calls back for every chunk.
+
+    `lora` has the scale of each adapter of the server, 0 for those that are left out: only then
+    does it forget a prompt that it has computed with others.
+    """
+
+    lora: Sequence[dict[str, float]] = ()
 
     def __init__(
         self,
@@ -156,9 +162,11 @@ class Call:
             raise GenerationFailed("llama.cpp ended the stream without a reason.")
 
     def _send(self, server: Any) -> None:
-        server.handle_completions(
-            msgspec.json.encode(fields(self._request, self._visible)), self._on_chunk
-        )
+        body = fields(self._request, self._visible) | self._adapted()
+        server.handle_completions(msgspec.json.encode(body), self._on_chunk)
+
+    def _adapted(self) -> dict[str, Any]:
+        return {"lora": self.lora} if self.lora else {}
 
     def _on_chunk(self, raw: bytes) -> bool:
         # The library swallows exceptions of the callback: keep it for `run`.
@@ -262,6 +270,7 @@ class Call:
             "logprobs": most,
             # It changes what is chosen, and not the probabilities that are reported.
             "logit_bias": [[whole, CERTAIN]],
+            **self._adapted(),
         }
         chunks: list[_Chunk] = []
 

@@ -52,7 +52,9 @@ class Engine(Served):
         if self.facts.capabilities.vision:
             super()._answer(request, emit, visible)
         else:
-            Call(request, emit, self._split, visible).run(self._library())
+            call = Call(request, emit, self._split, visible)
+            call.lora = self._lora(request)
+            call.run(self._library())
 
     def _vectors(self, body: dict[str, Any]) -> dict[str, Any]:
         answer = self._library().handle_embeddings(body)
@@ -123,6 +125,10 @@ class Engine(Served):
         params.cache_type_k = params.cache_type_v = _KV_TYPES[options.kv_type or "f16"]
         params.cache_prompt = options.prefix_cache
         params.cache_ram_mib = 0
+        params.lora_adapters = [
+            xllamacpp.CommonAdapterLoraInfo(file.path, 0.0) for file in self._adapters
+        ]
+        params.lora_init_without_apply = True
         params.load_mode = _LOAD_MMAP if options.mmap else _LOAD_READ
         params.rope_scaling_type = _ROPE[options.rope_scaling]
         params.rope_freq_scale = 1 / options.rope_scale if options.rope_scale else 0.0

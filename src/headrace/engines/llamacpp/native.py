@@ -58,7 +58,7 @@ class NativeCall(Call):
     constrained: Constrained = staticmethod(in_lark)
 
     def _send(self, server: Link) -> None:
-        body = _body(self._request, self._visible, self.constrained)
+        body = _body(self._request, self._visible, self.constrained, self._adapted())
         server.stream(_PATH, body, self._on_event)
 
     def _on_event(self, line: bytes) -> bool:
@@ -88,6 +88,7 @@ class NativeCall(Call):
             "temperature": 0,
             "n_probs": most,
             "logit_bias": [[whole, CERTAIN]],
+            **self._adapted(),
         }
         answer = msgspec.convert(server.ask(_PATH, body), _Chunk)
         return answer.completion_probabilities[0].top_logprobs
@@ -99,8 +100,13 @@ def _refusal(error: dict[str, Any]) -> HeadraceError:
     return error_from(error)
 
 
-def _body(request: EngineRequest, visible: Sequence[str], constrained: Constrained) -> bytes:
-    body = fields(request, visible, constrained)
+def _body(
+    request: EngineRequest,
+    visible: Sequence[str],
+    constrained: Constrained,
+    more: dict[str, Any],
+) -> bytes:
+    body = fields(request, visible, constrained) | more
     if "logprobs" in body:
         body["n_probs"] = body.pop("logprobs")
     if request.media:

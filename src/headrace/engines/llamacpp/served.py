@@ -6,6 +6,7 @@ import asyncio
 import base64
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -21,6 +22,7 @@ from headrace.engines.abilities import longest_text
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, Pair, RawEvent
 from headrace.engines.llamacpp import Options, settled
 from headrace.engines.llamacpp.call import HONOURED, in_lark
+from headrace.engines.llamacpp.groups import Groups
 from headrace.engines.llamacpp.link import Link
 from headrace.engines.llamacpp.native import NativeCall
 from headrace.engines.llamacpp.pieces import SENTINEL, SIZE, Pieces
@@ -37,6 +39,8 @@ class Served(base.Embedder):
     def __init__(self, request: OpenRequest) -> None:
         self._options = self._settled(request)
         self._model = request.model
+        self._adapters = request.adapters
+        self._groups = Groups()
         self._task: Task = request.task
         if self._task == "rerank" and request.model.task != "rerank":
             raise LoadFailed("This model ranks nothing: its file has no head that does.")
@@ -68,18 +72,34 @@ class Served(base.Embedder):
         visible = [self._text(token) for token in request.visible]
         if request.media:
             request = self._with_text(request)
-        return threaded.stream(
+        events: AsyncGenerator[RawEvent, None] = threaded.stream(
             lambda emit: self._answer(request, emit, visible),
             inbox=self._inbox,
             executor=self._threads,
         )
+        return self._in_turn(request.adapter, events) if self._adapters else events
+
+    async def _in_turn(
+        self, adapter: str, events: AsyncGenerator[RawEvent, None]
+    ) -> AsyncGenerator[RawEvent, None]:
+        async with self._groups.turn(adapter), aclosing(events):
+            async for event in events:
+                yield event
 
     def _answer(
         self, request: EngineRequest, emit: threaded.Emit[RawEvent], visible: Sequence[str]
     ) -> None:
         call = NativeCall(request, emit, self._split, visible)
         call.constrained = self._constrained
+        call.lora = self._lora(request)
         call.run(self._opened())
+
+    def _lora(self, request: EngineRequest) -> Sequence[dict[str, float]]:
+        """Return the scale of each adapter of the server in a request."""
+        return [
+            {"id": number, "scale": file.scale if file.name == request.adapter else 0.0}
+            for number, file in enumerate(self._adapters)
+        ]
 
     def _constrained(self, constraint: Constraint) -> dict[str, Any]:
         return in_lark(constraint)
@@ -261,6 +281,7 @@ class Served(base.Embedder):
                 batch_invariant=device == "cpu" and _is_reproducible(self._options),
                 resume=True,
                 vision=sees,
+                adapters=True,
             ),
         )
 

@@ -7,6 +7,7 @@ loaded on the engine behind one kind of Backend; `examine` runs a case and retur
 from __future__ import annotations
 
 from headrace.lab.cases import (
+    adapters,
     answers,
     facts,
     forms,
@@ -32,6 +33,7 @@ CASES: tuple[Case, ...] = (
     *images.CASES,
     *turns.CASES,
     *vectors.CASES,
+    *adapters.CASES,
 )
 
 __all__ = [

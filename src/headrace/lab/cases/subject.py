@@ -111,7 +111,7 @@ class Subject:
     """A model on an engine behind a Backend.
 
     `reopen` loads the same model again, beside it, with other settings. What is in `held` is closed
-    with it.
+    with it. `adapters` are those that it was loaded with.
     """
 
     engine: str
@@ -119,6 +119,7 @@ class Subject:
     backend: Backend
     reopen: Callable[..., AbstractAsyncContextManager[Backend]]
     held: AsyncExitStack
+    adapters: tuple[str, ...] = ()
     known: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
@@ -289,4 +290,4 @@ async def opened(
 
     async with AsyncExitStack() as held:
         backend = await held.enter_async_context(again())
-        yield Subject(engine, kind, backend, again, held)
+        yield Subject(engine, kind, backend, again, held, tuple(spec.adapters))
