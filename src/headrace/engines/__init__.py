@@ -37,7 +37,18 @@ ENTRY_POINTS = "headrace.engines"
 """The entry point group under which another package registers an engine's module."""
 
 _SHARED = {
-    *("abilities", "base", "choice", "measured", "module", "openmp", "pictures", "plan", "remote"),
+    *(
+        "abilities",
+        "base",
+        "choice",
+        "kept",
+        "measured",
+        "module",
+        "openmp",
+        "pictures",
+        "plan",
+        "remote",
+    ),
     *("threaded", "tokenizer", "versions"),
 }
 

@@ -21,6 +21,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from headrace.core.constraint import FORMS
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, OutOfMemory
 from headrace.core.events import PromptToken, TokenLogprob, TopLogprob, bytes_of
 from headrace.core.media import image_header
@@ -39,11 +40,12 @@ from headrace.engines.base import (
     RawEvent,
     RawFinish,
 )
+from headrace.engines.kept import kept
 
 ABOUT = About(
     formats=("none",),
     tasks=("generate", "embed", "rerank"),
-    able=frozenset({"logprobs", "prompt_logprobs", "resume", "vision"}),
+    able=frozenset({"forms", "json_schema", "logprobs", "prompt_logprobs", "resume", "vision"}),
     confined=True,
 )
 
@@ -80,6 +82,9 @@ class Options(EngineOptions):
     memory: int = Field(0, ge=0, description="Additional bytes to hold while it is loaded.")
     tokens_per_delta: int = Field(1, ge=1, description="Tokens in each delta.")
     images: bool = Field(False, description="Take images, and repeat of each its size and digest.")
+    forms: bool = Field(
+        False, description="Keep to forms of answers: write what they allow of the text."
+    )
     dimensions: int = Field(8, ge=1, le=65536, description="Length of the vectors it embeds to.")
     fail_load: str | None = Field(None, description="Loading fails with this message.")
     fail_after: int = Field(-1, ge=-1, description="Raise after so many tokens.")
@@ -133,6 +138,8 @@ class Engine(base.Embedder):
                 batch_invariant=True,
                 resume=request.task == "generate",
                 vision=options.images,
+                json_schema=options.forms,
+                forms=frozenset(FORMS if options.forms else ()),
                 prompt_logprobs=request.task == "generate",
                 tasks=frozenset({request.task}),
                 dimensions=options.dimensions if request.task == "embed" else None,
@@ -214,7 +221,9 @@ class Engine(base.Embedder):
         text = self._options.text
         prompt = _with_images(request) if request.media else request.token_ids
         token_ids = _spoken(prompt) if text is None else tuple(text.encode())
-        while token_ids:
+        if request.constraint is not None:
+            yield from kept(token_ids, request.constraint)
+        while token_ids and request.constraint is None:
             yield from token_ids
             if not request.sampling.ignore_eos:
                 break
