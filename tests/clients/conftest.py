@@ -11,10 +11,22 @@ import pytest
 from tests.programs import record
 from tests.service.serving import served
 
+MODELS = """\
+[models.smollm2]
+model = "smollm2"
+context_length = 2048
+
+[models.echo]
+model = "builtin:echo"
+options = {forms = true}
+"""
+
 
 @pytest.fixture(scope="session")
-def url(smollm2_path: Path) -> Iterator[str]:
-    with served("smollm2", "builtin:echo", "--context-length", "2048") as service:
+def url(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    config = tmp_path_factory.mktemp("clients") / "headrace.toml"
+    config.write_text(MODELS)
+    with served("--config", str(config)) as service:
         yield f"{service.url}/v1"
 
 

@@ -38,6 +38,15 @@ def get_weather(city: str) -> str:
     return f"It rains in {city}."
 
 
+LOOK = '<tool_call>\n{"name": "look_up", "arguments": {"city": "Paris"}}\n</tool_call>'
+PARIS = City(name="Paris", rivers=1)
+
+
+def look_up(city: str) -> str:
+    """Return what is known of a city."""
+    return json.dumps({"name": city, "rivers": 1})
+
+
 def library(name: str) -> Any:
     return importlib.import_module(name)
 
@@ -104,6 +113,46 @@ def test_langchain_json_mode(url: str) -> None:
     assert isinstance(answer["parsed"], dict), answer["raw"].content
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_langchain_structured_output_after_tools(url: str, streamed: bool) -> None:
+    """Issue 13, shown 1: a call, its result, and the answer in the format, of one model."""
+    core, tool = library("langchain_core.messages"), library("langchain_core.tools").tool(look_up)
+    chat = langchain(url, "echo")
+    model = chat.bind_tools([tool], response_format=City, strict=True)
+    messages: list[Any] = [core.HumanMessage(LOOK)]
+
+    def answer() -> Any:
+        if not streamed:
+            return model.invoke(messages)
+        first, *rest = model.stream(messages)
+        for chunk in rest:
+            first += chunk
+        return first
+
+    called = answer()
+    [call] = called.tool_calls
+    messages += [called, tool.invoke(call)]
+    assert City.model_validate_json(answer().text) == PARIS
+    whole = chat.with_structured_output(
+        City, method="json_schema", include_raw=True, strict=True, tools=[tool]
+    )
+    assert whole.invoke([core.HumanMessage(LOOK)])["raw"].tool_calls[0]["name"] == "look_up"
+    assert whole.invoke(messages)["parsed"] == PARIS
+
+
+@pytest.mark.parametrize("method", ["function_calling", "json_schema", "json_mode"])
+def test_langchain_structured_output_of_a_result(url: str, method: str) -> None:
+    """Issue 13, shown 1: a tool is called, and another chain makes an object of its result."""
+    core, tool = library("langchain_core.messages"), library("langchain_core.tools").tool(look_up)
+    chat = langchain(url, "echo")
+    messages: list[Any] = [core.HumanMessage(LOOK)]
+    called = chat.bind_tools([tool]).invoke(messages)
+    messages += [called, tool.invoke(called.tool_calls[0])]
+    city = chat.with_structured_output(City, method=method).invoke(messages)
+    # A call that is required cannot be the result's text, which is no call.
+    assert city == (City(name="", rivers=0) if method == "function_calling" else PARIS)
+
+
 @pytest.mark.parametrize("choice", ["any", "get_weather"])
 def test_langchain_forces_a_call(url: str, choice: str) -> None:
     """Issue 13, shown 1: a required call and a named one, of the real model."""
@@ -114,12 +163,14 @@ def test_langchain_forces_a_call(url: str, choice: str) -> None:
 # Pydantic AI.
 
 
-def pydantic_agent(url: str, model: str, **given: Any) -> Any:
+def pydantic_agent(url: str, model: str, api: str = "chat", **given: Any) -> Any:
     openai = library("pydantic_ai.models.openai")
     provider = library("pydantic_ai.providers.openai").OpenAIProvider(base_url=url, api_key="none")
     settings = {"temperature": 0.0, "max_tokens": 200}
-    chat = openai.OpenAIChatModel(model, provider=provider)
-    return library("pydantic_ai").Agent(chat, model_settings=settings, **given)
+    kind = openai.OpenAIResponsesModel if api == "responses" else openai.OpenAIChatModel
+    return library("pydantic_ai").Agent(
+        kind(model, provider=provider), model_settings=settings, **given
+    )
 
 
 async def test_pydantic_ai_calls_tools(url: str) -> None:
@@ -139,6 +190,30 @@ async def test_pydantic_ai_output_by_a_tool(url: str) -> None:
     native = library("pydantic_ai").NativeOutput(City)
     agent = pydantic_agent(url, "smollm2", output_type=native)
     assert isinstance((await agent.run(QUESTION)).output, City)
+
+
+@pytest.mark.parametrize("mode", ["NativeOutput", "ToolOutput", "PromptedOutput"])
+@pytest.mark.parametrize("api", ["chat", "responses"])
+async def test_pydantic_ai_output_after_tools(url: str, mode: str, api: str) -> None:
+    """Issue 13, shown 1: an agent with tools gives an object, in each of its output modes."""
+    package = library("pydantic_ai")
+    output = getattr(package, mode)(City)
+    final = {"name": "final_result", "arguments": PARIS.model_dump()}
+    # The output is a call too, which the echo engine makes beside the other.
+    call = f"\n<tool_call>\n{json.dumps(final)}\n</tool_call>"
+    prompt = LOOK + call if mode == "ToolOutput" else LOOK
+    seen: list[str] = []
+
+    def look(city: str) -> str:
+        """Return what is known of a city."""
+        seen.append(city)
+        return look_up(city)
+
+    tool = package.Tool(look, name="look_up")
+    given: Any = {"tools": [tool], "output_type": output, "retries": 3}
+    agent = pydantic_agent(url, "echo", api, **given, end_strategy="exhaustive")
+    assert (await agent.run(prompt)).output == PARIS
+    assert seen == ["Paris"]
 
 
 # Instructor.
@@ -166,6 +241,32 @@ def test_instructor(url: str, mode: str) -> None:
     assert City.model_validate(last.model_dump())
 
 
+@pytest.mark.parametrize("mode", ["TOOLS", "TOOLS_STRICT", "JSON_SCHEMA", "JSON", "MD_JSON"])
+def test_instructor_after_a_call(url: str, mode: str) -> None:
+    """Issue 13, shown 1: an object of what a tool has returned."""
+    instructor = library("instructor")
+    plain = library("openai").OpenAI(base_url=url, api_key="none", max_retries=0)
+    tools: Any = [{"type": "function", "function": {"name": "look_up"}}]
+    messages: list[Any] = [{"role": "user", "content": LOOK}]
+    made = plain.chat.completions.create(model="echo", messages=messages, tools=tools)
+    call = made.choices[0].message.tool_calls[0]
+    messages.append({"role": "assistant", "content": None, "tool_calls": [call.model_dump()]})
+    result = look_up("Paris")
+    if mode.startswith("TOOLS"):
+        arguments = PARIS.model_dump()
+        result = (
+            f"<tool_call>\n{json.dumps({'name': 'City', 'arguments': arguments})}\n</tool_call>"
+        )
+    messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+    if mode != "JSON_SCHEMA":  # the echo engine repeats the last message
+        messages.append({"role": "user", "content": result})
+    client = instructor.from_openai(plain, mode=getattr(instructor.Mode, mode))
+    city = client.chat.completions.create(
+        model="echo", messages=messages, response_model=City, max_retries=0
+    )
+    assert city.model_dump() == PARIS.model_dump()
+
+
 # OpenAI's Agents SDK.
 
 
@@ -191,6 +292,21 @@ async def test_the_agents_sdk_calls_tools(url: str, api: str) -> None:
     kinds = [event.type async for event in streamed.stream_events()]
     assert "run_item_stream_event" in kinds
     assert "It rains in Paris." in streamed.final_output
+
+
+@pytest.mark.parametrize("api", ["chat", "default"])
+async def test_the_agents_sdk_output_after_tools(url: str, api: str) -> None:
+    """Issue 13, shown 1: a tool, its result and an object; by chat and by responses."""
+    agents = library("agents")
+    settings = agents.ModelSettings(temperature=0, max_tokens=200)
+    tools = [agents.function_tool(look_up)]
+    agent = agent_of(url, "echo", api, tools=tools, output_type=City, model_settings=settings)
+    run = await agents.Runner.run(agent, LOOK)
+    assert run.final_output == PARIS
+    assert [item.type for item in run.new_items][:2] == ["tool_call_item", "tool_call_output_item"]
+    streamed = agents.Runner.run_streamed(agent, LOOK)
+    _ = [event.type async for event in streamed.stream_events()]
+    assert streamed.final_output == PARIS
 
 
 async def test_the_agents_sdk_on_a_real_model(url: str) -> None:
@@ -244,6 +360,20 @@ def test_litellm_calls_tools(url: str, provider: str) -> None:
         turns = [*messages, message.model_dump(exclude_none=True), result]
         final = litellm.completion(messages=turns, **request).choices[0].message
         assert "It rains in Paris." in final.content
+
+
+@pytest.mark.parametrize("provider", ["openai", "hosted_vllm", "anthropic", "ollama_chat"])
+def test_litellm_structured_output_after_tools(url: str, provider: str) -> None:
+    """Issue 13, shown 1: a call, its result and the answer in the format."""
+    litellm, access, tools = litellm_of(url, provider)
+    request: Any = {"model": f"{provider}/echo", "tools": tools, "response_format": City, **access}
+    messages: list[Any] = [{"role": "user", "content": CALL}]
+    message = litellm.completion(messages=messages, **request).choices[0].message
+    [call] = message.tool_calls
+    result = {"role": "tool", "tool_call_id": call.id, "content": look_up("Paris")}
+    turns = [*messages, message.model_dump(exclude_none=True), result]
+    final = litellm.completion(messages=turns, **request).choices[0].message
+    assert City.model_validate_json(final.content) == PARIS
 
 
 @pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])

@@ -22,7 +22,7 @@ from headrace.core.sampling import Sampling
 _CONVERSATION = {"tools", "tool_choice", "parallel_tool_calls", "thinking"}
 _REQUEST = {
     *("n", "echo", "context_length", "template_options", "deadline_s"),
-    *("suffix", "continue_final", "prompt_logprobs"),
+    *("suffix", "continue_final", "prompt_logprobs", "adapter"),
 }
 
 

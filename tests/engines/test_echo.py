@@ -13,12 +13,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, OutOfMemory
 from headrace.core.model import ModelFile
 from headrace.core.sampling import Sampling
 from headrace.engines import open_engine
 from headrace.engines.base import Admitted, EngineRequest, OpenRequest, RawDelta, RawFinish
 from headrace.engines.echo import Engine
+from headrace.engines.kept import kept
 
 FILE = ModelFile(path="", format="none")
 
@@ -264,3 +266,25 @@ async def test_streams_in_step_write_at_the_same_moments() -> None:
     # By themselves they are 0.4 of a step apart; a late machine does not move them all.
     apart = [abs(one - other) * 20 % 1 for one, other in itertools.product(*moments)]
     assert min(min(one, 1 - one) for one in apart) < 0.1
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "n": {"type": "integer"}},
+    "required": ["name", "n"],
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "constraint", "answer"),
+    [
+        ('{"name": "x", "n": 1}', Constraint(json_schema=SCHEMA), '{"name": "x", "n": 1}'),
+        ('Here:\n{"name": "x"', Constraint(json_schema=SCHEMA), '{"name": "x", "n": 0}'),
+        ("Hello", Constraint(json_schema=SCHEMA), '{"name": "", "n": 0}'),
+        ("ab", Constraint(regex="[a-z]+;x*y"), "ab;y"),
+        ("n", Constraint(choice=("yes", "no")), "no"),
+    ],
+)
+def test_it_keeps_to_a_form(text: str, constraint: Constraint, answer: str) -> None:
+    """Issue 13, shown 1: what a form allows of the text, then the soonest end."""
+    assert bytes(kept(text.encode(), constraint)).decode() == answer

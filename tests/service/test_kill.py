@@ -50,7 +50,7 @@ def echoes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, 
     folder = tmp_path_factory.mktemp("kill")
     text = configuration(folder, 'model = "builtin:echo"')
     # As an option beside the trigger.
-    text = text.replace(".options]\n", ".options]\ntokens_per_second = 80\nslots = 20\n")
+    text = text.replace(".options]\n", ".options]\ntokens_per_second = 40\nslots = 20\n")
     (folder / "headrace.toml").write_text(text)
     with served("--config", str(folder / "headrace.toml")) as service:
         yield service, folder

@@ -101,9 +101,9 @@ class ModelOptions(TypedDict, total=False):
     pinned: bool | None
     enabled: bool | None
     continuation: Literal["exact", "fast", "off"] | None
+    adapters: Mapping[str, Any] | None
     nodes: Sequence[str] | None
     replicas: int | None
-    weight_type: str | None
     weights: Sequence[float] | None
     task: Literal["generate", "embed", "rerank"] | None
     options: Mapping[str, Any] | None
@@ -137,6 +137,7 @@ class ModelOptions(TypedDict, total=False):
     fault: str | None
     first_token_s: float | None
     flash_attention: str | None
+    forms: bool | None
     gpu_layers: int | None
     gpu_memory: float | None
     hang_after: int | None
@@ -175,3 +176,4 @@ class ModelOptions(TypedDict, total=False):
     tokens_per_delta: int | None
     tokens_per_second: float | None
     trigger: str | None
+    weight_type: str | None

@@ -37,8 +37,8 @@ ENTRY_POINTS = "headrace.engines"
 """The entry point group under which another package registers an engine's module."""
 
 _SHARED = {
-    *("abilities", "base", "choice", "measured", "module", "openmp", "pictures", "plan", "remote"),
-    *("speculation", "threaded", "tokenizer", "versions"),
+    *("abilities", "base", "choice", "kept", "measured", "module", "openmp", "pictures", "plan"),
+    *("remote", "speculation", "threaded", "tokenizer", "versions"),
 }
 
 

@@ -21,6 +21,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from headrace.core.constraint import FORMS
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, OutOfMemory
 from headrace.core.events import PromptToken, TokenLogprob, TopLogprob, bytes_of
 from headrace.core.media import image_header
@@ -39,12 +40,14 @@ from headrace.engines.base import (
     RawEvent,
     RawFinish,
 )
+from headrace.engines.kept import kept
 from headrace.engines.speculation import SpeculationOptions, Way
 
 ABOUT = About(
     formats=("none",),
     tasks=("generate", "embed", "rerank"),
-    able=frozenset({"logprobs", "prompt_logprobs", "resume", "speculation", "vision"}),
+    able=frozenset({"forms", "json_schema", "logprobs", "prompt_logprobs", "resume", "vision"})
+    | {"speculation"},
     confined=True,
 )
 
@@ -86,6 +89,9 @@ class Options(SpeculationOptions):
     memory: int = Field(0, ge=0, description="Additional bytes to hold while it is loaded.")
     tokens_per_delta: int = Field(1, ge=1, description="Tokens in each delta.")
     images: bool = Field(False, description="Take images, and repeat of each its size and digest.")
+    forms: bool = Field(
+        False, description="Keep to forms of answers: write what they allow of the text."
+    )
     dimensions: int = Field(8, ge=1, le=65536, description="Length of the vectors it embeds to.")
     fail_load: str | None = Field(None, description="Loading fails with this message.")
     fail_after: int = Field(-1, ge=-1, description="Raise after so many tokens.")
@@ -139,6 +145,8 @@ class Engine(base.Embedder):
                 batch_invariant=True,
                 resume=request.task == "generate",
                 vision=options.images,
+                json_schema=options.forms,
+                forms=frozenset(FORMS if options.forms else ()),
                 speculation=options.way if options.drafts else "",
                 prompt_logprobs=request.task == "generate",
                 tasks=frozenset({request.task}),
@@ -224,7 +232,9 @@ class Engine(base.Embedder):
         text = self._options.text
         prompt = _with_images(request) if request.media else request.token_ids
         token_ids = _spoken(prompt) if text is None else tuple(text.encode())
-        while token_ids:
+        if request.constraint is not None:
+            yield from kept(token_ids, request.constraint)
+        while token_ids and request.constraint is None:
             yield from token_ids
             if not request.sampling.ignore_eos:
                 break

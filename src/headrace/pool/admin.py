@@ -81,10 +81,7 @@ class PoolAdmin:
         self._reading = asyncio.Lock()
 
     def restore(self) -> None:
-        """Apply the changes in the state file.
-
-        Settings that are not accepted any more are dropped and logged.
-        """
+        """Apply the changes in the state file; what is refused now is dropped and logged."""
         self._kept = dict(self._state.read())
         for name, kept in tuple(self._kept.items()):
             try:
