@@ -111,6 +111,15 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "any of arrays 400": (
         {"anyOf": [{"type": "array", "items": {"const": n}} for n in range(400)]}, "can come next",
     ),
+    "any of names 500": ({"anyOf": [{"required": [f"a{n}"]} for n in range(500)]}, "can come next"),
+    "names of three": (
+        {"allOf": [{"anyOf": [{"required": [f"a{k}{n}"]} for n in range(10)]} for k in range(3)]},
+        "can come next",
+    ),
+    "any of arrays or null": (
+        {"anyOf": [{"type": ["array", "null"], "items": {"const": n}} for n in range(400)]},
+        "can come next",
+    ),
     "chain": (chain(500), "levels deep"),
     "depth": (nested(100, lambda below: {"items": below}), "levels deep"),
     "depth 5000": (nested(5000, lambda below: {"items": below}), "levels deep"),
@@ -202,6 +211,7 @@ ORDINARY = {
         "pattern": "^(a{60}){60}$",
         "maximum": 2**64 - 1,
     },
+    "any of objects": {"anyOf": [{"type": "object", "required": [f"a{n}"]} for n in range(900)]},
     "braces": {"pattern": r"^\{a\}\p{L}{3}[{]9999[}]$"},
     "many properties": {
         "properties": {f"p{number}": INTEGER for number in range(3000)},

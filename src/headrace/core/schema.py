@@ -269,14 +269,20 @@ class _Extent(NamedTuple):
 
     `alternatives`: into which `anyOf` inside of `allOf` can be multiplied out. `applied`: schemas
     that apply to the same value. `smallest`: values and characters of the smallest answer. `open`:
-    what the parser has to follow when a value has begun: 4 for each property that may be left out,
-    6 for an array.
+    what the parser has to follow when a value has begun: 4 for each property that may be left out.
+    `arrays`: of the alternatives, those that can be arrays, of which each takes it 6.
     """
 
     alternatives: float = 1
     applied: float = 1
     smallest: float = 1
     open: float = 0
+    arrays: float = 1
+
+    @property
+    def followed(self) -> float:
+        """What the parser has to follow in all."""
+        return self.open + 6 * self.arrays
 
 
 class _Measure:
@@ -310,9 +316,9 @@ class _Measure:
             raise refusal(path, f"applies more than {MAX_APPLIED} schemas to one value")
         if extent.smallest > MAX_SMALLEST:
             raise refusal(path, f"has no answer of less than {MAX_SMALLEST} values and characters")
-        if extent.open > MAX_OPEN:
+        if extent.followed > MAX_OPEN:
             problem = "has too much that can come next; make more properties required"
-            raise refusal(path, f"{problem} (it takes {extent.open:.0f} of {MAX_OPEN})")
+            raise refusal(path, f"{problem} (it takes {extent.followed:.0f} of {MAX_OPEN})")
         return extent
 
     def _computed(self, schema: Schema, path: Path) -> _Extent:
@@ -324,13 +330,15 @@ class _Measure:
         applied = 1 + sum(extent.applied for extent in together)
         smallest = max([_least(schema, below), *(extent.smallest for extent in together)])
         opened = _open(schema) + sum(extent.open for extent in together)
+        arrays = _can_be_array(schema) * math.prod(extent.arrays for extent in together)
         for keyword in ("anyOf", "oneOf"):
             if choices := [extent for part, extent in below.items() if part[0] == keyword]:
                 alternatives *= sum(extent.alternatives for extent in choices)
                 applied += sum(extent.applied for extent in choices)
                 smallest = max(smallest, min(extent.smallest for extent in choices))
                 opened += sum(extent.open for extent in choices)
-        return _Extent(alternatives, applied, smallest, opened)
+                arrays *= sum(extent.arrays for extent in choices)
+        return _Extent(alternatives, applied, smallest, opened, arrays)
 
     def _referred(self, reference: str, path: Path) -> _Extent:
         target, schema = resolved(self._root, reference, path)
@@ -341,9 +349,16 @@ def _open(schema: Schema) -> int:
     """Return what the parser has to follow of one schema when a value has begun."""
     properties, required = schema.get("properties"), schema.get("required")
     if not isinstance(properties, Mapping):
-        return 6 if schema.get("type") == "array" else 0
+        return 0
     needed = {*map(str, cast("list[Any]", required))} if isinstance(required, list) else set[str]()
     return 4 * sum(name not in needed for name in cast("Schema", properties))
+
+
+def _can_be_array(schema: Schema) -> bool:
+    """Return whether the keywords of one schema leave it open that the value is an array."""
+    kinds = schema.get("type", "array")
+    is_open = "array" in kinds if isinstance(kinds, str | list) else True
+    return is_open and schema.keys().isdisjoint(("const", "enum"))
 
 
 def _least(schema: Schema, below: Mapping[Path, _Extent]) -> float:

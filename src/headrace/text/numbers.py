@@ -68,7 +68,7 @@ def _given(schema: Schema, word: str) -> Iterator[float]:
 
 def _bound_multiples(schema: dict[str, Any]) -> None:
     factor = number(schema, "multipleOf")
-    if not factor or (factor == int(factor) and schema.get("type") in INTEGERS):
+    if not factor or factor == int(factor):
         return
     given = [abs(bound) for word in _INWARDS for bound in _given(schema, word)]
     most = int(min(max(abs(factor) * _MULTIPLES, *(2 * bound for bound in given), 0), EXACT))
