@@ -15,7 +15,7 @@ from tests.service.serving import served
 from tests.tiny_gguf import tiny_gguf
 from tests.worker.rig import ask, finish, listed, worker
 
-from headrace import engines, runtime
+from headrace import AsyncModelWorker, engines, runtime
 from headrace.core.errors import ConfigError, UnknownModel
 from headrace.core.model import ModelFile, ModelSpec
 from headrace.core.sampling import Sampling
@@ -114,9 +114,9 @@ async def test_log_probabilities_of_accepted_tokens(tiny: ModelFile) -> None:
         (
             "llamacpp",
             {"speculation": "draft"},
-            "'draft_model' of engine llamacpp: speculation draft",
+            "An option of engine llamacpp: speculation draft needs a draft_model",
         ),
-        ("llamacpp", {"draft_model": "x"}, "speculation off uses none"),
+        ("llamacpp", {"draft_model": "x"}, "speculation off uses no draft_model"),
         ("llamacpp", {"draft_tokens": 65}, "draft_tokens"),
         ("sentence_transformers", NGRAM, "speculation"),
     ],
@@ -128,6 +128,13 @@ def test_what_an_engine_cannot_is_refused(
     with pytest.raises(ConfigError) as caught:
         engines.check_options(engine, options)
     assert problem in caught.value.message
+
+
+def test_both_options_are_arguments() -> None:
+    """Issue 17.3: the configuration looks at one option at a time; in any order."""
+    for options in (DRAFT, dict(reversed(DRAFT.items()))):
+        worker = AsyncModelWorker("echo", engine="llamacpp", options=options)
+        assert worker.spec.options == DRAFT
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ def url(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def environ(tmp_path: Path, url: str) -> dict[str, str]:
     """The variables of a program: a home of its own, and nothing of this process."""
     folders = [str(PREFIX / "node" / "node_modules" / ".bin")]
-    folders += [str(PREFIX / name / "bin") for name in ("aider", "litellm", "llm", "open-webui")]
+    # aider brings a litellm without its proxy.
+    folders += [str(PREFIX / name / "bin") for name in ("litellm", "aider", "llm", "open-webui")]
     path = ":".join([*folders, os.environ["PATH"]])
     home = tmp_path / "home"
     home.mkdir()

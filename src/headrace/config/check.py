@@ -97,7 +97,9 @@ def _validated(kind: type[BaseModel], name: str, given: Any) -> Any:
 
 
 _RELATIVE = ("./", "../", "~")
-_LOCAL = ("api_key", "api_key_env", "base_url", "mmproj", "executable", "arguments")
+_LOCAL = (
+    *("api_key", "api_key_env", "base_url", "mmproj", "draft_model", "executable", "arguments"),
+)
 
 
 def is_local_only(key: str, value: object) -> bool:
@@ -127,7 +129,7 @@ def located(layer: Layer) -> Layer:
             continue
         text = str(value.value)
         if key in ("home", "server.state", "cluster.token_file") or (
-            key == "model" and text.startswith(_RELATIVE)
+            key in ("model", "options.draft_model") and text.startswith(_RELATIVE)
         ):
             resolved[key] = value._replace(value=str(value.base / expanded(text, ConfigError)))
         elif key == "chat_template" and text.startswith("@"):

@@ -6,7 +6,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
+
+import msgspec
 
 from headrace.core.errors import UnknownModel
 
@@ -29,6 +31,23 @@ class Adapter:
     source: str
     scale: float = 1.0
     name: str | None = None
+
+
+class AdapterFile(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter on disk whose header has been checked; `size` is in bytes.
+
+    `scale` multiplies its changes, beside `alpha` over the rank. With `root_rank` that is over the
+    root of the rank. `rank` is the largest of its matrices.
+    """
+
+    path: str
+    format: Literal["gguf", "safetensors"]
+    rank: int
+    size: int
+    name: str = ""
+    alpha: float = 0.0
+    scale: float = 1.0
+    root_rank: bool = False
 
 
 def checked_adapters(value: object) -> object:

@@ -226,8 +226,9 @@ def check_options(name: str, values: dict[str, object]) -> EngineOptions:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        subject = f"Option {key!r}" if key else "An option"
         raise ConfigError(
-            f"Option {key!r} of engine {name}: {fault_of(first['msg'])}. "
+            f"{subject} of engine {name}: {fault_of(first['msg'])}. "
             f"It accepts {', '.join(sorted(model.model_fields))}."
         ) from error
 

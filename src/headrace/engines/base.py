@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 from pydantic import BaseModel, ConfigDict
 
+from headrace.core.adapter import AdapterFile
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConfigError
 from headrace.core.events import (
@@ -34,7 +35,6 @@ from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities, ModelFile, Task
 from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
 from headrace.core.sampling import Sampling
-from headrace.models.adapter import AdapterFile
 
 
 class EngineOptions(BaseModel):

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import msgspec
 
 from headrace import machine
+from headrace.core.adapter import AdapterFile
 from headrace.core.errors import LoadFailed
 from headrace.core.private import private_folder
 from headrace.core.status import Footprint
 from headrace.engines.base import BatchLimits, OpenRequest
-from headrace.models.adapter import AdapterFile
 from headrace.models.folder import LayerSizes
 
 PAGE = 256

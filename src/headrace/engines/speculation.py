@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import msgspec
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from headrace.core.errors import ConfigError
 from headrace.core.model import ModelFile
@@ -45,7 +45,6 @@ class SpeculationOptions(EngineOptions):
     draft_model: str | None = Field(
         None,
         min_length=1,
-        validate_default=True,
         description="Reference of a small model with the same vocabulary.",
     )
     draft_tokens: int | None = Field(
@@ -61,15 +60,20 @@ class SpeculationOptions(EngineOptions):
 
     @field_validator("draft_model")
     @classmethod
-    def _check_model(cls, reference: str | None, info: ValidationInfo) -> str | None:
-        way: Way = info.data.get("speculation", "off")
-        if way in _WITH_MODEL and reference is None:
-            raise ValueError(f"speculation {way} needs one")
-        if reference is not None and way not in ("auto", *_WITH_MODEL):
-            raise ValueError(f"speculation {way} uses none")
+    def _check_model(cls, reference: str | None) -> str | None:
         if reference is not None and "draft" not in cls.ways:
             raise ValueError("the engine takes none")
         return reference
+
+    @model_validator(mode="after")
+    def _check_both(self) -> Self:
+        # Not by field: the configuration looks at one option at a time.
+        way, reference = self.speculation, self.draft_model
+        if way in _WITH_MODEL and reference is None:
+            raise ValueError(f"speculation {way} needs a draft_model")
+        if reference is not None and way not in ("auto", *_WITH_MODEL):
+            raise ValueError(f"speculation {way} uses no draft_model")
+        return self
 
     @property
     def way(self) -> Way:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 
-from headrace.core.adapter import Adapter
+from headrace.core.adapter import Adapter, AdapterFile
 from headrace.core.errors import LoadFailed, RequestError
 from headrace.core.model import ModelFile
 from headrace.models import gguf, safetensors
@@ -34,23 +34,6 @@ _HINTS: Mapping[str, str] = {
 _UNUSUAL = ("use_dora", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
 
 Shape = tuple[int, ...]
-
-
-class AdapterFile(msgspec.Struct, frozen=True, kw_only=True):
-    """An adapter on disk whose header has been checked; `size` is in bytes.
-
-    `scale` multiplies its changes, beside `alpha` over the rank. With `root_rank` that is over the
-    root of the rank. `rank` is the largest of its matrices.
-    """
-
-    path: str
-    format: Literal["gguf", "safetensors"]
-    rank: int
-    size: int
-    name: str = ""
-    alpha: float = 0.0
-    scale: float = 1.0
-    root_rank: bool = False
 
 
 class _Pair(msgspec.Struct, frozen=True):

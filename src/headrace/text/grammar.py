@@ -9,7 +9,7 @@ from typing import Any, cast
 from headrace.core.constraint import Constraint
 from headrace.core.errors import Unsupported
 from headrace.core.schema import Path, Schema, children, refusal
-from headrace.text import formats
+from headrace.text import formats, numbers
 
 # With free white space a small model can repeat it up to the limit.
 _SPACING = {
@@ -62,7 +62,7 @@ def schema_grammar(schema: Schema) -> str:
 def json_rule(schema: Schema) -> str:
     """Return the body of a rule for JSON that a schema accepts."""
     # The last of equal keys counts: what the schema itself says is not heard.
-    return "%json " + json.dumps({**schema, **_SPACING})
+    return "%json " + json.dumps({**numbers.as_compiled(schema), **_SPACING})
 
 
 def after(prefix: str, rules: str, lark: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import random
 import re
@@ -26,6 +27,7 @@ from headrace.core.endless import endless
 from headrace.core.schema import BOUNDS, Path, Schema, children, number, pointer
 from headrace.text.grammar import HEADER, regex_position, schema_grammar
 from headrace.text.lark import Unenforceable, normalised
+from headrace.text.numbers import EXACT, INTEGERS
 from headrace.text.quoted import quoted
 from headrace.worker.matchers import END, Compile, Library, from_package
 
@@ -40,8 +42,7 @@ _LONGEST = 300
 _TOO_MUCH = "takes too much to compile"
 _NO_TEXT = "allows no text"
 _ENDLESS = "has no answer that ends"
-_EXACT = 2**53 - 1
-_INTEGERS = ("integer", ["integer"], ["integer", "null"], ["null", "integer"])
+_BEYOND_FLOATS = 10**309
 _PR_SET_PDEATHSIG = 1
 _REHEARSED, _REHEARSAL_S = 300, 0.2
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
@@ -165,7 +166,7 @@ def checked(schema: Schema, text: str, new_matcher: Compile | None) -> None:
             raise Refused((), "is not the beginning of an answer")
         return
     try:
-        value = json.loads(text, parse_constant=_no_number)
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError):
         raise Refused((), "is not JSON") from None
     error = next(iter(_validator(schema).iter_errors(value)), None)
@@ -217,9 +218,9 @@ def _check_parts(schema: Schema, new_matcher: Compile) -> None:
 def _check_bounds(path: Path, schema: Schema, new_matcher: Compile) -> None:
     """Check that the numbers next to large bounds are refused, as compilers round those."""
     bounds = {word: value for word in BOUNDS if (value := number(schema, word)) is not None}
-    kind = "integer" if schema.get("type") in _INTEGERS else "number"
+    kind = "integer" if schema.get("type") in INTEGERS else "number"
     for word, bound in bounds.items():
-        if abs(bound) > _EXACT:
+        if abs(bound) > EXACT:
             outside = str(int(bound) + BOUNDS[word]).encode()
             if new_matcher(schema_grammar({**bounds, "type": kind})).accepts(outside):
                 raise Refused((*path, word), f"is {bound}, which cannot be enforced exactly")
@@ -227,6 +228,12 @@ def _check_bounds(path: Path, schema: Schema, new_matcher: Compile) -> None:
 
 def _retrieved(uri: str) -> Any:
     raise ValueError(f"{uri} is not retrieved")
+
+
+def _finite(text: str) -> float:
+    """Return a number; one beyond all floats, which the validator does not take, as an integer."""
+    value = float(text)
+    return value if math.isfinite(value) else int(math.copysign(1, value)) * _BEYOND_FLOATS
 
 
 def _no_number(name: str) -> Any:

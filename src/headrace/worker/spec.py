@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from headrace.core.adapter import AdapterFile
 from headrace.core.device import read_device
 from headrace.core.errors import Draining
 from headrace.core.model import Capabilities, ModelFile, ModelInfo, ModelSpec, State
@@ -16,7 +17,6 @@ from headrace.core.preset import plain
 from headrace.core.values import masked_options
 from headrace.engines.base import EngineFacts, OpenRequest
 from headrace.machine import HOST, host_memory
-from headrace.models.adapter import AdapterFile
 from headrace.text.calls.format import Format
 from headrace.worker.embed_prompts import embed_prompts
 from headrace.worker.prompt import Prompter

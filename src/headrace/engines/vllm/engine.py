@@ -45,6 +45,8 @@ from headrace.engines.vllm.call import (
 
 _POLL_S, _SHUTDOWN_S, _KILLED_S = 0.5, 2.0, 5.0
 
+# vLLM says that these do not work with drafts, and ignores them.
+_DROPPED = frozenset({"min_p", "logit_bias"})
 _UNCOUNTED = "the library does not report the drafted tokens of a request: they are 0"
 
 _TYPED = {
@@ -236,7 +238,7 @@ class Engine(TokenizerMixin):
             max_token_bytes=self._vocabulary.max_token_bytes(),
             image_marker=marker,
             capabilities=Capabilities(
-                sampling=HONOURED,
+                sampling=HONOURED - _DROPPED if self._options.drafts else HONOURED,
                 json_schema=True,
                 forms=frozenset(FORMS),
                 batch_invariant=self._options.batch_invariant,
