@@ -27,7 +27,13 @@ FIELDS = {*SETTINGS, *ChatRequest.__struct_fields__}
 PATHS = {route.path.partition("{")[0].rstrip("/") for route in (*ROUTES, *ADMIN_ROUTES)}
 PATHS |= {"/metrics"}
 # Not ours: other packages, and variables of OpenTelemetry.
-OTHERS = {"openai", "OTEL_EXPORTER_OTLP_ENDPOINT", "num_ctx", "headrace.toml", "reasoning_content"}
+OTHERS = {
+    "openai",
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "num_ctx",
+    "headrace.toml",
+    "reasoning_content",
+} | {*("parent", "root")}
 
 
 def options() -> set[str]:

@@ -81,8 +81,16 @@ def driver(count: int = 2, gib: int = 10, used: dict[int, int] | None = None) ->
         nvmlDeviceGetMemoryInfo=memory,
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [],
         nvmlDeviceGetName=lambda handle: f"Mill {handle}",
+        # For a sampler of a worker that another test has just left.
+        nvmlDeviceGetUtilizationRates=_unmetered,
+        nvmlDeviceGetTotalEnergyConsumption=_unmetered,
+        nvmlDeviceGetPowerUsage=_unmetered,
         NVMLError=RuntimeError,
     )
+
+
+def _unmetered(handle: int) -> Any:
+    raise RuntimeError(f"{handle} has no meter.")
 
 
 @pytest.fixture(autouse=True)

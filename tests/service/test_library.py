@@ -53,11 +53,13 @@ def test_a_model_of_the_library_is_found_planned_and_pulled(service: Service) ->
     assert [m["name"] for m in library(service, q="huge mit")] == ["huge:1m"]
     assert library(service, fits="true") == [tiny]
     assert library(service, task="embed") == []
-    with httpx.stream("POST", f"{service.url}/api/pull", json={"model": "tiny:1m"}) as pull:
+    body = {"model": "tiny:1m"}
+    with httpx.stream("POST", f"{service.url}/api/pull", json=body, timeout=30) as pull:
         states = [json.loads(line)["status"] for line in pull.iter_lines()]
     assert (states[0], states[-1]) == ("pulling manifest", "success")
     assert [m["stored"] for m in library(service)] == [True, False]
-    assert "tiny:1m" in [m["id"] for m in httpx.get(f"{service.url}/v1/models").json()["data"]]
+    served = httpx.get(f"{service.url}/v1/models", timeout=30).json()["data"]
+    assert "tiny:1m" in [m["id"] for m in served]
 
 
 @pytest.mark.parametrize("query", ["fits=perhaps", "task=dance", "q=a&q=b", "size=3"])

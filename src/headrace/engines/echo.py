@@ -232,9 +232,10 @@ class Engine(base.Embedder):
         text = self._options.text
         prompt = _with_images(request) if request.media else request.token_ids
         token_ids = _spoken(prompt) if text is None else tuple(text.encode())
-        if request.constraint is not None:
+        if self._options.forms and request.constraint is not None:
             yield from kept(token_ids, request.constraint)
-        while token_ids and request.constraint is None:
+            token_ids = ()
+        while token_ids:
             yield from token_ids
             if not request.sampling.ignore_eos:
                 break

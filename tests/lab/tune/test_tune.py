@@ -57,7 +57,8 @@ def test_the_real_model_is_measured_and_the_winner_written(
     command = ("tune", "small", "--config", str(config), "--engines", "llamacpp", *QUICK)
     shape = ("--streams", "1,2", "--tokens", "4", "--json", "--write", "throughput")
     # With all of these set, each set of options comes to the same.
-    fixed = ("slots=2", "threads=1", "kv_type=bf16", "flash_attention=on", "batch_size=128")
+    fixed = ("slots=2", "threads=1", "kv_type=bf16", "flash_attention=on", "batch_size=128",
+        "weight_type=file", "speculation=off")  # fmt: skip
     options = [word for option in fixed for word in ("-o", option)]
     assert run([*command, *shape, *options]) == 0
     told = capsys.readouterr()
