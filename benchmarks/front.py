@@ -25,6 +25,11 @@ for each, with a fifth of the rate; the ratios are those to chat completions.
 With `--keys`, `headrace serve echo` has no keys, a key of the file, a key of a database, and such a
 key with limits, at the same time, each with a fourth of the rate; the ratios are those to no keys.
 
+With `--parser`, two of `headrace serve echo` answer chat completions with plain text at the same
+time, each with half of the rate: to requests without tools, with a template that has neither tools
+nor thinking, and to requests with tools and thinking, with a template that has both, so that all
+text passes the parser of calls. The parser runs in the child: the CPU is that of both processes.
+
 With `--against DIR`, only `headrace serve echo` of this checkout and that of another are measured,
 both at the same time, with new processes in each round: the CPU of an event changes by a third from
 one second to the next, and from process to process. Each has half of the rate.
@@ -38,27 +43,22 @@ import contextlib
 import statistics
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import report
+from front_requests import PARSERS, ROUTES, TEMPLATE, body_by, body_of
 from headrace.lab import drive, figures, load
 from headrace.lab.drive import Program, Server
 
 GOAL = 2.5
 ROUTE_GOAL = 1.3
 KEY_GOAL = 1.03
+PARSER_GOAL = 1.1
 STREAMS = (32, 512)
 SERVERS = ("limit", "headrace", "pydantic")
 CHECKOUTS = ("headrace", "other")
-ROUTES = {
-    "chat": "/v1/chat/completions",
-    "responses": "/v1/responses",
-    "messages": "/v1/messages",
-    "ollama": "/api/chat",
-    "llama": "/completion",
-}
 KEYS: dict[str, Sequence[str]] = {
     "none": (),
     "file": (),
@@ -98,31 +98,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int, nargs="+", default=STREAMS)
     parser.add_argument("--routes", action="store_true", help="compare the APIs of chats")
     parser.add_argument("--keys", action="store_true", help="compare kinds of API keys")
+    parser.add_argument("--parser", action="store_true", help="compare plain and parsed answers")
     report.against(parser)
     options = parser.parse_args(argv)
     if options.quick:
         options.rate, options.rounds, options.window = 2000, 1, 1.0
     return options
-
-
-def body_of(speed: float, seconds: float) -> dict[str, Any]:
-    """Return a request whose stream lasts that long at so many tokens/s."""
-    tokens = int(speed * seconds)
-    return {"prompt": "abcdefgh" * 8, "max_tokens": tokens, "stream": True, "ignore_eos": True}
-
-
-def body_by(route: str, speed: float, seconds: float) -> dict[str, Any]:
-    """Return a request to a route of `ROUTES`, of which the engine repeats the message."""
-    tokens = int(speed * seconds)
-    text = "abcdefgh" * (tokens // 8 + 1)
-    if route == "responses":
-        return {"input": text, "max_output_tokens": tokens, "stream": True}
-    if route == "llama":
-        return {"prompt": text, "n_predict": tokens, "stream": True}
-    if route == "ollama":
-        messages = [{"role": "user", "content": text}]
-        return {"model": "echo", "messages": messages, "options": {"num_predict": tokens}}
-    return {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": True}
 
 
 async def begin(
@@ -194,8 +175,9 @@ async def beside(
 ) -> list[Cell]:
     """Measure servers at the same time, new ones in each round; `speed` is of one stream."""
     cells, names, seconds = list[Cell](), list(starts), window + 60
+    paths = ROUTES | dict.fromkeys(PARSERS, ROUTES["chat"])
     bodies = {
-        name: body_by(name, speed, seconds) if name in ROUTES else body_of(speed, seconds)
+        name: body_by(name, speed, seconds) if name in paths else body_of(speed, seconds)
         for name in names
     }
     async with contextlib.AsyncExitStack() as whole:
@@ -207,7 +189,7 @@ async def beside(
             async with contextlib.AsyncExitStack() as stack:
                 servers = {name: await stack.enter_async_context(starts[name]()) for name in order}
                 for name, server in servers.items():
-                    path = ROUTES.get(name, load.PATH)
+                    path = paths.get(name, load.PATH)
                     await begin(server, clients[name], bodies[name], streams, path)
                 counts = (count(n, servers[n], clients[n], streams, window) for n in names)
                 cells += await asyncio.gather(*counts)
@@ -269,6 +251,21 @@ async def keys(options: argparse.Namespace, streams: int) -> list[Cell]:
     return await beside(starts, options.rounds, speed, options.window, streams)
 
 
+async def parsers(options: argparse.Namespace, streams: int) -> list[Cell]:
+    """Measure plain answers with and without a parser, in both processes of each."""
+    speed = options.rate / len(PARSERS) / streams
+
+    def start(environment: dict[str, str]) -> contextlib.AbstractAsyncContextManager[Server]:
+        return drive.server(in_step(speed), environment, ready="/health/ready")
+
+    starts: dict[str, Start] = {
+        "off": partial(start, {}),
+        "on": partial(start, {"HEADRACE_ECHO__CHAT_TEMPLATE": TEMPLATE}),
+    }
+    cells = await beside(starts, options.rounds, speed, options.window, streams)
+    return [cell._replace(cpu=cell.cpu + cell.child_cpu) for cell in cells]
+
+
 def of(cells: Sequence[Cell], server: str, streams: int) -> list[float]:
     """Return the microseconds for each event of one server, round by round."""
     return [cell.each for cell in cells if (cell.server, cell.streams) == (server, streams)]
@@ -308,34 +305,49 @@ def table(
     return lines
 
 
-async def run(options: argparse.Namespace) -> list[Cell]:
+class Comparison(NamedTuple):
+    """What is compared: the servers, that which the ratios are to, and the file of the results."""
+
+    measure: Callable[[argparse.Namespace, int], Awaitable[list[Cell]]]
+    servers: Sequence[str]
+    base: str
+    name: str
+    goal: str
+
+
+def comparison(options: argparse.Namespace) -> Comparison:
+    """Return what the options ask for."""
+    if options.against:
+        return Comparison(checkouts, CHECKOUTS, "other", "front-against", "")
+    if options.routes:
+        goal = f"Goal: each at most {ROUTE_GOAL} times chat completions."
+        return Comparison(routes, tuple(ROUTES), "chat", "front-routes", goal)
+    if options.keys:
+        goal = f"Goal: each at most {KEY_GOAL} times the service without keys."
+        return Comparison(keys, tuple(KEYS), "none", "front-keys", goal)
+    if options.parser:
+        goal = f"CPU of the model's process included. Goal: at most {PARSER_GOAL} times off."
+        return Comparison(parsers, tuple(PARSERS), "off", "front-parser", goal)
+    goal = f"Goal: headrace at most {GOAL} times the limit."
+    return Comparison(rounds, SERVERS, "limit", "front", goal)
+
+
+async def run(measure: Comparison, options: argparse.Namespace) -> list[Cell]:
     """Measure everything."""
-    measure, cells = rounds, list[Cell]()
-    if options.against or options.routes:
-        measure = checkouts if options.against else routes
-    elif options.keys:
-        measure = keys
+    cells = list[Cell]()
     for streams in options.streams:
-        cells += await measure(options, streams)
+        cells += await measure.measure(options, streams)
     return cells
 
 
 def main() -> None:
     """Measure, print and keep the figures."""
     options, conditions = arguments(), report.Conditions()
-    servers, base = (CHECKOUTS, "other") if options.against else (SERVERS, "limit")
-    if options.routes and not options.against:
-        servers, base = tuple(ROUTES), "chat"
-    elif options.keys and not options.against:
-        servers, base = tuple(KEYS), "none"
-    cells, facts = asyncio.run(run(options)), report.machine()
+    compared = comparison(options)
+    servers, base = compared.servers, compared.base
+    cells, facts = asyncio.run(run(compared, options)), report.machine()
     lines = table(cells, facts, servers, base)
-    goal = f"Goal: headrace at most {GOAL} times the limit." if base == "limit" else ""
-    if base == "chat":
-        goal = f"Goal: each at most {ROUTE_GOAL} times chat completions."
-    if base == "none":
-        goal = f"Goal: each at most {KEY_GOAL} times the service without keys."
-    text = "\n".join([*lines, f"{goal}{conditions}".strip()])
+    text = "\n".join([*lines, f"{compared.goal}{conditions}".strip()])
     print(f"\n{text}")
     record = {
         "machine": facts,
@@ -349,8 +361,7 @@ def main() -> None:
         },
         "cells": [cell._asdict() for cell in cells],
     }
-    names = {"other": "front-against", "chat": "front-routes", "none": "front-keys"}
-    report.write(names.get(base, "front"), text, record, options)
+    report.write(compared.name, text, record, options)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,10 @@ async def test_random_schemas(smol: AsyncModelWorker) -> None:
 
 @pytest.mark.slow
 async def test_many_random_schemas(smol: AsyncModelWorker) -> None:
-    """Issue 11.4, issue 13, shown 3: 200 of them, or as many as SCHEMAS says."""
+    """Issue 11.4, issue 13, shown 3: 200 of them, or as many as SCHEMAS says.
+
+    Of 1,000 on 2026-11-28, 683 answers were finished and valid, 132 cut at 100 tokens, 185 refused.
+    """
     number = int(os.environ.get("SCHEMAS", "200"))
     tally = await tried(smol, range(20, 20 + number))
     print(tally)  # noqa: T201

@@ -31,9 +31,24 @@ QUIET = {
 }
 
 
+# Codex has a grammar of patches for models that it knows by name.
+MODELS = """
+[models.echo]
+model = "builtin:echo"
+[models.forms]
+model = "builtin:echo"
+options = {forms = true}
+[models."gpt-5.5"]
+model = "builtin:echo"
+[models.smollm2]
+"""
+
+
 @pytest.fixture(scope="session")
-def url(smollm2_path: Path) -> Iterator[str]:
-    with served("builtin:echo", "smollm2") as service:
+def url(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    file = tmp_path_factory.mktemp("service") / "headrace.toml"
+    file.write_text(MODELS)
+    with served(environment={"CONFIG": str(file)}) as service:
         yield service.url
 
 

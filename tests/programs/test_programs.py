@@ -166,3 +166,42 @@ def test_a_real_model_answers(
     record_property("tried", "answer of SmolLM2")
     command = connected(client, environ, "smollm2")
     assert run((*command, "Name a river.", "-o", "max_tokens", "8"), environ, folder).strip()
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"word": {"type": "string"}},
+    "required": ["word"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.usefixtures("noted")
+@pytest.mark.parametrize("client", ["codex"])
+def test_it_answers_in_a_form(
+    client: str, environ: dict[str, str], folder: Path, record_property: Noted
+) -> None:
+    """Issue 13, exact form: Codex sends its schema beside its tools."""
+    record_property("tried", "schema")
+    (folder / "schema.json").write_text(json.dumps(SCHEMA))
+    command = connected(client, environ, "forms")
+    options = ("--output-schema", "schema.json", "-o", "answer.json")
+    prompt = '{"word": "heron"}'
+    run((*command, *PROGRAMS[client].arguments, *options, prompt), environ, folder)
+    assert json.loads((folder / "answer.json").read_text()) == {"word": "heron"}
+
+
+@pytest.mark.usefixtures("noted")
+@pytest.mark.parametrize("client", ["codex"])
+def test_it_applies_a_patch(
+    client: str, environ: dict[str, str], folder: Path, record_property: Noted
+) -> None:
+    """Issue 13: for models that Codex knows this tool has a grammar, also without an engine's."""
+    record_property("tried", "patch")
+    patch = f"*** Begin Patch\n*** Add File: {folder / 'new.txt'}\n+egret\n*** End Patch\n"
+    call = json.dumps({"name": "apply_patch", "arguments": {"input": patch}})
+    command = connected(client, environ, "gpt-5.5")
+    freely = "--dangerously-bypass-approvals-and-sandbox"
+    prompt = f"<tool_call>{call}</tool_call>"
+    run(with_arguments(command, client, freely, prompt), environ, folder)
+    assert (folder / "new.txt").read_text() == "egret\n"

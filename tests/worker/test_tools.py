@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from tests.worker.rig import worker
 
 from headrace.core.constraint import Constraint
-from headrace.core.errors import InvalidRequest, Unsupported
+from headrace.core.errors import ConstraintViolated, InvalidRequest, Unsupported
 from headrace.core.events import Delta, ToolCall, ToolCallDelta
 from headrace.core.model import ModelFile
 from headrace.core.request import GenerateRequest, Message
@@ -25,6 +26,17 @@ from headrace.worker.chat import Chat
 from headrace.worker.parts import Output, PartsPipeline
 
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
+PLATE = Tool(
+    "plate",
+    parameters={
+        "type": "object",
+        "properties": {"input": {"type": "string"}},
+        "required": ["input"],
+        "additionalProperties": False,
+    },
+    strict=True,
+    input=Constraint(regex="[A-Z]-[0-9]"),
+)
 TOOLS = (Tool("one", "First.", SCHEMA), Tool("two"))
 HERMES = """\
 {%- if tools %}TOOLS{% for tool in tools %}{{ tool | tojson }}{% endfor %}
@@ -142,7 +154,7 @@ async def test_a_broken_call_is_text() -> None:
     [
         {"tool_choice": ToolChoice("required")},
         {"constraint": Constraint(json_schema={})},
-        {"tools": (Tool("code", None, SCHEMA, strict=True, input=Constraint(regex="a")),)},
+        {"tools": (PLATE,), "tool_choice": ToolChoice("required")},
     ],
 )
 async def test_what_cannot_be_enforced_is_refused(given: Any) -> None:
@@ -150,6 +162,24 @@ async def test_what_cannot_be_enforced_is_refused(given: Any) -> None:
     async with worker() as one:
         with pytest.raises(Unsupported):
             await collect(one.ask(asked("x", **given)))
+
+
+async def test_what_cannot_be_enforced_of_a_free_call_is_checked() -> None:
+    """Issue 13: Codex sends the grammar of patches with auto; no call that breaks it passes."""
+    form = "<tool_call>{ %s }</tool_call>"
+    swapped = form % '"arguments": {"input": "A-1"}, "name": "plate"'
+    async with worker(context_length=1024) as one:
+        for content in (call("plate", '{"input": "A-1"}'), swapped):
+            result = await collect(one.ask(asked(content, tools=(*TOOLS, PLATE))))
+            assert [made.name for made in result.choices[0].tool_calls] == ["plate"]
+        free = await collect(one.ask(asked("No call.", tools=(PLATE,))))
+        assert free.text == "No call."
+        for arguments in ('{"input": "A-12"}', '{"input": 1}', "{}"):
+            with pytest.raises(ConstraintViolated):
+                await collect(one.ask(asked(call("plate", arguments), tools=(PLATE,))))
+        with pytest.raises(InvalidRequest, match="The input of the tool plate"):
+            bad = msgspec.structs.replace(PLATE, input=Constraint(grammar="start: a\na: b\n"))
+            await collect(one.ask(asked("x", tools=(bad,))))
 
 
 @pytest.mark.parametrize("cities", [["Zürich"], ["Ł", "€", "😀"]])

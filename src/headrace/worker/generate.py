@@ -29,7 +29,7 @@ from headrace.engines.base import (
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
 from headrace.worker.compiler import Compiler
-from headrace.worker.inputs import has_inputs, with_inputs
+from headrace.worker.inputs import check_call, has_inputs, with_inputs
 from headrace.worker.lines import LineLimiter
 from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
@@ -244,15 +244,15 @@ class _Choice:
         cut = self.reason == "length" or self._stops.stopped
         cut = cut or bool(self._request.sampling.stop_token_ids)
         text, check, request = "".join(self._whole), turn.served.compiler.check, turn.request
-        # A text with calls ends at a token that has none.
-        await turn.within(check(constraint, text, cut=cut or request.enforces_calls))
+        if turn.served.prompter.enforces_grammars or not request.enforces_calls:
+            # A text with calls ends at a token that has none.
+            await turn.within(check(constraint, text, cut=cut or request.enforces_calls))
         if self._parts is None:
             return
         if not self._parts.calls:
             await self._check_without_calls(cut=cut)
         for name, arguments in self._parts.calls:
-            for schema in request.tool_choice.enforced(request.tools, name):
-                await turn.within(check(Constraint(json_schema=schema), arguments, cut=False))
+            await turn.within(check_call(turn.served.compiler, request, name, arguments))
 
     async def _check_without_calls(self, *, cut: bool) -> None:
         turn = self._turn

@@ -1,4 +1,4 @@
-"""Grammars of custom tools, as those of text inside the JSON strings of calls."""
+"""What is enforced of calls: grammars of custom tools in JSON strings, and checks at the end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 
 import msgspec
 
+from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest, RequestError, Unsupported
 from headrace.core.request import GenerateRequest
 from headrace.core.tools import Tool
@@ -23,8 +24,10 @@ async def with_inputs(
 ) -> GenerateRequest:
     """Return a request with the grammars of its tools as the model's calls have them.
 
+    An engine without grammars does not get them: the calls are checked at the end.
+
     Raises:
-        Unsupported: the engine takes no grammars.
+        Unsupported: a call is required, and the engine takes no grammars.
         InvalidRequest: a grammar cannot be enforced; names the tool.
     """
     chat = prompter.chat
@@ -35,7 +38,7 @@ async def with_inputs(
     for index, tool in enumerate(tools):
         if tool.input is None or tool not in allowed:
             continue
-        if not prompter.enforces_grammars:
+        if request.tool_choice.mode == "required" and not prompter.enforces_grammars:
             raise _named(tool, Unsupported("This engine does not enforce a grammar."))
         try:
             made = await compiler.compile(tool.input, request.client, quoted=also)
@@ -43,6 +46,22 @@ async def with_inputs(
             raise _named(tool, error) from None
         tools[index] = msgspec.structs.replace(tool, input=made)
     return msgspec.structs.replace(request, tools=tuple(tools))
+
+
+async def check_call(
+    compiler: Compiler, request: GenerateRequest, name: str, arguments: str
+) -> None:
+    """Check a finished call against the schema and the grammar that the request enforces.
+
+    Raises:
+        ConstraintViolated: it does not keep to one of them.
+    """
+    for schema in request.tool_choice.enforced(request.tools, name):
+        await compiler.check(Constraint(json_schema=schema), arguments, cut=False)
+    for tool in request.tools:
+        if tool.name == name and tool.input is not None:
+            text = msgspec.json.decode(arguments).get("input")
+            await compiler.check(tool.input, str(text), cut=False)
 
 
 def _named(tool: Tool, error: RequestError) -> RequestError:

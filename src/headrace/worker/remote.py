@@ -42,6 +42,7 @@ from headrace.engines.base import RemoteEngine, RemoteEvent, RemoteFinish
 from headrace.engines.remote import estimate, estimated_count
 from headrace.text.pipeline import StopMatcher
 from headrace.worker.encode import normalized
+from headrace.worker.inputs import check_call
 from headrace.worker.prompt import check_supported
 from headrace.worker.turn import Answers, R, Served, T, Turn, unmeasured
 
@@ -199,12 +200,8 @@ class _Answer:
         for name, arguments in calls.values() if request.enforces_calls else ():
             if name not in allowed:
                 raise ConstraintViolated("The upstream calls another tool.", param="tool_choice")
-            for schema in request.tool_choice.enforced(request.tools, name):
-                await self._check_text(Constraint(json_schema=schema), "".join(arguments))
-            for tool in request.tools:
-                if tool.name == name and tool.input is not None:
-                    text = msgspec.json.decode("".join(arguments)).get("input")
-                    await self._check_text(tool.input, str(text))
+            check = check_call(self._turn.served.compiler, request, name, "".join(arguments))
+            await self._turn.within(check)
 
     async def _check_text(self, constraint: Constraint, text: str) -> None:
         turn = self._turn
