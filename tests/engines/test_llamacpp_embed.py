@@ -80,14 +80,14 @@ async def test_a_long_text_may_take_longer_than_hang_s(
     """Issue 11.6: a text whose batch took two minutes had its worker killed, for all others."""
     monkeypatch.setattr(computing, "_LONGEST_BATCH", 1000)
     spec = ModelSpec(
-        name="m", model="m", task="embed", device="cpu", hang_s=0.5, options=request_.options
+        name="m", model="m", task="embed", device="cpu", hang_s=1.2, options=request_.options
     )
     resolved = WorkerSpec(model=spec, file=request_.model, engine="llamacpp")
     worker = WorkerProcess(spec, lambda spec, report: resolved)
     await worker.start()
     try:
-        pid, vectors = worker.pid, EmbedRequest(inputs=((7,) * 256,) * 2)
-        assert len((await collect_vectors(worker.ask(vectors))).vectors) == 2
+        pid, vectors = worker.pid, EmbedRequest(inputs=((7,) * 256,) * 4)
+        assert len((await collect_vectors(worker.ask(vectors))).vectors) == 4
         assert worker.pid == pid
     finally:
         await worker.aclose()

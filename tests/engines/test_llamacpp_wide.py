@@ -45,13 +45,14 @@ def test_all_weights_are_those_of_the_file(smollm2_path: Path, wide: Path) -> No
     data, written = smollm2_path.read_bytes(), wide.read_bytes()
     for old, new in zip(before.tensors, after.tensors, strict=True):
         if old.kind == new.kind:
-            assert data[old.place :][: old.size] == written[new.place :][: new.size]
+            same = data[old.place : old.place + old.size]
+            assert same == written[new.place : new.place + new.size]
             continue
         assert (old.kind, new.kind) == (3, 8)
         blocks = new.size // 34
         for block in {0, 1, blocks // 2, blocks - 1}:
-            mine = q8_0(written[new.place + 34 * block :][:34])
-            whole = q4_1(data[old.place + 20 * block :][:20])
+            at, before_at = new.place + 34 * block, old.place + 20 * block
+            mine, whole = q8_0(written[at : at + 34]), q4_1(data[before_at : before_at + 20])
             assert mine == pytest.approx(whole, abs=max(map(abs, whole)) / 127 * 0.6)
 
 
