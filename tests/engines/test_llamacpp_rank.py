@@ -72,6 +72,13 @@ def test_its_tokens_are_counted_as_the_server_counts(engine: Engine) -> None:
     assert answer["usage"]["prompt_tokens"] == counted
 
 
+def test_markers_are_text(engine: Engine) -> None:
+    """What the server does not read as one token is not counted as one."""
+    text = "[SEP] [CLS] a"
+    answer = engine._ranking({"query": text, "documents": [text]})
+    assert answer["usage"]["prompt_tokens"] == len(engine.pair(text, text).token_ids)
+
+
 async def test_it_ranks_as_a_service_does(model: Path, smollm2_path: Path) -> None:
     """Issue 17.6: found by the file's header; long documents are cut, long queries refused."""
     async with AsyncModelWorker(str(model), device="cpu") as worker:
@@ -81,6 +88,8 @@ async def test_it_ranks_as_a_service_does(model: Path, smollm2_path: Path) -> No
         alone = await worker.rerank(QUERY, DOCUMENTS[:1])
         (first,) = (item.score for item in ranking.ranking if item.index == 0)
         assert alone.ranking[0].score == pytest.approx(first, abs=2e-2)
+        cut = await worker.rerank(QUERY, ["[SEP] " * 100])
+        assert cut.usage.prompt_tokens <= 128
         with pytest.raises(ContextOverflow, match="The query has"):
             await worker.rerank("river " * 200, DOCUMENTS)
         with pytest.raises(ContextOverflow, match="context length"):

@@ -91,6 +91,21 @@ def test_context_length(tmp_path, config, tokenizer, expected) -> None:
     assert folder.describe(tmp_path).context_length == expected
 
 
+@pytest.mark.parametrize(
+    "prompts", [{"query": "x" * (1 << 15)}, {"query": ["x"]}, {str(n): "" for n in range(257)}]
+)
+def test_prompts_have_limits(tmp_path: Path, prompts: Any) -> None:
+    """Issue 17.6: they come before each text of each request."""
+    (tmp_path / "modules.json").write_text("[]")
+    file = tmp_path / "config_sentence_transformers.json"
+    file.write_text(json.dumps({"prompts": {"query": "q: ", "other": None}}))
+    found = folder.prompts_of(tmp_path)["prompts"]
+    assert found == {"query": "q: ", "document": "", "other": ""}
+    file.write_text(json.dumps({"prompts": prompts}))
+    with pytest.raises(LoadFailed, match="prompts"):
+        folder.prompts_of(tmp_path)
+
+
 def test_chat_template_has_three_homes(tmp_path: Path) -> None:
     """W25: the model's own template is found wherever it is kept."""
     make(tmp_path, tokenizer_config__json={"chat_template": "one"})

@@ -15,6 +15,8 @@ from headrace.models.safetensors import read_header
 
 MAX_JSON = 32 << 20
 MAX_TEMPLATE = 1 << 20
+MAX_PROMPT, MAX_PROMPTS = 1 << 14, 256
+"""Characters of a prompt, which precedes each text to embed, and prompts of a model."""
 INDEX = "model.safetensors.index.json"
 _LENGTHS = (
     "max_position_embeddings",
@@ -88,16 +90,22 @@ def prompts_of(folder: Path) -> dict[str, Any]:
     """Return the prompts of an embedding model by name, and the name of the default one.
 
     Raises:
-        LoadFailed: the file of sentence-transformers is damaged.
+        LoadFailed: the file of sentence-transformers is damaged, or has prompts beyond the limits.
     """
     file = folder / "config_sentence_transformers.json"
     if not (folder / "modules.json").exists():
         return {}
     config = read_json(file) if file.exists() else {}
     table, default = config.get("prompts"), config.get("default_prompt_name")
-    items = cast("dict[str, object]", table).items() if _is_table(table) else ()
+    given = cast("dict[str, Any]", table) if _is_table(table) else {}
+    is_sound = all(text is None or isinstance(text, str) for text in given.values())
+    longest = max((len(text or "") for text in given.values()), default=0) if is_sound else 0
+    if not is_sound or longest > MAX_PROMPT or len(given) > MAX_PROMPTS:
+        raise LoadFailed(
+            f"{file}: at most {MAX_PROMPTS} prompts of {MAX_PROMPT} characters are accepted."
+        )
     # As in the library: a model without prompts reads queries and documents alike.
-    prompts = {"query": "", "document": ""} | {name: str(text or "") for name, text in items}
+    prompts = {"query": "", "document": ""} | {name: text or "" for name, text in given.items()}
     return {"prompts": prompts, "default_prompt": None if default is None else str(default)}
 
 

@@ -126,11 +126,12 @@ class Served(base.Embedder):
         return self._opened().ask("/v1/embeddings", body, timeout_s=None)
 
     def pair(self, query: str, document: str) -> Pair:
-        """Return both texts, with as many token ids as the server makes of them."""
+        """Return both texts, with as many token ids as the server makes: markers are text to it."""
         before, after = self._around
-        first = (*before, *self.tokenize(query, add_special=False), *self._between)
-        rest = (*self.tokenize(document, add_special=False), *after)
-        return Pair((*first, *rest), len(first), (query, document))
+        texts = (query, document)
+        ids = [chain.from_iterable(self._cut(text, markers=False)) for text in texts]
+        first = (*before, *ids[0], *self._between)
+        return Pair((*first, *ids[1], *after), len(first), texts)
 
     def score(self, batch: Sequence[Pair]) -> Sequence[float]:
         """Return the scores that the server reports: what the model's head gives."""
