@@ -24,6 +24,7 @@ from headrace.engines.base import EngineRequest, OpenRequest, RawDelta, RawDraft
 from headrace.engines.llama_server.engine import Engine as Served
 from headrace.engines.llamacpp.engine import Engine as InProcess
 from headrace.engines.speculation import SpeculationOptions, check_draft
+from headrace.engines.vllm.call import honoured
 from headrace.models.inspect import inspect
 
 NGRAM = {"speculation": "ngram", "draft_tokens": 1}
@@ -128,6 +129,11 @@ def test_what_an_engine_cannot_is_refused(
     with pytest.raises(ConfigError) as caught:
         engines.check_options(engine, options)
     assert problem in caught.value.message
+
+
+def test_vllm_claims_no_parameter_that_it_ignores_with_drafts() -> None:
+    """Issue 17.3: seen with vLLM 0.26 on a GPU, which says so in its log."""
+    assert honoured(drafts=False) - honoured(drafts=True) == {"min_p", "logit_bias"}
 
 
 def test_both_options_are_arguments() -> None:

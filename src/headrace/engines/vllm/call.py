@@ -33,6 +33,8 @@ _SAME = (
 _BY_NAME = ("max_tokens", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
 HONOURED = frozenset(_SAME + _BY_NAME)
 """The sampling parameters that `keywords` translates."""
+# vLLM says that these do not work with drafts, and ignores them.
+_DROPPED = frozenset({"min_p", "logit_bias"})
 
 _NO_MEMORY = (
     "out of memory",
@@ -44,6 +46,11 @@ _NO_MEMORY = (
     "less than requested memory",
 )
 _SEEDS, _MIN_TOP_P, _MAX_TEMPERATURE = (1 << 63) - 1, 1e-6, 2.0
+
+
+def honoured(*, drafts: bool) -> frozenset[str]:
+    """Return the sampling parameters that have an effect, with drafts or without."""
+    return HONOURED - _DROPPED if drafts else HONOURED
 
 
 def keywords(request: EngineRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,9 +34,9 @@ from headrace.engines.pictures import decoded, image_marker
 from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, special_tokens
 from headrace.engines.vllm import Options, memory_arguments, parallel, speculative_config
 from headrace.engines.vllm.call import (
-    HONOURED,
     Call,
     failure,
+    honoured,
     is_out_of_memory,
     parameters,
     prompt_tokens,
@@ -45,8 +45,6 @@ from headrace.engines.vllm.call import (
 
 _POLL_S, _SHUTDOWN_S, _KILLED_S = 0.5, 2.0, 5.0
 
-# vLLM says that these do not work with drafts, and ignores them.
-_DROPPED = frozenset({"min_p", "logit_bias"})
 _UNCOUNTED = "the library does not report the drafted tokens of a request: they are 0"
 
 _TYPED = {
@@ -238,7 +236,7 @@ class Engine(TokenizerMixin):
             max_token_bytes=self._vocabulary.max_token_bytes(),
             image_marker=marker,
             capabilities=Capabilities(
-                sampling=HONOURED - _DROPPED if self._options.drafts else HONOURED,
+                sampling=honoured(drafts=self._options.drafts),
                 json_schema=True,
                 forms=frozenset(FORMS),
                 batch_invariant=self._options.batch_invariant,
