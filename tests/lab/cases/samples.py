@@ -284,6 +284,8 @@ SAMPLES = [
         | IMAGES
         | _DRAFTS
         | {"resume", "echo_comes_first", "thinking", "continued"},
+        # Nobody knows how another server batches, and a near tie falls to either side.
+        reported=frozenset({"alone_and_among_sixteen"}),
     ),
     Sample(
         "transformers",
