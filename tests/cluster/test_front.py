@@ -161,6 +161,65 @@ def test_an_answer_goes_on_once() -> None:
     run(main())
 
 
+def test_an_answer_goes_on_at_a_node_with_a_full_queue() -> None:
+    """Issue 15.1: an answer that has begun does not end with a 429; one that has not does."""
+
+    async def main() -> None:
+        async with opened() as cluster:
+
+            def fill_and_kill(name: str) -> None:
+                for host in cluster.hosts:
+                    assert host.node is not None
+                    host.node.refusal = QueueFull("full", retry_after_s=3.0)
+                cluster.host(name).kill()
+
+            reply = await answer(cluster, ask("m", 20), fill_and_kill)
+            assert reply.text == counted(20)
+            assert reply.gap_s <= 0.3
+            with pytest.raises(QueueFull):
+                await answer(cluster, ask("m", 3))
+
+    run(main())
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_an_answer_that_has_begun_waits_for_a_node(planned: bool) -> None:
+    """Issue 15, shown 3: the only node is restarted; the answer goes on when it is back."""
+
+    async def main() -> None:
+        async with opened(1) as cluster:
+            host = cluster.hosts[0]
+
+            def restart(_name: str) -> None:
+                if planned and host.node is not None:
+                    host.node.broken = Draining("The service is stopping.")
+                loop = asyncio.get_running_loop()
+                loop.call_later(0.3, host.kill)
+                loop.call_later(2.0, host.start)
+
+            reply = await answer(cluster, ask("m", 20), restart)
+            assert reply.text == counted(20)
+            assert reply.gap_s <= 9.0
+            began = clock()
+            with pytest.raises(NoNode):
+                await answer(cluster, ask("m", 20), lambda _name: host.kill())
+            assert clock() - began >= 10.0
+
+    run(main())
+
+
+def test_an_answer_does_not_wait_beyond_its_deadline() -> None:
+    async def main() -> None:
+        async with opened(1) as cluster:
+            began = clock()
+            with pytest.raises(NoNode):
+                request = ask("m", 20, deadline_s=2.0)
+                await answer(cluster, request, lambda name: cluster.host(name).kill())
+            assert clock() - began <= 2.2
+
+    run(main())
+
+
 def test_a_drained_node_ends_its_answers_and_gets_no_more() -> None:
     """Issue 15.1: nothing new; what runs there ends there."""
 
