@@ -6,8 +6,7 @@ import asyncio
 import base64
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from headrace.engines.abilities import longest_text
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, Pair, RawEvent
 from headrace.engines.llamacpp import Options, settled
 from headrace.engines.llamacpp.call import HONOURED, in_lark
-from headrace.engines.llamacpp.groups import Groups
+from headrace.engines.llamacpp.groups import Groups, in_turns
 from headrace.engines.llamacpp.link import Link
 from headrace.engines.llamacpp.native import NativeCall
 from headrace.engines.llamacpp.pieces import SENTINEL, SIZE, Pieces
@@ -75,19 +74,19 @@ class Served(base.Embedder):
         visible = [self._text(token) for token in request.visible]
         if request.media:
             request = self._with_text(request)
-        events: AsyncGenerator[RawEvent, None] = threaded.stream(
-            lambda emit: self._answer(request, emit, visible),
-            inbox=self._inbox,
-            executor=self._threads,
-        )
-        return self._in_turn(request.adapter, events) if self._adapters else events
+        start = partial(self._stream, self._inbox, self._threads, visible)
+        return in_turns(self._groups, request, start) if self._adapters else start(request)
 
-    async def _in_turn(
-        self, adapter: str, events: AsyncGenerator[RawEvent, None]
+    def _stream(
+        self,
+        inbox: threaded.Inbox,
+        threads: ThreadPoolExecutor,
+        visible: Sequence[str],
+        request: EngineRequest,
     ) -> AsyncGenerator[RawEvent, None]:
-        async with self._groups.turn(adapter), aclosing(events):
-            async for event in events:
-                yield event
+        return threaded.stream(
+            lambda emit: self._answer(request, emit, visible), inbox=inbox, executor=threads
+        )
 
     def _answer(
         self, request: EngineRequest, emit: threaded.Emit[RawEvent], visible: Sequence[str]
