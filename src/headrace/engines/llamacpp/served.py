@@ -65,7 +65,7 @@ class Served(base.Embedder):
         raise NotImplementedError
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
-        """Return the events of a request, which runs on a thread that mostly sleeps."""
+        """Return the events of a request."""
         if self._inbox is None:
             self._inbox = threaded.Inbox(asyncio.get_running_loop())
         if self._threads is None or self._link is None:
@@ -73,13 +73,7 @@ class Served(base.Embedder):
         self._check((*request.token_ids, *request.answered))
         self._check(request.sampling.logit_bias, param="logit_bias")
         visible = [self._text(token) for token in request.visible]
-        if request.media:
-            request = self._with_text(request)
-        events: AsyncGenerator[RawEvent, None] = threaded.stream(
-            lambda emit: self._answer(request, emit, visible),
-            inbox=self._inbox,
-            executor=self._threads,
-        )
+        events = self._events(request, visible, self._inbox, self._threads)
         return self._in_turn(request.adapter, events) if self._adapters else events
 
     async def _in_turn(
@@ -89,13 +83,20 @@ class Served(base.Embedder):
             async for event in events:
                 yield event
 
-    def _answer(
-        self, request: EngineRequest, emit: threaded.Emit[RawEvent], visible: Sequence[str]
-    ) -> None:
-        call = NativeCall(request, emit, self._split, visible, drafts=self._drafts)
+    def _events(
+        self,
+        request: EngineRequest,
+        visible: Sequence[str],
+        inbox: threaded.Inbox,
+        threads: ThreadPoolExecutor,
+    ) -> AsyncGenerator[RawEvent, None]:
+        """Return the events of a request over the socket."""
+        if request.media:
+            request = self._with_text(request)
+        call = NativeCall(request, self._split, visible, drafts=self._drafts)
         call.constrained = self._constrained
         call.lora = self._lora(request)
-        call.run(self._opened())
+        return call.events(self._opened(), inbox, threads)
 
     def _lora(self, request: EngineRequest) -> Sequence[dict[str, float]]:
         """Return the scale of each adapter of the server in a request."""
