@@ -57,7 +57,7 @@ function ModelView({ card, status, plan }: { card: ModelCard; status: ModelStatu
         facts={[
           ["Source", status?.source],
           ["Also named", card.aliases.join(", ")],
-          ["Preset of", card.base],
+          [card.adapter ? "Adapter of" : "Preset of", card.base],
           ["Engine", card.engine],
           ["Choice", status?.engine_reason],
           ["Tasks", card.tasks.join(", ")],

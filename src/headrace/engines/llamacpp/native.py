@@ -169,5 +169,6 @@ def _body(request: EngineRequest, body: dict[str, Any]) -> bytes:
 
 
 def _known(data: bytes) -> bytes:
-    """Return a picture in a format that the library decodes."""
-    return data if image_header(data)[0] in _KNOWN else pictures.as_png(data)
+    """Return a picture in a format that the library decodes, upright."""
+    is_known = image_header(data)[0] in _KNOWN and not pictures.is_turned(data)
+    return data if is_known else pictures.as_png(data)

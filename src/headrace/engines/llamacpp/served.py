@@ -6,8 +6,7 @@ import asyncio
 import base64
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from headrace.engines.abilities import longest_text
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, Pair, RawEvent
 from headrace.engines.llamacpp import Options, settled
 from headrace.engines.llamacpp.call import HONOURED, in_lark
-from headrace.engines.llamacpp.groups import Groups
+from headrace.engines.llamacpp.groups import Groups, in_turns
 from headrace.engines.llamacpp.link import Link
 from headrace.engines.llamacpp.native import NativeCall
 from headrace.engines.llamacpp.pieces import SENTINEL, SIZE, Pieces
@@ -73,15 +72,10 @@ class Served(base.Embedder):
         self._check((*request.token_ids, *request.answered))
         self._check(request.sampling.logit_bias, param="logit_bias")
         visible = [self._text(token) for token in request.visible]
-        events = self._events(request, visible, self._inbox, self._threads)
-        return self._in_turn(request.adapter, events) if self._adapters else events
-
-    async def _in_turn(
-        self, adapter: str, events: AsyncGenerator[RawEvent, None]
-    ) -> AsyncGenerator[RawEvent, None]:
-        async with self._groups.turn(adapter), aclosing(events):
-            async for event in events:
-                yield event
+        if request.media:
+            request = self._with_text(request)
+        start = partial(self._events, visible=visible, inbox=self._inbox, threads=self._threads)
+        return in_turns(self._groups, request, start) if self._adapters else start(request)
 
     def _events(
         self,
@@ -91,8 +85,6 @@ class Served(base.Embedder):
         threads: ThreadPoolExecutor,
     ) -> AsyncGenerator[RawEvent, None]:
         """Return the events of a request over the socket."""
-        if request.media:
-            request = self._with_text(request)
         call = NativeCall(request, self._split, visible, drafts=self._drafts)
         call.constrained = self._constrained
         call.lora = self._lora(request)
