@@ -110,9 +110,9 @@ class ModelEntry:
         self.check()
         now = self._clock()
         alone = self.failures.suspects.admit(request, now) or alone
+        priority = priority or request.continues
         ticket = Ticket(request, now, priority=priority, alone=alone)
-        if len(self.replicas) > 1:
-            ticket.blocks = blocks_of(request)
+        ticket.blocks = blocks_of(request) if len(self.replicas) > 1 else ()
         waiting = self.queue.count(batch=request.batch)
         if not priority and waiting >= self.room and (waiting or not self._is_free(ticket)):
             raise QueueFull(

@@ -13,7 +13,7 @@ from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.media import text_of
 from headrace.core.request import CountRequest, GenerateRequest, Message
-from headrace.core.tools import Thinking, Tool
+from headrace.core.tools import SWITCHES, Thinking, Tool
 from headrace.engines.base import Engine, Generator
 from headrace.text.calls.constrain import constraint_for, thinking_before
 from headrace.text.calls.families import FAMILIES
@@ -25,7 +25,6 @@ from headrace.text.grammar import answer_rules, without_formats
 from headrace.text.template import ChatTemplate, openai_turn
 
 _TAIL = 4096
-_SWITCHES = ("enable_thinking", "thinking")
 
 NewSplitter = Callable[[], Splitter]
 Mode = Literal["none", "open", "optional"]
@@ -223,6 +222,7 @@ class Chat:
             thinking_open=thinking_open_in(prompt[-_TAIL:], self.format),
             calls=bool(tools),
             apart=has_form,
+            only=bool(request.tool_choice.names),
         )
 
     def constraint(
@@ -297,7 +297,7 @@ class Chat:
         options: dict[str, Any] = {}
         enabled = False if thinking.budget == 0 else thinking.enabled
         if enabled is not None:
-            options |= {name: enabled for name in _SWITCHES if name in known}
+            options |= {name: enabled for name in SWITCHES if name in known}
         if thinking.effort is not None and "reasoning_effort" in known:
             options["reasoning_effort"] = thinking.effort
         return options

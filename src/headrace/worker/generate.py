@@ -209,7 +209,7 @@ class _Choice:
         """Return the events of what was held back."""
         if self._parts is not None:
             if events := self._parts.flush():
-                self._turn.meter.delta(0, visible=True)
+                self._turn.meter.delta(0, visible=True, thinking=_is_thinking(events))
             self._note_parts(self._decoder.decode(b"", final=True), events)
             return events
         rest = self._text.flush()
@@ -283,8 +283,8 @@ class _Choice:
         events = parts.feed(raw.data, may_stop=may_stop)
         self._note_parts(self._decoder.decode(raw.data), events)
         if was_thinking or parts.is_thinking:
-            thinks_only = all(isinstance(event, Delta) and not event.text for event in events)
-            meter.delta(len(raw.token_ids), visible=bool(events), thinking=thinks_only)
+            thinking = _is_thinking(events)
+            meter.delta(len(raw.token_ids), visible=bool(events), thinking=thinking)
             self._think(len(raw.token_ids))
         else:
             meter.delta(len(raw.token_ids), visible=bool(events))
@@ -386,6 +386,11 @@ class _Choice:
         cached = 0 if self._has_closed else event.cached_tokens
         meter.correct(self._prompt_tokens, missing, cached)
         return ()
+
+
+def _is_thinking(events: Sequence[Output]) -> bool:
+    """Whether there is neither text nor a call."""
+    return all(isinstance(event, Delta) and not event.text for event in events)
 
 
 ANSWERS: Answers = {GenerateRequest: generate}

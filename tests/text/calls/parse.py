@@ -49,9 +49,11 @@ def split(
     thinking_open: bool = False,
     calls: bool = True,
     apart: bool = False,
+    only: bool = False,
     tools: dict[str, dict[str, Any] | None] = TOOLS,
 ) -> list[Part]:
-    splitter = Splitter(form, tools, thinking_open=thinking_open, calls=calls, apart=apart)
+    given = {"thinking_open": thinking_open, "calls": calls, "apart": apart, "only": only}
+    splitter = Splitter(form, tools, **given)
     parts = [part for chunk in chunks for part in splitter.feed(chunk)]
     return joined([*parts, *splitter.flush()])
 

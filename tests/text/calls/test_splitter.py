@@ -161,6 +161,17 @@ def test_without_calls_markers_are_text(family: str) -> None:
 
 
 @families
+def test_other_tools_than_some_are_text(family: str) -> None:
+    """Issue 13: where a request allows some tools only, a call of another one is none."""
+    form = FAMILIES[family]
+    parts = split(form, list(WRITERS[family]([PARIS])), tools={"now": None}, only=True)
+    assert calls_in(parts) == []
+    assert "Paris" in text_in(parts, Content)
+    parts = split(form, list(WRITERS[family]([NOW])), tools={"now": None}, only=True)
+    assert calls_in(parts) == [NOW]
+
+
+@families
 def test_plain_text(family: str) -> None:
     """Issue 13.2: text stays as it is."""
     form = FAMILIES[family]
@@ -395,6 +406,43 @@ QUIRKS: dict[str, tuple[str, str, object]] = {
         "deepseek-v4",
         '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="now"/>\n</｜DSML｜tool_calls>',
         [NOW],
+    ),
+    "qwen-xml with markers in a string of an object": (
+        "qwen-xml",
+        "<tool_call>\n<function=get_weather>\n<parameter=where>\n"
+        '{"a": "</parameter>\n</function>\n</tool_call>\n<parameter=days>\\""}\n'
+        "</parameter>\n</function>\n</tool_call>",
+        [
+            (
+                "get_weather",
+                {"where": {"a": '</parameter>\n</function>\n</tool_call>\n<parameter=days>"'}},
+            )
+        ],
+    ),
+    "glm with markers in a string of a list": (
+        "glm-4.7",
+        "<tool_call>get_weather<arg_key>tags</arg_key>"
+        '<arg_value>["</arg_value></tool_call>"]</arg_value></tool_call>',
+        [("get_weather", {"tags": ["</arg_value></tool_call>"]})],
+    ),
+    "deepseek-v4 with markers in a string of JSON": (
+        "deepseek-v4",
+        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" '
+        'string="false">{"b": "</｜DSML｜parameter>\n</｜DSML｜invoke>"}'
+        "</｜DSML｜parameter>\n</｜DSML｜invoke>\n"
+        "</｜DSML｜tool_calls>",
+        [("f", {"a": {"b": "</｜DSML｜parameter>\n</｜DSML｜invoke>"}})],
+    ),
+    "qwen-xml with an object that is none": (
+        "qwen-xml",
+        '<tool_call>\n<function=get_weather>\n<parameter=where>\n{"a": say "hi"\n</parameter>\n'
+        "</function>\n</tool_call>",
+        [("get_weather", {"where": '{"a": say "hi"'})],
+    ),
+    "llama4 with numbers of Python": (
+        "llama4",
+        "[f(a=0x10, b=1_000, c=+1, d=.5, e=1., g=-2e3)]",
+        [("f", {"a": 16, "b": 1000, "c": 1, "d": 0.5, "e": 1.0, "g": -2000.0})],
     ),
     "glm in one line": ("glm-4.5", "<tool_call>now</tool_call>", [NOW]),
     "gemma's scalars": (

@@ -245,7 +245,7 @@ class _Grammar(Rules):
     def _argument(self, schema: Schema, key: str) -> str:
         part = _part(schema, key)
         kind, options = declared_kind(part), options_in(part)
-        free = kind_of(schema, key) != "any" or not kind
+        free = kind_of(schema, key) in ("string", "nullable") or not kind
         if not free:
             return self._value(key, kind, self._json(part))
         if options:

@@ -19,7 +19,7 @@ class Splitter:
     `tools` maps the name of each tool to the schema of its arguments. `thinking_open` is whether
     the prompt leaves the thinking open. Without `calls`, what looks like a call is text; with
     `apart` it is text after the beginning of content too. A format without thinking and calls needs
-    no splitter.
+    no splitter. With `only`, a call of a tool that is not among `tools` is text too.
 
     What is held back: the beginning of a marker; the white space around markers; a call up to its
     name; in tags, a value that the schema does not declare a string.
@@ -31,7 +31,14 @@ class Splitter:
     )  # fmt: skip
 
     def __init__(
-        self, form: Format, tools: Tools, *, thinking_open: bool, calls: bool, apart: bool = False
+        self,
+        form: Format,
+        tools: Tools,
+        *,
+        thinking_open: bool,
+        calls: bool,
+        apart: bool = False,
+        only: bool = False,
     ) -> None:
         self._cursor = Cursor()
         self._sink = Sink()
@@ -42,11 +49,12 @@ class Splitter:
         self._firsts = ""
         self._run: Generator[None, None, None]
         if form.style == "harmony":
-            harmony = Harmony(self._cursor, self._sink, self._trimmer, calls=calls)
+            names = frozenset(tools) if only else None
+            harmony = Harmony(self._cursor, self._sink, self._trimmer, calls=calls, names=names)
             self._content, self._thought = harmony.body, harmony.thought
             self._run = harmony.run(thinking_open=thinking_open)
             return
-        self._calls = Calls(form, tools, self._cursor, self._sink, allowed=calls)
+        self._calls = Calls(form, tools, self._cursor, self._sink, allowed=calls, only=only)
         self._recipient = form.style == "recipient"
         openers = self._calls.openers if calls or self._recipient else ()
         bare = (self._calls.bare,) if calls else ()

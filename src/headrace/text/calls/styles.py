@@ -21,9 +21,9 @@ class Calls(Objects):
     """Parses calls at the cursor into the sink."""
 
     def __init__(
-        self, form: Format, tools: Tools, cursor: Cursor, sink: Sink, *, allowed: bool
+        self, form: Format, tools: Tools, cursor: Cursor, sink: Sink, *, allowed: bool, only: bool
     ) -> None:
-        super().__init__(form, tools, cursor, sink)
+        super().__init__(form, tools, cursor, sink, only=only)
         self._allowed = allowed
         self._closers = _pieces(form.call_close)
         self._section = (form.section_open.strip(), form.section_close.strip())
@@ -214,7 +214,7 @@ class Calls(Objects):
         kind = kind_of(self._tools.get(name), key)
         if form.typed and form.typed in attributes:
             text = f'{form.typed}="string"', f'{form.typed}="true"'
-            kind = "string" if any(mark in attributes for mark in text) else "any"
+            kind = "string" if any(mark in attributes for mark in text) else "structured"
         value = TypedValue(kind, self._sink.arguments)
         yield from self._value(value)
         value.finish()
@@ -251,7 +251,7 @@ class Calls(Objects):
             marker = yield from cursor.find(self._value_ends, value.feed)
             if not marker:
                 raise NotACallError
-            if (yield from self._value_ends_at(marker, close)):
+            if not value.in_string and (yield from self._value_ends_at(marker, close)):
                 cursor.skip(len(marker) - len(marker.lstrip("\n")))
                 return
             value.feed(cursor.skip(1))
