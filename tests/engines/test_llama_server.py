@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 from tests.fakes.llama_server import install
@@ -20,7 +21,13 @@ from tests.tiny_gguf import tiny_gguf
 
 from headrace import engines
 from headrace.core.constraint import Constraint
-from headrace.core.errors import ConfigError, InvalidRequest, LoadFailed, WorkerDied
+from headrace.core.errors import (
+    ConfigError,
+    ContextOverflow,
+    InvalidRequest,
+    LoadFailed,
+    WorkerDied,
+)
 from headrace.core.sampling import Sampling
 from headrace.engines import llama_server, llamacpp, plan
 from headrace.engines.base import EngineRequest, OpenRequest, RawDelta, RawEvent
@@ -81,6 +88,49 @@ async def test_tokens_are_those_of_the_library(engine: Engine, opening: OpenRequ
     ids = [event.token_ids for event in ours if isinstance(event, RawDelta)]
     assert ids == [event.token_ids for event in theirs if isinstance(event, RawDelta)]
     assert ours[-1] == theirs[-1]
+
+
+async def test_a_plain_answer_takes_no_thread(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 17.2: each wake-up of one takes a core from the model, at every token."""
+    monkeypatch.setattr(engine._threads, "submit", None)
+    assert len(await events(engine, REQUEST)) > 8
+
+
+async def test_characters_of_several_tokens_have_all_of_them(
+    engine: Engine, opening: OpenRequest
+) -> None:
+    """Issue 17.1: the server reports the last token of a character alone."""
+    options = {name: opening.options[name] for name in ("slots", "threads")}
+    library = InProcess(OpenRequest(model=opening.model, context_length=256, options=options))
+    constraint = Constraint(choice=("a \U0001f30b\u0de6",))
+    try:
+        for logprobs in (None, 2):
+            sampling = Sampling(temperature=0, logprobs=logprobs)
+            request = msgspec.structs.replace(
+                REQUEST,
+                # Of which nothing is cached.
+                token_ids=(9 if logprobs else 8, 7, 6),
+                constraint=constraint,
+                sampling=sampling,
+                max_tokens=32,
+            )
+            ours, theirs = await events(engine, request), await events(library, request)
+            deltas = [event for event in ours if isinstance(event, RawDelta)]
+            assert b"".join(delta.data for delta in deltas).decode() == constraint.choice[0]
+            assert ours == theirs
+            assert any(len(delta.token_ids) > 1 for delta in deltas)
+    finally:
+        library.close()
+
+
+async def test_a_prompt_that_is_too_long_is_refused(engine: Engine) -> None:
+    """Issue 17.1: by the server, with its reason; the next request is answered."""
+    request = msgspec.structs.replace(REQUEST, token_ids=(5,) * 400)
+    with pytest.raises(ContextOverflow):
+        await events(engine, request)
+    assert await events(engine, REQUEST)
 
 
 def test_only_this_process_can_call_it(engine: Engine) -> None:
