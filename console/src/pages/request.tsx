@@ -209,8 +209,8 @@ const FIGURES: Figure[] = [
   ["Prompt tokens", (t) => t.metrics.usage.prompt_tokens, count],
   ["Cached tokens", (t) => t.metrics.usage.cached_tokens, count],
   ["Answer tokens", (t) => t.metrics.usage.completion_tokens, count],
-  ["Drafted tokens", (t) => t.metrics.usage.drafted_tokens ?? 0, count],
-  ["Accepted tokens", (t) => t.metrics.usage.accepted_tokens ?? 0, count],
+  ["Drafted tokens", (t) => t.metrics.usage.drafted_tokens || null, count],
+  ["Accepted tokens", (t) => (t.metrics.usage.drafted_tokens ? t.metrics.usage.accepted_tokens : null), count],
 ];
 
 export function Comparison({ ids }: { ids: [string, string] }) {
@@ -253,6 +253,7 @@ function Compared({ left, right }: { left: Trace; right: Trace }) {
           <tbody>
             {FIGURES.map(([name, value, text]) => {
               const [a, b] = [value(left), value(right)];
+              if (a == null && b == null) return null;
               return (
                 <tr key={name}>
                   <th scope="row">{name}</th>

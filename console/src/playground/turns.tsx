@@ -12,10 +12,12 @@ import type { AnswerTurn, Call, ToolTurn, UserTurn } from "./conversation";
 export function UserView({ turn, edit }: { turn: UserTurn; edit: (() => void) | null }) {
   return (
     <article class="turn user" aria-label="You">
-      {turn.images.map((url, index) => (
-        <img key={index} src={url} alt={`Picture ${index + 1}`} />
-      ))}
-      {turn.text && <p class="text">{turn.text}</p>}
+      <div class="bubble">
+        {turn.images.map((url, index) => (
+          <img key={index} src={url} alt={`Picture ${index + 1}`} />
+        ))}
+        {turn.text && <p class="text">{turn.text}</p>}
+      </div>
       {edit && <Button kind="quiet" icon="edit" bare label="Edit this message" onClick={edit} />}
     </article>
   );
