@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from headrace.cli import (
+    adapters,
     batch,
     bench,
     check_engine,
@@ -100,6 +101,7 @@ _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
         pool.restart: ("restart smollm2", "restart smollm2 --json"),
         pool.pin: ("pin smollm2", "pin smollm2 --off"),
         pool.update: ("update smollm2 keep_alive=5m", "update smollm2 keep_alive="),
+        "adapters": ("adapters list qwen", "adapters add qwen french ./french.gguf"),
         "cluster": ("cluster node", "cluster front --nodes 10.0.0.2:11512"),
         pool.reload: ("reload", "reload --url http://gpu.example:11511"),
         "service": ("service install", "service status"),
@@ -129,6 +131,14 @@ _GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
 
 
 _EXAMPLES = {
+    "adapters": {
+        "list": ("adapters list qwen", "adapters list qwen --json"),
+        "add": (
+            "adapters add qwen french ./french.gguf",
+            "adapters add qwen legal hub:org/qwen-legal-lora --scale 0.8 --name lawyer",
+        ),
+        "remove": ("adapters remove qwen french", "adapters remove qwen french --json"),
+    },
     "cluster": {
         "node": ("cluster node", "cluster node smollm2 --wire-host 0.0.0.0 --labels gpu"),
         "front": ("cluster front", "cluster front --nodes 10.0.0.2:11512,10.0.0.3:11512"),
@@ -196,6 +206,7 @@ app.info.cls = _Grouped
 app.info.epilog = _examples(('run smollm2 "Name three rivers."', "serve smollm2"))
 trace.app.command("replay")(with_common(replay.replay))
 for _title, _group, _part in (
+    ("Service", "adapters", adapters.app),
     ("Service", "cluster", cluster.app),
     ("Service", "service", installed.app),
     ("Set up", "config", reports.config),
