@@ -64,7 +64,7 @@ class Served(base.Embedder):
         raise NotImplementedError
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
-        """Return the events of a request, which runs on a thread that mostly sleeps."""
+        """Return the events of a request."""
         if self._inbox is None:
             self._inbox = threaded.Inbox(asyncio.get_running_loop())
         if self._threads is None or self._link is None:
@@ -74,27 +74,21 @@ class Served(base.Embedder):
         visible = [self._text(token) for token in request.visible]
         if request.media:
             request = self._with_text(request)
-        start = partial(self._stream, self._inbox, self._threads, visible)
+        start = partial(self._events, visible=visible, inbox=self._inbox, threads=self._threads)
         return in_turns(self._groups, request, start) if self._adapters else start(request)
 
-    def _stream(
+    def _events(
         self,
+        request: EngineRequest,
+        visible: Sequence[str],
         inbox: threaded.Inbox,
         threads: ThreadPoolExecutor,
-        visible: Sequence[str],
-        request: EngineRequest,
     ) -> AsyncGenerator[RawEvent, None]:
-        return threaded.stream(
-            lambda emit: self._answer(request, emit, visible), inbox=inbox, executor=threads
-        )
-
-    def _answer(
-        self, request: EngineRequest, emit: threaded.Emit[RawEvent], visible: Sequence[str]
-    ) -> None:
-        call = NativeCall(request, emit, self._split, visible, drafts=self._drafts)
+        """Return the events of a request over the socket."""
+        call = NativeCall(request, self._split, visible, drafts=self._drafts)
         call.constrained = self._constrained
         call.lora = self._lora(request)
-        call.run(self._opened())
+        return call.events(self._opened(), inbox, threads)
 
     def _lora(self, request: EngineRequest) -> Sequence[dict[str, float]]:
         """Return the scale of each adapter of the server in a request."""
