@@ -69,7 +69,7 @@ def render(work: Work) -> Rendered | Fault:
     """
     with _slots:
         process = _idle.pop() if _idle else _started()
-        answer = process.ask(work)
+        answer = process.render(work)
         if process.alive:
             _idle.append(process)
         return answer
@@ -98,7 +98,7 @@ class _Process:
             )
         self.alive = True
 
-    def ask(self, work: Work) -> Rendered | Fault:
+    def render(self, work: Work) -> Rendered | Fault:
         """Return the answer; after some faults the process has ended."""
         # The alarm of the process itself is first, unless it cannot run at all.
         self._socket.settimeout(work.seconds + _GRACE_S)
