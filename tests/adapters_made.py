@@ -19,6 +19,12 @@ TINY: Mapping[str, tuple[int, int]] = {
     "blk.0.attn_v.weight": (32, 32),
     "blk.0.ffn_down.weight": (64, 32),
 }
+# Likewise of the folder tests.models_made.tiny_llama.
+TINY_FOLDER: Mapping[str, tuple[int, int]] = {
+    "model.layers.0.self_attn.k_proj": (64, 32),
+    "model.layers.1.self_attn.v_proj": (64, 32),
+    "model.layers.1.mlp.down_proj": (128, 64),
+}
 SMOLLM2: Mapping[str, tuple[int, int]] = {
     f"blk.{number}.attn_v.weight": (576, 192) for number in range(30)
 }

@@ -190,6 +190,13 @@ def test_each_page_has_its_place_in_the_site() -> None:
     assert {str(path.relative_to(docs)) for path in docs.rglob("*.md")} - named == set()
 
 
+def test_the_readme_links_to_each_page() -> None:
+    """Pages of engines are in its table; those on other servers are behind "coming from"."""
+    named = set(re.findall(r"\(docs/([\w-]+\.md)\)", (ROOT / "README.md").read_text()))
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert {page for page in pages - named if not page.startswith("coming-from-")} == set()
+
+
 def test_links_lead_somewhere() -> None:
     pages = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
     for page in pages:

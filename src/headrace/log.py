@@ -169,6 +169,7 @@ def _reloaded(data: Mapping[str, Any]) -> str:
 _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "access": _request,
     "service.ready": lambda data: "Ready",
+    "service.waiting": lambda data: "Waiting for the nodes of the cluster",
     "service.cut": lambda data: "Stopping now",
     "service.stopped": lambda data: "Stopped",
     "pool.loading": _loading,

@@ -12,7 +12,7 @@ from tests.cluster.rig import member
 from headrace.cluster.node import NodeServer
 from headrace.cluster.secure import Member
 from headrace.cluster.wire import Address
-from headrace.core.errors import Draining, HeadraceError, UnknownModel
+from headrace.core.errors import Draining, HeadraceError, QueueFull, UnknownModel
 from headrace.core.events import Delta, Event, Finish
 from headrace.core.library import LibraryEntry, LibraryFilter
 from headrace.core.measurement import Curve
@@ -163,7 +163,7 @@ class FakeNode:
         self.requests.append(request)
         if clock() - self.drained_at > 1.0:
             self.late.append(request.id)
-        if self.refusal is not None:
+        if self.refusal is not None and not self._always_fits(request):
             raise self.refusal
         self.running += 1
         try:
@@ -182,6 +182,9 @@ class FakeNode:
             yield Finish(("length",), usage, metrics)
         finally:
             self.running -= 1
+
+    def _always_fits(self, request: GenerateRequest) -> bool:
+        return request.continues and isinstance(self.refusal, QueueFull)
 
     async def _ready(self, model: str) -> None:
         if model not in self.states:

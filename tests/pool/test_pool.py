@@ -88,6 +88,31 @@ def test_that_a_full_line_is_told_when_to_come_again() -> None:
     run(main())
 
 
+def test_that_an_answer_of_a_lost_node_goes_on_in_a_full_queue() -> None:
+    """Issue 15.1: its client has a part of it already, so that it is neither refused nor last."""
+
+    async def main() -> None:
+        served = pool(Machine(), spec(max_running=1, max_queued=2))
+        await answer(served, ask())
+        ends: list[str] = []
+
+        async def one(name: str, **given: Any) -> None:
+            await answer(served, ask(tokens=20, client=name, **given))
+            ends.append(name)
+
+        async with asyncio.TaskGroup() as group:
+            for name in ("running", "first", "second"):
+                group.create_task(one(name))
+                await asyncio.sleep(0.01)
+            with pytest.raises(QueueFull):
+                await one("refused")
+            group.create_task(one("goes on", continues=True))
+        assert ends == ["running", "goes on", "first", "second"]
+        await served.aclose()
+
+    run(main())
+
+
 def test_that_clients_take_turns_by_tokens() -> None:
     """M7: one who asks much does not keep one who asks little waiting."""
 

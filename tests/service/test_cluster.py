@@ -209,6 +209,10 @@ def test_the_openai_package(cluster: Cluster) -> None:
     rows = cluster.command("ps").splitlines()
     assert [row.split()[0] for row in rows if "#0" in row].count("b") == 2
     assert "127.0.0.1" in cluster.command("cluster", "status")
+    until(lambda: "Ready" in cluster.front.log)
+    before, _, _ = cluster.front.log.partition("Ready")
+    assert "Waiting for the nodes of the cluster" in before
+    assert "has joined" in before
     assert "At b: It is loaded." in cluster.command("plan", "elsewhere")
     traces = cluster.folder / "front" / "traces"
     until(lambda: any(b'"elsewhere"' in path.read_bytes() for path in traces.glob("*")))

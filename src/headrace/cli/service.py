@@ -129,7 +129,7 @@ class _Service:
         self._settings = self._latest = settings
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stops = 0
-        self._failed = False
+        self._failed = self._is_ready = False
         # A service that was started from a terminal ends with it.
         self._terminal = streams.is_terminal()
         self.supervisor = Supervisor(os.environ)
@@ -256,9 +256,7 @@ class _Service:
         """
         try:
             await self.backend.start()
-            if not self._stops:
-                _log.info("headrace.service.ready")
-                self.supervisor.send("STATUS=Ready")
+            self._note_ready()
         except HeadraceError:
             if self._stops:
                 return
@@ -272,11 +270,21 @@ class _Service:
             tune_garbage_collection()
             shorten_switch_interval()
 
+    def _note_ready(self) -> None:
+        """Log that requests are accepted, or that a front waits for its nodes."""
+        if self._stops or self._is_ready:
+            return
+        self._is_ready = not isinstance(self.backend, ClusterPool) or self.backend.ready
+        _log.info("headrace.service.ready" if self._is_ready else "headrace.service.waiting")
+        self.supervisor.send(f"STATUS={'Ready' if self._is_ready else 'Waiting for nodes'}")
+
     async def follow(self) -> None:
         """Apply the changes of a reload to the server, after the models."""
         async for event in self.admin.events():
             self.telemetry.happened(event)
             self._changed()
+            if event.kind == "node_joined":
+                self._note_ready()
             if event.kind == "reloaded":
                 self._settings = self._latest
                 applied = self._applied(self._latest.config)

@@ -38,6 +38,9 @@ log = logging.getLogger("headrace.cluster")
 _MAX_ADDRESSES = 4096
 _FORGET_S = 600.0
 _HOUSEKEEPING_S = 0.5
+_WAIT_S = 10.0
+"""How long an answer that has begun waits for a node: one that is restarted comes back."""
+_STEP_S = 0.1
 
 
 class ClusterPool:
@@ -62,7 +65,7 @@ class ClusterPool:
         self.draining = False
         self.continuations: dict[str, int] = {}
         self.since: dict[Address, float] = {}
-        self.placing = Placing(self.view, self.connected, clock)
+        self.placing = Placing(self.view, self.connected, self._have_tried, clock)
         self._directories = directories
         self._member = member
         self._connect = connect
@@ -159,12 +162,12 @@ class ClusterPool:
             route = self._route(given)
             continuation = Continuation(given, route.status.continuation, self._clock)
             while not continuation.is_whole:
-                node = route.next()
+                node = await self._next(route, continuation)
                 link = self.connected[node.name]
                 attempt = Attempt(self.view, node, link, route.status, observation, route.blocks)
                 try:
                     async with attempt:
-                        async for event in attempt.events(continuation.start(0.0)):
+                        async for event in attempt.events(_request(continuation)):
                             if type(event) is Finish:
                                 attempt.finished(event)
                             elif not attempt.has_begun and type(event) is not Progress:
@@ -176,6 +179,19 @@ class ClusterPool:
                 except (HeadraceError, Diverged) as error:
                     if not continuation.is_whole:
                         self._retry(route, node, attempt, continuation, error)
+
+    async def _next(self, route: Route, continuation: Continuation) -> Node:
+        """Return the node for an attempt; a client that has a part of the answer waits for one.
+
+        Raises:
+            HeadraceError: there is none; see `Route.next`.
+        """
+        wait_s = _WAIT_S if continuation.has_begun else 0.0
+        until = min(self._clock() + wait_s, continuation.request.deadline or float("inf"))
+        # Nodes join, and cease to drain.
+        while not route.has_next and self._clock() < until:  # noqa: ASYNC110
+            await asyncio.sleep(_STEP_S)
+        return route.next()
 
     def _route(self, request: AnyRequest) -> Route:
         if self.draining:
@@ -246,6 +262,9 @@ class ClusterPool:
             data = {**message.event.data, "node": link.name}
             self.events.forward(msgspec.structs.replace(message.event, data=data))
 
+    def _have_tried(self) -> bool:
+        return all(link.was_tried for link in self.links.values())
+
     def _task(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
@@ -283,3 +302,11 @@ class ClusterPool:
                 self._visits.pop(address).cancel()
                 del self.links[address]
                 self.since.pop(address, None)
+
+
+def _request(continuation: Continuation) -> AnyRequest:
+    """Return the request for a node, which admits the rest of an answer that has begun."""
+    request = continuation.start(0.0)
+    if not continuation.has_begun:
+        return request
+    return msgspec.structs.replace(request, continues=True)

@@ -16,7 +16,7 @@ from headrace.core.errors import (
 )
 from headrace.core.model import Capabilities
 from headrace.core.request import AnyRequest
-from headrace.pool.replica import blocks_of
+from headrace.pool.policy import blocks_of
 
 _RETRY_AFTER_S = 2.0
 _MAX_REFUSALS = 3
@@ -50,6 +50,11 @@ class Route:
                 return infos[0].capabilities
         return Capabilities(resume=True)
 
+    @property
+    def has_next(self) -> bool:
+        """Whether there is a node for the next attempt."""
+        return self._choose() is not None
+
     def next(self) -> Node:
         """Return the node for the next attempt.
 
@@ -57,8 +62,7 @@ class Route:
             NoNode: there is none.
             HeadraceError: the first error of a node, if there has been one.
         """
-        node = self._view.choose(self.model, self.blocks, self.excluded)
-        if node is not None:
+        if (node := self._choose()) is not None:
             return node
         if (error := self._take_error()) is not None:
             raise error
@@ -82,6 +86,9 @@ class Route:
             self._first_error = self._first_error or error
         finally:
             del error  # its traceback has this frame: that would be a reference cycle
+
+    def _choose(self) -> Node | None:
+        return self._view.choose(self.model, self.blocks, self.excluded)
 
     def _others(self) -> bool:
         """Whether another node has loaded the model."""

@@ -38,6 +38,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     a span passes on its own.
 
     `adapter` is that of the model which `model` names, set where the name is looked up.
+
+    A request that `continues` an answer, of which the client has a part already, is from a front
+    of a cluster: it goes first in the queue, and always fits.
     """
 
     model: str = ""
@@ -51,6 +54,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     traceparent: str = ""
     tracestate: str = ""
     adapter: str = ""
+    continues: bool = False
     id: str = msgspec.field(default_factory=new_id)
     received: float = msgspec.field(default_factory=time.monotonic)
 

@@ -50,11 +50,12 @@ class PromptScorer(Engine, Protocol):
     """An engine that declares `prompt_logprobs`."""
 
     def prompt_tokens(
-        self, token_ids: Sequence[int], candidates: int
+        self, token_ids: Sequence[int], candidates: int, adapter: str = ""
     ) -> AsyncGenerator[Sequence[PromptToken], None]:
         """Yield all tokens of a prompt with their log probabilities, a part at a time.
 
-        Each has `candidates`, but for the first, which nothing precedes. The data of a control
+        Each has `candidates`, but for the first, which nothing precedes. `adapter` is as that of an
+        `EngineRequest`. The data of a control
         token is its text. When the generator is closed the engine has stopped.
         """
         ...

@@ -185,9 +185,10 @@ class Engine(base.Embedder):
         yield RawFinish(reason=reason, prompt_tokens=total, completion_tokens=sent)
 
     async def prompt_tokens(
-        self, token_ids: Sequence[int], candidates: int
+        self, token_ids: Sequence[int], candidates: int, adapter: str = ""
     ) -> AsyncGenerator[Sequence[PromptToken], None]:
         """Yield all tokens of a prompt; each is certain."""
+        del adapter
         if any(not 0 <= token < _VOCABULARY for token in token_ids):
             raise InvalidRequest("The prompt has a token id that the model does not know.")
         yield [_scored(token, place, candidates) for place, token in enumerate(token_ids)]

@@ -31,7 +31,13 @@ _HINTS: Mapping[str, str] = {
     "safetensors": f"with {CONFIG} and {WEIGHTS}",
 }
 # What changes more than the product of two matrices, and is not computed.
-_UNUSUAL = ("use_dora", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
+_UNUSUAL = (
+    *("use_dora", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens"),
+    *("lora_bias", "layer_replication", "target_parameters", "use_qalora", "use_bdlora"),
+    *("arrow_config", "fan_in_fan_out"),
+)
+# Ways to begin a training that change the model, too.
+_CHANGED_MODELS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 Shape = tuple[int, ...]
 
@@ -195,6 +201,8 @@ def _read_folder(path: Path) -> tuple[AdapterFile, Mapping[str, _Pair], str | No
     unusual = [name for name in _UNUSUAL if config.get(name)]
     if config.get("bias", "none") != "none":
         unusual.append("bias")
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGED_MODELS):
+        unusual.append("init_lora_weights (PEFT can save it converted)")
     if unusual:
         _refuse(path, f"an adapter with {unusual[0]} is not supported")
     if not (path / WEIGHTS).exists():

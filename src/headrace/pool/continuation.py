@@ -115,6 +115,7 @@ class Continuation:
     """One answer as the client receives it, from one worker or from several.
 
     `request` is the request of the next attempt. `way` is how the answer was continued, or None.
+    `has_begun` is whether the client has a part of it.
     """
 
     def __init__(self, request: AnyRequest, policy: Policy, clock: Callable[[], float]) -> None:
@@ -129,7 +130,7 @@ class Continuation:
         self._visible_at: float | None = None
         self._content_at: float | None = None
         self._sent = [_Sent() for _ in range(request.slots)]
-        self._has_begun = False
+        self.has_begun = False
         self._has_failed = False
         self._times = 0
         self._first_error: EngineError | None = None
@@ -177,7 +178,7 @@ class Continuation:
     def _last_word(self, error: HeadraceError | Diverged) -> HeadraceError:
         """Return the error that the client gets."""
         first, self._first_error = self._first_error, None
-        if isinstance(error, _LATER) and error.retry_after_s and not self._has_begun:
+        if isinstance(error, _LATER) and error.retry_after_s and not self.has_begun:
             return error
         if first is None:
             assert isinstance(error, HeadraceError), "only a second answer can diverge"
@@ -201,7 +202,7 @@ class Continuation:
             return self._finish(event)
         if not isinstance(event, Progress):
             # An event with the whole result is not sent twice.
-            was_sent, self._has_begun = self._has_begun, True
+            was_sent, self.has_begun = self.has_begun, True
             return None if was_sent else event
         return event
 
@@ -211,7 +212,7 @@ class Continuation:
             delta = sent.rest(delta)
             if not (delta.text or delta.token_ids or delta.reasoning):
                 return None
-        self._has_begun = True
+        self.has_begun = True
         if self._content_at is None and (delta.text or delta.reasoning):
             self._note_first(thinking=not delta.text)
         if self._policy != "off":
@@ -220,7 +221,7 @@ class Continuation:
 
     def _new_prompt(self, prompt: PromptTokens) -> PromptTokens | None:
         sent = self._sent[prompt.index]
-        was_sent, sent.has_prompt, self._has_begun = sent.has_prompt, True, True
+        was_sent, sent.has_prompt, self.has_begun = sent.has_prompt, True, True
         return None if was_sent else prompt
 
     def _new_call(self, delta: ToolCallDelta) -> ToolCallDelta | None:
@@ -230,7 +231,7 @@ class Continuation:
             if new is None:
                 return None
             delta = new
-        self._has_begun = True
+        self.has_begun = True
         if self._content_at is None:
             self._note_first(thinking=False)
         if self._policy != "off":
@@ -288,7 +289,7 @@ class Continuation:
         if self._has_failed and not planned:
             return None
         request = self._original
-        if not self._has_begun or not isinstance(request, GenerateRequest):
+        if not self.has_begun or not isinstance(request, GenerateRequest):
             return "exact"
         # A grammar, or one of several choices, cannot be resumed.
         simple = request.n == 1 and request.constraint is None and not request.echo

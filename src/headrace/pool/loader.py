@@ -316,7 +316,7 @@ class Loader:
         reason = worker.models()[0].reason or "it ended"
         # A request may have been given the cause by the engine.
         error = replica.cause or worker.failure or WorkerDied(reason)
-        leases = [*{*replica.lost, *replica.leases}]
+        leases = [*{*replica.lost, *replica.leases, *replica.guests}]
         entry.crashed(error, self.memory.rules, up_s=up_s, victims=leases)
         with self.memory.ledger.lingering(replica.key):
             replica.died()

@@ -19,7 +19,6 @@ from headrace.pool.policy import Candidate, Resident
 from headrace.worker.spec import OnProgress
 
 _MAX_BLOCKS = 4096
-_BLOCK_CHARACTERS, _MAX_REQUEST_BLOCKS = 256, 64
 _UNHEALTHY_S = 60.0
 
 
@@ -79,6 +78,7 @@ class Lease:
     size: int
     since: float
     has_begun: bool = False
+    is_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,8 @@ class Replica:
         """Why it is not loaded."""
         self._placed: tuple[str, ...] = ()
         self.leases: set[Lease] = set()
+        self.guests: set[Lease] = set()
+        """Those of requests that do not queue, without slots."""
         self.lost: list[Lease] = []
         """Leases that ended with the worker, of which the end is not noticed yet."""
         self.cause: HeadraceError | None = None
@@ -305,8 +307,8 @@ class Replica:
         # The streams of the requests end by themselves.
         self._state = Empty()
         self.memory = {}
-        self.leases.clear()
-        self.lost.clear()
+        for leases in (self.leases, self.guests, self.lost):
+            leases.clear()
         self.cause = None
         self._idle.set()
 
@@ -352,6 +354,19 @@ class Replica:
             self._prefixes.popitem(last=False)
         return lease
 
+    def take_guest(self, request: AnyRequest) -> Lease:
+        """Return a lease without slots; its end takes it out of `guests`."""
+        assert self.worker is not None, "only a ready replica is chosen"
+        lease = Lease(self, self.worker, request, 0.0, 0, self._clock())
+        self.guests.add(lease)
+        return lease
+
+    def has_others(self, client: str, *, alone: bool = False) -> bool:
+        """Whether it serves other clients, or a request of theirs that has to be `alone`."""
+        leases = [lease for lease in self.leases if lease.is_alone and not lease.has_begun]
+        leases = leases if alone else [*self.leases, *self.guests]
+        return any(not client or lease.request.client != client for lease in leases)
+
     def give_back(self, lease: Lease) -> None:
         """Take slots back. A lease of a worker that has died is ignored."""
         self.leases.discard(lease)
@@ -381,19 +396,5 @@ class Replica:
         )
 
     def _matched(self, blocks: Sequence[int]) -> int:
-        for count, block in enumerate(blocks):
-            if block not in self._prefixes:
-                return count
-        return len(blocks)
-
-
-def blocks_of(request: AnyRequest) -> tuple[int, ...]:
-    """Return hashes of growing prefixes of a prompt; equal prefixes share a cache."""
-    # The cache of a prompt is that of one adapter.
-    text = request.adapter + request.opening()
-    hashes: list[int] = []
-    end = min(len(text), _BLOCK_CHARACTERS * _MAX_REQUEST_BLOCKS)
-    for start in range(0, end, _BLOCK_CHARACTERS):
-        block = text[start : start + _BLOCK_CHARACTERS]
-        hashes.append(hash((hashes[-1] if hashes else 0, block)))
-    return tuple(hashes)
+        new = (count for count, block in enumerate(blocks) if block not in self._prefixes)
+        return next(new, len(blocks))

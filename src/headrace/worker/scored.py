@@ -61,7 +61,8 @@ async def prompt_events(
     await turn.take_slot()
     try:
         turn.meter.admitted(total, 0)
-        parts = engine.prompt_tokens(token_ids, request.prompt_candidates or 0)
+        candidates = request.prompt_candidates or 0
+        parts = engine.prompt_tokens(token_ids, candidates, request.adapter)
         async with aclosing(turn.steps(parts)) as steps:
             async for part in steps:
                 turn.check()

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests import models_made
 
+from headrace.core.adapter import AdapterFile
 from headrace.engines.base import OpenRequest
 from headrace.models.inspect import inspect
 
@@ -14,11 +15,20 @@ if TYPE_CHECKING:
     from headrace.engines.transformers.engine import Engine
 
 
-def opened(folder: Path, context_length: int = 512, **options: Any) -> Engine:
+def opened(
+    folder: Path,
+    context_length: int = 512,
+    adapters: Sequence[AdapterFile] = (),
+    **options: Any,
+) -> Engine:
     from headrace.engines.transformers.engine import Engine  # torch: only where a test runs
 
     request = OpenRequest(
-        model=inspect(folder), device="cpu", context_length=context_length, options=options
+        model=inspect(folder),
+        device="cpu",
+        context_length=context_length,
+        options=options,
+        adapters=tuple(adapters),
     )
     return Engine(request)
 

@@ -72,7 +72,15 @@ def test_percentiles_are_by_nearest_rank(values: list[float]) -> None:
 def test_figures_are_of_what_went_well() -> None:
     well = {"ttft_ms": 100.0, "inter_token_ms": 10.0, "usage": True, "wanted_tokens": 50}
     rows = [
-        Row(at_s=0, total_ms=590, completion_tokens=50, prompt_tokens=100, **well),
+        Row(
+            at_s=0,
+            total_ms=590,
+            completion_tokens=50,
+            prompt_tokens=100,
+            drafted_tokens=8,
+            accepted_tokens=6,
+            **well,
+        ),
         Row(at_s=0, total_ms=690, completion_tokens=40, prompt_tokens=100, **well),
         Row(at_s=0.6, total_ms=5, fault="http 429", detail="full"),
         Row(at_s=0.6, total_ms=5, fault="http 500", detail="broken", ttft_ms=1.0),
@@ -85,6 +93,7 @@ def test_figures_are_of_what_went_well() -> None:
     assert found.total_tokens_per_s == 145
     assert found.requests_per_s == 1
     assert found.short == 1
+    assert (found.drafted_tokens, found.accepted_tokens) == (8, 6)
     assert found.goodput == 0.25
     assert found.counted_by == "usage"
     assert found.ttft_ms == figures.Summary(100, 100, 100, 100, 100)
@@ -136,7 +145,9 @@ def chunk(text: str, field: str = "content") -> bytes:
 END = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'
 USAGE = (
     b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":4,'
-    b'"prompt_tokens_details":{"cached_tokens":2}},"metrics":{"queue_ms":1.5}}\n\ndata: [DONE]\n\n'
+    b'"prompt_tokens_details":{"cached_tokens":2},"completion_tokens_details":'
+    b'{"accepted_prediction_tokens":2,"rejected_prediction_tokens":1}},'
+    b'"metrics":{"queue_ms":1.5}}\n\ndata: [DONE]\n\n'
 )
 
 
@@ -154,6 +165,7 @@ def test_an_answer_is_timed_from_text_to_text() -> None:
     assert row.inter_token_ms == 500
     assert row.gaps_ms == [500, 1000]
     assert (row.prompt_tokens, row.cached_tokens, row.completion_tokens) == (7, 2, 4)
+    assert (row.drafted_tokens, row.accepted_tokens) == (3, 2)
     assert row.metrics == {"queue_ms": 1.5}
 
 

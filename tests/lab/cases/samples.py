@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from tests.adapters_made import SMOLLM2, gguf_adapter
+from tests.adapters_made import SMOLLM2, TINY_FOLDER, gguf_adapter, peft_adapter
 from tests.conftest import MODEL_HOME
 from tests.tiny_gguf import WIDTH, tiny_gguf
 
@@ -112,6 +112,16 @@ async def _adapted(gguf: Path) -> AsyncIterator[Given]:
             for seed, name in enumerate("ab")
         }
         yield str(gguf), {"adapters": made}
+
+
+@asynccontextmanager
+async def _tiny_adapted(gguf: Path) -> AsyncIterator[Given]:
+    with tempfile.TemporaryDirectory() as folder:
+        made = {
+            name: str(peft_adapter(Path(folder) / name, seed, layers=TINY_FOLDER))
+            for seed, name in enumerate("ab")
+        }
+        yield str(_tiny(gguf)), {"adapters": made}
 
 
 def _path(make: Callable[[Path], str | Path]) -> At:
@@ -305,6 +315,15 @@ SAMPLES = [
     ),
     Sample(
         "transformers",
+        _tiny_adapted,
+        kinds=("process",),
+        settings=_SHORT,
+        refused=IMAGES | _DRAFTS | {"infill"},
+        first=ADAPTERS | FEW,
+        name="transformers-adapters",
+    ),
+    Sample(
+        "transformers",
         _path(_llava),
         kinds=("process", "pool"),
         settings=_SHORT,
@@ -377,6 +396,9 @@ if engines.status("vllm").available:
 
 if engines.status("llama_server").available:
     # scripts/test-llama-server builds one; most builds have no llguidance.
+    _OF_LLAMA_SERVER = (
+        _OF_LLAMACPP | IMAGES | {"regex", "grammar", "tool_calls_required", "tool_calls_or_form"}
+    )
     SAMPLES.append(
         Sample(
             "llama_server",
@@ -384,9 +406,7 @@ if engines.status("llama_server").available:
             kinds=("process",),
             settings=_SHORT,
             options=_ONE_THREAD,
-            refused=_OF_LLAMACPP
-            | IMAGES
-            | {"regex", "grammar", "tool_calls_required", "tool_calls_or_form"},
+            refused=_OF_LLAMA_SERVER,
             slow=True,
         )
     )
@@ -400,6 +420,18 @@ if engines.status("llama_server").available:
             slow=True,
             first=IMAGES,
             name="llama_server-images",
+        )
+    )
+    SAMPLES.append(
+        Sample(
+            "llama_server",
+            _adapted,
+            kinds=("process",),
+            settings=_SHORT,
+            options=_ONE_THREAD,
+            refused=_OF_LLAMA_SERVER,
+            slow=True,
+            name="llama_server-adapters",
         )
     )
     SAMPLES.append(

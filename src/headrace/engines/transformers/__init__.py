@@ -21,9 +21,8 @@ ABOUT = About(
     spreads=True,
     requires="transformers",
     extra="transformers",
-    able=frozenset(
-        {"forms", "infill", "json_schema", "logprobs", "prompt_logprobs", "resume", "vision"}
-    ),
+    able=frozenset({"adapters", "forms", "infill", "json_schema", "logprobs"})
+    | {"prompt_logprobs", "resume", "vision"},
 )
 
 _MIB = 1 << 20

@@ -8,7 +8,6 @@ manager then takes the highest logit.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from headrace.engines.base import Admitted, EngineRequest, RawEvent
 from headrace.engines.plan import PAGE, CachePlan
 from headrace.engines.transformers import Options
 from headrace.engines.transformers.answer import Answer, Draw, Rules, failure, settle
+from headrace.engines.transformers.lowrank import LowRank, Names, Part
 
 _POLL_S = 0.003
 _STOP_S = 30.0
@@ -38,9 +38,10 @@ class Unbatched(Exception):
 class Call:
     """A request in the manager, which passes it to the processor with each step."""
 
-    def __init__(self, name: str, answer: Answer) -> None:
+    def __init__(self, name: str, answer: Answer, adapter: str) -> None:
         self.name = name
         self.answer = answer
+        self.adapter = adapter
         self.manager: Any = None
         self.mailbox: Mailbox[Any] = Mailbox()
         self.loop = asyncio.get_running_loop()
@@ -86,7 +87,8 @@ class Processors:
     tensors_required = 0
     do_processing = True
 
-    def __init__(self) -> None:
+    def __init__(self, adapters: LowRank | None) -> None:
+        self._adapters = adapters
         self.recorded: list[torch.Tensor] | None = None
         self._draws: list[Draw] = []
 
@@ -101,8 +103,10 @@ class Processors:
     def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: Any) -> Any:
         """Keep the draws of the requests that get a token in this step, in order."""
         self._draws = []
+        if self._adapters is not None:
+            self._adapters.rows([*map(_part, requests_in_batch)])
         for state in requests_in_batch:
-            call: Call | None = state.state.logit_processor_kwargs.get("call")
+            call = _call(state)
             if state.has_new_token:
                 self._draws.append(_GREEDY if call is None else call.answer.draw)
             if call is not None:
@@ -122,15 +126,32 @@ class Processors:
 _GREEDY = Draw(Rules(), ())
 
 
+def _call(state: Any) -> Call | None:
+    return state.state.logit_processor_kwargs.get("call")
+
+
+def _part(state: Any) -> Part:
+    call = _call(state)
+    return Part("" if call is None else call.adapter, state.query_length, state.has_new_token)
+
+
 class Batched:
     """The model behind a manager, which is replaced after a failure."""
 
-    def __init__(self, model: Any, plan: CachePlan, step_tokens: int, options: Options) -> None:
+    def __init__(
+        self,
+        model: Any,
+        plan: CachePlan,
+        step_tokens: int,
+        options: Options,
+        adapters: LowRank | None,
+        names: Names,
+    ) -> None:
         self._model = model
         self._plan = plan
         self._step_tokens = step_tokens
         self._options = options
-        self._names = itertools.count()
+        self._adapters, self._names = adapters, names
         self._calls: set[Call] = set()
         self._replacing = asyncio.Lock()
         probe = list(range(1, min(18, model.config.get_text_config().vocab_size)))
@@ -151,7 +172,7 @@ class Batched:
         self, request: EngineRequest, answer: Answer
     ) -> AsyncGenerator[RawEvent, None]:
         """Yield the events of one request."""
-        call = Call(f"{next(self._names)}", answer)
+        call = Call(self._names.next(request.adapter), answer, request.adapter)
         await self._send(call, request)
         self._calls.add(call)
         try:
@@ -189,13 +210,26 @@ class Batched:
                 **{name: value for name, value in config.items() if name in known}
             ),
         )
-        manager.logit_processor = processors = Processors()
+        manager.logit_processor = processors = Processors(self._adapters)
+        if self._adapters is not None:
+            self._keep_apart(manager)
         # Its thread is a daemon if the one that starts it is, so that an engine that was not closed
         # does not keep the process alive.
         starter = threading.Thread(target=manager.start, daemon=True)
         starter.start()
         starter.join()
         return manager, processors
+
+    def _keep_apart(self, manager: Any) -> None:
+        """Let the manager's cache know the adapters of requests; its thread makes the cache."""
+        create = manager._create_batch_processor  # noqa: SLF001  # it is there before a request
+
+        def created() -> Any:
+            processor = create()
+            self._names.keep_apart(processor.cache)
+            return processor
+
+        manager._create_batch_processor = created  # noqa: SLF001
 
     async def _send(self, call: Call, request: EngineRequest) -> None:
         for _ in range(2):
@@ -268,7 +302,7 @@ def _manager_logits(
 ) -> tuple[list[torch.Tensor], list[int]]:
     """Return the manager's logits and tokens for the prompt."""
     processors.recorded = []
-    manager.add_request(list(prompt), request_id="probe", max_new_tokens=_PROBED)
+    manager.add_request(list(prompt), request_id="0:probe", max_new_tokens=_PROBED)
     result = manager.get_result(timeout=_PROBE_S)
     recorded, processors.recorded = processors.recorded, None
     if result is None or result.error is not None:

@@ -34,6 +34,7 @@ from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, special_token
 from headrace.engines.transformers import plan_cache, settled, step_tokens
 from headrace.engines.transformers.answer import HONOURED, Answer, Draw, ends_of, failure, rules
 from headrace.engines.transformers.batched import Batched, Unbatched
+from headrace.engines.transformers.lowrank import LowRank, Names
 from headrace.engines.transformers.scorer import Scorer
 from headrace.engines.transformers.single import Single
 from headrace.text.grammar import grammar
@@ -78,13 +79,13 @@ class Engine(TokenizerMixin):
         return runner.generate(request, Answer(request, draw, self._vocabulary, self._ends))
 
     def prompt_tokens(
-        self, token_ids: Sequence[int], candidates: int
+        self, token_ids: Sequence[int], candidates: int, adapter: str = ""
     ) -> AsyncGenerator[Sequence[PromptToken], None]:
         """Return the tokens of a prompt with their log probabilities."""
         if self._scorer is None:
             raise GenerationFailed("The engine is closed.")
         self._vocabulary.check(token_ids)
-        return self._scorer.tokens(token_ids, candidates)
+        return self._scorer.tokens(token_ids, candidates, adapter)
 
     def close(self) -> None:
         """Free the model."""
@@ -132,13 +133,18 @@ class Engine(TokenizerMixin):
         # Kept apart, as `generate` would apply them to every request.
         self._defaults = self._model.generation_config
         self._model.generation_config = transformers.GenerationConfig()
-        self._runner, note = self._start(planned, step_tokens(options, planned.slots, device))
+        adapters = LowRank(self._model, request.adapters) if request.adapters else None
+        names = Names(request.adapters, self._vocabulary.size)
+        step = step_tokens(options, planned.slots, device)
+        self._runner, note = self._start(planned, step, adapters, names)
         # A request that runs alone has hooks in the model.
         thread = self._runner.thread if isinstance(self._runner, Single) else None
-        self._scorer = Scorer(self._model, self._vocabulary, thread)
+        self._scorer = Scorer(self._model, self._vocabulary, thread, adapters)
         self.facts = self._facts(request, planned, note)
 
-    def _start(self, planned: CachePlan, step: int) -> tuple[Batched | Single, str | None]:
+    def _start(
+        self, planned: CachePlan, step: int, adapters: LowRank | None, names: Names
+    ) -> tuple[Batched | Single, str | None]:
         try:
             if planned.slots == 1:
                 raise Unbatched("as configured")
@@ -146,11 +152,12 @@ class Engine(TokenizerMixin):
                 raise Unbatched("the model takes images")
             if len(set(getattr(self._model, "hf_device_map", {}).values())) > 1:
                 raise Unbatched("the model is on several devices")
-            return Batched(self._model, planned, step, self._options), None
+            model, options = self._model, self._options
+            return Batched(model, planned, step, options, adapters, names), None
         except Unbatched as error:
-            return Single(
-                self._model, step, self._processor, planned.context_length
-            ), f"one request at a time: {error}"
+            note = f"one request at a time: {error}"
+            length = planned.context_length
+            return Single(self._model, step, self._processor, length, adapters), note
 
     def _facts(self, request: OpenRequest, planned: CachePlan, note: str | None) -> EngineFacts:
         if request.model.context_length:
@@ -176,6 +183,7 @@ class Engine(TokenizerMixin):
                 resume=True,
                 vision=bool(marker),
                 prompt_logprobs=True,
+                adapters=True,
             ),
         )
 

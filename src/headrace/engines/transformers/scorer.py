@@ -14,6 +14,7 @@ from headrace.engines import threaded
 from headrace.engines.threaded import Emit
 from headrace.engines.tokenizer import Vocabulary
 from headrace.engines.transformers.answer import failure
+from headrace.engines.transformers.lowrank import LowRank
 
 _CHUNK = 256
 # Rows of logits that are computed with at a time, in 32 bits.
@@ -24,8 +25,13 @@ class Scorer:
     """The model on a thread, with a cache of its own for the prompt that is computed."""
 
     def __init__(
-        self, model: Any, vocabulary: Vocabulary, thread: ThreadPoolExecutor | None
+        self,
+        model: Any,
+        vocabulary: Vocabulary,
+        thread: ThreadPoolExecutor | None,
+        adapters: LowRank | None,
     ) -> None:
+        self._adapters = adapters
         self._model = model
         self._vocabulary = vocabulary
         self._thread = thread or ThreadPoolExecutor(1, "prompts")
@@ -33,13 +39,13 @@ class Scorer:
         self._inbox: threaded.Inbox | None = None
 
     def tokens(
-        self, token_ids: Sequence[int], candidates: int
+        self, token_ids: Sequence[int], candidates: int, adapter: str
     ) -> AsyncGenerator[Sequence[PromptToken], None]:
         """Yield the tokens with their log probabilities, part after part."""
         if self._inbox is None:
             self._inbox = threaded.Inbox(asyncio.get_running_loop())
         return threaded.stream(
-            lambda emit: self._run(token_ids, candidates, emit),
+            lambda emit: self._run(token_ids, candidates, adapter, emit),
             inbox=self._inbox,
             executor=self._thread,
         )
@@ -50,8 +56,14 @@ class Scorer:
             self._thread.shutdown(wait=False)
 
     def _run(
-        self, token_ids: Sequence[int], candidates: int, emit: Emit[Sequence[PromptToken]]
+        self,
+        token_ids: Sequence[int],
+        candidates: int,
+        adapter: str,
+        emit: Emit[Sequence[PromptToken]],
     ) -> None:
+        if self._adapters is not None:
+            self._adapters.all_rows(adapter)
         try:
             with torch.inference_mode():
                 part = [PromptToken(token_ids[0], self._vocabulary.full_data(token_ids[0]))]

@@ -16,6 +16,7 @@ from headrace.engines.base import Admitted, EngineRequest, RawEvent
 from headrace.engines.pictures import decoded
 from headrace.engines.threaded import Emit
 from headrace.engines.transformers.answer import Answer, failure, settle
+from headrace.engines.transformers.lowrank import LowRank
 
 
 class _Closed(Exception):
@@ -57,9 +58,15 @@ class Single:
     max_running = 1
 
     def __init__(
-        self, model: Any, step_tokens: int, processor: Any = None, context_length: int = 0
+        self,
+        model: Any,
+        step_tokens: int,
+        processor: Any = None,
+        context_length: int = 0,
+        adapters: LowRank | None = None,
     ) -> None:
         self._model = model
+        self._adapters = adapters
         self._processor = processor
         self._context_length = context_length
         # A recurrent model takes its prompt whole.
@@ -82,6 +89,8 @@ class Single:
     def _run(self, request: EngineRequest, answer: Answer, emit: Emit[RawEvent]) -> None:
         run = _Run(answer, emit)
         hook = self._model.register_forward_pre_hook(run.before, with_kwargs=True)
+        if self._adapters is not None:
+            self._adapters.all_rows(request.adapter)
         try:
             self._generate(request, run)
             emit(answer.finish(run.last))

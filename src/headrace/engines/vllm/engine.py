@@ -130,9 +130,10 @@ class Engine(TokenizerMixin):
             await outputs.aclose()
 
     async def prompt_tokens(
-        self, token_ids: Sequence[int], candidates: int
+        self, token_ids: Sequence[int], candidates: int, adapter: str = ""
     ) -> AsyncGenerator[Sequence[PromptToken], None]:
         """Yield the tokens of a prompt with their log probabilities; closing this aborts it."""
+        del adapter
         if self._llm is None:
             raise GenerationFailed("The engine is closed.")
         self._vocabulary.check(token_ids)
