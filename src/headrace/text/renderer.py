@@ -72,7 +72,7 @@ def render(work: Work) -> Rendered | Fault:
     with _slots:
         process = _taken()
         try:
-            return process.ask(work)
+            return process.render(work)
         finally:
             _give_back(process)
 
@@ -100,7 +100,7 @@ class _Process:
             )
         self.alive = True
 
-    def ask(self, work: Work) -> Rendered | Fault:
+    def render(self, work: Work) -> Rendered | Fault:
         """Return the answer; after some faults the process has ended."""
         # The alarm of the process itself is first, unless it cannot run at all.
         self._socket.settimeout(work.seconds + _GRACE_S)
