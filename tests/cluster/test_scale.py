@@ -18,7 +18,7 @@ from headrace.cluster.wire import ModelReport, Pulse, Status
 from headrace.core.model import ModelInfo
 from headrace.core.request import GenerateRequest
 from headrace.core.status import DeviceStatus, Footprint, ModelStatus
-from headrace.pool.replica import blocks_of
+from headrace.pool.policy import blocks_of
 from headrace.worker.wire import Message
 
 NODES, MODELS, SERVED, LOADED = 1000, 5000, 50, 5

@@ -15,7 +15,7 @@ from headrace.core.errors import ConfigError
 from headrace.core.model import ModelSpec, needs_new_worker
 from headrace.core.preset import addressed
 from headrace.core.request import GenerateRequest
-from headrace.pool.replica import blocks_of
+from headrace.pool.policy import blocks_of
 
 TABLE = """
 [models.base]

@@ -16,7 +16,7 @@ from headrace.core.errors import (
 )
 from headrace.core.model import Capabilities
 from headrace.core.request import AnyRequest
-from headrace.pool.replica import blocks_of
+from headrace.pool.policy import blocks_of
 
 _RETRY_AFTER_S = 2.0
 _MAX_REFUSALS = 3

@@ -12,9 +12,9 @@ from headrace.core.events import Progress
 from headrace.core.model import ModelInfo, ModelSpec, State, needs_new_worker
 from headrace.core.request import AnyRequest
 from headrace.pool.failures import Failures
-from headrace.pool.policy import Candidate, Rules, choose_replica, left_for_batch
+from headrace.pool.policy import Candidate, Rules, blocks_of, choose_replica, left_for_batch
 from headrace.pool.queue import Forecast, Queue, Ticket
-from headrace.pool.replica import Lease, Replica, blocks_of
+from headrace.pool.replica import Lease, Replica
 
 _UNKNOWN_LOAD_S, _BATCH_RETRY_S, _PROGRESS_S = 5.0, 2.0, 0.5
 _RETIRED = "retired"

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from headrace.config.tree import Rules
+from headrace.core.request import AnyRequest
 from headrace.machine import HOST
 
 _IN_USE_S = 60.0
 _MIN_WAIT_S = 0.001
 # Of so many slots, one is for a request of a batch that has no token yet.
 _STARTING = 16
+_BLOCK_CHARACTERS, _MAX_REQUEST_BLOCKS = 256, 64
 
 
 class Resident(msgspec.Struct, frozen=True, kw_only=True):
@@ -247,3 +249,15 @@ def _busyness(candidate: Candidate) -> tuple[float, float, int]:
 def backoff_s(failures: int) -> float:
     """Return the delay in seconds after consecutive failures: 0, 1, 2, 4 ... 60."""
     return min(60.0, 2.0 ** min(failures - 2, 6)) if failures > 1 else 0.0
+
+
+def blocks_of(request: AnyRequest) -> tuple[int, ...]:
+    """Return hashes of growing prefixes of a prompt; equal prefixes share a cache."""
+    # The cache of a prompt is that of one adapter.
+    text = request.adapter + request.opening()
+    hashes: list[int] = []
+    end = min(len(text), _BLOCK_CHARACTERS * _MAX_REQUEST_BLOCKS)
+    for start in range(0, end, _BLOCK_CHARACTERS):
+        block = text[start : start + _BLOCK_CHARACTERS]
+        hashes.append(hash((hashes[-1] if hashes else 0, block)))
+    return tuple(hashes)

@@ -19,7 +19,6 @@ from headrace.pool.policy import Candidate, Resident
 from headrace.worker.spec import OnProgress
 
 _MAX_BLOCKS = 4096
-_BLOCK_CHARACTERS, _MAX_REQUEST_BLOCKS = 256, 64
 _UNHEALTHY_S = 60.0
 
 
@@ -33,6 +32,11 @@ class PooledWorker(Backend, Protocol):
     @property
     def held(self) -> Mapping[str, int]:
         """The memory that it holds as it was last measured, in bytes by device."""
+        ...
+
+    @property
+    def drafting(self) -> bool | None:
+        """As in `ReplicaStatus`."""
         ...
 
     @property
@@ -376,6 +380,7 @@ class Replica:
             weight=self.weight,
             running=self.running,
             memory=self.memory,
+            drafting=self.worker.drafting if self.worker else None,
             load_ms=self.load_s * 1000 if self.is_ready else None,
             reason=self.reason,
         )
@@ -385,15 +390,3 @@ class Replica:
             if block not in self._prefixes:
                 return count
         return len(blocks)
-
-
-def blocks_of(request: AnyRequest) -> tuple[int, ...]:
-    """Return hashes of growing prefixes of a prompt; equal prefixes share a cache."""
-    # The cache of a prompt is that of one adapter.
-    text = request.adapter + request.opening()
-    hashes: list[int] = []
-    end = min(len(text), _BLOCK_CHARACTERS * _MAX_REQUEST_BLOCKS)
-    for start in range(0, end, _BLOCK_CHARACTERS):
-        block = text[start : start + _BLOCK_CHARACTERS]
-        hashes.append(hash((hashes[-1] if hashes else 0, block)))
-    return tuple(hashes)

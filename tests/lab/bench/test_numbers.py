@@ -136,7 +136,9 @@ def chunk(text: str, field: str = "content") -> bytes:
 END = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'
 USAGE = (
     b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":4,'
-    b'"prompt_tokens_details":{"cached_tokens":2}},"metrics":{"queue_ms":1.5}}\n\ndata: [DONE]\n\n'
+    b'"prompt_tokens_details":{"cached_tokens":2},"completion_tokens_details":'
+    b'{"accepted_prediction_tokens":2,"rejected_prediction_tokens":1}},'
+    b'"metrics":{"queue_ms":1.5}}\n\ndata: [DONE]\n\n'
 )
 
 
@@ -154,6 +156,7 @@ def test_an_answer_is_timed_from_text_to_text() -> None:
     assert row.inter_token_ms == 500
     assert row.gaps_ms == [500, 1000]
     assert (row.prompt_tokens, row.cached_tokens, row.completion_tokens) == (7, 2, 4)
+    assert (row.drafted_tokens, row.accepted_tokens) == (3, 2)
     assert row.metrics == {"queue_ms": 1.5}
 
 
