@@ -418,9 +418,10 @@ class Opened:
     """Counts engines opened and closed."""
 
     def __init__(self) -> None:
-        self.opened = self.closed = 0
+        self.began = self.opened = self.closed = 0
 
     def __call__(self, name: str, request: OpenRequest) -> Any:
+        self.began += 1
         counter, engine = self, cast("Generator", engines.open_engine(name, request))
 
         class Engine:
@@ -439,8 +440,7 @@ async def test_a_stop_while_loading_closes_what_was_opened() -> None:
     opened = Opened()
     one = Worker(echo(load_s=0.2), resolve, open_engine=opened)
     task = asyncio.ensure_future(one.start())
-    await until(lambda: one.state == "loading")
-    await asyncio.sleep(0.05)
+    await until(lambda: opened.began == 1)
     await one.aclose()
     assert one.state == "stopped"
     with pytest.raises((Draining, asyncio.CancelledError)):
