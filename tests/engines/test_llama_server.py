@@ -153,6 +153,21 @@ async def test_a_server_that_dies_ends_its_answers(opening: OpenRequest) -> None
         engine.close()
 
 
+def test_what_its_grammars_are_tried_with_is_not_logged(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue 17.1: two errors of each load, on builds without llguidance; later ones are shown."""
+    server = engine._link
+    assert isinstance(server, Server)
+    for line in (
+        "0.00.4 E srv send_error: task id = 0, error: failed to parse: llguidance is not enabled\n",
+        "0.00.4 E srv process_sing: failed to launch slot with task, id_task = 0\n",
+        "0.00.9 E srv process_sing: failed to launch slot with task, id_task = 12\n",
+    ):
+        server._take(line)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_the_server_ends_with_its_process(executable: Path, tmp_path: Path) -> None:
     """Issue 17.1: also when that is killed."""
     script = tmp_path / "slow"

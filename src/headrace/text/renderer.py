@@ -31,6 +31,8 @@ MAX_CHARACTERS = 8 << 20
 """The longest text."""
 
 _PROCESSES = 2
+_PATIENCE_S = 0.2
+"""How long to wait for a process that renders something else, before another is started."""
 _GRACE_S = 20.0
 _OUT_OF_MEMORY = 3
 _MAX_REASON = 500
@@ -68,11 +70,11 @@ def render(work: Work) -> Rendered | Fault:
         GenerationFailed: no process could be started.
     """
     with _slots:
-        process = _idle.pop() if _idle else _started()
-        answer = process.ask(work)
-        if process.alive:
-            _idle.append(process)
-        return answer
+        process = _taken()
+        try:
+            return process.render(work)
+        finally:
+            _give_back(process)
 
 
 def prepare() -> None:
@@ -98,7 +100,7 @@ class _Process:
             )
         self.alive = True
 
-    def ask(self, work: Work) -> Rendered | Fault:
+    def render(self, work: Work) -> Rendered | Fault:
         """Return the answer; after some faults the process has ended."""
         # The alarm of the process itself is first, unless it cannot run at all.
         self._socket.settimeout(work.seconds + _GRACE_S)
@@ -131,7 +133,40 @@ def _started() -> _Process:
         raise GenerationFailed("The chat template cannot be rendered.", detail=reason) from error
 
 
+def _taken() -> _Process:
+    with _changed:
+        if not _changed.wait_for(_is_idle, _PATIENCE_S) and len(_busy) < _PROCESSES:
+            _busy.add(another := _started())
+            threading.Thread(target=_warm_up, args=(another,), daemon=True).start()
+        # The one that renders may be idle before the other has started.
+        _changed.wait_for(_is_idle)
+        process = _idle.pop() if _idle else _started()
+        _busy.add(process)
+        return process
+
+
+def _is_idle() -> bool:
+    return bool(_idle) or not _busy
+
+
+def _warm_up(process: _Process) -> None:
+    try:
+        process.ask(Work("", {}, _GRACE_S))
+    finally:
+        _give_back(process)
+
+
+def _give_back(process: _Process) -> None:
+    with _changed:
+        _busy.discard(process)
+        if process.alive:
+            _idle.append(process)
+        _changed.notify()
+
+
 _slots = threading.BoundedSemaphore(_PROCESSES)
+_changed = threading.Condition()
+_busy: set[_Process] = set()
 _idle: deque[_Process] = deque()
 
 

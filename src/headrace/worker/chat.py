@@ -19,6 +19,7 @@ from headrace.text.calls.constrain import constraint_for, thinking_before
 from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.format import Format, thinking_open_in
 from headrace.text.calls.generic import generic_messages
+from headrace.text.calls.parts import Reading
 from headrace.text.calls.probe import probe
 from headrace.text.calls.splitter import Splitter
 from headrace.text.grammar import answer_rules, without_formats
@@ -85,6 +86,7 @@ class Chat:
         self.image_marker = engine.facts.image_marker
         self._family = tool_format
         self._engine = cast("Generator", engine)
+        self._enforces = "grammar" in engine.facts.capabilities.forms
 
     @cached_property
     def format(self) -> Format:
@@ -219,10 +221,13 @@ class Chat:
             self.format,
             # A text of a grammar is a JSON string in all forms of calls.
             {tool.name: None if tool.input else tool.parameters for tool in tools},
+            Reading(
+                calls=bool(tools),
+                apart=has_form,
+                only=bool(request.tool_choice.names),
+                exact=request.enforces_calls and self._enforces,
+            ),
             thinking_open=thinking_open_in(prompt[-_TAIL:], self.format),
-            calls=bool(tools),
-            apart=has_form,
-            only=bool(request.tool_choice.names),
         )
 
     def constraint(

@@ -29,7 +29,7 @@ from headrace.engines.base import (
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
 from headrace.worker.compiler import Compiler
-from headrace.worker.inputs import check_call, has_inputs, with_inputs
+from headrace.worker.inputs import check_call, has_inputs, is_tokenized, with_inputs
 from headrace.worker.lines import LineLimiter
 from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
@@ -60,8 +60,11 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         if has_inputs(request):
             with turn.meter.compiling():
                 request = await turn.within(with_inputs(request, loaded.prompter, loaded.compiler))
-        with until_left() as gone:
-            job = await turn.within(asyncio.to_thread(loaded.prompter.job, request, gone))
+        if is_tokenized(request):
+            job = loaded.prompter.job(request)
+        else:
+            with until_left() as gone:
+                job = await turn.within(asyncio.to_thread(loaded.prompter.job, request, gone))
         if job.constraint is not None:
             # Before the engine compiles it, which cannot be stopped.
             with turn.meter.compiling():

@@ -1,4 +1,4 @@
-"""What is enforced of calls: grammars of custom tools in JSON strings, and checks at the end."""
+"""What a request needs before its job, and checks of its calls."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ from headrace.worker.prompt import Prompter
 def has_inputs(request: GenerateRequest) -> bool:
     """Whether a tool that may be called takes text of a grammar."""
     return any(tool.input for tool in request.tool_choice.allowed(request.tools))
+
+
+def is_tokenized(request: GenerateRequest) -> bool:
+    """Whether a prompt is token ids alone, for which neither template nor tokenizer is called."""
+    return isinstance(request.prompt, tuple) and not (
+        request.answered or request.echo or request.suffix is not None or request.images
+    )
 
 
 async def with_inputs(

@@ -10,7 +10,15 @@ from typing import Any
 import msgspec
 
 from headrace.text.calls.format import Format
-from headrace.text.calls.parts import CallArguments, CallStart, Content, Cut, Part, Thought
+from headrace.text.calls.parts import (
+    CallArguments,
+    CallStart,
+    Content,
+    Cut,
+    Part,
+    Reading,
+    Thought,
+)
 from headrace.text.calls.splitter import Splitter
 
 SCHEMA: dict[str, Any] = {
@@ -50,10 +58,11 @@ def split(
     calls: bool = True,
     apart: bool = False,
     only: bool = False,
+    exact: bool = False,
     tools: dict[str, dict[str, Any] | None] = TOOLS,
 ) -> list[Part]:
-    given = {"thinking_open": thinking_open, "calls": calls, "apart": apart, "only": only}
-    splitter = Splitter(form, tools, **given)
+    reading = Reading(calls=calls, apart=apart, only=only, exact=exact)
+    splitter = Splitter(form, tools, reading, thinking_open=thinking_open)
     parts = [part for chunk in chunks for part in splitter.feed(chunk)]
     return joined([*parts, *splitter.flush()])
 

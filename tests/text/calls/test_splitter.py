@@ -16,7 +16,7 @@ from tests.text.calls.writers import WRITERS
 
 from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.format import Format
-from headrace.text.calls.parts import CallArguments, CallStart, Content, Cut, Thought
+from headrace.text.calls.parts import CallArguments, CallStart, Content, Cut, Reading, Thought
 from headrace.text.calls.splitter import Splitter
 
 BARE = ("llama3", "llama4", "functionary-v3.2")  # an answer with calls has no text before them
@@ -24,6 +24,7 @@ ONE_OF_EACH_STYLE = ("hermes", "mistral-args", "qwen-xml", "lfm2", "gemma-4", "h
 ALONE = (*BARE, "harmony")
 THINKING = [name for name in WRITERS if FAMILIES[name].think_close and name not in ALONE]
 
+CALLS = Reading(calls=True)
 PARIS = ("get_weather", {"city": "Paris", "days": 3})
 NOW = ("now", dict[str, Any]())
 
@@ -244,7 +245,7 @@ def hostile(form: Format, size: int) -> list[str]:
 
 
 def seconds(form: Format, text: str, chunk: int, thinking_open: bool) -> float:
-    splitter = Splitter(form, {}, thinking_open=thinking_open, calls=True)
+    splitter = Splitter(form, {}, CALLS, thinking_open=thinking_open)
     began = time.process_time()
     for at in range(0, len(text), chunk):
         splitter.feed(text[at : at + chunk])
@@ -284,14 +285,14 @@ def test_little_is_held_back(family: str) -> None:
     splitter = Splitter(
         form,
         {"get_weather": {"properties": {"city": {"type": "string"}}}},
+        CALLS,
         thinking_open=False,
-        calls=True,
     )
     inside = text.find("word ") + 1000
     parts = joined([part for char in text[:inside] for part in splitter.feed(char)])
     got = text_in(parts, CallArguments)
     assert len(got) > 900, got[-50:]
-    splitter = Splitter(form, {}, thinking_open=False, calls=True)
+    splitter = Splitter(form, {}, CALLS, thinking_open=False)
     noise = "a < b [c] {d} <t <|x ｜ >> " * 20
     for end in range(1, len(noise)):
         parts = [*parts, *splitter.feed(noise[end - 1])]
@@ -302,7 +303,7 @@ def test_little_is_held_back(family: str) -> None:
 def test_memory_is_bounded_by_the_answer() -> None:
     """Issue 13.2: a megabyte of arguments is not kept more than once or twice."""
     text = '<tool_call>\n{"name": "f", "arguments": {"a": "' + "x" * 1_000_000
-    splitter = Splitter(FAMILIES["hermes"], {}, thinking_open=False, calls=True)
+    splitter = Splitter(FAMILIES["hermes"], {}, CALLS, thinking_open=False)
     tracemalloc.start()
     for at in range(0, len(text), 4096):
         splitter.feed(text[at : at + 4096])
@@ -517,7 +518,7 @@ def test_analysis_is_thinking() -> None:
 
 def test_the_price_of_a_token() -> None:
     """Issue 13.4: a token of plain text takes some microseconds at most with the parser on."""
-    splitter = Splitter(FAMILIES["hermes"], {}, thinking_open=False, calls=True)
+    splitter = Splitter(FAMILIES["hermes"], {}, CALLS, thinking_open=False)
     tokens = [" word", "\n", " it's", ",", " a"] * 4000
     splitter.feed("Start")
     best = min(_seconds(splitter, tokens) for _ in range(5))

@@ -51,10 +51,10 @@ class Literals:
         """Consume the name of an argument and `end`."""
         cursor = self._cursor
         yield from cursor.spaces()
-        quote = yield from cursor.accept(*self._quotes)
-        key = yield from cursor.run(_NAME, 256)
-        if quote:
-            yield from cursor.expect(quote)
+        if quote := (yield from cursor.accept(*self._quotes)):
+            key, _ = yield from cursor.until(markers_of((quote,)), 256)
+        else:
+            key = yield from cursor.run(_NAME, 256)
         yield from cursor.expect(end)
         if not key:
             raise NotACallError
@@ -178,8 +178,8 @@ def _from_python(text: str) -> str | None:
 class TypedValue:
     """The text of one tagged argument as JSON: a string, or what it says if that is JSON.
 
-    `kind` is `string`, `nullable` (a string, or null), `structured` (an object or a list) or `any`.
-    Strings are emitted as they come, anything else when it is complete.
+    `kind` is `string`, `nullable` (a string, or null), `structured` (of other types, or of
+    several) or `any`. Strings are emitted as they come, anything else when it is complete.
     """
 
     def __init__(self, kind: str, emit: Emit) -> None:
@@ -237,7 +237,7 @@ def kind_of(schema: Mapping[str, Any] | None, key: str) -> str:
         return "any"
     types = _types(schema or {}, cast("dict[str, Any]", properties).get(key), 0)
     if types - {"null"} != {"string"}:
-        return "structured" if types <= {"object", "array", "null"} else "any"
+        return "any" if "any" in types else "structured"
     return "nullable" if "null" in types else "string"
 
 
@@ -247,7 +247,7 @@ def _types(root: Mapping[str, Any], schema: object, depth: int) -> set[str]:
         return {"any"}
     node = cast("dict[str, Any]", schema)
     if isinstance(reference := node.get("$ref"), str):
-        return _types(root, _resolve(root, reference), depth + 1)
+        return _types(root, resolved(root, reference), depth + 1)
     for name in ("anyOf", "oneOf"):
         if isinstance(node.get(name), list):
             return set[str]().union(*(_types(root, part, depth + 1) for part in node[name]))
@@ -265,7 +265,8 @@ def _types(root: Mapping[str, Any], schema: object, depth: int) -> set[str]:
     return {"any"}
 
 
-def _resolve(root: Mapping[str, Any], reference: str) -> object:
+def resolved(root: Mapping[str, Any], reference: str) -> object:
+    """Return what a reference within a schema refers to, None if there is nothing."""
     node: Any = root
     for name in reference.removeprefix("#/").split("/"):
         node = cast("dict[str, Any]", node).get(name) if isinstance(node, dict) else None
