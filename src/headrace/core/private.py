@@ -26,9 +26,9 @@ def private_folder(path: Path) -> Path:
         folder.mkdir(mode=_FOLDER_MODE, exist_ok=True)
         folder.chmod(_FOLDER_MODE)
     path.mkdir(exist_ok=True)
-    found = path.stat()
-    is_shared = found.st_mode & stat.S_ISVTX or found.st_uid != os.getuid()
-    if found.st_mode & _OF_OTHERS and not is_shared:
+    status = path.stat()
+    is_shared = status.st_mode & stat.S_ISVTX or status.st_uid != os.getuid()
+    if status.st_mode & _OF_OTHERS and not is_shared:
         path.chmod(_FOLDER_MODE)
     return path
 
