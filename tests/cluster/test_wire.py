@@ -243,6 +243,22 @@ async def test_tls_in_both_directions(tmp_path: Path) -> None:
                 assert not server.fronts
 
 
+@pytest.mark.parametrize("wrong", ["expired", "another authority"])
+def test_a_certificate_that_others_would_not_accept(wrong: str, tmp_path: Path) -> None:
+    """Issue 15.1: known at the start, and not only as connections that do not come."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificates")
+    files, others = certificates(tmp_path, "ours", "others").values()
+    if wrong == "another authority":
+        files |= {"ca": others["ca"]}
+    else:
+        more = ("-CA", files["ca"], "-CAkey", tmp_path / "ours.ca.key", "-days", "-1")
+        again = ("x509", "-req", "-in", tmp_path / "ours.csr", *more, "-out", files["cert"])
+        subprocess.run(["openssl", *map(str, again)], check=True, capture_output=True)
+    with pytest.raises(ConfigError, match=r"would not accept .*: .*(expired|signature)"):
+        secure.credentials(ClusterSettings(tls=files))
+
+
 async def test_a_second_node_of_a_name(caplog: pytest.LogCaptureFixture) -> None:
     """Issue 15.1: the first is kept; both sides report why the other is not, once."""
     first, second = FakeNode("a", ["m"]), FakeNode("a", ["m"])

@@ -97,6 +97,7 @@ class NodeLink:
         self._members = members
         self._identity = member.identity
         self._token = member.access.token
+        self._has_tls = member.access.client is not None
         self._connect = connect
         self._heartbeat_s = member.heartbeat_s
         self._silence_s = member.silence_s
@@ -148,7 +149,7 @@ class NodeLink:
             OSError, TimeoutError, Refusal: the node did not join.
         """
         hello = self._identity.hello()
-        greeting = _Greeting(hello, self._token)
+        greeting = _Greeting(hello, self._token, has_tls=self._has_tls)
         over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         def closed(why: str) -> None:
@@ -326,12 +327,13 @@ class NodeLink:
 class _Greeting:
     """The front's part of a greeting. `node` is the Hello of a node that has proved itself."""
 
-    def __init__(self, hello: Hello, token: bytes) -> None:
+    def __init__(self, hello: Hello, token: bytes, *, has_tls: bool) -> None:
         self.node: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
         self.link: Link[Any] | None = None
         self.clock_s = 0.0
         self._hello = hello
         self._token = token
+        self._has_tls = has_tls
         self._other: Hello | None = None
         self._early: list[ToFront] = []
         self._deliver: Callable[[Sequence[Any]], None] = self._early.extend
@@ -358,6 +360,8 @@ class _Greeting:
 
     def closed(self, why: str) -> None:
         """Note that the connection has ended."""
+        if self._other is None and self._has_tls:
+            why += ", perhaps as the node does not accept the certificate of this front"
         self._fail(Refusal(why))
 
     def _greet(self, message: Greeting) -> None:

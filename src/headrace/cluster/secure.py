@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -51,7 +52,28 @@ def credentials(settings: ClusterSettings) -> Credentials:
     if settings.tls is None:
         return Credentials(token)
     server = _context(ssl.PROTOCOL_TLS_SERVER, settings.tls)
-    return Credentials(token, server, _context(ssl.PROTOCOL_TLS_CLIENT, settings.tls))
+    client = _context(ssl.PROTOCOL_TLS_CLIENT, settings.tls)
+    try:
+        _shake_hands(client, server)
+    except ssl.SSLError as error:
+        why = getattr(error, "verify_message", "") or error.reason or str(error)
+        message = f"cluster.tls: others would not accept {settings.tls['cert']}: {why}."
+        raise ConfigError(message, param="tls") from error
+    return Credentials(token, server, client)
+
+
+def _shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> None:
+    """Connect this process to itself in memory, so that both sides check the certificate.
+
+    Raises:
+        SSLError: it has expired, or is of another authority.
+    """
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = [client.wrap_bio(back, there), server.wrap_bio(there, back, server_side=True)]
+    # A side that has ended may have to send something yet.
+    for side in [*sides, *sides]:
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
 
 
 def _token(path: Path) -> bytes:
