@@ -206,6 +206,8 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "worker.bug": lambda data: "A worker failed unexpectedly",
     "worker.not_confined": "The process of a model is not confined: {0[error]}".format,
     "worker.cancel_slow": "{0[model]} is slow to cancel an answer".format,
+    "engine.drafts_lose": "{0[model]} drafts nothing for now: speed with drafts {0[gain]}".format,
+    "engine.drafts_tried": "{0[model]} tries drafts again".format,
     "engine.failed": "The engine failed in request {0[id]}".format,
     "sizing.damaged": "{0[path]} is damaged ({0[error]}); sizes are measured again".format,
     "lab.tune.damaged": "{0[path]} is damaged ({0[error]}); its measurements are ignored".format,

@@ -102,6 +102,10 @@ def test_ps_shows_models_and_devices(capsys: pytest.CaptureFixture[str]) -> None
         ({"memory": {"cuda:0": MB}}, ["1.0 MB cuda:0"]),
         ({"id": "\x1b[2Jevil"}, ["[2Jevil"]),
         (
+            {"replicas": (ReplicaStatus(number=0, state="ready", drafting=False),)},
+            ["ready (drafts off)"],
+        ),
+        (
             {
                 "replicas": (
                     ReplicaStatus(number=0, state="ready", running=2),

@@ -179,7 +179,7 @@ def test_the_way_and_the_length_of_drafts() -> None:
         return SpeculationOptions(**options)
 
     auto = settled(speculation="auto")
-    assert (auto.way, auto.drafts, auto.most_drafted) == ("ngram", True, 8)
+    assert (auto.way, auto.drafts, auto.most_drafted) == ("ngram", True, 16)
     auto = settled(speculation="auto", draft_model="x")
     assert (auto.way, auto.most_drafted) == ("draft", 4)
     assert settled(draft_tokens=9).most_drafted == 0

@@ -172,6 +172,8 @@ class FakeWorker:
             machine.loading -= 1
         self.state = "ready"
 
+    drafting: bool | None = None
+
     @property
     def held(self) -> Mapping[str, int]:
         return {"cpu": self.machine.held[self]} if self in self.machine.held else {}

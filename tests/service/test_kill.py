@@ -51,6 +51,8 @@ def echoes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, 
     text = configuration(folder, 'model = "builtin:echo"')
     # As an option beside the trigger.
     text = text.replace(".options]\n", ".options]\ntokens_per_second = 40\nslots = 20\n")
+    drafts = text[text.index("[models.exact-signal]") : text.index("[models.exact-exit]")]
+    text += drafts.replace("exact-signal", "drafts-signal") + 'speculation = "ngram"\n'
     (folder / "headrace.toml").write_text(text)
     with served("--config", str(folder / "headrace.toml")) as service:
         yield service, folder
@@ -150,6 +152,18 @@ async def test_an_answer_outlives_its_worker(
     check(way, fault, gots, [prompt[:TOKENS] for prompt in asked], before, at)
     assert aside.text == "x" * ASIDE
     assert aside.error is None
+
+
+async def test_an_answer_with_drafts_outlives_its_worker(echoes: tuple[Service, Path]) -> None:
+    """Issue 17, must show 4: a worker is killed within answers of which tokens were drafted."""
+    service, folder = echoes
+    river = ["a river and a river and " * 8] * STREAMS
+    async with client(service.url) as http:
+        given = ("drafts", "SIGKILL", folder, river, 2)
+        gots, before, at, _ = await round_of(http, *given, max_tokens=TOKENS)
+    check("exact", "SIGKILL", gots, [text[:TOKENS] for text in river], before, at)
+    details = [got.usage["completion_tokens_details"] for got in gots]
+    assert all(each["accepted_prediction_tokens"] > 0 for each in details)
 
 
 @pytest.mark.slow

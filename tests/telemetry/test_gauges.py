@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from headrace.core.record import Phase, RunningRequest
-from headrace.core.status import ModelStatus, PoolStatus
+from headrace.core.status import ModelStatus, PoolStatus, ReplicaStatus
 from headrace.telemetry.gauges import gauges
 
 
@@ -35,3 +35,17 @@ def test_how_much_of_the_cache_is_in_use() -> None:
     assert usage(request("queued", 90, 0), request("decode", 20, 0))["m"] == 0.1
     assert usage(*[request("decode", 100, 50)] * 3)["m"] == 1.0
     assert usage(request("decode", 20, 0), slots=None)["m"] == 0.0
+
+
+def test_workers_that_draft_now() -> None:
+    """Issue 17.3: drafts that lose switch themselves off; a model without any has no series."""
+    replicas = [ReplicaStatus(number=n, state="ready", drafting=n > 0) for n in range(3)]
+    models = (
+        ModelStatus(id="m", source="s", state="ready", replicas=(*replicas,)),
+        ModelStatus(
+            id="n", source="s", state="ready", replicas=(ReplicaStatus(number=0, state="ready"),)
+        ),
+    )
+    families = {family.name: family for family in gauges(PoolStatus(models=models, devices=()))}
+    samples = families["headrace_workers_drafting"].samples
+    assert [(sample.labels["model"], sample.value) for sample in samples] == [("m", 2.0)]

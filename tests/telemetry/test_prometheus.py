@@ -25,7 +25,14 @@ from tests.conftest import ROOT
 
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.record import Call, Operation, RequestRecord, SpanRecord
-from headrace.core.status import DeviceStatus, EventKind, ModelStatus, PoolEvent, PoolStatus
+from headrace.core.status import (
+    DeviceStatus,
+    EventKind,
+    ModelStatus,
+    PoolEvent,
+    PoolStatus,
+    ReplicaStatus,
+)
 from headrace.telemetry import names
 from headrace.telemetry.prometheus import Instruments
 
@@ -45,6 +52,7 @@ BUSY = ModelStatus(
     restarts=5,
     evictions=6,
     continuations=7,
+    replicas=(ReplicaStatus(number=0, state="ready", drafting=True),),
 )
 ASLEEP = ModelStatus(id="org/big", source="s", state="stopped")
 CPU = DeviceStatus(name="cpu", total=100, budget=80, booked=30, free=60)

@@ -221,7 +221,8 @@ def state(model: ModelStatus, *, stage: bool = False) -> str:
     share = f" {100 * model.done // model.total}%" if model.progress and model.total else ""
     if stage and model.progress and model.progress != model.state:
         return f"{model.state} ({model.progress}{share})"
-    return f"{model.state}{share}"
+    pause = " (drafts off)" if any(each.drafting is False for each in model.replicas) else ""
+    return f"{model.state}{share}{pause}"
 
 
 def requests_of(model: ModelStatus) -> str:

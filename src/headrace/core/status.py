@@ -67,7 +67,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One worker of a model. `memory` is measured, in bytes by device; empty when not loaded.
 
-    `node` is the node of the cluster that it runs on.
+    `node` is the node of the cluster that it runs on. `drafting` is whether its engine drafts
+    tokens now: False while it does not, as that was slower; None if it never changes by itself.
     """
 
     number: int
@@ -77,6 +78,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     weight: float = 1.0
     running: int = 0
     memory: dict[str, int] = {}
+    drafting: bool | None = None
     load_ms: float | None = None
     reason: str | None = None
 

@@ -36,7 +36,8 @@ ENTRY_POINTS = "headrace.engines"
 """The entry point group under which another package registers an engine's module."""
 
 _SHARED = {
-    *("abilities", "base", "choice", "kept", "measured", "module", "openmp", "pictures", "plan"),
+    *("abilities", "base", "choice", "drafting", "kept", "measured", "module", "openmp"),
+    *("pictures", "plan"),
     *("remote", "speculation", "threaded", "tokenizer", "versions"),
 }
 

@@ -75,6 +75,7 @@ class Options(SpeculationOptions):
     """
 
     ways: ClassVar[tuple[Way, ...]] = ("off", "auto", "ngram")
+    of_ngrams: ClassVar[int] = 8
 
     tokens_per_second: float = Field(0, ge=0, description="Speed of decoding; 0 is unlimited.")
     in_step: bool = Field(

@@ -33,9 +33,13 @@ _PADDING = 128
 
 
 class SpeculationOptions(EngineOptions):
-    """Options of an engine that drafts tokens; `ways` are those that it translates."""
+    """Options of an engine that drafts tokens; `ways` are those that it translates.
+
+    `of_ngrams` is how many tokens a draft by n-grams has at most by default.
+    """
 
     ways: ClassVar[tuple[Way, ...]] = ("off", "auto", "ngram", "draft")
+    of_ngrams: ClassVar[int] = 16
 
     speculation: Way = Field(
         "off",
@@ -48,7 +52,10 @@ class SpeculationOptions(EngineOptions):
         description="Reference of a small model with the same vocabulary.",
     )
     draft_tokens: int | None = Field(
-        None, ge=1, le=64, description="The most tokens of a draft; by default 8, of a model 4."
+        None,
+        ge=1,
+        le=64,
+        description="The most tokens of a draft; by default 16, on vllm 8, and of a model 4.",
     )
 
     @field_validator("speculation")
@@ -90,8 +97,9 @@ class SpeculationOptions(EngineOptions):
     @property
     def most_drafted(self) -> int:
         """The most tokens of a draft; 0 if none are drafted."""
-        default = {"off": 0, "ngram": 8}.get(self.way, 4)
-        return (self.draft_tokens or default) if self.drafts else 0
+        if not self.drafts:
+            return 0
+        return self.draft_tokens or (self.of_ngrams if self.way == "ngram" else 4)
 
 
 def fetched(

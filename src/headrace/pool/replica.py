@@ -35,6 +35,11 @@ class PooledWorker(Backend, Protocol):
         ...
 
     @property
+    def drafting(self) -> bool | None:
+        """As in `ReplicaStatus`."""
+        ...
+
+    @property
     def state(self) -> State:
         """One of the states of contract W7."""
         ...
@@ -391,6 +396,7 @@ class Replica:
             weight=self.weight,
             running=self.running,
             memory=self.memory,
+            drafting=self.worker.drafting if self.worker else None,
             load_ms=self.load_s * 1000 if self.is_ready else None,
             reason=self.reason,
         )

@@ -43,6 +43,13 @@ def _memory(status: PoolStatus) -> _Series:
             yield (model.id, device), amount
 
 
+def _drafting(status: PoolStatus) -> _Series:
+    for model in status.models:
+        states = [each.drafting for each in model.replicas if each.drafting is not None]
+        if states:
+            yield (model.id,), float(sum(states))
+
+
 def _nodes(status: PoolStatus) -> _Series:
     for state in get_args(NodeState):
         yield (state,), float(sum(node.state == state for node in status.nodes))
@@ -81,6 +88,7 @@ _STATES = (
     _State(
         "headrace_model_memory_bytes", "Memory that a model holds.", _memory, ("model", "device")
     ),
+    _State("headrace_workers_drafting", "Workers whose engine drafts tokens now.", _drafting),
     *(
         _State(f"headrace_device_memory_{part}bytes", help, _by_device(field), _DEVICE)
         for part, field, help in (

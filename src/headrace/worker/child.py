@@ -68,7 +68,8 @@ class Child:
         await asyncio.get_running_loop().create_connection(lambda: self._link, sock=connection)
         over = self._task(self._over.wait())
         while not over.done():
-            self._link.send(Alive(dict(self._worker.held) if self._worker else {}))
+            worker = self._worker
+            self._link.send(Alive(dict(worker.held), worker.drafting) if worker else Alive({}))
             await asyncio.wait({over}, timeout=_HEARTBEAT_S)
         self._link.close()
 

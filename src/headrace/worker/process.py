@@ -184,6 +184,11 @@ class WorkerProcess:
         """The memory of the child as it last reported it, in bytes by device."""
         return self._child.memory if self._child else {}
 
+    @property
+    def drafting(self) -> bool | None:
+        """As in `ReplicaStatus`, as the child last reported it."""
+        return self._child.drafting if self._child else None
+
     async def memory(self) -> dict[str, int]:
         """Return the memory of the child in bytes by device; empty if there is no child.
 

@@ -124,6 +124,7 @@ class ChildProcess:
     def __init__(self, name: str, on_gone: Callable[[WorkerDied], None]) -> None:
         self.name = name
         self.memory: dict[str, int] = {}
+        self.drafting: bool | None = None
         self.gone = asyncio.Event()
         self.loaded: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self.family: Family | None = None
@@ -273,7 +274,7 @@ class ChildProcess:
                 if (listener := self._listeners.pop(message.id, None)) is not None:
                     listener.put(message, now)
             elif isinstance(message, Alive):
-                self.memory = message.memory
+                self.memory, self.drafting = message.memory, message.drafting
             elif isinstance(message, Ready) and not self.loaded.done():
                 self.loaded.set_result(message.info)
             elif isinstance(message, Failed) and not self.loaded.done():

@@ -94,9 +94,13 @@ class Ended(Message, frozen=True, tag="end"):
 
 
 class Alive(Message, frozen=True, tag="alive"):
-    """Child, every second or two: its event loop runs. `memory` is bytes by device."""
+    """Child, every second or two: its event loop runs. `memory` is bytes by device.
+
+    `drafting` is as in `ReplicaStatus`.
+    """
 
     memory: dict[str, int]
+    drafting: bool | None = None
 
 
 ToChild = Load | Ask | Cancel | Close

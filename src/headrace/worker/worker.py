@@ -219,6 +219,11 @@ class Worker:
             return {}
         return {device.key: used for device in sampler.latest if (used := device.worker_used)}
 
+    @property
+    def drafting(self) -> bool | None:
+        """As in `ReplicaStatus`."""
+        return getattr(self._served.engine, "drafting", None) if self._served else None
+
     async def memory(self) -> dict[str, int]:
         """Return nothing: the memory belongs to the calling process, or to another machine."""
         return {}

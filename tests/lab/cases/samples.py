@@ -305,7 +305,7 @@ SAMPLES = [
         _path(_smollm2),
         kinds=("process",),
         settings=_SHORT,
-        refused=IMAGES | _DRAFTS | {"infill"},
+        refused=IMAGES | {"infill"},
         first=SOUND,
     ),
     Sample(
@@ -313,7 +313,7 @@ SAMPLES = [
         _path(_tiny),
         kinds=("worker", "pool"),
         settings=_SHORT,
-        refused=IMAGES | _DRAFTS | {"infill"},
+        refused=IMAGES | {"infill"},
         name="tiny",
     ),
     Sample(
@@ -332,6 +332,7 @@ SAMPLES = [
         settings=_SHORT,
         first=IMAGES,
         further=frozenset({"images"}),
+        refused=_DRAFTS,
         name="transformers-images",
     ),
     Sample(

@@ -47,7 +47,8 @@ _DEFAULT_SLOTS = 4
 _CPU_BATCH, _GPU_BATCH, _IMAGE_BATCH = 128, 2048, 512
 _EMBED_CONTEXT = 8192
 _MIB = 1 << 20
-_NGRAM = 4
+# Tokens that are looked up. Where drafts cost arithmetic, on a CPU, few but long matches pay.
+_NGRAM, _NGRAM_ON_CPU = 4, 12
 # Of models with fewer weights, wider ones are worth measuring.
 _WIDE_WEIGHTS = 4_000_000_000
 _KV_SHARE = {"f16": 1.0, "bf16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
@@ -110,12 +111,12 @@ def devices() -> tuple[str, ...]:
     return tuple(kind for kind in ABOUT.devices if kind != "cuda" or _is_built_for_cuda())
 
 
-def looked_up(options: Options) -> int:
+def looked_up(options: Options, *, on_cpu: bool) -> int:
     """Return how many tokens at the end of a text are looked up in it, for an n-gram's draft.
 
     The library drafts at least as many.
     """
-    return min(_NGRAM, options.most_drafted)
+    return min(_NGRAM_ON_CPU if on_cpu else _NGRAM, options.most_drafted)
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 from pydantic import Field
@@ -11,8 +11,9 @@ from headrace import machine
 from headrace.core.model import ModelFile
 from headrace.core.status import Footprint
 from headrace.engines import plan
-from headrace.engines.base import About, EngineOptions, OpenRequest
+from headrace.engines.base import About, OpenRequest
 from headrace.engines.plan import ELEMENT_BYTES, PAGE, CachePlan, expected_device
+from headrace.engines.speculation import SpeculationOptions, Way
 
 ABOUT = About(
     formats=("safetensors",),
@@ -22,7 +23,7 @@ ABOUT = About(
     requires="transformers",
     extra="transformers",
     able=frozenset({"adapters", "forms", "infill", "json_schema", "logprobs"})
-    | {"prompt_logprobs", "resume", "vision"},
+    | {"prompt_logprobs", "resume", "speculation", "vision"},
 )
 
 _MIB = 1 << 20
@@ -35,8 +36,10 @@ _PROCESS, _CUDA_HOST, _CUDA_DEVICE = 520 * _MIB, 1500 * _MIB, 600 * _MIB
 _PACKED = {"int8": 0.55, "int4": 0.32}
 
 
-class Options(EngineOptions):
+class Options(SpeculationOptions):
     """Settings of transformers. All are fixed once the model is loaded."""
+
+    ways: ClassVar[tuple[Way, ...]] = ("off", "auto", "ngram")
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of weights and cache; `auto` is the one they are stored in."
@@ -108,8 +111,8 @@ def plan_cache(request: OpenRequest, options: Options, device: str) -> CachePlan
 
 
 def step_tokens(options: Options, slots: int, device: str) -> int:
-    """Return how many tokens are computed in one step."""
-    return max(slots, options.step_tokens or _STEP[_kind(device)])
+    """Return how many tokens are computed in one step; those of all drafts fit in."""
+    return max(slots * (1 + options.most_drafted), options.step_tokens or _STEP[_kind(device)])
 
 
 writes = plan.torch_caches

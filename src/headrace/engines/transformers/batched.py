@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from headrace.core.errors import GenerationFailed, OutOfMemory
 from headrace.core.stream import Mailbox
-from headrace.engines.base import Admitted, EngineRequest, RawEvent
+from headrace.engines.base import Admitted, EngineRequest, RawDraft, RawEvent
+from headrace.engines.drafting import Ngrams
 from headrace.engines.plan import PAGE, CachePlan
 from headrace.engines.transformers import Options
 from headrace.engines.transformers.answer import Answer, Draw, Rules, failure, settle
@@ -36,12 +38,17 @@ class Unbatched(Exception):
 
 
 class Call:
-    """A request in the manager, which passes it to the processor with each step."""
+    """A request in the manager, which passes it to the processor with each step.
 
-    def __init__(self, name: str, answer: Answer, adapter: str) -> None:
+    `ngrams` makes its drafts, of at most `most` tokens; None without.
+    """
+
+    def __init__(self, name: str, answer: Answer, adapter: str, most: int = 0) -> None:
         self.name = name
         self.answer = answer
         self.adapter = adapter
+        self.ngrams = Ngrams(answer.prompt, most) if most else None
+        self._drafts: deque[RawDraft] = deque()
         self.manager: Any = None
         self.mailbox: Mailbox[Any] = Mailbox()
         self.loop = asyncio.get_running_loop()
@@ -62,6 +69,19 @@ class Call:
         event = Admitted(done=done, total=total, cached=done)
         self.loop.call_soon_threadsafe(self.mailbox.put, event)
 
+    def catch_up(self, state: Any) -> None:
+        """Take the tokens that are new in the manager's state into the n-grams."""
+        if self.ngrams is not None:
+            # Of a request that was evicted, the first tokens are those of its prompt.
+            new = len(state.initial_tokens) + len(state.generated_tokens) - len(self.ngrams)
+            self.ngrams.extend(state.generated_tokens[-new:] if new else ())
+
+    def checked(self, drafted: int, accepted: int) -> None:
+        """Note a draft that the model has checked. On the manager's thread."""
+        if self.ngrams is not None:
+            self.ngrams.learn(drafted, accepted)
+        self._drafts.append(RawDraft(drafted, accepted))
+
     def events(self, item: Any) -> Sequence[RawEvent]:
         """Return the events of an item of the mailbox.
 
@@ -78,7 +98,8 @@ class Call:
             raise failure(item.error)
         new, self._read = item.generated_tokens[self._read :], len(item.generated_tokens)
         self.over = item.is_finished()
-        return self.answer.events(new, over=self.over)
+        drafts = [self._drafts.popleft() for _ in range(len(self._drafts))]
+        return [*drafts, *self.answer.events(new, over=self.over)]
 
 
 class Processors:
@@ -88,9 +109,12 @@ class Processors:
     do_processing = True
 
     def __init__(self, adapters: LowRank | None) -> None:
-        self._adapters = adapters
+        self.adapters = adapters
         self.recorded: list[torch.Tensor] | None = None
         self._draws: list[Draw] = []
+
+    def attach(self, batches: Any) -> None:
+        """Prepare what makes the manager's batches, before the first."""
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """Note that the manager has taken a request off its queue."""
@@ -103,17 +127,24 @@ class Processors:
     def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: Any) -> Any:
         """Keep the draws of the requests that get a token in this step, in order."""
         self._draws = []
-        if self._adapters is not None:
-            self._adapters.rows([*map(_part, requests_in_batch)])
+        if self.adapters is not None:
+            self.adapters.rows([*map(self._part, requests_in_batch)])
         for state in requests_in_batch:
-            call = _call(state)
+            call = call_of(state.state)
             if state.has_new_token:
-                self._draws.append(_GREEDY if call is None else call.answer.draw)
+                self._draws.append(GREEDY if call is None else call.answer.draw)
             if call is not None:
                 call.step(state)
                 if call.closed:
                     call.manager.cancel_request(call.name)
         return arg_storage
+
+    def _part(self, future: Any) -> Part:
+        call = call_of(future.state)
+        return Part("" if call is None else call.adapter, future.query_length, self._ends(future))
+
+    def _ends(self, future: Any) -> int:
+        return int(future.has_new_token)
 
     def __call__(self, input_ids: Any, scores: torch.Tensor, args: Any) -> torch.Tensor:
         """Choose the tokens; the scores have a row for each draw."""
@@ -123,16 +154,13 @@ class Processors:
         return settle(scores, self._draws)
 
 
-_GREEDY = Draw(Rules(), ())
+GREEDY = Draw(Rules(), ())
+"""The draw of a request without a `Call`, as a probe is."""
 
 
-def _call(state: Any) -> Call | None:
-    return state.state.logit_processor_kwargs.get("call")
-
-
-def _part(state: Any) -> Part:
-    call = _call(state)
-    return Part("" if call is None else call.adapter, state.query_length, state.has_new_token)
+def call_of(state: Any) -> Call | None:
+    """Return the request of a state of the manager; None for a probe."""
+    return state.logit_processor_kwargs.get("call")
 
 
 class Batched:
@@ -144,14 +172,15 @@ class Batched:
         plan: CachePlan,
         step_tokens: int,
         options: Options,
-        adapters: LowRank | None,
+        make_processors: Callable[[], Processors],
         names: Names,
     ) -> None:
         self._model = model
+        self._make_processors = make_processors
         self._plan = plan
         self._step_tokens = step_tokens
         self._options = options
-        self._adapters, self._names = adapters, names
+        self._names = names
         self._calls: set[Call] = set()
         self._replacing = asyncio.Lock()
         probe = list(range(1, min(18, model.config.get_text_config().vocab_size)))
@@ -172,7 +201,8 @@ class Batched:
         self, request: EngineRequest, answer: Answer
     ) -> AsyncGenerator[RawEvent, None]:
         """Yield the events of one request."""
-        call = Call(self._names.next(request.adapter), answer, request.adapter)
+        name, adapter = self._names.next(request.adapter), request.adapter
+        call = Call(name, answer, adapter, self._options.most_drafted)
         await self._send(call, request)
         self._calls.add(call)
         try:
@@ -210,9 +240,8 @@ class Batched:
                 **{name: value for name, value in config.items() if name in known}
             ),
         )
-        manager.logit_processor = processors = Processors(self._adapters)
-        if self._adapters is not None:
-            self._keep_apart(manager)
+        manager.logit_processor = processors = self._make_processors()
+        self._prepare(manager, processors)
         # Its thread is a daemon if the one that starts it is, so that an engine that was not closed
         # does not keep the process alive.
         starter = threading.Thread(target=manager.start, daemon=True)
@@ -220,14 +249,17 @@ class Batched:
         starter.join()
         return manager, processors
 
-    def _keep_apart(self, manager: Any) -> None:
-        """Let the manager's cache know the adapters of requests; its thread makes the cache."""
+    def _prepare(self, manager: Any, processors: Processors) -> None:
+        """Prepare what makes the manager's batches, and their cache, on the manager's thread."""
         create = manager._create_batch_processor  # noqa: SLF001  # it is there before a request
 
         def created() -> Any:
-            processor = create()
-            self._names.keep_apart(processor.cache)
-            return processor
+            batches = create()
+            processors.attach(batches)
+            if processors.adapters is not None:
+                # The cache has to know the adapters of requests.
+                self._names.keep_apart(batches.cache)
+            return batches
 
         manager._create_batch_processor = created  # noqa: SLF001
 

@@ -8,6 +8,7 @@ import gc
 import importlib.util
 import sys
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,15 @@ from headrace.core.install import install_command
 from headrace.core.model import Capabilities
 from headrace.engines import plan
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, RawEvent
+from headrace.engines.drafting import Gain, log_gain
 from headrace.engines.openmp import SpinGuard, physical_cores
 from headrace.engines.pictures import image_marker, is_installed
 from headrace.engines.plan import CachePlan
 from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, special_tokens
 from headrace.engines.transformers import plan_cache, settled, step_tokens
 from headrace.engines.transformers.answer import HONOURED, Answer, Draw, ends_of, failure, rules
-from headrace.engines.transformers.batched import Batched, Unbatched
+from headrace.engines.transformers.batched import Batched, Processors, Unbatched
+from headrace.engines.transformers.drafted import Drafting
 from headrace.engines.transformers.lowrank import LowRank, Names
 from headrace.engines.transformers.scorer import Scorer
 from headrace.engines.transformers.single import Single
@@ -54,6 +57,8 @@ class Engine(TokenizerMixin):
         self._guard: SpinGuard | None = None
         self._grammars: Any = None
         self._processor: Any = None
+        self._drafting: Drafting | None = None
+        self._gain: Gain | None = None
         try:
             self._load(request)
         except BaseException:
@@ -146,18 +151,37 @@ class Engine(TokenizerMixin):
         self, planned: CachePlan, step: int, adapters: LowRank | None, names: Names
     ) -> tuple[Batched | Single, str | None]:
         try:
-            if planned.slots == 1:
+            if planned.slots == 1 and not self._options.drafts:
                 raise Unbatched("as configured")
             if self._processor is not None:
                 raise Unbatched("the model takes images")
             if len(set(getattr(self._model, "hf_device_map", {}).values())) > 1:
                 raise Unbatched("the model is on several devices")
             model, options = self._model, self._options
-            return Batched(model, planned, step, options, adapters, names), None
+            processors = partial(self._processors, adapters)
+            return Batched(model, planned, step, options, processors, names), None
         except Unbatched as error:
-            note = f"one request at a time: {error}"
+            undrafted = ", and speculation is off" if self._options.drafts else ""
+            note = f"one request at a time{undrafted}: {error}"
             length = planned.context_length
             return Single(self._model, step, self._processor, length, adapters), note
+
+    def _processors(self, adapters: LowRank | None) -> Processors:
+        if not self._options.drafts:
+            return Processors(adapters)
+        self._gain = Gain(partial(log_gain, Path(self._model.name_or_path).name))
+        self._drafting = Drafting(adapters, self._gain)
+        return self._drafting
+
+    @property
+    def drafting(self) -> bool | None:
+        """Whether tokens are drafted now; None without speculation."""
+        return self._gain.is_on if self._gain and self._drafts else None
+
+    @property
+    def _drafts(self) -> bool:
+        batched = isinstance(self._runner, Batched)
+        return batched and self._drafting is not None and self._drafting.drafts
 
     def _facts(self, request: OpenRequest, planned: CachePlan, note: str | None) -> EngineFacts:
         if request.model.context_length:
@@ -166,6 +190,8 @@ class Engine(TokenizerMixin):
         assert self._runner is not None
         marker = image_marker(self._processor, request.model.chat_template)
         known = getattr(tokenizer, "backend_tokenizer", None) is not None
+        if isinstance(self._runner, Batched) and self._options.drafts and not self._drafts:
+            note = "speculation is off: the attention of the model has a window"
         return EngineFacts(
             device=str(self._model.device),
             context_length=planned.context_length,
@@ -179,11 +205,12 @@ class Engine(TokenizerMixin):
                 sampling=HONOURED,
                 json_schema=known,
                 forms=frozenset(FORMS if known else ()),
-                batch_invariant=self._runner.max_running == 1,
+                batch_invariant=isinstance(self._runner, Single),
                 resume=True,
                 vision=bool(marker),
                 prompt_logprobs=True,
                 adapters=True,
+                speculation=self._options.way if self._drafts else "",
             ),
         )
 

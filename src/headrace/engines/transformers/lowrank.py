@@ -24,11 +24,11 @@ _FIRST, _SECOND = ".lora_A.weight", ".lora_B.weight"
 
 
 class Part(NamedTuple):
-    """The rows of a request in a batch; if it `ends`, the logits of its last one are computed."""
+    """The rows of a request in a batch; the logits of the last `ends` of them are computed."""
 
     adapter: str
     rows: int
-    ends: bool
+    ends: int
 
 
 class _Pair(NamedTuple):

@@ -56,6 +56,7 @@ class Options(SpeculationOptions):
     """Settings of vLLM. All are fixed once the model is loaded."""
 
     ways: ClassVar[tuple[Way, ...]] = ("off", "auto", "ngram", "draft", "mtp", "eagle3")
+    of_ngrams: ClassVar[int] = 8
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the weights; `auto` is the one they are stored in, 16 bits."

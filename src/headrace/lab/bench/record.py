@@ -62,6 +62,8 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
     total_ms: Summary | None = None
     late_ms: Summary | None = None
     server: dict[str, Summary] = {}
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     goodput: float | None = None
     of_limit: float | None = None
     rows: tuple[Row, ...] | None = None
@@ -129,6 +131,8 @@ def level(
         total_tokens_per_s=ratio(tokens + sum(prompts), seconds) if counted else None,
         prompt_tokens=ratio(sum(prompts), len(prompts)) if counted else None,
         completion_tokens=ratio(tokens, len(good)),
+        drafted_tokens=sum(row.drafted_tokens for row in good),
+        accepted_tokens=sum(row.accepted_tokens for row in good),
         cached_tokens=ratio(sum(row.cached_tokens for row in good), len(good)),
         drafted_tokens=sum(row.drafted_tokens for row in good),
         accepted_tokens=sum(row.accepted_tokens for row in good),

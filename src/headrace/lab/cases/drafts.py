@@ -18,13 +18,15 @@ _TOKENS = 32
 _NEAR = 0.05
 """Log probabilities of two tokens that are so near may change places by rounding."""
 _SAME = 0.02
+_WINDOW = 16
 
 
 async def drafting(subject: Subject) -> Subject:
     """Return the model with drafts by n-grams, loaded once.
 
     Raises:
-        Declared: the engine has no speculation, and refuses the option.
+        Declared: the engine has no speculation, and refuses the option, or none for this model,
+            which takes images.
     """
     if "speculation" not in engines.options(subject.engine).model_fields:
         try:
@@ -37,7 +39,11 @@ async def drafting(subject: Subject) -> Subject:
         options = {**subject.info.options, "speculation": "ngram"}
         backend = await subject.held.enter_async_context(subject.reopen(options=options))
         subject.known["drafting"] = replace(subject, backend=backend, known={})
-    return subject.known["drafting"]
+    drafted: Subject = subject.known["drafting"]
+    if drafted.capabilities.vision and not drafted.capabilities.speculation:
+        check(any("speculation" in note for note in drafted.info.notes), "No note says why.")
+        raise Declared("It drafts no tokens for models that take images.")
+    return drafted
 
 
 async def _greedy(subject: Subject, tokens: int = _TOKENS, **given: object) -> Reply:
@@ -71,6 +77,12 @@ def _tie(plain: Reply, other: Reply) -> str | None:
     return f"Token {at} is one of two that are equally likely."
 
 
+def _repeats(answer: str) -> bool:
+    """Whether an answer repeats its prompt; that of a model with random weights does not."""
+    windows = (answer[end - _WINDOW : end] for end in range(_WINDOW, len(answer)))
+    return any(window in _PROMPT for window in windows)
+
+
 def _counted(usage: Usage) -> None:
     check(usage.drafted_tokens > 0, "Of a text that repeats itself it drafts nothing.")
     message = f"{usage.accepted_tokens} of {usage.drafted_tokens} drafted tokens are accepted."
@@ -90,7 +102,7 @@ async def speculation_keeps_the_text(subject: Subject) -> str | None:
     plain, reply = await _plain(subject), await _greedy(drafted)
     usage, before = reply.finish.usage, plain.finish.usage
     check(not before.drafted_tokens, "Without speculation there are drafted tokens.")
-    if not any("drafted" in note for note in drafted.info.notes):
+    if _repeats(plain.text) and not any("drafted" in note for note in drafted.info.notes):
         _counted(usage)
     message = f"{usage.completion_tokens} tokens with drafts, {before.completion_tokens} without."
     check(usage.completion_tokens == before.completion_tokens, message)
@@ -156,9 +168,25 @@ async def speculation_and_constraints(subject: Subject) -> None:
         check(right.startswith(reply.text), f"{reply.text!r} does not match {pattern!r}.")
 
 
+@case("W11 W17")
+async def speculation_resumes(subject: Subject) -> str | None:
+    """An answer with drafts continues from tokens that it already has, with the same text."""
+    drafted = await drafting(subject)
+    if not drafted.capabilities.resume:
+        return None
+    whole = await _greedy(drafted)
+    for kept in (1, _TOKENS // 2, _TOKENS - 1):
+        reply = await _greedy(drafted, answered=whole.ids[:kept])
+        if remark := _tie(await _plain(subject), reply):
+            return remark
+        check(reply.finish.usage.completion_tokens == _TOKENS, "The usage counts other tokens.")
+    return None
+
+
 CASES = (
     speculation_keeps_the_text,
     speculation_ends_exactly,
+    speculation_resumes,
     speculation_is_cancelled,
     speculation_and_constraints,
 )
