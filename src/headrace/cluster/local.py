@@ -8,8 +8,9 @@ from typing import Any
 from headrace.cluster.policy import allows
 from headrace.core.errors import InvalidRequest, UnknownModel
 from headrace.core.status import ModelStatus, Plan
-from headrace.pool.admin import PoolAdmin, status_of
+from headrace.pool.admin import PoolAdmin
 from headrace.pool.pool import Pool
+from headrace.pool.status import status_of
 
 
 class NodePool(Pool):

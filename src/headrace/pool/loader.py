@@ -21,7 +21,8 @@ from headrace.pool.memory import MemoryQueue, Sizing, Unwanted
 from headrace.pool.observer import NullObserver, Observer
 from headrace.pool.places import KeepWarm, Places
 from headrace.pool.policy import Rules
-from headrace.pool.replica import Lease, OpenWorker, PooledWorker, Replica
+from headrace.pool.replica import Lease, Replica
+from headrace.pool.worker import OpenWorker, PooledWorker
 
 log = logging.getLogger("headrace.pool")
 

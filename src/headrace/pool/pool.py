@@ -26,8 +26,9 @@ from headrace.pool.loader import Loader, Sizing
 from headrace.pool.observer import Observer
 from headrace.pool.places import KeepWarm
 from headrace.pool.policy import Rules
-from headrace.pool.replica import OpenWorker, Replica
+from headrace.pool.replica import Replica
 from headrace.pool.requests import OpenRequests
+from headrace.pool.worker import OpenWorker
 from headrace.worker.spec import unloaded_info
 
 

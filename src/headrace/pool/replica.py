@@ -6,9 +6,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from headrace.core.backend import Backend
 from headrace.core.errors import Draining, HeadraceError
 from headrace.core.model import ModelInfo, ModelSpec, PlacedSpec, State
 from headrace.core.request import AnyRequest
@@ -16,57 +14,10 @@ from headrace.core.status import Footprint, ReplicaStatus
 from headrace.machine import HOST
 from headrace.pool.ledger import to_book
 from headrace.pool.policy import Candidate, Resident
-from headrace.worker.spec import OnProgress
+from headrace.pool.worker import PooledWorker
 
 _MAX_BLOCKS = 4096
 _UNHEALTHY_S = 60.0
-
-
-class PooledWorker(Backend, Protocol):
-    """A Backend that is started and closed. `died` is set when it has ended unexpectedly."""
-
-    died: asyncio.Event
-    failure: HeadraceError | None
-    """Why it has ended, once `died` is set."""
-
-    @property
-    def held(self) -> Mapping[str, int]:
-        """The memory that it holds as it was last measured, in bytes by device."""
-        ...
-
-    @property
-    def drafting(self) -> bool | None:
-        """As in `ReplicaStatus`."""
-        ...
-
-    @property
-    def state(self) -> State:
-        """One of the states of contract W7."""
-        ...
-
-    @property
-    def pid(self) -> int | None:
-        """The id of its process, if there is one."""
-        ...
-
-    async def start(self) -> None:
-        """Load. Idempotent."""
-        ...
-
-    async def memory(self) -> dict[str, int]:
-        """Return the memory that it holds, in bytes by device."""
-        ...
-
-    async def aclose(self, drain_s: float = 0.0) -> None:
-        """Drain and close; when it returns, the memory is free."""
-        ...
-
-    def abandon(self) -> None:
-        """End its process, after the event loop was closed."""
-        ...
-
-
-OpenWorker = Callable[[ModelSpec, OnProgress], PooledWorker]
 
 
 @dataclass(eq=False)

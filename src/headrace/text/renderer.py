@@ -151,7 +151,7 @@ def _is_idle() -> bool:
 
 def _warm_up(process: _Process) -> None:
     try:
-        process.ask(Work("", {}, _GRACE_S))
+        process.render(Work("", {}, _GRACE_S))
     finally:
         _give_back(process)
 

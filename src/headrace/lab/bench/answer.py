@@ -43,8 +43,6 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     completion_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
     usage: bool = False
     wanted_tokens: int = 0
     finish_reason: str | None = None
@@ -105,8 +103,6 @@ class Answer:
             drafted_tokens=usage.drafted_tokens if usage else 0,
             accepted_tokens=usage.accepted_tokens if usage else 0,
             completion_tokens=tokens,
-            drafted_tokens=usage.drafted_tokens if usage else 0,
-            accepted_tokens=usage.accepted_tokens if usage else 0,
             usage=usage is not None,
             wanted_tokens=self._wanted,
             finish_reason=self._finish_reason,

@@ -62,8 +62,6 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
     total_ms: Summary | None = None
     late_ms: Summary | None = None
     server: dict[str, Summary] = {}
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
     goodput: float | None = None
     of_limit: float | None = None
     rows: tuple[Row, ...] | None = None
@@ -134,8 +132,6 @@ def level(
         drafted_tokens=sum(row.drafted_tokens for row in good),
         accepted_tokens=sum(row.accepted_tokens for row in good),
         cached_tokens=ratio(sum(row.cached_tokens for row in good), len(good)),
-        drafted_tokens=sum(row.drafted_tokens for row in good),
-        accepted_tokens=sum(row.accepted_tokens for row in good),
         short=sum(row.completion_tokens < row.wanted_tokens for row in good),
         counted_by=_counted_by(good),
         running=ratio(sum(row.total_ms - row.late_ms for row in rows) / 1e3, seconds),
