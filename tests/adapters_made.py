@@ -29,6 +29,10 @@ SMOLLM2: Mapping[str, tuple[int, int]] = {
     f"blk.{number}.attn_v.weight": (576, 192) for number in range(30)
 }
 
+SMOLLM2_FOLDER: Mapping[str, tuple[int, int]] = {
+    f"model.layers.{number}.self_attn.v_proj": (576, 192) for number in range(30)
+}
+
 
 def _numbers(seed: int, count: int, size: float) -> bytes:
     chance = random.Random(seed)

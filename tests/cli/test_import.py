@@ -6,7 +6,15 @@ import json
 import tomllib
 from pathlib import Path
 
+import pytest
+from tests.adapters_made import gguf_adapter
 from tests.cli.programs import headrace
+from tests.tiny_gguf import tiny_gguf
+
+from headrace import runtime
+from headrace.cli.app import run
+from headrace.models.adapter import checked
+from headrace.models.inspect import inspect
 
 
 def test_a_modelfile_becomes_a_model(environ: dict[str, str], tmp_path: Path) -> None:
@@ -50,3 +58,23 @@ def test_show_prints_a_preset(environ: dict[str, str], tmp_path: Path) -> None:
         done = headrace(environ, "show", name, "--config", str(file), "--json")
         shown = json.loads(done.stdout)
         assert (shown["id"], shown["base"], shown["preset"]) == (name, base, preset)
+
+
+def test_an_adapter_of_a_modelfile(
+    tmp_path: Path, smollm2_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue 17.4: it is written with the model that it fits, and its name is printed."""
+    model = tiny_gguf(tmp_path / "tiny.gguf", smollm2_path)
+    gguf_adapter(tmp_path / "french.gguf", 1)
+    (tmp_path / "Modelfile").write_text("FROM ./tiny.gguf\nADAPTER ./french.gguf\n")
+    file = tmp_path / "headrace.toml"
+    file.touch()
+    given = ("import", str(tmp_path / "Modelfile"), "--config", str(file), "--as", "mario")
+    assert run(given) == 0
+    assert "requests name it NAME:french" in capsys.readouterr().out
+    settings = runtime.load_settings(
+        environ={"HEADRACE_CONFIG": str(file), "HEADRACE_HOME": str(tmp_path / "home")}
+    )
+    spec = settings.model_spec("mario")
+    assert list(spec.adapter_names) == ["mario:french"]
+    assert checked(Path(spec.adapters["french"].source), inspect(model)).rank == 2

@@ -96,6 +96,18 @@ def test_a_configured_model_is_a_base(tmp_path: Path) -> None:
     assert read_in(tmp_path, text, {"system"}, mine="hub:a/b").settings["model"] == "hub:a/b"
 
 
+def test_adapters(tmp_path: Path) -> None:
+    """Issue 17.4: each gets the name of its file; those of a configured model have their place."""
+    for name in ("french.gguf", "legal.gguf"):
+        (tmp_path / name).touch()
+    made = read_in(tmp_path, "FROM smollm2\nADAPTER ./french.gguf\nADAPTER legal.gguf")
+    paths = {name: str(tmp_path / f"{name}.gguf") for name in ("french", "legal")}
+    assert made.settings["adapters"] == paths
+    assert "NAME:french and NAME:legal" in made.left_out["ADAPTER"]
+    with pytest.raises(ConfigError, match=r"line 2: ADAPTER: its place is \[models.mine.adapters"):
+        read_in(tmp_path, "FROM mine\nADAPTER ./french.gguf", mine="hub:a/b")
+
+
 def test_the_weights_that_ollama_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Issue 13: a name is found in its store, and a path into the store is a file."""
     digest = "sha256:" + "a" * 64

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,3 +138,17 @@ def test_a_place_that_cannot_be_written_costs_a_warning(
     file.write(THINGS)
     assert file.read() == THINGS
     file.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({"adapters.b": False}, {"pinned": True, "adapters.a": "x", "adapters.b": False}),
+        ({"adapters.a": "y"}, {"pinned": True, "adapters.a": "y"}),
+        ({"adapters": {"c": "z"}}, {"pinned": True, "adapters": {"c": "z"}}),
+        ({"adapters": None}, {"pinned": True, "adapters": None}),
+    ],
+)
+def test_changes_of_adapters(changes: dict[str, Any], left: dict[str, Any]) -> None:
+    """Issue 17.4: one by one they add up; a whole table replaces them."""
+    assert Remembered(changes={"pinned": True, "adapters.a": "x"}).merged(changes) == left

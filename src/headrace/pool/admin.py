@@ -268,7 +268,7 @@ class PoolAdmin:
 
     async def _change(self, entry: ModelEntry, changes: Mapping[str, Any]) -> None:
         kept = self._kept.get(name := entry.spec.name, Remembered())
-        merged = _merged(kept.changes, changes)
+        merged = kept.merged(changes)
         spec = msgspec.structs.replace(self._specify(entry.reference or name, merged), name=name)
         self.pool.check_names(spec)
         await check_adapters(self.pool.loader, entry.spec, spec)
@@ -340,10 +340,3 @@ class PoolAdmin:
         self._kept[entry.spec.name] = kept
         # On a thread: the disk may be slow.
         await asyncio.to_thread(self._state.write, dict(self._kept))
-
-
-def _merged(kept: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the changes so far with new ones; a table of adapters replaces single ones."""
-    single = "adapters." if "adapters" in changes else None
-    left = {key: kept[key] for key in kept if single is None or not key.startswith(single)}
-    return {**left, **changes}

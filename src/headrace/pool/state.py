@@ -28,6 +28,16 @@ class Remembered(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     changes: dict[str, Any] = {}
     loaded: bool | None = None
 
+    def merged(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the changes with new ones; a table of adapters replaces single ones."""
+        replaced = "adapters" in changes
+        left = {
+            key: value
+            for key, value in self.changes.items()
+            if not (replaced and key.startswith("adapters."))
+        }
+        return {**left, **changes}
+
 
 class _Document(msgspec.Struct, frozen=True):
     models: dict[str, Remembered]

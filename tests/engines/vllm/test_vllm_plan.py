@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
+from tests.adapters_made import peft_adapter
 
 from headrace import engines
+from headrace.core.adapter import AdapterFile
 from headrace.core.errors import ConfigError, GenerationFailed
 from headrace.core.events import PromptToken, TopLogprob
 from headrace.core.model import ModelFile
 from headrace.core.sampling import Sampling
 from headrace.engines import vllm
 from headrace.engines.base import EngineRequest, OpenRequest, RawDelta
-from headrace.engines.vllm import footprint, memory_arguments
+from headrace.engines.vllm import adapter_folder, footprint, lora_arguments, memory_arguments
 from headrace.engines.vllm.call import Call, is_out_of_memory, prompt_tokens
 from headrace.engines.vllm.engine import check
 from headrace.machine import Device
+from headrace.models.adapter import inspect
 
 GIB = 1 << 30
 KNOWN = ("model", "dtype", "block_size", "attention_backend", "max_model_len", "_private")
@@ -53,6 +58,41 @@ def test_that_other_arguments_are_refused(key: str, told: str) -> None:
     """W3: an unknown key is refused with the nearest known one."""
     with pytest.raises(ConfigError, match=told):
         check([key], KNOWN)
+
+
+def adapter(tmp_path: Path, **changes: Any) -> AdapterFile:
+    path = peft_adapter(tmp_path / "a", 1, layers={"model.layers.0.self_attn.q_proj": (8, 8)})
+    return msgspec.structs.replace(inspect(path), name="a", **changes)
+
+
+@pytest.mark.parametrize(("ranks", "most"), [([2], 8), ([8, 2], 8), ([9], 16), ([300], 320)])
+def test_arguments_of_adapters(ranks: list[int], most: int, tmp_path: Path) -> None:
+    """Issue 17.4: vLLM's buffers are for some ranks, and for a number of adapters in a batch."""
+    file = adapter(tmp_path)
+    files = [msgspec.structs.replace(file, rank=rank) for rank in ranks]
+    assert lora_arguments(files) == {
+        "enable_lora": True,
+        "max_lora_rank": most,
+        "max_loras": len(ranks),
+        "max_cpu_loras": len(ranks),
+    }
+    many = lora_arguments([file] * 64)
+    assert (many["max_loras"], many["max_cpu_loras"]) == (16, 64)
+    assert lora_arguments([]) == {}
+
+
+def test_the_scale_of_an_adapter(tmp_path: Path) -> None:
+    """Issue 17.4: vLLM has none, so it is in the alpha of a copy; the weights are not copied."""
+    private = tmp_path / "private"
+    private.mkdir()
+    file = adapter(tmp_path)
+    assert adapter_folder(file, private) == file.path
+    folder = Path(adapter_folder(msgspec.structs.replace(file, scale=-0.5), private))
+    changed = inspect(folder)
+    assert folder.parent == private
+    assert (changed.alpha, changed.rank) == (-0.5 * file.alpha, file.rank)
+    other = adapter_folder(msgspec.structs.replace(file, scale=2.0), private)
+    assert inspect(Path(other)).alpha == 2 * file.alpha
 
 
 def test_that_wrong_options_are_refused() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from tests.adapters_made import SMOLLM2, TINY_FOLDER, gguf_adapter, peft_adapter
+from tests.adapters_made import SMOLLM2, SMOLLM2_FOLDER, TINY_FOLDER, gguf_adapter, peft_adapter
 from tests.conftest import MODEL_HOME
 from tests.tiny_gguf import WIDTH, tiny_gguf
 
@@ -114,14 +114,17 @@ async def _adapted(gguf: Path) -> AsyncIterator[Given]:
         yield str(gguf), {"adapters": made}
 
 
-@asynccontextmanager
-async def _tiny_adapted(gguf: Path) -> AsyncIterator[Given]:
-    with tempfile.TemporaryDirectory() as folder:
-        made = {
-            name: str(peft_adapter(Path(folder) / name, seed, layers=TINY_FOLDER))
-            for seed, name in enumerate("ab")
-        }
-        yield str(_tiny(gguf)), {"adapters": made}
+def _with_adapters(make: Callable[[Path], Path], layers: Mapping[str, tuple[int, int]]) -> At:
+    @asynccontextmanager
+    async def at(gguf: Path) -> AsyncIterator[Given]:
+        with tempfile.TemporaryDirectory() as folder:
+            made = {
+                name: str(peft_adapter(Path(folder) / name, seed, layers=layers))
+                for seed, name in enumerate("ab")
+            }
+            yield str(make(gguf)), {"adapters": made}
+
+    return at
 
 
 def _path(make: Callable[[Path], str | Path]) -> At:
@@ -315,7 +318,7 @@ SAMPLES = [
     ),
     Sample(
         "transformers",
-        _tiny_adapted,
+        _with_adapters(_tiny, TINY_FOLDER),
         kinds=("process",),
         settings=_SHORT,
         refused=IMAGES | _DRAFTS | {"infill"},
@@ -391,6 +394,19 @@ if engines.status("vllm").available:
             slow=True,
             first=IMAGES,
             name="vllm-images",
+        )
+    )
+    SAMPLES.append(
+        Sample(
+            "vllm",
+            _with_adapters(_smollm2, SMOLLM2_FOLDER),
+            kinds=("process",),
+            settings=_SHORT,
+            options=quick,
+            refused=IMAGES | {"infill"},
+            slow=True,
+            first=ADAPTERS,
+            name="vllm-adapters",
         )
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from headrace.core.adapter import AdapterFile
 from headrace.core.constraint import FORMS
 from headrace.core.envelope import new_id
 from headrace.core.errors import (
@@ -32,7 +33,14 @@ from headrace.core.model import Capabilities
 from headrace.engines.base import Admitted, EngineFacts, EngineRequest, OpenRequest, RawEvent
 from headrace.engines.pictures import decoded, image_marker
 from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, special_tokens
-from headrace.engines.vllm import Options, memory_arguments, parallel, speculative_config
+from headrace.engines.vllm import (
+    Options,
+    adapter_folder,
+    lora_arguments,
+    memory_arguments,
+    parallel,
+    speculative_config,
+)
 from headrace.engines.vllm.call import (
     Call,
     failure,
@@ -81,6 +89,7 @@ _REFUSED = {theirs: f"it is the option {ours}" for ours, theirs in _TYPED.items(
     "max_model_len": "it is the model's context_length",
     "trust_remote_code": "it is the model's trust_remote_code",
     "revision": "it is the model's revision",
+    "enable_lora": "it is on for a model with adapters",
     **dict.fromkeys(("hf_token", "download_dir"), "Headrace fetches models itself"),
     **dict.fromkeys(_MANAGED, "Headrace sets it"),
 }
@@ -92,6 +101,7 @@ class Engine(TokenizerMixin):
     def __init__(self, request: OpenRequest) -> None:
         self._options = Options(**request.options)
         self._llm: Any = None
+        self._loras: dict[str, Any] = {}
         self._cores: list[psutil.Process] = []
         self._core_answers = False
         self._private = Path(tempfile.mkdtemp(prefix="vllm-"))
@@ -116,7 +126,8 @@ class Engine(TokenizerMixin):
         if request.media:
             images = await asyncio.to_thread(lambda: [*map(decoded, request.media)])
             sent = {"prompt_token_ids": prompt, "multi_modal_data": {"image": images}}
-        outputs = self._llm.generate(sent, self._parameters(request), new_id())
+        lora = self._loras.get(request.adapter)
+        outputs = self._llm.generate(sent, self._parameters(request), new_id(), lora_request=lora)
         try:
             if not request.media:
                 yield Admitted(0, len(prompt))
@@ -133,13 +144,14 @@ class Engine(TokenizerMixin):
         self, token_ids: Sequence[int], candidates: int, adapter: str = ""
     ) -> AsyncGenerator[Sequence[PromptToken], None]:
         """Yield the tokens of a prompt with their log probabilities; closing this aborts it."""
-        del adapter
         if self._llm is None:
             raise GenerationFailed("The engine is closed.")
         self._vocabulary.check(token_ids)
         await self._wait_for_core()
         prompt = {"type": "token", "prompt_token_ids": list(token_ids)}
-        outputs = self._llm.generate(prompt, scoring_parameters(candidates), new_id())
+        lora = self._loras.get(adapter)
+        parameters = scoring_parameters(candidates)
+        outputs = self._llm.generate(prompt, parameters, new_id(), lora_request=lora)
         scored: list[Any] = []
         try:
             async for output in outputs:
@@ -195,6 +207,7 @@ class Engine(TokenizerMixin):
         from vllm.platforms import current_platform  # after the environment is prepared
         from vllm.usage.usage_lib import UsageContext
 
+        self._loras = _loras(request.adapters, self._private)
         device = str(current_platform.device_type)
         if request.device.partition(":")[0] not in {"auto", device}:
             raise LoadFailed(f"This build of vLLM is for {device}, not for {request.device}.")
@@ -244,6 +257,7 @@ class Engine(TokenizerMixin):
                 resume=True,
                 vision=bool(marker),
                 prompt_logprobs=True,
+                adapters=True,
                 speculation=self._options.way if self._options.drafts else "",
             ),
             notes=(_UNCOUNTED,) if self._options.drafts else (),
@@ -314,9 +328,22 @@ def _arguments(request: OpenRequest, options: Options, device: str) -> Any:
             **values,
             **memory_arguments(request, options, device),
             **speculative_config(request, options),
+            **lora_arguments(request.adapters),
             **options.engine_args,
         }
     )
+
+
+def _loras(adapters: Sequence[AdapterFile], private: Path) -> dict[str, Any]:
+    """Return vLLM's LoRARequests by the names of adapters; their numbers begin at 1."""
+    if not adapters:
+        return {}
+    from vllm.lora.request import LoRARequest
+
+    return {
+        file.name: LoRARequest(file.name, number, adapter_folder(file, private))
+        for number, file in enumerate(adapters, 1)
+    }
 
 
 def check(values: Iterable[str], known: Iterable[str]) -> None:
