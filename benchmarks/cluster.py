@@ -4,16 +4,21 @@ Services run side by side, all with the engine `echo` in step, 200 tokens/s for 
 
 - plain: `headrace serve echo`;
 - front: `headrace cluster front` with one node, all on loopback, with a shared token;
+- with `--serve`, two ways of Ray Serve (cluster_serve.py): `proxy`, where Headrace's HTTP
+  application is a deployment behind Serve's own proxy, and `handle`, where it gets each event from
+  a deployment by a handle. They have no telemetry, which the others have. It needs the environment
+  of scripts/test-ray, Linux and root, as Ray listens in a network namespace of its own.
 
 They are measured in turn, round after round, at 1, 8 and 32 streams; a ratio is that of the same
 round, and the table shows the median. CPU is user and system time of the processes of the API: of
-plain the service, of a cluster the front and its nodes together; engines run in processes of their
-own, and do not count. The first token is the median of all streams that were opened.
+plain the service, of a cluster the front and its nodes together, of Serve the proxy or the front,
+and the replica. Engines run in processes of their own, and do not count. The first token is the
+median of all streams that were opened.
 
 With `--unpaced`, the engine writes as fast as it can: it shows what the processes can pass on.
 
-At last, how much more engines with 8 slots answer on two and on three nodes than on one: 48 answers
-of 50 tokens at a time, by the time until all have ended.
+At last, how much more two and three nodes answer than one, by engines with 8 slots, and by nodes
+with a tenth of a core each (cluster_scale.py).
 """
 
 from __future__ import annotations
@@ -21,36 +26,29 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import statistics
 import tempfile
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
+import cluster_scale
 import report
+from cluster_service import Service, cluster
+from faults_cluster import leave_network
 from front import body_of
 from headrace.lab import drive, figures, load
-from headrace.lab.drive import Program, Server
+from headrace.lab.drive import Program
 
 GOALS = {"first": 5.0, "speed": 0.98, "cpu": 1.5, "cpu of one": 2.1, "nodes": 0.95}
 STREAMS = (1, 8, 32)
-NAMES = ("plain", "front")
+SERVICES = ("plain", "front", "proxy", "handle")
 SPEED = 200.0
-SLOTS, ANSWERS, TOKENS = 8, 48, 50
-NODES = (1, 2, 3)
 _SETTLE_S = 0.4
 _FASTEST = 30_000.0
-
-
-class Service(NamedTuple):
-    """Something that serves, and the processes of its API."""
-
-    url: str
-    programs: tuple[Program, ...]
-
-    def cpu(self) -> float:
-        """Return user and system seconds so far."""
-        return sum(program.cpu() for program in self.programs)
 
 
 class Cell(NamedTuple):
@@ -82,6 +80,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--window", type=float, default=4.0, help="seconds of one measurement")
     parser.add_argument("--streams", type=int, nargs="+", default=STREAMS)
     parser.add_argument("--unpaced", action="store_true", help="as fast as they can")
+    parser.add_argument("--serve", action="store_true", help="beside the ways of Ray Serve")
     options = parser.parse_args(argv)
     if options.quick:
         options.rounds, options.window, options.streams = 1, 0.5, (1,)
@@ -89,42 +88,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 @contextlib.asynccontextmanager
-async def cluster(folder: Path, nodes: int, engine: dict[str, Any]) -> AsyncGenerator[Service]:
-    """Start nodes and a front."""
-    token = folder / "token"
-    token.write_text("a token of this benchmark")
-    shared = ("--token-file", str(token))
-    async with contextlib.AsyncExitStack() as stack:
-        ports = [drive.free_port() for _ in range(nodes)]
-        programs: list[Program] = []
-        for number, port in enumerate(ports):
-            place = ("--wire-port", str(port), "--node-name", f"n{number}")
-            command = drive.serve(
-                "echo", *place, *shared, options=engine, command=("cluster", "node")
-            )
-            home = {"HEADRACE_HOME": str(folder / f"n{number}")}
-            node = await stack.enter_async_context(drive.server(command, home))
-            programs.append(node.program)
-        addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
-        home = {"HEADRACE_HOME": str(folder / "front")}
-        command = drive.serve("--nodes", addresses, *shared, command=("cluster", "front"))
-        front = await stack.enter_async_context(drive.server(command, home, ready="/health/ready"))
-        programs.append(front.program)
-        await _load(front, nodes)
-        yield Service(front.url, tuple(programs))
-
-
-async def _load(front: Server, nodes: int) -> None:
-    """Load the model at each node."""
-    http = front.http()
-    try:
-        for number in range(nodes):
-            body = {"model": f"n{number}:echo"}
-            # Not every node is connected yet.
-            while (await http.fetch("/admin/models/load", body))[0] != 200:  # noqa: ASYNC110
-                await asyncio.sleep(_SETTLE_S)
-    finally:
-        http.close()
+async def ray_serve(folder: Path, engine: dict[str, Any]) -> AsyncGenerator[dict[str, Service]]:
+    """Start Ray, and yield the ways of Serve."""
+    command = report.script("cluster_serve.py", str(folder), json.dumps(engine))
+    quiet = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    with (folder / "log").open("w") as log:
+        async with drive.program(command, quiet, errors=log) as program:
+            ways = await program.ask()
+            yield {
+                name: Service(way["url"], tuple(map(psutil.Process, way["pids"])))
+                for name, way in ways.items()
+            }
 
 
 async def measure(
@@ -166,7 +140,7 @@ async def first_token(service: Service, client: Program, streams: int) -> float:
 
 
 async def compare(options: argparse.Namespace) -> list[Cell]:
-    """Measure plain and front in turn."""
+    """Measure the services in turn."""
     engine = {} if options.unpaced else {"tokens_per_second": SPEED, "in_step": True}
     cells: list[Cell] = []
     async with contextlib.AsyncExitStack() as stack:
@@ -176,9 +150,12 @@ async def compare(options: argparse.Namespace) -> list[Cell]:
         command = drive.serve("echo", options=engine)
         plain = await stack.enter_async_context(drive.server(command, home, ready="/health/ready"))
         services = {
-            "plain": Service(plain.url, (plain.program,)),
+            "plain": Service(plain.url, (plain.program.process(),)),
             "front": await stack.enter_async_context(cluster(folder, 1, engine)),
         }
+        if options.serve:
+            (folder / "serve").mkdir()
+            services |= await stack.enter_async_context(ray_serve(folder / "serve", engine))
         for number in range(options.rounds):
             for streams in options.streams:
                 for name in [*services][:: 1 if number % 2 else -1]:
@@ -192,32 +169,6 @@ async def compare(options: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-async def scale(options: argparse.Namespace) -> dict[int, list[float]]:
-    """Return how many times faster several nodes are than one, in each round."""
-    engine = {"tokens_per_second": SPEED, "slots": SLOTS}
-    body = {"prompt": "x", "max_tokens": TOKENS, "stream": True, "ignore_eos": True}
-    ratios: dict[int, list[float]] = {nodes: [] for nodes in NODES[1:]}
-    async with contextlib.AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        client = await stack.enter_async_context(drive.program(load.command()))
-        services: dict[int, Service] = {}
-        for nodes in NODES:
-            (folder / str(nodes)).mkdir()
-            opened = cluster(folder / str(nodes), nodes, engine)
-            services[nodes] = await stack.enter_async_context(opened)
-        for _ in range(options.rounds):
-            seconds: dict[int, float] = {}
-            for nodes, service in services.items():
-                # Prompts of their own: equal ones would go to one node.
-                bodies = [{**body, "prompt": f"{number} x"} for number in range(ANSWERS)]
-                await client.ask({"do": "open", "url": service.url, "bodies": bodies})
-                seconds[nodes] = (await client.ask({"do": "drain"}))["seconds"]
-            for nodes, each in ratios.items():
-                each.append(seconds[1] / seconds[nodes])
-                print(f"  {nodes} nodes: {each[-1]:.2f} times one", flush=True)
-    return ratios
-
-
 def of(cells: Sequence[Cell], service: str, streams: int, field: str) -> list[float]:
     """Return a figure of one service, round by round."""
     return [
@@ -225,60 +176,68 @@ def of(cells: Sequence[Cell], service: str, streams: int, field: str) -> list[fl
     ]
 
 
-def compared(cells: Sequence[Cell], streams: int) -> dict[str, list[float]]:
-    """Return the comparison of front with plain, round by round."""
+def compared(cells: Sequence[Cell], service: str, streams: int) -> dict[str, list[float]]:
+    """Return the comparison of a service with plain, round by round."""
     plain = {name: of(cells, "plain", streams, name) for name in ("first_ms", "speed", "each")}
-    front = {name: of(cells, "front", streams, name) for name in plain}
-    firsts = zip(front["first_ms"], plain["first_ms"], strict=True)
+    other = {name: of(cells, service, streams, name) for name in plain}
+    firsts = zip(other["first_ms"], plain["first_ms"], strict=True)
     return {
         "first": [mine - theirs for mine, theirs in firsts],
-        "speed": figures.ratios(front["speed"], plain["speed"]),
-        "cpu": figures.ratios(front["each"], plain["each"]),
+        "speed": figures.ratios(other["speed"], plain["speed"]),
+        "cpu": figures.ratios(other["each"], plain["each"]),
     }
 
 
+def rows(cells: Sequence[Cell]) -> list[tuple[str, int]]:
+    """Return the services and numbers of streams that were measured."""
+    return [*dict.fromkeys((cell.service, cell.streams) for cell in sorted(cells, key=_place))]
+
+
+def _place(cell: Cell) -> tuple[int, int]:
+    return SERVICES.index(cell.service), cell.streams
+
+
 def table(
-    cells: Sequence[Cell], scaled: Mapping[int, Sequence[float]], facts: dict[str, Any]
+    cells: Sequence[Cell], scaled: Mapping[str, Sequence[float]], facts: dict[str, Any]
 ) -> list[str]:
     """Return the figures as lines of text."""
     lines = [
         "A front with one node beside plain `headrace serve`, in one interleaved run",
         report.describe(facts),
         "",
-        "streams  first token, ms later (least-most)  events/s, ratio          CPU/event, ratio",
+        "         streams  first token, ms later (least-most)  events/s, ratio"
+        "          CPU/event, ratio       us/event",
     ]
-    for streams in sorted({cell.streams for cell in cells}):
-        parts = compared(cells, streams)
+    for service, streams in rows(cells):
+        parts = compared(cells, service, streams)
+        each = statistics.median(of(cells, service, streams, "each"))
         lines.append(
-            f"{streams:7}  {figures.spread(parts['first']):34}  {figures.spread(parts['speed']):23}"
-            f"  {figures.spread(parts['cpu'])}"
+            f"{service:7}  {streams:7}  {figures.spread(parts['first']):34}"
+            f"  {figures.spread(parts['speed']):23}  {figures.spread(parts['cpu']):21}  {each:.1f}"
         )
-    for streams in sorted({cell.streams for cell in cells}):
-        each = {name: statistics.median(of(cells, name, streams, "each")) for name in NAMES}
-        lines.append(
-            f"{streams:7}  plain {each['plain']:.1f} us/event, front and node {each['front']:.1f}"
-        )
-    for nodes, ratios in scaled.items():
-        lines += ["", f"{nodes} nodes over one, of {nodes}: {figures.spread(list(ratios))}"]
+    lines += [f"{name}: {figures.spread(list(ratios))}" for name, ratios in scaled.items()]
     return lines
 
 
 def main() -> None:
     """Measure, print and keep the figures."""
     options, conditions = arguments(), report.Conditions()
+    if options.serve:
+        leave_network()
     cells, facts = asyncio.run(compare(options)), report.machine()
-    scaled = asyncio.run(scale(options))
+    scaled = asyncio.run(cluster_scale.scale(options))
     goal = ", ".join(f"{name} {value}" for name, value in GOALS.items())
     text = "\n".join([*table(cells, scaled, facts), f"Goals: {goal}.{conditions}"])
     print(f"\n{text}")
     record = {
         "machine": facts,
         "goals": GOALS,
-        "compared": {str(n): compared(cells, n) for n in options.streams},
+        "compared": {f"{name} {n}": compared(cells, name, n) for name, n in rows(cells)},
         "nodes": scaled,
         "cells": [cell._asdict() for cell in cells],
     }
-    report.write("cluster-unpaced" if options.unpaced else "cluster", text, record, options)
+    name = "cluster-unpaced" if options.unpaced else "cluster"
+    report.write(f"{name}-serve" if options.serve else name, text, record, options)
 
 
 if __name__ == "__main__":

@@ -48,13 +48,19 @@ def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
-@contextlib.contextmanager
-def network() -> Iterator[None]:
-    """Move this process to a network namespace of its own, and make one for each node."""
+def leave_network() -> None:
+    """Move this process to a network namespace of its own, which has loopback alone."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNET):
         raise SystemExit(f"No network namespaces here: {os.strerror(ctypes.get_errno())}.")
-    for words in ("link set lo up", "link add br0 type bridge", "link set br0 up"):
+    ip("link", "set", "lo", "up")
+
+
+@contextlib.contextmanager
+def network() -> Iterator[None]:
+    """Move this process to a network namespace of its own, and make one for each node."""
+    leave_network()
+    for words in ("link add br0 type bridge", "link set br0 up"):
         ip(*words.split())
     ip("addr", "add", f"{NET}.254/24", "dev", "br0")
     try:

@@ -9,6 +9,9 @@ Read the slope: least squares over the samples of the second half, in MB an hour
 1. What is left after the stop (processes, files in its TMPDIR) has to be nothing. An answer that is
 neither complete nor one of the errors expected of its kind is `wrong`, and printed.
 
+`--keep FOLDER` keeps the service's home there, with the records of its requests for `headrace
+trace`, and its log. What ran when an answer did not come is in the results, with the time.
+
 `--echo` has no real model, so that a minute has more requests. `--diagnose` counts the objects of
 the API process and what malloc holds, at the beginning of the second half and at the end: what has
 grown is either in use or free and not given back to the system.
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import datetime
 import json
 import os
 import random
@@ -79,6 +83,7 @@ class Soak:
     def __init__(self, server: Server, seed: int) -> None:
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
+        self.scenes: list[dict[str, Any]] = []
         self._server = server
         self._http = server.http()
         self._random = random.Random(seed)
@@ -98,6 +103,7 @@ class Soak:
             await kind()
         except Broken as error:
             self._count(kind.__name__, 0, (), str(error))
+            self.scenes.append(await self._scene())
 
     async def chat(self) -> None:
         """Four chats at once, two of them streamed."""
@@ -185,6 +191,20 @@ class Soak:
         await answers
         self.counts[f"kill {name}"] += len(pids)
 
+    async def _scene(self) -> dict[str, Any]:
+        """Return what runs and waits now, for an answer that did not come."""
+        try:
+            _, data = await self._http.fetch("/admin/models", within_s=WITHIN_S)
+            models = json.loads(data)["models"]
+        except (Broken, ValueError) as error:
+            models = str(error)
+        return {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(),
+            "load": os.getloadavg(),
+            "models": models,
+            "processes": described(self._server.program.process()),
+        }
+
     async def _open(
         self, path: str, body: bytes
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -220,6 +240,15 @@ def sample(process: psutil.Process, began: float, requests: int) -> Sample:
     )
 
 
+def described(process: psutil.Process) -> list[dict[str, Any]]:
+    """Return what the process and its descendants do now."""
+    facts: list[dict[str, Any]] = []
+    for member in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            facts.append(member.as_dict(["pid", "ppid", "status", "cpu_times", "num_threads"]))
+    return facts
+
+
 def slope(samples: Sequence[Sample], unit: str) -> float:
     """Return bytes for each second (`at`) or request, by least squares, over the second half."""
     half = samples[len(samples) // 2 :]
@@ -236,6 +265,19 @@ def prepared(folder: Path, options: argparse.Namespace) -> tuple[Path, Path]:
     names = ("echo", "echo") if options.echo else (options.chat, options.vectors)
     config.write_text(_CONFIG.format(chat=names[0], vectors=names[1]))
     return config, scratch
+
+
+def environment(scratch: Path, keep: Path | None) -> dict[str, str]:
+    """Return the variables of the service."""
+    if keep is None:
+        return {"TMPDIR": str(scratch)}
+    keep.mkdir(parents=True, exist_ok=True)
+    return {
+        "TMPDIR": str(scratch),
+        "HEADRACE_HOME": str(keep / "home"),
+        "HEADRACE_LOG_LEVEL": "info",
+        "HEADRACE_LOG_FORMAT": "json",
+    }
 
 
 def command(config: Path, *, diagnose: bool) -> list[str]:
@@ -283,9 +325,10 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
         config, scratch = prepared(Path(folder), options)
         async with drive.server(
             command(config, diagnose=options.diagnose),
-            {"TMPDIR": str(scratch)},
+            environment(scratch, options.keep),
             ready="/health",
             start_s=300,
+            log=options.keep and options.keep / "log.jsonl",
         ) as server:
             soak = Soak(server, 1)
             watch, process = Watch(server, soak, options), server.program.process()
@@ -303,6 +346,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
         "facts": watch.facts,
         "counts": dict(sorted(soak.counts.items())),
         "wrong": soak.wrong,
+        "scenes": soak.scenes,
         "strays": [str(stray) for stray in alive],
         "files": left,
         "slope": slope(watch.samples, "at") * 3600 / _MB,
@@ -363,6 +407,7 @@ def main() -> None:
     parser.add_argument("--vectors", default="all-minilm-l6-v2", help="a model to embed with")
     parser.add_argument("--echo", action="store_true", help="echo models in place of these two")
     parser.add_argument("--diagnose", action="store_true", help="count objects and malloc's bytes")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the home and the log")
     options = parser.parse_args()
     conditions = report.Conditions()
     record = asyncio.run(run(options))

@@ -14,14 +14,14 @@ from tests.conftest import ROOT
 from headrace import config, engines
 from headrace.api.app import ADMIN_ROUTES, ROUTES
 from headrace.api.chat import ChatRequest
-from headrace.cli.app import app
+from headrace.cli.app import application
 from headrace.config.sources import RESERVED
 from headrace.config.tree import Config, ServerSettings
 from headrace.core.model import ModelSpec
 
 PAGES = sorted((ROOT / "docs").glob("coming-from-*.md"))
 PAGES = [page for page in PAGES if "dbgpt" not in page.name]
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = typer.main.get_command(application()).commands  # type: ignore[attr-defined]
 SETTINGS = {*ServerSettings.model_fields, *Config.model_fields, *ModelSpec.__struct_fields__}
 FIELDS = {*SETTINGS, *ChatRequest.__struct_fields__}
 PATHS = {route.path.partition("{")[0].rstrip("/") for route in (*ROUTES, *ADMIN_ROUTES)}

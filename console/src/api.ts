@@ -1,5 +1,7 @@
 /** Calls of the service's API, with the key of this tab. */
 
+import { span } from "./format";
+
 const STORED = "headrace.key";
 let key: string | null = stored();
 
@@ -31,7 +33,6 @@ export class ApiError extends Error {
   constructor(
     message: string,
     readonly status: number,
-    readonly code: string | null = null,
   ) {
     super(message);
   }
@@ -45,10 +46,18 @@ export function messageOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
 }
 
+let refused: (error: ApiError) => void = () => undefined;
+
+/** Call a function whenever the service does not take this tab's key, or wants one. */
+export function whenRefused(listener: (error: ApiError) => void): void {
+  refused = listener;
+}
+
 /** Send a request; raises ApiError unless the status is below 400. */
 export async function send(path: string, options: RequestInit = {}): Promise<Response> {
   const headers = new Headers(options.headers);
-  if (key !== null) headers.set("authorization", `Bearer ${key}`);
+  const used = key;
+  if (used !== null) headers.set("authorization", `Bearer ${used}`);
   if (options.body != null) headers.set("content-type", "application/json");
   let response: Response;
   try {
@@ -57,18 +66,22 @@ export async function send(path: string, options: RequestInit = {}): Promise<Res
     if (isAbort(error)) throw error;
     throw new ApiError("The service cannot be reached.", 0);
   }
-  if (response.status >= 400) throw await refusal(response);
-  return response;
+  if (response.status < 400) return response;
+  const error = await refusal(response);
+  // With another key since then, it says nothing.
+  if (error.status === 401 && used === key) refused(error);
+  throw error;
 }
 
 async function refusal(response: Response): Promise<ApiError> {
   const text = await response.text();
+  const wait = Number(response.headers.get("retry-after") ?? 0);
+  const after = wait > 0 ? ` Try again in ${span(wait)}.` : "";
   try {
     const { error } = JSON.parse(text);
-    if (typeof error === "string") return new ApiError(error, response.status);
-    return new ApiError(String(error.message), response.status, error.code ?? null);
+    return new ApiError(String(error.message ?? error) + after, response.status);
   } catch {
-    return new ApiError(text || `Status ${response.status}`, response.status);
+    return new ApiError((text || `Status ${response.status}`) + after, response.status);
   }
 }
 

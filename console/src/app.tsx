@@ -12,6 +12,7 @@ import { Requests } from "./pages/requests";
 import { Speed } from "./pages/speed";
 import { Usage } from "./pages/usage";
 import { Playground } from "./playground/playground";
+import { draft, NO_DRAFT } from "./playground/use-conversation";
 import { route } from "./route";
 import { check, enter, session } from "./session";
 import { useStore } from "./store";
@@ -87,11 +88,17 @@ function Side({ page }: { page: Page }) {
       <div class="foot">
         <ThemeButton />
         {phase === "open" && currentKey() !== null && (
-          <Button kind="quiet" icon="key" label="Forget the key" onClick={() => void enter(null)} />
+          <Button kind="quiet" icon="key" label="Forget the key" onClick={forget} />
         )}
       </div>
     </nav>
   );
+}
+
+/** Forget the key, and what was written with it and not sent. */
+function forget(): void {
+  draft.set(NO_DRAFT);
+  void enter(null);
 }
 
 function NavLink({ page, current, href }: { page: Page; current: boolean; href: string }) {

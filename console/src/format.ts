@@ -1,5 +1,7 @@
 /** Numbers and times as people read them. */
 
+import type { Usage } from "./types";
+
 export function bytes(value: number): string {
   const units = ["B", "kB", "MB", "GB", "TB"];
   let unit = 0;
@@ -45,6 +47,11 @@ const short = new Intl.NumberFormat("en", { notation: "compact", maximumFraction
 
 export function count(value: number): string {
   return whole.format(value);
+}
+
+/** What came of the tokens that speculation drafted. */
+export function draftText({ drafted_tokens, accepted_tokens }: Usage): string {
+  return `${count(accepted_tokens)} of ${count(drafted_tokens)} drafted tokens accepted`;
 }
 
 /** A large number in short: `12.4K`, `3.1M`. */

@@ -5,6 +5,8 @@
 
 import { Lexer, type Token, type Tokens } from "marked";
 import type { ComponentChildren } from "preact";
+import { useRef } from "preact/hooks";
+
 import { memo } from "./memo";
 
 import { highlight } from "./highlight";
@@ -12,12 +14,50 @@ import { CopyButton } from "./ui";
 
 const LINKS = /^(?:https?:|mailto:)/i;
 const PICTURES = /^data:image\/(?:png|jpeg|gif|webp);base64,/i;
-const LARGEST = 400_000;
+const LARGEST = 200_000;
+const SMALLEST = 4_000;
 
 export const Markdown = memo(function Markdown({ text }: { text: string }) {
-  if (text.length > LARGEST) return <pre class="plain">{text}</pre>;
-  return <div class="markdown">{blocks(new Lexer({ gfm: true, breaks: true }).lex(text))}</div>;
+  const last = useRef<Cut>({ text: "", ends: [] });
+  const { ends } = (last.current = cut(text, last.current));
+  return (
+    <div class="markdown">
+      {[0, ...ends].map((start, index) => (
+        <Piece key={index} text={text.slice(start, ends[index])} />
+      ))}
+    </div>
+  );
 });
+
+const Piece = memo(function Piece({ text }: { text: string }) {
+  if (text.length > LARGEST) return <pre class="plain">{text}</pre>;
+  return <div class="piece">{blocks(new Lexer({ gfm: true, breaks: true }).lex(text))}</div>;
+});
+
+interface Cut {
+  text: string;
+  /** Where the pieces end, but for the last one. */
+  ends: number[];
+}
+
+/** Cut a text where a paragraph or a heading begins, so that of an answer that grows only its end is read again. */
+function cut(text: string, last: Cut): Cut {
+  const ends = text.startsWith(last.text) ? last.ends.slice() : [];
+  const lines = /([^\n]*)(?:\n|$)/g;
+  let start = (lines.lastIndex = ends.at(-1) ?? 0);
+  let fence = "";
+  let blank = false;
+  while (lines.lastIndex < text.length) {
+    const place = lines.lastIndex;
+    const line = lines.exec(text)![1]!;
+    const mark = /^\s*(`{3,}|~{3,})/.exec(line)?.[1] ?? "";
+    if (!fence && blank && place - start > SMALLEST && /^[\p{L}#]/u.test(line)) ends.push((start = place));
+    if (!fence) fence = mark;
+    else if (mark.startsWith(fence)) fence = "";
+    blank = !line.trim();
+  }
+  return { text, ends };
+}
 
 function blocks(tokens: Token[]): ComponentChildren[] {
   return tokens.map((token, index) => <Block key={index} token={token} />);

@@ -1,6 +1,6 @@
 /** Whether a key is needed, and which models there are. */
 
-import { ApiError, currentKey, getJson, messageOf, setKey } from "./api";
+import { ApiError, currentKey, getJson, messageOf, setKey, whenRefused } from "./api";
 import { reset } from "./overview";
 import { Store } from "./store";
 import type { ModelCard } from "./types";
@@ -20,15 +20,23 @@ export async function check(): Promise<void> {
     const { data } = await getJson<{ data: ModelCard[] }>("/v1/models");
     session.set({ phase: "open", models: data, problem: null });
   } catch (error) {
-    const locked = error instanceof ApiError && (error.status === 401 || error.status === 403);
+    const status = error instanceof ApiError ? error.status : 0;
+    if (status === 401) return; // `lock` was called.
+    if (status === 403) lock(error as ApiError);
     // A page that is open stays so, with what is written in it, and shows what it could not reach.
-    if (!locked && session.get().phase === "open") return;
-    const wrong = locked && currentKey() !== null;
-    const problem = !locked || wrong ? messageOf(error) : null;
-    if (wrong) setKey(null);
-    session.set({ phase: locked ? "locked" : "unreachable", models: [], problem });
+    else if (session.get().phase !== "open") session.set({ phase: "unreachable", models: [], problem: messageOf(error) });
   }
 }
+
+/** Ask for a key: there is none, or it is wrong, or was revoked while the page was open. */
+function lock(error: ApiError): void {
+  const had = currentKey() !== null;
+  if (!had && session.get().phase === "locked") return;
+  setKey(null);
+  session.set({ phase: "locked", models: [], problem: had ? error.message : null });
+}
+
+whenRefused(lock);
 
 /** Use a key from now on; null asks for one again. */
 export async function enter(key: string | null): Promise<void> {

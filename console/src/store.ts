@@ -37,12 +37,12 @@ export function useStore<T>(store: Store<T>): T {
   return store.get();
 }
 
-/** A value that is kept in localStorage as JSON. */
-export function kept<T>(name: string, initial: T): Store<T> {
+/** A value that is kept as JSON: in this browser, or in this tab until it is closed. */
+export function kept<T>(name: string, initial: T, where: "localStorage" | "sessionStorage" = "localStorage"): Store<T> {
   const place = `headrace.${name}`;
   let value = initial;
   try {
-    const text = localStorage.getItem(place);
+    const text = window[where].getItem(place);
     if (text !== null) value = JSON.parse(text);
   } catch {
     // Damaged or forbidden: the initial value it is.
@@ -50,7 +50,8 @@ export function kept<T>(name: string, initial: T): Store<T> {
   const store = new Store(value);
   store.subscribe(() => {
     try {
-      localStorage.setItem(place, JSON.stringify(store.get()));
+      if (store.get() === initial) window[where].removeItem(place);
+      else window[where].setItem(place, JSON.stringify(store.get()));
     } catch {
       // A full or forbidden storage: the value lasts as long as the page.
     }

@@ -5,6 +5,8 @@ export interface Usage {
   cached_tokens: number;
   completion_tokens: number;
   reasoning_tokens: number;
+  drafted_tokens: number;
+  accepted_tokens: number;
 }
 
 export interface DeviceUse {
@@ -48,6 +50,7 @@ export interface ModelCard {
   tools: string;
   thinking: string;
   base: string | null;
+  adapter: boolean;
 }
 
 export interface Footprint {

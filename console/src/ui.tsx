@@ -26,6 +26,8 @@ const ICONS = {
   image: "M4 5h16v14H4zM4 16l5-5 4 4 2-2 5 5M15 9h.01",
   again: "M20 11a8 8 0 10-2.3 5.7M20 5v6h-6",
   save: "M12 4v11M7 11l5 5 5-5M4 20h16",
+  load: "M12 15V4M7 8l5-5 5 5M4 20h16",
+  edit: "M4 20l1-4L16 5l3 3L8 19zM14 7l3 3",
   close: "M6 6l12 12M18 6L6 18",
   pin: "M9 4h6l-1 6 3 3v2H7v-2l3-3zM12 15v6",
   list: "M4 6h16M4 12h16M4 18h16",
@@ -159,7 +161,9 @@ async function writeClipboard(text: string): Promise<void> {
 export function Dialog({ title, close, children }: { title: string; close: () => void; children: ComponentChildren }) {
   const place = useRef<HTMLDialogElement>(null);
   useEffect(() => {
-    place.current?.showModal();
+    const before = document.activeElement;
+    place.current!.showModal();
+    return () => before instanceof HTMLElement && before.focus();
   }, []);
   const outside = (event: MouseEvent) => event.target === place.current && close();
   return (

@@ -60,6 +60,10 @@ options = {{ text = {json.dumps(ANSWER)} }}
 model = "echo"
 chat_template = {json.dumps(THINKING)}
 options = {{ text = {json.dumps(THOUGHT)} }}
+[models.steady]
+model = "echo"
+preload = false
+options = {{ tokens_per_second = 10000, speculation = "ngram" }}
 [models.lazy]
 model = "echo"
 preload = false

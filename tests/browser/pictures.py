@@ -145,7 +145,9 @@ def console(page: Browser, service: Service) -> None:
     page.open(f"{service.url}/#/now")
     page.find(".plot canvas")
     page.wait("document.querySelectorAll('table.models tbody tr').length > 1")
-    time.sleep(12)  # of a chart that grows by a sample each two seconds
+    # The charts grow by a sample with each answer.
+    asked = "performance.getEntriesByType('resource').filter((e) => e.name.endsWith('/overview'))"
+    page.wait(f"{asked}.length > 6")
     page.picture(PICTURES / "console-now.png")
     for name, css in (("speed", ".xy polyline"), ("models", ".library .buttons")):
         page.open(f"{service.url}/#/{name}")

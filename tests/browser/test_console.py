@@ -81,6 +81,12 @@ def test_usage_by_priority(page: Browser, service: Service) -> None:
     page.find(".plain-grid")
     page.click(".choices label:last-child input")
     page.wait("document.querySelector('.plain-grid tbody').innerText.includes('live')")
+    page.requests()
+    page.press("Refresh")
+    until = time.monotonic() + 20
+    while not [url for url in page.requests() if "/admin/usage" in url]:
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def findings(page: Browser) -> list[str]:
@@ -121,6 +127,8 @@ def test_a_model_is_loaded_pinned_and_unloaded(page: Browser, service: Service) 
     page.press("What loading lazy needs")
     page.see("It fits")
     page.press("Close")
+    focus = "document.activeElement.getAttribute('aria-label')"
+    page.wait(f"{focus} === 'What loading lazy needs'")
     page.press("Load lazy")
     page.wait(f"{state} === 'ready'", within_s=60)
     page.press("Pin lazy, so that it is never evicted")
@@ -310,11 +318,20 @@ def test_a_hidden_tab_asks_for_nothing(page: Browser, service: Service) -> None:
     page.open(f"{service.url}/#/now")
     page.see("Running requests")
     page.js(
+        """window.timers = new Set(); const [start, end] = [setTimeout, clearTimeout];
+        window.setTimeout = (work, ms) => {
+            const id = start(() => { timers.delete(id); work(); }, ms);
+            timers.add(id); return id; };
+        window.clearTimeout = (id) => { timers.delete(id); end(id); };"""
+    )
+    page.wait("timers.size > 0")  # the next poll
+    page.js(
         """Object.defineProperty(document, 'hidden', { value: true, configurable: true });
         document.dispatchEvent(new Event('visibilitychange'));"""
     )
     page.requests()
-    page.js("await new Promise((done) => setTimeout(done, 2500))")  # a poll and a quarter
+    # Nothing is left that could ask, now or later.
+    page.wait("timers.size === 0")
     assert [url for url in page.requests() if "/admin/" in url] == []
     page.js(
         """Object.defineProperty(document, 'hidden', { value: false, configurable: true });

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from tests.browser.conftest import SCREENSHOTS, XSS
 from tests.browser.driver import Browser
-from tests.browser.test_console import SIZES, findings
+from tests.browser.test_console import COMPOSER, ENTER, SIZES, findings
 from tests.service.serving import Service, served
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
@@ -38,6 +38,33 @@ def create(page: Browser, name: str, **values: str) -> str:
     return key
 
 
+def test_a_key_at_its_limit_and_then_revoked(page: Browser, locked: Service) -> None:
+    """Issue 16.1: 429 says when to try again; a revoked key asks for another, nothing is lost."""
+    admin = {"authorization": "Bearer admin-key"}
+    body = {"name": "a guest", "scope": "inference", "limits": {"requests_per_day": 1}}
+    made = httpx.post(f"{locked.url}/admin/keys", json=body, headers=admin).json()
+    page.open(f"{locked.url}/#/playground")
+    page.type(".key-form input", made["key"] + ENTER)
+    page.type(COMPOSER, "Once" + ENTER)
+    page.see("total")
+    page.type(COMPOSER, "Twice" + ENTER)
+    page.see("The limit of this key is reached: 1 requests per day. Try again in ")
+    page.type(COMPOSER, "Half a mess")
+    url = f"{locked.url}/admin/keys/{made['created']['id']}"
+    httpx.delete(url, headers=admin).raise_for_status()
+    page.press("Regenerate")
+    page.see("This service needs a key")
+    page.see("not known here")
+    page.type(".key-form input", "user-key" + ENTER)
+    page.wait(f"document.querySelector('{COMPOSER}')?.value === 'Half a mess'")
+    page.press("Regenerate")
+    page.wait("document.querySelectorAll('.figures').length === 2")
+    page.press("Forget the key")
+    page.see("This service needs a key")
+    assert "Half a mess" not in page.js("return JSON.stringify(sessionStorage)")
+    page.console()  # the refused requests
+
+
 def status(service: Service, key: str) -> int:
     body: Any = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
     headers = {"authorization": f"Bearer {key}"}
@@ -47,6 +74,9 @@ def status(service: Service, key: str) -> int:
 
 def test_a_key_is_made_used_limited_and_revoked(page: Browser, keyless: Service) -> None:
     """Issue 16, must show 1: the first key is an admin's and is used by its tab; limits hold."""
+    page.open(f"{keyless.url}/#/speed")
+    page.see("headrace tune echo")
+    assert findings(page) == []
     page.open(f"{keyless.url}/#/keys")
     page.see("There are no keys")
     admin = create(page, "me")

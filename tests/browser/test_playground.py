@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from tests.browser.conftest import XSS
 from tests.browser.driver import Browser
 from tests.browser.test_console import COMPOSER, ENTER, ESCAPE, answer, ask
 from tests.pictures_made import png
@@ -42,6 +47,30 @@ def test_a_streamed_answer_is_stopped_in_the_middle(page: Browser, service: Serv
     page.see("Stopped.")
 
 
+def copied(page: Browser) -> list[str]:
+    """What the buttons curl and Python copy."""
+    page.js(
+        """window.copied = []; Object.defineProperty(navigator, 'clipboard', { value:
+        { writeText: (text) => (window.copied.push(text), Promise.resolve()) } })"""
+    )
+    for button in ("curl", "Python"):
+        page.press(button, ".answer footer")
+    return page.wait("window.copied.length === 2 && window.copied")
+
+
+def fill(page: Browser, label: str, text: str) -> None:
+    """Write a text into a field of the settings."""
+    page.find(".settings")
+    page.js(
+        """const field = [...document.querySelectorAll('.settings .field')].find((node) =>
+            node.innerText.startsWith(arguments[0])).querySelector('textarea');
+        field.value = arguments[1];
+        field.dispatchEvent(new Event('input', { bubbles: true }));""",
+        label,
+        text,
+    )
+
+
 def test_markdown_code_and_figures(page: Browser, service: Service) -> None:
     """Issue 16.1: Markdown, code that can be copied, a timeline, the request for other programs."""
     ask(page, service, "story", "Tell me")
@@ -54,13 +83,7 @@ def test_markdown_code_and_figures(page: Browser, service: Service) -> None:
     assert page.js("return document.querySelectorAll('.t-comment').length") == 1
     label = page.js("return document.querySelector('.figures .bar').getAttribute('aria-label')")
     assert all(part in label for part in ("queue", "load", "prefill", "decode"))
-    page.js(
-        """window.copied = []; Object.defineProperty(navigator, 'clipboard', { value:
-        { writeText: (text) => (window.copied.push(text), Promise.resolve()) } })"""
-    )
-    for button in ("curl", "Python"):
-        page.press(button, ".answer footer")
-    curl, python = page.wait("window.copied.length === 2 && window.copied")
+    curl, python = copied(page)
     assert curl.startswith(f"curl {service.url}/v1/chat/completions")
     assert '"content": "Tell me"' in curl
     compile(python, "copied", "exec")
@@ -92,14 +115,7 @@ def test_a_tool_call_and_its_result(page: Browser, service: Service) -> None:
     """Issue 16, must show 1: the call is shown, its result is sent back."""
     page.open(f"{service.url}/#/playground")
     page.choose(".toolbar select", "echo")
-    page.find(".settings")
-    page.js(
-        """const field = [...document.querySelectorAll('.settings .field')].find((node) =>
-            node.innerText.startsWith('Tools')).querySelector('textarea');
-        field.value = arguments[0];
-        field.dispatchEvent(new Event('input', { bubbles: true }));""",
-        json.dumps([TOOL]),
-    )
+    fill(page, "Tools", json.dumps([TOOL]))
     call = '<tool_call>{"name": "weather", "arguments": {"city": "<b>Ulm</b>"}}</tool_call>'
     page.type(COMPOSER, call + ENTER)
     page.see("Send the result")
@@ -114,8 +130,11 @@ def test_a_tool_call_and_its_result(page: Browser, service: Service) -> None:
     page.see("total")
 
 
-def test_a_picture_is_dropped_in(page: Browser, service: Service) -> None:
-    """Issue 16, must show 1: it is sent as it is, and shown in the conversation."""
+def test_a_picture_is_dropped_in(page: Browser, service: Service, tmp_path: Path) -> None:
+    """Issue 16, must show 1: it is sent as it is, and shown in the conversation.
+
+    16.1: what is copied for curl and Python, with tools and a system prompt, gives the same answer.
+    """
     page.open(f"{service.url}/#/playground")
     page.choose(".toolbar select", "echo")
     page.find(".composer")
@@ -125,13 +144,31 @@ def test_a_picture_is_dropped_in(page: Browser, service: Service) -> None:
         data.items.add(new File([bytes], 'a.png', { type: 'image/png' }));
         document.querySelector('.composer').dispatchEvent(
             new DragEvent('drop', { dataTransfer: data, bubbles: true, cancelable: true }));""",
-        base64.b64encode(png(64, 48)).decode(),
+        base64.b64encode(png(128, 96)).decode(),
     )
     page.find(".attached img")
+    fill(page, "System prompt", 'It\'s a test: "$HOME" `id` \\\\ ü')
+    fill(page, "Tools", json.dumps([TOOL]))
     page.type(COMPOSER, "What is it?" + ENTER)
-    page.wait("document.querySelector('.answer')?.innerText.includes('[png 64x48')")
-    assert page.js("return document.querySelector('.turn.user img').naturalWidth") == 64
+    page.wait("document.querySelector('.answer')?.innerText.includes('[png 128x96')")
+    assert page.js("return document.querySelector('.turn.user img').naturalWidth") == 128
     page.see("total")
+    shown = answer(page)
+    curl, python = copied(page)
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    outputs = [
+        subprocess.run(
+            [*program, "-c", text],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        for program, text in ((["bash"], curl), ([sys.executable], python))
+    ]
+    assert json.loads(outputs[0])["choices"][0]["message"]["content"].strip() == shown.strip()
+    assert outputs[1].strip() == shown.strip()
 
 
 def test_two_models_side_by_side_and_kept_conversations(page: Browser, service: Service) -> None:
@@ -147,9 +184,68 @@ def test_two_models_side_by_side_and_kept_conversations(page: Browser, service: 
     page.open(f"{service.url}/#/playground")
     page.click(".conversation")
     page.wait("document.querySelectorAll('.figures').length === 2")
+    page.press("Edit this message", ".lane + .lane")
+    page.see("It replaces an earlier message")
+    assert page.js(f"return document.querySelector('{COMPOSER}').value") == "For both"
+    page.type(COMPOSER, ", again" + ENTER)
+    page.wait("document.querySelectorAll('.lane')[0].innerText.includes('For both, again')")
+    page.wait("document.querySelectorAll('.figures').length === 2")
+    assert page.js("return document.querySelectorAll('.turn.user').length") == 2
     count = page.js("return document.querySelectorAll('.conversation').length")
-    page.press("Delete For both")
+    page.press("Delete For both, again")
     page.wait("document.querySelectorAll('.conversation').length === arguments[0]", count - 1)
+
+
+def test_conversations_of_a_file(page: Browser, service: Service) -> None:
+    """Issue 16.1: what was exported is read again; what is in it becomes no HTML."""
+    page.open(f"{service.url}/#/playground")
+    page.find(".conversations")
+    turns = [
+        {"role": "user", "text": XSS, "images": ["http://127.0.0.1:9/a.png"]},
+        {"role": "assistant", "text": XSS, "metrics": {"usage": 1}, "calls": [{}], "thinking": 5},
+    ]
+    lane = {"model": "echo", "turns": turns}
+    for content, shown in (
+        ("no JSON", "a.json: It is not JSON."),
+        ('{"lanes": [5]}', "a.json: It is not an exported conversation."),
+        (json.dumps([{"id": "../x", "title": "From a file", "lanes": [lane]}]), "From a file"),
+    ):
+        page.js(
+            """const data = new DataTransfer();
+            data.items.add(new File([arguments[0]], 'a.json'));
+            const field = document.querySelector('.conversations input');
+            field.files = data.files;
+            field.dispatchEvent(new Event('change', { bubbles: true }));""",
+            content,
+        )
+        page.see(shown)
+    page.wait("document.querySelectorAll('.turn').length === 2")
+    assert page.js("return document.querySelectorAll('.turn img').length") == 0
+    page.press("Delete From a file")
+    page.wait("document.querySelectorAll('.turn').length === 0")
+
+
+def test_an_answer_goes_on_while_another_page_is_shown(page: Browser, service: Service) -> None:
+    """Issue 16.1: it is whole when the playground is shown again; a long one is in pieces."""
+    parts = [f"Part {n}.\n\n" + "some words " * 60 + "\n\n" for n in range(40)]
+    parts[20:20] = ["```python\n", "x = 1\n\nprint(x)\n" * 400, "```\n\n"]
+    draft = json.dumps({"text": "".join(parts), "images": [], "replaces": None})
+    page.open(f"{service.url}/#/playground")
+    page.choose(".toolbar select", "steady")
+    # As after the page was left with half a message.
+    page.js("sessionStorage.setItem('headrace.draft', arguments[0]); location.reload()", draft)
+    page.wait(f"document.querySelector('{COMPOSER}')?.value.length > 10000")
+    page.type(COMPOSER, ENTER)
+    page.wait("document.querySelector('.answer .markdown')")
+    page.js("location.hash = '#/now'")
+    page.see("Running requests")
+    page.js("location.hash = '#/playground'")
+    page.wait("document.querySelector('.figures')")
+    assert page.js("return document.querySelectorAll('.answer .piece').length") > 3
+    assert page.js("return document.querySelectorAll('.answer .code').length") == 1
+    text = page.js("return document.querySelector('.answer .markdown').textContent")
+    assert [f"Part {n}." in text for n in range(40)] == [True] * 40
+    assert text.count("print(x)") == 400
 
 
 def test_a_service_that_cannot_be_reached_for_a_moment(page: Browser, service: Service) -> None:

@@ -16,7 +16,7 @@ import pytest
 from tests.cli.programs import HELLO, PROGRAM, ask, headrace, serving
 
 from headrace.api.chat import ChatRequest
-from headrace.cli.app import _EXAMPLES, _GROUPS, _name, app, run
+from headrace.cli.app import _COMMANDS, _EXAMPLES, application, run
 from headrace.core.sampling import SamplingFields, described
 
 HEAVY = {"torch", "fastapi", "starlette", "httptools", "xllamacpp", "huggingface_hub", "numpy"}
@@ -114,11 +114,9 @@ def test_the_help_has_groups_whole_summaries_and_examples(
     for title in ("Ask:", "Models:", "Service:", "Observe:", "Measure:", "Set up:"):
         assert f"\n{title}\n" in shown
     assert "..." not in shown.partition("\n\n")[2]
-    listed = [command for group in _GROUPS.values() for command in group.items()]
-    names = {name if isinstance(name, str) else _name(name) for name, _ in listed}
-    assert len(names) == len(app.registered_commands) + len(app.registered_groups)
-    for command, lines in listed:
-        name = command if isinstance(command, str) else _name(command)
+    app = application()
+    assert len(_COMMANDS) == len(app.registered_commands) + len(app.registered_groups)
+    for name, (_, *lines) in _COMMANDS.items():
         assert [line.split()[0] for line in lines] == [name, name]
         assert run([name, "--help"]) == 0
         shown = capsys.readouterr().out

@@ -13,9 +13,10 @@ def test_a_modelfile_becomes_a_model(environ: dict[str, str], tmp_path: Path) ->
     """Issue 13: what was there stays, what is left out is printed, and the model answers."""
     file = tmp_path / "headrace.toml"
     file.write_text("# mine\n[models.other]\nmodel = 'echo'\n")
-    (tmp_path / "Modelfile").write_text(
+    # As an editor of Windows saves it.
+    (tmp_path / "Modelfile").write_bytes(
         'FROM echo\nPARAMETER num_ctx 64\nPARAMETER stop "###"\nTEMPLATE """{{ .Prompt }}"""\n'
-        "PARAMETER mirostat 1\n"
+        "PARAMETER mirostat 1\n".encode("utf-16")
     )
     given = ("import", str(tmp_path / "Modelfile"), "--config", str(file))
     done = headrace(environ, *given, "--as", "mine")

@@ -304,6 +304,14 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
+
+
+def custom(name: str, description: str | None, syntax: str, definition: str) -> dict[str, Any]:
+    grammar = {"type": "grammar", "grammar": {"syntax": syntax, "definition": definition}}
+    tool = {"name": name, "description": description, "format": grammar}
+    return {"type": "custom", "custom": tool}
+
+
 TURNS = [
     {"role": "user", "content": "And tomorrow?"},
     {
@@ -347,7 +355,12 @@ def test_that_tools_thinking_and_forms_are_sent_again(
     """Issue 13: a request with tools, calls, their results and thinking is replayed as it was."""
     body = {
         "messages": [*TURNS, {"role": "user", "content": CALL}],
-        "tools": [WEATHER, {"type": "function", "function": {"name": "time", "strict": True}}],
+        "tools": [
+            WEATHER,
+            {"type": "function", "function": {"name": "time", "strict": True}},
+            custom("plate", "Of a car.", "regex", "[A-Z]{2}"),
+            custom("patch", None, "lark", 'start: "a"'),
+        ],
         "tool_choice": {
             "type": "allowed_tools",
             "allowed_tools": {"mode": "auto", "tools": [WEATHER]},
@@ -362,6 +375,10 @@ def test_that_tools_thinking_and_forms_are_sent_again(
     assert first.spans[0].attributes["headrace.tool_calls"] == 1
     assert first.content is not None
     assert first.content.answered == ('\nweather {"city": "Paris"}',)
+    assert [tool.get("input") for tool in first.content.tools] == [
+        *(None, None),
+        *({"regex": "[A-Z]{2}"}, {"grammar": 'start: "a"'}),
+    ]
     assert first.content.tools[0]["description"] == "Of a city; write to [redacted]."
     assert run(["trace", "replay", first.id, "--url", service.url, "--json"]) == 0
     replayed = json.loads(capsys.readouterr().out)

@@ -404,8 +404,69 @@ def test_a_lost_replica_is_placed_anew() -> None:
             loaded = [h for h in cluster.hosts if h.node and h.node.states["m"] == "ready"]
             assert len(loaded) == 2
             loaded[0].kill()
-            await asyncio.sleep(5.0)
+            await asyncio.sleep(4.0)
+            # It may come back; and its answers are at the other one now.
+            assert len(cluster.front.view.ready("m")) == 1
+            await asyncio.sleep(4.0)
             assert len(cluster.front.view.ready("m")) == 2
+
+    run(main())
+
+
+def test_a_node_that_is_restarted_gets_its_model_and_no_other_a_second_one() -> None:
+    """Issue 15, shown 3: loads beside running answers were their longest gaps."""
+
+    async def main() -> None:
+        async with opened() as cluster:
+            lost, other = cluster.hosts
+            assert other.node is not None
+            before = [*other.node.placed]
+            lost.kill()
+            await asyncio.sleep(3.0)
+            node = lost.start()
+            await asyncio.sleep(9.0)
+            assert node.states["m"] == "ready"
+            assert other.node.placed == before
+
+    run(main())
+
+
+def test_a_node_that_comes_and_goes_does_not_keep_others_from_their_models() -> None:
+    async def main() -> None:
+        async with opened(3, copies=2) as cluster:
+            lost, other = [h for h in cluster.hosts if h.node and h.node.states["m"] == "ready"]
+            spare = next(host for host in cluster.hosts if host not in (lost, other))
+            for _ in range(5):
+                lost.kill()
+                await asyncio.sleep(3.0)
+                lost.start()
+                await asyncio.sleep(1.5)
+            assert spare.node is not None
+            assert "ready" in (spare.node.states["m"], lost.node and lost.node.states["m"])
+
+    run(main())
+
+
+def test_a_front_that_starts_waits_until_all_nodes_were_tried() -> None:
+    """A node that is slow to greet would let the others load twice, and end that again."""
+
+    async def main() -> None:
+        network = Network()
+        hosts = [Host(network, number, ["m"]) for number in (1, 2)]
+        for host in hosts:
+            host.start().copies = 2
+        network.held.add(hosts[1].address)
+        listing = Listing([host.address for host in hosts])
+        front = ClusterPool([listing], me_of("front"), network.connect, clock)
+        await front.start()
+        await asyncio.sleep(3.0)
+        network.release(hosts[1].address)
+        await asyncio.sleep(4.0)
+        assert [host.node.placed for host in hosts if host.node] == [[("m", 1)], [("m", 1)]]
+        await front.aclose()
+        for host in hosts:
+            host.kill()
+        await asyncio.sleep(1.0)
 
     run(main())
 

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
+from PIL import ImageOps
 from tests.pictures_made import png, png_of
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.media import MAX_IMAGE_BYTES, Image, Pictures, image_header, joined, text_of
+from headrace.engines.pictures import decoded, is_turned
 
 GIF = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0, 0, 0)
 FRAME = b"\x2c" + struct.pack("<HHHHB", 2, 0, 9, 7, 0)
@@ -123,3 +125,32 @@ def test_contents() -> None:
     assert text_of(("a", image, "b"), "*") == "a*b"
     assert joined("a", "b") == "a\n\nb"
     assert joined("a", (image, "b")) == ("a", "\n\n", image, "b")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_decoded_upright(orientation: int) -> None:
+    """Issue 13, pictures: as a camera was held, by EXIF; a red corner tells."""
+    image = Pillow.new("RGB", (24, 16))
+    image.paste((255, 0, 0), (0, 0, 8, 8))
+    exif = Pillow.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    image.save(out, "JPEG", exif=exif, quality=95)
+    turned = ImageOps.exif_transpose(Pillow.open(out))
+    shown = decoded(out.getvalue())
+    assert (shown.size, shown.tobytes()) == (turned.size, turned.convert("RGB").tobytes())
+    assert is_turned(out.getvalue()) == (orientation > 1)
+
+
+def test_pictures_of_other_depths() -> None:
+    """Issue 13, pictures: grey of 16 bits is scaled, CMYK converted, damaged EXIF ignored."""
+
+    def sample(image: Pillow.Image, kind: str = "PNG", **options: object) -> tuple[int, ...]:
+        out = io.BytesIO()
+        image.save(out, kind, **options)
+        return decoded(out.getvalue()).getpixel((1, 1))
+
+    assert sample(Pillow.new("I;16", (4, 4), 0x8000)) == (128, 128, 128)
+    assert sample(Pillow.new("I;16", (4, 4), 0xFFFF)) == (255, 255, 255)
+    assert sample(Pillow.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")[0] > 240
+    assert sample(Pillow.new("L", (8, 8), 7), "JPEG", exif=b"Exif\0\0nonsense") == (7, 7, 7)

@@ -30,6 +30,9 @@ FRONT = OBJECTS["Deployment", "headrace-front"]["spec"]
 SECRETS = {"api-keys": "a-client", "admin-keys": "an-admin", "metrics-keys": "a-scraper"}
 PARTS = pytest.mark.parametrize("part", [NODE, FRONT], ids=["node", "front"])
 
+validate = pytest.mark.skipif(
+    not shutil.which("kubernetes-validate"), reason="kubernetes-validate is not installed"
+)
 helm = pytest.mark.skipif(not shutil.which("helm"), reason="helm is not installed")
 
 
@@ -127,7 +130,7 @@ def test_the_copy_is_what_the_chart_renders() -> None:
 
 @pytest.mark.deploy
 @helm
-@pytest.mark.skipif(not shutil.which("kubernetes-validate"), reason="no kubernetes-validate")
+@validate
 @pytest.mark.parametrize("version", ["1.29", "1.33"])
 def test_kubernetes_accepts_all_values(version: str, tmp_path: Path) -> None:
     """Issue 15, shown 5: validated strictly, with all that can be switched on."""
@@ -153,9 +156,17 @@ def test_kubernetes_accepts_all_values(version: str, tmp_path: Path) -> None:
     subprocess.run([*command, COPY, full], check=True)
     kinds = [item["kind"] for item in yaml.safe_load_all(full.read_text())]
     assert kinds.count("HorizontalPodAutoscaler") == 1
+
+
+@pytest.mark.deploy
+@validate
+def test_a_field_that_kubernetes_has_not_is_found(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(COPY.read_text().replace("readinessProbe", "readynessProbe"))
-    assert subprocess.run([*command, wrong], check=False).returncode != 0
+    command = ["kubernetes-validate", "--strict", "-k", "1.33", wrong]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "readynessProbe" in done.stdout + done.stderr
 
 
 @pytest.fixture

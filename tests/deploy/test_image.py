@@ -70,10 +70,14 @@ def container(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> I
     folder = tmp_path_factory.mktemp("image")
     file = folder / "headrace.toml"
     file.write_text('[models.small]\nmodel = "/models/small.gguf"\ncontext_length = 256\n')
+    # What is pulled can be read by its user alone, who is none of the container.
+    model = folder / "small.gguf"
+    shutil.copyfile(smollm2_path, model)
+    model.chmod(0o644)
     running = Container(
         *("--env", f"HEADRACE_API_KEYS={KEY}"),
         *("--volume", f"{file}:/etc/headrace/headrace.toml:ro"),
-        *("--volume", f"{smollm2_path.resolve()}:/models/small.gguf:ro", IMAGE),
+        *("--volume", f"{model}:/models/small.gguf:ro", IMAGE),
     )
     try:
         running.wait_until_healthy()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 from tests.fakes.llama_server import install
@@ -20,7 +21,13 @@ from tests.tiny_gguf import tiny_gguf
 
 from headrace import engines
 from headrace.core.constraint import Constraint
-from headrace.core.errors import ConfigError, InvalidRequest, LoadFailed, WorkerDied
+from headrace.core.errors import (
+    ConfigError,
+    ContextOverflow,
+    InvalidRequest,
+    LoadFailed,
+    WorkerDied,
+)
 from headrace.core.sampling import Sampling
 from headrace.engines import llama_server, llamacpp, plan
 from headrace.engines.base import EngineRequest, OpenRequest, RawDelta, RawEvent
@@ -83,6 +90,49 @@ async def test_tokens_are_those_of_the_library(engine: Engine, opening: OpenRequ
     assert ours[-1] == theirs[-1]
 
 
+async def test_a_plain_answer_takes_no_thread(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 17.2: each wake-up of one takes a core from the model, at every token."""
+    monkeypatch.setattr(engine._threads, "submit", None)
+    assert len(await events(engine, REQUEST)) > 8
+
+
+async def test_characters_of_several_tokens_have_all_of_them(
+    engine: Engine, opening: OpenRequest
+) -> None:
+    """Issue 17.1: the server reports the last token of a character alone."""
+    options = {name: opening.options[name] for name in ("slots", "threads")}
+    library = InProcess(OpenRequest(model=opening.model, context_length=256, options=options))
+    constraint = Constraint(choice=("a \U0001f30b\u0de6",))
+    try:
+        for logprobs in (None, 2):
+            sampling = Sampling(temperature=0, logprobs=logprobs)
+            request = msgspec.structs.replace(
+                REQUEST,
+                # Of which nothing is cached.
+                token_ids=(9 if logprobs else 8, 7, 6),
+                constraint=constraint,
+                sampling=sampling,
+                max_tokens=32,
+            )
+            ours, theirs = await events(engine, request), await events(library, request)
+            deltas = [event for event in ours if isinstance(event, RawDelta)]
+            assert b"".join(delta.data for delta in deltas).decode() == constraint.choice[0]
+            assert ours == theirs
+            assert any(len(delta.token_ids) > 1 for delta in deltas)
+    finally:
+        library.close()
+
+
+async def test_a_prompt_that_is_too_long_is_refused(engine: Engine) -> None:
+    """Issue 17.1: by the server, with its reason; the next request is answered."""
+    request = msgspec.structs.replace(REQUEST, token_ids=(5,) * 400)
+    with pytest.raises(ContextOverflow):
+        await events(engine, request)
+    assert await events(engine, REQUEST)
+
+
 def test_only_this_process_can_call_it(engine: Engine) -> None:
     """Issue 17.1: a socket in a folder of this user, no port, and a key that no list shows."""
     assert engine._link is not None
@@ -101,6 +151,21 @@ async def test_a_server_that_dies_ends_its_answers(opening: OpenRequest) -> None
             await events(engine, REQUEST)
     finally:
         engine.close()
+
+
+def test_what_its_grammars_are_tried_with_is_not_logged(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue 17.1: two errors of each load, on builds without llguidance; later ones are shown."""
+    server = engine._link
+    assert isinstance(server, Server)
+    for line in (
+        "0.00.4 E srv send_error: task id = 0, error: failed to parse: llguidance is not enabled\n",
+        "0.00.4 E srv process_sing: failed to launch slot with task, id_task = 0\n",
+        "0.00.9 E srv process_sing: failed to launch slot with task, id_task = 12\n",
+    ):
+        server._take(line)
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_server_ends_with_its_process(executable: Path, tmp_path: Path) -> None:

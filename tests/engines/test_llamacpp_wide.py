@@ -92,5 +92,8 @@ def test_what_is_not_widened(
 
 def test_tune_tries_it_for_small_models(smollm2_path: Path, wide: Path) -> None:
     narrow = llamacpp.tune_options(OpenRequest(model=inspect(smollm2_path)))
-    assert {"weight_type": "q8_0"} in narrow
+    assert [options for options in narrow if "weight_type" in options] == [
+        {"weight_type": "q8_0"},
+        {"slots": 1, "weight_type": "q8_0"},
+    ]
     assert {"weight_type": "q8_0"} not in llamacpp.tune_options(OpenRequest(model=inspect(wide)))

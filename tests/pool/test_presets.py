@@ -157,3 +157,22 @@ async def test_a_preset_that_a_request_contradicts(tmp_path: Path) -> None:
             await collect(pool.ask(chat(model="e", sampling=Sampling(max_tokens=3))))
     finally:
         await pool.aclose()
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "expected"),
+    [
+        ({"enable_thinking": False}, Thinking(), Thinking(enabled=False)),
+        ({"thinking": True}, Thinking(budget=3), Thinking(enabled=True, budget=3)),
+        ({"reasoning_effort": "low"}, Thinking(), Thinking(enabled=True, effort="low")),
+        ({"reasoning_effort": "none"}, Thinking(), Thinking(enabled=False)),
+        ({"reasoning_effort": "odd", "thinking": "x"}, Thinking(), Thinking(enabled=False)),
+        ({"enable_thinking": False}, Thinking(effort="high"), Thinking(effort="high")),
+    ],
+)
+def test_thinking_by_variables_of_a_template(
+    options: dict[str, Any], given: Thinking, expected: Thinking
+) -> None:
+    """Issue 13: `chat_template_kwargs` are the policy too, before that of a preset."""
+    request: Any = applied(Preset(thinking="off"), chat(thinking=given, template_options=options))
+    assert request.thinking == expected

@@ -284,7 +284,10 @@ def test_thinking_by_messages(claude: anthropic.Anthropic) -> None:
     assert [b.type for b in claude.messages.create(**given).content] == ["text"]
     thinking: Any = {"type": "adaptive"}
     with claude.messages.stream(thinking=thinking, **given) as stream:
-        thought, text = stream.get_final_message().content
+        final = stream.get_final_message()
+    thought, text = final.content
+    assert final.usage.output_tokens_details is not None
+    assert 0 < final.usage.output_tokens_details.thinking_tokens < final.usage.output_tokens
     assert thought.type == "thinking"
     assert (thought.thinking.strip(), thought.signature) == ("Hm, let me see.", "headrace")
     assert text.type == "text"

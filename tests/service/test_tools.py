@@ -146,8 +146,21 @@ def test_strict_arguments_are_checked(client: openai.OpenAI) -> None:
     with pytest.raises(openai.InternalServerError) as failed:
         client.chat.completions.create(messages=wrong, **request)
     assert failed.value.status_code == 500
+    assert failed.value.param == "tools"
+    assert "get_weather does not keep to its JSON schema" in failed.value.message
     with pytest.raises(openai.APIError):
         list(client.chat.completions.create(messages=wrong, stream=True, **request))
+
+
+def test_only_allowed_tools_are_called(client: openai.OpenAI) -> None:
+    """Issue 13: a call of another tool is text; the model sees all tools, for its prefix cache."""
+    allowed: Any = {"mode": "auto", "tools": [TIME | {"function": {"name": "get_time"}}]}
+    choice: Any = {"type": "allowed_tools", "allowed_tools": allowed}
+    time = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+    request: Any = {"model": "echo", "tools": [WEATHER, TIME], "tool_choice": choice}
+    answer = client.chat.completions.create(messages=user(CALL + time), **request).choices[0]
+    assert [call.function.name for call in answer.message.tool_calls or ()] == ["get_time"]  # type: ignore[union-attr]
+    assert answer.message.content == CALL
 
 
 def test_strict_and_parallel_calls_of_the_real_model(client: openai.OpenAI) -> None:
@@ -188,3 +201,25 @@ def test_wrong_tools_are_refused(client: openai.OpenAI, more: Any, param: str | 
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model="echo", messages=user("a"), **more)
     assert param is None or refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"reasoning_effort": "low"},
+        {"thinking": False},
+        {"thinking": {"type": "enabled"}},
+        {"think": "high"},
+        {"reasoning": {"effort": "none"}},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ],
+)
+def test_thinking_is_noted_where_a_model_has_none(client: openai.OpenAI, more: Any) -> None:
+    """Issue 13, thinking: accepted, and the header of warnings says that it has no effect."""
+    create = client.chat.completions.with_raw_response.create
+    answer = create(model="echo", messages=user("a"), extra_body=more)
+    assert answer.headers["x-headrace-warning"] == (
+        "not supported here, left out: thinking, as echo does not think"
+    )
+    assert answer.parse().choices[0].message.content == "a"
+    assert "x-headrace-warning" not in create(model="echo", messages=user("a")).headers

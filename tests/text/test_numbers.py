@@ -22,6 +22,8 @@ FLOATS: dict[str, tuple[dict[str, Any], str, str]] = {
     "beside integers": ({"maximum": 999999999999999.9}, "1000000000000000", "999999999999.0"),
     "both bounds": ({"minimum": 1, "exclusiveMinimum": 2}, f"2.{'0' * 30}1", "2.0001"),
     "above 2^53": ({"exclusiveMaximum": 2**60}, str(2**60 - 1), "1"),
+    "below the least float": ({"exclusiveMaximum": 5e-324}, f"0.{'0' * 323}4", "0"),
+    "an integer for a float": ({"multipleOf": 1000.0}, f"1{'0' * 400}", "3000"),
     "a multiple": ({"exclusiveMaximum": -0.001, "multipleOf": 0.3}, f"-{'9' * 38}.9", "-0.9"),
 }
 """Bounds, a text that keeps to them as a decimal alone, and one that does in any case."""

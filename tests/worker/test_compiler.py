@@ -64,9 +64,8 @@ ENFORCED: list[dict[str, Any]] = [
     {"type": "array", "items": {"$ref": "#"}},
     {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
      "required": ["next"]},
-    {"$defs": {"a": {"$ref": "#/$defs/b"},
-               "b": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}]}}, "$ref": "#/$defs/a"},
     {"type": "integer", "minimum": -(2**53) + 1, "maximum": 2**53 - 1},
+    {"enum": [2**53 - 1, 1e-300, 0.30000000000000004]},
     {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
     {"oneOf": [{"type": "object", "properties": {"k": {"const": name}}, "required": ["k"]}
                for name in "ab"]},
@@ -94,6 +93,20 @@ NOT_ENFORCED: list[tuple[dict[str, Any], str]] = [
     ({"type": "integer", "minimum": 2**63, "maximum": 2**63 + 5}, "/minimum"),
     ({"items": {"type": "integer", "exclusiveMinimum": 2**53, "maximum": 2**55}}, "/items/excl"),
     ({"type": "integer", "minimum": 0, "maximum": 2**62 - 1}, "/maximum"),
+    ({"items": {"const": 2**53 + 1}}, "/items/const in the JSON schema is 9007199254740993"),
+    ({"enum": [1, [{"a": 1e308}]]}, "/enum/1/0/a"),
+    ({"type": "integer", "minimum": 2**64 - 1, "maximum": 2**64 - 1}, "/minimum"),
+    ({"minimum": 2**53, "multipleOf": 1.5}, "/minimum"),
+    (
+        {
+            "$defs": {
+                "a": {"$ref": "#/$defs/b"},
+                "b": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}]},
+            },
+            "$ref": "#/$defs/a",
+        },
+        "refers to itself for the same value",
+    ),
     ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, "oneOf"),
     ({"items": {"type": "string", "format": "regex"}}, "/items/format"),
     ({"type": "object", "properties": {"a": True}, "minProperties": 3}, "maxProperties"),

@@ -69,6 +69,14 @@ async def test_the_thinking_is_closed_at_its_budget(size: int) -> None:
     assert metrics.time_to_first_token_ms < metrics.time_to_first_content_ms
 
 
+async def test_thinking_alone_has_no_first_content() -> None:
+    """Issue 13, thinking: not even where its last white space is held back to the end."""
+    async with worker(text="hm\n\n", chat_template=OPENED) as echo:
+        metrics = finish(await listed(echo.ask(asked(None)))).metrics
+    assert metrics.time_to_first_token_ms is not None
+    assert metrics.time_to_first_content_ms is None
+
+
 async def test_a_budget_that_is_not_reached_changes_nothing() -> None:
     """Issue 13, thinking."""
     text = f"abc{CLOSE}answer"

@@ -20,6 +20,7 @@ from headrace.core.tools import Thinking, Tool, ToolChoice
 from headrace.engines.base import OpenRequest
 from headrace.engines.echo import Engine
 from headrace.text.calls.families import FAMILIES
+from headrace.text.calls.parts import Reading
 from headrace.text.calls.splitter import Splitter
 from headrace.text.template import ChatTemplate
 from headrace.worker.chat import Chat
@@ -69,7 +70,9 @@ def call(name: str, arguments: str) -> str:
 
 
 def pipeline(*stops: str, single: bool = False) -> PartsPipeline:
-    splitter = Splitter(FAMILIES["hermes"], {"one": SCHEMA}, thinking_open=False, calls=True)
+    splitter = Splitter(
+        FAMILIES["hermes"], {"one": SCHEMA}, Reading(calls=True), thinking_open=False
+    )
     return PartsPipeline(splitter, stops, "request", 0, single=single)
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from tests.pictures_made import asked, png
 from tests.worker.rig import ask, echo, finish, first_delta, listed, resolve, text, until, worker
 
 from headrace import engines
@@ -536,3 +537,10 @@ async def test_few_texts_are_counted_at_a_time(monkeypatch: pytest.MonkeyPatch) 
         results = await asyncio.gather(*tasks, return_exceptions=True)
     assert most == 2
     assert sum(isinstance(result, BaseException) for result in results) == 1
+
+
+async def test_an_image_alone_is_a_message() -> None:
+    """Issue 13, pictures: beside it a message needs no text."""
+    async with worker(images=True) as echo:
+        result = await collect(echo.ask(asked(png())))
+    assert result.text.startswith("[png")

@@ -1,5 +1,6 @@
 /** What an operator can do with a model. */
 
+import type { JSX } from "preact";
 import { useState } from "preact/hooks";
 
 import { messageOf, post } from "../api";
@@ -62,6 +63,17 @@ export function Actions({ model, plan }: { model: ModelStatus; plan: () => void 
       )}
     </div>
   );
+}
+
+/** Of many models those that are doing something, and a button for the rest; of few all, in their order. */
+export function useFirst<T extends { state: string }>(models: T[], most: number): [T[], JSX.Element | null] {
+  const [all, setAll] = useState(false);
+  if (all || models.length <= most) return [models, null];
+  const idle = (model: T) => named(model.state) === "not loaded";
+  const active = models.filter((model) => !idle(model));
+  const shown = [...active, ...models.filter(idle).slice(0, Math.max(0, most - active.length))];
+  if (shown.length === models.length) return [models, null];
+  return [shown, <Button class="more" label={`Show all ${models.length}`} onClick={() => setAll(true)} />];
 }
 
 /** The stage of a load, and how far it is. */

@@ -9,9 +9,11 @@ import { check, session } from "../session";
 import { useStore } from "../store";
 import type { ModelCard, ModelStatus, Plan, StoredModel } from "../types";
 import { Badge, Button, Empty, Facts, Field, Loading, memoryText, PageHead, Problem } from "../ui";
-import { Actions, LoadProgress, named, stateOf } from "./actions";
+import { Actions, LoadProgress, named, stateOf, useFirst } from "./actions";
 import { Library } from "./library";
 import { PlanDialog, planOf, PlanView } from "./plan";
+
+const FIRST = 12;
 
 export function Models() {
   const { overview, forbidden } = useOverview();
@@ -22,6 +24,7 @@ export function Models() {
     // Models were added or removed since the list was read.
     if (names && names !== models.map((model) => model.id).join()) void check();
   }, [names]);
+  const [shown, more] = useFirst(models, FIRST);
   return (
     <>
       <PageHead title="Models" note="What is served here, what would fit, and what is on the disk." />
@@ -29,12 +32,13 @@ export function Models() {
         <h2>Served</h2>
         {models.length === 0 && <Empty title="No model is served" />}
         <ul class="cards">
-          {models.map((card) => (
+          {shown.map((card) => (
             <li key={card.id} class="panel">
               <ModelView card={card} status={overview?.models.find((model) => model.id === card.id)} plan={setPlanned} />
             </li>
           ))}
         </ul>
+        {more}
       </section>
       {!forbidden && <Library plan={setPlanned} />}
       {!forbidden && <TryFit />}
@@ -57,7 +61,7 @@ function ModelView({ card, status, plan }: { card: ModelCard; status: ModelStatu
         facts={[
           ["Source", status?.source],
           ["Also named", card.aliases.join(", ")],
-          ["Preset of", card.base],
+          [card.adapter ? "Adapter of" : "Preset of", card.base],
           ["Engine", card.engine],
           ["Choice", status?.engine_reason],
           ["Tasks", card.tasks.join(", ")],
@@ -135,7 +139,7 @@ function Disk({ served, plan }: { served: ModelStatus[]; plan: (model: string) =
       <h2>On the disk {total > 0 && <span class="faint">{bytes(total)}</span>}</h2>
       {problem && <Problem text={problem} />}
       {!stored && !problem && <Loading />}
-      {stored?.length === 0 && <Empty title="No model was downloaded yet">headrace pull NAME, or the form above, downloads one.</Empty>}
+      {stored?.length === 0 && <Empty title="No model was downloaded yet"><code>headrace pull NAME</code>, or the form above, downloads one.</Empty>}
       {stored && stored.length > 0 && (
         <table class="grid">
           <thead>
@@ -163,7 +167,7 @@ function Disk({ served, plan }: { served: ModelStatus[]; plan: (model: string) =
                 </td>
                 <td data-label="Added">{model.added ? moment(model.added) : "–"}</td>
                 <td class="actions">
-                  <Button label="Does it fit?" aria-label={`Does ${model.name} fit?`} onClick={() => plan(model.reference)} />
+                  <Button label="Does it fit?" aria-label={`Does it fit? ${model.name}`} onClick={() => plan(model.reference)} />
                 </td>
               </tr>
             ))}

@@ -8,7 +8,7 @@ import { state, useOverview } from "../overview";
 import { link } from "../route";
 import type { Device, ModelStatus, Overview, Rates, Running, Sample } from "../types";
 import { Badge, Bar, Empty, Loading, memoryText, PageHead, Problem } from "../ui";
-import { Actions, LoadProgress, stateOf } from "./actions";
+import { Actions, LoadProgress, stateOf, useFirst } from "./actions";
 import { PlanDialog } from "./plan";
 
 export function Now() {
@@ -118,8 +118,11 @@ function DeviceRow({ device, models }: { device: Device; models: ModelStatus[] }
   );
 }
 
+const MOST = 25;
+
 function ModelTable({ models, rates }: { models: ModelStatus[]; rates: Rates[] }) {
   const [planned, setPlanned] = useState<string | null>(null);
+  const [shown, more] = useFirst(models, MOST);
   return (
     <section>
       <h2>Models</h2>
@@ -144,12 +147,13 @@ function ModelTable({ models, rates }: { models: ModelStatus[]; rates: Rates[] }
             </tr>
           </thead>
           <tbody>
-            {models.map((model) => (
+            {shown.map((model) => (
               <ModelRow key={model.id} model={model} rates={rates.find((r) => r.model === model.id)} plan={() => setPlanned(model.id)} />
             ))}
           </tbody>
         </table>
       )}
+      {more}
       {planned && <PlanDialog model={planned} close={() => setPlanned(null)} />}
     </section>
   );

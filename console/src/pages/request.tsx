@@ -3,7 +3,7 @@
 import { useEffect, useState } from "preact/hooks";
 
 import { getJson, isAbort, messageOf } from "../api";
-import { bytes, count, iso, ms, rate } from "../format";
+import { bytes, count, draftText, iso, ms, rate } from "../format";
 import { replay } from "../playground/replay";
 import { go, link } from "../route";
 import type { Span, Trace } from "../types";
@@ -98,6 +98,7 @@ function FactsOf({ trace }: { trace: Trace }) {
         ["Prompt", `${count(usage.prompt_tokens)} tokens, ${count(usage.cached_tokens)} cached`],
         ["Answer", `${count(usage.completion_tokens)} tokens`],
         ["Thinking", usage.reasoning_tokens ? `${count(usage.reasoning_tokens)} tokens of it` : ""],
+        ["Drafts", usage.drafted_tokens ? draftText(usage) : ""],
         ["Queue", ms(metrics.queue_ms)],
         ["Load", metrics.load_ms ? ms(metrics.load_ms) : ""],
         ["First token", ms(metrics.time_to_first_token_ms)],
@@ -208,6 +209,8 @@ const FIGURES: Figure[] = [
   ["Prompt tokens", (t) => t.metrics.usage.prompt_tokens, count],
   ["Cached tokens", (t) => t.metrics.usage.cached_tokens, count],
   ["Answer tokens", (t) => t.metrics.usage.completion_tokens, count],
+  ["Drafted tokens", (t) => t.metrics.usage.drafted_tokens || null, count],
+  ["Accepted tokens", (t) => (t.metrics.usage.drafted_tokens ? t.metrics.usage.accepted_tokens : null), count],
 ];
 
 export function Comparison({ ids }: { ids: [string, string] }) {
@@ -250,6 +253,7 @@ function Compared({ left, right }: { left: Trace; right: Trace }) {
           <tbody>
             {FIGURES.map(([name, value, text]) => {
               const [a, b] = [value(left), value(right)];
+              if (a == null && b == null) return null;
               return (
                 <tr key={name}>
                   <th scope="row">{name}</th>

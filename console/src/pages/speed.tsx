@@ -4,12 +4,15 @@ import { useEffect, useState } from "preact/hooks";
 
 import { ApiError, getJson, isAbort, messageOf } from "../api";
 import { bytes, ms, rate } from "../format";
-import type { Curve, Point } from "../types";
-import { Badge, Empty, Loading, PageHead, Problem } from "../ui";
+import { session } from "../session";
+import { useStore } from "../store";
+import type { Curve, ModelCard, Point } from "../types";
+import { Badge, CopyButton, Empty, Loading, PageHead, Problem } from "../ui";
 import { COLOURS, type Line, Plot } from "../xy";
 import { Limited } from "./now";
 
 export function Speed() {
+  const { models } = useStore(session);
   const [curves, setCurves] = useState<Curve[] | null>(null);
   const [error, setError] = useState<unknown>(null);
   useEffect(() => {
@@ -28,7 +31,15 @@ export function Speed() {
       {error !== null && <Problem text={messageOf(error)} />}
       {!curves && error === null && <Loading />}
       {curves?.length === 0 && (
-        <Empty title="Nothing was measured yet">headrace bench MODEL measures a service under load; headrace tune MODEL compares the engines.</Empty>
+        <Empty title="Nothing was measured yet">
+          Run these on the machine of this service, in a terminal, then open this page again.
+          {commands(models).map(({ command, about }) => (
+            <span key={command} class="command">
+              <code>{command}</code> <CopyButton bare label={`Copy: ${command}`} text={() => command} />
+              <span class="sub">{about}</span>
+            </span>
+          ))}
+        </Empty>
       )}
       {of("bench").length > 0 && <Runs title="Bench" about="Answers of a service under growing load" curves={of("bench")} first={2} />}
       {groups(of("tune")).map((group) => (
@@ -36,6 +47,17 @@ export function Speed() {
       ))}
     </>
   );
+}
+
+/** What to run for the first results. */
+function commands(models: ModelCard[]): { command: string; about: string }[] {
+  // A name that a shell would read otherwise is left out.
+  const name = models.find(({ id, tasks }) => tasks.includes("generate") && /^[\w.:-]+$/.test(id))?.id ?? "smollm2";
+  return [
+    { command: `headrace bench ${name}`, about: "measures answers under growing load, of a server that it starts" },
+    { command: `headrace bench --url ${location.origin} --model ${name}`, about: "measures this service" },
+    { command: `headrace tune ${name}`, about: "finds the fastest engine and options for the model on this machine" },
+  ];
 }
 
 /** The engines of each run of `tune`. */

@@ -6,6 +6,7 @@ import { currentKey, isAbort, messageOf } from "../api";
 import { ms } from "../format";
 import { Code } from "../markdown";
 import type { Operation } from "../openapi";
+import { quoted } from "../playground/request";
 import { Badge, Button, Field } from "../ui";
 
 type Values = Record<string, string>;
@@ -25,7 +26,6 @@ function addressOf(operation: Operation, values: Values): string {
 
 /** A request as a command. */
 export function curlOf(operation: Operation, body: unknown, values: Values, needsKey: boolean): string {
-  const quoted = (text: string) => `'${text.replaceAll("'", "'\\''")}'`;
   const lines = [`curl ${operation.method === "GET" ? "" : `-X ${operation.method} `}${quoted(location.origin + addressOf(operation, values))}`];
   if (needsKey) lines.push('-H "Authorization: Bearer $HEADRACE_API_KEY"');
   if (operation.form) lines.push(...Object.entries(body as object).map(([name, value]) => `-F ${quoted(`${name}=${value}`)}`));

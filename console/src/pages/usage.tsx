@@ -18,7 +18,7 @@ function firstDay(days: string): string {
   return new Date(Date.now() - (Number(days) - 1) * 86_400_000).toISOString().slice(0, 10);
 }
 
-function useReport(by: string, days: string): [UsageReport | null, unknown] {
+function useReport(by: string, days: string, version: number): [UsageReport | null, unknown] {
   const [report, setReport] = useState<UsageReport | null>(null);
   const [error, setError] = useState<unknown>(null);
   useEffect(() => {
@@ -29,15 +29,17 @@ function useReport(by: string, days: string): [UsageReport | null, unknown] {
       (problem) => isAbort(problem) || setError(problem),
     );
     return () => call.abort();
-  }, [by, days]);
+  }, [by, days, version]);
   return [report, error];
 }
 
 export function Usage() {
   const [by, setBy] = useState<string[]>(["day", "model"]);
   const [days, setDays] = useState("30");
-  const [report, error] = useReport(by.join(","), days);
-  const [daily] = useReport("day", days);
+  const [version, setVersion] = useState(0);
+  const [report, error] = useReport(by.join(","), days, version);
+  const [daily] = useReport("day", days, version);
+  const again = () => setVersion(version + 1);
   if (error instanceof ApiError && error.status === 403) return <Limited text={error.message} />;
   const toggle = (group: string) => {
     const next = by.includes(group) ? by.filter((other) => other !== group) : [...by, group];
@@ -47,6 +49,7 @@ export function Usage() {
     <>
       <PageHead title="Usage" note="Days are in UTC. A key is shown by its short id.">
         {report && report.rows.length > 0 && <Button icon="save" label="Export CSV" onClick={() => download("usage.csv", csv(report), "text/csv")} />}
+        <Button icon="again" label="Refresh" onClick={again} />
       </PageHead>
       <form class="filters" onSubmit={(event) => event.preventDefault()} aria-label="Filters">
         <Field label="Days">
@@ -67,7 +70,7 @@ export function Usage() {
           ))}
         </fieldset>
       </form>
-      {error !== null && <Problem text={messageOf(error)} />}
+      {error !== null && <Problem text={messageOf(error)} again={again} />}
       {!report && error === null && <Loading />}
       {report?.rows.length === 0 && <Empty title="Nothing was counted in these days">Each request that ends is counted within some seconds.</Empty>}
       {report && report.rows.length > 0 && (

@@ -2,7 +2,9 @@
 
 import { useEffect, useRef, useState } from "preact/hooks";
 
+import { useStore } from "../store";
 import { Button } from "../ui";
+import { draft, NO_DRAFT, send, stop } from "./use-conversation";
 
 const TYPES = ["image/png", "image/jpeg", "image/gif", "image/webp"];
 const MOST = 16;
@@ -12,13 +14,10 @@ interface Props {
   busy: boolean;
   /** Why pictures cannot be sent; null if they can. */
   blind: string | null;
-  send: (text: string, images: string[]) => void;
-  stop: () => void;
 }
 
-export function Composer({ busy, blind, send, stop }: Props) {
-  const [text, setText] = useState("");
-  const [images, setImages] = useState<string[]>([]);
+export function Composer({ busy, blind }: Props) {
+  const { text, images, replaces } = useStore(draft);
   const [problem, setProblem] = useState<string | null>(null);
   const [over, setOver] = useState(false);
   const area = useRef<HTMLTextAreaElement>(null);
@@ -29,6 +28,9 @@ export function Composer({ busy, blind, send, stop }: Props) {
     field.style.height = "auto";
     field.style.height = `${Math.min(field.scrollHeight, 240)}px`;
   }, [text]);
+  useEffect(() => {
+    if (replaces !== null) area.current?.focus();
+  }, [replaces]);
 
   const attach = async (files: Iterable<File>) => {
     setProblem(null);
@@ -37,15 +39,15 @@ export function Composer({ busy, blind, send, stop }: Props) {
       else if (file.size > LARGEST) setProblem(`${file.name} is larger than 20 MB.`);
       else {
         const url = await dataUrl(file);
-        setImages((last) => (last.length < MOST ? [...last, url] : last));
+        const last = draft.get();
+        if (last.images.length < MOST) draft.set({ ...last, images: [...last.images, url] });
+        else setProblem(`A message has at most ${MOST} pictures.`);
       }
     }
   };
   const submit = () => {
     if (busy || (!text.trim() && images.length === 0)) return;
-    send(text, images);
-    setText("");
-    setImages([]);
+    if (send(draft.get())) draft.set(NO_DRAFT);
     area.current?.focus();
   };
   const press = (event: KeyboardEvent) => {
@@ -53,6 +55,7 @@ export function Composer({ busy, blind, send, stop }: Props) {
       event.preventDefault();
       submit();
     } else if (event.key === "Escape" && busy) stop();
+    else if (event.key === "Escape" && replaces !== null) draft.set(NO_DRAFT);
   };
   const drop = (event: DragEvent) => {
     event.preventDefault();
@@ -79,10 +82,15 @@ export function Composer({ busy, blind, send, stop }: Props) {
           {images.map((url, index) => (
             <li key={index}>
               <img src={url} alt={`Picture ${index + 1}`} />
-              <Button icon="close" bare kind="quiet" label={`Remove picture ${index + 1}`} onClick={() => setImages(images.filter((_, place) => place !== index))} />
+              <Button icon="close" bare kind="quiet" label={`Remove picture ${index + 1}`} onClick={() => draft.set({ ...draft.get(), images: images.filter((_, place) => place !== index) })} />
             </li>
           ))}
         </ul>
+      )}
+      {replaces !== null && (
+        <p class="note">
+          It replaces an earlier message and all that follows it. <Button kind="quiet" icon="close" label="Leave it as it was" onClick={() => draft.set(NO_DRAFT)} />
+        </p>
       )}
       {images.length > 0 && blind && <p class="note">{blind}</p>}
       {problem && (
@@ -100,7 +108,7 @@ export function Composer({ busy, blind, send, stop }: Props) {
           placeholder="Write a message"
           title="Enter sends it, Shift+Enter begins a line"
           value={text}
-          onInput={(event) => setText(event.currentTarget.value)}
+          onInput={(event) => draft.set({ ...draft.get(), text: event.currentTarget.value })}
           onKeyDown={press}
           onPaste={paste}
         />

@@ -13,7 +13,7 @@ import type { Lane, Turn } from "./conversation";
 import { asCurl, asPython, bodyOf } from "./request";
 import { SettingsPanel } from "./settings";
 import { AnswerView, ToolView, UserView } from "./turns";
-import { type Control, useConversations } from "./use-conversation";
+import { add, again, answerCalls, change, type Control, drop, open, rewrite, useConversations } from "./use-conversation";
 
 export function Playground() {
   const { models } = useStore(session);
@@ -48,9 +48,9 @@ function Chats({ models }: { models: ModelCard[] }) {
             {control.problem}
           </p>
         )}
-        <Composer busy={busy} blind={blindness(current.lanes, models)} send={control.send} stop={control.stop} />
+        <Composer busy={busy} blind={blindness(current.lanes, models)} />
       </div>
-      <SettingsPanel settings={current.settings} change={(part) => control.change((next) => Object.assign(next.settings, part))} />
+      <SettingsPanel settings={current.settings} change={(part) => change((next) => Object.assign(next.settings, part))} />
     </div>
   );
 }
@@ -72,7 +72,7 @@ interface ToolbarProps {
 }
 
 function Toolbar({ control, models, busy, panel, toggle }: ToolbarProps) {
-  const { current, change } = control;
+  const { current } = control;
   const pair = current.lanes.length === 2;
   const choose = (place: number, model: string) => change((next) => (next.lanes[place]!.model = model));
   const compare = () =>
@@ -95,7 +95,7 @@ function Toolbar({ control, models, busy, panel, toggle }: ToolbarProps) {
       <span class="space" />
       <Button icon="save" bare label="Export the conversation" disabled={current.lanes.every((lane) => lane.turns.length === 0)} onClick={() => download(`conversation-${current.id}.json`, JSON.stringify(current, null, 2))} />
       <Button icon="tune" bare class="only-narrow" label="Settings" aria-expanded={panel === "settings"} onClick={() => toggle("settings")} />
-      <Button icon="plus" bare class="only-narrow" label="New conversation" onClick={control.create} />
+      <Button icon="plus" bare class="only-narrow" label="New conversation" onClick={() => open(null)} />
     </div>
   );
 }
@@ -108,10 +108,11 @@ function beforeLast(turns: Turn[]): Turn[] {
 }
 
 function ConversationList({ control }: { control: Control }) {
-  const { all, current, open, drop, create } = control;
+  const { all, current } = control;
+  const picker = useRef<HTMLInputElement>(null);
   return (
     <aside class="conversations" aria-label="Conversations">
-      <Button icon="plus" label="New conversation" onClick={create} />
+      <Button icon="plus" label="New conversation" onClick={() => open(null)} />
       {all.length === 0 && <p class="note">Conversations are kept in this browser.</p>}
       <ul>
         {all.map((conversation) => (
@@ -126,7 +127,23 @@ function ConversationList({ control }: { control: Control }) {
           </li>
         ))}
       </ul>
-      {all.length > 0 && <Button icon="save" kind="quiet" label="Export all" onClick={() => download("conversations.json", JSON.stringify(all, null, 2))} />}
+      <div class="buttons">
+        {all.length > 0 && <Button icon="save" kind="quiet" label="Export all" onClick={() => download("conversations.json", JSON.stringify(all, null, 2))} />}
+        <Button icon="load" kind="quiet" label="Import" onClick={() => picker.current?.click()} />
+        <input
+          ref={picker}
+          type="file"
+          class="hidden"
+          tabIndex={-1}
+          aria-hidden="true"
+          accept=".json,application/json"
+          onChange={({ currentTarget }) => {
+            const file = currentTarget.files?.[0];
+            if (file) void add(file);
+            currentTarget.value = "";
+          }}
+        />
+      </div>
     </aside>
   );
 }
@@ -151,7 +168,7 @@ function LaneView({ lane, place, control }: { lane: Lane; place: number; control
       {current.lanes.length > 1 && <p class="lane-head">{lane.model}</p>}
       {lane.turns.length === 0 && <Empty title={`Chat with ${lane.model}`}>Pictures can be dropped or pasted. Nothing leaves this browser but the requests to this service.</Empty>}
       {lane.turns.map((turn, index) => {
-        if (turn.role === "user") return <UserView key={index} turn={turn} />;
+        if (turn.role === "user") return <UserView key={index} turn={turn} edit={stage === null ? () => rewrite(lane.turns, index) : null} />;
         if (turn.role === "tool") return <ToolView key={index} turn={turn} />;
         return (
           <AnswerView
@@ -160,15 +177,15 @@ function LaneView({ lane, place, control }: { lane: Lane; place: number; control
             model={lane.model}
             stage={index === last ? stage : null}
             last={index === last}
-            again={() => control.again(place)}
-            answerCalls={(results) => control.answerCalls(place, results)}
+            again={() => again(place)}
+            answerCalls={(results) => answerCalls(place, results)}
             curl={() => asCurl(before(index), currentKey() !== null)}
             python={() => asPython(before(index), currentKey() !== null)}
           />
         );
       })}
       {last >= 0 && lane.turns[last]!.role !== "assistant" && stage === null && (
-        <Button icon="again" label="Answer" onClick={() => control.again(place)} />
+        <Button icon="again" label="Answer" onClick={() => again(place)} />
       )}
     </div>
   );

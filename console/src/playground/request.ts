@@ -160,7 +160,7 @@ class Seen {
       decode_tokens_per_second: decode > 0 ? ((this.chunks - 1) * 1000) / decode : null,
       inter_token_ms: null,
       total_ms: performance.now() - this.began,
-      usage: { prompt_tokens: 0, cached_tokens: 0, completion_tokens: this.chunks, reasoning_tokens: 0 },
+      usage: { prompt_tokens: 0, cached_tokens: 0, completion_tokens: this.chunks, reasoning_tokens: 0, drafted_tokens: 0, accepted_tokens: 0 },
       devices: [],
       engine: "",
       worker: "",
@@ -189,22 +189,31 @@ async function tracedMetrics(id: string | null): Promise<Metrics | null> {
 
 const PLACEHOLDER = "$HEADRACE_API_KEY";
 
-/** The request as a command. Long pictures are replaced, as nobody can paste them into a terminal. */
+/** Of the bytes that an argument of a program may have on Linux, 128 KiB; a letter has up to four. */
+const LONGEST_ARGUMENT = 30_000;
+
+/** The request as a command; a long one is read from its input, as an argument may not be so long. */
 export function asCurl(body: Json, needsKey: boolean): string {
-  const quoted = (text: string) => `'${text.replaceAll("'", "'\\''")}'`;
+  const json = JSON.stringify(body, null, 2);
+  const long = json.length > LONGEST_ARGUMENT;
   const lines = [
     `curl ${location.origin}/v1/chat/completions`,
     "-H 'Content-Type: application/json'",
     ...(needsKey ? [`-H "Authorization: Bearer ${PLACEHOLDER}"`] : []),
-    `-d ${quoted(JSON.stringify(shortened(body), null, 2))}`,
+    long ? `--data-binary @- <<'END'\n${json}\nEND` : `-d ${quoted(json)}`,
   ];
   return lines.join(" \\\n  ");
+}
+
+/** A text as one word of a shell. */
+export function quoted(text: string): string {
+  return `'${text.replaceAll("'", "'\\''")}'`;
 }
 
 /** The request as a program with the package openai. */
 export function asPython(body: Json, needsKey: boolean): string {
   const key = needsKey ? 'os.environ["HEADRACE_API_KEY"]' : '"none"';
-  const { model, messages, temperature, top_p, max_tokens, seed, stop, tools, ...rest } = shortened(body) as Json;
+  const { model, messages, temperature, top_p, max_tokens, seed, stop, tools, stream: _, ...rest } = body;
   const known = { model, messages, temperature, top_p, max_tokens, seed, stop, tools };
   const fields = Object.entries(known).filter(([, value]) => value !== undefined);
   const lines = fields.map(([name, value]) => `    ${name}=${python(value, 1)},`);
@@ -219,11 +228,18 @@ export function asPython(body: Json, needsKey: boolean): string {
     "    stream=True,",
     ")",
     "for chunk in stream:",
-    "    if chunk.choices:",
-    '        print(chunk.choices[0].delta.content or "", end="", flush=True)',
+    "    for choice in chunk.choices:",
+    '        print(choice.delta.content or "", end="", flush=True)',
+    ...(tools === undefined ? [] : CALLS),
+    "print()",
     "",
   ].join("\n");
 }
+
+const CALLS = [
+  "        for call in choice.delta.tool_calls or []:",
+  '            print(call.function.name or "", call.function.arguments or "", end="", flush=True)',
+];
 
 function python(value: unknown, depth: number): string {
   const indent = "    ".repeat(depth);
@@ -239,11 +255,4 @@ function python(value: unknown, depth: number): string {
     return `{\n${entries.map(([name, item]) => `${indent}    ${JSON.stringify(name)}: ${python(item, depth + 1)},\n`).join("")}${indent}}`;
   }
   return JSON.stringify(value);
-}
-
-function shortened(value: unknown): unknown {
-  if (typeof value === "string") return value.startsWith("data:") && value.length > 200 ? `${value.slice(0, 60)}...` : value;
-  if (Array.isArray(value)) return value.map(shortened);
-  if (typeof value !== "object" || value === null) return value;
-  return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, shortened(item)]));
 }

@@ -2,23 +2,26 @@
 
 import { useState } from "preact/hooks";
 
-import { count, ms, rate } from "../format";
+import { count, draftText, ms, rate } from "../format";
 import { Code, Markdown } from "../markdown";
 import { memo } from "../memo";
 import type { Metrics } from "../types";
 import { Button, CopyButton } from "../ui";
 import type { AnswerTurn, Call, ToolTurn, UserTurn } from "./conversation";
 
-export const UserView = memo(function UserView({ turn }: { turn: UserTurn }) {
+export function UserView({ turn, edit }: { turn: UserTurn; edit: (() => void) | null }) {
   return (
     <article class="turn user" aria-label="You">
-      {turn.images.map((url, index) => (
-        <img key={index} src={url} alt={`Picture ${index + 1}`} />
-      ))}
-      {turn.text && <p class="text">{turn.text}</p>}
+      <div class="bubble">
+        {turn.images.map((url, index) => (
+          <img key={index} src={url} alt={`Picture ${index + 1}`} />
+        ))}
+        {turn.text && <p class="text">{turn.text}</p>}
+      </div>
+      {edit && <Button kind="quiet" icon="edit" bare label="Edit this message" onClick={edit} />}
     </article>
   );
-});
+}
 
 export const ToolView = memo(function ToolView({ turn }: { turn: ToolTurn }) {
   return (
@@ -191,6 +194,7 @@ export function Figures({ metrics }: { metrics: Metrics }) {
           {usage.prompt_tokens > 0 && ", "}
           {count(usage.completion_tokens)} out
         </span>
+        {usage.drafted_tokens > 0 && <span>{draftText(usage)}</span>}
         <span>total {ms(metrics.total_ms)}</span>
       </p>
     </div>

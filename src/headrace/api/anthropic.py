@@ -86,7 +86,7 @@ async def create_message(service: Service, exchange: Exchange) -> None:
 async def _answer(
     service: Service, exchange: Exchange, wire: MessagesRequest, request: GenerateRequest
 ) -> None:
-    stream = service.backend.ask(request)
+    stream = service.ask(request, exchange.call)
     thinking = wire.thinking
     shows = thinking is not None and thinking.type != "disabled" and thinking.display != "omitted"
     head = MessageHead(

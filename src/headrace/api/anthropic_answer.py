@@ -56,13 +56,23 @@ class ToolUseBlock(msgspec.Struct, frozen=True, tag_field="type", tag="tool_use"
 AnswerBlock = TextBlock | ThinkingBlock | ToolUseBlock
 
 
+class OutputTokens(msgspec.Struct, frozen=True):
+    """The tokens of thinking, which are part of the output's."""
+
+    thinking_tokens: int
+
+
 class MessageUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokens of a message; those of the input without those from a cache."""
+    """The tokens of a message; those of the input without those from a cache.
+
+    There are details where the model has thought.
+    """
 
     input_tokens: int
     cache_read_input_tokens: int = 0
     cache_creation_input_tokens: int = 0
     output_tokens: int
+    output_tokens_details: OutputTokens | msgspec.UnsetType = msgspec.UNSET
 
 
 class MessageBody(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="message"):
@@ -232,6 +242,9 @@ def _usage(usage: Usage) -> MessageUsage:
         input_tokens=usage.prompt_tokens - usage.cached_tokens,
         cache_read_input_tokens=usage.cached_tokens,
         output_tokens=usage.completion_tokens,
+        output_tokens_details=OutputTokens(usage.reasoning_tokens)
+        if usage.reasoning_tokens
+        else msgspec.UNSET,
     )
 
 

@@ -210,7 +210,7 @@ async def _answer(
         parts = _CustomParts(custom)
         form = replace(form, call=parts.part, rest=parts.rest)
     reply = Reply("chatcmpl-", form, request.n, partial(_whole, field, custom))
-    await answer(service, exchange, wire, service.backend.ask(request), reply)
+    await answer(service, exchange, wire, service.ask(request, exchange.call), reply)
 
 
 def to_request(

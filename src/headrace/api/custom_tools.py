@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta
+from msgspec import Meta, to_builtins
 
 from headrace.api.fields import Body
 from headrace.core.constraint import AnyForm, constraint_of
@@ -97,10 +97,25 @@ def custom_tool(
         constraint = constraint_of(_FORMS[grammar.syntax], grammar.definition)
     except InvalidRequest as error:
         raise InvalidRequest(f"{place}: {error.message}", param=place) from None
-    kind = "regular expression" if grammar.syntax == "regex" else "grammar (lark)"
-    how = f"The input is written by this {kind}:\n{grammar.definition}"
-    description = f"{description or ''}\n\n{how}".strip()
+    description = f"{description or ''}\n\n{_how(grammar)}".strip()
     return Tool(name, description, parameters, strict=True, input=constraint)
+
+
+def _how(grammar: CustomGrammar) -> str:
+    kind = "regular expression" if grammar.syntax == "regex" else "grammar (lark)"
+    return f"The input is written by this {kind}:\n{grammar.definition}"
+
+
+def as_wire(tool: Tool) -> dict[str, Any]:
+    """Return a tool as chat completions take it: one with a grammar as a custom tool."""
+    if tool.input is None:
+        return {"type": "function", "function": to_builtins(tool)}
+    syntax: Syntax = "regex" if tool.input.regex else "lark"
+    grammar = CustomGrammar(syntax, tool.input.regex or tool.input.grammar)
+    description = (tool.description or "").removesuffix(_how(grammar)).removesuffix("\n\n")
+    form = CustomFormat("grammar", grammar)
+    custom = CustomTool(tool.name, description or None, form)
+    return {"type": "custom", "custom": to_builtins(custom)}
 
 
 class FreeText:

@@ -27,6 +27,9 @@ from headrace.core.keys import KeyStore
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.model import ModelInfo
 from headrace.core.record import Monitor, Outcome
+from headrace.core.request import GenerateRequest
+from headrace.core.stream import Stream
+from headrace.core.tools import Thinking
 from headrace.core.wording import names_unknown_field, refusal
 
 T = TypeVar("T")
@@ -80,6 +83,17 @@ class Service:
         """Return the model's name for an answer: as requested, or that of the only model."""
         served = self.backend.models() if not requested else ()
         return requested or (served[0].id if len(served) == 1 else "")
+
+    def ask(self, request: GenerateRequest, call: Call) -> Stream:
+        """Begin an answer, and note on the call what of the request has no effect at its model."""
+        if request.thinking.switched(request.template_options) != Thinking():
+            name = self.model_name(request.model)
+            for info in self.backend.models():
+                # Of an upstream it is not known.
+                thinks = info.capabilities.thinking != "none" or not info.tool_format
+                if name in (info.id, *info.aliases) and not thinks:
+                    call.left_out = (*call.left_out, f"thinking, as {info.id} does not think")
+        return self.backend.ask(request)
 
 
 @dataclass(slots=True)

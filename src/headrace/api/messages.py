@@ -173,7 +173,7 @@ class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
 
     reasoning_effort: Effort | None = None
     reasoning: ReasoningSwitch | None = None
-    thinking: ThinkingSwitch | None = None
+    thinking: ThinkingSwitch | bool | None = None
     think: bool | Effort | None = None
     enable_thinking: bool | None = None
     thinking_token_budget: Budget | None = None
@@ -290,8 +290,7 @@ def to_choice(wire: WireChoice | None, *, parallel: bool | None) -> ToolChoice:
 
 def to_thinking(wire: ThinkingFields) -> Thinking:
     """Return the one policy behind the fields; the first that says something wins."""
-    switch, routed = wire.thinking or ThinkingSwitch(), wire.reasoning or ReasoningSwitch()
-    think = wire.think
+    switch, routed, think = _switch(wire), wire.reasoning or ReasoningSwitch(), wire.think
     efforts = (wire.reasoning_effort, routed.effort, think if isinstance(think, str) else None)
     effort = next(filter(None, efforts), None)
     switches = (
@@ -309,10 +308,16 @@ def to_thinking(wire: ThinkingFields) -> Thinking:
     )
 
 
+def _switch(wire: ThinkingFields) -> ThinkingSwitch:
+    if isinstance(wire.thinking, bool):
+        return ThinkingSwitch("enabled" if wire.thinking else "disabled")
+    return wire.thinking or ThinkingSwitch()
+
+
 def _budgets(wire: ThinkingFields) -> list[tuple[str, int]]:
     """Return the limits of the thinking by the names of their fields; -1 is none."""
     budgets = {name: getattr(wire, name) for name in _BUDGETS}
-    budgets["thinking.budget_tokens"] = wire.thinking and wire.thinking.budget_tokens
+    budgets["thinking.budget_tokens"] = _switch(wire).budget_tokens
     budgets["reasoning.max_tokens"] = wire.reasoning and wire.reasoning.max_tokens
     return [(name, value) for name, value in budgets.items() if value is not None and value >= 0]
 

@@ -102,7 +102,8 @@ async def _read(service: Service, exchange: Exchange) -> ResponsesRequest:
 async def _answer(
     service: Service, exchange: Exchange, wire: ResponsesRequest, request: GenerateRequest
 ) -> None:
-    stream, call = service.backend.ask(request), exchange.call
+    call = exchange.call
+    stream = service.ask(request, call)
     head = _head(wire, service, call)
     custom = [tool.name for tool in wire.tools or () if tool.type == "custom" and tool.name]
     seals = "reasoning.encrypted_content" in (wire.include or ())

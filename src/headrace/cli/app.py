@@ -6,37 +6,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
 
-from headrace.cli import (
-    batch,
-    bench,
-    check_engine,
-    cluster,
-    connect,
-    import_,
-    installed,
-    keys,
-    library,
-    pool,
-    replay,
-    reports,
-    serve,
-    store,
-    top,
-    trace,
-    tune,
-)
-from headrace.cli import run as run_command
 from headrace.cli.common import Common, with_common
 from headrace.core.errors import ConfigError, HeadraceError, RequestError
 
@@ -44,14 +25,6 @@ INTERRUPTED = 130
 _LONGEST_DETAIL = 200
 # The base of typer's usage errors has no public name.
 _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[2])
-
-app = typer.Typer(
-    name="headrace",
-    help="Run language models behind one API, and measure what every request costs.",
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
 
 def _version(wanted: bool) -> None:
@@ -62,9 +35,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-@with_common
-def start(
+def _start(
     common: Common,
     version: Annotated[
         bool,
@@ -74,60 +45,72 @@ def start(
     """Run language models behind one API, and measure what every request costs."""
 
 
-# In the order of the help; a command has the name of its function, and two examples.
-_GROUPS: dict[str, dict[Callable[..., None] | str, tuple[str, str]]] = {
+# In the order of the help; a command has its place in this package, and two examples. That of
+# `trace` has the commands of two files.
+_GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
     "Ask": {
-        run_command.run: ('run smollm2 "Name three rivers."', "run smollm2"),
-        batch.batch: (
+        "run": ("run.run", 'run smollm2 "Name three rivers."', "run smollm2"),
+        "batch": (
+            "batch.batch",
             "batch requests.jsonl -o answers.jsonl",
             "batch requests.jsonl -o answers.jsonl --model smollm2",
         ),
     },
     "Models": {
-        library.search: ("search coder", "search vision 7b"),
-        library.library: ("library --fits", "library --task embed"),
-        store.pull: ("pull smollm2", "pull hub:org/repo:Q4_K_M"),
-        store.ls: ("ls", "ls --json"),
-        store.show: ("show smollm2", "show smollm2 --engine llamacpp"),
-        store.rm: ("rm smollm2", "rm --yes smollm2 all-minilm-l6-v2"),
-        import_.import_: ("import Modelfile", "import ./Modelfile --as mario"),
-        pool.plan: ("plan smollm2", "plan ./models/large.gguf"),
+        "search": ("library.search", "search coder", "search vision 7b"),
+        "library": ("library.library", "library --fits", "library --task embed"),
+        "pull": ("store.pull", "pull smollm2", "pull hub:org/repo:Q4_K_M"),
+        "ls": ("store.ls", "ls", "ls --json"),
+        "show": ("store.show", "show smollm2", "show smollm2 --engine llamacpp"),
+        "rm": ("store.rm", "rm smollm2", "rm --yes smollm2 all-minilm-l6-v2"),
+        "import": ("import_.import_", "import Modelfile", "import ./Modelfile --as mario"),
+        "plan": ("pool.plan", "plan smollm2", "plan ./models/large.gguf"),
     },
     "Service": {
-        serve.serve: ("serve smollm2", "serve ./a.gguf hub:org/repo:Q8_0 --port 8000"),
-        pool.start: ("start smollm2", "start smollm2 --set keep_alive=5m"),
-        pool.stop: ("stop smollm2", "stop smollm2 --url http://gpu.example:11511"),
-        pool.restart: ("restart smollm2", "restart smollm2 --json"),
-        pool.pin: ("pin smollm2", "pin smollm2 --off"),
-        pool.update: ("update smollm2 keep_alive=5m", "update smollm2 keep_alive="),
-        "cluster": ("cluster node", "cluster front --nodes 10.0.0.2:11512"),
-        pool.reload: ("reload", "reload --url http://gpu.example:11511"),
-        "service": ("service install", "service status"),
+        "serve": ("serve.serve", "serve smollm2", "serve ./a.gguf hub:org/repo:Q8_0 --port 8000"),
+        "start": ("pool.start", "start smollm2", "start smollm2 --set keep_alive=5m"),
+        "stop": ("pool.stop", "stop smollm2", "stop smollm2 --url http://gpu.example:11511"),
+        "restart": ("pool.restart", "restart smollm2", "restart smollm2 --json"),
+        "pin": ("pool.pin", "pin smollm2", "pin smollm2 --off"),
+        "update": ("pool.update", "update smollm2 keep_alive=5m", "update smollm2 keep_alive="),
+        "cluster": ("cluster.app", "cluster node", "cluster front --nodes 10.0.0.2:11512"),
+        "reload": ("pool.reload", "reload", "reload --url http://gpu.example:11511"),
+        "service": ("installed.app", "service install", "service status"),
     },
     "Observe": {
-        pool.ps: ("ps", "ps --watch"),
-        top.top: ("top", "top --interval 500ms"),
-        pool.events: ("events", "events --json"),
-        reports.usage: ("usage --since 7d", "usage --by key,model"),
-        "trace": ("trace ls", "trace show ID"),
+        "ps": ("pool.ps", "ps", "ps --watch"),
+        "top": ("top.top", "top", "top --interval 500ms"),
+        "events": ("pool.events", "events", "events --json"),
+        "usage": ("reports.usage", "usage --since 7d", "usage --by key,model"),
+        "trace": ("replay.app", "trace ls", "trace show ID"),
     },
     "Measure": {
-        bench.bench: ("bench smollm2", "bench --url http://127.0.0.1:8000/v1 --model m --rate 2"),
-        tune.tune: ("tune smollm2", "tune smollm2 --write latency"),
-        check_engine.check_engine: (
+        "bench": (
+            "bench.bench",
+            "bench smollm2",
+            "bench --url http://127.0.0.1:8000/v1 --model m --rate 2",
+        ),
+        "tune": ("tune.tune", "tune smollm2", "tune smollm2 --write latency"),
+        "check-engine": (
+            "check_engine.check_engine",
             "check-engine llamacpp --model smollm2",
             "check-engine my_package:Engine --model ./model.gguf",
         ),
     },
     "Set up": {
-        connect.connect: ("connect codex", 'connect codex --run -- exec "Explain this folder."'),
-        "keys": ("keys create laptop --requests-per-day 1000", "keys list"),
-        "config": ("config show", "config path"),
-        reports.doctor: ("doctor", "doctor --json"),
+        "connect": (
+            "connect.connect",
+            "connect codex",
+            'connect codex --run -- exec "Explain this folder."',
+        ),
+        "keys": ("keys.app", "keys create laptop --requests-per-day 1000", "keys list"),
+        "config": ("reports.config", "config show", "config path"),
+        "doctor": ("reports.doctor", "doctor", "doctor --json"),
     },
 }
 
 
+_COMMANDS = {name: row for rows in _GROUPS.values() for name, row in rows.items()}
 _EXAMPLES = {
     "cluster": {
         "node": ("cluster node", "cluster node smollm2 --wire-host 0.0.0.0 --labels gpu"),
@@ -171,16 +154,11 @@ class _Grouped(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write a section for each group."""
         groups = {"Commands": self.commands} if ctx.parent else _GROUPS
-        for title, commands in groups.items():
-            names = [name if isinstance(name, str) else _name(name) for name in commands]
+        for title, names in groups.items():
             with formatter.section(title):
                 formatter.write_dl(
                     [(name, (self.commands[name].help or "").partition("\n")[0]) for name in names]
                 )
-
-
-def _name(command: Callable[..., None]) -> str:
-    return command.__name__.rstrip("_").replace("_", "-")
 
 
 def _examples(lines: Iterable[str]) -> str:
@@ -188,29 +166,36 @@ def _examples(lines: Iterable[str]) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  headrace {line}" for line in lines)
 
 
-for _commands in _GROUPS.values():
-    for _command, _lines in _commands.items():
-        if not isinstance(_command, str):
-            app.command(_name(_command), epilog=_examples(_lines))(with_common(_command))
-app.info.cls = _Grouped
-app.info.epilog = _examples(('run smollm2 "Name three rivers."', "serve smollm2"))
-trace.app.command("replay")(with_common(replay.replay))
-for _title, _group, _part in (
-    ("Service", "cluster", cluster.app),
-    ("Service", "service", installed.app),
-    ("Set up", "config", reports.config),
-    ("Set up", "keys", keys.app),
-    ("Observe", "trace", trace.app),
-):
-    for _info in _part.registered_commands:
-        _info.epilog = _examples(_EXAMPLES[_group][_info.name or ""])
-    app.add_typer(_part, name=_group, cls=_Grouped, epilog=_examples(_GROUPS[_title][_group]))
+def application(*names: str) -> typer.Typer:
+    """Return the program with these commands, without names with all: each takes its imports."""
+    app = typer.Typer(
+        name="headrace",
+        cls=_Grouped,
+        help="Run language models behind one API, and measure what every request costs.",
+        epilog=_examples(('run smollm2 "Name three rivers."', "serve smollm2")),
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(with_common(_start))
+    for name in names or _COMMANDS:
+        place, *lines = _COMMANDS[name]
+        module, _, attribute = place.partition(".")
+        command = getattr(importlib.import_module(f"headrace.cli.{module}"), attribute)
+        if name not in _EXAMPLES:
+            app.command(name, epilog=_examples(lines))(with_common(command))
+            continue
+        for info in command.registered_commands:
+            info.epilog = _examples(_EXAMPLES[name][info.name or ""])
+        app.add_typer(command, name=name, cls=_Grouped, epilog=_examples(lines))
+    return app
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; an error is one line on stderr."""
     flags = _before(arguments, "--")
     try:
+        app = application(*(name for name in arguments[:1] if name in _COMMANDS))
         code = app(args=list(arguments) or ["--help"], prog_name="headrace", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:

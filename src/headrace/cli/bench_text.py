@@ -57,17 +57,19 @@ def _optional(run: Run) -> Iterator[tuple[str, list[str | None]]]:
     if any(level.server for level in levels):
         summaries = [level.server.get("time_to_first_token_ms") for level in levels]
         yield "SERVER'S TTFT", [_of(summary, "p50")[0] for summary in summaries]
-    if any(level.drafted_tokens for level in levels):
-        yield (
-            "ACCEPTED/DRAFTED",
-            [f"{each.accepted_tokens}/{each.drafted_tokens}" for each in levels],
-        )
     if any(level.late_ms for level in levels):
         yield "LATE P99", [_of(level.late_ms, "p99")[0] for level in levels]
+    if any(level.drafted_tokens for level in levels):
+        yield "ACCEPTED", [_percent(_accepted(level)) for level in levels]
     if run.settings.slo:
         yield "WITHIN SLO", [_percent(level.goodput) for level in levels]
     if run.limit is not None:
         yield "OF LIMIT", [_percent(level.of_limit) for level in levels]
+
+
+def _accepted(level: Level) -> float | None:
+    """Return the share of the drafted tokens that the model kept."""
+    return level.accepted_tokens / level.drafted_tokens if level.drafted_tokens else None
 
 
 def _of(summary: Summary | None, *names: str) -> list[str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import functools
+import gc
 import inspect
 import logging
 import os
@@ -101,9 +102,12 @@ class Common:
             ConfigError: as `headrace.config.load` does.
         """
         from headrace import log, runtime
+        from headrace.machine import tune_garbage_collection
 
         flags = {"home": self.home, "log_level": "debug" if self.verbose else None, **flags}
         settings = runtime.load_settings(file=self.file, flags=flags)
+        if not gc.isenabled():
+            tune_garbage_collection()
         config = settings.config
         if not service and settings.origin("log_level") == "default":
             config = config.model_copy(update={"log_level": "warning"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -138,6 +139,9 @@ def _import_modelfile(
     common.show(row, _written(row))
 
 
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
 def _text(path: Path) -> str:
     from headrace.models.modelfile import MAX_MODELFILE
 
@@ -149,7 +153,7 @@ def _text(path: Path) -> str:
     if len(data) > MAX_MODELFILE:
         raise ConfigError(f"it has more than {MAX_MODELFILE} bytes.")
     try:
-        return data.decode()
+        return data.decode("utf-16" if data.startswith(_UTF_16) else "utf-8")
     except UnicodeDecodeError:
         raise ConfigError("it is not UTF-8.") from None
 

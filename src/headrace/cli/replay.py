@@ -13,9 +13,9 @@ import msgspec
 from typer import Option
 
 from headrace.cli import terminal
-from headrace.cli.common import Common, Url, known_models
+from headrace.cli.common import Common, Url, known_models, with_common
 from headrace.cli.replay_body import PATHS, replay_body
-from headrace.cli.trace import Id, find, rate, tokens, took
+from headrace.cli.trace import Id, app, find, rate, tokens, took
 from headrace.core.errors import InvalidRequest, UpstreamError
 from headrace.core.metrics import InferenceMetrics
 from headrace.core.record import RequestRecord
@@ -170,3 +170,6 @@ def _lines(record: RequestRecord, replayed: Replayed) -> Iterator[str]:
     yield from terminal.aligned(heads, rows, heads[1:])
     place = "" if replayed.differs_at is None else f" from character {replayed.differs_at} on"
     yield "The text is equal." if replayed.equal else f"The text is another{place}."
+
+
+app.command("replay")(with_common(replay))

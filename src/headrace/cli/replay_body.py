@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from headrace.api.custom_tools import as_wire
 from headrace.core.errors import InvalidRequest
 from headrace.core.media import Image, Part
 from headrace.core.record import Content, RequestRecord
@@ -98,7 +99,7 @@ def _tools(content: Content, given: Mapping[str, Any]) -> dict[str, Any]:
     elif named:
         wire = {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": named}}
     return {
-        "tools": [{"type": "function", "function": msgspec.to_builtins(tool)} for tool in tools],
+        "tools": [as_wire(tool) for tool in tools],
         "tool_choice": wire,
         "parallel_tool_calls": choice.parallel,
     }

@@ -42,7 +42,9 @@ def tune(
     ] = "1,8,32",
     engines: Annotated[str, typer.Option(metavar="NAME,NAME,...", help="Only these engines.")] = "",
     seconds: Annotated[float, typer.Option(min=0.0, help="Time of each turn.")] = 5.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Number of turns of each.")] = 3,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Number of turns of each; near ties have up to 5 more.")
+    ] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 128,
     device: Device = None,
     context_length: ContextLength = None,

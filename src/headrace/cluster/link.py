@@ -76,6 +76,7 @@ def connector(access: Credentials) -> Connect:
 class NodeLink:
     """One address. While it `is_up`, `name` is that of the node, and requests can be sent.
 
+    `was_tried` is whether the first attempt to connect has ended, with a connection or without;
     `failure` is why there is no connection.
     """
 
@@ -89,7 +90,7 @@ class NodeLink:
     ) -> None:
         self.address = address
         self.node: Hello | None = None
-        self.is_up = False
+        self.is_up = self.was_tried = False
         self.failure = "not connected yet"
         self.failing_since = clock()
         self.clock_s = 0.0
@@ -133,6 +134,7 @@ class NodeLink:
             delay = min(_LONGEST_DELAY_S, delay * 2)
 
     def _note(self, error: Exception) -> None:
+        self.was_tried = True
         before, self.failure = self.failure, str(error) or type(error).__name__
         # A node that is not there yet is no error; one that does not fit together with this is.
         if isinstance(error, (ssl.SSLError, Refusal)) and self.failure != before:
@@ -179,7 +181,7 @@ class NodeLink:
     def _join(self, link: Link[Any], greeting: _Greeting) -> None:
         assert self.node is not None, "the greeting has ended"
         self.clock_s = self.node.time - time.time()
-        self._link, self.is_up = link, True
+        self._link, self.is_up, self.was_tried = link, True, True
         self._heard = self._checked = self._clock()
         greeting.deliver(self._receive)
 

@@ -17,6 +17,12 @@ log = logging.getLogger("headrace.cluster")
 
 _SETTLED_S = 1.0
 """How long after a node has joined models are placed: others may join too."""
+_LOST_S = 5.0
+"""How long after a node has left: it may be restarted, and its answers go on at the others now."""
+_AGAIN_S = 60.0
+"""A node that was lost so recently before is not waited for."""
+_LONGEST_S = 15.0
+"""How long to wait for other nodes at most."""
 _PATIENCE_S = 30.0
 """How long a node is waited for that was ordered to load a model."""
 
@@ -33,20 +39,28 @@ class _Placed:
 class Placing:
     """Loads each model that is preloaded, or in use, at as many distinct nodes as it has replicas.
 
-    If there are fewer nodes, they get several workers. A load that has not succeeded within 30 s
+    If there are fewer nodes, they get several workers. Nothing is placed before all known addresses
+    have been tried, and for 5 s after a node was lost. A load that has not succeeded within 30 s
     is ordered again, there or elsewhere. A model that a node has unloaded since, for lack of memory
     or as it was idle, is not loaded again: requests do that.
     """
 
     def __init__(
-        self, view: View, links: Mapping[str, NodeLink], clock: Callable[[], float]
+        self,
+        view: View,
+        links: Mapping[str, NodeLink],
+        tried: Callable[[], bool],
+        clock: Callable[[], float],
     ) -> None:
         self._view = view
         self._links = links
+        self._tried = tried
         self._clock = clock
         self._placed: dict[str, dict[str, _Placed]] = {}
         self._busy: dict[str, tuple[str, float]] = {}
         self._quiet_until = 0.0
+        self._stepped = clock()
+        self._lost: dict[str, float] = {}
         self._orders: set[asyncio.Task[None]] = set()
 
     def joined(self) -> None:
@@ -54,7 +68,12 @@ class Placing:
         self._quiet_until = self._clock() + _SETTLED_S
 
     def left(self, node: str) -> None:
-        """Forget what was placed at a node."""
+        """Forget what was placed at a node; wait for it to come back, unless it is lost often."""
+        now = self._clock()
+        self._lost = {name: at for name, at in self._lost.items() if now - at < _AGAIN_S}
+        if node not in self._lost:
+            self._quiet_until = now + _LOST_S
+        self._lost[node] = now
         self._busy.pop(node, None)
         for nodes in self._placed.values():
             nodes.pop(node, None)
@@ -62,8 +81,11 @@ class Placing:
     def step(self) -> None:
         """Place what is missing: one load at a time for each node."""
         now = self._clock()
-        if now < self._quiet_until:
+        is_quiet = now >= self._quiet_until and self._tried()
+        # In a large cluster there may always be a node that comes or goes.
+        if not is_quiet and now < self._stepped + _LONGEST_S:
             return
+        self._stepped = now
         self._note_loads(now)
         for model in [*self._view.known.values()]:
             if model.enabled:

@@ -65,7 +65,7 @@ class ClusterPool:
         self.draining = False
         self.continuations: dict[str, int] = {}
         self.since: dict[Address, float] = {}
-        self.placing = Placing(self.view, self.connected, clock)
+        self.placing = Placing(self.view, self.connected, self._have_tried, clock)
         self._directories = directories
         self._member = member
         self._connect = connect
@@ -261,6 +261,9 @@ class ClusterPool:
         else:
             data = {**message.event.data, "node": link.name}
             self.events.forward(msgspec.structs.replace(message.event, data=data))
+
+    def _have_tried(self) -> bool:
+        return all(link.was_tried for link in self.links.values())
 
     def _task(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)

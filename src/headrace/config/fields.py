@@ -46,7 +46,11 @@ class Frozen(BaseModel):
 
     # Inputs are kept out of errors: one may be a secret.
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        defer_build=True,
     )
 
     prefix: ClassVar[str] = ""

@@ -8,6 +8,7 @@ from typing import Any, cast
 from headrace.core.schema import Path, Schema, children, resolved
 
 _DEFINITIONS = ("$defs", "definitions")
+_APPLIED = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas")
 _VALUES = ("properties", "patternProperties", "additionalProperties", "items", "prefixItems")
 
 
@@ -33,6 +34,29 @@ def endless(root: Schema) -> Path | None:
             if below[0] in _VALUES and id(child) in left:
                 return (*path, *below)
     return None
+
+
+def circular(root: Schema) -> Path | None:
+    """Return the path of a schema that applies itself to the same value; None if there is none.
+
+    Validators can follow that without an end.
+
+    Raises:
+        InvalidRequest: a reference leads nowhere.
+    """
+    parts = _reachable(root)
+    left = {key: {*_applied(root, part)} for key, (_, part) in parts.items()}
+    # Until no further part is known to lead to an end.
+    while ended := {key for key, applied in left.items() if applied.isdisjoint(left)}:
+        left = {key: applied for key, applied in left.items() if key not in ended}
+    return parts[next(iter(left))][0] if left else None
+
+
+def _applied(root: Schema, schema: Schema) -> Iterator[int]:
+    """Yield the ids of the subschemas that apply to the same value as their schema."""
+    yield from (id(part) for path, part in children(schema) if path[0] in _APPLIED)
+    if isinstance(reference := schema.get("$ref"), str):
+        yield id(resolved(root, reference, ("$ref",))[1])
 
 
 def _ends(group: Sequence[Any], left: Mapping[int, None]) -> bool:

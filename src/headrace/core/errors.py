@@ -133,7 +133,7 @@ class QueueFull(CapacityError):
 
 
 class RateLimited(CapacityError):
-    """A limit of the key is reached: of requests, tokens or concurrent requests."""
+    """A limit of the key is reached: of requests, tokens, concurrent requests or crashes."""
 
 
 class DatabaseDown(CapacityError):

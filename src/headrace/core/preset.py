@@ -80,14 +80,14 @@ def _conversation(preset: Preset, request: GenerateRequest | CountRequest) -> di
         return changes
     if preset.system and not any(message.role in _SYSTEM for message in messages):
         changes["messages"] = (Message("system", preset.system), *messages)
-    given = request.thinking
+    given = request.thinking.switched(request.template_options)
     switched = given.enabled is not None or given.effort is not None
     thinking = given if switched else _switch(preset)
     if given.budget is None and preset.thinking_budget is not None:
         thinking = msgspec.structs.replace(thinking, budget=preset.thinking_budget)
     elif thinking is not given:
         thinking = msgspec.structs.replace(thinking, budget=given.budget)
-    if thinking != given:
+    if thinking != request.thinking:
         changes["thinking"] = thinking
     return changes
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest
+
+SWITCHES = ("enable_thinking", "thinking")
+"""The variables of chat templates that switch the thinking."""
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+"""How much of it, in the words of OpenAI's API."""
 
 
 class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -67,3 +73,15 @@ class Thinking(msgspec.Struct, frozen=True, omit_defaults=True):
     enabled: bool | None = None
     effort: str | None = None
     budget: int | None = None
+
+    def switched(self, options: Mapping[str, Any]) -> Thinking:
+        """Return it with what variables of a chat template say, where it says nothing itself."""
+        if not options or self.enabled is not None or self.effort is not None:
+            return self
+        effort = options.get("reasoning_effort")
+        effort = effort if effort in EFFORTS else None
+        switches = (options.get(name) for name in SWITCHES)
+        enabled = next((value for value in switches if isinstance(value, bool)), None)
+        if enabled is None and effort is not None:
+            enabled = effort != "none"
+        return Thinking(enabled, None if effort == "none" else effort, self.budget)

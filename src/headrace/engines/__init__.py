@@ -12,7 +12,7 @@ import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +30,6 @@ from headrace.engines import choice, plan
 from headrace.engines.base import About, Engine, EngineOptions, OpenRequest
 from headrace.engines.choice import Candidate
 from headrace.engines.module import Module
-from headrace.engines.versions import unfit
 from headrace.models.transfer import Progress, silent
 
 ENTRY_POINTS = "headrace.engines"
@@ -59,8 +58,12 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 def names() -> tuple[str, ...]:
     """Return the sorted names of all engines, built in and of other packages."""
-    built_in = {module.name for module in pkgutil.iter_modules(__path__)} - _SHARED
-    return tuple(sorted(built_in | {point.name for point in _entry_points()}))
+    return tuple(sorted(_built_in() | {point.name for point in _entry_points()}))
+
+
+@cache
+def _built_in() -> frozenset[str]:
+    return frozenset(module.name for module in pkgutil.iter_modules(__path__)) - _SHARED
 
 
 def about(name: str) -> About:
@@ -105,6 +108,9 @@ def _problem(facts: About) -> str:
 @lru_cache(maxsize=64)
 def _unfit(extra: str | None, library: str, _folders: tuple[tuple[str, float], ...]) -> str:
     """Read the versions of packages in the folders, again after one has changed."""
+    # Imported here: the process of a model needs no `packaging`.
+    from headrace.engines.versions import unfit
+
     return unfit(extra, library)
 
 
@@ -321,11 +327,11 @@ def folder(name: str) -> str | None:
 def _imported(name: str) -> ModuleType:
     if ":" in name:
         return _from_path(name)
-    if name not in names():
-        raise ConfigError(f"There is no engine {name!r}; there are {', '.join(names())}.")
     for point in _entry_points():
         if point.name == name:
             return point.load()
+    if name not in _built_in():
+        raise ConfigError(f"There is no engine {name!r}; there are {', '.join(names())}.")
     return importlib.import_module(f"{__name__}.{name}")
 
 

@@ -40,7 +40,8 @@ from headrace.core.sampling import Sampling
 class EngineOptions(BaseModel):
     """Base of every engine's `Options`: unknown keys are refused, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Those of most engines are only looked at, and their validators never built.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import statistics
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +24,14 @@ log = logging.getLogger("headrace.tune")
 FILE_NAME = "tuned.json"
 MAX_RECORDS = 200
 Aim = Literal["latency", "throughput"]
-_EQUAL = 0.95
-"""Rates of at least this share of the best count as equal: runs vary by as much."""
+NEAR = 0.9
+"""A rate below this share of the best is slower, however few rounds there were."""
+_SAME, _EQUAL = 0.99, 0.95
+"""From this share of the best on rates are equal: always, and with too few rounds to tell."""
+_CHANCE = 0.05
+"""The chance of so many rounds won, or more, at which a difference is no accident."""
+LEAST_PAIRS = 5
+"""Of fewer rounds none is that unlikely."""
 MIN_FORCED = 0.95
 """Share of next tokens, each after the reference's text, that have to be the reference's."""
 MAX_DISTANCE = 0.15
@@ -62,6 +71,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     `tokens_per_s` is the median of the rounds, of all output tokens over the time from the first
     request to the last token; `spread` is the minimum and maximum. Times to the first token are in
     milliseconds. `of_limit` is the share of the rate that memory alone would allow, None: unknown.
+    `rates` are those of the rounds, in order; near ties have more rounds than others.
     """
 
     streams: int
@@ -70,6 +80,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     first_token_ms_p50: float
     first_token_ms_p99: float
     of_limit: float | None = None
+    rates: tuple[float, ...] = ()
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +103,11 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         """Return output tokens/s, 0 where it was not measured."""
         rates = (point.tokens_per_s for point in self.figures if point.streams == streams)
         return next(rates, 0.0)
+
+    def rates(self, streams: int) -> tuple[float, ...]:
+        """Return output tokens/s of each round."""
+        points = (point for point in self.figures if point.streams == streams)
+        return next((point.rates or (point.tokens_per_s,) for point in points), ())
 
     @property
     def title(self) -> str:
@@ -125,17 +141,36 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     def winner(self, aim: Aim) -> Trial | None:
         """Return the fastest trial without a fault: with the fewest or with the most streams.
 
-        Of trials that are about as fast, it is the one with the least memory.
+        Of trials that are as fast it is the one with the least memory (`is_slower`).
         """
         streams = self.streams_for(aim)
         candidates = [trial for trial in self.trials if trial.fault is None and trial.rate(streams)]
-        fastest = max((trial.rate(streams) for trial in candidates), default=0.0)
-        best = [trial for trial in candidates if trial.rate(streams) >= _EQUAL * fastest]
-        return min(best, key=lambda trial: sum(trial.memory.values()), default=None)
+        if not candidates:
+            return None
+        best = max(candidates, key=lambda trial: trial.rate(streams)).rates(streams)
+        equal = [trial for trial in candidates if not is_slower(trial.rates(streams), best)]
+        return min(equal, key=lambda trial: sum(trial.memory.values()))
 
     def streams_for(self, aim: Aim) -> int:
         """Return the number of streams whose rates are compared."""
         return min(self.streams) if aim == "latency" else max(self.streams)
+
+
+def is_slower(rates: Sequence[float], best: Sequence[float]) -> bool:
+    """Whether rates are lower than those of the best, beyond the noise of their own rounds.
+
+    Rounds are compared in pairs, by their numbers: by chance alone each is won with a probability
+    of one half (the sign test). With fewer than five pairs 5 % decide.
+    """
+    share = statistics.median(rates) / statistics.median(best)
+    if not NEAR <= share < _SAME:
+        return share < NEAR
+    pairs = list(zip(rates, best, strict=False))
+    if len(pairs) < LEAST_PAIRS:
+        return share < _EQUAL
+    won = sum(ours < theirs for ours, theirs in pairs)
+    ways = sum(math.comb(len(pairs), count) for count in range(won, len(pairs) + 1))
+    return ways / 2 ** len(pairs) <= _CHANCE
 
 
 def save(home: Path, file: ModelFile, record: Record) -> None:

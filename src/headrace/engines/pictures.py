@@ -14,11 +14,15 @@ from headrace.core.media import image_header
 
 _DEFAULT_MARKER = "<image>"
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+_ORIENTATION = 0x0112
+_EXIF_WITHIN = 64 << 10
+# Values of EXIF, and what Pillow has to do with the image: its numbers of `Transpose`.
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, zlib.error)
 
 
 def decoded(data: bytes) -> Any:
-    """Return a picture as a PIL image in RGB; of an animation its first frame. Blocking.
+    """Return a picture as a PIL image in RGB, upright; of an animation its first frame. Blocking.
 
     Raises:
         InvalidRequest: it cannot be decoded.
@@ -32,12 +36,37 @@ def decoded(data: bytes) -> Any:
         raise Unsupported(f"Images in {kind} need Pillow: {command}", param="messages") from None
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            return image.convert("RGB")
+            turn = _TURNS.get(_orientation(image))
+            shown = image if turn is None else image.transpose(Image.Transpose(turn))
+            if shown.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+                shown = shown.convert("I").point(lambda value: value / 256).convert("L")
+            return shown.convert("RGB")
     except (*_DAMAGED, Image.DecompressionBombError) as error:
         reason = type(error).__name__
         raise InvalidRequest(
             "An image cannot be decoded.", param="messages", detail=f"{reason}: {error}"
         ) from error
+
+
+def is_turned(data: bytes) -> bool:
+    """Whether a JPEG is shown turned or mirrored; False where Pillow is not installed."""
+    if b"Exif\0\0" not in data[:_EXIF_WITHIN] or not is_installed():
+        return False
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return _orientation(image) in _TURNS
+    except (*_DAMAGED, Image.DecompressionBombError):
+        return False
+
+
+def _orientation(image: Any) -> int:
+    """Return how a camera was held, as EXIF has it; a damaged EXIF says nothing."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except _DAMAGED:
+        return 1
 
 
 def image_marker(processor: Any, template: str | None) -> str:

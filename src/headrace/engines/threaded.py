@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Executor
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from headrace.core.stream import Mailbox
 
@@ -30,15 +31,34 @@ class Inbox:
         self._loop = loop
         self._gather_s = gather_s
         self._lock = threading.Lock()
-        self._waiting: list[tuple[Callable[[object], None], object]] = []
+        self._waiting: list[tuple[Callable[[Any], None], Any]] = []
 
-    def put(self, receive: Callable[[object], None], item: object) -> None:
+    def put(self, receive: Callable[[T], None], item: T) -> None:
         """Call `receive(item)` on the loop, in the order of the puts. From any thread."""
         with self._lock:
             self._waiting.append((receive, item))
             wake = len(self._waiting) == 1
         if wake:
             self._loop.call_soon_threadsafe(self._gather)
+
+    def take(self, receive: Callable[[T], None], item: T) -> None:
+        """Call `receive(item)` as `put` does, on the thread of the event loop."""
+        with self._lock:
+            self._waiting.append((receive, item))
+            waiting = len(self._waiting)
+        if waiting >= self.open:
+            self._drain()
+        elif waiting == 1:
+            self._loop.call_later(self._gather_s, self._drain)
+
+    @contextmanager
+    def opened(self) -> Generator[None]:
+        """Count an open stream."""
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
 
     def _gather(self) -> None:
         if len(self._waiting) < self.open:
@@ -80,18 +100,25 @@ async def stream(
             inbox.put(mailbox.put, _End)
 
     thread = asyncio.get_running_loop().run_in_executor(executor, run)
-    inbox.open += 1
+    with inbox.opened():
+        try:
+            while (item := await mailbox.get()) is not _End:
+                yield item  # pyright: ignore[reportReturnType]  # produce emits only T
+            await thread
+        finally:
+            closed = True
+            await _ended(thread)
+
+
+async def finished(thread: asyncio.Future[T]) -> T:
+    """Return the result of a thread; if this is cancelled, the thread has ended too."""
     try:
-        while (item := await mailbox.get()) is not _End:
-            yield item  # pyright: ignore[reportReturnType]  # produce emits only T
-        await thread
+        return await asyncio.shield(thread)
     finally:
-        closed = True
-        inbox.open -= 1
         await _ended(thread)
 
 
-async def _ended(thread: asyncio.Future[None]) -> None:
+async def _ended(thread: asyncio.Future[Any]) -> None:
     await asyncio.wait({thread})
     if not thread.cancelled():
         thread.exception()

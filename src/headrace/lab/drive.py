@@ -155,26 +155,27 @@ async def server(
     ready: str | None = None,
     key: str | None = None,
     start_s: float | None = None,
+    log: Path | None = None,
 ) -> AsyncGenerator[Server]:
     """Run a server, and yield it when it accepts requests.
 
     Without `url` it has to print `{"url": "http://HOST:PORT"}` as its first line. With `ready`,
     that path has to be answered with 200 first. Headrace logs only warnings; an error quotes the
-    last one.
+    last one. The log is kept in the file `log`, if there is one.
 
     Raises:
         LoadFailed: it ended before that, or took longer than `start_s`.
     """
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        output = None if url is None else log
+    with _opened(log) as errors:
+        output = None if url is None else errors
         quiet = {"HEADRACE_LOG_LEVEL": "warning"} | dict(environment or {})
-        async with program(command, quiet, output=output, errors=log) as running:
+        async with program(command, quiet, output=output, errors=errors) as running:
             try:
                 async with asyncio.timeout(start_s):
                     url = url or await _printed(running)
                     if url is None or (ready and not await _ready(running, url, ready, key)):
                         await running.wait()
-                        raise _failure(log)
+                        raise _failure(errors)
             except TimeoutError:
                 raise LoadFailed(f"The server did not start within {start_s:g} s.") from None
             yield Server(url, running, key)
@@ -231,6 +232,12 @@ async def model(
         yield backend
     finally:
         await backend.aclose()
+
+
+def _opened(log: Path | None) -> IO[str]:
+    if log is None:
+        return tempfile.TemporaryFile("w+", errors="replace")
+    return log.open("w+", errors="replace")
 
 
 async def _printed(running: Program) -> str | None:

@@ -207,6 +207,7 @@ def tune_garbage_collection() -> None:
     """
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
+    gc.enable()
 
 
 def shorten_switch_interval() -> None:

@@ -9,20 +9,27 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
+from headrace.core.errors import ConfigError, InvalidRequest, LoadFailed, UnknownModel
 from headrace.core.sampling import Sampling
+from headrace.models import projector
 from headrace.models.caches import ollama_weights
 from headrace.models.reference import LocalReference, parse
 
 MAX_MODELFILE = 1 << 20
-_COMMANDS = ("FROM", "PARAMETER", "SYSTEM", "TEMPLATE", "ADAPTER", "LICENSE", "MESSAGE")
 _FENCE = '"""'
+_ONE_FROM = "A Modelfile has one FROM, and perhaps one of a projector."
 _GO = "it is a Go template; the model's own chat template is used"
+_OWN = "how a model writes calls and thinking is found in its chat template"
 _LEFT = {
     "TEMPLATE": _GO,
+    "RENDERER": _GO.partition(";")[2].strip(),
+    "PARSER": _OWN,
+    "DRAFT": "the options speculation and draft_model are in its place",
+    "REQUIRES": "it names a version of Ollama",
     "LICENSE": "a configuration has no place for it",
     "MESSAGE": "messages are sent with each request",
 }
+_COMMANDS = frozenset(("FROM", "PARAMETER", "SYSTEM", "ADAPTER", *_LEFT))
 
 Number = Callable[[str], int | float]
 _SAMPLING: Mapping[str, tuple[str, Number]] = {
@@ -60,11 +67,11 @@ def read(text: str) -> list[Instruction]:
     """Return the instructions of a Modelfile.
 
     Raises:
-        ConfigError: a line is none, a text has no end, or there is not one FROM.
+        ConfigError: a line is none, a text has no end, or there is no FROM.
     """
     instructions = [*_instructions(text.removeprefix("\ufeff"))]
-    if sum(item.name == "FROM" for item in instructions) != 1:
-        raise ConfigError("A Modelfile has one FROM.")
+    if not any(item.name == "FROM" for item in instructions):
+        raise ConfigError(_ONE_FROM)
     return instructions
 
 
@@ -73,25 +80,28 @@ def _instructions(text: str) -> Iterator[Instruction]:
     for number, line in lines:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        word, _, rest = line.strip().partition(" ")
-        if (name := word.upper()) not in _COMMANDS or not rest.strip():
+        word, *rest = line.split(None, 1)
+        if (name := word.upper()) not in _COMMANDS or not rest:
             raise ConfigError(f"line {number}: {word[:40]!r} is no instruction with a value.")
-        value = rest.strip()
+        value = rest[0].strip()
         # Of a parameter and a message, the text follows another word.
-        head, fence, begun = value.partition(_FENCE)
-        if fence and len(head.split()) <= (name in {"PARAMETER", "MESSAGE"}):
-            parts = [begun]
-            while _FENCE not in parts[-1]:
-                if (following := next(lines, None)) is None:
-                    raise ConfigError(f"line {number}: the text has no closing {_FENCE}.")
-                parts.append(following[1])
-            value = head + "\n".join(parts).partition(_FENCE)[0]
-        yield Instruction(name, _unquoted(value), number)
+        words = value.split(None, 1) if name in {"PARAMETER", "MESSAGE"} else ["", value]
+        head, begun = words[0], words[1] if len(words) > 1 else ""
+        text = _text(begun, lines, number)
+        yield Instruction(name, f"{head} {text}" if head else text, number)
 
 
-def _unquoted(value: str) -> str:
-    quoted = len(value) > 1 and value[0] == value[-1] == '"'
-    return value[1:-1] if quoted else value
+def _text(begun: str, lines: Iterator[tuple[int, str]], number: int) -> str:
+    """Return a text, which goes on over the lines up to its closing quote."""
+    quote = next((mark for mark in (_FENCE, '"') if begun.startswith(mark)), "")
+    if not quote:
+        return begun
+    text = begun[len(quote) :]
+    while not text.rstrip().endswith(quote):
+        if (following := next(lines, None)) is None:
+            raise ConfigError(f"line {number}: the text has no closing {quote}.")
+        text += f"\n{following[1]}"
+    return text.rstrip().removesuffix(quote)
 
 
 class _Target(NamedTuple):
@@ -120,15 +130,32 @@ def imported(text: str, folder: Path, models: Mapping[str, str], known: set[str]
             not there or for a model of the configuration.
     """
     instructions = read(text)
-    source = next(item for item in instructions if item.name == "FROM")
+    sources = [item for item in instructions if item.name == "FROM"]
+    projectors = [item for item in sources if len(sources) > 1 and _is_projector(item, folder)]
+    source, *more = [item for item in sources if item not in projectors] or sources
+    if more or len(projectors) > 1:
+        raise ConfigError(_ONE_FROM)
     left = {item.name: _LEFT[item.name] for item in instructions if item.name in _LEFT}
     target = _Target({}, left, known)
     name = _put_model(target, source, folder, models)
+    for item in projectors:
+        target.settings["options"] = {"mmproj": str(_path(item, folder).resolve())}
     if systems := [item.value for item in instructions if item.name == "SYSTEM"]:
         target.put("SYSTEM", "system", systems[-1])
     _put_adapters(target, [item for item in instructions if item.name == "ADAPTER"], folder)
     _put_parameters(target, [item for item in instructions if item.name == "PARAMETER"])
     return Imported(name=name, settings=target.settings, left_out=left)
+
+
+def _path(item: Instruction, folder: Path) -> Path:
+    return folder / Path(item.value).expanduser()
+
+
+def _is_projector(item: Instruction, folder: Path) -> bool:
+    try:
+        return bool(projector.read(_path(item, folder)).path)
+    except LoadFailed:
+        return False
 
 
 def _put_model(
@@ -140,7 +167,7 @@ def _put_model(
         has_base = "base" in target.known
         settings["base" if has_base else "model"] = value if has_base else models[value]
         return ""
-    path = folder / Path(value).expanduser()
+    path = _path(source, folder)
     if path.exists():
         settings["model"] = str(path.resolve())
         return "" if path.name.startswith("sha256") else path.stem
@@ -153,7 +180,7 @@ def _put_model(
 def _put_adapters(target: _Target, adapters: Sequence[Instruction], folder: Path) -> None:
     made: dict[str, str] = {}
     for item in adapters:
-        path = folder / Path(item.value).expanduser()
+        path = _path(item, folder)
         if not path.exists():
             raise ConfigError(f"line {item.line}: ADAPTER: there is no {path}.")
         if "base" in target.settings:
@@ -186,9 +213,7 @@ def _put_parameters(target: _Target, parameters: list[Instruction]) -> None:
     sampling: dict[str, Any] = {}
     stops: list[str] = []
     for item in parameters:
-        name, _, text = item.value.partition(" ")
-        # The white space of a text in three quotes is its own.
-        value = _unquoted(text.strip(" "))
+        name, _, value = item.value.partition(" ")
         if not value:
             raise ConfigError(f"line {item.line}: {name[:80]!r} has no value.")
         if name == "stop":

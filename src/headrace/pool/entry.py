@@ -104,13 +104,12 @@ class ModelEntry:
         Raises:
             Draining, Disabled: the model is not served.
             LoadFailed: it has failed; with the time until the next attempt.
-            Quarantined: such requests have crashed their workers.
+            Quarantined, RateLimited: such requests, or this client's, have crashed workers.
             QueueFull: with the time after which there should be a place.
         """
         self.check()
         now = self._clock()
-        if not priority:
-            alone = self.failures.suspects.admit(request, now)
+        alone = self.failures.suspects.admit(request, now) or alone
         priority = priority or request.continues
         ticket = Ticket(request, now, priority=priority, alone=alone)
         ticket.blocks = blocks_of(request) if len(self.replicas) > 1 else ()
@@ -196,6 +195,7 @@ class ModelEntry:
             left, most = replica.max_running - replica.running, replica.max_running
             size = left if ticket.alone else min(ticket.request.slots, most)
             lease = replica.take(ticket.request, ticket.cost, size, ticket.blocks)
+            lease.is_alone = ticket.alone
             if ticket.lease.done():
                 replica.give_back(lease)
             else:
@@ -214,8 +214,8 @@ class ModelEntry:
     def _candidates(self, ticket: Ticket) -> list[Candidate]:
         candidates = [replica.candidate(ticket.blocks) for replica in self.replicas]
         if ticket.alone:
-            others = [_has_others(self.replicas[each.number], ticket) for each in candidates]
-            return [each for each, busy in zip(candidates, others, strict=True) if not busy]
+            client = ticket.request.client
+            return [c for c in candidates if not self.replicas[c.number].has_others(client)]
         if not ticket.request.batch or ticket.priority or self.queue.is_due(ticket):
             return candidates
         return [left_for_batch(each, quiet=self.queue.is_quiet) for each in candidates]
@@ -271,6 +271,8 @@ class ModelEntry:
     async def ready_replica(self, request: AnyRequest | None = None) -> Replica:
         """Wait for a loaded replica, free or not, no longer than the `request` may wait.
 
+        One that runs something which has to be alone is not for the requests of others.
+
         Raises:
             Loading, QueueTimeout: the request may not wait longer.
             HeadraceError: the load failed or was refused.
@@ -279,7 +281,8 @@ class ModelEntry:
         while True:
             self.check()
             for replica in self.replicas:
-                if replica.is_ready and replica.unloading is None:
+                alone = request is not None and replica.has_others(request.client, alone=True)
+                if replica.is_ready and replica.unloading is None and not alone:
                     return replica
             wait_s = None if request is None else self.wait_s(request, began)
             ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -384,11 +387,6 @@ class ModelEntry:
     def room(self) -> int:
         """How many requests of a class may wait; while nothing is loaded, also for the slots."""
         return self.spec.max_queued + (0 if self.is_ready else max(1, self.slots))
-
-
-def _has_others(replica: Replica, ticket: Ticket) -> bool:
-    client = ticket.request.client
-    return any(not client or lease.request.client != client for lease in replica.leases)
 
 
 def _settle(ready: asyncio.Future[None], error: HeadraceError | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from headrace.core.errors import DoesNotFit, HeadraceError, LoadFailed, Quarantined
+from headrace.core.errors import DoesNotFit, HeadraceError, LoadFailed, Quarantined, RateLimited
 from headrace.core.request import AnyRequest, GenerateRequest, Request
 from headrace.pool.policy import Rules, backoff_s
 from headrace.pool.replica import Lease
@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 _OPEN_S, _LONGEST_OPEN_S = 30.0, 600.0
 _REFUSED_S, _LONGEST_REFUSED_S, _REMEMBERED_S = 60.0, 3600.0, 7200.0
+_REFUSAL = "{} ended the model's process repeatedly, and will be tried again later."
 _MANY = 1024
 # Two requests with the same fields but these are the same.
 _BLANK = Request(id="", received=0.0)
@@ -107,16 +108,19 @@ class Suspects:
         """Return whether a request has to run alone.
 
         Raises:
-            Quarantined: it is refused, with the time until it is tried again.
+            Quarantined, RateLimited: it is refused, or all that its client sends, with the time
+                until it is tried again.
         """
         client = self._clients.get(request.client)
         if client is not None and now < client.breaker.until:
-            raise _refusal("Requests of this client have", client.breaker.until - now)
+            wait_s = client.breaker.until - now
+            raise RateLimited(_REFUSAL.format("Requests of this key have"), retry_after_s=wait_s)
         while self._requests and next(iter(self._requests.values())).seen < now - _REMEMBERED_S:
             self._requests.popitem(last=False)
         suspect = self._requests.get(fingerprint(request)) if self._requests else None
         if suspect is not None and now < suspect.refused_until:
-            raise _refusal("This request has", suspect.refused_until - now)
+            wait_s = suspect.refused_until - now
+            raise Quarantined(_REFUSAL.format("This request has"), retry_after_s=wait_s)
         is_near = client is not None and now < client.alone_until
         return is_near or (suspect is not None and suspect.runs_alone)
 
@@ -170,11 +174,6 @@ def _touch(known: OrderedDict[str, T], key: str, make: Callable[[], T]) -> T:
     if len(known) > _MANY:
         known.popitem(last=False)
     return value
-
-
-def _refusal(subject: str, wait_s: float) -> Quarantined:
-    message = f"{subject} ended the model's process repeatedly, and will be tried again later."
-    return Quarantined(message, retry_after_s=wait_s)
 
 
 def fingerprint(request: AnyRequest) -> str:

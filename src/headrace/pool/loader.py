@@ -21,7 +21,8 @@ from headrace.pool.memory import MemoryQueue, Sizing, Unwanted
 from headrace.pool.observer import NullObserver, Observer
 from headrace.pool.places import KeepWarm, Places
 from headrace.pool.policy import Rules
-from headrace.pool.replica import Lease, OpenWorker, PooledWorker, Replica
+from headrace.pool.replica import Lease, Replica
+from headrace.pool.workers import OpenWorker, PooledWorker
 
 log = logging.getLogger("headrace.pool")
 
@@ -316,7 +317,7 @@ class Loader:
         reason = worker.models()[0].reason or "it ended"
         # A request may have been given the cause by the engine.
         error = replica.cause or worker.failure or WorkerDied(reason)
-        leases = [*{*replica.lost, *replica.leases}]
+        leases = [*{*replica.lost, *replica.leases, *replica.guests}]
         entry.crashed(error, self.memory.rules, up_s=up_s, victims=leases)
         with self.memory.ledger.lingering(replica.key):
             replica.died()

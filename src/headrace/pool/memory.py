@@ -16,7 +16,8 @@ from headrace.pool import policy
 from headrace.pool.entry import ModelEntry
 from headrace.pool.ledger import Ledger
 from headrace.pool.policy import Evict, Fits, Never, Rules, Wait
-from headrace.pool.replica import OnProgress, Replica
+from headrace.pool.replica import Replica
+from headrace.worker.spec import OnProgress
 
 _RETRY_S = 1.0
 

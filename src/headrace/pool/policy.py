@@ -12,6 +12,7 @@ from headrace.machine import HOST
 
 _IN_USE_S = 60.0
 _MIN_WAIT_S = 0.001
+_BLOCK_CHARACTERS, _MAX_REQUEST_BLOCKS = 256, 64
 # Of so many slots, one is for a request of a batch that has no token yet.
 _STARTING = 16
 _BLOCK_CHARACTERS, _MAX_REQUEST_BLOCKS = 256, 64

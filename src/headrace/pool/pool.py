@@ -26,8 +26,9 @@ from headrace.pool.loader import Loader, Sizing
 from headrace.pool.observer import Observer
 from headrace.pool.places import KeepWarm
 from headrace.pool.policy import Rules
-from headrace.pool.replica import OpenWorker, PooledWorker
+from headrace.pool.replica import Replica
 from headrace.pool.requests import OpenRequests
+from headrace.pool.workers import OpenWorker
 from headrace.worker.spec import unloaded_info
 
 
@@ -169,13 +170,34 @@ class Pool:
         return self._answer(request) if request.queues else self._answer_at_once(request)
 
     async def _answer_at_once(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
+        entry = self.entry(request.model)
+        request = addressed(entry.spec, request)
         with self._requests.counted():
-            worker = await self._ready_worker(request)
-            spec = self.entry(request.model).spec
-            request = addressed(spec, request)
-            async with aclosing(worker.ask(request)) as stream:
+            replica = await self._ready_replica(entry, request)
+            # What it has waited for can be the end of a worker that it has crashed before.
+            if entry.failures.suspects.admit(request, self._clock()):
+                stream = self._answer(request)
+            else:
+                stream = self._answer_as_guest(entry, replica, request)
+            async with aclosing(stream):
                 async for event in stream:
                     yield event
+
+    async def _answer_as_guest(
+        self, entry: ModelEntry, replica: Replica, request: AnyRequest
+    ) -> AsyncGenerator[Event, None]:
+        lease = replica.take_guest(request)
+        try:
+            async with aclosing(lease.worker.ask(request)) as stream:
+                async for event in stream:
+                    yield event
+        except WorkerDied as error:
+            self.loader.worker_failed(entry, lease, error)
+            raise
+        finally:
+            replica.guests.discard(lease)
+            if entry.queue.next_alone() is not None:
+                entry.grant()
 
     async def _answer(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
         with self.loader.observer.observe(request) as observation, self._requests.counted():
@@ -284,19 +306,16 @@ class Pool:
         await self.loader.aclose()
         self.loader.observer.closed()
 
-    async def _ready_worker(self, request: AnyRequest) -> PooledWorker:
-        """Return a loaded worker; the load is begun and awaited if there is none.
+    async def _ready_replica(self, entry: ModelEntry, request: AnyRequest) -> Replica:
+        """Return a loaded replica; the load is begun and awaited if there is none.
 
         Raises:
             Loading, QueueTimeout: the request may not wait that long.
         """
-        entry = self.entry(request.model)
         entry.check()
         if not entry.is_ready:
             self.loader.ensure_loaded(entry)
-        worker = (await entry.ready_replica(request)).worker
-        assert worker is not None, "a ready replica has a worker"
-        return worker
+        return await entry.ready_replica(request)
 
     def _retry(
         self, entry: ModelEntry, continuation: Continuation, error: HeadraceError | Diverged

@@ -6,9 +6,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from headrace.core.backend import Backend
 from headrace.core.errors import Draining, HeadraceError
 from headrace.core.model import ModelInfo, ModelSpec, PlacedSpec, State
 from headrace.core.request import AnyRequest
@@ -16,57 +14,10 @@ from headrace.core.status import Footprint, ReplicaStatus
 from headrace.machine import HOST
 from headrace.pool.ledger import to_book
 from headrace.pool.policy import Candidate, Resident
-from headrace.worker.spec import OnProgress
+from headrace.pool.workers import PooledWorker
 
 _MAX_BLOCKS = 4096
 _UNHEALTHY_S = 60.0
-
-
-class PooledWorker(Backend, Protocol):
-    """A Backend that is started and closed. `died` is set when it has ended unexpectedly."""
-
-    died: asyncio.Event
-    failure: HeadraceError | None
-    """Why it has ended, once `died` is set."""
-
-    @property
-    def held(self) -> Mapping[str, int]:
-        """The memory that it holds as it was last measured, in bytes by device."""
-        ...
-
-    @property
-    def drafting(self) -> bool | None:
-        """As in `ReplicaStatus`."""
-        ...
-
-    @property
-    def state(self) -> State:
-        """One of the states of contract W7."""
-        ...
-
-    @property
-    def pid(self) -> int | None:
-        """The id of its process, if there is one."""
-        ...
-
-    async def start(self) -> None:
-        """Load. Idempotent."""
-        ...
-
-    async def memory(self) -> dict[str, int]:
-        """Return the memory that it holds, in bytes by device."""
-        ...
-
-    async def aclose(self, drain_s: float = 0.0) -> None:
-        """Drain and close; when it returns, the memory is free."""
-        ...
-
-    def abandon(self) -> None:
-        """End its process, after the event loop was closed."""
-        ...
-
-
-OpenWorker = Callable[[ModelSpec, OnProgress], PooledWorker]
 
 
 @dataclass(eq=False)
@@ -83,6 +34,7 @@ class Lease:
     size: int
     since: float
     has_begun: bool = False
+    is_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +86,8 @@ class Replica:
         """Why it is not loaded."""
         self._placed: tuple[str, ...] = ()
         self.leases: set[Lease] = set()
+        self.guests: set[Lease] = set()
+        """Those of requests that do not queue, without slots."""
         self.lost: list[Lease] = []
         """Leases that ended with the worker, of which the end is not noticed yet."""
         self.cause: HeadraceError | None = None
@@ -309,8 +263,8 @@ class Replica:
         # The streams of the requests end by themselves.
         self._state = Empty()
         self.memory = {}
-        self.leases.clear()
-        self.lost.clear()
+        for leases in (self.leases, self.guests, self.lost):
+            leases.clear()
         self.cause = None
         self._idle.set()
 
@@ -356,6 +310,19 @@ class Replica:
             self._prefixes.popitem(last=False)
         return lease
 
+    def take_guest(self, request: AnyRequest) -> Lease:
+        """Return a lease without slots; its end takes it out of `guests`."""
+        assert self.worker is not None, "only a ready replica is chosen"
+        lease = Lease(self, self.worker, request, 0.0, 0, self._clock())
+        self.guests.add(lease)
+        return lease
+
+    def has_others(self, client: str, *, alone: bool = False) -> bool:
+        """Whether it serves other clients, or a request of theirs that has to be `alone`."""
+        leases = [lease for lease in self.leases if lease.is_alone and not lease.has_begun]
+        leases = leases if alone else [*self.leases, *self.guests]
+        return any(not client or lease.request.client != client for lease in leases)
+
     def give_back(self, lease: Lease) -> None:
         """Take slots back. A lease of a worker that has died is ignored."""
         self.leases.discard(lease)
@@ -386,7 +353,5 @@ class Replica:
         )
 
     def _matched(self, blocks: Sequence[int]) -> int:
-        for count, block in enumerate(blocks):
-            if block not in self._prefixes:
-                return count
-        return len(blocks)
+        new = (count for count, block in enumerate(blocks) if block not in self._prefixes)
+        return next(new, len(blocks))

@@ -3,7 +3,8 @@
 The compilers that engines bring know different ones, and none knows all that pydantic writes. As
 patterns they are the same for every engine and for the check of its answer. Where a format can be
 read in two ways, the pattern is the narrower one, so that strict readers accept what it allows:
-years have four digits and no leading zero, times an offset, hosts of e-mail addresses a dot.
+years have four digits and no leading zero, times an offset, hosts of e-mail addresses a dot, and
+names of hosts and addresses the lengths of DNS and SMTP.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ _HOURS = f"T(?:[0-9]{{1,9}}H(?:{_MINUTES})?|{_MINUTES})"
 _DURATION = f"P(?:[0-9]{{1,6}}W|{_YEARS}(?:{_HOURS})?|{_HOURS})"
 
 _ATOM = "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]"
-_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-_TOP = "[A-Za-z](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-_HOSTNAME = f"(?:{_LABEL}\\.)*{_TOP}"
-_EMAIL = f"{_ATOM}{{1,32}}(?:\\.{_ATOM}{{1,16}})?@(?:{_LABEL}\\.)+{_TOP}"
+# Of 39 characters at most, and no two hyphens, as in names that are encoded.
+_REST_OF_LABEL = "(?:-?[A-Za-z0-9]){0,19}"
+_LABEL = f"[A-Za-z0-9]{_REST_OF_LABEL}"
+_TOP = f"[A-Za-z]{_REST_OF_LABEL}"
+_HOSTNAME = f"(?:{_LABEL}\\.){{0,5}}{_TOP}"
+_EMAIL = f"{_ATOM}{{1,32}}(?:\\.{_ATOM}{{1,16}})?@(?:{_LABEL}\\.){{1,4}}{_TOP}"
 
 _BYTE = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _IPV4 = f"(?:{_BYTE}\\.){{3}}{_BYTE}"

@@ -43,7 +43,7 @@ def grammar(constraint: Constraint) -> str:
         case "lark":
             return constraint.lark
         case "regex":
-            return f"{HEADER}{_START}/{_SLASHES.sub(_escaped, constraint.regex)}/\n"
+            return f"{HEADER}{_START}{as_terminal(constraint.regex)}\n"
         case "choice":
             texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in constraint.choice)
             # As a terminal they are one automaton, and no limit of alternatives counts.
@@ -52,6 +52,11 @@ def grammar(constraint: Constraint) -> str:
             raise AssertionError("compiled to Lark before")
         case "json_schema":
             return schema_grammar(without_formats(constraint.json_schema))
+
+
+def as_terminal(regex: str) -> str:
+    """Return a regex as a grammar has it."""
+    return f"/{_SLASHES.sub(_escaped, regex)}/"
 
 
 def schema_grammar(schema: Schema) -> str:

@@ -31,6 +31,8 @@ MAX_CHARACTERS = 8 << 20
 """The longest text."""
 
 _PROCESSES = 2
+_PATIENCE_S = 0.2
+"""How long to wait for a process that renders something else: it takes longer to start another."""
 _GRACE_S = 20.0
 _OUT_OF_MEMORY = 3
 _MAX_REASON = 500
@@ -68,11 +70,11 @@ def render(work: Work) -> Rendered | Fault:
         GenerationFailed: no process could be started.
     """
     with _slots:
-        process = _idle.pop() if _idle else _started()
-        answer = process.ask(work)
-        if process.alive:
-            _idle.append(process)
-        return answer
+        process = _taken()
+        try:
+            return process.ask(work)
+        finally:
+            _give_back(process)
 
 
 def prepare() -> None:
@@ -131,7 +133,26 @@ def _started() -> _Process:
         raise GenerationFailed("The chat template cannot be rendered.", detail=reason) from error
 
 
+def _taken() -> _Process:
+    with _changed:
+        if _busy:
+            _changed.wait_for(lambda: _idle or not _busy, _PATIENCE_S)
+        process = _idle.pop() if _idle else _started()
+        _busy.add(process)
+        return process
+
+
+def _give_back(process: _Process) -> None:
+    with _changed:
+        _busy.discard(process)
+        if process.alive:
+            _idle.append(process)
+        _changed.notify()
+
+
 _slots = threading.BoundedSemaphore(_PROCESSES)
+_changed = threading.Condition()
+_busy: set[_Process] = set()
 _idle: deque[_Process] = deque()
 
 

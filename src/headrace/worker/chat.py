@@ -13,19 +13,19 @@ from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.media import text_of
 from headrace.core.request import CountRequest, GenerateRequest, Message
-from headrace.core.tools import Thinking, Tool
+from headrace.core.tools import SWITCHES, Thinking, Tool
 from headrace.engines.base import Engine, Generator
 from headrace.text.calls.constrain import constraint_for, thinking_before
 from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.format import Format, thinking_open_in
 from headrace.text.calls.generic import generic_messages
+from headrace.text.calls.parts import Reading
 from headrace.text.calls.probe import probe
 from headrace.text.calls.splitter import Splitter
 from headrace.text.grammar import answer_rules, without_formats
 from headrace.text.template import ChatTemplate, openai_turn
 
 _TAIL = 4096
-_SWITCHES = ("enable_thinking", "thinking")
 
 NewSplitter = Callable[[], Splitter]
 Mode = Literal["none", "open", "optional"]
@@ -86,6 +86,7 @@ class Chat:
         self.image_marker = engine.facts.image_marker
         self._family = tool_format
         self._engine = cast("Generator", engine)
+        self._enforces = "grammar" in engine.facts.capabilities.forms
 
     @cached_property
     def format(self) -> Format:
@@ -220,9 +221,13 @@ class Chat:
             self.format,
             # A text of a grammar is a JSON string in all forms of calls.
             {tool.name: None if tool.input else tool.parameters for tool in tools},
+            Reading(
+                calls=bool(tools),
+                apart=has_form,
+                only=bool(request.tool_choice.names),
+                exact=request.enforces_calls and self._enforces,
+            ),
             thinking_open=thinking_open_in(prompt[-_TAIL:], self.format),
-            calls=bool(tools),
-            apart=has_form,
         )
 
     def constraint(
@@ -297,7 +302,7 @@ class Chat:
         options: dict[str, Any] = {}
         enabled = False if thinking.budget == 0 else thinking.enabled
         if enabled is not None:
-            options |= {name: enabled for name in _SWITCHES if name in known}
+            options |= {name: enabled for name in SWITCHES if name in known}
         if thinking.effort is not None and "reasoning_effort" in known:
             options["reasoning_effort"] = thinking.effort
         return options

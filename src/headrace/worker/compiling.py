@@ -23,11 +23,11 @@ from typing import Any, cast
 
 import jsonschema_rs
 
-from headrace.core.endless import endless
+from headrace.core.endless import circular, endless
 from headrace.core.schema import BOUNDS, Path, Schema, children, number, pointer
 from headrace.text.grammar import HEADER, regex_position, schema_grammar
 from headrace.text.lark import Unenforceable, normalised
-from headrace.text.numbers import EXACT, INTEGERS
+from headrace.text.numbers import EXACT, INTEGERS, inexact
 from headrace.text.quoted import quoted
 from headrace.worker.matchers import END, Compile, Library, from_package
 
@@ -41,8 +41,12 @@ _LOCATING_S = 1.0
 _LONGEST = 300
 _TOO_MUCH = "takes too much to compile"
 _NO_TEXT = "allows no text"
+_INEXACT = "which cannot be enforced exactly"
 _ENDLESS = "has no answer that ends"
 _BEYOND_FLOATS = 10**309
+_UPPER = ("maximum", "exclusiveMaximum")
+# To these compilers move bounds that are beyond them.
+_ENDS = (2**63 - 1, -(2**63))
 _PR_SET_PDEATHSIG = 1
 _REHEARSED, _REHEARSAL_S = 300, 0.2
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
@@ -202,28 +206,39 @@ def _check_parts(schema: Schema, new_matcher: Compile) -> None:
     """Check what compilers find out when an answer reaches it, or not at all.
 
     Raises:
-        Refused: a part has no finite answer, or a bound that is not enforced.
+        Refused: a part has no finite answer, refers to itself, or has a number that is not
+            enforced.
     """
     if (path := endless(schema)) is not None:
         raise Refused(path, _ENDLESS)
+    if (path := circular(schema)) is not None:
+        raise Refused(path, "refers to itself for the same value")
     pending: list[tuple[Path, Any]] = [((), schema)]
     while pending:
         path, part = pending.pop()
         if isinstance(part, Mapping):
+            for place, value in inexact(cast("Schema", part)):
+                raise Refused((*path, *place), f"is {value}, {_INEXACT}")
             _check_bounds(path, cast("Schema", part), new_matcher)
             below = children(cast("Schema", part))
             pending += [((*path, *place), child) for place, child in below]
 
 
 def _check_bounds(path: Path, schema: Schema, new_matcher: Compile) -> None:
-    """Check that the numbers next to large bounds are refused, as compilers round those."""
+    """Check that numbers outside of large bounds are refused, as compilers round those."""
     bounds = {word: value for word in BOUNDS if (value := number(schema, word)) is not None}
     kind = "integer" if schema.get("type") in INTEGERS else "number"
+    factor = number(schema, "multipleOf")
     for word, bound in bounds.items():
-        if abs(bound) > EXACT:
-            outside = str(int(bound) + BOUNDS[word]).encode()
-            if new_matcher(schema_grammar({**bounds, "type": kind})).accepts(outside):
-                raise Refused((*path, word), f"is {bound}, which cannot be enforced exactly")
+        if abs(bound) <= EXACT:
+            continue
+        outside = [end for end in _ENDS if (end > bound if word in _UPPER else end < bound)]
+        matcher = new_matcher(schema_grammar({**bounds, "type": kind}))
+        is_allowed = any(
+            matcher.accepts(str(value).encode()) for value in (int(bound) + BOUNDS[word], *outside)
+        )
+        if is_allowed or isinstance(factor, float):
+            raise Refused((*path, word), f"is {bound}, {_INEXACT}")
 
 
 def _retrieved(uri: str) -> Any:

@@ -29,7 +29,7 @@ from headrace.engines.base import (
 from headrace.text.pipeline import TextPipeline
 from headrace.worker.batching import Batcher
 from headrace.worker.compiler import Compiler
-from headrace.worker.inputs import check_call, has_inputs, with_inputs
+from headrace.worker.inputs import check_call, has_inputs, is_tokenized, with_inputs
 from headrace.worker.lines import LineLimiter
 from headrace.worker.parts import Output, PartsPipeline
 from headrace.worker.prompt import Job, Prompter, max_new_tokens
@@ -60,8 +60,11 @@ async def generate(loaded: Loaded, request: GenerateRequest) -> AsyncGenerator[E
         if has_inputs(request):
             with turn.meter.compiling():
                 request = await turn.within(with_inputs(request, loaded.prompter, loaded.compiler))
-        with until_left() as gone:
-            job = await turn.within(asyncio.to_thread(loaded.prompter.job, request, gone))
+        if is_tokenized(request):
+            job = loaded.prompter.job(request)
+        else:
+            with until_left() as gone:
+                job = await turn.within(asyncio.to_thread(loaded.prompter.job, request, gone))
         if job.constraint is not None:
             # Before the engine compiles it, which cannot be stopped.
             with turn.meter.compiling():
@@ -209,7 +212,7 @@ class _Choice:
         """Return the events of what was held back."""
         if self._parts is not None:
             if events := self._parts.flush():
-                self._turn.meter.delta(0, visible=True)
+                self._turn.meter.delta(0, visible=True, thinking=_is_thinking(events))
             self._note_parts(self._decoder.decode(b"", final=True), events)
             return events
         rest = self._text.flush()
@@ -283,8 +286,8 @@ class _Choice:
         events = parts.feed(raw.data, may_stop=may_stop)
         self._note_parts(self._decoder.decode(raw.data), events)
         if was_thinking or parts.is_thinking:
-            thinks_only = all(isinstance(event, Delta) and not event.text for event in events)
-            meter.delta(len(raw.token_ids), visible=bool(events), thinking=thinks_only)
+            thinking = _is_thinking(events)
+            meter.delta(len(raw.token_ids), visible=bool(events), thinking=thinking)
             self._think(len(raw.token_ids))
         else:
             meter.delta(len(raw.token_ids), visible=bool(events))
@@ -386,6 +389,11 @@ class _Choice:
         cached = 0 if self._has_closed else event.cached_tokens
         meter.correct(self._prompt_tokens, missing, cached)
         return ()
+
+
+def _is_thinking(events: Sequence[Output]) -> bool:
+    """Whether there is neither text nor a call."""
+    return all(isinstance(event, Delta) and not event.text for event in events)
 
 
 ANSWERS: Answers = {GenerateRequest: generate}

@@ -1,4 +1,4 @@
-"""What is enforced of calls: grammars of custom tools in JSON strings, and checks at the end."""
+"""What a request needs before its job, and checks of its calls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ import asyncio
 import msgspec
 
 from headrace.core.constraint import Constraint
-from headrace.core.errors import InvalidRequest, RequestError, Unsupported
+from headrace.core.errors import (
+    ConstraintViolated,
+    InvalidRequest,
+    RequestError,
+    Unsupported,
+)
 from headrace.core.request import GenerateRequest
 from headrace.core.tools import Tool
 from headrace.worker.compiler import Compiler
@@ -17,6 +22,13 @@ from headrace.worker.prompt import Prompter
 def has_inputs(request: GenerateRequest) -> bool:
     """Whether a tool that may be called takes text of a grammar."""
     return any(tool.input for tool in request.tool_choice.allowed(request.tools))
+
+
+def is_tokenized(request: GenerateRequest) -> bool:
+    """Whether a prompt is token ids alone, for which neither template nor tokenizer is called."""
+    return isinstance(request.prompt, tuple) and not (
+        request.answered or request.echo or request.suffix is not None or request.images
+    )
 
 
 async def with_inputs(
@@ -56,12 +68,20 @@ async def check_call(
     Raises:
         ConstraintViolated: it does not keep to one of them.
     """
-    for schema in request.tool_choice.enforced(request.tools, name):
-        await compiler.check(Constraint(json_schema=schema), arguments, cut=False)
+    checks = [
+        ("JSON schema", Constraint(json_schema=schema), arguments)
+        for schema in request.tool_choice.enforced(request.tools, name)
+    ]
     for tool in request.tools:
         if tool.name == name and tool.input is not None:
-            text = msgspec.json.decode(arguments).get("input")
-            await compiler.check(tool.input, str(text), cut=False)
+            text = str(msgspec.json.decode(arguments).get("input"))
+            checks.append(("grammar", tool.input, text))
+    for form, constraint, text in checks:
+        try:
+            await compiler.check(constraint, text, cut=False)
+        except ConstraintViolated as error:
+            problem = f"A call of the tool {name} does not keep to its {form}."
+            raise ConstraintViolated(problem, param="tools", detail=error.detail) from None
 
 
 def _named(tool: Tool, error: RequestError) -> RequestError:

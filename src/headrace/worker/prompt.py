@@ -167,11 +167,10 @@ class Prompter:
     def _without_images(self, text: str, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         """Return the tokens of a prompt without those of the markers of images."""
         marker = self._facts.image_marker
-        return (
-            self._chat_ids(text.replace(marker, ""), Limit())
-            if marker and marker in text
-            else token_ids
-        )
+        if not marker or marker not in text:
+            return token_ids
+        plain = text.replace(marker, "")
+        return self._chat_ids(plain, Limit()) if plain else ()
 
     def _sampling(self, request: GenerateRequest, max_tokens: int, answered: int) -> Sampling:
         """Return the sampling of what follows the tokens that were answered."""

@@ -184,7 +184,8 @@ class _Answer:
             ConstraintViolated: one does not keep to it.
         """
         request = self._turn.request
-        if request.constraint is None and not request.enforces_calls:
+        enforces = request.enforces_calls or request.tool_choice.names
+        if request.constraint is None and not enforces:
             return
         for index, (reason, matcher) in enumerate(zip(self.reasons, self._matchers, strict=True)):
             if reason == "tool_calls" or (reason == "stop" and matcher.matched is None):
@@ -197,7 +198,8 @@ class _Answer:
         if request.tool_choice.mode == "required" and not calls:
             raise ConstraintViolated("The upstream calls no tool.", param="tool_choice")
         allowed = {tool.name for tool in request.tool_choice.allowed(request.tools)}
-        for name, arguments in calls.values() if request.enforces_calls else ():
+        enforces = request.enforces_calls or request.tool_choice.names
+        for name, arguments in calls.values() if enforces else ():
             if name not in allowed:
                 raise ConstraintViolated("The upstream calls another tool.", param="tool_choice")
             check = check_call(self._turn.served.compiler, request, name, "".join(arguments))

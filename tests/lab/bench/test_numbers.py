@@ -72,7 +72,15 @@ def test_percentiles_are_by_nearest_rank(values: list[float]) -> None:
 def test_figures_are_of_what_went_well() -> None:
     well = {"ttft_ms": 100.0, "inter_token_ms": 10.0, "usage": True, "wanted_tokens": 50}
     rows = [
-        Row(at_s=0, total_ms=590, completion_tokens=50, prompt_tokens=100, **well),
+        Row(
+            at_s=0,
+            total_ms=590,
+            completion_tokens=50,
+            prompt_tokens=100,
+            drafted_tokens=8,
+            accepted_tokens=6,
+            **well,
+        ),
         Row(at_s=0, total_ms=690, completion_tokens=40, prompt_tokens=100, **well),
         Row(at_s=0.6, total_ms=5, fault="http 429", detail="full"),
         Row(at_s=0.6, total_ms=5, fault="http 500", detail="broken", ttft_ms=1.0),
@@ -85,6 +93,7 @@ def test_figures_are_of_what_went_well() -> None:
     assert found.total_tokens_per_s == 145
     assert found.requests_per_s == 1
     assert found.short == 1
+    assert (found.drafted_tokens, found.accepted_tokens) == (8, 6)
     assert found.goodput == 0.25
     assert found.counted_by == "usage"
     assert found.ttft_ms == figures.Summary(100, 100, 100, 100, 100)

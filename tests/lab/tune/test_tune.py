@@ -175,6 +175,49 @@ async def test_who_is_hopeless_is_not_measured_again() -> None:
     assert tuner._promising(field, (1, 32)) == [alone, many]
 
 
+@pytest.mark.parametrize(("small", "turns"), [(0.955, 5), (1.01, 8), (0.8, 3)])
+async def test_near_ties_are_measured_again_until_they_are_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: float, turns: int
+) -> None:
+    """Issue 17.2: in turns, in so many rounds at most, and for so long at most."""
+    order: list[str] = []
+
+    class Scripted:
+        fault, agreement, is_loaded = None, True, True
+
+        def __init__(self, name: str, memory: int, rates: list[float]) -> None:
+            self.name, self.memory, self._rates = name, {"cpu": memory}, rates
+
+        def rates(self, streams: int) -> list[float]:
+            return self._rates if streams == 1 else [10.0] * len(self._rates)
+
+        def rate(self, streams: int) -> float:
+            return sorted(self.rates(streams))[len(self._rates) // 2]
+
+        async def measure(self, shape: Shape, number: int, *, keep: bool) -> None:
+            assert (shape.streams, keep) == ((1,), True)
+            order.append(self.name)
+            factor = small if self.name == "small" else 1.0
+            self._rates.append(100 * (1 + number / 100) * factor)
+
+    def field() -> Any:
+        less = [100.0, 90.0, 98.0] if small > 1 else [100 * small] * 3
+        return [Scripted("large", 9, [100.0] * 3), Scripted("small", 1, less),
+            Scripted("larger", 10, [99.0] * 3)]  # fmt: skip
+
+    shape = Shape(streams=(1, 8), seconds=0, rounds=3)
+    tuner_ = Tuner(
+        spec(), ModelFile(path="", format="none"), resolve, home=tmp_path, budgets={}, shape=shape
+    )
+    contenders = field()
+    await tuner_._near_ties(contenders, 1, ignore)
+    assert [len(each.rates(1)) for each in contenders] == [turns, turns, 3]
+    assert order == [*["small", "large", "large", "small"] * 3][: 2 * (turns - 3)]
+    monkeypatch.setattr(tuner, "_MORE_S", -1)
+    await tuner_._near_ties(contenders := field(), 1, ignore)
+    assert len(contenders[0].rates(1)) == 3
+
+
 async def test_a_turn_counts_every_token_of_every_client(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -10,7 +10,15 @@ from typing import Any
 import msgspec
 
 from headrace.text.calls.format import Format
-from headrace.text.calls.parts import CallArguments, CallStart, Content, Cut, Part, Thought
+from headrace.text.calls.parts import (
+    CallArguments,
+    CallStart,
+    Content,
+    Cut,
+    Part,
+    Reading,
+    Thought,
+)
 from headrace.text.calls.splitter import Splitter
 
 SCHEMA: dict[str, Any] = {
@@ -49,9 +57,12 @@ def split(
     thinking_open: bool = False,
     calls: bool = True,
     apart: bool = False,
+    only: bool = False,
+    exact: bool = False,
     tools: dict[str, dict[str, Any] | None] = TOOLS,
 ) -> list[Part]:
-    splitter = Splitter(form, tools, thinking_open=thinking_open, calls=calls, apart=apart)
+    reading = Reading(calls=calls, apart=apart, only=only, exact=exact)
+    splitter = Splitter(form, tools, reading, thinking_open=thinking_open)
     parts = [part for chunk in chunks for part in splitter.feed(chunk)]
     return joined([*parts, *splitter.flush()])
 

@@ -6,6 +6,7 @@ import random
 import re
 from typing import Any, Literal
 
+import jsonschema_rs
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tests.text.calls.parse import SCHEMA, calls_in, split, text_in
@@ -16,7 +17,7 @@ from headrace.text.calls.constrain import constraint_for
 from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.format import Format
 from headrace.text.calls.parts import Content, Thought
-from headrace.text.grammar import answer_rules
+from headrace.text.grammar import answer_rules, without_formats
 from headrace.worker import compiling
 from headrace.worker.matchers import from_package
 
@@ -209,6 +210,46 @@ def test_the_splitter_reads_what_the_grammar_allows(family: str) -> None:
                 assert 0 <= arguments["size"] <= 20
                 assert arguments.get("where", "here") in SMALL["properties"]["where"]["enum"]
                 assert isinstance(arguments.get("sure", True), bool)
+
+
+RICH = {
+    "type": "object",
+    "properties": {
+        "code": {"type": "string", "pattern": "^[A-C]{2}/[0-9]$"},
+        "found": {"type": "string", "pattern": "^a|b$", "maxLength": 3},
+        "name": {"$ref": "#/$defs/name"},
+        "when": {"type": "string", "format": "date"},
+        "note": {"anyOf": [{"type": "string", "maxLength": 2}, {"type": "null"}]},
+        "gone": {"type": ["string", "null"], "enum": ["x", None]},
+        "kind": {"enum": ["a", 1, None]},
+        "size": {"type": ["integer", "string"], "maximum": 9, "minimum": 0, "maxLength": 2},
+        "inner": {
+            "type": "object",
+            "properties": {"i j": {"type": "string", "minLength": 1, "maxLength": 3}},
+            "required": ["i j"],
+            "additionalProperties": False,
+        },
+        "none": {"type": "object", "properties": {}, "additionalProperties": False},
+        "two": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2},
+    },
+    "additionalProperties": False,
+    "$defs": {"name": {"type": "string", "minLength": 1, "allOf": [{"maxLength": 4}]}},
+}
+RICH["required"] = list(RICH["properties"])
+
+
+@pytest.mark.parametrize("family", [name for name in WRITERS if name != "harmony"])
+def test_all_of_a_schema_is_enforced(family: str) -> None:
+    """Issue 13: also of texts that are no JSON, in tags and in Gemma's notation."""
+    form, dice = FAMILIES[family], random.Random(11)
+    grammar = constraint_for(form, [Tool("f", without_formats(RICH))], "required", parallel=False)
+    for _ in range(4):
+        text = answer(grammar, dice)
+        parts = split(form, [text], tools={"f": RICH}, exact=True)
+        ((name, arguments),) = calls_in(parts)
+        assert name == "f"
+        jsonschema_rs.validate(RICH, arguments, validate_formats=True)
+        assert split(form, list(text), tools={"f": RICH}, exact=True) == parts
 
 
 CODE = r"""start: "say " /[^"\n-,]{0,4}/ "\"" LF WORD{1,5}

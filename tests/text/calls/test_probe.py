@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2.exceptions import TemplateError
 from tests.text.calls.parse import SCHEMA, calls_in, split, text_in
 from tests.text.test_template import SMOLLM2
 
+from headrace.core.errors import InvalidRequest
 from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.format import Format, thinking_open_in
 from headrace.text.calls.generic import generic_messages
@@ -36,9 +38,11 @@ class Counter:
 
     def __call__(self, messages: Any, tools: Any = None, **options: Any) -> str:
         self.renders += 1
-        return self._template.render(
-            {"messages": messages, "tools": tools, "add_generation_prompt": True, **options}
-        )
+        variables = {"messages": messages, "tools": tools, "add_generation_prompt": True, **options}
+        try:
+            return self._template.render(variables)
+        except TemplateError as error:
+            raise InvalidRequest(str(error)) from error
 
 
 templates = pytest.mark.parametrize("name", TEMPLATES)

@@ -16,7 +16,7 @@ from tests.text.calls.writers import WRITERS
 
 from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.format import Format
-from headrace.text.calls.parts import CallArguments, CallStart, Content, Cut, Thought
+from headrace.text.calls.parts import CallArguments, CallStart, Content, Cut, Reading, Thought
 from headrace.text.calls.splitter import Splitter
 
 BARE = ("llama3", "llama4", "functionary-v3.2")  # an answer with calls has no text before them
@@ -24,6 +24,7 @@ ONE_OF_EACH_STYLE = ("hermes", "mistral-args", "qwen-xml", "lfm2", "gemma-4", "h
 ALONE = (*BARE, "harmony")
 THINKING = [name for name in WRITERS if FAMILIES[name].think_close and name not in ALONE]
 
+CALLS = Reading(calls=True)
 PARIS = ("get_weather", {"city": "Paris", "days": 3})
 NOW = ("now", dict[str, Any]())
 
@@ -161,6 +162,17 @@ def test_without_calls_markers_are_text(family: str) -> None:
 
 
 @families
+def test_other_tools_than_some_are_text(family: str) -> None:
+    """Issue 13: where a request allows some tools only, a call of another one is none."""
+    form = FAMILIES[family]
+    parts = split(form, list(WRITERS[family]([PARIS])), tools={"now": None}, only=True)
+    assert calls_in(parts) == []
+    assert "Paris" in text_in(parts, Content)
+    parts = split(form, list(WRITERS[family]([NOW])), tools={"now": None}, only=True)
+    assert calls_in(parts) == [NOW]
+
+
+@families
 def test_plain_text(family: str) -> None:
     """Issue 13.2: text stays as it is."""
     form = FAMILIES[family]
@@ -233,7 +245,7 @@ def hostile(form: Format, size: int) -> list[str]:
 
 
 def seconds(form: Format, text: str, chunk: int, thinking_open: bool) -> float:
-    splitter = Splitter(form, {}, thinking_open=thinking_open, calls=True)
+    splitter = Splitter(form, {}, CALLS, thinking_open=thinking_open)
     began = time.process_time()
     for at in range(0, len(text), chunk):
         splitter.feed(text[at : at + chunk])
@@ -273,14 +285,14 @@ def test_little_is_held_back(family: str) -> None:
     splitter = Splitter(
         form,
         {"get_weather": {"properties": {"city": {"type": "string"}}}},
+        CALLS,
         thinking_open=False,
-        calls=True,
     )
     inside = text.find("word ") + 1000
     parts = joined([part for char in text[:inside] for part in splitter.feed(char)])
     got = text_in(parts, CallArguments)
     assert len(got) > 900, got[-50:]
-    splitter = Splitter(form, {}, thinking_open=False, calls=True)
+    splitter = Splitter(form, {}, CALLS, thinking_open=False)
     noise = "a < b [c] {d} <t <|x ｜ >> " * 20
     for end in range(1, len(noise)):
         parts = [*parts, *splitter.feed(noise[end - 1])]
@@ -291,7 +303,7 @@ def test_little_is_held_back(family: str) -> None:
 def test_memory_is_bounded_by_the_answer() -> None:
     """Issue 13.2: a megabyte of arguments is not kept more than once or twice."""
     text = '<tool_call>\n{"name": "f", "arguments": {"a": "' + "x" * 1_000_000
-    splitter = Splitter(FAMILIES["hermes"], {}, thinking_open=False, calls=True)
+    splitter = Splitter(FAMILIES["hermes"], {}, CALLS, thinking_open=False)
     tracemalloc.start()
     for at in range(0, len(text), 4096):
         splitter.feed(text[at : at + 4096])
@@ -396,6 +408,43 @@ QUIRKS: dict[str, tuple[str, str, object]] = {
         '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="now"/>\n</｜DSML｜tool_calls>',
         [NOW],
     ),
+    "qwen-xml with markers in a string of an object": (
+        "qwen-xml",
+        "<tool_call>\n<function=get_weather>\n<parameter=where>\n"
+        '{"a": "</parameter>\n</function>\n</tool_call>\n<parameter=days>\\""}\n'
+        "</parameter>\n</function>\n</tool_call>",
+        [
+            (
+                "get_weather",
+                {"where": {"a": '</parameter>\n</function>\n</tool_call>\n<parameter=days>"'}},
+            )
+        ],
+    ),
+    "glm with markers in a string of a list": (
+        "glm-4.7",
+        "<tool_call>get_weather<arg_key>tags</arg_key>"
+        '<arg_value>["</arg_value></tool_call>"]</arg_value></tool_call>',
+        [("get_weather", {"tags": ["</arg_value></tool_call>"]})],
+    ),
+    "deepseek-v4 with markers in a string of JSON": (
+        "deepseek-v4",
+        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" '
+        'string="false">{"b": "</｜DSML｜parameter>\n</｜DSML｜invoke>"}'
+        "</｜DSML｜parameter>\n</｜DSML｜invoke>\n"
+        "</｜DSML｜tool_calls>",
+        [("f", {"a": {"b": "</｜DSML｜parameter>\n</｜DSML｜invoke>"}})],
+    ),
+    "qwen-xml with an object that is none": (
+        "qwen-xml",
+        '<tool_call>\n<function=get_weather>\n<parameter=where>\n{"a": say "hi"\n</parameter>\n'
+        "</function>\n</tool_call>",
+        [("get_weather", {"where": '{"a": say "hi"'})],
+    ),
+    "llama4 with numbers of Python": (
+        "llama4",
+        "[f(a=0x10, b=1_000, c=+1, d=.5, e=1., g=-2e3)]",
+        [("f", {"a": 16, "b": 1000, "c": 1, "d": 0.5, "e": 1.0, "g": -2000.0})],
+    ),
     "glm in one line": ("glm-4.5", "<tool_call>now</tool_call>", [NOW]),
     "gemma's scalars": (
         "gemma-4",
@@ -469,7 +518,7 @@ def test_analysis_is_thinking() -> None:
 
 def test_the_price_of_a_token() -> None:
     """Issue 13.4: a token of plain text takes some microseconds at most with the parser on."""
-    splitter = Splitter(FAMILIES["hermes"], {}, thinking_open=False, calls=True)
+    splitter = Splitter(FAMILIES["hermes"], {}, CALLS, thinking_open=False)
     tokens = [" word", "\n", " it's", ",", " a"] * 4000
     splitter.feed("Start")
     best = min(_seconds(splitter, tokens) for _ in range(5))

@@ -243,7 +243,8 @@ async def _reply(
     request: GenerateRequest,
     layout: Layout,
 ) -> None:
-    stream, model = service.backend.ask(request), wire.model or wire.name or ""
+    stream = service.ask(request, exchange.call)
+    model = wire.model or wire.name or ""
     if wire.stream is not False:
         await exchange.unless_gone(send_stream(exchange, stream, LineEncoder(model, layout)))
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from headrace.machine import confine
 
 _TETHER = "headrace.engines.llama_server.tether"
 _LINES = 200
+# What it logs, some time later, of the request by which its grammars are tried while it loads.
+_OF_TRIAL = re.compile("llguidance is not enabled|failed to launch slot with task, id_task = 0$")
 _POLL_S, _DYING_S = 0.02, 1.0
 
 
@@ -81,9 +84,10 @@ class Server(Link):
         return [str(os.getpid()), *confine.program_folders]
 
     def _take(self, line: str) -> None:
-        self._tail.append(line.rstrip())
-        if self.shows_log:
-            sys.stderr.write(line)
+        line = line.rstrip()
+        self._tail.append(line)
+        if self.shows_log and not _OF_TRIAL.search(line):
+            sys.stderr.write(f"{line}\n")
 
     def _wait(self, name: str) -> None:
         """Wait until the server answers."""

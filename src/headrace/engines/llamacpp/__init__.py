@@ -173,7 +173,8 @@ def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
     alone = {**small, "batch_size": 256}
     # Where memory is the limit, twice the bytes take twice the time.
     is_small = (request.model.parameters or _WIDE_WEIGHTS) < _WIDE_WEIGHTS
-    wide = [{"weight_type": "q8_0"}] if is_small and widening.is_narrow(request.model) else []
+    kind = {"weight_type": "q8_0"}
+    wide = [kind, {**slots, **kind}] if is_small and widening.is_narrow(request.model) else []
     ahead = [{"speculation": "ngram"}, {**slots, "speculation": "ngram"}]
     batches = {**slots, "batch_size": 512}
     return [alone, slots, {**slots, **small}, batches, *more, *wide, *ahead]

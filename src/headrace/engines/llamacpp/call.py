@@ -149,20 +149,21 @@ class Call:
 
     def run(self, server: Any) -> None:
         """Block until the request is answered or its stream is closed."""
+        self._begin(server)
+        body = msgspec.json.encode(self._fields())
+        server.handle_completions(body, self._on_chunk)
+        if self._failure is not None:
+            raise self._failure
+        if not self._ended:
+            raise GenerationFailed("llama.cpp ended the stream without a reason.")
+
+    def _begin(self, server: Any) -> None:
         if self._request.sampling.logprobs is not None:
             candidates = partial(self._candidates, server)
             self._lookup = Lookup(candidates, self._request, self._split)
         if self._request.constraint is not None:
             # The library compiles the grammar before it reports progress.
             self._emit(Admitted(0, len(self._request.token_ids)))
-        self._send(server)
-        if self._failure is not None:
-            raise self._failure
-        if not self._ended:
-            raise GenerationFailed("llama.cpp ended the stream without a reason.")
-
-    def _send(self, server: Any) -> None:
-        server.handle_completions(msgspec.json.encode(self._fields()), self._on_chunk)
 
     def _fields(self, constrained: Constrained | None = None) -> dict[str, Any]:
         body = fields(self._request, self._visible, constrained or in_lark) | self._adapted()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,23 @@ class Engine(Served):
         self._guard = SpinGuard(Options(**request.options).threads or physical_cores())
         super().__init__(request)
 
-    def _answer(
-        self, request: EngineRequest, emit: threaded.Emit[RawEvent], visible: Sequence[str]
-    ) -> None:
+    def _events(
+        self,
+        request: EngineRequest,
+        visible: Sequence[str],
+        inbox: threaded.Inbox,
+        threads: ThreadPoolExecutor,
+    ) -> AsyncGenerator[RawEvent, None]:
+        """Return the events of a request, which runs on a thread that mostly sleeps."""
         if self.facts.capabilities.vision:
-            super()._answer(request, emit, visible)
-        else:
+            return super()._events(request, visible, inbox, threads)
+
+        def produce(emit: threaded.Emit[RawEvent]) -> None:
             call = Call(request, emit, self._split, visible, drafts=self._drafts)
             call.lora = self._lora(request)
             call.run(self._library())
+
+        return threaded.stream(produce, inbox=inbox, executor=threads)
 
     def _vectors(self, body: dict[str, Any]) -> dict[str, Any]:
         answer = self._library().handle_embeddings(body)

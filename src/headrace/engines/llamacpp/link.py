@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import http.client
 import os
 import re
 import secrets
@@ -11,10 +11,12 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import httptools
 import msgspec
 
 from headrace.core.errors import GenerationFailed, HeadraceError, LoadFailed, OutOfMemory
@@ -24,6 +26,7 @@ SOCKET = "s.sock"
 # The kernel's limit on the address of a Unix socket, without the final zero byte.
 _MAX_ADDRESS = 107 if sys.platform == "linux" else 103
 _TIMEOUT_S = 60.0
+_READ = 1 << 18
 _DATA = b"data: "
 # Time, level, function: "0.00.019 E llama_model_load: error loading model: ...".
 _LOG_LINE = re.compile(r"^[\d.]+ E +(?:srv +|cmn +)?(?:[\w~]+(?:\(\))?: +)*(?P<text>.+)$")
@@ -60,54 +63,86 @@ class Link:
             HeadraceError: the server refuses, or does not answer.
         """
         content = None if body is None else msgspec.json.encode(body)
+        whole = _Whole()
         with self._connected(path, timeout_s) as connection:
-            connection.request("GET" if body is None else "POST", path, content, self._headers)
-            answer = msgspec.json.decode(connection.getresponse().read())
+            connection.sendall(self._request(path, content))
+            while not whole.is_complete:
+                whole.feed(connection.recv(_READ))
+        answer = msgspec.json.decode(whole.content)
         if "error" in answer:
             raise error_from(answer["error"])
         return answer
 
-    def stream(self, path: str, body: bytes, on_event: Callable[[bytes], bool]) -> None:
-        """Call `on_event` with each event of an answer until it returns True. Blocking.
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, path: str, body: bytes, receive: Callable[[bytes | None], None]
+    ) -> AsyncGenerator[None]:
+        """Send a request, and call `receive` with each event of its answer, at last with None.
 
-        When this returns, the server has ended the request.
+        The answer of a server that refuses is one event. After the block the server has ended the
+        request.
 
         Raises:
-            HeadraceError: the server refuses, or does not answer; what `on_event` raises.
+            HeadraceError: the server cannot be reached.
         """
-        with self._connected(path, None) as connection:
-            connection.request("POST", path, body, self._headers)
-            answer, sock = connection.getresponse(), connection.sock
-            if answer.status != http.client.OK:
-                on_event(answer.read())
-                return
+        try:
+            transport, events = await self._opened(receive)
+        except OSError as error:
+            raise await self.lost(path, f"{type(error).__name__}: {error}") from error
+        try:
+            transport.write(self._request(path, body))
+            yield
+        finally:
+            await events.end(transport)
+
+    async def lost(self, path: str, reason: str) -> HeadraceError:
+        """Return the error of an answer that is not whole."""
+        return await asyncio.to_thread(self._lost, f"{path}: {reason}")
+
+    async def _opened(
+        self, receive: Callable[[bytes | None], None]
+    ) -> tuple[asyncio.WriteTransport, _Events]:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.setblocking(False)
             try:
-                if not any(
-                    line.startswith(_DATA) and on_event(line[len(_DATA) :]) for line in answer
-                ):
-                    raise self._lost(f"{path}: the answer has no end")
-            finally:
-                # It looks once a second whether its client is there, and closes at its own end.
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    sock.shutdown(socket.SHUT_WR)
-                    while answer.read1():
-                        pass
+                connection.connect(self.address)
+            except BlockingIOError:
+                # So many wait to be accepted that the kernel takes no more at once.
+                connection.setblocking(True)
+                await asyncio.to_thread(connection.connect, self.address)
+            loop = asyncio.get_running_loop()
+            transport, events = await loop.create_unix_connection(
+                lambda: _Events(receive), sock=connection
+            )
+        except BaseException:
+            connection.close()
+            raise
+        # uvloop's transports do not derive from asyncio's.
+        return cast("asyncio.WriteTransport", transport), events
 
     @contextlib.contextmanager
-    def _connected(self, path: str, timeout_s: float | None) -> Generator[_UnixConnection]:
+    def _connected(self, path: str, timeout_s: float | None) -> Generator[socket.socket]:
         try:
-            with contextlib.closing(_UnixConnection(self.address, timeout_s)) as connection:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(timeout_s)
+                connection.connect(self.address)
                 yield connection
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, httptools.HttpParserError) as error:
             reason = f"{path}: {type(error).__name__}: {error}"
             raise self._lost(reason) from error
 
+    def _request(self, path: str, content: bytes | None) -> bytes:
+        method, body = ("GET", b"") if content is None else ("POST", content)
+        head = (
+            f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            f"Authorization: Bearer {self.key}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        return head.encode() + body
+
     def _lost(self, reason: str) -> HeadraceError:
         return GenerationFailed("llama.cpp does not answer.", detail=reason)
-
-    @property
-    def _headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
 
     def close(self) -> None:
         """Remove the private directory. Idempotent."""
@@ -139,12 +174,82 @@ def failure(name: str, log: str) -> HeadraceError:
     return kind(f"llama.cpp could not load {name}: {reason[:300].rstrip('.')}.", detail=log)
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, address: str, timeout_s: float | None) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self._address = address
+class _Whole:
+    """An answer that is read to its end before it is used."""
 
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._address)
+    def __init__(self) -> None:
+        self.content = bytearray()
+        self.is_complete = False
+        self._parser = httptools.HttpResponseParser(self)
+
+    def feed(self, data: bytes) -> None:
+        """Take what was read.
+
+        Raises:
+            ConnectionError: there is no more.
+            httptools.HttpParserError: it is not HTTP.
+        """
+        if not data:
+            raise ConnectionError("closed before the end of the answer")
+        self._parser.feed_data(data)
+
+    def on_body(self, data: bytes) -> None:
+        """Take a part of the body (called by the parser)."""
+        self.content += data
+
+    def on_message_complete(self) -> None:
+        """Note the end (called by the parser)."""
+        self.is_complete = True
+
+
+class _Events(asyncio.Protocol):
+    """An answer whose events are passed on as they come."""
+
+    def __init__(self, receive: Callable[[bytes | None], None]) -> None:
+        self._receive = receive
+        self._closed = asyncio.get_running_loop().create_future()
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: asyncio.BaseTransport | None = None
+        self._rest = b""
+
+    async def end(self, transport: asyncio.WriteTransport) -> None:
+        """Close this side, and wait until the server has closed its own."""
+        try:
+            # It looks once a second whether its client is there.
+            if not transport.is_closing():
+                transport.write_eof()
+            await asyncio.wait({self._closed})
+        finally:
+            transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport (called by asyncio)."""
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Take what was read (called by asyncio)."""
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            if self._transport is not None:
+                self._transport.close()
+
+    def on_body(self, data: bytes) -> None:
+        """Pass on the events that are whole (called by the parser)."""
+        data = self._rest + data
+        if self._parser.get_status_code() == HTTPStatus.OK:
+            *lines, data = data.split(b"\n")
+            for line in lines:
+                if line.startswith(_DATA):
+                    self._receive(line[len(_DATA) :])
+        self._rest = data
+
+    def on_message_complete(self) -> None:
+        """Pass on a refusal (called by the parser)."""
+        if self._parser.get_status_code() != HTTPStatus.OK:
+            self._receive(self._rest)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Report the end (called by asyncio)."""
+        self._receive(None)
+        self._closed.set_result(None)

@@ -5,13 +5,16 @@ In process the library takes only texts of such a model: neither token ids nor p
 
 from __future__ import annotations
 
+import asyncio
 import base64
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from headrace.core.errors import HeadraceError, InvalidRequest
 from headrace.core.media import image_header
+from headrace.core.stream import Mailbox
 from headrace.engines import pictures
 from headrace.engines.base import EngineRequest
 from headrace.engines.llamacpp.call import (
@@ -25,11 +28,15 @@ from headrace.engines.llamacpp.call import (
     in_lark,
 )
 from headrace.engines.llamacpp.logprobs import Candidate, Token
+from headrace.engines.threaded import finished
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
+    from concurrent.futures import Executor
 
+    from headrace.engines.base import RawEvent
     from headrace.engines.llamacpp.link import Link
+    from headrace.engines.threaded import Inbox
 
 _PATH = "/completion"
 # The formats of its decoder.
@@ -57,13 +64,63 @@ class NativeCall(Call):
 
     constrained: Constrained = staticmethod(in_lark)
 
-    def _send(self, server: Link) -> None:
-        body = _body(self._request, self._fields(self.constrained))
-        server.stream(_PATH, body, self._on_event)
+    def __init__(
+        self,
+        request: EngineRequest,
+        split: Callable[[str], tuple[int, ...]],
+        visible: Sequence[str] = (),
+        *,
+        drafts: bool = False,
+    ) -> None:
+        self._kept: list[RawEvent] = []
+        super().__init__(request, self._keep, split, visible, drafts=drafts)
 
-    def _on_event(self, line: bytes) -> bool:
-        self._ended = self._take_event(_decode(line)) or self._ended
-        return self._ended
+    async def events(
+        self, link: Link, inbox: Inbox, executor: Executor
+    ) -> AsyncGenerator[RawEvent, None]:
+        """Yield the events of the answer; when this is closed, the server has ended the request.
+
+        `executor` runs what takes long: pictures, and further requests to the server.
+
+        Raises:
+            HeadraceError: the server refuses, or does not answer.
+        """
+        self._begin(link)
+        mailbox: Mailbox[bytes | None] = Mailbox()
+        run = partial(asyncio.get_running_loop().run_in_executor, executor)
+        body = await run(self._body) if self._request.media else self._body()
+        with inbox.opened():
+            async with link.stream(_PATH, body, partial(inbox.take, mailbox.put)):
+                while True:
+                    kept, self._kept = self._kept, []
+                    for event in kept:
+                        yield event
+                    if self._ended:
+                        return
+                    if (line := await mailbox.get()) is None:
+                        raise await link.lost(_PATH, "the answer has no end")
+                    chunk = _decode(line)
+                    if self._asks(chunk):
+                        await finished(run(self._take_chunk, chunk))
+                    else:
+                        self._take_chunk(chunk)
+
+    def _keep(self, event: RawEvent) -> bool:
+        self._kept.append(event)
+        return False
+
+    def _body(self) -> bytes:
+        return _body(self._request, self._fields(self.constrained))
+
+    def _asks(self, chunk: _Chunk) -> bool:
+        """Whether the server has to be asked for tokens or candidates that it did not report."""
+        known = len(chunk.tokens)
+        if self._lookup is not None:
+            known = sum(1 for token in chunk.completion_probabilities if token.top_logprobs)
+        return chunk.tokens_predicted - self._predicted > known
+
+    def _take_chunk(self, chunk: _Chunk) -> None:
+        self._ended = self._take_event(chunk) or self._ended
 
     def _take_event(self, chunk: _Chunk) -> bool:
         if chunk.error is not None:
@@ -112,5 +169,6 @@ def _body(request: EngineRequest, body: dict[str, Any]) -> bytes:
 
 
 def _known(data: bytes) -> bytes:
-    """Return a picture in a format that the library decodes."""
-    return data if image_header(data)[0] in _KNOWN else pictures.as_png(data)
+    """Return a picture in a format that the library decodes, upright."""
+    is_known = image_header(data)[0] in _KNOWN and not pictures.is_turned(data)
+    return data if is_known else pictures.as_png(data)

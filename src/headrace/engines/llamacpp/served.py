@@ -6,8 +6,7 @@ import asyncio
 import base64
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from headrace.engines.abilities import longest_text
 from headrace.engines.base import EngineFacts, EngineRequest, OpenRequest, Pair, RawEvent
 from headrace.engines.llamacpp import Options, settled
 from headrace.engines.llamacpp.call import HONOURED, in_lark
-from headrace.engines.llamacpp.groups import Groups
+from headrace.engines.llamacpp.groups import Groups, in_turns
 from headrace.engines.llamacpp.link import Link
 from headrace.engines.llamacpp.native import NativeCall
 from headrace.engines.llamacpp.pieces import SENTINEL, SIZE, Pieces
@@ -65,7 +64,7 @@ class Served(base.Embedder):
         raise NotImplementedError
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[RawEvent, None]:
-        """Return the events of a request, which runs on a thread that mostly sleeps."""
+        """Return the events of a request."""
         if self._inbox is None:
             self._inbox = threaded.Inbox(asyncio.get_running_loop())
         if self._threads is None or self._link is None:
@@ -75,27 +74,21 @@ class Served(base.Embedder):
         visible = [self._text(token) for token in request.visible]
         if request.media:
             request = self._with_text(request)
-        events: AsyncGenerator[RawEvent, None] = threaded.stream(
-            lambda emit: self._answer(request, emit, visible),
-            inbox=self._inbox,
-            executor=self._threads,
-        )
-        return self._in_turn(request.adapter, events) if self._adapters else events
+        start = partial(self._events, visible=visible, inbox=self._inbox, threads=self._threads)
+        return in_turns(self._groups, request, start) if self._adapters else start(request)
 
-    async def _in_turn(
-        self, adapter: str, events: AsyncGenerator[RawEvent, None]
+    def _events(
+        self,
+        request: EngineRequest,
+        visible: Sequence[str],
+        inbox: threaded.Inbox,
+        threads: ThreadPoolExecutor,
     ) -> AsyncGenerator[RawEvent, None]:
-        async with self._groups.turn(adapter), aclosing(events):
-            async for event in events:
-                yield event
-
-    def _answer(
-        self, request: EngineRequest, emit: threaded.Emit[RawEvent], visible: Sequence[str]
-    ) -> None:
-        call = NativeCall(request, emit, self._split, visible, drafts=self._drafts)
+        """Return the events of a request over the socket."""
+        call = NativeCall(request, self._split, visible, drafts=self._drafts)
         call.constrained = self._constrained
         call.lora = self._lora(request)
-        call.run(self._opened())
+        return call.events(self._opened(), inbox, threads)
 
     def _lora(self, request: EngineRequest) -> Sequence[dict[str, float]]:
         """Return the scale of each adapter of the server in a request."""

@@ -40,9 +40,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     gaps_ms: list[float] = []
     prompt_tokens: int | None = None
     cached_tokens: int = 0
-    completion_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    completion_tokens: int = 0
     usage: bool = False
     wanted_tokens: int = 0
     finish_reason: str | None = None
@@ -100,9 +100,9 @@ class Answer:
             gaps_ms=[(later - before) * 1e3 for before, later in itertools.pairwise(texts)],
             prompt_tokens=usage.prompt_tokens if usage else None,
             cached_tokens=usage.cached_tokens if usage else 0,
-            completion_tokens=tokens,
             drafted_tokens=usage.drafted_tokens if usage else 0,
             accepted_tokens=usage.accepted_tokens if usage else 0,
+            completion_tokens=tokens,
             usage=usage is not None,
             wanted_tokens=self._wanted,
             finish_reason=self._finish_reason,

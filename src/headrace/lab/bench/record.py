@@ -30,8 +30,9 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
     Tokens/s count successful requests only. `gap_ms` are all times between two chunks with text.
     `server` are the figures of a Headrace service for the same requests. `goodput` is the share of
     all requests that succeeded within the `slo`. `running` is the mean number of concurrent
-    requests. `client_busy` is the share of one core that the client used. `of_limit` is the share
-    of the output tokens/s that the machine's memory allows.
+    requests. `drafted_tokens` are those of speculation in all answers, `accepted_tokens` those that
+    the model kept. `client_busy` is the share of one core that the client used. `of_limit` is the
+    share of the output tokens/s that the machine's memory allows.
     """
 
     load: Load
@@ -49,6 +50,8 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: float | None
     completion_tokens: float
     cached_tokens: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     short: int
     counted_by: str
     running: float
@@ -59,8 +62,6 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
     total_ms: Summary | None = None
     late_ms: Summary | None = None
     server: dict[str, Summary] = {}
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
     goodput: float | None = None
     of_limit: float | None = None
     rows: tuple[Row, ...] | None = None
@@ -128,9 +129,9 @@ def level(
         total_tokens_per_s=ratio(tokens + sum(prompts), seconds) if counted else None,
         prompt_tokens=ratio(sum(prompts), len(prompts)) if counted else None,
         completion_tokens=ratio(tokens, len(good)),
+        cached_tokens=ratio(sum(row.cached_tokens for row in good), len(good)),
         drafted_tokens=sum(row.drafted_tokens for row in good),
         accepted_tokens=sum(row.accepted_tokens for row in good),
-        cached_tokens=ratio(sum(row.cached_tokens for row in good), len(good)),
         short=sum(row.completion_tokens < row.wanted_tokens for row in good),
         counted_by=_counted_by(good),
         running=ratio(sum(row.total_ms - row.late_ms for row in rows) / 1e3, seconds),

@@ -118,7 +118,11 @@ class Contender:
 
     def rate(self, streams: int) -> float:
         """Return the median of output tokens/s, 0 without any turn."""
-        return statistics.median([turn.rate for turn in self.turns.get(streams, [])] or [0.0])
+        return statistics.median(self.rates(streams) or [0.0])
+
+    def rates(self, streams: int) -> list[float]:
+        """Return output tokens/s of each turn."""
+        return [turn.rate for turn in self.turns.get(streams, [])]
 
     def trial(self, bandwidth: float | None, tokens: int) -> Trial:
         """Return its measurements for the record; `tokens` is the length of the answers."""
@@ -151,6 +155,7 @@ class Contender:
             first_token_ms_p50=statistics.median(first),
             first_token_ms_p99=percentile(first, 99),
             of_limit=statistics.median(rates) / allowed if allowed else None,
+            rates=tuple(rates),
         )
 
     @contextlib.contextmanager

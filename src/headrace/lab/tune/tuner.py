@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from headrace.worker.spec import OnProgress, Resolve
 _CONTEXT = 1024
 _HOPELESS = 0.6
 """Below this share of the best, at every number of streams, an engine is not measured again."""
+_MORE_ROUNDS, _MORE_S = 5, 120.0
+"""Rounds, and the seconds in which they start, of those that are nearly as fast as the best."""
+_MOST_NEAR = 4
 _REFERENCES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gguf": ("llamacpp", {"kv_type": "bf16", "flash_attention": "on"}),
     "safetensors": ("transformers", {"dtype": "float32"}),
@@ -77,6 +81,8 @@ class Tuner:
             reference, name = await self._reference(field, report)
             await self._judge(field, reference, report)
             await self._rounds(field, report)
+            for streams in dict.fromkeys((min(self._shape.streams), max(self._shape.streams))):
+                await self._near_ties(field, streams, report)
         finally:
             for contender in field:
                 await contender.aclose()
@@ -166,6 +172,40 @@ class Tuner:
                 await contender.measure(self._shape, number, keep=contender.is_loaded)
             report(label, 100, 100)
             left = _promising(left, self._shape.streams)
+
+    async def _near_ties(
+        self, field: Sequence[Contender], streams: int, report: OnProgress
+    ) -> None:
+        """Measure again, in turns, what is nearly as fast as the best, until it is decided."""
+        near = nearly_best(field, streams)
+        shape = msgspec.structs.replace(self._shape, streams=(streams,))
+        began, first = time.monotonic(), self._shape.rounds
+        for number in range(first, first + _MORE_ROUNDS):
+            if _is_decided(near, streams) or time.monotonic() - began > _MORE_S:
+                return
+            report(f"near ties at {streams}", 100 * (number - first) // _MORE_ROUNDS, 100)
+            for contender in near if number % 2 == 0 else near[::-1]:
+                await contender.measure(shape, number, keep=contender.is_loaded)
+
+
+def nearly_best(field: Sequence[Contender], streams: int) -> list[Contender]:
+    """Return the fastest that agrees, and those that are nearly as fast and take less memory."""
+    right = [c for c in field if c.fault is None and c.agreement and c.rate(streams)]
+    right.sort(key=lambda contender: contender.rate(streams), reverse=True)
+    least = measured.NEAR * right[0].rate(streams) if right else 0.0
+    most = sum(right[0].memory.values()) if right else 0
+    smaller = [contender for contender in right[1:] if sum(contender.memory.values()) < most]
+    near = [contender for contender in smaller if contender.rate(streams) >= least]
+    return [*right[:1], *near][:_MOST_NEAR]
+
+
+def _is_decided(near: Sequence[Contender], streams: int) -> bool:
+    """Whether all but the first are slower by enough rounds, or failed."""
+    rates = [contender.rates(streams) for contender in near if contender.fault is None]
+    if len(rates) < 2:
+        return True
+    enough = all(len(each) >= measured.LEAST_PAIRS for each in rates)
+    return enough and all(measured.is_slower(each, rates[0]) for each in rates[1:])
 
 
 def _promising(left: Sequence[Contender], streams: Sequence[int]) -> list[Contender]:

@@ -5,19 +5,28 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import Unsupported
 from headrace.text.calls.format import Format
+from headrace.text.calls.raw import (
+    ANY_TEXT,
+    NOTES,
+    below,
+    keywords,
+    part_of,
+    plain_text,
+    raw_text,
+    variants_of,
+)
 from headrace.text.calls.rules import Rules
-from headrace.text.calls.values import declared_kind, kind_of, options_in
+from headrace.text.calls.values import declared_kind, options_in
 from headrace.text.grammar import ANSWER, HEADER
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
-_SCALARS = frozenset({"integer", "number", "boolean", "null"})
-# Keywords that do not restrict a string.
-_NOTES = frozenset({"type", "description", "title", "default", "examples"})
+_OF_OBJECTS = frozenset({"properties", "required", "additionalProperties"})
+_PLAIN = re.compile(r"[\w.\-]+")
 
 Schema = Mapping[str, Any]
 
@@ -102,7 +111,7 @@ class _Grammar(Rules):
             body = f"({self._calls(call, parallel=parallel)} | {self._recipient()} {self._content})"
         else:
             body = self._free(call, parallel=parallel)
-        lines = [f"start: {prefix} {body}", "TEXT: /(.|\\n)*/", *self.rules]
+        lines = [f"start: {prefix} {body}", f"TEXT: {ANY_TEXT}", *self.rules]
         return "\n".join((HEADER, *lines, ""))
 
     # The answer.
@@ -243,15 +252,14 @@ class _Grammar(Rules):
         return f"{self._literal(before)} {digits} {self._literal(after)}"
 
     def _argument(self, schema: Schema, key: str) -> str:
-        part = _part(schema, key)
-        kind, options = declared_kind(part), options_in(part)
-        free = kind_of(schema, key) != "any" or not kind
-        if not free:
-            return self._value(key, kind, self._json(part))
-        if options:
+        part = part_of(schema, key)
+        text = plain_text(schema, key, typed=bool(self._format.typed))
+        if not text:
+            return self._value(key, declared_kind(part) or "object", self._json(part))
+        if options := options_in(part):
             return self._value(key, "string", f"({' | '.join(map(self._literal, options))})")
         head, close, after = self._value_marks(key, "string")
-        return f"{self._literal(head)} {self._until(close)} {self._literal(after)}"
+        return f"{self._literal(head)} {self._until(close, text)} {self._literal(after)}"
 
     def _value(self, key: str, kind: str, value: str) -> str:
         head, close, after = self._value_marks(key, kind)
@@ -290,7 +298,7 @@ class _Grammar(Rules):
     def _python_value(self, schema: Schema) -> str:
         if schema.get("type") == "boolean":
             return '("True" | "False")'
-        if schema.get("type") == "string" and schema.keys() <= _NOTES:
+        if schema.get("type") == "string" and schema.keys() <= NOTES:
             quoted = self._rule("quoted", r"/'([^'\\\n]|\\[\\'\"nrt])*'/")
             return f"({self._json(schema)} | {quoted})"
         return self._json(schema)
@@ -301,20 +309,24 @@ class _Grammar(Rules):
         return self._pairs(tool.name + "{", schema, ":", ",", self._gemma_value) + ' "}"'
 
     def _gemma_value(self, schema: Schema) -> str:
-        kind, quote = declared_kind(schema), self._format.quote
-        if options_in(schema):
-            quoted = (self._literal(quote + option + quote) for option in options_in(schema))
+        """Return a value, in JSON if Gemma's own notation cannot be restricted like it."""
+        kind, quote, keys = declared_kind(schema), self._format.quote, keywords(schema)
+        if options := options_in(schema):
+            quoted = (self._literal(quote + option + quote) for option in options)
             return "(" + " | ".join(quoted) + ")"
-        if kind == "string":
-            return f"{self._literal(quote)} {self._until(quote)}"
-        if kind in _SCALARS:
+        if "enum" in keys or "const" in keys:
             return self._json(schema)
-        if kind == "array":
-            item = self._rule("item", self._gemma_value(_below(schema, schema.get("items"))))
+        if variants := variants_of(schema):
+            return f"({' | '.join(map(self._gemma_value, variants))})"
+        if kind == "string":
+            return f"{self._literal(quote)} {self._until(quote, raw_text(schema, schema))}"
+        items: object = schema.get("items")
+        if kind == "array" and keys == {"items"} and isinstance(items, dict):
+            item = self._rule("item", self._gemma_value(below(schema, cast("Schema", items))))
             return f'"[" ({item} ("," {item})*)? "]"'
-        if kind == "object" and schema.get("properties"):
+        if kind == "object" and schema.get("properties") and keys <= _OF_OBJECTS:
             return self._pairs("{", schema, ":", ",", self._gemma_value) + ' "}"'
-        return self._gemma_any()
+        return self._json(schema) if keys or kind else self._gemma_any()
 
     def _gemma_any(self) -> str:
         """Return a value of any type, with the rules that it needs."""
@@ -339,7 +351,10 @@ class _Grammar(Rules):
             return self._literal(opening)
         first = later = ""
         for key in reversed(list(schema["properties"])):
-            pair = self._rule("pair", f"{self._literal(key + equal)} {value(_part(schema, key))}")
+            name = key if _PLAIN.fullmatch(key) else json.dumps(key, ensure_ascii=False)
+            pair = self._rule(
+                "pair", f"{self._literal(name + equal)} {value(part_of(schema, key))}"
+            )
             here = f"{pair} {later}"
             there = f"{self._literal(comma)} {here}"
             if key not in schema.get("required", ()):
@@ -381,15 +396,4 @@ def _whole_call(form: Format, tool: Callable_, schema: Schema) -> Schema:
     """
     keys = {form.name_key: {"const": tool.name}, form.arguments_key: schema}
     call = {"properties": keys, "required": list(keys), "additionalProperties": False}
-    return _below(schema, {"type": "object", **call})
-
-
-def _below(root: Schema, schema: object) -> Schema:
-    """Return a part of a schema with the definitions of the whole."""
-    part: dict[str, Any] = dict(schema) if isinstance(schema, dict) else {}  # pyright: ignore[reportUnknownArgumentType]
-    shared = {name: root[name] for name in ("$defs", "definitions") if name in root}
-    return shared | part
-
-
-def _part(schema: Schema, key: str) -> Schema:
-    return _below(schema, schema["properties"][key])
+    return below(schema, {"type": "object", **call})

@@ -17,13 +17,25 @@ _MAX_HEADER = 512
 
 
 class Harmony:
-    """Parses an answer: analysis is thinking, a message to a function a call, the rest content."""
+    """Parses an answer: analysis is thinking, a message to a function a call, the rest content.
 
-    def __init__(self, cursor: Cursor, sink: Sink, trimmer: Trimmer, *, calls: bool) -> None:
+    `names` are the functions that may be called; None is any.
+    """
+
+    def __init__(
+        self,
+        cursor: Cursor,
+        sink: Sink,
+        trimmer: Trimmer,
+        *,
+        calls: bool,
+        names: frozenset[str] | None = None,
+    ) -> None:
         self._cursor = cursor
         self._sink = sink
         self._trimmer = trimmer
         self._calls = calls
+        self._names = names
         self.body = Markers([_START, _CHANNEL, *_ENDS])
         self.thought = Markers([_START, _CHANNEL, *_ENDS])
 
@@ -58,9 +70,11 @@ class Harmony:
             return
         channel = _CHANNEL_NAME.search(header)
         recipient = _RECIPIENT.search(header)
+        name = recipient[1].removeprefix("functions.") if recipient and self._calls else ""
+        calls = bool(name) and (self._names is None or name in self._names)
         thinks = bool(channel) and channel[1] == "analysis"
-        if recipient and self._calls and (yield from cursor.ahead("{", *_ENDS)):
-            yield from self._call(recipient[1].removeprefix("functions."))
+        if calls and (yield from cursor.ahead("{", *_ENDS)):
+            yield from self._call(name)
         elif thinks:
             cursor.recorded()
             yield from self._thinking()

@@ -35,16 +35,24 @@ class _Member:
 
 
 class Objects:
-    """Reads one object, or several, at the cursor; `_made` is whether a call has begun."""
+    """Reads one object, or several, at the cursor; `_made` is whether a call has begun.
 
-    def __init__(self, form: Format, tools: Tools, cursor: Cursor, sink: Sink) -> None:
+    With `only`, a call of another tool than `tools` is none.
+    """
+
+    def __init__(
+        self, form: Format, tools: Tools, cursor: Cursor, sink: Sink, *, only: bool
+    ) -> None:
         self._format = form
         self._tools = tools
+        self._only = only
         self._cursor = cursor
         self._sink = sink
         self._made = False
 
     def _start(self, name: str, identity: str | None = None) -> None:
+        if self._only and name not in self._tools:
+            raise NotACallError
         self._made = True
         self._sink.start(name, identity)
 

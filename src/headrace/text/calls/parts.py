@@ -10,6 +10,20 @@ import msgspec
 from headrace.text.calls.cursor import NotACallError
 
 
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """How the text of an answer is read.
+
+    Without `calls`, what looks like a call is text; with `apart` it is text after the beginning of
+    content too, and with `only` if its tool is not a known one. The calls of an `exact` answer are
+    those of a grammar: they have nothing that models get wrong.
+    """
+
+    calls: bool
+    apart: bool = False
+    only: bool = False
+    exact: bool = False
+
+
 class Thought(msgspec.Struct, frozen=True):
     """Text of the thinking."""
 

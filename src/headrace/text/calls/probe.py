@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
-from jinja2.exceptions import TemplateError
 
 from headrace.core.errors import HeadraceError
 from headrace.text.calls.derive import Sample, common, derived
@@ -92,7 +91,7 @@ class _Probe:
     def _rendered(self, messages: Messages, tools: Tools, options: dict[str, Any]) -> str | None:
         try:
             return self._render(messages, tools, **options)
-        except (HeadraceError, TemplateError, ArithmeticError, LookupError, TypeError, ValueError):
+        except (HeadraceError, ArithmeticError, LookupError, TypeError, ValueError):
             # A template refuses in any way; that is the answer.
             return None
 

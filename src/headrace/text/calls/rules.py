@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headrace.core.constraint import Constraint
+from headrace.text.calls.raw import ANY_TEXT
 from headrace.text.grammar import json_rule
 
 
@@ -41,12 +42,14 @@ class Rules:
             if part
         )
 
-    def _until(self, marker: str) -> str:
-        """Return free text with the marker after it."""
+    def _until(self, marker: str, text: str = ANY_TEXT) -> str:
+        """Return text, which is free or of a terminal, with the marker after it."""
+        if text != ANY_TEXT:
+            text = self._rule("RAW", text)
         if marker in self._control:
-            return f"TEXT {self._literal(marker)}"
+            return f"{'TEXT' if text == ANY_TEXT else text} {self._literal(marker)}"
         suffix = json.dumps(marker, ensure_ascii=False)
-        return self._rule("until", "/(.|\\n)*/", f"[suffix={suffix}]")
+        return self._rule("until", text, f"[suffix={suffix}]")
 
     def _json(self, schema: Mapping[str, Any]) -> str:
         # Equal keys: the last one counts.

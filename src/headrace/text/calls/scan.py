@@ -51,6 +51,11 @@ class JsonScanner:
         """Whether the text is not JSON."""
         return self._state is _State.BROKEN
 
+    @property
+    def in_string(self) -> bool:
+        """Whether the text so far ends within a string."""
+        return self._state in (_State.STRING, _State.ESCAPE)
+
     def feed(self, text: str, start: int, end: int) -> int:
         """Follow `text[start:end]`; return where the value ends or is broken, else `end`."""
         at, self._faults = start, []

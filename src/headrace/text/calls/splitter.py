@@ -8,7 +8,7 @@ from headrace.text.calls.cursor import Cursor, Markers, Need
 from headrace.text.calls.format import Format
 from headrace.text.calls.harmony import Harmony
 from headrace.text.calls.objects import Tools
-from headrace.text.calls.parts import Content, Part, Sink, Thought
+from headrace.text.calls.parts import Content, Part, Reading, Sink, Thought
 from headrace.text.calls.styles import Calls
 from headrace.text.calls.trim import Trimmer
 
@@ -17,9 +17,7 @@ class Splitter:
     """Parses one answer. The parts, joined, do not depend on how the text is cut.
 
     `tools` maps the name of each tool to the schema of its arguments. `thinking_open` is whether
-    the prompt leaves the thinking open. Without `calls`, what looks like a call is text; with
-    `apart` it is text after the beginning of content too. A format without thinking and calls needs
-    no splitter.
+    the prompt leaves the thinking open. A format without thinking and calls needs no splitter.
 
     What is held back: the beginning of a marker; the white space around markers; a call up to its
     name; in tags, a value that the schema does not declare a string.
@@ -31,8 +29,9 @@ class Splitter:
     )  # fmt: skip
 
     def __init__(
-        self, form: Format, tools: Tools, *, thinking_open: bool, calls: bool, apart: bool = False
+        self, form: Format, tools: Tools, reading: Reading, *, thinking_open: bool
     ) -> None:
+        calls = reading.calls
         self._cursor = Cursor()
         self._sink = Sink()
         self._trimmer = Trimmer(self._sink.thought)
@@ -42,16 +41,17 @@ class Splitter:
         self._firsts = ""
         self._run: Generator[None, None, None]
         if form.style == "harmony":
-            harmony = Harmony(self._cursor, self._sink, self._trimmer, calls=calls)
+            names = frozenset(tools) if reading.only else None
+            harmony = Harmony(self._cursor, self._sink, self._trimmer, calls=calls, names=names)
             self._content, self._thought = harmony.body, harmony.thought
             self._run = harmony.run(thinking_open=thinking_open)
             return
-        self._calls = Calls(form, tools, self._cursor, self._sink, allowed=calls)
+        self._calls = Calls(form, tools, self._cursor, self._sink, reading=reading)
         self._recipient = form.style == "recipient"
         openers = self._calls.openers if calls or self._recipient else ()
         bare = (self._calls.bare,) if calls else ()
         self._start = (*self._think, *form.hidden, *openers, *bare)
-        self._content = Markers([*(() if apart else openers), *form.hidden])
+        self._content = Markers([*(() if reading.apart else openers), *form.hidden])
         self._thought = Markers([self._think[1], *openers])
         self._run = self._answer(thinking_open=thinking_open)
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Mapping
 from headrace.text.calls.cursor import Cursor, Emit, Markers, Need, NotACallError
 from headrace.text.calls.format import Format
 from headrace.text.calls.objects import Objects, Tools
-from headrace.text.calls.parts import Sink
+from headrace.text.calls.parts import Reading, Sink
 from headrace.text.calls.values import Literals, TypedValue, kind_of
 
 _NAME = re.compile(r"[^\s<>{}\[\]()\"'`=,|｜]*")
 _WORD = re.compile(r"[\w.\-]*")
+_QUOTED = re.compile(r"[^<>\"\n]*")
 _NO_TAG = re.compile(r"[^<>\n]*")
 
 
@@ -21,10 +22,10 @@ class Calls(Objects):
     """Parses calls at the cursor into the sink."""
 
     def __init__(
-        self, form: Format, tools: Tools, cursor: Cursor, sink: Sink, *, allowed: bool
+        self, form: Format, tools: Tools, cursor: Cursor, sink: Sink, *, reading: Reading
     ) -> None:
-        super().__init__(form, tools, cursor, sink)
-        self._allowed = allowed
+        super().__init__(form, tools, cursor, sink, only=reading.only)
+        self._reading = reading
         self._closers = _pieces(form.call_close)
         self._section = (form.section_open.strip(), form.section_close.strip())
         self._open = form.call_open.strip()
@@ -158,7 +159,7 @@ class Calls(Objects):
         if name == "all":
             cursor.record()
             return
-        if not self._allowed:
+        if not self._reading.calls:
             raise NotACallError
         yield from self._json_arguments(name, None)
 
@@ -180,7 +181,7 @@ class Calls(Objects):
 
     def _tagged_call(self) -> Need[None]:
         cursor, form = self._cursor, self._format
-        name, attributes = yield from self._header(form.call_open, self._name_end)
+        name, attributes = yield from self._header(form.call_open, self._name_end, self._word())
         ends = (form.key_open.strip(), *self._closers[:1])
         empty = attributes.endswith("/")
         if not self._name_end:
@@ -194,11 +195,11 @@ class Calls(Objects):
         for closer in self._closers[1:]:
             yield from cursor.accept(closer)
 
-    def _header(self, opener: str, end: str) -> Need[tuple[str, str]]:
+    def _header(self, opener: str, end: str, word: Need[str]) -> Need[tuple[str, str]]:
         """Consume a name, perhaps attributes, and `end`."""
         cursor = self._cursor
         quoted = opener.rstrip().endswith('"')
-        name = (yield from self._word()).rstrip("/")
+        name = (yield from word).rstrip("/")
         attributes = ""
         if quoted:
             yield from cursor.expect('"')
@@ -214,7 +215,7 @@ class Calls(Objects):
         kind = kind_of(self._tools.get(name), key)
         if form.typed and form.typed in attributes:
             text = f'{form.typed}="string"', f'{form.typed}="true"'
-            kind = "string" if any(mark in attributes for mark in text) else "any"
+            kind = "string" if any(mark in attributes for mark in text) else "structured"
         value = TypedValue(kind, self._sink.arguments)
         yield from self._value(value)
         value.finish()
@@ -225,7 +226,8 @@ class Calls(Objects):
         form, cursor = self._format, self._cursor
         end = self._key_end
         if form.key_open.rstrip().endswith('"'):
-            key, attributes = yield from self._header(form.key_open, end)
+            word = cursor.run(_QUOTED, 256)
+            key, attributes = yield from self._header(form.key_open, end, word)
         else:
             yield from cursor.spaces()
             key, attributes = (yield from cursor.run(_NO_TAG, 256)).strip(), ""
@@ -237,6 +239,8 @@ class Calls(Objects):
     def _value_markers(self) -> Markers:
         form = self._format
         ends = [form.value_close.strip()]
+        if self._reading.exact:
+            return Markers(["\n" * form.framed + ends[0]])
         if form.framed:  # a model may forget the end of a value, then a line begins with the next
             ends = ["\n" + end for end in (*ends, form.key_open.strip(), *self._closers[:1])] + ends
         return Markers(ends)
@@ -251,13 +255,15 @@ class Calls(Objects):
             marker = yield from cursor.find(self._value_ends, value.feed)
             if not marker:
                 raise NotACallError
-            if (yield from self._value_ends_at(marker, close)):
+            if not value.in_string and (yield from self._value_ends_at(marker, close)):
                 cursor.skip(len(marker) - len(marker.lstrip("\n")))
                 return
             value.feed(cursor.skip(1))
 
     def _value_ends_at(self, marker: str, close: str) -> Need[bool]:
         cursor, size = self._cursor, len(marker)
+        if self._reading.exact:
+            return True
         key_open, closer = self._format.key_open.strip(), self._closers[0]
         if marker.lstrip("\n") == key_open:
             return True

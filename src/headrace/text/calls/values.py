@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Mapping
@@ -10,10 +11,12 @@ from typing import Any, cast
 import msgspec
 
 from headrace.text.calls.cursor import Cursor, Emit, Need, NotACallError, markers_of
+from headrace.text.calls.scan import JsonScanner
 
 _MAX_DEPTH = 64
 _NAME = re.compile(r"[\w.\-]*")
 _SCALAR = re.compile(r"[-+.\w]*")
+_NUMBER = re.compile(r"[+-]?(0[xob][0-9a-fA-F_]+|[0-9_]*\.?[0-9_]*(e[+-]?[0-9]+)?)")
 _HEX = re.compile(r"[0-9A-Fa-f]+")
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0"}
@@ -48,10 +51,10 @@ class Literals:
         """Consume the name of an argument and `end`."""
         cursor = self._cursor
         yield from cursor.spaces()
-        quote = yield from cursor.accept(*self._quotes)
-        key = yield from cursor.run(_NAME, 256)
-        if quote:
-            yield from cursor.expect(quote)
+        if quote := (yield from cursor.accept(*self._quotes)):
+            key, _ = yield from cursor.until(markers_of((quote,)), 256)
+        else:
+            key = yield from cursor.run(_NAME, 256)
         yield from cursor.expect(end)
         if not key:
             raise NotACallError
@@ -76,9 +79,8 @@ class Literals:
     def _scalar(self) -> Need[None]:
         yield from self._cursor.spaces()
         word = yield from self._cursor.run(_SCALAR, 4096)
-        word = _WORDS.get(word, word)
-        if is_json(word):
-            self._emit(word)
+        if plain := _scalar(word):
+            self._emit(plain)
         elif self._quote and word:
             self._emit(json.dumps(word, ensure_ascii=False))
         else:
@@ -140,6 +142,18 @@ class Literals:
             self._emit(json.dumps(chr(int(digits, 16)))[1:-1])
 
 
+def _scalar(word: str) -> str:
+    """Return a word or a number of JSON or Python as JSON; "" if it is none."""
+    word = _WORDS.get(word, word)
+    if is_json(word) or not _NUMBER.fullmatch(word):
+        return word if is_json(word) else ""
+    try:
+        number = json.dumps(ast.literal_eval(word))
+    except (ValueError, SyntaxError):
+        return ""
+    return number if is_json(number) else ""
+
+
 def _mended(text: str) -> str:
     """Return a JSON string, in which control characters may be as they are; "" if it is none."""
     try:
@@ -164,8 +178,8 @@ def _from_python(text: str) -> str | None:
 class TypedValue:
     """The text of one tagged argument as JSON: a string, or what it says if that is JSON.
 
-    `kind` is `string`, `nullable` (a string, or null) or `any`. Strings are emitted as they come,
-    anything else when it is complete.
+    `kind` is `string`, `nullable` (a string, or null), `structured` (of other types, or of
+    several) or `any`. Strings are emitted as they come, anything else when it is complete.
     """
 
     def __init__(self, kind: str, emit: Emit) -> None:
@@ -173,6 +187,12 @@ class TypedValue:
         self._kind = kind
         self._texts: list[str] = []
         self._begun = False
+        self._scanner = JsonScanner() if kind == "structured" else None
+
+    @property
+    def in_string(self) -> bool:
+        """Whether the text so far ends within a string of JSON, where no marker ends the value."""
+        return self._scanner is not None and self._scanner.in_string
 
     def feed(self, text: str) -> None:
         """Add text."""
@@ -180,7 +200,9 @@ class TypedValue:
             self._emit(escaped(text))
             return
         self._texts.append(text)
-        if self._kind == "any":
+        if self._scanner is not None:
+            self._scanner.feed(text, 0, len(text))
+        if self._is_free:
             return
         held = "".join(self._texts)
         if self._kind == "string" or not "null".startswith(held):
@@ -194,14 +216,18 @@ class TypedValue:
             return
         text = "".join(self._texts)
         plain = _WORDS.get(text.strip(), text.strip())
-        if self._kind == "any" and plain.startswith('"') and (string := _mended(plain)):
+        if self._is_free and plain.startswith('"') and (string := _mended(plain)):
             plain = string
-        is_plain = plain == "null" if self._kind == "nullable" else self._kind == "any"
+        is_plain = plain == "null" if self._kind == "nullable" else self._is_free
         if is_plain and is_json(plain):
             self._emit(plain)
             return
-        listed = _from_python(plain) if self._kind == "any" and plain[:1] in ("[", "{") else None
+        listed = _from_python(plain) if self._is_free and plain[:1] in ("[", "{") else None
         self._emit(listed or json.dumps(text, ensure_ascii=False))
+
+    @property
+    def _is_free(self) -> bool:
+        return self._kind in ("any", "structured")
 
 
 def kind_of(schema: Mapping[str, Any] | None, key: str) -> str:
@@ -211,7 +237,7 @@ def kind_of(schema: Mapping[str, Any] | None, key: str) -> str:
         return "any"
     types = _types(schema or {}, cast("dict[str, Any]", properties).get(key), 0)
     if types - {"null"} != {"string"}:
-        return "any"
+        return "any" if "any" in types else "structured"
     return "nullable" if "null" in types else "string"
 
 
@@ -221,7 +247,7 @@ def _types(root: Mapping[str, Any], schema: object, depth: int) -> set[str]:
         return {"any"}
     node = cast("dict[str, Any]", schema)
     if isinstance(reference := node.get("$ref"), str):
-        return _types(root, _resolve(root, reference), depth + 1)
+        return _types(root, resolved(root, reference), depth + 1)
     for name in ("anyOf", "oneOf"):
         if isinstance(node.get(name), list):
             return set[str]().union(*(_types(root, part, depth + 1) for part in node[name]))
@@ -239,7 +265,8 @@ def _types(root: Mapping[str, Any], schema: object, depth: int) -> set[str]:
     return {"any"}
 
 
-def _resolve(root: Mapping[str, Any], reference: str) -> object:
+def resolved(root: Mapping[str, Any], reference: str) -> object:
+    """Return what a reference within a schema refers to, None if there is nothing."""
     node: Any = root
     for name in reference.removeprefix("#/").split("/"):
         node = cast("dict[str, Any]", node).get(name) if isinstance(node, dict) else None
