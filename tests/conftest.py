@@ -10,6 +10,7 @@ import signal
 import socket
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,7 +47,12 @@ MODEL_HOME = Path(os.environ.pop("HEADRACE_TEST_HOME", "") or ROOT / ".cache" / 
 
 
 def _place(item: pytest.Item) -> str:
-    return item.path.relative_to(Path(__file__).parent).as_posix()
+    return _relative(item.path)
+
+
+@cache
+def _relative(path: Path) -> str:
+    return path.relative_to(Path(__file__).parent).as_posix()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,7 +25,9 @@ def open_node(settings: Settings, admin: PoolAdmin) -> NodeServer:
         ConfigError: the token or the certificates cannot be read.
     """
     assert isinstance(admin, NodePoolAdmin), "the service was opened as a node"
-    return NodeServer(admin.pool, admin, secure.member(settings.config.cluster))
+    member = secure.member(settings.config.cluster)
+    admin.labels = (member.identity.name, *member.labels)
+    return NodeServer(admin.pool, admin, member)
 
 
 def open_front(

@@ -43,7 +43,7 @@ from headrace.pool.ledger import Ledger
 from headrace.pool.plan import plan_load
 from headrace.pool.pool import Pool
 from headrace.pool.state import StateFile
-from headrace.pool.workers import PooledWorker
+from headrace.pool.worker import PooledWorker
 from headrace.telemetry import otel
 from headrace.text import renderer
 from headrace.text.template import ChatTemplate

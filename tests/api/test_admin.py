@@ -17,6 +17,7 @@ from tests.api.fakes import (
     DEVICES,
     LOADED,
     METRICS,
+    MODELS,
     FakeAdmin,
     FakeBackend,
     FakeMonitor,
@@ -46,6 +47,12 @@ BODIES: dict[str, Any] = {
     "/models/load": {"model": "m"},
     "/models/unload": {"model": "m"},
 }
+OF_ADAPTERS: dict[str, Any] = {
+    "/admin/models/m/adapters": {"adapter": "a", "source": "/a.gguf"},
+    "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "/a.gguf", "model": "m"},
+    "/v1/unload_lora_adapter": {"lora_name": "m:m"},
+}
+ADAPTED = ModelInfo(id="m:m", source="s", engine="echo", base="m", adapter="/m.gguf")
 PULL = {"model": "m", "stream": False}
 CALLS = [(one.method, re.sub(r"\{\w+(:path)?\}", "m", one.path)) for one in ADMIN_ROUTES]
 
@@ -81,7 +88,8 @@ class Busy(FakeMonitor):
 
 
 def observed(admin: FakeAdmin, **settings: Any) -> httpx.AsyncClient:
-    app = create_app(FakeBackend(), ApiSettings(**settings), admin=admin, observer=Busy())
+    backend = FakeBackend(models=(*MODELS, ADAPTED))
+    app = create_app(backend, ApiSettings(**settings), admin=admin, observer=Busy())
     transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
     return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
@@ -138,6 +146,55 @@ async def test_changes(path: str, body: Any, call: Any) -> None:
     assert admin.calls == [call]
     told = msgspec.json.decode(answer.content, type=ModelStatus)
     assert (told.id, told.pinned) == ("m", bool(call[-1] == {"pinned": True}))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "change"),
+    [
+        (
+            "POST",
+            "/admin/models/best/adapters",
+            {"adapter": "a.b", "source": "/a", "scale": 2, "name": "n"},
+            {"adapters.a.b": {"source": "/a", "scale": 2.0, "name": "n"}},
+        ),
+        ("DELETE", "/admin/models/m/adapters/m", None, {"adapters.m": False}),
+        (
+            "POST",
+            "/v1/load_lora_adapter",
+            {"lora_name": "a", "lora_path": "/a", "model": "m"},
+            {"adapters.a": {"source": "/a", "name": "a"}},
+        ),
+        ("POST", "/v1/unload_lora_adapter", {"lora_name": "m:m"}, {"adapters.m": False}),
+    ],
+)
+async def test_adapters(method: str, path: str, body: Any, change: Any) -> None:
+    """Issue 17.4: each is one change of the model's settings."""
+    admin = FakeAdmin()
+    async with observed(admin) as http:
+        answer = await http.request(method, path, json=body)
+    assert answer.status_code == 200, answer.text
+    assert admin.calls == [("update", "m", change)]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/v1/load_lora_adapter", {"lora_name": "m:m", "lora_path": "/a"}, 400, "lora_name"),
+        ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/a"}, 400, "model"),
+        ("/v1/load_lora_adapter", {"lora_name": "a"}, 400, "lora_path"),
+        ("/v1/unload_lora_adapter", {"lora_name": "none"}, 404, "model"),
+        ("/admin/models/m/adapters", {"adapter": "a"}, 400, "source"),
+        ("/admin/models/m/adapters", {"adapter": "a", "source": "/a", "x": 1}, 400, "x"),
+        ("/admin/models/m:m/adapters", {"adapter": "a", "source": "/a"}, 404, "model"),
+    ],
+)
+async def test_wrong_adapters(path: str, body: Any, status: int, param: str) -> None:
+    """Issue 17.4: names what is wrong, and changes nothing."""
+    admin = FakeAdmin()
+    async with observed(admin) as http:
+        answer = await http.post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+    assert admin.calls == []
 
 
 async def test_plan_and_reload() -> None:
@@ -227,8 +284,9 @@ async def test_scopes(method: str, path: str, settings: Any, key: Any, status: i
     """A: with any key, models are managed with an admin key alone, whatever they are called."""
     admin = FakeAdmin()
     asked = path + "?model=m" * path.endswith("plan")
+    body = (BODIES | OF_ADAPTERS).get(path, PULL)
     async with observed(admin, **settings) as http:
-        answer = await http.request(method, asked, json=BODIES.get(path, PULL), headers=bearer(key))
+        answer = await http.request(method, asked, json=body, headers=bearer(key))
     assert answer.status_code == status
     code = {401: "invalid_api_key", 403: "insufficient_permissions"}.get(status)
     if code and path.startswith("/api/"):

@@ -107,6 +107,7 @@ async def test_documents_come_back_on_request() -> None:
         ({"query": ""}, "query", "invalid_value"),
         ({"documents": []}, "documents", "invalid_value"),
         ({"documents": ["a"] * 2049}, "documents", "invalid_value"),
+        ({"query": "a" * 100_000, "documents": ["b"] * 400}, "query", "invalid_value"),
         ({"documents": [{"title": "a"}]}, "documents[0].text", "invalid_value"),
         ({"top_n": 0}, "top_n", "invalid_value"),
         ({"rank_fields": ["title"]}, "rank_fields", "unsupported_parameter"),

@@ -51,11 +51,15 @@ async def test_texts_are_scored_in_pairs(path: str, first: Any, second: Any, pai
         ({"text_1": ["a", "b"]}, "text_2", "invalid_value"),
         ({"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_2", "invalid_value"),
         ({"text_2": ["a"] * 2049}, "text_2", "invalid_value"),
+        ({"text_1": "a" * 100_000, "text_2": ["b"] * 400}, "text_1", "invalid_value"),
         ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "unsupported_parameter"),
     ],
 )
 async def test_what_is_wrong_is_named(wrong: dict[str, Any], param: str, code: str) -> None:
-    """A: a 400 in OpenAI's shape."""
+    """A: a 400 in OpenAI's shape.
+
+    Issue 11.5: a text of 1 MB with 2048 others took 4 GB, as each pair has it.
+    """
     answer = await post(FakeBackend(), **{"text_1": "a", "text_2": "b", **wrong})
     assert answer.status_code == 400
     assert (answer.json()["error"]["param"], answer.json()["error"]["code"]) == (param, code)

@@ -35,15 +35,17 @@ MODELS = """
 [models.smollm2]
 model = "smollm2"
 context_length = 4096
-[models.slow]
+[models.echo]
 model = "echo"
 options = { tokens_per_second = 20 }
 [models.spare]
 model = "echo"
 preload = false
+[telemetry]
+trace_content = true
 """
 STORY = [{"role": "user", "content": "Write a long story about a river and a mill."}]
-WIDTH = 112
+WIDTH = 92
 ADDRESS = "http://127.0.0.1:11511"
 
 
@@ -61,9 +63,9 @@ def main() -> None:
             session(service, ["headrace", "run", "smollm2", "Name three rivers in Europe."])
             ask(service)
             with busy(service):
-                terminal(service)
-                page.size(1280, 800)
+                page.size(1280, 880)
                 console(page, service)
+                terminal(service)
             playground(page, service)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -71,7 +73,7 @@ def main() -> None:
 
 def bench(environment: dict[str, str]) -> None:
     """Let `headrace bench` measure, keep the run for the console, and draw its plot."""
-    command = [sys.executable, "-m", "headrace", "bench", "slow", "--concurrency", "1,2,4,8"]
+    command = [sys.executable, "-m", "headrace", "bench", "echo", "--concurrency", "1,2,4,8"]
     command += ["--requests", "16", "--plot", str(PICTURES / "bench.png")]
     variables = {f"HEADRACE_{key}": value for key, value in environment.items()}
     subprocess.run(command, env=os.environ | variables, check=True)
@@ -101,7 +103,7 @@ def busy(service: Service) -> Iterator[None]:
                     if stop.is_set():
                         break
 
-    threads = [threading.Thread(target=stream, args=(m,)) for m in ("smollm2",) * 2 + ("slow",) * 2]
+    threads = [threading.Thread(target=stream, args=(m,)) for m in ("smollm2",) * 2 + ("echo",) * 2]
     for thread in threads:
         thread.start()
     try:
@@ -155,7 +157,10 @@ def console(page: Browser, service: Service) -> None:
         page.js("document.querySelector('.library')?.closest('section').scrollIntoView()")
         page.picture(PICTURES / f"console-{name}.png")
     page.open(f"{service.url}/#/requests")
-    page.click(".grid tbody th a, .grid tbody td a")
+    page.find(".grid tbody th a")
+    page.choose(".filters select", "smollm2")
+    page.wait("!document.querySelector('.grid tbody').innerText.includes('echo')")
+    page.click(".grid tbody th a")
     page.see("Steps")
     page.picture(PICTURES / "console-request.png")
 
@@ -210,21 +215,27 @@ def animated(command: str, pieces: list[tuple[float, str]]) -> str:
         parts.append((at, text if written else text.lstrip("\n")))
         written += text.strip()
     row, column, drawn = 0, 2, [_piece(0, 0, 0, "$ ", "prompt")]
-    for at, text in parts:
+    for at, text in _wrapped(parts):
         for index, line in enumerate(text.split("\n")):
             if index:
                 row, column = row + 1, 0
-            while line:
-                room = WIDTH - column
-                if room < len(line) <= WIDTH:  # a token is not broken
-                    row, column, room, line = row + 1, 0, WIDTH, line.lstrip()
-                drawn.append(_piece(row, column, at, line[:room]))
-                column += len(line[:room])
-                line = line[room:]
-                if line:
-                    row, column = row + 1, 0
+            drawn.append(_piece(row, column, at, line))
+            column += len(line)
     width, height = round(2 * LEFT + WIDTH * ADVANCE), ABOVE + (row + 1) * LINE
     return _FRAME.format(width=width, height=height, body="\n".join(filter(None, drawn)))
+
+
+def _wrapped(parts: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Break the lines at words: the last space that fits becomes the end of the line."""
+    letters = [letter for _, text in parts for letter in text]
+    column, space = 2, 0  # after the prompt
+    for place, letter in enumerate(letters):
+        column = 0 if letter == "\n" else column + 1
+        space = place if letter == " " else space
+        if column > WIDTH:
+            letters[space], column = "\n", place - space
+    rest = iter(letters)
+    return [(at, "".join(next(rest) for _ in text)) for at, text in parts]
 
 
 def _piece(row: int, column: int, at: float, text: str, kind: str = "") -> str:

@@ -45,6 +45,23 @@ def test_nothing_heavy_is_imported_before_it_is_needed(
     assert "headrace" in loaded
 
 
+def test_a_command_imports_no_other_and_collects_garbage_when_it_runs(
+    environ: dict[str, str],
+) -> None:
+    """Issue 10: a start takes what it needs; `ls` took twice the time."""
+    code = """
+import atexit, gc, sys
+from headrace.cli import main
+atexit.register(lambda: print(gc.isenabled(), sorted(m for m in sys.modules if "cli.b" in m)))
+sys.argv = ["headrace", "ls"]
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "True []"
+
+
 def test_one_shot_from_arguments_and_stdin(environ: dict[str, str]) -> None:
     """L: the answer is on stdout, its figures are on stderr."""
     done = headrace(environ, "run", "echo", "hello", "world")

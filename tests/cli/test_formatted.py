@@ -11,6 +11,7 @@ from tests.cli.programs import PROGRAM
 
 MARKDOWN = (
     "# Rivers\n\nThe **Danube** is long, and so is this line, which has to be wrapped at words."
+    "\n\n<b>html</b> is text\n<script>too</script>\n\n- <i>here</i>\n\n```html\n<p>code</p>\n```"
 )
 
 
@@ -38,4 +39,7 @@ def test_one_answer_is_formatted_on_a_terminal_only(environ: dict[str, str]) -> 
     assert "\x1b[1m" in shown
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
     assert max(len(line.rstrip()) for line in re.split(r"[\r\n]+", plain)) <= 40
+    for text in ("<b>html</b> is text", "<script>too</script>", "<i>here</i>", "<p>code</p>"):
+        assert text in plain
+    assert "\\<" not in plain
     assert MARKDOWN.splitlines()[2] in answered_on_terminal(environ, "dumb")

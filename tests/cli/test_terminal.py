@@ -57,3 +57,27 @@ def test_progress_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -
     assert not any(word in last for word in ("asking", "fetching", "loading"))
     assert "50 B" not in screen.getvalue()
     assert pipe.getvalue() == ""
+
+
+def test_a_table_wider_than_the_terminal_is_written_as_records(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue 16.5: nothing is cut and no line is broken by the terminal; a pipe gets the table."""
+    heads = ("NAME", "SIZE", "ERROR", "ABOUT")
+    rows = [("日本語", "75 MB", None, "small and quick, for many languages"), ("b", None, "x", "y")]
+    monkeypatch.setenv("COLUMNS", "30")
+    terminal.columns(heads, rows)
+    assert capsys.readouterr().out.splitlines()[0].split() == list(heads)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    terminal.columns(heads, rows)
+    assert capsys.readouterr().out.splitlines() == [
+        "日本語",
+        "  SIZE 75 MB",
+        "  ABOUT small and quick, for",
+        "    many languages",
+        "b",
+        "  ERROR x  ABOUT y",
+    ]
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal.columns(heads, rows)
+    assert len(capsys.readouterr().out.splitlines()) == 3

@@ -131,3 +131,24 @@ def test_a_change_needs_a_new_worker() -> None:
     spec = ModelSpec(name="m", model="x")
     changed = msgspec.structs.replace(spec, adapters={"a": Adapter(source="x")})
     assert needs_new_worker(spec, changed)
+
+
+def test_adapters_one_by_one(tmp_path: Path) -> None:
+    """Issue 17.4: changes at run time add to those of the file, or take from them."""
+    given = settings(tmp_path, 'a = "hub:x/y"\nb = {source = "./b", scale = 2}')
+
+    def changed(**changes: Any) -> dict[str, Adapter]:
+        return given.changed(
+            "base", {f"adapters.{key}": to for key, to in changes.items()}
+        ).adapters
+
+    assert list(changed(c={"source": "/c", "scale": 0.5, "name": None})) == ["a", "b", "c"]
+    assert changed(c="/c")["c"] == Adapter(source="/c")
+    assert list(changed(a=False)) == ["b"]
+    assert list(changed(a=None)) == ["a", "b"]
+    assert changed(b="/other")["b"] == Adapter(source="/other")
+    assert changed(c={"source": "/c", "name": "own"})["b"].source == str(tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"c\.sourse is none of source"):
+        changed(c={"sourse": "/c"})
+    whole = given.changed("base", {"adapters": '{"d": "/d"}', "adapters.e": "/e"})
+    assert list(whole.adapters) == ["d", "e"]

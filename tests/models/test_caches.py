@@ -58,7 +58,12 @@ def test_ollama(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "manifest", [b"", b"{", b"[]", b'{"layers": [1]}', b'{"layers": [{"mediaType": "x"}]}', b"\xff"]
+    "manifest",
+    [
+        *(b"", b"{", b"[]", b'{"layers": [1]}', b'{"layers": [{"mediaType": "x"}]}', b"\xff"),
+        *(b"[" * 200_000, b'{"layers": [' + b"1," * 2_000_000),
+    ],
+    ids=range(8),
 )
 def test_a_damaged_manifest_is_left_out(tmp_path: Path, manifest: bytes) -> None:
     store = tmp_path / ".ollama" / "models" / "manifests"
@@ -142,5 +147,17 @@ def test_the_command(tmp_path: Path) -> None:
     assert (model["system"], inspect(Path(model["model"])).architecture) == ("Be brief.", "llama")
     again = headrace(here, "import", "tiny", "--as", "tiny")
     assert (again.returncode, "has a model tiny already" in again.stderr) == (2, True)
+    for folder, data in (("a", MODEL), ("b", MODEL), ("c", MODEL[:20])):
+        write(
+            home / ".lmstudio" / "models" / folder / "repo" / f"{folder.replace('b', 'a')}.gguf",
+            data,
+        )
+    rest = headrace(here, "import", "--all")
+    assert (rest.returncode, sorted(tomllib.loads(config.read_text())["models"])) == (
+        1,
+        ["a", "tiny", "tiny:latest"],
+    ), rest.stderr
+    assert f"Left out: c of lmstudio: {home}/.lmstudio/models/c/repo/c.gguf: " in rest.stderr
+    assert "Left out: a of lmstudio: a was imported already" in rest.stderr
     removed = headrace(here, "rm", "--yes", "tiny")
     assert (removed.returncode, Path(model["model"]).exists()) == (0, False), removed.stderr

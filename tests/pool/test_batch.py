@@ -11,10 +11,10 @@ from tests.pool.rig import Machine, answer, ask, clock, pool, run, spec
 
 from headrace.core.errors import QueueFull
 from headrace.core.request import GenerateRequest
-from headrace.pool.admin import status_of
 from headrace.pool.policy import Candidate, left_for_batch
 from headrace.pool.pool import Pool
 from headrace.pool.queue import Queue, Ticket
+from headrace.pool.status import status_of
 
 
 def batch(client: str = "", tokens: int = 5, model: str = "a") -> GenerateRequest:

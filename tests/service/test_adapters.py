@@ -12,6 +12,8 @@ from tests.adapters_made import gguf_adapter
 from tests.service.serving import Service, served
 from tests.tiny_gguf import tiny_gguf
 
+from headrace.cli.app import run
+
 FILE = """
 [models.tiny]
 model = "./tiny.gguf"
@@ -159,3 +161,82 @@ def test_adapters_change_while_it_serves(http: httpx.Client, folder: Path) -> No
     assert completed(http, "third") not in {before, completed(http, "tiny")}
     gone = http.post("/v1/completions", json={"model": "second", "prompt": "x"})
     assert gone.status_code == 404
+
+
+def test_adapters_by_routes_of_their_own(http: httpx.Client, folder: Path) -> None:
+    """Issue 17.4: one is added and removed among the others, and its running request ends."""
+    path, source = "/admin/models/tiny/adapters", str(folder / "three.gguf")
+    before = [card["adapter"] for card in http.get(path).json()["data"]]
+    body = {"adapter": "new", "source": source, "scale": 0.5, "name": "newest"}
+    added = http.post(path, json=body)
+    assert (added.status_code, added.json()["id"]) == (200, "tiny")
+    cards = {card["adapter"]: card for card in http.get(path).json()["data"]}
+    assert list(cards) == [*before, "new"]
+    assert cards["new"] == {
+        "adapter": "new",
+        "id": "newest",
+        "aliases": ["tiny:new"],
+        "source": source,
+    }
+    assert completed(http, "newest") != completed(http, "tiny")
+    running = {"model": "newest", "prompt": PROMPT, "max_tokens": 200, "stream": True}
+    with http.stream("POST", "/v1/completions", json=running) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        assert http.delete(f"{path}/new").status_code == 200
+        rest = [*lines]
+    assert "data: [DONE]" in rest
+    assert not any('"error"' in line for line in rest)
+    assert [card["adapter"] for card in http.get(path).json()["data"]] == before
+    assert http.delete(f"{path}/new").status_code == 404
+    assert http.post("/admin/models/none/adapters", json=body).status_code == 404
+
+
+def test_as_vllm_loads_and_unloads(http: httpx.Client, folder: Path) -> None:
+    """Issue 17.4: vLLM's routes, texts and errors; the adapter has its own name."""
+
+    def order(action: str, **body: Any) -> httpx.Response:
+        return http.post(f"/v1/{action}_lora_adapter", json=body)
+
+    given = {"lora_name": "sql", "lora_path": str(folder / "three.gguf")}
+    answer = order("load", **given)
+    assert answer.status_code == 200, answer.text
+    assert answer.text == "Success: LoRA adapter 'sql' added successfully."
+    assert answer.headers["content-type"].startswith("text/plain")
+    text = completed(http, "sql")
+    again = order("load", **given)
+    assert (again.status_code, again.json()["error"]["param"]) == (400, "lora_name")
+    one = {"lora_name": "sql", "lora_path": str(folder / "one.gguf")}
+    assert order("load", **one, load_inplace=True).status_code == 200
+    assert completed(http, "sql") != text
+    assert order("load", **given | {"lora_name": "x"}, model="none").status_code == 404
+    missing = order("load", lora_name="x", lora_path=str(folder / "none.gguf"))
+    assert (missing.status_code, "none.gguf" in missing.text) == (400, True)
+    gone = order("unload", lora_name="sql")
+    assert gone.text == "Success: LoRA adapter 'sql' removed successfully."
+    assert order("unload", lora_name="sql").status_code == 404
+    assert "sql" not in listed(http)
+
+
+def test_by_command(
+    service: Service,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Issue 17.4: `headrace adapters list|add|remove`."""
+    monkeypatch.chdir(folder)
+
+    def printed(*arguments: str) -> str:
+        assert run(("adapters", *arguments, "--url", service.url)) == 0
+        return capsys.readouterr().out
+
+    added = printed("add", "tiny", "cli", "./three.gguf", "--name", "by-command")
+    assert added.startswith("cli was added; tiny is ")
+    rows = [line.split() for line in printed("list", "tiny").splitlines()]
+    assert rows[0] == ["ADAPTER", "NAMES", "SOURCE"]
+    assert rows[-1] == ["cli", "by-command,", "tiny:cli", str(folder / "three.gguf")]
+    assert printed("remove", "tiny", "cli").startswith("cli was removed")
+    assert "by-command" not in printed("list", "tiny")
+    assert run(("adapters", "remove", "tiny", "cli", "--url", service.url)) == 2
+    assert "no adapter 'cli'" in capsys.readouterr().err

@@ -39,6 +39,9 @@ options = {{ tokens_per_second = 40 }}
 model = "echo"
 nodes = ["b"]
 preload = false
+[models.nowhere]
+model = "echo"
+nodes = ["gpu"]
 """
 
 
@@ -216,6 +219,18 @@ def test_the_openai_package(cluster: Cluster) -> None:
     assert "At b: It is loaded." in cluster.command("plan", "elsewhere")
     traces = cluster.folder / "front" / "traces"
     until(lambda: any(b'"elsewhere"' in path.read_bytes() for path in traces.glob("*")))
+
+
+def test_labels_that_no_node_has(cluster: Cluster) -> None:
+    """Issue 15.2: an operator's order does not load a model where it may not run."""
+    response = httpx.post(f"{cluster.front.url}/admin/models/load", json={"model": "nowhere"})
+    assert response.status_code == 400
+    message = (
+        "nowhere may run on nodes with the name or label gpu alone; the labels of {} are none."
+    )
+    assert response.json()["error"]["message"] in {message.format("a"), message.format("b")}
+    assert run(["plan", "nowhere", "--url", cluster.front.url]) == 2
+    assert cluster.states() == {"a": "connected", "b": "connected"}
 
 
 def test_drain(cluster: Cluster) -> None:

@@ -10,8 +10,9 @@ import os
 import random
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -22,9 +23,12 @@ MIB = 1 << 20
 BUDGET = 480 * MIB
 # The process that is kept for the next load is outside of the budget.
 WARM = 50_000_000
+NAMES = ("narrow", "wide", "small", "first", "second")
 CLIENTS, MAX_QUEUED = 8, 4
 # Seconds for which a load keeps others waiting, however short it was expected to be.
 PLACE_S = 1.2
+# Loads of models while a request waits: two turns of each.
+MOST_LOADS = 10
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SECONDS = os.environ.get("HEADRACE_TEST_SECONDS")
 
@@ -56,21 +60,34 @@ def held(service: Service) -> int:
     return total
 
 
-async def hammer(
-    http: httpx.AsyncClient, dice: random.Random, until: float
-) -> list[tuple[Any, ...]]:
-    """Ask one model after another; return the name, the seconds and what came of each."""
-    done: list[tuple[str, float, Got]] = []
-    names = ["narrow", "wide", "small", "first", "second"]
-    while time.monotonic() < until:
-        dice.shuffle(names)
+class Asked(NamedTuple):
+    """A request: its model, when it was sent and was over, and what came of it."""
+
+    name: str
+    began: float
+    ended: float
+    got: Got
+
+    def loads(self, told: Sequence[dict[str, Any]]) -> int:
+        """How many models were loaded while it waited."""
+        ready = [event["time"] for event in told if event["kind"] == "ready"]
+        return sum(self.began < moment < self.ended for moment in ready)
+
+
+async def hammer(http: httpx.AsyncClient, number: int, until: float) -> list[Asked]:
+    """Ask two models, of which each is one of some client, and further ones until then."""
+    done: list[Asked] = []
+    dice = random.Random(number)
+    names = [NAMES[number % 5], NAMES[(number + 2) % 5]]
+    while names:
         # A burst on one model, as people do it.
         for _ in range(dice.randrange(1, 4)):
-            began = time.monotonic()
+            began = time.time()
             got = await stream(http, names[0], "The river runs to the sea.", max_tokens=12)
-            done.append((names[0], time.monotonic() - began, got))
+            done.append(Asked(names[0], began, time.time(), got))
             if got.status == 429:
                 await asyncio.sleep(int(got.headers["retry-after-ms"]) / 1000)
+        names = names[1:] or [dice.choice(NAMES)] * (time.time() < until)
     return done
 
 
@@ -111,7 +128,7 @@ def check_loads(told: list[dict[str, Any]]) -> Counter[str]:
     return counts
 
 
-async def run_it(smollm2: Path, folder: Path, seconds: float, longest_s: float) -> None:
+async def run_it(smollm2: Path, folder: Path, seconds: float) -> None:
     (folder / "headrace.toml").write_text(configuration(smollm2))
     peaks: list[int] = []
     queues: Counter[str] = Counter()
@@ -125,41 +142,43 @@ async def run_it(smollm2: Path, folder: Path, seconds: float, longest_s: float) 
     ) as service:
         async with client(service.url) as http, events(http) as told:
             watching = asyncio.create_task(watch(http, service, peaks, queues))
-            until = time.monotonic() + seconds
+            until = time.time() + seconds
             lists = await asyncio.gather(
-                *(hammer(http, random.Random(number), until) for number in range(CLIENTS))
+                *(hammer(http, number, until) for number in range(CLIENTS))
             )
             watching.cancel()
             await asyncio.wait({watching})
-    done = [one for each in lists for one in each]
-    served_to = Counter(name for name, _, got in done if got.status == 200)
-    refused = sum(1 for _, _, got in done if got.status == 429)
-    waits = {name: max(s for one, s, _ in done if one == name) for name in served_to}
+    done = [each for asked in lists for each in asked]
+    served_to = Counter(each.name for each in done if each.got.status == 200)
+    refused = sum(each.got.status == 429 for each in done)
+    waits = max(each.ended - each.began for each in done)
+    turns = max(each.loads(told) for each in done)
     loads = check_loads(told)
     figures = (
         f"served {dict(served_to)}, refused {refused}, loads {dict(loads)}, "
-        f"longest { ({name: round(s, 1) for name, s in waits.items()}) }, queues {dict(queues)}, "
+        f"longest {waits:.1f} s and {turns} loads, queues {dict(queues)}, "
         f"peak {max(peaks) / BUDGET:.3f} of the budget"
     )
     tell(figures)
-    assert {got.status for _, _, got in done} <= {200, 429}, figures
-    assert [got.error for _, _, got in done if got.status == 200 and not got.done] == [], figures
-    assert set(served_to) == {"narrow", "wide", "small", "first", "second"}, figures
+    assert {each.got.status for each in done} <= {200, 429}, figures
+    assert [each for each in done if each.got.status == 200 and not each.got.done] == [], figures
+    assert set(served_to) == set(NAMES), figures
     # Many requests share a load.
     assert sum(loads.values()) < sum(served_to.values()), figures
     # Those who wait for a load are those of the queue and of the slots to come.
     assert max(queues.values()) <= MAX_QUEUED + 2, figures
     assert max(peaks) <= BUDGET * 1.02 + WARM, figures
-    assert max(waits.values()) < longest_s, figures
+    # In loads, as a machine that is busy with other things takes longer for each.
+    assert turns <= MOST_LOADS, figures
 
 
 async def test_five_models_share_the_memory_of_two(smollm2_path: Path, tmp_path: Path) -> None:
     """M4, M6, M7: no errors, every model is served, and the memory stays within the budget."""
-    await run_it(smollm2_path, tmp_path, 6, 60)
+    await run_it(smollm2_path, tmp_path, 0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 async def test_they_do_so_for_minutes(smollm2_path: Path, tmp_path: Path) -> None:
     """M4, M6, M7: the same for longer; nobody waits longer than a few turns of the others."""
-    await run_it(smollm2_path, tmp_path, float(SECONDS or 240), 30)
+    await run_it(smollm2_path, tmp_path, float(SECONDS or 240))

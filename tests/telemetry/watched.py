@@ -22,7 +22,7 @@ from headrace.core.request import AnyRequest, EmbedRequest, GenerateRequest, Rer
 from headrace.pool.ledger import Ledger
 from headrace.pool.observer import AttemptObservation, NullObservation
 from headrace.pool.pool import Pool
-from headrace.pool.workers import PooledWorker
+from headrace.pool.worker import PooledWorker
 from headrace.telemetry.otel import OpenTelemetry
 from headrace.telemetry.recorder import Recorder
 from headrace.telemetry.spans import Tracing

@@ -3,7 +3,7 @@
 import { useEffect, useMemo, useState } from "preact/hooks";
 
 import { ApiError, getJson, isAbort, lines, messageOf, send } from "../api";
-import { bytes, compact, count } from "../format";
+import { bytes, count } from "../format";
 import { refresh } from "../overview";
 import { check } from "../session";
 import type { LibraryEntry, PullState } from "../types";
@@ -99,7 +99,7 @@ function Filtered({ entries, plan, pulled }: ListProps) {
       {matching.length > shown.length && <Button label={`Show all ${matching.length}`} onClick={() => setAll(true)} />}
       <p class="hint">
         Sizes and needs are estimates. Tokens/s is a guess for one stream on the CPU: the rate of this machine's memory over the
-        bytes that a token needs. headrace tune measures it.
+        bytes that a token needs. <code>headrace tune</code> measures it.
       </p>
     </>
   );
@@ -134,7 +134,7 @@ function Row({ entry, plan, pulled }: { entry: LibraryEntry; plan: (model: strin
         {entry.tokens_per_second === null ? "–" : `~${guess(entry.tokens_per_second)}`}
       </td>
       <td data-label="Context" class="number">
-        {compact(entry.context_length)}
+        {contextText(entry.context_length)}
       </td>
       <td data-label="Abilities">{entry.abilities.join(", ") || (entry.task === "generate" ? "–" : TASKS[entry.task])}</td>
       <td data-label="License">{entry.license.replaceAll("-", "\u2011")}</td>
@@ -143,6 +143,11 @@ function Row({ entry, plan, pulled }: { entry: LibraryEntry; plan: (model: strin
       </td>
     </tr>
   );
+}
+
+/** A context in units of 1024 tokens, as those of models are. */
+function contextText(tokens: number): string {
+  return tokens % 1024 === 0 ? `${tokens / 1024}K` : count(tokens);
 }
 
 /** Two digits: more would look like a measurement. */
@@ -170,13 +175,13 @@ function Pull({ entry, plan, pulled }: { entry: LibraryEntry; plan: (model: stri
   return (
     <>
       <div class="buttons">
-        <Button icon="search" bare label={`What loading ${entry.name} needs`} onClick={() => plan(entry.name)} />
         <Button
           label={title}
           aria-label={`${entry.stored ? "Load" : "Download and load"} ${entry.name}`}
           disabled={state !== null || !entry.fits}
           onClick={() => void start()}
         />
+        <Button icon="search" bare label={`What loading ${entry.name} needs`} onClick={() => plan(entry.name)} />
       </div>
       {state && <Progress name={entry.name} state={state} />}
       {problem && (

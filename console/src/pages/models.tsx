@@ -63,7 +63,7 @@ function ModelView({ card, status, plan }: { card: ModelCard; status: ModelStatu
           ["Also named", card.aliases.join(", ")],
           [card.adapter ? "Adapter of" : "Preset of", card.base],
           ["Engine", card.engine],
-          ["Choice", status?.engine_reason],
+          ["Why this engine", status?.engine_reason],
           ["Tasks", card.tasks.join(", ")],
           ["Size", card.parameters ? `${compact(card.parameters)} parameters` : ""],
           ["Quantization", card.quantization],

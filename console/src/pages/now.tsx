@@ -52,12 +52,16 @@ function Charts({ samples, overview }: { samples: Sample[]; overview: Overview }
   const booked = overview.devices.reduce((sum, device) => sum + device.booked, 0);
   return (
     <section class="charts" aria-label="The last 15 minutes">
-      <Chart title="Tokens per second" now={rate(last?.completion_tokens_per_second ?? 0)} times={lines.times} series={lines.tokens} format={rate} />
+      <Chart title="Tokens per second" now={rate(last?.completion_tokens_per_second ?? 0)} times={lines.times} series={lines.tokens} format={tick} />
       <Chart title="Time to first token" now={ms(last?.time_to_first_token_p50_ms)} times={lines.times} series={lines.first} format={ms} />
       <Chart title="Requests" now={`${last?.running ?? 0}`} times={lines.times} series={lines.requests} format={(value) => (Number.isInteger(value) ? String(value) : "")} />
       <Chart title="Memory of models" now={bytes(booked)} times={lines.times} series={lines.memory} format={bytes} />
     </section>
   );
+}
+
+function tick(value: number): string {
+  return Number.isInteger(value) ? count(value) : rate(value);
 }
 
 const COLOURS = ["accent", "second", "third", "fourth"];

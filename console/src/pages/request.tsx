@@ -73,7 +73,9 @@ function Details({ trace }: { trace: Trace }) {
       {Object.keys(trace.parameters ?? {}).length > 0 && (
         <section>
           <h2>Parameters</h2>
-          <Facts facts={Object.entries(trace.parameters!).map(([name, value]) => [name, <code>{JSON.stringify(value)}</code>])} />
+          <div class="panel">
+            <Facts facts={Object.entries(trace.parameters!).map(([name, value]) => [name, <code>{JSON.stringify(value)}</code>])} />
+          </div>
         </section>
       )}
       <ContentView trace={trace} />

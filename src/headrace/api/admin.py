@@ -93,13 +93,13 @@ _UPDATE = msgspec.json.Decoder(UpdateRequest)
 
 async def show_all(service: Service, exchange: Exchange) -> None:
     """Show the state of all models and devices."""
-    await exchange.answer(_admin(service).status())
+    await exchange.answer(admin_of(service).status())
 
 
 async def show_one(service: Service, exchange: Exchange) -> None:
     """Show the state of one model."""
     name: str = exchange.scope["path_params"]["name"]
-    for status in _admin(service).status().models:
+    for status in admin_of(service).status().models:
         if name == status.id or name in status.aliases:
             await exchange.answer(status)
             return
@@ -122,14 +122,14 @@ async def unload(service: Service, exchange: Exchange) -> None:
 async def restart(service: Service, exchange: Exchange) -> None:
     """Unload a model and load it again; also resets one that has failed."""
     wire = await exchange.read(_MODEL)
-    await exchange.answer(await _changed(service, _admin(service).restart(wire.model)))
+    await exchange.answer(await changed(service, admin_of(service).restart(wire.model)))
 
 
 async def pin(service: Service, exchange: Exchange) -> None:
     """Pin a model, so that it is never evicted, or unpin it."""
     wire = await exchange.read(_PIN)
     await exchange.answer(
-        await _changed(service, _admin(service).update(wire.model, {"pinned": wire.pinned}))
+        await changed(service, admin_of(service).update(wire.model, {"pinned": wire.pinned}))
     )
 
 
@@ -137,24 +137,24 @@ async def update(service: Service, exchange: Exchange) -> None:
     """Change settings of a model; no request fails because of it."""
     wire = await exchange.read(_UPDATE)
     await exchange.answer(
-        await _changed(service, _admin(service).update(wire.model, wire.settings))
+        await changed(service, admin_of(service).update(wire.model, wire.settings))
     )
 
 
 async def plan(service: Service, exchange: Exchange) -> None:
     """Show what loading a model would need and do."""
     wanted = query(exchange.scope, ModelRequest)
-    await exchange.answer(await exchange.unless_gone(_admin(service).plan(wanted.model)))
+    await exchange.answer(await exchange.unless_gone(admin_of(service).plan(wanted.model)))
 
 
 async def stored(service: Service, exchange: Exchange) -> None:
     """List the models that were downloaded to this machine, with their sizes on the disk."""
-    await exchange.answer(StoredModels([*await asyncio.to_thread(_admin(service).stored)]))
+    await exchange.answer(StoredModels([*await asyncio.to_thread(admin_of(service).stored)]))
 
 
 async def measurements(service: Service, exchange: Exchange) -> None:
     """List what `headrace bench` and `tune` have measured on this machine."""
-    curves = await asyncio.to_thread(_admin(service).measurements)
+    curves = await asyncio.to_thread(admin_of(service).measurements)
     await exchange.answer(Measurements([*curves]))
 
 
@@ -164,19 +164,19 @@ async def library(service: Service, exchange: Exchange) -> None:
 
     async def listed() -> Library:
         async with _LISTING:
-            return Library([*await _admin(service).library(wanted)])
+            return Library([*await admin_of(service).library(wanted)])
 
     await exchange.answer(await exchange.unless_gone(listed()))
 
 
 async def reload(service: Service, exchange: Exchange) -> None:
     """Read the configuration again and apply what has changed."""
-    await exchange.answer(await _admin(service).reload())
+    await exchange.answer(await admin_of(service).reload())
 
 
 async def events(service: Service, exchange: Exchange) -> None:
     """Send the events of the models from now on, as server-sent events."""
-    await exchange.unless_gone(send_events(exchange, _admin(service).events()))
+    await exchange.unless_gone(send_events(exchange, admin_of(service).events()))
 
 
 async def activity(service: Service, exchange: Exchange) -> None:
@@ -187,7 +187,7 @@ async def activity(service: Service, exchange: Exchange) -> None:
 async def drain(service: Service, exchange: Exchange) -> None:
     """Send nothing new to a node of the cluster, or send requests to it again."""
     wire = await exchange.read(_DRAIN)
-    admin = cast("ClusterAdmin", _admin(service))
+    admin = cast("ClusterAdmin", admin_of(service))
     await exchange.answer(await admin.drain(wire.node, wire.on))
 
 
@@ -203,22 +203,23 @@ async def unload_as_llama_server(service: Service, exchange: Exchange) -> None:
     await exchange.answer(Success())
 
 
-def _admin(service: Service) -> Admin:
+def admin_of(service: Service) -> Admin:
+    """Return what manages the models."""
     assert service.admin is not None
     return service.admin
 
 
 async def _load(service: Service, exchange: Exchange) -> ModelStatus:
     wire = await exchange.read(_LOAD)
-    return await _changed(service, _admin(service).load(wire.model, wire.settings))
+    return await changed(service, admin_of(service).load(wire.model, wire.settings))
 
 
 async def _unload(service: Service, exchange: Exchange) -> ModelStatus:
     wire = await exchange.read(_MODEL)
-    return await _changed(service, _admin(service).unload(wire.model))
+    return await changed(service, admin_of(service).unload(wire.model))
 
 
-async def _changed(service: Service, change: Awaitable[ModelStatus]) -> ModelStatus:
+async def changed(service: Service, change: Awaitable[ModelStatus]) -> ModelStatus:
     """Await a change; the next overview shows it, however new the last one is."""
     try:
         return await change

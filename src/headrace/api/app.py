@@ -17,10 +17,10 @@ from starlette.routing import BaseRoute
 from starlette.routing import Route as Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from headrace.api import adapters, pages, problems, records
 from headrace.api import admin as manage
 from headrace.api import keys as keys_admin
 from headrace.api import overview as current
-from headrace.api import pages, problems, records
 from headrace.api.anthropic import (
     MessageTokens,
     count_tokens,
@@ -141,6 +141,20 @@ ADMIN_ROUTES = (
     _admin("POST", "/admin/models/restart", manage.restart, ModelStatus, manage.ModelRequest),
     _admin("POST", "/admin/models/pin", manage.pin, ModelStatus, manage.PinRequest),
     _admin("POST", "/admin/models/update", manage.update, ModelStatus, manage.UpdateRequest),
+    _admin("GET", "/admin/models/{name:path}/adapters", adapters.show, adapters.AdapterList),
+    _admin(
+        "POST",
+        "/admin/models/{name:path}/adapters",
+        adapters.add,
+        ModelStatus,
+        adapters.AdapterRequest,
+    ),
+    _admin(
+        "DELETE",
+        "/admin/models/{name:path}/adapters/{adapter:path}",
+        adapters.remove,
+        ModelStatus,
+    ),
     _admin("GET", "/admin/models/{name:path}", manage.show_one, ModelStatus),
     _admin("GET", "/admin/plan", manage.plan, Plan, query=manage.ModelRequest),
     _admin("GET", "/admin/store", manage.stored, manage.StoredModels),
@@ -157,6 +171,13 @@ ADMIN_ROUTES = (
     _admin("POST", "/models/load", manage.load_as_llama_server, manage.Success, manage.LoadRequest),
     _admin(
         "POST", "/models/unload", manage.unload_as_llama_server, manage.Success, manage.ModelRequest
+    ),
+    *(
+        _admin("POST", f"/v1/{action}_lora_adapter", handler, None, body, texts=("text/plain",))
+        for action, handler, body in (
+            ("load", adapters.load_as_vllm, adapters.LoadLoraRequest),
+            ("unload", adapters.unload_as_vllm, adapters.UnloadLoraRequest),
+        )
     ),
     *OLLAMA_ADMIN_ROUTES,
 )

@@ -6,6 +6,7 @@ Sizes are bytes, times are seconds.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import accumulate
 
 import msgspec
@@ -67,6 +68,9 @@ MAX_TOOLS = 128
 MAX_PROMPTS = 128
 MAX_INPUTS = 2048
 MAX_DOCUMENTS = 2048
+MAX_PAIRED = 32 << 20
+"""Characters of all pairs of a request, in each of which the query counts again."""
+
 MAX_STOP = 16
 MAX_LOGIT_BIAS = 1024
 MAX_CHOICES = 256
@@ -141,6 +145,20 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     def has_keys(self) -> bool:
         """Whether requests for models need a key."""
         return bool(self.api_keys or self.admin_keys or self.needs_key)
+
+
+def check_pairs(first: str, second: Sequence[str], param: str) -> None:
+    """Check how long the pairs of one text with each of others are in all.
+
+    Raises:
+        InvalidRequest: they have more than MAX_PAIRED characters.
+    """
+    characters = len(first) * len(second) + sum(map(len, second))
+    if characters > MAX_PAIRED:
+        raise InvalidRequest(
+            f"The pairs have {characters} characters, and at most {MAX_PAIRED} are accepted.",
+            param=param,
+        )
 
 
 def check_depth(body: bytes, param: str | None = None) -> None:

@@ -151,14 +151,17 @@ def to_request(wire: RankRequest, settings: ApiSettings, call: Call) -> RerankRe
     """Build the core request.
 
     Raises:
-        InvalidRequest: a field has a value that the core refuses, or there are no documents.
+        InvalidRequest: a field has a value that the core refuses, there are no documents, or the
+            pairs are too long.
         Unsupported: documents are to be cut to a number of tokens.
     """
     if (wire.documents is None) == (wire.texts is None):
         raise InvalidRequest("Give either documents or texts.", param="documents")
+    documents = _texts(wire.documents or wire.texts or ())
+    limits.check_pairs(wire.query, documents, "query")
     return RerankRequest(
         query=wire.query,
-        documents=_texts(wire.documents or wire.texts or ()),
+        documents=documents,
         top_n=wire.top_n,
         truncate=truncates(wire) is not False,
         **request_fields(wire, settings, call),
@@ -168,9 +171,11 @@ def to_request(wire: RankRequest, settings: ApiSettings, call: Call) -> RerankRe
 async def relevance(service: Service, exchange: Exchange) -> None:
     """Score documents by their relevance to a query, as DB-GPT does."""
     wire = await exchange.read(_RELEVANCE)
+    documents = _texts(wire.documents)
+    limits.check_pairs(wire.query, documents, "query")
     request = RerankRequest(
         query=wire.query,
-        documents=_texts(wire.documents),
+        documents=documents,
         **request_fields(wire, exchange.settings, exchange.call),
     )
     best, finish = await exchange.unless_gone(result(service.backend.ask(request), events.Ranking))

@@ -85,11 +85,13 @@ def to_request(wire: ScoreBody, settings: ApiSettings, call: Call) -> ScoreReque
     """Build the core request.
 
     Raises:
-        InvalidRequest: two lists have different lengths, or text_1 is a list and text_2 is not.
+        InvalidRequest: two lists have different lengths, text_1 is a list and text_2 is not, or
+            the pairs are too long.
     """
     first = [wire.text_1] if isinstance(wire.text_1, str) else wire.text_1
     second = [wire.text_2] if isinstance(wire.text_2, str) else wire.text_2
     if len(first) == 1:
+        limits.check_pairs(first[0], second, "text_1")
         first = first * len(second)
     if len(first) != len(second):
         raise InvalidRequest(

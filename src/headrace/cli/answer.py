@@ -111,4 +111,12 @@ def complete(text: str) -> int:
 
 def _markdown(text: str) -> Markdown:
     """Return a block to be drawn; its line breaks stay, and no link is hidden behind text."""
-    return Markdown("  \n".join(text.strip("\n").split("\n")), hyperlinks=False)
+    drawn = Markdown("  \n".join(text.strip("\n").split("\n")), hyperlinks=False)
+    for token in drawn.parsed:
+        # HTML is text of the answer, and would be left out.
+        if token.type == "html_block":
+            token.type = "fence"
+        for child in token.children or ():
+            if child.type == "html_inline":
+                child.type = "text"
+    return drawn

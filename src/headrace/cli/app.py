@@ -73,6 +73,11 @@ _GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
         "restart": ("pool.restart", "restart smollm2", "restart smollm2 --json"),
         "pin": ("pool.pin", "pin smollm2", "pin smollm2 --off"),
         "update": ("pool.update", "update smollm2 keep_alive=5m", "update smollm2 keep_alive="),
+        "adapters": (
+            "adapters.app",
+            "adapters list qwen",
+            "adapters add qwen french ./french.gguf",
+        ),
         "cluster": ("cluster.app", "cluster node", "cluster front --nodes 10.0.0.2:11512"),
         "reload": ("pool.reload", "reload", "reload --url http://gpu.example:11511"),
         "service": ("installed.app", "service install", "service status"),
@@ -112,6 +117,14 @@ _GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
 
 _COMMANDS = {name: row for rows in _GROUPS.values() for name, row in rows.items()}
 _EXAMPLES = {
+    "adapters": {
+        "list": ("adapters list qwen", "adapters list qwen --json"),
+        "add": (
+            "adapters add qwen french ./french.gguf",
+            "adapters add qwen legal hub:org/qwen-legal-lora --scale 0.8 --name lawyer",
+        ),
+        "remove": ("adapters remove qwen french", "adapters remove qwen french --json"),
+    },
     "cluster": {
         "node": ("cluster node", "cluster node smollm2 --wire-host 0.0.0.0 --labels gpu"),
         "front": ("cluster front", "cluster front --nodes 10.0.0.2:11512,10.0.0.3:11512"),

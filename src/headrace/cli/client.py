@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx2 as httpx
 import msgspec
@@ -52,6 +53,19 @@ class Card(msgspec.Struct, frozen=True):
     def calls_tools(self) -> bool:
         """Whether it calls tools, as far as is known: until it is loaded, it is not."""
         return self.tools != "none" or self.state != "ready"
+
+
+class AdapterCard(msgspec.Struct, frozen=True):
+    """An adapter of a model; requests name it by its `id` or an alias."""
+
+    adapter: str
+    id: str
+    aliases: tuple[str, ...]
+    source: str
+
+
+class _Adapters(msgspec.Struct, frozen=True):
+    data: tuple[AdapterCard, ...]
 
 
 class _Cards(msgspec.Struct, frozen=True):
@@ -140,6 +154,19 @@ class Client:
         body = {"model": model, **fields}
         return await self._ask("POST", f"/admin/models/{action}", ModelStatus, body)
 
+    async def adapters(self, model: str) -> tuple[AdapterCard, ...]:
+        """Return the adapters of a model."""
+        return (await self._ask("GET", _adapters_of(model), _Adapters)).data
+
+    async def add_adapter(self, model: str, body: Mapping[str, object]) -> ModelStatus:
+        """Add an adapter to a model, or replace one."""
+        return await self._ask("POST", _adapters_of(model), ModelStatus, body)
+
+    async def remove_adapter(self, model: str, adapter: str) -> ModelStatus:
+        """Remove an adapter from a model."""
+        path = f"{_adapters_of(model)}/{quote(adapter)}"
+        return await self._ask("DELETE", path, ModelStatus)
+
     async def drain(self, node: str, *, on: bool) -> NodeStatus:
         """Let a front send nothing new to a node, or send requests to it again."""
         return await self._ask("POST", "/admin/nodes/drain", NodeStatus, {"node": node, "on": on})
@@ -212,6 +239,10 @@ class Client:
             raise errors.UpstreamError(
                 f"The service at {self.url} has gone.", detail=f"{type(error).__name__}: {error}"
             ) from None
+
+
+def _adapters_of(model: str) -> str:
+    return f"/admin/models/{quote(model)}/adapters"
 
 
 def _key() -> str | None:

@@ -12,7 +12,7 @@ import typer
 
 from headrace.cli import terminal
 from headrace.cli.common import Common, write_model
-from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
+from headrace.core.errors import ConfigError, HeadraceError, InvalidRequest, UnknownModel
 
 if TYPE_CHECKING:
     from headrace.config import Settings
@@ -56,8 +56,28 @@ def import_(
     chosen = models if everything else [_find(models, wanted) for wanted in names or ()]
     if name is not None and len(chosen) != 1:
         raise InvalidRequest("--as names one model.")
+    if everything:
+        _import_all(common, settings, chosen)
+        return
     imported = [_import_cached(settings, model, name or model.name) for model in chosen]
     common.show(imported, (line for row in imported for line in _written(row)))
+
+
+def _import_all(common: Common, settings: Settings, models: Sequence[CachedModel]) -> None:
+    """Import each model that can be; list the others with their reasons, and exit with 1 then."""
+    imported: dict[str, dict[str, Any]] = {}
+    failed = 0
+    for model in models:
+        try:
+            if model.name in imported:
+                raise ConfigError(f"{model.name} was imported already; --from and --as name this.")
+            imported[model.name] = _import_cached(settings, model, model.name)
+        except HeadraceError as error:
+            failed += 1
+            terminal.note(f"Left out: {model.name} of {model.program}: {error.message}")
+    common.show([*imported.values()], (line for row in imported.values() for line in _written(row)))
+    if failed:
+        raise typer.Exit(1)
 
 
 def _models(program: str | None) -> list[CachedModel]:

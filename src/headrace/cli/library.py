@@ -74,6 +74,11 @@ def _entries(settings: Settings, wanted: LibraryFilter) -> list[LibraryEntry]:
     return asyncio.run(list_library(loader, home, settings.model_spec, wanted, roofline.bandwidth))
 
 
+def _guess(speed: float | None) -> str | None:
+    """Return a guess with two digits that count."""
+    return None if speed is None else f"~{float(f'{speed:.2g}'):g}"
+
+
 def _lines(entries: Sequence[LibraryEntry]) -> Iterator[str]:
     rows = [
         (
@@ -81,7 +86,7 @@ def _lines(entries: Sequence[LibraryEntry]) -> Iterator[str]:
             terminal.size(entry.size),
             terminal.size(sum(entry.needs.values())),
             "yes" if entry.fits else "no",
-            None if entry.tokens_per_second is None else f"~{entry.tokens_per_second:.2g}",
+            _guess(entry.tokens_per_second),
             str(entry.context_length),
             ", ".join(entry.abilities) or None,
             entry.license,

@@ -109,7 +109,7 @@ def update(
         list[str],
         Argument(
             metavar="KEY=VALUE",
-            help="Such as keep_alive=5m, enabled=false, options.threads=4; "
+            help="Such as keep_alive=5m, enabled=false, options.threads=4, adapters.NAME=PATH; "
             "`KEY=` restores the configured value.",
         ),
     ],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import wrap
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -90,21 +92,43 @@ def aligned(
 ) -> Iterator[str]:
     """Yield the lines of a table; the columns named in `numbers` are aligned to the right.
 
-    None is a dash. With empty `heads` there is no line of heads.
+    None is a dash. With empty `heads` there is no line of heads. A table that is wider than the
+    terminal is written as records: a row over several lines, each cell after its head.
     """
     rows = list(rows)
     by_column = list(zip(*rows, strict=True)) or [()] * len(heads)
     names = heads or [""] * len(by_column)
-    laid_out = table(
-        [
-            Column(
-                head, ["-" if cell is None else as_text(cell) for cell in column], head in numbers
-            )
-            for head, column in zip(names, by_column, strict=True)
-        ]
-    )
-    for line in laid_out if heads else laid_out[1:]:
-        yield GAP.join(line).rstrip()
+    columns = [
+        Column(head, ["-" if cell is None else as_text(cell) for cell in column], head in numbers)
+        for head, column in zip(names, by_column, strict=True)
+    ]
+    lines = [GAP.join(line).rstrip() for line in table(columns)[not heads :]]
+    width = shutil.get_terminal_size().columns if heads and sys.stdout.isatty() else None
+    if width is not None and max(map(cells, lines), default=0) > width:
+        yield from records(columns, width)
+    else:
+        yield from lines
+
+
+def records(columns: Sequence[Column], width: int) -> Iterator[str]:
+    """Yield each row as lines of at most `width` cells, where words allow; dashes are left out."""
+    for name, *row in zip(*(column.cells for column in columns), strict=True):
+        yield flat(name)
+        facts = zip(columns[1:], row, strict=True)
+        parts = [f"{column.head} {flat(cell)}" for column, cell in facts if cell != "-"]
+        for line in packed(parts, max(1, width - len(GAP))):
+            yield from wrap(line, width, initial_indent=GAP, subsequent_indent=2 * GAP)
+
+
+def packed(parts: Iterable[str], width: int, gap: str = GAP) -> list[str]:
+    """Return lines with as many parts beside one another as fit into `width` cells."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and cells(lines[-1] + gap + part) <= width:
+            lines[-1] += gap + part
+        else:
+            lines.append(part)
+    return lines
 
 
 class Column(NamedTuple):

@@ -64,7 +64,8 @@ def lines(
     )
     above: list[StyledLine] = [[(f"headrace top  {flat(title)}", "bold")]]
     above += [[(flat(snapshot.error), "red")]] if snapshot.error else []
-    above += _packed(_totals(status, activity.rates), width)
+    totals = terminal.packed(_totals(status, activity.rates), width, gap="   ")
+    above += [[(line, "")] for line in totals]
     above += [*([(part, "cyan")] for part in [sparkline(history, width)] if part), []]
     above += [*_drawn(_devices(status.devices), width), []]
     first = _drawn(_models(models, {rates.model: rates for rates in activity.rates}), width)
@@ -173,17 +174,6 @@ def _cut(rows: list[StyledLine], count: int) -> list[StyledLine]:
         return rows
     kept = rows[: max(0, count - 1)]
     return [*kept, [(f"... {len(rows) - len(kept)} more", "dim")]][:count]
-
-
-def _packed(parts: Iterable[str], width: int) -> list[StyledLine]:
-    """Put parts beside one another, as many on each line as it can hold."""
-    packed: list[str] = []
-    for part in parts:
-        if packed and len(packed[-1]) + 3 + len(part) <= width:
-            packed[-1] += f"   {part}"
-        else:
-            packed.append(part)
-    return [[(line, "")] for line in packed]
 
 
 def _memory(model: ModelStatus) -> str:

@@ -13,7 +13,7 @@ from headrace.cluster.link import NodeLink
 from headrace.cluster.pool import ClusterPool
 from headrace.cluster.view import Node
 from headrace.cluster.wire import Done, Placed
-from headrace.core.errors import HeadraceError, NoNode, UnknownModel, Unsupported
+from headrace.core.errors import HeadraceError, InvalidRequest, NoNode, UnknownModel, Unsupported
 from headrace.core.library import LibraryEntry, LibraryFilter
 from headrace.core.measurement import Curve
 from headrace.core.model import State
@@ -87,9 +87,10 @@ class ClusterAdmin:
         if not nodes:
             known = self.pool.view.model_of(name)
             nodes = self.pool.view.ready(known) if known else []
-            if not nodes:
-                nodes = [self._best(known)]
-        done = await self._order("load", nodes, name, changes or {})
+        if nodes:
+            done = await self._order("load", nodes, name, changes or {})
+        else:
+            done = [(await self._at_best("load", name, changes or {}))[1]]
         return self._result(done, name)
 
     async def unload(self, model: str) -> ModelStatus:
@@ -113,9 +114,10 @@ class ClusterAdmin:
     async def plan(self, model: str) -> Plan:
         """Return what a load would need and do at the node that would get it; see `Admin`."""
         nodes, name = self._named(model)
-        known = self.pool.view.model_of(name)
-        node = nodes[0] if nodes else self._best(known)
-        (done,) = await self._order("plan", [node], name, {})
+        if nodes:
+            node, (done,) = nodes[0], await self._order("plan", nodes, name, {})
+        else:
+            node, done = await self._at_best("plan", name, {})
         assert done.plan is not None, "a node answers with a plan"
         devices = tuple(_named(node, device) for device in done.plan.devices)
         reason = f"At {node.name}: {done.plan.reason}"
@@ -176,19 +178,37 @@ class ClusterAdmin:
             raise UnknownModel(message, param="model")
         return nodes or self.pool.view.having(known), name
 
-    def _best(self, model: str | None) -> Node:
-        """Return the node for a load; for a model that none serves, that with the most memory.
+    async def _at_best(
+        self, action: Any, model: str, changes: Mapping[str, Any]
+    ) -> tuple[Node, Done]:
+        """Let the best node that may run a model do something; return the node and its result.
 
         Raises:
             NoNode: there is none.
+            InvalidRequest: none has a label that the model names.
+            HeadraceError: as the node raises it.
         """
-        nodes = self.pool.view.nodes
-        if model is not None and (node := self.pool.view.choose(model)) is not None:
-            return node
-        usable = [node for node in nodes.values() if not node.draining]
-        if model is None and usable:
-            return max(usable, key=lambda node: (node.free_total, node.name))
-        raise NoNode("No node of the cluster takes it now.", retry_after_s=_RETRY_AFTER_S)
+        refusal: HeadraceError = NoNode(
+            "No node of the cluster takes it now.", retry_after_s=_RETRY_AFTER_S
+        )
+        for node in self._candidates(self.pool.view.model_of(model)):
+            try:
+                (done,) = await self._order(action, [node], model, changes)
+            except InvalidRequest as error:
+                if error.param != "nodes":
+                    raise
+                refusal = error
+            else:
+                return node, done
+        raise refusal
+
+    def _candidates(self, model: str | None) -> list[Node]:
+        """Return the node for a load; of a model that none serves all, most free memory first."""
+        if model is not None:
+            node = self.pool.view.choose(model)
+            return [] if node is None else [node]
+        usable = [node for node in self.pool.view.nodes.values() if not node.draining]
+        return sorted(usable, key=lambda node: (-node.free_total, node.name))
 
     async def _everywhere(
         self, action: Any, model: str, changes: Mapping[str, Any] | None = None

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from headrace.core.status import ModelStatus
-from headrace.pool.admin import PoolAdmin, status_of
+from collections.abc import Mapping
+from typing import Any
+
+from headrace.cluster.policy import allows
+from headrace.core.errors import InvalidRequest, UnknownModel
+from headrace.core.status import ModelStatus, Plan
+from headrace.pool.admin import PoolAdmin
 from headrace.pool.pool import Pool
+from headrace.pool.status import status_of
 
 
 class NodePool(Pool):
@@ -14,8 +20,12 @@ class NodePool(Pool):
 
 
 class NodePoolAdmin(PoolAdmin):
-    """A NodeAdmin. Draining refuses nothing here: fronts send no further requests."""
+    """A NodeAdmin. Draining refuses nothing here: fronts send no further requests.
 
+    `labels` are the name of the node and its labels; a model that names others is not added.
+    """
+
+    labels: tuple[str, ...] = ("",)
     _is_drained = False
 
     @property
@@ -26,6 +36,33 @@ class NodePoolAdmin(PoolAdmin):
     def set_draining(self, on: bool) -> None:
         """Take no new requests from fronts, or take them again."""
         self._is_drained = on
+
+    async def load(self, model: str, changes: Mapping[str, Any] | None = None) -> ModelStatus:
+        """Load a model, and wait for it; see `Admin`.
+
+        Raises:
+            InvalidRequest: it may run on other nodes only.
+        """
+        self._check_labels(model)
+        return await super().load(model, changes)
+
+    async def plan(self, model: str) -> Plan:
+        """Return what a load would need and do; see `load`."""
+        self._check_labels(model)
+        return await super().plan(model)
+
+    def _check_labels(self, model: str) -> None:
+        try:
+            wanted = self.pool.entry(model).spec.nodes
+        except UnknownModel:
+            wanted = self._specify(model, {}).nodes
+        if not allows(wanted, self.labels[0], self.labels[1:]):
+            names, others = ", ".join(wanted), ", ".join(self.labels[1:]) or "none"
+            raise InvalidRequest(
+                f"{model} may run on nodes with the name or label {names} alone; the labels of "
+                f"{self.labels[0]} are {others}.",
+                param="nodes",
+            )
 
     def place(self, model: str, copies: int) -> ModelStatus:
         """Load a model in so many workers, if that evicts no other, without waiting for it."""

@@ -208,6 +208,7 @@ class FrontConnection:
             case Hello() if self._other is None:
                 check(message, "front")
                 self._other = message
+                self._hello = server.identity.hello()
                 self.link.send(self._hello)
             case Proof(mac) if self._other is not None and self in server.greeting:
                 verify(mac, server.access.token, "front", self._other, self._hello)

@@ -231,7 +231,7 @@ def _preset_rows(name: str, layer: Layer) -> Iterator[Row]:
 
 
 def _model(read: _Sources, name: str, reference: str, given: Layer) -> tuple[ModelSpec, Layer]:
-    layer = read.of_model(name, reference, given)
+    layer = check.with_adapters(read.of_model(name, reference, given))
     prefix = f"models.{name}."
     kinds = read.able(layer)
     errors: list[ConfigError] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from headrace.config.fields import words
 from headrace.config.sources import Layer, Value, unknown_key, with_line
 from headrace.config.tree import is_collection
+from headrace.core.adapter import checked_adapters
 from headrace.core.errors import ConfigError
 from headrace.core.values import expanded
 from headrace.core.wording import fault_of
@@ -135,6 +136,34 @@ def located(layer: Layer) -> Layer:
         elif key == "chat_template" and text.startswith("@"):
             resolved[key] = value._replace(value=_template(value, text[1:]))
     return resolved
+
+
+def with_adapters(layer: Layer) -> Layer:
+    """Return a layer with the adapters that are given one by one in their table.
+
+    Raises:
+        ConfigError: the table is not accepted.
+    """
+    single = {key: value for key, value in layer.items() if key.startswith("adapters.")}
+    if not single:
+        return layer
+    table: dict[str, Any] = {}
+    if (whole := layer.get("adapters")) is not None:
+        is_text = isinstance(whole.value, str)
+        table = dict(_parsed(whole) if is_text else _sources(whole))
+    for key, value in single.items():
+        table[key.removeprefix("adapters.")] = value.value
+    kept = {name: adapter for name, adapter in table.items() if adapter is not False}
+    last = next(reversed(single.values()))
+    others = {key: value for key, value in layer.items() if key not in single}
+    return others | {"adapters": last._replace(value=kept)}
+
+
+def _parsed(value: Value) -> Mapping[str, Any]:
+    try:
+        return cast("Mapping[str, Any]", checked_adapters(value.value))
+    except ValueError as error:
+        raise ConfigError(f"{value.origin}: adapters: {error}", param="adapters") from None
 
 
 def _sources(value: Value) -> dict[str, object]:

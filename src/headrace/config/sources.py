@@ -205,13 +205,14 @@ def flags(given: Mapping[str, Any], keys: Keys, cwd: Path) -> Layer:
 def arguments(given: Mapping[str, Any], keys: Keys, cwd: Path) -> Layer:
     """Return the layer of the arguments for one model.
 
-    An option may be in `options`, as `options.KEY`, or beside the settings.
+    An option may be in `options`, as `options.KEY`, or beside the settings. `adapters.NAME` is one
+    adapter among those that are configured, or False for none.
     """
     layer: Layer = {}
     for key, value in given.items():
         if key == "options" or value is None:
             continue
-        place = key if key.startswith("options.") else keys.model.get(key)
+        place = key if key.startswith(("options.", "adapters.")) else keys.model.get(key)
         if place is None:
             raise unknown_key("argument", key, keys.model)
         layer[place] = Value(value, f"argument {key}", cwd)

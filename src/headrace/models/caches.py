@@ -105,20 +105,21 @@ def _layers(manifest: Path) -> dict[str, str]:
         with manifest.open("rb") as file:
             layers = json.loads(file.read(MAX_MANIFEST))["layers"]
         kinds = {str(i["mediaType"]).removeprefix(_LAYER): str(i.get("digest")) for i in layers}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return {}
     return {kind: text for kind, text in kinds.items() if _DIGEST.fullmatch(text)}
 
 
 def _blob(store: Path, digest: str | None) -> Path | None:
     path = store / "blobs" / digest.replace(":", "-") if digest else None
-    return path if path is not None and path.is_file() else None
+    # A blob of another user may not be read.
+    return path if path and path.is_file() and os.access(path, os.R_OK) else None
 
 
 def _modelfile(store: Path, layers: Mapping[str, str]) -> str:
     """Return the instructions that have the parameters and the system message of a model."""
     lines: list[str] = []
-    with suppress(ValueError, AttributeError):
+    with suppress(ValueError, RecursionError, AttributeError):
         parameters: dict[str, Any] = json.loads(_text(store, layers.get("params")) or "{}")
         for name, value in parameters.items():
             values = cast("list[Any]", value if isinstance(value, list) else [value])

@@ -21,7 +21,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from headrace.core import status
-from headrace.core.errors import ConfigError, InvalidRequest, UnknownModel
+from headrace.core.errors import ConfigError, InvalidRequest, LoadFailed, UnknownModel
 from headrace.core.model import ModelFile
 from headrace.core.private import (
     FILE_MODE,
@@ -107,9 +107,13 @@ class Store:
             folder = self._root / "imported" / _file_name(name)
             shutil.rmtree(folder, ignore_errors=True)
             private_folder(folder)
+            links: list[Path] = []
             try:
-                links = [_linked(path, folder) for path in files]
+                links += [_linked(path, folder) for path in files]
                 inspect(links[0])
+            except LoadFailed as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise LoadFailed(error.message.replace(str(links[0]), str(files[0]))) from error
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise

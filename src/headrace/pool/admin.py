@@ -22,13 +22,13 @@ from headrace.core.library import LibraryEntry, LibraryFilter
 from headrace.core.measurement import Curve
 from headrace.core.model import ModelInfo, ModelSpec, needs_new_worker
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded, StoredModel
-from headrace.core.values import masked_options
 from headrace.pool.entry import ModelEntry
 from headrace.pool.loader import Loader
 from headrace.pool.plan import check_adapters, plan_load
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool, header_of
 from headrace.pool.state import Remembered, StateFile
+from headrace.pool.status import status_of
 
 Specify = Callable[[str, Mapping[str, Any]], ModelSpec]
 """Returns the specification of a name or reference with changed settings. Raises ConfigError."""
@@ -268,7 +268,7 @@ class PoolAdmin:
 
     async def _change(self, entry: ModelEntry, changes: Mapping[str, Any]) -> None:
         kept = self._kept.get(name := entry.spec.name, Remembered())
-        merged = {**kept.changes, **changes}
+        merged = _merged(kept.changes, changes)
         spec = msgspec.structs.replace(self._specify(entry.reference or name, merged), name=name)
         self.pool.check_names(spec)
         await check_adapters(self.pool.loader, entry.spec, spec)
@@ -342,57 +342,8 @@ class PoolAdmin:
         await asyncio.to_thread(self._state.write, dict(self._kept))
 
 
-def status_of(entry: ModelEntry) -> ModelStatus:
-    """Return the status of a model."""
-    spec, info = entry.spec, entry.info
-    footprint = next((replica.footprint for replica in entry.replicas if replica.footprint), None)
-    stage = entry.stage
-    return ModelStatus(
-        id=spec.name,
-        source=spec.model,
-        state=entry.state,
-        aliases=spec.aliases,
-        engine=info.engine if info else spec.engine or "auto",
-        engine_reason=info.engine_reason if info else "",
-        device=info.device if info else spec.device or "auto",
-        quantization=info.quantization if info else None,
-        context_length=info.context_length if info else spec.context_length,
-        enabled=spec.enabled,
-        pinned=spec.pinned,
-        keep_alive=spec.keep_alive,
-        continuation=spec.continuation,
-        estimated=footprint,
-        memory=_sum([replica.memory for replica in entry.all_replicas()]),
-        running=entry.running,
-        max_running=entry.slots or None,
-        queued=len(entry.queue),
-        max_queued=spec.max_queued,
-        places=max(0, entry.room - entry.queue.count(batch=False)),
-        until=_until(entry),
-        last_used=entry.wall(entry.last_used) if entry.last_used is not None else None,
-        restarts=entry.restarts,
-        evictions=entry.evictions,
-        continuations=entry.continuations,
-        last_error=entry.failures.last_error,
-        retry_at=entry.wall(entry.failures.retry_at) if entry.failures.wait_s else None,
-        progress=stage[0] or None,
-        done=stage[1],
-        total=stage[2],
-        replicas=tuple(replica.status() for replica in entry.all_replicas()),
-        options=masked_options(spec.options),
-        preload=entry.preload,
-        copies=spec.replicas,
-        nodes=spec.nodes,
-    )
-
-
-def _until(entry: ModelEntry) -> float | None:
-    idle = [replica.idle_since for replica in entry.replicas if replica.is_ready]
-    if not idle or entry.keep_alive < 0 or entry.spec.pinned or entry.running:
-        return None
-    return entry.wall(max(idle) + entry.keep_alive)
-
-
-def _sum(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: sum(part.get(name, 0) for part in parts) for name in names}
+def _merged(kept: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the changes so far with new ones; a table of adapters replaces single ones."""
+    single = "adapters." if "adapters" in changes else None
+    left = {key: kept[key] for key in kept if single is None or not key.startswith(single)}
+    return {**left, **changes}

@@ -15,7 +15,7 @@ from headrace.pool.continuation import Continuation
 from headrace.pool.entry import ModelEntry
 from headrace.pool.loader import Loader
 from headrace.pool.observer import AttemptObservation, Observation
-from headrace.pool.workers import PooledWorker
+from headrace.pool.worker import PooledWorker
 from headrace.worker.process import WorkerProcess
 
 

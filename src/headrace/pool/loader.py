@@ -22,7 +22,7 @@ from headrace.pool.observer import NullObserver, Observer
 from headrace.pool.places import KeepWarm, Places
 from headrace.pool.policy import Rules
 from headrace.pool.replica import Lease, Replica
-from headrace.pool.workers import OpenWorker, PooledWorker
+from headrace.pool.worker import OpenWorker, PooledWorker
 
 log = logging.getLogger("headrace.pool")
 

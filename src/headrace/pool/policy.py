@@ -15,7 +15,6 @@ _MIN_WAIT_S = 0.001
 _BLOCK_CHARACTERS, _MAX_REQUEST_BLOCKS = 256, 64
 # Of so many slots, one is for a request of a batch that has no token yet.
 _STARTING = 16
-_BLOCK_CHARACTERS, _MAX_REQUEST_BLOCKS = 256, 64
 
 
 class Resident(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,7 +28,7 @@ from headrace.pool.places import KeepWarm
 from headrace.pool.policy import Rules
 from headrace.pool.replica import Replica
 from headrace.pool.requests import OpenRequests
-from headrace.pool.workers import OpenWorker
+from headrace.pool.worker import OpenWorker
 from headrace.worker.spec import unloaded_info
 
 

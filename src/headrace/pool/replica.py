@@ -14,7 +14,7 @@ from headrace.core.status import Footprint, ReplicaStatus
 from headrace.machine import HOST
 from headrace.pool.ledger import to_book
 from headrace.pool.policy import Candidate, Resident
-from headrace.pool.workers import PooledWorker
+from headrace.pool.worker import PooledWorker
 
 _MAX_BLOCKS = 4096
 _UNHEALTHY_S = 60.0

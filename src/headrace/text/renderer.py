@@ -32,7 +32,7 @@ MAX_CHARACTERS = 8 << 20
 
 _PROCESSES = 2
 _PATIENCE_S = 0.2
-"""How long to wait for a process that renders something else: it takes longer to start another."""
+"""How long to wait for a process that renders something else, before another is started."""
 _GRACE_S = 20.0
 _OUT_OF_MEMORY = 3
 _MAX_REASON = 500
@@ -72,7 +72,7 @@ def render(work: Work) -> Rendered | Fault:
     with _slots:
         process = _taken()
         try:
-            return process.ask(work)
+            return process.render(work)
         finally:
             _give_back(process)
 
@@ -100,7 +100,7 @@ class _Process:
             )
         self.alive = True
 
-    def ask(self, work: Work) -> Rendered | Fault:
+    def render(self, work: Work) -> Rendered | Fault:
         """Return the answer; after some faults the process has ended."""
         # The alarm of the process itself is first, unless it cannot run at all.
         self._socket.settimeout(work.seconds + _GRACE_S)
@@ -135,11 +135,25 @@ def _started() -> _Process:
 
 def _taken() -> _Process:
     with _changed:
-        if _busy:
-            _changed.wait_for(lambda: _idle or not _busy, _PATIENCE_S)
+        if not _changed.wait_for(_is_idle, _PATIENCE_S) and len(_busy) < _PROCESSES:
+            _busy.add(another := _started())
+            threading.Thread(target=_warm_up, args=(another,), daemon=True).start()
+        # The one that renders may be idle before the other has started.
+        _changed.wait_for(_is_idle)
         process = _idle.pop() if _idle else _started()
         _busy.add(process)
         return process
+
+
+def _is_idle() -> bool:
+    return bool(_idle) or not _busy
+
+
+def _warm_up(process: _Process) -> None:
+    try:
+        process.render(Work("", {}, _GRACE_S))
+    finally:
+        _give_back(process)
 
 
 def _give_back(process: _Process) -> None:

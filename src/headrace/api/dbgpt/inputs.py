@@ -6,6 +6,7 @@ import asyncio
 
 import msgspec
 
+from headrace.api import limits
 from headrace.api.dbgpt.wire import (
     WORKER_TYPES,
     CountTokenRequest,
@@ -48,6 +49,7 @@ async def _rerank(
     if not wire.query:
         raise InvalidRequest("A reranker needs a query.", param="query")
     common = core_fields(service, exchange, wire, "rerank")
+    limits.check_pairs(wire.query, texts, "query")
     request = RerankRequest(query=wire.query, documents=texts, **common)
     ranked, finish = await exchange.unless_gone(result(service.backend.ask(request), Ranking))
     scores = {document.index: document.score for document in ranked.ranking}

@@ -41,6 +41,7 @@ def draw(runs: Mapping[str, Run], path: Path) -> None:
     figure.suptitle(
         "headrace bench: " + ", ".join(sorted({r.settings.model for r in runs.values()}))
     )
+    legend: dict[str, Any] = {}
     for axes, (field, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         for number, (name, run) in enumerate(runs.items()):
             _line(axes, f"C{number}", name, field, run.levels)
@@ -51,8 +52,10 @@ def draw(runs: Mapping[str, Run], path: Path) -> None:
         axes.set_xlim(0, axes.get_xlim()[1] * 1.05)
         axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
         axes.grid(visible=True, alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+        handles, labels = axes.get_legend_handles_labels()
+        legend |= zip(labels, handles, strict=True)
+    # Below the panels it hides no point.
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=4, fontsize="small")
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

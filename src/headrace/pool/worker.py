@@ -1,4 +1,4 @@
-"""What a pool requires of its workers."""
+"""What the pool needs of a worker."""
 
 from __future__ import annotations
 
