@@ -1,7 +1,7 @@
 """Fronts of one service: events a second with 1, 2 and 4, and what streams that are held cost.
 
-`headrace serve` runs the engine `echo` in `--replicas` processes. Each client process holds the
-streams of one front's worth. Two parts:
+`headrace serve` runs the engine `echo` in `--replicas` processes for each front. Each client
+process holds the streams of one front's worth. Two parts:
 
 - speed: every front is offered `--offered` events a second, more than it can write, and the events
   that arrive are counted over a window. The last column is the speed over that of one front, for
@@ -117,7 +117,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = report.parser(__doc__)
     parser.add_argument("--fronts", type=int, nargs="+", default=FRONTS)
-    parser.add_argument("--replicas", type=int, default=4, help="processes of engines")
+    parser.add_argument("--replicas", type=int, default=2, help="processes of engines, a front")
     parser.add_argument("--clients", type=int, default=4, help="processes of clients")
     parser.add_argument("--offered", type=float, default=70_000, help="events a second and front")
     parser.add_argument("--window", type=float, default=5.0, help="seconds of one measurement")
@@ -174,7 +174,7 @@ async def measure(clients: Sequence[Program], options: argparse.Namespace, front
     speed = options.offered / STREAMS
     tokens = int(speed * (options.window + 30))
     body = {"prompt": "abcdefgh" * 8, "max_tokens": tokens, "stream": True, "ignore_eos": True}
-    async with service(fronts, options.replicas, speed) as server:
+    async with service(fronts, fronts * options.replicas, speed) as server:
         await at_each(clients, server.url, [body] * streams)
         await asyncio.sleep(_SETTLE_S)
         processes = Processes.of(server)
@@ -201,7 +201,7 @@ async def hold(
 ) -> Held:
     """Hold streams from their beginning to their end."""
     body = {"prompt": "abcdefgh", "max_tokens": HELD_TOKENS, "stream": True, "ignore_eos": True}
-    async with service(fronts, options.replicas, HELD_SPEED) as server:
+    async with service(fronts, fronts * options.replicas, HELD_SPEED) as server:
         # What is made at the first answers is no memory of a stream.
         await at_each(clients, server.url, [{**body, "max_tokens": 1}] * 8)
         await asyncio.gather(*(each.ask({"do": "drain"}) for each in clients))

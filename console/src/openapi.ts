@@ -72,7 +72,7 @@ export interface Operation {
 }
 
 const GROUPS: [name: string, paths: RegExp][] = [
-  ["Models of this service", /^\/(admin|models)\//],
+  ["Models of this service", /^\/(admin|models)\/|_lora_adapter$/],
   ["Anthropic's API", /^\/v1\/messages/],
   ["Ollama's API", /^\/(api\/|$)/],
   ["Health and metrics", /^\/(health|metrics)/],
@@ -171,7 +171,8 @@ export function sampleOf(operation: Operation, spec: Spec, models: ModelCard[]):
   const kind = operation.body.$ref ? spec.components.schemas[operation.body.$ref.split("/").at(-1)!] : operation.body;
   const known = KNOWN.find(([path]) => path.test(operation.path))?.[1] ?? {};
   const sample: Record<string, unknown> = kind?.properties?.model ? { model: modelFor(operation.path, models) } : {};
-  for (const name of kind?.required ?? []) sample[name] ??= null;
+  // What nobody can guess is in capitals.
+  for (const name of kind?.required ?? []) sample[name] ??= kind?.properties?.[name]?.type === "string" ? name.toUpperCase() : null;
   for (const [name, value] of Object.entries(known)) if (kind?.properties?.[name]) sample[name] = value;
   return sample;
 }

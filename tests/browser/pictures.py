@@ -45,6 +45,7 @@ preload = false
 trace_content = true
 """
 STORY = [{"role": "user", "content": "Write a long story about a river and a mill."}]
+QUESTION = "What is a river? Answer in one sentence."
 WIDTH = 92
 ADDRESS = "http://127.0.0.1:11511"
 
@@ -60,7 +61,7 @@ def main() -> None:
     try:
         bench(environment)
         with served(environment=environment) as service, browser(folder / "profile") as page:
-            session(service, ["headrace", "run", "smollm2", "Name three rivers in Europe."])
+            session(service, ["headrace", "run", "smollm2", QUESTION])
             ask(service)
             with busy(service):
                 page.size(1280, 880)
@@ -176,7 +177,7 @@ def playground(page: Browser, service: Service) -> None:
 
 def session(service: Service, words: list[str]) -> None:
     """Run a command on a terminal, and draw what came as an animation of its real pace."""
-    pieces = recorded([sys.executable, "-m", *words, "--url", service.url, "--max-tokens", "60"])
+    pieces = recorded([sys.executable, "-m", *words, "--url", service.url, "--temperature", "0"])
     pieces = [(at, text.replace(service.url, ADDRESS)) for at, text in pieces]
     text = animated(" ".join(words[:-1]) + f' "{words[-1]}"', pieces)
     (PICTURES / "session.svg").write_text(text, encoding="utf-8")

@@ -33,7 +33,7 @@ def test_the_api_page_tries_a_route(page: Browser, service: Service) -> None:
 
 CANNOT = (
     *("is not offered by Headrace", "generates text: use", "cannot fill in the middle"),
-    *("There is no", "No file of requests", "No trace of"),
+    *("There is no", "No file of requests", "No trace of", "with adapters", "has no adapter"),
 )
 """What this service answers to examples: without an embedder, and to ids in capitals."""
 

@@ -33,3 +33,20 @@ def test_a_modelfile_becomes_a_model(environ: dict[str, str], tmp_path: Path) ->
     done = headrace(environ, *given, "--as", "mine")
     assert (done.returncode, file.read_text()) == (2, text)
     assert "has a model mine already" in done.stderr
+
+
+def test_show_prints_a_preset(environ: dict[str, str], tmp_path: Path) -> None:
+    """Issue 13, presets: of a table of its own, and of a further name of a loaded model."""
+    file = tmp_path / "headrace.toml"
+    tables = (
+        '[models.one]\nmodel = "echo"\nsystem = "A."',
+        '[models.two]\nbase = "one"\nthinking = "off"',
+    )
+    file.write_text("\n".join(tables))
+    for name, base, preset in (
+        ("one", None, {"system": "A."}),
+        ("two", "one", {"system": "A.", "thinking": "off"}),
+    ):
+        done = headrace(environ, "show", name, "--config", str(file), "--json")
+        shown = json.loads(done.stdout)
+        assert (shown["id"], shown["base"], shown["preset"]) == (name, base, preset)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 from PIL import ImageOps
-from tests.pictures_made import png, png_of
+from tests.pictures_made import broken, png, png_of
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.media import MAX_IMAGE_BYTES, Image, Pictures, image_header, joined, text_of
@@ -154,3 +154,14 @@ def test_pictures_of_other_depths() -> None:
     assert sample(Pillow.new("I;16", (4, 4), 0xFFFF)) == (255, 255, 255)
     assert sample(Pillow.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")[0] > 240
     assert sample(Pillow.new("L", (8, 8), 7), "JPEG", exif=b"Exif\0\0nonsense") == (7, 7, 7)
+
+
+def test_damaged_pictures_are_not_decoded() -> None:
+    """Issue 13.5: but for JPEG, of which there is a part."""
+    refused = 0
+    for data in broken():
+        try:
+            decoded(data)
+        except InvalidRequest:
+            refused += 1
+    assert refused >= 40

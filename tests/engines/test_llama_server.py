@@ -226,8 +226,8 @@ def test_executables_are_found_on_the_path(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PATH", os.pathsep.join(folders))
     monkeypatch.setattr(executables, "_beside", lambda: tmp_path / "nowhere")
     assert executables.search() == [first, second]
-    assert executables.described(first) == f"{first}: build 4242; no GPU"
-    expected = f"{second}: build 4242; CUDA0 NVIDIA H100 80GB HBM3, 79.2 GiB"
+    assert executables.described(first) == f"{first}: build 4242, GNU 12.2.0; no GPU"
+    expected = f"{second}: build 4242, GNU 12.2.0; CUDA0 NVIDIA H100 80GB HBM3, 79.2 GiB"
     assert executables.described(second) == expected
     for vendors, path in (((), first), (("nvidia",), second)):
         monkeypatch.setattr(graphics, "vendors", lambda vendors=vendors: vendors)
@@ -259,8 +259,8 @@ def test_a_build_for_the_gpu_is_preferred(
     path = install(tmp_path / "bin")
     path.write_text(path.read_text().replace("exec", f"FAKE_LLAMA_DEVICES='{GPU}' exec"))
     monkeypatch.setenv("PATH", str(path.parent))
-    monkeypatch.setattr(graphics, "vendors", lambda: ("nvidia",))
     assert engines.choose(opening.model)[0] == "llamacpp"
+    monkeypatch.setattr(graphics, "vendors", lambda: ("nvidia",))
     monkeypatch.setattr(plan, "has_cuda", lambda: True)
     assert engines.choose(opening.model)[0] == "llama_server"
     request = OpenRequest(model=opening.model, context_length=256)
@@ -268,6 +268,30 @@ def test_a_build_for_the_gpu_is_preferred(
     path.write_text(path.read_text().replace("CUDA0", "BLAS0"))
     assert engines.choose(opening.model)[0] == "llamacpp"
     assert {*engines.footprint("llama_server", request).devices} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("vendor", "device"), [("amd", "ROCm0"), ("intel", "SYCL0"), ("intel", "Vulkan0")]
+)
+def test_a_build_for_a_gpu_of_another_vendor_is_preferred(
+    opening: OpenRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    vendor: str,
+    device: str,
+) -> None:
+    """Issue 17.1: where no library of NVIDIA's lists a GPU; not with device = "cpu"."""
+    path = install(tmp_path / "bin")
+    gpus = GPU.replace("CUDA0", device)
+    path.write_text(path.read_text().replace("exec", f"FAKE_LLAMA_DEVICES='{gpus}' exec"))
+    monkeypatch.setenv("PATH", str(path.parent))
+    monkeypatch.setattr(executables, "_beside", lambda: tmp_path / "nowhere")
+    assert engines.choose(opening.model)[0] == "llamacpp"
+    monkeypatch.setattr(graphics, "vendors", lambda: (vendor,))
+    name, reason = engines.choose(opening.model)
+    assert name == "llama_server"
+    assert reason.startswith(f"gguf on {device[:-1].lower()}: llama_server, before llamacpp")
+    assert engines.choose(opening.model, device="cpu")[0] == "llamacpp"
 
 
 def test_without_a_gpu_it_takes_what_llamacpp_takes(opening: OpenRequest) -> None:

@@ -158,15 +158,21 @@ def test_a_file_names_its_special_tokens(make: Make, load: Callable[..., Engine]
     ids=["pre-tokenizer", "tokenizer", "options", "context"],
 )
 def test_a_failed_load_has_its_reason(
-    make: Make, load: Callable[..., Engine], changed: Any, fields: Any, reason: str
+    make: Make,
+    load: Callable[..., Engine],
+    changed: Any,
+    fields: Any,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Issue 12.8: of the library's log, or of a check before; nothing is left behind."""
-    before = {*Path(tempfile.gettempdir()).glob("llamacpp-*")}
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(LoadFailed) as caught:
         load(make(**changed), **fields)
     assert reason in caught.value.message
     assert "Failed to init" not in caught.value.message
-    assert {*Path(tempfile.gettempdir()).glob("llamacpp-*")} <= before
+    assert not [*tmp_path.glob("llamacpp-*")]
 
 
 def test_a_context_that_no_memory_holds_is_refused_before(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 DEVICES_VARIABLE = "FAKE_LLAMA_DEVICES"
-VERSION = "version: 4242 (abc1234)"
+VERSION = "version: 4242 (abc1234)\nbuilt with GNU 12.2.0 for Linux x86_64"
 _TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _ROPE = {"none": 0, "linear": 1, "yarn": 2}

@@ -48,11 +48,19 @@ def test_all_that_a_service_keeps_is_private(tmp_path: Path, free_port: Callable
 
 
 @pytest.mark.usefixtures("_umask")
-def test_folders_are_made_private_and_what_is_there_is_left(tmp_path: Path) -> None:
+def test_folders_are_made_private_and_those_above_are_left(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     private_folder(tmp_path / "a" / "b")
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
     (tmp_path / "a" / "b" / "c").write_text("x")
+    (tmp_path / "a" / "b").chmod(0o755)
+    (tmp_path / "a").chmod(0o755)
+    private_folder(tmp_path / "a" / "b")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "a/b")]
+    assert modes == [0o755, 0o700], "Issue 11.13: what an earlier version made is closed"
+    (tmp_path / "a" / "b").chmod(0o1777)
+    private_folder(tmp_path / "a" / "b")
+    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o1777
     make_private(tmp_path / "a")
     assert open_to_others(tmp_path / "a") == {}
     (tmp_path / "file").touch()

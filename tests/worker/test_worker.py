@@ -149,6 +149,26 @@ async def test_messages_go_through_the_template() -> None:
         assert (await collect(one.ask(ask(None, messages=messages)))).text == ("[be brief][hello]")
 
 
+async def test_a_prompt_of_token_ids_takes_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue 17.2: neither template nor tokenizer is called; its errors are the same."""
+    threads: list[object] = []
+    to_thread = asyncio.to_thread
+
+    async def counted(work: Any, *arguments: Any) -> Any:
+        threads.append(work)
+        return await to_thread(work, *arguments)
+
+    async with worker(text="abc", context_length=8) as one:
+        monkeypatch.setattr(asyncio, "to_thread", counted)
+        assert (await collect(one.ask(GenerateRequest(prompt=(97, 98))))).text == "abc"
+        with pytest.raises(ContextOverflow):
+            await collect(one.ask(GenerateRequest(prompt=(97,) * 9)))
+        assert not threads
+        assert (await collect(one.ask(GenerateRequest(prompt="ab")))).text == "abc"
+        assert len(threads) == 1
+        assert one.load == (0, 0)
+
+
 async def test_requests_are_never_changed() -> None:
     """W9: the caller's request is as it was, and can be sent again."""
     async with worker() as one:
@@ -398,9 +418,10 @@ class Opened:
     """Counts engines opened and closed."""
 
     def __init__(self) -> None:
-        self.opened = self.closed = 0
+        self.began = self.opened = self.closed = 0
 
     def __call__(self, name: str, request: OpenRequest) -> Any:
+        self.began += 1
         counter, engine = self, cast("Generator", engines.open_engine(name, request))
 
         class Engine:
@@ -419,8 +440,7 @@ async def test_a_stop_while_loading_closes_what_was_opened() -> None:
     opened = Opened()
     one = Worker(echo(load_s=0.2), resolve, open_engine=opened)
     task = asyncio.ensure_future(one.start())
-    await until(lambda: one.state == "loading")
-    await asyncio.sleep(0.05)
+    await until(lambda: opened.began == 1)
     await one.aclose()
     assert one.state == "stopped"
     with pytest.raises((Draining, asyncio.CancelledError)):

@@ -15,6 +15,7 @@ from typer import Argument, Option
 from headrace.cli import streams, terminal
 from headrace.cli.common import Common, ModelArgument, ModelFlags, known_models
 from headrace.core.errors import InvalidRequest, UnknownModel
+from headrace.core.preset import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -77,6 +78,8 @@ def show(common: Common, model: ModelArgument, flags: ModelFlags) -> None:
     settings = flags.settings(common)
     spec = settings.model_spec(model)
     info = runtime.with_tool_format(runtime.describe(spec, settings.config), spec)
+    if (preset := spec.presets.get(model)) is not None:
+        info = msgspec.structs.replace(info, id=model, base=info.id, preset=plain(preset))
     parameters = runtime.parameters(spec, info.engine)
     options = [parameter for parameter in parameters if parameter.kind == "option"]
     described = {
@@ -101,9 +104,9 @@ _LISTED = ("aliases", "roles", "notes", "capabilities")
 
 def _facts(info: ModelInfo) -> Iterator[tuple[str, Any]]:
     """Yield the known facts by name, with readable sizes and the length of long texts."""
-    plain: dict[str, Any] = msgspec.to_builtins(info)
-    plain["capabilities"] = tuple(info.capabilities.names)
-    for name, value in plain.items():
+    facts: dict[str, Any] = msgspec.to_builtins(info)
+    facts["capabilities"] = tuple(info.capabilities.names)
+    for name, value in facts.items():
         if name in _NOT_SHOWN or value in (None, "", "none", 0, (), {}):
             continue
         name = name.replace("_", " ")

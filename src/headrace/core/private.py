@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 FILE_MODE = 0o600
 _FOLDER_MODE = 0o700
+_OF_OTHERS = 0o077
 
 
 def private_folder(path: Path) -> Path:
     """Create a folder, and those above it that do not exist, for this user alone; return it.
+
+    One that exists is made private too, if it is this user's: earlier versions followed the umask.
+    Those above it are left, and so are folders for all users, such as /tmp.
 
     Raises:
         OSError: it cannot be created.
@@ -21,6 +26,10 @@ def private_folder(path: Path) -> Path:
         folder.mkdir(mode=_FOLDER_MODE, exist_ok=True)
         folder.chmod(_FOLDER_MODE)
     path.mkdir(exist_ok=True)
+    status = path.stat()
+    is_shared = status.st_mode & stat.S_ISVTX or status.st_uid != os.getuid()
+    if status.st_mode & _OF_OTHERS and not is_shared:
+        path.chmod(_FOLDER_MODE)
     return path
 
 

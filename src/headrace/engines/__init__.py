@@ -30,6 +30,7 @@ from headrace.engines import choice, plan
 from headrace.engines.base import About, Engine, EngineOptions, OpenRequest
 from headrace.engines.choice import Candidate
 from headrace.engines.module import Module
+from headrace.machine import graphics
 from headrace.models.transfer import Progress, silent
 
 ENTRY_POINTS = "headrace.engines"
@@ -40,7 +41,6 @@ _SHARED = {
     *("pictures", "plan"),
     *("remote", "speculation", "threaded", "tokenizer", "versions"),
 }
-
 
 PROGRAM = "executable"
 """The option that names the program of an engine that is none of Python's libraries."""
@@ -147,7 +147,7 @@ def choose(
     requirements = choice.Requirements(
         format=file.format,
         task=task or file.task,
-        device=required or ("cuda" if plan.has_cuda() else "cpu"),
+        device=required or _likely_device(),
         required_device=required,
         options=frozenset(options),
         able=able,
@@ -160,6 +160,17 @@ def describe() -> dict[str, Sequence[str]]:
     """Return lines about the engines that are programs, by name. Runs the programs."""
     described = ((name, _module(name).describe) for name in names())
     return {name: describe() for name, describe in described if describe is not None}
+
+
+def _likely_device() -> str:
+    """Return the kind of device that a load takes; of a GPU that only a program uses, its own."""
+    if plan.has_cuda():
+        return "cuda"
+    if {*graphics.vendors()} <= {"apple"}:
+        return "cpu"
+    programs = (_module(name).devices for name in names() if status(name).available)
+    kinds = (kind for devices in programs if devices is not None for kind in devices())
+    return next((kind for kind in kinds if kind != "cpu"), "cpu")
 
 
 def _candidate(name: str, *, on_cpu: bool) -> Candidate:

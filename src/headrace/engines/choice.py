@@ -76,9 +76,10 @@ def _suits(candidate: Candidate, requirements: Requirements) -> bool:
 
 
 def _rank(candidate: Candidate, requirements: Requirements) -> tuple[bool, int, str]:
-    name, lacks = candidate.name, requirements.device not in candidate.about.devices
-    device = "cpu" if lacks else requirements.device
-    order = _ORDER["vectors" if requirements.task != "generate" else device]
+    name, device = candidate.name, requirements.device
+    lacks = device not in candidate.about.devices
+    kind = "vectors" if requirements.task != "generate" else "cpu" if lacks else device
+    order = _ORDER.get(kind, _ORDER["cpu"])
     return lacks, (order.index(name) if name in order else len(order)), name
 
 

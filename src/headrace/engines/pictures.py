@@ -36,6 +36,7 @@ def decoded(data: bytes) -> Any:
         raise Unsupported(f"Images in {kind} need Pillow: {command}", param="messages") from None
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            image.load()  # here, so that damage is an error: asking for the EXIF may read it all
             turn = _TURNS.get(_orientation(image))
             shown = image if turn is None else image.transpose(Image.Transpose(turn))
             if shown.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255

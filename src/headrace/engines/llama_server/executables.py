@@ -30,6 +30,7 @@ _FOLDERS = (
 )
 _TIMEOUT_S = 30.0
 _VERSION = re.compile(r"version: (\S+)(?: \(build ([1-9]\d*))?")
+_COMPILER = re.compile(r"^built with (.+?)(?: for .*)?$", re.MULTILINE)
 _DEVICE = re.compile(r"^ +(?P<name>[A-Za-z_]+\d*): (?P<title>.*) \((?P<mib>\d+) MiB", re.MULTILINE)
 _ARGUMENT = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
 _KINDS = {"cuda": "cuda", "mtl": "mps", "metal": "mps"}
@@ -152,7 +153,9 @@ def _version(path: Path, _stamp: tuple[int, int]) -> str:
 def described(path: Path) -> str:
     """Return the path, the build and the devices of an executable, for people."""
     gpus = [f"{gpu.name} {gpu.title}, {gpu.mib / 1024:.1f} GiB" for gpu in examined(path).devices]
-    return f"{path}: build {version(path)}; {'; '.join(gpus) or 'no GPU'}"
+    compiler = _COMPILER.search(_output(path, "--version"))
+    build = f"build {version(path)}" + (f", {compiler[1]}" if compiler else "")
+    return f"{path}: {build}; {'; '.join(gpus) or 'no GPU'}"
 
 
 def advice() -> str:
