@@ -16,7 +16,7 @@ from tests.engines.transformers.conftest import opened
 
 from headrace.core.adapter import AdapterFile
 from headrace.core.errors import LoadFailed
-from headrace.engines.base import EngineRequest, RawEvent
+from headrace.engines.base import EngineRequest, RawDraft, RawEvent
 from headrace.models.adapter import checked
 from headrace.models.inspect import inspect
 
@@ -143,3 +143,28 @@ def test_what_is_no_linear_layer(tiny_folder: Path, tmp_path: Path) -> None:
     file = checked(peft_adapter(tmp_path / "a", 1, layers=layers), inspect(tiny_folder))
     with pytest.raises(LoadFailed, match=r"embed_tokens' is no linear layer in torch"):
         opened(tiny_folder, adapters=[msgspec.structs.replace(file, name="a")])
+
+
+async def test_drafts_of_requests_with_adapters(
+    engine: Engine, tiny_folder: Path, files: tuple[AdapterFile, ...]
+) -> None:
+    """Issue 17.3: several logits of a request are of its adapter; the text repeats itself."""
+    bias = dict.fromkeys((41, 42, 43), 100.0)
+
+    def request(name: str) -> EngineRequest:
+        given = {"ignore_eos": True, "logit_bias": bias, "logprobs": 5}
+        made = asked(engine, "The rivers of the north are wide.", 24, **given)
+        return msgspec.structs.replace(made, adapter=name)
+
+    drafting = opened(tiny_folder, adapters=files, slots=4, speculation="ngram", threads=1)
+    try:
+        mixed = [*NAMES, "a"]
+        answers = await asyncio.gather(*(events(drafting, request(name)) for name in mixed))
+    finally:
+        drafting.close()
+    assert all(any(isinstance(event, RawDraft) for event in answer) for answer in answers)
+    for name, answer in zip(mixed, answers, strict=True):
+        expected = choices(await events(engine, request(name)))
+        for (token, logprobs), (other, others) in zip(choices(answer), expected, strict=True):
+            assert token == other
+            assert logprobs == pytest.approx(others, abs=5e-3)
