@@ -38,8 +38,7 @@ ENTRY_POINTS = "headrace.engines"
 
 _SHARED = {
     *("abilities", "base", "choice", "drafting", "kept", "measured", "module", "openmp"),
-    *("pictures", "plan"),
-    *("remote", "speculation", "threaded", "tokenizer", "versions"),
+    *("pictures", "plan", "remote", "speculation", "threaded", "tokenizer", "versions"),
 }
 
 PROGRAM = "executable"
