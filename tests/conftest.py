@@ -16,15 +16,17 @@ from typing import IO, Any
 
 import pytest
 from filelock import FileLock
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores Ctrl-C, and so would all that the tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Every run tries the same examples; `--hypothesis-profile default` looks for others.
-settings.register_profile("same", derandomize=True)
+# Every run tries the same examples, at any load; `--hypothesis-profile default` looks for others.
+settings.register_profile(
+    "same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("same")
 
 ALONE = (
