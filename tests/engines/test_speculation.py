@@ -183,6 +183,12 @@ def test_the_way_and_the_length_of_drafts() -> None:
     auto = settled(speculation="auto", draft_model="x")
     assert (auto.way, auto.most_drafted) == ("draft", 4)
     assert settled(draft_tokens=9).most_drafted == 0
+    few = llamacpp.Options(speculation="ngram", draft_tokens=3)
+    assert (llamacpp.Options(speculation="ngram").most_drafted, few.most_drafted) == (5, 3)
+    assert [llamacpp.looked_up(each) for each in (few, llamacpp.Options(speculation="ngram"))] == [
+        3,
+        5,
+    ]
 
 
 def test_a_batch_has_room_for_all_drafts() -> None:

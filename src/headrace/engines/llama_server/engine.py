@@ -101,7 +101,7 @@ class Engine(Served):
         if not options.mmap:
             yield from ("--load-mode", "none") if program.knows("--load-mode") else ("--no-mmap",)
         if self._drafts:
-            yield from _drafting(request, options, program, on_cpu=on_cpu)
+            yield from _drafting(request, options, program)
         yield from _quiet(program)
 
     def _batches(self, planned: CachePlan, *, on_cpu: bool) -> Iterator[str]:
@@ -147,15 +147,13 @@ def _placed(
         yield from ("--device", ",".join(names))
 
 
-def _drafting(
-    request: OpenRequest, options: Options, program: Program, *, on_cpu: bool
-) -> Iterator[str]:
+def _drafting(request: OpenRequest, options: Options, program: Program) -> Iterator[str]:
     if not program.knows("--spec-type"):
         raise LoadFailed(f"{program.path} has no --spec-type: speculation needs a newer build.")
     most = str(options.most_drafted)
     if request.draft is None:
         yield from ("--spec-type", "ngram-simple", "--spec-ngram-simple-size-m", most)
-        yield from ("--spec-ngram-simple-size-n", str(looked_up(options, on_cpu=on_cpu)))
+        yield from ("--spec-ngram-simple-size-n", str(looked_up(options)))
         return
     yield from ("--spec-type", "draft-simple", "--spec-draft-model", request.draft.path)
     yield from ("--spec-draft-n-max", most)

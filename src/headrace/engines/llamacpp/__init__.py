@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from pydantic import Field
@@ -47,8 +47,8 @@ _DEFAULT_SLOTS = 4
 _CPU_BATCH, _GPU_BATCH, _IMAGE_BATCH = 128, 2048, 512
 _EMBED_CONTEXT = 8192
 _MIB = 1 << 20
-# Tokens that are looked up. Where drafts cost arithmetic, on a CPU, few but long matches pay.
-_NGRAM, _NGRAM_ON_CPU = 4, 12
+# Measured on a CPU, of lengths from 3 to 16, by benchmarks/speculation.py.
+_NGRAM = 5
 # Of models with fewer weights, wider ones are worth measuring.
 _WIDE_WEIGHTS = 4_000_000_000
 _KV_SHARE = {"f16": 1.0, "bf16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
@@ -66,6 +66,7 @@ _CUDA_HOST, _CUDA_DEVICE = 400 * _MIB, 500 * _MIB
 class Options(SpeculationOptions):
     """Settings of llama.cpp. All are fixed once the model is loaded."""
 
+    of_ngrams: ClassVar[int] = _NGRAM
     slots: int | None = Field(
         None, ge=1, le=256, description="Requests in one batch; by default 4, or fewer."
     )
@@ -111,12 +112,12 @@ def devices() -> tuple[str, ...]:
     return tuple(kind for kind in ABOUT.devices if kind != "cuda" or _is_built_for_cuda())
 
 
-def looked_up(options: Options, *, on_cpu: bool) -> int:
+def looked_up(options: Options) -> int:
     """Return how many tokens at the end of a text are looked up in it, for an n-gram's draft.
 
     The library drafts at least as many.
     """
-    return min(_NGRAM_ON_CPU if on_cpu else _NGRAM, options.most_drafted)
+    return min(_NGRAM, options.most_drafted)
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)

@@ -112,7 +112,7 @@ class Engine(Served):
             planned = self._undrafted(planned)
             self._prepare_images(params, seen.path, planned, on_cpu=device == "cpu")
         elif self._drafts:
-            self._prepare_drafts(params, request, on_cpu=device == "cpu")
+            self._prepare_drafts(params, request)
         if device == "cpu":
             self._guard.start()
         streams = planned.slots if seen else 0
@@ -158,14 +158,14 @@ class Engine(Served):
         size = batch_size(self._options, planned.slots, on_cpu=on_cpu, sees=True)
         params.n_batch = params.n_ubatch = size
 
-    def _prepare_drafts(self, params: Any, request: OpenRequest, *, on_cpu: bool) -> None:
+    def _prepare_drafts(self, params: Any, request: OpenRequest) -> None:
         options, drafts = self._options, params.speculative
         drafts.types = [type(drafts.types[0])(_DRAFTS[options.way])]
         if request.draft is None:
             # It reads the slot's own text alone; others keep what was written for other clients.
             ngrams = drafts.ngram_simple
             ngrams.size_m = options.most_drafted
-            ngrams.size_n = looked_up(options, on_cpu=on_cpu)
+            ngrams.size_n = looked_up(options)
             return
         draft = drafts.draft
         draft.mparams.path, draft.n_max = request.draft.path, options.most_drafted
