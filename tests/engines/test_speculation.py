@@ -183,12 +183,16 @@ def test_the_way_and_the_length_of_drafts() -> None:
     auto = settled(speculation="auto", draft_model="x")
     assert (auto.way, auto.most_drafted) == ("draft", 4)
     assert settled(draft_tokens=9).most_drafted == 0
-    few = llamacpp.Options(speculation="ngram", draft_tokens=3)
-    assert (llamacpp.Options(speculation="ngram").most_drafted, few.most_drafted) == (5, 3)
-    assert [llamacpp.looked_up(each) for each in (few, llamacpp.Options(speculation="ngram"))] == [
-        3,
-        5,
-    ]
+
+
+def test_the_length_of_n_grams_of_llamacpp() -> None:
+    """Issue 17.3: no more tokens are looked up than drafted, as the library drafts as many."""
+
+    def lengths(**options: Any) -> tuple[int, int]:
+        settled = llamacpp.Options(speculation="ngram", **options)
+        return llamacpp.looked_up(settled), settled.most_drafted
+
+    assert (lengths(), lengths(draft_tokens=3), lengths(draft_tokens=8)) == ((5, 5), (3, 3), (5, 8))
 
 
 def test_a_batch_has_room_for_all_drafts() -> None:
