@@ -18,6 +18,7 @@ from headrace.core import parameters as core_parameters
 from headrace.core.errors import ConfigError
 from headrace.core.model import ModelFile, ModelInfo, ModelSpec
 from headrace.core.parameters import Parameter
+from headrace.core.private import close_to_others
 from headrace.core.status import Plan
 from headrace.engines import EngineStatus, measured, speculation
 from headrace.keys.keeper import Keeper
@@ -268,11 +269,7 @@ def open_pool(settings: Settings, models: Sequence[ModelSpec], *, is_node: bool 
 
 
 def open_service(
-    settings: Settings,
-    models: Sequence[ModelSpec],
-    *,
-    reread: Reread,
-    is_node: bool = False,
+    settings: Settings, models: Sequence[ModelSpec], *, reread: Reread, is_node: bool = False
 ) -> tuple[PoolAdmin, Telemetry]:
     """Return a pool with its Admin, and its telemetry; of a node, the Admin is a NodePoolAdmin.
 
@@ -285,6 +282,7 @@ def open_service(
     from headrace.telemetry.telemetry import Telemetry
 
     config = settings.config
+    close_to_others(config.home)
     tracing = otel.configure(__version__)
     admin = (NodePoolAdmin if is_node else PoolAdmin)(
         open_pool(settings, models, is_node=is_node),

@@ -11,13 +11,13 @@ import httpx
 import pytest
 from tests.service.serving import served
 
-from headrace.core.private import make_private, private_folder
+from headrace.core.private import close_to_others, make_private, private_folder
 
 
 @pytest.fixture(params=[0o000, 0o022])
-def _umask(request: pytest.FixtureRequest) -> Iterator[None]:
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     before = os.umask(request.param)
-    yield
+    yield request.param
     os.umask(before)
 
 
@@ -29,10 +29,13 @@ def open_to_others(home: Path) -> dict[str, str]:
     return {path: oct(mode) for path, mode in modes.items() if mode != wanted[path]}
 
 
-@pytest.mark.usefixtures("_umask")
-def test_all_that_a_service_keeps_is_private(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_all_that_a_service_keeps_is_private(
+    umask: int, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
     """Issue 11.13: measurements, locks, records, usage and state, whatever the umask."""
     home = tmp_path / "data" / "home"
+    if umask:
+        home.mkdir(parents=True)  # as an earlier version has made it
     body = {"model": "echo", "messages": [{"role": "user", "content": "a"}]}
     with served("builtin:echo", environment={"HOME": str(home)}, port=free_port()) as service:
         answer = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=20)
@@ -44,25 +47,32 @@ def test_all_that_a_service_keeps_is_private(tmp_path: Path, free_port: Callable
         service.process.wait(20)
     names = {path.name for path in home.rglob("*")}
     assert names >= {"measured.json", ".measured.json.lock", "traces", "usage.sqlite3", "services"}
-    assert open_to_others(tmp_path / "data") == {}
+    assert open_to_others(home if umask else tmp_path / "data") == {}
 
 
-@pytest.mark.usefixtures("_umask")
+@pytest.mark.usefixtures("umask")
 def test_folders_are_made_private_and_those_above_are_left(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     private_folder(tmp_path / "a" / "b")
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
-    (tmp_path / "a" / "b" / "c").write_text("x")
     (tmp_path / "a" / "b").chmod(0o755)
-    (tmp_path / "a").chmod(0o755)
     private_folder(tmp_path / "a" / "b")
-    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "a/b")]
-    assert modes == [0o755, 0o700], "Issue 11.13: what an earlier version made is closed"
-    (tmp_path / "a" / "b").chmod(0o1777)
-    private_folder(tmp_path / "a" / "b")
-    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o1777
+    mode = stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode)
+    assert mode == 0o755, "it may be the folder of a file that the user has named"
     make_private(tmp_path / "a")
     assert open_to_others(tmp_path / "a") == {}
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         private_folder(tmp_path / "file")
+
+
+def test_a_home_of_an_earlier_version_is_closed(tmp_path: Path) -> None:
+    """Issue 11.13: but a folder for all users is left."""
+    home, shared = tmp_path / "home", tmp_path / "shared"
+    for folder, mode in ((home, 0o755), (shared, 0o1777)):
+        folder.mkdir()
+        folder.chmod(mode)
+        close_to_others(folder)
+    close_to_others(tmp_path / "nowhere")
+    modes = [stat.S_IMODE(folder.stat().st_mode) for folder in (home, shared)]
+    assert modes == [0o700, 0o1777]

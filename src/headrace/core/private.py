@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -14,8 +15,7 @@ _OF_OTHERS = 0o077
 def private_folder(path: Path) -> Path:
     """Create a folder, and those above it that do not exist, for this user alone; return it.
 
-    One that exists is made private too, if it is this user's: earlier versions followed the umask.
-    Those above it are left, and so are folders for all users, such as /tmp.
+    Those that exist are left as they are: one may be of a file that the user has named.
 
     Raises:
         OSError: it cannot be created.
@@ -26,11 +26,19 @@ def private_folder(path: Path) -> Path:
         folder.mkdir(mode=_FOLDER_MODE, exist_ok=True)
         folder.chmod(_FOLDER_MODE)
     path.mkdir(exist_ok=True)
-    status = path.stat()
-    is_shared = status.st_mode & stat.S_ISVTX or status.st_uid != os.getuid()
-    if status.st_mode & _OF_OTHERS and not is_shared:
-        path.chmod(_FOLDER_MODE)
     return path
+
+
+def close_to_others(folder: Path) -> None:
+    """Close the home of a service, which earlier versions made as the umask said.
+
+    One that is not there, is another user's, or is for all users, such as /tmp, is left.
+    """
+    with contextlib.suppress(OSError):
+        status = folder.stat()
+        is_own = status.st_uid == os.getuid() and not status.st_mode & stat.S_ISVTX
+        if is_own and status.st_mode & _OF_OTHERS:
+            folder.chmod(_FOLDER_MODE)
 
 
 def make_private(path: Path) -> None:

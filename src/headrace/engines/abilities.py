@@ -46,6 +46,16 @@ class PlainText(Engine, Protocol):
         ...
 
 
+@runtime_checkable
+class DraftSwitch(Protocol):
+    """An engine that drafts tokens only while that is faster."""
+
+    @property
+    def drafting(self) -> bool | None:
+        """Whether tokens are drafted now; None if it is off as configured."""
+        ...
+
+
 class PromptScorer(Engine, Protocol):
     """An engine that declares `prompt_logprobs`."""
 
@@ -55,7 +65,7 @@ class PromptScorer(Engine, Protocol):
         """Yield all tokens of a prompt with their log probabilities, a part at a time.
 
         Each has `candidates`, but for the first, which nothing precedes. `adapter` is as that of an
-        `EngineRequest`. The data of a control
-        token is its text. When the generator is closed the engine has stopped.
+        `EngineRequest`. The data of a control token is its text. When the generator is closed the
+        engine has stopped.
         """
         ...

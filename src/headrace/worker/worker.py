@@ -19,6 +19,7 @@ from headrace.core.request import (
     AnyRequest,
 )
 from headrace.core.values import masked
+from headrace.engines.abilities import DraftSwitch
 from headrace.engines.base import Embedder, Engine, OpenRequest, Pair, RemoteEngine, Reranker
 from headrace.machine import Sampler, system
 from headrace.models.transfer import silent
@@ -222,7 +223,8 @@ class Worker:
     @property
     def drafting(self) -> bool | None:
         """As in `ReplicaStatus`."""
-        return getattr(self._served.engine, "drafting", None) if self._served else None
+        engine = self._served.engine if self._served else None
+        return engine.drafting if isinstance(engine, DraftSwitch) else None
 
     async def memory(self) -> dict[str, int]:
         """Return nothing: the memory belongs to the calling process, or to another machine."""

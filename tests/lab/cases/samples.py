@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,24 +105,11 @@ class Sample:
         return self.name or self.engine
 
 
-@asynccontextmanager
-async def _adapted(gguf: Path) -> AsyncIterator[Given]:
-    with tempfile.TemporaryDirectory() as folder:
-        made = {
-            name: str(gguf_adapter(Path(folder) / name, seed, layers=SMOLLM2))
-            for seed, name in enumerate("ab")
-        }
-        yield str(gguf), {"adapters": made}
-
-
-def _with_adapters(make: Callable[[Path], Path], layers: Mapping[str, tuple[int, int]]) -> At:
+def _with_adapters(make: Callable[[Path], str | Path], adapter: Callable[[Path, int], Path]) -> At:
     @asynccontextmanager
     async def at(gguf: Path) -> AsyncIterator[Given]:
         with tempfile.TemporaryDirectory() as folder:
-            made = {
-                name: str(peft_adapter(Path(folder) / name, seed, layers=layers))
-                for seed, name in enumerate("ab")
-            }
+            made = {name: str(adapter(Path(folder) / name, seed)) for seed, name in enumerate("ab")}
             yield str(make(gguf)), {"adapters": made}
 
     return at
@@ -214,6 +202,7 @@ def _fields(*names: str) -> frozenset[str]:
     return frozenset(f"sampling_{name}" for name in names)
 
 
+_ADAPTED = _with_adapters(str, partial(gguf_adapter, layers=SMOLLM2))
 _DRAFTS = frozenset(case.name for case in drafts.CASES)
 _SHORT = {"context_length": 256, "max_running": 4}
 _PENALTIES = _fields("presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -260,7 +249,7 @@ SAMPLES = [
     ),
     Sample(
         "llamacpp",
-        _adapted,
+        _ADAPTED,
         kinds=("process", "pool"),
         settings=_SHORT,
         options=_ONE_THREAD,
@@ -318,7 +307,7 @@ SAMPLES = [
     ),
     Sample(
         "transformers",
-        _with_adapters(_tiny, TINY_FOLDER),
+        _with_adapters(_tiny, partial(peft_adapter, layers=TINY_FOLDER)),
         kinds=("process",),
         settings=_SHORT,
         refused=IMAGES | _DRAFTS | {"infill"},
@@ -399,7 +388,7 @@ if engines.status("vllm").available:
     SAMPLES.append(
         Sample(
             "vllm",
-            _with_adapters(_smollm2, SMOLLM2_FOLDER),
+            _with_adapters(_smollm2, partial(peft_adapter, layers=SMOLLM2_FOLDER)),
             kinds=("process",),
             settings=_SHORT,
             options=quick,
@@ -442,7 +431,7 @@ if engines.status("llama_server").available:
     SAMPLES.append(
         Sample(
             "llama_server",
-            _adapted,
+            _ADAPTED,
             kinds=("process",),
             settings=_SHORT,
             options=_ONE_THREAD,

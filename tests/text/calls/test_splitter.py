@@ -18,6 +18,7 @@ from headrace.text.calls.families import FAMILIES
 from headrace.text.calls.format import Format
 from headrace.text.calls.parts import CallArguments, CallStart, Content, Cut, Reading, Thought
 from headrace.text.calls.splitter import Splitter
+from headrace.text.calls.values import kind_of
 
 BARE = ("llama3", "llama4", "functionary-v3.2")  # an answer with calls has no text before them
 ONE_OF_EACH_STYLE = ("hermes", "mistral-args", "qwen-xml", "lfm2", "gemma-4", "harmony")
@@ -514,6 +515,21 @@ def test_analysis_is_thinking() -> None:
     parts = split(FAMILIES["harmony"], list(text))
     assert parts[0] == Thought("Hm")
     assert calls_in(parts) == [PARIS]
+
+
+def test_alternatives_of_a_call_that_is_not_enforced_do_not_multiply() -> None:
+    """Issue 11.5, 7: 120 alternatives on each of four levels, which nothing has refused before."""
+    levels = {
+        f"L{level}": {"anyOf": [{"$ref": f"#/$defs/L{level + 1}"} for _ in range(120)]}
+        for level in range(4)
+    }
+    schema = {
+        "$defs": {**levels, "L4": {"type": "string"}, "circle": {"$ref": "#/$defs/circle"}},
+        "properties": {"a": {"anyOf": [*levels["L1"]["anyOf"]]}, "b": {"$ref": "#/$defs/circle"}},
+    }
+    began = time.process_time()
+    assert (kind_of(schema, "a"), kind_of(schema, "b")) == ("string", "any")
+    assert time.process_time() - began < 0.5
 
 
 def test_the_price_of_a_token() -> None:

@@ -235,24 +235,31 @@ def kind_of(schema: Mapping[str, Any] | None, key: str) -> str:
     properties = (schema or {}).get("properties")
     if not isinstance(properties, dict):
         return "any"
-    types = _types(schema or {}, cast("dict[str, Any]", properties).get(key), 0)
+    types = _types(schema or {}, cast("dict[str, Any]", properties).get(key), 0, set())
     if types - {"null"} != {"string"}:
-        return "any" if "any" in types else "structured"
+        return "any" if "any" in types or not types else "structured"
     return "nullable" if "null" in types else "string"
 
 
-def _types(root: Mapping[str, Any], schema: object, depth: int) -> set[str]:
-    """Return the types that a schema allows; `any` where it does not say."""
+def _types(root: Mapping[str, Any], schema: object, depth: int, seen: set[int]) -> set[str]:
+    """Return the types that a schema allows, without those `seen`; `any` where it does not say.
+
+    Nothing else has looked at the schema of a call that is not enforced, and alternatives multiply.
+    """
     if not isinstance(schema, dict) or depth > 8:
         return {"any"}
     node = cast("dict[str, Any]", schema)
+    if id(node) in seen:
+        return set()
+    seen.add(id(node))
     if isinstance(reference := node.get("$ref"), str):
-        return _types(root, resolved(root, reference), depth + 1)
+        return _types(root, resolved(root, reference), depth + 1, seen)
     for name in ("anyOf", "oneOf"):
         if isinstance(node.get(name), list):
-            return set[str]().union(*(_types(root, part, depth + 1) for part in node[name]))
+            parts: list[object] = node[name]
+            return set[str]().union(*(_types(root, part, depth + 1, seen) for part in parts))
     if isinstance(node.get("allOf"), list) and len(node["allOf"]) == 1:
-        return _types(root, node["allOf"][0], depth + 1)
+        return _types(root, node["allOf"][0], depth + 1, seen)
     kinds = node.get("type")
     if isinstance(kinds, str):
         return {kinds}
