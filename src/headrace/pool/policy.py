@@ -187,7 +187,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     `work` is the tokens of its `running` requests, `matched` how many blocks of the prompt's
     beginning it has seen. `weight` is its share of the work, which is halved while `unhealthy`.
     `batch` is how many of its slots requests of batches have, and `starting` how many of these
-    requests have no token yet.
+    requests have no token yet. `held` is whether other requests of its client have to begin first.
     """
 
     number: int
@@ -200,6 +200,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     matched: int = 0
     batch: int = 0
     starting: int = 0
+    held: bool = False
 
 
 def left_for_batch(candidate: Candidate, *, quiet: bool) -> Candidate:
@@ -236,7 +237,11 @@ def choose_replica(candidates: Sequence[Candidate], size: int = 1) -> int | None
 
 
 def _has_room(candidate: Candidate, size: int) -> bool:
-    return candidate.free > 0 and candidate.free >= min(size, candidate.max_running)
+    return (
+        not candidate.held
+        and candidate.free > 0
+        and candidate.free >= min(size, candidate.max_running)
+    )
 
 
 def _is_near(candidate: Candidate, least: int) -> bool:
