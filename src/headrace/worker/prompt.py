@@ -109,6 +109,7 @@ class Prompter:
         max_tokens = max_new_tokens(request, known, context_length)
         answered, answered_text, ended = self._answered(request, parsing.visible)
         left = max(0, max_tokens - len(answered))
+        before = self.chat.thinking(request, text) if self.chat and text is not None else ("", "")
         shared = EngineRequest(
             token_ids=token_ids,
             max_tokens=left,
@@ -126,9 +127,7 @@ class Prompter:
             splitter=parsing.splitter,
             budget=parsing.budget,
             answered_thought=self._thought(parsing, answered),
-            before=self.chat.thinking(request, text)
-            if self.chat and text is not None
-            else ("", ""),
+            before=before,
             stops=(*request.sampling.stop, *self._stops),
             echo=self._echo(request),
             answered_text=answered_text,
