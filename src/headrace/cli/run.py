@@ -128,14 +128,19 @@ def run(
     parameters = sampling.parameters() | form.arguments() | ({"thinking": think} if think else {})
     images = tuple(map(_image, image or ()))
     question = _Question(_text(prompt or []), system, parameters, raw, images)
-    named = [f"--{name.replace('_', '-')}" for name in given(flags)]
-    if url and (local or named):
-        flag = "--local" if local else named[0]
-        raise ConfigError(f"flag {flag} is for a model that is loaded here, not at --url.")
-    spec = None if local or named else remote.served(settings, model, url)
+    here = _loads_here(flags, url, local=local)
+    spec = None if here else remote.served(settings, model, url)
     name = model or settings.config.default_model
     spec = spec or settings.model_spec(name)
     asyncio.run(_run(common, settings, spec, question, name=name, figures=figures))
+
+
+def _loads_here(flags: ModelFlags, url: str | None, *, local: bool) -> bool:
+    """Whether the flags are for a model in this process; they are refused with --url."""
+    named = ["--local"] if local else [f"--{name.replace('_', '-')}" for name in given(flags)]
+    if url and named:
+        raise ConfigError(f"flag {named[0]} is for a model that is loaded here, not at --url.")
+    return bool(named)
 
 
 @dataclass(frozen=True)
