@@ -21,6 +21,7 @@ from headrace.text.calls.format import Format, thinking_open_in
 from headrace.text.calls.generic import generic_messages
 from headrace.text.calls.parts import Reading
 from headrace.text.calls.probe import probe
+from headrace.text.calls.shapes import reading_of
 from headrace.text.calls.splitter import Splitter
 from headrace.text.grammar import answer_rules, without_formats
 from headrace.text.template import ChatTemplate, openai_turn
@@ -220,7 +221,7 @@ class Chat:
             Splitter,
             self.format,
             # A text of a grammar is a JSON string in all forms of calls.
-            {tool.name: None if tool.input else tool.parameters for tool in tools},
+            {tool.name: self._read_by(tool, request) for tool in tools},
             Reading(
                 calls=bool(tools),
                 apart=has_form,
@@ -229,6 +230,13 @@ class Chat:
             ),
             thinking_open=thinking_open_in(prompt[-_TAIL:], self.format),
         )
+
+    def _read_by(self, tool: Tool, request: GenerateRequest) -> dict[str, Any] | None:
+        """Return the schema by which arguments in tags are read."""
+        enforced = tool.strict or request.tool_choice.mode == "required"
+        if tool.input or not tool.parameters or not enforced or self.format.style != "tagged":
+            return None if tool.input else tool.parameters
+        return dict(reading_of(tool.name, tool.parameters))
 
     def constraint(
         self,

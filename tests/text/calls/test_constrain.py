@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import jsonschema_rs
 import pytest
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
+from tests.text.calls.enforce import BYTES, Tool, accepts, answer
 from tests.text.calls.parse import SCHEMA, calls_in, split, text_in
 from tests.text.calls.writers import WRITERS
 
@@ -21,26 +22,8 @@ from headrace.text.grammar import answer_rules, without_formats
 from headrace.worker import compiling
 from headrace.worker.matchers import from_package
 
-
-class Tool:
-    """A function with a schema, or what takes text of a grammar."""
-
-    def __init__(
-        self,
-        name: str,
-        parameters: dict[str, Any] | None,
-        strict: bool = True,
-        input: Constraint | None = None,
-    ) -> None:
-        self.name = name
-        self.parameters = parameters
-        self.strict = strict
-        self.input = input
-
-
 STRICT = SCHEMA | {"additionalProperties": False}
 TOOLS = [Tool("get_weather", STRICT), Tool("now", None)]
-BYTES = LLTokenizer("byte")
 PARIS = ("get_weather", {"city": "Paris", "days": 3})
 FULL = {
     "city": "Zürich",
@@ -53,14 +36,6 @@ FULL = {
 # What the writers leave out or add, so that the text is as the model's template has it.
 EXACT = [name for name in WRITERS if name not in ("mistral", "kimi-k3")]
 families = pytest.mark.parametrize("family", WRITERS)
-
-
-def accepts(grammar: str, text: str) -> bool:
-    """Whether the grammar takes all of the text as a whole answer."""
-    assert LLMatcher.validate_grammar(grammar, BYTES) == ""
-    matcher = LLMatcher(BYTES, grammar)
-    tokens = BYTES.tokenize_str(text)
-    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
 
 def written(family: str, several: list[tuple[str, dict[str, Any]]]) -> str:
@@ -177,20 +152,6 @@ SMALL = {
     "required": ["size"],
     "additionalProperties": False,
 }
-
-
-def answer(grammar: str, dice: random.Random) -> str:
-    """A random answer that the grammar allows."""
-    matcher, data = LLMatcher(BYTES, grammar), bytearray()
-    while not matcher.is_stopped() and len(data) < 2000:
-        bias = matcher.compute_logit_bias()
-        choices = [token for token in range(256) if bias[token]]
-        if not choices or (matcher.is_accepting() and dice.random() < 0.5):
-            break
-        token = dice.choice([token for token in choices if token not in (10, 32)] or choices)
-        assert matcher.consume_token(token)
-        data.append(token)
-    return data.decode()
 
 
 @pytest.mark.parametrize("family", [name for name in WRITERS if name != "harmony"])

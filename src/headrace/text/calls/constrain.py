@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 from headrace.core.constraint import Constraint
@@ -21,7 +22,8 @@ from headrace.text.calls.raw import (
     variants_of,
 )
 from headrace.text.calls.rules import Rules
-from headrace.text.calls.values import declared_kind, options_in
+from headrace.text.calls.shapes import reading_of, shapes_of
+from headrace.text.calls.values import declared_kind, kind_of, options_in
 from headrace.text.grammar import ANSWER, HEADER
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -66,7 +68,8 @@ def constraint_for(
     The text of a tool's grammar, its `input`, is a JSON string in all forms of calls.
 
     Raises:
-        Unsupported: a tool has a grammar, which this form of calls does not take beside `content`.
+        Unsupported: this form of calls does not take a tool's grammar beside `content`, or a
+            keyword of its schema.
     """
     made = _Grammar(form, control or {}, content)
     return made.text(tools, mode, parallel=parallel, thinking=thinking)
@@ -86,6 +89,7 @@ class _Grammar(Rules):
     def __init__(self, form: Format, control: Mapping[str, int], content: str = "") -> None:
         super().__init__(control)
         self._format, self._content = form, ANSWER if content else ""
+        self._reading: Schema = {}
         self.rules += [content] if content else []
         self._styles: Mapping[str, Callable[[Callable_, Schema], str]] = {
             "json": self._object,
@@ -135,7 +139,11 @@ class _Grammar(Rules):
         }
         if mode == "auto" and not tool.strict:
             schema = _ANY_OBJECT
-        return self._rule("tool", self._styles[self._format.style](tool, schema))
+        style, write = self._format.style, self._styles[self._format.style]
+        if style not in ("tagged", "python", "gemma") or schema is _ANY_OBJECT or tool.input:
+            return self._rule("tool", write(tool, schema))
+        self._reading, shapes = reading_of(tool.name, schema), shapes_of(tool.name, schema)
+        return self._rule("tool", " | ".join(write(tool, shape) for shape in shapes))
 
     def _calls(self, call: str, *, parallel: bool) -> str:
         opening, more, closing = self._around()
@@ -234,15 +242,13 @@ class _Grammar(Rules):
     def _tagged(self, tool: Callable_, schema: Schema) -> str:
         form = self._format
         name_end = self._attributes(form.name_end)
-        arguments = [
-            f"({self._argument(schema, key)})" + ("" if key in schema.get("required", ()) else "?")
-            for key in schema.get("properties", {})
-        ]
         if tool.input is not None:
-            arguments = [self._value("input", "object", self._text(tool.input))]
-        if schema is _ANY_OBJECT:
-            arguments = [f"({self._any_argument()})*"]
-        return " ".join([self._literal(tool.name), name_end, *arguments])
+            arguments = self._value("input", "object", self._text(tool.input))
+        elif schema is _ANY_OBJECT:
+            arguments = f"({self._any_argument()})*"
+        else:
+            arguments = self._members(schema, partial(self._argument, schema))
+        return " ".join((self._literal(tool.name), name_end, arguments))
 
     def _attributes(self, end: str) -> str:
         if 'index="' not in end:
@@ -252,8 +258,9 @@ class _Grammar(Rules):
         return f"{self._literal(before)} {digits} {self._literal(after)}"
 
     def _argument(self, schema: Schema, key: str) -> str:
-        part = part_of(schema, key)
-        text = plain_text(schema, key, typed=bool(self._format.typed))
+        part, typed = part_of(schema, key), bool(self._format.typed)
+        kind = kind_of(schema if typed else self._reading, key)
+        text = plain_text(schema, key, kind, typed=typed)
         if not text:
             return self._value(key, declared_kind(part) or "object", self._json(part))
         if options := options_in(part):
@@ -324,7 +331,8 @@ class _Grammar(Rules):
         if kind == "array" and keys == {"items"} and isinstance(items, dict):
             item = self._rule("item", self._gemma_value(below(schema, cast("Schema", items))))
             return f'"[" ({item} ("," {item})*)? "]"'
-        if kind == "object" and schema.get("properties") and keys <= _OF_OBJECTS:
+        declared = {*schema.get("required", ())} <= {*schema.get("properties", ())}
+        if kind == "object" and schema.get("properties") and keys <= _OF_OBJECTS and declared:
             return self._pairs("{", schema, ":", ",", self._gemma_value) + ' "}"'
         return self._json(schema) if keys or kind else self._gemma_any()
 
@@ -344,25 +352,17 @@ class _Grammar(Rules):
     def _pairs(
         self, opening: str, schema: Schema, equal: str, comma: str, value: Callable[[Schema], str]
     ) -> str:
-        """Return keys and values: the required ones, and any of the others, in order."""
+        """Return keys and values as `_members` does."""
         if not schema.get("properties"):
             if schema is _ANY_OBJECT and self._format.style == "gemma":
                 return self._any_pairs(opening)
             return self._literal(opening)
-        first = later = ""
-        for key in reversed(list(schema["properties"])):
+
+        def pair(key: str) -> str:
             name = key if _PLAIN.fullmatch(key) else json.dumps(key, ensure_ascii=False)
-            pair = self._rule(
-                "pair", f"{self._literal(name + equal)} {value(part_of(schema, key))}"
-            )
-            here = f"{pair} {later}"
-            there = f"{self._literal(comma)} {here}"
-            if key not in schema.get("required", ()):
-                here = f"({here} | {first})" if first else f"({here})?"
-                there = f"({there} | {later})" if later else f"({there})?"
-            first = self._rule("first", here)
-            later = self._rule("later", there)
-        return f"{self._literal(opening)} {first}"
+            return f"{self._literal(name + equal)} {value(part_of(schema, key))}"
+
+        return f"{self._literal(opening)} {self._members(schema, pair, self._literal(comma))}"
 
     def _any_pairs(self, opening: str) -> str:
         value, key = self._gemma_any(), self._rule("key", "/[A-Za-z_][A-Za-z0-9_]*/")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-from headrace.text.calls.values import kind_of, resolved
+from headrace.text.calls.values import resolved
 from headrace.text.grammar import as_terminal
 
 ANY_TEXT = "/(.|\\n)*/"
@@ -19,12 +19,13 @@ _ANCHORED = re.compile(r"\\.|\[(?:\\.|[^\]])*\]|([()|])", re.DOTALL)
 Schema = Mapping[str, Any]
 
 
-def plain_text(root: Schema, key: str, *, typed: bool) -> str:
+def plain_text(root: Schema, key: str, kind: str, *, typed: bool) -> str:
     """Return the terminal of an argument that is written as plain text; empty if it is JSON.
 
-    With `typed` its type is written too, so that null is no text.
+    It is read by `kind`, as `values.kind_of` has it. With `typed` its type is written too, so that
+    null is no text.
     """
-    part, kind = part_of(root, key), kind_of(root, key)
+    part = part_of(root, key)
     if kind not in ("string", "nullable"):
         return "" if restricts(part) else ANY_TEXT
     text = raw_text(root, part)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from headrace.core.constraint import Constraint
 from headrace.text.calls.raw import ANY_TEXT
 from headrace.text.grammar import json_rule
+
+Schema = Mapping[str, Any]
 
 
 class Rules:
@@ -51,10 +53,40 @@ class Rules:
         suffix = json.dumps(marker, ensure_ascii=False)
         return self._rule("until", text, f"[suffix={suffix}]")
 
-    def _json(self, schema: Mapping[str, Any]) -> str:
+    def _json(self, schema: Schema) -> str:
         # Equal keys: the last one counts.
         return self._rule("json", json_rule(schema))
 
     def _text(self, grammar: Constraint) -> str:
         """Return a JSON string whose text is that of a grammar, which `text.quoted` has made."""
         return self._rule("text", f'"\\"" %lark {{\n{grammar.lark}\n}} "\\""')
+
+    def _members(self, schema: Schema, write: Callable[[str], str], comma: str = "") -> str:
+        """Return the keys of an object in order, as `write` does: the required ones, and others.
+
+        What may follow depends on how many there are already, up to the number that matters.
+        """
+        keys, required = list(schema["properties"]), schema.get("required", ())
+        least, most = schema.get("minProperties", 0), schema.get("maxProperties", len(keys))
+        least = 0 if least <= len({*required}) else least
+        bounded = most < len(keys)
+        last = most if bounded else max(least, 1 if comma else 0)
+        after: list[str | None] = [None if n < least else "" for n in range(last + 1)]
+        for key in reversed(keys):
+            member, here = self._rule("member", write(key)), list[str | None]()
+            for count, rest in enumerate(after):
+                full = bounded and count == last
+                there = None if full else after[min(count + 1, last)]
+                ways = [] if there is None else [f"{comma if count else ''} {member} {there}"]
+                if key not in required and rest is not None:
+                    ways.append(rest)
+                here.append(self._either(ways))
+            after = here
+        return after[0] or ""
+
+    def _either(self, ways: list[str]) -> str | None:
+        """Return a rule of alternatives; None without any, empty if there is only empty text."""
+        if not any(ways):
+            return "" if ways else None
+        body = " | ".join(way for way in ways if way)
+        return self._rule("members", body if all(ways) else f"({body})?")
