@@ -357,7 +357,10 @@ async def test_the_field_of_the_thinking_is_a_setting(field: str, names: list[st
         ({"include_reasoning": False}, False),
         ({"reasoning": {"exclude": True}}, False),
         ({"reasoning": {"effort": "high", "exclude": True}}, False),
-        ({"include_reasoning": True, "reasoning": {"exclude": True}}, False),
+        ({"reasoning_format": "hidden", "include_reasoning": False}, False),
+        ({"reasoning_format": "parsed"}, True),
+        ({"reasoning_format": "deepseek", "include_reasoning": True}, True),
+        ({"reasoning_format": "auto", "reasoning": {"exclude": True}}, False),
         ({"include_reasoning": True}, True),
         ({"include_reasoning": None, "reasoning": {"exclude": False}}, True),
     ],
@@ -377,6 +380,22 @@ async def test_thinking_can_be_left_out(fields: dict[str, Any], *, is_sent: bool
     for sent in (answer.text, whole):
         assert "Hi" in sent
         assert ("reasoning_content" in sent, "hm" in sent) == (is_sent, is_sent)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"include_reasoning": True, "reasoning": {"exclude": True}}, "reasoning.exclude"),
+        ({"include_reasoning": True, "reasoning_format": "hidden"}, "reasoning_format"),
+        ({"reasoning": {"exclude": True}, "reasoning_format": "parsed"}, "reasoning_format"),
+        ({"reasoning_format": "raw"}, "reasoning_format"),
+    ],
+)
+async def test_fields_of_hidden_thinking_contradict(fields: dict[str, Any], named: str) -> None:
+    """Issue 13, thinking: neither of two fields is dropped in silence."""
+    async with client(FakeBackend(one_word)) as http:
+        answer = await http.post(CHAT, json=chat(**fields))
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, named)
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])

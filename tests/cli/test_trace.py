@@ -368,6 +368,7 @@ def test_that_tools_thinking_and_forms_are_sent_again(
         "parallel_tool_calls": False,
         "reasoning_effort": "low",
         "thinking_token_budget": 7,
+        "reasoning_format": "hidden",
         "chat_template_kwargs": {"greeting": "hi"},
     }
     first = answered(body)
@@ -393,6 +394,7 @@ def test_that_tools_thinking_and_forms_are_sent_again(
     assert again.content is not None
     assert again.content == first.content
     assert again.parameters == first.parameters
+    assert again.parameters["thinking"]["hidden"] is True
     assert again.parameters["tool_choice"] == {"names": ["weather"], "parallel": False}
     shown = told(capsys, "show", first.id)
     assert ["calls", "1"] in [line.split() for line in shown]

@@ -87,9 +87,7 @@ async def _answer(
     service: Service, exchange: Exchange, wire: MessagesRequest, request: GenerateRequest
 ) -> None:
     stream = service.ask(request, exchange.call)
-    thinking = wire.thinking
-    shows = thinking is not None and thinking.type != "disabled" and thinking.display != "omitted"
-    if not shows:
+    if request.thinking.hidden or not request.thinking.enabled:
         stream = without_thinking(stream)
     stops = wire.stop_sequences or ()
     head = MessageHead(f"msg_{exchange.call.id}", service.model_name(wire.model), stops)
@@ -348,4 +346,5 @@ def _thinking(wire: CountTokensRequest) -> Thinking:
     switch, effort = wire.thinking, wire.output_config and wire.output_config.effort
     if switch is None or switch.type == "disabled":
         return Thinking(enabled=False)
-    return Thinking(enabled=True, effort=effort, budget=switch.budget_tokens)
+    hidden = switch.display == "omitted"
+    return Thinking(enabled=True, effort=effort, budget=switch.budget_tokens, hidden=hidden)

@@ -21,7 +21,6 @@ from headrace.api.logprobs import TokenBody, token_bodies
 from headrace.api.messages import (
     TEMPLATE_NAMES,
     Messages,
-    ThinkingFields,
     Tools,
     WireChoice,
     custom_names,
@@ -29,10 +28,10 @@ from headrace.api.messages import (
     to_choice,
     to_messages,
     to_template,
-    to_thinking,
     to_tools,
 )
 from headrace.api.stream import ChunkFormat, Reply, answer
+from headrace.api.thinking import ThinkingFields, to_thinking
 from headrace.api.wire import Count, generate_fields, to_sampling
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import (
@@ -212,7 +211,7 @@ async def _answer(
         form = replace(form, call=parts.part, rest=parts.rest)
     reply = Reply("chatcmpl-", form, request.n, partial(_whole, field, custom))
     stream = service.ask(request, exchange.call)
-    if wire.hides_thinking:
+    if request.thinking.hidden:
         stream = without_thinking(stream)
     await answer(service, exchange, wire, stream, reply)
 

@@ -9,6 +9,7 @@ _OF_CHATS: Peers = {
     **refused("grammar regex ebnf", ""),
     **refused("structured_outputs guided_json guided_regex guided_choice guided_grammar"),
     **refused("add_generation_prompt include_reasoning", True),
+    **refused("reasoning_format", "auto"),
     **refused("continue_final_message echo prompt_logprobs", False),
     **refused("suffix", ""),
 }

@@ -30,7 +30,6 @@ from headrace.core.model import ModelInfo
 from headrace.core.record import Monitor, Outcome
 from headrace.core.request import GenerateRequest
 from headrace.core.stream import Stream
-from headrace.core.tools import Thinking
 from headrace.core.wording import names_unknown_field, refusal
 
 T = TypeVar("T")
@@ -87,7 +86,7 @@ class Service:
 
     def ask(self, request: GenerateRequest, call: Call) -> Stream:
         """Begin an answer, and note on the call what of the request has no effect at its model."""
-        if request.thinking.switched(request.template_options) != Thinking():
+        if request.thinking.switched(request.template_options).is_controlled:
             name = self.model_name(request.model)
             for info in self.backend.models():
                 # Of an upstream it is not known.

@@ -113,7 +113,6 @@ GENERATE: Peers = {
     **_refused("audio prediction web_search_options"),
     **_refused("modalities", ["text"]),
     **_refused("function_call", "none"),
-    **_refused("reasoning_format", "auto"),
     **_refused("format", "", instead="Use response_format"),
     **_refused("system template", "", instead="Use a message with the role system"),
     **_refused("context images", []),
@@ -143,7 +142,7 @@ COMPLETIONS: Peers = {
     **_refused("reasoning_effort reasoning think thinking enable_thinking", False, "none"),
     **_refused("thinking_token_budget thinking_budget_tokens thinking_budget reasoning_budget"),
     # Only chats have thinking apart from the answer.
-    **_ignored("include_reasoning"),
+    **_ignored("include_reasoning reasoning_format"),
     **_refused("max_completion_tokens", instead="Use max_tokens"),
     **_ignored("chat_template_kwargs"),
 }

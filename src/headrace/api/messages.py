@@ -1,4 +1,4 @@
-"""Conversations on the wire: messages, tools, thinking; and their translation to the core."""
+"""Conversations on the wire: messages and tools; and their translation to the core."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from headrace.api.custom_tools import CustomCall, CustomTool, ToolName, to_tool
 from headrace.api.fields import Body, Peers
 from headrace.api.images import ImageReader
 from headrace.api.parts import ContentPart
-from headrace.api.wire import GenerateFields
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import ToolCall
 from headrace.core.media import Content
 from headrace.core.request import Message, Role
-from headrace.core.tools import Thinking, Tool, ToolChoice
+from headrace.core.tools import Tool, ToolChoice
 
 CallId = Annotated[str, Meta(max_length=256)]
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 TEMPLATE_NAMES = {
     "continue_final": "continue_final_message",
@@ -29,11 +27,6 @@ TEMPLATE_NAMES = {
 }
 """The client's names for fields of the core."""
 
-Budget = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
-
-_BUDGETS = (
-    "thinking_token_budget", "thinking_budget_tokens", "thinking_budget", "reasoning_budget",
-)  # fmt: skip
 _EMPTY_ARGUMENTS = "{}"
 
 
@@ -132,24 +125,6 @@ class NamedChoice(Body, frozen=True):
 WireChoice = Literal["none", "auto", "required"] | NamedChoice
 
 
-class ThinkingSwitch(Body, frozen=True):
-    """Thinking as some APIs have it: on or off, and the most tokens of it."""
-
-    type: Literal["enabled", "disabled", "auto", "adaptive"] | None = None
-    budget_tokens: Budget | None = None
-
-
-class ReasoningSwitch(Body, frozen=True):
-    """Thinking as routers have it; with `exclude` it is not sent."""
-
-    effort: Effort | None = None
-    enabled: bool | None = None
-    max_tokens: Budget | None = None
-    exclude: bool | None = None
-
-    peers: ClassVar[Peers] = fields.REASONING
-
-
 class Templated(Protocol):
     """A request on the wire whose messages go through a template."""
 
@@ -167,34 +142,6 @@ class Templated(Protocol):
     def continue_final_message(self) -> bool | None:
         """Whether the last message, an assistant's, is continued."""
         ...
-
-
-class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
-    """The names under which clients control the thinking; all mean one policy.
-
-    With `include_reasoning` false the model thinks, and the thinking is not sent.
-    """
-
-    reasoning_effort: Effort | None = None
-    reasoning: ReasoningSwitch | None = None
-    thinking: ThinkingSwitch | bool | None = None
-    think: bool | Effort | None = None
-    enable_thinking: bool | None = None
-    thinking_token_budget: Budget | None = None
-    thinking_budget_tokens: Budget | None = None
-    thinking_budget: Budget | None = None
-    reasoning_budget: Budget | None = None
-    include_reasoning: bool | None = None
-
-    @property
-    def hides_thinking(self) -> bool:
-        """Whether the thinking is not sent."""
-        return self.include_reasoning is False or bool(self.reasoning and self.reasoning.exclude)
-
-    def names(self) -> dict[str, str]:
-        """Return the client's names for fields of the core, where they differ."""
-        budgets = _budgets(self)
-        return super().names() | ({"thinking_budget": budgets[0][0]} if budgets else {})
 
 
 def image_urls(wire: Sequence[ChatMessage]) -> list[tuple[str, str]]:
@@ -296,40 +243,6 @@ def to_choice(wire: WireChoice | None, *, parallel: bool | None) -> ToolChoice:
         if len(names) == len(allowed.tools):
             return ToolChoice(allowed.mode, names, parallel=several)
     raise InvalidRequest(f"{wire.type} is missing.", param=f"tool_choice.{wire.type}")
-
-
-def to_thinking(wire: ThinkingFields) -> Thinking:
-    """Return the one policy behind the fields; the first that says something wins."""
-    switch, routed, think = _switch(wire), wire.reasoning or ReasoningSwitch(), wire.think
-    efforts = (wire.reasoning_effort, routed.effort, think if isinstance(think, str) else None)
-    effort = next(filter(None, efforts), None)
-    switches = (
-        wire.enable_thinking,
-        {"enabled": True, "disabled": False}.get(switch.type or ""),
-        routed.enabled,
-        think if isinstance(think, bool) else None,
-        None if effort is None else effort != "none",
-    )
-    enabled = next((value for value in switches if value is not None), None)
-    return Thinking(
-        enabled=enabled,
-        effort=None if effort == "none" else effort,
-        budget=next((tokens for _, tokens in _budgets(wire)), None),
-    )
-
-
-def _switch(wire: ThinkingFields) -> ThinkingSwitch:
-    if isinstance(wire.thinking, bool):
-        return ThinkingSwitch("enabled" if wire.thinking else "disabled")
-    return wire.thinking or ThinkingSwitch()
-
-
-def _budgets(wire: ThinkingFields) -> list[tuple[str, int]]:
-    """Return the limits of the thinking by the names of their fields; -1 is none."""
-    budgets = {name: getattr(wire, name) for name in _BUDGETS}
-    budgets["thinking.budget_tokens"] = _switch(wire).budget_tokens
-    budgets["reasoning.max_tokens"] = wire.reasoning and wire.reasoning.max_tokens
-    return [(name, value) for name, value in budgets.items() if value is not None and value >= 0]
 
 
 def _turn(message: ChatMessage, content: Content, place: str, names: dict[str, str]) -> Message:

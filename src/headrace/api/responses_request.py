@@ -9,7 +9,8 @@ from msgspec import Meta
 from headrace.api import dialect_fields, limits
 from headrace.api.custom_tools import Syntax
 from headrace.api.fields import Body, Peers
-from headrace.api.messages import CallId, Effort, ToolName
+from headrace.api.messages import CallId, ToolName
+from headrace.api.thinking import Effort
 from headrace.api.wire import Count, KeepAlive, ModelName, StreamOptions
 from headrace.core.request import Role
 from headrace.core.sampling import SamplingFields

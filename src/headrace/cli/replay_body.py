@@ -81,6 +81,7 @@ def _template(given: Mapping[str, Any]) -> dict[str, Any]:
         "enable_thinking": thinking.enabled,
         "reasoning_effort": thinking.effort,
         "thinking_token_budget": thinking.budget,
+        "include_reasoning": False if thinking.hidden else None,
     }
     if given.get("continue_final"):
         fields |= {"continue_final_message": True, "add_generation_prompt": False}

@@ -87,6 +87,7 @@ def _conversation(preset: Preset, request: GenerateRequest | CountRequest) -> di
         thinking = msgspec.structs.replace(thinking, budget=preset.thinking_budget)
     elif thinking is not given:
         thinking = msgspec.structs.replace(thinking, budget=given.budget)
+    thinking = msgspec.structs.replace(thinking, hidden=given.hidden)
     if thinking != request.thinking:
         changes["thinking"] = thinking
     return changes

@@ -67,12 +67,18 @@ class Thinking(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a request asks of the thinking before an answer; models that do not think ignore it.
 
     None leaves a setting to the model. `budget` is the most tokens of thinking: after them it is
-    closed and the answer begins.
+    closed and the answer begins. `hidden` thinking is not sent to the client.
     """
 
     enabled: bool | None = None
     effort: str | None = None
     budget: int | None = None
+    hidden: bool = False
+
+    @property
+    def is_controlled(self) -> bool:
+        """Whether something is not left to the model."""
+        return (self.enabled, self.effort, self.budget) != (None, None, None)
 
     def switched(self, options: Mapping[str, Any]) -> Thinking:
         """Return it with what variables of a chat template say, where it says nothing itself."""
@@ -84,4 +90,5 @@ class Thinking(msgspec.Struct, frozen=True, omit_defaults=True):
         enabled = next((value for value in switches if isinstance(value, bool)), None)
         if enabled is None and effort is not None:
             enabled = effort != "none"
-        return Thinking(enabled, None if effort == "none" else effort, self.budget)
+        effort = None if effort == "none" else effort
+        return Thinking(enabled, effort, self.budget, self.hidden)

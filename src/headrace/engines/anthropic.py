@@ -356,7 +356,7 @@ def _thinking(request: GenerateRequest) -> dict[str, Any]:
     if thinking.enabled is False or thinking.budget == 0:
         return {"type": "disabled"}
     # It cannot think before a call that it has to make.
-    if request.tool_choice.mode == "required" or thinking == Thinking():
+    if request.tool_choice.mode == "required" or not thinking.is_controlled:
         return {}
     if thinking.budget is None:
         return {"type": "adaptive"}

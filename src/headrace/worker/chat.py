@@ -304,7 +304,7 @@ class Chat:
         return self.template.mentions_thinking and self.format.thinks
 
     def _switches(self, thinking: Thinking) -> dict[str, Any]:
-        if thinking == Thinking():
+        if not thinking.is_controlled:
             return {}
         known = self.format.template.thinking
         options: dict[str, Any] = {}
