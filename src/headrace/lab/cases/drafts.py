@@ -40,9 +40,10 @@ async def drafting(subject: Subject) -> Subject:
         backend = await subject.held.enter_async_context(subject.reopen(options=options))
         subject.known["drafting"] = replace(subject, backend=backend, known={})
     drafted: Subject = subject.known["drafting"]
-    if drafted.capabilities.vision and not drafted.capabilities.speculation:
+    able = drafted.capabilities
+    if (able.vision or able.audio) and not able.speculation:
         check(any("speculation" in note for note in drafted.info.notes), "No note says why.")
-        raise Declared("It drafts no tokens for models that take images.")
+        raise Declared("It drafts no tokens for models that take images or audio.")
     return drafted
 
 
