@@ -6,7 +6,8 @@ process holds the streams of one front's worth. Two parts:
 - speed: every front is offered `--offered` events a second, more than it can write, and the events
   that arrive are counted over a window. The last column is the speed over that of one front, for
   each front: 1 is linear. CPU is of each process for each event: `models` is the process with the
-  pool, which with one front has the connections too.
+  pool, which with one front has the connections too. `busy` is the share of all cores' time that
+  was spent: near 1 the machine is full, and not the fronts.
 - held: so many streams at 2 events a second; the memory of the service's processes without the
   engines, above that with no stream, for each stream; and how much longer than half a second the
   time between two events of a stream is.
@@ -77,7 +78,7 @@ class Processes(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """One measurement of the speed; the three CPUs are microseconds for each event."""
+    """One measurement of the speed; the four CPUs are microseconds for each event."""
 
     fronts: int
     offered: float
@@ -86,6 +87,8 @@ class Speed(NamedTuple):
     models: float
     front: float
     engines: float
+    clients: float
+    busy: float
     load_average: float
 
     @property
@@ -178,9 +181,11 @@ async def measure(clients: Sequence[Program], options: argparse.Namespace, front
         await at_each(clients, server.url, [body] * streams)
         await asyncio.sleep(_SETTLE_S)
         processes = Processes.of(server)
-        cpu, before = processes.cpu(), await counted(clients)
+        cpu, clock = [*processes.cpu(), _cpu(clients)], psutil.cpu_times()
+        before = await counted(clients)
         await asyncio.sleep(options.window)
-        after, spent = await counted(clients), processes.cpu()
+        after = await counted(clients)
+        spent, busy = [*processes.cpu(), _cpu(clients)], _busy(clock)
         if sum(each["running"] for each in after) < streams:
             raise SystemExit("Streams ended too early.")
         average = report.load_average()
@@ -189,11 +194,22 @@ async def measure(clients: Sequence[Program], options: argparse.Namespace, front
         await asyncio.gather(*(each.ask({"do": "close"}) for each in clients))
     events = sum(each["events"] for each in after) - sum(each["events"] for each in before)
     times = [late["at"] - early["at"] for late, early in zip(after, before, strict=True)]
-    models, front, engines = (
+    models, front, engines, load = (
         (late - early) / events * 1e6 for late, early in zip(spent, cpu, strict=True)
     )
     seconds, offered = sum(times) / len(times), options.offered * fronts
-    return Speed(fronts, offered, events, seconds, models, front, engines, average)
+    return Speed(fronts, offered, events, seconds, models, front, engines, load, busy, average)
+
+
+def _cpu(clients: Sequence[Program]) -> float:
+    return sum(drive.cpu_of(each.process()) for each in clients)
+
+
+def _busy(before: Any) -> float:
+    """Return the share of all cores' time that was spent since then."""
+    spent = [late - early for late, early in zip(psutil.cpu_times(), before, strict=True)]
+    idle = sum(psutil.cpu_times()[3:5]) - sum(before[3:5])
+    return 1 - idle / sum(spent)
 
 
 async def hold(
@@ -240,7 +256,8 @@ async def run(options: argparse.Namespace) -> tuple[list[Speed], list[Held]]:
                 print(
                     f"  {fronts} fronts  {speed.each_s:8.0f} events/s of {speed.offered:.0f}"
                     f"  us/event: models {speed.models:.2f}, fronts {speed.front:.2f},"
-                    f" engines {speed.engines:.2f}",
+                    f" engines {speed.engines:.2f}, clients {speed.clients:.2f}"
+                    f"  busy {speed.busy:.2f}",
                     flush=True,
                 )
         for streams in options.held:
@@ -253,7 +270,8 @@ async def run(options: argparse.Namespace) -> tuple[list[Speed], list[Held]]:
 def table(speeds: Sequence[Speed], holds: Sequence[Held], facts: dict[str, Any]) -> list[str]:
     """Return the figures as lines of text; speeds are the best of the rounds."""
     lines = ["Fronts of one service", report.describe(facts), ""]
-    lines.append("fronts  events/s  models us/event  fronts us/event  engines us/event  of linear")
+    lines.append("                      CPU, microseconds for each event")
+    lines.append("fronts  events/s    models    fronts   engines   clients    busy  of linear")
     best = {
         count: max((s for s in speeds if s.fronts == count), key=lambda speed: speed.each_s)
         for count in sorted({speed.fronts for speed in speeds})
@@ -262,8 +280,8 @@ def table(speeds: Sequence[Speed], holds: Sequence[Held], facts: dict[str, Any])
     for count, speed in best.items():
         linear = speed.each_s / first.each_s / count * first.fronts
         lines.append(
-            f"{count:6}  {speed.each_s:8.0f}  {speed.models:15.2f}  {speed.front:15.2f}"
-            f"  {speed.engines:16.2f}  {linear:9.2f}"
+            f"{count:6}  {speed.each_s:8.0f}  {speed.models:8.2f}  {speed.front:8.2f}"
+            f"  {speed.engines:8.2f}  {speed.clients:8.2f}  {speed.busy:6.2f}  {linear:9.2f}"
         )
     lines += ["", "fronts  streams  MiB before  KiB a stream  gap +ms p50/p99/most  first p99 ms"]
     lines += [

@@ -6,7 +6,8 @@
 The model has random weights and is generated here; nothing is downloaded. Each request has 100 to
 1,024 tokens of prompt and of answer, drawn from a fixed seed. Prompts are token ids, so that no
 tokenizer is measured. First the engine runs alone; then both servers are started and measured in
-turn, A B, B A, by client processes that only record when bytes arrive. Each has half of the GPU.
+turn, A B, B A, by client processes that only record when bytes arrive. Each has its share of the
+GPU. `--rust` also measures vLLM's server with its front end in Rust.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from headrace.lab.figures import percentile
 
 _START_S, _ROUND_S, _WARM = 400.0, 400.0, 16
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}
+_CPU = "front_cpu_per_1000"
 _CORES = ("EngineCore", "VLLM::Worker", "spawn_main")
 
 
@@ -76,6 +78,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=4, help="client processes")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--share", type=float, default=0.45, help="of the GPU, for each server")
+    parser.add_argument("--rust", action="store_true", help="vLLM's front end in Rust, too")
+    parser.add_argument("--fronts", type=int, default=1, help="processes of Headrace's front")
     parser.add_argument("--cpu", action="store_true", help="use no GPU, to test this program")
     return parser.parse_args()
 
@@ -124,7 +128,9 @@ async def _measure(bench: Bench) -> dict[str, Any]:
     async with AsyncExitStack() as stack:
         sides: list[Side] = []
         if bench.engine == "vllm":
-            sides.append(await stack.enter_async_context(_vllm_serve(bench)))
+            rust = (False, True) if bench.options.rust else (False,)
+            for each in rust:
+                sides.append(await stack.enter_async_context(_vllm_serve(bench, rust=each)))
         sides.append(await stack.enter_async_context(_headrace(bench)))
         for side in sides:
             await _turn(bench, side, again(bench.requests[:_WARM], 0))
@@ -172,20 +178,21 @@ def _vllm_options(bench: Bench) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def _vllm_serve(bench: Bench) -> AsyncGenerator[Side]:
-    # The module behind `vllm serve`, which some builds have no command for.
-    port, words = (
-        str(drive.free_port()),
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server"],
-    )
+async def _vllm_serve(bench: Bench, *, rust: bool) -> AsyncGenerator[Side]:
+    # The modules behind `vllm serve`, which some builds have no command for.
+    module = "vllm.entrypoints.cli.main" if rust else "vllm.entrypoints.openai.api_server"
+    port, words = str(drive.free_port()), [sys.executable, "-m", module]
+    # The one in Rust demands the model in the first place.
+    words += ["serve", str(bench.folder)] if rust else ["--model", str(bench.folder)]
     for key, value in _vllm_options(bench).items():
         words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
-    words += ["--model", str(bench.folder), "--load-format", "dummy", "--port", port]
-    words += ["--host", "127.0.0.1", "--served-model-name", "m"]
+    words += ["--load-format", "dummy", "--served-model-name", "m"]
+    words += ["--host", "127.0.0.1", "--port", port]
     url = f"http://127.0.0.1:{port}"
-    run = drive.server(words, _OFFLINE, url=url, ready="/v1/models", start_s=_START_S)
+    environment = {**_OFFLINE, "VLLM_USE_RUST_FRONTEND": "1"} if rust else _OFFLINE
+    run = drive.server(words, environment, url=url, ready="/v1/models", start_s=_START_S)
     async with run as server:
-        yield Side("vllm serve", server, "m")
+        yield Side("vllm serve, Rust" if rust else "vllm serve", server, "m")
 
 
 @asynccontextmanager
@@ -197,7 +204,7 @@ async def _headrace(bench: Bench) -> AsyncGenerator[Side]:
         if given.cpu:
             settings = {"load_format": "dummy", "eager": True, "kv_cache_bytes": 256 << 20}
     flags = ("--engine", bench.engine, "--max-queued", str(2 * given.requests))
-    flags += ("--context-length", str(2 * given.most + 64))
+    flags += ("--context-length", str(2 * given.most + 64), "--fronts", str(given.fronts))
     command = drive.serve(str(bench.folder), *flags, options=settings)
     run = drive.server(command, _OFFLINE, ready="/health/ready", start_s=_START_S)
     async with run as server:
@@ -269,24 +276,25 @@ def _tokens(tail: str) -> int:
 def _table(result: dict[str, Any]) -> list[str]:
     offline = statistics.median(turn["tokens"] / turn["seconds"] for turn in result["offline"])
     lines = [
-        f"{'':12}{'tok/s':>9}{'of own':>8}{'TTFT p50':>10}{'p99':>8}{'gap p50':>9}{'p99':>8}"
+        f"{'':16}{'tok/s':>9}{'of own':>8}{'TTFT p50':>10}{'p99':>8}{'gap p50':>9}{'p99':>8}"
         f"{'front CPU s/1000':>18}",
-        f"{'the engine':12}{offline:9.0f}{1:8.3f}",
+        f"{'the engine':16}{offline:9.0f}{1:8.3f}",
     ]
     names = dict.fromkeys(turn["side"] for turn in result["turns"])
     middle = {name: _middle(result["turns"], name) for name in names}
     for name, figures in middle.items():
         lines.append(
-            f"{name:12}{figures['rate']:9.0f}{figures['rate'] / offline:8.3f}"
+            f"{name:16}{figures['rate']:9.0f}{figures['rate'] / offline:8.3f}"
             f"{figures['first_p50']:10.3f}{figures['first_p99']:8.3f}"
             f"{figures['gap_p50'] * 1000:7.1f}ms{figures['gap_p99'] * 1000:6.0f}ms"
             f"{figures['front_cpu_per_1000']:18.4f}"
         )
-    if len(middle) == 2:
-        ours, theirs = middle["headrace"], middle["vllm serve"]
-        keys = ("rate", "first_p50", "first_p99", "gap_p99", "front_cpu_per_1000")
-        ratios = (f"{key} {ours[key] / theirs[key]:.3f}" for key in keys)
-        lines.append(f"headrace / vllm serve: {', '.join(ratios)}")
+    ours, keys = middle["headrace"], ("rate", "first_p50", "first_p99", "gap_p99")
+    for name in names:
+        if name != "headrace":
+            theirs = middle[name]
+            ratios = (f"{key} {ours[key] / theirs[key]:.3f}" for key in (*keys, _CPU))
+            lines.append(f"headrace / {name}: {', '.join(ratios)}")
     return lines
 
 

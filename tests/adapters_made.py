@@ -78,7 +78,9 @@ def peft_adapter(
 ) -> Path:
     """Write a folder of PEFT with random matrices for modules, given by what goes in and out."""
     folder.mkdir(parents=True)
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"} | config
+    modules = sorted({layer.rpartition(".")[2] for layer in layers})
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"}
+    settings |= {"target_modules": modules} | config
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     header: dict[str, Any] = {}
     offset = 0

@@ -34,7 +34,8 @@ export function Chart({ title, now, times, series, format, height = 116, days = 
   const data = [times, ...series.map((line) => line.values)] as uPlot.AlignedData;
 
   useEffect(() => {
-    const root = place.current!;
+    const root = place.current;
+    if (!root) return;
     const chart = new uPlot(options(root, series, format, height, days), data, root);
     plot.current = chart;
     const observer = new ResizeObserver(() => chart.setSize({ width: root.clientWidth, height }));

@@ -160,9 +160,10 @@ async function writeClipboard(text: string): Promise<void> {
 /** A dialog over the page; Escape and a click outside close it. */
 export function Dialog({ title, close, children }: { title: string; close: () => void; children: ComponentChildren }) {
   const place = useRef<HTMLDialogElement>(null);
+  // Not a layout effect: that ends before the dialog does, and what is behind a dialog takes no focus.
   useEffect(() => {
     const before = document.activeElement;
-    place.current!.showModal();
+    place.current?.showModal();
     return () => before instanceof HTMLElement && before.focus();
   }, []);
   const outside = (event: MouseEvent) => event.target === place.current && close();

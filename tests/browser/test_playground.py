@@ -248,6 +248,26 @@ def test_an_answer_goes_on_while_another_page_is_shown(page: Browser, service: S
     assert text.count("print(x)") == 400
 
 
+def test_a_page_is_left_in_the_frame_of_a_scroll(page: Browser, service: Service) -> None:
+    """Issue 16, must show 1: events and effects that come after the page was left find no fault."""
+    ask(page, service, "story", "Tell me")
+    page.see("total")
+    page.size(1440, 400)
+    page.js(
+        """const frame = () => new Promise((done) => requestAnimationFrame(() => done()));
+        const lane = () => document.querySelector('.lane');
+        for (let turn = 0; turn < 20; turn += 1) {
+            while (!(lane()?.scrollHeight > lane()?.clientHeight + 20)) await frame();
+            await frame();
+            lane().scrollTop = turn % 2 ? 0 : 10;
+            location.hash = '#/now';
+            while (lane()) await new Promise((done) => setTimeout(done));
+            location.hash = '#/playground';
+        }"""
+    )
+    page.find(COMPOSER)
+
+
 def test_a_service_that_cannot_be_reached_for_a_moment(page: Browser, service: Service) -> None:
     """Issue 16.1: the pages stay, what was asked too, and it can be asked again."""
     page.open(f"{service.url}/#/playground")

@@ -176,6 +176,24 @@ def test_that_a_known_beginning_goes_before_little_more_work() -> None:
     assert choose_replica([loaded, candidate(1, running=2, free=2)]) == 0
 
 
+def test_that_replicas_with_many_slots_share_what_begins_alike() -> None:
+    """M3, issue 17.5: 256 streams with one beginning all ran on one replica of sixteen."""
+    running = [0, 0, 0, 0]
+    for _ in range(256):
+        candidates = [
+            candidate(
+                number, matched=int(count > 0), running=count, free=8192 - count, max_running=8192,
+                work=float(count),
+            )
+            for number, count in enumerate(running)
+        ]  # fmt: skip
+        running[choose_replica(candidates) or 0] += 1
+    assert min(running) >= 60
+    # With more of them, a few more are as nothing: the cache of a long conversation is worth them.
+    knows = candidate(0, matched=9, running=120, free=136, max_running=256)
+    assert choose_replica([knows, candidate(1, running=100, free=156, max_running=256)]) == 0
+
+
 def test_that_an_ailing_one_counts_half() -> None:
     """M3: health."""
     unhealthy = candidate(0, unhealthy=True, work=60.0)

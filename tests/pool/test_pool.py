@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
-from tests.pool.rig import FakeWorker, Machine, answer, ask, clock, counted, pool, run, spec
+from tests.pool.rig import (
+    FakeWorker,
+    Machine,
+    answer,
+    ask,
+    clock,
+    counted,
+    pool,
+    run,
+    spec,
+    with_pool,
+)
 
 from headrace.core.errors import (
     DeadlineExceeded,
@@ -22,7 +34,8 @@ from headrace.core.errors import (
     WorkerDied,
 )
 from headrace.core.events import Delta, Event, Finish
-from headrace.core.request import CountRequest
+from headrace.core.model import ModelSpec
+from headrace.core.request import CountRequest, GenerateRequest
 from headrace.core.stream import collect_count
 
 
@@ -105,9 +118,82 @@ def test_that_an_answer_of_a_lost_node_goes_on_in_a_full_queue() -> None:
                 group.create_task(one(name))
                 await asyncio.sleep(0.01)
             with pytest.raises(QueueFull):
-                await one("refused")
+                await answer(served, ask(client="first"))
             group.create_task(one("goes on", continues=True))
         assert ends == ["running", "goes on", "first", "second"]
+        await served.aclose()
+
+    run(main())
+
+
+class Reader(FakeWorker):
+    """Computes prompts one after the other, each in `PROMPT_S`."""
+
+    PROMPT_S = 2.0
+
+    def __init__(self, one: ModelSpec, machine: Machine) -> None:
+        super().__init__(one, machine)
+        self.prompts = asyncio.Lock()
+
+    async def _generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        async with self.prompts:
+            await asyncio.sleep(self.PROMPT_S)
+        async for event in super()._generate(request):
+            yield event
+
+
+def test_that_the_prompts_of_one_client_are_not_all_before_that_of_another() -> None:
+    """Issue 11: a client's first token comes after one prompt of another, and not after eight."""
+
+    async def main() -> None:
+        machine = Machine()
+        served = with_pool(machine, lambda one, _: Reader(one, machine), spec(max_running=8))
+        await answer(served, ask())
+        began = clock()
+        flood = [asyncio.create_task(answer(served, ask(tokens=1, client="a"))) for _ in range(30)]
+        await asyncio.sleep(0.5)
+        for _ in range(3):
+            sent = clock()
+            await answer(served, ask(tokens=1, client="b"))
+            assert clock() - sent <= 2 * Reader.PROMPT_S + 0.2
+        await asyncio.gather(*flood)
+        # The 33 take no longer than one client's would.
+        assert clock() - began < 33 * (Reader.PROMPT_S + 0.1) + 0.5
+        await served.aclose()
+
+    run(main())
+
+
+@pytest.mark.parametrize("client", ["", "a"])
+def test_that_one_client_alone_uses_all_of_a_worker_that_begins_many_at_a_time(client: str) -> None:
+    """What is computed in a moment, for any number of requests, is not done one by one."""
+
+    async def main() -> None:
+        served = pool(Machine(), spec(max_running=64, max_queued=1000))
+        await answer(served, ask())
+        began = clock()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(640):
+                group.create_task(answer(served, ask(tokens=10, client=client)))
+        assert clock() - began < 10 * 1.15
+        await served.aclose()
+
+    run(main())
+
+
+def test_that_one_client_cannot_take_all_places_of_the_queue() -> None:
+    """Issue 11: another client has a place, and only one as long as the queue is full."""
+
+    async def main() -> None:
+        served = pool(Machine(), spec(max_running=1, max_queued=4))
+        await answer(served, ask())
+        async with asyncio.TaskGroup() as group:
+            for client in "aaaaab":
+                group.create_task(answer(served, ask(client=client)))
+            await asyncio.sleep(0.01)
+            for client in "ab":
+                with pytest.raises(QueueFull):
+                    await answer(served, ask(client=client))
         await served.aclose()
 
     run(main())

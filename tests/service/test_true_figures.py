@@ -176,7 +176,7 @@ def _made(gguf: Path) -> Path:
     return models_made.smollm2(gguf)
 
 
-HEAVY: list[Any] = ["openvino", "transformers"]
+HEAVY: list[Any] = [pytest.param("openvino", marks=pytest.mark.slow), "transformers"]
 if status("vllm").available:
     # It is there only in an environment that is made for it.
     slow = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]

@@ -1,6 +1,6 @@
 /** Where a message is written, with its pictures. */
 
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 
 import { useStore } from "../store";
 import { Button } from "../ui";
@@ -23,8 +23,9 @@ export function Composer({ busy, blind }: Props) {
   const area = useRef<HTMLTextAreaElement>(null);
   const picker = useRef<HTMLInputElement>(null);
 
-  useEffect(() => {
-    const field = area.current!;
+  useLayoutEffect(() => {
+    const field = area.current;
+    if (!field) return;
     field.style.height = "auto";
     field.style.height = `${Math.min(field.scrollHeight, 240)}px`;
   }, [text]);

@@ -1,6 +1,7 @@
 /** Chats with one model, or with two beside each other. */
 
-import { useEffect, useRef, useState } from "preact/hooks";
+import type { TargetedEvent } from "preact";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 
 import { currentKey } from "../api";
 import { moment } from "../format";
@@ -154,12 +155,12 @@ function LaneView({ lane, place, control }: { lane: Lane; place: number; control
   const follow = useRef(true);
   const stage = writing[place] ?? null;
   const last = lane.turns.length - 1;
-  useEffect(() => {
-    const box = end.current!;
-    if (follow.current) box.scrollTop = box.scrollHeight;
+  useLayoutEffect(() => {
+    const box = end.current;
+    if (box && follow.current) box.scrollTop = box.scrollHeight;
   });
-  const scrolled = () => {
-    const box = end.current!;
+  // Comes a frame after the scroll, when the page may be another: `end` is null then.
+  const scrolled = ({ currentTarget: box }: TargetedEvent<HTMLDivElement>) => {
     follow.current = box.scrollHeight - box.scrollTop - box.clientHeight < 60;
   };
   const before = (index: number) => bodyOf({ model: lane.model, turns: lane.turns.slice(0, index) }, current.settings);

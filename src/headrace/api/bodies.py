@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
 
 from starlette.types import Receive
 
@@ -76,7 +79,46 @@ class Bodies:
         return self.size > limits.MAX_BODIES // self.shares and not is_alone
 
 
+class Kept:
+    """The bodies of all requests that run or wait, bounded in sum.
+
+    A key has half of it, or one body. `shares` is how many processes share the bound.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.shares = 1
+        self._clients: Counter[str] = Counter()
+
+    @contextmanager
+    def hold(self, size: int, client: str) -> Generator[None]:
+        """Count a body of a client while the context is open.
+
+        Raises:
+            Refused: there are too many bytes of others, or of this client.
+        """
+        if size > limits.SMALL_BODY and self._is_full(size, client):
+            message = "The bodies of other requests take all room; try again later."
+            raise refused(503, message, "too_many_bodies", ((b"retry-after", b"1"),))
+        self.size += size
+        self._clients[client] += size
+        try:
+            yield
+        finally:
+            self.size -= size
+            self._clients[client] -= size
+            if not self._clients[client]:
+                del self._clients[client]
+
+    def _is_full(self, size: int, client: str) -> bool:
+        """Whether a body of so many bytes is too much; one that is alone never is."""
+        most, own = limits.MAX_KEPT // self.shares, self._clients[client]
+        is_many = bool(client and own) and own + size > most // 2
+        return bool(self.size) and (is_many or self.size + size > most)
+
+
 BODIES = Bodies()
+KEPT = Kept()
 
 
 def encoded(coding: str) -> Refused:

@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -72,7 +73,8 @@ class Edge:
         sender = _with_headers(send, call, extra, rate_limits.writer(keys, call, dialect))
         exchange = scope["headrace"] = Exchange(scope, receive, sender, settings, call, dialect)
         try:
-            await self._serve(exchange, receive, headers)
+            with ExitStack() as exchange.held:
+                await self._serve(exchange, receive, headers)
         except Exception:
             # Already answered; only the log records it.
             call.outcome = "error"

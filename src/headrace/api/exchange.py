@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -15,7 +16,7 @@ from msgspec.structs import replace
 from starlette.types import Receive, Scope, Send
 
 from headrace.api import fields, limits, problems
-from headrace.api.bodies import ClientGone, encoded, read_body
+from headrace.api.bodies import KEPT, ClientGone, encoded, read_body
 from headrace.api.fields import Unknown
 from headrace.api.limits import ApiSettings
 from headrace.api.problems import Dialect, Headers, Problem, Refused
@@ -124,7 +125,10 @@ class Call:
 
 
 class Exchange:
-    """Reads one request, and sends its answer."""
+    """Reads one request, and sends its answer.
+
+    `held` counts the body among those of all requests; it is None if that is not to be done.
+    """
 
     def __init__(
         self,
@@ -140,6 +144,7 @@ class Exchange:
         self.settings = settings
         self.call = call
         self.body_size = 0
+        self.held: ExitStack | None = None
         self.dialect = dialect
         self.receive = receive
 
@@ -154,7 +159,7 @@ class Exchange:
         `limit` replaces `max_body_bytes` of the settings.
 
         Raises:
-            Refused: 408, 413 or 415.
+            Refused: 408, 413, 415 or 503.
             InvalidRequest: it is not JSON, too deep, or a field is wrong.
             Unsupported: a field is understood but cannot be honoured.
             ClientGone: the client left before its end.
@@ -162,6 +167,8 @@ class Exchange:
         limit = limit or self.settings.max_body_bytes
         body = await read_body(self.receive, self.headers, limit)
         self.body_size = len(body)
+        if self.held is not None:
+            self.held.enter_context(KEPT.hold(len(body), self.call.client))
         if len(body) > _LARGE_BODY:
             decoded, unknown = await asyncio.to_thread(decode, body, decoder)
         else:

@@ -33,8 +33,11 @@ MAX_UNREAD = 64 << 10
 MAX_BODIES = 256 << 20
 """Of all bodies together that are being received; above it only small ones are."""
 
+MAX_KEPT = 512 << 20
+"""Of the bodies of all requests that run or wait; above it only small ones are accepted."""
+
 SMALL_BODY = 256 << 10
-"""Received also then, so that a client with many large bodies does not shut out the others."""
+"""Accepted also then, so that a client with many large bodies does not shut out the others."""
 
 MAX_IDLE_CONNECTIONS = 1024
 """Of one client address, without a running request; the default of `max_idle_connections`."""

@@ -345,8 +345,9 @@ def wanted_forms(wire: GenerateFields) -> Iterator[tuple[str, AnyForm, Any]]:
     for place, form in _PLACES:
         outer, _, name = place.rpartition(".")
         value = getattr(getattr(wire, outer) if outer else wire, name, None)
-        # An empty text is no grammar in llama-server.
-        if value is not None and value != "":
+        # An empty text is no constraint in llama-server and SGLang.
+        is_absent = value == "" and place in {"grammar", "regex", "ebnf"}
+        if value is not None and not is_absent:
             yield place, form, value
     if wire.structured_outputs is not None and wire.structured_outputs.json_object:
         yield "structured_outputs.json_object", "json_schema", {"type": "object"}
@@ -364,6 +365,8 @@ def _constraint(wire: GenerateFields) -> Constraint | None:
 
 
 def _built(place: str, form: AnyForm, value: Any) -> Constraint:
+    if value == "":
+        raise InvalidRequest(f"{place} is empty.", param=place)
     if form == "json_schema" and isinstance(value, str):
         limits.check_depth(value.encode(), place)
         try:

@@ -88,6 +88,15 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
+Images = Annotated[
+    list[Path] | None, Option(help="Image file that goes with the prompt; may be repeated.")
+]
+Sounds = Annotated[
+    list[Path] | None,
+    Option(help="Sound (WAV, MP3, FLAC) that goes with the prompt; may be repeated."),
+]
+
+
 def run(
     common: Common,
     model: Annotated[
@@ -106,14 +115,8 @@ def run(
     think: Annotated[
         str | None, Option(help="Thinking: on, off, or how much: low, medium, high.")
     ] = None,
-    image: Annotated[
-        list[Path] | None,
-        Option(help="Image file that goes with the prompt; may be repeated."),
-    ] = None,
-    audio: Annotated[
-        list[Path] | None,
-        Option(help="Sound (WAV, MP3, FLAC) that goes with the prompt; may be repeated."),
-    ] = None,
+    image: Images = None,
+    audio: Sounds = None,
     raw: Annotated[bool, Option(help="Send the prompt without chat template.")] = False,
     figures: Annotated[bool, Option(help="Print the figures of the answer.")] = True,
     local: Annotated[bool, Option("--local", help="Load the model in this process.")] = False,
@@ -132,14 +135,19 @@ def run(
     parameters = sampling.parameters() | form.arguments() | ({"thinking": think} if think else {})
     media = [*_parts("image", image), *_parts("audio", audio)]
     question = _Question(_text(prompt or []), system, parameters, raw, media)
-    named = [f"--{name.replace('_', '-')}" for name in given(flags)]
-    if url and (local or named):
-        flag = "--local" if local else named[0]
-        raise ConfigError(f"flag {flag} is for a model that is loaded here, not at --url.")
-    spec = None if local or named else remote.served(settings, model, url)
+    here = _loads_here(flags, url, local=local)
+    spec = None if here else remote.served(settings, model, url)
     name = model or settings.config.default_model
     spec = spec or settings.model_spec(name)
     asyncio.run(_run(common, settings, spec, question, name=name, figures=figures))
+
+
+def _loads_here(flags: ModelFlags, url: str | None, *, local: bool) -> bool:
+    """Whether the flags are for a model in this process; they are refused with --url."""
+    named = ["--local"] if local else [f"--{name.replace('_', '-')}" for name in given(flags)]
+    if url and named:
+        raise ConfigError(f"flag {named[0]} is for a model that is loaded here, not at --url.")
+    return bool(named)
 
 
 @dataclass(frozen=True)

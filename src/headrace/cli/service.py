@@ -82,16 +82,9 @@ async def live(
     if service.fronts is not None:
         service.begin(service.fronts.run())
     loading = service.begin(service.load())
-    following_keys = service.begin(service.keys.run())
-    following = service.begin(service.follow())
-    watching = service.begin(service.telemetry.watch())
-    alive = service.begin(service.supervisor.watch())
+    ending = [loading, *map(service.begin, service.background())]
     service.run_batches()
-    if metrics is not None:
-        service.begin(service.aside.serve(metrics))
-    if ollama is not None:
-        service.begin(service.second.serve(ollama))
-    ending = [following, watching, loading, alive, following_keys]
+    service.listen(metrics, ollama)
     if wire is not None:
         ending.append(service.begin(_node(settings, service.admin).serve(wire)))
     try:
@@ -191,6 +184,17 @@ class _Service:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def listen(self, metrics: socket.socket | None, ollama: socket.socket | None) -> None:
+        """Serve the other sockets, too."""
+        for server, listener in ((self.aside, metrics), (self.second, ollama)):
+            if listener is not None:
+                self.begin(server.serve(listener))
+
+    def background(self) -> tuple[Coroutine[Any, Any, Any], ...]:
+        """Return what runs as long as the service."""
+        watching, alive = self.telemetry.watch(), self.supervisor.watch()
+        return self.follow(), watching, alive, self.keys.run()
 
     def join(self, listener: socket.socket) -> None:
         """Serve a DB-GPT cluster on a socket, and register there."""

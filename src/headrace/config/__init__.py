@@ -351,6 +351,11 @@ def load(
         cwd=here,
     )
     home = Value(str(sources.xdg(variables, "XDG_DATA_HOME", ".local/share")), "default", here)
+    return Settings(_config(read, home, errors), path, searched, read)
+
+
+def _config(read: _Sources, home: Value, errors: list[ConfigError]) -> Config:
+    """Build the tree; `errors` are those of the sources."""
     models: dict[str, ModelSpec] = {}
     whole: Config | None = None
     with sources.kept(errors):
@@ -364,7 +369,7 @@ def load(
     sources.raise_all(errors)
     assert whole is not None, "or its error was raised"
     _distinct(models, read.file.path)
-    return Settings(whole.model_copy(update={"models": models}), path, searched, read)
+    return whole.model_copy(update={"models": models})
 
 
 def _distinct(models: Mapping[str, ModelSpec], path: Path | None) -> None:

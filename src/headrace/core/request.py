@@ -127,9 +127,8 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
                 f"prompt_logprobs must be {LOGPROB_RANGE}.", param="prompt_logprobs"
             )
         if self.sampling.max_tokens == 0 and count is None and not self.echo:
-            raise InvalidRequest(
-                f"max_tokens must be {TOKEN_RANGE._replace(low=1)}.", param="max_tokens"
-            )
+            allowed = TOKEN_RANGE._replace(low=1)
+            raise InvalidRequest(f"max_tokens must be {allowed}.", param="max_tokens")
 
     @property
     def media_parts(self) -> tuple[Media, ...]:
@@ -143,8 +142,8 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
         Those of an echoed prompt are as many as those of the answer.
         """
         echoed = self.sampling.logprobs if self.echo else None
-        wanted = [count for count in (echoed, self.prompt_logprobs) if count is not None]
-        return max(wanted, default=None)
+        both = (echoed, self.prompt_logprobs)
+        return max((count for count in both if count is not None), default=None)
 
     @property
     def operation(self) -> Operation:
@@ -176,14 +175,16 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
 
     def cost(self) -> float:
         """Return an estimate of the tokens of the prompt and all choices."""
-        if self.messages is None:
-            gap = self.gap or Gap()
-            texts = (self.suffix or "", gap.begun, *(other.text for other in gap.others))
-            prompt = _tokens(self.prompt or ()) + sum(map(_tokens, texts))
-        else:
-            prompt = sum(map(_message_tokens, self.messages)) + sum(map(_tool_tokens, self.tools))
         answer = self.sampling.max_tokens
-        return prompt + (_ANSWER_TOKENS if answer is None else answer) * self.n
+        return self.prompt_cost() + (_ANSWER_TOKENS if answer is None else answer) * self.n
+
+    def prompt_cost(self) -> float:
+        """Return an estimate of the tokens of the prompt."""
+        if self.messages is not None:
+            return sum(map(_message_tokens, self.messages)) + sum(map(_tool_tokens, self.tools))
+        gap = self.gap or Gap()
+        texts = (self.prompt or (), self.suffix or "", gap.begun, *(o.text for o in gap.others))
+        return sum(map(_tokens, texts))
 
     def opening(self) -> str:
         """Return the messages or the prompt as one text."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from headrace.api.app import FrontApplication
-from headrace.api.bodies import BODIES
+from headrace.api.bodies import BODIES, KEPT
 from headrace.api.exchange import Service
 from headrace.api.images import HELD
 from headrace.api.server import Server
@@ -73,7 +73,7 @@ class Front:
 
     def _open(self, begin: Begin) -> tuple[Server, FrontApplication]:
         configure(begin.log.level, begin.log.style)
-        BODIES.shares = HELD.shares = begin.fronts
+        BODIES.shares = KEPT.shares = HELD.shares = begin.fronts
         backend = self._backend
         service = Service(
             backend,

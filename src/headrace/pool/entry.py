@@ -113,10 +113,10 @@ class ModelEntry:
         priority = priority or request.continues
         ticket = Ticket(request, now, priority=priority, alone=alone)
         ticket.blocks = blocks_of(request) if len(self.replicas) > 1 else ()
-        waiting = self.queue.count(batch=request.batch)
-        if not priority and waiting >= self.room and (waiting or not self._is_free(ticket)):
+        free = sum(candidate.free for candidate in self._candidates(ticket))
+        if not priority and self.queue.is_full(ticket, self.room, free):
             raise QueueFull(
-                f"{waiting} requests wait for {self.spec.name} already.",
+                f"{self.queue.count(batch=request.batch)} requests wait for {self.spec.name}.",
                 retry_after_s=_BATCH_RETRY_S if request.batch else self.retry_after_s(),
             )
         self.queue.join(ticket)
@@ -195,7 +195,7 @@ class ModelEntry:
             left, most = replica.max_running - replica.running, replica.max_running
             size = left if ticket.alone else min(ticket.request.slots, most)
             lease = replica.take(ticket.request, ticket.cost, size, ticket.blocks)
-            lease.is_alone = ticket.alone
+            lease.is_alone, lease.prompt_cost = ticket.alone, ticket.prompt_cost
             if ticket.lease.done():
                 replica.give_back(lease)
             else:
@@ -203,16 +203,24 @@ class ModelEntry:
 
     def _next(self) -> Ticket | None:
         if self.queue.next_alone() is None or not self.is_ready:
-            return self.queue.next()
+            return self.queue.next(self._is_held)
         problem = f"{self.spec.name} is too busy for a request that has to run alone at first."
-        return self.queue.turn(lambda ticket: self._choose(ticket) is not None, problem)
+        return self.queue.turn(self._fits, problem, self._is_held)
+
+    def _fits(self, ticket: Ticket) -> bool:
+        return self._choose(ticket) is not None
+
+    def _is_held(self, ticket: Ticket) -> bool:
+        """Whether it waits for others of its client only, so that other clients may pass."""
+        free = [candidate for candidate in self._candidates(ticket) if candidate.free > 0]
+        return bool(free) and all(candidate.held for candidate in free)
 
     def _choose(self, ticket: Ticket) -> Replica | None:
         number = choose_replica(self._candidates(ticket), ticket.request.slots)
         return None if number is None else self.replicas[number]
 
     def _candidates(self, ticket: Ticket) -> list[Candidate]:
-        candidates = [replica.candidate(ticket.blocks) for replica in self.replicas]
+        candidates = [replica.candidate(ticket.blocks, ticket.paced) for replica in self.replicas]
         if ticket.alone:
             client = ticket.request.client
             return [c for c in candidates if not self.replicas[c.number].has_others(client)]
@@ -223,15 +231,13 @@ class ModelEntry:
     def has_begun(self, ticket: Ticket) -> None:
         """Note the first token of a request; one that was alone makes place for others."""
         lease, size = ticket.lease.result(), ticket.request.slots
-        lease.has_begun = True
+        lease.replica.begun(lease)
         if ticket.alone:
             lease.size = min(size, lease.size)
             if self.failures.suspects.has_begun(ticket.request):
                 self.queue.release(ticket.request)
-            self.grant()
-        elif ticket.request.batch:
-            # Another one may start.
-            self.grant()
+        # Another one of its client may start.
+        self.grant()
 
     def leave(self, ticket: Ticket, tokens: float | None = None) -> None:
         """Take a request out of the queue, or give its slots back. Idempotent.
@@ -378,10 +384,6 @@ class ModelEntry:
     def _new_replicas(self, spec: ModelSpec) -> list[Replica]:
         count = self.copies or spec.replicas
         return [Replica(spec, number, next(_serials), self._clock) for number in range(count)]
-
-    def _is_free(self, ticket: Ticket) -> bool:
-        """Whether a slot is free for a request."""
-        return any(candidate.free > 0 for candidate in self._candidates(ticket))
 
     @property
     def room(self) -> int:

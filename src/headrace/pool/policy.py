@@ -15,6 +15,8 @@ _MIN_WAIT_S = 0.001
 _BLOCK_CHARACTERS, _MAX_REQUEST_BLOCKS = 256, 64
 # Of so many slots, one is for a request of a batch that has no token yet.
 _STARTING = 16
+# How many more requests than another a replica may run, for the sake of its cache.
+_AHEAD = 8
 
 
 class Resident(msgspec.Struct, frozen=True, kw_only=True):
@@ -185,7 +187,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     `work` is the tokens of its `running` requests, `matched` how many blocks of the prompt's
     beginning it has seen. `weight` is its share of the work, which is halved while `unhealthy`.
     `batch` is how many of its slots requests of batches have, and `starting` how many of these
-    requests have no token yet.
+    requests have no token yet. `held` is whether other requests of its client have to begin first.
     """
 
     number: int
@@ -198,6 +200,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     matched: int = 0
     batch: int = 0
     starting: int = 0
+    held: bool = False
 
 
 def left_for_batch(candidate: Candidate, *, quiet: bool) -> Candidate:
@@ -220,7 +223,7 @@ def choose_replica(candidates: Sequence[Candidate], size: int = 1) -> int | None
     """Return the number of the replica for a request of `size` slots, or None.
 
     It is the one with the least work for its weight. One that has the prompt's beginning in its
-    cache is preferred unless it runs more than a quarter of its slots more than the emptiest.
+    cache is preferred unless it is too far ahead of the emptiest (`_is_near`).
     """
     usable = [candidate for candidate in candidates if _has_room(candidate, size)]
     if not usable:
@@ -234,11 +237,21 @@ def choose_replica(candidates: Sequence[Candidate], size: int = 1) -> int | None
 
 
 def _has_room(candidate: Candidate, size: int) -> bool:
-    return candidate.free > 0 and candidate.free >= min(size, candidate.max_running)
+    return (
+        not candidate.held
+        and candidate.free > 0
+        and candidate.free >= min(size, candidate.max_running)
+    )
 
 
 def _is_near(candidate: Candidate, least: int) -> bool:
-    return candidate.running <= least + max(1, candidate.max_running // 4)
+    """Whether a cache is worth the company: few more requests than the emptiest replica has.
+
+    The bound does not grow with the slots alone: all prompts of an application begin alike, and
+    hundreds of them would run on one replica while another is idle.
+    """
+    ahead = min(candidate.max_running // 4, max(_AHEAD, least // 4))
+    return candidate.running <= least + max(1, ahead)
 
 
 def _busyness(candidate: Candidate) -> tuple[float, float, int]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from headrace.core.errors import HeadraceError, QueueFull
-from headrace.core.request import AnyRequest
+from headrace.core.request import AnyRequest, GenerateRequest
 from headrace.pool.failures import fingerprint
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class Ticket:
     ) -> None:
         self.request = request
         self.cost = request.cost()
+        is_generation = isinstance(request, GenerateRequest)
+        self.prompt_cost = request.prompt_cost() if is_generation else self.cost
         self.priority = priority
         self.alone = alone
         self.joined = now
@@ -53,9 +55,19 @@ class Ticket:
         self.load_s = 0.0
         self.lease: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
 
+    @property
+    def paced(self) -> str:
+        """The client whose earlier requests have to begin first; empty if it need not wait."""
+        return "" if self.alone or self.priority else self.request.client
+
 
 Waiting = dict[str, deque[Ticket]]
 """Tickets by client, in the order in which they have joined."""
+IsHeld = Callable[[Ticket], bool]
+
+
+def _never(_ticket: Ticket) -> bool:
+    return False
 
 
 class Queue:
@@ -92,6 +104,17 @@ class Queue:
         """Return the number of tickets of batches, or of the others."""
         return self._counts[batch]
 
+    def is_full(self, ticket: Ticket, room: int, free: int) -> bool:
+        """Whether there is no place for a ticket, given how many may wait and the `free` slots.
+
+        A client with a key of which nothing waits gets a place beyond `room`, up to twice as many,
+        so that another cannot take all of them.
+        """
+        client = ticket.request.client
+        if client and client not in self._class_of(ticket):
+            room *= 2
+        return self.count(batch=ticket.request.batch) - free >= room
+
     @property
     def is_quiet(self) -> bool:
         """Whether there have been requests of batches only, for some time."""
@@ -112,15 +135,17 @@ class Queue:
         self._served[client] = max(self._served.get(client, 0.0), self._floor)
         self._class_of(ticket).setdefault(client, deque()).append(ticket)
 
-    def next(self) -> Ticket | None:
-        """Return the next ticket that need not be alone; it stays in the queue until `leave`."""
+    def next(self, is_held: IsHeld = _never) -> Ticket | None:
+        """Return the next ticket that need not be alone; it stays in the queue until `leave`.
+
+        Clients are passed over of which the next ticket `is_held`.
+        """
         if self._priority:
             return self._priority[0]
-        if self._batch:
-            ticket = self._first(self._batch)
-            if not self._waiting or self.is_due(ticket):
-                return ticket
-        return self._first(self._waiting) if self._waiting else None
+        ticket = self._first(self._batch, is_held) if self._batch else None
+        if ticket is not None and (not self._waiting or self.is_due(ticket)):
+            return ticket
+        return self._first(self._waiting, is_held)
 
     def is_due(self, ticket: Ticket) -> bool:
         """Whether a ticket of a batch has let enough others pass."""
@@ -129,14 +154,19 @@ class Queue:
     def _class_of(self, ticket: Ticket) -> Waiting:
         return self._batch if ticket.request.batch else self._waiting
 
-    def _first(self, waiting: Waiting) -> Ticket:
-        return waiting[min(waiting, key=lambda client: self._served[client])][0]
+    def _first(self, waiting: Waiting, is_held: IsHeld) -> Ticket | None:
+        for client in sorted(waiting, key=self._served.__getitem__):
+            if not is_held(ticket := waiting[client][0]):
+                return ticket
+        return None
 
     def next_alone(self) -> Ticket | None:
         """Return the next ticket that has to be alone, which stays in the queue until `leave`."""
         return self._alone[0] if self._alone else None
 
-    def turn(self, fits: Callable[[Ticket], bool], problem: str) -> Ticket | None:
+    def turn(
+        self, fits: Callable[[Ticket], bool], problem: str, is_held: IsHeld = _never
+    ) -> Ticket | None:
         """Return the next ticket, or None if one that has to be alone is waited for.
 
         The others pass such a ticket until it `fits`, and then wait for a while. After that it is
@@ -146,17 +176,17 @@ class Queue:
             if fits(ticket):
                 return ticket
         if not self._alone:
-            return self.next()
+            return self.next(is_held)
         waited_s = self._clock() - max(self._alone[0].joined, self._passing_since)
         if waited_s <= _PASSED_S:
-            return self.next()
+            return self.next(is_held)
         if waited_s <= _PASSED_S + _HELD_S:
             return None
         latest = self._clock() - _PASSED_S - _HELD_S
         for ticket in [ticket for ticket in self._alone if ticket.joined <= latest]:
             self._refuse(ticket, QueueFull(problem, retry_after_s=_PASSED_S))
         self.pass_alone()
-        return self.turn(fits, problem)
+        return self.turn(fits, problem, is_held)
 
     def pass_alone(self) -> None:
         """Let the others pass what has to be alone from now on, for the whole time."""

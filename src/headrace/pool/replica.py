@@ -13,6 +13,7 @@ from headrace.core.request import AnyRequest
 from headrace.core.status import Footprint, ReplicaStatus
 from headrace.machine import HOST
 from headrace.pool.ledger import to_book
+from headrace.pool.pace import Pace
 from headrace.pool.policy import Candidate, Resident
 from headrace.pool.worker import PooledWorker
 
@@ -22,7 +23,7 @@ _UNHEALTHY_S = 60.0
 
 @dataclass(eq=False)
 class Lease:
-    """One request's hold on `size` slots of a replica's worker; `cost` is in tokens.
+    """One request's hold on `size` slots of a replica's worker; the costs are in tokens.
 
     `has_begun` is whether the worker has sent a token or a result.
     """
@@ -33,6 +34,7 @@ class Lease:
     cost: float
     size: int
     since: float
+    prompt_cost: float = 0.0
     has_begun: bool = False
     is_alone: bool = False
 
@@ -101,6 +103,7 @@ class Replica:
         self._closed: set[object] = set()
         self._unhealthy_until = 0.0
         self._clock = clock
+        self._pace = Pace(clock)
         self._idle = asyncio.Event()
         self._idle.set()
         self._prefixes: OrderedDict[int, None] = OrderedDict()
@@ -268,7 +271,7 @@ class Replica:
         self.cause = None
         self._idle.set()
 
-    def candidate(self, blocks: Sequence[int]) -> Candidate:
+    def candidate(self, blocks: Sequence[int], client: str = "") -> Candidate:
         """Return the facts for `choose_replica`; `blocks` are hashes of the prompt's beginning."""
         running, batch = self.running, [each for each in self.leases if each.request.batch]
         return Candidate(
@@ -282,7 +285,21 @@ class Replica:
             matched=self._matched(blocks),
             batch=sum(lease.size for lease in batch),
             starting=sum(not lease.has_begun for lease in batch),
+            held=self._holds_back(client),
         )
+
+    def _holds_back(self, client: str) -> bool:
+        """Whether what a client sent before has to begin first.
+
+        Prompts that are computed at one time delay each other, and those of one client would delay
+        the next client's. An upstream has no memory here, and computes on any number of machines.
+        """
+        if not (client and self.footprint and self.footprint.devices):
+            return False
+        starting = [lease for lease in self.leases if not lease.has_begun]
+        if not any(lease.request.client == client for lease in starting):
+            return False
+        return sum(lease.prompt_cost for lease in starting) >= self._pace.ahead
 
     def resident(self, *, pinned: bool) -> Resident:
         """Return the facts for `make_room`."""
@@ -300,6 +317,8 @@ class Replica:
     def take(self, request: AnyRequest, cost: float, size: int, blocks: Sequence[int]) -> Lease:
         """Give slots to a request."""
         assert self.worker is not None, "only a ready replica is chosen"
+        if all(lease.has_begun for lease in self.leases):
+            self._pace.resume()
         lease = Lease(self, self.worker, request, cost, size, self._clock())
         self.leases.add(lease)
         self._idle.clear()
@@ -316,6 +335,11 @@ class Replica:
         lease = Lease(self, self.worker, request, 0.0, 0, self._clock())
         self.guests.add(lease)
         return lease
+
+    def begun(self, lease: Lease) -> None:
+        """Note the first token or result of a request."""
+        lease.has_begun = True
+        self._pace.begun(lease.prompt_cost)
 
     def has_others(self, client: str, *, alone: bool = False) -> bool:
         """Whether it serves other clients, or a request of theirs that has to be `alone`."""

@@ -101,11 +101,7 @@ class ChatTemplate:
             GenerationFailed: the template fails or exceeds its limits.
         """
         options = options or {}
-        if reserved := _RESERVED & options.keys():
-            raise InvalidRequest(
-                f"Template options cannot set {', '.join(sorted(reserved))}.",
-                param="template_options",
-            )
+        _check_options(options)
 
         def rendered(messages: Sequence[Message]) -> str:
             turns = [
@@ -242,6 +238,13 @@ class ChatTemplate:
 def _leading(messages: Sequence[Message]) -> int:
     """Return how many system messages are at the beginning."""
     return next((i for i, message in enumerate(messages) if message.role != "system"), 0)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    if reserved := _RESERVED & options.keys():
+        raise InvalidRequest(
+            f"Template options cannot set {', '.join(sorted(reserved))}.", param="template_options"
+        )
 
 
 def _alternating(messages: Sequence[Message]) -> list[Message]:

@@ -12,7 +12,6 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -22,6 +21,7 @@ from headrace.core.request import GenerateRequest
 from headrace.core.schema import Schema, pointer
 from headrace.core.tools import Tool
 from headrace.text.grammar import grammar, without_formats
+from headrace.worker.places import Places
 
 _NAMES = {"json_schema": "JSON schema", "lark": "grammar"}
 _NO_TOOLS: Mapping[str, Schema] = {}
@@ -52,9 +52,8 @@ class Compiler:
 
     def __init__(self, library: str = "") -> None:
         self._library = library
-        self._compiling = asyncio.Semaphore(_COMPILING)
+        self._compiling = Places(_COMPILING)
         self._checking = asyncio.Semaphore(_CHECKING)
-        self._clients: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._processes: set[Process] = set()
         self._idle: list[tuple[Process, asyncio.TimerHandle]] = []
         self._compiled: OrderedDict[bytes, Constraint | None] = OrderedDict()
@@ -83,8 +82,7 @@ class Compiler:
         if key in self._compiled:
             self._compiled.move_to_end(key)
             return self._compiled[key] or constraint
-        lock = self._clients.get(client) or self._clients.setdefault(client, asyncio.Lock())
-        async with lock, self._compiling:
+        async with self._compiling.place(client):
             reply = await self._run(job)
         if reply.reason and tools and reply.path:
             name, *path = reply.path

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from headrace.core.events import Text, TokenCount
 from headrace.core.media import media_of
-from headrace.core.request import CountRequest, DetokenizeRequest
+from headrace.core.request import CountRequest, DetokenizeRequest, Request
 from headrace.worker.generate import Loaded
 from headrace.worker.turn import Answers, unmeasured, until_left
 
@@ -17,11 +17,12 @@ T = TypeVar("T")
 
 
 async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
-    counting, prompter = loaded.turns.counting, loaded.prompter
+    prompter = loaded.prompter
     if request.as_text:
-        return Text(await _in_few_threads(counting, partial(prompter.rendered, request)))
+        return Text(await _in_few_threads(loaded, request, partial(prompter.rendered, request)))
     with until_left() as gone:
-        token_ids = await _in_few_threads(counting, partial(prompter.count, request, gone))
+        count = partial(prompter.count, request, gone)
+        token_ids = await _in_few_threads(loaded, request, count)
     seen = sum(part.tokens for turn in request.messages or () for part in media_of(turn.content))
     if seen:
         # The tokens of an image or a sound are known to the engine that has computed them.
@@ -31,19 +32,19 @@ async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
 
 async def _text(loaded: Loaded, request: DetokenizeRequest) -> Text:
     detokenize = partial(loaded.engine.detokenize, request.token_ids)
-    return Text(await _in_few_threads(loaded.turns.counting, detokenize))
+    return Text(await _in_few_threads(loaded, request, detokenize))
 
 
-async def _in_few_threads(places: asyncio.Semaphore, work: Callable[[], T]) -> T:
+async def _in_few_threads(loaded: Loaded, request: Request, work: Callable[[], T]) -> T:
     """Run off the event loop and beside any generation; its place is free when it has ended.
 
     A thread goes on when nothing waits for it any more.
     """
-    await places.acquire()
+    give_back = await loaded.turns.counting.take(request.client)
     running = asyncio.get_running_loop().run_in_executor(None, work)
 
     def ended(future: asyncio.Future[T]) -> None:
-        places.release()
+        give_back()
         if not future.cancelled():
             future.exception()
 

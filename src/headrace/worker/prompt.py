@@ -126,15 +126,16 @@ class Prompter:
             splitter=parsing.splitter,
             budget=parsing.budget,
             answered_thought=self._thought(parsing, answered),
-            before=self.chat.thinking(request, text)
-            if self.chat and text is not None
-            else ("", ""),
+            before=self._before(request, text),
             stops=(*request.sampling.stop, *self._stops),
             echo=self._echo(request),
             answered_text=answered_text,
             over="stop" if ended else None if left else "length",
             context_length=context_length,
         )
+
+    def _before(self, request: GenerateRequest, text: str | None) -> Before:
+        return self.chat.thinking(request, text) if self.chat and text is not None else ("", "")
 
     def count(self, request: CountRequest, gone: Gone | None = None) -> tuple[int, ...]:
         """Return the token ids of a text, or of messages as the template puts them."""

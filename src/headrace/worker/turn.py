@@ -36,6 +36,7 @@ from headrace.machine import Sampler
 from headrace.worker.compiler import Compiler
 from headrace.worker.embed_prompts import EmbedPrompts
 from headrace.worker.meter import Meter, figures, trace_of
+from headrace.worker.places import Places
 
 log = logging.getLogger("headrace.worker")
 
@@ -62,7 +63,7 @@ class Turns:
 
     def __init__(self, slots: int) -> None:
         self.slots = asyncio.Semaphore(slots)
-        self.counting = asyncio.Semaphore(_COUNTING)
+        self.counting = Places(_COUNTING)
         self.running = self.waiting = 0
         self._open: set[Turn[Served, Request]] = set()
         self._closed: HeadraceError | None = None

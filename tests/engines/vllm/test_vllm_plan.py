@@ -18,7 +18,8 @@ from headrace.core.model import ModelFile
 from headrace.core.sampling import Sampling
 from headrace.engines import vllm
 from headrace.engines.base import EngineRequest, OpenRequest, RawDelta
-from headrace.engines.vllm import adapter_folder, footprint, lora_arguments, memory_arguments
+from headrace.engines.vllm import footprint, memory_arguments
+from headrace.engines.vllm.adapters import adapter_folder, lora_arguments
 from headrace.engines.vllm.call import Call, is_out_of_memory, prompt_tokens
 from headrace.engines.vllm.engine import check
 from headrace.machine import Device
@@ -70,15 +71,19 @@ def test_arguments_of_adapters(ranks: list[int], most: int, tmp_path: Path) -> N
     """Issue 17.4: vLLM's buffers are for some ranks, and for a number of adapters in a batch."""
     file = adapter(tmp_path)
     files = [msgspec.structs.replace(file, rank=rank) for rank in ranks]
-    assert lora_arguments(files) == {
+    assert lora_arguments(files, "cuda") == {
         "enable_lora": True,
         "max_lora_rank": most,
         "max_loras": len(ranks),
         "max_cpu_loras": len(ranks),
     }
-    many = lora_arguments([file] * 64)
+    many = lora_arguments([file] * 64, "cuda")
     assert (many["max_loras"], many["max_cpu_loras"]) == (16, 64)
-    assert lora_arguments([]) == {}
+    assert lora_arguments([], "cuda") == {}
+    # On a CPU one place stays empty.
+    assert lora_arguments(files, "cpu")["max_loras"] == len(ranks) + 1
+    assert lora_arguments(files, "cpu", 1)["max_loras"] == len(ranks) + 1
+    assert lora_arguments(files, "cuda", 4)["max_loras"] == 4
 
 
 def test_the_scale_of_an_adapter(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from headrace.lab.tune import agreement
 from headrace.lab.tune.measure import Shape
 from headrace.lab.tune.tuner import tune
 
-pytestmark = pytest.mark.engines
+pytestmark = [pytest.mark.engines, pytest.mark.slow]
 
 
 async def test_openvino_is_converted_for_compared_and_measured(

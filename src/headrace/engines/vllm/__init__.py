@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from headrace import machine
-from headrace.core.adapter import AdapterFile
 from headrace.core.errors import ConfigError
 from headrace.core.model import ModelFile
 from headrace.core.status import Footprint
 from headrace.engines.base import About, OpenRequest
 from headrace.engines.plan import ELEMENT_BYTES
 from headrace.engines.speculation import SpeculationOptions, Way
-from headrace.models.adapter import CONFIG, WEIGHTS
-from headrace.models.folder import read_json
 
 ABOUT = About(
     formats=("safetensors",),
@@ -42,11 +36,6 @@ _RANK = 3 * _GIB
 _BESIDE = 2 * _GIB
 _CPU_CACHE, _CPU_SHARE = 4 * _GIB, 6
 _DEFAULT_SHARE, _LEAST_SHARE = 0.9, 0.01
-
-
-# The ranks that it has buffers for, and the adapters that one of its batches has here at most.
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_TOGETHER = 16
 _METHODS = {"draft": "draft_model"}
 _NGRAM = 4
 """Tokens at the end of a text that are looked up in it."""
@@ -174,31 +163,6 @@ def speculative_config(request: OpenRequest, options: Options) -> dict[str, Any]
     if request.draft is not None:
         config["model"] = request.draft.path
     return {"speculative_config": config}
-
-
-def lora_arguments(adapters: Sequence[AdapterFile]) -> dict[str, Any]:
-    """Return vLLM's engine arguments for adapters; empty without."""
-    if not adapters:
-        return {}
-    largest = max(adapter.rank for adapter in adapters)
-    return {
-        "enable_lora": True,
-        "max_lora_rank": next(rank for rank in _RANKS if rank >= largest),
-        "max_loras": min(len(adapters), _TOGETHER),
-        "max_cpu_loras": len(adapters),
-    }
-
-
-def adapter_folder(adapter: AdapterFile, private: Path) -> str:
-    """Return a folder for vLLM, which has no scale of its own: it is in the alpha of a copy."""
-    if adapter.scale == 1:
-        return adapter.path
-    source, folder = Path(adapter.path), private / f"adapter-{len([*private.iterdir()])}"
-    folder.mkdir()
-    config = read_json(source / CONFIG) | {"lora_alpha": adapter.alpha * adapter.scale}
-    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-    (folder / WEIGHTS).symlink_to((source / WEIGHTS).absolute())
-    return str(folder)
 
 
 def parallel(options: Options, gpus: tuple[str, ...]) -> int:

@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 
-from headrace.core.adapter import AdapterFile
 from headrace.core.constraint import FORMS
 from headrace.core.envelope import new_id
 from headrace.core.errors import (
@@ -35,12 +34,11 @@ from headrace.engines.pictures import decoded, image_marker
 from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, special_tokens
 from headrace.engines.vllm import (
     Options,
-    adapter_folder,
-    lora_arguments,
     memory_arguments,
     parallel,
     speculative_config,
 )
+from headrace.engines.vllm.adapters import Adapters, lora_arguments
 from headrace.engines.vllm.call import (
     Call,
     failure,
@@ -101,7 +99,6 @@ class Engine(TokenizerMixin):
     def __init__(self, request: OpenRequest) -> None:
         self._options = Options(**request.options)
         self._llm: Any = None
-        self._loras: dict[str, Any] = {}
         self._cores: list[psutil.Process] = []
         self._core_answers = False
         self._private = Path(tempfile.mkdtemp(prefix="vllm-"))
@@ -126,7 +123,7 @@ class Engine(TokenizerMixin):
         if request.media:
             images = await asyncio.to_thread(lambda: [*map(decoded, request.media)])
             sent = {"prompt_token_ids": prompt, "multi_modal_data": {"image": images}}
-        lora = self._loras.get(request.adapter)
+        lora = await self._adapters.loaded(request.adapter, self._llm, self._core_failure())
         outputs = self._llm.generate(sent, self._parameters(request), new_id(), lora_request=lora)
         try:
             if not request.media:
@@ -149,7 +146,7 @@ class Engine(TokenizerMixin):
         self._vocabulary.check(token_ids)
         await self._wait_for_core()
         prompt = {"type": "token", "prompt_token_ids": list(token_ids)}
-        lora = self._loras.get(adapter)
+        lora = await self._adapters.loaded(adapter, self._llm, self._core_failure())
         parameters = scoring_parameters(candidates)
         outputs = self._llm.generate(prompt, parameters, new_id(), lora_request=lora)
         scored: list[Any] = []
@@ -207,7 +204,6 @@ class Engine(TokenizerMixin):
         from vllm.platforms import current_platform  # after the environment is prepared
         from vllm.usage.usage_lib import UsageContext
 
-        self._loras = _loras(request.adapters, self._private)
         device = str(current_platform.device_type)
         if request.device.partition(":")[0] not in {"auto", device}:
             raise LoadFailed(f"This build of vLLM is for {device}, not for {request.device}.")
@@ -217,6 +213,7 @@ class Engine(TokenizerMixin):
         args = _arguments(request, self._options, device)
         # The batch limits are smaller in vLLM's other contexts.
         config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        self._adapters = Adapters(request.adapters, self._private, config)
         before = {*multiprocessing.active_children()}
         try:
             self._llm = _open(config, self._private / "failed")
@@ -328,22 +325,10 @@ def _arguments(request: OpenRequest, options: Options, device: str) -> Any:
             **values,
             **memory_arguments(request, options, device),
             **speculative_config(request, options),
-            **lora_arguments(request.adapters),
             **options.engine_args,
+            **lora_arguments(request.adapters, device, options.engine_args.get("max_loras")),
         }
     )
-
-
-def _loras(adapters: Sequence[AdapterFile], private: Path) -> dict[str, Any]:
-    """Return vLLM's LoRARequests by the names of adapters; their numbers begin at 1."""
-    if not adapters:
-        return {}
-    from vllm.lora.request import LoRARequest
-
-    return {
-        file.name: LoRARequest(file.name, number, adapter_folder(file, private))
-        for number, file in enumerate(adapters, 1)
-    }
 
 
 def check(values: Iterable[str], known: Iterable[str]) -> None:

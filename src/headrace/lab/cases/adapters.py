@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from headrace.core.errors import UnknownModel
 from headrace.lab.cases.case import case
@@ -37,7 +38,7 @@ async def adapters(subject: Subject) -> None:
 
 
 @case("W11")
-async def adapters_together(subject: Subject) -> None:
+async def adapters_together(subject: Subject) -> str | None:
     """Requests of different adapters at once have the answers that they have alone."""
     names = ("", *_loaded(subject))
     alone = await _texts(subject, names)
@@ -47,8 +48,21 @@ async def adapters_together(subject: Subject) -> None:
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(ask(name)) for _ in range(_ROUNDS) for name in names]
+    remark = None
     for name, reply in (task.result() for task in tasks):
-        check(reply.ids == alone[name], f"{name or 'The model'} answers otherwise beside others.")
+        if reply.ids != alone[name]:
+            remark = f"{name or 'The model'} answers otherwise beside others."
+            check(not subject.capabilities.batch_invariant, remark)
+            same = {other: _same(reply.ids, ids) for other, ids in alone.items()}
+            check(0 < same[name] == max(same.values()), f"{remark} It answers as another does.")
+            remark += " It does not declare batch_invariant."
+    return remark
+
+
+def _same(ids: Sequence[int], others: Sequence[int]) -> int:
+    """Return how many of the first tokens are the same."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(ids), len(others)))
 
 
 @case("W11")

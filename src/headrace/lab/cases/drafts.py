@@ -19,10 +19,11 @@ _NEAR = 0.05
 """Log probabilities of two tokens that are so near may change places by rounding."""
 _SAME = 0.02
 _WINDOW = 16
+_OF_DRAFTS = ("draft_model", "draft_tokens")
 
 
 async def drafting(subject: Subject) -> Subject:
-    """Return the model with drafts by n-grams, loaded once.
+    """Return the model with drafts: those of its options, or else by n-grams. Loaded once.
 
     Raises:
         Declared: the engine has no speculation, and refuses the option, or none for this model,
@@ -35,16 +36,26 @@ async def drafting(subject: Subject) -> Subject:
             check("speculation" in error.message, "The error does not name the option.")
             raise Declared("It drafts no tokens.") from error
         raise Broken("It accepts speculation as an option that it does not have.")
-    if "drafting" not in subject.known:
-        options = {**subject.info.options, "speculation": "ngram"}
-        backend = await subject.held.enter_async_context(subject.reopen(options=options))
-        subject.known["drafting"] = replace(subject, backend=backend, known={})
-    drafted: Subject = subject.known["drafting"]
+    drafted = subject if subject.capabilities.speculation else await _with(subject, "ngram")
     able = drafted.capabilities
     if (able.vision or able.audio) and not able.speculation:
         check(any("speculation" in note for note in drafted.info.notes), "No note says why.")
         raise Declared("It drafts no tokens for models that take images or audio.")
     return drafted
+
+
+async def _with(subject: Subject, way: str) -> Subject:
+    if way not in subject.known:
+        kept = {key: value for key, value in subject.info.options.items() if key not in _OF_DRAFTS}
+        options = {**(kept if way == "off" else subject.info.options), "speculation": way}
+        backend = await subject.held.enter_async_context(subject.reopen(options=options))
+        subject.known[way] = replace(subject, backend=backend, known={})
+    return subject.known[way]
+
+
+async def _without(subject: Subject) -> Subject:
+    """Return the model without drafts."""
+    return await _with(subject, "off") if subject.capabilities.speculation else subject
 
 
 async def _greedy(subject: Subject, tokens: int = _TOKENS, **given: object) -> Reply:
@@ -54,8 +65,8 @@ async def _greedy(subject: Subject, tokens: int = _TOKENS, **given: object) -> R
 
 async def _plain(subject: Subject) -> Reply:
     if "undrafted" not in subject.known:
-        logprobs = subject.able(logprobs=2)
-        subject.known["undrafted"] = await _greedy(subject, **logprobs)
+        without = await _without(subject)
+        subject.known["undrafted"] = await _greedy(without, **without.able(logprobs=2))
     return subject.known["undrafted"]
 
 
@@ -99,7 +110,8 @@ async def speculation_keeps_the_text(subject: Subject) -> str | None:
     """
     drafted = await drafting(subject)
     check(drafted.capabilities.speculation, "It does not declare that it drafts.")
-    check(not subject.capabilities.speculation, "It declares drafts that it does not make.")
+    without = (await _without(subject)).capabilities
+    check(not without.speculation, "It declares drafts that it does not make.")
     plain, reply = await _plain(subject), await _greedy(drafted)
     usage, before = reply.finish.usage, plain.finish.usage
     check(not before.drafted_tokens, "Without speculation there are drafted tokens.")

@@ -1,0 +1,6 @@
+from typing import Any
+
+class PEFTHelper:
+    @classmethod
+    def from_local_dir(cls, lora_path: str, max_position_embeddings: int | None) -> PEFTHelper: ...
+    def validate_legal(self, lora_config: Any) -> None: ...
