@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from headrace import __version__
 from headrace.cluster import secure
 from headrace.cluster.admin import ClusterAdmin
 from headrace.cluster.directory import directories
@@ -42,7 +41,7 @@ def open_front(
     member = secure.member(config.cluster)
     pool = ClusterPool(directories(config.cluster, member), member, connector(member.access))
     admin = ClusterAdmin(pool, reread=lambda: settings.needs_restart(reread()))
-    tracing = otel.configure(__version__)
+    tracing = otel.configure()
     return admin, Telemetry(
         admin, tracing, config.telemetry, config.home, config.server.database or ""
     )

@@ -10,7 +10,7 @@ from typing import Any, Self, Unpack
 
 import msgspec
 
-from headrace import __version__, arguments, runtime
+from headrace import arguments, runtime
 from headrace.arguments import Messages, Numbers, Prompt
 from headrace.config import Config, Settings
 from headrace.core.errors import (
@@ -288,7 +288,7 @@ class AsyncModelWorker:
             self.spec, self._config, isolate=self._isolate, on_progress=self._on_progress
         )
         # Traced if the environment or the program configures an exporter.
-        self._tracing = tracing = otel.configure(__version__)
+        self._tracing = tracing = otel.configure()
         if tracing.exporter is not None:
             pool.attach_observer(Recorder(pool.models, tracing=tracing))
         return pool

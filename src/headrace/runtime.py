@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from pydantic import BaseModel
 
-from headrace import __version__, checks, machine, measurements
+from headrace import checks, machine, measurements
 from headrace import config as configuration
 from headrace import engines as engine_registry
 from headrace.cluster.local import NodePool, NodePoolAdmin
@@ -283,7 +283,7 @@ def open_service(
 
     config = settings.config
     close_to_others(config.home)
-    tracing = otel.configure(__version__)
+    tracing = otel.configure()
     admin = (NodePoolAdmin if is_node else PoolAdmin)(
         open_pool(settings, models, is_node=is_node),
         specify=_specify(settings, models),

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
-from headrace.arguments import Messages, Numbers, Prompt
+from headrace.arguments import Messages, Prompt
 from headrace.config import Config
 from headrace.core.errors import InvalidRequest
-from headrace.core.events import EmbedResult, Event, GenerateResult, RerankResult, TokenCount
+from headrace.core.events import Event
 from headrace.core.model import ModelInfo, ModelSpec, State
-from headrace.core.options import EmbedOptions, GenerateOptions, ModelOptions, RerankOptions
+from headrace.core.options import GenerateOptions, ModelOptions
 from headrace.core.parameters import Parameter
 from headrace.model_worker import AsyncModelWorker
 from headrace.worker.spec import OnProgress
 
 T = TypeVar("T")
+P = ParamSpec("P")
 _SETTLE_S = 5.0
 
 
@@ -57,6 +59,18 @@ class _Loop:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+
+
+def _blocking(
+    method: Callable[Concatenate[AsyncModelWorker, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[ModelWorker, P], T]:
+    """Return a method of the same arguments, result and docstring that waits for its end."""
+
+    @functools.wraps(method)
+    def call(self: ModelWorker, *args: P.args, **options: P.kwargs) -> T:
+        return self._run(method(self._worker, *args, **options))  # pyright: ignore[reportPrivateUsage]
+
+    return call
 
 
 class ModelWorker:
@@ -155,44 +169,12 @@ class ModelWorker:
         # In the worker's own loop: the caller's thread may be running another one.
         return self._events(self._run(begin()))
 
-    def generate(
-        self,
-        prompt: Prompt | None = None,
-        *,
-        messages: Messages | None = None,
-        **options: Unpack[GenerateOptions],
-    ) -> GenerateResult:
-        """Return the whole answer."""
-        return self._run(self._worker.generate(prompt, messages=messages, **options))
-
-    def embed(self, inputs: Sequence[Prompt], **options: Unpack[EmbedOptions]) -> Numbers:
-        """Return a vector for each text, or list of token ids."""
-        return self._run(self._worker.embed(inputs, **options))
-
-    def embed_raw(self, inputs: Sequence[Prompt], **options: Unpack[EmbedOptions]) -> EmbedResult:
-        """Return the vectors as bytes, with usage and metrics."""
-        return self._run(self._worker.embed_raw(inputs, **options))
-
-    def rerank(
-        self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]
-    ) -> RerankResult:
-        """Put documents in order: the best first, each with its index and score."""
-        return self._run(self._worker.rerank(query, documents, **options))
-
-    def count_tokens(
-        self,
-        text: str | None = None,
-        *,
-        messages: Messages | None = None,
-        add_special: bool = False,
-    ) -> TokenCount:
-        """Count the tokens of a text, or of messages in the template."""
-        work = self._worker.count_tokens(text, messages=messages, add_special=add_special)
-        return self._run(work)
-
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids."""
-        return self._run(self._worker.detokenize(token_ids))
+    generate = _blocking(AsyncModelWorker.generate)
+    embed = _blocking(AsyncModelWorker.embed)
+    embed_raw = _blocking(AsyncModelWorker.embed_raw)
+    rerank = _blocking(AsyncModelWorker.rerank)
+    count_tokens = _blocking(AsyncModelWorker.count_tokens)
+    detokenize = _blocking(AsyncModelWorker.detokenize)
 
     def _events(self, stream: Any) -> Iterator[Event]:
         loop = self._own_loop()

@@ -349,3 +349,41 @@ async def test_the_field_of_the_thinking_is_a_setting(field: str, names: list[st
         message = (await http.post(CHAT, json=chat())).json()["choices"][0]["message"]
     assert [name for name in message if name.startswith("reasoning")] == names
     assert {message[name] for name in names} == {"hm"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_sent"),
+    [
+        ({"include_reasoning": False}, False),
+        ({"reasoning": {"exclude": True}}, False),
+        ({"reasoning": {"effort": "high", "exclude": True}}, False),
+        ({"include_reasoning": True, "reasoning": {"exclude": True}}, False),
+        ({"include_reasoning": True}, True),
+        ({"include_reasoning": None, "reasoning": {"exclude": False}}, True),
+    ],
+)
+async def test_thinking_can_be_left_out(fields: dict[str, Any], *, is_sent: bool) -> None:
+    """Issue 13, thinking: it is counted and not sent, nor its log probabilities."""
+
+    def script(_request: Any) -> Iterable[Any]:
+        yield Delta("", (1,), reasoning="hm", logprobs=(TokenLogprob(1, b"hm", -0.5),))
+        yield Delta("Hi", (2,), reasoning="m")
+        yield finish()
+
+    body = chat(logprobs=True, **fields)
+    answer = await stream(script, body)
+    async with client(FakeBackend(script)) as http:
+        whole = (await http.post(CHAT, json=body)).text
+    for sent in (answer.text, whole):
+        assert "Hi" in sent
+        assert ("reasoning_content" in sent, "hm" in sent) == (is_sent, is_sent)
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+async def test_other_routes_refuse_the_fields_of_hidden_thinking(path: str) -> None:
+    """Issue 13, thinking: a field that a dialect has not is refused by name."""
+    more = {"include_reasoning": False, "max_tokens": 8} if "messages" in path else {"input": "Hi"}
+    body = {**chat(), **more} if "messages" in path else {**more, "include_reasoning": False}
+    async with client(FakeBackend(one_word)) as http:
+        answer = await http.post(path, json=body)
+    assert (answer.status_code, "include_reasoning" in answer.text) == (400, True)

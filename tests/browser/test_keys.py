@@ -48,7 +48,7 @@ def test_a_key_at_its_limit_and_then_revoked(page: Browser, locked: Service) -> 
     page.type(COMPOSER, "Once" + ENTER)
     page.see("total")
     page.type(COMPOSER, "Twice" + ENTER)
-    page.see("The limit of this key is reached: 1 requests per day. Try again in ")
+    page.see("The limit of this key is reached: 1 request per day. Try again in ")
     page.type(COMPOSER, "Half a mess")
     url = f"{locked.url}/admin/keys/{made['created']['id']}"
     httpx.delete(url, headers=admin).raise_for_status()

@@ -94,7 +94,7 @@ def test_ps_shows_models_and_devices(capsys: pytest.CaptureFixture[str]) -> None
         ({"pinned": True}, ["pinned"]),
         ({"enabled": False}, ["disabled"]),
         ({"state": "failed", "retry_at": NOW + 25.2}, ["failed", "retry in 25s"]),
-        ({"state": "stopped", "memory": {}, "max_running": None}, ["stopped", "2/-", "3/64"]),
+        ({"state": "stopped", "memory": {}, "max_running": None}, ["not loaded", "2/-", "3/64"]),
         (
             {"memory": {}, "estimated": Footprint(devices={"cpu": MB, "cuda:0": 2 * MB})},
             ["~1.0 MB cpu + 2.0 MB cuda:0"],

@@ -106,7 +106,7 @@ def test_what_a_frame_tells() -> None:
         "small", "ready", "2/8", "3", "123", "1234", "120ms", "2.12s", "8.2ms",
         "150.0 MB of ~160.0 MB",
     ]  # fmt: skip
-    assert cells(frame, "asleep") == ["asleep", "stopped", "0/-", "0", *["-"] * 6]
+    assert cells(frame, "asleep") == ["asleep", "not loaded", "0/-", "0", *["-"] * 6]
     assert cells(frame, "日本")[1] == "loading 25%"
     assert cells(frame, FAST.id) == [
         FAST.id, "small", "abcdef0123456789", "decode", "20s", "10.00s", "400", "40",

@@ -163,6 +163,11 @@ def test_other_addresses_of_the_hub(text: str) -> None:
         parse(text)
 
 
+def test_an_address_of_no_hub() -> None:
+    with pytest.raises(InvalidRequest, match=r"download the file, and name its path"):
+        parse("https://example.com/x.gguf")
+
+
 def test_a_suggestion_is_near() -> None:
     """Issue 12.30: a model of another family is none."""
     with pytest.raises(UnknownModel) as caught:

@@ -514,3 +514,23 @@ def test_tools_with_a_form(their: openai.OpenAI, claude: anthropic.Anthropic) ->
     assert all(json.loads(call).keys() == {"city", "days"} for call in calls)
     assert {content for content in texts if content} <= {'{"rain": "yes"}', '{"rain": "no"}'}
     assert calls or any(texts)
+
+
+def test_thinking_that_is_not_sent(their: openai.OpenAI) -> None:
+    """Issue 13, thinking: by a real worker it is counted, and neither body nor stream has it."""
+    for more in ({"include_reasoning": False}, {"reasoning": {"exclude": True}}):
+        given: Any = {"model": "thinker", "messages": user(THOUGHT), "extra_body": more}
+        whole = their.chat.completions.create(**given)
+        assert whole.choices[0].message.content == "Paris."
+        assert "see" not in whole.choices[0].message.model_dump_json()
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens_details is not None
+        assert whole.usage.completion_tokens_details.reasoning_tokens
+        chunks = [
+            chunk.model_dump_json()
+            for chunk in their.chat.completions.create(
+                **given, stream=True, stream_options={"include_usage": True}
+            )
+        ]
+        assert "reasoning_content" not in "".join(chunks)
+        assert '"reasoning_tokens":0' not in chunks[-1]

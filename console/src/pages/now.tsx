@@ -92,6 +92,7 @@ function Devices({ devices, models }: { devices: Device[]; models: ModelStatus[]
   return (
     <section>
       <h2>Devices</h2>
+      {devices.length === 0 && <Empty title="No node is connected">This front answers when one is: see its log.</Empty>}
       <ul class="devices">
         {devices.map((device) => (
           <li key={device.name}>

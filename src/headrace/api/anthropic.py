@@ -42,7 +42,7 @@ from headrace.core.errors import InvalidRequest, Unsupported
 from headrace.core.media import Content, Part, content_of
 from headrace.core.request import CountRequest, GenerateRequest, Message, Role
 from headrace.core.sampling import Sampling
-from headrace.core.stream import collect, result
+from headrace.core.stream import collect, result, without_thinking
 from headrace.core.tools import Thinking, Tool, ToolChoice
 
 # Changes with each request of Claude Code, so that no prompt would have a prefix in a cache.
@@ -89,9 +89,10 @@ async def _answer(
     stream = service.ask(request, exchange.call)
     thinking = wire.thinking
     shows = thinking is not None and thinking.type != "disabled" and thinking.display != "omitted"
-    head = MessageHead(
-        f"msg_{exchange.call.id}", service.model_name(wire.model), wire.stop_sequences or (), shows
-    )
+    if not shows:
+        stream = without_thinking(stream)
+    stops = wire.stop_sequences or ()
+    head = MessageHead(f"msg_{exchange.call.id}", service.model_name(wire.model), stops)
     if wire.stream:
         await exchange.unless_gone(send_stream(exchange, stream, MessageEncoder(head)))
         return

@@ -101,7 +101,7 @@ class MessageEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class MessageHead(NamedTuple):
-    """What is known of a message at its beginning, and whether its thinking is sent.
+    """What is known of a message at its beginning.
 
     `stops` are the stop sequences of the request; the model can have others.
     """
@@ -109,14 +109,13 @@ class MessageHead(NamedTuple):
     id: str
     model: str
     stops: Sequence[str]
-    thinks: bool
 
 
 def whole(head: MessageHead, result: GenerateResult) -> MessageBody:
     """Return the message of a collected stream."""
     choice = result.choices[0]
     blocks: list[AnswerBlock] = []
-    if choice.reasoning and head.thinks:
+    if choice.reasoning:
         blocks.append(ThinkingBlock(choice.reasoning, _SIGNATURE))
     if choice.text or not (choice.tool_calls or blocks):
         blocks.append(TextBlock(choice.text))
@@ -163,7 +162,7 @@ class MessageEncoder:
     def delta(self, delta: Delta) -> bytes:
         """Return the events of an addition; empty if it has no text that is sent."""
         data = b""
-        if delta.reasoning and self._head.thinks:
+        if delta.reasoning:
             if self._block != "thinking":
                 data = self._begin(ThinkingBlock("", ""), "thinking", "thinking")
             data += self._added(delta.reasoning)

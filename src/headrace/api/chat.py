@@ -43,6 +43,7 @@ from headrace.core.events import (
     ToolCallDelta,
 )
 from headrace.core.request import GenerateRequest
+from headrace.core.stream import without_thinking
 
 
 class ChatRequest(ThinkingFields, frozen=True, kw_only=True):
@@ -210,7 +211,10 @@ async def _answer(
         parts = _CustomParts(custom)
         form = replace(form, call=parts.part, rest=parts.rest)
     reply = Reply("chatcmpl-", form, request.n, partial(_whole, field, custom))
-    await answer(service, exchange, wire, service.ask(request, exchange.call), reply)
+    stream = service.ask(request, exchange.call)
+    if wire.hides_thinking:
+        stream = without_thinking(stream)
+    await answer(service, exchange, wire, stream, reply)
 
 
 def to_request(

@@ -8,7 +8,7 @@ _OF_CHATS: Peers = {
     **refused("reasoning_budget thinking_budget thinking_budget_tokens"),
     **refused("grammar regex ebnf", ""),
     **refused("structured_outputs guided_json guided_regex guided_choice guided_grammar"),
-    **refused("add_generation_prompt", True),
+    **refused("add_generation_prompt include_reasoning", True),
     **refused("continue_final_message echo prompt_logprobs", False),
     **refused("suffix", ""),
 }

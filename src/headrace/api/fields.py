@@ -107,7 +107,7 @@ GENERATE: Peers = {
     **_refused("grammar_lazy", False),
     **_refused("grammar_triggers", []),
     **_refused("kv_transfer_params vllm_xargs prompt_embeds"),
-    **_refused("separate_reasoning include_reasoning stream_reasoning", True),
+    **_refused("separate_reasoning stream_reasoning", True),
     # OpenAI and those that speak its protocol.
     **_ignored("verbosity"),
     **_refused("audio prediction web_search_options"),
@@ -142,6 +142,8 @@ COMPLETIONS: Peers = {
     **_refused("tool_choice", "none", "auto"),
     **_refused("reasoning_effort reasoning think thinking enable_thinking", False, "none"),
     **_refused("thinking_token_budget thinking_budget_tokens thinking_budget reasoning_budget"),
+    # Only chats have thinking apart from the answer.
+    **_ignored("include_reasoning"),
     **_refused("max_completion_tokens", instead="Use max_tokens"),
     **_ignored("chat_template_kwargs"),
 }
@@ -170,7 +172,7 @@ MESSAGE: Peers = {
 
 TOOL_CALL: Peers = _ignored("index cache_control")
 TOOL: Peers = _ignored("cache_control defer_loading")
-REASONING: Peers = {**_ignored("summary generate_summary"), **_refused("exclude", False)}
+REASONING: Peers = _ignored("summary generate_summary")
 PART: Peers = {
     **_ignored("cache_control annotations"),
     **_refused("input_audio video_url file input_image", instead="Parts are text or image_url"),

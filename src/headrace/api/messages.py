@@ -140,11 +140,12 @@ class ThinkingSwitch(Body, frozen=True):
 
 
 class ReasoningSwitch(Body, frozen=True):
-    """Thinking as routers have it."""
+    """Thinking as routers have it; with `exclude` it is not sent."""
 
     effort: Effort | None = None
     enabled: bool | None = None
     max_tokens: Budget | None = None
+    exclude: bool | None = None
 
     peers: ClassVar[Peers] = fields.REASONING
 
@@ -169,7 +170,10 @@ class Templated(Protocol):
 
 
 class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
-    """The names under which clients control the thinking; all mean one policy."""
+    """The names under which clients control the thinking; all mean one policy.
+
+    With `include_reasoning` false the model thinks, and the thinking is not sent.
+    """
 
     reasoning_effort: Effort | None = None
     reasoning: ReasoningSwitch | None = None
@@ -180,6 +184,12 @@ class ThinkingFields(GenerateFields, frozen=True, kw_only=True):
     thinking_budget_tokens: Budget | None = None
     thinking_budget: Budget | None = None
     reasoning_budget: Budget | None = None
+    include_reasoning: bool | None = None
+
+    @property
+    def hides_thinking(self) -> bool:
+        """Whether the thinking is not sent."""
+        return self.include_reasoning is False or bool(self.reasoning and self.reasoning.exclude)
 
     def names(self) -> dict[str, str]:
         """Return the client's names for fields of the core, where they differ."""

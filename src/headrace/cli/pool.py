@@ -32,6 +32,8 @@ from headrace.core.values import amounts
 if TYPE_CHECKING:
     from headrace.cli.client import Client
 
+# States of a model without a process.
+_EMPTY = {"created", "stopped"}
 _EVERY_S = 1.0
 _POLL_S = 0.3
 _LONGEST_ERROR = 60
@@ -218,6 +220,8 @@ def state(model: ModelStatus, *, stage: bool = False) -> str:
     """Return the state of a model, with the share of a load that is done, and its stage."""
     if not model.enabled:
         return "disabled"
+    if model.state in _EMPTY:
+        return "not loaded"
     share = f" {100 * model.done // model.total}%" if model.progress and model.total else ""
     if stage and model.progress and model.progress != model.state:
         return f"{model.state} ({model.progress}{share})"

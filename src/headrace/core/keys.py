@@ -293,6 +293,8 @@ def _limited(limit: str, value: int, wait_s: float) -> RateLimited:
     name = limit.replace("_", " ")
     if limit == "concurrent":
         name = "concurrent requests"
+    if value == 1:
+        name = name.replace("requests", "request").replace("tokens", "token")
     return RateLimited(
         f"The limit of this key is reached: {value} {name}.",
         detail=limit,

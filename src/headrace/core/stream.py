@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Generic, TypeVar
 
 import msgspec
@@ -199,6 +200,20 @@ async def collect_count(stream: Stream) -> TokenCount:
 async def collect_text(stream: Stream) -> str:
     """Return the text of a DetokenizeRequest's stream, and close it; raises as `result`."""
     return (await result(stream, Text))[0].text
+
+
+async def without_thinking(stream: Stream) -> Stream:
+    """Yield the events of a stream without the text of its thinking, and close it.
+
+    The tokens of thinking stay counted; their log probabilities, which spell it, are left out.
+    """
+    async with aclosing(stream):
+        async for event in stream:
+            if isinstance(event, Delta) and event.reasoning:
+                scored = event.logprobs if event.text else ()
+                yield Delta(event.text, event.token_ids, event.index, logprobs=scored)
+            else:
+                yield event
 
 
 def _result(parts: dict[int, list[_Part]], finish: Finish) -> GenerateResult:

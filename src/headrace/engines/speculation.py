@@ -171,5 +171,5 @@ def _listed(path: Path) -> Sequence[str]:
         content = msgspec.json.decode(read_bounded(path, MAX_JSON))
         tokens = cast("Mapping[str, int]", content["model"]["vocab"])
         return sorted(tokens, key=lambda text: tokens[text])
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+    except (msgspec.DecodeError, RecursionError, KeyError, TypeError, AttributeError):
         return ()

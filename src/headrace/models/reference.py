@@ -198,7 +198,7 @@ def parse(text: str, *, base: Path | None = None) -> Reference:
     if scheme is not None and not path.exists():
         if tags := library.current().tags(scheme[1]):
             raise UnknownModel(f"The library has {', '.join(tags)}, not {text}.", param="model")
-        raise _invalid(text, f"{scheme[1]}: is no kind of reference")
+        raise _no_kind(text, scheme[1])
     if "/" not in text and not text.endswith(".gguf") and not path.exists():
         raise unknown(text)
     return LocalReference(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
@@ -215,6 +215,13 @@ def unknown(name: str) -> UnknownModel:
     return UnknownModel(
         f"No model is called {name!r}. The catalogue has: {catalog}. {hint}", param="model"
     )
+
+
+def _no_kind(text: str, scheme: str) -> InvalidRequest:
+    if scheme.lower() in ("http", "https"):
+        hint = "only addresses of hubs are known; download the file, and name its path"
+        return _invalid(text, hint)
+    return _invalid(text, f"{scheme}: is no kind of reference")
 
 
 def _invalid(text: str, reason: str) -> InvalidRequest:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from headrace import __version__
 from headrace.core.install import install_command
 from headrace.core.record import Attribute
 from headrace.telemetry.spans import Exported, Kind, Parent, Tracing
@@ -121,7 +122,7 @@ def _remote(parent: Parent) -> SpanContext:
     )
 
 
-def configure(version: str, environment: Mapping[str, str] = os.environ) -> Tracing:
+def configure(version: str = __version__, environment: Mapping[str, str] = os.environ) -> Tracing:
     """Return the tracing of this process.
 
     Spans are exported if OTEL_TRACES_EXPORTER or an OTLP endpoint is set, and to the provider of

@@ -109,7 +109,6 @@ class Prompter:
         max_tokens = max_new_tokens(request, known, context_length)
         answered, answered_text, ended = self._answered(request, parsing.visible)
         left = max(0, max_tokens - len(answered))
-        before = self.chat.thinking(request, text) if self.chat and text is not None else ("", "")
         shared = EngineRequest(
             token_ids=token_ids,
             max_tokens=left,
@@ -127,13 +126,16 @@ class Prompter:
             splitter=parsing.splitter,
             budget=parsing.budget,
             answered_thought=self._thought(parsing, answered),
-            before=before,
+            before=self._before(request, text),
             stops=(*request.sampling.stop, *self._stops),
             echo=self._echo(request),
             answered_text=answered_text,
             over="stop" if ended else None if left else "length",
             context_length=context_length,
         )
+
+    def _before(self, request: GenerateRequest, text: str | None) -> Before:
+        return self.chat.thinking(request, text) if self.chat and text is not None else ("", "")
 
     def count(self, request: CountRequest, gone: Gone | None = None) -> tuple[int, ...]:
         """Return the token ids of a text, or of messages as the template puts them."""
