@@ -345,6 +345,22 @@ def test_an_adapter_that_few_nodes_have() -> None:
     run(main())
 
 
+def test_a_task_that_fails_is_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 15.1: without it nothing would show why a front loads no models any more."""
+
+    async def main() -> None:
+        async with opened() as cluster:
+            monkeypatch.delattr(cluster.front.placing, "_clock")
+            await asyncio.sleep(2.0)
+            (record,) = [r for r in caplog.records if r.message == "headrace.cluster.task"]
+            assert record.__dict__["data"] == {"task": "housekeeping of the cluster"}
+            assert record.exc_info is not None
+
+    run(main())
+
+
 def test_no_node_at_all() -> None:
     """Issue 15.1: try again later, and not that the model is unknown."""
 
