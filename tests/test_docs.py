@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import MODEL_HOME, ROOT
 from tests.pictures_made import png
 from tests.service.serving import Service, served
+from tests.sounds_made import wav
 
 from headrace.api.app import ADMIN_ROUTES, ROUTES
 from headrace.api.batch.routes import BatchRoutes
@@ -66,6 +67,9 @@ task = "rerank"
 [models.smolvlm]
 model = "echo"
 options = { images = true }
+[models.ultravox]
+model = "echo"
+options = { audio = true }
 """
 SHELL_PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md"] + [
     str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))
@@ -100,6 +104,7 @@ def shell(
     folder = tmp_path_factory.mktemp("shell")
     (folder / "notes.txt").write_text("Rivers run to the sea.")
     (folder / "photo.png").write_bytes(png())
+    (folder / "question.wav").write_bytes(wav(0.5))
     (folder / "models").mkdir()
     (folder / "models" / "mine.gguf").symlink_to(smollm2_path)
     (folder / "headrace.toml").write_text(STAND_INS)
@@ -164,7 +169,7 @@ def test_the_first_screen_of_the_readme() -> None:
         "| | Headrace | [Ollama]",
         "[llama-swap]",
         "[vLLM]",
-        "**not yet**",
+        "**no; no**",
         "headrace top  http",
         "**Headrace sends nothing to anyone.**",
     )

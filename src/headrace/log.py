@@ -202,6 +202,7 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "cluster.not_reconciled": "The number of agents is not changed: {0[error]}".format,
     "cluster.not_placed": "{0[model]} is not loaded at {0[node]}: {0[error]}".format,
     "cluster.cancel_slow": "The node {0[node]} is slow to cancel an answer".format,
+    "cluster.task": "A task of the front failed: {0[task]}".format,
     "pool.task": lambda data: "A task of the pool failed",
     "worker.bug": lambda data: "A worker failed unexpectedly",
     "worker.not_confined": "The process of a model is not confined: {0[error]}".format,

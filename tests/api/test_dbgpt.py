@@ -191,7 +191,7 @@ async def test_parts_and_images() -> None:
     assert "audio" in text_of(output)
     assert refused["error_code"] == 40001
     assert [
-        len(request.images) for request in backend.requests if isinstance(request, GenerateRequest)
+        len(request.media) for request in backend.requests if isinstance(request, GenerateRequest)
     ] == [1, 1, 0]
     last = backend.requests[-1]
     assert isinstance(last, GenerateRequest)

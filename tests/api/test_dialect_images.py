@@ -133,7 +133,7 @@ async def test_the_place_of_an_image_is_that_in_the_request() -> None:
     [
         (b"\x89PNG\r\n\x1a\n", "ends within its header"),
         (b"<svg/>", "not an image in"),
-        (PICTURE + bytes(21 << 20), "all images have more than 20971520 bytes"),
+        (PICTURE + bytes(21 << 20), "all images and sounds have more than 20971520 bytes"),
         ("file:///etc/passwd", "send the image in a data: URL"),
         ("http://127.0.0.1/a.png", "images of this host are not fetched"),
     ],

@@ -91,7 +91,7 @@ async def test_the_bytes_say_what_it_is(url: str) -> None:
         (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not an image in"),
         (data_url(b"\x89PNG\r\n\x1a\n"), "ends within its header"),
         (data_url(png_of(60_000, 60_000, b"")), "60000 x 60000 are more than"),
-        (data_url(png() + bytes(21 << 20)), "all images have more than 20971520 bytes"),
+        (data_url(png() + bytes(21 << 20)), "all images and sounds have more than 20971520 bytes"),
     ],
 )
 async def test_what_is_refused(url: str, message: str) -> None:
@@ -105,7 +105,7 @@ async def test_what_is_refused(url: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("part", [
-    {"type": "input_audio", "input_audio": {"data": "YQ==", "format": "wav"}},
+    {"type": "input_audio"},
     {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,YQ=="}},
     {"type": "file", "file": {"file_id": "a"}},
     {"type": "image_url"},

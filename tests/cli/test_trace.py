@@ -13,6 +13,7 @@ import httpx
 import pytest
 from tests.pictures_made import data_url, png
 from tests.service.serving import Service, served
+from tests.sounds_made import spoken, wav
 from tests.telemetry.traced import metrics, record, spans
 
 from headrace.cli.app import run
@@ -30,7 +31,7 @@ trace_content = true
 model = "builtin:echo"
 [models.seeing]
 model = "builtin:echo"
-options = {images = true}
+options = {images = true, audio = true}
 [models.other]
 model = "builtin:echo"
 options = {text = "good evening"}
@@ -408,7 +409,7 @@ def test_that_tools_thinking_and_forms_are_sent_again(
     ]
 
 
-def test_that_images_and_gaps_are_sent_again(
+def test_that_images_and_sounds_are_sent_again(
     service: Service,
     answered: Callable[..., RequestRecord],
     tmp_path: Path,
@@ -427,6 +428,15 @@ def test_that_images_and_gaps_are_sent_again(
     assert json.loads(capsys.readouterr().out)["equal"] is True
     assert run([*replay, "--image", str(tmp_path / "none.png")]) == 2
     assert "No such file" in capsys.readouterr().err
+    (tmp_path / "a.wav").write_bytes(wav(0.25))
+    heard = answered({"model": "seeing", "messages": [spoken("What?", wav(0.25))]})
+    replay[2] = heard.id
+    assert run(replay) == 2
+    assert "has a sound (wav, 0.25 s, 8044 bytes" in capsys.readouterr().err
+    assert run([*replay, "--json", "--image", str(tmp_path / "a.wav")]) == 0
+    assert json.loads(capsys.readouterr().out)["equal"] is True
+    assert run(["trace", "show", heard.id]) == 0
+    assert "[wav 0.25 s, " in capsys.readouterr().out
 
 
 def test_that_what_cannot_be_asked_again_is_told(

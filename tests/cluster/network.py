@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, cast
 
+import msgspec
 from tests.cluster.rig import member
 
 from headrace.cluster.node import NodeServer
@@ -26,6 +27,7 @@ from headrace.core.status import (
     PoolEvent,
     PoolStatus,
     Reloaded,
+    ReplicaStatus,
     StoredModel,
 )
 from headrace.pool.events import EventBus
@@ -134,6 +136,7 @@ class FakeNode:
     def __init__(self, name: str, models: Sequence[str], *, copies: int = 2) -> None:
         self.name = name
         self.copies = copies
+        self.adapters: tuple[str, ...] = ()
         self.bus = EventBus()
         self.states: dict[str, str] = dict.fromkeys(models, "created")
         self.draining = False
@@ -186,7 +189,8 @@ class FakeNode:
     def _always_fits(self, request: GenerateRequest) -> bool:
         return request.continues and isinstance(self.refusal, QueueFull)
 
-    async def _ready(self, model: str) -> None:
+    async def _ready(self, name: str) -> None:
+        model = next(iter(self.states)) if name in self.adapters else name
         if model not in self.states:
             raise UnknownModel("not here")
         if self.states[model] == "created":
@@ -196,11 +200,17 @@ class FakeNode:
 
     def models(self) -> Sequence[ModelInfo]:
         able = Capabilities(resume=True, batch_invariant=True)
-        return [
+        models = [
             ModelInfo(
                 id=name, source="fake", engine="fake", state=cast("Any", state), capabilities=able
             )
             for name, state in self.states.items()
+        ]
+        return models + [
+            msgspec.structs.replace(
+                models[0], id=f"own {name}", aliases=(name,), base=models[0].id, adapter="a file"
+            )
+            for name in self.adapters
         ]
 
     async def aclose(self) -> None:
@@ -215,6 +225,10 @@ class FakeNode:
                 max_running=self.slots,
                 running=self.running if place == 0 else 0,
                 copies=self.copies,
+                replicas=tuple(
+                    ReplicaStatus(number=number, state=cast("Any", state))
+                    for number in range(dict(self.placed).get(name, 1))
+                ),
             )
             for place, (name, state) in enumerate(self.states.items())
         )

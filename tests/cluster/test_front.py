@@ -326,6 +326,41 @@ def test_a_request_that_is_refused_before_it_begins(error: HeadraceError, elsewh
     run(main())
 
 
+def test_an_adapter_that_few_nodes_have() -> None:
+    """Issue 15.2, 17.4: one that was added before other nodes came; its aliases are names too."""
+
+    async def main() -> None:
+        async with opened(6) as cluster:
+            able = cluster.hosts[-1].node
+            assert able is not None
+            able.adapters = ("m:new",)
+            await asyncio.sleep(2.0)
+            request = ask("m:new", 3)
+            assert (await answer(cluster, request)).text == counted(3)
+            assert cluster.served_by(request)[-1] == able.name
+            able.adapters = ()
+            with pytest.raises(UnknownModel):
+                await answer(cluster, ask("m:new", 3))
+
+    run(main())
+
+
+def test_a_task_that_fails_is_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 15.1: without it nothing would show why a front loads no models any more."""
+
+    async def main() -> None:
+        async with opened() as cluster:
+            monkeypatch.delattr(cluster.front.placing, "_clock")
+            await asyncio.sleep(2.0)
+            (record,) = [r for r in caplog.records if r.message == "headrace.cluster.task"]
+            assert record.__dict__["data"] == {"task": "housekeeping of the cluster"}
+            assert record.exc_info is not None
+
+    run(main())
+
+
 def test_no_node_at_all() -> None:
     """Issue 15.1: try again later, and not that the model is unknown."""
 
@@ -427,6 +462,29 @@ def test_a_node_that_is_restarted_gets_its_model_and_no_other_a_second_one() -> 
             await asyncio.sleep(9.0)
             assert node.states["m"] == "ready"
             assert other.node.placed == before
+
+    run(main())
+
+
+def test_a_front_that_starts_ends_workers_that_are_too_many() -> None:
+    """Issue 15.2: a node got two while the other was lost, by a front that is gone."""
+
+    async def main() -> None:
+        async with opened() as cluster:
+            lost, other = cluster.hosts
+            assert other.node is not None
+            lost.kill()
+            await asyncio.sleep(8.0)
+            assert other.node.placed[-1] == ("m", 2)
+            await cluster.front.aclose()
+            lost.start()
+            cluster.front = ClusterPool(
+                [cluster.listing], me_of("front"), cluster.network.connect, clock
+            )
+            await cluster.front.start()
+            await asyncio.sleep(8.0)
+            assert len(cluster.front.view.ready("m")) == 2
+            assert other.node.placed[-1] == ("m", 1)
 
     run(main())
 

@@ -261,6 +261,7 @@ def test_a_certificate_that_others_would_not_accept(wrong: str, tmp_path: Path) 
 
 async def test_a_second_node_of_a_name(caplog: pytest.LogCaptureFixture) -> None:
     """Issue 15.1: the first is kept; both sides report why the other is not, once."""
+    caplog.set_level("INFO", logger="headrace.cluster")
     first, second = FakeNode("a", ["m"]), FakeNode("a", ["m"])
     async with (
         node("a", first, first) as (_, address),
@@ -274,6 +275,10 @@ async def test_a_second_node_of_a_name(caplog: pytest.LogCaptureFixture) -> None
         assert sorted(link.is_up for link in pool.links.values()) == [False, True]
         names = [record.message for record in caplog.records if record.levelname == "WARNING"]
         assert sorted(names) == ["headrace.cluster.node_refused", "headrace.cluster.not_accepted"]
+        # The front that is not there for the second one has neither joined nor left it.
+        await until(lambda: "front_joined" in caplog.text)
+        assert caplog.text.count("front_joined") == 1
+        assert "front_left" not in caplog.text
 
 
 async def refused_again(link: NodeLink) -> None:

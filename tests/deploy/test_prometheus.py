@@ -30,6 +30,7 @@ EMPTY = (
     "headrace_prefix_cache_",
     "headrace_kv_cache_",
     "headrace_request_load_wait_",
+    "headrace_workers_drafting",
 )
 
 

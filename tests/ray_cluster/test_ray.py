@@ -426,9 +426,11 @@ def test_a_link_that_is_down(cluster: Cluster) -> None:
 
 
 def test_down(cluster: Cluster) -> None:
-    """Issue 15.3: nodes and agents end."""
+    """Issue 15.3: nodes and agents end, after the answers that run."""
+    streams = begin(cluster)
     done = cluster.command("down", "--wait-s", "60")
     assert done.returncode == 0, done.stderr
+    check(streams, gap_s=5.0)
     until(lambda: not psutil.pid_exists(cluster.record(3)["pid"]))
     again = cluster.command("down")
     assert "has placed no nodes" in again.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import AsyncGenerator
@@ -11,6 +12,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 from tests.pictures_made import asked, png
+from tests.sounds_made import wav
 from tests.worker.rig import ask, echo, finish, first_delta, listed, resolve, text, until, worker
 
 from headrace import engines
@@ -30,6 +32,7 @@ from headrace.core.errors import (
     Unsupported,
 )
 from headrace.core.events import Delta, Progress
+from headrace.core.media import Pictures
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, Message
 from headrace.core.stream import collect, collect_count, collect_text
 from headrace.engines import echo as echo_engine
@@ -557,6 +560,18 @@ async def test_few_texts_are_counted_at_a_time(monkeypatch: pytest.MonkeyPatch) 
         results = await asyncio.gather(*tasks, return_exceptions=True)
     assert most == 2
     assert sum(isinstance(result, BaseException) for result in results) == 1
+
+
+async def test_a_sound_beside_an_image_is_the_marker() -> None:
+    """Issue 13, audio input: templates that write images know no sounds."""
+    pictures = Pictures()
+    content = (pictures.add_audio(wav(0.2), ""), " and ", pictures.add(png(), ""))
+    request = GenerateRequest(messages=(Message("user", content),), media=pictures.data)
+    written = "{% for part in messages[0].content %}{{ part.text or '<image>' }}{% endfor %}"
+    for template in (None, written):
+        async with worker(images=True, audio=True, chat_template=template) as echo:
+            result = await collect(echo.ask(request))
+        assert re.fullmatch(r"\[wav 0\.2s \w+\] and \[png 64x48 \w+\]", result.text)
 
 
 async def test_an_image_alone_is_a_message() -> None:

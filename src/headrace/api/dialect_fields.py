@@ -88,8 +88,7 @@ INPUT_ITEM: Peers = {
     **ignored("async_ parsed_arguments"),
 }
 INPUT_PART: Peers = ignored(
-    "annotations logprobs parsed detail file_data file_url filename input_audio"
-    " prompt_cache_breakpoint"
+    "annotations logprobs parsed detail file_data file_url filename prompt_cache_breakpoint"
 )
 RESPONSE_REASONING: Peers = {
     **ignored("generate_summary context mode"),

@@ -174,7 +174,7 @@ TOOL: Peers = _ignored("cache_control defer_loading")
 REASONING: Peers = _ignored("summary generate_summary")
 PART: Peers = {
     **_ignored("cache_control annotations"),
-    **_refused("input_audio video_url file input_image", instead="Parts are text or image_url"),
+    **_refused("video_url file input_image", instead="Parts are text, image_url or input_audio"),
 }
 STREAM_OPTIONS: Peers = {
     **_ignored("include_obfuscation"),

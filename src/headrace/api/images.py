@@ -1,4 +1,4 @@
-"""Pictures in requests: `data:` URLs, and URLs of hosts that are allowed."""
+"""Pictures and sounds in requests: `data:` URLs, and URLs of hosts that are allowed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from headrace.api.exchange import Exchange, Service
 from headrace.api.limits import ApiSettings
 from headrace.api.problems import refused
 from headrace.core.errors import InvalidRequest
-from headrace.core.media import MAX_IMAGE_BYTES, Image, Pictures, too_many_bytes
+from headrace.core.media import MAX_IMAGE_BYTES, Audio, Image, M, Media, Pictures, too_many_bytes
 
 MAX_HELD = 512 << 20
-"""Bytes of the pictures of all requests that run or wait."""
+"""Bytes of the pictures and sounds of all requests that run or wait."""
 FETCH_TIMEOUT_S = 10.0
-"""For one picture, from the look-up of its host to its last byte."""
+"""For one picture or sound, from the look-up of its host to its last byte."""
 
 _SPACES = re.compile(r"[\t\n\r ]+")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -32,13 +32,13 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 T = TypeVar("T")
 
 Fetched = Mapping[str, bytes]
-"""Pictures of other hosts, by URL."""
+"""Pictures and sounds of other hosts, by URL."""
 Urls = Iterable[tuple[str, str]]
-"""URLs of pictures, each with its place in errors."""
+"""URLs of pictures and sounds, each with its place in errors."""
 
 
 class Held:
-    """The pictures of all requests together, bounded.
+    """The pictures and sounds of all requests together, bounded.
 
     `shares` is how many processes share the bound.
     """
@@ -56,7 +56,7 @@ class Held:
         """
         is_alone = self.shares > 1 and not self.size
         if self.size + size > MAX_HELD // self.shares and not is_alone:
-            message = "The images of other requests take all room; try again later."
+            message = "The images and sounds of other requests take all room; try again later."
             raise refused(503, message, "too_many_images", ((b"retry-after", b"1"),))
         self.size += size
         try:
@@ -69,25 +69,26 @@ HELD = Held()
 
 
 def body_limit(service: Service, settings: ApiSettings) -> int:
-    """Return the most bytes of a conversation: more where a model may take images."""
+    """Return the most bytes of a conversation: more where a model may take images or audio."""
     # What a model can do is known once it is loaded.
     may_see = any(
-        info.capabilities.vision or info.state != "ready" for info in service.backend.models()
+        info.capabilities.vision or info.capabilities.audio or info.state != "ready"
+        for info in service.backend.models()
     )
     sizes = (settings.max_body_bytes, settings.max_image_body_bytes)
     return max(sizes) if may_see else sizes[0]
 
 
 class Translation(NamedTuple):
-    """Makes core requests of bodies that may have images; `fetched` are those of other hosts."""
+    """Makes core requests of bodies that may have media; `fetched` are those of other hosts."""
 
     fetched: Fetched
     has_images: bool
 
     async def run(self, make: Callable[[ImageReader], T]) -> T:
-        """Return what `make` returns, which gets the reader of the images.
+        """Return what `make` returns, which gets the reader of the images and sounds.
 
-        With images it runs in a thread, as decoding them takes long.
+        With any it runs in a thread, as decoding them takes long.
         """
         reader = ImageReader(self.fetched)
         return await asyncio.to_thread(make, reader) if self.has_images else make(reader)
@@ -95,12 +96,12 @@ class Translation(NamedTuple):
 
 @asynccontextmanager
 async def held(exchange: Exchange, urls: Urls, others: int = 0) -> AsyncGenerator[Translation]:
-    """Count the images of a request while the context is open, and fetch those of allowed hosts.
+    """Count the media of a request while the context is open, and fetch those of allowed hosts.
 
     `others` is the size of images that have no URL, as base64.
 
     Raises:
-        Refused: the body is too large without its images, or there are too many of all requests.
+        Refused: the body is too large without its media, or there are too many of all requests.
         InvalidRequest: one cannot be fetched.
     """
     places = [*urls]
@@ -119,7 +120,7 @@ async def held(exchange: Exchange, urls: Urls, others: int = 0) -> AsyncGenerato
 
 
 class ImageReader:
-    """Reads the pictures of one request; `pictures` has their bytes."""
+    """Reads the pictures and sounds of one request; `pictures` has their bytes."""
 
     def __init__(self, fetched: Fetched | None = None) -> None:
         self.pictures = Pictures()
@@ -132,27 +133,40 @@ class ImageReader:
             InvalidRequest: it is no picture, beyond a bound, or its URL is not allowed; `place` is
                 its name in errors.
         """
+        return self._read(Image, url, place, self.pictures.add)
+
+    def read_audio(self, url: str, place: str) -> Audio:
+        """Return the sound of a URL, as `read` does a picture.
+
+        Raises:
+            InvalidRequest: it is no sound, beyond a bound, or its URL is not allowed.
+        """
+        return self._read(Audio, url, place, self.pictures.add_audio)
+
+    def _read(self, kind: type[M], url: str, place: str, add: Callable[[bytes, str], M]) -> M:
         pictures = self.pictures
-        if (image := pictures.by_url.get(url)) is not None:
-            pictures.again(image, place)
-            return image
+        if isinstance(part := pictures.by_url.get(url), kind):
+            pictures.again(part, place)
+            return part
+        part = pictures.by_url[url] = add(self._data(kind, url, place), place)
+        return part
+
+    def _data(self, kind: type[Media], url: str, place: str) -> bytes:
         scheme = url.partition(":")[0].lower()
         if scheme == "data":
-            data = _decoded(url, place, pictures.room(place))
-        elif url in self._fetched:
-            data = self._fetched[url]
-        else:
-            is_web = scheme in ("http", "https")
-            reason = "images of this host are not fetched; send" if is_web else "send"
-            raise InvalidRequest(f"{place}: {reason} the image in a data: URL.", param=place)
-        image = pictures.by_url[url] = pictures.add(data, place)
-        return image
+            return _decoded(url, place, self.pictures.room(place))
+        if url in self._fetched:
+            return self._fetched[url]
+        noun, many = ("image", "images") if kind is Image else ("audio", "sounds")
+        is_web = scheme in ("http", "https")
+        reason = f"{many} of this host are not fetched; send" if is_web else "send"
+        raise InvalidRequest(f"{place}: {reason} the {noun} in a data: URL.", param=place)
 
 
 def _decoded(url: str, place: str, room: int) -> bytes:
     head, comma, text = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise InvalidRequest(f"{place}: a data: URL of an image has ;base64,.", param=place)
+        raise InvalidRequest(f"{place}: a data: URL has ;base64,.", param=place)
     if len(text) > room * 2:
         raise too_many_bytes(place)
     text = _SPACES.sub("", text)
@@ -165,7 +179,7 @@ def _decoded(url: str, place: str, room: int) -> bytes:
 
 
 async def fetch(urls: Mapping[str, str], hosts: Sequence[str]) -> Fetched:
-    """Return the pictures of URLs with a host that is allowed; `urls` have their place in errors.
+    """Return the media of URLs with a host that is allowed; `urls` have their place in errors.
 
     Raises:
         InvalidRequest: one cannot be fetched, or leads to an address that is not public.
@@ -212,7 +226,7 @@ async def _fetch(parts: SplitResult, place: str, room: int) -> bytes:
     shown = f"[{address}]" if ":" in address else address
     # To the address that was checked: a second look-up could have another answer.
     url = parts._replace(netloc=f"{shown}:{port}", fragment="").geturl()
-    headers = {"Host": parts.netloc, "Accept": "image/*", "Accept-Encoding": "identity"}
+    headers = {"Host": parts.netloc, "Accept": "image/*, audio/*", "Accept-Encoding": "identity"}
     async with (
         httpx2.AsyncClient(trust_env=False, follow_redirects=False) as client,
         client.stream("GET", url, headers=headers, extensions={"sni_hostname": host}) as response,
@@ -260,4 +274,4 @@ def is_public(address: str) -> bool:
 
 
 def _unfetched(place: str, reason: str) -> InvalidRequest:
-    return InvalidRequest(f"{place}: the image was not fetched: {reason}.", param=place)
+    return InvalidRequest(f"{place}: it was not fetched: {reason}.", param=place)

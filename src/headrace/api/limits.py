@@ -101,8 +101,8 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     When there are keys, `keep_alive` of a request without an admin key only lengthens the model's,
     to `max_keep_alive_s` at most.
     `unknown_fields` is what becomes of a body's unknown fields. `max_image_body_bytes` bounds a
-    conversation for models that take images; `max_body_bytes` bounds it without the images.
-    `media_hosts` are hosts from which images are fetched: names, `*.` and a domain, or `*`.
+    conversation for models that take images or audio; `max_body_bytes` bounds it without these.
+    `media_hosts` are hosts from which both are fetched: names, `*.` and a domain, or `*`.
     `reasoning_field` is where chat completions have the thinking. With `list_aliases`, /v1/models
     lists each alias as a model. `console` is whether browsers get the console and /docs.
     `max_batch_bytes` bounds the files of batches, 0 switches them off. `uses_database` is whether

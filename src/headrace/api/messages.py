@@ -145,7 +145,7 @@ class Templated(Protocol):
 
 
 def image_urls(wire: Sequence[ChatMessage]) -> list[tuple[str, str]]:
-    """Return the URLs of the images, each with its place."""
+    """Return the URLs of the images and sounds, each with its place."""
     return [
         url
         for index, message in enumerate(wire)
@@ -177,13 +177,13 @@ def to_template(wire: Templated) -> dict[str, Any]:
 def to_messages(
     wire: Sequence[ChatMessage], first: int = 0, *, reader: ImageReader | None = None
 ) -> tuple[Message, ...]:
-    """Return the turns of a conversation, each with its texts joined where there are no pictures.
+    """Return the turns of a conversation, each with its texts joined where there is nothing else.
 
-    `first` is the number of the first in errors. `reader` has the images afterwards.
+    `first` is the number of the first in errors. `reader` has the images and sounds afterwards.
 
     Raises:
-        InvalidRequest: a turn has no content where its role needs it, or an image is damaged.
-        Unsupported: a part is neither text nor an image.
+        InvalidRequest: a turn has no content where its role needs it, or its media are damaged.
+        Unsupported: a part is neither text, nor an image or a sound.
     """
     reader = reader or ImageReader()
     turns: list[Message] = []

@@ -202,14 +202,18 @@ def _prompt_bytes(request: GenerateRequest, info: ModelInfo | None) -> int:
     calls = [call for turn in request.messages for call in turn.tool_calls]
     preset = info.preset if info else {}
     written = msgspec.json.encode([request.tools, calls, request.template_options, preset])
-    images = sum(image.tokens for image in request.images)
+    media = sum(part.tokens for part in request.media_parts)
     around = _AROUND * (len(texts) + len(request.tools) + len(calls))
-    return fixed + sum(map(_bytes, texts)) + len(written) + images + around
+    return fixed + sum(map(_bytes, texts)) + len(written) + media + around
 
 
 async def _counted(backend: Backend, request: AnyRequest) -> int | None:
     """Return the exact number of a prompt's tokens; None if it cannot be counted."""
-    if not isinstance(request, GenerateRequest) or request.images or request.suffix is not None:
+    if (
+        not isinstance(request, GenerateRequest)
+        or request.media_parts
+        or request.suffix is not None
+    ):
         return None
     if isinstance(request.prompt, tuple):
         return None

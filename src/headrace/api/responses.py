@@ -22,7 +22,7 @@ from headrace.api.messages import (
     to_call,
     tools_of,
 )
-from headrace.api.parts import check_role
+from headrace.api.parts import check_role, data_url
 from headrace.api.problems import Problem, Refused
 from headrace.api.responses_answer import ResponseEncoder, Settings, unseal, whole
 from headrace.api.responses_body import ResponseBody
@@ -167,12 +167,15 @@ def to_request(
 
 
 def image_urls(wire: ResponsesRequest) -> Iterator[tuple[str, str]]:
-    """Yield the URL of each image, with its place."""
+    """Yield the URL of each image and sound, with its place."""
     for index, item in enumerate(wire.input if isinstance(wire.input, list) else ()):
         for name, parts in (("content", item.content), ("output", item.output)):
             for number, part in enumerate(parts if isinstance(parts, list) else ()):
+                place = f"input[{index}].{name}[{number}]"
                 if part.type == "input_image" and part.image_url:
-                    yield part.image_url, f"input[{index}].{name}[{number}]"
+                    yield part.image_url, place
+                elif part.type == "input_audio" and part.input_audio is not None:
+                    yield data_url(part.input_audio.data), place
 
 
 def to_messages(wire: ResponsesRequest, reader: ImageReader) -> tuple[Message, ...]:
@@ -278,15 +281,23 @@ def _content(
 
 
 def _part(part: InputPart, role: Role, place: str, reader: ImageReader) -> Part:
-    if part.type != "input_image":
+    if part.type not in ("input_image", "input_audio"):
         return _text(part, place)
     check_role(role, place)
+    if part.type == "input_audio":
+        return _audio(part, place, reader)
     if part.image_url is None and part.file_id is not None:
         message = f"{place}: This server keeps no files: send the image in image_url."
         raise Unsupported(message, param=place)
     if not part.image_url:
         raise InvalidRequest(f"{place}.image_url is missing.", param=place)
     return reader.read(part.image_url, place)
+
+
+def _audio(part: InputPart, place: str, reader: ImageReader) -> Part:
+    if part.input_audio is None:
+        raise InvalidRequest(f"{place}.input_audio is missing.", param=place)
+    return reader.read_audio(data_url(part.input_audio.data), place)
 
 
 def _text(part: InputPart, place: str) -> str:

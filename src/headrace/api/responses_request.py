@@ -10,6 +10,7 @@ from headrace.api import dialect_fields, limits
 from headrace.api.custom_tools import Syntax
 from headrace.api.fields import Body, Peers
 from headrace.api.messages import CallId, ToolName
+from headrace.api.parts import AudioData
 from headrace.api.thinking import Effort
 from headrace.api.wire import Count, KeepAlive, ModelName, StreamOptions
 from headrace.core.request import Role
@@ -17,13 +18,14 @@ from headrace.core.sampling import SamplingFields
 
 
 class InputPart(Body, frozen=True):
-    """A part of a message, of thinking or of a tool's output: text, or a picture by its URL."""
+    """A part of a message, of thinking or of a tool's output: text, a picture or a sound."""
 
     type: str
     text: str | None = None
     refusal: str | None = None
     image_url: str | None = None
     file_id: str | None = None
+    input_audio: AudioData | None = None
 
     peers: ClassVar[Peers] = dialect_fields.INPUT_PART
 

@@ -49,7 +49,7 @@ def replay(
     ] = None,
     image: Annotated[
         list[Path] | None,
-        Option(metavar="FILE", help="An image of the request, which records do not keep."),
+        Option(metavar="FILE", help="An image or a sound of the request: records keep neither."),
     ] = None,
     url: Url = None,
 ) -> None:

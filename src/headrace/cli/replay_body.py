@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import msgspec
 
 from headrace.api.custom_tools import as_wire
 from headrace.core.errors import InvalidRequest
-from headrace.core.media import Image, Part
+from headrace.core.media import Audio, Media, Part, openai_part
 from headrace.core.record import Content, RequestRecord
 from headrace.core.request import Message
 from headrace.core.sampling import SamplingFields
@@ -31,11 +30,11 @@ _SAME = {
 def replay_body(
     record: RequestRecord, model: str | None = None, images: Sequence[bytes] = ()
 ) -> dict[str, Any]:
-    """Return the body of the request to send; `images` are the files of its images.
+    """Return the body of the request to send; `images` are the files of its images and sounds.
 
     Raises:
-        InvalidRequest: its content was not kept, the operation is not one of text, or an image is
-            missing.
+        InvalidRequest: its content was not kept, the operation is not one of text, or an image or a
+            sound is missing.
     """
     if record.operation not in PATHS:
         raise InvalidRequest(f"{record.id} is of {record.operation}; only texts are replayed.")
@@ -122,14 +121,16 @@ def _part(name: str, part: Part, files: Mapping[str, bytes]) -> dict[str, Any]:
         return {"type": "text", "text": part}
     if part.digest not in files:
         raise InvalidRequest(_missing(name, part), param="image")
-    data = base64.b64encode(files[part.digest]).decode()
-    url = f"data:image/{part.format};base64,{data}"
-    return {"type": "image_url", "image_url": {"url": url}}
+    return openai_part(part, files)
 
 
-def _missing(name: str, image: Image) -> str:
-    size = f"{image.format}, {image.width}x{image.height}, {image.size} bytes"
+def _missing(name: str, part: Media) -> str:
+    if isinstance(part, Audio):
+        size, kind = f"{part.format}, {part.seconds:g} s, {part.size} bytes", "a sound"
+    else:
+        size = f"{part.format}, {part.width}x{part.height}, {part.size} bytes"
+        kind = "an image"
     return (
-        f"{name} has an image ({size}, sha256 {image.digest[:12]}), whose bytes are not kept:"
-        " give its file with --image."
+        f"{name} has {kind} ({size}, sha256 {part.digest[:12]}), whose bytes are not kept:"
+        f" give its file with --image."
     )

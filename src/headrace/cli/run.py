@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import msgspec
 from typer import Argument, Option
@@ -88,6 +88,15 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
+Images = Annotated[
+    list[Path] | None, Option(help="Image file that goes with the prompt; may be repeated.")
+]
+Sounds = Annotated[
+    list[Path] | None,
+    Option(help="Sound (WAV, MP3, FLAC) that goes with the prompt; may be repeated."),
+]
+
+
 def run(
     common: Common,
     model: Annotated[
@@ -106,10 +115,8 @@ def run(
     think: Annotated[
         str | None, Option(help="Thinking: on, off, or how much: low, medium, high.")
     ] = None,
-    image: Annotated[
-        list[Path] | None,
-        Option(help="Image file that goes with the prompt; may be repeated."),
-    ] = None,
+    image: Images = None,
+    audio: Sounds = None,
     raw: Annotated[bool, Option(help="Send the prompt without chat template.")] = False,
     figures: Annotated[bool, Option(help="Print the figures of the answer.")] = True,
     local: Annotated[bool, Option("--local", help="Load the model in this process.")] = False,
@@ -126,8 +133,8 @@ def run(
     """
     settings = flags.settings(common)
     parameters = sampling.parameters() | form.arguments() | ({"thinking": think} if think else {})
-    images = tuple(map(_image, image or ()))
-    question = _Question(_text(prompt or []), system, parameters, raw, images)
+    media = [*_parts("image", image), *_parts("audio", audio)]
+    question = _Question(_text(prompt or []), system, parameters, raw, media)
     here = _loads_here(flags, url, local=local)
     spec = None if here else remote.served(settings, model, url)
     name = model or settings.config.default_model
@@ -151,24 +158,28 @@ class _Question:
     system: str | None
     sampling: dict[str, Any]
     raw: bool
-    images: tuple[str, ...] = ()
+    media: Sequence[dict[str, Any]] = ()
 
     def request(self) -> dict[str, Any]:
         """Return the arguments of `AsyncModelWorker.generate`."""
         if self.raw:
-            if self.system or self.images:
-                flag = "--system" if self.system else "--image"
+            if self.system or self.media:
+                flag = "--system" if self.system else "--image or --audio"
                 raise InvalidRequest(f"{flag} needs the chat template that --raw leaves out.")
             return {"prompt": self.text, **self.sampling}
         messages = [Message("system", self.system)] if self.system else []
-        parts = [{"type": "image_url", "image_url": url} for url in self.images]
         user: Message | dict[str, Any] = Message("user", self.text or "")
-        if parts:
-            user = {"role": "user", "content": [*parts, {"type": "text", "text": self.text}]}
+        if self.media:
+            user = {"role": "user", "content": [*self.media, {"type": "text", "text": self.text}]}
         return {"messages": [*messages, user], **self.sampling}
 
 
-def _image(path: Path) -> str:
+def _parts(kind: Literal["image", "audio"], paths: Sequence[Path] | None) -> list[dict[str, Any]]:
+    """Return files as parts of a message, by data: URLs."""
+    return [{"type": f"{kind}_url", f"{kind}_url": _url(kind, path)} for path in paths or ()]
+
+
+def _url(kind: str, path: Path) -> str:
     """Return a file as a data: URL.
 
     Raises:
@@ -178,9 +189,9 @@ def _image(path: Path) -> str:
         with path.expanduser().open("rb") as file:
             data = file.read(MAX_IMAGE_BYTES + 1)
     except (OSError, RuntimeError) as error:
-        raise InvalidRequest(f"--image {path}: {error}.") from None
+        raise InvalidRequest(f"--{kind} {path}: {error}.") from None
     if len(data) > MAX_IMAGE_BYTES:
-        raise InvalidRequest(f"--image {path}: more than {MAX_IMAGE_BYTES} bytes.")
+        raise InvalidRequest(f"--{kind} {path}: more than {MAX_IMAGE_BYTES} bytes.")
     return f"data:;base64,{base64.b64encode(data).decode()}"
 
 
@@ -207,7 +218,7 @@ async def _run(
     figures: bool,
 ) -> None:
     if question.text is None:
-        if common.as_json or question.raw or question.images or not streams.is_terminal():
+        if common.as_json or question.raw or question.media or not streams.is_terminal():
             raise InvalidRequest("There is no prompt: give one as an argument or on stdin.")
         sampling = question.sampling
         await chat(

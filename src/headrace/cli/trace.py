@@ -270,7 +270,10 @@ def _content_text(content: Any) -> str:
 
 
 def _picture(image: dict[str, Any]) -> str:
-    size = f"{image['width']}x{image['height']}, {terminal.size(image['size'])}"
+    extent = (
+        f"{image['seconds']:g} s" if "seconds" in image else f"{image['width']}x{image['height']}"
+    )
+    size = f"{extent}, {terminal.size(image['size'])}"
     return f"[{image['format']} {size}, sha256 {image['digest'][:12]}]"
 
 

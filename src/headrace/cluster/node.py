@@ -174,7 +174,7 @@ class FrontConnection:
         self._server = server
         self._hello = server.identity.hello()
         self._other: Hello | None = None
-        self._is_known = False
+        self._is_known = self._is_accepted = False
         self._unsent = 0
         self._streams: dict[int, asyncio.Task[ErrorRecord | None]] = {}
 
@@ -230,7 +230,6 @@ class FrontConnection:
         link.send(server.reporter.whole())
         server.greeting.discard(self)
         server.fronts.add(self)
-        log.info("headrace.cluster.front_joined", extra={"data": {"front": self.name}})
 
     def _take(self, message: ToNode) -> None:
         match message:
@@ -244,7 +243,13 @@ class FrontConnection:
             case Refused(reason):
                 self._refused(reason)
             case Pulse():
-                pass
+                self._accepted()
+
+    def _accepted(self) -> None:
+        """Note that the front has joined: one that does not accept this node sends no pulse."""
+        if not self._is_accepted:
+            self._is_accepted = True
+            log.info("headrace.cluster.front_joined", extra={"data": {"front": self.name}})
 
     def _refused(self, reason: str) -> None:
         self._server.note(
@@ -300,8 +305,8 @@ class FrontConnection:
     def _closed(self, why: str) -> None:
         server = self._server
         server.greeting.discard(self)
-        if self in server.fronts:
-            server.fronts.discard(self)
+        server.fronts.discard(self)
+        if self._is_accepted:
             data = {"front": self.name, "reason": why}
             log.info("headrace.cluster.front_left", extra={"data": data})
         for task in self._streams.values():

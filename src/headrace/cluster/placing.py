@@ -95,7 +95,9 @@ class Placing:
         for node in self._view.nodes.values():
             for name in node.loaded:
                 placed = self._placed.setdefault(name, {})
-                placed.setdefault(node.name, _Placed(1, now)).was_loaded = True
+                # Another front may have ordered it, or this one before it was restarted.
+                copies = max(1, len(node.models[name].status.replicas))
+                placed.setdefault(node.name, _Placed(copies, now)).was_loaded = True
             model, until = self._busy.get(node.name, ("", 0.0))
             there = node.models.get(model)
             if until < now or there is None or there.status.state in ("ready", "failed"):

@@ -269,6 +269,7 @@ class ClusterPool:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_log_failure)
 
     async def _follow(self, number: int, directory: Directory) -> None:
         """Connect to the addresses of a directory: it only ever adds some."""
@@ -283,7 +284,9 @@ class ClusterPool:
             return
         link = NodeLink(address, self, self._member, self._connect, self._clock)
         self.links[address] = link
-        self._visits[address] = asyncio.create_task(link.run(), name=f"node at {address}")
+        visit = asyncio.create_task(link.run(), name=f"link to {address}")
+        visit.add_done_callback(_log_failure)
+        self._visits[address] = visit
 
     async def _keep_house(self) -> None:
         while True:
@@ -302,6 +305,12 @@ class ClusterPool:
                 self._visits.pop(address).cancel()
                 del self.links[address]
                 self.since.pop(address, None)
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        data = {"task": task.get_name()}
+        log.error("headrace.cluster.task", exc_info=error, extra={"data": data})
 
 
 def _request(continuation: Continuation) -> AnyRequest:

@@ -20,7 +20,7 @@ from headrace.pool.policy import blocks_of
 
 _RETRY_AFTER_S = 2.0
 _MAX_REFUSALS = 3
-_ELSEWHERE = (Draining, Disabled, DoesNotFit, LoadFailed, QueueFull)
+_ELSEWHERE = (Draining, Disabled, DoesNotFit, LoadFailed, QueueFull, UnknownModel)
 """Errors of one node, before it has begun, which another may not have."""
 
 
@@ -34,6 +34,7 @@ class Route:
 
     def __init__(self, view: View, request: AnyRequest) -> None:
         self._view = view
+        self._name = request.model
         self.model = self._model(request.model)
         self.status = self._view.known[self.model]
         self.excluded: set[Node] = set()
@@ -79,6 +80,9 @@ class Route:
             if isinstance(error, NodeGone) and not has_begun:
                 return
             self._refusals += 1
+            if isinstance(error, UnknownModel):
+                # A preset or an adapter that was added, which a new node does not have.
+                self.excluded.update(self._view.lacking(self.model, self._name))
             if has_begun or not isinstance(error, _ELSEWHERE) or self._refusals >= _MAX_REFUSALS:
                 raise error
             if isinstance(error, QueueFull) and not self._others():

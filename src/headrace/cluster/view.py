@@ -135,7 +135,8 @@ class View:
 
     def _known_as(self, status: ModelStatus, infos: Iterable[ModelInfo]) -> None:
         self.known[status.id] = status
-        for name in (status.id, *status.aliases, *(info.id for info in infos)):
+        of_infos = (name for info in infos for name in _names(info))
+        for name in (status.id, *status.aliases, *of_infos):
             self._names[name] = status.id
 
     def _remove(self, node: Node, model: str) -> None:
@@ -167,6 +168,14 @@ class View:
     def having(self, model: str) -> list[Node]:
         """Return all nodes that have a model, loaded or not."""
         return [*self._serving.get(model, {}).values()]
+
+    def lacking(self, model: str, name: str) -> list[Node]:
+        """Return the nodes that have a model, but no preset or adapter of that name."""
+        return [
+            node
+            for node in self.having(model)
+            if not any(name in _names(info) for info in node.models[model].infos)
+        ]
 
     def ready(self, model: str) -> list[Node]:
         """Return the nodes that have loaded a model, and are not draining."""
@@ -257,6 +266,10 @@ def best_info(infos: Sequence[ModelInfo]) -> ModelInfo:
     """Return the metadata of the node where the model is in the best state."""
     order: tuple[State, ...] = ("ready", "loading", "draining", "created", "stopped", "failed")
     return min(infos, key=lambda info: order.index(info.state))
+
+
+def _names(info: ModelInfo) -> tuple[str, ...]:
+    return (info.id, *info.aliases)
 
 
 def _idle_memory(model: NodeModel) -> int:

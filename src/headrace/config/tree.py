@@ -121,10 +121,10 @@ class HttpSettings(Frozen):
     )
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="largest request body")
     max_image_body_bytes: int = Field(
-        default=32 * 2**20, ge=1024, description="largest request body with images, for a chat"
+        default=32 * 2**20, ge=1024, description="largest body of a chat with images or audio"
     )
     media_hosts: Words = Field(
-        default=(), description="hosts that images are fetched from: example.org, *.example.org, *"
+        default=(), description="hosts that media are fetched from: example.org, *.example.org, *"
     )
     deadline_s: float | None = Field(
         default=None, gt=0, description="longest time from a request's arrival to its end"

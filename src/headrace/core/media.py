@@ -1,4 +1,4 @@
-"""Pictures in messages: what their headers say, and the bounds of a request.
+"""Pictures and sounds in messages: what headers say of pictures, and the bounds of a request.
 
 Nothing is decoded here: that is left to the process of the model.
 """
@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from headrace.core.audio import MAX_AUDIO_SECONDS, AudioFormat, read_sound
 from headrace.core.errors import InvalidRequest
 
 MAX_IMAGES = 16
-"""Pictures of a request."""
+"""Pictures and sounds of a request."""
 MAX_IMAGE_BYTES = 20 << 20
-"""Of all pictures of a request."""
+"""Of all pictures and sounds of a request."""
 MAX_IMAGE_PIXELS = 50_000_000
 """Of a picture, by its header."""
 MAX_PIXELS = 100_000_000
@@ -26,6 +28,8 @@ MAX_PIXELS = 100_000_000
 _MAX_SEGMENTS = 8192
 _PIXELS_PER_TOKEN = 784
 _LEAST_TOKENS, _MOST_TOKENS = 64, 4096
+# Most encoders of audio compute pieces of 30 s, of at most 25 tokens a second.
+_PIECE_S, _TOKENS_OF_PIECE = 30, 750
 
 ImageFormat = Literal["png", "jpeg", "webp", "gif"]
 
@@ -51,38 +55,66 @@ class Image(msgspec.Struct, frozen=True, tag_field="type", tag="image"):
         return min(_MOST_TOKENS, max(_LEAST_TOKENS, by_size))
 
 
-Part = str | Image
+class Audio(msgspec.Struct, frozen=True, tag_field="type", tag="audio"):
+    """A sound in a message, as `Image` is a picture; `seconds` are the most that it may have."""
+
+    digest: str
+    format: AudioFormat
+    size: int
+    seconds: float
+    place: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """The most that it may have with usual models: only the engine knows its tokens."""
+        return math.ceil(self.seconds / _PIECE_S) * _TOKENS_OF_PIECE
+
+
+Media = Image | Audio
+M = TypeVar("M", Image, Audio)
+T = TypeVar("T")
+Part = str | Image | Audio
 Content = str | tuple[Part, ...]
-"""A text, or texts and pictures in their order."""
+"""A text, or texts, pictures and sounds in their order."""
 
 
 def text_of(content: Content, marker: str = "") -> str:
-    """Return the text of a content, with `marker` for each picture."""
+    """Return the text of a content, with `marker` for each picture and sound."""
     if isinstance(content, str):
         return content
     return "".join(part if isinstance(part, str) else marker for part in content)
 
 
-def as_base64(image: Image, media: Mapping[str, bytes]) -> tuple[str, str]:
-    """Return the media type and the data of a picture, of which `media` has the bytes."""
-    return f"image/{image.format}", base64.b64encode(media[image.digest]).decode()
+def as_base64(part: Media, media: Mapping[str, bytes]) -> str:
+    """Return the data of a picture or a sound, of which `media` has the bytes."""
+    return base64.b64encode(media[part.digest]).decode()
+
+
+def openai_part(part: Part, media: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return a part in the form of OpenAI's API; `media` has the bytes of pictures and sounds."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    data = as_base64(part, media)
+    if isinstance(part, Audio):
+        return {"type": "input_audio", "input_audio": {"data": data, "format": part.format}}
+    return {"type": "image_url", "image_url": {"url": f"data:image/{part.format};base64,{data}"}}
 
 
 def content_of(parts: Sequence[Part]) -> Content:
-    """Return parts as a content: texts are joined where there are no pictures."""
+    """Return parts as a content: texts are joined where there is nothing else."""
     texts = [part for part in parts if isinstance(part, str)]
     return "".join(texts) if len(texts) == len(parts) else tuple(parts)
 
 
 def known_as(content: Content) -> str:
-    """Return a content as one text, with the digest of each picture."""
+    """Return a content as one text, with the digest of each picture and sound."""
     if isinstance(content, str):
         return content
     return "".join(part if isinstance(part, str) else part.digest for part in content)
 
 
-def images_of(content: Content) -> Iterator[Image]:
-    """Yield the pictures of a content."""
+def media_of(content: Content) -> Iterator[Media]:
+    """Yield the pictures and sounds of a content."""
     if not isinstance(content, str):
         yield from (part for part in content if not isinstance(part, str))
 
@@ -99,24 +131,26 @@ def _parts(content: Content) -> tuple[Part, ...]:
 
 
 class Pictures:
-    """The pictures of a request that is being read; `data` has their bytes by digest.
+    """Pictures and sounds of a request that is being read; `data` has their bytes by digest.
 
     `by_url` is what the reader keeps, so that a URL is read once.
     """
 
     def __init__(self) -> None:
         self.data: dict[str, bytes] = {}
-        self.by_url: dict[str, Image] = {}
+        self.by_url: dict[str, Media] = {}
         self._count = self._bytes = self._pixels = 0
+        self._seconds = 0.0
 
     def room(self, place: str) -> int:
-        """Return how many bytes the next picture may have.
+        """Return how many bytes the next one may have.
 
         Raises:
-            InvalidRequest: there are too many pictures.
+            InvalidRequest: there are too many.
         """
         if self._count >= MAX_IMAGES:
-            raise InvalidRequest(f"At most {MAX_IMAGES} images are accepted.", param=place)
+            message = f"At most {MAX_IMAGES} images and sounds are accepted."
+            raise InvalidRequest(message, param=place)
         return MAX_IMAGE_BYTES - self._bytes
 
     def add(self, data: bytes, place: str) -> Image:
@@ -125,28 +159,52 @@ class Pictures:
         Raises:
             InvalidRequest: it is no picture, or beyond a bound.
         """
+        kind, width, height = self._read(image_header, data, place)
+        return self._added(Image(_digest(data), kind, len(data), width, height, place), data)
+
+    def add_audio(self, data: bytes, place: str) -> Audio:
+        """Add a sound and return what stands for it; `place` is its name in errors.
+
+        Raises:
+            InvalidRequest: it is no sound, or beyond a bound.
+        """
+        sound = self._read(read_sound, data, place)
+        audio = Audio(_digest(data), sound.format, len(data), round(sound.seconds, 3), place)
+        return self._added(audio, data)
+
+    def _read(self, read: Callable[[bytes], T], data: bytes, place: str) -> T:
         if len(data) > self.room(place):
             raise too_many_bytes(place)
         try:
-            kind, width, height = image_header(data)
+            return read(data)
         except ValueError as error:
             raise InvalidRequest(f"{place}: {error}.", param=place) from None
-        digest = hashlib.sha256(data).hexdigest()
-        image = Image(digest, kind, len(data), width, height, place)
-        self.again(image, place)
-        self._bytes += len(data)
-        self.data.setdefault(digest, data)
-        return image
 
-    def again(self, image: Image, place: str) -> None:
-        """Count a picture, which may be one that was added before.
+    def _added(self, part: M, data: bytes) -> M:
+        self.again(part, part.place)
+        self._bytes += len(data)
+        self.data.setdefault(part.digest, data)
+        return part
+
+    def again(self, part: Media, place: str) -> None:
+        """Count a picture or a sound, which may be one that was added before.
 
         Raises:
-            InvalidRequest: there are too many, or too many pixels.
+            InvalidRequest: there are too many, too many pixels, or too many seconds.
         """
         self.room(place)
+        self._count += 1
+        if isinstance(part, Image):
+            self._count_pixels(part, place)
+            return
+        self._seconds += part.seconds
+        if self._seconds > MAX_AUDIO_SECONDS:
+            message = f"{place}: all sounds together are longer than {MAX_AUDIO_SECONDS} s."
+            raise InvalidRequest(message, param=place)
+
+    def _count_pixels(self, image: Image, place: str) -> None:
         pixels = image.width * image.height
-        self._count, self._pixels = self._count + 1, self._pixels + pixels
+        self._pixels += pixels
         if pixels > MAX_IMAGE_PIXELS:
             size = f"{image.width} x {image.height} are"
         elif self._pixels > MAX_PIXELS:
@@ -157,9 +215,13 @@ class Pictures:
         raise InvalidRequest(f"{place}: {size} more than {most:,} pixels.", param=place)
 
 
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def too_many_bytes(place: str) -> InvalidRequest:
-    """Return the error for pictures of more than `MAX_IMAGE_BYTES`."""
-    message = f"{place}: all images have more than {MAX_IMAGE_BYTES} bytes."
+    """Return the error for pictures and sounds of more than `MAX_IMAGE_BYTES`."""
+    message = f"{place}: all images and sounds have more than {MAX_IMAGE_BYTES} bytes."
     return InvalidRequest(message, param=place)
 
 

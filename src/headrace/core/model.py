@@ -268,8 +268,9 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer, and `special_ids` are its tokens by their names in templates (`bos_token`), and
     `infill_ids` those before a prefix, a suffix and the gap between them. A token is at most
     `max_token_bytes` of text (None: without a limit, or not known). `vocabulary` is how many tokens
-    there are; 0 is not known, as it is of `layers`. `projector` is the file for images that belongs
-    to it. `prompts` precede texts to embed, by name; `default_prompt` is that of requests without.
+    there are; 0 is not known, as it is of `layers`. `projector` is the file for images or sounds
+    that belongs to it; `vision` and `audio` are what it takes. `prompts` precede texts to embed, by
+    name; `default_prompt` is that of requests without.
     """
 
     path: str
@@ -290,6 +291,8 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     vocabulary: int = 0
     kv_bytes_per_token: int | None = None
     projector: str | None = None
+    vision: bool = False
+    audio: bool = False
     prompts: dict[str, str] = {}
     default_prompt: str | None = None
 
@@ -303,7 +306,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     `tools`: calls of tools, in a `generic` form where the chat template has none of its own.
     `thinking`: whether the model thinks before its answer, and requests can switch that.
     `prompt_logprobs`: of the tokens of a prompt. `infill`: it fills the gap before a suffix.
-    `vision`: messages may have images. `adapters`: it can be loaded with LoRA adapters.
+    `vision`: messages may have images. `audio`: they may have sounds.
+    `adapters`: it can be loaded with LoRA adapters.
     `speculation`: how tokens are drafted; empty if none are.
     """
 
@@ -319,6 +323,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: bool = False
     infill: bool = False
     vision: bool = False
+    audio: bool = False
     speculation: str = ""
     adapters: bool = False
     tasks: frozenset[Task] = frozenset({"generate"})
@@ -344,6 +349,7 @@ ABILITIES: Mapping[str, str] = {
     "prompt_logprobs": "those of the prompt",
     "infill": "fill in the middle",
     "vision": "images",
+    "audio": "audio input",
     "resume": "continues an answer",
     "speculation": "drafts tokens",
     "adapters": "LoRA adapters",

@@ -113,6 +113,7 @@ class ModelOptions(TypedDict, total=False):
     api_version: str | None
     arguments: Sequence[str] | None
     attention: str | None
+    audio: bool | None
     base_url: str | None
     batch_invariant: bool | None
     batch_items: int | None

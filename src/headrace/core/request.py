@@ -17,7 +17,7 @@ from headrace.core.envelope import Operation, Request
 from headrace.core.errors import InvalidRequest
 from headrace.core.events import ToolCall
 from headrace.core.gap import Gap, LineLimits
-from headrace.core.media import Content, Image, images_of, known_as, text_of
+from headrace.core.media import Content, Media, known_as, media_of, text_of
 from headrace.core.model import InputType, Task
 from headrace.core.sampling import LOGPROB_RANGE, TOKEN_RANGE, Logprobs, Sampling
 from headrace.core.tools import Thinking, Tool, ToolChoice
@@ -35,7 +35,7 @@ _OPENING_TOKENS = 4096
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One turn of a conversation. Content without pictures has been joined to one text.
+    """One turn of a conversation. Content of texts alone has been joined to one text.
 
     An assistant's turn can have the calls that it made and its thinking, the turn of a tool has
     the id of the call that it answers.
@@ -108,8 +108,8 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
         if self.tools and self.messages is None:
             raise InvalidRequest("Tools go with messages, not with a prompt.", param="tools")
         self.tool_choice.allowed(self.tools)
-        if any(image.digest not in self.media for image in self.images):
-            raise InvalidRequest("The bytes of an image are missing.", param="messages")
+        if any(part.digest not in self.media for part in self.media_parts):
+            raise InvalidRequest("The bytes of an image or a sound are missing.", param="messages")
         if self.continue_final:
             _check_continued(self.messages)
         self._check_prompt()
@@ -131,9 +131,9 @@ class GenerateRequest(Request, frozen=True, kw_only=True, omit_defaults=True, ta
             raise InvalidRequest(f"max_tokens must be {allowed}.", param="max_tokens")
 
     @property
-    def images(self) -> tuple[Image, ...]:
-        """The pictures of the messages, in their order."""
-        return tuple(i for turn in self.messages or () for i in images_of(turn.content))
+    def media_parts(self) -> tuple[Media, ...]:
+        """The pictures and sounds of the messages, in their order."""
+        return tuple(part for turn in self.messages or () for part in media_of(turn.content))
 
     @property
     def prompt_candidates(self) -> int | None:
@@ -388,7 +388,7 @@ def _check_continued(messages: Sequence[Message] | None) -> None:
 
 def _message_tokens(message: Message) -> float:
     called = sum(_tokens(call.name) + _tokens(call.arguments) for call in message.tool_calls)
-    seen = sum(image.tokens for image in images_of(message.content))
+    seen = sum(part.tokens for part in media_of(message.content))
     return _tokens(text_of(message.content)) + seen + _tokens(message.reasoning) + called
 
 

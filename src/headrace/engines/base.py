@@ -123,8 +123,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     `visible` are control tokens whose text is part of the answer, as a parser reads them; the text
     of all others is left out.
 
-    `media` are the encoded pictures, in the order of their markers in the prompt, which is `text`
-    then; `token_ids` has the markers only.
+    `media` are the encoded pictures and sounds, in the order of their markers in the prompt, which
+    is `text` then; `token_ids` has the markers only.
 
     `adapter` is the name of one of those that were loaded, and empty for the model alone. What is
     cached of a prompt is never that of another adapter.
@@ -144,7 +144,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
 class Admitted(msgspec.Struct, frozen=True):
     """The engine has begun with the request; `done` of `total` prompt tokens are computed.
 
-    `cached` of them were taken from a cache. With pictures, `total` counts their tokens too.
+    `cached` of them were taken from a cache. With media, `total` counts their tokens too.
     """
 
     done: int = 0
@@ -207,8 +207,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     `bos_token`, `eos_token`, `unk_token`, ... `grammar_library` is the file with the llguidance
     that compiles constraints; empty is the package of that name. `infill_ids` are the tokens that
     the model's file names for a prefix, a suffix and the gap between them. `image_marker` is the
-    text that stands for a picture in a prompt, for engines that take them. With `fixed_prompt`,
-    all texts to embed have the prompt that the engine was opened with.
+    text that stands for a picture or a sound in a prompt, for engines that take them. With
+    `fixed_prompt`, all texts to embed have the prompt that the engine was opened with.
     """
 
     device: str

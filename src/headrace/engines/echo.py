@@ -21,6 +21,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from headrace.core.audio import is_sound, read_sound
 from headrace.core.constraint import FORMS
 from headrace.core.errors import GenerationFailed, InvalidRequest, LoadFailed, OutOfMemory
 from headrace.core.events import PromptToken, TokenLogprob, TopLogprob, bytes_of
@@ -46,7 +47,9 @@ from headrace.engines.speculation import SpeculationOptions, Way
 ABOUT = About(
     formats=("none",),
     tasks=("generate", "embed", "rerank"),
-    able=frozenset({"forms", "json_schema", "logprobs", "prompt_logprobs", "resume", "vision"})
+    able=frozenset(
+        {"forms", "json_schema", "logprobs", "prompt_logprobs", "resume", "vision", "audio"}
+    )
     | {"speculation"},
     confined=True,
 )
@@ -90,6 +93,7 @@ class Options(SpeculationOptions):
     memory: int = Field(0, ge=0, description="Additional bytes to hold while it is loaded.")
     tokens_per_delta: int = Field(1, ge=1, description="Tokens in each delta.")
     images: bool = Field(False, description="Take images, and repeat of each its size and digest.")
+    audio: bool = Field(False, description="Take sounds, and repeat of each length and digest.")
     forms: bool = Field(
         False, description="Keep to forms of answers: write what they allow of the text."
     )
@@ -140,12 +144,13 @@ class Engine(base.Embedder):
             context_length=request.context_length or _CONTEXT,
             max_running=_slots(options, request),
             chat_template=_CHAT_TEMPLATE,
-            image_marker=_IMAGE if options.images else "",
+            image_marker=_IMAGE if options.images or options.audio else "",
             capabilities=Capabilities(
                 sampling=_SAMPLING,
                 batch_invariant=True,
                 resume=request.task == "generate",
                 vision=options.images,
+                audio=options.audio,
                 json_schema=options.forms,
                 forms=frozenset(FORMS if options.forms else ()),
                 speculation=options.way if options.drafts else "",
@@ -232,7 +237,7 @@ class Engine(base.Embedder):
 
     def _script(self, request: EngineRequest) -> Iterator[int]:
         text = self._options.text
-        prompt = _with_images(request) if request.media else request.token_ids
+        prompt = _with_media(request) if request.media else request.token_ids
         token_ids = _spoken(prompt) if text is None else tuple(text.encode())
         if self._options.forms and request.constraint is not None:
             yield from kept(token_ids, request.constraint)
@@ -326,16 +331,24 @@ def _chunks(tokens: Iterator[int], size: int) -> Iterator[tuple[int, ...]]:
 async def _decode(media: Sequence[bytes]) -> None:
     # As engines of real models do; without Pillow, the headers are enough.
     for data in media if pictures.is_installed() else ():
-        await asyncio.to_thread(pictures.decoded, data)
+        if not is_sound(data):
+            await asyncio.to_thread(pictures.decoded, data)
 
 
-def _with_images(request: EngineRequest) -> tuple[int, ...]:
+def _with_media(request: EngineRequest) -> tuple[int, ...]:
     text = request.text
     for data in request.media:
-        kind, width, height = image_header(data)
         digest = hashlib.sha256(data).hexdigest()
-        text = text.replace(_IMAGE, f"[{kind} {width}x{height} {digest}]", 1)
+        text = text.replace(_IMAGE, f"[{_described(data)} {digest}]", 1)
     return tuple(text.encode())
+
+
+def _described(data: bytes) -> str:
+    if is_sound(data):
+        sound = read_sound(data)
+        return f"{sound.format} {sound.seconds:g}s"
+    kind, width, height = image_header(data)
+    return f"{kind} {width}x{height}"
 
 
 def _spoken(prompt: tuple[int, ...]) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from headrace.core.errors import (
     UpstreamError,
 )
 from headrace.core.events import TokenCount
-from headrace.core.media import Content, Part, as_base64, images_of, text_of
+from headrace.core.media import Audio, Content, Part, as_base64, media_of, text_of
 from headrace.core.model import Capabilities
 from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
 from headrace.core.status import Footprint
@@ -207,8 +207,10 @@ def blocks(content: Content, media: Mapping[str, bytes]) -> str | list[dict[str,
 def _block(part: Part, media: Mapping[str, bytes]) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    kind, data = as_base64(part, media)
-    return {"type": "image", "source": {"type": "base64", "media_type": kind, "data": data}}
+    if isinstance(part, Audio):
+        raise Unsupported("Anthropic's API takes no audio.", param=part.place or "messages")
+    source = {"type": "base64", "media_type": f"image/{part.format}"}
+    return {"type": "image", "source": source | {"data": as_base64(part, media)}}
 
 
 def trace_headers(request: GenerateRequest | EmbedRequest | RerankRequest) -> dict[str, str]:
@@ -231,7 +233,7 @@ def estimated_count(request: CountRequest | GenerateRequest) -> TokenCount:
     count = estimate(text or "") + sum(
         _TOKENS_PER_MESSAGE
         + estimate(text_of(message.content))
-        + sum(image.tokens for image in images_of(message.content))
+        + sum(part.tokens for part in media_of(message.content))
         for message in messages
     )
     return TokenCount(count=count, estimated=True)

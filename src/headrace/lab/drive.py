@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import tempfile
+import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ _END_S = 20.0
 _CHILDREN_S = 10.0
 _STEP_S = 0.05
 _LONGEST_LINE = 1 << 28
+_SCHEDULED = 2
 
 
 class Program:
@@ -270,7 +272,15 @@ def _failure(log: IO[str]) -> LoadFailed:
 
 
 def cpu_of(process: psutil.Process) -> float:
-    """Return user and system seconds of a process so far, 0 if it has ended."""
+    """Return user and system seconds of a process so far, 0 if it has ended.
+
+    On Linux to the nanosecond, by the process's own clock; else in ticks, often of 10 ms.
+    """
+    if sys.platform == "linux":
+        # The clock of another process, as `clock_getcpuclockid` makes it.
+        with contextlib.suppress(OSError):
+            return time.clock_gettime((~process.pid << 3) | _SCHEDULED)
+        return 0.0
     try:
         times = process.cpu_times()
     except psutil.Error:

@@ -82,6 +82,7 @@ def describe(path: Path) -> ModelFile:
     if count != len(headers):
         raise LoadFailed(f"{path}: the header counts {count} parts; the names {len(headers)}.")
     parameters = sum(header.parameters for header in headers)
+    beside = projector.beside(path, facts.width())
     if not parameters:
         raise LoadFailed(f"{path}: there are no weights in it.")
     return ModelFile(
@@ -101,7 +102,9 @@ def describe(path: Path) -> ModelFile:
         layers=facts.whole(f"{facts.architecture}.block_count") or 0,
         vocabulary=facts.vocabulary(),
         kv_bytes_per_token=facts.kv_bytes_per_token(),
-        projector=projector.beside(path, facts.width()),
+        projector=None if beside is None else beside.path,
+        vision=beside is not None and beside.vision,
+        audio=beside is not None and beside.audio,
     )
 
 

@@ -1,4 +1,4 @@
-"""Projectors: the files beside a GGUF that turn pictures into the model's embeddings (mmproj)."""
+"""Projectors: the files beside a GGUF that make the model's embeddings of media (mmproj)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
+from headrace.core.audio import MAX_AUDIO_SECONDS
 from headrace.core.errors import LoadFailed
 from headrace.models.gguf import GgufHeader, read_header
 
@@ -16,18 +17,24 @@ _PART = re.compile(r"-\d{5}-of-\d{5}$")
 _QUANTIZATION = re.compile(r"[-._](?:UD[-_])?(?:I?Q\d\w*|BF16|F16|F32|FP16|MXFP4\w*)$", re.I)
 _PREFERRED = ("f16", "fp16", "bf16", "q8_0", "f32")
 _LONGEST = 1 << 20
+# Most encoders of audio compute 30 s of 50 frames at once; others all, of 12.5 frames a second.
+_AUDIO_PLACES = 25 * MAX_AUDIO_SECONDS // 2
+# Samples and spectra are made of the whole sound, and copied.
+_SAMPLES = MAX_AUDIO_SECONDS << 18
 
 
 class Projector(msgspec.Struct, frozen=True):
     """A projector. `size` is that of its weights, `computed` that of its activations, in bytes.
 
-    `width` is that of the embeddings that it makes.
+    `width` is that of the embeddings that it makes; of `vision` and `audio` it has the encoders.
     """
 
     path: str
     size: int
     width: int
     computed: int
+    vision: bool = True
+    audio: bool = False
 
 
 def is_projector(name: str) -> bool:
@@ -49,8 +56,8 @@ def choose(model: str, names: Collection[str]) -> str | None:
     return min(projectors, key=_rank, default=None)
 
 
-def beside(model: Path, width: int | None) -> str | None:
-    """Return the path of the projector in the folder of a model, if its width is that of both."""
+def beside(model: Path, width: int | None) -> Projector | None:
+    """Return the projector in the folder of a model, if its width is that of both."""
     try:
         names = [path.name for path in model.parent.iterdir() if path.suffix == ".gguf"]
     except OSError:
@@ -60,7 +67,7 @@ def beside(model: Path, width: int | None) -> str | None:
         projector = None if name is None else read(model.parent / name)
     except LoadFailed:
         return None
-    return projector.path if projector is not None and projector.width == width else None
+    return projector if projector is not None and projector.width == width else None
 
 
 def read(path: Path) -> Projector:
@@ -71,21 +78,38 @@ def read(path: Path) -> Projector:
     """
     header = read_header(path)
     if header.metadata.get("general.architecture") != "clip":
-        raise LoadFailed(f"{path}: not a projector of images (mmproj).")
-    side = _number(header, "image_size") // max(1, _number(header, "patch_size"))
-    places = min(side * side, _LONGEST)
-    inner = 8 * _number(header, "embedding_length") + 2 * _number(header, "feed_forward_length")
+        raise LoadFailed(f"{path}: not a projector of images or audio (mmproj).")
+    audio = header.metadata.get("clip.has_audio_encoder") is True
+    # Older files name no encoder: they have one of images.
+    vision = header.metadata.get("clip.has_vision_encoder", not audio) is True
+    computed = [_computed(header, "vision", _patches(header))] if vision else []
+    computed += [_SAMPLES + _computed(header, "audio", _AUDIO_PLACES)] if audio else []
     return Projector(
         path=str(path),
         size=header.size,
-        width=_number(header, "projection_dim"),
-        computed=4 * places * (inner + 2 * places),
+        width=_number(header, "vision" if vision else "audio", "projection_dim"),
+        computed=max(computed, default=0),
+        vision=vision,
+        audio=audio,
     )
 
 
-def _number(header: GgufHeader, key: str) -> int:
-    kinds = (f"clip.vision.{key}", f"clip.{key}", f"clip.audio.{key}")
-    values = (header.metadata.get(kind) for kind in kinds)
+def _patches(header: GgufHeader) -> int:
+    side = _number(header, "vision", "image_size") // max(
+        1, _number(header, "vision", "patch_size")
+    )
+    return min(side * side, _LONGEST)
+
+
+def _computed(header: GgufHeader, kind: str, places: int) -> int:
+    """Return the bytes of the activations of an encoder of so many places."""
+    inner = 8 * _number(header, kind, "embedding_length")
+    inner += 2 * _number(header, kind, "feed_forward_length")
+    return 4 * places * (inner + 2 * places)
+
+
+def _number(header: GgufHeader, kind: str, key: str) -> int:
+    values = (header.metadata.get(name) for name in (f"clip.{kind}.{key}", f"clip.{key}"))
     number = next((value for value in values if type(value) is int), 0)
     return min(max(0, number), 1 << 24)
 

@@ -31,10 +31,11 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     of a stream has to be requested by `stream_options`, a field that others may refuse.
     `embeddings` and `rerank` are its tasks beside generation; `switch` is the field that
     switches thinking, and `thinking_budget` whether it takes `thinking_token_budget`; with
-    `base64` it can send vectors in that encoding. `images`: messages may have pictures. `extra`
-    is added to each request. `otel_name` is its name in OpenTelemetry's conventions, where it
-    differs. `checked` rows rest on the provider's documentation or on several programs that use
-    it; the others on a claim of compatibility, taken narrowly.
+    `base64` it can send vectors in that encoding. `images`: messages may have pictures; `audio`:
+    they may have sounds, as `input_audio`. `extra` is added to each request. `otel_name` is its
+    name in OpenTelemetry's conventions, where it differs. `checked` rows rest on the provider's
+    documentation or on several programs that use it; the others on a claim of compatibility, taken
+    narrowly.
     """
 
     title: str
@@ -60,6 +61,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     tokenize: bool = False
     thinking_budget: bool = False
     images: bool = False
+    audio: bool = False
     extra: Mapping[str, Any] = {}
     otel_name: str | None = None
     checked: bool = True
@@ -87,6 +89,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             embeddings=True,
             base64=True,
             images=True,
+            audio=True,
         ),
         "azure": Provider(
             title="Azure OpenAI",
@@ -102,6 +105,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             base64=True,
             otel_name="azure.ai.openai",
             images=True,
+            audio=True,
         ),
         "deepseek": Provider(
             title="DeepSeek",
@@ -196,6 +200,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             embeddings=True,
             otel_name="gcp.gemini",
             images=True,
+            audio=True,
         ),
         "mistral": Provider(
             title="Mistral",
@@ -238,6 +243,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             extra={"provider": {"require_parameters": True}},
             switch="router",
             images=True,
+            audio=True,
         ),
         "together": Provider(
             title="Together",
@@ -302,6 +308,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             tokenize=True,
             switch="template",
             images=True,
+            audio=True,
         ),
         "headrace": Provider(
             title="Headrace",
@@ -323,6 +330,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             switch="template",
             thinking_budget=True,
             images=True,
+            audio=True,
         ),
         "anthropic": Provider(
             title="Anthropic",

@@ -297,8 +297,7 @@ class Loader:
         if replica.worker is worker and replica.unloading is None:
             if not replica.lost:
                 self._task(self._bury(entry, replica, worker), f"bury {replica.key}")
-                replica.cause = error
-            replica.lost.append(lease)
+            replica.lose(lease, error)
 
     async def _bury(self, entry: ModelEntry, replica: Replica, worker: PooledWorker) -> None:
         """Unload a worker that reported its death, and lives."""

@@ -341,6 +341,12 @@ class Replica:
         lease.has_begun = True
         self._pace.begun(lease.prompt_cost)
 
+    def lose(self, lease: Lease, error: HeadraceError) -> None:
+        """Note that the worker has failed a request for good: it takes no more."""
+        if not self.lost:
+            self.cause = error
+        self.lost.append(lease)
+
     def has_others(self, client: str, *, alone: bool = False) -> bool:
         """Whether it serves other clients, or a request of theirs that has to be `alone`."""
         leases = [lease for lease in self.leases if lease.is_alone and not lease.has_begun]

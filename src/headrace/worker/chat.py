@@ -11,7 +11,7 @@ import msgspec
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import InvalidRequest, Unsupported
-from headrace.core.media import text_of
+from headrace.core.media import Audio, content_of, text_of
 from headrace.core.request import CountRequest, GenerateRequest, Message
 from headrace.core.tools import SWITCHES, Thinking, Tool
 from headrace.engines.base import Engine, Generator
@@ -77,7 +77,7 @@ def format_of(template: ChatTemplate, family: str | None = None) -> Format:
 class Chat:
     """A chat template, and how its model writes thinking and calls. Blocking; thread-safe.
 
-    `image_marker` is what the engine takes for an image in a prompt.
+    `image_marker` is what the engine takes for an image or a sound in a prompt.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Chat:
                 param="thinking_budget",
             )
         if request.media:
-            message = "A budget of thinking does not go with images."
+            message = "A budget of thinking does not go with images or audio."
             raise Unsupported(message, param="thinking_budget")
         text = self.format.closing(calls=bool(request.tool_choice.allowed(request.tools)))
         return Budget(
@@ -204,9 +204,14 @@ class Chat:
         return self.template.writes_image(self.image_marker)
 
     def _with_markers(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """Return the messages with images as the template takes them: as parts, or as text."""
-        if all(isinstance(message.content, str) for message in messages) or self._writes_images:
+        """Return the messages with images as the template takes them: as parts, or as text.
+
+        Sounds are always text: their marker.
+        """
+        if all(isinstance(message.content, str) for message in messages):
             return messages
+        if self._writes_images:
+            return [_without_sounds(message, self.image_marker) for message in messages]
         return _flat(messages, self.image_marker)
 
     def splitter(self, request: GenerateRequest, prompt: str) -> NewSplitter | None:
@@ -323,6 +328,13 @@ def _flat(messages: Sequence[Message], marker: str) -> Sequence[Message]:
         else msgspec.structs.replace(message, content=text_of(message.content, marker))
         for message in messages
     ]
+
+
+def _without_sounds(message: Message, marker: str) -> Message:
+    if isinstance(message.content, str):
+        return message
+    parts = [marker if isinstance(part, Audio) else part for part in message.content]
+    return msgspec.structs.replace(message, content=content_of(parts))
 
 
 def _marked(message: Message, mark: str) -> Message:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from headrace.core.events import Text, TokenCount
-from headrace.core.media import images_of
+from headrace.core.media import media_of
 from headrace.core.request import CountRequest, DetokenizeRequest, Request
 from headrace.worker.generate import Loaded
 from headrace.worker.turn import Answers, unmeasured, until_left
@@ -23,9 +23,9 @@ async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
     with until_left() as gone:
         count = partial(prompter.count, request, gone)
         token_ids = await _in_few_threads(loaded, request, count)
-    seen = sum(image.tokens for turn in request.messages or () for image in images_of(turn.content))
+    seen = sum(part.tokens for turn in request.messages or () for part in media_of(turn.content))
     if seen:
-        # The tokens of an image are known to the engine that has computed them.
+        # The tokens of an image or a sound are known to the engine that has computed them.
         return TokenCount(count=len(token_ids) + seen, estimated=True)
     return TokenCount(count=len(token_ids), token_ids=token_ids)
 

@@ -27,7 +27,7 @@ def has_inputs(request: GenerateRequest) -> bool:
 def is_tokenized(request: GenerateRequest) -> bool:
     """Whether a prompt is token ids alone, for which neither template nor tokenizer is called."""
     return isinstance(request.prompt, tuple) and not (
-        request.answered or request.echo or request.suffix is not None or request.images
+        request.answered or request.echo or request.suffix is not None or request.media_parts
     )
 
 

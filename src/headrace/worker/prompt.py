@@ -18,7 +18,7 @@ from headrace.text.grammar import after, grammar
 from headrace.text.template import ChatTemplate
 from headrace.worker.chat import Before, Budget, Chat, NewSplitter, Parsing
 from headrace.worker.gaps import gap_ids
-from headrace.worker.images import check_images, check_markers
+from headrace.worker.images import check_markers, check_media
 from headrace.worker.infill import Infill, infill_of
 from headrace.worker.parts import thought_tokens
 from headrace.worker.scored import check_scored, check_size
@@ -39,7 +39,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     `before` is what the grammar of the content allows before it: thinking. `budget` is that of the
     thinking; `answered_thought` counts its tokens in `answered`. `compiled` is the constraint of
     the content without thinking, as the engine has it.
-    `context_length` bounds the prompt with its pictures, whose tokens the engine counts.
+    `context_length` bounds the prompt with its media, whose tokens the engine counts.
     """
 
     choices: tuple[EngineRequest, ...]
@@ -103,7 +103,7 @@ class Prompter:
         text = None if request.messages is None else self._chat_text(request)
         token_ids = self._token_ids(request, text, context_length, gone)
         parsing = self._parsing(request, text)
-        media = tuple(request.media[image.digest] for image in request.images)
+        media = tuple(request.media[part.digest] for part in request.media_parts)
         known = len(self._without_images(text, token_ids) if media and text else token_ids)
         check_size(request, known)
         max_tokens = max_new_tokens(request, known, context_length)
@@ -147,7 +147,7 @@ class Prompter:
 
     def rendered(self, request: CountRequest) -> str:
         """Return messages as the template puts them."""
-        check_images(request, self._facts.capabilities, self._name)
+        check_media(request, self._facts.capabilities, self._name)
         return self._chat_text(request)
 
     def _token_ids(
@@ -166,7 +166,7 @@ class Prompter:
         return token_ids
 
     def _without_images(self, text: str, token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the tokens of a prompt without those of the markers of images."""
+        """Return the tokens of a prompt without those of the markers of images and sounds."""
         marker = self._facts.image_marker
         if not marker or marker not in text:
             return token_ids
@@ -354,7 +354,7 @@ def check_supported(request: GenerateRequest, capabilities: Capabilities, name: 
         raise Unsupported(f"This engine does not support {name}.", param=name)
     if request.constraint is not None:
         _check_constrained(request.constraint, request.sampling, capabilities)
-    check_images(request, capabilities, name)
+    check_media(request, capabilities, name)
     if isinstance(request.prompt, tuple) and not capabilities.token_prompts:
         raise Unsupported("This engine does not accept token ids.", param="prompt")
     check_scored(request, capabilities)
@@ -386,7 +386,7 @@ def _check_resumable(request: GenerateRequest, capabilities: Capabilities) -> No
     constrained = request.constraint is not None or request.enforces_calls
     if request.n > 1 or request.echo or constrained or request.media:
         raise Unsupported(
-            "An answer with several choices, an echo, images or a JSON schema cannot be continued.",
+            "An answer with several choices, an echo, media or a JSON schema cannot be continued.",
             param="answered",
         )
 

@@ -156,7 +156,8 @@ def unloaded_info(
         capabilities=Capabilities(
             tasks=frozenset({spec.task or file.task}),
             infill=bool(file.infill_ids),
-            vision=file.projector is not None,
+            vision=file.vision,
+            audio=file.audio,
         ),
         options=masked_options(spec.options),
         preset=plain(spec),

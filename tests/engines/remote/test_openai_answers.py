@@ -19,6 +19,7 @@ from tests.fakes.upstream import (
     usage,
 )
 from tests.pictures_made import asked, png, question
+from tests.sounds_made import spoken, wav
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import (
@@ -30,6 +31,7 @@ from headrace.core.errors import (
     Unsupported,
 )
 from headrace.core.events import Delta, Finish, Progress, ToolCall, ToolCallDelta
+from headrace.core.media import Pictures
 from headrace.core.request import CountRequest, DetokenizeRequest, GenerateRequest, Message
 from headrace.core.sampling import Sampling
 from headrace.core.stream import collect, collect_count, collect_text
@@ -52,6 +54,23 @@ async def test_images_are_passed_on() -> None:
         with pytest.raises(Unsupported, match="takes no images") as caught:
             await collect(worker.ask(request))
         assert (caught.value.param, server.requests) == ("messages[0].content[1]", [])
+
+
+async def test_audio_is_passed_on() -> None:
+    """Issue 13, audio input: with the format of the bytes; or refused by name."""
+    pictures = Pictures()
+    content = ("What is ", pictures.add_audio(wav(0.2), "messages[0].content[1]"))
+    request = GenerateRequest(messages=(Message("user", content),), media=pictures.data)
+    async with upstream(said("A tone.")) as server, started(server.url) as worker:
+        assert worker.models()[0].capabilities.audio
+        await collect(worker.ask(request))
+        (sent,) = server.requests
+    assert sent.body["messages"][0]["content"] == spoken("What is ", wav(0.2))["content"]
+    for provider in ("deepseek", "anthropic"):
+        async with upstream(said("")) as server, started(server.url, provider) as worker:
+            with pytest.raises(Unsupported, match="takes no audio") as caught:
+                await collect(worker.ask(request))
+            assert (caught.value.param, server.requests) == ("messages[0].content[1]", [])
 
 
 async def test_an_answer_comes_with_its_account() -> None:

@@ -42,6 +42,8 @@ WITH_ADAPTERS = frozenset({"adapters", "adapters_together"})
 """What is refused by each sample that has none."""
 ADAPTERS = WITH_ADAPTERS | {"adapter_unknown"}
 IMAGES = frozenset({"images", "images_damaged", "images_cancelled", "images_fill_the_context"})
+AUDIO = frozenset({"audio"})
+"""What is refused by each sample that does not take it."""
 _FORMS = frozenset({"regex", "choice", "grammar", "forms_fail_closed"})
 _SCHEMAS = frozenset(
     {
@@ -88,6 +90,7 @@ class Sample:
     slow: bool = False
     first: frozenset[str] | None = None
     further: frozenset[str] = FEW
+    hears: bool = False
     name: str = ""
 
     def is_quick(self, kind: Kind, case: str) -> bool:
@@ -149,6 +152,17 @@ async def _seeing(gguf: Path) -> AsyncIterator[Given]:
     with tempfile.TemporaryDirectory() as folder:
         tiny_gguf(Path(folder) / "tiny.gguf", gguf)
         projector(Path(folder) / "mmproj-tiny-f16.gguf", width=WIDTH)
+        yield folder, {}
+
+
+@asynccontextmanager
+async def _hearing(gguf: Path) -> AsyncIterator[Given]:
+    """The same with a projector of audio."""
+    from tests.sounds_made import audio_projector
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_gguf(Path(folder) / "tiny.gguf", gguf)
+        audio_projector(Path(folder) / "mmproj-tiny-f16.gguf", width=WIDTH)
         yield folder, {}
 
 
@@ -232,10 +246,11 @@ SAMPLES = [
         _path(lambda gguf: "builtin:echo"),
         kinds=("process", "pool"),
         settings={"context_length": 4096, "max_running": 4},
-        options={"images": True},
+        options={"images": True, "audio": True},
         heavy=False,
-        first=IMAGES,
-        further=IMAGES,
+        first=IMAGES | AUDIO,
+        further=IMAGES | AUDIO,
+        hears=True,
         name="echo-images",
     ),
     Sample(
@@ -267,6 +282,18 @@ SAMPLES = [
         heavy=False,
         first=IMAGES,
         name="llamacpp-images",
+    ),
+    Sample(
+        "llamacpp",
+        _hearing,
+        kinds=("process",),
+        settings={"context_length": 512, "max_running": 2},
+        options=_ONE_THREAD,
+        refused=IMAGES,
+        heavy=False,
+        first=AUDIO,
+        hears=True,
+        name="llamacpp-audio",
     ),
     Sample(
         "llamacpp",

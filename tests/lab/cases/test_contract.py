@@ -9,7 +9,14 @@ from pathlib import Path
 import msgspec
 import pytest
 from tests.conftest import MODEL_HOME
-from tests.lab.cases.samples import ADAPTERS, SAMPLES, WITH_ADAPTERS, Sample, without_a_sample
+from tests.lab.cases.samples import (
+    ADAPTERS,
+    AUDIO,
+    SAMPLES,
+    WITH_ADAPTERS,
+    Sample,
+    without_a_sample,
+)
 
 from headrace import runtime
 from headrace.core.model import Task
@@ -88,6 +95,7 @@ async def hold(opened: Opened, case: Case) -> None:
     # A remote model's adapters are names of the upstream.
     of_none = ADAPTERS if opened.subject.is_remote else WITH_ADAPTERS
     without = frozenset[str]() if opened.subject.adapters else of_none
+    without |= frozenset() if opened.sample.hears else AUDIO
     if case.name in opened.sample.refused | without:
         expected = "refused"
     elif case.name in opened.sample.reported:

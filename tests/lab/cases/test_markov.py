@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import ROOT
 from tests.pictures_made import png
+from tests.sounds_made import wav
 
 from headrace import ModelWorker, contract, engines, runtime
 from headrace.contract import CASES
@@ -49,7 +50,7 @@ def test_the_example_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.Monk
     )
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, summary = done.stdout.splitlines()
-    told = f"{len(lines)} cases: {len(lines) - 30} ok, 30 refused, 0 reported, 0 failed"
+    told = f"{len(lines)} cases: {len(lines) - 31} ok, 31 refused, 0 reported, 0 failed"
     assert summary == told
     assert told in PAGE
 
@@ -168,7 +169,7 @@ Options = echo.Options
 
 class Engine(echo.Engine):
     def __init__(self, request):
-        super().__init__(msgspec.structs.replace(request, options={"images": True}))
+        super().__init__(msgspec.structs.replace(request, options={"images": True, "audio": True}))
         self._slots = asyncio.Semaphore(1)
 
     async def generate(self, request):
@@ -180,12 +181,16 @@ class Engine(echo.Engine):
         finally:
             self._slots.release()
 """
-"""An engine that takes images and has one slot."""
+"""An engine that takes images and sounds, and has one slot."""
 
 BLIND: dict[str, tuple[tuple[str, str], ...]] = {
     "images": (
         # All images are the same to it; or the last bytes of the prompt are all that it sees.
         ("super().generate(request)", "super().generate(blind(request))"),
+        ("yield event\n", "yield uncounted(event)\n"),
+    ),
+    "audio": (
+        ("super().generate(request)", "super().generate(deaf(request))"),
         ("yield event\n", "yield uncounted(event)\n"),
     ),
     "images_damaged": (
@@ -209,6 +214,10 @@ def blind(request):
     return msgspec.structs.replace(request, media=media)
 
 
+def deaf(request):
+    return msgspec.structs.replace(request, media=(SILENCE,) * len(request.media))
+
+
 def uncounted(event):
     if isinstance(event, Admitted):
         return msgspec.structs.replace(event, total=7, done=7)
@@ -230,6 +239,7 @@ async def decoded(engine, request):
 
 
 BLACK = bytes.fromhex(%r)
+SILENCE = bytes.fromhex(%r)
 """
 
 
@@ -238,7 +248,8 @@ async def test_a_fault_is_caught(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
     """Issue 4: each case fails when what it holds is taken out of an engine."""
-    blind = [(SEEING + BLINDED % png().hex(), pair) for pair in BLIND.get(name, ())]
+    taking = SEEING + BLINDED % (png().hex(), wav(0.2, 8000).hex())
+    blind = [(taking, pair) for pair in BLIND.get(name, ())]
     for number, (code, pairs) in enumerate(blind or [(CODE, SPOILED.get(name, ()))]):
         folder = tmp_path / str(number)
         with monkeypatch.context() as patch:

@@ -123,7 +123,7 @@ def _props(info: ModelInfo) -> Props:
         # Paths of this machine are not shown.
         model_path=info.id,
         chat_template=info.chat_template or "",
-        modalities=Modalities(info.capabilities.vision),
+        modalities=Modalities(info.capabilities.vision, info.capabilities.audio),
         build_info="headrace",
         is_sleeping=info.state != "ready",
     )

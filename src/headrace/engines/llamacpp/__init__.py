@@ -39,7 +39,7 @@ ABOUT = About(
     tasks=("generate", "embed", "rerank"),
     able=frozenset(
         {"adapters", "forms", "infill", "json_schema", "logprobs", "resume", "speculation"}
-        | {"vision"}
+        | {"vision", "audio"}
     ),
 )
 
@@ -96,8 +96,8 @@ class Options(SpeculationOptions):
     )
     mmproj: str | None = Field(
         None,
-        description="Projector file for images; by default the mmproj*.gguf beside the model, "
-        "`off` for none.",
+        description="Projector file for images and audio; by default the mmproj*.gguf beside the "
+        "model, `off` for none.",
     )
     weight_type: Literal["file", "q8_0"] = Field(
         "file",

@@ -57,7 +57,7 @@ class Engine(Served):
         threads: ThreadPoolExecutor,
     ) -> AsyncGenerator[RawEvent, None]:
         """Return the events of a request, which runs on a thread that mostly sleeps."""
-        if self.facts.capabilities.vision:
+        if self.facts.image_marker:
             return super()._events(request, visible, inbox, threads)
 
         def produce(emit: threaded.Emit[RawEvent]) -> None:

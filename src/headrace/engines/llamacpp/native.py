@@ -1,6 +1,6 @@
 """Requests over the socket: of a server of its own, and of models with a projector.
 
-In process the library takes only texts of such a model: neither token ids nor pictures.
+In process the library takes only texts of such a model: neither token ids nor media.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from headrace.core.audio import is_sound, read_sound
 from headrace.core.errors import HeadraceError, InvalidRequest
 from headrace.core.media import image_header
 from headrace.core.stream import Mailbox
@@ -60,7 +61,7 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class NativeCall(Call):
-    """A request by llama.cpp's own route, which takes token ids and pictures."""
+    """A request by llama.cpp's own route, which takes token ids, pictures and sounds."""
 
     constrained: Constrained = staticmethod(in_lark)
 
@@ -80,7 +81,7 @@ class NativeCall(Call):
     ) -> AsyncGenerator[RawEvent, None]:
         """Yield the events of the answer; when this is closed, the server has ended the request.
 
-        `executor` runs what takes long: pictures, and further requests to the server.
+        `executor` runs what takes long: media, and further requests to the server.
 
         Raises:
             HeadraceError: the server refuses, or does not answer.
@@ -155,7 +156,7 @@ class NativeCall(Call):
 
 def _refusal(error: dict[str, Any]) -> HeadraceError:
     if "image" in str(error.get("message", "")):
-        return InvalidRequest("An image cannot be decoded.", param="messages")
+        return InvalidRequest("An image or a sound cannot be decoded.", param="messages")
     return error_from(error)
 
 
@@ -169,6 +170,8 @@ def _body(request: EngineRequest, body: dict[str, Any]) -> bytes:
 
 
 def _known(data: bytes) -> bytes:
-    """Return a picture in a format that the library decodes, upright."""
+    """Return a picture in a format that the library decodes, upright; or a sound as it is."""
+    if is_sound(data):
+        return read_sound(data).plain(data)
     is_known = image_header(data)[0] in _KNOWN and not pictures.is_turned(data)
     return data if is_known else pictures.as_png(data)

@@ -28,7 +28,7 @@ from headrace.engines.llamacpp.pieces import SENTINEL, SIZE, Pieces
 from headrace.engines.plan import CachePlan
 from headrace.engines.tokenizer import without_markers
 
-_NO_DRAFTS = "speculation is off, as the model takes images"
+_NO_DRAFTS = "speculation is off, as the model takes images or audio"
 
 
 class Served(base.Embedder):
@@ -102,7 +102,9 @@ class Served(base.Embedder):
 
     def _with_text(self, request: EngineRequest) -> EngineRequest:
         if request.sampling.logprobs is not None:
-            raise Unsupported("Log-probabilities do not go with images here.", param="logprobs")
+            raise Unsupported(
+                "Log-probabilities do not go with images or audio here.", param="logprobs"
+            )
         # The library puts it before each text.
         bos = self.facts.bos_token
         return msgspec.structs.replace(request, text=request.text.removeprefix(bos))
@@ -265,7 +267,8 @@ class Served(base.Embedder):
     def _facts(self, request: OpenRequest, planned: CachePlan, device: str) -> EngineFacts:
         props = self._ask("/props")
         granted = props["default_generation_settings"]["n_ctx"]
-        sees = bool(props.get("modalities", {}).get("vision"))
+        modalities = props.get("modalities", {})
+        sees, hears = (bool(modalities.get(kind)) for kind in ("vision", "audio"))
         plan.granted_context(request, granted)
         return EngineFacts(
             device=device,
@@ -276,7 +279,7 @@ class Served(base.Embedder):
             max_token_bytes=self._model.max_token_bytes,
             notes=planned.notes,
             grammar_library=self._grammar_library(),
-            image_marker=props.get("media_marker", "") if sees else "",
+            image_marker=props.get("media_marker", "") if sees or hears else "",
             infill_ids=tuple(n for n in self._model.infill_ids if n < self._vocabulary),
             capabilities=Capabilities(
                 sampling=HONOURED,
@@ -285,6 +288,7 @@ class Served(base.Embedder):
                 batch_invariant=device == "cpu" and _is_reproducible(self._options),
                 resume=True,
                 vision=sees,
+                audio=hears,
                 speculation=self._options.way if self._drafts else "",
                 adapters=True,
             ),

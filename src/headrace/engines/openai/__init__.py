@@ -15,7 +15,7 @@ ABOUT = About(
     devices=("remote",),
     tasks=("generate", "embed", "rerank"),
     remote=True,
-    able=frozenset({"forms", "json_schema", "logprobs", "vision"}),
+    able=frozenset({"forms", "json_schema", "logprobs", "vision", "audio"}),
 )
 _FIELD = r"^[a-z_]{1,32}$"
 

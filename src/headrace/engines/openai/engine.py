@@ -103,6 +103,7 @@ class Engine:
                 forms=frozenset(FORMS if provider.structured_outputs else ()),
                 token_prompts=provider.token_prompts,
                 vision=provider.images,
+                audio=provider.audio,
             ),
         )
 

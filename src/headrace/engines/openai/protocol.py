@@ -17,7 +17,7 @@ from headrace.core.events import (
     ToolCallDelta,
     TopLogprob,
 )
-from headrace.core.media import Part, as_base64
+from headrace.core.media import openai_part
 from headrace.core.metrics import Usage
 from headrace.core.request import (
     CountRequest,
@@ -164,7 +164,7 @@ def _messages(request: GenerateRequest, provider: Provider) -> list[dict[str, An
     for message in request.messages or ():
         turn = openai_turn(message, text_arguments=True)
         if not isinstance(message.content, str):
-            turn["content"] = [_part(part, request.media) for part in message.content]
+            turn["content"] = [openai_part(part, request.media) for part in message.content]
         if message.role == "developer" and not provider.developer:
             turn["role"] = "system"
         if message.role == "tool":
@@ -173,13 +173,6 @@ def _messages(request: GenerateRequest, provider: Provider) -> list[dict[str, An
             turn["content"] = None
         turns.append(turn)
     return turns
-
-
-def _part(part: Part, media: Mapping[str, bytes]) -> dict[str, Any]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    kind, data = as_base64(part, media)
-    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
 
 
 def embed_body(request: EmbedRequest, model: str, provider: Provider) -> bytes:

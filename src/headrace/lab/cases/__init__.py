@@ -9,6 +9,7 @@ from __future__ import annotations
 from headrace.lab.cases import (
     adapters,
     answers,
+    audio,
     drafts,
     facts,
     forms,
@@ -32,6 +33,7 @@ CASES: tuple[Case, ...] = (
     *limits.CASES,
     *tools.CASES,
     *images.CASES,
+    *audio.CASES,
     *turns.CASES,
     *drafts.CASES,
     *vectors.CASES,

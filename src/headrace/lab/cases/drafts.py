@@ -37,9 +37,10 @@ async def drafting(subject: Subject) -> Subject:
             raise Declared("It drafts no tokens.") from error
         raise Broken("It accepts speculation as an option that it does not have.")
     drafted = subject if subject.capabilities.speculation else await _with(subject, "ngram")
-    if drafted.capabilities.vision and not drafted.capabilities.speculation:
+    able = drafted.capabilities
+    if (able.vision or able.audio) and not able.speculation:
         check(any("speculation" in note for note in drafted.info.notes), "No note says why.")
-        raise Declared("It drafts no tokens for models that take images.")
+        raise Declared("It drafts no tokens for models that take images or audio.")
     return drafted
 
 
