@@ -127,7 +127,8 @@ async def test_thinking_is_sent_only_if_it_is_requested(thinking: Any) -> None:
     answer, backend = await post(body(**more), everything)
     assert next(block["type"] for block in answer.json()["content"]) == "text"
     shown = thinking is not None and thinking["type"] == "enabled"
-    assert backend.requests[0].thinking == Thinking(enabled=shown)
+    hidden = thinking is not None and "display" in thinking
+    assert backend.requests[0].thinking == Thinking(enabled=shown, hidden=hidden)
     answer, _ = await post(body(**more, stream=True), everything)
     assert "thinking" not in answer.text
 
