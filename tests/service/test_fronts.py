@@ -227,7 +227,8 @@ async def test_clients_take_turns_across_fronts(service: Service, http: httpx.As
     for number, key in enumerate((ANN, ANN, BOB), 1):
         tasks.append(asyncio.create_task(request(key)))
         await until(partial(queued, http, number))
-    full = await stream(http, "narrow", "x")
+    async with keyed(service, ANN) as ann:
+        full = await stream(ann, "narrow", "x")
     assert (full.status, full.error and full.error["code"]) == (429, "queue_full")
     first.cancel()
     await asyncio.gather(*tasks)
