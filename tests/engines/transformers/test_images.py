@@ -95,7 +95,7 @@ async def test_a_conversation(folder: Path, home: Path) -> None:
         message = question("What is ", png(), "?")
         result = await worker.generate(messages=[message], max_tokens=3, temperature=0)
         assert result.usage.prompt_tokens > PER_IMAGE + 5
-        with pytest.raises(InvalidRequest, match="marker of an image, <image>"):
+        with pytest.raises(InvalidRequest, match="marker of them, <image>"):
             await worker.generate(messages=[question("<image>", png())], max_tokens=3)
         off = await worker.count_tokens(messages=[message])
         assert off.estimated
