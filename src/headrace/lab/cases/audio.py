@@ -7,13 +7,12 @@ import math
 import struct
 import wave
 
-from headrace.core.errors import RequestError, Unsupported
 from headrace.core.media import Pictures
-from headrace.core.request import GenerateRequest, Message
-from headrace.core.sampling import Sampling
+from headrace.core.request import GenerateRequest
 from headrace.lab.cases.answers import sound
 from headrace.lab.cases.case import case
-from headrace.lab.cases.subject import TOKENS, Declared, Reply, Subject, check, read, refusal
+from headrace.lab.cases.media import media_request, prompt_tokens, require
+from headrace.lab.cases.subject import TOKENS, Reply, Subject, check, read
 
 _RATE, _SECONDS = 16000, 1
 _TONES = (220, 440, 1760, 3520)
@@ -32,16 +31,8 @@ def _wav(tone: int) -> bytes:
 
 
 def _request(subject: Subject, *parts: bytes | str) -> GenerateRequest:
-    """Return a greedy request with a message of texts and sounds."""
-    pictures = Pictures()
-    content = tuple(
-        part if isinstance(part, str) else pictures.add_audio(part, f"messages[0].content[{place}]")
-        for place, part in enumerate(parts)
-    )
-    given = subject.able(max_tokens=4 * TOKENS, temperature=0.0)
-    return GenerateRequest(
-        messages=(Message("user", content),), media=pictures.data, sampling=Sampling(**given)
-    )
+    longer = {"max_tokens": 4 * TOKENS}
+    return media_request(subject, Pictures.add_audio, *parts, sampling=longer)
 
 
 async def _answer(subject: Subject, *parts: bytes | str) -> Reply:
@@ -49,25 +40,8 @@ async def _answer(subject: Subject, *parts: bytes | str) -> Reply:
 
 
 async def _require_audio(subject: Subject) -> None:
-    """Check that sounds are refused by their place where the model takes none.
-
-    Raises:
-        Declared: they are.
-    """
     request = _request(subject, "What is ", _wav(_TONES[0]), "it?")
-    if not subject.capabilities.audio:
-        error = await refusal(subject.backend.ask(request), Unsupported)
-        check(error.param == "messages[0].content[1]", f"The error names {error.param}.")
-        raise Declared("It takes no audio, and names the first sound.")
-    if subject.is_remote:
-        try:
-            await read(subject.backend.ask(request))
-        except RequestError as error:
-            raise Declared(f"The upstream refuses it: {error.message}") from error
-
-
-def _prompt(reply: Reply) -> int:
-    return reply.finish.usage.prompt_tokens
+    await require(subject, request, "audio", able=subject.capabilities.audio)
 
 
 @case("W31 W2")
@@ -84,10 +58,13 @@ async def audio(subject: Subject) -> None:
     check(len(shown) > 1, f"{len(_TONES)} sounds are all answered by {again.text!r}.")
     if subject.is_remote:
         return
-    counts = {_prompt(reply) for reply in (*replies, again)}
+    counts = {prompt_tokens(reply) for reply in (*replies, again)}
     check(len(counts) == 1, f"Sounds of one length have {sorted(counts)} tokens.")
-    each = _prompt(again) - _prompt(text)
-    check(each > 0, f"The prompt has {_prompt(text)} tokens, and {_prompt(again)} with a sound.")
+    each = prompt_tokens(again) - prompt_tokens(text)
+    check(
+        each > 0,
+        f"The prompt has {prompt_tokens(text)} tokens, and {prompt_tokens(again)} with a sound.",
+    )
 
 
 CASES = (audio,)

@@ -9,12 +9,12 @@ import zlib
 from contextlib import aclosing
 from typing import Any
 
-from headrace.core.errors import ContextOverflow, InvalidRequest, RequestError, Unsupported
+from headrace.core.errors import ContextOverflow, InvalidRequest
 from headrace.core.media import Pictures
-from headrace.core.request import GenerateRequest, Message
-from headrace.core.sampling import Sampling
+from headrace.core.request import GenerateRequest
 from headrace.lab.cases.answers import sound
 from headrace.lab.cases.case import case
+from headrace.lab.cases.media import media_request, prompt_tokens, require
 from headrace.lab.cases.subject import (
     TOKENS,
     Declared,
@@ -46,19 +46,7 @@ def _png(seed: int, data: bytes | None = None) -> bytes:
 
 
 def _request(subject: Subject, *parts: bytes | str, **fields: Any) -> GenerateRequest:
-    """Return a greedy request with a message of texts and images."""
-    pictures = Pictures()
-    content = tuple(
-        part if isinstance(part, str) else pictures.add(part, f"messages[0].content[{place}]")
-        for place, part in enumerate(parts)
-    )
-    given = {"max_tokens": TOKENS, "temperature": 0.0} | fields.pop("sampling", {})
-    return GenerateRequest(
-        messages=(Message("user", content),),
-        media=pictures.data,
-        sampling=Sampling(**subject.able(**given)),
-        **fields,
-    )
+    return media_request(subject, Pictures.add, *parts, **fields)
 
 
 async def _answer(subject: Subject, *parts: bytes | str, **fields: Any) -> Reply:
@@ -66,25 +54,8 @@ async def _answer(subject: Subject, *parts: bytes | str, **fields: Any) -> Reply
 
 
 async def _require_vision(subject: Subject) -> None:
-    """Check that images are refused by their place where the model takes none.
-
-    Raises:
-        Declared: they are.
-    """
     request = _request(subject, "What is ", _png(_SEEDS[0]), "it?")
-    if not subject.capabilities.vision:
-        error = await refusal(subject.backend.ask(request), Unsupported)
-        check(error.param == "messages[0].content[1]", f"The error names {error.param}.")
-        raise Declared("It takes no images, and names the first.")
-    if subject.is_remote:
-        try:
-            await read(subject.backend.ask(request))
-        except RequestError as error:
-            raise Declared(f"The upstream refuses them: {error.message}") from error
-
-
-def _prompt(reply: Reply) -> int:
-    return reply.finish.usage.prompt_tokens
+    await require(subject, request, "images", able=subject.capabilities.vision)
 
 
 @case("W31 W2")
@@ -104,12 +75,15 @@ async def images(subject: Subject) -> None:
     check(len(shown) > 1, f"{len(_SEEDS)} images are all answered by {again.text!r}.")
     if subject.is_remote:
         return
-    counts = {_prompt(reply) for reply in (*replies, again)}
+    counts = {prompt_tokens(reply) for reply in (*replies, again)}
     check(len(counts) == 1, f"Images of one size have {sorted(counts)} tokens.")
-    each = _prompt(again) - _prompt(text)
-    check(each > 0, f"The prompt has {_prompt(text)} tokens, and {_prompt(again)} with an image.")
+    each = prompt_tokens(again) - prompt_tokens(text)
+    check(
+        each > 0,
+        f"The prompt has {prompt_tokens(text)} tokens, and {prompt_tokens(again)} with an image.",
+    )
     several = await _answer(subject, *map(_png, _SEEDS[:3]), "What is it?")
-    further = _prompt(several) - _prompt(again)
+    further = prompt_tokens(several) - prompt_tokens(again)
     check(abs(further - 2 * each) <= 4, f"One image adds {each} tokens, two more {further}.")
 
 
@@ -151,7 +125,7 @@ async def images_fill_the_context(subject: Subject) -> None:
     if subject.is_remote:
         raise Declared("Its context is that of the upstream.")
     parts = ("What is ", _png(_SEEDS[2]), "it?")
-    prompt = _prompt(await _answer(subject, *parts))
+    prompt = prompt_tokens(await _answer(subject, *parts))
     free = {"max_tokens": None, "ignore_eos": True}
     long = _request(subject, *parts, sampling=free, context_length=prompt - 1)
     await refusal(subject.backend.ask(long), ContextOverflow)
