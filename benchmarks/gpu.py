@@ -5,15 +5,17 @@
 
 The model has random weights and is generated here; nothing is downloaded. Each request has 100 to
 1,024 tokens of prompt and of answer, drawn from a fixed seed. Prompts are token ids, so that no
-tokenizer is measured. First the engine runs alone; then both servers are started and measured in
+tokenizer is measured. First the engine runs alone; then the servers are started and measured in
 turn, A B, B A, by client processes that only record when bytes arrive. Each has its share of the
-GPU. `--rust` also measures vLLM's server with its front end in Rust.
+GPU. Servers are `vllm`, `vllm-rust` (its front end in Rust), `headrace`, and `headrace:2` with two
+fronts.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import re
@@ -78,8 +80,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=4, help="client processes")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--share", type=float, default=0.45, help="of the GPU, for each server")
-    parser.add_argument("--rust", action="store_true", help="vLLM's front end in Rust, too")
-    parser.add_argument("--fronts", type=int, default=1, help="processes of Headrace's front")
+    parser.add_argument("--servers", default="vllm,headrace", help="what is measured, in turn")
     parser.add_argument("--cpu", action="store_true", help="use no GPU, to test this program")
     return parser.parse_args()
 
@@ -127,11 +128,15 @@ async def _measure(bench: Bench) -> dict[str, Any]:
     result: dict[str, Any] = {"offline": await _offline(bench), "turns": []}
     async with AsyncExitStack() as stack:
         sides: list[Side] = []
-        if bench.engine == "vllm":
-            rust = (False, True) if bench.options.rust else (False,)
-            for each in rust:
-                sides.append(await stack.enter_async_context(_vllm_serve(bench, rust=each)))
-        sides.append(await stack.enter_async_context(_headrace(bench)))
+        for name in bench.options.servers.split(","):
+            kind, _, fronts = name.partition(":")
+            if kind == "headrace":
+                run = _headrace(bench, name, int(fronts or 1))
+            elif bench.engine == "vllm":
+                run = _vllm_serve(bench, name, rust=kind == "vllm-rust")
+            else:
+                continue
+            sides.append(await stack.enter_async_context(run))
         for side in sides:
             await _turn(bench, side, again(bench.requests[:_WARM], 0))
         for number in range(bench.options.rounds):
@@ -178,7 +183,7 @@ def _vllm_options(bench: Bench) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def _vllm_serve(bench: Bench, *, rust: bool) -> AsyncGenerator[Side]:
+async def _vllm_serve(bench: Bench, name: str, *, rust: bool) -> AsyncGenerator[Side]:
     # The modules behind `vllm serve`, which some builds have no command for.
     module = "vllm.entrypoints.cli.main" if rust else "vllm.entrypoints.openai.api_server"
     port, words = str(drive.free_port()), [sys.executable, "-m", module]
@@ -192,11 +197,11 @@ async def _vllm_serve(bench: Bench, *, rust: bool) -> AsyncGenerator[Side]:
     environment = {**_OFFLINE, "VLLM_USE_RUST_FRONTEND": "1"} if rust else _OFFLINE
     run = drive.server(words, environment, url=url, ready="/v1/models", start_s=_START_S)
     async with run as server:
-        yield Side("vllm serve, Rust" if rust else "vllm serve", server, "m")
+        yield Side(name, server, "m")
 
 
 @asynccontextmanager
-async def _headrace(bench: Bench) -> AsyncGenerator[Side]:
+async def _headrace(bench: Bench, side: str, fronts: int) -> AsyncGenerator[Side]:
     given = bench.options
     settings: dict[str, Any] = {}
     if bench.engine == "vllm":
@@ -204,14 +209,14 @@ async def _headrace(bench: Bench) -> AsyncGenerator[Side]:
         if given.cpu:
             settings = {"load_format": "dummy", "eager": True, "kv_cache_bytes": 256 << 20}
     flags = ("--engine", bench.engine, "--max-queued", str(2 * given.requests))
-    flags += ("--context-length", str(2 * given.most + 64), "--fronts", str(given.fronts))
+    flags += ("--context-length", str(2 * given.most + 64), "--fronts", str(fronts))
     command = drive.serve(str(bench.folder), *flags, options=settings)
     run = drive.server(command, _OFFLINE, ready="/health/ready", start_s=_START_S)
     async with run as server:
         http = server.http()
-        (name,) = await served_models(http)
+        (model,) = await served_models(http)
         http.close()
-        yield Side("headrace", server, name)
+        yield Side(side, server, model)
 
 
 async def _turn(
@@ -289,12 +294,11 @@ def _table(result: dict[str, Any]) -> list[str]:
             f"{figures['gap_p50'] * 1000:7.1f}ms{figures['gap_p99'] * 1000:6.0f}ms"
             f"{figures['front_cpu_per_1000']:18.4f}"
         )
-    ours, keys = middle["headrace"], ("rate", "first_p50", "first_p99", "gap_p99")
-    for name in names:
-        if name != "headrace":
-            theirs = middle[name]
-            ratios = (f"{key} {ours[key] / theirs[key]:.3f}" for key in (*keys, _CPU))
-            lines.append(f"headrace / {name}: {', '.join(ratios)}")
+    keys = ("rate", "first_p50", "first_p99", "gap_p99", _CPU)
+    ours = [name for name in names if name.startswith("headrace")]
+    for mine, name in itertools.product(ours, (name for name in names if name not in ours)):
+        ratios = (f"{key} {middle[mine][key] / middle[name][key]:.3f}" for key in keys)
+        lines.append(f"{mine} / {name}: {', '.join(ratios)}")
     return lines
 
 
