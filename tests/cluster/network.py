@@ -217,7 +217,11 @@ class FakeNode:
         return
 
     def status(self) -> PoolStatus:
-        models = tuple(
+        device = DeviceStatus(name="cpu", total=9, budget=9, booked=0, free=9)
+        return PoolStatus(models=self.model_statuses(), devices=(device,))
+
+    def model_statuses(self) -> tuple[ModelStatus, ...]:
+        return tuple(
             ModelStatus(
                 id=name,
                 source="fake",
@@ -232,8 +236,6 @@ class FakeNode:
             )
             for place, (name, state) in enumerate(self.states.items())
         )
-        device = DeviceStatus(name="cpu", total=9, budget=9, booked=0, free=9)
-        return PoolStatus(models=models, devices=(device,))
 
     def set_draining(self, on: bool) -> None:
         if on != self.draining:

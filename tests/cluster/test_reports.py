@@ -13,7 +13,7 @@ from headrace.cluster.reports import Reporter
 from headrace.cluster.view import View
 from headrace.cluster.wire import Pulse
 from headrace.core.model import ModelInfo
-from headrace.core.status import PoolStatus
+from headrace.core.status import ModelStatus
 
 
 class Changing(FakeNode):
@@ -27,18 +27,17 @@ class Changing(FakeNode):
         super().__init__(name, models)
         self._ticks = itertools.count()
 
-    def status(self) -> PoolStatus:
-        tick, status = next(self._ticks), super().status()
-        models = [
+    def model_statuses(self) -> tuple[ModelStatus, ...]:
+        tick = next(self._ticks)
+        return tuple(
             msgspec.structs.replace(
                 model,
                 state="ready" if place < self.loaded else "created",
                 running=(tick + place) % 3 + 1 if place < self.busy else 0,
                 memory={"cpu": 1000 + (tick if place < self.changing else 0)},
             )
-            for place, model in enumerate(status.models)
-        ]
-        return msgspec.structs.replace(status, models=tuple(models))
+            for place, model in enumerate(super().model_statuses())
+        )
 
     def models(self) -> Sequence[ModelInfo]:
         return [

@@ -10,7 +10,7 @@ import msgspec
 from headrace.cluster.wire import ModelReport, Status
 from headrace.core.backend import Admin, Backend
 from headrace.core.model import ModelInfo
-from headrace.core.status import DeviceStatus, ModelStatus, PoolStatus, ReplicaStatus
+from headrace.core.status import DeviceStatus, ModelStatus, ReplicaStatus
 
 _MOST_SKIPPED = 10
 """How many reports leave out memory that has changed, and nothing else."""
@@ -26,6 +26,10 @@ class NodeAdmin(Admin, Protocol):
 
     def set_draining(self, on: bool) -> None:
         """Take no new requests from fronts, or take them again."""
+        ...
+
+    def model_statuses(self) -> tuple[ModelStatus, ...]:
+        """Return the models of `status`, without reading the devices."""
         ...
 
     def place(self, model: str, copies: int) -> ModelStatus:
@@ -59,14 +63,13 @@ class Reporter:
 
         And what else has changed, or None; memory alone is reported now and then.
         """
-        status = self._admin.status()
-        loads = {model.id: (model.running, model.queued) for model in status.models}
+        models = {model.id: model for model in self._admin.model_statuses()}
+        loads = {name: (model.running, model.queued) for name, model in models.items()}
         changed = {name: load for name, load in loads.items() if load != self._loads.get(name)}
         self._loads = loads
-        return changed, self._changes(status)
+        return changed, self._changes(models)
 
-    def _changes(self, status: PoolStatus) -> Status | None:
-        models = {model.id: model for model in status.models}
+    def _changes(self, models: dict[str, ModelStatus]) -> Status | None:
         infos = _by_model(self._backend.models())
         draining = self._admin.draining
         removed = tuple(name for name in self._models if name not in models)
@@ -82,8 +85,8 @@ class Reporter:
             for name in changed
         )
         self._models, self._infos = models, infos
-        self._devices, self._draining = status.devices, draining
-        return Status(reports, removed, status.devices, self._labels, draining)
+        self._devices, self._draining = self._admin.status().devices, draining
+        return Status(reports, removed, self._devices, self._labels, draining)
 
     def _differs(
         self, name: str, model: ModelStatus, infos: Mapping[str, tuple[ModelInfo, ...]]

@@ -96,10 +96,11 @@ class PoolAdmin:
 
     def status(self) -> PoolStatus:
         """Return the status of all models and devices."""
-        return PoolStatus(
-            models=tuple(status_of(entry) for entry in self.pool.entries.values()),
-            devices=self.pool.ledger.status(),
-        )
+        return PoolStatus(models=self.model_statuses(), devices=self.pool.ledger.status())
+
+    def model_statuses(self) -> tuple[ModelStatus, ...]:
+        """Return the status of all models, without reading the devices, which costs more."""
+        return tuple(status_of(entry) for entry in self.pool.entries.values())
 
     def stored(self) -> Sequence[StoredModel]:
         """Return the models that were downloaded; see `Admin`."""

@@ -152,17 +152,11 @@ class WorkerProcess:
 
         An exception of `deliver` ends the stream, and is raised. A call is cheaper than a yield.
         """
-        child, progress = self._ready(), Received()
-
-        def take(event: Event) -> None:
-            progress.saw(event)
-            deliver(event)
-
-        relay = Relay(take)
+        child, relay = self._ready(), Relay(deliver)
         listener = child.begin(request, relay)
         try:
             if (error := (await relay.over).error) is not None:
-                raise self._failed(from_record(error), request, progress)
+                raise self._failed(from_record(error), request, relay.received)
         finally:
             try:
                 if not relay.has_ended:

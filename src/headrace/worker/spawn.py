@@ -37,6 +37,7 @@ from headrace.core.model import ModelInfo
 from headrace.core.request import AnyRequest
 from headrace.core.stream import Mailbox
 from headrace.machine import Family, kill_marked
+from headrace.worker.meter import Received
 from headrace.worker.wire import (
     Alive,
     Ask,
@@ -72,11 +73,12 @@ class Relay:
     An exception of the call is that of `over`. `has_ended` is whether the child is done with it.
     """
 
-    __slots__ = ("_deliver", "has_ended", "over")
+    __slots__ = ("_deliver", "has_ended", "over", "received")
 
     def __init__(self, deliver: Callable[[Event], None]) -> None:
         self.over: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self.has_ended = False
+        self.received = Received()
         self._deliver = deliver
 
     def put(self, item: Event | Ended) -> None:
@@ -87,6 +89,7 @@ class Relay:
                 self.over.set_result(item)
         elif not self.over.done():
             try:
+                self.received.saw(item)
                 self._deliver(item)
             except Exception as error:  # noqa: BLE001 - raised where the stream is awaited
                 self.over.set_exception(error)
@@ -108,14 +111,12 @@ class Listener:
     def put(self, event: Event | Ended, now: float) -> None:
         """Queue an event that the child sent."""
         self.received_at = now
-        # Of several choices, one can have ended while the next still waits for its slot.
-        self.admitted = self._choices == 1 and _is_running(event)
+        # Of several choices, one can have ended while the next still waits for its slot; an
+        # echoed prompt is sent before the request queues, and has no tokens.
+        self.admitted = self._choices == 1 and (
+            bool(event.token_ids) if type(event) is Delta else isinstance(event, Progress)
+        )
         (self.relay or self.mailbox).put(event)
-
-
-def _is_running(event: Event | Ended) -> bool:
-    # An echoed prompt is sent before the request queues, and has no tokens.
-    return bool(event.token_ids) if type(event) is Delta else isinstance(event, Progress)
 
 
 class ChildProcess:
@@ -140,6 +141,7 @@ class ChildProcess:
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._alive = time.monotonic()
         self._stopped = False
+        self._shown: psutil.Process | None = None
         self._verdict: str | None = None
         self._process: Process | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -253,7 +255,8 @@ class ChildProcess:
         """Whether a signal has stopped the process, now and at the previous call."""
         before = self._stopped
         try:
-            self._stopped = psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+            process = self._shown = self._shown or psutil.Process(self.pid)
+            self._stopped = process.status() == psutil.STATUS_STOPPED
         except psutil.Error:
             self._stopped = False
         return before and self._stopped

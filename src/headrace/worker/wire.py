@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import socket
 import struct
+import threading
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
@@ -103,6 +104,17 @@ class Alive(Message, frozen=True, tag="alive"):
     drafting: bool | None = None
 
 
+class _Corked(threading.local):
+    """The links of this thread with messages to be sent at the end of a received read.
+
+    None while no link receives.
+    """
+
+    links: list[Link[Any]] | None = None
+
+
+_CORKED = _Corked()
+
 ToChild = Load | Ask | Cancel | Close
 ToParent = Ready | Failed | Emitted | Ended | Alive
 In = TypeVar("In")
@@ -110,6 +122,8 @@ In = TypeVar("In")
 
 class Link(asyncio.Protocol, Generic[In]):
     """One end of the socket pair. Messages of one event loop iteration are sent as one frame.
+
+    What is sent while a link receives is written when all that was read has been received.
 
     `room` is set unless the other side is behind with reading (`limit_unsent`).
     """
@@ -166,7 +180,10 @@ class Link(asyncio.Protocol, Generic[In]):
             # Several of them could be longer than a frame may be.
             self.flush()
         elif len(self._outbox) == 1:
-            asyncio.get_running_loop().call_soon(self.flush)
+            if _CORKED.links is not None:
+                _CORKED.links.append(self)
+            else:
+                asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:
         """Write all messages of this event loop iteration."""
@@ -206,6 +223,8 @@ class Link(asyncio.Protocol, Generic[In]):
         buffer = self._buffer
         buffer += data
         start = 0
+        corked: list[Link[Any]] = []
+        _CORKED.links = corked
         try:
             while (end := _frame_end(buffer, start, self._limit)) is not None:
                 self._receive(self._decode(buffer[start + HEADER.size : end]))
@@ -213,6 +232,10 @@ class Link(asyncio.Protocol, Generic[In]):
         except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
             start = len(buffer)
             self.fail(f"a frame was not valid: {error}")
+        finally:
+            _CORKED.links = None
+            for link in corked:
+                link.flush()
         del buffer[:start]
 
     def connection_lost(self, exc: Exception | None) -> None:
