@@ -147,7 +147,7 @@ async def compare(options: argparse.Namespace) -> list[Cell]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         client = await stack.enter_async_context(drive.program(load.command()))
         home = {"HEADRACE_HOME": str(folder / "plain")}
-        command = drive.serve("echo", options=engine)
+        command = drive.serve("echo", "--fronts", "1", options=engine)
         plain = await stack.enter_async_context(drive.server(command, home, ready="/health/ready"))
         services = {
             "plain": Service(plain.url, (plain.program.process(),)),

@@ -152,7 +152,7 @@ async def rounds(options: argparse.Namespace, streams: int) -> list[Cell]:
     body = body_of(speed, options.window + 30)
     commands = {
         "limit": report.script("front_servers.py", "limit", str(speed)),
-        "headrace": drive.serve("echo", options={"tokens_per_second": speed}),
+        "headrace": drive.serve("echo", "--fronts", "1", options={"tokens_per_second": speed}),
         "pydantic": report.script("front_servers.py", "pydantic", str(speed)),
     }
     async with contextlib.AsyncExitStack() as stack:
@@ -203,7 +203,9 @@ def in_step(speed: float) -> list[str]:
 
     Otherwise the number of events that coincide would depend on when the streams began.
     """
-    return drive.serve("echo", options={"tokens_per_second": speed, "in_step": True})
+    return drive.serve(
+        "echo", "--fronts", "1", options={"tokens_per_second": speed, "in_step": True}
+    )
 
 
 async def checkouts(options: argparse.Namespace, streams: int) -> list[Cell]:

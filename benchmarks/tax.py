@@ -207,7 +207,8 @@ async def _round(sides: Sequence[Side], client: Program, streams: int, number: i
 async def rounds(options: argparse.Namespace, streams: int, model: Path) -> list[Turn]:
     """Measure all sides at one number of streams."""
     shape = {"slots": streams, "threads": options.threads, "batch_size": _BATCH}
-    command = drive.serve(str(model), "--context-length", str(_CONTEXT), options=shape)
+    flags = ("--context-length", str(_CONTEXT), "--fronts", "1")
+    command = drive.serve(str(model), *flags, options=shape)
     settings = {"model": str(model), "context_length": _CONTEXT, **shape}
     async with contextlib.AsyncExitStack() as stack:
         client = await stack.enter_async_context(drive.program(load.command()))

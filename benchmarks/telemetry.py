@@ -122,7 +122,8 @@ async def latencies(options: argparse.Namespace) -> list[Latency]:
     body = {"model": "echo", "prompt": "abcdefgh" * 8, "stream": True, "max_tokens": 32}
     latencies: list[Latency] = []
     async with contextlib.AsyncExitStack() as stack:
-        enter, command = stack.enter_async_context, drive.serve("echo", options=pace)
+        enter = stack.enter_async_context
+        command = drive.serve("echo", "--fronts", "1", options=pace)
         servers = {mode: await enter(server(command, mode)) for mode in COLLECTORS}
         client = await enter(drive.program(load.command()))
         for number in range(-1, options.rounds or 12):
@@ -162,7 +163,8 @@ async def speeds(options: argparse.Namespace) -> list[Speed]:
     """Measure the tokens/s of the real model of both sides in turn."""
     speeds: list[Speed] = []
     model = runtime.store(runtime.load_settings().config).fetch(parse(options.model))
-    command = drive.serve(str(model), "--context-length", "512", options={"slots": _STREAMS})
+    flags = ("--context-length", "512", "--fronts", "1")
+    command = drive.serve(str(model), *flags, options={"slots": _STREAMS})
     async with contextlib.AsyncExitStack() as stack:
         client = await stack.enter_async_context(drive.program(load.command()))
         starts = sides(command).items()
