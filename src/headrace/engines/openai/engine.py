@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from headrace.certificates import certificates
 from headrace.core.constraint import FORMS
 from headrace.core.errors import UpstreamError
 from headrace.core.events import TokenCount, bytes_of
@@ -25,7 +26,7 @@ from headrace.engines.openai.protocol import (
     generate_body,
     rerank_body,
 )
-from headrace.engines.openai.upstream import Upstream, certificates
+from headrace.engines.openai.upstream import Upstream
 from headrace.engines.remote import Shared, SilenceTimer
 from headrace.models.providers import PROVIDERS, Provider
 from headrace.text import chunks
