@@ -15,7 +15,13 @@ from headrace.core.errors import UpstreamError
 from headrace.core.events import TokenCount, bytes_of
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities
-from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
+from headrace.core.request import (
+    CountRequest,
+    EmbedRequest,
+    GenerateRequest,
+    Request,
+    RerankRequest,
+)
 from headrace.engines import remote
 from headrace.engines.base import OpenRequest, RemoteEvent
 from headrace.engines.openai import Options
@@ -178,7 +184,7 @@ class Engine:
         path: str,
         body: bytes,
         kind: type[T],
-        request: EmbedRequest | RerankRequest | None = None,
+        request: Request | None = None,
         url: str | None = None,
     ) -> T:
         headers = remote.trace_headers(request) if request else {}
