@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from typing import Any
 
 import msgspec
@@ -10,6 +11,7 @@ import pytest
 from tests.cli.stub import Stub, stub
 
 from headrace.cli.app import run
+from headrace.cli.client import Client
 from headrace.cli.pool import status_text
 from headrace.core.status import (
     DeviceStatus,
@@ -286,3 +288,21 @@ def test_where_the_service_is_and_which_key_it_gets(
             ("/admin/models", None, "Bearer admin"),
         ]
     assert "mine" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("url", "is_checked"), [("http://a:1", False), ("https://a", True), ("HTTPS://a", True)]
+)
+def test_that_certificates_are_read_for_https_alone(
+    monkeypatch: pytest.MonkeyPatch, url: str, is_checked: bool
+) -> None:
+    """Issue 10: a command starts 50 ms earlier, and each host of HTTPS is checked."""
+    given: list[Any] = []
+
+    def note(verify: Any, **_: Any) -> ssl.SSLContext:
+        given.append(verify)
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+    monkeypatch.setattr("httpx2._transports.default.create_ssl_context", note)
+    Client(url)
+    assert given[0] is is_checked

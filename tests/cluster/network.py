@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -12,7 +12,7 @@ from tests.cluster.rig import member
 
 from headrace.cluster.node import NodeServer
 from headrace.cluster.secure import Member
-from headrace.cluster.wire import Address
+from headrace.cluster.wire import Address, Placed
 from headrace.core.errors import Draining, HeadraceError, QueueFull, UnknownModel
 from headrace.core.events import Delta, Event, Finish
 from headrace.core.library import LibraryEntry, LibraryFilter
@@ -38,6 +38,23 @@ TOKEN_S = 0.1
 
 def clock() -> float:
     return asyncio.get_running_loop().time()
+
+
+class Listing:
+    """A directory whose content the test changes."""
+
+    def __init__(self, content: Collection[Address], every_s: float = 1.0) -> None:
+        self.content = content
+        self.every_s = every_s
+
+    @property
+    def placed(self) -> dict[Address, Placed]:
+        return {}
+
+    async def addresses(self) -> AsyncGenerator[Collection[Address], None]:
+        while True:
+            yield self.content
+            await asyncio.sleep(self.every_s)
 
 
 class Wire(asyncio.Transport):

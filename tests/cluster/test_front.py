@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from tests.cluster.network import Host, Network, clock, me_of
+from tests.cluster.network import Host, Listing, Network, clock, me_of
 from tests.pool.rig import ask, run
 
 from headrace.cluster.directory import DnsDirectory, parse_address
 from headrace.cluster.policy import Candidate, allows, choose_node, copies_of, fits
 from headrace.cluster.pool import ClusterPool
-from headrace.cluster.wire import Address, Placed
+from headrace.cluster.wire import Address
 from headrace.core.errors import (
     ConfigError,
     DoesNotFit,
@@ -28,20 +28,6 @@ from headrace.core.errors import (
 from headrace.core.events import Delta, Finish
 from headrace.core.request import GenerateRequest
 from headrace.core.stream import collect
-
-
-class Listing:
-    def __init__(self, content: Collection[Address]) -> None:
-        self.content = content
-
-    @property
-    def placed(self) -> dict[Address, Placed]:
-        return {}
-
-    async def addresses(self) -> AsyncGenerator[Collection[Address], None]:
-        while True:
-            yield self.content
-            await asyncio.sleep(1.0)
 
 
 class Cluster:

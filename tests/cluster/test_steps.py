@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Collection
 
 import pytest
-from tests.cluster.network import Host, Network, clock, me_of
+from tests.cluster.network import Host, Listing, Network, clock, me_of
 from tests.conftest import TEST_ROUNDS
 from tests.pool.rig import TimeLoop, ask
 
 from headrace.cluster.pool import ClusterPool
-from headrace.cluster.wire import Address, Placed
 from headrace.core.errors import HeadraceError, NodeGone, NoNode
 from headrace.core.events import Delta, Finish
 
 MODELS = ("m", "k")
 SILENCE_S = 2.0
-
-
-class Listing:
-    """A directory whose content the test changes."""
-
-    def __init__(self, addresses: Collection[Address]) -> None:
-        self.content = addresses
-
-    @property
-    def placed(self) -> dict[Address, Placed]:
-        return {}
-
-    async def addresses(self) -> AsyncGenerator[Collection[Address], None]:
-        while True:
-            yield self.content
-            await asyncio.sleep(2.0)
 
 
 class Asked:
@@ -90,7 +72,7 @@ class World:
         self.loop.set_exception_handler(lambda _, context: self.complaints.append(context))
         self.network = Network()
         self.hosts = [Host(self.network, number, MODELS) for number in range(1, 5)]
-        self.listing = Listing([host.address for host in self.hosts])
+        self.listing = Listing([host.address for host in self.hosts], every_s=2.0)
         self.asked: list[Asked] = []
         self.losses: list[float] = []
         self.empty: list[float] = []

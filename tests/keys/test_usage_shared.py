@@ -10,7 +10,7 @@ import pytest
 from tests.keys.postgres import Postgres
 
 from headrace.core.metrics import InferenceMetrics, Usage
-from headrace.core.record import RequestRecord
+from headrace.core.record import RequestRecord, UsageFilter
 from headrace.telemetry import usage_shared
 from headrace.telemetry.usage_shared import SharedUsage, read_usage
 
@@ -28,7 +28,7 @@ RECORD = RequestRecord(
 
 
 def total(url: str, home: Path, **wanted: str) -> int:
-    rows = read_usage(url, home, ("day", "key"), **wanted)
+    rows = read_usage(url, home, ("day", "key"), UsageFilter(**wanted))
     assert all(row.group == {"day": "1970-01-02", "key": "laptop"} for row in rows)
     return sum(row.amounts.completion_tokens for row in rows)
 

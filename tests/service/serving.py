@@ -44,17 +44,18 @@ class Service:
             if found := re.search(r"on (http://\S+)", self.log):
                 self.url = found[1]
                 return
-            time.sleep(0.05)
+            time.sleep(0.02)
         raise AssertionError(f"it does not listen:\n{self.log}")
 
     def wait_until_ready(self, within_s: float = 120) -> None:
         end = time.monotonic() + within_s
-        while (left := end - time.monotonic()) > 0 and self.process.poll() is None:
-            # A service that gets no time on a busy machine answers late.
-            with suppress(httpx.TimeoutException):
-                if httpx.get(f"{self.url}/health/ready", timeout=left).status_code == 200:
-                    return
-            time.sleep(0.05)
+        with httpx.Client(base_url=self.url) as client:
+            while (left := end - time.monotonic()) > 0 and self.process.poll() is None:
+                # A service that gets no time on a busy machine answers late.
+                with suppress(httpx.TimeoutException):
+                    if client.get("/health/ready", timeout=left).status_code == 200:
+                        return
+                time.sleep(0.02)
         raise AssertionError(f"it is not ready:\n{self.log}")
 
     def children(self) -> list[psutil.Process]:

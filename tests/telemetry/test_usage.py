@@ -20,7 +20,7 @@ import pytest
 from headrace.core.errors import ConfigError
 from headrace.core.metrics import DeviceUse, InferenceMetrics
 from headrace.core.metrics import Usage as Tokens
-from headrace.core.record import RequestRecord
+from headrace.core.record import RequestRecord, UsageFilter
 from headrace.telemetry import usage
 from headrace.telemetry.usage import Amounts, Usage, read, total
 
@@ -113,10 +113,11 @@ def test_groups_and_filters(path: Path) -> None:
     assert [len(read(path, by)) for by in groups] == [3, 2, 9, 19]
     assert {total(read(path, by)).requests for by in groups} == {19}
     assert [line.group["key"] for line in read(path, ["key"])] == ["-", "k1", "k2"]
-    assert total(read(path, ["day"], model="b")).requests == 9
-    assert total(read(path, ["day"], key="-")).requests == 7
-    assert total(read(path, ["model"], since="2026-03-02", until="2026-03-02")).requests == 6
-    assert read(path, ["day"], model="b' OR 1 --") == ()
+    assert total(read(path, ["day"], UsageFilter(model="b"))).requests == 9
+    assert total(read(path, ["day"], UsageFilter(key="-"))).requests == 7
+    of_a_day = UsageFilter(since="2026-03-02", until="2026-03-02")
+    assert total(read(path, ["model"], of_a_day)).requests == 6
+    assert read(path, ["day"], UsageFilter(model="b' OR 1 --")) == ()
 
 
 def test_a_day_begins_at_midnight_of_utc(path: Path) -> None:
@@ -224,7 +225,7 @@ def test_several_processes_write_at_once_and_one_is_killed(path: Path) -> None:
     threads = [threading.Thread(target=finish, args=(one,)) for one in whole]
     for thread in threads:
         thread.start()
-    finish(killed, lambda done: done > 20 and bool(read(path, ["key"], key="dead")))
+    finish(killed, lambda done: done > 20 and bool(read(path, ["key"], UsageFilter(key="dead"))))
     killed.send_signal(signal.SIGKILL)
     for thread in threads:
         thread.join()

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, cast
 
 import psutil
+from msgspec.structs import replace
 
+from headrace.core.constraint import FORMS
 from headrace.core.events import Delta, Event, Finish
 from headrace.core.model import ModelFile, ModelSpec
 from headrace.core.request import GenerateRequest
 from headrace.core.sampling import Sampling
+from headrace.engines import open_engine
+from headrace.engines.base import Engine, OpenRequest
 from headrace.worker.process import WorkerProcess
 from headrace.worker.spec import OnProgress, WorkerSpec
 from headrace.worker.worker import Worker
@@ -72,13 +76,28 @@ async def until(condition: Callable[[], object], within_s: float = 5.0) -> None:
 
 
 @asynccontextmanager
-async def worker(**given: Any) -> AsyncIterator[Worker]:
-    opened = Worker(echo(**given), resolve)
+async def worker(
+    open_engine: Callable[[str, OpenRequest], Engine] = open_engine, /, **given: Any
+) -> AsyncIterator[Worker]:
+    opened = Worker(echo(**given), resolve, open_engine=open_engine)
     try:
         await opened.start()
         yield opened
     finally:
         await opened.aclose()
+
+
+def lying(**given: Any) -> AbstractAsyncContextManager[Worker]:
+    """A worker whose engine declares every form, and does not care."""
+
+    def opened(name: str, request: OpenRequest) -> Engine:
+        engine = open_engine(name, request)
+        facts = engine.facts
+        able = replace(facts.capabilities, json_schema=True, forms=frozenset(FORMS))
+        engine.facts = replace(facts, capabilities=able)
+        return engine
+
+    return worker(opened, **given)
 
 
 @asynccontextmanager

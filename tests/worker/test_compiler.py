@@ -5,26 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
-import msgspec
 import psutil
 import pytest
 import xllamacpp.xllamacpp
-from tests.worker.rig import ask, echo, listed, resolve, text, until
+from tests.worker.rig import ask, listed, lying, text, until
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, InvalidRequest
 from headrace.core.events import Delta, Finish
 from headrace.core.model import Capabilities
 from headrace.core.request import GenerateRequest
-from headrace.engines import base, open_engine
-from headrace.engines.base import OpenRequest
 from headrace.worker import compiling
 from headrace.worker.compiler import Compiler
 from headrace.worker.prompt import check_supported
-from headrace.worker.worker import Worker
 
 PACKAGE, LLAMACPP = "", str(xllamacpp.xllamacpp.__file__)
 URL = {
@@ -244,25 +240,6 @@ async def test_a_pattern_takes_linear_time(compiler: Compiler, pattern: str) -> 
 def test_a_job_has_limits() -> None:
     """Issue 11.5: the figures that the documentation has."""
     assert (compiling.MEMORY, compiling.CPU_S) == (192 << 20, 2)
-
-
-@asynccontextmanager
-async def lying(**options: Any) -> AsyncIterator[Worker]:
-    """A worker whose engine declares JSON schemas, and does not care."""
-
-    def opened(name: str, request: OpenRequest) -> base.Engine:
-        engine = open_engine(name, request)
-        facts = engine.facts
-        able = msgspec.structs.replace(facts.capabilities, json_schema=True)
-        engine.facts = msgspec.structs.replace(facts, capabilities=able)
-        return engine
-
-    worker = Worker(echo(**options), resolve, open_engine=opened)
-    try:
-        await worker.start()
-        yield worker
-    finally:
-        await worker.aclose()
 
 
 def typed(kind: str, prompt: str = "x", **given: Any) -> GenerateRequest:

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import xllamacpp.xllamacpp
 from msgspec.structs import replace
-from tests.worker.rig import ask, echo, resolve
+from tests.worker.rig import ask, lying
 
-from headrace.core.constraint import FORMS, Constraint, constraint_of
+from headrace.core.constraint import Constraint, constraint_of
 from headrace.core.errors import ConstraintViolated, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.stream import collect
 from headrace.core.tools import Thinking
-from headrace.engines import base, open_engine
-from headrace.engines.base import OpenRequest
 from headrace.text.calls.constrain import thinking_before
 from headrace.text.calls.format import Format
 from headrace.text.grammar import after, grammar
 from headrace.worker.compiler import Compiler
 from headrace.worker.prompt import check_supported
-from headrace.worker.worker import Worker
 
 
 @pytest.fixture(scope="module", params=["", str(xllamacpp.xllamacpp.__file__)], ids=["own", "cpp"])
@@ -198,25 +194,6 @@ TEMPLATE = """\
 
 {% endif %}{% endif -%}
 """
-
-
-@asynccontextmanager
-async def lying(**options: Any) -> AsyncIterator[Worker]:
-    """A worker whose engine declares every form, and does not care."""
-
-    def opened(name: str, request: OpenRequest) -> base.Engine:
-        engine = open_engine(name, request)
-        facts = engine.facts
-        able = replace(facts.capabilities, json_schema=True, forms=frozenset(FORMS))
-        engine.facts = replace(facts, capabilities=able)
-        return engine
-
-    worker = Worker(echo(**options), resolve, open_engine=opened)
-    try:
-        await worker.start()
-        yield worker
-    finally:
-        await worker.aclose()
 
 
 async def test_the_content_is_checked_without_the_thinking() -> None:

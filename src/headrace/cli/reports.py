@@ -230,19 +230,15 @@ def usage(
 
     It needs no running service; the counts of its last seconds may be missing.
     """
+    from headrace.core.record import UsageFilter
     from headrace.telemetry import usage as counted
     from headrace.telemetry.usage_shared import read_usage
 
     groups = _groups(by, counted.GROUPS)
     first, last = _day(since, "--since"), _day(until, "--until")
     config = common.settings(service=True).config
-    entries = read_usage(
-        *(config.server.database or "", config.home, groups),
-        since=first,
-        until=last,
-        model=model,
-        key=key,
-    )
+    wanted = UsageFilter(since=first, until=last, model=model, key=key)
+    entries = read_usage(config.server.database or "", config.home, groups, wanted)
     total = _named(counted.total(entries))
     report = {
         "since": first or None,

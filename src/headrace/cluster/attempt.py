@@ -16,24 +16,16 @@ from headrace.core.status import ModelStatus
 from headrace.pool.observer import AttemptObservation, Observation
 
 
-class NodeBackend:
-    """A node as the Backend of one attempt, for an observer."""
+class NodeWorker:
+    """What an observer reads of a node."""
 
-    def __init__(self, link: NodeLink, infos: Sequence[ModelInfo]) -> None:
-        self.node = link.name
-        self._link = link
+    def __init__(self, node: str, infos: Sequence[ModelInfo]) -> None:
+        self.node = node
         self._infos = infos
-
-    def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
-        """Return the stream of the node."""
-        return self._link.ask(request)
 
     def models(self) -> Sequence[ModelInfo]:
         """Return the metadata of the model."""
         return self._infos
-
-    async def aclose(self) -> None:
-        """Do nothing: the connection serves others too."""
 
 
 class Attempt:
@@ -57,7 +49,7 @@ class Attempt:
         self._status = status
         self._observation = observation
         self._blocks = blocks
-        self._backend = NodeBackend(link, node.models[status.id].infos)
+        self._link = link
         self._observing: AbstractContextManager[AttemptObservation] | None = None
         self._observed: AttemptObservation | None = None
         self._stream: AsyncGenerator[Event, None] | None = None
@@ -85,9 +77,10 @@ class Attempt:
     def events(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
         """Return the node's stream."""
         spec = ModelSpec(name=self._status.id, model=self._status.source)
-        self._observing = self._observation.attempt(request, self._backend, spec)
+        worker = NodeWorker(self._link.name, self._node.models[self._status.id].infos)
+        self._observing = self._observation.attempt(request, worker, spec)
         self._observed = self._observing.__enter__()
-        self._stream = self._backend.ask(self._observed.request)
+        self._stream = self._link.ask(self._observed.request)
         return self._stream
 
     def finished(self, finish: Finish) -> None:

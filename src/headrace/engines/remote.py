@@ -30,7 +30,7 @@ from headrace.core.errors import (
 from headrace.core.events import TokenCount
 from headrace.core.media import Audio, Content, Part, as_base64, media_of, text_of
 from headrace.core.model import Capabilities
-from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
+from headrace.core.request import CountRequest, GenerateRequest, Request
 from headrace.core.status import Footprint
 from headrace.engines.base import EngineFacts, EngineOptions, OpenRequest, check_task
 from headrace.models.providers import PROVIDERS, Provider
@@ -213,7 +213,7 @@ def _block(part: Part, media: Mapping[str, bytes]) -> dict[str, Any]:
     return {"type": "image", "source": source | {"data": as_base64(part, media)}}
 
 
-def trace_headers(request: GenerateRequest | EmbedRequest | RerankRequest) -> dict[str, str]:
+def trace_headers(request: Request) -> dict[str, str]:
     """Return the headers by which an upstream joins the trace of a request."""
     headers = {"traceparent": request.traceparent, "tracestate": request.tracestate}
     return {name: value for name, value in headers.items() if value and request.traceparent}

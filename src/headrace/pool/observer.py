@@ -7,13 +7,24 @@ work of an observer.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Protocol, Self
 
-from headrace.core.backend import Backend
 from headrace.core.events import Event, Finish
-from headrace.core.model import ModelSpec
+from headrace.core.model import ModelInfo, ModelSpec
 from headrace.core.request import AnyRequest
+
+
+class ObservedWorker(Protocol):
+    """What an observer reads of a worker.
+
+    It may have a `pid`, that of its process, and a `node`, the name of its machine.
+    """
+
+    def models(self) -> Sequence[ModelInfo]:
+        """Return the metadata of its models, without waiting."""
+        ...
 
 
 class AttemptObservation(Protocol):
@@ -36,12 +47,9 @@ class Observation(Protocol):
         ...
 
     def attempt(
-        self, request: AnyRequest, worker: Backend, spec: ModelSpec
+        self, request: AnyRequest, worker: ObservedWorker, spec: ModelSpec
     ) -> AbstractContextManager[AttemptObservation]:
-        """Observe one worker's attempt. An exception within the context is its failure.
-
-        A worker may have a `pid`, that of its process, and a `node`, the name of its machine.
-        """
+        """Observe one worker's attempt. An exception within the context is its failure."""
         ...
 
 
@@ -52,7 +60,7 @@ class Observer(Protocol):
         """Observe a request; the pool reports each of its events."""
         ...
 
-    def loading(self, worker: Backend, spec: ModelSpec) -> AbstractAsyncContextManager[None]:
+    def loading(self, worker: ObservedWorker, spec: ModelSpec) -> AbstractAsyncContextManager[None]:
         """Observe a load."""
         ...
 
@@ -73,7 +81,9 @@ class NullObservation:
     def finished(self, finish: Finish) -> None:
         """Do nothing."""
 
-    def attempt(self, request: AnyRequest, worker: Backend, spec: ModelSpec) -> NullObservation:
+    def attempt(
+        self, request: AnyRequest, worker: ObservedWorker, spec: ModelSpec
+    ) -> NullObservation:
         """Do nothing."""
         return NullObservation(request)
 
@@ -92,7 +102,7 @@ class NullObserver:
         """Do nothing."""
         return NullObservation(request)
 
-    def loading(self, worker: Backend, spec: ModelSpec) -> AbstractAsyncContextManager[None]:
+    def loading(self, worker: ObservedWorker, spec: ModelSpec) -> AbstractAsyncContextManager[None]:
         """Do nothing."""
         return contextlib.nullcontext()
 

@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 import msgspec
 
 from headrace import machine
-from headrace.core.backend import Backend
 from headrace.core.errors import Draining, HeadraceError
 from headrace.core.events import Finish
 from headrace.core.model import TRACED_SETTINGS, ModelInfo, ModelSpec
 from headrace.core.record import Attribute, RequestRecord, RunningRequest, Sink, Sinks
 from headrace.core.request import AnyRequest
 from headrace.models.providers import PROVIDERS
+from headrace.pool.observer import ObservedWorker
 from headrace.telemetry import content as contents
 from headrace.telemetry import names
 from headrace.telemetry.content import Redactor
@@ -82,7 +82,7 @@ class Recorder:
 
     @contextmanager
     def attempt(
-        self, run: Running, request: AnyRequest, worker: Backend, spec: ModelSpec
+        self, run: Running, request: AnyRequest, worker: ObservedWorker, spec: ModelSpec
     ) -> Generator[_Attempt]:
         """Observe one worker's attempt: a child span of the request's."""
         span, request = self._attempt_span(run, request, worker, spec)
@@ -102,7 +102,7 @@ class Recorder:
             span.end(time.monotonic(), None if finish is not None else error)
 
     @asynccontextmanager
-    async def loading(self, worker: Backend, spec: ModelSpec) -> AsyncGenerator[None]:
+    async def loading(self, worker: ObservedWorker, spec: ModelSpec) -> AsyncGenerator[None]:
         """Observe a load: a separate trace, if OpenTelemetry is enabled."""
         if self.tracing.exporter is None or worker.models()[0].state == "ready":
             yield
@@ -161,7 +161,7 @@ class Recorder:
         return run
 
     def _attempt_span(
-        self, run: Running, request: AnyRequest, worker: Backend, spec: ModelSpec
+        self, run: Running, request: AnyRequest, worker: ObservedWorker, spec: ModelSpec
     ) -> tuple[Span, AnyRequest]:
         now, trace = time.monotonic(), run.trace
         kind, name, attributes = _step(request, worker, spec)
@@ -264,7 +264,7 @@ class _Observation(Running):
         self._recorder = recorder
 
     def attempt(
-        self, request: AnyRequest, worker: Backend, spec: ModelSpec
+        self, request: AnyRequest, worker: ObservedWorker, spec: ModelSpec
     ) -> AbstractContextManager[_Attempt]:
         """Observe one worker's attempt."""
         return self._recorder.attempt(self, request, worker, spec)
@@ -283,7 +283,7 @@ class _Attempt:
 
 
 def _step(
-    request: AnyRequest, worker: Backend, spec: ModelSpec
+    request: AnyRequest, worker: ObservedWorker, spec: ModelSpec
 ) -> tuple[Kind, str, dict[str, Attribute]]:
     """Return kind, name and attributes of an attempt's span; for an upstream, a client span."""
     pid = _pid(worker)
@@ -304,7 +304,7 @@ def _step(
     return "internal", names.ATTEMPT, about if pid is None else about | {names.WORKER_PID: pid}
 
 
-def _pid(worker: Backend) -> int | None:
+def _pid(worker: ObservedWorker) -> int | None:
     """Return the process id of a worker with a process of its own."""
     return getattr(worker, "pid", None)
 

@@ -9,8 +9,6 @@ from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import msgspec
-
 from headrace.config import TelemetrySettings
 from headrace.core.model import ModelInfo
 from headrace.core.record import (
@@ -159,7 +157,7 @@ class Telemetry:
 
     def usage(self, by: Sequence[UsageGroup], wanted: UsageFilter) -> Sequence[UsageRow]:
         """Return the usage of each group, in order. Blocking."""
-        return read_usage(self._database, self._home, by, **msgspec.structs.asdict(wanted))
+        return read_usage(self._database, self._home, by, wanted)
 
     def watch_controller(self, url: str, count: Callable[[], float]) -> None:
         """Show the rows that a DB-GPT controller has of this worker."""

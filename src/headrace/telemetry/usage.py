@@ -16,7 +16,7 @@ import msgspec
 
 from headrace.core.errors import ConfigError
 from headrace.core.private import private_folder
-from headrace.core.record import Amounts, RequestRecord, UsageRow
+from headrace.core.record import Amounts, RequestRecord, UsageFilter, UsageRow
 
 log = logging.getLogger("headrace.telemetry")
 
@@ -62,6 +62,7 @@ _UPDATE = (
     "DROP TABLE old",
 )
 _SUMS = ", ".join(f"sum({name})" for name in (*COUNTS, "seconds", "joules"))
+_ALL = UsageFilter()
 _BUSY_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 _MOST_ROWS = 10_000
@@ -174,24 +175,16 @@ def add(path: Path, counted: Mapping[Key, Amounts]) -> None:
             database.executemany(_ADD, rows)
 
 
-def read(
-    path: Path,
-    by: Sequence[str],
-    *,
-    since: str = "",
-    until: str = "",
-    model: str | None = None,
-    key: str | None = None,
-) -> tuple[UsageRow, ...]:
-    """Return the usage of each group, in order, without a lock. Days are YYYY-MM-DD, UTC.
+def read(path: Path, by: Sequence[str], wanted: UsageFilter = _ALL) -> tuple[UsageRow, ...]:
+    """Return the usage of each group, in order, without a lock.
 
     Raises:
         ConfigError: the file is not a usage database, or cannot be read.
     """
     if not path.exists():
         return ()
-    tests: dict[str, Any] = {"day >= ?": since, "day <= ?": until or "9", "model = ?": model}
-    tests["client = ?"] = key
+    tests: dict[str, Any] = {"day >= ?": wanted.since, "day <= ?": wanted.until or "9"}
+    tests |= {"model = ?": wanted.model, "client = ?": wanted.key}
     conditions = {test: value for test, value in tests.items() if value is not None}
     try:
         with _reading(path) as database:

@@ -13,7 +13,7 @@ import msgspec
 
 from headrace.core.errors import ConfigError, DatabaseDown
 from headrace.core.private import private_folder, write_atomically
-from headrace.core.record import Amounts, UsageRow
+from headrace.core.record import Amounts, UsageFilter, UsageRow
 from headrace.keys.book import KeyBook
 from headrace.keys.database import is_postgres, open_database
 from headrace.telemetry.usage import COUNTS, FILE, GROUPS, KEY, Key, Usage, read, row_of, rows_of
@@ -108,28 +108,23 @@ class SharedUsage(Usage):
             _log.warning("headrace.usage.not_sent", extra={"data": data})
 
 
-def read_usage(database: str, home: Path, by: Sequence[str], **wanted: Any) -> Sequence[UsageRow]:
+def read_usage(
+    database: str, home: Path, by: Sequence[str], wanted: UsageFilter
+) -> Sequence[UsageRow]:
     """Return the usage of each group, in order, from where this configuration keeps it.
 
     Raises:
         ConfigError, DatabaseDown: the database cannot be read.
     """
     if is_postgres(database):
-        return read_shared(database, home, by, **wanted)
-    return read(home / FILE, by, **wanted)
+        return read_shared(database, home, by, wanted)
+    return read(home / FILE, by, wanted)
 
 
 def read_shared(
-    url: str,
-    home: Path,
-    by: Sequence[str],
-    *,
-    since: str = "",
-    until: str = "",
-    model: str | None = None,
-    key: str | None = None,
+    url: str, home: Path, by: Sequence[str], wanted: UsageFilter
 ) -> tuple[UsageRow, ...]:
-    """Return the usage of each group, of all services, in order. Days are YYYY-MM-DD, UTC.
+    """Return the usage of each group, of all services, in order.
 
     Raises:
         ConfigError: the address is malformed, or a library is missing.
@@ -137,9 +132,9 @@ def read_shared(
     """
     columns = ", ".join(GROUPS[group] for group in by)
     conditions = "day >= :since AND day <= :until"
-    conditions += " AND model = :model" if model is not None else ""
-    conditions += " AND client = :key" if key is not None else ""
-    given = {"since": since, "until": until or "9", "model": model, "key": key}
+    conditions += " AND model = :model" if wanted.model is not None else ""
+    conditions += " AND client = :key" if wanted.key is not None else ""
+    given = msgspec.structs.asdict(wanted) | {"until": wanted.until or "9"}
     # Names come from this module; values are parameters.
     query = (
         f"SELECT {columns}, {_SUMS}, sum(seconds), sum(joules) FROM headrace_usage "  # noqa: S608

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-import httpx2
+from headrace.certificates import certificates
 
 TIMEOUT_S = 5.0
 """For one call of a controller."""
@@ -50,6 +50,8 @@ class Controller:
         rows: Callable[[], Collection[str]],
         known: Callable[[], Collection[str]],
     ) -> None:
+        import httpx2  # slow to import
+
         self.url = url.rstrip("/")
         self.registered: dict[str, None] = {}
         self.failures = 0
@@ -59,7 +61,9 @@ class Controller:
         self._known = known
         self._changed = asyncio.Event()
         self._lock = asyncio.Lock()
-        self._http = httpx2.AsyncClient(timeout=TIMEOUT_S, trust_env=False, follow_redirects=False)
+        self._http = httpx2.AsyncClient(
+            verify=certificates(), timeout=TIMEOUT_S, trust_env=False, follow_redirects=False
+        )
 
     def count(self) -> float:
         """Return how many rows it has; none while it cannot be reached."""
@@ -146,6 +150,8 @@ class Controller:
         Raises:
             ControllerError: there is no answer in time, or it is not a 200.
         """
+        import httpx2
+
         try:
             async with (
                 asyncio.timeout(TIMEOUT_S),

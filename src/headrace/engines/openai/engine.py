@@ -9,12 +9,19 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from headrace.certificates import certificates
 from headrace.core.constraint import FORMS
 from headrace.core.errors import UpstreamError
 from headrace.core.events import TokenCount, bytes_of
 from headrace.core.metrics import Usage
 from headrace.core.model import Capabilities
-from headrace.core.request import CountRequest, EmbedRequest, GenerateRequest, RerankRequest
+from headrace.core.request import (
+    CountRequest,
+    EmbedRequest,
+    GenerateRequest,
+    Request,
+    RerankRequest,
+)
 from headrace.engines import remote
 from headrace.engines.base import OpenRequest, RemoteEvent
 from headrace.engines.openai import Options
@@ -25,7 +32,7 @@ from headrace.engines.openai.protocol import (
     generate_body,
     rerank_body,
 )
-from headrace.engines.openai.upstream import Upstream, certificates
+from headrace.engines.openai.upstream import Upstream
 from headrace.engines.remote import Shared, SilenceTimer
 from headrace.models.providers import PROVIDERS, Provider
 from headrace.text import chunks
@@ -177,7 +184,7 @@ class Engine:
         path: str,
         body: bytes,
         kind: type[T],
-        request: EmbedRequest | RerankRequest | None = None,
+        request: Request | None = None,
         url: str | None = None,
     ) -> T:
         headers = remote.trace_headers(request) if request else {}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-import ssl
 from collections.abc import AsyncGenerator, Mapping
-from functools import cache
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
 
+from headrace.certificates import certificates
 from headrace.core.errors import HeadraceError, UpstreamError
 from headrace.engines import remote
 from headrace.engines.remote import Access, RemoteOptions, SilenceTimer
@@ -32,12 +31,6 @@ class _Failed(NamedTuple):
 
     error: HeadraceError
     retry: bool
-
-
-@cache
-def certificates() -> ssl.SSLContext:
-    """Return the certificates for TLS, which are read once, as it takes a while."""
-    return httpx.create_ssl_context()
 
 
 class Upstream:
