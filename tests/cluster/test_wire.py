@@ -341,7 +341,7 @@ async def test_a_front_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyP
 async def test_frames_without_messages_do_not_lengthen_a_greeting(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Issue 11.2: each was a sign of life, and 64 such connections kept all fronts out without end."""
+    """Issue 11.2: each was a sign of life, and 64 such connections kept all fronts out."""
     monkeypatch.setattr("headrace.cluster.strangers.GREETING_TIMEOUT_S", 0.5)
     server, address, _ = opened
     async with stranger(address) as connection, asyncio.timeout(20):
