@@ -14,6 +14,7 @@ from headrace import config as configuration
 from headrace import engines as engine_registry
 from headrace.cluster.local import NodePool, NodePoolAdmin
 from headrace.config import Config, Settings
+from headrace.core import confine
 from headrace.core import parameters as core_parameters
 from headrace.core.errors import ConfigError
 from headrace.core.model import ModelFile, ModelInfo, ModelSpec
@@ -24,7 +25,7 @@ from headrace.engines import EngineStatus, measured, speculation
 from headrace.keys.keeper import Keeper
 from headrace.listing import list_library
 from headrace.log import LogSettings
-from headrace.machine import SystemInfo, confine
+from headrace.machine import SystemInfo
 from headrace.models import adapter, library
 from headrace.models.inspect import inspect
 from headrace.models.providers import PROVIDERS, Provider

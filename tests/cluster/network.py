@@ -127,7 +127,8 @@ class Network:
             await asyncio.sleep(0.5)
         if address not in self.servers:
             raise ConnectionRefusedError(111, "Connection refused")
-        ours, theirs = factory(), self.servers[address].accept()
+        server = self.servers[address]
+        ours, theirs = factory(), server.accept(server.strangers.add("front", lambda _: None))
         there, back = Wire(self, address, theirs), Wire(self, address, ours)
         there.other, back.other = back, there
         self.wires.setdefault(address, []).extend((there, back))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import AsyncGenerator, Sequence
 
 import pytest
@@ -31,8 +32,13 @@ NODES = (
 @contextlib.asynccontextmanager
 async def listed(nodes: Sequence[Placed], port: int = 0) -> AsyncGenerator[Address]:
     server = ListingServer(member("ray"), lambda: tuple(nodes))
-    async with await server.serve(Address("127.0.0.1", port)) as listening:
-        yield Address(*listening.sockets[0].getsockname())
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        serving = asyncio.create_task(server.serve(listener))
+        try:
+            yield Address(*listener.getsockname())
+        finally:
+            serving.cancel()
+            await asyncio.wait({serving})
 
 
 async def test_a_front_gets_what_is_placed() -> None:
@@ -103,6 +109,30 @@ async def test_what_is_no_greeting(sent: bytes) -> None:
         writer.close()
         await writer.wait_closed()
         assert await fetch(address, member("front")) == NODES
+
+
+async def test_silent_strangers_do_not_keep_fronts_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue 11.2: 64 of them did, and again and again."""
+    monkeypatch.setattr("headrace.cluster.strangers.MAX_STRANGERS", 3)
+    async with listed(NODES) as address, contextlib.AsyncExitStack() as stack:
+        opened = []
+        for _ in range(5):
+            reader, writer = await asyncio.open_connection(*address)
+            stack.callback(writer.close)
+            opened.append(reader)
+        async with asyncio.timeout(20):
+            assert await opened[0].read() == b""
+            assert await fetch(address, member("front")) == NODES
+
+
+async def test_a_silent_stranger_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.cluster.strangers.GREETING_TIMEOUT_S", 0.1)
+    async with listed(NODES) as address:
+        reader, writer = await asyncio.open_connection(*address)
+        async with asyncio.timeout(20):
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+        writer.close()
 
 
 async def test_a_list_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

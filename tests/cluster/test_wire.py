@@ -7,7 +7,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from headrace.cluster.link import NodeLink
 from headrace.cluster.node import NodeServer
 from headrace.cluster.pool import ClusterPool
 from headrace.cluster.secure import Credentials, Identity, Member, Refusal
+from headrace.cluster.strangers import Strangers
 from headrace.cluster.wire import (
     GREETINGS,
     MAX_GREETING,
@@ -81,8 +82,8 @@ class Stranger:
 
 
 @asynccontextmanager
-async def stranger(address: Address) -> AsyncIterator[Stranger]:
-    reader, writer = await asyncio.open_connection(*address)
+async def stranger(address: Address, own: str = "127.0.0.1") -> AsyncIterator[Stranger]:
+    reader, writer = await asyncio.open_connection(*address, local_addr=(own, 0))
     try:
         yield Stranger(reader, writer)
     finally:
@@ -335,3 +336,100 @@ async def test_a_front_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyP
             await asyncio.wait_for(flood.begun.wait(), 20)
             await until(lambda: not server.fronts)
         await until(lambda: not fake.running)
+
+
+async def test_frames_without_messages_do_not_lengthen_a_greeting(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 11.2: each was a sign of life, and 64 such connections kept all fronts out."""
+    monkeypatch.setattr("headrace.cluster.strangers.GREETING_TIMEOUT_S", 0.5)
+    server, address, _ = opened
+    async with stranger(address) as connection, asyncio.timeout(20):
+        with suppress(ConnectionError):
+            while not connection.reader.at_eof():
+                connection.send()
+                await connection.writer.drain()
+                await asyncio.sleep(0.05)
+        await until(lambda: not server.strangers)
+
+
+async def test_strangers_of_one_address_do_not_keep_others_out(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 11.2: the one of them that has waited longest is ended, not one of another address."""
+    monkeypatch.setattr("headrace.cluster.strangers.MAX_STRANGERS", 3)
+    server, address, _ = opened
+    async with AsyncExitStack() as stack:
+
+        async def come(own: str) -> Stranger:
+            connection = await stack.enter_async_context(stranger(address, own))
+            await until(lambda: len(server.strangers) >= min(3, len(came) + 1))
+            came.append(connection)
+            return connection
+
+        came: list[Stranger] = []
+        other = await come("127.0.0.2")
+        first = await come("127.0.0.1")
+        for _ in range(4):
+            await come("127.0.0.1")
+        assert await first.rest() == b""
+        assert len(server.strangers) == 3
+        hello = member("f").identity.hello()
+        other.send(hello)
+        assert isinstance((await other.read())[0], Hello)
+        async with front([address]) as pool:
+            await until(lambda: pool.connected)
+
+
+async def test_handshakes_of_tls_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 11.2: those without an end were not counted, until the node had no more open files."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificates")
+    monkeypatch.setattr("headrace.cluster.strangers.MAX_STRANGERS", 3)
+    files = certificates(tmp_path, "ours")["ours"]
+    access = secure.credentials(ClusterSettings(tls=files))
+    fake = FakeNode("a", ["m"])
+    async with (
+        node("a", fake, fake, member=Member(Identity("a", "1"), access)) as (server, address),
+        stranger(address) as first,
+        AsyncExitStack() as stack,
+    ):
+        await until(lambda: len(server.strangers) == 1)
+        for _ in range(4):
+            await stack.enter_async_context(stranger(address))
+        assert await first.rest() == b""
+        assert len(server.strangers) <= 3
+        async with front([address], Member(Identity("f", "1"), access)) as pool:
+            await until(lambda: pool.connected)
+
+
+async def test_a_stream_is_not_begun_twice() -> None:
+    """The second took the first one's place, which was then never cancelled."""
+    fake = FakeNode("a", ["m"])
+    flood, me = Flood(fake), member("a", silence_s=60.0)
+    async with node("a", flood, fake, member=me) as (server, address):
+        async with stranger(address) as connection:
+            hello = member("f").identity.hello()
+            connection.send(hello)
+            (other,) = await connection.read()
+            assert isinstance(other, Hello)
+            connection.send(Proof(secure.proof(me.access.token, "front", hello, other)))
+            for _ in range(2):
+                connection.send(Begin(1, GenerateRequest(model="m", prompt="x")))
+            await connection.rest()
+        await until(lambda: not server.fronts and not fake.running)
+
+
+def test_what_strangers_do_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """The same is logged once a minute, and so is not much that differs."""
+    now = 0.0
+    strangers = Strangers(lambda: now)
+    for number in range(1000):
+        for _ in range(2):
+            strangers.note("headrace.cluster.refused", f"front {number}", "no token")
+    assert 0 < len(caplog.records) < 50
+    now, before = 61.0, len(caplog.records)
+    strangers.note("headrace.cluster.refused", "front 0", "no token")
+    assert len(caplog.records) == before + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.models.builders import gguf
+from tests.models.builders import gguf, safetensors
 
 from headrace import engines
 from headrace.core.errors import ConfigError, LoadFailed
@@ -201,3 +202,16 @@ def test_no_library_is_needed(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True
     )
     assert done.stdout == "False\n"
+
+
+def test_an_estimate_can_be_passed_on(tmp_path: Path) -> None:
+    """Issue 11.10: one beyond 64 bits could not be sent to a front, or by a node."""
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
+    (tmp_path / "modules.json").write_text("[]")
+    config = dict.fromkeys(sizes, (1 << 32) - 1) | {"max_position_embeddings": 99_999_999}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    (tmp_path / "model.safetensors").write_bytes(safetensors({"a": ("F32", (1,), 4)}))
+    request = OpenRequest(model=inspect(tmp_path), task="embed")
+    need = engines.footprint("sentence_transformers", request)
+    assert need.devices["cpu"] > 1 << 60
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(need), type=Footprint) == need

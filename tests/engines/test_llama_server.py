@@ -20,6 +20,7 @@ from tests.fakes.llama_server import install
 from tests.tiny_gguf import tiny_gguf
 
 from headrace import engines
+from headrace.core import confine
 from headrace.core.constraint import Constraint
 from headrace.core.errors import (
     ConfigError,
@@ -36,7 +37,7 @@ from headrace.engines.llama_server.engine import Engine
 from headrace.engines.llama_server.gbnf import in_gbnf
 from headrace.engines.llama_server.server import Server
 from headrace.engines.llamacpp.engine import Engine as InProcess
-from headrace.machine import confine, graphics
+from headrace.machine import graphics
 from headrace.models.inspect import inspect
 
 GPU = "  CUDA0: NVIDIA H100 80GB HBM3 (81079 MiB, 80000 MiB free)"

@@ -106,6 +106,55 @@ def test_prompts_have_limits(tmp_path: Path, prompts: Any) -> None:
         folder.prompts_of(tmp_path)
 
 
+HUGE = 10**400
+SIZES = dict.fromkeys(
+    ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"), (1 << 32) - 1
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SIZES,
+        {"model_type": "x" * 1_000_000},
+        {"model_type": "\ud800"},
+        {"model_type": "\x1b[2J"},
+        {"architectures": [["x" * 1000]]},
+        {"quantization_config": {"quant_method": {"x": "y" * 1000}}},
+        {"x": [[]] * 2_000_001},
+    ],
+    ids=["cache", "long", "half", "terminal", "list", "method", "values"],
+)
+def test_an_absurd_configuration_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    """Issue 11.10: what it says was to be sent to other processes, which cannot be done."""
+    make(tmp_path, config)
+    with pytest.raises(LoadFailed, match=r"config\.json"):
+        folder.describe(tmp_path)
+
+
+def test_a_context_of_400_digits_is_none(tmp_path: Path) -> None:
+    """Issue 11.10: it was an error as if by a bug."""
+    scaling = {"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": HUGE}
+    make(tmp_path, {"max_position_embeddings": 4096, "rope_scaling": scaling})
+    assert folder.describe(tmp_path).context_length is None
+
+
+@pytest.mark.parametrize(
+    "absurd",
+    [
+        {"prompts": {"\ud800": "x"}},
+        {"prompts": {"x" * 1000: "x"}},
+        {"prompts": {}, "default_prompt_name": "x" * 1_000_000},
+    ],
+    ids=["half", "name", "default"],
+)
+def test_names_of_prompts_have_limits(tmp_path: Path, absurd: dict[str, Any]) -> None:
+    (tmp_path / "modules.json").write_text("[]")
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(absurd))
+    with pytest.raises(LoadFailed, match="config_sentence_transformers"):
+        folder.prompts_of(tmp_path)
+
+
 def test_chat_template_has_three_homes(tmp_path: Path) -> None:
     """W25: the model's own template is found wherever it is kept."""
     make(tmp_path, tokenizer_config__json={"chat_template": "one"})

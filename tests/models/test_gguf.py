@@ -22,7 +22,7 @@ from tests.models.builders import (
 )
 
 from headrace.core.errors import LoadFailed
-from headrace.models.gguf import Skipped, read_header
+from headrace.models.gguf import Skipped, read_header, read_vocabulary
 from headrace.models.gguf_model import describe
 
 
@@ -134,6 +134,13 @@ HOSTILE = {
     "layers": gguf(with_pairs(llama__block_count=("llama.block_count", U64, 1 << 60))),
     "wrong type": gguf(with_pairs(llama__block_count=("llama.block_count", STRING, "2"))),
     "no weights": gguf(tensors=[]),
+    "cache": gguf(
+        [*PAIRS[:2], *((key, U32, (1 << 32) - 1) for key, kind, _ in PAIRS[2:7] if kind == U32)]
+    ),
+    "name": gguf(with_pairs(general__architecture=("general.architecture", STRING, "x" * 100_000))),
+    "name in a terminal": gguf(
+        with_pairs(general__architecture=("general.architecture", STRING, "\x1b[2J"))
+    ),
     "long texts": gguf([*PAIRS, *((f"k{n}", STRING, "x" * 1_000_000) for n in range(9))]),
 }
 
@@ -142,6 +149,32 @@ HOSTILE = {
 def test_refuses_hostile_headers(file: Path, name: str) -> None:
     with pytest.raises(LoadFailed, match=r"model\.gguf"):
         describe_bytes(file, HOSTILE[name])
+
+
+VOCABULARIES = {
+    "types": struct.pack("<IIQ", 9, 5, 1 << 62),
+    "bytes": struct.pack("<IIQ", 9, 0, 1 << 63),
+    "types of a sparse file": struct.pack("<IIQ", 9, 1, 1 << 31),
+    "a long text": struct.pack("<IIQQ", 9, 8, 1, 2 << 30),
+    "a text beyond the file": struct.pack("<IIQQ", 9, 8, 1, 1 << 63),
+}
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_a_vocabulary_is_kept_within_bounds(file: Path, name: str) -> None:
+    """Issue 11.10: a file of holes made its reader take gigabytes, or fail as if by a bug."""
+    key = "token_type" if VOCABULARIES[name][4] != STRING else "tokens"
+    head = HEAD + struct.pack("<QQ", 0, 1) + text(f"tokenizer.ggml.{key}")
+    with file.open("wb") as writing:
+        writing.write(head + VOCABULARIES[name])
+        writing.truncate(3 << 30)
+    tracemalloc.start()
+    try:
+        with pytest.raises(LoadFailed, match=r"model\.gguf"):
+            read_vocabulary(file)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_500_cut_or_flipped_copies_are_refused_or_read(file: Path) -> None:

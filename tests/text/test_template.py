@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import signal
+import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
+from headrace.core import confine
 from headrace.core.errors import ConfigError, GenerationFailed, InvalidRequest
 from headrace.core.request import Message
 from headrace.text import renderer
@@ -397,3 +402,103 @@ def test_one_template_renders_in_many_threads() -> None:
     with ThreadPoolExecutor(8) as threads:
         prompts = list(threads.map(render, range(32)))
     assert all(f"user\n{number}<" in text for number, text in enumerate(prompts))
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_process_that_others_end_is_replaced(number: signal.Signals) -> None:
+    """Issue 11.11: one that was stopped was noticed after 22 s, and the template was blamed."""
+    text = template(SMOLLM2)
+    before = renderer._idle[-1]._process
+    before.send_signal(number)
+    began = time.monotonic()
+    assert "user\na<" in text.render(turns(("user", "a")))
+    assert time.monotonic() - began < 15
+    assert before.wait(20) == -signal.SIGKILL
+
+
+def test_an_answer_of_a_process_has_a_bound() -> None:
+    """Issue 11.11: a process that was taken over could make its parent allocate what it says."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall((1 << 40).to_bytes(8, "little"))
+        with pytest.raises(OSError, match="1099511627776 bytes"):
+            renderer._receive(ours)
+
+
+TAKEN_OVER = """
+import json, os, resource, socket, sys
+from pathlib import Path
+from headrace.text import renderer, sandbox
+
+place, port, fault = sys.argv[2:]
+
+def tried(action):
+    try:
+        action()
+    except OSError as error:
+        return type(error).__name__
+    return "done"
+
+def render(source, variables):
+    if variables is None:
+        return ""
+    status = Path("/proc/self/status").read_text()
+    return json.dumps({
+        "write": tried(lambda: Path(place).write_text("x")),
+        "connect": tried(lambda: socket.create_connection(("127.0.0.1", int(port)), 5)),
+        "privileges": "NoNewPrivs:\\t1" in status,
+        "memory": resource.getrlimit(resource.RLIMIT_AS)[0] < renderer.MEMORY + (1 << 30),
+        "core": resource.getrlimit(resource.RLIMIT_CORE)[0],
+    })
+
+def refused(kind, limits):
+    if kind == resource.RLIMIT_AS:
+        raise OSError("refused")
+    return given(kind, limits)
+
+if fault:
+    given, resource.setrlimit = resource.setrlimit, refused
+sandbox.render = render
+renderer.main()
+"""
+
+
+def taken_over(folder: Path, port: int, fault: str = "") -> bytes | None:
+    """Return what a process that renders can do with code of its own, or None."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        number = theirs.fileno()
+        process = subprocess.Popen(
+            [sys.executable, "-c", TAKEN_OVER, str(number), str(folder / "x"), str(port), fault],
+            pass_fds=(number,),
+            stderr=subprocess.DEVNULL,
+        )
+        theirs.close()
+        try:
+            renderer._send(ours, msgspec.json.encode(renderer.Work("", {}, 10.0)))
+            return renderer._receive(ours)
+        finally:
+            ours.close()
+            process.wait(20)
+
+
+@pytest.mark.skipif(confine.landlock() < 4, reason="this kernel has no Landlock 4")
+def test_a_process_that_renders_can_do_nothing_else(tmp_path: Path) -> None:
+    """Issue 11.11, 11.14: a template that has left the sandbox finds no rights of the user."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answer = taken_over(tmp_path, server.getsockname()[1])
+    assert answer is not None
+    rendered = msgspec.json.decode(answer, type=renderer.Rendered | renderer.Fault)
+    assert isinstance(rendered, renderer.Rendered)
+    denied = "PermissionError"
+    told = msgspec.json.decode(rendered.text)
+    assert {told.pop("write"), told.pop("connect")} == {denied}
+    assert told == {"privileges": True, "memory": True, "core": 0}
+
+
+def test_nothing_is_rendered_without_a_limit_of_memory(tmp_path: Path) -> None:
+    """Issue 11.11: it went on without one."""
+    try:
+        assert taken_over(tmp_path, 1, "fault") is None
+    except ConnectionError:
+        return

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,7 +16,7 @@ import xllamacpp.xllamacpp
 from tests.worker.rig import ask, listed, lying, text, until
 
 from headrace.core.constraint import Constraint
-from headrace.core.errors import ConstraintViolated, InvalidRequest
+from headrace.core.errors import ConstraintViolated, GenerationFailed, InvalidRequest
 from headrace.core.events import Delta, Finish
 from headrace.core.model import Capabilities
 from headrace.core.request import GenerateRequest
@@ -191,6 +193,54 @@ async def test_a_compiler_that_was_killed_is_replaced() -> None:
         process.kill()
         await until(lambda: all(own.returncode is not None for own in compiler._processes))
         await compiler.compile(Constraint(json_schema=URL))
+    finally:
+        await compiler.aclose()
+
+
+async def test_a_compiler_that_was_stopped_is_replaced() -> None:
+    """Issue 11.5: the client was told after 20 s that its schema takes too much."""
+    compiler = Compiler()
+    try:
+        await compiler.compile(Constraint(json_schema={}))
+        [process] = _family(compiler)
+        process.suspend()
+        await compiler.compile(Constraint(json_schema=URL))
+        assert process not in _family(compiler)
+    finally:
+        await compiler.aclose()
+
+
+async def test_a_machine_that_is_too_busy_is_no_fault_of_the_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Issue 11.5: a job that takes too much is ended by its time of a core, long before."""
+    monkeypatch.setattr("headrace.worker.compiler._WALL_S", 0.2)
+    monkeypatch.setattr("headrace.worker.compiler._LOOK_S", 60.0)
+    compiler = Compiler()
+    try:
+        process = await compiler._process()
+        psutil.Process(process.pid).suspend()
+        compiler._rest(process)
+        with pytest.raises(GenerationFailed, match="did not answer within"):
+            await compiler.compile(Constraint(json_schema=URL))
+        monkeypatch.undo()
+        await compiler.compile(Constraint(json_schema=URL))
+    finally:
+        await compiler.aclose()
+
+
+async def test_a_compiler_keeps_to_lower_limits_and_has_no_rights() -> None:
+    """Issue 11.5, 11.14: under a lower `ulimit -v` each schema took too much to compile."""
+    compiler = Compiler()
+    try:
+        await compiler.compile(Constraint(json_schema={}))
+        [process] = _family(compiler)
+        most = process.memory_info().vms + compiling.MEMORY - (32 << 20)
+        process.rlimit(resource.RLIMIT_AS, (most, most))
+        await compiler.compile(Constraint(json_schema=URL))
+        assert _family(compiler) == [process]
+        assert "NoNewPrivs:\t1" in Path(f"/proc/{process.pid}/status").read_text()
+        assert process.rlimit(resource.RLIMIT_CORE) == (0, 0)
     finally:
         await compiler.aclose()
 

@@ -14,9 +14,9 @@ import pytest
 from tests.packages import bring_engine
 from tests.worker.rig import ask, echo, resolve
 
+from headrace.core import confine
 from headrace.core.errors import HeadraceError, LoadFailed
 from headrace.core.stream import collect
-from headrace.machine import confine
 from headrace.worker.process import WorkerProcess
 
 GIB = 1 << 30
@@ -173,7 +173,7 @@ async def test_a_model_without_a_booking_has_no_limit(tmp_path: Path) -> None:
 COST = """
 import time
 from pathlib import Path
-from headrace.machine import confine
+from headrace.core import confine
 began = time.perf_counter()
 confine.give_up_privileges()
 confine.limit_memory(1 << 34)

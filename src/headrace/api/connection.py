@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import Callable
 from email.utils import formatdate
@@ -15,6 +14,7 @@ from headrace.api import limits
 from headrace.api.framing import Head, HeadParser
 from headrace.api.problems import Refused, refused
 from headrace.api.transaction import Transaction
+from headrace.core.network import network_of
 
 _NEVER = float("inf")
 _SCOPE: Scope = {
@@ -134,7 +134,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         client, server = (transport.get_extra_info(name) for name in ("peername", "sockname"))
         self._addresses = {"client": client and client[:2], "server": server and server[:2]}
-        self.address = _network(client[0]) if client else ""
+        self.address = network_of(client[0]) if client else ""
         self._wait(limits.HEAD_TIMEOUT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -310,9 +310,3 @@ class Connection(asyncio.Protocol):
         self.resume_reading()
         if rest:
             self._read_head(rest)
-
-
-def _network(address: str) -> str:
-    """Return an IPv4 address, or the network of an IPv6 address, which one client has whole."""
-    address = address.removeprefix("::ffff:").partition("%")[0]
-    return address if ":" not in address else socket.inet_pton(socket.AF_INET6, address)[:8].hex()

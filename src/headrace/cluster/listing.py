@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import socket
+import time
 from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import msgspec
 
 from headrace.cluster.secure import Member, Refusal, check, proof, verify
+from headrace.cluster.strangers import Stranger, Strangers
 from headrace.cluster.wire import (
     FROM_DIRECTORY,
     GREETING_TIMEOUT_S,
@@ -33,9 +35,7 @@ from headrace.cluster.wire import (
 )
 from headrace.worker.wire import HEADER, Message
 
-log = logging.getLogger("headrace.cluster")
-
-_MAX_LOOKS = 64
+_CHECK_S = 1.0
 
 
 async def fetch(address: Address, member: Member) -> tuple[Placed, ...]:
@@ -64,27 +64,37 @@ class ListingServer:
     def __init__(self, member: Member, placed: Callable[[], tuple[Placed, ...]]) -> None:
         self._member = member
         self._placed = placed
-        self._looks = 0
+        self._strangers = Strangers()
 
-    async def serve(self, address: Address) -> asyncio.Server:
-        """Listen on an address.
-
-        Raises:
-            OSError: it cannot be bound.
-        """
+    async def serve(self, listener: socket.socket) -> None:
+        """Answer on a socket until cancelled."""
         tls = self._member.access.server
-        return await asyncio.start_server(self._answer, *address, ssl=tls)
-
-    async def _answer(self, reader: StreamReader, writer: StreamWriter) -> None:
-        self._looks += 1
+        accepting = asyncio.ensure_future(self._strangers.accept(listener, self._opened, tls))
         try:
-            async with _closing(writer), asyncio.timeout(GREETING_TIMEOUT_S):
-                if self._looks <= _MAX_LOOKS:
-                    await self._greet(reader, writer)
-        except (OSError, TimeoutError):
-            return
+            while True:
+                await asyncio.sleep(_CHECK_S)
+                self._strangers.check(time.monotonic())
         finally:
-            self._looks -= 1
+            accepting.cancel()
+            self._strangers.clear()
+
+    def _opened(self, stranger: Stranger) -> asyncio.Protocol:
+        async def answer(reader: StreamReader, writer: StreamWriter) -> None:
+            def end(_why: str) -> None:
+                writer.transport.abort()
+
+            stranger.end = end
+            try:
+                # It is a stranger to the end, as one who has the token has no reason to stay.
+                async with _closing(writer):
+                    if stranger in self._strangers:
+                        await self._greet(reader, writer)
+            except OSError:
+                return
+            finally:
+                self._strangers.remove(stranger)
+
+        return asyncio.StreamReaderProtocol(StreamReader(), answer)
 
     async def _greet(self, reader: StreamReader, writer: StreamWriter) -> None:
         token, hello = self._member.access.token, self._member.identity.hello()
@@ -94,8 +104,7 @@ class ListingServer:
             await _send(writer, hello)
             verify((await _greeting(reader, Proof)).mac, token, "front", other, hello)
         except Refusal as refusal:
-            data = {"front": "", "error": str(refusal)}
-            log.warning("headrace.cluster.refused", extra={"data": data})
+            self._strangers.note("headrace.cluster.refused", "", str(refusal))
             await _send(writer, Refused(str(refusal)))
             return
         await _send(writer, Proof(proof(token, "node", other, hello)))

@@ -14,9 +14,9 @@ import msgspec
 
 from headrace.cluster.reports import NodeAdmin, Reporter
 from headrace.cluster.secure import Member, Refusal, check, proof, verify
+from headrace.cluster.strangers import Stranger, Strangers
 from headrace.cluster.wire import (
     FROM_FRONT,
-    GREETING_TIMEOUT_S,
     GREETINGS,
     MAX_GREETING,
     MAX_UNSENT,
@@ -43,8 +43,6 @@ from headrace.worker.wire import MAX_FRAME, Cancel, Emitted, Ended, Link
 log = logging.getLogger("headrace.cluster")
 
 _MAX_FRONTS = 256
-_MAX_GREETING_AT_ONCE = 64
-_NOTED_S = 60.0
 _PATIENCE = 2.0
 """How many times `silence_s` a front may be silent, as it notices a broken connection first."""
 
@@ -68,12 +66,11 @@ class NodeServer:
         self.access = member.access
         self.clock = clock
         self.fronts: set[FrontConnection] = set()
-        self.greeting: set[FrontConnection] = set()
+        self.strangers = Strangers(clock)
         self.reporter = Reporter(backend, admin, member.labels)
         self._heartbeat_s = member.heartbeat_s
         self._silence_s = member.silence_s * _PATIENCE
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._noted, self._noted_at = ("", "", ""), 0.0
 
     def __repr__(self) -> str:
         """Describe the name and the number of fronts."""
@@ -81,17 +78,13 @@ class NodeServer:
 
     async def serve(self, listener: socket.socket) -> None:
         """Accept fronts on a socket until cancelled."""
-        loop = asyncio.get_running_loop()
-        tls = self.access.server
-        limit_s = GREETING_TIMEOUT_S if tls else None
-        server = await loop.create_server(
-            self.accept, sock=listener, ssl=tls, ssl_handshake_timeout=limit_s
-        )
+        accepting = self.begin(self.strangers.accept(listener, self.accept, self.access.server))
         try:
             await self.run()
         finally:
-            server.close()
-            for front in [*self.fronts, *self.greeting]:
+            accepting.cancel()
+            self.strangers.clear()
+            for front in [*self.fronts]:
                 front.link.close()
 
     async def run(self) -> None:
@@ -110,9 +103,9 @@ class NodeServer:
         finally:
             following.cancel()
 
-    def accept(self) -> asyncio.Protocol:
+    def accept(self, stranger: Stranger) -> asyncio.Protocol:
         """Return the protocol of a new connection."""
-        return FrontConnection(self).link
+        return FrontConnection(self, stranger).link
 
     def begin(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run a coroutine as a task."""
@@ -133,26 +126,11 @@ class NodeServer:
         for front in self.fronts:
             front.link.send(message)
 
-    def note(self, record: str, front: str, error: str) -> None:
-        """Log why a connection is not kept; as a front tries again, the same once a minute."""
-        note, now = (record, front, error), self.clock()
-        if note != self._noted or now - self._noted_at >= _NOTED_S:
-            self._noted, self._noted_at = note, now
-            data = {"front": front, "error": error}
-            log.warning(record, extra={"data": data})
-
-    def is_full(self) -> bool:
-        """Whether no further connection is taken."""
-        fronts, greeting = len(self.fronts), len(self.greeting)
-        return fronts >= _MAX_FRONTS or greeting >= _MAX_GREETING_AT_ONCE
-
     def _check(self, now: float) -> None:
         for front in [*self.fronts]:
             if now - front.heard > self._silence_s:
                 front.link.fail("the front was silent")
-        for front in [*self.greeting]:
-            if now - front.heard > GREETING_TIMEOUT_S:
-                front.link.fail("the greeting took too long")
+        self.strangers.check(now)
 
     async def _follow(self) -> None:
         """Report events of the pool, and what they have changed, at once."""
@@ -165,13 +143,14 @@ class NodeServer:
 class FrontConnection:
     """A front's connection. Until it has proved itself, only its greeting is decoded."""
 
-    def __init__(self, server: NodeServer) -> None:
+    def __init__(self, server: NodeServer, stranger: Stranger) -> None:
         self.heard = server.clock()
         self.name = ""
         self.link: Link[Any] = Link(
             GREETINGS, self._receive, self._closed, limit=MAX_GREETING, connected=self._connected
         )
         self._server = server
+        self._stranger = stranger
         self._hello = server.identity.hello()
         self._other: Hello | None = None
         self._is_known = self._is_accepted = False
@@ -179,10 +158,9 @@ class FrontConnection:
         self._streams: dict[int, asyncio.Task[ErrorRecord | None]] = {}
 
     def _connected(self) -> None:
-        if self._server.is_full():
+        self._stranger.end = self.link.fail
+        if len(self._server.fronts) >= _MAX_FRONTS:
             self._refuse(Refusal("This node has too many connections."))
-        else:
-            self._server.greeting.add(self)
 
     def _receive(self, messages: Sequence[Any]) -> None:
         self.heard = self._server.clock()
@@ -196,7 +174,7 @@ class FrontConnection:
             self._refuse(refusal)
 
     def _refuse(self, refusal: Refusal) -> None:
-        self._server.note(
+        self._server.strangers.note(
             "headrace.cluster.refused", self._other.name if self._other else "", str(refusal)
         )
         self.link.send(Refused(str(refusal)))
@@ -210,9 +188,10 @@ class FrontConnection:
                 self._other = message
                 self._hello = server.identity.hello()
                 self.link.send(self._hello)
-            case Proof(mac) if self._other is not None and self in server.greeting:
+            case Proof(mac) if self._other is not None:
                 verify(mac, server.access.token, "front", self._other, self._hello)
-                self._welcome(self._other)
+                if server.strangers.remove(self._stranger):
+                    self._welcome(self._other)
             case Refused(reason):
                 self._refused(reason)
             case _:
@@ -228,7 +207,6 @@ class FrontConnection:
         link.flush()
         server.beat()
         link.send(server.reporter.whole())
-        server.greeting.discard(self)
         server.fronts.add(self)
 
     def _take(self, message: ToNode) -> None:
@@ -252,12 +230,14 @@ class FrontConnection:
             log.info("headrace.cluster.front_joined", extra={"data": {"front": self.name}})
 
     def _refused(self, reason: str) -> None:
-        self._server.note(
+        self._server.strangers.note(
             "headrace.cluster.not_accepted", self._other.name if self._other else "", reason
         )
         self.link.close()
 
     def _begin(self, message: Begin) -> None:
+        if message.id in self._streams:
+            raise Refusal(f"There is a stream {message.id} already.")
         # Times of the front are of another clock.
         received = self._server.clock() - max(0.0, message.age_s)
         request = msgspec.structs.replace(message.request, received=received)
@@ -304,7 +284,7 @@ class FrontConnection:
 
     def _closed(self, why: str) -> None:
         server = self._server
-        server.greeting.discard(self)
+        server.strangers.remove(self._stranger)
         server.fronts.discard(self)
         if self._is_accepted:
             data = {"front": self.name, "reason": why}

@@ -114,13 +114,23 @@ def listen(settings: ClusterSettings, access: Credentials) -> socket.socket:
     """
     host, port = settings.wire_host, settings.wire_port
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        demand(access, str(address[0]), host)
-        both = address[0] == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+        return listen_at(host, port, access)
     except OSError as error:
         message = f"Cannot listen on {host}:{port}: {error.strerror or error}."
         raise ConfigError(message, param="wire_port") from error
+
+
+def listen_at(host: str, port: int, access: Credentials) -> socket.socket:
+    """Return a socket that listens at an address, which a name may be of.
+
+    Raises:
+        ConfigError: it is beyond loopback without a token or TLS.
+        OSError: it cannot be bound.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    demand(access, str(address[0]), host)
+    both = address[0] == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=both)
 
 
 def demand(access: Credentials, address: str, host: str = "") -> None:

@@ -258,7 +258,7 @@ def footprint(name: str, request: OpenRequest) -> Footprint:
         LoadFailed: the model's header cannot be read.
     """
     check_options(name, request.options)
-    return plan.with_adapters(_module(name).footprint(request), request.adapters)
+    return plan.countable(plan.with_adapters(_module(name).footprint(request), request.adapters))
 
 
 def writes(name: str, request: OpenRequest) -> Sequence[Path]:

@@ -25,6 +25,7 @@ from headrace.models.folder import LayerSizes
 
 PAGE = 256
 """Lengths of contexts and caches that are chosen here are multiples of this."""
+_MOST_BYTES = 1 << 62
 ENCODER_REQUESTS = 256
 """Requests at once of an embedder or reranker; their items share batches."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
@@ -138,6 +139,17 @@ def with_adapters(need: Footprint, adapters: Sequence[AdapterFile]) -> Footprint
     more = {device: need.devices[device] + size // len(places) for device in places}
     parts = {**need.parts, "adapters": size}
     return msgspec.structs.replace(need, devices=need.devices | more, parts=parts)
+
+
+def countable(need: Footprint) -> Footprint:
+    """Return a footprint that can be sent to other processes, whatever a header made of it."""
+
+    def bounded(amounts: dict[str, int]) -> dict[str, int]:
+        return {name: min(amount, _MOST_BYTES) for name, amount in amounts.items()}
+
+    devices, parts = bounded(need.devices), bounded(need.parts)
+    choices = tuple(map(bounded, need.choices))
+    return msgspec.structs.replace(need, devices=devices, parts=parts, choices=choices)
 
 
 def torch_libraries() -> int:

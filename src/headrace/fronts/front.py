@@ -15,6 +15,7 @@ from headrace.api.bodies import BODIES, KEPT
 from headrace.api.exchange import Service
 from headrace.api.images import HELD
 from headrace.api.server import Server
+from headrace.core.confine import give_up_privileges
 from headrace.core.record import Call
 from headrace.fronts.remote import RemoteApplication, RemoteBackend
 from headrace.fronts.wire import (
@@ -38,7 +39,6 @@ from headrace.machine import (
     shorten_switch_interval,
     tune_garbage_collection,
 )
-from headrace.machine.confine import give_up_privileges
 from headrace.worker.wire import Emitted, Ended, Link
 
 _BEAT_S, _LOOK_S = 1.0, 0.25

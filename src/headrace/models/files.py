@@ -13,6 +13,10 @@ from headrace.core.errors import LoadFailed
 
 NO_LIMIT = 100_000_000
 """Tokenizers write larger numbers for "no limit"."""
+MAX_WORD = 256
+"""Characters of a name in a header, such as that of an architecture."""
+MAX_CACHE = 1 << 32
+"""Bytes of the cache for a token: with the largest context it can still be counted by all."""
 
 
 @contextmanager
@@ -54,6 +58,19 @@ def read_bounded(path: Path, limit: int) -> bytes:
         return file.read(limit) or b""
 
 
+def check_facts(path: Path, cache: int | None, *words: str | None) -> None:
+    """Check what a header says of its model, which others count with, list and pass on.
+
+    Raises:
+        LoadFailed: the cache for a token is larger than any, or a name is none.
+    """
+    if cache is not None and cache >= MAX_CACHE:
+        raise LoadFailed(f"{path}: {cache} bytes of cache for each token, which is impossible.")
+    for word in filter(None, words):
+        if len(word) > MAX_WORD or not word.isprintable():
+            raise LoadFailed(f"{path}: {word[:80]!r} is no name of an architecture or a type.")
+
+
 def _check_kind(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "something else")
@@ -88,7 +105,8 @@ def scaled_context(
     scaled = limit or 0
     if factor is not None and 1 <= factor < NO_LIMIT and kind not in (None, "none", "default"):
         if original is not None:
-            scaled = max(scaled, original * factor)
+            # A whole number of any length cannot be multiplied.
+            scaled = max(scaled, original * factor) if 0 < original < NO_LIMIT else 0
         elif kind in ("linear", "dynamic", "yarn") and not architecture.startswith("gemma3"):
             scaled *= factor
     return int(scaled) if 0 < scaled < NO_LIMIT else None

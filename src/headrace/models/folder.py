@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any, NamedTuple, cast
 
 from headrace.core.errors import LoadFailed
 from headrace.core.model import ModelFile, Task
-from headrace.models.files import read_bounded, scaled_context
+from headrace.models.files import check_facts, read_bounded, scaled_context
 from headrace.models.safetensors import read_header
 
 MAX_JSON = 32 << 20
+MAX_JSON_VALUES = 2_000_000
+"""Each takes up to a hundred bytes, more than its text."""
 MAX_TEMPLATE = 1 << 20
 MAX_PROMPT, MAX_PROMPTS = 1 << 14, 256
 """Characters of a prompt, which precedes each text to embed, and prompts of a model."""
@@ -26,6 +29,7 @@ _LENGTHS = (
     "n_positions",
     "n_ctx",
 )
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # Encoders for which transformers has no attention in blocks (SDPA, flash).
 _EAGER = frozenset(
     {
@@ -106,7 +110,9 @@ def prompts_of(folder: Path) -> dict[str, Any]:
         )
     # As in the library: a model without prompts reads queries and documents alike.
     prompts = {"query": "", "document": ""} | {name: text or "" for name, text in given.items()}
-    return {"prompts": prompts, "default_prompt": None if default is None else str(default)}
+    default = None if default is None else str(default)
+    check_facts(file, None, default, *given)
+    return {"prompts": prompts, "default_prompt": default}
 
 
 def task_of(folder: Path, config: Mapping[str, Any]) -> Task:
@@ -130,11 +136,13 @@ def config_facts(folder: Path, config: Mapping[str, Any]) -> ConfigFacts:
     inner = {**config, **own}
     tokenizer = folder / "tokenizer_config.json"
     tokens = read_json(tokenizer) if tokenizer.exists() else {}
+    architecture, cache = _architecture(config), _kv_bytes_per_token(inner)
+    check_facts(folder / "config.json", cache, architecture, _quantization_method(config))
     return ConfigFacts(
-        _architecture(config),
+        architecture,
         _context_length(inner, tokens),
         _chat_template(folder, tokens),
-        _kv_bytes_per_token(inner),
+        cache,
     )
 
 
@@ -144,8 +152,14 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         LoadFailed: it is missing, too long, or not a JSON object.
     """
+    data = read_bounded(path, MAX_JSON)
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise LoadFailed(f"{path}: more than {MAX_JSON_VALUES} values.")
     try:
-        value = json.loads(read_bounded(path, MAX_JSON))
+        value = json.loads(data)
+        if _SURROGATE.search(data):
+            # Half a character cannot be passed on.
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise LoadFailed(f"{path}: not JSON: {error}.") from error
     if not _is_table(value):

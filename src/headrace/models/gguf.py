@@ -17,13 +17,7 @@ import msgspec
 
 from headrace.core.errors import LoadFailed
 from headrace.models.files import open_regular
-from headrace.models.gguf_types import (
-    ARRAY,
-    BOOLEAN,
-    SCALARS,
-    STRING,
-    TENSOR_TYPES,
-)
+from headrace.models.gguf_types import ARRAY, BOOLEAN, SCALARS, STRING, TENSOR_TYPES
 
 MAGIC = b"GGUF"
 MAX_PAIRS = 65_536
@@ -33,6 +27,8 @@ MAX_TEXTS = 4_194_304
 MAX_KEPT_TEXT = 1 << 20
 MAX_KEPT = 8 << 20
 MAX_KEPT_ARRAY = 4096
+MAX_VOCABULARY = 64 << 20
+"""Bytes of the texts of all tokens, where they are needed."""
 MAX_NAME = 65_535
 _CHUNK = 1 << 18
 
@@ -200,11 +196,19 @@ class _Metadata:
         return self.values
 
     def _whole_array(self, kind: int, length: int) -> tuple[Any, ...]:
+        cursor = self._cursor
+        if length > MAX_TEXTS or length > cursor.left:
+            cursor.fail(f"an array of {length} values for the vocabulary")
         if kind != STRING:
             return self._scalars(kind, length)
-        if length > MAX_TEXTS or length * 8 > self._cursor.left:
-            self._cursor.fail(f"an array of {length} texts")
-        return tuple(self._cursor.take(self._cursor.u64()) for _ in range(length))
+        texts: list[bytes] = []
+        size = 0
+        for _ in range(length):
+            size += (more := cursor.u64())
+            if size > MAX_VOCABULARY:
+                cursor.fail(f"more than {MAX_VOCABULARY} bytes of vocabulary")
+            texts.append(cursor.take(more))
+        return tuple(texts)
 
     def _keep(self, size: int) -> None:
         self._kept += size

@@ -10,7 +10,7 @@ from typing import NoReturn
 from headrace.core.errors import LoadFailed
 from headrace.core.model import ModelFile, Task
 from headrace.models import projector
-from headrace.models.files import scaled_context
+from headrace.models.files import check_facts, scaled_context
 from headrace.models.gguf import GgufHeader, Skipped, read_header
 from headrace.models.gguf_types import FILE_TYPES
 
@@ -85,6 +85,8 @@ def describe(path: Path) -> ModelFile:
     beside = projector.beside(path, facts.width())
     if not parameters:
         raise LoadFailed(f"{path}: there are no weights in it.")
+    cache = facts.kv_bytes_per_token()
+    check_facts(path, cache, facts.architecture, facts.tokenizer())
     return ModelFile(
         path=str(path),
         format="gguf",
@@ -101,7 +103,7 @@ def describe(path: Path) -> ModelFile:
         size=sum(header.size for header in headers),
         layers=facts.whole(f"{facts.architecture}.block_count") or 0,
         vocabulary=facts.vocabulary(),
-        kv_bytes_per_token=facts.kv_bytes_per_token(),
+        kv_bytes_per_token=cache,
         projector=None if beside is None else beside.path,
         vision=beside is not None and beside.vision,
         audio=beside is not None and beside.audio,

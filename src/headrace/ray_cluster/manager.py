@@ -94,14 +94,14 @@ class Manager:
         server = ListingServer(member, self.placed)
         while True:
             try:
-                listening = await server.serve(Address(host, self._cluster.ray_port))
+                listener = secure.listen_at(host, self._cluster.ray_port, member.access)
             except OSError as error:
                 data = {"name": f"{host}:{self._cluster.ray_port}", "error": str(error)}
                 log.warning("headrace.cluster.lookup_failed", extra={"data": data})
                 await asyncio.sleep(_EVERY_S)
                 continue
-            async with listening:
-                await listening.serve_forever()
+            with listener:
+                await server.serve(listener)
 
     async def _reconcile(self) -> None:
         while True:

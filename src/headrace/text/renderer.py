@@ -2,7 +2,8 @@
 
 One step of a template, such as printing a list that contains itself in many places, can take any
 time and memory, and a thread cannot be stopped. Such a process is killed by its own alarm at the
-deadline, gets no more memory than `MEMORY`, and is replaced. It ends with the process that uses it.
+deadline, gets no more memory than `MEMORY`, and is replaced. It ends with the process that uses it,
+and can change no files and connect to nothing.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ import atexit
 import contextlib
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from headrace.core import confine
 from headrace.core.environment import inherited
 from headrace.core.errors import GenerationFailed
 
@@ -34,9 +39,14 @@ _PROCESSES = 2
 _PATIENCE_S = 0.2
 """How long to wait for a process that renders something else, before another is started."""
 _GRACE_S = 20.0
+_LOOK_S = 0.5
+_ENDING_S = 0.2
+_TRIES = 2
 _OUT_OF_MEMORY = 3
 _MAX_REASON = 500
 _LENGTH = 8
+_LONGEST_FRAME = 6 * MAX_CHARACTERS + 1024
+"""Bytes of an answer: JSON writes six for some characters."""
 
 FaultKind = Literal["syntax", "refused", "limit", "failed"]
 
@@ -66,15 +76,20 @@ class Fault(msgspec.Struct, frozen=True, array_like=True, tag=True):
 def render(work: Work) -> Rendered | Fault:
     """Render a template within its limits. Blocking, thread-safe.
 
+    A process that another one has stopped or killed is replaced, and it is tried again, once.
+
     Raises:
-        GenerationFailed: no process could be started.
+        GenerationFailed: no process could be started, or none was left in peace.
     """
     with _slots:
-        process = _taken()
-        try:
-            return process.render(work)
-        finally:
-            _give_back(process)
+        for _ in range(_TRIES):
+            process = _taken()
+            try:
+                if (answer := process.render(work)) is not None:
+                    return answer
+            finally:
+                _give_back(process)
+    raise GenerationFailed("The chat template cannot be rendered.", detail="its process was killed")
 
 
 def prepare() -> None:
@@ -100,26 +115,50 @@ class _Process:
             )
         self.alive = True
 
-    def render(self, work: Work) -> Rendered | Fault:
-        """Return the answer; after some faults the process has ended."""
+    def render(self, work: Work) -> Rendered | Fault | None:
+        """Return the answer, or None if another process has ended this one.
+
+        After that, and after some faults, it has ended.
+        """
         # The alarm of the process itself is first, unless it cannot run at all.
-        self._socket.settimeout(work.seconds + _GRACE_S)
+        limit_s = work.seconds + _GRACE_S
+        self._socket.settimeout(limit_s)
         try:
             _send(self._socket, msgspec.json.encode(work))
-            reply = _receive(self._socket)
+            if not self._is_heard(limit_s):
+                self.end()
+                return None
+            if (reply := _receive(self._socket)) is not None:
+                return msgspec.json.decode(reply, type=Rendered | Fault)
+            code = self.end(limit_s)
+        except TimeoutError:
+            self.end()
+            code = -signal.SIGALRM
         except OSError:
-            reply = None
-        if reply is None:
-            return Fault("limit", _cause(self.end()))
-        return msgspec.json.decode(reply, type=Rendered | Fault)
+            code = self.end(limit_s)
+        return None if code == -signal.SIGKILL else Fault("limit", _cause(code))
 
-    def end(self) -> int:
-        """End it, and return its exit status."""
+    def _is_heard(self, limit_s: float) -> bool:
+        """Wait for an answer, or the end; return whether there is one, and it was not stopped.
+
+        Raises:
+            TimeoutError: there is none in time.
+        """
+        waiting, end = select.poll(), time.monotonic() + limit_s
+        waiting.register(self._socket, select.POLLIN)
+        while not waiting.poll(1000 * _LOOK_S):
+            if _is_stopped(self._process.pid):
+                return False
+            if time.monotonic() > end:
+                raise TimeoutError
+        return True
+
+    def end(self, patience_s: float = _ENDING_S) -> int:
+        """End it, and return its exit status; it has the time to end by itself."""
         self.alive = False
         self._socket.close()
-        # It ends by itself, but for one that hangs.
         try:
-            return self._process.wait(0.2)
+            return self._process.wait(patience_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
@@ -178,8 +217,17 @@ def end_idle() -> None:
             _idle.pop().end()
 
 
+def _is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a process (Linux only)."""
+    try:
+        # After the name, which can contain anything.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
+    except OSError:
+        return False
+
+
 def _cause(code: int) -> str:
-    if code in {-signal.SIGALRM, -signal.SIGKILL}:
+    if code == -signal.SIGALRM:
         return "it took too long"
     if code == _OUT_OF_MEMORY:
         return "it took too much memory"
@@ -190,12 +238,18 @@ def _send(connection: socket.socket, frame: bytes) -> None:
     connection.sendall(len(frame).to_bytes(_LENGTH, "little") + frame)
 
 
-def _receive(connection: socket.socket) -> bytes | None:
-    """Return the next frame, None at the end."""
+def _receive(connection: socket.socket, most: int = _LONGEST_FRAME) -> bytes | None:
+    """Return the next frame, None at the end.
+
+    Raises:
+        OSError: it has more than `most` bytes, or none came in time.
+    """
     head = connection.recv(_LENGTH, socket.MSG_WAITALL)
     if len(head) < _LENGTH:
         return None
     size = int.from_bytes(head, "little")
+    if size > most:
+        raise OSError(f"a frame of {size} bytes")
     frame = connection.recv(size, socket.MSG_WAITALL)
     while frame and len(frame) < size:
         more = connection.recv(size - len(frame))
@@ -234,11 +288,13 @@ def _encoded(answer: Rendered | Fault) -> bytes:
 
 
 def _frames(connection: socket.socket) -> Iterator[bytes]:
-    while (frame := _receive(connection)) is not None:
+    while (frame := _receive(connection, sys.maxsize)) is not None:
         yield frame
 
 
 def _limit_memory() -> None:
+    if sys.platform != "linux":
+        return
     with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
         pages = int(file.read().split()[0])
     most = pages * resource.getpagesize() + MEMORY
@@ -251,11 +307,11 @@ def main() -> None:
     """Render what comes over the inherited socket, whose file descriptor is the argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    confine.give_up_privileges()
     decode = msgspec.json.Decoder(Work).decode
     _answer(Work("", None, 0.0))  # imports what it needs
-    with contextlib.suppress(OSError):
-        _limit_memory()
+    confine.restrict(())
+    _limit_memory()
     connection = socket.socket(fileno=int(sys.argv[1]))
     for frame in _frames(connection):
         work = decode(frame)

@@ -17,12 +17,12 @@ from typing import Any
 import msgspec
 
 from headrace import engines
+from headrace.core import confine
 from headrace.core.errors import ErrorRecord, WorkerDied
 from headrace.core.model import ModelSpec
 from headrace.log import configure
 from headrace.machine import (
     Family,
-    confine,
     die_with_parent,
     keep_descendants,
     loop_factory,

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+import psutil
 
 from headrace.core.constraint import Constraint
 from headrace.core.errors import ConstraintViolated, GenerationFailed, InvalidRequest
@@ -27,6 +28,8 @@ _NAMES = {"json_schema": "JSON schema", "lark": "grammar"}
 _NO_TOOLS: Mapping[str, Schema] = {}
 _COMPILING, _CHECKING = 2, 1
 _WALL_S = 20.0
+_LOOK_S = 0.5
+_TRIES = 2
 _IDLE_S = 60.0
 _REMEMBERED = 256
 _LONGEST_REPLY = 16 << 20
@@ -152,28 +155,30 @@ class Compiler:
             await self._end(process)
 
     async def _run(self, job: dict[str, Any]) -> _Reply:
-        """Return the reply to a job."""
-        process = await self._process()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        line = b""
-        try:
-            async with asyncio.timeout(_WALL_S):
-                process.stdin.write(msgspec.json.encode(job) + b"\n")
-                await process.stdin.drain()
-                line = await process.stdout.readline()
-        except ConnectionError:
+        """Return the reply to a job; try again if another has stopped or killed the process.
+
+        Raises:
+            GenerationFailed: there is none.
+        """
+        data = msgspec.json.encode(job) + b"\n"
+        for _ in range(_TRIES):
+            process = await self._process()
             line = b""
-        except TimeoutError:
-            return _Reply(reason="takes too much to compile")
-        finally:
+            try:
+                async with asyncio.timeout(_WALL_S):
+                    line = await _answered(process, data)
+            except TimeoutError:
+                # What a job may take of a core has long been taken: this machine is too busy.
+                message = f"The compiler of constraints did not answer within {_WALL_S:g} s."
+                raise GenerationFailed(message) from None
+            finally:
+                if line:
+                    self._rest(process)
+                else:
+                    await self._end(process)
             if line:
-                self._rest(process)
-            else:
-                await self._end(process)
-        if not line:
-            raise GenerationFailed("The compiler of constraints has ended.")
-        return _decode(line)
+                return _decode(line)
+        raise GenerationFailed("The compiler of constraints has ended.")
 
     async def _process(self) -> Process:
         while self._idle:
@@ -211,6 +216,31 @@ class Compiler:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
+
+
+async def _answered(process: Process, data: bytes) -> bytes:
+    """Return the line that a process answers with; empty if it has ended, or was stopped."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(data)
+    reading = asyncio.ensure_future(process.stdout.readline())
+    try:
+        while not reading.done():
+            await asyncio.wait({reading}, timeout=_LOOK_S)
+            if not reading.done() and _is_stopped(process.pid):
+                return b""
+        return reading.result()
+    except ConnectionError:
+        return b""
+    finally:
+        reading.cancel()
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.Error:
+        return False
 
 
 def _job(constraint: Constraint, *, strict: bool = True) -> dict[str, Any]:

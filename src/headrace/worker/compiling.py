@@ -7,14 +7,12 @@ replies are lines of JSON.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
 import random
 import re
 import resource
-import signal
 import sys
 import time
 from collections.abc import Mapping, Set
@@ -23,8 +21,10 @@ from typing import Any, cast
 
 import jsonschema_rs
 
+from headrace.core import confine
 from headrace.core.endless import circular, endless
 from headrace.core.schema import BOUNDS, Path, Schema, children, number, pointer
+from headrace.machine import die_with_parent
 from headrace.text.grammar import HEADER, regex_position, schema_grammar
 from headrace.text.lark import Unenforceable, normalised
 from headrace.text.numbers import EXACT, INTEGERS, inexact
@@ -47,7 +47,6 @@ _BEYOND_FLOATS = 10**309
 _UPPER = ("maximum", "exclusiveMaximum")
 # To these compilers move bounds that are beyond them.
 _ENDS = (2**63 - 1, -(2**63))
-_PR_SET_PDEATHSIG = 1
 _REHEARSED, _REHEARSAL_S = 300, 0.2
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 _CARET = re.compile(r"^    ( *)\^", re.MULTILINE)
@@ -366,14 +365,19 @@ def _apart(job: Mapping[str, Any], new_matcher: Compile) -> dict[str, Any]:
 
 
 def limit_job() -> None:
-    """Limit memory, processor time and core dumps of this process, and end it with its parent."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
+    """Limit memory and processor time of this process, and end it with its parent."""
+    die_with_parent()
+    _limit(resource.RLIMIT_CPU, CPU_S)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         pages = int(File("/proc/self/statm").read_text().split()[0])
-        memory = pages * resource.getpagesize() + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + MEMORY)
+
+
+def _limit(kind: int, most: int) -> None:
+    """Set a limit, or keep to a lower one of the operator."""
+    if (allowed := resource.getrlimit(kind)[1]) != resource.RLIM_INFINITY:
+        most = min(most, allowed)
+    resource.setrlimit(kind, (most, most))
 
 
 def main() -> None:
@@ -381,6 +385,8 @@ def main() -> None:
     new_matcher: Compile = Library(sys.argv[1]) if sys.argv[1:] else from_package
     # What libraries prepare at first use is shared by all jobs.
     compiled({}, new_matcher)
+    confine.give_up_privileges()
+    confine.restrict(())
     for line in sys.stdin.buffer:
         job = json.loads(line)
         # The check of a whole answer by its schema compiles nothing.

@@ -10,9 +10,9 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
+from headrace.core import confine
 from headrace.core.errors import GenerationFailed, HeadraceError, WorkerDied
 from headrace.engines.llamacpp.link import Link, failure
-from headrace.machine import confine
 
 _TETHER = "headrace.engines.llama_server.tether"
 _LINES = 200

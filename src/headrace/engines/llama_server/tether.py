@@ -12,7 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from headrace.machine import confine, die_with_parent
+from headrace.core import confine
+from headrace.machine import die_with_parent
 
 
 def main(arguments: list[str]) -> None:
