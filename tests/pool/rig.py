@@ -73,6 +73,9 @@ class TimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self.now
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        """Do nothing: it has no threads, and asyncio would start one to wait for them."""
+
 
 def run(main: Coroutine[Any, Any, Any], within_s: float = 100_000) -> Any:
     """Run on a loop of its own, for so many of its seconds at most."""
@@ -196,8 +199,8 @@ class FakeWorker:
         if self.state != "ready":
             raise Draining("not ready") if self.state == "stopped" else LoadFailed("not ready")
         self.asked.append(request)
-        self.running += request.n
-        assert self.running <= max(self.max_running, request.n), "more than it has slots for"
+        self.running += 1
+        assert self.running <= self.max_running, "more than it has slots for"
         count, start = request.sampling.max_tokens or 5, len(request.answered)
         try:
             if start:
@@ -213,7 +216,7 @@ class FakeWorker:
             if self.late is not None:
                 raise self.late
         finally:
-            self.running -= request.n
+            self.running -= 1
 
     async def _encode(self, request: EmbedRequest | RerankRequest) -> AsyncGenerator[Event, None]:
         """Take 0.1 s for each input; its vector is its length, and the first ranks best."""

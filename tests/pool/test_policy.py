@@ -160,9 +160,10 @@ def test_that_the_least_work_for_its_weight_answers() -> None:
 def test_that_only_who_has_slots_answers() -> None:
     full, half = candidate(0, free=0, running=4), candidate(1, free=1, running=3, work=999.0)
     assert choose_replica([full, half]) == 1
-    assert choose_replica([full, half], size=2) is None
-    # What asks for more slots than there are takes all of them.
-    assert choose_replica([full, half, candidate(2)], size=9) == 2
+    # Choices of one request have all slots: they make room where no other replica has any.
+    shared = candidate(2, free=3, running=4)
+    assert choose_replica([full, half, shared]) == 1
+    assert choose_replica([full, shared]) == 2
     assert choose_replica([candidate(0, free=0, max_running=0)]) is None
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -37,25 +38,28 @@ from headrace.core.errors import (
     UnknownModel,
     WorkerDied,
 )
-from headrace.core.events import Delta, Event, Finish
+from headrace.core.events import ChoicesLeft, Delta, Event, Finish
 from headrace.core.metrics import InferenceMetrics, Usage
 from headrace.core.model import ModelSpec
 from headrace.core.request import CountRequest, GenerateRequest
 from headrace.core.sampling import Sampling
-from headrace.core.stream import collect_count
+from headrace.core.stream import collect_count, merge
 from headrace.pool.admin import PoolAdmin, Wanted
 from headrace.pool.entry import ModelEntry
 from headrace.pool.ledger import Ledger
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool
 from headrace.pool.state import StateFile
+from headrace.worker.places import Slots
 
 BUDGET = 100
 NAMES = ("a", "b", "c", "d")
 RULES = Rules(max_loading=2, min_residence_s=0.5, longest_wait_s=5.0)
 DRAIN_S = 30.0
 MOST_TOKENS = 30
-LONGEST_STREAM_S = MOST_TOKENS * (0.1 + 0.3)
+MOST_CHOICES = 3
+# One after another, on an only slot.
+LONGEST_STREAM_S = MOST_CHOICES * MOST_TOKENS * (0.1 + 0.3)
 LONGEST_LOAD_S = 3.0
 FAULTS = (WorkerDied, GenerationFailed, OutOfMemory)
 
@@ -67,15 +71,34 @@ class Whimsical(FakeWorker):
         super().__init__(spec, world.machine)
         self.world = world
         self.once: HeadraceError | None = None
+        self.slots = Slots(self.max_running)
         self.group = 1 + len(world.machine.workers) % 3
 
     async def _generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         if self.state != "ready":
             raise Draining("not ready") if self.state == "stopped" else LoadFailed("not ready")
-        size = min(request.n, self.max_running)
-        self.running += size
-        assert self.running <= self.max_running, "more than it has slots for"
+        left = itertools.count(request.n - 1, -1)
+        stream = merge([self._choice(request, index, left) for index in range(request.n)])
+        try:
+            async for event in stream:
+                yield event
+        finally:
+            await stream.aclose()
+        count = request.sampling.max_tokens or 5
+        usage = Usage(prompt_tokens=1, completion_tokens=count * request.n)
+        yield Finish(("length",) * request.n, usage, InferenceMetrics(started_at=0.0, usage=usage))
+
+    async def aclose(self, drain_s: float = 0.0) -> None:
+        self.world.closes(self)
+        await super().aclose(drain_s)
+
+    async def _choice(
+        self, request: GenerateRequest, index: int, left: Iterator[int]
+    ) -> AsyncGenerator[Event, None]:
         count, start = request.sampling.max_tokens or 5, len(request.answered)
+        await self.slots.take(request)
+        self.running += 1
+        assert self.running <= self.max_running, "more than it has slots for"
         try:
             if start:
                 yield Delta(counted(start), request.answered)
@@ -88,19 +111,13 @@ class Whimsical(FakeWorker):
                     raise error
                 if self.broken is not None:
                     raise self.broken
-                for index in range(request.n):
-                    for delta in said(first, last, index, held=first > start, end=last == count):
-                        yield delta
-            usage = Usage(prompt_tokens=1, completion_tokens=count * request.n)
-            yield Finish(
-                ("length",) * request.n, usage, InferenceMetrics(started_at=0.0, usage=usage)
-            )
+                for delta in said(first, last, index, held=first > start, end=last == count):
+                    yield delta
         finally:
-            self.running -= size
-
-    async def aclose(self, drain_s: float = 0.0) -> None:
-        self.world.closes(self)
-        await super().aclose(drain_s)
+            self.running -= 1
+            self.slots.leave(request)
+        if others := next(left):
+            yield ChoicesLeft(others)
 
 
 def said(first: int, last: int, index: int, *, held: bool, end: bool) -> list[Delta]:
@@ -444,7 +461,7 @@ requests = st.fixed_dictionaries(
     {
         "name": names,
         "tokens": st.integers(1, MOST_TOKENS),
-        "n": st.sampled_from([1, 1, 1, 2, 3]),
+        "n": st.sampled_from([1, 1, 1, 2, MOST_CHOICES]),
         "client": st.sampled_from(["", "x", "y"]),
         "pace_s": st.sampled_from([0.0, 0.0, 0.3]),
         "temperature": st.sampled_from([0.0, 0.0, 1.0]),

@@ -51,7 +51,7 @@ async def settle() -> None:
 
 
 def load(model: Served) -> tuple[int, int]:
-    return model.turns.running, model.turns.waiting
+    return model.turns.slots.running, model.turns.slots.waiting
 
 
 async def holding(model: Served, freed: asyncio.Event, order: list[int], number: int) -> None:

@@ -101,6 +101,15 @@ class Progress(msgspec.Struct, frozen=True, array_like=True, tag="p"):
     total: int = 0
 
 
+class ChoicesLeft(msgspec.Struct, frozen=True, array_like=True, tag="l"):
+    """One of several choices has ended; `count` have not. The pool gives its slot to others.
+
+    It is not passed on to clients.
+    """
+
+    count: int
+
+
 class Vectors(msgspec.Struct, frozen=True, array_like=True, tag="v"):
     """One vector for each input, in order: little-endian 32-bit floats."""
 
@@ -183,6 +192,7 @@ Event = (
     | PromptTokens
     | Delta
     | ToolCallDelta
+    | ChoicesLeft
     | Vectors
     | Ranking
     | Scores

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from headrace.core.errors import WorkerDied
-from headrace.core.events import Delta, Event, Finish
+from headrace.core.events import ChoicesLeft, Delta, Event, Finish
 from headrace.core.request import AnyRequest
 from headrace.pool.continuation import Continuation
 from headrace.pool.entry import ModelEntry
@@ -135,6 +135,11 @@ class Attempt:
         if type(event) is not Delta or event.token_ids:
             self.has_begun = True
             self._entry.has_begun(self._ticket)
+
+    def choice_ended(self, left: ChoicesLeft) -> None:
+        """Note that one of several choices has ended, and give its slot to the next request."""
+        self._ticket.lease.result().choices = left.count
+        self._entry.grant()
 
     def finished(self, finish: Finish) -> None:
         """Note the worker's Finish."""

@@ -16,7 +16,15 @@ from headrace.core.errors import (
     OutOfMemory,
     WorkerDied,
 )
-from headrace.core.events import Delta, Event, Finish, Progress, PromptTokens, ToolCallDelta
+from headrace.core.events import (
+    ChoicesLeft,
+    Delta,
+    Event,
+    Finish,
+    Progress,
+    PromptTokens,
+    ToolCallDelta,
+)
 from headrace.core.model import Capabilities
 from headrace.core.model import Continuation as Policy
 from headrace.core.request import AnyRequest, GenerateRequest
@@ -200,6 +208,8 @@ class Continuation:
             return self._new_prompt(event)
         if isinstance(event, Finish):
             return self._finish(event)
+        if isinstance(event, ChoicesLeft):
+            return None
         if not isinstance(event, Progress):
             # An event with the whole result is not sent twice.
             was_sent, self.has_begun = self.has_begun, True

@@ -113,7 +113,7 @@ class ModelEntry:
         priority = priority or request.continues
         ticket = Ticket(request, now, priority=priority, alone=alone)
         ticket.blocks = blocks_of(request) if len(self.replicas) > 1 else ()
-        free = sum(candidate.free for candidate in self._candidates(ticket))
+        free = sum(candidate.open for candidate in self._candidates(ticket))
         if not priority and self.queue.is_full(ticket, self.room, free):
             raise QueueFull(
                 f"{self.queue.count(batch=request.batch)} requests wait for {self.spec.name}.",
@@ -192,8 +192,7 @@ class ModelEntry:
             self.queue.leave(ticket)
             self.queue.granted(ticket)
             # All that is left, if it has to be alone.
-            left, most = replica.max_running - replica.running, replica.max_running
-            size = left if ticket.alone else min(ticket.request.slots, most)
+            size = replica.free if ticket.alone else 1
             lease = replica.take(ticket.request, ticket.cost, size, ticket.blocks)
             lease.is_alone, lease.prompt_cost = ticket.alone, ticket.prompt_cost
             if ticket.lease.done():
@@ -216,11 +215,12 @@ class ModelEntry:
         return bool(free) and all(candidate.held for candidate in free)
 
     def _choose(self, ticket: Ticket) -> Replica | None:
-        number = choose_replica(self._candidates(ticket), ticket.request.slots)
+        number = choose_replica(self._candidates(ticket))
         return None if number is None else self.replicas[number]
 
     def _candidates(self, ticket: Ticket) -> list[Candidate]:
-        candidates = [replica.candidate(ticket.blocks, ticket.paced) for replica in self.replicas]
+        facts = (ticket.request, ticket.blocks)
+        candidates = [each.candidate(*facts, paced=ticket.is_paced) for each in self.replicas]
         if ticket.alone:
             client = ticket.request.client
             return [c for c in candidates if not self.replicas[c.number].has_others(client)]
@@ -230,10 +230,10 @@ class ModelEntry:
 
     def has_begun(self, ticket: Ticket) -> None:
         """Note the first token of a request; one that was alone makes place for others."""
-        lease, size = ticket.lease.result(), ticket.request.slots
+        lease = ticket.lease.result()
         lease.replica.begun(lease)
         if ticket.alone:
-            lease.size = min(size, lease.size)
+            lease.size = 1
             if self.failures.suspects.has_begun(ticket.request):
                 self.queue.release(ticket.request)
         # Another one of its client may start.

@@ -184,10 +184,12 @@ def _without_surplus(short: Mapping[str, int], selected: list[Resident]) -> list
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A replica that could take a request.
 
-    `work` is the tokens of its `running` requests, `matched` how many blocks of the prompt's
-    beginning it has seen. `weight` is its share of the work, which is halved while `unhealthy`.
-    `batch` is how many of its slots requests of batches have, and `starting` how many of these
-    requests have no token yet. `held` is whether other requests of its client have to begin first.
+    `free` is how many more requests it takes: the choices of those that it has make room for them
+    one by one. `running` is how many slots are taken, and `work` the tokens of its requests.
+    `matched` is how many blocks of the prompt's beginning it has seen. `weight` is its share of the
+    work, which is halved while `unhealthy`. `batch` is how many of its slots requests of batches
+    have, and `starting` how many of these requests have no token yet. `held` is whether other
+    requests of its client have to begin or end first.
     """
 
     number: int
@@ -202,6 +204,11 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     starting: int = 0
     held: bool = False
 
+    @property
+    def open(self) -> int:
+        """How many requests begin at once."""
+        return max(0, min(self.free, self.max_running - self.running))
+
 
 def left_for_batch(candidate: Candidate, *, quiet: bool) -> Candidate:
     """Return a candidate with the slots that requests of batches may take.
@@ -210,22 +217,24 @@ def left_for_batch(candidate: Candidate, *, quiet: bool) -> Candidate:
     been `quiet`, half of them do, and few requests start at a time: their prompts are in the way
     of the next one's. An only slot is taken.
     """
-    total = candidate.max_running
+    total, free = candidate.max_running, candidate.open
     if not quiet and candidate.starting >= max(1, total // _STARTING):
         return msgspec.structs.replace(candidate, free=0)
     most = max(1, total - 1 if quiet else total // 2)
     spare = 1 if total > 1 else 0
-    free = max(0, min(candidate.free - spare, most - candidate.batch))
-    return msgspec.structs.replace(candidate, free=free, max_running=most)
+    free = max(0, min(free - spare, most - candidate.batch))
+    return msgspec.structs.replace(candidate, free=free)
 
 
-def choose_replica(candidates: Sequence[Candidate], size: int = 1) -> int | None:
-    """Return the number of the replica for a request of `size` slots, or None.
+def choose_replica(candidates: Sequence[Candidate]) -> int | None:
+    """Return the number of the replica for a request, or None.
 
-    It is the one with the least work for its weight. One that has the prompt's beginning in its
-    cache is preferred unless it is too far ahead of the emptiest (`_is_near`).
+    It is the one with the least work for its weight, of those with an open slot if any has. One
+    that has the prompt's beginning in its cache is preferred unless it is too far ahead of the
+    emptiest (`_is_near`).
     """
-    usable = [candidate for candidate in candidates if _has_room(candidate, size)]
+    usable = [each for each in candidates if each.free > 0 and not each.held]
+    usable = [each for each in usable if each.open] or usable
     if not usable:
         return None
     least = min(candidate.running for candidate in usable)
@@ -234,14 +243,6 @@ def choose_replica(candidates: Sequence[Candidate], size: int = 1) -> int | None
     if longest:
         usable = [c for c in near if c.matched == longest and not c.unhealthy]
     return min(usable, key=_busyness).number
-
-
-def _has_room(candidate: Candidate, size: int) -> bool:
-    return (
-        not candidate.held
-        and candidate.free > 0
-        and candidate.free >= min(size, candidate.max_running)
-    )
 
 
 def _is_near(candidate: Candidate, least: int) -> bool:

@@ -13,7 +13,7 @@ import msgspec
 
 from headrace.core.adapter import names_of
 from headrace.core.errors import ConfigError, Draining, HeadraceError, UnknownModel, WorkerDied
-from headrace.core.events import Event, Finish, Progress
+from headrace.core.events import ChoicesLeft, Event, Finish, Progress
 from headrace.core.model import Capabilities, ModelInfo, ModelSpec
 from headrace.core.preset import addressed, plain
 from headrace.core.request import AnyRequest
@@ -222,6 +222,8 @@ class Pool:
                             if (new := continuation.new(event)) is not None:
                                 observation.saw(new)
                                 yield new
+                            elif type(event) is ChoicesLeft:
+                                attempt.choice_ended(event)
                         return
                 except (HeadraceError, Diverged) as error:
                     if not continuation.is_whole:
@@ -255,6 +257,8 @@ class Pool:
                 if (new := continuation.new(event)) is not None:
                     observation.saw(new)
                     deliver(new)
+                elif type(event) is ChoicesLeft:
+                    attempt.choice_ended(event)
 
             while not continuation.is_whole:
                 attempt = Attempt(self.loader, entry, continuation, observation, alone=suspect)

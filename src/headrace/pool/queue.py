@@ -56,9 +56,9 @@ class Ticket:
         self.lease: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
 
     @property
-    def paced(self) -> str:
-        """The client whose earlier requests have to begin first; empty if it need not wait."""
-        return "" if self.alone or self.priority else self.request.client
+    def is_paced(self) -> bool:
+        """Whether it waits for earlier requests of its client."""
+        return not (self.alone or self.priority)
 
 
 Waiting = dict[str, deque[Ticket]]

@@ -15,6 +15,7 @@ from headrace.machine import HOST
 from headrace.pool.ledger import to_book
 from headrace.pool.pace import Pace
 from headrace.pool.policy import Candidate, Resident
+from headrace.pool.replica_state import Empty, LoadingState, Ready, ReplicaState, Unloading
 from headrace.pool.worker import PooledWorker
 
 _MAX_BLOCKS = 4096
@@ -25,6 +26,7 @@ _UNHEALTHY_S = 60.0
 class Lease:
     """One request's hold on `size` slots of a replica's worker; the costs are in tokens.
 
+    `choices` are those that have not ended: the worker gives each a slot when it is its turn.
     `has_begun` is whether the worker has sent a token or a result.
     """
 
@@ -34,39 +36,10 @@ class Lease:
     cost: float
     size: int
     since: float
+    choices: int = 1
     prompt_cost: float = 0.0
     has_begun: bool = False
     is_alone: bool = False
-
-
-@dataclass(frozen=True)
-class Empty:
-    """Nothing is loaded, and no load is in progress."""
-
-
-@dataclass(frozen=True)
-class LoadingState:
-    """A task loads the worker."""
-
-    task: asyncio.Task[None]
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A worker is loaded; `Replica.is_ready` is False if it has died."""
-
-    worker: PooledWorker
-
-
-@dataclass(frozen=True)
-class Unloading:
-    """A task unloads the worker, or cancels its load."""
-
-    task: asyncio.Task[None]
-    worker: PooledWorker | None
-
-
-ReplicaState = Empty | LoadingState | Ready | Unloading
 
 
 class Replica:
@@ -168,7 +141,18 @@ class Replica:
     @property
     def running(self) -> int:
         """How many of its slots are taken."""
-        return sum(lease.size for lease in self.leases)
+        taken = sum(max(lease.size, lease.choices) for lease in self.leases)
+        return min(taken, self.max_running)
+
+    @property
+    def free(self) -> int:
+        """How many more requests it takes: always one beside several choices of a request."""
+        if not self.takes_requests:
+            return 0
+        left = self.max_running - sum(lease.size for lease in self.leases)
+        waited_for = any(lease.is_alone and not lease.has_begun for lease in self.leases)
+        shared = any(lease.choices > 1 for lease in self.leases) and not waited_for
+        return max(left, 1) if shared else left
 
     def configure(self, spec: ModelSpec) -> None:
         """Apply a specification that needs no new worker."""
@@ -271,35 +255,45 @@ class Replica:
         self.cause = None
         self._idle.set()
 
-    def candidate(self, blocks: Sequence[int], client: str = "") -> Candidate:
+    def candidate(
+        self, request: AnyRequest, blocks: Sequence[int] = (), *, paced: bool
+    ) -> Candidate:
         """Return the facts for `choose_replica`; `blocks` are hashes of the prompt's beginning."""
-        running, batch = self.running, [each for each in self.leases if each.request.batch]
+        batch = [lease for lease in self.leases if lease.request.batch]
         return Candidate(
             number=self.number,
-            free=self.max_running - running if self.takes_requests else 0,
-            running=running,
+            free=self.free,
+            running=self.running,
             max_running=self.max_running,
             work=sum(lease.cost for lease in self.leases),
             weight=self.weight,
             unhealthy=self._clock() < self._unhealthy_until,
             matched=self._matched(blocks),
-            batch=sum(lease.size for lease in batch),
+            batch=sum(lease.choices for lease in batch),
             starting=sum(not lease.has_begun for lease in batch),
-            held=self._holds_back(client),
+            held=paced and self._holds_back(request),
         )
 
-    def _holds_back(self, client: str) -> bool:
-        """Whether what a client sent before has to begin first.
+    def _holds_back(self, request: AnyRequest) -> bool:
+        """Whether what a client sent before has to begin or end first.
 
         Prompts that are computed at one time delay each other, and those of one client would delay
         the next client's. An upstream has no memory here, and computes on any number of machines.
         """
-        if not (client and self.footprint and self.footprint.devices):
+        own = [lease for lease in self.leases if lease.request.client == request.client]
+        starts = any(not lease.has_begun for lease in own)
+        if self.running >= self.max_running:
+            # The next slot is for one of its requests, and its several choices go one by one.
+            several = request.slots > 1 and any(lease.choices > 1 for lease in own)
+            return starts or several or (len(self.leases) >= self.max_running and bool(own))
+        if not (starts and request.client and self._is_local):
             return False
         starting = [lease for lease in self.leases if not lease.has_begun]
-        if not any(lease.request.client == client for lease in starting):
-            return False
         return sum(lease.prompt_cost for lease in starting) >= self._pace.ahead
+
+    @property
+    def _is_local(self) -> bool:
+        return self.footprint is not None and bool(self.footprint.devices)
 
     def resident(self, *, pinned: bool) -> Resident:
         """Return the facts for `make_room`."""
@@ -319,7 +313,9 @@ class Replica:
         assert self.worker is not None, "only a ready replica is chosen"
         if all(lease.has_begun for lease in self.leases):
             self._pace.resume()
-        lease = Lease(self, self.worker, request, cost, size, self._clock())
+        # An upstream answers all choices of a request in one slot.
+        choices = request.slots if self._is_local else 1
+        lease = Lease(self, self.worker, request, cost, size, self._clock(), choices)
         self.leases.add(lease)
         self._idle.clear()
         for block in blocks:

@@ -173,7 +173,7 @@ class _Choice:
             if raw is not None:
                 await raw.aclose()
             self._turn.leave_slot()
-        for event in self._rest():
+        for event in (*self._turn.choice_ended(), *self._rest()):
             yield event
         await self._end()
 

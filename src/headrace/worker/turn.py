@@ -27,7 +27,7 @@ from headrace.core.errors import (
     from_record,
     to_record,
 )
-from headrace.core.events import Event, Finish, FinishReason
+from headrace.core.events import ChoicesLeft, Event, Finish, FinishReason
 from headrace.core.metrics import DeviceUse, InferenceMetrics, Usage
 from headrace.core.model import Task
 from headrace.core.request import Request
@@ -36,7 +36,7 @@ from headrace.machine import Sampler
 from headrace.worker.compiler import Compiler
 from headrace.worker.embed_prompts import EmbedPrompts
 from headrace.worker.meter import Meter, figures, trace_of
-from headrace.worker.places import Places
+from headrace.worker.places import Places, Slots
 
 log = logging.getLogger("headrace.worker")
 
@@ -57,14 +57,14 @@ _TASKS: dict[Task, tuple[str, str]] = {
 class Turns:
     """The open requests at one engine, and the slots that they share.
 
-    Requests queue in the pool. Here only the choices of a request wait that needs more slots than
-    there are, and requests that count tokens for one of the few places in `counting`.
+    Requests queue in the pool. Here the choices of requests for several wait, and what comes beside
+    them, until it is their turn, and requests that count tokens for one of the few places in
+    `counting`.
     """
 
     def __init__(self, slots: int) -> None:
-        self.slots = asyncio.Semaphore(slots)
+        self.slots = Slots(slots)
         self.counting = Places(_COUNTING)
-        self.running = self.waiting = 0
         self._open: set[Turn[Served, Request]] = set()
         self._closed: HeadraceError | None = None
         self._idle = asyncio.Event()
@@ -144,6 +144,7 @@ class Turn(Generic[S, R]):
         self.meter = Meter(request)
         self.outcome: FinishReason = "cancelled"
         self.usage: Usage | None = None
+        self._choices_left = request.slots
         self._answer: list[str] | None = [] if served.log_content else None
         self._measurement = None if served.sampler is None else served.sampler.watch()
         self._limits: set[asyncio.Timeout] = set()
@@ -201,18 +202,16 @@ class Turn(Generic[S, R]):
         if deadline is not None and time.monotonic() > deadline:
             raise QueueTimeout("The deadline had passed before the request's turn came.")
         late = QueueTimeout("The deadline passed before the request's turn came.")
-        turns = self.served.turns
-        turns.waiting += 1
-        try:
-            await self.within(turns.slots.acquire(), late)
-        finally:
-            turns.waiting -= 1
-        turns.running += 1
+        await self.within(self.served.turns.slots.take(self.request), late)
 
     def leave_slot(self) -> None:
         """Give a slot back."""
-        self.served.turns.running -= 1
-        self.served.turns.slots.release()
+        self.served.turns.slots.leave(self.request)
+
+    def choice_ended(self) -> Sequence[ChoicesLeft]:
+        """Note that one of several choices has given its slot back; return what tells the pool."""
+        self._choices_left -= 1
+        return (ChoicesLeft(self._choices_left),) if self._choices_left > 0 else ()
 
     async def within(self, work: Awaitable[T], late: HeadraceError | None = None) -> T:
         """Await `work`, until the deadline or `abort`.

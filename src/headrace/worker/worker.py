@@ -181,7 +181,7 @@ class Worker:
         """How many slots are taken, and how many requests wait for one."""
         if self._served is None:
             return 0, 0
-        return self._served.turns.running, self._served.turns.waiting
+        return self._served.turns.slots.running, self._served.turns.slots.waiting
 
     def __repr__(self) -> str:
         """Describe the name, the state and the load."""
