@@ -79,6 +79,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Return an estimate of its tokens."""
         return 0.0
 
+    def prompt_cost(self) -> float:
+        """Return an estimate of those that are computed before its first event."""
+        return self.cost()
+
     def opening(self) -> str:
         """Return the beginning of the prompt; requests with equal ones share a prefix cache."""
         return ""

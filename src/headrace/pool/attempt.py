@@ -138,7 +138,8 @@ class Attempt:
 
     def choice_ended(self, left: ChoicesLeft) -> None:
         """Note that one of several choices has ended, and give its slot to the next request."""
-        self._ticket.lease.result().choices = left.count
+        lease = self._ticket.lease.result()
+        lease.replica.choice_ended(lease, left.count)
         self._entry.grant()
 
     def finished(self, finish: Finish) -> None:

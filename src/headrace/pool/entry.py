@@ -193,8 +193,8 @@ class ModelEntry:
             self.queue.granted(ticket)
             # All that is left, if it has to be alone.
             size = replica.free if ticket.alone else 1
-            lease = replica.take(ticket.request, ticket.cost, size, ticket.blocks)
-            lease.is_alone, lease.prompt_cost = ticket.alone, ticket.prompt_cost
+            facts = (ticket.request, ticket.blocks, ticket.cost)
+            lease = replica.take(*facts, size=size, alone=ticket.alone)
             if ticket.lease.done():
                 replica.give_back(lease)
             else:
@@ -232,10 +232,8 @@ class ModelEntry:
         """Note the first token of a request; one that was alone makes place for others."""
         lease = ticket.lease.result()
         lease.replica.begun(lease)
-        if ticket.alone:
-            lease.size = 1
-            if self.failures.suspects.has_begun(ticket.request):
-                self.queue.release(ticket.request)
+        if ticket.alone and self.failures.suspects.has_begun(ticket.request):
+            self.queue.release(ticket.request)
         # Another one of its client may start.
         self.grant()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from headrace.core.errors import HeadraceError, QueueFull
-from headrace.core.request import AnyRequest, GenerateRequest
+from headrace.core.request import AnyRequest
 from headrace.pool.failures import fingerprint
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ class Ticket:
     ) -> None:
         self.request = request
         self.cost = request.cost()
-        is_generation = isinstance(request, GenerateRequest)
-        self.prompt_cost = request.prompt_cost() if is_generation else self.cost
         self.priority = priority
         self.alone = alone
         self.joined = now

@@ -12,6 +12,7 @@ from headrace.core.model import ModelInfo, ModelSpec, PlacedSpec, State
 from headrace.core.request import AnyRequest
 from headrace.core.status import Footprint, ReplicaStatus
 from headrace.machine import HOST
+from headrace.pool.leases import Leases, Tally
 from headrace.pool.ledger import to_book
 from headrace.pool.pace import Pace
 from headrace.pool.policy import Candidate, Resident
@@ -33,9 +34,9 @@ class Lease:
     replica: Replica
     worker: PooledWorker
     request: AnyRequest
-    cost: float
-    size: int
     since: float
+    cost: float = 0.0
+    size: int = 0
     choices: int = 1
     prompt_cost: float = 0.0
     has_begun: bool = False
@@ -60,7 +61,7 @@ class Replica:
         self.reason: str | None = None
         """Why it is not loaded."""
         self._placed: tuple[str, ...] = ()
-        self.leases: set[Lease] = set()
+        self.leases = Leases[Lease]()
         self.guests: set[Lease] = set()
         """Those of requests that do not queue, without slots."""
         self.lost: list[Lease] = []
@@ -141,18 +142,16 @@ class Replica:
     @property
     def running(self) -> int:
         """How many of its slots are taken."""
-        taken = sum(max(lease.size, lease.choices) for lease in self.leases)
-        return min(taken, self.max_running)
+        return min(self.leases.all.taken, self.max_running)
 
     @property
     def free(self) -> int:
         """How many more requests it takes: always one beside several choices of a request."""
         if not self.takes_requests:
             return 0
-        left = self.max_running - sum(lease.size for lease in self.leases)
-        waited_for = any(lease.is_alone and not lease.has_begun for lease in self.leases)
-        shared = any(lease.choices > 1 for lease in self.leases) and not waited_for
-        return max(left, 1) if shared else left
+        running = self.leases.all
+        left = self.max_running - running.size
+        return max(left, 1) if running.several and not running.awaited else left
 
     def configure(self, spec: ModelSpec) -> None:
         """Apply a specification that needs no new worker."""
@@ -250,8 +249,8 @@ class Replica:
         # The streams of the requests end by themselves.
         self._state = Empty()
         self.memory = {}
-        for leases in (self.leases, self.guests, self.lost):
-            leases.clear()
+        for held in (self.leases, self.guests, self.lost):
+            held.clear()
         self.cause = None
         self._idle.set()
 
@@ -259,18 +258,17 @@ class Replica:
         self, request: AnyRequest, blocks: Sequence[int] = (), *, paced: bool
     ) -> Candidate:
         """Return the facts for `choose_replica`; `blocks` are hashes of the prompt's beginning."""
-        batch = [lease for lease in self.leases if lease.request.batch]
         return Candidate(
             number=self.number,
             free=self.free,
             running=self.running,
             max_running=self.max_running,
-            work=sum(lease.cost for lease in self.leases),
+            work=self.leases.all.cost,
             weight=self.weight,
             unhealthy=self._clock() < self._unhealthy_until,
             matched=self._matched(blocks),
-            batch=sum(lease.choices for lease in batch),
-            starting=sum(not lease.has_begun for lease in batch),
+            batch=self.leases.batch.choices,
+            starting=self.leases.batch.starting,
             held=paced and self._holds_back(request),
         )
 
@@ -280,16 +278,15 @@ class Replica:
         Prompts that are computed at one time delay each other, and those of one client would delay
         the next client's. An upstream has no memory here, and computes on any number of machines.
         """
-        own = [lease for lease in self.leases if lease.request.client == request.client]
-        starts = any(not lease.has_begun for lease in own)
+        own = self.leases.of_client(request.client)
         if self.running >= self.max_running:
             # The next slot is for one of its requests, and its several choices go one by one.
-            several = request.slots > 1 and any(lease.choices > 1 for lease in own)
-            return starts or several or (len(self.leases) >= self.max_running and bool(own))
-        if not (starts and request.client and self._is_local):
+            several = request.slots > 1 and own.several
+            is_full = len(self.leases) >= self.max_running
+            return bool(own.starting or several or (is_full and own.requests))
+        if not (own.starting and request.client and self._is_local):
             return False
-        starting = [lease for lease in self.leases if not lease.has_begun]
-        return sum(lease.prompt_cost for lease in starting) >= self._pace.ahead
+        return self.leases.all.starting_cost >= self._pace.ahead
 
     @property
     def _is_local(self) -> bool:
@@ -308,14 +305,17 @@ class Replica:
             loading=not self.is_ready,
         )
 
-    def take(self, request: AnyRequest, cost: float, size: int, blocks: Sequence[int]) -> Lease:
+    def take(
+        self, request: AnyRequest, blocks: Sequence[int], cost: float, *, size: int, alone: bool
+    ) -> Lease:
         """Give slots to a request."""
         assert self.worker is not None, "only a ready replica is chosen"
-        if all(lease.has_begun for lease in self.leases):
+        if not self.leases.all.starting:
             self._pace.resume()
         # An upstream answers all choices of a request in one slot.
-        choices = request.slots if self._is_local else 1
-        lease = Lease(self, self.worker, request, cost, size, self._clock(), choices)
+        choices, prompt = request.slots if self._is_local else 1, request.prompt_cost()
+        lease = Lease(self, self.worker, request, self._clock(), cost, size, choices, prompt)
+        lease.is_alone = alone
         self.leases.add(lease)
         self._idle.clear()
         for block in blocks:
@@ -328,14 +328,20 @@ class Replica:
     def take_guest(self, request: AnyRequest) -> Lease:
         """Return a lease without slots; its end takes it out of `guests`."""
         assert self.worker is not None, "only a ready replica is chosen"
-        lease = Lease(self, self.worker, request, 0.0, 0, self._clock())
+        lease = Lease(self, self.worker, request, self._clock())
         self.guests.add(lease)
         return lease
 
     def begun(self, lease: Lease) -> None:
         """Note the first token or result of a request."""
-        lease.has_begun = True
+        # One that was alone makes place for others.
+        size = 1 if lease.is_alone else lease.size
+        self.leases.change(lease, has_begun=True, size=size)
         self._pace.begun(lease.prompt_cost)
+
+    def choice_ended(self, lease: Lease, left: int) -> None:
+        """Note that one of several choices has ended, and `left` have not."""
+        self.leases.change(lease, choices=left)
 
     def lose(self, lease: Lease, error: HeadraceError) -> None:
         """Note that the worker has failed a request for good: it takes no more."""
@@ -345,13 +351,15 @@ class Replica:
 
     def has_others(self, client: str, *, alone: bool = False) -> bool:
         """Whether it serves other clients, or a request of theirs that has to be `alone`."""
-        leases = [lease for lease in self.leases if lease.is_alone and not lease.has_begun]
-        leases = leases if alone else [*self.leases, *self.guests]
-        return any(not client or lease.request.client != client for lease in leases)
+        own = self.leases.of_client(client) if client else Tally()
+        if alone:
+            return self.leases.all.awaited > own.awaited
+        guests = (not client or guest.request.client != client for guest in self.guests)
+        return self.leases.all.requests > own.requests or any(guests)
 
     def give_back(self, lease: Lease) -> None:
         """Take slots back. A lease of a worker that has died is ignored."""
-        self.leases.discard(lease)
+        self.leases.remove(lease)
         if not self.leases:
             self.idle_since = self._clock()
             self._idle.set()
