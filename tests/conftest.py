@@ -41,8 +41,9 @@ LONG = (
     *("lab/bench/test_bench.py", "cli/", "service/", "telemetry/test_export.py"),
     *("telemetry/test_attempts.py", "test_docs.py", "worker/test_process.py"),
     *("lab/cases/", "lab/tune/test_tune.py", "pool/test_steps.py"),
+    *("engines/", "worker/", "models/test_store", "test_model_worker.py", "text/test_template.py"),
 )
-"""Tests that take seconds each."""
+"""Files that take long for their number of tests; at the end, one process would run them alone."""
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_ROUNDS = int(os.environ.pop("HEADRACE_TEST_ROUNDS", "0"))
