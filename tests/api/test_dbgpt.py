@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -31,6 +32,7 @@ from headrace.core.errors import (
 from headrace.core.events import Delta, Finish
 from headrace.core.model import Capabilities, ModelInfo
 from headrace.core.request import AnyRequest, CountRequest, EmbedRequest, GenerateRequest
+from headrace.core.status import ModelStatus, PoolStatus
 from headrace.testing import Barrier, Script, Step
 
 STREAM, WHOLE = "/api/worker/generate_stream", "/api/worker/generate"
@@ -416,3 +418,17 @@ def test_long_answers_have_fewer_frames() -> None:
 @pytest.mark.parametrize("span", ["", "x", SPAN.upper(), f"{SPAN}0", SPAN.replace(":", "-")])
 def test_other_spans_are_ignored(span: str) -> None:
     assert dbgpt_traceparent(span) == ""
+
+
+@pytest.mark.parametrize(("left_s", "offered"), [(30.0, False), (None, True), (-1.0, True)])
+def test_a_model_that_has_failed_is_offered_again_when_a_request_may_try_it(
+    monkeypatch: pytest.MonkeyPatch, left_s: float | None, offered: bool
+) -> None:
+    """Issue 11.6: no request came from the cluster any more, so that nothing tried it."""
+    retry_at = None if left_s is None else time.time() + left_s
+    failed = ModelStatus(id="m", source="m", state="failed", retry_at=retry_at)
+    admin = FakeAdmin()
+    monkeypatch.setattr(admin, "status", lambda: PoolStatus(models=(failed,), devices=()))
+    settings = ClusterSettings(controllers=(), address=Address("127.0.0.1", 1), without_key="use")
+    rows = Cluster(FakeBackend(hello, (model("m"),)), admin, settings).rows()
+    assert ("m@llm" in rows) is offered

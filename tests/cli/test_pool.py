@@ -96,6 +96,7 @@ def test_ps_shows_models_and_devices(capsys: pytest.CaptureFixture[str]) -> None
         ({"pinned": True}, ["pinned"]),
         ({"enabled": False}, ["disabled"]),
         ({"state": "failed", "retry_at": NOW + 25.2}, ["failed", "retry in 25s"]),
+        ({"state": "failed"}, ["failed", "next request"]),
         ({"state": "stopped", "memory": {}, "max_running": None}, ["not loaded", "2/-", "3/64"]),
         (
             {"memory": {}, "estimated": Footprint(devices={"cpu": MB, "cuda:0": 2 * MB})},

@@ -561,7 +561,8 @@ class Steps(RuleBasedStateMachine):
         one = world.asked[which % len(world.asked)]
         if politely:
             one.leaves = True
-        else:
+        elif not one.task.cancelling():
+            # A second time would interrupt what frees the slots of its choices.
             one.task.cancel()
         world.pass_time(0)
 

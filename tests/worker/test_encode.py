@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from headrace.core.errors import (
 from headrace.core.events import Scores
 from headrace.core.request import EmbedRequest, RerankRequest, ScoreRequest
 from headrace.core.stream import collect, collect_ranking, collect_vectors, result
+from headrace.engines.echo import Engine
 
 
 def embedding(*inputs: Any, **given: Any) -> EmbedRequest:
@@ -144,6 +146,25 @@ async def test_the_context_is_kept_by_name_or_on_request() -> None:
         with pytest.raises(ContextOverflow) as caught:
             await collect_ranking(one.ask(RerankRequest(query="a" * 9, documents=("b",))))
         assert caught.value.param == "query"
+
+
+async def test_what_follows_an_input_that_is_too_long_is_not_tokenized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Issue 11: 2,048 inputs that are too long were tokenized for 7.8 s before the refusal."""
+    tokenized, tokenize = list[int](), Engine.tokenize
+
+    def counted(engine: Engine, text: str, *, add_special: bool) -> Sequence[int]:
+        tokenized.append(len(text))
+        return tokenize(engine, text, add_special=add_special)
+
+    monkeypatch.setattr(Engine, "tokenize", counted)
+    async with worker(task="embed", context_length=4) as one:
+        tokenized.clear()
+        with pytest.raises(ContextOverflow, match="Input 0 has 8000 tokens"):
+            await collect_vectors(one.ask(embedding(*["a" * 8000] * 2048)))
+    # As many as are tokenized at a time.
+    assert len(tokenized) < 40
 
 
 async def test_unknown_tokens_fail_one_request_alone() -> None:

@@ -237,8 +237,9 @@ def requests_of(model: ModelStatus) -> str:
 def _until(model: ModelStatus, now: float) -> str | None:
     if model.pinned:
         return "pinned"
-    if model.state == "failed" and model.retry_at is not None:
-        return f"retry in {terminal.span(max(0.0, model.retry_at - now))}"
+    if model.state == "failed":
+        left_s = 0.0 if model.retry_at is None else model.retry_at - now
+        return f"retry in {terminal.span(left_s)}" if left_s > 0 else "next request"
     if model.state != "ready":
         return None
     return "never" if model.until is None else f"in {terminal.span(model.until - now)}"

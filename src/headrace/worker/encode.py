@@ -164,7 +164,8 @@ def _token_ids(loaded: Loaded, request: EmbedRequest, gone: Gone) -> list[tuple[
     inputs = loaded.prompts.applied(request).inputs
     results: list[tuple[int, ...]] = []
     texts = [text for text in inputs if isinstance(text, str)]
-    tokens = iter(_tokenized(engine, texts, gone, truncate=request.truncate))
+    # As they are needed: what follows a text that is too long is not tokenized.
+    tokens = _tokenized(engine, texts, gone, truncate=request.truncate)
     for place, text in enumerate(inputs):
         is_text = isinstance(text, str)
         ids = tuple(next(tokens)) if is_text else text
@@ -185,20 +186,19 @@ def _token_ids(loaded: Loaded, request: EmbedRequest, gone: Gone) -> list[tuple[
 
 def _tokenized(
     engine: Embedder, texts: Sequence[str], gone: Gone, *, truncate: bool
-) -> Sequence[Sequence[int]]:
-    """Return the tokens of each text, and refuse what cannot fit before it has any."""
+) -> Iterator[Sequence[int]]:
+    """Yield the tokens of each text, and refuse what cannot fit before it has any."""
     limit = Limit(gone, None if truncate else engine.facts.context_length, "input")
     if truncate:
         texts = [_shortened(text, engine.facts) for text in texts]
     if isinstance(engine, Piecewise):
-        return [tokenized(engine, text, limit) for text in texts]
+        yield from (tokenized(engine, text, limit) for text in texts)
+        return
     for text in texts:
         limit.check_length(text, engine)
-    token_ids: list[Sequence[int]] = []
     for some in _groups(texts):
         limit.check(0)
-        token_ids += engine.tokenize_all(some)
-    return token_ids
+        yield from engine.tokenize_all(some)
 
 
 def _shortened(text: str, facts: EngineFacts) -> str:

@@ -192,7 +192,7 @@ class Cluster:
         if status is None:
             return info.state != "failed"
         # A model that has failed is tried by the first request after a while.
-        waits = status.retry_at is None or status.retry_at > time.time()
+        waits = status.retry_at is not None and status.retry_at > time.time()
         return status.enabled and not (status.state == "failed" and waits)
 
 
