@@ -298,6 +298,7 @@ def fake_driver(**changed: Any) -> Any:
     told: dict[str, Any] = {
         "nvmlDeviceGetCount": lambda: 1,
         "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetUUID": lambda index: f"GPU-{index}",
         "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=1000, used=300),
         "nvmlDeviceGetComputeRunningProcesses": lambda handle: [mine, other, unknown],
         "nvmlDeviceGetName": lambda handle: "Mill",

@@ -358,6 +358,17 @@ async def test_without_keys_only_this_machine_manages(peer: str, host: str, stat
 
 
 @pytest.mark.parametrize(
+    "name", ["forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "X-Real-IP"]
+)
+async def test_what_a_proxy_sends_on_is_not_local(name: str) -> None:
+    """A: a proxy on this machine does not make all that it serves an operator."""
+    headers = {"host": "localhost", name: "127.0.0.1"}
+    async with client(admin=FakeAdmin(), peer=("127.0.0.1", 1)) as http:
+        assert (await http.get("/admin/models", headers=headers)).status_code == 403
+        assert (await http.get("/v1/models", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize(
     ("headers", "status"),
     [
         ({"sec-fetch-site": "cross-site"}, 403),

@@ -137,6 +137,15 @@ async def test_hosts(host: str, settings: Any, allowed: bool) -> None:
         assert answer.json()["error"]["code"] == "host_not_allowed"
 
 
+@pytest.mark.parametrize("second", ["localhost", "evil.example"])
+async def test_each_of_several_hosts_has_to_be_served(second: str) -> None:
+    """A: what reads the first, and what reads the last, find a name that is known."""
+    for hosts in (("localhost", second), (second, "localhost")):
+        async with client() as http:
+            answer = await http.get("/health", headers=[("host", host) for host in hosts])
+        assert answer.status_code == (200 if second == "localhost" else 403)
+
+
 ORIGINS = [
     ("http://localhost:3000", {}, True), ("https://127.0.0.1", {}, True),
     ("http://[::1]:1", {}, True),

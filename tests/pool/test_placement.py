@@ -235,8 +235,17 @@ async def test_gpus_that_the_operator_hides_are_not_used(
         await pool.aclose()
 
 
+@pytest.mark.parametrize("setting", ["0,GPU-a", "GPU-a,0", "GPU-a,GPU-a1234", "0,00", "0,0"])
+def test_a_gpu_with_two_names_is_counted_once(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 11.17: its memory was booked twice."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+    assert [device.name for device in machine.devices()][1:] == ["cuda:0 Mill 0"]
+
+
 def test_without_a_visible_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    for setting in ("", "-1", "NoDevFiles", "9", "GPU-zz"):
+    for setting in ("", "-1", "NoDevFiles", "9", "GPU-zz", "GPU-"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
         assert [device.key for device in machine.devices()] == ["cpu"]
 

@@ -287,6 +287,13 @@ async def test_a_pattern_takes_linear_time(compiler: Compiler, pattern: str) -> 
     assert time.monotonic() - before < 10
 
 
+@pytest.mark.parametrize("pattern", [r"^(a+)+\1$", "^(?=(a+)+$)a", "^(?<!a)(a+)+$"])
+def test_no_search_of_an_answer_backtracks(pattern: str) -> None:
+    """Issue 11.5: the validator takes no pattern that needs it, whatever a compiler takes."""
+    with pytest.raises(compiling.Refused, match="is no JSON schema"):
+        compiling.checked({"type": "string", "pattern": pattern}, '"aa"', None)
+
+
 def test_a_job_has_limits() -> None:
     """Issue 11.5: the figures that the documentation has."""
     assert (compiling.MEMORY, compiling.CPU_S) == (192 << 20, 2)

@@ -142,6 +142,20 @@ async def test_an_unload_waits_for_the_memory_of_the_whole_family(
     assert looks == 4
 
 
+async def test_what_a_child_starts_has_no_connection_to_the_service() -> None:
+    """Issue 11.14: what compiles the schemas of clients could speak for the child."""
+    one = WorkerProcess(echo(), resolve)
+    await one.start()
+    try:
+        assert one.pid is not None
+        number = psutil.Process(one.pid).cmdline()[-2]
+        facts = Path(f"/proc/{one.pid}/fdinfo/{number}").read_text()
+        flags = int(facts.partition("flags:")[2].split()[0], 8)
+        assert flags & os.O_CLOEXEC
+    finally:
+        await one.aclose()
+
+
 async def test_a_child_gets_no_secret(
     starting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,8 @@ def main() -> None:
     shorten_switch_interval()
     connection, given = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
     given.setblocking(False)
+    for inherited in (connection, given):
+        inherited.set_inheritable(False)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(_serve(connection, given))
 

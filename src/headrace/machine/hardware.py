@@ -199,13 +199,19 @@ def _visible(nvml: Any) -> list[tuple[str, Any]]:
     count = nvml.nvmlDeviceGetCount()
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
     entries = map(str, range(count)) if setting is None else setting.split(",")
-    gpus: dict[str, Any] = {}
+    gpus: list[tuple[str, Any]] = []
+    seen: set[str] = set()
     for entry in map(str.strip, entries):
         handle = _or_none(nvml, lambda entry=entry: _handle(nvml, entry, count))
-        if handle is None or entry in gpus:
+        if handle is None:
             break
-        gpus[entry] = handle
-    return [*gpus.items()]
+        # One has several names, and its memory is there once.
+        uuid = str(_or_none(nvml, lambda handle=handle: nvml.nvmlDeviceGetUUID(handle)) or entry)
+        if uuid in seen:
+            break
+        seen.add(uuid)
+        gpus.append((entry, handle))
+    return gpus
 
 
 def _handle(nvml: Any, entry: str, count: int) -> Any:
@@ -214,11 +220,10 @@ def _handle(nvml: Any, entry: str, count: int) -> Any:
         return nvml.nvmlDeviceGetHandleByIndex(int(entry)) if int(entry) < count else None
     if entry.startswith("MIG-"):
         return nvml.nvmlDeviceGetHandleByUUID(entry)
-    for index in range(count if entry.startswith("GPU-") else 0):
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        if str(nvml.nvmlDeviceGetUUID(handle)).startswith(entry):
-            return handle
-    return None
+    every = range(count if entry.startswith("GPU-") else 0)
+    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in every]
+    meant = [each for each in handles if str(nvml.nvmlDeviceGetUUID(each)).startswith(entry)]
+    return meant[0] if len(meant) == 1 else None
 
 
 def _read(nvml: Any, pids: Set[int], *, metered: bool) -> Iterator[Device]:

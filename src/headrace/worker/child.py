@@ -175,6 +175,8 @@ def main() -> None:
     die_with_parent()
     keep_descendants()
     connection, scratch = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
+    # Not for what it starts: uvloop closes nothing there.
+    connection.set_inheritable(False)
     # Python would fall back to another directory if this one were not writable.
     tempfile.tempdir = str(scratch)
     # Wake-ups of uvloop are cheaper, and each takes time on a core from the engine.
