@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import signal
-import socket
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from functools import cache
@@ -19,6 +18,7 @@ import httpx2
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
+from tests import ports
 from xdist.scheduler import LoadScopeScheduling
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -200,11 +200,5 @@ def _fetched(name: str) -> Path:
 
 @pytest.fixture
 def free_port() -> Callable[[], int]:
-    """Returns a port of the loopback address that nobody listens on just now."""
-
-    def find() -> int:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            return listener.getsockname()[1]
-
-    return find
+    """Returns a port of the loopback address that nobody listens on."""
+    return ports.free_port

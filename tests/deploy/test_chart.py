@@ -15,8 +15,9 @@ import httpx
 import pytest
 import yaml
 from tests.conftest import ROOT
+from tests.ports import free_port
 from tests.service.serving import served
-from tests.service.test_cluster import _free_port, until
+from tests.service.test_cluster import until
 
 from headrace import __version__, config
 
@@ -172,7 +173,7 @@ def test_a_field_that_kubernetes_has_not_is_found(tmp_path: Path) -> None:
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[str]:
     """What the pods run, as processes: one node, one front; the URL of the front."""
-    token, port = tmp_path / "token", _free_port()
+    token, port = tmp_path / "token", free_port()
     token.write_text("a-token-of-the-test-cluster")
     file = tmp_path / "headrace.toml"
     text = OBJECTS["ConfigMap", "headrace"]["data"]["headrace.toml"]

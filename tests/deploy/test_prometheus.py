@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.conftest import ROOT
+from tests.ports import free_port
 from tests.service.serving import served
 
 pytestmark = [
@@ -58,9 +58,7 @@ def prometheus(folder: Path, target: str) -> Iterator[httpx.Client]:
         assert before in text
         text = text.replace(before, after)
     (folder / "prometheus.yml").write_text(text)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     words = (
         "config.file=prometheus.yml",
         "storage.tsdb.path=data",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 from tests.keys.postgres import Postgres
+from tests.ports import free_port
 from tests.service.serving import Service, served
 
 from headrace.core.keys import Limits, NewKey
@@ -67,9 +67,7 @@ def shared(server: Postgres, tmp_path: Path) -> Iterator[Shared]:
     admin, _ = book.create(NewKey(name="me", scope="admin"))
     plain, key = book.create(NewKey(name="k", limits=Limits(requests_per_day=LIMIT)))
     book.close()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = {"NODES": f"127.0.0.1:{port}", "DATABASE": url, "DATABASE_DOWN": "cached"}
     words = ("builtin:echo", "-o", "tokens_per_second=40", "--wire-port", str(port))
     home = {"HOME": str(tmp_path / "node")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.conftest import ROOT
+from tests.ports import free_port
 from tests.programs import record
 from tests.service.serving import served
 
@@ -72,12 +72,6 @@ def folder(tmp_path: Path) -> Path:
     path.mkdir()
     (path / "notes.txt").write_text("The secret word is heron.\n")
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def until(happened: Callable[[], bool], log: Path, within_s: float = 240) -> None:

@@ -17,6 +17,8 @@ import pytest
 from tests.service.serving import Service, served
 from tests.service.streams import Got, client, post, status, stream, tell
 
+from headrace.core.events import MAX_TOKEN_IDS
+
 SLOTS, PLACES, ALL = 8, 16, 72
 SPEED, TOKENS = 40, 24
 RETRY = ("retry-after-ms", "retry-after")
@@ -225,6 +227,23 @@ async def test_a_deadline_passes_in_the_queue(tmp_path: Path) -> None:
             assert (await running).done
     assert (answer.status_code, answer.json()["error"]["code"]) == (408, "queue_timeout")
     assert 0.45 < took_s < 1.4
+
+
+async def test_ids_of_millions_of_tokens_are_not_returned(service: Service) -> None:
+    """M9: they would stop the answers of others while they are read and written."""
+    async with client(service.url, headers=key("boss")) as http:
+        text = "x" * (MAX_TOKEN_IDS + 1)
+        refused = await http.post("/tokenize", json={"model": "tight", "content": text})
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert error["message"].startswith("It has 1,048,577 tokens, and 1,048,576 at most")
+        assert error["param"] == "content"
+        turn = {"role": "user", "content": text}
+        body = {"model": "tight", "messages": [turn]}
+        counted = await http.post("/v1/messages/count_tokens", json=body)
+        assert counted.json()["input_tokens"] > MAX_TOKEN_IDS
+        most = await http.post("/tokenize", json={"model": "tight", "content": text[1:]})
+        assert len(most.json()["tokens"]) == MAX_TOKEN_IDS
 
 
 async def test_counting_never_queues(service: Service) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,6 +15,7 @@ import httpx
 import openai
 import pytest
 from benchmarks.batches import Setup, measure, report
+from tests.ports import free_port
 from tests.service.serving import Service, served
 
 CHAT = "/v1/chat/completions"
@@ -31,12 +31,6 @@ def jsonl(lines: int) -> bytes:
         for number in range(lines)
     )
     return b"".join(json.dumps(request).encode() + b"\n" for request in requests)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def openai_of(service: Service) -> openai.OpenAI:

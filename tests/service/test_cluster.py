@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tests.ports import free_port
 from tests.service.serving import Service, served
 
 from headrace.cli.app import run
@@ -115,7 +116,7 @@ def until(condition: Callable[[], object], within_s: float = 60.0) -> None:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    ports = [_free_port() for _ in range(2)]
+    ports = [free_port() for _ in range(2)]
     addresses = [f"127.0.0.1:{port}" for port in ports]
     (folder / "headrace.toml").write_text(CONFIG.format(nodes=addresses))
     (folder / "token").write_text("a token of this test\n")
@@ -129,14 +130,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         opened = Cluster(front, nodes, folder)
         until(opened.ready)
         yield opened
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Stream(threading.Thread):

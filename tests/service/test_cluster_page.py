@@ -13,8 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.conftest import ROOT
+from tests.ports import free_port
 from tests.service.serving import Service, served
-from tests.service.test_cluster import _free_port, until
+from tests.service.test_cluster import until
 
 PAGE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(sh|toml)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
@@ -26,7 +27,7 @@ class Walk:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ports = {host: _free_port() for host in HOSTS}
+        self.ports = {host: free_port() for host in HOSTS}
         self.running: dict[str, tuple[Service, ExitStack]] = {}
         self.ran = 0
 

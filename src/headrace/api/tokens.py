@@ -83,6 +83,11 @@ async def tokenize(service: Service, exchange: Exchange) -> None:
     async with held(exchange, image_urls(wire.messages or ())) as translation:
         request = await translation.run(partial(to_request, wire, exchange.settings, exchange.call))
     count, _ = await exchange.unless_gone(result(service.backend.ask(request), events.TokenCount))
+    if count.token_ids is None and count.count > events.MAX_TOKEN_IDS:
+        raise InvalidRequest(
+            f"It has {count.count:,} tokens, and {events.MAX_TOKEN_IDS:,} at most are returned.",
+            param="prompt" if wire.content is None else "content",
+        )
     ids = None if count.token_ids is None else list(count.token_ids)
     await exchange.answer(Tokens(tokens=ids, count=count.count, estimated=count.estimated))
 

@@ -16,6 +16,9 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "cancel
 
 Stage = Literal["queued", "loading", "prefill"]
 
+MAX_TOKEN_IDS = 1 << 20
+"""Ids of counted tokens: whatever reads or writes them stops the answers of others meanwhile."""
+
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
     """One candidate for a position; `data` is the token's bytes, natural logarithm."""
@@ -157,7 +160,10 @@ class Scores(msgspec.Struct, frozen=True, array_like=True, tag="s"):
 
 
 class TokenCount(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="c"):
-    """A number of tokens, and their ids if the engine has them. `estimated` marks an estimate."""
+    """A number of tokens, and their ids if the engine has them. `estimated` marks an estimate.
+
+    Of more than `MAX_TOKEN_IDS` tokens there are no ids.
+    """
 
     count: int
     token_ids: tuple[int, ...] | None = None

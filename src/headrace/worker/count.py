@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from headrace.core.events import Text, TokenCount
+from headrace.core.events import MAX_TOKEN_IDS, Text, TokenCount
 from headrace.core.media import media_of
 from headrace.core.request import CountRequest, DetokenizeRequest, Request
 from headrace.worker.generate import Loaded
@@ -27,7 +27,8 @@ async def _count(loaded: Loaded, request: CountRequest) -> TokenCount | Text:
     if seen:
         # The tokens of an image or a sound are known to the engine that has computed them.
         return TokenCount(count=len(token_ids) + seen, estimated=True)
-    return TokenCount(count=len(token_ids), token_ids=token_ids)
+    ids = token_ids if len(token_ids) <= MAX_TOKEN_IDS else None
+    return TokenCount(count=len(token_ids), token_ids=ids)
 
 
 async def _text(loaded: Loaded, request: DetokenizeRequest) -> Text:
