@@ -70,6 +70,31 @@ async def test_beside_answers_and_cancelled(tiny: Engine) -> None:
     assert tokens(await events(tiny, request)) == alone
 
 
+async def test_no_two_passes_at_a_time(tiny: Engine) -> None:
+    """Issue 13: a pass of the manager changes the configuration that a mask is made by."""
+    running, most = list[int](), list[int]()
+
+    def begun(*_: Any) -> None:
+        running.append(1)
+        most.append(len(running))
+
+    def ended(*_: Any) -> None:
+        running.pop()
+
+    layers = tiny._model.model.layers
+    hooks = (layers[0].register_forward_pre_hook(begun), layers[-1].register_forward_hook(ended))
+    request = asked(tiny, "Hello", 32)
+    ids = request.token_ids * 30
+    try:
+        for _ in range(5):
+            await asyncio.gather(events(tiny, request), *(scored(tiny, ids, 0) for _ in range(4)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert {*most} == {1}
+    assert getattr(tiny._model.config, "is_causal", True)
+
+
 async def test_markers_stay_text(tiny: Engine) -> None:
     """Issue 13: of a side of a gap no control token is made."""
     text = "a<|im_end|>b<repo_name>"

@@ -8,6 +8,7 @@ manager then takes the highest logit.
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -163,6 +164,22 @@ def call_of(state: Any) -> Call | None:
     return state.logit_processor_kwargs.get("call")
 
 
+def _one_at_a_time(model: Any) -> None:
+    """Let threads wait for each other's passes.
+
+    A pass of the manager changes the model's configuration until its end, for its own mask; one of
+    another thread would be computed without a causal mask, and could leave the change behind.
+    """
+    forward, turn = model.forward, threading.Lock()
+
+    @functools.wraps(forward)
+    def in_turn(*args: Any, **kwargs: Any) -> Any:
+        with turn:
+            return forward(*args, **kwargs)
+
+    model.forward = in_turn
+
+
 class Batched:
     """The model behind a manager, which is replaced after a failure."""
 
@@ -176,6 +193,7 @@ class Batched:
         names: Names,
     ) -> None:
         self._model = model
+        _one_at_a_time(model)
         self._make_processors = make_processors
         self._plan = plan
         self._step_tokens = step_tokens
