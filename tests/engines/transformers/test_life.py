@@ -85,7 +85,7 @@ async def test_a_failure_of_torch_is_survived(
     """W19, W20: those that run fail with an error of ours; the engine goes on."""
     import torch
 
-    forward, kind = type(tiny._model).forward, RuntimeError
+    forward, kind = tiny._model.forward, RuntimeError
     if said.startswith("CUDA"):
         kind = torch.OutOfMemoryError
     calls = 0
@@ -98,7 +98,7 @@ async def test_a_failure_of_torch_is_survived(
         return forward(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(tiny._model), "forward", fails)
+        patch.setattr(tiny._model, "forward", fails)
         asking = [answered(tiny, "Why?", 8, ignore_eos=True) for _ in range(2)]
         ended = await asyncio.gather(*asking, return_exceptions=True)
     assert any(isinstance(one, error) for one in ended)
