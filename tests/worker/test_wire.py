@@ -190,6 +190,30 @@ async def test_large_messages_leave_in_frames_of_their_own() -> None:
     assert png() + bytes(2 << 20) in frames[1][0][2]["media"].values()
 
 
+async def test_what_is_passed_on_leaves_with_the_read_that_brought_it() -> None:
+    """Issue 15: at once, and all frames of a read in one."""
+    sent: list[bytes] = []
+    passed, transport = Taken(), Transport()
+    transport.write = sent.append  # type: ignore[method-assign]
+    passed.link.connection_made(transport)
+
+    def pass_on(messages: Sequence[Any]) -> None:
+        for message in messages:
+            passed.link.send(message)
+
+    source: Link[Any] = Link(msgspec.msgpack.Decoder(list[ToParent]), pass_on, lambda _: None)
+    ended = [wire.Ended(number) for number in range(3)]
+    source.data_received(frame(ended[:2]) + frame(ended[2:]))
+    (whole,) = sent
+    assert msgspec.msgpack.decode(whole[4:], type=list[ToParent]) == ended
+    # What is sent between two reads still waits for the end of the loop's iteration.
+    passed.link.send(wire.Ended(4))
+    passed.link.send(wire.Ended(5))
+    assert len(sent) == 1
+    await asyncio.sleep(0)
+    assert len(sent) == 2
+
+
 async def test_what_is_said_in_one_turn_leaves_in_one_frame() -> None:
     ours, theirs = socket.socketpair()
     one, other = Taken(), Taken()
