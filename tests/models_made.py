@@ -30,6 +30,19 @@ def tiny_llama(gguf: Path) -> Path:
     return _made("tiny_llama_2", smollm2(gguf))
 
 
+def tiny_half(gguf: Path) -> Path:
+    """Return a GGUF in F16 of one layer with random weights and SmolLM2's vocabulary."""
+    from tests.tiny_gguf import tiny_gguf
+
+    path = MADE / "tiny_half.gguf"
+    MADE.mkdir(parents=True, exist_ok=True)
+    with FileLock(MADE / "tiny_half.lock"):
+        if not path.exists():
+            making = path.with_suffix(".making")
+            tiny_gguf(making, gguf, is_half=True, spread=0.2).rename(path)
+    return path
+
+
 def tiny_llava(gguf: Path) -> Path:
     """Return the folder of a LLaVA with random weights; an image has 5 tokens."""
     return _made("tiny_llava", tiny_llama(gguf))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import random
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tests.models import builders
 from tests.models.builders import ARRAY, CODES, F32, STRING, U32, U64, Pair
@@ -82,15 +84,23 @@ def tiny_gguf(
     without: tuple[str, ...] = (),
     words: int = 49152,
     context: int = 2048,
+    is_half: bool = False,
+    spread: float = 0.5,
     **changed: Any,
 ) -> Path:
     """Write a model with the vocabulary of `source` and random weights.
 
     `changed` are texts and pairs by key without `tokenizer.`, with `__` for a dot; `without` are
-    keys to leave out.
+    keys to leave out. Matrices are F32; with `is_half` they are F16, as OpenVINO reads no F32.
+    `spread` is that of the layer's weights: with a small one the text repeats itself, as real ones
+    do, and with a large one it depends on each token before.
     """
     raw = dict(_vocabulary(source))
-    own = (*_OWN, ("llama.context_length", U64 if context >> 32 else U32, context))
+    own = (
+        *_OWN,
+        ("llama.context_length", U64 if context >> 32 else U32, context),
+        ("general.file_type", U32, int(is_half)),
+    )
     raw |= {key: struct.pack("<I", kind) + builders.value(kind, data) for key, kind, data in own}
     for name, value in changed.items():
         key = "tokenizer." + name.replace("__", ".")
@@ -101,21 +111,17 @@ def tiny_gguf(
     out = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(raw)))
     for key, value in raw.items():
         out += builders.text(key) + value
-    offset = 0
+    # So large that some tokens are far likelier than others, as in a real model.
+    chance, weights = np.random.default_rng(4), bytearray()
     for name, shape in tensors.items():
+        kind = int(is_half and len(shape) > 1)
         out += builders.text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
-        out += struct.pack("<IQ", 0, offset)
-        offset += -(-4 * _count(shape) // 32) * 32
+        out += struct.pack("<IQ", kind, len(weights))
+        values = chance.normal(0, 0.5 if name.startswith("token") else spread, math.prod(shape))
+        values = values if len(shape) > 1 else np.ones(shape)
+        weights += values.astype(("<f4", "<f2")[kind]).tobytes()
+        weights += b"\0" * (-len(weights) % 32)
     out += b"\0" * (-len(out) % 32)
-    chance = random.Random(1)
-    block = struct.pack("<4096f", *(chance.gauss(0, 0.5) for _ in range(4096)))
-    out += (block * (offset // len(block) + 1))[:offset]
-    target.write_bytes(out)
+    target.write_bytes(out + weights)
     return target
 
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -68,6 +68,8 @@ SOUND = FEW | {
     *_FORMS,
 }
 """What only a real model's text shows."""
+REAL = FEW | {"greedy_repeats", "stop_strings", "every_script", "resume", "json_schema"}
+"""Likewise, where each token takes long; the rest is slow, and a small model has all cases."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,25 @@ def _llava(gguf: Path) -> Path:
     return models_made.tiny_llava(gguf)
 
 
+@contextmanager
+def _layer(gguf: Path) -> Iterator[Path]:
+    """A model of one layer with random weights and SmolLM2's vocabulary."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield tiny_gguf(Path(folder) / "tiny.gguf", gguf, spread=0.2)
+
+
+def _half_layer(gguf: Path) -> str:
+    from tests import models_made
+
+    return converted(models_made.tiny_half(gguf))
+
+
+@asynccontextmanager
+async def _one_layer(gguf: Path) -> AsyncIterator[Given]:
+    with _layer(gguf) as model:
+        yield str(model), {}
+
+
 @asynccontextmanager
 async def _seeing(gguf: Path) -> AsyncIterator[Given]:
     """A model of one layer with a projector of random weights beside it."""
@@ -200,8 +221,8 @@ async def _headrace(gguf: Path) -> AsyncIterator[Given]:
     from tests.service.serving import served
 
     arguments = ("--context-length", "512", "--option", "threads=1", "--option", "slots=4")
-    with served(str(gguf), *arguments) as service:
-        yield f"headrace:{gguf.stem}", {"base_url": f"{service.url}/v1"}
+    with _layer(gguf) as model, served(str(model), *arguments) as service:
+        yield f"headrace:{model.stem}", {"base_url": f"{service.url}/v1"}
 
 
 @asynccontextmanager
@@ -222,6 +243,14 @@ _SHORT = {"context_length": 256, "max_running": 4}
 _PENALTIES = _fields("presence_penalty", "frequency_penalty", "repetition_penalty")
 _NARROW = _fields("top_p", "top_k", "min_p")
 _OF_LLAMACPP = _fields("min_tokens") | {"infill", "prompt_logprobs"}
+_OF_OPENVINO = (
+    _fields("logit_bias", "logprobs")
+    | _SCHEMAS
+    | _FORMS
+    | IMAGES
+    | _DRAFTS
+    | {"infill", "prompt_logprobs"}
+)
 # Where cores are shared, two threads wait for one another in every layer.
 _ONE_THREAD = {"threads": 1}
 
@@ -255,12 +284,13 @@ SAMPLES = [
     ),
     Sample(
         "llamacpp",
-        _path(str),
+        _one_layer,
         settings=_SHORT,
         options=_ONE_THREAD,
         kinds=("process",),
         refused=_OF_LLAMACPP | IMAGES,
         heavy=False,
+        name="llamacpp-tiny",
     ),
     Sample(
         "llamacpp",
@@ -300,9 +330,9 @@ SAMPLES = [
         _path(str),
         settings=_SHORT,
         options=_ONE_THREAD,
-        kinds=("worker", "pool"),
+        kinds=("process", "worker", "pool"),
         refused=_OF_LLAMACPP | IMAGES,
-        first=FEW,
+        first=SOUND,
     ),
     Sample(
         "openai",
@@ -322,7 +352,7 @@ SAMPLES = [
         kinds=("process",),
         settings=_SHORT,
         refused=IMAGES | {"infill"},
-        first=SOUND,
+        first=REAL,
     ),
     Sample(
         "transformers",
@@ -354,14 +384,20 @@ SAMPLES = [
     Sample(
         "openvino",
         _path(converted),
+        kinds=("process",),
         settings=_SHORT,
-        refused=_fields("logit_bias", "logprobs")
-        | _SCHEMAS
-        | _FORMS
-        | IMAGES
-        | _DRAFTS
-        | {"infill", "prompt_logprobs"},
+        refused=_OF_OPENVINO,
         reported=frozenset({"alone_and_among_sixteen", "resume"}),
+        first=REAL,
+    ),
+    Sample(
+        "openvino",
+        _path(_half_layer),
+        kinds=("worker", "pool"),
+        settings=_SHORT,
+        refused=_OF_OPENVINO,
+        reported=frozenset({"alone_and_among_sixteen", "resume"}),
+        name="openvino-tiny",
     ),
     Sample("llamacpp", _path(str), "embed", ("process",), _SHORT, {"pooling": "mean"}),
     Sample("openvino", _path(_as_ir(_minilm)), "embed", ("worker",)),

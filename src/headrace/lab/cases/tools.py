@@ -219,7 +219,9 @@ async def _nothing_is_lost(subject: Subject, reply: Reply) -> None:
     raw = await collect_text(subject.backend.ask(DetokenizeRequest(token_ids=reply.ids)))
     cut = "".join(event.cut for event in reply.events if isinstance(event, ToolCallDelta))
     shown = reply.text + cut
-    check(raw.strip() == shown.strip(), f"Of {raw!r} it shows {shown!r}.")
+    # What the cut left of a character is dropped.
+    same = raw.rstrip("\ufffd").strip() == shown.rstrip("\ufffd").strip()
+    check(same, f"Of {raw!r} it shows {shown!r}.")
 
 
 @case("W24")
