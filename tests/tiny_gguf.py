@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from tests.models import builders
 from tests.models.builders import ARRAY, CODES, F32, STRING, U32, U64, Pair
 
@@ -124,4 +123,3 @@ def tiny_gguf(
     out += b"\0" * (-len(out) % 32)
     target.write_bytes(out + weights)
     return target
-
