@@ -143,9 +143,9 @@ async def tried(smol: AsyncModelWorker, seeds: Iterable[int]) -> Tally:
 
 async def test_random_schemas(smol: AsyncModelWorker) -> None:
     """Issue 11.4: every answer validates, and every refusal is the client's to mend."""
-    tally = await tried(smol, range(20))
-    assert tally.finished >= 10
-    assert tally.refused <= 5
+    tally = await tried(smol, range(10))
+    assert tally.finished >= 5
+    assert tally.refused <= 3
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ async def test_many_random_schemas(smol: AsyncModelWorker) -> None:
     Of 1,000 on 2026-11-28, 683 answers were finished and valid, 132 cut at 100 tokens, 185 refused.
     """
     number = int(os.environ.get("SCHEMAS", "200"))
-    tally = await tried(smol, range(20, 20 + number))
+    tally = await tried(smol, range(10, 10 + number))
     print(tally)  # noqa: T201
     assert tally.finished >= number / 2
     assert tally.refused <= number / 4
