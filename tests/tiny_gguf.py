@@ -108,7 +108,8 @@ def tiny_gguf(
         offset += -(-4 * _count(shape) // 32) * 32
     out += b"\0" * (-len(out) % 32)
     chance = random.Random(1)
-    block = struct.pack("<4096f", *(chance.gauss(0, 0.5) for _ in range(4096)))
+    # A prime number of weights, more than there are tokens: no two tokens have the same logits.
+    block = struct.pack("<49157f", *(chance.gauss(0, 0.5) for _ in range(49157)))
     out += (block * (offset // len(block) + 1))[:offset]
     target.write_bytes(out)
     return target

@@ -58,8 +58,8 @@ def read_device(text: str | None) -> DeviceSetting:
     is_named = len(numbers) > 1 or text.startswith("cuda:")
     if not is_named or len(set(numbers)) < len(matches):
         raise ValueError(
-            f"{text!r} is no device; it is auto, cpu, cuda, mps, rocm, sycl, vulkan, cuda:1, a list "
-            f"of GPUs like cuda:0,cuda:1, or their number"
+            f"{text!r} is no device; it is auto, cpu, cuda, mps, rocm, sycl, vulkan, cuda:1, a "
+            f"list of GPUs like cuda:0,cuda:1, or their number"
         )
     return DeviceSetting("cuda", tuple(f"cuda:{number}" for number in numbers))
 
