@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ from headrace.core.request import EmbedRequest, GenerateRequest
 from headrace.core.sampling import Sampling
 from headrace.core.status import Footprint
 from headrace.core.stream import collect
-from headrace.engines import llamacpp
+from headrace.engines import llamacpp, plan
 from headrace.engines.base import OpenRequest
 from headrace.machine import Device, process_memory
 from headrace.models.inspect import inspect
@@ -150,18 +151,49 @@ def test_auto_is_the_gpu_where_the_library_is_built_for_one(
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
-        llamacpp._is_built_for_cuda.cache_clear()
+        llamacpp._built_for.cache_clear()
         monkeypatch.delitem(sys.modules, "xllamacpp", raising=False)
+        monkeypatch.setattr(sys, "platform", "linux")
         assert llamacpp.expected_device("auto") == "cpu"
         (tmp_path / "xllamacpp.libs").mkdir()
         (tmp_path / "xllamacpp.libs" / "libcudart-1.so").touch()
-        llamacpp._is_built_for_cuda.cache_clear()
+        llamacpp._built_for.cache_clear()
         assert llamacpp.expected_device("auto") == "cpu"
         gpu = Device(name="cuda:0 Mill", kind="cuda", total=1, used=0)
         monkeypatch.setattr(llamacpp.machine, "devices", lambda: (gpu,))
         assert llamacpp.expected_device("auto") == "cuda:0"
+        assert llamacpp.devices() == ("cpu", "cuda")
+        (tmp_path / "xllamacpp.libs" / "libcudart-1.so").rename(package / "libggml-vulkan.so")
+        llamacpp._built_for.cache_clear()
+        assert llamacpp.devices() == ("cpu", "vulkan")
     finally:
-        llamacpp._is_built_for_cuda.cache_clear()
+        llamacpp._built_for.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("hip", "wanted", "device"),
+    [
+        (None, "auto", "cuda"),
+        (None, "cuda:1", "cuda:1"),
+        ("7.1", "auto", "cuda"),
+        ("7.1", "rocm", "cuda"),
+        ("7.1", "cpu", "cpu"),
+    ],
+)
+def test_torch_has_amd_gpus_under_the_name_of_cuda(
+    hip: str | None, wanted: str, device: str
+) -> None:
+    """Issue 17.7: `rocm` is a device where torch is built for it, and only there."""
+    there, absent = (
+        SimpleNamespace(is_available=lambda: True),
+        SimpleNamespace(is_available=lambda: False),
+    )
+    torch = SimpleNamespace(
+        cuda=there, backends=SimpleNamespace(mps=absent), version=SimpleNamespace(hip=hip)
+    )
+    assert plan.torch_device(wanted, torch) == device
+    with pytest.raises(LoadFailed, match=r"no device \w+ here; it has (rocm|cuda), cpu"):
+        plan.torch_device("cuda" if hip else "rocm", torch)
 
 
 def test_wrong_options_and_lost_files_are_errors(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from headrace.core.errors import (
     LoadFailed,
     WorkerDied,
 )
+from headrace.core.model import ModelSpec
 from headrace.core.sampling import Sampling
 from headrace.engines import llama_server, llamacpp, plan
 from headrace.engines.base import EngineRequest, OpenRequest, RawDelta, RawEvent
@@ -39,6 +40,7 @@ from headrace.engines.llama_server.server import Server
 from headrace.engines.llamacpp.engine import Engine as InProcess
 from headrace.machine import graphics
 from headrace.models.inspect import inspect
+from headrace.placement import placement
 
 GPU = "  CUDA0: NVIDIA H100 80GB HBM3 (81079 MiB, 80000 MiB free)"
 REQUEST = EngineRequest(token_ids=(5, 6, 7), max_tokens=8, sampling=Sampling(temperature=0))
@@ -293,6 +295,10 @@ def test_a_build_for_a_gpu_of_another_vendor_is_preferred(
     assert name == "llama_server"
     assert reason.startswith(f"gguf on {device[:-1].lower()}: llama_server, before llamacpp")
     assert engines.choose(opening.model, device="cpu")[0] == "llamacpp"
+    kind = device[:-1].lower()
+    assert engines.choose(opening.model, device=kind)[0] == "llama_server"
+    spec = ModelSpec(name="a", model="a.gguf", device=kind)
+    assert placement(spec, "llama_server") == ()
 
 
 def test_without_a_gpu_it_takes_what_llamacpp_takes(opening: OpenRequest) -> None:

@@ -83,12 +83,17 @@ def test_a_smaller_cache_type_holds_more() -> None:
         (["MTL0", "CPU"], "auto", "mps"),
         (["Metal", "CPU"], "mps", "mps"),
         (["CUDA0", "CPU"], "cpu", "cpu"),
+        (["CPU", "ROCm0"], "auto", "rocm"),
+        (["Vulkan0", "CPU"], "auto", "vulkan"),
+        (["Vulkan0", "CUDA0", "CPU"], "auto", "cuda"),
+        (["Vulkan0", "CUDA0", "CPU"], "vulkan", "vulkan"),
+        (["BLAS", "CPU"], "auto", "cpu"),
     ],
 )
 def test_the_device_is_the_explicit_one_or_the_best(
     names: list[str], wanted: str, device: str
 ) -> None:
-    """W4: explicit, then cuda, mps, cpu."""
+    """W4: explicit, then a GPU, then cpu. Issue 17: builds for ROCm and Vulkan compute there."""
     assert _device(wanted, [{"name": name} for name in names]) == device
 
 

@@ -53,7 +53,10 @@ ModelArgument = Annotated[
     ),
 ]
 Engine = Annotated[str | None, Option(help="Use this engine.")]
-Device = Annotated[str | None, Option(help="cpu, cuda, mps, cuda:1, a list, or a number of GPUs.")]
+Device = Annotated[
+    str | None,
+    Option(help="cpu, cuda, mps, rocm, sycl, vulkan, cuda:1, a list, or a number of GPUs."),
+]
 ContextLength = Annotated[int | None, Option(help="Tokens of prompt and answer.")]
 Options = Annotated[
     list[str] | None,

@@ -17,7 +17,7 @@ _MAX_CHOICES = 64
 class DeviceSetting(NamedTuple):
     """`gpus` are named ones, `number` is how many of any; without both, the engine decides.
 
-    `kind` is `auto`, `cpu`, `cuda`, `mps`, or what else an engine has.
+    `kind` is `auto` or one that an engine has: `cpu`, `cuda`, `mps`, `rocm` ...
     """
 
     kind: str = "auto"
@@ -58,8 +58,8 @@ def read_device(text: str | None) -> DeviceSetting:
     is_named = len(numbers) > 1 or text.startswith("cuda:")
     if not is_named or len(set(numbers)) < len(matches):
         raise ValueError(
-            f"{text!r} is no device; it is auto, cpu, cuda, mps, cuda:1, a list of GPUs "
-            f"like cuda:0,cuda:1, or their number"
+            f"{text!r} is no device; it is auto, cpu, cuda, mps, rocm, sycl, vulkan, cuda:1, a "
+            f"list of GPUs like cuda:0,cuda:1, or their number"
         )
     return DeviceSetting("cuda", tuple(f"cuda:{number}" for number in numbers))
 

@@ -141,7 +141,8 @@ class ModelSpec(Preset, frozen=True, kw_only=True, omit_defaults=True):
     device: Annotated[
         str | None,
         Setting(
-            "cpu, cuda, mps, cuda:1, a list of GPUs, or their number; else the best",
+            "cpu, cuda, mps, rocm, sycl, vulkan, cuda:1, a list of GPUs, or their number; "
+            "else the best",
             traced=True,
             parse=device_text,
         ),

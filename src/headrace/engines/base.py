@@ -47,13 +47,14 @@ class EngineOptions(BaseModel):
 class About(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about an engine that need no library.
 
-    `requires` is the import name of the library (None: nothing), `extra` the extra of the
-    package that brings it (None: the core does). A remote engine takes requests as they are and
-    runs in the process that serves. A `confined` one writes only temporary files, and those that
-    its module's `writes` names, and needs no network; one with a `program` of its own starts that
-    confined, and is not confined itself. One that `spreads` can put a model on several
-    GPUs. `automatic` is False for one that is only used when it is configured by name. `able` are
-    those of `core.model.ABILITIES` that a model can have on it.
+    `devices` are the kinds of devices that it can run on, by a build of its library or program for
+    them; on each it has the same abilities. `requires` is the import name of the library (None:
+    nothing), `extra` the extra of the package that brings it (None: the core does). A remote engine
+    takes requests as they are and runs in the process that serves. A `confined` one writes only
+    temporary files, and those that its module's `writes` names, and needs no network; one with a
+    `program` of its own starts that confined, and is not confined itself. One that `spreads` can
+    put a model on several GPUs. `automatic` is False for one that is only used when it is
+    configured by name. `able` are those of `core.model.ABILITIES` that a model can have on it.
     """
 
     formats: tuple[str, ...]
@@ -84,15 +85,15 @@ def check_task(task: Task, title: str, tasks: Sequence[Task]) -> None:
 class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is opened with.
 
-    `device` is auto, cpu, cuda, mps, or the first of `gpus`: the GPUs that it may use, by the names
-    that this process has for them; empty leaves them to the library. None leaves `context_length`
-    and `max_running` to the engine. `memory` is how many bytes of the devices models may take
-    (None: all); defaults depend on it, and not on what is free at the moment. `repeatable` requires
-    reproducible greedy and seeded answers, where options leave the choice. `task` is the task of
-    the model. `trust_remote_code` lets code of the model's own folder run. `prompt` precedes texts
-    to embed, unless their request has another; it is part of what is tokenized already. `adapters`
-    are loaded beside the model, by an engine that is `able` to. `draft` is the model of the option
-    `draft_model`, whose vocabulary is that of `model`.
+    `device` is auto, a kind of `About.devices`, or the first of `gpus`: the GPUs that it may use,
+    by the names that this process has for them; empty leaves them to the library. None leaves
+    `context_length` and `max_running` to the engine. `memory` is how many bytes of the devices
+    models may take (None: all); defaults depend on it, and not on what is free at the moment.
+    `repeatable` requires reproducible greedy and seeded answers, where options leave the choice.
+    `task` is the task of the model. `trust_remote_code` lets code of the model's own folder run.
+    `prompt` precedes texts to embed, unless their request has another; it is part of what is
+    tokenized already. `adapters` are loaded beside the model, by an engine that is `able` to.
+    `draft` is the model of the option `draft_model`, whose vocabulary is that of `model`.
     """
 
     model: ModelFile

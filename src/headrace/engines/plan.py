@@ -208,11 +208,14 @@ def torch_device(wanted: str, torch: Any) -> str:
     Raises:
         LoadFailed: torch does not have it here.
     """
-    available = ["cuda"] if torch.cuda.is_available() else []
-    available += ["mps"] if torch.backends.mps.is_available() else []
-    available.append("cpu")
+    # A build for ROCm has AMD's GPUs under CUDA's name.
+    gpu = "rocm" if torch.version.hip else "cuda"
+    available = {gpu: "cuda"} if torch.cuda.is_available() else {}
+    available |= {"mps": "mps"} if torch.backends.mps.is_available() else {}
+    available["cpu"] = "cpu"
     if wanted == "auto":
-        return available[0]
-    if wanted.partition(":")[0] not in available:
+        return next(iter(available.values()))
+    kind, colon, number = wanted.partition(":")
+    if kind not in available:
         raise LoadFailed(f"torch has no device {wanted} here; it has {', '.join(available)}.")
-    return wanted
+    return available[kind] + colon + number

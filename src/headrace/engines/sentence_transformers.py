@@ -31,7 +31,7 @@ from headrace.models.inspect import PICKLES
 
 ABOUT = About(
     formats=("safetensors",),
-    devices=("cpu", "cuda", "mps"),
+    devices=("cpu", "cuda", "mps", "rocm"),
     confined=True,
     requires="sentence_transformers",
     extra="embeddings",

@@ -251,6 +251,14 @@ _OF_OPENVINO = (
     | _DRAFTS
     | {"infill", "prompt_logprobs"}
 )
+_OF_ECHO = (
+    _NARROW
+    | _PENALTIES
+    | _fields("logit_bias", "min_tokens")
+    | _SCHEMAS
+    | _FORMS
+    | {"tool_calls_strict", "infill"}
+)
 # Where cores are shared, two threads wait for one another in every layer.
 _ONE_THREAD = {"threads": 1}
 
@@ -261,13 +269,7 @@ SAMPLES = [
         settings=_SHORT,
         # Slow enough to be caught in the middle of an answer.
         options={"tokens_per_second": 200},
-        refused=_NARROW
-        | _PENALTIES
-        | _fields("logit_bias", "min_tokens")
-        | _SCHEMAS
-        | _FORMS
-        | IMAGES
-        | {"tool_calls_strict", "infill"},
+        refused=_OF_ECHO | IMAGES,
         heavy=False,
     ),
     Sample(
@@ -275,7 +277,8 @@ SAMPLES = [
         _path(lambda gguf: "builtin:echo"),
         kinds=("process", "pool"),
         settings={"context_length": 4096, "max_running": 4},
-        options={"images": True, "audio": True},
+        options={"images": True, "audio": True, "tokens_per_second": 200},
+        refused=_OF_ECHO,
         heavy=False,
         first=IMAGES | AUDIO,
         further=IMAGES | AUDIO,
@@ -309,6 +312,7 @@ SAMPLES = [
         kinds=("process",),
         settings={"context_length": 512, "max_running": 2},
         options=_ONE_THREAD,
+        refused=_OF_LLAMACPP | _DRAFTS,
         heavy=False,
         first=IMAGES,
         name="llamacpp-images",
@@ -319,7 +323,7 @@ SAMPLES = [
         kinds=("process",),
         settings={"context_length": 512, "max_running": 2},
         options=_ONE_THREAD,
-        refused=IMAGES,
+        refused=_OF_LLAMACPP | _DRAFTS | IMAGES,
         heavy=False,
         first=AUDIO,
         hears=True,
@@ -378,7 +382,7 @@ SAMPLES = [
         settings=_SHORT,
         first=IMAGES,
         further=frozenset({"images"}),
-        refused=_DRAFTS,
+        refused=_DRAFTS | {"infill"},
         name="transformers-images",
     ),
     Sample(
@@ -486,6 +490,7 @@ if engines.status("llama_server").available:
             kinds=("process",),
             settings={"context_length": 512, "max_running": 2},
             options=_ONE_THREAD,
+            refused=(_OF_LLAMA_SERVER - IMAGES) | _DRAFTS,
             slow=True,
             first=IMAGES,
             name="llama_server-images",

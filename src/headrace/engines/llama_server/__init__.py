@@ -19,7 +19,7 @@ from headrace.machine import graphics
 
 ABOUT = About(
     formats=("gguf",),
-    devices=("cpu", "cuda", "mps"),
+    devices=(*llamacpp.ABOUT.devices, "sycl"),
     confined=True,
     program=True,
     spreads=True,

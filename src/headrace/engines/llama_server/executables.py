@@ -20,6 +20,7 @@ from headrace.core.environment import inherited
 from headrace.core.errors import ConfigError
 from headrace.core.install import install_command
 from headrace.core.values import expanded
+from headrace.engines.llamacpp import device_kind
 from headrace.machine import graphics
 
 NAME = "llama-server"
@@ -33,7 +34,6 @@ _VERSION = re.compile(r"version: (\S+)(?: \(build ([1-9]\d*))?")
 _COMPILER = re.compile(r"^built with (.+?)(?: for .*)?$", re.MULTILINE)
 _DEVICE = re.compile(r"^ +(?P<name>[A-Za-z_]+\d*): (?P<title>.*) \((?P<mib>\d+) MiB", re.MULTILINE)
 _ARGUMENT = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
-_KINDS = {"cuda": "cuda", "mtl": "mps", "metal": "mps"}
 _BUILDS = {"nvidia": "-DGGML_CUDA=ON", "amd": "-DGGML_HIP=ON", "intel": "-DGGML_SYCL=ON"}
 
 
@@ -47,8 +47,7 @@ class Device(msgspec.Struct, frozen=True):
     @property
     def kind(self) -> str:
         """The kind of device, by Headrace's names where it has one: cuda, mps, rocm, vulkan ..."""
-        word = self.name.rstrip("0123456789").lower()
-        return _KINDS.get(word, word)
+        return device_kind(self.name)
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +33,7 @@ from headrace.models.transfer import Progress
 
 ABOUT = About(
     formats=("gguf",),
-    devices=("cpu", "cuda", "mps"),
+    devices=("cpu", "cuda", "mps", "rocm", "vulkan"),
     confined=True,
     spreads=True,
     requires="xllamacpp",
@@ -51,6 +52,16 @@ _MIB = 1 << 20
 _NGRAM = 5
 # Of models with fewer weights, wider ones are worth measuring.
 _WIDE_WEIGHTS = 4_000_000_000
+# Where Headrace's name of a kind of device is not llama.cpp's.
+_KINDS = {"mtl": "mps", "metal": "mps"}
+# In the names of libraries that a build brings for a GPU.
+_LIBRARIES = {
+    "cuda": "cuda",
+    "cublas": "cuda",
+    "amdhip": "rocm",
+    "rocblas": "rocm",
+    "vulkan": "vulkan",
+}
 _KV_SHARE = {"f16": 1.0, "bf16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
 
 # Measured with SmolLM2-135M. A process with the library (Python, the code, buffers, warm-up) and
@@ -107,9 +118,15 @@ class Options(SpeculationOptions):
     rope_scale: float = Field(0, ge=0, description="Factor by which the context is stretched.")
 
 
+def device_kind(name: str) -> str:
+    """Return the kind of a device that llama.cpp names (`CUDA0`): cuda, mps, rocm, vulkan ..."""
+    word = name.rstrip("0123456789").lower()
+    return _KINDS.get(word, word)
+
+
 def devices() -> tuple[str, ...]:
     """Return the kinds of devices that the installed library was built for."""
-    return tuple(kind for kind in ABOUT.devices if kind != "cuda" or _is_built_for_cuda())
+    return "cpu", *_built_for()
 
 
 def looked_up(options: Options) -> int:
@@ -314,7 +331,7 @@ def estimate(
 
 def expected_device(wanted: str) -> str:
     """Return the device that a load will most likely take; many builds are without CUDA."""
-    if wanted == "auto" and not _is_built_for_cuda():
+    if wanted == "auto" and "cuda" not in _built_for():
         return "cpu"
     return plan.expected_device(wanted)
 
@@ -339,9 +356,12 @@ def _projector(path: Path, stamp: tuple[int, int]) -> Projector:
 
 
 @lru_cache(maxsize=1)
-def _is_built_for_cuda() -> bool:
+def _built_for() -> tuple[str, ...]:
+    """Return the kinds of GPUs that the library is built for, by the files that it brings."""
     spec = importlib.util.find_spec("xllamacpp")
     places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
     beside = [place.with_name("xllamacpp.libs") for place in places]
-    names = (file.name for place in (*places, *beside) for file in place.glob("*"))
-    return any(word in name for name in names for word in ("cuda", "cublas"))
+    names = [file.name for place in (*places, *beside) for file in place.glob("*")]
+    kinds = {kind for word, kind in _LIBRARIES.items() if any(word in name for name in names)}
+    metal = {"mps"} if spec and sys.platform == "darwin" else set[str]()
+    return tuple(sorted(kinds | metal))

@@ -18,9 +18,11 @@ from headrace.core.errors import GenerationFailed, LoadFailed
 from headrace.engines import threaded
 from headrace.engines.base import EngineRequest, OpenRequest, RawEvent
 from headrace.engines.llamacpp import (
+    ABOUT,
     Options,
     batch_size,
     check_memory,
+    device_kind,
     looked_up,
     plan_slots,
     projector_of,
@@ -200,11 +202,9 @@ def _grammar_library() -> str:
 
 def _device(wanted: str, devices: Sequence[dict[str, Any]]) -> str:
     names = [str(device["name"]).lower() for device in devices]
-    available = [
-        ours
-        for ours, theirs in (("cuda", "cuda"), ("mps", "mtl"), ("mps", "metal"), ("cpu", "cpu"))
-        if any(name.startswith(theirs) for name in names)
-    ]
+    kinds = {*map(device_kind, names)}
+    # The CPU is the last.
+    available = [kind for kind in (*ABOUT.devices[1:], *ABOUT.devices[:1]) if kind in kinds]
     if wanted == "auto":
         return available[0] if available else "cpu"
     kind, _, number = wanted.partition(":")

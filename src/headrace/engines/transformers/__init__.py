@@ -17,7 +17,7 @@ from headrace.engines.speculation import SpeculationOptions, Way
 
 ABOUT = About(
     formats=("safetensors",),
-    devices=("cpu", "cuda", "mps"),
+    devices=("cpu", "cuda", "mps", "rocm"),
     confined=True,
     spreads=True,
     requires="transformers",
