@@ -63,7 +63,7 @@ async def _end(streams: Streams) -> None:
 async def _go_on(subject: Subject, streams: Streams, turn: asyncio.Future[Delta]) -> bool:
     """Read on in all until each had some steps, or `turn` is done; return whether one has ended."""
     events = [list[Event]() for _ in streams]
-    readers = {asyncio.ensure_future(one) for one in map(_read_into, streams, events)}
+    readers = {*map(asyncio.ensure_future, map(_read_into, streams, events))}
     try:
         async with asyncio.timeout(FREED_S * 3):
             while min(map(len, events)) < _STEPS and not turn.done():
