@@ -117,6 +117,35 @@ async def test_the_server_has_ended_an_abandoned_request(link: Link) -> None:
         await task
 
 
+@pytest.mark.parametrize("size", [2, 4 << 20])
+async def test_the_server_has_a_request_before_the_loop_goes_on(link: Link, size: int) -> None:
+    """Issue 17.2: of many that begin at once, none waits for the preparation of all others.
+
+    W18: one that is cancelled in that moment is ended as any other.
+    """
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(link.address)
+        server.listen(1)
+
+        async def ask() -> None:
+            async with link.stream("/completion", b"x" * size, lambda _: None):
+                raise AssertionError("it was cancelled before")
+
+        task = asyncio.create_task(ask())
+        await asyncio.sleep(0)
+        connection, _ = server.accept()
+        received = connection.recv(16 << 10)
+        assert received.startswith(b"POST /completion HTTP/1.1\r\n")
+        task.cancel()
+        while data := await asyncio.to_thread(connection.recv, 1 << 20):
+            received += data
+        assert received.endswith(b"\r\n\r\n" + b"x" * size)
+        assert not task.done()
+        connection.close()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
 async def test_a_full_queue_of_the_kernel_is_waited_for(link: Link) -> None:
     """Issue 17.2: more requests at once than the server's socket takes."""
     waiting: list[socket.socket] = []

@@ -175,7 +175,8 @@ class Turn(Generic[S, R]):
                 # The text of an upstream's error may contain the request: it is not chained.
                 raise self._failed(error) from (None if self.served.is_remote else error)
         finally:
-            log.info("headrace.request", extra={"data": self._record()})
+            if log.isEnabledFor(logging.INFO):
+                log.info("headrace.request", extra={"data": self._record()})
             self._devices()
             self.served.turns.discard(self)  # pyright: ignore[reportArgumentType]
 

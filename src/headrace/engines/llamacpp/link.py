@@ -86,22 +86,25 @@ class Link:
             HeadraceError: the server cannot be reached.
         """
         try:
-            transport, events = await self._opened(receive)
+            opening = await self._sent(self._request(path, body), receive)
         except OSError as error:
             raise await self.lost(path, f"{type(error).__name__}: {error}") from error
         try:
-            transport.write(self._request(path, body))
+            # Not to be cancelled: the server has the request, which has to be ended.
+            await asyncio.shield(opening)
             yield
         finally:
+            transport, events = await opening
             await events.end(transport)
 
     async def lost(self, path: str, reason: str) -> HeadraceError:
         """Return the error of an answer that is not whole."""
         return await asyncio.to_thread(self._lost, f"{path}: {reason}")
 
-    async def _opened(
-        self, receive: Callable[[bytes | None], None]
-    ) -> tuple[asyncio.WriteTransport, _Events]:
+    async def _sent(
+        self, request: bytes, receive: Callable[[bytes | None], None]
+    ) -> asyncio.Task[tuple[asyncio.WriteTransport, _Events]]:
+        """Send a request, and return the opening of its connection to the event loop."""
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.setblocking(False)
@@ -111,15 +114,13 @@ class Link:
                 # So many wait to be accepted that the kernel takes no more at once.
                 connection.setblocking(True)
                 await asyncio.to_thread(connection.connect, self.address)
-            loop = asyncio.get_running_loop()
-            transport, events = await loop.create_unix_connection(
-                lambda: _Events(receive), sock=connection
-            )
+                connection.setblocking(False)
+            # At once: the server begins with it while the loop prepares the next requests.
+            rest = request[connection.send(request) :]
         except BaseException:
             connection.close()
             raise
-        # uvloop's transports do not derive from asyncio's.
-        return cast("asyncio.WriteTransport", transport), events
+        return asyncio.ensure_future(_opened(connection, lambda: _Events(receive, rest)))
 
     @contextlib.contextmanager
     def _connected(self, path: str, timeout_s: float | None) -> Generator[socket.socket]:
@@ -174,6 +175,20 @@ def failure(name: str, log: str) -> HeadraceError:
     return kind(f"llama.cpp could not load {name}: {reason[:300].rstrip('.')}.", detail=log)
 
 
+async def _opened(
+    connection: socket.socket, new: Callable[[], _Events]
+) -> tuple[asyncio.WriteTransport, _Events]:
+    try:
+        transport, events = await asyncio.get_running_loop().create_unix_connection(
+            new, sock=connection
+        )
+    except BaseException:
+        connection.close()
+        raise
+    # uvloop's transports do not derive from asyncio's.
+    return cast("asyncio.WriteTransport", transport), events
+
+
 class _Whole:
     """An answer that is read to its end before it is used."""
 
@@ -203,10 +218,11 @@ class _Whole:
 
 
 class _Events(asyncio.Protocol):
-    """An answer whose events are passed on as they come."""
+    """An answer whose events are passed on as they come; `unsent` is the end of its request."""
 
-    def __init__(self, receive: Callable[[bytes | None], None]) -> None:
+    def __init__(self, receive: Callable[[bytes | None], None], unsent: bytes) -> None:
         self._receive = receive
+        self._unsent = unsent
         self._closed = asyncio.get_running_loop().create_future()
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.BaseTransport | None = None
@@ -223,8 +239,12 @@ class _Events(asyncio.Protocol):
             transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport (called by asyncio)."""
+        """Keep the transport, and send the rest of the request (called by asyncio)."""
         self._transport = transport
+        if self._unsent:
+            # uvloop's transports do not derive from asyncio's.
+            cast("asyncio.WriteTransport", transport).write(self._unsent)
+            self._unsent = b""
 
     def data_received(self, data: bytes) -> None:
         """Take what was read (called by asyncio)."""
