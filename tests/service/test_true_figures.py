@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -195,7 +196,6 @@ QUICK = {
 def test_heavy(engine: str, smollm2_path: Path) -> None:
     """W16, issue 5: times and counts of the other engines, counted by another's tokenizer too."""
     from jinja2 import Environment
-    from tokenizers import Tokenizer
 
     made = _made(smollm2_path)
     model = converted(smollm2_path) if engine == "openvino" else str(made)
@@ -203,7 +203,8 @@ def test_heavy(engine: str, smollm2_path: Path) -> None:
     chat = Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
     asked = [{"role": "user", "content": "Name three rivers of Spain — ríos, 川."}]
     text = chat.render(messages=asked, add_generation_prompt=True)
-    tokenizer = Tokenizer.from_file(str(made / "tokenizer.json"))
+    library: Any = import_module("tokenizers")  # it comes with the engines
+    tokenizer = library.Tokenizer.from_file(str(made / "tokenizer.json"))
     expected = len(tokenizer.encode(text, add_special_tokens=False).ids)
     with serving(model, "--engine", engine, *QUICK.get(engine, ())) as (service, name):
         measure(service, name)
