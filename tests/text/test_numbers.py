@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
-from headrace.core.schema import Schema
+from headrace.core.errors import InvalidRequest
+from headrace.core.schema import Schema, check
 from headrace.text.grammar import schema_grammar
 from headrace.worker.compiling import checked, compiled
 from headrace.worker.matchers import from_package
@@ -60,3 +63,24 @@ def test_a_number_beyond_floats_is_a_number(text: str) -> None:
 
 def _allows(schema: Schema, text: str) -> bool:
     return from_package(schema_grammar(schema)).accepts(text.encode())
+
+
+@pytest.mark.parametrize("factor", [997, 1000])
+@pytest.mark.parametrize("kind", ["integer", "number"])
+def test_large_multiples_are_enforced_to_the_last_digit(kind: str, factor: int) -> None:
+    """Issue 13: the compiler gives up within numbers of larger multiples, which are refused."""
+    schema: Any = {"type": kind, "multipleOf": factor, "minimum": 1, "maximum": 10**15}
+    check(schema)
+    grammar = schema_grammar(schema)
+    chance = random.Random(1)
+    for _ in range(20):
+        matcher = LLMatcher(LLTokenizer("byte"), grammar)
+        for _ in range(15):
+            allowed = matcher.compute_logit_bias()
+            assert not matcher.is_error(), matcher.get_error()
+            digits = [code for code in b"0123456789" if allowed[code]]
+            if not digits:
+                break
+            assert matcher.consume_token(chance.choice(digits))
+    with pytest.raises(InvalidRequest, match="multipleOf"):
+        check({**schema, "multipleOf": 1001})

@@ -29,8 +29,11 @@ MAX_ENUM = 4096
 MAX_COUNT = 4096
 MAX_LENGTH = 65_536
 MAX_NUMBER = 2**64
-MAX_MULTIPLE = 5000
-"""From some 8,000 on, the compiler gives up within long numbers."""
+MAX_MULTIPLE = 1000
+"""Beyond some 4,000 the compiler gives up within long numbers, and the answer ends with an error.
+
+With a vocabulary that has tokens of three digits it does so for some from 499 on.
+"""
 MAX_PATTERN = 1024
 MAX_REPETITIONS = 4096
 MAX_ALTERNATIVES = 1024
