@@ -142,19 +142,21 @@ async def service(fronts: int, replicas: int, speed: float) -> AsyncGenerator[Se
         command = drive.serve("--fronts", str(fronts), "--config", str(config))
         home = {"HEADRACE_HOME": folder}
         async with drive.server(command, home, ready="/health/ready") as server:
-            while not await _is_whole(server, replicas):  # noqa: ASYNC110 - until it is to be seen
-                await asyncio.sleep(0.1)
+            await ready_replicas(server, "echo", replicas)
             yield server
 
 
-async def _is_whole(server: Server, replicas: int) -> bool:
-    http = server.http()
-    try:
-        status = msgspec.json.decode((await http.fetch("/admin/models/echo"))[1])
-    finally:
-        http.close()
-    ready = [each for each in status["replicas"] if each["state"] == "ready"]
-    return len(ready) == replicas
+async def ready_replicas(server: Server, model: str, number: int) -> None:
+    """Wait until so many replicas of a model are loaded."""
+    while True:
+        http = server.http()
+        try:
+            status = msgspec.json.decode((await http.fetch(f"/admin/models/{model}"))[1])
+        finally:
+            http.close()
+        if sum(each["state"] == "ready" for each in status["replicas"]) == number:
+            return
+        await asyncio.sleep(0.1)
 
 
 async def at_each(clients: Sequence[Program], url: str, bodies: Sequence[dict[str, Any]]) -> None:

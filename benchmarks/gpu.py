@@ -8,7 +8,8 @@ The model has random weights and is generated here; nothing is downloaded. Each 
 tokenizer is measured. First the engine runs alone; then the servers are started and measured in
 turn, A B, B A, by client processes that only record when bytes arrive. Each has its share of the
 GPU. Servers are `vllm`, `vllm-rust` (its front end in Rust), `headrace`, and `headrace:2` with two
-fronts.
+fronts. With `--replicas`, the model of each `headrace` is loaded that often, each replica on a GPU of
+its own.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ import psutil
 
 import gpu_model
 import report
+from fronts import ready_replicas
 from headrace.lab import drive, load
-from headrace.lab.bench.runner import served_models
 from headrace.lab.drive import Server
 from headrace.lab.figures import percentile
 
@@ -80,6 +81,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=4, help="client processes")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--share", type=float, default=0.45, help="of the GPU, for each server")
+    parser.add_argument("--replicas", type=int, default=1, help="of the model, for headrace")
     parser.add_argument("--servers", default="vllm,headrace", help="what is measured, in turn")
     parser.add_argument("--cpu", action="store_true", help="use no GPU, to test this program")
     return parser.parse_args()
@@ -208,15 +210,18 @@ async def _headrace(bench: Bench, side: str, fronts: int) -> AsyncGenerator[Side
         settings = {"load_format": "dummy", "gpu_memory": given.share}
         if given.cpu:
             settings = {"load_format": "dummy", "eager": True, "kv_cache_bytes": 256 << 20}
-    flags = ("--engine", bench.engine, "--max-queued", str(2 * given.requests))
-    flags += ("--context-length", str(2 * given.most + 64), "--fronts", str(fronts))
-    command = drive.serve(str(bench.folder), *flags, options=settings)
+    options = ", ".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
+    file = bench.folder / "headrace.toml"
+    file.write_text(
+        f"[models.m]\nmodel = {json.dumps(str(bench.folder))}\n"
+        f"engine = {json.dumps(bench.engine)}\nreplicas = {given.replicas}\nmax_queued = {2 * given.requests}\n"
+        f"context_length = {2 * given.most + 64}\noptions = {{ {options} }}\n"
+    )
+    command = drive.serve("--config", str(file), "--fronts", str(fronts))
     run = drive.server(command, _OFFLINE, ready="/health/ready", start_s=_START_S)
     async with run as server:
-        http = server.http()
-        (model,) = await served_models(http)
-        http.close()
-        yield Side(side, server, model)
+        await ready_replicas(server, "m", given.replicas)
+        yield Side(side, server, "m")
 
 
 async def _turn(

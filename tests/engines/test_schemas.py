@@ -21,6 +21,7 @@ from tests.engines.schemas import SPECIAL, Maker
 
 from headrace import AsyncModelWorker
 from headrace.core.errors import InvalidRequest
+from headrace.core.options import ModelOptions
 
 
 @pytest.fixture(scope="module")
@@ -162,14 +163,15 @@ async def test_many_random_schemas(smol: AsyncModelWorker) -> None:
 
 
 @pytest.mark.engines
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", [4, pytest.param(50, marks=pytest.mark.slow)])
-async def test_random_schemas_by_transformers(smollm2_path: Path, number: int) -> None:
+async def test_random_schemas_by_transformers(smollm2_path: Path) -> None:
     """Issue 13, shown 3: the same on another engine, whose sampler asks llguidance itself."""
     from tests import models_made
 
     folder = str(models_made.smollm2(smollm2_path))
-    async with AsyncModelWorker(folder, engine="transformers", context_length=512) as model:
-        tally = await tried(model, range(number))
-    assert tally.finished >= number / 2
-    assert tally.refused <= number / 4
+    options: ModelOptions = {"engine": "transformers", "context_length": 512}
+    async with AsyncModelWorker(folder, isolate=False, **options) as model:
+        tally = await tried(model, range(50))
+    assert tally.finished >= 25
+    assert tally.refused <= 12

@@ -12,7 +12,7 @@ from tests.conftest import TEST_ROUNDS
 from tests.service.leaving import body, leave, wait_for_the_slot
 from tests.service.serving import Service, served
 
-ROUNDS = TEST_ROUNDS or 8
+ROUNDS = TEST_ROUNDS or 4
 
 
 @pytest.fixture(scope="module")

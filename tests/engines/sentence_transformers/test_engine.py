@@ -21,7 +21,7 @@ from headrace.core.errors import (
     OutOfMemory,
     Unsupported,
 )
-from headrace.core.options import EmbedOptions
+from headrace.core.options import EmbedOptions, ModelOptions
 from headrace.engines import plan
 from headrace.engines.sentence_transformers import Engine, footprint
 from headrace.worker.encode import _shaped
@@ -128,7 +128,7 @@ async def test_prompts_of_the_model_come_before_the_text(minilm_path: Path, tmp_
     path = with_prompts(minilm_path, tmp_path / "model")
     model = SentenceTransformer(str(path), device="cpu", local_files_only=True)
     texts = [*map(str, TEXTS[:2])]
-    async with AsyncModelWorker(str(path), device="cpu") as worker:
+    async with AsyncModelWorker(str(path), device="cpu", isolate=False) as worker:
         cases: list[tuple[EmbedOptions, Any]] = [
             ({"prompt_name": "query"}, model.encode(texts, prompt_name="query")),
             ({"input_type": "query"}, model.encode_query(texts)),
@@ -139,8 +139,9 @@ async def test_prompts_of_the_model_come_before_the_text(minilm_path: Path, tmp_
             assert np.abs(np.array(await worker.embed(texts, **options)) - expected).max() < 1e-5
         with pytest.raises(InvalidRequest, match="it has document, query"):
             await worker.embed(texts, prompt_name="nobody")
+    unknown: ModelOptions = {"device": "cpu", "prompt_name": "nobody"}
     with pytest.raises(ConfigError, match="it has document, query"):
-        await AsyncModelWorker(str(path), device="cpu", prompt_name="nobody").start()
+        await AsyncModelWorker(str(path), isolate=False, **unknown).start()
 
 
 async def test_a_pooling_without_the_prompt(minilm_path: Path, tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ async def test_a_pooling_without_the_prompt(minilm_path: Path, tmp_path: Path) -
 
     path = with_prompts(minilm_path, tmp_path / "model", "query", include_prompt=False)
     expected = SentenceTransformer(str(path), device="cpu", local_files_only=True).encode(["a b"])
-    async with AsyncModelWorker(str(path), device="cpu") as worker:
+    async with AsyncModelWorker(str(path), device="cpu", isolate=False) as worker:
         assert np.abs(np.array(await worker.embed(["a b"])) - expected).max() < 1e-5
         with pytest.raises(Unsupported, match="setting prompt_name"):
             await worker.embed(["a b"], prompt_name="document")

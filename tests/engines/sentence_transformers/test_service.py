@@ -17,6 +17,7 @@ from headrace.api.app import create_app
 from headrace.api.limits import ApiSettings
 from headrace.core.errors import ContextOverflow
 from headrace.core.model import ModelFile, ModelSpec
+from headrace.core.options import ModelOptions
 from headrace.core.request import EmbedRequest, RerankRequest
 from headrace.engines.openvino import convert
 from headrace.models.inspect import inspect
@@ -26,6 +27,7 @@ from headrace.worker.spec import WorkerSpec, open_request
 pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("default")]
 
 
+@pytest.mark.slow
 async def test_it_serves_many_clients(minilm_path: Path, home: Path) -> None:
     """E: single texts of many clients get the vectors that one list gets; chat is refused."""
     spec = ModelSpec(name="m", model=str(minilm_path), engine="sentence_transformers", device="cpu")
@@ -105,7 +107,8 @@ def test_the_python_face(minilm_path: Path, ranker_path: Path, home: Path) -> No
             worker.embed(["word " * 400])
         raw = worker.embed_raw(["word " * 400], truncate=True)
         assert raw.usage.prompt_tokens == 256
-    with ModelWorker(str(ranker_path), engine="sentence_transformers", device="cpu") as worker:
+    options: ModelOptions = {"engine": "sentence_transformers", "device": "cpu"}
+    with ModelWorker(str(ranker_path), isolate=False, **options) as worker:
         ranking = worker.rerank("rivers", TEXTS).ranking
         assert sorted(one.index for one in ranking) == list(range(len(TEXTS)))
         assert [one.score for one in ranking] == sorted(

@@ -13,6 +13,7 @@ from tests.engines.transformers.conftest import opened
 from tests.pictures_made import broken, png, question
 
 from headrace.core.errors import ContextOverflow, InvalidRequest
+from headrace.core.options import ModelOptions
 from headrace.core.sampling import Sampling
 from headrace.engines.base import Admitted, EngineRequest
 from headrace.model_worker import AsyncModelWorker
@@ -90,7 +91,8 @@ async def test_broken_images_are_errors(seeing: Engine) -> None:
 
 async def test_a_conversation(folder: Path, home: Path) -> None:
     """The template has the content in parts, and the text cannot have the marker."""
-    async with AsyncModelWorker(str(folder), engine="transformers", context_length=128) as worker:
+    options: ModelOptions = {"engine": "transformers", "context_length": 128}
+    async with AsyncModelWorker(str(folder), isolate=False, **options) as worker:
         assert worker.metadata.capabilities.vision
         message = question("What is ", png(), "?")
         result = await worker.generate(messages=[message], max_tokens=3, temperature=0)

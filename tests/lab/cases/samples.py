@@ -381,7 +381,7 @@ SAMPLES = [
         kinds=("process", "pool"),
         settings=_SHORT,
         first=IMAGES,
-        further=frozenset({"images"}),
+        further=frozenset(),
         refused=_DRAFTS | {"infill"},
         name="transformers-images",
     ),
@@ -405,7 +405,7 @@ SAMPLES = [
     ),
     Sample("llamacpp", _path(str), "embed", ("process",), _SHORT, {"pooling": "mean"}),
     Sample("openvino", _path(_as_ir(_minilm)), "embed", ("worker",)),
-    Sample("sentence_transformers", _path(_minilm), "embed"),
+    Sample("sentence_transformers", _path(_minilm), "embed", ("worker", "pool")),
     Sample("sentence_transformers", _ranker, "rerank", further=frozenset()),
     Sample(
         "anthropic",
