@@ -8,8 +8,7 @@ The model has random weights and is generated here; nothing is downloaded. Each 
 tokenizer is measured. First the engine runs alone; then the servers are started and measured in
 turn, A B, B A, by client processes that only record when bytes arrive. Each has its share of the
 GPU. Servers are `vllm`, `vllm-rust` (its front end in Rust), `headrace`, and `headrace:2` with two
-fronts. With `--replicas`, the model of each `headrace` is loaded that often, each replica on a GPU of
-its own.
+fronts. With `--replicas`, `headrace` loads the model that often, each replica on a GPU of its own.
 """
 
 from __future__ import annotations
@@ -214,7 +213,8 @@ async def _headrace(bench: Bench, side: str, fronts: int) -> AsyncGenerator[Side
     file = bench.folder / "headrace.toml"
     file.write_text(
         f"[models.m]\nmodel = {json.dumps(str(bench.folder))}\n"
-        f"engine = {json.dumps(bench.engine)}\nreplicas = {given.replicas}\nmax_queued = {2 * given.requests}\n"
+        f"engine = {json.dumps(bench.engine)}\nreplicas = {given.replicas}\n"
+        f"max_queued = {2 * given.requests}\n"
         f"context_length = {2 * given.most + 64}\noptions = {{ {options} }}\n"
     )
     command = drive.serve("--config", str(file), "--fronts", str(fronts))
