@@ -179,11 +179,11 @@ def _made(gguf: Path) -> Path:
     return models_made.smollm2(gguf)
 
 
-HEAVY: list[Any] = [pytest.param("openvino", marks=pytest.mark.slow), "transformers"]
+HEAVY: list[Any] = ["openvino", "transformers"]
 if status("vllm").available:
     # It is there only in an environment that is made for it.
-    slow = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
-    HEAVY.append(pytest.param("vllm", marks=slow))
+    marks = [pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
+    HEAVY.append(pytest.param("vllm", marks=marks))
 QUICK = {
     "vllm": ("-o", "eager=true", "-o", f"kv_cache_bytes={1 << 28}", "-o", "dtype=float32"),
     # Two threads of torch spin on the core that the service and the client need.
@@ -192,6 +192,7 @@ QUICK = {
 
 
 @pytest.mark.engines
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", HEAVY)
 def test_heavy(engine: str, smollm2_path: Path) -> None:
     """W16, issue 5: times and counts of the other engines, counted by another's tokenizer too."""
