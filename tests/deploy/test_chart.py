@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -105,7 +106,8 @@ def test_names_lead_to_one_another() -> None:
         assert wanted == part["selector"]["matchLabels"].items()
     for name, part in (("headrace-node", NODE), ("headrace-front", FRONT)):
         budget = OBJECTS["PodDisruptionBudget", name]["spec"]
-        assert budget == {"maxUnavailable": 1, "selector": part["selector"]}
+        assert (budget["maxUnavailable"], budget["selector"]) == (1, part["selector"])
+        assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
     assert "headrace" in environ(FRONT)["HEADRACE_ALLOWED_HOSTS"].split(",")
 
 
@@ -168,6 +170,26 @@ def test_a_field_that_kubernetes_has_not_is_found(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "readynessProbe" in done.stdout + done.stderr
+
+
+@pytest.mark.deploy
+@helm
+def test_a_value_that_is_misspelt_is_found() -> None:
+    """Issue 15.4: the schema has all values of the chart, and no others."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+
+    def compare(schema: dict[str, Any], values: dict[str, Any]) -> None:
+        assert schema["additionalProperties"] is False
+        assert {*schema["properties"]} - {"global"} == {*values}
+        for name, value in values.items():
+            if "properties" in schema["properties"][name]:
+                compare(schema["properties"][name], value)
+
+    compare(schema, values)
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        rendered("--set", "node.replicas=3")
+    assert "'node' not allowed" in failed.value.stderr
 
 
 @pytest.fixture

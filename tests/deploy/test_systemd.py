@@ -7,12 +7,14 @@ import plistlib
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tests.conftest import ROOT
 
 from headrace.cli import unit
+from headrace.cli.app import run as cli
 
 FOLDER = ROOT / "deploy" / "systemd"
 UNITS = sorted(FOLDER.glob("*.service"))
@@ -80,6 +82,32 @@ def test_the_agent_of_a_user() -> None:
     assert agent["ProgramArguments"] == words
     assert agent["KeepAlive"] == {"SuccessfulExit": False}
     assert agent["ExitTimeOut"] == 45
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="launchd is always there")
+def test_a_user_without_a_systemd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue 15.5: as in a container, or after su: it says so, and leaves nothing half done."""
+    program = tmp_path / "systemctl"
+    program.write_text("#!/bin/sh\n[ $1 = --version ] || { echo No medium found >&2; exit 1; }\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    file = tmp_path / ".config/systemd/user/headrace.service"
+
+    assert cli(["service", "install", "echo"]) == 2
+    assert "enable-linger" in capsys.readouterr().err
+    assert not file.exists()
+
+    assert cli(["service", "install", "echo", "--no-start"]) == 0
+    assert "unknown (the systemd of this user is not reached)" in capsys.readouterr().out
+    assert file.read_text().startswith(f"# {unit.MARK}")
+
+    assert cli(["service", "uninstall"]) == 2
+    assert "enable-linger" in capsys.readouterr().err
+    assert file.exists(), "it may run"
 
 
 @pytest.mark.deploy

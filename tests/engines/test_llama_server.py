@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -214,6 +215,25 @@ def test_a_failed_load_has_its_reason(
     request = OpenRequest(model=opening.model, context_length=256, options=options)
     with pytest.raises(LoadFailed, match=reason):
         Engine(request)
+
+
+def test_a_folder_that_cannot_be_looked_into_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 17.1: as /home in a unit of systemd with ProtectHome, where every start failed."""
+    program = install(tmp_path / "there")
+    look = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if path.parent.name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return look(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    monkeypatch.setattr(executables, "_FOLDERS", (str(tmp_path / "closed"), str(program.parent)))
+    monkeypatch.setattr(executables, "_beside", lambda: tmp_path / "nowhere")
+    monkeypatch.setenv("PATH", "")
+    assert executables.search() == [program]
 
 
 def test_executables_are_found_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

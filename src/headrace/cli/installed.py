@@ -28,7 +28,10 @@ _TIMEOUT_S = 90
 
 
 class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What the supervisor reports: `state` is `active`, `failed`, ... or `not installed`."""
+    """What the supervisor reports: `state` is `active`, `failed`, ... or `not installed`.
+
+    It is `unknown` where the systemd of this user cannot be reached.
+    """
 
     file: str
     state: str
@@ -82,11 +85,13 @@ def install(
     supervisor = _supervisor(os.environ)
     _refuse_foreign(supervisor.file)
     supervisor.call("help" if supervisor.is_launchd else "--version")
+    if start:
+        _demand_reached(supervisor, "; --no-start writes the unit alone")
     supervisor.file.parent.mkdir(parents=True, exist_ok=True)
     supervisor.file.write_bytes(_content(supervisor, settings, common, models or []))
     if start:
         _start(supervisor)
-    elif not supervisor.is_launchd:
+    elif not supervisor.is_launchd and _is_reached(supervisor):
         supervisor.call("--user", "daemon-reload")
     for note in _notes(supervisor):
         terminal.note(note)
@@ -98,6 +103,7 @@ def uninstall(common: Common) -> None:
     supervisor = _supervisor(os.environ)
     if supervisor.file.exists():
         _refuse_foreign(supervisor.file)
+        _demand_reached(supervisor)
         if supervisor.is_launchd:
             supervisor.call("bootout", f"{_domain()}/{unit.NAME}", check=False)
             supervisor.file.unlink()
@@ -123,6 +129,22 @@ def _supervisor(environ: Mapping[str, str]) -> _Supervisor:
         return _Supervisor("launchctl", home / "Library/LaunchAgents" / f"{unit.NAME}.plist")
     folder = Path(environ.get("XDG_CONFIG_HOME") or home / ".config")
     return _Supervisor("systemctl", folder / "systemd/user" / f"{unit.NAME}.service")
+
+
+def _is_reached(supervisor: _Supervisor) -> bool:
+    """Whether it answers: in a container, or after `su`, a user may have no systemd."""
+    return supervisor.is_launchd or bool(
+        supervisor.call("--user", "show", "--property=Version", check=False)
+    )
+
+
+def _demand_reached(supervisor: _Supervisor, otherwise: str = "") -> None:
+    if not _is_reached(supervisor):
+        raise ConfigError(
+            "The systemd of this user is not reached: log in as this user instead of with su or "
+            "sudo, or run `loginctl enable-linger` and set "
+            f"XDG_RUNTIME_DIR=/run/user/{os.getuid()}{otherwise}."
+        )
 
 
 def _refuse_foreign(file: Path) -> None:
@@ -197,6 +219,9 @@ def _status(supervisor: _Supervisor) -> ServiceStatus:
             enabled=bool(facts),
             pid=int(facts.get("pid", 0)) or None,
         )
+    if not _is_reached(supervisor):
+        text = "the systemd of this user is not reached"
+        return ServiceStatus(file=file, state="unknown", text=text)
     wanted = "--property=ActiveState,UnitFileState,MainPID,StatusText"
     facts = _pairs(supervisor.call("--user", "show", supervisor.file.name, wanted), "=")
     return ServiceStatus(

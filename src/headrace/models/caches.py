@@ -113,7 +113,7 @@ def _layers(manifest: Path) -> dict[str, str]:
 def _blob(store: Path, digest: str | None) -> Path | None:
     path = store / "blobs" / digest.replace(":", "-") if digest else None
     # A blob of another user may not be read.
-    return path if path and path.is_file() and os.access(path, os.R_OK) else None
+    return path if path and os.access(path, os.R_OK) and path.is_file() else None
 
 
 def _modelfile(store: Path, layers: Mapping[str, str]) -> str:

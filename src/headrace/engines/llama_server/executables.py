@@ -71,7 +71,8 @@ def search() -> list[Path]:
     """Return all executables that run, without being named, the first of PATH first."""
     unique: dict[Path, Path] = {}
     for path in _places():
-        if path.is_file() and os.access(path, os.X_OK):
+        # First: is_file fails in a folder that may not be entered, as /home under ProtectHome.
+        if os.access(path, os.X_OK) and path.is_file():
             unique.setdefault(path.resolve(), path)
     return [*filter(version, unique.values())]
 
