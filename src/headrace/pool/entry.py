@@ -348,11 +348,11 @@ class ModelEntry:
         self.failures.reset()
         self.clear_wanted()
 
-    def apply(self, spec: ModelSpec) -> list[Replica]:
-        """Serve another specification; return the replicas that only finish their requests."""
+    def apply(self, spec: ModelSpec, *, in_place: bool = False) -> list[Replica]:
+        """Serve another specification (workers do if `in_place`); return the retired replicas."""
         old, self.spec = self.spec, spec
         self.keep_alive = spec.keep_alive
-        if not needs_new_worker(old, spec):
+        if in_place or not needs_new_worker(old, spec):
             self._resize(spec)
             return [replica for replica in self.retired if replica.unloading is None]
         retiring, self.replicas = self.replicas, self._new_replicas(spec)
