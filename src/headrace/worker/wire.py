@@ -57,9 +57,9 @@ class Ask(Message, frozen=True, tag="ask"):
 
 
 class Adapt(Message, frozen=True, tag="adapt"):
-    """Parent: change to the adapters of `spec`, which differs in nothing else. The reply is an Ended.
+    """Parent: change to the adapters of `spec`, which differs in nothing else.
 
-    Its error is Unsupported where only a new worker can have them.
+    The reply is an Ended, with Unsupported if only a new worker can have them.
     """
 
     id: int
