@@ -10,7 +10,7 @@ from tests.pool.rig import Machine, answer, ask, clock, counted, run, spec
 from tests.pool.test_admin import Service, begun, outcome
 
 from headrace.core.adapter import Adapter
-from headrace.core.errors import ConfigError
+from headrace.core.errors import ConfigError, Draining, LoadFailed
 from headrace.core.model import ModelSpec
 
 ONE, TWO = Adapter(source="one"), Adapter(source="two")
@@ -72,6 +72,100 @@ def test_others_are_replaced(adapts: bool, budget: int) -> None:
         assert await outcome(running) == counted(20)
         assert service.machine.loads == (1 if adapts else 2)
         assert service.machine.peak <= budget
+        await service.aclose()
+
+    run(main())
+
+
+def test_new_workers_come_before_the_old_ones_go() -> None:
+    """Issue 17.4: where both fit, no request waits for the load, and the names appear after it."""
+
+    async def main() -> None:
+        service = adapting(adapts=False, replicas=2)
+        service.machine.load_s["a"] = 5.0
+        await service.admin.load("a")
+        await asyncio.sleep(10)
+        changing = asyncio.create_task(update(service, one=ONE, two=TWO))
+        for _ in range(9):
+            began = clock()
+            await answer(service.pool, ask("a:one"))
+            assert clock() - began == pytest.approx(0.5)
+            assert names(service) == ["a", "a:one"]
+        running = begun(service, "a:one")
+        await changing
+        assert service.states() == {"a": "ready"}
+        assert (await answer(service.pool, ask("a:two")))[0] == counted(5)
+        assert await outcome(running) == counted(20)
+        await asyncio.sleep(5)
+        assert service.machine.loads == len(service.machine.workers) == 4
+        assert service.pool.ledger.booked() == {"cpu": 24}
+        assert service.machine.peak == 46
+        await service.aclose()
+
+    run(main())
+
+
+def test_a_load_that_fails_changes_nothing() -> None:
+    """Issue 17.4: the model goes on without what its engine refuses."""
+
+    async def main() -> None:
+        service = adapting(adapts=False)
+        await service.admin.load("a")
+        service.machine.fail_load["a"] = LoadFailed("The library refused it.")
+        with pytest.raises(ConfigError, match="The library refused it"):
+            await update(service, two=TWO)
+        assert (await answer(service.pool, ask("a:one")))[0] == counted(5)
+        assert (names(service), service.states()) == (["a", "a:one"], {"a": "ready"})
+        assert service.pool.ledger.booked() == {"cpu": 11}
+        await service.aclose()
+
+    run(main())
+
+
+def test_what_comes_between() -> None:
+    """Issue 17.4: another adapter, another setting, an unload and the end, while a worker loads."""
+
+    async def main() -> None:
+        service = adapting(adapts=False)
+        service.machine.load_s["a"] = 5.0
+        await service.admin.load("a")
+        await asyncio.gather(
+            service.admin.update("a", {"adapters": {"two": TWO}}),
+            service.admin.update("a", {"options": {"x": 1}}),
+        )
+        assert (await answer(service.pool, ask("a:two")))[0] == counted(5)
+        await asyncio.sleep(20)
+        assert service.machine.loads == 3
+        assert len(service.machine.held) == 1
+        for interrupt in (service.admin.unload("a"), service.pool.aclose()):
+            await service.admin.load("a") if service.states()["a"] != "ready" else None
+            changing = asyncio.create_task(update(service, one=ONE, more=ONE))
+            await asyncio.sleep(2)
+            assert service.pool.entry("a").coming
+            await interrupt
+            with pytest.raises(Draining):
+                await changing
+            assert service.machine.held == {}
+            assert not service.pool.entry("a").coming
+        service.state.close()
+
+    run(main())
+
+
+def test_one_who_asked_and_has_gone() -> None:
+    """Issue 17.4: what was loaded for it is unloaded."""
+
+    async def main() -> None:
+        service = adapting(adapts=False)
+        service.machine.load_s["a"] = 5.0
+        await service.admin.load("a")
+        changing = asyncio.create_task(update(service, two=TWO))
+        await asyncio.sleep(2)
+        changing.cancel()
+        await asyncio.wait({changing})
+        await asyncio.sleep(5)
+        assert len(service.machine.held) == 1
+        assert (await answer(service.pool, ask("a:one")))[0] == counted(5)
         await service.aclose()
 
     run(main())

@@ -8,14 +8,21 @@ from collections.abc import Generator, Mapping
 
 import msgspec
 
-from headrace.core.errors import ConfigError, LoadFailed, OutOfMemory, WorkerDied
+from headrace.core.errors import (
+    ConfigError,
+    DoesNotFit,
+    Draining,
+    LoadFailed,
+    OutOfMemory,
+    WorkerDied,
+)
 from headrace.core.model import ModelSpec, needs_new_worker
 from headrace.core.status import Footprint
 from headrace.machine import HOST
 from headrace.pool.entry import ModelEntry
 from headrace.pool.ledger import Ledger, named, to_book
 from headrace.pool.loader import Loader
-from headrace.pool.memory import describe_bytes
+from headrace.pool.memory import Unwanted, describe_bytes
 from headrace.pool.replica import Replica
 
 _PART = "adapters"
@@ -54,8 +61,7 @@ async def adapted(loader: Loader, entry: ModelEntry, spec: ModelSpec) -> bool:
         ConfigError: an engine refuses one.
     """
     old, replicas = entry.spec, [replica for replica in entry.replicas if not replica.is_empty]
-    others = msgspec.structs.replace(old, adapters=spec.adapters)
-    if needs_new_worker(others, spec) or not needs_new_worker(old, spec):
+    if not _is_of_adapters(old, spec):
         return False
     if not replicas or not all(replica.takes_requests for replica in replicas):
         return False
@@ -78,6 +84,58 @@ async def adapted(loader: Loader, entry: ModelEntry, spec: ModelSpec) -> bool:
     return False
 
 
+def goes_ahead(entry: ModelEntry, spec: ModelSpec) -> bool:
+    """Whether the old workers can serve until the new ones are loaded: only adapters differ."""
+    return entry.is_ready and spec.enabled and _is_of_adapters(entry.spec, spec)
+
+
+async def load_ahead(loader: Loader, entry: ModelEntry, spec: ModelSpec) -> None:
+    """Load workers with other adapters beside those that serve, as `entry.coming`.
+
+    They are as many as there is free memory for.
+
+    Raises:
+        ConfigError: one could not be loaded.
+    """
+    try:
+        for replica in entry.new_replicas(spec):
+            entry.coming.append(replica)
+            if not await _is_loaded(loader, entry, replica):
+                entry.coming.remove(replica)
+                return
+    except BaseException as error:
+        give_up(loader, entry)
+        if isinstance(error, LoadFailed | OutOfMemory | WorkerDied):
+            raise ConfigError(error.message, param="adapters", detail=error.detail) from error
+        raise
+
+
+def give_up(loader: Loader, entry: ModelEntry) -> None:
+    """Unload the replicas that were to come."""
+    coming, entry.coming = entry.coming, []
+    entry.retired.update(replica for replica in coming if not replica.is_empty)
+    loader.unload_idle(entry)
+
+
+async def _is_loaded(loader: Loader, entry: ModelEntry, replica: Replica) -> bool:
+    work = loader.load(entry, replica, may_evict=False)
+    loading = asyncio.create_task(work, name=f"load {replica.key}")
+    replica.begin_loading(loading)
+    try:
+        await asyncio.wait({loading})
+        if loading.cancelled():
+            raise Draining(f"{entry.spec.name}: the load of its other adapters was given up.")
+        await loading
+    except (Unwanted, DoesNotFit):
+        return False
+    finally:
+        loading.cancel()
+        await asyncio.wait({loading})
+        replica.loading_ended()
+        loader.memory.notify()
+    return True
+
+
 async def _undo(changed: Mapping[Replica, Footprint | None], old: ModelSpec) -> None:
     for replica, had in changed.items():
         replica.configure(old)
@@ -87,6 +145,12 @@ async def _undo(changed: Mapping[Replica, Footprint | None], old: ModelSpec) -> 
         with contextlib.suppress(LoadFailed, OutOfMemory, WorkerDied):
             if replica.worker is not None:
                 await replica.worker.adapt(replica.placed_spec)
+
+
+def _is_of_adapters(old: ModelSpec, new: ModelSpec) -> bool:
+    """Whether the adapters are all that a worker notices of a change."""
+    others = msgspec.structs.replace(old, adapters=new.adapters)
+    return needs_new_worker(old, new) and not needs_new_worker(others, new)
 
 
 async def _change(ledger: Ledger, replica: Replica, spec: ModelSpec, need: Footprint) -> bool:
