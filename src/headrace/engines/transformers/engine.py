@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import transformers
 
@@ -132,7 +133,7 @@ class Engine(TokenizerMixin):
             self._processor = _processor(path, trusted=trusted)
         sees = self._processor is not None
         self._model, self._tokenizer = _load(path, device, arguments, trusted=trusted, sees=sees)
-        planned = plan_cache(request, options, device)
+        planned = plan_cache(_with_memory(request, device), options, device)
         self._vocabulary = Vocabulary(
             self._tokenizer, self._model.get_input_embeddings().num_embeddings
         )
@@ -244,6 +245,18 @@ class Engine(TokenizerMixin):
         if matcher.is_error():
             raise GenerationFailed("The grammar was not compiled.", detail=matcher.get_error())
         return matcher
+
+
+def _with_memory(request: OpenRequest, device: str) -> OpenRequest:
+    """Return a request with the memory of AMD's GPU, of which the service knows no budget.
+
+    Its list of GPUs is NVIDIA's.
+    """
+    if not (torch.version.hip and device.startswith("cuda")):
+        return request
+    free, _ = torch.cuda.mem_get_info(device)
+    # What the model takes of it already is part of the plan.
+    return msgspec.structs.replace(request, memory=free + torch.cuda.memory_reserved(device))
 
 
 def _processor(path: str, *, trusted: bool) -> Any:
