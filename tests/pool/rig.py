@@ -93,6 +93,7 @@ class Machine:
         self.peak = 0
         self.loading = self.most_loading = 0
         self.loads = 0
+        self.adapts = False
         self.sizes: dict[str, int] = {}
         self.load_s: dict[str, float] = {}
         self.fail_load: dict[str, HeadraceError] = {}
@@ -110,10 +111,15 @@ class Machine:
     def footprint(self, spec: ModelSpec, on_progress: OnProgress) -> Footprint:
         on_progress("looking", 0, 0)
         return Footprint(
-            devices={"cpu": self.sizes.get(spec.name, 10)},
+            devices={"cpu": self.size_of(spec)},
+            parts={"adapters": len(spec.adapters)},
             load_s=self.load_s.get(spec.name, 1.0),
             max_running=spec.max_running or 2,
         )
+
+    def size_of(self, spec: ModelSpec) -> int:
+        """Return the size of a model, and 1 for each of its adapters."""
+        return self.sizes.get(spec.name, 10) + len(spec.adapters)
 
     def remember(self, spec: ModelSpec, devices: dict[str, int], load_s: float) -> None:
         assert devices
@@ -147,6 +153,7 @@ class FakeWorker:
         self.failure: HeadraceError | None = None
         self.broken: HeadraceError | None = None
         self.late: HeadraceError | None = None
+        self.refuses = False
         self.asked: list[GenerateRequest] = []
         machine.workers.append(self)
 
@@ -159,7 +166,7 @@ class FakeWorker:
         machine.loads += 1
         machine.loading += 1
         machine.most_loading = max(machine.most_loading, machine.loading)
-        machine.take(self, machine.sizes.get(name, 10))
+        machine.take(self, machine.size_of(self.spec))
         self.state = "loading"
         try:
             with contextlib.suppress(TimeoutError):
@@ -180,6 +187,20 @@ class FakeWorker:
     @property
     def held(self) -> Mapping[str, int]:
         return {"cpu": self.machine.held[self]} if self in self.machine.held else {}
+
+    async def adapt(self, spec: ModelSpec) -> bool:
+        """Take and drop adapters, of one size each; one whose file is "bad" is refused."""
+        machine = self.machine
+        if not machine.adapts:
+            return False
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.died.wait(), 0.1)
+            raise WorkerDied("was killed")
+        if self.refuses or any(adapter.source == "bad" for adapter in spec.adapters.values()):
+            raise LoadFailed("The library refused it.")
+        self.spec = spec
+        machine.take(self, machine.size_of(spec))
+        return True
 
     async def memory(self) -> dict[str, int]:
         return {"cpu": self.machine.held[self]} if self in self.machine.held else {}

@@ -218,6 +218,40 @@ def test_as_vllm_loads_and_unloads(http: httpx.Client, folder: Path) -> None:
     assert "sql" not in listed(http)
 
 
+def ready(http: httpx.Client) -> list[int]:
+    """The processes that answer for the model."""
+    (model,) = http.get("/admin/models").json()["models"]
+    return [each["pid"] for each in model["replicas"] if each["state"] == "ready"]
+
+
+def test_a_configuration_that_is_read_again(http: httpx.Client, folder: Path) -> None:
+    """Issue 17.4, W32: what does not fit is refused with its reason, and all go on serving."""
+    path, configured = folder / "headrace.toml", {"model": "tiny", "settings": {"adapters": None}}
+    assert http.post("/admin/models/update", json=configured).status_code == 200
+    before = completed(http, "tiny")
+    (folder / "damaged.gguf").write_bytes((folder / "one.gguf").read_bytes()[:100])
+    gguf_adapter(folder / "wide.gguf", 1, layers={"blk.0.attn_k.weight": (64, 32)})
+    worker = ready(http)
+    try:
+        for wrong, reason in (
+            ('"./none.gguf"', "none.gguf"),
+            ('"./damaged.gguf"', "Adapter one: "),
+            ('"./wide.gguf"', "is 32 x 32 in the model, and 64 x 32 in it"),
+            (
+                '{source = "./one.gguf", name = "second"}',
+                "models.tiny.adapters: second is the name of an alias or adapter of tiny",
+            ),
+        ):
+            path.write_text(FILE.replace('one = "./one.gguf"', f"one = {wrong}"))
+            refused = http.post("/admin/reload")
+            assert (refused.status_code, reason in refused.text) == (400, True), refused.text
+            assert completed(http, "tiny") == before
+    finally:
+        path.write_text(FILE)
+    assert http.post("/admin/reload").status_code == 200
+    assert ready(http) == worker
+
+
 def test_by_command(
     service: Service,
     folder: Path,

@@ -6,12 +6,13 @@ import random
 from typing import Any
 
 import pytest
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.schema import Schema, check
 from headrace.text.grammar import schema_grammar
 from headrace.worker.compiling import checked, compiled
+from headrace.worker.exact import Refused
 from headrace.worker.matchers import from_package
 
 TINY = {"exclusiveMinimum": 0, "exclusiveMaximum": 1e-9}
@@ -65,22 +66,76 @@ def _allows(schema: Schema, text: str) -> bool:
     return from_package(schema_grammar(schema)).accepts(text.encode())
 
 
-@pytest.mark.parametrize("factor", [997, 1000])
-@pytest.mark.parametrize("kind", ["integer", "number"])
-def test_large_multiples_are_enforced_to_the_last_digit(kind: str, factor: int) -> None:
-    """Issue 13: the compiler gives up within numbers of larger multiples, which are refused."""
-    schema: Any = {"type": kind, "multipleOf": factor, "minimum": 1, "maximum": 10**15}
+class _Digits:
+    """A vocabulary with all numbers of up to three digits as tokens, as that of Llama 3."""
+
+    def __init__(self) -> None:
+        longer = [f"{number:0{size}}".encode() for size in (2, 3) for number in range(10**size)]
+        self.tokens = [bytes([byte]) for byte in range(256)] + longer + [b"<|end|>"]
+        self.eos_token_id = len(self.tokens) - 1
+        self.bos_token_id = self.unk_token_id = None
+        self.special_token_ids = [self.eos_token_id]
+
+    def __call__(self, text: str) -> list[int]:
+        return [*text.encode()]
+
+
+@pytest.fixture(scope="module")
+def digits() -> LLTokenizer:
+    return LLTokenizer(TokenizerWrapper(_Digits()))
+
+
+def _multiple(factor: float, **bounds: float) -> dict[str, Any]:
+    kind = "integer" if isinstance(factor, int) else "number"
+    return {"type": kind, "multipleOf": factor, **bounds}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        _multiple(997),
+        _multiple(1000),
+        _multiple(997, minimum=1, maximum=99_999),
+        _multiple(300, minimum=1, maximum=10**15),
+        _multiple(0.01, minimum=0, maximum=1_000_000),
+        _multiple(0.125),
+    ],
+)
+def test_multiples_are_enforced_to_the_last_digit(schema: Schema, digits: LLTokenizer) -> None:
+    """Issue 13: with tokens of three digits, of which a compiler has to foresee a thousand."""
     check(schema)
-    grammar = schema_grammar(schema)
-    chance = random.Random(1)
-    for _ in range(20):
-        matcher = LLMatcher(LLTokenizer("byte"), grammar)
-        for _ in range(15):
+    compiled(schema, from_package)
+    grammar, chance = schema_grammar(schema), random.Random(1)
+    for _ in range(5):
+        matcher = LLMatcher(digits, grammar)
+        for _ in range(6):
             allowed = matcher.compute_logit_bias()
             assert not matcher.is_error(), matcher.get_error()
-            digits = [code for code in b"0123456789" if allowed[code]]
-            if not digits:
+            tokens = [token for token in range(356, 1356) if allowed[token]]
+            if not tokens:
                 break
-            assert matcher.consume_token(chance.choice(digits))
+            assert matcher.consume_token(chance.choice(tokens))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        _multiple(499, minimum=1, maximum=10**15),
+        _multiple(797, minimum=1, maximum=10**7),
+        _multiple(997, minimum=-(10**6), maximum=0),
+        _multiple(99.99),
+        _multiple(0.3337),
+    ],
+)
+def test_multiples_at_which_compilers_give_up_are_refused(schema: Schema) -> None:
+    """Issue 13: when the request comes in, by the path; the answer ended with an error."""
+    check(schema)
+    with pytest.raises(Refused, match="smaller multipleOf") as refused:
+        compiled({"properties": {"a": schema}}, from_package)
+    assert refused.value.path == ("properties", "a", "multipleOf")
+
+
+def test_larger_multiples_are_refused_at_once() -> None:
+    """Issue 13: compilers give up at them within numbers of any length."""
     with pytest.raises(InvalidRequest, match="multipleOf"):
-        check({**schema, "multipleOf": 1001})
+        check(_multiple(1001))

@@ -46,7 +46,7 @@ from headrace.core.request import CountRequest, DetokenizeRequest
 from headrace.core.stream import collect, collect_count, collect_text
 from headrace.log import LogSettings
 from headrace.worker.process import WorkerProcess
-from headrace.worker.spawn import Scratch, sweep
+from headrace.worker.scratch import Scratch, sweep
 
 
 @pytest.fixture(autouse=True)
@@ -353,7 +353,7 @@ async def test_closing_a_stream_in_any_phase_frees_all(phase: str) -> None:
 PARENT = """
 import asyncio, sys
 from headrace.worker.process import WorkerProcess
-from headrace.worker.spawn import Scratch, sweep
+from headrace.worker.scratch import Scratch, sweep
 from tests.worker.rig import ask, children, echo, listed, resolve, until
 async def main():
     one = WorkerProcess(echo(**{options}), resolve)

@@ -64,6 +64,7 @@ DOWN: list[Any] = [
     wire.Ask(5, EmbedRequest(inputs=("a", (1, 2)), dimensions=3, truncate=True)),
     wire.Ask(6, RerankRequest(query="a", documents=("b", "c"), top_n=1)),
     wire.Cancel(1),
+    wire.Adapt(7, SPEC),
     wire.Ask(3, CountRequest(text="a")),
     wire.Ask(4, DetokenizeRequest(token_ids=(1,))),
     wire.Close(1.5),

@@ -376,14 +376,14 @@ def _distinct(models: Mapping[str, ModelSpec], path: Path | None) -> None:
     seen = dict.fromkeys(models, "a model")
     for name, model in models.items():
         for alias in model.names[1:]:
+            key = "adapters" if alias in model.adapter_names else "aliases"
             if not sources.is_name(alias):
                 raise ConfigError(
-                    f"file {path}: models.{name}.aliases: {alias!r}: {sources.NAMES}.",
-                    param="aliases",
+                    f"file {path}: models.{name}.{key}: {alias!r}: {sources.NAMES}.", param=key
                 )
             if alias in seen:
                 raise ConfigError(
-                    f"file {path}: models.{name}.aliases: {alias} is the name of {seen[alias]}.",
-                    param="aliases",
+                    f"file {path}: models.{name}.{key}: {alias} is the name of {seen[alias]}.",
+                    param=key,
                 )
-            seen[alias] = f"an alias of {name}"
+            seen[alias] = f"an alias or adapter of {name}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -84,13 +84,13 @@ def _checked(name: str, value: object) -> Adapter:
     return Adapter(source=source, scale=float(scale), name=own)
 
 
-def check_known(adapter: str, adapters: Mapping[str, Adapter]) -> None:
+def check_known(adapter: str, adapters: Iterable[str]) -> None:
     """Check that an adapter is one of those of a model; no name is the model alone.
 
     Raises:
         UnknownModel: it is not.
     """
-    if adapter and adapter not in adapters:
+    if adapter and adapter not in {*adapters}:
         listed = ", ".join(adapters) or "none"
         raise UnknownModel(f"The model has no adapter {adapter!r}; it has {listed}.", param="model")
 

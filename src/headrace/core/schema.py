@@ -32,7 +32,7 @@ MAX_NUMBER = 2**64
 MAX_MULTIPLE = 1000
 """Beyond some 4,000 the compiler gives up within long numbers, and the answer ends with an error.
 
-With a vocabulary that has tokens of three digits it does so for some from 499 on.
+With tokens of three digits it does so for smaller ones too, which `worker.exact` finds out.
 """
 MAX_PATTERN = 1024
 MAX_REPETITIONS = 4096

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
+from headrace.core.adapter import AdapterFile
 from headrace.core.events import PromptToken
 from headrace.engines.base import Engine, EngineFacts
 
@@ -53,6 +54,24 @@ class DraftSwitch(Protocol):
     @property
     def drafting(self) -> bool | None:
         """Whether tokens are drafted now; None if it is off as configured."""
+        ...
+
+
+@runtime_checkable
+class AdapterSwitch(Protocol):
+    """An engine that takes and drops adapters while it answers. No name is used twice."""
+
+    async def add_adapter(self, file: AdapterFile) -> None:
+        """Load an adapter; requests can name it then. After an error nothing has changed.
+
+        Raises:
+            Unsupported: only a model that is opened again can have it.
+            LoadFailed, OutOfMemory: the library refused.
+        """
+        ...
+
+    async def remove_adapter(self, name: str) -> None:
+        """Free an adapter, which no request uses any more."""
         ...
 
 

@@ -22,9 +22,10 @@ from headrace.core.library import LibraryEntry, LibraryFilter
 from headrace.core.measurement import Curve
 from headrace.core.model import ModelInfo, ModelSpec, needs_new_worker
 from headrace.core.status import ModelStatus, Plan, PoolEvent, PoolStatus, Reloaded, StoredModel
+from headrace.pool.adapting import adapted, check_adapters, give_up, goes_ahead, load_ahead
 from headrace.pool.entry import ModelEntry
 from headrace.pool.loader import Loader
-from headrace.pool.plan import check_adapters, plan_load
+from headrace.pool.plan import plan_load
 from headrace.pool.policy import Rules
 from headrace.pool.pool import Pool, header_of
 from headrace.pool.state import Remembered, StateFile
@@ -161,10 +162,24 @@ class PoolAdmin:
 
     async def update(self, model: str, changes: Mapping[str, Any]) -> ModelStatus:
         """Change settings; see `Admin`."""
-        async with self._lock:
-            entry = self.pool.entry(model)
-            await self._change(entry, changes)
+        entry = self.pool.entry(model)
+        # One change of a model after another; other models need not wait for its load.
+        async with entry.changing:
+            async with self._lock:
+                spec = await self._change(entry, changes, ahead=True)
+            if spec is not None:
+                await self._change_after_load(entry, changes, spec)
         return status_of(entry)
+
+    async def _change_after_load(
+        self, entry: ModelEntry, changes: Mapping[str, Any], spec: ModelSpec
+    ) -> None:
+        await load_ahead(self.pool.loader, entry, spec)
+        try:
+            async with self._lock:
+                await self._change(entry, changes)
+        finally:
+            give_up(self.pool.loader, entry)
 
     async def plan(self, model: str) -> Plan:
         """Return what a load would need and do; see `Admin`."""
@@ -189,9 +204,8 @@ class PoolAdmin:
         """Apply a changed configuration; see `Admin`."""
         async with self._lock:
             wanted = await asyncio.to_thread(self._reread)
-            self._specify = wanted.specify
-            self._drain_s = wanted.drain_s
             entries, pool = self.pool.entries, self.pool
+            before, self._specify = self._specify, wanted.specify
             specs = {spec.name: self._with_changes(spec.name, spec) for spec in wanted.specs}
             for name, entry in entries.items():
                 if entry.reference is not None and name not in specs:
@@ -203,6 +217,12 @@ class PoolAdmin:
                 for name, spec in specs.items()
                 if name in entries and entries[name].spec != spec
             )
+            try:
+                in_place = await self._adapted(specs, changed)
+            except HeadraceError:
+                self._specify = before
+                raise
+            self._drain_s = wanted.drain_s
             pool.loader.apply_rules(wanted.rules)
             # In place: Sizing reads the same dictionary.
             pool.ledger.budgets.clear()
@@ -214,11 +234,27 @@ class PoolAdmin:
                 if entry.preload and entry.spec.enabled:
                     pool.loader.ensure_loaded(entry, may_evict=False)
             for name in changed:
-                self._apply(entries[name], specs[name])
+                self._apply(entries[name], specs[name], in_place=name in in_place)
             pool.loader.memory.notify()
         pool.events.publish("reloaded", added=added, changed=changed, removed=removed)
         return Reloaded(
             added=added, changed=changed, removed=removed, needs_restart=wanted.needs_restart
+        )
+
+    async def _adapted(
+        self, specs: Mapping[str, ModelSpec], changed: Sequence[str]
+    ) -> frozenset[str]:
+        """Return the models whose workers have changed their adapters, after a check of all.
+
+        Raises:
+            ConfigError: an adapter does not go with its model.
+        """
+        loader, entries = self.pool.loader, self.pool.entries
+        for name in changed:
+            if entries[name].is_ready:
+                await check_adapters(loader, entries[name].spec, specs[name])
+        return frozenset(
+            [name for name in changed if await adapted(loader, entries[name], specs[name])]
         )
 
     def events(self) -> AsyncGenerator[PoolEvent, None]:
@@ -267,21 +303,32 @@ class PoolAdmin:
         self.pool.events.publish("added", spec.name, reference=reference)
         return entry
 
-    async def _change(self, entry: ModelEntry, changes: Mapping[str, Any]) -> None:
-        kept = self._kept.get(name := entry.spec.name, Remembered())
+    async def _change(
+        self, entry: ModelEntry, changes: Mapping[str, Any], *, ahead: bool = False
+    ) -> ModelSpec | None:
+        """Change settings; if `ahead`, return a specification that is worth a load before it."""
+        if self.pool.entries.get(name := entry.spec.name) is not entry:
+            raise UnknownModel(f"{name} is not served any more.")
+        kept = self._kept.get(name, Remembered())
         merged = kept.merged(changes)
         spec = msgspec.structs.replace(self._specify(entry.reference or name, merged), name=name)
         self.pool.check_names(spec)
         await check_adapters(self.pool.loader, entry.spec, spec)
+        in_place = await adapted(self.pool.loader, entry, spec)
+        if ahead and not in_place and goes_ahead(entry, spec):
+            return spec
+        if any(replica.spec != spec for replica in entry.coming):
+            give_up(self.pool.loader, entry)
         self._kept[name] = msgspec.structs.replace(kept, changes=merged)
-        self._apply(entry, spec)
+        self._apply(entry, spec, in_place=in_place)
         self.pool.events.publish("updated", name, changes=dict(changes))
         await self._store(entry)
+        return None
 
-    def _apply(self, entry: ModelEntry, spec: ModelSpec) -> None:
-        loader = self.pool.loader
-        was_ready, needs_worker = entry.is_ready, needs_new_worker(entry.spec, spec)
-        entry.apply(spec)
+    def _apply(self, entry: ModelEntry, spec: ModelSpec, *, in_place: bool) -> None:
+        loader, was_ready = self.pool.loader, entry.is_ready
+        needs_worker = not in_place and needs_new_worker(entry.spec, spec)
+        entry.apply(spec, in_place=in_place)
         self.pool.rebuild_names()
         if needs_worker:
             entry.reset()
@@ -294,6 +341,7 @@ class PoolAdmin:
         elif entry.is_ready or entry.is_wanted:
             loader.ensure_loaded(entry, may_evict=entry.is_wanted)
         loader.unload_idle(entry)
+        entry.grant()
 
     def _begin_load(self, entry: ModelEntry) -> None:
         # Until it is ready or has failed, even if the caller does not wait.

@@ -40,8 +40,9 @@ class ModelEntry:
         self._clock = clock
         self._unready_since = clock()
         self._load_waits: set[asyncio.Future[None]] = set()
-        self.retired: set[Replica] = set()
-        self.replicas = self._new_replicas(spec)
+        self.retired, self.coming = set[Replica](), list[Replica]()
+        self.changing = asyncio.Lock()
+        self.replicas = self.new_replicas(spec)
 
     def __repr__(self) -> str:
         """Describe the name, the state and the queue."""
@@ -94,9 +95,8 @@ class ModelEntry:
         return time.time() + at - self._clock()
 
     def all_replicas(self) -> Iterator[Replica]:
-        """Yield all replicas, including retired ones that only finish their requests."""
-        yield from self.replicas
-        yield from self.retired
+        """Yield all replicas, with those that only finish their requests, and those to come."""
+        yield from (*self.replicas, *self.retired, *self.coming)
 
     def join(self, request: AnyRequest, *, priority: bool = False, alone: bool = False) -> Ticket:
         """Queue a request; see `Ticket`.
@@ -348,14 +348,15 @@ class ModelEntry:
         self.failures.reset()
         self.clear_wanted()
 
-    def apply(self, spec: ModelSpec) -> list[Replica]:
-        """Serve another specification; return the replicas that only finish their requests."""
+    def apply(self, spec: ModelSpec, *, in_place: bool = False) -> list[Replica]:
+        """Serve another specification (workers do if `in_place`); return the retired replicas."""
         old, self.spec = self.spec, spec
         self.keep_alive = spec.keep_alive
-        if not needs_new_worker(old, spec):
+        if in_place or not needs_new_worker(old, spec):
             self._resize(spec)
             return [replica for replica in self.retired if replica.unloading is None]
-        retiring, self.replicas = self.replicas, self._new_replicas(spec)
+        retiring, self.replicas = self.replicas, self.new_replicas(spec)
+        self.replicas[: len(self.coming)], self.coming = self.coming, []
         return self._retire(retiring)
 
     def retire(self) -> None:
@@ -370,7 +371,7 @@ class ModelEntry:
         self.replicas = self.replicas[:count]
         for replica in self.replicas:
             replica.configure(spec)
-        self.replicas += self._new_replicas(spec)[len(self.replicas) :]
+        self.replicas += self.new_replicas(spec)[len(self.replicas) :]
 
     def _retire(self, retiring: list[Replica]) -> list[Replica]:
         for replica in retiring:
@@ -379,7 +380,8 @@ class ModelEntry:
         self.became_unready()
         return retiring
 
-    def _new_replicas(self, spec: ModelSpec) -> list[Replica]:
+    def new_replicas(self, spec: ModelSpec) -> list[Replica]:
+        """Return empty replicas for a specification."""
         count = self.copies or spec.replicas
         return [Replica(spec, number, next(_serials), self._clock) for number in range(count)]
 

@@ -157,7 +157,7 @@ class Loader:
         again = False
         try:
             await asyncio.sleep(max(0.0, min(entry.failures.retry_at - self._clock(), 60.0)))
-            await self._load(entry, replica, may_evict=may_evict)
+            await self.load(entry, replica, may_evict=may_evict)
         except Unwanted as error:
             self._not_loaded(entry, replica, str(error))
             # A request that has arrived since may evict others.
@@ -200,7 +200,8 @@ class Loader:
             entry.refuse(entry.failures.refusal(entry.spec.name) if is_open else error)
         return False
 
-    async def _load(self, entry: ModelEntry, replica: Replica, *, may_evict: bool) -> None:
+    async def load(self, entry: ModelEntry, replica: Replica, *, may_evict: bool) -> None:
+        """Load a replica in the task that it has for this; raises HeadraceError or Unwanted."""
         replica.starting()
         if not _is_remote(replica):
             self._keep_warm(True)

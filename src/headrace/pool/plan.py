@@ -6,31 +6,12 @@ import asyncio
 
 import msgspec
 
-from headrace.core.errors import ConfigError, LoadFailed, UnknownModel
+from headrace.core.errors import UnknownModel
 from headrace.core.model import ModelSpec
 from headrace.core.status import Footprint, Plan
 from headrace.pool.entry import ModelEntry
-from headrace.pool.loader import Loader
 from headrace.pool.memory import MemoryQueue, Sizing, describe_bytes
 from headrace.pool.policy import Evict, Fits, Never, Wait
-
-
-async def check_adapters(loader: Loader, old: ModelSpec, new: ModelSpec) -> None:
-    """Check that adapters which a change adds go with the model, before a worker is replaced.
-
-    Raises:
-        ConfigError: one does not; with the reason.
-        HeadraceError: a download failed.
-    """
-
-    def report(stage: str, done: int, total: int) -> None:
-        del stage, done, total  # no client waits for it
-
-    if new.adapters and new.adapters != old.adapters:
-        try:
-            await asyncio.to_thread(loader.sizing.footprint, new, report)
-        except LoadFailed as error:
-            raise ConfigError(error.message, param="adapters") from error
 
 
 async def plan_load(

@@ -43,6 +43,17 @@ class PooledWorker(Backend, Protocol):
         """Load. Idempotent."""
         ...
 
+    async def adapt(self, spec: ModelSpec) -> bool:
+        """Serve a specification that differs in its adapters; return False if it cannot.
+
+        Running requests go on with the adapters that they have.
+
+        Raises:
+            LoadFailed, OutOfMemory: one cannot be loaded, and nothing has changed.
+            WorkerDied: it ended meanwhile.
+        """
+        ...
+
     async def memory(self) -> dict[str, int]:
         """Return the memory that it holds, in bytes by device."""
         ...

@@ -18,7 +18,7 @@ import msgspec
 
 from headrace import engines
 from headrace.core import confine
-from headrace.core.errors import ErrorRecord, WorkerDied
+from headrace.core.errors import ErrorRecord, Unsupported, WorkerDied
 from headrace.core.model import ModelSpec
 from headrace.log import configure
 from headrace.machine import (
@@ -31,6 +31,7 @@ from headrace.machine import (
 from headrace.worker.outcome import failure
 from headrace.worker.spec import OnProgress, WorkerSpec, localized, open_request
 from headrace.worker.wire import (
+    Adapt,
     Alive,
     Ask,
     Cancel,
@@ -59,6 +60,7 @@ class Child:
             msgspec.msgpack.Decoder(list[ToChild]), receive=self._receive, closed=self._orphaned
         )
         self._worker: Worker | None = None
+        self._spec: WorkerSpec | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._streams: dict[int, asyncio.Task[ErrorRecord | None]] = {}
         self._over = asyncio.Event()
@@ -77,7 +79,9 @@ class Child:
         for message in messages:
             match message:
                 case Ask():
-                    self._begin(message)
+                    self._begin(message.id, self._answer(message))
+                case Adapt():
+                    self._begin(message.id, self._adapt(message))
                 case Cancel(id=number):
                     if (running := self._streams.get(number)) is not None:
                         running.cancel()
@@ -95,10 +99,11 @@ class Child:
     async def _load(self, message: Load) -> None:
         configure(message.log.level, message.log.style)
         os.environ |= message.environment
-        worker_spec = localized(message.spec)
+        worker_spec = self._spec = localized(message.spec)
 
         def resolved(spec: ModelSpec, on_progress: OnProgress) -> WorkerSpec:
-            return worker_spec
+            assert self._spec is not None, "it is set before"
+            return self._spec
 
         if worker_spec.import_from is not None and worker_spec.import_from not in sys.path:
             sys.path.append(worker_spec.import_from)
@@ -115,11 +120,11 @@ class Child:
             _confine(worker_spec, self._scratch, message.memory_limit)
         await worker.start()
 
-    def _begin(self, message: Ask) -> None:
-        task = asyncio.ensure_future(failure(self._answer(message), log))
-        self._streams[message.id] = task
+    def _begin(self, number: int, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(failure(work, log))
+        self._streams[number] = task
         # Not in the task itself: a task that is cancelled before it starts runs no code.
-        task.add_done_callback(lambda task: self._end(message.id, task))
+        task.add_done_callback(lambda task: self._end(number, task))
 
     def _end(self, number: int, task: asyncio.Task[ErrorRecord | None]) -> None:
         del self._streams[number]
@@ -136,6 +141,12 @@ class Child:
         async with aclosing(self._worker.ask(message.request)) as stream:
             async for event in stream:
                 send(Emitted(number, event))
+
+    async def _adapt(self, message: Adapt) -> None:
+        assert self._worker is not None, "adapters change after the load"
+        self._spec = localized(message.spec)
+        if not await self._worker.adapt(self._spec.model):
+            raise Unsupported("It takes a new worker.")
 
     async def _close(self, drain_s: float) -> None:
         if self._worker is not None:

@@ -23,12 +23,13 @@ import jsonschema_rs
 
 from headrace.core import confine
 from headrace.core.endless import circular, endless
-from headrace.core.schema import BOUNDS, Path, Schema, children, number, pointer
+from headrace.core.schema import Path, Schema, children, pointer
 from headrace.machine import die_with_parent
 from headrace.text.grammar import HEADER, regex_position, schema_grammar
 from headrace.text.lark import Unenforceable, normalised
-from headrace.text.numbers import EXACT, INTEGERS, inexact
+from headrace.text.numbers import inexact
 from headrace.text.quoted import quoted
+from headrace.worker.exact import INEXACT, Refused, check_bounds, check_multiples
 from headrace.worker.matchers import END, Compile, Library, from_package
 
 MEMORY = 192 << 20
@@ -41,12 +42,8 @@ _LOCATING_S = 1.0
 _LONGEST = 300
 _TOO_MUCH = "takes too much to compile"
 _NO_TEXT = "allows no text"
-_INEXACT = "which cannot be enforced exactly"
 _ENDLESS = "has no answer that ends"
 _BEYOND_FLOATS = 10**309
-_UPPER = ("maximum", "exclusiveMaximum")
-# To these compilers move bounds that are beyond them.
-_ENDS = (2**63 - 1, -(2**63))
 _REHEARSED, _REHEARSAL_S = 300, 0.2
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 _CARET = re.compile(r"^    ( *)\^", re.MULTILINE)
@@ -177,15 +174,6 @@ def checked(schema: Schema, text: str, new_matcher: Compile | None) -> None:
         raise Refused(tuple(map(str, error.schema_path)), "is not kept")
 
 
-class Refused(Exception):
-    """What is wrong with a schema or an answer, and at which path of the schema."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(reason)
-        self.path = path
-        self.reason = reason
-
-
 def _validator(schema: Schema) -> Any:
     try:
         return jsonschema_rs.validator_for(
@@ -217,27 +205,11 @@ def _check_parts(schema: Schema, new_matcher: Compile) -> None:
         path, part = pending.pop()
         if isinstance(part, Mapping):
             for place, value in inexact(cast("Schema", part)):
-                raise Refused((*path, *place), f"is {value}, {_INEXACT}")
-            _check_bounds(path, cast("Schema", part), new_matcher)
+                raise Refused((*path, *place), f"is {value}, {INEXACT}")
+            check_bounds(path, cast("Schema", part), new_matcher)
             below = children(cast("Schema", part))
             pending += [((*path, *place), child) for place, child in below]
-
-
-def _check_bounds(path: Path, schema: Schema, new_matcher: Compile) -> None:
-    """Check that numbers outside of large bounds are refused, as compilers round those."""
-    bounds = {word: value for word in BOUNDS if (value := number(schema, word)) is not None}
-    kind = "integer" if schema.get("type") in INTEGERS else "number"
-    factor = number(schema, "multipleOf")
-    for word, bound in bounds.items():
-        if abs(bound) <= EXACT:
-            continue
-        outside = [end for end in _ENDS if (end > bound if word in _UPPER else end < bound)]
-        matcher = new_matcher(schema_grammar({**bounds, "type": kind}))
-        is_allowed = any(
-            matcher.accepts(str(value).encode()) for value in (int(bound) + BOUNDS[word], *outside)
-        )
-        if is_allowed or isinstance(factor, float):
-            raise Refused((*path, word), f"is {bound}, {_INEXACT}")
+    check_multiples(schema, new_matcher)
 
 
 def _retrieved(uri: str) -> Any:

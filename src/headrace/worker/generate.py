@@ -17,16 +17,9 @@ from headrace.core.events import Delta, Event, FinishReason, Progress
 from headrace.core.request import GenerateRequest
 from headrace.core.stream import merge
 from headrace.engines.abilities import PromptScorer
-from headrace.engines.base import (
-    Admitted,
-    Engine,
-    Generator,
-    Pair,
-    RawDelta,
-    RawDraft,
-    RawEvent,
-)
+from headrace.engines.base import Admitted, Engine, Generator, Pair, RawDelta, RawDraft, RawEvent
 from headrace.text.pipeline import TextPipeline
+from headrace.worker.adapters import Adapters
 from headrace.worker.batching import Batcher
 from headrace.worker.compiler import Compiler
 from headrace.worker.inputs import check_call, has_inputs, is_tokenized, with_inputs
@@ -38,9 +31,13 @@ from headrace.worker.turn import Answers, Served, Turn, until_left
 
 
 class Loaded(Served, frozen=True, kw_only=True):
-    """A model loaded by an engine in this process; `thread` runs its batches."""
+    """A model loaded by an engine in this process; `thread` runs its batches.
+
+    A request that is answered has the engine's name for its adapter.
+    """
 
     engine: Engine
+    adapters: Adapters
     prompter: Prompter
     embeddings: Batcher[tuple[int, ...], bytes]
     scores: Batcher[Pair, float]

@@ -41,7 +41,6 @@ _LAST_WORD_S = 1.0
 _WATCH_S = 0.25
 _FREED_LOOKS, _FREED_STEP_S = 300, 0.05
 
-
 OnGone = Callable[[WorkerDied], None]
 
 
@@ -163,6 +162,14 @@ class WorkerProcess:
                     await child.leave(listener, timeout_s=_CANCEL_S)
             finally:
                 child.forget(listener)
+
+    async def adapt(self, spec: ModelSpec) -> bool:
+        """Serve a specification that has other adapters; see `PooledWorker`."""
+        worker_spec = await resolved(self._resolve, spec, silent)
+        if not await self._ready().adapt(worker_spec, spec.load_timeout_s):
+            return False
+        self.spec, self._resolved = spec, worker_spec
+        return True
 
     def models(self) -> tuple[ModelInfo, ...]:
         """Return the metadata of the one model, at any time."""

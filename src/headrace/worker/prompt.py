@@ -7,7 +7,6 @@ from typing import Literal, cast
 
 import msgspec
 
-from headrace.core.adapter import check_known
 from headrace.core.constraint import FORMS, Constraint
 from headrace.core.errors import ConfigError, ContextOverflow, InvalidRequest, Unsupported
 from headrace.core.model import Capabilities, ModelSpec
@@ -73,7 +72,7 @@ class Prompter:
 
     def __init__(self, spec: ModelSpec, engine: Engine) -> None:
         self._engine = engine
-        self._name, self._adapters = spec.name, spec.adapters
+        self._name = spec.name
         self._facts = facts = engine.facts
         self._stops = spec.stop
         self.template, self.note = _template(spec, facts)
@@ -98,7 +97,6 @@ class Prompter:
         sampling = request.sampling.without_neutral(able.sampling)
         request = msgspec.structs.replace(request, sampling=sampling)
         check_supported(request, able, self._name)
-        check_known(request.adapter, self._adapters)
         context_length = self._context_length(request)
         text = None if request.messages is None else self._chat_text(request)
         token_ids = self._token_ids(request, text, context_length, gone)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import itertools
 import logging
-import os
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -28,6 +25,7 @@ from headrace.core.errors import (
     HeadraceError,
     InvalidRequest,
     LoadFailed,
+    Unsupported,
     WorkerDied,
     from_record,
     to_record,
@@ -36,9 +34,12 @@ from headrace.core.events import Delta, Event, Progress
 from headrace.core.model import ModelInfo
 from headrace.core.request import AnyRequest
 from headrace.core.stream import Mailbox
-from headrace.machine import Family, kill_marked
+from headrace.machine import Family
 from headrace.worker.meter import Received
+from headrace.worker.scratch import TMPDIR, Scratch, mark_of, sweep
+from headrace.worker.spec import WorkerSpec
 from headrace.worker.wire import (
+    Adapt,
     Alive,
     Ask,
     Cancel,
@@ -58,13 +59,10 @@ _DECODER = msgspec.msgpack.Decoder(list[ToParent])
 
 _DYING_S = 0.3
 _TAIL_LINES = 20
-_SCRATCH, _LOCK = "headrace-", ".lock"
-_TMPDIR = "TMPDIR"
 _NO_MEMORY = re.compile(
     r"bad_alloc|MemoryError|memory allocation of|(?i:cannot allocate memory|out of memory)"
     r"|(?i:fail(ed|ure) to (re)?allocat|std::length_error)"
 )
-_SETTLED_S = 60.0
 
 
 class Relay:
@@ -181,11 +179,11 @@ class ChildProcess:
                     stdout=DEVNULL,
                     stderr=PIPE,
                     pass_fds=(theirs.fileno(),),
-                    env=inherited(environment) | {_TMPDIR: str(scratch.path)},
+                    env=inherited(environment) | {TMPDIR: str(scratch.path)},
                     # Ctrl-C in a terminal goes to the parent alone, which decides what to do.
                     start_new_session=True,
                 )
-            self.family = Family(self._process.pid, _mark(scratch.path))
+            self.family = Family(self._process.pid, mark_of(scratch.path))
             await asyncio.get_running_loop().create_connection(lambda: self.link, sock=ours)
         except BaseException:
             ours.close()
@@ -217,6 +215,30 @@ class ChildProcess:
         self.send(Ask(number, request))
         listener = self._listeners[number] = Listener(number, request.slots, relay)
         return listener
+
+    async def adapt(self, spec: WorkerSpec, timeout_s: float) -> bool:
+        """Change the adapters to those of `spec`; return False if that takes a new worker.
+
+        Raises:
+            LoadFailed, OutOfMemory: one cannot be loaded, and nothing has changed.
+            WorkerDied: the child ended meanwhile.
+        """
+        number = next(self._numbers)
+        listener = self._listeners[number] = Listener(number, 1)
+        try:
+            self.send(Adapt(number, spec))
+            async with asyncio.timeout(timeout_s):
+                ended = await listener.mailbox.get()
+        except TimeoutError as error:
+            raise LoadFailed(f"No adapter was loaded within {timeout_s:g} s.") from error
+        finally:
+            self.forget(listener)
+        record = ended.error if isinstance(ended, Ended) else None
+        if record is not None and record.kind == Unsupported.__name__:
+            return False
+        if record is not None:
+            raise from_record(record)
+        return True
 
     def send(self, message: Message) -> None:
         """Send a message.
@@ -346,48 +368,6 @@ class ChildProcess:
             except (OSError, ValueError):
                 # A closed terminal is not an error.
                 continue
-
-
-class Scratch:
-    """A private directory for temporary files of a child; locked while its parent lives."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=_SCRATCH))
-        self._lock = (self.path / _LOCK).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-
-    def remove(self) -> None:
-        """Remove the directory with its content."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.close()
-
-    def close(self) -> None:
-        """Release the lock."""
-        self._lock.close()
-
-
-def _mark(scratch: Path) -> str:
-    return f"{_TMPDIR}={scratch}"
-
-
-def sweep(folder: Path) -> None:
-    """Remove scratch directories in `folder` that no process locks: their parents were killed.
-
-    Processes that still use one are killed.
-    """
-    for path in folder.glob(f"{_SCRATCH}*"):
-        try:
-            status = path.lstat()
-            young = time.time() - status.st_mtime < _SETTLED_S
-            if status.st_uid != os.geteuid() or young:
-                continue
-            with (path / _LOCK).open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            # Not a scratch directory, removed already, or in use.
-            continue
-        kill_marked(_mark(path))
-        shutil.rmtree(path, ignore_errors=True)
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:

@@ -56,6 +56,16 @@ class Ask(Message, frozen=True, tag="ask"):
     request: AnyRequest
 
 
+class Adapt(Message, frozen=True, tag="adapt"):
+    """Parent: change to the adapters of `spec`, which differs in nothing else.
+
+    The reply is an Ended, with Unsupported if only a new worker can have them.
+    """
+
+    id: int
+    spec: WorkerSpec
+
+
 class Cancel(Message, frozen=True, tag="cancel"):
     """Parent: cancel stream `id`. The reply is its Ended."""
 
@@ -115,7 +125,7 @@ class _Corked(threading.local):
 
 _CORKED = _Corked()
 
-ToChild = Load | Ask | Cancel | Close
+ToChild = Load | Ask | Adapt | Cancel | Close
 ToParent = Ready | Failed | Emitted | Ended | Alive
 In = TypeVar("In")
 

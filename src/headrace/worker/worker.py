@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import cast
 
 import msgspec
@@ -25,6 +26,7 @@ from headrace.machine import Sampler, system
 from headrace.models.transfer import silent
 from headrace.text import renderer
 from headrace.worker import count, encode, generate, remote
+from headrace.worker.adapters import Adapters
 from headrace.worker.batching import Batcher
 from headrace.worker.compiler import Compiler
 from headrace.worker.embed_prompts import embed_prompts
@@ -202,8 +204,20 @@ class Worker:
         served = self._served
         if served is None or self._life.state != "ready":
             return self._refuse()
+        if isinstance(served, Loaded) and request.adapter:
+            return _with_adapter(served, request)
         answers = remote.ANSWERS if served.is_remote else _ANSWERS
         return answers[type(request)](served, request)
+
+    async def adapt(self, spec: ModelSpec) -> bool:
+        """Serve a specification that has other adapters; see `PooledWorker`."""
+        if not isinstance(served := self._served, Loaded):
+            return False
+        worker_spec = await resolved(self._resolve, spec, silent)
+        if not await served.adapters.change(worker_spec.adapters):
+            return False
+        self.spec, self._resolved = spec, worker_spec
+        return True
 
     def models(self) -> tuple[ModelInfo, ...]:
         """Return the metadata of the one model, at any time."""
@@ -322,6 +336,7 @@ class Worker:
             ),
             log_content=self._log_content,
             engine=engine,
+            adapters=Adapters(worker_spec.adapters, engine),
             prompter=prompter,
             embeddings=Batcher(lambda ids: embedder.embed(ids), len, limits, thread),
             scores=Batcher(lambda pairs: reranker.score(pairs), _length, limits, thread),
@@ -330,6 +345,14 @@ class Worker:
             ),
             thread=thread,
         )
+
+
+async def _with_adapter(served: Loaded, request: AnyRequest) -> AsyncGenerator[Event, None]:
+    with served.adapters.held(request.adapter) as name:
+        request = msgspec.structs.replace(request, adapter=name)
+        async with aclosing(_ANSWERS[type(request)](served, request)) as stream:
+            async for event in stream:
+                yield event
 
 
 def _start_facts(worker_spec: WorkerSpec) -> dict[str, object]:

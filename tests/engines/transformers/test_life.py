@@ -202,6 +202,23 @@ def test_the_estimate_follows_the_options(tiny_folder: Path) -> None:
     assert estimated(cache_tokens=1024).parts["kv_cache"] == 1024 * 512
 
 
+def test_the_memory_of_a_gpu_that_the_service_does_not_list(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """M6: torch knows AMD's GPU; the list of GPUs is NVIDIA's, and the budget the host's."""
+    import torch
+
+    from headrace.engines.transformers.engine import _with_memory
+
+    request = OpenRequest(model=inspect(tiny_folder), device="rocm", memory=1 << 40)
+    assert _with_memory(request, "cuda:0") == request
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 30)
+    assert _with_memory(request, "cpu") == request
+    assert _with_memory(request, "cuda:0").memory == 7 << 30
+
+
 async def test_more_tokens_than_the_cache_holds(tiny_folder: Path) -> None:
     """W4: requests that are pushed out of it are computed again, and say the same."""
     engine = opened(tiny_folder, context_length=256, cache_tokens=256, slots=4)

@@ -137,6 +137,54 @@ async def test_prompts_are_cached_for_each(
         engine.close()
 
 
+async def test_they_change_while_it_answers(
+    tiny_folder: Path, files: tuple[AdapterFile, ...], engine: Engine
+) -> None:
+    """Issue 17.4: first of a model without, then beside running answers, which stay the same."""
+    a, b = files
+    expected = {name: await events(engine, adapted(engine, name)) for name in NAMES}
+    for batching in ("auto", "off"):
+        changing = opened(tiny_folder, slots=4, step_tokens=64, batching=batching)
+        try:
+            check_equal(await events(changing, adapted(changing, "")), expected[""])
+            await changing.add_adapter(a)
+            running = asyncio.gather(
+                *(events(changing, adapted(changing, name)) for name in ("a", "", "a"))
+            )
+            await changing.add_adapter(b)
+            check_equal(await events(changing, adapted(changing, "b")), expected["b"])
+            for name, answer in zip(("a", "", "a"), await running, strict=True):
+                check_equal(answer, expected[name])
+            await changing.remove_adapter("a")
+            await changing.add_adapter(msgspec.structs.replace(b, name="a"))
+            answer = await events(changing, adapted(changing, "a"))
+            assert finish(answer).cached_tokens == 0
+            check_equal(answer, expected["b"])
+            await changing.remove_adapter("a")
+            await changing.remove_adapter("b")
+            check_equal(await events(changing, adapted(changing, "")), expected[""])
+            assert not any(module._forward_hooks for module in changing._model.modules())
+        finally:
+            changing.close()
+
+
+async def test_one_that_is_refused_leaves_nothing(
+    tiny_folder: Path, files: tuple[AdapterFile, ...], tmp_path: Path
+) -> None:
+    """Issue 17.4: added while it serves; the next of its name is another."""
+    layers = dict(TINY_FOLDER) | {"model.embed_tokens": (64, 49152)}
+    file = checked(peft_adapter(tmp_path / "a", 1, layers=layers), inspect(tiny_folder))
+    engine = opened(tiny_folder, slots=4)
+    try:
+        with pytest.raises(LoadFailed, match=r"embed_tokens' is no linear layer in torch"):
+            await engine.add_adapter(msgspec.structs.replace(file, name="x"))
+        assert not any(module._forward_hooks for module in engine._model.modules())
+        await engine.add_adapter(msgspec.structs.replace(files[0], name="x"))
+        assert await events(engine, adapted(engine, "x"))
+    finally:
+        engine.close()
+
+
 def test_what_is_no_linear_layer(tiny_folder: Path, tmp_path: Path) -> None:
     """Issue 17.4: refused by its name, and not left out."""
     layers = {"model.embed_tokens": (64, 49152)}

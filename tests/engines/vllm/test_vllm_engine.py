@@ -11,15 +11,18 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 from tests import models_made
+from tests.adapters_made import SMOLLM2_FOLDER, peft_adapter
 
 from headrace.core.constraint import Constraint
-from headrace.core.errors import ConfigError, InvalidRequest, WorkerDied
+from headrace.core.errors import ConfigError, InvalidRequest, Unsupported, WorkerDied
 from headrace.core.sampling import Sampling
 from headrace.engines.base import Admitted, EngineRequest, OpenRequest, RawDelta, RawFinish
 from headrace.engines.vllm.engine import Engine
+from headrace.models.adapter import checked
 from headrace.models.inspect import inspect
 
 pytestmark = [
@@ -78,11 +81,13 @@ class Answer:
 
 async def ask(engine: Engine, text: str = CHAT, most: int = 24, **fields: object) -> Answer:
     schema, answered = fields.pop("schema", None), fields.pop("answered", ())
+    adapter = str(fields.pop("adapter", ""))
     request = EngineRequest(
         token_ids=tuple(engine.tokenize(text, add_special=False)),
         max_tokens=most,
         answered=answered,  # type: ignore[arg-type]
         constraint=None if schema is None else Constraint(json_schema=schema),  # type: ignore[arg-type]
+        adapter=adapter,
         sampling=Sampling(**{"temperature": 0.0, **fields}),  # type: ignore[arg-type]
     )
     return Answer([event async for event in engine.generate(request)])
@@ -157,6 +162,45 @@ async def test_that_leaving_frees_the_slot(engine: Engine) -> None:
             break
     await stream.aclose()
     assert engine._llm.output_processor.get_num_unfinished_requests() == 0
+
+
+async def test_adapters_change_while_it_answers(folder: Path, tmp_path: Path) -> None:
+    """Issue 17.4: in places that are there, and none in others; what runs stays the same."""
+    model = inspect(folder)
+    a, b = (
+        msgspec.structs.replace(
+            checked(
+                peft_adapter(tmp_path / name, seed, layers=SMOLLM2_FOLDER, rank=8, size=0.2), model
+            ),
+            name=name,
+        )
+        for seed, name in enumerate("ab")
+    )
+    places = {"engine_args": {"max_loras": 3}}
+    request = msgspec.structs.replace(asked(folder), options=OPTIONS | places)
+    engine = await asyncio.to_thread(Engine, request)
+    try:
+        alone = await ask(engine, ignore_eos=True)
+        await engine.add_adapter(a)
+        first = await ask(engine, adapter="a", ignore_eos=True)
+        running = asyncio.gather(
+            *(ask(engine, adapter=name, ignore_eos=True) for name in ("a", "", "a"))
+        )
+        await engine.add_adapter(b)
+        other = await ask(engine, adapter="b", ignore_eos=True)
+        assert len({alone.ids, first.ids, other.ids}) == 3
+        assert [answer.ids for answer in await running] == [first.ids, alone.ids, first.ids]
+        with pytest.raises(Unsupported, match="fewer places"):
+            await engine.add_adapter(msgspec.structs.replace(b, name="c"))
+        with pytest.raises(Unsupported, match="rank"):
+            await engine.add_adapter(msgspec.structs.replace(b, name="c", rank=64))
+        await engine.remove_adapter("a")
+        await engine.add_adapter(msgspec.structs.replace(b, name="a (2)"))
+        again = await ask(engine, adapter="a (2)", ignore_eos=True)
+        assert again.ids == other.ids
+        assert (await ask(engine, ignore_eos=True)).ids == alone.ids
+    finally:
+        await asyncio.to_thread(engine.close)
 
 
 async def test_that_a_strange_argument_is_refused(folder: Path) -> None:

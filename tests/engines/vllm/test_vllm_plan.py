@@ -75,15 +75,19 @@ def test_arguments_of_adapters(ranks: list[int], most: int, tmp_path: Path) -> N
         "enable_lora": True,
         "max_lora_rank": most,
         "max_loras": len(ranks),
-        "max_cpu_loras": len(ranks),
+        "max_cpu_loras": 64,
     }
     many = lora_arguments([file] * 64, "cuda")
     assert (many["max_loras"], many["max_cpu_loras"]) == (16, 64)
     assert lora_arguments([], "cuda") == {}
     # On a CPU one place stays empty.
     assert lora_arguments(files, "cpu")["max_loras"] == len(ranks) + 1
-    assert lora_arguments(files, "cpu", 1)["max_loras"] == len(ranks) + 1
-    assert lora_arguments(files, "cuda", 4)["max_loras"] == 4
+    assert lora_arguments(files, "cpu", {"max_loras": 1})["max_loras"] == len(ranks) + 1
+    given: dict[str, Any] = {"max_loras": 4, "max_lora_rank": 320}
+    assert lora_arguments(files, "cuda", given)["max_loras"] == 4
+    assert lora_arguments(files, "cuda", given)["max_lora_rank"] == max(320, most)
+    assert lora_arguments([], "cuda", given)["max_lora_rank"] == 320
+    assert lora_arguments([], "cuda", {"max_loras": 2})["max_lora_rank"] == 16
 
 
 def test_the_scale_of_an_adapter(tmp_path: Path) -> None:

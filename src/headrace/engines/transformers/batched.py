@@ -109,8 +109,8 @@ class Processors:
     tensors_required = 0
     do_processing = True
 
-    def __init__(self, adapters: LowRank | None) -> None:
-        self.adapters = adapters
+    def __init__(self, adapters: LowRank) -> None:
+        self._adapters = adapters
         self.recorded: list[torch.Tensor] | None = None
         self._draws: list[Draw] = []
 
@@ -128,8 +128,7 @@ class Processors:
     def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: Any) -> Any:
         """Keep the draws of the requests that get a token in this step, in order."""
         self._draws = []
-        if self.adapters is not None:
-            self.adapters.rows([*map(self._part, requests_in_batch)])
+        self._adapters.rows([*map(self._part, requests_in_batch)])
         for state in requests_in_batch:
             call = call_of(state.state)
             if state.has_new_token:
@@ -164,8 +163,8 @@ def call_of(state: Any) -> Call | None:
     return state.logit_processor_kwargs.get("call")
 
 
-def _one_at_a_time(model: Any) -> None:
-    """Let threads wait for each other's passes.
+def one_at_a_time(model: Any) -> threading.Lock:
+    """Let threads wait for each other's passes, and return the lock that each pass holds.
 
     A pass of the manager changes the model's configuration until its end, for its own mask; one of
     another thread would be computed without a causal mask, and could leave the change behind.
@@ -178,6 +177,7 @@ def _one_at_a_time(model: Any) -> None:
             return forward(*args, **kwargs)
 
     model.forward = in_turn
+    return turn
 
 
 class Batched:
@@ -193,7 +193,6 @@ class Batched:
         names: Names,
     ) -> None:
         self._model = model
-        _one_at_a_time(model)
         self._make_processors = make_processors
         self._plan = plan
         self._step_tokens = step_tokens
@@ -274,9 +273,8 @@ class Batched:
         def created() -> Any:
             batches = create()
             processors.attach(batches)
-            if processors.adapters is not None:
-                # The cache has to know the adapters of requests.
-                self._names.keep_apart(batches.cache)
+            # The cache has to know the adapters of requests.
+            self._names.keep_apart(batches.cache)
             return batches
 
         manager._create_batch_processor = created  # noqa: SLF001

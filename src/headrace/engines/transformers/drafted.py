@@ -40,7 +40,7 @@ class _Row(NamedTuple):
 class Drafting(Processors):
     """Processors of logits that put drafts into the steps, and check them."""
 
-    def __init__(self, adapters: LowRank | None, gain: Gain) -> None:
+    def __init__(self, adapters: LowRank, gain: Gain) -> None:
         super().__init__(adapters)
         self._gain = gain
         self._batches: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import gc
@@ -12,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import transformers
 
+from headrace.core.adapter import AdapterFile
 from headrace.core.constraint import FORMS, Constraint
 from headrace.core.errors import (
     ConfigError,
@@ -35,7 +38,7 @@ from headrace.engines.plan import CachePlan
 from headrace.engines.tokenizer import TokenizerMixin, Vocabulary, special_tokens
 from headrace.engines.transformers import plan_cache, settled, step_tokens
 from headrace.engines.transformers.answer import HONOURED, Answer, Draw, ends_of, failure, rules
-from headrace.engines.transformers.batched import Batched, Processors, Unbatched
+from headrace.engines.transformers.batched import Batched, Processors, Unbatched, one_at_a_time
 from headrace.engines.transformers.drafted import Drafting
 from headrace.engines.transformers.lowrank import LowRank, Names
 from headrace.engines.transformers.scorer import Scorer
@@ -130,7 +133,7 @@ class Engine(TokenizerMixin):
             self._processor = _processor(path, trusted=trusted)
         sees = self._processor is not None
         self._model, self._tokenizer = _load(path, device, arguments, trusted=trusted, sees=sees)
-        planned = plan_cache(request, options, device)
+        planned = plan_cache(_with_memory(request, device), options, device)
         self._vocabulary = Vocabulary(
             self._tokenizer, self._model.get_input_embeddings().num_embeddings
         )
@@ -138,18 +141,37 @@ class Engine(TokenizerMixin):
         # Kept apart, as `generate` would apply them to every request.
         self._defaults = self._model.generation_config
         self._model.generation_config = transformers.GenerationConfig()
-        adapters = LowRank(self._model, request.adapters) if request.adapters else None
-        names = Names(request.adapters, self._vocabulary.size)
+        self._adapters = LowRank(self._model, one_at_a_time(self._model))
+        self._names = Names(self._vocabulary.size)
+        for file in request.adapters:
+            self._add(file)
         step = step_tokens(options, planned.slots, device)
-        self._runner, note = self._start(planned, step, adapters, names)
+        self._runner, note = self._start(planned, step)
         # A request that runs alone has hooks in the model.
         thread = self._runner.thread if isinstance(self._runner, Single) else None
-        self._scorer = Scorer(self._model, self._vocabulary, thread, adapters)
+        self._scorer = Scorer(self._model, self._vocabulary, thread, self._adapters)
         self.facts = self._facts(request, planned, note)
 
-    def _start(
-        self, planned: CachePlan, step: int, adapters: LowRank | None, names: Names
-    ) -> tuple[Batched | Single, str | None]:
+    async def add_adapter(self, file: AdapterFile) -> None:
+        """Load an adapter; see `AdapterSwitch`."""
+        try:
+            await asyncio.to_thread(self._add, file)
+        except RuntimeError as error:
+            raise _refusal(error) from error
+
+    async def remove_adapter(self, name: str) -> None:
+        """Free an adapter; see `AdapterSwitch`."""
+        await asyncio.to_thread(self._remove, name)
+
+    def _add(self, file: AdapterFile) -> None:
+        self._adapters.add(file)
+        self._names.add(file.name)
+
+    def _remove(self, name: str) -> None:
+        self._adapters.remove(name)
+        self._names.remove(name)
+
+    def _start(self, planned: CachePlan, step: int) -> tuple[Batched | Single, str | None]:
         try:
             if planned.slots == 1 and not self._options.drafts:
                 raise Unbatched("as configured")
@@ -157,20 +179,19 @@ class Engine(TokenizerMixin):
                 raise Unbatched("the model takes images")
             if len(set(getattr(self._model, "hf_device_map", {}).values())) > 1:
                 raise Unbatched("the model is on several devices")
-            model, options = self._model, self._options
-            processors = partial(self._processors, adapters)
-            return Batched(model, planned, step, options, processors, names), None
+            model, options, names = self._model, self._options, self._names
+            return Batched(model, planned, step, options, self._processors, names), None
         except Unbatched as error:
             undrafted = ", and speculation is off" if self._options.drafts else ""
             note = f"one request at a time{undrafted}: {error}"
             length = planned.context_length
-            return Single(self._model, step, self._processor, length, adapters), note
+            return Single(self._model, step, self._adapters, self._processor, length), note
 
-    def _processors(self, adapters: LowRank | None) -> Processors:
+    def _processors(self) -> Processors:
         if not self._options.drafts:
-            return Processors(adapters)
+            return Processors(self._adapters)
         self._gain = Gain(partial(log_gain, Path(self._model.name_or_path).name))
-        self._drafting = Drafting(adapters, self._gain)
+        self._drafting = Drafting(self._adapters, self._gain)
         return self._drafting
 
     @property
@@ -224,6 +245,18 @@ class Engine(TokenizerMixin):
         if matcher.is_error():
             raise GenerationFailed("The grammar was not compiled.", detail=matcher.get_error())
         return matcher
+
+
+def _with_memory(request: OpenRequest, device: str) -> OpenRequest:
+    """Return a request with the memory of AMD's GPU, of which the service knows no budget.
+
+    Its list of GPUs is NVIDIA's.
+    """
+    if not (torch.version.hip and device.startswith("cuda")):
+        return request
+    free, _ = torch.cuda.mem_get_info(device)
+    # What the model takes of it already is part of the plan.
+    return msgspec.structs.replace(request, memory=free + torch.cuda.memory_reserved(device))
 
 
 def _processor(path: str, *, trusted: bool) -> Any:

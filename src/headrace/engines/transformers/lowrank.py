@@ -59,28 +59,54 @@ class _Batch(NamedTuple):
         return self.of_ends
 
 
+class _Layer(NamedTuple):
+    """A layer that adapters change: their matrices by their names, and what removes its hook."""
+
+    pairs: dict[str, _Pair]
+    hook: Any
+
+
 class LowRank:
     """The adapters of a model. What is computed on a thread has those that it has set there.
 
-    Raises:
-        LoadFailed: one changes what is no linear layer.
+    They change only while no pass of the model holds `turn`.
     """
 
-    def __init__(self, model: Any, files: Sequence[AdapterFile]) -> None:
+    def __init__(self, model: Any, turn: threading.Lock) -> None:
         self._local = threading.local()
-        self._device = model.device
-        modules: dict[str, Any] = dict(model.named_modules())
-        layers: dict[str, dict[str, _Pair]] = {}
-        for file in files:
-            for layer, pair in _pairs(file, model.dtype):
-                module: Any = modules.get(layer)
-                if not isinstance(module, torch.nn.Linear):
-                    raise LoadFailed(
-                        f"Adapter {file.name}: {layer[:120]!r} is no linear layer in torch."
-                    )
-                layers.setdefault(layer, {})[file.name] = _placed(pair, module.weight.device)
-        for layer, pairs in layers.items():
-            self._attach(modules[layer], pairs)
+        self._device, self._dtype = model.device, model.dtype
+        self._modules: dict[str, Any] = dict(model.named_modules())
+        self._layers: dict[str, _Layer] = {}
+        self._turn = turn
+
+    def add(self, file: AdapterFile) -> None:
+        """Load an adapter. Blocking.
+
+        Raises:
+            LoadFailed: it changes what is no linear layer, and nothing was loaded.
+        """
+        pairs: dict[str, _Pair] = {}
+        for layer, pair in _pairs(file, self._dtype):
+            module: Any = self._modules.get(layer)
+            if not isinstance(module, torch.nn.Linear):
+                raise LoadFailed(
+                    f"Adapter {file.name}: {layer[:120]!r} is no linear layer in torch."
+                )
+            pairs[layer] = _placed(pair, module.weight.device)
+        with self._turn:
+            for layer, pair in pairs.items():
+                if layer not in self._layers:
+                    self._layers[layer] = self._attach(self._modules[layer])
+                self._layers[layer].pairs[file.name] = pair
+
+    def remove(self, name: str) -> None:
+        """Free an adapter that no request has. Blocking."""
+        with self._turn:
+            for layer, (pairs, hook) in tuple(self._layers.items()):
+                pairs.pop(name, None)
+                if not pairs:
+                    hook.remove()
+                    del self._layers[layer]
 
     def all_rows(self, adapter: str) -> None:
         """Compute all rows with an adapter on this thread; with an empty name with none."""
@@ -88,15 +114,15 @@ class LowRank:
 
     def rows(self, parts: Sequence[Part]) -> None:
         """Compute the next batch on this thread with the adapters of its parts, in order."""
+        if not any(part.adapter for part in parts):
+            self._local.active = ""
+            return
         of_tokens: dict[str, list[int]] = {}
         of_ends: dict[str, list[int]] = {}
         tokens, ends = itertools.count(), itertools.count()
         for part in parts:
             of_tokens.setdefault(part.adapter, []).extend(itertools.islice(tokens, part.rows))
             of_ends.setdefault(part.adapter, []).extend(itertools.islice(ends, part.ends))
-        if of_tokens.keys() <= {""}:
-            self._local.active = ""
-            return
         self._local.active = _Batch(
             next(tokens), next(ends), self._indices(of_tokens), self._indices(of_ends)
         )
@@ -108,13 +134,15 @@ class LowRank:
             if name and numbers
         }
 
-    def _attach(self, module: torch.nn.Module, pairs: Mapping[str, _Pair]) -> None:
+    def _attach(self, module: torch.nn.Module) -> _Layer:
+        pairs: dict[str, _Pair] = {}
+
         def add(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             del module
             active: _Batch | str = getattr(self._local, "active", "")
             return _changed(active, pairs, args[0], output) if active else output
 
-        module.register_forward_hook(add)
+        return _Layer(pairs, module.register_forward_hook(add))
 
 
 def _changed(
@@ -163,11 +191,18 @@ class Names:
     vocabulary there.
     """
 
-    def __init__(self, adapters: Sequence[AdapterFile], vocabulary: int) -> None:
-        self._shifts = {
-            file.name: number * vocabulary for number, file in enumerate(adapters, 1)
-        } | {"": 0}
+    def __init__(self, vocabulary: int) -> None:
+        self._shifts = {"": 0}
+        self._beyond = itertools.count(vocabulary, vocabulary)
         self._numbers = itertools.count()
+
+    def add(self, adapter: str) -> None:
+        """Keep what is cached for an adapter apart from all others, also from those of before."""
+        self._shifts[adapter] = next(self._beyond)
+
+    def remove(self, adapter: str) -> None:
+        """Forget an adapter."""
+        del self._shifts[adapter]
 
     def next(self, adapter: str) -> str:
         """Return a name for a request."""
@@ -181,7 +216,7 @@ class Names:
             return search(name, _shifted(name, token_ids))
 
         def mark_apart(state: Any, complete_blocks: Mapping[str, int]) -> None:
-            if complete_blocks:
+            if complete_blocks and not state.request_id.startswith("0:"):
                 name, text = state.request_id, state.initial_tokens + state.generated_tokens
                 state = _Tokens(name, state.status, _shifted(name, text), [])
             mark(state, complete_blocks)

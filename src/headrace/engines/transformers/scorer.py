@@ -29,7 +29,7 @@ class Scorer:
         model: Any,
         vocabulary: Vocabulary,
         thread: ThreadPoolExecutor | None,
-        adapters: LowRank | None,
+        adapters: LowRank,
     ) -> None:
         self._adapters = adapters
         self._model = model
@@ -62,8 +62,7 @@ class Scorer:
         adapter: str,
         emit: Emit[Sequence[PromptToken]],
     ) -> None:
-        if self._adapters is not None:
-            self._adapters.all_rows(adapter)
+        self._adapters.all_rows(adapter)
         try:
             with torch.inference_mode():
                 part = [PromptToken(token_ids[0], self._vocabulary.full_data(token_ids[0]))]

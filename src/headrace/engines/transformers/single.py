@@ -61,9 +61,9 @@ class Single:
         self,
         model: Any,
         step_tokens: int,
+        adapters: LowRank,
         processor: Any = None,
         context_length: int = 0,
-        adapters: LowRank | None = None,
     ) -> None:
         self._model = model
         self._adapters = adapters
@@ -89,8 +89,7 @@ class Single:
     def _run(self, request: EngineRequest, answer: Answer, emit: Emit[RawEvent]) -> None:
         run = _Run(answer, emit)
         hook = self._model.register_forward_pre_hook(run.before, with_kwargs=True)
-        if self._adapters is not None:
-            self._adapters.all_rows(request.adapter)
+        self._adapters.all_rows(request.adapter)
         try:
             self._generate(request, run)
             emit(answer.finish(run.last))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headrace.core.adapter import AdapterFile
-from headrace.core.errors import GenerationFailed, LoadFailed, WorkerDied
+from headrace.core.adapter import MAX_ADAPTERS, AdapterFile
+from headrace.core.errors import GenerationFailed, LoadFailed, Unsupported, WorkerDied
 from headrace.engines.vllm.call import failure
 from headrace.models.adapter import CONFIG, WEIGHTS
 from headrace.models.folder import read_json
@@ -16,15 +17,23 @@ from headrace.models.folder import read_json
 # The ranks that it has buffers for, and the adapters that one of its batches has here at most.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _TOGETHER = 16
+# The rank that there is room for by default, as in vLLM, where no adapter is configured.
+_RANK = 16
 
 
 def lora_arguments(
-    adapters: Sequence[AdapterFile], device: str, together: int | None = None
+    adapters: Sequence[AdapterFile], device: str, given: Mapping[str, Any] = {}
 ) -> dict[str, Any]:
-    """Return vLLM's engine arguments for adapters, `together` in a batch; empty without."""
-    if not adapters:
+    """Return vLLM's engine arguments for adapters; empty without.
+
+    `given` are configured ones: `max_loras` in a batch and `max_lora_rank` make room for adapters
+    that are added later.
+    """
+    together, rank = given.get("max_loras"), given.get("max_lora_rank", 0)
+    if not adapters and not together:
         return {}
-    largest = max(adapter.rank for adapter in adapters)
+    least = rank or (0 if adapters else _RANK)
+    largest = max([least, *(adapter.rank for adapter in adapters)])
     together = together or min(len(adapters), _TOGETHER)
     if device == "cpu":
         # Its build for CPUs applies what is in the last place to requests without an adapter that
@@ -34,7 +43,8 @@ def lora_arguments(
         "enable_lora": True,
         "max_lora_rank": next(rank for rank in _RANKS if rank >= largest),
         "max_loras": together,
-        "max_cpu_loras": max(len(adapters), together),
+        # None is dropped, to be loaded again within a step.
+        "max_cpu_loras": max(MAX_ADAPTERS, together),
     }
 
 
@@ -59,11 +69,38 @@ class Adapters:
         Raises:
             LoadFailed: vLLM does not support what an adapter's configuration says.
         """
+        self._private, self._config = private, config
         self._added = set[str]()
         self._requests = dict[str, Any]()
-        for number, file in enumerate(files, 1):
-            folder = adapter_folder(file, private)
-            self._requests[file.name] = _request(file.name, number, folder, config)
+        self._numbers = itertools.count(1)
+        for file in files:
+            self._put(file)
+
+    def add(self, file: AdapterFile, device: str) -> None:
+        """Take another adapter, which is loaded for its first request.
+
+        Raises:
+            Unsupported: vLLM was started without a place for it.
+            LoadFailed: it does not support what the adapter's configuration says.
+        """
+        lora = self._config.lora_config
+        if lora is None or file.rank > lora.max_lora_rank:
+            raise Unsupported("vLLM was started without room for adapters of this rank.")
+        if lora.max_loras < _TOGETHER and len(self._requests) >= lora.max_loras - (device == "cpu"):
+            raise Unsupported("vLLM was started with fewer places for adapters.")
+        self._put(file)
+
+    async def remove(self, name: str, llm: Any) -> None:
+        """Let vLLM forget an adapter, which no request has."""
+        request = self._requests.pop(name)
+        if name in self._added:
+            self._added.discard(name)
+            await llm.remove_lora(request.lora_int_id)
+
+    def _put(self, file: AdapterFile) -> None:
+        folder = adapter_folder(file, self._private)
+        number = next(self._numbers)
+        self._requests[file.name] = _request(file.name, number, folder, self._config)
 
     async def loaded(self, name: str, llm: Any, core: str) -> Any:
         """Return the LoRARequest of an adapter that vLLM has loaded; None for no name.

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from headrace.core.adapter import AdapterFile
 from headrace.core.constraint import FORMS
 from headrace.core.envelope import new_id
 from headrace.core.errors import (
@@ -159,6 +160,14 @@ class Engine(TokenizerMixin):
         finally:
             await outputs.aclose()
         yield prompt_tokens(token_ids, scored, candidates, self._vocabulary)
+
+    async def add_adapter(self, file: AdapterFile) -> None:
+        """Take an adapter; see `AdapterSwitch`."""
+        self._adapters.add(file, self.facts.device)
+
+    async def remove_adapter(self, name: str) -> None:
+        """Free an adapter; see `AdapterSwitch`."""
+        await self._adapters.remove(name, self._llm)
 
     async def _wait_for_core(self) -> None:
         """Wait until the core answers: vLLM would wait without end for one that has died."""
@@ -326,7 +335,7 @@ def _arguments(request: OpenRequest, options: Options, device: str) -> Any:
             **memory_arguments(request, options, device),
             **speculative_config(request, options),
             **options.engine_args,
-            **lora_arguments(request.adapters, device, options.engine_args.get("max_loras")),
+            **lora_arguments(request.adapters, device, options.engine_args),
         }
     )
 
