@@ -73,8 +73,8 @@ INFO = ModelInfo(
     id="m", source="s", engine="e", capabilities=Capabilities(sampling=frozenset({"a", "b"}))
 )
 UP: list[Any] = [
-    wire.Ready(INFO),
-    wire.Failed(ERROR),
+    wire.Loaded(INFO),
+    wire.Loaded(None, ERROR),
     wire.Emitted(1, Delta("é", (1, 2), 1, "r", (LOGPROB,))),
     wire.Emitted(1, Progress("prefill", 1, 2)),
     wire.Emitted(1, Finish(("stop", "length"), Usage(prompt_tokens=1), METRICS)),

@@ -38,10 +38,9 @@ from headrace.worker.wire import (
     Close,
     Emitted,
     Ended,
-    Failed,
     Link,
     Load,
-    Ready,
+    Loaded,
     ToChild,
 )
 from headrace.worker.worker import Worker
@@ -110,10 +109,10 @@ class Child:
         content = message.log.content
         self._worker = worker = Worker(worker_spec.model, resolved, log_content=content)
         if error := await failure(self._start(worker, worker_spec, message), log):
-            self._link.send(Failed(error))
+            self._link.send(Loaded(None, error))
         else:
             tune_garbage_collection()
-            self._link.send(Ready(worker.models()[0]))
+            self._link.send(Loaded(worker.models()[0]))
 
     async def _start(self, worker: Worker, worker_spec: WorkerSpec, message: Load) -> None:
         if message.confine:

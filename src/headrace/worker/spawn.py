@@ -45,10 +45,9 @@ from headrace.worker.wire import (
     Cancel,
     Emitted,
     Ended,
-    Failed,
     Link,
+    Loaded,
     Message,
-    Ready,
     ToParent,
 )
 
@@ -300,10 +299,14 @@ class ChildProcess:
                     listener.put(message, now)
             elif isinstance(message, Alive):
                 self.memory, self.drafting = message.memory, message.drafting
-            elif isinstance(message, Ready) and not self.loaded.done():
-                self.loaded.set_result(message.info)
-            elif isinstance(message, Failed) and not self.loaded.done():
-                self.loaded.set_exception(from_record(message.error))
+            elif not self.loaded.done():
+                self._was_loaded(message)
+
+    def _was_loaded(self, message: Loaded) -> None:
+        if message.info is not None:
+            self.loaded.set_result(message.info)
+        elif message.error is not None:
+            self.loaded.set_exception(from_record(message.error))
 
     def _task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -78,16 +78,11 @@ class Close(Message, frozen=True, tag="close"):
     drain_s: float
 
 
-class Ready(Message, frozen=True, tag="ready"):
-    """Child: the model is loaded."""
+class Loaded(Message, frozen=True, tag="loaded"):
+    """Child: the model is loaded, or why it could not be; one of the two is None."""
 
-    info: ModelInfo
-
-
-class Failed(Message, frozen=True, tag="failed"):
-    """Child: the model could not be loaded."""
-
-    error: ErrorRecord
+    info: ModelInfo | None
+    error: ErrorRecord | None = None
 
 
 class Emitted(Message, frozen=True, tag="e"):
@@ -126,7 +121,7 @@ class _Corked(threading.local):
 _CORKED = _Corked()
 
 ToChild = Load | Ask | Adapt | Cancel | Close
-ToParent = Ready | Failed | Emitted | Ended | Alive
+ToParent = Loaded | Emitted | Ended | Alive
 In = TypeVar("In")
 
 
