@@ -193,9 +193,12 @@ def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
     # Where memory is the limit, twice the bytes take twice the time.
     is_small = (request.model.parameters or _WIDE_WEIGHTS) < _WIDE_WEIGHTS
     kind = {"weight_type": "q8_0"}
-    wide = [{**slots, **kind}, kind] if is_small and widening.is_narrow(request.model) else []
+    is_wider = is_small and widening.is_narrow(request.model)
+    wide = [{**slots, **kind}, kind] if is_wider else []
     batches = {**slots, "batch_size": 512}
-    ahead = [{"speculation": "ngram"}, {**slots, "speculation": "ngram"}]
+    # A step that checks a draft gains the more from what is fast for several tokens.
+    drafting = {"speculation": "ngram", **(kind if is_wider else {})}
+    ahead = [drafting, {**slots, **drafting}]
     # Without more slots some of these are the same; `tune` measures them once.
     return [*wide, slots, alone, batches, {**slots, **small}, *more, *ahead]
 

@@ -147,7 +147,7 @@ class Contender:
         turns, self._tokens = self.turns.setdefault(streams, []), shape.tokens
         # What was cut tells how fast it is at most, until there is a whole turn.
         if not turns or not done.cut:
-            turns[:] = [*(one for one in turns if not one.cut), done]
+            turns[:] = [*(each for each in turns if not each.cut), done]
         for name, size in done.memory.items():
             self.memory[name] = max(size, self.memory.get(name, 0))
 
@@ -160,7 +160,7 @@ class Contender:
 
     def whole(self, streams: int) -> int:
         """Return how many turns were not cut."""
-        return sum(not one.cut for one in self.turns.get(streams, ()))
+        return sum(not each.cut for each in self.turns.get(streams, ()))
 
     async def aclose(self) -> None:
         """Unload the model. Idempotent."""

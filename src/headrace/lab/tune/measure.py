@@ -99,7 +99,7 @@ async def turn(
                 return_when=asyncio.FIRST_EXCEPTION,
             )
             done.seconds = time.monotonic() - began
-            if not running or any(one.exception() for one in ended):
+            if not running or any(each.exception() for each in ended):
                 break
             if bound.is_slow(done.tokens, done.seconds, streams * shape.tokens):
                 done.cut = "slow"

@@ -102,10 +102,10 @@ class Race:
         """
         for number in range(self._shape.rounds):
             label = f"round {number + 1} of {self._shape.rounds}"
-            found = await self._fastest(reference, _KEPT[min(number, len(_KEPT) - 1)])
+            agreeing = await self._fastest(reference, _KEPT[min(number, len(_KEPT) - 1)])
             # Every other round is reversed, so that no engine is always the first.
-            for place, contender in enumerate(found if number % 2 == 0 else found[::-1]):
-                self._report(label, 100 * place // len(found), 100)
+            for place, contender in enumerate(agreeing if number % 2 == 0 else agreeing[::-1]):
+                self._report(label, 100 * place // len(agreeing), 100)
                 streams = [n for n in self._shape.streams if contender.whole(n) <= number]
                 if not await self._measure(contender, streams, number):
                     return
@@ -124,15 +124,15 @@ class Race:
         """
         result: dict[Contender, None] = {}
         for streams in self._aims:
-            found: list[Contender] = []
-            ranked = [one for one in self._field if one.can_win and one.rate(streams)]
-            for contender in sorted(ranked, key=lambda one: one.rate(streams), reverse=True):
-                slow = found and contender.rate(streams) < share * found[0].rate(streams)
-                if slow or len(found) == _MOST_NEAR:
+            agreeing: list[Contender] = []
+            ranked = [each for each in self._field if each.can_win and each.rate(streams)]
+            for contender in sorted(ranked, key=lambda each: each.rate(streams), reverse=True):
+                slow = agreeing and contender.rate(streams) < share * agreeing[0].rate(streams)
+                if slow or len(agreeing) == _MOST_NEAR:
                     break
-                if await self._agrees(contender, reference, is_first=not found):
-                    found.append(contender)
-            result |= dict.fromkeys(found)
+                if await self._agrees(contender, reference, is_first=not agreeing):
+                    agreeing.append(contender)
+            result |= dict.fromkeys(agreeing)
         for contender in self._field:
             if contender not in result:
                 await contender.aclose()
@@ -172,18 +172,18 @@ class Race:
         return True
 
     def _agreed(self) -> list[Contender]:
-        return [one for one in self._field if one.can_win and one.agreement is not None]
+        return [each for each in self._field if each.can_win and each.agreement is not None]
 
     def _best(self, streams: int) -> float:
-        return max((one.rate(streams) for one in self._field if one.fault is None), default=0.0)
+        return max((each.rate(streams) for each in self._field if each.fault is None), default=0.0)
 
     def _has_room(self) -> bool:
-        held = sum(max(one.memory.values(), default=0) for one in self._field if one.is_loaded)
+        held = sum(max(each.memory.values(), default=0) for each in self._field if each.is_loaded)
         return held < self._room
 
     def _why(self, contender: Contender) -> str:
         agreed = self._agreed()
-        best = {n: max((one.rate(n) for one in agreed), default=0.0) for n in self._aims}
+        best = {n: max((each.rate(n) for each in agreed), default=0.0) for n in self._aims}
         rates = {n: contender.rate(n) for n in self._aims}
         if not all(0 < rate <= _KEPT[-1] * best[n] for n, rate in rates.items()):
             return NO_TIME
@@ -193,7 +193,7 @@ class Race:
 
 def nearly_best(field: Sequence[Contender], streams: int) -> list[Contender]:
     """Return the fastest that agrees, and those that are nearly as fast and take less memory."""
-    right = [one for one in field if one.can_win and one.agreement and one.rate(streams)]
+    right = [each for each in field if each.can_win and each.agreement and each.rate(streams)]
     right.sort(key=lambda contender: contender.rate(streams), reverse=True)
     least = measured.NEAR * right[0].rate(streams) if right else 0.0
     most = sum(right[0].memory.values()) if right else 0

@@ -77,7 +77,7 @@ class Tuner:
             reference, name = await self._reference(field, clock, report)
             race = Race(field, self._shape, clock, min(self._budgets.values()) // 3, report)
             await race.first_turns(
-                lambda one: one.prepare(self._file, self._home, self._budgets, report)
+                lambda contender: contender.prepare(self._file, self._home, self._budgets, report)
             )
             await race.rounds(reference)
             await race.near_ties()
@@ -160,7 +160,7 @@ class Tuner:
     def _check(self, field: Sequence[Contender]) -> None:
         """Check that one of them can be chosen."""
         if not any(contender.agreement and contender.can_win for contender in field):
-            faults = "; ".join(f"{one.engine}: {one.fault or one.left_out}" for one in field)
+            faults = "; ".join(f"{each.engine}: {each.fault or each.left_out}" for each in field)
             raise LoadFailed(f"None of them can be chosen: {faults}.")
 
 
