@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 Aim = Literal["latency", "throughput"]
 AIMS: tuple[Aim, ...] = ("latency", "throughput")
 
+Streams = Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of concurrent requests.")]
+Rounds = Annotated[
+    int, typer.Option(min=1, help="Most turns of each; near ties have up to 5 more.")
+]
+Budget = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS", min=1.0, help="Time of the whole run, after downloads and conversions."
+    ),
+]
+Write = Annotated[Aim | None, typer.Option(help="Write the winner into the configuration.")]
+
 _HEADS = (
     *("ENGINE", "OPTIONS", "WEIGHTS", "STREAMS", "TOKENS/S", "LEAST-MOST", "FIRST TOKEN", "P99"),
     *("OF LIMIT", "MEMORY", "LOAD", "AGREES"),
@@ -37,27 +49,16 @@ _HEADS = (
 def tune(
     common: Common,
     model: ModelArgument,
-    streams: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Numbers of concurrent requests.")
-    ] = "1,8,32",
+    streams: Streams = "1,8,32",
     engines: Annotated[str, typer.Option(metavar="NAME,NAME,...", help="Only these engines.")] = "",
     seconds: Annotated[float, typer.Option(min=0.0, help="Time of each turn.")] = 5.0,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Number of turns of each; near ties have up to 5 more.")
-    ] = 3,
+    rounds: Rounds = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 128,
-    budget: Annotated[
-        float,
-        typer.Option(
-            min=1.0, help="Seconds for all of it, after downloads and conversions of the model."
-        ),
-    ] = 300.0,
+    budget: Budget = 300.0,
     device: Device = None,
     context_length: ContextLength = None,
     option: Options = None,
-    write: Annotated[
-        Aim | None, typer.Option(help="Write the winner into the configuration.")
-    ] = None,
+    write: Write = None,
 ) -> None:
     """Measure the engines and options that can run a model on this machine, in --budget seconds.
 
@@ -76,9 +77,7 @@ def tune(
         streams=_numbers(streams), seconds=seconds, rounds=rounds, tokens=tokens, budget_s=budget
     )
     wanted = [name.strip() for name in engines.split(",") if name.strip()]
-    terminal.note(
-        f"Measuring for at most {budget:g} s (--budget), after downloads and conversions."
-    )
+    terminal.note(f"This takes at most {budget:g} s (--budget), after downloads and conversions.")
     with terminal.progress() as report:
         record = asyncio.run(tuner.tune(settings, spec, shape, wanted, report))
     if common.as_json:

@@ -99,7 +99,7 @@ def test_the_table_is_for_people(environ: dict[str, str]) -> None:
     )
     assert any(re.fullmatch(proposal, line) for line in lines)
     assert any(re.fullmatch(r"Took \d+ of 300 s\.", line) for line in lines)
-    assert "Measuring for at most 300 s (--budget)" in done.stderr
+    assert "This takes at most 300 s (--budget)" in done.stderr
     assert "Nothing is changed; --write" in done.stderr
 
 

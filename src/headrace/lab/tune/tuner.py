@@ -75,14 +75,7 @@ class Tuner:
         bandwidth = await asyncio.to_thread(roofline.bandwidth, self._home)
         try:
             reference, name = await self._reference(field, clock, report)
-            race = Race(field, self._shape, clock, min(self._budgets.values()) // 3, report)
-            await race.first_turns(
-                lambda contender: contender.prepare(self._file, self._home, self._budgets, report)
-            )
-            await race.rounds(reference)
-            await race.near_ties()
-            race.leave_out()
-            self._check(field)
+            await self._race(field, reference, clock, report)
         finally:
             for contender in field:
                 await contender.aclose()
@@ -104,6 +97,20 @@ class Tuner:
         )
         await asyncio.to_thread(measured.save, self._home, self._file, result)
         return result
+
+    async def _race(
+        self, field: Sequence[Contender], reference: Reference, clock: Clock, report: OnProgress
+    ) -> None:
+        race = Race(field, self._shape, clock, min(self._budgets.values()) // 3, report)
+        await race.first_turns(
+            lambda contender: contender.prepare(self._file, self._home, self._budgets, report)
+        )
+        await race.rounds(reference)
+        await race.near_ties()
+        race.leave_out()
+        if not any(contender.agreement and contender.can_win for contender in field):
+            faults = "; ".join(f"{each.engine}: {each.fault or each.left_out}" for each in field)
+            raise LoadFailed(f"None of them can be chosen: {faults}.")
 
     def _engines(self) -> list[str]:
         names = [
@@ -156,12 +163,6 @@ class Tuner:
         except TimeoutError:
             seconds = f"{clock.seconds:g} s"
             raise LoadFailed(f"The reference, {words}, did not answer within {seconds}.") from None
-
-    def _check(self, field: Sequence[Contender]) -> None:
-        """Check that one of them can be chosen."""
-        if not any(contender.agreement and contender.can_win for contender in field):
-            faults = "; ".join(f"{each.engine}: {each.fault or each.left_out}" for each in field)
-            raise LoadFailed(f"None of them can be chosen: {faults}.")
 
 
 async def tune(
