@@ -189,7 +189,7 @@ class Contender:
             figures=tuple(
                 self._figures(streams, turns, bandwidth, tokens)
                 for streams, turns in sorted(self.turns.items())
-                if turns[-1].cut != "slow"
+                if turns[-1].cut != "slow" and turns[-1].tokens
             ),
             fault=self.fault,
             left_out=self.left_out,

@@ -22,13 +22,13 @@ from headrace.worker.spec import OnProgress
 
 _FIRST, _COMPARED = 0.55, 0.75
 """The shares of the time after which first turns end, and comparisons."""
-_OF_SHARE = 2.0
-"""How many even shares of the time for first turns a contender may take."""
+_OF_LEFT, _REST = 0.25, 0.02
+"""What a contender may take of the time for first turns; the share of all that is too short."""
 _HOPELESS = 0.6
 """Below this share of the best a first turn is cut."""
 _KEPT = (0.75, 0.75, 0.85, 0.9)
 """The share of the best from which on one is measured in the first round, the second ..."""
-_MOST_NEAR = 4
+_LEAST_KEPT, _MOST_NEAR = 2, 4
 _MORE_ROUNDS = 5
 """Further rounds of those that are nearly as fast as the best."""
 
@@ -83,14 +83,14 @@ class Race:
         shape = msgspec.structs.replace(self._shape, streams=self._aims)
         for number, contender in enumerate(self._field):
             left = self._clock.until(_FIRST)
-            if left <= 0:
+            if left <= _REST * self._clock.seconds:
                 contender.left_out = NO_TIME
                 continue
             self._report("first turns", 100 * number // len(self._field), 100)
             with self._clock.stopped():
                 await prepare(contender)
             if contender.fault is None:
-                limit = min(left, _OF_SHARE * left / (len(self._field) - number))
+                limit = left * max(_OF_LEFT, 1 / (len(self._field) - number))
                 least = {n: _HOPELESS * self._best(n) for n in self._aims}
                 await contender.try_out(shape, least, limit, keep=self._has_room())
         self._report("first turns", 100, 100)
@@ -106,10 +106,19 @@ class Race:
             # Every other round is reversed, so that no engine is always the first.
             for place, contender in enumerate(agreeing if number % 2 == 0 else agreeing[::-1]):
                 self._report(label, 100 * place // len(agreeing), 100)
-                streams = [n for n in self._shape.streams if contender.whole(n) <= number]
+                streams = [n for n in self._aims if contender.whole(n) <= number]
                 if not await self._measure(contender, streams, number):
                     return
             self._report(label, 100, 100)
+
+    async def between(self) -> None:
+        """Measure the best with the other numbers of streams, which decide nothing."""
+        best = {contender: None for n in self._aims for contender in nearly_best(self._field, n)}
+        for number in range(self._shape.rounds):
+            for contender in best:
+                streams = [n for n in self._shape.streams if n not in self._aims]
+                self._report("other numbers of streams", 100 * number // self._shape.rounds, 100)
+                await self._measure(contender, streams, number)
 
     def leave_out(self) -> None:
         """Note of those that were not compared why not."""
@@ -118,7 +127,7 @@ class Race:
                 contender.left_out = self._why(contender)
 
     async def _fastest(self, reference: Reference, share: float) -> list[Contender]:
-        """Return those that agree and have this share of the best of them, at least one.
+        """Return those that agree and have this share of the best of them, or are among the first.
 
         They are compared with the reference now, if they have not been.
         """
@@ -127,9 +136,10 @@ class Race:
             agreeing: list[Contender] = []
             ranked = [each for each in self._field if each.can_win and each.rate(streams)]
             for contender in sorted(ranked, key=lambda each: each.rate(streams), reverse=True):
-                slow = agreeing and contender.rate(streams) < share * agreeing[0].rate(streams)
-                if slow or len(agreeing) == _MOST_NEAR:
-                    break
+                if len(agreeing) >= _LEAST_KEPT:
+                    least = share * agreeing[0].rate(streams)
+                    if contender.rate(streams) < least or len(agreeing) == _MOST_NEAR:
+                        break
                 if await self._agrees(contender, reference, is_first=not agreeing):
                     agreeing.append(contender)
             result |= dict.fromkeys(agreeing)

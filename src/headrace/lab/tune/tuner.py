@@ -107,6 +107,7 @@ class Tuner:
         )
         await race.rounds(reference)
         await race.near_ties()
+        await race.between()
         race.leave_out()
         if not any(contender.agreement and contender.can_win for contender in field):
             faults = "; ".join(f"{each.engine}: {each.fault or each.left_out}" for each in field)
