@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import tomllib
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from tests.cli.programs import headrace
 
 from headrace.cli.app import run
 from headrace.core.errors import GenerationFailed, LoadFailed, Unsupported
+from headrace.core.events import Delta, Event
 from headrace.core.model import ModelFile, ModelSpec
-from headrace.core.request import GenerateRequest
+from headrace.core.request import AnyRequest, GenerateRequest
 from headrace.lab.tune import agreement
 from headrace.lab.tune.contender import NO_TIME, make_contender
-from headrace.lab.tune.measure import Bound, Shape, turn
+from headrace.lab.tune.measure import Bound, Shape, Turn, turn
 from headrace.lab.tune.tuner import Tuner
 from headrace.worker.spec import WorkerSpec
 from headrace.worker.worker import Worker
@@ -197,6 +200,29 @@ async def test_what_does_not_come_to_its_end_is_left_out(options: dict[str, Any]
     assert (contender.fault, contender.left_out) == (None, NO_TIME)
     assert not contender.is_loaded
     assert contender.turns == {}
+
+
+async def test_a_turn_that_is_cut_counts_though_its_requests_do_not_end() -> None:
+    """Issue 17.2: the time of a run may be over while they come to their end."""
+    ending, over = asyncio.Event(), asyncio.Event()
+
+    class Slow(Worker):
+        async def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
+            try:
+                yield Delta(token_ids=(1,))
+                await asyncio.Event().wait()
+            finally:
+                ending.set()
+                await over.wait()
+
+    done, shape = Turn(), Shape(seconds=0, tokens=9)
+    cut = asyncio.create_task(turn(Slow(spec(), resolve), 1, shape, "x", Bound(0.05), done))
+    await ending.wait()
+    cut.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cut
+    assert (done.cut, done.tokens) == ("late", 1)
+    over.set()
 
 
 async def test_what_a_client_meets_is_not_hidden() -> None:

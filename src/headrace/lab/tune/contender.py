@@ -26,7 +26,7 @@ from headrace.worker.spec import OnProgress, Resolve, open_request, resolved
 
 NO_TIME = "no time was left for it"
 _WARM_TOKENS = 8
-_OF_TURNS = 0.9
+_OF_TURNS = 0.85
 
 
 class Contender:
@@ -112,7 +112,7 @@ class Contender:
         A turn is cut when it is slower than `least` has for its number of streams.
         """
         end = time.monotonic() + limit_s
-        with self._catching(end):
+        with self._catching(end, only_late=True):
             async with asyncio.timeout_at(_loop_time(end)), self.loaded(keep=keep) as worker:
                 bound = Bound(limit_s * _OF_TURNS)
                 await turn(worker, 2, Shape(seconds=0, tokens=_WARM_TOKENS), "warm", bound)
@@ -143,8 +143,18 @@ class Contender:
     async def _turn(
         self, worker: WorkerProcess, streams: int, shape: Shape, number: int, bound: Bound
     ) -> None:
-        done = await turn(worker, streams, shape, f"{number} {streams}", bound)
-        turns, self._tokens = self.turns.setdefault(streams, []), shape.tokens
+        done, self._tokens = Turn(), shape.tokens
+        try:
+            await turn(worker, streams, shape, f"{number} {streams}", bound, done)
+        except asyncio.CancelledError:
+            # The time was over while the requests of a turn that was cut came to their end.
+            if done.cut:
+                self._keep(streams, done)
+            raise
+        self._keep(streams, done)
+
+    def _keep(self, streams: int, done: Turn) -> None:
+        turns = self.turns.setdefault(streams, [])
         # What was cut tells how fast it is at most, until there is a whole turn.
         if not turns or not done.cut:
             turns[:] = [*(each for each in turns if not each.cut), done]
@@ -222,7 +232,8 @@ class Contender:
         except TimeoutError:
             if time.monotonic() < end:
                 raise
-            if not only_late:
+            is_measured = any(turns[-1].tokens for turns in self.turns.values())
+            if not (only_late and is_measured):
                 self.left_out = NO_TIME
 
 

@@ -71,14 +71,22 @@ class Turn(msgspec.Struct):
 
 
 async def turn(
-    backend: Backend, streams: int, shape: Shape, seed: str, bound: Bound = UNBOUND
+    backend: Backend,
+    streams: int,
+    shape: Shape,
+    seed: str,
+    bound: Bound = UNBOUND,
+    done: Turn | None = None,
 ) -> Turn:
     """Run `streams` clients; all prompts differ, so that no cache of prefixes helps.
+
+    The figures are written into `done`, which has those of a turn that was cut before its requests
+    have ended.
 
     Raises:
         HeadraceError: a request failed.
     """
-    done, source = Turn(), random.Random(seed)  # noqa: S311 - the same prompts in every run
+    done, source = done or Turn(), random.Random(seed)  # noqa: S311 - the same prompts in every run
     began = time.monotonic()
 
     async def client() -> None:
