@@ -97,24 +97,9 @@ async def turn(
 
     clients = [asyncio.ensure_future(client()) for _ in range(streams)]
     most = min(bound.seconds, shape.seconds + _PATIENCE_S)
-    look_s = _LOOK_S if bound.least else most
+    bound = Bound(most, bound.least)
     try:
-        while True:
-            passed = time.monotonic() - began
-            ended, running = await asyncio.wait(
-                clients,
-                timeout=max(0.0, min(look_s, most - passed)),
-                return_when=asyncio.FIRST_EXCEPTION,
-            )
-            done.seconds = time.monotonic() - began
-            if not running or any(each.exception() for each in ended):
-                break
-            if bound.is_slow(done.tokens, done.seconds, streams * shape.tokens):
-                done.cut = "slow"
-                break
-            if done.seconds >= most:
-                done.cut = "late"
-                break
+        await _until(clients, bound, done, began, streams * shape.tokens)
     except asyncio.CancelledError:
         # Not waited for: the model is unloaded next, which ends requests of one that hangs, too.
         for each in clients:
@@ -122,6 +107,28 @@ async def turn(
         raise
     await _end(clients)
     return done
+
+
+async def _until(
+    clients: Sequence[asyncio.Future[None]], bound: Bound, done: Turn, began: float, whole: int
+) -> None:
+    """Wait for the end of all clients, for an error, or until the turn is cut."""
+    look_s = _LOOK_S if bound.least else bound.seconds
+    while True:
+        left = bound.seconds - (time.monotonic() - began)
+        timeout = max(0.0, min(look_s, left))
+        ended, running = await asyncio.wait(
+            clients, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION
+        )
+        done.seconds = time.monotonic() - began
+        if not running or any(each.exception() for each in ended):
+            return
+        if bound.is_slow(done.tokens, done.seconds, whole):
+            done.cut = "slow"
+            return
+        if done.seconds >= bound.seconds:
+            done.cut = "late"
+            return
 
 
 async def _end(clients: Sequence[asyncio.Future[None]]) -> None:
