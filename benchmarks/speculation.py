@@ -3,7 +3,7 @@
 Each engine loads the model once for each way of drafting (`off`, `ngram`, and `draft` with
 `--draft`), in a process of its own, and all stay loaded. In each round every way answers the same
 requests, greedily; every other round is reversed, so that a busy moment affects all. A ratio is
-that of the medians. Texts are:
+that of the two turns of one round; the table has the median, the least and the most. Texts are:
 
 - code: a program that is to be printed with one name changed, twice as long as its answer;
 - extraction: a text whose sentences are to be repeated;
@@ -27,7 +27,7 @@ from headrace.core.metrics import Usage
 from headrace.core.request import GenerateRequest, Message
 from headrace.core.sampling import Sampling
 from headrace.core.stream import collect
-from headrace.lab import drive
+from headrace.lab import drive, figures
 
 _NAMES = ("add", "subtract", "multiply", "divide", "power", "remainder")
 _PROGRAM = "\n\n".join(
@@ -70,6 +70,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--draft-tokens", type=int)
     parser.add_argument("--threads", type=int)
+    kinds = ("file", "q8_0")
+    parser.add_argument("--weights", nargs="+", choices=kinds, default=["file"], help="weight_type")
     options = parser.parse_args(argv)
     if options.quick:
         options.rounds, options.max_tokens = 1, 24
@@ -88,12 +90,17 @@ async def ask(backend: Backend, text: str, streams: int, tokens: int) -> Turn:
 
 
 def ways(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Return the options of each way of drafting."""
+    """Return the options of each way of drafting, for each type of weights."""
     common = {"draft_tokens": options.draft_tokens} if options.draft_tokens else {}
     common |= {"threads": options.threads} if options.threads else {}
-    made = {"off": common, "ngram": {**common, "speculation": "ngram"}}
-    if options.draft:
-        made["draft"] = {**common, "speculation": "draft", "draft_model": options.draft}
+    made: dict[str, dict[str, Any]] = {}
+    for kind in options.weights:
+        end = "" if kind == "file" else f" {kind}"
+        own = {**common, "weight_type": kind} if end else common
+        made |= {f"off{end}": own, f"ngram{end}": {**own, "speculation": "ngram"}}
+        if options.draft:
+            drafted = {"speculation": "draft", "draft_model": options.draft}
+            made[f"draft{end}"] = {**own, **drafted}
     return made
 
 
@@ -131,8 +138,10 @@ def row(
     engine: str, kind: str, streams: int, way: str, turns: dict[str, list[Turn]]
 ) -> dict[str, Any]:
     """Return the figures of one way on one kind of text."""
-    own, plain = turns[way], turns["off"]
-    rate, base = (statistics.median(turn.rate for turn in side) for side in (own, plain))
+    # With the same weights.
+    own, plain = turns[way], turns[" ".join(["off", *way.split()[1:]])]
+    rate = statistics.median(turn.rate for turn in own)
+    ratios = [turn.rate / base.rate for turn, base in zip(own, plain, strict=True)]
     usage = Usage.merged([turn.usage for turn in own])
     return {
         "engine": engine,
@@ -140,7 +149,7 @@ def row(
         "streams": streams,
         "way": way,
         "tokens_per_s": round(rate, 1),
-        "ratio": round(rate / base, 2),
+        "ratio": figures.spread(ratios),
         "drafted": usage.drafted_tokens,
         "accepted": usage.accepted_tokens,
         "same_text": all(turn.texts == plain[0].texts for turn in own),

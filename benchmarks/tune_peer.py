@@ -7,10 +7,10 @@ client in a process of its own:
   for throughput at more; it must have run before, as its record is read;
 - peer: `llama-server`, built for this machine, with a slot for each stream.
 
-With one stream there are more sides: each engine that agreed with the reference, by itself, with
-its own best options for one stream, called in a process of its own (tax_engine.py for llamacpp,
-tune_engine.py for openvino). The fastest of them is what Headrace's rate is divided by. This part
-needs no llama-server: leave `--peer` out, and it runs alone.
+With one stream there are more sides: each engine that gave no other answers than the reference, by
+itself, with its own best options for one stream, called in a process of its own (tax_engine.py for
+llamacpp, tune_engine.py for openvino). The fastest of them is what Headrace's rate is divided by.
+This part needs no llama-server: leave `--peer` out, and it runs alone.
 
 Prompts, lengths and rounds are those of tax.py: about 130 tokens in, of which no two begin alike,
 128 out, greedily, ignoring the end token; prefill is within the turn. A ratio is that of the two

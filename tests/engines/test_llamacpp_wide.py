@@ -91,9 +91,16 @@ def test_what_is_not_widened(
 
 
 def test_tune_tries_it_for_small_models(smollm2_path: Path, wide: Path) -> None:
-    narrow = llamacpp.tune_options(OpenRequest(model=inspect(smollm2_path)))
+    """Issue 17.2: first of all, with a slot for each of many streams, and with drafts."""
+    request = OpenRequest(model=inspect(smollm2_path), max_running=32)
+    narrow = llamacpp.tune_options(request)
+    drafting = {"speculation": "ngram", "weight_type": "q8_0"}
     assert [options for options in narrow if "weight_type" in options] == [
+        {"slots": 32, "weight_type": "q8_0"},
         {"weight_type": "q8_0"},
-        {"slots": 1, "weight_type": "q8_0"},
+        drafting,
+        {"slots": 32, **drafting},
     ]
+    few = llamacpp.tune_options(OpenRequest(model=inspect(smollm2_path), max_running=4))
+    assert not any("slots" in options for options in few), "there are four by default"
     assert {"weight_type": "q8_0"} not in llamacpp.tune_options(OpenRequest(model=inspect(wide)))

@@ -56,6 +56,16 @@ def test_the_fastest_that_may_be_chosen_wins() -> None:
     assert run(trial("echo", 9, 9, fault="no")).winner("latency") is None
 
 
+def test_what_was_left_out_is_not_proposed() -> None:
+    """Issue 17.2: it was not compared with the reference, however fast its first turn was."""
+    slow = trial("echo", 200, 200, left_out="no time was left for it")
+    found = run(trial("llamacpp", 100, 180), slow, trial("echo", 0, 0, left_out="it was slower"))
+    assert found.winner("latency") is found.winner("throughput") is found.trials[0]
+    assert slow.summary(1) == "200.0 tokens/s at 1 stream"
+    assert found.trials[2].summary(1) == "it was slower"
+    assert trial("echo", 0, 0).summary(1) == "not measured"
+
+
 def test_of_those_about_as_fast_the_smallest_wins() -> None:
     found = run(
         trial("openvino", 100, 200, memory={"cpu": 3}),

@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 Aim = Literal["latency", "throughput"]
 AIMS: tuple[Aim, ...] = ("latency", "throughput")
 
+Streams = Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of concurrent requests.")]
+Rounds = Annotated[
+    int, typer.Option(min=1, help="Most turns of each; near ties have up to 5 more.")
+]
+Budget = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS", min=1.0, help="Time of the whole run, after downloads and conversions."
+    ),
+]
+Write = Annotated[Aim | None, typer.Option(help="Write the winner into the configuration.")]
+
 _HEADS = (
     *("ENGINE", "OPTIONS", "WEIGHTS", "STREAMS", "TOKENS/S", "LEAST-MOST", "FIRST TOKEN", "P99"),
     *("OF LIMIT", "MEMORY", "LOAD", "AGREES"),
@@ -37,26 +49,21 @@ _HEADS = (
 def tune(
     common: Common,
     model: ModelArgument,
-    streams: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Numbers of concurrent requests.")
-    ] = "1,8,32",
+    streams: Streams = "1,8,32",
     engines: Annotated[str, typer.Option(metavar="NAME,NAME,...", help="Only these engines.")] = "",
     seconds: Annotated[float, typer.Option(min=0.0, help="Time of each turn.")] = 5.0,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Number of turns of each; near ties have up to 5 more.")
-    ] = 3,
+    rounds: Rounds = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 128,
+    budget: Budget = 300.0,
     device: Device = None,
     context_length: ContextLength = None,
     option: Options = None,
-    write: Annotated[
-        Aim | None, typer.Option(help="Write the winner into the configuration.")
-    ] = None,
+    write: Write = None,
 ) -> None:
-    """Measure the engines and options that can run a model on this machine.
+    """Measure the engines and options that can run a model on this machine, in --budget seconds.
 
-    Each is compared with a reference; one that does not agree with it is not proposed. Nothing is
-    changed without --write.
+    The fastest are compared with a reference; one that does not agree with it is not proposed. What
+    is slower, or had no time, is left out and named. Nothing is changed without --write.
     """
     from headrace import runtime
     from headrace.lab.tune import tuner
@@ -66,8 +73,11 @@ def tune(
         device=device, context_length=context_length, options=parse_options(option)
     )
     spec = settings.model_spec(model)
-    shape = Shape(streams=_numbers(streams), seconds=seconds, rounds=rounds, tokens=tokens)
+    shape = Shape(
+        streams=_numbers(streams), seconds=seconds, rounds=rounds, tokens=tokens, budget_s=budget
+    )
     wanted = [name.strip() for name in engines.split(",") if name.strip()]
+    terminal.note(f"This takes at most {budget:g} s (--budget), after downloads and conversions.")
     with terminal.progress() as report:
         record = asyncio.run(tuner.tune(settings, spec, shape, wanted, report))
     if common.as_json:
@@ -97,6 +107,8 @@ def _print(record: Record, engine: str) -> None:
     for trial in record.trials:
         if trial.fault is not None:
             print(f"Not {trial.title}: {trial.fault}.")
+        elif trial.left_out is not None:
+            print(f"Left out: {trial.title}: {trial.left_out}.")
     for line in _verdicts(record, engine):
         print(line)
 
@@ -119,9 +131,9 @@ def _rows(trial: Trial) -> Iterator[list[Any]]:
         yield [*own, *[None] * (len(_HEADS) - 1 - len(own)), trial.fault and "no"]
 
 
-def _agreement(trial: Trial) -> str:
+def _agreement(trial: Trial) -> str | None:
     if trial.agreement is None:
-        return "no"
+        return None if trial.fault is None else "no"
     off = trial.agreement.distance
     text = f"{trial.agreement.forced:.0%}" + ("" if off is None else f" +-{off:.2f}")
     return text if trial.fault is None else f"no, {text}"
@@ -134,6 +146,8 @@ def _options(trial: Trial) -> str:
 def _verdicts(record: Record, engine: str) -> Iterator[str]:
     """Yield what is proposed, beside `engine`, which runs the model now."""
     yield f"AGREES is with {record.reference}."
+    if record.seconds is not None and record.budget_s is not None:
+        yield f"Took {record.seconds:.0f} of {record.budget_s:g} s."
     if record.bandwidth:
         yield f"LIMIT is what {record.bandwidth / 1e9:.1f} GB/s of memory allow."
     now = next((trial for trial in record.trials if trial.engine == engine), None)

@@ -86,6 +86,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """One engine with one set of options. `fault` is the reason why it cannot be chosen.
 
+    `left_out` is the reason why it was not measured to the end: it was slower, or no time was left.
     `memory` is its peak, in bytes by device; `precision` the type of its stored weights.
     """
 
@@ -98,6 +99,12 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     agreement: Agreement | None = None
     figures: tuple[Figures, ...] = ()
     fault: str | None = None
+    left_out: str | None = None
+
+    @property
+    def can_win(self) -> bool:
+        """Whether it was compared with the reference, and nothing speaks against it."""
+        return self.fault is None and self.left_out is None
 
     def rate(self, streams: int) -> float:
         """Return output tokens/s, 0 where it was not measured."""
@@ -116,6 +123,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
     def summary(self, streams: int) -> str:
         """Return its speed with so many streams, and the memory that it takes."""
+        if not self.rate(streams):
+            return self.left_out or "not measured"
         memory = size(sum(self.memory.values()) or None)
         load = "1 stream" if streams == 1 else f"{streams} streams"
         return f"{self.rate(streams):.1f} tokens/s at {load}" + (f" in {memory}" if memory else "")
@@ -124,7 +133,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One run of `headrace tune`. `bandwidth` is in bytes/s, `context_length` in tokens a request.
 
-    `reference` is the engine that the others were compared with.
+    `reference` is the engine that the others were compared with. The run could take `budget_s`, and
+    took `seconds`.
     """
 
     model: str
@@ -136,6 +146,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     reference: str = ""
     context_length: int | None = None
     streams: tuple[int, ...] = ()
+    budget_s: float | None = None
+    seconds: float | None = None
     trials: tuple[Trial, ...] = ()
 
     def winner(self, aim: Aim) -> Trial | None:
@@ -144,7 +156,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         Of trials that are as fast it is the one with the least memory (`is_slower`).
         """
         streams = self.streams_for(aim)
-        candidates = [trial for trial in self.trials if trial.fault is None and trial.rate(streams)]
+        candidates = [trial for trial in self.trials if trial.can_win and trial.rate(streams)]
         if not candidates:
             return None
         best = max(candidates, key=lambda trial: trial.rate(streams)).rates(streams)

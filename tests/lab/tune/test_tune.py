@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import tomllib
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from tests.cli.programs import headrace
 
 from headrace.cli.app import run
 from headrace.core.errors import GenerationFailed, LoadFailed, Unsupported
+from headrace.core.events import Delta, Event
 from headrace.core.model import ModelFile, ModelSpec
-from headrace.core.request import GenerateRequest
-from headrace.lab.tune import agreement, tuner
-from headrace.lab.tune.measure import Shape, turn
+from headrace.core.request import AnyRequest, GenerateRequest
+from headrace.lab.tune import agreement
+from headrace.lab.tune.contender import NO_TIME, make_contender
+from headrace.lab.tune.measure import Bound, Shape, Turn, turn
 from headrace.lab.tune.tuner import Tuner
 from headrace.worker.spec import WorkerSpec
 from headrace.worker.worker import Worker
@@ -97,6 +101,8 @@ def test_the_table_is_for_people(environ: dict[str, str]) -> None:
         r"For throughput: echo, [\d.]+ tokens/s at 3 streams in [\d.]+ .B \(now: as it is\)\."
     )
     assert any(re.fullmatch(proposal, line) for line in lines)
+    assert any(re.fullmatch(r"Took \d+ of 300 s\.", line) for line in lines)
+    assert "This takes at most 300 s (--budget)" in done.stderr
     assert "Nothing is changed; --write" in done.stderr
 
 
@@ -159,65 +165,6 @@ async def test_what_the_user_has_set_stays(tmp_path: Path, monkeypatch: pytest.M
     assert [one.options for one in found.trials] == [{}]
 
 
-async def test_who_is_hopeless_is_not_measured_again() -> None:
-    class One:
-        fault: str | None = None
-
-        def __init__(self, alone: float, many: float) -> None:
-            self.rates: dict[int, float] = {1: alone, 32: many}
-
-        def rate(self, streams: int) -> float:
-            return self.rates[streams]
-
-    alone, many, slow, wrong = One(100, 10), One(10, 500), One(50, 200), One(900, 900)
-    wrong.fault = "junk"
-    field: Any = [alone, many, slow, wrong]
-    assert tuner._promising(field, (1, 32)) == [alone, many]
-
-
-@pytest.mark.parametrize(("small", "turns"), [(0.955, 5), (1.01, 8), (0.8, 3)])
-async def test_near_ties_are_measured_again_until_they_are_decided(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: float, turns: int
-) -> None:
-    """Issue 17.2: in turns, in so many rounds at most, and for so long at most."""
-    order: list[str] = []
-
-    class Scripted:
-        fault, agreement, is_loaded = None, True, True
-
-        def __init__(self, name: str, memory: int, rates: list[float]) -> None:
-            self.name, self.memory, self._rates = name, {"cpu": memory}, rates
-
-        def rates(self, streams: int) -> list[float]:
-            return self._rates if streams == 1 else [10.0] * len(self._rates)
-
-        def rate(self, streams: int) -> float:
-            return sorted(self.rates(streams))[len(self._rates) // 2]
-
-        async def measure(self, shape: Shape, number: int, *, keep: bool) -> None:
-            assert (shape.streams, keep) == ((1,), True)
-            order.append(self.name)
-            factor = small if self.name == "small" else 1.0
-            self._rates.append(100 * (1 + number / 100) * factor)
-
-    def field() -> Any:
-        less = [100.0, 90.0, 98.0] if small > 1 else [100 * small] * 3
-        return [Scripted("large", 9, [100.0] * 3), Scripted("small", 1, less),
-            Scripted("larger", 10, [99.0] * 3)]  # fmt: skip
-
-    shape = Shape(streams=(1, 8), seconds=0, rounds=3)
-    tuner_ = Tuner(
-        spec(), ModelFile(path="", format="none"), resolve, home=tmp_path, budgets={}, shape=shape
-    )
-    contenders = field()
-    await tuner_._near_ties(contenders, 1, ignore)
-    assert [len(each.rates(1)) for each in contenders] == [turns, turns, 3]
-    assert order == [*["small", "large", "large", "small"] * 3][: 2 * (turns - 3)]
-    monkeypatch.setattr(tuner, "_MORE_S", -1)
-    await tuner_._near_ties(contenders := field(), 1, ignore)
-    assert len(contenders[0].rates(1)) == 3
-
-
 async def test_a_turn_counts_every_token_of_every_client(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -233,10 +180,49 @@ async def test_a_turn_counts_every_token_of_every_client(
         slow = await turn(worker, 2, Shape(seconds=0.05, tokens=100_000), "seed")
         assert slow.seconds < 2
         assert 0 < slow.tokens < 1000
+        assert slow.cut == "late"
+        endless = Shape(seconds=0, tokens=100_000)
+        assert (await turn(worker, 2, endless, "seed", Bound(seconds=0.05))).cut == "late"
+        few = Shape(seconds=60, tokens=10)
+        assert (await turn(worker, 2, few, "seed", Bound(least=1e9))).cut == "slow"
         request = GenerateRequest(prompt="still there")
         assert [event async for event in worker.ask(request)]
     finally:
         await worker.aclose()
+
+
+@pytest.mark.parametrize("options", [{"load_s": 3600}, {"hang_after": 2}])
+async def test_what_does_not_come_to_its_end_is_left_out(options: dict[str, Any]) -> None:
+    """Issue 17.2: a load or an answer without an end takes no more than its part of the time."""
+    contender = make_contender(spec(), "echo", options, resolve, 2)
+    shape = Shape(streams=(1, 2), seconds=0, tokens=50)
+    await contender.try_out(shape, {}, 2.0, keep=True)
+    assert (contender.fault, contender.left_out) == (None, NO_TIME)
+    assert not contender.is_loaded
+    assert contender.turns == {}
+
+
+async def test_a_turn_that_is_cut_counts_though_its_requests_do_not_end() -> None:
+    """Issue 17.2: the time of a run may be over while they come to their end."""
+    ending, over = asyncio.Event(), asyncio.Event()
+
+    class Slow(Worker):
+        async def ask(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
+            try:
+                yield Delta(token_ids=(1,))
+                await asyncio.Event().wait()
+            finally:
+                ending.set()
+                await over.wait()
+
+    done, shape = Turn(), Shape(seconds=0, tokens=9)
+    cut = asyncio.create_task(turn(Slow(spec(), resolve), 1, shape, "x", Bound(0.05), done))
+    await ending.wait()
+    cut.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cut
+    assert (done.cut, done.tokens) == ("late", 1)
+    over.set()
 
 
 async def test_what_a_client_meets_is_not_hidden() -> None:

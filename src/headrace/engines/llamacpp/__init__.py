@@ -183,8 +183,9 @@ def _with_draft(
 
 
 def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
-    """Return options worth trying: a smaller cache, larger batches, a slot for each request."""
-    slots = {"slots": request.max_running or 1}
+    """Return options worth trying: wider weights, a smaller cache, larger batches, more slots."""
+    most = request.max_running or 1
+    slots = {"slots": most} if most > _DEFAULT_SLOTS else {}
     small = {"kv_type": "q8_0", "flash_attention": "on"}
     logical = machine.usable_cpus()
     more = [{**slots, "threads": logical}] if logical > physical_cores() else []
@@ -192,10 +193,14 @@ def tune_options(request: OpenRequest) -> Sequence[dict[str, Any]]:
     # Where memory is the limit, twice the bytes take twice the time.
     is_small = (request.model.parameters or _WIDE_WEIGHTS) < _WIDE_WEIGHTS
     kind = {"weight_type": "q8_0"}
-    wide = [kind, {**slots, **kind}] if is_small and widening.is_narrow(request.model) else []
-    ahead = [{"speculation": "ngram"}, {**slots, "speculation": "ngram"}]
+    is_wider = is_small and widening.is_narrow(request.model)
+    wide = [{**slots, **kind}, kind] if is_wider else []
     batches = {**slots, "batch_size": 512}
-    return [alone, slots, {**slots, **small}, batches, *more, *wide, *ahead]
+    # A step that checks a draft gains the more from what is fast for several tokens.
+    drafting = {"speculation": "ngram", **(kind if is_wider else {})}
+    ahead = [drafting, {**slots, **drafting}]
+    # Without more slots some of these are the same; `tune` measures them once.
+    return [*wide, slots, alone, batches, {**slots, **small}, *more, *ahead]
 
 
 def prepared(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from statistics import fmean
 from typing import TypeVar
@@ -36,6 +38,7 @@ PROMPTS = (
     "Tell me what 17 plus 25 is, and how you know.",
     "Name three reasons to learn to play an instrument.",
 )
+_LEAST_PROMPTS = 2
 _ANSWER = 32
 _STEP = 4
 _CANDIDATES = 5
@@ -69,13 +72,18 @@ class Reference:
         self._guesses = guesses
 
     @classmethod
-    async def ask(cls, backend: Backend) -> Reference:
-        """Get the answers of the reference engine.
+    async def ask(cls, backend: Backend, limit_s: float = math.inf) -> Reference:
+        """Get the answers of the reference engine: to fewer prompts if all take too long.
 
         Raises:
             HeadraceError: a request failed.
         """
-        replies = await _replies(backend)
+        began = time.monotonic()
+        first = [await _reply(backend, PROMPTS[0])]
+        await _guesses(backend, first)
+        took = max(time.monotonic() - began, 1e-3)
+        prompts = PROMPTS[: max(_LEAST_PROMPTS, int(min(len(PROMPTS), limit_s / took)))]
+        replies = await _replies(backend, prompts)
         return cls(replies, await _guesses(backend, replies))
 
     async def compare(self, backend: Backend) -> Agreement:
@@ -84,7 +92,7 @@ class Reference:
         Raises:
             HeadraceError: a request failed.
         """
-        replies = await _replies(backend)
+        replies = await _replies(backend, PROMPTS[: len(self._replies)])
         guesses = await _guesses(backend, self._replies)
         return agreement(self._replies, replies, self._guesses, guesses)
 
@@ -124,8 +132,8 @@ def _distance(expected: Guess, guess: Guess) -> float | None:
     return abs(right - guess.logprobs.get(expected.token, min(guess.logprobs.values())))
 
 
-async def _replies(backend: Backend) -> list[Reply]:
-    return await _several(backend, PROMPTS, _reply)
+async def _replies(backend: Backend, prompts: Sequence[str]) -> list[Reply]:
+    return await _several(backend, prompts, _reply)
 
 
 async def _several(

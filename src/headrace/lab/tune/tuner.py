@@ -1,14 +1,11 @@
-"""One run of `headrace tune`: compares the engines, then measures them in turns.
-
-The turns alternate, so that other load on the machine affects all engines.
-"""
+"""One run of `headrace tune`: who takes part, the reference, and the record of the result."""
 
 from __future__ import annotations
 
 import asyncio
 import datetime
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +21,12 @@ from headrace.engines.measured import Record
 from headrace.lab.tune.agreement import Reference
 from headrace.lab.tune.contender import Contender, make_contender
 from headrace.lab.tune.measure import Shape
+from headrace.lab.tune.race import Clock, Race
 from headrace.worker.spec import OnProgress, Resolve
 
 _CONTEXT = 1024
-_HOPELESS = 0.6
-"""Below this share of the best, at every number of streams, an engine is not measured again."""
-_MORE_ROUNDS, _MORE_S = 5, 120.0
-"""Rounds, and the seconds in which they start, of those that are nearly as fast as the best."""
-_MOST_NEAR = 4
+_ASKED = 0.1
+"""The share of the time that the reference's answers take, if fewer prompts are enough for that."""
 _REFERENCES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gguf": ("llamacpp", {"kv_type": "bf16", "flash_attention": "on"}),
     "safetensors": ("transformers", {"dtype": "float32"}),
@@ -75,14 +70,12 @@ class Tuner:
         if task != "generate":
             raise Unsupported(f"tune measures generation; {self._spec.name} is to {task}.")
         field = list(self._field(wanted or self._engines()))
+        clock = Clock(self._shape.budget_s)
         report("measuring the memory", 0, 0)
         bandwidth = await asyncio.to_thread(roofline.bandwidth, self._home)
         try:
-            reference, name = await self._reference(field, report)
-            await self._judge(field, reference, report)
-            await self._rounds(field, report)
-            for streams in dict.fromkeys((min(self._shape.streams), max(self._shape.streams))):
-                await self._near_ties(field, streams, report)
+            reference, name = await self._reference(field, clock, report)
+            await self._race(field, reference, clock, report)
         finally:
             for contender in field:
                 await contender.aclose()
@@ -98,10 +91,27 @@ class Tuner:
             reference=name,
             context_length=self._spec.context_length,
             streams=self._shape.streams,
+            budget_s=self._shape.budget_s,
+            seconds=clock.passed,
             trials=tuple(contender.trial(known, tokens) for contender in field),
         )
         await asyncio.to_thread(measured.save, self._home, self._file, result)
         return result
+
+    async def _race(
+        self, field: Sequence[Contender], reference: Reference, clock: Clock, report: OnProgress
+    ) -> None:
+        race = Race(field, self._shape, clock, min(self._budgets.values()) // 3, report)
+        await race.first_turns(
+            lambda contender: contender.prepare(self._file, self._home, self._budgets, report)
+        )
+        await race.rounds(reference)
+        await race.near_ties()
+        await race.between()
+        race.leave_out()
+        if not any(contender.agreement and contender.can_win for contender in field):
+            faults = "; ".join(f"{each.engine}: {each.fault or each.left_out}" for each in field)
+            raise LoadFailed(f"None of them can be chosen: {faults}.")
 
     def _engines(self) -> list[str]:
         names = [
@@ -118,6 +128,12 @@ class Tuner:
         return names
 
     def _field(self, names: Sequence[str]) -> Iterator[Contender]:
+        """Yield the defaults of each engine, then the second set of options of each, and so on."""
+        queues = [list(self._variants(name)) for name in names]
+        for rank in zip_longest(*queues):
+            yield from filter(None, rank)
+
+    def _variants(self, name: str) -> Iterator[Contender]:
         streams = max(self._shape.streams)
         request = OpenRequest(
             model=self._file,
@@ -125,98 +141,29 @@ class Tuner:
             context_length=self._spec.context_length,
             max_running=streams,
         )
-        for name in names:
-            engines.choose(self._file, name)
-            seen: list[dict[str, Any]] = []
-            for options in ({}, *engines.tune_options(name, request)):
-                variant = make_contender(self._spec, name, options, self._resolve, streams)
-                if variant.spec.options not in seen:
-                    seen.append(variant.spec.options)
-                    yield variant
+        engines.choose(self._file, name)
+        seen: list[dict[str, Any]] = []
+        for options in ({}, *engines.tune_options(name, request)):
+            variant = make_contender(self._spec, name, options, self._resolve, streams)
+            if variant.spec.options not in seen:
+                seen.append(variant.spec.options)
+                yield variant
 
     async def _reference(
-        self, field: Sequence[Contender], report: OnProgress
+        self, field: Sequence[Contender], clock: Clock, report: OnProgress
     ) -> tuple[Reference, str]:
         name, options = _REFERENCES.get(self._file.format, (field[0].engine, {}))
         if not engines.status(name).available:
             name, options = field[0].engine, {}
         right = make_contender(self._spec, name, options, self._resolve, 1)
         report("asking the reference", 0, 0)
-        async with right.loaded(keep=False) as worker:
-            words = [name, *(f"{key}={value}" for key, value in options.items())]
-            return await Reference.ask(worker), " ".join(words)
-
-    async def _judge(
-        self, field: Sequence[Contender], reference: Reference, report: OnProgress
-    ) -> None:
-        held = 0
-        for number, contender in enumerate(field):
-            report("comparing answers", 100 * number // len(field), 100)
-            await contender.prepare(self._file, self._home, self._budgets, report)
-            if contender.fault is None:
-                keep = held < min(self._budgets.values()) // 3
-                memory = await contender.judge(reference, keep=keep)
-                held += max(memory.values(), default=0) if keep else 0
-        report("comparing answers", 100, 100)
-        if not any(contender.agreement and contender.fault is None for contender in field):
-            faults = "; ".join(f"{contender.engine}: {contender.fault}" for contender in field)
-            raise LoadFailed(f"None of them can be chosen: {faults}.")
-
-    async def _rounds(self, field: Sequence[Contender], report: OnProgress) -> None:
-        left = [contender for contender in field if contender.agreement is not None]
-        for number in range(self._shape.rounds):
-            label = f"round {number + 1} of {self._shape.rounds}"
-            # Every other round is reversed, so that no engine is always the first.
-            for place, contender in enumerate(left if number % 2 == 0 else left[::-1]):
-                report(label, 100 * place // len(left), 100)
-                await contender.measure(self._shape, number, keep=contender.is_loaded)
-            report(label, 100, 100)
-            left = _promising(left, self._shape.streams)
-
-    async def _near_ties(
-        self, field: Sequence[Contender], streams: int, report: OnProgress
-    ) -> None:
-        """Measure again, in turns, what is nearly as fast as the best, until it is decided."""
-        near = nearly_best(field, streams)
-        shape = msgspec.structs.replace(self._shape, streams=(streams,))
-        began, first = time.monotonic(), self._shape.rounds
-        for number in range(first, first + _MORE_ROUNDS):
-            if _is_decided(near, streams) or time.monotonic() - began > _MORE_S:
-                return
-            report(f"near ties at {streams}", 100 * (number - first) // _MORE_ROUNDS, 100)
-            for contender in near if number % 2 == 0 else near[::-1]:
-                await contender.measure(shape, number, keep=contender.is_loaded)
-
-
-def nearly_best(field: Sequence[Contender], streams: int) -> list[Contender]:
-    """Return the fastest that agrees, and those that are nearly as fast and take less memory."""
-    right = [c for c in field if c.fault is None and c.agreement and c.rate(streams)]
-    right.sort(key=lambda contender: contender.rate(streams), reverse=True)
-    least = measured.NEAR * right[0].rate(streams) if right else 0.0
-    most = sum(right[0].memory.values()) if right else 0
-    smaller = [contender for contender in right[1:] if sum(contender.memory.values()) < most]
-    near = [contender for contender in smaller if contender.rate(streams) >= least]
-    return [*right[:1], *near][:_MOST_NEAR]
-
-
-def _is_decided(near: Sequence[Contender], streams: int) -> bool:
-    """Whether all but the first are slower by enough rounds, or failed."""
-    rates = [contender.rates(streams) for contender in near if contender.fault is None]
-    if len(rates) < 2:
-        return True
-    enough = all(len(each) >= measured.LEAST_PAIRS for each in rates)
-    return enough and all(measured.is_slower(each, rates[0]) for each in rates[1:])
-
-
-def _promising(left: Sequence[Contender], streams: Sequence[int]) -> list[Contender]:
-    """Return the engines that agree and could still win."""
-    right = [contender for contender in left if contender.fault is None]
-    best = {n: max((contender.rate(n) for contender in right), default=0.0) for n in streams}
-    return [
-        contender
-        for contender in right
-        if any(contender.rate(n) >= _HOPELESS * best[n] for n in streams)
-    ]
+        words = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
+        try:
+            async with asyncio.timeout(clock.left), right.loaded(keep=False) as worker:
+                return await Reference.ask(worker, clock.seconds * _ASKED), words
+        except TimeoutError:
+            seconds = f"{clock.seconds:g} s"
+            raise LoadFailed(f"The reference, {words}, did not answer within {seconds}.") from None
 
 
 async def tune(
